@@ -1,0 +1,1 @@
+"""Records in, files that other tools read out; never torch."""

@@ -1,0 +1,1 @@
+"""The network, its weights and its engine; torch lives here and only here."""

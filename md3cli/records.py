@@ -1,0 +1,210 @@
+"""The words every layer shares: task, request, image, source row, record.
+
+Stdlib only; knows nothing of models, files or formats. A record is a plain dict that goes to
+JSON as it is (product.md section 3); `make_record` and `make_error_record` are the only places
+that build one, so that the order of keys is decided here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+SCHEMA = "md3/1"
+
+ERROR_TYPES = frozenset(
+    "not_found not_a_file permission empty not_an_image unsupported decode decoder_crash too_large timeout "
+    "outside_root bad_row bad_request io model".split()
+)
+RETRYABLE = frozenset({"io", "timeout", "permission", "model"})  # may pass later
+MESSAGE_LIMIT_CHARS = 200
+
+RecordDict = dict[str, Any]
+
+
+class Task(StrEnum):
+    """What is asked of an image."""
+
+    CAPTION = "caption"
+    QUERY = "query"
+    DETECT = "detect"
+    POINT = "point"
+    SEGMENT = "segment"
+
+
+CAPTION_LENGTHS = ("short", "normal", "long")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question to one image, with every setting that can change the answer.
+
+    `spatial_refs` holds points (x, y) and boxes (x_min, y_min, x_max, y_max), 0-1.
+    `temperature` 0 is greedy. `length` counts for captions, `reasoning` for queries only.
+    """
+
+    task: Task
+    prompt: str | None = None
+    length: str = "normal"
+    reasoning: bool = True
+    spatial_refs: tuple[tuple[float, ...], ...] = ()
+    max_tokens: int = 768
+    max_objects: int = 150
+    temperature: float = 0.0
+    top_p: float = 0.9
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ImageItem:
+    """A picture to open: a file, or `size` bytes at `offset` of one (a member of a tar).
+
+    `name` is what the record's `image` says: relative to INPUT's root, with `/`, always valid
+    UTF-8. `name_b64` holds the exact bytes where the real name is not UTF-8. `path` may carry
+    surrogate escapes, as `os.fsdecode` makes them.
+    """
+
+    name: str
+    path: str
+    name_b64: str | None = None
+    offset: int = 0
+    size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowFailure:
+    """Why there is no answer: a record's `error`."""
+
+    type: str
+    message: str
+
+    def __post_init__(self) -> None:
+        assert self.type in ERROR_TYPES, self.type
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One picture of INPUT with all that is asked of it, in input order.
+
+    `image` None is a text-only query. With `failure` the row is a finding of its own (a manifest
+    line that cannot be read, a path outside the root): one error record, nothing is opened.
+    """
+
+    image: ImageItem | None
+    requests: tuple[Request, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    failure: RowFailure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunIdentity:
+    """What of a run is part of every record's id, as given (`auto` stays `auto`)."""
+
+    model: str  # "moondream/moondream3-preview@<revision>", as the record shows it
+    dtype: str = "auto"
+    quant: str = "stored"
+    adapter: str = ""
+    background: str = "none"
+
+
+def request_id(image: str | None, request: Request, run: RunIdentity, repeat: int = 0) -> str:
+    """Stable id of a request (product.md section 3): 32 hex digits of a SHA-256.
+
+    `repeat` is k for the k-th repeat of the same request in a run, from 0.
+    """
+    parts = [image, asdict(request), asdict(run), repeat]
+    text = json.dumps(parts, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What is known of a decoded picture: upright size in pixels and the file's digest."""
+
+    width: int
+    height: int
+    sha256: str
+
+
+def _record_head(record_id: str, image: ImageItem | None, facts: ImageFacts | None, request: Request) -> RecordDict:
+    head: RecordDict = {"schema": SCHEMA, "id": record_id, "image": image.name if image else None}
+    if image is not None and image.name_b64 is not None:
+        head["image_b64"] = image.name_b64
+    if facts is not None:
+        head["width"], head["height"] = facts.width, facts.height
+    head["task"], head["prompt"] = str(request.task), request.prompt
+    if request.task is Task.CAPTION:
+        head["length"] = request.length
+    return head
+
+
+def make_record(
+    record_id: str,
+    image: ImageItem | None,
+    facts: ImageFacts | None,
+    request: Request,
+    run: RunIdentity,
+    *,
+    result: Mapping[str, Any],
+    finish_reason: str,
+    prompt_tokens: int,
+    output_tokens: int,
+    meta: Mapping[str, Any],
+) -> RecordDict:
+    """The record of an answered request; `result` holds the task's keys in their order."""
+    record = _record_head(record_id, image, facts, request)
+    record.update(result)
+    if facts is not None:
+        record["sha256"] = facts.sha256
+    record["finish_reason"] = finish_reason
+    record["tokens"] = {"prompt": prompt_tokens, "output": output_tokens}
+    record["model"] = run.model
+    record["meta"] = dict(meta)
+    record["error"] = None
+    return record
+
+
+def make_error_record(
+    record_id: str,
+    image: ImageItem | None,
+    facts: ImageFacts | None,
+    request: Request,
+    run: RunIdentity,
+    *,
+    failure: RowFailure,
+    meta: Mapping[str, Any],
+) -> RecordDict:
+    """The record of a request that failed: no result keys, `error` says why."""
+    record = _record_head(record_id, image, facts, request)
+    if facts is not None:
+        record["sha256"] = facts.sha256
+    record["model"] = run.model
+    record["meta"] = dict(meta)
+    record["error"] = {
+        "type": failure.type,
+        "message": printable(failure.message)[:MESSAGE_LIMIT_CHARS],
+        "retry": failure.type in RETRYABLE,
+    }
+    return record
+
+
+def is_printable(char: str) -> bool:
+    """False for what must not reach a terminal raw: C0, DEL, C1, surrogates, bidi and line controls."""
+    code = ord(char)
+    if code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code <= 0xDFFF:
+        return False
+    return not (0x200B <= code <= 0x200F or 0x2028 <= code <= 0x202E or 0x2060 <= code <= 0x206F or code == 0xFEFF)
+
+
+def printable(text: str) -> str:
+    """`text` with everything that could steer a terminal shown as `\\xNN` or `\\uNNNN`.
+
+    Zero-width joiners inside emoji are shown escaped too: rather ugly than steered.
+    """
+    if all(map(is_printable, text)):
+        return text
+    return "".join(c if is_printable(c) else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" for c in text)
