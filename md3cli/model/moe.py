@@ -1,0 +1,77 @@
+"""The mixture of experts of the text decoder (Moondream 3 specification, section 7).
+
+`MoeMlp.forward` is the plain path: route, sort the (token, choice) pairs by expert, one pair of
+matrix products per expert that was chosen. A token's result is the same whatever the other tokens
+are: experts are visited in order of their number and summed in float32.
+
+Shape suffixes: N tokens, D width, I inner width of an expert, X experts, A choices per token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from md3cli.model.config import MoeConfig
+from md3cli.model.layers import Linear
+
+
+class Routing(NamedTuple):
+    """Which experts each token uses: `experts_NA` int64, and their float32 `weights_NA` (sum 1 per token)."""
+
+    experts_NA: Tensor
+    weights_NA: Tensor
+
+
+class ExpertMatrices(nn.Module):
+    """One matrix per expert, no bias: weight [X, out, in]."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+
+
+def gate(up_NI2: Tensor) -> Tensor:
+    """`gelu(first half) * (second half + 1)`, exact GELU: [N, 2I] -> [N, I]."""
+    activated, scale = up_NI2.chunk(2, dim=-1)
+    return F.gelu(activated) * (scale + 1)
+
+
+class MoeMlp(nn.Module):
+    """Router and experts of one layer."""
+
+    def __init__(self, dim: int, config: MoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = Linear(dim, config.num_experts)
+        self.fc1 = ExpertMatrices(config.num_experts, dim, 2 * config.expert_inner_dim)
+        self.fc2 = ExpertMatrices(config.num_experts, config.expert_inner_dim, dim)
+
+    def route(self, x_ND: Tensor) -> Routing:
+        """The largest router logits of each token; the softmax is over the chosen ones only, in float32."""
+        top = self.router(x_ND).float().topk(self.config.experts_per_token, dim=-1)
+        return Routing(top.indices, top.values.softmax(dim=-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        x_ND = x.reshape(-1, x.shape[-1])
+        return self.run_experts(x_ND, self.route(x_ND)).view(x.shape)
+
+    def run_experts(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        """Weighted sum of the chosen experts' outputs, one expert at a time."""
+        num_choices = routing.experts_NA.shape[1]
+        order = routing.experts_NA.flatten().argsort(stable=True)
+        counts = routing.experts_NA.flatten().bincount(minlength=self.config.num_experts).tolist()
+        out_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device)
+        for expert, pairs in enumerate(order.split(counts)):
+            if not len(pairs):
+                continue
+            tokens = pairs // num_choices
+            inner = gate(F.linear(x_ND[tokens], self.fc1.weight[expert]))
+            y = F.linear(inner, self.fc2.weight[expert])
+            weights = routing.weights_NA.flatten()[pairs]
+            out_ND = out_ND.index_add(0, tokens, y.float() * weights[:, None])
+        return out_ND.to(x_ND.dtype)

@@ -1,0 +1,145 @@
+"""The text decoder: embeddings in, hidden states out (Moondream 3 specification, section 7).
+
+Parallel blocks (attention and feed-forward read the same LayerNorm), attention with tau and partial
+rotary positions, dense feed-forward in the first layers and a mixture of experts after. Where keys
+and values of earlier positions live is the business of whoever calls: a `KeyValueStore` is handed
+each layer's new keys and values and returns all that may be attended to.
+
+Shape suffixes: B batch, T new positions, S all positions, H heads, K head width (64), D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from md3cli.model.config import HEAD_DIM, ROTARY_DIM, TextConfig
+from md3cli.model.layers import LayerNorm, Linear, Mlp, attention, merge_heads, split_heads
+from md3cli.model.moe import MoeMlp
+
+
+class KeyValueStore(Protocol):
+    """Keeps keys and values between calls."""
+
+    def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new positions of a layer; return keys and values [B, H, S, K] to attend to."""
+        ...
+
+
+def rotary_table(position_BT: Tensor, theta: float) -> Tensor:
+    """Angles' cosines and sines [2, B, 1, T, 16], float32."""
+    steps = torch.arange(0, ROTARY_DIM, 2, dtype=torch.float32, device=position_BT.device)
+    frequency = 1.0 / theta ** (steps / ROTARY_DIM)
+    angle_BTF = position_BT[..., None].float() * frequency
+    return torch.stack([angle_BTF.cos(), angle_BTF.sin()])[:, :, None]
+
+
+def rotate(x_BHTK: Tensor, table: Tensor) -> Tensor:
+    """Rotate the first 32 of 64 dimensions; pairs are split-half on input and interleaved on output.
+
+    Arithmetic in float32, cast back. Only a dump of the key cache could tell the output order: q and
+    k are permuted alike.
+    """
+    cos, sin = table[0], table[1]
+    turned, kept = x_BHTK[..., :ROTARY_DIM].float(), x_BHTK[..., ROTARY_DIM:]
+    a, b = turned.chunk(2, dim=-1)
+    pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    return torch.cat([pairs.to(x_BHTK.dtype), kept], dim=-1)
+
+
+class Tau(nn.Module):
+    """Scales of queries and values per head and token, from the token itself and its position."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.wq = nn.Parameter(torch.empty(num_heads, 3 * dim))
+        self.wv = nn.Parameter(torch.empty(num_heads, 3 * dim))
+        self.alpha = nn.Parameter(torch.empty(num_heads))
+
+    def forward(self, qkv_BT3D: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors for q and v, each [B, H, T, 1]; positions count from 0, float32 inside the logarithm."""
+        features = F.gelu(qkv_BT3D)  # exact GELU of the unrotated projection, all of q, k and v
+        log_position = (position_BT.float() + 1).log()[..., None]
+        by_position_BTH = 0.5 + torch.sigmoid(self.alpha.float() * log_position)
+        scales = [torch.tanh(F.linear(features, w)).float() + by_position_BTH for w in (self.wq, self.wv)]
+        scale_q, scale_v = (scale.to(qkv_BT3D.dtype).transpose(1, 2)[..., None] for scale in scales)
+        return scale_q, scale_v
+
+
+class TextAttention(nn.Module):
+    """Multi-head attention with tau and partial rotary positions."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.num_heads = config.n_heads
+        self.qkv = Linear(config.dim, 3 * config.dim)
+        self.proj = Linear(config.dim, config.dim)
+        self.tau = Tau(config.dim, config.n_heads)
+
+    def queries_keys_values(self, h_BTD: Tensor, position_BT: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected, scaled and rotated q, k, v, each [B, H, T, 64]."""
+        qkv = self.qkv(h_BTD)
+        scale_q, scale_v = self.tau(qkv, position_BT)
+        q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
+        return rotate(q * scale_q, table), rotate(k, table), v * scale_v
+
+
+class TextBlock(nn.Module):
+    """`x + attention(LN(x)) + feed_forward(LN(x))`, one LayerNorm for both."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.ln = LayerNorm(config.dim)
+        self.attn = TextAttention(config)
+        if config.moe is not None and config.is_moe_layer(layer):
+            self.mlp: nn.Module = MoeMlp(config.dim, config.moe)
+        else:
+            self.mlp = Mlp(config.dim, config.ff_dim, config.dim)
+
+    def forward(
+        self, x_BTD: Tensor, position_BT: Tensor, table: Tensor, mask: Tensor | None, store: KeyValueStore | None
+    ) -> Tensor:
+        h_BTD = self.ln(x_BTD)
+        q, k, v = self.attn.queries_keys_values(h_BTD, position_BT, table)
+        if store is not None:
+            k, v = store.update(self.layer, k, v)
+        attended = self.attn.proj(merge_heads(attention(q, k, v, mask)))
+        return x_BTD + attended + self.mlp(h_BTD)  # type: ignore[no-any-return]
+
+
+class TextDecoder(nn.Module):
+    """Token table, blocks, last LayerNorm and head."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        assert config.dim == HEAD_DIM * config.n_heads
+        self.config = config
+        self.wte = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.blocks = nn.ModuleList(TextBlock(config, layer) for layer in range(config.n_layers))
+        self.post_ln = LayerNorm(config.dim)
+        self.lm_head = Linear(config.dim, config.vocab_size)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [...] -> rows of the table [..., D]."""
+        return F.embedding(ids, self.wte)
+
+    def forward(
+        self, x_BTD: Tensor, position_BT: Tensor, mask: Tensor | None = None, store: KeyValueStore | None = None
+    ) -> Tensor:
+        """Embeddings at absolute positions -> hidden states [B, T, D] before the last LayerNorm.
+
+        `mask` is bool, broadcastable to [B, 1, T, S], True where a position may be attended to;
+        None attends to everything. Without `store` S is T.
+        """
+        table = rotary_table(position_BT, self.config.rope_theta)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, position_BT, table, mask, store)
+        return x_BTD
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] -> vocabulary logits [..., V]."""
+        return self.lm_head(self.post_ln(hidden))  # type: ignore[no-any-return]
