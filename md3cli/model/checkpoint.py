@@ -1,0 +1,131 @@
+"""Checkpoints in any known layout, read into one name table and from there into the network.
+
+`checkpoint_plan` has already judged the headers when this file maps the weights: safetensors, no
+copy where a tensor is stored as it is used, conversions (dtype, split and merge, 8 and 4 bits) tensor by
+tensor. The network is built on the meta device and the tensors are assigned to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from md3cli.errors import CheckpointError
+from md3cli.model.checkpoint_plan import CheckpointPlan, plan_checkpoint
+from md3cli.model.config import ModelConfig
+from md3cli.model.moondream import Moondream3
+from md3cli.model.name_tables import Recipe
+from md3cli.model.packing import assemble
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class LoadedModel(NamedTuple):
+    """A network with its weights, ready for inference, and what it was read from."""
+
+    model: Moondream3
+    config: ModelConfig
+    plan: CheckpointPlan
+
+
+class CheckpointReader(Mapping[str, Tensor]):
+    """The canonical tensors of a checkpoint, each made when it is asked for and not kept.
+
+    Tensors stored as they are asked for are views of the mapped file; they stay valid after
+    `close`. Use as a context manager.
+    """
+
+    def __init__(self, plan: CheckpointPlan, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.plan = plan
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._slots = {slot.name: slot for slot in plan.slots}
+        self._open_files: dict[Path, Any] = {}  # safetensors exports no type of its handles
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of this canonical name, in `dtype` on `device`.
+
+        Raises:
+            KeyError: no such tensor.
+            CheckpointError: the file changed or cannot be read.
+        """
+        return assemble(self._slots[name], self.read_stored, self.dtype)
+
+    def read_stored(self, plain: str) -> Tensor:
+        """A tensor as it is stored, by its plain name, on `device`."""
+        entry = self.plan.files.entries[plain]
+        try:
+            handle = self._open_files.get(entry.file)
+            if handle is None:
+                handle = self._open_files[entry.file] = safe_open(entry.file, framework="pt")
+            tensor: Tensor = handle.get_tensor(entry.stored_name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(f"{entry.file}: tensor {entry.stored_name} cannot be read: {error}") from error
+        return tensor.to(self.device)
+
+    def close(self) -> None:
+        """Let go of the files; tensors already given out stay valid."""
+        self._open_files.clear()
+
+
+def stored_dtype(plan: CheckpointPlan) -> torch.dtype:
+    """The dtype that holds every plainly stored weight without loss; packed ones and scales do not count."""
+    dtype: torch.dtype | None = None
+    for slot in plan.slots:
+        if slot.recipe in (Recipe.FP8, Recipe.INT4):
+            continue
+        for part in slot.parts:
+            found = TORCH_DTYPES[plan.files.entries[part.name].dtype]
+            dtype = found if dtype is None else torch.promote_types(dtype, found)
+    assert dtype is not None, "every layout stores norms and biases plainly"
+    return dtype
+
+
+def build_model(config: ModelConfig, weights: Mapping[str, Tensor], *, has_region_ln: bool) -> Moondream3:
+    """The network with these canonical tensors assigned, not copied; for inference, no gradients.
+
+    Raises:
+        CheckpointError: the names are not exactly those of the network.
+    """
+    with torch.device("meta"):
+        model = Moondream3(config, has_region_ln=has_region_ln)
+    try:
+        model.load_state_dict(dict(weights), strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights do not fit the network: {error}") from error
+    return model.requires_grad_(False).eval()
+
+
+def load_model(path: Path | str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> LoadedModel:
+    """Load the checkpoint at `path` (a folder or a .safetensors file) in any known layout.
+
+    8-bit and 4-bit weights are widened to `dtype`. On the CPU, weights stored in `dtype` stay
+    mapped from the file, which therefore must not be changed while the model lives.
+
+    Raises:
+        CheckpointError: anything that keeps the model from loading; the message names it.
+    """
+    plan = plan_checkpoint(Path(path))
+    with CheckpointReader(plan, dtype=dtype, device=device) as weights:
+        model = build_model(plan.config, weights, has_region_ln=plan.has_region_ln)
+    return LoadedModel(model, plan.config, plan)
