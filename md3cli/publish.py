@@ -1,0 +1,141 @@
+"""Files that appear whole or not at all, and the lock that keeps two runs off one output.
+
+Knows nothing of records. A published file is written under a temporary name in the same folder,
+synced and renamed, so that a reader never sees half of it, whatever kills the writer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from md3cli.errors import OutputError
+from md3cli.records import printable
+
+TEMP_NAME_LIMIT_BYTES = 200  # of the name, so that the temporary name stays under the 255 of file systems
+_NO_LOCKS_HERE = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """The line a user reads when `path` cannot be written."""
+    hint = {
+        errno.ENOSPC: "make space and run the same command again",
+        errno.EDQUOT: "make space in your quota and run the same command again",
+        errno.EFBIG: "raise the file size limit (ulimit -f) and run the same command again",
+        errno.EACCES: "choose another -o or change the permissions",
+        errno.EROFS: "choose another -o",
+    }.get(error.errno or 0, "then run the same command again")
+    return OutputError(f"cannot write {printable(str(path))}: {error.strerror or error}; {hint}")
+
+
+def _temp_stem(target: Path) -> str:
+    name = os.fsdecode(os.fsencode(target.name)[:TEMP_NAME_LIMIT_BYTES])
+    return f".{name}.tmp-"
+
+
+def remove_stale_temps(target: Path) -> None:
+    """Remove what killed writers of `target` left behind; the caller holds the output's lock."""
+    stem = _temp_stem(target)
+    with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
+        for entry in entries:
+            if entry.name.startswith(stem) and entry.name.removeprefix(stem).isdigit():
+                os.unlink(entry.path)
+
+
+@contextlib.contextmanager
+def atomic_publish(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; on leaving it becomes `path` at once, on an exception it is removed.
+
+    A link is followed: what it points to is replaced, the link stays.
+
+    Raises:
+        OutputError: the file cannot be written, synced or renamed.
+    """
+    target = Path(os.path.realpath(path))
+    temp = target.with_name(f"{_temp_stem(target)}{os.getpid()}")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temp)
+        os.close(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        yield temp
+        _sync(temp)
+        os.replace(temp, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise output_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temp)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class OutputLock:
+    """An exclusive `flock` on a file that holds the holder's pid and host as text.
+
+    The file is kept, for a removed one could be locked by two. The kernel frees the lock when the
+    process dies, so there are no stale ones. `is_held` is False where the file system has no
+    locks (some network mounts): the run goes on unguarded.
+    """
+
+    def __init__(self, fd: int, is_held: bool) -> None:
+        self._fd = fd
+        self.is_held = is_held
+
+    @classmethod
+    def acquire(cls, path: Path, output: Path) -> OutputLock:
+        """Lock `path` on behalf of `output`, at once or not at all.
+
+        Raises:
+            OutputError: another process holds it (named by pid and host), or it cannot be made.
+        """
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            raise output_error(path, error) from error
+        try:
+            is_held = _flock(fd, output)
+            if is_held:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+        except OSError as error:
+            os.close(fd)
+            raise output_error(path, error) from error
+        except OutputError:
+            os.close(fd)
+            raise
+        return cls(fd, is_held)
+
+    def release(self) -> None:
+        """Free the lock; a second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _flock(fd: int, output: Path) -> bool:
+    """True when locked, False where the file system cannot."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        pid, _, host = os.pread(fd, 300, 0).decode("utf-8", "replace").strip().partition(" ")
+        raise OutputError(
+            f"{printable(str(output))} is being written by another run: process {printable(pid or 'unknown')} "
+            f"on {printable(host or 'this machine')}; wait for it, stop it, or choose another -o"
+        ) from error
+    except OSError as error:
+        if error.errno in _NO_LOCKS_HERE:
+            return False
+        raise
+    return True

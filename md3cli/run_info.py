@@ -1,0 +1,227 @@
+"""run.json: what a run was asked, with what, how it went; and whether OUTPUT is this run's to resume.
+
+Knows nothing of how records are made. The document's keys: `schema`, `identity` (what must be equal
+for a resume), `versions`, `model`, `root` (the folder that record images are relative to),
+`arguments` of the last start, `counts`, `stages` (seconds by stage, of all starts) and `starts`
+(when, where, how it ended). Written whole by rename, so a reader never sees half of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from md3cli.errors import OutputMismatchError
+from md3cli.publish import atomic_publish
+from md3cli.records import RecordDict, Request, RunIdentity, Task, printable, request_id
+
+RUN_SCHEMA = "md3-run/1"
+STARTS_KEPT = 1000
+RECORDS_NAME = "records.jsonl"
+_PACKAGES = ("md3cli", "torch", "tokenizers", "safetensors", "numpy", "pillow", "pyarrow")
+_SHOWN_LIMIT_CHARS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPaths:
+    """The files of a run beside (or inside) OUTPUT."""
+
+    journal: Path
+    run_info: Path
+    lock: Path
+
+
+def output_paths(output: Path, *, is_folder: bool, is_journal: bool) -> OutputPaths:
+    """Where a run's own files stand for OUTPUT.
+
+    `is_folder`: OUTPUT is a run folder. `is_journal`: OUTPUT is the records file itself.
+    """
+    if is_folder:
+        return OutputPaths(output / RECORDS_NAME, output / "run.json", output / f"{RECORDS_NAME}.lock")
+    journal = output if is_journal else output.with_name(f"{output.name}.{RECORDS_NAME}")
+    return OutputPaths(journal, output.with_name(f"{output.name}.run.json"), output.with_name(f"{output.name}.lock"))
+
+
+def identity_of(requests: Sequence[Request], run: RunIdentity, root: str) -> dict[str, Any]:
+    """What two runs must share for the second to resume the first, as JSON."""
+    return _as_json({"requests": [asdict(request) for request in requests], **asdict(run), "root": printable(root)})
+
+
+def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value` as it comes back from a file: tuples are lists, task names are strings."""
+    document: dict[str, Any] = json.loads(json.dumps(value))
+    return document
+
+
+@dataclass(slots=True)
+class RunCounts:
+    """Requests by outcome, over all starts."""
+
+    ok: int = 0
+    failed: int = 0
+    errors: Mapping[str, int] = field(default_factory=dict)
+
+
+class RunDocument:
+    """run.json of the run under way; held by the process that holds the output's lock."""
+
+    def __init__(self, path: Path, document: dict[str, Any]) -> None:
+        self._path = path
+        self._document = document
+        self._started_at = time.monotonic()
+        self._stages_before: dict[str, float] = dict(document["stages"])
+
+    @classmethod
+    def begin(
+        cls,
+        path: Path,
+        *,
+        identity: Mapping[str, Any],
+        arguments: Sequence[str],
+        root: str,
+        is_resume: bool,
+        num_records_found: int = 0,
+    ) -> RunDocument:
+        """Note a start in `path`, on top of what an earlier start left there.
+
+        Raises:
+            OutputMismatchError: `is_resume`, and the earlier run was another; names the differences.
+            OutputError: it cannot be written.
+        """
+        earlier = _read(path) if is_resume else {}
+        if "identity" in earlier:
+            _refuse_other(path, earlier["identity"], _as_json(identity))
+        starts = earlier.get("starts")
+        stages = earlier.get("stages")
+        start = {
+            "started": _now(),
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "arguments": [printable(argument) for argument in arguments],
+            "records_found": num_records_found,
+            "ended": None,
+            "elapsed_s": None,
+            "exit_status": None,
+        }
+        document = {
+            "schema": RUN_SCHEMA,
+            "identity": _as_json(identity),
+            "versions": _versions(),
+            "model": identity.get("model"),
+            "root": printable(root),
+            "arguments": start["arguments"],
+            "counts": earlier.get("counts"),
+            "stages": dict(stages) if isinstance(stages, dict) else {},
+            "starts": [*(starts if isinstance(starts, list) else []), start][-STARTS_KEPT:],
+        }
+        run = cls(path, document)
+        run._write()
+        return run
+
+    def finish(self, counts: RunCounts, stages_s: Mapping[str, float], exit_status: int) -> None:
+        """Note how this start ended; seconds by stage are added to those of earlier starts.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        stages = dict(self._stages_before)
+        for stage, seconds in stages_s.items():
+            stages[stage] = round(stages.get(stage, 0.0) + seconds, 3)
+        self._document["counts"] = asdict(counts)
+        self._document["stages"] = stages
+        elapsed_s = round(time.monotonic() - self._started_at, 3)
+        self._document["starts"][-1] |= {"ended": _now(), "elapsed_s": elapsed_s, "exit_status": exit_status}
+        self._write()
+
+    def _write(self) -> None:
+        text = json.dumps(self._document, ensure_ascii=False, indent=1)
+        with atomic_publish(self._path) as temp:
+            temp.write_text(text + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What an earlier start wrote; empty where it is missing or not ours (then the records decide)."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    is_ours = isinstance(document, dict) and document.get("schema") == RUN_SCHEMA
+    return document if is_ours and isinstance(document.get("identity"), dict) else {}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """The leaves in which two JSON values differ, each as `name: old, now new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        pairs = [(f"{name}.{key}" if name else key, old.get(key), new.get(key)) for key in keys]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{name}[{i}]", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return [] if old == new else [f"{name}: {_shown(old)}, now {_shown(new)}"]
+    return [line for pair_name, a, b in pairs for line in differences(a, b, pair_name)]
+
+
+def _shown(value: Any) -> str:
+    text = printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return text if len(text) <= _SHOWN_LIMIT_CHARS else text[: _SHOWN_LIMIT_CHARS - 1] + "…"
+
+
+def _refuse_other(path: Path, old: Any, new: Any) -> None:
+    found = [line.removeprefix("requests[0].") for line in differences(old, new)]
+    if found:
+        raise OutputMismatchError(
+            f"OUTPUT was begun by another run ({printable(str(path))}): {'; '.join(found)}. "
+            "Choose another -o, repeat the earlier command, or --overwrite to start over"
+        )
+
+
+def check_first_record(record: RecordDict, requests: Sequence[Request], run: RunIdentity) -> None:
+    """Whether records without a run.json can come from this command; `record` is any first one of them.
+
+    Compared: the model, then for a command that names its requests (`requests` empty: a manifest
+    does) task and prompt, then all settings by the record's id.
+
+    Raises:
+        OutputMismatchError: they cannot; names the difference.
+    """
+    if record.get("model") != run.model:
+        _refuse_record(f"model: {_shown(record.get('model'))}, now {_shown(run.model)}")
+    if not requests:
+        return
+    asked = [(request.task, request.prompt) for request in requests]
+    if (record.get("task"), record.get("prompt")) not in asked:
+        _refuse_record(f"task and prompt: {_shown([record.get('task'), record.get('prompt')])}, now {_shown(asked)}")
+    image = record.get("image")
+    if record["id"] not in {request_id(image, request, run) for request in requests}:
+        length = f" (length {record['length']})" if record.get("task") == Task.CAPTION else ""
+        _refuse_record(f"settings of the {record.get('task')} request{length}, such as --temperature or --dtype")
+
+
+def _refuse_record(difference: str) -> None:
+    raise OutputMismatchError(
+        f"OUTPUT was begun by another run: {difference}. "
+        "Choose another -o, repeat the earlier command, or --overwrite to start over"
+    )
