@@ -12,8 +12,13 @@ import torch
 from PIL import Image
 from reference import network as net
 from reference.preprocess import crops_of, tiling_of
+from reference.random_models import draw_network
 from reference.reading import VISION, read_network
-from reference.skills import Encoded, Model, answer, stream_pieces, svg_path
+from reference.sequence import Encoded, Model
+from reference.skills import answer
+from reference.texts import stream_pieces, svg_path
+from reference.writing import FORMATS as WRITTEN_FORMATS
+from reference.writing import formats_of, write_checkpoint
 from tokenizers import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -156,3 +161,22 @@ def test_paths(any_model: Model) -> None:
 def test_encodings(any_model: Model) -> None:
     for case in UNITS["encode"]:
         assert any_model.tokens_of(case["text"]) == case["ids"]
+
+
+@pytest.mark.parametrize("seed", [1, 4])
+def test_what_is_written_is_read_back(seed: int, tmp_path: Path) -> None:
+    network = draw_network(seed, dense=seed == 4)
+    assert set(formats_of(network.config)) == {f for f in WRITTEN_FORMATS if seed != 4 or not f.endswith("fp8")}
+    for form in formats_of(network.config):
+        back = read_network(write_checkpoint(network, tmp_path / form, form))
+        lossy = {"original-fp8": 0.05, "raw-fp8": 0.05, "int4": 0.2}.get(form, 0.0)
+        expected = {name for name in network.tensors if form != "hf-port" or not name.startswith("region.ln.")}
+        assert back.tensors.keys() == expected
+        for name in expected:
+            np.testing.assert_allclose(back.tensors[name], network.tensors[name], rtol=0, atol=lossy, err_msg=name)
+
+
+def test_a_seed_decides_the_model() -> None:
+    first, again, other = draw_network(3), draw_network(3), draw_network(7)
+    assert first.config == again.config != other.config
+    assert all(torch.equal(first.tensors[name], again.tensors[name]) for name in first.tensors)
