@@ -1,0 +1,239 @@
+"""The decode pool: pictures are read and cut in worker processes, so that a bad one costs one record.
+
+A C decoder that crashes, loops or eats memory takes its worker with it and nothing else: the picture
+fails with `decoder_crash`, `timeout` or `too_large`, the worker is replaced, the pool goes on. Knows
+nothing of models or records. Comes in: `ImageItem`. Goes out: a future of `PreparedImage`.
+
+How it works: each thread of an executor owns one worker process (decode_worker.py), sends it what to
+open and receives the crops straight into the array the caller gets. Nothing a worker says is trusted
+further than its size: the number of crops follows from width and height, here. Pixels come through a
+socket, which costs 2 ms a picture; a file in shared memory would cost 1 ms less, but falls under the
+run's file size limit (RLIMIT_FSIZE), which is there to stop outputs, not pictures.
+
+Workers are fresh interpreters, not forks of a process with threads and a CUDA context.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from md3cli.decode_worker import Channel, Setup
+from md3cli.errors import ImageError, InputError
+from md3cli.images import CropConfig, ImageLimits, PreparedImage, prepare_image, select_tiling
+from md3cli.pixels import parse_background
+from md3cli.records import ERROR_TYPES, ImageItem
+
+_START_TIMEOUT_S = 60.0  # a worker needs 0.2 s here, many seconds where Python lies on a cold network disk
+_WORKER_CODE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from md3cli.decode_worker import serve; serve()"
+)
+
+
+class DecodePool:
+    """Reads and cuts pictures in `num_workers` processes, started one by one as work comes in.
+
+    `num_workers` 0 does the same work in the calling thread, without deadline or protection: the plain
+    path that tests compare with. `submit` never waits, and a result is 4 to 6 MB for a photograph
+    (77 MB for the most extreme shape): the caller bounds memory by the futures it keeps outstanding.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        crop_config: CropConfig,
+        limits: ImageLimits,
+        *,
+        background: str | None = None,
+        timeout_s: float = 20.0,
+    ) -> None:
+        """`timeout_s` is for one picture, without its wait for another huge one.
+
+        Raises:
+            UsageError: `background` is no colour.
+        """
+        parse_background(background)
+        self._setup = Setup(crop_config, limits, background)
+        self._timeout_s = timeout_s
+        self._threads = ThreadPoolExecutor(num_workers, "decode") if num_workers > 0 else None
+        self._of_thread = threading.local()
+        self._workers: set[_Worker] = set()
+        self._lock = threading.Lock()  # guards _workers and _is_closed
+        self._is_closed = False
+        self._huge = threading.Lock()  # held while a huge picture has its pixels in memory
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def submit(self, item: ImageItem) -> Future[PreparedImage]:
+        """The future of a picture.
+
+        It raises ImageError; CancelledError when the pool was closed first; InputError when no worker
+        can be started, which ends the run.
+        """
+        if self._threads is not None:
+            return self._threads.submit(self._decode_in_worker, item)
+        done: Future[PreparedImage] = Future()
+        try:
+            done.set_result(prepare_image(item, self._setup.crop_config, self._setup.limits, self._setup.background))
+        except ImageError as error:
+            done.set_exception(error)
+        return done
+
+    def close(self) -> None:
+        """End the workers at once; what was not finished is cancelled. May be called twice."""
+        with self._lock:
+            self._is_closed = True
+            workers = list(self._workers)
+        for worker in workers:
+            worker.kill()
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+        for worker in workers:  # only now: a thread may have been reading
+            worker.close()
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that were started and not found dead yet."""
+        with self._lock:
+            return sorted(worker.pid for worker in self._workers)
+
+    def _decode_in_worker(self, item: ImageItem) -> PreparedImage:
+        try:
+            return self._worker_of_thread().decode(item, self._timeout_s, self._huge)
+        except Exception:
+            if self._is_closed:  # close() killed the worker: no fault of the picture
+                raise CancelledError from None
+            raise
+
+    def _worker_of_thread(self) -> _Worker:
+        worker: _Worker | None = getattr(self._of_thread, "worker", None)
+        if worker is not None:
+            if worker.is_alive():
+                return worker
+            worker.close()  # lost over the last picture, or died between two: not this picture's fault
+            with self._lock:
+                self._workers.discard(worker)
+        worker = self._of_thread.worker = _Worker(self._setup)
+        with self._lock:
+            self._workers.add(worker)
+            is_closed = self._is_closed
+        if is_closed:  # close() did not see this one
+            worker.kill()
+        worker.wait_until_ready()
+        return worker
+
+
+class _Worker:
+    """The parent's end of one worker process; used by one thread, killed from any."""
+
+    def __init__(self, setup: Setup) -> None:
+        """Start the process; it dies when the thread that calls this does."""
+        self._setup = setup
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-P",
+                    "-c",
+                    _WORKER_CODE,
+                    json.dumps(sys.path),
+                    str(theirs.fileno()),
+                    str(os.getpid()),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,  # for the reason when it cannot start; a started worker writes nothing there
+                pass_fds=(theirs.fileno(),),
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                process_group=0,  # Ctrl-C and Ctrl-Z at the terminal are for the parent to handle
+            )
+        self._channel = Channel(ours)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def wait_until_ready(self) -> None:
+        """Raises InputError: nothing can be decoded on this machine, which is no picture's fault."""
+        try:
+            self._channel.send(asdict(self._setup))
+            self._channel.receive(_START_TIMEOUT_S)
+        except (OSError, EOFError) as error:  # TimeoutError is an OSError
+            self.kill()
+            assert self._process.stderr is not None
+            said = self._process.stderr.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
+            raise InputError(
+                f"a decode worker could not start ({said or 'it said nothing'}); try md3 doctor"
+            ) from error
+
+    def decode(self, item: ImageItem, timeout_s: float, huge: threading.Lock) -> PreparedImage:
+        """Raises ImageError: as the worker reports it, or `timeout` and `decoder_crash`, which end the worker."""
+        try:
+            self._channel.send({"name": item.name, "path": item.path, "offset": item.offset, "size": item.size})
+            answer = self._channel.receive(timeout_s)
+            if "num_pixels" not in answer:
+                return self._receive_picture(answer, timeout_s)
+            with huge:
+                self._channel.send({})
+                return self._receive_picture(self._channel.receive(timeout_s), timeout_s)
+        except TimeoutError as error:
+            self.kill()
+            raise ImageError("timeout", f"not decoded within {timeout_s:g} s (--decode-timeout)") from error
+        except (OSError, EOFError, LookupError, TypeError, ValueError) as error:
+            raise ImageError("decoder_crash", self._how_it_ended()) from error
+
+    def _receive_picture(self, answer: dict[str, Any], timeout_s: float) -> PreparedImage:
+        if "type" in answer:
+            if answer["type"] not in ERROR_TYPES:
+                raise ValueError
+            raise ImageError(answer["type"], str(answer["message"]))
+        width, height, sha256 = int(answer["width"]), int(answer["height"]), str(answer["sha256"])
+        num_pixels = width * height
+        if not (0 < num_pixels <= self._setup.limits.max_pixels and re.fullmatch("[0-9a-f]{64}", sha256)):
+            raise ValueError
+        tiling = select_tiling(width, height, self._setup.crop_config)
+        side = self._setup.crop_config.crop_size
+        crops = np.empty((1 + tiling.rows * tiling.cols, side, side, 3), np.uint8)
+        self._channel.receive_into(crops.data.cast("B"), timeout_s)
+        return PreparedImage(crops, tiling, width, height, sha256)
+
+    def _how_it_ended(self) -> str:
+        try:
+            status = self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return "the decoder stopped making sense"
+        if status >= 0:
+            return f"the decoder ended with status {status}"
+        return f"the decoder died of signal {-status} ({signal.strsignal(-status)})"
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """Free what a killed worker's handle holds open."""
+        self._channel.close()
+        assert self._process.stderr is not None
+        self._process.stderr.close()

@@ -1,0 +1,157 @@
+"""The worker's side of the decode pool, and the wire between the two sides.
+
+A worker is a fresh interpreter that imports numpy and Pillow only. It is told once how to cut, then
+gets a picture per message and answers with a message and the raw crops, until the other side is
+gone. Knows nothing of pools, deadlines or models.
+
+The wire is a Unix socketpair carrying JSON messages behind a 4-byte length, and raw pixels. Nothing
+is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from md3cli.errors import ImageError
+from md3cli.images import CropConfig, ImageLimits, prepare_image
+from md3cli.pixels import start_pillow
+from md3cli.records import ImageItem
+
+HUGE_PIXELS = 50_000_000  # above this, one picture at a time in the whole pool: 200 Mpx take 1.6 GB while turned
+_SLICE_S = 0.5
+_MAX_MESSAGE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What every worker is told once."""
+
+    crop_config: CropConfig
+    limits: ImageLimits
+    background: str | None
+
+
+class Channel:
+    """JSON messages and raw bytes over a blocking Unix socket, with a deadline for each receive.
+
+    Every receive raises TimeoutError, and EOFError when the other side is gone or makes no sense.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        # A kernel timeout instead of settimeout(): the socket stays blocking, so that MSG_WAITALL can fetch
+        # all crops in one call, with one wait for the interpreter's lock instead of one per 200 KB.
+        seconds, fraction = divmod(_SLICE_S, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(seconds), int(fraction * 1e6)))
+
+    def send(self, message: dict[str, Any]) -> None:
+        text = json.dumps(message).encode()  # ASCII: lone surrogates of odd file names survive as \udcNN
+        self._socket.sendall(len(text).to_bytes(4) + text)
+
+    def send_bytes(self, data: memoryview) -> None:
+        self._socket.sendall(data)
+
+    def receive(self, timeout_s: float | None) -> dict[str, Any]:
+        """The next message."""
+        length = bytearray(4)
+        self.receive_into(memoryview(length), timeout_s)
+        num_bytes = int.from_bytes(length)
+        if num_bytes > _MAX_MESSAGE_BYTES:
+            raise EOFError
+        text = bytearray(num_bytes)
+        self.receive_into(memoryview(text), timeout_s)
+        try:
+            message = json.loads(text)
+        except ValueError as error:
+            raise EOFError from error
+        if not isinstance(message, dict):
+            raise EOFError
+        return message
+
+    def receive_into(self, view: memoryview, timeout_s: float | None) -> None:
+        """Fill `view`.
+
+        Time is counted in waits that ended too early, not read from a clock: a process that was
+        stopped and continued (Ctrl-Z, a frozen container) has not used up its pictures' time.
+        """
+        waited_s = 0.0
+        while view.nbytes:
+            try:
+                num_received = self._socket.recv_into(view, 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                num_received = -1
+            except OSError as error:
+                raise EOFError from error
+            if num_received == 0:
+                raise EOFError
+            view = view[max(num_received, 0) :]
+            waited_s += _SLICE_S
+            if view.nbytes and timeout_s is not None and waited_s >= timeout_s:
+                raise TimeoutError
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def serve() -> None:
+    """Life of a worker: set up, say so, then a picture per message until the other side is gone."""
+    _isolate(parent_pid=int(sys.argv[3]))
+    channel = Channel(socket.socket(fileno=int(sys.argv[2])))
+    message = channel.receive(None)
+    setup = Setup(CropConfig(**message["crop_config"]), ImageLimits(**message["limits"]), message["background"])
+    start_pillow()
+    _limit_memory(setup.limits)
+    channel.send({})
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # libtiff and libjpeg write there at will
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            _serve_one(channel, ImageItem(**channel.receive(None)), setup)
+
+
+def _serve_one(channel: Channel, item: ImageItem, setup: Setup) -> None:
+    def wait_if_huge(num_pixels: int) -> None:
+        if num_pixels > HUGE_PIXELS:
+            channel.send({"num_pixels": num_pixels})
+            channel.receive(None)
+
+    try:
+        picture = prepare_image(item, setup.crop_config, setup.limits, setup.background, on_header=wait_if_huge)
+    except ImageError as error:
+        channel.send({"type": error.type, "message": str(error)})
+        return
+    channel.send({"width": picture.width, "height": picture.height, "sha256": picture.sha256})
+    channel.send_bytes(picture.crops.data.cast("B"))
+
+
+def _isolate(parent_pid: int) -> None:
+    """Leave stopping to the parent, die with it, leave no core dump, be the first to go when memory runs out."""
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(stop, signal.SIG_IGN)  # sent to a whole service, they would make bad records of good pictures
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)  # of the *thread* that started this process
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+            score.write("500")
+    if os.getppid() != parent_pid:  # it died before the lines above
+        os._exit(0)
+
+
+def _limit_memory(limits: ImageLimits) -> None:
+    """Address space for the file, four pictures of 4 bytes a pixel (WebP's canvases, one turned, one RGB), and us."""
+    most = limits.max_file_size + 16 * limits.max_pixels + (1 << 30)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
