@@ -1,0 +1,182 @@
+"""The `md3` program: its commands, loaded when they are called, and the one place that ends it.
+
+Every `Md3Error` becomes one line and an exit status here and nowhere else. The settings of
+`md3.toml` and the environment reach the commands here too, as defaults of their options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import typer.main
+from typer.core import TyperCommand, TyperGroup, TyperOption
+
+from md3cli import __version__
+from md3cli.errors import ConfigError, Md3Error
+from md3cli.records import printable
+from md3cli.settings import OptionName, Options, Setting, read_layers, resolve_settings
+from md3cli.signals import Interrupted
+
+COMMANDS: Mapping[str, str] = {  # name -> help in the list; the modules in md3cli/commands have the same names
+    "caption": "Describe every image.",
+    "query": "Ask questions of every image, or of the model alone.",
+    "detect": "Find objects and draw boxes around them.",
+    "point": "Point at objects.",
+    "segment": "Outline an object.",
+    "run": "Several tasks in one pass, or a manifest of mixed requests.",
+    "doctor": "What works here, and what to do about the rest.",
+}
+NOT_SETTINGS = frozenset({"help", "version", "install-completion", "show-completion"})
+
+
+class LazyGroup(TyperGroup):
+    """Commands as named stubs until one is called; then its module is imported in the stub's place."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**attrs)
+        self.commands = {name: TyperCommand(name=name, help=help) for name, help in COMMANDS.items()}
+        self._settings: dict[str, Setting] = {}
+        self._is_debug = False
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Called once the command is known and before its arguments are parsed."""
+        if args and args[0] in COMMANDS:
+            self._is_debug = "--debug" in args
+            self.commands[args[0]] = load_command(args[0])
+            if not ctx.resilient_parsing and not {"-h", "--help"} & set(args):
+                ctx.default_map = {args[0]: self._read_settings(args[0])}
+        return super().resolve_command(ctx, args)
+
+    def _read_settings(self, name: str) -> dict[str, Any]:
+        """What environment and config files say, as defaults of the command and of its subcommands."""
+        commands = {other: partial(options_of, other) for other in COMMANDS}
+        self._settings = resolve_settings(read_layers(os.environ, Path.cwd()), name, options_of(name), commands)
+        values = {parameter: setting.value for parameter, setting in self._settings.items()}
+        self._is_debug = self._is_debug or bool(values.get("debug"))
+        return values | dict.fromkeys(getattr(self.commands[name], "commands", {}), values)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, and end the program as its outcome says."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Interrupted as stop:
+            raise typer.Exit(stop.exit_status) from stop
+        except BrokenPipeError:
+            _end_quietly()
+        except typer.BadParameter as error:
+            setting = self._settings.get(getattr(error.param, "name", None) or "")
+            if setting is None or not _is_from_settings(error):
+                raise
+            self._end(ConfigError(f"{setting.place}: {error.message}"))
+        except Exception as error:
+            if hasattr(error, "format_message"):  # the parser's own: usage, told by the parser
+                raise
+            self._end(error)
+
+    def _end(self, error: Exception) -> NoReturn:
+        """Say what went wrong in one line, and end with its status; with --debug show where."""
+        if self._is_debug:
+            traceback.print_exception(error, file=sys.stderr)
+        if isinstance(error, Md3Error):
+            message, status = str(error), error.exit_status
+        else:
+            message, status = f"unexpected {type(error).__name__}: {error} (run with --debug to see where)", 1
+        typer.echo(f"error: {printable(message.strip())}", err=True)
+        raise typer.Exit(status) from error
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parser's, except that a reader of stdout who has left is no failure."""
+        try:
+            try:
+                return super().main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            _end_quietly()
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):
+                _end_quietly()
+            raise
+
+
+def _is_from_settings(error: typer.BadParameter) -> bool:
+    if error.ctx is None or error.param is None or error.param.name is None:
+        return False
+    source = error.ctx.get_parameter_source(error.param.name)
+    return source is not None and source.name == "DEFAULT_MAP"
+
+
+def _end_quietly() -> NoReturn:
+    """Status 0, and nothing more said when the interpreter flushes stdout at its end."""
+    with contextlib.suppress(OSError, ValueError):  # stdout is no file here
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+
+
+def load_command(name: str) -> Any:
+    """The parser of command `name`, from the `app` of its module."""
+    module = import_module(f"md3cli.commands.{name}")
+    command = typer.main.get_command(module.app)
+    command.name = name
+    command.context_settings = {**command.context_settings, "help_option_names": ["-h", "--help"]}
+    return command
+
+
+def options_of(name: str) -> Options:
+    """The options of command `name` and of its subcommands, by long name without dashes."""
+    command = load_command(name)
+    options: dict[str, OptionName] = {}
+    for part in (command, *getattr(command, "commands", {}).values()):
+        for option in part.params:
+            if isinstance(option, TyperOption) and option.name is not None:
+                options |= _option_names(option)
+    return {key: option for key, option in options.items() if key not in NOT_SETTINGS}
+
+
+def _option_names(option: TyperOption) -> dict[str, OptionName]:
+    assert option.name is not None
+    names: dict[str, OptionName] = {}
+    for spellings, is_negated in ((option.opts, False), (option.secondary_opts, True)):
+        for spelling in spellings:
+            if spelling.startswith("--"):
+                names[spelling[2:]] = OptionName(option.name, bool(option.is_flag), is_negated, option.multiple)
+    return names
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help starts in half the time; the commands' long ones are set in panels
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    epilog="Every option can also be set in md3.toml or as MD3_NAME in the environment.",
+)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"md3 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def md3(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Annotate image collections with Moondream 3: captions, answers, boxes, points and outlines.
+
+    Begin with: md3 detect examples/scenes "red circle" --model tiny
+    """

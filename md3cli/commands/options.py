@@ -1,0 +1,259 @@
+"""The options that all annotating commands share, declared once.
+
+`AnnotateOptions` is a dataclass whose fields carry their command line declaration (annotating.py
+makes the parser see them) and which turns the typed values into a `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from md3cli import config
+from md3cli.commands.values import (
+    checked,
+    number_or_auto,
+    one_of,
+    parse_bytes,
+    parse_count,
+    parse_fail_on,
+    parse_shard,
+    parse_spatial_ref,
+)
+from md3cli.records import Request, Task
+
+_output = functools.partial(typer.Option, rich_help_panel="Output")
+_input = functools.partial(typer.Option, rich_help_panel="Input")
+_model = functools.partial(typer.Option, rich_help_panel="Model")
+_answers = functools.partial(typer.Option, rich_help_panel="Answers")
+_limits = functools.partial(typer.Option, rich_help_panel="Limits")
+_display = functools.partial(typer.Option, rich_help_panel="Display")
+
+FORMATS = ("jsonl", "coco", "parquet", "csv", "yolo", "voc", "labelstudio", "hf", "overlay", "txt", "html")
+
+OneInput = Annotated[
+    str, typer.Argument(metavar="INPUT", help="Image, folder, quoted glob, manifest, tar, URL, or - for stdin.")
+]
+Objects = Annotated[list[str], typer.Argument(metavar="OBJECT", help="What to look for.")]
+MaxObjects = Annotated[int, typer.Option("--max-objects", min=1, help="Stop after so many in one image.")]
+
+
+SpatialRefs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--spatial-ref",
+        metavar="X,Y|X0,Y0,X1,Y1",
+        callback=checked(parse_spatial_ref),
+        help="A place in the image the prompt is about, 0-1; may be repeated.",
+    ),
+]
+
+
+def spatial_refs(texts: Sequence[str] | None) -> tuple[tuple[float, ...], ...]:
+    """The values of `--spatial-ref`."""
+    return tuple(parse_spatial_ref(text) for text in texts or ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateOptions:
+    """Every option of product.md's table, and what narrows and guards INPUT."""
+
+    output: Annotated[
+        Path | None,
+        _output("--output", "-o", help="File or folder to write; without it a table or JSON Lines on stdout."),
+    ] = None
+    format: Annotated[
+        list[str] | None,
+        _output(
+            "--format",
+            "-f",
+            callback=checked(one_of(*FORMATS)),
+            help="Format of OUTPUT where its suffix does not say; several make a run folder.",
+        ),
+    ] = None
+    resume: Annotated[
+        bool, _output("--resume/--overwrite", help="Go on with what stands in OUTPUT, or start over.")
+    ] = True
+    retry_failed: Annotated[bool, _output("--retry-failed", help="Do the failed records of OUTPUT again.")] = False
+    fail_on: Annotated[
+        str,
+        _output(
+            "--fail-on",
+            metavar="none|any|N%",
+            callback=checked(parse_fail_on),
+            help="When failed records make the exit status 3.",
+        ),
+    ] = "any"
+
+    recursive: Annotated[bool, _input("--recursive/--no-recursive", help="Look into sub-folders.")] = True
+    include: Annotated[
+        list[str] | None, _input("--include", metavar="GLOB", help="Only images whose name matches.")
+    ] = None
+    exclude: Annotated[list[str] | None, _input("--exclude", metavar="GLOB", help="No images whose name matches.")] = (
+        None
+    )
+    limit: Annotated[int | None, _input("--limit", metavar="N", min=0, help="Stop after N images.")] = None
+    shard: Annotated[
+        str | None,
+        _input(
+            "--shard",
+            metavar="I/N",
+            callback=checked(parse_shard),
+            help="Only part I of N, by a hash of the image's name.",
+        ),
+    ] = None
+    root: Annotated[
+        Path | None,
+        _input("--root", metavar="DIR", help="Where a manifest's paths start, and what they may not leave."),
+    ] = None
+    remote: Annotated[bool, _input("--remote", help="Fetch the URLs inside a manifest.")] = False
+    follow_links: Annotated[bool, _input("--follow-links", help="Look into linked folders.")] = False
+    dry_run: Annotated[
+        bool, _input("--dry-run", "-n", help="Count images, requests, crops and bad files; no model.")
+    ] = False
+
+    model: Annotated[
+        str,
+        _model(
+            "--model", "-m", help="moondream3, moondream3.1, tiny, a Hugging Face repo id, or a local folder or file."
+        ),
+    ] = config.DEFAULT_MODEL
+    revision: Annotated[str | None, _model("--revision", help="Revision of the repo.")] = None
+    tokenizer: Annotated[str | None, _model("--tokenizer", help="Folder or file of another tokenizer.")] = None
+    adapter: Annotated[str | None, _model("--adapter", help="Folder of a LoRA adapter.")] = None
+    device: Annotated[str, _model("--device", help="auto, cpu, cuda, cuda:1 or mps.")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp32", "fp16"],
+        _model("--dtype", help="auto: bf16, or fp32 where the device is slow at bf16."),
+    ] = "auto"
+    quant: Annotated[
+        Literal["stored", "none", "int8", "int4"],
+        _model("--quant", help="Bits of the weights; stored: as the checkpoint has them."),
+    ] = "stored"
+    batch_size: Annotated[
+        str,
+        _model(
+            "--batch-size",
+            metavar="N|auto",
+            callback=checked(number_or_auto),
+            help="Sequences in flight; auto fits memory.",
+        ),
+    ] = "auto"
+    compile: Annotated[
+        bool | None, _model("--compile/--no-compile", help="Compiled steps; by default where they pay.")
+    ] = None
+    max_context: Annotated[
+        int | None,
+        _model(
+            "--max-context",
+            metavar="N",
+            min=1,
+            max=32768,
+            help="Tokens a sequence may have; by default the model's own.",
+        ),
+    ] = None
+    cache: Annotated[bool, _model("--cache/--no-cache", help="Keep image encodings on disk.")] = True
+    cache_dir: Annotated[Path | None, _model("--cache-dir", help="Where; by default the user's cache folder.")] = None
+    cache_size: Annotated[
+        str, _model("--cache-size", metavar="SIZE", callback=checked(parse_bytes), help="How much.")
+    ] = "20 GB"
+    offline: Annotated[bool, _model("--offline", help="No network at all.")] = False
+
+    temperature: Annotated[float, _answers("--temperature", min=0, help="0 is greedy: a rerun gives the same.")] = 0.0
+    top_p: Annotated[float, _answers("--top-p", min=0, max=1, help="Share of the probability to draw from.")] = 0.9
+    max_tokens: Annotated[int, _answers("--max-tokens", min=1, help="Longest answer.")] = 768
+    seed: Annotated[int, _answers("--seed", help="Of the draws.")] = 0
+
+    max_pixels: Annotated[
+        str,
+        _limits(
+            "--max-pixels",
+            metavar="N",
+            callback=checked(parse_count),
+            help="Larger pictures are refused; 268M.",
+            show_default=False,
+        ),
+    ] = str(2**28)
+    max_file_size: Annotated[
+        str,
+        _limits("--max-file-size", metavar="SIZE", callback=checked(parse_bytes), help="Larger files are refused."),
+    ] = "1G"
+    decode_timeout: Annotated[
+        float, _limits("--decode-timeout", metavar="SECONDS", min=0.001, help="Longest time to open one picture.")
+    ] = 20.0
+    workers: Annotated[
+        str, _limits("--workers", metavar="N|auto", callback=checked(number_or_auto), help="Pictures opened at a time.")
+    ] = "auto"
+    background: Annotated[
+        str,
+        _limits(
+            "--background",
+            metavar="COLOUR",
+            help="Colour to lay transparent pictures on; none drops alpha, as the original does.",
+        ),
+    ] = "none"
+
+    quiet: Annotated[bool, _display("--quiet", help="Errors only.")] = False
+    verbose: Annotated[bool, _display("--verbose", "-v", help="More: every failed image, stage times.")] = False
+    no_progress: Annotated[bool, _display("--no-progress", help="No progress bar.")] = False
+    no_color: Annotated[bool, _display("--no-color", help="No colours; so does NO_COLOR=1.")] = False
+    debug: Annotated[bool, _display("--debug", help="Show where an error comes from.")] = False
+
+    def request(self, task: Task, prompt: str | None = None, **settings: Any) -> Request:
+        """A request of this task with the settings that all tasks share."""
+        shared = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
+        return Request(task=task, prompt=prompt, **(shared | settings))
+
+    def run_config(self, command: str, inputs: Sequence[str], requests: Sequence[Request]) -> config.RunConfig:
+        """What the options say as one value; sizes and shares parsed."""
+        return config.RunConfig(
+            command=command,
+            source=config.SourceOptions(
+                inputs=tuple(inputs),
+                recursive=self.recursive,
+                include=tuple(self.include or ()),
+                exclude=tuple(self.exclude or ()),
+                limit=self.limit,
+                shard=None if self.shard is None else parse_shard(self.shard),
+                root=self.root,
+                remote=self.remote,
+                follow_links=self.follow_links,
+            ),
+            requests=tuple(requests),
+            model=self._model_options(),
+            decode=config.DecodeOptions(
+                max_pixels=parse_count(self.max_pixels),
+                max_file_size=parse_bytes(self.max_file_size),
+                timeout_s=self.decode_timeout,
+                workers=number_or_auto(self.workers),
+            ),
+            output=config.OutputOptions(self.output, tuple(self.format or ()), not self.resume, self.retry_failed),
+            fail_on=parse_fail_on(self.fail_on),
+            is_dry_run=self.dry_run,
+            argv=("md3", *sys.argv[1:]),
+        )
+
+    def _model_options(self) -> config.ModelOptions:
+        return config.ModelOptions(
+            model=self.model,
+            revision=self.revision,
+            tokenizer=self.tokenizer,
+            adapter=self.adapter,
+            device=self.device,
+            dtype=self.dtype,
+            quant=self.quant,
+            batch_size=number_or_auto(self.batch_size),
+            compile=self.compile,
+            cache=self.cache,
+            cache_dir=self.cache_dir,
+            cache_size=parse_bytes(self.cache_size),
+            max_context=self.max_context,
+            offline=self.offline,
+            background=self.background,
+        )

@@ -1,0 +1,58 @@
+"""`md3 run`: several tasks in one pass, or a manifest of mixed requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from md3cli.commands.annotating import annotate, expand_options
+from md3cli.commands.arguments import TaskSpec, may_carry_rows, parse_task
+from md3cli.commands.options import AnnotateOptions, OneInput
+from md3cli.commands.values import checked
+from md3cli.errors import UsageError
+from md3cli.records import Request, Task, printable
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+@expand_options
+def run(
+    input: OneInput,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="SPEC",
+            callback=checked(parse_task),
+            help="caption:long, detect:car,person, point:nose, query:Is it raining?, segment:dog; may be repeated.",
+        ),
+    ] = None,
+    *,
+    options: AnnotateOptions,
+) -> None:
+    """Several tasks in one pass, each image encoded once; or a manifest whose rows carry their own.
+
+    Examples:
+
+        md3 run photos/ --task caption:long --task detect:car,person -o out/
+
+        md3 run requests.csv -o answers.jsonl
+    """
+    requests = requests_of(task or (), options)
+    if not requests and not may_carry_rows(input):
+        raise UsageError(f"nothing to do for {printable(input)}; say what with --task, like --task caption:long")
+    annotate(options.run_config("run", [input], requests), options)
+
+
+def requests_of(specs: Sequence[str], options: AnnotateOptions) -> list[Request]:
+    """The requests of all `--task` SPECs, in the order typed."""
+    return [_request(spec, options) for text in specs for spec in parse_task(text)]
+
+
+def _request(spec: TaskSpec, options: AnnotateOptions) -> Request:
+    if spec.task is Task.CAPTION:
+        return options.request(Task.CAPTION, length=spec.argument or "normal")
+    return options.request(spec.task, spec.argument)

@@ -1,0 +1,120 @@
+"""Values that are typed in a short form: sizes, counts, shares, shards, places in an image.
+
+Every parser raises ValueError with the line to read; `checked` makes an option's callback of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+
+from md3cli.config import FailOn
+
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes, as GNU tools write them: `1G` and `1GiB` are 2**30, `20 GB` is 20 * 10**9.
+
+    Raises:
+        ValueError: not an amount.
+    """
+    match = _AMOUNT.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write it like 500M, 1G or 20 GB")
+    number, prefix, unit = match.groups()
+    base = 1000 if (unit or "").lower() == "b" else 1024
+    return int(float(number) * base ** _POWERS[prefix.lower()])
+
+
+def parse_count(text: str) -> int:
+    """A number with an optional decimal prefix: `268M` is 268,000,000.
+
+    Raises:
+        ValueError: not a number.
+    """
+    match = _AMOUNT.fullmatch(text)
+    if match is None or match[3]:
+        raise ValueError(f"{text!r} is not a number; write it like 50000, 300k or 268M")
+    return int(float(match[1]) * 1000 ** _POWERS[match[2].lower()])
+
+
+def parse_fail_on(text: str) -> FailOn:
+    """`none`, `any` or `N%`.
+
+    Raises:
+        ValueError: none of these.
+    """
+    if text in ("none", "any"):
+        return FailOn(1.0 if text == "none" else 0.0)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
+    if match is None or float(match[1]) > 100:
+        raise ValueError(f"{text!r} is not one of: none, any, or a share like 5%")
+    return FailOn(float(match[1]) / 100)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`i/n` as (i modulo n, n): shards may be counted from 0 to n - 1 or from 1 to n, the parts are the same.
+
+    Raises:
+        ValueError: not two numbers in that range.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[2]) < 1 or int(match[1]) > int(match[2]):
+        raise ValueError(f"{text!r} is not a shard; write it like 0/4, 1/4, 2/4, 3/4")
+    return int(match[1]) % int(match[2]), int(match[2])
+
+
+def parse_spatial_ref(text: str) -> tuple[float, ...]:
+    """A point `X,Y` or a box `X0,Y0,X1,Y1`, 0-1 from the top left.
+
+    Raises:
+        ValueError: not two or four such numbers, or a box turned inside out.
+    """
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (2, 4) or not all(0 <= value <= 1 for value in values):
+        raise ValueError(f"{text!r} is not a point X,Y or a box X0,Y0,X1,Y1 with numbers from 0 to 1")
+    if len(values) == 4 and (values[0] > values[2] or values[1] > values[3]):
+        raise ValueError(f"{text!r} is no box: X0,Y0 is its top left corner, X1,Y1 its bottom right one")
+    return values
+
+
+def checked(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """An option callback that refuses what `parse` raises ValueError for; the text itself is passed on."""
+
+    def check(value: str | Sequence[str] | None) -> Any:
+        for text in [value] if isinstance(value, str) else value or ():
+            try:
+                parse(text)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from error
+        return value
+
+    return check
+
+
+def number_or_auto(text: str) -> int | None:
+    """`auto` as None, or a number of at least 1."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is neither auto nor a number of at least 1")
+    return int(text)
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """A parser that takes these words only."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"{text!r} is not one of: {', '.join(names)}")
+        return text
+
+    return parse

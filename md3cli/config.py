@@ -1,0 +1,109 @@
+"""What a run is to do: one frozen `RunConfig`, made at the edge and passed down by piece.
+
+Plain values only: no parser, no environment, nothing heavy to import. Where the values come from
+is settings.py's business (files, environment) and the commands' (flags, defaults).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from md3cli.records import Request
+
+DEFAULT_MODEL = "moondream3"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """Which pictures: INPUT as typed (several for captions, none for a text-only query) and what narrows it.
+
+    `shard` (i, n) keeps the images whose name hashes to i modulo n.
+    """
+
+    inputs: tuple[str, ...] = ()
+    recursive: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    limit: int | None = None
+    shard: tuple[int, int] | None = None
+    root: Path | None = None
+    remote: bool = False
+    follow_links: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which weights, on what, and how they are run; values as the options of the same names.
+
+    `batch_size` None fits memory, `compile` None is the engine's choice, `max_context` None is
+    config.json's. `device`, `dtype` and `quant` stay as given (`auto`, `stored`).
+    """
+
+    model: str = DEFAULT_MODEL
+    revision: str | None = None
+    tokenizer: str | None = None
+    adapter: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    quant: str = "stored"
+    batch_size: int | None = None
+    compile: bool | None = None
+    cache: bool = True
+    cache_dir: Path | None = None
+    cache_size: int = 20 * 10**9
+    max_context: int | None = None
+    offline: bool = False
+    background: str = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOptions:
+    """How pictures are opened: what is refused unread, how long one may take, how many at a time (None: the cores)."""
+
+    max_pixels: int = 2**28
+    max_file_size: int = 2**30
+    timeout_s: float = 20.0
+    workers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """Where records go. `formats` empty leaves the choice to `path`'s suffix."""
+
+    path: Path | None = None
+    formats: tuple[str, ...] = ()
+    overwrite: bool = False
+    retry_failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FailOn:
+    """When failed records make the exit status 3: above `share` (0-1) of all; `none` is above 1."""
+
+    share: float = 0.0
+
+    def is_met(self, failed: int, total: int) -> bool:
+        return failed > self.share * total
+
+    def __str__(self) -> str:
+        return "none" if self.share >= 1 else "any" if self.share == 0 else f"{self.share:.4%}"
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Everything one annotating run needs to know.
+
+    `command` and `argv` (with the program's name) are for `run.json` and the line that says how to go
+    on; `requests` is what is asked of every image, a manifest may override it row by row.
+    """
+
+    command: str
+    source: SourceOptions
+    requests: tuple[Request, ...]
+    model: ModelOptions = field(default_factory=ModelOptions)
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    fail_on: FailOn = field(default_factory=FailOn)
+    is_dry_run: bool = False
+    argv: tuple[str, ...] = ()

@@ -1,0 +1,189 @@
+"""Options that were not typed: from the environment, `md3.toml` and the user's config folder.
+
+Precedence: flag > `MD3_*` environment > `md3.toml` in the working folder > the same file in the
+user's config folder > default. Keys are the long option names, at the top level (for every command
+that has the option) or in a table named after a command. Flags and defaults belong to the command
+line parser; this file reads the layers between them and knows nothing of the parser.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from md3cli.errors import ConfigError
+from md3cli.records import printable
+
+APP_NAME = "md3cli"
+CONFIG_FILE = "md3.toml"
+ENV_PREFIX = "MD3_"
+
+Options = Mapping[str, "OptionName"]
+
+
+def user_config_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """The user's config folder of this program, by the platform's custom; not created."""
+    return _user_dir(environ, "XDG_CONFIG_HOME", ".config", "Library/Application Support", "APPDATA")
+
+
+def user_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """The user's cache folder of this program, by the platform's custom; not created."""
+    return _user_dir(environ, "XDG_CACHE_HOME", ".cache", "Library/Caches", "LOCALAPPDATA")
+
+
+def _user_dir(environ: Mapping[str, str], xdg: str, unix: str, mac: str, windows: str) -> Path:
+    if sys.platform == "win32":
+        base = Path(environ.get(windows) or Path.home())
+    elif environ.get(xdg):
+        base = Path(environ[xdg])
+    else:
+        base = Path.home() / (mac if sys.platform == "darwin" else unix)
+    return base / APP_NAME
+
+
+@dataclass(frozen=True, slots=True)
+class OptionName:
+    """What a key means to a command: `parameter` is the parser's name of the value.
+
+    `is_negated` marks the off-switch of a pair (`no-cache` of `--cache/--no-cache`).
+    """
+
+    parameter: str
+    is_flag: bool = False
+    is_negated: bool = False
+    is_list: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One place that settings come from: keys for all commands, and tables for one."""
+
+    origin: str
+    common: Mapping[str, Any]
+    tables: Mapping[str, Mapping[str, Any]]
+
+    def place(self, key: str, table: str | None = None) -> str:
+        """How a message names `key` of this layer."""
+        if self.origin == ENV_PREFIX:
+            return ENV_PREFIX + key.upper().replace("-", "_")
+        return f"{self.origin}: {f'[{table}] ' if table else ''}{key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A value from a layer, and the place it stands at, for messages."""
+
+    value: Any
+    place: str
+
+
+def read_layers(environ: Mapping[str, str], folder: Path) -> list[Layer]:
+    """Environment, project file, user file; strongest first.
+
+    Raises:
+        ConfigError: a file cannot be read or is not TOML.
+    """
+    layers = [Layer(ENV_PREFIX, _environment_keys(environ), {})]
+    for path in (folder / CONFIG_FILE, user_config_dir(environ) / CONFIG_FILE):
+        layer = _read_file(path)
+        if layer is not None:
+            layers.append(layer)
+    return layers
+
+
+def _environment_keys(environ: Mapping[str, str]) -> dict[str, str]:
+    names = (name for name in environ if name.startswith(ENV_PREFIX) and environ[name])
+    return {name.removeprefix(ENV_PREFIX).lower().replace("_", "-"): environ[name] for name in names}
+
+
+def _read_file(path: Path) -> Layer | None:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {printable(str(error))}") from error
+    tables = {key: value for key, value in document.items() if isinstance(value, dict)}
+    common = {key: value for key, value in document.items() if key not in tables}
+    return Layer(str(path), common, tables)
+
+
+def resolve_settings(
+    layers: Iterable[Layer], command: str, options: Options, commands: Mapping[str, Callable[[], Options]]
+) -> dict[str, Setting]:
+    """The settings of `command` by parameter name; a table beats a common key, an earlier layer a later one.
+
+    Args:
+        options: by long option name, without the dashes.
+        commands: the options of every command, as calls, since most runs need not know them.
+
+    Raises:
+        ConfigError: a key that no command has, or one that is not of the table's command.
+    """
+    settings: dict[str, Setting] = {}
+    for layer in layers:
+        _check_tables(layer, commands)
+        for table, keys in ((command, layer.tables.get(command, {})), (None, layer.common)):
+            for key, value in keys.items():
+                option = options.get(key)
+                if option is not None:
+                    setting = Setting(_as_typed(value, option, layer.place(key, table)), layer.place(key, table))
+                    settings.setdefault(option.parameter, setting)
+                else:
+                    _check_common(layer, key, commands)
+    return settings
+
+
+def _check_tables(layer: Layer, commands: Mapping[str, Callable[[], Options]]) -> None:
+    for table, keys in layer.tables.items():
+        if table not in commands:
+            raise ConfigError(f"{layer.origin}: [{printable(table)}] is no command{_suggestion(table, commands)}")
+        known = commands[table]()
+        for key in keys:
+            if key not in known:
+                place = printable(layer.place(key, table))
+                raise ConfigError(f"{place}: unknown key; `{table}` has no such option{_suggestion(key, known)}")
+
+
+def _check_common(layer: Layer, key: str, commands: Mapping[str, Callable[[], Options]]) -> None:
+    known = {name for options in commands.values() for name in options()}
+    if key not in known:
+        place = printable(layer.place(key))
+        raise ConfigError(f"{place}: unknown key; no command has such an option{_suggestion(key, known)}")
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _as_typed(value: Any, option: OptionName, place: str) -> Any:
+    """`value` as if it had been typed: text, or a list of texts, or a bool for a flag."""
+    if isinstance(value, list):
+        if not option.is_list or not all(isinstance(item, str | int | float) for item in value):
+            raise ConfigError(f"{place}: a list does not fit here")
+        return [str(item) for item in value]
+    if not isinstance(value, str | int | float):
+        raise ConfigError(f"{place}: expected text, a number or true/false, got {type(value).__name__}")
+    if option.is_flag:
+        return _as_flag(value, place) is not option.is_negated
+    if option.is_list:
+        return shlex.split(value) if isinstance(value, str) and place.startswith(ENV_PREFIX) else [str(value)]
+    return str(value)
+
+
+def _as_flag(value: str | float, place: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    flag = words.get(str(value).lower())
+    if flag is None:
+        raise ConfigError(f"{place}: expected true or false, got {printable(str(value))!r}")
+    return flag

@@ -1,0 +1,87 @@
+"""What a run does with SIGINT, SIGTERM and SIGHUP: the first stops it in order, the second at once.
+
+A handler may interrupt Python anywhere, also between writing a record and noting that it was
+written. So it raises only inside regions that are marked as having nothing to lose (the model
+at work, weights loading); elsewhere it leaves a note that the next marked region acts on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+STATUS_BASE = 128
+SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class Interrupted(BaseException):
+    """The run was asked to stop; not an `Exception`, so that no handler of bad images swallows it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell reports for a program ended by this signal."""
+        return STATUS_BASE + self.signum
+
+
+class StopSignals:
+    """Handlers for the time of a `with` block; a no-op outside the main thread, where Python allows none."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._may_raise = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (getattr(signal, name, None) for name in SIGNAL_NAMES):
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(STATUS_BASE + signum)
+        self.received = signum
+        if self._may_raise:
+            raise Interrupted(signum)
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal has come."""
+        if self.received is not None:
+            raise Interrupted(self.received)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A region where nothing is lost by leaving it anywhere: a signal raises at once."""
+        with self._region(may_raise=True):
+            yield
+
+    @contextmanager
+    def protected(self) -> Iterator[None]:
+        """A region inside an interruptible one that is finished before the signal counts."""
+        with self._region(may_raise=False):
+            yield
+        self.check()
+
+    @contextmanager
+    def _region(self, *, may_raise: bool) -> Iterator[None]:
+        before, self._may_raise = self._may_raise, may_raise
+        try:
+            if may_raise:
+                self.check()
+            yield
+        finally:
+            self._may_raise = before
