@@ -1,0 +1,194 @@
+"""The state machine of a decode step, for all rows at once (Moondream 3 specification, sections 10 and 11).
+
+Rows of all tasks share a batch and differ only in their `Rows` entries. `advance` reads the hidden
+state of every row, takes each row's next decision (a token, a coordinate, a size, stop), and says
+what to feed next. Everything stays on the device; the host gets one small `events` tensor a step.
+
+Shape suffixes: N rows, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from md3cli.model.moondream import Moondream3
+from md3cli.model.region import coord_value, size_value
+from md3cli.model.sampling import sample, uniform
+
+
+class Mode(IntEnum):
+    """What the next decision of a row is about."""
+
+    IDLE = 0  # no sequence, or a finished one
+    TEXT = 1  # caption or answer
+    REASON = 2  # reasoning, grounded points in it
+    X = 3  # detect, point: one more object? then its x, from the same hidden state
+    Y = 4
+    SIZE = 5  # detect: width and height
+    SEGMENT = 6  # box and path tokens
+
+
+class Finish(IntEnum):
+    """Whether a row ended with this decision."""
+
+    NO = 0
+    STOP = 1
+    LENGTH = 2
+
+
+class Rows(NamedTuple):
+    """Per row state, each [N]."""
+
+    mode: Tensor  # int64, Mode
+    is_first: Tensor  # bool: the next decision is the first after a prefill, when nothing is banned
+    is_point: Tensor  # bool: objects without a size
+    emitted: Tensor  # int64: tokens of this phase, or objects
+    limit: Tensor  # int64: max_tokens or max_objects
+    position: Tensor  # int64: where the next input goes; of an idle row always behind its slot's prefix
+    temperature: Tensor  # float32
+    top_p: Tensor  # float32
+    seed: Tensor  # int64
+    draws: Tensor  # int64: decisions so far
+
+    def pick(self, index: Tensor | slice) -> Rows:
+        """The rows at `index` (views for a slice)."""
+        return Rows(*(column[index] for column in self))
+
+    def put(self, index: Tensor | slice, new: Rows) -> None:
+        """Write rows back in place."""
+        for column, value in zip(self, new, strict=True):
+            column[index] = value
+
+
+def idle_rows(num_rows: int, device: torch.device) -> Rows:
+    """Rows without a sequence."""
+
+    def zeros(dtype: torch.dtype) -> Tensor:
+        return torch.zeros(num_rows, dtype=dtype, device=device)
+
+    whole, flag, real = torch.int64, torch.bool, torch.float32
+    kinds = (whole, flag, flag, whole, whole, whole, real, real, whole, whole)
+    return Rows(*(zeros(kind) for kind in kinds))
+
+
+class Event(NamedTuple):
+    """One row's decision, as the host reads it (columns of the events tensor, in this order).
+
+    Masses are probabilities from the model's own distributions: going on rather than stopping, and
+    the softmax mass near the chosen bin (`NEAR_FRACTION` of all bins to each side).
+    """
+
+    mode: int
+    token: int
+    coord_bin: int
+    width_bin: int
+    height_bin: int
+    finish: int
+    continue_mass: float
+    coord_mass: float
+    width_mass: float
+    height_mass: float
+
+
+class Step(NamedTuple):
+    """Result of `advance`: new state, inputs to feed [N, D], events float32 [N, len(Event)]."""
+
+    rows: Rows
+    next_ND: Tensor
+    events: Tensor
+
+
+NEAR_FRACTION = 64  # bins / 64 to each side: 1.6 % of the picture for a coordinate
+
+
+def near_mass(logits: Tensor, bins: Tensor) -> Tensor:
+    """Softmax mass within `bins / NEAR_FRACTION` of the chosen bin: logits [..., n], bins [...] -> [...]."""
+    num_bins = logits.shape[-1]
+    reach = max(1, num_bins // NEAR_FRACTION)
+    distance = (torch.arange(num_bins, device=logits.device) - bins[..., None]).abs()
+    return logits.softmax(dim=-1).masked_fill(distance > reach, 0.0).sum(dim=-1)
+
+
+def _banned_logits(model: Moondream3, logits_NV: Tensor, rows: Rows) -> Tensor:
+    """Logits with the ids that a phase never emits at minus infinity; the first decision bans nothing."""
+    ids = model.config.tokenizer
+    later = ~rows.is_first
+    in_text, in_reasoning = later & (rows.mode == Mode.TEXT), later & (rows.mode == Mode.REASON)
+    for token, banned in ((ids.answer_id, in_text), (ids.eos_id, in_reasoning), (ids.size_id, in_reasoning)):
+        logits_NV[:, token] = logits_NV[:, token].masked_fill(banned, float("-inf"))
+    return logits_NV
+
+
+def _choose_tokens(model: Moondream3, logits_NV: Tensor, rows: Rows, *, is_sampled: bool) -> Tensor:
+    """Every row's token [N]; for objects after the first, coord or eos, whichever scores higher."""
+    ids = model.config.tokenizer
+    goes_on = logits_NV[:, ids.coord_id] >= logits_NV[:, ids.eos_id]
+    logits_NV = _banned_logits(model, logits_NV, rows)
+    if is_sampled:
+        writes_text = (rows.mode == Mode.TEXT) | (rows.mode == Mode.REASON)
+        temperature = rows.temperature.masked_fill(~writes_text, 0.0)
+        token = sample(logits_NV, temperature, rows.top_p, uniform(rows.seed, rows.draws))
+    else:
+        token = logits_NV.argmax(dim=-1)
+    either = torch.where(goes_on, ids.coord_id, ids.eos_id)
+    token = torch.where((rows.mode == Mode.X) & ~rows.is_first, either, token)
+    budget_spent = (rows.mode == Mode.REASON) & (rows.emitted == rows.limit)
+    return torch.where(budget_spent, ids.answer_id, token)
+
+
+def _next_mode(rows: Rows, token: Tensor, answer_id: int) -> Tensor:
+    """The mode after this decision, finishing aside."""
+    mode = rows.mode
+    after_y = torch.where(rows.is_point, int(Mode.X), int(Mode.SIZE))
+    after = torch.where(mode == Mode.X, int(Mode.Y), mode)
+    after = torch.where(mode == Mode.Y, after_y, after)
+    after = torch.where(mode == Mode.SIZE, int(Mode.X), after)
+    return torch.where((mode == Mode.REASON) & (token == answer_id), int(Mode.TEXT), after)
+
+
+def advance(model: Moondream3, rows: Rows, hidden_ND: Tensor, max_context: int, *, is_sampled: bool) -> Step:
+    """Take every row's next decision from its hidden state (before the last LayerNorm)."""
+    ids, region, mode = model.config.tokenizer, model.region, rows.mode
+    logits_NV = model.text.logits(hidden_ND).float()
+    continue_mass = torch.sigmoid(logits_NV[:, ids.coord_id] - logits_NV[:, ids.eos_id])
+    token = _choose_tokens(model, logits_NV, rows, is_sampled=is_sampled)
+
+    coord_logits, size_logits = region.coord_logits(hidden_ND).float(), region.size_logits(hidden_ND).float()
+    coord_bin, size_bins = coord_logits.argmax(dim=-1), size_logits.argmax(dim=-1)
+
+    writes, reasons, segments = mode == Mode.TEXT, mode == Mode.REASON, mode == Mode.SEGMENT
+    starts_object, is_y, is_size = mode == Mode.X, mode == Mode.Y, mode == Mode.SIZE
+    ends = (writes | segments | starts_object) & (token == ids.eos_id)
+    feeds_coord = is_y | (starts_object & ~ends) | ((reasons | segments) & (token == ids.coord_id))
+    feeds_size = is_size | (segments & (token == ids.size_id))
+
+    coord_ND = region.encode_coord(coord_value(coord_bin, region.num_coord_bins))
+    size_ND = region.encode_size(size_value(size_bins, region.num_size_bins))
+    next_ND = torch.where(feeds_coord[:, None], coord_ND, model.text.embed(token))
+    next_ND = torch.where(feeds_size[:, None], size_ND, next_ND)
+
+    turns_to_answer = reasons & (token == ids.answer_id)
+    emits = ((writes | segments) & ~ends) | (reasons & ~turns_to_answer) | is_size | (is_y & rows.is_point)
+    emitted = torch.where(turns_to_answer, 0, rows.emitted + emits.long())
+    is_full = (emits & ~reasons & (emitted >= rows.limit)) | (rows.position >= max_context)
+    is_idle = mode == Mode.IDLE
+    finish = torch.where(ends, int(Finish.STOP), torch.where(is_full, int(Finish.LENGTH), int(Finish.NO)))
+    finish = finish.masked_fill(is_idle, int(Finish.NO))
+    is_over = is_idle | (finish != Finish.NO)
+
+    new_rows = rows._replace(
+        mode=torch.where(is_over, int(Mode.IDLE), _next_mode(rows, token, ids.answer_id)),
+        is_first=turns_to_answer,
+        emitted=emitted,
+        # An idle row is stepped along, not skipped: what it writes must stay inside the cache.
+        position=rows.position.clamp(max=max_context - 1),
+        draws=rows.draws + 1,
+    )
+    bins = (coord_bin, size_bins[:, 0], size_bins[:, 1])
+    masses = (continue_mass, near_mass(coord_logits, coord_bin), *near_mass(size_logits, size_bins).unbind(-1))
+    events = torch.stack([mode, token, *bins, finish, *masses], dim=-1).float()
+    return Step(new_rows, next_ND, events)

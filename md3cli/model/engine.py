@@ -1,0 +1,390 @@
+"""The batch engine: many requests in, answers out as they finish, every decode step as full as it can be.
+
+One life of a request: its prompt is built when it is taken in; when slots are free its picture is
+encoded (`encoder`), the picture's prefix is prefilled into a slot of the KV cache (or copied from a
+slot that holds it already), the prompt is prefilled behind it, and from then on the row takes one
+decision a step (`decoding`) until it is done and its slot is free again. Rows of all tasks mix.
+
+An answer depends on its picture, its prompt and its settings only: rows never look at one another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from md3cli.errors import EngineError, RequestError
+from md3cli.images import CropConfig, PreparedImage
+from md3cli.model.decoding import Event, Mode, Rows, Step, advance, idle_rows
+from md3cli.model.encoder import ImageEncoder
+from md3cli.model.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore, round_up
+from md3cli.model.memory import is_out_of_memory
+from md3cli.model.moondream import Moondream3
+from md3cli.model.plain import prompt_embeddings
+from md3cli.model.prompts import Prompts, Tokenizer
+from md3cli.model.tasks import Answer, Job, Sequence, build_answer
+from md3cli.records import RowFailure, RunIdentity, Task
+
+ATTEND_STEP = 32  # decode attends over a multiple of this many positions, so that shapes repeat
+PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384, "mps": 4096}  # of one prefill pass, padding included
+IDLE_WAIT_S = 0.0005  # between two looks at a source that has nothing ready
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Where the time went, in seconds, and how much was done."""
+
+    prefix_seconds: float = 0.0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    num_prefixes: int = 0
+    num_prefixes_shared: int = 0
+    num_prompt_tokens: int = 0
+    num_steps: int = 0
+    num_decisions: int = 0
+    batch_sizes: list[int] = field(default_factory=list)  # first the planned one, then after each halving
+
+
+class Engine:
+    """Runs jobs on one device. Not thread-safe: one caller drives it."""
+
+    def __init__(
+        self,
+        model: Moondream3,
+        tokenizer: Tokenizer,
+        prompts: Prompts,
+        encoder: ImageEncoder,
+        *,
+        identity: RunIdentity,
+        batch_size: int,
+        max_context: int,
+    ) -> None:
+        self.model, self.tokenizer, self.prompts, self.encoder = model, tokenizer, prompts, encoder
+        self.identity, self.max_context = identity, max_context
+        self.config = model.config
+        self.prefill_tokens = PREFILL_TOKENS.get(model.device.type, PREFILL_TOKENS["cpu"])
+        self.stats = EngineStats()
+        self._waiting: deque[Sequence] = deque()
+        self._finished: deque[Answer] = deque()
+        self._embeddings: dict[str, Tensor] = {}  # of pictures that a waiting sequence asks about
+        self._allocate(batch_size)
+
+    @property
+    def crop_config(self) -> CropConfig:
+        """How pictures must be cut for this model."""
+        return self.config.vision.crop_config
+
+    @property
+    def num_active(self) -> int:
+        return sum(sequence is not None for sequence in self._slots)
+
+    @property
+    def has_work(self) -> bool:
+        """True while something is taken in and not answered."""
+        return bool(self._waiting or self._finished or self.num_active)
+
+    @property
+    def wants_more(self) -> bool:
+        """True while taking in more jobs helps to fill the next batches."""
+        return len(self._waiting) < 2 * self.batch_size
+
+    def run(self, jobs: Iterable[Job | None]) -> Iterator[Answer]:
+        """Answers to `jobs` in order of completion; jobs are pulled as they are needed.
+
+        `jobs` may yield None: nothing is ready yet, the engine goes on with what it has.
+        """
+        source = iter(jobs)
+        is_exhausted = False
+        while not is_exhausted or self.has_work:
+            while not is_exhausted and self.wants_more:
+                try:
+                    job = next(source)
+                except StopIteration:
+                    is_exhausted = True
+                    break
+                if job is None:
+                    break
+                self.add(job)
+            if not self.has_work and not is_exhausted:
+                time.sleep(IDLE_WAIT_S)
+            yield from self.step()
+
+    def add(self, job: Job) -> None:
+        """Take a job in; one that makes no sense is answered at once with a failure."""
+        try:
+            prompt = self.prompts.build(job.request, has_image=job.image is not None)
+            self._check_length(job, len(prompt.ids))
+        except RequestError as error:
+            self._finished.append(Answer(job.key, failure=RowFailure(error.type, str(error))))
+            return
+        self._waiting.append(Sequence(job, prompt, self.config))
+
+    def step(self) -> list[Answer]:
+        """Do the next piece of work: admit what fits, then decode one step. Returns what finished."""
+        try:
+            with torch.inference_mode():
+                self._admit()
+                self._decode()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._shrink(error)
+        answers = list(self._finished)
+        self._finished.clear()
+        return answers
+
+    # -- slots ------------------------------------------------------------------------------------
+
+    def _allocate(self, batch_size: int) -> None:
+        model = self.model
+        self.batch_size = batch_size
+        self.stats.batch_sizes.append(batch_size)
+        capacity = min(self.max_context, self.config.prefix_len + 64)
+        with torch.inference_mode():
+            self.cache = KVCache(self.config, batch_size, capacity, dtype=model.dtype, device=model.device)
+            self._rows = idle_rows(batch_size, model.device)
+            self._next_SD = torch.zeros(batch_size, self.config.text.dim, dtype=model.dtype, device=model.device)
+        self._slots: list[Sequence | None] = [None] * batch_size
+        self._held: list[str | None] = [None] * batch_size  # which picture's prefix a slot holds, in use or not
+        self._end: list[int] = [0] * batch_size  # positions in use, as the host counts them
+
+    def _shrink(self, error: BaseException) -> None:
+        """Out of memory: halve what is in flight and start those rows again (answers stay the same)."""
+        in_flight = [sequence for sequence in self._slots if sequence is not None]
+        restarted = [Sequence(s.job, s.prompt, s.config) for s in in_flight]
+        self._waiting.extendleft(reversed(restarted))
+        self._embeddings.clear()
+        del self.cache
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.batch_size > 1:
+            self._allocate(self.batch_size // 2)
+        elif self.encoder.max_crops > 1:
+            self.encoder.max_crops //= 2
+            self._allocate(1)
+        elif self._waiting:
+            culprit = self._waiting.popleft()
+            failure = RowFailure("model", f"out of memory even alone: {error}")
+            self._finished.append(Answer(culprit.job.key, failure=failure))
+            self._allocate(1)
+        else:
+            raise EngineError(f"out of memory with nothing in flight: {error}") from error
+
+    def _check_length(self, job: Job, num_ids: int) -> None:
+        length = num_ids + (self.config.prefix_len if job.image is not None else 0)
+        if length > self.max_context:
+            raise RequestError(
+                f"the prompt needs {length} positions and the context holds {self.max_context}; "
+                "shorten it or raise --max-context"
+            )
+
+    # -- admission --------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Move waiting sequences into free slots, when enough are free to make a batch worth while."""
+        free = [slot for slot, sequence in enumerate(self._slots) if sequence is None]
+        is_worth_it = len(free) == self.batch_size or len(free) >= min(len(self._waiting), self.batch_size // 4)
+        if not free or not self._waiting or not is_worth_it:
+            return
+        batch = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
+        try:
+            self._encode_for(batch)
+            slots = self._place(batch, free)
+        except BaseException:
+            self._waiting.extendleft(reversed(batch))
+            raise
+        for sequence, slot in zip(batch, slots, strict=True):
+            self._slots[slot] = sequence
+        self._prefill_prompts(batch, slots)
+
+    def _encode_for(self, batch: Seq[Sequence]) -> None:
+        """Encode the pictures of `batch`, and of those waiting behind while the micro-batch has room."""
+        missing: dict[str, PreparedImage] = {}
+        num_crops = 0
+        for index, sequence in enumerate([*batch, *self._waiting]):
+            image, key = sequence.job.image, sequence.image_key
+            if image is None or key is None or key in self._embeddings or key in missing or key in self._held:
+                continue
+            if index >= len(batch) and num_crops >= self.encoder.max_crops:
+                break
+            found = self.encoder.find(image)
+            if found is not None:
+                self._embeddings[key] = found
+            elif isinstance(image, PreparedImage):
+                missing[key] = image
+                num_crops += len(image.crops)
+        if missing:
+            encoded = self.encoder.encode(list(missing.values()))
+            self._embeddings.update(zip(missing, encoded, strict=True))
+
+    def _place(self, batch: Seq[Sequence], free: list[int]) -> list[int]:
+        """A slot for each sequence with its picture's prefix in it: found there, copied, or prefilled."""
+        wanted = {sequence.image_key for sequence in (*batch, *self._waiting)}
+        # Slots whose prefix nobody wants are overwritten first.
+        spare = deque(sorted(free, key=lambda slot: (self._held[slot] in wanted, slot)))
+        slots: list[int] = []
+        to_prefill: list[tuple[int, str]] = []
+        to_copy: list[tuple[int, int]] = []
+        for sequence in batch:
+            key = sequence.image_key
+            slot = next((s for s in spare if key is not None and self._held[s] == key), None)
+            if slot is not None:
+                spare.remove(slot)
+                self.stats.num_prefixes_shared += 1
+            else:
+                slot = spare.popleft()
+                donor = self._held.index(key) if key is not None and key in self._held else None
+                if donor is not None:
+                    to_copy.append((donor, slot))
+                elif key is not None:
+                    to_prefill.append((slot, key))
+                self._held[slot] = key
+            slots.append(slot)
+        self._prefill_prefixes(to_prefill)
+        for donor, slot in to_copy:
+            self.cache.copy(donor, slot, self.config.prefix_len)
+        self.stats.num_prefixes_shared += len(to_copy)
+        return slots
+
+    def _prefill_prefixes(self, to_prefill: Seq[tuple[int, str]]) -> None:
+        """Run the prefixes of new pictures into their slots."""
+        started = time.perf_counter()
+        prefix_len = self.config.prefix_len
+        images_per_pass = max(1, self.prefill_tokens // prefix_len)
+        for first in range(0, len(to_prefill), images_per_pass):
+            group = to_prefill[first : first + images_per_pass]
+            slots = torch.tensor([slot for slot, _ in group], device=self.model.device)
+            embeddings_BPD = torch.stack([self._embeddings[key] for _, key in group])
+            position = torch.arange(prefix_len, device=self.model.device).expand(len(group), -1)
+            # The prefix attends to all of itself: no mask.
+            self.model.text(
+                self.model.prefix_embeddings(embeddings_BPD), position, None, PrefixStore(self.cache, slots)
+            )
+        still_wanted = {sequence.image_key for sequence in self._waiting}
+        self._embeddings = {key: e for key, e in self._embeddings.items() if key in still_wanted}
+        self.stats.num_prefixes += len(to_prefill)
+        self.stats.prefix_seconds += time.perf_counter() - started
+
+    def _prefill_prompts(self, batch: Seq[Sequence], slots: Seq[int]) -> None:
+        """Run prompts into their slots, in groups of similar length, and take each row's first decision."""
+        started = time.perf_counter()
+        order = sorted(range(len(batch)), key=lambda i: len(batch[i].prompt.ids))
+        group: list[int] = []
+        for i in order:
+            if group and (len(group) + 1) * len(batch[i].prompt.ids) > self.prefill_tokens:
+                self._prefill_group([batch[j] for j in group], [slots[j] for j in group])
+                group = []
+            group.append(i)
+        self._prefill_group([batch[j] for j in group], [slots[j] for j in group])
+        self.stats.num_prompt_tokens += sum(len(sequence.prompt.ids) for sequence in batch)
+        self.stats.prompt_seconds += time.perf_counter() - started
+
+    def _prefill_group(self, batch: Seq[Sequence], slots: Seq[int]) -> None:
+        device = self.model.device
+        lengths = [len(sequence.prompt.ids) for sequence in batch]
+        starts = [self.config.prefix_len if sequence.job.image is not None else 0 for sequence in batch]
+        width = max(lengths)
+        x_BTD = torch.zeros(len(batch), width, self.config.text.dim, dtype=self.model.dtype, device=device)
+        for row, sequence in enumerate(batch):
+            x_BTD[row, : lengths[row]] = prompt_embeddings(self.model, sequence.prompt)
+        # Padding behind a short prompt is overwritten by its answer before anything attends to it.
+        total = max(start + width for start in starts)
+        self.cache.ensure_capacity(total)
+        slots_B = torch.tensor(slots, device=device)
+        position_BT = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+        mask = (torch.arange(total, device=device) <= position_BT[:, :, None])[:, None]
+        hidden_BTD = self.model.text(x_BTD, position_BT, mask, PromptStore(self.cache, slots_B, position_BT, total))
+        last = torch.tensor(lengths, device=device) - 1
+        hidden_BD = hidden_BTD[torch.arange(len(batch), device=device), last]
+        for sequence, slot, start, length in zip(batch, slots, starts, lengths, strict=True):
+            self._slots[slot] = sequence
+            self._end[slot] = start + length
+        rows = new_rows(batch, [self._end[slot] for slot in slots], device)
+        self._take(advance(self.model, rows, hidden_BD, self.max_context, is_sampled=self._is_sampled()), slots_B, slots)
+
+    # -- decoding ---------------------------------------------------------------------------------
+
+    def _decode(self) -> None:
+        """One decision for every row in flight."""
+        active = [slot for slot, sequence in enumerate(self._slots) if sequence is not None]
+        if not active:
+            return
+        started = time.perf_counter()
+        num_rows = active[-1] + 1
+        furthest = 1 + max(self._end[slot] for slot in active)
+        self.cache.ensure_capacity(max(furthest, 1 + max(self._end[:num_rows])))
+        length = min(round_up(furthest, ATTEND_STEP), self.cache.capacity)
+        window = slice(0, num_rows)
+        step = decode_step(
+            self.model, self.cache, self._rows.pick(window), self._next_SD[window], length, self.max_context,
+            is_sampled=self._is_sampled(),
+        )  # fmt: skip
+        for slot in active:
+            self._end[slot] += 1
+        self._take(step, window, range(num_rows))
+        self.stats.num_steps += 1
+        self.stats.num_decisions += len(active)
+        self.stats.decode_seconds += time.perf_counter() - started
+
+    def _take(self, step: Step, index: Tensor | slice, slots: Iterable[int]) -> None:
+        """Keep a step's new state and let each sequence absorb its event."""
+        self._rows.put(index, step.rows)
+        self._next_SD[index] = step.next_ND
+        for slot, values in zip(slots, step.events.tolist(), strict=True):
+            sequence = self._slots[slot]
+            if sequence is None:
+                continue
+            sequence.absorb(Event(*values))
+            if sequence.is_done:
+                self._slots[slot] = None
+                self._finished.append(build_answer(sequence, self.tokenizer))
+
+    def _is_sampled(self) -> bool:
+        return any(s is not None and s.job.request.temperature > 0 for s in self._slots)
+
+
+def decode_step(
+    model: Moondream3, cache: KVCache, rows: Rows, next_ND: Tensor, length: int, max_context: int, *, is_sampled: bool
+) -> Step:
+    """Feed every row its next input, attend over the first `length` positions, take the next decisions."""
+    position_N1 = rows.position[:, None]
+    mask = (torch.arange(length, device=next_ND.device) <= position_N1[:, :, None])[:, None]
+    store = DecodeStore(cache, rows.position, length)
+    hidden_ND = model.text(next_ND[:, None], position_N1, mask, store)[:, 0]
+    moved = rows._replace(position=rows.position + (rows.mode != Mode.IDLE))
+    return advance(model, moved, hidden_ND, max_context, is_sampled=is_sampled)
+
+
+def new_rows(batch: Seq[Sequence], ends: Seq[int], device: torch.device) -> Rows:
+    """State of rows whose prompts end before position `ends`."""
+    requests = [sequence.job.request for sequence in batch]
+    size = len(batch)
+
+    def whole(values: Seq[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    def real(values: Seq[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    return Rows(
+        mode=whole([int(sequence.start_mode) for sequence in batch]),
+        is_first=torch.ones(size, dtype=torch.bool, device=device),
+        is_point=torch.tensor([r.task is Task.POINT for r in requests], device=device),
+        emitted=whole([0] * size),
+        limit=whole([sequence.limit for sequence in batch]),
+        position=whole(ends),
+        temperature=real([r.temperature for r in requests]),
+        top_p=real([r.top_p for r in requests]),
+        seed=whole([wrap_int64(r.seed) for r in requests]),
+        draws=whole([0] * size),
+    )
+
+
+def wrap_int64(value: int) -> int:
+    """A seed of any size as a signed 64-bit number."""
+    return (value + 2**63) % 2**64 - 2**63

@@ -1,0 +1,112 @@
+"""Keys and values of sequences in flight: a fixed number of slots, contiguous in each.
+
+A slot holds one sequence: the image's prefix at positions 0 … prefix_len-1, then prompt and answer.
+Sequences are near-equal in length (every image is a prefix of one length), so contiguous slots waste
+little and the attention reads plain tensors. Prefixes are shared by copying a slot's prefix into
+another, or by reusing a slot whose last sequence asked about the same image: the engine keeps that
+book, this file only stores.
+
+The three stores below implement `text.KeyValueStore` for the three kinds of forward pass.
+
+Shape suffixes: S slots, H heads, C capacity (positions), K head width, B rows of a pass, T new positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from md3cli.model.config import HEAD_DIM, ModelConfig
+
+GROWTH = 128  # positions; capacity is a multiple of it, so that growth is rare and shapes repeat
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is >= value."""
+    return -(-value // multiple) * multiple
+
+
+class KVCache:
+    """Slots of keys and values for every layer."""
+
+    def __init__(
+        self, config: ModelConfig, num_slots: int, capacity: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_slots = num_slots
+        self.capacity = round_up(capacity, GROWTH)
+        self._shape = (num_slots, config.text.n_heads, self.capacity, HEAD_DIM)
+        layers = range(config.text.n_layers)
+        self.keys = [torch.zeros(self._shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(self._shape, dtype=dtype, device=device) for _ in layers]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    def ensure_capacity(self, num_positions: int) -> None:
+        """Make room for `num_positions` in every slot, layer by layer, keeping what is stored."""
+        if num_positions <= self.capacity:
+            return
+        capacity = round_up(num_positions, GROWTH)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                grown = old.new_zeros((*old.shape[:2], capacity, HEAD_DIM))
+                grown[:, :, : self.capacity] = old
+                tensors[layer] = grown
+        self.capacity = capacity
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a slot to another."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+
+class PrefixStore:
+    """Prefill of image prefixes: rows start at position 0 and attend to nothing but themselves."""
+
+    def __init__(self, cache: KVCache, slots_B: Tensor) -> None:
+        self.cache, self.slots_B = cache, slots_B
+
+    def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        length = k_BHTK.shape[2]
+        self.cache.keys[layer][self.slots_B, :, :length] = k_BHTK
+        self.cache.values[layer][self.slots_B, :, :length] = v_BHTK
+        return k_BHTK, v_BHTK
+
+
+class PromptStore:
+    """Prefill of prompts: each row writes behind what its slot holds and attends to all of it.
+
+    `position_BT` are the absolute positions of the new entries, `length` bounds what is attended to.
+    """
+
+    def __init__(self, cache: KVCache, slots_B: Tensor, position_BT: Tensor, length: int) -> None:
+        self.cache, self.slots_B, self.position_BT, self.length = cache, slots_B, position_BT, length
+
+    def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            self._write(self.cache.keys[layer], k_BHTK),
+            self._write(self.cache.values[layer], v_BHTK),
+        )
+
+    def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> Tensor:
+        stored_SHCK[self.slots_B[:, None], :, self.position_BT] = new_BHTK.transpose(1, 2)
+        return stored_SHCK[:, :, : self.length].index_select(0, self.slots_B)
+
+
+class DecodeStore:
+    """One decode step of slots 0 … n-1: one new position each, read in place without a copy."""
+
+    def __init__(self, cache: KVCache, position_N: Tensor, length: int) -> None:
+        self.cache, self.position_N, self.length = cache, position_N, length
+        self.rows_N = torch.arange(position_N.shape[0], device=position_N.device)
+
+    def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            self._write(self.cache.keys[layer], k_BHTK),
+            self._write(self.cache.values[layer], v_BHTK),
+        )
+
+    def _write(self, stored_SHCK: Tensor, new_NH1K: Tensor) -> Tensor:
+        stored_SHCK[self.rows_N, :, self.position_N] = new_NH1K[:, :, 0]
+        return stored_SHCK[: len(self.rows_N), :, : self.length]

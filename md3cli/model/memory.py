@@ -1,0 +1,47 @@
+"""How much memory there is, and whether an error means there was too little."""
+
+from __future__ import annotations
+
+import torch
+
+from md3cli.model.config import HEAD_DIM, ModelConfig
+
+MAX_BATCH = {"cpu": 32, "cuda": 128, "mps": 32}
+KV_SHARE = 0.5  # of the free memory goes to slots; the rest is activations and room
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for an allocation that failed on any device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "out of memory" in text
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be allocated on a device now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 4 * 2**30  # no way to ask (macOS, Windows): a small machine
+
+
+def slot_bytes(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> int:
+    """Keys and values of one slot."""
+    return 2 * config.text.n_layers * config.text.n_heads * HEAD_DIM * num_positions * dtype.itemsize
+
+
+def auto_batch_size(config: ModelConfig, dtype: torch.dtype, device: torch.device, max_context: int) -> int:
+    """Sequences in flight that fit beside the model: a power of two, at most `MAX_BATCH`.
+
+    Slots are reckoned at the picture's prefix and 512 positions more (or the whole context).
+    """
+    positions = min(max_context, config.prefix_len + 512)
+    fitting = int(free_bytes(device) * KV_SHARE) // slot_bytes(config, positions, dtype)
+    limit = MAX_BATCH.get(device.type, MAX_BATCH["cpu"])
+    return 1 << (min(max(fitting, 1), limit).bit_length() - 1)
