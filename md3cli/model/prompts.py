@@ -1,7 +1,8 @@
 """From a request to the token ids the network is fed, and from ids back to text.
 
 `Tokenizer` wraps the vocabulary: text never becomes a control token, control tokens never become
-text. `Prompts` knows the templates of a model and puts a request together; it knows nothing of images or of the network.
+text. `Prompts` knows the templates of a model and puts a request together; it knows nothing of images
+or of the network.
 Source: Moondream 3 specification, sections 3, 9 and 13.
 """
 

@@ -1,0 +1,139 @@
+"""Where a model's files are: an alias, a Hugging Face repository or a local path becomes files on disk.
+
+Local paths and the embedded model never touch the network; `hub_download.py` is asked only for a
+repository (or for the tokenizer of a folder that has none). No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from md3cli.errors import CheckpointError, UsageError
+from md3cli.model.hub_download import fetch_model, fetch_tokenizer
+from md3cli.model.weight_files import TOKENIZER_NAME, checkpoint_revision, find_weight_files
+
+DEFAULT_MODEL = "moondream3"
+TINY = "tiny"
+ALIASES: Mapping[str, str] = {
+    "moondream3": "moondream/moondream3-preview",
+    "moondream3.1": "moondream/moondream3.1-9B-A2B",
+}
+TOKENIZER_REPO = "moondream/starmie-v1"
+
+_TINY_FOLDER = Path(__file__).parent / "tiny"
+_REPO_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on disk: `path` is a folder or a .safetensors file; `name` as records show it."""
+
+    path: Path
+    tokenizer_file: Path
+    name: str
+    revision: str
+
+    @property
+    def identity(self) -> str:
+        """`name@revision`, a record's `model`."""
+        return f"{self.name}@{self.revision}"
+
+
+def model_path(name: str) -> Path:
+    """The folder (or .safetensors file) of a model, fetched into the hub's cache where it is not yet there.
+
+    Raises:
+        CheckpointError: no such model, or it cannot be had; the message says what to do.
+    """
+    repo = repo_of(name)
+    return _local_path(name) if repo is None else fetch_model(repo)
+
+
+def resolve_model(
+    name: str, *, revision: str | None = None, tokenizer: str | None = None, offline: bool = False
+) -> ModelFiles:
+    """Find the files of a model.
+
+    Args:
+        name: alias, repository id, folder or .safetensors file.
+        revision: of a repository; branch, tag or commit.
+        tokenizer: file, folder or repository id; the default is the one beside the weights, else
+            `TOKENIZER_REPO`.
+        offline: look into the cache only.
+
+    Raises:
+        CheckpointError: no such model, or its files cannot be had.
+        UsageError: a revision of a local path.
+    """
+    repo = repo_of(name)
+    if repo is not None:
+        path = fetch_model(repo, revision, offline=offline)
+        tokenizer_file = _find_tokenizer(path, tokenizer, offline)
+        return ModelFiles(path, tokenizer_file, repo, path.name + _tokenizer_mark(tokenizer, tokenizer_file))
+    if revision is not None:
+        raise UsageError(f"--revision is for repositories on the hub; {name} is on this machine")
+    path = _local_path(name)
+    files = find_weight_files(path)
+    tokenizer_file = _find_tokenizer(files.folder, tokenizer, offline)
+    return ModelFiles(path, tokenizer_file, _shown_name(name, path), checkpoint_revision(files, tokenizer_file))
+
+
+def _shown_name(name: str, path: Path) -> str:
+    """The last part of a local path, with its folder for a file: where it lies on the host is nobody's business."""
+    if name == TINY:
+        return name
+    full = path.resolve()
+    return full.name if full.is_dir() else f"{full.parent.name}/{full.name}"
+
+
+def repo_of(name: str) -> str | None:
+    """The hub repository a model name stands for; None for what is on this machine.
+
+    An existing path goes before a repository of the same name, an alias before both.
+
+    Raises:
+        CheckpointError: neither an alias nor a path nor the form of a repository id.
+    """
+    if name in ALIASES:
+        return ALIASES[name]
+    if name == TINY or Path(name).expanduser().exists():
+        return None
+    if _REPO_ID.fullmatch(name) and not name.startswith(".") and not name.endswith(".safetensors"):
+        return name
+    known = ", ".join([*ALIASES, TINY])
+    raise CheckpointError(
+        f"model {name!r}: no such file or folder, and neither an alias ({known}) nor a repository id (owner/name)"
+    )
+
+
+def _local_path(name: str) -> Path:
+    if name != TINY:
+        return Path(name).expanduser()
+    if not _TINY_FOLDER.is_dir():
+        raise CheckpointError(f"this installation lacks the model {TINY!r} ({_TINY_FOLDER}); install md3cli again")
+    return _TINY_FOLDER
+
+
+def _find_tokenizer(folder: Path, tokenizer: str | None, offline: bool) -> Path:
+    if tokenizer is None:
+        beside = folder / TOKENIZER_NAME
+        if beside.is_file():
+            return beside
+        return fetch_tokenizer(TOKENIZER_REPO, offline=offline, looked_in=folder)
+    given = Path(tokenizer).expanduser()
+    if given.is_dir():
+        given = given / TOKENIZER_NAME
+    if given.is_file():
+        return given
+    if given.suffix != ".json" and _REPO_ID.fullmatch(tokenizer):
+        return fetch_tokenizer(tokenizer, offline=offline)
+    raise CheckpointError(f"tokenizer {tokenizer}: no such tokenizer.json, folder with one, or repository id")
+
+
+def _tokenizer_mark(tokenizer: str | None, file: Path) -> str:
+    """A tokenizer of the user's choice changes answers, so it is part of a repository's revision."""
+    return "" if tokenizer is None else f"+{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
