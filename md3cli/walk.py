@@ -1,0 +1,277 @@
+"""Finding files under a folder: natural order, globs, links, hidden ones. Knows nothing of pictures but their suffixes.
+
+Lazy: at any time the names of one folder a level are held, so a tree of any size is walked in
+bounded memory. Paths are relative to the folder walked, with `/`; names that are not UTF-8 carry
+surrogate escapes, as `os.fsdecode` makes them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+IMAGE_SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif", ".heic", ".heif"]
+)  # by name only: what a file really is, its content decides when it is opened
+
+_DIGITS = re.compile(r"[0-9]+")
+_GLOB_CHARS = re.compile(r"[*?[]")
+
+
+def has_image_suffix(name: str) -> bool:
+    """Whether a file of this name is taken for a picture in a folder."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def natural_key(name: str) -> str:
+    """Sorts `img2` before `img10`, and upper and lower case alike: each number is preceded by its length."""
+    return _DIGITS.sub(lambda match: f"{len(match[0].lstrip('0')):03d}{match[0].lstrip('0')}", name.casefold())
+
+
+def natural_sorted(names: list[str]) -> list[str]:
+    """In natural order; names that differ only in case or leading zeros by their characters."""
+    return sorted(sorted(names), key=natural_key)
+
+
+# -- globs ---------------------------------------------------------------------------------------
+
+
+def is_glob(text: str) -> bool:
+    """Whether `text` holds one of `*?[`."""
+    return _GLOB_CHARS.search(text) is not None
+
+
+def _component_regex(part: str) -> str:
+    """A regular expression for one path component with `*`, `?`, `[abc]` and `[!abc]`."""
+    out, i = [], 0
+    while i < len(part):
+        close = part.find("]", i + 2) if part[i] == "[" else -1
+        if part[i] == "*":
+            out.append("[^/]*")
+        elif part[i] == "?":
+            out.append("[^/]")
+        elif close > 0:
+            inside = re.sub(r"([\\\[&~|^])", r"\\\1", part[i + 1 : close].removeprefix("!"))
+            out.append(f"(?!/)[{'^' if part[i + 1] == '!' else ''}{inside}]")
+            i = close
+        else:
+            out.append(re.escape(part[i]))
+        i += 1
+    return "".join(out)
+
+
+def _path_regex(parts: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches whole relative paths; a `**` among the parts stands for any number of folders."""
+    out = [".*" if part == "**" else _component_regex(part) for part in parts[-1:]]
+    for part in reversed(parts[:-1]):
+        out.append("(?:[^/]+/)*" if part == "**" else f"{_component_regex(part)}/")
+    try:
+        return re.compile("".join(reversed(out)), re.DOTALL)
+    except re.error:  # a turned range such as [z-a]: matches nothing, as in a shell
+        return re.compile(r"(?!)")
+
+
+@dataclass(frozen=True, slots=True)
+class Glob:
+    """A pattern over paths relative to `base`, its leading components without `*?[`.
+
+    The components before the first `**`, `fixed`, match a single folder level each.
+    """
+
+    base: str
+    parts: tuple[str, ...]
+    regex: re.Pattern[str]
+    fixed: tuple[re.Pattern[str], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Glob:
+        """Split a pattern as typed (`photos/**/*.jpg`) into its base (`photos`) and the rest."""
+        components = text.split("/")
+        first = next(i for i, part in enumerate(components) if is_glob(part))
+        parts = tuple(part for part in components[first:] if part not in ("", "."))
+        base = "/".join(components[:first]) or ("/" if first else "")
+        num_fixed = parts.index("**") if "**" in parts else len(parts)
+        return cls(base, parts, _path_regex(parts), tuple(_path_regex((part,)) for part in parts[:num_fixed]))
+
+    @property
+    def names_suffix(self) -> bool:
+        """Whether the last component says which files are meant (`*.dat`), so that no suffix list applies."""
+        return "." in self.parts[-1]
+
+    def matches(self, path: str) -> bool:
+        return self.regex.fullmatch(path) is not None
+
+    def may_enter(self, folder: str) -> bool:
+        """Whether files under `folder` (relative) can match."""
+        names = folder.split("/")
+        if len(names) >= len(self.parts) == len(self.fixed):
+            return False
+        return all(part.fullmatch(name) for part, name in zip(self.fixed, names, strict=False))
+
+    def wants_hidden(self, path: str) -> bool:
+        """Whether the component that `path` ends with is named with its dot in the pattern."""
+        depth = path.count("/")
+        part = self.parts[depth] if depth < len(self.fixed) else self.parts[-1]
+        return part.startswith(".")
+
+
+@dataclass(frozen=True, slots=True)
+class PathFilter:
+    """`--include` and `--exclude`: a pattern without `/` is about a name, one with `/` about the whole path.
+
+    A file stays when no exclude pattern matches it or a folder above it, and, where there are
+    include patterns, one of them matches it.
+    """
+
+    include: tuple[re.Pattern[str], ...]
+    exclude: tuple[re.Pattern[str], ...]
+
+    @classmethod
+    def of(cls, include: tuple[str, ...], exclude: tuple[str, ...]) -> PathFilter:
+        return cls(tuple(map(_filter_regex, include)), tuple(map(_filter_regex, exclude)))
+
+    def excludes(self, path: str) -> bool:
+        """Whether an exclude pattern matches this very path (a file or a folder)."""
+        return any(pattern.fullmatch(path) for pattern in self.exclude)
+
+    def keeps(self, path: str) -> bool:
+        """Whether the file at `path` stays."""
+        if self.exclude:
+            places = [match.start() for match in re.finditer("/", path)]
+            if any(self.excludes(path[:place]) for place in [*places, len(path)]):
+                return False
+        return not self.include or any(pattern.fullmatch(path) for pattern in self.include)
+
+
+def _filter_regex(pattern: str) -> re.Pattern[str]:
+    parts = tuple(part for part in pattern.split("/") if part not in ("", "."))
+    if not parts:
+        return re.compile(r"(?!)")
+    return _path_regex(parts if "/" in pattern.strip("/") else ("**", *parts))
+
+
+# -- walking -------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Walk:
+    """How to walk, and in `skipped` how many entries were left out, by reason."""
+
+    recursive: bool = True
+    follow_links: bool = False
+    filter: PathFilter = field(default_factory=lambda: PathFilter((), ()))
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def files(self, root: str, glob: Glob | None = None) -> Iterator[str]:
+        """Paths under `root`, in natural order folder by folder: those that `glob` matches, else pictures by suffix.
+
+        An empty folder named like a picture is among them: somebody meant a file.
+        """
+        seen = {_identity(root)}
+        levels = [_Level("", self._entries(root, ""), False)]
+        while levels:
+            level = levels[-1]
+            entry = next(level.entries, None)
+            if entry is None:
+                levels.pop()
+                continue
+            path = f"{level.folder}/{entry.name}" if level.folder else entry.name
+            if entry.name.startswith(".") and not (glob and glob.wants_hidden(path)):
+                self.skipped["hidden"] += 1
+            elif not entry.is_folder or _is_meant_as_file(root, path, entry):
+                if self._is_wanted(path, glob):
+                    yield path
+            elif self._may_enter(path, entry, glob):
+                is_linked = level.is_linked or entry.is_link
+                if not self.follow_links or self._is_new(f"{root}/{path}", seen, is_linked):
+                    levels.append(_Level(path, self._entries(f"{root}/{path}", path), is_linked))
+
+    def _is_wanted(self, path: str, glob: Glob | None) -> bool:
+        if glob is not None and not glob.matches(path):
+            return False
+        if not has_image_suffix(path) and not (glob is not None and glob.names_suffix):
+            self.skipped["other suffix"] += 1
+            return False
+        if not self.filter.keeps(path):
+            self.skipped["excluded"] += 1
+            return False
+        return True
+
+    def _may_enter(self, path: str, entry: _Entry, glob: Glob | None) -> bool:
+        if glob is not None and not glob.may_enter(path):
+            return False
+        reason = "directory links" if entry.is_link and not self.follow_links else ""
+        reason = "sub-folders" if glob is None and not self.recursive else reason
+        reason = "excluded" if self.filter.excludes(path) else reason
+        if reason:
+            self.skipped[reason] += 1
+        return not reason
+
+    def _is_new(self, folder: str, seen: set[tuple[int, int]], is_linked: bool) -> bool:
+        """Whether to enter: what links lead to once, what stands in the tree itself always."""
+        identity = _identity(folder)
+        if is_linked and identity in seen:
+            self.skipped["directory links"] += 1
+            return False
+        seen.add(identity)
+        return True
+
+    def _entries(self, path: str, folder: str) -> Iterator[_Entry]:
+        """The entries of a folder in natural order; none, and counted, where it cannot be read."""
+        folders: dict[str, bool] = {}
+        try:
+            with os.scandir(path) as entries:
+                names = []
+                for entry in entries:
+                    names.append(entry.name)
+                    if _is_folder(entry):
+                        folders[entry.name] = entry.is_symlink()
+        except OSError:
+            if not folder:
+                raise
+            self.skipped["unreadable folders"] += 1
+            return
+        for name in natural_sorted(names):
+            yield _Entry(name, name in folders, folders.get(name, False))
+
+
+class _Entry(NamedTuple):
+    name: str
+    is_folder: bool
+    is_link: bool
+
+
+class _Level(NamedTuple):
+    folder: str
+    entries: Iterator[_Entry]
+    is_linked: bool
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return (0, 0)
+    return (found.st_dev, found.st_ino)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: a file, as far as it goes
+        return False
+
+
+def _is_meant_as_file(root: str, path: str, entry: _Entry) -> bool:
+    """Whether a folder is named like a picture and is empty."""
+    if entry.is_link or not has_image_suffix(entry.name):
+        return False
+    try:
+        with os.scandir(f"{root}/{path}") as entries:
+            return next(entries, None) is None
+    except OSError:
+        return False
