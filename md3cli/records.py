@@ -17,8 +17,7 @@ from typing import Any
 SCHEMA = "md3/1"
 
 ERROR_TYPES = frozenset(
-    "not_found not_a_file permission empty not_an_image unsupported decode decoder_crash too_large timeout "
-    "outside_root bad_row bad_request io model".split()
+    ["not_found", "not_a_file", "permission", "empty", "not_an_image", "unsupported", "decode", "decoder_crash", "too_large", "timeout", "outside_root", "bad_row", "bad_request", "io", "model"]
 )
 RETRYABLE = frozenset({"io", "timeout", "permission", "model"})  # may pass later
 MESSAGE_LIMIT_CHARS = 200
@@ -137,8 +136,6 @@ def _record_head(record_id: str, image: ImageItem | None, facts: ImageFacts | No
     if facts is not None:
         head["width"], head["height"] = facts.width, facts.height
     head["task"], head["prompt"] = str(request.task), request.prompt
-    if request.task is Task.CAPTION:
-        head["length"] = request.length
     return head
 
 
@@ -157,6 +154,8 @@ def make_record(
 ) -> RecordDict:
     """The record of an answered request; `result` holds the task's keys in their order."""
     record = _record_head(record_id, image, facts, request)
+    if request.task is Task.CAPTION:
+        record["length"] = request.length
     record.update(result)
     if facts is not None:
         record["sha256"] = facts.sha256

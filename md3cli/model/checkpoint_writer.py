@@ -196,8 +196,13 @@ def _write_shard(
         for plain, piece in disassemble(slot, tensor):
             place = shard.places[plain]
             stream.seek(8 + len(text) + place.start)
-            stream.write(piece.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            stream.write(_bytes(piece).numpy().data)
             progress(place.stop - place.start)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The tensor's bytes in row order, without a copy where they already lie so."""
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
 
 
 def _write_json(file: Path, document: JsonObject) -> None:
@@ -255,6 +260,5 @@ def _check_equal(plan: CheckpointPlan, written: CheckpointPlan, dtype: torch.dty
     """Bit for bit, tensor by tensor."""
     with CheckpointReader(plan, dtype=dtype) as ours, CheckpointReader(written, dtype=dtype) as theirs:
         for name in ours:
-            before, after = (side[name].contiguous().view(torch.uint8) for side in (ours, theirs))
-            if not torch.equal(before, after):
+            if not torch.equal(_bytes(ours[name]), _bytes(theirs[name])):
                 raise OutputError(f"{written.files.folder}: {name} reads back different; the disk may be failing")

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from md3cli.images import PreparedImage
 from md3cli.model.moondream import Moondream3
@@ -52,12 +53,18 @@ class ImageEncoder:
         self.store = store
         self.max_crops = max_crops or crops_per_batch(model)
         self.encode_crops: EncodeCrops = model.vision.encode
+        self._pads = False  # compiled code wants every micro-batch of one size
         self._memory: OrderedDict[str, Tensor] = OrderedDict()
         self._memory_bytes, self._used_bytes = memory_bytes, 0
         self.num_images = 0  # pictures that went through the encoder
         self.num_crops = 0
         self.num_reused = 0  # pictures found in memory or on disk
         self.seconds = 0.0
+
+    def compile(self) -> None:
+        """Compile the encoder for micro-batches of one fixed size."""
+        self._pads = True
+        self.encode_crops = torch.compile(self.model.vision.encode, dynamic=False)
 
     def find(self, image: PreparedImage | EncodedImage) -> Tensor | None:
         """Embeddings that are already at hand: given, in memory, or on disk."""
@@ -96,7 +103,9 @@ class ImageEncoder:
         crops_NSSC = torch.cat(list(batches)).to(self.model.device)
         parts = []
         for chunk in crops_NSSC.split(self.max_crops):
-            parts.append(self.encode_crops(normalise_crops(chunk, self.model.dtype)))
+            padding = (0, 0, 0, 0, 0, 0, 0, self.max_crops - len(chunk))
+            crops_NCSS = normalise_crops(F.pad(chunk, padding) if self._pads else chunk, self.model.dtype)
+            parts.append(self.encode_crops(crops_NCSS)[: len(chunk)])
             self.num_crops += len(chunk)
         return list(torch.cat(parts).split([len(batch) for batch in batches]))
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence as Seq
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import torch
@@ -114,15 +115,17 @@ class Engine:
                 time.sleep(IDLE_WAIT_S)
             yield from self.step()
 
-    def add(self, job: Job) -> None:
-        """Take a job in; one that makes no sense is answered at once with a failure."""
+    def add(self, job: Job) -> Sequence | None:
+        """Take a job in and return its sequence; one that makes no sense is answered with a failure instead."""
         try:
             prompt = self.prompts.build(job.request, has_image=job.image is not None)
             self._check_length(job, len(prompt.ids))
         except RequestError as error:
             self._finished.append(Answer(job.key, failure=RowFailure(error.type, str(error))))
-            return
-        self._waiting.append(Sequence(job, prompt, self.config))
+            return None
+        sequence = Sequence(job, prompt, self.config)
+        self._waiting.append(sequence)
+        return sequence
 
     def step(self) -> list[Answer]:
         """Do the next piece of work: admit what fits, then decode one step. Returns what finished."""
@@ -137,6 +140,10 @@ class Engine:
         answers = list(self._finished)
         self._finished.clear()
         return answers
+
+    def compile(self) -> None:
+        """Compile what is run over and over with the same shapes."""
+        self.encoder.compile()
 
     # -- slots ------------------------------------------------------------------------------------
 
@@ -156,8 +163,9 @@ class Engine:
     def _shrink(self, error: BaseException) -> None:
         """Out of memory: halve what is in flight and start those rows again (answers stay the same)."""
         in_flight = [sequence for sequence in self._slots if sequence is not None]
-        restarted = [Sequence(s.job, s.prompt, s.config) for s in in_flight]
-        self._waiting.extendleft(reversed(restarted))
+        for sequence in in_flight:
+            sequence.restart()
+        self._waiting.extendleft(reversed(in_flight))
         self._embeddings.clear()
         del self.cache
         if self.model.device.type == "cuda":
@@ -305,7 +313,8 @@ class Engine:
             self._slots[slot] = sequence
             self._end[slot] = start + length
         rows = new_rows(batch, [self._end[slot] for slot in slots], device)
-        self._take(advance(self.model, rows, hidden_BD, self.max_context, is_sampled=self._is_sampled()), slots_B, slots)
+        step = advance(self.model, rows, hidden_BD, self.max_context, is_sampled=self._is_sampled())
+        self._take(step, slots_B, slots)
 
     # -- decoding ---------------------------------------------------------------------------------
 

@@ -162,9 +162,10 @@ def hf_config(sections: Mapping[str, Mapping[str, Any]]) -> JsonObject:
     for key, fields in _HF_SECTIONS.items():
         section = sections[key.removesuffix("_config")]
         result[key] = {theirs: section[ours] for theirs, ours in fields.items()}
-    text, vision, moe = sections["text"], sections["vision"], sections["text"]["moe"]
+    text, vision = sections["text"], sections["vision"]
+    moe = text["moe"] or _no_moe(text["n_layers"])
     result["text_config"] |= {
-        **{theirs: moe[ours] if moe is not None else None for theirs, ours in _HF_MOE_FIELDS.items()},
+        **{theirs: moe[ours] for theirs, ours in _HF_MOE_FIELDS.items()},
         "head_dim": text["dim"] // text["n_heads"],
         "attention_bias": True,
         "rms_norm_eps": 1e-5,  # of LayerNorms, despite the name
@@ -173,3 +174,8 @@ def hf_config(sections: Mapping[str, Mapping[str, Any]]) -> JsonObject:
     result["vision_config"]["prefix_len"] = 1 + (vision["crop_size"] // vision["enc_patch_size"]) ** 2
     result["tokenizer"] = dict(sections["tokenizer"])
     return result
+
+
+def _no_moe(num_layers: int) -> JsonObject:
+    """All layers dense in a layout that cannot say so: the sparse ones would start behind the last."""
+    return {"num_experts": 1, "start_layer": num_layers, "experts_per_token": 1, "expert_inner_dim": 1}

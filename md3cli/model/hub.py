@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from md3cli.errors import CheckpointError, UsageError
-from md3cli.model.hub_download import fetch_model, fetch_tokenizer
+from md3cli.model.hub_download import cache_folder, cached, fetch_model, fetch_tokenizer
 from md3cli.model.weight_files import TOKENIZER_NAME, checkpoint_revision, find_weight_files
 
 DEFAULT_MODEL = "moondream3"
@@ -51,6 +51,21 @@ def model_path(name: str) -> Path:
     """
     repo = repo_of(name)
     return _local_path(name) if repo is None else fetch_model(repo)
+
+
+def present_path(name: str, revision: str | None = None) -> Path:
+    """As `model_path`, but only what is already on this machine.
+
+    Raises:
+        CheckpointError: no such model, or not here yet.
+    """
+    repo = repo_of(name)
+    if repo is None:
+        return _local_path(name)
+    folder = cached(repo, revision)
+    if folder is None:
+        raise CheckpointError(f"{repo} is not in {cache_folder()}; fetch it with: md3 models pull {name}")
+    return folder
 
 
 def resolve_model(
@@ -110,6 +125,18 @@ def repo_of(name: str) -> str | None:
     )
 
 
+def required_repo(name: str) -> str:
+    """`repo_of` where only a repository makes sense.
+
+    Raises:
+        UsageError: the model is on this machine.
+    """
+    repo = repo_of(name)
+    if repo is None:
+        raise UsageError(f"{name} is on this machine; there is nothing to fetch")
+    return repo
+
+
 def _local_path(name: str) -> Path:
     if name != TINY:
         return Path(name).expanduser()
@@ -137,3 +164,29 @@ def _find_tokenizer(folder: Path, tokenizer: str | None, offline: bool) -> Path:
 def _tokenizer_mark(tokenizer: str | None, file: Path) -> str:
     """A tokenizer of the user's choice changes answers, so it is part of a repository's revision."""
     return "" if tokenizer is None else f"+{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model with a short name; `path` None where its files are not on this machine."""
+
+    alias: str
+    source: str
+    path: Path | None
+    num_bytes: int | None
+
+    def as_json(self) -> dict[str, str | int | None]:
+        """The row in plain types, for `md3 models list --json`."""
+        path = str(self.path) if self.path else None
+        return {"name": self.alias, "from": self.source, "path": path, "bytes": self.num_bytes}
+
+
+def known_models() -> list[KnownModel]:
+    """Every alias and the embedded model, with where they lie; asks the cache, not the network."""
+    found = [(alias, repo, cached(repo, None)) for alias, repo in ALIASES.items()]
+    found.append((TINY, "this package", _TINY_FOLDER if _TINY_FOLDER.is_dir() else None))
+    return [KnownModel(alias, source, path, _weight_bytes(path)) for alias, source, path in found]
+
+
+def _weight_bytes(folder: Path | None) -> int | None:
+    return None if folder is None else sum(file.stat().st_size for file in folder.glob("*.safetensors"))

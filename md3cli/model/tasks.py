@@ -6,6 +6,7 @@ result keys. What the network computes with is `decoding.Rows`; nothing here tou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +79,10 @@ class Sequence:
     masses: list[list[float]] = field(default_factory=list)  # per object: continue, x, y[, width, height]
     is_done: bool = False
 
+    def restart(self) -> None:
+        """Forget every decision: the row starts again from its prompt."""
+        self.reasoning, self.answer, self.masses, self.is_done = None, Decisions(), [], False
+
     @property
     def image_key(self) -> str | None:
         """What sequences about the same picture share."""
@@ -103,6 +108,13 @@ class Sequence:
         """Budget of the phase: objects for detect and point, tokens otherwise."""
         request = self.job.request
         return request.max_objects if request.task in (Task.DETECT, Task.POINT) else request.max_tokens
+
+    def reasoning_result(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The record's `reasoning` of a sequence that has finished thinking."""
+        assert self.reasoning is not None
+        result = grounded_text(self.reasoning, self.config, tokenizer)
+        result["finish_reason"] = self.reasoning.finish_reason
+        return result
 
     def absorb(self, event: Event) -> None:
         """Take in one decision of this sequence's row."""
@@ -200,10 +212,7 @@ def score(masses: Seq[float]) -> float:
     bin: x and y, for boxes width and height too (`decoding.near_mass`).
     """
     continue_mass, *parts = masses
-    product = 1.0
-    for part in parts:
-        product *= part
-    value = continue_mass * product ** (1 / len(parts))
+    value = continue_mass * math.prod(parts) ** (1 / len(parts))
     return round(min(max(value, SCORE_MIN), SCORE_MAX), 3)
 
 
@@ -214,8 +223,7 @@ def _caption(sequence: Sequence, tokenizer: Tokenizer) -> dict[str, Any]:
 def _query(sequence: Sequence, tokenizer: Tokenizer) -> dict[str, Any]:
     result: dict[str, Any] = {"answer": tokenizer.decode(sequence.answer.token_ids)}
     if sequence.reasoning is not None:
-        result["reasoning"] = grounded_text(sequence.reasoning, sequence.config, tokenizer)
-        result["reasoning"]["finish_reason"] = sequence.reasoning.finish_reason
+        result["reasoning"] = sequence.reasoning_result(tokenizer)
     return result
 
 
@@ -271,7 +279,10 @@ def _segment(sequence: Sequence, tokenizer: Tokenizer) -> dict[str, Any]:
         return {"segments": []}
     ids = sequence.config.tokenizer
     path = parse_path([t for t in answer.token_ids if t not in (ids.coord_id, ids.size_id)], tokenizer)
-    box = {name: min(max(value, 0.0), 1.0) for name, value in _box(*answer.coords[:2], answer.sizes[0]).items()}
+    box = {
+        name: min(max(value, 0.0), 1.0)
+        for name, value in _box(answer.coords[0], answer.coords[1], answer.sizes[0]).items()
+    }
     segment: dict[str, Any] = {"label": sequence.job.request.prompt, "svg_path": path.svg_path, "bbox": box}
     if path.error is not None:
         segment["parse_error"] = path.error

@@ -1,0 +1,135 @@
+"""From options to a ready engine: which files, which device, which dtype, how many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from md3cli.config import ModelOptions
+from md3cli.errors import ConfigError
+from md3cli.model.checkpoint import load_model
+from md3cli.model.config import MAX_CONTEXT_LIMIT
+from md3cli.model.encoder import ImageEncoder
+from md3cli.model.engine import Engine
+from md3cli.model.hub import resolve_model
+from md3cli.model.memory import auto_batch_size
+from md3cli.model.prompts import Prompts, Tokenizer
+from md3cli.model.weight_files import find_weight_files
+from md3cli.records import RunIdentity
+
+DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+SMALL_MODEL_BYTES = 1 << 30  # on CPU, models below it gain nothing from 16 bits
+
+
+def load_engine(options: ModelOptions) -> Engine:
+    """Resolve, load and set up the model named by `options`.
+
+    Raises:
+        CheckpointError: the weights, config or tokenizer cannot be had or do not fit.
+        ConfigError: a device, dtype or setting that is not to be had here.
+    """
+    torch.set_flush_denormal(True)  # denormals make CPU arithmetic five times slower
+    _refuse_unsupported(options)
+    device = choose_device(options.device)
+    files = resolve_model(
+        options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline
+    )
+    weight_bytes = sum(file.stat().st_size for file in find_weight_files(files.path).files)
+    dtype = choose_dtype(options.dtype, device, weight_bytes)
+    loaded = load_model(files.path, dtype=dtype, device=device)
+    tokenizer = Tokenizer.load(files.tokenizer_file, loaded.config)
+    max_context = choose_max_context(options.max_context, loaded.config.text.max_context, loaded.config.prefix_len)
+    batch_size = options.batch_size or auto_batch_size(loaded.config, dtype, device, max_context)
+    return Engine(
+        loaded.model,
+        tokenizer,
+        Prompts(loaded.config, tokenizer, files.name),
+        ImageEncoder(loaded.model),
+        identity=run_identity(options, files.identity),
+        batch_size=batch_size,
+        max_context=max_context,
+    )
+
+
+def run_identity(options: ModelOptions, model: str) -> RunIdentity:
+    """What of the options goes into every record's id; `model` is name@revision."""
+    return RunIdentity(
+        model=model,
+        dtype=options.dtype,
+        quant=options.quant,
+        adapter=options.adapter or "",
+        background=options.background,
+    )
+
+
+def _refuse_unsupported(options: ModelOptions) -> None:
+    unsupported: list[tuple[str, Any]] = []
+    if options.quant not in ("stored", "none"):
+        unsupported.append(("--quant", options.quant))
+    if options.adapter:
+        unsupported.append(("--adapter", options.adapter))
+    for name, value in unsupported:
+        raise ConfigError(f"{name} {value}: this version of md3 cannot do that; leave {name} out")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device, else Apple's GPU, else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: no such kind of device; use cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"--device {name}: this machine has {count} CUDA devices; try --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"--device {name}: no Apple GPU here; try --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"--device {name}: use cpu, cuda, cuda:1 or mps")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def choose_dtype(name: str, device: torch.device, weight_bytes: int) -> torch.dtype:
+    """`auto` is bf16, or fp32 where bf16 is slow or pointless: a CPU without bf16 units, a small model on any CPU.
+
+    Raises:
+        ConfigError: no such dtype.
+    """
+    if name != "auto":
+        if name not in DTYPES:
+            raise ConfigError(f"--dtype {name}: use auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cpu" and (weight_bytes < SMALL_MODEL_BYTES or not has_fast_bf16_cpu()):
+        return torch.float32
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float32
+    return torch.bfloat16
+
+
+def has_fast_bf16_cpu() -> bool:
+    """True when this CPU multiplies bf16 natively (AVX512-BF16 or AMX on x86, BF16 on Arm)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def choose_max_context(asked: int | None, of_config: int, prefix_len: int) -> int:
+    """Positions a sequence may fill: as asked, else the config's.
+
+    Raises:
+        ConfigError: more than 32768, or no room behind an image.
+    """
+    value = of_config if asked is None else asked
+    if asked is not None and not prefix_len < asked <= MAX_CONTEXT_LIMIT:
+        raise ConfigError(
+            f"--max-context {asked}: an image alone takes {prefix_len}; use {prefix_len + 1} to {MAX_CONTEXT_LIMIT}"
+        )
+    return min(value, MAX_CONTEXT_LIMIT)
