@@ -1,0 +1,141 @@
+"""`md3 models`: which weights are here, fetch them, look into them, write them in another layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from md3cli.errors import OutputError
+from md3cli.records import printable
+
+if TYPE_CHECKING:
+    from md3cli.model.inspection import CheckpointSummary
+
+app = typer.Typer(no_args_is_help=True, help="Weights: what is there, fetch, look into, other layouts.")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Alias, repository id, folder or .safetensors file.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+class Layout(StrEnum):
+    """The layouts `convert` writes."""
+
+    ORIGINAL = "original"
+    RAW = "raw"
+    HF = "hf"
+
+
+@app.command("list", epilog="Example: md3 models list")
+def list_models(as_json: AsJson = False) -> None:
+    """The models that have a short name, and whether they are here."""
+    from md3cli.model.hub import known_models
+
+    models = known_models()
+    if as_json:
+        typer.echo(json.dumps([model.as_json() for model in models], indent=1))
+        return
+    rows = [(m.alias, m.source, _size(m.num_bytes), str(m.path or "not here")) for m in models]
+    _print_table(("name", "from", "size", "where"), rows)
+    if any(model.path is None for model in models):
+        typer.echo("Fetch one with: md3 models pull NAME", err=True)
+
+
+@app.command(epilog="Example: md3 models pull moondream3")
+def pull(model: Model, revision: Revision = None) -> None:
+    """Fetch a model into the hub's cache, with its tokenizer; continues where an earlier try broke off."""
+    from md3cli.model import hub, hub_download
+
+    repo = hub.required_repo(model)
+    plan = hub_download.plan_download(repo, revision)
+    typer.echo(
+        f"{repo}@{plan.revision}: {_size(plan.num_bytes)}, {_size(plan.missing_bytes)} to fetch into "
+        f"{plan.cache_folder}, {_size(plan.free_bytes)} free; terms of use: https://huggingface.co/{repo}",
+        err=True,
+    )
+    if plan.missing_bytes > plan.free_bytes:
+        raise OutputError(f"{plan.cache_folder} has too little room; free some, or set HF_HUB_CACHE to another folder")
+    hub_download.download(repo, revision)
+    typer.echo(hub.resolve_model(model, revision=revision).identity)
+
+
+@app.command(epilog="Example: md3 models info ./checkpoint")
+def info(model: Model, revision: Revision = None, as_json: AsJson = False) -> None:
+    """Format, sizes by part and what would load. Reads headers only; fetches nothing."""
+    from md3cli.model.hub import present_path
+    from md3cli.model.inspection import inspect_checkpoint
+
+    summary = inspect_checkpoint(present_path(model, revision))
+    if as_json:
+        typer.echo(json.dumps(summary.as_json(), indent=1))
+        return
+    for line in _summary_lines(summary):
+        typer.echo(printable(line))
+    rows = [(str(part.part), f"{part.num_parameters:,}", _size(part.num_bytes)) for part in summary.parts]
+    _print_table(
+        ("part", "parameters", "bytes"), [*rows, ("total", f"{summary.num_parameters:,}", _size(summary.num_bytes))]
+    )
+
+
+@app.command(epilog="Example: md3 models convert ./checkpoint ./checkpoint-raw --to raw")
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Alias, repository id, folder or .safetensors file.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; must not exist yet.")],
+    to: Annotated[Layout, typer.Option("--to", help="The layout to write.")],
+) -> None:
+    """Write a checkpoint in another layout, tensor by tensor, and compare the copy with the source."""
+    from tqdm import tqdm
+
+    from md3cli.model.checkpoint_writer import convert_checkpoint
+    from md3cli.model.formats import Format
+    from md3cli.model.hub import present_path
+
+    with tqdm(unit="B", unit_scale=True, disable=None, desc="writing") as bar:  # None: only on a terminal
+        plan = convert_checkpoint(present_path(source), target, Format(to.value), progress=lambda n: bar.update(n))
+    typer.echo(f"{target}: {plan.layout}, {_size(plan.files.num_bytes)} in {len(plan.files.files)} files, compared")
+
+
+def _summary_lines(summary: CheckpointSummary) -> Iterable[str]:
+    """What a table by part does not say."""
+    config = summary.config
+    text, vision = config.text, config.vision
+    moe = f", {text.moe.num_experts} experts from layer {text.moe.start_layer}" if text.moe else ""
+    skills = summary.as_json()["skills"]
+    yield f"{summary.path}: {summary.layout}, revision {summary.revision}"
+    yield f"  loads: {text.n_layers} text layers of width {text.dim}{moe}; {vision.enc_n_layers} vision layers"
+    yield f"  image prefix {config.prefix_len} positions, context {text.max_context}; skills: {', '.join(skills)}"
+    has_ln, has_tokenizer = ("yes" if has else "no" for has in (summary.has_region_ln, summary.has_tokenizer))
+    yield f"  region LayerNorm: {has_ln}; tokenizer: {has_tokenizer}"
+    yield "  stored as " + ", ".join(f"{dtype} {_size(size)}" for dtype, size in summary.dtypes.items())
+
+
+def _size(num_bytes: int | None) -> str:
+    """Bytes as people read them, in powers of ten: 18.5 GB."""
+    if num_bytes is None:
+        return ""
+    size = float(num_bytes)
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
+
+
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on stdout; cells are data, never markup, numbers to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("parameters", "bytes", "size") else "left")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    Console().print(table)
