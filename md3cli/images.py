@@ -172,7 +172,7 @@ def read_image(
         ImageError: whatever is wrong with the file; `type` is the record's.
     """
     colour = parse_background(background)
-    data = _read_bytes(item, limits.max_file_size)
+    data = read_bytes(item, limits.max_file_size)
     sha256 = hashlib.sha256(data).hexdigest()
     return DecodedImage(decode_rgb(data, limits.max_pixels, colour, on_header), sha256)
 
@@ -181,7 +181,7 @@ _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _NOT_OPENABLE = {errno.ENXIO, errno.ENODEV}  # sockets; devices without a driver
 
 
-def _read_bytes(item: ImageItem, limit_bytes: int) -> bytes:
+def read_bytes(item: ImageItem, limit_bytes: int) -> bytes:
     """The bytes of `item`, read once. Never blocks on a FIFO, never reads a device."""
     try:
         with _open_regular(item.path) as file:

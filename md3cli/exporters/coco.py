@@ -1,0 +1,170 @@
+"""COCO: instances with scores, captions, keypoints on request; or the bare list of results.
+
+Streamed: images go straight into the document, annotations wait in a temporary file and are
+joined at the end, so memory does not grow with the records. Ids count from 1 (an annotation id 0
+silently halves AP in pycocotools); `info`, `licenses`, `area`, `iscrowd` and `segmentation` are
+always there because readers fail without them. No date is written: the same records give the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from md3cli.errors import UsageError
+from md3cli.exporters.coco_ids import CocoIds
+from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
+from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, flat
+from md3cli.exporters.options import ExportOptions, ExportReport
+from md3cli.exporters.publishing import replaced_file
+from md3cli.records import printable
+
+Annotation = dict[str, Any]
+
+
+def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+    """One document of all images that have an answered record."""
+    if out.exists() and out.samefile(records):
+        raise UsageError(f"{printable(str(out))} is the records file itself; name another -o")
+    with ImageIndex(records) as index:
+        writer = _Writer(index.survey, options)
+        with replaced_file(out, overwrite=options.overwrite) as file:
+            (writer.write_results if options.coco_results else writer.write_document)(index, file)
+        survey = index.survey
+        notes = tuple(writer.notes(survey))
+        return ExportReport("coco", out, survey.num_records, writer.num_images, survey.num_failures, notes)
+
+
+class _Writer:
+    def __init__(self, survey: Survey, options: ExportOptions) -> None:
+        self._options = options
+        self._is_mixed = bool(survey.tasks & {"detect", "segment"}) or options.keypoints
+        self._point_labels = survey.point_labels if options.keypoints else {}
+        labels = dict.fromkeys((*options.labels, *survey.labels, *self._point_labels))
+        self._ids = CocoIds(labels, options.coco_ids_from)
+        self._has_masks = "segment" in survey.tasks
+        self._model = survey.model
+        self.num_images = 0
+        self._num_annotations = 0
+        self._num_points = 0
+        self._num_unknown = 0
+        self._first_unknown = ""
+
+    def write_document(self, index: ImageIndex, file: BinaryIO) -> None:
+        info = {"description": f"annotated by {self._model}", "version": "1.0", "year": 0}
+        info |= dict.fromkeys(("contributor", "url", "date_created"), "")
+        file.write(b'{"info":' + _json(info) + b',"licenses":[],"images":[')
+        with tempfile.TemporaryFile() as annotations:
+            for group in index.images():
+                image_id = self._ids.image(group.name)
+                file.write((b",\n" if self.num_images else b"\n") + _json(self._image_entry(group, image_id)))
+                self.num_images += 1
+                for annotation in self._annotations(group, image_id):
+                    self._num_annotations += 1
+                    annotations.write(b",\n" if self._num_annotations > 1 else b"\n")
+                    annotations.write(_json({"id": self._num_annotations, **annotation}))
+            annotations.seek(0)
+            file.write(b'],\n"annotations":[')
+            shutil.copyfileobj(annotations, file)
+        file.write(b'],\n"categories":' + _json(self._categories()) + b"}\n")
+
+    def write_results(self, index: ImageIndex, file: BinaryIO) -> None:
+        """The bare list that `COCO.loadRes` takes; images the ground truth lacks are left out."""
+        file.write(b"[")
+        for group in index.images():
+            image_id = self._ids.known_image(group.name) if self._options.coco_ids_from else self._ids.image(group.name)
+            if image_id is None:
+                self._num_unknown += 1
+                self._first_unknown = self._first_unknown or group.name
+                continue
+            self.num_images += 1
+            for annotation in self._annotations(group, image_id):
+                file.write(b",\n" if self._num_annotations else b"\n")
+                file.write(_json(_as_result(annotation, is_box=not self._has_masks)))
+                self._num_annotations += 1
+        file.write(b"]\n")
+
+    def notes(self, survey: Survey) -> Iterator[str]:
+        yield from survey.notes()
+        if self._num_points and not self._options.keypoints:
+            yield f"{self._num_points} points were left out; --keypoints writes them as one-keypoint categories"
+        if "query" in survey.tasks:
+            yield "answers have no place in COCO; --format parquet or csv has them"
+        if self._is_mixed and "caption" in survey.tasks:
+            yield "captions stand in each image's own `captions`, since readers of boxes take no other annotations"
+        if self._num_unknown:
+            first = printable(self._first_unknown)
+            known = self._options.coco_ids_from
+            yield f"{self._num_unknown} images are not in {known} and were left out (first: {first})"
+
+    def _image_entry(self, group: ImageGroup, image_id: Any) -> dict[str, Any]:
+        entry = {"id": image_id, "width": group.width, "height": group.height, "file_name": group.name}
+        captions = group.captions() if self._is_mixed else []
+        return {**entry, "captions": captions} if captions else entry
+
+    def _categories(self) -> list[dict[str, Any]]:
+        """The categories; those that were pointed at are skeletons of one joint."""
+        joints = {label: {"keypoints": [label], "skeleton": []} for label in self._point_labels}
+        return [category | joints.get(category["name"], {}) for category in self._ids.categories]
+
+    def _annotations(self, group: ImageGroup, image_id: Any) -> Iterator[Annotation]:
+        """An image's annotations, without ids."""
+        for box in group.boxes():
+            yield self._box(box, image_id, [flat(box.ring)], box.width * box.height)
+        for segment in group.segments():
+            yield self._segment(segment, group, image_id)
+        for point in group.points():
+            self._num_points += 1
+            if self._options.keypoints:
+                yield self._keypoint(point, image_id)
+        if not self._is_mixed:
+            for caption in group.captions():
+                yield {"image_id": image_id, "caption": caption}
+
+    def _box(self, box: PixelBox, image_id: Any, segmentation: Any, area: float) -> Annotation:
+        annotation = {
+            "image_id": image_id,
+            "category_id": self._ids.category(box.label),
+            "bbox": [round(value, 3) for value in (box.x, box.y, box.width, box.height)],
+            "area": round(area, 3),
+            "segmentation": segmentation,
+            "iscrowd": 0,
+        }
+        return annotation if box.score is None else {**annotation, "score": box.score}
+
+    def _segment(self, segment: PixelSegment, group: ImageGroup, image_id: Any) -> Annotation:
+        from md3cli.exporters.masks import mask_area, segmentation
+
+        size = (group.width, group.height)
+        return self._box(segment.box, image_id, segmentation(segment.rings, *size), mask_area(segment.rings, *size))
+
+    def _keypoint(self, point: PixelPoint, image_id: Any) -> Annotation:
+        x, y = round(point.x, 3), round(point.y, 3)
+        annotation = {
+            "image_id": image_id,
+            "category_id": self._ids.category(point.label),
+            "keypoints": [x, y, 2],
+            "num_keypoints": 1,
+            "bbox": [x, y, 0, 0],  # readers fail without one; a point has no extent
+            "area": 0,
+            "iscrowd": 0,
+        }
+        return annotation if point.score is None else {**annotation, "score": point.score}
+
+
+def _as_result(annotation: Annotation, *, is_box: bool) -> Annotation:
+    """What scoring reads of an annotation; a box's rectangle says nothing that `bbox` does not."""
+    if "caption" in annotation:
+        return annotation
+    keys = ["keypoints"] if "keypoints" in annotation else ["bbox"] if is_box else ["bbox", "segmentation"]
+    result = {key: annotation[key] for key in ["image_id", "category_id", *keys]}
+    return {**result, "score": annotation.get("score", 1.0)}  # readers fail without one
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,0 +1,82 @@
+"""CSV: one row for each box, mask, point or text; one row too for a record that found nothing or failed.
+
+Boxes are clamped pixels of the upright image (x and y of the top left corner); a point has no width
+and height. A text that a spreadsheet would run as a formula gets an apostrophe in front, as OWASP
+advises; JSON Lines and Parquet hold texts as they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from md3cli.exporters.choices import COLUMN_PREFIX, choice_scores, find_choices
+from md3cli.exporters.objects import boxes, points, segments
+from md3cli.exporters.options import ExportOptions, ExportReport
+from md3cli.exporters.publishing import replaced_file
+from md3cli.exporters.reading import read_records
+from md3cli.records import RecordDict
+
+COLUMNS = (
+    "image", "width", "height", "task", "prompt", "label", "x", "y", "w", "h", "score",
+    "caption", "answer", "svg_path", "finish_reason", "error_type", "error_message", "id",
+)  # fmt: skip
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # full-width ones too
+
+Row = dict[str, Any]
+
+
+def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+    """One table of all records; columns for the choices of restricted answers come last."""
+    choices = find_choices(records)
+    columns = [*COLUMNS, *(COLUMN_PREFIX + choice for choice in choices)]
+    num_records = 0
+    with replaced_file(out, overwrite=options.overwrite) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(map(_safe, columns))
+        for record in read_records(records):
+            num_records += 1
+            for row in _rows(record):
+                table.writerow([_safe(row.get(column)) for column in columns])
+        text.detach()  # flushes; the file stays open for its owner
+    return ExportReport("csv", out, num_records)
+
+
+def _safe(value: Any) -> Any:
+    """Texts that begin like a formula are disarmed; numbers stay numbers."""
+    if isinstance(value, str) and value.startswith(_FORMULA_STARTS):
+        return "'" + value
+    return value
+
+
+def _rows(record: RecordDict) -> Iterator[Row]:
+    error = record.get("error") or {}
+    shared: Row = {key: record.get(key) for key in ("image", "width", "height", "task", "prompt", "caption", "answer")}
+    shared |= {"finish_reason": record.get("finish_reason"), "id": record.get("id")}
+    shared |= {"error_type": error.get("type"), "error_message": error.get("message")}
+    shared |= {COLUMN_PREFIX + choice: score for choice, score in choice_scores(record).items()}
+    if record.get("answer") is not None:
+        shared["score"] = choice_scores(record).get(record["answer"])
+    found = list(_found(record)) if "width" in record and not error else []
+    yield from ({**shared, **row} for row in found or [{}])
+
+
+def _found(record: RecordDict) -> Iterator[Row]:
+    """The record's boxes, masks and points as columns, in pixels rounded to a thousandth."""
+    size = (int(record["width"]), int(record["height"]))
+    for box in boxes(record, *size):
+        yield {"label": box.label, **_corner_and_size(box.x, box.y, box.width, box.height), "score": box.score}
+    for segment in segments(record, *size):
+        box = segment.box
+        position = _corner_and_size(box.x, box.y, box.width, box.height)
+        yield {"label": box.label, **position, "score": box.score, "svg_path": segment.svg_path}
+    for point in points(record, *size):
+        yield {"label": point.label, "x": round(point.x, 3), "y": round(point.y, 3), "score": point.score}
+
+
+def _corner_and_size(x: float, y: float, width: float, height: float) -> Row:
+    return {"x": round(x, 3), "y": round(y, 3), "w": round(width, 3), "h": round(height, 3)}

@@ -1,0 +1,166 @@
+"""Records gathered by image, in bounded memory.
+
+The records of one image usually stand together, but a retried or merged file may scatter them.
+A first pass notes, for each stretch of lines about one image, where it begins; SQLite holds the
+notes in a private temporary file and sorts them there, so memory stays flat at any length. The
+second pass jumps from stretch to stretch. The first pass also takes the survey: which labels and
+tasks occur, and in which order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from md3cli.errors import ExportError
+from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, boxes, label_of, points, segments
+from md3cli.exporters.reading import PlacedRecord, open_records, placed_records
+from md3cli.records import RecordDict
+
+_RESULT_OF = {"detect": "objects", "segment": "segments", "point": "points"}
+
+# Stretches in the order of their image's first one; both sorts spill to disk.
+_IN_ORDER = """
+SELECT offset, count, first FROM (
+  SELECT seq, offset, count, min(seq) OVER (PARTITION BY image) AS first FROM stretch
+) ORDER BY first, seq
+"""
+
+
+@dataclass(slots=True)
+class Survey:
+    """What the records hold as a whole; labels in the order they were first asked for or seen."""
+
+    labels: dict[str, None] = field(default_factory=dict)  # of boxes and masks
+    point_labels: dict[str, None] = field(default_factory=dict)
+    tasks: set[str] = field(default_factory=set)
+    num_records: int = 0
+    num_failures: int = 0
+    num_without_image: int = 0
+    has_meta: bool = False
+    model: str = ""
+
+    def add(self, record: RecordDict) -> None:
+        """Count one record in. Failed ones give their label too: the order is the user's."""
+        task = str(record.get("task"))
+        self.num_records += 1
+        self.num_failures += record.get("error") is not None
+        self.num_without_image += record.get("error") is None and record.get("image") is None
+        self.tasks.add(task)
+        self.has_meta = self.has_meta or bool(record.get("meta"))
+        self.model = self.model or str(record.get("model") or "")
+        if task in _RESULT_OF:
+            labels = self.point_labels if task == "point" else self.labels
+            if record.get("prompt"):
+                labels[str(record["prompt"])] = None
+            for found in record.get(_RESULT_OF[task]) or ():
+                labels[label_of(found, record)] = None
+
+    def notes(self) -> Iterator[str]:
+        """What no format made of images can hold."""
+        if self.num_without_image:
+            yield f"{self.num_without_image} answers to questions without an image were left out"
+
+
+class ImageGroup(NamedTuple):
+    """One image and its answered records; at least one, and the size is known."""
+
+    name: str
+    name_b64: str | None
+    width: int
+    height: int
+    records: list[RecordDict]
+
+    def boxes(self) -> Iterator[PixelBox]:
+        for record in self.records:
+            yield from boxes(record, self.width, self.height)
+
+    def segments(self) -> Iterator[PixelSegment]:
+        for record in self.records:
+            yield from segments(record, self.width, self.height)
+
+    def points(self) -> Iterator[PixelPoint]:
+        for record in self.records:
+            yield from points(record, self.width, self.height)
+
+    def captions(self) -> list[str]:
+        return [str(record["caption"]) for record in self.records if record.get("caption") is not None]
+
+    def answers(self) -> list[tuple[str, str]]:
+        """(question, answer) pairs."""
+        answered = (record for record in self.records if record.get("answer") is not None)
+        return [(str(record.get("prompt") or ""), str(record["answer"])) for record in answered]
+
+
+class ImageIndex:
+    """The records of a file by image; made by one pass over it. Close it, or use it in `with`."""
+
+    def __init__(self, path: Path) -> None:
+        self.survey = Survey()
+        self._path = path
+        self._file = open_records(path)
+        self._database = sqlite3.connect("")  # a temporary file that SQLite removes by itself
+        self._database.execute("CREATE TABLE stretch(seq INTEGER PRIMARY KEY, image BLOB, offset INT, count INT)")
+        rows = self._stretches(placed_records(self._file, path))
+        self._database.executemany("INSERT INTO stretch(image, offset, count) VALUES (?, ?, ?)", rows)
+
+    def __enter__(self) -> ImageIndex:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._database.close()
+        self._file.close()
+
+    def images(self) -> Iterator[ImageGroup]:
+        """Every image with an answered record, in the order of first appearance."""
+        stretches: Iterable[tuple[int, int, int]] = self._database.execute(_IN_ORDER)
+        for _, parts in groupby(stretches, key=lambda row: row[2]):
+            records = [record for offset, count, _ in parts for record in self._read(offset, count)]
+            answered = [record for record in records if record.get("error") is None]
+            sized = next((record for record in answered if "width" in record), None)
+            if sized is not None:
+                name_b64 = sized.get("image_b64")
+                yield ImageGroup(sized["image"], name_b64, int(sized["width"]), int(sized["height"]), answered)
+
+    def _stretches(self, placed: Iterator[PlacedRecord]) -> Iterator[tuple[bytes, int, int]]:
+        """(key of the image, offset of the first line, number of lines) for each run of lines about one image."""
+        for image, lines in groupby(placed, key=lambda line: image_key(line.record)):
+            count, offset = 0, -1
+            for line in lines:
+                self.survey.add(line.record)
+                offset = line.offset if offset < 0 else offset
+                count += 1
+            if image:
+                yield image, offset, count
+
+    def _read(self, offset: int, count: int) -> Iterator[RecordDict]:
+        self._file.seek(offset)
+        records = [line.record for line in islice(placed_records(self._file, self._path), count)]
+        if len(records) < count:
+            raise ExportError(
+                f"{self._path} became shorter while it was read; wait until the run that writes it is done"
+            )
+        return iter(records)
+
+
+def image_key(record: RecordDict) -> bytes:
+    """16 bytes that stand for the record's image; empty for a text-only query.
+
+    A name that is not UTF-8 is told apart by its exact bytes, not by how it is shown.
+    """
+    name = record.get("image")
+    if name is None:
+        return b""
+    exact = f"b64:{record['image_b64']}" if record.get("image_b64") else f"name:{name}"
+    return hashlib.blake2b(exact.encode(), digest_size=16).digest()

@@ -1,0 +1,127 @@
+"""Hugging Face ImageFolder: pictures under `train/` and what was found in `train/metadata.jsonl`.
+
+`load_dataset("imagefolder", data_dir=OUT)` guesses splits from names, so everything lies under
+`train/`: a picture called `test_a.jpg` would otherwise take the rest away. Every row has the
+same keys, those that the records' tasks can fill. Pixels are of the upright picture, as `datasets`
+decodes it. Pictures are hard-linked where the file system allows, else copied.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from md3cli.errors import ImageError
+from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
+from md3cli.exporters.names import candidates, relative_name
+from md3cli.exporters.objects import flat
+from md3cli.exporters.options import ExportOptions, ExportReport
+from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures, missing_note
+from md3cli.exporters.publishing import StagedFolder, staged_folder
+
+METADATA = "metadata.jsonl"
+
+
+def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+    """A folder that `datasets` loads; images whose picture cannot be read are left out."""
+    pictures = Pictures(records, options)
+    pictures.require_root("hf")
+    num_images = num_missing = 0
+    first_missing = ""
+    with (
+        ImageIndex(records) as index,
+        staged_folder(out, overwrite=options.overwrite, suffixes=PICTURE_SUFFIXES | {".jsonl"}) as folder,
+    ):
+        survey = index.survey
+        classes = {label: number for number, label in enumerate(dict.fromkeys((*options.labels, *survey.labels)))}
+        (folder.path / "train").mkdir()
+        with (folder.path / "train" / METADATA).open("xb") as metadata:
+            for group in index.images():
+                pictures.refuse_inside(out, group.name)
+                name = _add_picture(folder, group, pictures)
+                if name is None:
+                    num_missing += 1
+                    first_missing = first_missing or group.name
+                    continue
+                row = {"file_name": str(name), **_columns(group, survey, classes)}
+                metadata.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+                num_images += 1
+        notes = [*survey.notes()]
+        if num_missing:
+            notes.append(missing_note(num_missing, num_missing + num_images, first_missing, pictures.root))
+    return ExportReport("hf", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
+
+
+def _add_picture(folder: StagedFolder, group: ImageGroup, pictures: Pictures) -> PurePosixPath | None:
+    """Put the picture under `train/`; its name there, None where it cannot be read."""
+    source = pictures.find(group.name, group.name_b64)
+    if source is None:
+        return None
+    suffix = relative_name(group.name).suffix
+    names = (PurePosixPath("train") / _plain(name) for name in candidates(group.name, suffix))
+    file, relative = folder.create(names)
+    target = folder.path / relative
+    with file:
+        if not _linked(source, target):
+            try:
+                file.write(pictures.read_bytes(source, group.name))
+            except ImageError:
+                target.unlink()
+                return None
+    return relative.relative_to("train")
+
+
+def _plain(name: PurePosixPath) -> PurePosixPath:
+    """`name` without what `datasets` would read as a pattern."""
+    return PurePosixPath(str(name).translate(str.maketrans("*?[]", "____")))
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Put a hard link in the place of the empty file `target`; False where that is not possible."""
+    aside = target.with_name(f".{os.getpid()}.link")
+    try:
+        os.link(os.path.realpath(source), aside)
+        os.replace(aside, target)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _columns(group: ImageGroup, survey: Survey, classes: Mapping[str, int]) -> dict[str, Any]:
+    """The row's columns; which ones depends on the tasks of the whole file, never on the row."""
+    row: dict[str, Any] = {"width": group.width, "height": group.height}
+    if "caption" in survey.tasks:
+        captions = group.captions()
+        row |= {"text": captions[0] if captions else None, "captions": captions}
+    if "query" in survey.tasks:
+        row["answers"] = [{"question": question, "answer": answer} for question, answer in group.answers()]
+    if survey.tasks & {"detect", "segment"}:
+        row["objects"] = _objects(group, classes, has_masks="segment" in survey.tasks)
+    if "point" in survey.tasks:
+        row["points"] = [
+            {"x": round(point.x, 3), "y": round(point.y, 3), "label": point.label, "score": point.score}
+            for point in group.points()
+        ]
+    if survey.has_meta:  # as text: values of mixed types in a column make `datasets` refuse the file
+        metas = [record.get("meta") or {} for record in group.records]
+        row["meta"] = json.dumps({key: value for meta in metas for key, value in meta.items()}, ensure_ascii=False)
+    return row
+
+
+def _objects(group: ImageGroup, classes: Mapping[str, int], *, has_masks: bool) -> dict[str, list[Any]]:
+    boxes, segments = list(group.boxes()), list(group.segments())
+    found = [*boxes, *(segment.box for segment in segments)]
+    objects: dict[str, list[Any]] = {
+        "bbox": [[round(value, 3) for value in (box.x, box.y, box.width, box.height)] for box in found],
+        "categories": [classes[box.label] for box in found],
+        "labels": [box.label for box in found],
+        "scores": [box.score for box in found],
+    }
+    if has_masks:
+        rings = [*([box.ring] for box in boxes), *(segment.rings for segment in segments)]
+        objects["segmentation"] = [[flat(ring) for ring in parts] for parts in rings]
+    return objects

@@ -1,0 +1,137 @@
+"""Label Studio: tasks with predictions, and the labelling interface they fit.
+
+`OUT.json` gets its interface beside it as `OUT.xml`; any other OUT is a folder with `tasks.json`
+and `interface.xml`. Coordinates are percent of the image. A picture's URL is Label Studio's own
+for local files (with its document root at the pictures' folder), or `url_prefix` and the name.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from xml.sax.saxutils import quoteattr
+
+from md3cli.exporters.colours import colour_of
+from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
+from md3cli.exporters.objects import joined_ring
+from md3cli.exporters.options import ExportOptions, ExportReport
+from md3cli.exporters.publishing import replaced_file, staged_folder
+from md3cli.records import printable
+
+LOCAL_FILES = "/data/local-files/?d="
+POINT_SIZE_PERCENT = 0.75
+
+Result = dict[str, Any]
+
+
+def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+    """All images as tasks of one project."""
+    with ImageIndex(records) as index, ExitStack() as outputs:
+        if out.suffix.lower() == ".json":
+            files = [replaced_file(path, overwrite=options.overwrite) for path in (out.with_suffix(".xml"), out)]
+            interface, tasks = (outputs.enter_context(file) for file in files)
+        else:
+            suffixes = frozenset({".json", ".xml"})
+            folder = outputs.enter_context(staged_folder(out, overwrite=options.overwrite, suffixes=suffixes)).path
+            interface = outputs.enter_context((folder / "interface.xml").open("wb"))
+            tasks = outputs.enter_context((folder / "tasks.json").open("wb"))
+        survey = index.survey
+        interface.write(_interface(survey, options.labels).encode())
+        num_images = _write_tasks(index, tasks.write, options.url_prefix)
+        return ExportReport(
+            "labelstudio", out, survey.num_records, num_images, survey.num_failures, tuple(survey.notes())
+        )
+
+
+def _write_tasks(index: ImageIndex, write: Callable[[bytes], object], url_prefix: str | None) -> int:
+    """Write the array of tasks one by one; returns how many."""
+    num_images = 0
+    write(b"[")
+    for group in index.images():
+        task = {
+            "data": {"image": image_url(group, url_prefix)},
+            "predictions": [_prediction(group, index.survey.model)],
+        }
+        write((b",\n" if num_images else b"\n") + json.dumps(task, ensure_ascii=False, separators=(",", ":")).encode())
+        num_images += 1
+    write(b"\n]\n")
+    return num_images
+
+
+def image_url(group: ImageGroup, url_prefix: str | None) -> str:
+    """Where Label Studio finds the picture."""
+    if "://" in group.name:
+        return group.name
+    exact = base64.b64decode(group.name_b64) if group.name_b64 else group.name.encode()
+    return (LOCAL_FILES if url_prefix is None else url_prefix) + quote(exact)
+
+
+def _prediction(group: ImageGroup, model: str) -> dict[str, Any]:
+    results = [*_regions(group), *_texts(group)]
+    for number, result in enumerate(results, start=1):
+        size = {"original_width": group.width, "original_height": group.height, "image_rotation": 0}
+        result |= {"id": f"r{number}", "to_name": "image", **size}
+    scores = [result["score"] for result in results if result.get("score") is not None]
+    mean = {"score": round(sum(scores) / len(scores), 3)} if scores else {}
+    return {"model_version": model, **mean, "result": results}
+
+
+def _regions(group: ImageGroup) -> Iterator[Result]:
+    across, down = 100 / group.width, 100 / group.height
+    for box in group.boxes():
+        value = _percent(
+            {"x": box.x * across, "y": box.y * down, "width": box.width * across, "height": box.height * down}
+        )
+        yield _region("rectanglelabels", {**value, "rotation": 0}, box.label, box.score)
+    for segment in group.segments():
+        points = [[_limited(x * across), _limited(y * down)] for x, y in joined_ring(segment.rings)]
+        yield _region("polygonlabels", {"points": points, "closed": True}, segment.box.label, segment.box.score)
+    for point in group.points():
+        value = _percent({"x": point.x * across, "y": point.y * down, "width": POINT_SIZE_PERCENT})
+        yield _region("keypointlabels", value, point.label, point.score)
+
+
+def _percent(values: dict[str, float]) -> dict[str, float]:
+    return {key: _limited(value) for key, value in values.items()}
+
+
+def _limited(percent: float) -> float:
+    return round(min(max(percent, 0.0), 100.0), 4)  # a last-digit 100.00000000000001 is refused on import
+
+
+def _region(type: str, value: dict[str, Any], label: str, score: float | None) -> Result:
+    region = {"type": type, "from_name": type, "value": {**value, type: [printable(label)]}}
+    return region if score is None else {**region, "score": score}
+
+
+def _texts(group: ImageGroup) -> Iterator[Result]:
+    answers = [f"{question}\n{answer}" for question, answer in group.answers()]
+    for name, texts in (("caption", group.captions()), ("answer", answers)):
+        if texts:
+            yield {"type": "textarea", "from_name": name, "value": {"text": texts}}
+
+
+def _interface(survey: Survey, first_labels: Iterable[str]) -> str:
+    """The labelling interface: one control for each kind of result that the records can hold."""
+    labels = dict.fromkeys((*first_labels, *survey.labels))
+    controls = [
+        ("detect", _labels_control("RectangleLabels", labels)),
+        ("segment", _labels_control("PolygonLabels", labels)),
+        ("point", _labels_control("KeyPointLabels", survey.point_labels)),
+        ("caption", '  <TextArea name="caption" toName="image" editable="true" rows="4"/>\n'),
+        ("query", '  <TextArea name="answer" toName="image" editable="true" rows="4"/>\n'),
+    ]
+    chosen = "".join(control for task, control in controls if task in survey.tasks)
+    return f'<View>\n  <Image name="image" value="$image" zoom="true"/>\n{chosen}</View>\n'
+
+
+def _labels_control(tag: str, labels: Iterable[str]) -> str:
+    lines = (
+        f'    <Label value={quoteattr(printable(label))} background="{colour_of(label).hex}"/>\n' for label in labels
+    )
+    return f'  <{tag} name="{tag.lower()}" toName="image">\n{"".join(lines)}  </{tag}>\n'

@@ -1,0 +1,147 @@
+"""What a record found, in pixels of the upright image: boxes, masks, points.
+
+Records hold 0-1 floats as the model gave them; here, and only here, they become pixels, clamped
+to the image. A box without extent after that is dropped: no reader takes one. Pure functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from md3cli.records import RecordDict
+from md3cli.svg_path import segment_polygons
+
+Ring = list[tuple[float, float]]
+
+
+class PixelBox(NamedTuple):
+    """A box in pixels: left, top, width, height, all inside the image, width and height above 0."""
+
+    label: str
+    x: float
+    y: float
+    width: float
+    height: float
+    score: float | None
+    is_truncated: bool  # the model's box went over the border
+
+    @property
+    def ring(self) -> Ring:
+        """The four corners, clockwise from the top left."""
+        right, bottom = self.x + self.width, self.y + self.height
+        return [(self.x, self.y), (right, self.y), (right, bottom), (self.x, bottom)]
+
+
+class PixelSegment(NamedTuple):
+    """A mask as closed rings in pixels (non-zero fill, as SVG draws them) and its box.
+
+    `rings` is the box's own ring where the model's path was invalid (`has_mask` is False).
+    """
+
+    box: PixelBox
+    rings: list[Ring]
+    has_mask: bool
+    svg_path: str
+
+
+class PixelPoint(NamedTuple):
+    """A point in pixels, inside the image."""
+
+    label: str
+    x: float
+    y: float
+    score: float | None
+
+
+def label_of(found: Mapping[str, Any], record: RecordDict) -> str:
+    """The label of an object, point or segment: its own, else the record's prompt."""
+    return str(found.get("label") or record.get("prompt") or "object")
+
+
+def boxes(record: RecordDict, width: int, height: int) -> Iterator[PixelBox]:
+    """The boxes of a detect record."""
+    for found in record.get("objects") or ():
+        box = clamped_box(found, label_of(found, record), found.get("score"), width, height)
+        if box is not None:
+            yield box
+
+
+def clamped_box(
+    corners: Mapping[str, Any], label: str, score: float | None, width: int, height: int
+) -> PixelBox | None:
+    """`corners` (x_min ... y_max, 0-1) cut to the image; None where nothing of it is inside."""
+    raw = [float(corners[key]) for key in ("x_min", "y_min", "x_max", "y_max")]
+    x_min, y_min, x_max, y_max = (min(max(value, 0.0), 1.0) for value in raw)
+    x, y = x_min * width, y_min * height
+    box_width, box_height = (x_max - x_min) * width, (y_max - y_min) * height
+    if not (box_width > 0 and box_height > 0):  # written so that NaN is dropped too
+        return None
+    return PixelBox(label, x, y, box_width, box_height, score, raw != [x_min, y_min, x_max, y_max])
+
+
+def segments(record: RecordDict, width: int, height: int) -> Iterator[PixelSegment]:
+    """The masks of a segment record; rings are cut to the image."""
+    for found in record.get("segments") or ():
+        box = clamped_box(found["bbox"], label_of(found, record), found.get("score"), width, height)
+        if box is None:
+            continue
+        pixel_rings = ([(x * width, y * height) for x, y in ring] for ring in segment_polygons(found))
+        rings = [cut for ring in pixel_rings if abs(signed_area(cut := clip_ring(ring, width, height))) > 0]
+        yield PixelSegment(box, rings or [box.ring], bool(rings), str(found["svg_path"]))
+
+
+def points(record: RecordDict, width: int, height: int) -> Iterator[PixelPoint]:
+    """The points of a point record, moved to the border where they lie outside."""
+    for found in record.get("points") or ():
+        x, y = (min(max(float(found[key]), 0.0), 1.0) for key in ("x", "y"))
+        if x == x and y == y:  # not NaN
+            yield PixelPoint(label_of(found, record), x * width, y * height, found.get("score"))
+
+
+def signed_area(ring: Ring) -> float:
+    """Area by the shoelace formula, positive for a ring that runs clockwise on the screen."""
+    following = ring[1:] + ring[:1]
+    return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(ring, following, strict=True)) / 2
+
+
+def flat(ring: Ring) -> list[float]:
+    """`x1, y1, x2, y2, …` to a hundredth of a pixel, as COCO writes polygons."""
+    return [round(value, 2) for point in ring for value in point]
+
+
+def clip_ring(ring: Ring, width: float, height: float) -> Ring:
+    """`ring` cut to the image, one side after the other (Sutherland and Hodgman, 1974)."""
+    for axis, limit, keeps_below in ((0, 0.0, False), (0, width, True), (1, 0.0, False), (1, height, True)):
+        if all((point[axis] <= limit) if keeps_below else (point[axis] >= limit) for point in ring):
+            continue
+        ring = _clip_side(ring, axis, limit, keeps_below)
+    return ring
+
+
+def _clip_side(ring: Ring, axis: int, limit: float, keeps_below: bool) -> Ring:
+    kept: Ring = []
+    for start, end in zip(ring[-1:] + ring[:-1], ring, strict=True):
+        is_start_in = start[axis] <= limit if keeps_below else start[axis] >= limit
+        is_end_in = end[axis] <= limit if keeps_below else end[axis] >= limit
+        if is_start_in != is_end_in:
+            share = (limit - start[axis]) / (end[axis] - start[axis])
+            other = start[1 - axis] + (end[1 - axis] - start[1 - axis]) * share
+            kept.append((limit, other) if axis == 0 else (other, limit))
+        if is_end_in:
+            kept.append(end)
+    return kept
+
+
+def joined_ring(rings: list[Ring]) -> Ring:
+    """All rings as one polygon, tied by bridges without width, for formats that know one polygon an object.
+
+    Filled, it covers what the rings cover: a bridge is walked once each way.
+    """
+    first = rings[0]
+    if len(rings) == 1:
+        return first
+    joined = [*first, first[0]]
+    for ring in rings[1:]:
+        joined += [*ring, ring[0], first[0]]
+    return joined

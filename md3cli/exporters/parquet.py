@@ -1,0 +1,147 @@
+"""Parquet: one row for each record, failures included, in one fixed schema.
+
+Coordinates are exact, as the records have them. The file's `huggingface` metadata names the
+features, so that `datasets` knows them; with `embed_images` the `image` column holds the
+pictures' bytes and `datasets` decodes them. Row groups are bounded in rows and bytes, and the file
+appears by rename: one cut short could not be read at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from md3cli.errors import ImageError
+from md3cli.exporters.choices import COLUMN_PREFIX, choice_scores, find_choices
+from md3cli.exporters.options import ExportOptions, ExportReport
+from md3cli.exporters.pictures import Pictures
+from md3cli.exporters.publishing import replaced_file
+from md3cli.exporters.reading import read_records
+from md3cli.records import RecordDict
+
+GROUP_ROWS = 4096
+GROUP_BYTES = 64 * 2**20  # of embedded pictures
+
+_BOX = [(key, pa.float64()) for key in ("x_min", "y_min", "x_max", "y_max")]
+_LABEL, _SCORE = ("label", pa.string()), ("score", pa.float32())
+_GROUNDING = [("start_idx", pa.int32()), ("end_idx", pa.int32()), ("points", pa.list_(pa.list_(pa.float64())))]
+_REASONING = [("text", pa.string()), ("grounding", pa.list_(pa.struct(_GROUNDING))), ("finish_reason", pa.string())]
+_SEGMENT = [_LABEL, ("svg_path", pa.string()), ("bbox", pa.struct(_BOX)), _SCORE, ("parse_error", pa.string())]
+
+_COLUMNS: list[tuple[str, pa.DataType]] = [
+    ("id", pa.string()),
+    ("image", pa.string()),
+    ("image_b64", pa.string()),
+    ("width", pa.int32()),
+    ("height", pa.int32()),
+    ("task", pa.string()),
+    ("prompt", pa.string()),
+    ("length", pa.string()),
+    ("caption", pa.string()),
+    ("answer", pa.string()),
+    ("reasoning", pa.struct(_REASONING)),
+    ("objects", pa.list_(pa.struct([_LABEL, *_BOX, _SCORE]))),
+    ("points", pa.list_(pa.struct([_LABEL, ("x", pa.float64()), ("y", pa.float64()), _SCORE]))),
+    ("segments", pa.list_(pa.struct(_SEGMENT))),
+    ("sha256", pa.string()),
+    ("finish_reason", pa.string()),
+    ("prompt_tokens", pa.int32()),
+    ("output_tokens", pa.int32()),
+    ("model", pa.string()),
+    ("meta", pa.string()),
+    ("error_type", pa.string()),
+    ("error_message", pa.string()),
+    ("error_retry", pa.bool_()),
+]
+_PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def schema_of(choices: list[str], *, embed_images: bool) -> pa.Schema:
+    """The file's schema; each choice of restricted answers adds a column with its score."""
+    columns = [(name, _PICTURE if embed_images and name == "image" else kind) for name, kind in _COLUMNS]
+    columns += [(COLUMN_PREFIX + choice, pa.float32()) for choice in choices]
+    features = {name: _feature(kind) for name, kind in columns}
+    if embed_images:
+        features["image"] = {"_type": "Image"}
+    return pa.schema(columns, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _feature(kind: pa.DataType) -> Any:
+    """An Arrow type as `datasets` writes it in its metadata."""
+    if pa.types.is_struct(kind):
+        return {field.name: _feature(field.type) for field in kind}
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "List"}
+    name = {"float": "float32", "double": "float64"}.get(str(kind), str(kind))
+    return {"dtype": name, "_type": "Value"}
+
+
+def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+    """One file of all records."""
+    pictures = Pictures(records, options)
+    if options.embed_images:
+        pictures.require_root("--embed-images")
+    choices = find_choices(records)
+    schema = schema_of(choices, embed_images=options.embed_images)
+    rows = _Rows(schema, choices, pictures if options.embed_images else None)
+    with (
+        replaced_file(out, overwrite=options.overwrite) as file,
+        pq.ParquetWriter(file, schema, compression="zstd", write_page_index=True) as writer,
+    ):
+        for batch in rows.batches(read_records(records)):
+            writer.write_batch(batch)
+    notes = (f"{rows.num_missing} pictures could not be read; their bytes are null",) if rows.num_missing else ()
+    return ExportReport("parquet", out, rows.num_records, notes=notes)
+
+
+class _Rows:
+    """Turns records into record batches of bounded size."""
+
+    def __init__(self, schema: pa.Schema, choices: list[str], pictures: Pictures | None) -> None:
+        self._schema = schema
+        self._choices = choices
+        self._pictures = pictures
+        self.num_records = 0
+        self.num_missing = 0
+
+    def batches(self, records: Iterator[RecordDict]) -> Iterator[pa.RecordBatch]:
+        rows: list[dict[str, Any]] = []
+        num_bytes = 0
+        for record in records:
+            row = self._row(record)
+            rows.append(row)
+            num_bytes += len(row["image"]["bytes"] or b"") if self._pictures and row["image"] else 0
+            if len(rows) >= GROUP_ROWS or num_bytes >= GROUP_BYTES:
+                yield pa.RecordBatch.from_pylist(rows, schema=self._schema)
+                rows, num_bytes = [], 0
+        if rows:
+            yield pa.RecordBatch.from_pylist(rows, schema=self._schema)
+
+    def _row(self, record: RecordDict) -> dict[str, Any]:
+        self.num_records += 1
+        tokens, error, scores = record.get("tokens") or {}, record.get("error") or {}, choice_scores(record)
+        row = {name: record.get(name) for name, _ in _COLUMNS}
+        row |= {"prompt_tokens": tokens.get("prompt"), "output_tokens": tokens.get("output")}
+        row |= {f"error_{key}": error.get(key) for key in ("type", "message", "retry")}
+        row |= {COLUMN_PREFIX + choice: scores.get(choice) for choice in self._choices}
+        row["meta"] = json.dumps(record.get("meta") or {}, ensure_ascii=False)
+        if self._pictures is not None:
+            row["image"] = self._picture(record, self._pictures)
+        return row
+
+    def _picture(self, record: RecordDict, pictures: Pictures) -> dict[str, Any] | None:
+        name = record.get("image")
+        if name is None:
+            return None
+        path = pictures.find(name, record.get("image_b64"))
+        try:
+            content = None if path is None else pictures.read_bytes(path, name)
+        except ImageError:
+            content = None
+        self.num_missing += content is None
+        return {"bytes": content, "path": name}

@@ -1,0 +1,171 @@
+"""Outputs that appear whole or not at all: written aside, then renamed.
+
+Knows files and folders, nothing of formats. A file goes the way of `md3cli.publish`. A folder is
+built aside and renamed too; its many files are not synced one by one, because after a power cut it
+can be made again from the records. What stands in OUT goes only with `overwrite`, and a folder only
+if nothing foreign is in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from md3cli.errors import ExportError, UsageError
+from md3cli.publish import atomic_publish, output_error
+from md3cli.records import printable
+
+# The name is taken, or the file system cannot hold it: the next candidate may do.
+_NAME_TROUBLE = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ}
+
+
+def _aside(out: Path) -> Path:
+    """A temporary name beside `out`; short, so that a long OUT is no trouble."""
+    return out.parent / f".md3-{secrets.token_hex(6)}.tmp"
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise UsageError(f"{printable(str(out))} exists already; add --overwrite to replace it, or name another -o")
+
+
+@contextmanager
+def translated(out: Path) -> Iterator[None]:
+    """Turn what the file system refuses into OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise output_error(out, error) from error
+
+
+@contextmanager
+def replaced_file(out: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
+    """A binary file that becomes `out` when the block ends well.
+
+    Raises:
+        UsageError: `out` exists and may not be replaced, or is a folder.
+        OutputError: disk full, no permission.
+    """
+    if out.is_dir():
+        raise UsageError(f"{printable(str(out))} is a folder; name a file for this format")
+    if out.exists():
+        _refuse_existing(out, overwrite)
+    with translated(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_publish(out) as aside, aside.open("wb") as file:
+        yield file
+
+
+class StagedFolder:
+    """A folder being built aside; it hands out names that nothing else has."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self, candidates: Iterable[PurePosixPath]) -> tuple[BinaryIO, PurePosixPath]:
+        """The first candidate that is free, created, and its name inside the folder.
+
+        The file system is asked, so that names which only it takes for equal (case, Unicode
+        form) are told apart as well, and no table of names grows in memory.
+        """
+        for relative in candidates:
+            path = self.path / relative
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                return path.open("xb"), relative
+            except OSError as error:
+                if error.errno not in _NAME_TROUBLE:
+                    raise
+        raise ExportError(f"no file name is left for an image in {printable(str(self.path))}")
+
+
+@contextmanager
+def staged_folder(out: Path, *, overwrite: bool, suffixes: frozenset[str]) -> Iterator[StagedFolder]:
+    """A folder that becomes `out` when the block ends well; an empty `out` is as good as none.
+
+    `suffixes` are those of the files this format writes: an existing folder that holds anything
+    else is somebody's work and is not replaced even with `overwrite`.
+    """
+    check_replaceable(out, overwrite=overwrite, suffixes=suffixes)
+    aside = _aside(out)
+    with translated(out):
+        aside.mkdir(parents=True)
+        try:
+            yield StagedFolder(aside)
+            _swap(aside, out)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_replaceable(out: Path, *, overwrite: bool, suffixes: frozenset[str]) -> None:
+    """Refuse an `out` that must not be replaced (see `staged_folder`)."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"{printable(str(out))} is a file; this format writes a folder")
+    if next(out.iterdir(), None) is None:
+        return
+    _refuse_existing(out, overwrite)
+    for folder, _, names in os.walk(out):
+        for name in names:
+            if os.path.splitext(name)[1].lower() not in suffixes:
+                foreign = printable(str(Path(folder, name)))
+                raise UsageError(
+                    f"{foreign} was not written by this export; empty the folder yourself or name another -o"
+                )
+
+
+@contextmanager
+def merged_folder(out: Path, *, overwrite: bool) -> Iterator[StagedFolder]:
+    """A folder whose files are added to `out` when the block ends well, beside what stands there.
+
+    Raises:
+        UsageError: a file of the same name stands there and may not be replaced; nothing was added.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{printable(str(out))} is a file; this format writes a folder")
+    is_new = not out.exists()
+    with translated(out):
+        out.mkdir(parents=True, exist_ok=True)
+        aside = _aside(out / "staged")
+        try:
+            aside.mkdir()
+            yield StagedFolder(aside)
+            for _, target in _moves(aside, out):
+                if os.path.lexists(target):
+                    _refuse_existing(target, overwrite)
+                if not Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(out)):
+                    raise UsageError(f"{printable(str(target.parent))} is a link that leads out of -o; name another -o")
+            for source, target in _moves(aside, out):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            if is_new:
+                with suppress(OSError):  # not empty: the files are there
+                    out.rmdir()
+
+
+def _moves(aside: Path, out: Path) -> Iterator[tuple[Path, Path]]:
+    """(file in the staged folder, its place in `out`)."""
+    for folder, _, names in os.walk(aside):
+        for name in names:
+            source = Path(folder, name)
+            yield source, out / source.relative_to(aside)
+
+
+def _swap(aside: Path, out: Path) -> None:
+    """Put the folder `aside` in the place of `out`."""
+    if not out.exists():
+        os.rename(aside, out)
+        return
+    old = _aside(out)
+    os.rename(out, old)
+    os.rename(aside, out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,112 @@
+"""YOLO: `data.yaml`, `labels/<image>.txt`, and the pictures linked under `images/`.
+
+A line is `class x-centre y-centre width height` in 0-1, or a polygon; where masks were asked for
+every line of the data set is a polygon, since trainers take a mixed file for damaged. No score is
+written: a sixth column makes trainers refuse a file. An image without objects has an empty file.
+A label's name is its image's with the suffix exchanged; where `a.jpg` and `a.png` would share
+one, the second is `a.png.txt` and its linked picture `a.png.png`, so that trainers still find
+them together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from md3cli.exporters.grouping import ImageGroup, ImageIndex
+from md3cli.exporters.names import candidates, relative_name
+from md3cli.exporters.objects import Ring, joined_ring
+from md3cli.exporters.options import ExportOptions, ExportReport
+from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures
+from md3cli.exporters.publishing import StagedFolder, staged_folder
+
+
+def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+    """A data set that `yolo train data=OUT/data.yaml` takes as it is, if the pictures are found."""
+    pictures = Pictures(records, options)
+    suffixes = frozenset({".txt", ".yaml"}) | (PICTURE_SUFFIXES if pictures.root else frozenset())
+    num_images = num_linked = num_points = 0
+    with (
+        ImageIndex(records) as index,
+        staged_folder(out, overwrite=options.overwrite, suffixes=suffixes) as folder,
+    ):
+        survey = index.survey
+        classes = {label: number for number, label in enumerate(dict.fromkeys((*options.labels, *survey.labels)))}
+        (folder.path / "images").mkdir()
+        (folder.path / "labels").mkdir()
+        for group in index.images():
+            pictures.refuse_inside(out, group.name)
+            lines = _lines(group, classes, are_polygons="segment" in survey.tasks)
+            num_linked += _add_image(folder, group, lines, pictures)
+            num_points += sum(1 for _ in group.points())
+            num_images += 1
+        (folder.path / "data.yaml").write_text(_data_yaml(list(classes)), encoding="utf-8")
+    notes = [*survey.notes()]
+    if num_linked < num_images:
+        notes.append(
+            f"{num_images - num_linked} pictures were not found: put them under {out / 'images'}, or add --root DIR"
+        )
+    if num_points:
+        notes.append(f"{num_points} points were left out: YOLO has no place for them")
+    return ExportReport("yolo", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
+
+
+def _lines(group: ImageGroup, classes: dict[str, int], *, are_polygons: bool) -> Iterator[str]:
+    size = (group.width, group.height)
+    for box in group.boxes():
+        if are_polygons:
+            yield _polygon_line(classes[box.label], box.ring, *size)
+        else:
+            centre = ((box.x + box.width / 2) / size[0], (box.y + box.height / 2) / size[1])
+            extent = (box.width / size[0], box.height / size[1])
+            yield " ".join([str(classes[box.label]), *(f"{value:.6f}" for value in (*centre, *extent))])
+    for segment in group.segments():
+        yield _polygon_line(classes[segment.box.label], joined_ring(segment.rings), *size)
+
+
+def _polygon_line(number: int, ring: Ring, width: int, height: int) -> str:
+    return " ".join([str(number), *(f"{x / width:.6f} {y / height:.6f}" for x, y in ring)])
+
+
+def _add_image(folder: StagedFolder, group: ImageGroup, lines: Iterator[str], pictures: Pictures) -> bool:
+    """Write the label file and link the picture; False where the picture is not there."""
+    names = (PurePosixPath("labels") / name for name in candidates(group.name, ".txt"))
+    file, label = folder.create(names)
+    with file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+    picture = pictures.find(group.name, group.name_b64)
+    if picture is None:
+        return False
+    suffix = relative_name(group.name).suffix
+    image = folder.path / "images" / label.relative_to("labels").with_suffix("").with_name(label.stem + suffix)
+    image.parent.mkdir(parents=True, exist_ok=True)
+    _link(picture, image)
+    return True
+
+
+def _link(picture: Path, image: Path) -> None:
+    """A hard link, else a symbolic one: trainers look for labels beside the name, not its target."""
+    with suppress(OSError):  # another file system, or one without hard links
+        os.link(os.path.realpath(picture), image)
+        return
+    image.symlink_to(os.path.realpath(picture))
+
+
+def _data_yaml(labels: list[str]) -> str:
+    head = "path: .\ntrain: images\nval: images\nnames:\n"
+    return head + "".join(f"  {number}: {_yaml_string(label)}\n" for number, label in enumerate(labels))
+
+
+def _yaml_string(text: str) -> str:
+    """`text` in double quotes, anything a YAML reader may refuse escaped (YAML 1.2, section 5.7)."""
+
+    def escaped(char: str) -> str:
+        if char in '"\\':
+            return "\\" + char
+        if char.isprintable():
+            return char
+        return f"\\U{ord(char):08x}"
+
+    return '"' + "".join(map(escaped, text)) + '"'
