@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,6 +82,32 @@ class RunInfo:
         """The folder that record images are relative to."""
         root = self.document.get("root")
         return Path(root) if isinstance(root, str) and root else None
+
+    @property
+    def elapsed_s(self) -> float | None:
+        """Seconds the run took, all starts together; None while they are not known."""
+        spans = [_number(start.get("elapsed_s")) for start in self._list("starts") if isinstance(start, dict)]
+        return sum(spans) or None
+
+    @property
+    def stages_s(self) -> dict[str, float]:
+        """Seconds by stage, all starts together."""
+        stages = self.document.get("stages")
+        return {str(stage): _number(value) for stage, value in stages.items()} if isinstance(stages, dict) else {}
+
+    @property
+    def timeline(self) -> list[tuple[float, float]]:
+        """(seconds since the start, records done) pairs in order; empty where the run kept none."""
+        pairs = [pair for pair in self._list("timeline") if isinstance(pair, list) and len(pair) == 2]
+        return [(_number(seconds), _number(done)) for seconds, done in pairs]
+
+    def _list(self, key: str) -> list[Any]:
+        value = self.document.get(key)
+        return value if isinstance(value, list) else []
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
 
 
 def load_run_info(records_path: Path) -> RunInfo:

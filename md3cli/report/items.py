@@ -1,0 +1,224 @@
+"""Records -> what the page shows: one item per picture, one entry per record, shapes to draw.
+
+Everything that leaves here is plain data: numbers are finite, coordinates are in the units of the
+drawing (a picture fits in `FRAME`), text is text. The template escapes it, so nothing a model or a
+file name says can become markup.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from md3cli.errors import InputError
+from md3cli.records import RecordDict, printable
+from md3cli.svg_path import Polygon, segment_polygons
+
+FRAME = (320.0, 240.0)  # drawing units of a picture's frame: about one CSS pixel on a card
+NAME_CHAR = 6.0  # width of a name's letter, about
+TEXT_LIMIT = 20_000  # characters of an answer or a caption kept on the page
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One object on the picture, all in drawing units. `name_at` is where its name starts, or ends."""
+
+    label: str
+    score: float | None
+    name_at: tuple[float, float]
+    is_name_before: bool = False  # the name ends at `name_at`: it would leave the picture on the right
+    rect: tuple[float, float, float, float] | None = None  # x, y, width, height
+    point: tuple[float, float] | None = None
+    path: str | None = None  # made from numbers, never the model's text
+    verdict: str | None = None  # by ground truth: right, wrong, missed
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A piece of reasoning; `points` (drawing units) are what it is grounded on."""
+
+    text: str
+    points: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One record on the page."""
+
+    record: RecordDict
+    status: str  # ok, empty (asked for objects, found none), failed
+    shapes: tuple[Shape, ...] = ()
+    text: str | None = None  # caption or answer
+    reasoning: tuple[Passage, ...] = ()
+    note: str | None = None  # what went wrong, or how it ended
+    verdict: str | None = None  # by ground truth: right, wrong
+    missed: tuple[Shape, ...] = ()  # what the ground truth has and the record lacks
+
+    @property
+    def task(self) -> str:
+        return str(self.record["task"])
+
+    @property
+    def prompt(self) -> str:
+        return str(self.record.get("prompt") or self.record.get("length") or "")
+
+    @property
+    def scores(self) -> list[float]:
+        """What sorting and the score filter go by: the objects' scores, or the answer's own."""
+        scores = [shape.score for shape in self.shapes if shape.score is not None]
+        own = as_score(self.record.get("score"))
+        return scores or ([] if own is None else [own])
+
+
+@dataclass(slots=True)
+class Item:
+    """One picture with all that was asked of it (or one question without a picture)."""
+
+    name: str
+    width: int | None
+    height: int | None
+    frame: tuple[float, float]  # the picture's size in drawing units
+    entries: list[Entry] = field(default_factory=list)
+    thumbnail: str | None = None  # data URI
+    missing: str | None = None  # why there is no thumbnail
+
+    @property
+    def first(self) -> RecordDict:
+        """The first record, which says which picture this is."""
+        return self.entries[0].record
+
+    @property
+    def num_shapes(self) -> int:
+        """How full the picture gets; names are shown on demand where there are many."""
+        return sum(len(entry.shapes) + len(entry.missed) for entry in self.entries)
+
+
+def items(records: Iterable[RecordDict]) -> Iterator[Item]:
+    """Items in input order; neighbouring records of one picture share an item."""
+    item: Item | None = None
+    for record in records:
+        if item is None or record["image"] is None or record["image"] != item.first["image"]:
+            if item is not None:
+                yield item
+            item = _new_item(record)
+        elif item.width is None:
+            item.width, item.height, item.frame = _size(record)
+        item.entries.append(entry_of(record, item.frame))
+    if item is not None:
+        yield item
+
+
+def _new_item(record: RecordDict) -> Item:
+    width, height, frame = _size(record)
+    name = record["image"]
+    return Item("" if name is None else printable(str(name)), width, height, frame)
+
+
+def _size(record: RecordDict) -> tuple[int | None, int | None, tuple[float, float]]:
+    width, height = record.get("width"), record.get("height")
+    if not (isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0):
+        return None, None, FRAME
+    scale = min(FRAME[0] / width, FRAME[1] / height)
+    return width, height, (width * scale, height * scale)
+
+
+def entry_of(record: RecordDict, frame: tuple[float, float]) -> Entry:
+    """What the page shows of one record.
+
+    Raises:
+        InputError: the record lacks what its task promises.
+    """
+    error = record.get("error")
+    if error is not None:
+        return Entry(record, "failed", note=f"{error.get('type', 'error')}: {error.get('message', '')}")
+    try:
+        return _answered(record, frame)
+    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+        name = printable(f"{record.get('id')} ({record.get('image')})")
+        raise InputError(f"record {name} is damaged: {type(cause).__name__} {cause}") from cause
+
+
+def _answered(record: RecordDict, frame: tuple[float, float]) -> Entry:
+    note = "cut off at the limit" if record.get("finish_reason") == "length" else None
+    match record["task"]:
+        case "caption":
+            return Entry(record, "ok", text=record["caption"][:TEXT_LIMIT], note=note)
+        case "query":
+            reasoning = tuple(_passages(record.get("reasoning") or {}, frame))
+            return Entry(record, "ok", text=record["answer"][:TEXT_LIMIT], reasoning=reasoning, note=note)
+        case "detect":
+            shapes = tuple(_box(thing, frame) for thing in record["objects"])
+        case "point":
+            shapes = tuple(_point(thing, frame) for thing in record["points"])
+        case _:
+            shapes = tuple(_segment(thing, frame) for thing in record["segments"])
+            note = next((f"mask: {bad}" for s in record["segments"] if (bad := s.get("parse_error"))), note)
+    return Entry(record, "ok" if shapes else "empty", shapes=shapes, note=note)
+
+
+def as_score(value: object) -> float | None:
+    """A score of a record, or None where it holds none that can be used."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _coordinate(value: Any, extent: float) -> float:
+    """A 0-1 coordinate in drawing units; a box may leave the picture, but not by far."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"coordinate {value} is not finite")
+    return round(min(max(number, -1.0), 2.0) * extent, 2)
+
+
+def _rect(box: Mapping[str, Any], frame: tuple[float, float]) -> tuple[float, float, float, float]:
+    x, y = _coordinate(box["x_min"], frame[0]), _coordinate(box["y_min"], frame[1])
+    right, bottom = _coordinate(box["x_max"], frame[0]), _coordinate(box["y_max"], frame[1])
+    return x, y, round(max(right - x, 0.0), 2), round(max(bottom - y, 0.0), 2)
+
+
+def _box(thing: Mapping[str, Any], frame: tuple[float, float]) -> Shape:
+    rect = _rect(thing, frame)
+    return _named(thing, rect[:2], rect[0] + rect[2], frame, rect=rect)
+
+
+def _point(thing: Mapping[str, Any], frame: tuple[float, float]) -> Shape:
+    x, y = _coordinate(thing["x"], frame[0]), _coordinate(thing["y"], frame[1])
+    return _named(thing, (x + 6, y - 2), x - 6, frame, point=(x, y))
+
+
+def _segment(thing: Mapping[str, Any], frame: tuple[float, float]) -> Shape:
+    rect = _rect(thing["bbox"], frame)
+    path = "".join(_path_data(polygon, frame) for polygon in segment_polygons(thing)) or None
+    return _named(thing, rect[:2], rect[0] + rect[2], frame, rect=rect, path=path)
+
+
+def _named(
+    thing: Mapping[str, Any], corner: tuple[float, float], right: float, frame: tuple[float, float], **outline: Any
+) -> Shape:
+    """The shape with its name above its corner: inside where there is no room above, to the left of `right`
+    where there is none beside."""
+    label, score = str(thing["label"]), as_score(thing.get("score"))
+    x, y = max(corner[0], 0.0) + 1.5, corner[1] - 3 if corner[1] > 12 else max(corner[1], 0.0) + 10
+    width = NAME_CHAR * (len(label) + 5)
+    is_before = x + width > frame[0] and min(right, frame[0]) - width > 0
+    return Shape(label, score, (min(right, frame[0]) - 1.5 if is_before else x, y), is_before, **outline)
+
+
+def _path_data(polygon: Polygon, frame: tuple[float, float]) -> str:
+    return "M" + " ".join(f"{_coordinate(x, frame[0]):g},{_coordinate(y, frame[1]):g}" for x, y in polygon) + "Z"
+
+
+def _passages(reasoning: Mapping[str, Any], frame: tuple[float, float]) -> Iterator[Passage]:
+    """The reasoning cut where its grounding starts and ends (character offsets of the record)."""
+    text, done = str(reasoning.get("text") or "")[:TEXT_LIMIT], 0
+    for grounding in sorted(reasoning.get("grounding") or [], key=lambda g: int(g["start_idx"])):
+        start = min(max(int(grounding["start_idx"]), done), len(text))
+        end = min(max(int(grounding["end_idx"]), start), len(text))
+        points = tuple((_coordinate(x, frame[0]), _coordinate(y, frame[1])) for x, y in grounding["points"])
+        if start > done:
+            yield Passage(text[done:start])
+        yield Passage(text[start:end], points)
+        done = end
+    if done < len(text):
+        yield Passage(text[done:])

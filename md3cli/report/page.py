@@ -1,0 +1,195 @@
+"""What the template gets: one page's words, numbers, filters and items."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import accumulate
+from typing import Any
+
+from md3cli.finished_run import RunInfo
+from md3cli.report.items import Entry, Item
+from md3cli.report.plots import Plot, duration, short_number
+from md3cli.report.stats import RunStats
+
+NUM_COLOURS = 10
+MAX_LABEL_CHIPS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One number of the overview."""
+
+    name: str
+    value: str
+    about: str = ""
+    is_bad: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of words; the first cell of each is its name."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """To another page of the report; without `href` it is this one."""
+
+    text: str
+    href: str | None
+    about: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One check box of a filter."""
+
+    value: str
+    text: str
+    count: int | None = None
+    colour: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Palette:
+    """Labels with their colours, in order of first appearance: the same on every page of a report."""
+
+    numbers: Mapping[str, int]
+
+    def colour_of(self, label: str) -> str:
+        """The style sheet's class for a label."""
+        return f"c{self.numbers.get(label, 0) % NUM_COLOURS}"
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One HTML file. Lists that are empty are left out of it."""
+
+    title: str
+    facts: Sequence[str]
+    palette: Palette
+    run_key: str  # what marks are kept under in the browser
+    name: str  # what the marks' file is called after
+    links: Sequence[Link] = ()
+    tiles: Sequence[Tile] = ()
+    tables: Sequence[Table] = ()
+    plots: Sequence[Plot] = ()
+    items: Sequence[Item] = ()
+    made: str = ""
+    _firsts: list[int] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._firsts.extend(accumulate((len(item.entries) for item in self.items), initial=0))
+
+    def colour_of(self, label: str) -> str:
+        """The style sheet's class for a label."""
+        return self.palette.colour_of(label)
+
+    def first_entry(self, n: int) -> int:
+        """Number on the page of the first record of item `n`."""
+        return self._firsts[n]
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All records of the page in order."""
+        return [entry for item in self.items for entry in item.entries]
+
+    @property
+    def tasks(self) -> list[Option]:
+        """Check boxes for the tasks, where there is more than one."""
+        counts = Counter(entry.task for entry in self.entries)
+        return [Option(task, task, count) for task, count in counts.items()] if len(counts) > 1 else []
+
+    @property
+    def statuses(self) -> list[Option]:
+        """Check boxes for how records ended."""
+        names = {"ok": "answered", "empty": "nothing found", "failed": "failed"}
+        counts = Counter(entry.status for entry in self.entries)
+        return [Option(s, name, counts[s]) for s, name in names.items() if s in counts] if len(counts) > 1 else []
+
+    @property
+    def marks(self) -> list[Option]:
+        """Check boxes for the reader's marks."""
+        return [Option("none", "unmarked"), Option("right", "right"), Option("wrong", "wrong")]
+
+    @property
+    def verdicts(self) -> list[Option]:
+        """Check boxes for what the ground truth says."""
+        counts = Counter(entry.verdict for entry in self.entries if entry.verdict)
+        return [Option(verdict, verdict, counts[verdict]) for verdict in ("right", "wrong") if verdict in counts]
+
+    @property
+    def labels(self) -> list[Option]:
+        """Check boxes for the labels used most."""
+        counts = Counter(shape.label for entry in self.entries for shape in entry.shapes)
+        chosen = counts.most_common(MAX_LABEL_CHIPS)
+        return [Option(str(self.palette.numbers.get(x, 0)), x, n, self.colour_of(x)) for x, n in chosen]
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether a score filter makes sense."""
+        return any(entry.scores for entry in self.entries)
+
+    def data(self) -> str:
+        """What the script needs, as JSON that is safe inside a script element."""
+        document = {
+            "run": self.run_key,
+            "name": self.name,
+            "labels": list(self.palette.numbers),
+            "records": [_facts(entry, self.palette) for entry in self.entries],
+        }
+        text = json.dumps(document, ensure_ascii=True, separators=(",", ":"))
+        return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _facts(entry: Entry, palette: Palette) -> dict[str, Any]:
+    record = entry.record
+    facts: dict[str, Any] = {
+        key: record.get(key) for key in ("id", "image", "image_b64", "task", "prompt") if key in record
+    }
+    facts |= {"status": entry.status, "labels": [palette.numbers.get(shape.label, 0) for shape in entry.shapes]}
+    facts["scores"] = [shape.score for shape in entry.shapes] if entry.shapes else entry.scores
+    return facts | ({"verdict": entry.verdict} if entry.verdict else {})
+
+
+def overview_tiles(stats: RunStats, run: RunInfo) -> list[Tile]:
+    """The run in numbers."""
+    failed, empty = stats.statuses["failed"], stats.statuses["empty"]
+    tiles = [Tile("Images", f"{stats.num_images:,}"), Tile("Records", f"{stats.num_records:,}")]
+    if stats.objects_per_image:
+        per_image = stats.num_objects / stats.objects_per_image.total()
+        tiles.append(Tile("Objects", f"{stats.num_objects:,}", f"{per_image:.1f} an image"))
+        tiles.append(Tile("Nothing found", f"{empty:,}", "records"))
+    tiles.append(Tile("Failed", f"{failed:,}", _percent(failed, stats.num_records), is_bad=failed > 0))
+    if stats.output_tokens:
+        tiles.append(Tile("Tokens", short_number(stats.output_tokens), "generated"))
+    if run.elapsed_s:
+        tiles.append(Tile("Time", duration(run.elapsed_s), f"{stats.num_images / run.elapsed_s:.3g} images/s"))
+    return tiles
+
+
+def run_facts(stats: RunStats) -> list[str]:
+    """One line under the title: tasks and models."""
+    tasks = [f"{task} {count:,}" for task, count in stats.tasks.most_common()]
+    return tasks + [model for model, _ in stats.models.most_common(3)]
+
+
+def _percent(count: int, total: int) -> str:
+    return f"{100 * count / total:.1f} %" if total and count else "of the records"
+
+
+def today() -> str:
+    """The date the page says it was made on (UTC)."""
+    return datetime.now(UTC).date().isoformat()
+
+
+def palette_of(labels: Iterable[str]) -> Palette:
+    """Colours for `labels` in their order."""
+    return Palette({label: number for number, label in enumerate(labels)})

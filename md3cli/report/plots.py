@@ -1,0 +1,249 @@
+"""Counts -> plots: plain geometry for the template's SVG, nothing drawn here.
+
+Two kinds: `Columns` (histograms, counts over a number) and `Bars` (counts of named things), and
+`Lines` for curves. All geometry is in drawing units of the plot's viewBox (`WIDTH` x `HEIGHT`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from md3cli.finished_run import RunInfo
+from md3cli.report.stats import NUM_SCORE_BINS, RunStats
+
+WIDTH, HEIGHT = 360.0, 170.0
+LEFT, RIGHT, TOP, BOTTOM = 38.0, 8.0, 10.0, 26.0  # margins for the axes' words
+BAR_STEP = 21.0
+MAX_BARS = 12
+MAX_COLUMNS = 24
+MAX_QUESTIONS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A word on an axis, `at` drawing units along it."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One bar of a histogram; `title` is shown when it is pointed at."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """A histogram."""
+
+    title: str
+    about: str
+    columns: tuple[Column, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    kind: str = "columns"
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One named count; `share` of the longest, `pick` what the page filters by on a click."""
+
+    name: str
+    count: int
+    share: float
+    title: str
+    pick: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """Named counts, the largest first; `num_more` names did not fit."""
+
+    title: str
+    about: str
+    bars: tuple[Bar, ...]
+    num_more: int
+    kind: str = "bars"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One curve as an SVG path; `style` names its class in the style sheet."""
+
+    name: str
+    path: str
+    style: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Curves over common axes."""
+
+    title: str
+    about: str
+    lines: tuple[Line, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    dots: tuple[Column, ...] = ()
+    kind: str = "lines"
+
+
+Plot = Columns | Bars | Lines
+
+
+def run_plots(stats: RunStats, run: RunInfo) -> list[Plot]:
+    """The plots that the run has numbers for, in reading order."""
+    plots: list[Plot | None] = [
+        _histogram("Objects per image", "images by number of objects", stats.objects_per_image, "object", "image"),
+        _scores(stats.score_bins),
+        _bars("Objects by label", "objects", stats.labels, pick="label", images=stats.images_of_label),
+        _histogram("Caption length", "captions by number of words", stats.caption_words, "word", "caption"),
+        *_answers(stats.answers),
+        _bars("Errors by type", "failed records", stats.errors, pick="error"),
+        _throughput(run.timeline),
+        _stages(run.stages_s),
+    ]
+    return [plot for plot in plots if plot is not None]
+
+
+def _histogram(title: str, about: str, counts: Mapping[int, int], over: str, what: str) -> Columns | None:
+    """Counts over whole numbers; neighbours share a column where there are too many."""
+    if not counts:
+        return None
+    low, high = min(counts), max(counts)
+    step = math.ceil((high - low + 1) / MAX_COLUMNS)
+    edges = list(range(low, high + 1, step))
+    heights = [sum(counts.get(n, 0) for n in range(edge, edge + step)) for edge in edges]
+    names = [f"{edge}" if step == 1 else f"{edge} to {edge + step - 1}" for edge in edges]
+    titles = [f"{_many(height, what)} with {name} {over}s" for name, height in zip(names, heights, strict=True)]
+    every = math.ceil(len(edges) / 10)
+    labels = [str(edge) if index % every == 0 else "" for index, edge in enumerate(edges)]
+    return _columns(title, about, heights, titles, labels)
+
+
+def _scores(bins: list[int]) -> Columns | None:
+    if not any(bins):
+        return None
+    edges = [index / NUM_SCORE_BINS for index in range(NUM_SCORE_BINS)]
+    titles = [
+        f"{_many(count, 'object')} with a score of {edge:.2f} to {edge + 1 / NUM_SCORE_BINS:.2f}"
+        for edge, count in zip(edges, bins, strict=True)
+    ]
+    labels = [f"{edge:.1f}" if index % 4 == 0 else "" for index, edge in enumerate(edges)]
+    return _columns("Scores", "objects by score", bins, titles, labels)
+
+
+def _columns(title: str, about: str, heights: list[int], titles: list[str], labels: list[str]) -> Columns:
+    top = nice_ceiling(max(heights))
+    step = (WIDTH - LEFT - RIGHT) / len(heights)
+    plot_height = HEIGHT - TOP - BOTTOM
+    columns, ticks = [], []
+    for index, (height, name, label) in enumerate(zip(heights, titles, labels, strict=True)):
+        tall = max(height / top * plot_height, 1.0 if height else 0.0)
+        x = LEFT + index * step
+        columns.append(Column(round(x + step * 0.06, 2), _y(tall), round(step * 0.88, 2), round(tall, 2), name))
+        if label:
+            ticks.append(Tick(round(x + step / 2, 2), label))
+    return Columns(title, about, tuple(columns), tuple(ticks), _y_ticks(top))
+
+
+def _y(tall: float) -> float:
+    return round(HEIGHT - BOTTOM - tall, 2)
+
+
+def _y_ticks(top: float, num: int = 2) -> tuple[Tick, ...]:
+    plot_height = HEIGHT - TOP - BOTTOM
+    return tuple(Tick(_y(plot_height * n / num), short_number(top * n / num)) for n in range(num + 1))
+
+
+def _bars(
+    title: str, about: str, counts: Counter[str], *, pick: str | None = None, images: Mapping[str, int] | None = None
+) -> Bars | None:
+    if not counts:
+        return None
+    largest = counts.most_common(MAX_BARS)
+    bars = []
+    for name, count in largest:
+        detail = f" in {_many(images[name], 'image')}" if images else ""
+        said = f"{name}: {count:,} of {counts.total():,}{detail}"
+        bars.append(Bar(name, count, round(count / largest[0][1], 4), said, f"{pick}:{name}" if pick else None))
+    return Bars(title, about, tuple(bars), len(counts) - len(bars))
+
+
+def _answers(answers: Mapping[str, Counter[str]]) -> Iterable[Bars | None]:
+    """Answers of the questions asked most, where answers repeat (one each tells nothing)."""
+    asked = sorted(answers.items(), key=lambda pair: -pair[1].total())
+    repeating = [(question, counts) for question, counts in asked if counts.most_common(1)[0][1] > 1]
+    for question, counts in repeating[:MAX_QUESTIONS]:
+        yield _bars(question, "answers", counts, pick="text")
+
+
+def _throughput(timeline: Sequence[tuple[float, float]]) -> Lines | None:
+    """Records a second over the run, from (seconds since the start, records done) pairs."""
+    rates = []
+    for (start, done_before), (end, done) in pairwise(timeline):
+        if end > start:
+            rates.append(((start + end) / 2, (done - done_before) / (end - start)))
+    if len(rates) < 2:
+        return None
+    whole_s, top = timeline[-1][0], nice_ceiling(max(rate for _, rate in rates))
+    points = [(seconds / whole_s, rate / top) for seconds, rate in rates]
+    x_ticks = tuple(Tick(_along(n / 4), duration(whole_s * n / 4)) for n in range(5))
+    mean = timeline[-1][1] / whole_s
+    line = Line("records per second", line_path(points), "c0")
+    return Lines("Throughput", f"records per second; {mean:.3g} on average", (line,), x_ticks, _y_ticks(top))
+
+
+def _stages(stages_s: Mapping[str, float]) -> Bars | None:
+    spent = {stage: seconds for stage, seconds in stages_s.items() if seconds > 0}
+    longest = max(spent.values(), default=0.0)
+    bars = [
+        Bar(stage, round(seconds), round(seconds / longest, 4), f"{stage}: {duration(seconds)}")
+        for stage, seconds in sorted(spent.items(), key=lambda pair: -pair[1])
+    ]
+    return Bars("Time by stage", "seconds; stages overlap", tuple(bars), 0) if bars else None
+
+
+def line_path(points: Iterable[tuple[float, float]]) -> str:
+    """An SVG path through `points`, both coordinates 0-1 of the plot's area, y upwards."""
+    return "M" + "L".join(f"{_along(x):g},{_y(y * (HEIGHT - TOP - BOTTOM)):g}" for x, y in points)
+
+
+def _along(share: float) -> float:
+    return round(LEFT + share * (WIDTH - LEFT - RIGHT), 2)
+
+
+def nice_ceiling(value: float) -> float:
+    """The next of 1, 2, 4, 5, 10 times a power of ten: a round top for an axis."""
+    power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
+    return next(step * power for step in (1, 2, 4, 5, 10) if step * power >= value * (1 - 1e-9))
+
+
+def short_number(value: float) -> str:
+    """1200 -> 1.2k, as an axis has room for."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """90 -> 1:30, 4000 -> 1:06:40, 5 -> 5 s."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
