@@ -26,8 +26,9 @@ from md3cli.model.config import ModelConfig
 from md3cli.model.formats import Format, JsonObject, hf_config
 from md3cli.model.name_tables import INT4_GROUP, REGION_LN, Recipe, Slot, slots, stored_name
 from md3cli.model.packing import disassemble
+from md3cli.model.safetensors_header import DTYPE_BYTES
 from md3cli.model.tensor_table import Shape, expected_tensors
-from md3cli.model.weight_files import CONFIG_NAME, DTYPE_BYTES, TOKENIZER_NAME, WEIGHTS_NAME
+from md3cli.model.weight_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME
 
 SHARD_LIMIT_BYTES = 5_000_000_000
 _DTYPE_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}

@@ -144,8 +144,11 @@ _LAYER = re.compile(r"\.blocks\.(\d+)\.")
 def _translated(canonical: str, names: Mapping[str, str]) -> str:
     match = _LAYER.search(canonical)
     key = _LAYER.sub(".blocks.{}.", canonical)
-    if key not in names:
-        raise CheckpointError(f"this format has no name for {canonical}; write format {Format.ORIGINAL} instead")
+    if canonical in REGION_LN and key not in names:
+        raise CheckpointError(
+            "the HF port's network has no LayerNorm before its region heads, and without these weights' "
+            f"{canonical} every coordinate would change; write {Format.ORIGINAL} or {Format.RAW} instead"
+        )
     return names[key].format(match[1] if match else "")
 
 

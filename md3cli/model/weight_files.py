@@ -1,53 +1,27 @@
-"""Weights as files: which ones make up a checkpoint, and what their headers say.
+"""Weights as files: which ones make up a checkpoint, and the revision they stand for.
 
-A safetensors header is parsed here, before the library or torch sees the file: its length is
-bounded and its entries must tile the data exactly, so a damaged or hostile file is refused before
-anything is allocated for it. No torch; no judgement about which tensors a model needs.
-Format: https://github.com/huggingface/safetensors (eight bytes of length, JSON, data).
+Safetensors only, and only files that lie where the checkpoint lies. No torch; no judgement about
+which tensors a model needs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any
 
 from md3cli.errors import CheckpointError
 from md3cli.model.formats import JsonObject, plain_name
+from md3cli.model.safetensors_header import TensorEntry, first_line, read_header, read_header_bytes
 
-HEADER_LIMIT_BYTES = 10_000_000  # the real model's largest header is under 1 MB
 CONFIG_LIMIT_BYTES = 10_000_000
 CONFIG_NAME = "config.json"
 TOKENIZER_NAME = "tokenizer.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-
-DTYPE_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor of a file, as its header describes it; `dtype` in the safetensors spelling."""
-
-    file: Path
-    stored_name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,31 +45,47 @@ def find_weight_files(path: Path) -> WeightFiles:
     Raises:
         CheckpointError: nothing there, pickled weights, several candidates, or a damaged file.
     """
+    try:
+        return _find_weight_files(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+
+
+def _find_weight_files(path: Path) -> WeightFiles:
     if path.suffix.lower() in PICKLE_SUFFIXES and path.is_file():
         raise CheckpointError(_pickle_message(path))
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder; give a checkpoint folder or a .safetensors file")
     folder = path if path.is_dir() else path.parent
-    files = _files_of_folder(path) if path.is_dir() else (path,)
+    index = None
+    files: tuple[Path, ...] = (path,)
+    if path.is_dir():
+        weights = _weights_of_folder(path)
+        index = weights if weights.name.endswith(INDEX_SUFFIX) else None
+        files = _files_of_index(weights) if index is not None else (weights,)
+    entries = _read_entries(files)
+    if index is not None:
+        _check_index(index, entries)
     config_file, tokenizer_file = folder / CONFIG_NAME, folder / TOKENIZER_NAME
     return WeightFiles(
         folder=folder,
         files=files,
         config_file=config_file if config_file.is_file() else None,
         tokenizer_file=tokenizer_file if tokenizer_file.is_file() else None,
-        entries=_read_entries(files),
+        entries=entries,
     )
 
 
-def _files_of_folder(folder: Path) -> tuple[Path, ...]:
+def _weights_of_folder(folder: Path) -> Path:
+    """The one file of a folder that stands for its weights: safetensors, or the index of its shards."""
     found = sorted(folder.glob("*.safetensors"))
     if folder / WEIGHTS_NAME in found:  # before an index, as transformers does
-        return (folder / WEIGHTS_NAME,)
+        return folder / WEIGHTS_NAME
     indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     if len(indexes) == 1:
-        return _files_of_index(indexes[0])
+        return indexes[0]
     if len(found) == 1:
-        return (found[0],)
+        return found[0]
     if found:
         names = ", ".join(file.name for file in found[:4])
         raise CheckpointError(
@@ -121,10 +111,15 @@ def _pickle_message(file: Path) -> str:
     )
 
 
-def _files_of_index(index: Path) -> tuple[Path, ...]:
+def _weight_map(index: Path) -> JsonObject:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map; the file is damaged, fetch it again")
+    return weight_map
+
+
+def _files_of_index(index: Path) -> tuple[Path, ...]:
+    weight_map = _weight_map(index)
     for name in weight_map.values():
         if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\:\0"):
             raise CheckpointError(
@@ -136,14 +131,17 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
         raise CheckpointError(
             f"{index.parent} lacks {_listing(missing)} named by {index.name}; fetch the checkpoint again to complete it"
         )
-    files = tuple(index.parent / name for name in sorted(names))
-    entries = {entry.stored_name: entry.file.name for entry in _read_entries(files).values()}
-    astray = sorted(name for name, file in weight_map.items() if entries.get(name) != file)
+    return tuple(index.parent / name for name in sorted(names))
+
+
+def _check_index(index: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """Every tensor lies where the index says."""
+    homes = {entry.stored_name: entry.file.name for entry in entries.values()}
+    astray = sorted(name for name, file in _weight_map(index).items() if homes.get(name) != file)
     if astray:
         raise CheckpointError(
             f"{index.name} and its files disagree about {_listing(astray)}; fetch {index.parent} again"
         )
-    return files
 
 
 def _listing(names: list[str], limit: int = 4) -> str:
@@ -164,17 +162,10 @@ def read_json(file: Path) -> JsonObject:
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, absurd numbers
-        raise CheckpointError(f"{file} is not valid JSON ({_first_line(error)}); fetch it again") from error
+        raise CheckpointError(f"{file} is not valid JSON ({first_line(error)}); fetch it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds no JSON object; fetch it again")
     return value
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n", 1)[0][:120]
-
-
-# -- safetensors headers --------------------------------------------------------------------------
 
 
 def _read_entries(files: Iterable[Path]) -> dict[str, TensorEntry]:
@@ -189,96 +180,6 @@ def _read_entries(files: Iterable[Path]) -> dict[str, TensorEntry]:
                 )
             entries[plain] = entry
     return entries
-
-
-def read_header_bytes(file: Path) -> bytes:
-    """The JSON header of a safetensors file, unparsed.
-
-    Raises:
-        CheckpointError: the file cannot be read, is cut short, or claims an absurd length.
-    """
-    try:
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{file} is cut short: {len(prefix)} bytes; fetch it again")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > HEADER_LIMIT_BYTES:
-                raise CheckpointError(
-                    f"{file}: its header claims {length:,} bytes, more than the {HEADER_LIMIT_BYTES:,} any model "
-                    "needs; it is no safetensors file or a damaged one"
-                )
-            header = stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from error
-    if len(header) < length:
-        raise CheckpointError(f"{file} is cut short: it ends inside its header; fetch it again")
-    return header
-
-
-def read_header(file: Path) -> list[TensorEntry]:
-    """What a safetensors file says it holds; its entries are checked to cover the data exactly.
-
-    Raises:
-        CheckpointError: anything that is not a whole and consistent safetensors file.
-    """
-    raw = read_header_bytes(file)
-    try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: its header is no valid JSON ({_first_line(error)}); fetch it again") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: its header is no JSON object; it is no safetensors file")
-    header.pop("__metadata__", None)
-    spans: list[tuple[int, int]] = []
-    entries: list[TensorEntry] = []
-    for name, item in header.items():
-        entry, span = _read_entry(file, name, item)
-        entries.append(entry)
-        spans.append(span)
-    _check_spans(file, spans, file.stat().st_size - 8 - len(raw))
-    return entries
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> JsonObject:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name appears twice")
-    return result
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-
-def _read_entry(file: Path, name: str, item: object) -> tuple[TensorEntry, tuple[int, int]]:
-    damaged = CheckpointError(f"{file}: the header's entry for {name[:120]!r} is damaged; fetch the file again")
-    if not isinstance(item, dict):
-        raise damaged
-    dtype, shape, span = item.get("dtype"), item.get("shape"), item.get("data_offsets")
-    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(span, list) or len(span) != 2:
-        raise damaged
-    if not all(map(_is_count, shape)) or len(shape) > 8 or not all(map(_is_count, span)):
-        raise damaged
-    if dtype not in DTYPE_BYTES:
-        raise CheckpointError(f"{file}: tensor {name[:120]!r} has the dtype {dtype[:20]!r}, which no known format uses")
-    entry = TensorEntry(file, name, dtype, tuple(shape))
-    if span[1] - span[0] != entry.num_bytes:
-        raise damaged
-    return entry, (span[0], span[1])
-
-
-def _check_spans(file: Path, spans: list[tuple[int, int]], data_bytes: int) -> None:
-    """The tensors must lie one behind the other, from the header to the end of the file."""
-    end = 0
-    for start, stop in sorted(spans):
-        if start != end:
-            raise CheckpointError(f"{file}: its tensors overlap or leave holes; the file is damaged, fetch it again")
-        end = stop
-    if end > data_bytes:
-        raise CheckpointError(f"{file} is cut short: {data_bytes:,} of {end:,} bytes of weights; fetch it again")
-    if end < data_bytes:
-        raise CheckpointError(f"{file}: {data_bytes - end:,} bytes behind its last tensor; the file is damaged")
 
 
 def checkpoint_revision(files: WeightFiles, tokenizer_file: Path | None = None) -> str:
