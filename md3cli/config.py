@@ -10,26 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from md3cli.records import Request
+from md3cli.source import SourceSpec
 
 DEFAULT_MODEL = "moondream3"
-
-
-@dataclass(frozen=True, slots=True)
-class SourceOptions:
-    """Which pictures: INPUT as typed (several for captions, none for a text-only query) and what narrows it.
-
-    `shard` (i, n) keeps the images whose name hashes to i modulo n.
-    """
-
-    inputs: tuple[str, ...] = ()
-    recursive: bool = True
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    limit: int | None = None
-    shard: tuple[int, int] | None = None
-    root: Path | None = None
-    remote: bool = False
-    follow_links: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +52,10 @@ class DecodeOptions:
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """Where records go. `formats` empty leaves the choice to `path`'s suffix."""
+    """Where records go. `formats` empty leaves the choice to `path`'s suffix; `is_folder`: typed with a slash."""
 
     path: Path | None = None
+    is_folder: bool = False
     formats: tuple[str, ...] = ()
     overwrite: bool = False
     retry_failed: bool = False
@@ -95,12 +79,14 @@ class RunConfig:
     """Everything one annotating run needs to know.
 
     `command` and `argv` (with the program's name) are for `run.json` and the line that says how to go
-    on; `requests` is what is asked of every image, a manifest may override it row by row.
+    on; `requests` is what is asked of every image; a manifest may override it row by row, with the
+    settings of `defaults` where the command makes no request of its own.
     """
 
     command: str
-    source: SourceOptions
+    source: SourceSpec
     requests: tuple[Request, ...]
+    defaults: Request
     model: ModelOptions = field(default_factory=ModelOptions)
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     output: OutputOptions = field(default_factory=OutputOptions)

@@ -7,6 +7,7 @@ makes the parser see them) and which turns the typed values into a `RunConfig`.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from md3cli.commands.values import (
     parse_spatial_ref,
 )
 from md3cli.records import Request, Task
+from md3cli.source import SourceSpec
 
 _output = functools.partial(typer.Option, rich_help_panel="Output")
 _input = functools.partial(typer.Option, rich_help_panel="Input")
@@ -65,7 +67,7 @@ class AnnotateOptions:
     """Every option of product.md's table, and what narrows and guards INPUT."""
 
     output: Annotated[
-        Path | None,
+        str | None,
         _output("--output", "-o", help="File or folder to write; without it a table or JSON Lines on stdout."),
     ] = None
     format: Annotated[
@@ -214,7 +216,7 @@ class AnnotateOptions:
         """What the options say as one value; sizes and shares parsed."""
         return config.RunConfig(
             command=command,
-            source=config.SourceOptions(
+            source=SourceSpec(
                 inputs=tuple(inputs),
                 recursive=self.recursive,
                 include=tuple(self.include or ()),
@@ -226,6 +228,7 @@ class AnnotateOptions:
                 follow_links=self.follow_links,
             ),
             requests=tuple(requests),
+            defaults=self.request(Task.QUERY),
             model=self._model_options(),
             decode=config.DecodeOptions(
                 max_pixels=parse_count(self.max_pixels),
@@ -233,10 +236,19 @@ class AnnotateOptions:
                 timeout_s=self.decode_timeout,
                 workers=number_or_auto(self.workers),
             ),
-            output=config.OutputOptions(self.output, tuple(self.format or ()), not self.resume, self.retry_failed),
+            output=self._output_options(),
             fail_on=parse_fail_on(self.fail_on),
             is_dry_run=self.dry_run,
             argv=("md3", *sys.argv[1:]),
+        )
+
+    def _output_options(self) -> config.OutputOptions:
+        return config.OutputOptions(
+            path=None if self.output is None else Path(self.output),
+            is_folder=self.output is not None and self.output.endswith(("/", os.sep)),
+            formats=tuple(self.format or ()),
+            overwrite=not self.resume,
+            retry_failed=self.retry_failed,
         )
 
     def _model_options(self) -> config.ModelOptions:

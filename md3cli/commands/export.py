@@ -1,0 +1,101 @@
+"""`md3 export`: other formats from finished records; no model, no GPU, no torch import."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from md3cli.commands.values import checked, parse_bytes, parse_count
+from md3cli.errors import UsageError
+from md3cli.exporters import ExportOptions, ExportReport, export_records, format_of
+from md3cli.records import printable
+
+app = typer.Typer(add_completion=False)
+
+Format = Literal["jsonl", "coco", "parquet", "csv", "yolo", "voc", "labelstudio", "hf", "overlay", "txt", "html"]
+PRINTABLE = frozenset({"jsonl", "coco", "csv"})
+
+OUTPUT, COCO, PICTURES = "Output", "COCO", "Pictures"
+
+
+def _option(*names: str, panel: str, help: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
+
+
+# fmt: off
+@app.command(epilog="Example: md3 export run/records.jsonl --format yolo -o dataset/")
+def export(
+    records: Annotated[Path, typer.Argument(help="Finished records (.jsonl) or the folder of a run.", show_default=False)],
+    format: Annotated[Format | None, _option("--format", "-f", panel=OUTPUT, help="What to write; by default what the suffix of OUT says.")] = None,
+    output: Annotated[Path | None, _option("--output", "-o", panel=OUTPUT, metavar="OUT", help="File or folder to write; without it coco, csv and jsonl are printed.")] = None,
+    overwrite: Annotated[bool, _option("--overwrite", panel=OUTPUT, help="Replace what stands in OUT.")] = False,
+    label: Annotated[list[str] | None, _option("--label", panel=OUTPUT, help="Order of the categories, one option each; the rest follows as first seen.")] = None,
+    beside: Annotated[bool, _option("--beside", panel=OUTPUT, help="txt: put each text beside its picture instead of under OUT.")] = False,
+    embed_images: Annotated[bool, _option("--embed-images", panel=OUTPUT, help="parquet: the pictures' bytes too.")] = False,
+    url_prefix: Annotated[str | None, _option("--url-prefix", panel=OUTPUT, metavar="URL", help="labelstudio: what goes before a picture's name.")] = None,
+    coco_results: Annotated[bool, _option("--coco-results", panel=COCO, help="The bare list of results, for scoring.")] = False,
+    coco_ids_from: Annotated[Path | None, _option("--coco-ids-from", panel=COCO, metavar="GT.json", help="Use this file's image and category ids.")] = None,
+    keypoints: Annotated[bool, _option("--keypoints", panel=COCO, help="Points as categories of one keypoint.")] = False,
+    root: Annotated[Path | None, _option("--root", panel=PICTURES, metavar="DIR", help="Where the pictures are.  [default: what run.json says]")] = None,
+    background: Annotated[str, _option("--background", panel=PICTURES, metavar="COLOUR", help="overlay: colour to lay transparent pictures on.")] = "none",
+    max_pixels: Annotated[str, _option("--max-pixels", panel=PICTURES, metavar="N", callback=checked(parse_count), help="Larger pictures are refused; 268M.", show_default=False)] = str(2**28),
+    max_file_size: Annotated[str, _option("--max-file-size", panel=PICTURES, metavar="SIZE", callback=checked(parse_bytes), help="Larger files are refused.")] = "1G",
+) -> None:
+    # fmt: on
+    """Other formats from finished records; no model is needed."""
+    chosen = format or (None if output is None else _format_of(output))
+    if chosen is None:
+        raise UsageError("say what to write: --format coco, or -o with a suffix: .json .jsonl .parquet .csv .html")
+    if root is not None and not root.exists():
+        raise UsageError(f"--root {printable(str(root))} is not there; name the folder the pictures are in")
+    options = ExportOptions(
+        root=root, overwrite=overwrite, labels=tuple(label or ()), coco_results=coco_results,
+        coco_ids_from=coco_ids_from, keypoints=keypoints, embed_images=embed_images, url_prefix=url_prefix,
+        beside=beside, background=background, max_pixels=parse_count(max_pixels),
+        max_file_size=parse_bytes(max_file_size),
+    )  # fmt: skip
+    if chosen == "html":
+        _write_page(records, output, options)
+    elif output is None and not (beside and chosen == "txt"):
+        _print(records, chosen, options)
+    else:
+        _tell(export_records(records, chosen, output or Path(), options))
+
+
+def _format_of(output: Path) -> str | None:
+    return "html" if output.suffix.lower() in (".html", ".htm") else format_of(output)
+
+
+def _write_page(records: Path, output: Path | None, options: ExportOptions) -> None:
+    from md3cli.commands.report import report
+
+    report(records, output or Path("report.html"), root=options.root, overwrite=options.overwrite)
+
+
+def _print(records: Path, format: str, options: ExportOptions) -> None:
+    """The document to stdout, once it is complete."""
+    if format not in PRINTABLE:
+        raise UsageError(f"{format} cannot be printed; name a file or folder with -o")
+    with tempfile.TemporaryDirectory(prefix="md3-export-") as folder:
+        document = Path(folder, "document")
+        report = export_records(records, format, document, options)
+        with document.open("rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+        sys.stdout.flush()
+    for note in report.notes:
+        typer.echo(f"note: {printable(note)}", err=True)
+
+
+def _tell(report: ExportReport) -> None:
+    """What was written, on stderr."""
+    images = f", {report.num_images:,} images" if report.num_images else ""
+    failures = f", {report.num_failures:,} failed ones left out" if report.num_failures else ""
+    where = printable(str(report.out))
+    typer.echo(f"{where}: {report.format}, {report.num_records:,} records{images}{failures}", err=True)
+    for note in report.notes:
+        typer.echo(f"note: {printable(note)}", err=True)

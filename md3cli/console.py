@@ -1,0 +1,268 @@
+"""What people see: rows of a table on stdout, progress, warnings and the summary on stderr.
+
+Data (file names, model text, messages) is escaped by `records.printable` and never read as markup.
+Colour and the moving bar are for terminals only; NO_COLOR, TERM=dumb and the options turn them off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any
+
+from md3cli.records import RecordDict, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
+MOST_OBJECTS_SHOWN = 6
+
+
+@dataclass(slots=True)
+class Summary:
+    """How a run went; filled while it runs. Counts are requests unless they say images.
+
+    `num_done_before` were in OUTPUT already; `stages_s` are seconds by stage; `skipped` counts what
+    INPUT held and was not taken for a picture, by reason.
+    """
+
+    num_images: int = 0
+    num_ok: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+    num_done_before: int = 0
+    num_failed_before: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    elapsed_s: float = 0.0
+    stages_s: Mapping[str, float] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    outputs: Sequence[str] = ()
+    next_command: str | None = None
+
+    @property
+    def num_failed(self) -> int:
+        return sum(self.failed.values())
+
+
+class Progress:
+    """Images done of all, with rate and time left; call `update_to` as they are finished."""
+
+    def __init__(self, stream: IO[str], total: int | None, *, is_bar: bool) -> None:
+        self._stream, self._total = stream, total
+        self._done = self._failed = 0
+        self._started_at = self._told_at = time.monotonic()
+        self._bar: Any = None
+        if is_bar:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="img", file=stream, dynamic_ncols=True, smoothing=0.1)
+
+    def update_to(self, num_images: int, num_failed: int) -> None:
+        """So many images are finished, and so many requests failed, of all so far."""
+        step, self._done, self._failed = num_images - self._done, num_images, num_failed
+        if self._bar is not None:
+            if num_failed:
+                self._bar.set_postfix(failed=num_failed, refresh=False)
+            self._bar.update(step)
+        elif time.monotonic() - self._told_at >= PLAIN_INTERVAL_S:
+            self._told_at = time.monotonic()
+            self._stream.write(self.line() + "\n")
+            self._stream.flush()
+
+    def line(self) -> str:
+        """The state in one plain line: `1200/5000 24.1 img/s eta 2:38 failed 3`."""
+        rate = self._done / max(time.monotonic() - self._started_at, 1e-9)
+        parts = [f"{self._done}" if self._total is None else f"{self._done}/{self._total}", f"{rate:.1f} img/s"]
+        if self._total is not None and self._done:
+            parts.append(f"eta {clock((self._total - self._done) / rate)}")
+        if self._failed:
+            parts.append(f"failed {self._failed}")
+        return " ".join(parts)
+
+    def close(self) -> None:
+        """Leave the last state of the bar standing."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class RunConsole:
+    """The terminal of one run; streams are looked at when they are used, so that tests may replace them."""
+
+    def __init__(
+        self,
+        *,
+        is_quiet: bool = False,
+        is_verbose: bool = False,
+        has_progress: bool = True,
+        has_color: bool = True,
+    ) -> None:
+        self.is_quiet, self.is_verbose = is_quiet, is_verbose
+        self.has_progress = has_progress and not is_quiet
+        self._has_color = has_color
+        self._has_header = False
+
+    @property
+    def is_stdout_terminal(self) -> bool:
+        """Whether a person, not a program, reads stdout."""
+        return sys.stdout.isatty()
+
+    def _rich(self, stream: IO[str]) -> Console:
+        from rich.console import Console
+
+        return Console(
+            file=stream,
+            no_color=None if self._has_color else True,
+            markup=False,
+            highlight=False,
+            emoji=False,
+            soft_wrap=True,
+        )
+
+    @contextlib.contextmanager
+    def progress(self, total: int | None) -> Iterator[Progress | None]:
+        """The progress display of a run; None where it is not wanted. `total` None: not known yet."""
+        if not self.has_progress:
+            yield None
+            return
+        is_bar = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        display = Progress(sys.stderr, total, is_bar=is_bar)
+        try:
+            yield display
+        finally:
+            display.close()
+
+    def say(self, text: str, *, style: str = "") -> None:
+        """A line on stderr, unless --quiet; a moving bar makes room for it."""
+        if not self.is_quiet:
+            with _bar_aside(sys.stderr):
+                self._rich(sys.stderr).print(_text(text, style))
+
+    def warn(self, text: str) -> None:
+        """A line that begins with `warning:`."""
+        self.say(f"warning: {text}", style="yellow")
+
+    def show_record(self, record: RecordDict) -> None:
+        """A record as a row of the table on stdout."""
+        from rich.table import Table
+
+        with _bar_aside(sys.stdout):
+            console = self._rich(sys.stdout)
+            width = max(console.width, 40)
+            table = Table(box=None, show_header=not self._has_header, pad_edge=False, header_style="bold")
+            for name, share in (("image", 0.3), ("asked", 0.2), ("answer", 0.5)):
+                table.add_column(name, width=int(width * share) - 1, overflow="fold")
+            style = "red" if record["error"] else ""
+            asked = record["task"] if record["prompt"] is None else f"{record['task']} {record['prompt']}"
+            table.add_row(_text(record["image"] or "-"), _text(asked), _text(describe(record), style))
+            console.print(table)
+            self._has_header = True
+
+    def summarize(self, summary: Summary) -> None:
+        """What was done, on stderr."""
+        for line, style in summary_lines(summary, is_verbose=self.is_verbose):
+            self.say(line, style=style)
+
+
+def _text(text: str, style: str = "") -> Text:
+    from rich.text import Text
+
+    return Text(printable(text), style=style)
+
+
+@contextlib.contextmanager
+def _bar_aside(stream: IO[str]) -> Iterator[None]:
+    """Clear a moving bar while something else is written to its terminal."""
+    if "tqdm" not in sys.modules:
+        yield
+        return
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=stream):
+        yield
+
+
+def describe(record: RecordDict) -> str:
+    """What a record says, in a few words."""
+    if record["error"]:
+        return f"{record['error']['type']}: {record['error']['message']}"
+    if record["task"] == "caption":
+        return str(record["caption"])
+    if record["task"] == "query":
+        return str(record["answer"])
+    if record["task"] == "detect":
+        corners = ("x_min", "y_min", "x_max", "y_max")
+        return _listing([f"{_score(box)}[{' '.join(f'{box[c]:.2f}' for c in corners)}]" for box in record["objects"]])
+    if record["task"] == "point":
+        return _listing([f"{_score(point)}({point['x']:.2f} {point['y']:.2f})" for point in record["points"]])
+    return _listing([f"{_score(part)}{part['svg_path'] or part.get('parse_error', '')}" for part in record["segments"]])
+
+
+def _score(found: Mapping[str, Any]) -> str:
+    return f"{found['score']:.2f} " if "score" in found else ""
+
+
+def _listing(parts: Sequence[str]) -> str:
+    if not parts:
+        return "none"
+    more = f" and {len(parts) - MOST_OBJECTS_SHOWN} more" if len(parts) > MOST_OBJECTS_SHOWN else ""
+    return f"{len(parts)}: {', '.join(parts[:MOST_OBJECTS_SHOWN])}{more}"
+
+
+def summary_lines(summary: Summary, *, is_verbose: bool = False) -> list[tuple[str, str]]:
+    """The lines of the summary, each with its style."""
+    num_new = summary.num_ok + summary.num_failed
+    lines = [(f"{_count(num_new, 'request')} of {_count(summary.num_images, 'image')}: {_outcome(summary)}", "bold")]
+    if summary.num_done_before:
+        failed = f" ({summary.num_failed_before:,} of them failed)" if summary.num_failed_before else ""
+        lines.append((f"{_count(summary.num_done_before, 'request')} done before{failed}", ""))
+    if num_new:
+        lines.append((_speed(summary), ""))
+    if is_verbose and summary.stages_s:
+        lines.append((", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary.stages_s.items()), "dim"))
+    if summary.skipped:
+        kinds = ", ".join(f"{count:,} {reason}" for reason, count in summary.skipped.items())
+        lines.append((f"not taken: {kinds}", "dim"))
+    if summary.outputs:
+        lines.append((f"written: {', '.join(summary.outputs)}", ""))
+    if summary.next_command:
+        lines.append((f"next: {summary.next_command}", "cyan"))
+    return lines
+
+
+def _outcome(summary: Summary) -> str:
+    parts = [f"{summary.num_ok:,} ok"]
+    if summary.failed:
+        types = ", ".join(f"{name} {count:,}" for name, count in sorted(summary.failed.items()))
+        parts.append(f"{summary.num_failed:,} failed ({types})")
+    return ", ".join(parts)
+
+
+def _speed(summary: Summary) -> str:
+    rate = summary.num_images / max(summary.elapsed_s, 1e-9)
+    text = f"{clock(summary.elapsed_s)}, {rate:.1f} img/s"
+    if summary.output_tokens:
+        text += f"; {summary.prompt_tokens:,} prompt and {summary.output_tokens:,} output tokens"
+    total = sum(summary.stages_s.values())
+    if total > 0:
+        shares = [f"{name} {seconds / total:.0%}" for name, seconds in summary.stages_s.items() if seconds > 0]
+        text += f"; {', '.join(shares)}"
+    return text
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `7.5 s`, `2:38` or `1:02:05`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,88 @@
+"""Records in input order: what finishes early waits for what was asked before it.
+
+The buffer is bounded by what an engine can finish while its oldest request runs; the records in it
+are small. Knows no files: `write` takes each batch of records that are next in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from md3cli.console import Summary
+from md3cli.engine_port import Answer
+from md3cli.feed import Ticket
+from md3cli.records import RecordDict, RowFailure, RunIdentity, make_error_record, make_record
+
+
+class OrderedRecords:
+    """Collects outcomes by key and hands records on in the order of the keys, from 0 on.
+
+    `summary` is kept up to date with what was handed on.
+    """
+
+    def __init__(self, run: RunIdentity, write: Callable[[Sequence[RecordDict]], None], summary: Summary) -> None:
+        self._run, self._write, self._summary = run, write, summary
+        self._in_flight: dict[int, Ticket] = {}
+        self._finished: dict[int, tuple[Ticket, RecordDict]] = {}
+        self._next_key = 0
+
+    def expect(self, ticket: Ticket) -> None:
+        """`ticket` went to the engine; its answer will come by its key."""
+        self._in_flight[ticket.key] = ticket
+
+    def answer(self, answer: Answer) -> None:
+        """An answer of the engine becomes a record."""
+        ticket = self._in_flight.pop(answer.key)
+        if answer.failure is not None or answer.result is None:
+            self.fail(ticket, answer.failure or RowFailure("model", "the model gave no answer"))
+            return
+        record = make_record(
+            ticket.record_id,
+            ticket.image,
+            ticket.facts,
+            ticket.request,
+            self._run,
+            result=answer.result,
+            finish_reason=answer.finish_reason,
+            prompt_tokens=answer.prompt_tokens,
+            output_tokens=answer.output_tokens,
+            meta=ticket.row.meta,
+        )
+        self._finished[ticket.key] = (ticket, record)
+
+    def fail(self, ticket: Ticket, failure: RowFailure) -> None:
+        """A request that has no answer becomes an error record."""
+        record = make_error_record(
+            ticket.record_id,
+            ticket.image,
+            ticket.facts,
+            ticket.request,
+            self._run,
+            failure=failure,
+            meta=ticket.row.meta,
+        )
+        self._finished[ticket.key] = (ticket, record)
+
+    def flush(self) -> None:
+        """Write every record that is next in order; counts only what was written."""
+        batch: list[tuple[Ticket, RecordDict]] = []
+        while self._next_key + len(batch) in self._finished:
+            batch.append(self._finished[self._next_key + len(batch)])
+        if not batch:
+            return
+        self._write([record for _, record in batch])
+        for ticket, record in batch:
+            del self._finished[ticket.key]
+            self._count(ticket, record)
+        self._next_key += len(batch)
+
+    def _count(self, ticket: Ticket, record: RecordDict) -> None:
+        summary = self._summary
+        summary.num_images += ticket.is_last_of_row and ticket.image is not None
+        if record["error"] is None:
+            summary.num_ok += 1
+            summary.prompt_tokens += record["tokens"]["prompt"]
+            summary.output_tokens += record["tokens"]["output"]
+        else:
+            failed = summary.failed
+            failed[record["error"]["type"]] = failed.get(record["error"]["type"], 0) + 1

@@ -1,0 +1,258 @@
+"""OUTPUT as the user named it: which files a run writes, and the formats made from its records at the end.
+
+The records come first and are the truth; a run that was stopped leaves them, never half a document.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from md3cli.config import OutputOptions, RunConfig
+from md3cli.console import RunConsole
+from md3cli.errors import MissingExtraError, OutputMismatchError, UsageError
+from md3cli.exporters import RUN_FOLDER_NAMES, ExportOptions, export_records, format_of
+from md3cli.journal import Journal, encode_record
+from md3cli.records import RecordDict, RunIdentity, Task, printable
+from md3cli.run_info import OutputPaths, RunDocument, check_first_record, identity_of, output_paths
+from md3cli.settings import user_cache_dir
+from md3cli.source import Source
+
+TABLE, JSONL, HTML = "table", "jsonl", "html"
+FOLDER_FORMATS = frozenset({"yolo", "voc", "labelstudio", "hf", "overlay", "txt"})
+PRINTABLE_FORMATS = frozenset({"coco", "csv", HTML})  # one text, so that stdout can take it
+LABELLED_TASKS = frozenset({Task.DETECT, Task.POINT, Task.SEGMENT})
+REPORT_NAME = "report.html"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A format made from the records once they are complete; `path` is its file or folder."""
+
+    format: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPlan:
+    """What a run writes.
+
+    `files` None: nothing stays on disk, `stdout` says what is printed: `table`, `jsonl` or, once the
+    run is complete, one of PRINTABLE_FORMATS.
+    """
+
+    files: OutputPaths | None
+    documents: tuple[Document, ...] = ()
+    stdout: str | None = None
+
+
+def plan_output(options: OutputOptions, *, is_terminal: bool) -> OutputPlan:
+    """Decide from `-o` and `-f` what is written where.
+
+    Raises:
+        UsageError: they do not say, or contradict each other.
+        MissingExtraError: a format needs a part that is not installed.
+    """
+    formats = tuple(dict.fromkeys(options.formats))
+    if options.path is None:
+        plan = OutputPlan(None, stdout=_stdout_format(formats, is_terminal))
+    elif _is_run_folder(options, formats):
+        if options.path.exists() and not options.path.is_dir():
+            raise UsageError(f"{printable(str(options.path))} is a file; {_listing(formats)} needs a folder")
+        plan = _folder_plan(options.path, formats)
+    else:
+        format = formats[0] if formats else _format_of(options.path)
+        files = output_paths(options.path, is_folder=False, is_journal=format == JSONL)
+        plan = OutputPlan(files, () if format == JSONL else (Document(format, options.path),))
+    if HTML in (plan.stdout, *(document.format for document in plan.documents)):
+        _require_jinja()
+    return plan
+
+
+def _stdout_format(formats: Sequence[str], is_terminal: bool) -> str:
+    if not formats:
+        return TABLE if is_terminal else JSONL
+    if len(formats) > 1:
+        raise UsageError(f"{_listing(formats)} cannot share stdout; name a folder with -o")
+    if formats[0] != JSONL and formats[0] not in PRINTABLE_FORMATS:
+        raise UsageError(f"{formats[0]} cannot be printed; name a file or folder with -o")
+    return formats[0]
+
+
+def _is_run_folder(options: OutputOptions, formats: Sequence[str]) -> bool:
+    assert options.path is not None
+    if options.is_folder or len(formats) > 1 or options.path.is_dir() or set(formats) & FOLDER_FORMATS:
+        return True
+    return not formats and not options.path.suffix
+
+
+def _folder_plan(folder: Path, formats: Sequence[str]) -> OutputPlan:
+    names = {**RUN_FOLDER_NAMES, HTML: REPORT_NAME}
+    documents = tuple(Document(format, folder / names[format]) for format in formats if format != JSONL)
+    return OutputPlan(output_paths(folder, is_folder=True, is_journal=False), documents)
+
+
+def _format_of(path: Path) -> str:
+    format = HTML if path.suffix.lower() in (".html", ".htm") else format_of(path)
+    if format is None:
+        raise UsageError(
+            f"{printable(str(path))}: no format has the suffix {printable(path.suffix)}; use .jsonl .json .parquet "
+            ".csv or .html, a folder, or say which with --format"
+        )
+    return format
+
+
+def _listing(formats: Sequence[str]) -> str:
+    return " and ".join(formats)
+
+
+def _require_jinja() -> None:
+    if importlib.util.find_spec("jinja2") is None:
+        raise MissingExtraError("the HTML report", "report")
+
+
+def check_replaceable(plan: OutputPlan, *, may_overwrite: bool) -> None:
+    """Refuse documents that stand there and were not made by an earlier start of this run.
+
+    Raises:
+        OutputMismatchError: one is there without a journal beside it.
+    """
+    if plan.files is None or may_overwrite or plan.files.journal.exists():
+        return
+    for document in plan.documents:
+        is_there = any(document.path.iterdir()) if document.path.is_dir() else document.path.exists()
+        if is_there:
+            raise OutputMismatchError(
+                f"{printable(str(document.path))} is there already and no records of it beside it; "
+                "choose another -o, or --overwrite to replace it"
+            )
+
+
+@dataclass(slots=True)
+class Output:
+    """Where the records go: the journal of a run on disk, or stdout."""
+
+    plan: OutputPlan
+    write: Callable[[Sequence[RecordDict]], None]
+    journal: Journal | None = None
+    document: RunDocument | None = None
+
+    def close(self) -> None:
+        """Sync and unlock what stays."""
+        if self.journal is not None:
+            self.journal.close()
+
+
+def with_journal_aside(plan: OutputPlan, stack: contextlib.ExitStack) -> OutputPlan:
+    """A document for stdout is made from a journal like any other, in the cache folder."""
+    folder = user_cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="print-", dir=folder)))
+    assert plan.stdout is not None
+    files = output_paths(aside, is_folder=True, is_journal=False)
+    return replace(plan, files=files, documents=(Document(plan.stdout, aside / "document"),))
+
+
+def open_output(
+    plan: OutputPlan, config: RunConfig, console: RunConsole, source: Source, identity: RunIdentity
+) -> Output:
+    """Begin to write, or go on where an earlier start of the same run stopped.
+
+    Raises:
+        OutputMismatchError: OUTPUT was begun by another command.
+        OutputError: it cannot be written, or another process writes it.
+    """
+    if plan.files is None:
+        return Output(plan, _print_lines if plan.stdout == JSONL else _printer(console))
+    options = config.output
+    journal = Journal.open(
+        plan.files.journal, mode="overwrite" if options.overwrite else "resume", lock_path=plan.files.lock
+    )
+    try:
+        document = _begin(plan.files, journal, config, source, identity)
+    except BaseException:
+        journal.close()
+        raise
+    if journal.cut_bytes:
+        console.warn(f"repaired {plan.files.journal}: a torn end of {journal.cut_bytes:,} bytes was cut")
+    return Output(plan, journal.append, journal, document)
+
+
+def _begin(
+    files: OutputPaths, journal: Journal, config: RunConfig, source: Source, identity: RunIdentity
+) -> RunDocument:
+    """Note the start in run.json, if the records there are this command's."""
+    if journal.first_record is not None and not files.run_info.exists():
+        check_first_record(journal.first_record, config.requests, identity)
+    return RunDocument.begin(
+        files.run_info,
+        identity=identity_of(config.requests, identity, source.root),
+        arguments=config.argv,
+        root=source.root,
+        is_resume=not config.output.overwrite,
+        num_records_found=journal.num_ok + sum(journal.num_failed.values()),
+    )
+
+
+def _print_lines(records: Sequence[RecordDict]) -> None:
+    sys.stdout.buffer.write(b"".join(map(encode_record, records)))
+    sys.stdout.buffer.flush()
+
+
+def _printer(console: RunConsole) -> Callable[[Sequence[RecordDict]], None]:
+    def show(records: Sequence[RecordDict]) -> None:
+        for record in records:
+            console.show_record(record)
+
+    return show
+
+
+def written_paths(plan: OutputPlan) -> list[str]:
+    """What a finished run has written, for people."""
+    assert plan.files is not None
+    return [printable(str(path)) for path in (*(document.path for document in plan.documents), plan.files.journal)]
+
+
+def publish(document: Document, records: Path, config: RunConfig, root: str) -> tuple[str, ...]:
+    """Make a document from the records, whole or not at all; returns what the user should know about it.
+
+    Raises:
+        ExportError, OutputError: it cannot be made; the records are untouched.
+    """
+    if document.format == HTML:
+        _write_report(document.path, records, config, root)
+        return ()
+    report = export_records(records, document.format, document.path, _export_options(config, root))
+    return report.notes
+
+
+def _export_options(config: RunConfig, root: str) -> ExportOptions:
+    labels = [r.prompt for r in config.requests if r.task in LABELLED_TASKS and r.prompt is not None]
+    return ExportOptions(
+        root=Path(root),
+        overwrite=True,  # what stands there came from an earlier start of this run
+        labels=tuple(dict.fromkeys(labels)),
+        background=config.model.background,
+        max_pixels=config.decode.max_pixels,
+        max_file_size=config.decode.max_file_size,
+    )
+
+
+def _write_report(path: Path, records: Path, config: RunConfig, root: str) -> None:
+    from md3cli.report.build import ReportOptions, write_report
+    from md3cli.report.thumbnails import PictureSource
+
+    write_report(records, path, ReportOptions(PictureSource(root=Path(root)), may_overwrite=True))
+
+
+def print_document(path: Path) -> None:
+    """A finished document to stdout, byte for byte."""
+    with path.open("rb") as file:
+        shutil.copyfileobj(file, sys.stdout.buffer)
+    sys.stdout.flush()

@@ -1,0 +1,244 @@
+"""A run, from INPUT to OUTPUT: rows, pictures decoded ahead, engine, records in input order, files.
+
+`run` chains the stages in one thread (only pictures are decoded elsewhere, in worker processes) and
+owns what happens at the end, whichever way it comes. Memory does not grow with the number of images:
+rows are read as they are needed, a fixed number of pictures is decoded ahead, and records are
+written as soon as all before them are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from md3cli.config import ModelOptions, RunConfig
+from md3cli.console import Progress, RunConsole, Summary
+from md3cli.dry_run import dry_run
+from md3cli.engine_port import Engine, Model, find_model
+from md3cli.errors import Md3Error
+from md3cli.feed import Feed, RequestIds, make_pool, rows_ahead
+from md3cli.ordering import OrderedRecords
+from md3cli.outputs import (
+    PRINTABLE_FORMATS,
+    TABLE,
+    Output,
+    check_replaceable,
+    open_output,
+    plan_output,
+    print_document,
+    publish,
+    with_journal_aside,
+    written_paths,
+)
+from md3cli.pixels import parse_background
+from md3cli.records import RecordDict
+from md3cli.run_info import RunCounts
+from md3cli.signals import Interrupted, StopSignals
+from md3cli.source import Source, open_source
+
+STATUS_FAILED_RECORDS = 3
+WAIT_SLICE_S = 0.2  # of waiting for a picture, so that a signal is seen soon
+
+ModelFinder = Callable[[ModelOptions], Model]
+
+
+def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_model) -> int:
+    """Do what `config` says; returns the exit status, 0 or 3.
+
+    Raises:
+        Md3Error: the run could not be done; what was reported is on disk.
+        Interrupted: a signal stopped it, in order.
+        BrokenPipeError: the reader of stdout has left.
+    """
+    parse_background(config.model.background)
+    plan = plan_output(config.output, is_terminal=console.is_stdout_terminal)
+    source = open_source(config.source, config.requests, defaults=config.defaults)
+    if config.is_dry_run:
+        return dry_run(config, source, console)
+    check_replaceable(plan, may_overwrite=config.output.overwrite)
+    with StopSignals() as stop, contextlib.ExitStack() as stack:
+        with stop.interruptible():
+            model = find(config.model)
+        if plan.stdout in PRINTABLE_FORMATS:
+            plan = with_journal_aside(plan, stack)
+        output = open_output(plan, config, console, source, model.identity)
+        stack.callback(output.close)
+        return _Run(config, console, source, model, output, stop).to_the_end()
+
+
+class _Run:
+    """The state of one run between its start and its end."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        console: RunConsole,
+        source: Source,
+        model: Model,
+        output: Output,
+        stop: StopSignals,
+    ) -> None:
+        self.config, self.console, self.source = config, console, source
+        self.model, self.output, self.stop = model, output, stop
+        self.summary = Summary()
+        self.engine: Engine | None = None
+        self.started_at = time.monotonic()
+        self.records = OrderedRecords(model.identity, self._write, self.summary)
+
+    def to_the_end(self) -> int:
+        """Run, publish, tell; the exit status."""
+        status = 1
+        try:
+            with self._feed() as feed, self._progress() as progress:
+                self._drive(feed, progress)
+            with self.stop.interruptible():
+                self._publish()
+            status = self._status()
+        except Interrupted as interrupt:
+            status = interrupt.exit_status
+            self._note_end(status)
+            self._tell_how_to_resume(interrupt)
+            raise
+        except (Md3Error, BrokenPipeError):
+            with contextlib.suppress(Md3Error):
+                self._note_end(status)
+            raise
+        self._note_end(status)
+        self._summarize()
+        return status
+
+    @contextlib.contextmanager
+    def _feed(self) -> Iterator[Feed]:
+        journal, retry_failed = self.output.journal, self.config.output.retry_failed
+
+        def is_done(record_id: str) -> bool:
+            state = journal.state(record_id) if journal is not None else None
+            return state == "ok" or (state == "failed" and not retry_failed)
+
+        with make_pool(self.config, self.model.crop_config) as pool:
+            yield Feed(
+                iter(self.source),
+                ids=RequestIds(self.model.identity),
+                is_done=is_done,
+                pool=pool,
+                num_ahead=rows_ahead(self.model.crop_config),
+                fail=self.records.fail,
+                on_row=self.stop.check,
+            )
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Progress | None]:
+        total = self.source.count_rows() if self.console.has_progress else None
+        with self.console.progress(total) as progress:
+            yield progress
+
+    def _drive(self, feed: Feed, progress: Progress | None) -> None:
+        """Keep the engine full until nothing is left; looks for a signal between any two steps."""
+        while True:
+            self.stop.check()
+            self._fill_engine(feed)
+            if self.engine is None or not self.engine.has_work:
+                self._flush(feed, progress)
+                if feed.is_exhausted:
+                    return
+                feed.wait(WAIT_SLICE_S)
+                continue
+            for answer in self.engine.step():
+                self.records.answer(answer)
+            self._flush(feed, progress)
+
+    def _fill_engine(self, feed: Feed) -> None:
+        while self.engine is None or self.engine.wants_more:
+            ready = feed.poll()
+            if ready is None:
+                return
+            if self.engine is None:
+                with self.stop.interruptible():
+                    self.engine = self.model.load()
+            self.records.expect(ready.ticket)
+            self.engine.add(ready.ticket.key, ready.picture, ready.ticket.request)
+
+    def _flush(self, feed: Feed, progress: Progress | None) -> None:
+        self.records.flush()
+        if progress is not None:
+            progress.update_to(self.summary.num_images + feed.num_rows_done_before, self.summary.num_failed)
+        self.summary.num_done_before = feed.num_done_before
+
+    def _write(self, records: Sequence[RecordDict]) -> None:
+        self.output.write(records)
+        if self.console.is_verbose and self.output.plan.stdout != TABLE:
+            for record in records:
+                if record["error"] is not None:
+                    self.console.warn(f"{record['image']}: {record['error']['type']}: {record['error']['message']}")
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        journal = self.output.journal
+        if journal is None:
+            return
+        if journal.has_superseded:
+            journal.rewrite()
+        journal.sync()
+        for document in self.output.plan.documents:
+            for note in publish(document, journal.path, self.config, self.source.root):
+                self.console.say(f"{document.format}: {note}")
+            if self.output.plan.stdout is not None:
+                print_document(document.path)
+
+    def _counts(self) -> RunCounts:
+        """Requests by outcome in all of OUTPUT."""
+        journal = self.output.journal
+        if journal is None:
+            return RunCounts(self.summary.num_ok, self.summary.num_failed, self.summary.failed)
+        failed = journal.num_failed
+        return RunCounts(journal.num_ok, sum(failed.values()), failed)
+
+    def _status(self) -> int:
+        counts = self._counts()
+        is_bad = self.config.fail_on.is_met(counts.failed, counts.ok + counts.failed)
+        return STATUS_FAILED_RECORDS if is_bad else 0
+
+    def _stages(self) -> Mapping[str, float]:
+        return self.engine.stage_seconds() if self.engine is not None else {}
+
+    def _note_end(self, status: int) -> None:
+        if self.output.document is not None and self.output.journal is not None:
+            self.output.journal.sync()
+            self.output.document.finish(self._counts(), self._stages(), status)
+
+    def _summarize(self) -> None:
+        summary = self.summary
+        summary.elapsed_s = time.monotonic() - self.started_at
+        summary.stages_s = self._stages()
+        summary.skipped = self.source.skipped
+        summary.num_failed_before = self._counts().failed - summary.num_failed
+        if self.output.plan.files is not None and self.output.plan.stdout is None:
+            summary.outputs = written_paths(self.output.plan)
+            summary.next_command = self._next_command()
+        if not summary.num_ok + summary.num_failed + summary.num_done_before:
+            self.console.warn("no images were found in INPUT")
+        self.console.summarize(summary)
+
+    def _next_command(self) -> str | None:
+        assert self.output.plan.files is not None
+        if any(self._counts().errors.get(kind) for kind in ("io", "timeout", "permission", "model")):
+            return shlex.join([*_without_overwrite(self.config.argv), "--retry-failed"])
+        if self.output.plan.documents:
+            return None
+        return shlex.join(["md3", "report", str(self.output.plan.files.journal), "-o", "report.html"])
+
+    def _tell_how_to_resume(self, interrupt: Interrupted) -> None:
+        done = self.summary.num_ok + self.summary.num_failed
+        if self.output.journal is None or self.output.plan.stdout is not None:
+            self.console.say(f"stopped by {interrupt} after {done:,} records; with -o OUTPUT a run can be resumed")
+            return
+        self.console.say(f"stopped by {interrupt}: {done:,} new records are in {self.output.journal.path}")
+        self.console.say(f"resume with: {shlex.join(_without_overwrite(self.config.argv))}", style="cyan")
+
+
+def _without_overwrite(argv: Sequence[str]) -> list[str]:
+    """The command that goes on where this one stopped."""
+    return [argument for argument in argv if argument != "--overwrite"]
