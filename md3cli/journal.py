@@ -250,5 +250,5 @@ def _open_append(path: Path) -> int:
 
 
 def _may_be_torn_record(start: bytes) -> bool:
-    """Whether a file without one good line can be what a killed run or a power cut left."""
-    return start.startswith(HEAD) or HEAD.startswith(start) or not start.strip(b"\0")
+    """Whether a file without one good line can be what a killed run or a power cut (zeros) left."""
+    return all(found in (0, ours) for found, ours in zip(start, HEAD, strict=False))

@@ -1,0 +1,367 @@
+"""The journal: what is on disk after kills, cuts, full disks, retries; and that reading it back is exact."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from md3cli.errors import OutputError, OutputMismatchError
+from md3cli.journal import Journal, encode_record
+from md3cli.journal_scan import DigestSet, digest_of, journal_lines, scan_journal
+from md3cli.records import (
+    ImageItem,
+    RecordDict,
+    Request,
+    RowFailure,
+    RunIdentity,
+    Task,
+    make_error_record,
+    make_record,
+    request_id,
+)
+
+RUN = RunIdentity(model="tiny@0")
+QUERY = Request(Task.QUERY, "was ist größer als 東京? 🦊")
+
+several_examples = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def record_of(name: str, answer: str = "größer 東京 🦊", failure: str | None = None) -> RecordDict:
+    record_id = request_id(name, QUERY, RUN)
+    image = ImageItem(name, name)
+    if failure is not None:
+        return make_error_record(
+            record_id, image, None, QUERY, RUN, failure=RowFailure(failure, "no \x1b luck"), meta={}
+        )
+    return make_record(
+        record_id,
+        image,
+        None,
+        QUERY,
+        RUN,
+        result={"answer": answer},
+        finish_reason="stop",
+        prompt_tokens=9,
+        output_tokens=2,
+        meta={"schema": "md3/1", "id": "in meta"},
+    )
+
+
+def lines_of(count: int) -> list[bytes]:
+    return [encode_record(record_of(f"ä{i}.jpg")) for i in range(count)]
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked process; its exit status (negative: the signal that killed it)."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 - the parent's tests must not go on here
+            os._exit(70)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# -- appending and resuming ------------------------------------------------------------------------
+
+
+def test_what_was_appended_is_there_and_known_on_the_next_start(tmp_path: Path) -> None:
+    good, bad = record_of("a.jpg"), record_of("b.jpg", failure="decode")
+    with Journal.open(tmp_path / "new" / "out.jsonl") as journal:
+        journal.append([good, bad])
+        assert (journal.num_ok, journal.num_failed) == (1, {"decode": 1})
+    with Journal.open(tmp_path / "new" / "out.jsonl") as journal:
+        assert journal.state(good["id"]) == "ok"
+        assert journal.state(bad["id"]) == "failed"
+        assert journal.state(record_of("c.jpg")["id"]) is None
+        assert journal.first_record == good
+        assert (journal.num_ok, journal.num_failed, journal.cut_bytes) == (1, {"decode": 1}, 0)
+    assert [json.loads(line) for line in (tmp_path / "new/out.jsonl").read_bytes().splitlines()] == [good, bad]
+
+
+def test_overwrite_starts_over(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(b"anything at all")
+    with Journal.open(path, mode="overwrite") as journal:
+        assert journal.num_ok == 0
+        journal.append([record_of("a.jpg")])
+    assert path.read_bytes() == encode_record(record_of("a.jpg"))
+
+
+def test_a_lone_surrogate_does_not_reach_the_file() -> None:
+    assert json.loads(encode_record(record_of("a.jpg", answer="cut \ud83e"))) == record_of("a.jpg", answer="cut ?")
+
+
+# -- damage ----------------------------------------------------------------------------------------
+
+
+def test_a_cut_at_every_byte_keeps_the_whole_lines_and_a_resume_completes_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fdatasync", lambda fd: None)  # 2,000 of them take long, and nobody cuts the power
+    path, lines = tmp_path / "out.jsonl", lines_of(4)
+    whole = b"".join(lines)
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        with Journal.open(path) as journal:
+            kept = [i for i in range(4) if journal.state(record_of(f"ä{i}.jpg")["id"]) == "ok"]
+            assert kept == list(range(whole[:cut].count(b"\n")))
+            assert journal.cut_bytes == cut - len(b"".join(lines[: len(kept)]))
+            journal.append([record_of(f"ä{i}.jpg") for i in range(len(kept), 4)])
+        assert path.read_bytes() == whole
+
+
+@several_examples
+@given(start=st.integers(0, 3000), length=st.integers(1, 5000))
+def test_zeros_from_a_power_cut_lose_only_the_lines_from_there_on(tmp_path: Path, start: int, length: int) -> None:
+    path, lines = tmp_path / "out.jsonl", lines_of(9)
+    whole = bytearray(b"".join(lines))
+    start %= len(whole)
+    whole[start : start + length] = bytes(len(whole[start : start + length]))
+    path.write_bytes(whole)
+    with Journal.open(path):
+        pass
+    assert path.read_bytes() == b"".join(lines)[: b"".join(lines).rfind(b"\n", 0, start) + 1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: line[:60] + line,  # two records glued together, as an append behind a torn tail does
+        lambda line: line[:-20] + b"\xff" + line[-20:],
+        lambda line: line[:-20] + b"\x1b" + line[-20:],
+        lambda line: b"",
+        lambda line: line.replace(b'"id":"', b'"id":7,"was":"'),
+        lambda line: line.replace(b'"error":null', b'"error":{"type":"decode"'),
+        lambda line: b"[" * 100_000,
+    ],
+    ids=["glued", "not utf-8", "control", "blank", "no id", "no end", "deep"],
+)
+def test_the_file_is_cut_at_the_first_bad_line(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path, lines = tmp_path / "out.jsonl", lines_of(5)
+    path.write_bytes(b"".join([*lines[:2], damage(lines[2].rstrip()) + b"\n", *lines[3:]]))
+    with Journal.open(path) as journal:
+        assert journal.num_ok == 2
+    assert path.read_bytes() == b"".join(lines[:2])
+
+
+@pytest.mark.parametrize(
+    "content", [b"my notes", b"my notes\n", b'{"schema":"md3/2","id":"0"}\n', b"[1]\n", b"\x89PNG\r\n"]
+)
+def test_a_file_that_is_not_ours_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(OutputMismatchError, match="holds something else"):
+        Journal.open(path)
+    assert path.read_bytes() == content
+
+
+@several_examples
+@given(st.lists(st.tuples(st.text(max_size=40), st.text(max_size=100)), max_size=10))
+def test_reading_back_agrees_with_parsing_each_line(tmp_path: Path, texts: list[tuple[str, str]]) -> None:
+    path = tmp_path / "any.jsonl"
+    records = [record_of(name, answer) for name, answer in texts]
+    path.write_bytes(b"".join(map(encode_record, records)))
+    with open(path, "rb") as file:
+        found = list(journal_lines(file))
+    assert [line.digest for line in found] == [bytes.fromhex(record["id"]) for record in records]
+    assert [line.end for line in found][-1:] == ([path.stat().st_size] if records else [])
+
+
+# -- failures of the disk ----------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_whole_lines_and_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.jsonl"
+    with Journal.open(path) as journal:
+        journal.append([record_of("a.jpg")])
+        real_write, calls = os.write, []
+
+        def full(fd: int, data: bytes) -> int:
+            calls.append(len(data))
+            if len(calls) == 1:
+                return real_write(fd, data[:100])  # what a disk does before it is full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(OutputError, match=r"out\.jsonl: No space left on device; make space"):
+                journal.append([record_of("b.jpg"), record_of("c.jpg")])
+        assert path.read_bytes() == encode_record(record_of("a.jpg"))
+        journal.append([record_of("b.jpg")])
+    assert path.read_bytes() == b"".join(encode_record(record_of(name)) for name in ("a.jpg", "b.jpg"))
+
+
+def test_the_file_size_limit_stops_the_run_and_a_resume_goes_on(tmp_path: Path) -> None:
+    path, lines = tmp_path / "out.jsonl", lines_of(50)
+
+    def write_all() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+        with Journal.open(path) as journal:
+            for i in range(50):
+                journal.append([record_of(f"ä{i}.jpg")])
+
+    def expect_error() -> None:
+        with pytest.raises(OutputError, match="File too large"):
+            write_all()
+
+    assert in_child(expect_error) == 0
+    num_kept = 5000 // len(lines[0])
+    assert path.read_bytes() == b"".join(lines[:num_kept])
+    with Journal.open(path) as journal:
+        assert (journal.num_ok, journal.cut_bytes) == (num_kept, 0)
+
+
+def kill_writers(path: Path, times: int, chooser: random.Random) -> None:
+    """Kill a writer at random points; it goes on each time. Nothing reported may be lost, doubled or torn."""
+    expected = [f"ä{i}.jpg" for i in range(100_000)]
+    num_before = 0
+    for _ in range(times):
+        reported, report = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            with Journal.open(path) as journal:
+                for i in range(journal.num_ok, len(expected), 7):
+                    journal.append([record_of(name, answer="x" * 3000) for name in expected[i : i + 7]])
+                    os.write(report, b".")
+            os._exit(0)
+        os.close(report)
+        os.read(reported, 1)
+        time.sleep(chooser.random() * 0.03)
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        num_reported = 1
+        while data := os.read(reported, 65536):
+            num_reported += len(data)
+        os.close(reported)
+        with Journal.open(path) as journal:
+            assert journal.num_ok >= num_before + 7 * num_reported
+            num_before = journal.num_ok
+    names = [json.loads(line)["image"] for line in path.read_bytes().splitlines()]
+    assert names == expected[:num_before]
+
+
+def test_sigkill_loses_nothing_that_was_reported(tmp_path: Path) -> None:
+    kill_writers(tmp_path / "out.jsonl", 6, random.Random(6))
+
+
+@pytest.mark.slow
+def test_sigkill_many_times_loses_nothing_that_was_reported(tmp_path: Path) -> None:
+    kill_writers(tmp_path / "out.jsonl", 300, random.Random(300))
+
+
+# -- the lock ----------------------------------------------------------------------------------------
+
+
+def test_a_second_run_on_the_same_output_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    (tmp_path / "link.jsonl").symlink_to(path)
+    with Journal.open(path) as journal:
+        assert journal.is_locked
+        for name in (path, tmp_path / "link.jsonl"):
+            with pytest.raises(OutputError, match=f"process {os.getpid()} on {socket.gethostname()}"):
+                Journal.open(name, mode="overwrite")
+        journal.append([record_of("a.jpg")])
+    with Journal.open(path) as journal:
+        assert journal.num_ok == 1
+    assert (tmp_path / "out.jsonl.lock").exists()
+
+
+def test_a_killed_run_holds_no_lock(tmp_path: Path) -> None:
+    def hold_and_die() -> None:
+        Journal.open(tmp_path / "out.jsonl")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(hold_and_die) == -signal.SIGKILL
+    Journal.open(tmp_path / "out.jsonl").close()
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "out.jsonl")
+    for path in (tmp_path / "out.jsonl", tmp_path, Path("/dev/null")):
+        with pytest.raises(OutputError, match="not a regular file"):
+            Journal.open(path, lock_path=tmp_path / "lock")
+
+
+# -- doing failures again ------------------------------------------------------------------------------
+
+
+@several_examples
+@given(st.lists(st.sampled_from(["ok", "io", "decode"]), max_size=12), st.data())
+def test_after_a_retry_each_request_stands_once_in_input_order(
+    tmp_path: Path, first: list[str], data: st.DataObject
+) -> None:
+    path = tmp_path / "out.jsonl"
+    names = [f"{i}.jpg" for i in range(len(first))]
+
+    def attempt(name: str, outcome: str, answer: str) -> RecordDict:
+        return record_of(name, answer, None if outcome == "ok" else outcome)
+
+    with Journal.open(path, mode="overwrite") as journal:
+        journal.append([attempt(name, outcome, "first") for name, outcome in zip(names, first, strict=True)])
+    final = [attempt(name, outcome, "first") for name, outcome in zip(names, first, strict=True)]
+    with Journal.open(path) as journal:
+        for i, name in enumerate(names):
+            if journal.state(final[i]["id"]) == "failed":
+                final[i] = attempt(name, data.draw(st.sampled_from(["ok", "io", "timeout"])), "second")
+                journal.append([final[i]])
+        assert journal.has_superseded == any(outcome != "ok" for outcome in first)
+    with Journal.open(path) as journal:  # killed before the rewrite: the next start knows
+        assert journal.has_superseded == any(outcome != "ok" for outcome in first)
+        journal.rewrite()
+        assert not journal.has_superseded
+        assert journal.num_ok == sum(record["error"] is None for record in final)
+        assert sum(journal.num_failed.values()) == sum(record["error"] is not None for record in final)
+        journal.append([record_of("last.jpg")])
+    assert path.read_bytes() == b"".join(map(encode_record, [*final, record_of("last.jpg")]))
+
+
+# -- ids -----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "discard"]), st.binary(min_size=1, max_size=2))))
+def test_a_digest_set_is_a_set(steps: list[tuple[str, bytes]]) -> None:
+    ours, plain = DigestSet(), set()
+    for action, tail in steps:
+        digest = (tail * 16)[:16]  # few first bytes, and matches across neighbours in a bucket
+        if action == "add":
+            assert ours.add(digest) == (digest not in plain)
+            plain.add(digest)
+        else:
+            assert ours.discard(digest) == (digest in plain)
+            plain.discard(digest)
+        assert digest in ours if digest in plain else digest not in ours
+    assert len(ours) == len(plain)
+
+
+def test_any_text_has_a_digest() -> None:
+    assert digest_of("00" * 16) == bytes(16)
+    assert len({digest_of(text) for text in ("", "ab", "ab" * 17, "ü", "\ud800")}) == 5
+
+
+@pytest.mark.slow
+def test_a_million_records_are_read_back_in_seconds(tmp_path: Path) -> None:
+    path, count = tmp_path / "out.jsonl", 1_000_000
+    head, tail = encode_record(record_of("a.jpg", "x" * 200)).split(request_id("a.jpg", QUERY, RUN).encode())
+    with open(path, "wb") as file:
+        file.writelines(head + digest_of(str(i)).hex().encode() + tail for i in range(count))
+    before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    with open(path, "rb", buffering=0) as file:
+        state = scan_journal(file)
+    assert len(state.done) == count
+    assert time.process_time() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 100_000
