@@ -16,9 +16,9 @@ from typing import Any
 
 SCHEMA = "md3/1"
 
-ERROR_TYPES = frozenset(
-    ["not_found", "not_a_file", "permission", "empty", "not_an_image", "unsupported", "decode", "decoder_crash", "too_large", "timeout", "outside_root", "bad_row", "bad_request", "io", "model"]
-)
+_FILE_ERRORS = "not_found not_a_file permission empty not_an_image unsupported decode decoder_crash too_large timeout"
+_OTHER_ERRORS = "outside_root bad_row bad_request io model"
+ERROR_TYPES = frozenset(f"{_FILE_ERRORS} {_OTHER_ERRORS}".split())
 RETRYABLE = frozenset({"io", "timeout", "permission", "model"})  # may pass later
 MESSAGE_LIMIT_CHARS = 200
 
