@@ -33,9 +33,11 @@ COMMANDS: Mapping[str, str] = {  # name -> help in the list; the modules in md3c
     "point": "Point at objects.",
     "segment": "Outline an object.",
     "run": "Several tasks in one pass, or a manifest of mixed requests.",
+    "export": "Other formats from finished records.",
+    "report": "A page to look through, from finished records.",
+    "models": "Weights: what is there, fetch, look into, other layouts.",
     "doctor": "What works here, and what to do about the rest.",
 }
-NOT_SETTINGS = frozenset({"help", "version", "install-completion", "show-completion"})
 
 
 class LazyGroup(TyperGroup):
@@ -50,7 +52,7 @@ class LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Called once the command is known and before its arguments are parsed."""
         if args and args[0] in COMMANDS:
-            self._is_debug = "--debug" in args
+            self._is_debug = "--debug" in args or bool(ctx.params.get("debug"))
             self.commands[args[0]] = load_command(args[0])
             if not ctx.resilient_parsing and not {"-h", "--help"} & set(args):
                 ctx.default_map = {args[0]: self._read_settings(args[0])}
@@ -91,7 +93,7 @@ class LazyGroup(TyperGroup):
         if isinstance(error, Md3Error):
             message, status = str(error), error.exit_status
         else:
-            message, status = f"unexpected {type(error).__name__}: {error} (run with --debug to see where)", 1
+            message, status = f"unexpected {type(error).__name__}: {error} (`md3 --debug ...` shows where)", 1
         typer.echo(f"error: {printable(message.strip())}", err=True)
         raise typer.Exit(status) from error
 
@@ -129,6 +131,7 @@ def load_command(name: str) -> Any:
     module = import_module(f"md3cli.commands.{name}")
     command = typer.main.get_command(module.app)
     command.name = name
+    command.params = [param for param in command.params if param.name not in ("install_completion", "show_completion")]
     command.context_settings = {**command.context_settings, "help_option_names": ["-h", "--help"]}
     return command
 
@@ -141,7 +144,7 @@ def options_of(name: str) -> Options:
         for option in part.params:
             if isinstance(option, TyperOption) and option.name is not None:
                 options |= _option_names(option)
-    return {key: option for key, option in options.items() if key not in NOT_SETTINGS}
+    return {key: option for key, option in options.items() if key != "help"}
 
 
 def _option_names(option: TyperOption) -> dict[str, OptionName]:
@@ -175,6 +178,7 @@ def md3(
     version: Annotated[
         bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
 ) -> None:
     """Annotate image collections with Moondream 3: captions, answers, boxes, points and outlines.
 

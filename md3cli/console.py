@@ -40,6 +40,7 @@ class Summary:
     prompt_tokens: int = 0
     output_tokens: int = 0
     elapsed_s: float = 0.0
+    load_s: float = 0.0
     stages_s: Mapping[str, float] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
     outputs: Sequence[str] = ()
@@ -113,16 +114,7 @@ class RunConsole:
         return sys.stdout.isatty()
 
     def _rich(self, stream: IO[str]) -> Console:
-        from rich.console import Console
-
-        return Console(
-            file=stream,
-            no_color=None if self._has_color else True,
-            markup=False,
-            highlight=False,
-            emoji=False,
-            soft_wrap=True,
-        )
+        return plain_console(stream, has_color=self._has_color)
 
     @contextlib.contextmanager
     def progress(self, total: int | None) -> Iterator[Progress | None]:
@@ -167,6 +159,23 @@ class RunConsole:
         """What was done, on stderr."""
         for line, style in summary_lines(summary, is_verbose=self.is_verbose):
             self.say(line, style=style)
+
+
+def plain_console(stream: IO[str], *, has_color: bool) -> Console:
+    """A rich console that reads nothing into what it prints: no markup, no emoji names, no highlights."""
+    from rich.console import Console
+
+    no_color = None if has_color else True  # None: NO_COLOR and the terminal decide
+    return Console(file=stream, no_color=no_color, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def show_finding(name: str, health: str, text: str, advice: str, *, has_color: bool) -> None:
+    """A check of `md3 doctor` on stdout: a line, and one more with what to do."""
+    style = {"ok": "green", "note": "yellow"}.get(health, "red")
+    console = plain_console(sys.stdout, has_color=has_color)
+    console.print(_text(f"{health:<5}", style) + _text(f"{name:<20} {text}"))
+    if advice:
+        console.print(_text(f"{'':<26}{advice}", "cyan"))
 
 
 def _text(text: str, style: str = "") -> Text:
@@ -244,8 +253,11 @@ def _outcome(summary: Summary) -> str:
 
 
 def _speed(summary: Summary) -> str:
-    rate = summary.num_images / max(summary.elapsed_s, 1e-9)
-    text = f"{clock(summary.elapsed_s)}, {rate:.1f} img/s"
+    text = clock(summary.elapsed_s)
+    if summary.num_images:
+        text += f", {summary.num_images / max(summary.elapsed_s - summary.load_s, 1e-9):.1f} img/s"
+    if summary.load_s:
+        text += f" after {clock(summary.load_s)} of loading the model"
     if summary.output_tokens:
         text += f"; {summary.prompt_tokens:,} prompt and {summary.output_tokens:,} output tokens"
     total = sum(summary.stages_s.values())

@@ -38,6 +38,11 @@ class Engine(Protocol):
     """Runs requests in batches; driven from one thread."""
 
     @property
+    def batch_size(self) -> int:
+        """Requests in flight at a time."""
+        ...
+
+    @property
     def wants_more(self) -> bool:
         """True while taking in more helps to fill the next batches."""
         ...
@@ -126,6 +131,10 @@ class _TorchEngine:
         from md3cli.model.tasks import Job
 
         self._engine, self._job = engine, Job
+
+    @property
+    def batch_size(self) -> int:
+        return int(self._engine.batch_size)
 
     @property
     def wants_more(self) -> bool:

@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -120,7 +121,7 @@ class Feed:
         pool: decodes the pictures.
         num_ahead: rows in decoding or decoded at a time.
         fail: called with each ticket that fails before the engine sees it.
-        on_row: called for each row read; may raise to stop.
+        reading: entered while a row is read, which may wait for a terminal or a slow disk.
     """
 
     def __init__(
@@ -132,13 +133,13 @@ class Feed:
         pool: DecodePool,
         num_ahead: int,
         fail: Callable[[Ticket, RowFailure], None],
-        on_row: Callable[[], None],
+        reading: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._rows, self._ids, self._is_done, self._pool = rows, ids, is_done, pool
-        self._num_ahead, self._fail, self._on_row = num_ahead, fail, on_row
+        self._num_ahead, self._fail, self._reading = num_ahead, fail, reading
         self._ahead: deque[_AheadRow] = deque()
         self._ready: deque[ReadyRequest] = deque()
-        self._next_key = 0
+        self.next_key = 0
         self._is_source_exhausted = False
         self.num_done_before = 0
         self.num_rows_done_before = 0
@@ -163,8 +164,8 @@ class Feed:
     def _fill(self) -> None:
         """Read rows until enough pictures are in decoding."""
         while not self._is_source_exhausted and len(self._ahead) < self._num_ahead and not self._ready:
-            self._on_row()
-            row = next(self._rows, None)
+            with self._reading():
+                row = next(self._rows, None)
             if row is None:
                 self._is_source_exhausted = True
                 return
@@ -186,8 +187,8 @@ class Feed:
             if self._is_done(record_id):
                 self.num_done_before += 1
                 continue
-            tickets.append(Ticket(self._next_key, record_id, row.image, request, row, is_last_of_row=False))
-            self._next_key += 1
+            tickets.append(Ticket(self.next_key, record_id, row.image, request, row, is_last_of_row=False))
+            self.next_key += 1
         if tickets:
             tickets[-1].is_last_of_row = True
         return tickets

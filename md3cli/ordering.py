@@ -1,7 +1,7 @@
 """Records in input order: what finishes early waits for what was asked before it.
 
-The buffer is bounded by what an engine can finish while its oldest request runs; the records in it
-are small. Knows no files: `write` takes each batch of records that are next in order.
+Whoever feeds the engine bounds the buffer by looking at `next_key`. Knows no files: `write` takes
+each batch of records that are next in order.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from md3cli.records import RecordDict, RowFailure, RunIdentity, make_error_recor
 class OrderedRecords:
     """Collects outcomes by key and hands records on in the order of the keys, from 0 on.
 
-    `summary` is kept up to date with what was handed on.
+    `summary` is kept up to date with what was handed on; `next_key` is the first that was not.
     """
 
     def __init__(self, run: RunIdentity, write: Callable[[Sequence[RecordDict]], None], summary: Summary) -> None:
         self._run, self._write, self._summary = run, write, summary
         self._in_flight: dict[int, Ticket] = {}
         self._finished: dict[int, tuple[Ticket, RecordDict]] = {}
-        self._next_key = 0
+        self.next_key = 0
 
     def expect(self, ticket: Ticket) -> None:
         """`ticket` went to the engine; its answer will come by its key."""
@@ -66,15 +66,15 @@ class OrderedRecords:
     def flush(self) -> None:
         """Write every record that is next in order; counts only what was written."""
         batch: list[tuple[Ticket, RecordDict]] = []
-        while self._next_key + len(batch) in self._finished:
-            batch.append(self._finished[self._next_key + len(batch)])
+        while self.next_key + len(batch) in self._finished:
+            batch.append(self._finished[self.next_key + len(batch)])
         if not batch:
             return
         self._write([record for _, record in batch])
         for ticket, record in batch:
             del self._finished[ticket.key]
             self._count(ticket, record)
-        self._next_key += len(batch)
+        self.next_key += len(batch)
 
     def _count(self, ticket: Ticket, record: RecordDict) -> None:
         summary = self._summary

@@ -40,6 +40,7 @@ from md3cli.source import Source, open_source
 
 STATUS_FAILED_RECORDS = 3
 WAIT_SLICE_S = 0.2  # of waiting for a picture, so that a signal is seen soon
+BATCHES_AHEAD = 32  # how far answers may be ahead of the oldest that is missing: memory, and work lost by a kill
 
 ModelFinder = Callable[[ModelOptions], Model]
 
@@ -125,7 +126,7 @@ class _Run:
                 pool=pool,
                 num_ahead=rows_ahead(self.model.crop_config),
                 fail=self.records.fail,
-                on_row=self.stop.check,
+                reading=self.stop.interruptible,
             )
 
     @contextlib.contextmanager
@@ -150,15 +151,25 @@ class _Run:
             self._flush(feed, progress)
 
     def _fill_engine(self, feed: Feed) -> None:
-        while self.engine is None or self.engine.wants_more:
+        while self.engine is None or (self.engine.wants_more and self._is_near_order(feed)):
             ready = feed.poll()
             if ready is None:
                 return
             if self.engine is None:
-                with self.stop.interruptible():
-                    self.engine = self.model.load()
+                self.engine = self._load()
             self.records.expect(ready.ticket)
             self.engine.add(ready.ticket.key, ready.picture, ready.ticket.request)
+
+    def _is_near_order(self, feed: Feed) -> bool:
+        assert self.engine is not None
+        return feed.next_key - self.records.next_key < BATCHES_AHEAD * self.engine.batch_size
+
+    def _load(self) -> Engine:
+        started = time.monotonic()
+        with self.stop.interruptible():
+            engine = self.model.load()
+        self.summary.load_s = time.monotonic() - started
+        return engine
 
     def _flush(self, feed: Feed, progress: Progress | None) -> None:
         self.records.flush()
@@ -207,7 +218,7 @@ class _Run:
     def _note_end(self, status: int) -> None:
         if self.output.document is not None and self.output.journal is not None:
             self.output.journal.sync()
-            self.output.document.finish(self._counts(), self._stages(), status)
+            self.output.document.finish(self._counts(), {"load": self.summary.load_s, **self._stages()}, status)
 
     def _summarize(self) -> None:
         summary = self.summary

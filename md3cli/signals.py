@@ -66,22 +66,9 @@ class StopSignals:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """A region where nothing is lost by leaving it anywhere: a signal raises at once."""
-        with self._region(may_raise=True):
-            yield
-
-    @contextmanager
-    def protected(self) -> Iterator[None]:
-        """A region inside an interruptible one that is finished before the signal counts."""
-        with self._region(may_raise=False):
-            yield
-        self.check()
-
-    @contextmanager
-    def _region(self, *, may_raise: bool) -> Iterator[None]:
-        before, self._may_raise = self._may_raise, may_raise
+        self._may_raise = True
         try:
-            if may_raise:
-                self.check()
+            self.check()
             yield
         finally:
-            self._may_raise = before
+            self._may_raise = False
