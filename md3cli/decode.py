@@ -41,6 +41,14 @@ _WORKER_CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from md3cli.decode_worker import serve; serve()"
 )
 
+_WORKER_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",  # numpy's threads are of no use here and slow the start
+    # glibc gives every freed picture back to the kernel and faults the next one in again, page by page; keeping
+    # up to 64 MB saves a third of the time of a 640 x 427 JPEG (2026-11-21, 2 cores).
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 26),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+}
+
 
 class DecodePool:
     """Reads and cuts pictures in `num_workers` processes, started one by one as work comes in.
@@ -162,7 +170,7 @@ class _Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,  # for the reason when it cannot start; a started worker writes nothing there
                 pass_fds=(theirs.fileno(),),
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                env=os.environ | _WORKER_ENVIRONMENT,
                 process_group=0,  # Ctrl-C and Ctrl-Z at the terminal are for the parent to handle
             )
         self._channel = Channel(ours)
@@ -209,8 +217,8 @@ class _Worker:
                 raise ValueError
             raise ImageError(answer["type"], str(answer["message"]))
         width, height, sha256 = int(answer["width"]), int(answer["height"]), str(answer["sha256"])
-        num_pixels = width * height
-        if not (0 < num_pixels <= self._setup.limits.max_pixels and re.fullmatch("[0-9a-f]{64}", sha256)):
+        is_size = width > 0 and height > 0 and width * height <= self._setup.limits.max_pixels
+        if not (is_size and re.fullmatch("[0-9a-f]{64}", sha256)):
             raise ValueError
         tiling = select_tiling(width, height, self._setup.crop_config)
         side = self._setup.crop_config.crop_size

@@ -1,0 +1,369 @@
+"""The decode pool: same pictures as the plain path, and nothing that happens to a worker is lost or shared."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus import encode, picture, tiff, turned_exif
+from PIL import Image
+
+from md3cli import decode
+from md3cli.decode import DecodePool
+from md3cli.errors import ImageError, InputError, UsageError
+from md3cli.images import CropConfig, ImageLimits
+from md3cli.records import ImageItem
+
+CFG = CropConfig(crop_size=42, patch_size=6, overlap_margin=2, max_crops=12)
+LIMITS = ImageLimits()
+PATIENCE_S = 60.0
+
+# A worker that does what the picture's *name* says. Only these tests can start one.
+OBEDIENT = """
+import json, sys; sys.path[:] = json.loads(sys.argv[1])
+import os, resource, signal, time
+from md3cli import decode_worker as worker
+real = worker.prepare_image
+def obey(item, *args, **kwargs):
+    if item.name == "sleep": time.sleep(999)
+    if item.name == "crash": os.kill(os.getpid(), signal.SIGSEGV)
+    if item.name == "exit": os._exit(7)
+    if item.name == "starve": resource.setrlimit(resource.RLIMIT_AS, (1 << 28, -1))
+    if item.name == "write": os.write(2, b"a decoder's own words")
+    return real(item, *args, **kwargs)
+worker.prepare_image = obey
+worker.HUGE_PIXELS = 2000
+worker.serve()
+"""
+
+
+@pytest.fixture
+def obedient(monkeypatch):
+    monkeypatch.setattr(decode, "_WORKER_CODE", OBEDIENT)
+
+
+@pytest.fixture
+def files(tmp_path) -> list[ImageItem]:
+    """Good pictures of many kinds, and a few bad ones."""
+    contents = {
+        "a.jpg": encode(picture(size=(300, 200)), "JPEG", exif=turned_exif(6)),
+        "b.png": encode(picture("RGBA", size=(64, 48)), "PNG"),
+        "c.tif": encode(picture("I;16", size=(500, 40)), "TIFF"),
+        "d.webp": encode(picture(size=(1, 1)), "WEBP"),
+        "e.gif": encode(picture("P", size=(90, 90)), "GIF"),
+        "wide.png": encode(picture(size=(2000, 45)), "PNG"),
+        "bad.jpg": encode(picture(), "JPEG")[:200],
+        "text.jpg": b"no picture",
+        "empty.jpg": b"",
+    }
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    return [ImageItem(name=name, path=str(tmp_path / name)) for name in contents]
+
+
+@pytest.fixture
+def good(files) -> ImageItem:
+    return files[0]
+
+
+def told(item: ImageItem, what: str) -> ImageItem:
+    return ImageItem(name=what, path=item.path)
+
+
+def outcome(future):
+    error = future.exception(timeout=PATIENCE_S)
+    if error is not None:
+        return type(error), getattr(error, "type", None), str(error)
+    got = future.result()
+    return got.width, got.height, got.tiling, got.sha256, got.crops.tobytes()
+
+
+def error_type(future) -> str:
+    error = future.exception(timeout=PATIENCE_S)
+    assert isinstance(error, ImageError)
+    return error.type
+
+
+def wait_until(is_true, timeout_s: float = 30.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def is_gone(pid: int) -> bool:
+    """Ended, reaped or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+# --- the same as the plain path ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("background", [None, "teal"])
+def test_workers_give_what_the_plain_path_gives(files, background):
+    plain = DecodePool(0, CFG, LIMITS, background=background)
+    expected = [outcome(plain.submit(item)) for item in files]
+    with DecodePool(2, CFG, LIMITS, background=background) as pool:
+        for _ in range(3):
+            assert [outcome(future) for future in [pool.submit(item) for item in files]] == expected
+
+
+def test_results_belong_to_the_caller(good, files):
+    with DecodePool(1, CFG, LIMITS) as pool:
+        first = pool.submit(good).result(PATIENCE_S)
+        copy = first.crops.copy()
+        for item in files:
+            pool.submit(item).exception(PATIENCE_S)
+    np.testing.assert_array_equal(first.crops, copy)
+    assert first.crops.flags.writeable
+
+
+def test_odd_names_and_members_of_archives_reach_the_worker(tmp_path, good):
+    data = Path(good.path).read_bytes()
+    odd = tmp_path / os.fsdecode(b"line\nfeed \xff\xed\xa0\x80.jpg")
+    odd.write_bytes(b"before" + data + b"behind")
+    with DecodePool(1, CFG, LIMITS) as pool:
+        member = pool.submit(ImageItem("x", str(odd), offset=6, size=len(data)))
+        assert outcome(member) == outcome(pool.submit(good))
+
+
+def test_workers_start_one_by_one_and_soon(good):
+    with DecodePool(4, CFG, LIMITS) as pool:
+        assert pool.worker_pids() == []
+        started = time.monotonic()
+        for _ in range(3):
+            pool.submit(good).result(PATIENCE_S)
+        assert len(pool.worker_pids()) == 1
+        assert time.monotonic() - started < 5.0  # 0.2 s on an idle machine
+
+
+def test_a_background_that_is_no_colour_is_refused_at_once():
+    with pytest.raises(UsageError):
+        DecodePool(1, CFG, LIMITS, background="nonsense")
+
+
+# --- what happens to a worker costs one picture -------------------------------------------------------
+
+
+@pytest.mark.parametrize(("deed", "message"), [("crash", "signal 11"), ("exit", "status 7")])
+def test_a_decoder_that_dies_costs_one_picture(obedient, good, deed, message):
+    with DecodePool(2, CFG, LIMITS) as pool:
+        whole = outcome(pool.submit(good))
+        futures = [pool.submit(told(good, deed) if n % 5 == 2 else good) for n in range(20)]
+        for number, future in enumerate(futures):
+            if number % 5 == 2:
+                assert error_type(future) == "decoder_crash"
+                assert message in str(future.exception())
+            else:
+                assert outcome(future) == whole
+
+
+@pytest.mark.parametrize(
+    ("signum", "expected"),
+    [(signal.SIGKILL, "decoder_crash"), (signal.SIGSEGV, "decoder_crash"), (signal.SIGSTOP, "timeout")],
+)
+def test_a_worker_hit_from_outside_is_replaced(obedient, good, signum, expected):
+    with DecodePool(1, CFG, LIMITS, timeout_s=2.0) as pool:
+        whole = outcome(pool.submit(good))
+        [pid] = pool.worker_pids()
+        stuck = pool.submit(told(good, "sleep"))
+        waiting = pool.submit(good)
+        time.sleep(0.2)
+        os.kill(pid, signum)
+        assert error_type(stuck) == expected
+        assert outcome(waiting) == whole
+        assert pool.worker_pids() != [pid]
+        assert is_gone(pid)
+
+
+def test_a_decoder_that_never_ends_is_stopped_in_time(obedient, good):
+    with DecodePool(1, CFG, LIMITS, timeout_s=1.0) as pool:
+        whole = outcome(pool.submit(good))
+        started = time.monotonic()
+        error = pool.submit(told(good, "sleep")).exception(PATIENCE_S)
+        assert 0.9 < time.monotonic() - started < 5.0
+        assert isinstance(error, ImageError)
+        assert (error.type, str(error)) == ("timeout", "not decoded within 1 s (--decode-timeout)")
+        assert outcome(pool.submit(good)) == whole
+
+
+def test_an_idle_worker_that_dies_costs_nothing(good):
+    with DecodePool(1, CFG, LIMITS) as pool:
+        whole = outcome(pool.submit(good))
+        [pid] = pool.worker_pids()
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: is_gone(pid))
+        assert outcome(pool.submit(good)) == whole
+
+
+def test_running_out_of_memory_is_too_large_and_no_crash(obedient, tmp_path, good):
+    big = tmp_path / "big.png"
+    big.write_bytes(encode(Image.new("1", (9000, 9000)), "PNG"))
+    with DecodePool(1, CFG, LIMITS) as pool:
+        assert error_type(pool.submit(ImageItem("starve", str(big)))) == "too_large"
+        assert pool.submit(good).result(PATIENCE_S).width == 200
+
+
+def test_nothing_of_a_decoder_reaches_stderr(obedient, tmp_path, good, capfd):
+    broken = tmp_path / "broken.tif"
+    broken.write_bytes(tiff(40, 40, 8, bytes(20)))
+    with DecodePool(1, CFG, LIMITS) as pool:
+        pool.submit(told(good, "write")).result(PATIENCE_S)
+        assert error_type(pool.submit(ImageItem("b", str(broken)))) == "decode"
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        'send({"type": "made up", "message": ""})',
+        'send({"type": "decode"})',
+        "send({})",
+        'send({"width": -3, "height": -3, "sha256": "0" * 64})',
+        'send({"width": 10**9, "height": 10**9, "sha256": "0" * 64})',
+        'send({"width": "a", "height": None, "sha256": "0" * 64})',
+        'send({"width": 1, "height": 1, "sha256": "<script>"})',
+        'send_bytes(memoryview(b"\\xff\\xff\\xff\\xff"))',
+        'send_bytes(memoryview(b"\\0\\0\\0\\2[]"))',
+        'send_bytes(memoryview(b"\\0\\0\\0\\2{{"))',
+    ],
+)
+def test_a_worker_that_talks_nonsense_is_not_believed(monkeypatch, good, answer):
+    code = decode._WORKER_CODE.replace("serve()", "")
+    code += f"\nimport md3cli.decode_worker as w\nw._serve_one = lambda channel, item, setup: channel.{answer}\nserve()"
+    monkeypatch.setattr(decode, "_WORKER_CODE", code)
+    with DecodePool(1, CFG, LIMITS) as pool:
+        assert error_type(pool.submit(good)) == "decoder_crash"
+
+
+def test_many_replacements_leave_nothing_open(obedient, good):
+    def num_open() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    with DecodePool(1, CFG, LIMITS) as pool:
+        pool.submit(good).result(PATIENCE_S)
+        before = num_open()
+        for _ in range(8):
+            assert error_type(pool.submit(told(good, "crash"))) == "decoder_crash"
+        pool.submit(good).result(PATIENCE_S)
+        assert num_open() == before
+    assert num_open() < before
+
+
+# --- one huge picture at a time -----------------------------------------------------------------------
+
+
+def test_huge_pictures_wait_for_each_other_without_losing_their_time(obedient, files):
+    huge, small = files[0], files[3]  # OBEDIENT calls more than 2000 pixels huge
+    with DecodePool(3, CFG, LIMITS, timeout_s=1.0) as pool:
+        with pool._huge:  # as if another one were in memory
+            waiting = [pool.submit(huge) for _ in range(2)]
+            assert pool.submit(small).result(PATIENCE_S).width == 1
+            time.sleep(2.0)
+            assert not any(future.done() for future in waiting)
+        assert [future.result(PATIENCE_S).width for future in waiting] == [200, 200]
+
+
+def test_a_huge_picture_that_kills_its_decoder_lets_the_next_one_in(monkeypatch, good):
+    late = "if item.name == 'late': kwargs['on_header'](9999); os._exit(1)"
+    dies_late = OBEDIENT.replace("    return real(item", f"    {late}\n    return real(item")
+    monkeypatch.setattr(decode, "_WORKER_CODE", dies_late)
+    with DecodePool(2, CFG, LIMITS) as pool:
+        assert error_type(pool.submit(told(good, "late"))) == "decoder_crash"
+        assert pool.submit(good).result(PATIENCE_S).width == 200
+
+
+# --- beginning and end ----------------------------------------------------------------------------------
+
+
+def test_close_ends_what_is_running_and_cancels_the_rest(obedient, good):
+    pool = DecodePool(2, CFG, LIMITS)
+    futures = [pool.submit(told(good, "sleep")) for _ in range(6)]
+    wait_until(lambda: len(pool.worker_pids()) == 2)
+    pids = pool.worker_pids()
+    started = time.monotonic()
+    pool.close()
+    pool.close()
+    assert time.monotonic() - started < 5.0
+    assert all(map(is_gone, pids))
+    for future in futures:
+        with pytest.raises(CancelledError):
+            future.result(timeout=0)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_workers_leave_stopping_to_the_run(good, signum):
+    with DecodePool(1, CFG, LIMITS) as pool:
+        pool.submit(good).result(PATIENCE_S)
+        pids = pool.worker_pids()
+        os.kill(pids[0], signum)
+        time.sleep(0.1)
+        assert pool.submit(good).result(PATIENCE_S).width == 200
+        assert pool.worker_pids() == pids
+
+
+def test_a_signal_to_the_terminals_group_does_not_reach_workers(good):
+    with DecodePool(1, CFG, LIMITS) as pool:
+        pool.submit(good).result(PATIENCE_S)
+        assert os.getpgid(pool.worker_pids()[0]) != os.getpgid(0)
+
+
+def test_no_worker_outlives_a_run_that_was_killed(good):
+    script = f"""
+        import time
+        from md3cli import decode
+        from md3cli.records import ImageItem
+        from md3cli.images import CropConfig, ImageLimits
+        decode._WORKER_CODE = {OBEDIENT!r}
+        pool = decode.DecodePool(2, CropConfig(42, 6, 2, 12), ImageLimits())
+        futures = [pool.submit(ImageItem(name, {good.path!r})) for name in ("sleep", "idle")]
+        while not futures[1].done() or len(pool.worker_pids()) < 2: time.sleep(0.01)
+        print(*pool.worker_pids(), flush=True)
+        time.sleep(999)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        pids = [int(pid) for pid in run.stdout.readline().split()]
+        assert len(pids) == 2
+        run.kill()
+    wait_until(lambda: all(map(is_gone, pids)), timeout_s=5.0)
+
+
+def test_where_no_worker_starts_the_run_is_told_why(monkeypatch, good):
+    monkeypatch.setattr(decode, "_WORKER_CODE", "raise SystemExit('no such thing as numpy')")
+    with DecodePool(1, CFG, LIMITS) as pool:
+        for _ in range(2):
+            with pytest.raises(InputError, match="could not start \\(no such thing as numpy\\)"):
+                pool.submit(good).result(PATIENCE_S)
+
+
+def test_files_in_the_working_folder_are_not_imported(tmp_path, good, monkeypatch):
+    (tmp_path / "numpy.py").write_text("raise SystemExit('imported from the pictures folder')")
+    (tmp_path / "PIL.py").write_text("raise SystemExit('imported from the pictures folder')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    with DecodePool(1, CFG, LIMITS) as pool:
+        assert pool.submit(good).result(PATIENCE_S).width == 200
+
+
+def test_a_file_size_limit_of_the_run_does_not_touch_pictures(good):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with DecodePool(1, CFG, LIMITS) as pool:
+            assert pool.submit(good).result(PATIENCE_S).crops.nbytes > 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,0 +1,365 @@
+"""The door for pictures: tiling, crops, opening, colours, orientation."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus import chunk, encode, picture, png, tiff, turned_exif
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from md3cli.errors import ImageError, UsageError
+from md3cli.images import CropConfig, ImageLimits, cut_crops, prepare_image, read_image, select_tiling
+from md3cli.pixels import decode_rgb
+from md3cli.records import ImageItem
+
+GOLDEN = Path(__file__).parent / "golden"
+REAL = CropConfig(crop_size=378, patch_size=14, overlap_margin=4, max_crops=12)
+SMALL = CropConfig(crop_size=42, patch_size=6, overlap_margin=2, max_crops=12)
+LIMITS = ImageLimits()
+
+
+def item(path: Path) -> ImageItem:
+    return ImageItem(name=path.name, path=str(path))
+
+
+def rgb(data: bytes, background: tuple[int, int, int] | None = None) -> np.ndarray:
+    return np.asarray(decode_rgb(data, LIMITS.max_pixels, background, None))
+
+
+def error_of(path: Path | str, limits: ImageLimits = LIMITS) -> ImageError:
+    with pytest.raises(ImageError) as caught:
+        read_image(ImageItem(name="x", path=str(path)), limits)
+    return caught.value
+
+
+# --- tiling ---------------------------------------------------------------------------------------
+
+TILINGS = json.loads((GOLDEN / "units.json").read_text())["tiling"]["cases"]
+
+
+@pytest.mark.parametrize("case", TILINGS, ids=lambda case: f"{case['width']}x{case['height']}")
+def test_tiling_equals_the_reference(case):
+    assert select_tiling(case["width"], case["height"], REAL) == tuple(case["tiling_rows_cols"])
+
+
+configs = st.builds(
+    CropConfig,
+    crop_size=st.integers(5, 30).map(lambda grid: grid * 14),
+    patch_size=st.just(14),
+    overlap_margin=st.integers(0, 2),
+    max_crops=st.integers(1, 20),
+)
+sides = st.integers(1, 3000) | st.integers(1, 2**28)
+
+
+@given(sides, sides, configs)
+def test_tiling_stays_within_max_crops_unless_a_side_is_one(width, height, cfg):
+    rows, cols = select_tiling(width, height, cfg)
+    assert rows >= 1
+    assert cols >= 1
+    assert rows * cols <= cfg.max_crops or min(rows, cols) == 1
+
+
+@given(sides, sides, configs)
+def test_a_picture_no_larger_than_a_crop_on_one_side_is_one_tile(width, height, cfg):
+    is_small = min(width, height) <= cfg.window_px + 2 * cfg.margin_px
+    assert not is_small or select_tiling(width, height, cfg) == (1, 1)
+
+
+@given(sides, sides, configs)
+def test_more_rows_are_given_to_the_taller_side(width, height, cfg):
+    rows, cols = select_tiling(width, height, cfg)
+    assert rows >= cols or height <= width
+    assert cols >= rows or width <= height
+
+
+# --- crops ----------------------------------------------------------------------------------------
+
+
+def golden_images():
+    for case in "abc":
+        folder = GOLDEN / f"case-{case}"
+        vision = json.loads((folder / "checkpoint" / "config.json").read_text())["config"]["vision"]
+        names = ("crop_size", "enc_patch_size", "overlap_margin", "max_crops")
+        cfg = CropConfig(*(vision[name] for name in names))
+        for expected in json.loads((folder / "expected.json").read_text())["images"]:
+            yield pytest.param(
+                folder / "images" / Path(expected["file"]).name, cfg, expected, id=f"{case}-{expected['file']}"
+            )
+
+
+@pytest.mark.parametrize(("path", "cfg", "expected"), list(golden_images()))
+def test_crops_equal_the_golden_ones_bit_for_bit(path, cfg, expected):
+    got = prepare_image(item(path), cfg, LIMITS, None)
+    assert (got.width, got.height, list(got.tiling)) == (expected["width"], expected["height"], expected["tiling"])
+    assert [hashlib.sha256(crop.tobytes()).hexdigest() for crop in got.crops] == expected["crop_sha256"]
+    assert hashlib.sha256(got.crops.tobytes()).hexdigest() == expected["crops_sha256"]
+    assert got.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@given(st.integers(1, 400), st.integers(1, 400))
+def test_tiles_are_windows_of_one_resized_picture(width, height):
+    image = picture(size=(width, height))
+    crops, (rows, cols) = cut_crops(image, SMALL)
+    assert crops.shape == (1 + rows * cols, 42, 42, 3)
+    margin, window = 12, 18
+    size = (cols * window + 2 * margin, rows * window + 2 * margin)
+    whole = np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+    tiles = iter(crops[1:])
+    for top in range(0, rows * window, window):
+        for left in range(0, cols * window, window):
+            np.testing.assert_array_equal(next(tiles), whole[top : top + 42, left : left + 42])
+
+
+@pytest.mark.parametrize(
+    ("size", "tiling"),
+    [((1, 1), (1, 1)), ((5000, 1), (1, 1)), ((1, 5000), (1, 1)), ((8000, 500), (1, 13)), ((500, 8000), (13, 1))],
+)
+def test_extreme_shapes_are_cut(size, tiling):
+    crops, got = cut_crops(picture(size=size), REAL)
+    assert (got, crops.shape) == (tiling, (1 + max(tiling), 378, 378, 3))
+
+
+def test_the_only_tile_is_the_global_crop():
+    crops, _ = cut_crops(picture(size=(300, 200)), REAL)
+    np.testing.assert_array_equal(crops[0], crops[1])
+
+
+# --- opening --------------------------------------------------------------------------------------
+
+
+def test_a_member_of_an_archive_is_read_and_hashed_alone(tmp_path):
+    first, second = encode(picture(), "PNG"), encode(picture(size=(5, 7)), "PNG")
+    path = tmp_path / "two.tar"
+    path.write_bytes(first + second)
+    got = read_image(ImageItem("b.png", str(path), offset=len(first), size=len(second)), LIMITS)
+    assert got.image.size == (5, 7)
+    assert got.sha256 == hashlib.sha256(second).hexdigest()
+
+
+def test_an_archive_that_ends_early_is_damaged(tmp_path):
+    path = tmp_path / "one.tar"
+    path.write_bytes(encode(picture(), "PNG"))
+    with pytest.raises(ImageError, match="the archive ends after") as caught:
+        read_image(ImageItem("b.png", str(path), offset=10, size=10_000), LIMITS)
+    assert caught.value.type == "decode"
+
+
+def test_limits_are_inclusive_and_named_in_the_message(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(picture(size=(10, 10)), "PNG"))
+    num_bytes = path.stat().st_size
+    assert read_image(item(path), ImageLimits(max_pixels=100, max_file_size=num_bytes)).image.size == (10, 10)
+    assert "--max-pixels" in str(error_of(path, ImageLimits(max_pixels=99)))
+    error = error_of(path, ImageLimits(max_file_size=num_bytes - 1))
+    assert (error.type, "--max-file-size" in str(error)) == ("too_large", True)
+
+
+def test_the_header_is_reported_before_pixels_and_not_for_refused_pictures(tmp_path):
+    path, seen = tmp_path / "a.png", []
+    path.write_bytes(png(50, 40, b""))  # no pixels at all: decoding fails, but later
+    with pytest.raises(ImageError, match="damaged"):
+        read_image(item(path), LIMITS, on_header=seen.append)
+    assert seen == [2000]
+    with pytest.raises(ImageError, match="max-pixels"):
+        read_image(item(path), ImageLimits(max_pixels=1999), on_header=seen.append)
+    assert seen == [2000]
+
+
+def test_no_file_descriptor_is_left_open(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"nothing")
+    os.mkfifo(tmp_path / "fifo")
+    before = len(os.listdir("/proc/self/fd"))
+    for path in (tmp_path, tmp_path / "a.jpg", tmp_path / "fifo", tmp_path / "absent"):
+        error_of(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_running_out_of_memory_is_too_large(monkeypatch, tmp_path):
+    (tmp_path / "a.png").write_bytes(encode(picture(), "PNG"))
+
+    def refuse(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("md3cli.images.cut_crops", refuse)
+    with pytest.raises(ImageError, match="memory") as caught:
+        prepare_image(item(tmp_path / "a.png"), REAL, LIMITS, None)
+    assert caught.value.type == "too_large"
+
+
+def test_heif_is_decoded_where_its_extra_is_installed_and_named_where_not():
+    heif = b"\0\0\0\x18ftypheic" + bytes(100)
+    expected = "decode"
+    try:
+        import pillow_heif  # noqa: F401
+    except ImportError:
+        expected = "unsupported"
+    with pytest.raises(ImageError) as caught:
+        rgb(heif)
+    assert caught.value.type == expected
+
+
+def test_importing_the_door_and_the_pool_does_not_import_torch():
+    code = "import sys, md3cli.decode; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- orientation ----------------------------------------------------------------------------------
+
+LYING = {  # how a camera stores the picture for each orientation value: the inverse of turning it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "TIFF", "WEBP", "JPEG", "AVIF"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16", "P", "RGBA"])
+@pytest.mark.parametrize("orientation", LYING)
+def test_pictures_are_turned_upright(fmt, mode, orientation):
+    deep_or_palette = {"I;16": ("PNG", "TIFF"), "P": ("PNG", "TIFF"), "RGBA": ("PNG", "TIFF", "WEBP", "AVIF")}
+    if fmt not in deep_or_palette.get(mode, (fmt,)):
+        return
+    options = {"lossless": True, "exact": True} if fmt == "WEBP" else {"quality": 95} if fmt in ("JPEG", "AVIF") else {}
+    upright = picture(mode, size=(48, 32))
+    stored = encode(upright.transpose(LYING[orientation]), fmt, exif=turned_exif(orientation), **options)
+    expected = rgb(encode(upright, "PNG"))
+    tolerance = 0 if fmt in ("PNG", "TIFF", "WEBP") else 12  # lossy: a wrong turn is off by 40 on average
+    got = rgb(stored)
+    assert got.shape == expected.shape
+    assert np.abs(got.astype(int) - expected).mean() <= tolerance
+
+
+def test_orientation_behind_the_pixels_of_a_png_counts():
+    whole = encode(picture(), "PNG")
+    end = whole.index(b"IEND") - 4
+    late = whole[:end] + chunk(b"eXIf", turned_exif(6)[6:]) + whole[end:]
+    assert rgb(late).shape == (37, 23, 3)
+
+
+def test_broken_exif_is_ignored_in_silence():
+    data = encode(picture(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rgb(data).shape == (23, 37, 3)
+
+
+# --- deep samples ---------------------------------------------------------------------------------
+
+RAMP = np.array([[0, 1, 255, 256], [257, 4096, 32768, 65535]])
+
+
+def saved(samples: np.ndarray, fmt: str = "TIFF") -> bytes:
+    return encode(Image.fromarray(samples), fmt)
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "TIFF"])
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_16_bits_lose_their_low_byte(fmt, order):
+    grey = rgb(saved(RAMP.astype(order), fmt))
+    np.testing.assert_array_equal(grey[..., 0], RAMP >> 8)
+    np.testing.assert_array_equal(grey[..., 2], RAMP >> 8)
+
+
+def test_16_bit_colours_lose_their_low_byte():
+    colours = (np.arange(2 * 6).reshape(2, 6) * 5000).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in colours)
+    np.testing.assert_array_equal(rgb(png(2, 2, rows, depth=16)).reshape(2, 6), colours >> 8)
+
+
+def test_12_bits_lose_their_low_4_bits():
+    packed = bytes([0xFF, 0xF0, 0x10, 0x80, 0x00, 0x00])  # 0xfff 0x010 | 0x800 0x000
+    np.testing.assert_array_equal(rgb(tiff(2, 2, 12, packed))[..., 0], [[255, 1], [128, 0]])
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        (np.float32([[0, 0.5, 1.0]]), [0, 128, 255]),
+        (np.float32([[0, 100, 255]]), [0, 100, 255]),
+        (np.float32([[0, 256, 65535]]), [0, 1, 255]),
+        (np.float32([[-1, 0, 1]]), [0, 128, 255]),
+        (np.float32([[0, 1e6, 2e6]]), [0, 128, 255]),
+        (np.float32([[np.nan, np.inf, 1.0]]), [0, 0, 255]),
+        (np.float32([[-3e38, 0, 3e38]]), [0, 128, 255]),
+        (np.float32([[-7, -7, -7]]), [0, 0, 0]),
+        (np.int32([[0, 1, 255]]), [0, 1, 255]),
+        (np.int32([[0, 256, 65535]]), [0, 1, 255]),
+        (np.int32([[-100, 0, 100]]), [0, 128, 255]),
+        (np.int32([[0, 2**30, 2**31 - 1]]), [0, 128, 255]),
+    ],
+)
+def test_samples_without_a_range_are_scaled_by_their_values(samples, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(rgb(saved(samples))[0, :, 1].astype(int), expected, atol=1)
+
+
+# --- colours --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "CMYK", "YCbCr", "LAB", "P", "PA", "LA", "RGBA"])
+def test_colours_are_what_pillow_makes_of_them(mode):
+    data = encode(picture(mode), "TIFF")
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(rgb(data), expected)
+
+
+def test_alpha_is_dropped_and_not_blended():
+    rgba = picture("RGBA")
+    for fmt, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):
+        np.testing.assert_array_equal(rgb(encode(rgba, fmt, **options)), np.asarray(rgba)[..., :3])
+
+
+def test_the_colours_of_a_transparent_palette_are_kept():
+    palette = picture().quantize(16)
+    data = encode(palette, "PNG", transparency=bytes(16))
+    np.testing.assert_array_equal(rgb(data), np.asarray(palette.convert("RGB")))
+
+
+@pytest.mark.parametrize("data", [
+    encode(Image.new("RGBA", (3, 2), (10, 20, 30, 0)), "PNG"),
+    encode(Image.new("LA", (3, 2), (10, 0)), "PNG"),
+    encode(Image.new("RGB", (3, 2), (10, 20, 30)), "PNG", transparency=(10, 20, 30)),
+    encode(Image.new("L", (3, 2), 10), "PNG", transparency=10),
+    encode(picture(size=(3, 2)).quantize(2), "PNG", transparency=bytes(2)),
+    encode(Image.new("P", (3, 2), 1), "GIF", transparency=1),
+    encode(Image.new("RGBA", (3, 2), (10, 20, 30, 0)), "WEBP", lossless=True),
+    encode(Image.new("RGBA", (3, 2), (10, 20, 30, 0)), "AVIF"),
+], ids=["RGBA", "LA", "RGB colour", "L grey", "P png", "P gif", "webp", "avif"])  # fmt: skip
+def test_transparent_pictures_are_laid_on_the_background(data):
+    np.testing.assert_array_equal(rgb(data, background=(255, 0, 7)), np.full((2, 3, 3), (255, 0, 7)))
+
+
+def test_half_transparent_pixels_are_mixed_with_the_background():
+    half = encode(Image.new("RGBA", (1, 1), (0, 100, 200, 128)), "PNG")
+    assert np.abs(rgb(half, background=(255, 255, 255))[0, 0] - np.array([127, 177, 227])).max() <= 1
+
+
+def test_opaque_pictures_do_not_see_the_background():
+    data = encode(picture(), "PNG")
+    np.testing.assert_array_equal(rgb(data, background=(255, 0, 0)), rgb(data))
+
+
+def test_background_is_named_by_colour_or_none(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(Image.new("RGBA", (1, 1), (1, 2, 3, 0)), "PNG"))
+    for name, pixel in ((None, (1, 2, 3)), ("none", (1, 2, 3)), ("white", (255,) * 3), ("#102030", (16, 32, 48))):
+        assert read_image(item(path), LIMITS, name).image.getpixel((0, 0)) == pixel
+    with pytest.raises(UsageError, match="not a colour"):
+        read_image(item(path), LIMITS, "off\x1b[31m")
