@@ -1,0 +1,312 @@
+"""Manifests in any state: each bad line is one bad row, the rest is read, memory stays bounded."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tracemalloc
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from md3cli.errors import InputError
+from md3cli.manifest import LINE_LIMIT_BYTES, ManifestRow, manifest_rows, path_rows
+
+some_examples = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def rows(tmp_path: Path, suffix: str, data: bytes) -> list[ManifestRow]:
+    path = tmp_path / f"m{suffix}"
+    path.write_bytes(data)
+    return list(manifest_rows(str(path)))
+
+
+def columns(found: list[ManifestRow]) -> list[Any]:
+    return [row.columns if row.columns is not None else f"{row.where}: {row.problem}" for row in found]
+
+
+# -- CSV ---------------------------------------------------------------------------------------------
+
+
+def test_csv_with_bom_and_crlf(tmp_path: Path) -> None:
+    lines = [
+        "\ufeffimage, task,max_tokens,top_p,reasoning,spatial_refs,note",
+        'a.jpg,query,5,.5,No,"[[0.1,0.2]]",',
+        "",
+        "b.jpg,,,,,,x y ",
+    ]
+    first, second = columns(rows(tmp_path, ".CSV", "\r\n".join(lines).encode()))
+    assert list(first.values()) == ["a.jpg", "query", 5, 0.5, False, [[0.1, 0.2]], ""]
+    assert list(second.values()) == ["b.jpg", "", None, None, None, None, "x y "]
+    assert list(first) == ["image", "task", "max_tokens", "top_p", "reasoning", "spatial_refs", "note"]
+
+
+def test_tsv(tmp_path: Path) -> None:
+    assert columns(rows(tmp_path, ".tsv", b"image\tprompt\na,b.jpg\twhy, so?\n")) == [
+        {"image": "a,b.jpg", "prompt": "why, so?"}
+    ]
+
+
+def test_each_bad_csv_line_is_one_row_with_its_number(tmp_path: Path) -> None:
+    lines = [
+        b"image,prompt",
+        b"1.jpg,ok",
+        b'2.jpg,"never closed',
+        b"3.jpg,ok",
+        b'"4.jpg"x,bad quote',
+        b"5.jpg",
+        b"6.jpg,too,many",
+        b"7.jpg,caf\xe9",
+        b"8.jpg," + b"x" * 131_073,
+        b'9.jpg,"two',
+        b'lines"',
+        b"12.jpg," + b"x" * LINE_LIMIT_BYTES,
+        b"13.jpg,ok",
+    ]
+    assert columns(rows(tmp_path, ".csv", b"\n".join(lines) + b"\n")) == [
+        {"image": "1.jpg", "prompt": "ok"},
+        "line 3: ',' expected after '\"'",
+        {"image": "3.jpg", "prompt": "ok"},
+        "line 5: ',' expected after '\"'",
+        "line 6: 1 columns where the header has 2",
+        "line 7: 3 columns where the header has 2",
+        "line 8: not valid UTF-8",
+        "line 9: field larger than field limit (131072)",
+        {"image": "9.jpg", "prompt": "two\nlines"},
+        "line 12: longer than 16 MiB",
+        {"image": "13.jpg", "prompt": "ok"},
+    ]
+
+
+def test_a_quote_open_at_the_end_costs_its_own_line_only(tmp_path: Path) -> None:
+    assert columns(rows(tmp_path, ".csv", b'image\n"a\nb\nc\n')) == [
+        "line 2: unexpected end of data",
+        {"image": "b"},
+        {"image": "c"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty"),
+        (b"a.jpg,b\nc.jpg,d\n", "no column 'image' .its first line is: a.jpg, b"),
+        (b'image,"x\n', "no column 'image'"),
+        (b"image,x,x\n", "names the column 'x' twice"),
+        ("image\na.jpg".encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_a_csv_without_a_usable_header_is_an_input_error(tmp_path: Path, data: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        rows(tmp_path, ".csv", data)
+
+
+csv_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@some_examples
+@given(st.lists(st.lists(csv_text, min_size=2, max_size=2), max_size=8), st.sampled_from([",", "\t"]))
+def test_what_a_csv_writer_writes_is_read_back(tmp_path: Path, table: list[list[str]], delimiter: str) -> None:
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, delimiter=delimiter, quoting=csv.QUOTE_ALL)
+    writer.writerows([["image", "note"], *table])
+    found = rows(tmp_path, ".csv" if delimiter == "," else ".tsv", out.getvalue().encode())
+    # a bare CR inside a cell is kept; CRLF inside one becomes LF, as line ends are cut off by line
+    assert columns(found) == [{"image": a.replace("\r\n", "\n"), "note": b.replace("\r\n", "\n")} for a, b in table]
+
+
+@some_examples
+@given(st.binary(max_size=300))
+def test_any_bytes_give_rows_and_never_more_than_lines(tmp_path: Path, data: bytes) -> None:
+    found = rows(tmp_path, ".csv", b"image,prompt\n" + data)
+    assert len(found) <= data.count(b"\n") + 1
+    for suffix in (".jsonl", ".txt"):
+        found = rows(tmp_path, suffix, b"\n" + data)  # a first line of its own: no byte order mark
+        assert len(found) <= data.count(b"\n") + 1
+
+
+# -- JSON Lines ----------------------------------------------------------------------------------------
+
+
+def test_each_bad_json_line_is_one_row_with_its_number(tmp_path: Path) -> None:
+    lines = [
+        b'\xef\xbb\xbf{"image":"1.jpg"}\r',
+        b"",
+        b'{"image":"3.jpg"',
+        b'["4.jpg"]',
+        b'{"image":"caf\xe9"}',
+        b'{"image":"6.jpg","meta":' + b"[" * 100_000,
+        b'{"image":"7.jpg","meta":' + b"[" * 70 + b"]" * 70 + b"}",
+        b'{"image":"8.jpg","meta":' + b"1" * 5000 + b"}",
+        b'{"image":"9.jpg","meta":NaN}',
+        b'{"image":"10.jpg","meta":1e999}',
+        b'{"image":"11.jpg","meta":"\\ud83e"}',
+        b'{"image":"12.jpg","meta":{"deep":[1,{"x":null}]}}',
+        b"\0\0\0",
+    ]
+    found = columns(rows(tmp_path, ".jsonl", b"\n".join(lines)))
+    assert found[0] == {"image": "1.jpg"}
+    assert found[1].startswith("line 3: Expecting ',' delimiter")
+    assert found[2:4] == ["line 4: not a JSON object", "line 5: not valid UTF-8"]
+    assert found[4:6] == [f"line {number}: nested deeper than 64 levels" for number in (6, 7)]
+    assert found[6].startswith("line 8: Exceeds the limit")
+    assert found[7] == "line 9: NaN is not JSON"
+    assert found[8].startswith("line 10: Out of range float values")
+    assert found[9] == "line 11: holds half of a surrogate pair, which is no character"
+    assert found[10] == {"image": "12.jpg", "meta": {"deep": [1, {"x": None}]}}
+    assert found[11].startswith("line 13: Expecting value")
+
+
+@some_examples
+@given(st.lists(st.dictionaries(st.text(max_size=5), json_values, max_size=4), max_size=6))
+def test_any_json_object_is_read_back(tmp_path: Path, objects: list[dict[str, Any]]) -> None:
+    data = "".join(json.dumps(item) + "\n" for item in objects)
+    if "\\ud" not in data:  # a pair of halves is a character, one half is refused
+        assert columns(rows(tmp_path, ".jsonl", data.encode())) == objects
+
+
+def test_rows_of_10_kb_stream(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    line = json.dumps({"image": "a.jpg", "note": "x" * 10_000}).encode() + b"\n"
+    path.write_bytes(line * 3000)
+    tracemalloc.start()
+    try:
+        assert sum(row.columns is not None for row in manifest_rows(str(path))) == 3000
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+# -- lists of paths ----------------------------------------------------------------------------------------
+
+
+def test_a_list_of_paths_keeps_every_byte(tmp_path: Path) -> None:
+    found = rows(tmp_path, ".txt", b'a b .jpg\r\n\n{"x"}.jpg\n\xff\n')
+    assert [os.fsencode(row.columns["image"]) for row in found if row.columns] == [b"a b .jpg", b'{"x"}.jpg', b"\xff"]
+    assert [row.where for row in found] == ["line 1", "line 3", "line 4"]
+
+
+def test_stdin_takes_paths_and_objects() -> None:
+    found = path_rows(io.BytesIO(b'a.jpg\n{"image":"b\\n.jpg","task":"caption"}\n{broken\n'), has_json=True)
+    assert columns(list(found)) == [
+        {"image": "a.jpg"},
+        {"image": "b\n.jpg", "task": "caption"},
+        "line 3: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+    ]
+
+
+# -- Parquet ------------------------------------------------------------------------------------------------
+
+
+def test_parquet_values_become_json(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "image": pa.array(["a.jpg", None]).dictionary_encode(),
+            "max_tokens": pa.array([5.0, None]),
+            "spatial_refs": [[[0.1, 0.2]], None],
+            "when": [datetime(2026, 11, 21), None],
+            "price": [Decimal("1.50"), None],
+            "raw": [b"\xff", None],
+            "score": [float("nan"), 0.5],
+            "box": [{"x": 1, "y": float("inf")}, None],
+        }
+    )
+    pq.write_table(table, tmp_path / "m.parquet")
+    found = columns(list(manifest_rows(str(tmp_path / "m.parquet"))))
+    assert found[0] == {
+        "image": "a.jpg",
+        "max_tokens": 5.0,
+        "spatial_refs": [[0.1, 0.2]],
+        "when": "2026-11-21T00:00:00",
+        "price": "1.50",
+        "raw": "/w==",
+        "score": None,
+        "box": {"x": 1, "y": None},
+    }
+    assert found[1] == dict.fromkeys(found[0]) | {"score": 0.5}
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_value_that_cannot_be_read_costs_its_row(tmp_path: Path) -> None:
+    bad_text = pa.array([b"ok", b"\xff", b"ok"]).cast(pa.binary()).view(pa.string())
+    table = pa.table({"image": ["a", "b", "c"], "note": bad_text, "when": pa.array([0, 0, 2**62], pa.timestamp("us"))})
+    pq.write_table(table, tmp_path / "m.parquet")
+    found = list(manifest_rows(str(tmp_path / "m.parquet")))
+    assert [row.columns is None for row in found] == [False, True, True]
+    assert [row.where for row in found] == ["row 1", "row 2", "row 3"]
+
+
+def test_a_damaged_row_group_costs_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    table = pa.table({"image": [f"{i}.jpg" for i in range(30)]})
+    pq.write_table(table, path, row_group_size=10, compression="zstd", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    start = chunk.data_page_offset
+    data[start : start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
+    path.write_bytes(data)
+    found = list(manifest_rows(str(path)))
+    good = [row.columns["image"] for row in found if row.columns]
+    assert good == [f"{i}.jpg" for i in [*range(10), *range(20, 30)]]
+    assert [row.problem[:37] for row in found if row.columns is None] == ["row group 2 is damaged from here on: "]
+
+
+def test_a_footer_that_claims_a_trillion_rows_is_not_believed(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    num_rows = 20_011  # a number whose bytes stand nowhere else
+    pq.write_table(pa.table({"image": pa.array(["a.jpg"] * num_rows)}), path)
+    data = path.read_bytes()
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    claimed, real = _varint(10**12), _varint(num_rows)
+    changed = data[:footer] + data[footer:-8].replace(real, claimed)
+    path.write_bytes(changed + (len(changed) - footer).to_bytes(4, "little") + b"PAR1")
+    assert pq.ParquetFile(path).metadata.num_rows == 10**12
+    found = list(manifest_rows(str(path)))
+    assert columns(found) == [{"image": "a.jpg"}] * num_rows
+
+
+def _varint(number: int) -> bytes:
+    """As Thrift's compact protocol writes it: zigzag, 7 bits a byte."""
+    number, out = number << 1, bytearray()
+    while number >= 128:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" + b"\xff" * 100 + b"PAR1", b"image\na.jpg\n"])
+def test_what_is_no_parquet_is_an_input_error(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(InputError, match="as Parquet"):
+        rows(tmp_path, ".parquet", data)
+
+
+@pytest.mark.parametrize(
+    "table", [pa.table({"picture": ["a"]}), pa.table({"image": [b"\x89PNG"]}), pa.table({"image": [{"path": "a"}]})]
+)
+def test_parquet_without_a_text_column_image_is_an_input_error(tmp_path: Path, table: pa.Table) -> None:
+    pq.write_table(table, tmp_path / "m.parquet")
+    with pytest.raises(InputError, match="column 'image'"):
+        list(manifest_rows(str(tmp_path / "m.parquet")))
+
+
+def test_a_manifest_that_would_block_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.jsonl")
+    with pytest.raises(InputError, match="not a regular file"):
+        list(manifest_rows(str(tmp_path / "m.jsonl")))
+    with pytest.raises(InputError, match="cannot open"):
+        list(manifest_rows(str(tmp_path / "none.jsonl")))

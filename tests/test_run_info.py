@@ -1,0 +1,123 @@
+"""run.json, and whether OUTPUT is this command's to resume."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from md3cli.errors import OutputMismatchError
+from md3cli.records import ImageItem, Request, RunIdentity, Task, make_record, request_id
+from md3cli.run_info import RunCounts, RunDocument, check_first_record, differences, identity_of, output_paths
+
+RUN = RunIdentity(model="tiny@0")
+DETECT = Request(Task.DETECT, "car", spatial_refs=((0.5, 0.5),))
+CAPTION = Request(Task.CAPTION, length="long")
+
+
+def begin(path: Path, requests: list[Request], run: RunIdentity = RUN, *, is_resume: bool = True) -> RunDocument:
+    return RunDocument.begin(
+        path,
+        identity=identity_of(requests, run, "/data"),
+        arguments=["md3", "detect", "/data", "car\x1b[31m"],
+        root="/data",
+        is_resume=is_resume,
+    )
+
+
+def test_it_tells_how_each_start_went(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    begin(path, [DETECT])  # killed
+    begin(path, [DETECT]).finish(RunCounts(5, 1, {"decode": 1}), {"decode": 1.25, "generate": 2.0}, 3)
+    begin(path, [DETECT]).finish(RunCounts(9, 1, {"decode": 1}), {"decode": 1.0}, 0)
+    document = json.loads(path.read_text())
+    assert document["root"] == "/data"
+    assert document["model"] == "tiny@0"
+    assert document["arguments"] == ["md3", "detect", "/data", "car\\x1b[31m"]
+    assert document["counts"] == {"ok": 9, "failed": 1, "errors": {"decode": 1}}
+    assert document["stages"] == {"decode": 2.25, "generate": 2.0}
+    assert [start["exit_status"] for start in document["starts"]] == [None, 3, 0]
+    assert {"python", "torch", "pyarrow"} <= document["versions"].keys()
+
+
+def test_overwrite_forgets_the_earlier_run(tmp_path: Path) -> None:
+    begin(tmp_path / "run.json", [DETECT])
+    begin(tmp_path / "run.json", [CAPTION], is_resume=False)
+    assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("requests", "run", "difference"),
+    [
+        ([replace(DETECT, temperature=0.3)], RUN, "temperature: 0.0, now 0.3"),
+        ([replace(DETECT, prompt="bus")], RUN, "prompt: car, now bus"),
+        ([DETECT], replace(RUN, dtype="bf16"), "dtype: auto, now bf16"),
+        ([DETECT], RunIdentity("other@1"), "model: tiny@0, now other@1"),
+        ([CAPTION], RUN, "task: detect, now caption"),
+    ],
+)
+def test_another_run_is_refused_and_named(
+    tmp_path: Path, requests: list[Request], run: RunIdentity, difference: str
+) -> None:
+    path = tmp_path / "run.json"
+    begin(path, [DETECT])
+    before = path.read_bytes()
+    with pytest.raises(OutputMismatchError, match=difference) as caught:
+        begin(path, requests, run)
+    assert "--overwrite" in str(caught.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema":"other"}', '{"schema":"md3-run/1","identity":3}'])
+def test_a_damaged_run_json_is_written_anew(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    begin(tmp_path / "run.json", [DETECT])
+    assert json.loads((tmp_path / "run.json").read_text())["identity"]["model"] == "tiny@0"
+
+
+def test_differences_name_the_leaves() -> None:
+    assert differences({"a": [1, {"b": 2}], "c": 1}, {"a": [1, {"b": 3}], "c": 1}) == ["a[1].b: 2, now 3"]
+    assert differences({"a": [1]}, {"a": [1, 2], "d": None}) == ["a: [1], now [1, 2]"]
+    assert differences({"a": "x" * 100}, {"a": "y"})[0] == f"a: {'x' * 59}…, now y"
+
+
+def test_records_alone_tell_whether_they_are_ours() -> None:
+    request = replace(DETECT, temperature=0.5)
+    record = make_record(
+        request_id("a.jpg", request, RUN),
+        ImageItem("a.jpg", "a.jpg"),
+        None,
+        request,
+        RUN,
+        result={"objects": []},
+        finish_reason="stop",
+        prompt_tokens=1,
+        output_tokens=1,
+        meta={},
+    )
+    check_first_record(record, [CAPTION, request], RUN)
+    check_first_record(record, [], RUN)  # a manifest may have asked anything
+    with pytest.raises(OutputMismatchError, match="model: tiny@0, now big@1"):
+        check_first_record(record, [], RunIdentity("big@1"))
+    with pytest.raises(OutputMismatchError, match="task and prompt"):
+        check_first_record(record, [CAPTION], RUN)
+    with pytest.raises(OutputMismatchError, match="settings of the detect request"):
+        check_first_record(record, [DETECT], RUN)
+    with pytest.raises(OutputMismatchError, match="settings of the detect request"):
+        check_first_record(record, [request], replace(RUN, quant="int8"))
+
+
+def test_where_the_files_of_a_run_stand() -> None:
+    single = output_paths(Path("d/out.jsonl"), is_folder=False, is_journal=True)
+    assert [str(path) for path in (single.journal, single.run_info, single.lock)] == [
+        "d/out.jsonl",
+        "d/out.jsonl.run.json",
+        "d/out.jsonl.lock",
+    ]
+    document = output_paths(Path("d/out.json"), is_folder=False, is_journal=False)
+    assert str(document.journal) == "d/out.json.records.jsonl"
+    assert str(document.lock) == "d/out.json.lock"
+    folder = output_paths(Path("d"), is_folder=True, is_journal=False)
+    assert [str(path) for path in (folder.journal, folder.run_info)] == ["d/records.jsonl", "d/run.json"]
