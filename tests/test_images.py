@@ -363,3 +363,23 @@ def test_background_is_named_by_colour_or_none(tmp_path):
         assert read_image(item(path), LIMITS, name).image.getpixel((0, 0)) == pixel
     with pytest.raises(UsageError, match="not a colour"):
         read_image(item(path), LIMITS, "off\x1b[31m")
+
+
+# --- the examples ---------------------------------------------------------------------------------
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "images"
+
+
+def test_every_example_is_small_can_be_read_and_has_its_licence_stated():
+    paths = [path for path in sorted(EXAMPLES.iterdir()) if path.name != "LICENSES.md"]
+    assert len(paths) >= 12
+    licences = (EXAMPLES / "LICENSES.md").read_text()
+    for path in paths:
+        assert path.stat().st_size <= 400_000, path.name
+        assert f"| `{path.name}` |" in licences
+        assert prepare_image(item(path), REAL, LIMITS, None).crops.shape[1:] == (378, 378, 3)
+    assert len({path.suffix for path in paths}) >= 7
+
+
+def test_the_lying_example_is_upright():
+    assert read_image(item(EXAMPLES / "flower-lying.jpg"), LIMITS).image.size == (640, 427)
