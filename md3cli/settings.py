@@ -28,14 +28,22 @@ ENV_PREFIX = "MD3_"
 Options = Mapping[str, "OptionName"]
 
 
-def user_config_dir(environ: Mapping[str, str] = os.environ) -> Path:
+def user_config_dir(environ: Mapping[str, str] | None = None) -> Path:
     """The user's config folder of this program, by the platform's custom; not created."""
-    return _user_dir(environ, "XDG_CONFIG_HOME", ".config", "Library/Application Support", "APPDATA")
+    return _user_dir(
+        os.environ if environ is None else environ,
+        "XDG_CONFIG_HOME",
+        ".config",
+        "Library/Application Support",
+        "APPDATA",
+    )
 
 
-def user_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+def user_cache_dir(environ: Mapping[str, str] | None = None) -> Path:
     """The user's cache folder of this program, by the platform's custom; not created."""
-    return _user_dir(environ, "XDG_CACHE_HOME", ".cache", "Library/Caches", "LOCALAPPDATA")
+    return _user_dir(
+        os.environ if environ is None else environ, "XDG_CACHE_HOME", ".cache", "Library/Caches", "LOCALAPPDATA"
+    )
 
 
 def _user_dir(environ: Mapping[str, str], xdg: str, unix: str, mac: str, windows: str) -> Path:

@@ -1,0 +1,238 @@
+"""A whole run with a stub in the model's place: order, resume, outputs, memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from program import Program, clean_environment, make_pictures, records_of
+
+from md3cli.errors import OutputError
+from md3cli.journal import Journal
+
+
+@pytest.fixture
+def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.environ", clean_environment(tmp_path / "home"))
+    return Program(monkeypatch)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return make_pictures(tmp_path / "pictures", 11)
+
+
+def test_records_are_in_input_order_though_answers_are_not(md3: Program, pictures: Path) -> None:
+    (pictures / "p3.png").write_bytes(b"broken")
+    records = records_of(md3("detect", pictures, "b", "a").stdout)
+    assert [(r["image"], r["prompt"]) for r in records] == [(f"p{i}.png", p) for i in range(11) for p in "ba"]
+    assert [r["image"] for r in records if r["error"]] == ["p3.png", "p3.png"]
+
+
+def test_two_runs_give_the_same_lines_whatever_the_batch(md3: Program, pictures: Path) -> None:
+    runs = [md3("caption", pictures, "--batch-size", str(size), "--workers", "2").stdout for size in (1, 3, 64)]
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_one_picture_asked_often_is_decoded_once(md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = pictures / "rows.jsonl"
+    rows = [{"image": "p0.png", "task": "detect", "prompt": prompt} for prompt in "abc"]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened = []
+    submit = md3cli_decode().DecodePool.submit
+    monkeypatch.setattr("md3cli.decode.DecodePool.submit", lambda self, item: opened.append(item) or submit(self, item))
+    assert len(records_of(md3("run", manifest, "--task", "detect:x").stdout)) == 3
+    assert len(opened) == 1
+
+
+def md3cli_decode() -> object:
+    import md3cli.decode
+
+    return md3cli.decode
+
+
+def test_repeats_of_a_request_are_records_of_their_own(md3: Program, pictures: Path) -> None:
+    (pictures / "list.txt").write_text("p0.png\np1.png\np0.png\n")
+    records = records_of(md3("detect", pictures / "list.txt", "car", "car").stdout)
+    assert len(records) == 6
+    assert len({record["id"] for record in records}) == 6
+    assert records[0]["objects"] == records[5]["objects"]
+
+
+# -- resume --------------------------------------------------------------------------------------------
+
+
+def test_the_same_command_resumes_and_ends_with_the_same_file(md3: Program, pictures: Path) -> None:
+    command = ("detect", pictures, "car", "person", "-o", "out.jsonl")
+    assert md3(*command).exit_code == 0
+    whole = Path("out.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for num_lines, torn in ((0, b""), (1, b""), (9, b'{"schema":"md3/1","id":"12'), (22, b"")):
+        Path("out.jsonl").write_bytes(b"".join(lines[:num_lines]) + torn)
+        result = md3(*command)
+        assert result.exit_code == 0
+        assert Path("out.jsonl").read_bytes() == whole
+        assert md3.num_answered == 22 - num_lines
+        assert ("repaired out.jsonl" in result.stderr.replace(f"{os.getcwd()}/", "")) == bool(torn)
+
+
+def test_what_is_done_is_not_even_opened(md3: Program, pictures: Path) -> None:
+    command = ("caption", pictures, "-o", "out.jsonl")
+    md3(*command)
+    for picture in pictures.iterdir():
+        picture.write_bytes(b"not a picture any more")
+    result = md3(*command)
+    assert result.exit_code == 0
+    assert md3.models[-1].engine is None
+    assert "11 requests done before" in result.stderr
+
+
+def test_overwrite_starts_over(md3: Program, pictures: Path) -> None:
+    md3("caption", pictures, "-o", "out.jsonl")
+    assert md3("caption", pictures, "--length", "long", "-o", "out.jsonl", "--overwrite").exit_code == 0
+    assert md3.num_answered == 11
+    assert {record["length"] for record in records_of(Path("out.jsonl"))} == {"long"}
+
+
+def test_retry_failed_leaves_one_record_a_request_in_input_order(md3: Program, pictures: Path) -> None:
+    good = (pictures / "p4.png").read_bytes()
+    (pictures / "p4.png").write_bytes(b"broken")
+    command = ("caption", pictures, "-o", "out.jsonl")
+    assert md3(*command).exit_code == 3
+    assert md3(*command).exit_code == 3, "the failure still stands in OUTPUT"
+    assert md3.num_answered == 0
+    (pictures / "p4.png").write_bytes(good)
+    assert md3(*command, "--retry-failed").exit_code == 0
+    assert md3.num_answered == 1
+    records = records_of(Path("out.jsonl"))
+    assert [record["image"] for record in records] == [f"p{i}.png" for i in range(11)]
+    assert not any(record["error"] for record in records)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["caption", "--length", "long"], "length: normal, now long"),
+        (["caption", "--temperature", "0.5"], "temperature: 0.0, now 0.5"),
+        (["caption", "-m", "other"], "model: stub@moondream3, now stub@other"),
+        (["detect", "car"], "task: caption, now detect"),
+    ],
+)
+def test_output_of_another_command_is_refused(md3: Program, pictures: Path, change: list[str], message: str) -> None:
+    md3("caption", pictures, "-o", "out.jsonl")
+    before = Path("out.jsonl").read_bytes()
+    command, *rest = change
+    result = md3(command, pictures, *rest, "-o", "out.jsonl")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert Path("out.jsonl").read_bytes() == before
+
+
+def test_a_foreign_file_is_not_written_over(md3: Program, pictures: Path) -> None:
+    for name, content in {"mine.jsonl": b'{"a": 1}\n', "mine.json": b"{}", "mine.csv": b"x"}.items():
+        Path(name).write_bytes(content)
+        result = md3("caption", pictures, "-o", name)
+        assert result.exit_code == 2
+        assert "choose another -o, or --overwrite to replace it" in result.stderr
+        assert Path(name).read_bytes() == content
+
+
+def test_a_held_output_is_refused(md3: Program, pictures: Path) -> None:
+    with Journal.open(Path("out.jsonl")):
+        result = md3("caption", pictures, "-o", "out.jsonl")
+    assert result.exit_code == 1
+    assert f"is being written by another run: process {os.getpid()}" in result.stderr
+
+
+# -- outputs ---------------------------------------------------------------------------------------------
+
+
+def test_suffixes_choose_the_format_and_keep_the_records_beside(md3: Program, pictures: Path) -> None:
+    assert md3("detect", pictures, "car", "-o", "out.json").exit_code == 0
+    assert len(json.loads(Path("out.json").read_text())["annotations"]) == 11
+    assert len(records_of(Path("out.json.records.jsonl"))) == 11
+    info = json.loads(Path("out.json.run.json").read_text())
+    assert info["root"] == str(pictures)
+    assert info["counts"] == {"ok": 11, "failed": 0, "errors": {}}
+    assert info["stages"].keys() == {"load", "vision", "prefill", "decode"}
+    assert info["starts"][0]["exit_status"] == 0
+    assert Path("out.json.lock").exists()
+    for name in ("out.parquet", "out.csv"):
+        assert md3("detect", pictures, "car", "-o", name).exit_code == 0
+        assert Path(name).stat().st_size > 100
+
+
+def test_a_folder_holds_records_and_each_format(md3: Program, pictures: Path) -> None:
+    result = md3("detect", pictures, "car", "-o", "run/", "-f", "coco", "-f", "yolo", "-f", "html")
+    assert result.exit_code == 0
+    assert {path.name for path in Path("run").iterdir()} == {
+        "records.jsonl",
+        "records.jsonl.lock",
+        "run.json",
+        "coco.json",
+        "yolo",
+        "report.html",
+    }
+    coco = Path("run/coco.json").read_bytes()
+    shutil.rmtree("run/yolo")
+    assert md3("detect", pictures, "car", "-o", "run/", "-f", "coco", "-f", "yolo", "-f", "html").exit_code == 0
+    assert Path("run/yolo").is_dir(), "documents are made again from the records"
+    assert Path("run/coco.json").read_bytes() == coco
+
+
+def test_a_document_can_be_printed(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    result = md3("detect", pictures, "car", "-f", "coco")
+    assert len(json.loads(result.stdout)["images"]) == 11
+    assert md3("detect", pictures, "car", "-f", "csv").stdout.startswith("image,")
+    assert list((tmp_path / "home/cache/md3cli").iterdir()) == [], "nothing is left behind"
+
+
+def test_a_disk_that_fills_up_is_status_1_and_loses_nothing(
+    md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Journal.append
+
+    def full(self: Journal, records: list[dict[str, object]]) -> None:
+        if self.num_ok >= 4:
+            raise OutputError("cannot write out.jsonl: No space left on device")
+        append(self, records)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", full)
+        result = md3("caption", pictures, "-o", "out.jsonl")
+    assert result.exit_code == 1
+    assert result.stderr.endswith("error: cannot write out.jsonl: No space left on device\n")
+    assert len(records_of(Path("out.jsonl"))) >= 4
+    assert md3("caption", pictures, "-o", "out.jsonl").exit_code == 0
+    assert [record["image"] for record in records_of(Path("out.jsonl"))] == [f"p{i}.png" for i in range(11)]
+
+
+def test_shards_part_the_images(md3: Program, pictures: Path) -> None:
+    for shards in (("0/3", "1/3", "2/3"), ("1/3", "2/3", "3/3")):
+        parts = [{r["image"] for r in records_of(md3("caption", pictures, "--shard", s).stdout)} for s in shards]
+        assert sorted(image for part in parts for image in part) == sorted(f"p{i}.png" for i in range(11))
+
+
+def test_root_confines(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "outside.png")
+    (tmp_path / "rows.csv").write_text("image\np0.png\n../outside.png\n")
+    records = records_of(md3("caption", tmp_path / "rows.csv", "--root", pictures).stdout)
+    assert [record["error"] and record["error"]["type"] for record in records] == [None, "outside_root"]
+
+
+def test_verbose_names_each_failure_and_quiet_says_nothing(md3: Program, pictures: Path) -> None:
+    (pictures / "p0.png").write_bytes(b"x")
+    assert "warning: p0.png: not_an_image:" in md3("caption", pictures, "-v", "-o", "a.jsonl").stderr
+    assert md3("caption", pictures, "--quiet", "-o", "b.jsonl").stderr == ""
+
+
+def test_nothing_a_file_is_called_reaches_the_terminal_raw(md3: Program, pictures: Path) -> None:
+    (pictures / "a\x1b[31m\n.png").write_bytes(b"x")
+    result = md3("caption", pictures, "-v")
+    assert "\x1b" not in result.stderr + result.stdout
+    assert "a\\x1b[31m\\x0a.png" in result.stderr
