@@ -26,6 +26,9 @@ from md3cli.pixels import TOO_LITTLE_MEMORY, OnHeader, decode_rgb, parse_backgro
 from md3cli.records import ImageItem
 
 
+PREPROCESSING_VERSION = 1  # rises when the same file would give other crops; part of the encoding cache's key
+
+
 @dataclass(frozen=True, slots=True)
 class CropConfig:
     """How the encoder wants its pictures: pixels a crop's side, pixels a patch's side, `overlap_margin` in patches."""

@@ -24,6 +24,7 @@ from md3cli.model.name_tables import Recipe
 from md3cli.model.packing import assemble
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_PACKED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
 
 
 class LoadedModel(NamedTuple):
@@ -72,8 +73,10 @@ class CheckpointReader(Mapping[str, Tensor]):
         return assemble(self._slots[name], self.read_stored, self.dtype)
 
     def read_stored(self, plain: str) -> Tensor:
-        """A tensor as it is stored, by its plain name, on `device`."""
+        """A tensor as it is stored, by its plain name, on `device`; nothing is opened for the meta device."""
         entry = self.plan.files.entries[plain]
+        if self.device.type == "meta":
+            return torch.empty(entry.shape, dtype=(TORCH_DTYPES | _PACKED_DTYPES)[entry.dtype], device="meta")
         try:
             handle = self._open_files.get(entry.file)
             if handle is None:

@@ -9,15 +9,20 @@ import torch
 
 from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError
+from md3cli.file_cache import FileCache
 from md3cli.model.checkpoint import load_model
 from md3cli.model.config import MAX_CONTEXT_LIMIT
 from md3cli.model.encoder import ImageEncoder
+from md3cli.model.encoding_cache import EncodingCache
 from md3cli.model.engine import Engine
 from md3cli.model.hub import resolve_model
+from md3cli.model.kernels import optimise
 from md3cli.model.memory import auto_batch_size
+from md3cli.model.moondream import Moondream3
 from md3cli.model.prompts import Prompts, Tokenizer
 from md3cli.model.weight_files import find_weight_files
 from md3cli.records import RunIdentity
+from md3cli.settings import user_cache_dir
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 SMALL_MODEL_BYTES = 1 << 30  # on CPU, models below it gain nothing from 16 bits
@@ -41,16 +46,29 @@ def load_engine(options: ModelOptions) -> Engine:
     loaded = load_model(files.path, dtype=dtype, device=device)
     tokenizer = Tokenizer.load(files.tokenizer_file, loaded.config)
     max_context = choose_max_context(options.max_context, loaded.config.text.max_context, loaded.config.prefix_len)
+    optimise(loaded.model)
     batch_size = options.batch_size or auto_batch_size(loaded.config, dtype, device, max_context)
     return Engine(
         loaded.model,
         tokenizer,
         Prompts(loaded.config, tokenizer, files.name),
-        ImageEncoder(loaded.model),
+        ImageEncoder(loaded.model, store=open_cache(options, loaded.model)),
         identity=run_identity(options, files.identity),
         batch_size=batch_size,
         max_context=max_context,
     )
+
+
+def open_cache(options: ModelOptions, model: Moondream3) -> EncodingCache | None:
+    """The encoding cache on disk, where it is wanted; None leaves disks alone.
+
+    Raises:
+        OutputError: the folder cannot be used.
+    """
+    if not options.cache:
+        return None
+    files = FileCache(options.cache_dir or user_cache_dir(), options.cache_size)
+    return EncodingCache(files, model, background=options.background)
 
 
 def run_identity(options: ModelOptions, model: str) -> RunIdentity:

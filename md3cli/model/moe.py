@@ -1,14 +1,16 @@
 """The mixture of experts of the text decoder (Moondream 3 specification, section 7).
 
-`MoeMlp.forward` is the plain path: route, sort the (token, choice) pairs by expert, one pair of
-matrix products per expert that was chosen. A token's result is the same whatever the other tokens
-are: experts are visited in order of their number and summed in float32.
+`MoeMlp.run_experts` is the plain path: sort the (token, choice) pairs by expert, then one pair of
+matrix products per expert that was chosen; `kernels.py` has faster ones. A token's result is the
+same whatever the other tokens are: experts are visited in order of their number and summed in
+float32.
 
 Shape suffixes: N tokens, D width, I inner width of an expert, X experts, A choices per token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -49,6 +51,7 @@ class MoeMlp(nn.Module):
         self.router = Linear(dim, config.num_experts)
         self.fc1 = ExpertMatrices(config.num_experts, dim, 2 * config.expert_inner_dim)
         self.fc2 = ExpertMatrices(config.num_experts, config.expert_inner_dim, dim)
+        self.run: Callable[[Tensor, Routing], Tensor] = self.run_experts  # `kernels.optimise` puts a faster one
 
     def route(self, x_ND: Tensor) -> Routing:
         """The largest router logits of each token; the softmax is over the chosen ones only, in float32."""
@@ -58,7 +61,7 @@ class MoeMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         x_ND = x.reshape(-1, x.shape[-1])
-        return self.run_experts(x_ND, self.route(x_ND)).view(x.shape)
+        return self.run(x_ND, self.route(x_ND)).view(x.shape)
 
     def run_experts(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of the chosen experts' outputs, one expert at a time."""
