@@ -1,0 +1,99 @@
+"""`md3 eval`: scores of finished records against ground truth, and what changed since another run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from md3cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from md3cli.evaluate import Evaluation, Section
+
+app = typer.Typer()
+
+
+@app.command(
+    "eval",
+    epilog="Example: md3 eval run/records.jsonl --gt instances.json --fail-under AP50=0.6",
+)
+def eval_(
+    records: Annotated[Path, typer.Argument(help="The records (.jsonl) or the folder of a run.", show_default=False)],
+    gt: Annotated[
+        list[Path] | None,
+        typer.Option(help="COCO instances, COCO captions, or {image, question, answer} rows; may be repeated."),
+    ] = None,
+    compare: Annotated[Path | None, typer.Option(help="Another run: say what changed since.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A folder for eval.json and the curves as PNG.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(help="Exit with 1 below this: a number for each section's main score, or NAME=NUMBER."),
+    ] = None,
+) -> None:
+    """Scores against ground truth: boxes, masks, points, captions, answers."""
+    from md3cli.evaluate import compare_runs, evaluate, load_truth
+    from md3cli.evaluate.table import table
+    from md3cli.finished_run import find_records
+
+    if not gt and compare is None:
+        raise UsageError("nothing to compare with; give --gt FILE, or --compare OTHER.jsonl")
+    limits = [_limit(text) for text in fail_under or ()]
+    found, truths = find_records(records), [load_truth(path) for path in gt or ()]
+    evaluation = compare_runs(found, find_records(compare), truths) if compare else evaluate(found, truths)
+    typer.echo(json.dumps(evaluation.to_json(), ensure_ascii=False, indent=1) if as_json else table(evaluation))
+    if output is not None:
+        _write(evaluation, output)
+    below = [line for limit in limits for line in _below(evaluation.sections, *limit)]
+    for line in below:
+        typer.echo(line, err=True)
+    if below:
+        raise typer.Exit(1)
+
+
+def _limit(text: str) -> tuple[str | None, float]:
+    """`0.5` or `AP50=0.5` as (score or None for each main score, number)."""
+    name, has_name, value = text.rpartition("=")
+    try:
+        return (name if has_name else None), float(value)
+    except ValueError as error:
+        raise UsageError(
+            f"--fail-under {text}: give a number such as 0.5, or a score's name such as AP50=0.5"
+        ) from error
+
+
+def _below(sections: Sequence[Section], name: str | None, least: float) -> list[str]:
+    """What is below the limit, in sentences; a score that nothing has is below as well."""
+    lines, is_known = [], False
+    for section in sections:
+        score = name or section.main
+        if score in section.scores:
+            is_known, value = True, section.scores[score]
+            if value is None or not value >= least:
+                shown = "nothing to score" if value is None else f"{value:.3f}"
+                lines.append(f"{section.name}: {score} {shown} is below {least:g}")
+    if not is_known:
+        known = ", ".join(dict.fromkeys(score for section in sections for score in section.scores)) or "none"
+        raise UsageError(f"--fail-under: no score {name or ''} here; there are: {known}")
+    return lines
+
+
+def _write(evaluation: Evaluation, folder: Path) -> None:
+    from md3cli.evaluate.figures import draw_figures
+    from md3cli.publish import atomic_publish
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_publish(folder / "eval.json") as partial:
+        text = json.dumps(evaluation.to_json(), ensure_ascii=False, indent=1)
+        partial.write_text(text + "\n", encoding="utf-8", errors="replace")
+    written = [
+        folder / "eval.json",
+        *(path for section in evaluation.sections for path in draw_figures(section, folder)),
+    ]
+    typer.echo("written: " + ", ".join(map(str, written)), err=True)

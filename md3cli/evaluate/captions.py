@@ -1,0 +1,140 @@
+"""Captions against reference captions: CIDEr-D, BLEU-4, exact.
+
+Own implementations, because the usual package needs Java for its tokenizer: the formulas are the
+papers', the words are ours (`words`: lower case, punctuation dropped), so scores come near those of
+coco-caption and do not equal them where its tokenizer splits otherwise ("dog's").
+
+CIDEr-D: Vedantam, Zitnick and Parikh, CVPR 2015. BLEU: Papineni et al., ACL 2002.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from md3cli.evaluate.asked import coverage_notes, has_failed, match_images
+from md3cli.evaluate.section import Section, Verdict
+from md3cli.evaluate.truth import Captions
+from md3cli.records import RecordDict
+
+MAX_N = 4  # longest n-gram
+CIDER_SIGMA = 6.0  # words of difference in length after which a caption loses 40 %
+CIDER_SCALE = 10.0
+
+NGram = tuple[str, ...]
+Counts = Counter[NGram]
+
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
+
+
+def words(text: str) -> list[str]:
+    """The words of `text`, lower case, without punctuation."""
+    return _WORD.findall(text.lower())
+
+
+def score_captions(records: Sequence[RecordDict], truth: Captions) -> Iterator[Section]:
+    """One section for each caption length the records have.
+
+    Raises:
+        InputError: the records are about other images.
+    """
+    pictured = [record for record in records if record["image"] is not None]
+    for length in dict.fromkeys(str(record.get("length") or "normal") for record in pictured):
+        yield _score(length, [r for r in pictured if (r.get("length") or "normal") == length], truth)
+
+
+def _score(length: str, records: Sequence[RecordDict], truth: Captions) -> Section:
+    names = [record["image"] for record in records]
+    images = match_images(names, truth.captions)
+    scored = {images[record["image"]]: record for record in records if record["image"] in images}
+    candidates = [words(str(record.get("caption") or "")) for record in scored.values()]
+    references = [[words(text) for text in truth.captions[name]] for name in scored]
+    is_exact = [one in known for one, known in zip(candidates, references, strict=True)]
+    ciders = cider_d(candidates, references)
+    scores: dict[str, float | None] = {
+        "CIDEr-D": sum(ciders) / len(ciders) if ciders else None,
+        "BLEU-4": bleu(candidates, references) if candidates else None,
+        "exact": sum(is_exact) / len(is_exact) if is_exact else None,
+    }
+    counts = {
+        "images": len(scored),
+        "failed": sum(map(has_failed, scored.values())),
+        "references": sum(map(len, references)),
+        "words": sum(map(len, candidates)),
+    }
+    answered = [(r, right) for r, right in zip(scored.values(), is_exact, strict=True) if not has_failed(r)]
+    verdicts = {record["id"]: Verdict(right) for record, right in answered if right}
+    notes = tuple(coverage_notes("image", names, truth.captions, images))
+    if len(scored) < 2:
+        notes += ("CIDEr-D weighs words by how rare they are among the images; it means nothing for one image",)
+    return Section(f"captions ({length})", "CIDEr-D", scores, counts, notes=notes, verdicts=verdicts)
+
+
+def _ngrams(tokens: Sequence[str], n: int) -> Counts:
+    return Counter(tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1))
+
+
+# ---- CIDEr-D -------------------------------------------------------------------------------------
+
+
+def cider_d(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> list[float]:
+    """CIDEr-D of each candidate (0 to 10); document frequencies are those of `references`."""
+    totals = [0.0] * len(candidates)
+    for n in range(1, MAX_N + 1):
+        rarity = _Rarity(references, n)
+        for index, (candidate, known) in enumerate(zip(candidates, references, strict=True)):
+            vector = rarity.weigh(_ngrams(candidate, n))
+            for reference in known:
+                likeness = _clipped_cosine(vector, rarity.weigh(_ngrams(reference, n)))
+                apart = len(candidate) - len(reference)
+                totals[index] += likeness * math.exp(-(apart**2) / (2 * CIDER_SIGMA**2)) / len(known)
+    return [CIDER_SCALE * total / MAX_N for total in totals]
+
+
+class _Rarity:
+    """Inverse document frequencies of n-grams; a document is all references of an image."""
+
+    def __init__(self, references: Sequence[Sequence[Sequence[str]]], n: int) -> None:
+        self._documents = Counter(
+            ngram for known in references for ngram in {ngram for tokens in known for ngram in _ngrams(tokens, n)}
+        )
+        self._log_num = math.log(max(len(references), 1))
+
+    def weigh(self, counts: Counts) -> dict[NGram, float]:
+        """tf-idf; an n-gram that no reference has weighs as one that a single document has."""
+        return {
+            ngram: count * (self._log_num - math.log(max(self._documents[ngram], 1))) for ngram, count in counts.items()
+        }
+
+
+def _clipped_cosine(candidate: Mapping[NGram, float], reference: Mapping[NGram, float]) -> float:
+    """Cosine in which saying a word more often than the reference brings nothing."""
+    product = sum(
+        min(weight, reference[ngram]) * reference[ngram] for ngram, weight in candidate.items() if ngram in reference
+    )
+    norms = math.sqrt(sum(w * w for w in candidate.values()) * sum(w * w for w in reference.values()))
+    return product / norms if norms else 0.0
+
+
+# ---- BLEU ----------------------------------------------------------------------------------------
+
+
+def bleu(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> float:
+    """BLEU-4 of the whole corpus, 0 to 1, against the closest reference's length; no smoothing."""
+    right, said = [0] * MAX_N, [0] * MAX_N
+    length = reference_length = 0
+    for candidate, known in zip(candidates, references, strict=True):
+        length += len(candidate)
+        reference_length += min((abs(len(tokens) - len(candidate)), len(tokens)) for tokens in known)[1]
+        for n in range(1, MAX_N + 1):
+            counts, most = _ngrams(candidate, n), Counts()
+            for tokens in known:
+                most |= _ngrams(tokens, n)
+            right[n - 1] += (counts & most).total()
+            said[n - 1] += counts.total()
+    if not all(right):
+        return 0.0
+    brevity = min(0.0, 1 - reference_length / length)
+    return math.exp(brevity + sum(math.log(r / s) for r, s in zip(right, said, strict=True)) / MAX_N)
