@@ -8,29 +8,25 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import os
-import re
 import sys
 import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from md3cli.errors import InputError, MissingExtraError, RowError, UsageError
-from md3cli.manifest import MANIFEST_SUFFIXES, ManifestRow, manifest_rows, open_regular, path_rows
+from md3cli.input_kinds import STDIN, Input, Kind, check_readable, kind_of
+from md3cli.manifest import ManifestRow, manifest_rows, open_regular, path_rows
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task, printable
 from md3cli.row_requests import ROW_COLUMNS, refuse_address, row_image, row_requests
 from md3cli.tar_index import tar_members
-from md3cli.walk import Glob, PathFilter, Walk, has_image_suffix, is_glob
-
-STDIN = "-"
-_REMOTE = re.compile(r"(https?|s3|gs|hf)://", re.IGNORECASE)
-_ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+from md3cli.walk import Glob, PathFilter, Walk, has_image_suffix
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +47,6 @@ class SourceSpec:
     follow_links: bool = False
 
 
-class _Kind(Enum):
-    FILE, FOLDER, GLOB, MANIFEST, STDIN, TAR = range(6)
-
-
-class _Input(NamedTuple):
-    typed: str
-    kind: _Kind
-    prefix: str  # what the names of its pictures start with
-
-
 def open_source(
     spec: SourceSpec,
     requests: tuple[Request, ...],
@@ -74,7 +60,7 @@ def open_source(
     `stdin` is read for INPUT `-`, by default the process's own.
 
     Raises:
-        InputError: an INPUT does not exist, or is of a kind that is not read.
+        InputError: an INPUT does not exist, cannot be opened, or is of a kind that is not read.
         UsageError: `--root` is no folder.
         MissingExtraError: a URL, or `remote`.
     """
@@ -83,30 +69,15 @@ def open_source(
     if spec.root is not None and not spec.root.is_dir():
         raise UsageError(f"--root {printable(str(spec.root))} is not a folder; name the one that the images are in")
     is_alone = len(spec.inputs) == 1
-    inputs = tuple(_Input(typed, _kind_of(typed, is_alone), "" if is_alone else typed) for typed in spec.inputs)
+    inputs = tuple(Input(typed, kind_of(typed, is_alone), "" if is_alone else typed) for typed in spec.inputs)
+    for given in inputs:
+        check_readable(given, is_alone)
     defaults = requests[0] if requests else defaults or Request(Task.QUERY)
-    return Source(spec, inputs, requests, defaults, stdin or sys.stdin.buffer)
-
-
-def _kind_of(typed: str, is_alone: bool) -> _Kind:
-    if typed == STDIN:
-        return _Kind.STDIN
-    if match := _REMOTE.match(typed):
-        raise MissingExtraError(f"{match[0].lower()} paths", "remote")
-    suffix = os.path.splitext(typed)[1].lower()
-    if os.path.isdir(typed):
-        return _Kind.FOLDER
-    if not os.path.lexists(typed):
-        if is_glob(typed):
-            return _Kind.GLOB
-        if is_alone or suffix in MANIFEST_SUFFIXES:
-            raise InputError(f"there is no {printable(typed)}; check the path (a pattern is quoted: 'photos/**/*.jpg')")
-        return _Kind.FILE
-    if typed.lower().endswith(_ARCHIVES):
-        raise InputError(f"{printable(typed)} is compressed; unpack it, or make it a plain .tar")
-    if suffix == ".tar":
-        return _Kind.TAR
-    return _Kind.MANIFEST if suffix in MANIFEST_SUFFIXES else _Kind.FILE
+    if stdin is None and STDIN in spec.inputs:
+        if sys.stdin is None:
+            raise InputError("stdin is closed, so there is nothing to read for INPUT -; pipe a list of paths to it")
+        stdin = sys.stdin.buffer
+    return Source(spec, inputs, requests, defaults, stdin or io.BytesIO())
 
 
 class _Found(NamedTuple):
@@ -127,7 +98,7 @@ class Source:
     def __init__(
         self,
         spec: SourceSpec,
-        inputs: tuple[_Input, ...],
+        inputs: tuple[Input, ...],
         requests: tuple[Request, ...],
         defaults: Request,
         stdin: IO[bytes],
@@ -149,7 +120,7 @@ class Source:
 
     def count_rows(self, budget_s: float = 1.0) -> int | None:
         """How many rows there are, for a progress bar; None for stdin, or when that takes longer than `budget_s`."""
-        if any(given.kind is _Kind.STDIN for given in self._inputs):
+        if any(given.kind is Kind.STDIN for given in self._inputs):
             return None
         deadline = time.monotonic() + budget_s
         num_rows = 0
@@ -163,11 +134,11 @@ class Source:
         if len(self._inputs) != 1:
             return os.path.realpath(self._spec.root or ".") if not self._inputs else os.getcwd()
         typed, kind, _ = self._inputs[0]
-        if kind in (_Kind.FOLDER, _Kind.TAR):
+        if kind in (Kind.FOLDER, Kind.TAR):
             return os.path.realpath(typed)
-        if kind is _Kind.GLOB:
+        if kind is Kind.GLOB:
             return os.path.realpath(Glob.parse(typed).base or ".")
-        if kind is _Kind.FILE:
+        if kind is Kind.FILE:
             return os.path.realpath(os.path.dirname(typed) or ".")
         return os.path.realpath(self._row_folder(typed))
 
@@ -189,11 +160,11 @@ class Source:
         if not self._inputs:
             yield _Found("", SourceRow(None, self._requests))
         for given in self._inputs:
-            if given.kind is _Kind.FOLDER or given.kind is _Kind.GLOB:
+            if given.kind is Kind.FOLDER or given.kind is Kind.GLOB:
                 yield from self._walked(given, skipped)
-            elif given.kind is _Kind.TAR:
+            elif given.kind is Kind.TAR:
                 yield from self._tar_members(given.typed, given.prefix, skipped)
-            elif given.kind is _Kind.FILE:
+            elif given.kind is Kind.FILE:
                 yield self._picture(given.prefix or os.path.basename(given.typed), given.typed)
             else:
                 yield from self._manifest(given, skipped)
@@ -211,25 +182,22 @@ class Source:
             return None
         return RowFailure("outside_root", f"outside of --root {printable(str(self._spec.root))}")
 
-    def _walked(self, given: _Input, skipped: Counter[str]) -> Iterator[_Found]:
-        glob = Glob.parse(given.typed) if given.kind is _Kind.GLOB else None
+    def _walked(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
+        glob = Glob.parse(given.typed) if given.kind is Kind.GLOB else None
         folder = given.typed if glob is None else glob.base or "."
         prefix = given.prefix if glob is None or not given.prefix else glob.base
         walk = Walk(self._spec.recursive, self._spec.follow_links, self._filter, skipped)
-        try:
-            for relative in walk.files(folder, glob):
-                path = os.path.join(folder, relative)
-                if relative.lower().endswith(".tar"):
-                    yield from self._tar_members(path, os.path.join(prefix, relative), skipped)
-                else:
-                    yield self._picture(os.path.join(prefix, relative), path)
-        except OSError as error:
-            raise InputError(f"cannot read the folder {printable(folder)}: {error.strerror}") from error
+        for relative in walk.files(folder, glob):
+            path, name = os.path.join(folder, relative), os.path.join(prefix, relative)
+            if relative.lower().endswith(".tar"):
+                yield from self._tar_members(path, name, skipped)
+            else:
+                yield self._picture(name, path)
 
     def _tar_members(self, path: str, prefix: str, skipped: Counter[str]) -> Iterator[_Found]:
         """Pictures inside a tar, by suffix, as byte ranges of it; damage is one more row."""
-        with open_regular(path) as file:
-            try:
+        try:
+            with open_regular(path) as file:
                 for member in tar_members(file, path):
                     name = member.name.removeprefix("./")
                     if reason := self._why_not(member, name):
@@ -237,9 +205,12 @@ class Source:
                     elif not member.isdir():
                         image = image_item(os.path.join(prefix, name), path, member.offset_data, member.size)
                         yield _Found(image.name, SourceRow(image, self._requests, failure=self._outside(path)))
-            except RowError as error:
-                image = image_item(prefix or os.path.basename(path), path)
-                yield _Found(image.name, SourceRow(image, self._requests, failure=RowFailure(error.type, str(error))))
+        except (InputError, RowError) as error:
+            if isinstance(error, InputError) and not prefix:
+                raise
+            failure = RowFailure("decode", str(error))
+            image = image_item(prefix or os.path.basename(path), path)
+            yield _Found(image.name, SourceRow(image, self._requests, failure=failure))
 
     def _why_not(self, member: tarfile.TarInfo, name: str) -> str:
         """Why a tar's member is left out; empty where it is not, and for folders."""
@@ -253,10 +224,10 @@ class Source:
             return "links inside a tar"
         return "" if self._filter.keeps(name) else "excluded"
 
-    def _manifest(self, given: _Input, skipped: Counter[str]) -> Iterator[_Found]:
+    def _manifest(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
         folder = self._row_folder(given.typed)
         prefix = folder if len(self._inputs) > 1 else ""
-        is_stdin = given.kind is _Kind.STDIN
+        is_stdin = given.kind is Kind.STDIN
         rows = path_rows(self._stdin, has_json=True) if is_stdin else manifest_rows(given.typed)
         for entry in rows:
             row = self._manifest_row(entry, folder, prefix)

@@ -172,7 +172,7 @@ class Walk:
         An empty folder named like a picture is among them: somebody meant a file.
         """
         seen = {_identity(root)}
-        levels = [_Level("", self._entries(root, ""), False)]
+        levels = [_Level("", self._entries(root), False)]
         while levels:
             level = levels[-1]
             entry = next(level.entries, None)
@@ -188,7 +188,7 @@ class Walk:
             elif self._may_enter(path, entry, glob):
                 is_linked = level.is_linked or entry.is_link
                 if not self.follow_links or self._is_new(f"{root}/{path}", seen, is_linked):
-                    levels.append(_Level(path, self._entries(f"{root}/{path}", path), is_linked))
+                    levels.append(_Level(path, self._entries(f"{root}/{path}"), is_linked))
 
     def _is_wanted(self, path: str, glob: Glob | None) -> bool:
         if glob is not None and not glob.matches(path):
@@ -220,7 +220,7 @@ class Walk:
         seen.add(identity)
         return True
 
-    def _entries(self, path: str, folder: str) -> Iterator[_Entry]:
+    def _entries(self, path: str) -> Iterator[_Entry]:
         """The entries of a folder in natural order; none, and counted, where it cannot be read."""
         folders: dict[str, bool] = {}
         try:
@@ -231,8 +231,6 @@ class Walk:
                     if _is_folder(entry):
                         folders[entry.name] = entry.is_symlink()
         except OSError:
-            if not folder:
-                raise
             self.skipped["unreadable folders"] += 1
             return
         for name in natural_sorted(names):

@@ -104,12 +104,11 @@ def test_folders_that_cannot_be_read_are_counted(tree: Path, monkeypatch: pytest
     found, skipped = files(tree)
     assert "b/x2.jpg" in found
     assert skipped["unreadable folders"] == 1
-    with pytest.raises(FileNotFoundError):
-        files(tree / "nowhere")
+    assert files(tree / "nowhere") == ([], {"unreadable folders": 1})
 
 
 def test_a_deep_tree_is_no_recursion(tmp_path: Path) -> None:
-    depth = 1200
+    depth = 1050
     fds = [os.open(tmp_path, os.O_RDONLY)]
     for _ in range(depth):
         os.mkdir("d", dir_fd=fds[-1])

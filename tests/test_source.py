@@ -1,0 +1,354 @@
+"""INPUT of every kind as rows: names, order, shards, confinement, and the exact bytes of every name."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import tarfile
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from md3cli.errors import InputError, MissingExtraError, UsageError
+from md3cli.records import Request, SourceRow, Task
+from md3cli.source import Source, SourceSpec, image_item, open_source
+
+ASKED = (Request(Task.QUERY, "why?"), Request(Task.CAPTION))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`photos` with three pictures, and the working folder above it."""
+    for name in ("photos/a10.jpg", "photos/a9.jpg", "photos/sub/b.png", "photos/notes.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def source(*inputs: str, asked: tuple[Request, ...] = ASKED, stdin: bytes = b"", **options: Any) -> Source:
+    return open_source(SourceSpec(inputs, **options), asked, stdin=io.BytesIO(stdin))
+
+
+def names(rows: Source) -> list[str | None]:
+    return [row.image and row.image.name for row in rows]
+
+
+def failures(rows: Source) -> list[tuple[str, str] | None]:
+    return [row.failure and (row.failure.type, row.failure.message) for row in rows]
+
+
+# -- kinds ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder(folder: Path) -> None:
+    rows = source("photos")
+    found = list(rows)
+    assert [row.image.name for row in found if row.image] == ["a9.jpg", "a10.jpg", "sub/b.png"]
+    assert [row.image.path for row in found if row.image] == ["photos/a9.jpg", "photos/a10.jpg", "photos/sub/b.png"]
+    assert all(row.requests == ASKED and not row.meta and row.failure is None for row in found)
+    assert rows.skipped == {"other suffix": 1}
+    assert rows.root == str(folder / "photos")
+    assert rows.count_rows() == 3
+    assert list(rows) == found  # again, with counts from the start
+    assert rows.skipped == {"other suffix": 1}
+
+
+def test_a_file_whatever_its_suffix(folder: Path) -> None:
+    rows = source("photos/notes.md")
+    assert [row.image.path for row in rows if row.image] == ["photos/notes.md"]
+    assert (names(rows), rows.root) == (["notes.md"], str(folder / "photos"))
+
+
+def test_a_glob(folder: Path) -> None:
+    rows = source("photos/**/*.jpg")
+    assert (names(rows), rows.root) == (["a9.jpg", "a10.jpg"], str(folder / "photos"))
+    assert names(source("*/*.jpg")) == ["photos/a9.jpg", "photos/a10.jpg"]
+    assert names(source("photos/*.zzz")) == []
+
+
+def test_a_file_called_like_a_glob_is_that_file(folder: Path) -> None:
+    (folder / "x[1].jpg").touch()
+    (folder / "x1.jpg").touch()
+    assert names(source("x[1].jpg")) == ["x[1].jpg"]
+
+
+def test_several_inputs_start_with_the_input_as_typed(folder: Path) -> None:
+    (folder / "list.txt").write_text("sub/b.png\n")
+    (folder / "list.txt").rename(folder / "photos" / "list.txt")
+    rows = source("./photos/", "photos/sub/b.png", "photos/*9.jpg", "photos/list.txt", "gone.jpg")
+    assert names(rows) == [
+        "./photos/a9.jpg",
+        "./photos/a10.jpg",
+        "./photos/sub/b.png",
+        "photos/sub/b.png",
+        "photos/a9.jpg",
+        "photos/sub/b.png",
+        "gone.jpg",
+    ]
+    assert rows.root == os.getcwd()
+    paths = [row.image.path for row in rows if row.image]
+    assert [os.path.exists(path) for path in paths] == [True] * 6 + [False]
+
+
+def test_no_input_is_a_question_alone() -> None:
+    assert list(source(asked=ASKED[:1])) == [SourceRow(None, ASKED[:1])]
+
+
+def test_an_empty_folder_gives_nothing(tmp_path: Path) -> None:
+    assert list(source(str(tmp_path))) == []
+    assert source(str(tmp_path)).count_rows() == 0
+
+
+def test_a_tar(folder: Path) -> None:
+    with tarfile.open("p.tar", "w") as tar:
+        tar.add("photos", "./photos")
+        tar.add("photos/a9.jpg", ".hidden.jpg")
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "a9.jpg"
+        tar.addfile(link)
+    rows = source("p.tar")
+    content = {}
+    for row in rows:
+        assert row.image is not None
+        with open(row.image.path, "rb") as file:
+            file.seek(row.image.offset)
+            content[row.image.name] = file.read(row.image.size)
+    assert content == {name: name.encode() for name in ("photos/a10.jpg", "photos/a9.jpg", "photos/sub/b.png")}
+    assert rows.skipped == {"hidden": 1, "other suffix": 1, "links inside a tar": 1}
+    assert rows.root == str(folder / "p.tar")
+    assert set(names(source("*.tar"))) == {f"p.tar/{name}" for name in content}
+    assert set(names(source("p.tar", "photos/sub"))) >= {"p.tar/photos/a9.jpg", "photos/sub/b.png"}
+
+
+def test_a_damaged_tar_is_one_more_row(folder: Path) -> None:
+    with tarfile.open("p.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.add("photos/a9.jpg")
+        tar.add("photos/a10.jpg")
+    data = bytearray(Path("p.tar").read_bytes())
+    data[1024 + 150] ^= 0xFF
+    Path("p.tar").write_bytes(data)
+    rows = list(source("p.tar"))
+    assert [row.image.name for row in rows if row.image] == ["photos/a9.jpg", "p.tar"]
+    assert rows[1].failure is not None
+    assert rows[1].failure.type == "decode"
+    Path("q.tar").write_bytes(b"no tar")  # among others it is one row; alone it is an InputError, see below
+    assert [row.image.name for row in source("*.tar") if row.image] == ["p.tar/photos/a9.jpg", "p.tar", "q.tar"]
+    assert names(source("q.tar", "photos/sub")) == ["q.tar", "photos/sub/b.png"]
+
+
+# -- what is no INPUT ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("typed", ["gone.jpg", "gone", "gone.csv", "", "photos/gone/"])
+def test_a_lone_input_that_does_not_exist(folder: Path, typed: str) -> None:
+    with pytest.raises(InputError, match=f"there is no {typed}; check the path"):
+        source(typed)
+
+
+def test_inputs_that_are_not_read(folder: Path) -> None:
+    (folder / "a.tar.gz").touch()
+    with pytest.raises(InputError, match="is compressed; unpack it"):
+        source("a.tar.gz")
+    with pytest.raises(InputError, match=r"gone\.csv"):
+        source("photos", "gone.csv")
+    for address in ("https://x.org/a.jpg", "S3://bucket/x", "hf://datasets/a"):
+        with pytest.raises(MissingExtraError, match=r"pip install 'md3cli\[remote\]'"):
+            source(address)
+    with pytest.raises(MissingExtraError, match="--remote needs"):
+        source("photos", remote=True)
+    with pytest.raises(UsageError, match="--root gone is not a folder"):
+        source("photos", root=Path("gone"))
+    with pytest.raises(InputError, match="cannot read the folder gone"):
+        source("gone/*.jpg")
+    os.mkfifo("fifo.tar")
+    with pytest.raises(InputError, match="not a regular file"):
+        source("fifo.tar")
+    (folder / "not.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(InputError, match="as a tar"):
+        source("not.tar")
+
+
+# -- manifests --------------------------------------------------------------------------------------------
+
+
+def test_a_manifest(folder: Path) -> None:
+    manifest = folder / "photos" / "m.csv"
+    manifest.write_text(
+        "image,task,prompt,max_tokens,who\na9.jpg,,,5,me\n,query,how?,,\nsub/b.png,detect,,,\n../x,,,x,you\n"
+    )
+    rows = source("photos/m.csv")
+    found = list(rows)
+    assert names(rows) == ["a9.jpg", None, "sub/b.png", "../x"]
+    assert found[0].image is not None
+    assert found[0].image.path == "photos/a9.jpg"
+    assert [request.max_tokens for request in found[0].requests] == [5, 5]
+    assert found[0].meta == {"who": "me"}
+    assert [request.prompt for request in found[1].requests] == ["how?"]
+    assert failures(rows) == [
+        None,
+        None,
+        ("bad_request", "line 4: detect needs a prompt"),
+        ("bad_row", "line 5: max_tokens is 'x', not a whole number"),
+    ]
+    assert found[3].meta == {"who": "you"}
+    assert all(row.requests for row in found)
+    assert rows.root == str(folder / "photos")
+
+
+def test_rows_may_bring_all_tasks_themselves(folder: Path) -> None:
+    (folder / "m.jsonl").write_text('{"image":"a.jpg","task":"caption"}\n{"image":"b.jpg"}\n{broken\n')
+    spec = SourceSpec(("m.jsonl",))
+    rows = list(open_source(spec, (), defaults=Request(Task.QUERY, max_tokens=9)))
+    assert rows[0].requests == (Request(Task.CAPTION, max_tokens=9),)
+    assert [row.failure and row.failure.type for row in rows] == [None, "bad_request", "bad_row"]
+    assert all(len(row.requests) == 1 for row in rows)
+
+
+def test_stdin_is_paths_and_objects(folder: Path) -> None:
+    rows = source("-", stdin=b'photos/a9.jpg\n{"image":"photos/a10.jpg","note":1}\n')
+    assert rows.count_rows() is None
+    assert [(row.image and row.image.path, dict(row.meta)) for row in rows] == [
+        ("photos/a9.jpg", {}),
+        ("photos/a10.jpg", {"note": 1}),
+    ]
+    assert rows.root == os.getcwd()
+
+
+def test_a_closed_stdin_is_an_input_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(InputError, match="stdin is closed"):
+        open_source(SourceSpec(("-",)), ASKED)
+
+
+def test_addresses_in_a_manifest_are_rows_of_their_own(folder: Path) -> None:
+    (folder / "m.txt").write_text("http://x/a.jpg\nfile:///etc/passwd\nphotos/a9.jpg\n")
+    found = failures(source("m.txt"))
+    assert [failure and failure[0] for failure in found] == ["bad_request", "bad_request", None]
+    assert names(source("m.txt"))[0] == "http://x/a.jpg"
+
+
+def test_an_unreadable_manifest_is_an_input_error(folder: Path) -> None:
+    (folder / "m.csv").write_text("a.jpg\nb.jpg\n")
+    with pytest.raises(InputError, match="no column 'image'"):
+        source("photos", "m.csv")  # at once, not when its turn comes
+
+
+# -- names -------------------------------------------------------------------------------------------------
+
+
+def test_names_that_are_not_utf8_can_be_mapped_back(tmp_path: Path) -> None:
+    raw = b"caf\xe9 \x1b[31m\n.jpg"
+    fd = os.open(os.fsencode(tmp_path) + b"/" + raw, os.O_CREAT | os.O_WRONLY)
+    os.write(fd, b"here")
+    os.close(fd)
+    (row,) = source(str(tmp_path))
+    assert row.image is not None
+    assert row.image.name == "caf\\xe9 \x1b[31m\n.jpg"
+    assert base64.b64decode(row.image.name_b64 or "") == raw
+    assert Path(row.image.path).read_bytes() == b"here"
+
+
+@given(st.binary(min_size=1, max_size=30).filter(lambda name: b"\0" not in name))
+def test_any_bytes_are_a_name(raw: bytes) -> None:
+    image = image_item(os.fsdecode(raw), os.fsdecode(b"d/" + raw))
+    image.name.encode()
+    assert os.fsencode(image.path) == b"d/" + raw
+    assert (image.name.encode() if image.name_b64 is None else base64.b64decode(image.name_b64)) == raw
+
+
+# -- what narrows ------------------------------------------------------------------------------------------
+
+
+def test_include_exclude_and_limit(folder: Path) -> None:
+    assert names(source("photos", include=("*.jpg",))) == ["a9.jpg", "a10.jpg"]
+    assert names(source("photos", exclude=("sub", "a10*"))) == ["a9.jpg"]
+    assert names(source("photos", limit=2)) == ["a9.jpg", "a10.jpg"]
+    assert source("photos", limit=2).count_rows() == 2
+    assert names(source("photos", limit=0)) == []
+    rows = source("-", stdin=b"x/a.jpg\nx/b.png\n", exclude=("*.png",))
+    assert names(rows) == ["x/a.jpg"]
+    assert rows.skipped == {"excluded": 1}
+
+
+path_text = st.text(st.characters(codec="utf-8", exclude_characters="\0\n\r"), min_size=1, max_size=6)
+
+
+@given(st.lists(path_text), st.integers(1, 5))
+def test_shards_part_the_rows(listed: list[str], count: int) -> None:
+    text = "\n".join(f"n{name}" for name in listed).encode()
+    parts = [list(source("-", stdin=text, shard=(i, count))) for i in range(count)]
+    whole = list(source("-", stdin=text))
+    assert sorted(repr(row) for part in parts for row in part) == sorted(map(repr, whole))
+    for i, part in enumerate(parts):
+        for row in part:
+            assert row.image is not None
+            digest = hashlib.sha256(row.image.name.encode()).digest()
+            assert int.from_bytes(digest[:8], "big") % count == i  # by name alone: the same in every run
+
+
+def test_rows_without_a_name_have_a_shard_too(folder: Path) -> None:
+    (folder / "m.jsonl").write_text('{"image":null}\n{broken\n' * 20)
+    parts = [source("m.jsonl", asked=ASKED[:1], shard=(i, 3)) for i in range(3)]
+    sizes = [len(list(part)) for part in parts]
+    assert sum(sizes) == 40
+    assert max(sizes) < 40
+    assert sum(part.skipped["other shards"] for part in parts) == 80
+
+
+# -- confinement ---------------------------------------------------------------------------------------------
+
+
+def test_root_confines_rows_and_links(folder: Path) -> None:
+    (folder / "secret.jpg").touch()
+    (folder / "photos2").mkdir()
+    (folder / "photos2" / "x.jpg").touch()
+    (folder / "photos" / "out.jpg").symlink_to("../secret.jpg")
+    (folder / "photos" / "in.jpg").symlink_to("a9.jpg")
+    listed = [
+        "a9.jpg",
+        "sub/../a9.jpg",
+        "../secret.jpg",
+        "../photos2/x.jpg",
+        str(folder / "secret.jpg"),
+        "out.jpg",
+        "in.jpg",
+    ]
+    (folder / "m.txt").write_text("\n".join([*listed, str(folder / "photos" / "a9.jpg")]))
+    inside = [failure is None for failure in failures(source("m.txt", root=Path("photos")))]
+    assert inside == [True, True, False, False, False, False, True, True]
+    outside = [failure for failure in failures(source("m.txt", root=Path("photos"))) if failure]
+    assert {kind for kind, _ in outside} == {"outside_root"}
+    assert source("m.txt", root=Path("photos")).root == str(folder / "photos")
+    walked = dict(zip(names(source("photos")), failures(source("photos", root=Path("photos"))), strict=True))
+    assert [name for name, failure in walked.items() if failure] == ["out.jpg"]
+
+
+# -- memory ----------------------------------------------------------------------------------------------------
+
+
+def test_a_large_folder_is_walked_in_bounded_memory(tmp_path: Path) -> None:
+    for i in range(10):
+        (tmp_path / f"d{i}").mkdir()
+        for j in range(150):
+            os.close(os.open(tmp_path / f"d{i}" / f"{j}.jpg", os.O_CREAT | os.O_WRONLY))
+    rows = iter(source(str(tmp_path)))
+    next(rows)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in rows) == 1499
+        assert tracemalloc.get_traced_memory()[1] < 200_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_counting_gives_up_in_time(folder: Path) -> None:
+    (folder / "m.txt").write_text("a.jpg\n" * 20_000)
+    assert source("m.txt").count_rows(budget_s=0.0) is None
+    assert source("m.txt").count_rows(budget_s=60) == 20_000

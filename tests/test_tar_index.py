@@ -1,0 +1,73 @@
+"""The members of a tar as byte ranges; damage anywhere ends in an error, never in silence or a loop."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from md3cli.errors import InputError, RowError
+from md3cli.tar_index import tar_members
+
+
+def tar_of(contents: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=format) as tar:
+        for name, data in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+
+CONTENTS = {"a.jpg": b"picture a", "deep/" * 60 + "b.jpg": b"b" * 2000, "ü.jpg": b""}
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_the_ranges_hold_the_members(format: int) -> None:
+    data = tar_of(CONTENTS, format)
+    found = {m.name: data[m.offset_data : m.offset_data + m.size] for m in tar_members(io.BytesIO(data), "t.tar")}
+    assert found == CONTENTS
+
+
+def test_an_empty_tar_has_no_members() -> None:
+    assert list(tar_members(io.BytesIO(tar_of({})), "t.tar")) == []
+
+
+@pytest.mark.parametrize("data", [b"", b"no tar", b"x" * 1024, b"\x1f\x8b" + b"\0" * 600])
+def test_what_is_no_tar_is_an_input_error(data: bytes) -> None:
+    with pytest.raises(InputError, match=r"t\.tar as a tar"):
+        list(tar_members(io.BytesIO(data), "t.tar"))
+
+
+def test_a_damaged_header_is_not_the_end() -> None:
+    data = bytearray(tar_of({"a.jpg": b"a", "b.jpg": b"b", "c.jpg": b"c"}))
+    data[1024 + 150] ^= 0xFF  # the checksum of b.jpg
+    members = tar_members(io.BytesIO(bytes(data)), "t.tar")
+    assert next(members).name == "a.jpg"
+    with pytest.raises(RowError, match="damaged at byte 1024: no valid header"):
+        next(members)
+
+
+def test_a_cut_tar_without_end_marks_keeps_its_whole_members(tmp_path: Path) -> None:
+    data = tar_of({"a.jpg": b"a" * 512, "b.jpg": b"b" * 512})
+    assert [member.name for member in tar_members(io.BytesIO(data[:2048]), "t.tar")] == ["a.jpg", "b.jpg"]
+    members = tar_members(io.BytesIO(data[:1800]), "t.tar")
+    assert [next(members).name, next(members).name] == ["a.jpg", "b.jpg"]
+    with pytest.raises(RowError, match="damaged at byte"):
+        next(members)
+
+
+@settings(max_examples=150, deadline=5000, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(st.integers(0, 8191), st.integers(0, 255)), min_size=1, max_size=8))
+def test_any_damage_ends(changes: list[tuple[int, int]]) -> None:
+    data = bytearray(tar_of(CONTENTS))
+    for place, value in changes:
+        data[place % len(data)] = value
+    with contextlib.suppress(InputError, RowError):
+        assert sum(1 for _ in tar_members(io.BytesIO(bytes(data)), "t.tar")) < 20
