@@ -79,9 +79,10 @@ def write_checkpoint(
         CheckpointError: `state` is not the model of `config`, or the layout cannot hold it.
         OutputError: `target` is in the way, or cannot be written.
     """
-    expected = expected_tensors(config, has_region_ln=any(name in state for name in REGION_LN))
-    if expected.keys() != state.keys():
-        odd = sorted(expected.keys() ^ state.keys())
+    names = set(state)  # `name in state` would make the tensor
+    expected = expected_tensors(config, has_region_ln=not names.isdisjoint(REGION_LN))
+    if expected.keys() != names:
+        odd = sorted(expected.keys() ^ names)
         raise CheckpointError(f"the weights are not a model of this configuration: {', '.join(odd[:5])}")
     limit = shard_limit_bytes if layout not in (Format.RAW, Format.RAW_FP8) else None  # raw is always one file
     shards = list(_split(slots(expected, layout), layout, _DTYPE_CODES[dtype], limit))
