@@ -218,8 +218,8 @@ class Engine:
             image, key = sequence.job.image, sequence.image_key
             if image is None or key is None or key in self._embeddings or key in missing or key in self._held:
                 continue
-            if index >= len(batch) and num_crops >= self.encoder.max_crops:
-                break
+            if index >= len(batch) and (not missing or num_crops >= self.encoder.max_crops):
+                break  # looking ahead fills a micro-batch, it never starts one
             found = self.encoder.find(image)
             if found is not None:
                 self._embeddings[key] = found

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from md3cli.model.config import HEAD_DIM, ROTARY_DIM, TextConfig
-from md3cli.model.layers import LayerNorm, Linear, Mlp, attention, merge_heads, split_heads
+from md3cli.model.layers import Attend, LayerNorm, Linear, Mlp, attention, merge_heads, split_heads
 from md3cli.model.moe import MoeMlp
 
 
@@ -75,6 +75,7 @@ class TextAttention(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.num_heads = config.n_heads
+        self.attend: Attend = attention  # `kernels.optimise` may choose another
         self.qkv = Linear(config.dim, 3 * config.dim)
         self.proj = Linear(config.dim, config.dim)
         self.tau = Tau(config.dim, config.n_heads)
@@ -107,7 +108,7 @@ class TextBlock(nn.Module):
         q, k, v = self.attn.queries_keys_values(h_BTD, position_BT, table)
         if store is not None:
             k, v = store.update(self.layer, k, v)
-        attended = self.attn.proj(merge_heads(attention(q, k, v, mask)))
+        attended = self.attn.proj(merge_heads(self.attn.attend(q, k, v, mask)))
         return x_BTD + attended + self.mlp(h_BTD)  # type: ignore[no-any-return]
 
 

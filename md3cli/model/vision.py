@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from md3cli.images import Tiling
 from md3cli.model.config import VisionConfig
-from md3cli.model.layers import LayerNorm, Linear, Mlp, attention, merge_heads, split_heads
+from md3cli.model.layers import Attend, LayerNorm, Linear, Mlp, attention, merge_heads, split_heads
 
 
 def normalise_crops(crops_NSSC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -30,12 +30,13 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.num_heads = config.enc_n_heads
+        self.attend: Attend = attention  # `kernels.optimise` may choose another
         self.qkv = Linear(config.enc_dim, 3 * config.enc_dim)
         self.proj = Linear(config.enc_dim, config.enc_dim)
 
     def forward(self, x_NPE: Tensor) -> Tensor:
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x_NPE).chunk(3, dim=-1))
-        return self.proj(merge_heads(attention(q, k, v, None)))  # type: ignore[no-any-return]
+        return self.proj(merge_heads(self.attend(q, k, v, None)))  # type: ignore[no-any-return]
 
 
 class VisionBlock(nn.Module):

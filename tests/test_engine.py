@@ -1,0 +1,198 @@
+"""The engine's savings and limits: the same answers with less work, whatever shares the batch."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from golden_cases import GoldenCase, assert_answer, load_case
+
+from md3cli.model.engine import Engine
+from md3cli.model.tasks import Answer, EncodedImage, Job
+from md3cli.records import Request, Task
+
+
+def answers_by_key(engine: Engine, jobs: list[Job]) -> dict[int, Answer]:
+    return {answer.key: answer for answer in engine.run(jobs)}
+
+
+def certain_keys(case: GoldenCase) -> list[int]:
+    return [key for key in range(len(case.requests)) if case.is_certain(key)]
+
+
+def test_a_picture_is_encoded_once_and_its_prefix_shared() -> None:
+    case = load_case("a")
+    keys = [key for key in certain_keys(case) if case.image_indices[key] == 0]
+    assert len(keys) > 4
+    engine = case.engine(batch_size=2)
+    for answer in engine.run(case.job(key) for key in keys):
+        assert_answer(answer, case.expected[answer.key])
+    assert engine.encoder.num_images == 1
+    assert engine.stats.num_prefixes == 1
+    assert engine.stats.num_prefixes_shared == len(keys) - 1
+
+
+def test_an_untiled_picture_goes_through_the_encoder_once() -> None:
+    case = load_case("a")
+    index = next(i for i, facts in enumerate(case.image_facts) if facts["tiling"] == [1, 1])
+    key = next(key for key in certain_keys(case) if case.image_indices[key] == index)
+    engine = case.engine(batch_size=1)
+    (answer,) = engine.run([case.job(key)])
+    assert_answer(answer, case.expected[key])
+    assert engine.encoder.num_crops == 1
+
+
+def test_the_same_picture_later_in_a_run_is_not_encoded_again() -> None:
+    case = load_case("c")
+    first = [key for key in certain_keys(case) if case.image_indices[key] == 0]
+    others = [key for key in certain_keys(case) if case.image_indices[key] not in (0, None)]
+    engine = case.engine(batch_size=2)
+    answers_by_key(engine, [case.job(key) for key in first[:1] + others])
+    num_images = engine.encoder.num_images
+    (answer,) = engine.run([case.job(first[1])])
+    assert_answer(answer, case.expected[first[1]])
+    assert engine.encoder.num_images == num_images
+
+
+def test_an_encoded_image_answers_like_the_picture() -> None:
+    case = load_case("b")
+    key = next(key for key in certain_keys(case) if case.image_indices[key] == 0)
+    image = case.images[0]
+    engine = case.engine(batch_size=1)
+    (embeddings,) = engine.encoder.encode([image])
+    encoded = EncodedImage(embeddings.clone(), image.width, image.height, "given")
+    (answer,) = case.engine(batch_size=1).run([Job(key, encoded, case.requests[key])])
+    assert_answer(answer, case.expected[key])
+
+
+@pytest.mark.parametrize("max_crops", [1, 2, 7, 64])
+def test_micro_batches_of_any_size_give_the_same_embeddings(max_crops: int) -> None:
+    case = load_case("a")
+    plain, small = case.engine(1).encoder, case.engine(1).encoder
+    small.max_crops = max_crops
+    for one, other in zip(plain.encode(case.images), small.encode(case.images), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_rows_started_again_after_running_out_of_memory_answer_the_same() -> None:
+    case = load_case("a")
+    keys = certain_keys(case)
+    engine = case.engine(batch_size=8)
+    decode, calls = engine._decode, 0
+
+    def fail_sometimes() -> None:
+        nonlocal calls
+        calls += 1
+        if calls in (3, 9):
+            raise torch.OutOfMemoryError("out of memory (made up)")
+        decode()
+
+    engine._decode = fail_sometimes  # type: ignore[method-assign]
+    answers = answers_by_key(engine, [case.job(key) for key in keys])
+    assert engine.stats.batch_sizes == [8, 4, 2]
+    assert sorted(answers) == keys
+    for key, answer in answers.items():
+        assert_answer(answer, case.expected[key])
+
+
+def test_a_request_that_fits_nowhere_is_one_failure_and_the_others_go_on() -> None:
+    case = load_case("a")
+    engine = case.engine(batch_size=4)
+    keys = certain_keys(case)[:6]
+    culprit = case.images[2].sha256
+    encode = engine.encoder.encode
+
+    def fail_for_culprit(images: list) -> list:
+        if any(image.sha256 == culprit for image in images):
+            raise torch.OutOfMemoryError("out of memory (made up)")
+        return encode(images)
+
+    engine.encoder.encode = fail_for_culprit  # type: ignore[method-assign, assignment]
+    bad = Job(1000, case.images[2], Request(Task.CAPTION))
+    answers = answers_by_key(engine, [*(case.job(key) for key in keys[:3]), bad, *(case.job(k) for k in keys[3:])])
+    failed = [key for key, answer in answers.items() if answer.failure is not None]
+    assert failed == [1000]
+    assert answers[1000].failure is not None
+    assert answers[1000].failure.type == "model"
+
+
+def test_a_generation_that_fills_the_context_ends_with_length() -> None:
+    case = load_case("b")
+    config = case.model.config
+    endless = Request(Task.CAPTION, max_tokens=10_000)
+    room = 5
+    engine = case.engine(batch_size=2)
+    prompt_len = len(case.prompts.build(endless, has_image=True).ids)
+    engine.max_context = config.prefix_len + prompt_len + room
+    jobs = [Job(i, image, endless) for i, image in enumerate(case.images)]
+    for answer in engine.run(jobs):
+        assert answer.failure is None
+        if answer.finish_reason == "length":
+            assert answer.output_tokens == room + 1  # the last one is chosen and has no room to be fed
+
+
+def test_a_prompt_past_the_context_is_refused_alone() -> None:
+    case = load_case("a")
+    long = Request(Task.QUERY, "word " * 400, reasoning=False)
+    keys = certain_keys(case)[:3]
+    answers = answers_by_key(case.engine(2), [Job(99, case.images[0], long), *(case.job(key) for key in keys)])
+    failure = answers[99].failure
+    assert failure is not None
+    assert failure.type == "bad_request"
+    assert "--max-context" in failure.message
+    for key in keys:
+        assert_answer(answers[key], case.expected[key])
+
+
+def test_requests_that_make_no_sense_fail_alone() -> None:
+    case = load_case("a")
+    bad = [
+        Request(Task.DETECT, ""),
+        Request(Task.QUERY, "   "),
+        Request(Task.QUERY, "where?", spatial_refs=((0.5, 1.5),)),
+        Request(Task.CAPTION, length="endless"),
+    ]
+    answers = answers_by_key(case.engine(2), [Job(i, case.images[0], request) for i, request in enumerate(bad)])
+    assert all(answers[i].failure is not None and answers[i].failure.type == "bad_request" for i in range(len(bad)))
+
+
+def test_sampled_answers_depend_on_the_seed_alone() -> None:
+    case = load_case("a")
+    base = Request(Task.CAPTION, temperature=1.5, max_tokens=20)
+    jobs = [Job(i, case.images[i % 3], replace(base, seed=i // 3)) for i in range(12)]
+    alone = {job.key: next(case.engine(1).run([job])).result for job in jobs}
+    shuffled = jobs.copy()
+    random.Random(0).shuffle(shuffled)
+    greedy = [Job(100 + key, case.job(key).image, case.requests[key]) for key in certain_keys(case)[:5]]
+    together = answers_by_key(case.engine(7), [*greedy, *shuffled])
+    for job in jobs:
+        assert together[job.key].result == alone[job.key]
+    for job in greedy:
+        assert_answer(together[job.key], case.expected[job.key - 100])
+    assert len({str(alone[i]) for i in (0, 3, 6, 9)}) > 1  # other seeds, other words
+
+
+def test_a_source_with_nothing_ready_does_not_hold_up_the_rest() -> None:
+    case = load_case("a")
+    keys = certain_keys(case)[:4]
+
+    def hesitant():
+        for key in keys:
+            yield None
+            yield case.job(key)
+            yield None
+
+    answers = {answer.key: answer for answer in case.engine(2).run(hesitant())}
+    assert sorted(answers) == sorted(keys)
+
+
+def test_scores_are_probabilities_and_only_objects_carry_them() -> None:
+    case = load_case("b")
+    for answer in case.engine(16).run(case.job(key) for key in range(len(case.requests))):
+        assert answer.result is not None
+        found = answer.result.get("objects") or answer.result.get("points") or answer.result.get("segments") or []
+        for item in found:
+            assert 0.001 <= item["score"] <= 0.999
+            assert item["score"] == round(item["score"], 3)
