@@ -1,0 +1,198 @@
+"""md3cli against the independent reference, on models, pictures and prompts drawn at random.
+
+The same greedy decisions are asked for wherever the reference's margins are wide enough for the
+arithmetic: one request at a time through the class, and in mixed batches of every size.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from reference import comparing
+from reference.cases import draw_image, draw_requests, draw_text_only
+from reference.comparing import BFLOAT16, FLOAT32, Margins
+from reference.random_models import draw_network
+from reference.reading import read_network
+from reference.sequence import Model
+from reference.skills import Answer, answer
+from reference.writing import FORMATS, formats_of, write_checkpoint
+from tokenizers import Tokenizer
+
+from md3cli import Moondream
+from md3cli.config import ModelOptions
+from md3cli.model.api import prepare_pil
+from md3cli.model.load import load_engine
+from md3cli.model.tasks import Job
+from md3cli.records import Request, Task
+
+IMAGES_PER_MODEL = 2
+TEXT_ONLY_PER_MODEL = 2
+SETTINGS = ("max_tokens", "max_objects")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request with its picture (None: text only) and the reference's answer to it."""
+
+    request: dict
+    image: Image.Image | None
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A checkpoint on disk, the reference's model of it and everything asked of it."""
+
+    folder: Path
+    model: Model
+    asked: list[Asked]
+
+
+def draw(folder: Path, seed: int, form: str, dense: bool = False) -> Drawn:
+    """The model of `seed` written as `form`; the reference reads what was written."""
+    rng = random.Random(seed)
+    write_checkpoint(draw_network(seed, dense), folder, form, shape_seed=seed)
+    model = Model(read_network(folder), Tokenizer.from_file(str(folder / "tokenizer.json")))
+    asked = []
+    for _ in range(IMAGES_PER_MODEL):
+        image = draw_image(rng, model.network.config)
+        with torch.no_grad():
+            encoded = model.encode_image(image)
+        asked += [Asked(request, image, answer(model, request, encoded)) for request in draw_requests(rng)]
+    for _ in range(TEXT_ONLY_PER_MODEL):
+        request = draw_text_only(rng)
+        asked.append(Asked(request, None, answer(model, request, None)))
+    return Drawn(folder, model, asked)
+
+
+def load(drawn: Drawn, dtype: str = "fp32", batch_size: int | None = None) -> Moondream:
+    if batch_size is None:
+        return Moondream.load(str(drawn.folder), device="cpu", dtype=dtype)
+    options = ModelOptions(model=str(drawn.folder), device="cpu", dtype=dtype, batch_size=batch_size, cache=False)
+    return Moondream(load_engine(options))
+
+
+def ask_alone(md: Moondream, asked: Asked) -> dict[str, Any]:
+    """The request through the class's own method."""
+    request = asked.request
+    more: dict[str, Any] = {"settings": {name: request[name] for name in SETTINGS if name in request}}
+    if "spatial_refs" in request:
+        more["spatial_refs"] = request["spatial_refs"]
+    if request["skill"] == "caption":
+        return md.caption(asked.image, length=request["length"], **more)
+    if request["skill"] == "query":
+        return md.query(asked.image, request["question"], reasoning=request["reasoning"], **more)
+    return getattr(md, request["skill"])(asked.image, request["object"], **more)
+
+
+def row_of(asked: Asked, number: int) -> dict[str, Any]:
+    """The request as `annotate` takes it."""
+    request = asked.request
+    row = {name: request[name] for name in (*SETTINGS, "length", "reasoning", "spatial_refs") if name in request}
+    row |= {"task": request["skill"], "image": asked.image, "meta": {"number": number}}
+    if "question" in request or "object" in request:
+        row["prompt"] = request.get("question", request.get("object"))
+    return row
+
+
+def request_of(asked: Asked) -> Request:
+    """The request as the engine takes it."""
+    row = row_of(asked, 0)
+    fields = {name: row[name] for name in ("prompt", "length", "reasoning", *SETTINGS) if name in row}
+    refs = tuple(map(tuple, row.get("spatial_refs", ())))
+    return Request(Task(row["task"]), spatial_refs=refs, **fields)
+
+
+def assert_batch_agrees(md: Moondream, drawn: Drawn, margins: Margins, order_seed: int = 0) -> None:
+    """All requests in one shuffled run of `annotate`; records come in the order asked."""
+    order = list(range(len(drawn.asked)))
+    random.Random(order_seed).shuffle(order)
+    records = list(md.annotate(row_of(drawn.asked[number], number) for number in order))
+    assert [record["meta"]["number"] for record in records] == order
+    for number, record in zip(order, records, strict=True):
+        assert record["error"] is None
+        asked = drawn.asked[number]
+        comparing.assert_agrees(drawn.model, asked.request, asked.answer, record, margins)
+        assert_counts_agree(drawn, asked, record, margins)
+
+
+def assert_counts_agree(drawn: Drawn, asked: Asked, record: dict[str, Any], margins: Margins) -> None:
+    prefix_len = drawn.model.network.prefix_len if asked.image is not None else 0
+    assert record["tokens"]["prompt"] == prefix_len + len(asked.answer["prompt_ids"])
+    if not comparing.is_certain(asked.answer, margins):
+        return
+    thought = asked.answer.get("reasoning")
+    assert record["finish_reason"] == asked.answer["finish"]
+    assert record["tokens"]["output"] == len(asked.answer["token_ids"]) + len(thought["token_ids"] if thought else ())
+    if thought:
+        assert record["reasoning"]["finish_reason"] == thought["finish"]
+
+
+def assert_mostly_certain(drawn: Drawn) -> None:
+    """Guards the tests themselves: in float32 nearly every answer must be compared in full."""
+    certain = sum(comparing.is_certain(asked.answer, FLOAT32) for asked in drawn.asked)
+    assert certain >= 0.8 * len(drawn.asked)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_request_at_a_time(seed: int, tmp_path: Path) -> None:
+    drawn = draw(tmp_path / "model", seed, "original", dense=seed == 2)
+    assert_mostly_certain(drawn)
+    md = load(drawn)
+    for asked in drawn.asked:
+        comparing.assert_agrees(drawn.model, asked.request, asked.answer, ask_alone(md, asked), FLOAT32)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_in_mixed_batches(form: str, tmp_path: Path) -> None:
+    drawn = draw(tmp_path / "model", 100 + FORMATS.index(form), form)
+    assert_mostly_certain(drawn)
+    assert_batch_agrees(load(drawn), drawn, FLOAT32)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_batch_size_changes_nothing(batch_size: int, tmp_path: Path) -> None:
+    drawn = draw(tmp_path / "model", 4, "original-single")
+    for order_seed in range(3):
+        assert_batch_agrees(load(drawn, batch_size=batch_size), drawn, FLOAT32, order_seed)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_pictures_that_arrive_late_change_nothing(batch_size: int, tmp_path: Path) -> None:
+    """Decoding is slower than the model at times: the engine then goes on with what it has."""
+    drawn = draw(tmp_path / "model", 4, "hf-port")
+    engine = load(drawn, batch_size=batch_size).engine
+    prepared = [None if asked.image is None else prepare_pil(asked.image, engine) for asked in drawn.asked]
+    jobs = [Job(key, prepared[key], request_of(asked)) for key, asked in enumerate(drawn.asked)]
+    rng = random.Random(batch_size)
+    for _ in range(6):
+        rng.shuffle(jobs)
+        arriving = [item for job in jobs for item in [None] * rng.choice([0, 0, 1, 30]) + [job]]
+        answers = {answer.key: answer for answer in engine.run(arriving)}
+        for key, asked in enumerate(drawn.asked):
+            assert answers[key].failure is None
+            comparing.assert_agrees(drawn.model, asked.request, asked.answer, answers[key].result, FLOAT32)
+
+
+def test_bfloat16_agrees_where_margins_are_wide(tmp_path: Path) -> None:
+    drawn = draw(tmp_path / "model", 9, "raw", dense=True)  # experts are nearly always too close to call
+    assert sum(comparing.num_sure(asked.answer, BFLOAT16) for asked in drawn.asked) >= len(drawn.asked)
+    assert_batch_agrees(load(drawn, dtype="bf16"), drawn, BFLOAT16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(200, 212))
+def test_many_models_in_every_format(seed: int, tmp_path: Path) -> None:
+    dense = seed % 5 == 0
+    for form in formats_of(draw_network(seed, dense).config):
+        drawn = draw(tmp_path / form, seed, form, dense)
+        md = load(drawn, batch_size=1 + seed % 9)
+        for order_seed in range(2):
+            assert_batch_agrees(md, drawn, FLOAT32, order_seed)
+        assert_batch_agrees(load(drawn, dtype="bf16"), drawn, BFLOAT16)
