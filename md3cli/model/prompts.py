@@ -8,7 +8,6 @@ Source: Moondream 3 specification, sections 3, 9 and 13.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 import tokenizers
 
 from md3cli.errors import CheckpointError, RequestError
-from md3cli.model.config import SEGMENT_TEMPLATE, ModelConfig, TokenizerConfig
-from md3cli.records import Request, Task
+from md3cli.model.config import DEFAULT_TEMPLATES, SEGMENT_TEMPLATE, ModelConfig, TokenizerConfig
+from md3cli.records import CAPTION_LENGTHS, Request, Task
 
 SEGMENTING_MODEL = "moondream3.1"  # models of this name segment although their config.json has no template for it
 
@@ -145,7 +144,7 @@ class Prompts:
         self._ids = config.tokenizer
         self._vocab_size = config.text.vocab_size
         self._tokenizer = tokenizer
-        raw = dict(config.tokenizer.templates)
+        raw = {name: given for name, given in config.tokenizer.templates.items() if not self._is_foreign(name, given)}
         if SEGMENTING_MODEL in model_name.lower():
             raw.setdefault(Task.SEGMENT, SEGMENT_TEMPLATE)
         self._captions = self._read_captions(raw.get(Task.CAPTION))
@@ -207,11 +206,15 @@ class Prompts:
 
     # -- templates --------------------------------------------------------------------------------
 
+    def _is_foreign(self, name: str, template: Any) -> bool:
+        """A default, taken because config.json says nothing, whose words this vocabulary does not have."""
+        default = DEFAULT_TEMPLATES.get(name)
+        return template == default and any(id >= self._vocab_size for ids in template.values() for id in ids)
+
     def _read_captions(self, raw: Any) -> dict[str, tuple[int, ...]]:
-        if raw is None:
-            return {}
-        fields = self._object(Task.CAPTION, raw)
-        return {length: self._ids_of(f"caption.{length}", ids) for length, ids in fields.items() if ids is not None}
+        fields = {} if raw is None else self._object(Task.CAPTION, raw)
+        given = {length: fields.get(length) for length in CAPTION_LENGTHS}
+        return {length: self._ids_of(f"caption.{length}", ids) for length, ids in given.items() if ids is not None}
 
     def _read_template(self, task: Task, raw: Any) -> _Template:
         """`prefix` and `suffix`; Kestrel's query has `answer_prefix` and `reasoning_prefix` behind the text."""
@@ -231,11 +234,9 @@ class Prompts:
         return raw
 
     def _ids_of(self, name: str, raw: Any) -> tuple[int, ...]:
-        is_list = isinstance(raw, list) and bool(raw)
-        if not is_list or not all(type(id) is int and 0 <= id < self._vocab_size for id in raw):
+        if not isinstance(raw, list) or not all(type(id) is int and 0 <= id < self._vocab_size for id in raw):
             raise CheckpointError(
-                f"config.json: tokenizer.templates.{name} is {str(raw)[:60]}, expected ids below {self._vocab_size} "
-                "(a model with a vocabulary of its own must give all templates)"
+                f"config.json: tokenizer.templates.{name} is {str(raw)[:60]}, expected ids below {self._vocab_size}"
             )
         return tuple(raw)
 
@@ -249,7 +250,7 @@ def read_spatial_ref(ref: Iterable[float]) -> tuple[tuple[float, float], tuple[f
     values = tuple(ref)
     if len(values) not in (2, 4) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         raise RequestError("a spatial reference is x,y or x_min,y_min,x_max,y_max")
-    if not all(math.isfinite(v) and 0 <= v <= 1 for v in values):
+    if not all(0 <= v <= 1 for v in values):  # neither is NaN
         raise RequestError("the numbers of a spatial reference are from 0 to 1, in parts of the image's size")
     if len(values) == 2:
         return (float(values[0]), float(values[1])), None
