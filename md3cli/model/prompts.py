@@ -208,8 +208,9 @@ class Prompts:
 
     def _is_foreign(self, name: str, template: Any) -> bool:
         """A default, taken because config.json says nothing, whose words this vocabulary does not have."""
-        default = DEFAULT_TEMPLATES.get(name)
-        return template == default and any(id >= self._vocab_size for ids in template.values() for id in ids)
+        if template is None or template != DEFAULT_TEMPLATES.get(name):
+            return False
+        return any(id >= self._vocab_size for ids in template.values() for id in ids)
 
     def _read_captions(self, raw: Any) -> dict[str, tuple[int, ...]]:
         fields = {} if raw is None else self._object(Task.CAPTION, raw)
