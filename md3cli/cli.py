@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, str] = {  # name -> help in the list; the modules in md3c
     "run": "Several tasks in one pass, or a manifest of mixed requests.",
     "export": "Other formats from finished records.",
     "report": "A page to look through, from finished records.",
+    "eval": "Scores against ground truth, and what changed between two runs.",
     "models": "Weights: what is there, fetch, look into, other layouts.",
     "doctor": "What works here, and what to do about the rest.",
 }
