@@ -139,7 +139,7 @@ class Feed:
         self._num_ahead, self._fail, self._reading = num_ahead, fail, reading
         self._ahead: deque[_AheadRow] = deque()
         self._ready: deque[ReadyRequest] = deque()
-        self.next_key = 0
+        self._next_key = 0
         self._is_source_exhausted = False
         self.num_done_before = 0
         self.num_rows_done_before = 0
@@ -187,8 +187,8 @@ class Feed:
             if self._is_done(record_id):
                 self.num_done_before += 1
                 continue
-            tickets.append(Ticket(self.next_key, record_id, row.image, request, row, is_last_of_row=False))
-            self.next_key += 1
+            tickets.append(Ticket(self._next_key, record_id, row.image, request, row, is_last_of_row=False))
+            self._next_key += 1
         if tickets:
             tickets[-1].is_last_of_row = True
         return tickets

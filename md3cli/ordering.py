@@ -1,6 +1,6 @@
 """Records in input order: what finishes early waits for what was asked before it.
 
-Whoever feeds the engine bounds the buffer by looking at `next_key`. Knows no files: `write` takes
+Whoever feeds the engine bounds the buffer by looking at `num_ahead`. Knows no files: `write` takes
 each batch of records that are next in order.
 """
 
@@ -17,18 +17,24 @@ from md3cli.records import RecordDict, RowFailure, RunIdentity, make_error_recor
 class OrderedRecords:
     """Collects outcomes by key and hands records on in the order of the keys, from 0 on.
 
-    `summary` is kept up to date with what was handed on; `next_key` is the first that was not.
+    `summary` is kept up to date with what was handed on.
     """
 
     def __init__(self, run: RunIdentity, write: Callable[[Sequence[RecordDict]], None], summary: Summary) -> None:
         self._run, self._write, self._summary = run, write, summary
         self._in_flight: dict[int, Ticket] = {}
         self._finished: dict[int, tuple[Ticket, RecordDict]] = {}
-        self.next_key = 0
+        self._next_key = self._newest_key = 0
+
+    @property
+    def num_ahead(self) -> int:
+        """How far the newest request given to the engine is ahead of the oldest record that is missing."""
+        return self._newest_key - self._next_key
 
     def expect(self, ticket: Ticket) -> None:
         """`ticket` went to the engine; its answer will come by its key."""
         self._in_flight[ticket.key] = ticket
+        self._newest_key = max(self._newest_key, ticket.key)
 
     def answer(self, answer: Answer) -> None:
         """An answer of the engine becomes a record."""
@@ -66,15 +72,15 @@ class OrderedRecords:
     def flush(self) -> None:
         """Write every record that is next in order; counts only what was written."""
         batch: list[tuple[Ticket, RecordDict]] = []
-        while self.next_key + len(batch) in self._finished:
-            batch.append(self._finished[self.next_key + len(batch)])
+        while self._next_key + len(batch) in self._finished:
+            batch.append(self._finished[self._next_key + len(batch)])
         if not batch:
             return
         self._write([record for _, record in batch])
         for ticket, record in batch:
             del self._finished[ticket.key]
             self._count(ticket, record)
-        self.next_key += len(batch)
+        self._next_key += len(batch)
 
     def _count(self, ticket: Ticket, record: RecordDict) -> None:
         summary = self._summary

@@ -151,7 +151,7 @@ class _Run:
             self._flush(feed, progress)
 
     def _fill_engine(self, feed: Feed) -> None:
-        while self.engine is None or (self.engine.wants_more and self._is_near_order(feed)):
+        while self.engine is None or (self.engine.wants_more and self._is_near_order()):
             ready = feed.poll()
             if ready is None:
                 return
@@ -160,9 +160,10 @@ class _Run:
             self.records.expect(ready.ticket)
             self.engine.add(ready.ticket.key, ready.picture, ready.ticket.request)
 
-    def _is_near_order(self, feed: Feed) -> bool:
+    def _is_near_order(self) -> bool:
+        """False while the oldest missing answer is so late that the others should wait for it."""
         assert self.engine is not None
-        return feed.next_key - self.records.next_key < BATCHES_AHEAD * self.engine.batch_size
+        return self.records.num_ahead < BATCHES_AHEAD * self.engine.batch_size or not self.engine.has_work
 
     def _load(self) -> Engine:
         started = time.monotonic()

@@ -33,7 +33,11 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Handlers for the time of a `with` block; a no-op outside the main thread, where Python allows none."""
+    """Handlers for the time of a `with` block; a no-op outside the main thread, where Python allows none.
+
+    Once a signal has come the handlers stay: what is left of the process is its end, and a second
+    signal cuts that short with the same status.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -48,8 +52,9 @@ class StopSignals:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        if self.received is None:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None:

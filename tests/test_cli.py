@@ -95,7 +95,9 @@ def test_detect_asks_each_object_of_each_image(md3: Program, pictures: Path) -> 
 def test_caption_of_several_inputs_names_them_as_typed(md3: Program, pictures: Path) -> None:
     result = md3("caption", pictures, pictures / "p1.png", "--length", "short")
     records = records_of(result.stdout)
-    assert [record["image"] for record in records] == [f"{pictures}/p{i}.png" for i in range(3)] + [f"{pictures}/p1.png"]
+    assert [record["image"] for record in records] == [f"{pictures}/p{i}.png" for i in range(3)] + [
+        f"{pictures}/p1.png"
+    ]
     assert {record["length"] for record in records} == {"short"}
     assert len({record["id"] for record in records}) == 4
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from program import Program, clean_environment, make_pictures, records_of
 
 from md3cli.errors import OutputError
 from md3cli.journal import Journal
+from md3cli.records import ImageItem
 
 
 @pytest.fixture
@@ -236,3 +238,27 @@ def test_nothing_a_file_is_called_reaches_the_terminal_raw(md3: Program, picture
     result = md3("caption", pictures, "-v")
     assert "\x1b" not in result.stderr + result.stdout
     assert "a\\x1b[31m\\x0a.png" in result.stderr
+
+
+def test_a_window_smaller_than_the_pictures_ahead(md3: Program, pictures: Path) -> None:
+    make_pictures(pictures, 70)
+    assert len(records_of(md3("caption", pictures, "--batch-size", "1").stdout)) == 70
+
+
+def test_a_late_picture_holds_back_the_records_behind_it(
+    md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pictures(pictures, 80)
+    monkeypatch.setattr("md3cli.pipeline.BATCHES_AHEAD", 2)
+    from md3cli.decode import DecodePool
+
+    decode = DecodePool._decode_in_worker
+
+    def slow_first(self: DecodePool, item: ImageItem) -> object:
+        if item.name == "p0.png":
+            time.sleep(1.5)
+        return decode(self, item)
+
+    monkeypatch.setattr(DecodePool, "_decode_in_worker", slow_first)
+    records = records_of(md3("caption", pictures, "--batch-size", "2", "--workers", "2").stdout)
+    assert [record["image"] for record in records] == [f"p{i}.png" for i in range(80)]

@@ -1,0 +1,199 @@
+"""Signals and pipes, on the program as a process of its own with a stub in the model's place."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from program import TESTS, clean_environment, make_pictures, records_of, start
+
+from md3cli.signals import Interrupted, StopSignals
+
+NUM_PICTURES = 60
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, value in clean_environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    return make_pictures(tmp_path / "pictures", NUM_PICTURES)
+
+
+def wait_for_records(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline, "no records came"
+        time.sleep(0.01)
+
+
+def alive_children_of(pid: int) -> list[int]:
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            children.append(int(stat.parent.name))
+    return children
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_the_first_signal_flushes_and_says_how_to_resume(
+    pictures: Path, tmp_path: Path, signum: signal.Signals, status: int
+) -> None:
+    out = tmp_path / "out file.jsonl"
+    command = ("caption", pictures, "-o", out, "--batch-size", 2, "--workers", 1)
+    process = start(*command, step_s=0.05)
+    wait_for_records(out, 4)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == status
+    num_records = len(records_of(out))
+    assert 4 <= num_records < NUM_PICTURES
+    lines = stderr.decode().splitlines()
+    assert lines[-2] == f"stopped by {signum.name}: {num_records} new records are in {out}"
+    assert lines[-1] == "resume with: " + shlex.join(["md3", *map(str, command)])
+    assert b"Traceback" not in stderr
+    resumed = start(*command)
+    resumed.communicate(timeout=30)
+    assert resumed.returncode == 0
+    assert [record["image"] for record in records_of(out)] == [f"p{i}.png" for i in range(NUM_PICTURES)]
+
+
+def test_the_resume_command_does_not_start_over(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    process = start("caption", pictures, "-o", out, "--overwrite", "--batch-size", 2, step_s=0.05)
+    wait_for_records(out, 2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+    assert "--overwrite" not in stderr.decode().splitlines()[-1]
+
+
+def test_the_second_signal_leaves_at_once(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    process = start("caption", pictures, "-o", out, "--batch-size", 1, "--workers", 1, step_s=3)
+    wait_for_records(out, 1)
+    time.sleep(0.5)  # the second step is under way
+    children = alive_children_of(process.pid)
+    assert children, "decode workers run"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.poll() is None, "the step is finished first"
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert time.monotonic() - started < 1
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in children):
+        assert time.monotonic() < deadline, "children outlive the run"
+        time.sleep(0.05)
+    assert len(records_of(out)) >= 1
+
+
+def test_a_signal_while_stdin_is_waited_for(pictures: Path) -> None:
+    process = start("caption", "-", stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(f"{pictures}/p0.png\n".encode())
+    process.stdin.flush()
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=5)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 130
+    assert b"Traceback" not in stderr
+    assert stdout.count(b"\n") <= 1
+
+
+def test_a_signal_during_imports_is_silent(tmp_path: Path) -> None:
+    program = "import md3cli.__main__, os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    program = (
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "import md3cli.__main__; from md3cli.signals import StopSignals\n"
+        "with StopSignals(): assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_reader_of_stdout_who_leaves_is_no_failure(pictures: Path) -> None:
+    command = shlex.join([sys.executable, str(TESTS / "stub_md3.py"), "caption", str(pictures), "--batch-size", "1"])
+    script = f"{command} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.count(b"\n") == 1
+    assert b"rror" not in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_help_into_a_closed_pipe_is_quiet() -> None:
+    script = f"{shlex.quote(sys.executable)} -m md3cli detect --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL])
+def test_killed_runs_lose_and_double_nothing(pictures: Path, tmp_path: Path, kill: signal.Signals) -> None:
+    out = tmp_path / "out.jsonl"
+    command = ("detect", pictures, "a", "b", "-o", out, "--batch-size", 3, "--workers", 1)
+    for target in (5, 40, 77):
+        process = start(*command, step_s=0.02, start_new_session=True)
+        wait_for_records(out, target)
+        os.killpg(process.pid, kill)
+        process.communicate(timeout=10)
+    start(*command).communicate(timeout=30)
+    asked = [(record["image"], record["prompt"]) for record in records_of(out)]
+    assert asked == [(f"p{i}.png", prompt) for i in range(NUM_PICTURES) for prompt in "ab"]
+
+
+# -- the handlers themselves --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts back what was there: after a signal the handlers stay."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
+def test_without_a_signal_the_handlers_go() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.usefixtures("handlers")
+def test_outside_of_interruptible_regions_a_signal_waits() -> None:
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        with pytest.raises(Interrupted) as caught, stop.interruptible():
+            pytest.fail("entered although a signal waits")
+        assert caught.value.exit_status == 143
+
+
+@pytest.mark.usefixtures("handlers")
+def test_inside_an_interruptible_region_a_signal_raises_at_once() -> None:
+    def sleep(stop: StopSignals) -> None:
+        with stop.interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(5)
+            pytest.fail("slept on")
+
+    with StopSignals() as stop, pytest.raises(Interrupted):
+        sleep(stop)
