@@ -115,7 +115,7 @@ def repo_of(name: str) -> str | None:
     """
     if name in ALIASES:
         return ALIASES[name]
-    if name == TINY or Path(name).expanduser().exists():
+    if name == TINY or (name and Path(name).expanduser().exists()):  # Path("") is the working folder
         return None
     if _REPO_ID.fullmatch(name) and not name.startswith(".") and not name.endswith(".safetensors"):
         return name
