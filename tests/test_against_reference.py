@@ -171,7 +171,7 @@ def test_pictures_that_arrive_late_change_nothing(batch_size: int, tmp_path: Pat
     prepared = [None if asked.image is None else prepare_pil(asked.image, engine) for asked in drawn.asked]
     jobs = [Job(key, prepared[key], request_of(asked)) for key, asked in enumerate(drawn.asked)]
     rng = random.Random(batch_size)
-    for _ in range(6):
+    for _ in range(4):
         rng.shuffle(jobs)
         arriving = [item for job in jobs for item in [None] * rng.choice([0, 0, 1, 30]) + [job]]
         answers = {answer.key: answer for answer in engine.run(arriving)}
