@@ -1,27 +1,22 @@
-"""A run on disk, read back: its records, what its run.json says, where its pictures are.
+"""A run on disk, read back: where its records are and what its run.json says.
 
 For everything that works from finished records (`md3 export`, `report`, `eval`): no model, no
-torch. Reads only; the journal is what writes. Records stream, so a million of them cost no memory.
+torch. Reads only; run_info.py is what writes. A key that is missing or of another shape is as good
+as none: records may come from elsewhere.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import math
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from md3cli.errors import ImageError, InputError
-from md3cli.records import ImageItem, RecordDict, Task, printable
+from md3cli.errors import InputError
+from md3cli.records import printable
 
 RECORDS_NAME = "records.jsonl"
-_TASKS = tuple(map(str, Task))
 
 
 def find_records(path: Path) -> Path:
@@ -34,41 +29,6 @@ def find_records(path: Path) -> Path:
     if not found.is_file():
         raise InputError(f"no records at {printable(str(found))}; give the .jsonl file or the folder of a run")
     return found
-
-
-def read_records(path: Path) -> Iterator[RecordDict]:
-    """The records of a file in its order; a torn last line (the run still goes on) is left out.
-
-    Raises:
-        InputError: the file cannot be read, or a line is no record; names the line.
-    """
-    try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n") and not _is_json(line):
-                    return
-                if line.strip():
-                    yield _parse(line, f"line {number} of {printable(path.name)}")
-    except OSError as error:
-        raise InputError(f"cannot read the records {printable(str(path))}: {error.strerror}") from error
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
-
-
-def _parse(line: bytes, where: str) -> RecordDict:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error}); is this a records file of md3?") from error
-    if not isinstance(record, dict) or record.get("task") not in _TASKS or "image" not in record:
-        raise InputError(f"{where} is no md3 record (it needs `image` and a known `task`)")
-    return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,32 +90,3 @@ def load_run_info(records_path: Path) -> RunInfo:
                 raise InputError(f"{printable(str(path))} is not JSON ({error}); remove it to go on without") from error
             return RunInfo(document if isinstance(document, dict) else {})
     return RunInfo({})
-
-
-def picture_of(record: RecordDict, root: Path, *, is_confined: bool = False) -> ImageItem:
-    """The picture a record is about, to be opened through `images.read_image`.
-
-    `is_confined`: nothing outside `root` is opened, as for `--root`.
-
-    Raises:
-        ImageError: there is no such local picture, or it is outside the root.
-    """
-    name = record["image"]
-    if not isinstance(name, str):
-        raise ImageError("not_found", "the record has no picture")
-    if urlsplit(name).scheme not in ("", "file") and "://" in name:
-        raise ImageError("not_found", f"{printable(name)} is remote")
-    name_b64 = record.get("image_b64")
-    path = os.path.join(root, _file_name(name, name_b64))
-    if is_confined and not Path(path).resolve().is_relative_to(root.resolve()):
-        raise ImageError("outside_root", f"{printable(name)} is outside {printable(str(root))}")
-    return ImageItem(name=name, path=path, name_b64=name_b64)
-
-
-def _file_name(name: str, name_b64: str | None) -> str:
-    if name_b64 is None:
-        return name
-    try:
-        return os.fsdecode(base64.b64decode(name_b64, validate=True))
-    except (binascii.Error, ValueError, TypeError) as error:
-        raise ImageError("not_found", f"{printable(name)}: image_b64 is damaged") from error

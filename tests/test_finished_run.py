@@ -1,34 +1,13 @@
-"""finished_run: records, run.json and pictures of a run on disk."""
+"""finished_run: the records and run.json of a run on disk."""
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 
 import pytest
 
-from md3cli.errors import ImageError, InputError
-from md3cli.finished_run import find_records, load_run_info, picture_of, read_records
-
-RECORD = {"image": "a.jpg", "task": "detect", "prompt": "car", "objects": []}
-
-
-def test_records_come_in_the_order_of_the_file_without_a_torn_tail(tmp_path):
-    path = tmp_path / "records.jsonl"
-    lines = [json.dumps(RECORD | {"prompt": name}) for name in ("one", "two", "three")]
-    path.write_text("\n".join(lines) + '\n{"image": "b.j')
-    assert [record["prompt"] for record in read_records(path)] == ["one", "two", "three"]
-    path.write_text("\n\n".join(lines))  # a whole last line without its newline counts
-    assert len(list(read_records(path))) == 3
-
-
-@pytest.mark.parametrize("line", ["{torn", "[1]", '{"image": "a"}', '{"task": "detect"}', '{"image": "a", "task": []}'])
-def test_a_line_that_is_no_record_is_named(tmp_path, line):
-    path = tmp_path / "records.jsonl"
-    path.write_text(json.dumps(RECORD) + "\n" + line + "\n")
-    with pytest.raises(InputError, match=r"line 2 of records\.jsonl"):
-        list(read_records(path))
+from md3cli.errors import InputError
+from md3cli.finished_run import find_records, load_run_info
 
 
 def test_a_run_folder_stands_for_its_records(tmp_path):
@@ -55,24 +34,12 @@ def test_run_json_is_found_beside_the_records(tmp_path, records_name, run_name):
         load_run_info(tmp_path / records_name)
 
 
-def test_a_name_that_is_not_utf8_is_opened_by_its_bytes(tmp_path):
-    raw = b"caf\xe9.jpg"
-    item = picture_of({"image": "caf\\xe9.jpg", "image_b64": base64.b64encode(raw).decode()}, tmp_path)
-    assert os.fsencode(item.path) == os.fsencode(tmp_path) + b"/" + raw
-    with pytest.raises(ImageError):
-        picture_of({"image": "x", "image_b64": "?"}, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "error_type"),
-    [
-        ("../secret.png", "outside_root"),
-        ("/etc/x.png", "outside_root"),
-        ("https://a/b.png", "not_found"),
-        (None, "not_found"),
-    ],
-)
-def test_a_confined_root_is_not_left(tmp_path, name, error_type):
-    with pytest.raises(ImageError) as caught:
-        picture_of({"image": name}, tmp_path, is_confined=True)
-    assert caught.value.type == error_type
+def test_times_are_read_from_all_starts_and_damage_is_nothing(tmp_path):
+    records = tmp_path / "records.jsonl"
+    document = {"starts": [{"elapsed_s": 2.5}, {"elapsed_s": None}, {"elapsed_s": 4}], "stages": {"decode": 1.5}}
+    (tmp_path / "run.json").write_text(json.dumps(document | {"timeline": [[1, 10], [2, 30]]}))
+    run = load_run_info(records)
+    assert (run.elapsed_s, run.stages_s, run.timeline) == (6.5, {"decode": 1.5}, [(1.0, 10.0), (2.0, 30.0)])
+    (tmp_path / "run.json").write_text('{"starts": 3, "stages": [], "timeline": [[1], "x"], "root": 7}')
+    run = load_run_info(records)
+    assert (run.elapsed_s, run.stages_s, run.timeline, run.root) == (None, {}, [], None)

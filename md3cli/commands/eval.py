@@ -14,7 +14,7 @@ from md3cli.errors import UsageError
 if TYPE_CHECKING:
     from md3cli.evaluate import Evaluation, Section
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command(

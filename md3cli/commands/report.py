@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from md3cli.errors import UsageError
+from md3cli.records import printable
 
-app = typer.Typer()
+if TYPE_CHECKING:
+    from md3cli.evaluate import Section
+    from md3cli.report.build import ReportSummary
+
+app = typer.Typer(add_completion=False)
 
 
 @app.command(epilog="Example: md3 report run/records.jsonl -o report.html")
 def report(
-    records: Annotated[Path, typer.Argument(help="The records (.jsonl) or the folder of a run.", show_default=False)],
+    records: Annotated[Path, typer.Argument(help="Finished records (.jsonl), or a run folder.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page (.html), or a folder for it.")] = Path(
         "report.html"
     ),
+    gt: Annotated[
+        list[Path] | None, typer.Option(help="Ground truth as for md3 eval: show scores, what is wrong and missed.")
+    ] = None,
     root: Annotated[
-        Path | None, typer.Option(help="Where the pictures are; nothing outside is opened.  [default: run.json's]")
+        Path | None, typer.Option(metavar="DIR", help="Where the pictures are.  [default: what run.json says]")
     ] = None,
     title: Annotated[str | None, typer.Option(help="The page's title.  [default: the run's name]")] = None,
     thumbnail_size: Annotated[int, typer.Option(min=32, max=2048, help="Long side of a thumbnail in pixels.")] = 320,
@@ -29,18 +37,27 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
 ) -> None:
     """A page to look through: thumbnails with boxes, points and masks, filters, counts, marks right and wrong."""
-    from md3cli.finished_run import find_records, load_run_info
+    from md3cli.finished_run import find_records
     from md3cli.report.build import ReportOptions, write_report
-    from md3cli.report.thumbnails import PictureSource
 
     if output.suffix and output.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"{output} is no name for a page; end it in .html, or name a folder")
+        raise UsageError(f"{printable(str(output))} is no name for a page; end it in .html, or name a folder")
+    if root is not None and not root.exists():
+        raise UsageError(f"--root {printable(str(root))} is not there; name the folder the pictures are in")
     found = find_records(records)
-    folder = root or load_run_info(found).root or Path()
-    pictures = PictureSource(folder, is_confined=root is not None, long_side_px=thumbnail_size)
-    options = ReportOptions(pictures, title, images_per_page, may_overwrite=overwrite)
-    summary = write_report(found, output, options)
+    sections: tuple[Section, ...] = ()
+    if gt:
+        from md3cli.evaluate import evaluate, load_truth
+
+        sections = evaluate(found, [load_truth(path) for path in gt]).sections
+    options = ReportOptions(root, overwrite, title, thumbnail_size, images_per_page)
+    _tell(write_report(found, output, options, sections))
+
+
+def _tell(summary: ReportSummary) -> None:
+    """What was written, on stderr."""
     pages = f" and {summary.num_pages} pages beside it" if summary.num_pages > 1 else ""
-    typer.echo(f"{summary.page}{pages}: {summary.num_images:,} images, {summary.num_records:,} records", err=True)
+    where = printable(str(summary.page))
+    typer.echo(f"{where}{pages}: {summary.num_images:,} images, {summary.num_records:,} records", err=True)
     if summary.num_missing:
-        typer.echo(f"{summary.num_missing:,} pictures could not be opened under {folder}; is --root right?", err=True)
+        typer.echo(f"note: {summary.num_missing:,} pictures cannot be opened; is --root right?", err=True)

@@ -24,8 +24,16 @@ def request_key(record: RecordDict) -> RequestKey:
 
 
 def final_records(records: Iterable[RecordDict]) -> list[RecordDict]:
-    """One record for each request: a later record of the same id supersedes, a repeat (other id) is left out."""
-    by_id = {record.get("id") or number: record for number, record in enumerate(records)}
+    """One record for each request: a later record of the same id supersedes, a repeat (other id) is left out.
+
+    Raises:
+        InputError: a record has no id, image or task.
+    """
+    by_id: dict[str, RecordDict] = {}
+    for number, record in enumerate(records, start=1):
+        if not {"id", "image", "task"} <= record.keys():
+            raise InputError(f"record {number:,} is damaged: it has no id, no image or no task")
+        by_id[record["id"]] = record
     first: dict[RequestKey, RecordDict] = {}
     for record in by_id.values():
         first.setdefault(request_key(record), record)

@@ -180,7 +180,7 @@ def _summary(evaluated: Any) -> Scores:
 def _average(evaluated: Any, category: int) -> Scores:
     precision = evaluated.eval["precision"][:, :, category, ALL_AREAS, MOST_OBJECTS]
     recall = evaluated.eval["recall"][:, category, ALL_AREAS, MOST_OBJECTS]
-    return {"AP": _mean(precision), "AP50": _mean(precision[0]), "AR": _mean(recall)}
+    return {"AP": _mean(precision), "AP50": _mean(precision[0]), "AP75": _mean(precision[5]), "AR": _mean(recall)}
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from md3cli import __version__
-from md3cli.errors import InputError, MissingExtraError, OutputError
-from md3cli.finished_run import load_run_info, read_records
-from md3cli.publish import atomic_publish, output_error
+from md3cli.errors import InputError, MissingExtraError
+from md3cli.evaluate.section import Section
+from md3cli.exporters.options import ExportOptions
+from md3cli.exporters.pictures import Pictures
+from md3cli.exporters.publishing import replaced_file, staged_folder
+from md3cli.exporters.reading import read_records
+from md3cli.finished_run import load_run_info
 from md3cli.records import printable
 from md3cli.report.items import Item, items
+from md3cli.report.judged import score_plots, score_table, verdicts_of, with_verdicts
 from md3cli.report.page import Link, Page, overview_tiles, palette_of, run_facts, today
 from md3cli.report.plots import run_plots
 from md3cli.report.stats import RunStats
-from md3cli.report.thumbnails import PictureSource, with_thumbnails
+from md3cli.report.thumbnails import with_thumbnails
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -36,12 +42,15 @@ IMAGES_PER_PAGE = 2000  # about 40 MB of thumbnails: what a browser still opens 
 
 @dataclass(frozen=True, slots=True)
 class ReportOptions:
-    """How to make a report; `pictures.root` is where the records' images are."""
+    """How to make a report. `root` is where the pictures are; by default run.json says."""
 
-    pictures: PictureSource
+    root: Path | None = None
+    overwrite: bool = False
     title: str | None = None
+    thumbnail_px: int = 320
     images_per_page: int = IMAGES_PER_PAGE
-    may_overwrite: bool = False
+    max_pixels: int = 2**28
+    max_file_size: int = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,33 +64,40 @@ class ReportSummary:
     num_missing: int  # pictures that could not be opened
 
 
-def write_report(records: Path, output: Path, options: ReportOptions) -> ReportSummary:
+def write_report(
+    records: Path, output: Path, options: ReportOptions, sections: Sequence[Section] = ()
+) -> ReportSummary:
     """Write the report of `records` to `output` (an .html file, or a folder for its index.html).
 
     More than `options.images_per_page` pictures go to pages in a folder beside the overview.
+    `sections` are scores by ground truth, to be shown and drawn.
 
     Raises:
         InputError: no records, or a damaged one.
-        OutputError: `output` exists and may not be overwritten, or cannot be written.
+        UsageError: `output` exists and may not be overwritten.
+        OutputError: it cannot be written.
         MissingExtraError: jinja2 is not installed.
     """
+    _template()  # what is missing is said before the work
     page = output if output.suffix.lower() in (".html", ".htm") else output / "index.html"
-    if page.exists() and not options.may_overwrite:
-        raise OutputError(f"{printable(str(page))} exists; add --overwrite to replace it")
     stats, num_items = _count(items(read_records(records)))
     if num_items == 0:
         raise InputError(f"{printable(str(records))} holds no records; nothing to show")
-    overview = _overview(records, stats, options)
-    pictured = with_thumbnails(items(read_records(records)), options.pictures)
-    try:
+    pictures = Pictures(
+        records,
+        ExportOptions(root=options.root, max_pixels=options.max_pixels, max_file_size=options.max_file_size),
+    )
+    judged = with_verdicts(items(read_records(records)), verdicts_of(sections))
+    shown = with_thumbnails(judged, pictures, options.thumbnail_px)
+    overview = _overview(records, stats, options, sections)
+    with replaced_file(page, overwrite=options.overwrite) as file:
         if num_items <= options.images_per_page:
-            shown = list(pictured)
-            _write(page, replace(overview, items=shown))
-            num_pages, num_missing = 1, sum(item.missing is not None for item in shown)
+            parts, num_pages = replace(overview, items=list(shown)), 1
+            num_missing = sum(item.missing is not None for item in parts.items)
         else:
-            num_pages, num_missing = _write_pages(page, overview, pictured, num_items, options.images_per_page)
-    except OSError as error:
-        raise output_error(page, error) from error
+            parts, num_missing = _write_pages(page, overview, shown, num_items, options)
+            num_pages = len(parts.links)
+        file.writelines(render(parts))
     return ReportSummary(page, stats.num_images, stats.num_records, num_pages, num_missing)
 
 
@@ -93,17 +109,18 @@ def _count(shown: Iterable[Item]) -> tuple[RunStats, int]:
     return stats, num_items
 
 
-def _overview(records: Path, stats: RunStats, options: ReportOptions) -> Page:
+def _overview(records: Path, stats: RunStats, options: ReportOptions, sections: Sequence[Section]) -> Page:
     run = load_run_info(records)
-    name = records.parent.resolve().name if records.stem == "records" else records.stem
+    name = printable(records.parent.resolve().name if records.stem == "records" else records.stem)
     return Page(
-        title=options.title or printable(name),
+        title=options.title or name,
         facts=run_facts(stats),
         palette=palette_of(stats.labels),
         run_key=_run_key(records),
-        name=printable(name),
+        name=name,
         tiles=overview_tiles(stats, run),
-        plots=run_plots(stats, run),
+        tables=[score_table(section) for section in sections],
+        plots=[*(plot for section in sections for plot in score_plots(section)), *run_plots(stats, run)],
         made=today(),
     )
 
@@ -114,42 +131,34 @@ def _run_key(records: Path) -> str:
     return hashlib.sha256(f"{records.name}\n{first.get('id')}".encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def _write_pages(page: Path, overview: Page, shown: Iterator[Item], num_items: int, size: int) -> tuple[int, int]:
-    """Pages into `STEM_pages/`, the overview last: what it links to is there. (pages, missing pictures)"""
-    folder = page.with_name(f"{page.stem}_pages")
-    num_pages, num_missing = -(-num_items // size), 0
-    names = [f"page-{number:04d}.html" for number in range(1, num_pages + 1)]
-    for number, name in enumerate(names):
-        part = list(islice(shown, size))
-        num_missing += sum(item.missing is not None for item in part)
-        links = [Link("overview", f"../{page.name}"), *_page_links(names, number, "")]
-        bare = replace(overview, tiles=(), plots=(), tables=())
-        title = f"{overview.title}, {number * size + 1:,} to {number * size + len(part):,} of {num_items:,}"
-        _write(folder / name, replace(bare, title=title, items=part, links=links))
-    _write(page, replace(overview, links=_page_links(names, None, f"{folder.name}/")))
-    return num_pages, num_missing
+def _write_pages(
+    page: Path, overview: Page, shown: Iterator[Item], num_items: int, options: ReportOptions
+) -> tuple[Page, int]:
+    """Pages into `STEM_pages/`; the overview that links to them, and the number of missing pictures."""
+    folder, size = page.with_name(f"{page.stem}_pages"), options.images_per_page
+    names = [f"page-{number:04d}.html" for number in range(1, -(-num_items // size) + 1)]
+    bare, num_missing = replace(overview, tiles=(), plots=(), tables=()), 0
+    with staged_folder(folder, overwrite=options.overwrite, suffixes=frozenset({".html"})) as stage:
+        for number, name in enumerate(names):
+            part = list(islice(shown, size))
+            num_missing += sum(item.missing is not None for item in part)
+            links = [Link("overview", f"../{quote(page.name)}"), *_page_links(names, number, "")]
+            title = f"{overview.title}, {number * size + 1:,} to {number * size + len(part):,} of {num_items:,}"
+            with (stage.path / name).open("wb") as file:
+                file.writelines(render(replace(bare, title=title, items=part, links=links)))
+    return replace(overview, links=_page_links(names, None, f"{quote(folder.name)}/")), num_missing
 
 
 def _page_links(names: list[str], current: int | None, prefix: str) -> list[Link]:
     return [Link(str(n + 1), None if n == current else prefix + name) for n, name in enumerate(names)]
 
 
-def _write(path: Path, page: Page) -> None:
-    """The page appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        atomic_publish(path) as partial,
-        open(partial, "w", encoding="utf-8", errors="replace", newline="\n") as file,
-    ):
-        file.writelines(render(page))
-
-
-def render(page: Page) -> Iterator[str]:
-    """The page's HTML in pieces."""
+def render(page: Page) -> Iterator[bytes]:
+    """The page's HTML in pieces, UTF-8."""
     from markupsafe import Markup
 
     style, script = _part("report.css"), _part("report.js")
-    return _template().generate(
+    pieces = _template().generate(
         page=page,
         policy=content_policy(style, script),
         style=Markup(style),  # our own files, not text from records
@@ -157,6 +166,7 @@ def render(page: Page) -> Iterator[str]:
         data=Markup(page.data()),  # JSON with <, > and & as \u escapes
         version=__version__,
     )
+    return (piece.encode("utf-8", "replace") for piece in pieces)
 
 
 def content_policy(style: str, script: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from md3cli.errors import InputError
@@ -96,9 +96,15 @@ class Item:
 
 
 def items(records: Iterable[RecordDict]) -> Iterator[Item]:
-    """Items in input order; neighbouring records of one picture share an item."""
+    """Items in input order; neighbouring records of one picture share an item.
+
+    Raises:
+        InputError: a record lacks what its task promises.
+    """
     item: Item | None = None
     for record in records:
+        if "image" not in record or "task" not in record:
+            raise InputError(f"record {printable(str(record.get('id')))} is damaged: it has no image or no task")
         if item is None or record["image"] is None or record["image"] != item.first["image"]:
             if item is not None:
                 yield item
@@ -125,15 +131,10 @@ def _size(record: RecordDict) -> tuple[int | None, int | None, tuple[float, floa
 
 
 def entry_of(record: RecordDict, frame: tuple[float, float]) -> Entry:
-    """What the page shows of one record.
-
-    Raises:
-        InputError: the record lacks what its task promises.
-    """
-    error = record.get("error")
-    if error is not None:
-        return Entry(record, "failed", note=f"{error.get('type', 'error')}: {error.get('message', '')}")
+    """What the page shows of one record; raises as `items`."""
     try:
+        if (error := record.get("error")) is not None:
+            return Entry(record, "failed", note=f"{error['type']}: {error.get('message', '')}")
         return _answered(record, frame)
     except (KeyError, TypeError, ValueError, AttributeError) as cause:
         name = printable(f"{record.get('id')} ({record.get('image')})")
@@ -191,6 +192,12 @@ def _segment(thing: Mapping[str, Any], frame: tuple[float, float]) -> Shape:
     rect = _rect(thing["bbox"], frame)
     path = "".join(_path_data(polygon, frame) for polygon in segment_polygons(thing)) or None
     return _named(thing, rect[:2], rect[0] + rect[2], frame, rect=rect, path=path)
+
+
+def missed_shape(label: str, box: tuple[float, float, float, float], frame: tuple[float, float]) -> Shape:
+    """An object of the ground truth that nothing found; `box` is x_min, y_min, x_max, y_max, 0-1."""
+    thing = dict(zip(("x_min", "y_min", "x_max", "y_max"), box, strict=True))
+    return replace(_box({"label": label, **thing}, frame), verdict="missed")
 
 
 def _named(

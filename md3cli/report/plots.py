@@ -17,7 +17,7 @@ from md3cli.report.stats import NUM_SCORE_BINS, RunStats
 
 WIDTH, HEIGHT = 360.0, 170.0
 LEFT, RIGHT, TOP, BOTTOM = 38.0, 8.0, 10.0, 26.0  # margins for the axes' words
-BAR_STEP = 21.0
+DOT_RADIUS = 3.0
 MAX_BARS = 12
 MAX_COLUMNS = 24
 MAX_QUESTIONS = 4
@@ -200,7 +200,7 @@ def _throughput(timeline: Sequence[tuple[float, float]]) -> Lines | None:
     points = [(seconds / whole_s, rate / top) for seconds, rate in rates]
     x_ticks = tuple(Tick(_along(n / 4), duration(whole_s * n / 4)) for n in range(5))
     mean = timeline[-1][1] / whole_s
-    line = Line("records per second", line_path(points), "c0")
+    line = Line("records per second", unit_path(points), "c0")
     return Lines("Throughput", f"records per second; {mean:.3g} on average", (line,), x_ticks, _y_ticks(top))
 
 
@@ -214,9 +214,19 @@ def _stages(stages_s: Mapping[str, float]) -> Bars | None:
     return Bars("Time by stage", "seconds; stages overlap", tuple(bars), 0) if bars else None
 
 
-def line_path(points: Iterable[tuple[float, float]]) -> str:
+def unit_path(points: Iterable[tuple[float, float]]) -> str:
     """An SVG path through `points`, both coordinates 0-1 of the plot's area, y upwards."""
     return "M" + "L".join(f"{_along(x):g},{_y(y * (HEIGHT - TOP - BOTTOM)):g}" for x, y in points)
+
+
+def unit_dot(x: float, y: float, title: str) -> Column:
+    """A dot on a curve, at coordinates as of `unit_path`."""
+    return Column(_along(x), _y(y * (HEIGHT - TOP - BOTTOM)), DOT_RADIUS, 0.0, title)
+
+
+def share_ticks() -> tuple[tuple[Tick, ...], tuple[Tick, ...]]:
+    """Both axes from 0 to 1."""
+    return tuple(Tick(_along(n / 5), f"{n / 5:.1f}") for n in range(6)), _y_ticks(1.0)
 
 
 def _along(share: float) -> float:
@@ -224,9 +234,9 @@ def _along(share: float) -> float:
 
 
 def nice_ceiling(value: float) -> float:
-    """The next of 1, 2, 4, 5, 10 times a power of ten: a round top for an axis."""
+    """A round top for an axis: the next of a few steps times a power of ten."""
     power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
-    return next(step * power for step in (1, 2, 4, 5, 10) if step * power >= value * (1 - 1e-9))
+    return next(step * power for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * power >= value * (1 - 1e-9))
 
 
 def short_number(value: float) -> str:
@@ -239,9 +249,9 @@ def short_number(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """90 -> 1:30, 4000 -> 1:06:40, 5 -> 5 s."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
     return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 

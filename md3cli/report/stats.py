@@ -50,7 +50,7 @@ class RunStats:
             self.models[str(entry.record.get("model") or "unknown")] += 1
             self._add_scores(entry.scores)
             if entry.status == "failed":
-                self.errors[entry.record["error"].get("type", "error")] += 1
+                self.errors[str(entry.record["error"]["type"])] += 1
             elif entry.text is not None:
                 self._add_text(entry.task, entry.prompt, entry.text)
             self.output_tokens += (entry.record.get("tokens") or {}).get("output") or 0

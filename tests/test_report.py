@@ -1,0 +1,302 @@
+"""report: what the page holds, how it is paged, and that nothing in a record becomes markup."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from report_runs import BOXES, HOSTILE, SIZES, found, picture, record, write_run
+from typer.testing import CliRunner
+
+from md3cli.commands.report import app
+from md3cli.errors import InputError, UsageError
+from md3cli.finished_run import RunInfo
+from md3cli.report.build import ReportOptions, write_report
+from md3cli.report.items import FRAME, entry_of, items
+from md3cli.report.plots import duration, nice_ceiling, run_plots, short_number
+from md3cli.report.stats import RunStats
+
+
+class Elements(HTMLParser):
+    """All start tags of a page with their attributes, the text of style and script, and the visible text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.raw: list[tuple[str, dict[str, str | None], str]] = []
+        self.text: list[str] = []
+        self.names: list[str] = []
+        self._inside: tuple[str, dict[str, str | None]] = ("", {})
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = self.tags[-1]
+
+    handle_startendtag = handle_starttag
+
+    def handle_endtag(self, tag):
+        self._inside = ("", {})
+
+    def handle_data(self, data):
+        tag, attrs = self._inside
+        if tag in ("style", "script"):
+            self.raw.append((tag, attrs, data))
+        else:
+            (self.names if tag == "bdi" else self.text).append(data)
+
+    def of(self, tag, **wanted):
+        return [a for t, a in self.tags if t == tag and all(a.get(k) == v for k, v in wanted.items())]
+
+    def data(self):
+        return json.loads(next(text for tag, attrs, text in self.raw if attrs.get("id") == "data"))
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def page(run_folder):
+    output = run_folder / "report.html"
+    summary = write_report(run_folder / "records.jsonl", output, ReportOptions())
+    assert (summary.num_images, summary.num_missing, summary.num_pages) == (4 + len(HOSTILE), 1 + len(HOSTILE), 1)
+    return Elements(output.read_text())
+
+
+def test_the_policy_allows_its_own_style_and_script_and_nothing_else(page):
+    (policy,) = (a["content"] for a in page.of("meta", **{"http-equiv": "Content-Security-Policy"}))
+    directives = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+    assert directives["default-src"] == "'none'"
+    assert directives["img-src"] == "data:"
+    style, _, script = page.raw
+    for name, (_, _, text) in (("style-src", style), ("script-src", script)):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert directives[name] == f"'sha256-{digest}'"
+    assert directives.keys() == {"default-src", "img-src", "style-src", "script-src", "base-uri", "form-action"}
+
+
+def test_nothing_leads_outside_and_nothing_is_inline(page):
+    for tag, attributes in page.tags:
+        assert tag not in ("iframe", "object", "embed", "base", "foreignobject", "use", "image")
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            assert name not in ("style", "srcset", "action", "formaction", "xlink:href")
+            if name in ("src", "href"):
+                assert value.startswith("data:")
+    assert not re.search(r"https?://|url\(|@import", page.raw[0][2])
+    assert not re.search(r"https?://|fetch\(|innerHTML|insertAdjacentHTML|eval\(", page.raw[2][2])
+
+
+def test_hostile_text_stays_text(page):
+    assert len(page.of("script")) == 2
+    assert not page.of("svg", onload="window.pwned=1")
+    assert all(a["src"].startswith("data:image/jpeg;base64,") for a in page.of("img"))
+    visible = "".join(page.text)
+    for text in HOSTILE:
+        assert text in visible or text.replace("\u202e", "\\u202e") in visible
+    assert "{{ 7 * 7 }}" in visible
+    stored = [facts for facts in page.data()["records"] if facts["image"] in HOSTILE]
+    assert len(stored) == 4 * len(HOSTILE)
+    assert {facts["image"] for facts in stored} == set(HOSTILE)  # exact: the marks' file needs it
+
+
+def test_file_names_cannot_steer_the_reader(page):
+    assert len(page.names) == len(SIZES) + len(HOSTILE) + 2
+    assert "]]>\\u2028\\u202eevil\\x07" in page.names
+
+
+def test_every_record_is_on_the_page_and_in_its_data(page, run_folder):
+    lines = (run_folder / "records.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    data = page.data()
+    assert [facts["id"] for facts in data["records"]] == [one["id"] for one in records]
+    assert [a["id"] for a in page.of("section") if "data-k" in a] == [f"r{k}" for k in range(len(records))]
+    first = data["records"][0]
+    assert (first["task"], first["prompt"], first["status"], first["scores"]) == ("detect", "red", "ok", [0.9])
+    assert [data["labels"][n] for n in first["labels"]] == ["red"]
+    assert data["records"][1]["status"] == "empty"
+    failed = next(facts for facts in data["records"] if facts["image"] == "gone.png")
+    assert failed["status"] == "failed"
+
+
+def test_thumbnails_are_small_upright_jpegs(page):
+    sources = [a["src"] for a in page.of("img")]
+    assert len(sources) == len(SIZES)
+    for source, (width, height) in zip(sources, SIZES, strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as thumbnail:
+            assert thumbnail.format == "JPEG"
+            assert max(thumbnail.size) == 320
+            assert thumbnail.width / thumbnail.height == pytest.approx(width / height, rel=0.02)
+
+
+def test_boxes_are_drawn_in_the_picture_s_own_units(page):
+    frames = [list(map(float, a["viewbox"].split())) for a in page.of("svg") if "overlay" in (a.get("class") or "")]
+    rects = page.of("rect")
+    for frame, box, size in zip(frames, BOXES, SIZES, strict=False):
+        scale = min(FRAME[0] / size[0], FRAME[1] / size[1])
+        assert frame[2:] == pytest.approx([size[0] * scale, size[1] * scale], abs=0.01)
+        x, y = box[0] * frame[2], box[1] * frame[3]
+        wide, tall = (box[2] - box[0]) * frame[2], (box[3] - box[1]) * frame[3]
+        drawn = [[float(a.get(key, -1)) for key in ("x", "y", "width", "height")] for a in rects if "x" in a]
+        assert any(one == pytest.approx([x, y, wide, tall], abs=0.02) for one in drawn)
+
+
+def test_a_mask_is_drawn_from_numbers_only(page):
+    paths = [a["d"] for a in page.of("path")]
+    assert "M80,80 240,80 240,160Z" in paths
+    assert all(re.fullmatch(r"[MLZ0-9,. -]+", path) for path in paths)
+
+
+def test_reasoning_is_cut_where_it_is_grounded(run_folder):
+    records = [json.loads(line) for line in (run_folder / "records.jsonl").read_text().splitlines()]
+    entry = next(e for item in items(records) for e in item.entries if e.reasoning)
+    assert [passage.text for passage in entry.reasoning] == ["The ", "red box ", "is h", "", "ere."]
+    assert [len(passage.points) for passage in entry.reasoning] == [0, 2, 0, 1, 0]
+    assert "".join(passage.text for passage in entry.reasoning) == "The red box is here."
+
+
+@given(
+    st.text(max_size=30),
+    st.lists(st.tuples(st.integers(-3, 40), st.integers(-3, 40)), max_size=5),
+)
+def test_any_grounding_keeps_the_text_whole(text, spans):
+    grounding = [{"start_idx": start, "end_idx": end, "points": [[0.5, 0.5]]} for start, end in spans]
+    one = record("a", "query", "q", answer="x", reasoning={"text": text, "grounding": grounding})
+    passages = entry_of(one, FRAME).reasoning
+    assert "".join(passage.text for passage in passages) == text
+    assert sum(bool(passage.points) for passage in passages) == len(spans)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"task": "detect", "objects": [{"label": "a"}]},
+        {"task": "detect", "objects": [found("a", (0, 0, float("nan"), 1))]},
+        {"task": "detect", "objects": None},
+        {"task": "caption"},
+        {"task": "query", "answer": 3},
+        {"task": "dance"},
+        {"task": "query", "error": "model", "answer": "x"},
+    ],
+)
+def test_a_damaged_record_is_named(result):
+    one = record("a.png", **result)
+    if "error" in result:
+        one["error"] = "just a word"
+    with pytest.raises(InputError, match=one["id"]):
+        entry_of(one, FRAME)
+
+
+def test_neighbouring_records_of_one_picture_share_a_card():
+    names = ["a", "a", "b", "a", None, None]
+    shown = list(items(record(name, "caption", caption="x") for name in names))
+    assert [len(item.entries) for item in shown] == [2, 1, 1, 1, 1]
+
+
+def test_many_pictures_go_to_pages_beside_the_overview(run_folder, tmp_path):
+    output = tmp_path / "out folder" / "look here.html"
+    options = ReportOptions(images_per_page=3)
+    summary = write_report(run_folder / "records.jsonl", output, options)
+    overview = Elements(output.read_text())
+    pages = sorted((output.parent / "look here_pages").iterdir())
+    assert summary.num_pages == len(pages) == 4
+    assert [a["href"] for a in overview.of("a")] == [f"look%20here_pages/{path.name}" for path in pages]
+    assert not overview.of("article")
+    inside = [Elements(path.read_text()) for path in pages]
+    assert [len(one.of("article")) for one in inside] == [3, 3, 3, 3]
+    assert inside[1].of("a")[0]["href"] == "../look%20here.html"
+    ids = [facts["id"] for one in inside for facts in one.data()["records"]]
+    assert len(ids) == len((run_folder / "records.jsonl").read_text().splitlines())
+    assert len({one.data()["run"] for one in inside}) == 1  # marks are kept for the whole run
+    with pytest.raises(UsageError, match="--overwrite"):
+        write_report(run_folder / "records.jsonl", output, options)
+    again = ReportOptions(images_per_page=4, overwrite=True)
+    assert write_report(run_folder / "records.jsonl", output, again).num_pages == 3
+    assert len(list((output.parent / "look here_pages").iterdir())) == 3
+
+
+def test_a_report_of_nothing_is_told(tmp_path):
+    (tmp_path / "records.jsonl").touch()
+    with pytest.raises(InputError, match="no records"):
+        write_report(tmp_path / "records.jsonl", tmp_path / "r.html", ReportOptions())
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_the_command_scores_by_ground_truth_and_draws_what_was_missed(tmp_path):
+    picture(tmp_path / "a.png", BOXES[0])
+    one = record("a.png", "detect", "red", objects=[found("red", BOXES[0]), found("red", (0.6, 0.6, 0.9, 0.9), 0.2)])
+    (tmp_path / "records.jsonl").write_text(json.dumps(one) + "\n")
+    truth = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 400, "height": 200}],
+        "categories": [{"id": 1, "name": "red"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [40, 40, 160, 100], "area": 16000, "iscrowd": 0},
+            {"id": 2, "image_id": 1, "category_id": 1, "bbox": [300, 0, 50, 50], "area": 2500, "iscrowd": 0},
+        ],
+    }
+    (tmp_path / "gt.json").write_text(json.dumps(truth))
+    arguments = [str(tmp_path / "records.jsonl"), "-o", str(tmp_path / "r.html"), "--root", str(tmp_path)]
+    result = CliRunner().invoke(app, [*arguments, "--gt", str(tmp_path / "gt.json")])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.endswith("r.html: 1 images, 1 records\n")
+    page = Elements((tmp_path / "r.html").read_text())
+    shapes = [a["class"].split()[-1] for a in page.of("g") if (a.get("class") or "").startswith("shape")]
+    assert shapes == ["right", "wrong", "missed"]
+    assert page.data()["records"][0]["verdict"] == "wrong"
+    assert "Boxes by ground truth" in "".join(page.text)
+    assert {"name": "verdict", "value": "wrong", "type": "checkbox"} in page.of("input")
+    assert isinstance(CliRunner().invoke(app, arguments).exception, UsageError)  # r.html is there
+    assert isinstance(CliRunner().invoke(app, [arguments[0], "-o", "x.pdf"]).exception, UsageError)
+
+
+# ---- counts and plots ----------------------------------------------------------------------------
+
+
+def test_the_plots_count_what_the_records_say(run_folder):
+    stats = RunStats()
+    for item in items(json.loads(line) for line in (run_folder / "records.jsonl").read_text().splitlines()):
+        stats.add(item)
+    assert stats.errors == {"not_found": 1}
+    assert stats.objects_per_image[3] == 2  # picture 0 (box, mask, point) and picture 2
+    assert stats.labels["red"] == 8
+    assert stats.score_bins[18] == 1 + len(HOSTILE)  # 0.90
+    assert stats.answers["How many?"] == {"One": 1}
+    run = RunInfo(json.loads((run_folder / "run.json").read_text()))
+    plots = {plot.title: plot for plot in run_plots(stats, run)}
+    assert sum(column.height > 0 for column in plots["Objects per image"].columns) == len(stats.objects_per_image)
+    assert plots["Objects by label"].bars[0].name == "red"
+    assert plots["Errors by type"].bars[0].pick == "error:not_found"
+    assert plots["Throughput"].lines[0].path.count("L") == 8
+    assert [bar.name for bar in plots["Time by stage"].bars] == ["generate", "decode"]
+
+
+def test_empty_counts_make_no_plots():
+    assert run_plots(RunStats(), RunInfo({})) == []
+
+
+@given(st.floats(1e-6, 1e12))
+def test_an_axis_ends_above_its_largest_value_and_not_far(value):
+    assert value * (1 - 1e-6) <= nice_ceiling(value) <= value * 2.01
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (950, "950"), (1200, "1.2k"), (3_400_000, "3.4M"), (0.25, "0.25")]
+)
+def test_numbers_are_short(value, text):
+    assert short_number(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (90, "1:30"), (59.7, "1:00"), (4000, "1:06:40")])
+def test_durations_read_as_clocks(seconds, text):
+    assert duration(seconds) == text
