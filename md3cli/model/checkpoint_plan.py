@@ -18,6 +18,7 @@ from md3cli.model.tensor_table import expected_tensors
 from md3cli.model.weight_files import WeightFiles, find_weight_files, read_json
 
 _NAMED_IN_ERRORS = 5
+_NAME_LIMIT_CHARS = 160  # a file may call its tensors anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,4 +101,4 @@ def _fault(kind: str, names: list[str]) -> str:
     if not names:
         return ""
     more = f" and {len(names) - _NAMED_IN_ERRORS} more" if len(names) > _NAMED_IN_ERRORS else ""
-    return f"{len(names)} {kind}: {', '.join(names[:_NAMED_IN_ERRORS])}{more}"
+    return f"{len(names)} {kind}: {', '.join(name[:_NAME_LIMIT_CHARS] for name in names[:_NAMED_IN_ERRORS])}{more}"
