@@ -37,6 +37,8 @@ COMMANDS: Mapping[str, str] = {  # name -> help in the list; the modules in md3c
     "report": "A page to look through, from finished records.",
     "eval": "Scores against ground truth, and what changed between two runs.",
     "models": "Weights: what is there, fetch, look into, other layouts.",
+    "bench": "This machine's throughput by stage, beside its limits.",
+    "cache": "The encoding cache: look at it, shrink it, empty it.",
     "doctor": "What works here, and what to do about the rest.",
 }
 

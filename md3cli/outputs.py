@@ -226,8 +226,7 @@ def publish(document: Document, records: Path, config: RunConfig, root: str) -> 
         ExportError, OutputError: it cannot be made; the records are untouched.
     """
     if document.format == HTML:
-        _write_report(document.path, records, config, root)
-        return ()
+        return _write_report(document.path, records, config, root)
     report = export_records(records, document.format, document.path, _export_options(config, root))
     return report.notes
 
@@ -237,6 +236,7 @@ def _export_options(config: RunConfig, root: str) -> ExportOptions:
     return ExportOptions(
         root=Path(root),
         overwrite=True,  # what stands there came from an earlier start of this run
+        is_confined=config.source.root is not None,
         labels=tuple(dict.fromkeys(labels)),
         background=config.model.background,
         max_pixels=config.decode.max_pixels,
@@ -244,11 +244,20 @@ def _export_options(config: RunConfig, root: str) -> ExportOptions:
     )
 
 
-def _write_report(path: Path, records: Path, config: RunConfig, root: str) -> None:
+def _write_report(path: Path, records: Path, config: RunConfig, root: str) -> tuple[str, ...]:
     from md3cli.report.build import ReportOptions, write_report
-    from md3cli.report.thumbnails import PictureSource
 
-    write_report(records, path, ReportOptions(PictureSource(root=Path(root)), may_overwrite=True))
+    if records.stat().st_size == 0:
+        return ("no records, so no page",)
+    limits = config.decode
+    write_report(
+        records,
+        path,
+        ReportOptions(
+            root=Path(root), overwrite=True, max_pixels=limits.max_pixels, max_file_size=limits.max_file_size
+        ),
+    )
+    return ()
 
 
 def print_document(path: Path) -> None:
