@@ -27,26 +27,68 @@ def _option(*names: str, panel: str, help: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
 
 
-# fmt: off
+Records = Annotated[Path, typer.Argument(help="Finished records (.jsonl), or a run folder.", show_default=False)]
+Output = Annotated[
+    Path | None,
+    _option("--output", "-o", panel=OUTPUT, metavar="OUT", help="File or folder; else coco, csv, jsonl are printed."),
+]
+FormatName = Annotated[
+    Format | None, _option("--format", "-f", panel=OUTPUT, help="What to write; by default what OUT's suffix says.")
+]
+Overwrite = Annotated[bool, _option("--overwrite", panel=OUTPUT, help="Replace what stands in OUT.")]
+Labels = Annotated[
+    list[str] | None,
+    _option("--label", panel=OUTPUT, help="Order of the categories, one option each; the rest follows as first seen."),
+]
+Beside = Annotated[bool, _option("--beside", panel=OUTPUT, help="txt: each text beside its picture, not under OUT.")]
+EmbedImages = Annotated[bool, _option("--embed-images", panel=OUTPUT, help="parquet: the pictures' bytes too.")]
+UrlPrefix = Annotated[
+    str | None,
+    _option("--url-prefix", panel=OUTPUT, metavar="URL", help="labelstudio: what goes before a picture's name."),
+]
+CocoResults = Annotated[bool, _option("--coco-results", panel=COCO, help="The bare list of results, for scoring.")]
+CocoIdsFrom = Annotated[
+    Path | None,
+    _option("--coco-ids-from", panel=COCO, metavar="GT.json", help="Use this file's image and category ids."),
+]
+Keypoints = Annotated[bool, _option("--keypoints", panel=COCO, help="Points as categories of one keypoint.")]
+Root = Annotated[
+    Path | None,
+    _option("--root", panel=PICTURES, metavar="DIR", help="Where the pictures are.  [default: what run.json says]"),
+]
+Background = Annotated[
+    str, _option("--background", panel=PICTURES, metavar="COLOUR", help="overlay: what transparent pictures lie on.")
+]
+MaxPixels = Annotated[
+    str,
+    _option("--max-pixels", panel=PICTURES, metavar="N", callback=checked(parse_count), help="Refuse larger pictures."),
+]
+MaxFileSize = Annotated[
+    str,
+    _option(
+        "--max-file-size", panel=PICTURES, metavar="SIZE", callback=checked(parse_bytes), help="Larger are refused."
+    ),
+]
+
+
 @app.command(epilog="Example: md3 export run/records.jsonl --format yolo -o dataset/")
 def export(
-    records: Annotated[Path, typer.Argument(help="Finished records (.jsonl) or the folder of a run.", show_default=False)],
-    format: Annotated[Format | None, _option("--format", "-f", panel=OUTPUT, help="What to write; by default what the suffix of OUT says.")] = None,
-    output: Annotated[Path | None, _option("--output", "-o", panel=OUTPUT, metavar="OUT", help="File or folder to write; without it coco, csv and jsonl are printed.")] = None,
-    overwrite: Annotated[bool, _option("--overwrite", panel=OUTPUT, help="Replace what stands in OUT.")] = False,
-    label: Annotated[list[str] | None, _option("--label", panel=OUTPUT, help="Order of the categories, one option each; the rest follows as first seen.")] = None,
-    beside: Annotated[bool, _option("--beside", panel=OUTPUT, help="txt: put each text beside its picture instead of under OUT.")] = False,
-    embed_images: Annotated[bool, _option("--embed-images", panel=OUTPUT, help="parquet: the pictures' bytes too.")] = False,
-    url_prefix: Annotated[str | None, _option("--url-prefix", panel=OUTPUT, metavar="URL", help="labelstudio: what goes before a picture's name.")] = None,
-    coco_results: Annotated[bool, _option("--coco-results", panel=COCO, help="The bare list of results, for scoring.")] = False,
-    coco_ids_from: Annotated[Path | None, _option("--coco-ids-from", panel=COCO, metavar="GT.json", help="Use this file's image and category ids.")] = None,
-    keypoints: Annotated[bool, _option("--keypoints", panel=COCO, help="Points as categories of one keypoint.")] = False,
-    root: Annotated[Path | None, _option("--root", panel=PICTURES, metavar="DIR", help="Where the pictures are.  [default: what run.json says]")] = None,
-    background: Annotated[str, _option("--background", panel=PICTURES, metavar="COLOUR", help="overlay: colour to lay transparent pictures on.")] = "none",
-    max_pixels: Annotated[str, _option("--max-pixels", panel=PICTURES, metavar="N", callback=checked(parse_count), help="Larger pictures are refused; 268M.", show_default=False)] = str(2**28),
-    max_file_size: Annotated[str, _option("--max-file-size", panel=PICTURES, metavar="SIZE", callback=checked(parse_bytes), help="Larger files are refused.")] = "1G",
+    records: Records,
+    format: FormatName = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    label: Labels = None,
+    beside: Beside = False,
+    embed_images: EmbedImages = False,
+    url_prefix: UrlPrefix = None,
+    coco_results: CocoResults = False,
+    coco_ids_from: CocoIdsFrom = None,
+    keypoints: Keypoints = False,
+    root: Root = None,
+    background: Background = "none",
+    max_pixels: MaxPixels = str(2**28),
+    max_file_size: MaxFileSize = "1G",
 ) -> None:
-    # fmt: on
     """Other formats from finished records; no model is needed."""
     chosen = format or (None if output is None else _format_of(output))
     if chosen is None:
@@ -54,11 +96,19 @@ def export(
     if root is not None and not root.exists():
         raise UsageError(f"--root {printable(str(root))} is not there; name the folder the pictures are in")
     options = ExportOptions(
-        root=root, overwrite=overwrite, labels=tuple(label or ()), coco_results=coco_results,
-        coco_ids_from=coco_ids_from, keypoints=keypoints, embed_images=embed_images, url_prefix=url_prefix,
-        beside=beside, background=background, max_pixels=parse_count(max_pixels),
+        root=root,
+        overwrite=overwrite,
+        labels=tuple(label or ()),
+        coco_results=coco_results,
+        coco_ids_from=coco_ids_from,
+        keypoints=keypoints,
+        embed_images=embed_images,
+        url_prefix=url_prefix,
+        beside=beside,
+        background=background,
+        max_pixels=parse_count(max_pixels),
         max_file_size=parse_bytes(max_file_size),
-    )  # fmt: skip
+    )
     if chosen == "html":
         _write_page(records, output, options)
     elif output is None and not (beside and chosen == "txt"):

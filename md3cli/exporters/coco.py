@@ -10,6 +10,7 @@ same bytes.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,12 +20,14 @@ from typing import Any, BinaryIO
 from md3cli.errors import UsageError
 from md3cli.exporters.coco_ids import CocoIds
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
-from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, flat
+from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.publishing import replaced_file
 from md3cli.records import printable
 
 Annotation = dict[str, Any]
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
@@ -43,7 +46,8 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
 class _Writer:
     def __init__(self, survey: Survey, options: ExportOptions) -> None:
         self._options = options
-        self._is_mixed = bool(survey.tasks & {"detect", "segment"}) or options.keypoints
+        has_objects = bool(survey.tasks & {"detect", "segment"}) or (options.keypoints and "point" in survey.tasks)
+        self._is_of_captions = "caption" in survey.tasks and not has_objects
         self._point_labels = survey.point_labels if options.keypoints else {}
         labels = dict.fromkeys((*options.labels, *survey.labels, *self._point_labels))
         self._ids = CocoIds(labels, options.coco_ids_from)
@@ -59,7 +63,7 @@ class _Writer:
         info = {"description": f"annotated by {self._model}", "version": "1.0", "year": 0}
         info |= dict.fromkeys(("contributor", "url", "date_created"), "")
         file.write(b'{"info":' + _json(info) + b',"licenses":[],"images":[')
-        with tempfile.TemporaryFile() as annotations:
+        with tempfile.TemporaryFile(dir=os.path.dirname(file.name)) as annotations:  # where there is room for OUT
             for group in index.images():
                 image_id = self._ids.image(group.name)
                 file.write((b",\n" if self.num_images else b"\n") + _json(self._image_entry(group, image_id)))
@@ -71,7 +75,10 @@ class _Writer:
             annotations.seek(0)
             file.write(b'],\n"annotations":[')
             shutil.copyfileobj(annotations, file)
-        file.write(b'],\n"categories":' + _json(self._categories()) + b"}\n")
+        file.write(b"]")
+        if not self._is_of_captions:  # where there are categories, pycocotools asks every annotation for its own
+            file.write(b',\n"categories":' + _json(self._categories()))
+        file.write(b"}\n")
 
     def write_results(self, index: ImageIndex, file: BinaryIO) -> None:
         """The bare list that `COCO.loadRes` takes; images the ground truth lacks are left out."""
@@ -95,7 +102,7 @@ class _Writer:
             yield f"{self._num_points} points were left out; --keypoints writes them as one-keypoint categories"
         if "query" in survey.tasks:
             yield "answers have no place in COCO; --format parquet or csv has them"
-        if self._is_mixed and "caption" in survey.tasks:
+        if "caption" in survey.tasks and not self._is_of_captions:
             yield "captions stand in each image's own `captions`, since readers of boxes take no other annotations"
         if self._num_unknown:
             first = printable(self._first_unknown)
@@ -104,7 +111,7 @@ class _Writer:
 
     def _image_entry(self, group: ImageGroup, image_id: Any) -> dict[str, Any]:
         entry = {"id": image_id, "width": group.width, "height": group.height, "file_name": group.name}
-        captions = group.captions() if self._is_mixed else []
+        captions = [] if self._is_of_captions else group.captions()
         return {**entry, "captions": captions} if captions else entry
 
     def _categories(self) -> list[dict[str, Any]]:
@@ -115,14 +122,14 @@ class _Writer:
     def _annotations(self, group: ImageGroup, image_id: Any) -> Iterator[Annotation]:
         """An image's annotations, without ids."""
         for box in group.boxes():
-            yield self._box(box, image_id, [flat(box.ring)], box.width * box.height)
+            yield self._box(box, image_id, [box.corners], box.width * box.height)
         for segment in group.segments():
             yield self._segment(segment, group, image_id)
         for point in group.points():
             self._num_points += 1
             if self._options.keypoints:
                 yield self._keypoint(point, image_id)
-        if not self._is_mixed:
+        if self._is_of_captions:
             for caption in group.captions():
                 yield {"image_id": image_id, "caption": caption}
 
@@ -167,4 +174,4 @@ def _as_result(annotation: Annotation, *, is_box: bool) -> Annotation:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()

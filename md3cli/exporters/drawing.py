@@ -67,10 +67,12 @@ class Canvas:
         left, top = round(box.x), round(box.y)
         right = max(left, min(round(box.x + box.width), self.image.width) - 1)
         bottom = max(top, min(round(box.y + box.height), self.image.height) - 1)
-        self.draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=casing, width=1)
-        inner = self.line_px
-        if right - left > 2 * inner + 2 and bottom - top > 2 * inner + 2:
-            self.draw.rectangle((left + inner, top + inner, right - inner, bottom - inner), outline=casing, width=1)
+        edge, inner = max(1, self.line_px // 2), self.line_px
+        outside = (left - edge, top - edge, right + edge, bottom + edge)
+        self.draw.rectangle(outside, outline=casing, width=edge)
+        if right - left > 2 * (inner + edge) and bottom - top > 2 * (inner + edge):
+            inside = (left + inner, top + inner, right - inner, bottom - inner)
+            self.draw.rectangle(inside, outline=casing, width=edge)
         self.draw.rectangle((left, top, right, bottom), outline=colour, width=inner)
 
     def mask(self, segment: PixelSegment, colour: Colour) -> None:
@@ -83,9 +85,10 @@ class Canvas:
 
     def dot(self, point: PixelPoint, colour: Colour) -> None:
         """A dot in a white and a black ring."""
-        radius = max(2.0, 2.2 * self.line_px)
-        for extra, ink in ((1.6, BLACK), (0.8, WHITE), (0.0, colour)):
-            self.draw.circle((point.x, point.y), radius + extra * max(1, self.line_px / 2), fill=ink)
+        ring = max(1, round(self.line_px / 2))
+        x, y, radius = round(point.x), round(point.y), 2 * self.line_px
+        for reach, ink in ((radius + 2 * ring, BLACK), (radius + ring, WHITE), (radius, colour)):
+            self.draw.ellipse((x - reach, y - reach, x + reach, y + reach), fill=ink)
 
     def label(self, text: str, x: float, y: float, below: float, colour: Colour) -> None:
         """`text` on a plate above `y`, or where that is taken at the next free place down to `below`."""

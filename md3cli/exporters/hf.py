@@ -19,8 +19,9 @@ from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.names import candidates, relative_name
 from md3cli.exporters.objects import flat
 from md3cli.exporters.options import ExportOptions, ExportReport
-from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures, missing_note
+from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures
 from md3cli.exporters.publishing import StagedFolder, staged_folder
+from md3cli.records import ImageItem
 
 METADATA = "metadata.jsonl"
 
@@ -29,8 +30,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """A folder that `datasets` loads; images whose picture cannot be read are left out."""
     pictures = Pictures(records, options)
     pictures.require_root("hf")
-    num_images = num_missing = 0
-    first_missing = ""
+    num_images = 0
     with (
         ImageIndex(records) as index,
         staged_folder(out, overwrite=options.overwrite, suffixes=PICTURE_SUFFIXES | {".jsonl"}) as folder,
@@ -40,19 +40,15 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         (folder.path / "train").mkdir()
         with (folder.path / "train" / METADATA).open("xb") as metadata:
             for group in index.images():
-                pictures.refuse_inside(out, group.name)
+                pictures.refuse_inside(out, group)
                 name = _add_picture(folder, group, pictures)
                 if name is None:
-                    num_missing += 1
-                    first_missing = first_missing or group.name
                     continue
                 row = {"file_name": str(name), **_columns(group, survey, classes)}
                 metadata.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
                 num_images += 1
-        notes = [*survey.notes()]
-        if num_missing:
-            notes.append(missing_note(num_missing, num_missing + num_images, first_missing, pictures.root))
-    return ExportReport("hf", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
+        notes = (*survey.notes(), *pictures.missing_note())
+    return ExportReport("hf", out, survey.num_records, num_images, survey.num_failures, notes)
 
 
 def _add_picture(folder: StagedFolder, group: ImageGroup, pictures: Pictures) -> PurePosixPath | None:
@@ -67,8 +63,9 @@ def _add_picture(folder: StagedFolder, group: ImageGroup, pictures: Pictures) ->
     with file:
         if not _linked(source, target):
             try:
-                file.write(pictures.read_bytes(source, group.name))
+                file.write(pictures.read_bytes(source))
             except ImageError:
+                pictures.note_unreadable(group.name)
                 target.unlink()
                 return None
     return relative.relative_to("train")
@@ -79,11 +76,13 @@ def _plain(name: PurePosixPath) -> PurePosixPath:
     return PurePosixPath(str(name).translate(str.maketrans("*?[]", "____")))
 
 
-def _linked(source: Path, target: Path) -> bool:
+def _linked(source: ImageItem, target: Path) -> bool:
     """Put a hard link in the place of the empty file `target`; False where that is not possible."""
+    if source.size is not None:
+        return False  # a member of a tar
     aside = target.with_name(f".{os.getpid()}.link")
     try:
-        os.link(os.path.realpath(source), aside)
+        os.link(os.path.realpath(source.path), aside)
         os.replace(aside, target)
     except OSError:
         aside.unlink(missing_ok=True)

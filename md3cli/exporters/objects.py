@@ -32,6 +32,13 @@ class PixelBox(NamedTuple):
         right, bottom = self.x + self.width, self.y + self.height
         return [(self.x, self.y), (right, self.y), (right, bottom), (self.x, bottom)]
 
+    @property
+    def corners(self) -> list[float]:
+        """`flat(ring)`, with a third of the rounding: there may be millions."""
+        left, top = round(self.x, 2), round(self.y, 2)
+        right, bottom = round(self.x + self.width, 2), round(self.y + self.height, 2)
+        return [left, top, right, top, right, bottom, left, bottom]
+
 
 class PixelSegment(NamedTuple):
     """A mask as closed rings in pixels (non-zero fill, as SVG draws them) and its box.

@@ -10,10 +10,16 @@ from pathlib import Path
 class ExportOptions:
     """Choices of one export; a format takes what concerns it and ignores the rest.
 
-    `root` is the folder the pictures' names are relative to (else run.json beside the records
-    says). `labels` gives the order of categories, the rest follows as first seen. `background` is
-    a colour transparent pictures are laid on in overlays. `url_prefix` goes before a picture's
-    name in Label Studio tasks. `beside` puts sidecar texts next to the pictures.
+    Attributes:
+        root: the folder (or tar) the pictures' names are relative to; None: run.json beside the
+            records says it.
+        is_confined: no picture outside `root` is opened, whatever the records say; to be switched
+            off only for records that this very process made.
+        labels: the order of categories; the rest follows as first seen.
+        url_prefix: what goes before a picture's name in Label Studio tasks.
+        beside: sidecar texts stand next to the pictures.
+        background: a colour that transparent pictures are laid on in overlays.
+        max_pixels, max_file_size: what is refused unread, as everywhere.
     """
 
     root: Path | None = None
@@ -26,6 +32,7 @@ class ExportOptions:
     url_prefix: str | None = None
     beside: bool = False
     background: str | None = None
+    is_confined: bool = True
     max_pixels: int = 2**28
     max_file_size: int = 2**30
 

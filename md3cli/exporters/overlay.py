@@ -17,7 +17,7 @@ from md3cli.exporters.drawing import draw_records
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.names import candidates, relative_name
 from md3cli.exporters.options import ExportOptions, ExportReport
-from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures, missing_note
+from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures
 from md3cli.exporters.publishing import StagedFolder, staged_folder
 
 JPEG_QUALITY = 90
@@ -28,35 +28,30 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """One picture for each image that has an answered record."""
     pictures = Pictures(records, options)
     pictures.require_root("overlay")
-    num_images = num_missing = 0
-    first_missing = ""
+    num_images = 0
     with (
         ImageIndex(records) as index,
         staged_folder(out, overwrite=options.overwrite, suffixes=PICTURE_SUFFIXES) as folder,
     ):
         for group in index.images():
-            pictures.refuse_inside(out, group.name)
+            pictures.refuse_inside(out, group)
             image = _drawn(group, pictures)
-            if image is None:
-                num_missing += 1
-                first_missing = first_missing or group.name
-                continue
-            _save(folder, group.name, image)
-            num_images += 1
+            if image is not None:
+                _save(folder, group.name, image)
+                num_images += 1
         survey = index.survey
-        notes = [*survey.notes()]
-        if num_missing:
-            notes.append(missing_note(num_missing, num_missing + num_images, first_missing, pictures.root))
-    return ExportReport("overlay", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
+        notes = (*survey.notes(), *pictures.missing_note())
+    return ExportReport("overlay", out, survey.num_records, num_images, survey.num_failures, notes)
 
 
 def _drawn(group: ImageGroup, pictures: Pictures) -> Image.Image | None:
-    path = pictures.find(group.name, group.name_b64)
-    if path is None:
+    item = pictures.find(group.name, group.name_b64)
+    if item is None:
         return None
     try:
-        image = pictures.read(path, group.name)
+        image = pictures.read(item)
     except ImageError:
+        pictures.note_unreadable(group.name)
         return None
     if image.size != (group.width, group.height):  # another file stands there now: boxes scale with it
         group = group._replace(width=image.width, height=image.height)

@@ -138,9 +138,9 @@ class _Rows:
         name = record.get("image")
         if name is None:
             return None
-        path = pictures.find(name, record.get("image_b64"))
+        item = pictures.find(name, record.get("image_b64"))
         try:
-            content = None if path is None else pictures.read_bytes(path, name)
+            content = None if item is None else pictures.read_bytes(item)
         except ImageError:
             content = None
         self.num_missing += content is None

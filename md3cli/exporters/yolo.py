@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
@@ -21,13 +20,14 @@ from md3cli.exporters.objects import Ring, joined_ring
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures
 from md3cli.exporters.publishing import StagedFolder, staged_folder
+from md3cli.records import ImageItem
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """A data set that `yolo train data=OUT/data.yaml` takes as it is, if the pictures are found."""
     pictures = Pictures(records, options)
     suffixes = frozenset({".txt", ".yaml"}) | (PICTURE_SUFFIXES if pictures.root else frozenset())
-    num_images = num_linked = num_points = 0
+    num_images = num_points = 0
     with (
         ImageIndex(records) as index,
         staged_folder(out, overwrite=options.overwrite, suffixes=suffixes) as folder,
@@ -37,17 +37,15 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         (folder.path / "images").mkdir()
         (folder.path / "labels").mkdir()
         for group in index.images():
-            pictures.refuse_inside(out, group.name)
+            pictures.refuse_inside(out, group)
             lines = _lines(group, classes, are_polygons="segment" in survey.tasks)
-            num_linked += _add_image(folder, group, lines, pictures)
+            _add_image(folder, group, lines, pictures)
             num_points += sum(1 for _ in group.points())
             num_images += 1
         (folder.path / "data.yaml").write_text(_data_yaml(list(classes)), encoding="utf-8")
     notes = [*survey.notes()]
-    if num_linked < num_images:
-        notes.append(
-            f"{num_images - num_linked} pictures were not found: put them under {out / 'images'}, or add --root DIR"
-        )
+    if pictures.num_missing:
+        notes.append(f"{pictures.num_missing} pictures were not found: add --root DIR, or put them under images/")
     if num_points:
         notes.append(f"{num_points} points were left out: YOLO has no place for them")
     return ExportReport("yolo", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
@@ -70,32 +68,35 @@ def _polygon_line(number: int, ring: Ring, width: int, height: int) -> str:
     return " ".join([str(number), *(f"{x / width:.6f} {y / height:.6f}" for x, y in ring)])
 
 
-def _add_image(folder: StagedFolder, group: ImageGroup, lines: Iterator[str], pictures: Pictures) -> bool:
-    """Write the label file and link the picture; False where the picture is not there."""
+def _add_image(folder: StagedFolder, group: ImageGroup, lines: Iterator[str], pictures: Pictures) -> None:
+    """Write the label file, and link the picture if it is there."""
     names = (PurePosixPath("labels") / name for name in candidates(group.name, ".txt"))
     file, label = folder.create(names)
     with file:
         file.write("".join(f"{line}\n" for line in lines).encode())
     picture = pictures.find(group.name, group.name_b64)
     if picture is None:
-        return False
+        return
     suffix = relative_name(group.name).suffix
     image = folder.path / "images" / label.relative_to("labels").with_suffix("").with_name(label.stem + suffix)
     image.parent.mkdir(parents=True, exist_ok=True)
-    _link(picture, image)
-    return True
+    _place(picture, image, pictures)
 
 
-def _link(picture: Path, image: Path) -> None:
-    """A hard link, else a symbolic one: trainers look for labels beside the name, not its target."""
-    with suppress(OSError):  # another file system, or one without hard links
-        os.link(os.path.realpath(picture), image)
+def _place(picture: ImageItem, image: Path, pictures: Pictures) -> None:
+    """A hard link, else a symbolic one: trainers look for labels beside the name, not its target. A tar's is copied."""
+    if picture.size is not None:
+        image.write_bytes(pictures.read_bytes(picture))
         return
-    image.symlink_to(os.path.realpath(picture))
+    source = os.path.realpath(picture.path)
+    try:
+        os.link(source, image)
+    except OSError:  # another file system, or one without hard links
+        image.symlink_to(source)
 
 
 def _data_yaml(labels: list[str]) -> str:
-    head = "path: .\ntrain: images\nval: images\nnames:\n"
+    head = 'path: ""  # the folder of this file\n' "train: images\nval: images\nnames:\n"
     return head + "".join(f"  {number}: {_yaml_string(label)}\n" for number, label in enumerate(labels))
 
 

@@ -1,0 +1,100 @@
+"""Finished runs to export: pictures with every kind of awkward name, and their records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from md3cli.exporters import ExportOptions, ExportReport, export_records
+
+Record = dict[str, Any]
+
+WIDTH, HEIGHT = 120, 80
+NAMES = (
+    "a/photo.jpg",
+    "b/photo.jpg",  # equal base names in two folders
+    "a/photo.png",  # equal stems in one
+    "train/station.jpg",
+    "test_a.jpg",
+    "übung/日本語 ☃.png",
+    "empty.png",  # nothing found on it
+    "line\nbreak.png",
+    "n" * 251 + ".png",  # 255 bytes
+)
+CAR = {"label": "car", "x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75, "score": 0.9}
+DOG = {"label": "dog", "x_min": 0.5, "y_min": 0.1, "x_max": 1.2, "y_max": 0.6, "score": 0.4}  # leaves the image
+
+
+def record(image: str | None, task: str, prompt: str | None = None, **fields: Any) -> Record:
+    """An answered record; `fields` are its result keys, or replace others."""
+    facts = {} if image is None else {"width": WIDTH, "height": HEIGHT, "sha256": "00"}
+    return {
+        "schema": "md3/1",
+        "id": f"{task}-{prompt}-{image}",
+        "image": image,
+        "task": task,
+        "prompt": prompt,
+        "finish_reason": "stop",
+        "tokens": {"prompt": 738, "output": 31},
+        "model": "tiny@1",
+        "meta": {},
+        "error": None,
+        **facts,
+        **fields,
+    }
+
+
+def failure(image: str, task: str, prompt: str) -> Record:
+    """A failed record: no result, no size."""
+    failed = record(image, task, prompt, error={"type": "decode", "message": "truncated", "retry": False})
+    return {key: value for key, value in failed.items() if key not in ("width", "height", "finish_reason", "tokens")}
+
+
+def write_records(path: Path, records: Iterable[Record]) -> Path:
+    """`records` as a records file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in records), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run on disk: `records.jsonl` and `run.json` in `folder`, pictures under `root`."""
+
+    folder: Path
+    root: Path
+
+    @property
+    def records(self) -> Path:
+        return self.folder / "records.jsonl"
+
+    def write(self, records: Iterable[Record]) -> Path:
+        return write_records(self.records, records)
+
+    def export(self, format: str, out: str, **options: Any) -> tuple[ExportReport, Path]:
+        """Export the run's records to `out` in its folder."""
+        target = self.folder / out
+        return export_records(self.records, format, target, ExportOptions(**options)), target
+
+
+def draw_pictures(root: Path, names: Iterable[str] = NAMES) -> None:
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (WIDTH, HEIGHT), (40 * number % 256, 120, 200)).save(path)
+
+
+def detect_records(names: Iterable[str] = NAMES) -> list[Record]:
+    """`md3 detect` asked for dog and car, in this order; one image failed, one has no object."""
+    records = []
+    for name in names:
+        is_empty = name.startswith("empty")
+        records.append(record(name, "detect", "dog", objects=[] if is_empty else [DOG]))
+        records.append(record(name, "detect", "car", objects=[] if is_empty else [CAR]))
+    broken = [failure("broken.jpg", "detect", prompt) for prompt in ("dog", "car")]
+    return [*broken, *records]

@@ -1,0 +1,245 @@
+"""COCO read back by pycocotools, faster-coco-eval, supervision and labelformat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import supervision as sv
+from finished_runs import CAR, DOG, HEIGHT, NAMES, WIDTH, Record, Run, detect_records, record
+from labelformat.formats.coco import COCOObjectDetectionInput
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from md3cli.errors import ExportError, InputError, UsageError
+
+DONUT = "M 0 0 L 1 0 L 1 1 L 0 1 Z M 0.25 0.25 L 0.25 0.75 L 0.75 0.75 L 0.75 0.25 Z"  # the inner ring turns back
+TRIANGLE = "M 0 0 L 1 0 L 0 1 Z"
+CAR_BOX = {key: CAR[key] for key in ("x_min", "y_min", "x_max", "y_max")}
+
+
+def read(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(path.read_bytes())
+    return document
+
+
+def segment(name: str, path: str, label: str = "car") -> Record:
+    return record(name, "segment", label, segments=[{"label": label, "svg_path": path, "bbox": CAR_BOX, "score": 0.7}])
+
+
+def test_pycocotools_loads_every_answered_image_and_box(detect_run: Run) -> None:
+    report, out = detect_run.export("coco", "out.json")
+    coco = COCO(str(out))
+    assert [coco.imgs[key]["file_name"] for key in sorted(coco.imgs)] == list(NAMES)
+    assert len(coco.anns) == 2 * (len(NAMES) - 1)
+    assert coco.getAnnIds(imgIds=[NAMES.index("empty.png") + 1]) == []
+    assert (report.num_images, report.num_failures) == (len(NAMES), 2)
+
+
+def test_ids_count_from_one_and_categories_keep_the_order_asked(detect_run: Run) -> None:
+    _, out = detect_run.export("coco", "out.json")
+    document = read(out)
+    assert [category["name"] for category in document["categories"]] == ["dog", "car"]  # although both failed first
+    for key in ("images", "annotations", "categories"):
+        assert [entry["id"] for entry in document[key]] == list(range(1, len(document[key]) + 1))
+
+
+def test_labels_option_gives_the_order(detect_run: Run) -> None:
+    _, out = detect_run.export("coco", "out.json", labels=("car", "bird"))
+    assert [category["name"] for category in read(out)["categories"]] == ["car", "bird", "dog"]
+
+
+def test_boxes_are_clamped_pixels_with_scores(detect_run: Run) -> None:
+    _, out = detect_run.export("coco", "out.json")
+    dog, car = read(out)["annotations"][:2]
+    assert dog["bbox"] == [60.0, 8.0, 60.0, 40.0]  # x_max 1.2 is cut at the border
+    assert (dog["area"], dog["iscrowd"], dog["score"]) == (2400.0, 0, 0.4)
+    assert car["bbox"] == [12.0, 20.0, 48.0, 40.0]
+    mask = COCO(str(out)).annToMask(car)
+    assert mask.sum() == 48 * 40
+
+
+def test_boxes_without_extent_are_dropped(run: Run) -> None:
+    outside = {**CAR, "x_min": 1.1, "x_max": 1.3}
+    flat = {**CAR, "y_max": CAR["y_min"]}
+    run.write([record("empty.png", "detect", "car", objects=[outside, flat])])
+    _, out = run.export("coco", "out.json")
+    assert read(out)["annotations"] == []
+    assert len(read(out)["images"]) == 1
+
+
+def test_scattered_records_of_one_image_are_merged(run: Run) -> None:
+    records = detect_records()
+    run.write([*records[::2], *reversed(records[1::2])])
+    _, out = run.export("coco", "out.json")
+    document = read(out)
+    assert len({image["file_name"] for image in document["images"]}) == len(document["images"]) == len(NAMES)
+    assert len(document["annotations"]) == 2 * (len(NAMES) - 1)
+
+
+def evaluate(truth: Path, results: Path, kind: str) -> float:
+    coco = COCO(str(truth))
+    scoring = COCOeval(coco, coco.loadRes(str(results)), kind)
+    scoring.evaluate()
+    scoring.accumulate()
+    scoring.summarize()
+    return float(scoring.stats[0])
+
+
+def test_perfect_boxes_score_one(detect_run: Run) -> None:
+    from faster_coco_eval import COCO as FastCOCO
+    from faster_coco_eval import COCOeval_faster
+
+    _, truth = detect_run.export("coco", "gt.json")
+    _, results = detect_run.export("coco", "results.json", coco_results=True, coco_ids_from=truth)
+    assert evaluate(truth, results, "bbox") == pytest.approx(1.0)
+    fast = FastCOCO(str(truth))
+    scoring = COCOeval_faster(fast, fast.loadRes(str(results)), "bbox")
+    scoring.evaluate()
+    scoring.accumulate()
+    scoring.summarize()
+    assert scoring.stats[0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("path", [TRIANGLE, DONUT])
+def test_perfect_masks_score_one(run: Run, path: str) -> None:
+    run.write([segment("empty.png", path)])
+    _, truth = run.export("coco", "gt.json")
+    _, results = run.export("coco", "results.json", coco_results=True)
+    assert evaluate(truth, results, "segm") == pytest.approx(1.0)
+
+
+def test_a_hole_becomes_run_lengths_and_a_plain_path_polygons(run: Run) -> None:
+    run.write([segment("empty.png", DONUT, "ring"), segment("test_a.jpg", TRIANGLE)])
+    _, out = run.export("coco", "out.json")
+    ring, triangle = read(out)["annotations"]
+    assert isinstance(ring["segmentation"], dict)
+    assert triangle["segmentation"] == [[12.0, 20.0, 60.0, 20.0, 12.0, 60.0]]
+    mask = COCO(str(out)).annToMask(ring).astype(bool)
+    expected = np.zeros((HEIGHT, WIDTH), bool)
+    expected[20:60, 12:60] = True
+    expected[30:50, 24:48] = False
+    assert (mask != expected).sum() <= 2 * (24 + 20)  # the hole's border pixels may go either way
+    assert ring["area"] == pytest.approx(mask.sum())
+    assert triangle["area"] == pytest.approx(48 * 40 / 2)
+
+
+def test_an_invalid_path_keeps_its_box(run: Run) -> None:
+    run.write([segment("empty.png", "")])
+    _, out = run.export("coco", "out.json")
+    (annotation,) = read(out)["annotations"]
+    assert annotation["segmentation"] == [[12.0, 20.0, 60.0, 20.0, 60.0, 60.0, 12.0, 60.0]]
+
+
+def test_results_are_a_bare_list_without_rectangles(detect_run: Run) -> None:
+    _, out = detect_run.export("coco", "out.json", coco_results=True)
+    results = json.loads(out.read_bytes())
+    assert results[0] == {"image_id": 1, "category_id": 1, "bbox": [60.0, 8.0, 60.0, 40.0], "score": 0.4}
+
+
+def test_ids_of_another_file_are_used_by_name(detect_run: Run) -> None:
+    truth = detect_run.folder / "gt.json"
+    images = [{"id": 700 + n, "file_name": name, "width": 1, "height": 1} for n, name in enumerate(NAMES[:3])]
+    truth.write_text(json.dumps({"images": images, "categories": [{"id": 18, "name": "car"}], "annotations": []}))
+    _, out = detect_run.export("coco", "out.json", coco_ids_from=truth)
+    document = read(out)
+    assert [image["id"] for image in document["images"][:4]] == [700, 701, 702, 703]
+    assert {category["name"]: category["id"] for category in document["categories"]} == {"car": 18, "dog": 19}
+    report, out = detect_run.export("coco", "results.json", coco_ids_from=truth, coco_results=True)
+    assert {result["image_id"] for result in json.loads(out.read_bytes())} == {700, 701, 702}
+    assert any(f"{len(NAMES) - 3} images are not in" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("text", "error"), [("{}", ExportError), ("[1]", ExportError), ("{", InputError)])
+def test_a_wrong_ground_truth_is_refused(detect_run: Run, text: str, error: type[Exception]) -> None:
+    truth = detect_run.folder / "gt.json"
+    truth.write_text(text)
+    with pytest.raises(error, match=r"gt\.json"):
+        detect_run.export("coco", "out.json", coco_ids_from=truth)
+
+
+def test_captions_alone_are_caption_annotations(run: Run) -> None:
+    run.write([record(name, "caption", length="long", caption=f"a {name}") for name in NAMES])
+    _, out = run.export("coco", "out.json")
+    coco = COCO(str(out))
+    assert coco.anns[2] == {"id": 2, "image_id": 2, "caption": "a b/photo.jpg"}
+    _, results = run.export("coco", "results.json", coco_results=True)
+    assert len(coco.loadRes(str(results)).anns) == len(NAMES)
+
+
+def test_captions_beside_boxes_do_not_disturb_readers_of_boxes(detect_run: Run) -> None:
+    detect_run.write([*detect_records(), record(NAMES[0], "caption", length="long", caption="a car")])
+    _, out = detect_run.export("coco", "out.json")
+    assert all("bbox" in annotation for annotation in read(out)["annotations"])
+    assert read(out)["images"][0]["captions"] == ["a car"]
+
+
+def test_points_are_keypoints_on_request_only(run: Run) -> None:
+    nose = {"label": "nose", "x": 0.5, "y": 0.25, "score": 0.8}
+    run.write([record("empty.png", "point", "nose", points=[nose])])
+    report, out = run.export("coco", "plain.json")
+    assert read(out)["annotations"] == []
+    assert "--keypoints" in report.notes[0]
+    _, out = run.export("coco", "keypoints.json", keypoints=True)
+    coco = COCO(str(out))
+    assert coco.cats[1]["keypoints"] == ["nose"]
+    assert (coco.anns[1]["keypoints"], coco.anns[1]["num_keypoints"]) == ([60.0, 20.0, 2], 1)
+
+
+def test_supervision_reads_images_and_classes(detect_run: Run) -> None:
+    _, out = detect_run.export("coco", "out.json")
+    dataset = sv.DetectionDataset.from_coco(str(detect_run.root), str(out))
+    assert dataset.classes == ["dog", "car"]
+    assert len(dataset) == len(NAMES)
+    _, image, detections = next(iter(dataset))
+    assert image.shape == (HEIGHT, WIDTH, 3)
+    assert detections.xyxy.tolist() == [[60, 8, 120, 48], [12, 20, 60, 60]]
+
+
+def test_labelformat_reads_scores(detect_run: Run) -> None:
+    _, out = detect_run.export("coco", "out.json")
+    labels = list(COCOObjectDetectionInput(out).get_labels())
+    assert [len(label.objects) for label in labels].count(0) == 1
+    assert [(found.category.name, found.confidence) for found in labels[0].objects] == [("dog", 0.4), ("car", 0.9)]
+
+
+def test_no_records_give_an_empty_document(run: Run) -> None:
+    run.write([])
+    _, out = run.export("coco", "out.json")
+    assert COCO(str(out)).imgs == {}
+
+
+def test_the_same_records_give_the_same_bytes(detect_run: Run) -> None:
+    _, first = detect_run.export("coco", "first.json")
+    _, second = detect_run.export("coco", "second.json")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_what_stands_there_is_replaced_only_when_told(detect_run: Run) -> None:
+    (detect_run.folder / "out.json").write_text("mine")
+    with pytest.raises(UsageError, match="--overwrite"):
+        detect_run.export("coco", "out.json")
+    assert (detect_run.folder / "out.json").read_text() == "mine"
+    _, out = detect_run.export("coco", "out.json", overwrite=True)
+    assert read(out)["images"]
+
+
+def test_the_records_themselves_are_never_replaced(detect_run: Run) -> None:
+    before = detect_run.records.read_bytes()
+    with pytest.raises(UsageError, match="records file itself"):
+        detect_run.export("coco", "records.jsonl", overwrite=True)
+    assert detect_run.records.read_bytes() == before
+
+
+def test_text_only_answers_are_counted_out(detect_run: Run) -> None:
+    detect_run.write([*detect_records(), record(None, "query", "Why?", answer="because")])
+    report, _ = detect_run.export("coco", "out.json")
+    assert any("without an image" in note for note in report.notes)
+
+
+def test_unclamped_records_are_left_as_they_are(detect_run: Run) -> None:
+    detect_run.export("coco", "out.json")
+    assert json.loads(detect_run.records.read_bytes().splitlines()[2])["objects"] == [DOG]

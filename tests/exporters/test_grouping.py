@@ -1,0 +1,116 @@
+"""Records by image: every record once, whatever their order, in bounded memory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from finished_runs import failure, record, write_records
+from hypothesis import given
+from hypothesis import strategies as st
+
+from md3cli.errors import InputError
+from md3cli.exporters.grouping import ImageIndex
+from md3cli.exporters.reading import read_records
+
+
+def groups(path: Path) -> list[tuple[str, list[str]]]:
+    with ImageIndex(path) as index:
+        return [(group.name, [line["id"] for line in group.records]) for group in index.images()]
+
+
+@given(names=st.lists(st.sampled_from(["a", "b", "c", "d/é.png"]), max_size=30))
+def test_every_record_is_in_its_images_group_in_order(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
+    path = tmp_path_factory.mktemp("grouping") / "records.jsonl"
+    lines = [record(name, "caption", id=str(number), caption="x") for number, name in enumerate(names)]
+    write_records(path, lines)
+    expected = {name: [line["id"] for line in lines if line["image"] == name] for name in dict.fromkeys(names)}
+    assert groups(path) == list(expected.items())
+
+
+def test_failures_and_text_only_queries_make_no_image(tmp_path: Path) -> None:
+    lines = [
+        failure("broken.jpg", "detect", "car"),
+        record("half.jpg", "caption", id="1", caption="x"),
+        failure("half.jpg", "detect", "car"),
+        record(None, "query", "Why?", answer="because"),
+    ]
+    path = write_records(tmp_path / "records.jsonl", lines)
+    assert groups(path) == [("half.jpg", ["1"])]
+    with ImageIndex(path) as index:
+        assert (index.survey.num_records, index.survey.num_failures, index.survey.num_without_image) == (4, 2, 1)
+
+
+def test_names_that_only_look_equal_are_told_apart(tmp_path: Path) -> None:
+    lines = [
+        record("\\xff.png", "caption", id="1", image_b64="/y5wbmc=", caption="x"),
+        record("\\xff.png", "caption", id="2", caption="x"),
+    ]
+    assert groups(write_records(tmp_path / "records.jsonl", lines)) == [("\\xff.png", ["1"]), ("\\xff.png", ["2"])]
+
+
+def test_a_torn_tail_is_left_out(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "records.jsonl", [record("a", "caption", id="1", caption="é")])
+    whole = path.read_bytes()
+    for length in range(1, len(whole) - 1):
+        path.write_bytes(whole + whole[:length])
+        assert groups(path) == [("a", ["1"])]
+
+
+def test_a_last_line_without_newline_counts_if_it_is_whole(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "records.jsonl", [record("a", "caption", id="1", caption="x")])
+    path.write_bytes(path.read_bytes() * 2)
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    assert groups(path) == [("a", ["1", "1"])]
+
+
+@pytest.mark.parametrize("line", [b"{broken\n", b"[1]\n", b'{"image":"a"}\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n"])
+def test_a_broken_line_is_named(tmp_path: Path, line: bytes) -> None:
+    path = write_records(tmp_path / "records.jsonl", [record("a", "caption", caption="x")])
+    path.write_bytes(path.read_bytes() + line + path.read_bytes())
+    with pytest.raises(InputError, match="line 2"):
+        list(read_records(path))
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(json.dumps(record("a", "caption", caption="x\ud800y 😀")) + "\n")
+    assert [line["caption"] for line in read_records(path)] == ["x?y 😀"]
+
+
+def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing"):
+        ImageIndex(tmp_path / "nothing.jsonl")
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from md3cli.exporters import ExportOptions, export_records
+export_records(Path(sys.argv[1]), "coco", Path(sys.argv[2]), ExportOptions())
+assert "torch" not in sys.modules and "pyarrow" not in sys.modules
+print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
+"""
+
+
+def peak_mib(folder: Path, num_images: int) -> int:
+    """Peak memory of a COCO export of scattered records, two for each image."""
+    template = record("IMAGE", "detect", "car", objects=[{"label": "car", "x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}])
+    line = json.dumps(template)
+    path = folder / f"{num_images}.jsonl"
+    with path.open("w") as file:
+        for number in itertools.chain(range(num_images), range(num_images)):
+            file.write(line.replace("IMAGE", f"folder/{number:09d}.jpg") + "\n")
+    out = folder / f"{num_images}.json"
+    done = subprocess.run([sys.executable, "-c", MEASURE, path, out], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def test_memory_does_not_grow_with_the_records(tmp_path: Path) -> None:
+    small, large = peak_mib(tmp_path, 500), peak_mib(tmp_path, 10_000)
+    assert large < small + 12
+    assert large < 120
