@@ -13,7 +13,7 @@ from md3cli.file_cache import CacheInfo, FileCache
 from md3cli.records import printable
 from md3cli.settings import user_cache_dir
 
-cache_app = typer.Typer(
+app = typer.Typer(
     help="The encoding cache: image embeddings kept on disk, so that other prompts to the same pictures are cheap.",
     no_args_is_help=True,
 )
@@ -22,7 +22,7 @@ CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Folder of th
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of a line of text.")]
 
 
-@cache_app.command("info")
+@app.command("info")
 def info(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
     """Where the cache is and how much it holds.
 
@@ -31,7 +31,7 @@ def info(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
     _tell("holds", _open(cache_dir).info(), as_json)
 
 
-@cache_app.command("prune")
+@app.command("prune")
 def prune(
     size: Annotated[int, typer.Option(parser=parse_bytes, metavar="SIZE", help="Keep about this much: 5G, 500M.")],
     cache_dir: CacheDir = None,
@@ -44,7 +44,7 @@ def prune(
     _tell("removed", _open(cache_dir).prune(size), as_json)
 
 
-@cache_app.command("clear")
+@app.command("clear")
 def clear(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
     """Remove everything.
 

@@ -6,7 +6,6 @@ temperature is 0 (the original's 0.5), so that the same picture gives the same l
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,13 +16,22 @@ from PIL import Image
 
 from md3cli.config import ModelOptions
 from md3cli.errors import ImageError, RequestError
-from md3cli.images import ImageLimits, PreparedImage, cut_crops, prepare_image
+from md3cli.images import ImageLimits, PreparedImage, prepare_image
+from md3cli.model.asking import (
+    Asked,
+    ImageLike,
+    SpatialRefs,
+    prepare_pil,
+    read_refs,
+    read_request,
+    read_settings,
+    result_of,
+)
 from md3cli.model.engine import Engine
 from md3cli.model.load import load_engine
 from md3cli.model.streaming import TextStream
 from md3cli.model.tasks import Answer, EncodedImage, Job, Sequence
 from md3cli.records import (
-    CAPTION_LENGTHS,
     ImageFacts,
     ImageItem,
     RecordDict,
@@ -34,10 +42,6 @@ from md3cli.records import (
     make_record,
     request_id,
 )
-
-ImageLike = Image.Image | EncodedImage | str | Path
-SpatialRefs = Iterable[Iterable[float]]
-SETTINGS = ("temperature", "top_p", "max_tokens", "max_objects", "seed")
 
 
 class Moondream:
@@ -86,7 +90,7 @@ class Moondream:
 
     def encode_image(self, image: ImageLike, settings: Mapping[str, Any] | None = None) -> EncodedImage:
         """Encode once, ask often: the result can be given wherever an image can."""
-        _read_settings(settings)
+        read_settings(settings)
         prepared = self._prepare(image)
         if isinstance(prepared, EncodedImage):
             return prepared
@@ -102,7 +106,7 @@ class Moondream:
         settings: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """`{"caption": text}`; with `stream` the text is a generator of pieces."""
-        request = Request(Task.CAPTION, length=length, **_read_settings(settings))
+        request = Request(Task.CAPTION, length=length, **read_settings(settings))
         return self._text(image, request, "caption", stream)
 
     def query(
@@ -115,13 +119,13 @@ class Moondream:
         settings: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """`{"answer": text}`, and with `reasoning` `"reasoning": {"text", "grounding", …}`; no image is text only."""
-        refs = _read_refs(spatial_refs)
-        request = Request(Task.QUERY, question, reasoning=reasoning, spatial_refs=refs, **_read_settings(settings))
+        refs = read_refs(spatial_refs)
+        request = Request(Task.QUERY, question, reasoning=reasoning, spatial_refs=refs, **read_settings(settings))
         return self._text(image, request, "answer", stream)
 
     def detect(self, image: ImageLike, object: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """`{"objects": [{"x_min", "y_min", "x_max", "y_max", …}]}`, 0-1 of the picture, unclamped."""
-        return self._answer(image, Request(Task.DETECT, object, **_read_settings(settings)))
+        return self._answer(image, Request(Task.DETECT, object, **read_settings(settings)))
 
     def point(
         self,
@@ -131,8 +135,8 @@ class Moondream:
         spatial_refs: SpatialRefs | None = None,
     ) -> dict[str, Any]:
         """`{"points": [{"x", "y", …}]}`."""
-        refs = _read_refs(spatial_refs)
-        return self._answer(image, Request(Task.POINT, object, spatial_refs=refs, **_read_settings(settings)))
+        refs = read_refs(spatial_refs)
+        return self._answer(image, Request(Task.POINT, object, spatial_refs=refs, **read_settings(settings)))
 
     def segment(
         self,
@@ -142,8 +146,8 @@ class Moondream:
         spatial_refs: SpatialRefs | None = None,
     ) -> dict[str, Any]:
         """`{"segments": [{"svg_path", "bbox", …}]}`; the path is in units of its box."""
-        refs = _read_refs(spatial_refs)
-        return self._answer(image, Request(Task.SEGMENT, object, spatial_refs=refs, **_read_settings(settings)))
+        refs = read_refs(spatial_refs)
+        return self._answer(image, Request(Task.SEGMENT, object, spatial_refs=refs, **read_settings(settings)))
 
     def annotate(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[RecordDict]:
         """Records for many requests, batched, in the order of the requests.
@@ -152,7 +156,7 @@ class Moondream:
         optionally `length`, `reasoning`, `spatial_refs`, the settings, `name` (what the record calls
         the picture) and `meta`. A request that fails becomes an error record.
         """
-        asked: dict[int, _Asked] = {}
+        asked: dict[int, Asked] = {}
         order: deque[int] = deque()
         repeats: Counter[str] = Counter()
         for answer in self.engine.run(self._jobs(requests, asked, order)):
@@ -170,7 +174,7 @@ class Moondream:
         if isinstance(image, EncodedImage):
             return image
         if isinstance(image, Image.Image):
-            return prepare_pil(image, self.engine)
+            return prepare_pil(image, self.engine.crop_config)
         item = ImageItem(str(image), str(image))
         background = self.engine.identity.background
         return prepare_image(item, self.engine.crop_config, ImageLimits(), None if background == "none" else background)
@@ -178,7 +182,7 @@ class Moondream:
     def _answer(self, image: ImageLike | None, request: Request) -> dict[str, Any]:
         job = self._job(image, request)
         self.engine.add(job)
-        return _result(self._finish(job.key))
+        return result_of(self._finish(job.key))
 
     def _job(self, image: ImageLike | None, request: Request) -> Job:
         return Job(next(self._keys), None if image is None else self._prepare(image), request)
@@ -200,7 +204,7 @@ class Moondream:
         """Run until the answer begins, then hand out a generator for the rest."""
         sequence = self.engine.add(job)
         if sequence is None:
-            return _result(self._finish(job.key))  # raises: what is not taken in has failed
+            return result_of(self._finish(job.key))  # raises: what is not taken in has failed
         while job.key not in self._answers and not sequence.answer.token_ids:
             self._step()
         result: dict[str, Any] = {key: self._pieces(job.key, sequence)}
@@ -218,21 +222,19 @@ class Moondream:
             num_shown = max(num_shown, len(ids))  # a row that was started again says the same once more
             if not is_done:
                 self._step()
-        _result(self._answers.pop(key))
+        result_of(self._answers.pop(key))
         if piece := text.finish():
             yield piece
 
     # -- many requests ----------------------------------------------------------------------------
 
-    def _jobs(
-        self, requests: Iterable[Mapping[str, Any]], asked: dict[int, _Asked], order: deque[int]
-    ) -> Iterator[Job]:
+    def _jobs(self, requests: Iterable[Mapping[str, Any]], asked: dict[int, Asked], order: deque[int]) -> Iterator[Job]:
         for row in requests:
-            entry, key = _Asked(row), next(self._keys)
+            entry, key = Asked(row), next(self._keys)
             asked[key] = entry
             order.append(key)
             try:
-                entry.request = _read_request(row)
+                entry.request = read_request(row)
                 given = row.get("image")
                 image = None if given is None else self._prepare(given)
             except (RequestError, ImageError) as error:
@@ -243,13 +245,13 @@ class Moondream:
             yield Job(key, image, entry.request)
 
     def _finished_records(
-        self, asked: dict[int, _Asked], order: deque[int], repeats: Counter[str]
+        self, asked: dict[int, Asked], order: deque[int], repeats: Counter[str]
     ) -> Iterator[RecordDict]:
         while order and order[0] in self._answers:
             key = order.popleft()
             yield self._record(asked.pop(key), self._answers.pop(key), repeats)
 
-    def _record(self, asked: _Asked, answer: Answer, repeats: Counter[str]) -> RecordDict:
+    def _record(self, asked: Asked, answer: Answer, repeats: Counter[str]) -> RecordDict:
         run = self.engine.identity
         name = asked.item.name if asked.item is not None else None
         first_id = request_id(name, asked.request, run)
@@ -272,74 +274,3 @@ class Moondream:
             output_tokens=answer.output_tokens,
             meta=asked.meta,
         )
-
-
-class _Asked:
-    """What a record needs of its request, kept while the request is in flight."""
-
-    def __init__(self, row: Mapping[str, Any]) -> None:
-        image = row.get("image")
-        name = row.get("name") or (str(image) if isinstance(image, (str, Path)) else "")
-        self.item = None if image is None else ImageItem(name, str(image) if isinstance(image, (str, Path)) else "")
-        self.meta: Mapping[str, Any] = row.get("meta") or {}
-        self.request = Request(Task.QUERY)
-        self.facts: ImageFacts | None = None
-
-
-def prepare_pil(image: Image.Image, engine: Engine) -> PreparedImage:
-    """A picture in memory, as it is; its digest is of the pixels."""
-    rgb = image.convert("RGB")
-    crops = cut_crops(rgb, engine.crop_config)
-    digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
-    return PreparedImage(crops.pixels, crops.tiling, rgb.width, rgb.height, digest)
-
-
-def _result(answer: Answer) -> dict[str, Any]:
-    if answer.failure is not None:
-        raise RequestError(answer.failure.message, answer.failure.type)
-    assert answer.result is not None
-    return answer.result
-
-
-def _read_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Settings as `Request` fields.
-
-    Raises:
-        RequestError: an unknown name or a value out of range.
-    """
-    given = {name: value for name, value in (settings or {}).items() if value is not None}
-    unknown = [name for name in given if name not in SETTINGS]
-    if unknown:
-        raise RequestError(f"settings: unknown {', '.join(unknown)}; known are {', '.join(SETTINGS)}")
-    for name in ("max_tokens", "max_objects"):
-        if name in given and (isinstance(given[name], bool) or not isinstance(given[name], int) or given[name] < 1):
-            raise RequestError(f"settings: {name} is {given[name]!r}, expected a whole number from 1")
-    if "temperature" in given and not 0 <= given["temperature"] < float("inf"):
-        raise RequestError(f"settings: temperature is {given['temperature']!r}, expected 0 or more")
-    if "top_p" in given and not 0 < given["top_p"] <= 1:
-        raise RequestError(f"settings: top_p is {given['top_p']!r}, expected more than 0 and at most 1")
-    return given
-
-
-def _read_refs(refs: SpatialRefs | None) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(ref) for ref in refs or ())
-
-
-def _read_request(row: Mapping[str, Any]) -> Request:
-    """A request mapping of `annotate` as a `Request`."""
-    try:
-        task = Task(row.get("task", ""))
-    except ValueError as error:
-        raise RequestError(f"task is {row.get('task')!r}, expected one of {', '.join(Task)}") from error
-    length = row.get("length", "normal")
-    if length not in CAPTION_LENGTHS:
-        raise RequestError(f"length is {length!r}, expected one of {', '.join(CAPTION_LENGTHS)}")
-    settings = {name: row[name] for name in SETTINGS if name in row}
-    return Request(
-        task,
-        row.get("prompt"),
-        length=length,
-        reasoning=bool(row.get("reasoning", True)),
-        spatial_refs=_read_refs(row.get("spatial_refs")),
-        **_read_settings(settings),
-    )

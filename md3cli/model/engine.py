@@ -21,15 +21,15 @@ from torch import Tensor
 
 from md3cli.errors import EngineError, RequestError
 from md3cli.images import CropConfig, PreparedImage
-from md3cli.model.decoding import Event, Mode, Rows, Step, advance, idle_rows
+from md3cli.model.decoding import Event, Step, advance, idle_rows
 from md3cli.model.encoder import ImageEncoder
-from md3cli.model.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore, round_up
+from md3cli.model.forward import decode_step, new_rows, prefill_prefixes, prefill_prompts
+from md3cli.model.kv_cache import KVCache, round_up
 from md3cli.model.memory import is_out_of_memory
 from md3cli.model.moondream import Moondream3
-from md3cli.model.plain import prompt_embeddings
 from md3cli.model.prompts import Prompts, Tokenizer
 from md3cli.model.tasks import Answer, Job, Sequence, build_answer
-from md3cli.records import RowFailure, RunIdentity, Task
+from md3cli.records import RowFailure, RunIdentity
 
 ATTEND_STEP = 32  # decode attends over a multiple of this many positions, so that shapes repeat
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384, "mps": 4096}  # of one prefill pass, padding included
@@ -262,17 +262,11 @@ class Engine:
     def _prefill_prefixes(self, to_prefill: Seq[tuple[int, str]]) -> None:
         """Run the prefixes of new pictures into their slots."""
         started = time.perf_counter()
-        prefix_len = self.config.prefix_len
-        images_per_pass = max(1, self.prefill_tokens // prefix_len)
+        images_per_pass = max(1, self.prefill_tokens // self.config.prefix_len)
         for first in range(0, len(to_prefill), images_per_pass):
             group = to_prefill[first : first + images_per_pass]
-            slots = torch.tensor([slot for slot, _ in group], device=self.model.device)
-            embeddings_BPD = torch.stack([self._embeddings[key] for _, key in group])
-            position = torch.arange(prefix_len, device=self.model.device).expand(len(group), -1)
-            # The prefix attends to all of itself: no mask.
-            self.model.text(
-                self.model.prefix_embeddings(embeddings_BPD), position, None, PrefixStore(self.cache, slots)
-            )
+            embeddings = torch.stack([self._embeddings[key] for _, key in group])
+            prefill_prefixes(self.model, self.cache, [slot for slot, _ in group], embeddings)
         still_wanted = {sequence.image_key for sequence in self._waiting}
         self._embeddings = {key: e for key, e in self._embeddings.items() if key in still_wanted}
         self.stats.num_prefixes += len(to_prefill)
@@ -293,28 +287,13 @@ class Engine:
         self.stats.prompt_seconds += time.perf_counter() - started
 
     def _prefill_group(self, batch: Seq[Sequence], slots: Seq[int]) -> None:
-        device = self.model.device
-        lengths = [len(sequence.prompt.ids) for sequence in batch]
-        starts = [self.config.prefix_len if sequence.job.image is not None else 0 for sequence in batch]
-        width = max(lengths)
-        x_BTD = torch.zeros(len(batch), width, self.config.text.dim, dtype=self.model.dtype, device=device)
-        for row, sequence in enumerate(batch):
-            x_BTD[row, : lengths[row]] = prompt_embeddings(self.model, sequence.prompt)
-        # Padding behind a short prompt is overwritten by its answer before anything attends to it.
-        total = max(start + width for start in starts)
-        self.cache.ensure_capacity(total)
-        slots_B = torch.tensor(slots, device=device)
-        position_BT = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
-        mask = (torch.arange(total, device=device) <= position_BT[:, :, None])[:, None]
-        hidden_BTD = self.model.text(x_BTD, position_BT, mask, PromptStore(self.cache, slots_B, position_BT, total))
-        last = torch.tensor(lengths, device=device) - 1
-        hidden_BD = hidden_BTD[torch.arange(len(batch), device=device), last]
-        for sequence, slot, start, length in zip(batch, slots, starts, lengths, strict=True):
+        hidden_BD = prefill_prompts(self.model, self.cache, batch, slots)
+        for sequence, slot in zip(batch, slots, strict=True):
             self._slots[slot] = sequence
-            self._end[slot] = start + length
-        rows = new_rows(batch, [self._end[slot] for slot in slots], device)
+            self._end[slot] = sequence.start + len(sequence.prompt.ids)
+        rows = new_rows(batch, self.model.device)
         step = advance(self.model, rows, hidden_BD, self.max_context, is_sampled=self._is_sampled())
-        self._take(step, slots_B, slots)
+        self._take(step, torch.tensor(slots, device=self.model.device), slots)
 
     # -- decoding ---------------------------------------------------------------------------------
 
@@ -355,45 +334,3 @@ class Engine:
 
     def _is_sampled(self) -> bool:
         return any(s is not None and s.job.request.temperature > 0 for s in self._slots)
-
-
-def decode_step(
-    model: Moondream3, cache: KVCache, rows: Rows, next_ND: Tensor, length: int, max_context: int, *, is_sampled: bool
-) -> Step:
-    """Feed every row its next input, attend over the first `length` positions, take the next decisions."""
-    position_N1 = rows.position[:, None]
-    mask = (torch.arange(length, device=next_ND.device) <= position_N1[:, :, None])[:, None]
-    store = DecodeStore(cache, rows.position, length)
-    hidden_ND = model.text(next_ND[:, None], position_N1, mask, store)[:, 0]
-    moved = rows._replace(position=rows.position + (rows.mode != Mode.IDLE))
-    return advance(model, moved, hidden_ND, max_context, is_sampled=is_sampled)
-
-
-def new_rows(batch: Seq[Sequence], ends: Seq[int], device: torch.device) -> Rows:
-    """State of rows whose prompts end before position `ends`."""
-    requests = [sequence.job.request for sequence in batch]
-    size = len(batch)
-
-    def whole(values: Seq[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    def real(values: Seq[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)
-
-    return Rows(
-        mode=whole([int(sequence.start_mode) for sequence in batch]),
-        is_first=torch.ones(size, dtype=torch.bool, device=device),
-        is_point=torch.tensor([r.task is Task.POINT for r in requests], device=device),
-        emitted=whole([0] * size),
-        limit=whole([sequence.limit for sequence in batch]),
-        position=whole(ends),
-        temperature=real([r.temperature for r in requests]),
-        top_p=real([r.top_p for r in requests]),
-        seed=whole([wrap_int64(r.seed) for r in requests]),
-        draws=whole([0] * size),
-    )
-
-
-def wrap_int64(value: int) -> int:
-    """A seed of any size as a signed 64-bit number."""
-    return (value + 2**63) % 2**64 - 2**63

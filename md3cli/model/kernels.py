@@ -180,3 +180,23 @@ class GroupedExperts:
         experts_first = routing.experts_NA.argsort(dim=1)
         weighted = by_choice.float() * routing.weights_NA[..., None]
         return weighted.gather(1, experts_first[..., None].expand_as(weighted)).sum(1).to(x_ND.dtype)
+
+
+def resident_tensors(model: Moondream3) -> list[Tensor]:
+    """Every weight the model keeps in memory, whichever form its parts have; shared storage once."""
+    found: dict[int, Tensor] = {}
+
+    def add(tensor: Tensor | None) -> None:
+        if tensor is not None:
+            found[id(tensor)] = tensor
+
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            add(parameter)
+        if isinstance(module, PackedLinear):
+            add(module.weight)
+            add(module.bias)
+        if isinstance(module, MoeMlp) and isinstance(module.run, PackedExperts):
+            for linear in (*module.run.fc1, *module.run.fc2):
+                add(linear.weight)
+    return list(found.values())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+
 import torch
 
 from md3cli.model.config import HEAD_DIM, ModelConfig
@@ -45,3 +48,22 @@ def auto_batch_size(config: ModelConfig, dtype: torch.dtype, device: torch.devic
     fitting = int(free_bytes(device) * KV_SHARE) // slot_bytes(config, positions, dtype)
     limit = MAX_BATCH.get(device.type, MAX_BATCH["cpu"])
     return 1 << (min(max(fitting, 1), limit).bit_length() - 1)
+
+
+def peak_rss() -> int:
+    """Most memory this process ever held (since the last reset, where the system can), in bytes."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_rss() -> None:
+    """Start counting the peak anew, where the system can (Linux)."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")

@@ -89,6 +89,11 @@ class Sequence:
         return self.job.image.sha256 if self.job.image is not None else None
 
     @property
+    def start(self) -> int:
+        """Position of the prompt's first id: behind the picture's prefix, or 0."""
+        return self.config.prefix_len if self.job.image is not None else 0
+
+    @property
     def start_mode(self) -> Mode:
         """The kind of the first decision."""
         task = self.job.request.task
@@ -195,12 +200,11 @@ def build_answer(sequence: Sequence, tokenizer: Tokenizer) -> Answer:
         Task.SEGMENT: _segment,
     }
     phases = [p for p in (sequence.reasoning, sequence.answer) if p is not None]
-    prefix = sequence.config.prefix_len if sequence.job.image is not None else 0
     return Answer(
         key=sequence.job.key,
         result=results[request.task](sequence, tokenizer),
         finish_reason=sequence.answer.finish_reason,
-        prompt_tokens=prefix + len(sequence.prompt.ids),
+        prompt_tokens=sequence.start + len(sequence.prompt.ids),
         output_tokens=sum(len(p.token_ids) for p in phases),
     )
 

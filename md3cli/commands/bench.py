@@ -1,0 +1,69 @@
+"""`md3 bench`: this machine's throughput by stage, beside its limits."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from md3cli.records import printable
+
+app = typer.Typer(add_completion=False)
+
+
+class BenchConfig(StrEnum):
+    """Sizes of random models."""
+
+    MID = "mid"
+    FULL = "full"
+
+
+class BenchWorkload(StrEnum):
+    """What is run: captions of 8 one-tile pictures, or 5 detections in each of 16 photos."""
+
+    CAPTIONS = "captions"
+    PHOTOS = "photos"
+
+
+@app.command(
+    epilog="Example: md3 bench --config mid --baseline --json",
+)
+def bench(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Weights to measure with; without it random ones are used.")
+    ] = None,
+    config: Annotated[
+        BenchConfig,
+        typer.Option(help="Size of the random model: mid = real vision tower, 6 text layers; full = the real size."),
+    ] = BenchConfig.MID,
+    workload: Annotated[BenchWorkload, typer.Option(help="What the engine is given to do.")] = BenchWorkload.CAPTIONS,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="bf16, fp32 or fp16.")] = "bf16",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in flight.")] = 16,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Run the plain one-at-a-time path beside it.")] = False,
+    baseline_images: Annotated[
+        int | None, typer.Option(min=1, help="Run the baseline on so many pictures and scale up.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random weights and pictures.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """This machine's throughput by stage, beside what a bare matrix product and a bare read reach here."""
+    from md3cli.console import show_bench
+    from md3cli.model.bench import WORKLOADS, model_maker, run_bench
+
+    result = run_bench(
+        model_maker(model, config.value, device=device, dtype=dtype, threads=threads, seed=seed),
+        workload=WORKLOADS[workload.value],
+        batch_size=batch_size,
+        has_baseline=baseline,
+        baseline_images=baseline_images,
+        seed=seed,
+    ).as_dict()
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    result["device"] = printable(str(result["device"]))
+    show_bench(result)

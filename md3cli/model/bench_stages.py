@@ -1,0 +1,142 @@
+"""One stage of the model at a time against the limit that binds it; see `bench`.
+
+Vision and prefill are bound by matrix products, a decode step at batch 1 by reading weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from md3cli.images import PreparedImage
+from md3cli.model.decoding import Mode, Rows, idle_rows
+from md3cli.model.encoder import ImageEncoder, crop_batch, crop_flops
+from md3cli.model.forward import decode_step
+from md3cli.model.kv_cache import KVCache
+from md3cli.model.moondream import Moondream3
+
+GEMM_SIDE = 4096
+READ_BYTES = 1 << 30
+DECODE_STEPS = 8
+
+
+def best_seconds(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+    """Least time of several runs after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def measure_limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """What a bare matrix product and a bare read reach here."""
+    a = torch.randn(GEMM_SIDE, GEMM_SIDE, device=device).to(dtype)
+    gemm = 2 * GEMM_SIDE**3 / best_seconds(lambda: a @ a, device)
+    block = torch.ones(READ_BYTES // 4, device=device)
+    read = READ_BYTES / best_seconds(block.sum, device)
+    return {"gemm_gflops": gemm / 1e9, "read_gbytes": read / 1e9}
+
+
+def bench_vision(model: Moondream3, images: list[PreparedImage], limits: dict[str, float]) -> dict[str, float]:
+    """Encode pictures of mixed crop counts as the engine does; enough of them for about 20 crops."""
+    chosen, num_crops = [], 0
+    for image in images:
+        if num_crops >= 20:
+            break
+        chosen.append(image)
+        num_crops += len(crop_batch(image))
+    encoder = ImageEncoder(model, memory_bytes=0)
+    encoder.encode(chosen[:1])
+    started = time.perf_counter()
+    encoder.encode(chosen)
+    seconds = time.perf_counter() - started
+    rate = num_crops * crop_flops(model) / seconds / 1e9
+    return {
+        "seconds": seconds,
+        "crops_per_second": num_crops / seconds,
+        "gflops": rate,
+        "share": rate / limits["gemm_gflops"],
+    }
+
+
+def bench_prefill(model: Moondream3, limits: dict[str, float]) -> dict[str, float]:
+    """One picture's prefix through the decoder."""
+    length = model.config.prefix_len
+    x = torch.randn(1, length, model.config.text.dim, device=model.device).to(model.dtype)
+    position = torch.arange(length, device=model.device)[None]
+    seconds = best_seconds(lambda: model.text(x, position), model.device, repeats=2)
+    rate = prefill_flops(model, length) / seconds / 1e9
+    return {
+        "seconds": seconds,
+        "tokens_per_second": length / seconds,
+        "gflops": rate,
+        "share": rate / limits["gemm_gflops"],
+    }
+
+
+def bench_decode(model: Moondream3, batch_size: int, limits: dict[str, float]) -> dict[str, float]:
+    """Decode steps right behind a picture's prefix."""
+    device, start = model.device, model.config.prefix_len + 8
+    cache = KVCache(model.config, batch_size, start + DECODE_STEPS, dtype=model.dtype, device=device)
+    rows = text_rows(batch_size, start, device)
+    inputs = torch.randn(batch_size, model.config.text.dim, device=device).to(model.dtype)
+
+    def step() -> None:
+        decode_step(model, cache, rows, inputs, start + DECODE_STEPS, cache.capacity, is_sampled=False)
+
+    seconds = best_seconds(step, device, repeats=DECODE_STEPS)
+    rate = decode_bytes(model, batch_size, start) / seconds / 1e9
+    return {
+        "seconds": seconds,
+        "tokens_per_second": batch_size / seconds,
+        "gbytes": rate,
+        "share": rate / limits["read_gbytes"],
+    }
+
+
+def text_rows(batch_size: int, position: int, device: torch.device) -> Rows:
+    """Rows that write text at `position` and never end."""
+    rows = idle_rows(batch_size, device)
+    return rows._replace(
+        mode=torch.full_like(rows.mode, int(Mode.TEXT)),
+        limit=torch.full_like(rows.limit, 1 << 30),
+        position=torch.full_like(rows.position, position),
+    )
+
+
+def prefill_flops(model: Moondream3, length: int) -> float:
+    """Floating-point operations of a prefix through the decoder, without the head."""
+    t = model.config.text
+    attention = 4 * t.dim**2 + 2 * t.n_heads * 3 * t.dim + 2 * length * t.dim
+    total = 0
+    for layer in range(t.n_layers):
+        total += attention
+        if t.moe is not None and t.is_moe_layer(layer):
+            total += t.dim * t.moe.num_experts + t.moe.experts_per_token * 3 * t.dim * t.moe.expert_inner_dim
+        else:
+            total += 2 * t.dim * t.ff_dim
+    return 2.0 * length * total
+
+
+def decode_bytes(model: Moondream3, batch_size: int, context: int) -> float:
+    """Weights and cache one decode step has to read; experts as many as uniform routing would touch."""
+    t = model.config.text
+    elements = float(t.vocab_size * t.dim)
+    for layer in range(t.n_layers):
+        elements += 4 * t.dim**2 + 2 * t.n_heads * 3 * t.dim
+        if t.moe is not None and t.is_moe_layer(layer):
+            missed = (1 - t.moe.experts_per_token / t.moe.num_experts) ** batch_size
+            elements += t.moe.num_experts * (1 - missed) * 3 * t.dim * t.moe.expert_inner_dim
+            elements += t.dim * t.moe.num_experts
+        else:
+            elements += 2 * t.dim * t.ff_dim
+    region = model.config.region
+    elements += t.dim * (region.coord_out_dim + region.size_out_dim)
+    elements += batch_size * context * 2 * t.n_layers * t.dim
+    return elements * model.dtype.itemsize
