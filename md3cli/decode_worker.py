@@ -24,10 +24,9 @@ from typing import Any
 
 from md3cli.errors import ImageError
 from md3cli.images import CropConfig, ImageLimits, prepare_image
-from md3cli.pixels import start_pillow
+from md3cli.pixels import HUGE_PIXELS, start_pillow
 from md3cli.records import ImageItem
 
-HUGE_PIXELS = 50_000_000  # above this, one picture at a time in the whole pool: 200 Mpx take 1.6 GB while turned
 _SLICE_S = 0.5
 _MAX_MESSAGE_BYTES = 1 << 16
 

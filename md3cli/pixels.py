@@ -26,6 +26,7 @@ from md3cli.records import MESSAGE_LIMIT_CHARS, printable
 Colour = tuple[int, int, int]
 OnHeader = Callable[[int], None]
 
+HUGE_PIXELS = 50_000_000  # above this, memory counts: pixels are copied in bands, and decode.py lets in one at a time
 TOO_LITTLE_MEMORY = "the picture needs more memory than a decoder may use"
 _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF")  # JPEG's opener also gives MPO
 
@@ -101,6 +102,8 @@ def _decode(data: bytes, max_pixels: int, background: Colour | None, on_header: 
     turn = _turn(image)
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image)
+    if num_pixels > HUGE_PIXELS:
+        return _in_bands(image, turn, background)
     return _to_rgb(image if turn is None else image.transpose(turn), background)
 
 
@@ -127,6 +130,40 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # noqa: BLE001 - EXIF is hostile input and not worth losing a picture for
         return None
+
+
+_SIDEWAYS = {
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+}
+_LAST_ROW_FIRST = {
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+}
+_BAND_ROWS = 64
+
+
+def _in_bands(image: Image.Image, turn: Image.Transpose | None, background: Colour | None) -> Image.Image:
+    """What `_to_rgb` of the turned picture gives, in 7 bytes a pixel instead of 8 to 12. Closes `image`.
+
+    Pillow stores RGB in 4 bytes; two such copies of a 200-megapixel photograph pass 1.5 GB.
+    """
+    if turn is None and image.mode == "RGB":
+        return image
+    width, height = image.size
+    upright = np.empty((width, height, 3) if turn in _SIDEWAYS else (height, width, 3), np.uint8)
+    for top in range(0, height, _BAND_ROWS):
+        bottom = min(top + _BAND_ROWS, height)
+        band = image.crop((0, top, width, bottom))
+        pixels = np.asarray(_to_rgb(band if turn is None else band.transpose(turn), background))
+        place = slice(height - bottom, height - top) if turn in _LAST_ROW_FIRST else slice(top, bottom)
+        upright[(slice(None), place) if turn in _SIDEWAYS else place] = pixels
+    image.close()
+    return Image.fromarray(upright)
 
 
 # --- 8 bits, RGB ----------------------------------------------------------------------------------

@@ -1,0 +1,186 @@
+"""From bytes to upright 8-bit RGB: orientation, deep samples, colours, alpha."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+from corpus import chunk, encode, picture, png, tiff, turned_exif
+from PIL import Image
+
+from md3cli import pixels
+from md3cli.errors import ImageError
+from md3cli.pixels import decode_rgb
+
+
+def rgb(data: bytes, background: tuple[int, int, int] | None = None) -> np.ndarray:
+    return np.asarray(decode_rgb(data, 2**28, background, None))
+
+
+# --- orientation ----------------------------------------------------------------------------------
+
+LYING = {  # how a camera stores the picture for each orientation value: the inverse of turning it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+KINDS = [(fmt, mode) for fmt in ("PNG", "TIFF") for mode in ("RGB", "L", "I;16", "P", "RGBA")]
+KINDS += [("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGB"), ("WEBP", "RGBA"), ("AVIF", "RGB"), ("AVIF", "RGBA")]
+
+
+@pytest.mark.parametrize(("fmt", "mode"), KINDS)
+@pytest.mark.parametrize("orientation", LYING)
+def test_pictures_are_turned_upright(fmt, mode, orientation):
+    options = {"lossless": True, "exact": True} if fmt == "WEBP" else {"quality": 95} if fmt in ("JPEG", "AVIF") else {}
+    upright = picture(mode, size=(48, 32))
+    stored = encode(upright.transpose(LYING[orientation]), fmt, exif=turned_exif(orientation), **options)
+    expected = rgb(encode(upright, "PNG"))
+    tolerance = 0 if fmt in ("PNG", "TIFF", "WEBP") else 12  # lossy: a wrong turn is off by 40 on average
+    got = rgb(stored)
+    assert got.shape == expected.shape
+    assert np.abs(got.astype(int) - expected).mean() <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, *LYING])
+@pytest.mark.parametrize("background", [None, (9, 99, 199)])
+def test_huge_pictures_are_copied_in_bands_to_the_same_pixels(monkeypatch, mode, orientation, background):
+    data = encode(picture(mode), "TIFF" if mode == "CMYK" else "PNG", exif=turned_exif(orientation))
+    expected = rgb(data, background)
+    monkeypatch.setattr(pixels, "HUGE_PIXELS", 0)
+    monkeypatch.setattr(pixels, "_BAND_ROWS", 5)
+    np.testing.assert_array_equal(rgb(data, background), expected)
+
+
+def test_orientation_behind_the_pixels_of_a_png_counts():
+    whole = encode(picture(), "PNG")
+    end = whole.index(b"IEND") - 4
+    late = whole[:end] + chunk(b"eXIf", turned_exif(6)[6:]) + whole[end:]
+    assert rgb(late).shape == (37, 23, 3)
+
+
+def test_broken_exif_is_ignored_in_silence():
+    data = encode(picture(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rgb(data).shape == (23, 37, 3)
+
+
+# --- deep samples ---------------------------------------------------------------------------------
+
+RAMP = np.array([[0, 1, 255, 256], [257, 4096, 32768, 65535]])
+
+
+def saved(samples: np.ndarray, fmt: str = "TIFF") -> bytes:
+    return encode(Image.fromarray(samples), fmt)
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "TIFF"])
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_16_bits_lose_their_low_byte(fmt, order):
+    grey = rgb(saved(RAMP.astype(order), fmt))
+    np.testing.assert_array_equal(grey[..., 0], RAMP >> 8)
+    np.testing.assert_array_equal(grey[..., 2], RAMP >> 8)
+
+
+def test_16_bit_colours_lose_their_low_byte():
+    colours = (np.arange(2 * 6).reshape(2, 6) * 5000).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in colours)
+    np.testing.assert_array_equal(rgb(png(2, 2, rows, depth=16)).reshape(2, 6), colours >> 8)
+
+
+def test_12_bits_lose_their_low_4_bits():
+    packed = bytes([0xFF, 0xF0, 0x10, 0x80, 0x00, 0x00])  # 0xfff 0x010 | 0x800 0x000
+    np.testing.assert_array_equal(rgb(tiff(2, 2, 12, packed))[..., 0], [[255, 1], [128, 0]])
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        (np.float32([[0, 0.5, 1.0]]), [0, 128, 255]),
+        (np.float32([[0, 100, 255]]), [0, 100, 255]),
+        (np.float32([[0, 256, 65535]]), [0, 1, 255]),
+        (np.float32([[-1, 0, 1]]), [0, 128, 255]),
+        (np.float32([[0, 1e6, 2e6]]), [0, 128, 255]),
+        (np.float32([[np.nan, np.inf, 1.0]]), [0, 0, 255]),
+        (np.float32([[-3e38, 0, 3e38]]), [0, 128, 255]),
+        (np.float32([[-7, -7, -7]]), [0, 0, 0]),
+        (np.int32([[0, 1, 255]]), [0, 1, 255]),
+        (np.int32([[0, 256, 65535]]), [0, 1, 255]),
+        (np.int32([[-100, 0, 100]]), [0, 128, 255]),
+        (np.int32([[0, 2**30, 2**31 - 1]]), [0, 128, 255]),
+    ],
+)
+def test_samples_without_a_range_are_scaled_by_their_values(samples, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(rgb(saved(samples))[0, :, 1].astype(int), expected, atol=1)
+
+
+# --- colours --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "CMYK", "YCbCr", "LAB", "P", "PA", "LA", "RGBA"])
+def test_colours_are_what_pillow_makes_of_them(mode):
+    data = encode(picture(mode), "TIFF")
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(rgb(data), expected)
+
+
+def test_alpha_is_dropped_and_not_blended():
+    rgba = picture("RGBA")
+    for fmt, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):
+        np.testing.assert_array_equal(rgb(encode(rgba, fmt, **options)), np.asarray(rgba)[..., :3])
+
+
+def test_the_colours_of_a_transparent_palette_are_kept():
+    palette = picture().quantize(16)
+    data = encode(palette, "PNG", transparency=bytes(16))
+    np.testing.assert_array_equal(rgb(data), np.asarray(palette.convert("RGB")))
+
+
+@pytest.mark.parametrize("data", [
+    encode(Image.new("RGBA", (3, 2), (10, 20, 30, 0)), "PNG"),
+    encode(Image.new("LA", (3, 2), (10, 0)), "PNG"),
+    encode(Image.new("RGB", (3, 2), (10, 20, 30)), "PNG", transparency=(10, 20, 30)),
+    encode(Image.new("L", (3, 2), 10), "PNG", transparency=10),
+    encode(picture(size=(3, 2)).quantize(2), "PNG", transparency=bytes(2)),
+    encode(Image.new("P", (3, 2), 1), "GIF", transparency=1),
+    encode(Image.new("RGBA", (3, 2), (10, 20, 30, 0)), "WEBP", lossless=True),
+    encode(Image.new("RGBA", (3, 2), (10, 20, 30, 0)), "AVIF"),
+], ids=["RGBA", "LA", "RGB colour", "L grey", "P png", "P gif", "webp", "avif"])  # fmt: skip
+def test_transparent_pictures_are_laid_on_the_background(data):
+    np.testing.assert_array_equal(rgb(data, background=(255, 0, 7)), np.full((2, 3, 3), (255, 0, 7)))
+
+
+def test_half_transparent_pixels_are_mixed_with_the_background():
+    half = encode(Image.new("RGBA", (1, 1), (0, 100, 200, 128)), "PNG")
+    assert np.abs(rgb(half, background=(255, 255, 255))[0, 0] - np.array([127, 177, 227])).max() <= 1
+
+
+def test_opaque_pictures_do_not_see_the_background():
+    data = encode(picture(), "PNG")
+    np.testing.assert_array_equal(rgb(data, background=(255, 0, 0)), rgb(data))
+
+
+# --- formats ---
+
+
+def test_heif_is_decoded_where_its_extra_is_installed_and_named_where_not():
+    heif = b"\0\0\0\x18ftypheic" + bytes(100)
+    expected = "decode"
+    try:
+        import pillow_heif  # noqa: F401
+    except ImportError:
+        expected = "unsupported"
+    with pytest.raises(ImageError) as caught:
+        rgb(heif)
+    assert caught.value.type == expected
