@@ -127,9 +127,11 @@
   let waiting = 0;
   const change = () => {
     clearTimeout(waiting);
-    waiting = setTimeout(() => { apply(); rememberFilters(); }, 60);
+    $("#cards").ariaBusy = "true";
+    waiting = setTimeout(() => { apply(); rememberFilters(); $("#cards").ariaBusy = "false"; }, 60);
   };
   form.addEventListener("input", change);
+  form.addEventListener("change", change);
   form.addEventListener("reset", change);
   form.addEventListener("submit", (event) => event.preventDefault());
   const fold = (isFolded) => {
@@ -314,6 +316,11 @@
     event.preventDefault();
     act();
   });
+
+  // What is scrolled to stays clear of the filters, which stick to the top.
+  new ResizeObserver(() => {
+    document.documentElement.style.scrollPaddingTop = `${form.offsetHeight + 10}px`;
+  }).observe(form);
 
   fold(matchMedia("(max-width: 720px)").matches);
   recallFilters();

@@ -1,0 +1,356 @@
+"""report, in a real headless Chromium: what a reader sees and does. Without one the tests skip, but not in CI."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from report_runs import BOXES, HOSTILE, SIZES, write_run
+from selenium import webdriver
+from selenium.webdriver.chrome.options import Options
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+from md3cli.report.build import ReportOptions, write_report
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+IS_MISSING = CHROMIUM is None or DRIVER is None
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars --disable-dev-shm-usage"
+)
+TOLERANCE_PX = 2
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        IS_MISSING and os.environ.get("CI") != "true", reason="needs Debian's chromium and chromium-driver"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = write_run(tmp_path_factory.mktemp("browser") / "my run")
+    write_report(folder / "records.jsonl", folder / "report.html", ReportOptions())
+    write_report(folder / "records.jsonl", folder / "paged.html", ReportOptions(images_per_page=5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """One browser for all tests; every page is loaded afresh."""
+    assert not IS_MISSING, "CI needs Debian's chromium and chromium-driver"
+    options = Options()
+    options.binary_location = CHROMIUM
+    for flag in FLAGS.split():
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(chromium, report):
+    """The report, fresh: no marks, no filters, desktop size; afterwards the console must be clean."""
+    size_to(chromium, 1400, 1000)
+    chromium.get((report / "report.html").as_uri())
+    chromium.execute_script("localStorage.clear()")
+    chromium.get("about:blank")
+    for kind in ("browser", "performance"):
+        chromium.get_log(kind)
+    chromium.get((report / "report.html").as_uri())
+    yield chromium
+    assert chromium.get_log("browser") == []
+    assert chromium.execute_script("return window.pwned") is None
+    assert requests_of(chromium) <= {"file", "data", "blob"}
+
+
+def requests_of(driver):
+    """Schemes of all requests since the log was last read; about: is no request."""
+    messages = (json.loads(entry["message"])["message"] for entry in driver.get_log("performance"))
+    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return {url.partition(":")[0] for url in urls}
+
+
+def size_to(driver, width, height, *, is_mobile=False):
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": is_mobile}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def press(driver, *keys):
+    ActionChains(driver).send_keys(*keys).perform()
+
+
+def all_of(driver, selector):
+    return driver.find_elements(By.CSS_SELECTOR, selector)
+
+
+def shown_cards(driver):
+    return [card.get_attribute("data-n") for card in all_of(driver, ".card") if card.is_displayed()]
+
+
+def settle(driver, change):
+    """Do `change`, wait until the filters have been applied."""
+    change()
+    deadline = time.monotonic() + 5
+    while driver.execute_script("return document.getElementById('cards').ariaBusy") == "true":
+        assert time.monotonic() < deadline, "the filters were not applied"
+        time.sleep(0.02)
+
+
+def chip(driver, name, text):
+    return next(c for c in all_of(driver, f"label:has(input[name={name}])") if c.text.startswith(text))
+
+
+def rect(driver, element):
+    return driver.execute_script(
+        "const r = arguments[0].getBoundingClientRect(); return [r.x, r.y, r.width, r.height]", element
+    )
+
+
+def red_area(driver):
+    """The red rectangle in what is on the screen, as x, y, width, height in CSS pixels."""
+    image = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
+    red, green, blue = image.split()
+    high, low = red.point(lambda v: 255 * (v > 200)), [band.point(lambda v: 255 * (v < 90)) for band in (green, blue)]
+    mask = Image.composite(
+        Image.composite(high, Image.new("L", image.size), low[0]), Image.new("L", image.size), low[1]
+    )
+    left, top, right, bottom = mask.getbbox()
+    return [left, top, right - left, bottom - top]
+
+
+def hide_all_but(driver, card):
+    """Leave one picture without overlay, so that its red is alone on the screen."""
+    driver.execute_script(
+        "for (const c of document.querySelectorAll('.card')) c.hidden = c.dataset.n !== arguments[0];"
+        "document.querySelector('.overview').hidden = document.getElementById('filters').hidden = true;"
+        "document.querySelector('.top').hidden = true;"
+        "for (const s of document.querySelectorAll('.overlay')) s.style.opacity = 0;"
+        "for (const s of document.querySelectorAll('.entry')) s.hidden = true; scrollTo(0, 0)",
+        str(card),
+    )
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("n", range(len(BOXES)))
+def test_boxes_lie_on_what_they_frame(page, n, width):
+    size_to(page, width, 1000, is_mobile=width < 500)
+    hide_all_but(page, n)
+    box = rect(page, all_of(page, f'.card[data-n="{n}"] .shape rect')[0])
+    assert box == pytest.approx(red_area(page), abs=TOLERANCE_PX)
+
+
+def test_the_viewer_draws_boxes_where_they_are(page):
+    press(page, "j", Keys.ENTER)
+    viewer = page.find_element(By.ID, "viewer")
+    assert viewer.is_displayed()
+    box = rect(page, viewer.find_element(By.CSS_SELECTOR, ".stage .shape rect"))
+    assert box[2] / box[3] == pytest.approx(0.4 * SIZES[0][0] / (0.5 * SIZES[0][1]), rel=0.02)
+    page.execute_script("document.querySelector('.stage .overlay').style.opacity = 0")
+    page.execute_script("document.querySelector('.panel').hidden = true")
+    assert box == pytest.approx(red_area(page), abs=2 * TOLERANCE_PX)  # a thumbnail, enlarged
+    name = viewer.find_element(By.CSS_SELECTOR, ".stage .shape text")
+    assert 10 < rect(page, name)[3] < 24  # names do not grow with the picture
+    press(page, Keys.ESCAPE)
+    assert not viewer.is_displayed()
+
+
+def test_filters_show_what_they_say(page):
+    everything = shown_cards(page)
+    assert len(everything) == 5 + len(HOSTILE)
+    settle(page, chip(page, "task", "query").click)
+    assert shown_cards(page) == ["0", "4", *map(str, range(5, 5 + len(HOSTILE)))]
+    settle(page, lambda: page.find_element(By.NAME, "text").send_keys("four"))
+    assert shown_cards(page) == ["4"]
+    assert page.find_element(By.ID, "shown").text == f"1 of {len(everything)}"
+    assert "task=query" in page.current_url
+    settle(page, page.find_element(By.CSS_SELECTOR, "button[type=reset]").click)
+    assert shown_cards(page) == everything
+    settle(page, chip(page, "status", "failed").click)
+    assert shown_cards(page) == ["3"]
+    settle(page, lambda: page.find_element(By.NAME, "text").send_keys("no such thing"))
+    assert page.find_element(By.ID, "nothing").is_displayed()
+
+
+def test_labels_and_scores_choose_objects(page):
+    settle(page, chip(page, "label", "red").click)
+    assert shown_cards(page) == ["0", "1", "2"]
+
+    slider = page.find_element(By.NAME, "min")
+    settle(page, lambda: slider.send_keys(*[Keys.ARROW_RIGHT] * 50))
+    assert page.find_element(By.ID, "range").text == "0.50 to 1.00"
+    assert shown_cards(page) == ["0", "2"]  # picture 1 has nothing as sure as that
+    shapes = all_of(page, '.card[data-n="2"] .overlay .shape')
+    assert [shape.is_displayed() for shape in shapes] == [True, False, False]
+
+
+def test_a_filter_survives_in_the_address(page, report):
+    page.get("about:blank")
+    page.get((report / "report.html").as_uri() + "#status=failed&text=gone")
+    assert shown_cards(page) == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [("", ["0", "1", "2"]), ("unsure", ["1", "2", "0"]), ("sure", ["0", "2", "1"]), ("many", ["2", "1", "0"]),
+     ("few", ["0", "1", "2"]), ("name", ["0", "1", "2"])],
+)  # fmt: skip
+def test_sorting_orders_the_cards(page, order, expected):
+    """By what is shown: here the boxes of `red`, one on picture 0, two on 1, three on 2, of which 0.1 is the least."""
+    settle(page, chip(page, "task", "detect").click)
+    settle(page, chip(page, "label", "red").click)
+    settle(page, page.find_element(By.CSS_SELECTOR, f"[name=sort] option[value='{order}']").click)
+    assert shown_cards(page) == expected
+
+
+def test_a_bar_of_a_plot_filters(page):
+    bar = next(b for b in all_of(page, "[data-pick]") if b.get_attribute("data-pick") == "error:not_found")
+    settle(page, bar.click)
+    assert shown_cards(page) == ["3"]
+
+
+def test_keys_move_and_mark_and_the_download_holds_the_marks(page, report, tmp_path):
+    behaviour = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    page.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    press(page, "j", "r")  # first record right, go on
+    press(page, "w")  # second wrong
+    press(page, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
+    press(page, "r", "k", "u")  # third right, back to it, take it back
+    hostile = next(k for k, facts in enumerate(records_of(report)) if facts["image"] == HOSTILE[0])
+    page.execute_script("document.querySelector(arguments[0]).click()", f"#r{hostile} .mark.wrong")
+    button = page.find_element(By.ID, "download")
+    assert button.text == "Save 3 marks"
+    button.click()
+    marks = [json.loads(line) for line in wait_for(tmp_path).read_text().splitlines()]
+    records = records_of(report)
+    expected = [(records[0], "right"), (records[1], "wrong"), (records[hostile], "wrong")]
+    assert marks == [
+        {**{key: one[key] for key in ("id", "image", "task", "prompt")}, "mark": mark} for one, mark in expected
+    ]
+    page.refresh()  # marks outlive the page
+    assert page.find_element(By.ID, "download").text == "Save 3 marks"
+    settle(page, chip(page, "mark", "wrong").click)
+    assert shown_cards(page) == ["0", "5"]
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def wait_for(folder: Path) -> Path:
+    deadline = time.monotonic() + 10
+    while not (found := list(folder.glob("*.marks.jsonl"))):
+        assert time.monotonic() < deadline, "nothing was downloaded"
+        time.sleep(0.05)
+    return found[0]
+
+
+def test_keys_do_not_disturb_typing(page):
+    press(page, "/")
+    press(page, "rwj")
+    field = page.find_element(By.NAME, "text")
+    assert field.get_attribute("value") == "rwj"
+    assert page.find_element(By.ID, "download").text == "Save marks"
+    press(page, Keys.ESCAPE, "?")
+    assert page.find_element(By.ID, "keys").is_displayed()
+
+
+def test_pointing_at_reasoning_shows_what_it_is_grounded_on(page):
+    card = page.find_element(By.CSS_SELECTOR, '.card[data-n="0"]')
+    card.find_element(By.CSS_SELECTOR, "summary").click()
+    first, second = card.find_elements(By.CSS_SELECTOR, "mark[data-g]")
+    assert (first.text.strip(), second.text) == ("red box", "●")
+    visible = "return [...document.querySelectorAll('.card .ground')].map(g => getComputedStyle(g).visibility)"
+    assert page.execute_script(visible) == ["hidden", "hidden"]
+    ActionChains(page).move_to_element(first).perform()
+    assert page.execute_script(visible) == ["visible", "hidden"]
+    dots = all_of(page, '.card[data-n="0"] .ground.on circle')
+    frame = rect(page, card.find_element(By.CSS_SELECTOR, ".picture"))
+    x, y, width, height = rect(page, dots[0])
+    assert x + width / 2 == pytest.approx(frame[0] + 0.3 * frame[2], abs=TOLERANCE_PX)
+    tall = frame[2] / 2  # the picture is 2:1, centred in its 4:3 frame
+    assert y + height / 2 == pytest.approx(frame[1] + (frame[3] - tall) / 2 + 0.45 * tall, abs=TOLERANCE_PX)
+    ActionChains(page).move_to_element(second).perform()
+    assert page.execute_script(visible) == ["hidden", "visible"]
+
+
+def test_hostile_text_does_nothing(page):
+    """The page's own checks (no console line, no window.pwned, no request) are made for every test here."""
+    for n in range(len(HOSTILE)):
+        card = page.find_element(By.CSS_SELECTOR, f'.card[data-n="{5 + n}"]')
+        page.execute_script("arguments[0].scrollIntoView({block: 'center'})", card)
+        card.find_element(By.CSS_SELECTOR, ".picture").click()
+        assert len(all_of(page, "#viewer script, #viewer img, #viewer a")) == 0
+        press(page, Keys.ESCAPE)
+    assert len(all_of(page, "script")) == 2
+    assert page.execute_script("return document.querySelector('.text').textContent") == "One"
+    texts = [element.get_attribute("textContent") for element in all_of(page, ".card .text")]
+    assert all(text in texts for text in HOSTILE)
+
+
+def test_code_from_elsewhere_does_not_run_under_the_policy(chromium, report):
+    """The policy itself: even markup that got in would find no way to run or to call out."""
+    source = (report / "report.html").read_text()
+    broken = source.replace(
+        "<footer>", "<footer><script>window.pwned=1</script><img src=http://127.0.0.1:9/x onerror=alert(1)>"
+    )
+    path = report / "broken.html"
+    path.write_text(broken)
+    chromium.get(path.as_uri())
+    assert chromium.execute_script("return window.pwned") is None
+    refused = [entry["message"] for entry in chromium.get_log("browser")]
+    assert sum("Content Security Policy" in message for message in refused) >= 2
+    assert len(shown_cards(chromium)) == 5 + len(HOSTILE)
+
+
+def test_a_phone_needs_no_sideways_scrolling(page):
+    size_to(page, 390, 844, is_mobile=True)
+    page.refresh()
+    assert page.execute_script("return document.documentElement.scrollWidth") == 390
+    first = rect(page, all_of(page, ".card")[0])
+    assert first[2] > 340
+    assert not page.find_element(By.ID, "facets").is_displayed()
+    page.find_element(By.ID, "more").click()
+    assert page.find_element(By.ID, "facets").is_displayed()
+
+
+def test_dark_and_print_change_the_page(page):
+    def ground():
+        return page.execute_script("return getComputedStyle(document.body).backgroundColor")
+
+    light = ground()
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": dark})
+    assert ground() != light
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": []})
+    assert ground() == "rgb(255, 255, 255)"
+    assert not page.find_element(By.ID, "filters").is_displayed()
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+
+
+def test_pages_link_to_each_other_and_share_marks(chromium, report):
+    size_to(chromium, 1400, 1000)
+    chromium.get((report / "paged.html").as_uri())
+    chromium.execute_script("localStorage.clear()")
+    links = all_of(chromium, ".pages a")
+    assert [link.text for link in links] == ["1", "2", "3"]
+    links[1].click()
+    assert len(shown_cards(chromium)) == 5
+    press(chromium, "j", "r")
+    next(link for link in all_of(chromium, ".pages a") if link.text == "3").click()
+    assert chromium.find_element(By.ID, "download").text == "Save 1 mark"
+    all_of(chromium, ".pages a")[0].click()
+    assert chromium.current_url == (report / "paged.html").as_uri()
+    assert chromium.get_log("browser") == []
