@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from md3cli import Moondream
 from md3cli.config import ModelOptions
-from md3cli.model.api import prepare_pil
+from md3cli.model.asking import prepare_pil
 from md3cli.model.load import load_engine
 from md3cli.model.tasks import Job
 from md3cli.records import Request, Task
@@ -168,7 +168,7 @@ def test_pictures_that_arrive_late_change_nothing(batch_size: int, tmp_path: Pat
     """Decoding is slower than the model at times: the engine then goes on with what it has."""
     drawn = draw(tmp_path / "model", 4, "hf-port")
     engine = load(drawn, batch_size=batch_size).engine
-    prepared = [None if asked.image is None else prepare_pil(asked.image, engine) for asked in drawn.asked]
+    prepared = [None if asked.image is None else prepare_pil(asked.image, engine.crop_config) for asked in drawn.asked]
     jobs = [Job(key, prepared[key], request_of(asked)) for key, asked in enumerate(drawn.asked)]
     rng = random.Random(batch_size)
     for _ in range(4):
