@@ -148,6 +148,12 @@ class DecodePool:
         return worker
 
 
+def _worker_command(control_fd: int) -> list[str]:
+    """Isolated mode: neither a numpy.py beside the pictures nor PYTHON* variables are any of a worker's business."""
+    flags = "-IB" if sys.dont_write_bytecode else "-I"
+    return [sys.executable, flags, "-c", _WORKER_CODE, json.dumps(sys.path), str(control_fd), str(os.getpid())]
+
+
 class _Worker:
     """The parent's end of one worker process; used by one thread, killed from any."""
 
@@ -157,15 +163,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-c",
-                    _WORKER_CODE,
-                    json.dumps(sys.path),
-                    str(theirs.fileno()),
-                    str(os.getpid()),
-                ],
+                _worker_command(theirs.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,  # for the reason when it cannot start; a started worker writes nothing there
