@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from md3cli.records import RecordDict, printable
 
@@ -165,8 +165,10 @@ def plain_console(stream: IO[str], *, has_color: bool) -> Console:
     """A rich console that reads nothing into what it prints: no markup, no emoji names, no highlights."""
     from rich.console import Console
 
-    no_color = None if has_color else True  # None: NO_COLOR and the terminal decide
-    return Console(file=stream, no_color=no_color, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    has_color = has_color and not os.environ.get("NO_COLOR")
+    # Without a colour system rich writes no escape codes at all, no bold either.
+    color_system: Literal["auto"] | None = "auto" if has_color else None
+    return Console(file=stream, color_system=color_system, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def show_finding(name: str, health: str, text: str, advice: str, *, has_color: bool) -> None:

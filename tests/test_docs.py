@@ -1,0 +1,106 @@
+"""The documentation cannot drift: every command has help, an example that parses, and a README mention."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from md3cli.cli import COMMANDS, app, load_command, options_of
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    for name in COMMANDS:
+        command = load_command(name)
+        yield name, command
+        for subname, subcommand in getattr(command, "commands", {}).items():
+            yield f"{name} {subname}", subcommand
+
+
+ALL = dict(commands())
+LEAVES = {name: command for name, command in ALL.items() if not hasattr(command, "commands")}
+
+
+def help_text(name: str) -> str:
+    command = LEAVES[name]
+    return f"{command.help or ''}\n{command.epilog or ''}"
+
+
+def examples(text: str) -> list[str]:
+    """What follows `md3` on a line, up to a pipe or a redirection."""
+    return [match[1].strip() for match in re.finditer(r"(?:^|[\s|:`])md3 ([^|>\n`]+)", text)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_command_says_what_it_does(name: str) -> None:
+    text = ALL[name].help or ""
+    assert re.match(r"[A-Z].*[.;:]", text.strip().split("\n\n")[0].replace("\n", " ")), text
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_option_says_what_it_does(name: str) -> None:
+    silent = [param.name for param in ALL[name].params if not getattr(param, "help", "x")]
+    assert not silent
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_every_command_has_an_example_that_parses(name: str) -> None:
+    found = [line for line in examples(help_text(name)) if line.startswith(name)]
+    assert found, f"no example in md3 {name} --help"
+    for line in found:
+        arguments = shlex.split(line)[len(name.split()) :]
+        LEAVES[name].make_context(name, arguments)  # raises where an option is unknown
+
+
+def test_the_list_of_commands_says_what_their_help_says() -> None:
+    program = typer.main.get_command(app)
+    for name, summary in COMMANDS.items():
+        assert program.commands[name].help == summary  # type: ignore[attr-defined]
+        words = set(re.findall(r"\w{4,}", summary.lower()))
+        assert words & set(re.findall(r"\w{4,}", (ALL[name].help or "").lower())), name
+
+
+def test_the_readme_mentions_every_command() -> None:
+    text = README.read_text(encoding="utf-8")
+    missing = [name for name in COMMANDS if f"md3 {name}" not in text]
+    assert not missing
+
+
+def test_commands_of_the_readme_parse() -> None:
+    text = README.read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:sh|bash|console|shell)\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
+    for line in lines:
+        for example in examples(line.partition("#")[0]):
+            words = shlex.split(example)
+            if words[0] in COMMANDS:
+                name = " ".join(words[:2]) if words[:2] and " ".join(words[:2]) in LEAVES else words[0]
+                LEAVES[name].make_context(name, words[len(name.split()) :])
+
+
+def test_options_keep_their_names() -> None:
+    """The names that scripts and md3.toml rely on."""
+    shared = {"model", "revision", "tokenizer", "adapter", "device", "dtype", "quant", "batch-size", "max-context"}
+    shared |= {"compile", "no-compile", "cache", "no-cache", "cache-dir", "cache-size", "offline", "background"}
+    shared |= {"temperature", "top-p", "max-tokens", "seed", "output", "format", "resume", "overwrite"}
+    shared |= {"retry-failed", "fail-on", "workers", "quiet", "verbose", "no-progress", "no-color", "debug"}
+    shared |= {"recursive", "no-recursive", "include", "exclude", "limit", "shard", "dry-run", "root", "remote"}
+    shared |= {"follow-links", "max-pixels", "max-file-size", "decode-timeout"}
+    own = {
+        "caption": {"length"},
+        "query": {"question", "reasoning", "no-reasoning", "spatial-ref"},
+        "detect": {"max-objects"},
+        "point": {"max-objects", "spatial-ref"},
+        "segment": {"spatial-ref"},
+        "run": {"task"},
+    }
+    for name, extra in own.items():
+        assert options_of(name).keys() == shared | extra, name
