@@ -5,7 +5,7 @@ was appended is there; a torn tail is cut on the next start and its requests are
 Knows nothing of images, models or tasks. What a crash can lose: nothing for a killed process, at most
 the last 5 s or 256 records for a power cut.
 
-Memory: 20 bytes a record for the ids found at the start (10 million: 195 MiB), nothing for those
+Memory: 21 bytes a record for the ids found at the start (10 million: 203 MB), nothing for those
 appended later, and 24 bytes a record more while `rewrite` runs.
 """
 

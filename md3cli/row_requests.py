@@ -61,7 +61,7 @@ def row_requests(columns: Mapping[str, Any], requests: Sequence[Request], defaul
     settings = {name: read(name, columns[name]) for name, read in _SETTINGS.items() if _is_given(columns, name)}
     own = _own_requests(columns, requests, requests[0] if requests else defaults)
     image = columns.get("image")
-    result = tuple(replace(request, **settings) for request in own)
+    result = tuple(replace(request, **settings) for request in own) if settings else tuple(own)
     for request in result:
         check_request(request, has_image=bool(image))
     return result

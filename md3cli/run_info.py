@@ -53,7 +53,12 @@ def output_paths(output: Path, *, is_folder: bool, is_journal: bool) -> OutputPa
 
 def identity_of(requests: Sequence[Request], run: RunIdentity, root: str) -> dict[str, Any]:
     """What two runs must share for the second to resume the first, as JSON."""
-    return _as_json({"requests": [asdict(request) for request in requests], **asdict(run), "root": printable(root)})
+    return _as_json({"requests": [asdict(request) for request in requests], **asdict(run), "root": _exact(root)})
+
+
+def _exact(path: str) -> str:
+    """A path that must still open when it is read back; only bytes that are not UTF-8 are shown as escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +122,7 @@ class RunDocument:
             "identity": _as_json(identity),
             "versions": _versions(),
             "model": identity.get("model"),
-            "root": printable(root),
+            "root": _exact(root),
             "arguments": start["arguments"],
             "counts": earlier.get("counts"),
             "stages": dict(stages) if isinstance(stages, dict) else {},

@@ -187,8 +187,9 @@ class Source:
         folder = given.typed if glob is None else glob.base or "."
         prefix = given.prefix if glob is None or not given.prefix else glob.base
         walk = Walk(self._spec.recursive, self._spec.follow_links, self._filter, skipped)
+        path_head, name_head = os.path.join(folder, ""), os.path.join(prefix, "")
         for relative in walk.files(folder, glob):
-            path, name = os.path.join(folder, relative), os.path.join(prefix, relative)
+            path, name = path_head + relative, name_head + relative
             if relative.lower().endswith(".tar"):
                 yield from self._tar_members(path, name, skipped)
             else:
@@ -257,12 +258,13 @@ class Source:
 
 def image_item(name: str, path: str, offset: int = 0, size: int | None = None) -> ImageItem:
     """The picture at `path`, shown as `name`: valid UTF-8, with the exact bytes beside it where it is not."""
-    data = os.fsencode(name)
     try:
-        return ImageItem(data.decode(), path, None, offset, size)
-    except UnicodeDecodeError:
-        shown = data.decode("utf-8", "backslashreplace")
-        return ImageItem(shown, path, base64.b64encode(data).decode(), offset, size)
+        name.encode()
+    except UnicodeEncodeError:  # surrogate escapes
+        data = os.fsencode(name)
+        shown, exact = data.decode("utf-8", "backslashreplace"), base64.b64encode(data).decode()
+        return ImageItem(shown, path, exact, offset, size)
+    return ImageItem(name, path, None, offset, size)
 
 
 def _in_shard(found: Iterator[_Found], shard: tuple[int, int], skipped: Counter[str]) -> Iterator[_Found]:

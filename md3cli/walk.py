@@ -24,7 +24,7 @@ _GLOB_CHARS = re.compile(r"[*?[]")
 
 def has_image_suffix(name: str) -> bool:
     """Whether a file of this name is taken for a picture in a folder."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES
 
 
 def natural_key(name: str) -> str:

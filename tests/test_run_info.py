@@ -42,6 +42,14 @@ def test_it_tells_how_each_start_went(tmp_path: Path) -> None:
     assert {"python", "torch", "pyarrow"} <= document["versions"].keys()
 
 
+def test_the_root_can_be_opened_again(tmp_path: Path) -> None:
+    root = "/data/👩\u200d🚀 \x1b"
+    RunDocument.begin(tmp_path / "run.json", identity={}, arguments=[], root=root, is_resume=True)
+    assert json.loads((tmp_path / "run.json").read_text())["root"] == root
+    RunDocument.begin(tmp_path / "run.json", identity={}, arguments=[], root="/caf\udce9", is_resume=False)
+    assert json.loads((tmp_path / "run.json").read_text())["root"] == "/caf\\xe9"
+
+
 def test_overwrite_forgets_the_earlier_run(tmp_path: Path) -> None:
     begin(tmp_path / "run.json", [DETECT])
     begin(tmp_path / "run.json", [CAPTION], is_resume=False)
