@@ -81,7 +81,7 @@ def decode_rgb(data: bytes, max_pixels: int, background: Colour | None, on_heade
     except MemoryError as error:
         raise ImageError("too_large", TOO_LITTLE_MEMORY) from error
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, RuntimeError, struct.error, ...
-        reason = printable(str(error) or type(error).__name__)[: MESSAGE_LIMIT_CHARS - 40]
+        reason = printable(" ".join(str(error).split()) or type(error).__name__)[: MESSAGE_LIMIT_CHARS - 40]
         raise ImageError("decode", f"the picture is damaged: {reason}") from error
 
 
