@@ -13,7 +13,7 @@ import typer
 
 from md3cli.config import FailOn
 
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?\s*", re.IGNORECASE)
+_AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b)?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -51,7 +51,7 @@ def parse_fail_on(text: str) -> FailOn:
     """
     if text in ("none", "any"):
         return FailOn(1.0 if text == "none" else 0.0)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", text)
     if match is None or float(match[1]) > 100:
         raise ValueError(f"{text!r} is not one of: none, any, or a share like 5%")
     return FailOn(float(match[1]) / 100)
@@ -63,7 +63,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     Raises:
         ValueError: not two numbers in that range.
     """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
     if match is None or int(match[2]) < 1 or int(match[1]) > int(match[2]):
         raise ValueError(f"{text!r} is not a shard; write it like 0/4, 1/4, 2/4, 3/4")
     return int(match[1]) % int(match[2]), int(match[2])
@@ -104,7 +104,7 @@ def number_or_auto(text: str) -> int | None:
     """`auto` as None, or a number of at least 1."""
     if text == "auto":
         return None
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise ValueError(f"{text!r} is neither auto nor a number of at least 1")
     return int(text)
 

@@ -1,0 +1,107 @@
+"""Short forms of values: sizes, counts, shares, shards, places."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from md3cli.commands.values import (
+    checked,
+    number_or_auto,
+    parse_bytes,
+    parse_count,
+    parse_fail_on,
+    parse_shard,
+    parse_spatial_ref,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1G", 2**30),
+        ("1GiB", 2**30),
+        ("20 GB", 20 * 10**9),
+        ("500M", 500 * 2**20),
+        ("1.5k", 1536),
+        ("12", 12),
+        ("3 tb", 3 * 10**12),
+        ("7B", 7),
+    ],
+)
+def test_bytes(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("268M", 268_000_000), ("50000", 50_000), ("1.5G", 1_500_000_000)])
+def test_counts(text: str, expected: int) -> None:
+    assert parse_count(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1", "1 X", "1e9", "0x10", "10 M B", "٣"])
+def test_no_amounts(text: str) -> None:
+    for parse in (parse_bytes, parse_count):
+        with pytest.raises(ValueError, match="write it like"):
+            parse(text)
+    with pytest.raises(ValueError, match="write it like"):
+        parse_count("5MB")
+
+
+@given(number=st.integers(0, 10**15))
+def test_plain_numbers_stay_what_they_are(number: int) -> None:
+    assert parse_bytes(str(number)) == parse_count(str(number)) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "failed", "is_met"),
+    [
+        ("any", 1, True),
+        ("any", 0, False),
+        ("none", 200, False),
+        ("5%", 10, False),
+        ("5%", 11, True),
+        ("0.5 %", 2, True),
+    ],
+)
+def test_fail_on_counts_of_200(text: str, failed: int, is_met: bool) -> None:
+    assert parse_fail_on(text).is_met(failed, 200) is is_met
+
+
+@pytest.mark.parametrize("text", ["", "some", "5", "101%", "-1%", "%"])
+def test_no_fail_on(text: str) -> None:
+    with pytest.raises(ValueError, match="is not one of: none, any, or a share like 5%"):
+        parse_fail_on(text)
+
+
+def test_shards_count_from_zero_or_one() -> None:
+    assert [parse_shard(f"{i}/4") for i in range(4)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert parse_shard("4/4") == (0, 4)
+    for text in ("5/4", "0/0", "1", "-1/4", "a/b", "1/4/2"):
+        with pytest.raises(ValueError, match="is not a shard"):
+            parse_shard(text)
+
+
+def test_spatial_refs() -> None:
+    assert parse_spatial_ref("0.25,1") == (0.25, 1.0)
+    assert parse_spatial_ref("0,0.1, 0.5,0.6") == (0.0, 0.1, 0.5, 0.6)
+    for text in ("", "1", "0.1,0.2,0.3", "0.1,1.5", "nan,0", "a,b", "0.5,0,0.4,1"):
+        with pytest.raises(ValueError, match=r"is not a point X,Y or a box|is no box"):
+            parse_spatial_ref(text)
+
+
+def test_number_or_auto() -> None:
+    assert (number_or_auto("auto"), number_or_auto("12")) == (None, 12)
+    for text in ("0", "-1", "1.5", "many", ""):
+        with pytest.raises(ValueError, match="is neither auto nor a number of at least 1"):
+            number_or_auto(text)
+
+
+def test_checked_passes_the_text_on_and_names_what_is_wrong() -> None:
+    check = checked(parse_count)
+    assert check("5k") == "5k"
+    assert check(["5k", "6"]) == ["5k", "6"]
+    assert check(None) is None
+    with pytest.raises(typer.BadParameter, match="'x' is not a number"):
+        check(["5k", "x"])
