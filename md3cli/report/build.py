@@ -42,9 +42,10 @@ IMAGES_PER_PAGE = 2000  # about 40 MB of thumbnails: what a browser still opens 
 
 @dataclass(frozen=True, slots=True)
 class ReportOptions:
-    """How to make a report. `root` is where the pictures are; by default run.json says."""
+    """How to make a report. `root` and `is_confined` are as for every export (exporters/options.py)."""
 
     root: Path | None = None
+    is_confined: bool = True
     overwrite: bool = False
     title: str | None = None
     thumbnail_px: int = 320
@@ -83,10 +84,7 @@ def write_report(
     stats, num_items = _count(items(read_records(records)))
     if num_items == 0:
         raise InputError(f"{printable(str(records))} holds no records; nothing to show")
-    pictures = Pictures(
-        records,
-        ExportOptions(root=options.root, max_pixels=options.max_pixels, max_file_size=options.max_file_size),
-    )
+    pictures = Pictures(records, _picture_options(options))
     judged = with_verdicts(items(read_records(records)), verdicts_of(sections))
     shown = with_thumbnails(judged, pictures, options.thumbnail_px)
     overview = _overview(records, stats, options, sections)
@@ -99,6 +97,15 @@ def write_report(
             num_pages = len(parts.links)
         file.writelines(render(parts))
     return ReportSummary(page, stats.num_images, stats.num_records, num_pages, num_missing)
+
+
+def _picture_options(options: ReportOptions) -> ExportOptions:
+    return ExportOptions(
+        root=options.root,
+        is_confined=options.is_confined,
+        max_pixels=options.max_pixels,
+        max_file_size=options.max_file_size,
+    )
 
 
 def _count(shown: Iterable[Item]) -> tuple[RunStats, int]:
