@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 
 NAME_LIMIT_BYTES = 255  # of one path component on every common file system
 _PATH_LIMIT_BYTES = 2048  # leaves room for OUT itself below the usual 4096
+_DEPTH_LIMIT = 64  # folders are made by recursion, here and in those who read
 
 
 def relative_name(image: str) -> PurePosixPath:
@@ -31,7 +32,7 @@ def candidates(image: str, suffix: str, *, keep_suffix: bool = False) -> Iterato
     relative = relative_name(image)
     digest = hashlib.sha256(image.encode("utf-8", "surrogateescape")).hexdigest()
     stem = relative.name.removesuffix(relative.suffix) if relative.suffix else relative.name
-    if len(str(relative).encode()) <= _PATH_LIMIT_BYTES:
+    if len(str(relative).encode()) <= _PATH_LIMIT_BYTES and len(relative.parts) <= _DEPTH_LIMIT:
         if not keep_suffix:
             yield relative.with_name(shortened(stem, suffix, digest))
         yield relative.with_name(shortened(relative.name, suffix, digest))

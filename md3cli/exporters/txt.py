@@ -60,4 +60,5 @@ def _write(folder: StagedFolder, record: RecordDict, text: str) -> bool:
 def _names(record: RecordDict) -> Iterator[PurePosixPath]:
     yield from candidates(record["image"], ".txt")
     # One image, several texts: the record's own id tells them apart.
-    yield from candidates(f"{record['image']}~{record.get('id')}", ".txt", keep_suffix=True)
+    record_id = str(record.get("id")).replace("/", "_")
+    yield from candidates(f"{record['image']}~{record_id}", ".txt", keep_suffix=True)

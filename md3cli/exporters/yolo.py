@@ -96,7 +96,7 @@ def _place(picture: ImageItem, image: Path, pictures: Pictures) -> None:
 
 
 def _data_yaml(labels: list[str]) -> str:
-    head = 'path: ""  # the folder of this file\n' "train: images\nval: images\nnames:\n"
+    head = 'path: ""  # the folder of this file\ntrain: images\nval: images\nnames:\n'
     return head + "".join(f"  {number}: {_yaml_string(label)}\n" for number, label in enumerate(labels))
 
 

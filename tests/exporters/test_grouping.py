@@ -24,7 +24,9 @@ def groups(path: Path) -> list[tuple[str, list[str]]]:
 
 
 @given(names=st.lists(st.sampled_from(["a", "b", "c", "d/é.png"]), max_size=30))
-def test_every_record_is_in_its_images_group_in_order(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
+def test_every_record_is_in_its_images_group_in_order(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str]
+) -> None:
     path = tmp_path_factory.mktemp("grouping") / "records.jsonl"
     lines = [record(name, "caption", id=str(number), caption="x") for number, name in enumerate(names)]
     write_records(path, lines)
@@ -87,7 +89,7 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
         ImageIndex(tmp_path / "nothing.jsonl")
 
 
-MEASURE = """
+MEASURE = r"""
 import re, sys
 from pathlib import Path
 from md3cli.exporters import ExportOptions, export_records
@@ -99,7 +101,9 @@ print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
 
 def peak_mib(folder: Path, num_images: int) -> int:
     """Peak memory of a COCO export of scattered records, two for each image."""
-    template = record("IMAGE", "detect", "car", objects=[{"label": "car", "x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}])
+    template = record(
+        "IMAGE", "detect", "car", objects=[{"label": "car", "x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}]
+    )
     line = json.dumps(template)
     path = folder / f"{num_images}.jsonl"
     with path.open("w") as file:

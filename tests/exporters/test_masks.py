@@ -49,7 +49,9 @@ def test_only_rings_that_turn_back_make_holes() -> None:
 def test_the_hole_is_empty_and_the_rest_is_full() -> None:
     patch = filled_patch([SQUARE, BACKWARDS], 100, 100)
     pixels = np.zeros((100, 100), bool)
-    pixels[patch.top : patch.top + patch.pixels.shape[0], patch.left : patch.left + patch.pixels.shape[1]] = patch.pixels
+    pixels[patch.top : patch.top + patch.pixels.shape[0], patch.left : patch.left + patch.pixels.shape[1]] = (
+        patch.pixels
+    )
     assert not pixels[22:38, 22:38].any()
     assert pixels[11:19, 11:49].all()
     assert not pixels[:9].any()

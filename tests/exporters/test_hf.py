@@ -1,0 +1,100 @@
+"""ImageFolder read back by `datasets`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import load_dataset
+from finished_runs import CAR, HEIGHT, NAMES, WIDTH, Run, detect_records, draw_pictures, record
+from PIL import Image
+
+from md3cli.errors import ExportError, UsageError
+
+
+def load(folder: Path, cache: Path) -> Any:
+    return load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(cache))
+
+
+def test_datasets_loads_every_picture_with_its_objects(detect_run: Run, tmp_path: Path) -> None:
+    report, out = detect_run.export("hf", "out")
+    splits = load(out, tmp_path / "cache")
+    assert list(splits) == ["train"]  # although names say train and test
+    rows = {json.dumps(row["objects"]["bbox"]): row for row in splits["train"]}
+    assert len(splits["train"]) == report.num_images == len(NAMES)
+    full = rows["[[60.0, 8.0, 60.0, 40.0], [12.0, 20.0, 48.0, 40.0]]"]
+    assert full["image"].size == (full["width"], full["height"]) == (WIDTH, HEIGHT)
+    assert full["objects"]["categories"] == [0, 1]
+    assert full["objects"]["labels"] == ["dog", "car"]
+    assert full["objects"]["scores"] == [0.4, 0.9]
+    assert "[]" in rows  # the image without objects
+
+
+def test_pictures_keep_their_content(detect_run: Run) -> None:
+    _, out = detect_run.export("hf", "out")
+    rows = [json.loads(line) for line in (out / "train/metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len({row["file_name"] for row in rows}) == len(NAMES)
+    for name, row in zip(NAMES, rows, strict=True):
+        assert (out / "train" / row["file_name"]).read_bytes() == (detect_run.root / name).read_bytes()
+
+
+def test_all_tasks_fit_one_row(run: Run, tmp_path: Path) -> None:
+    box = {key: CAR[key] for key in ("x_min", "y_min", "x_max", "y_max")}
+    path = {"label": "ring", "svg_path": "M 0 0 L 1 0 L 1 1 Z", "bbox": box, "score": 0.7}
+    run.write([
+        *detect_records(NAMES[:2]),
+        record(NAMES[1], "segment", "ring", segments=[path]),
+        record(NAMES[1], "point", "nose", points=[{"label": "nose", "x": 0.5, "y": 0.25, "score": 0.8}]),
+        record(NAMES[1], "caption", length="short", caption="a car", meta={"image": "theirs", "n": 1}),
+        record(NAMES[1], "query", "How many?", answer="2", meta={"n": "one"}),
+    ])  # fmt: skip
+    _, out = run.export("hf", "out")
+    rows = sorted(load(out, tmp_path / "cache")["train"], key=lambda row: len(row["captions"]))
+    assert rows[0]["text"] is None
+    row = rows[1]
+    assert (row["text"], row["captions"]) == ("a car", ["a car"])
+    assert row["answers"] == [{"question": "How many?", "answer": "2"}]
+    assert row["points"] == [{"x": 60.0, "y": 20.0, "label": "nose", "score": 0.8}]
+    assert row["objects"]["segmentation"][2] == [[12.0, 20.0, 60.0, 20.0, 60.0, 60.0]]
+    assert json.loads(row["meta"]) == {"image": "theirs", "n": "one"}  # and the picture is still the picture
+    assert row["image"].size == (WIDTH, HEIGHT)
+
+
+def test_a_turned_picture_is_upright_for_its_boxes(run: Run, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (HEIGHT, WIDTH)).save(run.root / "turned.jpg", exif=exif)
+    run.write([record("turned.jpg", "detect", "car", objects=[CAR])])
+    _, out = run.export("hf", "out")
+    assert load(out, tmp_path / "cache")["train"][0]["image"].size == (WIDTH, HEIGHT)
+
+
+def test_names_that_are_patterns_load(run: Run, tmp_path: Path) -> None:
+    names = ["a[1].png", "b*.png", "c?.png", "d/../e.png"]
+    draw_pictures(run.root, [*names[:3], "d/x.png", "e.png"])
+    run.write([record(name, "caption", length="short", caption=name) for name in names])
+    _, out = run.export("hf", "out")
+    assert sorted(load(out, tmp_path / "cache")["train"]["text"]) == sorted(names)
+
+
+def test_missing_pictures_are_left_out_and_told(detect_run: Run) -> None:
+    (detect_run.root / NAMES[0]).unlink()
+    report, out = detect_run.export("hf", "out")
+    assert report.num_images == len(NAMES) - 1
+    assert "1 pictures cannot be read" in report.notes[0]
+    assert not (out / "train" / NAMES[0]).exists()
+
+
+def test_a_wrong_root_is_an_error_and_leaves_nothing(detect_run: Run, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(ExportError, match="--root"):
+        detect_run.export("hf", "out", root=tmp_path / "elsewhere")
+    assert {path.name for path in detect_run.folder.iterdir()} == {"records.jsonl", "run.json"}
+
+
+def test_without_a_root_it_asks_for_one(detect_run: Run) -> None:
+    (detect_run.folder / "run.json").unlink()
+    with pytest.raises(UsageError, match="--root"):
+        detect_run.export("hf", "out")

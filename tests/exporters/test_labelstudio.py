@@ -1,0 +1,121 @@
+"""Label Studio tasks against the rules of its importer; the slow test asks its own validator."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from finished_runs import CAR, NAMES, Run, detect_records, record
+
+SDK = "label-studio-sdk==2.0.19"
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+TAGS = {"rectanglelabels": "RectangleLabels", "polygonlabels": "PolygonLabels", "keypointlabels": "KeyPointLabels"}
+HOSTILE = '"><Label value="x"/>&\x00 é'
+
+
+@pytest.fixture
+def mixed_run(run: Run) -> Run:
+    """Every task on the same pictures."""
+    box = {key: CAR[key] for key in ("x_min", "y_min", "x_max", "y_max")}
+    path = {"label": "ring", "svg_path": "M 0 0 L 1 0 L 1 1 Z", "bbox": box, "score": 0.7}
+    run.write([
+        *detect_records(),
+        record(NAMES[0], "detect", HOSTILE, objects=[{**CAR, "label": HOSTILE}]),
+        record(NAMES[0], "segment", "ring", segments=[path]),
+        record(NAMES[0], "point", "nose", points=[{"label": "nose", "x": 1.0, "y": 0.25, "score": 0.8}]),
+        record(NAMES[0], "caption", length="short", caption="a car"),
+        record(NAMES[0], "query", "How many?", answer="2"),
+    ])  # fmt: skip
+    return run
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def test_one_task_for_each_image_with_percent(mixed_run: Run) -> None:
+    report, out = mixed_run.export("labelstudio", "tasks.json")
+    tasks = read(out)
+    assert len(tasks) == report.num_images == len(NAMES)
+    assert [unquote(task["data"]["image"].removeprefix("/data/local-files/?d=")) for task in tasks] == list(NAMES)
+    dog = tasks[0]["predictions"][0]["result"][0]
+    assert dog["value"] == {"x": 50, "y": 10, "width": 50, "height": 50, "rotation": 0, "rectanglelabels": ["dog"]}
+    assert (dog["original_width"], dog["original_height"], dog["image_rotation"]) == (120, 80, 0)
+    assert (dog["score"], dog["to_name"]) == (0.4, "image")
+    assert tasks[NAMES.index("empty.png")]["predictions"][0]["result"] == []
+
+
+def test_every_result_fits_the_interface(mixed_run: Run) -> None:
+    _, out = mixed_run.export("labelstudio", "tasks.json")
+    view = ET.parse(out.with_suffix(".xml")).getroot()
+    controls = {child.get("name"): child for child in view if child.tag != "Image"}
+    for task in read(out):
+        (prediction,) = task["predictions"]
+        ids = [result["id"] for result in prediction["result"]]
+        assert len(set(ids)) == len(ids)
+        for result in prediction["result"]:
+            control = controls[result["from_name"]]
+            assert control.get("toName") == "image" == view[0].get("name")
+            if result["type"] in TAGS:
+                assert control.tag == TAGS[result["type"]]
+                assert set(result["value"][result["type"]]) <= {label.get("value") for label in control}
+    texts = {
+        r["from_name"]: r["value"]["text"] for r in read(out)[0]["predictions"][0]["result"] if r["type"] == "textarea"
+    }
+    assert texts == {"caption": ["a car"], "answer": ["How many?\n2"]}
+
+
+def test_a_folder_gets_both_files_and_a_prefix_its_urls(mixed_run: Run) -> None:
+    _, out = mixed_run.export("labelstudio", "project", url_prefix="s3://bucket/")
+    assert sorted(path.name for path in out.iterdir()) == ["interface.xml", "tasks.json"]
+    assert read(out / "tasks.json")[1]["data"]["image"] == "s3://bucket/b/photo.jpg"
+
+
+def test_urls_stay_and_exact_bytes_are_quoted(run: Run) -> None:
+    run.write([
+        record("https://example.com/a b.jpg", "detect", "car", objects=[]),
+        record("\\xff.png", "detect", "car", objects=[], image_b64="/y5wbmc="),
+    ])  # fmt: skip
+    _, out = run.export("labelstudio", "tasks.json")
+    assert [task["data"]["image"] for task in read(out)] == [
+        "https://example.com/a b.jpg",
+        "/data/local-files/?d=%FF.png",
+    ]
+
+
+VALIDATE = """
+import json, sys
+from label_studio_sdk.label_interface import LabelInterface
+interface = LabelInterface(open(sys.argv[2], encoding="utf-8").read())
+tasks = json.load(open(sys.argv[1], encoding="utf-8"))
+errors = [error for task in tasks for prediction in task["predictions"]
+          for error in interface.validate_prediction(prediction, return_errors=True)]
+errors += [task["data"] for task in tasks if not interface.validate_task({"data": task["data"]})]
+first = next(r for t in tasks for r in t["predictions"][0]["result"] if r["type"] == "rectanglelabels")
+first["value"]["rectanglelabels"] = ["unheard of"]
+refused = any(interface.validate_prediction(p, return_errors=True) for t in tasks for p in t["predictions"])
+print(json.dumps({"errors": errors, "refused": refused, "count": len(tasks)}))
+"""
+
+
+@pytest.mark.slow
+def test_the_sdk_finds_nothing_wrong(mixed_run: Run, tmp_path: Path) -> None:
+    """In an environment of its own: the SDK brings 60 packages that nothing else here needs."""
+    environment = os.environ.get("MD3_LABEL_STUDIO_ENV")
+    if environment is None:
+        environment = str(tmp_path / "environment")
+        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+        install = [f"{environment}/bin/python", "-m", "pip", "install", "-q", "-c", CONSTRAINTS, SDK]
+        subprocess.run(install, check=True)
+    _, out = mixed_run.export("labelstudio", "tasks.json")
+    command = [f"{environment}/bin/python", "-c", VALIDATE, out, out.with_suffix(".xml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer == {"errors": [], "refused": True, "count": len(NAMES)}

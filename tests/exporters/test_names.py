@@ -1,0 +1,101 @@
+"""Names of outputs: inside the folder, never equal, never too long."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from md3cli.errors import ExportError, UsageError
+from md3cli.exporters.names import NAME_LIMIT_BYTES, candidates, relative_name
+from md3cli.exporters.publishing import StagedFolder, staged_folder
+
+AWKWARD = ["../../etc/passwd", "/etc/passwd", "a/../b.jpg", "https://h.example/a.jpg?x=../y", "", ".", "a//b", "a\0b"]
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=300) | st.sampled_from(AWKWARD)
+
+
+@given(name=names)
+def test_candidates_stay_inside_and_fit_the_file_system(name: str) -> None:
+    for keep_suffix in (False, True):
+        for candidate in candidates(name, ".txt", keep_suffix=keep_suffix):
+            assert not candidate.is_absolute()
+            assert not {"..", "."} & set(candidate.parts)
+            assert "\0" not in str(candidate)
+            assert candidate.name.endswith(".txt")
+            assert len(candidate.name.encode()) <= NAME_LIMIT_BYTES
+
+
+@given(name=names)
+def test_the_last_candidate_belongs_to_one_image(name: str) -> None:
+    assert list(candidates(name, ".txt"))[-1] != list(candidates(name + "x", ".txt"))[-1]
+
+
+def test_the_plain_name_comes_first() -> None:
+    assert next(candidates("a/photo.jpg", ".txt")) == PurePosixPath("a/photo.txt")
+    assert next(candidates("a/photo.jpg", ".txt", keep_suffix=True)) == PurePosixPath("a/photo.jpg.txt")
+    assert next(candidates("a/photo", ".txt")) == PurePosixPath("a/photo.txt")
+    assert relative_name("https://example.com/a/b.jpg") == PurePosixPath("example.com/a/b.jpg")
+
+
+def test_equal_names_are_told_apart(tmp_path: Path) -> None:
+    folder = StagedFolder(tmp_path)
+    given_names = ["a.jpg", "a.png", "a.jpg", "a.txt/b.jpg", "n" * 255, "n" * 254 + "m", "x/" * 1000 + "y.jpg"]
+    made = []
+    for name in given_names:
+        file, relative = folder.create(candidates(name, ".txt"))
+        file.close()
+        made.append(relative)
+    assert len(set(made)) == len(given_names)
+    assert all((tmp_path / relative).is_file() for relative in made)
+    assert made[:2] == [PurePosixPath("a.txt"), PurePosixPath("a.png.txt")]
+
+
+def test_no_name_left_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with pytest.raises(ExportError):
+        StagedFolder(tmp_path).create([PurePosixPath("a")])
+
+
+def fill(folder: StagedFolder, name: str) -> None:
+    (folder.path / name).write_text("new")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "deep/out"
+    with pytest.raises(RuntimeError), staged_folder(out, overwrite=False, suffixes=frozenset({".txt"})) as folder:
+        fill(folder, "half.txt")
+        raise RuntimeError
+    assert list(out.parent.iterdir()) == []
+    with staged_folder(out, overwrite=False, suffixes=frozenset({".txt"})) as folder:
+        fill(folder, "whole.txt")
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["whole.txt"]
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_an_empty_folder_may_stand_there_and_a_full_one_only_when_told(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    suffixes = frozenset({".txt"})
+    with staged_folder(out, overwrite=False, suffixes=suffixes) as folder:
+        fill(folder, "first.txt")
+    with pytest.raises(UsageError, match="--overwrite"), staged_folder(out, overwrite=False, suffixes=suffixes):
+        pass
+    with staged_folder(out, overwrite=True, suffixes=suffixes) as folder:
+        fill(folder, "second.txt")
+    assert [path.name for path in out.iterdir()] == ["second.txt"]
+    (out / "thesis.docx").touch()
+    with pytest.raises(UsageError, match="thesis"), staged_folder(out, overwrite=True, suffixes=suffixes):
+        pass
+    assert len(list(out.iterdir())) == 2
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with (
+        pytest.raises(UsageError, match="is a file"),
+        staged_folder(tmp_path / "out", overwrite=True, suffixes=frozenset()),
+    ):
+        pass

@@ -1,0 +1,183 @@
+"""Overlays opened again by PIL, and what is drawn on them looked at pixel by pixel."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from finished_runs import CAR, HEIGHT, NAMES, WIDTH, Run, detect_records, draw_pictures, record
+from fontTools.ttLib import TTFont
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from md3cli.errors import UsageError
+from md3cli.exporters.colours import colour_of
+from md3cli.exporters.drawing import draw_records
+from md3cli.exporters.grouping import ImageGroup
+from md3cli.exporters.labels_text import FONT_FILE, fitted, font_of, shown
+from md3cli.exporters.pictures import PICTURE_SUFFIXES
+
+
+def names_in(out: Path) -> set[str]:
+    return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+
+
+def drawn(base: Image.Image, *records: dict[str, object]) -> np.ndarray:
+    draw_records(base, ImageGroup("x", None, base.width, base.height, list(records)))
+    return np.asarray(base)
+
+
+def test_every_picture_keeps_its_name_size_and_kind(detect_run: Run) -> None:
+    report, out = detect_run.export("overlay", "out")
+    assert names_in(out) == set(NAMES)
+    assert report.num_images == len(NAMES)
+    for name in NAMES:
+        with Image.open(out / name) as image:
+            assert image.size == (WIDTH, HEIGHT)
+            assert image.format == {".jpg": "JPEG", ".png": "PNG"}[Path(name).suffix]
+
+
+def test_boxes_are_drawn_where_they_are(run: Run) -> None:
+    run.write([record("empty.png", "detect", "car", objects=[CAR])])
+    _, out = run.export("overlay", "out")
+    pixels = np.asarray(Image.open(out / "empty.png"))
+    colour = colour_of("car")
+    for x, y in ((12, 40), (59, 40), (30, 20), (30, 59)):
+        near = pixels[y - 2 : y + 3, x - 2 : x + 3].reshape(-1, 3)
+        assert (near == colour).all(axis=1).any(), (x, y)
+    before = np.asarray(Image.open(run.root / "empty.png"))
+    assert (pixels[65:, :] == before[65:, :]).all()
+    assert (pixels[40, 30] == before[40, 30]).all()
+
+
+@pytest.mark.parametrize("background", ["white", "black", "grey", (0, 0, 255), (255, 0, 0)])
+@pytest.mark.parametrize("label", ["car", "dog", "red circle"])
+def test_lines_stand_out_on_any_background(background: str, label: str) -> None:
+    size = (640, 480)
+    pixels = drawn(Image.new("RGB", size, background), record("x", "detect", label, objects=[{**CAR, "label": label}]))
+    plain = np.asarray(Image.new("RGB", size, background))
+    row = pixels[240, 50:80].astype(int)  # across the left side of the box
+    assert np.abs(row - plain[240, 50:80].astype(int)).max() >= 100
+
+
+def test_a_mask_tints_its_area_and_leaves_its_hole() -> None:
+    box = {"x_min": 0.25, "y_min": 0.25, "x_max": 0.75, "y_max": 0.75}
+    path = "M 0 0 L 1 0 L 1 1 L 0 1 Z M 0.25 0.25 L 0.25 0.75 L 0.75 0.75 L 0.75 0.25 Z"
+    segment = {"label": "ring", "svg_path": path, "bbox": box, "score": 0.5}
+    pixels = drawn(Image.new("RGB", (800, 800), "white"), record("x", "segment", "ring", segments=[segment]))
+    assert (pixels[400, 400] == 255).all()
+    assert (pixels[250, 400] != 255).any()
+    assert (pixels[100, 400] == 255).all()
+
+
+def test_a_point_is_a_dot_of_its_labels_colour() -> None:
+    point = {"label": "nose", "x": 0.5, "y": 0.5, "score": 0.5}
+    pixels = drawn(Image.new("RGB", (400, 400), "black"), record("x", "point", "nose", points=[point]))
+    assert tuple(pixels[200, 200]) == colour_of("nose")
+
+
+def test_lines_and_letters_grow_with_the_picture() -> None:
+    def coloured(scale: int) -> int:
+        size = (160 * scale, 120 * scale)
+        pixels = drawn(Image.new("RGB", size, "white"), record("x", "detect", "car", objects=[CAR]))
+        return int((pixels == colour_of("car")).all(axis=2).sum())
+
+    assert coloured(16) > 8 * 4 * coloured(4) / 5  # area grows with the square: lines of the same width would give 4
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 2)])
+def test_the_smallest_pictures_can_be_drawn_on(size: tuple[int, int]) -> None:
+    everything = {"label": "a very long label " * 9, "x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1, "score": 0.5}
+    assert drawn(Image.new("RGB", size), record("x", "detect", "car", objects=[everything])).shape[:2] == size[::-1]
+
+
+def test_a_turned_picture_is_drawn_upright(run: Run) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "Secret camera"
+    exif.get_ifd(0x8825)[1] = "N"
+    picture = Image.new("RGB", (HEIGHT, WIDTH), "white")
+    picture.save(run.root / "turned.jpg", exif=exif, comment=b"secret", xmp=b"<x>secret</x>", icc_profile=b"secret")
+    run.write([record("turned.jpg", "detect", "car", objects=[CAR])])
+    _, out = run.export("overlay", "out")
+    content = (out / "turned.jpg").read_bytes()
+    with Image.open(out / "turned.jpg") as image:
+        assert image.size == (WIDTH, HEIGHT)
+        assert not image.getexif()
+        assert not {"comment", "xmp", "icc_profile"} & set(image.info)
+    assert b"ecret" not in content
+
+
+def test_other_kinds_become_png_beside_equal_names(run: Run) -> None:
+    for name in ("photo.webp", "photo.webp.png", "photo.gif", "photo.PNG"):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(run.root / name)
+    names = ("photo.webp.png", "photo.webp", "photo.gif", "photo.PNG")
+    run.write([record(name, "detect", "car", objects=[]) for name in names])
+    _, out = run.export("overlay", "out")
+    assert len(names_in(out)) == 4
+    assert {"photo.webp.png", "photo.gif.png", "photo.PNG"} <= names_in(out)
+    assert {path.suffix.lower() for path in out.rglob("*.*")} <= PICTURE_SUFFIXES
+
+
+def test_names_that_climb_out_are_not_opened(run: Run) -> None:
+    draw_pictures(run.root.parent, ["secret.png"])
+    run.write([record(name, "detect", "car", objects=[]) for name in ("../secret.png", "empty.png")])
+    report, out = run.export("overlay", "out")
+    assert names_in(out) == {"empty.png"}
+    assert "1 pictures cannot be read" in report.notes[0]
+    _, out = run.export("overlay", "trusted", is_confined=False)
+    assert names_in(out) == {"empty.png", "secret.png"}
+
+
+def test_pictures_that_cannot_be_read_any_more_are_told(detect_run: Run) -> None:
+    (detect_run.root / NAMES[0]).write_bytes(b"no picture")
+    (detect_run.root / NAMES[1]).unlink()
+    report, out = detect_run.export("overlay", "out")
+    assert names_in(out) == set(NAMES[2:])
+    assert "2 pictures cannot be read" in report.notes[0]
+
+
+def test_originals_are_never_replaced(detect_run: Run) -> None:
+    before = {name: (detect_run.root / name).read_bytes() for name in NAMES}
+    for out in ("../pictures", "../pictures/a"):
+        with pytest.raises(UsageError):
+            detect_run.export("overlay", out, overwrite=True)
+    assert {name: (detect_run.root / name).read_bytes() for name in NAMES} == before
+
+
+def test_pictures_in_a_tar_are_found(run: Run) -> None:
+    tar = run.folder / "pictures.tar"
+    with tarfile.open(tar, "w") as archive:
+        for name in NAMES[:3]:
+            archive.add(run.root / name, name)
+    run.write(detect_records(NAMES[:3]))
+    _, out = run.export("overlay", "out", root=tar)
+    assert names_in(out) == set(NAMES[:3])
+
+
+def test_the_font_covers_latin_greek_and_cyrillic() -> None:
+    text = "Straße déjà Łódź Ελληνικά ῥήτωρ Русский Ђорђе"
+    assert shown(text) == text
+    covered = set(TTFont(FONT_FILE).getBestCmap())
+    assert shown("".join(map(chr, sorted(covered & set(range(0x370, 0x530)))))).count("[") == 0
+
+
+def test_other_characters_are_shown_by_their_number() -> None:
+    assert shown("汽车 bus") == "[6C7D][8F66] bus"
+    assert shown("😀") == "[1F600]"
+    assert shown("a\n\tb \x1b") == "a b \\x1b"
+    assert shown("汽") != shown("车")
+
+
+@given(st.text(max_size=80))
+def test_a_fitted_text_is_no_wider_than_allowed(text: str) -> None:
+    font = font_of(12)
+    assert font.getlength(fitted(shown(text), font, 60)) <= 60
+
+
+def test_colours_are_stable_and_differ() -> None:
+    assert colour_of("car") == colour_of("car") == (6, 67, 249)
+    assert len({colour_of(str(n)) for n in range(60)}) > 40

@@ -1,0 +1,64 @@
+"""Pascal VOC read back by supervision and labelformat."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import supervision as sv
+from finished_runs import CAR, NAMES, Run, detect_records, record
+from hypothesis import given
+from hypothesis import strategies as st
+from labelformat.formats.pascalvoc import PascalVOCObjectDetectionInput
+
+from md3cli.exporters.voc import _pixels
+
+
+def test_each_image_has_one_file_in_its_sub_folder(detect_run: Run) -> None:
+    report, out = detect_run.export("voc", "out")
+    files = {path.relative_to(out / "Annotations").as_posix() for path in out.rglob("*.xml")}
+    assert len(files) == report.num_images == len(NAMES)
+    assert {"a/photo.xml", "a/photo.png.xml", "b/photo.xml", "empty.xml", "train/station.xml"} <= files
+
+
+def test_the_document_has_every_field(detect_run: Run) -> None:
+    _, out = detect_run.export("voc", "out")
+    root = ET.parse(out / "Annotations/a/photo.png.xml").getroot()
+    assert (root.findtext("folder"), root.findtext("filename")) == ("a", "photo.png")
+    assert [root.findtext(f"size/{tag}") for tag in ("width", "height", "depth")] == ["120", "80", "3"]
+    dog, car = root.findall("object")
+    assert [dog.findtext(tag) for tag in ("name", "pose", "truncated", "difficult")] == ["dog", "Unspecified", "1", "0"]
+    assert car.findtext("truncated") == "0"
+    assert [car.findtext(f"bndbox/{tag}") for tag in ("xmin", "ymin", "xmax", "ymax")] == ["13", "21", "60", "60"]
+
+
+def test_supervision_gets_the_boxes_back(run: Run) -> None:
+    run.write(detect_records(["test_a.jpg", "empty.png"]))
+    _, out = run.export("voc", "out")
+    dataset = sv.DetectionDataset.from_pascal_voc(str(run.root), str(out / "Annotations"))
+    boxes = {path.rpartition("/")[2]: detections.xyxy.tolist() for path, _, detections in dataset}
+    assert boxes["test_a.jpg"] == [[60, 8, 120, 48], [12, 20, 60, 60]]
+    assert boxes["empty.png"] == []
+
+
+def test_labelformat_gets_the_labels_back(run: Run) -> None:
+    run.write(detect_records(["test_a.jpg", "empty.png"]))
+    _, out = run.export("voc", "out")
+    labels = PascalVOCObjectDetectionInput(out / "Annotations", "dog,car").get_labels()
+    found = {label.image.filename: [box.category.name for box in label.objects] for label in labels}
+    assert found == {"test_a.jpg": ["dog", "car"], "empty.png": []}
+
+
+def test_control_characters_and_markup_are_harmless(run: Run) -> None:
+    label = "<b>&\x00\x1b[31m"
+    run.write([record("line\nbreak.png", "detect", label, objects=[{**CAR, "label": label}])])
+    _, out = run.export("voc", "out")
+    (file,) = out.rglob("*.xml")
+    root = ET.parse(file).getroot()
+    assert root.findtext("object/name") == "<b>&\\x00\\x1b[31m"
+    assert root.findtext("filename") == "line\\x0abreak.png"
+
+
+@given(start=st.floats(0, 0.999), extent=st.floats(0.00001, 1), size=st.integers(1, 5000))
+def test_pixels_count_from_one_and_stay_inside(start: float, extent: float, size: int) -> None:
+    first, last = _pixels(start * size, min(start + extent, 1) * size, size)
+    assert 1 <= first <= last <= size

@@ -1,0 +1,128 @@
+"""YOLO read back by supervision, labelformat and a YAML reader."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import supervision as sv
+import yaml
+from finished_runs import CAR, DOG, NAMES, Run, detect_records, draw_pictures, record
+from hypothesis import given
+from hypothesis import strategies as st
+from labelformat.formats.yolov8 import YOLOv8ObjectDetectionInput
+
+from md3cli.errors import UsageError
+from md3cli.exporters.yolo import _yaml_string
+
+
+def labels_of(out: Path) -> dict[str, str]:
+    files = (path for path in (out / "labels").rglob("*.txt"))
+    return {path.relative_to(out / "labels").as_posix(): path.read_text() for path in files}
+
+
+def test_each_image_has_one_label_file_in_its_sub_folder(detect_run: Run) -> None:
+    report, out = detect_run.export("yolo", "out")
+    written = labels_of(out)
+    assert len(written) == report.num_images == len(NAMES)
+    assert written["a/photo.txt"] == "0 0.750000 0.350000 0.500000 0.500000\n1 0.300000 0.500000 0.400000 0.500000\n"
+    assert written["empty.txt"] == ""
+    assert {"a/photo.txt", "a/photo.png.txt", "b/photo.txt", "übung/日本語 ☃.txt"} <= set(written)
+
+
+def test_labelformat_finds_every_image_with_its_boxes(detect_run: Run) -> None:
+    _, out = detect_run.export("yolo", "out")
+    labels = {
+        label.image.filename: label.objects
+        for label in YOLOv8ObjectDetectionInput(out / "data.yaml", "train").get_labels()
+    }
+    assert len(labels) == len(NAMES)
+    assert [found.category.name for found in labels["a/photo.jpg"]] == ["dog", "car"]
+    assert labels["a/photo.jpg"][1].box.xmin == pytest.approx(12)
+    assert labels["empty.png"] == []
+
+
+def test_supervision_reads_a_flat_folder(run: Run) -> None:
+    run.write(detect_records(["test_a.jpg", "empty.png"]))
+    _, out = run.export("yolo", "out")
+    dataset = sv.DetectionDataset.from_yolo(str(out / "images"), str(out / "labels"), str(out / "data.yaml"))
+    boxes = {Path(path).name: detections.xyxy.tolist() for path, _, detections in dataset}
+    assert boxes == {"test_a.jpg": [[60, 8, 120, 48], [12, 20, 60, 60]], "empty.png": []}
+
+
+def test_masks_make_every_line_a_polygon(run: Run) -> None:
+    box = {key: CAR[key] for key in ("x_min", "y_min", "x_max", "y_max")}
+    hole = "M 0 0 L 1 0 L 1 1 L 0 1 Z M 0.25 0.25 L 0.25 0.75 L 0.75 0.75 L 0.75 0.25 Z"
+    segment = {"label": "ring", "svg_path": hole, "bbox": box, "score": 0.7}
+    run.write([
+        record("test_a.jpg", "detect", "car", objects=[CAR]),
+        record("test_a.jpg", "segment", "ring", segments=[segment]),
+    ])  # fmt: skip
+    _, out = run.export("yolo", "out")
+    dataset = sv.DetectionDataset.from_yolo(
+        str(out / "images"), str(out / "labels"), str(out / "data.yaml"), force_masks=True
+    )
+    masks = next(detections.mask for path, _, detections in dataset if path.endswith("test_a.jpg"))
+    assert masks is not None
+    assert masks[0].sum() == pytest.approx(48 * 40, rel=0.06)
+    assert masks[1].sum() == pytest.approx(48 * 40 * 0.75, rel=0.12)  # the hole stays one; its border is drawn
+
+
+def test_linked_pictures_stand_beside_their_labels(detect_run: Run) -> None:
+    _, out = detect_run.export("yolo", "out")
+    images = [path for path in (out / "images").rglob("*") if path.is_file()]
+    assert len(images) == len(NAMES)
+    for image in images:
+        label = out / "labels" / image.relative_to(out / "images").with_suffix(".txt")
+        assert label.is_file(), label
+    assert (out / "images/a/photo.png.png").read_bytes() == (detect_run.root / "a/photo.png").read_bytes()
+
+
+def test_another_file_system_gets_symbolic_links(detect_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    _, out = detect_run.export("yolo", "out")
+    assert (out / "images/test_a.jpg").resolve() == (detect_run.root / "test_a.jpg").resolve()
+
+
+def test_without_pictures_the_labels_are_written_and_told(detect_run: Run) -> None:
+    (detect_run.folder / "run.json").unlink()
+    report, out = detect_run.export("yolo", "out")
+    assert len(labels_of(out)) == len(NAMES)
+    assert "pictures were not found" in report.notes[0]
+
+
+def test_replacing_does_not_harm_the_pictures(detect_run: Run) -> None:
+    detect_run.export("yolo", "out")
+    _, out = detect_run.export("yolo", "out", overwrite=True)
+    assert len(labels_of(out)) == len(NAMES)
+    assert all((detect_run.root / name).is_file() for name in NAMES)
+    with pytest.raises(UsageError, match="pictures themselves"):
+        detect_run.export("yolo", "../pictures", overwrite=True)
+    assert all((detect_run.root / name).is_file() for name in NAMES)
+
+
+def test_a_strangers_file_in_the_folder_is_kept(detect_run: Run) -> None:
+    _, out = detect_run.export("yolo", "out")
+    (out / "notes.md").write_text("mine")
+    with pytest.raises(UsageError, match=r"notes\.md"):
+        detect_run.export("yolo", "out", overwrite=True)
+    assert (out / "notes.md").read_text() == "mine"
+
+
+def test_names_keep_their_order_and_any_text(run: Run) -> None:
+    labels = ["yes", "null", "a: b # c", 'say "hi"\n', "日本語 😀", "\x85\x7f", "- x"]
+    draw_pictures(run.root, ["a.png"])
+    run.write([record("a.png", "detect", label, objects=[{**DOG, "label": label}]) for label in labels])
+    _, out = run.export("yolo", "out")
+    data = yaml.safe_load((out / "data.yaml").read_text(encoding="utf-8"))
+    assert data["names"] == dict(enumerate(labels))
+    assert [line.split()[0] for line in labels_of(out)["a.txt"].splitlines()] == [str(n) for n in range(len(labels))]
+
+
+@given(st.text())
+def test_any_label_survives_yaml(text: str) -> None:
+    assert yaml.safe_load(_yaml_string(text)) == text
