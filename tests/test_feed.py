@@ -1,0 +1,147 @@
+"""From rows to ready requests: ids, what is done, pictures decoded ahead."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from md3cli.decode import DecodePool
+from md3cli.errors import ImageError
+from md3cli.feed import Feed, RequestIds, Ticket, rows_ahead
+from md3cli.images import CropConfig, PreparedImage, Tiling
+from md3cli.records import ImageItem, Request, RowFailure, RunIdentity, SourceRow, Task, request_id
+
+RUN = RunIdentity("m@1")
+CAR, DOG = Request(Task.DETECT, "car"), Request(Task.DETECT, "dog")
+
+
+class HandPool(DecodePool):
+    """Pictures are ready when the test says so."""
+
+    def __init__(self) -> None:
+        self.futures: dict[str, Future[PreparedImage]] = {}
+
+    def submit(self, item: ImageItem) -> Future[PreparedImage]:
+        assert item.name not in self.futures, "decoded twice"
+        self.futures[item.name] = Future()
+        return self.futures[item.name]
+
+    def finish(self, name: str) -> None:
+        crops = np.zeros((2, 2, 2, 3), np.uint8)
+        self.futures[name].set_result(PreparedImage(crops, Tiling(1, 1), 8, 6, f"sha of {name}"))
+
+    def fail(self, name: str) -> None:
+        self.futures[name].set_exception(ImageError("decode", "torn"))
+
+
+def row(name: str | None, *requests: Request, failure: RowFailure | None = None) -> SourceRow:
+    return SourceRow(ImageItem(name, f"/x/{name}") if name else None, requests, failure=failure)
+
+
+class Rig:
+    """A feed over `rows`, what it failed, and how far it read."""
+
+    def __init__(self, *rows: SourceRow, num_ahead: int = 3, done: tuple[str, ...] = ()) -> None:
+        self.pool, self.failed, self.num_read = HandPool(), [], 0
+        self.feed = Feed(
+            self._count(rows),
+            ids=RequestIds(RUN),
+            is_done=lambda record_id: record_id in done,
+            pool=self.pool,
+            num_ahead=num_ahead,
+            fail=lambda ticket, failure: self.failed.append((ticket.key, failure.type)),
+            reading=nullcontext,
+        )
+
+    def _count(self, rows: tuple[SourceRow, ...]) -> Any:
+        for each in rows:
+            self.num_read += 1
+            yield each
+
+    def poll(self) -> Ticket | None:
+        ready = self.feed.poll()
+        return None if ready is None else ready.ticket
+
+
+def test_requests_become_ready_as_their_pictures_do() -> None:
+    rig = Rig(row("a", CAR, DOG), row("b", CAR), row("c", CAR), row("d", CAR))
+    assert rig.poll() is None
+    assert rig.num_read == 3, "no further than so many pictures ahead"
+    rig.pool.finish("b")
+    ticket = rig.poll()
+    assert ticket is not None
+    assert (ticket.key, ticket.image.name, ticket.is_last_of_row) == (2, "b", True)
+    rig.pool.finish("a")
+    first, second = rig.poll(), rig.poll()
+    assert [(t.key, t.request.prompt, t.is_last_of_row) for t in (first, second)] == [
+        (0, "car", False),
+        (1, "dog", True),
+    ]
+    assert (first.facts.width, first.facts.height, first.facts.sha256) == (8, 6, "sha of a")
+    rig.pool.finish("c")
+    rig.pool.futures.setdefault("d", Future())
+    assert not rig.feed.is_exhausted
+
+
+def test_what_is_done_is_not_decoded_and_takes_no_key() -> None:
+    done = tuple(request_id(name, CAR, RUN) for name in "ab")
+    rig = Rig(row("a", CAR), row("b", CAR, DOG), row("c", CAR), done=done)
+    rig.poll()
+    assert sorted(rig.pool.futures) == ["b", "c"]
+    for name in "bc":
+        rig.pool.finish(name)
+    assert [(t.key, t.image.name, t.request.prompt) for t in (rig.poll(), rig.poll())] == [
+        (0, "b", "dog"),
+        (1, "c", "car"),
+    ]
+    assert (rig.feed.num_done_before, rig.feed.num_rows_done_before) == (2, 1)
+    assert rig.poll() is None
+    assert rig.feed.is_exhausted
+
+
+def test_failures_never_become_ready() -> None:
+    rig = Rig(
+        row("a", CAR, failure=RowFailure("bad_row", "x")), row("b", CAR, DOG), row(None, Request(Task.QUERY, "?"))
+    )
+    ticket = rig.poll()
+    assert ticket is not None
+    assert (ticket.key, ticket.image, rig.failed) == (3, None, [(0, "bad_row")])
+    rig.pool.fail("b")
+    assert rig.poll() is None
+    assert rig.failed[1:] == [(1, "decode"), (2, "decode")]
+    assert rig.feed.is_exhausted
+
+
+def test_rows_of_the_same_picture_share_its_decoding() -> None:
+    rig = Rig(row("a", CAR), row("a", DOG), row("b", CAR))
+    rig.poll()
+    rig.pool.finish("a")
+    assert [t.request.prompt for t in (rig.poll(), rig.poll())] == ["car", "dog"]
+
+
+@given(
+    names=st.lists(st.none() | st.text(max_size=5), max_size=12),
+    request=st.builds(
+        Request,
+        st.sampled_from(Task),
+        st.none() | st.text(max_size=5),
+        temperature=st.floats(0, 2),
+        spatial_refs=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=2).map(tuple),
+    ),
+)
+def test_fast_ids_are_the_ids_of_the_record(names: list[str | None], request: Request) -> None:
+    ids, seen = RequestIds(RUN), []
+    for name in names:
+        assert ids.next_id(name, request) == request_id(name, request, RUN, repeat=seen.count(name))
+        seen.append(name)
+
+
+def test_rows_ahead_are_bounded_by_bytes_and_number() -> None:
+    assert rows_ahead(CropConfig(378, 14, 4, 12)) == 48
+    assert rows_ahead(CropConfig(84, 14, 1, 4)) == 256
+    assert rows_ahead(CropConfig(4000, 14, 4, 12)) == 4
