@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from PIL import Image
 
 from md3cli.config import ModelOptions
-from md3cli.errors import ImageError, RequestError
+from md3cli.errors import EngineError, ImageError, RequestError
 from md3cli.images import ImageLimits, PreparedImage, prepare_image
 from md3cli.model.asking import (
     Asked,
@@ -53,8 +54,9 @@ class Moondream:
     picture that cannot be read.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, options: ModelOptions | None = None) -> None:
         self.engine = engine
+        self._options = options
         self._keys = itertools.count()
         self._answers: dict[int, Answer] = {}  # of calls still open: a stream may be read between other calls
 
@@ -86,7 +88,7 @@ class Moondream:
             quant=quant or "stored",
             cache=False,
         )
-        return cls(load_engine(options))
+        return cls(load_engine(options), options)
 
     def encode_image(self, image: ImageLike, settings: Mapping[str, Any] | None = None) -> EncodedImage:
         """Encode once, ask often: the result can be given wherever an image can."""
@@ -165,8 +167,15 @@ class Moondream:
         yield from self._finished_records(asked, order, repeats)  # failures that no answer came after
 
     def compile(self) -> None:
-        """Compile the forward passes; worth it for long runs on a GPU."""
-        self.engine.compile()
+        """Compile the forward passes; worth it for long runs on a GPU. Without a compiler it warns and goes on.
+
+        Weights are read again: those of an eager engine may lie in a form no compiler can follow.
+        """
+        if self._options is None:
+            raise EngineError("only a model that was made by Moondream.load can be compiled")
+        if not self._options.compile:
+            self._options = replace(self._options, compile=True)
+            self.engine = load_engine(self._options)
 
     # -- one request ------------------------------------------------------------------------------
 
@@ -218,8 +227,9 @@ class Moondream:
         while not is_done:
             is_done = key in self._answers
             ids = sequence.answer.token_ids
-            yield from filter(None, map(text.push, ids[num_shown:]))
-            num_shown = max(num_shown, len(ids))  # a row that was started again says the same once more
+            new = ids[num_shown:]  # none while a row that was started again says the same once more
+            num_shown += len(new)  # before the pieces go out: other calls may step the engine meanwhile
+            yield from filter(None, map(text.push, new))
             if not is_done:
                 self._step()
         result_of(self._answers.pop(key))

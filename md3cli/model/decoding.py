@@ -40,6 +40,11 @@ class Finish(IntEnum):
     LENGTH = 2
 
 
+# Plain numbers for tensor code: compilers do not follow comparisons of tensors with enum members.
+_IDLE, _TEXT, _REASON, _X, _Y, _SIZE, _SEGMENT = map(int, Mode)
+_NO, _STOP, _LENGTH = map(int, Finish)
+
+
 class Rows(NamedTuple):
     """Per row state, each [N]."""
 
@@ -117,7 +122,7 @@ def _banned_logits(model: Moondream3, logits_NV: Tensor, rows: Rows) -> Tensor:
     """Logits with the ids that a phase never emits at minus infinity; the first decision bans nothing."""
     ids = model.config.tokenizer
     later = ~rows.is_first
-    in_text, in_reasoning = later & (rows.mode == Mode.TEXT), later & (rows.mode == Mode.REASON)
+    in_text, in_reasoning = later & (rows.mode == _TEXT), later & (rows.mode == _REASON)
     for token, banned in ((ids.answer_id, in_text), (ids.eos_id, in_reasoning), (ids.size_id, in_reasoning)):
         logits_NV[:, token] = logits_NV[:, token].masked_fill(banned, float("-inf"))
     return logits_NV
@@ -129,25 +134,25 @@ def _choose_tokens(model: Moondream3, logits_NV: Tensor, rows: Rows, *, is_sampl
     goes_on = logits_NV[:, ids.coord_id] >= logits_NV[:, ids.eos_id]
     logits_NV = _banned_logits(model, logits_NV, rows)
     if is_sampled:
-        writes_text = (rows.mode == Mode.TEXT) | (rows.mode == Mode.REASON)
+        writes_text = (rows.mode == _TEXT) | (rows.mode == _REASON)
         temperature = rows.temperature.masked_fill(~writes_text, 0.0)
         token = sample(logits_NV, temperature, rows.top_p, uniform(rows.seed, rows.draws))
     else:
         token = logits_NV.argmax(dim=-1)
     either = torch.where(goes_on, ids.coord_id, ids.eos_id)
-    token = torch.where((rows.mode == Mode.X) & ~rows.is_first, either, token)
-    budget_spent = (rows.mode == Mode.REASON) & (rows.emitted == rows.limit)
+    token = torch.where((rows.mode == _X) & ~rows.is_first, either, token)
+    budget_spent = (rows.mode == _REASON) & (rows.emitted == rows.limit)
     return torch.where(budget_spent, ids.answer_id, token)
 
 
 def _next_mode(rows: Rows, token: Tensor, answer_id: int) -> Tensor:
     """The mode after this decision, finishing aside."""
     mode = rows.mode
-    after_y = torch.where(rows.is_point, int(Mode.X), int(Mode.SIZE))
-    after = torch.where(mode == Mode.X, int(Mode.Y), mode)
-    after = torch.where(mode == Mode.Y, after_y, after)
-    after = torch.where(mode == Mode.SIZE, int(Mode.X), after)
-    return torch.where((mode == Mode.REASON) & (token == answer_id), int(Mode.TEXT), after)
+    after_y = torch.where(rows.is_point, _X, _SIZE)
+    after = torch.where(mode == _X, _Y, mode)
+    after = torch.where(mode == _Y, after_y, after)
+    after = torch.where(mode == _SIZE, _X, after)
+    return torch.where((mode == _REASON) & (token == answer_id), _TEXT, after)
 
 
 def advance(model: Moondream3, rows: Rows, hidden_ND: Tensor, max_context: int, *, is_sampled: bool) -> Step:
@@ -160,8 +165,8 @@ def advance(model: Moondream3, rows: Rows, hidden_ND: Tensor, max_context: int, 
     coord_logits, size_logits = region.coord_logits(hidden_ND).float(), region.size_logits(hidden_ND).float()
     coord_bin, size_bins = coord_logits.argmax(dim=-1), size_logits.argmax(dim=-1)
 
-    writes, reasons, segments = mode == Mode.TEXT, mode == Mode.REASON, mode == Mode.SEGMENT
-    starts_object, is_y, is_size = mode == Mode.X, mode == Mode.Y, mode == Mode.SIZE
+    writes, reasons, segments = mode == _TEXT, mode == _REASON, mode == _SEGMENT
+    starts_object, is_y, is_size = mode == _X, mode == _Y, mode == _SIZE
     ends = (writes | segments | starts_object) & (token == ids.eos_id)
     feeds_coord = is_y | (starts_object & ~ends) | ((reasons | segments) & (token == ids.coord_id))
     feeds_size = is_size | (segments & (token == ids.size_id))
@@ -175,13 +180,13 @@ def advance(model: Moondream3, rows: Rows, hidden_ND: Tensor, max_context: int, 
     emits = ((writes | segments) & ~ends) | (reasons & ~turns_to_answer) | is_size | (is_y & rows.is_point)
     emitted = torch.where(turns_to_answer, 0, rows.emitted + emits.long())
     is_full = (emits & ~reasons & (emitted >= rows.limit)) | (rows.position >= max_context)
-    is_idle = mode == Mode.IDLE
-    finish = torch.where(ends, int(Finish.STOP), torch.where(is_full, int(Finish.LENGTH), int(Finish.NO)))
-    finish = finish.masked_fill(is_idle, int(Finish.NO))
-    is_over = is_idle | (finish != Finish.NO)
+    is_idle = mode == _IDLE
+    finish = torch.where(ends, _STOP, torch.where(is_full, _LENGTH, _NO))
+    finish = finish.masked_fill(is_idle, _NO)
+    is_over = is_idle | (finish != _NO)
 
     new_rows = rows._replace(
-        mode=torch.where(is_over, int(Mode.IDLE), _next_mode(rows, token, ids.answer_id)),
+        mode=torch.where(is_over, _IDLE, _next_mode(rows, token, ids.answer_id)),
         is_first=turns_to_answer,
         emitted=emitted,
         # An idle row is stepped along, not skipped: what it writes must stay inside the cache.

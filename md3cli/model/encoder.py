@@ -61,10 +61,10 @@ class ImageEncoder:
         self.num_reused = 0  # pictures found in memory or on disk
         self.seconds = 0.0
 
-    def compile(self) -> None:
+    def compile(self, backend: str = "inductor") -> None:
         """Compile the encoder for micro-batches of one fixed size."""
         self._pads = True
-        self.encode_crops = torch.compile(self.model.vision.encode, dynamic=False)
+        self.encode_crops = torch.compile(self.model.vision.encode, dynamic=False, backend=backend)
 
     def find(self, image: PreparedImage | EncodedImage) -> Tensor | None:
         """Embeddings that are already at hand: given, in memory, or on disk."""

@@ -23,16 +23,16 @@ from md3cli.errors import EngineError, RequestError
 from md3cli.images import CropConfig, PreparedImage
 from md3cli.model.decoding import Event, Step, advance, idle_rows
 from md3cli.model.encoder import ImageEncoder
-from md3cli.model.forward import decode_step, new_rows, prefill_prefixes, prefill_prompts
-from md3cli.model.kv_cache import KVCache, round_up
+from md3cli.model.forward import Passes, new_rows
+from md3cli.model.kv_cache import KVCache
 from md3cli.model.memory import is_out_of_memory
 from md3cli.model.moondream import Moondream3
 from md3cli.model.prompts import Prompts, Tokenizer
 from md3cli.model.tasks import Answer, Job, Sequence, build_answer
 from md3cli.records import RowFailure, RunIdentity
 
-ATTEND_STEP = 32  # decode attends over a multiple of this many positions, so that shapes repeat
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384, "mps": 4096}  # of one prefill pass, padding included
+COMPILED_ROOM = 1024  # positions behind the prefix that a compiled engine starts with
 IDLE_WAIT_S = 0.0005  # between two looks at a source that has nothing ready
 
 
@@ -69,6 +69,7 @@ class Engine:
         self.identity, self.max_context = identity, max_context
         self.config = model.config
         self.prefill_tokens = PREFILL_TOKENS.get(model.device.type, PREFILL_TOKENS["cpu"])
+        self.passes = Passes(model)
         self.stats = EngineStats()
         self._waiting: deque[Sequence] = deque()
         self._finished: deque[Answer] = deque()
@@ -141,9 +142,11 @@ class Engine:
         self._finished.clear()
         return answers
 
-    def compile(self) -> None:
-        """Compile what is run over and over with the same shapes."""
-        self.encoder.compile()
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile vision, prefill and decode; slots are made large enough not to grow in ordinary runs."""
+        self.encoder.compile(backend)
+        self.passes.compile(backend)
+        self.cache.ensure_capacity(min(self.max_context, self.config.prefix_len + COMPILED_ROOM))
 
     # -- slots ------------------------------------------------------------------------------------
 
@@ -238,13 +241,17 @@ class Engine:
         slots: list[int] = []
         to_prefill: list[tuple[int, str]] = []
         to_copy: list[tuple[int, int]] = []
-        for sequence in batch:
+        kept: dict[int, int] = {}  # who finds its prefix in a free slot takes it before anyone overwrites it
+        for index, sequence in enumerate(batch):
             key = sequence.image_key
-            slot = next((s for s in spare if key is not None and self._held[s] == key), None)
-            if slot is not None:
-                spare.remove(slot)
-                self.stats.num_prefixes_shared += 1
-            else:
+            held = next((s for s in spare if key is not None and self._held[s] == key), None)
+            if held is not None:
+                spare.remove(held)
+                kept[index] = held
+        self.stats.num_prefixes_shared += len(kept)
+        for index, sequence in enumerate(batch):
+            key, slot = sequence.image_key, kept.get(index)
+            if slot is None:
                 slot = spare.popleft()
                 donor = self._held.index(key) if key is not None and key in self._held else None
                 if donor is not None:
@@ -265,8 +272,8 @@ class Engine:
         images_per_pass = max(1, self.prefill_tokens // self.config.prefix_len)
         for first in range(0, len(to_prefill), images_per_pass):
             group = to_prefill[first : first + images_per_pass]
-            embeddings = torch.stack([self._embeddings[key] for _, key in group])
-            prefill_prefixes(self.model, self.cache, [slot for slot, _ in group], embeddings)
+            slots, embeddings = [slot for slot, _ in group], [self._embeddings[key] for _, key in group]
+            self.passes.prefill_prefixes(self.cache, slots, embeddings, images_per_pass)
         still_wanted = {sequence.image_key for sequence in self._waiting}
         self._embeddings = {key: e for key, e in self._embeddings.items() if key in still_wanted}
         self.stats.num_prefixes += len(to_prefill)
@@ -287,7 +294,7 @@ class Engine:
         self.stats.prompt_seconds += time.perf_counter() - started
 
     def _prefill_group(self, batch: Seq[Sequence], slots: Seq[int]) -> None:
-        hidden_BD = prefill_prompts(self.model, self.cache, batch, slots)
+        hidden_BD = self.passes.prefill_prompts(self.cache, batch, slots)
         for sequence, slot in zip(batch, slots, strict=True):
             self._slots[slot] = sequence
             self._end[slot] = sequence.start + len(sequence.prompt.ids)
@@ -304,17 +311,21 @@ class Engine:
             return
         started = time.perf_counter()
         num_rows = active[-1] + 1
-        furthest = 1 + max(self._end[slot] for slot in active)
-        self.cache.ensure_capacity(max(furthest, 1 + max(self._end[:num_rows])))
-        length = min(round_up(furthest, ATTEND_STEP), self.cache.capacity)
-        window = slice(0, num_rows)
-        step = decode_step(
-            self.model, self.cache, self._rows.pick(window), self._next_SD[window], length, self.max_context,
+        end = 1 + max(self._end[slot] for slot in active)
+        # Idle rows among them write too, each behind its own end.
+        self.cache.ensure_capacity(1 + max(self._end))
+        step = self.passes.decode(
+            self.cache,
+            self._rows,
+            self._next_SD,
+            num_rows=num_rows,
+            end=end,
+            max_context=self.max_context,
             is_sampled=self._is_sampled(),
-        )  # fmt: skip
+        )
         for slot in active:
             self._end[slot] += 1
-        self._take(step, window, range(num_rows))
+        self._take(step, slice(0, len(step.events)), range(len(step.events)))
         self.stats.num_steps += 1
         self.stats.num_decisions += len(active)
         self.stats.decode_seconds += time.perf_counter() - started

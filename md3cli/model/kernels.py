@@ -8,7 +8,8 @@
   the GEMM rate for the vision encoder and at 2 GB/s for a single query row.
 - CUDA, bfloat16: all experts of a layer in two grouped matrix products, without asking the host how
   many tokens each expert got.
-- small experts anywhere: every expert sees every token and weights of zero drop what was not
+- small experts anywhere, and float32 where the code is to be compiled: every expert sees every token
+  and weights of zero drop what was not
   chosen; a handful of products is cheaper than sorting tokens for dozens.
 
 No form lets a row see its companions: each computes rows on their own (tests/test_kernels.py).
@@ -31,14 +32,16 @@ from md3cli.model.vision import VisionAttention
 SMALL_EXPERTS = 1 << 20  # elements of a layer's experts; above it, computing all for every token costs more
 
 
-def optimise(model: Moondream3) -> None:
+def optimise(model: Moondream3, *, for_compiling: bool = False) -> None:
     """Exchange plain parts of `model` for the fastest of its device and dtype, in place.
 
-    Afterwards the model computes the same and cannot be trained or saved.
+    Afterwards the model computes the same and cannot be trained or saved. `for_compiling` chooses
+    forms that a compiler can follow: nothing packed, nothing that asks the host.
     """
-    is_packed = model.device.type == "cpu" and model.dtype is torch.bfloat16 and has_packed_linear()
+    is_cpu_bf16 = model.device.type == "cpu" and model.dtype is torch.bfloat16
+    is_packed = is_cpu_bf16 and has_packed_linear() and not for_compiling
     for layer in [module for module in model.modules() if isinstance(module, MoeMlp)]:
-        _optimise_experts(layer, is_packed)
+        _optimise_experts(layer, is_packed, for_compiling)
     if is_packed:
         _pack_children(model)
         for module in model.modules():
@@ -51,13 +54,17 @@ def has_packed_linear() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-def _optimise_experts(layer: MoeMlp, is_packed: bool) -> None:
-    if layer.fc1.weight.numel() + layer.fc2.weight.numel() <= SMALL_EXPERTS:
+def _optimise_experts(layer: MoeMlp, is_packed: bool, for_compiling: bool) -> None:
+    is_small = layer.fc1.weight.numel() + layer.fc2.weight.numel() <= SMALL_EXPERTS
+    is_bf16 = layer.fc1.weight.dtype is torch.bfloat16
+    if is_small:
         layer.run = AllExperts(layer)
     elif is_packed:
         layer.run = PackedExperts(layer)
-    elif layer.fc1.weight.is_cuda and layer.fc1.weight.dtype is torch.bfloat16:
+    elif is_bf16 and (layer.fc1.weight.is_cuda or for_compiling):
         layer.run = GroupedExperts(layer)
+    elif for_compiling:
+        layer.run = AllExperts(layer)  # the loop would ask the host how many tokens each expert got
 
 
 def _pack_children(module: nn.Module) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,9 +51,9 @@ def load_engine(options: ModelOptions) -> Engine:
     loaded = load_model(files.path, dtype=dtype, device=device)
     tokenizer = Tokenizer.load(files.tokenizer_file, loaded.config)
     max_context = choose_max_context(options.max_context, loaded.config.text.max_context, loaded.config.prefix_len)
-    optimise(loaded.model)
+    optimise(loaded.model, for_compiling=bool(options.compile))
     batch_size = options.batch_size or auto_batch_size(loaded.config, dtype, device, max_context)
-    return Engine(
+    engine = Engine(
         loaded.model,
         tokenizer,
         Prompts(loaded.config, tokenizer, files.name),
@@ -57,6 +62,29 @@ def load_engine(options: ModelOptions) -> Engine:
         batch_size=batch_size,
         max_context=max_context,
     )
+    if options.compile:
+        compile_engine(engine, options.cache_dir)
+    return engine
+
+
+def compile_engine(engine: Engine, cache_dir: Path | None) -> None:
+    """Compile the engine's passes, what is generated kept in the cache folder; without a compiler warn and go on."""
+    missing = missing_compiler(engine.model.device)
+    if missing is not None:
+        warnings.warn(f"nothing is compiled: {missing}; the answers are the same", stacklevel=2)
+        return
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((cache_dir or user_cache_dir()) / "inductor"))
+    engine.compile()
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile lacks on this machine, in words; None when it can work."""
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
+    if any(map(shutil.which, names)):
+        return None
+    return f"no C++ compiler ({', '.join(names)}) is installed"
 
 
 def open_cache(options: ModelOptions, model: Moondream3) -> EncodingCache | None:
