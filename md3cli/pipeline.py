@@ -37,6 +37,7 @@ from md3cli.records import RecordDict
 from md3cli.run_info import RunCounts
 from md3cli.signals import Interrupted, StopSignals
 from md3cli.source import Source, open_source
+from md3cli.timeline import Timeline
 
 STATUS_FAILED_RECORDS = 3
 WAIT_SLICE_S = 0.2  # of waiting for a picture, so that a signal is seen soon
@@ -87,6 +88,7 @@ class _Run:
         self.engine: Engine | None = None
         self.started_at = time.monotonic()
         self.records = OrderedRecords(model.identity, self._write, self.summary)
+        self.timeline = Timeline(output.document.timeline if output.document is not None else ())
 
     def to_the_end(self) -> int:
         """Run, publish, tell; the exit status."""
@@ -174,9 +176,14 @@ class _Run:
 
     def _flush(self, feed: Feed, progress: Progress | None) -> None:
         self.records.flush()
+        self._note_progress()
         if progress is not None:
             progress.update_to(self.summary.num_images + feed.num_rows_done_before, self.summary.num_failed)
         self.summary.num_done_before = feed.num_done_before
+
+    def _note_progress(self, *, is_last: bool = False) -> None:
+        num_done = self.summary.num_ok + self.summary.num_failed
+        self.timeline.note(time.monotonic() - self.started_at, num_done, is_last=is_last)
 
     def _write(self, records: Sequence[RecordDict]) -> None:
         self.output.write(records)
@@ -193,7 +200,7 @@ class _Run:
             return
         if journal.has_superseded:
             journal.rewrite()
-        journal.sync()
+        self._note_end(None)  # a report made below tells of this run
         for document in self.output.plan.documents:
             for note in publish(document, journal.path, self.config, self.source.root):
                 self.console.say(f"{document.format}: {note}")
@@ -216,10 +223,13 @@ class _Run:
     def _stages(self) -> Mapping[str, float]:
         return self.engine.stage_seconds() if self.engine is not None else {}
 
-    def _note_end(self, status: int) -> None:
-        if self.output.document is not None and self.output.journal is not None:
+    def _note_end(self, status: int | None) -> None:
+        self._note_progress(is_last=True)
+        if self.output.journal is not None:
             self.output.journal.sync()
-            self.output.document.finish(self._counts(), {"load": self.summary.load_s, **self._stages()}, status)
+            if self.output.document is not None:
+                stages_s = {"load": self.summary.load_s, **self._stages()}
+                self.output.document.finish(self._counts(), stages_s, status, self.timeline.points)
 
     def _summarize(self) -> None:
         summary = self.summary

@@ -2,8 +2,9 @@
 
 Knows nothing of how records are made. The document's keys: `schema`, `identity` (what must be equal
 for a resume), `versions`, `model`, `root` (the folder that record images are relative to),
-`arguments` of the last start, `counts`, `stages` (seconds by stage, of all starts) and `starts`
-(when, where, how it ended). Written whole by rename, so a reader never sees half of it.
+`arguments` of the last start, `counts`, `stages` (seconds by stage, of all starts), `timeline` (seconds
+and records done, of all starts) and `starts` (when, where, how it ended). Written whole by rename, so a
+reader never sees half of it.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class RunDocument:
         if "identity" in earlier:
             _refuse_other(path, earlier["identity"], _as_json(identity))
         starts = earlier.get("starts")
-        stages = earlier.get("stages")
+        stages, timeline = earlier.get("stages"), earlier.get("timeline")
         start = {
             "started": _now(),
             "pid": os.getpid(),
@@ -126,14 +127,32 @@ class RunDocument:
             "arguments": start["arguments"],
             "counts": earlier.get("counts"),
             "stages": dict(stages) if isinstance(stages, dict) else {},
+            "timeline": timeline if isinstance(timeline, list) else [],
             "starts": [*(starts if isinstance(starts, list) else []), start][-STARTS_KEPT:],
         }
         run = cls(path, document)
         run._write()
         return run
 
-    def finish(self, counts: RunCounts, stages_s: Mapping[str, float], exit_status: int) -> None:
+    @property
+    def timeline(self) -> list[tuple[float, int]]:
+        """What earlier starts left: seconds and records done."""
+        try:
+            return [(float(at_s), int(done)) for at_s, done in self._document["timeline"]]
+        except (TypeError, ValueError):  # edited by hand
+            return []
+
+    def finish(
+        self,
+        counts: RunCounts,
+        stages_s: Mapping[str, float],
+        exit_status: int | None,
+        timeline: Sequence[tuple[float, int]] = (),
+    ) -> None:
         """Note how this start ended; seconds by stage are added to those of earlier starts.
+
+        `exit_status` None: all records are there, files are still to be made of them. `timeline` replaces
+        what earlier starts left, which it begins with.
 
         Raises:
             OutputError: it cannot be written.
@@ -143,6 +162,7 @@ class RunDocument:
             stages[stage] = round(stages.get(stage, 0.0) + seconds, 3)
         self._document["counts"] = asdict(counts)
         self._document["stages"] = stages
+        self._document["timeline"] = [list(point) for point in timeline]
         elapsed_s = round(time.monotonic() - self._started_at, 3)
         self._document["starts"][-1] |= {"ended": _now(), "elapsed_s": elapsed_s, "exit_status": exit_status}
         self._write()

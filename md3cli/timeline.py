@@ -26,11 +26,17 @@ class Timeline:
         return list(self._points)
 
     def note(self, elapsed_s: float, num_done: int, *, is_last: bool = False) -> None:
-        """Note that this start has done `num_done` records after `elapsed_s` seconds; cheap to call often."""
-        at_s = self._start_s + elapsed_s
-        if self._points and not is_last and at_s < self._points[-1][0] + self._spacing_s:
-            return
-        self._points.append((round(at_s, 3), self._start_done + num_done))
+        """Note that this start has done `num_done` records after `elapsed_s` seconds; cheap to call often.
+
+        `is_last`: nothing more will be done, so the point counts however near it is; writing the outputs
+        afterwards is no part of the throughput.
+        """
+        point = (round(self._start_s + elapsed_s, 3), self._start_done + num_done)
+        if self._points:
+            last_s, last_done = self._points[-1]
+            if point[1] == last_done if is_last else point[0] < last_s + self._spacing_s:
+                return
+        self._points.append(point)
         while len(self._points) > MAX_POINTS:
             last = self._points[-1]
             self._points = [*self._points[:-1:2], last]
