@@ -254,7 +254,11 @@ def _write_report(path: Path, records: Path, config: RunConfig, root: str) -> tu
         records,
         path,
         ReportOptions(
-            root=Path(root), overwrite=True, max_pixels=limits.max_pixels, max_file_size=limits.max_file_size
+            root=Path(root),
+            is_confined=config.source.root is not None,
+            overwrite=True,
+            max_pixels=limits.max_pixels,
+            max_file_size=limits.max_file_size,
         ),
     )
     return ()
