@@ -7,10 +7,11 @@ import hashlib
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from report_runs import BOXES, HOSTILE, SIZES, found, picture, record, write_run
@@ -19,8 +20,9 @@ from typer.testing import CliRunner
 from md3cli.commands.report import app
 from md3cli.errors import InputError, UsageError
 from md3cli.finished_run import RunInfo
-from md3cli.report.build import ReportOptions, write_report
+from md3cli.report.build import ReportOptions, render, write_report
 from md3cli.report.items import FRAME, entry_of, items
+from md3cli.report.page import Page, palette_of, run_facts
 from md3cli.report.plots import duration, nice_ceiling, run_plots, short_number
 from md3cli.report.stats import RunStats
 
@@ -111,6 +113,32 @@ def test_hostile_text_stays_text(page):
     assert {facts["image"] for facts in stored} == set(HOSTILE)  # exact: the marks' file needs it
 
 
+def tags_with(text: str) -> list[tuple[str, list[str]]]:
+    """Tags and attribute names of a page on which everything that can be text is `text`."""
+    grounding = [{"start_idx": 0, "end_idx": 1, "points": [[0.5, 0.5]]}]
+    records = [
+        record(text, "caption", length=text, caption=text),
+        record(text, "query", text, answer=text, reasoning={"text": "x" + text, "grounding": grounding}),
+        record(text, "detect", text, objects=[found(text, (0.1, 0.1, 0.5, 0.5))]),
+        record(text, "detect", text, error="io") | {"error": {"type": text, "message": text, "retry": True}},
+    ]
+    for one in records:
+        one["model"] = text
+    stats, shown = RunStats(), list(items(records))
+    for item in shown:
+        stats.add(item)
+        item.missing = text
+    page = Page(text, run_facts(stats), palette_of(stats.labels), "key", text, items=shown)
+    html = b"".join(render(replace(page, plots=run_plots(stats, RunInfo({}))))).decode()
+    return [(tag, sorted(attributes)) for tag, attributes in Elements(html).tags]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.text(alphabet=st.sampled_from("<>\"'`&;=/!-[]{}% \0\n\u2028aonscriptsvg:#\ud800"), min_size=1, max_size=40))
+def test_no_text_changes_the_markup(text):
+    assert tags_with("#" + text) == tags_with("#x")
+
+
 def test_file_names_cannot_steer_the_reader(page):
     assert len(page.names) == len(SIZES) + len(HOSTILE) + 2
     assert "]]>\\u2028\\u202eevil\\x07" in page.names
@@ -196,6 +224,17 @@ def test_a_damaged_record_is_named(result):
         one["error"] = "just a word"
     with pytest.raises(InputError, match=one["id"]):
         entry_of(one, FRAME)
+
+
+def test_an_answer_among_choices_shows_the_score_of_each(tmp_path):
+    one = record("a.png", "query", "Red?", answer="yes", choices={"yes": 0.91, "no": 0.09})
+    two = record("a.png", "query", "Why?", answer="")
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (one, two)))
+    write_report(tmp_path / "records.jsonl", tmp_path / "r.html", ReportOptions())
+    page = Elements((tmp_path / "r.html").read_text())
+    assert "yes 0.910 · no 0.090" in page.text
+    assert "(empty)" in page.text
+    assert [facts["scores"] for facts in page.data()["records"]] == [[0.91], []]
 
 
 def test_neighbouring_records_of_one_picture_share_a_card():

@@ -66,10 +66,16 @@ class Entry:
 
     @property
     def scores(self) -> list[float]:
-        """What sorting and the score filter go by: the objects' scores, or the answer's own."""
+        """What sorting and the score filter go by: the objects' scores, or that of the choice taken."""
         scores = [shape.score for shape in self.shapes if shape.score is not None]
-        own = as_score(self.record.get("score"))
-        return scores or ([] if own is None else [own])
+        return scores or ([max(self.choices.values())] if self.choices else [])
+
+    @property
+    def choices(self) -> dict[str, float]:
+        """The score of each allowed answer, where the answer was not free."""
+        choices = self.record.get("choices")
+        scores = {str(name): as_score(value) for name, value in choices.items()} if isinstance(choices, dict) else {}
+        return {name: score for name, score in scores.items() if score is not None}
 
 
 @dataclass(slots=True)

@@ -127,9 +127,11 @@ class Page:
 
     @property
     def labels(self) -> list[Option]:
-        """Check boxes for the labels used most."""
+        """Check boxes for the labels used most, where there is more than one."""
         counts = Counter(shape.label for entry in self.entries for shape in entry.shapes)
         chosen = counts.most_common(MAX_LABEL_CHIPS)
+        if len(counts) < 2:
+            return []
         return [Option(str(self.palette.numbers.get(x, 0)), x, n, self.colour_of(x)) for x, n in chosen]
 
     @property
@@ -182,7 +184,7 @@ def run_facts(stats: RunStats) -> list[str]:
 
 
 def _percent(count: int, total: int) -> str:
-    return f"{100 * count / total:.1f} %" if total and count else "of the records"
+    return f"{100 * count / total:.1f} % of the records" if total and count else ""
 
 
 def today() -> str:
