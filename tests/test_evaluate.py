@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from typer.testing import CliRunner
 
 from md3cli.commands.eval import app
-from md3cli.errors import InputError
+from md3cli.errors import InputError, MissingExtraError
 from md3cli.evaluate import evaluate, load_truth
 from md3cli.evaluate.answers import judge
 from md3cli.evaluate.captions import bleu, cider_d, words
@@ -480,6 +481,24 @@ def test_json_figures_and_comparison(run_files):
         with Image.open(run_files / "out.d" / name) as figure:
             assert figure.format == "PNG"
             assert len(figure.convert("RGB").getcolors(1 << 20)) > 10  # drawn, not blank
+
+
+@pytest.mark.parametrize(("module", "what"), [("faster_coco_eval", "objects"), ("matplotlib.figure", "curves")])
+def test_a_missing_extra_is_named(run_files, monkeypatch, module, what):
+    monkeypatch.setitem(sys.modules, module, None)
+    error = run_eval(run_files, "good.jsonl", "--gt", "gt.json", "-o", "out.d").exception
+    assert isinstance(error, MissingExtraError)
+    assert what in str(error)
+    assert "md3cli[eval]" in str(error)
+
+
+def test_answers_and_captions_need_no_extra(score, monkeypatch):
+    for module in ("faster_coco_eval", "matplotlib", "pycocotools"):
+        monkeypatch.setitem(sys.modules, module, None)
+    records = [record(name, "caption", length="short", caption=texts[0]) for name, texts in REFERENCES.items()]
+    records.append(record("a.jpg", "query", "Red?", answer="Yes."))
+    sections = score(records, coco_captions(), QUESTIONS)
+    assert sections["captions (short)"].scores["exact"] == sections["answers"].scores["normalised"] == 1.0
 
 
 def test_a_comparison_needs_no_ground_truth(run_files):

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -18,9 +19,9 @@ from report_runs import BOXES, HOSTILE, SIZES, found, picture, record, write_run
 from typer.testing import CliRunner
 
 from md3cli.commands.report import app
-from md3cli.errors import InputError, UsageError
+from md3cli.errors import InputError, MissingExtraError, UsageError
 from md3cli.finished_run import RunInfo
-from md3cli.report.build import ReportOptions, render, write_report
+from md3cli.report.build import ReportOptions, _template, render, write_report
 from md3cli.report.items import FRAME, entry_of, items
 from md3cli.report.page import Page, palette_of, run_facts
 from md3cli.report.plots import duration, nice_ceiling, run_plots, short_number
@@ -270,6 +271,24 @@ def test_a_report_of_nothing_is_told(tmp_path):
     with pytest.raises(InputError, match="no records"):
         write_report(tmp_path / "records.jsonl", tmp_path / "r.html", ReportOptions())
     assert not (tmp_path / "r.html").exists()
+
+
+def test_without_jinja_the_extra_is_named_before_any_work(run_folder, tmp_path, monkeypatch):
+    _template.cache_clear()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtraError, match=r"md3cli\[report\]"):
+        write_report(run_folder / "records.jsonl", tmp_path / "r.html", ReportOptions())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_outside_the_root_is_not_opened(run_folder, tmp_path):
+    picture(tmp_path / "secret.png", BOXES[0])
+    (tmp_path / "in").mkdir()
+    one = record("../secret.png", "caption", caption="x")
+    (tmp_path / "records.jsonl").write_text(json.dumps(one) + "\n")
+    summary = write_report(tmp_path / "records.jsonl", tmp_path / "r.html", ReportOptions(root=tmp_path / "in"))
+    assert summary.num_missing == 1
+    assert "data:image" not in (tmp_path / "r.html").read_text()
 
 
 def test_the_command_scores_by_ground_truth_and_draws_what_was_missed(tmp_path):

@@ -7,7 +7,9 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import islice
+from threading import Lock
 
 from PIL import Image
 
@@ -18,6 +20,9 @@ from md3cli.report.items import Item
 
 JPEG_QUALITY = 78
 MAX_THREADS = 4  # Pillow decodes outside the interpreter's lock; more threads only hold more pictures
+LARGE_PIXELS = 50_000_000  # pictures of this size (150 MB decoded) are opened one at a time
+
+_one_large = Lock()
 
 
 def with_thumbnails(items: Iterable[Item], pictures: Pictures, long_side_px: int) -> Iterator[Item]:
@@ -47,8 +52,10 @@ def _fill(item: Item, picture: ImageItem | None, pictures: Pictures, long_side_p
     if picture is None:
         item.missing = "the picture is not there"
         return item
+    is_large = (item.width or 0) * (item.height or 0) >= LARGE_PIXELS
     try:
-        item.thumbnail = data_uri(pictures.read(picture), long_side_px)
+        with _one_large if is_large else nullcontext():
+            item.thumbnail = data_uri(pictures.read(picture), long_side_px)
     except ImageError as error:
         item.missing = str(error)
     return item
