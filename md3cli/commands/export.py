@@ -14,6 +14,7 @@ from md3cli.commands.values import checked, parse_bytes, parse_count
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport, export_records, format_of
 from md3cli.records import printable
+from md3cli.signals import StopSignals
 
 app = typer.Typer(add_completion=False)
 
@@ -109,12 +110,13 @@ def export(
         max_pixels=parse_count(max_pixels),
         max_file_size=parse_bytes(max_file_size),
     )
-    if chosen == "html":
-        _write_page(records, output, options)
-    elif output is None and not (beside and chosen == "txt"):
-        _print(records, chosen, options)
-    else:
-        _tell(export_records(records, chosen, output or Path(), options))
+    with StopSignals() as stop, stop.interruptible():  # nothing is lost: OUT appears at the end
+        if chosen == "html":
+            _write_page(records, output, options)
+        elif output is None and not (beside and chosen == "txt"):
+            _print(records, chosen, options)
+        else:
+            _tell(export_records(records, chosen, output or Path(), options))
 
 
 def _format_of(output: Path) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from md3cli.errors import ImageError
+from md3cli.errors import ExportError, ImageError
 from md3cli.exporters.choices import COLUMN_PREFIX, choice_scores, find_choices
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.pictures import Pictures
@@ -117,10 +117,19 @@ class _Rows:
             rows.append(row)
             num_bytes += len(row["image"]["bytes"] or b"") if self._pictures and row["image"] else 0
             if len(rows) >= GROUP_ROWS or num_bytes >= GROUP_BYTES:
-                yield pa.RecordBatch.from_pylist(rows, schema=self._schema)
+                yield self._batch(rows)
                 rows, num_bytes = [], 0
         if rows:
-            yield pa.RecordBatch.from_pylist(rows, schema=self._schema)
+            yield self._batch(rows)
+
+    def _batch(self, rows: list[dict[str, Any]]) -> pa.RecordBatch:
+        try:
+            return pa.RecordBatch.from_pylist(rows, schema=self._schema)
+        except (pa.ArrowException, OverflowError) as error:
+            last = self.num_records
+            raise ExportError(
+                f"records {last - len(rows) + 1} to {last}: one has a value of another kind than its column ({error})"
+            ) from error
 
     def _row(self, record: RecordDict) -> dict[str, Any]:
         self.num_records += 1

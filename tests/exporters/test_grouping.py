@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from finished_runs import failure, record, write_records
+from finished_runs import CAR, failure, record, write_records
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,6 +76,32 @@ def test_a_broken_line_is_named(tmp_path: Path, line: bytes) -> None:
     path.write_bytes(path.read_bytes() + line + path.read_bytes())
     with pytest.raises(InputError, match="line 2"):
         list(read_records(path))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"image": 7},
+        {"width": 0},
+        {"width": "640"},
+        {"width": 2**20, "height": 2**20},
+        {"objects": [{"label": "car"}]},
+        {"objects": {"car": 1}},
+        {"objects": [{**CAR, "x_min": "0.5"}]},
+        {"objects": [{**CAR, "score": "high"}]},
+        {"segments": [{"bbox": CAR}]},
+        {"segments": [{"bbox": CAR, "svg_path": 7}]},
+        {"points": [[0.1, 0.2]]},
+        {"error": "broken"},
+        {"meta": []},
+        {"caption": 7},
+        {"model": ["x"]},
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path: Path, damage: dict[str, object]) -> None:
+    path = write_records(tmp_path / "records.jsonl", [record("a", "detect", "car") | damage])
+    with pytest.raises(InputError, match="line 1: a damaged record"):
+        groups(path)
 
 
 def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path: Path) -> None:

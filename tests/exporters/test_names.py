@@ -64,9 +64,14 @@ def fill(folder: StagedFolder, name: str) -> None:
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "deep/out"
-    with pytest.raises(RuntimeError), staged_folder(out, overwrite=False, suffixes=frozenset({".txt"})) as folder:
-        fill(folder, "half.txt")
-        raise RuntimeError
+
+    def stop_midway() -> None:
+        with staged_folder(out, overwrite=False, suffixes=frozenset({".txt"})) as folder:
+            fill(folder, "half.txt")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stop_midway()
     assert list(out.parent.iterdir()) == []
     with staged_folder(out, overwrite=False, suffixes=frozenset({".txt"})) as folder:
         fill(folder, "whole.txt")

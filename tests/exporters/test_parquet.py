@@ -12,7 +12,7 @@ import pytest
 from datasets import Image, load_dataset
 from finished_runs import CAR, DOG, HEIGHT, NAMES, WIDTH, Run, detect_records, record
 
-from md3cli.errors import UsageError
+from md3cli.errors import ExportError, UsageError
 from md3cli.exporters import parquet
 
 SEGMENT = {
@@ -119,3 +119,11 @@ def test_no_records_still_have_the_schema(run: Run) -> None:
     _, out = run.export("parquet", "out.parquet")
     table = pq.read_table(out)
     assert (table.num_rows, table.schema.names[:3]) == (0, ["id", "image", "image_b64"])
+
+
+@pytest.mark.parametrize("damage", [{"tokens": {"prompt": "many"}}, {"tokens": {"output": 2**40}}])
+def test_a_value_of_another_kind_is_an_export_error(run: Run, damage: dict[str, Any]) -> None:
+    run.write([record("a", "caption", caption="x"), record("b", "caption", caption="x", **damage)])
+    with pytest.raises(ExportError, match="records 1 to 2"):
+        run.export("parquet", "out.parquet")
+    assert not (run.folder / "out.parquet").exists()
