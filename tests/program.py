@@ -64,6 +64,15 @@ def start(*arguments: object, step_s: float = 0.0, **settings: Any) -> subproces
     return subprocess.Popen(command, **(pipes | settings))
 
 
+def isolate(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """For this process: no settings of md3 but what the test sets, folders under `home`."""
+    wanted = clean_environment(home)
+    for name in os.environ.keys() - wanted.keys():
+        monkeypatch.delenv(name)
+    for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, wanted[name])
+
+
 def clean_environment(home: Path) -> dict[str, str]:
     """The environment without settings of md3, its folders under `home`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MD3_", "XDG_"))}

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from program import Program, clean_environment, make_pictures, records_of
+from program import Program, isolate, make_pictures, records_of
 
 from md3cli import __version__
 from md3cli.cli import COMMANDS
@@ -20,7 +20,7 @@ def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.chdir(home)
-    monkeypatch.setattr("os.environ", clean_environment(home))
+    isolate(monkeypatch, home)
     return Program(monkeypatch)
 
 

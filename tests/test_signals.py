@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from program import TESTS, clean_environment, make_pictures, records_of, start
+from program import TESTS, isolate, make_pictures, records_of, start
 
 from md3cli.signals import Interrupted, StopSignals
 
@@ -21,8 +21,7 @@ NUM_PICTURES = 60
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, value in clean_environment(tmp_path / "home").items():
-        monkeypatch.setenv(name, value)
+    isolate(monkeypatch, tmp_path / "home")
     return make_pictures(tmp_path / "pictures", NUM_PICTURES)
 
 

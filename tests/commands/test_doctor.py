@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from program import clean_environment
+from program import clean_environment, isolate
 from typer.testing import CliRunner
 
 from md3cli import diagnosis
@@ -53,7 +53,7 @@ def test_only_what_is_bad_makes_the_status_1(monkeypatch: pytest.MonkeyPatch, he
 
 def test_settings_that_are_wrong_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.environ", clean_environment(tmp_path))
+    isolate(monkeypatch, tmp_path)
     (finding,) = diagnosis._settings()
     assert finding.text == "none besides the defaults"
     Path("md3.toml").write_text("model = 'tiny'")
