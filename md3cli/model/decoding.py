@@ -9,6 +9,7 @@ Shape suffixes: N rows, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -80,6 +81,9 @@ def idle_rows(num_rows: int, device: torch.device) -> Rows:
     return Rows(*(zeros(kind) for kind in kinds))
 
 
+Draw = Callable[[Tensor, Rows], Tensor]  # logits [N, V], rows -> ids [N]
+
+
 class Event(NamedTuple):
     """One row's decision, as the host reads it (columns of the events tensor, in this order).
 
@@ -128,17 +132,24 @@ def _banned_logits(model: Moondream3, logits_NV: Tensor, rows: Rows) -> Tensor:
     return logits_NV
 
 
-def _choose_tokens(model: Moondream3, logits_NV: Tensor, rows: Rows, *, is_sampled: bool) -> Tensor:
+def draw_greedy(logits_NV: Tensor, rows: Rows) -> Tensor:
+    """The likeliest ids."""
+    return logits_NV.argmax(dim=-1)
+
+
+def draw_sampled(logits_NV: Tensor, rows: Rows) -> Tensor:
+    """Ids drawn by each row's settings; rows that do not write text are greedy."""
+    writes_text = (rows.mode == _TEXT) | (rows.mode == _REASON)
+    temperature = rows.temperature.masked_fill(~writes_text, 0.0)
+    return sample(logits_NV, temperature, rows.top_p, uniform(rows.seed, rows.draws))
+
+
+def _choose_tokens(model: Moondream3, logits_NV: Tensor, rows: Rows, draw: Draw) -> Tensor:
     """Every row's token [N]; for objects after the first, coord or eos, whichever scores higher."""
     ids = model.config.tokenizer
     goes_on = logits_NV[:, ids.coord_id] >= logits_NV[:, ids.eos_id]
     logits_NV = _banned_logits(model, logits_NV, rows)
-    if is_sampled:
-        writes_text = (rows.mode == _TEXT) | (rows.mode == _REASON)
-        temperature = rows.temperature.masked_fill(~writes_text, 0.0)
-        token = sample(logits_NV, temperature, rows.top_p, uniform(rows.seed, rows.draws))
-    else:
-        token = logits_NV.argmax(dim=-1)
+    token = draw(logits_NV, rows)
     either = torch.where(goes_on, ids.coord_id, ids.eos_id)
     token = torch.where((rows.mode == _X) & ~rows.is_first, either, token)
     budget_spent = (rows.mode == _REASON) & (rows.emitted == rows.limit)
@@ -155,12 +166,24 @@ def _next_mode(rows: Rows, token: Tensor, answer_id: int) -> Tensor:
     return torch.where((mode == _REASON) & (token == answer_id), _TEXT, after)
 
 
-def advance(model: Moondream3, rows: Rows, hidden_ND: Tensor, max_context: int, *, is_sampled: bool) -> Step:
-    """Take every row's next decision from its hidden state (before the last LayerNorm)."""
+def advance(
+    model: Moondream3,
+    rows: Rows,
+    hidden_ND: Tensor,
+    max_context: int,
+    *,
+    is_sampled: bool = False,
+    draw: Draw | None = None,
+) -> Step:
+    """Take every row's next decision from its hidden state (before the last LayerNorm).
+
+    `draw` chooses ids from logits whose banned ids are at minus infinity; by default as `is_sampled` says.
+    """
+    draw = draw or (draw_sampled if is_sampled else draw_greedy)
     ids, region, mode = model.config.tokenizer, model.region, rows.mode
     logits_NV = model.text.logits(hidden_ND).float()
     continue_mass = torch.sigmoid(logits_NV[:, ids.coord_id] - logits_NV[:, ids.eos_id])
-    token = _choose_tokens(model, logits_NV, rows, is_sampled=is_sampled)
+    token = _choose_tokens(model, logits_NV, rows, draw)
 
     coord_logits, size_logits = region.coord_logits(hidden_ND).float(), region.size_logits(hidden_ND).float()
     coord_bin, size_bins = coord_logits.argmax(dim=-1), size_logits.argmax(dim=-1)

@@ -17,28 +17,21 @@ from torch.nn import functional as F
 from md3cli.model.config import LAYER_NORM_EPS
 
 
-class Linear(nn.Module):
-    """`x @ weight.T + bias`; weight [out, in]."""
+class Linear(nn.Linear):
+    """`x @ weight.T + bias`; weight [out, in]. torch's own class, so that tools that look for it find it."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def reset_parameters(self) -> None:
+        """Nothing: see above."""
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(nn.LayerNorm):
     """Layer normalisation over the last dimension, eps 1e-5 everywhere in this network."""
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.bias = nn.Parameter(torch.empty(dim))
+        super().__init__(dim, eps=LAYER_NORM_EPS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, LAYER_NORM_EPS)
+    def reset_parameters(self) -> None:
+        """Nothing: see above."""
 
 
 class Mlp(nn.Module):

@@ -5,7 +5,7 @@ matrix products per expert that was chosen; `kernels.py` has faster ones. A toke
 same whatever the other tokens are: experts are visited in order of their number and summed in
 float32.
 
-Shape suffixes: N tokens, D width, I inner width of an expert, X experts, A choices per token.
+Shape suffixes: N tokens, D width, I inner width of an expert, X experts, A choices per token, P = N * A pairs.
 """
 
 from __future__ import annotations
@@ -34,6 +34,14 @@ class ExpertMatrices(nn.Module):
     def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+
+    def forward(self, x_PD: Tensor, counts: list[int]) -> Tensor:
+        """Rows sorted by expert, `counts[e]` of them for expert e: [P, in] -> [P, out].
+
+        One call for all experts, so that a tool that puts itself around the weight does so once.
+        """
+        parts = x_PD.split(counts)
+        return torch.cat([F.linear(part, weight) for part, weight in zip(parts, self.weight, strict=True) if len(part)])
 
 
 def gate(up_NI2: Tensor) -> Tensor:
@@ -68,13 +76,10 @@ class MoeMlp(nn.Module):
         num_choices = routing.experts_NA.shape[1]
         order = routing.experts_NA.flatten().argsort(stable=True)
         counts = routing.experts_NA.flatten().bincount(minlength=self.config.num_experts).tolist()
+        tokens_P = order // num_choices
+        y_PD = self.fc2(gate(self.fc1(x_ND[tokens_P], counts)), counts)
+        weighted_PD = y_PD.float() * routing.weights_NA.flatten()[order, None]
         out_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device)
-        for expert, pairs in enumerate(order.split(counts)):
-            if not len(pairs):
-                continue
-            tokens = pairs // num_choices
-            inner = gate(F.linear(x_ND[tokens], self.fc1.weight[expert]))
-            y = F.linear(inner, self.fc2.weight[expert])
-            weights = routing.weights_NA.flatten()[pairs]
-            out_ND = out_ND.index_add(0, tokens, y.float() * weights[:, None])
+        for tokens, weighted in zip(tokens_P.split(counts), weighted_PD.split(counts), strict=True):
+            out_ND = out_ND.index_add(0, tokens, weighted)  # per expert, so that the order of sums is fixed
         return out_ND.to(x_ND.dtype)
