@@ -25,7 +25,6 @@ from md3cli.errors import ImageError
 from md3cli.pixels import TOO_LITTLE_MEMORY, OnHeader, decode_rgb, parse_background
 from md3cli.records import ImageItem
 
-
 PREPROCESSING_VERSION = 1  # rises when the same file would give other crops; part of the encoding cache's key
 
 

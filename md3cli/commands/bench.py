@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,7 +51,6 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """This machine's throughput by stage, beside what a bare matrix product and a bare read reach here."""
-    from md3cli.console import show_bench
     from md3cli.model.bench import WORKLOADS, model_maker, run_bench
 
     result = run_bench(
@@ -65,5 +64,38 @@ def bench(
     if as_json:
         typer.echo(json.dumps(result))
         return
-    result["device"] = printable(str(result["device"]))
-    show_bench(result)
+    _show(result)
+
+
+def _show(result: dict[str, Any]) -> None:
+    """The numbers as tables on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    limits, memory = result["limits"], result["memory"]
+    console = Console()
+    console.print(
+        Text(
+            f"{printable(str(result['device']))}: a bare matrix product reaches {limits['gemm_gflops']:,.0f} GFLOP/s, "
+            f"a bare read {limits['read_gbytes']:.1f} GB/s"
+        )
+    )
+    table = Table("stage", "seconds", "per second", "rate", "of the limit", box=None, header_style="bold")
+    for name, stage in result["stages"].items():
+        amount = next(f"{stage[key]:,.1f} {key.split('_')[0]}" for key in stage if key.endswith("_per_second"))
+        rate = f"{stage['gflops']:,.0f} GFLOP/s" if "gflops" in stage else f"{stage['gbytes']:.1f} GB/s"
+        table.add_row(name, f"{stage['seconds']:.3f}", amount, rate, f"{stage['share']:.0%}")
+    console.print(table)
+    engine = result["engine"]
+    lines = [
+        f"engine: {engine['seconds']:.1f} s, {engine['requests_per_second']:.2f} requests/s; a forward pass was "
+        f"running {engine['forward_share']:.0%} of the time",
+        f"memory: peak {memory['peak_rss_bytes'] / 1e9:.2f} GB = weights {memory['weights_bytes'] / 1e9:.2f} "
+        f"+ keys and values {memory['kv_bytes'] / 1e9:.2f} + activations {memory['activation_bytes'] / 1e9:.2f}, "
+        f"and {memory['ratio'] - 1:.0%} more",
+    ]
+    if "baseline" in result:
+        seconds = result["baseline"]["seconds"]
+        lines.append(f"plain path: {seconds:.1f} s, {seconds / engine['seconds']:.1f} times the engine's")
+    console.print(Text("\n".join(lines)))

@@ -222,6 +222,8 @@ def run_engine(
         "activation_bytes": float(activations),
         "peak_rss_bytes": float(peak_rss()),
     }
+    parts = memory["weights_bytes"] + memory["kv_bytes"] + memory["activation_bytes"]
+    memory["ratio"] = memory["peak_rss_bytes"] / parts
     return times, memory
 
 
