@@ -3,7 +3,8 @@
     python examples/shapes.py --seed 7 --count 100 --out shapes
 
 writes the pictures and, beside them, `instances.json` (COCO; the categories are the kinds),
-`captions.json` (COCO captions: short, normal and long) and `questions.json`. The same seed gives the
+`captions.json` (COCO captions: short, normal and long) and `questions.json` (a list of image, question
+and answer): the files `md3 evaluate` reads. The same seed gives the
 same bytes. Seed 1 is the training collection; any other is held out.
 """
 
@@ -56,21 +57,23 @@ def annotation(number: int, image_id: int, instance: Instance, picture: Picture)
     }
 
 
-def question_entry(image_id: int, question: Question) -> dict[str, Any]:
+def question_entry(index: int, question: Question) -> dict[str, Any]:
     """A row of questions.json; spatial references are 0-1."""
-    entry: dict[str, Any] = {"image_id": image_id, "kind": question.kind, "question": question.text}
-    entry["answer"] = question.answer
+    entry: dict[str, Any] = {"image": file_name(index), "kind": question.kind, "question": question.text}
     if question.point:
-        entry["point"] = list(question.point)
+        entry["spatial_refs"] = [list(question.point)]
     if question.box_xyxy:
-        entry["box"] = list(question.box_xyxy)
-    return entry
+        entry["spatial_refs"] = [list(question.box_xyxy)]
+    return {**entry, "answer": question.answer}
 
 
 def write_collection(seed: int, count: int, out: Path) -> None:
     """Pictures and ground truth of a collection."""
     out.mkdir(parents=True, exist_ok=True)
-    images, annotations, captions, questions = [], [], [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    captions: list[dict[str, Any]] = []
+    questions: list[dict[str, Any]] = []
     for index in range(count):
         picture, image_id = make_picture(seed, index), index + 1
         picture.image.save(out / file_name(index))
@@ -82,16 +85,16 @@ def write_collection(seed: int, count: int, out: Path) -> None:
             entry = {"id": len(captions) + 1, "image_id": image_id, "length": length}
             captions.append({**entry, "caption": caption(picture, length)})
         rng = np.random.default_rng([seed, index, 1])
-        questions += [question_entry(image_id, question) for question in all_questions(rng, picture)]
+        questions += [question_entry(index, question) for question in all_questions(rng, picture)]
     info = {"description": "Scenes of coloured shapes", "seed": seed, "generator": "examples/shapes.py"}
     categories = [{"id": i + 1, "name": kind} for i, kind in enumerate(KINDS)]
     coco = {"info": info, "images": images, "annotations": annotations, "categories": categories}
     _write(out / "instances.json", coco)
     _write(out / "captions.json", {"info": info, "images": images, "annotations": captions})
-    _write(out / "questions.json", {"info": info, "images": images, "questions": questions})
+    _write(out / "questions.json", questions)
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
+def _write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 

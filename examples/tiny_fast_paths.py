@@ -1,8 +1,8 @@
 """The network's slow spots in training on a CPU, computed another way with the same result.
 
-Only a trainer wants these: engines skip experts, a trainer on CPU is faster without skipping, because
-tokens gathered by expert make new matrix shapes at every step, and bfloat16 products compile anew for
-each shape (torch 2.13, Zen 5: a step 3x shorter).
+Like `md3cli.model.kernels`, but differentiable and reading the weights at every call. Tokens gathered
+by expert make new matrix shapes at every step, and bfloat16 products compile anew for each shape; the
+fused attention's backward in bfloat16 takes five times two products and a softmax (torch 2.13, Zen 5).
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import md3cli.model.text
-import md3cli.model.vision
 from md3cli.model.layers import bmm_attention
 from md3cli.model.moe import MoeMlp, Routing, gate
 from md3cli.model.moondream import Moondream3
+from md3cli.model.text import TextAttention
+from md3cli.model.vision import VisionAttention
 
 
-class _AllExperts:
-    """Stands in for `MoeMlp.run_experts`: every expert sees every token, unchosen ones with weight zero."""
+class AllExperts:
+    """Every expert sees every token, unchosen ones with weight zero."""
 
     def __init__(self, layer: MoeMlp) -> None:
         self._layer = layer
@@ -36,9 +36,9 @@ class _AllExperts:
 
 
 def use_fast_paths(model: Moondream3) -> None:
-    """Replace attention and experts of `model` for training on this CPU."""
-    for module in (md3cli.model.text, md3cli.model.vision):
-        module.attention = bmm_attention  # type: ignore[attr-defined]
-    for layer in model.modules():
-        if isinstance(layer, MoeMlp):
-            object.__setattr__(layer, "run_experts", _AllExperts(layer))
+    """Let `model` train with these forms."""
+    for module in model.modules():
+        if isinstance(module, MoeMlp):
+            module.run = AllExperts(module)
+        elif isinstance(module, (TextAttention, VisionAttention)):
+            module.attend = bmm_attention

@@ -3,8 +3,9 @@
     python examples/train_tiny.py --state runs/tiny --minutes 120        start, or go on after a break
     python examples/train_tiny.py --state runs/tiny --export OUT         write a checkpoint md3 can load
 
-Runs on CPU and CUDA; `--workers 2` splits every batch over two processes of one thread each, which
-two shared cores like better than one process of two threads. The schedule is a share of the whole
+Runs on CPU and CUDA; `--workers 2` trains in two processes of one thread each that average their
+weights every few steps: on two shared cores that is much faster than two threads, which wait for each
+other at every operation. The schedule is a share of the whole
 training, counted in steps (`--steps`, reproducible from `--seed`) or in seconds spent training
 (`--minutes`, when the machine is shared). State is kept in `--state`: `state.safetensors`,
 `state.json`, `log.csv`, `curve.png`, and the pool of drawn scenes.
@@ -40,11 +41,14 @@ from torch.multiprocessing.spawn import start_processes
 
 from md3cli.model.config import ModelConfig
 from md3cli.model.moondream import Moondream3
+from md3cli.model.vision import normalise_crops
 
 TRAIN_SEED = 1  # scenes of other seeds are never trained on
 SAVE_EVERY_S = 180.0
 LOG_EVERY = 20
 WARMUP_STEPS = 100
+DECODER_WARMUP = 0.01  # share of the run
+MEET_EVERY = 8  # steps between two averagings of the workers' weights
 CLIP_NORM = 2.0
 
 
@@ -62,7 +66,7 @@ class Plan:
     num_shards: int = 160
     muon_lr: float = 4e-3
     adam_lr: float = 3e-3
-    dense_only: float = 0.15  # share of the run in which the dense loss alone is trained
+    dense_only: float = 0.07  # share of the run in which the dense loss alone is trained
     dense_until: float = 0.60  # share at which its weight has fallen to zero
     decay_from: float = 0.40  # share at which the learning rate begins to fall
 
@@ -75,9 +79,12 @@ class Plan:
         return step / self.steps if self.steps else elapsed_s / (60 * self.minutes)
 
     def rate(self, step: int, share: float) -> float:
-        """Factor of the learning rates: warm-up, plateau, cosine to zero."""
+        """Factor of the learning rates: warm-up, again when the decoder joins, plateau, cosine to zero."""
         fall = min(1.0, max(0.0, (share - self.decay_from) / (1 - self.decay_from)))
-        return min(1.0, (step + 1) / WARMUP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * fall))
+        rise = min(1.0, (step + 1) / WARMUP_STEPS)
+        if share >= self.dense_only:
+            rise = min(rise, 0.1 + (share - self.dense_only) / DECODER_WARMUP)
+        return rise * (0.5 + 0.5 * math.cos(math.pi * fall))
 
     def dense_weight(self, share: float) -> float:
         """Weight of the dense loss: 1 alone and for a while after, then falling to 0."""
@@ -108,9 +115,10 @@ def initialise(model: Moondream3, seed: int) -> None:
                     std = 0.01
                 nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std)
         model.vision.pos_emb.copy_(_waves(model.config.vision.grid_size, model.config.vision.enc_dim))
-        for block in model.vision.blocks:
-            query, key, _ = block.attn.qkv.weight.chunk(3)
-            key.copy_(query)
+        for name, parameter in model.vision.named_parameters():
+            if name.endswith("attn.qkv.weight"):
+                query, key, _ = parameter.chunk(3)
+                key.copy_(query)
 
 
 def _waves(grid: int, dim: int) -> Tensor:
@@ -126,6 +134,24 @@ def _waves(grid: int, dim: int) -> Tensor:
     return 0.3 * torch.cat([rows, cols], dim=-1).reshape(1, grid * grid, dim)
 
 
+@torch.no_grad()
+def whiten_patches(model: Moondream3, pool: Pool) -> None:
+    """Make the patch embedding the leading principal components of drawn patches, at equal strength.
+
+    Random filters would mostly pass on a patch's mean colour; whitened ones show edges and corners from
+    the first step. They stay fixed (the idea is from fast CIFAR-10 trainers: Page 2019, Jordan 2024).
+    """
+    crops = np.concatenate([pool[index].crops for index in range(SHARD_SIZE)])
+    patches = model.vision.patchify(normalise_crops(torch.from_numpy(crops))).flatten(0, 1).double()
+    mean = patches.mean(0)
+    centred = patches - mean
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+    leading = vectors[:, -model.config.vision.enc_dim :] * (values[-model.config.vision.enc_dim :] + 0.01).rsqrt()
+    weight = 0.5 * leading.T
+    model.vision.patch_emb.weight.copy_(weight)
+    model.vision.patch_emb.bias.copy_(-weight @ mean)
+
+
 class Run:
     """One training run: network, heads, optimiser, averages and how far they are."""
 
@@ -139,8 +165,9 @@ class Run:
         initialise(self.model, plan.seed)
         if device.type == "cpu":
             use_fast_paths(self.model)
-        self.model.region.coord_features.requires_grad_(False)
-        self.model.region.size_features.requires_grad_(False)
+        region = self.model.region
+        for fixed in (region.coord_features, region.size_features, *self.model.vision.patch_emb.parameters()):
+            fixed.requires_grad_(False)
         self.heads = DenseHeads(self.config.text.dim).to(device)
         self.balance = RouterBalance(self.model)
         self.optimizer = TinyOptimizer(self._trained())
@@ -192,6 +219,7 @@ class Run:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(self.raw_config, indent=1) + "\n")
         self.tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "model.safetensors").chmod(0o644)
 
     def losses(self, batch: Batch, share: float) -> tuple[Tensor, dict[str, float]]:
         """The loss of one batch and what to log about it."""
@@ -211,14 +239,13 @@ class Run:
                 log |= {"text_accuracy": parts.text_accuracy, "least_expert": least}
         return total, log
 
-    def train_step(self, batch: Batch, now_s: float) -> dict[str, float]:
-        """Forward, backward, average over the workers, update. `now_s` of worker 0 is everybody's clock."""
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        """Forward, backward, update."""
         share = self.plan.share(self.step, self.elapsed_s)
         loss, log = self.losses(batch.to(self.device), share)
         loss.backward()
         # While the dense loss is alone, the decoder has no gradients and stays as it is.
         trained = [parameter for _, parameter in self._trained() if parameter.grad is not None]
-        self.elapsed_s = self._average_over_workers(trained, now_s)
         norm = nn.utils.clip_grad_norm_(trained, CLIP_NORM)
         rate = self.plan.rate(self.step, share)
         self.optimizer.step(rate * self.plan.muon_lr, rate * self.plan.adam_lr)
@@ -226,18 +253,20 @@ class Run:
         self.average.update(self.model, self.step)
         return {"loss": loss.item(), "norm": norm.item(), "rate": rate, **log}
 
-    def _average_over_workers(self, trained: list[nn.Parameter], now_s: float) -> float:
-        """Replace every gradient by its mean over the workers; returns worker 0's `now_s`."""
+    @torch.no_grad()
+    def meet(self, now_s: float) -> None:
+        """Average the weights of all workers; worker 0's `now_s` becomes everybody's clock."""
+        self.elapsed_s = now_s
         if not distributed.is_initialized():
-            return now_s
-        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+            return
+        weights = [parameter for _, parameter in self._trained()]
         clock = torch.tensor([now_s if distributed.get_rank() == 0 else 0.0], device=self.device)
-        flat = torch.cat([*(gradient.flatten() for gradient in gradients), clock])
+        flat = torch.cat([*(weight.flatten() for weight in weights), clock])
         distributed.all_reduce(flat)
-        flat[:-1] /= distributed.get_world_size()
-        for gradient, mean in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
-        return flat[-1].item()
+        self.elapsed_s = flat[-1].item()
+        means = (flat[:-1] / distributed.get_world_size()).split([weight.numel() for weight in weights])
+        for weight, mean in zip(weights, means, strict=True):
+            weight.copy_(mean.view_as(weight))
 
 
 class BatchSource:
@@ -314,18 +343,22 @@ def train(run: Run, rank: int, num_workers: int) -> None:
     pool_folder = run.folder / f"pool_{run.config.vision.crop_size}"
     while not (pool := Pool(pool_folder)) or len(pool) < 4 * SHARD_SIZE:
         time.sleep(1)
+    if run.step == 0:
+        whiten_patches(run.model, pool)
+        run.average = WeightAverage(run.model)
     batches, log = BatchSource(run, pool, rank, num_workers), Log(run.folder / "log.csv")
     start, saved = time.monotonic() - run.elapsed_s, time.monotonic()
     while (share := run.plan.share(run.step, run.elapsed_s)) < 1:
-        before = run.elapsed_s
-        values = run.train_step(batches(run.step), time.monotonic() - start)
-        if rank != 0:
-            continue
-        values["pictures_per_s"] = run.plan.batch_size / max(1e-3, run.elapsed_s - before)
-        log.add(values, {"step": run.step, "elapsed_s": run.elapsed_s, "share": share})
-        if time.monotonic() - saved > SAVE_EVERY_S:
-            saved = time.monotonic()
-            run.keep()
+        before = time.monotonic()
+        values = run.train_step(batches(run.step))
+        values["pictures_per_s"] = run.plan.batch_size / (time.monotonic() - before)
+        if rank == 0:
+            log.add(values, {"step": run.step, "elapsed_s": run.elapsed_s, "share": share})
+        if run.step % MEET_EVERY == 0:
+            run.meet(time.monotonic() - start)
+            if rank == 0 and time.monotonic() - saved > SAVE_EVERY_S:
+                saved = time.monotonic()
+                run.keep()
     if rank == 0:
         run.keep()
 
