@@ -291,6 +291,19 @@ def test_a_picture_outside_the_root_is_not_opened(run_folder, tmp_path):
     assert "data:image" not in (tmp_path / "r.html").read_text()
 
 
+def test_the_command_s_options_reach_the_page(run_folder, tmp_path):
+    arguments = [str(run_folder), "-o", str(tmp_path / "out"), "--title", "<My> run", "--thumbnail-size", "64"]
+    result = CliRunner().invoke(app, [*arguments, "--images-per-page", "6"])
+    assert result.exit_code == 0, result.output
+    assert "index.html and 2 pages beside it: 11 images" in result.stderr
+    assert "note: 8 pictures cannot be opened" in result.stderr
+    overview = Elements((tmp_path / "out" / "index.html").read_text())
+    assert "<My> run" in overview.text
+    first = Elements((tmp_path / "out" / "index_pages" / "page-0001.html").read_text())
+    with Image.open(io.BytesIO(base64.b64decode(first.of("img")[0]["src"].partition(",")[2]))) as thumbnail:
+        assert max(thumbnail.size) == 64
+
+
 def test_the_command_scores_by_ground_truth_and_draws_what_was_missed(tmp_path):
     picture(tmp_path / "a.png", BOXES[0])
     one = record("a.png", "detect", "red", objects=[found("red", BOXES[0]), found("red", (0.6, 0.6, 0.9, 0.9), 0.2)])

@@ -50,7 +50,9 @@ def report(
         from md3cli.evaluate import evaluate, load_truth
 
         sections = evaluate(found, [load_truth(path) for path in gt]).sections
-    options = ReportOptions(root, overwrite, title, thumbnail_size, images_per_page)
+    options = ReportOptions(
+        root=root, overwrite=overwrite, title=title, thumbnail_px=thumbnail_size, images_per_page=images_per_page
+    )
     _tell(write_report(found, output, options, sections))
 
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 IMAGES_PER_PAGE = 2000  # about 40 MB of thumbnails: what a browser still opens at once
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportOptions:
     """How to make a report. `root` and `is_confined` are as for every export (exporters/options.py)."""
 

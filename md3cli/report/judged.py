@@ -47,8 +47,8 @@ def score_table(section: Section) -> Table:
         shown = list(section.by_name.items())[:ROWS_SHOWN]
         rows += [(label, *(number(scores.get(name)) for name in names)) for label, scores in shown]
     counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in section.counts.items())
-    title = f"{section.name[:1].upper()}{section.name[1:]} by ground truth: {counts}"
-    return Table(title, ("", *(name.replace("_", " ") for name in names)), tuple(rows))
+    title = f"{section.name[:1].upper()}{section.name[1:]} by ground truth"
+    return Table(title, counts, ("", *(name.replace("_", " ") for name in names)), tuple(rows))
 
 
 def score_plots(section: Section) -> list[Lines]:

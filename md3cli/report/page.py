@@ -34,6 +34,7 @@ class Table:
     """Rows of words; the first cell of each is its name."""
 
     title: str
+    about: str
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
