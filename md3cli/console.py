@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
 MOST_OBJECTS_SHOWN = 6
+SHOWN_LOAD_S = 0.1  # loading that took less is not worth a word
 
 
 @dataclass(slots=True)
@@ -258,7 +259,7 @@ def _speed(summary: Summary) -> str:
     text = clock(summary.elapsed_s)
     if summary.num_images:
         text += f", {summary.num_images / max(summary.elapsed_s - summary.load_s, 1e-9):.1f} img/s"
-    if summary.load_s:
+    if summary.load_s >= SHOWN_LOAD_S:
         text += f" after {clock(summary.load_s)} of loading the model"
     if summary.output_tokens:
         text += f"; {summary.prompt_tokens:,} prompt and {summary.output_tokens:,} output tokens"

@@ -12,10 +12,11 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from queue import Empty, SimpleQueue
 
 from md3cli.config import RunConfig
 from md3cli.decode import DecodePool
@@ -137,7 +138,9 @@ class Feed:
     ) -> None:
         self._rows, self._ids, self._is_done, self._pool = rows, ids, is_done, pool
         self._num_ahead, self._fail, self._reading = num_ahead, fail, reading
-        self._ahead: deque[_AheadRow] = deque()
+        self._decoded: SimpleQueue[_AheadRow] = SimpleQueue()  # filled by the pool's threads
+        self._newest: _AheadRow | None = None
+        self._num_decoding = 0
         self._ready: deque[ReadyRequest] = deque()
         self._next_key = 0
         self._is_source_exhausted = False
@@ -147,7 +150,7 @@ class Feed:
     @property
     def is_exhausted(self) -> bool:
         """True when nothing will become ready any more."""
-        return self._is_source_exhausted and not self._ahead and not self._ready
+        return self._is_source_exhausted and not self._num_decoding and not self._ready
 
     def poll(self) -> ReadyRequest | None:
         """The next request that is ready; None when none is at the moment."""
@@ -158,12 +161,12 @@ class Feed:
 
     def wait(self, timeout_s: float) -> None:
         """Wait until a picture is decoded, at most `timeout_s`."""
-        if self._ahead and not self._ready:
-            wait([row.future for row in self._ahead], timeout_s, FIRST_COMPLETED)
+        if self._num_decoding and not self._ready:
+            self._collect(timeout_s)
 
     def _fill(self) -> None:
         """Read rows until enough pictures are in decoding."""
-        while not self._is_source_exhausted and len(self._ahead) < self._num_ahead and not self._ready:
+        while not self._is_source_exhausted and self._num_decoding < self._num_ahead and not self._ready:
             with self._reading():
                 row = next(self._rows, None)
             if row is None:
@@ -177,7 +180,7 @@ class Feed:
             elif row.image is None:
                 self._ready += [ReadyRequest(ticket, None) for ticket in tickets]
             else:
-                self._ahead.append(_AheadRow(tickets, self._future_of(row.image)))
+                self._decode(tickets, row.image)
 
     def _tickets(self, row: SourceRow) -> list[Ticket]:
         name = row.image.name if row.image is not None else None
@@ -193,24 +196,30 @@ class Feed:
             tickets[-1].is_last_of_row = True
         return tickets
 
-    def _future_of(self, image: ImageItem) -> Future[PreparedImage]:
-        """The same picture as a row before it (a manifest with many questions an image) is decoded once."""
-        before = self._ahead[-1] if self._ahead else None
-        if before is not None and before.tickets[0].image == image:
-            return before.future
-        return self._pool.submit(image)
+    def _decode(self, tickets: list[Ticket], image: ImageItem) -> None:
+        """Have the picture decoded; the same one as a row before it (many questions an image) only once."""
+        if self._newest is not None and self._newest.tickets[0].image == image:
+            future = self._newest.future
+        else:
+            future = self._pool.submit(image)
+        self._newest = _AheadRow(tickets, future)
+        self._num_decoding += 1
+        # The callback must not hold what holds the future: such a circle would keep pictures until the next gc.
+        future.add_done_callback(lambda done: self._decoded.put(_AheadRow(tickets, done)))
 
-    def _collect(self) -> None:
-        """Move rows whose pictures are decoded to the ready ones, the earliest first."""
-        waiting: deque[_AheadRow] = deque()
-        for row in self._ahead:
-            if row.future.done():
-                self._settle(row)
-            else:
-                waiting.append(row)
-        self._ahead = waiting
+    def _collect(self, timeout_s: float = 0.0) -> None:
+        """Move all rows whose pictures are decoded to the ready ones; wait for the first so long."""
+        try:
+            self._settle(self._decoded.get(timeout=timeout_s) if timeout_s else self._decoded.get_nowait())
+            while True:
+                self._settle(self._decoded.get_nowait())
+        except Empty:
+            return
 
     def _settle(self, row: _AheadRow) -> None:
+        self._num_decoding -= 1
+        if self._newest is not None and row.future is self._newest.future:
+            self._newest = None  # its picture is the engine's now, and not kept for a row that may never come
         try:
             picture = row.future.result()
         except ImageError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import Future
 from contextlib import nullcontext
 from typing import Any
@@ -145,3 +147,18 @@ def test_rows_ahead_are_bounded_by_bytes_and_number() -> None:
     assert rows_ahead(CropConfig(378, 14, 4, 12)) == 48
     assert rows_ahead(CropConfig(84, 14, 1, 4)) == 256
     assert rows_ahead(CropConfig(4000, 14, 4, 12)) == 4
+
+
+def test_pictures_are_let_go_without_waiting_for_the_garbage_collector() -> None:
+    rig = Rig(row("a", CAR), row("b", CAR))
+    rig.poll()
+    rig.pool.finish("a")
+    ready = rig.feed.poll()
+    assert ready is not None
+    picture = weakref.ref(ready.picture.crops)
+    gc.disable()
+    try:
+        del ready, rig.pool.futures["a"]
+        assert picture() is None
+    finally:
+        gc.enable()
