@@ -81,10 +81,25 @@ def test_coco_to_labelstudio(environment: dict[str, str], tmp_path: Path, record
     assert '<Label value="car"' in (tmp_path / "project/interface.xml").read_text()
 
 
+def test_without_duckdb_it_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "duckdb.py").write_text("raise ImportError")
+    command = [sys.executable, EXAMPLES / "duckdb_over_parquet.py", "records.parquet"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "this example needs DuckDB: pip install duckdb\n")
+
+
+@pytest.mark.slow
 def test_duckdb_over_parquet(environment: dict[str, str], tmp_path: Path, records: Path) -> None:
-    pytest.importorskip("duckdb", reason="DuckDB is not installed: no dependency of md3")
+    """In an environment of its own: DuckDB is no dependency."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "environment"], check=True)
+    python = tmp_path / "environment/bin/python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "duckdb"], check=True)
     subprocess.run(["md3", "export", records, "-o", tmp_path / "r.parquet"], env=environment, check=True)
-    assert "car" in start(environment, "duckdb_over_parquet.py", tmp_path / "r.parquet")
+    command = [python, EXAMPLES / "duckdb_over_parquet.py", tmp_path / "r.parquet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "│ car     │     2 │      1 │       0.55 │" in done.stdout
+    assert "yes" in done.stdout
 
 
 def test_score_with_pycocotools(environment: dict[str, str], tmp_path: Path, records: Path) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from md3cli.errors import UsageError
 from md3cli.exporters.coco_ids import CocoIds
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment
@@ -32,8 +31,6 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_cir
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """One document of all images that have an answered record."""
-    if out.exists() and out.samefile(records):
-        raise UsageError(f"{printable(str(out))} is the records file itself; name another -o")
     with ImageIndex(records) as index:
         writer = _Writer(index.survey, options)
         with replaced_file(out, overwrite=options.overwrite) as file:
@@ -49,7 +46,7 @@ class _Writer:
         has_objects = bool(survey.tasks & {"detect", "segment"}) or (options.keypoints and "point" in survey.tasks)
         self._is_of_captions = "caption" in survey.tasks and not has_objects
         self._point_labels = survey.point_labels if options.keypoints else {}
-        labels = dict.fromkeys((*options.labels, *survey.labels, *self._point_labels))
+        labels = dict.fromkeys((*survey.categories(options.labels), *self._point_labels))
         self._ids = CocoIds(labels, options.coco_ids_from)
         self._has_masks = "segment" in survey.tasks
         self._model = survey.model

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -62,6 +63,11 @@ class Survey:
             for found in record.get(_RESULT_OF[task]) or ():
                 labels[label_of(found, record)] = None
 
+    def categories(self, first: Iterable[str]) -> list[str]:
+        """The labels of boxes and masks, those in `first` before the others; what was only pointed at is none."""
+        only_points = self.point_labels.keys() - self.labels.keys()
+        return [label for label in dict.fromkeys((*first, *self.labels)) if label not in only_points]
+
     def notes(self) -> Iterator[str]:
         """What no format made of images can hold."""
         if self.num_without_image:
@@ -108,7 +114,8 @@ class ImageIndex:
         self._database = sqlite3.connect("")  # a temporary file that SQLite removes by itself
         self._database.execute("CREATE TABLE stretch(seq INTEGER PRIMARY KEY, image BLOB, offset INT, count INT)")
         rows = self._stretches(placed_records(self._file, path))
-        self._database.executemany("INSERT INTO stretch(image, offset, count) VALUES (?, ?, ?)", rows)
+        with _told_where():
+            self._database.executemany("INSERT INTO stretch(image, offset, count) VALUES (?, ?, ?)", rows)
 
     def __enter__(self) -> ImageIndex:
         return self
@@ -124,7 +131,8 @@ class ImageIndex:
 
     def images(self) -> Iterator[ImageGroup]:
         """Every image with an answered record, in the order of first appearance."""
-        stretches: Iterable[tuple[int, int, int]] = self._database.execute(_IN_ORDER)
+        with _told_where():  # the first row comes once all are sorted
+            stretches: Iterable[tuple[int, int, int]] = self._database.execute(_IN_ORDER)
         for _, parts in groupby(stretches, key=lambda row: row[2]):
             records = [record for offset, count, _ in parts for record in self._read(offset, count)]
             answered = [record for record in records if record.get("error") is None]
@@ -152,6 +160,15 @@ class ImageIndex:
                 f"{self._path} became shorter while it was read; wait until the run that writes it is done"
             )
         return iter(records)
+
+
+@contextmanager
+def _told_where() -> Iterator[None]:
+    """What can go wrong with SQLite here is its temporary file: no room for it."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise ExportError(f"cannot sort the records on disk ({error}); make room in TMPDIR or set another") from error
 
 
 def image_key(record: RecordDict) -> bytes:

@@ -3,14 +3,15 @@
 `load_dataset("imagefolder", data_dir=OUT)` guesses splits from names, so everything lies under
 `train/`: a picture called `test_a.jpg` would otherwise take the rest away. Every row has the
 same keys, those that the records' tasks can fill. Pixels are of the upright picture, as `datasets`
-decodes it. Pictures are hard-linked where the file system allows, else copied.
+decodes it. Pictures are hard-linked where the file system allows, else copied; kinds that `datasets`
+does not load become PNG.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +25,7 @@ from md3cli.exporters.publishing import StagedFolder, staged_folder
 from md3cli.records import ImageItem
 
 METADATA = "metadata.jsonl"
+_NOT_LOADED = frozenset({".avif", ".heic", ".heif"})  # by ImageFolder of datasets 5.2: written as PNG instead
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
@@ -36,7 +38,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         staged_folder(out, overwrite=options.overwrite, suffixes=PICTURE_SUFFIXES | {".jsonl"}) as folder,
     ):
         survey = index.survey
-        classes = {label: number for number, label in enumerate(dict.fromkeys((*options.labels, *survey.labels)))}
+        classes = {label: number for number, label in enumerate(survey.categories(options.labels))}
         (folder.path / "train").mkdir()
         with (folder.path / "train" / METADATA).open("xb") as metadata:
             for group in index.images():
@@ -56,19 +58,29 @@ def _add_picture(folder: StagedFolder, group: ImageGroup, pictures: Pictures) ->
     source = pictures.find(group.name, group.name_b64)
     if source is None:
         return None
-    suffix = relative_name(group.name).suffix
-    names = (PurePosixPath("train") / _plain(name) for name in candidates(group.name, suffix))
-    file, relative = folder.create(names)
+    file, relative = folder.create(PurePosixPath("train") / _plain(name) for name in _names(group.name))
     target = folder.path / relative
     with file:
-        if not _linked(source, target):
-            try:
+        try:
+            if relative_name(group.name).suffix.lower() in _NOT_LOADED:
+                pictures.read(source).save(file, "PNG")
+            elif not _linked(source, target):
                 file.write(pictures.read_bytes(source))
-            except ImageError:
-                pictures.note_unreadable(group.name)
-                target.unlink()
-                return None
+        except ImageError:
+            pictures.note_unreadable(group.name)
+            target.unlink()
+            return None
     return relative.relative_to("train")
+
+
+def _names(image: str) -> Iterator[PurePosixPath]:
+    """Names that end in a suffix `datasets` loads; which one it is does not matter, it looks at the content."""
+    suffix = relative_name(image).suffix
+    if suffix.lower() in _NOT_LOADED:
+        return candidates(image, ".png", keep_suffix=True)
+    if suffix.lower() in PICTURE_SUFFIXES:
+        return candidates(image, suffix)
+    return candidates(image, ".jpg", keep_suffix=True)
 
 
 def _plain(name: PurePosixPath) -> PurePosixPath:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from md3cli.errors import UsageError
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.publishing import replaced_file
 from md3cli.exporters.reading import read_records
@@ -13,8 +12,6 @@ from md3cli.exporters.reading import read_records
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """Copy every record, failures included."""
-    if out.exists() and out.samefile(records):
-        raise UsageError(f"{out} is the records file itself; name another -o")
     num_records = 0
     with replaced_file(out, overwrite=options.overwrite) as file:
         for record in read_records(records):

@@ -118,7 +118,7 @@ def _texts(group: ImageGroup) -> Iterator[Result]:
 
 def _interface(survey: Survey, first_labels: Iterable[str]) -> str:
     """The labelling interface: one control for each kind of result that the records can hold."""
-    labels = dict.fromkeys((*first_labels, *survey.labels))
+    labels = survey.categories(first_labels)
     controls = [
         ("detect", _labels_control("RectangleLabels", labels)),
         ("segment", _labels_control("PolygonLabels", labels)),

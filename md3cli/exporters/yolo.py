@@ -33,7 +33,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         staged_folder(out, overwrite=options.overwrite, suffixes=suffixes) as folder,
     ):
         survey = index.survey
-        classes = {label: number for number, label in enumerate(dict.fromkeys((*options.labels, *survey.labels)))}
+        classes = {label: number for number, label in enumerate(survey.categories(options.labels))}
         (folder.path / "images").mkdir()
         (folder.path / "labels").mkdir()
         for group in index.images():

@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from md3cli.errors import ExportError, InputError, UsageError
+from md3cli.exporters import FORMATS
 
 DONUT = "M 0 0 L 1 0 L 1 1 L 0 1 Z M 0.25 0.25 L 0.25 0.75 L 0.75 0.75 L 0.75 0.25 Z"  # the inner ring turns back
 TRIANGLE = "M 0 0 L 1 0 L 0 1 Z"
@@ -189,6 +190,14 @@ def test_points_are_keypoints_on_request_only(run: Run) -> None:
     assert (coco.anns[1]["keypoints"], coco.anns[1]["num_keypoints"]) == ([60.0, 20.0, 2], 1)
 
 
+def test_what_is_only_pointed_at_is_no_category_of_boxes(detect_run: Run) -> None:
+    detect_run.write([*detect_records(), record("empty.png", "point", "nose", points=[])])
+    _, out = detect_run.export("coco", "out.json", labels=("nose", "car", "dog"))
+    assert [category["name"] for category in read(out)["categories"]] == ["car", "dog"]
+    _, out = detect_run.export("coco", "keypoints.json", labels=("nose", "car", "dog"), keypoints=True)
+    assert [category["name"] for category in read(out)["categories"]] == ["car", "dog", "nose"]
+
+
 def test_supervision_reads_images_and_classes(detect_run: Run) -> None:
     _, out = detect_run.export("coco", "out.json")
     dataset = sv.DetectionDataset.from_coco(str(detect_run.root), str(out))
@@ -227,10 +236,11 @@ def test_what_stands_there_is_replaced_only_when_told(detect_run: Run) -> None:
     assert read(out)["images"]
 
 
-def test_the_records_themselves_are_never_replaced(detect_run: Run) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_records_themselves_are_never_replaced(detect_run: Run, format: str) -> None:
     before = detect_run.records.read_bytes()
     with pytest.raises(UsageError, match="records file itself"):
-        detect_run.export("coco", "records.jsonl", overwrite=True)
+        detect_run.export(format, "records.jsonl", overwrite=True)
     assert detect_run.records.read_bytes() == before
 
 

@@ -79,6 +79,23 @@ def test_names_that_are_patterns_load(run: Run, tmp_path: Path) -> None:
     assert sorted(load(out, tmp_path / "cache")["train"]["text"]) == sorted(names)
 
 
+def test_pictures_without_a_suffix_load(run: Run, tmp_path: Path) -> None:
+    for name in ("plain", "a.thing"):
+        (run.root / name).write_bytes((run.root / "empty.png").read_bytes())
+    run.write([record(name, "caption", length="short", caption=name) for name in ("plain", "a.thing")])
+    _, out = run.export("hf", "out")
+    rows = load(out, tmp_path / "cache")["train"]
+    assert {row["text"]: row["image"].size for row in rows} == {"plain": (WIDTH, HEIGHT), "a.thing": (WIDTH, HEIGHT)}
+
+
+def test_kinds_that_datasets_does_not_load_become_png(run: Run, tmp_path: Path) -> None:
+    Image.new("RGB", (WIDTH, HEIGHT)).save(run.root / "a.avif")
+    run.write([record("a.avif", "caption", length="short", caption="x")])
+    _, out = run.export("hf", "out")
+    assert load(out, tmp_path / "cache")["train"][0]["image"].size == (WIDTH, HEIGHT)
+    assert sorted(path.name for path in (out / "train").iterdir()) == ["a.avif.png", "metadata.jsonl"]
+
+
 def test_missing_pictures_are_left_out_and_told(detect_run: Run) -> None:
     (detect_run.root / NAMES[0]).unlink()
     report, out = detect_run.export("hf", "out")
