@@ -43,7 +43,8 @@ class Request:
     """One question to one image, with every setting that can change the answer.
 
     `spatial_refs` holds points (x, y) and boxes (x_min, y_min, x_max, y_max), 0-1.
-    `temperature` 0 is greedy. `length` counts for captions, `reasoning` for queries only.
+    `temperature` 0 is greedy. `length` counts for captions, `reasoning` and `choices` (the only
+    answers allowed; empty allows all) for queries only.
     """
 
     task: Task
@@ -56,6 +57,7 @@ class Request:
     temperature: float = 0.0
     top_p: float = 0.9
     seed: int = 0
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from PIL import Image
 from md3cli.config import ModelOptions
 from md3cli.errors import EngineError, ImageError, RequestError
 from md3cli.images import ImageLimits, PreparedImage, prepare_image
+from md3cli.model.answers import reasoning_result
 from md3cli.model.asking import (
     Asked,
     ImageLike,
@@ -218,7 +219,7 @@ class Moondream:
             self._step()
         result: dict[str, Any] = {key: self._pieces(job.key, sequence)}
         if sequence.reasoning is not None:
-            result["reasoning"] = sequence.reasoning_result(self.engine.tokenizer)
+            result["reasoning"] = reasoning_result(sequence, self.engine.tokenizer)
         return result
 
     def _pieces(self, key: int, sequence: Sequence) -> Iterator[str]:

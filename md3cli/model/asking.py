@@ -86,5 +86,6 @@ def read_request(row: Mapping[str, Any]) -> Request:
         length=length,
         reasoning=bool(row.get("reasoning", True)),
         spatial_refs=read_refs(row.get("spatial_refs")),
+        choices=tuple(row.get("choices") or ()),
         **read_settings(settings),
     )

@@ -100,6 +100,9 @@ class FixedPrompts:
     def build(self, request: Request, has_image: bool) -> Prompt:
         return Prompt([1, *([WORD_ID] * 4), 3])
 
+    def encode_choices(self, request: Request) -> tuple[tuple[int, ...], ...]:
+        return ()
+
 
 def model_maker(
     model: str | None, config: str, *, device: str, dtype: str, threads: int | None, seed: int

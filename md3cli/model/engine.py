@@ -21,14 +21,17 @@ from torch import Tensor
 
 from md3cli.errors import EngineError, RequestError
 from md3cli.images import CropConfig, PreparedImage
-from md3cli.model.decoding import Event, Step, advance, idle_rows
+from md3cli.model.answers import build_answer
+from md3cli.model.choices import ChoiceRow, choice_probabilities
+from md3cli.model.decoding import Event, Mode, Step, advance, idle_rows
 from md3cli.model.encoder import ImageEncoder
 from md3cli.model.forward import Passes, new_rows
 from md3cli.model.kv_cache import KVCache
 from md3cli.model.memory import is_out_of_memory
 from md3cli.model.moondream import Moondream3
 from md3cli.model.prompts import Prompts, Tokenizer
-from md3cli.model.tasks import Answer, Job, Sequence, build_answer
+from md3cli.model.slots import SlotTable
+from md3cli.model.tasks import Answer, Job, Sequence
 from md3cli.records import RowFailure, RunIdentity
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384, "mps": 4096}  # of one prefill pass, padding included
@@ -83,7 +86,7 @@ class Engine:
 
     @property
     def num_active(self) -> int:
-        return sum(sequence is not None for sequence in self._slots)
+        return len(self._slots.active)
 
     @property
     def has_work(self) -> bool:
@@ -120,11 +123,12 @@ class Engine:
         """Take a job in and return its sequence; one that makes no sense is answered with a failure instead."""
         try:
             prompt = self.prompts.build(job.request, has_image=job.image is not None)
-            self._check_length(job, len(prompt.ids))
+            choices = self.prompts.encode_choices(job.request)
+            self._check_length(job, len(prompt.ids) + max(map(len, choices), default=0))
         except RequestError as error:
             self._finished.append(Answer(job.key, failure=RowFailure(error.type, str(error))))
             return None
-        sequence = Sequence(job, prompt, self.config)
+        sequence = Sequence(job, prompt, self.config, choices=choices)
         self._waiting.append(sequence)
         return sequence
 
@@ -159,13 +163,11 @@ class Engine:
             self.cache = KVCache(self.config, batch_size, capacity, dtype=model.dtype, device=model.device)
             self._rows = idle_rows(batch_size, model.device)
             self._next_SD = torch.zeros(batch_size, self.config.text.dim, dtype=model.dtype, device=model.device)
-        self._slots: list[Sequence | None] = [None] * batch_size
-        self._held: list[str | None] = [None] * batch_size  # which picture's prefix a slot holds, in use or not
-        self._end: list[int] = [0] * batch_size  # positions in use, as the host counts them
+        self._slots = SlotTable(batch_size)
 
     def _shrink(self, error: BaseException) -> None:
         """Out of memory: halve what is in flight and start those rows again (answers stay the same)."""
-        in_flight = [sequence for sequence in self._slots if sequence is not None]
+        in_flight = [sequence for sequence in self._slots.sequences if sequence is not None]
         for sequence in in_flight:
             sequence.restart()
         self._waiting.extendleft(reversed(in_flight))
@@ -198,19 +200,19 @@ class Engine:
 
     def _admit(self) -> None:
         """Move waiting sequences into free slots, when enough are free to make a batch worth while."""
-        free = [slot for slot, sequence in enumerate(self._slots) if sequence is None]
+        free = self._slots.free
         is_worth_it = len(free) == self.batch_size or len(free) >= min(len(self._waiting), self.batch_size // 4)
         if not free or not self._waiting or not is_worth_it:
             return
         batch = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
         try:
             self._encode_for(batch)
-            slots = self._place(batch, free)
+            slots = self._place(batch)
         except BaseException:
             self._waiting.extendleft(reversed(batch))
             raise
         for sequence, slot in zip(batch, slots, strict=True):
-            self._slots[slot] = sequence
+            self._slots.sequences[slot] = sequence
         self._prefill_prompts(batch, slots)
 
     def _encode_for(self, batch: Seq[Sequence]) -> None:
@@ -219,7 +221,7 @@ class Engine:
         num_crops = 0
         for index, sequence in enumerate([*batch, *self._waiting]):
             image, key = sequence.job.image, sequence.image_key
-            if image is None or key is None or key in self._embeddings or key in missing or key in self._held:
+            if image is None or key is None or key in self._embeddings or key in missing or key in self._slots.held:
                 continue
             if index >= len(batch) and (not missing or num_crops >= self.encoder.max_crops):
                 break  # looking ahead fills a micro-batch, it never starts one
@@ -233,38 +235,15 @@ class Engine:
             encoded = self.encoder.encode(list(missing.values()))
             self._embeddings.update(zip(missing, encoded, strict=True))
 
-    def _place(self, batch: Seq[Sequence], free: list[int]) -> list[int]:
+    def _place(self, batch: Seq[Sequence]) -> list[int]:
         """A slot for each sequence with its picture's prefix in it: found there, copied, or prefilled."""
         wanted = {sequence.image_key for sequence in (*batch, *self._waiting)}
-        # Slots whose prefix nobody wants are overwritten first.
-        spare = deque(sorted(free, key=lambda slot: (self._held[slot] in wanted, slot)))
-        slots: list[int] = []
-        to_prefill: list[tuple[int, str]] = []
-        to_copy: list[tuple[int, int]] = []
-        kept: dict[int, int] = {}  # who finds its prefix in a free slot takes it before anyone overwrites it
-        for index, sequence in enumerate(batch):
-            key = sequence.image_key
-            held = next((s for s in spare if key is not None and self._held[s] == key), None)
-            if held is not None:
-                spare.remove(held)
-                kept[index] = held
-        self.stats.num_prefixes_shared += len(kept)
-        for index, sequence in enumerate(batch):
-            key, slot = sequence.image_key, kept.get(index)
-            if slot is None:
-                slot = spare.popleft()
-                donor = self._held.index(key) if key is not None and key in self._held else None
-                if donor is not None:
-                    to_copy.append((donor, slot))
-                elif key is not None:
-                    to_prefill.append((slot, key))
-                self._held[slot] = key
-            slots.append(slot)
-        self._prefill_prefixes(to_prefill)
-        for donor, slot in to_copy:
+        placement = self._slots.place(batch, wanted)
+        self._prefill_prefixes(placement.to_prefill)
+        for donor, slot in placement.to_copy:
             self.cache.copy(donor, slot, self.config.prefix_len)
-        self.stats.num_prefixes_shared += len(to_copy)
-        return slots
+        self.stats.num_prefixes_shared += placement.num_found + len(placement.to_copy)
+        return placement.slots
 
     def _prefill_prefixes(self, to_prefill: Seq[tuple[int, str]]) -> None:
         """Run the prefixes of new pictures into their slots."""
@@ -296,24 +275,24 @@ class Engine:
     def _prefill_group(self, batch: Seq[Sequence], slots: Seq[int]) -> None:
         hidden_BD = self.passes.prefill_prompts(self.cache, batch, slots)
         for sequence, slot in zip(batch, slots, strict=True):
-            self._slots[slot] = sequence
-            self._end[slot] = sequence.start + len(sequence.prompt.ids)
+            self._slots.end[slot] = sequence.start + len(sequence.prompt.ids)
         rows = new_rows(batch, self.model.device)
         step = advance(self.model, rows, hidden_BD, self.max_context, is_sampled=self._is_sampled())
         self._take(step, torch.tensor(slots, device=self.model.device), slots)
+        self._choose()
 
     # -- decoding ---------------------------------------------------------------------------------
 
     def _decode(self) -> None:
         """One decision for every row in flight."""
-        active = [slot for slot, sequence in enumerate(self._slots) if sequence is not None]
+        active = self._slots.active
         if not active:
             return
         started = time.perf_counter()
         num_rows = active[-1] + 1
-        end = 1 + max(self._end[slot] for slot in active)
+        end = 1 + max(self._slots.end[slot] for slot in active)
         # Idle rows among them write too, each behind its own end.
-        self.cache.ensure_capacity(1 + max(self._end))
+        self.cache.ensure_capacity(1 + max(self._slots.end))
         step = self.passes.decode(
             self.cache,
             self._rows,
@@ -324,8 +303,9 @@ class Engine:
             is_sampled=self._is_sampled(),
         )
         for slot in active:
-            self._end[slot] += 1
+            self._slots.end[slot] += 1
         self._take(step, slice(0, len(step.events)), range(len(step.events)))
+        self._choose()
         self.stats.num_steps += 1
         self.stats.num_decisions += len(active)
         self.stats.decode_seconds += time.perf_counter() - started
@@ -335,13 +315,34 @@ class Engine:
         self._rows.put(index, step.rows)
         self._next_SD[index] = step.next_ND
         for slot, values in zip(slots, step.events.tolist(), strict=True):
-            sequence = self._slots[slot]
+            sequence = self._slots.sequences[slot]
             if sequence is None:
                 continue
-            sequence.absorb(Event(*values))
+            if not sequence.is_choosing:
+                sequence.absorb(Event(*values))
             if sequence.is_done:
-                self._slots[slot] = None
-                self._finished.append(build_answer(sequence, self.tokenizer))
+                self._finish(slot, sequence)
+
+    def _finish(self, slot: int, sequence: Sequence) -> None:
+        self._slots.sequences[slot] = None
+        self._finished.append(build_answer(sequence, self.tokenizer))
+
+    def _choose(self) -> None:
+        """Let the sequences that may only say one of a few things say it; their rows fall idle."""
+        choosing = [(slot, s) for slot, s in enumerate(self._slots.sequences) if s is not None and s.is_choosing]
+        if not choosing:
+            return
+        self._rows.mode[[slot for slot, _ in choosing]] = int(Mode.IDLE)
+        rows = [self._choice_row(slot, sequence) for slot, sequence in choosing]
+        scores = choice_probabilities(self.model, self.cache, rows)
+        for (slot, sequence), row, found in zip(choosing, rows, scores, strict=True):
+            sequence.choose(found, has_room=row.end <= self.max_context)
+            self._finish(slot, sequence)
+
+    def _choice_row(self, slot: int, sequence: Sequence) -> ChoiceRow:
+        """The answer id stands at the prompt's end, or is what reasoning would feed next."""
+        position = self._slots.end[slot] if sequence.reasons else self._slots.end[slot] - 1
+        return ChoiceRow(slot, position, sequence.choices)
 
     def _is_sampled(self) -> bool:
-        return any(s is not None and s.job.request.temperature > 0 for s in self._slots)
+        return any(s is not None and s.job.request.temperature > 0 for s in self._slots.sequences)

@@ -175,6 +175,21 @@ class Prompts:
             raise RequestError(f"{task} is not supported by this model: its config.json has no template for it")
         return self._fill(template, request, has_image)
 
+    def encode_choices(self, request: Request) -> tuple[tuple[int, ...], ...]:
+        """The ids of the only answers a query allows; empty allows all.
+
+        Raises:
+            RequestError: choices of another task, fewer than two, an empty or a repeated one.
+        """
+        if not request.choices:
+            return ()
+        if request.task is not Task.QUERY:
+            raise RequestError(f"{request.task} takes no choices; query does")
+        encoded = tuple(tuple(self._tokenizer.encode(choice)) for choice in request.choices)
+        if len(encoded) < 2 or not all(encoded) or len(set(encoded)) < len(encoded):
+            raise RequestError("choices are at least two different answers, none of them empty")
+        return encoded
+
     def _caption(self, length: str) -> list[int]:
         if not self._captions:
             raise RequestError("caption is not supported by this model: its config.json has no template for it")
