@@ -22,6 +22,9 @@ def query(
     ] = None,
     question: Annotated[list[str] | None, typer.Option("--question", "-q", help="A question; may be repeated.")] = None,
     reasoning: Annotated[bool, typer.Option("--reasoning/--no-reasoning", help="Think first, or be fast.")] = True,
+    choices: Annotated[
+        str | None, typer.Option("--choices", metavar="A,B,…", help="The only answers allowed; each gets a score.")
+    ] = None,
     spatial_ref: SpatialRefs = None,
     *,
     options: AnnotateOptions,
@@ -34,10 +37,14 @@ def query(
 
         md3 query photos/ -q "Is it raining?" -q "Is it night?" --no-reasoning -o answers.csv
 
+        md3 query photos/ -q "Is it raining?" --choices yes,no,unsure -o answers.csv
+
         md3 query -q "What is an encoder?"
     """
     asked = parse_query(positional or [], question or [])
     refs = spatial_refs(spatial_ref)
     questions = asked.questions or (None,)  # the rows of a manifest bring their own
-    requests = [options.request(Task.QUERY, text, reasoning=reasoning, spatial_refs=refs) for text in questions]
+    allowed = tuple(choice.strip() for choice in choices.split(",")) if choices else ()
+    settings = {"reasoning": reasoning, "spatial_refs": refs, "choices": allowed}
+    requests = [options.request(Task.QUERY, text, **settings) for text in questions]
     annotate(options.run_config("query", [] if asked.input is None else [asked.input], requests), options)
