@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from json.encoder import encode_basestring_ascii
 from queue import Empty, SimpleQueue
 
 from md3cli.config import RunConfig
@@ -81,7 +82,8 @@ class RequestIds:
         return self._id(image, request, repeat)
 
     def _id(self, image: str | None, request: Request, repeat: int) -> str:
-        text = f"[{json.dumps(image)},{self._request(request)},{self._run},{repeat}]"
+        name = "null" if image is None else encode_basestring_ascii(image)
+        text = f"[{name},{self._request(request)},{self._run},{repeat}]"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -122,7 +124,7 @@ class Feed:
         pool: decodes the pictures.
         num_ahead: rows in decoding or decoded at a time.
         fail: called with each ticket that fails before the engine sees it.
-        reading: entered while a row is read, which may wait for a terminal or a slow disk.
+        reading: entered while rows are read, which may wait for a terminal or a slow disk.
     """
 
     def __init__(
@@ -166,21 +168,24 @@ class Feed:
 
     def _fill(self) -> None:
         """Read rows until enough pictures are in decoding."""
-        while not self._is_source_exhausted and self._num_decoding < self._num_ahead and not self._ready:
-            with self._reading():
+        with self._reading():
+            while not self._is_source_exhausted and self._num_decoding < self._num_ahead and not self._ready:
                 row = next(self._rows, None)
-            if row is None:
-                self._is_source_exhausted = True
-                return
-            tickets = self._tickets(row)
-            if not tickets:
-                self.num_rows_done_before += 1
-            elif row.failure is not None:
-                self._fail_all(tickets, row.failure)
-            elif row.image is None:
-                self._ready += [ReadyRequest(ticket, None) for ticket in tickets]
-            else:
-                self._decode(tickets, row.image)
+                if row is None:
+                    self._is_source_exhausted = True
+                else:
+                    self._take(row)
+
+    def _take(self, row: SourceRow) -> None:
+        tickets = self._tickets(row)
+        if not tickets:
+            self.num_rows_done_before += 1
+        elif row.failure is not None:
+            self._fail_all(tickets, row.failure)
+        elif row.image is None:
+            self._ready += [ReadyRequest(ticket, None) for ticket in tickets]
+        else:
+            self._decode(tickets, row.image)
 
     def _tickets(self, row: SourceRow) -> list[Ticket]:
         name = row.image.name if row.image is not None else None
