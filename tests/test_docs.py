@@ -96,7 +96,7 @@ def test_options_keep_their_names() -> None:
     shared |= {"follow-links", "max-pixels", "max-file-size", "decode-timeout"}
     own = {
         "caption": {"length"},
-        "query": {"question", "reasoning", "no-reasoning", "spatial-ref"},
+        "query": {"question", "reasoning", "no-reasoning", "choices", "spatial-ref"},
         "detect": {"max-objects"},
         "point": {"max-objects", "spatial-ref"},
         "segment": {"spatial-ref"},
