@@ -28,7 +28,9 @@ def _option(*names: str, panel: str, help: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
 
 
-Records = Annotated[Path, typer.Argument(help="Finished records (.jsonl), or a run folder.", show_default=False)]
+Records = Annotated[
+    Path, typer.Argument(metavar="RECORDS", help="Finished records (.jsonl), or a run folder.", show_default=False)
+]
 Output = Annotated[
     Path | None,
     _option("--output", "-o", panel=OUTPUT, metavar="OUT", help="File or folder; else coco, csv, jsonl are printed."),
@@ -55,7 +57,7 @@ CocoIdsFrom = Annotated[
 Keypoints = Annotated[bool, _option("--keypoints", panel=COCO, help="Points as categories of one keypoint.")]
 Root = Annotated[
     Path | None,
-    _option("--root", panel=PICTURES, metavar="DIR", help="Where the pictures are.  [default: what run.json says]"),
+    _option("--root", panel=PICTURES, metavar="DIR", help="Where the pictures are; by default what run.json says."),
 ]
 Background = Annotated[
     str, _option("--background", panel=PICTURES, metavar="COLOUR", help="overlay: what transparent pictures lie on.")
@@ -67,7 +69,7 @@ MaxPixels = Annotated[
 MaxFileSize = Annotated[
     str,
     _option(
-        "--max-file-size", panel=PICTURES, metavar="SIZE", callback=checked(parse_bytes), help="Larger are refused."
+        "--max-file-size", panel=PICTURES, metavar="SIZE", callback=checked(parse_bytes), help="Refuse larger files."
     ),
 ]
 

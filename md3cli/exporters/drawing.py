@@ -40,7 +40,7 @@ class Plate(NamedTuple):
 
 @dataclass
 class Canvas:
-    """A picture being drawn upon; `scale` is its size as a trained eye takes it, in pixels."""
+    """A picture being drawn upon, the sizes that suit it, and the labels placed so far."""
 
     image: Image.Image
     draw: ImageDraw.ImageDraw = field(init=False)

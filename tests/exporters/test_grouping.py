@@ -115,6 +115,20 @@ def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
         ImageIndex(tmp_path / "nothing.jsonl")
 
 
+def test_no_room_for_sorting_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = sqlite3.connect
+
+    def connect_to_little(name: str) -> sqlite3.Connection:
+        database = connect(name)
+        database.execute("PRAGMA max_page_count = 4")
+        return database
+
+    monkeypatch.setattr(sqlite3, "connect", connect_to_little)
+    path = write_records(tmp_path / "records.jsonl", (record(str(n), "caption", caption="x") for n in range(1000)))
+    with pytest.raises(ExportError, match="TMPDIR"):
+        ImageIndex(path)
+
+
 MEASURE = r"""
 import re, sys
 from pathlib import Path
