@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from finished_runs import CAR, failure, record, write_records
 from hypothesis import given
 from hypothesis import strategies as st
 
-from md3cli.errors import InputError
+from md3cli.errors import ExportError, InputError
 from md3cli.exporters.grouping import ImageIndex
 from md3cli.exporters.reading import read_records
 
