@@ -1,4 +1,4 @@
-"""What people see: rows of a table on stdout, progress, warnings and the summary on stderr.
+"""What people see: rows of a table on stdout, warnings and the summary on stderr.
 
 Data (file names, model text, messages) is escaped by `records.printable` and never read as markup.
 Colour and the moving bar are for terminals only; NO_COLOR, TERM=dumb and the options turn them off.
@@ -9,18 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, Literal
 
+from md3cli.progress import Progress, clock
 from md3cli.records import RecordDict, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
 MOST_OBJECTS_SHOWN = 6
 SHOWN_LOAD_S = 0.1  # loading that took less is not worth a word
 
@@ -50,47 +49,6 @@ class Summary:
     @property
     def num_failed(self) -> int:
         return sum(self.failed.values())
-
-
-class Progress:
-    """Images done of all, with rate and time left; call `update_to` as they are finished."""
-
-    def __init__(self, stream: IO[str], total: int | None, *, is_bar: bool) -> None:
-        self._stream, self._total = stream, total
-        self._done = self._failed = 0
-        self._started_at = self._told_at = time.monotonic()
-        self._bar: Any = None
-        if is_bar:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, unit="img", file=stream, dynamic_ncols=True, smoothing=0.1)
-
-    def update_to(self, num_images: int, num_failed: int) -> None:
-        """So many images are finished, and so many requests failed, of all so far."""
-        step, self._done, self._failed = num_images - self._done, num_images, num_failed
-        if self._bar is not None:
-            if num_failed:
-                self._bar.set_postfix(failed=num_failed, refresh=False)
-            self._bar.update(step)
-        elif time.monotonic() - self._told_at >= PLAIN_INTERVAL_S:
-            self._told_at = time.monotonic()
-            self._stream.write(self.line() + "\n")
-            self._stream.flush()
-
-    def line(self) -> str:
-        """The state in one plain line: `1200/5000 24.1 img/s eta 2:38 failed 3`."""
-        rate = self._done / max(time.monotonic() - self._started_at, 1e-9)
-        parts = [f"{self._done}" if self._total is None else f"{self._done}/{self._total}", f"{rate:.1f} img/s"]
-        if self._total is not None and self._done:
-            parts.append(f"eta {clock((self._total - self._done) / rate)}")
-        if self._failed:
-            parts.append(f"failed {self._failed}")
-        return " ".join(parts)
-
-    def close(self) -> None:
-        """Leave the last state of the bar standing."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 class RunConsole:
@@ -272,12 +230,3 @@ def _speed(summary: Summary) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as `7.5 s`, `2:38` or `1:02:05`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

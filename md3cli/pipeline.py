@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from md3cli.config import ModelOptions, RunConfig
-from md3cli.console import Progress, RunConsole, Summary
+from md3cli.console import RunConsole, Summary
 from md3cli.dry_run import dry_run
 from md3cli.engine_port import Engine, Model, find_model
 from md3cli.errors import Md3Error
@@ -33,7 +33,8 @@ from md3cli.outputs import (
     written_paths,
 )
 from md3cli.pixels import parse_background
-from md3cli.records import RecordDict
+from md3cli.progress import Progress, loading
+from md3cli.records import RETRYABLE, RecordDict
 from md3cli.run_info import RunCounts
 from md3cli.signals import Interrupted, StopSignals
 from md3cli.source import Source, open_source
@@ -141,7 +142,7 @@ class _Run:
         """Keep the engine full until nothing is left; looks for a signal between any two steps."""
         while True:
             self.stop.check()
-            self._fill_engine(feed)
+            self._fill_engine(feed, progress)
             if self.engine is None or not self.engine.has_work:
                 self._flush(feed, progress)
                 if feed.is_exhausted:
@@ -152,13 +153,13 @@ class _Run:
                 self.records.answer(answer)
             self._flush(feed, progress)
 
-    def _fill_engine(self, feed: Feed) -> None:
+    def _fill_engine(self, feed: Feed, progress: Progress | None) -> None:
         while self.engine is None or (self.engine.wants_more and self._is_near_order()):
             ready = feed.poll()
             if ready is None:
                 return
             if self.engine is None:
-                self.engine = self._load()
+                self.engine = self._load(progress)
             self.records.expect(ready.ticket)
             self.engine.add(ready.ticket.key, ready.picture, ready.ticket.request)
 
@@ -167,9 +168,9 @@ class _Run:
         assert self.engine is not None
         return self.records.num_ahead < BATCHES_AHEAD * self.engine.batch_size or not self.engine.has_work
 
-    def _load(self) -> Engine:
+    def _load(self, progress: Progress | None) -> Engine:
         started = time.monotonic()
-        with self.stop.interruptible():
+        with self.stop.interruptible(), loading(progress):
             engine = self.model.load()
         self.summary.load_s = time.monotonic() - started
         return engine
@@ -246,7 +247,7 @@ class _Run:
 
     def _next_command(self) -> str | None:
         assert self.output.plan.files is not None
-        if any(self._counts().errors.get(kind) for kind in ("io", "timeout", "permission", "model")):
+        if RETRYABLE & {kind for kind, count in self._counts().errors.items() if count}:
             return shlex.join([*_without_overwrite(self.config.argv), "--retry-failed"])
         if self.output.plan.documents:
             return None

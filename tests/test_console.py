@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from terminal import terminal
 
-from md3cli.console import Progress, RunConsole, Summary, clock, describe, show_finding, summary_lines
+from md3cli.console import RunConsole, Summary, describe, show_finding, summary_lines
 from md3cli.records import is_printable
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
-
-
-@contextmanager
-def terminal(**environment: str) -> Iterator[Terminal]:
-    """A colour terminal, 100 characters wide, as stdout and stderr."""
-    stream = Terminal()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdout", stream)
-        patch.setattr(sys, "stderr", stream)
-        for name in ("NO_COLOR", "FORCE_COLOR"):
-            patch.delenv(name, raising=False)
-        for name, value in ({"COLUMNS": "100", "TERM": "xterm-256color"} | environment).items():
-            patch.setenv(name, value)
-        yield stream
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -118,49 +94,6 @@ def test_quiet_says_nothing() -> None:
         with console.progress(3) as progress:
             assert progress is None
     assert stream.getvalue() == ""
-
-
-# -- progress ----------------------------------------------------------------------------------------------
-
-
-def test_progress_is_a_bar_on_a_terminal() -> None:
-    with terminal() as stream, RunConsole().progress(4) as progress:
-        assert progress is not None
-        progress.update_to(2, 1)
-        RunConsole(has_color=False).say("aside")
-        progress.update_to(4, 1)
-    text = stream.getvalue()
-    assert "4/4" in text
-    assert "failed=1" in text
-    assert "\naside\n" in text.replace("\r", "\n")
-
-
-def test_progress_is_plain_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("md3cli.console.time.monotonic", lambda: now[0])
-    stream = io.StringIO()
-    progress = Progress(stream, 5000, is_bar=False)
-    for step in range(1, 26):
-        now[0] += 1.0
-        progress.update_to(48 * step, 3 if step > 15 else 0)
-    assert stream.getvalue().splitlines() == [
-        "480/5000 48.0 img/s eta 1:34",
-        "960/5000 48.0 img/s eta 1:24 failed 3",
-    ]
-
-
-def test_a_dumb_terminal_gets_no_bar() -> None:
-    with terminal(TERM="dumb") as stream, RunConsole().progress(4) as progress:
-        assert progress is not None
-        progress.update_to(4, 0)
-    assert stream.getvalue() == ""
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0.0 s"), (7.46, "7.5 s"), (60, "1:00"), (158, "2:38"), (3725, "1:02:05")]
-)
-def test_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
 
 
 # -- summary --------------------------------------------------------------------------------------------------
