@@ -10,9 +10,10 @@ picture that comes again in a run costs nothing.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -28,6 +29,7 @@ MEMORY_BYTES = 256 * 2**20  # of embeddings kept in memory: 90 pictures of the r
 CROP_FLOP_TARGET = {"cpu": 2e10, "cuda": 4e13, "mps": 4e12}  # of one vision micro-batch
 
 EncodeCrops = Callable[[Tensor], Tensor]
+AnyImage = PreparedImage | EncodedImage
 
 
 class EmbeddingStore(Protocol):
@@ -54,7 +56,8 @@ class ImageEncoder:
         self.max_crops = max_crops or crops_per_batch(model)
         self.encode_crops: EncodeCrops = model.vision.encode
         self._pads = False  # compiled code wants every micro-batch of one size
-        self._memory: OrderedDict[str, Tensor] = OrderedDict()
+        self._ready: dict[str, Tensor] = {}  # of pictures that are about to be asked something
+        self._memory: OrderedDict[str, Tensor] = OrderedDict()  # of pictures that may come again
         self._memory_bytes, self._used_bytes = memory_bytes, 0
         self.num_images = 0  # pictures that went through the encoder
         self.num_crops = 0
@@ -66,7 +69,7 @@ class ImageEncoder:
         self._pads = True
         self.encode_crops = torch.compile(self.model.vision.encode, dynamic=False, backend=backend)
 
-    def find(self, image: PreparedImage | EncodedImage) -> Tensor | None:
+    def find(self, image: AnyImage) -> Tensor | None:
         """Embeddings that are already at hand: given, in memory, or on disk."""
         if isinstance(image, EncodedImage):
             embeddings: Tensor = image.embeddings
@@ -81,6 +84,32 @@ class ImageEncoder:
                 self._remember(image.sha256, found)
         self.num_reused += found is not None
         return found
+
+    def prepare(self, needed: Iterable[AnyImage], ahead: Iterable[AnyImage]) -> None:
+        """Have the embeddings of `needed` ready to `take`, and of pictures `ahead` while the micro-batch has room."""
+        missing: dict[str, PreparedImage] = {}
+        num_crops = 0
+        for image, is_needed in itertools.chain(((i, True) for i in needed), ((i, False) for i in ahead)):
+            if image.sha256 in self._ready or image.sha256 in missing:
+                continue
+            if not is_needed and (not missing or num_crops >= self.max_crops):
+                break  # looking ahead fills a micro-batch, it never starts one
+            found = self.find(image)
+            if found is not None:
+                self._ready[image.sha256] = found
+            elif isinstance(image, PreparedImage):
+                missing[image.sha256] = image
+                num_crops += len(image.crops)
+        if missing:
+            self._ready.update(zip(missing, self.encode(list(missing.values())), strict=True))
+
+    def take(self, image_key: str) -> Tensor:
+        """Embeddings [P, D] that `prepare` made ready."""
+        return self._ready[image_key]
+
+    def keep_ready(self, image_keys: Container[str | None]) -> None:
+        """Let go of what was made ready for other pictures than these."""
+        self._ready = {key: embeddings for key, embeddings in self._ready.items() if key in image_keys}
 
     @torch.inference_mode()
     def encode(self, images: Sequence[PreparedImage]) -> list[Tensor]:

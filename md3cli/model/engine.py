@@ -14,17 +14,17 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from md3cli.errors import EngineError, RequestError
-from md3cli.images import CropConfig, PreparedImage
+from md3cli.images import CropConfig
 from md3cli.model.answers import build_answer
 from md3cli.model.choices import ChoiceRow, choice_probabilities
 from md3cli.model.decoding import Event, Mode, Step, advance, idle_rows
 from md3cli.model.encoder import ImageEncoder
+from md3cli.model.engine_stats import EngineStats
 from md3cli.model.forward import Passes, new_rows
 from md3cli.model.kv_cache import KVCache
 from md3cli.model.memory import is_out_of_memory
@@ -37,21 +37,6 @@ from md3cli.records import RowFailure, RunIdentity
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384, "mps": 4096}  # of one prefill pass, padding included
 COMPILED_ROOM = 1024  # positions behind the prefix that a compiled engine starts with
 IDLE_WAIT_S = 0.0005  # between two looks at a source that has nothing ready
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Where the time went, in seconds, and how much was done."""
-
-    prefix_seconds: float = 0.0
-    prompt_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    num_prefixes: int = 0
-    num_prefixes_shared: int = 0
-    num_prompt_tokens: int = 0
-    num_steps: int = 0
-    num_decisions: int = 0
-    batch_sizes: list[int] = field(default_factory=list)  # first the planned one, then after each halving
 
 
 class Engine:
@@ -76,7 +61,6 @@ class Engine:
         self.stats = EngineStats()
         self._waiting: deque[Sequence] = deque()
         self._finished: deque[Answer] = deque()
-        self._embeddings: dict[str, Tensor] = {}  # of pictures that a waiting sequence asks about
         self._allocate(batch_size)
 
     @property
@@ -171,7 +155,7 @@ class Engine:
         for sequence in in_flight:
             sequence.restart()
         self._waiting.extendleft(reversed(in_flight))
-        self._embeddings.clear()
+        self.encoder.keep_ready(())
         del self.cache
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -216,24 +200,12 @@ class Engine:
         self._prefill_prompts(batch, slots)
 
     def _encode_for(self, batch: Seq[Sequence]) -> None:
-        """Encode the pictures of `batch`, and of those waiting behind while the micro-batch has room."""
-        missing: dict[str, PreparedImage] = {}
-        num_crops = 0
-        for index, sequence in enumerate([*batch, *self._waiting]):
-            image, key = sequence.job.image, sequence.image_key
-            if image is None or key is None or key in self._embeddings or key in missing or key in self._slots.held:
-                continue
-            if index >= len(batch) and (not missing or num_crops >= self.encoder.max_crops):
-                break  # looking ahead fills a micro-batch, it never starts one
-            found = self.encoder.find(image)
-            if found is not None:
-                self._embeddings[key] = found
-            elif isinstance(image, PreparedImage):
-                missing[key] = image
-                num_crops += len(image.crops)
-        if missing:
-            encoded = self.encoder.encode(list(missing.values()))
-            self._embeddings.update(zip(missing, encoded, strict=True))
+        """Have the pictures of `batch` encoded that no slot holds, and some of those that come next."""
+        needed, ahead = (
+            [s.job.image for s in sequences if s.job.image is not None and s.image_key not in self._slots.held]
+            for sequences in (batch, self._waiting)
+        )
+        self.encoder.prepare(needed, ahead)
 
     def _place(self, batch: Seq[Sequence]) -> list[int]:
         """A slot for each sequence with its picture's prefix in it: found there, copied, or prefilled."""
@@ -251,10 +223,9 @@ class Engine:
         images_per_pass = max(1, self.prefill_tokens // self.config.prefix_len)
         for first in range(0, len(to_prefill), images_per_pass):
             group = to_prefill[first : first + images_per_pass]
-            slots, embeddings = [slot for slot, _ in group], [self._embeddings[key] for _, key in group]
+            slots, embeddings = [slot for slot, _ in group], [self.encoder.take(key) for _, key in group]
             self.passes.prefill_prefixes(self.cache, slots, embeddings, images_per_pass)
-        still_wanted = {sequence.image_key for sequence in self._waiting}
-        self._embeddings = {key: e for key, e in self._embeddings.items() if key in still_wanted}
+        self.encoder.keep_ready({sequence.image_key for sequence in self._waiting})
         self.stats.num_prefixes += len(to_prefill)
         self.stats.prefix_seconds += time.perf_counter() - started
 
