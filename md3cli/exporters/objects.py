@@ -78,13 +78,17 @@ def clamped_box(
     corners: Mapping[str, Any], label: str, score: float | None, width: int, height: int
 ) -> PixelBox | None:
     """`corners` (x_min ... y_max, 0-1) cut to the image; None where nothing of it is inside."""
-    raw = [float(corners[key]) for key in ("x_min", "y_min", "x_max", "y_max")]
-    x_min, y_min, x_max, y_max = (min(max(value, 0.0), 1.0) for value in raw)
-    x, y = x_min * width, y_min * height
+    left, top, right, bottom = corners["x_min"], corners["y_min"], corners["x_max"], corners["y_max"]
+    x_min, y_min, x_max, y_max = _clamped(left), _clamped(top), _clamped(right), _clamped(bottom)
     box_width, box_height = (x_max - x_min) * width, (y_max - y_min) * height
     if not (box_width > 0 and box_height > 0):  # written so that NaN is dropped too
         return None
-    return PixelBox(label, x, y, box_width, box_height, score, raw != [x_min, y_min, x_max, y_max])
+    is_truncated = x_min != left or y_min != top or x_max != right or y_max != bottom
+    return PixelBox(label, x_min * width, y_min * height, box_width, box_height, score, is_truncated)
+
+
+def _clamped(share: float) -> float:
+    return 0.0 if share < 0 else 1.0 if share > 1 else share
 
 
 def segments(record: RecordDict, width: int, height: int) -> Iterator[PixelSegment]:
@@ -101,7 +105,7 @@ def segments(record: RecordDict, width: int, height: int) -> Iterator[PixelSegme
 def points(record: RecordDict, width: int, height: int) -> Iterator[PixelPoint]:
     """The points of a point record, moved to the border where they lie outside."""
     for found in record.get("points") or ():
-        x, y = (min(max(float(found[key]), 0.0), 1.0) for key in ("x", "y"))
+        x, y = _clamped(found["x"]), _clamped(found["y"])
         if x == x and y == y:  # not NaN
             yield PixelPoint(label_of(found, record), x * width, y * height, found.get("score"))
 
