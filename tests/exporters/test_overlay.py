@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import os
 import tarfile
 from pathlib import Path
 
@@ -130,6 +132,16 @@ def test_names_that_climb_out_are_not_opened(run: Run) -> None:
     assert "1 pictures cannot be read" in report.notes[0]
     _, out = run.export("overlay", "trusted", is_confined=False)
     assert names_in(out) == {"empty.png", "secret.png"}
+
+
+def test_names_that_are_not_utf8_are_found_by_their_bytes(run: Run) -> None:
+    exact = os.fsdecode(b"\xff.png")
+    os.rename(run.root / "empty.png", run.root / exact)
+    run.write([record("\\xff.png", "detect", "car", objects=[], image_b64=base64.b64encode(b"\xff.png").decode())])
+    for format in ("overlay", "hf", "yolo"):
+        report, out = run.export(format, format)
+        assert (report.num_images, report.notes) == (1, ())
+        assert sum(path.suffix == ".png" for path in out.rglob("*")) == 1
 
 
 def test_pictures_that_cannot_be_read_any_more_are_told(detect_run: Run) -> None:
