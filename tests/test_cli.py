@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -79,6 +80,23 @@ def test_unknown_command_suggests(md3: Program) -> None:
     result = md3("detct", "x")
     assert result.exit_code == 2
     assert "No such command 'detct'. Did you mean 'detect'?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("md3 de", ["detect"]),
+        ("md3 detect --max-o", ["--max-objects"]),
+        ("md3 detect x y --dtype fp", ["fp32", "fp16"]),
+        ("md3 caption x -f co", ["coco"]),
+        ("md3 caption x --model ti", ["tiny"]),
+        ("md3 run x --task caption:l", ["caption:long"]),
+    ],
+)
+def test_the_shell_completes(typed: str, offered: list[str]) -> None:
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_MD3_COMPLETE": "complete_bash"}
+    done = subprocess.run([sys.executable, "-m", "md3cli"], env=os.environ | words, capture_output=True, text=True)
+    assert done.stdout.split() == offered
 
 
 # -- the shapes of arguments ----------------------------------------------------------------------

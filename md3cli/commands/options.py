@@ -26,6 +26,7 @@ from md3cli.commands.values import (
     parse_fail_on,
     parse_shard,
     parse_spatial_ref,
+    starting,
 )
 from md3cli.records import Request, Task
 from md3cli.source import SourceSpec
@@ -38,6 +39,7 @@ _limits = functools.partial(typer.Option, rich_help_panel="Limits")
 _display = functools.partial(typer.Option, rich_help_panel="Display")
 
 FORMATS = ("jsonl", "coco", "parquet", "csv", "yolo", "voc", "labelstudio", "hf", "overlay", "txt", "html")
+MODEL_NAMES = ("moondream3", "moondream3.1", "tiny")
 
 OneInput = Annotated[
     str, typer.Argument(metavar="INPUT", help="Image, folder, quoted glob, manifest, tar, URL, or - for stdin.")
@@ -76,6 +78,7 @@ class AnnotateOptions:
             "--format",
             "-f",
             callback=checked(one_of(*FORMATS)),
+            autocompletion=starting(*FORMATS),
             help="Format of OUTPUT where its suffix does not say; several make a run folder.",
         ),
     ] = None
@@ -123,7 +126,10 @@ class AnnotateOptions:
     model: Annotated[
         str,
         _model(
-            "--model", "-m", help="moondream3, moondream3.1, tiny, a Hugging Face repo id, or a local folder or file."
+            "--model",
+            "-m",
+            autocompletion=starting(*MODEL_NAMES),
+            help="moondream3, moondream3.1, tiny, a Hugging Face repo id, or a local folder or file.",
         ),
     ] = config.DEFAULT_MODEL
     revision: Annotated[str | None, _model("--revision", help="Revision of the repo.")] = None

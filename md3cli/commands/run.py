@@ -10,11 +10,12 @@ import typer
 from md3cli.commands.annotating import annotate, expand_options
 from md3cli.commands.arguments import TaskSpec, may_carry_rows, parse_task
 from md3cli.commands.options import AnnotateOptions, OneInput
-from md3cli.commands.values import checked
+from md3cli.commands.values import checked, starting
 from md3cli.errors import UsageError
 from md3cli.records import Request, Task, printable
 
 app = typer.Typer(add_completion=False)
+PROMPTED = (Task.QUERY, Task.DETECT, Task.POINT, Task.SEGMENT)
 
 
 @app.command()
@@ -27,6 +28,7 @@ def run(
             "--task",
             metavar="SPEC",
             callback=checked(parse_task),
+            autocompletion=starting("caption:short", "caption:normal", "caption:long", *(f"{t}:" for t in PROMPTED)),
             help="caption:long, detect:car,person, point:nose, query:Is it raining?, segment:dog; may be repeated.",
         ),
     ] = None,

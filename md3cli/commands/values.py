@@ -118,3 +118,12 @@ def one_of(*names: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def starting(*names: str) -> Callable[[str], list[str]]:
+    """What the shell offers for the beginning of a word."""
+
+    def offer(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return offer
