@@ -124,6 +124,7 @@ class Feed:
         pool: decodes the pictures.
         num_ahead: rows in decoding or decoded at a time.
         fail: called with each ticket that fails before the engine sees it.
+        recall: whether the record of a ticket is there already and only waits for its turn.
         reading: entered while rows are read, which may wait for a terminal or a slow disk.
     """
 
@@ -136,10 +137,11 @@ class Feed:
         pool: DecodePool,
         num_ahead: int,
         fail: Callable[[Ticket, RowFailure], None],
+        recall: Callable[[Ticket], bool],
         reading: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._rows, self._ids, self._is_done, self._pool = rows, ids, is_done, pool
-        self._num_ahead, self._fail, self._reading = num_ahead, fail, reading
+        self._num_ahead, self._fail, self._recall, self._reading = num_ahead, fail, recall, reading
         self._decoded: SimpleQueue[_AheadRow] = SimpleQueue()  # filled by the pool's threads
         self._newest: _AheadRow | None = None
         self._num_decoding = 0
@@ -178,9 +180,11 @@ class Feed:
 
     def _take(self, row: SourceRow) -> None:
         tickets = self._tickets(row)
+        self.num_rows_done_before += not tickets
+        tickets = [ticket for ticket in tickets if not self._recall(ticket)]
         if not tickets:
-            self.num_rows_done_before += 1
-        elif row.failure is not None:
+            return
+        if row.failure is not None:
             self._fail_all(tickets, row.failure)
         elif row.image is None:
             self._ready += [ReadyRequest(ticket, None) for ticket in tickets]

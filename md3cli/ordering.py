@@ -1,7 +1,7 @@
 """Records in input order: what finishes early waits for what was asked before it.
 
-Whoever feeds the engine bounds the buffer by looking at `num_ahead`. Knows no files: `write` takes
-each batch of records that are next in order.
+Whoever feeds the engine bounds the buffer by looking at `num_ahead`. Knows no formats: `write` takes
+each batch of records that are next in order, `early` keeps those that have to wait.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from md3cli.console import Summary
+from md3cli.early import EarlyRecords
 from md3cli.engine_port import Answer
 from md3cli.feed import Ticket
 from md3cli.records import RecordDict, RowFailure, RunIdentity, make_error_record, make_record
@@ -17,13 +18,20 @@ from md3cli.records import RecordDict, RowFailure, RunIdentity, make_error_recor
 class OrderedRecords:
     """Collects outcomes by key and hands records on in the order of the keys, from 0 on.
 
-    `summary` is kept up to date with what was handed on.
+    `summary` is kept up to date with what was handed on. `early` None: what waits is lost by a kill.
     """
 
-    def __init__(self, run: RunIdentity, write: Callable[[Sequence[RecordDict]], None], summary: Summary) -> None:
-        self._run, self._write, self._summary = run, write, summary
+    def __init__(
+        self,
+        run: RunIdentity,
+        write: Callable[[Sequence[RecordDict]], None],
+        summary: Summary,
+        early: EarlyRecords | None = None,
+    ) -> None:
+        self._run, self._write, self._summary, self._early = run, write, summary, early
         self._in_flight: dict[int, Ticket] = {}
         self._finished: dict[int, tuple[Ticket, RecordDict]] = {}
+        self._answered: list[int] = []  # keys since the last flush
         self._next_key = self._newest_key = 0
 
     @property
@@ -35,6 +43,13 @@ class OrderedRecords:
         """`ticket` went to the engine; its answer will come by its key."""
         self._in_flight[ticket.key] = ticket
         self._newest_key = max(self._newest_key, ticket.key)
+
+    def recall(self, ticket: Ticket) -> bool:
+        """Whether an earlier start left the record of `ticket`; it is then written in its turn."""
+        record = self._early.take(ticket.record_id) if self._early is not None else None
+        if record is not None:
+            self._finished[ticket.key] = (ticket, record)
+        return record is not None
 
     def answer(self, answer: Answer) -> None:
         """An answer of the engine becomes a record."""
@@ -55,6 +70,7 @@ class OrderedRecords:
             meta=ticket.row.meta,
         )
         self._finished[ticket.key] = (ticket, record)
+        self._answered.append(ticket.key)
 
     def fail(self, ticket: Ticket, failure: RowFailure) -> None:
         """A request that has no answer becomes an error record."""
@@ -70,17 +86,24 @@ class OrderedRecords:
         self._finished[ticket.key] = (ticket, record)
 
     def flush(self) -> None:
-        """Write every record that is next in order; counts only what was written."""
+        """Write every record that is next in order, and keep the others safe; counts only what was written."""
         batch: list[tuple[Ticket, RecordDict]] = []
         while self._next_key + len(batch) in self._finished:
             batch.append(self._finished[self._next_key + len(batch)])
-        if not batch:
-            return
-        self._write([record for _, record in batch])
+        if batch:
+            self._write([record for _, record in batch])
         for ticket, record in batch:
             del self._finished[ticket.key]
             self._count(ticket, record)
         self._next_key += len(batch)
+        if self._early is not None:
+            self._early.forget(record for _, record in batch)
+            new = [self._finished[key][1] for key in self._answered if key in self._finished]
+            self._early.keep(new, self._waiting)
+        self._answered.clear()
+
+    def _waiting(self) -> list[RecordDict]:
+        return [record for _, record in self._finished.values() if record["error"] is None]
 
     def _count(self, ticket: Ticket, record: RecordDict) -> None:
         summary = self._summary

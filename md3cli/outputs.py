@@ -16,6 +16,7 @@ from pathlib import Path
 
 from md3cli.config import OutputOptions, RunConfig
 from md3cli.console import RunConsole
+from md3cli.early import EarlyRecords
 from md3cli.errors import MissingExtraError, OutputMismatchError, UsageError
 from md3cli.exporters import RUN_FOLDER_NAMES, ExportOptions, export_records, format_of
 from md3cli.journal import Journal, encode_record
@@ -142,9 +143,12 @@ class Output:
     write: Callable[[Sequence[RecordDict]], None]
     journal: Journal | None = None
     document: RunDocument | None = None
+    early: EarlyRecords | None = None
 
     def close(self) -> None:
         """Sync and unlock what stays."""
+        if self.early is not None:
+            self.early.close()
         if self.journal is not None:
             self.journal.close()
 
@@ -181,7 +185,10 @@ def open_output(
         raise
     if journal.cut_bytes:
         console.warn(f"repaired {plan.files.journal}: a torn end of {journal.cut_bytes:,} bytes was cut")
-    return Output(plan, journal.append, journal, document)
+    early = EarlyRecords(
+        journal.path, is_done=lambda record_id: journal.state(record_id) == "ok", is_fresh=options.overwrite
+    )
+    return Output(plan, journal.append, journal, document, early)
 
 
 def _begin(

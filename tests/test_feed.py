@@ -48,7 +48,9 @@ def row(name: str | None, *requests: Request, failure: RowFailure | None = None)
 class Rig:
     """A feed over `rows`, what it failed, and how far it read."""
 
-    def __init__(self, *rows: SourceRow, num_ahead: int = 3, done: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, *rows: SourceRow, num_ahead: int = 3, done: tuple[str, ...] = (), kept: tuple[str, ...] = ()
+    ) -> None:
         self.pool, self.failed, self.num_read = HandPool(), [], 0
         self.feed = Feed(
             self._count(rows),
@@ -57,6 +59,7 @@ class Rig:
             pool=self.pool,
             num_ahead=num_ahead,
             fail=lambda ticket, failure: self.failed.append((ticket.key, failure.type)),
+            recall=lambda ticket: ticket.record_id in kept,
             reading=nullcontext,
         )
 
@@ -104,6 +107,17 @@ def test_what_is_done_is_not_decoded_and_takes_no_key() -> None:
     assert (rig.feed.num_done_before, rig.feed.num_rows_done_before) == (2, 1)
     assert rig.poll() is None
     assert rig.feed.is_exhausted
+
+
+def test_a_record_that_waits_for_its_turn_takes_a_key_and_is_not_decoded() -> None:
+    kept = tuple(request_id(name, CAR, RUN) for name in "ab")
+    rig = Rig(row("a", CAR), row("b", CAR, DOG), row("c", CAR), kept=kept)
+    rig.poll()
+    assert sorted(rig.pool.futures) == ["b", "c"]
+    for name in "bc":
+        rig.pool.finish(name)
+    assert [(t.key, t.request.prompt) for t in (rig.poll(), rig.poll())] == [(2, "dog"), (3, "car")]
+    assert (rig.feed.num_done_before, rig.feed.num_rows_done_before) == (0, 0)
 
 
 def test_failures_never_become_ready() -> None:
