@@ -1,0 +1,97 @@
+"""`Moondream3Config`: a network's sizes in the form transformers keeps them.
+
+The four sections of a config.json stand under `config`, as in the original's files; whatever layout
+the file has (see `formats.normalise_config`), what is kept and written is this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from md3cli.model.config import ModelConfig
+from md3cli.model.formats import SECTIONS, normalise_config
+
+IMAGE_TOKEN_ID = 8  # stands where an image's embeddings go; no prompt contains it (specification, section 3)
+PAD_TOKEN_ID = 10  # reserved; not the end of text, or collators would hide that from the loss
+_LAYOUT_KEYS = ("config", *SECTIONS, "text_config", "vision_config", "region_config")
+
+
+class Moondream3Config(PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """Sizes, prompt templates and control ids of a Moondream 3 network.
+
+    Args:
+        config: the four sections `text vision region tokenizer`; anything missing is the real model's.
+        has_region_ln: whether the weights have a LayerNorm before the region heads (newer ones do).
+        kwargs: what every transformers config takes; sections may also stand here, in any layout.
+
+    Raises:
+        CheckpointError: sizes out of range or that do not fit together.
+    """
+
+    model_type = "moondream3"
+    keys_to_ignore_at_inference = ("past_key_values", "last_hidden_state", "text_loss", "coord_loss", "size_loss")
+
+    config: dict[str, Any]
+    has_region_ln: bool
+
+    def __init__(self, config: Mapping[str, Any] | None = None, *, has_region_ln: bool = True, **kwargs: Any) -> None:
+        given = {key: kwargs.pop(key) for key in _LAYOUT_KEYS if key in kwargs}
+        if config is not None:
+            given["config"] = dict(config)
+        network = ModelConfig.from_sections(normalise_config(given))
+        self.config = asdict(network)
+        self.has_region_ln = has_region_ln
+        tokens = network.tokenizer
+        kwargs.setdefault("bos_token_id", tokens.bos_id)
+        kwargs.setdefault("eos_token_id", tokens.eos_id)
+        kwargs.setdefault("pad_token_id", PAD_TOKEN_ID)
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
+
+    @property
+    def network(self) -> ModelConfig:
+        """The sizes as the network reads them."""
+        return ModelConfig.from_sections(self.config)
+
+    # What generic code of transformers, peft and trl asks a config for.
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config["text"]["vocab_size"])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config["text"]["dim"])
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return int(self.config["text"]["n_layers"])
+
+    @property
+    def num_attention_heads(self) -> int:
+        return int(self.config["text"]["n_heads"])
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return int(self.config["text"]["n_kv_heads"])
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return int(self.config["text"]["max_context"])
+
+    @property
+    def image_token_id(self) -> int:
+        return IMAGE_TOKEN_ID
+
+    @classmethod
+    def from_network(cls, network: ModelConfig, **kwargs: Any) -> Moondream3Config:
+        """The config of a network's sizes."""
+        return cls(asdict(network), **kwargs)

@@ -1,0 +1,117 @@
+"""What a batch of token ids and pictures becomes before the decoder: positions, mask, embeddings, tasks.
+
+A row with a picture begins, behind its padding, with BOS and one placeholder for each image embedding;
+the prompt follows. A row's `tiling` says whether it has a picture: (rows, cols), or (0, 0) for none.
+
+Shape suffixes: B rows, T new positions, S all positions, N crops of a row (padded), P image positions, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from md3cli.images import Tiling
+from md3cli.model.config import SEGMENT_TEMPLATE, ModelConfig
+from md3cli.model.decoding import Mode
+from md3cli.model.encoder import crops_per_batch
+from md3cli.model.moondream import Moondream3
+from md3cli.records import Task
+
+
+def has_images(tilings: Tensor | None, num_rows: int, device: torch.device) -> Tensor:
+    """Which rows have a picture, bool [B]."""
+    if tilings is None:
+        return torch.zeros(num_rows, dtype=torch.bool, device=device)
+    return tilings.to(device).amin(dim=1) > 0
+
+
+def read_positions(valid_BS: Tensor, num_new: int) -> Tensor:
+    """Absolute positions [B, T] of the last `num_new` columns; padding does not count and gets 0."""
+    position_BS = valid_BS.long().cumsum(dim=1) - 1
+    return position_BS.clamp_min(0)[:, -num_new:]
+
+
+def attention_mask(valid_BS: Tensor, position_BT: Tensor, has_image_B: Tensor, prefix_len: int, width: int) -> Tensor:
+    """What each new position may attend to, bool [B, 1, T, width].
+
+    Earlier positions that are no padding, and itself; positions of a picture's prefix see all of it.
+    `width` is S, or more where a cache of fixed size has room behind.
+    """
+    num_new, num_all = position_BT.shape[1], valid_BS.shape[1]
+    index_S = torch.arange(num_all, device=valid_BS.device)
+    new_T = index_S[-num_new:]
+    mask_BTS = (index_S <= new_T[:, None]) & valid_BS[:, None]
+    if num_new == num_all and bool(has_image_B.any()):
+        in_prefix_BT = has_image_B[:, None] & (position_BT < prefix_len) & valid_BS
+        mask_BTS = mask_BTS | (in_prefix_BT[:, :, None] & in_prefix_BT[:, None])
+    mask_BTS = mask_BTS | (index_S == new_T[:, None])  # padding must see something, or its softmax is 0 / 0
+    room = mask_BTS.new_zeros((*mask_BTS.shape[:2], width - num_all))
+    return torch.cat([mask_BTS, room], dim=2)[:, None]
+
+
+def image_columns(valid_BT: Tensor, has_image_B: Tensor, num_patches: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the image placeholders, each [pictures, P]."""
+    rows = has_image_B.nonzero()[:, 0]
+    first_real = valid_BT.long().argmax(dim=1)[rows]
+    columns = first_real[:, None] + 1 + torch.arange(num_patches, device=valid_BT.device)
+    return rows[:, None].expand_as(columns), columns
+
+
+def encode_images(model: Moondream3, pixels_BNCSS: Tensor, tilings: Tensor) -> Tensor:
+    """Image embeddings [pictures, P, D] of the rows that have a picture.
+
+    Crops of all rows are encoded together, whatever their number; the only tile of an untiled picture
+    equals its global crop and is encoded once.
+    """
+    whole = [(row, Tiling(*tiling)) for row, tiling in enumerate(tilings.tolist()) if min(tiling) > 0]
+    num_tiles = [tiling.rows * tiling.cols for _, tiling in whole]
+    distinct = [1 if tiles == 1 else 1 + tiles for tiles in num_tiles]
+    crops = [pixels_BNCSS[row, :count] for (row, _), count in zip(whole, distinct, strict=True)]
+    chunks = torch.cat(crops).to(model.device, model.dtype).split(crops_per_batch(model))
+    features = torch.cat([model.vision.encode(chunk) for chunk in chunks]).split(distinct)
+    embeddings = [
+        model.vision.embed(feature.expand(2, -1, -1) if len(feature) == 1 else feature, tiling)
+        for feature, (_, tiling) in zip(features, whole, strict=True)
+    ]
+    return torch.stack(embeddings)
+
+
+def embed_tokens(model: Moondream3, ids_BT: Tensor, region_values: Tensor | None) -> Tensor:
+    """Embeddings [B, T, D]; a coordinate's or size's id is replaced by its value's encoding where one is given.
+
+    `region_values` [B, T, 2]: (coordinate, anything) or (width, height), NaN where there is none.
+    """
+    x_BTD = model.text.embed(ids_BT)
+    if region_values is None:
+        return x_BTD
+    tokens = model.config.tokenizer
+    known = ~region_values[..., 0].isnan()
+    is_coord, is_size = known & (ids_BT == tokens.coord_id), known & (ids_BT == tokens.size_id)
+    coords = model.region.encode_coord(region_values[is_coord][:, 0])
+    sizes = model.region.encode_size(region_values[is_size])
+    x_BTD = x_BTD.index_put(is_coord.nonzero(as_tuple=True), coords.to(x_BTD.dtype))
+    return x_BTD.index_put(is_size.nonzero(as_tuple=True), sizes.to(x_BTD.dtype))
+
+
+def read_task(prompt: list[int], config: ModelConfig) -> Task | None:
+    """The skill a prompt's ids open (what follows the image, or BOS); None for a text that opens none."""
+    found: dict[int, Task] = {}
+    templates = {Task.SEGMENT: SEGMENT_TEMPLATE, **config.tokenizer.templates}
+    for name, template in templates.items():
+        if name not in tuple(Task) or not template:
+            continue
+        prefixes = list(template.values()) if name == Task.CAPTION else [template.get("prefix")]
+        for prefix in filter(None, prefixes):
+            if prompt[: len(prefix)] == list(prefix):
+                found[len(prefix)] = Task(name)
+    return found[max(found)] if found else None
+
+
+def start_mode(task: Task | None, prompt: list[int], config: ModelConfig) -> Mode:
+    """The kind of the first decision after a prompt."""
+    if task in (Task.DETECT, Task.POINT):
+        return Mode.X
+    if task is Task.SEGMENT:
+        return Mode.SEGMENT
+    return Mode.REASON if prompt and prompt[-1] == config.tokenizer.thinking_id else Mode.TEXT

@@ -1,0 +1,254 @@
+"""`Moondream3ForConditionalGeneration`: the network under the roof of transformers.
+
+`self.model` is the network of `moondream.py`, so that parameter names are those of the original
+checkpoint, `model.` included. This file holds the forward pass and what transformers, peft and Trainer
+ask of a model; loading and saving stand in `loading.py`, `generate` in `generation.py`, the original
+class's methods in `original_methods.py`.
+
+Shape suffixes: B rows, T new positions, S all positions, N crops of a row, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from md3cli.errors import RequestError
+from md3cli.model.hf.config import Moondream3Config
+from md3cli.model.hf.generation import GenerationMethods, default_generation_config
+from md3cli.model.hf.inputs import (
+    attention_mask as make_mask,
+)
+from md3cli.model.hf.inputs import (
+    embed_tokens,
+    encode_images,
+    has_images,
+    image_columns,
+    read_positions,
+)
+from md3cli.model.hf.loading import LoadingMethods
+from md3cli.model.hf.original_methods import OriginalMethods
+from md3cli.model.moondream import Moondream3
+from md3cli.model.training_loss import IGNORE, batch_loss
+
+
+@dataclass
+class Moondream3Output(ModelOutput):
+    """What `forward` returns; the three partial losses are there when `loss` is."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    last_hidden_state: Tensor | None = None
+    text_loss: Tensor | None = None
+    coord_loss: Tensor | None = None
+    size_loss: Tensor | None = None
+
+
+class CacheStore:
+    """A transformers cache as the decoder's `KeyValueStore`."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """See `text.KeyValueStore`."""
+        return self.cache.update(k_BHTK, v_BHTK, layer)
+
+
+class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
+    LoadingMethods, OriginalMethods, GenerationMethods, PreTrainedModel, GenerationMixin
+):
+    """Moondream 3 with `generate`, Trainer, PEFT, and the original's own `query`, `caption`, `detect`, ….
+
+    Inputs are those of `Moondream3Processor`. `labels` are the ids to predict at their own positions
+    (-100 elsewhere; positions of the image never count), `region_labels` the coordinates and sizes.
+    """
+
+    config_class = Moondream3Config
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the losses are means of a batch; Trainer scales when it accumulates
+    _no_split_modules = ["TextBlock", "VisionBlock"]  # noqa: RUF012 - as transformers declares it
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    def __init__(self, config: Moondream3Config) -> None:
+        super().__init__(config)
+        self.model = Moondream3(config.network, has_region_ln=config.has_region_ln)
+        self.gradient_checkpointing = False
+        self._inputs_require_grads = False
+        self.post_init()  # type: ignore[no-untyped-call]
+        self.generation_config = default_generation_config(config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill a new network's weights (a loaded one has none to fill)."""
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "weight" and parameter.dim() == 1:
+                nn.init.ones_(parameter)
+            elif name in ("bias", "alpha"):
+                nn.init.zeros_(parameter)
+            else:
+                is_frequency = name.endswith("_features")
+                nn.init.normal_(parameter, std=1.0 if is_frequency else 0.02)
+
+    # -- the forward pass -------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        tilings: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        region_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        region_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+        **unused: Any,
+    ) -> Moondream3Output | tuple[Any, ...]:
+        """Logits of every position, and the loss where there are labels.
+
+        Args:
+            input_ids: [B, T]; with a picture BOS, its placeholders, the prompt; or the new ids of a cached pass.
+            pixel_values: [B, N, 3, S, S] in -1 … 1, global crop first, padded to the most crops of the batch.
+            tilings: [B, 2] rows and columns of tiles; (0, 0) for a row without a picture.
+            attention_mask: [B, S], 0 at padding, on either side.
+            inputs_embeds: [B, T, D] instead of `input_ids`; pictures already filled in.
+            region_values: [B, T, 2] values behind coordinate and size ids, NaN elsewhere.
+            region_labels: [B, T, 2] values to predict; by default `region_values` where there is a label.
+            logits_to_keep: of the last positions only; 0 for all.
+        """
+        if labels is not None or (self.training and self.gradient_checkpointing):
+            past_key_values, use_cache = None, False
+        elif use_cache is not False and past_key_values is None:
+            past_key_values = DynamicCache()
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None:
+            raise RequestError("forward needs input_ids or inputs_embeds")
+        num_rows, num_new = given.shape[:2]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        valid = self._valid_positions(attention_mask, num_rows, past + num_new)
+        if inputs_embeds is None:
+            assert input_ids is not None
+            pictures = None if past else pixel_values
+            inputs_embeds = self.embed_inputs(input_ids, pictures, tilings, valid[:, -num_new:], region_values)
+        if position_ids is None:
+            position_ids = read_positions(valid, num_new)
+        positions = position_ids.to(valid.device)[:, -num_new:].expand(num_rows, -1)
+        has_image = has_images(tilings, num_rows, valid.device)
+        hidden = self.hidden_states(inputs_embeds, valid, positions, has_image, past_key_values)
+        logits = self.model.text.logits(hidden[:, -logits_to_keep:])
+        output = Moondream3Output(logits=logits, past_key_values=past_key_values, last_hidden_state=hidden)
+        if labels is not None:
+            if input_ids is None or logits_to_keep:
+                raise RequestError("labels need input_ids, and logits of all positions")
+            labels = self._real_labels(labels, tilings, attention_mask)
+            if region_labels is None and region_values is not None:
+                region_labels = region_values.masked_fill((labels == IGNORE)[..., None], float("nan"))
+            losses = batch_loss(self.model, hidden, logits, input_ids, labels, region_labels)
+            output.loss, output.text_loss, output.coord_loss, output.size_loss = losses
+        is_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if is_dict else output.to_tuple()
+
+    def embed_inputs(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        tilings: Tensor | None,
+        valid_BT: Tensor,
+        region_values: Tensor | None,
+    ) -> Tensor:
+        """Embeddings [B, T, D] of whole rows, pictures filled in where `pixel_values` are given."""
+        x = embed_tokens(self.model, input_ids.to(self.model.device), region_values)
+        has_image = has_images(tilings, len(input_ids), x.device)
+        if pixel_values is None or tilings is None or not bool(has_image.any()):
+            return x
+        self._check_room(valid_BT, has_image)
+        images = encode_images(self.model, pixel_values, tilings)
+        columns = image_columns(valid_BT, has_image, self.model.config.vision.num_patches)
+        return x.index_put(columns, images.to(x.dtype))
+
+    def hidden_states(
+        self, x_BTD: Tensor, valid_BS: Tensor, position_BT: Tensor, has_image_B: Tensor, cache: Cache | None
+    ) -> Tensor:
+        """Hidden states [B, T, D] of new positions before the last LayerNorm; they see the cache and each other."""
+        if self._inputs_require_grads and torch.is_grad_enabled() and not x_BTD.requires_grad:
+            x_BTD.requires_grad_(True)
+        num_new = x_BTD.shape[1]
+        width = valid_BS.shape[1] if cache is None else cache.get_mask_sizes(num_new, 0)[0]
+        mask = make_mask(valid_BS, position_BT, has_image_B, self.model.config.prefix_len, width)
+        store = None if cache is None else CacheStore(cache)
+        return self.model.text(x_BTD, position_BT, mask, store)  # type: ignore[no-any-return]
+
+    def _valid_positions(self, attention_mask: Tensor | None, num_rows: int, width: int) -> Tensor:
+        """True where there is no padding, bool [B, S]."""
+        if attention_mask is None:
+            return torch.ones(num_rows, width, dtype=torch.bool, device=self.model.device)
+        return attention_mask.to(self.model.device).bool()
+
+    def _check_room(self, valid_BT: Tensor, has_image_B: Tensor) -> None:
+        shortest = int(valid_BT.sum(dim=1)[has_image_B].min())
+        if shortest < self.model.config.prefix_len:
+            raise RequestError(
+                f"a row with a picture has {shortest} ids, and the picture alone takes {self.model.config.prefix_len}; "
+                "make the inputs with Moondream3Processor, and do not truncate them"
+            )
+
+    def _real_labels(self, labels: Tensor, tilings: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """Labels with padding and the pictures' placeholders taken out."""
+        valid = torch.ones_like(labels).bool() if attention_mask is None else attention_mask.bool()
+        has_image = has_images(tilings, len(labels), labels.device)
+        in_prefix = has_image[:, None] & (read_positions(valid, labels.shape[1]) < self.model.config.prefix_len)
+        return labels.masked_fill(~valid | in_prefix, IGNORE)
+
+    # -- what trainers ask ------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token table as a module that shares its weight; put nothing on it, the network does not call it."""
+        wte = self.model.text.wte
+        table: nn.Embedding = nn.Embedding.from_pretrained(wte, freeze=not wte.requires_grad)
+        return table
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The vocabulary head."""
+        return self.model.text.lm_head
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients reach checkpointed blocks of a frozen network with adapters."""
+        self._inputs_require_grads = True
+
+    def disable_input_require_grads(self) -> None:
+        """Undo `enable_input_require_grads`."""
+        self._inputs_require_grads = False
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """Recompute the blocks of both towers in the backward pass instead of keeping what is inside them."""
+        self.gradient_checkpointing = enable
+        for blocks in (self.model.vision.blocks, self.model.text.blocks):
+            for index, block in enumerate(blocks):
+                block.__dict__.pop("forward", None)
+                if enable and index % every_n_layers == 0:
+                    block.forward = partial(_checkpointed, gradient_checkpointing_func, block)
+
+
+def _checkpointed(recompute: Callable[..., Any], block: nn.Module, *inputs: Any) -> Any:
+    """A block's forward pass, recomputed later where a gradient will be asked for."""
+    forward = partial(type(block).forward, block)
+    return recompute(forward, *inputs) if block.training and torch.is_grad_enabled() else forward(*inputs)

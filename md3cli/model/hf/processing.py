@@ -1,0 +1,279 @@
+"""`Moondream3Processor`: pictures and texts to the model's inputs, and ids back to text.
+
+Prompts are built by `prompts.Prompts` and pictures cut by `images.py`: the same ids and pixels as in
+the commands. Texts are the chat template's output, or modes and words to be put through it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.image_utils import load_image
+
+from md3cli.errors import RequestError
+from md3cli.images import ImageLimits, PreparedImage, prepare_image
+from md3cli.model.asking import prepare_pil, read_refs, read_request
+from md3cli.model.config import ModelConfig
+from md3cli.model.hf.config import IMAGE_TOKEN_ID, PAD_TOKEN_ID, Moondream3Config
+from md3cli.model.hf.prompting import CHAT_TEMPLATE, is_rendered, read_prompt
+from md3cli.model.hf.rows import Row, answered_row, pad_rows, prompt_row, training_row
+from md3cli.model.hub import resolve_model
+from md3cli.model.prompts import Prompts, Tokenizer
+from md3cli.model.vision import normalise_crops
+from md3cli.records import ImageItem
+
+PROCESSOR_CONFIG, TOKENIZER_FILE = "processor_config.json", "tokenizer.json"
+ImageInput = Image.Image | str | Path | np.ndarray | Tensor
+
+
+class Moondream3Processor(ProcessorMixin):
+    """Inputs for `Moondream3ForConditionalGeneration`.
+
+    Args:
+        tokenizer: the model's, as transformers wraps it.
+        config: the model's sizes and templates.
+        chat_template: another Jinja template, whose output must have the form of the default's.
+        model_name: decides whether a config that is silent about segment can do it (`prompts.Prompts`).
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        config: ModelConfig,
+        chat_template: str | None = None,
+        model_name: str = "",
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template or CHAT_TEMPLATE
+        self.network = config
+        self.model_name = model_name
+        self.image_token_id = IMAGE_TOKEN_ID
+        self.image_token = tokenizer.convert_ids_to_tokens(IMAGE_TOKEN_ID)
+        # A backend of its own: it encodes the names of control tokens as text.
+        self.words = Tokenizer(type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()))
+        self.prompts = Prompts(config, self.words, model_name)
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """The parts transformers saves and loads for a processor; ours are saved by `save_pretrained` here."""
+        return ["tokenizer"]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """The keys of a batch."""
+        return ["input_ids", "attention_mask", "pixel_values", "tilings", "region_values"]
+
+    # -- files ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> Self:
+        """From a checkpoint (folder, alias or repository), or a folder `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: the tokenizer cannot be had, or does not belong to the model.
+        """
+        saved = Path(pretrained_model_name_or_path) / PROCESSOR_CONFIG
+        if saved.is_file():
+            document = json.loads(saved.read_text(encoding="utf-8"))
+            config, name = ModelConfig.from_sections(document["network"]), document.get("model_name", "")
+            template, file = document.get("chat_template"), saved.with_name(TOKENIZER_FILE)
+        else:
+            files = resolve_model(
+                str(pretrained_model_name_or_path),
+                revision=kwargs.get("revision") if kwargs.get("revision") != "main" else None,
+                offline=bool(kwargs.get("local_files_only")),
+            )
+            config, name, template, file = read_network(files.path), files.name, None, files.tokenizer_file
+        Tokenizer.load(file, config)  # judged before transformers sees it
+        return cls(wrap_tokenizer(file, config), config, kwargs.get("chat_template") or template, name)
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Write the tokenizer and what else a processor is made of; the folder loads again here."""
+        if push_to_hub:
+            raise RequestError("save the processor to a folder and upload that; it does not push by itself")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = list(self.tokenizer.save_pretrained(str(folder)))
+        document = {
+            "processor_class": type(self).__name__,
+            "model_name": self.model_name,
+            "network": Moondream3Config.from_network(self.network).config,
+            "chat_template": None if self.chat_template == CHAT_TEMPLATE else self.chat_template,
+        }
+        (folder / PROCESSOR_CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        return [*written, str(folder / PROCESSOR_CONFIG)]
+
+    # -- text -------------------------------------------------------------------------------------
+
+    def apply_chat_template(  # type: ignore[override]
+        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
+    ) -> Any:
+        """A prompt from a string (`"detect: car"`, `""` for a caption) or from messages.
+
+        Text unless `tokenize`; arguments are those of transformers.
+        """
+        if isinstance(conversation, str):
+            conversation = [{"role": "user", "content": conversation}]
+        return super().apply_chat_template(conversation, chat_template or str(self.chat_template), **kwargs)
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str:
+        """The text of one row of ids; control tokens and ids without a string become nothing."""
+        if isinstance(token_ids, Tensor) and token_ids.is_floating_point():
+            raise RequestError("these are coordinates, not ids; there is nothing to decode")
+        ids = [int(token) for token in (token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids)]
+        ids = [token for token in ids if 0 <= token < self.words.size]
+        if skip_special_tokens:
+            return self.words.decode(ids)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, **kwargs))
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = True, **kwargs: Any) -> list[str]:
+        """`decode` for each row."""
+        return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
+
+    # -- inputs -----------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        images: ImageInput | Sequence[Any] | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        spatial_refs: Sequence[Any] | None = None,
+        padding: bool | str = True,
+        padding_side: str = "left",
+        pad_to_multiple_of: int | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = "pt",
+        **ignored: Any,
+    ) -> BatchFeature:
+        """A batch of prompts, of any skills, about pictures of any sizes; None among `images` is a row without one.
+
+        Args:
+            images: one for each text; a list of lists of at most one is taken too.
+            text: outputs of `apply_chat_template`, or what it takes.
+            spatial_refs: for each row points [x, y] and boxes [x_min, y_min, x_max, y_max], 0-1.
+            max_length: with `truncation`, the most ids of a row; the picture's own are never cut.
+
+        Raises:
+            RequestError: a prompt that makes no sense, or pictures and texts that do not go together.
+            ImageError: a picture that cannot be read.
+        """
+        texts = [text] if isinstance(text, str) else list(text if text is not None else [""])
+        pictures = self._pictures(images, len(texts))
+        refs = list(spatial_refs) if spatial_refs is not None else [None] * len(texts)
+        rows = [
+            self._row(one, ref, has_image=picture is not None)
+            for one, ref, picture in zip(texts, refs, pictures, strict=True)
+        ]
+        if truncation and max_length is not None:
+            rows = [_cut(row, max_length, self.network.prefix_len) for row in rows]
+        batch = pad_rows(rows, self.pad_token_id, side=padding_side, multiple=pad_to_multiple_of or 1)
+        return BatchFeature(batch | self._pixels(pictures))
+
+    def collate(self, records: Sequence[Mapping[str, Any]]) -> BatchFeature:
+        """A training batch from records: `image`, `task`, `prompt`, … and the result to learn. For Trainer.
+
+        Raises:
+            RequestError: a record without a result, or that makes no sense.
+        """
+        pictures = self._pictures([record.get("image") for record in records], len(records))
+        rows = [
+            training_row(
+                record,
+                read_request({"reasoning": False, **_request_keys(record)}),
+                self.prompts,
+                self.words,
+                self.network,
+            )
+            for record in records
+        ]
+        return BatchFeature(pad_rows(rows, self.pad_token_id, side="right", with_labels=True) | self._pixels(pictures))
+
+    @property
+    def pad_token_id(self) -> int:
+        """What stands beside short rows."""
+        return int(self.tokenizer.pad_token_id)
+
+    def _row(self, text: str, refs: Any, *, has_image: bool) -> Row:
+        rendered = text if is_rendered(text) else str(self.apply_chat_template(text, tokenize=False))
+        read = read_prompt(rendered)
+        request = replace(read.request, spatial_refs=read_refs(refs)) if refs else read.request
+        row = prompt_row(self.prompts.build(request, has_image), self.network, has_image=has_image)
+        return row if read.answer is None else answered_row(row, read.answer, self.words, self.network)
+
+    def _pictures(self, images: Any, num_rows: int) -> list[PreparedImage | None]:
+        if images is None:
+            return [None] * num_rows
+        given = list(images) if isinstance(images, list | tuple) else [images]
+        if len(given) != num_rows:
+            raise RequestError(f"{len(given)} pictures for {num_rows} texts; give one for each, None for a text alone")
+        return [self._prepare(one) for one in given]
+
+    def _prepare(self, image: Any) -> PreparedImage | None:
+        crop_config = self.network.vision.crop_config
+        if isinstance(image, list | tuple):
+            if len(image) > 1:
+                raise RequestError("a prompt is about one picture; give each its own row")
+            return self._prepare(image[0]) if image else None
+        if image is None:
+            return None
+        if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
+            image = load_image(image)
+        if isinstance(image, str | Path):
+            return prepare_image(ImageItem(str(image), str(image)), crop_config, ImageLimits(), None)
+        if not isinstance(image, Image.Image):
+            image = Image.fromarray(np.asarray(image))
+        return prepare_pil(image, crop_config)
+
+    def _pixels(self, pictures: Sequence[PreparedImage | None]) -> dict[str, Tensor]:
+        """`pixel_values` [B, N, 3, S, S], padded with black crops, and `tilings` [B, 2]."""
+        shown = [picture for picture in pictures if picture is not None]
+        if not shown:
+            return {}
+        side = self.network.vision.crop_size
+        most = max(len(picture.crops) for picture in shown)
+        pixels = torch.zeros(len(pictures), most, self.network.vision.in_channels, side, side)
+        for row, picture in enumerate(pictures):
+            if picture is not None:
+                pixels[row, : len(picture.crops)] = normalise_crops(torch.from_numpy(picture.crops))
+        tilings = torch.tensor([(0, 0) if picture is None else tuple(picture.tiling) for picture in pictures])
+        return {"pixel_values": pixels, "tilings": tilings}
+
+
+def _request_keys(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record is its request; a record's `reasoning` is what was thought, a request's whether to."""
+    keys = {key: record[key] for key in ("task", "prompt", "length", "spatial_refs") if record.get(key) is not None}
+    return {**keys, "reasoning": bool(record.get("reasoning"))}
+
+
+def _cut(row: Row, max_length: int, prefix_len: int) -> Row:
+    end = max(max_length, prefix_len)
+    return Row(row.ids[:end], row.values[:end], row.labels[:end], row.targets[:end])
+
+
+def read_network(path: Path) -> ModelConfig:
+    """The sizes of the checkpoint at `path`; the real model's where no config.json is beside it."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    return Moondream3Config.from_json_file(str(file)).network if file.is_file() else ModelConfig()
+
+
+def wrap_tokenizer(file: Path, config: ModelConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer.json as transformers wraps it, with its special tokens named."""
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_file=str(file), padding_side="left"
+    )
+    end = tokenizer.convert_ids_to_tokens(config.tokenizer.eos_id)
+    tokenizer.bos_token, tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.tokenizer.bos_id), end
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD_TOKEN_ID) or end
+    return tokenizer

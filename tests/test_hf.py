@@ -1,0 +1,279 @@
+"""The transformers class against the plain path and the reference cases: logits, decisions, results."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from golden_cases import CASES, load_case
+from hf_cases import inputs_for, load_hf, picture
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from md3cli.errors import RequestError
+from md3cli.model import plain
+from md3cli.records import Task
+
+TOLERANCE = 1e-4
+
+
+def plain_logits(name: str, key: int) -> torch.Tensor:
+    case = load_case(name)
+    with torch.inference_mode():
+        sequence = plain.PlainSequence(case.model, case.job(key).image)
+        sequence.feed_prompt(case.prompts.build(case.requests[key], has_image=case.image_indices[key] is not None))
+        return sequence.logits()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_the_plain_paths_in_padded_batches(name: str, side: str) -> None:
+    model, _ = load_hf(name)
+    keys = list(range(0, len(load_case(name).requests), 3))
+    inputs = inputs_for(name, keys, side)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    columns = torch.arange(logits.shape[1])
+    last = (columns * inputs["attention_mask"]).argmax(dim=1)
+    assert side == "left" or len(set(last.tolist())) > 1
+    for row, key in enumerate(keys):
+        assert (logits[row, last[row]] - plain_logits(name, key)).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_cached_passes_equal_one_pass(side: str) -> None:
+    """Prefix first, then the rest in two pieces, one of a single id."""
+    model, _ = load_hf("a")
+    inputs = inputs_for("a", [0, 5, 11], side)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        whole = model(**inputs, use_cache=False)
+        assert whole.past_key_values is None
+        cache = DynamicCache()
+        first = model(**inputs | {"input_ids": ids[:, :-3], "attention_mask": mask[:, :-3]}, past_key_values=cache)
+        second = model(input_ids=ids[:, -3:-1], attention_mask=mask[:, :-1], past_key_values=cache)
+        third = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache)
+    pieces = torch.cat([part.logits for part in (first, second, third)], dim=1)
+    real = mask.bool()
+    assert (pieces - whole.logits)[real].abs().max() <= TOLERANCE
+
+
+def decided(generation: Any, row: int, width: int) -> list[int]:
+    return generation.sequences[row, width:].tolist()
+
+
+def assert_row_is_the_cases(name: str, key: int, generation: Any, row: int, width: int) -> None:
+    """Ids, values and finish reason of one row are those the case expects."""
+    case = load_case(name)
+    expected, config = case.expected[key], case.model.config
+    reasoning = expected.get("reasoning") or None
+    wanted = [*reasoning["token_ids"], config.tokenizer.answer_id] if reasoning else []
+    wanted += expected["token_ids"]
+    if expected["finish"] == "stop":
+        wanted.append(config.tokenizer.eos_id)
+    ids = decided(generation, row, width)
+    assert ids[: len(wanted)] == wanted
+    assert set(ids[len(wanted) :]) <= {load_hf(name)[1].pad_token_id}
+    assert generation.finish_reasons[row] == expected["finish"]
+    for index, entry in enumerate(expected.get("objects") or []):
+        box = [entry[side] for side in ("x_min", "y_min", "x_max", "y_max")]
+        assert torch.allclose(generation.objects[row][index], torch.tensor(box), atol=1e-6)
+    for index, entry in enumerate(expected.get("points") or []):
+        assert torch.allclose(generation.objects[row][index], torch.tensor([entry["x"], entry["y"]]), atol=1e-6)
+    bins = [t["choice"] / config.region.coord_out_dim for t in expected["trace"] if t["kind"] == "coord"]
+    tokens = generation.sequences[row, width : width + len(wanted)]
+    found = generation.region_values[row, : len(wanted)][tokens == config.tokenizer.coord_id][:, 0]
+    assert torch.allclose(found[~found.isnan()], torch.tensor(bins), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_generate_takes_every_decision_of_the_cases_in_mixed_batches(name: str) -> None:
+    """Rows of all skills, pictures of all tilings and texts alone, one batch for each budget."""
+    case, (model, _) = load_case(name), load_hf(name)
+    batches = defaultdict(list)
+    for key, request in enumerate(case.requests):
+        if case.is_certain(key):
+            is_region = request.task in (Task.DETECT, Task.POINT)
+            batches[("objects", request.max_objects) if is_region else ("tokens", request.max_tokens)].append(key)
+    num_tokens = [budget for kind, budget in batches if kind == "tokens"]
+    num_objects = [budget for kind, budget in batches if kind == "objects"]
+    for tokens in set(num_tokens):
+        for objects in set(num_objects):
+            keys = [*batches[("tokens", tokens)], *batches[("objects", objects)]]
+            inputs = inputs_for(name, keys)
+            generation = model.generate(
+                **inputs, max_new_tokens=tokens, max_objects=objects, return_dict_in_generate=True
+            )
+            for row, key in enumerate(keys):
+                assert_row_is_the_cases(name, key, generation, row, inputs["input_ids"].shape[1])
+    assert num_tokens
+    assert num_objects
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_without_cache_and_padded_on_either_side(side: str) -> None:
+    case, (model, _) = load_case("c"), load_hf("c")
+    keys = [key for key in range(len(case.requests)) if case.is_certain(key)][:8]
+    inputs = inputs_for("c", keys, side)
+    generation = model.generate(
+        **inputs, max_new_tokens=4, max_objects=2, use_cache=False, return_dict_in_generate=True
+    )
+    wanted = model.generate(**inputs_for("c", keys), max_new_tokens=4, max_objects=2, return_dict_in_generate=True)
+    width = inputs["input_ids"].shape[1]
+    assert torch.equal(generation.sequences[:, width:], wanted.sequences[:, width:])
+    assert torch.allclose(generation.region_values, wanted.region_values, atol=1e-6, equal_nan=True)
+
+
+def test_results_are_ids_boxes_points_or_a_list() -> None:
+    model, processor = load_hf("a")
+    images = [picture("a", 0), picture("a", 1)]
+    ids = model.generate(**processor(text=["", "query: what?"], images=images), max_new_tokens=3)
+    boxes = model.generate(**processor(text=["detect: cat", "detect: dog"], images=images), max_objects=2)
+    points = model.generate(**processor(text=["point: cat", "point: dog"], images=images), max_objects=2)
+    mixed = model.generate(**processor(text=["detect: cat", ""], images=images), max_objects=2, max_new_tokens=3)
+    assert ids.dtype == torch.int64
+    assert boxes.is_floating_point()
+    assert boxes.shape[::2] == (2, 4)
+    assert points.shape[::2] == (2, 2)
+    assert isinstance(mixed, list)
+    assert torch.equal(mixed[0], boxes[0][: len(mixed[0])])
+    again = model.generate(**processor(text=[""], images=images[1:]), max_new_tokens=3)
+    assert processor.decode(mixed[1]) == processor.decode(again[0])
+    assert mixed[1][-1] == again[0, -1]
+    for row, image in enumerate(images):
+        found = model.detect(image, ["cat", "dog"][row], settings={"max_objects": 2})["objects"]
+        wanted = torch.tensor([[o["x_min"], o["y_min"], o["x_max"], o["y_max"]] for o in found]).reshape(-1, 4)
+        assert torch.allclose(boxes[row, : len(found)], wanted, atol=1e-6)
+        assert not boxes[row, len(found) :].any()
+
+
+def test_the_ports_published_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the import and the model's name differ from the port's card."""
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    import md3cli.model.hf  # noqa: F401
+
+    device, folder = "cpu", str(CASES["a"][0])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", device_map=device, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, use_fast=False, trust_remote_code=True)
+    image1, image2 = picture("a", 0), picture("a", 1)
+    text = [processor.apply_chat_template("", tokenize=False)] * 2
+    inputs = processor(text=text, images=[image1, image2])
+    inputs = {k: v.to(device) for k, v in inputs.items()}
+    model.eval()
+    with torch.no_grad():
+        outputs = model.generate(**inputs, use_cache=True, max_new_tokens=6)
+        outputs = [out_ids[len(in_ids) :] for in_ids, out_ids in zip(inputs["input_ids"], outputs, strict=True)]
+        texts = [processor.decode(output) for output in outputs]
+    assert model.dtype == torch.bfloat16
+    settings = {"max_tokens": 6}
+    assert texts == [model.caption(image, settings=settings)["caption"] for image in (image1, image2)]
+
+
+class Collector(BaseStreamer):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.parts: list[torch.Tensor] = []
+        self.is_over = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.parts.append(value)
+
+    def end(self) -> None:
+        self.is_over = True
+
+
+class StopAfter(StoppingCriteria):
+    """Ends rows at a length."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def test_streamers_and_stopping_criteria(capsys: pytest.CaptureFixture[str]) -> None:
+    model, processor = load_hf("a")
+    inputs = processor(text=["caption: long"], images=[picture("a", 1)])
+    width = inputs["input_ids"].shape[1]
+    collector = Collector()
+    ids = model.generate(**inputs, max_new_tokens=8, streamer=collector)
+    assert collector.is_over
+    assert torch.equal(collector.parts[0], inputs["input_ids"])
+    assert torch.cat(collector.parts[1:]).tolist() == ids[0, width:].tolist()
+    model.generate(**inputs, max_new_tokens=8, streamer=TextStreamer(processor.tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out.strip()
+    stopped = model.generate(**inputs, stopping_criteria=StoppingCriteriaList([StopAfter(width + 2)]))
+    assert torch.equal(stopped, ids[:, : width + 2])
+
+
+def test_sampling_follows_the_generators_seed_and_the_warpers() -> None:
+    model, processor = load_hf("a")
+    inputs = processor(text=["caption: long"], images=[picture("a", 1)])
+
+    def run(**settings: Any) -> list[int]:
+        torch.manual_seed(3)
+        return model.generate(**inputs, max_new_tokens=6, do_sample=True, **settings)[0].tolist()
+
+    greedy = model.generate(**inputs, max_new_tokens=6)[0].tolist()
+    hot = run(temperature=100.0, top_k=0)
+    assert hot == run(temperature=100.0, top_k=0)
+    assert hot != greedy
+    assert run(top_k=1) == greedy
+    several = model.generate(**inputs, max_new_tokens=6, do_sample=True, temperature=100.0, num_return_sequences=3)
+    assert len({tuple(row) for row in several.tolist()}) > 1
+
+
+def test_scores_come_when_asked_for() -> None:
+    model, processor = load_hf("a")
+    inputs = processor(text=["caption: short"], images=[picture("a", 0)])
+    generation = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True, output_scores=True)
+    width = inputs["input_ids"].shape[1]
+    chosen = generation.sequences[0, width:].tolist()
+    assert [int(scores.argmax()) for scores in generation.scores] == chosen
+
+
+def test_beams_write_text() -> None:
+    model, processor = load_hf("a")
+    inputs = processor(text=["query: what?", "caption:"], images=[picture("a", 0), picture("a", 1)])
+    ids = model.generate(**inputs, max_new_tokens=4, num_beams=3)
+    assert ids.shape[0] == 2
+    assert inputs["input_ids"].shape[1] < ids.shape[1] <= inputs["input_ids"].shape[1] + 4
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    model, processor = load_hf("a")
+    long = processor(text=["query: " + "what? " * 300], images=[picture("a", 0)])
+    with pytest.raises(RequestError, match="context holds 256"):
+        model.generate(**long)
+    inputs = processor(text=[""], images=[picture("a", 0)])
+    cut = {key: value[:, :9] if key in ("input_ids", "attention_mask") else value for key, value in inputs.items()}
+    with pytest.raises(RequestError, match="the picture alone takes 26"):
+        model(**cut)
+
+
+def test_the_originals_methods_are_the_engines() -> None:
+    model, _ = load_hf("a")
+    case = load_case("a")
+    image = picture("a", 2)
+    answers = list(case.engine(2).run([case.job(key) for key in range(4)]))
+    assert model.moondream().engine.model is model.model
+    encoded = model.encode_image(image)
+    assert model.query(encoded, "what?", settings={"max_tokens": 4}) == model.query(
+        image, "what?", settings={"max_tokens": 4}
+    )
+    for key in range(4):
+        request, answer = case.requests[key], next(a for a in answers if a.key == key)
+        if request.task is Task.CAPTION:
+            found = model.caption(
+                picture("a", case.image_indices[key]), request.length, settings={"max_tokens": request.max_tokens}
+            )
+            assert found == answer.result
+    pieces = model.caption(image, "short", stream=True, settings={"max_tokens": 5})["caption"]
+    assert "".join(pieces) == model.caption(image, "short", settings={"max_tokens": 5})["caption"]
+    assert isinstance(model.point(image, "cat", settings={"max_objects": 1})["points"], list)
+    assert isinstance(model.segment(image, "cat", settings={"max_tokens": 6})["segments"], list)
