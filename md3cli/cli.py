@@ -42,6 +42,8 @@ COMMANDS: Mapping[str, str] = {  # name -> help in the list; the modules in md3c
     "doctor": "What works here, and what to do about the rest.",
 }
 
+DOCTOR = "doctor"
+
 
 class LazyGroup(TyperGroup):
     """Commands as named stubs until one is called; then its module is imported in the stub's place."""
@@ -58,8 +60,16 @@ class LazyGroup(TyperGroup):
             self._is_debug = "--debug" in args or bool(ctx.params.get("debug"))
             self.commands[args[0]] = load_command(args[0])
             if not ctx.resilient_parsing and not {"-h", "--help"} & set(args):
-                ctx.default_map = {args[0]: self._read_settings(args[0])}
+                self._use_settings(ctx, args[0])
         return super().resolve_command(ctx, args)
+
+    def _use_settings(self, ctx: Any, name: str) -> None:
+        try:
+            ctx.default_map = {name: self._read_settings(name)}
+        except ConfigError as error:
+            if name != DOCTOR:
+                raise
+            ctx.obj = error  # a finding among others
 
     def _read_settings(self, name: str) -> dict[str, Any]:
         """What environment and config files say, as defaults of the command and of its subcommands."""

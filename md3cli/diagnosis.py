@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from md3cli import __version__
 from md3cli.errors import ConfigError, ImageError, Md3Error
-from md3cli.settings import CONFIG_FILE, ENV_PREFIX, read_layers, user_cache_dir
+from md3cli.settings import CONFIG_FILE, ENV_PREFIX, Layer, read_layers, user_cache_dir
 
 EXTRAS = {"report": ("jinja2",), "eval": ("faster_coco_eval", "matplotlib"), "heif": ("pillow_heif",)}
 LOW_DISK_BYTES = 25 * 10**9  # the real model and a little cache
@@ -47,15 +46,16 @@ class Finding:
         return {name: str(value) for name, value in asdict(self).items()}
 
 
-def diagnose(device: str = "auto") -> Iterator[Finding]:
-    """All checks, each as soon as it is done; none raises."""
+def diagnose(device: str = "auto", settings_error: ConfigError | None = None) -> Iterator[Finding]:
+    """All checks, each as soon as it is done; none raises. `settings_error`: what was found wrong in the settings."""
     yield Finding("md3", Health.OK, f"{__version__} in {Path(__file__).parent}")
     yield _python()
-    for check in (_device_of(device), _pictures, _models, _cache, _extras, _settings):
+    for check in (_device_of(device), _pictures, _models, _cache, _extras):
         try:
             yield from check()
         except Md3Error as error:
             yield Finding(_name_of(check), Health.BAD, str(error))
+    yield _settings(settings_error)
 
 
 def _name_of(check: Callable[[], Iterator[Finding]]) -> str:
@@ -149,15 +149,13 @@ def _extras() -> Iterator[Finding]:
             yield Finding(f"extra {extra}", Health.OK, "installed")
 
 
-def _settings() -> Iterator[Finding]:
-    try:
-        layers = read_layers(os.environ, Path.cwd())
-    except ConfigError as error:
-        yield Finding("settings", Health.BAD, str(error), f"mend {CONFIG_FILE}")
-        return
+def _settings(error: ConfigError | None) -> Finding:
+    if error is not None:
+        return Finding("settings", Health.BAD, str(error), f"mend {CONFIG_FILE} or the environment")
+    layers = read_layers(os.environ, Path.cwd())
     names = [f"{ENV_PREFIX}*" if layer.origin == ENV_PREFIX else layer.origin for layer in layers if _is_set(layer)]
-    yield Finding("settings", Health.OK, ", ".join(names) or "none besides the defaults")
+    return Finding("settings", Health.OK, ", ".join(names) or "none besides the defaults")
 
 
-def _is_set(layer: Any) -> bool:
+def _is_set(layer: Layer) -> bool:
     return bool(layer.common or layer.tables)

@@ -13,6 +13,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def doctor(
+    ctx: typer.Context,
     device: Annotated[
         str, typer.Option("--device", help="The device to look at: auto, cpu, cuda, cuda:1, mps.")
     ] = "auto",
@@ -31,7 +32,7 @@ def doctor(
     from md3cli.diagnosis import Health, diagnose
 
     is_well = True
-    for finding in diagnose(device):
+    for finding in diagnose(device, settings_error=ctx.obj):
         is_well &= finding.health is not Health.BAD
         if as_json:
             sys.stdout.write(json.dumps(finding.as_json(), ensure_ascii=False) + "\n")

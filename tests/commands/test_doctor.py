@@ -45,23 +45,38 @@ def test_an_unknown_device_is_a_finding_not_a_crash(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("health", "status"), [(Health.OK, 0), (Health.NOTE, 0), (Health.BAD, 1)])
 def test_only_what_is_bad_makes_the_status_1(monkeypatch: pytest.MonkeyPatch, health: Health, status: int) -> None:
-    monkeypatch.setattr(diagnosis, "diagnose", lambda device: iter([Finding("x", health, "found", "do this")]))
+    monkeypatch.setattr(
+        diagnosis, "diagnose", lambda device, settings_error: iter([Finding("x", health, "found", "do this")])
+    )
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == status
     assert result.stdout == f"{health:<5}x                    found\n{'':<26}do this\n"
 
 
-def test_settings_that_are_wrong_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("text", "health", "found"),
+    [
+        (None, "ok", "none besides the defaults"),
+        ("model = 'tiny'", "ok", "md3.toml"),
+        ("model = ", "bad", "md3.toml: not valid TOML"),
+        ("modle = 'x'", "bad", "md3.toml: modle: unknown key; no command has such an option; did you mean model?"),
+    ],
+)
+def test_settings_are_a_finding_right_or_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, health: str, found: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     isolate(monkeypatch, tmp_path)
-    (finding,) = diagnosis._settings()
-    assert finding.text == "none besides the defaults"
-    Path("md3.toml").write_text("model = 'tiny'")
-    (finding,) = diagnosis._settings()
-    assert (finding.health, finding.text) == (Health.OK, f"{tmp_path}/md3.toml")
-    Path("md3.toml").write_text("model = ")
-    (finding,) = diagnosis._settings()
-    assert (finding.health, finding.advice) == (Health.BAD, "mend md3.toml")
+    monkeypatch.setattr(diagnosis, "_pictures", lambda: iter(()))
+    monkeypatch.setattr(diagnosis, "_device_of", lambda device: lambda: iter(()))
+    if text is not None:
+        Path("md3.toml").write_text(text)
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert "unexpected" not in result.stderr, result.stderr
+    finding = json.loads(result.stdout.splitlines()[-1])
+    assert finding["health"] == health
+    assert found in finding["text"]
+    assert result.exit_code == (health == "bad")
 
 
 def test_a_missing_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
