@@ -16,6 +16,9 @@ for _name in ("SIGINT", "SIGTERM", "SIGHUP"):
 
 def main() -> None:
     """Run the program (the `md3` script and `python -m md3cli`)."""
+    from md3cli.streams import secure_streams
+
+    secure_streams()
     from md3cli.cli import app
 
     app(prog_name="md3")

@@ -1,0 +1,78 @@
+"""Streams that are closed, break, or lie on a full disk: the records and the exit status do not depend on them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from program import TESTS, isolate, make_pictures, records_of
+
+NUM_PICTURES = 30
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    isolate(monkeypatch, tmp_path / "home")
+    pictures = make_pictures(tmp_path / "pictures", NUM_PICTURES)
+    (pictures / "p3.png").write_bytes(b"no picture")
+    monkeypatch.chdir(tmp_path)
+    return shlex.join([sys.executable, str(TESTS / "stub_md3.py"), "caption", str(pictures), "-v", "--batch-size", "2"])
+
+
+def bash(script: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["bash", "-c", script], capture_output=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2> >(true)", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_run_does_not_need_stderr(command: str, redirection: str) -> None:
+    done = bash(f"{command} -o out.jsonl {redirection}")
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"", b""), "the failed picture counts"
+    assert len(records_of(Path("out.jsonl"))) == NUM_PICTURES
+
+
+def test_records_on_stdout_do_not_need_stderr(command: str) -> None:
+    done = bash(f"{command} 2>&-")
+    assert done.returncode == 3
+    assert len(records_of(done.stdout)) == NUM_PICTURES
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2> >(true)"])
+def test_an_error_that_nobody_reads_is_still_an_error(command: str, redirection: str) -> None:
+    Path("out.jsonl").write_text("somebody else's\n")
+    assert bash(f"{command} -o out.jsonl {redirection}").returncode == 2
+    assert Path("out.jsonl").read_text() == "somebody else's\n"
+
+
+@pytest.mark.parametrize("options", ["", "-f coco"])
+def test_a_reader_of_stdout_who_leaves_ends_the_run_quietly(command: str, options: str) -> None:
+    done = bash(f"{command} {options} | head -c 9; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode in (0, 3), "3: all of it fitted into the pipe"
+    assert len(done.stdout) == 9
+    assert b"rror:" not in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("options", ["", "-f coco"])
+def test_a_reader_of_stdout_who_was_never_there(command: str, options: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as stdout:
+        done = subprocess.run([*shlex.split(command), *options.split()], stdout=stdout, stderr=subprocess.PIPE)
+    assert done.returncode == 0
+    assert b"rror:" not in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_the_table_into_a_terminal_that_goes_away(command: str) -> None:
+    controller, terminal = os.openpty()
+    process = subprocess.Popen(shlex.split(command), stdout=terminal, stderr=subprocess.PIPE)
+    os.close(terminal)
+    os.read(controller, 10)
+    os.close(controller)
+    _, stderr = process.communicate(timeout=60)
+    assert b"Traceback" not in stderr
+    assert process.returncode in (0, 1, 3), stderr
