@@ -27,7 +27,7 @@ ROW_LENGTH = 96  # positions; the longest task must fit
 # Sizes come in steps, because every new shape of a bfloat16 product costs a compilation on CPU.
 ROWS_STEP = 4
 CROPS_STEP = 8
-NUM_CELL_VALUES = 4  # offset x, y in cells; log2 of width, height
+NUM_CELL_VALUES = 6  # offset x, y in cells; log2 of width, height; position x, y in cells
 KIND_INDEX = {kind: i for i, kind in enumerate(KINDS)}
 COLOUR_INDEX = {colour: i for i, colour in enumerate(COLOURS)}
 
@@ -36,7 +36,8 @@ COLOUR_INDEX = {colour: i for i, colour in enumerate(COLOURS)}
 class DenseTargets:
     """What each cell of the grid shows, [B, G]: labels are -1 where no shape is seen.
 
-    `values` [B, G, 4]: from the cell's centre to the shape's (in cells), log2 of its width and height.
+    `values` [B, G, 6]: from the cell's centre to the shape's, log2 of its width and height, and the
+    shape's centre in the picture; distances in cells.
     """
 
     kind: Tensor
@@ -89,13 +90,13 @@ def dense_targets(pictures: Sequence[Picture], grid: int) -> DenseTargets:
         for cell, place in _cells(picture, grid, is_centre[row]).items():
             instance = picture.instances[place]
             left, top, right, bottom = instance.box_xyxy
+            x, y = instance.centre_x * grid, instance.centre_y * grid
             kind[row, cell], colour[row, cell] = KIND_INDEX[instance.kind], COLOUR_INDEX[instance.colour]
             rank[row, cell] = place
             values[row, cell] = (
-                instance.centre_x * grid - cell % grid - 0.5,
-                instance.centre_y * grid - cell // grid - 0.5,
-                np.log2(right - left),
-                np.log2(bottom - top),
+                *(x - cell % grid - 0.5, y - cell // grid - 0.5),
+                *(np.log2(right - left), np.log2(bottom - top)),
+                *(x, y),
             )
     return DenseTargets(*(torch.from_numpy(a) for a in (kind, colour, rank, is_centre, values)))
 

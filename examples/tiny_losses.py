@@ -22,7 +22,8 @@ from md3cli.model.moondream import Moondream3
 from md3cli.model.region import size_bin
 from md3cli.model.vision import normalise_crops
 
-BIN_SIGMA = 6.0
+BIN_SIGMA = 6.0  # bins; wider while training is young
+YOUNG_BIN_SIGMA = 40.0
 BALANCE_WEIGHT = 0.01
 
 
@@ -81,10 +82,10 @@ class RouterBalance:
         return total, least
 
 
-def soft_bins(logits: Tensor, bins: Tensor) -> Tensor:
-    """Cross-entropy [...] of logits [..., n] against a Gaussian around the real-valued `bins` [...]."""
+def soft_bins(logits: Tensor, bins: Tensor, sigma: float) -> Tensor:
+    """Divergence [...] of logits [..., n] from a Gaussian around the real-valued `bins` [...]; 0 at best."""
     numbers = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float32)
-    wanted = torch.softmax(-0.5 * ((numbers - bins[..., None]) / BIN_SIGMA) ** 2, dim=-1)
+    wanted = torch.softmax(-0.5 * ((numbers - bins[..., None]) / sigma) ** 2, dim=-1)
     return -(wanted * logits.float().log_softmax(-1)).sum(-1) + (wanted * wanted.clamp_min(1e-9).log()).sum(-1)
 
 
@@ -140,8 +141,8 @@ class LossParts:
     text_accuracy: float
 
 
-def sequence_loss(model: Moondream3, image_BGD: Tensor, rows: TaskRows) -> LossParts:
-    """Text, coordinate and size losses of all tasks."""
+def sequence_loss(model: Moondream3, image_BGD: Tensor, rows: TaskRows, sigma: float = BIN_SIGMA) -> LossParts:
+    """Text, coordinate and size losses of all tasks; `sigma` is the width of the wanted bins."""
     cache = PrefixCache()
     prefix = model.prefix_embeddings(image_BGD).float()
     position = torch.arange(prefix.shape[1], device=prefix.device).expand(prefix.shape[:2])
@@ -153,6 +154,8 @@ def sequence_loss(model: Moondream3, image_BGD: Tensor, rows: TaskRows) -> LossP
     logits = model.text.logits(hidden[has_text]).float()
     text = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
     region = model.region
-    coord = soft_bins(region.coord_logits(hidden[has_coord]), rows.coords[has_coord] * region.num_coord_bins)
-    size = soft_bins(region.size_logits(hidden[has_size]), size_bin(rows.sizes[has_size], region.num_size_bins))
+    coord_bins = rows.coords[has_coord] * region.num_coord_bins
+    size_bins = size_bin(rows.sizes[has_size], region.num_size_bins)
+    coord = soft_bins(region.coord_logits(hidden[has_coord]), coord_bins, sigma)
+    size = soft_bins(region.size_logits(hidden[has_size]), size_bins, sigma)
     return LossParts(text, coord.mean(), size.mean(), (logits.argmax(-1) == targets).float().mean().item())

@@ -30,7 +30,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_batch import Batch, pack
 from tiny_fast_paths import use_fast_paths
-from tiny_losses import BALANCE_WEIGHT, DenseHeads, RouterBalance, embed_images, sequence_loss
+from tiny_losses import (
+    BALANCE_WEIGHT,
+    BIN_SIGMA,
+    YOUNG_BIN_SIGMA,
+    DenseHeads,
+    RouterBalance,
+    embed_images,
+    sequence_loss,
+)
 from tiny_optimizer import TinyOptimizer, WeightAverage
 from tiny_pool import SHARD_SIZE, Pool, draw_pool
 from tiny_tasks import TaskWriter
@@ -85,6 +93,10 @@ class Plan:
         if share >= self.dense_only:
             rise = min(rise, 0.1 + (share - self.dense_only) / DECODER_WARMUP)
         return rise * (0.5 + 0.5 * math.cos(math.pi * fall))
+
+    def bin_sigma(self, share: float) -> float:
+        """Width of the wanted bins: coarse positions first, exact ones from the time the rate begins to fall."""
+        return BIN_SIGMA + (YOUNG_BIN_SIGMA - BIN_SIGMA) * max(0.0, 1 - share / self.decay_from)
 
     def dense_weight(self, share: float) -> float:
         """Weight of the dense loss: 1 alone and for a while after, then falling to 0."""
@@ -232,7 +244,7 @@ class Run:
                 total = total + weight * dense
                 log["dense"] = dense.item()
             if share >= plan.dense_only:
-                parts = sequence_loss(self.model, image, batch.rows)
+                parts = sequence_loss(self.model, image, batch.rows, plan.bin_sigma(share))
                 balance, least = self.balance.pop_loss()
                 total = total + 2 * parts.text + parts.coord + parts.size + BALANCE_WEIGHT * balance
                 log |= {"text": parts.text.item(), "coord": parts.coord.item(), "size": parts.size.item()}
