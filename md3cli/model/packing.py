@@ -83,7 +83,8 @@ def dequantise_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse of `dequantise_fp8` with scale = row maximum / 448."""
-    scale = weight.abs().amax(dim=-1).float().clamp_min(torch.finfo(torch.float32).tiny) / FP8_MAX
+    scale = weight.abs().amax(dim=-1).float() / FP8_MAX
+    scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)  # denormals may be switched off
     packed = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     for target, expert, row_scale in zip(packed, weight, scale, strict=True):
         target.copy_((expert.float() / row_scale[:, None]).clamp(-FP8_MAX, FP8_MAX))
