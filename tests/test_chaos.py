@@ -1,0 +1,67 @@
+"""Whole runs interrupted in every way and resumed; see chaos.py for what is done and what must hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from chaos import KINDS, Chaos, has_small_disks, is_same, run_chaos
+from golden_cases import GOLDEN
+
+CAN_MOUNT = has_small_disks()
+MOST_KINDS = tuple(kind for kind in KINDS if kind != "full-disk")
+
+
+def test_an_interruption_of_every_kind(tmp_path: Path) -> None:
+    chaos = Chaos(tmp_path, seed=3)
+    run_chaos(chaos, len(MOST_KINDS), MOST_KINDS)
+    assert set(MOST_KINDS) <= set(chaos.report)
+
+
+@pytest.mark.skipif(not CAN_MOUNT, reason="a small disk can be mounted by root only")
+def test_a_full_disk(tmp_path: Path) -> None:
+    run_chaos(Chaos(tmp_path, seed=4, num_pictures=60), 1, ("full-disk",))
+
+
+def test_a_document_is_never_half(tmp_path: Path) -> None:
+    """With all records there, what is left to interrupt is the making of the document."""
+    chaos = Chaos(tmp_path, format="coco", num_pictures=20)
+    chaos.finish()
+    at = 7
+    while not chaos.interrupt_at_operation("kill", at):
+        chaos.output.unlink(missing_ok=True)
+        at += 7  # each of them in the slow test
+    assert at > 14, "there was nothing to interrupt"
+
+
+def test_equal_records_are_equal_but_for_a_little_score() -> None:
+    def line(score: float, label: str = "a") -> bytes:
+        return json.dumps({"id": "1", "objects": [{"label": label, "x_min": 0.1, "score": score}]}).encode()
+
+    assert is_same(line(0.5), line(0.502))
+    assert not is_same(line(0.5), line(0.503))
+    assert not is_same(line(0.5), line(0.5, "b"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize(("format", "count"), [("jsonl", 400), ("coco", 60), ("parquet", 40)])
+def test_500_interruptions(tmp_path: Path, format: str, count: int) -> None:
+    run_chaos(Chaos(tmp_path, seed=count, format=format), count, KINDS if CAN_MOUNT else MOST_KINDS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_50_interruptions_of_a_real_model(tmp_path: Path) -> None:
+    run_chaos(Chaos(tmp_path, seed=50, model=str(GOLDEN / "case-a/checkpoint")), 50, MOST_KINDS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("action", ["kill", "fail"])
+@pytest.mark.parametrize("format", ["jsonl", "coco", "parquet"])
+def test_death_before_each_of_the_first_200_operations(tmp_path: Path, action: str, format: str) -> None:
+    chaos = Chaos(tmp_path, format=format, num_pictures=120)
+    for at in range(1, 201):
+        chaos.interrupt_at_operation(action, at)
