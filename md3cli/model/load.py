@@ -15,6 +15,7 @@ import torch
 from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError
 from md3cli.file_cache import FileCache
+from md3cli.model.adapters import merge_adapter
 from md3cli.model.checkpoint import load_model
 from md3cli.model.config import MAX_CONTEXT_LIMIT
 from md3cli.model.encoder import ImageEncoder
@@ -49,6 +50,8 @@ def load_engine(options: ModelOptions) -> Engine:
     weight_bytes = sum(file.stat().st_size for file in find_weight_files(files.path).files)
     dtype = choose_dtype(options.dtype, device, weight_bytes)
     loaded = load_model(files.path, dtype=dtype, device=device)
+    if options.adapter:
+        merge_adapter(loaded.model, Path(options.adapter))
     tokenizer = Tokenizer.load(files.tokenizer_file, loaded.config)
     max_context = choose_max_context(options.max_context, loaded.config.text.max_context, loaded.config.prefix_len)
     optimise(loaded.model, for_compiling=bool(options.compile))
@@ -114,8 +117,6 @@ def _refuse_unsupported(options: ModelOptions) -> None:
     unsupported: list[tuple[str, Any]] = []
     if options.quant not in ("stored", "none"):
         unsupported.append(("--quant", options.quant))
-    if options.adapter:
-        unsupported.append(("--adapter", options.adapter))
     for name, value in unsupported:
         raise ConfigError(f"{name} {value}: this version of md3 cannot do that; leave {name} out")
 

@@ -37,7 +37,7 @@ class LoadingMethods:
 
     model: Moondream3
     config: Moondream3Config
-    name_or_folder: str  # what the weights were loaded from; "" for a new network
+    name_or_path: str  # what the weights were loaded from; "" for a new network
 
     @classmethod
     def from_pretrained(
@@ -69,7 +69,7 @@ class LoadingMethods:
         except ImportError as error:
             raise EngineError(f"{name} cannot be loaded in the way asked for: {error}") from error
         model: Self = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.name_or_folder = name
+        model.name_or_path = model.config.name_or_path = repo_of(name) or str(folder)  # adapters keep it as their base
         model._take_generation_config(plan)
         return loaded  # type: ignore[no-any-return]
 
@@ -115,9 +115,9 @@ class LoadingMethods:
         write_checkpoint(state, self.config.network, target, Format(layout), dtype=dtype, tokenizer_file=tokenizer)
 
     def _tokenizer_beside_weights(self) -> Path | None:
-        if not self.name_or_folder or repo_of(self.name_or_folder) is not None:
+        if not self.name_or_path or repo_of(self.name_or_path) is not None:
             return None
-        path = model_path(self.name_or_folder)
+        path = model_path(self.name_or_path)
         file = (path if path.is_dir() else path.parent) / TOKENIZER_NAME
         return file if file.is_file() else None
 

@@ -26,7 +26,7 @@ class OriginalMethods:
     """Scripts written for the original's remote code run unchanged; arguments and results are `Moondream`'s."""
 
     model: Moondream3
-    name_or_folder: str = ""
+    name_or_path: str  # what the weights were loaded from; "" for a new network
     tokenizer_source: str | None = None  # file, folder or repository; None: beside the weights
     _moondream: Moondream | None = None
     _moondream_state: tuple[Any, ...] = ()
@@ -105,9 +105,9 @@ class OriginalMethods:
         return (tensors, adapters)
 
     def _new_moondream(self) -> Moondream:
-        if not self.name_or_folder and self.tokenizer_source is None:
+        if not self.name_or_path and self.tokenizer_source is None:
             raise EngineError("this network has no tokenizer; set tokenizer_source to a tokenizer.json or its folder")
-        files = resolve_model(self.name_or_folder, tokenizer=self.tokenizer_source)
+        files = resolve_model(self.name_or_path, tokenizer=self.tokenizer_source)
         config = self.model.config
         tokenizer = Tokenizer.load(files.tokenizer_file, config)
         max_context = config.text.max_context
