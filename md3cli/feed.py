@@ -67,7 +67,7 @@ class RequestIds:
     """
 
     def __init__(self, run: RunIdentity) -> None:
-        self._run = _compact(asdict(run))
+        self._run = _compact(run.id_parts())
         self._seen = DigestSet()
         self._repeats: dict[bytes, int] = {}
         self._request = lru_cache(maxsize=4096)(lambda request: _compact(asdict(request)))

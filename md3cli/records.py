@@ -111,13 +111,17 @@ class RunIdentity:
     adapter: str = ""
     background: str = "none"
 
+    def id_parts(self) -> dict[str, str]:
+        """What ids depend on; of the model its revision alone, since the same weights may lie under any name."""
+        return asdict(self) | {"model": self.model.rpartition("@")[2]}
+
 
 def request_id(image: str | None, request: Request, run: RunIdentity, repeat: int = 0) -> str:
     """Stable id of a request (product.md section 3): 32 hex digits of a SHA-256.
 
     `repeat` is k for the k-th repeat of the same request in a run, from 0.
     """
-    parts = [image, asdict(request), asdict(run), repeat]
+    parts = [image, asdict(request), run.id_parts(), repeat]
     text = json.dumps(parts, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
