@@ -28,6 +28,7 @@ from md3cli.records import ImageFacts, ImageItem, Request, RowFailure, RunIdenti
 
 AHEAD_BYTES = 256 * 2**20  # of crops decoded ahead
 MIN_AHEAD, MAX_AHEAD = 4, 256  # rows decoded ahead
+ROWS_AT_A_TIME = 1024  # read before what came of them is written
 CHANNELS = 3
 MAX_AUTO_WORKERS = 16
 
@@ -164,14 +165,23 @@ class Feed:
         return self._ready.popleft() if self._ready else None
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until a picture is decoded, at most `timeout_s`."""
-        if self._num_decoding and not self._ready:
+        """Wait until a picture is decoded, at most `timeout_s`; not while there are rows to read."""
+        if self._num_decoding and not self._ready and not self._wants_rows:
             self._collect(timeout_s)
 
+    @property
+    def _wants_rows(self) -> bool:
+        return not self._is_source_exhausted and self._num_decoding < self._num_ahead and not self._ready
+
     def _fill(self) -> None:
-        """Read rows until enough pictures are in decoding."""
+        """Read rows until enough pictures are in decoding.
+
+        No more than so many at a time: those that fail here, or came early, wait to be written.
+        """
         with self._reading():
-            while not self._is_source_exhausted and self._num_decoding < self._num_ahead and not self._ready:
+            for _ in range(ROWS_AT_A_TIME):
+                if not self._wants_rows:
+                    return
                 row = next(self._rows, None)
                 if row is None:
                     self._is_source_exhausted = True

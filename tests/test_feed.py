@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from md3cli.decode import DecodePool
 from md3cli.errors import ImageError
-from md3cli.feed import Feed, RequestIds, Ticket, rows_ahead
+from md3cli.feed import ROWS_AT_A_TIME, Feed, RequestIds, Ticket, rows_ahead
 from md3cli.images import CropConfig, PreparedImage, Tiling
 from md3cli.records import ImageItem, Request, RowFailure, RunIdentity, SourceRow, Task, request_id
 
@@ -130,6 +130,19 @@ def test_failures_never_become_ready() -> None:
     rig.pool.fail("b")
     assert rig.poll() is None
     assert rig.failed[1:] == [(1, "decode"), (2, "decode")]
+    assert rig.feed.is_exhausted
+
+
+def test_rows_that_fail_are_handed_over_in_portions() -> None:
+    bad = RowFailure("bad_row", "x")
+    rig = Rig(row("good", CAR), *(row(str(i), CAR, failure=bad) for i in range(3 * ROWS_AT_A_TIME)))
+    for portion in range(1, 4):
+        assert rig.poll() is None
+        assert len(rig.failed) == portion * ROWS_AT_A_TIME - 1
+        rig.feed.wait(60)  # there are rows to read
+    rig.pool.finish("good")
+    assert rig.poll() is not None
+    assert rig.poll() is None
     assert rig.feed.is_exhausted
 
 
