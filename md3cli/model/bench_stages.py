@@ -88,7 +88,7 @@ def bench_decode(model: Moondream3, batch_size: int, limits: dict[str, float]) -
     inputs = torch.randn(batch_size, model.config.text.dim, device=device).to(model.dtype)
 
     def step() -> None:
-        decode_step(model, cache, rows, inputs, start + DECODE_STEPS, cache.capacity, is_sampled=False)
+        decode_step(model, cache, rows, inputs, cache.capacity, is_sampled=False)
 
     seconds = best_seconds(step, device, repeats=DECODE_STEPS)
     rate = decode_bytes(model, batch_size, start) / seconds / 1e9

@@ -63,7 +63,7 @@ def _log_probabilities(
         width, device=device
     )
     total = max(row.position for row in rows) + width
-    cache.ensure_capacity(total)
+    cache.fit(max(total, cache.capacity))
     mask = (torch.arange(total, device=device) <= position_BT[:, :, None])[:, None]
     slots_B = torch.tensor([row.slot for row in rows], device=device)
     hidden = model.text(model.text.embed(fed_BT), position_BT, mask, PromptStore(cache, slots_B, position_BT, total))

@@ -35,7 +35,7 @@ from md3cli.model.tasks import Answer, Job, Sequence
 from md3cli.records import RowFailure, RunIdentity
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384, "mps": 4096}  # of one prefill pass, padding included
-COMPILED_ROOM = 1024  # positions behind the prefix that a compiled engine starts with
+EAGER_ROOM, COMPILED_ROOM = 32, 1024  # positions behind the prefix that slots start with
 IDLE_WAIT_S = 0.0005  # between two looks at a source that has nothing ready
 
 
@@ -124,7 +124,7 @@ class Engine:
                 self._decode()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
-                raise
+                raise EngineError(f"the model failed on {self.model.device}: {error}") from error
             self._shrink(error)
         answers = list(self._finished)
         self._finished.clear()
@@ -134,7 +134,7 @@ class Engine:
         """Compile vision, prefill and decode; slots are made large enough not to grow in ordinary runs."""
         self.encoder.compile(backend)
         self.passes.compile(backend)
-        self.cache.ensure_capacity(min(self.max_context, self.config.prefix_len + COMPILED_ROOM))
+        self._allocate(self.batch_size)
 
     # -- slots ------------------------------------------------------------------------------------
 
@@ -142,7 +142,8 @@ class Engine:
         model = self.model
         self.batch_size = batch_size
         self.stats.batch_sizes.append(batch_size)
-        capacity = min(self.max_context, self.config.prefix_len + 64)
+        room = COMPILED_ROOM if self.passes.is_compiled else EAGER_ROOM
+        capacity = max(min(self.max_context, self.config.prefix_len + room), self.config.prefix_len + 1)
         with torch.inference_mode():
             self.cache = KVCache(self.config, batch_size, capacity, dtype=model.dtype, device=model.device)
             self._rows = idle_rows(batch_size, model.device)
@@ -244,7 +245,7 @@ class Engine:
         self.stats.prompt_seconds += time.perf_counter() - started
 
     def _prefill_group(self, batch: Seq[Sequence], slots: Seq[int]) -> None:
-        hidden_BD = self.passes.prefill_prompts(self.cache, batch, slots)
+        hidden_BD = self.passes.prefill_prompts(self.cache, batch, slots, max(self._slots.end))
         for sequence, slot in zip(batch, slots, strict=True):
             self._slots.end[slot] = sequence.start + len(sequence.prompt.ids)
         rows = new_rows(batch, self.model.device)
@@ -260,16 +261,12 @@ class Engine:
         if not active:
             return
         started = time.perf_counter()
-        num_rows = active[-1] + 1
-        end = 1 + max(self._slots.end[slot] for slot in active)
-        # Idle rows among them write too, each behind its own end.
-        self.cache.ensure_capacity(1 + max(self._slots.end))
+        self.cache.fit(1 + max(self._slots.end))
         step = self.passes.decode(
             self.cache,
             self._rows,
             self._next_SD,
-            num_rows=num_rows,
-            end=end,
+            num_rows=active[-1] + 1,
             max_context=self.max_context,
             is_sampled=self._is_sampled(),
         )
@@ -295,7 +292,9 @@ class Engine:
                 self._finish(slot, sequence)
 
     def _finish(self, slot: int, sequence: Sequence) -> None:
-        self._slots.sequences[slot] = None
+        """Free a slot; its idle row is stepped over right behind the prefix, which it keeps."""
+        self._slots.leave(slot, self.config.prefix_len)
+        self._rows.position[slot] = self.config.prefix_len
         self._finished.append(build_answer(sequence, self.tokenizer))
 
     def _choose(self) -> None:

@@ -24,7 +24,6 @@ from md3cli.model.tasks import Sequence
 from md3cli.records import Task
 
 IDLE = int(Mode.IDLE)
-ATTEND_STEP = 32  # eager decode attends over a multiple of this many positions
 PROMPT_STEP = 32  # compiled prompts are padded to a multiple of this
 
 
@@ -47,12 +46,12 @@ def run_prompts(
 
 
 def decode_step(
-    model: Moondream3, cache: KVCache, rows: Rows, next_ND: Tensor, length: int, max_context: int, *, is_sampled: bool
+    model: Moondream3, cache: KVCache, rows: Rows, next_ND: Tensor, max_context: int, *, is_sampled: bool
 ) -> Step:
-    """Feed every row its next input, attend over the first `length` positions, take the next decisions."""
+    """Feed slots 0 … N-1 their next inputs and take their next decisions."""
     position_N1 = rows.position[:, None]
-    mask = (torch.arange(length, device=next_ND.device) <= position_N1[:, :, None])[:, None]
-    store = DecodeStore(cache, rows.position, length)
+    mask = (torch.arange(cache.capacity, device=next_ND.device) <= position_N1[:, :, None])[:, None]
+    store = DecodeStore(cache, rows.position)
     hidden_ND = model.text(next_ND[:, None], position_N1, mask, store)[:, 0]
     moved = rows._replace(position=rows.position + (rows.mode != IDLE))
     return advance(model, moved, hidden_ND, max_context, is_sampled=is_sampled)
@@ -80,10 +79,11 @@ class Passes:
         slots_B = torch.tensor(slots, device=self.model.device)
         self._run_prefixes(self.model, cache, slots_B, torch.stack(list(embeddings)))
 
-    def prefill_prompts(self, cache: KVCache, batch: Seq[Sequence], slots: Seq[int]) -> Tensor:
+    def prefill_prompts(self, cache: KVCache, batch: Seq[Sequence], slots: Seq[int], min_positions: int) -> Tensor:
         """Run prompts into slots that hold their pictures' prefixes; hidden state after each prompt [B, D].
 
         Padding behind a short prompt is overwritten by its answer before anything attends to it.
+        `min_positions` are in use by the other slots.
         """
         device, num_prompts = self.model.device, len(batch)
         width = max(len(sequence.prompt.ids) for sequence in batch)
@@ -91,7 +91,7 @@ class Passes:
             width = round_up(width, PROMPT_STEP)
             batch, slots = _repeat_last(batch, cache.num_slots), _repeat_last(slots, cache.num_slots)
         total = max(sequence.start for sequence in batch) + width
-        cache.ensure_capacity(total)
+        cache.fit(max(total, min_positions))
         x_BTD = torch.zeros(len(batch), width, self.model.config.text.dim, dtype=self.model.dtype, device=device)
         for row, sequence in enumerate(batch):
             x_BTD[row, : len(sequence.prompt.ids)] = prompt_embeddings(self.model, sequence.prompt)
@@ -107,23 +107,12 @@ class Passes:
         return hidden_BD[:num_prompts]
 
     def decode(
-        self,
-        cache: KVCache,
-        rows: Rows,
-        next_SD: Tensor,
-        num_rows: int,
-        end: int,
-        max_context: int,
-        *,
-        is_sampled: bool,
+        self, cache: KVCache, rows: Rows, next_SD: Tensor, *, num_rows: int, max_context: int, is_sampled: bool
     ) -> Step:
-        """One decision for slots 0 … `num_rows`-1 (compiled: for all slots), whose positions are all below `end`."""
-        length = min(round_up(end, ATTEND_STEP), cache.capacity)
-        if self.is_compiled:
-            num_rows, length = cache.num_slots, cache.capacity
-        window = slice(0, num_rows)
+        """One decision for slots 0 … `num_rows`-1 (compiled: for all slots)."""
+        window = slice(0, cache.num_slots if self.is_compiled else num_rows)
         return self._decode_step(
-            self.model, cache, rows.pick(window), next_SD[window], length, max_context, is_sampled=is_sampled
+            self.model, cache, rows.pick(window), next_SD[window], max_context, is_sampled=is_sampled
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from md3cli.model.config import HEAD_DIM, ModelConfig
 
-GROWTH = 128  # positions; capacity is a multiple of it, so that growth is rare and shapes repeat
+GROWTH = 64  # positions; capacity is a multiple of it, so that resizing is rare and shapes repeat
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -33,7 +33,7 @@ class KVCache:
         self, config: ModelConfig, num_slots: int, capacity: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.num_slots = num_slots
-        self.capacity = round_up(capacity, GROWTH)
+        self.capacity = self._least_capacity = round_up(capacity, GROWTH)
         self._shape = (num_slots, config.text.n_heads, self.capacity, HEAD_DIM)
         layers = range(config.text.n_layers)
         self.keys = [torch.zeros(self._shape, dtype=dtype, device=device) for _ in layers]
@@ -43,17 +43,21 @@ class KVCache:
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
-    def ensure_capacity(self, num_positions: int) -> None:
-        """Make room for `num_positions` in every slot, layer by layer, keeping what is stored."""
-        if num_positions <= self.capacity:
+    def fit(self, num_positions: int) -> None:
+        """Make every slot hold `num_positions`; give room back when less than half of it is needed.
+
+        Capacity never falls below what the cache was made with.
+        """
+        needed = max(round_up(num_positions, GROWTH), self._least_capacity)
+        if not self.capacity < needed and not needed <= self.capacity // 2:
             return
-        capacity = round_up(num_positions, GROWTH)
+        kept = min(needed, self.capacity)
         for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                grown = old.new_zeros((*old.shape[:2], capacity, HEAD_DIM))
-                grown[:, :, : self.capacity] = old
-                tensors[layer] = grown
-        self.capacity = capacity
+            for layer, old in enumerate(tensors):  # layer by layer: never twice in memory
+                new = old.new_zeros((*old.shape[:2], needed, HEAD_DIM))
+                new[:, :, :kept] = old[:, :, :kept]
+                tensors[layer] = new
+        self.capacity = needed
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot to another."""
@@ -95,10 +99,14 @@ class PromptStore:
 
 
 class DecodeStore:
-    """One decode step of slots 0 … n-1: one new position each, read in place without a copy."""
+    """One decode step of slots 0 … n-1: one new position each, read in place.
 
-    def __init__(self, cache: KVCache, position_N: Tensor, length: int) -> None:
-        self.cache, self.position_N, self.length = cache, position_N, length
+    All of the capacity is attended to (under a mask): a shorter view would not be contiguous, and
+    the matrix products of a CPU copy such views whole, at every step.
+    """
+
+    def __init__(self, cache: KVCache, position_N: Tensor) -> None:
+        self.cache, self.position_N = cache, position_N
         self.rows_N = torch.arange(position_N.shape[0], device=position_N.device)
 
     def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,4 +117,4 @@ class DecodeStore:
 
     def _write(self, stored_SHCK: Tensor, new_NH1K: Tensor) -> Tensor:
         stored_SHCK[self.rows_N, :, self.position_N] = new_NH1K[:, :, 0]
-        return stored_SHCK[: len(self.rows_N), :, : self.length]
+        return stored_SHCK[: len(self.rows_N)]

@@ -40,6 +40,11 @@ class SlotTable:
     def active(self) -> list[int]:
         return [slot for slot, sequence in enumerate(self.sequences) if sequence is not None]
 
+    def leave(self, slot: int, prefix_len: int) -> None:
+        """The sequence in `slot` is done; nothing behind the prefix is in use any more."""
+        self.sequences[slot] = None
+        self.end[slot] = prefix_len
+
     def place(self, batch: Seq[Sequence], wanted: Collection[str | None]) -> Placement:
         """Choose free slots for `batch`: where the prefix is already, else one that nobody wants first.
 
