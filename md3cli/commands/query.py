@@ -9,6 +9,7 @@ import typer
 from md3cli.commands.annotating import annotate, expand_options
 from md3cli.commands.arguments import parse_query
 from md3cli.commands.options import AnnotateOptions, SpatialRefs, spatial_refs
+from md3cli.commands.values import checked, parse_choices
 from md3cli.records import Task
 
 app = typer.Typer(add_completion=False)
@@ -23,7 +24,13 @@ def query(
     question: Annotated[list[str] | None, typer.Option("--question", "-q", help="A question; may be repeated.")] = None,
     reasoning: Annotated[bool, typer.Option("--reasoning/--no-reasoning", help="Think first, or be fast.")] = True,
     choices: Annotated[
-        str | None, typer.Option("--choices", metavar="A,B,…", help="The only answers allowed; each gets a score.")
+        str | None,
+        typer.Option(
+            "--choices",
+            metavar="A,B,…",
+            callback=checked(parse_choices),
+            help="The only answers allowed; each gets a score.",
+        ),
     ] = None,
     spatial_ref: SpatialRefs = None,
     *,
@@ -44,7 +51,7 @@ def query(
     asked = parse_query(positional or [], question or [])
     refs = spatial_refs(spatial_ref)
     questions = asked.questions or (None,)  # the rows of a manifest bring their own
-    allowed = tuple(choice.strip() for choice in choices.split(",")) if choices else ()
+    allowed = () if choices is None else parse_choices(choices)
     settings = {"reasoning": reasoning, "spatial_refs": refs, "choices": allowed}
     requests = [options.request(Task.QUERY, text, **settings) for text in questions]
     annotate(options.run_config("query", [] if asked.input is None else [asked.input], requests), options)

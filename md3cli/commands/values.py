@@ -86,6 +86,18 @@ def parse_spatial_ref(text: str) -> tuple[float, ...]:
     return values
 
 
+def parse_choices(text: str) -> tuple[str, ...]:
+    """The answers of `yes,no,unsure`, in the order typed.
+
+    Raises:
+        ValueError: fewer than two, an empty one, or one twice.
+    """
+    choices = tuple(part.strip() for part in text.split(","))
+    if len(choices) < 2 or not all(choices) or len(set(choices)) < len(choices):
+        raise ValueError(f"{text!r} is not a list of at least two different answers; write it like yes,no,unsure")
+    return choices
+
+
 def checked(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
     """An option callback that refuses what `parse` raises ValueError for; the text itself is passed on."""
 

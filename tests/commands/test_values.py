@@ -11,6 +11,7 @@ from md3cli.commands.values import (
     checked,
     number_or_auto,
     parse_bytes,
+    parse_choices,
     parse_count,
     parse_fail_on,
     parse_shard,
@@ -105,3 +106,13 @@ def test_checked_passes_the_text_on_and_names_what_is_wrong() -> None:
     assert check(None) is None
     with pytest.raises(typer.BadParameter, match="'x' is not a number"):
         check(["5k", "x"])
+
+
+def test_choices_are_at_least_two_different_answers() -> None:
+    assert parse_choices("yes, no,not sure") == ("yes", "no", "not sure")
+
+
+@pytest.mark.parametrize("text", ["", "yes", "yes,,no", "yes,yes "])
+def test_other_choices_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="two different answers"):
+        parse_choices(text)
