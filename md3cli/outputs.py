@@ -221,9 +221,10 @@ def _printer(console: RunConsole) -> Callable[[Sequence[RecordDict]], None]:
 
 
 def written_paths(plan: OutputPlan) -> list[str]:
-    """What a finished run has written, for people."""
+    """What a finished run has written, for people; a document that had nothing to hold is not there."""
     assert plan.files is not None
-    return [printable(str(path)) for path in (*(document.path for document in plan.documents), plan.files.journal)]
+    paths = [*(document.path for document in plan.documents), plan.files.journal]
+    return [printable(str(path)) for path in paths if path.exists()]
 
 
 def publish(document: Document, records: Path, config: RunConfig, root: str) -> tuple[str, ...]:

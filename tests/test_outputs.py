@@ -8,7 +8,7 @@ import pytest
 
 from md3cli.config import OutputOptions
 from md3cli.errors import MissingExtraError, OutputMismatchError, UsageError
-from md3cli.outputs import OutputPlan, check_replaceable, plan_output
+from md3cli.outputs import OutputPlan, check_replaceable, plan_output, written_paths
 
 
 def plan(path: str | None, *formats: str, is_terminal: bool = False) -> OutputPlan:
@@ -128,3 +128,11 @@ def test_documents_of_somebody_else_are_left_alone() -> None:
     Path("run/yolo/mine.txt").write_text("x")
     with pytest.raises(OutputMismatchError, match=r"run/yolo is there already"):
         check_replaceable(plan("run", "yolo"), may_overwrite=False)
+
+
+def test_only_what_is_there_is_told_as_written() -> None:
+    found = plan("run/", "txt", "coco")
+    Path("run").mkdir()
+    for name in ("coco.json", "records.jsonl"):
+        Path("run", name).touch()
+    assert written_paths(found) == ["run/coco.json", "run/records.jsonl"]
