@@ -65,7 +65,7 @@ class MissingExtraError(Md3Error):
     """An optional dependency is missing.
 
     Args:
-        feature: what was asked for, as the user names it (`s3:// paths`).
+        feature: what was asked for, as the user names it (`a path with s3://`).
         extra: the extra of this package that brings it (`remote`).
     """
 

@@ -43,7 +43,7 @@ def kind_of(typed: str, is_alone: bool) -> Kind:
     if typed == STDIN:
         return Kind.STDIN
     if match := _REMOTE.match(typed):
-        raise MissingExtraError(f"{match[0].lower()} paths", "remote")
+        raise MissingExtraError(f"a path with {match[0].lower()}", "remote")
     suffix = os.path.splitext(typed)[1].lower()
     if os.path.isdir(typed):
         return Kind.FOLDER
