@@ -38,14 +38,16 @@ def pixel_box(instance: Instance, picture: Picture) -> list[int]:
     ]
 
 
-def annotation(number: int, image_id: int, instance: Instance, picture: Picture) -> dict[str, Any]:
+def annotation(
+    number: int, image_id: int, instance: Instance, picture: Picture, kinds: tuple[str, ...] = KINDS
+) -> dict[str, Any]:
     """A COCO annotation; `segmentation` is the whole outline, `area` and `bbox` what can be seen of it."""
     shape: Shape = picture.scene.shapes[instance.number]
     outline = np.round(instance_outline(picture, instance), 2)
     return {
         "id": number,
         "image_id": image_id,
-        "category_id": KINDS.index(instance.kind) + 1,
+        "category_id": kinds.index(instance.kind) + 1,
         "bbox": pixel_box(instance, picture),
         "area": instance.num_pixels,
         "iscrowd": 0,
@@ -67,7 +69,7 @@ def question_entry(index: int, question: Question) -> dict[str, Any]:
     return {**entry, "answer": question.answer}
 
 
-def write_collection(seed: int, count: int, out: Path) -> None:
+def write_collection(seed: int, count: int, out: Path, kinds: tuple[str, ...] = KINDS) -> None:
     """Pictures and ground truth of a collection."""
     out.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
@@ -75,19 +77,19 @@ def write_collection(seed: int, count: int, out: Path) -> None:
     captions: list[dict[str, Any]] = []
     questions: list[dict[str, Any]] = []
     for index in range(count):
-        picture, image_id = make_picture(seed, index), index + 1
+        picture, image_id = make_picture(seed, index, kinds), index + 1
         picture.image.save(out / file_name(index))
         size = {"width": picture.scene.width, "height": picture.scene.height}
         images.append({"id": image_id, "file_name": file_name(index), **size})
         for instance in picture.instances:
-            annotations.append(annotation(len(annotations) + 1, image_id, instance, picture))
+            annotations.append(annotation(len(annotations) + 1, image_id, instance, picture, kinds))
         for length in CAPTION_LENGTHS:
             entry = {"id": len(captions) + 1, "image_id": image_id, "length": length}
             captions.append({**entry, "caption": caption(picture, length)})
         rng = np.random.default_rng([seed, index, 1])
         questions += [question_entry(index, question) for question in all_questions(rng, picture)]
     info = {"description": "Scenes of coloured shapes", "seed": seed, "generator": "examples/shapes.py"}
-    categories = [{"id": i + 1, "name": kind} for i, kind in enumerate(KINDS)]
+    categories = [{"id": i + 1, "name": kind} for i, kind in enumerate(kinds)]
     coco = {"info": info, "images": images, "annotations": annotations, "categories": categories}
     _write(out / "instances.json", coco)
     _write(out / "captions.json", {"info": info, "images": images, "annotations": captions})

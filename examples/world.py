@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 KINDS = ("circle", "square", "triangle", "star", "cross", "heart", "moon", "diamond")
+NEW_KIND = "arrow"  # drawn on request; the embedded model has never seen one (finetune_lora.py shows it some)
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 32, 38),
     "yellow": (246, 214, 28),
@@ -128,6 +129,9 @@ def outline(kind: str, smooth_points: int = 64) -> Outline:
         points = _moon(smooth_points)
     elif kind == "diamond":
         points = [(0, -1), (0.72, 0), (0, 1), (-0.72, 0)]
+    elif kind == NEW_KIND:
+        right = [(0, -1), (0.78, -0.1), (0.26, -0.1), (0.26, 0.94)]
+        points = right + [(-x, y) for x, y in right[:0:-1]]
     else:
         raise ValueError(f"unknown kind {kind!r}")
     return np.array(points, dtype=np.float64)
@@ -147,11 +151,11 @@ def placed_outline(shape: Shape, width: int, height: int, smooth_points: int = 6
     return np.asarray(points + np.array([shape.x * width, shape.y * height]))
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
+def sample_scene(rng: np.random.Generator, all_kinds: tuple[str, ...] = KINDS) -> Scene:
     """Draw a scene at random; layouts that do not fit are drawn again, with smaller shapes every time."""
     width, height = _sample_size(rng)
     count = int(rng.choice(np.arange(1, MAX_SHAPES + 1), p=NUM_SHAPES_WEIGHTS))
-    kinds = _sample_palette(rng, KINDS)
+    kinds = _sample_palette(rng, all_kinds)
     colours = _sample_palette(rng, tuple(COLOURS))
     background = _sample_background(rng)
     diameters = np.exp(rng.uniform(math.log(MIN_DIAMETER), math.log(MAX_DIAMETER[count - 1]), count))

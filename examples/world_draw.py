@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from world import Background, Outline, Scene, placed_outline, sample_scene
+from world import KINDS, Background, Outline, Scene, placed_outline, sample_scene
 
 MIN_VISIBLE = 0.65  # of a shape's pixels
 MIN_ORDER_GAP = 0.03  # of the width, between the centres of two visible boxes
@@ -66,11 +66,11 @@ class Picture:
         return np.asarray(self.owners == instance.number)
 
 
-def make_picture(seed: int, index: int) -> Picture:
+def make_picture(seed: int, index: int, kinds: tuple[str, ...] = KINDS) -> Picture:
     """Picture `index` of the collection `seed`; layouts that hide too much of a shape are drawn again."""
     rng = np.random.default_rng([seed, index])
     while True:
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, kinds)
         stencils = [_Stencil(scene, number) for number in range(len(scene.shapes))]
         owners = np.full((scene.height, scene.width), -1, dtype=np.int8)
         for stencil in stencils:

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from md3cli import Moondream
 from md3cli.errors import ConfigError, RequestError
 from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor
-from md3cli.model.hf.lora import lora_targets
+from md3cli.model.hf.lora import PARTS, lora_targets
 from md3cli.model.region import size_bin
 from md3cli.model.training_loss import SIGMA_SHARE, near_bins_loss
 
@@ -150,10 +150,10 @@ def lora(parts: tuple[str, ...] = ("attention", "dense", "experts"), **settings:
 
 
 def test_lora_targets_name_every_matrix_of_a_part() -> None:
-    model = get_peft_model(fresh_model(), lora(("attention", "dense", "experts", "region", "vision")))
+    model = get_peft_model(fresh_model(), lora(PARTS))
     trained = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
     text = load_case(CASE).model.config.text
-    assert len(trained) == 4 * text.n_layers + 4 + 2
+    assert len(trained) == 4 * text.n_layers + 4 + 2 + 4 * load_case(CASE).model.config.vision.enc_n_layers
     with pytest.raises(ConfigError, match="no part router"):
         lora_targets(load_case(CASE).model.config, ["router"])
 

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from md3cli.errors import ConfigError
 from md3cli.model.config import ModelConfig
 
-PARTS = ("attention", "dense", "experts", "region", "vision")
+PARTS = ("attention", "dense", "experts", "region", "projection", "vision")
 
 
 def lora_targets(
@@ -19,8 +19,9 @@ def lora_targets(
 ) -> dict[str, list[str]]:
     """Keyword arguments for `peft.LoraConfig` that adapt some parts of the network.
 
-    Parts: `attention`, `dense` and `experts` of the text decoder, the `region` heads, and of `vision`
-    the projection into the text width. Routers, norms, embeddings and head are left alone.
+    Parts: `attention`, `dense` and `experts` of the text decoder, the `region` heads, the blocks of the
+    `vision` encoder and its `projection` into the text width. Routers, norms, embeddings and head are
+    left alone.
 
     Raises:
         ConfigError: no such part.
@@ -40,6 +41,9 @@ def lora_targets(
             modules += [f"{block}.mlp.fc1", f"{block}.mlp.fc2"]
     if "region" in parts:
         modules += [f"model.region.{kind}_{side}" for kind in ("coord", "size") for side in ("encoder", "decoder")]
-    if "vision" in parts:
+    if "projection" in parts:
         modules += ["model.vision.proj_mlp.fc1", "model.vision.proj_mlp.fc2"]
+    if "vision" in parts:
+        leaves = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        modules += [f"model.vision.blocks.{n}.{leaf}" for n in range(config.vision.enc_n_layers) for leaf in leaves]
     return {"target_modules": modules, "target_parameters": parameters}
