@@ -325,3 +325,9 @@ def test_failures_of_the_library_are_translated(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(CheckpointError, match=message):
         resolve_model(REPO)
+
+
+def test_the_cache_folder_is_known_before_anything_else_was_asked() -> None:
+    code = "from md3cli.model.hub_download import cache_folder; print(cache_folder())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip().endswith("hub")

@@ -111,6 +111,7 @@ def cache_folder() -> Path:
 def _import_hub() -> Any:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # the library reads it when it is imported
     import huggingface_hub
+    import huggingface_hub.constants
     import huggingface_hub.errors
 
     return huggingface_hub
