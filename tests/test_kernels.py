@@ -88,6 +88,24 @@ def test_attention_by_products_equals_the_fused_one() -> None:
     assert torch.allclose(attention(q, k, v, None), bmm_attention(q, k, v, None), atol=1e-6)
 
 
+@pytest.mark.parametrize("mask_rows", [None, 1, 3])
+@pytest.mark.parametrize("scores_in_cache", [1, 4 * 9 * 2, 1 << 20])
+def test_attention_in_blocks_equals_attention_at_once(
+    mask_rows: int | None, scores_in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "SCORES_IN_CACHE", scores_in_cache)
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(3, 5, length, 64, generator=generator) for length in (4, 9, 9))
+    mask = None
+    if mask_rows is not None:
+        mask = torch.rand(mask_rows, 1, 4, 9, generator=generator) > 0.3
+        mask[..., 0] = True
+    found = kernels.blocked_attention(q, k, v, mask)
+    assert torch.allclose(found, bmm_attention(q, k, v, mask), atol=1e-6)
+    alone = kernels.blocked_attention(q[1:2], k[1:2], v[1:2], mask if mask_rows != 3 else mask[1:2])
+    assert torch.allclose(alone, found[1:2], atol=1e-6)
+
+
 def test_optimised_models_answer_like_plain_ones() -> None:
     from golden_cases import assert_answer, load_case
 
