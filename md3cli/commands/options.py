@@ -18,6 +18,7 @@ import typer
 
 from md3cli import config
 from md3cli.commands.values import (
+    above_zero,
     checked,
     number_or_auto,
     one_of,
@@ -28,7 +29,9 @@ from md3cli.commands.values import (
     parse_spatial_ref,
     starting,
 )
+from md3cli.errors import UsageError
 from md3cli.records import Request, Task
+from md3cli.row_requests import SEED_LIMIT, TEMPERATURE_LIMIT, TOKENS_LIMIT
 from md3cli.source import SourceSpec
 
 _output = functools.partial(typer.Option, rich_help_panel="Output")
@@ -45,7 +48,9 @@ OneInput = Annotated[
     str, typer.Argument(metavar="INPUT", help="Image, folder, quoted glob, manifest, tar, URL, or - for stdin.")
 ]
 Objects = Annotated[list[str], typer.Argument(metavar="OBJECT", help="What to look for.")]
-MaxObjects = Annotated[int, typer.Option("--max-objects", min=1, help="Stop after so many in one image.")]
+MaxObjects = Annotated[
+    int, typer.Option("--max-objects", min=1, max=TOKENS_LIMIT - 1, help="Stop after so many in one image.")
+]
 
 
 SpatialRefs = Annotated[
@@ -66,7 +71,7 @@ def spatial_refs(texts: Sequence[str] | None) -> tuple[tuple[float, ...], ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotateOptions:
-    """Every option of product.md's table, and what narrows and guards INPUT."""
+    """The options of model, answers, OUTPUT and display, and what narrows and guards INPUT."""
 
     output: Annotated[
         str | None,
@@ -173,10 +178,14 @@ class AnnotateOptions:
     ] = "20 GB"
     offline: Annotated[bool, _model("--offline", help="No network at all.")] = False
 
-    temperature: Annotated[float, _answers("--temperature", min=0, help="0 is greedy: a rerun gives the same.")] = 0.0
-    top_p: Annotated[float, _answers("--top-p", min=0, max=1, help="Share of the probability to draw from.")] = 0.9
-    max_tokens: Annotated[int, _answers("--max-tokens", min=1, help="Longest answer.")] = 768
-    seed: Annotated[int, _answers("--seed", help="Of the draws.")] = 0
+    temperature: Annotated[
+        float, _answers("--temperature", min=0, max=TEMPERATURE_LIMIT, help="0 is greedy: a rerun gives the same.")
+    ] = 0.0
+    top_p: Annotated[
+        float, _answers("--top-p", max=1, callback=above_zero, help="Share of the probability to draw from.")
+    ] = 0.9
+    max_tokens: Annotated[int, _answers("--max-tokens", min=1, max=TOKENS_LIMIT - 1, help="Longest answer.")] = 768
+    seed: Annotated[int, _answers("--seed", min=0, max=SEED_LIMIT - 1, help="Of the draws.")] = 0
 
     max_pixels: Annotated[
         str,
@@ -249,6 +258,8 @@ class AnnotateOptions:
         )
 
     def _output_options(self) -> config.OutputOptions:
+        if self.output == "":  # such as -o "$OUT" without an OUT
+            raise UsageError("OUTPUT is empty; name a file or folder after -o, or leave -o out")
         return config.OutputOptions(
             path=None if self.output is None else Path(self.output),
             is_folder=self.output is not None and self.output.endswith(("/", os.sep)),

@@ -98,6 +98,13 @@ def parse_choices(text: str) -> tuple[str, ...]:
     return choices
 
 
+def above_zero(value: float) -> float:
+    """An option callback that refuses 0, less and what is no number."""
+    if not value > 0:
+        raise typer.BadParameter(f"{value:g} is not above 0")
+    return value
+
+
 def checked(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
     """An option callback that refuses what `parse` raises ValueError for; the text itself is passed on."""
 
