@@ -18,6 +18,7 @@ from reference.random_models import draw_network
 from reference.writing import write_checkpoint
 
 from md3cli import Moondream
+from md3cli.errors import ImageError
 
 TALKATIVE = 22  # a seed whose model writes several words, grounds, and finds things in `image`
 SETTINGS = {"max_tokens": 24}
@@ -212,3 +213,8 @@ def test_a_script_over_a_folder(model: Moondream, image: Image.Image, tmp_path: 
     captions = [model.caption(picture, settings=SETTINGS)["caption"] for picture in pictures()]
     assert captions[0] == model.caption(image, settings=SETTINGS)["caption"]
     assert len(captions) == 2
+
+
+def test_a_picture_that_cannot_be_read_is_named(model: Moondream) -> None:
+    with pytest.raises(ImageError, match=r"^nowhere/a\.png: cannot open"):
+        model.caption("nowhere/a.png")

@@ -42,6 +42,7 @@ from md3cli.records import (
     Task,
     make_error_record,
     make_record,
+    printable,
     request_id,
 )
 
@@ -195,7 +196,10 @@ class Moondream:
         return result_of(self._finish(job.key))
 
     def _job(self, image: ImageLike | None, request: Request) -> Job:
-        return Job(next(self._keys), None if image is None else self._prepare(image), request)
+        try:
+            return Job(next(self._keys), None if image is None else self._prepare(image), request)
+        except ImageError as error:
+            raise ImageError(error.type, f"{printable(str(image))}: {error}") from error
 
     def _step(self) -> None:
         self._answers.update((answer.key, answer) for answer in self.engine.step())
