@@ -69,6 +69,7 @@ def _python() -> Finding:
 
 def _device_of(name: str) -> Callable[[], Iterator[Finding]]:
     def device() -> Iterator[Finding]:
+        """torch, the device that would be used, and its memory."""
         try:
             from md3cli.model.device_facts import LARGE_MODEL_BYTES, device_facts
         except ImportError as error:

@@ -1,7 +1,7 @@
 """The words every layer shares: task, request, image, source row, record.
 
 Stdlib only; knows nothing of models, files or formats. A record is a plain dict that goes to
-JSON as it is (product.md section 3); `make_record` and `make_error_record` are the only places
+JSON as it is; `make_record` and `make_error_record` are the only places
 that build one, so that the order of keys is decided here.
 """
 
@@ -117,7 +117,7 @@ class RunIdentity:
 
 
 def request_id(image: str | None, request: Request, run: RunIdentity, repeat: int = 0) -> str:
-    """Stable id of a request (product.md section 3): 32 hex digits of a SHA-256.
+    """Stable id of a request: 32 hex digits of a SHA-256.
 
     `repeat` is k for the k-th repeat of the same request in a run, from 0.
     """

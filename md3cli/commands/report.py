@@ -62,4 +62,5 @@ def _tell(summary: ReportSummary) -> None:
     where = printable(str(summary.page))
     typer.echo(f"{where}{pages}: {summary.num_images:,} images, {summary.num_records:,} records", err=True)
     if summary.num_missing:
-        typer.echo(f"note: {summary.num_missing:,} pictures cannot be opened; is --root right?", err=True)
+        pictures = "picture" if summary.num_missing == 1 else "pictures"
+        typer.echo(f"note: {summary.num_missing:,} {pictures} cannot be opened; is --root right?", err=True)

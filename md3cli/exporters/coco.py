@@ -57,6 +57,7 @@ class _Writer:
         self._first_unknown = ""
 
     def write_document(self, index: ImageIndex, file: BinaryIO) -> None:
+        """The whole document; annotations wait in a temporary file, since all images come before them."""
         info = {"description": f"annotated by {self._model}", "version": "1.0", "year": 0}
         info |= dict.fromkeys(("contributor", "url", "date_created"), "")
         file.write(b'{"info":' + _json(info) + b',"licenses":[],"images":[')
