@@ -20,6 +20,7 @@ from md3cli.early import EarlyRecords
 from md3cli.errors import MissingExtraError, OutputMismatchError, UsageError
 from md3cli.exporters import RUN_FOLDER_NAMES, ExportOptions, export_records, format_of
 from md3cli.journal import Journal, encode_record
+from md3cli.publish import STAGED, remove_stale_temps
 from md3cli.records import RecordDict, RunIdentity, Task, printable
 from md3cli.run_info import OutputPaths, RunDocument, check_first_record, identity_of, output_paths
 from md3cli.settings import user_cache_dir
@@ -178,6 +179,9 @@ def open_output(
     journal = Journal.open(
         plan.files.journal, mode="overwrite" if options.overwrite else "resume", lock_path=plan.files.lock
     )
+    for path in (plan.files.run_info, *(document.path for document in plan.documents)):
+        remove_stale_temps(path)
+        remove_stale_temps(path / STAGED)
     try:
         document = _begin(plan.files, journal, config, source, identity)
     except BaseException:

@@ -10,6 +10,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 from md3cli.errors import OutputError
 from md3cli.records import printable
 
+STAGED = "staged"  # what a folder's files are temporarily called together, inside it, before they are added to it
 TEMP_NAME_LIMIT_BYTES = 200  # of the name, so that the temporary name stays under the 255 of file systems
 _NO_LOCKS_HERE = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 
@@ -38,12 +41,22 @@ def _temp_stem(target: Path) -> str:
     return f".{name}.tmp-"
 
 
+def temp_beside(target: Path) -> Path:
+    """A new temporary name in `target`'s folder, of the kind that `remove_stale_temps` removes."""
+    return target.with_name(f"{_temp_stem(target)}{secrets.randbelow(10**12)}")
+
+
 def remove_stale_temps(target: Path) -> None:
-    """Remove what killed writers of `target` left behind; the caller holds the output's lock."""
+    """Remove the files and folders that killed writers of `target` left behind; the caller holds the output's lock."""
+    target = Path(os.path.realpath(target))
     stem = _temp_stem(target)
     with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
         for entry in entries:
-            if entry.name.startswith(stem) and entry.name.removeprefix(stem).isdigit():
+            if not entry.name.startswith(stem) or not entry.name.removeprefix(stem).isdigit():
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
                 os.unlink(entry.path)
 
 
@@ -57,10 +70,8 @@ def atomic_publish(path: Path) -> Iterator[Path]:
         OutputError: the file cannot be written, synced or renamed.
     """
     target = Path(os.path.realpath(path))
-    temp = target.with_name(f"{_temp_stem(target)}{os.getpid()}")
+    temp = temp_beside(target)
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temp)
         os.close(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
         yield temp
         _sync(temp)

@@ -287,7 +287,7 @@ class Chaos:
         """After a run that got through."""
         assert ending.status == 3, ending
         assert self._num_lines() == len(self.expected)
-        assert self._names() == self.expected_names
+        assert self._names() == self.expected_names, (self._names(), ending)
         assert self._document() == self.expected_document
         starts = json.loads(self.output.with_name(f"{self.output.name}.run.json").read_bytes())["starts"]
         assert starts[-1]["exit_status"] == 3

@@ -152,7 +152,7 @@ def test_a_signal_leaves_nothing_behind(folder: Path, number: signal.Signals, st
         file.writelines(json.dumps({**head, "image": f"{n}.png"}) + "\n" for n in range(20_000))
     command = [sys.executable, "-m", "md3cli", "export", records, "-f", "voc", "-o", folder / "out"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not list(folder.glob(".md3-*/Annotations/*")):
+        while not list(folder.glob(".out.tmp-*/Annotations/*")):
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from md3cli.errors import OutputError
-from md3cli.publish import OutputLock, atomic_publish, remove_stale_temps
+from md3cli.publish import OutputLock, atomic_publish, remove_stale_temps, temp_beside
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -60,6 +60,8 @@ def test_a_folder_that_is_not_there_is_an_output_error(tmp_path: Path) -> None:
 def test_only_our_own_leftovers_are_removed(tmp_path: Path) -> None:
     for name in (".out.json.tmp-12", ".out.json.tmp-x", ".other.json.tmp-12", "out.json"):
         (tmp_path / name).touch()
+    (tmp_path / ".out.json.tmp-13" / "labels").mkdir(parents=True)
+    temp_beside(tmp_path / "out.json").touch()
     remove_stale_temps(tmp_path / "out.json")
     assert sorted(os.listdir(tmp_path)) == [".other.json.tmp-12", ".out.json.tmp-x", "out.json"]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,16 +17,11 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from md3cli.errors import ExportError, UsageError
-from md3cli.publish import atomic_publish, output_error
+from md3cli.publish import STAGED, atomic_publish, output_error, temp_beside
 from md3cli.records import printable
 
 # The name is taken, or the file system cannot hold it: the next candidate may do.
 _NAME_TROUBLE = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ}
-
-
-def _aside(out: Path) -> Path:
-    """A temporary name beside `out`; short, so that a long OUT is no trouble."""
-    return out.parent / f".md3-{secrets.token_hex(6)}.tmp"
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:
@@ -93,7 +87,7 @@ def staged_folder(out: Path, *, overwrite: bool, suffixes: frozenset[str]) -> It
     else is somebody's work and is not replaced even with `overwrite`.
     """
     check_replaceable(out, overwrite=overwrite, suffixes=suffixes)
-    aside = _aside(out)
+    aside = temp_beside(out)
     with translated(out):
         aside.mkdir(parents=True)
         try:
@@ -133,7 +127,7 @@ def merged_folder(out: Path, *, overwrite: bool) -> Iterator[StagedFolder]:
     is_new = not out.exists()
     with translated(out):
         out.mkdir(parents=True, exist_ok=True)
-        aside = _aside(out / "staged")
+        aside = temp_beside(out / STAGED)
         try:
             aside.mkdir()
             yield StagedFolder(aside)
@@ -165,7 +159,7 @@ def _swap(aside: Path, out: Path) -> None:
     if not out.exists():
         os.rename(aside, out)
         return
-    old = _aside(out)
+    old = temp_beside(out)
     os.rename(out, old)
     os.rename(aside, out)
     shutil.rmtree(old, ignore_errors=True)
