@@ -10,7 +10,6 @@ trains adapters on detection with transformers' Trainer and peft, and asks again
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,24 +52,22 @@ class Scenes(Dataset[dict[str, Any]]):
         return {"image": picture.image, "task": "detect", "prompt": wanted, "objects": boxes}
 
 
-def train(out: Path, steps: int, batch_size: int, rate: float, rank: int) -> None:
+def train(out: Path, args: argparse.Namespace) -> None:
     """Train adapters on every part of the network and save them as peft does, in `out`/adapter."""
-    folder = model_path("tiny")
-    base = Moondream3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    processor = Moondream3Processor.from_pretrained(folder)
+    base = Moondream3ForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32)
+    processor = Moondream3Processor.from_pretrained(args.model)
     targets = lora_targets(base.config.network, PARTS)
-    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=rank, **targets))
+    model = get_peft_model(base, LoraConfig(r=args.rank, lora_alpha=args.rank, **targets))
     model.print_trainable_parameters()
     arguments = TrainingArguments(
         output_dir=str(out / "trainer"),
-        per_device_train_batch_size=batch_size,
-        max_steps=steps,
-        learning_rate=rate,
+        per_device_train_batch_size=args.batch_size,
+        max_steps=args.steps,
+        learning_rate=args.rate,
         lr_scheduler_type="cosine",
-        warmup_steps=steps // 20,
-        max_grad_norm=1.0,
+        warmup_steps=args.steps // 20,
         logging_steps=25,
-        save_steps=max(1, steps // 2),
+        save_steps=max(1, args.steps // 2),
         remove_unused_columns=False,  # the collator takes records as they are
         dataloader_pin_memory=False,
         use_cpu=not torch.cuda.is_available(),
@@ -78,46 +75,45 @@ def train(out: Path, steps: int, batch_size: int, rate: float, rank: int) -> Non
         disable_tqdm=True,
         seed=1,
     )
+    scenes = Scenes(args.steps * args.batch_size)
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=Scenes(steps * batch_size), data_collator=processor.collate
+        model=model,
+        args=arguments,
+        train_dataset=scenes,
+        data_collator=processor.collate,  # type: ignore[arg-type]
     )
-    trainer.train()
-    model.save_pretrained(out / "adapter")
+    trainer.train(resume_from_checkpoint=args.resume)
+    model.save_pretrained(str(out / "adapter"))
 
 
-def evaluate(out: Path, name: str, *options: str) -> dict[str, Any]:
-    """`md3 detect` over the held-out scenes and `md3 eval`; prints its tables, returns its numbers."""
-    records, scenes = out / f"{name}.jsonl", out / "held-out"
-    detect = ["detect", str(scenes), *ALL_KINDS, "-m", "tiny", "-o", str(records), "--overwrite", "--quiet", *options]
-    score = ["eval", str(records), "--gt", str(scenes / "instances.json"), "--root", str(scenes)]
-    _md3(*detect)
-    _md3(*score[:4])
-    scores: dict[str, Any] = json.loads(_md3(*score[:4], "--json", is_quiet=True))
-    return scores
+def evaluate(out: Path, name: str, model: str, *options: str) -> None:
+    """Ask for every kind in the held-out scenes, and score the answers: `md3 detect`, then `md3 eval`."""
+    records, scenes = str(out / f"{name}.jsonl"), out / "held-out"
+    _md3("detect", str(scenes), *ALL_KINDS, "-m", model, "-o", records, "--overwrite", "--quiet", *options)
+    _md3("eval", records, "--gt", str(scenes / "instances.json"), "-o", str(out / name))
 
 
-def _md3(*arguments: str, is_quiet: bool = False) -> str:
-    done = subprocess.run([sys.executable, "-m", "md3cli", *arguments], check=True, capture_output=True, text=True)
-    if not is_quiet:
-        print(f"$ md3 {' '.join(arguments)}\n{done.stdout}", flush=True)
-    return done.stdout
+def _md3(*arguments: str) -> None:
+    print("$ md3", *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", "md3cli", *arguments], check=True)
 
 
 def main() -> None:
     """Draw, ask, train, ask again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", type=model_path, default="tiny", help="default tiny")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--scenes", type=int, default=80, help="held-out scenes")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT/trainer")
     args = parser.parse_args()
     write_collection(HELD_OUT_SEED, args.scenes, args.out / "held-out", ALL_KINDS)
-    before = evaluate(args.out, "before")
-    train(args.out, args.steps, args.batch_size, args.rate, args.rank)
-    after = evaluate(args.out, "after", "--adapter", str(args.out / "adapter"))
-    print(json.dumps({"before": before, "after": after})[:0], end="")
+    evaluate(args.out, "before", str(args.model))
+    train(args.out, args)
+    evaluate(args.out, "after", str(args.model), "--adapter", str(args.out / "adapter"))
 
 
 if __name__ == "__main__":

@@ -42,11 +42,12 @@ class LoadingMethods:
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path | None = None, *args: Any, **kwargs: Any
-    ) -> Self | tuple[Self, dict[str, Any]]:
+    ) -> Self:
         """Load a checkpoint folder or file in any layout `md3` reads, an alias, or a hub repository.
 
         A folder that PEFT saved loads the model it names and the adapter on top. Takes transformers'
-        keyword arguments; `dtype` is as stored unless given.
+        keyword arguments; `dtype` is as stored unless given. With `output_loading_info` the result is a
+        pair, as it is there.
 
         Raises:
             CheckpointError: the weights cannot be had or do not fit.
@@ -65,7 +66,7 @@ class LoadingMethods:
         with CheckpointReader(plan, dtype=kwargs["dtype"]) as weights:
             kwargs["state_dict"] = {f"model.{key}": weights[key] for key in weights}
         try:
-            loaded = super().from_pretrained(None, *args, **kwargs)  # type: ignore[misc]
+            loaded: Any = super().from_pretrained(None, *args, **kwargs)  # type: ignore[misc]
         except ImportError as error:
             raise EngineError(f"{name} cannot be loaded in the way asked for: {error}") from error
         model: Self = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -7,6 +7,7 @@ by theirs (`target_parameters`). Dense and expert matrices share names, so names
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from md3cli.errors import ConfigError
 from md3cli.model.config import ModelConfig
@@ -14,9 +15,7 @@ from md3cli.model.config import ModelConfig
 PARTS = ("attention", "dense", "experts", "region", "projection", "vision")
 
 
-def lora_targets(
-    config: ModelConfig, parts: Collection[str] = ("attention", "dense", "experts")
-) -> dict[str, list[str]]:
+def lora_targets(config: ModelConfig, parts: Collection[str] = ("attention", "dense", "experts")) -> dict[str, Any]:
     """Keyword arguments for `peft.LoraConfig` that adapt some parts of the network.
 
     Parts: `attention`, `dense` and `experts` of the text decoder, the `region` heads, the blocks of the

@@ -7,6 +7,7 @@ adapter a new engine is made, because the old one remembers pictures as the old 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from md3cli.errors import EngineError
@@ -19,6 +20,7 @@ from md3cli.model.memory import auto_batch_size
 from md3cli.model.moondream import Moondream3
 from md3cli.model.prompts import Prompts, Tokenizer
 from md3cli.model.tasks import EncodedImage
+from md3cli.model.weight_files import TOKENIZER_NAME
 from md3cli.records import RunIdentity
 
 
@@ -105,18 +107,23 @@ class OriginalMethods:
         return (tensors, adapters)
 
     def _new_moondream(self) -> Moondream:
-        if not self.name_or_path and self.tokenizer_source is None:
+        if self.name_or_path:
+            files = resolve_model(self.name_or_path, tokenizer=self.tokenizer_source)
+            file, name, identity = files.tokenizer_file, files.name, files.identity
+        elif self.tokenizer_source is not None:
+            source = Path(self.tokenizer_source)
+            file, name, identity = source / TOKENIZER_NAME if source.is_dir() else source, "", "new"
+        else:
             raise EngineError("this network has no tokenizer; set tokenizer_source to a tokenizer.json or its folder")
-        files = resolve_model(self.name_or_path, tokenizer=self.tokenizer_source)
         config = self.model.config
-        tokenizer = Tokenizer.load(files.tokenizer_file, config)
+        tokenizer = Tokenizer.load(file, config)
         max_context = config.text.max_context
         engine = Engine(
             self.model,
             tokenizer,
-            Prompts(config, tokenizer, files.name),
+            Prompts(config, tokenizer, name),
             ImageEncoder(self.model),
-            identity=RunIdentity(files.identity),
+            identity=RunIdentity(identity),
             batch_size=auto_batch_size(config, self.model.dtype, self.model.device, max_context),
             max_context=max_context,
         )
