@@ -18,8 +18,6 @@ No form lets a row see its companions: each computes rows on their own (tests/te
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -136,8 +134,6 @@ def blocked_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tens
 
 
 # -- experts ---------------------------------------------------------------------------------------
-
-RunExperts = Callable[[Tensor, Routing], Tensor]  # x [N, D] -> [N, D]
 
 
 class AllExperts:
