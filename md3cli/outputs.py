@@ -187,6 +187,8 @@ def open_output(
     except BaseException:
         journal.close()
         raise
+    if not journal.is_locked:
+        console.warn(f"{plan.files.lock} cannot be locked on this file system; start no second run on this OUTPUT")
     if journal.cut_bytes:
         console.warn(f"repaired {plan.files.journal}: a torn end of {journal.cut_bytes:,} bytes was cut")
     early = EarlyRecords(

@@ -374,3 +374,10 @@ def test_flags_of_a_pair_by_either_name(md3: Program, pictures: Path, monkeypatc
     assert md3.models[-1].options.cache is False
     md3("caption", pictures, "--cache")
     assert md3.models[-1].options.cache is True
+
+
+def test_an_output_that_cannot_be_locked_is_told(md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("md3cli.publish._flock", lambda fd, output: False)
+    result = md3("caption", pictures, "-o", "o.jsonl")
+    assert result.exit_code == 0
+    assert "warning: o.jsonl.lock cannot be locked on this file system" in result.stderr
