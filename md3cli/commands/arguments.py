@@ -56,7 +56,8 @@ def parse_query(positional: Sequence[str], options: Sequence[str]) -> QueryArgum
     """`[INPUT] [QUESTION...]` and the questions of `-q`.
 
     Raises:
-        UsageError: no question, or a lone positional that is no INPUT.
+        UsageError: no question, a lone positional that is no INPUT, or a question that is a file: the shell has
+            expanded a glob.
     """
     if any(not question.strip() for question in (*positional[1:], *options)):
         raise UsageError("a question is empty; write it after -q")
@@ -67,6 +68,8 @@ def parse_query(positional: Sequence[str], options: Sequence[str]) -> QueryArgum
     first = positional[0]
     if not looks_like_input(first):
         raise UsageError(_not_an_input(first, is_alone=len(positional) == 1))
+    for text in positional[1:]:
+        _refuse_file(text, "a question")
     questions = (*positional[1:], *options)
     if not questions and not may_carry_rows(first):
         raise UsageError(f'no question about {printable(first)}; ask one with -q: -q "What is this?"')
@@ -90,11 +93,14 @@ def check_objects(objects: Sequence[str]) -> None:
     for name in objects:
         if not name.strip():
             raise UsageError("an OBJECT is empty; name what to look for")
-        if os.path.isfile(name):
-            raise UsageError(
-                f"{printable(name)!r} is a file, not an OBJECT; quote the glob so that the shell leaves it "
-                "alone: '*.jpg'"
-            )
+        _refuse_file(name, "an OBJECT")
+
+
+def _refuse_file(text: str, wanted: str) -> None:
+    if os.path.isfile(text):
+        raise UsageError(
+            f"{printable(text)!r} is a file, not {wanted}; quote the glob so that the shell leaves it alone: '*.jpg'"
+        )
 
 
 def parse_task(spec: str) -> list[TaskSpec]:

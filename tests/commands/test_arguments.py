@@ -57,6 +57,7 @@ def test_query(positional: list[str], options: list[str], expected: tuple[str | 
         (["Why?"], ["How?"], "'Why?' is no file, folder, glob, URL or -"),
         (["Why?", "photo.jpg"], [], "INPUT comes first: md3 query INPUT -q 'Why?'"),
         (["photo.jpg", " "], [], "a question is empty"),
+        (["list.txt", "photo.jpg"], ["Why?"], "'photo.jpg' is a file, not a question; quote the glob"),
         ([], [""], "a question is empty"),
     ],
 )
