@@ -58,7 +58,8 @@ def row_requests(columns: Mapping[str, Any], requests: Sequence[Request], defaul
         RowError: `bad_row` for a value of the wrong type.
         RequestError: `bad_request` for values that make no sense.
     """
-    settings = {name: read(name, columns[name]) for name, read in _SETTINGS.items() if _is_given(columns, name)}
+    given = [name for name in columns if name in _SETTINGS and _is_given(columns, name)]
+    settings = {name: _SETTINGS[name](name, columns[name]) for name in given}
     own = _own_requests(columns, requests, requests[0] if requests else defaults)
     image = columns.get("image")
     result = tuple(replace(request, **settings) for request in own) if settings else tuple(own)
