@@ -31,6 +31,9 @@ from md3cli.records import RunIdentity
 from md3cli.settings import user_cache_dir
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+# Products of a model below this are too small to share: a second thread waits (and spins) more than it
+# computes, ten times over when the machine has other work. Process-wide, as torch has it.
+ONE_THREAD_BYTES = 64 << 20
 SMALL_MODEL_BYTES = 1 << 30  # on CPU, models below it gain nothing from 16 bits
 
 
@@ -48,6 +51,8 @@ def load_engine(options: ModelOptions) -> Engine:
         options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline
     )
     weight_bytes = sum(file.stat().st_size for file in find_weight_files(files.path).files)
+    if device.type == "cpu" and weight_bytes < ONE_THREAD_BYTES:
+        torch.set_num_threads(1)
     dtype = choose_dtype(options.dtype, device, weight_bytes)
     loaded = load_model(files.path, dtype=dtype, device=device)
     if options.adapter:
