@@ -173,11 +173,11 @@ def test_a_packed_batch_computes_what_its_tasks_compute_alone(load: Any) -> None
     from md3cli.model.moondream import Moondream3
 
     batch, losses, tasks = load("tiny_batch"), load("tiny_losses"), load("tiny_tasks")
-    train, vocabulary, pool, draw = load("train_tiny"), load("tiny_vocabulary"), load("tiny_pool"), load("world_draw")
-    plan, tokenizer = train.Plan(text_dim=64, vision_dim=32, grid=4), vocabulary.train_tokenizer()
+    vocabulary, pool, draw = load("tiny_vocabulary"), load("tiny_pool"), load("world_draw")
+    plan, tokenizer = load("tiny_plan").Plan(text_dim=64, vision_dim=32, grid=4), vocabulary.train_tokenizer()
     config = ModelConfig.from_sections(plan.make_config(tokenizer)["config"])
     model = Moondream3(config)
-    train.initialise(model, 0)
+    load("tiny_start").initialise(model, 0)
     picture = draw.make_picture(5, 0)
     cut = cut_crops(picture.image, config.vision.crop_config)
     sample = pool.Sample(cut.pixels, cut.tiling, picture)
