@@ -58,6 +58,18 @@ def test_messages_with_an_answer_and_with_too_much() -> None:
         processor().apply_chat_template("caption: huge")
 
 
+def test_an_answer_alone_is_the_ids_behind_its_prompt() -> None:
+    """What trl does with prompt and completion: each on its own, then side by side."""
+    messages = [{"role": "user", "content": "query: how?"}, {"role": "assistant", "content": "so"}]
+    whole, prompt = (processor().apply_chat_template(part) for part in (messages, messages[:1]))
+    answer = whole.removeprefix(prompt)
+    ids = [
+        processor()(text=[text], images=images)["input_ids"]
+        for text, images in ((whole, [picture("a", 0)]), (prompt, [picture("a", 0)]), (answer, None))
+    ]
+    assert torch.equal(ids[0], torch.cat(ids[1:], dim=1))
+
+
 def test_reasoning_answers_are_parted() -> None:
     thoughts = "one, two<|md_reserved_2|>2"
     messages = [{"role": "user", "content": "reason: how many?"}, {"role": "assistant", "content": thoughts}]

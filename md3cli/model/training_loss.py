@@ -19,7 +19,9 @@ from md3cli.model.moondream import Moondream3
 from md3cli.model.region import size_bin
 
 IGNORE = -100  # label of a position that is no target
-SIGMA_SHARE = 1 / 256  # standard deviation of the Gaussian, as a share of all bins
+SIGMA_SHARE = (
+    6 / 1024
+)  # standard deviation of the Gaussian, as a share of all bins; what the embedded model learned with
 
 
 class Losses(NamedTuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from md3cli.images import Tiling
 from md3cli.model.config import SEGMENT_TEMPLATE, ModelConfig
@@ -17,6 +18,17 @@ from md3cli.model.decoding import Mode
 from md3cli.model.encoder import crops_per_batch
 from md3cli.model.moondream import Moondream3
 from md3cli.records import Task
+
+
+class CacheStore:
+    """A transformers cache as the decoder's `KeyValueStore`."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """See `text.KeyValueStore`."""
+        return self.cache.update(k_BHTK, v_BHTK, layer)
 
 
 def has_images(tilings: Tensor | None, num_rows: int, device: torch.device) -> Tensor:
@@ -32,7 +44,7 @@ def read_positions(valid_BS: Tensor, num_new: int) -> Tensor:
     return position_BS.clamp_min(0)[:, -num_new:]
 
 
-def attention_mask(valid_BS: Tensor, position_BT: Tensor, has_image_B: Tensor, prefix_len: int, width: int) -> Tensor:
+def make_mask(valid_BS: Tensor, position_BT: Tensor, has_image_B: Tensor, prefix_len: int, width: int) -> Tensor:
     """What each new position may attend to, bool [B, 1, T, width].
 
     Earlier positions that are no padding, and itself; positions of a picture's prefix see all of it.

@@ -10,6 +10,7 @@ Shape suffixes: B rows, T new positions, S all positions, N crops of a row, D wi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +26,12 @@ from md3cli.errors import RequestError
 from md3cli.model.hf.config import Moondream3Config
 from md3cli.model.hf.generation import GenerationMethods, default_generation_config
 from md3cli.model.hf.inputs import (
-    attention_mask as make_mask,
-)
-from md3cli.model.hf.inputs import (
+    CacheStore,
     embed_tokens,
     encode_images,
     has_images,
     image_columns,
+    make_mask,
     read_positions,
 )
 from md3cli.model.hf.loading import LoadingMethods
@@ -53,15 +53,19 @@ class Moondream3Output(ModelOutput):
     size_loss: Tensor | None = None
 
 
-class CacheStore:
-    """A transformers cache as the decoder's `KeyValueStore`."""
+class Backbone:
+    """The model up to what its head reads: called with a batch, it returns `last_hidden_state` behind the last norm."""
 
-    def __init__(self, cache: Cache) -> None:
-        self.cache = cache
+    def __init__(self, owner: Moondream3ForConditionalGeneration) -> None:
+        self._owner = owner
 
-    def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """See `text.KeyValueStore`."""
-        return self.cache.update(k_BHTK, v_BHTK, layer)
+    def __call__(self, **batch: Any) -> Moondream3Output:
+        arguments = {key: value for key, value in batch.items() if key in _BATCH_ARGUMENTS}
+        hidden = self._owner.batch_states(**arguments)
+        return Moondream3Output(last_hidden_state=self._owner.model.text.post_ln(hidden))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._owner.model, name)
 
 
 class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
@@ -137,6 +141,41 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             past_key_values, use_cache = None, False
         elif use_cache is not False and past_key_values is None:
             past_key_values = DynamicCache()
+        hidden = self.batch_states(
+            input_ids,
+            pixel_values,
+            tilings,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            region_values,
+        )
+        logits = self.model.text.logits(hidden[:, -logits_to_keep:])
+        output = Moondream3Output(logits=logits, past_key_values=past_key_values, last_hidden_state=hidden)
+        if labels is not None:
+            if input_ids is None or logits_to_keep:
+                raise RequestError("labels need input_ids, and logits of all positions")
+            labels = self._real_labels(labels, tilings, attention_mask)
+            if region_labels is None and region_values is not None:
+                region_labels = region_values.masked_fill((labels == IGNORE)[..., None], float("nan"))
+            losses = batch_loss(self.model, hidden, logits, input_ids, labels, region_labels)
+            output.loss, output.text_loss, output.coord_loss, output.size_loss = losses
+        is_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if is_dict else output.to_tuple()
+
+    def batch_states(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        tilings: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        region_values: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D] of a batch before the last LayerNorm; arguments as of `forward`."""
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None:
             raise RequestError("forward needs input_ids or inputs_embeds")
@@ -151,19 +190,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             position_ids = read_positions(valid, num_new)
         positions = position_ids.to(valid.device)[:, -num_new:].expand(num_rows, -1)
         has_image = has_images(tilings, num_rows, valid.device)
-        hidden = self.hidden_states(inputs_embeds, valid, positions, has_image, past_key_values)
-        logits = self.model.text.logits(hidden[:, -logits_to_keep:])
-        output = Moondream3Output(logits=logits, past_key_values=past_key_values, last_hidden_state=hidden)
-        if labels is not None:
-            if input_ids is None or logits_to_keep:
-                raise RequestError("labels need input_ids, and logits of all positions")
-            labels = self._real_labels(labels, tilings, attention_mask)
-            if region_labels is None and region_values is not None:
-                region_labels = region_values.masked_fill((labels == IGNORE)[..., None], float("nan"))
-            losses = batch_loss(self.model, hidden, logits, input_ids, labels, region_labels)
-            output.loss, output.text_loss, output.coord_loss, output.size_loss = losses
-        is_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if is_dict else output.to_tuple()
+        return self.hidden_states(inputs_embeds, valid, positions, has_image, past_key_values)
 
     def embed_inputs(
         self,
@@ -224,6 +251,11 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         table: nn.Embedding = nn.Embedding.from_pretrained(wte, freeze=not wte.requires_grad)
         return table
 
+    @property
+    def base_model(self) -> Backbone:  # type: ignore[override]
+        """The model without its head, for trainers that compute the head themselves (trl)."""
+        return Backbone(self)
+
     def get_output_embeddings(self) -> nn.Module:
         """The vocabulary head."""
         return self.model.text.lm_head
@@ -252,3 +284,6 @@ def _checkpointed(recompute: Callable[..., Any], block: nn.Module, *inputs: Any)
     """A block's forward pass, recomputed later where a gradient will be asked for."""
     forward = partial(type(block).forward, block)
     return recompute(forward, *inputs) if block.training and torch.is_grad_enabled() else forward(*inputs)
+
+
+_BATCH_ARGUMENTS = frozenset(inspect.signature(Moondream3ForConditionalGeneration.batch_states).parameters) - {"self"}

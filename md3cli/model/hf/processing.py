@@ -24,7 +24,7 @@ from md3cli.images import ImageLimits, PreparedImage, prepare_image
 from md3cli.model.asking import prepare_pil, read_refs, read_request
 from md3cli.model.config import ModelConfig
 from md3cli.model.hf.config import IMAGE_TOKEN_ID, PAD_TOKEN_ID, Moondream3Config
-from md3cli.model.hf.prompting import CHAT_TEMPLATE, is_rendered, read_prompt
+from md3cli.model.hf.prompting import CHAT_TEMPLATE, END, is_rendered, read_prompt
 from md3cli.model.hf.rows import Row, answered_row, pad_rows, prompt_row, training_row
 from md3cli.model.hub import resolve_model
 from md3cli.model.prompts import Prompts, Tokenizer
@@ -206,6 +206,8 @@ class Moondream3Processor(ProcessorMixin):
         return int(self.tokenizer.pad_token_id)
 
     def _row(self, text: str, refs: Any, *, has_image: bool) -> Row:
+        if text.endswith(END) and not is_rendered(text):  # an answer alone, as trl cuts it off its prompt
+            return answered_row(Row(), text.removesuffix(END), self.words, self.network)
         rendered = text if is_rendered(text) else str(self.apply_chat_template(text, tokenize=False))
         read = read_prompt(rendered)
         request = replace(read.request, spatial_refs=read_refs(refs)) if refs else read.request
