@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -51,11 +51,12 @@ def test_help_is_fast_and_light() -> None:
         "heavy = {'torch', 'numpy', 'pyarrow', 'rich', 'PIL', 'transformers', 'huggingface_hub'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    times = []
+    times = []  # of the processor: the clock on the wall also counts the machine's other work
     for _ in range(3):
-        started = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-c", check], check=True, stdout=subprocess.DEVNULL)
-        times.append(time.monotonic() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.4
 
 

@@ -43,7 +43,12 @@ def score(masses: Seq[float]) -> float:
     """
     continue_mass, *parts = masses
     value = continue_mass * math.prod(parts) ** (1 / len(parts))
-    return round(min(max(value, SCORE_MIN), SCORE_MAX), 3)
+    return shown_score(value)
+
+
+def shown_score(probability: float) -> float:
+    """A probability as records show it: 3 decimals, 0.001 to 0.999."""
+    return round(min(max(probability, SCORE_MIN), SCORE_MAX), 3)
 
 
 def _caption(sequence: Sequence, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def _query(sequence: Sequence, tokenizer: Tokenizer) -> dict[str, Any]:
     if sequence.choice_scores:
         choices, scores = sequence.job.request.choices, sequence.choice_scores
         result["answer"] = choices[max(range(len(scores)), key=scores.__getitem__)]
-        result["choices"] = {choice: round(score, 3) for choice, score in zip(choices, scores, strict=True)}
+        result["choices"] = {choice: shown_score(score) for choice, score in zip(choices, scores, strict=True)}
     if sequence.reasoning is not None:
         result["reasoning"] = reasoning_result(sequence, tokenizer)
     return result

@@ -23,7 +23,7 @@ from md3cli.model.encoding_cache import EncodingCache
 from md3cli.model.engine import Engine
 from md3cli.model.hub import resolve_model
 from md3cli.model.kernels import optimise
-from md3cli.model.memory import auto_batch_size
+from md3cli.model.memory import choose_batch_size
 from md3cli.model.moondream import Moondream3
 from md3cli.model.prompts import Prompts, Tokenizer
 from md3cli.model.weight_files import find_weight_files
@@ -60,7 +60,7 @@ def load_engine(options: ModelOptions) -> Engine:
     tokenizer = Tokenizer.load(files.tokenizer_file, loaded.config)
     max_context = choose_max_context(options.max_context, loaded.config.text.max_context, loaded.config.prefix_len)
     optimise(loaded.model, for_compiling=bool(options.compile))
-    batch_size = options.batch_size or auto_batch_size(loaded.config, dtype, device, max_context)
+    batch_size = choose_batch_size(options.batch_size, loaded.config, dtype, device, max_context)
     engine = Engine(
         loaded.model,
         tokenizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 
 import torch
 
@@ -39,15 +40,25 @@ def slot_bytes(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> i
     return 2 * config.text.n_layers * config.text.n_heads * HEAD_DIM * num_positions * dtype.itemsize
 
 
-def auto_batch_size(config: ModelConfig, dtype: torch.dtype, device: torch.device, max_context: int) -> int:
-    """Sequences in flight that fit beside the model: a power of two, at most `MAX_BATCH`.
+def fitting_slots(config: ModelConfig, dtype: torch.dtype, device: torch.device, max_context: int) -> int:
+    """Sequences in flight whose keys and values fit beside the model.
 
     Slots are reckoned at the picture's prefix and 512 positions more (or the whole context).
     """
     positions = min(max_context, config.prefix_len + 512)
-    fitting = int(free_bytes(device) * KV_SHARE) // slot_bytes(config, positions, dtype)
-    limit = MAX_BATCH.get(device.type, MAX_BATCH["cpu"])
-    return 1 << (min(max(fitting, 1), limit).bit_length() - 1)
+    return max(1, int(free_bytes(device) * KV_SHARE) // slot_bytes(config, positions, dtype))
+
+
+def choose_batch_size(
+    asked: int | None, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_context: int
+) -> int:
+    """As asked, or a power of two up to `MAX_BATCH`; never more than fit, which is said where it was asked for."""
+    fitting = fitting_slots(config, dtype, device, max_context)
+    if asked is not None:
+        if asked > fitting:
+            warnings.warn(f"--batch-size {asked}: memory holds {fitting}; that many are used", stacklevel=2)
+        return min(asked, fitting)
+    return 1 << (min(fitting, MAX_BATCH.get(device.type, MAX_BATCH["cpu"])).bit_length() - 1)
 
 
 def peak_rss() -> int:
