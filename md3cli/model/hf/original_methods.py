@@ -16,7 +16,7 @@ from md3cli.model.asking import ImageLike, SpatialRefs
 from md3cli.model.encoder import ImageEncoder
 from md3cli.model.engine import Engine
 from md3cli.model.hub import resolve_model
-from md3cli.model.memory import auto_batch_size
+from md3cli.model.memory import choose_batch_size
 from md3cli.model.moondream import Moondream3
 from md3cli.model.prompts import Prompts, Tokenizer
 from md3cli.model.tasks import EncodedImage
@@ -124,7 +124,7 @@ class OriginalMethods:
             Prompts(config, tokenizer, name),
             ImageEncoder(self.model),
             identity=RunIdentity(identity),
-            batch_size=auto_batch_size(config, self.model.dtype, self.model.device, max_context),
+            batch_size=choose_batch_size(None, config, self.model.dtype, self.model.device, max_context),
             max_context=max_context,
         )
         return Moondream(engine)
