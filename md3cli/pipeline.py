@@ -89,6 +89,7 @@ class _Run:
         self.model, self.output, self.stop = model, output, stop
         self.summary = Summary()
         self.engine: Engine | None = None
+        self.batch_sizes: list[int] = []  # the planned one, then each smaller one that memory asked for
         self.started_at = time.monotonic()
         self.records = OrderedRecords(model.identity, self._write, self.summary, output.early)
         self.timeline = Timeline(output.document.timeline if output.document is not None else ())
@@ -156,6 +157,7 @@ class _Run:
                 continue
             for answer in self.engine.step():
                 self.records.answer(answer)
+            self._watch_memory()
             self._flush(feed, progress)
 
     def _fill_engine(self, feed: Feed, progress: Progress | None) -> None:
@@ -168,6 +170,19 @@ class _Run:
             self.records.expect(ready.ticket)
             self.engine.add(ready.ticket.key, ready.picture, ready.ticket.request)
 
+    def _watch_memory(self) -> None:
+        """Tell, once, that the batch did not fit the device's memory; the engine has made it smaller by itself."""
+        assert self.engine is not None
+        size = self.engine.batch_size
+        if size == self.batch_sizes[-1]:
+            return
+        if len(self.batch_sizes) == 1:
+            self.console.warn(
+                f"out of memory with a batch of {self.batch_sizes[0]}: going on with {size}, and less where needed; "
+                f"--batch-size {size} saves the tries next time"
+            )
+        self.batch_sizes.append(size)
+
     def _is_near_order(self) -> bool:
         """False while the oldest missing answer is so late that the others should wait for it."""
         assert self.engine is not None
@@ -178,6 +193,7 @@ class _Run:
         with self.stop.interruptible(), loading(progress):
             engine = self.model.load()
         self.summary.load_s = time.monotonic() - started
+        self.batch_sizes = [engine.batch_size]
         return engine
 
     def _flush(self, feed: Feed, progress: Progress | None) -> None:
@@ -235,7 +251,7 @@ class _Run:
             self.output.journal.sync()
             if self.output.document is not None:
                 stages_s = {"load": self.summary.load_s, **self._stages()}
-                self.output.document.finish(self._counts(), stages_s, status, self.timeline.points)
+                self.output.document.finish(self._counts(), stages_s, status, self.timeline.points, self.batch_sizes)
 
     def _summarize(self) -> None:
         summary = self.summary

@@ -148,11 +148,13 @@ class RunDocument:
         stages_s: Mapping[str, float],
         exit_status: int | None,
         timeline: Sequence[tuple[float, int]] = (),
+        batch_sizes: Sequence[int] = (),
     ) -> None:
         """Note how this start ended; seconds by stage are added to those of earlier starts.
 
         `exit_status` None: all records are there, files are still to be made of them. `timeline` replaces
-        what earlier starts left, which it begins with.
+        what earlier starts left, which it begins with. `batch_sizes`: the planned one, and each smaller one
+        after the device ran out of memory.
 
         Raises:
             OutputError: it cannot be written.
@@ -164,7 +166,8 @@ class RunDocument:
         self._document["stages"] = stages
         self._document["timeline"] = [list(point) for point in timeline]
         elapsed_s = round(time.monotonic() - self._started_at, 3)
-        self._document["starts"][-1] |= {"ended": _now(), "elapsed_s": elapsed_s, "exit_status": exit_status}
+        ending = {"ended": _now(), "elapsed_s": elapsed_s, "exit_status": exit_status}
+        self._document["starts"][-1] |= {**ending, "batch_sizes": list(batch_sizes)}
         self._write()
 
     def _write(self) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from program import Program, isolate, make_pictures, records_of
+from stub_engine import StubEngine
 
 from md3cli.errors import OutputError
 from md3cli.journal import Journal
@@ -149,6 +150,25 @@ def test_a_held_output_is_refused(md3: Program, pictures: Path) -> None:
         result = md3("caption", pictures, "-o", "out.jsonl")
     assert result.exit_code == 1
     assert f"is being written by another run: process {os.getpid()}" in result.stderr
+
+
+def test_memory_that_runs_out_is_told_once_and_noted(
+    md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = StubEngine.step
+
+    def halve(self: StubEngine) -> object:
+        self.batch_size = max(1, self.batch_size // 2)
+        return step(self)
+
+    monkeypatch.setattr(StubEngine, "step", halve)
+    result = md3("detect", pictures, "a", "fail me", "-o", "out.jsonl", "--batch-size", "8")
+    assert result.exit_code == 3
+    assert result.stderr.count("out of memory with a batch of 8: going on with 4") == 1
+    assert result.stderr.count("out of memory") == 1
+    assert json.loads(Path("out.jsonl.run.json").read_text())["starts"][-1]["batch_sizes"] == [8, 4, 2, 1]
+    errors = [record["error"] and record["error"]["type"] for record in records_of(Path("out.jsonl"))]
+    assert errors == [None, "model"] * 11
 
 
 # -- outputs ---------------------------------------------------------------------------------------------
