@@ -267,3 +267,5 @@ def test_several_adapters_in_one_process() -> None:
 def test_records_without_a_result_are_refused() -> None:
     with pytest.raises(RequestError, match="no 'objects' to learn from"):
         processor().collate([{"image": picture(CASE, 0), "task": "detect", "prompt": "cat"}])
+    with pytest.raises(RequestError, match="segment records"):
+        processor().collate([{"image": picture(CASE, 0), "task": "segment", "prompt": "cat", "segments": []}])

@@ -1,7 +1,8 @@
 """A row of a batch before it is a tensor: ids, the values behind them, and what is to be learned.
 
 `prompt_row` is the prompt alone; `training_row` continues it with the answer of a record (`md3`'s own
-JSON Lines), so that finished, corrected records are training data as they are.
+JSON Lines), so that finished, corrected records are training data as they are. Of reasoning the text is
+learned, not what it points at.
 
 Shape suffixes: B rows, T positions.
 """
@@ -77,8 +78,10 @@ def training_row(
     """A record's request and its result, the result to be learned.
 
     Raises:
-        RequestError: the record has no result, or one of another task.
+        RequestError: the record has no result, or its task cannot be learned from records.
     """
+    if request.task is Task.SEGMENT:
+        raise RequestError("segment records keep the path's numbers and not its ids; they cannot be learned from")
     has_image = record.get("image") is not None
     row = prompt_row(prompts.build(request, has_image), config, has_image=has_image)
     tokens = config.tokenizer
