@@ -16,7 +16,6 @@ import json
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,13 +27,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from marked_processes import MARK, marked_processes
 from program import clean_environment, make_pictures
+from record_equality import is_same
+from small_disk import has_small_disks, small_disk
 
 TESTS = Path(__file__).parent
 BATCH_SIZE = 4
 PATIENCE_S = 120.0  # for anything to happen at all; machines may be loaded
-MARK = "CHAOS_RUN"  # in the environment of a run and of all its children
-SCORE_TOLERANCE = 0.002
 SIGNALS = {
     "int": (signal.SIGINT, 1),
     "int-twice": (signal.SIGINT, 2),
@@ -45,32 +45,6 @@ SIGNALS = {
 KINDS = (*SIGNALS, "kill-group", "stop-cont", "closed-stderr", "file-size", "full-disk", "kill-at-op", "fail-at-op")
 DISK_FAULTS = ("file-size", "full-disk", "fail-at-op")
 FINISHED = (0, 3)
-
-
-def is_same(ours: bytes, theirs: bytes) -> bool:
-    """Whether two lines are equal records: all but scores is equal, and scores are within the tolerance."""
-    return ours == theirs or _is_close(json.loads(ours), json.loads(theirs))
-
-
-def _is_close(ours: Any, theirs: Any, key: str = "") -> bool:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return list(ours) == list(theirs) and all(_is_close(ours[name], theirs[name], name) for name in ours)
-    if isinstance(ours, list) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(map(_is_close, ours, theirs))
-    if key == "score":
-        return abs(ours - theirs) <= SCORE_TOLERANCE + 1e-9
-    return type(ours) is type(theirs) and bool(ours == theirs)
-
-
-def marked_processes(mark: str) -> list[int]:
-    """Running processes that carry `mark`: a run and everything it started."""
-    wanted, found = f"{MARK}={mark}\0".encode(), []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            is_zombie = (folder / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-            if not is_zombie and wanted in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-    return found
 
 
 def wait_until(is_met: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
@@ -298,38 +272,6 @@ class Chaos:
         ending = self._finish(self._start())
         self.check(ending, num_before, set(FINISHED))
         self.check_finished(ending)
-
-
-def has_small_disks() -> bool:
-    """Whether this process may mount."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder]
-        try:
-            is_mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-        except FileNotFoundError:
-            return False
-        if is_mounted:
-            subprocess.run(["umount", folder], check=True)
-        return is_mounted
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, more_kib: int) -> Iterator[None]:
-    """`folder` on a disk with room for `more_kib` more than it holds; afterwards a plain folder again."""
-    size_kib = sum(path.stat().st_size // 1024 + 8 for path in folder.iterdir()) + more_kib
-    aside = folder.with_name(folder.name + "-aside")
-    folder.rename(aside)
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", folder], check=True)
-    try:
-        shutil.copytree(aside, folder, dirs_exist_ok=True)
-        yield
-        shutil.rmtree(aside)
-        shutil.copytree(folder, aside)
-    finally:
-        subprocess.run(["umount", folder], check=True)
-    folder.rmdir()
-    aside.rename(folder)
 
 
 def run_chaos(chaos: Chaos, num_interruptions: int, kinds: tuple[str, ...]) -> None:
