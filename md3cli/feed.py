@@ -72,6 +72,7 @@ class RequestIds:
         self._seen = DigestSet()
         self._repeats: dict[bytes, int] = {}
         self._request = lru_cache(maxsize=4096)(lambda request: _compact(asdict(request)))
+        self._last: tuple[Request | None, str] = (None, "")  # most rows ask what the row before asked
 
     def next_id(self, image: str | None, request: Request) -> str:
         """The id of the next request of this kind in input order."""
@@ -84,7 +85,9 @@ class RequestIds:
 
     def _id(self, image: str | None, request: Request, repeat: int) -> str:
         name = "null" if image is None else encode_basestring_ascii(image)
-        text = f"[{name},{self._request(request)},{self._run},{repeat}]"
+        if self._last[0] is not request:
+            self._last = (request, self._request(request))
+        text = f"[{name},{self._last[1]},{self._run},{repeat}]"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -36,14 +36,14 @@ def row_image(columns: Mapping[str, Any]) -> str:
         raise _wrong_type("image", value, "a path")
     if "\0" in value:
         raise RowError("bad_row", "image holds a NUL character")
-    if len(os.fsencode(value)) > PATH_LIMIT_BYTES:
+    if len(value) > PATH_LIMIT_BYTES // 4 and len(os.fsencode(value)) > PATH_LIMIT_BYTES:
         raise RowError("bad_row", f"image is longer than {PATH_LIMIT_BYTES} bytes")
     return value
 
 
 def refuse_address(name: str) -> None:
     """Raise RequestError where a row's image is a URL: nothing is fetched because a manifest says so."""
-    if match := _ADDRESS.match(name):
+    if ":" in name and (match := _ADDRESS.match(name)):
         raise RequestError(f"{match[0].lower()} addresses in a manifest are not fetched; name a local file")
 
 
@@ -58,11 +58,13 @@ def row_requests(columns: Mapping[str, Any], requests: Sequence[Request], defaul
         RowError: `bad_row` for a value of the wrong type.
         RequestError: `bad_request` for values that make no sense.
     """
-    given = [name for name in columns if name in _SETTINGS and _is_given(columns, name)]
-    settings = {name: _SETTINGS[name](name, columns[name]) for name in given}
-    own = _own_requests(columns, requests, requests[0] if requests else defaults)
     image = columns.get("image")
-    result = tuple(replace(request, **settings) for request in own) if settings else tuple(own)
+    result = tuple(requests)
+    if len(columns) > 1 or not requests:  # else a bare list of pictures, which may be long
+        given = [name for name in columns if name in _SETTINGS and _is_given(columns, name)]
+        settings = {name: _SETTINGS[name](name, columns[name]) for name in given}
+        own = _own_requests(columns, requests, requests[0] if requests else defaults)
+        result = tuple(replace(request, **settings) for request in own) if settings else tuple(own)
     for request in result:
         check_request(request, has_image=bool(image))
     return result

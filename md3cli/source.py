@@ -246,7 +246,8 @@ class Source:
             if entry.columns is None:
                 raise RowError("bad_row", entry.problem)
             if name := row_image(columns):
-                image = image_item(os.path.join(prefix, name) if prefix else name, os.path.join(folder, name))
+                path = name if name.startswith("/") or not folder else f"{folder}/{name}"
+                image = image_item(os.path.join(prefix, name) if prefix else name, path)
                 refuse_address(name)
             asked = row_requests(columns, self._requests, self._defaults)
             failure = self._outside(image.path) if image else None
