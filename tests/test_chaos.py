@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from chaos import KINDS, Chaos, run_chaos
+from program import TESTS, clean_environment, make_pictures, records_of
 from record_equality import is_same
 from small_disk import has_small_disks
 
@@ -66,3 +70,37 @@ def test_death_before_each_of_the_first_200_operations(tmp_path: Path, action: s
     chaos = Chaos(tmp_path, format=format, num_pictures=120)
     for at in range(1, 201):
         chaos.interrupt_at_operation(action, at)
+
+
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 17])
+def test_death_while_failures_are_done_again(tmp_path: Path, step: int) -> None:
+    """Before every `step`-th operation of a --retry-failed, and then the same command again."""
+    isolated = clean_environment(tmp_path / "home")
+    pictures, out = make_pictures(tmp_path / "pictures", 12), tmp_path / "out/o.jsonl"
+    good = {path: path.read_bytes() for path in sorted(pictures.iterdir())[::3]}
+
+    def md3(*options: str, fault: str = "") -> int:
+        own = ["--fault", fault] if fault else []
+        asked = ["caption", str(pictures), "-o", str(out), "--batch-size", "2", "--workers", "1", *options]
+        command = [sys.executable, str(TESTS / "stub_md3.py"), *own, *asked]
+        return subprocess.run(command, env=isolated, capture_output=True, timeout=120, check=False).returncode
+
+    assert md3() == 0
+    whole = out.read_bytes()
+    for path in good:
+        path.write_bytes(b"no picture")
+    assert md3("--overwrite") == 3
+    failed = out.read_bytes()
+    for path, content in good.items():
+        path.write_bytes(content)
+    for at in range(step, 1000, step):
+        out.write_bytes(failed)
+        status = md3("--retry-failed", fault=f"kill:{at}:{out.parent}")
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        assert len(records_of(out)) >= 12, "no record is lost meanwhile"
+        assert md3("--retry-failed") == 0
+        assert out.read_bytes() == whole
+    assert at > step, "there was nothing to interrupt"
+    assert out.read_bytes() == whole

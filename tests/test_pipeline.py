@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from program import Program, isolate, make_pictures, records_of
+from program import Program, isolate, make_pictures, records_of, start
 from stub_engine import StubEngine
 
 from md3cli.errors import OutputError
@@ -115,6 +115,42 @@ def test_retry_failed_leaves_one_record_a_request_in_input_order(md3: Program, p
     records = records_of(Path("out.jsonl"))
     assert [record["image"] for record in records] == [f"p{i}.png" for i in range(11)]
     assert not any(record["error"] for record in records)
+
+
+def test_input_that_changed_between_two_starts(md3: Program, pictures: Path) -> None:
+    """What came since is done, what went keeps its record, nothing is done twice."""
+    command = ("caption", pictures, "-o", "out.jsonl")
+    md3(*command)
+    before = Path("out.jsonl").read_bytes()
+    (pictures / "p3.png").unlink()
+    (pictures / "p5.png").write_bytes(b"not a picture any more")
+    shutil.copy(pictures / "p0.png", pictures / "new.png")
+    assert md3(*command).exit_code == 0
+    assert md3.num_answered == 1
+    after = Path("out.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert [record["image"] for record in records_of(after[len(before) :])] == ["new.png"]
+
+
+def test_a_second_process_is_refused_with_the_pid_of_the_first(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isolate(monkeypatch, tmp_path / "home")
+    out = tmp_path / "out.jsonl"
+    with start("caption", pictures, "-o", out, step_s=600) as first:
+        while not out.exists():
+            time.sleep(0.02)
+            assert first.poll() is None
+        for options in ((), ("--overwrite",)):
+            second = start("caption", pictures, "-o", out, *options)
+            _, stderr = second.communicate(timeout=60)
+            assert second.returncode == 1
+            assert f"being written by another run: process {first.pid} on".encode() in stderr
+        first.kill()
+    third = start("caption", pictures, "-o", out)
+    third.communicate(timeout=60)
+    assert third.returncode == 0, "the kernel has freed the lock"
+    assert [record["image"] for record in records_of(out)] == [f"p{i}.png" for i in range(11)]
 
 
 @pytest.mark.parametrize(
