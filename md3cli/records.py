@@ -116,6 +116,9 @@ class RunIdentity:
         return asdict(self) | {"model": self.model.rpartition("@")[2]}
 
 
+ID_SCHEME = 1  # rises when `request_id` gives a request another id: records of two schemes must not be mixed
+
+
 def request_id(image: str | None, request: Request, run: RunIdentity, repeat: int = 0) -> str:
     """Stable id of a request: 32 hex digits of a SHA-256.
 

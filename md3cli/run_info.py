@@ -23,7 +23,7 @@ from typing import Any
 
 from md3cli.errors import OutputMismatchError
 from md3cli.publish import atomic_publish
-from md3cli.records import RecordDict, Request, RunIdentity, Task, printable, request_id
+from md3cli.records import ID_SCHEME, RecordDict, Request, RunIdentity, Task, printable, request_id
 
 RUN_SCHEMA = "md3-run/1"
 STARTS_KEPT = 1000
@@ -54,7 +54,8 @@ def output_paths(output: Path, *, is_folder: bool, is_journal: bool) -> OutputPa
 
 def identity_of(requests: Sequence[Request], run: RunIdentity, root: str) -> dict[str, Any]:
     """What two runs must share for the second to resume the first, as JSON."""
-    return _as_json({"requests": [asdict(request) for request in requests], **asdict(run), "root": _exact(root)})
+    asked = [asdict(request) for request in requests]
+    return _as_json({"ids": ID_SCHEME, "requests": asked, **asdict(run), "root": _exact(root)})
 
 
 def _exact(path: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from md3cli.records import Request, RunIdentity, Task, request_id
+from md3cli.records import ID_SCHEME, Request, RunIdentity, Task, request_id
 
 CAR = Request(Task.DETECT, "car")
 RUN = RunIdentity("checkpoint@7ef7")
@@ -33,3 +33,10 @@ def test_what_can_change_an_answer_changes_the_id(other: RunIdentity) -> None:
 
 def test_repeats_have_ids_of_their_own() -> None:
     assert request_id("a.jpg", CAR, RUN, repeat=1) != request_id("a.jpg", CAR, RUN)
+
+
+def test_ids_of_another_version_have_another_scheme() -> None:
+    """A change of these ids would append every record of a resumed run again: raise ID_SCHEME with it."""
+    question = Request(Task.QUERY, "ä?", spatial_refs=((0.5, 0.25),))
+    ids = [request_id("a.jpg", CAR, RunIdentity("tiny@0")), request_id(None, question, RunIdentity("tiny@0"), 2)]
+    assert (ID_SCHEME, ids) == (1, ["745cf6632dd56a4caf83da21f25dbea0", "0caebdc854f6d50ab600be8b70596726"])
