@@ -35,6 +35,7 @@ from world_text import (
 
 NO_TARGET = -100
 DECISION_WEIGHT = 2.0  # another object, or stop
+ANSWER_WEIGHT = 3.0  # one token that everything hangs on
 PATH_WEIGHT = 0.3  # many tokens, each of little consequence
 LONG_CAPTION_WEIGHT = 0.5
 PLURAL_SHARE = 0.08  # of detect and point prompts
@@ -142,7 +143,7 @@ class TaskWriter:
         if question.box_xyxy:
             stream.feed_box(question.box_xyxy)
         stream.feed_tokens([*self.encode(question.text), ANSWER])
-        stream.emit(self.encode(question.answer))
+        stream.emit(self.encode(question.answer), ANSWER_WEIGHT)
         stream.end()
         return stream
 
@@ -198,12 +199,13 @@ class TaskWriter:
         for skill in (self.detect, self.detect, self.detect, self.detect, self.point, self.point):
             name = self._object_name(rng, picture)
             streams.append(skill(name, picture.instances, is_plural=rng.random() < PLURAL_SHARE))
-        streams += [self.query(count_question(rng, picture)), self.reasoning(count_question(rng, picture))]
-        streams += [self.query(existence_question(rng, picture)), self.query(reference_question(rng, picture))]
+        streams.append(self.reasoning(count_question(rng, picture)))
         unique = unique_questions(rng, picture)
-        streams += [self.query(unique[int(i)]) for i in rng.permutation(len(unique))[:2]]
-        if (relation := relation_question(rng, picture)) is not None:
-            streams.append(self.query(relation))
+        questions = [count_question(rng, picture) for _ in range(3)]
+        questions += [existence_question(rng, picture), reference_question(rng, picture)]
+        questions += [unique[int(i)] for i in rng.permutation(len(unique))[:3]]
+        questions += [found for _ in range(2) if (found := relation_question(rng, picture)) is not None]
+        streams += map(self.query, questions)
         if (referent := _single_referent(rng, picture)) is not None:
             streams.append(self.segment(picture, *referent))
         if rng.random() < 0.15:
