@@ -23,7 +23,7 @@ from md3cli.model.checkpoint_writer import convert_checkpoint, write_checkpoint
 from md3cli.model.config import ModelConfig
 from md3cli.model.formats import Format
 from md3cli.model.name_tables import Recipe
-from md3cli.model.packing import dequantise_fp8, dequantise_int4, quantise_fp8, quantise_int4
+from md3cli.model.quantised import LowBit, pack_nibbles, quantise, quantise_fp8, quantise_int4
 
 GOLDEN = Path(__file__).parent / "golden"
 CASE_C = GOLDEN / "case-c" / "checkpoint"
@@ -81,15 +81,17 @@ def test_packed_layouts_keep_their_precision(tmp_path: Path, layout: Format) -> 
 
 def test_fp8_error_is_half_a_step() -> None:
     weight = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
-    again = dequantise_fp8(*quantise_fp8(weight), torch.float32)
+    again = quantise_fp8(weight).dequantise(torch.float32)
     step = weight.abs() * 2.0**-3 + weight.abs().amax(-1, keepdim=True) / 448 * 2.0**-9
     assert ((again - weight).abs() <= step / 2).all()
 
 
 def test_int4_error_is_half_a_step_and_nibbles_lie_as_published() -> None:
     weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
-    packed, scale, zero_point = quantise_int4(weight)
-    again = dequantise_int4(packed, scale, zero_point, torch.float32).view(4, 128)
+    quantised = quantise_int4(weight)
+    packed, scale, zero_point = pack_nibbles(quantised.codes), quantised.scale, quantised.zero_point
+    assert zero_point is not None
+    again = quantised.dequantise(torch.float32)
     assert ((again - weight).abs() <= scale / 2 + 1e-6).all()
     high_of_row_1 = (packed[1] >> 4).float()  # group 1; its low nibble is group 1 + 2
     assert torch.equal((high_of_row_1 - zero_point[1]) * scale[1], again[1])
@@ -98,8 +100,8 @@ def test_int4_error_is_half_a_step_and_nibbles_lie_as_published() -> None:
 
 def test_constant_groups_survive_packing() -> None:
     for weight in (torch.zeros(2, 128), torch.zeros(1, 2, 128)):
-        pack, unpack = (quantise_int4, dequantise_int4) if weight.ndim == 2 else (quantise_fp8, dequantise_fp8)
-        assert torch.equal(unpack(*pack(weight), torch.float32).view_as(weight), weight)
+        kind = LowBit.INT4 if weight.ndim == 2 else LowBit.FP8
+        assert torch.equal(quantise(weight, kind).dequantise(torch.float32), weight)
 
 
 def test_shards_have_an_index_and_a_limit(tmp_path: Path) -> None:
