@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, str] = {  # name -> help in the list; the modules in md3c
     "point": "Point at objects.",
     "segment": "Outline an object.",
     "run": "Several tasks in one pass, or a manifest of mixed requests.",
+    "estimate": "What a run would take: time, tokens, disk, money, from a sample of it.",
     "export": "Other formats from finished records.",
     "report": "A page to look through, from finished records.",
     "eval": "Scores against ground truth, and what changed between two runs.",

@@ -75,12 +75,25 @@ class FailOn:
 
 
 @dataclass(frozen=True, slots=True)
+class EstimateOptions:
+    """How `md3 estimate` samples, and the prices it reckons with; `num_opened` bounds the pictures opened to count."""
+
+    num_opened: int = 2000
+    sample_per_bucket: int = 16
+    num_devices: int = 1
+    price_per_gpu_hour: float | None = None
+    price_per_1000: float | None = None
+    is_json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RunConfig:
     """Everything one annotating run needs to know.
 
     `command` and `argv` (with the program's name) are for `run.json` and the line that says how to go
     on; `requests` is what is asked of every image; a manifest may override it row by row, with the
-    settings of `defaults` where the command makes no request of its own.
+    settings of `defaults` where the command makes no request of its own. With `estimate` nothing is
+    written: the run's time and size are told instead.
     """
 
     command: str
@@ -92,4 +105,5 @@ class RunConfig:
     output: OutputOptions = field(default_factory=OutputOptions)
     fail_on: FailOn = field(default_factory=FailOn)
     is_dry_run: bool = False
+    estimate: EstimateOptions | None = None
     argv: tuple[str, ...] = ()

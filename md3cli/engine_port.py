@@ -43,6 +43,16 @@ class Engine(Protocol):
         ...
 
     @property
+    def device(self) -> str:
+        """Where it runs, as `--device` names it."""
+        ...
+
+    @property
+    def encoding_bytes(self) -> int:
+        """What one picture's encoding takes in the cache."""
+        ...
+
+    @property
     def wants_more(self) -> bool:
         """True while taking in more helps to fill the next batches."""
         ...
@@ -135,6 +145,15 @@ class _TorchEngine:
     @property
     def batch_size(self) -> int:
         return int(self._engine.batch_size)
+
+    @property
+    def device(self) -> str:
+        return str(self._engine.model.device)
+
+    @property
+    def encoding_bytes(self) -> int:
+        config = self._engine.config
+        return int(config.vision.num_patches * config.text.dim * self._engine.model.dtype.itemsize)
 
     @property
     def wants_more(self) -> bool:

@@ -18,6 +18,7 @@ from md3cli.console import RunConsole, Summary
 from md3cli.dry_run import dry_run
 from md3cli.engine_port import Engine, Model, find_model
 from md3cli.errors import Md3Error
+from md3cli.estimate import estimate
 from md3cli.feed import Feed, RequestIds, make_pool, rows_ahead
 from md3cli.ordering import OrderedRecords
 from md3cli.outputs import (
@@ -60,6 +61,8 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_mode
     parse_background(config.model.background)
     plan = plan_output(config.output, is_terminal=console.is_stdout_terminal)
     source = open_source(config.source, config.requests, defaults=config.defaults)
+    if config.estimate is not None:
+        return estimate(config, source, console, find=find)
     if config.is_dry_run:
         return dry_run(config, source, console)
     check_replaceable(plan, may_overwrite=config.output.overwrite)

@@ -35,6 +35,8 @@ class StubEngine:
 
     batch_size: int = 4
     step_s: float = 0.0
+    device: str = "cpu"
+    encoding_bytes: int = 100_000
     num_answered: int = 0
     seen: list[tuple[str | None, Request]] = field(default_factory=list)
     _waiting: deque[tuple[int, PreparedImage | None, Request]] = field(default_factory=deque)

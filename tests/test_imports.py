@@ -27,6 +27,7 @@ LAYERS = {
     "md3cli.svg_path": "finished",
     "md3cli.pipeline": "pipeline",
     "md3cli.dry_run": "pipeline",
+    "md3cli.estimate": "pipeline",
     "md3cli.engine_port": "pipeline",
     "md3cli.feed": "pipeline",
     "md3cli.ordering": "pipeline",

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from md3cli import config
+from md3cli.commands.estimating import NO_ESTIMATE, EstimateChoices
 from md3cli.commands.values import (
     above_zero,
     checked,
@@ -127,6 +128,7 @@ class AnnotateOptions:
     dry_run: Annotated[
         bool, _input("--dry-run", "-n", help="Count images, requests, crops and bad files; no model.")
     ] = False
+    estimating: EstimateChoices = NO_ESTIMATE
 
     model: Annotated[
         str,
@@ -254,6 +256,7 @@ class AnnotateOptions:
             output=self._output_options(),
             fail_on=parse_fail_on(self.fail_on),
             is_dry_run=self.dry_run,
+            estimate=self.estimating.chosen(),
             argv=("md3", *sys.argv[1:]),
         )
 

@@ -17,21 +17,23 @@ from md3cli.records import Request, Task, printable
 app = typer.Typer(add_completion=False)
 PROMPTED = (Task.QUERY, Task.DETECT, Task.POINT, Task.SEGMENT)
 
+TaskSpecs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        metavar="SPEC",
+        callback=checked(parse_task),
+        autocompletion=starting("caption:short", "caption:normal", "caption:long", *(f"{t}:" for t in PROMPTED)),
+        help="caption:long, detect:car,person, point:nose, query:Is it raining?, segment:dog; may be repeated.",
+    ),
+]
+
 
 @app.command()
 @expand_options
 def run(
     input: OneInput,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--task",
-            metavar="SPEC",
-            callback=checked(parse_task),
-            autocompletion=starting("caption:short", "caption:normal", "caption:long", *(f"{t}:" for t in PROMPTED)),
-            help="caption:long, detect:car,person, point:nose, query:Is it raining?, segment:dog; may be repeated.",
-        ),
-    ] = None,
+    task: TaskSpecs = None,
     *,
     options: AnnotateOptions,
 ) -> None:
@@ -43,10 +45,19 @@ def run(
 
         md3 run requests.csv -o answers.jsonl
     """
-    requests = requests_of(task or (), options)
+    annotate(options.run_config("run", [input], requests_to_run(input, task, options)), options)
+
+
+def requests_to_run(input: str, specs: Sequence[str] | None, options: AnnotateOptions) -> list[Request]:
+    """What is asked of every image of `input`.
+
+    Raises:
+        UsageError: nothing, and `input` cannot say it either.
+    """
+    requests = requests_of(specs or (), options)
     if not requests and not may_carry_rows(input):
         raise UsageError(f"nothing to do for {printable(input)}; say what with --task, like --task caption:long")
-    annotate(options.run_config("run", [input], requests), options)
+    return requests
 
 
 def requests_of(specs: Sequence[str], options: AnnotateOptions) -> list[Request]:

@@ -1,0 +1,73 @@
+"""`md3 estimate`: what a run would take, from a count of INPUT and a sample run through the real engine.
+
+draw.py      rows of INPUT -> exact counts, and pictures drawn evenly; opened, they fall into buckets by crops
+measure.py   up to 16 pictures a bucket -> engine, warm, with nothing written -> what each of them took
+forecast.py  both -> time, tokens and bytes for all of INPUT, with a spread
+telling.py   the forecast as lines or one JSON object, with money
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from md3cli.config import ModelOptions, RunConfig
+from md3cli.console import RunConsole
+from md3cli.engine_port import Model
+from md3cli.errors import InputError
+from md3cli.estimate.draw import count_and_draw, open_drawn
+from md3cli.estimate.forecast import forecast
+from md3cli.estimate.measure import measure
+from md3cli.estimate.telling import as_json, as_lines
+from md3cli.feed import make_pool, rows_ahead
+from md3cli.signals import StopSignals
+from md3cli.source import Source
+
+Clock = Callable[[], float]
+
+
+def estimate(
+    config: RunConfig,
+    source: Source,
+    console: RunConsole,
+    *,
+    find: Callable[[ModelOptions], Model],
+    clock: Clock = time.perf_counter,
+) -> int:
+    """Count, sample, print; always status 0. Writes no file.
+
+    Raises:
+        InputError: there is nothing in INPUT that could be asked.
+        Md3Error: the model cannot be had or cannot run here.
+        Interrupted: a signal stopped it.
+    """
+    asked = config.estimate
+    assert asked is not None
+    with StopSignals() as stop:
+        with stop.interruptible():
+            console.say("counting INPUT ...")
+            drawn = count_and_draw(source, asked.num_opened)
+            model = find(replace(config.model, cache=False))  # an encoding read from disk would cost nothing
+        with make_pool(config, model.crop_config) as pool:
+            with stop.interruptible():
+                console.say(f"opening {len(drawn.units):,} of {drawn.num_units:,} ...")
+                opened = open_drawn(drawn, pool, num_ahead=rows_ahead(model.crop_config), clock=clock)
+                if not opened.buckets:
+                    raise InputError(f"nothing to estimate: {_why_nothing(drawn.num_units, opened.num_bad)}")
+                sample = opened.sample(asked.sample_per_bucket)
+            console.say(f"loading the model, then a sample of {len(sample):,} ...")
+            measured = measure(model, sample, pool, stop=stop, clock=clock)
+    found = forecast(drawn, opened, measured, num_devices=asked.num_devices)
+    if asked.is_json or not console.is_stdout_terminal:
+        text = json.dumps(as_json(found, config))
+    else:
+        text = "\n".join(as_lines(found, config))
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _why_nothing(num_units: int, num_bad: int) -> str:
+    return f"none of the {num_bad:,} pictures that were tried opens" if num_units else "no images were found in INPUT"
