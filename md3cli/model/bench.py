@@ -18,6 +18,7 @@ import torch
 from md3cli.errors import ConfigError
 from md3cli.images import PreparedImage, Tiling
 from md3cli.model import plain
+from md3cli.model.allocator import keep_freed_memory
 from md3cli.model.bench_stages import bench_decode, bench_prefill, bench_vision, measure_limits
 from md3cli.model.checkpoint import load_model
 from md3cli.model.encoder import ImageEncoder
@@ -114,6 +115,7 @@ def model_maker(
         CheckpointError: `model` cannot be had.
     """
     torch.set_flush_denormal(True)
+    keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     place = choose_device(device)

@@ -16,6 +16,7 @@ from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError
 from md3cli.file_cache import FileCache
 from md3cli.model.adapters import merge_adapter
+from md3cli.model.allocator import keep_freed_memory
 from md3cli.model.checkpoint import load_model
 from md3cli.model.config import MAX_CONTEXT_LIMIT
 from md3cli.model.encoder import ImageEncoder
@@ -45,6 +46,7 @@ def load_engine(options: ModelOptions) -> Engine:
         ConfigError: a device, dtype or setting that is not to be had here.
     """
     torch.set_flush_denormal(True)  # denormals make CPU arithmetic five times slower
+    keep_freed_memory()
     _refuse_unsupported(options)
     device = choose_device(options.device)
     files = resolve_model(
