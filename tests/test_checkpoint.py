@@ -174,6 +174,69 @@ def test_other_groups_than_128_are_refused(tmp_path: Path) -> None:
         load_model(folder, dtype=torch.float32)
 
 
+def int4_copy(tmp_path: Path, changed: Mapping[str, Tensor | None]) -> Path:
+    folder = Path(shutil.copytree(GOLDEN / "case-c-formats" / "int4", tmp_path / "int4"))
+    change(folder, changed)
+    return folder
+
+
+def test_packed_groups_of_another_size_are_named(tmp_path: Path) -> None:
+    name = "text.blocks.0.attn.proj.weight.packed"
+    stored = next(key for key in load_file(GOLDEN / "case-c-formats/int4/model.safetensors") if key.endswith(name))
+    folder = int4_copy(tmp_path, {stored: torch.zeros(32, 64, dtype=torch.uint8)})
+    with pytest.raises(CheckpointError) as caught:
+        load_model(folder, dtype=torch.float32)
+    assert f"{name} is [32, 64], expected [16, 128] (groups of 64; only groups of 128 are understood)" in str(
+        caught.value
+    )
+    assert "original, original-fp8, raw, raw-fp8, hf, int4, int8" in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["scale", "zero_point"])
+def test_codes_without_scales_are_named(tmp_path: Path, part: str) -> None:
+    name = f"text.blocks.0.attn.proj.weight.{part}"
+    stored = next(key for key in load_file(GOLDEN / "case-c-formats/int4/model.safetensors") if key.endswith(name))
+    with pytest.raises(CheckpointError, match=rf"format int4 \(of .*1 missing: {name}"):
+        load_model(int4_copy(tmp_path, {stored: None}), dtype=torch.float32)
+
+
+def test_int8_without_scales_is_named(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(GOLDEN / "case-a" / "checkpoint", tmp_path / "int8"))
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors:
+            if name.endswith("text.blocks.0.attn.proj.weight"):
+                tensors[name] = tensors[name].to(torch.int8)
+        save_file(tensors, file)
+    with pytest.raises(
+        CheckpointError,
+        match=r"proj\.weight is I8, expected BF16 or F16 or F32 \(its scales, .*proj\.weight_scale, are missing\)",
+    ):
+        load_model(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, r"quantization_config of 'gptq' is not read; formats .*: original"),
+        ({"quant_method": "md3"}, "quantization_config of 'md3' is not read"),
+        (
+            {"quant_method": "md3", "config_groups": {"group_0": {"weights": {"num_bits": 6, "type": "int"}}}},
+            r"stores group_0 as .*'num_bits': 6.*only .*'num_bits': 8",
+        ),
+    ],
+)
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_a_config_that_says_another_packing_is_refused(
+    single: Path, scheme: dict[str, object], message: str, is_inside: bool
+) -> None:
+    document = json.loads((single / "config.json").read_text())
+    (document["config"] if is_inside else document)["quantization_config"] = scheme
+    (single / "config.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(single, dtype=torch.float32)
+
+
 def test_missing_config_means_the_real_model(single: Path) -> None:
     (single / "config.json").unlink()
     with pytest.raises(CheckpointError, match="the real model's sizes were assumed"):

@@ -52,6 +52,8 @@ def test_real_model_has_the_published_parameters() -> None:
         (["text_model.transformer.h.4.moe_quant.up_scale"], Format.RAW_FP8),
         (["text_model.layers.0.input_layernorm.weight", "lm_head.weight"], Format.HF),
         (["text.blocks.0.attn.qkv.weight.packed"], Format.INT4),
+        (["text.blocks.0.attn.qkv.weight", "text.blocks.0.attn.qkv.weight_scale"], Format.INT8),
+        (["text.blocks.0.attn.qkv.weight.packed", "vision.blocks.0.attn.qkv.weight_scale"], Format.INT4),
     ],
 )
 def test_layout_is_told_by_names(names: list[str], layout: Format) -> None:
@@ -59,7 +61,7 @@ def test_layout_is_told_by_names(names: list[str], layout: Format) -> None:
 
 
 def test_mlx_is_refused_by_name() -> None:
-    with pytest.raises(CheckpointError, match=r"MLX.*original, original-fp8, raw, raw-fp8, hf, int4"):
+    with pytest.raises(CheckpointError, match=r"MLX.*original, original-fp8, raw, raw-fp8, hf, int4, int8"):
         detect_format(["text.blocks.4.mlp.fc1_q", "text.wte.weight"], "x")
 
 
@@ -191,3 +193,20 @@ def test_dense_models_are_said_in_the_ports_words() -> None:
     sections["text"] = {**sections["text"], "moe": None}
     again = ModelConfig.from_sections(normalise_config(hf_config(sections)))
     assert not any(again.text.is_moe_layer(layer) for layer in range(again.text.n_layers))
+
+
+@pytest.mark.parametrize(
+    ("name", "packing"),
+    [
+        ("text.blocks.0.attn.qkv.qweight", "GPTQ or AWQ"),
+        ("text.blocks.0.attn.qkv.weight_packed", "compressed-tensors, packed"),
+        ("text.blocks.0.attn.qkv.weight.absmax", "bitsandbytes"),
+        ("text.blocks.0.attn.qkv.W_q", "HQQ"),
+        ("text_model.layers.0.mlp.down_proj.weight_scale_inv", "FP8 by blocks"),
+    ],
+)
+def test_other_packings_are_refused_by_name(name: str, packing: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        detect_format(["text.blocks.0.ln.weight", name], "x")
+    assert f"tensor {name} is packed as by {packing}" in str(caught.value)
+    assert "understood: original, original-fp8, raw, raw-fp8, hf, int4, int8" in str(caught.value)

@@ -20,11 +20,10 @@ from md3cli.errors import CheckpointError
 from md3cli.model.checkpoint_plan import CheckpointPlan, plan_checkpoint
 from md3cli.model.config import ModelConfig
 from md3cli.model.moondream import Moondream3
-from md3cli.model.name_tables import Recipe
 from md3cli.model.packing import assemble
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_PACKED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
+_PACKED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8, "I8": torch.int8}
 
 
 class LoadedModel(NamedTuple):
@@ -95,7 +94,7 @@ def stored_dtype(plan: CheckpointPlan) -> torch.dtype:
     """The dtype that holds every plainly stored weight without loss; packed ones and scales do not count."""
     dtype: torch.dtype | None = None
     for slot in plan.slots:
-        if slot.recipe in (Recipe.FP8, Recipe.INT4):
+        if slot.recipe.is_low_bit:
             continue
         for part in slot.parts:
             found = TORCH_DTYPES[plan.files.entries[part.name].dtype]

@@ -7,18 +7,23 @@ from the configuration.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from md3cli.errors import CheckpointError
 from md3cli.model.config import ModelConfig
-from md3cli.model.formats import Format, detect_format, normalise_config
-from md3cli.model.name_tables import INT4_GROUP, Slot, has_region_ln, is_ignorable, slots
+from md3cli.model.formats import FORMAT_NAMES, INT8_SCALE, Format, detect_format, normalise_config
+from md3cli.model.name_tables import INT4_GROUP, Slot, StoredTensor, has_region_ln, is_ignorable, slots
+from md3cli.model.safetensors_header import TensorEntry
 from md3cli.model.tensor_table import expected_tensors
 from md3cli.model.weight_files import WeightFiles, find_weight_files, read_json
 
 _NAMED_IN_ERRORS = 5
 _NAME_LIMIT_CHARS = 160  # a file may call its tensors anything
+QUANT_METHOD = "md3"  # of `quantization_config`; the other words there are those of compressed-tensors
+INT8_WEIGHTS: Mapping[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,32 @@ def read_config(files: WeightFiles) -> ModelConfig:
     """
     if files.config_file is None:
         return ModelConfig()
-    return ModelConfig.from_sections(normalise_config(read_json(files.config_file)))
+    document = read_json(files.config_file)
+    _check_quantization(document, files.config_file)
+    return ModelConfig.from_sections(normalise_config(document))
+
+
+def _check_quantization(document: Mapping[str, Any], file: Path) -> None:
+    """What a config says about codes must be what is read: int8 by row, or nothing (int4 and fp8 are told by names)."""
+    inner = document.get("config")
+    for place in (document, inner if isinstance(inner, dict) else {}):
+        scheme = place.get("quantization_config")
+        if scheme is None:
+            continue
+        method = scheme.get("quant_method") if isinstance(scheme, dict) else scheme
+        groups = scheme.get("config_groups") if isinstance(scheme, dict) else None
+        if method != QUANT_METHOD or not isinstance(groups, dict):
+            raise CheckpointError(
+                f"{file}: quantization_config of {str(method)[:40]!r} is not read; "
+                f"formats that are understood: {FORMAT_NAMES}"
+            )
+        for name, group in groups.items():
+            weights = group.get("weights") if isinstance(group, dict) else None
+            if not isinstance(weights, dict) or any(weights.get(key) != INT8_WEIGHTS[key] for key in INT8_WEIGHTS):
+                raise CheckpointError(
+                    f"{file}: quantization_config stores {str(name)[:40]} as {str(weights)[:160]}; "
+                    f"only {dict(INT8_WEIGHTS)} is understood"
+                )
 
 
 def plan_checkpoint(path: Path) -> CheckpointPlan:
@@ -80,9 +110,9 @@ def _check(plan: CheckpointPlan, path: Path) -> None:
         if entry is None:
             continue
         if entry.shape != part.shape:
-            misshapen.append(f"{name} is {list(entry.shape)}, expected {list(part.shape)}")
+            misshapen.append(_shape_fault(entry, part))
         elif entry.dtype not in part.dtypes:
-            mistyped.append(f"{name} is {entry.dtype}, expected {' or '.join(sorted(part.dtypes))}")
+            mistyped.append(_dtype_fault(entry, part))
     faults = [
         _fault("missing", missing),
         _fault("not known", extra),
@@ -92,9 +122,23 @@ def _check(plan: CheckpointPlan, path: Path) -> None:
     if any(faults):
         assumed = "" if plan.files.config_file else " (no config.json beside it: the real model's sizes were assumed)"
         raise CheckpointError(
-            f"{path}: format {plan.layout}, but its tensors do not make the model of its config.json{assumed}: "
-            + "; ".join(filter(None, faults))
+            f"{path}: format {plan.layout} (of {FORMAT_NAMES}), but its tensors do not make the model of its "
+            f"config.json{assumed}: " + "; ".join(filter(None, faults))
         )
+
+
+def _shape_fault(entry: TensorEntry, part: StoredTensor) -> str:
+    text = f"{part.name} is {list(entry.shape)}, expected {list(part.shape)}"
+    if part.name.endswith(".packed") and len(entry.shape) == 2 and entry.shape[1] != INT4_GROUP:
+        text += f" (groups of {entry.shape[1]}; only groups of {INT4_GROUP} are understood)"
+    return text
+
+
+def _dtype_fault(entry: TensorEntry, part: StoredTensor) -> str:
+    text = f"{part.name} is {entry.dtype}, expected {' or '.join(sorted(part.dtypes))}"
+    if entry.dtype == "I8":
+        text += f" (its scales, {part.name}{INT8_SCALE}, are missing)"
+    return text
 
 
 def _fault(kind: str, names: list[str]) -> str:

@@ -26,6 +26,7 @@ class Format(StrEnum):
     RAW_FP8 = "raw-fp8"
     HF = "hf"
     INT4 = "int4"
+    INT8 = "int8"
 
     @property
     def has_fp8_experts(self) -> bool:
@@ -34,7 +35,17 @@ class Format(StrEnum):
 
 
 FORMAT_NAMES = ", ".join(Format)
+INT8_SCALE = "_scale"  # behind the name of a matrix stored in int8: `X.weight_scale`, as compressed-tensors has it
 _MLX_MARKS = (".mlp.fc1_q", ".mlp.fc2_q")
+_FOREIGN_PACKINGS = {  # ends of names that other quantisers leave, and who they are
+    ".qweight": "GPTQ or AWQ",
+    ".q_weight": "EXL2",
+    ".weight_packed": "compressed-tensors, packed",
+    ".weight_scale_inv": "FP8 by blocks",
+    ".weight.absmax": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".W_q": "HQQ",
+}
 
 
 def plain_name(stored: str) -> str:
@@ -53,6 +64,7 @@ def detect_format(names: Collection[str], where: str) -> Format:
             f"{where} is a 4-bit MLX checkpoint (such as moondream/md3p-int4), which runs on Apple's MLX only; "
             f"use one of these formats instead: {FORMAT_NAMES}"
         )
+    _refuse_foreign_packing(names, where)
     has_fp8_scales = any(".moe_quant." in name for name in names)
     if any(name.startswith("text_model.transformer.h.") for name in names):
         return Format.RAW_FP8 if has_fp8_scales else Format.RAW
@@ -61,12 +73,24 @@ def detect_format(names: Collection[str], where: str) -> Format:
     if any(name.startswith("text.blocks.") for name in names):
         if any(name.endswith(".weight.packed") for name in names):
             return Format.INT4
-        return Format.ORIGINAL_FP8 if has_fp8_scales else Format.ORIGINAL
+        if has_fp8_scales:
+            return Format.ORIGINAL_FP8
+        return Format.INT8 if any(name.endswith(f".weight{INT8_SCALE}") for name in names) else Format.ORIGINAL
     examples = ", ".join(sorted(names)[:3]) or "none"
     raise CheckpointError(
         f"{where} holds no Moondream 3 weights that are understood (formats: {FORMAT_NAMES}); "
         f"its first tensors: {examples}"
     )
+
+
+def _refuse_foreign_packing(names: Collection[str], where: str) -> None:
+    for name in names:
+        for end, packing in _FOREIGN_PACKINGS.items():
+            if name.endswith(end):
+                raise CheckpointError(
+                    f"{where}: tensor {name} is packed as by {packing}, which is not read; "
+                    f"formats that are understood: {FORMAT_NAMES}"
+                )
 
 
 # -- config.json ----------------------------------------------------------------------------------

@@ -15,13 +15,14 @@ from enum import Enum, auto
 from math import prod
 
 from md3cli.errors import CheckpointError
-from md3cli.model.formats import Format
+from md3cli.model.formats import INT8_SCALE, Format
 from md3cli.model.tensor_table import Shape, is_experts
 
 INT4_GROUP = 128  # the original scheme knows no other
 FLOATS = frozenset({"BF16", "F16", "F32"})
 FP8 = frozenset({"F8_E4M3"})
 BYTES = frozenset({"U8"})
+INT8 = frozenset({"I8"})
 REGION_LN = ("region.ln.weight", "region.ln.bias")
 
 # Canonical, raw, HF port: first the group's prefixes, then the names under them. {} is the layer; a
@@ -101,6 +102,12 @@ class Recipe(Enum):
     STACK_EXPERTS = auto()  # per expert: its parts one above the other; then stacked
     FP8 = auto()  # weight, scale per row
     INT4 = auto()  # packed, scale, zero point
+    INT8 = auto()  # weight, scale per row
+
+    @property
+    def is_low_bit(self) -> bool:
+        """The tensor is stored as codes of 8 or 4 bits."""
+        return self in (Recipe.FP8, Recipe.INT4, Recipe.INT8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,16 +162,19 @@ def _translated(canonical: str, names: Mapping[str, str]) -> str:
 def slots(expected: Mapping[str, Shape], layout: Format, present: Collection[str] = ()) -> Iterator[Slot]:
     """The recipe of every tensor in `expected` (see `expected_tensors`) for one layout.
 
-    `present` holds the plain names of the file that is read: raw files fuse tau or not, and a
-    4-bit file says by its names which matrices it packs. Without it: the form that is written.
+    `present` holds the plain names of the file that is read: raw files fuse tau or not, and 4- and
+    8-bit files say by their names which matrices are codes. Without it: the form that is written,
+    with the matrices in few bits that the 4-bit port has.
 
     Raises:
         CheckpointError: the layout has no place for a tensor (the HF port for `region.ln`).
     """
     for name, shape in expected.items():
         experts = _experts_slot(name, shape, layout) if is_experts(name, shape) else None
-        if layout is Format.INT4 and _is_packed(name, present):
+        if layout is Format.INT4 and _is_marked(name, ".packed", present):
             yield _int4_slot(name, shape)
+        elif f"{name}{INT8_SCALE}" in present or (layout is Format.INT8 and _is_marked(name, INT8_SCALE, present)):
+            yield _int8_slot(name, shape)
         elif experts is not None:
             yield experts
         elif layout in (Format.RAW, Format.RAW_FP8):
@@ -222,13 +232,13 @@ def _hf_slot(name: str, shape: Shape) -> Slot:
     return Slot(name, shape, Recipe.CONCAT, parts)
 
 
-def _is_packed(name: str, present: Collection[str]) -> bool:
-    """Whether a 4-bit file packs this matrix; when writing, the choice of the 4-bit port.
+def _is_marked(name: str, mark: str, present: Collection[str]) -> bool:
+    """Whether a file holds this matrix as codes; when writing, the choice of the 4-bit port."""
+    return f"{name}{mark}" in present if present else is_portable(name)
 
-    The port keeps vision, routers, tau, norms, embedding and head in 16 bits.
-    """
-    if present:
-        return f"{name}.packed" in present
+
+def is_portable(name: str) -> bool:
+    """True for the matrices the 4-bit port packs; vision, routers, tau, norms, embedding, head stay in 16 bits."""
     if not name.endswith(".weight"):
         return False
     in_text = ".attn.qkv." in name or ".attn.proj." in name or ".mlp.fc" in name
@@ -248,6 +258,11 @@ def _int4_slot(name: str, shape: Shape) -> Slot:
         StoredTensor(f"{name}.zero_point", (groups, 1)),
     )
     return Slot(name, shape, Recipe.INT4, parts)
+
+
+def _int8_slot(name: str, shape: Shape) -> Slot:
+    scale = StoredTensor(f"{name}{INT8_SCALE}", (*shape[:-1], 1))
+    return Slot(name, shape, Recipe.INT8, (StoredTensor(name, shape, INT8), scale))
 
 
 def is_ignorable(plain: str) -> bool:

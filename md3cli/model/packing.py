@@ -14,6 +14,8 @@ from torch import Tensor
 from md3cli.model.name_tables import Recipe, Slot
 from md3cli.model.quantised import LowBit, QuantisedWeight, pack_nibbles, quantise, unpack_nibbles
 
+SCHEMES = {Recipe.FP8: LowBit.FP8, Recipe.INT4: LowBit.INT4, Recipe.INT8: LowBit.INT8}
+
 
 def assemble(slot: Slot, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
     """The canonical tensor of `slot` in `dtype`; `read` gives a stored tensor by its plain name.
@@ -34,7 +36,7 @@ def assemble(slot: Slot, read: Callable[[str], Tensor], dtype: torch.dtype) -> T
             return torch.cat([read(name).to(dtype) for name in parts])
         case Recipe.STACK_EXPERTS:
             return _stack_experts(slot, read, dtype)
-        case Recipe.FP8 | Recipe.INT4:
+        case Recipe.FP8 | Recipe.INT4 | Recipe.INT8:
             return read_quantised(slot, read).dequantise(dtype)
 
 
@@ -43,9 +45,9 @@ def disassemble(slot: Slot, tensor: Tensor | QuantisedWeight) -> Iterator[tuple[
 
     A slot stored in 8 or 4 bits takes codes that were made already, or a tensor to be rounded to them.
     """
-    if slot.recipe in (Recipe.FP8, Recipe.INT4):
+    if slot.recipe.is_low_bit:
         if isinstance(tensor, Tensor):
-            tensor = quantise(tensor, LowBit.FP8 if slot.recipe is Recipe.FP8 else LowBit.INT4)
+            tensor = quantise(tensor, SCHEMES[slot.recipe])
         return zip([part.name for part in slot.parts], _stored_quantised(tensor), strict=True)
     assert isinstance(tensor, Tensor), slot.name
     names = [part.name for part in slot.parts]
@@ -72,17 +74,17 @@ def _stack_experts(slot: Slot, read: Callable[[str], Tensor], dtype: torch.dtype
 
 
 def read_quantised(slot: Slot, read: Callable[[str], Tensor]) -> QuantisedWeight:
-    """The codes and scales of a slot stored in 8 or 4 bits (`slot.recipe` FP8 or INT4)."""
+    """The codes and scales of a slot stored in 8 or 4 bits (`slot.recipe.is_low_bit`)."""
     codes, *scales = (read(part.name) for part in slot.parts)
     scales = [scale.float() for scale in scales]
-    if slot.recipe is Recipe.FP8:
-        return QuantisedWeight(LowBit.FP8, slot.shape, codes, *scales)
-    assert slot.recipe is Recipe.INT4, slot.recipe
-    return QuantisedWeight(LowBit.INT4, slot.shape, unpack_nibbles(codes), *scales)
+    if slot.recipe is Recipe.INT4:
+        return QuantisedWeight(LowBit.INT4, slot.shape, unpack_nibbles(codes), *scales)
+    return QuantisedWeight(SCHEMES[slot.recipe], slot.shape, codes, scales[0].view(slot.shape[:-1]))
 
 
 def _stored_quantised(weight: QuantisedWeight) -> tuple[Tensor, ...]:
     """Inverse of `read_quantised`."""
     if weight.zero_point is None:
-        return weight.codes, weight.scale
+        scale = weight.scale[..., None] if weight.kind is LowBit.INT8 else weight.scale
+        return weight.codes, scale
     return pack_nibbles(weight.codes), weight.scale, weight.zero_point
