@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 from queue import Empty, SimpleQueue
+from typing import Protocol
 
-from md3cli.config import RunConfig
+from md3cli.config import DecodeOptions, RunConfig
 from md3cli.decode import DecodePool
 from md3cli.errors import ImageError
 from md3cli.images import CropConfig, ImageLimits, PreparedImage
@@ -60,6 +61,14 @@ class _AheadRow:
     future: Future[PreparedImage]
 
 
+class Ids(Protocol):
+    """Where the ids of requests come from."""
+
+    def next_id(self, image: str | None, request: Request) -> str:
+        """The id of the next request in input order."""
+        ...
+
+
 class RequestIds:
     """`records.request_id` with the parts that repeat encoded once, and repeats counted.
 
@@ -76,14 +85,23 @@ class RequestIds:
 
     def next_id(self, image: str | None, request: Request) -> str:
         """The id of the next request of this kind in input order."""
-        first = self._id(image, request, 0)
+        first = self.id_of(image, request, 0)
+        repeat = self._count(first)
+        return self.id_of(image, request, repeat) if repeat else first
+
+    def next_repeat(self, image: str | None, request: Request) -> int:
+        """The k of the next request of this kind: how many there were before."""
+        return self._count(self.id_of(image, request, 0))
+
+    def _count(self, first: str) -> int:
         digest = digest_of(first)
         if self._seen.add(digest):
-            return first
+            return 0
         self._repeats[digest] = repeat = self._repeats.get(digest, 0) + 1
-        return self._id(image, request, repeat)
+        return repeat
 
-    def _id(self, image: str | None, request: Request, repeat: int) -> str:
+    def id_of(self, image: str | None, request: Request, repeat: int) -> str:
+        """The id of the k-th repeat of a request; counts nothing."""
         name = "null" if image is None else encode_basestring_ascii(image)
         if self._last[0] is not request:
             self._last = (request, self._request(request))
@@ -109,13 +127,17 @@ def num_auto_workers() -> int:
 
 def make_pool(config: RunConfig, crop_config: CropConfig) -> DecodePool:
     """The decode workers of a run."""
-    limits = ImageLimits(config.decode.max_pixels, config.decode.max_file_size)
+    return make_decode_pool(config.decode, config.model.background, crop_config)
+
+
+def make_decode_pool(options: DecodeOptions, background: str, crop_config: CropConfig) -> DecodePool:
+    """Decode workers as `options` say."""
     return DecodePool(
-        config.decode.workers or num_auto_workers(),
+        options.workers or num_auto_workers(),
         crop_config,
-        limits,
-        background=config.model.background,
-        timeout_s=config.decode.timeout_s,
+        ImageLimits(options.max_pixels, options.max_file_size),
+        background=background,
+        timeout_s=options.timeout_s,
     )
 
 
@@ -136,7 +158,7 @@ class Feed:
         self,
         rows: Iterator[SourceRow],
         *,
-        ids: RequestIds,
+        ids: Ids,
         is_done: Callable[[str], bool],
         pool: DecodePool,
         num_ahead: int,

@@ -15,6 +15,31 @@ from md3cli.feed import Ticket
 from md3cli.records import RecordDict, RowFailure, RunIdentity, make_error_record, make_record
 
 
+def record_of(ticket: Ticket, answer: Answer, run: RunIdentity) -> RecordDict:
+    """The record of a request that the model answered, or failed on."""
+    if answer.failure is not None or answer.result is None:
+        return error_of(ticket, answer.failure or RowFailure("model", "the model gave no answer"), run)
+    return make_record(
+        ticket.record_id,
+        ticket.image,
+        ticket.facts,
+        ticket.request,
+        run,
+        result=answer.result,
+        finish_reason=answer.finish_reason,
+        prompt_tokens=answer.prompt_tokens,
+        output_tokens=answer.output_tokens,
+        meta=ticket.row.meta,
+    )
+
+
+def error_of(ticket: Ticket, failure: RowFailure, run: RunIdentity) -> RecordDict:
+    """The record of a request that has no answer."""
+    return make_error_record(
+        ticket.record_id, ticket.image, ticket.facts, ticket.request, run, failure=failure, meta=ticket.row.meta
+    )
+
+
 class OrderedRecords:
     """Collects outcomes by key and hands records on in the order of the keys, from 0 on.
 
@@ -54,36 +79,13 @@ class OrderedRecords:
     def answer(self, answer: Answer) -> None:
         """An answer of the engine becomes a record."""
         ticket = self._in_flight.pop(answer.key)
-        if answer.failure is not None or answer.result is None:
-            self.fail(ticket, answer.failure or RowFailure("model", "the model gave no answer"))
-            return
-        record = make_record(
-            ticket.record_id,
-            ticket.image,
-            ticket.facts,
-            ticket.request,
-            self._run,
-            result=answer.result,
-            finish_reason=answer.finish_reason,
-            prompt_tokens=answer.prompt_tokens,
-            output_tokens=answer.output_tokens,
-            meta=ticket.row.meta,
-        )
-        self._finished[ticket.key] = (ticket, record)
-        self._answered.append(ticket.key)
+        self._finished[ticket.key] = (ticket, record_of(ticket, answer, self._run))
+        if answer.failure is None and answer.result is not None:
+            self._answered.append(ticket.key)
 
     def fail(self, ticket: Ticket, failure: RowFailure) -> None:
         """A request that has no answer becomes an error record."""
-        record = make_error_record(
-            ticket.record_id,
-            ticket.image,
-            ticket.facts,
-            ticket.request,
-            self._run,
-            failure=failure,
-            meta=ticket.row.meta,
-        )
-        self._finished[ticket.key] = (ticket, record)
+        self._finished[ticket.key] = (ticket, error_of(ticket, failure, self._run))
 
     def flush(self) -> None:
         """Write every record that is next in order, and keep the others safe; counts only what was written."""

@@ -32,6 +32,7 @@ LAYERS = {
     "md3cli.feed": "pipeline",
     "md3cli.ordering": "pipeline",
     "md3cli.outputs": "pipeline",
+    "md3cli.scale": "pipeline",
     "md3cli.diagnosis": "pipeline",
     "md3cli.commands": "commands",
     "md3cli.cli": "commands",

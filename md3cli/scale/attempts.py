@@ -1,0 +1,221 @@
+"""Journals of attempts at a shard: what was begun, what was finished, what may have killed its worker.
+
+Every attempt appends to a file of its own, so that a torn end never glues two records together; of each
+file the valid prefix counts. Lines: `{"begin": ID}` before a request goes to the model, with `"alone":true`
+where nothing else is under way; its record after; `{"stopped":true}` when the attempt was ended in order.
+Beside a journal, `ATTEMPT.died` says with which status its process ended, where somebody saw that.
+
+What a crash loses: nothing for a killed process, at most 2 s or 64 records for a power cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from md3cli.publish import output_error
+from md3cli.records import SCHEMA
+from md3cli.scale.layout import WIP, RunFolder, journal_name, shard_name
+from md3cli.scale.store import LocalStore
+
+SYNC_RECORDS, SYNC_INTERVAL_S = 64, 2.0
+TOUCH_INTERVAL_S = 5.0  # how often a journal shows that its attempt is alive
+STALE_AFTER_S = 60.0  # without such a sign
+# A request is blamed for what happened to its workers after two crashes, the latest alone with it. A kill
+# from outside (SIGKILL, power, the machine) leaves no trace of its cause and may hit anybody: then it takes
+# four times alone.
+CRASHES_TO_BLAME, DEATHS_ALONE_TO_BLAME = 2, 4
+_STOP_STATUSES = frozenset(-number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+
+
+class AttemptJournal:
+    """The journal of one attempt, open for appending; used by one thread."""
+
+    def __init__(self, folder: RunFolder, shard: int, attempt: str) -> None:
+        """Raises OutputError: it cannot be made."""
+        self.attempt = attempt
+        self._path = folder.wip.path(journal_name(shard, attempt))
+        self._num_unsynced = 0
+        self._synced_at = self._touched_at = time.monotonic()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+            self._fd = os.open(self._path, flags, 0o666)
+        except OSError as error:
+            raise output_error(self._path, error) from error
+
+    def begin(self, record_id: str, *, is_alone: bool) -> None:
+        """Note that a request goes to the model now."""
+        self._append(_line({"begin": record_id, "alone": True} if is_alone else {"begin": record_id}))
+
+    def finish(self, lines: Sequence[bytes]) -> None:
+        """Append records, each with its newline."""
+        self._append(b"".join(lines))
+        self._num_unsynced += len(lines)
+        if self._num_unsynced >= SYNC_RECORDS or time.monotonic() - self._synced_at >= SYNC_INTERVAL_S:
+            self.sync()
+
+    def stop(self) -> None:
+        """The attempt ends here on purpose: what is under way has killed nobody."""
+        self._append(_line({"stopped": True}))
+        self.sync()
+
+    def touch(self) -> None:
+        """Show others that this attempt is alive; cheap to call often."""
+        if time.monotonic() - self._touched_at >= TOUCH_INTERVAL_S:
+            self._touched_at = time.monotonic()
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+
+    def sync(self) -> None:
+        """Raises OutputError: the disk refuses."""
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise output_error(self._path, error) from error
+        self._num_unsynced, self._synced_at = 0, time.monotonic()
+
+    def _append(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except OSError as error:
+            raise output_error(self._path, error) from error
+
+    def close(self) -> None:
+        """Let go of the file and leave it there; a second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+@dataclass(slots=True)
+class ShardHistory:
+    """What all attempts at a shard have left.
+
+    `records` holds finished lines by id. `left_open` are ids that were under way when a process died; those
+    also in `blamed` have killed it and are not tried again.
+    """
+
+    records: dict[str, bytes] = field(default_factory=dict)
+    left_open: set[str] = field(default_factory=set)
+    blamed: set[str] = field(default_factory=set)
+
+
+def read_history(folder: RunFolder, shard: int) -> ShardHistory:
+    """The journals of every attempt at `shard`, merged."""
+    history = ShardHistory()
+    crashes, deaths_alone, crashes_alone = Counter[str](), Counter[str](), Counter[str]()
+    for name in attempt_files(folder.wip, shard):
+        if not name.endswith(".jsonl"):
+            continue
+        journal = read_journal(folder.wip.read(f"{WIP}/{name}") or b"")
+        history.records |= journal.records
+        if journal.was_stopped:
+            continue
+        is_crash = _is_crash(folder.wip.read(f"{WIP}/{name.removesuffix('.jsonl')}.died"))
+        for record_id, is_alone in journal.begun.items():
+            if record_id not in journal.records:
+                history.left_open.add(record_id)
+                crashes[record_id] += is_crash
+                crashes_alone[record_id] += is_crash and is_alone
+                deaths_alone[record_id] += is_alone
+    history.left_open -= history.records.keys()
+    history.blamed = {
+        record_id
+        for record_id in history.left_open
+        if (crashes[record_id] >= CRASHES_TO_BLAME and crashes_alone[record_id])
+        or deaths_alone[record_id] >= DEATHS_ALONE_TO_BLAME
+    }
+    return history
+
+
+@dataclass(slots=True)
+class JournalContent:
+    """The valid prefix of a journal; `begun` says of each id whether it was alone."""
+
+    records: dict[str, bytes] = field(default_factory=dict)
+    begun: dict[str, bool] = field(default_factory=dict)
+    was_stopped: bool = False
+
+
+def read_journal(data: bytes) -> JournalContent:
+    """What a journal says up to its first torn or damaged line."""
+    content = JournalContent()
+    for line in data.splitlines(keepends=True):
+        try:
+            value = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(value, dict):
+            break
+        if value.get("schema") == SCHEMA and isinstance(value.get("id"), str) and "error" in value:
+            content.records[value["id"]] = line
+        elif isinstance(value.get("begin"), str):
+            content.begun[value["begin"]] = bool(value.get("alone"))
+        elif value.get("stopped") is True:
+            content.was_stopped = True
+        else:
+            break
+    return content
+
+
+def _is_crash(died: bytes | None) -> bool:
+    """Whether a process ended by its own doing, as far as somebody saw it end."""
+    try:
+        status: Any = json.loads(died or b"null")
+    except ValueError:
+        return False
+    return isinstance(status, int) and status not in _STOP_STATUSES
+
+
+def note_death(folder: RunFolder, shard: int, attempt: str, status: int) -> None:
+    """Leave word of how the process of an attempt ended; `status` as `subprocess` gives it."""
+    folder.wip.put(journal_name(shard, attempt).removesuffix(".jsonl") + ".died", json.dumps(status).encode())
+
+
+def attempt_files(wip: LocalStore, shard: int) -> list[str]:
+    """The names of what attempts at `shard` left in the folder of journals."""
+    prefix = f"{shard_name(shard)}."
+    return [name for name in wip.names(WIP) if name.startswith(prefix)]
+
+
+def forget_attempts(folder: RunFolder, shard: int) -> None:
+    """Remove what attempts at a committed shard left."""
+    for name in attempt_files(folder.wip, shard):
+        folder.wip.remove(f"{WIP}/{name}")
+
+
+def is_under_way(folder: RunFolder, shard: int, own_host: str) -> bool:
+    """Whether a process seems to work on `shard`: its journal was touched lately, and it is not known dead."""
+    for name in attempt_files(folder.wip, shard):
+        owner = re.fullmatch(r"\d+\.(.+)-(\d+)-[0-9a-f]+\.jsonl", name)
+        if owner is None or (owner[1] == own_host and not _is_alive(int(owner[2]))):
+            continue
+        modified_at = folder.wip.modified_at(f"{WIP}/{name}")
+        if modified_at is not None and time.time() - modified_at < STALE_AFTER_S:
+            return True
+    return False
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True

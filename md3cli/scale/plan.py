@@ -1,0 +1,171 @@
+"""The frozen plan: which rows a run has, cut into shards, and what is asked; read by every process of the run.
+
+Made once by `planning.make_plan`. A shard is a contiguous range of rows and a row group of the manifest, so
+that whoever runs it reads no other. The id of every request follows from the plan alone: the k of the
+k-th repeat is frozen in it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+
+from md3cli.config import RunConfig
+from md3cli.errors import InputError, OutputError, OutputMismatchError
+from md3cli.feed import RequestIds
+from md3cli.records import RunIdentity, SourceRow, printable
+from md3cli.run_info import differences, identity_of
+from md3cli.scale.layout import MANIFEST, PLAN, REPEATS, RunFolder
+from md3cli.scale.rows import RowColumns, request_of, row_of
+
+PLAN_SCHEMA = "md3-plan/1"
+FINGERPRINT_KEY = "md3_fingerprint"
+_IDENTITY_KEYS = ("model", "dtype", "quant", "adapter", "background")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """plan.json. `fingerprint` is a digest of all rows; `config` is what must be equal for a resume."""
+
+    schema: str
+    rows: int
+    requests: int
+    shards: int
+    shard_size: int
+    fingerprint: str
+    has_repeats: bool
+    config_hash: str
+    config: Mapping[str, Any]
+    made: str
+    skipped: Mapping[str, int]
+
+    @property
+    def identity(self) -> RunIdentity:
+        """The model and the settings that are part of every record's id."""
+        return RunIdentity(**{key: self.config["identity"][key] for key in _IDENTITY_KEYS})
+
+    @property
+    def root(self) -> str:
+        """The folder that names of pictures are relative to."""
+        return str(self.config["identity"]["root"])
+
+    def num_rows_of(self, shard: int) -> int:
+        """How many rows a shard has; all but the last have `shard_size`."""
+        return min(self.shard_size, self.rows - shard * self.shard_size)
+
+
+class PlannedRow(NamedTuple):
+    """A row and the ids of its requests, in their order."""
+
+    row: SourceRow
+    ids: tuple[str, ...]
+
+
+def plan_config(config: RunConfig, identity: RunIdentity, root: str) -> dict[str, Any]:
+    """What two starts must share for the second to go on with the first one's plan, as JSON."""
+    document: dict[str, Any] = {"identity": identity_of(config.requests, identity, root)}
+    document["input"] = asdict(config.source) | {
+        "root": None if config.source.root is None else str(config.source.root)
+    }
+    if not config.requests:
+        document["defaults"] = asdict(config.defaults)
+    return dict(json.loads(json.dumps(document)))
+
+
+def hash_of(config: Mapping[str, Any]) -> str:
+    """A digest of a plan's config."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_plan(folder: RunFolder) -> Plan | None:
+    """The plan of a run folder; None while there is none.
+
+    Raises:
+        OutputError: what is there is no plan of this version.
+    """
+    data = folder.store.read(PLAN)
+    if data is None:
+        return None
+    try:
+        plan = Plan(**json.loads(data))
+    except (ValueError, TypeError) as error:
+        raise _unreadable(folder, "plan.json is damaged") from error
+    if plan.schema != PLAN_SCHEMA:
+        raise _unreadable(folder, f"its plan is of another version ({printable(str(plan.schema))})")
+    return plan
+
+
+def _unreadable(folder: RunFolder, what: str) -> OutputError:
+    return OutputError(f"{printable(folder.uri)}: {what}; choose another -o, or --overwrite to start over")
+
+
+def check_config(plan: Plan, config: Mapping[str, Any]) -> None:
+    """Whether a start with `config` may go on with `plan`.
+
+    Raises:
+        OutputMismatchError: it may not; names the differences.
+    """
+    found = [line.replace("identity.", "", 1) for line in differences(plan.config, config)]
+    if found:
+        raise OutputMismatchError(
+            f"OUTPUT was begun by another run, which is not finished: {'; '.join(found)}. "
+            "Repeat the earlier command, choose another -o, or --overwrite to start over"
+        )
+
+
+class PlanReader:
+    """Reads rows of a plan by shard; keeps the manifest open."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        """Open the plan of `folder`.
+
+        Raises:
+            InputError: there is none: not a run folder, or not on storage that this machine shares.
+            OutputError: plan and manifest do not belong together.
+        """
+        plan = read_plan(folder)
+        if plan is None:
+            raise InputError(f"no plan at {printable(folder.uri)}; is it on storage that this machine shares?")
+        self.plan, self._folder = plan, folder
+        try:
+            self._manifest = pq.ParquetFile(folder.store.open(MANIFEST))
+        except FileNotFoundError as error:
+            raise _unreadable(folder, "the plan's manifest is not there") from error
+        metadata = self._manifest.metadata.metadata or {}
+        if metadata.get(FINGERPRINT_KEY.encode(), b"").decode() != plan.fingerprint:
+            raise _unreadable(folder, "plan.json and manifest.parquet are of two plans")
+        self._requests = tuple(map(request_of, plan.config["identity"]["requests"]))
+        self._ids = RequestIds(plan.identity)
+
+    def shard(self, shard: int) -> list[PlannedRow]:
+        """The rows of a shard, in input order."""
+        repeats = self._repeats(shard)
+        return [self._planned(number, columns, repeats) for number, columns in enumerate(self.columns(shard))]
+
+    def columns(self, shard: int) -> Iterator[RowColumns]:
+        """The rows of a shard as the manifest holds them."""
+        table = self._manifest.read_row_group(shard)
+        return map(RowColumns, *(table.column(name).to_pylist() for name in RowColumns._fields))
+
+    def _planned(self, number: int, columns: RowColumns, repeats: Mapping[tuple[int, int], int]) -> PlannedRow:
+        row = row_of(columns, self._requests)
+        ids = (
+            self._ids.id_of(columns.image, request, repeats.get((number, index), 0))
+            for index, request in enumerate(row.requests)
+        )
+        return PlannedRow(row, tuple(ids))
+
+    def _repeats(self, shard: int) -> dict[tuple[int, int], int]:
+        """k of each request that is a repeat, by row of the shard and place in the row."""
+        if not self.plan.has_repeats:
+            return {}
+        first = shard * self.plan.shard_size
+        rows = [("row", ">=", first), ("row", "<", first + self.plan.shard_size)]
+        with self._folder.store.open(REPEATS) as file:
+            found = pq.read_table(file, filters=rows).to_pylist()
+        return {(entry["row"] - first, entry["request"]): entry["repeat"] for entry in found}

@@ -1,0 +1,240 @@
+"""Making the plan: INPUT once through, streamed into the manifest.
+
+Memory is a row group and 8 bytes a request. Those 8 bytes are a hash: only requests whose hash comes twice
+can be repeats of each other, and only those are looked at again, exactly, in a second pass over the manifest.
+Nothing counts until plan.json is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import socket
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from md3cli.feed import RequestIds
+from md3cli.publish import output_error
+from md3cli.records import Request, RunIdentity, SourceRow
+from md3cli.scale.layout import MANIFEST, PLAN, REPEATS, RunFolder
+from md3cli.scale.plan import FINGERPRINT_KEY, PLAN_SCHEMA, Plan, hash_of, read_plan
+from md3cli.scale.rows import RowColumns, columns_of, row_of
+
+SHARD_ROWS, FEWEST_SHARD_ROWS = 1024, 64
+WANTED_SHARDS, MAX_SHARDS = 64, 25_000
+_SCHEMA = pa.schema([("image", pa.string()), ("path", pa.binary()), ("more", pa.string())])
+_REPEATS_SCHEMA = pa.schema([("row", pa.int64()), ("request", pa.int32()), ("repeat", pa.int64())])
+_REPEATS_AT_A_TIME = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What is known of the rows once all are written; `hashes` has 8 bytes a request, in input order."""
+
+    rows: int
+    shard_size: int
+    fingerprint: str
+    hashes: NDArray[np.int64]
+
+
+def shard_size_for(num_rows: int) -> int:
+    """Rows a shard: enough shards to share out, each with enough rows to keep a batch full, never too many files."""
+    size = min(SHARD_ROWS, max(FEWEST_SHARD_ROWS, num_rows // WANTED_SHARDS))
+    return max(size, -(-num_rows // MAX_SHARDS))
+
+
+def make_plan(
+    folder: RunFolder,
+    rows: Iterable[SourceRow],
+    requests: tuple[Request, ...],
+    identity: RunIdentity,
+    config: Mapping[str, Any],
+    *,
+    shard_size: int | None = None,
+    skipped: Mapping[str, int] | None = None,
+) -> Plan:
+    """Write the manifest of `rows` and return the plan, which counts only once `put_plan` has put it.
+
+    Args:
+        requests: what the run asks of every row that asks nothing else.
+        config: what must be equal for a resume.
+        shard_size: rows a shard; None chooses.
+        skipped: filled while `rows` is read.
+
+    Raises:
+        InputError: INPUT cannot be read.
+        OutputError: the folder cannot be written.
+    """
+    with folder.store.put_file(MANIFEST) as path:
+        manifest = _write_checked(path, rows, requests, shard_size)
+    num_requests = len(manifest.hashes)
+    has_repeats = _write_repeats(folder, manifest, requests, identity)
+    return Plan(
+        schema=PLAN_SCHEMA,
+        rows=manifest.rows,
+        requests=num_requests,
+        shards=-(-manifest.rows // manifest.shard_size),
+        shard_size=manifest.shard_size,
+        fingerprint=manifest.fingerprint,
+        has_repeats=has_repeats,
+        config_hash=hash_of(config),
+        config=config,
+        made=f"{datetime.now(UTC).isoformat(timespec='seconds')} on {socket.gethostname()}",
+        skipped=dict(skipped or {}),
+    )
+
+
+def put_plan(folder: RunFolder, plan: Plan) -> Plan:
+    """Make `plan` the one that counts, unless one is there; returns the one that does."""
+    data = json.dumps(asdict(plan), indent=1).encode()
+    if folder.store.put_if_absent(PLAN, data):
+        return plan
+    return read_plan(folder) or plan
+
+
+def _write_checked(
+    path: Path, rows: Iterable[SourceRow], requests: tuple[Request, ...], shard_size: int | None
+) -> Manifest:
+    try:
+        manifest = write_manifest(path, rows, requests, shard_size)
+        if shard_size is None and manifest.rows > SHARD_ROWS * MAX_SHARDS:
+            manifest = _regroup(path, manifest)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise output_error(path, error if isinstance(error, OSError) else OSError(0, str(error))) from error
+    return manifest
+
+
+def write_manifest(
+    path: Path, rows: Iterable[SourceRow], requests: tuple[Request, ...], shard_size: int | None = None
+) -> Manifest:
+    """Write `rows` to a Parquet file with a row group a shard."""
+    stream = iter(rows)
+    head: list[SourceRow] = []
+    if shard_size is None:
+        head = list(itertools.islice(stream, SHARD_ROWS * WANTED_SHARDS))
+        shard_size = shard_size_for(len(head))
+    digest, hashes, num_rows = hashlib.sha256(), array("q"), 0
+    hashes_of_usual = tuple(map(hash, requests))
+    with pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_statistics=False) as writer:
+        for group in _groups(itertools.chain(head, stream), shard_size):
+            columns = [columns_of(row, requests) for row in group]
+            for row in group:
+                _add_hashes(hashes, row, requests, hashes_of_usual)
+            _note_columns(digest, columns)
+            num_rows += len(group)
+            _write_group(writer, columns)
+        fingerprint = digest.hexdigest()[:32]
+        writer.add_key_value_metadata({FINGERPRINT_KEY: fingerprint})
+    return Manifest(num_rows, shard_size, fingerprint, np.frombuffer(hashes, dtype=np.int64))
+
+
+def _groups(rows: Iterator[SourceRow], size: int) -> Iterator[list[SourceRow]]:
+    while group := list(itertools.islice(rows, size)):
+        yield group
+
+
+def _add_hashes(hashes: array[int], row: SourceRow, requests: tuple[Request, ...], usual: Sequence[int]) -> None:
+    name = row.image.name if row.image is not None else None
+    asked = usual if row.requests is requests else map(hash, row.requests)
+    for request_hash in asked:
+        hashes.append(hash((name, request_hash)))
+
+
+def _note_columns(digest: Any, columns: Sequence[RowColumns]) -> None:
+    """Take rows into the fingerprint; neither names nor paths nor JSON hold a NUL or a 0x01."""
+    images, paths, more = zip(*columns, strict=True)
+    digest.update("\0".join("\1" if image is None else image for image in images).encode())
+    digest.update(b"\0".join(b"\1" if path is None else path for path in paths))
+    if any(more):
+        digest.update("\0".join("\1" if text is None else text for text in more).encode())
+
+
+def _write_group(writer: pq.ParquetWriter, columns: Sequence[RowColumns]) -> None:
+    arrays = [pa.array(values, field.type) for values, field in zip(zip(*columns, strict=True), _SCHEMA, strict=True)]
+    writer.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), row_group_size=len(columns))
+
+
+def fingerprint_of(shards: Iterable[Iterable[RowColumns]]) -> str:
+    """The fingerprint of rows as they are read back, shard by shard."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        if columns := list(shard):
+            _note_columns(digest, columns)
+    return digest.hexdigest()[:32]
+
+
+def _regroup(path: Path, manifest: Manifest) -> Manifest:
+    """The manifest with fewer, larger row groups: that there are so many rows was not known before."""
+    size = SHARD_ROWS * -(-shard_size_for(manifest.rows) // SHARD_ROWS)
+    old = path.with_name(path.name + ".small")
+    path.rename(old)
+    try:
+        with pq.ParquetFile(old) as reader, pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
+            per_group = size // SHARD_ROWS
+            digest = hashlib.sha256()
+            for first in range(0, reader.num_row_groups, per_group):
+                numbers = list(range(first, min(first + per_group, reader.num_row_groups)))
+                table = reader.read_row_groups(numbers)
+                _note_columns(digest, list(map(RowColumns, *(column.to_pylist() for column in table.columns))))
+                writer.write_table(table, row_group_size=size)
+            fingerprint = digest.hexdigest()[:32]
+            writer.add_key_value_metadata({FINGERPRINT_KEY: fingerprint})
+    finally:
+        old.unlink()
+    return Manifest(manifest.rows, size, fingerprint, manifest.hashes)
+
+
+def _write_repeats(folder: RunFolder, manifest: Manifest, requests: tuple[Request, ...], identity: RunIdentity) -> bool:
+    """Find the requests that were asked before and write their k; whether there are any."""
+    suspects = _twice(manifest.hashes)
+    if not len(suspects):
+        return False
+    found = _repeats(folder, manifest, requests, RequestIds(identity), suspects)
+    first = next(found, None)
+    if first is None:
+        return False
+    entries = itertools.chain([first], found)
+    with folder.store.put_file(REPEATS) as path, pq.ParquetWriter(path, _REPEATS_SCHEMA) as writer:
+        while group := list(itertools.islice(entries, _REPEATS_AT_A_TIME)):
+            writer.write_table(pa.Table.from_pylist(group, schema=_REPEATS_SCHEMA))
+    return True
+
+
+def _twice(hashes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The values that occur more than once, sorted."""
+    ordered = np.sort(hashes)
+    return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+
+
+def _repeats(
+    folder: RunFolder,
+    manifest: Manifest,
+    requests: tuple[Request, ...],
+    ids: RequestIds,
+    suspects: NDArray[np.int64],
+) -> Iterator[dict[str, int]]:
+    """Where the repeats are, in input order; memory is 21 bytes a suspect and some more for each repeat."""
+    number = at = 0
+    with folder.store.open(MANIFEST) as file, pq.ParquetFile(file) as reader:
+        for group in range(reader.num_row_groups):
+            table = reader.read_row_group(group)
+            columns = list(map(RowColumns, *(column.to_pylist() for column in table.columns)))
+            asked = [row_of(row, requests).requests for row in columns]
+            num_hashes = sum(map(len, asked))
+            is_suspect = iter(np.isin(manifest.hashes[at : at + num_hashes], suspects).tolist())
+            for row, row_requests in zip(columns, asked, strict=True):
+                for index, request in enumerate(row_requests):
+                    if next(is_suspect) and (repeat := ids.next_repeat(row.image, request)):
+                        yield {"row": number, "request": index, "repeat": repeat}
+                number += 1
+            at += num_hashes
