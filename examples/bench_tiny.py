@@ -223,7 +223,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED)
     parser.add_argument("--out", type=Path, default=Path("bench"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--dtype", default="fp32", help="auto runs low bits on their own kernels, fp32 on plain ones")
+    parser.add_argument("--quant", default="stored")
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     if args.seed < FIRST_HELD_OUT_SEED:
@@ -231,7 +232,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    model = Moondream.load(args.model, device=args.device, dtype=args.dtype)
+    model = Moondream.load(args.model, device=args.device, dtype=args.dtype, quant=args.quant)
     results = measure(model, args.seed, args.scenes, args.out)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))

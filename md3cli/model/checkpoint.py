@@ -38,13 +38,22 @@ class CheckpointReader(Mapping[str, Tensor]):
     """The canonical tensors of a checkpoint, each made when it is asked for and not kept.
 
     Tensors stored as they are asked for are views of the mapped file; they stay valid after
-    `close`. Use as a context manager.
+    `close`. With `keeps_open` false a file is mapped anew for each tensor and let go with it: what was
+    read before no longer counts as this process's memory. Use as a context manager.
     """
 
-    def __init__(self, plan: CheckpointPlan, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        plan: CheckpointPlan,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        keeps_open: bool = True,
+    ) -> None:
         self.plan = plan
         self.dtype = dtype
         self.device = torch.device(device)
+        self.keeps_open = keeps_open
         self._slots = {slot.name: slot for slot in plan.slots}
         self._open_files: dict[Path, Any] = {}  # safetensors exports no type of its handles
 
@@ -79,7 +88,9 @@ class CheckpointReader(Mapping[str, Tensor]):
         try:
             handle = self._open_files.get(entry.file)
             if handle is None:
-                handle = self._open_files[entry.file] = safe_open(entry.file, framework="pt")
+                handle = safe_open(entry.file, framework="pt")
+                if self.keeps_open:
+                    self._open_files[entry.file] = handle
             tensor: Tensor = handle.get_tensor(entry.stored_name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{entry.file}: tensor {entry.stored_name} cannot be read: {error}") from error

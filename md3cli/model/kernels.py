@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from md3cli.model.allocator import return_freed_memory
 from md3cli.model.layers import Linear, Mlp, bmm_attention
-from md3cli.model.moe import MoeMlp, Routing, gate
+from md3cli.model.moe import ExpertMatrices, MoeMlp, Routing, gate
 from md3cli.model.moondream import Moondream3
 from md3cli.model.text import TextAttention
 from md3cli.model.vision import VisionAttention
@@ -36,17 +37,19 @@ def optimise(model: Moondream3, *, for_compiling: bool = False) -> None:
     """Exchange plain parts of `model` for the fastest of its device and dtype, in place.
 
     Afterwards the model computes the same and cannot be trained or saved. `for_compiling` chooses
-    forms that a compiler can follow: nothing packed, nothing that asks the host.
+    forms that a compiler can follow: nothing packed, nothing that asks the host. Parts that were
+    loaded in few bits are left as they are (`low_bit_loading.py`).
     """
     is_cpu_bf16 = model.device.type == "cpu" and model.dtype is torch.bfloat16
     is_packed = is_cpu_bf16 and has_packed_linear() and not for_compiling
-    for layer in [module for module in model.modules() if isinstance(module, MoeMlp)]:
+    for layer in [m for m in model.modules() if isinstance(m, MoeMlp) and isinstance(m.fc1, ExpertMatrices)]:
         _optimise_experts(layer, is_packed, for_compiling)
     if is_packed:
         _pack_children(model)
         for module in model.modules():
             if isinstance(module, (VisionAttention, TextAttention)):
                 module.attend = blocked_attention
+        return_freed_memory()  # the plain copies
 
 
 def has_packed_linear() -> bool:
@@ -69,7 +72,7 @@ def _optimise_experts(layer: MoeMlp, is_packed: bool, for_compiling: bool) -> No
 
 def _pack_children(module: nn.Module) -> None:
     for name, child in module.named_children():
-        if isinstance(child, Mlp):
+        if isinstance(child, Mlp) and isinstance(child.fc1, Linear):
             setattr(module, name, PackedMlp(child))
         elif isinstance(child, Linear):
             setattr(module, name, PackedLinear(child.weight, child.bias))

@@ -8,7 +8,6 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,13 +16,15 @@ from md3cli.errors import ConfigError
 from md3cli.file_cache import FileCache
 from md3cli.model.adapters import merge_adapter
 from md3cli.model.allocator import keep_freed_memory
-from md3cli.model.checkpoint import load_model
+from md3cli.model.checkpoint import LoadedModel, load_model
+from md3cli.model.checkpoint_plan import plan_checkpoint
 from md3cli.model.config import MAX_CONTEXT_LIMIT
 from md3cli.model.encoder import ImageEncoder
 from md3cli.model.encoding_cache import EncodingCache
 from md3cli.model.engine import Engine
 from md3cli.model.hub import resolve_model
 from md3cli.model.kernels import optimise
+from md3cli.model.low_bit_loading import has_low_bits, load_dequantised, load_low_bit
 from md3cli.model.memory import choose_batch_size
 from md3cli.model.moondream import Moondream3
 from md3cli.model.prompts import Prompts, Tokenizer
@@ -32,6 +33,7 @@ from md3cli.records import RunIdentity
 from md3cli.settings import user_cache_dir
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+QUANTS = ("stored", "none", "int8", "int4")
 # Products of a model below this are too small to share: a second thread waits (and spins) more than it
 # computes, ten times over when the machine has other work. Process-wide, as torch has it.
 ONE_THREAD_BYTES = 64 << 20
@@ -47,7 +49,6 @@ def load_engine(options: ModelOptions) -> Engine:
     """
     torch.set_flush_denormal(True)  # denormals make CPU arithmetic five times slower
     keep_freed_memory()
-    _refuse_unsupported(options)
     device = choose_device(options.device)
     files = resolve_model(
         options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline
@@ -56,9 +57,7 @@ def load_engine(options: ModelOptions) -> Engine:
     if device.type == "cpu" and weight_bytes < ONE_THREAD_BYTES:
         torch.set_num_threads(1)
     dtype = choose_dtype(options.dtype, device, weight_bytes)
-    loaded = load_model(files.path, dtype=dtype, device=device)
-    if options.adapter:
-        merge_adapter(loaded.model, Path(options.adapter))
+    loaded = load_weights(options, files.path, dtype=dtype, device=device)
     tokenizer = Tokenizer.load(files.tokenizer_file, loaded.config)
     max_context = choose_max_context(options.max_context, loaded.config.text.max_context, loaded.config.prefix_len)
     optimise(loaded.model, for_compiling=bool(options.compile))
@@ -75,6 +74,30 @@ def load_engine(options: ModelOptions) -> Engine:
     if options.compile:
         compile_engine(engine, options.cache_dir)
     return engine
+
+
+def load_weights(options: ModelOptions, path: Path, *, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """The network of the checkpoint at `path`, its adapter merged, in as many bits as the options say.
+
+    With `--dtype fp32` low bits are what values are rounded to, not how they are computed: the plain
+    float32 network of the values that the codes stand for.
+
+    Raises:
+        CheckpointError: the weights or the adapter cannot be had or do not fit.
+        ConfigError: no such scheme.
+    """
+    if options.quant not in QUANTS:
+        raise ConfigError(f"--quant {options.quant}: use {', '.join(QUANTS)}")
+    plan = plan_checkpoint(path)
+    adapter = Path(options.adapter) if options.adapter else None
+    if has_low_bits(plan, options.quant):
+        if options.dtype == "fp32":
+            return load_dequantised(plan, quant=options.quant, device=device, adapter=adapter)
+        return load_low_bit(plan, quant=options.quant, dtype=dtype, device=device, adapter=adapter)
+    loaded = load_model(path, dtype=dtype, device=device)
+    if adapter is not None:
+        merge_adapter(loaded.model, adapter)
+    return loaded
 
 
 def compile_engine(engine: Engine, cache_dir: Path | None) -> None:
@@ -118,14 +141,6 @@ def run_identity(options: ModelOptions, model: str) -> RunIdentity:
         adapter=options.adapter or "",
         background=options.background,
     )
-
-
-def _refuse_unsupported(options: ModelOptions) -> None:
-    unsupported: list[tuple[str, Any]] = []
-    if options.quant not in ("stored", "none"):
-        unsupported.append(("--quant", options.quant))
-    for name, value in unsupported:
-        raise ConfigError(f"{name} {value}: this version of md3 cannot do that; leave {name} out")
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,0 +1,151 @@
+"""A network whose text matrices stay in 8 or 4 bits, read and packed tensor by tensor.
+
+Which matrices: those the 4-bit port packs in the decoder (attention, dense MLPs, experts). Vision,
+routers, tau, norms, embedding, head and region heads stay in 16 bits, also where a file stores them
+in fewer. Nothing stays mapped: each file is let go after each tensor, so that memory holds the packed
+model and one tensor, never the full model beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from md3cli.model.adapters import LowRank, merged, read_adapter
+from md3cli.model.checkpoint import CheckpointReader, LoadedModel, build_model
+from md3cli.model.checkpoint_plan import CheckpointPlan
+from md3cli.model.layers import Linear
+from md3cli.model.low_bit import LowBitLinear, Matrix, can_hold, pack
+from md3cli.model.low_bit_experts import place_experts
+from md3cli.model.low_bit_int4 import TextPass
+from md3cli.model.moe import ExpertMatrices, MoeMlp
+from md3cli.model.moondream import Moondream3
+from md3cli.model.name_tables import Slot, is_portable
+from md3cli.model.packing import SCHEMES, read_quantised
+from md3cli.model.quantised import LowBit, QuantisedWeight
+from md3cli.model.scale_search import search
+from md3cli.model.tensor_table import is_experts
+
+STORED, NONE = "stored", "none"
+
+
+def low_bit_of(slot: Slot, quant: str) -> LowBit | None:
+    """The scheme a tensor is to be held in; None is plain 16 or 32 bits.
+
+    `quant` is as `--quant`: `stored` follows the file, `none` widens everything, int8 and int4 hold
+    every matrix of the decoder so.
+    """
+    if quant == NONE or not (is_portable(slot.name) and slot.name.startswith("text.")):
+        return None
+    if quant == STORED:
+        return SCHEMES.get(slot.recipe)
+    return LowBit(quant)
+
+
+def has_low_bits(plan: CheckpointPlan, quant: str) -> bool:
+    """True when any tensor would be held in few bits."""
+    return any(low_bit_of(slot, quant) is not None for slot in plan.slots)
+
+
+class LowBitReader:
+    """Tensors of a checkpoint in the scheme they are to be held in; an adapter's changes already in them."""
+
+    def __init__(self, plan: CheckpointPlan, reader: CheckpointReader, quant: str, adapter: Path | None) -> None:
+        self.reader, self.quant = reader, quant
+        self.slots = {slot.name: slot for slot in plan.slots}
+        changes = read_adapter(adapter, plan.config) if adapter is not None else []
+        self._changes: Mapping[str, LowRank] = {change.weight: change for change in changes}
+
+    def plain(self, name: str) -> Tensor:
+        """The tensor in the reader's dtype, whatever it is stored in; perhaps a view of the file."""
+        weight, change = self.reader[name], self._changes.get(name)
+        return weight if change is None else merged(weight, change)
+
+    def plain_of_codes(self, name: str) -> Tensor:
+        """The tensor in the reader's dtype; where it is to be held in few bits, what those stand for."""
+        if low_bit_of(self.slots[name], self.quant) is None:
+            return self.plain(name)
+        return self.quantised(name).dequantise(self.reader.dtype)
+
+    def kind_of(self, name: str) -> LowBit | None:
+        """The scheme this tensor is packed in; None where it is plain, or of a size its scheme's layout does not hold.
+
+        An expert's two matrices go together.
+        """
+        slot = self.slots[name]
+        kind = low_bit_of(slot, self.quant)
+        names = [name]
+        if is_experts(name, slot.shape):
+            names = [f"{name.rsplit('.', 2)[0]}.{leaf}.weight" for leaf in ("fc1", "fc2")]
+        return kind if kind is not None and all(can_hold(kind, self.slots[n].shape) for n in names) else None
+
+    def quantised(self, name: str) -> QuantisedWeight:
+        """The codes of a tensor that is to be held in few bits."""
+        slot = self.slots[name]
+        kind = low_bit_of(slot, self.quant)
+        assert kind is not None, name
+        if SCHEMES.get(slot.recipe) is kind and name not in self._changes:
+            return read_quantised(slot, self.reader.read_stored)
+        return search(self.plain(name), kind)
+
+
+def load_dequantised(
+    plan: CheckpointPlan, *, quant: str, device: torch.device, adapter: Path | None = None
+) -> LoadedModel:
+    """The plain network of the values that low-bit codes stand for, in float32.
+
+    Raises:
+        CheckpointError: the files or the adapter cannot be read.
+    """
+    with CheckpointReader(plan, dtype=torch.float32, device=device) as reader:
+        weights = LowBitReader(plan, reader, quant, adapter)
+        state = {name: weights.plain_of_codes(name) for name in weights.slots}
+    return LoadedModel(build_model(plan.config, state, has_region_ln=plan.has_region_ln), plan.config, plan)
+
+
+def load_low_bit(
+    plan: CheckpointPlan, *, quant: str, dtype: torch.dtype, device: torch.device, adapter: Path | None = None
+) -> LoadedModel:
+    """The network with its low-bit matrices packed for `device`; activations and the rest in `dtype`.
+
+    Raises:
+        CheckpointError: the files or the adapter cannot be read.
+    """
+    with torch.device("meta"):
+        model = Moondream3(plan.config, has_region_ln=plan.has_region_ln)
+    text_pass = TextPass()
+    model.text.register_forward_pre_hook(functools.partial(_tell_pass, text_pass, plan.config.prefix_len))
+    rest: dict[str, Tensor] = {}
+    with CheckpointReader(plan, dtype=dtype, device=device, keeps_open=False) as reader:
+        weights = LowBitReader(plan, reader, quant, adapter)
+        for name in weights.slots:
+            if weights.kind_of(name) is None:
+                rest[name] = weights.plain(name).clone(memory_format=torch.contiguous_format)
+            else:
+                quantised = weights.quantised(name)
+                _place(model, name, [pack(part, text_pass, dtype) for part in quantised.matrices()])
+    model.load_state_dict(rest, strict=True, assign=True)
+    return LoadedModel(model.requires_grad_(False).eval(), plan.config, plan)
+
+
+def _tell_pass(text_pass: TextPass, prefix_len: int, text: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Before each pass of the decoder: only a picture's prefix comes in so many positions at once."""
+    text_pass.is_prefix = inputs[0].shape[1] >= prefix_len
+
+
+def _place(model: Moondream3, name: str, matrices: list[Matrix]) -> None:
+    """Put packed matrices where the network has the plain weight `name`."""
+    path = name.removesuffix(".weight")
+    owner_path, leaf = path.rsplit(".", 1)
+    owner, plain = model.get_submodule(owner_path), model.get_submodule(path)
+    if isinstance(plain, ExpertMatrices):
+        assert isinstance(owner, MoeMlp)
+        place_experts(owner, leaf, matrices)
+    else:
+        assert isinstance(plain, Linear)
+        setattr(owner, leaf, LowBitLinear(matrices[0], plain.bias))
