@@ -7,25 +7,20 @@ restore it (ordering.py). What cannot be run becomes a failure here, without the
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from json.encoder import encode_basestring_ascii
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Protocol
 
 from md3cli.config import DecodeOptions, RunConfig
 from md3cli.decode import DecodePool
 from md3cli.errors import ImageError
 from md3cli.images import CropConfig, ImageLimits, PreparedImage
-from md3cli.journal_scan import DigestSet, digest_of
-from md3cli.records import ImageFacts, ImageItem, Request, RowFailure, RunIdentity, SourceRow
+from md3cli.records import ImageFacts, ImageItem, Request, RowFailure, SourceRow
+from md3cli.request_ids import Ids
 
 AHEAD_BYTES = 256 * 2**20  # of crops decoded ahead
 MIN_AHEAD, MAX_AHEAD = 4, 256  # rows decoded ahead
@@ -59,58 +54,6 @@ class ReadyRequest:
 class _AheadRow:
     tickets: list[Ticket]
     future: Future[PreparedImage]
-
-
-class Ids(Protocol):
-    """Where the ids of requests come from."""
-
-    def next_id(self, image: str | None, request: Request) -> str:
-        """The id of the next request in input order."""
-        ...
-
-
-class RequestIds:
-    """`records.request_id` with the parts that repeat encoded once, and repeats counted.
-
-    Ten times faster: a run that resumes behind a million records makes a million ids first. The k-th
-    repeat of a request gets k; memory is 20 bytes a request.
-    """
-
-    def __init__(self, run: RunIdentity) -> None:
-        self._run = _compact(run.id_parts())
-        self._seen = DigestSet()
-        self._repeats: dict[bytes, int] = {}
-        self._request = lru_cache(maxsize=4096)(lambda request: _compact(asdict(request)))
-        self._last: tuple[Request | None, str] = (None, "")  # most rows ask what the row before asked
-
-    def next_id(self, image: str | None, request: Request) -> str:
-        """The id of the next request of this kind in input order."""
-        first = self.id_of(image, request, 0)
-        repeat = self._count(first)
-        return self.id_of(image, request, repeat) if repeat else first
-
-    def next_repeat(self, image: str | None, request: Request) -> int:
-        """The k of the next request of this kind: how many there were before."""
-        return self._count(self.id_of(image, request, 0))
-
-    def _count(self, first: str) -> int:
-        digest = digest_of(first)
-        if self._seen.add(digest):
-            return 0
-        self._repeats[digest] = repeat = self._repeats.get(digest, 0) + 1
-        return repeat
-
-    def id_of(self, image: str | None, request: Request, repeat: int) -> str:
-        """The id of the k-th repeat of a request; counts nothing."""
-        name = "null" if image is None else encode_basestring_ascii(image)
-        if self._last[0] is not request:
-            self._last = (request, self._request(request))
-        text = f"[{name},{self._last[1]},{self._run},{repeat}]"
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _compact(value: object) -> str:
-    return json.dumps(value, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
 
 
 def rows_ahead(crop_config: CropConfig) -> int:

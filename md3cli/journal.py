@@ -5,8 +5,8 @@ was appended is there; a torn tail is cut on the next start and its requests are
 Knows nothing of images, models or tasks. What a crash can lose: nothing for a killed process, at most
 the last 5 s or 256 records for a power cut.
 
-Memory: 21 bytes a record for the ids found at the start (10 million: 203 MB), nothing for those
-appended later, and 24 bytes a record more while `rewrite` runs.
+Memory: 29 bytes a record found at the start (10 million: 290 MB), nothing for those appended later,
+and 24 bytes a record more while `rewrite` runs.
 """
 
 from __future__ import annotations
@@ -21,16 +21,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+from md3cli.digest_set import digest_of
 from md3cli.errors import OutputError, OutputMismatchError
+from md3cli.found_records import FoundRecords
 from md3cli.journal_rewrite import copy_latest
-from md3cli.journal_scan import (
-    HEAD,
-    ForeignLineError,
-    JournalState,
-    digest_of,
-    first_record,
-    scan_journal,
-)
+from md3cli.journal_scan import HEAD, ForeignLineError, first_record, scan_journal
 from md3cli.publish import OutputLock, atomic_publish, output_error, remove_stale_temps
 from md3cli.records import RecordDict, printable
 
@@ -53,7 +48,8 @@ class Journal:
     Attributes:
         path: the file.
         cut_bytes: what was cut from its end on opening because it was torn or damaged.
-        first_record: the first record found on opening, to compare an old run with this one.
+        found: the records found on opening, and what became of them since.
+        first_record: the first of them, to compare an old run with this one.
         is_locked: False where the file system has no locks.
     """
 
@@ -64,7 +60,7 @@ class Journal:
         self.is_locked = lock.is_held
         self._fd = fd
         self._lock = lock
-        self._state = JournalState()
+        self.found = FoundRecords()
         self._num_added: dict[str | None, int] = {}
         self._end = 0
         self._num_unsynced = 0
@@ -110,10 +106,9 @@ class Journal:
                 os.ftruncate(self._fd, 0)
                 return
             with open(self._fd, "rb", buffering=0, closefd=False) as file:
-                self._state = scan_journal(file)
+                self.found, self._end = scan_journal(file)
                 file.seek(0)
-                self.first_record = first_record(file) if self._state.end else None
-            self._end = self._state.end
+                self.first_record = first_record(file) if self._end else None
             size = os.fstat(self._fd).st_size
             if self._end == 0 and size and not _may_be_torn_record(os.pread(self._fd, len(HEAD), 0)):
                 raise ForeignLineError
@@ -130,20 +125,24 @@ class Journal:
 
     def state(self, record_id: str) -> Literal["ok", "failed"] | None:
         """What stands in the file for a request since before this run; None: it is still to do."""
-        digest = digest_of(record_id)
-        if digest in self._state.done:
-            return "ok"
-        return "failed" if any(digest in ids for ids in self._state.failed.values()) else None
+        if not self.has(record_id, even_failed=True):
+            return None
+        return "ok" if self.has(record_id) else "failed"
+
+    def has(self, record_id: str, *, even_failed: bool = False) -> bool:
+        """Whether the answer to a request stands in the file since before this run, or `even_failed` its failure."""
+        place = self.found.place_of(digest_of(record_id))
+        return place is not None and (self.found.is_ok(place) or (even_failed and self.found.is_failed(place)))
 
     @property
     def num_ok(self) -> int:
         """Requests answered, in this run and before."""
-        return len(self._state.done) + self._num_added.get(None, 0)
+        return self.found.num_ok + self._num_added.get(None, 0)
 
     @property
     def num_failed(self) -> dict[str, int]:
         """Requests failed, in this run and before, by error type."""
-        before = {error_type: len(ids) for error_type, ids in self._state.failed.items()}
+        before = self.found.num_failed
         types = sorted(before.keys() | {name for name in self._num_added if name is not None})
         counts = {name: before.get(name, 0) + self._num_added.get(name, 0) for name in types}
         return {name: count for name, count in counts.items() if count}
@@ -151,7 +150,7 @@ class Journal:
     @property
     def has_superseded(self) -> bool:
         """Whether failed records were done again, so that `rewrite` is due at the end."""
-        return self._state.has_superseded
+        return self.found.has_superseded
 
     def append(self, records: Iterable[RecordDict]) -> None:
         """Put a batch of records at the end with one write; on disk to stay when this returns.
@@ -168,9 +167,9 @@ class Journal:
             self.sync()
 
     def _note(self, record: RecordDict) -> None:
-        digest = digest_of(record["id"])
-        if any(ids.discard(digest) for ids in self._state.failed.values()):
-            self._state.has_superseded = True
+        place = self.found.place_of(digest_of(record["id"]))
+        if place is not None and self.found.is_failed(place):
+            self.found.supersede(place)
         error_type = record["error"]["type"] if record["error"] else None
         self._num_added[error_type] = self._num_added.get(error_type, 0) + 1
 
@@ -214,7 +213,7 @@ class Journal:
             raise output_error(self.path, error) from error
         os.close(self._fd)
         self._fd, self._end = fd, os.fstat(fd).st_size
-        self._state.has_superseded = False
+        self.found.has_superseded = False
 
     def close(self) -> None:
         """Sync, close and unlock; a second call does nothing.

@@ -19,7 +19,7 @@ from md3cli.dry_run import dry_run
 from md3cli.engine_port import Engine, Model, find_model
 from md3cli.errors import Md3Error
 from md3cli.estimate import estimate
-from md3cli.feed import Feed, RequestIds, make_pool, rows_ahead
+from md3cli.feed import Feed, make_pool, rows_ahead
 from md3cli.ordering import OrderedRecords
 from md3cli.outputs import (
     PRINTABLE_FORMATS,
@@ -36,6 +36,7 @@ from md3cli.outputs import (
 from md3cli.pixels import parse_background
 from md3cli.progress import Progress, loading
 from md3cli.records import RETRYABLE, RecordDict
+from md3cli.request_ids import RequestIds
 from md3cli.run_info import RunCounts
 from md3cli.signals import Interrupted, StopSignals
 from md3cli.source import Source, open_source
@@ -124,13 +125,12 @@ class _Run:
         journal, retry_failed = self.output.journal, self.config.output.retry_failed
 
         def is_done(record_id: str) -> bool:
-            state = journal.state(record_id) if journal is not None else None
-            return state == "ok" or (state == "failed" and not retry_failed)
+            return journal is not None and journal.has(record_id, even_failed=not retry_failed)
 
         with make_pool(self.config, self.model.crop_config) as pool:
             yield Feed(
                 iter(self.source),
-                ids=RequestIds(self.model.identity),
+                ids=RequestIds(self.model.identity, journal.found if journal is not None else None),
                 is_done=is_done,
                 pool=pool,
                 num_ahead=rows_ahead(self.model.crop_config),

@@ -9,14 +9,13 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
 
 from md3cli.decode import DecodePool
 from md3cli.errors import ImageError
-from md3cli.feed import ROWS_AT_A_TIME, Feed, RequestIds, Ticket, rows_ahead
+from md3cli.feed import ROWS_AT_A_TIME, Feed, Ticket, rows_ahead
 from md3cli.images import CropConfig, PreparedImage, Tiling
 from md3cli.records import ImageItem, Request, RowFailure, RunIdentity, SourceRow, Task, request_id
+from md3cli.request_ids import RequestIds
 
 RUN = RunIdentity("m@1")
 CAR, DOG = Request(Task.DETECT, "car"), Request(Task.DETECT, "dog")
@@ -151,23 +150,6 @@ def test_rows_of_the_same_picture_share_its_decoding() -> None:
     rig.poll()
     rig.pool.finish("a")
     assert [t.request.prompt for t in (rig.poll(), rig.poll())] == ["car", "dog"]
-
-
-@given(
-    names=st.lists(st.none() | st.text(max_size=5), max_size=12),
-    request=st.builds(
-        Request,
-        st.sampled_from(Task),
-        st.none() | st.text(max_size=5),
-        temperature=st.floats(0, 2),
-        spatial_refs=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=2).map(tuple),
-    ),
-)
-def test_fast_ids_are_the_ids_of_the_record(names: list[str | None], request: Request) -> None:
-    ids, seen = RequestIds(RUN), []
-    for name in names:
-        assert ids.next_id(name, request) == request_id(name, request, RUN, repeat=seen.count(name))
-        seen.append(name)
 
 
 def test_rows_ahead_are_bounded_by_bytes_and_number() -> None:

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from md3cli.errors import OutputError, OutputMismatchError
 from md3cli.journal import Journal, encode_record
-from md3cli.journal_scan import DigestSet, digest_of, journal_lines, scan_journal
 from md3cli.records import (
     ImageItem,
     RecordDict,
@@ -169,18 +168,6 @@ def test_a_file_that_is_not_ours_is_refused_and_left_alone(tmp_path: Path, conte
     assert path.read_bytes() == content
 
 
-@several_examples
-@given(st.lists(st.tuples(st.text(max_size=40), st.text(max_size=100)), max_size=10))
-def test_reading_back_agrees_with_parsing_each_line(tmp_path: Path, texts: list[tuple[str, str]]) -> None:
-    path = tmp_path / "any.jsonl"
-    records = [record_of(name, answer) for name, answer in texts]
-    path.write_bytes(b"".join(map(encode_record, records)))
-    with open(path, "rb") as file:
-        found = list(journal_lines(file))
-    assert [line.digest for line in found] == [bytes.fromhex(record["id"]) for record in records]
-    assert [line.end for line in found][-1:] == ([path.stat().st_size] if records else [])
-
-
 # -- failures of the disk ----------------------------------------------------------------------------
 
 
@@ -327,41 +314,3 @@ def test_after_a_retry_each_request_stands_once_in_input_order(
         assert sum(journal.num_failed.values()) == sum(record["error"] is not None for record in final)
         journal.append([record_of("last.jpg")])
     assert path.read_bytes() == b"".join(map(encode_record, [*final, record_of("last.jpg")]))
-
-
-# -- ids -----------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.tuples(st.sampled_from(["add", "discard"]), st.binary(min_size=1, max_size=2))))
-def test_a_digest_set_is_a_set(steps: list[tuple[str, bytes]]) -> None:
-    ours, plain = DigestSet(), set()
-    for action, tail in steps:
-        digest = (tail * 16)[:16]  # few first bytes, and matches across neighbours in a bucket
-        if action == "add":
-            assert ours.add(digest) == (digest not in plain)
-            plain.add(digest)
-        else:
-            assert ours.discard(digest) == (digest in plain)
-            plain.discard(digest)
-        assert digest in ours if digest in plain else digest not in ours
-    assert len(ours) == len(plain)
-
-
-def test_any_text_has_a_digest() -> None:
-    assert digest_of("00" * 16) == bytes(16)
-    assert len({digest_of(text) for text in ("", "ab", "ab" * 17, "ü", "\ud800")}) == 5
-
-
-@pytest.mark.slow
-def test_a_million_records_are_read_back_in_seconds(tmp_path: Path) -> None:
-    path, count = tmp_path / "out.jsonl", 1_000_000
-    head, tail = encode_record(record_of("a.jpg", "x" * 200)).split(request_id("a.jpg", QUERY, RUN).encode())
-    with open(path, "wb") as file:
-        file.writelines(head + digest_of(str(i)).hex().encode() + tail for i in range(count))
-    before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.process_time()
-    with open(path, "rb", buffering=0) as file:
-        state = scan_journal(file)
-    assert len(state.done) == count
-    assert time.process_time() - start < 10
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 100_000

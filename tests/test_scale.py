@@ -13,10 +13,10 @@ import pytest
 from program import clean_environment, make_pictures, start
 from stub_engine import StubModel, answer
 
-from md3cli.feed import RequestIds
 from md3cli.images import PreparedImage
 from md3cli.journal import encode_record
 from md3cli.records import ImageItem, Request, Task, make_record
+from md3cli.request_ids import RequestIds
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 OPEN_FILES = 256

@@ -21,11 +21,12 @@ from md3cli.console import Summary
 from md3cli.decode import DecodePool
 from md3cli.engine_port import Engine, Model
 from md3cli.estimate.draw import SampledUnit
-from md3cli.feed import CHANNELS, Feed, RequestIds, rows_ahead
+from md3cli.feed import CHANNELS, Feed, rows_ahead
 from md3cli.images import PreparedImage
 from md3cli.journal import encode_record
 from md3cli.ordering import OrderedRecords
 from md3cli.records import RecordDict, Request
+from md3cli.request_ids import RequestIds
 from md3cli.signals import StopSignals
 
 WARM_UP_TOKENS = 4  # an answer's length does not matter there

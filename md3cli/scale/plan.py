@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from md3cli.config import RunConfig
 from md3cli.errors import InputError, OutputError, OutputMismatchError
-from md3cli.feed import RequestIds
 from md3cli.records import RunIdentity, SourceRow, printable
+from md3cli.request_ids import RequestIds
 from md3cli.run_info import differences, identity_of
 from md3cli.scale.layout import MANIFEST, PLAN, REPEATS, RunFolder
 from md3cli.scale.rows import RowColumns, request_of, row_of
@@ -121,14 +121,14 @@ def check_config(plan: Plan, config: Mapping[str, Any]) -> None:
 class PlanReader:
     """Reads rows of a plan by shard; keeps the manifest open."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        """Open the plan of `folder`.
+    def __init__(self, folder: RunFolder, plan: Plan | None = None) -> None:
+        """Open the plan of `folder`; `plan` where it is not put yet.
 
         Raises:
             InputError: there is none: not a run folder, or not on storage that this machine shares.
             OutputError: plan and manifest do not belong together.
         """
-        plan = read_plan(folder)
+        plan = plan or read_plan(folder)
         if plan is None:
             raise InputError(f"no plan at {printable(folder.uri)}; is it on storage that this machine shares?")
         self.plan, self._folder = plan, folder

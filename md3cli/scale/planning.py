@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from md3cli.feed import RequestIds
 from md3cli.publish import output_error
 from md3cli.records import Request, RunIdentity, SourceRow
+from md3cli.request_ids import RequestIds
 from md3cli.scale.layout import MANIFEST, PLAN, REPEATS, RunFolder
 from md3cli.scale.plan import FINGERPRINT_KEY, PLAN_SCHEMA, Plan, hash_of, read_plan
 from md3cli.scale.rows import RowColumns, columns_of, row_of

@@ -1,0 +1,142 @@
+"""Reading records back: quick or line by line, it is the same."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from md3cli.digest_set import digest_of
+from md3cli.journal import encode_record
+from md3cli.journal_scan import HEAD, ForeignLineError, journal_lines, scan_journal
+from md3cli.records import (
+    ERROR_TYPES,
+    SCHEMA,
+    ImageItem,
+    RecordDict,
+    Request,
+    RowFailure,
+    RunIdentity,
+    Task,
+    make_error_record,
+    make_record,
+    request_id,
+)
+
+RUN, QUERY = RunIdentity("m@1"), Request(Task.QUERY, "größer? 🦊")
+Facts = list[tuple[int, bytes, str | None]]  # offset behind the line, digest, error type
+
+
+def record_of(name: str, answer: str, failure: str | None) -> RecordDict:
+    image, record_id = ImageItem(name, name), request_id(name, QUERY, RUN)
+    if failure is not None:
+        return make_error_record(record_id, image, None, QUERY, RUN, failure=RowFailure(failure, answer), meta={})
+    return make_record(
+        record_id, image, None, QUERY, RUN,
+        result={"answer": answer}, finish_reason="stop", prompt_tokens=9, output_tokens=2, meta={"error": None},
+    )  # fmt: skip
+
+
+def read_plainly(data: bytes) -> Facts:
+    """Each line parsed, up to the first that is no record."""
+    facts: Facts = []
+    end = 0
+    for line in io.BytesIO(data):
+        try:
+            record = json.loads(line.decode() if line.endswith(b"\n") else "torn")
+        except ValueError:
+            break
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            raise ForeignLineError
+        end += len(line)
+        if not isinstance(record.get("id"), str) or "error" not in record:
+            break
+        facts.append((end, digest_of(record["id"]), record["error"] and record["error"]["type"]))
+    return facts
+
+
+def read_quickly(data: bytes, block_bytes: int) -> Facts:
+    with patch("md3cli.journal_scan.BLOCK_BYTES", block_bytes):
+        spans = list(journal_lines(io.BytesIO(data)))
+    return [
+        (int(end), digest.tobytes(), span.error_type)
+        for span in spans
+        for end, digest in zip(span.ends, span.digests, strict=True)
+    ]
+
+
+DAMAGES: list[Callable[[bytes], bytes]] = [
+    lambda line: line,
+    lambda line: line.upper().replace(b"MD3/1", b"md3/1"),
+    lambda line: line.replace(b"{", b"[", 1),
+    lambda line: line[:60] + line,
+    lambda line: line[:-20] + b"\xff" + line[-20:],
+    lambda line: line[:-20] + b"\x1b" + line[-20:],
+    lambda line: line.replace(b'"prompt":"', b'"prompt":"\x7f'),
+    lambda line: b"",
+    lambda line: line + b" ",
+    lambda line: line.replace(b'"id":"', b'"id":7,"was":"'),
+    lambda line: line.replace(b'"id":"', b'"id":"g', 1),
+    lambda line: line.replace(b'"id":"', b'"id":"00', 1),
+    lambda line: HEAD + b'short","error":null}',
+    lambda line: HEAD + b'%s","error":null}' % (b"0F" * 16),
+    lambda line: b'{"schema":"md3/1","error":null}',
+    lambda line: line.replace(b"null}", b"nul}"),
+    lambda line: b"[1]",
+]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(max_size=9),
+            st.text(max_size=99),
+            st.none() | st.none() | st.sampled_from(sorted(ERROR_TYPES)),
+            st.sampled_from([0] * len(DAMAGES) + list(range(len(DAMAGES)))),
+        ),
+        max_size=8,
+    ),
+    st.integers(1, 2000),
+    st.integers(0, 60),
+)
+def test_quick_reading_agrees_with_parsing_each_line(
+    records: list[tuple[str, str, str | None, int]], block_bytes: int, cut: int
+) -> None:
+    lines = []
+    for name, answer, failure, damage in records:
+        line = encode_record(record_of(name, answer, failure)).rstrip(b"\n")
+        lines.append(DAMAGES[damage](line) + b"\n")
+    data = b"".join(lines)
+    data = data[: len(data) - cut]
+    try:
+        expected: Facts | None = read_plainly(data)
+    except ForeignLineError:
+        expected = None
+    try:
+        assert read_quickly(data, block_bytes) == expected
+    except ForeignLineError:
+        assert expected is None
+
+
+@pytest.mark.slow
+def test_a_million_records_are_read_back_in_seconds(tmp_path: Path) -> None:
+    path, count, name = tmp_path / "out.jsonl", 1_000_000, "a.jpg"
+    record = encode_record(record_of(name, "x" * 200, None))
+    head, tail = record.split(request_id(name, QUERY, RUN).encode())
+    with open(path, "wb") as file:
+        file.writelines(head + digest_of(str(i)).hex().encode() + tail for i in range(count))
+    before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    with open(path, "rb", buffering=0) as file:
+        found, end = scan_journal(file)
+    assert (len(found), end) == (count, path.stat().st_size)
+    assert time.process_time() - start < 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 100_000
