@@ -95,6 +95,8 @@ def _show(result: dict[str, Any]) -> None:
         f"+ keys and values {memory['kv_bytes'] / 1e9:.2f} + activations {memory['activation_bytes'] / 1e9:.2f}, "
         f"and {memory['ratio'] - 1:.0%} more",
     ]
+    seconds = result["cached"]["seconds"]
+    lines.append(f"again, encodings cached: {seconds:.1f} s, {engine['seconds'] / seconds:.1f} times as fast")
     if "baseline" in result:
         seconds = result["baseline"]["seconds"]
         lines.append(f"plain path: {seconds:.1f} s, {seconds / engine['seconds']:.1f} times the engine's")

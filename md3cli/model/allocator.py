@@ -21,9 +21,21 @@ def keep_freed_memory() -> bool:
 
     Peak memory does not grow by it: what is kept was in use before.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
+    libc = _glibc()
+    if libc is None:
         return False
     return bool(libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES) and libc.mallopt(_M_MMAP_THRESHOLD, LARGEST_HEAP_BLOCK))
+
+
+def return_freed_memory() -> None:
+    """Give what is free back to the kernel, once: after weights were exchanged, whose sizes do not come again."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") else None

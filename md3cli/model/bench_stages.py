@@ -12,7 +12,7 @@ import torch
 
 from md3cli.images import PreparedImage
 from md3cli.model.decoding import Mode, Rows, idle_rows
-from md3cli.model.encoder import ImageEncoder, crop_batch, crop_flops
+from md3cli.model.encoder import ImageEncoder, crop_batch, crop_flops, crops_per_batch
 from md3cli.model.forward import decode_step
 from md3cli.model.kv_cache import KVCache
 from md3cli.model.moondream import Moondream3
@@ -34,14 +34,34 @@ def best_seconds(run: Callable[[], object], device: torch.device, repeats: int =
     return min(times[1:])
 
 
-def measure_limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """What a bare matrix product and a bare read reach here."""
-    a = torch.randn(GEMM_SIDE, GEMM_SIDE, device=device).to(dtype)
-    product = torch.empty_like(a)
-    gemm = 2 * GEMM_SIDE**3 / best_seconds(lambda: torch.mm(a, a, out=product), device)
+def measure_limits(model: Moondream3) -> dict[str, float]:
+    """What a bare matrix product (large, and of the vision encoder's shapes) and a bare read reach here."""
+    device, v = model.device, model.config.vision
     block = torch.ones(READ_BYTES // 4, device=device)
     read = READ_BYTES / best_seconds(block.sum, device)
-    return {"gemm_gflops": gemm / 1e9, "read_gbytes": read / 1e9}
+    del block
+    shapes = [(3 * v.enc_dim, v.enc_dim), (v.enc_dim, v.enc_dim), (v.enc_ff_dim, v.enc_dim), (v.enc_dim, v.enc_ff_dim)]
+    crops = crops_per_batch(model)
+    return {
+        "gemm_gflops": gemm_rate(GEMM_SIDE, [(GEMM_SIDE, GEMM_SIDE)], model) / 1e9,
+        "vision_gemm_gflops": gemm_rate(crops * v.num_patches, shapes, model) / 1e9,
+        "read_gbytes": read / 1e9,
+    }
+
+
+def gemm_rate(num_rows: int, shapes: list[tuple[int, int]], model: Moondream3) -> float:
+    """Operations per second of bare products of `num_rows` rows with matrices [out, in]."""
+    cases = []
+    for out_features, in_features in shapes:
+        x, weight = (torch.randn(n, in_features, device=model.device).to(model.dtype) for n in (num_rows, out_features))
+        cases.append((x, weight.t(), x.new_empty(num_rows, out_features)))
+
+    def run() -> None:
+        for x, weight, out in cases:
+            torch.mm(x, weight, out=out)
+
+    operations = 2.0 * num_rows * sum(out_features * in_features for out_features, in_features in shapes)
+    return operations / best_seconds(run, model.device, repeats=8)
 
 
 def bench_vision(model: Moondream3, images: list[PreparedImage], limits: dict[str, float]) -> dict[str, float]:
@@ -57,13 +77,19 @@ def bench_vision(model: Moondream3, images: list[PreparedImage], limits: dict[st
     started = time.perf_counter()
     encoder.encode(chosen)
     seconds = time.perf_counter() - started
-    rate = num_crops * crop_flops(model) / seconds / 1e9
+    rate = (num_crops * crop_flops(model) + len(chosen) * projection_flops(model)) / seconds / 1e9
     return {
         "seconds": seconds,
         "crops_per_second": num_crops / seconds,
         "gflops": rate,
-        "share": rate / limits["gemm_gflops"],
+        "share": rate / limits["vision_gemm_gflops"],
     }
+
+
+def projection_flops(model: Moondream3) -> float:
+    """Floating-point operations from one picture's pooled features to its embeddings."""
+    v = model.config.vision
+    return 2.0 * v.num_patches * v.proj_inner_dim * (2 * v.enc_dim + v.proj_out_dim)
 
 
 def bench_prefill(model: Moondream3, limits: dict[str, float]) -> dict[str, float]:

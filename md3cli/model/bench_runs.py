@@ -1,0 +1,171 @@
+"""Whole runs of a benchmark: the engine on a workload, and the plain path on the same requests beside it.
+
+Pictures are noise, weights may be random and answers mean nothing: only time and memory are looked at.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from md3cli.images import PreparedImage, Tiling
+from md3cli.model import plain
+from md3cli.model.encoder import EmbeddingStore, ImageEncoder
+from md3cli.model.engine import Engine
+from md3cli.model.kernels import resident_tensors
+from md3cli.model.memory import peak_rss, reset_peak_rss
+from md3cli.model.moondream import Moondream3
+from md3cli.model.prompts import Prompt
+from md3cli.model.random_weights import forbid_end
+from md3cli.model.tasks import Job
+from md3cli.records import Request, RunIdentity, Task
+
+WORD_ID = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What is run: pictures by tiling, and how many requests of which task each."""
+
+    tilings: tuple[Tiling, ...]
+    task: Task
+    num_prompts: int
+    max_tokens: int
+    max_objects: int
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.tilings) * self.num_prompts
+
+
+WORKLOADS = {
+    "captions": Workload((Tiling(1, 1),) * 8, Task.CAPTION, 1, max_tokens=32, max_objects=1),
+    "photos": Workload(
+        tuple(Tiling(*t) for t in [(2, 2), (2, 4), (3, 3), (2, 3), (3, 4), (2, 4), (1, 4), (4, 2)] * 2),
+        Task.DETECT,
+        5,
+        max_tokens=1,
+        max_objects=2,
+    ),
+}
+
+
+class SilentTokenizer:
+    """Stands in for a tokenizer where texts do not matter: every id is decoded to nothing."""
+
+    def decode(self, ids: Any) -> str:
+        return ""
+
+
+class FixedPrompts:
+    """Prompts of a typical length without a tokenizer."""
+
+    def build(self, request: Request, has_image: bool) -> Prompt:
+        return Prompt([1, *([WORD_ID] * 4), 3])
+
+    def encode_choices(self, request: Request) -> tuple[tuple[int, ...], ...]:
+        return ()
+
+
+def make_images(model: Moondream3, workload: Workload, seed: int) -> list[PreparedImage]:
+    """Pictures of noise, cut already."""
+    random = np.random.default_rng(seed)
+    side = model.config.vision.crop_size
+    images = []
+    for number, tiling in enumerate(workload.tilings):
+        crops = random.integers(0, 256, (1 + tiling.rows * tiling.cols, side, side, 3), dtype=np.uint8)
+        if tiling == (1, 1):
+            crops[1] = crops[0]
+        images.append(PreparedImage(crops, tiling, side * tiling.cols, side * tiling.rows, f"{seed}-{number}"))
+    return images
+
+
+def make_jobs(workload: Workload, images: list[PreparedImage]) -> list[Job]:
+    """Every prompt of every picture; prompts differ in name only."""
+    base = Request(workload.task, max_tokens=workload.max_tokens, max_objects=workload.max_objects)
+    jobs: list[Job] = []
+    for image in images:
+        for number in range(workload.num_prompts):
+            request = replace(base, prompt=f"object {number}")
+            jobs.append(Job(len(jobs), image, request))
+    return jobs
+
+
+def run_engine(
+    model: Moondream3, workload: Workload, images: list[PreparedImage], batch_size: int, store: EmbeddingStore
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The engine on the whole workload: times by stage, and memory against its parts."""
+    encoder = ImageEncoder(model, store=store)
+    engine = Engine(
+        model,
+        SilentTokenizer(),  # type: ignore[arg-type]
+        FixedPrompts(),  # type: ignore[arg-type]
+        encoder,
+        identity=RunIdentity("bench"),
+        batch_size=min(batch_size, workload.num_requests),
+        max_context=model.config.text.max_context,
+    )
+    jobs = make_jobs(workload, images)
+    reset_peak_rss()
+    started = time.perf_counter()
+    num_tokens = sum(answer.output_tokens for answer in engine.run(jobs))
+    seconds = time.perf_counter() - started
+    busy = engine.stats.prefix_seconds + engine.stats.prompt_seconds + engine.stats.decode_seconds + encoder.seconds
+    times = {
+        "seconds": seconds,
+        "requests_per_second": len(jobs) / seconds,
+        "output_tokens": float(num_tokens),
+        "vision_seconds": encoder.seconds,
+        "prefill_seconds": engine.stats.prefix_seconds + engine.stats.prompt_seconds,
+        "decode_seconds": engine.stats.decode_seconds,
+        "forward_share": busy / seconds,
+    }
+    activations = activation_bytes(model, encoder.max_crops, engine.prefill_tokens)
+    memory = {
+        "weights_bytes": float(weight_bytes(model)),
+        "kv_bytes": float(engine.cache.num_bytes),
+        "activation_bytes": float(activations),
+        "peak_rss_bytes": float(peak_rss()),
+    }
+    parts = memory["weights_bytes"] + memory["kv_bytes"] + memory["activation_bytes"]
+    memory["ratio"] = memory["peak_rss_bytes"] / parts
+    return times, memory
+
+
+def weight_bytes(model: Moondream3) -> int:
+    """Bytes of all tensors the model keeps, packed ones included."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in resident_tensors(model))
+
+
+def activation_bytes(model: Moondream3, num_crops: int, num_tokens: int) -> int:
+    """Largest set of intermediate values of a vision micro-batch or a prefill pass, about."""
+    v, t = model.config.vision, model.config.text
+    rows = num_crops * v.num_patches
+    vision = rows * (2 * v.enc_dim + max(3 * v.enc_dim, v.enc_ff_dim)) + num_crops * v.enc_n_heads * v.num_patches**2
+    text = num_tokens * (3 * t.dim + max(3 * t.dim, t.ff_dim)) + t.n_heads * num_tokens * model.config.prefix_len
+    return max(vision, text) * model.dtype.itemsize
+
+
+def run_baseline(
+    model: Moondream3, workload: Workload, images: list[PreparedImage], num_images: int | None
+) -> dict[str, float]:
+    """The plain path, one request after another, nothing shared between them."""
+    forbid_end(model)
+    chosen = images[:num_images]
+    jobs = make_jobs(workload, chosen)
+    started = time.perf_counter()
+    for job in jobs:
+        assert isinstance(job.image, PreparedImage)
+        plain.answer(
+            model,
+            job.image,
+            job.request.task,
+            FixedPrompts().build(job.request, has_image=True),
+            max_tokens=job.request.max_tokens,
+            max_objects=job.request.max_objects,
+        )
+    measured = time.perf_counter() - started
+    return {"seconds": measured * len(images) / len(chosen), "images_run": float(len(chosen))}
