@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from md3cli.commands import models
-from md3cli.errors import CheckpointError, Md3Error, UsageError
+from md3cli.errors import CheckpointError, InputError, Md3Error, OutputError, UsageError
 from md3cli.model import hub_download
+from md3cli.model.hub import model_path
 from md3cli.model.hub_download import DownloadPlan
 
 GOLDEN = Path(__file__).parent / "golden"
 CASE_A = GOLDEN / "case-a" / "checkpoint"
+TINY = model_path("tiny")
 
 
 def run(*args: object, fails_with: type[Md3Error] | None = None) -> str:
@@ -44,7 +48,7 @@ def test_info_shows_format_parts_and_what_would_load() -> None:
     assert "image prefix 26 positions, context 256; skills: caption, detect, point, query, segment" in output
     assert "region LayerNorm: yes; tokenizer: yes" in output
     lines = [line.split() for line in output.splitlines()]
-    assert ["experts", "92,160", "184.3", "kB"] in lines
+    assert ["experts", "92,160", "184.3", "kB", "bf16"] in lines
     assert ["total", "944,832", "1.9", "MB"] in lines
 
 
@@ -91,6 +95,99 @@ def test_convert_to_the_port_needs_weights_without_region_ln(tmp_path: Path) -> 
     message = run("convert", CASE_A, tmp_path / "hf", "--to", "hf", fails_with=CheckpointError)
     assert "write original or raw instead" in message
     assert not (tmp_path / "hf").exists()
+
+
+# -- quantize and verify ---------------------------------------------------------------------------
+
+
+def test_quantize_writes_what_info_and_verify_describe(tmp_path: Path) -> None:
+    output = run("quantize", "tiny", tmp_path / "q", "--quant", "int4", "--vision", "int8", "--scales", "bf16")
+    assert f"{tmp_path / 'q'}: int4, 2.8 MB in 1 files, read back" in output
+    lines = [line.split() for line in run("info", tmp_path / "q").splitlines()]
+    assert next(line for line in lines if line[:1] == ["experts"])[-1] == "int4"
+    assert next(line for line in lines if line[:1] == ["routers"])[-1] == "bf16"
+    vision = " ".join(next(line for line in lines if line[:1] == ["vision"]))
+    assert "int8 1.2 MB, bf16" in vision
+    output = run("verify", tmp_path / "q")
+    assert "SHA256SUMS" in output
+    assert "names and shapes as the config asks for" in output
+
+
+@pytest.mark.parametrize(("quant", "layout"), [("int8", "int8"), ("int4", "int4"), ("fp8", "original-fp8")])
+def test_quantize_offers_three_schemes(tmp_path: Path, quant: str, layout: str) -> None:
+    run("quantize", "tiny", tmp_path / "q", "--quant", quant)
+    found = json.loads(run("verify", tmp_path / "q", "--json"))
+    assert found["format"] == layout
+    assert found["files"][0]["compared_with"] == "SHA256SUMS"
+    assert len(found["files"][0]["sha256"]) == 64
+
+
+def test_quantize_leaves_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "notes.txt").write_text("mine")
+    message = run("quantize", "tiny", tmp_path / "q", "--quant", "int4", fails_with=OutputError)
+    assert "already there" in message
+
+
+def test_quantize_fetches_nothing(tmp_path: Path) -> None:
+    message = run("quantize", "moondream3", tmp_path / "q", "--quant", "int4", fails_with=CheckpointError)
+    assert "fetch it with: md3 models pull moondream3" in message
+
+
+def test_quantize_looks_at_pictures(tmp_path: Path) -> None:
+    scenes = Path(__file__).parents[1] / "examples" / "scenes"
+    run("quantize", "tiny", tmp_path / "plain", "--quant", "int4")
+    run("quantize", "tiny", tmp_path / "q", "--quant", "int4", "--calibrate", scenes, "--calibrate-limit", "1")
+    plain, calibrated = (json.loads(run("verify", tmp_path / name, "--json"))["files"] for name in ("plain", "q"))
+    assert plain[0]["bytes"] == calibrated[0]["bytes"]
+    assert plain[0]["sha256"] != calibrated[0]["sha256"]
+
+
+def test_quantize_with_no_picture_to_look_at_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    message = run(
+        "quantize", "tiny", tmp_path / "q", "--quant", "int4", "--calibrate", tmp_path / "empty", fails_with=InputError
+    )
+    assert "no picture could be read" in message
+    assert not (tmp_path / "q").exists()
+
+
+def test_verify_names_the_file_that_changed(tmp_path: Path) -> None:
+    run("quantize", "tiny", tmp_path / "q", "--quant", "int8")
+    file = tmp_path / "q" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    message = run("verify", tmp_path / "q", fails_with=CheckpointError)
+    assert "model.safetensors has the SHA-256" in message
+    assert "SHA256SUMS says" in message
+
+
+def test_verify_trusts_the_names_of_the_hubs_cache(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    digest = hashlib.sha256((TINY / "model.safetensors").read_bytes()).hexdigest()
+    shutil.copy(TINY / "model.safetensors", blobs / digest)
+    shutil.copy(TINY / "config.json", snapshot)
+    (snapshot / "model.safetensors").symlink_to(blobs / digest)
+    assert json.loads(run("verify", snapshot, "--json"))["files"][0]["compared_with"] == "the hub"
+    (snapshot / "model.safetensors").unlink()
+    (blobs / digest).rename(blobs / ("0" * 64))
+    (snapshot / "model.safetensors").symlink_to(blobs / ("0" * 64))
+    assert "the hub says 0000" in run("verify", snapshot, fails_with=CheckpointError)
+
+
+def test_verify_says_where_there_is_nothing_to_compare_with() -> None:
+    assert "no digest known" in run("verify", CASE_A)
+
+
+def test_verify_imports_no_torch() -> None:
+    script = (
+        "import sys; from md3cli.commands.models import app; "
+        f"app(['verify', {str(CASE_A)!r}], standalone_mode=False); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True)
 
 
 def test_pull_of_a_local_model_is_a_usage_error() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from md3cli.errors import CheckpointError, UsageError
-from md3cli.model.hub_download import cache_folder, cached, fetch_model, fetch_tokenizer
+from md3cli.model.hub_download import TOKENIZER_FILES, cache_folder, cached, fetch_model, fetch_tokenizer
 from md3cli.model.weight_files import TOKENIZER_NAME, checkpoint_revision, find_weight_files
 
 DEFAULT_MODEL = "moondream3"
@@ -159,6 +159,13 @@ def _find_tokenizer(folder: Path, tokenizer: str | None, offline: bool) -> Path:
     if given.suffix != ".json" and _REPO_ID.fullmatch(tokenizer):
         return fetch_tokenizer(tokenizer, offline=offline)
     raise CheckpointError(f"tokenizer {tokenizer}: no such tokenizer.json, folder with one, or repository id")
+
+
+def stored_tokenizer() -> Path | None:
+    """The tokenizer of models that bring none, if it is on this machine already."""
+    folder = cached(TOKENIZER_REPO, None, TOKENIZER_FILES)
+    file = folder / TOKENIZER_NAME if folder else None
+    return file if file is not None and file.is_file() else None
 
 
 def _tokenizer_mark(tokenizer: str | None, file: Path) -> str:

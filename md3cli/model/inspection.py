@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,11 +23,15 @@ _HALVES = (Recipe.FIRST_HALF, Recipe.SECOND_HALF)
 
 @dataclass(frozen=True, slots=True)
 class PartSize:
-    """One part of the network: parameters as loaded, bytes as stored."""
+    """One part of the network: parameters as loaded, bytes as stored, also by how weights are stored.
+
+    `formats` has int4, int8 and fp8 with their scales, and plain weights by dtype, largest first.
+    """
 
     part: Part
     num_parameters: int
     num_bytes: int
+    formats: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,12 @@ class CheckpointSummary:
             "bytes": self.num_bytes,
             "parameters": self.num_parameters,
             "parts": {
-                str(part.part): {"parameters": part.num_parameters, "bytes": part.num_bytes} for part in self.parts
+                str(part.part): {
+                    "parameters": part.num_parameters,
+                    "bytes": part.num_bytes,
+                    "formats": part.formats,
+                }
+                for part in self.parts
             },
             "dtypes": self.dtypes,
             "region_ln": self.has_region_ln,
@@ -77,11 +86,11 @@ def inspect_checkpoint(path: Path | str) -> CheckpointSummary:
     """
     plan = plan_checkpoint(Path(path))
     parameters: Counter[Part] = Counter()
-    stored: Counter[Part] = Counter()
+    stored: defaultdict[Part, Counter[str]] = defaultdict(Counter)
     for slot in plan.slots:
         part = part_of(slot.name, slot.shape)
         parameters[part] += prod(slot.shape)
-        stored[part] += _stored_bytes(slot, plan)
+        stored[part][_stored_as(slot, plan)] += _stored_bytes(slot, plan)
     dtypes: Counter[str] = Counter()
     for entry in plan.files.entries.values():
         dtypes[entry.dtype] += entry.num_bytes
@@ -91,12 +100,20 @@ def inspect_checkpoint(path: Path | str) -> CheckpointSummary:
         revision=checkpoint_revision(plan.files),
         num_files=len(plan.files.files),
         num_bytes=plan.files.num_bytes,
-        parts=tuple(PartSize(part, parameters[part], stored[part]) for part in Part),
+        parts=tuple(
+            PartSize(part, parameters[part], stored[part].total(), dict(stored[part].most_common())) for part in Part
+        ),
         dtypes=dict(dtypes.most_common()),
         has_region_ln=plan.has_region_ln,
         has_tokenizer=plan.files.tokenizer_file is not None,
         config=plan.config,
     )
+
+
+def _stored_as(slot: Slot, plan: CheckpointPlan) -> str:
+    if slot.recipe.is_low_bit:
+        return slot.recipe.name.lower()
+    return plan.files.entries[slot.parts[0].name].dtype.lower()
 
 
 def _stored_bytes(slot: Slot, plan: CheckpointPlan) -> int:

@@ -260,6 +260,12 @@ def _int4_slot(name: str, shape: Shape) -> Slot:
     return Slot(name, shape, Recipe.INT4, parts)
 
 
+def is_int8_vision(name: str) -> bool:
+    """True for the matrices of the vision tower that may be stored in int8: its blocks and the projection."""
+    in_tower = name.startswith(("vision.blocks.", "vision.proj_mlp."))
+    return in_tower and name.endswith((".qkv.weight", ".proj.weight", ".fc1.weight", ".fc2.weight"))
+
+
 def _int8_slot(name: str, shape: Shape) -> Slot:
     scale = StoredTensor(f"{name}{INT8_SCALE}", (*shape[:-1], 1))
     return Slot(name, shape, Recipe.INT8, (StoredTensor(name, shape, INT8), scale))
