@@ -13,6 +13,7 @@ import numpy as np
 
 from md3cli.images import PreparedImage, Tiling
 from md3cli.model import plain
+from md3cli.model.allocator import return_freed_memory
 from md3cli.model.encoder import EmbeddingStore, ImageEncoder
 from md3cli.model.engine import Engine
 from md3cli.model.kernels import resident_tensors
@@ -109,6 +110,7 @@ def run_engine(
         max_context=model.config.text.max_context,
     )
     jobs = make_jobs(workload, images)
+    return_freed_memory()  # what the measurements before kept is not this run's
     reset_peak_rss()
     started = time.perf_counter()
     num_tokens = sum(answer.output_tokens for answer in engine.run(jobs))
