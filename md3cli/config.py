@@ -87,6 +87,27 @@ class EstimateOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaleOptions:
+    """How many processes run it, where. All at their defaults: this process alone, without a run folder.
+
+    `workers_per_device` None is one. `rank` of `world_size` processes that a scheduler started shares one run
+    folder with the others. `engine` None is `local`; naming one asks for a run folder.
+    """
+
+    devices: tuple[str, ...] = ()
+    workers_per_device: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    engine: str | None = None
+    shard_size: int | None = None
+    ray_address: str | None = None
+
+    @property
+    def needs_run_folder(self) -> bool:
+        return bool(self.devices or self.workers_per_device or self.world_size > 1 or self.engine or self.shard_size)
+
+
+@dataclass(frozen=True, slots=True)
 class RunConfig:
     """Everything one annotating run needs to know.
 
@@ -104,6 +125,7 @@ class RunConfig:
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     fail_on: FailOn = field(default_factory=FailOn)
+    scale: ScaleOptions = field(default_factory=ScaleOptions)
     is_dry_run: bool = False
     estimate: EstimateOptions | None = None
     argv: tuple[str, ...] = ()

@@ -38,6 +38,8 @@ from md3cli.progress import Progress, loading
 from md3cli.records import RETRYABLE, RecordDict
 from md3cli.request_ids import RequestIds
 from md3cli.run_info import RunCounts
+from md3cli.scale.choosing import discard, is_run_there, run_folder_of
+from md3cli.scale.layout import RunFolder
 from md3cli.signals import Interrupted, StopSignals
 from md3cli.source import Source, open_source
 from md3cli.timeline import Timeline
@@ -66,6 +68,11 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_mode
         return estimate(config, source, console, find=find)
     if config.is_dry_run:
         return dry_run(config, source, console)
+    folder = run_folder_of(plan, config)
+    if folder is not None and plan.files is not None and is_run_there(folder, plan.files, config):
+        from md3cli.scale.run import run_scaled
+
+        return run_scaled(config, console, source, plan, folder, find)
     check_replaceable(plan, may_overwrite=config.output.overwrite)
     with StopSignals() as stop, contextlib.ExitStack() as stack:
         with stop.interruptible():
@@ -74,7 +81,9 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_mode
             plan = with_journal_aside(plan, stack)
         output = open_output(plan, config, console, source, model.identity)
         stack.callback(output.close)
-        return _Run(config, console, source, model, output, stop).to_the_end()
+        if folder is not None and config.output.overwrite:
+            discard(folder)
+        return _Run(config, console, source, model, output, stop, folder).to_the_end()
 
 
 class _Run:
@@ -88,9 +97,12 @@ class _Run:
         model: Model,
         output: Output,
         stop: StopSignals,
+        exported_folder: RunFolder | None,
     ) -> None:
+        """`exported_folder`: where a run of many processes may have left what OUTPUT holds now."""
         self.config, self.console, self.source = config, console, source
         self.model, self.output, self.stop = model, output, stop
+        self.exported_folder = exported_folder
         self.summary = Summary()
         self.engine: Engine | None = None
         self.batch_sizes: list[int] = []  # the planned one, then each smaller one that memory asked for
@@ -211,6 +223,9 @@ class _Run:
         self.timeline.note(time.monotonic() - self.started_at, num_done, is_last=is_last)
 
     def _write(self, records: Sequence[RecordDict]) -> None:
+        if self.exported_folder is not None:  # out of date from now on
+            discard(self.exported_folder)
+            self.exported_folder = None
         self.output.write(records)
         if self.console.is_verbose and self.output.plan.stdout != TABLE:
             for record in records:

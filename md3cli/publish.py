@@ -93,7 +93,7 @@ def _sync(path: Path) -> None:
 
 
 class OutputLock:
-    """An exclusive `flock` on a file that holds the holder's pid and host as text.
+    """A `flock` on a file that holds the holder's pid and host as text: exclusive, or shared by the ranks of a run.
 
     The file is kept, for a removed one could be locked by two. The kernel frees the lock when the
     process dies, so there are no stale ones. `is_held` is False where the file system has no
@@ -105,7 +105,7 @@ class OutputLock:
         self.is_held = is_held
 
     @classmethod
-    def acquire(cls, path: Path, output: Path) -> OutputLock:
+    def acquire(cls, path: Path, output: Path, *, is_shared: bool = False) -> OutputLock:
         """Lock `path` on behalf of `output`, at once or not at all.
 
         Raises:
@@ -116,7 +116,7 @@ class OutputLock:
         except OSError as error:
             raise output_error(path, error) from error
         try:
-            is_held = _flock(fd, output)
+            is_held = _flock(fd, output, is_shared)
             if is_held:
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
@@ -135,10 +135,10 @@ class OutputLock:
             self._fd = -1
 
 
-def _flock(fd: int, output: Path) -> bool:
+def _flock(fd: int, output: Path, is_shared: bool) -> bool:
     """True when locked, False where the file system cannot."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         pid, _, host = os.pread(fd, 300, 0).decode("utf-8", "replace").strip().partition(" ")
         raise OutputError(

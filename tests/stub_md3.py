@@ -13,16 +13,19 @@ import md3cli.__main__  # isort: skip
 
 import argparse
 import functools
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import faults
+import stub_scale
 from stub_engine import StubModel
 
 import md3cli.pipeline
 from md3cli.engine_port import find_model
 
+MANY = {"--devices", "--workers-per-device", "--engine"}  # options that start workers, which find their own stub
 OPTIONS = {"--step-seconds": float, "--count": str, "--fault": str}
 
 
@@ -43,6 +46,11 @@ def main() -> None:
         action, at, folder = own.fault.split(":", 2)
         faults.install(action, int(at), folder)
     sys.argv[1:] = rest
+    if MANY & set(rest):
+        from md3cli.scale import shards
+
+        shards.FINDER = shards.FINDER if own.real else stub_scale.FINDER
+        os.environ[stub_scale.STEP_SECONDS] = str(own.step_seconds or 0.0)
     md3cli.pipeline.run = functools.partial(md3cli.pipeline.run, find=find)
     md3cli.__main__.main()
 

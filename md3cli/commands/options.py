@@ -18,6 +18,7 @@ import typer
 
 from md3cli import config
 from md3cli.commands.estimating import NO_ESTIMATE, EstimateChoices
+from md3cli.commands.scale_options import ONE_PROCESS, ScaleFlags
 from md3cli.commands.values import (
     above_zero,
     checked,
@@ -218,6 +219,8 @@ class AnnotateOptions:
         ),
     ] = "none"
 
+    scale: ScaleFlags = ONE_PROCESS
+
     quiet: Annotated[bool, _display("--quiet", help="Errors only.")] = False
     verbose: Annotated[bool, _display("--verbose", "-v", help="More: every failed image, stage times.")] = False
     no_progress: Annotated[bool, _display("--no-progress", help="No progress bar.")] = False
@@ -255,9 +258,10 @@ class AnnotateOptions:
             ),
             output=self._output_options(),
             fail_on=parse_fail_on(self.fail_on),
+            scale=self.scale.scale_options(),
             is_dry_run=self.dry_run,
             estimate=self.estimating.chosen(),
-            argv=("md3", *sys.argv[1:]),
+            argv=("md3", *map(shown_argument, sys.argv[1:])),
         )
 
     def _output_options(self) -> config.OutputOptions:

@@ -44,12 +44,15 @@ class WarmModel:
     def __init__(self, model: Model) -> None:
         self.identity, self.crop_config = model.identity, model.crop_config
         self.engine: Engine | None = None
+        self.is_loading = False
         self._model = model
 
     def loaded(self) -> Engine:
         """The engine, loaded now if it was not."""
         if self.engine is None:
+            self.is_loading = True
             self.engine = self._model.load()
+            self.is_loading = False
         return self.engine
 
 
@@ -126,9 +129,10 @@ class Asking:
             ready = feed.poll()
             if ready is None:
                 return
+            engine = self._model.loaded()
             self._journal.begin(ready.ticket.record_id, is_alone=is_alone)
             in_flight[ready.ticket.key] = ready.ticket
-            self._model.loaded().add(ready.ticket.key, ready.picture, ready.ticket.request)
+            engine.add(ready.ticket.key, ready.picture, ready.ticket.request)
 
     def _fail(self, ticket: Ticket, failure: RowFailure) -> None:
         self._new.append((ticket.record_id, error_of(ticket, failure, self._model.identity)))

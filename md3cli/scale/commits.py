@@ -6,6 +6,7 @@ A marker that does not parse counts as none (a file system without hard links ca
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,7 +18,8 @@ from md3cli.scale.layout import COMMITS, RunFolder, commit_name, shard_of
 class Commit:
     """What a marker says: `part` has the records of `rows` rows, `ok` and `errors` of them by outcome.
 
-    `bytes` and `sha256` are the part's. `reused` were taken from journals of earlier attempts.
+    `bytes` and `sha256` are the part's. Of the records `reused` were taken from journals of earlier attempts, with
+    `reused_errors` failures by type and all that is asked of `reused_images`.
     `ended` is in seconds since 1970.
     """
 
@@ -33,13 +35,25 @@ class Commit:
     seconds: float
     ended: float
     reused: int = 0
+    reused_images: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     error_types: Mapping[str, int] = field(default_factory=dict)
+    reused_errors: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_records(self) -> int:
         return self.ok + self.errors
+
+    @property
+    def new_errors(self) -> Counter[str]:
+        """Failures of the committed attempt itself, by type."""
+        return Counter(self.error_types) - Counter(self.reused_errors)
+
+    @property
+    def new_ok(self) -> int:
+        """Good records of the committed attempt itself."""
+        return self.ok - self.reused + sum(self.reused_errors.values())
 
 
 def read_commit(folder: RunFolder, shard: int) -> Commit | None:

@@ -8,6 +8,7 @@
     parts/part-00012-ATTEMPT.jsonl    the records of a shard, in input order
     commits/00012.json         which part counts: {part, rows, ok, errors, sha256, ...}; the only truth
     starts/*.json  metrics/*.jsonl    who ran it when, and how fast
+    kept.jsonl                 records that OUTPUT had and the plan does not ask for; exported first
     errors.jsonl  exported.json       written by the export
 
 A run folder is `DIR/.md3run` for OUTPUT DIR, and `OUT.md3run` beside a file OUT.
@@ -30,7 +31,7 @@ from md3cli.settings import user_cache_dir
 
 FOLDER_NAME, SUFFIX = ".md3run", ".md3run"
 PLAN, MANIFEST, REPEATS = "plan/plan.json", "plan/manifest.parquet", "plan/repeats.parquet"
-RUN, ERRORS, EXPORTED = "run.json", "errors.jsonl", "exported.json"
+RUN, KEPT, ERRORS, EXPORTED = "run.json", "kept.jsonl", "errors.jsonl", "exported.json"
 WIP, PARTS, COMMITS, STARTS, METRICS = "wip", "parts", "commits", "starts", "metrics"
 
 

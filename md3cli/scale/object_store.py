@@ -106,6 +106,10 @@ class ObjectStore:
         with self._told(name), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
 
+    def remove_all(self) -> None:
+        with self._told(""), contextlib.suppress(FileNotFoundError):
+            self._fs.rm(self._root, recursive=True)
+
     def modified_at(self, name: str) -> float | None:
         with self._told(name):
             try:

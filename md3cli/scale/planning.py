@@ -13,7 +13,7 @@ import json
 import socket
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -123,19 +123,18 @@ def write_manifest(
     if shard_size is None:
         head = list(itertools.islice(stream, SHARD_ROWS * WANTED_SHARDS))
         shard_size = shard_size_for(len(head))
-    digest, hashes, num_rows = hashlib.sha256(), array("q"), 0
+    fingerprint, hashes, num_rows = Fingerprint(), array("q"), 0
     hashes_of_usual = tuple(map(hash, requests))
     with pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_statistics=False) as writer:
         for group in _groups(itertools.chain(head, stream), shard_size):
             columns = [columns_of(row, requests) for row in group]
             for row in group:
                 _add_hashes(hashes, row, requests, hashes_of_usual)
-            _note_columns(digest, columns)
+            fingerprint.note(columns)
             num_rows += len(group)
             _write_group(writer, columns)
-        fingerprint = digest.hexdigest()[:32]
-        writer.add_key_value_metadata({FINGERPRINT_KEY: fingerprint})
-    return Manifest(num_rows, shard_size, fingerprint, np.frombuffer(hashes, dtype=np.int64))
+        writer.add_key_value_metadata({FINGERPRINT_KEY: fingerprint.hexdigest()})
+    return Manifest(num_rows, shard_size, fingerprint.hexdigest(), np.frombuffer(hashes, dtype=np.int64))
 
 
 def _groups(rows: Iterator[SourceRow], size: int) -> Iterator[list[SourceRow]]:
@@ -150,27 +149,30 @@ def _add_hashes(hashes: array[int], row: SourceRow, requests: tuple[Request, ...
         hashes.append(hash((name, request_hash)))
 
 
-def _note_columns(digest: Any, columns: Sequence[RowColumns]) -> None:
-    """Take rows into the fingerprint; neither names nor paths nor JSON hold a NUL or a 0x01."""
-    images, paths, more = zip(*columns, strict=True)
-    digest.update("\0".join("\1" if image is None else image for image in images).encode())
-    digest.update(b"\0".join(b"\1" if path is None else path for path in paths))
-    if any(more):
-        digest.update("\0".join("\1" if text is None else text for text in more).encode())
+class Fingerprint:
+    """A digest of rows, whatever the groups they come in; no name, path or JSON holds a NUL or a 0x01."""
+
+    def __init__(self) -> None:
+        self._digests = [hashlib.sha256() for _ in RowColumns._fields]
+
+    def note(self, columns: Sequence[RowColumns]) -> None:
+        """Take more rows in."""
+        images, paths, more = zip(*columns, strict=True)
+        self._note(0, b"".join(b"\1\0" if image is None else image.encode() + b"\0" for image in images))
+        self._note(1, b"".join(b"\1\0" if path is None else path + b"\0" for path in paths))
+        self._note(2, b"".join(b"\1\0" if text is None else text.encode() + b"\0" for text in more))
+
+    def _note(self, column: int, data: bytes) -> None:
+        self._digests[column].update(data)
+
+    def hexdigest(self) -> str:
+        """32 hex digits."""
+        return hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest()[:32]
 
 
 def _write_group(writer: pq.ParquetWriter, columns: Sequence[RowColumns]) -> None:
     arrays = [pa.array(values, field.type) for values, field in zip(zip(*columns, strict=True), _SCHEMA, strict=True)]
     writer.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA), row_group_size=len(columns))
-
-
-def fingerprint_of(shards: Iterable[Iterable[RowColumns]]) -> str:
-    """The fingerprint of rows as they are read back, shard by shard."""
-    digest = hashlib.sha256()
-    for shard in shards:
-        if columns := list(shard):
-            _note_columns(digest, columns)
-    return digest.hexdigest()[:32]
 
 
 def _regroup(path: Path, manifest: Manifest) -> Manifest:
@@ -181,17 +183,14 @@ def _regroup(path: Path, manifest: Manifest) -> Manifest:
     try:
         with pq.ParquetFile(old) as reader, pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
             per_group = size // SHARD_ROWS
-            digest = hashlib.sha256()
             for first in range(0, reader.num_row_groups, per_group):
                 numbers = list(range(first, min(first + per_group, reader.num_row_groups)))
                 table = reader.read_row_groups(numbers)
-                _note_columns(digest, list(map(RowColumns, *(column.to_pylist() for column in table.columns))))
                 writer.write_table(table, row_group_size=size)
-            fingerprint = digest.hexdigest()[:32]
-            writer.add_key_value_metadata({FINGERPRINT_KEY: fingerprint})
+            writer.add_key_value_metadata({FINGERPRINT_KEY: manifest.fingerprint})
     finally:
         old.unlink()
-    return Manifest(manifest.rows, size, fingerprint, manifest.hashes)
+    return replace(manifest, shard_size=size)
 
 
 def _write_repeats(folder: RunFolder, manifest: Manifest, requests: tuple[Request, ...], identity: RunIdentity) -> bool:

@@ -41,7 +41,10 @@ class RunOptions:
         model = {field.name: document["model"][field.name] for field in fields(ModelOptions)}
         if model["cache_dir"] is not None:
             model["cache_dir"] = Path(model["cache_dir"])
-        return cls(ModelOptions(**model), DecodeOptions(**document["decode"]))
+        decode = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in document["decode"].items()
+        }
+        return cls(ModelOptions(**model), DecodeOptions(**decode))
 
 
 def write_run_options(folder: RunFolder, options: RunOptions, argv: tuple[str, ...]) -> None:

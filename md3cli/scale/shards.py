@@ -17,7 +17,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from types import TracebackType
 from typing import NamedTuple, Self, cast
@@ -29,7 +29,7 @@ from md3cli.errors import EngineError
 from md3cli.feed import make_decode_pool
 from md3cli.records import RecordDict
 from md3cli.scale.asking import Asking, ShardStopped, WarmModel
-from md3cli.scale.attempts import AttemptJournal, forget_attempts, read_history
+from md3cli.scale.attempts import AttemptJournal, ShardHistory, forget_attempts, read_history
 from md3cli.scale.commits import Commit, put_commit, read_commit
 from md3cli.scale.layout import METRICS, host_name, new_attempt, open_run_folder, part_name
 from md3cli.scale.plan import PlannedRow, PlanReader
@@ -37,6 +37,7 @@ from md3cli.scale.run_options import read_run_options
 
 __all__ = ["FINDER", "ShardResult", "ShardRunner", "ShardStopped"]
 
+ModelFinder = Callable[[ModelOptions], Model]
 FINDER = "md3cli.engine_port:find_model"  # `module:function`, ModelOptions -> Model; tests name another
 
 
@@ -52,7 +53,7 @@ def _never() -> bool:
     return False
 
 
-def _untold(ok: int, failed: int) -> None:
+def _untold(*facts: int | str) -> None:
     pass
 
 
@@ -69,7 +70,7 @@ class ShardRunner:
         self,
         run_uri: str,
         *,
-        finder: str = FINDER,
+        finder: str | ModelFinder = FINDER,
         model: ModelOptions | None = None,
         decode: DecodeOptions | None = None,
     ) -> None:
@@ -116,12 +117,14 @@ class ShardRunner:
         shard: int,
         *,
         should_stop: Callable[[], bool] = _never,
+        on_start: Callable[[int, str], None] = _untold,
         on_progress: Callable[[int, int], None] = _untold,
     ) -> ShardResult:
         """Run a shard to its commit.
 
         Args:
             should_stop: asked between two steps of the model.
+            on_start: told the shard and the attempt's name before anything is asked.
             on_progress: told how many requests of the shard are ok and how many have failed so far.
 
         Raises:
@@ -138,12 +141,18 @@ class ShardRunner:
         self.attempt = new_attempt()
         history = read_history(self.folder, shard)
         journal = AttemptJournal(self.folder, shard, self.attempt)
+        on_start(shard, self.attempt)
         try:
             asking = Asking(history, journal, self._pool_of_run(), self._model, should_stop, on_progress)
             asking.to_the_end(rows)
         finally:
             journal.close()
-        return self._commit(shard, rows, asking, started)
+        return self._commit(shard, rows, history, asking, started)
+
+    @property
+    def is_loading(self) -> bool:
+        """True while the model is being loaded; asked from another thread."""
+        return self._model.is_loading
 
     def _pool_of_run(self) -> DecodePool:
         if self._pool is None:
@@ -151,17 +160,19 @@ class ShardRunner:
             self._pool = make_decode_pool(self._decode, background, self._model.crop_config)
         return self._pool
 
-    def _commit(self, shard: int, rows: Sequence[PlannedRow], asking: Asking, started: float) -> ShardResult:
+    def _commit(
+        self, shard: int, rows: Sequence[PlannedRow], history: ShardHistory, asking: Asking, started: float
+    ) -> ShardResult:
         lines = [asking.lines[record_id] for row in rows for record_id in row.ids]
-        data = b"".join(lines)
+        data, counts, before = b"".join(lines), Counts.of(lines), Counts.of(history.records.values())
+        pictured = [row for row in rows if row.row.image is not None]
         part = part_name(shard, self.attempt)
-        counts = _Counts.of(lines)
         commit = Commit(
             part=part,
             rows=len(rows),
-            images=sum(row.row.image is not None for row in rows),
+            images=len(pictured),
             ok=counts.ok,
-            errors=sum(counts.error_types.values()),
+            errors=counts.num_failed,
             error_types=counts.error_types,
             sha256=hashlib.sha256(data).hexdigest(),
             bytes=len(data),
@@ -169,9 +180,11 @@ class ShardRunner:
             host=host_name(),
             seconds=round(time.monotonic() - started, 3),
             ended=round(time.time(), 3),
-            reused=asking.num_reused,
-            prompt_tokens=counts.prompt_tokens,
-            output_tokens=counts.output_tokens,
+            reused=len(history.records),
+            reused_errors=before.error_types,
+            reused_images=sum(all(record_id in history.records for record_id in row.ids) for row in pictured),
+            prompt_tokens=counts.prompt_tokens - before.prompt_tokens,
+            output_tokens=counts.output_tokens - before.output_tokens,
         )
         self.folder.store.put(part, data)
         is_ours = put_commit(self.folder, shard, commit)
@@ -203,14 +216,21 @@ class ShardRunner:
                 file.write(json.dumps(line).encode() + b"\n")
 
 
-class _Counts(NamedTuple):
+class Counts(NamedTuple):
+    """What records say, summed up."""
+
     ok: int
     error_types: dict[str, int]
     prompt_tokens: int
     output_tokens: int
 
+    @property
+    def num_failed(self) -> int:
+        return sum(self.error_types.values())
+
     @classmethod
-    def of(cls, lines: Sequence[bytes]) -> _Counts:
+    def of(cls, lines: Iterable[bytes]) -> Counts:
+        """The counts of records as lines."""
         ok = prompt = output = 0
         errors = Counter[str]()
         for line in lines:
@@ -224,6 +244,8 @@ class _Counts(NamedTuple):
         return cls(ok, dict(sorted(errors.items())), prompt, output)
 
 
-def _find(finder: str, options: ModelOptions) -> Model:
+def _find(finder: str | ModelFinder, options: ModelOptions) -> Model:
+    if not isinstance(finder, str):
+        return finder(options)
     module, _, function = finder.partition(":")
     return cast("Model", getattr(import_module(module), function)(options))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -58,6 +59,10 @@ class Store(Protocol):
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
+        ...
+
+    def remove_all(self) -> None:
+        """Remove the store with all that is in it, if it is there."""
         ...
 
     def modified_at(self, name: str) -> float | None:
@@ -157,6 +162,14 @@ class LocalStore:
             self.path(name).unlink(missing_ok=True)
         except OSError as error:
             raise output_error(self.path(name), error) from error
+
+    def remove_all(self) -> None:
+        try:
+            shutil.rmtree(self.root)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise output_error(self.root, error) from error
 
     def modified_at(self, name: str) -> float | None:
         try:

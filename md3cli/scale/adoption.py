@@ -1,0 +1,143 @@
+"""Records made before there was a plan, or before failures are done again, taken over as journals of shards.
+
+A run that one process began has its records in OUTPUT's journal. They are found by id, wherever they stand and
+whatever INPUT has become since, and copied line by line; the old file stays as it is until the export replaces it.
+Memory: 24 bytes a record of the old journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from md3cli.digest_set import digest_of
+from md3cli.early import SUFFIX as EARLY_SUFFIX
+from md3cli.journal_scan import journal_lines
+from md3cli.scale.attempts import attempt_files, read_history
+from md3cli.scale.commits import Commit
+from md3cli.scale.layout import KEPT, WIP, RunFolder, commit_name, journal_name, new_attempt
+from md3cli.scale.plan import Plan, PlanReader
+
+_OK_TAIL = b',"error":null}\n'
+ID_WITHIN_BYTES = 100  # of a line
+_KEY_BYTES = 8  # of a digest, to look it up by; the rest is compared in the line itself
+
+
+def adopt(folder: RunFolder, plan: Plan, journal: Path, *, with_failed: bool) -> int:
+    """Copy the records in `journal`, and those waiting beside it, to the shards of `plan`; returns how many.
+
+    Records of requests that are not in the plan are kept for the export. `with_failed` False leaves the failed ones
+    behind, to be done again. A crash in the middle loses copies only.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    paths = [journal, journal.with_name(journal.name + EARLY_SUFFIX)]
+    with contextlib.ExitStack() as files:
+        indexes = [
+            _Index(files.enter_context(open(path, "rb")), with_failed)
+            for path in paths
+            if path.is_file() and path.stat().st_size
+        ]
+        if not indexes:
+            return 0
+        num_adopted, reader = 0, PlanReader(folder, plan)
+        for shard in range(plan.shards):
+            ids = (record_id for row in reader.shard(shard) for record_id in row.ids)
+            if lines := [line for line in (_line_of(record_id, indexes) for record_id in ids) if line is not None]:
+                _keep(folder, shard, lines)
+            num_adopted += len(lines)
+        _keep_others(folder, indexes[0])
+    return num_adopted
+
+
+def _line_of(record_id: str, indexes: Sequence[_Index]) -> bytes | None:
+    return next((line for line in (index.line_of(record_id) for index in indexes) if line is not None), None)
+
+
+def _keep_others(folder: RunFolder, index: _Index) -> None:
+    if index.has_others:
+        with folder.store.put_file(KEPT) as path, open(path, "wb") as file:
+            file.writelines(index.others())
+
+
+def _keep(folder: RunFolder, shard: int, lines: list[bytes]) -> None:
+    folder.wip.put(journal_name(shard, f"adopted-{new_attempt()}"), b"".join(lines))
+
+
+class _Index:
+    """Where the last record of each id stands in a file of records."""
+
+    def __init__(self, file: IO[bytes], with_failed: bool) -> None:
+        self._fd, self._with_failed = file.fileno(), with_failed
+        self._ends, keys, self._is_failed = array("q", [0]), bytearray(), bytearray()
+        for lines in journal_lines(file):
+            self._ends.frombytes(lines.ends.tobytes())
+            keys += lines.digests[:, :_KEY_BYTES].tobytes()
+            self._is_failed += bytes([lines.error_type is not None]) * len(lines.ends)
+        found = np.frombuffer(bytes(keys), dtype=">u8").astype(np.uint64)
+        self._order = np.argsort(found, kind="stable")
+        self._keys = found[self._order]
+        self._is_other = self._latest()
+
+    def _latest(self) -> bytearray:
+        """1 for the last line of each id; a collision of keys only keeps a line too few from `others`."""
+        is_last = np.ones(len(self._order), dtype=np.uint8)
+        is_last[self._order[:-1][self._keys[1:] == self._keys[:-1]]] = 0
+        return bytearray(is_last.tobytes())
+
+    def line_of(self, record_id: str) -> bytes | None:
+        """The last line of an id; None where there is none, or a failure that is not wanted."""
+        key = np.uint64(int.from_bytes(digest_of(record_id)[:_KEY_BYTES]))
+        for number in self._lines_with(key):
+            line = self._line(number)
+            if record_id.encode() in line[:ID_WITHIN_BYTES]:
+                self._is_other[number] = 0
+                return line if self._with_failed or not self._is_failed[number] else None
+        return None
+
+    def _lines_with(self, key: np.uint64) -> Iterator[int]:
+        """The lines that may be it, the last one first."""
+        place = int(np.searchsorted(self._keys, key, side="right")) - 1
+        while place >= 0 and self._keys[place] == key:
+            yield int(self._order[place])
+            place -= 1
+
+    def _line(self, number: int) -> bytes:
+        start, end = self._ends[number], self._ends[number + 1]
+        return os.pread(self._fd, end - start, start)
+
+    @property
+    def has_others(self) -> bool:
+        """Whether there are lines that nobody asked for."""
+        return any(self._is_other)
+
+    def others(self) -> Iterator[bytes]:
+        """The last line of each id that nobody asked for, in the file's order."""
+        return (self._line(number) for number, is_other in enumerate(self._is_other) if is_other)
+
+
+def reopen_failed(folder: RunFolder, plan: Plan, commits: dict[int, Commit]) -> None:
+    """Have all failed requests done again: shards that have any are no longer committed, their good records stay.
+
+    For one process that holds the output's lock. The old export keeps the failed records until it is replaced.
+    """
+    for shard in range(plan.shards):
+        commit = commits.get(shard)
+        if commit is not None and commit.errors:
+            lines = (folder.store.read(commit.part) or b"").splitlines(keepends=True)
+            _keep(folder, shard, [line for line in lines if line.endswith(_OK_TAIL)])
+            folder.store.remove(commit_name(shard))
+            folder.store.remove(commit.part)
+            del commits[shard]
+        elif commit is None and (names := attempt_files(folder.wip, shard)):
+            records = read_history(folder, shard).records.values()
+            _keep(folder, shard, [line for line in records if line.endswith(_OK_TAIL)])
+            for name in names:
+                folder.wip.remove(f"{WIP}/{name}")

@@ -1,0 +1,132 @@
+"""How a start finds or makes its plan: what stands in OUTPUT is gone on with, taken over, or refused."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from md3cli.config import RunConfig
+from md3cli.early import SUFFIX as EARLY_SUFFIX
+from md3cli.journal_scan import first_record
+from md3cli.records import RunIdentity
+from md3cli.run_info import OutputPaths, check_first_record
+from md3cli.scale.adoption import adopt, reopen_failed
+from md3cli.scale.choosing import discard, is_unfinished
+from md3cli.scale.commits import Commit, CommitLog
+from md3cli.scale.layout import EXPORTED, RunFolder, host_name, open_run_folder
+from md3cli.scale.plan import Plan, check_config, plan_config, read_plan
+from md3cli.scale.planning import make_plan, put_plan
+from md3cli.scale.store import LocalStore
+from md3cli.source import Source
+
+NEXT_SUFFIX = "-next"  # where the plan of an INPUT that has grown is made
+PLANNER = "plan/planner.json"  # there while a rank makes the plan
+PLANNER_WAIT_S, PLAN_WAIT_S, POLL_S = 10.0, 3600.0, 0.2
+
+
+class Beginning:
+    """The first steps of one start, by a process that holds OUTPUT's lock (ranks share it)."""
+
+    def __init__(
+        self, folder: RunFolder, config: RunConfig, files: OutputPaths, source: Source, identity: RunIdentity
+    ) -> None:
+        self._folder, self._config, self._files = folder, config, files
+        self._source, self._identity = source, identity
+        self._wanted = plan_config(config, identity, source.root)
+        self.num_adopted = 0
+
+    def clear(self) -> None:
+        """For --overwrite: nothing of earlier runs stays."""
+        discard(self._folder)
+        for path in (self._files.journal, self._files.journal.with_name(self._files.journal.name + EARLY_SUFFIX)):
+            path.unlink(missing_ok=True)
+
+    def check_records(self) -> None:
+        """Refuse a records file that is not this run's, where neither run.json nor a plan says so.
+
+        Raises:
+            OutputMismatchError: it is another run's, or none of md3's.
+        """
+        journal = self._files.journal
+        if self._files.run_info.exists() or not journal.is_file() or read_plan(self._folder) is not None:
+            return
+        with open(journal, "rb") as file:
+            record = first_record(file)
+        if record is not None:
+            check_first_record(record, self._config.requests, self._identity)
+
+    def plan(self) -> Plan:
+        """The plan to go on with, made now where there is none.
+
+        Raises:
+            OutputMismatchError: there is an unfinished one of another run; names the differences.
+            Md3Error: INPUT cannot be read, or OUTPUT not be written.
+        """
+        found = read_plan(self._folder)
+        if found is None:
+            return self._first_plan()
+        is_alone = self._config.scale.world_size == 1 and isinstance(self._folder.store, LocalStore)
+        if is_alone and not is_unfinished(self._folder, self._files):
+            return self._plan_after(found)
+        check_config(found, self._wanted)
+        return found
+
+    def _first_plan(self) -> Plan:
+        if self._config.scale.rank > 0 and (found := self._plan_of_another()) is not None:
+            check_config(found, self._wanted)
+            return found
+        discard(open_run_folder(self._folder.uri + NEXT_SUFFIX))
+        self._folder.store.put(PLANNER, json.dumps({"host": host_name(), "began": time.time()}).encode())
+        plan = put_plan(self._folder, self._made_in(self._folder))
+        self._folder.store.remove(PLANNER)
+        check_config(plan, self._wanted)
+        return plan
+
+    def _plan_of_another(self) -> Plan | None:
+        """What rank 0 plans, once it has; None where nobody seems to be planning."""
+        waited_s = 0.0
+        while (plan := read_plan(self._folder)) is None:
+            is_begun = self._folder.store.read(PLANNER) is not None
+            if waited_s >= (PLAN_WAIT_S if is_begun else PLANNER_WAIT_S):
+                return None
+            time.sleep(POLL_S)
+            waited_s += POLL_S
+        return plan
+
+    def _made_in(self, folder: RunFolder) -> Plan:
+        """A plan of INPUT as it is now, with the records that are there taken over; not put yet."""
+        plan = make_plan(
+            folder,
+            iter(self._source),
+            self._config.requests,
+            self._identity,
+            self._wanted,
+            shard_size=self._config.scale.shard_size,
+            skipped=self._source.skipped,
+        )
+        if isinstance(folder.store, LocalStore):
+            with_failed = not self._config.output.retry_failed
+            self.num_adopted = adopt(folder, plan, self._files.journal, with_failed=with_failed)
+        return plan
+
+    def _plan_after(self, finished: Plan) -> Plan:
+        """The finished plan, or one of what INPUT has become, which takes over the finished records."""
+        following = open_run_folder(self._folder.uri + NEXT_SUFFIX)
+        discard(following)
+        plan = self._made_in(following)
+        if (plan.fingerprint, plan.config_hash) == (finished.fingerprint, finished.config_hash):
+            discard(following)
+            self.num_adopted = 0
+            return finished
+        put_plan(following, plan)
+        discard(self._folder)
+        Path(following.uri).rename(self._folder.uri)
+        return plan
+
+    def reopen(self, plan: Plan) -> None:
+        """For --retry-failed."""
+        commits: dict[int, Commit] = dict(CommitLog(self._folder).refresh())
+        if any(commit.errors for commit in commits.values()) or len(commits) < plan.shards:
+            self._folder.store.remove(EXPORTED)
+            reopen_failed(self._folder, plan, commits)

@@ -1,0 +1,195 @@
+"""A run in its run folder, as the commands call it: plan it or go on with its plan, run its shards, export.
+
+However many processes run it and in whichever form it began, the files that OUTPUT names come out the same.
+The records file of a run that is exported is as good as a single process's journal, and back: a plain command
+goes on from it, and a run folder takes it over where INPUT has grown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from md3cli.config import RunConfig
+from md3cli.console import RunConsole
+from md3cli.engine_port import Engine, Model
+from md3cli.errors import EngineError, UsageError
+from md3cli.outputs import OutputPlan
+from md3cli.progress import Progress
+from md3cli.publish import OutputLock
+from md3cli.run_info import OutputPaths, RunDocument, identity_of
+from md3cli.scale.beginning import Beginning
+from md3cli.scale.ending import Ending
+from md3cli.scale.here import ShardsHere
+from md3cli.scale.layout import RunFolder
+from md3cli.scale.plan import Plan
+from md3cli.scale.run_options import RunOptions, write_run_options
+from md3cli.scale.shard_queue import ShardQueue
+from md3cli.scale.shards import ModelFinder
+from md3cli.scale.supervisor import Supervisor, seats_of
+from md3cli.signals import Interrupted, StopSignals
+from md3cli.source import Source
+
+LOOK_INTERVAL_S = 2.0  # between two looks at what others have committed
+TELL_INTERVAL_S = 0.2
+
+
+class _Driver(Protocol):
+    """What runs the shards of a queue: this process, worker processes, or a cluster."""
+
+    @property
+    def num_ok(self) -> int: ...
+    @property
+    def num_failed(self) -> int: ...
+    def run(self, on_step: Callable[[], None]) -> None: ...
+    def stop(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def run_scaled(
+    config: RunConfig, console: RunConsole, source: Source, outputs: OutputPlan, folder: RunFolder, find: ModelFinder
+) -> int:
+    """Do what `config` says in the run folder; returns the exit status, 0 or 3.
+
+    Raises:
+        Md3Error: the run could not be done; what was finished is on disk.
+        Interrupted: a signal stopped it, in order.
+    """
+    _check_options(config)
+    assert outputs.files is not None
+    files = outputs.files
+    with StopSignals() as stop, contextlib.ExitStack() as stack:
+        with stop.interruptible():
+            model = find(config.model)
+        files.journal.parent.mkdir(parents=True, exist_ok=True)
+        lock = OutputLock.acquire(files.lock, files.journal, is_shared=config.scale.world_size > 1)
+        stack.callback(lock.release)
+        beginning = Beginning(folder, config, files, source, model.identity)
+        beginning.check_records()
+        if config.output.overwrite:
+            beginning.clear()
+        document = None if config.scale.world_size > 1 else _document(config, files, source, model)
+        with stop.interruptible():
+            plan = beginning.plan()
+        if config.output.retry_failed:
+            beginning.reopen(plan)
+        if beginning.num_adopted:
+            console.say(f"{beginning.num_adopted:,} records of an earlier start are taken over")
+        write_run_options(folder, RunOptions(config.model, config.decode), config.argv)
+        ending = Ending(config, console, outputs, folder, plan, model.identity, document)
+        return _ScaledRun(config, console, folder, plan, model, stop, ending).to_the_end()
+
+
+def _check_options(config: RunConfig) -> None:
+    """Raises UsageError: options that cannot go together."""
+    scale = config.scale
+    if not 0 <= scale.rank < scale.world_size:
+        raise UsageError(f"--worker-rank {scale.rank} of --world-size {scale.world_size}: ranks count from 0")
+    for name, is_set in (("--overwrite", config.output.overwrite), ("--retry-failed", config.output.retry_failed)):
+        if is_set and scale.world_size > 1:
+            raise UsageError(f"{name} is for one process; run it once without --world-size, then start the ranks")
+    if scale.engine == "ray" and (scale.world_size > 1 or scale.devices or scale.workers_per_device):
+        raise UsageError("--engine ray places its workers itself; leave out --devices and --world-size")
+
+
+def _document(config: RunConfig, files: OutputPaths, source: Source, model: Model) -> RunDocument:
+    """run.json beside OUTPUT, which refuses another run's OUTPUT."""
+    return RunDocument.begin(
+        files.run_info,
+        identity=identity_of(config.requests, model.identity, source.root),
+        arguments=config.argv,
+        root=source.root,
+        is_resume=not config.output.overwrite,
+    )
+
+
+class _ScaledRun:
+    """The state of one start between its plan and its end."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        console: RunConsole,
+        folder: RunFolder,
+        plan: Plan,
+        model: Model,
+        stop: StopSignals,
+        ending: Ending,
+    ) -> None:
+        self._config, self._console, self._folder, self._plan = config, console, folder, plan
+        self._model, self._stop, self._ending = model, stop, ending
+        self._queue = ShardQueue(folder, plan.shards, config.scale.rank, config.scale.world_size)
+        self._looked_at = self._told_at = time.monotonic()
+        ending.begin(self._queue.commits)
+
+    def to_the_end(self) -> int:
+        status = 1
+        try:
+            self._run_shards()
+            if self._queue.given_up:
+                raise EngineError(
+                    f"{len(self._queue.given_up)} of {self._plan.shards:,} shards are not done, for their workers kept "
+                    "dying; the same command tries them again"
+                )
+            with self._stop.interruptible():
+                status = self._ending.export(self._queue.commits)
+        except Interrupted as interrupt:
+            status = interrupt.exit_status
+            self._ending.tell_how_to_resume(str(interrupt), self._queue.commits)
+            raise
+        finally:
+            self._ending.note(status, self._queue.commits)
+        self._ending.summarize(self._queue.commits)
+        return status
+
+    def _run_shards(self) -> None:
+        with self._console.progress(self._plan.rows) as progress, contextlib.closing(self._driver()) as driver:
+            driver.run(lambda: self._on_step(driver, progress))
+        self._stop.check()
+
+    def _driver(self) -> _Driver:
+        config, options = self._config, RunOptions(self._config.model, self._config.decode)
+        if config.scale.engine == "ray":
+            from md3cli.scale.ray_driver import RayDriver
+
+            return RayDriver(self._folder, self._plan, self._queue, config)
+        if config.scale.devices or config.scale.workers_per_device:
+            devices = config.scale.devices or (config.model.device,)
+            seats = seats_of(devices, config.scale.workers_per_device or 1)
+            return Supervisor(self._folder, self._queue, options, seats, warn=self._console.warn)
+        return ShardsHere(self._folder.uri, self._queue, options, lambda _: _Interruptible(self._model, self._stop))
+
+    def _on_step(self, driver: _Driver, progress: Progress | None) -> None:
+        """Between any two steps: look for a signal, for what others did, and tell how far the run is."""
+        if self._stop.received is not None:
+            driver.stop()
+        now = time.monotonic()
+        if self._config.scale.world_size > 1 and now - self._looked_at >= LOOK_INTERVAL_S:
+            self._looked_at = now
+            self._queue.refresh()
+        if now - self._told_at >= TELL_INTERVAL_S:
+            self._told_at = now
+            self._ending.note_progress(self._queue.commits, driver.num_ok + driver.num_failed)
+            if progress is not None:
+                self._tell(driver, progress)
+
+    def _tell(self, driver: _Driver, progress: Progress) -> None:
+        commits = self._queue.commits.values()
+        num_under_way = driver.num_ok + driver.num_failed
+        rows = sum(commit.rows for commit in commits)
+        rows += num_under_way * self._plan.rows // max(self._plan.requests, 1)
+        progress.update_to(rows, sum(commit.errors for commit in commits) + driver.num_failed)
+
+
+class _Interruptible:
+    """A model whose loading a signal may cut short: nothing is lost by that."""
+
+    def __init__(self, model: Model, stop: StopSignals) -> None:
+        self.identity, self.crop_config = model.identity, model.crop_config
+        self._model, self._stop = model, stop
+
+    def load(self) -> Engine:
+        with self._stop.interruptible():
+            return self._model.load()

@@ -1,0 +1,288 @@
+"""Many model processes on one machine: one per device, shards handed out as they come free, the dead replaced.
+
+A worker that dies costs the requests it had under way, which are asked again alone, and nothing else. A
+shard whose workers keep dying without a single new record is given up; a run where that happens everywhere is
+ended. Workers are fresh interpreters on socketpairs; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from md3cli.decode_worker import Channel
+from md3cli.errors import EngineError
+from md3cli.feed import num_auto_workers
+from md3cli.records import printable
+from md3cli.scale import shards
+from md3cli.scale.attempts import note_death, read_history
+from md3cli.scale.commits import read_commit
+from md3cli.scale.layout import RunFolder
+from md3cli.scale.run_options import RunOptions
+from md3cli.scale.shard_queue import ShardQueue
+
+DEATHS_TO_GIVE_UP = 5
+POLL_S = 0.2  # so that a signal is seen soon
+REFRESH_S = 2.0  # between two looks at what other ranks have committed
+TAIL_BYTES = 2000
+_MESSAGE_TIMEOUT_S = 30.0  # for the rest of a message that has begun to come
+_WORKER_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from md3cli.scale.worker import serve; serve()"
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a worker runs: its device as the model's options name it, and what its environment needs."""
+
+    device: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def seats_of(devices: Sequence[str], workers_per_device: int) -> list[Seat]:
+    """A seat for each worker.
+
+    A CUDA device is made the only visible one, so that no worker takes memory on another's; the processor's
+    cores are shared out.
+    """
+    num_seats = len(devices) * workers_per_device
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seats = []
+    for device in devices:
+        kind, _, index = device.partition(":")
+        environment: dict[str, str] = {}
+        if kind == "cuda" and index:
+            names = visible.split(",") if visible else []
+            number = int(index)
+            environment["CUDA_VISIBLE_DEVICES"] = names[number] if number < len(names) else index
+            device = "cuda"
+        if kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_seats))
+        seats += [Seat(device, environment)] * workers_per_device
+    return seats
+
+
+class _Worker:
+    """The supervisor's end of one worker process."""
+
+    def __init__(self, seat: Seat, uri: str, options: RunOptions) -> None:
+        self.seat, self.shard, self.attempt = seat, -1, ""
+        self.num_ok = self.num_failed = 0
+        self.is_ready = False
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the worker
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-I", "-c", _WORKER_CODE, json.dumps(sys.path)]
+            self.process = subprocess.Popen(
+                [*command, str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=(theirs.fileno(),),
+                env=os.environ | seat.environment,
+                process_group=0,  # Ctrl-C and Ctrl-Z at the terminal are for the supervisor to handle
+            )
+        self.channel = Channel(self.socket)
+        model = replace(options.model, device=seat.device)
+        setup = {"uri": uri, "finder": shards.FINDER, "options": replace(options, model=model).to_json()}
+        self.send({"run": setup})
+
+    def send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # it died: the end of its messages says so
+            self.channel.send(message)
+
+    def end(self) -> int:
+        """Wait for its end, which has come or is near; returns its status."""
+        status = self.process.wait()
+        self.channel.close()
+        return status
+
+    def last_words(self) -> str:
+        """The last line it wrote to stderr."""
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - TAIL_BYTES))
+        lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
+        return printable(lines[-1]) if lines else ""
+
+    def close(self) -> None:
+        """End it at once, if it is there."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.channel.close()
+        self._log.close()
+
+
+class Supervisor:
+    """Runs the shards of `queue` in worker processes.
+
+    Attributes:
+        num_ok, num_failed: requests of the shards under way that are finished.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        queue: ShardQueue,
+        options: RunOptions,
+        seats: Sequence[Seat],
+        *,
+        warn: Callable[[str], None],
+    ) -> None:
+        if options.decode.workers is None:
+            decode = replace(options.decode, workers=max(1, num_auto_workers() // len(seats)))
+            options = replace(options, decode=decode)
+        self._folder, self._queue, self._options, self._warn = folder, queue, options, warn
+        self._waiting_seats = list(seats)
+        self._workers: dict[int, _Worker] = {}  # by their socket's number
+        self._selector = selectors.DefaultSelector()
+        self._deaths: dict[int, int] = {}  # of a shard, since its last new record
+        self._num_finished: dict[int, int] = {}  # of a shard's requests, at its last death
+        self._deaths_in_a_row = 0  # since any worker got anything done
+        self._is_stopping = False
+
+    @property
+    def num_ok(self) -> int:
+        return sum(worker.num_ok for worker in self._workers.values())
+
+    @property
+    def num_failed(self) -> int:
+        return sum(worker.num_failed for worker in self._workers.values())
+
+    def run(self, on_step: Callable[[], None]) -> None:
+        """Until nothing is left, or a stop was asked for; `on_step` is called several times a second.
+
+        Raises:
+            EngineError: the workers cannot run here.
+        """
+        while not self._queue.is_finished or self._workers:
+            on_step()
+            self._share_out()
+            for key, _ in self._selector.select(POLL_S):
+                self._hear(self._workers[key.fd])
+            if self._is_stopping and not self._workers:
+                return
+
+    def stop(self) -> None:
+        """Have every worker finish its step and end; `run` returns when all have."""
+        if not self._is_stopping:
+            self._is_stopping = True
+            for worker in self._workers.values():
+                worker.send({"stop": True})
+
+    def close(self) -> None:
+        """End all workers at once."""
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
+        self._selector.close()
+
+    # -- handing out -----------------------------------------------------------------------------------
+
+    def _share_out(self) -> None:
+        """A shard for everybody who has none; a worker is started only when there is one for it."""
+        if self._is_stopping:
+            return
+        for worker in [worker for worker in self._workers.values() if worker.is_ready and worker.shard < 0]:
+            self._hand_out(worker)
+        num_starting = sum(not worker.is_ready for worker in self._workers.values())
+        while self._waiting_seats and num_starting < self._queue.num_waiting:
+            self._start(self._waiting_seats.pop(0))
+            num_starting += 1
+
+    def _start(self, seat: Seat) -> None:
+        worker = _Worker(seat, self._folder.uri, self._options)
+        self._workers[worker.socket.fileno()] = worker
+        self._selector.register(worker.socket, selectors.EVENT_READ)
+
+    def _hand_out(self, worker: _Worker) -> None:
+        shard = self._queue.take()
+        if shard is not None:
+            worker.shard, worker.attempt = shard, ""
+            worker.send({"shard": shard})
+        elif self._queue.is_finished:
+            self._dismiss(worker)
+
+    def _dismiss(self, worker: _Worker) -> None:
+        self._forget(worker)
+        worker.send({"stop": True})
+        worker.end()
+        worker.close()
+
+    def _forget(self, worker: _Worker) -> None:
+        self._selector.unregister(worker.socket)
+        del self._workers[worker.socket.fileno()]
+
+    # -- hearing ---------------------------------------------------------------------------------------
+
+    def _hear(self, worker: _Worker) -> None:
+        try:
+            message = worker.channel.receive(_MESSAGE_TIMEOUT_S)
+        except (EOFError, OSError):
+            self._bury(worker)
+            return
+        if "error" in message:
+            raise EngineError(message["error"])
+        if "ready" in message:
+            worker.is_ready = True
+        elif "attempt" in message:
+            worker.attempt = message["attempt"]
+        elif "ok" in message:
+            if message["ok"] > worker.num_ok:
+                self._deaths_in_a_row = 0
+            worker.num_ok, worker.num_failed = message["ok"], message["failed"]
+        elif "done" in message:
+            self._finish(worker)
+
+    def _finish(self, worker: _Worker) -> None:
+        commit = read_commit(self._folder, worker.shard)
+        if commit is None:  # removed under us
+            self._queue.put_back(worker.shard)
+        else:
+            self._queue.finish(worker.shard, commit)
+        worker.shard, worker.num_ok, worker.num_failed = -1, 0, 0
+        self._deaths_in_a_row = 0
+
+    def _bury(self, worker: _Worker) -> None:
+        """A worker is gone: note how, put its shard back, free its seat."""
+        self._forget(worker)
+        status, words = worker.end(), worker.last_words()
+        worker.close()
+        self._waiting_seats.append(worker.seat)
+        if self._is_stopping:
+            return
+        self._deaths_in_a_row += 1
+        if worker.shard >= 0:
+            self._return_shard(worker, status)
+        self._warn(f"a worker on {worker.seat.device} died ({_how(status)}){f': {words}' if words else ''}; replaced")
+        if self._deaths_in_a_row >= DEATHS_TO_GIVE_UP + len(self._waiting_seats) + len(self._workers):
+            raise EngineError(
+                f"{self._deaths_in_a_row} workers in a row died before they got anything done, the last "
+                f"{_how(status)}{f': {words}' if words else ''}; the same command tries again"
+            )
+
+    def _return_shard(self, worker: _Worker, status: int) -> None:
+        shard = worker.shard
+        if worker.attempt:
+            note_death(self._folder, shard, worker.attempt, status)
+        history = read_history(self._folder, shard)
+        num_finished = len(history.records) + len(history.blamed)
+        is_progress = num_finished > self._num_finished.get(shard, 0)
+        self._num_finished[shard] = num_finished
+        self._deaths[shard] = 1 if is_progress else self._deaths.get(shard, 0) + 1
+        if self._deaths[shard] < DEATHS_TO_GIVE_UP:
+            self._queue.put_back(shard)
+        else:
+            self._queue.give_up(shard)
+            self._warn(f"shard {shard} is given up: {DEATHS_TO_GIVE_UP} workers died on it without a new record")
+
+
+def _how(status: int) -> str:
+    return f"signal {-status}" if status < 0 else f"status {status}"
