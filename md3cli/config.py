@@ -42,12 +42,19 @@ class ModelOptions:
 
 @dataclass(frozen=True, slots=True)
 class DecodeOptions:
-    """How pictures are opened: what is refused unread, how long one may take, how many at a time (None: the cores)."""
+    """How pictures are opened: what is refused unread, how long one may take, how many at a time (None: the cores).
+
+    Of remote ones: how long an attempt to fetch may take, and who may be spoken to inside private networks, those
+    `named_hosts` or everybody.
+    """
 
     max_pixels: int = 2**28
     max_file_size: int = 2**30
     timeout_s: float = 20.0
     workers: int | None = None
+    fetch_timeout_s: float = 30.0
+    named_hosts: tuple[str, ...] = ()
+    may_fetch_private: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +87,6 @@ class EstimateOptions:
 
     num_opened: int = 2000
     sample_per_bucket: int = 16
-    num_devices: int = 1
     price_per_gpu_hour: float | None = None
     price_per_1000: float | None = None
     is_json: bool = False

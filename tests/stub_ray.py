@@ -1,4 +1,4 @@
-"""What Ray's workers load in the model's place, from a module that they can import; and a driver to be killed.
+"""A driver of Ray to be killed.
 
 python tests/stub_ray.py RUN_FOLDER N: runs what is not committed; after N answers it tells which addresses its
 processes listen on, and kills itself.
@@ -11,49 +11,16 @@ import ipaddress
 import os
 import signal
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from stub_engine import StubAnswer, StubEngine, StubModel
+from stub_scale import FINDER
 
-from md3cli.config import ModelOptions
-from md3cli.records import RunIdentity
 from md3cli.scale.commits import CommitLog
 from md3cli.scale.layout import open_run_folder
 from md3cli.scale.plan import read_plan
 from md3cli.scale.ray_cluster import RayOptions
 from md3cli.scale.ray_engine import run_on_ray
 from md3cli.scale.ray_worker import ShardAnswer
-
-FINDER = "stub_ray:find"
-STEP_VARIABLE = "MD3_TEST_STEP_S"
-DEADLY = "kill the worker"
-
-
-class SlowEngine(StubEngine):
-    """Takes a moment for each step, and dies of one prompt as a crashing library does."""
-
-    def step(self) -> Sequence[StubAnswer]:
-        time.sleep(float(os.environ.get(STEP_VARIABLE, "0")))
-        if any(request.prompt == DEADLY for _, _, request in list(self._waiting)[: self.batch_size]):
-            os._exit(139)
-        return super().step()
-
-
-class SlowModel(StubModel):
-    @property
-    def identity(self) -> RunIdentity:
-        return RunIdentity("stub@1")
-
-    def load(self) -> StubEngine:
-        self.engine = SlowEngine(4)
-        return self.engine
-
-
-def find(options: ModelOptions) -> SlowModel:
-    """As `md3cli.engine_port.find_model`."""
-    return SlowModel(options)
 
 
 def drive(uri: str, kill_after: int) -> None:

@@ -150,6 +150,13 @@ def test_money(md3: TimedProgram, pictures: Path) -> None:
     assert (free["cost"], free["cost_per_1000"], free["cost_elsewhere"]) == (None, None, None)
 
 
+def test_devices_share_the_work_and_all_cost(md3: TimedProgram, pictures: Path) -> None:
+    ask = (pictures, "--task", "caption", "--price-per-gpu-hour", 36)
+    found = md3.estimate(*ask, "--devices", "cuda:0,cuda:1", "--world-size", 5)
+    assert (found["devices"], found["seconds"]["value"]) == (10, 5.0)
+    assert found["cost"] == md3.estimate(*ask)["cost"] == spread(0.5)
+
+
 def test_some_pictures_stand_for_all(md3: TimedProgram, pictures: Path) -> None:
     ask = (pictures, "--task", "caption", "--estimate-open", 20)
     found, again = md3.estimate(*ask), md3.estimate(*ask)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import stub_ray
-from program import make_pictures
-from stub_ray import DEADLY, FINDER, STEP_VARIABLE
+import stub_scale
+from program import Program, isolate, make_pictures
+from stub_scale import FINDER
 
 from md3cli.config import DecodeOptions, ModelOptions
 from md3cli.errors import EngineError, Md3Error, MissingExtraError
@@ -37,6 +37,7 @@ from md3cli.source import SourceSpec, open_source
 
 TESTS = Path(__file__).parent
 NUM_PICTURES, SHARD_ROWS = 100, 5
+DEADLY = "kill the worker"
 CAR, DOG = (Request(Task.DETECT, prompt) for prompt in ("car", "dog"))
 
 
@@ -51,7 +52,7 @@ def ray_local() -> Iterator[None]:
     before = dict(os.environ)
     (folder / "token").write_text("0" * 64)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(folder / "token")
-    os.environ[STEP_VARIABLE] = "0.1"  # of the workers' engines
+    os.environ |= {stub_scale.STEP_SECONDS: "0.1", stub_scale.DEADLY: DEADLY}  # of the workers alone
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     ray.init(
         num_cpus=4,  # logical ones: workers of the tests hardly compute
@@ -61,7 +62,7 @@ def ray_local() -> Iterator[None]:
         logging_level="error",
         _temp_dir=str(folder),
     )
-    del os.environ[STEP_VARIABLE]
+    del os.environ[stub_scale.STEP_SECONDS], os.environ[stub_scale.DEADLY]
     yield
     ray.shutdown()
     os.environ.clear()
@@ -74,7 +75,7 @@ class Run:
 
     def __init__(self, where: Path, pictures: Path, requests: tuple[Request, ...] = (CAR, DOG)) -> None:
         self.folder: RunFolder = open_run_folder(str(where))
-        model = stub_ray.find(ModelOptions())
+        model = stub_scale.find(ModelOptions(batch_size=4))
         write_run_options(self.folder, RunOptions(model.options, DecodeOptions(workers=1)), ("md3",))
         source = open_source(SourceSpec((str(pictures),)), requests)
         config = {
@@ -238,6 +239,23 @@ def without_ray_settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_the_command_writes_what_it_writes_without_ray(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isolate(monkeypatch, tmp_path / "home")
+    monkeypatch.setattr("md3cli.scale.shards.FINDER", FINDER)
+    md3 = Program(monkeypatch)
+    command = ("detect", pictures, "car", "dog", "--limit", "12", "-o")
+    assert md3(*command, tmp_path / "plain.jsonl").exit_code == 0
+    result = md3(*command, tmp_path / "ray.jsonl", "--engine", "ray", "--shard-size", 2, "--workers-per-device", 2)
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "ray.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+    assert result.stdout == ""
+    assert "24 requests of 12 images: 24 ok" in result.stderr
+
+
 # -- without Ray ---------------------------------------------------------------------------------------
 
 
@@ -264,7 +282,7 @@ def test_a_worker_answers_with_the_counts_of_its_commit(run: Run) -> None:
         ({"run_uri": "/nowhere/out.md3run"}, "is not on storage that .* shares"),
         ({"fingerprint": "other"}, "has another plan on"),
         ({"working_folder": "/nowhere"}, "start it in a folder that all machines share"),
-        ({"finder": "stub_ray:missing"}, "unexpected AttributeError"),
+        ({"finder": "stub_scale:missing"}, "unexpected AttributeError"),
     ],
 )
 def test_a_worker_in_the_wrong_place_says_so_and_never_raises(run: Run, changes: dict[str, Any], message: str) -> None:
@@ -305,6 +323,15 @@ def test_without_ray_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'md3cli\[ray\]'"):
         check_installed()
+
+
+def test_without_the_extra_nothing_is_begun(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    isolate(monkeypatch, tmp_path / "home")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = Program(monkeypatch)("caption", pictures, "-o", tmp_path / "out.jsonl", "--engine", "ray")
+    assert result.exit_code == 1
+    assert result.stderr == ("error: --engine ray needs an optional part; install it with: pip install 'md3cli[ray]'\n")
+    assert not list(tmp_path.glob("out*.md3run"))
 
 
 @pytest.mark.parametrize(

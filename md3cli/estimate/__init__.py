@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from md3cli.config import ModelOptions, RunConfig
+from md3cli.config import ModelOptions, RunConfig, ScaleOptions
 from md3cli.console import RunConsole
 from md3cli.engine_port import Model
 from md3cli.errors import InputError
@@ -60,13 +60,18 @@ def estimate(
                 sample = opened.sample(asked.sample_per_bucket)
             console.say(f"loading the model, then a sample of {len(sample):,} ...")
             measured = measure(model, sample, pool, stop=stop, clock=clock)
-    found = forecast(drawn, opened, measured, num_devices=asked.num_devices)
+    found = forecast(drawn, opened, measured, num_devices=_num_devices(config.scale))
     if asked.is_json or not console.is_stdout_terminal:
         text = json.dumps(as_json(found, config))
     else:
         text = "\n".join(as_lines(found, config))
     sys.stdout.write(text + "\n")
     return 0
+
+
+def _num_devices(scale: ScaleOptions) -> int:
+    """Devices at work at the same time; a cluster that Ray schedules tells its own only when it is there."""
+    return max(1, len(scale.devices)) * scale.world_size
 
 
 def _why_nothing(num_units: int, num_bad: int) -> str:

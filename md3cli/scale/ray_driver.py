@@ -41,7 +41,7 @@ class RayDriver:
             self._folder,
             self._plan,
             todo,
-            RayOptions(self._config.scale.ray_address),
+            RayOptions(self._config.scale.ray_address, self._config.scale.workers_per_device or 1),
             device=self._config.model.device,
             should_stop=should_stop,
             on_answer=self._take,

@@ -25,6 +25,7 @@ from md3cli.scale.ending import Ending
 from md3cli.scale.here import ShardsHere
 from md3cli.scale.layout import RunFolder
 from md3cli.scale.plan import Plan
+from md3cli.scale.ray_cluster import check_installed
 from md3cli.scale.run_options import RunOptions, write_run_options
 from md3cli.scale.shard_queue import ShardQueue
 from md3cli.scale.shards import ModelFinder
@@ -83,15 +84,17 @@ def run_scaled(
 
 
 def _check_options(config: RunConfig) -> None:
-    """Raises UsageError: options that cannot go together."""
+    """Raises UsageError: options that cannot go together; MissingExtraError: Ray is asked for and not installed."""
     scale = config.scale
     if not 0 <= scale.rank < scale.world_size:
         raise UsageError(f"--worker-rank {scale.rank} of --world-size {scale.world_size}: ranks count from 0")
     for name, is_set in (("--overwrite", config.output.overwrite), ("--retry-failed", config.output.retry_failed)):
         if is_set and scale.world_size > 1:
             raise UsageError(f"{name} is for one process; run it once without --world-size, then start the ranks")
-    if scale.engine == "ray" and (scale.world_size > 1 or scale.devices or scale.workers_per_device):
-        raise UsageError("--engine ray places its workers itself; leave out --devices and --world-size")
+    if scale.engine == "ray":
+        if scale.world_size > 1 or scale.devices:
+            raise UsageError("--engine ray places its workers itself; leave out --devices and --world-size")
+        check_installed()
 
 
 def _document(config: RunConfig, files: OutputPaths, source: Source, model: Model) -> RunDocument:
