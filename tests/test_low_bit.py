@@ -30,7 +30,8 @@ def weight(kind: LowBit, *shape: int) -> QuantisedWeight:
 
 
 def packed(kind: LowBit, dtype: torch.dtype, *, is_prefix: bool = False) -> Matrix:
-    return pack(weight(kind), TextPass(is_prefix), dtype)
+    (matrix,) = pack(weight(kind), TextPass(is_prefix), dtype)
+    return matrix
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -64,7 +65,7 @@ def test_int4_values_are_exact_in_float32_and_rounded_by_a_tenth_of_a_code_in_bf
     expected = codes.dequantise(torch.float32)
     steps = codes.scale.view(OUTPUTS, -1).repeat_interleave(128, dim=1)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
-        matrix = pack(codes, TextPass(), dtype)
+        (matrix,) = pack(codes, TextPass(), dtype)
         assert isinstance(matrix, low_bit_int4.Int4Matrix)
         assert ((matrix.unpacked().T.float() - expected) / steps).abs().max() < tolerance
 
@@ -162,7 +163,7 @@ def layers(kind: LowBit, dtype: torch.dtype) -> tuple[MoeMlp, MoeMlp]:
         for leaf, shape in (("fc1", (NUM_EXPERTS, 2 * INNER, DIM)), ("fc2", (NUM_EXPERTS, DIM, INNER))):
             codes = weight(kind, *shape)
             if is_packed:
-                place_experts(layer, leaf, [pack(part, TextPass(), dtype) for part in codes.matrices()])
+                place_experts(layer, leaf, pack(codes, TextPass(), dtype))
             else:
                 getattr(layer, leaf).weight.data = codes.dequantise(dtype)
         made.append(layer.requires_grad_(False))
@@ -192,8 +193,7 @@ def test_a_token_gets_the_same_bits_alone_and_in_company(kind: LowBit) -> None:
 
 def test_a_layer_runs_packed_only_when_both_weights_are_there() -> None:
     layer = MoeMlp(DIM, MoeConfig(num_experts=2, start_layer=0, experts_per_token=1, expert_inner_dim=INNER))
-    parts = list(weight(LowBit.INT8, 2, 2 * INNER, DIM).matrices())
-    place_experts(layer, "fc1", [pack(part, TextPass(), torch.float32) for part in parts])
+    place_experts(layer, "fc1", pack(weight(LowBit.INT8, 2, 2 * INNER, DIM), TextPass(), torch.float32))
     assert isinstance(layer.fc1, PackedMatrices)
     assert layer.run == layer.run_experts
     assert len(list(low_bit_matrices(layer))) == 2

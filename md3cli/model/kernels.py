@@ -9,6 +9,8 @@
   single query row.
 - CUDA, bfloat16: all experts of a layer in two grouped matrix products, without asking the host how
   many tokens each expert got.
+- CPU, float32 around low-bit parts: the same forms, because MKL's products of one, two and three rows
+  round otherwise than those of more, and codes would turn that into differences one can see.
 - small experts anywhere, and float32 where the code is to be compiled: every expert sees every token
   and weights of zero drop what was not
   chosen; a handful of products is cheaper than sorting tokens for dozens.
@@ -24,9 +26,10 @@ from torch.nn import functional as F
 
 from md3cli.model.allocator import return_freed_memory
 from md3cli.model.layers import Linear, Mlp, bmm_attention
-from md3cli.model.moe import ExpertMatrices, MoeMlp, Routing, gate
+from md3cli.model.low_bit_experts import has_low_bits
+from md3cli.model.moe import ExpertMatrices, MoeMlp, Routing, gate, usual_size
 from md3cli.model.moondream import Moondream3
-from md3cli.model.text import TextAttention
+from md3cli.model.text import Tau, TextAttention
 from md3cli.model.vision import VisionAttention
 
 SCORES_IN_CACHE = 1 << 20  # attention scores of a block: 2 MiB in bf16, two heads of the vision encoder
@@ -40,8 +43,8 @@ def optimise(model: Moondream3, *, for_compiling: bool = False) -> None:
     forms that a compiler can follow: nothing packed, nothing that asks the host. Parts that were
     loaded in few bits are left as they are (`low_bit_loading.py`).
     """
-    is_cpu_bf16 = model.device.type == "cpu" and model.dtype is torch.bfloat16
-    is_packed = is_cpu_bf16 and has_packed_linear() and not for_compiling
+    is_worth_it = model.dtype is torch.bfloat16 or (model.dtype is torch.float32 and has_low_bits(model))
+    is_packed = model.device.type == "cpu" and is_worth_it and has_packed_linear() and not for_compiling
     for layer in [m for m in model.modules() if isinstance(m, MoeMlp) and isinstance(m.fc1, ExpertMatrices)]:
         _optimise_experts(layer, is_packed, for_compiling)
     if is_packed:
@@ -74,6 +77,8 @@ def _pack_children(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, Mlp) and isinstance(child.fc1, Linear):
             setattr(module, name, PackedMlp(child))
+        elif isinstance(child, Tau):
+            setattr(module, name, PackedTau(child))
         elif isinstance(child, Linear):
             setattr(module, name, PackedLinear(child.weight, child.bias))
         else:
@@ -109,6 +114,19 @@ class PackedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.fc1(x))  # type: ignore[no-any-return]
+
+
+class PackedTau(Tau):
+    """`text.Tau` with both its products in one."""
+
+    def __init__(self, plain: Tau) -> None:
+        nn.Module.__init__(self)
+        self.alpha = plain.alpha
+        self.both = PackedLinear(torch.cat([plain.wq, plain.wv]), None)
+
+    def products(self, features_BT3D: Tensor) -> tuple[Tensor, Tensor]:
+        product_q, product_v = self.both(features_BT3D).chunk(2, dim=-1)
+        return product_q, product_v
 
 
 # -- attention -------------------------------------------------------------------------------------
@@ -153,15 +171,6 @@ class AllExperts:
         up_NXI2 = F.linear(x_ND, self.fc1).unflatten(1, (self.num_experts, -1))
         inner_NXI = gate(up_NXI2) * weights_NX[..., None].to(x_ND.dtype)
         return F.linear(inner_NXI.flatten(1), self.fc2)
-
-
-def usual_size(num_rows: int) -> int:
-    """Rows to compute for `num_rows`: above 16 a multiple of 8, since oneDNN generates code for each size it meets.
-
-    Every picture's prefix would bring new sizes for every expert: a tenth of its time, and memory that grows by
-    tens of megabytes a picture until oneDNN's cache of a thousand codes is full.
-    """
-    return num_rows if num_rows <= 16 else -(-num_rows // 8) * 8
 
 
 class PackedExperts:

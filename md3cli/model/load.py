@@ -48,7 +48,6 @@ def load_engine(options: ModelOptions) -> Engine:
         ConfigError: a device, dtype or setting that is not to be had here.
     """
     torch.set_flush_denormal(True)  # denormals make CPU arithmetic five times slower
-    keep_freed_memory()
     device = choose_device(options.device)
     files = resolve_model(
         options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline
@@ -58,6 +57,7 @@ def load_engine(options: ModelOptions) -> Engine:
         torch.set_num_threads(1)
     dtype = choose_dtype(options.dtype, device, weight_bytes)
     loaded = load_weights(options, files.path, dtype=dtype, device=device)
+    keep_freed_memory()  # from here on: what loading takes and frees is of other sizes
     tokenizer = Tokenizer.load(files.tokenizer_file, loaded.config)
     max_context = choose_max_context(options.max_context, loaded.config.text.max_context, loaded.config.prefix_len)
     optimise(loaded.model, for_compiling=bool(options.compile))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from md3cli.model.low_bit_int4 import Int4Matrix, TextPass, can_pack
+from md3cli.model.low_bit_int4 import TextPass, can_pack, pack_int4
 from md3cli.model.low_bit_int8 import Int8Matrix, has_int8_products
 from md3cli.model.quantised import LowBit, QuantisedWeight, quantise_int8
 
@@ -55,12 +55,16 @@ def can_hold(kind: LowBit, shape: tuple[int, ...]) -> bool:
     return kind is not LowBit.INT4 or can_pack(shape)
 
 
-def pack(weight: QuantisedWeight, text_pass: TextPass, dtype: torch.dtype) -> Matrix:
-    """One weight [O, K] in the form of its device; `dtype` is that of the activations."""
+def pack(weight: QuantisedWeight, text_pass: TextPass, dtype: torch.dtype) -> list[Matrix]:
+    """A weight [O, K], or one per expert, in the form of its device; `dtype` is that of the activations."""
     if weight.kind is LowBit.INT4:
-        return Int4Matrix(weight, text_pass, dtype)
+        return list(pack_int4(weight, text_pass, dtype))
     if weight.codes.device.type != "cpu" or not has_int8_products():
-        return TileMatrix(weight)
+        return [TileMatrix(part) for part in weight.matrices()]
+    return [_int8_matrix(part) for part in weight.matrices()]
+
+
+def _int8_matrix(weight: QuantisedWeight) -> Int8Matrix:
     if weight.kind is LowBit.FP8:
         weight = quantise_int8(weight.dequantise(torch.float32))
     return Int8Matrix(weight)

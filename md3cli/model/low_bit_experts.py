@@ -98,3 +98,8 @@ def low_bit_matrices(model: nn.Module) -> Iterator[Matrix]:
             yield module.matrix
         elif isinstance(module, PackedMatrices):
             yield from module.matrices
+
+
+def has_low_bits(model: nn.Module) -> bool:
+    """True when any weight of the model is packed in few bits."""
+    return next(low_bit_matrices(model), None) is not None

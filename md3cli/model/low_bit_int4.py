@@ -20,7 +20,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from md3cli.model.moe import usual_size
 from md3cli.model.name_tables import INT4_GROUP
 from md3cli.model.quantised import INT4_MAX, LowBit, QuantisedWeight
 
@@ -55,7 +57,7 @@ def can_pack(shape: tuple[int, ...]) -> bool:
 
 def pack_blocks(codes_OK: Tensor) -> Tensor:
     """uint8 codes [O, K] -> uint8 [O/64, K, 32]: the low nibbles are a block's first 32 outputs, the high its last."""
-    blocks = codes_OK.unflatten(0, (-1, 2, BLOCK // 2))
+    blocks = codes_OK.view(-1, 2, BLOCK // 2, codes_OK.shape[1])
     return (blocks[:, 0] | (blocks[:, 1] << 4)).transpose(1, 2).contiguous()
 
 
@@ -72,18 +74,10 @@ def unpack_blocks(packed: Tensor, dtype: torch.dtype) -> Tensor:
 class Int4Matrix:
     """A weight [O, K] in 4 bits with a scale and a zero per group, in the dtype of the activations."""
 
-    def __init__(self, weight: QuantisedWeight, text_pass: TextPass, dtype: torch.dtype) -> None:
-        assert weight.kind is LowBit.INT4
-        assert can_pack(weight.shape), weight.shape
-        assert weight.zero_point is not None
-        num_outputs, num_inputs = weight.shape
-        zero = (_CODE_OFFSET - weight.zero_point) * weight.scale
-        pairs = torch.stack([weight.scale, zero], dim=-1).view(num_outputs, -1, 2)
-        self.scales_and_zeros_GO2 = pairs.transpose(0, 1).contiguous().to(dtype)
-        self.packed = pack_blocks(weight.codes.view(num_outputs, num_inputs))
-        self.text_pass = text_pass
-        is_on_cpu = self.packed.device.type == "cpu"
-        self._has_kernel = is_on_cpu and dtype is torch.bfloat16 and has_int4_kernel()
+    def __init__(self, packed: Tensor, scales_and_zeros_GO2: Tensor, text_pass: TextPass) -> None:
+        self.packed, self.scales_and_zeros_GO2, self.text_pass = packed, scales_and_zeros_GO2, text_pass
+        is_cpu_bf16 = packed.device.type == "cpu" and scales_and_zeros_GO2.dtype is torch.bfloat16
+        self._has_kernel = is_cpu_bf16 and has_int4_kernel()
 
     @property
     def num_bytes(self) -> int:
@@ -96,7 +90,8 @@ class Int4Matrix:
             return torch.ops.aten._weight_int4pack_mm_for_cpu(  # type: ignore[no-any-return]
                 x_NK, kernel_shape, INT4_GROUP, self.scales_and_zeros_GO2
             )
-        return torch.mm(x_NK, self.unpacked())
+        padded = F.pad(x_NK, (0, 0, 0, usual_size(len(x_NK)) - len(x_NK)))
+        return torch.mm(padded, self.unpacked())[: len(x_NK)]
 
     def unpacked(self) -> Tensor:
         """The weight transposed [K, O], in the dtype of the scales."""
@@ -106,3 +101,19 @@ class Int4Matrix:
         shift_GO = zero_GO.float() / scale_GO.float() - _CODE_OFFSET
         groups.add_(shift_GO.to(scale_GO.dtype)[:, None]).mul_(scale_GO[:, None])
         return out_KO
+
+
+def pack_int4(weight: QuantisedWeight, text_pass: TextPass, dtype: torch.dtype) -> list[Int4Matrix]:
+    """A weight, or one per expert, packed for activations of `dtype`; a stack lies in one piece of memory."""
+    assert weight.kind is LowBit.INT4
+    assert can_pack(weight.shape), weight.shape
+    (num_outputs, num_inputs), count = weight.shape[-2:], weight.num_matrices
+    device = weight.codes.device
+    packed = torch.empty(count, num_outputs // BLOCK, num_inputs, BLOCK // 2, dtype=torch.uint8, device=device)
+    pairs = torch.empty(count, num_inputs // INT4_GROUP, num_outputs, 2, dtype=dtype, device=device)
+    for part, target, pair_GO2 in zip(weight.matrices(), packed, pairs, strict=True):
+        assert part.zero_point is not None
+        target.copy_(pack_blocks(part.codes.view(num_outputs, num_inputs)))
+        zero = (_CODE_OFFSET - part.zero_point) * part.scale
+        pair_GO2.copy_(torch.stack([part.scale, zero], dim=-1).view(num_outputs, -1, 2).transpose(0, 1))
+    return [Int4Matrix(*tensors, text_pass) for tensors in zip(packed, pairs, strict=True)]

@@ -7,6 +7,7 @@ is given, so that a row's result would depend on its companions, by a lot where 
 
 The operators it needs are marked for removal by torch (pytorch issue 184982), which is why torch is
 pinned and why nothing outside this file knows them.
+Many rows are taken some at a time: a product of a vision layer's 729 rows takes half the time so.
 Measured: Zen 5, one core, torch 2.13, 2026-11: 2048 x 2048 in 0.15 ms at one row (28 GB/s), 640 GFLOP/s at 738.
 
 Shape suffixes: N rows, K inputs, O outputs.
@@ -24,6 +25,7 @@ from torch import Tensor
 from md3cli.model.quantised import LowBit, QuantisedWeight
 
 ENGINES = ("x86", "fbgemm")
+ROWS = 96  # computed at a time: with the float32 between two products, 1.6 MB at the most, in the cache
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -71,13 +73,13 @@ class Int8Matrix:
     def __init__(self, weight: QuantisedWeight) -> None:
         assert weight.kind is LowBit.INT8
         assert len(weight.shape) == 2, weight.shape
-        num_outputs, num_inputs = weight.shape
-        zero_points = torch.zeros(num_outputs, dtype=torch.int64)
+        self.num_outputs, num_inputs = weight.shape
+        zero_points = torch.zeros(self.num_outputs, dtype=torch.int64)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*deprecated and will be removed", category=UserWarning)
             codes = torch._make_per_channel_quantized_tensor(weight.codes, weight.scale, zero_points, 0)
             self._packed = torch.ops.quantized.linear_prepack(codes, None)
-        self.num_bytes = num_outputs * (num_inputs + 8)  # codes; a row's scale and sum
+        self.num_bytes = self.num_outputs * (num_inputs + 8)  # codes; a row's scale and sum
 
     def product(self, rows: Tensor) -> Tensor:
         """Normalised rows with a sentinel last [N + 1, K] -> float32 [N + 1, O], the last row meaningless."""
@@ -85,5 +87,11 @@ class Int8Matrix:
 
     def __call__(self, x_NK: Tensor) -> Tensor:
         """Any rows [N, K] -> float32 [N, O]."""
-        rows, peak_N1 = normalise_rows(x_NK)
-        return self.product(rows)[:-1].mul_(peak_N1)
+        if len(x_NK) <= ROWS:
+            rows, peak_N1 = normalise_rows(x_NK)
+            return self.product(rows)[:-1].mul_(peak_N1)
+        y_NO = torch.empty(len(x_NK), self.num_outputs)
+        for x, y in zip(x_NK.split(ROWS), y_NO.split(ROWS), strict=True):
+            rows, peak_N1 = normalise_rows(x)
+            torch.mul(self.product(rows)[:-1], peak_N1, out=y)
+        return y_NO

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from md3cli.model.adapters import LowRank, merged, read_adapter
+from md3cli.model.allocator import return_freed_memory
 from md3cli.model.checkpoint import CheckpointReader, LoadedModel, build_model
 from md3cli.model.checkpoint_plan import CheckpointPlan
 from md3cli.model.layers import Linear
@@ -127,9 +128,9 @@ def load_low_bit(
             if weights.kind_of(name) is None:
                 rest[name] = weights.plain(name).clone(memory_format=torch.contiguous_format)
             else:
-                quantised = weights.quantised(name)
-                _place(model, name, [pack(part, text_pass, dtype) for part in quantised.matrices()])
+                _place(model, name, pack(weights.quantised(name), text_pass, dtype))
     model.load_state_dict(rest, strict=True, assign=True)
+    return_freed_memory()
     return LoadedModel(model.requires_grad_(False).eval(), plan.config, plan)
 
 

@@ -24,7 +24,9 @@ def fourier_features(values: Tensor, frequencies: Tensor) -> Tensor:
 
     The value is rounded to the model's dtype, as the original feeds it back; the angle is float32.
     """
-    angle = 2 * math.pi * (values.to(frequencies.dtype).float() @ frequencies.float())
+    values = values.to(frequencies.dtype).float()
+    # Sums of one or two products: as a matrix product they could round differently in another batch.
+    angle = 2 * math.pi * (values[..., None] * frequencies.float()).sum(-2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1).to(frequencies.dtype)
 
 

@@ -64,9 +64,13 @@ class Tau(nn.Module):
         features = F.gelu(qkv_BT3D)  # exact GELU of the unrotated projection, all of q, k and v
         log_position = (position_BT.float() + 1).log()[..., None]
         by_position_BTH = 0.5 + torch.sigmoid(self.alpha.float() * log_position)
-        scales = [torch.tanh(F.linear(features, w)).float() + by_position_BTH for w in (self.wq, self.wv)]
+        scales = [torch.tanh(product).float() + by_position_BTH for product in self.products(features)]
         scale_q, scale_v = (scale.to(qkv_BT3D.dtype).transpose(1, 2)[..., None] for scale in scales)
         return scale_q, scale_v
+
+    def products(self, features_BT3D: Tensor) -> tuple[Tensor, Tensor]:
+        """What decides from the token itself, for q and for v, each [B, T, H]."""
+        return F.linear(features_BT3D, self.wq), F.linear(features_BT3D, self.wv)
 
 
 class TextAttention(nn.Module):

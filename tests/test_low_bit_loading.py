@@ -1,0 +1,184 @@
+"""Checkpoints in every layout, held in few bits: what is packed, what stays, and that answers hold."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from golden_cases import CASES, GoldenCase, assert_answer, load_case
+from safetensors.torch import save_file
+
+from md3cli.config import ModelOptions
+from md3cli.errors import CheckpointError, ConfigError
+from md3cli.model.checkpoint import load_model
+from md3cli.model.checkpoint_plan import plan_checkpoint
+from md3cli.model.hub import model_path
+from md3cli.model.kernels import optimise
+from md3cli.model.load import load_weights
+from md3cli.model.low_bit import LowBitLinear
+from md3cli.model.low_bit_experts import PackedMatrices, low_bit_matrices
+from md3cli.model.low_bit_int4 import Int4Matrix
+from md3cli.model.low_bit_int8 import Int8Matrix
+from md3cli.model.low_bit_loading import has_low_bits, low_bit_of
+from md3cli.model.low_bit_vision import Int8Mlp, gelu_tanh_, quantise_vision
+from md3cli.model.moondream import Moondream3
+from md3cli.model.vision import VisionEncoder
+
+CPU = torch.device("cpu")
+TINY = model_path("tiny")
+
+
+def loaded(path: Path, quant: str, dtype: str = "auto", adapter: Path | None = None) -> Moondream3:
+    options = ModelOptions(model=str(path), quant=quant, dtype=dtype, adapter=str(adapter) if adapter else None)
+    return load_weights(options, path, dtype=torch.float32, device=CPU).model
+
+
+def hidden_of(model: Moondream3, length: int) -> torch.Tensor:
+    x = torch.randn(2, length, model.config.text.dim, generator=torch.Generator().manual_seed(0)) * 0.5
+    with torch.inference_mode():
+        return model.text(x, torch.arange(length).expand(2, -1))  # type: ignore[no-any-return]
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_the_decoders_matrices_are_packed_and_nothing_else(quant: str) -> None:
+    model = loaded(TINY, quant)
+    packed = {name for name, m in model.named_modules() if isinstance(m, (LowBitLinear, PackedMatrices))}
+    layers = range(model.config.text.n_layers)
+    leaves = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert packed == {f"text.blocks.{layer}.{leaf}" for layer in layers for leaf in leaves}
+    assert {type(m) for m in low_bit_matrices(model)} == {Int8Matrix if quant == "int8" else Int4Matrix}
+    plain = load_model(TINY, dtype=torch.float32).model.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, plain[name]), name
+
+
+@pytest.mark.parametrize("length", [1, 5, 64])
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_kernels_agree_with_the_plain_network_of_the_same_codes(quant: str, length: int) -> None:
+    packed, plain = loaded(TINY, quant), loaded(TINY, quant, dtype="fp32")
+    assert not list(low_bit_matrices(plain))
+    assert error(hidden_of(packed, length), hidden_of(plain, length)) < (0.06 if quant == "int8" else 1e-4)
+    assert error(hidden_of(plain, length), hidden_of(loaded(TINY, "none"), length)) < (0.06 if quant == "int8" else 0.3)
+
+
+@pytest.mark.parametrize("name", ["int4", "raw-fp8"])
+def test_stored_codes_run_as_they_are(name: str) -> None:
+    folder = CASES[name][0]
+    plan = plan_checkpoint(folder)
+    assert has_low_bits(plan, "stored")
+    assert not has_low_bits(plan, "none")
+    model, plain = loaded(folder, "stored"), load_model(folder, dtype=torch.float32).model
+    assert list(low_bit_matrices(model))
+    assert error(hidden_of(model, 7), hidden_of(plain, 7)) < (0.06 if name == "raw-fp8" else 1e-4)
+    assert not list(low_bit_matrices(loaded(folder, "none")))
+
+
+def test_the_same_codes_are_not_rounded_twice() -> None:
+    stored, asked = loaded(CASES["int4"][0], "stored"), loaded(CASES["int4"][0], "int4")
+    assert torch.equal(hidden_of(stored, 5), hidden_of(asked, 5))
+
+
+@pytest.mark.parametrize("name", ["int4", "raw-fp8"])
+def test_with_fp32_golden_answers_come_from_dequantised_values(name: str) -> None:
+    case = load_case(name)
+    model = loaded(CASES[name][0], "stored", dtype="fp32")
+    optimise(model)
+    keys = [key for key in range(len(case.requests)) if case.is_certain(key)]
+    for answer in case.engine(4, model).run(case.job(key) for key in keys):
+        assert_answer(answer, case.expected[answer.key])
+
+
+def test_vision_tau_norms_and_heads_are_never_low() -> None:
+    for slot in plan_checkpoint(TINY).slots:
+        kept = slot.name.startswith(("vision.", "region.", "text.wte", "text.lm_head", "text.post_ln"))
+        kept |= ".tau." in slot.name or ".router." in slot.name or ".ln." in slot.name or slot.name.endswith(".bias")
+        assert (low_bit_of(slot, "int8") is None) == kept, slot.name
+
+
+def test_an_adapter_is_merged_before_rounding(tmp_path: Path) -> None:
+    config = plan_checkpoint(TINY).config.text
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        f"text_lora.dense.0.{name}": torch.randn(shape, generator=generator) * 0.1
+        for name, shape in {
+            "up_a": (4, config.dim),
+            "up_b": (config.ff_dim, 4),
+            "down_a": (4, config.ff_dim),
+            "down_b": (config.dim, 4),
+        }.items()
+    }
+    save_file(factors, tmp_path / "adapter.safetensors")
+    adapter = tmp_path / "adapter.safetensors"
+    plain = loaded(TINY, "none", adapter=adapter)
+    assert error(hidden_of(plain, 5), hidden_of(loaded(TINY, "none"), 5)) > 0.05
+    for dtype in ("auto", "fp32"):
+        assert error(hidden_of(loaded(TINY, "int8", dtype, adapter), 5), hidden_of(plain, 5)) < 0.06
+
+
+def test_no_such_scheme_is_said() -> None:
+    with pytest.raises(ConfigError, match="--quant int3: use stored, none, int8, int4"):
+        loaded(TINY, "int3")
+    with pytest.raises(CheckpointError, match="adapter"):
+        loaded(TINY, "int8", adapter=Path("no/such/adapter"))
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+def answers(case: GoldenCase, model: Moondream3, batch_size: int, order: list[int]) -> dict[int, object]:
+    return {a.key: (a.result, a.output_tokens) for a in case.engine(batch_size, model).run(map(case.job, order))}
+
+
+def comparable(result: object) -> object:
+    """Scores have three decimals and may fall either way at half a thousandth."""
+    if isinstance(result, dict):
+        return {key: comparable(value) for key, value in result.items() if key != "score"}
+    return [comparable(item) for item in result] if isinstance(result, (list, tuple)) else result
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_answers_do_not_depend_on_batch_or_company(quant: str) -> None:
+    case = load_case("a")
+    model = loaded(CASES["a"][0], quant)
+    optimise(model)
+    keys = list(range(len(case.requests)))
+    alone = answers(case, model, 1, keys)
+    for batch_size in (4, 16):
+        random.Random(batch_size).shuffle(keys)
+        together = answers(case, model, batch_size, keys)
+        for key in alone:
+            assert comparable(together[key]) == comparable(alone[key]), key
+
+
+# -- vision ----------------------------------------------------------------------------------------
+
+
+def test_int8_vision_stays_close_and_does_not_see_other_crops() -> None:
+    plain, model = loaded(TINY, "none").vision, loaded(TINY, "none").vision
+    quantise_vision(model)
+    side = model.config.crop_size
+    crops = torch.rand(5, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        found = model.encode(crops)
+        assert error(found, plain.encode(crops)) < 0.03
+        crops[1:] = 1
+        assert error(model.encode(crops)[0], found[0]) < 1e-3  # attention in float32 may round differently
+    assert_no_plain_products(model)
+
+
+def assert_no_plain_products(vision: VisionEncoder) -> None:
+    for block in vision.blocks:
+        assert isinstance(block.mlp, Int8Mlp)
+        assert isinstance(block.attn.qkv, LowBitLinear)
+        assert isinstance(block.attn.proj, LowBitLinear)
+
+
+def test_the_short_form_of_gelu_is_torchs() -> None:
+    x = torch.linspace(-12, 12, 10_001)
+    assert (gelu_tanh_(x.clone()) - torch.nn.functional.gelu(x, approximate="tanh")).abs().max() < 2e-6
