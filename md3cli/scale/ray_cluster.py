@@ -98,6 +98,7 @@ def connected(options: RayOptions) -> Iterator[Any]:
     address = options.address or os.environ.get("RAY_ADDRESS") or LOCAL
     # Ray tells of workers that died on stdout, which is for records; and from a thread of its own.
     with contextlib.ExitStack() as stack, contextlib.redirect_stdout(sys.stderr):
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it calls every actor's arguments an error
         settings = _joining(address) if address != LOCAL else _starting(stack)
         ray = import_module("ray")
         if not ray.is_initialized():
@@ -135,7 +136,6 @@ def _starting(stack: contextlib.ExitStack) -> dict[str, Any]:
     if "ray" not in sys.modules:
         os.environ.setdefault(_LOOPBACK, "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     folder = Path(tempfile.mkdtemp(prefix="md3-ray-", dir=_short_folder()))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     if not any(name in os.environ for name in _TOKEN_VARIABLES):
