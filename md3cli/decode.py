@@ -90,17 +90,18 @@ class DecodePool:
     ) -> None:
         self.close()
 
-    def submit(self, item: ImageItem) -> Future[PreparedImage]:
-        """The future of a picture.
+    def submit(self, item: ImageItem, data: bytes | None = None) -> Future[PreparedImage]:
+        """The future of a picture; with `data` these are its bytes, and nothing is opened.
 
         It raises ImageError; CancelledError when the pool was closed first; InputError when no worker
         can be started, which ends the run.
         """
         if self._threads is not None:
-            return self._threads.submit(self._decode_in_worker, item)
+            return self._threads.submit(self._decode_in_worker, item, data)
         done: Future[PreparedImage] = Future()
+        setup = self._setup
         try:
-            done.set_result(prepare_image(item, self._setup.crop_config, self._setup.limits, self._setup.background))
+            done.set_result(prepare_image(item, setup.crop_config, setup.limits, setup.background, data=data))
         except ImageError as error:
             done.set_exception(error)
         return done
@@ -122,9 +123,9 @@ class DecodePool:
         with self._lock:
             return sorted(worker.pid for worker in self._workers)
 
-    def _decode_in_worker(self, item: ImageItem) -> PreparedImage:
+    def _decode_in_worker(self, item: ImageItem, data: bytes | None) -> PreparedImage:
         try:
-            return self._worker_of_thread().decode(item, self._timeout_s, self._huge)
+            return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge)
         except Exception:
             if self._is_closed:  # close() killed the worker: no fault of the picture
                 raise CancelledError from None
@@ -193,10 +194,10 @@ class _Worker:
                 f"a decode worker could not start ({said or 'it said nothing'}); try md3 doctor"
             ) from error
 
-    def decode(self, item: ImageItem, timeout_s: float, huge: threading.Lock) -> PreparedImage:
+    def decode(self, item: ImageItem, data: bytes | None, timeout_s: float, huge: threading.Lock) -> PreparedImage:
         """Raises ImageError: as the worker reports it, or `timeout` and `decoder_crash`, which end the worker."""
         try:
-            self._channel.send({"name": item.name, "path": item.path, "offset": item.offset, "size": item.size})
+            self._send(item, data, timeout_s)
             answer = self._channel.receive(timeout_s)
             if "num_pixels" not in answer:
                 return self._receive_picture(answer, timeout_s)
@@ -208,6 +209,13 @@ class _Worker:
             raise ImageError("timeout", f"not decoded within {timeout_s:g} s (--decode-timeout)") from error
         except (OSError, EOFError, LookupError, TypeError, ValueError) as error:
             raise ImageError("decoder_crash", self._how_it_ended()) from error
+
+    def _send(self, item: ImageItem, data: bytes | None, timeout_s: float) -> None:
+        if data is None:
+            self._channel.send({"name": item.name, "path": item.path, "offset": item.offset, "size": item.size})
+        else:
+            self._channel.send({"name": item.name, "path": "", "num_bytes": len(data)})
+            self._channel.send_bytes(memoryview(data), timeout_s)
 
     def _receive_picture(self, answer: dict[str, Any], timeout_s: float) -> PreparedImage:
         if "type" in answer:

@@ -1,8 +1,8 @@
 """The worker's side of the decode pool, and the wire between the two sides.
 
 A worker is a fresh interpreter that imports numpy and Pillow only. It is told once how to cut, then
-gets a picture per message and answers with a message and the raw crops, until the other side is
-gone. Knows nothing of pools, deadlines or models.
+gets a picture per message (a path, or the bytes themselves behind it) and answers with a message and
+the raw crops, until the other side is gone. Knows nothing of pools, deadlines or models.
 
 The wire is a Unix socketpair carrying JSON messages behind a 4-byte length, and raw pixels. Nothing
 is pickled.
@@ -51,14 +51,24 @@ class Channel:
         # A kernel timeout instead of settimeout(): the socket stays blocking, so that MSG_WAITALL can fetch
         # all crops in one call, with one wait for the interpreter's lock instead of one per 200 KB.
         seconds, fraction = divmod(_SLICE_S, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(seconds), int(fraction * 1e6)))
+        timeout = struct.pack("@ll", int(seconds), int(fraction * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
 
     def send(self, message: dict[str, Any]) -> None:
         text = json.dumps(message).encode()  # ASCII: lone surrogates of odd file names survive as \udcNN
-        self._socket.sendall(len(text).to_bytes(4) + text)
+        self.send_bytes(memoryview(len(text).to_bytes(4) + text))
 
-    def send_bytes(self, data: memoryview) -> None:
-        self._socket.sendall(data)
+    def send_bytes(self, data: memoryview, timeout_s: float | None = None) -> None:
+        """Raises TimeoutError: the other side does not take them."""
+        waited_s = 0.0
+        while data.nbytes:
+            try:
+                data = data[self._socket.send(data) :]
+            except BlockingIOError:
+                waited_s += _SLICE_S
+                if timeout_s is not None and waited_s >= timeout_s:
+                    raise TimeoutError from None
 
     def receive(self, timeout_s: float | None) -> dict[str, Any]:
         """The next message."""
@@ -115,17 +125,29 @@ def serve() -> None:
         os.dup2(nowhere.fileno(), 2)  # libtiff and libjpeg write there at will
     with contextlib.suppress(EOFError, OSError):
         while True:
-            _serve_one(channel, ImageItem(**channel.receive(None)), setup)
+            message = channel.receive(None)
+            num_bytes = message.pop("num_bytes", None)
+            data = None if num_bytes is None else _received(channel, num_bytes)
+            _serve_one(channel, ImageItem(**message), data, setup)
 
 
-def _serve_one(channel: Channel, item: ImageItem, setup: Setup) -> None:
+def _received(channel: Channel, num_bytes: int) -> bytes:
+    """The bytes of a picture that the other side has fetched."""
+    data = bytearray(num_bytes)
+    channel.receive_into(memoryview(data), None)
+    return bytes(data)
+
+
+def _serve_one(channel: Channel, item: ImageItem, data: bytes | None, setup: Setup) -> None:
     def wait_if_huge(num_pixels: int) -> None:
         if num_pixels > HUGE_PIXELS:
             channel.send({"num_pixels": num_pixels})
             channel.receive(None)
 
     try:
-        picture = prepare_image(item, setup.crop_config, setup.limits, setup.background, on_header=wait_if_huge)
+        picture = prepare_image(
+            item, setup.crop_config, setup.limits, setup.background, on_header=wait_if_huge, data=data
+        )
     except ImageError as error:
         channel.send({"type": error.type, "message": str(error)})
         return

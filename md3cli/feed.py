@@ -8,6 +8,7 @@ restore it (ordering.py). What cannot be run becomes a failure here, without the
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -19,7 +20,10 @@ from md3cli.config import DecodeOptions, RunConfig
 from md3cli.decode import DecodePool
 from md3cli.errors import ImageError
 from md3cli.images import CropConfig, ImageLimits, PreparedImage
+from md3cli.picture_pool import PicturePool
 from md3cli.records import ImageFacts, ImageItem, Request, RowFailure, SourceRow
+from md3cli.remote.options import FetchOptions
+from md3cli.remote.zones import HostRules
 from md3cli.request_ids import Ids
 
 AHEAD_BYTES = 256 * 2**20  # of crops decoded ahead
@@ -74,13 +78,15 @@ def make_pool(config: RunConfig, crop_config: CropConfig) -> DecodePool:
 
 
 def make_decode_pool(options: DecodeOptions, background: str, crop_config: CropConfig) -> DecodePool:
-    """Decode workers as `options` say."""
-    return DecodePool(
+    """Decode workers as `options` say, and whoever fetches pictures for them."""
+    hosts = HostRules(frozenset(options.named_hosts), options.may_fetch_private)
+    return PicturePool(
         options.workers or num_auto_workers(),
         crop_config,
         ImageLimits(options.max_pixels, options.max_file_size),
         background=background,
         timeout_s=options.timeout_s,
+        fetching=FetchOptions(options.max_file_size, options.fetch_timeout_s, hosts),
     )
 
 
@@ -94,12 +100,13 @@ class Feed:
         num_ahead: rows in decoding or decoded at a time.
         fail: called with each ticket that fails before the engine sees it.
         recall: whether the record of a ticket is there already and only waits for its turn.
-        reading: entered while rows are read, which may wait for a terminal or a slow disk.
+        reading: entered while rows are read, which may wait for a slow disk.
+        wait_for_row: waits until the next row may have come, at most so many seconds, after `rows` gave None.
     """
 
     def __init__(
         self,
-        rows: Iterator[SourceRow],
+        rows: Iterator[SourceRow | None],
         *,
         ids: Ids,
         is_done: Callable[[str], bool],
@@ -108,15 +115,18 @@ class Feed:
         fail: Callable[[Ticket, RowFailure], None],
         recall: Callable[[Ticket], bool],
         reading: Callable[[], AbstractContextManager[None]],
+        wait_for_row: Callable[[float], None] = time.sleep,
     ) -> None:
         self._rows, self._ids, self._is_done, self._pool = rows, ids, is_done, pool
         self._num_ahead, self._fail, self._recall, self._reading = num_ahead, fail, recall, reading
+        self._wait_for_row = wait_for_row
         self._decoded: SimpleQueue[_AheadRow] = SimpleQueue()  # filled by the pool's threads
         self._newest: _AheadRow | None = None
         self._num_decoding = 0
         self._ready: deque[ReadyRequest] = deque()
         self._next_key = 0
         self._is_source_exhausted = False
+        self._is_row_late = False  # the next has not come yet: it is not waited for while there is something to do
         self.num_done_before = 0
         self.num_rows_done_before = 0
 
@@ -133,9 +143,13 @@ class Feed:
         return self._ready.popleft() if self._ready else None
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until a picture is decoded, at most `timeout_s`; not while there are rows to read."""
-        if self._num_decoding and not self._ready and not self._wants_rows:
+        """Wait until a picture is decoded or a row has come, at most `timeout_s`; not while there are rows to read."""
+        if self._ready or (self._wants_rows and not self._is_row_late):
+            return
+        if self._num_decoding:
             self._collect(timeout_s)
+        elif self._is_row_late:
+            self._wait_for_row(timeout_s)
 
     @property
     def _wants_rows(self) -> bool:
@@ -146,15 +160,20 @@ class Feed:
 
         No more than so many at a time: those that fail here, or came early, wait to be written.
         """
+        self._is_row_late = False
         with self._reading():
             for _ in range(ROWS_AT_A_TIME):
                 if not self._wants_rows:
                     return
-                row = next(self._rows, None)
-                if row is None:
+                try:
+                    row = next(self._rows)
+                except StopIteration:
                     self._is_source_exhausted = True
-                else:
-                    self._take(row)
+                    return
+                if row is None:
+                    self._is_row_late = True
+                    return
+                self._take(row)
 
     def _take(self, row: SourceRow) -> None:
         tickets = self._tickets(row)

@@ -147,10 +147,11 @@ def prepare_image(
     background: str | None,
     *,
     on_header: OnHeader | None = None,
+    data: bytes | None = None,
 ) -> PreparedImage:
-    """Open, decode and cut one picture; raises as `read_image`."""
+    """Open, decode and cut one picture, the one in `data` where given; raises as `read_image`."""
     try:
-        image, sha256 = read_image(item, limits, background, on_header=on_header)
+        image, sha256 = read_image(item, limits, background, on_header=on_header, data=data)
         crops = cut_crops(image, cfg)
     except MemoryError as error:
         raise ImageError("too_large", TOO_LITTLE_MEMORY) from error
@@ -163,18 +164,21 @@ def read_image(
     background: str | None = None,
     *,
     on_header: OnHeader | None = None,
+    data: bytes | None = None,
 ) -> DecodedImage:
     """The picture of `item`, upright, 8-bit RGB, first frame only.
 
     Args:
         background: a colour to lay transparent pictures on; None drops alpha, as the original does.
         on_header: called with the number of pixels before any of them is allocated; may block.
+        data: the file's bytes where they were fetched already (within the limits); nothing is opened then.
 
     Raises:
         ImageError: whatever is wrong with the file; `type` is the record's.
     """
     colour = parse_background(background)
-    data = read_bytes(item, limits.max_file_size)
+    if data is None:
+        data = read_bytes(item, limits.max_file_size)
     sha256 = hashlib.sha256(data).hexdigest()
     return DecodedImage(decode_rgb(data, limits.max_pixels, colour, on_header), sha256)
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from enum import Enum
 from typing import NamedTuple
 
-from md3cli.errors import InputError, MissingExtraError, RowError
+from md3cli.errors import InputError, RowError
 from md3cli.manifest import MANIFEST_SUFFIXES, manifest_rows, open_regular
 from md3cli.records import printable
+from md3cli.remote.address import is_address, shown
+from md3cli.remote.options import require_extra
 from md3cli.tar_index import tar_members
 from md3cli.walk import Glob, is_glob
 
 STDIN = "-"
-_REMOTE = re.compile(r"(https?|s3|gs|hf)://", re.IGNORECASE)
-_ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 
 
 class Kind(Enum):
@@ -38,12 +38,12 @@ def kind_of(typed: str, is_alone: bool) -> Kind:
 
     Raises:
         InputError: it does not exist (one among several is a picture that is not there), or is compressed.
-        MissingExtraError: it is a URL.
+        MissingExtraError: it is an address, and what fetches it is not installed.
     """
     if typed == STDIN:
         return Kind.STDIN
-    if match := _REMOTE.match(typed):
-        raise MissingExtraError(f"a path with {match[0].lower()}", "remote")
+    if is_address(typed):
+        return _kind_of_address(typed, is_alone)
     suffix = os.path.splitext(typed)[1].lower()
     if os.path.isdir(typed):
         return Kind.FOLDER
@@ -53,11 +53,18 @@ def kind_of(typed: str, is_alone: bool) -> Kind:
         if is_alone or suffix in MANIFEST_SUFFIXES:
             raise InputError(f"there is no {printable(typed)}; check the path (a pattern is quoted: 'photos/**/*.jpg')")
         return Kind.FILE
-    if typed.lower().endswith(_ARCHIVES):
+    if typed.lower().endswith(ARCHIVES):
         raise InputError(f"{printable(typed)} is compressed; unpack it, or make it a plain .tar")
     if suffix == ".tar":
         return Kind.TAR
     return Kind.MANIFEST if suffix in MANIFEST_SUFFIXES else Kind.FILE
+
+
+def _kind_of_address(typed: str, is_alone: bool) -> Kind:
+    require_extra(typed)
+    from md3cli.remote.inputs import kind_of_address
+
+    return kind_of_address(typed, is_alone)
 
 
 def check_readable(given: Input, is_alone: bool) -> None:
@@ -70,10 +77,19 @@ def check_readable(given: Input, is_alone: bool) -> None:
         next(manifest_rows(given.typed), None)
     elif given.kind is Kind.TAR and is_alone:
         with open_regular(given.typed) as file, contextlib.suppress(RowError):
-            next(tar_members(file, given.typed), None)
+            next(tar_members(file, shown(given.typed)), None)
     elif given.kind in (Kind.FOLDER, Kind.GLOB):
         folder = given.typed if given.kind is Kind.FOLDER else Glob.parse(given.typed).base or "."
+        if is_address(folder):
+            _check_remote_folder(folder)
+            return
         try:
             os.scandir(folder).close()
         except OSError as error:
             raise InputError(f"cannot read the folder {printable(folder)}: {error.strerror}") from error
+
+
+def _check_remote_folder(folder: str) -> None:
+    from md3cli.remote.inputs import check_folder
+
+    check_folder(folder)

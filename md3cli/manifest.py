@@ -14,11 +14,12 @@ import os
 import stat
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 from md3cli.errors import InputError
 from md3cli.parquet_manifest import parquet_rows
 from md3cli.records import printable
+from md3cli.remote.address import is_address, shown, suffix_of
 
 MANIFEST_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".parquet", ".txt"})
 LINE_LIMIT_BYTES = 1 << 24
@@ -30,20 +31,29 @@ _NUMBERS = frozenset({"max_tokens", "max_objects", "temperature", "top_p", "seed
 _FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
+class LineReader(Protocol):
+    """A file, or live_lines.LiveLines."""
+
+    def readline(self, limit: int, /) -> bytes | None:
+        """The next line, cut at `limit` bytes; empty at the end; None: it has not come yet."""
+        ...
+
+
 class ManifestRow(NamedTuple):
-    """One row: `columns` by name, or None with the `problem` that kept it from being read.
+    """One row: `columns` by name, or None with the `problem` that kept it from being read."""
 
-    `where` names it for the user (`line 7`).
-    """
-
-    where: str
+    number: int
     columns: dict[str, Any] | None
     problem: str = ""
+    unit: str = "line"
+
+    @property
+    def where(self) -> str:
+        """What it is called in messages: `line 7`."""
+        return f"{self.unit} {self.number}"
 
 
-class _Line(NamedTuple):
-    number: int
-    data: bytes | None  # without its line end; None: too long
+_Line = tuple[int, bytes | None]  # its number; its bytes without the line end, or None where it is too long
 
 
 def manifest_rows(path: str) -> Iterator[ManifestRow]:
@@ -52,38 +62,48 @@ def manifest_rows(path: str) -> Iterator[ManifestRow]:
     Raises:
         InputError: on the first step, when it cannot be opened, is no regular file, or has no usable header.
     """
-    suffix = os.path.splitext(path)[1].lower()
+    suffix = suffix_of(path) if is_address(path) else os.path.splitext(path)[1].lower()
+    name = printable(shown(path))
     with open_regular(path) as file:
         if suffix == ".parquet":
-            for number, row in enumerate(parquet_rows(file, printable(path)), start=1):
-                where = f"row {number}"
-                yield ManifestRow(where, None, row) if isinstance(row, str) else ManifestRow(where, row)
+            for number, row in enumerate(parquet_rows(file, name), start=1):
+                problem = row if isinstance(row, str) else ""
+                yield ManifestRow(number, None if isinstance(row, str) else row, problem, "row")
         elif suffix == ".txt":
-            yield from path_rows(file)
+            yield from filter(None, path_rows(file))
         elif suffix == ".jsonl":
             for line in _lines(file):
                 yield from _json_row(line)
         else:
-            yield from _csv_rows(file, printable(path), "\t" if suffix == ".tsv" else ",")
+            yield from _csv_rows(file, name, "\t" if suffix == ".tsv" else ",")
 
 
-def path_rows(file: IO[bytes], *, has_json: bool = False) -> Iterator[ManifestRow]:
-    """A path a line, in any encoding; with `has_json` (stdin) a line may be a JSON object instead."""
-    for line in _lines(file):
-        if has_json and line.data is not None and line.data.lstrip().startswith(b"{"):
+def path_rows(file: LineReader, *, has_json: bool = False) -> Iterator[ManifestRow | None]:
+    """A path a line, in any encoding; with `has_json` (stdin) a line may be a JSON object instead.
+
+    None where the next line has not come yet.
+    """
+    for line in _lines_so_far(file):
+        if line is None:
+            yield None
+            continue
+        number, data = line
+        if has_json and data is not None and data.lstrip().startswith(b"{"):
             yield from _json_row(line)
-        elif line.data is None:
-            yield _too_long(line)
-        elif line.data:
-            yield ManifestRow(f"line {line.number}", {"image": os.fsdecode(line.data)})
+        elif data is None:
+            yield _too_long(number)
+        elif data:
+            yield ManifestRow(number, {"image": os.fsdecode(data)})
 
 
 def open_regular(path: str) -> IO[bytes]:
-    """Open an INPUT that is read as a whole, without ever blocking on a FIFO.
+    """Open an INPUT that is read as a whole, here or at an address, without ever blocking on a FIFO.
 
     Raises:
         InputError: it cannot be opened, or is no regular file.
     """
+    if is_address(path):
+        return _open_address(path)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -94,24 +114,40 @@ def open_regular(path: str) -> IO[bytes]:
     return os.fdopen(fd, "rb")
 
 
+def _open_address(address: str) -> IO[bytes]:
+    from md3cli.remote.inputs import open_input
+
+    return open_input(address)
+
+
 def _lines(file: IO[bytes]) -> Iterator[_Line]:
-    number = 0
-    while data := file.readline(LINE_LIMIT_BYTES):
-        number += 1
-        if number == 1:
+    """The lines of a file on a disk."""
+    return filter(None, _lines_so_far(file))
+
+
+def _lines_so_far(file: LineReader) -> Iterator[_Line | None]:
+    number, is_too_long = 0, False
+    while (data := file.readline(LINE_LIMIT_BYTES)) != b"":
+        if data is None:
+            yield None
+            continue
+        number += not is_too_long  # else it is more of the same line
+        if number == 1 and not is_too_long:
             if data.startswith(_UTF16_BOMS):
                 raise InputError("the manifest is UTF-16; save it as UTF-8 and try again")
             data = data.removeprefix(_UTF8_BOM)
-        if len(data) < LINE_LIMIT_BYTES:
-            yield _Line(number, data.removesuffix(b"\n").removesuffix(b"\r"))
+        if len(data) < LINE_LIMIT_BYTES and not is_too_long:
+            yield number, data.removesuffix(b"\n").removesuffix(b"\r")
             continue
-        while data and not data.endswith(b"\n"):
-            data = file.readline(LINE_LIMIT_BYTES)
-        yield _Line(number, None)
+        is_too_long = not data.endswith(b"\n")
+        if not is_too_long:
+            yield number, None
+    if is_too_long:
+        yield number, None
 
 
-def _too_long(line: _Line) -> ManifestRow:
-    return ManifestRow(f"line {line.number}", None, f"longer than {LINE_LIMIT_BYTES >> 20} MiB")
+def _too_long(number: int) -> ManifestRow:
+    return ManifestRow(number, None, f"longer than {LINE_LIMIT_BYTES >> 20} MiB")
 
 
 # -- JSON Lines ----------------------------------------------------------------------------------
@@ -119,18 +155,18 @@ def _too_long(line: _Line) -> ManifestRow:
 
 def _json_row(line: _Line) -> Iterator[ManifestRow]:
     """The row of a line; nothing for a blank one."""
-    where = f"line {line.number}"
-    if line.data is None:
-        yield _too_long(line)
-    elif line.data.strip():
+    number, data = line
+    if data is None:
+        yield _too_long(number)
+    elif data.strip():
         try:
-            yield ManifestRow(where, _json_columns(line.data))
+            yield ManifestRow(number, _json_columns(data))
         except UnicodeDecodeError:
-            yield ManifestRow(where, None, "not valid UTF-8")
+            yield ManifestRow(number, None, "not valid UTF-8")
         except ValueError as error:
-            yield ManifestRow(where, None, str(error))
+            yield ManifestRow(number, None, str(error))
         except RecursionError:
-            yield ManifestRow(where, None, _TOO_DEEP)
+            yield ManifestRow(number, None, _TOO_DEEP)
 
 
 _TOO_DEEP = f"nested deeper than {DEPTH_LIMIT} levels"
@@ -189,9 +225,10 @@ class _CsvLines:
     def __next__(self) -> str:
         line = self._again.popleft() if self._again else next(self._lines)
         self._taken.append(line)
-        if line.data is None:
-            raise csv.Error(_too_long(line).problem)
-        return line.data.decode("utf-8", "surrogateescape") + "\n"
+        number, data = line
+        if data is None:
+            raise csv.Error(_too_long(number).problem)
+        return data.decode("utf-8", "surrogateescape") + "\n"
 
     def start_row(self) -> None:
         self._taken.clear()
@@ -202,11 +239,11 @@ class _CsvLines:
     @property
     def row_number(self) -> int:
         """The line at which the row under way started."""
-        return self._taken[0].number if self._taken else 0
+        return self._taken[0][0] if self._taken else 0
 
 
 class _Cells(NamedTuple):
-    where: str
+    number: int  # of its first line
     cells: list[str]
     problem: str = ""
 
@@ -221,21 +258,21 @@ def _csv_cells(file: IO[bytes], delimiter: str) -> Iterator[_Cells]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield _Cells(f"line {lines.row_number}", [], str(error))
+            yield _Cells(lines.row_number, [], str(error))
             lines.rewind()
             continue
         if cells:
-            yield _Cells(f"line {lines.row_number}", cells)
+            yield _Cells(lines.row_number, cells)
 
 
 def _csv_rows(file: IO[bytes], name: str, delimiter: str) -> Iterator[ManifestRow]:
     rows = _csv_cells(file, delimiter)
     header = _header(next(rows, None), name)
-    for where, cells, problem in rows:
+    for number, cells, problem in rows:
         try:
-            yield ManifestRow(where, None, problem) if problem else ManifestRow(where, _csv_columns(header, cells))
+            yield ManifestRow(number, None, problem) if problem else ManifestRow(number, _csv_columns(header, cells))
         except ValueError as error:
-            yield ManifestRow(where, None, str(error))
+            yield ManifestRow(number, None, str(error))
 
 
 def _header(row: _Cells | None, name: str) -> list[str]:

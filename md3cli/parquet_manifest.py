@@ -1,7 +1,8 @@
 """Parquet manifests, row by row. The only file that imports pyarrow's reader.
 
 The footer is never believed: `read_table` on one that claims 10^12 rows asks for 2 TiB, so row groups
-are read in small batches and yield what is really there. A damaged row group costs one row.
+are read in small batches and yield what is really there. A damaged row group costs one row. Pictures that are in
+the file themselves are not read here: a row says where its picture stands (embedded.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import IO, Any
 
+from md3cli.embedded import IMAGE_BYTES, IMAGE_PATH, EmbeddedImage, cell_name
 from md3cli.errors import InputError
 from md3cli.records import printable
 
@@ -21,7 +23,8 @@ def parquet_rows(file: IO[bytes], name: str) -> Iterator[dict[str, Any] | str]:
     """Each row as JSON-able columns, or as the text of the problem that kept it from being read.
 
     Raises:
-        InputError: on the first step, when it is not Parquet or has no text column `image`; `name` is how it is called.
+        InputError: on the first step, when it is not Parquet or has no column `image` of text or pictures; `name` is
+            how it is called.
     """
     import pyarrow as pa  # 0.2 s that other inputs need not wait for
     import pyarrow.parquet as pq
@@ -32,16 +35,21 @@ def parquet_rows(file: IO[bytes], name: str) -> Iterator[dict[str, Any] | str]:
         schema = parquet.schema_arrow
     except unreadable as error:
         raise InputError(f"cannot read the manifest {name} as Parquet: {_brief(error)}") from error
-    _check_schema(schema, name)
+    is_embedded = _check_schema(schema, name)
+    num_rows = 0
     for group in range(parquet.num_row_groups):
+        cells = _EmbeddedCells(parquet, group) if is_embedded else None
+        columns = cells.columns_to_read(schema.names) if cells is not None else None
         try:
-            for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], use_threads=False):
-                yield from _batch_rows(batch)
+            for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+                yield from _batch_rows(batch, cells, num_rows)
+                num_rows += batch.num_rows
         except unreadable as error:
             yield f"row group {group + 1} is damaged from here on: {_brief(error)}"
 
 
-def _check_schema(schema: Any, name: str) -> None:
+def _check_schema(schema: Any, name: str) -> bool:
+    """Whether the pictures themselves are in the column `image`, rather than their paths."""
     import pyarrow.types as kinds
 
     if schema.names.count("image") != 1:
@@ -50,14 +58,56 @@ def _check_schema(schema: Any, name: str) -> None:
         )
     kind = schema.field("image").type
     kind = kind.value_type if kinds.is_dictionary(kind) else kind
+    if kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        inside = kind.field("bytes").type
+        if kinds.is_binary(inside) or kinds.is_large_binary(inside):
+            return True
     if not (kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind) or kinds.is_null(kind)):
-        raise InputError(f"the column 'image' of {name} holds {printable(str(kind))[:100]}; it must hold paths as text")
+        raise InputError(
+            f"the column 'image' of {name} holds {printable(str(kind))[:100]}; "
+            "it must hold paths as text, or pictures as a struct of bytes and path"
+        )
+    return False
 
 
-def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+class _EmbeddedCells:
+    """The pictures of one row group, named without being read."""
+
+    def __init__(self, parquet: Any, group: int) -> None:
+        self._group = group
+        self._next_offset = 0
+        columns = [parquet.metadata.row_group(group).column(k) for k in range(parquet.metadata.num_columns)]
+        by_path = {column.path_in_schema: column for column in columns}
+        self._has_paths = IMAGE_PATH in by_path
+        content = by_path[IMAGE_BYTES]
+        statistics = content.statistics
+        has_null_count = statistics is not None and statistics.has_null_count
+        # `datasets` that only refer to files: every `bytes` is null, which the statistics say.
+        self._is_empty = has_null_count and statistics.null_count >= content.num_values > 0
+
+    def columns_to_read(self, names: list[str]) -> list[str]:
+        """All but the pictures' bytes, unless there is nothing else to count rows by."""
+        others = [name for name in names if name != "image"] + ([IMAGE_PATH] if self._has_paths else [])
+        return others or [IMAGE_BYTES]
+
+    def next_value(self, cell: Any, row: int) -> EmbeddedImage | str | None:
+        """What stands for the picture of row `row` (from 1): the next one of this group."""
+        offset, self._next_offset = self._next_offset, self._next_offset + 1
+        if cell is not None and not cell.is_valid:
+            return None
+        path = cell["path"].as_py() if cell is not None and self._has_paths else None
+        if self._is_empty:
+            return path
+        return EmbeddedImage(cell_name(row, path), self._group, offset)
+
+
+def _batch_rows(batch: Any, cells: _EmbeddedCells | None, num_before: int) -> Iterator[dict[str, Any] | str]:
+    names = batch.schema.names
     for i in range(batch.num_rows):
         try:
-            yield {name: json_able(batch.column(k)[i].as_py()) for k, name in enumerate(batch.schema.names)}
+            values = {name: batch.column(k)[i] for k, name in enumerate(names)}
+            image = {"image": cells.next_value(values.pop("image", None), num_before + i + 1)} if cells else {}
+            yield image | {name: json_able(value.as_py()) for name, value in values.items()}
         except (ValueError, ArithmeticError, RecursionError) as error:  # bad UTF-8, a date past the year 9999
             yield _brief(error)
 

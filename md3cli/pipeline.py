@@ -141,7 +141,7 @@ class _Run:
 
         with make_pool(self.config, self.model.crop_config) as pool:
             yield Feed(
-                iter(self.source),
+                self.source.rows_so_far(),
                 ids=RequestIds(self.model.identity, journal.found if journal is not None else None),
                 is_done=is_done,
                 pool=pool,
@@ -149,6 +149,7 @@ class _Run:
                 fail=self.records.fail,
                 recall=self.records.recall,
                 reading=self.stop.interruptible,
+                wait_for_row=self.source.wait,
             )
 
     @contextlib.contextmanager

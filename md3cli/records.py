@@ -64,6 +64,9 @@ class Request:
 class ImageItem:
     """A picture to open: a file, or `size` bytes at `offset` of one (a member of a tar).
 
+    With `row_group` it is the cell of a Parquet file's column `image`, at row `offset` of that row group. `path` may
+    be an address (`s3://...`), which has to be fetched.
+
     `name` is what the record's `image` says: relative to INPUT's root, with `/`, always valid
     UTF-8. `name_b64` holds the exact bytes where the real name is not UTF-8. `path` may carry
     surrogate escapes, as `os.fsdecode` makes them.
@@ -74,6 +77,7 @@ class ImageItem:
     name_b64: str | None = None
     offset: int = 0
     size: int | None = None
+    row_group: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

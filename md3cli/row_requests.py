@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from md3cli.embedded import EmbeddedImage
 from md3cli.errors import RequestError, RowError
 from md3cli.records import CAPTION_LENGTHS, Request, Task, printable
+from md3cli.remote.address import is_address
 
 PATH_LIMIT_BYTES = 4096
 SEED_LIMIT = 2**63
@@ -23,8 +25,8 @@ _ADDRESS = re.compile(r"(?:https?|s3|gs|hf)://|file:|data:", re.IGNORECASE)
 _TASKS_WITH_REFS = frozenset({Task.QUERY, Task.POINT, Task.SEGMENT})
 
 
-def row_image(columns: Mapping[str, Any]) -> str:
-    """The path a row names, as it is written; empty for a text-only query.
+def row_image(columns: Mapping[str, Any]) -> str | EmbeddedImage:
+    """The path a row names, as it is written, or the picture it holds; empty for a text-only query.
 
     Raises:
         RowError: there is no such column, or it holds no path.
@@ -32,6 +34,8 @@ def row_image(columns: Mapping[str, Any]) -> str:
     if "image" not in columns:
         raise RowError("bad_row", "no 'image' (null for a text-only query)")
     value = "" if columns["image"] is None else columns["image"]
+    if isinstance(value, EmbeddedImage):
+        return value
     if not isinstance(value, str):
         raise _wrong_type("image", value, "a path")
     if "\0" in value:
@@ -41,10 +45,11 @@ def row_image(columns: Mapping[str, Any]) -> str:
     return value
 
 
-def refuse_address(name: str) -> None:
-    """Raise RequestError where a row's image is a URL: nothing is fetched because a manifest says so."""
-    if ":" in name and (match := _ADDRESS.match(name)):
-        raise RequestError(f"{match[0].lower()} addresses in a manifest are not fetched; name a local file")
+def refuse_address(name: str, *, may_fetch: bool = False) -> None:
+    """Raise RequestError where a row's image is a URL: nothing is fetched because a manifest alone says so."""
+    if ":" in name and (match := _ADDRESS.match(name)) and not (may_fetch and is_address(name)):
+        advice = "add --remote to fetch them" if is_address(name) else "name a local file"
+        raise RequestError(f"{match[0].lower()} addresses in a manifest are not fetched; {advice}")
 
 
 def row_requests(columns: Mapping[str, Any], requests: Sequence[Request], defaults: Request) -> tuple[Request, ...]:

@@ -6,7 +6,6 @@ by one folder's names a level, one manifest line, or one tar header.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import os
@@ -14,16 +13,20 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import IO, NamedTuple
+from types import MappingProxyType
+from typing import IO, Any
 
 from md3cli.errors import InputError, MissingExtraError, RowError, UsageError
 from md3cli.input_kinds import STDIN, Input, Kind, check_readable, kind_of
+from md3cli.live_lines import LiveLines
 from md3cli.manifest import ManifestRow, manifest_rows, open_regular, path_rows
+from md3cli.places import Confinement, RowPlaces, image_item, input_of, root_of
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task, printable
+from md3cli.remote.address import is_address, shown
+from md3cli.remote.options import is_installed, require_extra
 from md3cli.row_requests import ROW_COLUMNS, refuse_address, row_image, row_requests
 from md3cli.tar_index import tar_members
 from md3cli.walk import Glob, PathFilter, Walk, has_image_suffix
@@ -33,7 +36,8 @@ from md3cli.walk import Glob, PathFilter, Walk, has_image_suffix
 class SourceSpec:
     """Which pictures: INPUT as typed (none for a text-only query) and what narrows it.
 
-    `shard` (i, n) keeps the images whose name hashes to i modulo n. `limit` counts rows.
+    `shard` (i, n) keeps the images whose name hashes to i modulo n. `limit` counts rows. `root` is a folder or an
+    address; `remote` lets manifests on the disk name addresses.
     """
 
     inputs: tuple[str, ...] = ()
@@ -42,8 +46,9 @@ class SourceSpec:
     exclude: tuple[str, ...] = ()
     limit: int | None = None
     shard: tuple[int, int] | None = None
-    root: Path | None = None
+    root: Path | str | None = None
     remote: bool = False
+    offline: bool = False
     follow_links: bool = False
 
 
@@ -61,15 +66,12 @@ def open_source(
 
     Raises:
         InputError: an INPUT does not exist, cannot be opened, or is of a kind that is not read.
-        UsageError: `--root` is no folder.
-        MissingExtraError: a URL, or `remote`.
+        UsageError: `--root` is no folder, or something is remote and `offline` forbids it.
+        MissingExtraError: something is remote, and what fetches it is not installed.
     """
-    if spec.remote:
-        raise MissingExtraError("--remote", "remote")
-    if spec.root is not None and not spec.root.is_dir():
-        raise UsageError(f"--root {printable(str(spec.root))} is not a folder; name the one that the images are in")
+    _check_remote(spec)
     is_alone = len(spec.inputs) == 1
-    inputs = tuple(Input(typed, kind_of(typed, is_alone), "" if is_alone else typed) for typed in spec.inputs)
+    inputs = tuple(input_of(typed, kind_of(typed, is_alone), is_alone) for typed in spec.inputs)
     for given in inputs:
         check_readable(given, is_alone)
     defaults = requests[0] if requests else defaults or Request(Task.QUERY)
@@ -80,11 +82,22 @@ def open_source(
     return Source(spec, inputs, requests, defaults, stdin or io.BytesIO())
 
 
-class _Found(NamedTuple):
-    """A row before shards and limits; `key` is what its shard is computed from."""
+def _check_remote(spec: SourceSpec) -> None:
+    root = None if spec.root is None else str(spec.root)
+    remote = [text for text in (*spec.inputs, root) if text is not None and is_address(text)]
+    if spec.offline and (remote or spec.remote):
+        raise UsageError(f"{printable(shown(remote[0])) if remote else '--remote'} and --offline exclude each other")
+    if spec.remote and not is_installed("aiohttp"):
+        raise MissingExtraError("--remote", "remote")
+    for address in remote:
+        require_extra(address)
+    if root is not None and not is_address(root) and not os.path.isdir(root):
+        raise UsageError(f"--root {printable(root)} is not a folder; name the one that the images are in")
 
-    key: str
-    row: SourceRow
+
+# What a row's shard is computed from, and the row, before shards and limits; None: the next has not come yet.
+_Found = tuple[str, SourceRow] | None
+_NO_META: Mapping[str, Any] = MappingProxyType({})
 
 
 class Source:
@@ -108,19 +121,31 @@ class Source:
         self._inputs = inputs
         self._requests = requests
         self._defaults = defaults
-        self._stdin = stdin
+        self._stdin = LiveLines(stdin)
         self._filter = PathFilter.of(spec.include, spec.exclude)
-        self._confine_to = os.path.realpath(spec.root) if spec.root is not None else None
+        self._outside = Confinement.to(spec.root).failure_of
         self.root = self._find_root()
 
     def __iter__(self) -> Iterator[SourceRow]:
         """The rows; the first step raises InputError where INPUT cannot be read."""
+        return filter(None, self._all_rows(may_wait=True))
+
+    def rows_so_far(self) -> Iterator[SourceRow | None]:
+        """The rows, as they come on stdin: None where the next has not come yet; `wait` for it and go on."""
+        return self._all_rows(may_wait=False)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until more comes on stdin, at most so long."""
+        self._stdin.wait(timeout_s)
+
+    def _all_rows(self, *, may_wait: bool) -> Iterator[SourceRow | None]:
         self.skipped = Counter()
+        self._stdin.may_wait = may_wait
         return self._rows(self.skipped)
 
     def count_rows(self, budget_s: float = 1.0) -> int | None:
-        """How many rows there are, for a progress bar; None for stdin, or when that takes longer than `budget_s`."""
-        if any(given.kind is Kind.STDIN for given in self._inputs):
+        """How many rows there are, for a progress bar; None for stdin, for what is remote, and after `budget_s`."""
+        if any(given.kind is Kind.STDIN or is_address(given.typed) for given in self._inputs):
             return None
         deadline = time.monotonic() + budget_s
         num_rows = 0
@@ -132,33 +157,22 @@ class Source:
 
     def _find_root(self) -> str:
         if len(self._inputs) != 1:
-            return os.path.realpath(self._spec.root or ".") if not self._inputs else os.getcwd()
-        typed, kind, _ = self._inputs[0]
-        if kind in (Kind.FOLDER, Kind.TAR):
-            return os.path.realpath(typed)
-        if kind is Kind.GLOB:
-            return os.path.realpath(Glob.parse(typed).base or ".")
-        if kind is Kind.FILE:
-            return os.path.realpath(os.path.dirname(typed) or ".")
-        return os.path.realpath(self._row_folder(typed))
-
-    def _row_folder(self, typed: str) -> str:
-        """What relative paths in a manifest or on stdin are relative to."""
-        if self._spec.root is not None:
-            return str(self._spec.root)
-        return "" if typed == STDIN else os.path.dirname(typed)
+            return os.getcwd() if self._inputs else Confinement.to(self._spec.root).root or os.getcwd()
+        return root_of(self._inputs[0], self._spec.root)
 
     # -- rows ------------------------------------------------------------------------------------
 
-    def _rows(self, skipped: Counter[str]) -> Iterator[SourceRow]:
+    def _rows(self, skipped: Counter[str]) -> Iterator[SourceRow | None]:
         found = self._found(skipped)
         if self._spec.shard is not None:
             found = _in_shard(found, self._spec.shard, skipped)
-        return (row for _, row in islice(found, self._spec.limit))
+        if self._spec.limit is not None:
+            found = _up_to(self._spec.limit, found)
+        return (None if item is None else item[1] for item in found)
 
     def _found(self, skipped: Counter[str]) -> Iterator[_Found]:
         if not self._inputs:
-            yield _Found("", SourceRow(None, self._requests))
+            yield ("", SourceRow(None, self._requests))
         for given in self._inputs:
             if given.kind is Kind.FOLDER or given.kind is Kind.GLOB:
                 yield from self._walked(given, skipped)
@@ -171,47 +185,48 @@ class Source:
 
     def _picture(self, name: str, path: str) -> _Found:
         image = image_item(name, path)
-        return _Found(image.name, SourceRow(image, self._requests, failure=self._outside(path)))
-
-    def _outside(self, path: str) -> RowFailure | None:
-        """The failure of a path that, links followed, leaves `--root`."""
-        if self._confine_to is None:
-            return None
-        real = os.path.realpath(path)
-        if real == self._confine_to or real.startswith(self._confine_to.rstrip("/") + "/"):
-            return None
-        return RowFailure("outside_root", f"outside of --root {printable(str(self._spec.root))}")
+        return (image.name, SourceRow(image, self._requests, failure=self._outside(path)))
 
     def _walked(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
         glob = Glob.parse(given.typed) if given.kind is Kind.GLOB else None
         folder = given.typed if glob is None else glob.base or "."
-        prefix = given.prefix if glob is None or not given.prefix else glob.base
-        walk = Walk(self._spec.recursive, self._spec.follow_links, self._filter, skipped)
+        prefix = given.prefix if glob is None or not given.prefix else shown(glob.base)
+        walk = self._walk_of(folder, skipped)
         path_head, name_head = os.path.join(folder, ""), os.path.join(prefix, "")
         for relative in walk.files(folder, glob):
             path, name = path_head + relative, name_head + relative
-            if relative.lower().endswith(".tar"):
+            suffix = relative[-8:].lower()
+            if suffix.endswith(".tar"):
                 yield from self._tar_members(path, name, skipped)
+            elif suffix.endswith(".parquet"):
+                yield from self._manifest(Input(path, Kind.MANIFEST, name), skipped)
             else:
                 yield self._picture(name, path)
+
+    def _walk_of(self, folder: str, skipped: Counter[str]) -> Walk:
+        if not is_address(folder):
+            return Walk(self._spec.recursive, self._spec.follow_links, self._filter, skipped)
+        from md3cli.remote.inputs import walk_of
+
+        return walk_of(folder, self._filter, skipped, is_recursive=self._spec.recursive)
 
     def _tar_members(self, path: str, prefix: str, skipped: Counter[str]) -> Iterator[_Found]:
         """Pictures inside a tar, by suffix, as byte ranges of it; damage is one more row."""
         try:
             with open_regular(path) as file:
-                for member in tar_members(file, path):
+                for member in tar_members(file, shown(path)):
                     name = member.name.removeprefix("./")
                     if reason := self._why_not(member, name):
                         skipped[reason] += 1
                     elif not member.isdir():
                         image = image_item(os.path.join(prefix, name), path, member.offset_data, member.size)
-                        yield _Found(image.name, SourceRow(image, self._requests, failure=self._outside(path)))
+                        yield (image.name, SourceRow(image, self._requests, failure=self._outside(path)))
         except (InputError, RowError) as error:
-            if isinstance(error, InputError) and not prefix:
+            if isinstance(error, InputError) and (not prefix or is_address(path)):
                 raise
             failure = RowFailure("decode", str(error))
             image = image_item(prefix or os.path.basename(path), path)
-            yield _Found(image.name, SourceRow(image, self._requests, failure=failure))
+            yield (image.name, SourceRow(image, self._requests, failure=failure))
 
     def _why_not(self, member: tarfile.TarInfo, name: str) -> str:
         """Why a tar's member is left out; empty where it is not, and for folders."""
@@ -226,53 +241,60 @@ class Source:
         return "" if self._filter.keeps(name) else "excluded"
 
     def _manifest(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
-        folder = self._row_folder(given.typed)
-        prefix = folder if len(self._inputs) > 1 else ""
+        is_alone = len(self._inputs) == 1 and given.kind is self._inputs[0].kind
+        places = RowPlaces.of(given, self._spec.root, is_alone=is_alone, may_fetch=self._spec.remote)
         is_stdin = given.kind is Kind.STDIN
-        rows = path_rows(self._stdin, has_json=True) if is_stdin else manifest_rows(given.typed)
+        rows: Iterator[ManifestRow | None] = manifest_rows(given.typed)
+        if is_stdin:
+            rows = path_rows(self._stdin, has_json=True)
+        is_unfiltered = not (self._spec.include or self._spec.exclude)
         for entry in rows:
-            row = self._manifest_row(entry, folder, prefix)
-            if row.image is not None and not self._filter.keeps(row.image.name):
+            if entry is None:
+                yield None
+                continue
+            row = self._manifest_row(entry, places)
+            name = row.image.name if row.image is not None else None
+            if name is not None and not (is_unfiltered or self._filter.keeps(name)):
                 skipped["excluded"] += 1
             else:
-                yield _Found(row.image.name if row.image else f"{given.typed} {entry.where}", row)
+                yield name or f"{given.typed} {entry.where}", row
 
-    def _manifest_row(self, entry: ManifestRow, folder: str, prefix: str) -> SourceRow:
+    def _manifest_row(self, entry: ManifestRow, places: RowPlaces) -> SourceRow:
         """What a manifest's row asks; a failure keeps as much of the row as could be read."""
+        columns = entry.columns or {}
         image: ImageItem | None = None
         asked = self._requests[:1] or (self._defaults,)
-        columns = entry.columns or {}
         try:
             if entry.columns is None:
                 raise RowError("bad_row", entry.problem)
             if name := row_image(columns):
-                path = name if name.startswith("/") or not folder else f"{folder}/{name}"
-                image = image_item(os.path.join(prefix, name) if prefix else name, path)
-                refuse_address(name)
+                image = places.item_of(name)
+                if isinstance(name, str):
+                    refuse_address(name, may_fetch=places.may_fetch)
             asked = row_requests(columns, self._requests, self._defaults)
             failure = self._outside(image.path) if image else None
         except RowError as error:
             failure = RowFailure(error.type, f"{entry.where}: {error}")
+        if len(columns) == 1 and image is not None:
+            return SourceRow(image, asked, _NO_META, failure)
         meta = {column: value for column, value in columns.items() if column not in ROW_COLUMNS}
         return SourceRow(image, asked, meta, failure)
-
-
-def image_item(name: str, path: str, offset: int = 0, size: int | None = None) -> ImageItem:
-    """The picture at `path`, shown as `name`: valid UTF-8, with the exact bytes beside it where it is not."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # surrogate escapes
-        data = os.fsencode(name)
-        shown, exact = data.decode("utf-8", "backslashreplace"), base64.b64encode(data).decode()
-        return ImageItem(shown, path, exact, offset, size)
-    return ImageItem(name, path, None, offset, size)
 
 
 def _in_shard(found: Iterator[_Found], shard: tuple[int, int], skipped: Counter[str]) -> Iterator[_Found]:
     index, count = shard
     for item in found:
-        digest = hashlib.sha256(item.key.encode("utf-8", "surrogateescape")).digest()
-        if int.from_bytes(digest[:8], "big") % count == index:
+        digest = hashlib.sha256(item[0].encode("utf-8", "surrogateescape")).digest() if item is not None else b""
+        if item is None or int.from_bytes(digest[:8], "big") % count == index:
             yield item
         else:
             skipped["other shards"] += 1
+
+
+def _up_to(limit: int, found: Iterator[_Found]) -> Iterator[_Found]:
+    """The first `limit` of them; the one behind is not even looked for."""
+    for item in found if limit else ():
+        yield item
+        limit -= item is not None
+        if not limit:
+            return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -172,7 +172,7 @@ class Walk:
         An empty folder named like a picture is among them: somebody meant a file.
         """
         seen = {_identity(root)}
-        levels = [_Level("", self._entries(root), False)]
+        levels = [_Level("", iter(self.entries(root)), False)]
         while levels:
             level = levels[-1]
             entry = next(level.entries, None)
@@ -182,13 +182,13 @@ class Walk:
             path = f"{level.folder}/{entry.name}" if level.folder else entry.name
             if entry.name.startswith(".") and not (glob and glob.wants_hidden(path)):
                 self.skipped["hidden"] += 1
-            elif not entry.is_folder or _is_meant_as_file(root, path, entry):
+            elif not entry.is_folder or self.is_meant_as_file(root, path, entry):
                 if self._is_wanted(path, glob):
                     yield path
             elif self._may_enter(path, entry, glob):
                 is_linked = level.is_linked or entry.is_link
                 if not self.follow_links or self._is_new(f"{root}/{path}", seen, is_linked):
-                    levels.append(_Level(path, self._entries(f"{root}/{path}"), is_linked))
+                    levels.append(_Level(path, iter(self.entries(f"{root}/{path}")), is_linked))
 
     def _is_wanted(self, path: str, glob: Glob | None) -> bool:
         if glob is not None and not glob.matches(path):
@@ -201,7 +201,7 @@ class Walk:
             return False
         return True
 
-    def _may_enter(self, path: str, entry: _Entry, glob: Glob | None) -> bool:
+    def _may_enter(self, path: str, entry: Entry, glob: Glob | None) -> bool:
         if glob is not None and not glob.may_enter(path):
             return False
         reason = "directory links" if entry.is_link and not self.follow_links else ""
@@ -220,7 +220,7 @@ class Walk:
         seen.add(identity)
         return True
 
-    def _entries(self, path: str) -> Iterator[_Entry]:
+    def entries(self, path: str) -> Iterable[Entry]:
         """The entries of a folder in natural order; none, and counted, where it cannot be read."""
         folders: dict[str, bool] = {}
         try:
@@ -234,10 +234,22 @@ class Walk:
             self.skipped["unreadable folders"] += 1
             return
         for name in natural_sorted(names):
-            yield _Entry(name, name in folders, folders.get(name, False))
+            yield Entry(name, name in folders, folders.get(name, False))
+
+    def is_meant_as_file(self, root: str, path: str, entry: Entry) -> bool:
+        """Whether a folder is named like a picture and is empty."""
+        if entry.is_link or not has_image_suffix(entry.name):
+            return False
+        try:
+            with os.scandir(f"{root}/{path}") as entries:
+                return next(entries, None) is None
+        except OSError:
+            return False
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
+    """What stands in a folder; `is_link` counts for folders only."""
+
     name: str
     is_folder: bool
     is_link: bool
@@ -245,7 +257,7 @@ class _Entry(NamedTuple):
 
 class _Level(NamedTuple):
     folder: str
-    entries: Iterator[_Entry]
+    entries: Iterator[Entry]
     is_linked: bool
 
 
@@ -261,15 +273,4 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link that leads to itself: a file, as far as it goes
-        return False
-
-
-def _is_meant_as_file(root: str, path: str, entry: _Entry) -> bool:
-    """Whether a folder is named like a picture and is empty."""
-    if entry.is_link or not has_image_suffix(entry.name):
-        return False
-    try:
-        with os.scandir(f"{root}/{path}") as entries:
-            return next(entries, None) is None
-    except OSError:
         return False

@@ -48,7 +48,9 @@ def test_one_picture_asked_often_is_decoded_once(md3: Program, pictures: Path, m
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     opened = []
     submit = md3cli_decode().DecodePool.submit
-    monkeypatch.setattr("md3cli.decode.DecodePool.submit", lambda self, item: opened.append(item) or submit(self, item))
+    monkeypatch.setattr(
+        "md3cli.decode.DecodePool.submit", lambda self, *what: opened.append(what) or submit(self, *what)
+    )
     assert len(records_of(md3("run", manifest, "--task", "detect:x").stdout)) == 3
     assert len(opened) == 1
 
@@ -309,10 +311,10 @@ def test_a_late_picture_holds_back_the_records_behind_it(
 
     decode = DecodePool._decode_in_worker
 
-    def slow_first(self: DecodePool, item: ImageItem) -> object:
+    def slow_first(self: DecodePool, item: ImageItem, data: bytes | None) -> object:
         if item.name == "p0.png":
             time.sleep(1.5)
-        return decode(self, item)
+        return decode(self, item, data)
 
     monkeypatch.setattr(DecodePool, "_decode_in_worker", slow_first)
     records = records_of(md3("caption", pictures, "--batch-size", "2", "--workers", "2").stdout)

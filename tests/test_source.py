@@ -44,6 +44,25 @@ def failures(rows: Source) -> list[tuple[str, str] | None]:
     return [row.failure and (row.failure.type, row.failure.message) for row in rows]
 
 
+def test_what_is_remote_needs_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("md3cli.remote.options.is_installed", lambda module: False)
+    monkeypatch.setattr("md3cli.source.is_installed", lambda module: False)
+    for address in ("https://x.org/a.jpg", "S3://bucket/x", "gs://bucket/x", "hf://datasets/a"):
+        with pytest.raises(MissingExtraError, match=r"pip install 'md3cli\[remote\]'"):
+            source(address)
+        with pytest.raises(MissingExtraError, match=r"pip install 'md3cli\[remote\]'"):
+            source("photos", root=address)
+    with pytest.raises(MissingExtraError, match="--remote needs"):
+        source("photos", remote=True)
+
+
+def test_offline_means_nothing_remote(folder: Path) -> None:
+    with pytest.raises(UsageError, match="s3://bucket/x and --offline exclude each other"):
+        source("s3://bucket/x", offline=True)
+    with pytest.raises(UsageError, match="--remote and --offline exclude each other"):
+        source("photos", remote=True, offline=True)
+
+
 # -- kinds ---------------------------------------------------------------------------------------------
 
 
@@ -158,11 +177,6 @@ def test_inputs_that_are_not_read(folder: Path) -> None:
         source("a.tar.gz")
     with pytest.raises(InputError, match=r"gone\.csv"):
         source("photos", "gone.csv")
-    for address in ("https://x.org/a.jpg", "S3://bucket/x", "hf://datasets/a"):
-        with pytest.raises(MissingExtraError, match=r"pip install 'md3cli\[remote\]'"):
-            source(address)
-    with pytest.raises(MissingExtraError, match="--remote needs"):
-        source("photos", remote=True)
     with pytest.raises(UsageError, match="--root gone is not a folder"):
         source("photos", root=Path("gone"))
     with pytest.raises(InputError, match="cannot read the folder gone"):

@@ -1,0 +1,152 @@
+"""Addresses: what is one, how relative paths are joined to it, and what of it may be shown.
+
+Pure and standard library only. An address stays text, as it was typed: `http(s)` ones are URLs with all
+their rules; of `s3 gs hf` ones everything behind `://` is a bucket and a key, taken literally.
+
+What may be shown is decided here and nowhere else. `shown` drops whatever lets its reader in: the user and
+password before an `@`, and the parameters of a query that sign it or carry a token. The other parameters
+stay, since they may be all that tells two pictures apart. A picture thus keeps its name, and its record's id,
+when the address is signed anew.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from urllib.parse import unquote, urljoin, urlsplit
+
+SCHEMES = ("http", "https", "s3", "gs", "hf")
+_ADDRESS = re.compile(r"(https?|s3|gs|hf)://", re.IGNORECASE)
+_SECRET_PARAMETERS = frozenset(
+    {"signature", "sig", "hmac", "hdnts", "policy", "key-pair-id", "awsaccesskeyid", "googleaccessid", "expires"}
+    | {"token", "access_token", "auth", "authorization", "credential", "key", "api_key", "apikey", "jwt"}
+    | {"password", "passwd", "secret", "client_secret", "session", "sessionid"}
+)
+_SECRET_PREFIXES = ("x-amz-", "x-goog-", "x-oss-", "x-cos-")
+_USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
+
+
+def scheme_of(text: str) -> str:
+    """The scheme of an address in lower case; empty where `text` is none."""
+    match = _ADDRESS.match(text)
+    return match[1].lower() if match else ""
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` is an address that can be fetched, rather than a path."""
+    return ":" in text and _ADDRESS.match(text) is not None
+
+
+def is_web(address: str) -> bool:
+    """Whether it is http or https."""
+    return scheme_of(address) in ("http", "https")
+
+
+def path_of(address: str) -> str:
+    """The path of an address without host or query: what its suffix and its folders are read from."""
+    if is_web(address):
+        return urlsplit(address).path
+    return "/" + address.partition("://")[2].partition("/")[2]
+
+
+def suffix_of(address: str) -> str:
+    """`.jpg` and the like, in lower case; empty where there is none."""
+    return os.path.splitext(path_of(address))[1].lower()
+
+
+def host_of(address: str) -> str:
+    """The host of a web address, or the bucket, in lower case; empty where it has none."""
+    if is_web(address):
+        return (urlsplit(address).hostname or "").lower()
+    return address.partition("://")[2].partition("/")[0]
+
+
+def named_hosts(typed: Iterable[str]) -> tuple[str, ...]:
+    """The hosts of those web addresses that are among what the user typed."""
+    return tuple(dict.fromkeys(host_of(text) for text in typed if is_web(text)))
+
+
+def has_userinfo(address: str) -> bool:
+    """Whether a user or a password stands before the host; behind `hf://` an `@` names a revision."""
+    return scheme_of(address) != "hf" and _USERINFO.search(address) is not None
+
+
+# -- joining -------------------------------------------------------------------------------------
+
+
+def folder_of(address: str) -> str:
+    """The folder an address lies in, without a slash at its end and without query."""
+    bare = re.split("[?#]", address, maxsplit=1)[0] if is_web(address) else address
+    head, _, rest = bare.partition("://")
+    return f"{head}://{rest.rpartition('/')[0] or rest}"
+
+
+def join(folder: str, relative: str) -> str:
+    """The address of a path that is relative to `folder`; one with a slash in front starts at the host or bucket.
+
+    Never leads to another host or bucket, however many `..` there are. A web path is taken as a link on a page
+    would be: `?` starts a query, percent signs are escapes; `#` is part of the name.
+    """
+    if is_web(folder):
+        reference = relative.replace("#", "%23")
+        reference = f"./{reference}" if ":" in reference.partition("/")[0] else reference  # else taken for a scheme
+        return urljoin(folder.rstrip("/") + "/", re.sub("^/+", "/", reference))
+    scheme, _, rest = folder.partition("://")
+    bucket, _, key = rest.partition("/")
+    parts = [part for part in key.split("/") if part] if not relative.startswith("/") else []
+    for part in relative.split("/"):
+        if part == "..":
+            parts = parts[:-1]
+        elif part not in ("", "."):
+            parts.append(part)
+    return "/".join([f"{scheme}://{bucket}", *parts])
+
+
+def is_within(address: str, folder: str) -> bool:
+    """Whether an address lies in `folder` or below it, whatever `..` it holds, escaped or not."""
+    if (scheme_of(address), _place_of(address)) != (scheme_of(folder), _place_of(folder)):
+        return False
+    wanted, found = _parts_of(folder), _parts_of(address)
+    return ".." not in found and found[: len(wanted)] == wanted
+
+
+def _place_of(address: str) -> object:
+    if not is_web(address):
+        return host_of(address)
+    try:
+        return host_of(address), urlsplit(address).port or {"http": 80, "https": 443}[scheme_of(address)]
+    except ValueError:
+        return None
+
+
+def _parts_of(address: str) -> list[str]:
+    path = unquote(path_of(address)).replace("\\", "/") if is_web(address) else path_of(address)
+    return [part for part in path.split("/") if part not in ("", ".")]
+
+
+# -- showing -------------------------------------------------------------------------------------
+
+
+def shown(address: str) -> str:
+    """An address as records, messages and logs may show it: nothing in it lets a reader in. A path stays a path."""
+    if not is_address(address):
+        return address
+    if not is_web(address):
+        return _USERINFO.sub("", address) if has_userinfo(address) else address
+    bare, question, query = _USERINFO.sub("", address).partition("#")[0].partition("?")
+    kept = [part for part in query.split("&") if not _is_secret(part)] if question else []
+    return f"{bare}?{'&'.join(kept)}" if any(kept) else bare
+
+
+def _is_secret(parameter: str) -> bool:
+    name = unquote(parameter.partition("=")[0]).lower()
+    return name in _SECRET_PARAMETERS or name.startswith(_SECRET_PREFIXES)
+
+
+def shown_argument(argument: str) -> str:
+    """An argument of the command line as run.json may keep it."""
+    option, equals, value = argument.partition("=")
+    if equals and option.startswith("--") and is_address(value):
+        return f"{option}={shown(value)}"
+    return shown(argument) if is_address(argument) else argument

@@ -1,0 +1,105 @@
+"""What went wrong on the way to a picture: as a record says it, and whether it is worth another try.
+
+Foreign exceptions come in, in all the shapes that aiohttp, s3fs, gcsfs and huggingface_hub give them. Their texts
+are not passed on: they quote addresses, with whatever signs them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from md3cli.errors import ImageError
+
+_ABSENT = {404, 410}
+_FORBIDDEN = {401, 403, 407}
+_BUSY = {408, 421, 423, 425, 429}  # and all from 500 on
+RANGE_NOT_SATISFIABLE = 416
+_TELLING = set(errno.errorcode) - {errno.EIO}  # s3fs says EIO for all that it does not know
+
+
+class FetchError(ImageError):
+    """One attempt to fetch failed: an ImageError that knows whether to try again.
+
+    `wait_s` is what the server asked to be left alone for.
+    """
+
+    def __init__(self, type: str, message: str, *, may_pass: bool = False, wait_s: float = 0.0) -> None:
+        super().__init__(type, message)
+        self.may_pass = may_pass
+        self.wait_s = wait_s
+
+
+class RangeError(FetchError):
+    """There is nothing at the offset asked for: the file ends before it, or is empty."""
+
+    def __init__(self) -> None:
+        super().__init__("empty", "the file is empty (0 bytes)")
+
+
+def truncated(num_bytes: int, expected: int | None = None) -> FetchError:
+    """The body ended too early."""
+    of = f" of {expected:,}" if expected is not None else ""
+    return FetchError("io", f"the connection ended after {num_bytes:,}{of} bytes", may_pass=True)
+
+
+def too_slow(num_bytes: int) -> FetchError:
+    """It was not done in time."""
+    return FetchError("timeout", f"not fetched in time; {num_bytes:,} bytes came (--fetch-timeout)", may_pass=True)
+
+
+def of_status(status: int, retry_after: str = "") -> FetchError:
+    """The failure that an HTTP status means."""
+    said = f"the server answered {status}"
+    if status in _ABSENT:
+        return FetchError("not_found", said)
+    if status in _FORBIDDEN:
+        return FetchError("permission", said)
+    if status == RANGE_NOT_SATISFIABLE:
+        return RangeError()
+    wait_s = float(retry_after) if retry_after.isdecimal() else 0.0
+    return FetchError("io", said, may_pass=status in _BUSY or status >= 500, wait_s=wait_s)
+
+
+def of_exception(error: BaseException) -> FetchError:
+    """The failure that a store's or aiohttp's exception means."""
+    if isinstance(error, FetchError):
+        return error
+    for cause in _chain(error):
+        if isinstance(cause, FetchError):
+            return cause
+        status = _status_of(cause)
+        if status is not None and status >= 300:
+            return of_status(status)
+    if isinstance(error, FileNotFoundError | IsADirectoryError):
+        return FetchError("not_found", "there is no such file")
+    if isinstance(error, PermissionError) or type(error).__name__ in ("NoCredentialsError", "RefreshError"):
+        return FetchError("permission", f"not allowed: {type(error).__name__}")
+    if isinstance(error, TimeoutError):
+        return FetchError("timeout", "no answer in time (--fetch-timeout)", may_pass=True)
+    reason = type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None and error.errno in _TELLING:
+        reason = os.strerror(error.errno)
+    return FetchError("io", f"cannot fetch: {reason}", may_pass=True)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """An exception and what it was raised from, the outermost first."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = getattr(error, "os_error", None) or error.__cause__
+    return chain
+
+
+def _status_of(error: BaseException) -> int | None:
+    """The HTTP status inside an exception of botocore, gcsfs, aiohttp or huggingface_hub."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore's
+        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        found = getattr(response, "status_code", None) or getattr(error, "status", None) or getattr(error, "code", None)
+    try:
+        return int(found) if found is not None else None
+    except (TypeError, ValueError):
+        return None

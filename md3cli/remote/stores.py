@@ -1,0 +1,100 @@
+"""Object stores (`s3:// gs:// hf://`) through fsspec: facts, listings, byte ranges.
+
+Credentials and settings come from the environment alone, as each store's own tools read them: AWS_*, GOOGLE_*,
+HF_TOKEN, and fsspec's FSSPEC_S3_* (FSSPEC_S3_ANON=true for a public bucket).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import fsspec
+
+from md3cli.remote.address import scheme_of
+from md3cli.remote.calls import Calls
+from md3cli.remote.options import require_extra
+
+PROTOCOLS = {"s3": "s3", "gs": "gs", "hf": "hf"}  # scheme -> fsspec's name for what serves it
+_OPTIONS: dict[str, dict[str, Any]] = {
+    # We try again ourselves, within one image's time: botocore's own tries would multiply with ours.
+    "s3": {"config_kwargs": {"max_pool_connections": 32, "retries": {"mode": "standard", "total_max_attempts": 1}}},
+}
+_lock = threading.Lock()
+_open_stores: dict[str, Any] = {}
+
+
+class Entry(NamedTuple):
+    """A name in a folder."""
+
+    name: str
+    is_folder: bool
+
+
+class StoreFacts(NamedTuple):
+    """What stands at an address; `size` in bytes, None for a folder."""
+
+    is_folder: bool
+    size: int | None
+
+
+def facts(address: str) -> StoreFacts:
+    """What stands at an address; raises what the store raises."""
+    found = store_for(address).info(_key(address).rstrip("/"))
+    is_folder = found.get("type") == "directory"
+    return StoreFacts(is_folder, None if is_folder else int(found.get("size") or 0))
+
+
+def read(address: str, calls: Calls, timeout_s: float, start: int, end: int) -> bytes:
+    """Bytes `start` to `end` (exclusive), fewer where the file ends before; raises what the store raises."""
+    store, key = store_for(address), _key(address)
+    if store.async_impl:
+        data = calls.run(store._cat_file(key, start=start, end=end), timeout_s)
+    else:
+        data = store.cat_file(key, start=start, end=end)
+    return bytes(data)
+
+
+def entries(address: str) -> Iterator[Entry]:
+    """The names in a folder, in any order; raises what the store raises."""
+    store, key = store_for(address), _key(address).rstrip("/")
+    if "s3" in store.protocol:
+        yield from _s3_entries(store, key)
+        return
+    for found in store.ls(key, detail=True, refresh=True):
+        name = found["name"].rstrip("/").rpartition("/")[2]
+        if found["name"].strip("/") != key.strip("/"):
+            yield Entry(name, found.get("type") == "directory")
+
+
+def _s3_entries(store: Any, key: str) -> Iterator[Entry]:
+    """Page by page: `ls` would hold a kilobyte for each of what may be millions of objects in one folder."""
+    bucket, _, folder = key.partition("/")
+    prefix = f"{folder}/" if folder else ""
+    query = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/", **store.req_kw}
+    while True:
+        page = store.call_s3("list_objects_v2", **query)
+        for found in page.get("CommonPrefixes", ()):
+            yield Entry(found["Prefix"][len(prefix) : -1], True)
+        for found in page.get("Contents", ()):
+            yield Entry(found["Key"][len(prefix) :], False)
+        if not page.get("IsTruncated"):
+            return
+        query["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def store_for(address: str) -> Any:
+    """fsspec's file system for an address; one for each kind and process."""
+    require_extra(address)
+    protocol = PROTOCOLS[scheme_of(address)]
+    with _lock:
+        if protocol not in _open_stores:
+            options = _OPTIONS.get(protocol, {})
+            _open_stores[protocol] = fsspec.filesystem(protocol, use_listings_cache=False, **options)
+        return _open_stores[protocol]
+
+
+def _key(address: str) -> str:
+    """Bucket and key, as fsspec's methods want them."""
+    return address.partition("://")[2]

@@ -1,0 +1,58 @@
+"""Which hosts may be spoken to, so that a manifest of unknown origin cannot point into the user's own network.
+
+Three zones. *Public* addresses may always be fetched. *Private* ones (loopback, the ranges of local networks,
+whatever else is not routed in public) only where the user has named the host: as INPUT or --root, or for all
+URLs of a manifest by --remote. A server may send on to a private address only if it is private itself.
+*Forbidden* ones never: link-local addresses, where clouds keep the credentials of their machines.
+
+The address that is connected to is the one that was looked at: zones are told when a name is resolved, so a
+name that changes its address in between gains nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from enum import IntEnum
+
+_METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "100.100.100.200", "192.0.0.192")))
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class Zone(IntEnum):
+    """How close to home an address is."""
+
+    PUBLIC, PRIVATE, FORBIDDEN = range(3)
+
+
+def zone_of(host: str) -> Zone | None:
+    """The zone of an IP address written out; None for a name."""
+    try:
+        ip = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+    except ValueError:
+        return None
+    if isinstance(ip, ipaddress.IPv6Address):
+        inside = ip.ipv4_mapped or ip.sixtofour
+        if ip in _NAT64:
+            inside = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inside is not None:
+            ip = inside
+    if ip.is_link_local or ip in _METADATA:
+        return Zone.FORBIDDEN
+    return Zone.PUBLIC if ip.is_global and not ip.is_multicast else Zone.PRIVATE
+
+
+@dataclass(frozen=True, slots=True)
+class HostRules:
+    """Whose private addresses may be spoken to: those of `named` hosts, or with `any_private` of all."""
+
+    named: frozenset[str] = frozenset()
+    any_private: bool = False
+
+    def farthest(self, host: str) -> Zone:
+        """The zone up to which `host` may lie."""
+        return Zone.PRIVATE if self.any_private or host in self.named else Zone.PUBLIC
+
+    def farthest_after(self, host: str, sender: Zone) -> Zone:
+        """The same for a host that a server in the zone `sender` sends on to."""
+        return self.farthest(host) if host in self.named else min(self.farthest(host), sender)
