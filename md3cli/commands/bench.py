@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
+from md3cli.errors import UsageError
 from md3cli.records import printable
 
 app = typer.Typer(add_completion=False)
@@ -47,10 +49,24 @@ def bench(
     baseline_images: Annotated[
         int | None, typer.Option(min=1, help="Run the baseline on so many pictures and scale up.")
     ] = None,
+    compare_quant: Annotated[
+        bool, typer.Option("--compare-quant", help="The model in full, 8 and 4 bits: size, memory, speed, quality.")
+    ] = False,
+    against: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="With --compare-quant: a checkpoint to compare as well.")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(metavar="INPUT", help="With --compare-quant: pictures to compare decisions on.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random weights and pictures.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """This machine's throughput by stage, beside what a bare matrix product and a bare read reach here."""
+    if compare_quant:
+        _compare_quant(model, against or (), images, device=device, dtype=dtype, threads=threads, as_json=as_json)
+        return
+    if against or images:
+        raise UsageError("--against and --images are for --compare-quant; add it, or leave them out")
     from md3cli.model.bench import WORKLOADS, model_maker, run_bench
 
     result = run_bench(
@@ -65,6 +81,27 @@ def bench(
         typer.echo(json.dumps(result))
         return
     _show(result)
+
+
+def _compare_quant(
+    model: str | None,
+    against: Sequence[str],
+    images: str | None,
+    *,
+    device: str,
+    dtype: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    from md3cli.commands import compare_quant
+
+    if model is None:
+        raise UsageError("--compare-quant needs weights; name them with -m (-m tiny is always there)")
+    result = compare_quant.compare_quant(model, against, images, device=device, dtype=dtype, threads=threads)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        compare_quant.show(result)
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from md3cli.model.name_tables import Slot, is_int8_vision, is_portable, slots
 from md3cli.model.packing import SCHEMES, read_quantised
 from md3cli.model.quantised import LowBit, QuantisedWeight, quantise_int4
 from md3cli.model.scale_search import search
-from md3cli.model.shards import Progress
+from md3cli.model.shards import DTYPE_CODES, Progress, StoredDtypes, lay_out
 from md3cli.model.weight_files import checkpoint_revision
 
 SHARD_LIMIT_BYTES = 1_000_000_000  # what a killed run has to do again at most
@@ -91,6 +91,22 @@ def quantise_checkpoint(
             progress=progress,
         )
     return plan_checkpoint(target)
+
+
+def stored_bytes(plan: CheckpointPlan, settings: QuantiseSettings | None) -> int:
+    """Bytes of the weights that `quantise_checkpoint` would write; None: of all weights in the dtype of the plain ones.
+
+    Raises:
+        CheckpointError: a matrix cannot be quantised so.
+    """
+    expected = {slot.name: slot.shape for slot in plan.slots}
+    dtype = DTYPE_CODES[stored_dtype(plan)]
+    if settings is None:
+        table, dtypes = slots(expected, Format.ORIGINAL), StoredDtypes(dtype)
+    else:
+        table = slots(expected, _LAYOUTS[settings.kind], _marks(expected, settings))
+        dtypes = StoredDtypes(dtype, DTYPE_CODES[settings.int4_scale_dtype])
+    return sum(shard.num_bytes for shard in lay_out(table, dtypes, None))
 
 
 def _marks(names: Mapping[str, object], settings: QuantiseSettings) -> frozenset[str]:
