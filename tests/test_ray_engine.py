@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 import stub_scale
-from program import Program, isolate, make_pictures
+from program import Program, clean_environment, isolate, make_pictures
 from stub_scale import FINDER
 
 from md3cli.config import DecodeOptions, ModelOptions
@@ -36,6 +37,7 @@ from md3cli.scale.shards import ShardRunner
 from md3cli.source import SourceSpec, open_source
 
 TESTS = Path(__file__).parent
+SCENES = TESTS.parent / "examples" / "scenes"
 NUM_PICTURES, SHARD_ROWS = 100, 5
 DEADLY = "kill the worker"
 CAR, DOG = (Request(Task.DETECT, prompt) for prompt in ("car", "dog"))
@@ -47,6 +49,7 @@ def ray_local() -> Iterator[None]:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
     ray = pytest.importorskip("ray", reason="Ray is not installed (the extra md3cli[ray])")
     folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: the path of a socket has 107 bytes
     before = dict(os.environ)
@@ -176,14 +179,16 @@ def test_killed_actors_lose_nothing(run: Run, expected: bytes) -> None:
 @pytest.mark.usefixtures("ray_local")
 def test_a_killed_driver_loses_nothing_and_any_engine_goes_on(run: Run, expected: bytes) -> None:
     """The driver has a Ray of its own, for this machine alone; what that still commits before it ends is right."""
+    temp = tempfile.mkdtemp(prefix="r", dir="/tmp")
     driver = subprocess.run(
         [sys.executable, str(TESTS / "stub_ray.py"), run.folder.uri, "3"],
-        env=without_ray_settings(),
+        env=without_ray_settings() | {"TMPDIR": temp},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         timeout=90,
     )
+    shutil.rmtree(temp, ignore_errors=True)  # what is left of its Ray is ending
     hosts = set(driver.stdout.split())
     assert hosts
     assert all(map(is_loopback, hosts)), hosts
@@ -254,6 +259,33 @@ def test_the_command_writes_what_it_writes_without_ray(
     assert (tmp_path / "ray.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
     assert result.stdout == ""
     assert "24 requests of 12 images: 24 ok" in result.stderr
+
+
+@pytest.mark.ray
+def test_a_signal_stops_in_order_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """As a process of its own: Ray would take SIGTERM over."""
+    pytest.importorskip("ray", reason="Ray is not installed (the extra md3cli[ray])")
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(120):
+        os.link(SCENES / f"scene_{i % 12:05}.png", images / f"{i}.png")
+    command = [sys.executable, "-m", "md3cli", "caption", str(images), "-m", "tiny", "-o", str(tmp_path / "out.jsonl")]
+    command += ["--engine", "ray", "--shard-size", "5", "--no-cache", "--offline"]
+    environment = clean_environment(tmp_path / "home")
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    commits = tmp_path / "out.jsonl.md3run" / "commits"
+    while process.poll() is None and len(list(commits.glob("*.json"))) < 2:
+        time.sleep(0.05)
+    process.terminate()
+    told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert told[0] == ""
+    assert "stopped by SIGTERM" in told[1]
+    assert "SIGTERM handler" not in told[1], "nothing starts a second Ray"
+    plain = [argument for argument in command if argument not in ("--engine", "ray", "--shard-size", "5")]
+    assert subprocess.run(plain, env=environment, capture_output=True, timeout=120).returncode == 0
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_bytes().splitlines()]
+    assert [record["image"] for record in records] == [f"{i}.png" for i in range(120)]
 
 
 # -- without Ray ---------------------------------------------------------------------------------------

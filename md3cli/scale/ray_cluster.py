@@ -12,9 +12,11 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -30,6 +32,10 @@ LONGEST_FOLDER = 40  # of the characters a socket's path may have (107), Ray nee
 MOST_DECODE_WORKERS = 16
 CONNECT_TIMEOUT_S = 10.0
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: nodes are told apart by port, and all ports bind to 127.0.0.1
+_AT_IMPORT = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else every actor's arguments are called an error
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # else whatever still runs when we disconnect starts a Ray of its own
+}
 _TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
 
 
@@ -98,16 +104,26 @@ def connected(options: RayOptions) -> Iterator[Any]:
     address = options.address or os.environ.get("RAY_ADDRESS") or LOCAL
     # Ray tells of workers that died on stdout, which is for records; and from a thread of its own.
     with contextlib.ExitStack() as stack, contextlib.redirect_stdout(sys.stderr):
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it calls every actor's arguments an error
+        os.environ |= _AT_IMPORT | {name: os.environ[name] for name in _AT_IMPORT if name in os.environ}
         settings = _joining(address) if address != LOCAL else _starting(stack)
         ray = import_module("ray")
         if not ray.is_initialized():
             stack.callback(ray.shutdown)
             try:
-                ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+                with _own_sigterm():
+                    ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
             except Exception as error:  # of many kinds, by what fails
                 raise EngineError(_no_connection(address, error)) from error
         yield ray
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray puts a handler of its own in the place of the program's, which would end it at once."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _joining(address: str) -> dict[str, Any]:
@@ -132,10 +148,9 @@ def _joining(address: str) -> dict[str, Any]:
 
 
 def _starting(stack: contextlib.ExitStack) -> dict[str, Any]:
-    """How to start a cluster here; its environment must be set before Ray is imported."""
-    if "ray" not in sys.modules:
-        os.environ.setdefault(_LOOPBACK, "0")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    """How to start a cluster here."""
+    os.environ.setdefault(_LOOPBACK, "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     folder = Path(tempfile.mkdtemp(prefix="md3-ray-", dir=_short_folder()))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     if not any(name in os.environ for name in _TOKEN_VARIABLES):
