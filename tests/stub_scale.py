@@ -24,7 +24,9 @@ class MortalEngine(StubEngine):
     deadly: str | None = None
 
     def step(self) -> Sequence[StubAnswer]:
-        if any(request.prompt == self.deadly for _, _, request in list(self._waiting)[: self.batch_size]):
+        if self.deadly and any(
+            request.prompt == self.deadly for _, _, request in list(self._waiting)[: self.batch_size]
+        ):
             os._exit(DEADLY_STATUS)
         return super().step()
 

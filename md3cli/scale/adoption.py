@@ -19,7 +19,7 @@ import numpy as np
 from md3cli.digest_set import digest_of
 from md3cli.early import SUFFIX as EARLY_SUFFIX
 from md3cli.journal_scan import journal_lines
-from md3cli.scale.attempts import attempt_files, read_history
+from md3cli.scale.attempts import ADOPTED, attempt_files, read_history
 from md3cli.scale.commits import Commit
 from md3cli.scale.layout import KEPT, WIP, RunFolder, commit_name, journal_name, new_attempt
 from md3cli.scale.plan import Plan, PlanReader
@@ -68,7 +68,7 @@ def _keep_others(folder: RunFolder, index: _Index) -> None:
 
 
 def _keep(folder: RunFolder, shard: int, lines: list[bytes]) -> None:
-    folder.wip.put(journal_name(shard, f"adopted-{new_attempt()}"), b"".join(lines))
+    folder.wip.put(journal_name(shard, f"{ADOPTED}{new_attempt()}"), b"".join(lines))
 
 
 class _Index:

@@ -27,6 +27,7 @@ from md3cli.scale.layout import WIP, RunFolder, journal_name, shard_name
 from md3cli.scale.store import LocalStore
 
 SYNC_RECORDS, SYNC_INTERVAL_S = 64, 2.0
+ADOPTED = "adopted-"  # what a journal's attempt is called that was no attempt: records taken over from elsewhere
 TOUCH_INTERVAL_S = 5.0  # how often a journal shows that its attempt is alive
 STALE_AFTER_S = 60.0  # without such a sign
 # A request is blamed for what happened to its workers after two crashes, the latest alone with it. A kill
@@ -203,7 +204,7 @@ def is_under_way(folder: RunFolder, shard: int, own_host: str) -> bool:
     """Whether a process seems to work on `shard`: its journal was touched lately, and it is not known dead."""
     for name in attempt_files(folder.wip, shard):
         owner = re.fullmatch(r"\d+\.(.+)-(\d+)-[0-9a-f]+\.jsonl", name)
-        if owner is None or (owner[1] == own_host and not _is_alive(int(owner[2]))):
+        if owner is None or owner[1].startswith(ADOPTED) or (owner[1] == own_host and not _is_alive(int(owner[2]))):
             continue
         modified_at = folder.wip.modified_at(f"{WIP}/{name}")
         if modified_at is not None and time.time() - modified_at < STALE_AFTER_S:

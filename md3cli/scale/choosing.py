@@ -7,12 +7,14 @@ changes that file takes the run folder away first.
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 from md3cli.config import RunConfig
 from md3cli.errors import UsageError
 from md3cli.outputs import OutputPlan
-from md3cli.run_info import OutputPaths
+from md3cli.run_info import RECORDS_NAME, OutputPaths
 from md3cli.scale.layout import EXPORTED, FOLDER_NAME, PLAN, SUFFIX, RunFolder, open_run_folder
+from md3cli.scale.store import LocalStore
 
 
 def run_folder_of(outputs: OutputPlan, config: RunConfig) -> RunFolder | None:
@@ -40,6 +42,18 @@ def is_unfinished(folder: RunFolder, files: OutputPaths) -> bool:
     if folder.store.read(PLAN) is None:
         return False
     return folder.store.read(EXPORTED) is None or not files.journal.exists()
+
+
+def records_of(folder: RunFolder) -> Path | None:
+    """The records file that a local run folder is exported to; None on an object store."""
+    if not isinstance(folder.store, LocalStore):
+        return None
+    root = folder.store.root
+    if root.name == FOLDER_NAME:
+        return root.parent / RECORDS_NAME
+    output = root.with_name(root.name.removesuffix(SUFFIX))
+    aside = output.with_name(f"{output.name}.{RECORDS_NAME}")
+    return aside if aside.exists() else output
 
 
 def discard(folder: RunFolder) -> None:

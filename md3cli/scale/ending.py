@@ -19,6 +19,7 @@ from md3cli.run_info import RunCounts, RunDocument, identity_of
 from md3cli.scale.choosing import is_unfinished
 from md3cli.scale.commits import Commit
 from md3cli.scale.export import export_parts
+from md3cli.scale.gc import collect
 from md3cli.scale.layout import RunFolder
 from md3cli.scale.plan import Plan
 from md3cli.scale.run_options import StartNote
@@ -88,6 +89,7 @@ class Ending:
         if is_unfinished(self._folder, self._files):
             journal = self._files.journal
             export_parts(self._folder, self._plan, commits, journal)
+            collect(self._folder, older_than_s=0.0)  # what a kill between a commit and its end has left
             journal.with_name(journal.name + EARLY_SUFFIX).unlink(missing_ok=True)  # of a single process, taken over
         if self._document is None:
             self._document = self._rank_document()

@@ -69,6 +69,12 @@ def _copy(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], file: IO
     return Exported(num_records, num_bytes, digest.hexdigest())
 
 
+def is_good_part(folder: RunFolder, commit: Commit) -> bool:
+    """Whether the part is what its marker says."""
+    data = folder.store.read(commit.part)
+    return data is not None and hashlib.sha256(data).hexdigest() == commit.sha256
+
+
 def read_part(folder: RunFolder, commit: Commit) -> bytes:
     """The records of a committed shard.
 

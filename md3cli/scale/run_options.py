@@ -41,9 +41,8 @@ class RunOptions:
         model = {field.name: document["model"][field.name] for field in fields(ModelOptions)}
         if model["cache_dir"] is not None:
             model["cache_dir"] = Path(model["cache_dir"])
-        decode = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in document["decode"].items()
-        }
+        decode: dict[str, Any] = dict(document["decode"])
+        decode |= {name: tuple(value) for name, value in decode.items() if isinstance(value, list)}
         return cls(ModelOptions(**model), DecodeOptions(**decode))
 
 

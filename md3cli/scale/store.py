@@ -109,7 +109,7 @@ class LocalStore:
     def read(self, name: str) -> bytes | None:
         try:
             return self.path(name).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise output_error(self.path(name), error) from error

@@ -1,0 +1,269 @@
+"""Runs of many processes through the program: the same bytes in every form, and from one form to the next."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chaos import wait_until
+from marked_processes import MARK, marked_processes
+from program import Program, clean_environment, isolate, make_pictures, records_of
+from scale_chaos import ScaleChaos, run_scale_chaos
+
+TESTS = Path(__file__).parent.parent
+THREE = ("--devices", "cpu", "--workers-per-device", "3")
+
+
+@pytest.fixture
+def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
+    isolate(monkeypatch, tmp_path / "home")
+    return Program(monkeypatch)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = make_pictures(tmp_path / "pictures", 30)
+    (folder / "p4.png").write_bytes(b"no picture")
+    return folder
+
+
+def whole(md3: Program, pictures: Path, out: Path) -> bytes:
+    md3("caption", pictures, "-o", out / "whole.jsonl")
+    return (out / "whole.jsonl").read_bytes()
+
+
+def start(folder: Path, *arguments: Any, step_s: float = 0.0, **environment: str) -> subprocess.Popen[str]:
+    """The program as a process of its own; its workers find the stub too."""
+    settings = clean_environment(folder / "home") | {MARK: f"{os.getpid()}-{folder.name}", **environment}
+    command = [sys.executable, str(TESTS / "stub_md3.py"), "--step-seconds", str(step_s), *map(str, arguments)]
+    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+# -- in this process -------------------------------------------------------------------------------
+
+
+def test_a_run_folder_gives_the_bytes_of_a_single_process(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    expected = whole(md3, pictures, tmp_path)
+    done = md3("caption", pictures, "-o", f"{tmp_path}/out/", "--engine", "local", "--shard-size", 7, "-f", "coco")
+    assert done.exit_code == 3, done.output
+    assert (tmp_path / "out/records.jsonl").read_bytes() == expected
+    assert len(list((tmp_path / "out/.md3run/commits").iterdir())) == 5
+    assert json.loads((tmp_path / "out/run.json").read_bytes())["counts"]["failed"] == 1
+    assert len(json.loads((tmp_path / "out/coco.json").read_bytes())["images"]) >= 29
+    errors = records_of(tmp_path / "out/.md3run/errors.jsonl")
+    assert [record["image"] for record in errors] == ["p4.png"]
+    assert md3("verify", tmp_path / "out").exit_code == 0
+
+
+def test_ranks_share_out_and_the_last_one_exports(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    asked = ("caption", pictures, "-o", out, "--shard-size", 5, "--world-size", 2)
+    first = start(tmp_path, *asked, "--worker-rank", 0, step_s=0.05)
+    second = start(tmp_path, *asked, "--worker-rank", 1, step_s=0.05)
+    assert [first.wait(60), second.wait(60)] == [3, 3]
+    assert out.read_bytes() == whole(md3, pictures, tmp_path)
+    status = json.loads(md3("status", out, "--json").output)
+    assert (status["shards_done"], status["exported"]) == (6, True)
+
+
+def test_a_rank_alone_does_it_all(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    assert md3("caption", pictures, "-o", out, "--world-size", 3, "--shard-size", 4).exit_code == 3
+    assert out.read_bytes() == whole(md3, pictures, tmp_path)
+
+
+def test_a_grown_input_is_taken_in_after_the_end(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    out, many = tmp_path / "o.jsonl", ("--engine", "local", "--shard-size", 8)
+    md3("caption", pictures, "-o", out, *many)
+    md3("caption", pictures, "-o", out, *many)
+    assert md3.num_answered == 0
+    make_pictures(pictures / "later", 3)
+    md3("caption", pictures, "-o", out, *many)
+    assert md3.num_answered == 3
+    assert out.read_bytes() == whole(md3, pictures, tmp_path)
+    make_pictures(pictures / "latest", 2)
+    md3("caption", pictures, "-o", out)
+    assert md3.num_answered == 2, "a plain command goes on from the export"
+    assert sorted(out.read_bytes().splitlines()) == sorted(whole(md3, pictures, tmp_path / "again").splitlines())
+    assert not Path(f"{out}.md3run").exists(), "what is out of date is gone"
+
+
+def test_records_that_are_no_longer_asked_for_stay(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    md3("caption", pictures, "-o", out)
+    before = out.read_bytes().splitlines()
+    for i in range(5):
+        (pictures / f"p{i}.png").unlink()
+    md3("caption", pictures, "-o", out, "--engine", "local")
+    assert md3.num_answered == 0
+    assert sorted(out.read_bytes().splitlines()) == sorted(before)
+
+
+@pytest.mark.parametrize("many", [(), ("--engine", "local")])
+def test_failures_are_done_again(md3: Program, pictures: Path, tmp_path: Path, many: tuple[str, ...]) -> None:
+    out = tmp_path / "o.jsonl"
+    assert md3("caption", pictures, "-o", out, "--engine", "local", "--shard-size", 6).exit_code == 3
+    make_pictures(pictures, 5)  # the bad one too
+    done = md3("caption", pictures, "-o", out, "--retry-failed", *many)
+    assert (done.exit_code, md3.num_answered) == (0, 1), done.output
+    assert out.read_bytes() == whole(md3, pictures, tmp_path)
+    assert md3("caption", pictures, "-o", out, *many).exit_code == 0
+
+
+def test_starting_over(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    md3("caption", pictures, "-o", out, "--engine", "local")
+    md3("caption", pictures, "-o", out, "--engine", "local", "--overwrite", "--length", "short")
+    assert md3.num_answered == 29
+    md3("caption", pictures, "-o", out, "--overwrite")
+    assert md3.num_answered == 29
+    assert not Path(f"{out}.md3run").exists()
+    assert out.read_bytes() == whole(md3, pictures, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--length", "short"), "length"),
+        (("--dtype", "bf16"), "dtype: auto, now bf16"),
+        (("--limit", "5"), "input.limit: null, now 5"),
+    ],
+)
+def test_an_unfinished_run_goes_on_as_it_began_or_not(
+    md3: Program, pictures: Path, tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    out = tmp_path / "o.jsonl"
+    md3("caption", pictures, "-o", out, "--engine", "local")
+    Path(f"{out}.md3run/exported.json").unlink()
+    refused = md3("caption", pictures, "-o", out, *options)
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--engine", "local"), "-o"),
+        (("-o", "x", "--worker-rank", "2", "--world-size", "2"), "count from 0"),
+        (("-o", "x", "--overwrite", "--world-size", "2"), "one process"),
+        (("-o", "x", "--engine", "ray", "--devices", "cpu"), "ray"),
+        (("-o", "x", "--devices", "gpu"), "no device"),
+        (("-o", "x", "--devices", "cpu,cpu"), "twice"),
+    ],
+)
+def test_options_that_make_no_sense(md3: Program, pictures: Path, options: tuple[str, ...], said: str) -> None:
+    refused = md3("caption", pictures, *options)
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+
+
+def test_damage_is_found_and_done_again(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    run = Path(f"{out}.md3run")
+    md3("caption", pictures, "-o", out, "--engine", "local", "--shard-size", 10)
+    expected = out.read_bytes()
+    part = sorted((run / "parts").iterdir())[1]
+    part.write_bytes(part.read_bytes().replace(b"stop", b"step", 1))
+    (run / "parts/part-00000-lost-1-a.jsonl").write_bytes(b"")
+    found = md3("verify", out)
+    assert found.exit_code == 1
+    assert "shard 1" in found.output
+    assert "belong to nothing" in found.output
+    cleaned = md3("runs", "gc", out, "--damaged", "--older-than", 0)
+    assert "2 files removed, 1 shards" in cleaned.output
+    assert md3("verify", out).exit_code == 1
+    md3("caption", pictures, "-o", out)
+    assert md3.num_answered == 10
+    assert out.read_bytes() == expected
+    assert md3("verify", out).exit_code == 0
+    out.write_bytes(expected[:-1])
+    assert md3("verify", out).exit_code == 1
+
+
+def test_there_is_no_run_folder(md3: Program, tmp_path: Path) -> None:
+    for command in (("status",), ("verify",), ("runs", "gc")):
+        refused = md3(*command, tmp_path)
+        assert refused.exit_code == 1
+        assert "no run folder" in refused.stderr
+
+
+# -- worker processes ------------------------------------------------------------------------------
+
+
+def test_worker_processes_give_the_same_bytes(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    process = start(tmp_path, "caption", pictures, "-o", out, *THREE, "--shard-size", 3, step_s=0.05)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 3, said
+    assert "img/s" in said
+    assert out.read_bytes() == whole(md3, pictures, tmp_path)
+    attempts = {json.loads(path.read_bytes())["attempt"] for path in Path(f"{out}.md3run/commits").iterdir()}
+    assert len({attempt.split("-")[-2] for attempt in attempts}) > 1, "one process did it all"
+
+
+def test_a_deadly_request_costs_itself_alone(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    asked = ("detect", pictures, "a", "deadly", "-o", out, "--devices", "cpu", "--limit", 2)
+    process = start(tmp_path, *asked, STUB_DEADLY="deadly")
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 3, said
+    assert "status 139" in said
+    found = [(record["prompt"], (record["error"] or {}).get("type")) for record in records_of(out)]
+    assert found == [("a", None), ("deadly", "model")] * 2
+
+
+def test_ctrl_c_stops_in_order_and_a_plain_command_goes_on(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    process = start(tmp_path, "caption", pictures, "-o", out, *THREE, "--shard-size", 5, step_s=0.3)
+    wip = Path(f"{out}.md3run/wip")
+    wait_until(lambda: any(b'"schema"' in path.read_bytes() for path in wip.glob("*.jsonl")), "no records came")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "resume with: md3 caption" in said
+    assert not marked_processes(f"{os.getpid()}-{tmp_path.name}")
+    md3("caption", pictures, "-o", out)
+    assert 0 < md3.num_answered < 29
+    assert out.read_bytes() == whole(md3, pictures, tmp_path)
+
+
+def test_a_second_ctrl_c_and_a_killed_supervisor_leave_nobody(pictures: Path, tmp_path: Path) -> None:
+    for kinds in ((signal.SIGINT, signal.SIGINT), (signal.SIGKILL,)):
+        process = start(tmp_path, "caption", pictures, "-o", tmp_path / "o.jsonl", *THREE, step_s=5.0)
+        wait_until(lambda: any((tmp_path / "o.jsonl.md3run/wip").glob("*.jsonl")), "no shard was begun")
+        for kind in kinds:
+            process.send_signal(kind)
+            time.sleep(0.2)
+        assert process.wait(4) in (130, -signal.SIGKILL)
+        mark = f"{os.getpid()}-{tmp_path.name}"
+        wait_until(lambda mark=mark: not marked_processes(mark), "workers outlive the run", 10)
+
+
+def test_a_second_run_on_an_output_is_refused(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    process = start(tmp_path, "caption", pictures, "-o", out, "--engine", "local", step_s=5.0)
+    wait_until(lambda: any(Path(f"{out}.md3run").glob("wip/*.jsonl")), "no shard was begun")
+    second = start(tmp_path, "caption", pictures, "-o", out, "--world-size", 2)
+    _, said = second.communicate(timeout=60)
+    process.kill()
+    process.communicate()
+    assert second.returncode == 1
+    assert f"process {process.pid}" in said
+
+
+def test_kills_in_every_form(tmp_path: Path) -> None:
+    chaos = ScaleChaos(tmp_path, num_rows=400, shard_size=40, forms=("one", "three", "ranks", "one"))
+    run_scale_chaos(chaos, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_200_kills_in_every_form(tmp_path: Path) -> None:
+    run_scale_chaos(ScaleChaos(tmp_path), 200)
