@@ -118,8 +118,9 @@ def near_mass(logits: Tensor, bins: Tensor) -> Tensor:
     """Softmax mass within `bins / NEAR_FRACTION` of the chosen bin: logits [..., n], bins [...] -> [...]."""
     num_bins = logits.shape[-1]
     reach = max(1, num_bins // NEAR_FRACTION)
-    distance = (torch.arange(num_bins, device=logits.device) - bins[..., None]).abs()
-    return logits.softmax(dim=-1).masked_fill(distance > reach, 0.0).sum(dim=-1)
+    near = bins[..., None] + torch.arange(-reach, reach + 1, device=logits.device)
+    mass = logits.softmax(dim=-1).gather(-1, near.clamp(0, num_bins - 1))
+    return mass.masked_fill((near < 0) | (near >= num_bins), 0.0).sum(dim=-1)
 
 
 def _banned_logits(model: Moondream3, logits_NV: Tensor, rows: Rows) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from md3cli.images import PreparedImage
 from md3cli.model.moondream import Moondream3
 from md3cli.model.tasks import EncodedImage
+from md3cli.model.threads import cpu_threads
 from md3cli.model.vision import normalise_crops
 
 MEMORY_BYTES = 256 * 2**20  # of embeddings kept in memory: 90 pictures of the real model
@@ -50,11 +51,14 @@ class ImageEncoder:
         store: EmbeddingStore | None = None,
         memory_bytes: int = MEMORY_BYTES,
         max_crops: int | None = None,
+        threads: int | None = None,
     ) -> None:
+        """`threads` are for this stage alone: a micro-batch of a small model feeds more of them than a decode step."""
         self.model = model
         self.store = store
         self.max_crops = max_crops or crops_per_batch(model)
         self.encode_crops: EncodeCrops = model.vision.encode
+        self._threads = threads
         self._pads = False  # compiled code wants every micro-batch of one size
         self._ready: dict[str, Tensor] = {}  # of pictures that are about to be asked something
         self._memory: OrderedDict[str, Tensor] = OrderedDict()  # of pictures that may come again
@@ -115,8 +119,9 @@ class ImageEncoder:
     def encode(self, images: Sequence[PreparedImage]) -> list[Tensor]:
         """Embeddings of pictures that are not at hand, in order; remembers them."""
         started = time.perf_counter()
-        features = iter(self._features([crop_batch(image) for image in images]))
-        embeddings = [self._embed(next(features), image) for image in images]
+        with cpu_threads(self._threads):
+            features = iter(self._features([crop_batch(image) for image in images]))
+            embeddings = [self._embed(next(features), image) for image in images]
         for image, embedding in zip(images, embeddings, strict=True):
             self._remember(image.sha256, embedding)
             if self.store is not None:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from md3cli.model.config import HEAD_DIM, ModelConfig
 
-GROWTH = 64  # positions; capacity is a multiple of it, so that resizing is rare and shapes repeat
+GROWTH = 16  # positions; capacity is a multiple of it, so that shapes repeat
+GROWTH_SHARE = 8  # capacity grows by at least this part of itself, so that resizing is rare
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -51,6 +52,8 @@ class KVCache:
         needed = max(round_up(num_positions, GROWTH), self._least_capacity)
         if not self.capacity < needed and not needed <= self.capacity // 2:
             return
+        if needed > self.capacity:
+            needed = max(needed, round_up(self.capacity + self.capacity // GROWTH_SHARE, GROWTH))
         kept = min(needed, self.capacity)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):  # layer by layer: never twice in memory

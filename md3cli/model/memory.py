@@ -11,6 +11,8 @@ import torch
 from md3cli.model.config import HEAD_DIM, ModelConfig
 
 MAX_BATCH = {"cpu": 32, "cuda": 128, "mps": 32}
+SMALL_SLOT_BYTES = 8 << 20  # of a slot; a smaller model's step is spent on calling operators
+MAX_BATCH_OF_SMALL = 64
 KV_SHARE = 0.5  # of the free memory goes to slots; the rest is activations and room
 
 
@@ -58,7 +60,9 @@ def choose_batch_size(
         if asked > fitting:
             warnings.warn(f"--batch-size {asked}: memory holds {fitting}; that many are used", stacklevel=2)
         return min(asked, fitting)
-    return 1 << (min(fitting, MAX_BATCH.get(device.type, MAX_BATCH["cpu"])).bit_length() - 1)
+    is_small = slot_bytes(config, config.prefix_len + 512, dtype) < SMALL_SLOT_BYTES
+    limit = max(MAX_BATCH.get(device.type, MAX_BATCH["cpu"]), MAX_BATCH_OF_SMALL if is_small else 0)
+    return 1 << (min(fitting, limit).bit_length() - 1)
 
 
 def peak_rss() -> int:
