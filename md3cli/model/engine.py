@@ -26,6 +26,7 @@ from md3cli.model.decoding import Event, Mode, Step, advance, idle_rows
 from md3cli.model.encoder import ImageEncoder
 from md3cli.model.engine_stats import EngineStats
 from md3cli.model.forward import Passes, new_rows
+from md3cli.model.intake import take_in
 from md3cli.model.kv_cache import KVCache
 from md3cli.model.memory import is_out_of_memory
 from md3cli.model.moondream import Moondream3
@@ -106,13 +107,10 @@ class Engine:
     def add(self, job: Job) -> Sequence | None:
         """Take a job in and return its sequence; one that makes no sense is answered with a failure instead."""
         try:
-            prompt = self.prompts.build(job.request, has_image=job.image is not None)
-            choices = self.prompts.encode_choices(job.request)
-            self._check_length(job, len(prompt.ids) + max(map(len, choices), default=0))
+            sequence = take_in(job, self.prompts, self.config, self.max_context)
         except RequestError as error:
             self._finished.append(Answer(job.key, failure=RowFailure(error.type, str(error))))
             return None
-        sequence = Sequence(job, prompt, self.config, choices=choices)
         self._waiting.append(sequence)
         return sequence
 
@@ -172,14 +170,6 @@ class Engine:
             self._allocate(1)
         else:
             raise EngineError(f"out of memory with nothing in flight: {error}") from error
-
-    def _check_length(self, job: Job, num_ids: int) -> None:
-        length = num_ids + (self.config.prefix_len if job.image is not None else 0)
-        if length > self.max_context:
-            raise RequestError(
-                f"the prompt needs {length} positions and the context holds {self.max_context}; "
-                "shorten it or raise --max-context"
-            )
 
     # -- admission --------------------------------------------------------------------------------
 
