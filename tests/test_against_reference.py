@@ -28,6 +28,8 @@ from md3cli import Moondream
 from md3cli.config import ModelOptions
 from md3cli.model.asking import prepare_pil
 from md3cli.model.load import load_engine
+from md3cli.model.quantise_checkpoint import QuantiseSettings, quantise_checkpoint
+from md3cli.model.quantised import LowBit
 from md3cli.model.tasks import Job
 from md3cli.records import Request, Task
 
@@ -56,8 +58,19 @@ class Drawn:
 
 def draw(folder: Path, seed: int, form: str, dense: bool = False) -> Drawn:
     """The model of `seed` written as `form`; the reference reads what was written."""
-    rng = random.Random(seed)
     write_checkpoint(draw_network(seed, dense), folder, form, shape_seed=seed)
+    return ask_reference(folder, random.Random(seed))
+
+
+def draw_quantised(folder: Path, seed: int, form: str, settings: QuantiseSettings) -> Drawn:
+    """The same, written as `form` and then quantised by md3."""
+    source = write_checkpoint(draw_network(seed), folder / "source", form)
+    quantise_checkpoint(source, folder / "quantised", settings)
+    return ask_reference(folder / "quantised", random.Random(seed))
+
+
+def ask_reference(folder: Path, rng: random.Random) -> Drawn:
+    """What the reference makes of pictures and requests drawn from `rng`."""
     model = Model(read_network(folder), Tokenizer.from_file(str(folder / "tokenizer.json")))
     asked = []
     for _ in range(IMAGES_PER_MODEL):
@@ -154,6 +167,33 @@ def test_every_format_in_mixed_batches(form: str, tmp_path: Path) -> None:
     drawn = draw(tmp_path / "model", 100 + FORMATS.index(form), form)
     assert_mostly_certain(drawn)
     assert_batch_agrees(load(drawn), drawn, FLOAT32)
+
+
+QUANTISED = {
+    "int4": QuantiseSettings(LowBit.INT4),
+    "int4, short scales": QuantiseSettings(LowBit.INT4, int4_scale_dtype=torch.bfloat16),
+    "int4, vision": QuantiseSettings(LowBit.INT4, has_int8_vision=True),
+    "int8": QuantiseSettings(LowBit.INT8),
+    "int8, vision": QuantiseSettings(LowBit.INT8, has_int8_vision=True),
+    "fp8": QuantiseSettings(LowBit.FP8),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_what_md3_quantised_means_the_same_to_the_reference(name: str, tmp_path: Path) -> None:
+    number = list(QUANTISED).index(name)
+    form = ("original", "raw-fused", "raw-fp8", "int4", "original", "raw")[number]
+    drawn = draw_quantised(tmp_path, 301 + 3 * number, form, QUANTISED[name])
+    assert_mostly_certain(drawn)
+    assert_batch_agrees(load(drawn), drawn, FLOAT32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(400, 406))
+def test_many_quantised_models(seed: int, tmp_path: Path) -> None:
+    for name, settings in QUANTISED.items():
+        drawn = draw_quantised(tmp_path / name, seed, FORMATS[seed % len(FORMATS)], settings)
+        assert_batch_agrees(load(drawn, batch_size=1 + seed % 5), drawn, FLOAT32)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7])

@@ -276,6 +276,17 @@ def dequantised_int4(tensors: Tensors, config: Config) -> Tensors:
     return out
 
 
+def dequantised_int8(tensors: Tensors) -> Tensors:
+    """Codes times the scale of their row; not a published format, but md3's own."""
+    out = {name: tensor for name, tensor in tensors.items() if not name.endswith(".weight_scale")}
+    for name, scale in tensors.items():
+        if name.endswith(".weight_scale"):
+            weight = name.removesuffix("_scale")
+            assert out[weight].dtype is torch.int8, weight
+            out[weight] = out[weight].float() * scale
+    return out
+
+
 # -- the door --------------------------------------------------------------------------------------
 
 
@@ -295,5 +306,5 @@ def read_network(folder: Path) -> Network:
         tensors = from_hf_port(tensors)
     else:
         tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    tensors = dequantised_int4(dequantised_fp8(tensors), config)
+    tensors = dequantised_int8(dequantised_int4(dequantised_fp8(tensors), config))
     return Network(config, {name: tensor.float() for name, tensor in tensors.items()})
