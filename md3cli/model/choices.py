@@ -17,6 +17,7 @@ from torch import Tensor
 
 from md3cli.model.kv_cache import KVCache, PromptStore
 from md3cli.model.moondream import Moondream3
+from md3cli.model.tasks import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,11 @@ class ChoiceRow:
     slot: int
     position: int
     choices: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, sequence: Sequence, slot: int, end: int) -> ChoiceRow:
+        """The answer id stands at the prompt's end, or is what reasoning would feed next; `end` is the slot's."""
+        return cls(slot, end if sequence.reasons else end - 1, sequence.choices)
 
     @property
     def end(self) -> int:

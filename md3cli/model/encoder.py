@@ -134,7 +134,10 @@ class ImageEncoder:
 
     def _features(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Patch features of every picture's distinct crops, in micro-batches over all crops."""
-        crops_NSSC = torch.cat(list(batches)).to(self.model.device)
+        crops_NSSC = torch.cat(list(batches))
+        if self.model.device.type == "cuda":
+            crops_NSSC = crops_NSSC.pin_memory()  # copied while the host goes on
+        crops_NSSC = crops_NSSC.to(self.model.device, non_blocking=True)
         parts = []
         for chunk in crops_NSSC.split(self.max_crops):
             padding = (0, 0, 0, 0, 0, 0, 0, self.max_crops - len(chunk))

@@ -70,13 +70,9 @@ class Engine:
         return self.config.vision.crop_config
 
     @property
-    def num_active(self) -> int:
-        return len(self._slots.active)
-
-    @property
     def has_work(self) -> bool:
         """True while something is taken in and not answered."""
-        return bool(self._waiting or self._finished or self.num_active)
+        return bool(self._waiting or self._finished or self._slots.active)
 
     @property
     def wants_more(self) -> bool:
@@ -293,16 +289,11 @@ class Engine:
         if not choosing:
             return
         self._rows.mode[[slot for slot, _ in choosing]] = int(Mode.IDLE)
-        rows = [self._choice_row(slot, sequence) for slot, sequence in choosing]
+        rows = [ChoiceRow.of(sequence, slot, self._slots.end[slot]) for slot, sequence in choosing]
         scores = choice_probabilities(self.model, self.cache, rows)
         for (slot, sequence), row, found in zip(choosing, rows, scores, strict=True):
             sequence.choose(found, has_room=row.end <= self.max_context)
             self._finish(slot, sequence)
-
-    def _choice_row(self, slot: int, sequence: Sequence) -> ChoiceRow:
-        """The answer id stands at the prompt's end, or is what reasoning would feed next."""
-        position = self._slots.end[slot] if sequence.reasons else self._slots.end[slot] - 1
-        return ChoiceRow(slot, position, sequence.choices)
 
     def _is_sampled(self) -> bool:
         return any(s is not None and s.job.request.temperature > 0 for s in self._slots.sequences)
