@@ -30,6 +30,7 @@ class ModelOptions:
     device: str = "auto"
     dtype: str = "auto"
     quant: str = "stored"
+    quant_vision: str = "none"
     batch_size: int | None = None
     compile: bool | None = None
     cache: bool = True
@@ -38,6 +39,11 @@ class ModelOptions:
     max_context: int | None = None
     offline: bool = False
     background: str = "none"
+
+    @property
+    def quant_identity(self) -> str:
+        """`quant` as records' ids know it: with the vision encoder's where that is not the rule."""
+        return self.quant if self.quant_vision == "none" else f"{self.quant}, vision {self.quant_vision}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ def find_model(options: ModelOptions) -> Model:
     identity = RunIdentity(
         model=files.identity,
         dtype=options.dtype,
-        quant=options.quant,
+        quant=options.quant_identity,
         adapter=options.adapter or "",
         background=options.background,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from safetensors.torch import save_file
 
 from md3cli.config import ModelOptions
 from md3cli.errors import CheckpointError, ConfigError
+from md3cli.file_cache import FileCache
 from md3cli.model.checkpoint import load_model
 from md3cli.model.checkpoint_plan import plan_checkpoint
+from md3cli.model.encoding_cache import EncodingCache
 from md3cli.model.hub import model_path
 from md3cli.model.kernels import optimise
-from md3cli.model.load import load_weights
+from md3cli.model.load import load_engine, load_weights
 from md3cli.model.low_bit import LowBitLinear
 from md3cli.model.low_bit_experts import PackedMatrices, low_bit_matrices
 from md3cli.model.low_bit_int4 import Int4Matrix
@@ -31,7 +34,9 @@ TINY = model_path("tiny")
 
 
 def loaded(path: Path, quant: str, dtype: str = "auto", adapter: Path | None = None) -> Moondream3:
-    options = ModelOptions(model=str(path), quant=quant, dtype=dtype, adapter=str(adapter) if adapter else None)
+    options = ModelOptions(
+        model=str(path), quant=quant, dtype=dtype, adapter=str(adapter) if adapter else None, cache=False
+    )
     return load_weights(options, path, dtype=torch.float32, device=CPU).model
 
 
@@ -170,6 +175,34 @@ def test_int8_vision_stays_close_and_does_not_see_other_crops() -> None:
         crops[1:] = 1
         assert error(model.encode(crops)[0], found[0]) < 1e-3  # attention in float32 may round differently
     assert_no_plain_products(model)
+
+
+def test_int8_vision_is_an_option_and_part_of_ids() -> None:
+    options = ModelOptions(model="tiny", quant_vision="int8", cache=False)
+    engine = load_engine(options)
+    assert_no_plain_products(engine.model.vision)
+    assert engine.identity.quant == "stored, vision int8"
+    for wrong in (replace(options, dtype="fp32"), replace(options, quant_vision="int3")):
+        with pytest.raises(ConfigError, match="--quant-vision"):
+            load_engine(wrong)
+
+
+def test_encodings_of_other_vision_weights_or_bits_are_not_taken(tmp_path: Path) -> None:
+    files, plain = FileCache(tmp_path, 1 << 20), loaded(TINY, "none")
+    other = loaded(TINY, "none")
+    other.vision.blocks[0].mlp.fc1.weight.data = other.vision.blocks[0].mlp.fc1.weight.data + 1
+    saved = EncodingCache(files, plain, background="none")
+    saved.save("picture", torch.zeros(saved.shape))
+    assert EncodingCache(files, plain, background="none").load("picture") is not None
+    assert EncodingCache(files, plain, background="none", quant_vision="int8").load("picture") is None
+    assert EncodingCache(files, other, background="none").load("picture") is None
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_low_bits_are_not_compiled_and_that_is_said(quant: str) -> None:
+    with pytest.warns(UserWarning, match="nothing is compiled"):
+        engine = load_engine(ModelOptions(model="tiny", quant=quant, compile=True, cache=False))
+    assert not engine.passes.is_compiled
 
 
 def assert_no_plain_products(vision: VisionEncoder) -> None:

@@ -70,6 +70,7 @@ class Moondream:
         device: str = "auto",
         dtype: str = "auto",
         quant: str | None = None,
+        quant_vision: str = "none",
         adapter: str | None = None,
         revision: str | None = None,
         tokenizer: str | None = None,
@@ -88,6 +89,7 @@ class Moondream:
             device=device,
             dtype=dtype,
             quant=quant or "stored",
+            quant_vision=quant_vision,
             cache=False,
         )
         return cls(load_engine(options), options)

@@ -25,15 +25,18 @@ TENSOR_NAME = "embeddings"
 
 
 class EncodingCache:
-    """`encoder.EmbeddingStore` over a folder. A folder that cannot be written to is only read from then on."""
+    """`encoder.EmbeddingStore` over a folder. A folder that cannot be written to is only read from then on.
 
-    def __init__(self, files: FileCache, model: Moondream3, *, background: str) -> None:
+    `model` must still hold its plain weights: keys are made of them.
+    """
+
+    def __init__(self, files: FileCache, model: Moondream3, *, background: str, quant_vision: str = "none") -> None:
         self.files = files
         self.shape = (model.config.vision.num_patches, model.config.text.dim)
         self.dtype = model.dtype
         self.is_writable = True
         self.num_hits = self.num_misses = 0
-        self._context = _context(model, background)
+        self._context = _context(model, background, quant_vision)
 
     def load(self, image_key: str) -> Tensor | None:
         """The embeddings [P, D] of a picture, on the CPU; None when they are not (rightly) there."""
@@ -65,7 +68,7 @@ class EncodingCache:
         return hashlib.sha256(f"{self._context}:{image_key}".encode()).hexdigest()
 
 
-def _context(model: Moondream3, background: str) -> str:
+def _context(model: Moondream3, background: str, quant_vision: str) -> str:
     """Everything but the picture that embeddings depend on, as one line."""
     facts = {
         "preprocessing": PREPROCESSING_VERSION,
@@ -73,6 +76,7 @@ def _context(model: Moondream3, background: str) -> str:
         "background": background,
         "weights": vision_digest(model),
         "dtype": str(model.dtype),
+        "quant_vision": quant_vision,
     }
     return json.dumps(facts, sort_keys=True)
 

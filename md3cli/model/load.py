@@ -18,13 +18,17 @@ from md3cli.model.adapters import merge_adapter
 from md3cli.model.allocator import keep_freed_memory
 from md3cli.model.checkpoint import LoadedModel, load_model
 from md3cli.model.checkpoint_plan import plan_checkpoint
+from md3cli.model.code_cache import CodeCache
 from md3cli.model.config import MAX_CONTEXT_LIMIT
 from md3cli.model.encoder import ImageEncoder
 from md3cli.model.encoding_cache import EncodingCache
 from md3cli.model.engine import Engine
 from md3cli.model.hub import resolve_model
 from md3cli.model.kernels import optimise
+from md3cli.model.low_bit_experts import has_low_bits as has_low_bits_packed
+from md3cli.model.low_bit_int8 import has_int8_products
 from md3cli.model.low_bit_loading import has_low_bits, load_dequantised, load_low_bit
+from md3cli.model.low_bit_vision import quantise_vision
 from md3cli.model.memory import choose_batch_size
 from md3cli.model.moondream import Moondream3
 from md3cli.model.prompts import Prompts, Tokenizer
@@ -53,10 +57,14 @@ def load_engine(options: ModelOptions) -> Engine:
         options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline
     )
     weight_bytes = sum(file.stat().st_size for file in find_weight_files(files.path).files)
+    vision_threads = torch.get_num_threads()
     if device.type == "cpu" and weight_bytes < ONE_THREAD_BYTES:
         torch.set_num_threads(1)
     dtype = choose_dtype(options.dtype, device, weight_bytes)
     loaded = load_weights(options, files.path, dtype=dtype, device=device)
+    store = open_cache(options, loaded.model)  # before kernels take the weights over: its keys cover them
+    if options.quant_vision != "none":
+        quantise_vision_for(options, loaded.model)
     keep_freed_memory()  # from here on: what loading takes and frees is of other sizes
     tokenizer = Tokenizer.load(files.tokenizer_file, loaded.config)
     max_context = choose_max_context(options.max_context, loaded.config.text.max_context, loaded.config.prefix_len)
@@ -66,7 +74,7 @@ def load_engine(options: ModelOptions) -> Engine:
         loaded.model,
         tokenizer,
         Prompts(loaded.config, tokenizer, files.name),
-        ImageEncoder(loaded.model, store=open_cache(options, loaded.model)),
+        ImageEncoder(loaded.model, store=store, threads=vision_threads),
         identity=run_identity(options, files.identity),
         batch_size=batch_size,
         max_context=max_context,
@@ -93,16 +101,35 @@ def load_weights(options: ModelOptions, path: Path, *, dtype: torch.dtype, devic
     if has_low_bits(plan, options.quant):
         if options.dtype == "fp32":
             return load_dequantised(plan, quant=options.quant, device=device, adapter=adapter)
-        return load_low_bit(plan, quant=options.quant, dtype=dtype, device=device, adapter=adapter)
+        cache = CodeCache(open_files(options), plan.files) if options.cache else None
+        return load_low_bit(plan, quant=options.quant, dtype=dtype, device=device, adapter=adapter, cache=cache)
     loaded = load_model(path, dtype=dtype, device=device)
     if adapter is not None:
         merge_adapter(loaded.model, adapter)
     return loaded
 
 
+def quantise_vision_for(options: ModelOptions, model: Moondream3) -> None:
+    """Put the vision encoder's products into int8, as `--quant-vision` asks.
+
+    Raises:
+        ConfigError: no such scheme, or nothing here that computes it.
+    """
+    said = f"--quant-vision {options.quant_vision}"
+    if options.quant_vision != "int8":
+        raise ConfigError(f"{said}: use none or int8")
+    if options.dtype == "fp32":
+        raise ConfigError(f"{said} is not computed in float32; leave --dtype fp32 out")
+    if model.device.type != "cpu" or not has_int8_products():
+        raise ConfigError(f"{said} needs a CPU with torch's int8 engine (x86); leave it out")
+    quantise_vision(model.vision)
+
+
 def compile_engine(engine: Engine, cache_dir: Path | None) -> None:
     """Compile the engine's passes, what is generated kept in the cache folder; without a compiler warn and go on."""
     missing = missing_compiler(engine.model.device)
+    if engine.model.device.type == "cpu" and has_low_bits_packed(engine.model):
+        missing = "the CPU's low-bit products are no compiler's business"
     if missing is not None:
         warnings.warn(f"nothing is compiled: {missing}; the answers are the same", stacklevel=2)
         return
@@ -128,8 +155,16 @@ def open_cache(options: ModelOptions, model: Moondream3) -> EncodingCache | None
     """
     if not options.cache:
         return None
-    files = FileCache(options.cache_dir or user_cache_dir(), options.cache_size)
-    return EncodingCache(files, model, background=options.background)
+    return EncodingCache(open_files(options), model, background=options.background, quant_vision=options.quant_vision)
+
+
+def open_files(options: ModelOptions) -> FileCache:
+    """The folder of everything that outlives a run.
+
+    Raises:
+        OutputError: it cannot be used.
+    """
+    return FileCache(options.cache_dir or user_cache_dir(), options.cache_size)
 
 
 def run_identity(options: ModelOptions, model: str) -> RunIdentity:
@@ -137,7 +172,7 @@ def run_identity(options: ModelOptions, model: str) -> RunIdentity:
     return RunIdentity(
         model=model,
         dtype=options.dtype,
-        quant=options.quant,
+        quant=options.quant_identity,
         adapter=options.adapter or "",
         background=options.background,
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from md3cli.model.low_bit import LowBitLinear, Matrix
-from md3cli.model.low_bit_int8 import Int8Matrix, normalise_rows, sentinel_row
+from md3cli.model.low_bit_int8 import Int8Matrix, normalise_rows, peaks, sentinel_row
 from md3cli.model.moe import MoeMlp, Routing, gate
 
 
@@ -66,12 +66,13 @@ class Int8Experts(LowBitExperts):
 
     def _one_token(self, x_1D: Tensor, experts: list[int]) -> Tensor:
         rows, peak_11 = normalise_rows(x_1D)
-        up_AI2 = torch.cat([self.fc1[expert].product(rows)[:1] for expert in experts]).mul_(peak_11)
-        inner_AI = gate(up_AI2)
-        inner_rows, peak_A1 = normalise_rows(inner_AI)
-        pairs_A2I = torch.stack([inner_rows[:-1], sentinel_row(inner_AI.shape[1]).expand_as(inner_AI)], dim=1)
-        outputs = [self.fc2[expert].product(rows)[:1] for expert, rows in zip(experts, pairs_A2I, strict=True)]
-        return torch.cat(outputs).mul_(peak_A1)
+        up = torch.cat([self.fc1[expert].product(rows) for expert in experts])  # every other row is a sentinel's
+        inner_AI = gate(up[::2] * peak_11)
+        peak_A1 = peaks(inner_AI)
+        pairs_A2I = sentinel_row(inner_AI.shape[1]).repeat(len(experts), 2, 1)
+        torch.div(inner_AI, peak_A1, out=pairs_A2I[:, 0])
+        outputs = [self.fc2[expert].product(pair) for expert, pair in zip(experts, pairs_A2I.unbind(), strict=True)]
+        return torch.cat(outputs)[::2] * peak_A1
 
 
 def place_experts(layer: MoeMlp, leaf: str, matrices: Sequence[Matrix]) -> None:

@@ -48,22 +48,27 @@ def reduces_range() -> bool:
     return not any(capabilities.get(flag, False) for flag in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
+@functools.cache
 def sentinel_row(num_inputs: int) -> Tensor:
-    """The row that fixes the range of a batch at -1 … 1, [1, K]."""
+    """The row that fixes the range of a batch at -1 … 1, [1, K]; shared, not to be written to."""
     row = torch.zeros(1, num_inputs)
     row[0, 0] = 1
     row[0, -1] = -1
     return row
 
 
+def peaks(x_NK: Tensor) -> Tensor:
+    """The largest magnitude of each row, float32 [N, 1], never zero."""
+    return x_NK.abs().amax(1, keepdim=True).float().clamp_min_(_TINY)
+
+
 def normalise_rows(x_NK: Tensor) -> NormalRows:
     """Rows over their largest magnitude, the sentinel appended."""
     num_rows, num_inputs = x_NK.shape
-    x_NK = x_NK.float()
-    peak_N1 = x_NK.abs().amax(1, keepdim=True).clamp_min_(_TINY)
+    peak_N1 = peaks(x_NK)
     rows = torch.empty(num_rows + 1, num_inputs)
     torch.div(x_NK, peak_N1, out=rows[:num_rows])
-    rows[num_rows:] = sentinel_row(num_inputs)
+    rows[num_rows:].copy_(sentinel_row(num_inputs))
     return NormalRows(rows, peak_N1)
 
 

@@ -20,6 +20,7 @@ from md3cli.model.adapters import LowRank, merged, read_adapter
 from md3cli.model.allocator import return_freed_memory
 from md3cli.model.checkpoint import CheckpointReader, LoadedModel, build_model
 from md3cli.model.checkpoint_plan import CheckpointPlan
+from md3cli.model.code_cache import CodeCache
 from md3cli.model.layers import Linear
 from md3cli.model.low_bit import LowBitLinear, Matrix, can_hold, pack
 from md3cli.model.low_bit_experts import place_experts
@@ -56,8 +57,15 @@ def has_low_bits(plan: CheckpointPlan, quant: str) -> bool:
 class LowBitReader:
     """Tensors of a checkpoint in the scheme they are to be held in; an adapter's changes already in them."""
 
-    def __init__(self, plan: CheckpointPlan, reader: CheckpointReader, quant: str, adapter: Path | None) -> None:
-        self.reader, self.quant = reader, quant
+    def __init__(
+        self,
+        plan: CheckpointPlan,
+        reader: CheckpointReader,
+        quant: str,
+        adapter: Path | None,
+        cache: CodeCache | None = None,
+    ) -> None:
+        self.reader, self.quant, self.cache = reader, quant, cache
         self.slots = {slot.name: slot for slot in plan.slots}
         changes = read_adapter(adapter, plan.config) if adapter is not None else []
         self._changes: Mapping[str, LowRank] = {change.weight: change for change in changes}
@@ -90,9 +98,16 @@ class LowBitReader:
         slot = self.slots[name]
         kind = low_bit_of(slot, self.quant)
         assert kind is not None, name
-        if SCHEMES.get(slot.recipe) is kind and name not in self._changes:
+        if name in self._changes:
+            return search(self.plain(name), kind)
+        if SCHEMES.get(slot.recipe) is kind:
             return read_quantised(slot, self.reader.read_stored)
-        return search(self.plain(name), kind)
+        found = self.cache.load(name, kind, slot.shape) if self.cache is not None else None
+        if found is None:
+            found = search(self.plain(name), kind)
+            if self.cache is not None:
+                self.cache.save(name, found)
+        return found
 
 
 def load_dequantised(
@@ -110,9 +125,17 @@ def load_dequantised(
 
 
 def load_low_bit(
-    plan: CheckpointPlan, *, quant: str, dtype: torch.dtype, device: torch.device, adapter: Path | None = None
+    plan: CheckpointPlan,
+    *,
+    quant: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter: Path | None = None,
+    cache: CodeCache | None = None,
 ) -> LoadedModel:
     """The network with its low-bit matrices packed for `device`; activations and the rest in `dtype`.
+
+    Codes that have to be made are taken from `cache` and left there.
 
     Raises:
         CheckpointError: the files or the adapter cannot be read.
@@ -123,7 +146,7 @@ def load_low_bit(
     model.text.register_forward_pre_hook(functools.partial(_tell_pass, text_pass, plan.config.prefix_len))
     rest: dict[str, Tensor] = {}
     with CheckpointReader(plan, dtype=dtype, device=device, keeps_open=False) as reader:
-        weights = LowBitReader(plan, reader, quant, adapter)
+        weights = LowBitReader(plan, reader, quant, adapter, cache)
         for name in weights.slots:
             if weights.kind_of(name) is None:
                 rest[name] = weights.plain(name).clone(memory_format=torch.contiguous_format)

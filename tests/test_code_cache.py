@@ -1,0 +1,92 @@
+"""Codes found once are found again, and nothing else is taken for them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from md3cli.config import ModelOptions
+from md3cli.file_cache import FileCache
+from md3cli.model import code_cache, low_bit_loading
+from md3cli.model.code_cache import CodeCache
+from md3cli.model.hub import model_path
+from md3cli.model.load import load_weights
+from md3cli.model.moondream import Moondream3
+from md3cli.model.quantised import LowBit, quantise
+from md3cli.model.weight_files import WeightFiles, find_weight_files
+
+TINY = model_path("tiny")
+SHAPE = (4, 512, 512)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> CodeCache:
+    return CodeCache(FileCache(tmp_path, 1 << 30), find_weight_files(TINY))
+
+
+def weight(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", LowBit)
+def test_codes_come_back_bit_for_bit(kind: LowBit, cache: CodeCache) -> None:
+    made = quantise(weight(*SHAPE), kind)
+    assert cache.load("w", kind, SHAPE) is None
+    cache.save("w", made)
+    found = cache.load("w", kind, SHAPE)
+    assert found is not None
+    assert torch.equal(found.dequantise(torch.float32), made.dequantise(torch.float32))
+    assert all(cache.load("w", other, SHAPE) is None for other in LowBit if other is not kind)
+    assert cache.load("v", kind, SHAPE) is None
+    assert cache.load("w", kind, (8, 512, 512)) is None
+
+
+def test_small_weights_are_not_worth_a_file(cache: CodeCache) -> None:
+    cache.save("w", quantise(weight(64, 128), LowBit.INT8))
+    assert cache.files.info().num_files == 0
+
+
+def test_a_checkpoint_that_changed_has_other_codes(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"one")
+    files = FileCache(tmp_path, 1 << 30)
+
+    def of_now() -> CodeCache:
+        return CodeCache(files, WeightFiles(tmp_path, (file,), None, None, {}))
+
+    of_now().save("w", quantise(weight(*SHAPE), LowBit.INT8))
+    assert of_now().load("w", LowBit.INT8, SHAPE) is not None
+    os.utime(file, ns=(1, 1))
+    assert of_now().load("w", LowBit.INT8, SHAPE) is None
+
+
+def test_a_full_disk_ends_keeping_not_the_start(cache: CodeCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(key: str, payload: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.files, "put", refuse)
+    cache.save("w", quantise(weight(*SHAPE), LowBit.INT8))
+    assert not cache.is_writable
+
+
+def test_a_second_start_searches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_cache, "LEAST_ELEMENTS", 0)
+    options = ModelOptions(model=str(TINY), quant="int4", cache_dir=tmp_path)
+
+    def start() -> Moondream3:
+        return load_weights(options, TINY, dtype=torch.float32, device=torch.device("cpu")).model
+
+    first = start()
+
+    def refuse(weight: torch.Tensor, kind: LowBit) -> None:
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr(low_bit_loading, "search", refuse)
+    second = start()
+    x = torch.randn(1, 5, first.config.text.dim)
+    position = torch.arange(5)[None]
+    with torch.inference_mode():
+        assert torch.equal(first.text(x, position), second.text(x, position))
