@@ -13,11 +13,10 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import IO, Any
+from typing import IO
 
 from md3cli.errors import InputError, MissingExtraError, RowError, UsageError
 from md3cli.input_kinds import STDIN, Input, Kind, check_readable, kind_of
@@ -27,7 +26,7 @@ from md3cli.places import Confinement, RowPlaces, image_item, input_of, root_of
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task, printable
 from md3cli.remote.address import is_address, shown
 from md3cli.remote.options import is_installed, require_extra
-from md3cli.row_requests import ROW_COLUMNS, refuse_address, row_image, row_requests
+from md3cli.row_requests import ROW_COLUMNS, check_request, refuse_address, row_image, row_requests
 from md3cli.tar_index import tar_members
 from md3cli.walk import Glob, PathFilter, Walk, has_image_suffix
 
@@ -97,7 +96,6 @@ def _check_remote(spec: SourceSpec) -> None:
 
 # What a row's shard is computed from, and the row, before shards and limits; None: the next has not come yet.
 _Found = tuple[str, SourceRow] | None
-_NO_META: Mapping[str, Any] = MappingProxyType({})
 
 
 class Source:
@@ -121,6 +119,8 @@ class Source:
         self._inputs = inputs
         self._requests = requests
         self._defaults = defaults
+        self._first_request = requests[:1] or (defaults,)
+        self._is_fit_for_pictures = bool(requests) and _are_fit_for_pictures(requests)
         self._stdin = LiveLines(stdin)
         self._filter = PathFilter.of(spec.include, spec.exclude)
         self._outside = Confinement.to(spec.root).failure_of
@@ -263,7 +263,7 @@ class Source:
         """What a manifest's row asks; a failure keeps as much of the row as could be read."""
         columns = entry.columns or {}
         image: ImageItem | None = None
-        asked = self._requests[:1] or (self._defaults,)
+        asked, is_bare = self._first_request, False
         try:
             if entry.columns is None:
                 raise RowError("bad_row", entry.problem)
@@ -271,13 +271,15 @@ class Source:
                 image = places.item_of(name)
                 if isinstance(name, str):
                     refuse_address(name, may_fetch=places.may_fetch)
-            asked = row_requests(columns, self._requests, self._defaults)
+            is_bare = image is not None and len(columns) == 1
+            if is_bare and self._is_fit_for_pictures:
+                asked = self._requests
+            else:
+                asked = row_requests(columns, self._requests, self._defaults)
             failure = self._outside(image.path) if image else None
         except RowError as error:
             failure = RowFailure(error.type, f"{entry.where}: {error}")
-        if len(columns) == 1 and image is not None:
-            return SourceRow(image, asked, _NO_META, failure)
-        meta = {column: value for column, value in columns.items() if column not in ROW_COLUMNS}
+        meta = {} if is_bare else {column: value for column, value in columns.items() if column not in ROW_COLUMNS}
         return SourceRow(image, asked, meta, failure)
 
 
@@ -298,3 +300,13 @@ def _up_to(limit: int, found: Iterator[_Found]) -> Iterator[_Found]:
         limit -= item is not None
         if not limit:
             return
+
+
+def _are_fit_for_pictures(requests: Sequence[Request]) -> bool:
+    """Whether a row that only names a picture makes all of them, which need then not be checked for each row."""
+    try:
+        for request in requests:
+            check_request(request, has_image=True)
+    except RowError:
+        return False
+    return True

@@ -225,6 +225,20 @@ def test_rows_may_bring_all_tasks_themselves(folder: Path) -> None:
     assert all(len(row.requests) == 1 for row in rows)
 
 
+def test_rows_of_one_column(folder: Path) -> None:
+    (folder / "m.jsonl").write_text('{"image":"a.jpg"}\n{"image":null}\n{"who":"me"}\n{"image":"http://x/a.jpg"}\n')
+    rows = list(source("m.jsonl", asked=(Request(Task.QUERY, "?"),)))
+    assert [row.failure and row.failure.type for row in rows] == [None, None, "bad_row", "bad_request"]
+    assert [dict(row.meta) for row in rows] == [{}, {}, {"who": "me"}, {}]
+    rows = list(source("m.jsonl", asked=(Request(Task.DETECT, " "),)))
+    assert [row.failure and row.failure.type for row in rows] == [
+        "bad_request",
+        "bad_request",
+        "bad_row",
+        "bad_request",
+    ]
+
+
 def test_stdin_is_paths_and_objects(folder: Path) -> None:
     rows = source("-", stdin=b'photos/a9.jpg\n{"image":"photos/a10.jpg","note":1}\n')
     assert rows.count_rows() is None
