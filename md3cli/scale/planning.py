@@ -7,6 +7,8 @@ Nothing counts until plan.json is there.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -35,16 +37,18 @@ WANTED_SHARDS, MAX_SHARDS = 64, 25_000
 _SCHEMA = pa.schema([("image", pa.string()), ("path", pa.binary()), ("more", pa.string())])
 _REPEATS_SCHEMA = pa.schema([("row", pa.int64()), ("request", pa.int32()), ("repeat", pa.int64())])
 _REPEATS_AT_A_TIME = 1 << 16
+_ALLOCATIONS_A_COLLECTION = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What is known of the rows once all are written; `hashes` has 8 bytes a request, in input order."""
+    """What is known of the rows once all are written; `suspects` are the hashes that came more than once, sorted."""
 
     rows: int
+    requests: int
     shard_size: int
     fingerprint: str
-    hashes: NDArray[np.int64]
+    suspects: NDArray[np.int64]
 
 
 def shard_size_for(num_rows: int) -> int:
@@ -77,12 +81,11 @@ def make_plan(
     """
     with folder.store.put_file(MANIFEST) as path:
         manifest = _write_checked(path, rows, requests, shard_size)
-    num_requests = len(manifest.hashes)
     has_repeats = _write_repeats(folder, manifest, requests, identity)
     return Plan(
         schema=PLAN_SCHEMA,
         rows=manifest.rows,
-        requests=num_requests,
+        requests=manifest.requests,
         shards=-(-manifest.rows // manifest.shard_size),
         shard_size=manifest.shard_size,
         fingerprint=manifest.fingerprint,
@@ -119,22 +122,34 @@ def write_manifest(
 ) -> Manifest:
     """Write `rows` to a Parquet file with a row group a shard."""
     stream = iter(rows)
-    head: list[SourceRow] = []
     if shard_size is None:
         head = list(itertools.islice(stream, SHARD_ROWS * WANTED_SHARDS))
         shard_size = shard_size_for(len(head))
+        stream = itertools.chain(head, stream)
+        del head  # the chain lets go of it when it is through
     fingerprint, hashes, num_rows = Fingerprint(), array("q"), 0
     hashes_of_usual = tuple(map(hash, requests))
-    with pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_statistics=False) as writer:
-        for group in _groups(itertools.chain(head, stream), shard_size):
+    with _seldom_collecting(), pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_statistics=False) as writer:
+        for group in _groups(stream, shard_size):
             columns = [columns_of(row, requests) for row in group]
             for row in group:
-                _add_hashes(hashes, row, requests, hashes_of_usual)
+                hashes.extend(_hashes_of(row, requests, hashes_of_usual))
             fingerprint.note(columns)
             num_rows += len(group)
             _write_group(writer, columns)
         writer.add_key_value_metadata({FINGERPRINT_KEY: fingerprint.hexdigest()})
-    return Manifest(num_rows, shard_size, fingerprint.hexdigest(), np.frombuffer(hashes, dtype=np.int64))
+    return Manifest(num_rows, len(hashes), shard_size, fingerprint.hexdigest(), _twice(hashes))
+
+
+@contextlib.contextmanager
+def _seldom_collecting() -> Iterator[None]:
+    """Look for garbage in circles seldom: rows have none, and looking takes 40 % of the time of a plan."""
+    before = gc.get_threshold()
+    gc.set_threshold(_ALLOCATIONS_A_COLLECTION, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _groups(rows: Iterator[SourceRow], size: int) -> Iterator[list[SourceRow]]:
@@ -142,11 +157,11 @@ def _groups(rows: Iterator[SourceRow], size: int) -> Iterator[list[SourceRow]]:
         yield group
 
 
-def _add_hashes(hashes: array[int], row: SourceRow, requests: tuple[Request, ...], usual: Sequence[int]) -> None:
+def _hashes_of(row: SourceRow, requests: tuple[Request, ...], usual: Sequence[int]) -> list[int]:
+    """8 bytes for each request of a row, equal where the request is; of this process alone."""
     name = row.image.name if row.image is not None else None
     asked = usual if row.requests is requests else map(hash, row.requests)
-    for request_hash in asked:
-        hashes.append(hash((name, request_hash)))
+    return [hash((name, request_hash)) for request_hash in asked]
 
 
 class Fingerprint:
@@ -195,10 +210,9 @@ def _regroup(path: Path, manifest: Manifest) -> Manifest:
 
 def _write_repeats(folder: RunFolder, manifest: Manifest, requests: tuple[Request, ...], identity: RunIdentity) -> bool:
     """Find the requests that were asked before and write their k; whether there are any."""
-    suspects = _twice(manifest.hashes)
-    if not len(suspects):
+    if not len(manifest.suspects):
         return False
-    found = _repeats(folder, manifest, requests, RequestIds(identity), suspects)
+    found = _repeats(folder, requests, RequestIds(identity), manifest.suspects)
     first = next(found, None)
     if first is None:
         return False
@@ -209,31 +223,28 @@ def _write_repeats(folder: RunFolder, manifest: Manifest, requests: tuple[Reques
     return True
 
 
-def _twice(hashes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The values that occur more than once, sorted."""
-    ordered = np.sort(hashes)
+def _twice(hashes: array[int]) -> NDArray[np.int64]:
+    """The values that occur more than once, sorted; `hashes` is sorted in place."""
+    ordered = np.frombuffer(hashes, dtype=np.int64)
+    ordered.sort()
     return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
 
 
 def _repeats(
-    folder: RunFolder,
-    manifest: Manifest,
-    requests: tuple[Request, ...],
-    ids: RequestIds,
-    suspects: NDArray[np.int64],
+    folder: RunFolder, requests: tuple[Request, ...], ids: RequestIds, suspects: NDArray[np.int64]
 ) -> Iterator[dict[str, int]]:
     """Where the repeats are, in input order; memory is 21 bytes a suspect and some more for each repeat."""
-    number = at = 0
+    number, usual = 0, tuple(map(hash, requests))
     with folder.store.open(MANIFEST) as file, pq.ParquetFile(file) as reader:
         for group in range(reader.num_row_groups):
             table = reader.read_row_group(group)
-            columns = list(map(RowColumns, *(column.to_pylist() for column in table.columns)))
-            asked = [row_of(row, requests).requests for row in columns]
-            num_hashes = sum(map(len, asked))
-            is_suspect = iter(np.isin(manifest.hashes[at : at + num_hashes], suspects).tolist())
-            for row, row_requests in zip(columns, asked, strict=True):
-                for index, request in enumerate(row_requests):
-                    if next(is_suspect) and (repeat := ids.next_repeat(row.image, request)):
+            columns = map(RowColumns, *(column.to_pylist() for column in table.columns))
+            rows = [row_of(row, requests) for row in columns]
+            hashes = [each for row in rows for each in _hashes_of(row, requests, usual)]
+            is_suspect = iter(np.isin(hashes, suspects).tolist())
+            for row in rows:
+                for index, request in enumerate(row.requests):
+                    name = row.image.name if row.image is not None else None
+                    if next(is_suspect) and (repeat := ids.next_repeat(name, request)):
                         yield {"row": number, "request": index, "repeat": repeat}
                 number += 1
-            at += num_hashes

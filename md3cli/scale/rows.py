@@ -7,7 +7,6 @@ the picture: a place inside a tar), `requests`, `meta` and `failure`, each where
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from operator import attrgetter
@@ -33,14 +32,15 @@ class RowColumns(NamedTuple):
 def columns_of(row: SourceRow, requests: tuple[Request, ...]) -> RowColumns:
     """`row` as columns; `requests` is what the run asks of every picture."""
     item = row.image
-    is_usual = row.failure is None and not row.meta and (row.requests is requests or row.requests == requests)
+    is_usual = row.requests is requests and not row.meta and row.failure is None
     if item is None:
         return RowColumns(None, None, None if is_usual else _more(row, requests))
     is_usual = is_usual and _other_fields(item) == _USUAL
-    return RowColumns(item.name, os.fsencode(item.path), None if is_usual else _more(row, requests))
+    path = item.path.encode("utf-8", "surrogateescape")
+    return RowColumns(item.name, path, None if is_usual else _more(row, requests))
 
 
-def _more(row: SourceRow, requests: tuple[Request, ...]) -> str:
+def _more(row: SourceRow, requests: tuple[Request, ...]) -> str | None:
     more: dict[str, Any] = {}
     if row.image is not None:
         values = zip(_ITEM_DEFAULTS.items(), _other_fields(row.image), strict=True)
@@ -51,7 +51,8 @@ def _more(row: SourceRow, requests: tuple[Request, ...]) -> str:
         more["meta"] = dict(row.meta)
     if row.failure is not None:
         more["failure"] = [row.failure.type, row.failure.message]
-    return json.dumps({key: value for key, value in more.items() if value}, separators=(",", ":"))
+    more = {key: value for key, value in more.items() if value}
+    return json.dumps(more, separators=(",", ":")) if more else None
 
 
 def row_of(columns: RowColumns, requests: tuple[Request, ...]) -> SourceRow:
@@ -59,7 +60,9 @@ def row_of(columns: RowColumns, requests: tuple[Request, ...]) -> SourceRow:
     more = json.loads(columns.more) if columns.more is not None else {}
     item = None
     if columns.image is not None:
-        item = ImageItem(columns.image, os.fsdecode(columns.path or b""), **more.get("item", {}))
+        item = ImageItem(
+            columns.image, (columns.path or b"").decode("utf-8", "surrogateescape"), **more.get("item", {})
+        )
     asked = tuple(map(request_of, more["requests"])) if "requests" in more else requests
     failure = RowFailure(*more["failure"]) if "failure" in more else None
     return SourceRow(item, asked, more.get("meta", {}), failure)
