@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from md3cli.model import low_bit, low_bit_int4, low_bit_int8
+from md3cli.model import low_bit, low_bit_int4, low_bit_int8, low_bit_onednn
 from md3cli.model.config import MoeConfig
 from md3cli.model.layers import Linear
 from md3cli.model.low_bit import LowBitLinear, Matrix, TileMatrix, pack
@@ -94,6 +94,20 @@ def test_a_row_gets_the_same_bits_alone_and_in_company(kind: LowBit, is_prefix: 
     together = matrix(x)
     for row in range(16):
         assert torch.equal(together[row], alone[row])
+
+
+@pytest.mark.skipif(not low_bit_onednn.has_onednn_products(), reason="needs a CPU with VNNI")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_onednn_gives_the_same_products_and_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
+    matrix, x = low_bit_onednn.OneDnnMatrix(weight(LowBit.INT8)), values(37, INPUTS, seed=1, dtype=dtype)
+    expected = F.linear(x.float(), weight(LowBit.INT8).dequantise(torch.float32))
+    together = matrix(x)
+    assert error(together, expected) < ACTIVATION_ERROR[LowBit.INT8]
+    loud = x * 20
+    loud[3] = x[3]
+    assert torch.equal(matrix(loud)[3], together[3])
+    assert torch.equal(matrix(x[3:4])[0], together[3])
+    assert (matrix(torch.zeros(2, INPUTS)) == 0).all()
 
 
 def test_rows_of_zeros_and_of_extremes_stay_finite() -> None:

@@ -1,7 +1,8 @@
 """The vision encoder's products in int8: an option, because it is most of a picture's cost and 16 bits are the rule.
 
-Rows (patches) are taken some at a time, so that what lies between two products, in float32, stays in
-the cache; a row's result does not depend on how they are cut.
+Between an MLP's two products rows stay in float32; a row's result does not depend on its companions.
+A crop of the real encoder takes 0.92 s where bf16 takes 1.12 (two Zen 5 cores, torch 2.13, 2026-11):
+the products alone are twice as fast, attention stays as it is.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from md3cli.model.layers import Linear, Mlp
-from md3cli.model.low_bit import LowBitLinear
-from md3cli.model.low_bit_int8 import ROWS, Int8Matrix
+from md3cli.model.low_bit import LowBitLinear, Matrix
+from md3cli.model.low_bit_int8 import Int8Matrix
+from md3cli.model.low_bit_onednn import OneDnnMatrix, has_onednn_products
 from md3cli.model.quantised import LowBit
 from md3cli.model.scale_search import search
 from md3cli.model.vision import VisionBlock, VisionEncoder
 
+ROWS = 1024  # of the MLP at a time: a crop of the real encoder, or many of a small one's
 _TANH_SCALE = 2 * math.sqrt(2 / math.pi)
 
 
@@ -57,5 +60,6 @@ def quantise_vision(encoder: VisionEncoder) -> None:
         block.register_module("mlp", Int8Mlp(block.mlp))
 
 
-def _int8_matrix(plain: Linear) -> Int8Matrix:
-    return Int8Matrix(search(plain.weight, LowBit.INT8))
+def _int8_matrix(plain: Linear) -> Matrix:
+    weight = search(plain.weight, LowBit.INT8)
+    return OneDnnMatrix(weight) if has_onednn_products() else Int8Matrix(weight)
