@@ -90,6 +90,7 @@ def test_commands_of_the_pages_parse(page: Path) -> None:
 def test_options_keep_their_names() -> None:
     """The names that scripts and md3.toml rely on."""
     shared = {"model", "revision", "tokenizer", "adapter", "device", "dtype", "quant", "batch-size", "max-context"}
+    shared |= {"quant-vision"}
     shared |= {"compile", "no-compile", "cache", "no-cache", "cache-dir", "cache-size", "offline", "background"}
     shared |= {"temperature", "top-p", "max-tokens", "seed", "output", "format", "resume", "overwrite"}
     shared |= {"retry-failed", "fail-on", "workers", "quiet", "verbose", "no-progress", "no-color", "debug"}
