@@ -37,10 +37,10 @@ class RangeError(FetchError):
         super().__init__("empty", "the file is empty (0 bytes)")
 
 
-def truncated(num_bytes: int, expected: int | None = None) -> FetchError:
+def truncated(expected: int | None = None) -> FetchError:
     """The body ended too early."""
-    of = f" of {expected:,}" if expected is not None else ""
-    return FetchError("io", f"the connection ended after {num_bytes:,}{of} bytes", may_pass=True)
+    size = f"all {expected:,} bytes" if expected is not None else "the end of the file"
+    return FetchError("io", f"the connection ended before {size} came", may_pass=True)
 
 
 def too_slow(num_bytes: int) -> FetchError:

@@ -44,7 +44,7 @@ class Fetcher:
             pieces.append(piece)
         data = b"".join(pieces)
         if item.size is not None and len(data) < item.size:
-            raise truncated(len(data), item.size)
+            raise truncated(item.size)
         if not data:
             raise FetchError("empty", "the file is empty (0 bytes)")
         return data

@@ -56,17 +56,14 @@ def open_remote(address: str, reader: Reader) -> IO[bytes]:
     """The file at `address`.
 
     Raises:
-        InputError: it cannot be opened.
+        ImageError: it cannot be opened.
     """
-    try:
-        facts = reader.facts(address)
-        if facts.is_folder:
-            raise InputError(f"{explain(address, ImageError('not_a_file', 'a folder or a web page'))}, not a file")
-        if facts.has_ranges and facts.size is not None:
-            return io.BufferedReader(RangedFile(reader, address, facts.size), BLOCK_BYTES)
-        return _downloaded(address, reader)
-    except ImageError as error:
-        raise InputError(f"cannot open {explain(address, error)}") from error
+    facts = reader.facts(address)
+    if facts.is_folder:
+        raise ImageError("not_a_file", "this is a folder or a web page, not a file")
+    if facts.has_ranges and facts.size is not None:
+        return io.BufferedReader(RangedFile(reader, address, facts.size), BLOCK_BYTES)
+    return _downloaded(address, reader)
 
 
 def _downloaded(address: str, reader: Reader) -> IO[bytes]:

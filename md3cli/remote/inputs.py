@@ -32,6 +32,8 @@ def kind_of_address(typed: str, is_alone: bool) -> Kind:
         raise InputError(f"{printable(shown(typed))}: credentials do not belong in an address; set them as AWS_* or so")
     if path_of(typed).lower().endswith(ARCHIVES):
         raise InputError(f"{printable(shown(typed))} is compressed; unpack it, or make it a plain .tar")
+    if not host_of(typed) or is_glob(host_of(typed)):
+        raise InputError(f"{printable(shown(typed))} names no host or bucket; a pattern cannot stand for one")
     if _is_pattern(typed):
         return Kind.GLOB
     suffix = suffix_of(typed)
@@ -73,9 +75,6 @@ def _kind_by_looking(typed: str, *, may_fail: bool) -> Kind:
 
 def check_folder(folder: str) -> None:
     """Raise InputError where there is no folder, or none that can be listed."""
-    bucket = folder.partition("://")[2].strip("/")
-    if not bucket:
-        raise InputError(f"{printable(folder)} names no bucket or host, which no pattern can stand for")
     where = folder.rstrip("/") + "/" if is_web(folder) else folder
     try:
         facts = reader(folder).facts(where)
@@ -92,7 +91,10 @@ def open_input(address: str) -> IO[bytes]:
     Raises:
         InputError: it cannot be opened.
     """
-    return open_remote(address, reader(address))
+    try:
+        return open_remote(address, reader(address))
+    except ImageError as error:
+        raise _unreadable(address, error) from error
 
 
 def walk_of(folder: str, filter: PathFilter, skipped: Counter[str], *, is_recursive: bool) -> Walk:

@@ -91,7 +91,8 @@ def store_for(address: str) -> Any:
     with _lock:
         if protocol not in _open_stores:
             options = _OPTIONS.get(protocol, {})
-            _open_stores[protocol] = fsspec.filesystem(protocol, use_listings_cache=False, **options)
+            store = _open_stores[protocol] = fsspec.filesystem(protocol, use_listings_cache=False, **options)
+            store.retries = 1  # of s3fs: see _OPTIONS
         return _open_stores[protocol]
 
 

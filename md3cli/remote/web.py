@@ -101,7 +101,6 @@ class Body:
         self.total = self.num_bytes if not self.is_partial else int(size) if size.isdecimal() else None
         self.first = int(first) if (first := content_range.partition("-")[0].rpartition(" ")[2]).isdecimal() else 0
         self.is_page = response.content_type == "text/html"
-        self._num_read = 0
 
     def read(self, timeout_s: float) -> bytes:
         """The next piece; empty at the end.
@@ -111,11 +110,9 @@ class Body:
             TimeoutError: nothing came.
         """
         try:
-            piece = self._calls.run(self._response.content.read(PIECE_BYTES), timeout_s)
+            return self._calls.run(self._response.content.read(PIECE_BYTES), timeout_s)
         except (aiohttp.ClientPayloadError, ConnectionError) as error:
-            raise truncated(self._num_read, self.num_bytes) from error
-        self._num_read += len(piece)
-        return piece
+            raise truncated(self.num_bytes) from error
 
     def close(self) -> None:
         """Let go of the connection: it is used again if the body was read to its end."""
