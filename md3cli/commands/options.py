@@ -33,6 +33,7 @@ from md3cli.commands.values import (
 )
 from md3cli.errors import UsageError
 from md3cli.records import Request, Task
+from md3cli.remote.address import named_hosts, shown_argument
 from md3cli.row_requests import SEED_LIMIT, TEMPERATURE_LIMIT, TOKENS_LIMIT
 from md3cli.source import SourceSpec
 
@@ -121,8 +122,8 @@ class AnnotateOptions:
         ),
     ] = None
     root: Annotated[
-        Path | None,
-        _input("--root", metavar="DIR", help="Where a manifest's paths start, and what they may not leave."),
+        str | None,
+        _input("--root", metavar="DIR|URL", help="Where a manifest's paths start, and what they may not leave."),
     ] = None
     remote: Annotated[bool, _input("--remote", help="Fetch the URLs inside a manifest.")] = False
     follow_links: Annotated[bool, _input("--follow-links", help="Look into linked folders.")] = False
@@ -152,6 +153,9 @@ class AnnotateOptions:
         Literal["stored", "none", "int8", "int4"],
         _model("--quant", help="Bits of the weights; stored: as the checkpoint has them."),
     ] = "stored"
+    quant_vision: Annotated[
+        Literal["none", "int8"], _model("--quant-vision", help="Bits of the vision encoder's products; int8: CPU only.")
+    ] = "none"
     batch_size: Annotated[
         str,
         _model(
@@ -204,6 +208,10 @@ class AnnotateOptions:
         str,
         _limits("--max-file-size", metavar="SIZE", callback=checked(parse_bytes), help="Larger files are refused."),
     ] = "1G"
+    fetch_timeout: Annotated[
+        float,
+        _limits("--fetch-timeout", metavar="SECONDS", min=0.001, help="Longest time of one try to fetch a picture."),
+    ] = 30.0
     decode_timeout: Annotated[
         float, _limits("--decode-timeout", metavar="SECONDS", min=0.001, help="Longest time to open one picture.")
     ] = 20.0
@@ -245,6 +253,7 @@ class AnnotateOptions:
                 shard=None if self.shard is None else parse_shard(self.shard),
                 root=self.root,
                 remote=self.remote,
+                offline=self.offline,
                 follow_links=self.follow_links,
             ),
             requests=tuple(requests),
@@ -254,6 +263,9 @@ class AnnotateOptions:
                 max_pixels=parse_count(self.max_pixels),
                 max_file_size=parse_bytes(self.max_file_size),
                 timeout_s=self.decode_timeout,
+                fetch_timeout_s=self.fetch_timeout,
+                named_hosts=named_hosts([*inputs, self.root or ""]),
+                may_fetch_private=self.remote,
                 workers=number_or_auto(self.workers),
             ),
             output=self._output_options(),
@@ -284,6 +296,7 @@ class AnnotateOptions:
             device=self.device,
             dtype=self.dtype,
             quant=self.quant,
+            quant_vision=self.quant_vision,
             batch_size=number_or_auto(self.batch_size),
             compile=self.compile,
             cache=self.cache,
