@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -378,7 +379,10 @@ def test_flags_of_a_pair_by_either_name(md3: Program, pictures: Path, monkeypatc
 
 
 def test_an_output_that_cannot_be_locked_is_told(md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("md3cli.publish._flock", lambda fd, output: False)
+    def refused(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("md3cli.publish.fcntl.flock", refused)
     result = md3("caption", pictures, "-o", "o.jsonl")
     assert result.exit_code == 0
     assert "warning: o.jsonl.lock cannot be locked on this file system" in result.stderr

@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from md3cli import Moondream
+from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError, RequestError
 from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor
 from md3cli.model.hf.lora import PARTS, lora_targets
+from md3cli.model.load import load_weights
 from md3cli.model.region import size_bin
 from md3cli.model.training_loss import SIGMA_SHARE, near_bins_loss
 
@@ -224,8 +226,10 @@ def test_lora_trains_merges_reloads_and_serves_the_commands(tmp_path: Path) -> N
         assert torch.allclose(merged(**batch).logits, adapted, atol=2e-4)
     # The same folder, read without peft by `--adapter`.
     served = Moondream.load(str(FOLDER), adapter=str(folder), dtype="fp32")
+    options = ModelOptions(model=str(FOLDER), adapter=str(folder), dtype="fp32", cache=False)
+    weights = load_weights(options, FOLDER, dtype=torch.float32, device=torch.device("cpu")).model.state_dict()
     for name, weight in merged.model.state_dict().items():
-        assert torch.allclose(served.engine.model.state_dict()[name], weight, atol=1e-5)
+        assert torch.allclose(weights[name], weight, atol=1e-5)
     image, settings = picture(CASE, 0), {"max_objects": 2}
     answers = [one.detect(image, "cat", settings=settings)["objects"] for one in (model, merged, served)]
     assert answers[0]
