@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCENES = EXAMPLES / "scenes"
-SCENES_SEED, NUM_SCENES = 2026, 12
+SCENES_SEED, NUM_SCENES = 2201, 12
 
 
 @pytest.fixture(scope="module")

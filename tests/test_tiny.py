@@ -158,7 +158,7 @@ def test_it_counts(tiny: Moondream, truth: dict[str, list[dict[str, Any]]]) -> N
 
 
 def test_reasoning_grounds_what_it_counts(tiny: Moondream) -> None:
-    result = tiny.query(SCENES / "scene_00003.png", "How many shapes are there?", reasoning=True)
+    result = tiny.query(SCENES / "scene_00008.png", "How many shapes are there?", reasoning=True)
     chunks = result["reasoning"]["grounding"]
     assert len(chunks) == int(result["answer"]) == 2
     assert all(len(chunk["points"]) == 1 for chunk in chunks)
