@@ -65,13 +65,22 @@ class DecodeOptions:
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """Where records go. `formats` empty leaves the choice to `path`'s suffix; `is_folder`: typed with a slash."""
+    """Where records go. `formats` empty leaves the choice to `path`'s suffix; `is_folder`: typed with a slash.
+
+    `address` is OUTPUT in a bucket; then `path` is where its files are made on this machine.
+    """
 
     path: Path | None = None
     is_folder: bool = False
     formats: tuple[str, ...] = ()
     overwrite: bool = False
     retry_failed: bool = False
+    address: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """OUTPUT as the user knows it; empty for stdout."""
+        return self.address or str(self.path or "")
 
 
 @dataclass(frozen=True, slots=True)

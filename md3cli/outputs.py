@@ -69,7 +69,7 @@ def plan_output(options: OutputOptions, *, is_terminal: bool) -> OutputPlan:
             raise UsageError(f"{printable(str(options.path))} is a file; {_listing(formats)} needs a folder")
         plan = _folder_plan(options.path, formats)
     else:
-        format = formats[0] if formats else _format_of(options.path)
+        format = formats[0] if formats else _format_of(options.path, options.shown)
         files = output_paths(options.path, is_folder=False, is_journal=format == JSONL)
         plan = OutputPlan(files, () if format == JSONL else (Document(format, options.path),))
     if HTML in (plan.stdout, *(document.format for document in plan.documents)):
@@ -100,11 +100,11 @@ def _folder_plan(folder: Path, formats: Sequence[str]) -> OutputPlan:
     return OutputPlan(output_paths(folder, is_folder=True, is_journal=False), documents)
 
 
-def _format_of(path: Path) -> str:
+def _format_of(path: Path, shown: str) -> str:
     format = HTML if path.suffix.lower() in (".html", ".htm") else format_of(path)
     if format is None:
         raise UsageError(
-            f"{printable(str(path))}: no format has the suffix {printable(path.suffix)}; use .jsonl .json .parquet "
+            f"{printable(shown)}: no format has the suffix {printable(path.suffix)}; use .jsonl .json .parquet "
             ".csv or .html, a folder, or say which with --format"
         )
     return format

@@ -12,6 +12,7 @@ import contextlib
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import RunConsole, Summary
@@ -38,6 +39,7 @@ from md3cli.progress import Progress, loading
 from md3cli.records import RETRYABLE, RecordDict
 from md3cli.request_ids import RequestIds
 from md3cli.run_info import RunCounts
+from md3cli.scale.bucket import made_here
 from md3cli.scale.choosing import discard, is_run_there, run_folder_of
 from md3cli.scale.layout import RunFolder
 from md3cli.signals import Interrupted, StopSignals
@@ -62,6 +64,11 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_mode
         BrokenPipeError: the reader of stdout has left.
     """
     parse_background(config.model.background)
+    with made_here(config.output) as output:
+        return _run(replace(config, output=output), console, find)
+
+
+def _run(config: RunConfig, console: RunConsole, find: ModelFinder) -> int:
     plan = plan_output(config.output, is_terminal=console.is_stdout_terminal)
     source = open_source(config.source, config.requests, defaults=config.defaults)
     if config.estimate is not None:

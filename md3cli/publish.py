@@ -105,7 +105,7 @@ class OutputLock:
         self.is_held = is_held
 
     @classmethod
-    def acquire(cls, path: Path, output: Path, *, is_shared: bool = False) -> OutputLock:
+    def acquire(cls, path: Path, output: Path | str, *, is_shared: bool = False) -> OutputLock:
         """Lock `path` on behalf of `output`, at once or not at all.
 
         Raises:
@@ -135,7 +135,7 @@ class OutputLock:
             self._fd = -1
 
 
-def _flock(fd: int, output: Path, is_shared: bool) -> bool:
+def _flock(fd: int, output: Path | str, is_shared: bool) -> bool:
     """True when locked, False where the file system cannot."""
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

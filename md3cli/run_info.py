@@ -97,8 +97,9 @@ class RunDocument:
         root: str,
         is_resume: bool,
         num_records_found: int = 0,
+        shown: str | None = None,
     ) -> RunDocument:
-        """Note a start in `path`, on top of what an earlier start left there.
+        """Note a start in `path`, on top of what an earlier start left there; a user knows it as `shown`.
 
         Raises:
             OutputMismatchError: `is_resume`, and the earlier run was another; names the differences.
@@ -106,7 +107,7 @@ class RunDocument:
         """
         earlier = _read(path) if is_resume else {}
         if "identity" in earlier:
-            _refuse_other(path, earlier["identity"], _as_json(identity))
+            _refuse_other(shown or str(path), earlier["identity"], _as_json(identity))
         starts = earlier.get("starts")
         stages, timeline = earlier.get("stages"), earlier.get("timeline")
         start = {
@@ -218,11 +219,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_LIMIT_CHARS else text[: _SHOWN_LIMIT_CHARS - 1] + "…"
 
 
-def _refuse_other(path: Path, old: Any, new: Any) -> None:
+def _refuse_other(shown: str, old: Any, new: Any) -> None:
     found = [line.removeprefix("requests[0].") for line in differences(old, new)]
     if found:
         raise OutputMismatchError(
-            f"OUTPUT was begun by another run ({printable(str(path))}): {'; '.join(found)}. "
+            f"OUTPUT was begun by another run ({printable(shown)}): {'; '.join(found)}. "
             "Choose another -o, repeat the earlier command, or --overwrite to start over"
         )
 

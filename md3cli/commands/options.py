@@ -33,7 +33,7 @@ from md3cli.commands.values import (
 )
 from md3cli.errors import UsageError
 from md3cli.records import Request, Task
-from md3cli.remote.address import named_hosts, shown_argument
+from md3cli.remote.address import checked_output_address, is_address, named_hosts, path_of, shown_argument
 from md3cli.row_requests import SEED_LIMIT, TEMPERATURE_LIMIT, TOKENS_LIMIT
 from md3cli.source import SourceSpec
 
@@ -279,9 +279,14 @@ class AnnotateOptions:
     def _output_options(self) -> config.OutputOptions:
         if self.output == "":  # such as -o "$OUT" without an OUT
             raise UsageError("OUTPUT is empty; name a file or folder after -o, or leave -o out")
+        typed = self.output
+        address = checked_output_address(typed) if typed is not None and is_address(typed) else None
+        path = typed if address is None else address.rpartition("/")[2]
+        is_bucket = address is not None and not path_of(address).strip("/")
         return config.OutputOptions(
-            path=None if self.output is None else Path(self.output),
-            is_folder=self.output is not None and self.output.endswith(("/", os.sep)),
+            path=None if path is None else Path(path),
+            address=address,
+            is_folder=typed is not None and (is_bucket or typed.endswith(("/", os.sep))),
             formats=tuple(self.format or ()),
             overwrite=not self.resume,
             retry_failed=self.retry_failed,

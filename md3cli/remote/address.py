@@ -1,6 +1,6 @@
 """Addresses: what is one, how relative paths are joined to it, and what of it may be shown.
 
-Pure and standard library only. An address stays text, as it was typed: `http(s)` ones are URLs with all
+Pure. An address stays text, as it was typed: `http(s)` ones are URLs with all
 their rules; of `s3 gs hf` ones everything behind `://` is a bucket and a key, taken literally.
 
 What may be shown is decided here and nowhere else. `shown` drops whatever lets its reader in: the user and
@@ -16,7 +16,11 @@ import re
 from collections.abc import Iterable
 from urllib.parse import unquote, urljoin, urlsplit
 
+from md3cli.errors import UsageError
+from md3cli.records import printable
+
 SCHEMES = ("http", "https", "s3", "gs", "hf")
+OUTPUT_SCHEMES = ("s3", "gs")  # those whose stores put an object only where there is none
 _ADDRESS = re.compile(r"(https?|s3|gs|hf)://", re.IGNORECASE)
 _SECRET_PARAMETERS = frozenset(
     {"signature", "sig", "hmac", "hdnts", "policy", "key-pair-id", "awsaccesskeyid", "googleaccessid", "expires"}
@@ -123,6 +127,25 @@ def _place_of(address: str) -> object:
 def _parts_of(address: str) -> list[str]:
     path = unquote(path_of(address)).replace("\\", "/") if is_web(address) else path_of(address)
     return [part for part in path.split("/") if part not in ("", ".")]
+
+
+# -- OUTPUT --------------------------------------------------------------------------------------
+
+
+def checked_output_address(typed: str) -> str:
+    """An address that can be written to, without a slash at its end.
+
+    Raises:
+        UsageError: there is no such OUTPUT.
+    """
+    bare = printable(shown(typed))
+    if scheme_of(typed) not in OUTPUT_SCHEMES:
+        raise UsageError(f"{bare} cannot be written; OUTPUT is a path on this machine, or in a bucket: s3:// or gs://")
+    if has_userinfo(typed):
+        raise UsageError(f"{bare}: credentials do not belong in an address; set them as AWS_* or so")
+    if not host_of(typed):
+        raise UsageError(f"{bare} names no bucket; write it like s3://BUCKET/FOLDER")
+    return f"{scheme_of(typed)}://{typed.partition('://')[2].rstrip('/')}"
 
 
 # -- showing -------------------------------------------------------------------------------------

@@ -62,7 +62,9 @@ def _line_of(record_id: str, indexes: Sequence[_Index]) -> bytes | None:
 
 
 def _keep_others(folder: RunFolder, index: _Index) -> None:
-    if index.has_others:
+    if not index.has_others:
+        folder.store.remove(KEPT)  # of a start that was killed before its plan was there
+    else:
         with folder.store.put_file(KEPT) as path, open(path, "wb") as file:
             file.writelines(index.others())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
 from md3cli.config import RunConfig
 from md3cli.early import SUFFIX as EARLY_SUFFIX
@@ -12,12 +11,12 @@ from md3cli.journal_scan import first_record
 from md3cli.records import RunIdentity
 from md3cli.run_info import OutputPaths, check_first_record
 from md3cli.scale.adoption import adopt, reopen_failed
-from md3cli.scale.choosing import discard, is_unfinished
+from md3cli.scale.bucket import Deliveries
+from md3cli.scale.choosing import discard, is_unfinished, take_place
 from md3cli.scale.commits import Commit, CommitLog
 from md3cli.scale.layout import EXPORTED, RunFolder, host_name, open_run_folder
 from md3cli.scale.plan import Plan, check_config, plan_config, read_plan
 from md3cli.scale.planning import make_plan, put_plan
-from md3cli.scale.store import LocalStore
 from md3cli.source import Source
 
 NEXT_SUFFIX = "-next"  # where the plan of an INPUT that has grown is made
@@ -29,9 +28,15 @@ class Beginning:
     """The first steps of one start, by a process that holds OUTPUT's lock (ranks share it)."""
 
     def __init__(
-        self, folder: RunFolder, config: RunConfig, files: OutputPaths, source: Source, identity: RunIdentity
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        files: OutputPaths,
+        deliveries: Deliveries,
+        source: Source,
+        identity: RunIdentity,
     ) -> None:
-        self._folder, self._config, self._files = folder, config, files
+        self._folder, self._config, self._files, self._deliveries = folder, config, files, deliveries
         self._source, self._identity = source, identity
         self._wanted = plan_config(config, identity, source.root)
         self.num_adopted = 0
@@ -40,7 +45,7 @@ class Beginning:
         """For --overwrite: nothing of earlier runs stays."""
         discard(self._folder)
         for path in (self._files.journal, self._files.journal.with_name(self._files.journal.name + EARLY_SUFFIX)):
-            path.unlink(missing_ok=True)
+            self._deliveries.remove(path)
 
     def check_records(self) -> None:
         """Refuse a records file that is not this run's, where neither run.json nor a plan says so.
@@ -49,8 +54,9 @@ class Beginning:
             OutputMismatchError: it is another run's, or none of md3's.
         """
         journal = self._files.journal
-        if self._files.run_info.exists() or not journal.is_file() or read_plan(self._folder) is not None:
+        if self._files.run_info.exists() or read_plan(self._folder) is not None or not self._deliveries.has(journal):
             return
+        self._deliveries.fetch(journal)
         with open(journal, "rb") as file:
             record = first_record(file)
         if record is not None:
@@ -66,8 +72,8 @@ class Beginning:
         found = read_plan(self._folder)
         if found is None:
             return self._first_plan()
-        is_alone = self._config.scale.world_size == 1 and isinstance(self._folder.store, LocalStore)
-        if is_alone and not is_unfinished(self._folder, self._files):
+        is_alone = self._config.scale.world_size == 1
+        if is_alone and not is_unfinished(self._folder, has_records=self._deliveries.has(self._files.journal)):
             return self._plan_after(found)
         check_config(found, self._wanted)
         return found
@@ -78,7 +84,9 @@ class Beginning:
             return found
         discard(open_run_folder(self._folder.uri + NEXT_SUFFIX))
         self._folder.store.put(PLANNER, json.dumps({"host": host_name(), "began": time.time()}).encode())
-        plan = put_plan(self._folder, self._made_in(self._folder))
+        made = self._made_in(self._folder)
+        self._adopt(self._folder, made)
+        plan = put_plan(self._folder, made)
         self._folder.store.remove(PLANNER)
         check_config(plan, self._wanted)
         return plan
@@ -95,8 +103,8 @@ class Beginning:
         return plan
 
     def _made_in(self, folder: RunFolder) -> Plan:
-        """A plan of INPUT as it is now, with the records that are there taken over; not put yet."""
-        plan = make_plan(
+        """A plan of INPUT as it is now; not put yet."""
+        return make_plan(
             folder,
             iter(self._source),
             self._config.requests,
@@ -105,10 +113,12 @@ class Beginning:
             shard_size=self._config.scale.shard_size,
             skipped=self._source.skipped,
         )
-        if isinstance(folder.store, LocalStore):
-            with_failed = not self._config.output.retry_failed
-            self.num_adopted = adopt(folder, plan, self._files.journal, with_failed=with_failed)
-        return plan
+
+    def _adopt(self, folder: RunFolder, plan: Plan) -> None:
+        """Take the records that are there over."""
+        self._deliveries.fetch(self._files.journal)
+        with_failed = not self._config.output.retry_failed
+        self.num_adopted = adopt(folder, plan, self._files.journal, with_failed=with_failed)
 
     def _plan_after(self, finished: Plan) -> Plan:
         """The finished plan, or one of what INPUT has become, which takes over the finished records."""
@@ -117,16 +127,15 @@ class Beginning:
         plan = self._made_in(following)
         if (plan.fingerprint, plan.config_hash) == (finished.fingerprint, finished.config_hash):
             discard(following)
-            self.num_adopted = 0
             return finished
+        self._adopt(following, plan)
         put_plan(following, plan)
-        discard(self._folder)
-        Path(following.uri).rename(self._folder.uri)
+        take_place(following, self._folder)
         return plan
 
     def reopen(self, plan: Plan) -> None:
         """For --retry-failed."""
-        commits: dict[int, Commit] = dict(CommitLog(self._folder).refresh())
+        commits: dict[int, Commit] = dict(CommitLog(self._folder, plan.shards).refresh())
         if any(commit.errors for commit in commits.values()) or len(commits) < plan.shards:
             self._folder.store.remove(EXPORTED)
             reopen_failed(self._folder, plan, commits)

@@ -70,12 +70,16 @@ def _parsed(data: bytes | None) -> Commit | None:
 
 
 def put_commit(folder: RunFolder, shard: int, commit: Commit) -> bool:
-    """Commit the shard; False where another attempt has committed it first."""
+    """Commit the shard; False where another attempt has committed it first.
+
+    A store that is tried again after its answer was lost refuses a marker that is there because we put it: whose it
+    is decides, not the answer.
+    """
     data = json.dumps(asdict(commit), separators=(",", ":")).encode()
     if folder.store.put_if_absent(commit_name(shard), data):
         return True
-    if read_commit(folder, shard) is not None:
-        return False
+    if (found := read_commit(folder, shard)) is not None:
+        return found.attempt == commit.attempt
     folder.store.remove(commit_name(shard))  # half a marker, of a writer that died
     return folder.store.put_if_absent(commit_name(shard), data)
 
@@ -83,16 +87,19 @@ def put_commit(folder: RunFolder, shard: int, commit: Commit) -> bool:
 class CommitLog:
     """The markers read so far; `refresh` reads the new ones only."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, num_shards: int | None = None) -> None:
+        """With `num_shards` of the plan, markers of no shard of it are passed over; `md3 verify` tells of them."""
         self.found: dict[int, Commit] = {}
-        self._folder = folder
+        self._folder, self._num_shards = folder, num_shards
 
     def refresh(self) -> Mapping[int, Commit]:
         """All markers by shard."""
-        for name in self._folder.store.names(COMMITS):
-            shard = shard_of(name)
-            if shard is not None and shard not in self.found:
-                commit = read_commit(self._folder, shard)
-                if commit is not None:
-                    self.found[shard] = commit
+        shards = map(shard_of, self._folder.store.names(COMMITS))
+        new = {commit_name(shard): shard for shard in shards if shard is not None and self._is_wanted(shard)}
+        for name, data in self._folder.store.read_all(sorted(new)):
+            if (commit := _parsed(data)) is not None:
+                self.found[new[name]] = commit
         return self.found
+
+    def _is_wanted(self, shard: int) -> bool:
+        return shard not in self.found and (self._num_shards is None or shard < self._num_shards)

@@ -12,15 +12,16 @@ from md3cli.config import RunConfig
 from md3cli.console import RunConsole, Summary
 from md3cli.early import SUFFIX as EARLY_SUFFIX
 from md3cli.errors import OutputError
-from md3cli.outputs import OutputPlan, publish, written_paths
+from md3cli.outputs import OutputPlan, publish
 from md3cli.publish import OutputLock
 from md3cli.records import RETRYABLE, RunIdentity
 from md3cli.run_info import RunCounts, RunDocument, identity_of
+from md3cli.scale.bucket import Deliveries
 from md3cli.scale.choosing import is_unfinished
 from md3cli.scale.commits import Commit
-from md3cli.scale.export import export_parts
+from md3cli.scale.export import export_parts, note_exported
 from md3cli.scale.gc import collect
-from md3cli.scale.layout import RunFolder
+from md3cli.scale.layout import EXPORTED, RunFolder, attempts_prefix
 from md3cli.scale.plan import Plan
 from md3cli.scale.run_options import StartNote
 from md3cli.scale.store import LocalStore
@@ -28,6 +29,8 @@ from md3cli.timeline import Timeline
 
 STATUS_FAILED_RECORDS = 3
 STOPPED = 128  # exit statuses from here on are of signals
+EXPORT_WAIT_S, EXPORT_POLL_S = 60.0, 1.0
+SLOW_EXPORT_BYTES_S = 5e6  # a second
 _EXPORT_LOCK = "export.lock"
 
 Commits = Mapping[int, Commit]
@@ -42,12 +45,14 @@ class Ending:
         console: RunConsole,
         outputs: OutputPlan,
         folder: RunFolder,
+        deliveries: Deliveries,
         plan: Plan,
         identity: RunIdentity,
         document: RunDocument | None,
     ) -> None:
         assert outputs.files is not None
         self._config, self._console, self._outputs, self._files = config, console, outputs, outputs.files
+        self._deliveries = deliveries
         self._folder, self._plan, self._identity, self._document = folder, plan, identity, document
         self._started_at = time.monotonic()
         self._before: Commits = {}
@@ -76,7 +81,7 @@ class Ending:
         Raises:
             OutputError, ExportError: a file cannot be made; the records are in the run folder.
         """
-        with self._export_lock() as is_ours:
+        with self._export_lock(commits) as is_ours:
             if is_ours:
                 self._export(commits)
             else:
@@ -86,17 +91,22 @@ class Ending:
         return STATUS_FAILED_RECORDS if is_bad else 0
 
     def _export(self, commits: Commits) -> None:
-        if is_unfinished(self._folder, self._files):
-            journal = self._files.journal
-            export_parts(self._folder, self._plan, commits, journal)
+        journal, deliveries = self._files.journal, self._deliveries
+        if is_unfinished(self._folder, has_records=deliveries.has(journal)):
+            exported = export_parts(self._folder, self._plan, commits, journal)
+            deliveries.deliver(journal)
+            note_exported(self._folder, exported)
             collect(self._folder, older_than_s=0.0)  # what a kill between a commit and its end has left
             journal.with_name(journal.name + EARLY_SUFFIX).unlink(missing_ok=True)  # of a single process, taken over
         if self._document is None:
             self._document = self._rank_document()
         self._document.finish(counts_of(commits), {}, None, self._timeline.points)
+        deliveries.deliver(self._files.run_info)
         for document in self._outputs.documents:
-            for note in publish(document, self._files.journal, self._config, self._plan.root):
+            deliveries.fetch(journal)
+            for note in publish(document, journal, self._config, self._plan.root):
                 self._console.say(f"{document.format}: {note}")
+            deliveries.deliver(document.path)
 
     def _rank_document(self) -> RunDocument:
         identity = identity_of(self._config.requests, self._identity, self._plan.root)
@@ -109,10 +119,13 @@ class Ending:
         )
 
     @contextlib.contextmanager
-    def _export_lock(self) -> Iterator[bool]:
-        """Whether this process is the one to export; always, where there are no locks: all write the same bytes."""
-        if self._config.scale.world_size == 1 or not isinstance(self._folder.store, LocalStore):
+    def _export_lock(self, commits: Commits) -> Iterator[bool]:
+        """Whether this process is the one to export."""
+        if self._config.scale.world_size == 1:
             yield True
+            return
+        if not isinstance(self._folder.store, LocalStore):
+            yield self._is_first(commits) or not self._is_exported_within(_patience_s(commits))
             return
         path = self._folder.store.path(_EXPORT_LOCK)
         try:
@@ -125,6 +138,21 @@ class Ending:
         finally:
             lock.release()
 
+    def _is_first(self, commits: Commits) -> bool:
+        """In a bucket there are no locks: rank 0 exports, and whoever committed last; both write the same bytes."""
+        last = max(commits.values(), key=lambda commit: commit.ended, default=None)
+        is_last = last is not None and last.attempt.startswith(attempts_prefix())
+        return self._config.scale.rank == 0 or is_last
+
+    def _is_exported_within(self, patience_s: float) -> bool:
+        """Wait for the others' export; False where none came."""
+        deadline = time.monotonic() + patience_s
+        while self._folder.store.read(EXPORTED) is None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(EXPORT_POLL_S)
+        return True
+
     # -- what is told and noted ----------------------------------------------------------------------
 
     def note(self, status: int, commits: Commits) -> None:
@@ -134,6 +162,7 @@ class Ending:
         self._note.end(status, {"records": self._num_new(commits), "ok": counts.ok, "failed": counts.failed})
         if self._document is not None:
             self._document.finish(counts, {}, status, self._timeline.points)
+            self._deliveries.deliver(self._files.run_info)
 
     def summarize(self, commits: Commits) -> None:
         """What was done, on stderr."""
@@ -150,7 +179,7 @@ class Ending:
             output_tokens=sum(commit.output_tokens for commit in new),
             elapsed_s=time.monotonic() - self._started_at,
             skipped=self._plan.skipped,
-            outputs=written_paths(self._outputs),
+            outputs=self._deliveries.written(self._outputs),
             next_command=self._next_command(commits),
         )
         if not self._plan.rows:
@@ -160,7 +189,7 @@ class Ending:
     def _next_command(self, commits: Commits) -> str | None:
         if RETRYABLE & counts_of(commits).errors.keys() and self._config.scale.world_size == 1:
             return shlex.join([*self._argv, "--retry-failed"])
-        if self._outputs.documents:
+        if self._outputs.documents or self._config.output.address is not None:
             return None
         return shlex.join(["md3", "report", str(self._files.journal), "-o", "report.html"])
 
@@ -173,6 +202,11 @@ class Ending:
     @property
     def _argv(self) -> list[str]:
         return [argument for argument in self._config.argv if argument != "--overwrite"]
+
+
+def _patience_s(commits: Commits) -> float:
+    """How long an export may take, generously."""
+    return EXPORT_WAIT_S + sum(commit.bytes for commit in commits.values()) / SLOW_EXPORT_BYTES_S
 
 
 def counts_of(commits: Commits) -> RunCounts:

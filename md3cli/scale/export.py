@@ -43,6 +43,8 @@ def read_exported(folder: RunFolder) -> Exported | None:
 def export_parts(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], out: Path) -> Exported:
     """Write all records to `out`, whole or not at all; the failed ones to errors.jsonl of the folder too.
 
+    `note_exported` comes once they stand where they belong.
+
     Raises:
         OutputError: it cannot be written, or a part is not what its marker says.
     """
@@ -52,8 +54,12 @@ def export_parts(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], o
                 exported = _copy(folder, plan, commits, file, errors)
         except OSError as error:
             raise output_error(out, error) from error
-    folder.store.put(EXPORTED, json.dumps(asdict(exported)).encode())
     return exported
+
+
+def note_exported(folder: RunFolder, exported: Exported) -> None:
+    """Note that OUTPUT has the records of all shards."""
+    folder.store.put(EXPORTED, json.dumps(asdict(exported)).encode())
 
 
 def _copy(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], file: IO[bytes], errors: IO[bytes]) -> Exported:
@@ -67,12 +73,6 @@ def _copy(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], file: IO
         if shard < 0 or commits[shard].errors:
             errors.writelines(line for line in data.splitlines(keepends=True) if not line.endswith(_OK_TAIL))
     return Exported(num_records, num_bytes, digest.hexdigest())
-
-
-def is_good_part(folder: RunFolder, commit: Commit) -> bool:
-    """Whether the part is what its marker says."""
-    data = folder.store.read(commit.part)
-    return data is not None and hashlib.sha256(data).hexdigest() == commit.sha256
 
 
 def read_part(folder: RunFolder, commit: Commit) -> bytes:

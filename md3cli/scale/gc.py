@@ -6,9 +6,8 @@ import time
 from typing import NamedTuple
 
 from md3cli.scale.commits import CommitLog
-from md3cli.scale.export import is_good_part
 from md3cli.scale.layout import EXPORTED, RunFolder, commit_name
-from md3cli.scale.verify import orphans_of
+from md3cli.scale.verify import Verification, orphans_of
 
 YOUNGEST_S = 3600.0  # a younger part may be about to be committed
 
@@ -23,7 +22,8 @@ class Collected(NamedTuple):
 def collect(folder: RunFolder, *, older_than_s: float = YOUNGEST_S, with_damaged: bool = False) -> Collected:
     """Remove what belongs to nothing and was last written `older_than_s` ago.
 
-    `with_damaged`: also take the markers of missing or damaged parts away, so that their shards are done again.
+    `with_damaged`: also take the markers of parts away that are missing, damaged or not of this plan, so that their
+    shards are done again.
 
     Raises:
         OutputError: the folder cannot be changed.
@@ -31,8 +31,9 @@ def collect(folder: RunFolder, *, older_than_s: float = YOUNGEST_S, with_damaged
     commits = dict(CommitLog(folder).refresh())
     reopened = []
     if with_damaged:
+        verification = Verification(folder)
         for shard, commit in sorted(commits.items()):
-            if not is_good_part(folder, commit):
+            if any(verification.shard_findings(shard, commit)):
                 folder.store.remove(commit_name(shard))
                 reopened.append(shard)
     for shard in reopened:

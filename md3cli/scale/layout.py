@@ -26,6 +26,7 @@ from pathlib import Path
 
 from md3cli.errors import InputError
 from md3cli.records import printable
+from md3cli.remote.address import folder_of, host_of, is_address
 from md3cli.scale.store import LocalStore, Store, open_store
 from md3cli.settings import user_cache_dir
 
@@ -71,9 +72,13 @@ def find_run_folder(typed: str) -> RunFolder:
     Raises:
         InputError: there is none.
     """
-    beside = str(Path(typed).parent) if "://" not in typed else typed.rpartition("/")[0]
-    candidates = [typed, f"{typed.rstrip('/')}/{FOLDER_NAME}", f"{typed}{SUFFIX}", f"{beside}/{FOLDER_NAME}"]
+    is_remote = is_address(typed)
+    bare = typed.rstrip("/") if is_remote else typed
+    beside = folder_of(bare) if is_remote else str(Path(typed).parent)
+    candidates = [bare, run_folder_uri(bare, is_folder=True), f"{bare}{SUFFIX}", f"{beside}/{FOLDER_NAME}"]
     for candidate in candidates:
+        if is_remote and host_of(candidate) != host_of(typed):  # another's bucket
+            continue
         folder = open_run_folder(candidate)
         if folder.store.read(PLAN) is not None:
             return folder
@@ -111,6 +116,11 @@ def host_name() -> str:
     return re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40] or "host"
 
 
+def attempts_prefix() -> str:
+    """What the names of this process's attempts begin with."""
+    return f"{host_name()}-{getpid()}-"
+
+
 def new_attempt() -> str:
     """A name no other attempt has: `host-pid-random`."""
-    return f"{host_name()}-{getpid()}-{secrets.token_hex(4)}"
+    return f"{attempts_prefix()}{secrets.token_hex(4)}"

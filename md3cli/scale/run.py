@@ -15,12 +15,14 @@ from typing import Protocol
 from md3cli.config import RunConfig
 from md3cli.console import RunConsole
 from md3cli.engine_port import Engine, Model
-from md3cli.errors import EngineError, UsageError
+from md3cli.errors import EngineError, OutputError, UsageError
 from md3cli.outputs import OutputPlan
 from md3cli.progress import Progress
 from md3cli.publish import OutputLock
+from md3cli.records import printable
 from md3cli.run_info import OutputPaths, RunDocument, identity_of
 from md3cli.scale.beginning import Beginning
+from md3cli.scale.bucket import Deliveries
 from md3cli.scale.ending import Ending
 from md3cli.scale.here import ShardsHere
 from md3cli.scale.layout import RunFolder
@@ -64,14 +66,21 @@ def run_scaled(
     with StopSignals() as stop, contextlib.ExitStack() as stack:
         with stop.interruptible():
             model = find(config.model)
-        files.journal.parent.mkdir(parents=True, exist_ok=True)
-        lock = OutputLock.acquire(files.lock, files.journal, is_shared=config.scale.world_size > 1)
+        deliveries = Deliveries(config.output, files, folder)
+        for path in (files.journal, deliveries.lock):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        lock = OutputLock.acquire(deliveries.lock, deliveries.output, is_shared=config.scale.world_size > 1)
         stack.callback(lock.release)
-        beginning = Beginning(folder, config, files, source, model.identity)
+        _check_store(folder, config, console)
+        deliveries.fetch(files.run_info)
+        beginning = Beginning(folder, config, files, deliveries, source, model.identity)
         beginning.check_records()
         if config.output.overwrite:
             beginning.clear()
-        document = None if config.scale.world_size > 1 else _document(config, files, source, model)
+        document = None
+        if config.scale.world_size == 1:
+            document = _document(config, files, source, model, deliveries.address_of(files.run_info))
+            deliveries.deliver(files.run_info)
         with stop.interruptible():
             plan = beginning.plan()
         if config.output.retry_failed:
@@ -79,7 +88,7 @@ def run_scaled(
         if beginning.num_adopted:
             console.say(f"{beginning.num_adopted:,} records of an earlier start are taken over")
         write_run_options(folder, RunOptions(config.model, config.decode), config.argv)
-        ending = Ending(config, console, outputs, folder, plan, model.identity, document)
+        ending = Ending(config, console, outputs, folder, deliveries, plan, model.identity, document)
         return _ScaledRun(config, console, folder, plan, model, stop, ending).to_the_end()
 
 
@@ -97,7 +106,21 @@ def _check_options(config: RunConfig) -> None:
         check_installed()
 
 
-def _document(config: RunConfig, files: OutputPaths, source: Source, model: Model) -> RunDocument:
+def _check_store(folder: RunFolder, config: RunConfig, console: RunConsole) -> None:
+    """Try whether of two who put the same marker one is refused, which all rests on.
+
+    Raises:
+        OutputError: none is, and many processes would need it; or the store cannot be written at all.
+    """
+    if folder.store.has_put_if_absent():
+        return
+    what = f"{printable(folder.uri)}: the store replaces what it should refuse to replace (no conditional writes)"
+    if config.scale.world_size > 1:
+        raise OutputError(f"{what}, so ranks cannot share it; leave --world-size out, or choose another -o")
+    console.warn(f"{what}; start no second run on this OUTPUT")
+
+
+def _document(config: RunConfig, files: OutputPaths, source: Source, model: Model, shown: str) -> RunDocument:
     """run.json beside OUTPUT, which refuses another run's OUTPUT."""
     return RunDocument.begin(
         files.run_info,
@@ -105,6 +128,7 @@ def _document(config: RunConfig, files: OutputPaths, source: Source, model: Mode
         arguments=config.argv,
         root=source.root,
         is_resume=not config.output.overwrite,
+        shown=shown,
     )
 
 

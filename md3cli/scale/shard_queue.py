@@ -18,7 +18,7 @@ class ShardQueue:
     """
 
     def __init__(self, folder: RunFolder, num_shards: int, rank: int = 0, world_size: int = 1) -> None:
-        self._folder, self._num_shards, self._log = folder, num_shards, CommitLog(folder)
+        self._folder, self._num_shards, self._log = folder, num_shards, CommitLog(folder, num_shards)
         done = self._log.refresh()
         todo = [shard for shard in range(num_shards) if shard not in done]
         self._own = deque(shard for shard in todo if shard % world_size == rank)

@@ -86,7 +86,7 @@ class RunStatus:
 
 def status_of(folder: RunFolder, plan: Plan) -> RunStatus:
     """How far the run of `plan` is."""
-    commits = CommitLog(folder).refresh()
+    commits = CommitLog(folder, plan.shards).refresh()
     errors = Counter[str]()
     for commit in commits.values():
         errors.update(commit.error_types)

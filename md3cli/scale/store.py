@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Protocol
@@ -35,6 +35,10 @@ class Store(Protocol):
 
     def read(self, name: str) -> bytes | None:
         """The content; None where there is no such file."""
+        ...
+
+    def read_all(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """Names and contents of those files that are there, in the order of `names`."""
         ...
 
     def open(self, name: str) -> IO[bytes]:
@@ -67,6 +71,10 @@ class Store(Protocol):
 
     def modified_at(self, name: str) -> float | None:
         """When it was last written, in seconds since 1970; None where it is not there or not known."""
+        ...
+
+    def has_put_if_absent(self) -> bool:
+        """Whether putting the same name twice fails the second time; tried where it is not sure."""
         ...
 
 
@@ -113,6 +121,11 @@ class LocalStore:
             return None
         except OSError as error:
             raise output_error(self.path(name), error) from error
+
+    def read_all(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        for name in names:
+            if (data := self.read(name)) is not None:
+                yield name, data
 
     def open(self, name: str) -> IO[bytes]:
         return open(self.path(name), "rb")
@@ -176,6 +189,9 @@ class LocalStore:
             return self.path(name).stat().st_mtime
         except OSError:
             return None
+
+    def has_put_if_absent(self) -> bool:
+        return True
 
     def _with_folder(self, name: str) -> Path:
         path = self.path(name)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO
 
 from md3cli.records import printable
@@ -44,7 +45,7 @@ class Verification:
         if num_open:
             yield f"{num_open:,} of {self.num_shards:,} shards are not done; the same command goes on"
         for shard, commit in sorted(self._commits.items()):
-            yield from (f"shard {shard}: {finding}" for finding in self._shard_findings(shard, commit))
+            yield from (f"shard {shard}: {finding}" for finding in self.shard_findings(shard, commit))
         yield from self._orphans()
         if not num_open:
             yield from self._export_findings()
@@ -60,7 +61,8 @@ class Verification:
         if fingerprint.hexdigest() != self._reader.plan.fingerprint:
             yield "the manifest's rows are not those of the plan"
 
-    def _shard_findings(self, shard: int, commit: Commit) -> Iterator[str]:
+    def shard_findings(self, shard: int, commit: Commit) -> Iterator[str]:
+        """What is wrong with the records of one shard."""
         if not 0 <= shard < self.num_shards:
             yield "the plan has no such shard"
             return
@@ -71,12 +73,11 @@ class Verification:
         if len(data) != commit.bytes or hashlib.sha256(data).hexdigest() != commit.sha256:
             yield f"{commit.part} is not what its marker says"
             return
-        lines = data.splitlines()
         planned = [record_id for row in self._reader.shard(shard) for record_id in row.ids]
-        found = [json.loads(line)["id"] for line in lines]
+        found = _ids_in(data)
         if found != planned:
-            yield f"{commit.part} does not have each request once and in order"
-        if (len(lines), sum(commit.error_types.values())) != (commit.num_records, commit.errors):
+            yield f"{commit.part} {_difference(planned, found)}"
+        elif (len(found), sum(commit.error_types.values())) != (commit.num_records, commit.errors):
             yield "its marker's counts are wrong"
 
     def _orphans(self) -> Iterator[str]:
@@ -85,16 +86,39 @@ class Verification:
             yield f"{len(orphans):,} files that belong to nothing, such as {orphans[0]}; `md3 runs gc` removes them"
 
     def _export_findings(self) -> Iterator[str]:
-        exported, records = read_exported(self._folder), records_of(self._folder)
-        if exported is None or records is None:
+        exported = read_exported(self._folder)
+        if exported is None:
             yield "the records are not exported yet; the same command does it"
             return
-        if not records.is_file():
-            yield f"{printable(str(records))} is gone; the same command exports it again"
+        store, name = records_of(self._folder)
+        records = printable(f"{store.uri}/{name}")
+        try:
+            with store.open(name) as file:
+                digest = _digest(file)
+        except FileNotFoundError:
+            yield f"{records} is gone; the same command exports it again"
             return
-        with open(records, "rb") as file:
-            if _digest(file) != exported.sha256:
-                yield f"{printable(str(records))} is not what was exported"
+        if digest != exported.sha256:
+            yield f"{records} is not what was exported"
+
+
+def _ids_in(data: bytes) -> list[str] | None:
+    """The ids of records in their order; None where something else is among them."""
+    try:
+        return [json.loads(line)["id"] for line in data.splitlines()]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _difference(planned: Sequence[str], found: Sequence[str] | None) -> str:
+    """How the records of a shard are not those that were planned."""
+    if found is None:
+        return "has lines that are no records"
+    missing, extra = Counter(planned) - Counter(found), Counter(found) - Counter(planned)
+    num_twice = sum((extra & Counter(planned)).values())
+    facts = {"missing": missing.total(), "there twice": num_twice, "of another run": extra.total() - num_twice}
+    told = ", ".join(f"{count:,} {what}" for what, count in facts.items() if count)
+    return f"does not have each request once: {told}" if told else "does not have its requests in order"
 
 
 def _digest(file: IO[bytes]) -> str:

@@ -23,6 +23,7 @@ class Fault:
 
     One of: another `status` (with `headers`); the body cut after `cut_at` bytes though its length was told in full;
     a `pause_s` before each `drip` bytes of the body; a Content-Length that `claims` so many bytes (-1: none is told).
+    `is_late`: what was asked is done before the other `status` says that it was not.
     """
 
     status: int = 200
@@ -32,6 +33,7 @@ class Fault:
     drip: int = 1
     claims: int | None = None
     times: int | None = None
+    is_late: bool = False
 
 
 class FaultyServer:
@@ -71,6 +73,10 @@ class FaultyServer:
         path = unquote(urlsplit(handler.path).path)
         fault = self._fault_of(path, dict(handler.headers.items()))
         if fault.status != 200:
+            if fault.is_late:
+                self.answer(handler)
+            else:
+                handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
             status, headers, body = fault.status, {}, b""
         else:
             status, headers, body = self.answer(handler)
@@ -149,25 +155,29 @@ class WebServer(FaultyServer):
 
 
 class StoreDoor(FaultyServer):
-    """Hands requests on to moto's S3 server; faults by `/bucket/key`. Lists `page_size` names at a time."""
+    """Hands requests on to moto's S3 server; faults by `/bucket/key`. Lists `page_size` names at a time.
+
+    Of requests `dropped_headers` (in lower case) are not handed on, as a store that does not know them would do.
+    """
 
     def __init__(self, port: int) -> None:
         self._port = port
         self.page_size = 1000
+        self.dropped_headers: set[str] = set()
         super().__init__()
 
     def reset(self) -> None:
         super().reset()
         self.page_size = 1000
+        self.dropped_headers = set()
 
     def answer(self, handler: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
         length = int(handler.headers.get("Content-Length") or 0)
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
         with contextlib.closing(connection):
             pages = f"&max-keys={self.page_size}" if "list-type=2" in handler.path else ""
-            connection.request(
-                handler.command, handler.path + pages, handler.rfile.read(length), dict(handler.headers.items())
-            )
+            headers = {name: v for name, v in handler.headers.items() if name.lower() not in self.dropped_headers}
+            connection.request(handler.command, handler.path + pages, handler.rfile.read(length), headers)
             answer = connection.getresponse()
             hop_by_hop = {"connection", "transfer-encoding", "server", "date"}
             headers = {name: value for name, value in answer.getheaders() if name.lower() not in hop_by_hop}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,76 @@ def test_damage_is_found_and_done_again(md3: Program, pictures: Path, tmp_path: 
     assert md3("verify", out).exit_code == 0
     out.write_bytes(expected[:-1])
     assert md3("verify", out).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: [*lines[:3], *lines[4:]], "does not have each request once: 1 missing"),
+        (lambda lines: [*lines[:4], *lines[3:]], "does not have each request once: 1 there twice"),
+        (lambda lines: [*lines[:3], lines[2], *lines[4:]], "1 missing, 1 there twice"),
+        (lambda lines: [lines[1], lines[0], *lines[2:]], "does not have its requests in order"),
+        (lambda lines: [lines[0].replace(b'"id":"', b'"id":"f'), *lines[1:]], "1 missing, 1 of another run"),
+        (lambda lines: [b"no record\n", *lines], "has lines that are no records"),
+    ],
+)
+def test_records_that_are_not_the_planned_ones_are_found(
+    md3: Program, pictures: Path, tmp_path: Path, change: Callable[[list[bytes]], list[bytes]], said: str
+) -> None:
+    """Even where the marker agrees with its part, as that of a wrong program would."""
+    out = tmp_path / "o.jsonl"
+    run = Path(f"{out}.md3run")
+    md3("caption", pictures, "-o", out, "--engine", "local", "--shard-size", 10)
+    expected = out.read_bytes()
+    marker = run / "commits/00001.json"
+    commit = json.loads(marker.read_bytes())
+    data = b"".join(change((run / commit["part"]).read_bytes().splitlines(keepends=True)))
+    (run / commit["part"]).write_bytes(data)
+    marker.write_text(json.dumps(commit | {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}))
+    found = md3("verify", out)
+    assert found.exit_code == 1
+    assert f"shard 1: {commit['part']} " in found.output
+    assert said in found.output
+    assert "1 shards to be done again" in md3("runs", "gc", out, "--damaged").output
+    md3("caption", pictures, "-o", out)
+    assert md3.num_answered == 10
+    assert out.read_bytes() == expected
+    assert md3("verify", out).exit_code == 0
+
+
+def test_a_changed_byte_anywhere_is_found(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    run = Path(f"{out}.md3run")
+    md3("caption", pictures, "-o", out, "--engine", "local", "--shard-size", 10)
+    for path in (out, *sorted((run / "parts").iterdir())):
+        data = path.read_bytes()
+        for at in range(0, len(data), 997):
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            assert md3("verify", out).exit_code == 1, (path, at)
+        path.write_bytes(data)
+    assert md3("verify", out).exit_code == 0
+
+
+def test_a_foreign_marker_is_found_and_does_no_harm(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "o.jsonl", tmp_path / "other.jsonl"
+    many = ("--engine", "local", "--shard-size")
+    md3("caption", pictures, "-o", out, *many, 10)
+    expected = out.read_bytes()
+    md3("query", pictures, "what?", "-o", other, *many, 2)
+    run, foreign = Path(f"{out}.md3run"), Path(f"{other}.md3run")
+    for number in ("00001", "00009"):  # one in the place of ours, one of no shard at all
+        commit = json.loads((foreign / f"commits/{number}.json").read_bytes())
+        (run / commit["part"]).write_bytes((foreign / commit["part"]).read_bytes())
+        (run / f"commits/{number}.json").write_text(json.dumps(commit))
+    found = md3("verify", out)
+    assert found.exit_code == 1
+    assert "10 missing, 2 of another run" in found.output
+    assert "shard 9: the plan has no such shard" in found.output
+    assert json.loads(md3("status", out, "--json").output)["shards_done"] == 3
+    assert "2 shards to be done again" in md3("runs", "gc", out, "--damaged", "--older-than", 0).output
+    md3("caption", pictures, "-o", out)
+    assert out.read_bytes() == expected
+    assert md3("verify", out).exit_code == 0
 
 
 def test_there_is_no_run_folder(md3: Program, tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""OUTPUT in a bucket: its files are made in a folder of this machine, and put into the bucket once they are whole.
+
+The records themselves go to the run folder in the bucket as they are committed; what is made here is made of them,
+can be made again anywhere, and is gone when the program ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from md3cli.config import OutputOptions
+from md3cli.outputs import OutputPlan, written_paths
+from md3cli.records import printable
+from md3cli.remote.address import folder_of
+from md3cli.run_info import OutputPaths
+from md3cli.scale.layout import RunFolder
+from md3cli.scale.object_store import ObjectStore
+from md3cli.scale.store import LocalStore
+from md3cli.settings import user_cache_dir
+
+
+@contextlib.contextmanager
+def made_here(output: OutputOptions) -> Iterator[OutputOptions]:
+    """OUTPUT with a path of this machine, for as long as the program writes it."""
+    if output.address is None or output.path is None:
+        yield output
+        return
+    folder = user_cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="output-", dir=folder) as made:
+        yield replace(output, path=Path(made) / output.path.name)
+
+
+class Deliveries:
+    """What of OUTPUT stands where. For an OUTPUT on this machine nothing needs to be carried anywhere."""
+
+    def __init__(self, output: OutputOptions, files: OutputPaths, folder: RunFolder) -> None:
+        """`files` are OUTPUT's on this machine, `folder` is the run folder."""
+        self._bucket: ObjectStore | None = None
+        self.lock, self.output = files.lock, str(files.journal)
+        if output.address is None or isinstance(folder.store, LocalStore):
+            return
+        is_folder = files.run_info.parent == output.path
+        self._here = files.run_info.parent
+        self._bucket = ObjectStore(output.address if is_folder else folder_of(output.address))
+        self.output = output.address
+        # Keeps a second run of this machine out; of other machines nobody knows, and the markers decide.
+        self.lock = folder.wip.root.with_name(f"{folder.wip.root.name}.lock")
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._here).as_posix()
+
+    def address_of(self, path: Path) -> str:
+        """How a user names one of OUTPUT's files."""
+        return str(path) if self._bucket is None else f"{self._bucket.uri}/{self._name(path)}"
+
+    def has(self, path: Path) -> bool:
+        """Whether OUTPUT has such a file."""
+        return path.is_file() if self._bucket is None else self._bucket.has(self._name(path))
+
+    def fetch(self, path: Path) -> None:
+        """Have a file of OUTPUT on this machine, if it is there at all."""
+        if self._bucket is not None and not path.exists():
+            self._bucket.download(self._name(path), path)
+
+    def deliver(self, path: Path) -> None:
+        """Have a file or folder that was made here stand in OUTPUT as it is here."""
+        if self._bucket is None or not path.exists():
+            return
+        if not path.is_dir():
+            self._bucket.upload(path, self._name(path))
+            return
+        files = {self._name(file): file for file in path.rglob("*") if file.is_file()}
+        for name, file in files.items():
+            self._bucket.upload(file, name)
+        for name in self._bucket.names_below(self._name(path)):
+            if name not in files:  # of an earlier start
+                self._bucket.remove(name)
+
+    def remove(self, path: Path) -> None:
+        """Take a file out of OUTPUT."""
+        path.unlink(missing_ok=True)
+        if self._bucket is not None:
+            self._bucket.remove(self._name(path))
+
+    def written(self, outputs: OutputPlan) -> list[str]:
+        """What a finished run has written, for people."""
+        if self._bucket is None or outputs.files is None:
+            return written_paths(outputs)
+        made = [document.path for document in outputs.documents if document.path.exists()]
+        return [printable(self.address_of(path)) for path in (*made, outputs.files.journal)]
