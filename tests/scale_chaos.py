@@ -37,6 +37,7 @@ FORMS = {
     "ranks": [["--worker-rank", str(rank), "--world-size", "3"] for rank in range(3)],
 }
 GRACE_S = 60.0
+RAY_GRACE_S = 180.0  # what is left of a cluster whose driver was killed notices it within two minutes or so
 FINISHED = 3  # some pictures are bad
 
 
@@ -120,14 +121,14 @@ class ScaleChaos:
             self._wait_for_bytes(self._num_bytes() + self.chooser.randrange(1, self._stride), form, processes)
             time.sleep(self.chooser.random() * 0.02)
             if _has_ended(processes):
-                processes = self._bury(processes)
+                processes = self._bury(form, processes)
                 self._check_if_finished()
                 continue
             self._kill_one(form, processes)
             done += 1
         for process, _, _ in processes.values():
             process.kill()
-        self._bury(processes)
+        self._bury(form, processes)
 
     def _wait_for_bytes(self, target: int, form: str, processes: dict[int, tuple[Any, list[str], str]]) -> None:
         wait_until(lambda: self._num_bytes() >= target or _has_ended(processes), f"{form} does not get on")
@@ -150,16 +151,16 @@ class ScaleChaos:
         process.send_signal(kind)
         self.kills[f"{form}: {kind.name}"] += 1
         process.wait(GRACE_S)
-        wait_until(lambda: not marked_processes(mark), "children outlive the run", GRACE_S)
+        _wait_until_gone(form, mark)
         del processes[number]
         if processes:  # another rank goes on; this one is started again
             processes[number] = (self._start(options), options, self._mark)
 
-    def _bury(self, processes: dict[int, tuple[Any, list[str], str]]) -> dict[int, Any]:
+    def _bury(self, form: str, processes: dict[int, tuple[Any, list[str], str]]) -> dict[int, Any]:
         for process, _, mark in processes.values():
             status = process.wait(GRACE_S)
             assert status in (0, FINISHED, -signal.SIGKILL), (status, self.log())
-            wait_until(lambda mark=mark: not marked_processes(mark), "children outlive the run", GRACE_S)
+            _wait_until_gone(form, mark)
         return {}
 
     def _check_if_finished(self) -> None:
@@ -196,11 +197,25 @@ def _has_ended(processes: dict[int, tuple[Any, list[str], str]]) -> bool:
     return all(process.poll() is not None for process, _, _ in processes.values())
 
 
+def _wait_until_gone(form: str, mark: str) -> None:
+    """Until nothing of a run that was killed is left."""
+    try:
+        grace_s = RAY_GRACE_S if form == "ray" else GRACE_S
+        wait_until(lambda: not marked_processes(mark), f"{form}: children outlive the run", grace_s)
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {[_command_of(pid) for pid in marked_processes(mark)]}") from error
+
+
 def _is_worker(pid: int) -> bool:
-    """Whether it is a model process of a supervisor, not one that only decodes pictures."""
+    """Whether it is a model process of a supervisor or an actor of Ray, not one that only decodes pictures."""
+    command = _command_of(pid)
+    return b"md3cli.scale.worker" in command or b"(ShardWorker)" in command
+
+
+def _command_of(pid: int) -> bytes:
     with contextlib.suppress(OSError):
-        return b"md3cli.scale.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    return False
+        return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0")
+    return b""
 
 
 def run_scale_chaos(chaos: ScaleChaos, num_kills: int) -> None:
