@@ -55,7 +55,7 @@ class ScaleChaos:
     num_rows: int = 20_000
     seed: int = 0
     shard_size: int = 100
-    step_s: float = 0.004
+    step_s: float = 0.012
     forms: tuple[str, ...] = field(default_factory=lambda: forms())
     kills: Counter[str] = field(default_factory=Counter)
     num_finished_early: int = 0
@@ -135,8 +135,8 @@ class ScaleChaos:
 
     @property
     def _stride(self) -> int:
-        """Up to how many bytes may come between two kills."""
-        return max(2000, len(self.expected) // 100)
+        """Up to how many bytes may come between two kills: few enough for one output to live through them all."""
+        return max(2000, len(self.expected) // 300)
 
     def _kill_one(self, form: str, processes: dict[int, tuple[Any, list[str], str]]) -> None:
         number = self.chooser.choice(list(processes))

@@ -190,6 +190,18 @@ def test_ranks_share_a_bucket(md3: Program, pictures: Path, expected: bytes, obj
     assert len({attempt.split("-")[-2] for attempt in attempts}) == 2, "both did something"
 
 
+@pytest.mark.ray
+def test_ray_writes_to_a_bucket(
+    md3: Program, pictures: Path, expected: bytes, objects: Objects, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (the extra md3cli[ray])")
+    process = begin(tmp_path, "caption", pictures, "-o", f"{RUN}/", "--shard-size", 5, "--engine", "ray")
+    _, said = process.communicate(timeout=110)
+    assert process.returncode == 3, said.decode()
+    assert objects()["out/run/records.jsonl"] == expected
+    assert md3("verify", RUN).exit_code == 0
+
+
 def test_of_eight_racing_processes_one_wins(store: StoreDoor, objects: Objects) -> None:
     command = [sys.executable, "-c", RACER]
     racers = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in range(8)]
