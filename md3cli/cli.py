@@ -7,6 +7,7 @@ Every `Md3Error` becomes one line and an exit status here and nowhere else. The 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -47,6 +48,7 @@ COMMANDS: Mapping[str, str] = {  # name -> help in the list; the modules in md3c
 }
 
 DOCTOR = "doctor"
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
 class LazyGroup(TyperGroup):
@@ -107,15 +109,12 @@ class LazyGroup(TyperGroup):
         """Say what went wrong in one line, and end with its status; with --debug show where."""
         if self._is_debug:
             traceback.print_exception(error, file=sys.stderr)
-        if isinstance(error, Md3Error):
-            message, status = str(error), error.exit_status
-        else:
-            message, status = f"unexpected {type(error).__name__}: {error} (`md3 --debug ...` shows where)", 1
+        message, status = _message_of(error)
         typer.echo(f"error: {printable(message.strip())}", err=True)
         raise typer.Exit(status) from error
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parser's, except that a reader of stdout who has left is no failure."""
+        """As the parser's, except that a reader of stdout who has left is no failure, and a full disk one line."""
         try:
             try:
                 return super().main(*args, **kwargs)
@@ -123,6 +122,11 @@ class LazyGroup(TyperGroup):
                 sys.stdout.flush()
         except BrokenPipeError:
             _end_quietly()
+        except OSError as error:
+            message, status = _message_of(error)
+            typer.echo(f"error: {printable(message)}", err=True)
+            _forget_stdout()
+            sys.exit(status)
         except SystemExit as end:
             if isinstance(end.__context__, BrokenPipeError):
                 _end_quietly()
@@ -136,11 +140,27 @@ def _is_from_settings(error: typer.BadParameter) -> bool:
     return source is not None and source.name == "DEFAULT_MAP"
 
 
+def _message_of(error: Exception) -> tuple[str, int]:
+    """What the user reads of `error`, and the exit status."""
+    if isinstance(error, Md3Error):
+        return str(error), error.exit_status
+    if isinstance(error, OSError) and error.errno in _NO_SPACE and error.filename is None:
+        from md3cli.publish import output_error
+
+        return str(output_error(Path("stdout"), error)), 1  # all other files are named by whoever writes them
+    return f"unexpected {type(error).__name__}: {error} (`md3 --debug ...` shows where)", 1
+
+
 def _end_quietly() -> NoReturn:
-    """Status 0, and nothing more said when the interpreter flushes stdout at its end."""
+    """Status 0."""
+    _forget_stdout()
+    sys.exit(0)
+
+
+def _forget_stdout() -> None:
+    """What could not be written is not tried again when the interpreter flushes stdout at its end."""
     with contextlib.suppress(OSError, ValueError):  # stdout is no file here
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(0)
 
 
 def load_command(name: str) -> Any:

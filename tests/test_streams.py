@@ -67,6 +67,15 @@ def test_a_reader_of_stdout_who_was_never_there(command: str, options: str) -> N
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("arguments", ["{run}", "{run} -f coco", "{run} --dry-run", "{md3} --version", "{md3} doctor"])
+def test_a_full_disk_under_stdout_is_named(command: str, arguments: str) -> None:
+    done = bash(arguments.format(run=f"{command} --quiet", md3=f"{sys.executable} -m md3cli") + " >/dev/full")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        b"error: cannot write stdout: No space left on device; make space and run the same command again"
+    ]
+
+
 def test_the_table_into_a_terminal_that_goes_away(command: str) -> None:
     controller, terminal = os.openpty()
     process = subprocess.Popen(shlex.split(command), stdout=terminal, stderr=subprocess.PIPE)
