@@ -7,12 +7,16 @@ nor torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from md3cli.config import ModelOptions
-from md3cli.errors import CheckpointError
+from md3cli.errors import CheckpointError, RequestError
 from md3cli.images import CropConfig, PreparedImage
 from md3cli.records import Request, RowFailure, RunIdentity
+
+if TYPE_CHECKING:
+    from md3cli.model.config import ModelConfig
+    from md3cli.model.hub import ModelFiles
 
 REAL_CROP_CONFIG = CropConfig(crop_size=378, patch_size=14, overlap_margin=4, max_crops=12)
 
@@ -85,7 +89,15 @@ class Model(Protocol):
     def load(self) -> Engine: ...
 
 
-def find_model(options: ModelOptions) -> Model:
+class FoundModel(Model, Protocol):
+    """A model whose headers say what it can do."""
+
+    def refusal_of(self, request: Request) -> str | None:
+        """Why this model can do a request for no picture at all; None: it can."""
+        ...
+
+
+def find_model(options: ModelOptions) -> FoundModel:
     """The model named by `options`, fetched where that is needed and allowed.
 
     Raises:
@@ -104,7 +116,19 @@ def find_model(options: ModelOptions) -> Model:
         adapter=options.adapter or "",
         background=options.background,
     )
-    return _FoundModel(options, identity, plan_checkpoint(files.path).config.vision.crop_config)
+    return _ModelOnDisk(options, identity, plan_checkpoint(files.path).config, files)
+
+
+def check_skills(model: FoundModel, requests: Sequence[Request]) -> None:
+    """Refuse before anything is written what `model` would fail for every picture alike.
+
+    Raises:
+        CheckpointError: it cannot do one of the `requests`.
+    """
+    for request in requests:
+        refusal = model.refusal_of(request)
+        if refusal is not None:
+            raise CheckpointError(f"{refusal}; choose another --model")
 
 
 def crop_config_without_network(options: ModelOptions) -> CropConfig:
@@ -120,10 +144,20 @@ def crop_config_without_network(options: ModelOptions) -> CropConfig:
         return REAL_CROP_CONFIG
 
 
-class _FoundModel:
-    def __init__(self, options: ModelOptions, identity: RunIdentity, crop_config: CropConfig) -> None:
-        self.identity, self.crop_config = identity, crop_config
-        self._options = options
+class _ModelOnDisk:
+    def __init__(self, options: ModelOptions, identity: RunIdentity, config: ModelConfig, files: ModelFiles) -> None:
+        self.identity, self.crop_config = identity, config.vision.crop_config
+        self._options, self._config, self._files = options, config, files
+
+    def refusal_of(self, request: Request) -> str | None:
+        from md3cli.model.prompts import Prompts, Tokenizer
+
+        tokenizer = Tokenizer.load(self._files.tokenizer_file, self._config)
+        try:
+            Prompts(self._config, tokenizer, self._files.name).build(request, has_image=True)
+        except RequestError as error:
+            return str(error)
+        return None
 
     def load(self) -> Engine:
         from md3cli.model.load import load_engine

@@ -17,7 +17,7 @@ from dataclasses import replace
 from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import RunConsole, Summary
 from md3cli.dry_run import dry_run
-from md3cli.engine_port import Engine, Model, find_model
+from md3cli.engine_port import Engine, FoundModel, Model, check_skills, find_model
 from md3cli.errors import Md3Error
 from md3cli.estimate import estimate
 from md3cli.feed import Feed, make_pool, rows_ahead
@@ -52,7 +52,7 @@ WAIT_SLICE_S = 0.2  # of waiting for a picture, so that a signal is seen soon
 # behind one long answer: at 4 to 8 it is 20 to 50 % slower where one answer in a hundred is ten times as long.
 BATCHES_AHEAD = 32
 
-ModelFinder = Callable[[ModelOptions], Model]
+ModelFinder = Callable[[ModelOptions], FoundModel]
 
 
 def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_model) -> int:
@@ -84,6 +84,7 @@ def _run(config: RunConfig, console: RunConsole, find: ModelFinder) -> int:
     with StopSignals() as stop, contextlib.ExitStack() as stack:
         with stop.interruptible():
             model = find(config.model)
+            check_skills(model, config.requests)
         if plan.stdout in PRINTABLE_FORMATS:
             plan = with_journal_aside(plan, stack)
         output = open_output(plan, config, console, source, model.identity)

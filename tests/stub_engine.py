@@ -102,6 +102,9 @@ class StubModel:
     def crop_config(self) -> CropConfig:
         return CROP_CONFIG
 
+    def refusal_of(self, request: Request) -> str | None:
+        return None
+
     def load(self) -> StubEngine:
         assert self.engine is None, "loaded twice"
         self.engine = StubEngine(self.options.batch_size or self.batch_size, self.step_s)

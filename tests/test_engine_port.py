@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,18 @@ def test_a_model_that_is_not_there_is_said_before_anything_is_written(tmp_path: 
     assert done.returncode == 1
     assert done.stderr.startswith("error: model 'no-such-model': no such file or folder")
     assert list(tmp_path.glob("out*")) == []
+
+
+def test_a_skill_the_model_lacks_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    weights = shutil.copytree(CHECKPOINT, tmp_path / "weights")
+    document = json.loads((weights / "config.json").read_text())
+    document["config"]["tokenizer"]["templates"]["segment"] = None
+    (weights / "config.json").write_text(json.dumps(document))
+    for command in (("segment", PICTURES, "dog"), ("run", PICTURES, "--task", "caption", "--task", "segment:dog")):
+        done = md3(tmp_path, *command, "-m", weights, "-o", "out.jsonl")
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: segment is not supported by this model")
+        assert list(tmp_path.glob("out*")) == []
 
 
 def test_a_dry_run_cuts_as_the_model_does() -> None:
