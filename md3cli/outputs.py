@@ -19,6 +19,7 @@ from md3cli.console import RunConsole
 from md3cli.early import EarlyRecords
 from md3cli.errors import MissingExtraError, OutputMismatchError, UsageError
 from md3cli.exporters import RUN_FOLDER_NAMES, ExportOptions, export_records, format_of
+from md3cli.exporters.leftovers import REPORT_NAME, remove_leftovers
 from md3cli.journal import Journal, encode_record
 from md3cli.publish import STAGED, remove_stale_temps
 from md3cli.records import RecordDict, RunIdentity, Task, is_printable, printable
@@ -30,7 +31,6 @@ TABLE, JSONL, HTML = "table", "jsonl", "html"
 FOLDER_FORMATS = frozenset({"yolo", "voc", "labelstudio", "hf", "overlay", "txt"})
 PRINTABLE_FORMATS = frozenset({"coco", "csv", HTML})  # one text, so that stdout can take it
 LABELLED_TASKS = frozenset({Task.DETECT, Task.POINT, Task.SEGMENT})
-REPORT_NAME = "report.html"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +183,8 @@ def open_output(
         remove_stale_temps(path)
         remove_stale_temps(path / STAGED)
     try:
+        if options.overwrite:
+            remove_leftovers(plan.files.run_info, [document.path for document in plan.documents])
         document = _begin(plan.files, journal, config, source, identity)
     except BaseException:
         journal.close()

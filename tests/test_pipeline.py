@@ -104,6 +104,24 @@ def test_overwrite_starts_over(md3: Program, pictures: Path) -> None:
     assert {record["length"] for record in records_of(Path("out.jsonl"))} == {"long"}
 
 
+def test_starting_over_takes_away_what_was_made_of_the_old_records(md3: Program, pictures: Path) -> None:
+    formats = ("coco", "csv", "html", "overlay", "txt", "yolo")
+    md3("detect", pictures, "x", "-o", "out/", *(word for format in formats for word in ("-f", format)))
+    Path("out/overlay/notes.md").write_text("mine")
+    Path("out/mine.json").write_text("mine")
+    assert md3("detect", pictures, "y", "-o", "out/", "-f", "csv", "--overwrite").exit_code == 0
+    left = sorted(str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file())
+    ours = ["records.csv", "records.jsonl", "records.jsonl.lock", "run.json"]
+    assert left == sorted([*ours, "mine.json", "overlay/notes.md"])
+
+
+def test_starting_over_in_a_folder_without_a_run_takes_nothing_away(md3: Program, pictures: Path) -> None:
+    Path("out").mkdir()
+    Path("out/coco.json").write_text("mine")
+    assert md3("detect", pictures, "y", "-o", "out/", "-f", "csv", "--overwrite").exit_code == 0
+    assert Path("out/coco.json").read_text() == "mine"
+
+
 def test_retry_failed_leaves_one_record_a_request_in_input_order(md3: Program, pictures: Path) -> None:
     good = (pictures / "p4.png").read_bytes()
     (pictures / "p4.png").write_bytes(b"broken")
