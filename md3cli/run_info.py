@@ -219,13 +219,24 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_LIMIT_CHARS else text[: _SHOWN_LIMIT_CHARS - 1] + "…"
 
 
-def _refuse_other(shown: str, old: Any, new: Any) -> None:
+def _refuse_other(shown: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     found = [line.removeprefix("requests[0].") for line in differences(old, new)]
     if found:
+        hint = _rename_hint(str(old.get("model")), str(new.get("model")))
         raise OutputMismatchError(
-            f"OUTPUT was begun by another run ({printable(shown)}): {'; '.join(found)}. "
+            f"OUTPUT was begun by another run ({printable(shown)}): {'; '.join(found)}. {hint}"
             "Choose another -o, repeat the earlier command, or --overwrite to start over"
         )
+
+
+def _rename_hint(old: str, new: str) -> str:
+    """For a checkpoint that may only have been renamed.
+
+    Its name must count: the revision is of headers and sizes, so that two steps of one training share it.
+    """
+    if old == new or old.rpartition("@")[2] != new.rpartition("@")[2]:
+        return ""
+    return f"If it is the same checkpoint, give it its earlier name, {printable(old.rpartition('@')[0])}. "
 
 
 def check_first_record(record: RecordDict, requests: Sequence[Request], run: RunIdentity) -> None:

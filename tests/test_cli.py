@@ -224,6 +224,7 @@ def test_stdin_is_read_for_a_dash_only(md3: Program, pictures: Path) -> None:
         (["--background", "mauvish"], "background 'mauvish' is not a colour"),
         (["-o", "out.xyz"], "out.xyz: no format has the suffix .xyz"),
         (["-o", ""], "OUTPUT is empty; name a file or folder after -o"),
+        (["--cache-dir", ""], "the name of the folder is empty"),
         (["--temperature", "inf"], "less than or equal to 1000"),
         (["--top-p", "0"], "0 is not above 0"),
         (["--seed", "-1"], "greater than or equal to 0"),

@@ -78,6 +78,15 @@ def test_another_run_is_refused_and_named(
     assert path.read_bytes() == before
 
 
+def test_a_renamed_checkpoint_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    begin(tmp_path / "run.json", [DETECT], RunIdentity("step-1000@7ef7"))
+    with pytest.raises(OutputMismatchError, match="If it is the same checkpoint, give it its earlier name, step-1000"):
+        begin(tmp_path / "run.json", [DETECT], RunIdentity("step-2000@7ef7"))
+    with pytest.raises(OutputMismatchError) as caught:
+        begin(tmp_path / "run.json", [DETECT], RunIdentity("step-1000@0000"))
+    assert "earlier name" not in str(caught.value)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema":"other"}', '{"schema":"md3-run/1","identity":3}'])
 def test_a_damaged_run_json_is_written_anew(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)

@@ -91,7 +91,7 @@ def test_a_resume_behind_a_million_records(tmp_path: Path) -> None:
     assert num_records(out) == count + num_new
     print(f"first new record after {first_s:.1f} s, of them {cpu_s:.1f} s on the CPU; {peak_mb:.0f} MB")
     assert peak_mb < 1000
-    assert cpu_s < 12, "10 s on a core of its own; what runs beside it slows it down"
+    assert cpu_s < 10, "on the processor, as what runs beside it slows the clock down"
 
 
 def write_journal(path: Path, names: list[str]) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from md3cli.commands.values import parse_bytes
+from md3cli.commands.values import checked, parse_bytes, parse_folder
 from md3cli.file_cache import CacheInfo, FileCache
 from md3cli.records import printable
 from md3cli.settings import user_cache_dir
@@ -18,7 +17,15 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-CacheDir = Annotated[Path | None, typer.Option("--cache-dir", help="Folder of the cache; default: the user's own.")]
+CacheDir = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-dir",
+        metavar="DIR",
+        callback=checked(parse_folder),
+        help="Folder of the cache; default: the user's own.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of a line of text.")]
 
 
@@ -53,8 +60,8 @@ def clear(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
     _tell("removed", _open(cache_dir).clear(), as_json)
 
 
-def _open(cache_dir: Path | None) -> FileCache:
-    return FileCache(cache_dir or user_cache_dir(), limit_bytes=0)
+def _open(cache_dir: str | None) -> FileCache:
+    return FileCache(user_cache_dir() if cache_dir is None else parse_folder(cache_dir), limit_bytes=0)
 
 
 def _tell(verb: str, facts: CacheInfo, as_json: bool) -> None:

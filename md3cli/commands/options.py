@@ -27,6 +27,7 @@ from md3cli.commands.values import (
     parse_bytes,
     parse_count,
     parse_fail_on,
+    parse_folder,
     parse_shard,
     parse_spatial_ref,
     starting,
@@ -179,7 +180,15 @@ class AnnotateOptions:
         ),
     ] = None
     cache: Annotated[bool, _model("--cache/--no-cache", help="Keep image encodings on disk.")] = True
-    cache_dir: Annotated[Path | None, _model("--cache-dir", help="Where; by default the user's cache folder.")] = None
+    cache_dir: Annotated[
+        str | None,
+        _model(
+            "--cache-dir",
+            metavar="DIR",
+            callback=checked(parse_folder),
+            help="Where; by default the user's cache folder.",
+        ),
+    ] = None
     cache_size: Annotated[
         str, _model("--cache-size", metavar="SIZE", callback=checked(parse_bytes), help="How much.")
     ] = "20 GB"
@@ -305,7 +314,7 @@ class AnnotateOptions:
             batch_size=number_or_auto(self.batch_size),
             compile=self.compile,
             cache=self.cache,
-            cache_dir=self.cache_dir,
+            cache_dir=None if self.cache_dir is None else parse_folder(self.cache_dir),
             cache_size=parse_bytes(self.cache_size),
             max_context=self.max_context,
             offline=self.offline,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -41,6 +42,17 @@ def parse_count(text: str) -> int:
     if match is None or match[3]:
         raise ValueError(f"{text!r} is not a number; write it like 50000, 300k or 268M")
     return int(float(match[1]) * 1000 ** _POWERS[match[2].lower()])
+
+
+def parse_folder(text: str) -> Path:
+    """A folder, there or not.
+
+    Raises:
+        ValueError: nothing was typed, such as `"$DIR"` without a DIR; a path of that is the working folder.
+    """
+    if not text:
+        raise ValueError("the name of the folder is empty")
+    return Path(text)
 
 
 def parse_fail_on(text: str) -> FailOn:
