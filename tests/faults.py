@@ -71,6 +71,9 @@ class CountedModel:
         self._model, self._count = model, count
         self.identity, self.crop_config = model.identity, model.crop_config
 
+    def refusal_of(self, request: Any) -> str | None:
+        return self._model.refusal_of(request)
+
     def load(self) -> Any:
         return _CountedEngine(self._model.load(), os.open(self._count, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666))
 
