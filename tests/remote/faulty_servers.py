@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
+import json
 import threading
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from PIL import Image
 
@@ -152,6 +153,54 @@ class WebServer(FaultyServer):
         links = "".join(f'<li><a href="{name}">{name}</a>' for name in names)
         head = '<a href="../">Parent</a><a href="?C=N;O=D">Name</a><a href="http://elsewhere/x.png">ad</a>'
         return f"<html><body>{head}<ul>{links}</ul></body></html>".encode() if names else b""
+
+
+class HubServer(FaultyServer):
+    """A data set `a/b` of the Hugging Face Hub: what of its interface a file system of it asks for."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+        super().__init__()
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> tuple[int, dict[str, str], bytes]:
+        body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        path = unquote(urlsplit(handler.path).path).strip("/")
+        if path.startswith("datasets/a/b/resolve/main/"):
+            return self._file(path.removeprefix("datasets/a/b/resolve/main/"), handler.headers.get("Range", ""))
+        what, _, rest = path.removeprefix("api/datasets/a/b").strip("/").partition("/")
+        found: Any = None
+        if (what, rest) in (("", ""), ("revision", "main")):
+            found = {"id": "a/b", "sha": "0" * 40, "siblings": []}
+        elif what == "tree":
+            found = self._folder(rest.partition("/")[2])
+        elif what == "paths-info":
+            asked = [value for name, value in parse_qsl(body.decode()) if name == "paths"]
+            below = [entry for name in asked for entry in self._folder(name.rpartition("/")[0])]
+            found = [entry for entry in below if entry["path"] in asked]
+        if found is None:
+            return 404, {}, b""
+        return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
+
+    def _folder(self, folder: str) -> list[dict[str, Any]]:
+        prefix = f"{folder}/" if folder else ""
+        names = sorted({name.removeprefix(prefix).partition("/")[0] for name in self.files if name.startswith(prefix)})
+        return [
+            {"type": "file", "path": prefix + name, "size": len(self.files[prefix + name]), "oid": "0" * 40}
+            if prefix + name in self.files
+            else {"type": "directory", "path": prefix + name, "oid": "0" * 40}
+            for name in names
+        ]
+
+    def _file(self, name: str, wanted: str) -> tuple[int, dict[str, str], bytes]:
+        data = self.files.get(name)
+        if data is None:
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""
+        facts = {"ETag": '"0"', "X-Repo-Commit": "0" * 40}
+        if not wanted:
+            return 200, facts, data
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        part = data[int(first) : int(last) + 1 if last else None]
+        return 206, facts | {"Content-Range": f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"}, part
 
 
 class StoreDoor(FaultyServer):

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_servers import Fault, StoreDoor, WebServer, picture
+from conftest import WITHOUT_EXTRA
+from faulty_servers import Fault, HubServer, StoreDoor, WebServer, picture, serving
 from program import Program, clean_environment, records_of, start
+
+from md3cli.scale.store import open_store
 
 Put = Callable[[str, bytes], None]
 
@@ -259,6 +262,36 @@ def test_parquet_with_pictures_inside(md3: Program, store: StoreDoor, put: Put, 
     assert images(md3, "*.parquet", status=3) == [f"here.parquet/{name}" for name in names]
 
 
+def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
+    """As a process of its own: where the Hub is, is read when its library is imported."""
+    pytest.importorskip("aiohttp", reason=WITHOUT_EXTRA)
+    files = {"p10.png": picture(10), "p9.png": picture(9), "sub/c.png": picture(3), "README.md": b"#"}
+    files |= {"t.tar": tar_of({"x.png": picture(1)}), "d.parquet": embedded([picture(5), picture(6)])}
+    with serving(HubServer({f"set/{name}": data for name, data in files.items()})) as hub:
+        settings = clean_environment(tmp_path / "home") | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        found = {
+            name: images_of_process(f"hf://datasets/a/b/set{name}", cwd=tmp_path, env=settings)
+            for name in ("", "/*.png", "/p9.png", "/t.tar", "/d.parquet", "/gone.png")
+        }
+    pictures = [f"hf://datasets/a/b/set/{name}" for name in ("p9.png", "p10.png", "sub/c.png")]
+    parquet = ["0000001-p0.png", "0000002-p1.png"]
+    assert found == {
+        "": pictures,
+        "/*.png": pictures[:2],
+        "/p9.png": pictures[:1],
+        "/t.tar": ["x.png"],
+        "/d.parquet": parquet,
+        "/gone.png": "error: there is no hf://datasets/a/b/set/gone.png; check the address\n",
+    }
+
+
+def images_of_process(typed: str, **settings: Any) -> list[str] | str:
+    """The images of the records of a run, none of which may have failed; else what it says."""
+    stdout, stderr = start("caption", typed, "--quiet", **settings).communicate(timeout=60)
+    found = records_of(stdout)
+    return [record["image"] for record in found if record["error"] is None] or stderr.decode()
+
+
 # -- failures ------------------------------------------------------------------------------------
 
 
@@ -280,19 +313,30 @@ def order_failures(store: StoreDoor, paths: list[str]) -> dict[str, str | None]:
     return wanted
 
 
-@pytest.mark.parametrize("num_pictures", [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_failures_become_the_right_records(store: StoreDoor, put: Put, tmp_path: Path, num_pictures: int) -> None:
+@pytest.mark.parametrize(
+    ("output", "num_pictures"),
+    [
+        ("o.jsonl", 100),
+        ("s3://pictures/out/o.jsonl", 100),
+        pytest.param("s3://pictures/out/o.jsonl", 1000, marks=pytest.mark.slow),
+    ],
+)
+def test_failures_become_the_right_records(
+    store: StoreDoor, put: Put, tmp_path: Path, output: str, num_pictures: int
+) -> None:
     """The real program as a process of its own; then the same command for what failed, on a server that is well."""
+    where, _, name = output.rpartition("/")
+    written = open_store(where or str(tmp_path))
     paths = [f"/pictures/set/{i // 50}/p{i}.png" for i in range(num_pictures)]
     for i, path in enumerate(paths):
         put(path.removeprefix("/pictures/"), picture(i))
     wanted = order_failures(store, paths)
-    command = ["caption", "s3://pictures/set", "-o", "o.jsonl", "--fetch-timeout", "1", "--no-progress"]
+    command = ["caption", "s3://pictures/set", "-o", output, "--fetch-timeout", "1", "--no-progress"]
     settings: dict[str, Any] = {"cwd": tmp_path, "env": clean_environment(tmp_path / "home")}
     process = start(*command, **settings)
     _, said = process.communicate(timeout=250)
     assert process.returncode == 3, said.decode()
-    found = records_of(tmp_path / "o.jsonl")
+    found = records_of(written.read(name) or b"")
     assert [record["image"] for record in found] == [f"s3:/{path}" for path in paths]
     assert {r["image"][4:]: (r["error"] or {}).get("type") for r in found} == wanted
     assert all(r["error"]["retry"] is (r["error"]["type"] != "not_found") for r in found if r["error"])
@@ -301,7 +345,7 @@ def test_failures_become_the_right_records(store: StoreDoor, put: Put, tmp_path:
     process = start(*command, "--retry-failed", **settings)
     _, said = process.communicate(timeout=250)
     assert process.returncode == 0, said.decode()
-    found = records_of(tmp_path / "o.jsonl")
+    found = records_of(written.read(name) or b"")
     assert [record["image"] for record in found] == [f"s3:/{path}" for path in paths]
     assert Counter(record["width"] for record in found) == Counter(24 + i % 7 for i in range(num_pictures))
 
