@@ -79,7 +79,9 @@ class AnnotateOptions:
 
     output: Annotated[
         str | None,
-        _output("--output", "-o", help="File or folder to write, also s3:// or gs://; without it a table or JSON Lines."),
+        _output(
+            "--output", "-o", help="File or folder to write, also s3:// or gs://; without it a table or JSON Lines."
+        ),
     ] = None
     format: Annotated[
         list[str] | None,
