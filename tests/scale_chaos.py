@@ -1,6 +1,6 @@
 """One output run in every form there is, killed again and again, compared with an undisturbed run of one process.
 
-python tests/scale_chaos.py [--rows 20000] [--kills 200] [--seed 0]
+python tests/scale_chaos.py [--rows 20000] [--kills 200] [--seed 0] [--step-seconds 0.15]
 
 The forms: one process, three worker processes, a Ray cluster where Ray is installed, three ranks, one process
 again. A kill is SIGKILL, SIGTERM or SIGINT to the program, or SIGKILL to one of its workers or ranks. In the end each
@@ -36,6 +36,7 @@ FORMS = {
     "ray": [["--engine", "ray"]],
     "ranks": [["--worker-rank", str(rank), "--world-size", "3"] for rank in range(3)],
 }
+UNHURRIED_S = 0.15  # a step, so that one output of 20,000 rows lives through 200 kills and their restarts
 GRACE_S = 60.0
 RAY_GRACE_S = 180.0  # what is left of a cluster whose driver was killed notices it within two minutes or so
 FINISHED = 3  # some pictures are bad
@@ -136,7 +137,7 @@ class ScaleChaos:
     @property
     def _stride(self) -> int:
         """Up to how many bytes may come between two kills: few enough for one output to live through them all."""
-        return max(2000, len(self.expected) // 300)
+        return max(2000, len(self.expected) // 400)
 
     def _kill_one(self, form: str, processes: dict[int, tuple[Any, list[str], str]]) -> None:
         number = self.chooser.choice(list(processes))
@@ -230,10 +231,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--step-seconds", type=float, default=UNHURRIED_S)
     arguments = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="scale-chaos-") as folder:
-        chaos = ScaleChaos(Path(folder), arguments.rows, arguments.seed)
+        chaos = ScaleChaos(Path(folder), arguments.rows, arguments.seed, step_s=arguments.step_seconds)
         run_scale_chaos(chaos, arguments.kills)
     print(
         f"{sum(chaos.kills.values())} kills in {time.monotonic() - started:.0f} s, {chaos.num_finished_early} runs got "

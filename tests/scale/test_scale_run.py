@@ -17,7 +17,7 @@ import pytest
 from chaos import wait_until
 from marked_processes import MARK, marked_processes
 from program import Program, clean_environment, isolate, make_pictures, records_of
-from scale_chaos import ScaleChaos, run_scale_chaos
+from scale_chaos import UNHURRIED_S, ScaleChaos, run_scale_chaos
 
 TESTS = Path(__file__).parent.parent
 THREE = ("--devices", "cpu", "--workers-per-device", "3")
@@ -338,4 +338,4 @@ def test_kills_in_every_form(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_200_kills_in_every_form(tmp_path: Path) -> None:
-    run_scale_chaos(ScaleChaos(tmp_path), 200)
+    run_scale_chaos(ScaleChaos(tmp_path, step_s=UNHURRIED_S), 200)
