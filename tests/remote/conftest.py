@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_servers import StoreDoor, WebServer, serving
+from faulty_servers import WITHOUT_EXTRA, StoreDoor, WebServer, serving
 from program import Program, isolate
 
 BUCKET = "pictures"
-WITHOUT_EXTRA = "needs the extra: pip install 'md3cli[remote]'"
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from PIL import Image
 
+WITHOUT_EXTRA = "needs the extra: pip install 'md3cli[remote]'"
+
 
 @dataclass(frozen=True)
 class Fault:

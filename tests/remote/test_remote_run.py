@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WITHOUT_EXTRA
-from faulty_servers import Fault, HubServer, StoreDoor, WebServer, picture, serving
+from faulty_servers import WITHOUT_EXTRA, Fault, HubServer, StoreDoor, WebServer, picture, serving
 from program import Program, clean_environment, records_of, start
 
 from md3cli.scale.store import open_store
