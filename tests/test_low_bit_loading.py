@@ -47,7 +47,8 @@ def hidden_of(model: Moondream3, length: int) -> torch.Tensor:
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+    """Of the middle token: one that stands between two experts may be sent to the other by any rounding."""
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
@@ -69,8 +70,7 @@ def test_kernels_agree_with_the_plain_network_of_the_same_codes(quant: str, leng
     packed, plain = loaded(TINY, quant), loaded(TINY, quant, dtype="fp32")
     assert not list(low_bit_matrices(plain))
     assert error(hidden_of(packed, length), hidden_of(plain, length)) < (0.06 if quant == "int8" else 1e-4)
-    rounding = error(hidden_of(plain, length), hidden_of(loaded(TINY, "none"), length))
-    assert rounding < (0.1 if quant == "int8" else 0.3)  # the codes stand for these very weights
+    assert error(hidden_of(plain, length), hidden_of(loaded(TINY, "none"), length)) < (0.06 if quant == "int8" else 0.3)
 
 
 @pytest.mark.parametrize("name", ["int4", "raw-fp8"])

@@ -81,5 +81,5 @@ class LowBitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y_NO = self.matrix(x.reshape(-1, x.shape[-1]))
         if self.bias is not None:
-            y_NO = y_NO + self.bias
+            y_NO.add_(self.bias)
         return y_NO.to(x.dtype).view(*x.shape[:-1], -1)
