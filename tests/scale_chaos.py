@@ -38,8 +38,13 @@ FORMS = {
 }
 UNHURRIED_S = 0.15  # a step, so that one output of 20,000 rows lives through 200 kills and their restarts
 GRACE_S = 60.0
-RAY_GRACE_S = 180.0  # what is left of a cluster whose driver was killed notices it within two minutes or so
+RAY_GRACE_S = 180.0  # an actor that keeps being killed is started later and later; a dead driver is noticed in minutes
 FINISHED = 3  # some pictures are bad
+
+
+def grace_of(form: str) -> float:
+    """How long a form may take to begin, to recover, or to be gone."""
+    return RAY_GRACE_S if form == "ray" else GRACE_S
 
 
 def forms() -> tuple[str, ...]:
@@ -132,7 +137,10 @@ class ScaleChaos:
         self._bury(form, processes)
 
     def _wait_for_bytes(self, target: int, form: str, processes: dict[int, tuple[Any, list[str], str]]) -> None:
-        wait_until(lambda: self._num_bytes() >= target or _has_ended(processes), f"{form} does not get on")
+        try:
+            wait_until(lambda: self._num_bytes() >= target or _has_ended(processes), form, grace_of(form))
+        except AssertionError as error:
+            raise AssertionError(f"{form} does not get on: {self.log()}") from error
 
     @property
     def _stride(self) -> int:
@@ -201,8 +209,7 @@ def _has_ended(processes: dict[int, tuple[Any, list[str], str]]) -> bool:
 def _wait_until_gone(form: str, mark: str) -> None:
     """Until nothing of a run that was killed is left."""
     try:
-        grace_s = RAY_GRACE_S if form == "ray" else GRACE_S
-        wait_until(lambda: not marked_processes(mark), f"{form}: children outlive the run", grace_s)
+        wait_until(lambda: not marked_processes(mark), f"{form}: children outlive the run", grace_of(form))
     except AssertionError as error:
         raise AssertionError(f"{error}: {[_command_of(pid) for pid in marked_processes(mark)]}") from error
 
