@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ FORMS = {
     "ranks": [["--worker-rank", str(rank), "--world-size", "3"] for rank in range(3)],
 }
 UNHURRIED_S = 0.15  # a step, so that one output of 20,000 rows lives through 200 kills and their restarts
-GRACE_S = 60.0
+LOOK_S = 0.02
+GRACE_S = 120.0
 RAY_GRACE_S = 180.0  # an actor that keeps being killed is started later and later; a dead driver is noticed in minutes
 FINISHED = 3  # some pictures are bad
 
@@ -138,7 +140,7 @@ class ScaleChaos:
 
     def _wait_for_bytes(self, target: int, form: str, processes: dict[int, tuple[Any, list[str], str]]) -> None:
         try:
-            wait_until(lambda: self._num_bytes() >= target or _has_ended(processes), form, grace_of(form))
+            wait_until(_seldom(lambda: self._num_bytes() >= target or _has_ended(processes)), form, grace_of(form))
         except AssertionError as error:
             raise AssertionError(f"{form} does not get on: {self.log()}") from error
 
@@ -206,10 +208,20 @@ def _has_ended(processes: dict[int, tuple[Any, list[str], str]]) -> bool:
     return all(process.poll() is not None for process, _, _ in processes.values())
 
 
+def _seldom(is_met: Callable[[], bool]) -> Callable[[], bool]:
+    """Asked so seldom that looking takes no core away from Ray's actors, which run at a low priority."""
+
+    def look() -> bool:
+        time.sleep(LOOK_S)
+        return is_met()
+
+    return look
+
+
 def _wait_until_gone(form: str, mark: str) -> None:
     """Until nothing of a run that was killed is left."""
     try:
-        wait_until(lambda: not marked_processes(mark), f"{form}: children outlive the run", grace_of(form))
+        wait_until(_seldom(lambda: not marked_processes(mark)), f"{form}: children outlive the run", grace_of(form))
     except AssertionError as error:
         raise AssertionError(f"{error}: {[_command_of(pid) for pid in marked_processes(mark)]}") from error
 
