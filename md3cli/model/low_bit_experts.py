@@ -11,7 +11,6 @@ Shape suffixes: N tokens, D width, I inner width of an expert, A choices per tok
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -59,7 +58,11 @@ class LowBitExperts:
     def _one_token(self, x_1D: Tensor, experts_1A: Tensor, weights_1A: Tensor) -> Tensor:
         """The same for a single token, without sorting."""
         outputs_AD = self._outputs_of_one(x_1D, experts_1A[0].tolist())
-        return functools.reduce(torch.add, outputs_AD.mul_(weights_1A.T).split(1))
+        sum_1D: Tensor
+        sum_1D, *others = outputs_AD.mul_(weights_1A.T).split(1)
+        for other in others:
+            sum_1D.add_(other)
+        return sum_1D
 
     def _outputs_of_one(self, x_1D: Tensor, experts: list[int]) -> Tensor:
         """What the chosen experts make of a token, float32 [A, D]."""

@@ -14,10 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from md3cli.model.low_bit_int8 import reduces_range
+from md3cli.model.low_bit_int8 import peaks, reduces_range
 from md3cli.model.quantised import INT8_MAX, LowBit, QuantisedWeight
 
-_TINY = torch.finfo(torch.float32).tiny
 _ZERO = 128  # the unsigned code of zero: signed activations run on a reference path four thousand times as slow
 
 
@@ -41,9 +40,8 @@ class OneDnnMatrix:
 
     def __call__(self, x_NK: Tensor) -> Tensor:
         """Any rows [N, K] -> float32 [N, O]."""
-        peak_N1 = x_NK.abs().amax(1, keepdim=True).float().clamp_min_(_TINY)
-        # Rounded to nearest: what is cast to uint8 is cut off.
-        shifted = torch.addcmul(torch.tensor(_ZERO + 0.5), x_NK.float() / peak_N1, torch.tensor(float(INT8_MAX)))
+        peak_N1 = peaks(x_NK)
+        shifted = (x_NK / peak_N1).mul_(INT8_MAX).add_(_ZERO + 0.5)  # to the nearest: what is cast to uint8 is cut off
         y_NO: Tensor = torch.ops.onednn.qlinear_pointwise(
             shifted.to(torch.uint8),
             1 / INT8_MAX,
