@@ -52,7 +52,8 @@ def test_a_skill_the_model_lacks_is_said_before_anything_is_written(tmp_path: Pa
     document = json.loads((weights / "config.json").read_text())
     document["config"]["tokenizer"]["templates"]["segment"] = None
     (weights / "config.json").write_text(json.dumps(document))
-    for command in (("segment", PICTURES, "dog"), ("run", PICTURES, "--task", "caption", "--task", "segment:dog")):
+    mixed = ("run", PICTURES, "--task", "caption", "--task", "segment:dog")
+    for command in (("segment", PICTURES, "dog"), mixed, (*mixed, "--devices", "cpu", "--workers-per-device", "2")):
         done = md3(tmp_path, *command, "-m", weights, "-o", "out.jsonl")
         assert done.returncode == 1
         assert done.stderr.startswith("error: segment is not supported by this model")

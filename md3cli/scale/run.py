@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from md3cli.config import RunConfig
+from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import RunConsole
-from md3cli.engine_port import Engine, Model
+from md3cli.engine_port import Engine, FoundModel, Model, check_skills
 from md3cli.errors import EngineError, OutputError, UsageError
 from md3cli.outputs import OutputPlan
 from md3cli.progress import Progress
@@ -30,7 +30,6 @@ from md3cli.scale.plan import Plan
 from md3cli.scale.ray_cluster import check_installed
 from md3cli.scale.run_options import RunOptions, write_run_options
 from md3cli.scale.shard_queue import ShardQueue
-from md3cli.scale.shards import ModelFinder
 from md3cli.scale.supervisor import Supervisor, seats_of
 from md3cli.signals import Interrupted, StopSignals
 from md3cli.source import Source
@@ -52,7 +51,12 @@ class _Driver(Protocol):
 
 
 def run_scaled(
-    config: RunConfig, console: RunConsole, source: Source, outputs: OutputPlan, folder: RunFolder, find: ModelFinder
+    config: RunConfig,
+    console: RunConsole,
+    source: Source,
+    outputs: OutputPlan,
+    folder: RunFolder,
+    find: Callable[[ModelOptions], FoundModel],
 ) -> int:
     """Do what `config` says in the run folder; returns the exit status, 0 or 3.
 
@@ -66,6 +70,7 @@ def run_scaled(
     with StopSignals() as stop, contextlib.ExitStack() as stack:
         with stop.interruptible():
             model = find(config.model)
+            check_skills(model, config.requests)
         deliveries = Deliveries(config.output, files, folder)
         for path in (files.journal, deliveries.lock):
             path.parent.mkdir(parents=True, exist_ok=True)
