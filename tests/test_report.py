@@ -368,6 +368,9 @@ def test_numbers_are_short(value, text):
     assert short_number(value) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(5, "5 s"), (90, "1:30"), (59.7, "1:00"), (4000, "1:06:40")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (0.51, "0.5 s"), (5, "5 s"), (12.3, "12 s"), (90, "1:30"), (59.7, "1:00"), (4000, "1:06:40")],
+)
 def test_durations_read_as_clocks(seconds, text):
     assert duration(seconds) == text

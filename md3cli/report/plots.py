@@ -56,10 +56,10 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One named count; `share` of the longest, `pick` what the page filters by on a click."""
+    """One named number as it is shown; `share` of the longest, `pick` what the page filters by on a click."""
 
     name: str
-    count: int
+    number: str
     share: float
     title: str
     pick: str | None = None
@@ -154,7 +154,7 @@ def _columns(title: str, about: str, heights: list[int], titles: list[str], labe
         columns.append(Column(round(x + step * 0.06, 2), _y(tall), round(step * 0.88, 2), round(tall, 2), name))
         if label:
             ticks.append(Tick(round(x + step / 2, 2), label))
-    return Columns(title, about, tuple(columns), tuple(ticks), _y_ticks(top))
+    return Columns(title, about, tuple(columns), tuple(ticks), _y_ticks(top, num=2 if top % 2 == 0 else 1))
 
 
 def _y(tall: float) -> float:
@@ -176,7 +176,7 @@ def _bars(
     for name, count in largest:
         detail = f" in {_many(images[name], 'image')}" if images else ""
         said = f"{name}: {count:,} of {counts.total():,}{detail}"
-        bars.append(Bar(name, count, round(count / largest[0][1], 4), said, f"{pick}:{name}" if pick else None))
+        bars.append(Bar(name, f"{count:,}", round(count / largest[0][1], 4), said, f"{pick}:{name}" if pick else None))
     return Bars(title, about, tuple(bars), len(counts) - len(bars))
 
 
@@ -208,7 +208,7 @@ def _stages(stages_s: Mapping[str, float]) -> Bars | None:
     spent = {stage: seconds for stage, seconds in stages_s.items() if seconds > 0}
     longest = max(spent.values(), default=0.0)
     bars = [
-        Bar(stage, round(seconds), round(seconds / longest, 4), f"{stage}: {duration(seconds)}")
+        Bar(stage, short_number(round(seconds, 1)), round(seconds / longest, 4), f"{stage}: {duration(seconds)}")
         for stage, seconds in sorted(spent.items(), key=lambda pair: -pair[1])
     ]
     return Bars("Time by stage", "seconds; stages overlap", tuple(bars), 0) if bars else None
@@ -248,7 +248,9 @@ def short_number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """90 -> 1:30, 4000 -> 1:06:40, 5 -> 5 s."""
+    """0.51 -> 0.5 s, 12.3 -> 12 s, 90 -> 1:30, 4000 -> 1:06:40."""
+    if seconds < 9.95:
+        return f"{float(f'{seconds:.1f}'):g} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes == 0:
         return f"{rest} s"
