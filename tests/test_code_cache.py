@@ -20,11 +20,12 @@ from md3cli.model.weight_files import WeightFiles, find_weight_files
 
 TINY = model_path("tiny")
 SHAPE = (4, 512, 512)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> CodeCache:
-    return CodeCache(FileCache(tmp_path, 1 << 30), find_weight_files(TINY))
+    return CodeCache(FileCache(tmp_path, 1 << 30), find_weight_files(TINY), torch.bfloat16, CPU)
 
 
 def weight(*shape: int) -> torch.Tensor:
@@ -55,12 +56,30 @@ def test_a_checkpoint_that_changed_has_other_codes(tmp_path: Path) -> None:
     files = FileCache(tmp_path, 1 << 30)
 
     def of_now() -> CodeCache:
-        return CodeCache(files, WeightFiles(tmp_path, (file,), None, None, {}))
+        return CodeCache(files, WeightFiles(tmp_path, (file,), None, None, {}), torch.bfloat16, CPU)
 
     of_now().save("w", quantise(weight(*SHAPE), LowBit.INT8))
     assert of_now().load("w", LowBit.INT8, SHAPE) is not None
     os.utime(file, ns=(1, 1))
     assert of_now().load("w", LowBit.INT8, SHAPE) is None
+
+
+def test_codes_of_weights_read_in_another_dtype_are_others(cache: CodeCache) -> None:
+    cache.save("w", quantise(weight(*SHAPE), LowBit.INT8))
+    same, other = (
+        CodeCache(cache.files, find_weight_files(TINY), dtype, CPU) for dtype in (torch.bfloat16, torch.half)
+    )
+    assert same.load("w", LowBit.INT8, SHAPE) is not None
+    assert other.load("w", LowBit.INT8, SHAPE) is None, "rounded otherwise before scales were searched"
+
+
+@pytest.mark.parametrize("kind", LowBit)
+def test_codes_come_back_on_the_device_that_asks(kind: LowBit, cache: CodeCache) -> None:
+    cache.save("w", quantise(weight(*SHAPE), kind))
+    meta = torch.device("meta")  # stands in for a GPU
+    found = CodeCache(cache.files, find_weight_files(TINY), torch.bfloat16, meta).load("w", kind, SHAPE)
+    assert found is not None
+    assert {found.codes.device, found.scale.device} == {meta}
 
 
 def test_a_full_disk_ends_keeping_not_the_start(cache: CodeCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +96,7 @@ def test_a_second_start_searches_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     options = ModelOptions(model=str(TINY), quant="int4", cache_dir=tmp_path)
 
     def start() -> Moondream3:
-        return load_weights(options, TINY, dtype=torch.float32, device=torch.device("cpu")).model
+        return load_weights(options, TINY, dtype=torch.float32, device=CPU).model
 
     first = start()
 

@@ -3,7 +3,7 @@
 Searching scales takes most of a start with `--quant`; with the codes at hand only packing is left.
 They lie in the same folder and under the same limit as encodings (`file_cache.py`), one file for
 each weight, as safetensors. A key covers the checkpoint's files (place, size, time of change), the
-weight's name, the scheme and the version of the search.
+dtype its weights were read in, the weight's name, the scheme and the version of the search.
 """
 
 from __future__ import annotations
@@ -25,21 +25,25 @@ LEAST_ELEMENTS = 1 << 20  # smaller weights are searched in no time
 
 
 class CodeCache:
-    """Codes by weight of one checkpoint. A folder that cannot be written to is only read from then on."""
+    """Codes by weight of one checkpoint read in `dtype`, which rounds what is searched; they come back on `device`.
 
-    def __init__(self, files: FileCache, checkpoint: WeightFiles) -> None:
-        self.files = files
+    A folder that cannot be written to is only read from then on.
+    """
+
+    def __init__(self, files: FileCache, checkpoint: WeightFiles, dtype: torch.dtype, device: torch.device) -> None:
+        self.files, self.device = files, device
         self.is_writable = True
         facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-        self._context = json.dumps([SEARCH_VERSION, facts])
+        self._context = json.dumps([SEARCH_VERSION, str(dtype), facts])
 
     def load(self, name: str, kind: LowBit, shape: tuple[int, ...]) -> QuantisedWeight | None:
-        """The codes of a weight; None when they are not (rightly) there."""
+        """The codes of a weight, on the cache's device; None when they are not (rightly) there."""
         payload = self.files.get(self._key(name, kind)) if _is_worth_it(shape) else None
         if payload is None:
             return None
         try:
-            return _from_tensors(load(payload), kind, shape)
+            tensors = {part: tensor.to(self.device) for part, tensor in load(payload).items()}
+            return _from_tensors(tensors, kind, shape)
         except (SafetensorError, KeyError, AssertionError):
             return None
 

@@ -101,7 +101,7 @@ def load_weights(options: ModelOptions, path: Path, *, dtype: torch.dtype, devic
     if has_low_bits(plan, options.quant):
         if options.dtype == "fp32":
             return load_dequantised(plan, quant=options.quant, device=device, adapter=adapter)
-        cache = CodeCache(open_files(options), plan.files) if options.cache else None
+        cache = CodeCache(open_files(options), plan.files, dtype, device) if options.cache else None
         return load_low_bit(plan, quant=options.quant, dtype=dtype, device=device, adapter=adapter, cache=cache)
     loaded = load_model(path, dtype=dtype, device=device)
     if adapter is not None:
