@@ -1,7 +1,7 @@
 """What lies where in a run folder, and the two places it is made of.
 
     plan/plan.json             what the run is: counts, fingerprint, config; put if absent, never rewritten
-    plan/manifest.parquet      the rows of INPUT, row group k = shard k
+    plan/manifest.parquet      the rows of INPUT, row group k = shard k; for its owner alone where addresses are signed
     plan/repeats.parquet       which requests ask again what was asked before, where there are any
     run.json                   how to run it: model and decode options of the latest start
     wip/00012.ATTEMPT.jsonl    journal of one attempt at shard 12 (on the machine itself for an object store)

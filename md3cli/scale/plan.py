@@ -7,17 +7,20 @@ k-th repeat is frozen in it too.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from md3cli.config import RunConfig
 from md3cli.errors import InputError, OutputError, OutputMismatchError
 from md3cli.records import RunIdentity, SourceRow, printable
+from md3cli.remote.address import shown
 from md3cli.request_ids import RequestIds
 from md3cli.run_info import differences, identity_of
 from md3cli.scale.layout import MANIFEST, PLAN, REPEATS, RunFolder
@@ -67,14 +70,25 @@ class PlannedRow(NamedTuple):
 
 
 def plan_config(config: RunConfig, identity: RunIdentity, root: str) -> dict[str, Any]:
-    """What two starts must share for the second to go on with the first one's plan, as JSON."""
+    """What two starts must share for the second to go on with the first one's plan, as JSON without secrets."""
     document: dict[str, Any] = {"identity": identity_of(config.requests, identity, root)}
-    document["input"] = asdict(config.source) | {
-        "root": None if config.source.root is None else str(config.source.root)
+    source = config.source
+    document["input"] = asdict(source) | {
+        "inputs": [_without_secrets(typed) for typed in source.inputs],
+        "root": None if source.root is None else _without_secrets(str(source.root)),
     }
     if not config.requests:
         document["defaults"] = asdict(config.defaults)
     return dict(json.loads(json.dumps(document)))
+
+
+def _without_secrets(typed: str) -> str:
+    """INPUT as anybody may read it. One that is signed anew counts as another: the plan's rows have the old signature.
+
+    Sixteen bits of a digest tell the two apart, and are too few to try passwords on.
+    """
+    bare = shown(typed)
+    return bare if bare == typed else f"{bare} ({hashlib.sha256(typed.encode()).hexdigest()[:4]})"
 
 
 def hash_of(config: Mapping[str, Any]) -> str:
@@ -126,16 +140,14 @@ class PlanReader:
 
         Raises:
             InputError: there is none: not a run folder, or not on storage that this machine shares.
-            OutputError: plan and manifest do not belong together.
+            OutputError: plan and manifest do not belong together, or the manifest cannot be read.
         """
         plan = plan or read_plan(folder)
         if plan is None:
             raise InputError(f"no plan at {printable(folder.uri)}; is it on storage that this machine shares?")
         self.plan, self._folder = plan, folder
-        try:
+        with self._told_of(MANIFEST):
             self._manifest = pq.ParquetFile(folder.store.open(MANIFEST))
-        except FileNotFoundError as error:
-            raise _unreadable(folder, "the plan's manifest is not there") from error
         metadata = self._manifest.metadata.metadata or {}
         if metadata.get(FINGERPRINT_KEY.encode(), b"").decode() != plan.fingerprint:
             raise _unreadable(folder, "plan.json and manifest.parquet are of two plans")
@@ -148,9 +160,24 @@ class PlanReader:
         return [self._planned(number, columns, repeats) for number, columns in enumerate(self.columns(shard))]
 
     def columns(self, shard: int) -> Iterator[RowColumns]:
-        """The rows of a shard as the manifest holds them."""
-        table = self._manifest.read_row_group(shard)
+        """The rows of a shard as the manifest holds them.
+
+        Raises:
+            OutputError: the manifest cannot be read.
+        """
+        with self._told_of(MANIFEST):
+            table = self._manifest.read_row_group(shard)
         return map(RowColumns, *(table.column(name).to_pylist() for name in RowColumns._fields))
+
+    @contextlib.contextmanager
+    def _told_of(self, name: str) -> Iterator[None]:
+        """What goes wrong with a Parquet file of the plan as OutputError."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise _unreadable(self._folder, f"{name} is not there") from error
+        except (OSError, IndexError, pa.ArrowException) as error:
+            raise _unreadable(self._folder, f"{name} cannot be read ({printable(str(error))})") from error
 
     def _planned(self, number: int, columns: RowColumns, repeats: Mapping[tuple[int, int], int]) -> PlannedRow:
         row = row_of(columns, self._requests)
@@ -166,6 +193,6 @@ class PlanReader:
             return {}
         first = shard * self.plan.shard_size
         rows = [("row", ">=", first), ("row", "<", first + self.plan.shard_size)]
-        with self._folder.store.open(REPEATS) as file:
+        with self._told_of(REPEATS), self._folder.store.open(REPEATS) as file:
             found = pq.read_table(file, filters=rows).to_pylist()
         return {(entry["row"] - first, entry["request"]): entry["repeat"] for entry in found}

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import socket
+import stat
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from md3cli.publish import output_error
 from md3cli.records import Request, RunIdentity, SourceRow
+from md3cli.remote.address import is_address, shown
 from md3cli.request_ids import RequestIds
 from md3cli.scale.layout import MANIFEST, PLAN, REPEATS, RunFolder
 from md3cli.scale.plan import FINGERPRINT_KEY, PLAN_SCHEMA, Plan, hash_of, read_plan
@@ -36,6 +38,7 @@ SHARD_ROWS, FEWEST_SHARD_ROWS = 1024, 64
 WANTED_SHARDS, MAX_SHARDS = 64, 25_000
 _SCHEMA = pa.schema([("image", pa.string()), ("path", pa.binary()), ("more", pa.string())])
 _REPEATS_SCHEMA = pa.schema([("row", pa.int64()), ("request", pa.int32()), ("repeat", pa.int64())])
+OWNER_ONLY = 0o600  # the mode of a manifest that lets its reader in somewhere
 _REPEATS_AT_A_TIME = 1 << 16
 _ALLOCATIONS_A_COLLECTION = 100_000
 
@@ -127,7 +130,7 @@ def write_manifest(
         shard_size = shard_size_for(len(head))
         stream = itertools.chain(head, stream)
         del head  # the chain lets go of it when it is through
-    fingerprint, hashes, num_rows = Fingerprint(), array("q"), 0
+    fingerprint, hashes, num_rows, has_secrets = Fingerprint(), array("q"), 0, False
     hashes_of_usual = tuple(map(hash, requests))
     with _seldom_collecting(), pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_statistics=False) as writer:
         for group in _groups(stream, shard_size):
@@ -136,9 +139,17 @@ def write_manifest(
                 hashes.extend(_hashes_of(row, requests, hashes_of_usual))
             fingerprint.note(columns)
             num_rows += len(group)
+            if not has_secrets and any(map(_has_secret, group)):
+                has_secrets = True
+                path.chmod(OWNER_ONLY)
             _write_group(writer, columns)
         writer.add_key_value_metadata({FINGERPRINT_KEY: fingerprint.hexdigest()})
     return Manifest(num_rows, len(hashes), shard_size, fingerprint.hexdigest(), _twice(hashes))
+
+
+def _has_secret(row: SourceRow) -> bool:
+    """Whether the address of a row's picture is signed or holds a password."""
+    return row.image is not None and is_address(row.image.path) and shown(row.image.path) != row.image.path
 
 
 @contextlib.contextmanager
@@ -197,6 +208,7 @@ def _regroup(path: Path, manifest: Manifest) -> Manifest:
     path.rename(old)
     try:
         with pq.ParquetFile(old) as reader, pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
+            path.chmod(stat.S_IMODE(old.stat().st_mode))
             per_group = size // SHARD_ROWS
             for first in range(0, reader.num_row_groups, per_group):
                 numbers = list(range(first, min(first + per_group, reader.num_row_groups)))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from faulty_servers import WITHOUT_EXTRA, Fault, HubServer, StoreDoor, WebServer, picture, serving
 from program import Program, clean_environment, records_of, start
+from typer.testing import Result
 
 from md3cli.scale.store import open_store
 
@@ -367,6 +368,24 @@ def test_no_secret_is_left_anywhere(md3: Program, web: WebServer, tmp_path: Path
             everything = result.output + result.stderr + written
             assert "pa55word" not in everything
             assert "s1gnature" not in everything
+
+
+def test_no_secret_is_in_the_readable_files_of_a_run_folder(md3: Program, web: WebServer, tmp_path: Path) -> None:
+    web.files["/d/x.png"] = picture(1)
+
+    def run(signature: str) -> Result:
+        address = f"{web.url.replace('//', '//me:pa55word@')}/d/x.png?X-Amz-Signature={signature}"
+        return md3("caption", address, "-o", "out/", "--engine", "local", "--no-progress")
+
+    said = run("s1gnature").stderr
+    (tmp_path / "out/.md3run/exported.json").unlink()  # as if it were not finished
+    refused = run("0ther")
+    assert refused.exit_code == 2
+    assert "inputs[0]" in refused.stderr, "the plan's rows have the old signature"
+    open_files = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
+    assert any(path.name == "plan.json" for path in open_files)
+    everything = b"".join(path.read_bytes() for path in open_files) + f"{said}{refused.stderr}".encode()
+    assert not any(secret in everything for secret in (b"pa55word", b"s1gnature", b"0ther"))
 
 
 def test_limits_hold_for_what_is_fetched(md3: Program, web: WebServer) -> None:

@@ -103,6 +103,33 @@ def test_a_manifest_of_another_plan_is_refused(tmp_path: Path) -> None:
         PlanReader(folder)
 
 
+@pytest.mark.parametrize("keep", [0, 40])
+def test_a_torn_manifest_is_told_of(tmp_path: Path, keep: int) -> None:
+    folder, _ = planned(str(tmp_path), rows_of(tmp_path, "abc"))
+    folder.store.put(MANIFEST, (folder.store.read(MANIFEST) or b"")[:keep])
+    with pytest.raises(OutputError, match=r"manifest\.parquet cannot be read .*--overwrite"):
+        PlanReader(folder)
+
+
+def test_a_manifest_with_damaged_rows_is_told_of(tmp_path: Path) -> None:
+    folder, _ = planned(str(tmp_path), rows_of(tmp_path, "abc"))
+    data = folder.store.read(MANIFEST) or b""
+    folder.store.put(MANIFEST, data[:30] + b"\0" * 60 + data[90:])
+    reader = PlanReader(folder)
+    with pytest.raises(OutputError, match=r"manifest\.parquet cannot be read"):
+        reader.shard(0)
+
+
+def test_signed_addresses_are_for_their_owner_alone(tmp_path: Path) -> None:
+    public, signed = (ImageItem("x", f"https://h/x.png{query}") for query in ("?v=1", "?v=1&X-Amz-Signature=1"))
+    for item, mode in ((public, 0o644), (signed, 0o600)):
+        path = tmp_path / "manifest.parquet"
+        path.touch(mode=0o644)
+        path.chmod(0o644)
+        write_manifest(path, [SourceRow(item, (CAPTION,))], (CAPTION,))
+        assert path.stat().st_mode & 0o777 == mode
+
+
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     _, plan = planned(str(tmp_path), rows_of(tmp_path, "a"))
     with pytest.raises(OutputMismatchError, match="dtype: auto, now bf16"):
