@@ -1,8 +1,7 @@
 """One variant of a model measured in a process of its own: memory, speed by stage, answers, decisions.
 
-`python -m md3cli.model.bench_quant` reads a `VariantJob` as JSON on stdin and prints what it found as
-JSON; `run_variant` starts it, so that no variant's memory hides in another's. Judging the answers is
-the caller's business.
+`main` reads a `VariantJob` as JSON on stdin and prints what it found as JSON; `run_variant` starts it in a
+fresh interpreter, so that no variant's memory hides in another's. Judging the answers is the caller's business.
 
 Decisions are counted along the path of the full-precision model: its choices are fed, whatever the
 variant would have chosen, so that one early difference is one difference.
@@ -41,6 +40,7 @@ DETECT = Request(Task.DETECT, "object")
 MAX_TOKENS, MAX_OBJECTS = 64, 8
 _NO_LIMITS = dict.fromkeys(("gemm_gflops", "vision_gemm_gflops", "read_gbytes"), math.inf)  # rates alone are wanted
 _TIMES = ("seconds", "crops_per_second", "tokens_per_second")
+_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from md3cli.model.bench_quant import main; main()"
 _PHOTO = Tiling(2, 4)  # nine crops: what most photographs are cut into
 
 
@@ -69,7 +69,7 @@ def run_variant(job: VariantJob) -> dict[str, Any]:
     Raises:
         EngineError: it failed; the message is the process's own.
     """
-    command = [sys.executable, "-m", "md3cli.model.bench_quant"]
+    command = [sys.executable, "-I", "-c", _CODE, json.dumps(sys.path)]  # no random.py beside the pictures is ours
     done = subprocess.run(command, input=json.dumps(asdict(job)), capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
@@ -210,6 +210,3 @@ def main() -> None:
     json.dump(found, answers)
     answers.close()
 
-
-if __name__ == "__main__":
-    main()

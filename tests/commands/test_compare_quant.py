@@ -136,7 +136,9 @@ def test_a_variant_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert record["error"] is None
 
 
-def test_a_variant_that_fails_says_why() -> None:
+def test_a_variant_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("random.py").write_text("raise SystemExit('code that lies beside pictures was run')")
     with pytest.raises(EngineError, match=r"no-such-model with --quant int8: .*no such file or folder"):
         run_variant(replace(FULL, model="no-such-model", quant="int8"))
 
