@@ -5,7 +5,8 @@
         OutputMismatchError     OUTPUT was begun by another command (task, model, settings)
       ConfigError               md3.toml, MD3_* environment
       InputError                INPUT or a manifest as a whole cannot be read
-      OutputError               OUTPUT cannot be written: disk full, permission, held by another run
+      OutputError               OUTPUT cannot be written: disk full, permission
+        OutputHeldError         another run holds it
       CheckpointError           weights, config or tokenizer are missing, damaged or not understood
       EngineError               the model cannot run here: memory, device
       ExportError               records cannot be turned into the format asked for
@@ -47,6 +48,10 @@ class InputError(Md3Error):
 
 class OutputError(Md3Error):
     """OUTPUT cannot be written; everything already reported is on disk."""
+
+
+class OutputHeldError(OutputError):
+    """Another run writes OUTPUT; names its process."""
 
 
 class CheckpointError(Md3Error):

@@ -16,7 +16,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from md3cli.errors import OutputError
+from md3cli.errors import OutputError, OutputHeldError
 from md3cli.records import printable
 
 STAGED = "staged"  # what a folder's files are temporarily called together, inside it, before they are added to it
@@ -109,7 +109,8 @@ class OutputLock:
         """Lock `path` on behalf of `output`, at once or not at all.
 
         Raises:
-            OutputError: another process holds it (named by pid and host), or it cannot be made.
+            OutputHeldError: another process does (named by pid and host).
+            OutputError: it cannot be made.
         """
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
@@ -123,7 +124,7 @@ class OutputLock:
         except OSError as error:
             os.close(fd)
             raise output_error(path, error) from error
-        except OutputError:
+        except OutputHeldError:
             os.close(fd)
             raise
         return cls(fd, is_held)
@@ -141,7 +142,7 @@ def _flock(fd: int, output: Path | str, is_shared: bool) -> bool:
         fcntl.flock(fd, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         pid, _, host = os.pread(fd, 300, 0).decode("utf-8", "replace").strip().partition(" ")
-        raise OutputError(
+        raise OutputHeldError(
             f"{printable(str(output))} is being written by another run: process {printable(pid or 'unknown')} "
             f"on {printable(host or 'this machine')}; wait for it, stop it, or choose another -o"
         ) from error

@@ -29,7 +29,7 @@ from md3cli.scale.commits import CommitLog
 from md3cli.scale.layout import RunFolder, open_run_folder
 from md3cli.scale.plan import Plan
 from md3cli.scale.planning import make_plan, put_plan
-from md3cli.scale.ray_cluster import Placement, RayOptions, check_installed, connected, place
+from md3cli.scale.ray_cluster import Placement, RayOptions, _own_sigterm, check_installed, connected, place
 from md3cli.scale.ray_engine import run_on_ray
 from md3cli.scale.ray_worker import GO_ON, STOP, ShardAnswer, ShardWorker, WorkerSetup
 from md3cli.scale.run_options import RunOptions, write_run_options
@@ -344,6 +344,21 @@ def test_a_worker_stops_when_the_driver_asks(run: Run) -> None:
 )
 def test_what_workers_get(nodes: list[dict[str, float]], device: str, per_device: int, expected: Placement) -> None:
     assert place(nodes, device, per_device) == expected
+
+
+def test_a_ray_that_does_not_start_leaves_the_signals_as_they_were() -> None:
+    def start() -> None:
+        with _own_sigterm():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray does, but to end the program at once
+            raise ValueError("no Ray")
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(ValueError, match="no Ray"):
+            start()
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_gpus_asked_for_where_there_are_none() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from md3cli.commands.status import Run
+from md3cli.records import printable
 
 app = typer.Typer(add_completion=False)
 
@@ -19,7 +20,7 @@ def verify(run: Run) -> None:
     num_findings = 0
     for finding in verification.findings():
         num_findings += 1
-        typer.echo(finding)
+        typer.echo(printable(finding))
     if num_findings:
         raise typer.Exit(1)
     typer.echo(

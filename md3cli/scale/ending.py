@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from md3cli.config import RunConfig
 from md3cli.console import RunConsole, Summary
 from md3cli.early import SUFFIX as EARLY_SUFFIX
-from md3cli.errors import OutputError
+from md3cli.errors import OutputHeldError
 from md3cli.outputs import OutputPlan, publish
 from md3cli.publish import OutputLock
 from md3cli.records import RETRYABLE, RunIdentity
@@ -130,7 +130,7 @@ class Ending:
         path = self._folder.store.path(_EXPORT_LOCK)
         try:
             lock = OutputLock.acquire(path, self._files.journal)
-        except OutputError:
+        except OutputHeldError:
             yield False
             return
         try:

@@ -121,9 +121,11 @@ def connected(options: RayOptions) -> Iterator[Any]:
 def _own_sigterm() -> Iterator[None]:
     """Ray puts a handler of its own in the place of the program's, which would end it at once."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _joining(address: str) -> dict[str, Any]:

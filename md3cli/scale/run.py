@@ -15,7 +15,7 @@ from typing import Protocol
 from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import RunConsole
 from md3cli.engine_port import Engine, FoundModel, Model, check_skills
-from md3cli.errors import EngineError, OutputError, UsageError
+from md3cli.errors import EngineError, Md3Error, OutputError, UsageError
 from md3cli.outputs import OutputPlan
 from md3cli.progress import Progress
 from md3cli.publish import OutputLock
@@ -160,19 +160,22 @@ class _ScaledRun:
         status = 1
         try:
             self._run_shards()
-            if self._queue.given_up:
+            if num_open := self._queue.num_open:
+                why = "their workers kept dying" if self._queue.given_up else "their markers are gone again"
                 raise EngineError(
-                    f"{len(self._queue.given_up)} of {self._plan.shards:,} shards are not done, for their workers kept "
-                    "dying; the same command tries them again"
+                    f"{num_open:,} of {self._plan.shards:,} shards are not done, for {why}; "
+                    "the same command tries them again"
                 )
             with self._stop.interruptible():
                 status = self._ending.export(self._queue.commits)
-        except Interrupted as interrupt:
-            status = interrupt.exit_status
-            self._ending.tell_how_to_resume(str(interrupt), self._queue.commits)
+        except BaseException as error:
+            if isinstance(error, Interrupted):
+                status = error.exit_status
+                self._ending.tell_how_to_resume(str(error), self._queue.commits)
+            with contextlib.suppress(Md3Error):  # what ended the run is what is told
+                self._ending.note(status, self._queue.commits)
             raise
-        finally:
-            self._ending.note(status, self._queue.commits)
+        self._ending.note(status, self._queue.commits)
         self._ending.summarize(self._queue.commits)
         return status
 

@@ -90,7 +90,7 @@ def status_of(folder: RunFolder, plan: Plan) -> RunStatus:
     errors = Counter[str]()
     for commit in commits.values():
         errors.update(commit.error_types)
-    started = {shard_of(name) for name in folder.wip.names(WIP)} - commits.keys()
+    started = {shard_of(name) for name in folder.wip.names(WIP)} - {None, *commits}
     last = max((commit.ended for commit in commits.values()), default=None)
     recent = [commit for commit in commits.values() if last is not None and commit.ended > last - RECENT_S]
     begun = min((commit.ended - commit.seconds for commit in recent), default=0.0)

@@ -19,6 +19,10 @@ from marked_processes import MARK, marked_processes
 from program import Program, clean_environment, isolate, make_pictures, records_of
 from scale_chaos import UNHURRIED_S, ScaleChaos, run_scale_chaos
 
+from md3cli.errors import ExportError, OutputError
+from md3cli.scale.ending import Ending
+from md3cli.scale.here import ShardsHere
+
 TESTS = Path(__file__).parent.parent
 THREE = ("--devices", "cpu", "--workers-per-device", "3")
 
@@ -79,6 +83,73 @@ def test_a_rank_alone_does_it_all(md3: Program, pictures: Path, tmp_path: Path) 
     out = tmp_path / "o.jsonl"
     assert md3("caption", pictures, "-o", out, "--world-size", 3, "--shard-size", 4).exit_code == 3
     assert out.read_bytes() == whole(md3, pictures, tmp_path)
+
+
+def after_running(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], object]) -> None:
+    """Have something happen to the queue once all shards are run."""
+    run = ShardsHere.run
+
+    def run_and_change(driver: ShardsHere, on_step: Callable[[], None]) -> None:
+        run(driver, on_step)
+        change(driver._queue)
+
+    monkeypatch.setattr(ShardsHere, "run", run_and_change)
+
+
+def test_a_shard_given_up_here_may_be_finished_by_another_rank(
+    md3: Program, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "o.jsonl"
+    after_running(monkeypatch, lambda queue: queue.given_up.add(0))
+    assert md3("caption", pictures, "-o", out, "--engine", "local").exit_code == 3
+    assert out.read_bytes() == whole(md3, pictures, tmp_path)
+
+
+def test_a_marker_that_is_gone_again_is_told_of(
+    md3: Program, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after_running(monkeypatch, lambda queue: queue.commits.pop(2))
+    done = md3("caption", pictures, "-o", tmp_path / "o.jsonl", "--engine", "local", "--shard-size", 10)
+    assert done.exit_code == 1
+    assert "1 of 3 shards are not done, for their markers are gone again" in done.stderr
+
+
+def test_what_ended_a_run_is_told_not_what_came_of_it(
+    md3: Program, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(error: Exception) -> Callable[..., None]:
+        def raise_it(*_: object) -> None:
+            raise error
+
+        return raise_it
+
+    monkeypatch.setattr(Ending, "export", fail(ExportError("the first failure")))
+    monkeypatch.setattr(Ending, "note", fail(OutputError("the second")))
+    done = md3("caption", pictures, "-o", tmp_path / "o.jsonl", "--engine", "local")
+    assert (done.exit_code, "the first failure" in done.stderr, "the second" in done.stderr) == (1, True, False)
+
+
+def test_a_rank_that_cannot_make_the_lock_of_the_export_says_so(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    """It is not taken for another rank's, or nobody would export."""
+    out = tmp_path / "o.jsonl"
+    Path(f"{out}.md3run/export.lock").mkdir(parents=True)
+    done = md3("caption", pictures, "-o", out, "--world-size", 2)
+    assert (done.exit_code, "export.lock" in done.stderr) == (1, True), done.output
+
+
+def test_a_stray_file_is_no_shard_that_was_begun(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    md3("caption", pictures, "-o", out, "--engine", "local")
+    Path(f"{out}.md3run/wip/notes.txt").write_text("mine")
+    assert json.loads(md3("status", out, "--json").output)["shards_started"] == 0
+
+
+def test_names_of_stray_files_do_nothing_to_a_terminal(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    md3("caption", pictures, "-o", out, "--engine", "local")
+    Path(f"{out}.md3run/parts/part-00000-\x1b[31m.jsonl").touch()
+    found = md3("verify", out)
+    assert (found.exit_code, "\x1b" in found.output, "x1b[31m" in found.output) == (1, False, True)
 
 
 def test_a_grown_input_is_taken_in_after_the_end(md3: Program, pictures: Path, tmp_path: Path) -> None:
