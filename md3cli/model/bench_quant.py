@@ -209,4 +209,3 @@ def main() -> None:
     found = measure(VariantJob(**job, followed=followed and tuple(map(tuple, followed))))
     json.dump(found, answers)
     answers.close()
-
