@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -73,6 +74,16 @@ def row_requests(columns: Mapping[str, Any], requests: Sequence[Request], defaul
     for request in result:
         check_request(request, has_image=bool(image))
     return result
+
+
+def refused_request(columns: Mapping[str, Any], base: Request) -> Request:
+    """What the error record of a refused row says was asked: its task and prompt, `base` where they cannot be read."""
+    with suppress(RowError):
+        task = _task(columns["task"]) if _is_given(columns, "task") else base.task
+        open_prompt = base.prompt if task is base.task else None
+        prompt = _text("prompt", columns["prompt"]) if _is_given(columns, "prompt") else open_prompt
+        return replace(base, task=task, prompt=prompt)
+    return base
 
 
 def check_request(request: Request, *, has_image: bool) -> None:

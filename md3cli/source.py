@@ -26,7 +26,14 @@ from md3cli.places import Confinement, RowPlaces, image_item, input_of, root_of
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task, printable
 from md3cli.remote.address import is_address, shown
 from md3cli.remote.options import is_installed, require_extra
-from md3cli.row_requests import ROW_COLUMNS, check_request, refuse_address, row_image, row_requests
+from md3cli.row_requests import (
+    ROW_COLUMNS,
+    check_request,
+    refuse_address,
+    refused_request,
+    row_image,
+    row_requests,
+)
 from md3cli.tar_index import tar_members
 from md3cli.walk import Glob, PathFilter, Walk, has_image_suffix
 
@@ -119,7 +126,7 @@ class Source:
         self._inputs = inputs
         self._requests = requests
         self._defaults = defaults
-        self._first_request = requests[:1] or (defaults,)
+        self._base = requests[0] if requests else defaults
         self._is_fit_for_pictures = bool(requests) and _are_fit_for_pictures(requests)
         self._stdin = LiveLines(stdin)
         self._filter = PathFilter.of(spec.include, spec.exclude)
@@ -263,7 +270,7 @@ class Source:
         """What a manifest's row asks; a failure keeps as much of the row as could be read."""
         columns = entry.columns or {}
         image: ImageItem | None = None
-        asked, is_bare = self._first_request, False
+        is_bare = False
         try:
             if entry.columns is None:
                 raise RowError("bad_row", entry.problem)
@@ -278,6 +285,7 @@ class Source:
                 asked = row_requests(columns, self._requests, self._defaults)
             failure = self._outside(image.path) if image else None
         except RowError as error:
+            asked = (refused_request(columns, self._base),)
             failure = RowFailure(error.type, f"{entry.where}: {error}")
         meta = {} if is_bare else {column: value for column, value in columns.items() if column not in ROW_COLUMNS}
         return SourceRow(image, asked, meta, failure)

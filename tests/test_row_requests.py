@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from md3cli.errors import RequestError, RowError
 from md3cli.records import Request, Task
-from md3cli.row_requests import ROW_COLUMNS, refuse_address, row_image, row_requests
+from md3cli.row_requests import ROW_COLUMNS, refuse_address, refused_request, row_image, row_requests
 
 DEFAULTS = Request(Task.QUERY, max_tokens=99)
 WHY = Request(Task.QUERY, "why?", temperature=0.5)
@@ -150,3 +150,21 @@ def test_addresses_are_refused(name: str) -> None:
     with pytest.raises(RequestError, match="not fetched"):
         refuse_address(name)
     refuse_address("filed:under/x.jpg")
+
+
+@pytest.mark.parametrize(
+    ("columns", "task", "prompt"),
+    [
+        ({"task": "detect", "prompt": "star", "max_objects": "a"}, Task.DETECT, "star"),
+        ({"task": "caption", "length": "epic"}, Task.CAPTION, None),
+        ({"task": "query", "max_tokens": 0}, Task.QUERY, "why?"),
+        ({"prompt": "when?", "seed": -1}, Task.QUERY, "when?"),
+        ({"task": "dance", "prompt": "star"}, Task.QUERY, "why?"),
+        ({"task": "detect", "prompt": ["star"]}, Task.QUERY, "why?"),
+        ({}, Task.QUERY, "why?"),
+    ],
+)
+def test_a_refused_row_keeps_the_task_and_prompt_that_can_be_read(
+    columns: dict[str, Any], task: Task, prompt: str | None
+) -> None:
+    assert refused_request(columns, WHY) == replace(WHY, task=task, prompt=prompt)

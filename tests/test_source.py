@@ -212,6 +212,7 @@ def test_a_manifest(folder: Path) -> None:
         ("bad_row", "line 5: max_tokens is 'x', not a whole number"),
     ]
     assert found[3].meta == {"who": "you"}
+    assert [(request.task, request.prompt) for request in found[2].requests] == [(Task.DETECT, None)]
     assert all(row.requests for row in found)
     assert rows.root == str(folder / "photos")
 
