@@ -20,12 +20,13 @@ RECORDS_NAME = "records.jsonl"
 
 
 def find_records(path: Path) -> Path:
-    """The records file that `path` names: itself, or the one inside a run folder.
+    """The records file that `path` names: itself, the one inside a run folder, or the journal beside a document.
 
     Raises:
         InputError: there is none.
     """
-    found = path / RECORDS_NAME if path.is_dir() else path
+    beside = path.with_name(f"{path.name}.{RECORDS_NAME}") if path.name else path
+    found = path / RECORDS_NAME if path.is_dir() else beside if beside.is_file() else path
     if not found.is_file():
         raise InputError(f"no records at {printable(str(found))}; give the .jsonl file or the folder of a run")
     return found

@@ -17,6 +17,14 @@ def test_a_run_folder_stands_for_its_records(tmp_path):
     assert find_records(tmp_path) == find_records(tmp_path / "records.jsonl") == tmp_path / "records.jsonl"
 
 
+def test_a_document_stands_for_the_records_it_was_made_from(tmp_path):
+    document, journal = tmp_path / "boxes.json", tmp_path / "boxes.json.records.jsonl"
+    document.touch()
+    assert find_records(document) == document, "records of another name"
+    journal.touch()
+    assert find_records(document) == find_records(journal) == journal
+
+
 @pytest.mark.parametrize(
     ("records_name", "run_name"),
     [
