@@ -163,6 +163,8 @@ def _json_row(line: _Line) -> Iterator[ManifestRow]:
             yield ManifestRow(number, _json_columns(data))
         except UnicodeDecodeError:
             yield ManifestRow(number, None, "not valid UTF-8")
+        except json.JSONDecodeError as error:
+            yield ManifestRow(number, None, f"{error.msg} at column {error.colno}")
         except ValueError as error:
             yield ManifestRow(number, None, str(error))
         except RecursionError:

@@ -206,7 +206,7 @@ def test_stdin_takes_paths_and_objects() -> None:
     assert columns(list(found)) == [
         {"image": "a.jpg"},
         {"image": "b\n.jpg", "task": "caption"},
-        "line 3: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+        "line 3: Expecting property name enclosed in double quotes at column 2",
     ]
 
 
