@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,34 @@ def test_the_readme_mentions_every_command() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
-def test_commands_of_the_pages_parse(page: Path) -> None:
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The words behind `md3` of every command that a page shows."""
     text = re.sub(r'"\$\w+"', "1", page.read_text(encoding="utf-8"))  # what the shell would put there
     blocks = re.findall(r"```(?:sh|bash|console|shell)\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
-    for line in lines:
-        for example in examples(line.partition("#")[0]):
-            words = shlex.split(example)
-            if words[0] in COMMANDS:
-                name = " ".join(words[:2]) if words[:2] and " ".join(words[:2]) in LEAVES else words[0]
-                LEAVES[name].make_context(name, words[len(name.split()) :])
+    typed = [shlex.split(example) for line in lines for example in examples(line.partition("#")[0])]
+    return [words for words in typed if words[0] in COMMANDS]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_the_pages_parse(page: Path) -> None:
+    for words in commands_of(page):
+        name = " ".join(words[:2]) if words[:2] and " ".join(words[:2]) in LEAVES else words[0]
+        LEAVES[name].make_context(name, words[len(name.split()) :])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_two_runs_of_a_page_write_one_output(page: Path) -> None:
+    """Who types them one after the other would be refused: OUTPUT was begun by another run."""
+    runs: dict[str, set[str]] = {}
+    for words in commands_of(page):
+        if "-o" in words:
+            asked = " ".join(takewhile(lambda word: not word.startswith("-"), words))
+            runs.setdefault(words[words.index("-o") + 1], set()).add(asked)
+    assert {output: asked for output, asked in runs.items() if len(asked) > 1} == {}
 
 
 def test_options_keep_their_names() -> None:

@@ -1,17 +1,22 @@
 """Commit markers: which part holds the records of a shard. Whoever puts a shard's marker first wins.
 
-A marker that does not parse counts as none (a file system without hard links can leave half of one).
+A marker that does not parse counts as none (a file system without hard links can leave half of one), and so does
+one that names anything but a part: what it names is read, and removed where a shard is done again.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
 
-from md3cli.scale.layout import COMMITS, RunFolder, commit_name, shard_of
+from md3cli.scale.layout import COMMITS, PARTS, RunFolder, commit_name, shard_of
+
+_PART = re.compile(rf"{PARTS}/part-\d{{5,}}-[A-Za-z0-9-]+\.jsonl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +68,24 @@ def read_commit(folder: RunFolder, shard: int) -> Commit | None:
 
 def _parsed(data: bytes | None) -> Commit | None:
     try:
-        document: Any = json.loads(data or b"")
-        return Commit(**document)
+        commit = Commit(**json.loads(data or b""))
     except (ValueError, TypeError, RecursionError):
         return None
+    return commit if _is_sound(commit) else None
+
+
+def _is_sound(commit: Commit) -> bool:
+    """Whether each value is of its type, and the part is a name that `part_name` makes."""
+    document: dict[str, Any] = asdict(commit)
+    errors = [document.pop(name) for name in ("error_types", "reused_errors")]
+    texts = [document.pop(name) for name in ("part", "sha256", "attempt", "host")]
+    counts = [*document.values(), *(count for found in errors if isinstance(found, dict) for count in found.values())]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(found, dict) for found in errors)
+        and all(isinstance(count, int | float) and isfinite(count) for count in counts)
+        and _PART.fullmatch(commit.part) is not None
+    )
 
 
 def put_commit(folder: RunFolder, shard: int, commit: Commit) -> bool:

@@ -83,7 +83,8 @@ def find_run_folder(typed: str) -> RunFolder:
         if folder.store.read(PLAN) is not None:
             return folder
     raise InputError(
-        f"no run folder at {printable(typed)}; give the folder after -o of a run with --devices, "
+        f"no run folder at {printable(typed)} (one process on a local OUTPUT makes none: its counts are in run.json, "
+        "and the same command says what is left); give what stood after -o of a run with --devices, "
         "--workers-per-device, --world-size or --engine"
     )
 

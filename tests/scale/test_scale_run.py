@@ -335,6 +335,7 @@ def test_there_is_no_run_folder(md3: Program, tmp_path: Path) -> None:
         refused = md3(*command, tmp_path)
         assert refused.exit_code == 1
         assert "no run folder" in refused.stderr
+        assert "its counts are in run.json" in refused.stderr
 
 
 # -- worker processes ------------------------------------------------------------------------------

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from md3cli.errors import MissingExtraError, OutputError
 from md3cli.scale.commits import Commit, put_commit, read_commit
-from md3cli.scale.layout import RunFolder, commit_name, find_run_folder, open_run_folder, shard_of
+from md3cli.scale.layout import RunFolder, commit_name, find_run_folder, open_run_folder, part_name, shard_of
 from md3cli.scale.object_store import ObjectStore
 from md3cli.scale.store import LocalStore, Store, open_store
 
@@ -104,8 +107,11 @@ def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         LocalStore(tmp_path / "file").put("a", b"1")
 
 
+PART = part_name(3, "vm-1-ab")
+
+
 def commit(**changes: object) -> Commit:
-    facts = {"part": "p", "rows": 1, "images": 1, "ok": 1, "errors": 0, "sha256": "", "bytes": 0, "attempt": "a"}
+    facts = {"part": PART, "rows": 1, "images": 1, "ok": 1, "errors": 0, "sha256": "", "bytes": 0, "attempt": "a"}
     return Commit(**{**facts, "host": "h", "seconds": 1.0, "ended": 2.0, **changes})  # type: ignore[arg-type]
 
 
@@ -116,7 +122,29 @@ def test_half_a_marker_is_none_and_gives_way(tmp_path: Path) -> None:
     assert put_commit(folder, 3, commit())
     assert read_commit(folder, 3) == commit()
     assert put_commit(folder, 3, commit()), "the answer may be lost, the marker is ours"
-    assert not put_commit(folder, 3, commit(part="another", attempt="b"))
+    assert not put_commit(folder, 3, commit(part=part_name(3, "another"), attempt="b"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"part": "/etc/passwd"},
+        {"part": "../../o.jsonl"},
+        {"part": "parts/../../part-00003-a.jsonl"},
+        {"part": "parts/part-00003-a/../../x.jsonl"},
+        {"part": 5},
+        {"rows": None},
+        {"ended": "now"},
+        {"ended": float("nan")},
+        {"error_types": 5},
+        {"error_types": {"io": "many"}},
+    ],
+)
+def test_a_marker_that_makes_no_sense_is_none(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """What a marker names is read, and removed where its shard is done again: nothing but a part may be."""
+    folder = open_run_folder(str(tmp_path))
+    folder.store.put(commit_name(3), json.dumps(asdict(commit()) | changes).encode())
+    assert read_commit(folder, 3) is None
 
 
 def test_the_self_test_tells_stores_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
