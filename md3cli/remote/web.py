@@ -214,7 +214,9 @@ def _next_url(url: URL, location: str) -> URL:
 
 def _refused(zone: Zone) -> FetchError:
     if zone is Zone.FORBIDDEN:
-        return FetchError("bad_request", "the address is link-local, where no pictures are; it is not fetched")
+        return FetchError(
+            "bad_request", "the address is link-local or a cloud's own, where no pictures are; it is not fetched"
+        )
     return FetchError(
         "bad_request", "the host is in a private network, and only a manifest names it; --remote allows that"
     )

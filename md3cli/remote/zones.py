@@ -3,7 +3,8 @@
 Three zones. *Public* addresses may always be fetched. *Private* ones (loopback, the ranges of local networks,
 whatever else is not routed in public) only where the user has named the host: as INPUT or --root, or for all
 URLs of a manifest by --remote. A server may send on to a private address only if it is private itself.
-*Forbidden* ones never: link-local addresses, where clouds keep the credentials of their machines.
+*Forbidden* ones never: link-local addresses, where clouds keep the credentials of their machines, and those few
+others where they do.
 
 The address that is connected to is the one that was looked at: zones are told when a name is resolved, so a
 name that changes its address in between gains nothing.
@@ -15,7 +16,19 @@ import ipaddress
 from dataclasses import dataclass
 from enum import IntEnum
 
-_METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "100.100.100.200", "192.0.0.192")))
+_METADATA = frozenset(
+    map(
+        ipaddress.ip_address,
+        (
+            "fd00:ec2::254",  # Amazon EC2
+            "fd00:ec2::23",  # Amazon EKS, pod identities
+            "fd20:ce::254",  # Google Cloud, machines with IPv6 alone
+            "168.63.129.16",  # Azure's host; the range is a public one
+            "100.100.100.200",  # Alibaba Cloud
+            "192.0.0.192",  # Oracle Cloud
+        ),
+    )
+)
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 

@@ -30,6 +30,10 @@ from md3cli.remote.zones import HostRules, Zone, zone_of
         ("::ffff:169.254.169.254", Zone.FORBIDDEN),
         ("fe80::1%eth0", Zone.FORBIDDEN),
         ("fd00:ec2::254", Zone.FORBIDDEN),
+        ("fd00:ec2::23", Zone.FORBIDDEN),
+        ("fd20:ce::254", Zone.FORBIDDEN),
+        ("168.63.129.16", Zone.FORBIDDEN),
+        ("::ffff:168.63.129.16", Zone.FORBIDDEN),
         ("100.100.100.200", Zone.FORBIDDEN),
         ("example.org", None),
         ("127.1", None),  # the resolver knows such forms, and its answer is looked at
