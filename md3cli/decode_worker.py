@@ -28,7 +28,7 @@ from md3cli.pixels import HUGE_PIXELS, start_pillow
 from md3cli.records import ImageItem
 
 _SLICE_S = 0.5
-_MAX_MESSAGE_BYTES = 1 << 16
+_MAX_MESSAGE_BYTES = 1 << 20  # options with thousands of hosts, an error that lists every tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -19,6 +21,7 @@ from PIL import Image
 
 from md3cli import decode
 from md3cli.decode import DecodePool
+from md3cli.decode_worker import Channel
 from md3cli.errors import ImageError, InputError, UsageError
 from md3cli.images import CropConfig, ImageLimits
 from md3cli.records import ImageItem
@@ -367,3 +370,15 @@ def test_a_file_size_limit_of_the_run_does_not_touch_pictures(good):
             assert pool.submit(good).result(PATIENCE_S).crops.nbytes > 1000
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_message_of_thousands_of_hosts_arrives() -> None:
+    """Workers of a run are told over the same wire whom they may speak to, and tell why they end."""
+    ours, theirs = map(Channel, socket.socketpair())
+    message = {"named_hosts": [f"host-{i}.example.org" for i in range(5000)]}
+    sender = threading.Thread(target=ours.send, args=(message,))
+    sender.start()
+    assert theirs.receive(10.0) == message
+    sender.join()
+    ours.close()
+    theirs.close()
