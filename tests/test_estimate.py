@@ -154,6 +154,7 @@ def test_devices_share_the_work_and_all_cost(md3: TimedProgram, pictures: Path) 
     ask = (pictures, "--task", "caption", "--price-per-gpu-hour", 36)
     found = md3.estimate(*ask, "--devices", "cuda:0,cuda:1", "--world-size", 5)
     assert (found["devices"], found["seconds"]["value"]) == (10, 5.0)
+    assert md3.models[-1].options.device == "cuda:0", "one of those that were named is measured"
     assert found["cost"] == md3.estimate(*ask)["cost"] == spread(0.5)
 
 

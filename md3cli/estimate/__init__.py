@@ -50,7 +50,8 @@ def estimate(
         with stop.interruptible():
             console.say("counting INPUT ...")
             drawn = count_and_draw(source, asked.num_opened)
-            model = find(replace(config.model, cache=False))  # an encoding read from disk would cost nothing
+            device = next(iter(config.scale.devices), config.model.device)
+            model = find(replace(config.model, device=device, cache=False))  # an encoding on disk would cost nothing
         with make_pool(config, model.crop_config) as pool:
             with stop.interruptible():
                 console.say(f"opening {len(drawn.units):,} of {drawn.num_units:,} ...")
