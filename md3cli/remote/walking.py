@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from md3cli.errors import ImageError, InputError
+from md3cli.records import printable
+from md3cli.remote.address import path_of, shown
 from md3cli.remote.reading import Reader, explain
 from md3cli.walk import Entry, Walk, natural_sorted
+
+MOST_LEVELS = 200  # of folders: a web server whose pages lead in a circle shows ever deeper ones
 
 
 @dataclass(slots=True)
@@ -19,8 +23,13 @@ class RemoteWalk(Walk):
         """The entries of a folder in natural order.
 
         Raises:
-            InputError: it cannot be listed; tried several times.
+            InputError: it cannot be listed; tried several times. Or it lies deeper than any folder can be meant to.
         """
+        if path_of(path).count("/") > MOST_LEVELS:
+            raise InputError(
+                f"{printable(shown(path))[:200]}... lies more than {MOST_LEVELS} folders deep; where they lead in a "
+                "circle leave that one out with --exclude, or use --no-recursive"
+            )
         try:
             found = self.reader.entries(path)
         except ImageError as error:

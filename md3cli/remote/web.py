@@ -26,6 +26,7 @@ from md3cli.remote.zones import HostRules, Zone, zone_of
 
 MAX_REDIRECTS = 5
 PIECE_BYTES = 1 << 18
+MAX_SIZE_DIGITS = 18  # of a file's bytes; Python refuses to read a number of thousands
 _REDIRECTS = {301, 302, 303, 307, 308}
 _HEADERS = {
     "User-Agent": f"md3cli/{__version__}",
@@ -98,8 +99,8 @@ class Body:
         self.is_partial = response.status == 206
         content_range = response.headers.get("Content-Range", "")
         size = content_range.rpartition("/")[2] if self.is_partial else ""
-        self.total = self.num_bytes if not self.is_partial else int(size) if size.isdecimal() else None
-        self.first = int(first) if (first := content_range.partition("-")[0].rpartition(" ")[2]).isdecimal() else 0
+        self.total = _number(size) if self.is_partial else self.num_bytes
+        self.first = _number(content_range.partition("-")[0].rpartition(" ")[2]) or 0
         self.is_page = response.content_type == "text/html"
 
     def read(self, timeout_s: float) -> bytes:
@@ -118,6 +119,11 @@ class Body:
         """Let go of the connection: it is used again if the body was read to its end."""
         with contextlib.suppress(RuntimeError):  # the loop is gone at the end of the process
             get_loop().call_soon_threadsafe(self._response.close)
+
+
+def _number(text: str) -> int | None:
+    """A size in bytes as a server says it; None where it says none, or none that any file has."""
+    return int(text) if text.isdecimal() and len(text) <= MAX_SIZE_DIGITS else None
 
 
 class Web:

@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from faulty_servers import Fault, WebServer
 
-from md3cli.errors import ImageError
+from md3cli.errors import ImageError, InputError
 from md3cli.records import ImageItem
 from md3cli.remote.byte_budget import ByteBudget
 from md3cli.remote.options import FetchOptions
@@ -21,6 +22,8 @@ from md3cli.remote.zones import HostRules, Zone
 pytest.importorskip("aiohttp", reason="needs the extra: pip install 'md3cli[remote]'")
 from md3cli.remote import web as web_module
 from md3cli.remote.fetching import Fetcher
+from md3cli.remote.stores import Entry
+from md3cli.remote.walking import MOST_LEVELS, RemoteWalk
 
 QUICK = Retries(first_wait_s=0.01)
 PRIVATE = HostRules(any_private=True)
@@ -282,3 +285,26 @@ def test_the_budget_makes_younger_pictures_wait() -> None:
     assert budget.num_taken == 90
     budget.start_over(young)
     assert budget.num_taken == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "first", "total"),
+    [("bytes 5-9/20", 5, 20), ("bytes 5-9/*", 5, None), (f"bytes 0-0/{'9' * 5000}", 0, None), ("", 0, None)],
+)
+def test_what_a_server_says_of_a_part(said: str, first: int, total: int | None) -> None:
+    response: Any = SimpleNamespace(content_length=5, status=206, headers={"Content-Range": said}, content_type="")
+    body = web_module.Body(response, calls=None)  # type: ignore[arg-type]
+    assert (body.first, body.total) == (first, total)
+
+
+def test_folders_that_lead_in_a_circle_end() -> None:
+    asked: list[str] = []
+
+    def entries(folder: str) -> list[Entry]:
+        asked.append(folder)
+        return [Entry("again", True)]
+
+    reader: Any = SimpleNamespace(entries=entries)
+    with pytest.raises(InputError, match=rf"https://h/again/.* more than {MOST_LEVELS} folders deep.*--exclude"):
+        list(RemoteWalk(reader=reader).files("https://h"))
+    assert len(asked) == MOST_LEVELS + 1
