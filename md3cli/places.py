@@ -37,8 +37,6 @@ def input_of(typed: str, kind: Kind, is_alone: bool) -> Input:
     """
     if is_address(typed) and kind is Kind.FOLDER:
         typed = typed.rstrip("/")
-    if is_address(typed) and kind is Kind.FOLDER:
-        typed = typed.rstrip("/")
     has_own_names = kind in (Kind.TAR, Kind.MANIFEST, Kind.STDIN)
     is_left_out = is_alone and (has_own_names or not is_address(typed))
     return Input(typed, kind, "" if is_left_out else shown(typed))

@@ -7,7 +7,10 @@ failures.py  what went wrong, as a record says it, and whether to try again
 reading.py   one door to both: facts, listings, bytes
 files.py     an address as a seekable file    walking.py   a folder of them in natural order
 fetching.py  the bytes of one picture: retries, limits, patience
-ahead.py     pictures fetched by threads ahead of the decode workers
+inputs.py    INPUT that is an address: what it is, and how it is opened and walked
+options.py   what a run says about fetching       patience.py  how long, and how often to try
+calls.py     coroutines from ordinary threads     byte_budget.py  the memory that threads share
 
-Everything but address.py is imported when the first address is met, and needs the extra `remote`.
+`picture_pool.py`, outside, fetches pictures ahead of the decode workers. Whatever imports a store or aiohttp (web,
+stores, calls, and what stands on them) is imported when the first address is met, and needs the extra `remote`.
 """
