@@ -78,12 +78,13 @@ def row_requests(columns: Mapping[str, Any], requests: Sequence[Request], defaul
 
 def refused_request(columns: Mapping[str, Any], base: Request) -> Request:
     """What the error record of a refused row says was asked: its task and prompt, `base` where they cannot be read."""
+    task = base.task
     with suppress(RowError):
         task = _task(columns["task"]) if _is_given(columns, "task") else base.task
-        open_prompt = base.prompt if task is base.task else None
-        prompt = _text("prompt", columns["prompt"]) if _is_given(columns, "prompt") else open_prompt
-        return replace(base, task=task, prompt=prompt)
-    return base
+    prompt = base.prompt if task is base.task else None
+    with suppress(RowError):
+        prompt = _text("prompt", columns["prompt"]) if _is_given(columns, "prompt") else prompt
+    return replace(base, task=task, prompt=prompt)
 
 
 def check_request(request: Request, *, has_image: bool) -> None:
@@ -205,5 +206,16 @@ _SETTINGS: Mapping[str, Callable[[str, Any], Any]] = {
     "top_p": _real(lambda number: 0 < number <= 1, "above 0 and at most 1"),
     "seed": _whole(0, SEED_LIMIT),
 }
+
+
+def read_setting(name: str, value: Any) -> Any:
+    """A setting's value (`length` … `seed`), checked.
+
+    Raises:
+        RowError: `bad_row` for the wrong type.
+        RequestError: `bad_request` for a value out of range.
+    """
+    return _SETTINGS[name](name, value)
+
 
 ROW_COLUMNS = frozenset({"image", "task", "prompt", *_SETTINGS})

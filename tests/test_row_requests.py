@@ -159,8 +159,8 @@ def test_addresses_are_refused(name: str) -> None:
         ({"task": "caption", "length": "epic"}, Task.CAPTION, None),
         ({"task": "query", "max_tokens": 0}, Task.QUERY, "why?"),
         ({"prompt": "when?", "seed": -1}, Task.QUERY, "when?"),
-        ({"task": "dance", "prompt": "star"}, Task.QUERY, "why?"),
-        ({"task": "detect", "prompt": ["star"]}, Task.QUERY, "why?"),
+        ({"task": "dance", "prompt": "star"}, Task.QUERY, "star"),
+        ({"task": "detect", "prompt": ["star"]}, Task.DETECT, None),
         ({}, Task.QUERY, "why?"),
     ],
 )

@@ -24,6 +24,7 @@ from md3cli.model.asking import (
     ImageLike,
     SpatialRefs,
     prepare_pil,
+    read_prompt,
     read_refs,
     read_request,
     read_settings,
@@ -45,6 +46,8 @@ from md3cli.records import (
     printable,
     request_id,
 )
+from md3cli.remote.address import is_address
+from md3cli.row_requests import check_request
 
 
 class Moondream:
@@ -126,12 +129,14 @@ class Moondream:
     ) -> dict[str, Any]:
         """`{"answer": text}`, and with `reasoning` `"reasoning": {"text", "grounding", …}`; no image is text only."""
         refs = read_refs(spatial_refs)
-        request = Request(Task.QUERY, question, reasoning=reasoning, spatial_refs=refs, **read_settings(settings))
+        request = Request(
+            Task.QUERY, read_prompt(question), reasoning=reasoning, spatial_refs=refs, **read_settings(settings)
+        )
         return self._text(image, request, "answer", stream)
 
     def detect(self, image: ImageLike, object: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """`{"objects": [{"x_min", "y_min", "x_max", "y_max", …}]}`, 0-1 of the picture, unclamped."""
-        return self._answer(image, Request(Task.DETECT, object, **read_settings(settings)))
+        return self._answer(image, Request(Task.DETECT, read_prompt(object), **read_settings(settings)))
 
     def point(
         self,
@@ -142,7 +147,9 @@ class Moondream:
     ) -> dict[str, Any]:
         """`{"points": [{"x", "y", …}]}`."""
         refs = read_refs(spatial_refs)
-        return self._answer(image, Request(Task.POINT, object, spatial_refs=refs, **read_settings(settings)))
+        return self._answer(
+            image, Request(Task.POINT, read_prompt(object), spatial_refs=refs, **read_settings(settings))
+        )
 
     def segment(
         self,
@@ -153,7 +160,9 @@ class Moondream:
     ) -> dict[str, Any]:
         """`{"segments": [{"svg_path", "bbox", …}]}`; the path is in units of its box."""
         refs = read_refs(spatial_refs)
-        return self._answer(image, Request(Task.SEGMENT, object, spatial_refs=refs, **read_settings(settings)))
+        return self._answer(
+            image, Request(Task.SEGMENT, read_prompt(object), spatial_refs=refs, **read_settings(settings))
+        )
 
     def annotate(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[RecordDict]:
         """Records for many requests, batched, in the order of the requests.
@@ -188,6 +197,10 @@ class Moondream:
             return image
         if isinstance(image, Image.Image):
             return prepare_pil(image, self.engine.crop_config)
+        if is_address(str(image)):
+            raise RequestError(
+                f"{printable(str(image))}: no address is fetched here; open the picture, or use md3 itself"
+            )
         item = ImageItem(str(image), str(image))
         background = self.engine.identity.background
         return prepare_image(item, self.engine.crop_config, ImageLimits(), None if background == "none" else background)
@@ -252,8 +265,8 @@ class Moondream:
             order.append(key)
             try:
                 entry.request = read_request(row)
-                given = row.get("image")
-                image = None if given is None else self._prepare(given)
+                check_request(entry.request, has_image=entry.item is not None)
+                image = None if entry.item is None else self._prepare(row["image"])
             except (RequestError, ImageError) as error:
                 self._answers[key] = Answer(key, failure=RowFailure(error.type, str(error)))
                 continue

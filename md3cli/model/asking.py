@@ -9,25 +9,33 @@ from typing import Any
 
 from PIL import Image
 
-from md3cli.errors import RequestError
+from md3cli.errors import RequestError, RowError
 from md3cli.images import CropConfig, PreparedImage, cut_crops
 from md3cli.model.tasks import Answer, EncodedImage
-from md3cli.records import CAPTION_LENGTHS, ImageFacts, ImageItem, Request, Task
+from md3cli.records import ImageFacts, ImageItem, Request, Task
+from md3cli.row_requests import ROW_COLUMNS, read_setting, refused_request
 
 ImageLike = Image.Image | EncodedImage | str | Path
 SpatialRefs = Iterable[Iterable[float]]
 SETTINGS = ("temperature", "top_p", "max_tokens", "max_objects", "seed")
+KNOWN_KEYS = ROW_COLUMNS | {"name", "meta", "choices"}
 
 
 class Asked:
-    """What a record needs of its request, kept while the request is in flight."""
+    """What a record needs of its request, kept while the request is in flight.
+
+    Keys of the mapping that mean nothing here come back in the record's `meta`, as a manifest's columns do.
+    """
 
     def __init__(self, row: Mapping[str, Any]) -> None:
         image = row.get("image")
-        name = row.get("name") or (str(image) if isinstance(image, (str, Path)) else "")
-        self.item = None if image is None else ImageItem(name, str(image) if isinstance(image, (str, Path)) else "")
-        self.meta: Mapping[str, Any] = row.get("meta") or {}
-        self.request = Request(Task.QUERY)
+        path = str(image) if isinstance(image, (str, Path)) else ""
+        name = row.get("name") or path
+        self.item = None if image is None or image == "" else ImageItem(str(name), path)
+        meta = row.get("meta")
+        others = {key: value for key, value in row.items() if key not in KNOWN_KEYS}
+        self.meta: Mapping[str, Any] = others | dict(meta) if isinstance(meta, Mapping) else others
+        self.request = refused_request(row, Request(Task.QUERY))
         self.facts: ImageFacts | None = None
 
 
@@ -56,36 +64,62 @@ def read_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     unknown = [name for name in given if name not in SETTINGS]
     if unknown:
         raise RequestError(f"settings: unknown {', '.join(unknown)}; known are {', '.join(SETTINGS)}")
-    for name in ("max_tokens", "max_objects"):
-        if name in given and (isinstance(given[name], bool) or not isinstance(given[name], int) or given[name] < 1):
-            raise RequestError(f"settings: {name} is {given[name]!r}, expected a whole number from 1")
-    if "temperature" in given and not 0 <= given["temperature"] < float("inf"):
-        raise RequestError(f"settings: temperature is {given['temperature']!r}, expected 0 or more")
-    if "top_p" in given and not 0 < given["top_p"] <= 1:
-        raise RequestError(f"settings: top_p is {given['top_p']!r}, expected more than 0 and at most 1")
-    return given
+    return {name: _checked(name, value) for name, value in given.items()}
 
 
 def read_refs(refs: SpatialRefs | None) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(ref) for ref in refs or ())
+    """Points and boxes, 0-1, from any numbers that can be iterated over.
+
+    Raises:
+        RequestError: they are something else, or out of range.
+    """
+    try:
+        numbers = [[float(number) for number in ref] for ref in refs or ()]
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"spatial_refs are {refs!r:.60}, expected points [x, y] and boxes") from error
+    return _checked("spatial_refs", numbers)  # type: ignore[no-any-return]
+
+
+def read_prompt(prompt: object) -> str | None:
+    """A question or the name of an object.
+
+    Raises:
+        RequestError: it is no text.
+    """
+    if prompt is not None and not isinstance(prompt, str):
+        raise RequestError(f"prompt is {prompt!r:.60}, expected text")
+    return prompt
 
 
 def read_request(row: Mapping[str, Any]) -> Request:
-    """A request mapping of `annotate` as a `Request`."""
+    """A request mapping of `annotate` as a `Request`; None and empty text stand for the default.
+
+    Raises:
+        RequestError: a value of the wrong type or out of range.
+    """
+    given = {
+        key: value for key, value in row.items() if value is not None and not (isinstance(value, str) and not value)
+    }
     try:
-        task = Task(row.get("task", ""))
+        task = Task(given.get("task", ""))
     except ValueError as error:
-        raise RequestError(f"task is {row.get('task')!r}, expected one of {', '.join(Task)}") from error
-    length = row.get("length", "normal")
-    if length not in CAPTION_LENGTHS:
-        raise RequestError(f"length is {length!r}, expected one of {', '.join(CAPTION_LENGTHS)}")
-    settings = {name: row[name] for name in SETTINGS if name in row}
+        raise RequestError(f"task is {row.get('task')!r:.60}, expected one of {', '.join(Task)}") from error
+    choices = given.get("choices", ())
+    if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
+        raise RequestError(f"choices are {choices!r:.60}, expected a list of texts")
     return Request(
         task,
-        row.get("prompt"),
-        length=length,
-        reasoning=bool(row.get("reasoning", True)),
-        spatial_refs=read_refs(row.get("spatial_refs")),
-        choices=tuple(row.get("choices") or ()),
-        **read_settings(settings),
+        read_prompt(given.get("prompt")),
+        length=_checked("length", given.get("length", "normal")),
+        reasoning=_checked("reasoning", given.get("reasoning", True)),
+        spatial_refs=read_refs(given.get("spatial_refs")),
+        choices=tuple(choices),
+        **read_settings({name: given[name] for name in SETTINGS if name in given}),
     )
+
+
+def _checked(name: str, value: Any) -> Any:
+    try:
+        return read_setting(name, value)
+    except RowError as error:
+        raise RequestError(str(error)) from error
