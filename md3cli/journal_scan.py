@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from md3cli.digest_set import DIGEST_BYTES, digest_of
 from md3cli.found_records import FoundRecords, outcome_code
-from md3cli.records import ERROR_TYPES, SCHEMA, RecordDict
+from md3cli.records import ERROR_TYPES, OK_TAIL, SCHEMA, RecordDict
 
 BLOCK_BYTES = 1 << 20
 LINE_LIMIT_BYTES = 1 << 26  # a longer line is no record of ours
@@ -27,7 +27,6 @@ LINE_LIMIT_BYTES = 1 << 26  # a longer line is no record of ours
 HEAD = f'{{"schema":"{SCHEMA}","id":"'.encode()
 _ID = slice(len(HEAD), len(HEAD) + 2 * DIGEST_BYTES)
 _BEHIND_ID = b'",'
-_OK_TAIL = b',"error":null}\n'
 _HEAD_BYTES = _ID.stop + len(_BEHIND_ID)
 _SPACE = 0x20  # the first character that is no control
 
@@ -103,14 +102,14 @@ def _read_quick(block: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]
         return nothing
     # A last line shorter than a head is looked at further left; if there is a head, then it counts twice.
     heads = sliding_window_view(text, _HEAD_BYTES)[np.minimum(starts, len(text) - _HEAD_BYTES)]
-    tails = sliding_window_view(text, len(_OK_TAIL))[np.maximum(ends - len(_OK_TAIL), 0)]
+    tails = sliding_window_view(text, len(OK_TAIL))[np.maximum(ends - len(OK_TAIL), 0)]
     has_head = _is(heads[:, : len(HEAD)], HEAD)
     if block.count(HEAD) != np.count_nonzero(has_head):  # one inside a line
         return nothing
     nibbles = _NIBBLES[heads[:, _ID]]
     is_id = (nibbles < 16).all(axis=1) & _is(heads[:, _ID.stop :], _BEHIND_ID)
     digests = nibbles[:, ::2] << np.uint8(4) | nibbles[:, 1::2]
-    return _QuickLines(digests, has_head & is_id & _is(tails, _OK_TAIL))
+    return _QuickLines(digests, has_head & is_id & _is(tails, OK_TAIL))
 
 
 def _is(columns: NDArray[np.uint8], text: bytes) -> NDArray[np.bool_]:

@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Any
 
 SCHEMA = "md3/1"
+OK_TAIL = b',"error":null}\n'  # how the line of a record that succeeded ends: `error` is the last key
 
 _FILE_ERRORS = "not_found not_a_file permission empty not_an_image unsupported decode decoder_crash too_large timeout"
 _OTHER_ERRORS = "outside_root bad_row bad_request io model"

@@ -19,12 +19,12 @@ import numpy as np
 from md3cli.digest_set import digest_of
 from md3cli.early import SUFFIX as EARLY_SUFFIX
 from md3cli.journal_scan import journal_lines
+from md3cli.records import OK_TAIL
 from md3cli.scale.attempts import ADOPTED, attempt_files, read_history
 from md3cli.scale.commits import Commit
 from md3cli.scale.layout import KEPT, WIP, RunFolder, commit_name, journal_name, new_attempt
 from md3cli.scale.plan import Plan, PlanReader
 
-_OK_TAIL = b',"error":null}\n'
 ID_WITHIN_BYTES = 100  # of a line
 _KEY_BYTES = 8  # of a digest, to look it up by; the rest is compared in the line itself
 
@@ -134,12 +134,12 @@ def reopen_failed(folder: RunFolder, plan: Plan, commits: dict[int, Commit]) -> 
         commit = commits.get(shard)
         if commit is not None and commit.errors:
             lines = (folder.store.read(commit.part) or b"").splitlines(keepends=True)
-            _keep(folder, shard, [line for line in lines if line.endswith(_OK_TAIL)])
+            _keep(folder, shard, [line for line in lines if line.endswith(OK_TAIL)])
             folder.store.remove(commit_name(shard))
             folder.store.remove(commit.part)
             del commits[shard]
         elif commit is None and (names := attempt_files(folder.wip, shard)):
             records = read_history(folder, shard).records.values()
-            _keep(folder, shard, [line for line in records if line.endswith(_OK_TAIL)])
+            _keep(folder, shard, [line for line in records if line.endswith(OK_TAIL)])
             for name in names:
                 folder.wip.remove(f"{WIP}/{name}")

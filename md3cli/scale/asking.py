@@ -16,7 +16,7 @@ from md3cli.engine_port import Engine, Model
 from md3cli.feed import Feed, Ticket, rows_ahead
 from md3cli.journal import encode_record
 from md3cli.ordering import error_of, record_of
-from md3cli.records import RecordDict, Request, RowFailure, SourceRow
+from md3cli.records import OK_TAIL, RecordDict, Request, RowFailure, SourceRow
 from md3cli.scale.attempts import AttemptJournal, ShardHistory
 from md3cli.scale.plan import PlannedRow
 
@@ -73,7 +73,7 @@ class Asking:
         self._left_open, self._blamed = history.left_open, history.blamed
         self.lines = dict(history.records)
         self.num_reused = len(self.lines)
-        self._num_failed = sum(not line.endswith(b',"error":null}\n') for line in self.lines.values())
+        self._num_failed = sum(not line.endswith(OK_TAIL) for line in self.lines.values())
         self._new: list[tuple[str, RecordDict]] = []
 
     def to_the_end(self, rows: Sequence[PlannedRow]) -> None:

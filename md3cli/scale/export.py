@@ -15,12 +15,10 @@ from typing import IO
 
 from md3cli.errors import OutputError
 from md3cli.publish import atomic_publish, output_error
-from md3cli.records import printable
+from md3cli.records import OK_TAIL, printable
 from md3cli.scale.commits import Commit
 from md3cli.scale.layout import ERRORS, EXPORTED, KEPT, RunFolder
 from md3cli.scale.plan import Plan
-
-_OK_TAIL = b',"error":null}\n'
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ def _copy(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], file: IO
         num_bytes += len(data)
         num_records += data.count(b"\n")
         if shard < 0 or commits[shard].errors:
-            errors.writelines(line for line in data.splitlines(keepends=True) if not line.endswith(_OK_TAIL))
+            errors.writelines(line for line in data.splitlines(keepends=True) if not line.endswith(OK_TAIL))
     return Exported(num_records, num_bytes, digest.hexdigest())
 
 
