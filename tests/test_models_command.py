@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -141,6 +143,18 @@ def test_quantize_looks_at_pictures(tmp_path: Path) -> None:
     plain, calibrated = (json.loads(run("verify", tmp_path / name, "--json"))["files"] for name in ("plain", "q"))
     assert plain[0]["bytes"] == calibrated[0]["bytes"]
     assert plain[0]["sha256"] != calibrated[0]["sha256"]
+
+
+def test_quantize_looks_at_pictures_in_a_table(tmp_path: Path) -> None:
+    scene = Path(__file__).parents[1] / "examples" / "scenes" / "scene_00000.png"
+    (tmp_path / "pictures").mkdir()
+    shutil.copy(scene, tmp_path / "pictures")
+    cells = pa.array([{"bytes": scene.read_bytes(), "path": scene.name}])
+    pq.write_table(pa.table({"image": cells}), tmp_path / "pictures.parquet")
+    for name in ("pictures", "pictures.parquet"):
+        run("quantize", "tiny", tmp_path / f"q-{name}", "--quant", "int4", "--calibrate", tmp_path / name)
+    weights = [(tmp_path / f"q-{name}" / "model.safetensors").read_bytes() for name in ("pictures", "pictures.parquet")]
+    assert weights[0] == weights[1]
 
 
 def test_quantize_with_no_picture_to_look_at_is_an_error(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from md3cli.errors import UsageError
 from md3cli.records import printable
+from md3cli.remote.address import is_address
 
 if TYPE_CHECKING:
     from md3cli.model.bench_quant import VariantJob
@@ -67,8 +69,11 @@ def _pictures(images: str | None) -> tuple[str, ...]:
 
     if images is None:
         return ()
-    rows = open_source(SourceSpec((images,)), ())
-    return tuple(row.image.path for row in rows if row.image is not None)
+    items = [row.image for row in open_source(SourceSpec((images,)), ()) if row.image is not None]
+    inside = next((item for item in items if item.size is not None or item.row_group is not None), None)
+    if inside is not None or any(is_address(item.path) for item in items):
+        raise UsageError("--images takes pictures that are files of their own, not members of a tar or addresses")
+    return tuple(item.path for item in items)
 
 
 def _is_tiny(model: str) -> bool:

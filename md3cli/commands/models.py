@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from md3cli.errors import OutputError
+from md3cli.images import CropConfig, ImageLimits
 from md3cli.records import printable
 
 if TYPE_CHECKING:
@@ -186,18 +189,26 @@ def _calibrated(model: str, pictures: str, limit: int, device: str) -> Importanc
     from md3cli.model.hub import resolve_model
     from md3cli.model.load import choose_device, choose_dtype
     from md3cli.model.weight_files import find_weight_files
+    from md3cli.picture_pool import PicturePool
     from md3cli.source import SourceSpec, open_source
 
     files = resolve_model(model, offline=True)
     place = choose_device(device)
     rows = open_source(SourceSpec((pictures,), limit=limit), REQUESTS)
-    with tqdm(unit=" pictures", disable=None, desc="calibrating") as bar:
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(unit=" pictures", disable=None, desc="calibrating"))
+
+        @functools.cache
+        def pool(config: CropConfig) -> PicturePool:
+            return stack.enter_context(PicturePool(1, config, ImageLimits()))
+
         return collect_importance(
             files,
             rows,
             device=place,
             dtype=choose_dtype("auto", place, find_weight_files(files.path).num_bytes),
             progress=lambda n: bar.update(n),
+            prepare=lambda item, config: pool(config).submit(item).result(),
         )
 
 

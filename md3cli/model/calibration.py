@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from md3cli.errors import ImageError, InputError
-from md3cli.images import CropConfig, ImageLimits, prepare_image
+from md3cli.images import CropConfig, ImageLimits, PreparedImage, prepare_image
 from md3cli.model.checkpoint import load_model
 from md3cli.model.encoder import ImageEncoder
 from md3cli.model.engine import Engine
@@ -34,7 +34,7 @@ from md3cli.model.name_tables import is_int8_vision, is_portable
 from md3cli.model.prompts import Prompts, Tokenizer
 from md3cli.model.quantise_checkpoint import Importance
 from md3cli.model.tasks import Job
-from md3cli.records import Request, RunIdentity, SourceRow, Task
+from md3cli.records import ImageItem, Request, RunIdentity, SourceRow, Task
 
 # Asked of every picture where a manifest does not say otherwise: each head and each kind of prompt once.
 REQUESTS = (
@@ -112,6 +112,11 @@ class _Sums:
         return (means + DAMPING * means.mean(dim=1, keepdim=True)).float()
 
 
+def prepare_local(item: ImageItem, config: CropConfig) -> PreparedImage:
+    """A picture file, or a member of a tar."""
+    return prepare_image(item, config, ImageLimits(), None)
+
+
 def collect_importance(
     files: ModelFiles,
     rows: Iterable[SourceRow],
@@ -119,11 +124,12 @@ def collect_importance(
     device: torch.device,
     dtype: torch.dtype,
     progress: Callable[[int], None] = lambda num_images: None,
+    prepare: Callable[[ImageItem, CropConfig], PreparedImage] = prepare_local,
 ) -> Importance:
     """Run `rows` (as `source.open_source` gives them) through the model and say what its matrices were fed.
 
     Pictures that cannot be read are skipped with one warning. Requests run one at a time, so that no
-    padding is counted.
+    padding is counted. `prepare` opens a picture.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -142,7 +148,9 @@ def collect_importance(
     )
     moments = InputMoments(loaded.model)
     try:
-        num_answers = sum(answer.failure is None for answer in engine.run(_jobs(rows, engine.crop_config, progress)))
+        num_answers = sum(
+            answer.failure is None for answer in engine.run(_jobs(rows, engine.crop_config, progress, prepare))
+        )
     finally:
         moments.close()
     if not num_answers:
@@ -150,7 +158,12 @@ def collect_importance(
     return moments.importance()
 
 
-def _jobs(rows: Iterable[SourceRow], config: CropConfig, progress: Callable[[int], None]) -> Iterator[Job]:
+def _jobs(
+    rows: Iterable[SourceRow],
+    config: CropConfig,
+    progress: Callable[[int], None],
+    prepare: Callable[[ImageItem, CropConfig], PreparedImage],
+) -> Iterator[Job]:
     key, skipped = 0, 0
     for row in rows:
         progress(1)
@@ -158,7 +171,7 @@ def _jobs(rows: Iterable[SourceRow], config: CropConfig, progress: Callable[[int
             skipped += 1
             continue
         try:
-            picture = prepare_image(row.image, config, ImageLimits(), None)
+            picture = prepare(row.image, config)
         except ImageError:
             skipped += 1
             continue

@@ -89,6 +89,13 @@ def test_options_of_the_comparison_need_it() -> None:
     assert isinstance(result.exception, UsageError)
 
 
+def test_pictures_inside_a_file_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(PICTURES[0], "a.png")
+    with pytest.raises(UsageError, match="files of their own"):
+        compare_quant.compare_quant("tiny", (), str(tmp_path / "x.tar"), device="cpu", dtype="fp32", threads=1)
+
+
 def test_scenes_are_asked_what_their_truth_knows(tmp_path: Path) -> None:
     rows = list(compare_quant.unpack_scenes(tmp_path))
     tasks = Counter(row["task"] for row in rows)
