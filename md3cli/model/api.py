@@ -41,10 +41,7 @@ from md3cli.records import (
     Request,
     RowFailure,
     Task,
-    make_error_record,
-    make_record,
     printable,
-    request_id,
 )
 from md3cli.remote.address import is_address
 from md3cli.row_requests import check_request
@@ -279,28 +276,4 @@ class Moondream:
     ) -> Iterator[RecordDict]:
         while order and order[0] in self._answers:
             key = order.popleft()
-            yield self._record(asked.pop(key), self._answers.pop(key), repeats)
-
-    def _record(self, asked: Asked, answer: Answer, repeats: Counter[str]) -> RecordDict:
-        run = self.engine.identity
-        name = asked.item.name if asked.item is not None else None
-        first_id = request_id(name, asked.request, run)
-        record_id = request_id(name, asked.request, run, repeats[first_id])
-        repeats[first_id] += 1
-        if answer.failure is not None or answer.result is None:
-            assert answer.failure is not None
-            return make_error_record(
-                record_id, asked.item, asked.facts, asked.request, run, failure=answer.failure, meta=asked.meta
-            )
-        return make_record(
-            record_id,
-            asked.item,
-            asked.facts,
-            asked.request,
-            run,
-            result=answer.result,
-            finish_reason=answer.finish_reason,
-            prompt_tokens=answer.prompt_tokens,
-            output_tokens=answer.output_tokens,
-            meta=asked.meta,
-        )
+            yield asked.pop(key).record(self._answers.pop(key), self.engine.identity, repeats)

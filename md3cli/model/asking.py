@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ from PIL import Image
 from md3cli.errors import RequestError, RowError
 from md3cli.images import CropConfig, PreparedImage, cut_crops
 from md3cli.model.tasks import Answer, EncodedImage
-from md3cli.records import ImageFacts, ImageItem, Request, Task
+from md3cli.records import (
+    ImageFacts,
+    ImageItem,
+    RecordDict,
+    Request,
+    RunIdentity,
+    Task,
+    make_error_record,
+    make_record,
+    request_id,
+)
 from md3cli.row_requests import ROW_COLUMNS, read_setting, refused_request
 
 ImageLike = Image.Image | EncodedImage | str | Path
@@ -37,6 +48,30 @@ class Asked:
         self.meta: Mapping[str, Any] = others | dict(meta) if isinstance(meta, Mapping) else others
         self.request = refused_request(row, Request(Task.QUERY))
         self.facts: ImageFacts | None = None
+
+    def record(self, answer: Answer, run: RunIdentity, repeats: Counter[str]) -> RecordDict:
+        """The record of `answer`; `repeats` counts requests seen, so that a repeated one has an id of its own."""
+        name = self.item.name if self.item is not None else None
+        first_id = request_id(name, self.request, run)
+        record_id = request_id(name, self.request, run, repeats[first_id])
+        repeats[first_id] += 1
+        if answer.failure is not None or answer.result is None:
+            assert answer.failure is not None
+            return make_error_record(
+                record_id, self.item, self.facts, self.request, run, failure=answer.failure, meta=self.meta
+            )
+        return make_record(
+            record_id,
+            self.item,
+            self.facts,
+            self.request,
+            run,
+            result=answer.result,
+            finish_reason=answer.finish_reason,
+            prompt_tokens=answer.prompt_tokens,
+            output_tokens=answer.output_tokens,
+            meta=self.meta,
+        )
 
 
 def prepare_pil(image: Image.Image, config: CropConfig) -> PreparedImage:
