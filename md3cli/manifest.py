@@ -8,14 +8,13 @@ Streams: memory is bounded by the longest line (16 MiB) or 256 rows of Parquet.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import stat
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import IO, Any, NamedTuple, Protocol
 
+from md3cli.csv_manifest import Line, csv_rows
 from md3cli.errors import InputError
 from md3cli.parquet_manifest import parquet_rows
 from md3cli.records import printable
@@ -23,12 +22,11 @@ from md3cli.remote.address import is_address, shown, suffix_of
 
 MANIFEST_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".parquet", ".txt"})
 LINE_LIMIT_BYTES = 1 << 24
+TOO_LONG = f"longer than {LINE_LIMIT_BYTES >> 20} MiB"
 DEPTH_LIMIT = 64  # of nested lists and objects; deeper ones could not be written again
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
-_NUMBERS = frozenset({"max_tokens", "max_objects", "temperature", "top_p", "seed"})
-_FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 class LineReader(Protocol):
@@ -53,9 +51,6 @@ class ManifestRow(NamedTuple):
         return f"{self.unit} {self.number}"
 
 
-_Line = tuple[int, bytes | None]  # its number; its bytes without the line end, or None where it is too long
-
-
 def manifest_rows(path: str) -> Iterator[ManifestRow]:
     """The rows of the manifest at `path`, by its suffix.
 
@@ -75,7 +70,8 @@ def manifest_rows(path: str) -> Iterator[ManifestRow]:
             for line in _lines(file):
                 yield from _json_row(line)
         else:
-            yield from _csv_rows(file, name, "\t" if suffix == ".tsv" else ",")
+            delimiter = "\t" if suffix == ".tsv" else ","
+            yield from (ManifestRow(*row) for row in csv_rows(_lines(file), name, delimiter, too_long=TOO_LONG))
 
 
 def path_rows(file: LineReader, *, has_json: bool = False) -> Iterator[ManifestRow | None]:
@@ -91,7 +87,7 @@ def path_rows(file: LineReader, *, has_json: bool = False) -> Iterator[ManifestR
         if has_json and data is not None and data.lstrip().startswith(b"{"):
             yield from _json_row(line)
         elif data is None:
-            yield _too_long(number)
+            yield ManifestRow(number, None, TOO_LONG)
         elif data:
             yield ManifestRow(number, {"image": os.fsdecode(data)})
 
@@ -120,12 +116,12 @@ def _open_address(address: str) -> IO[bytes]:
     return open_input(address)
 
 
-def _lines(file: IO[bytes]) -> Iterator[_Line]:
+def _lines(file: IO[bytes]) -> Iterator[Line]:
     """The lines of a file on a disk."""
     return filter(None, _lines_so_far(file))
 
 
-def _lines_so_far(file: LineReader) -> Iterator[_Line | None]:
+def _lines_so_far(file: LineReader) -> Iterator[Line | None]:
     number, is_too_long = 0, False
     while (data := file.readline(LINE_LIMIT_BYTES)) != b"":
         if data is None:
@@ -146,18 +142,14 @@ def _lines_so_far(file: LineReader) -> Iterator[_Line | None]:
         yield number, None
 
 
-def _too_long(number: int) -> ManifestRow:
-    return ManifestRow(number, None, f"longer than {LINE_LIMIT_BYTES >> 20} MiB")
-
-
 # -- JSON Lines ----------------------------------------------------------------------------------
 
 
-def _json_row(line: _Line) -> Iterator[ManifestRow]:
+def _json_row(line: Line) -> Iterator[ManifestRow]:
     """The row of a line; nothing for a blank one."""
     number, data = line
     if data is None:
-        yield _too_long(number)
+        yield ManifestRow(number, None, TOO_LONG)
     elif data.strip():
         try:
             yield ManifestRow(number, _json_columns(data))
@@ -204,126 +196,3 @@ def _depth(value: Any) -> int:
         nested = [item for item in level if isinstance(item, dict | list)]
         level = [child for item in nested for child in (item.values() if isinstance(item, dict) else item)]
     return depth - 1
-
-
-# -- CSV -----------------------------------------------------------------------------------------
-
-
-class _CsvLines:
-    """Text lines for `csv.reader` that can be taken back to the one behind the start of a broken row.
-
-    An unclosed quote swallows all lines up to the reader's field limit; rewound, it costs its own
-    line only. Bytes that are not UTF-8 come as surrogates, found again in the finished row.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._lines = _lines(file)
-        self._again: deque[_Line] = deque()
-        self._taken: list[_Line] = []
-
-    def __iter__(self) -> _CsvLines:
-        return self
-
-    def __next__(self) -> str:
-        line = self._again.popleft() if self._again else next(self._lines)
-        self._taken.append(line)
-        number, data = line
-        if data is None:
-            raise csv.Error(_too_long(number).problem)
-        return data.decode("utf-8", "surrogateescape") + "\n"
-
-    def start_row(self) -> None:
-        self._taken.clear()
-
-    def rewind(self) -> None:
-        self._again.extendleft(reversed(self._taken[1:]))
-
-    @property
-    def row_number(self) -> int:
-        """The line at which the row under way started."""
-        return self._taken[0][0] if self._taken else 0
-
-
-class _Cells(NamedTuple):
-    number: int  # of its first line
-    cells: list[str]
-    problem: str = ""
-
-
-def _csv_cells(file: IO[bytes], delimiter: str) -> Iterator[_Cells]:
-    lines = _CsvLines(file)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    while True:
-        lines.start_row()
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield _Cells(lines.row_number, [], str(error))
-            lines.rewind()
-            continue
-        if cells:
-            yield _Cells(lines.row_number, cells)
-
-
-def _csv_rows(file: IO[bytes], name: str, delimiter: str) -> Iterator[ManifestRow]:
-    rows = _csv_cells(file, delimiter)
-    header = _header(next(rows, None), name)
-    for number, cells, problem in rows:
-        try:
-            yield ManifestRow(number, None, problem) if problem else ManifestRow(number, _csv_columns(header, cells))
-        except ValueError as error:
-            yield ManifestRow(number, None, str(error))
-
-
-def _header(row: _Cells | None, name: str) -> list[str]:
-    if row is None:
-        raise InputError(f"the manifest {name} is empty; its first line names the columns (image, prompt, ...)")
-    header = [cell.strip() for cell in row.cells]
-    if row.problem or "image" not in header:
-        found = row.problem or f"its first line is: {printable(', '.join(header))[:200]}"
-        raise InputError(f"the manifest {name} has no column 'image' ({found}); name the columns in its first line")
-    if len(set(header)) < len(header):
-        double = next(column for column in header if header.count(column) > 1)
-        raise InputError(f"the manifest {name} names the column '{printable(double)}' twice; rename one")
-    return header
-
-
-def _csv_columns(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
-    if len(cells) != len(header):
-        raise ValueError(f"{len(cells)} columns where the header has {len(header)}")
-    try:
-        "".join(cells).encode()
-    except UnicodeEncodeError:
-        raise ValueError("not valid UTF-8") from None
-    return {column: _typed(column, cell) for column, cell in zip(header, cells, strict=True)}
-
-
-def _typed(column: str, cell: str) -> Any:
-    """A cell of a column with a type as that type where it can be read so; an empty one is null."""
-    text = cell.strip()
-    if column in _NUMBERS:
-        return _number(text) if text else None
-    if column == "reasoning":
-        return _FLAGS.get(text.lower(), cell) if text else None
-    if column == "spatial_refs":
-        return _json_value(text) if text else None
-    return cell
-
-
-def _number(text: str) -> int | float | str:
-    parsers: tuple[Callable[[str], int | float], ...] = (int, float)
-    for parse in parsers:
-        try:
-            return parse(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _json_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
