@@ -53,11 +53,12 @@ class Engine:
         identity: RunIdentity,
         batch_size: int,
         max_context: int,
+        prefill_tokens: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.prompts, self.encoder = model, tokenizer, prompts, encoder
         self.identity, self.max_context = identity, max_context
         self.config = model.config
-        self.prefill_tokens = PREFILL_TOKENS.get(model.device.type, PREFILL_TOKENS["cpu"])
+        self.prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(model.device.type, PREFILL_TOKENS["cpu"])
         self.passes = Passes(model)
         self.stats = EngineStats()
         self._waiting: deque[Sequence] = deque()

@@ -1,0 +1,1 @@
+"""What only a GPU runs: its kernels, how torch calls them, and whether they can run here."""
