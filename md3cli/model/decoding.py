@@ -209,12 +209,17 @@ def advance(
     finish = finish.masked_fill(is_idle, _NO)
     is_over = is_idle | (finish != _NO)
 
-    new_rows = rows._replace(
+    new_rows = Rows(  # not `rows._replace(…)`: code that torch 2.11 compiles returns an empty tuple for it
         mode=torch.where(is_over, _IDLE, _next_mode(rows, token, ids.answer_id)),
         is_first=turns_to_answer,
+        is_point=rows.is_point,
         emitted=emitted,
+        limit=rows.limit,
         # An idle row is stepped along, not skipped: what it writes must stay inside the cache.
         position=rows.position.clamp(max=max_context - 1),
+        temperature=rows.temperature,
+        top_p=rows.top_p,
+        seed=rows.seed,
         draws=rows.draws + 1,
     )
     bins = (coord_bin, size_bins[:, 0], size_bins[:, 1])
