@@ -102,7 +102,9 @@ class Moondream:
             return prepared
         found = self.engine.encoder.find(prepared)
         embeddings = found if found is not None else self.engine.encoder.encode([prepared])[0]
-        return EncodedImage(embeddings.cpu(), prepared.width, prepared.height, prepared.sha256)
+        on_host = embeddings.cpu()
+        self.engine.encoder.save_encoded()
+        return EncodedImage(on_host, prepared.width, prepared.height, prepared.sha256)
 
     def caption(
         self,

@@ -4,6 +4,9 @@ Crops are independent of one another, so a vision micro-batch is cut from the cr
 in hand, whatever their tilings; features are then stitched picture by picture. The only tile of an
 untiled picture equals its global crop: it is encoded once and used twice.
 
+Nothing here waits for a CUDA device: pictures that are encoded together go up in one pinned block, and
+what a store is to keep comes down to pinned memory, to be written when it has arrived (`save_encoded`).
+
 Finished embeddings stay in memory while there is room (least recently used leave first), so that a
 picture that comes again in a run costs nothing.
 """
@@ -21,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from md3cli.images import PreparedImage
+from md3cli.model.host_block import milestone, send_staged, staging, start_download, upload
 from md3cli.model.moondream import Moondream3
 from md3cli.model.tasks import EncodedImage
 from md3cli.model.threads import cpu_threads
@@ -63,10 +67,11 @@ class ImageEncoder:
         self._ready: dict[str, Tensor] = {}  # of pictures that are about to be asked something
         self._memory: OrderedDict[str, Tensor] = OrderedDict()  # of pictures that may come again
         self._memory_bytes, self._used_bytes = memory_bytes, 0
+        self._unsaved: list[tuple[dict[str, Tensor], Callable[[], None]]] = []  # on their way to the host; a wait
         self.num_images = 0  # pictures that went through the encoder
         self.num_crops = 0
         self.num_reused = 0  # pictures found in memory or on disk
-        self.seconds = 0.0
+        self.seconds = 0.0  # of the host: on CUDA it launches encoding in that time and does not wait for it
 
     def compile(self, backend: str = "inductor") -> None:
         """Compile the encoder for micro-batches of one fixed size."""
@@ -77,14 +82,14 @@ class ImageEncoder:
         """Embeddings that are already at hand: given, in memory, or on disk."""
         if isinstance(image, EncodedImage):
             embeddings: Tensor = image.embeddings
-            return embeddings.to(self.model.device, self.model.dtype)
+            return upload(embeddings.to(self.model.dtype), self.model.device)
         found = self._memory.get(image.sha256)
         if found is not None:
             self._memory.move_to_end(image.sha256)
         elif self.store is not None:
             found = self.store.load(image.sha256)
             if found is not None:
-                found = found.to(self.model.device, self.model.dtype)
+                found = upload(found.to(self.model.dtype), self.model.device)
                 self._remember(image.sha256, found)
         self.num_reused += found is not None
         return found
@@ -117,34 +122,50 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def encode(self, images: Sequence[PreparedImage]) -> list[Tensor]:
-        """Embeddings of pictures that are not at hand, in order; remembers them."""
+        """Embeddings of pictures that are not at hand, in order; remembers them.
+
+        On CUDA they are still being computed when this returns, and a store has them after `save_encoded`.
+        """
         started = time.perf_counter()
         with cpu_threads(self._threads):
-            features = iter(self._features([crop_batch(image) for image in images]))
-            embeddings = [self._embed(next(features), image) for image in images]
+            features = self._features([crop_batch(image) for image in images])
+            embeddings = [self._embed(*both) for both in zip(features, images, strict=True)]
         for image, embedding in zip(images, embeddings, strict=True):
             self._remember(image.sha256, embedding)
-            if self.store is not None:
-                self.store.save(image.sha256, embedding)
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+        if self.store is not None:
+            coming = {i.sha256: start_download(e) for i, e in zip(images, embeddings, strict=True)}
+            self._unsaved.append((coming, milestone(self.model.device)))
+            if self.model.device.type != "cuda":
+                self.save_encoded()
         self.num_images += len(images)
         self.seconds += time.perf_counter() - started
         return embeddings
 
+    def save_encoded(self) -> None:
+        """Write to the store what was encoded since the last call; on CUDA this waits until that has arrived.
+
+        Whoever calls `encode` and has a store calls this too; the engine does before a step's answers are read.
+        """
+        unsaved, self._unsaved = self._unsaved, []
+        for coming, wait in unsaved:
+            wait()
+            assert self.store is not None
+            for image_key, embeddings in coming.items():
+                self.store.save(image_key, embeddings)
+
     def _features(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """Patch features of every picture's distinct crops, in micro-batches over all crops."""
-        crops_NSSC = torch.cat(list(batches))
-        if self.model.device.type == "cuda":
-            crops_NSSC = crops_NSSC.pin_memory()  # copied while the host goes on
-        crops_NSSC = crops_NSSC.to(self.model.device, non_blocking=True)
+        counts = list(map(len, batches))
+        staged = staging((sum(counts), *batches[0].shape[1:]), torch.uint8, self.model.device)
+        for part, batch in zip(staged.split(counts), batches, strict=True):
+            part.copy_(batch)
         parts = []
-        for chunk in crops_NSSC.split(self.max_crops):
+        for chunk in send_staged(staged, self.model.device).split(self.max_crops):
             padding = (0, 0, 0, 0, 0, 0, 0, self.max_crops - len(chunk))
             crops_NCSS = normalise_crops(F.pad(chunk, padding) if self._pads else chunk, self.model.dtype)
             parts.append(self.encode_crops(crops_NCSS)[: len(chunk)])
             self.num_crops += len(chunk)
-        return list(torch.cat(parts).split([len(batch) for batch in batches]))
+        return list(torch.cat(parts).split(counts))
 
     def _embed(self, features_NPE: Tensor, image: PreparedImage) -> Tensor:
         if features_NPE.shape[0] == 1:
