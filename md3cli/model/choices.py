@@ -9,12 +9,16 @@ Shape suffixes: B sequences of a pass, T fed positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import islice
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from md3cli.model.host_block import send
 from md3cli.model.kv_cache import KVCache, PromptStore
 from md3cli.model.moondream import Moondream3
 from md3cli.model.tasks import Sequence
@@ -39,45 +43,71 @@ class ChoiceRow:
         return self.position + 1 + max(map(len, self.choices))
 
 
+V = TypeVar("V")
+
+
+class ChoiceInts(NamedTuple, Generic[V]):
+    """What one pass is given: lists on the host, int64 tensors on the device."""
+
+    fed: V  # [B * T] the answer id and a choice, padded
+    wanted: V  # [B * T] what is to come of each: the choice and the end of text, padded
+    lengths: V  # [B] without padding
+    slots: V  # [B]
+    positions: V  # [B] of what is fed first
+
+
 @torch.inference_mode()
-def choice_probabilities(model: Moondream3, cache: KVCache, rows: Seq[ChoiceRow]) -> list[list[float]]:
-    """For each row the probability of each of its choices, sum 1.
+def choice_probabilities(model: Moondream3, cache: KVCache, rows: Seq[ChoiceRow]) -> tuple[Tensor, list[list[float]]]:
+    """Score every choice of every row.
 
     One pass for the first choice of all rows, one for the second, and so on: the choices of a row
-    are written to the same positions of its slot one after another, each seeing only itself.
+    are written to the same positions of its slot one after another, each seeing only itself. All
+    passes are sent to the device at once, and read back at once.
+
+    Returns the rows' slots [B] on the device, and for each row the probability of each of its choices, sum 1.
     """
+    numbers = range(max(len(row.choices) for row in rows))
+    asked = [[index for index, row in enumerate(rows) if number < len(row.choices)] for number in numbers]
+    passes = [_columns(model, [rows[i] for i in some], number) for number, some in zip(numbers, asked, strict=True)]
+    # One behind the last position that a pass writes, padding included.
+    totals = [max(columns.positions) + max(columns.lengths) for columns in passes]
+    cache.fit(max(cache.capacity, *totals))
+    sent = iter(send(model.device, [column for columns in passes for column in columns])[0])
+    on_device = [ChoiceInts(*islice(sent, len(ChoiceInts._fields))) for _ in passes]
+    found = [_log_probabilities(model, cache, *both) for both in zip(on_device, totals, strict=True)]
     scores: list[list[float]] = [[] for _ in rows]
-    for number in range(max(len(row.choices) for row in rows)):
-        asked = [index for index, row in enumerate(rows) if number < len(row.choices)]
-        found = _log_probabilities(model, cache, [rows[i] for i in asked], [rows[i].choices[number] for i in asked])
-        for index, value in zip(asked, found, strict=True):
-            scores[index].append(value)
-    return [torch.tensor(values, dtype=torch.float64).softmax(0).tolist() for values in scores]
+    for index, value in zip((i for some in asked for i in some), torch.cat(found).tolist(), strict=True):
+        scores[index].append(value)
+    # Every row has choices, so the first pass is of all rows.
+    return on_device[0].slots, [torch.tensor(values, dtype=torch.float64).softmax(0).tolist() for values in scores]
 
 
-def _log_probabilities(
-    model: Moondream3, cache: KVCache, rows: Seq[ChoiceRow], choices: Seq[tuple[int, ...]]
-) -> list[float]:
-    """Log-probability of one choice per row, its end of text included."""
-    device, ids = model.device, model.config.tokenizer
-    fed = [[ids.answer_id, *choice] for choice in choices]
-    wanted = [[*choice, ids.eos_id] for choice in choices]
-    width = max(map(len, fed))
-    fed_BT = torch.tensor([row + [ids.eos_id] * (width - len(row)) for row in fed], device=device)
-    wanted_BT = torch.tensor([row + [ids.eos_id] * (width - len(row)) for row in wanted], device=device)
-    position_BT = torch.tensor([row.position for row in rows], device=device)[:, None] + torch.arange(
-        width, device=device
+def _columns(model: Moondream3, rows: Seq[ChoiceRow], number: int) -> ChoiceInts[list[int]]:
+    ids, choices = model.config.tokenizer, [row.choices[number] for row in rows]
+    width = 1 + max(map(len, choices))
+
+    def padded(lists: Iterable[tuple[int, ...]]) -> list[int]:
+        return [id for some in lists for id in (*some, *[ids.eos_id] * (width - len(some)))]
+
+    return ChoiceInts(
+        fed=padded((ids.answer_id, *choice) for choice in choices),
+        wanted=padded((*choice, ids.eos_id) for choice in choices),
+        lengths=[1 + len(choice) for choice in choices],
+        slots=[row.slot for row in rows],
+        positions=[row.position for row in rows],
     )
-    total = max(row.position for row in rows) + width
-    cache.fit(max(total, cache.capacity))
-    mask = (torch.arange(total, device=device) <= position_BT[:, :, None])[:, None]
-    slots_B = torch.tensor([row.slot for row in rows], device=device)
-    hidden = model.text(model.text.embed(fed_BT), position_BT, mask, PromptStore(cache, slots_B, position_BT, total))
+
+
+def _log_probabilities(model: Moondream3, cache: KVCache, ints: ChoiceInts[Tensor], total: int) -> Tensor:
+    """Log-probability of one choice per row, its end of text included [B]."""
+    fed_BT, wanted_BT = (ids.unflatten(0, (len(ints.slots), -1)) for ids in (ints.fed, ints.wanted))
+    index_T = torch.arange(fed_BT.shape[1], device=fed_BT.device)
+    position_BT = ints.positions[:, None] + index_T
+    mask = (torch.arange(total, device=fed_BT.device) <= position_BT[:, :, None])[:, None]
+    store = PromptStore(cache, ints.slots, position_BT, total)
+    hidden = model.text(model.text.embed(fed_BT), position_BT, mask, store)
     chosen_BT = _log_softmax(model, hidden).gather(2, wanted_BT[..., None])[..., 0]
-    lengths = torch.tensor([len(row) for row in fed], device=device)
-    is_real = torch.arange(width, device=device) < lengths[:, None]
-    values: list[float] = chosen_BT.masked_fill(~is_real, 0.0).sum(1).tolist()
-    return values
+    return chosen_BT.masked_fill(index_T >= ints.lengths[:, None], 0.0).sum(1)
 
 
 def _log_softmax(model: Moondream3, hidden_BTD: Tensor) -> Tensor:

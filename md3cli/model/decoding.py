@@ -215,8 +215,8 @@ def advance(
         is_point=rows.is_point,
         emitted=emitted,
         limit=rows.limit,
-        # An idle row is stepped along, not skipped: what it writes must stay inside the cache.
-        position=rows.position.clamp(max=max_context - 1),
+        # An idle row is stepped along, not skipped: what it writes must stay inside the cache and off the prefix.
+        position=rows.position.masked_fill(is_over, model.config.prefix_len),
         temperature=rows.temperature,
         top_p=rows.top_p,
         seed=rows.seed,

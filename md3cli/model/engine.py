@@ -6,6 +6,9 @@ slot that holds it already), the prompt is prefilled behind it, and from then on
 decision a step (`decoding`) until it is done and its slot is free again. Rows of all tasks mix.
 
 An answer depends on its picture, its prompt and its settings only: rows never look at one another.
+
+The device does everything in one order, on one stream. The host sends what an admission needs in one
+block (`host_block`) and reads back one small tensor an admission and one a step; nothing else waits.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +29,7 @@ from md3cli.model.choices import ChoiceRow, choice_probabilities
 from md3cli.model.decoding import Event, Mode, Step, advance, idle_rows
 from md3cli.model.encoder import ImageEncoder
 from md3cli.model.engine_stats import EngineStats
-from md3cli.model.forward import Passes, new_rows
+from md3cli.model.forward import Group, Passes, PromptInputs
 from md3cli.model.intake import take_in
 from md3cli.model.kv_cache import KVCache
 from md3cli.model.memory import is_out_of_memory
@@ -38,6 +42,31 @@ from md3cli.records import RowFailure, RunIdentity
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384, "mps": 4096}  # of one prefill pass, padding included
 EAGER_ROOM, COMPILED_ROOM = 32, 1024  # positions behind the prefix that slots start with
 IDLE_WAIT_S = 0.0005  # between two looks at a source that has nothing ready
+
+
+class Sizes(NamedTuple):
+    """What of an engine can be made smaller when memory runs out."""
+
+    batch_size: int
+    prefill_tokens: int
+    max_crops: int
+
+    def smaller(self, planned: Sizes, prefix_len: int, device_type: str) -> Sizes | None:
+        """What to try next after running out of memory; None where nothing is left to give up.
+
+        The passes of a GPU are large, and halving them costs little: they go down to one picture's prefix
+        and one crop before the batch is halved, which makes room for passes as `planned` again. Elsewhere
+        passes are small from the start: first the batch is halved, then the vision micro-batch.
+        """
+        if device_type == "cuda":
+            tokens = min(self.prefill_tokens, max(prefix_len, self.prefill_tokens // 2))
+            halved = Sizes(self.batch_size, tokens, max(1, self.max_crops // 2))
+            if halved != self:
+                return halved
+            return planned._replace(batch_size=self.batch_size // 2) if self.batch_size > 1 else None
+        if self.batch_size > 1:
+            return self._replace(batch_size=self.batch_size // 2)
+        return self._replace(max_crops=self.max_crops // 2) if self.max_crops > 1 else None
 
 
 class Engine:
@@ -55,10 +84,12 @@ class Engine:
         max_context: int,
         prefill_tokens: int | None = None,
     ) -> None:
+        """`prefill_tokens` are the most of one prefill pass, padding included; None chooses by the device."""
         self.model, self.tokenizer, self.prompts, self.encoder = model, tokenizer, prompts, encoder
         self.identity, self.max_context = identity, max_context
         self.config = model.config
         self.prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(model.device.type, PREFILL_TOKENS["cpu"])
+        self._planned = Sizes(batch_size, self.prefill_tokens, encoder.max_crops)
         self.passes = Passes(model)
         self.stats = EngineStats()
         self._waiting: deque[Sequence] = deque()
@@ -113,6 +144,7 @@ class Engine:
 
     def step(self) -> list[Answer]:
         """Do the next piece of work: admit what fits, then decode one step. Returns what finished."""
+        too_large = None
         try:
             with torch.inference_mode():
                 self._admit()
@@ -120,7 +152,9 @@ class Engine:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise EngineError(f"the model failed on {self.model.device}: {error}") from error
-            self._shrink(error)
+            too_large = str(error)
+        if too_large is not None:  # out here: inside `except` the error's frames would hold the tensors of the pass
+            self._shrink(too_large)
         answers = list(self._finished)
         self._finished.clear()
         return answers
@@ -136,7 +170,8 @@ class Engine:
     def _allocate(self, batch_size: int) -> None:
         model = self.model
         self.batch_size = batch_size
-        self.stats.batch_sizes.append(batch_size)
+        if self.stats.batch_sizes[-1:] != [batch_size]:
+            self.stats.batch_sizes.append(batch_size)
         room = COMPILED_ROOM if self.passes.is_compiled else EAGER_ROOM
         capacity = max(min(self.max_context, self.config.prefix_len + room), self.config.prefix_len + 1)
         with torch.inference_mode():
@@ -145,28 +180,34 @@ class Engine:
             self._next_SD = torch.zeros(batch_size, self.config.text.dim, dtype=model.dtype, device=model.device)
         self._slots = SlotTable(batch_size)
 
-    def _shrink(self, error: BaseException) -> None:
-        """Out of memory: halve what is in flight and start those rows again (answers stay the same)."""
+    def _shrink(self, reason: str) -> None:
+        """Out of memory: make passes or batch smaller and start what is in flight again (answers stay the same)."""
         in_flight = [sequence for sequence in self._slots.sequences if sequence is not None]
         for sequence in in_flight:
             sequence.restart()
         self._waiting.extendleft(reversed(in_flight))
+        self.encoder.save_encoded()
         self.encoder.keep_ready(())
         del self.cache
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-        if self.batch_size > 1:
-            self._allocate(self.batch_size // 2)
-        elif self.encoder.max_crops > 1:
-            self.encoder.max_crops //= 2
-            self._allocate(1)
-        elif self._waiting:
-            culprit = self._waiting.popleft()
-            failure = RowFailure("model", f"out of memory even alone: {error}")
-            self._finished.append(Answer(culprit.job.key, failure=failure))
-            self._allocate(1)
-        else:
-            raise EngineError(f"out of memory with nothing in flight: {error}") from error
+        now = Sizes(self.batch_size, self.prefill_tokens, self.encoder.max_crops)
+        sizes = now.smaller(self._planned, self.config.prefix_len, self.model.device.type)
+        if sizes is None:
+            sizes = now
+            self._fail_next(reason)
+        elif sizes.batch_size == now.batch_size:
+            self.stats.num_smaller_passes += 1
+        self.prefill_tokens, self.encoder.max_crops = sizes.prefill_tokens, sizes.max_crops
+        self._allocate(sizes.batch_size)
+
+    def _fail_next(self, reason: str) -> None:
+        """Answer the sequence that would be admitted next with a failure: it does not fit even alone."""
+        if not self._waiting:
+            raise EngineError(f"out of memory with nothing in flight: {reason}")
+        culprit = self._waiting.popleft()
+        failure = RowFailure("model", f"out of memory even alone: {reason}")
+        self._finished.append(Answer(culprit.job.key, failure=failure))
 
     # -- admission --------------------------------------------------------------------------------
 
@@ -179,13 +220,14 @@ class Engine:
         batch = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
         try:
             self._encode_for(batch)
-            slots = self._place(batch)
+            groups, inputs = self._place(batch)
         except BaseException:
             self._waiting.extendleft(reversed(batch))
             raise
-        for sequence, slot in zip(batch, slots, strict=True):
-            self._slots.sequences[slot] = sequence
-        self._prefill_prompts(batch, slots)
+        for group in groups:
+            for sequence, slot in zip(group.sequences, group.slots, strict=True):
+                self._slots.sequences[slot] = sequence
+        self._prefill_prompts(groups, inputs)
 
     def _encode_for(self, batch: Seq[Sequence]) -> None:
         """Have the pictures of `batch` encoded that no slot holds, and some of those that come next."""
@@ -195,50 +237,51 @@ class Engine:
         )
         self.encoder.prepare(needed, ahead)
 
-    def _place(self, batch: Seq[Sequence]) -> list[int]:
-        """A slot for each sequence with its picture's prefix in it: found there, copied, or prefilled."""
+    def _place(self, batch: Seq[Sequence]) -> tuple[list[Group], list[PromptInputs]]:
+        """Give each sequence a slot with its picture's prefix in it: found there, copied, or prefilled.
+
+        Returns the passes that the prompts take, and what those are given, on the device already.
+        """
+        started = time.perf_counter()
         wanted = {sequence.image_key for sequence in (*batch, *self._waiting)}
         placement = self._slots.place(batch, wanted)
-        self._prefill_prefixes(placement.to_prefill)
+        images_per_pass = max(1, self.prefill_tokens // self.config.prefix_len)
+        firsts = range(0, len(placement.to_prefill), images_per_pass)
+        prefixes = [placement.to_prefill[first : first + images_per_pass] for first in firsts]
+        groups = self.passes.group(batch, placement.slots, self.prefill_tokens)
+        slots, inputs = self.passes.send(
+            [[slot for slot, _ in prefix] for prefix in prefixes],
+            groups,
+            num_slots=self.batch_size,
+            prefixes_per_pass=images_per_pass,
+        )
+        for prefix, slots_B in zip(prefixes, slots, strict=True):
+            self.passes.prefill_prefixes(self.cache, slots_B, [self.encoder.take(key) for _, key in prefix])
         for donor, slot in placement.to_copy:
             self.cache.copy(donor, slot, self.config.prefix_len)
-        self.stats.num_prefixes_shared += placement.num_found + len(placement.to_copy)
-        return placement.slots
-
-    def _prefill_prefixes(self, to_prefill: Seq[tuple[int, str]]) -> None:
-        """Run the prefixes of new pictures into their slots."""
-        started = time.perf_counter()
-        images_per_pass = max(1, self.prefill_tokens // self.config.prefix_len)
-        for first in range(0, len(to_prefill), images_per_pass):
-            group = to_prefill[first : first + images_per_pass]
-            slots, embeddings = [slot for slot, _ in group], [self.encoder.take(key) for _, key in group]
-            self.passes.prefill_prefixes(self.cache, slots, embeddings, images_per_pass)
         self.encoder.keep_ready({sequence.image_key for sequence in self._waiting})
-        self.stats.num_prefixes += len(to_prefill)
+        self.stats.num_prefixes += len(placement.to_prefill)
+        self.stats.num_prefixes_shared += placement.num_found + len(placement.to_copy)
         self.stats.prefix_seconds += time.perf_counter() - started
+        return groups, inputs
 
-    def _prefill_prompts(self, batch: Seq[Sequence], slots: Seq[int]) -> None:
-        """Run prompts into their slots, in groups of similar length, and take each row's first decision."""
+    def _prefill_prompts(self, groups: Seq[Group], inputs: Seq[PromptInputs]) -> None:
+        """Run prompts into their slots, group by group, and take each row's first decision."""
         started = time.perf_counter()
-        order = sorted(range(len(batch)), key=lambda i: len(batch[i].prompt.ids))
-        group: list[int] = []
-        for i in order:
-            if group and (len(group) + 1) * len(batch[i].prompt.ids) > self.prefill_tokens:
-                self._prefill_group([batch[j] for j in group], [slots[j] for j in group])
-                group = []
-            group.append(i)
-        self._prefill_group([batch[j] for j in group], [slots[j] for j in group])
-        self.stats.num_prompt_tokens += sum(len(sequence.prompt.ids) for sequence in batch)
-        self.stats.prompt_seconds += time.perf_counter() - started
-
-    def _prefill_group(self, batch: Seq[Sequence], slots: Seq[int]) -> None:
-        hidden_BD = self.passes.prefill_prompts(self.cache, batch, slots, max(self._slots.end))
-        for sequence, slot in zip(batch, slots, strict=True):
-            self._slots.end[slot] = sequence.start + len(sequence.prompt.ids)
-        rows = new_rows(batch, self.model.device)
-        step = advance(self.model, rows, hidden_BD, self.max_context, is_sampled=self._is_sampled())
-        self._take(step, torch.tensor(slots, device=self.model.device), slots)
+        for group in groups:
+            for sequence, slot in zip(group.sequences, group.slots, strict=True):
+                self._slots.end[slot] = sequence.start + len(sequence.prompt.ids)
+                self.stats.num_prompt_tokens += len(sequence.prompt.ids)
+        self.cache.fit(max(*self._slots.end, *(group.total for group in groups)))
+        events = []
+        for group, given in zip(groups, inputs, strict=True):
+            hidden_ND = self.passes.prefill_prompts(self.cache, group, given)
+            step = advance(self.model, given.rows(), hidden_ND, self.max_context, is_sampled=self._is_sampled())
+            self._put(given.ints.slots[: len(group.slots)], step)
+            events.append(step.events)
+        self._absorb([slot for group in groups for slot in group.slots], torch.cat(events))
         self._choose()
+        self.stats.prompt_seconds += time.perf_counter() - started
 
     # -- decoding ---------------------------------------------------------------------------------
 
@@ -259,17 +302,22 @@ class Engine:
         )
         for slot in active:
             self._slots.end[slot] += 1
-        self._take(step, slice(0, len(step.events)), range(len(step.events)))
+        self._put(slice(0, len(step.events)), step)
+        self._absorb(range(len(step.events)), step.events)
         self._choose()
         self.stats.num_steps += 1
         self.stats.num_decisions += len(active)
         self.stats.decode_seconds += time.perf_counter() - started
 
-    def _take(self, step: Step, index: Tensor | slice, slots: Iterable[int]) -> None:
-        """Keep a step's new state and let each sequence absorb its event."""
+    def _put(self, index: Tensor | slice, step: Step) -> None:
+        """Keep the new state of the rows at `index`."""
         self._rows.put(index, step.rows)
         self._next_SD[index] = step.next_ND
-        for slot, values in zip(slots, step.events.tolist(), strict=True):
+
+    def _absorb(self, slots: Iterable[int], events: Tensor) -> None:
+        """Let the sequence in each of `slots` absorb its event; reading the events waits for the device."""
+        self.encoder.save_encoded()  # the device still has prefixes to run while files are written
+        for slot, values in zip(slots, events.tolist(), strict=True):
             sequence = self._slots.sequences[slot]
             if sequence is None:
                 continue
@@ -281,7 +329,6 @@ class Engine:
     def _finish(self, slot: int, sequence: Sequence) -> None:
         """Free a slot; its idle row is stepped over right behind the prefix, which it keeps."""
         self._slots.leave(slot, self.config.prefix_len)
-        self._rows.position[slot] = self.config.prefix_len
         self._finished.append(build_answer(sequence, self.tokenizer))
 
     def _choose(self) -> None:
@@ -289,9 +336,10 @@ class Engine:
         choosing = [(slot, s) for slot, s in enumerate(self._slots.sequences) if s is not None and s.is_choosing]
         if not choosing:
             return
-        self._rows.mode[[slot for slot, _ in choosing]] = int(Mode.IDLE)
         rows = [ChoiceRow.of(sequence, slot, self._slots.end[slot]) for slot, sequence in choosing]
-        scores = choice_probabilities(self.model, self.cache, rows)
+        slots_B, scores = choice_probabilities(self.model, self.cache, rows)
+        self._rows.mode.index_fill_(0, slots_B, int(Mode.IDLE))
+        self._rows.position.index_fill_(0, slots_B, self.config.prefix_len)
         for (slot, sequence), row, found in zip(choosing, rows, scores, strict=True):
             sequence.choose(found, has_room=row.end <= self.max_context)
             self._finish(slot, sequence)

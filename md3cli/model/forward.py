@@ -1,25 +1,29 @@
 """The engine's forward passes: pictures' prefixes, prompts, one decode step.
 
 Three functions of tensors do the work and can be compiled: `run_prefixes`, `run_prompts`,
-`decode_step`. `Passes` prepares their inputs. Eager passes take the sizes as they come; compiled
-ones pad rows and lengths to a few fixed sizes, so that after each size was seen once nothing is
-compiled again. Padding repeats a row that is there anyway or writes where nothing has been attended
-to yet, so it changes no answer.
+`decode_step`. `Passes` prepares their inputs and sends all that a batch of prompts needs to the device
+at once (`host_block`). Eager passes take the sizes as they come; compiled ones pad rows and lengths to
+a few fixed sizes, so that after each size was seen once nothing is compiled again. Padding repeats a
+row that is there anyway or writes where nothing has been attended to yet, so it changes no answer.
 
-Shape suffixes: B rows of a prefill, N rows of a decode step, P image positions, T new positions, D width.
+Shape suffixes: B rows of a prefill, N rows of a decode step or of a group's prompts, P image positions,
+T new positions, D width, C coordinates and Z sizes that prompts refer to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from md3cli.model.decoding import Mode, Rows, Step, advance
+from md3cli.model.host_block import send
 from md3cli.model.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore, round_up
 from md3cli.model.moondream import Moondream3
-from md3cli.model.plain import prompt_embeddings
 from md3cli.model.tasks import Sequence
 from md3cli.records import Task
 
@@ -72,39 +76,67 @@ class Passes:
         self._run_prompts = torch.compile(run_prompts, dynamic=False, backend=backend)
         self._decode_step = torch.compile(decode_step, dynamic=False, backend=backend)
 
-    def prefill_prefixes(self, cache: KVCache, slots: Seq[int], embeddings: Seq[Tensor], num_rows: int) -> None:
-        """Run up to `num_rows` pictures' prefixes into their slots."""
-        if self.is_compiled:
-            slots, embeddings = _repeat_last(slots, num_rows), _repeat_last(embeddings, num_rows)
-        slots_B = torch.tensor(slots, device=self.model.device)
-        self._run_prefixes(self.model, cache, slots_B, torch.stack(list(embeddings)))
+    def group(self, batch: Seq[Sequence], slots: Seq[int], max_tokens: int) -> list[Group]:
+        """Sort prompts into groups of similar length: of at most `max_tokens`, padding included, or of one prompt."""
+        order = sorted(range(len(batch)), key=lambda i: len(batch[i].prompt.ids))
+        groups: list[list[int]] = [[]]
+        for i in order:
+            if groups[-1] and (len(groups[-1]) + 1) * len(batch[i].prompt.ids) > max_tokens:
+                groups.append([])
+            groups[-1].append(i)
+        return [
+            Group([batch[i] for i in group], [slots[i] for i in group], self._width(len(batch[group[-1]].prompt.ids)))
+            for group in groups
+        ]
 
-    def prefill_prompts(self, cache: KVCache, batch: Seq[Sequence], slots: Seq[int], min_positions: int) -> Tensor:
-        """Run prompts into slots that hold their pictures' prefixes; hidden state after each prompt [B, D].
+    def _width(self, length: int) -> int:
+        return round_up(length, PROMPT_STEP) if self.is_compiled else length
 
-        Padding behind a short prompt is overwritten by its answer before anything attends to it.
-        `min_positions` are in use by the other slots.
+    def send(
+        self, prefix_slots: Seq[Seq[int]], groups: Seq[Group], *, num_slots: int, prefixes_per_pass: int
+    ) -> tuple[list[Tensor], list[PromptInputs]]:
+        """Copy what a batch of prompts needs to the device, in one block of whole numbers and one of real ones.
+
+        Returns the slots of each pass of prefixes [B], and what each group's pass and first decision need.
         """
-        device, num_prompts = self.model.device, len(batch)
-        width = max(len(sequence.prompt.ids) for sequence in batch)
         if self.is_compiled:
-            width = round_up(width, PROMPT_STEP)
-            batch, slots = _repeat_last(batch, cache.num_slots), _repeat_last(slots, cache.num_slots)
-        total = max(sequence.start for sequence in batch) + width
-        cache.fit(max(total, min_positions))
-        x_BTD = torch.zeros(len(batch), width, self.model.config.text.dim, dtype=self.model.dtype, device=device)
-        for row, sequence in enumerate(batch):
-            x_BTD[row, : len(sequence.prompt.ids)] = prompt_embeddings(self.model, sequence.prompt)
+            prefix_slots = [_repeat_last(slots, prefixes_per_pass) for slots in prefix_slots]
+        columns = [_columns(group, num_slots if self.is_compiled else len(group.slots)) for group in groups]
+        ints, reals = send(
+            self.model.device,
+            [*prefix_slots, *chain.from_iterable(ints for ints, _ in columns)],
+            [*chain.from_iterable(reals for _, reals in columns)],
+        )
+        whole, real = iter(ints), iter(reals)
+        slots = list(islice(whole, len(prefix_slots)))
+        return slots, [
+            PromptInputs(
+                PromptInts(*islice(whole, len(PromptInts._fields))),
+                PromptReals(*islice(real, len(PromptReals._fields))),
+            )
+            for _ in groups
+        ]
+
+    def prefill_prefixes(self, cache: KVCache, slots_B: Tensor, embeddings: Seq[Tensor]) -> None:
+        """Run pictures' prefixes into their slots; `slots_B` are those that `send` returned for them."""
+        self._run_prefixes(self.model, cache, slots_B, torch.stack(_repeat_last(embeddings, len(slots_B))))
+
+    def prefill_prompts(self, cache: KVCache, group: Group, inputs: PromptInputs) -> Tensor:
+        """Run prompts into slots that hold their pictures' prefixes; hidden state after each prompt [N, D].
+
+        Padding behind a short prompt is overwritten by its answer before anything attends to it. The
+        cache must hold `group.total` positions.
+        """
         hidden_BD = self._run_prompts(
             self.model,
             cache,
-            torch.tensor(slots, device=device),
-            x_BTD,
-            torch.tensor([sequence.start for sequence in batch], device=device),
-            torch.tensor([len(sequence.prompt.ids) - 1 for sequence in batch], device=device),
-            cache.capacity if self.is_compiled else total,
+            inputs.ints.slots,
+            embed_prompts(self.model, inputs),
+            inputs.ints.start,
+            inputs.ints.last,
+            cache.capacity if self.is_compiled else group.total,
         )
-        return hidden_BD[:num_prompts]
+        return hidden_BD[: len(group.slots)]
 
     def decode(
         self, cache: KVCache, rows: Rows, next_SD: Tensor, *, num_rows: int, max_context: int, is_sampled: bool
@@ -120,29 +152,117 @@ def _repeat_last(items: Seq, size: int) -> list:  # type: ignore[type-arg]
     return [*items, *[items[-1]] * (size - len(items))]
 
 
-def new_rows(batch: Seq[Sequence], device: torch.device) -> Rows:
-    """State of rows whose prompts have just been run."""
-    requests = [sequence.job.request for sequence in batch]
-    size = len(batch)
+# -- what a pass of prompts is given ---------------------------------------------------------------
 
-    def whole(values: Seq[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
 
-    def real(values: Seq[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sequences whose prompts are run in one pass, their slots, and the width that prompts are padded to."""
 
-    return Rows(
-        mode=whole([int(sequence.start_mode) for sequence in batch]),
-        is_first=torch.ones(size, dtype=torch.bool, device=device),
-        is_point=torch.tensor([request.task is Task.POINT for request in requests], device=device),
-        emitted=whole([0] * size),
-        limit=whole([sequence.limit for sequence in batch]),
-        position=whole([sequence.start + len(sequence.prompt.ids) for sequence in batch]),
-        temperature=real([request.temperature for request in requests]),
-        top_p=real([request.top_p for request in requests]),
-        seed=whole([wrap_int64(request.seed) for request in requests]),
-        draws=whole([0] * size),
+    sequences: Seq[Sequence]
+    slots: Seq[int]
+    width: int
+
+    @property
+    def total(self) -> int:
+        """One behind the last position that is written, padding included."""
+        return self.width + max(sequence.start for sequence in self.sequences)
+
+
+V = TypeVar("V")
+
+
+class PromptInts(NamedTuple, Generic[V]):
+    """Whole numbers: lists on the host, int64 tensors on the device."""
+
+    ids: V  # [B * T]
+    slots: V  # [B]
+    start: V  # [B] position of a prompt's first id
+    last: V  # [B] index of its last id
+    coord_at: V  # [C] which of the B * T inputs are coordinates, and which are sizes
+    size_at: V  # [Z]
+    mode: V  # [N] this and what follows: `decoding.Rows`
+    is_point: V
+    limit: V
+    position: V
+    seed: V
+
+
+class PromptReals(NamedTuple, Generic[V]):
+    """Real numbers: lists on the host, float32 tensors on the device."""
+
+    coords: V  # [C]
+    sizes: V  # [Z * 2] width, height
+    temperature: V  # [N]
+    top_p: V  # [N]
+
+
+class PromptInputs(NamedTuple):
+    """What one group of prompts needs, on the device."""
+
+    ints: PromptInts[Tensor]
+    reals: PromptReals[Tensor]
+
+    def rows(self) -> Rows:
+        """State of the group's rows when their prompts have just been run."""
+        ints, reals = self.ints, self.reals
+        nothing_yet = torch.zeros_like(ints.mode)
+        return Rows(
+            mode=ints.mode,
+            is_first=torch.ones_like(ints.mode, dtype=torch.bool),
+            is_point=ints.is_point.bool(),
+            emitted=nothing_yet,
+            limit=ints.limit,
+            position=ints.position,
+            temperature=reals.temperature,
+            top_p=reals.top_p,
+            seed=ints.seed,
+            draws=nothing_yet,
+        )
+
+
+def _columns(group: Group, num_rows: int) -> tuple[PromptInts[list[int]], PromptReals[list[float]]]:
+    """A group as lists; the pass gets `num_rows` rows, the last one repeated."""
+    sequences, requests = group.sequences, [sequence.job.request for sequence in group.sequences]
+    passed = _repeat_last(sequences, num_rows)
+    coords = [(row * group.width + i, value) for row, s in enumerate(passed) for i, value in s.prompt.coords]
+    sizes = [(row * group.width + i, size_wh) for row, s in enumerate(passed) for i, size_wh in s.prompt.sizes]
+    ints = PromptInts(
+        ids=[id for sequence in passed for id in _padded(sequence, group.width)],
+        slots=_repeat_last(group.slots, num_rows),
+        start=[sequence.start for sequence in passed],
+        last=[len(sequence.prompt.ids) - 1 for sequence in passed],
+        coord_at=[index for index, _ in coords],
+        size_at=[index for index, _ in sizes],
+        mode=[int(sequence.start_mode) for sequence in sequences],
+        is_point=[int(request.task is Task.POINT) for request in requests],
+        limit=[sequence.limit for sequence in sequences],
+        position=[sequence.start + len(sequence.prompt.ids) for sequence in sequences],
+        seed=[wrap_int64(request.seed) for request in requests],
     )
+    reals = PromptReals(
+        coords=[value for _, value in coords],
+        sizes=[side for _, size_wh in sizes for side in size_wh],
+        temperature=[request.temperature for request in requests],
+        top_p=[request.top_p for request in requests],
+    )
+    return ints, reals
+
+
+def _padded(sequence: Sequence, width: int) -> list[int]:
+    ids = sequence.prompt.ids
+    return ids + [sequence.config.tokenizer.eos_id] * (width - len(ids))
+
+
+def embed_prompts(model: Moondream3, inputs: PromptInputs) -> Tensor:
+    """Embeddings of a group's prompts [B, T, D], spatial references filled in (plain: `plain.prompt_embeddings`)."""
+    ints, reals = inputs
+    x_TD = model.text.embed(ints.ids)  # T: the positions of all rows, one row behind the other
+    if len(ints.coord_at):
+        x_TD.index_copy_(0, ints.coord_at, model.region.encode_coord(reals.coords))
+    if len(ints.size_at):
+        x_TD.index_copy_(0, ints.size_at, model.region.encode_size(reals.sizes.view(-1, 2)))
+    return x_TD.view(len(ints.slots), -1, x_TD.shape[1])
 
 
 def wrap_int64(value: int) -> int:
