@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from md3cli.model.sampling import sample, top_p_probabilities, uniform
 
@@ -26,6 +32,7 @@ def test_uniform_is_uniform_over_draws_and_over_seeds() -> None:
         assert abs(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1].item()) < 0.03
 
 
+@example(logits=[0.0, 4.8e-15], temperature=1.0, top_p=0.5)  # one probability in float32: either may be first
 @given(
     logits=st.lists(st.floats(-20, 20), min_size=2, max_size=12),
     temperature=st.floats(0.1, 3),
@@ -35,7 +42,8 @@ def test_nucleus_holds_the_mass_and_always_the_first(logits: list[float], temper
     row = torch.tensor([logits], dtype=torch.float32)
     p, ids = top_p_probabilities(row, torch.tensor([temperature]), torch.tensor([top_p]))
     assert p[0, 0] > 0
-    assert row[0, ids[0, 0]] == row.max()
+    likely = (row / torch.tensor([temperature])).softmax(dim=-1)
+    assert likely[0, ids[0, 0]] == likely.max()
     assert abs(p.sum().item() - 1) < 1e-5
     kept = ids[0, p[0] > 0]
     mass = (row[0].double() / temperature).softmax(0)[kept].sum().item()
@@ -57,3 +65,68 @@ def test_frequencies_follow_the_nucleus() -> None:
 def test_temperature_zero_is_argmax_and_the_lowest_id_on_a_tie() -> None:
     logits = torch.tensor([[1.0, 5.0, 5.0], [3.0, 0.0, 1.0]])
     assert sample(logits, torch.zeros(2), torch.ones(2), torch.tensor([0.99, 0.99])).tolist() == [1, 0]
+
+
+# -- Apple's GPU, which has no float64 ------------------------------------------------------------
+
+
+class OnApple(torch.Tensor):
+    """A tensor that says it is on mps; `Apple` computes with what is inside."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> OnApple:
+        assert inner.dtype is not torch.float64, "mps has no float64"
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device="mps:0")
+        made.held = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError("used outside the mode")
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Columns are cut without an index: torch switches to the device for one, and here it knows none."""
+        if func is torch.Tensor.__getitem__:
+            x, (_, column) = args
+            return x.unsqueeze(1) if column is None else x.select(1, column)
+        with torch._C.DisableTorchFunctionSubclass():  # results are what they are, not all of this class
+            return func(*args, **(kwargs or {}))
+
+
+class Apple(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        seen = []
+
+        def inside(value: Any) -> Any:
+            seen.append(isinstance(value, OnApple))
+            return value.held if isinstance(value, OnApple) else value
+
+        args, kwargs = tree_map(inside, args), tree_map(inside, kwargs)
+        target = kwargs.get("device")
+        is_apple = any(seen) if target is None else torch.device(target).type == "mps"
+        if is_apple and target is not None:
+            kwargs["device"] = "cpu"
+        result = func(*args, **kwargs)
+        return tree_map(lambda t: OnApple(t) if isinstance(t, Tensor) else t, result) if is_apple else result
+
+
+def test_on_apples_gpu_the_same_ids_are_drawn_without_float64() -> None:
+    generator = torch.Generator().manual_seed(0)
+    count = 200
+    logits = torch.randn(count, 50, generator=generator) * 3
+    temperature = torch.rand(count, generator=generator) * (torch.arange(count) % 4 > 0)
+    top_p, seed, draw = torch.rand(count, generator=generator), torch.arange(count) * 7919, torch.arange(count) % 5
+    expected = sample(logits, temperature, top_p, uniform(seed, draw))
+    with Apple():
+        apple = [OnApple(tensor) for tensor in (logits, temperature, top_p, seed, draw)]
+        found = sample(*apple[:3], uniform(*apple[3:]))
+    assert found.device.type == "mps"
+    assert torch.equal(found.held, expected)

@@ -19,13 +19,21 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def _place_of_float64(device: torch.device) -> torch.device:
+    """Where float64 is computed for tensors on `device`: Apple's GPU does not know it, the CPU takes its part."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def uniform(seed: Tensor, draw: Tensor) -> Tensor:
-    """Uniform float64 in [0, 1) for int64 `seed` and `draw` of one shape (SplitMix64; Steele et al. 2014)."""
+    """Uniform float64 in [0, 1) for int64 `seed` and `draw` of one shape (SplitMix64; Steele et al. 2014).
+
+    On the device of `seed`; for Apple's GPU on the CPU.
+    """
     z = seed * _MIX_1 + (draw + 1) * _GOLDEN
     z = (z ^ _shift_right(z, 30)) * _MIX_1
     z = (z ^ _shift_right(z, 27)) * _MIX_2
     z = z ^ _shift_right(z, 31)
-    return _shift_right(z, 11).double() * 2.0**-53
+    return _shift_right(z, 11).to(_place_of_float64(z.device)).double() * 2.0**-53
 
 
 def top_p_probabilities(logits: Tensor, temperature: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,11 +49,11 @@ def top_p_probabilities(logits: Tensor, temperature: Tensor, top_p: Tensor) -> t
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, u: Tensor) -> Tensor:
-    """Ids [N] drawn from the nucleus by inverting its cumulative mass at `u`; temperature 0 is argmax."""
+    """Ids [N] drawn from the nucleus by inverting its cumulative mass at `u` (of `uniform`); temperature 0: argmax."""
     is_greedy = temperature <= 0
     p, ids = top_p_probabilities(logits, temperature.masked_fill(is_greedy, 1.0), top_p)
-    cumulative = p.double().cumsum(dim=-1)
-    rank = (cumulative <= u[:, None] * cumulative[:, -1:]).sum(dim=-1)
+    cumulative = p.to(_place_of_float64(p.device)).double().cumsum(dim=-1)
+    rank = (cumulative <= u[:, None] * cumulative[:, -1:]).sum(dim=-1).to(p.device)
     last_kept = (p > 0).sum(dim=-1) - 1
     drawn = ids.gather(1, torch.minimum(rank, last_kept)[:, None])[:, 0]
     return torch.where(is_greedy, logits.argmax(dim=-1), drawn)
