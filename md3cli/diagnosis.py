@@ -79,11 +79,15 @@ def _device_of(name: str) -> Callable[[], Iterator[Finding]]:
         yield Finding("torch", Health.OK, facts.torch_version)
         shown = facts.device if facts.name == facts.device else f"{facts.device} ({facts.name})"
         yield Finding("device", Health.OK, f"{shown}, auto dtype {facts.dtype}, {facts.num_threads} CPU threads")
+        if facts.kernel_fault is not None:
+            yield Finding("kernels", Health.BAD, facts.kernel_fault)
+        elif facts.triton:
+            yield Finding("kernels", Health.OK, f"triton {facts.triton}")
         text = f"{facts.free_bytes / GIB:.1f} GiB free on {facts.device}"
         if facts.free_bytes >= LARGE_MODEL_BYTES:
             yield Finding("memory", Health.OK, text)
         else:
-            advice = "moondream3 needs about 18 GiB in 16 bits; take --model tiny here, or a larger machine"
+            advice = "moondream3 needs about 18 GiB in 16 bits, 7 in 4 bits (--quant int4); else take --model tiny"
             yield Finding("memory", Health.NOTE, text, advice)
 
     return device

@@ -6,11 +6,18 @@ import mmap
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from md3cli.model import memory
+from md3cli.errors import ConfigError
+from md3cli.model import encoder, memory
 from md3cli.model.config import ModelConfig
+from md3cli.model.memory import MemoryPlan
 
-CPU, BF16 = torch.device("cpu"), torch.bfloat16
+CPU, MPS, CUDA, BF16 = torch.device("cpu"), torch.device("mps"), torch.device("cuda", 0), torch.bfloat16
+REAL = ModelConfig()
+BF16_WEIGHTS, FP8_WEIGHTS, INT4_WEIGHTS = 18.54e9, 10.51e9, 6.19e9
+CONTEXT = 0.5e9  # CUDA's own, taken before anybody asks
 
 
 def test_a_slot_of_the_real_model_takes_196608_bytes_a_position() -> None:
@@ -18,25 +25,109 @@ def test_a_slot_of_the_real_model_takes_196608_bytes_a_position() -> None:
     assert memory.slot_bytes(ModelConfig(), 730, BF16) == 143_523_840
 
 
+@pytest.mark.parametrize("device", [CPU, MPS])
 @pytest.mark.parametrize(("free_gib", "expected"), [(1, 2), (4, 8), (16, 32), (64, 32)])
 def test_the_automatic_batch_is_a_power_of_two_that_fits(
-    free_gib: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    free_gib: int, expected: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: free_gib << 30)
-    assert memory.choose_batch_size(None, ModelConfig(), BF16, CPU, 4096) == expected
+    assert memory.plan_memory(None, REAL, BF16, device, 4096) == MemoryPlan(expected, None, None)
 
 
-def test_a_batch_that_cannot_fit_is_cut_down_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", [CPU, MPS, CUDA])
+def test_a_batch_that_cannot_fit_is_cut_down_and_said(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 4 << 30)
-    assert memory.choose_batch_size(5, ModelConfig(), BF16, CPU, 4096) == 5
+    assert memory.plan_memory(5, REAL, BF16, device, 4096).slots == 5
     with pytest.warns(UserWarning, match="--batch-size 100000: memory holds"):
-        assert memory.choose_batch_size(100_000, ModelConfig(), BF16, CPU, 4096) < 20
+        assert memory.plan_memory(100_000, REAL, BF16, device, 4096).slots < 20
+
+
+def test_apples_gpu_is_asked_for_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12 << 30)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 5 << 30)
+    assert memory.free_bytes(MPS) == 7 << 30
+
+
+# -- a CUDA device ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("card", "weights", "slots", "crops", "pictures"),
+    [
+        (84.9e9, BF16_WEIGHTS, 128, 36, 16),  # 80 GB, as an H100 counts them
+        (47.6e9, BF16_WEIGHTS, 76, 36, 16),
+        (23.6e9, BF16_WEIGHTS, 10, 9, 1),  # 24 GB with their error correction
+        (23.6e9, FP8_WEIGHTS, 28, 36, 16),
+        (16.8e9, FP8_WEIGHTS, 13, 9, 1),
+        (16.8e9, INT4_WEIGHTS, 21, 36, 16),
+        (12.6e9, FP8_WEIGHTS, 1, 3, 1),
+        (12.6e9, INT4_WEIGHTS, 14, 9, 1),
+        (8.5e9, INT4_WEIGHTS, 2, 3, 1),
+    ],
+)
+def test_cards_of_every_size_get_a_plan(card: float, weights: float, slots: int, crops: int, pictures: int) -> None:
+    plan = memory.plan_cuda(int(card - CONTEXT - weights), REAL, BF16, 4096)
+    assert plan == MemoryPlan(slots, crops, pictures * 730)
+
+
+def test_few_slots_that_were_asked_for_get_the_passes_of_few() -> None:
+    assert memory.plan_cuda(60 * 10**9, REAL, BF16, 4096, asked=8) == MemoryPlan(8, 9, 730)
+    assert memory.plan_cuda(60 * 10**9, REAL, BF16, 4096, asked=16) == MemoryPlan(16, 36, 16 * 730)
+    assert memory.plan_cuda(60 * 10**9, REAL, BF16, 4096, asked=150).slots == 150
+
+
+def test_a_smaller_context_makes_room_for_more_and_a_larger_one_takes_none() -> None:
+    free = 5 * 10**9
+    assert memory.plan_cuda(free, REAL, BF16, 768).slots >= 2 * memory.plan_cuda(free, REAL, BF16, 1536).slots
+    assert memory.plan_cuda(free, REAL, BF16, 32768) == memory.plan_cuda(free, REAL, BF16, 1536)
+
+
+@given(
+    free=st.integers(0, 140 * 10**9),
+    asked=st.none() | st.integers(1, 300),
+    max_context=st.integers(731, 32768),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)
+def test_a_plan_never_takes_more_than_is_free_and_exists_where_one_picture_fits(
+    free: int, asked: int | None, max_context: int, dtype: torch.dtype
+) -> None:
+    if free < memory.least_room(REAL, dtype, max_context):
+        with pytest.raises(ConfigError, match="GB of GPU memory are free"):
+            memory.plan_cuda(free, REAL, dtype, max_context, asked=asked)
+        return
+    plan = memory.plan_cuda(free + 1, REAL, dtype, max_context, asked=asked)  # 1: what rounding takes
+    assert plan.max_crops is not None
+    assert plan.prefill_tokens is not None
+    sizes = memory.PassSizes(plan.max_crops, plan.prefill_tokens // 730, 1)
+    slot = memory.slot_bytes(REAL, min(max_context, 1536), dtype)
+    assert memory.pass_bytes(REAL, sizes, dtype) + plan.slots * slot <= free
+    assert 1 <= plan.slots <= (asked or 128)
+
+
+def test_a_card_too_small_for_one_picture_is_said_with_what_to_do() -> None:
+    with pytest.raises(ConfigError) as error:
+        memory.plan_cuda(900_000_000, REAL, BF16, 4096)
+    assert str(error.value) == (
+        "0.9 GB of GPU memory are free beside the model and one picture at a time takes 1.3 GB: "
+        "use --quant int4, a smaller --max-context, or a card with more memory"
+    )
+
+
+def test_what_the_encoder_remembers_is_reckoned_with() -> None:
+    assert memory.REMEMBERED_BYTES == encoder.MEMORY_BYTES
+    crop, picture = memory.PassSizes(1, 0, 1), memory.PassSizes(0, 1, 1)
+    none = memory.pass_bytes(REAL, memory.PassSizes(0, 0, 1), BF16)
+    assert memory.pass_bytes(REAL, crop, BF16) - none == pytest.approx(21e6, rel=0.01)
+    assert memory.pass_bytes(REAL, picture, BF16) - none == pytest.approx(730 * 120e3, rel=0.01)
 
 
 def test_out_of_memory_is_told_from_other_failures() -> None:
     assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert memory.is_out_of_memory(MemoryError())
     assert memory.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"))
+    for status in ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"):
+        assert memory.is_out_of_memory(RuntimeError(f"CUDA error: {status} when calling `cublasCreate(handle)`"))
+    assert not memory.is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))
     assert not memory.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 

@@ -24,7 +24,7 @@ from md3cli.model.checkpoint import load_model
 from md3cli.model.encoding_cache import EncodingCache
 from md3cli.model.hub import resolve_model
 from md3cli.model.kernels import optimise
-from md3cli.model.load import choose_device, choose_dtype
+from md3cli.model.load import choose_device, choose_dtype, prepare_device
 from md3cli.model.moondream import Moondream3
 from md3cli.model.random_weights import CONFIGS, forbid_end, random_model
 
@@ -73,6 +73,7 @@ def model_maker(
     if threads is not None:
         torch.set_num_threads(threads)
     place = choose_device(device)
+    prepare_device(place)
     kind = choose_dtype(dtype, place, 1 << 40)
     if model is None:
         return lambda: random_model(CONFIGS[config], dtype=kind, device=place, seed=seed)

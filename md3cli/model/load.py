@@ -23,16 +23,18 @@ from md3cli.model.config import MAX_CONTEXT_LIMIT
 from md3cli.model.encoder import ImageEncoder
 from md3cli.model.encoding_cache import EncodingCache
 from md3cli.model.engine import Engine
+from md3cli.model.gpu.availability import cuda_fault, is_cuda_available, require_kernels
 from md3cli.model.hub import resolve_model
 from md3cli.model.kernels import optimise
 from md3cli.model.low_bit_experts import has_low_bits as has_low_bits_packed
 from md3cli.model.low_bit_int8 import has_int8_products
 from md3cli.model.low_bit_loading import has_low_bits, load_dequantised, load_low_bit
 from md3cli.model.low_bit_vision import quantise_vision
-from md3cli.model.memory import choose_batch_size
+from md3cli.model.memory import free_bytes, plan_memory
 from md3cli.model.moondream import Moondream3
 from md3cli.model.prompts import Prompts, Tokenizer
 from md3cli.model.weight_files import find_weight_files
+from md3cli.model.weight_sizes import check_weights_fit
 from md3cli.records import RunIdentity
 from md3cli.settings import user_cache_dir
 
@@ -42,6 +44,7 @@ QUANTS = ("stored", "none", "int8", "int4")
 # computes, ten times over when the machine has other work. Process-wide, as torch has it.
 ONE_THREAD_BYTES = 64 << 20
 SMALL_MODEL_BYTES = 1 << 30  # on CPU, models below it gain nothing from 16 bits
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 def load_engine(options: ModelOptions) -> Engine:
@@ -53,6 +56,7 @@ def load_engine(options: ModelOptions) -> Engine:
     """
     torch.set_flush_denormal(True)  # denormals make CPU arithmetic five times slower
     device = choose_device(options.device)
+    prepare_device(device)
     files = resolve_model(
         options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline
     )
@@ -69,15 +73,16 @@ def load_engine(options: ModelOptions) -> Engine:
     tokenizer = Tokenizer.load(files.tokenizer_file, loaded.config)
     max_context = choose_max_context(options.max_context, loaded.config.text.max_context, loaded.config.prefix_len)
     optimise(loaded.model, for_compiling=bool(options.compile))
-    batch_size = choose_batch_size(options.batch_size, loaded.config, dtype, device, max_context)
+    plan = plan_memory(options.batch_size, loaded.config, dtype, device, max_context)
     engine = Engine(
         loaded.model,
         tokenizer,
         Prompts(loaded.config, tokenizer, files.name),
-        ImageEncoder(loaded.model, store=store, threads=vision_threads),
+        ImageEncoder(loaded.model, store=store, max_crops=plan.max_crops, threads=vision_threads),
         identity=run_identity(options, files.identity),
-        batch_size=batch_size,
+        batch_size=plan.slots,
         max_context=max_context,
+        prefill_tokens=plan.prefill_tokens,
     )
     if options.compile:
         compile_engine(engine, options.cache_dir)
@@ -92,17 +97,36 @@ def load_weights(options: ModelOptions, path: Path, *, dtype: torch.dtype, devic
 
     Raises:
         CheckpointError: the weights or the adapter cannot be had or do not fit.
-        ConfigError: no such scheme.
+        ConfigError: no such scheme, or a CUDA device too small for the weights.
     """
     if options.quant not in QUANTS:
         raise ConfigError(f"--quant {options.quant}: use {', '.join(QUANTS)}")
     plan = plan_checkpoint(path)
+    if device.type == "cuda":  # elsewhere the system pages, or says so itself
+        context = choose_max_context(options.max_context, plan.config.text.max_context, plan.config.prefix_len)
+        check_weights_fit(
+            plan,
+            options.model,
+            quant=options.quant,
+            dtype=dtype,
+            max_context=context,
+            device=device,
+            free=free_bytes(device),
+        )
     adapter = Path(options.adapter) if options.adapter else None
     if has_low_bits(plan, options.quant):
         if options.dtype == "fp32":
             return load_dequantised(plan, quant=options.quant, device=device, adapter=adapter)
         cache = CodeCache(open_files(options), plan.files, dtype, device) if options.cache else None
-        return load_low_bit(plan, quant=options.quant, dtype=dtype, device=device, adapter=adapter, cache=cache)
+        return load_low_bit(
+            plan,
+            quant=options.quant,
+            dtype=dtype,
+            device=device,
+            adapter=adapter,
+            cache=cache,
+            for_kernels=device.type == "cuda",
+        )
     loaded = load_model(path, dtype=dtype, device=device)
     if adapter is not None:
         merge_adapter(loaded.model, adapter)
@@ -178,23 +202,45 @@ def run_identity(options: ModelOptions, model: str) -> RunIdentity:
     )
 
 
+def prepare_device(device: torch.device) -> None:
+    """Set this process up for a CUDA device, before anything is allocated there; nothing to do for others.
+
+    Raises:
+        ConfigError: the kernels cannot run on it.
+    """
+    if device.type != "cuda":
+        return
+    if os.environ.keys().isdisjoint(ALLOCATOR_VARIABLES):
+        # torch reads it when CUDA allocates first (2.11 and 2.13: not when it is imported). Segments that grow
+        # leave no holes where caches and micro-batches of other sizes were.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    require_kernels(device)
+    torch.cuda.set_device(device)  # kernels of our own are launched on the current device
+    # Sums of a product's parts stay in float32, so that they do not depend on how cuBLAS cuts it.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, else Apple's GPU, else the CPU.
+    """`auto` is the first CUDA device, else Apple's GPU, else the CPU; a GPU that torch cannot use is warned of.
 
     Raises:
         ConfigError: no such device here.
     """
     if name == "auto":
-        if torch.cuda.is_available():
+        if is_cuda_available():
             return torch.device("cuda", 0)
+        if torch.cuda.device_count():  # counted by the driver, whatever its age
+            warnings.warn(f"no GPU is used: {cuda_fault()}", stacklevel=2)
         return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"--device {name}: no such kind of device; use cpu, cuda, cuda:1 or mps") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ConfigError(f"--device {name}: this machine has {count} CUDA devices; try --device cpu")
+    if device.type == "cuda" and (fault := cuda_fault()) is not None:
+        raise ConfigError(f"--device {name}: {fault}")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"--device {name}: this machine has {count} CUDA device(s), from cuda:0 on")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"--device {name}: no Apple GPU here; try --device cpu")
     if device.type not in ("cpu", "cuda", "mps"):
@@ -203,7 +249,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, weight_bytes: int) -> torch.dtype:
-    """`auto` is bf16, or fp32 where bf16 is slow or pointless: a CPU without bf16 units, a small model on any CPU.
+    """`auto` is bf16; on a CPU fp32 where bf16 is slow or pointless: without bf16 units, or for a small model.
+
+    On CUDA below compute capability 8.0 `auto` is fp16: these cards have no bf16 units, and float32 does not fit.
 
     Raises:
         ConfigError: no such dtype.
@@ -215,7 +263,7 @@ def choose_dtype(name: str, device: torch.device, weight_bytes: int) -> torch.dt
     if device.type == "cpu" and (weight_bytes < SMALL_MODEL_BYTES or not has_fast_bf16_cpu()):
         return torch.float32
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return torch.float32
+        return torch.float16
     return torch.bfloat16
 
 

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from program import clean_environment, isolate
 from typer.testing import CliRunner
 
 from md3cli import diagnosis
 from md3cli.cli import app
 from md3cli.diagnosis import Finding, Health
+from md3cli.model import device_facts
 
 
 def test_it_reports_on_this_machine(tmp_path: Path) -> None:
@@ -84,3 +86,34 @@ def test_a_missing_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
     notes = {finding.name: finding for finding in diagnosis._extras()}
     assert notes["extra eval"].advice == "pip install 'md3cli[eval]'"
     assert notes["extra eval"].health is Health.NOTE
+
+
+@pytest.mark.parametrize(
+    ("triton", "fault", "expected"),
+    [
+        ("3.6.0", None, Finding("kernels", Health.OK, "triton 3.6.0")),
+        ("", "the kernels need triton; pip install triton", None),
+        ("3.3.0", "triton 3.3.0 is too old, the kernels need 3.4; pip install --upgrade triton", None),
+        ("", None, "nothing"),  # no CUDA device
+    ],
+)
+def test_a_cuda_devices_kernels_are_a_finding(
+    triton: str, fault: str | None, expected: Finding | str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = device_facts.DeviceFacts("2.11.0", "cuda:0", "Some Card", "bfloat16", 1, 20 << 30, triton, fault)
+    monkeypatch.setattr(device_facts, "device_facts", lambda device: facts)
+    findings = {finding.name: finding for finding in diagnosis._device_of("cuda")()}
+    assert list(findings) == [name for name in ("torch", "device", "kernels", "memory") if name in findings]
+    assert findings.get("kernels", "nothing") == (expected or Finding("kernels", Health.BAD, fault or ""))
+
+
+def test_the_facts_of_a_cuda_device_hold_what_its_kernels_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_facts, "choose_device", lambda name: torch.device("cuda", 1))
+    monkeypatch.setattr(device_facts, "free_bytes", lambda device: 7 << 30)
+    monkeypatch.setattr(device_facts, "triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(device_facts, "kernel_fault", lambda device: f"{device} is too old")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    facts = device_facts.device_facts("cuda:1")
+    assert (facts.device, facts.dtype, facts.free_bytes) == ("cuda:1", "float16", 7 << 30)
+    assert (facts.triton, facts.kernel_fault) == ("3.6.0", "cuda:1 is too old")

@@ -16,7 +16,7 @@ from md3cli.model.asking import ImageLike, SpatialRefs
 from md3cli.model.encoder import ImageEncoder
 from md3cli.model.engine import Engine
 from md3cli.model.hub import resolve_model
-from md3cli.model.memory import choose_batch_size
+from md3cli.model.memory import plan_memory
 from md3cli.model.moondream import Moondream3
 from md3cli.model.prompts import Prompts, Tokenizer
 from md3cli.model.tasks import EncodedImage
@@ -118,13 +118,15 @@ class OriginalMethods:
         config = self.model.config
         tokenizer = Tokenizer.load(file, config)
         max_context = config.text.max_context
+        plan = plan_memory(None, config, self.model.dtype, self.model.device, max_context)
         engine = Engine(
             self.model,
             tokenizer,
             Prompts(config, tokenizer, name),
-            ImageEncoder(self.model),
+            ImageEncoder(self.model, max_crops=plan.max_crops),
             identity=RunIdentity(identity),
-            batch_size=choose_batch_size(None, config, self.model.dtype, self.model.device, max_context),
+            batch_size=plan.slots,
             max_context=max_context,
+            prefill_tokens=plan.prefill_tokens,
         )
         return Moondream(engine)
