@@ -1,0 +1,107 @@
+"""What a pass of prompts is given: the plain path's embeddings, rows as they start, padding that says nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from golden_cases import GoldenCase, load_case
+from torch._dynamo.testing import CompileCounter
+
+from md3cli.model import plain
+from md3cli.model.decoding import Mode
+from md3cli.model.forward import Group, Passes, PromptInputs, embed_prompts
+from md3cli.model.intake import take_in
+from md3cli.model.tasks import Job, Sequence
+from md3cli.records import Request, Task
+
+POINT, BOX = (0.25, 0.5), (0.1, 0.2, 0.6, 0.8)
+QUERY = Request(Task.QUERY, "What is it?", reasoning=False)
+REQUESTS = (
+    Request(Task.CAPTION),
+    replace(QUERY, spatial_refs=(POINT, BOX, BOX)),
+    replace(QUERY, temperature=0.75, top_p=0.5, seed=2**64 - 1),  # asked without a picture
+    Request(Task.POINT, "a rather long name of a thing", spatial_refs=(POINT,), max_objects=7),
+    Request(Task.QUERY, "Why?", max_tokens=9),
+    Request(Task.SEGMENT, "it", spatial_refs=(BOX, POINT)),
+)
+SLOTS = [4, 0, 5, 2, 3, 1]
+
+
+def sequences(case: GoldenCase) -> list[Sequence]:
+    jobs = [Job(i, None if r.temperature else case.images[0], r) for i, r in enumerate(REQUESTS)]
+    return [take_in(job, case.prompts, case.model.config, 4096) for job in jobs]
+
+
+def sent(case: GoldenCase, passes: Passes, max_tokens: int = 10_000) -> list[tuple[Group, PromptInputs]]:
+    groups = passes.group(sequences(case), SLOTS, max_tokens)
+    _, inputs = passes.send([], groups, num_slots=8, prefixes_per_pass=1)
+    return list(zip(groups, inputs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("max_tokens", [1, 24, 10_000])
+@torch.inference_mode()
+def test_embeddings_of_a_group_are_those_of_the_plain_path(name: str, max_tokens: int) -> None:
+    case = load_case(name)
+    num_checked = 0
+    for group, inputs in sent(case, Passes(case.model), max_tokens):
+        for sequence, x_TD in zip(group.sequences, embed_prompts(case.model, inputs), strict=True):
+            expected = plain.prompt_embeddings(case.model, sequence.prompt)
+            assert x_TD.shape[0] == group.width
+            assert torch.allclose(x_TD[: len(expected)], expected, rtol=0, atol=1e-6)
+            placeholder = plain.prompt_embeddings(case.model, replace(sequence.prompt, coords=(), sizes=()))
+            assert torch.equal(expected, placeholder) == (not sequence.job.request.spatial_refs)
+            num_checked += 1
+    assert num_checked == len(REQUESTS)
+
+
+def test_groups_keep_to_the_limit_and_to_similar_lengths() -> None:
+    case = load_case("a")
+    batch = sequences(case)
+    groups = Passes(case.model).group(batch, SLOTS, max_tokens=24)
+    assert len(groups) > 2
+    assert all(len(group.slots) == 1 or len(group.slots) * group.width <= 24 for group in groups)
+    widths = [len(sequence.prompt.ids) for group in groups for sequence in group.sequences]
+    assert widths == sorted(widths)
+    seated = {id(s): slot for group in groups for s, slot in zip(group.sequences, group.slots, strict=True)}
+    assert seated == {id(s): slot for s, slot in zip(batch, SLOTS, strict=True)}
+
+
+def test_rows_start_as_their_requests_say() -> None:
+    case = load_case("a")
+    ((group, inputs),) = sent(case, Passes(case.model))
+    rows, order = inputs.rows(), [sequence.job.key for sequence in group.sequences]
+    requests, prefix = [REQUESTS[key] for key in order], case.model.config.prefix_len
+    modes = [Mode.TEXT, Mode.TEXT, Mode.TEXT, Mode.X, Mode.REASON, Mode.SEGMENT]
+    assert rows.mode.tolist() == [modes[key] for key in order]
+    assert rows.is_point.tolist() == [key == 3 for key in order]
+    assert rows.limit.tolist() == [7 if r.task is Task.POINT else r.max_tokens for r in requests]
+    starts = [0 if r.temperature else prefix for r in requests]
+    lengths = [len(sequence.prompt.ids) for sequence in group.sequences]
+    assert inputs.ints.start.tolist() == starts
+    assert inputs.ints.last.tolist() == [length - 1 for length in lengths]
+    assert rows.position.tolist() == [start + length for start, length in zip(starts, lengths, strict=True)]
+    assert rows.seed.tolist() == [-1 if r.temperature else 0 for r in requests]  # as a signed number of 64 bits
+    assert rows.temperature.tolist() == [r.temperature for r in requests]
+    assert rows.top_p.tolist() == pytest.approx([r.top_p for r in requests])
+    assert inputs.ints.slots.tolist() == list(group.slots)
+    assert rows.is_first.all()
+    assert not rows.emitted.any()
+    assert not rows.draws.any()
+
+
+@torch.inference_mode()
+def test_compiled_passes_repeat_the_last_row() -> None:
+    case = load_case("a")
+    passes = Passes(case.model)
+    passes.compile(CompileCounter())  # type: ignore[arg-type]
+    ((group, inputs),) = sent(case, passes)
+    x_BTD = embed_prompts(case.model, inputs)
+    assert x_BTD.shape[:2] == (8, 32)
+    assert inputs.ints.slots.tolist() == [*group.slots, group.slots[-1], group.slots[-1]]
+    assert torch.allclose(x_BTD[6], x_BTD[5], rtol=0, atol=1e-6)
+    assert len(inputs.rows().mode) == 6
+    slots, _ = passes.send([[3, 1]], [], num_slots=8, prefixes_per_pass=4)
+    assert slots[0].tolist() == [3, 1, 1, 1]
