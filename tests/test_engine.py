@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import random
+import weakref
+from collections.abc import Container
 from dataclasses import replace
 
 import pytest
 import torch
 from golden_cases import GoldenCase, assert_answer, load_case
 
-from md3cli.model.engine import Engine
+from md3cli.model.decoding import Mode
+from md3cli.model.engine import Engine, Sizes
+from md3cli.model.forward import Passes
+from md3cli.model.kv_cache import KVCache
 from md3cli.model.tasks import Answer, EncodedImage, Job
 from md3cli.records import Request, Task
 
 
 def answers_by_key(engine: Engine, jobs: list[Job]) -> dict[int, Answer]:
     return {answer.key: answer for answer in engine.run(jobs)}
+
+
+def fail_now_and_then(engine: Engine, at_calls: Container[int]) -> None:
+    """Let these calls of the engine's decode step run out of memory."""
+    decode, calls = engine._decode, 0
+
+    def failing() -> None:
+        nonlocal calls
+        calls += 1
+        if calls in at_calls:
+            raise torch.OutOfMemoryError("out of memory (made up)")
+        decode()
+
+    engine._decode = failing  # type: ignore[method-assign]
 
 
 def certain_keys(case: GoldenCase) -> list[int]:
@@ -80,16 +99,7 @@ def test_rows_started_again_after_running_out_of_memory_answer_the_same() -> Non
     case = load_case("a")
     keys = certain_keys(case)
     engine = case.engine(batch_size=8)
-    decode, calls = engine._decode, 0
-
-    def fail_sometimes() -> None:
-        nonlocal calls
-        calls += 1
-        if calls in (3, 9):
-            raise torch.OutOfMemoryError("out of memory (made up)")
-        decode()
-
-    engine._decode = fail_sometimes  # type: ignore[method-assign]
+    fail_now_and_then(engine, at_calls=(3, 9))
     answers = answers_by_key(engine, [case.job(key) for key in keys])
     assert engine.stats.batch_sizes == [8, 4, 2]
     assert sorted(answers) == keys
@@ -196,3 +206,104 @@ def test_scores_are_probabilities_and_only_objects_carry_them() -> None:
         for item in found:
             assert 0.001 <= item["score"] <= 0.999
             assert item["score"] == round(item["score"], 3)
+
+
+def test_a_mixed_batch_in_several_groups_answers_as_each_alone() -> None:
+    case = load_case("a")
+    ask = Request(Task.QUERY, "Which?", reasoning=False)
+    requests = [
+        replace(ask, choices=("yes", "no", "a red square")),
+        replace(ask, spatial_refs=((0.25, 0.5), (0.1, 0.2, 0.6, 0.8)), max_tokens=12),
+        replace(ask, prompt="What is it, and where, and what is beside it?", max_tokens=12),
+        replace(ask, temperature=1.0, seed=3, max_tokens=12),
+        replace(ask, reasoning=True, max_tokens=8, choices=("left", "right")),
+        Request(Task.POINT, "square", spatial_refs=((0.5, 0.5),), max_objects=3),
+    ]
+    jobs = [Job(i, case.images[i % 3], request) for i, request in enumerate(requests)]
+    jobs += [Job(10 + i, None, request) for i, request in enumerate(requests) if not request.spatial_refs]
+    together = case.engine(len(jobs))
+    together.prefill_tokens = 40  # less than two of the longer prompts
+    found = answers_by_key(together, jobs)
+    assert together.stats.num_steps < sum(answer.output_tokens for answer in found.values())
+    for job in jobs:
+        (alone,) = case.engine(1).run([job])
+        assert replace(found[job.key], result=None) == replace(alone, result=None)
+        assert found[job.key].result is not None
+        assert alone.result is not None
+        for name, value in alone.result.items():
+            assert found[job.key].result[name] == (pytest.approx(value, abs=2e-3) if name == "choices" else value)  # type: ignore[index]
+
+
+def test_rows_that_ended_stand_right_behind_the_prefix() -> None:
+    case = load_case("a")
+    engine = case.engine(batch_size=5)
+    chosen = Job(1000, None, Request(Task.QUERY, "Which?", reasoning=True, max_tokens=5, choices=("yes", "no")))
+    answers_by_key(engine, [*(case.job(key) for key in certain_keys(case)[:12]), chosen])
+    assert engine._rows.mode.tolist() == [int(Mode.IDLE)] * 5
+    assert set(engine._rows.position.tolist()) <= {0, case.model.config.prefix_len}  # 0: never used
+    assert case.model.config.prefix_len in engine._rows.position.tolist()
+
+
+PLANNED = Sizes(batch_size=8, prefill_tokens=4096, max_crops=9)
+PREFIX_LEN = 730
+
+
+def shrunk(device_type: str) -> list[tuple[int, int, int]]:
+    sizes, found = PLANNED, []
+    while (smaller := sizes.smaller(PLANNED, PREFIX_LEN, device_type)) is not None:
+        sizes = smaller
+        found.append(tuple(sizes))
+    return found
+
+
+def test_on_cuda_passes_shrink_before_the_batch() -> None:
+    passes = [(2048, 4), (1024, 2), (730, 1)]
+    assert shrunk("cuda") == [
+        *((8, *size) for size in passes),
+        *((batch, *size) for batch in (4, 2, 1) for size in [(4096, 9), *passes]),
+    ]
+
+
+def test_elsewhere_the_batch_shrinks_first() -> None:
+    assert shrunk("cpu") == [(4, 4096, 9), (2, 4096, 9), (1, 4096, 9), (1, 4096, 4), (1, 4096, 2), (1, 4096, 1)]
+
+
+def test_smaller_passes_answer_the_same_and_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of CUDA, on the CPU."""
+    monkeypatch.setattr(Sizes, "smaller", lambda self, *rest, as_is=Sizes.smaller: as_is(self, *rest[:2], "cuda"))
+    case = load_case("a")
+    keys = certain_keys(case)
+    engine = case.engine(batch_size=8)
+    engine.prefill_tokens = 4 * case.model.config.prefix_len
+    num_crops = engine.encoder.max_crops
+    fail_now_and_then(engine, at_calls=(3, 9))
+    answers = answers_by_key(engine, [case.job(key) for key in keys])
+    assert sorted(answers) == keys
+    for key, answer in answers.items():
+        assert_answer(answer, case.expected[key])
+    assert engine.stats.batch_sizes == [8]
+    assert engine.stats.num_smaller_passes == 2
+    assert engine.prefill_tokens == case.model.config.prefix_len
+    assert engine.encoder.max_crops == num_crops // 4
+
+
+def test_what_ran_out_of_memory_is_let_go_before_less_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error's own frames hold the cache: while they live there is no room for another one."""
+    case = load_case("a")
+    engine = case.engine(batch_size=4)
+    old, allocate, was_free = weakref.ref(engine.cache), engine._allocate, []
+
+    def pass_that_fails(cache: KVCache, *arguments: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("out of memory (made up)")
+
+    def watched(batch_size: int) -> None:
+        was_free.append(old() is None)
+        engine.passes = Passes(case.model)
+        allocate(batch_size)
+
+    engine.passes.decode = pass_that_fails  # type: ignore[method-assign, assignment]
+    engine._allocate = watched  # type: ignore[method-assign]
+    key = certain_keys(case)[0]
+    (answer,) = engine.run([case.job(key)])
+    assert_answer(answer, case.expected[key])
+    assert was_free == [True]
