@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from golden_cases import assert_answer, load_case
+from PIL import Image
 
 from md3cli.file_cache import FileCache
+from md3cli.images import PreparedImage
+from md3cli.model import encoder, plain
+from md3cli.model.api import Moondream
 from md3cli.model.encoding_cache import EncodingCache, vision_digest
 from md3cli.model.tasks import Job
+from md3cli.records import Request, Task
 
 
 def cache_for(
@@ -69,3 +75,91 @@ def test_a_full_disk_ends_keeping_not_the_run(tmp_path: Path) -> None:
     cache.save("picture", torch.zeros(cache.shape))
     assert not cache.is_writable
     cache.save("picture", torch.zeros(cache.shape))
+
+
+class LateCopies:
+    """Copies to the host as a CUDA device makes them: what they bring is there only once it was waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.coming: list[tuple[torch.Tensor, torch.Tensor]] = []
+        monkeypatch.setattr(encoder, "start_download", self.start)
+        monkeypatch.setattr(encoder, "milestone", lambda device: self.arrive)
+
+    def start(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.coming.append((torch.full_like(tensor, torch.nan), tensor))
+        return self.coming[-1][0]
+
+    @torch.inference_mode()
+    def arrive(self) -> None:
+        for target, source in self.coming:
+            target.copy_(source)
+        self.coming.clear()
+
+
+def assert_kept(cache: EncodingCache, images: list[PreparedImage]) -> None:
+    case = load_case("a")
+    for image in images:
+        found = cache.load(image.sha256)
+        assert found is not None
+        assert torch.allclose(found, plain.encode_image(case.model, image), atol=1e-5)
+
+
+def test_an_encode_outside_the_engine_is_kept_at_once(tmp_path: Path) -> None:
+    case = load_case("a")
+    engine = case.engine(batch_size=2)
+    engine.encoder.store = cache_for("a", tmp_path)
+    engine.encoder.encode(case.images)
+    assert_kept(cache_for("a", tmp_path), case.images)
+
+
+def test_what_comes_late_is_kept_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = load_case("a")
+    copies = LateCopies(monkeypatch)
+    engine = case.engine(batch_size=2)
+    engine.encoder.store = cache_for("a", tmp_path)
+    engine.encoder.encode(case.images[:1])
+    assert len(copies.coming) == 1
+    assert cache_for("a", tmp_path).load(case.images[0].sha256) is None
+    engine.encoder.save_encoded()
+    assert_kept(cache_for("a", tmp_path), case.images[:1])
+
+
+def test_a_run_leaves_nothing_that_comes_late_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = load_case("a")
+    copies = LateCopies(monkeypatch)
+    engine = case.engine(batch_size=4)
+    engine.encoder.store = cache_for("a", tmp_path)
+    keys = [key for key in range(len(case.requests)) if case.is_certain(key)]
+    for answer in engine.run(case.job(key) for key in keys):
+        assert_answer(answer, case.expected[answer.key])
+    assert not copies.coming
+    assert_kept(cache_for("a", tmp_path), case.images)
+
+
+def test_what_comes_late_survives_running_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = load_case("a")
+    copies = LateCopies(monkeypatch)
+    engine = case.engine(batch_size=1)
+    engine.encoder.max_crops = 1
+    engine.encoder.store = cache_for("a", tmp_path)
+
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("out of memory (made up)")
+
+    engine.passes.prefill_prefixes = fail  # type: ignore[method-assign]
+    (answer,) = engine.run([Job(0, case.images[0], Request(Task.CAPTION))])
+    assert answer.failure is not None
+    assert not copies.coming
+    assert_kept(cache_for("a", tmp_path), case.images[:1])
+
+
+def test_an_image_encoded_for_a_caller_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = load_case("a")
+    LateCopies(monkeypatch)
+    engine = case.engine(batch_size=1)
+    engine.encoder.store = cache_for("a", tmp_path)
+    picture = Image.new("RGB", (64, 48), "red")
+    encoded = Moondream(engine).encode_image(picture)
+    found = cache_for("a", tmp_path).load(encoded.sha256)
+    assert found is not None
+    assert torch.equal(found, encoded.embeddings)

@@ -67,7 +67,8 @@ class ImageEncoder:
         self._ready: dict[str, Tensor] = {}  # of pictures that are about to be asked something
         self._memory: OrderedDict[str, Tensor] = OrderedDict()  # of pictures that may come again
         self._memory_bytes, self._used_bytes = memory_bytes, 0
-        self._unsaved: list[tuple[dict[str, Tensor], Callable[[], None]]] = []  # on their way to the host; a wait
+        # Embeddings on their way to the host, and what waits for them.
+        self._unsaved: list[tuple[dict[str, Tensor], Callable[[], None] | None]] = []
         self.num_images = 0  # pictures that went through the encoder
         self.num_crops = 0
         self.num_reused = 0  # pictures found in memory or on disk
@@ -134,8 +135,9 @@ class ImageEncoder:
             self._remember(image.sha256, embedding)
         if self.store is not None:
             coming = {i.sha256: start_download(e) for i, e in zip(images, embeddings, strict=True)}
-            self._unsaved.append((coming, milestone(self.model.device)))
-            if self.model.device.type != "cuda":
+            wait = milestone(self.model.device)
+            self._unsaved.append((coming, wait))
+            if wait is None:
                 self.save_encoded()
         self.num_images += len(images)
         self.seconds += time.perf_counter() - started
@@ -148,7 +150,8 @@ class ImageEncoder:
         """
         unsaved, self._unsaved = self._unsaved, []
         for coming, wait in unsaved:
-            wait()
+            if wait is not None:
+                wait()
             assert self.store is not None
             for image_key, embeddings in coming.items():
                 self.store.save(image_key, embeddings)

@@ -73,13 +73,12 @@ def start_download(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def milestone(device: torch.device) -> Callable[[], None]:
-    """Return a function that waits until `device` has done everything it was told before this call."""
+def milestone(device: torch.device) -> Callable[[], None] | None:
+    """Return a function that waits until `device` has done everything it was told before this call.
+
+    None: it has done so already, as a device other than CUDA.
+    """
     if device.type != "cuda":
-        return _nothing_to_wait_for
+        return None
     wait: Callable[[], None] = torch.cuda.current_stream(device).record_event().synchronize
     return wait
-
-
-def _nothing_to_wait_for() -> None:
-    """Other devices' copies above are complete when they return."""
