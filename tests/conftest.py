@@ -11,6 +11,8 @@ import pytest
 
 # Two cores are shared, and the models of the tests are too small for more than one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Kernels for a GPU run in Triton's interpreter here; the choice is made when they are first imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # `nohup` and background jobs of a shell hand down ignored signals; programs started here expect none.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -9,11 +9,13 @@
   three rows also round otherwise than those of more: a row would depend on how many it has with it.
 - CPU: attention by plain products, a few heads at a time: in bfloat16 the fused kernel runs at a
   third of the GEMM rate for the vision encoder and at 2 GB/s for a single query row.
-- CUDA, bfloat16: all experts of a layer in two grouped matrix products, without asking the host how
-  many tokens each expert got.
-- small experts anywhere, and float32 where the code is to be compiled: every expert sees every token
-  and weights of zero drop what was not
-  chosen; a handful of products is cheaper than sorting tokens for dozens.
+- CUDA: kernels of our own for the experts and for all between a projection and its attention
+  (`gpu/forms.py`), for every dtype and size, so that a small model checks what a large one runs.
+- small experts on other devices, and float32 where the code is to be compiled: every expert sees every
+  token and weights of zero drop what was not chosen; a handful of products is cheaper than sorting
+  tokens for dozens.
+- bfloat16 where the code is to be compiled: all experts of a layer in two grouped matrix products,
+  without asking the host how many tokens each expert got.
 
 No form lets a row see its companions: each computes rows on their own (tests/test_kernels.py).
 """
@@ -44,6 +46,11 @@ def optimise(model: Moondream3, *, for_compiling: bool = False) -> None:
     forms that a compiler can follow: nothing packed, nothing that asks the host. Parts that were
     loaded in few bits are left as they are (`low_bit_loading.py`).
     """
+    if model.device.type == "cuda":
+        from md3cli.model.gpu.forms import place_forms  # imports triton, which other devices do without
+
+        place_forms(model)
+        return
     is_packed = (
         model.device.type == "cpu"
         and model.dtype in (torch.bfloat16, torch.float32)
@@ -72,7 +79,7 @@ def _optimise_experts(layer: MoeMlp, is_packed: bool, for_compiling: bool) -> No
         layer.run = AllExperts(layer, is_packed=is_packed)
     elif is_packed:
         layer.run = PackedExperts(layer)
-    elif is_bf16 and (layer.fc1.weight.is_cuda or for_compiling):
+    elif is_bf16 and for_compiling:
         layer.run = GroupedExperts(layer)
     elif for_compiling:
         layer.run = AllExperts(layer)  # the loop would ask the host how many tokens each expert got
@@ -80,7 +87,7 @@ def _optimise_experts(layer: MoeMlp, is_packed: bool, for_compiling: bool) -> No
 
 def _pack_children(module: nn.Module) -> None:
     for name, child in module.named_children():
-        if isinstance(child, Mlp) and isinstance(child.fc1, Linear):
+        if isinstance(child, Mlp) and isinstance(child.fc1, Linear) and isinstance(child.fc2, Linear):
             setattr(module, name, PackedMlp(child))
         elif isinstance(child, Tau):
             setattr(module, name, PackedTau(child))

@@ -13,6 +13,8 @@ Shape suffixes: S slots, H heads, C capacity (positions), K head width, B rows o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -68,40 +70,73 @@ class KVCache:
             tensor[target, :, :length] = tensor[source, :, :length]
 
 
-class PrefixStore:
-    """Prefill of image prefixes: rows start at position 0 and attend to nothing but themselves."""
+class SlotStore(ABC):
+    """What a pass writes to and reads from: row b of the pass has the slot `slots_B[b]`.
 
-    def __init__(self, cache: KVCache, slots_B: Tensor) -> None:
+    A pass stores its new keys and values in two ways: `update` is the plain one; a kernel that has them
+    in hand writes to `cache_of` itself and then asks `attended` what to attend to.
+    """
+
+    attends_new = False  # True: new keys and values are all that is attended to
+
+    def __init__(self, cache: KVCache, slots_B: Tensor | None) -> None:
+        """Without `slots_B` row b has slot b."""
         self.cache, self.slots_B = cache, slots_B
 
+    def cache_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [S, H, C, K] each."""
+        return self.cache.keys[layer], self.cache.values[layer]
+
+    def attended(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values to attend to, once the new ones are stored."""
+        keys, values = self.cache_of(layer)
+        return self._read(keys), self._read(values)
+
     def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        length = k_BHTK.shape[2]
-        self.cache.keys[layer][self.slots_B, :, :length] = k_BHTK
-        self.cache.values[layer][self.slots_B, :, :length] = v_BHTK
+        """Store new keys and values, and return those to attend to."""
+        for stored_SHCK, new_BHTK in zip(self.cache_of(layer), (k_BHTK, v_BHTK), strict=True):
+            self._write(stored_SHCK, new_BHTK)
+        return self.attended(layer, k_BHTK, v_BHTK)
+
+    @abstractmethod
+    def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> None:
+        """Put new keys or values into the slots."""
+
+    def _read(self, stored_SHCK: Tensor) -> Tensor:
+        """Keys or values [B, H, S, K] of the slots; a store that attends to the new ones alone needs none."""
+        return stored_SHCK
+
+
+class PrefixStore(SlotStore):
+    """Prefill of image prefixes: rows start at position 0 and attend to nothing but themselves."""
+
+    attends_new = True
+
+    def attended(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         return k_BHTK, v_BHTK
 
+    def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> None:
+        stored_SHCK[self.slots_B, :, : new_BHTK.shape[2]] = new_BHTK
 
-class PromptStore:
+
+class PromptStore(SlotStore):
     """Prefill of prompts: each row writes behind what its slot holds and attends to all of it.
 
     `position_BT` are the absolute positions of the new entries, `length` bounds what is attended to.
     """
 
     def __init__(self, cache: KVCache, slots_B: Tensor, position_BT: Tensor, length: int) -> None:
-        self.cache, self.slots_B, self.position_BT, self.length = cache, slots_B, position_BT, length
+        super().__init__(cache, slots_B)
+        self._slots_B, self.position_BT, self.length = slots_B, position_BT, length
 
-    def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            self._write(self.cache.keys[layer], k_BHTK),
-            self._write(self.cache.values[layer], v_BHTK),
-        )
+    def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> None:
+        stored_SHCK[self._slots_B[:, None], :, self.position_BT] = new_BHTK.transpose(1, 2)
 
-    def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> Tensor:
-        stored_SHCK[self.slots_B[:, None], :, self.position_BT] = new_BHTK.transpose(1, 2)
-        return stored_SHCK[:, :, : self.length].index_select(0, self.slots_B)
+    def _read(self, stored_SHCK: Tensor) -> Tensor:
+        return stored_SHCK[:, :, : self.length].index_select(0, self._slots_B)
 
 
-class DecodeStore:
+class DecodeStore(SlotStore):
     """One decode step of slots 0 … n-1: one new position each, read in place.
 
     All of the capacity is attended to (under a mask): a shorter view would not be contiguous, and
@@ -109,15 +144,12 @@ class DecodeStore:
     """
 
     def __init__(self, cache: KVCache, position_N: Tensor) -> None:
-        self.cache, self.position_N = cache, position_N
+        super().__init__(cache, None)
+        self.position_N = position_N
         self.rows_N = torch.arange(position_N.shape[0], device=position_N.device)
 
-    def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            self._write(self.cache.keys[layer], k_BHTK),
-            self._write(self.cache.values[layer], v_BHTK),
-        )
-
-    def _write(self, stored_SHCK: Tensor, new_NH1K: Tensor) -> Tensor:
+    def _write(self, stored_SHCK: Tensor, new_NH1K: Tensor) -> None:
         stored_SHCK[self.rows_N, :, self.position_N] = new_NH1K[:, :, 0]
+
+    def _read(self, stored_SHCK: Tensor) -> Tensor:
         return stored_SHCK[: len(self.rows_N)]

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from md3cli.model.gpu.layers import KernelExperts, KernelLinear
+from md3cli.model.gpu.weights import KernelWeight
 from md3cli.model.low_bit import LowBitLinear, Matrix
 from md3cli.model.low_bit_int8 import Int8Matrix, peaks
 from md3cli.model.moe import MoeMlp, Routing, gate
@@ -124,10 +126,10 @@ class PackedMatrices(nn.Module):
         self.matrices = matrices
 
 
-def low_bit_matrices(model: nn.Module) -> Iterator[Matrix]:
+def low_bit_matrices(model: nn.Module) -> Iterator[Matrix | KernelWeight]:
     """Every packed weight of a model, its experts' included."""
     for module in model.modules():
-        if isinstance(module, LowBitLinear):
+        if isinstance(module, (LowBitLinear, KernelLinear, KernelExperts)):
             yield module.matrix
         elif isinstance(module, PackedMatrices):
             yield from module.matrices

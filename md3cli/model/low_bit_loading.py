@@ -21,6 +21,9 @@ from md3cli.model.allocator import return_freed_memory
 from md3cli.model.checkpoint import CheckpointReader, LoadedModel, build_model
 from md3cli.model.checkpoint_plan import CheckpointPlan
 from md3cli.model.code_cache import CodeCache
+from md3cli.model.gpu import weights as kernel_weights
+from md3cli.model.gpu.layers import KernelExperts, KernelLinear
+from md3cli.model.gpu.weights import KernelWeight
 from md3cli.model.layers import Linear
 from md3cli.model.low_bit import LowBitLinear, Matrix, can_hold, pack
 from md3cli.model.low_bit_experts import place_experts
@@ -29,7 +32,7 @@ from md3cli.model.moe import ExpertMatrices, MoeMlp
 from md3cli.model.moondream import Moondream3
 from md3cli.model.name_tables import Slot, is_portable
 from md3cli.model.packing import SCHEMES, read_quantised
-from md3cli.model.quantised import LowBit, QuantisedWeight
+from md3cli.model.quantised import LowBit, QuantisedWeight, quantise
 from md3cli.model.scale_search import search
 from md3cli.model.tensor_table import is_experts
 
@@ -64,8 +67,11 @@ class LowBitReader:
         quant: str,
         adapter: Path | None,
         cache: CodeCache | None = None,
+        *,
+        for_kernels: bool = False,
     ) -> None:
         self.reader, self.quant, self.cache = reader, quant, cache
+        self._can_hold = kernel_weights.can_hold if for_kernels else can_hold
         self.slots = {slot.name: slot for slot in plan.slots}
         changes = read_adapter(adapter, plan.config) if adapter is not None else []
         self._changes: Mapping[str, LowRank] = {change.weight: change for change in changes}
@@ -91,7 +97,7 @@ class LowBitReader:
         names = [name]
         if is_experts(name, slot.shape):
             names = [f"{name.rsplit('.', 2)[0]}.{leaf}.weight" for leaf in ("fc1", "fc2")]
-        return kind if kind is not None and all(can_hold(kind, self.slots[n].shape) for n in names) else None
+        return kind if kind is not None and all(self._can_hold(kind, self.slots[n].shape) for n in names) else None
 
     def quantised(self, name: str) -> QuantisedWeight:
         """The codes of a tensor that is to be held in few bits."""
@@ -132,10 +138,12 @@ def load_low_bit(
     device: torch.device,
     adapter: Path | None = None,
     cache: CodeCache | None = None,
+    for_kernels: bool = False,
 ) -> LoadedModel:
     """The network with its low-bit matrices packed for `device`; activations and the rest in `dtype`.
 
-    Codes that have to be made are taken from `cache` and left there.
+    Codes that have to be made are taken from `cache` and left there. `for_kernels` keeps every scheme's
+    codes in the layout of the GPU's kernels and puts these in place.
 
     Raises:
         CheckpointError: the files or the adapter cannot be read.
@@ -146,14 +154,20 @@ def load_low_bit(
     model.text.register_forward_pre_hook(functools.partial(_tell_pass, text_pass, plan.config.prefix_len))
     rest: dict[str, Tensor] = {}
     with CheckpointReader(plan, dtype=dtype, device=device, keeps_open=False) as reader:
-        weights = LowBitReader(plan, reader, quant, adapter, cache)
+        weights = LowBitReader(plan, reader, quant, adapter, cache, for_kernels=for_kernels)
         for name in weights.slots:
             if weights.kind_of(name) is None:
                 rest[name] = weights.plain(name).clone(memory_format=torch.contiguous_format)
+            elif for_kernels:
+                _place(model, name, KernelWeight.of_quantised(weights.quantised(name)))
             else:
                 _place(model, name, pack(weights.quantised(name), text_pass, dtype))
     model.load_state_dict(rest, strict=True, assign=True)
     return_freed_memory()
+    if for_kernels:
+        from md3cli.model.gpu.forms import place_forms  # imports triton
+
+        place_forms(model)  # nothing else computes with this layout
     return LoadedModel(model.requires_grad_(False).eval(), plan.config, plan)
 
 
@@ -162,14 +176,37 @@ def _tell_pass(text_pass: TextPass, prefix_len: int, text: nn.Module, inputs: tu
     text_pass.is_prefix = inputs[0].shape[1] >= prefix_len
 
 
-def _place(model: Moondream3, name: str, matrices: list[Matrix]) -> None:
-    """Put packed matrices where the network has the plain weight `name`."""
+def _place(model: Moondream3, name: str, packed: list[Matrix] | KernelWeight) -> None:
+    """Put a packed weight where the network has the plain weight `name`."""
     path = name.removesuffix(".weight")
     owner_path, leaf = path.rsplit(".", 1)
     owner, plain = model.get_submodule(owner_path), model.get_submodule(path)
     if isinstance(plain, ExpertMatrices):
         assert isinstance(owner, MoeMlp)
-        place_experts(owner, leaf, matrices)
+        if isinstance(packed, KernelWeight):
+            setattr(owner, leaf, KernelExperts(packed))
+        else:
+            place_experts(owner, leaf, packed)
+        return
+    assert isinstance(plain, Linear)
+    if isinstance(packed, KernelWeight):
+        setattr(owner, leaf, KernelLinear(packed, plain.bias, model.config.prefix_len))
     else:
-        assert isinstance(plain, Linear)
-        setattr(owner, leaf, LowBitLinear(matrices[0], plain.bias))
+        setattr(owner, leaf, LowBitLinear(packed[0], plain.bias))
+
+
+def quantise_decoder(model: Moondream3, kind: LowBit, *, experts_only: bool = False, for_kernels: bool = False) -> None:
+    """Put the decoder's plain matrices into few bits, in place: for measurements on random weights.
+
+    Extremes are spread over all codes; `load_low_bit` searches for better scales. Weights of sizes that
+    the layout does not hold stay as they are. Call it before `kernels.optimise`.
+    """
+    text_pass = TextPass()
+    model.text.register_forward_pre_hook(functools.partial(_tell_pass, text_pass, model.config.prefix_len))
+    holds = kernel_weights.can_hold if for_kernels else can_hold
+    for name in [name for name, _ in model.named_parameters() if name.startswith("text.") and is_portable(name)]:
+        weight = model.get_parameter(name)
+        if (experts_only and weight.dim() != 3) or not holds(kind, tuple(weight.shape)):
+            continue
+        codes = quantise(weight.detach(), kind)
+        _place(model, name, KernelWeight.of_quantised(codes) if for_kernels else pack(codes, text_pass, model.dtype))

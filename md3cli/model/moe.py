@@ -59,6 +59,10 @@ def usual_size(num_rows: int) -> int:
     return num_rows if num_rows <= 16 else -(-num_rows // 8) * 8
 
 
+# Rows, which of them are live, and the two summands of the block -> their sum with the experts' outputs.
+Fused = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+
+
 class MoeMlp(nn.Module):
     """Router and experts of one layer."""
 
@@ -69,6 +73,7 @@ class MoeMlp(nn.Module):
         self.fc1 = ExpertMatrices(config.num_experts, dim, 2 * config.expert_inner_dim)
         self.fc2 = ExpertMatrices(config.num_experts, config.expert_inner_dim, dim)
         self.run: Callable[[Tensor, Routing], Tensor] = self.run_experts  # `kernels.optimise` puts a faster one
+        self.fused: Fused | None = None  # or one that does the routing and the block's sums as well
 
     def route(self, x_ND: Tensor) -> Routing:
         """The largest router logits of each token; the softmax is over the chosen ones only, in float32."""
@@ -79,6 +84,12 @@ class MoeMlp(nn.Module):
         """[..., D] -> [..., D]."""
         x_ND = x.reshape(-1, x.shape[-1])
         return self.run(x_ND, self.route(x_ND)).view(x.shape)
+
+    def added(self, residual_BTD: Tensor, branch_BTD: Tensor, h_BTD: Tensor, live_BT: Tensor | None) -> Tensor:
+        """`residual + branch + experts(h)`, the sum of a block; rows that are not live may be left out of the last."""
+        if self.fused is not None:
+            return self.fused(h_BTD, live_BT, residual_BTD, branch_BTD)
+        return residual_BTD + branch_BTD + self(h_BTD)  # type: ignore[no-any-return]
 
     def run_experts(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of the chosen experts' outputs, one expert at a time."""

@@ -35,8 +35,8 @@ class Moondream3(nn.Module):
 
     def prefix_embeddings(self, image_BPD: Tensor) -> Tensor:
         """Image embeddings [B, P, D] -> the image's prefix [B, 1 + P, D]: BOS, then the image."""
-        bos = torch.tensor(self.config.tokenizer.bos_id, device=image_BPD.device)
-        bos_B1D = self.text.embed(bos).expand(image_BPD.shape[0], 1, -1)
+        bos_D = self.text.wte[self.config.tokenizer.bos_id]  # a view: an id in a tensor would be copied to the device
+        bos_B1D = bos_D.expand(image_BPD.shape[0], 1, -1)
         return torch.cat([bos_B1D, image_BPD], dim=1)
 
 

@@ -10,6 +10,7 @@ Shape suffixes: B batch, T new positions, S all positions, H heads, K head width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -73,6 +74,10 @@ class Tau(nn.Module):
         return F.linear(features_BT3D, self.wq), F.linear(features_BT3D, self.wv)
 
 
+# Hidden states, positions, rotary table, store, layer -> queries of the new positions, keys and values of all.
+Project = Callable[[Tensor, Tensor, Tensor, KeyValueStore | None, int], tuple[Tensor, Tensor, Tensor]]
+
+
 class TextAttention(nn.Module):
     """Multi-head attention with tau and partial rotary positions."""
 
@@ -80,6 +85,7 @@ class TextAttention(nn.Module):
         super().__init__()
         self.num_heads = config.n_heads
         self.attend: Attend = attention  # `kernels.optimise` may choose another
+        self.project: Project = self.plain_projection  # and here
         self.qkv = Linear(config.dim, 3 * config.dim)
         self.proj = Linear(config.dim, config.dim)
         self.tau = Tau(config.dim, config.n_heads)
@@ -90,6 +96,15 @@ class TextAttention(nn.Module):
         scale_q, scale_v = self.tau(qkv, position_BT)
         q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
         return rotate(q * scale_q, table), rotate(k, table), v * scale_v
+
+    def plain_projection(
+        self, h_BTD: Tensor, position_BT: Tensor, table: Tensor, store: KeyValueStore | None, layer: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, 64], and keys and values [B, H, S, 64] to attend to, the new ones stored."""
+        q, k, v = self.queries_keys_values(h_BTD, position_BT, table)
+        if store is not None:
+            k, v = store.update(layer, k, v)
+        return q, k, v
 
 
 class TextBlock(nn.Module):
@@ -106,13 +121,19 @@ class TextBlock(nn.Module):
             self.mlp = Mlp(config.dim, config.ff_dim, config.dim)
 
     def forward(
-        self, x_BTD: Tensor, position_BT: Tensor, table: Tensor, mask: Tensor | None, store: KeyValueStore | None
+        self,
+        x_BTD: Tensor,
+        position_BT: Tensor,
+        table: Tensor,
+        mask: Tensor | None,
+        store: KeyValueStore | None,
+        live_BT: Tensor | None = None,
     ) -> Tensor:
         h_BTD = self.ln(x_BTD)
-        q, k, v = self.attn.queries_keys_values(h_BTD, position_BT, table)
-        if store is not None:
-            k, v = store.update(self.layer, k, v)
+        q, k, v = self.attn.project(h_BTD, position_BT, table, store, self.layer)
         attended = self.attn.proj(merge_heads(self.attn.attend(q, k, v, mask)))
+        if isinstance(self.mlp, MoeMlp):
+            return self.mlp.added(x_BTD, attended, h_BTD, live_BT)
         return x_BTD + attended + self.mlp(h_BTD)  # type: ignore[no-any-return]
 
 
@@ -133,16 +154,22 @@ class TextDecoder(nn.Module):
         return F.embedding(ids, self.wte)
 
     def forward(
-        self, x_BTD: Tensor, position_BT: Tensor, mask: Tensor | None = None, store: KeyValueStore | None = None
+        self,
+        x_BTD: Tensor,
+        position_BT: Tensor,
+        mask: Tensor | None = None,
+        store: KeyValueStore | None = None,
+        live_BT: Tensor | None = None,
     ) -> Tensor:
         """Embeddings at absolute positions -> hidden states [B, T, D] before the last LayerNorm.
 
         `mask` is bool, broadcastable to [B, 1, T, S], True where a position may be attended to;
-        None attends to everything. Without `store` S is T.
+        None attends to everything. Without `store` S is T. `live_BT` is False for positions whose result
+        nobody reads: fast forms may leave experts out for them.
         """
         table = rotary_table(position_BT, self.config.rope_theta)
         for block in self.blocks:
-            x_BTD = block(x_BTD, position_BT, table, mask, store)
+            x_BTD = block(x_BTD, position_BT, table, mask, store, live_BT)
         return x_BTD
 
     def logits(self, hidden: Tensor) -> Tensor:
