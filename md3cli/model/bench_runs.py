@@ -6,43 +6,72 @@ Pictures are noise, weights may be random and answers mean nothing: only time an
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from md3cli.errors import EngineError
 from md3cli.images import PreparedImage, Tiling
 from md3cli.model import plain
 from md3cli.model.allocator import return_freed_memory
 from md3cli.model.encoder import EmbeddingStore, ImageEncoder
 from md3cli.model.engine import Engine
 from md3cli.model.kernels import resident_tensors
-from md3cli.model.memory import peak_rss, reset_peak_rss
+from md3cli.model.memory import MemoryPlan, free_bytes, peak_rss, plan_cuda, reset_peak_rss
 from md3cli.model.moondream import Moondream3
 from md3cli.model.prompts import Prompt
 from md3cli.model.random_weights import forbid_end
 from md3cli.model.tasks import Job
 from md3cli.records import Request, RunIdentity, Task
 
+if TYPE_CHECKING:
+    from md3cli.model.bench_files import PhotoFiles
+
 WORD_ID = 1000
+ANSWER_ID, THINKING_ID = 3, 4  # what a prompt ends with
+PHOTO = Tiling(2, 4)  # nine crops: what most photographs are cut into
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is run: pictures by tiling, and how many requests of which task each."""
+    """What is run: pictures by tiling, and how many requests of which task each.
+
+    A query with `reasoning` spends `max_tokens` twice, on thinking and on its answer. With `from_files`
+    the pictures are JPEG files, decoded while the engine runs.
+    """
 
     tilings: tuple[Tiling, ...]
     task: Task
     num_prompts: int
     max_tokens: int
     max_objects: int
+    reasoning: bool = False
+    from_files: bool = False
 
     @property
     def num_requests(self) -> int:
         return len(self.tilings) * self.num_prompts
 
+    @property
+    def answer_tokens(self) -> int | None:
+        """Output tokens of each answer where none ends before its budget; None for objects."""
+        if self.task not in (Task.CAPTION, Task.QUERY):
+            return None
+        return self.max_tokens * (2 if self.reasoning else 1)
 
-WORKLOADS = {
+    @property
+    def request(self) -> Request:
+        """What is asked of each picture, without its prompt."""
+        return Request(self.task, reasoning=self.reasoning, max_tokens=self.max_tokens, max_objects=self.max_objects)
+
+
+WORKLOADS = {  # sizes for a CPU; a GPU gets `bench_gpu.gpu_workload`
+    "query": Workload((PHOTO,) * 8, Task.QUERY, 1, max_tokens=3, max_objects=1),
+    # 30 tokens altogether: 15 of reasoning, 15 of the answer
+    "reasoning": Workload((PHOTO,) * 4, Task.QUERY, 1, max_tokens=15, max_objects=1, reasoning=True),
     "captions": Workload((Tiling(1, 1),) * 8, Task.CAPTION, 1, max_tokens=32, max_objects=1),
     "photos": Workload(
         tuple(Tiling(*t) for t in [(2, 2), (2, 4), (3, 3), (2, 3), (3, 4), (2, 4), (1, 4), (4, 2)] * 2),
@@ -51,6 +80,7 @@ WORKLOADS = {
         max_tokens=1,
         max_objects=2,
     ),
+    "files": Workload((PHOTO,) * 8, Task.QUERY, 1, max_tokens=3, max_objects=1, from_files=True),
 }
 
 
@@ -65,7 +95,8 @@ class FixedPrompts:
     """Prompts of a typical length without a tokenizer."""
 
     def build(self, request: Request, has_image: bool) -> Prompt:
-        return Prompt([1, *([WORD_ID] * 4), 3])
+        reasons = request.task is Task.QUERY and request.reasoning
+        return Prompt([1, *([WORD_ID] * 4), THINKING_ID if reasons else ANSWER_ID])
 
     def encode_choices(self, request: Request) -> tuple[tuple[int, ...], ...]:
         return ()
@@ -84,9 +115,22 @@ def make_images(model: Moondream3, workload: Workload, seed: int) -> list[Prepar
     return images
 
 
-def make_jobs(workload: Workload, images: list[PreparedImage]) -> list[Job]:
+def open_pictures(
+    stack: ExitStack, model: Moondream3, workload: Workload, num_workers: int, seed: int
+) -> tuple[list[PreparedImage], PhotoFiles | None]:
+    """The workload's pictures, cut already; those from files beside the files, which are there until `stack` closes."""
+    if not workload.from_files:
+        return make_images(model, workload, seed), None
+    from md3cli.model.bench_files import photo_files  # only here: the decode pool is Unix only
+
+    crop_config = model.config.vision.crop_config
+    files = stack.enter_context(photo_files(workload.num_requests, crop_config, num_workers, seed))
+    return files.decode_all(), files
+
+
+def make_jobs(workload: Workload, images: Sequence[PreparedImage]) -> list[Job]:
     """Every prompt of every picture; prompts differ in name only."""
-    base = Request(workload.task, max_tokens=workload.max_tokens, max_objects=workload.max_objects)
+    base = workload.request
     jobs: list[Job] = []
     for image in images:
         for number in range(workload.num_prompts):
@@ -95,26 +139,57 @@ def make_jobs(workload: Workload, images: list[PreparedImage]) -> list[Job]:
     return jobs
 
 
-def run_engine(
-    model: Moondream3, workload: Workload, images: list[PreparedImage], batch_size: int, store: EmbeddingStore
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The engine on the whole workload: times by stage, and memory against its parts."""
-    encoder = ImageEncoder(model, store=store)
-    engine = Engine(
+def make_engine(model: Moondream3, batch_size: int, store: EmbeddingStore | None = None) -> Engine:
+    """An engine without texts. On CUDA sizes are planned as for a run: the batch may come out smaller.
+
+    Raises:
+        ConfigError: a CUDA device has no room for one picture at a time.
+    """
+    max_context = model.config.text.max_context
+    plan = MemoryPlan(batch_size)
+    if model.device.type == "cuda":
+        plan = plan_cuda(free_bytes(model.device), model.config, model.dtype, max_context, asked=batch_size)
+    return Engine(
         model,
         SilentTokenizer(),  # type: ignore[arg-type]
         FixedPrompts(),  # type: ignore[arg-type]
-        encoder,
+        ImageEncoder(model, store=store, max_crops=plan.max_crops),
         identity=RunIdentity("bench"),
-        batch_size=min(batch_size, workload.num_requests),
-        max_context=model.config.text.max_context,
+        batch_size=plan.slots,
+        max_context=max_context,
+        prefill_tokens=plan.prefill_tokens,
     )
+
+
+def time_run(engine: Engine, jobs: Iterable[Job | None], workload: Workload) -> tuple[float, int]:
+    """Seconds from the first job to the last answer, and the output tokens of all answers.
+
+    Raises:
+        EngineError: a request failed, or its answer has not the tokens that the workload speaks of.
+    """
+    started = time.perf_counter()
+    num_tokens = 0
+    for answer in engine.run(jobs):
+        if answer.failure is not None:
+            raise EngineError(f"request {answer.key} of the benchmark failed: {answer.failure.message}")
+        if workload.answer_tokens not in (None, answer.output_tokens):
+            raise EngineError(
+                f"request {answer.key} of the benchmark has {answer.output_tokens} tokens, not {workload.answer_tokens}"
+            )
+        num_tokens += answer.output_tokens
+    return time.perf_counter() - started, num_tokens
+
+
+def run_engine(
+    model: Moondream3, workload: Workload, images: list[PreparedImage], batch_size: int, store: EmbeddingStore
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The engine on the whole workload: times by stage, and the process's memory against its parts."""
+    engine = make_engine(model, min(batch_size, workload.num_requests), store)
+    encoder = engine.encoder
     jobs = make_jobs(workload, images)
     return_freed_memory()  # what the measurements before kept is not this run's
     reset_peak_rss()
-    started = time.perf_counter()
-    num_tokens = sum(answer.output_tokens for answer in engine.run(jobs))
-    seconds = time.perf_counter() - started
+    seconds, num_tokens = time_run(engine, jobs, workload)
     busy = engine.stats.prefix_seconds + engine.stats.prompt_seconds + engine.stats.decode_seconds + encoder.seconds
     times = {
         "seconds": seconds,
