@@ -1,0 +1,229 @@
+"""One run of the check: children one after the other within the budget, their findings into results.json."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .children import Child, Line
+from .options import Options, leave
+from .parts import FACTS, WARM_UP, Part
+from .results import FAILED, NOT_MEASURED, OK, Results
+
+RESERVE_S = 2.0  # of the budget, to kill what runs and to write
+FACTS_LEAST_S = 10.0  # what this machine is, is asked however small the budget
+WARM_UP_CHILDREN = 12
+BYTES_PER_WARM_UP = 5e9  # of the card: a context, a layer and the largest pass
+FAILED_KERNELS = "failed kernels"
+CUDA_SIGNS = ("CUDA error", "illegal memory access", "device-side assert", "misaligned address", "cudaError")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One process of a part; `argument` is its share of it."""
+
+    part: Part
+    argument: str = ""
+
+    @property
+    def label(self) -> str:
+        """What its files are called."""
+        return "-".join(filter(None, [self.part.name, self.argument])).replace("/", "_")
+
+
+class Ahead:
+    """Starts each child while the one before it measures: importing torch takes seconds, and no device."""
+
+    def __init__(self, units: Iterator[Unit], start: Callable[[Unit], Child]) -> None:
+        self._units, self._start = units, start
+        self._next: Child | None = None
+
+    def start_next(self) -> None:
+        """Start the next unit's child, where there is one and it is not started."""
+        if self._next is None and (unit := next(self._units, None)) is not None:
+            self._next = self._start(unit)
+
+    def take(self) -> Child:
+        """The next unit's child, which waits for its line."""
+        self.start_next()
+        assert self._next is not None
+        child, self._next = self._next, None
+        return child
+
+    def skip(self) -> None:
+        """Pass the next unit over."""
+        if self._next is not None:
+            self.take().kill()
+        else:
+            next(self._units)
+
+
+class Check:
+    """Runs the parts that were asked for; the process that does this never touches the device."""
+
+    def __init__(self, options: Options, parts: Sequence[Part]) -> None:
+        self.options, self.parts = options, parts
+        self.results = Results(options, [part.name for part in parts])
+        self._ends_at = time.monotonic() + options.budget_s
+        self._children: list[Child] = []
+        self._folder = options.out / "children"
+
+    @property
+    def left_s(self) -> float:
+        """Seconds of the budget that may still be spent."""
+        return self._ends_at - RESERVE_S - time.monotonic()
+
+    def run(self) -> int:
+        """All parts; 0 where none failed, else 1."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.results.write()
+        except OSError as error:
+            leave(f"--out {self.options.out}: {error.strerror}; choose another folder")
+        try:
+            self._ask_facts()
+            self._warm_up()
+            self._run_parts()
+        finally:
+            for child in self._children:
+                child.kill()
+            self.results.write()
+        return int(any(part["status"] == FAILED for part in self.results.parts.values()))
+
+    # -- before the parts -------------------------------------------------------------------------
+
+    def _ask_facts(self) -> None:
+        """What this machine is; ends the program where the check makes no sense on it."""
+        child = self._start(Unit(FACTS))
+        child.go({})
+        ending = child.wait(time.monotonic() + max(self.left_s, FACTS_LEAST_S), self.results.take_fact)
+        if ending.error:
+            self.results.data.setdefault("problem", ending.error.splitlines()[0])
+        if problem := self.results.data.get("problem"):
+            leave(problem)
+        self.results.expect()
+
+    def _warm_up(self) -> None:
+        """Compile every kernel, several at a time, so that no part waits for it and no time counts it."""
+        if self.options.device != "cuda" or self.left_s < WARM_UP.least_s or not self.options.names:
+            return
+        started = time.monotonic()
+        children = self._start_warm_up()
+        errors: list[str] = []
+        deadline = started + min(self.left_s, WARM_UP.most_s)
+        for child in children:
+            ending = child.wait(deadline, functools.partial(_keep_failure, errors))
+            errors += filter(None, [ending.error, "a process was not done in time" if ending.is_late else ""])
+        seconds = time.monotonic() - started
+        self.results.data["compiling"] = {"seconds": round(seconds, 1), "errors": errors}
+        print(f"{'compiling':10} {seconds:6.1f} s  {len(children)} processes, {len(errors)} errors", flush=True)
+
+    def _start_warm_up(self) -> list[Child]:
+        """As many processes as cores and the card's memory have room for."""
+        fitting = int(self.results.data.get("free_bytes", 0) / BYTES_PER_WARM_UP)
+        count = max(1, min(WARM_UP_CHILDREN, os.cpu_count() or 1, fitting))
+        children = [self._start(Unit(WARM_UP, f"{number}-{count}")) for number in range(count)]
+        for child in children:
+            child.go({})
+        return children
+
+    # -- the parts --------------------------------------------------------------------------------
+
+    def _run_parts(self) -> None:
+        units = {part: self._units_of(part) for part in self.parts if part.name in self.options.names}
+        ahead = Ahead(itertools.chain.from_iterable(units.values()), self._start)
+        for part, of_part in units.items():
+            started = time.monotonic()
+            statuses = [self._run_unit(unit, ahead, started) for unit in of_part]
+            if not of_part:
+                self.results.add_error(part.name, self.results.data.get("kernels_problem", "no kernels were listed"))
+            status = next((status for status in (FAILED, NOT_MEASURED) if status in statuses), OK)
+            self.results.end(part.name, status if of_part else NOT_MEASURED, time.monotonic() - started)
+            print(f"{part.name:10} {time.monotonic() - started:6.1f} s  {status}", flush=True)
+
+    def _units_of(self, part: Part) -> list[Unit]:
+        """One process of a part, or one for each kernel; none where there are no kernels here."""
+        if not part.is_by_kernel:
+            return [Unit(part)]
+        return [Unit(part, kernel) for kernel in self.results.data.get("kernels", ())]
+
+    def _run_unit(self, unit: Unit, ahead: Ahead, part_started: float) -> str:
+        """Let a child measure; its status. What the budget's end cuts off has not failed."""
+        part, own_s = unit.part, unit.part.most(self.options.device)
+        of_part_s = part.most_all_s - (time.monotonic() - part_started) if part.is_by_kernel else own_s
+        may_take_s = min(own_s, of_part_s, self.left_s)
+        if may_take_s < part.least(self.options.device):
+            ahead.skip()
+            return NOT_MEASURED
+        child = ahead.take()
+        child.go(self._known())
+        ahead.start_next()
+        errors: list[str] = []
+        ending = child.wait(time.monotonic() + may_take_s, functools.partial(self._take, part, errors))
+        if ending.is_late and may_take_s == own_s:
+            errors.append(f"{unit.label}: not done within {own_s:.0f} s")
+        elif ending.error:
+            errors.append(f"{unit.label}: {ending.error}")
+        if errors:
+            self._fail(unit, errors)
+            return FAILED
+        return NOT_MEASURED if ending.is_late else OK
+
+    def _fail(self, unit: Unit, errors: list[str]) -> None:
+        for error in errors:
+            self.results.add_error(unit.part.name, error)
+        if unit.part.is_by_kernel:
+            self.results.parts[unit.part.name].setdefault(FAILED_KERNELS, []).append(unit.argument)
+        self._name_the_kernel(unit, "\n".join(errors))
+
+    def _take(self, part: Part, errors: list[str], line: Line) -> None:
+        _keep_failure(errors, line)
+        self.results.take(part.name, line)
+
+    def _name_the_kernel(self, unit: Unit, error: str) -> None:
+        """Once more, kernel by kernel, after a CUDA error: they are reported late, at whatever comes next."""
+        note = "with CUDA_LAUNCH_BLOCKING=1"
+        is_cuda_error = any(sign in error for sign in CUDA_SIGNS) or "died of signal" in error
+        if self.options.device != "cuda" or not is_cuda_error or note in self.results.parts[unit.part.name]:
+            return
+        if self.left_s < 2 * unit.part.least_s:
+            return
+        said: list[str] = []
+        child = self._start(unit, "-blocking", {"CUDA_LAUNCH_BLOCKING": "1"})
+        child.go(self._known())
+        deadline = time.monotonic() + min(self.left_s, unit.part.most_s)
+        ending = child.wait(deadline, functools.partial(_keep_failure, said))
+        self.results.parts[unit.part.name][note] = "\n".join(filter(None, [*said, ending.error])) or "no error"
+
+    def _known(self) -> dict[str, Any]:
+        """What a child should know of those before it."""
+        parts = self.results.parts
+        limits = parts.get("limits", {})
+        rates = {name: limits[name] for name in ("product_rate", "copy_rate") if name in limits}
+        return rates | {"twins": parts.get("kernels", {}).get(FAILED_KERNELS, [])}
+
+    def _start(self, unit: Unit, suffix: str = "", extra: dict[str, str] | None = None) -> Child:
+        options, environment = self.options, dict(extra or {})
+        if options.device == "cuda":
+            environment["TRITON_CACHE_DIR"] = str((options.out / "triton_cache").resolve())
+        elif unit.part.is_by_kernel or unit.part is FACTS:
+            environment["TRITON_INTERPRET"] = "1"
+        child = Child(
+            unit.part.module,
+            folder=self._folder,
+            label=unit.label + suffix,
+            arguments=[options.device, options.config, unit.argument],
+            environment=environment,
+        )
+        self._children.append(child)
+        return child
+
+
+def _keep_failure(failures: list[str], line: Line) -> None:
+    if "fail" in line:
+        failures.append(line["fail"])

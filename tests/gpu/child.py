@@ -1,0 +1,122 @@
+"""What runs in a measuring process: `python -m gpu.child MODULE LINES_FILE DEVICE CONFIG ARGUMENT`.
+
+The module (a part of the check) is imported at once; its `measure(run)` is called when the parent has
+sent its line. Whatever is found goes into the lines file as it is found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from md3cli.model.config import ModelConfig
+from md3cli.model.load import prepare_device
+from md3cli.model.memory import is_out_of_memory
+from md3cli.model.random_weights import CONFIGS
+
+PR_SET_PDEATHSIG = 1
+FACTS = "gpu.facts"
+_TRACE_LINES = 12
+
+
+class Run:
+    """One child's task, and where it says what it found.
+
+    `argument` is what this child is to do where a part has several; `known` is what the parent knew when it
+    sent the child off: what `limits` noted (`product_rate`, `copy_rate`), and `twins`, the kernels that
+    failed and are to be replaced.
+    """
+
+    def __init__(self, lines_file: str, device: str, config_name: str, argument: str, known: dict[str, Any]) -> None:
+        self._lines_fd = os.open(lines_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
+        self.config_name, self.argument, self.known = config_name, argument, known
+
+    @property
+    def config(self) -> ModelConfig:
+        return CONFIGS[self.config_name]
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def figure(self, name: str, value: float, unit: str, **more: float) -> None:
+        """A measured figure; its name says workload, batch and weight form. `more` is what a prediction needs."""
+        self._write({"figure": name, "value": value, "unit": unit} | more)
+
+    def fail(self, text: str) -> None:
+        """Something is wrong: the part has failed, and goes on."""
+        self._write({"fail": text})
+
+    def note(self, name: str, value: Any) -> None:
+        """Something worth keeping beside the figures."""
+        self._write({"note": name, "value": value})
+
+    @contextlib.contextmanager
+    def if_it_fits(self, what: str) -> Iterator[None]:
+        """Around a measurement that a small card has no memory for: noted, and the part goes on."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.note(f"does not fit: {what}", str(error).splitlines()[0])
+        finally:
+            if self.is_cuda:
+                torch.cuda.empty_cache()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        os.write(self._lines_fd, json.dumps(line).encode() + b"\n")  # one call: whole or not at all
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent is gone (Linux): nothing may stay on the device."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(module_name: str, lines_file: str, device: str, config_name: str, argument: str) -> int:
+    """Import, wait for the parent's line, measure; 0 also where the part failed and could say so."""
+    die_with_parent()
+    warnings.simplefilter("ignore")  # torch's, about deterministic fills and the profiler
+    try:
+        module, problem = importlib.import_module(module_name), ""
+    except Exception:  # noqa: BLE001  whatever it is, the parent is told when it asks
+        module, problem = None, last_lines(traceback.format_exc())
+    line = sys.stdin.readline()
+    if not line:
+        return 0  # not wanted any more
+    run = Run(lines_file, device, config_name, argument, json.loads(line))
+    if module is None:
+        run.fail(problem)
+        return 0
+    torch.set_flush_denormal(True)  # as `load_engine` does, and so is this: a second thread would wait, spinning
+    if device == "cpu" and config_name == "mini":
+        torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        if module_name != FACTS:  # which says what keeps the device from being used
+            prepare_device(run.device)
+        module.measure(run)
+    except Exception:  # noqa: BLE001
+        run.fail(last_lines(traceback.format_exc()))
+    return 0
+
+
+def last_lines(text: str) -> str:
+    return "\n".join(text.strip().splitlines()[-_TRACE_LINES:])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))

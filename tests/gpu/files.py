@@ -1,0 +1,43 @@
+"""Part `files`: photographs from JPEG files through md3's decode workers into the engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from md3cli.feed import num_auto_workers
+from md3cli.model.bench_files import PhotoFiles, photo_files
+from md3cli.model.bench_runs import make_engine, make_jobs, time_run
+from md3cli.model.moondream import Moondream3
+
+from .child import Run
+from .models import BF16, model_in
+from .workloads import Load, loads_of, warm_up
+
+SIZES = {"2 megapixels": (1920, 1080), "12 megapixels": (4032, 3024)}
+CPU_SIZES = {"0.3 megapixels": (640, 480)}
+NUM_FILES = 128
+
+
+def measure(run: Run) -> None:
+    """Queries a second about files, and about the same pictures decoded and cut before."""
+    model, load = model_in(run, BF16), loads_of(run)[0]
+    load = replace(load, num_requests=min(load.num_requests, NUM_FILES))
+    warm_up(model, load)
+    crops, workers = model.config.vision.crop_config, num_auto_workers()
+    run.note("decode workers", workers)
+    for what, size in (SIZES if run.is_cuda else CPU_SIZES).items():
+        with photo_files(load.num_requests, crops, workers, seed=0, size=size) as files:
+            measure_files(run, model, load, files, what)
+
+
+def measure_files(run: Run, model: Moondream3, load: Load, files: PhotoFiles, what: str) -> None:
+    workload, name = load.workload, f"batch {load.batch}, {BF16}"
+    pictures = files.decode_all()  # which also starts the workers
+    cut_s, _ = time_run(make_engine(model, load.batch), make_jobs(workload, pictures), workload)
+    run.figure(f"{what}, cut before, {name}", load.num_requests / cut_s, "pictures/s")
+    run.figure(f"{what}, crops of a picture", len(pictures[0].crops), "count")
+    del pictures
+    jobs = files.jobs(workload.request, load.num_requests)
+    files_s, _ = time_run(make_engine(model, load.batch), jobs, workload)
+    run.figure(f"{what}, from files, {name}", load.num_requests / files_s, "pictures/s")
+    run.figure(f"{what}, from files, {name}: of cut before", cut_s / files_s, "share")

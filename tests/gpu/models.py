@@ -1,0 +1,69 @@
+"""Random models of the check: drawn on the device from a seed, in the forms that the product would choose."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from md3cli.model.bench_runs import weight_bytes
+from md3cli.model.config import ModelConfig
+from md3cli.model.kernels import GroupedExperts, optimise
+from md3cli.model.low_bit_experts import low_bit_matrices
+from md3cli.model.low_bit_loading import quantise_decoder
+from md3cli.model.moe import ExpertMatrices, MoeMlp
+from md3cli.model.moondream import Moondream3
+from md3cli.model.quantised import LowBit
+from md3cli.model.random_weights import forbid_end, random_model
+from md3cli.model.text import TextAttention
+
+from .child import Run
+
+SEED = 13
+BF16, FP8, INT4 = "bf16", "float8 experts", "int4"
+WEIGHT_FORMS = (BF16, FP8, INT4)  # 3.1 is stored in the second, the 4-bit port in the third
+# Kernels, as part `kernels` calls them, without which a form of `md3cli.model.gpu.forms` is not used.
+EXPERT_KERNELS = {"plan", "up_gate plain", "down plain", "combine"}
+PROJECTION_KERNELS = {"tau_products", "tau_rope_store"}
+
+
+def model_in(run: Run, form: str, config: ModelConfig | None = None) -> Moondream3:
+    """A network in one of the weight forms that never ends a text, as the engine runs it."""
+    model = random_model(config or run.config, dtype=torch.bfloat16, device=run.device, seed=SEED)
+    forbid_end(model)
+    if form == FP8:
+        quantise_decoder(model, LowBit.FP8, experts_only=True, for_kernels=run.is_cuda)
+    elif form == INT4:
+        quantise_decoder(model, LowBit.INT4, for_kernels=run.is_cuda)
+    apply_forms(run, model)
+    free_memory(run)
+    return model
+
+
+def apply_forms(run: Run, model: Moondream3) -> None:
+    """Exchange parts for the forms of the device; plain ones where a kernel of a form has failed.
+
+    Weights in few bits have no plain form on a GPU.
+    """
+    optimise(model)
+    failed = set(run.known.get("twins", ()))
+    for module in model.text.modules():
+        if isinstance(module, MoeMlp) and failed & EXPERT_KERNELS and isinstance(module.fc1, ExpertMatrices):
+            module.fused = None
+            module.run = GroupedExperts(module) if module.fc1.weight.dtype is torch.bfloat16 else module.run_experts
+        elif isinstance(module, TextAttention) and failed & PROJECTION_KERNELS:
+            module.project = module.plain_projection
+    if failed:
+        run.note("twins", sorted(failed))
+
+
+def all_weight_bytes(model: Moondream3) -> int:
+    """Memory of every weight, plain and in codes."""
+    return weight_bytes(model) + sum(matrix.num_bytes for matrix in low_bit_matrices(model))
+
+
+def free_memory(run: Run) -> None:
+    """Give back what models before this one held."""
+    gc.collect()
+    if run.is_cuda:
+        torch.cuda.empty_cache()

@@ -1,0 +1,52 @@
+"""The table that the script prints: 100 columns, one figure a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .predictions import GOALS
+
+WIDTH = 100
+_LINE = "{:9}{:60}{:>11}{:>11} {:8}"
+
+
+def table_of(data: dict[str, Any]) -> str:
+    """All figures of `results.json` with their predictions; what went wrong beneath its part."""
+    lines = [f"{data['card']}, torch {data['torch']}, predictions {data['predictions'] or 'none'}"[:WIDTH], ""]
+    lines += [_line("part", "figure", "value", "predicted", "unit"), "-" * WIDTH]
+    for name, part in data["parts"].items():
+        lines.append(_line(name, part["status"], "", "", ""))
+        lines += [_figure_line(figure, entry) for figure, entry in part["figures"].items()]
+        lines += [f"  ! {text}"[:WIDTH] for error in part.get("errors", ()) for text in error.splitlines()[-3:]]
+    goals = list(_goal_lines(data))
+    return "\n".join([*lines, "-" * WIDTH, *goals])
+
+
+def _figure_line(name: str, entry: dict[str, Any]) -> str:
+    return _line("", name, _number(entry["value"]), _number(entry["prediction"]), entry["unit"])
+
+
+def _line(*columns: str) -> str:
+    part, name, value, prediction, unit = columns
+    return _LINE.format(part, name if len(name) <= 60 else name[:59] + "~", value, prediction, unit).rstrip()
+
+
+def _number(value: float | None) -> str:
+    """Four digits; a dash where there is none."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value == int(value) and abs(value) < 1e7 else f"{value:.4g}"
+
+
+def _goal_lines(data: dict[str, Any]) -> Iterator[str]:
+    """What must be reached, where it was measured at full size on a GPU."""
+    if data["device"] != "cuda" or data["config"] != "full":
+        return
+    for part in data["parts"].values():
+        for name, entry in part["figures"].items():
+            goal, value = GOALS.get(name), entry["value"]
+            if goal is not None and value is not None:
+                aim = f", aim {goal.aim:g}" if goal.aim is not None else ""
+                reached = "reached" if value <= goal.at_most else "missed"
+                yield f"goal {reached}: {name} {value:.3g}, at most {goal.at_most:g}{aim}"
