@@ -51,32 +51,34 @@ class PhotoFiles:
 
 
 @contextmanager
-def photo_files(count: int, crop_config: CropConfig, num_workers: int, seed: int) -> Iterator[PhotoFiles]:
-    """`count` photographs in a temporary folder, with `num_workers` decode workers."""
+def photo_files(
+    count: int, crop_config: CropConfig, num_workers: int, seed: int, size: tuple[int, int] = SIZE
+) -> Iterator[PhotoFiles]:
+    """`count` photographs of `size` (width, height) in a temporary folder, with `num_workers` decode workers."""
     with (
         tempfile.TemporaryDirectory(prefix="md3-bench-") as folder,
         DecodePool(num_workers, crop_config, ImageLimits()) as pool,
     ):
-        yield PhotoFiles(write_photos(Path(folder), count, seed), pool, AHEAD_PER_WORKER * num_workers)
+        yield PhotoFiles(write_photos(Path(folder), count, seed, size), pool, AHEAD_PER_WORKER * num_workers)
 
 
-def write_photos(folder: Path, count: int, seed: int) -> list[Path]:
-    """JPEG files of `SIZE`, no two with the same bytes."""
-    scenes = [_scene(seed + number) for number in range(min(count, NUM_SCENES))]
+def write_photos(folder: Path, count: int, seed: int, size: tuple[int, int] = SIZE) -> list[Path]:
+    """JPEG files, no two with the same bytes."""
+    scenes = [_scene(seed + number, size) for number in range(min(count, NUM_SCENES))]
     paths = [folder / f"{number:04}.jpg" for number in range(count)]
     for number, path in enumerate(paths):
         path.write_bytes(with_comment(scenes[number % NUM_SCENES], f"picture {number}"))
     return paths
 
 
-def _scene(seed: int) -> bytes:
+def _scene(seed: int, size: tuple[int, int]) -> bytes:
     """A JPEG as hard to decode as a photograph: soft light, shapes with edges, grain; 2 bits a pixel."""
     random = np.random.default_rng(seed)
-    light = Image.fromarray(random.integers(0, 256, (9, 16, 3), dtype=np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
+    light = Image.fromarray(random.integers(0, 256, (9, 16, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(light)
-    for left, top, width, height, red, green, blue in random.integers(0, (*SIZE, 500, 400, 256, 256, 256), (60, 7)):
+    for left, top, width, height, red, green, blue in random.integers(0, (*size, 500, 400, 256, 256, 256), (60, 7)):
         pen.ellipse((left, top, left + width, top + height), (red, green, blue))
-    grain = random.normal(0, 8, (*reversed(SIZE), 1))
+    grain = random.normal(0, 8, (*reversed(size), 1))
     pixels = (np.asarray(light) + grain).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=85)
