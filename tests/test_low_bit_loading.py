@@ -17,6 +17,7 @@ from md3cli.file_cache import FileCache
 from md3cli.model.checkpoint import load_model
 from md3cli.model.checkpoint_plan import plan_checkpoint
 from md3cli.model.encoding_cache import EncodingCache
+from md3cli.model.gpu.layers import KernelExperts, KernelLinear
 from md3cli.model.hub import model_path
 from md3cli.model.kernels import optimise
 from md3cli.model.load import load_engine, load_weights
@@ -24,9 +25,11 @@ from md3cli.model.low_bit import LowBitLinear
 from md3cli.model.low_bit_experts import PackedMatrices, low_bit_matrices
 from md3cli.model.low_bit_int4 import Int4Matrix
 from md3cli.model.low_bit_int8 import Int8Matrix
-from md3cli.model.low_bit_loading import has_low_bits, low_bit_of
+from md3cli.model.low_bit_loading import has_low_bits, low_bit_of, quantise_decoder
 from md3cli.model.low_bit_vision import Int8Mlp, gelu_tanh_, quantise_vision
 from md3cli.model.moondream import Moondream3
+from md3cli.model.quantised import LowBit
+from md3cli.model.random_weights import CONFIGS, random_model
 from md3cli.model.vision import VisionEncoder
 
 CPU = torch.device("cpu")
@@ -160,6 +163,49 @@ def test_answers_do_not_depend_on_batch_or_company(quant: str) -> None:
         together = answers(case, model, batch_size, keys)
         for key in alone:
             assert comparable(together[key]) == comparable(alone[key]), key
+
+
+def test_a_checkpoint_whose_sizes_are_held_in_part_is_run() -> None:
+    """Of a dense layer's two matrices 4 bits hold one: the other stays plain, and both forms stand side by side."""
+    case = load_case("int4")
+    model = loaded(CASES["int4"][0], "stored")
+    assert isinstance(model.text.blocks[0].mlp.fc2, LowBitLinear)
+    assert not isinstance(model.text.blocks[0].mlp.fc1, LowBitLinear)
+    optimise(model)
+    keys = [key for key in range(len(case.requests)) if case.is_certain(key)]
+    for answer in case.engine(4, model).run(case.job(key) for key in keys):
+        assert_answer(answer, case.expected[answer.key])
+
+
+# -- random weights --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("for_kernels", [False, True])
+@pytest.mark.parametrize(("kind", "experts_only"), [(LowBit.FP8, True), (LowBit.INT4, False)])
+def test_random_weights_are_put_into_few_bits(kind: LowBit, experts_only: bool, for_kernels: bool) -> None:
+    config = CONFIGS["mini"]
+    plain, model = (random_model(config, dtype=torch.float32, device=CPU) for _ in range(2))
+    quantise_decoder(model, kind, experts_only=experts_only, for_kernels=for_kernels)
+    kinds = (KernelLinear, KernelExperts) if for_kernels else (LowBitLinear, PackedMatrices)
+    found = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    sparse = {layer for layer in range(config.text.n_layers) if config.text.is_moe_layer(layer)}
+    leaves = ("mlp.fc1", "mlp.fc2") if experts_only else ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    layers = sparse if experts_only else range(config.text.n_layers)
+    assert found == {f"text.blocks.{layer}.{leaf}" for layer in layers for leaf in leaves}
+    rest = plain.state_dict()
+    assert all(torch.equal(tensor, rest[name]) for name, tensor in model.state_dict().items())
+    num_bytes = sum(matrix.num_bytes for matrix in low_bit_matrices(model))
+    held = sum(rest[f"{name}.weight"].numel() for name in found)
+    # int4 on a CPU: a scale and a zero in the activations' dtype, here float32, for 128 values, as for the kernels
+    assert 0 <= num_bytes - held * (0.5 + 8 / 128 if kind is LowBit.INT4 else 1) <= 0.05 * held
+
+
+@pytest.mark.parametrize("kind", [LowBit.FP8, LowBit.INT4])
+def test_random_weights_in_few_bits_compute_as_before(kind: LowBit) -> None:
+    plain, model = (random_model(CONFIGS["mini"], dtype=torch.float32, device=CPU) for _ in range(2))
+    quantise_decoder(model, kind)
+    optimise(model)
+    assert 1e-4 < error(hidden_of(model, 90), hidden_of(plain, 90)) < (0.06 if kind is LowBit.FP8 else 0.3)
 
 
 # -- vision ----------------------------------------------------------------------------------------
