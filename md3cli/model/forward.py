@@ -45,7 +45,9 @@ def run_prompts(
     device = x_BTD.device
     position_BT = start_B[:, None] + torch.arange(x_BTD.shape[1], device=device)
     mask = (torch.arange(total, device=device) <= position_BT[:, :, None])[:, None]
-    hidden_BTD = model.text(x_BTD, position_BT, mask, PromptStore(cache, slots_B, position_BT, total))
+    is_real_BT = torch.arange(x_BTD.shape[1], device=device) <= last_B[:, None]  # not padding behind a short prompt
+    store = PromptStore(cache, slots_B, position_BT, total)
+    hidden_BTD = model.text(x_BTD, position_BT, mask, store, is_real_BT)
     return hidden_BTD[torch.arange(x_BTD.shape[0], device=device), last_B]  # type: ignore[no-any-return]
 
 
@@ -56,8 +58,9 @@ def decode_step(
     position_N1 = rows.position[:, None]
     mask = (torch.arange(cache.capacity, device=next_ND.device) <= position_N1[:, :, None])[:, None]
     store = DecodeStore(cache, rows.position)
-    hidden_ND = model.text(next_ND[:, None], position_N1, mask, store)[:, 0]
-    moved = rows._replace(position=rows.position + (rows.mode != IDLE))
+    is_live_N = rows.mode != IDLE
+    hidden_ND = model.text(next_ND[:, None], position_N1, mask, store, is_live_N[:, None])[:, 0]
+    moved = rows._replace(position=rows.position + is_live_N)
     return advance(model, moved, hidden_ND, max_context, is_sampled=is_sampled)
 
 
