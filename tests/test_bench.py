@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -305,6 +307,35 @@ def test_a_gpu_runs_all_that_is_not_narrowed(
     assert asked == [(names, sizes, 3, 5)]
     assert found.baseline is not None
     assert list(found.baseline) == list(names)
+
+
+CUDA_PYTHON = os.environ.get("MD3_CUDA_PYTHON")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CUDA_PYTHON is None, reason="MD3_CUDA_PYTHON names no Python with a CUDA build of torch")
+@pytest.mark.parametrize(("free_gb", "last", "notes"), [(30, 128, 0), (1.5, 86, 1)])
+def test_a_device_that_is_not_there_runs_all_of_it(free_gb: float, last: int, notes: int) -> None:
+    """Fake tensors: sizes planned from what is free, nothing on a wrong device; numbers mean nothing."""
+    assert CUDA_PYTHON is not None
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [CUDA_PYTHON, root / "tests" / "fake_bench.py", str(free_gb)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    decode = ["decode", *(f"decode_{size}" for size in (8, 64, 128))]
+    assert list(found["stages"]) == ["vision", "prefill", "prefill_16", *decode]
+    assert found["limits"]["copy_gbytes"] == 2 * found["limits"]["read_gbytes"]
+    assert [run["batch_size"] for run in found["runs"]] == [1, 8, 64, last]
+    assert all(run["output_tokens"] == 3 * run["requests"] for run in found["runs"])
+    assert {run["gpu_outside_bytes"] for run in found["runs"]} == {6000}  # of 10,000 that are not free
+    assert len(found["notes"]) == notes
 
 
 # -- on a CPU --------------------------------------------------------------------------------------
