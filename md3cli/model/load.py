@@ -56,7 +56,7 @@ def load_engine(options: ModelOptions) -> Engine:
     """
     torch.set_flush_denormal(True)  # denormals make CPU arithmetic five times slower
     device = choose_device(options.device)
-    prepare_device(device)
+    prepare_device(device, options.cache_dir)
     files = resolve_model(
         options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline
     )
@@ -202,8 +202,10 @@ def run_identity(options: ModelOptions, model: str) -> RunIdentity:
     )
 
 
-def prepare_device(device: torch.device) -> None:
+def prepare_device(device: torch.device, cache_dir: Path | None = None) -> None:
     """Set this process up for a CUDA device, before anything is allocated there; nothing to do for others.
+
+    Compiled kernels are kept in `cache_dir`, by default the user's cache folder, and not in a folder of Triton's own.
 
     Raises:
         ConfigError: the kernels cannot run on it.
@@ -214,6 +216,7 @@ def prepare_device(device: torch.device) -> None:
         # torch reads it when CUDA allocates first (2.11 and 2.13: not when it is imported). Segments that grow
         # leave no holes where caches and micro-batches of other sizes were.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    os.environ.setdefault("TRITON_CACHE_DIR", str((cache_dir or user_cache_dir()) / "triton"))
     require_kernels(device)
     torch.cuda.set_device(device)  # kernels of our own are launched on the current device
     # Sums of a product's parts stay in float32, so that they do not depend on how cuBLAS cuts it.

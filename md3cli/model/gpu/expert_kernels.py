@@ -61,7 +61,7 @@ def _choose(logits, row, num_rows, X: tl.constexpr, XP: tl.constexpr, A: tl.cons
         share = tl.where(hit, value[:, None], share)
         total += value
         left = tl.where(hit, float("-inf"), left)
-    return chosen & (row < num_rows)[:, None], share, total
+    return chosen & (row < num_rows)[:, None], share, tl.where(row < num_rows, total, 1.0)
 
 
 @triton.jit

@@ -35,6 +35,10 @@ _TAU_PARTS = 12  # at most, of the sum over 6144 values: each a program, so that
 _COMBINED_COLUMNS = 512
 
 LAUNCHES: dict[str, int] = {}  # kernels that an operator launches, by its name
+_TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    torch.Tag.needs_fixed_stride_order,
+)  # for compilers: fake forms hold, rows are dense
 _library = Library(NAMESPACE, "DEF")  # lives as long as the process: torch forgets the operators with it
 
 
@@ -43,7 +47,7 @@ def _operator(schema: str, launches: int, fake: Callable[..., object]) -> Callab
     name = schema.partition("(")[0]
 
     def register(launch: Callable[..., object]) -> None:
-        _library.define(schema)
+        _library.define(schema, tags=_TAGS)
         _library.impl(name, launch, "CompositeExplicitAutograd")
         register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         LAUNCHES[f"{NAMESPACE}::{name}"] = launches
@@ -154,6 +158,7 @@ def _up_gate(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None
              pair_token: Tensor, block_expert: Tensor, block_first: Tensor, ends: Tensor, tile: list[int],
              ) -> Tensor:  # fmt: skip
     """Gated inner values of every pair [P, I]; x [N, D] contiguous."""
+    assert x.is_contiguous(), x.stride()
     cut, inner = Tile.of_list(tile), codes.shape[1] // 2
     y_PI = x.new_empty(pair_token.shape[0], inner)
     _launch(
@@ -205,6 +210,7 @@ def _dense(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None, 
 
 def _launch_down(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None, form: int, bias: Tensor | None,
                  out: Tensor, blocks: tuple[Tensor, Tensor, Tensor] | None, cut: Tile) -> None:  # fmt: skip
+    assert x.is_contiguous(), x.stride()
     (num_rows, num_inputs), num_outputs = x.shape, out.shape[1]
     num_blocks = triton.cdiv(num_rows, cut.rows) if blocks is None else len(blocks[0])
     # 4-bit tiles mask no columns: `weights.can_hold` lets in only sizes that whole tiles cover.
@@ -239,6 +245,7 @@ def _combine(z: Tensor, place: Tensor, weight: Tensor, residual: Tensor | None, 
     """Each token's weighted sum [N, D], and the two summands of the block where they are given."""
     num_rows, width = place.shape[0], z.shape[1]
     assert (residual is None) == (branch is None)
+    assert all(part is None or part.is_contiguous() for part in (z, residual, branch))
     out_ND = z.new_empty(num_rows, width)
     columns = min(_COMBINED_COLUMNS, triton.next_power_of_2(width))
     _launch(
