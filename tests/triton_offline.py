@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from md3cli.model.gpu import attention_kernels, expert_kernels, operators
-from md3cli.model.gpu.tiles import PassKind, Product, Tile, tile_of
+from md3cli.model.gpu.tiles import PassKind, Product, Tile, tile_for
 from md3cli.model.gpu.weights import WeightForm
 
 TARGETS = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90, "sm_120": 120}
@@ -64,7 +64,7 @@ def _tiled(tile: Tile) -> dict[str, int]:
     return {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth}
 
 
-def product_variants() -> Iterator[Variant]:
+def product_variants(capability: tuple[int, int]) -> Iterator[Variant]:
     """Both products of the experts and the dense one, in every dtype, form and kind of pass at the real size."""
     blocks = {"pair_token": "*i32", "block_expert": "*i32", "block_first": "*i32", "ends": "*i32"}
     for dtype, pointer in FLOATS.items():
@@ -78,13 +78,13 @@ def product_variants() -> Iterator[Variant]:
                 dense = {"K": DIM, "OUT": 3 * DIM, "IS_DENSE": True, "HAS_BIAS": True}
                 of = {"has_products": dtype is not torch.float32}
 
-                tile = tile_of(Product.UP_GATE, kind, form, dtype, torch.device("cpu"))
+                tile = tile_for(Product.UP_GATE, kind, form, dtype, capability)
                 groups = DIM // 128 if form is WeightForm.INT4 else 1
                 yield Variant(
                     f"up_gate {name}", expert_kernels.up_gate, weight | blocks | {"x": pointer, "y": pointer},
                     shared | _tiled(tile) | {"D": DIM, "INNER": INNER, "GROUPS": groups}, tile.warps, tile.stages, **of,
                 )  # fmt: skip
-                tile = tile_of(Product.DOWN, kind, form, dtype, torch.device("cpu"))
+                tile = tile_for(Product.DOWN, kind, form, dtype, capability)
                 groups = INNER // 128 if form is WeightForm.INT4 else 1
                 down = {"y": pointer, "z": pointer, "bias": pointer}
                 yield Variant(
@@ -92,7 +92,7 @@ def product_variants() -> Iterator[Variant]:
                     shared | _tiled(tile) | experts | {"GROUPS": groups},
                     tile.warps, tile.stages, **of,
                 )  # fmt: skip
-                tile = tile_of(Product.DENSE, kind, form, dtype, torch.device("cpu"))
+                tile = tile_for(Product.DENSE, kind, form, dtype, capability)
                 groups = DIM // 128 if form is WeightForm.INT4 else 1
                 yield Variant(
                     f"dense {name}", expert_kernels.down, weight | down,
@@ -101,7 +101,7 @@ def product_variants() -> Iterator[Variant]:
                 )  # fmt: skip
 
 
-def other_variants() -> Iterator[Variant]:
+def other_variants(capability: tuple[int, int]) -> Iterator[Variant]:
     """The plan, the weighted sum, and what stands between projection and attention."""
     lists = dict.fromkeys(("pair_token", "place", "block_expert", "block_first", "ends", "counts"), "*i32")
     lists |= {"live": "*i1", "weight": "*fp32"}
@@ -123,7 +123,7 @@ def other_variants() -> Iterator[Variant]:
             {"D": DIM, "A": CHOICES, "HAS_RESIDUAL": True, "BN": 512}, 2,
         )  # fmt: skip
         for kind in PassKind:
-            tile = tile_of(Product.TAU, kind, WeightForm.PLAIN, dtype, torch.device("cpu"))
+            tile = tile_for(Product.TAU, kind, WeightForm.PLAIN, dtype, capability)
             sizes = {"BM": tile.rows, "BJ": 2 * HEADS, "BK": tile.depth, "PART": 512}
             yield Variant(
                 f"tau_products {name} {kind}", attention_kernels.tau_products,
@@ -141,6 +141,13 @@ def other_variants() -> Iterator[Variant]:
             )  # fmt: skip
     yield Variant("plan_tiles", expert_kernels.plan_tiles, lists,
                   {"X": EXPERTS, "XP": EXPERTS, "BM": 128, "TP": 128, "BP": 128}, 8, **plain)  # fmt: skip
+
+
+def variants(target: str) -> Iterator[Variant]:
+    """All kernels as a card launches them."""
+    capability = divmod(TARGETS[target], 10)
+    yield from product_variants(capability)
+    yield from other_variants(capability)
 
 
 def compiled(variant: Variant, target: str) -> dict[str, Any]:
@@ -178,7 +185,7 @@ def _inspected(cubin: bytes) -> dict[str, Any]:
 def main() -> None:
     """Print a line for each kernel and card."""
     targets = sys.argv[1:] or list(TARGETS)
-    jobs = [(variant, target) for variant in (*product_variants(), *other_variants()) for target in targets]
+    jobs = [(variant, target) for target in targets for variant in variants(target)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for row in pool.map(lambda job: compiled(*job), jobs):
             print(json.dumps(row), flush=True)
