@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,3 +168,18 @@ def test_no_import_circles() -> None:
 
     for module in MODULES:
         follow(module, ())
+
+
+def test_an_answer_on_a_cpu_leaves_triton_alone() -> None:
+    """Nobody without a GPU misses it; where it is installed it is not even looked into."""
+    check = (
+        "import sys\n"
+        "from PIL import Image\n"
+        "from md3cli.model.api import Moondream\n"
+        "model = Moondream.load('tiny', device='cpu')\n"
+        "assert 'answer' in model.query(Image.new('RGB', (64, 64)), 'what?', settings={'max_tokens': 2})\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        "assert 'torch' in loaded\n"
+        "assert 'triton' not in loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)
