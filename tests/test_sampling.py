@@ -130,3 +130,19 @@ def test_on_apples_gpu_the_same_ids_are_drawn_without_float64() -> None:
         found = sample(*apple[:3], uniform(*apple[3:]))
     assert found.device.type == "mps"
     assert torch.equal(found.held, expected)
+
+
+def test_no_temperature_leaves_the_range_of_float32() -> None:
+    """An index of -1 would end the process on CUDA."""
+    logits = torch.tensor([[1.0, 30_000.0, 3.0]]).expand(6, -1)
+    temperature = torch.tensor([1e-45, 1e-40, 1e-30, 1e-20, 1e-3, 0.0])
+    u = torch.full((6,), 0.999, dtype=torch.float64)
+    assert sample(logits, temperature, torch.ones(6), u).tolist() == [1] * 6
+
+
+def test_a_row_of_nan_gets_an_id_and_changes_no_other() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0], [torch.nan] * 3, [1.0, 2.0, 3.0]])
+    ones, u = torch.ones(3), torch.full((3,), 0.5, dtype=torch.float64)
+    drawn = sample(logits, ones, ones, u)
+    assert 0 <= drawn[1] < 3
+    assert drawn[0] == drawn[2] == sample(logits[:1], ones[:1], ones[:1], u[:1])[0]

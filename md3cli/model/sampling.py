@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-30  # less is greedy: logits divided by it would leave the range of float32
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -49,11 +50,14 @@ def top_p_probabilities(logits: Tensor, temperature: Tensor, top_p: Tensor) -> t
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, u: Tensor) -> Tensor:
-    """Ids [N] drawn from the nucleus by inverting its cumulative mass at `u` (of `uniform`); temperature 0: argmax."""
-    is_greedy = temperature <= 0
+    """Ids [N] drawn from the nucleus by inverting its cumulative mass at `u` (of `uniform`); temperature 0: argmax.
+
+    A row of NaN gets any id: its caller sees to it.
+    """
+    is_greedy = temperature < LEAST_TEMPERATURE
     p, ids = top_p_probabilities(logits, temperature.masked_fill(is_greedy, 1.0), top_p)
     cumulative = p.to(_place_of_float64(p.device)).double().cumsum(dim=-1)
     rank = (cumulative <= u[:, None] * cumulative[:, -1:]).sum(dim=-1).to(p.device)
-    last_kept = (p > 0).sum(dim=-1) - 1
+    last_kept = ((p > 0).sum(dim=-1) - 1).clamp(min=0)  # of NaN none is kept, and CUDA does not survive index -1
     drawn = ids.gather(1, torch.minimum(rank, last_kept)[:, None])[:, 0]
     return torch.where(is_greedy, logits.argmax(dim=-1), drawn)
