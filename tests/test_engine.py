@@ -11,7 +11,8 @@ import pytest
 import torch
 from golden_cases import GoldenCase, assert_answer, load_case
 
-from md3cli.model.decoding import Mode
+from md3cli.model import choices as choices_module
+from md3cli.model.decoding import Event, Mode
 from md3cli.model.engine import Engine, Sizes
 from md3cli.model.forward import Passes
 from md3cli.model.kv_cache import KVCache
@@ -242,6 +243,50 @@ def test_rows_that_ended_stand_right_behind_the_prefix() -> None:
     assert engine._rows.mode.tolist() == [int(Mode.IDLE)] * 5
     assert set(engine._rows.position.tolist()) <= {0, case.model.config.prefix_len}  # 0: never used
     assert case.model.config.prefix_len in engine._rows.position.tolist()
+
+
+NAN = "the model computed NaN in float32: are its weights damaged?"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_picture_that_becomes_nan_fails_and_its_slot_serves_the_next(temperature: float) -> None:
+    """As float16 does where a model's numbers are too large for it."""
+    case = load_case("a")
+    shape = (case.model.config.vision.num_patches, case.model.config.text.dim)
+    bad = EncodedImage(torch.full(shape, torch.nan), 64, 48, "bad")
+    requests = [
+        Request(Task.DETECT, "cat", temperature=temperature),
+        Request(Task.CAPTION, temperature=temperature),
+        Request(Task.QUERY, "Which?", reasoning=False, choices=("yes", "no"), temperature=temperature),
+    ]
+    keys = [key for key in certain_keys(case) if case.image_indices[key] is None or case.requests[key].max_tokens > 3]
+    engine = case.engine(batch_size=1)  # every request sits where one that became NaN sat
+    failing = (Job(1000 + number, bad, request) for number, request in enumerate(requests * len(keys)))
+    answers = answers_by_key(engine, [job for key in keys for job in (next(failing), case.job(key))])
+    assert any(case.image_indices[key] is None for key in keys)
+    for key in keys:
+        assert_answer(answers[key], case.expected[key])
+    failures = [answer.failure for key, answer in answers.items() if key >= 1000]
+    assert {(failure.type, failure.message) for failure in failures if failure} == {("model", NAN)}
+    assert all(failures)
+
+
+def test_choices_without_a_number_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = load_case("a")
+    log_softmax = choices_module._log_softmax
+    monkeypatch.setattr(choices_module, "_log_softmax", lambda *both: log_softmax(*both) * torch.nan)
+    request = Request(Task.QUERY, "Which?", reasoning=False, choices=("yes", "no"))
+    (answer,) = case.engine(batch_size=1).run([Job(0, None, request)])
+    assert answer.failure is not None
+    assert answer.failure.message == NAN
+
+
+def test_coordinates_without_a_number_are_a_failure_where_they_matter() -> None:
+    fine = Event(int(Mode.X), 0, 1, 1, 1, 0, 0.5, 0.5, 0.5, 0.5)
+    assert not fine.is_nan
+    assert fine._replace(coord_mass=torch.nan).is_nan
+    assert not fine._replace(mode=int(Mode.TEXT), coord_mass=torch.nan).is_nan
+    assert fine._replace(mode=int(Mode.TEXT), continue_mass=torch.nan).is_nan
 
 
 PLANNED = Sizes(batch_size=8, prefill_tokens=4096, max_crops=9)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
+from math import isnan
 from typing import NamedTuple
 
 import torch
@@ -101,6 +102,12 @@ class Event(NamedTuple):
     coord_mass: float
     width_mass: float
     height_mass: float
+
+    @property
+    def is_nan(self) -> bool:
+        """True where the model computed NaN for what this decision is taken from."""
+        is_spatial = self.mode not in (_IDLE, _TEXT, _REASON)
+        return any(map(isnan, self[6:] if is_spatial else self[6:7]))
 
 
 class Step(NamedTuple):

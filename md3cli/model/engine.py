@@ -13,6 +13,7 @@ block (`host_block`) and reads back one small tensor an admission and one a step
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -321,8 +322,12 @@ class Engine:
             sequence = self._slots.sequences[slot]
             if sequence is None:
                 continue
+            event = Event(*values)
+            if event.is_nan:
+                self._fail(slot, sequence)
+                continue
             if not sequence.is_choosing:
-                sequence.absorb(Event(*values))
+                sequence.absorb(event)
             if sequence.is_done:
                 self._finish(slot, sequence)
 
@@ -330,6 +335,20 @@ class Engine:
         """Free a slot; its idle row is stepped over right behind the prefix, which it keeps."""
         self._slots.leave(slot, self.config.prefix_len)
         self._finished.append(build_answer(sequence, self.tokenizer))
+
+    def _fail(self, slot: int, sequence: Sequence) -> None:
+        """Answer a sequence with a failure because the model computed NaN for it, and free its slot."""
+        self._rows.mode[slot] = int(Mode.IDLE)
+        self._rows.position[slot] = self.config.prefix_len
+        self.cache.clear(slot)  # under a mask NaN is not nothing: the slot's next sequence would become NaN too
+        self._slots.leave(slot, self.config.prefix_len)
+        self._slots.held[slot] = None
+        name = str(self.model.dtype).removeprefix("torch.")
+        advice = "are its weights damaged?"
+        if self.model.dtype is torch.float16:
+            advice = "its numbers are too large for it; use --dtype bf16 or fp32"
+        failure = RowFailure("model", f"the model computed NaN in {name}: {advice}")
+        self._finished.append(Answer(sequence.job.key, failure=failure))
 
     def _choose(self) -> None:
         """Let the sequences that may only say one of a few things say it; their rows fall idle."""
@@ -341,6 +360,9 @@ class Engine:
         self._rows.mode.index_fill_(0, slots_B, int(Mode.IDLE))
         self._rows.position.index_fill_(0, slots_B, self.config.prefix_len)
         for (slot, sequence), row, found in zip(choosing, rows, scores, strict=True):
+            if any(map(math.isnan, found)):
+                self._fail(slot, sequence)
+                continue
             sequence.choose(found, has_room=row.end <= self.max_context)
             self._finish(slot, sequence)
 

@@ -69,6 +69,11 @@ class KVCache:
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
 
+    def clear(self, slot: int) -> None:
+        """Forget what a slot holds."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot].zero_()
+
 
 class SlotStore(ABC):
     """What a pass writes to and reads from: row b of the pass has the slot `slots_B[b]`.
