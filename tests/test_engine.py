@@ -11,6 +11,7 @@ import pytest
 import torch
 from golden_cases import GoldenCase, assert_answer, load_case
 
+from md3cli.images import Tiling
 from md3cli.model import choices as choices_module
 from md3cli.model.decoding import Event, Mode
 from md3cli.model.engine import Engine, Sizes
@@ -94,6 +95,32 @@ def test_micro_batches_of_any_size_give_the_same_embeddings(max_crops: int) -> N
     small.max_crops = max_crops
     for one, other in zip(plain.encode(case.images), small.encode(case.images), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_features_are_let_go_picture_by_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of all pictures of a large batch would not fit beside the slots, and smaller passes would not help."""
+    case = load_case("a")
+    engine = case.engine(batch_size=1)
+    encoder = engine.encoder
+    encoder.max_crops = 4
+    encode_crops, embed, num_held, most = encoder.encode_crops, case.model.vision.embed, 0, 0
+
+    def encoding(crops: torch.Tensor) -> torch.Tensor:
+        nonlocal num_held, most
+        num_held += len(crops)
+        most = max(most, num_held)
+        return encode_crops(crops)
+
+    def embedding(features: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+        nonlocal num_held
+        num_held -= len(features) if tiling != (1, 1) else 1
+        return embed(features, tiling)
+
+    encoder.encode_crops = encoding
+    monkeypatch.setattr(case.model.vision, "embed", embedding)
+    encoder.encode([replace(image, sha256=f"{image.sha256} {i}") for i in range(5) for image in case.images])
+    assert num_held == 0
+    assert most <= encoder.max_crops + max(len(image.crops) for image in case.images)
 
 
 def test_rows_started_again_after_running_out_of_memory_answer_the_same() -> None:

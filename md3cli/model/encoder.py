@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -156,19 +156,27 @@ class ImageEncoder:
             for image_key, embeddings in coming.items():
                 self.store.save(image_key, embeddings)
 
-    def _features(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Patch features of every picture's distinct crops, in micro-batches over all crops."""
+    def _features(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Patch features of every picture's distinct crops, in micro-batches over all crops.
+
+        A picture's are given as soon as they are there, and no more are kept than those of a micro-batch and
+        a picture: 128 pictures of 9 crops would hold 3.9 GB.
+        """
         counts = list(map(len, batches))
         staged = staging((sum(counts), *batches[0].shape[1:]), torch.uint8, self.model.device)
         for part, batch in zip(staged.split(counts), batches, strict=True):
             part.copy_(batch)
-        parts = []
+        coming, rest = deque(counts), None
         for chunk in send_staged(staged, self.model.device).split(self.max_crops):
             padding = (0, 0, 0, 0, 0, 0, 0, self.max_crops - len(chunk))
             crops_NCSS = normalise_crops(F.pad(chunk, padding) if self._pads else chunk, self.model.dtype)
-            parts.append(self.encode_crops(crops_NCSS)[: len(chunk)])
+            features = self.encode_crops(crops_NCSS)[: len(chunk)]
             self.num_crops += len(chunk)
-        return list(torch.cat(parts).split(counts))
+            rest = features if rest is None else torch.cat([rest, features])
+            while coming and coming[0] <= len(rest):
+                count = coming.popleft()
+                yield rest[:count]
+                rest = rest[count:]
 
     def _embed(self, features_NPE: Tensor, image: PreparedImage) -> Tensor:
         if features_NPE.shape[0] == 1:

@@ -24,7 +24,7 @@ REMEMBERED_BYTES = 256 << 20  # embeddings of pictures that may come again (`enc
 VISION_WIDTHS = 12.5  # widths of the encoder alive for each patch of a micro-batch: 21 MB a crop in 16 bits
 PREFILL_WIDTHS = 29.3  # widths of the decoder alive for each token of a prefill pass: 120 kB in 16 bits
 SLOT_POSITIONS = 1536  # a picture's prefix, a prompt and nearly every answer; longer ones are the engine's business
-SLOT_SHARE = 0.9  # of what is left; the rest is pictures on their way (35 MB a slot) and fragments
+SLOT_SHARE = 0.9  # of what is left; the rest is pictures on their way (7 MB a slot: crops, embeddings) and fragments
 # Errors of the CUDA libraries, which torch passes on as RuntimeError: their own allocations failed (cuDNN 8, 9).
 LIBRARIES_OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
