@@ -11,8 +11,12 @@ import pytest
 import torch
 from golden_cases import GoldenCase, assert_answer, load_case
 
+from md3cli.errors import EngineError
 from md3cli.images import Tiling
 from md3cli.model import choices as choices_module
+from md3cli.model import engine as engine_module
+from md3cli.model import memory
+from md3cli.model.config import ModelConfig
 from md3cli.model.decoding import Event, Mode
 from md3cli.model.engine import Engine, Sizes
 from md3cli.model.forward import Passes
@@ -379,3 +383,45 @@ def test_what_ran_out_of_memory_is_let_go_before_less_is_tried(monkeypatch: pyte
     (answer,) = engine.run([case.job(key)])
     assert_answer(answer, case.expected[key])
     assert was_free == [True]
+
+
+@pytest.mark.parametrize("num_free", [5, 1, 0])
+def test_slots_that_others_took_the_memory_of_are_done_without(num_free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process on the card may be quicker, when an engine is made and when it starts again."""
+    case = load_case("a")
+    engine = case.engine(batch_size=8)
+
+    def cache(config: ModelConfig, num_slots: int, *rest: object, **more: object) -> KVCache:
+        if num_slots > num_free:
+            raise torch.OutOfMemoryError("out of memory (made up)")
+        return KVCache(config, num_slots, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine_module, "KVCache", cache)
+    fail_now_and_then(engine, at_calls=(2,))
+    if num_free == 0:
+        with pytest.raises(EngineError, match="cpu has no memory for one sequence: out of memory"):
+            case.engine(batch_size=8)
+        return
+    assert case.engine(batch_size=8).batch_size == (4 if num_free == 5 else 1)
+    keys = certain_keys(case)[:10]
+    for key, answer in answers_by_key(engine, [case.job(key) for key in keys]).items():
+        assert_answer(answer, case.expected[key])
+    assert engine.batch_size == (4 if num_free == 5 else 1)
+
+
+def test_compiling_lets_go_of_the_slots_before_it_makes_others() -> None:
+    case = load_case("a")
+    engine = case.engine(batch_size=2)
+    old, allocate, was_free = weakref.ref(engine.cache), engine._allocate, []
+
+    def watched(batch_size: int) -> None:
+        was_free.append(old() is None)
+        allocate(batch_size)
+
+    engine._allocate = watched  # type: ignore[method-assign]
+    engine.compile(backend="eager")
+    assert was_free == [True]
+
+
+def test_compiled_slots_are_no_larger_than_a_device_is_planned_for() -> None:
+    assert ModelConfig().prefix_len + engine_module.COMPILED_ROOM == memory.SLOT_POSITIONS

@@ -41,7 +41,9 @@ from md3cli.model.tasks import Answer, Job, Sequence
 from md3cli.records import RowFailure, RunIdentity
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384, "mps": 4096}  # of one prefill pass, padding included
-EAGER_ROOM, COMPILED_ROOM = 32, 1024  # positions behind the prefix that slots start with
+# Positions behind the prefix that slots start with. A CUDA device's plan has no more room for compiled ones: with the
+# real model's prefix these are `memory.SLOT_POSITIONS`.
+EAGER_ROOM, COMPILED_ROOM = 32, 806
 IDLE_WAIT_S = 0.0005  # between two looks at a source that has nothing ready
 
 
@@ -164,22 +166,40 @@ class Engine:
         """Compile vision, prefill and decode; slots are made large enough not to grow in ordinary runs."""
         self.encoder.compile(backend)
         self.passes.compile(backend)
+        del self.cache  # there may be no room for two
         self._allocate(self.batch_size)
 
     # -- slots ------------------------------------------------------------------------------------
 
     def _allocate(self, batch_size: int) -> None:
-        model = self.model
+        """Make empty slots for so many sequences, or for half as many and so on where others took the memory.
+
+        Raises:
+            EngineError: there is no room for one sequence.
+        """
+        while not self._try_to_allocate(batch_size):
+            batch_size //= 2
         self.batch_size = batch_size
         if self.stats.batch_sizes[-1:] != [batch_size]:
             self.stats.batch_sizes.append(batch_size)
+        self._slots = SlotTable(batch_size)
+
+    def _try_to_allocate(self, batch_size: int) -> bool:
+        model = self.model
         room = COMPILED_ROOM if self.passes.is_compiled else EAGER_ROOM
         capacity = max(min(self.max_context, self.config.prefix_len + room), self.config.prefix_len + 1)
-        with torch.inference_mode():
-            self.cache = KVCache(self.config, batch_size, capacity, dtype=model.dtype, device=model.device)
-            self._rows = idle_rows(batch_size, model.device)
-            self._next_SD = torch.zeros(batch_size, self.config.text.dim, dtype=model.dtype, device=model.device)
-        self._slots = SlotTable(batch_size)
+        try:
+            with torch.inference_mode():
+                self.cache = KVCache(self.config, batch_size, capacity, dtype=model.dtype, device=model.device)
+                self._rows = idle_rows(batch_size, model.device)
+                self._next_SD = torch.zeros(batch_size, self.config.text.dim, dtype=model.dtype, device=model.device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch_size == 1:
+                raise EngineError(f"{model.device} has no memory for one sequence: {error}") from error
+            return False
+        return True
 
     def _shrink(self, reason: str) -> None:
         """Out of memory: make passes or batch smaller and start what is in flight again (answers stay the same)."""
