@@ -101,14 +101,18 @@ def test_few_rows_and_many_are_planned_alike() -> None:
 
 
 def test_logits_that_are_no_numbers_choose_experts_that_exist() -> None:
-    logits = torch.full((3, 5), float("nan"))
+    """Each once: a place that nobody writes would send `combine` to an address that is not there."""
+    logits = torch.full((5, 5), float("nan"))
     logits[1] = torch.tensor([1.0, float("nan"), 3.0, float("inf"), -float("inf")])
+    logits[2] = -float("inf")
+    logits[3] = torch.tensor([-float("inf"), 1.0, -float("inf"), -float("inf"), -float("inf")])
     for plan in (OPS.plan_rows, OPS.plan_tiles):
-        pair_token, place, _, block_expert, _, ends = plan(logits, None, 2, 16)
-        assert ends[-1] == 6
-        assert sorted(pair_token.tolist()) == [0, 0, 1, 1, 2, 2]
-        assert sorted(place.flatten().tolist()) == list(range(6))
+        pair_token, place, weight, block_expert, _, ends = plan(logits, None, 2, 16)
+        assert ends[-1] == 10
+        assert sorted(pair_token.tolist()) == sorted([*range(5)] * 2)
+        assert sorted(place.flatten().tolist()) == list(range(10))
         assert block_expert.max() < 5
+        assert weight[3].tolist() == [0.0, 1.0]  # experts 0 and 1
 
 
 # -- experts ---------------------------------------------------------------------------------------

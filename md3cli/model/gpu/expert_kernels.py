@@ -47,8 +47,8 @@ def _choose(logits, row, num_rows, X: tl.constexpr, XP: tl.constexpr, A: tl.cons
     column = tl.arange(0, XP)
     is_there = (row < num_rows)[:, None] & (column < X)[None, :]
     left = tl.load(logits + row[:, None] * X + column[None, :], mask=is_there, other=float("-inf")).to(tl.float32)
-    # NaN compares with nothing: without this a damaged row would choose columns that are no experts.
-    left = tl.where((left != left) & is_there, -1e38, left)
+    # A damaged row, of NaN or minus infinity, must still choose A different experts: -inf marks what may not be chosen.
+    left = tl.where(is_there & (left > -1e38), left, tl.where(is_there, -1e38, float("-inf")))
     largest = tl.where(row < num_rows, tl.max(left, axis=1), 0.0)
     chosen = left > float("inf")
     share = tl.zeros_like(left)
