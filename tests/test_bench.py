@@ -228,7 +228,7 @@ def test_only_the_device_counts_as_busy(monkeypatch: pytest.MonkeyPatch) -> None
     ran = []
 
     @contextlib.contextmanager
-    def profile(activities: Any) -> Iterator[SimpleNamespace]:
+    def profile(activities: Any, acc_events: bool) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(events=lambda: events)
 
     monkeypatch.setattr(bench_gpu, "profile", profile)
@@ -236,9 +236,11 @@ def test_only_the_device_counts_as_busy(monkeypatch: pytest.MonkeyPatch) -> None
     assert ran == [1]
 
 
+@pytest.mark.filterwarnings("error")
 def test_the_profiler_says_what_is_asked_of_it() -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
         torch.ones(3).sum()
+    assert profiler.events()
     for event in profiler.events():
         assert event.device_type.name == "CPU"
         assert event.time_range.end >= event.time_range.start

@@ -213,7 +213,7 @@ def busy_seconds(run: Callable[[], object]) -> float | None:
 
     The profiler makes `run` itself slower, but hardly what it sees of the device.
     """
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:  # without it torch 2.11 warns
         run()
     return covered(
         (event.time_range.start, event.time_range.end)
