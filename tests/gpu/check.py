@@ -110,7 +110,8 @@ class Check:
 
     def _warm_up(self) -> None:
         """Compile every kernel, several at a time, so that no part waits for it and no time counts it."""
-        if self.options.device != "cuda" or self.left_s < WARM_UP.least_s or not self.options.names:
+        is_wanted = any(part.runs_kernels and part.name in self.options.names for part in self.parts)
+        if self.options.device != "cuda" or not is_wanted or self.left_s < WARM_UP.least_s:
             return
         started = time.monotonic()
         children = self._start_warm_up()

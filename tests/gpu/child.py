@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -51,9 +52,12 @@ class Run:
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    def figure(self, name: str, value: float, unit: str, **more: float) -> None:
-        """A measured figure; its name says workload, batch and weight form. `more` is what a prediction needs."""
-        self._write({"figure": name, "value": value, "unit": unit} | more)
+    def figure(self, name: str, value: float, unit: str, **more: float | str) -> None:
+        """A measured figure; its name says workload, batch and weight form. `more` is what a prediction needs.
+
+        What is no number has no value: JSON knows neither NaN nor infinity.
+        """
+        self._write({"figure": name, "value": value if math.isfinite(value) else None, "unit": unit} | more)
 
     def fail(self, text: str) -> None:
         """Something is wrong: the part has failed, and goes on."""

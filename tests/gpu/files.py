@@ -34,10 +34,10 @@ def measure_files(run: Run, model: Moondream3, load: Load, files: PhotoFiles, wh
     workload, name = load.workload, f"batch {load.batch}, {BF16}"
     pictures = files.decode_all()  # which also starts the workers
     cut_s, _ = time_run(make_engine(model, load.batch), make_jobs(workload, pictures), workload)
-    run.figure(f"{what}, cut before, {name}", load.num_requests / cut_s, "pictures/s")
+    run.figure(f"{what}, cut before, {name}", load.num_requests / cut_s, "img/s")
     run.figure(f"{what}, crops of a picture", len(pictures[0].crops), "count")
     del pictures
     jobs = files.jobs(workload.request, load.num_requests)
     files_s, _ = time_run(make_engine(model, load.batch), jobs, workload)
-    run.figure(f"{what}, from files, {name}", load.num_requests / files_s, "pictures/s")
+    run.figure(f"{what}, from files, {name}", load.num_requests / files_s, "img/s")
     run.figure(f"{what}, from files, {name}: of cut before", cut_s / files_s, "share")

@@ -89,7 +89,7 @@ def prepared(run: Run, model: Moondream3) -> Moondream3:
 def report(run: Run, what: str, tally: Tally) -> None:
     run.figure(f"clear decisions, {what}", tally.clear, "count")
     run.figure(f"clear decisions that agree, {what}", tally.agreed, "count")
-    run.figure(f"share of all before the first other, {what}", tally.before_difference / tally.total, "share")
+    run.figure(f"share before the first other, {what}", tally.before_difference / tally.total, "share")
 
 
 def compare(run: Run, models: Iterator[tuple[str, Moondream3]], form: str, batch: int) -> Tally:
@@ -107,10 +107,12 @@ def compare(run: Run, models: Iterator[tuple[str, Moondream3]], form: str, batch
     return tally
 
 
-def answered(case: GoldenCase, model: Moondream3, batch: int) -> dict[int, tuple[Sequence, Answer]]:
-    """All requests of a case, each with the decisions its row took."""
+def answered(
+    case: GoldenCase, model: Moondream3, batch: int, count: int | None = None
+) -> dict[int, tuple[Sequence, Answer]]:
+    """All requests of a case, or the first `count`, each with the decisions its row took."""
     engine = case.engine(batch, model)
-    sequences = {key: engine.add(case.job(key)) for key in range(len(case.requests))}
+    sequences = {key: engine.add(case.job(key)) for key in range(len(case.requests))[:count]}
     answers: dict[int, Answer] = {}
     while engine.has_work:
         answers.update((answer.key, answer) for answer in engine.step())

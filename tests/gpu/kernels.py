@@ -81,10 +81,12 @@ def time_case(run: Run, case: Any, limits: Limits, flush: Callable[[], object] |
 
 
 class poisoned:
-    """New tensors are filled with NaN, or the largest integer, until the end of the block."""
+    """New tensors are filled with NaN, or the largest integer, until the end of the block.
+
+    Torch's deterministic mode does that (`torch.utils.deterministic.fill_uninitialized_memory`, on by default).
+    """
 
     def __enter__(self) -> None:
-        torch.utils.deterministic.fill_uninitialized_memory = True
         torch.use_deterministic_algorithms(True, warn_only=True)
 
     def __exit__(self, *error: object) -> None:

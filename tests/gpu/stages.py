@@ -131,6 +131,9 @@ def report_launches(run: Run, what: str, step: Callable[[], object]) -> None:
     """What the device was asked to do in one pass (a CPU: operators that torch was asked for)."""
     with run.if_it_fits(f"launches, {what}"):
         counts = count_launches(step, run.device)
+        if counts is None:
+            run.note(f"launches, {what}", "torch's profiler sees nothing of the device")
+            return
         run.figure(f"{'launches' if run.is_cuda else 'operators'}, {what}", counts.kernels, "count")
         if run.is_cuda:
             run.figure(f"copies to the device, {what}", counts.to_device, "count")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .predictions import GOALS
+from .predictions import GOALS, Goal
 
-WIDTH = 100
-_LINE = "{:9}{:60}{:>11}{:>11} {:8}"
+WIDTH, NAME_WIDTH = 100, 60
+_LINE = f"{{:9}}{{:{NAME_WIDTH}}}{{:>11}}{{:>11}} {{:8}}"
 
 
 def table_of(data: dict[str, Any]) -> str:
@@ -29,7 +29,9 @@ def _figure_line(name: str, entry: dict[str, Any]) -> str:
 
 def _line(*columns: str) -> str:
     part, name, value, prediction, unit = columns
-    return _LINE.format(part, name if len(name) <= 60 else name[:59] + "~", value, prediction, unit).rstrip()
+    return _LINE.format(
+        part, name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1] + "~", value, prediction, unit
+    ).rstrip()
 
 
 def _number(value: float | None) -> str:
@@ -45,8 +47,14 @@ def _goal_lines(data: dict[str, Any]) -> Iterator[str]:
         return
     for part in data["parts"].values():
         for name, entry in part["figures"].items():
-            goal, value = GOALS.get(name), entry["value"]
-            if goal is not None and value is not None:
-                aim = f", aim {goal.aim:g}" if goal.aim is not None else ""
-                reached = "reached" if value <= goal.at_most else "missed"
-                yield f"goal {reached}: {name} {value:.3g}, at most {goal.at_most:g}{aim}"
+            if name in GOALS and entry["value"] is not None:
+                yield _goal_line(name, entry["value"], GOALS[name])
+
+
+def _goal_line(name: str, value: float, goal: Goal) -> str:
+    """Whether a goal, or where there is none an aim, was reached."""
+    bound = goal.at_most if goal.at_most is not None else goal.aim
+    assert bound is not None
+    words = f"{'goal' if bound == goal.at_most else 'aim'} {'reached' if value <= bound else 'missed'}"
+    aim = f", aim {goal.aim:g}" if goal.aim not in (None, bound) else ""
+    return f"{words}: {name} {value:.3g}, at most {bound:g}{aim}"

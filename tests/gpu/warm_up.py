@@ -86,7 +86,7 @@ def run_prompts(run: Run, form: str) -> None:
 
 
 def run_golden(run: Run, name: str, load: Load, dtype: torch.dtype) -> None:
-    golden.answered(load_case(name), golden.prepared(run, load(run, name, dtype)), batch=8)
+    golden.answered(load_case(name), golden.prepared(run, load(run, name, dtype)), batch=8, count=8)
 
 
 @torch.inference_mode()

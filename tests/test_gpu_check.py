@@ -1,0 +1,412 @@
+"""`gpu_check.py` on a CPU: all of it at mini size, and what crashes, hangs, budgets and wrong options do to it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden_cases import CASES
+from gpu.files import SIZES
+from gpu.golden import LOW_BIT_CASES, MARGINS
+from gpu.parts import PARTS
+from gpu.predictions import GOALS, GOLDEN, TABLES, card_of, kernel_prediction, predictions
+from gpu.stages import ATTENTIONS, PICTURES, ROWS, plural
+from gpu.table import NAME_WIDTH, WIDTH, table_of
+from gpu.workloads import LOADS
+
+TESTS = Path(__file__).parent
+SCRIPT = TESTS / "gpu_check.py"
+EXAMPLES = TESTS.parent / "examples"
+NAMES = [part.name for part in PARTS]
+CPU = ("--device", "cpu", "--config", "mini")
+BUDGET_SLACK_S = 15.0  # a promise to whoever rents the card by the minute
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A run that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+    results: dict[str, Any]
+    seconds: float
+
+    @property
+    def statuses(self) -> dict[str, str]:
+        return {name: part["status"] for name, part in self.results["parts"].items()}
+
+    def figures(self, part: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.results["parts"][part]["figures"]
+        return found
+
+
+def command(out: Path, *arguments: str, script: Path = SCRIPT) -> dict[str, Any]:
+    """How `subprocess` runs the script: from anywhere, md3cli found through the script alone."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {
+        "args": [sys.executable, str(script), "--out", str(out), *arguments],
+        "cwd": os.sep,
+        "env": environment | ({"PYTHONPATH": str(script.parent)} if script != SCRIPT else {}),
+    }
+
+
+def check(out: Path, *arguments: str, script: Path = SCRIPT) -> Ran:
+    started = time.monotonic()
+    done = subprocess.run(capture_output=True, text=True, check=False, **command(out, *arguments, script=script))
+    file = out / "results.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    return Ran(done.returncode, done.stdout, done.stderr, results, time.monotonic() - started)
+
+
+# -- all of it -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return check(tmp_path_factory.mktemp("gpu_check") / "out", *CPU)
+
+
+def test_every_part_is_ok(whole: Ran) -> None:
+    assert whole.stderr == ""
+    expected = dict.fromkeys(NAMES, "ok")
+    if importlib.util.find_spec("triton") is None:
+        expected["kernels"] = "not measured"
+    assert whole.statuses == expected, [part.get("errors") for part in whole.results["parts"].values()]
+    assert whole.status == 0
+
+
+def test_results_say_on_what_and_every_figure_has_its_prediction(whole: Ran) -> None:
+    assert whole.results["torch"] == torch.__version__
+    assert whole.results["card"] not in ("", "unknown")
+    assert whole.results["config"] == "mini"
+    assert list(whole.results["parts"]) == NAMES
+    for name, part in whole.results["parts"].items():
+        assert part["figures"] or part["status"] == "not measured", name
+        for figure, entry in part["figures"].items():
+            assert set(entry) == {"value", "prediction", "unit"}, figure
+            assert isinstance(entry["value"], (int, float)), figure
+            assert entry["prediction"] is None or isinstance(entry["prediction"], (int, float)), figure
+            assert entry["unit"], figure
+
+
+def clear_decisions(names: tuple[str, ...], form: str) -> int:
+    """Counted from the reference itself."""
+    margin, moe_margin = MARGINS[form]
+    count = 0
+    for name in names:
+        for entry in json.loads(CASES[name][2].read_text())["requests"]:
+            trace = entry["result"]["trace"]
+            is_clear = [t["margin"] >= margin and t["moe_margin"] >= moe_margin for t in trace]
+            count += sum(1 for _ in takewhile(bool, is_clear))
+    return count
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("what", ["float32", "bf16", "low bits, bf16"])
+def test_golden_decisions_agree_all_that_are_clear(whole: Ran, what: str, batch: int) -> None:
+    names = LOW_BIT_CASES if what.startswith("low bits") else tuple(CASES)
+    clear = clear_decisions(names, what.removeprefix("low bits, "))
+    found = whole.figures("golden")
+    for figure in (f"clear decisions, {what}, batch {batch}", f"clear decisions that agree, {what}, batch {batch}"):
+        assert found[figure] == {"value": clear, "prediction": clear, "unit": "count"}
+
+
+def test_golden_predictions_are_what_the_reference_holds() -> None:
+    assert GOLDEN["clear decisions, low bits, float32, batch 1"][0] == clear_decisions(LOW_BIT_CASES, "float32")
+
+
+def test_figures_are_named_by_workload_batch_and_form(whole: Ran) -> None:
+    assert {"decode step, 1 row, bf16", "decode step, 64 rows, bf16"} <= set(whole.figures("stages"))
+    assert {"query 3 tokens, batch 8, bf16", "query 3 tokens, batch 1, bf16"} <= set(whole.figures("engine"))
+    assert "decode step, 64 rows, float8 experts: over bf16's" in whole.figures("lowbits")
+    assert whole.figures("lowbits")["weights, int4"]["value"] < whole.figures("lowbits")["weights, bf16"]["value"]
+
+
+def test_the_table_shows_every_figure_in_100_columns(whole: Ran) -> None:
+    lines = whole.stdout.splitlines()
+    assert max(map(len, lines[:-1])) <= WIDTH  # the last is the path
+    shown = "\n".join(lines)
+    for part in whole.results["parts"].values():
+        for figure in part["figures"]:
+            assert figure[: NAME_WIDTH - 1] in shown
+    assert lines[-1].endswith("results.json")
+    assert Path(lines[-1]).exists()
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def test_only_and_skip_take_names(tmp_path: Path) -> None:
+    ran = check(tmp_path / "out", *CPU, "--only", "limits,files", "--only", "engine", "--skip", "engine,files")
+    assert ran.status == 0
+    assert ran.statuses == dict.fromkeys(NAMES, "skipped") | {"limits": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--only", "limits,speed"), "no part 'speed'; there are limits, golden"),
+        (("--skip", "Golden"), "no part 'Golden'"),
+        (("--budget", "soon"), "soon is no number of seconds"),
+        (("--budget", "-1"), "no number of seconds"),
+        (("--config", "huge"), "invalid choice: 'huge'"),
+        (("--fast",), "unrecognized arguments: --fast"),
+    ],
+)
+def test_a_wrong_option_is_one_line(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    ran = check(tmp_path / "out", *CPU, *arguments)
+    assert ran.status == 2
+    assert says in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ran = check(tmp_path / "file" / "out", *CPU)
+    assert ran.status == 2
+    assert ran.stderr.count("\n") == 1
+    assert "choose another folder" in ran.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_one_line_says_what_to_do(tmp_path: Path) -> None:
+    ran = check(tmp_path / "out")
+    assert ran.status == 2
+    assert ran.stderr.count("\n") == 1
+    assert "--device cpu" in ran.stderr
+    assert ran.results["problem"] in ran.stderr
+    assert set(ran.statuses.values()) == {"not measured"}
+
+
+@pytest.mark.parametrize("budget", [0, 4])
+def test_what_does_not_fit_the_budget_is_not_measured(tmp_path: Path, budget: int) -> None:
+    ran = check(tmp_path / "out", *CPU, "--budget", str(budget))
+    assert ran.status == 0
+    assert ran.statuses == dict.fromkeys(NAMES, "not measured")
+    assert ran.seconds < budget + BUDGET_SLACK_S
+
+
+# -- parts that go wrong ---------------------------------------------------------------------------
+
+FAULTS = {
+    "well": "run.figure('fine', 1, 'count')",
+    "killed": "run.figure('before', 2, 'count'); os.kill(os.getpid(), signal.SIGKILL)",
+    "raises": "run.figure('before', 3, 'count'); raise RuntimeError('CUDA error: made up')",
+    "wrong": "run.figure('worse', 4, 'count'); run.fail('worse than allowed'); run.figure('after', 5, 'count')",
+    "hangs": "run.note('pids', [os.getpid(), subprocess.Popen(['sleep', '600']).pid]); time.sleep(600)",
+}
+
+
+def fault_script(folder: Path, parts: str) -> Path:
+    """The script with parts of ours in place of its own; each fault is a module that its child finds."""
+    for name, body in FAULTS.items():
+        text = f"import os, signal, subprocess, time\n\ndef measure(run):\n    {body}\n"
+        (folder / f"fault_{name}.py").write_text(text)
+    (folder / "fault_import.py").write_text("import no_such_module\n")
+    script = folder / "check_with_faults.py"
+    script.write_text(
+        textwrap.dedent(f"""
+            import sys
+            sys.path.insert(0, {str(TESTS)!r})
+            from gpu.parts import Part
+            from gpu_check import main
+            sys.exit(main(sys.argv[1:], [{parts}]))
+        """)
+    )
+    return script
+
+
+def fault(name: str, most_s: float = 60.0) -> str:
+    return f"Part({name!r}, 'fault_{name}', 1, 1, least_cpu_s=1, most_cpu_s={most_s})"
+
+
+def is_running(pid: int) -> bool:
+    """True for a process that is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("faults")
+    names = ("killed", "raises", "wrong", "import", "well")
+    parts = [fault("hangs", most_s=15), *map(fault, names)]
+    return check(folder / "out", *CPU, script=fault_script(folder, ", ".join(parts)))
+
+
+def test_what_goes_wrong_costs_its_part_and_no_other(faulty: Ran) -> None:
+    assert faulty.status == 1
+    failed = dict.fromkeys(("hangs", "killed", "raises", "wrong", "import"), "failed")
+    assert faulty.statuses == failed | {"well": "ok"}
+    assert faulty.figures("well")["fine"]["value"] == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "figures", "says"),
+    [
+        ("killed", {"before": 2}, "died of signal 9"),
+        ("raises", {"before": 3}, "RuntimeError: CUDA error: made up"),
+        ("wrong", {"worse": 4, "after": 5}, "worse than allowed"),
+        ("import", {}, "No module named 'no_such_module'"),
+        ("hangs", {}, "not done within 15 s"),
+    ],
+)
+def test_a_failed_part_keeps_its_figures_and_says_why(
+    faulty: Ran, part: str, figures: dict[str, float], says: str
+) -> None:
+    assert {name: entry["value"] for name, entry in faulty.figures(part).items()} == figures
+    assert says in "\n".join(faulty.results["parts"][part]["errors"])
+    assert says in faulty.stdout
+
+
+def test_a_part_that_hangs_leaves_no_process_behind(faulty: Ran) -> None:
+    assert not any(map(is_running, faulty.results["parts"]["hangs"]["pids"]))
+
+
+def test_the_end_of_the_budget_is_no_part_s_fault(tmp_path: Path) -> None:
+    script = fault_script(tmp_path, ", ".join([fault("well"), fault("hangs", most_s=300), fault("killed")]))
+    ran = check(tmp_path / "out", *CPU, "--budget", "20", script=script)
+    assert ran.status == 0
+    assert ran.statuses == {"well": "ok", "hangs": "not measured", "killed": "not measured"}
+    assert ran.seconds < 20 + BUDGET_SLACK_S
+    assert not any(map(is_running, ran.results["parts"]["hangs"]["pids"]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_what_it_had_and_no_child(tmp_path: Path, number: signal.Signals) -> None:
+    script = fault_script(tmp_path, ", ".join([fault("well"), fault("hangs", most_s=300)]))
+    settings = command(tmp_path / "out", *CPU, script=script)
+    with subprocess.Popen(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **settings) as process:
+        child, grandchild = wait_for_pids(tmp_path / "out" / "children" / "hangs.jsonl")
+        process.send_signal(number)
+    if number is signal.SIGKILL:  # nobody is left to end what a child started; the child goes with its parent
+        os.kill(grandchild, signal.SIGKILL)
+    wait_until(lambda: not is_running(child) and not is_running(grandchild))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["parts"]["well"]["status"] == "ok"
+    assert results["parts"]["well"]["figures"]["fine"]["value"] == 1
+    assert results["parts"]["hangs"]["status"] == "not measured"
+
+
+def wait_for_pids(file: Path) -> tuple[int, int]:
+    """The two that the part which hangs has told of."""
+    wait_until(lambda: file.exists() and file.read_bytes().endswith(b"\n"))
+    child, grandchild = json.loads(file.read_text().splitlines()[0])["value"]
+    return child, grandchild
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if holds():
+            return
+        time.sleep(0.1)
+    raise AssertionError("a minute was not enough")
+
+
+# -- predictions -----------------------------------------------------------------------------------
+
+
+def test_predictions_are_for_two_cards_at_full_size() -> None:
+    assert card_of("NVIDIA H100 80GB HBM3", "full") == "h100"
+    assert card_of("NVIDIA H200", "full") == "h200"
+    others = ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA A100-SXM4-80GB", "Intel Xeon", "unknown")
+    assert {card_of(name, "full") for name in others} == {""}
+    assert card_of("NVIDIA H100 80GB HBM3", "mid") == ""
+    assert predictions("stages", "h100")["decode step, 64 rows, bf16"] == (12.5, "ms")
+    assert predictions("stages", "") == {}
+
+
+def names_with(names: Iterable[str], *endings: str) -> set[str]:
+    return {f"{name}{ending}" for name in names for ending in ("", *endings)}
+
+
+def test_predictions_have_the_names_that_the_parts_give() -> None:
+    """What is predicted and not measured would stand in every table as a figure that nobody reached."""
+    steps = names_with((f"decode step, {plural(rows, 'row')}, bf16" for rows in ROWS), ": share of the limit")
+    prefixes = names_with((f"prefix, {plural(count, 'picture')}, bf16" for count in PICTURES), ": share of the limit")
+    vision = names_with(
+        ("vision, 9 crops, bf16", "vision, 63 crops, bf16"),
+        ": share of the limit",
+        *(f", {name}" for name in ATTENTIONS),
+    )
+    counted = ("decode step, 1 row, bf16", "decode step, 64 rows, bf16", "prefix, 16 pictures, bf16")
+    counts = {
+        f"{what}, {name}" for name in counted for what in ("launches", "copies to the device", "copies to the host")
+    }
+    ratios = {"prefix, 16 pictures, bf16: over its product time", "decode step, 64 rows, bf16: over its read time"}
+    assert set(TABLES["stages"]) == steps | prefixes | vision | counts | ratios
+    loads = names_with((load.figure_name("bf16") for load in LOADS), ": peak memory")
+    busy = {f"{load.figure_name('bf16')}: device busy" for load in LOADS if load.shows_busy}
+    assert set(TABLES["engine"]) == loads | busy
+    files = {f"{size}, {what}" for size in SIZES for what in ("cut before, batch 64, bf16", "crops of a picture")}
+    files |= names_with((f"{size}, from files, batch 64, bf16" for size in SIZES), ": of cut before")
+    assert set(TABLES["files"]) == files
+
+
+def test_lowbits_and_golden_are_predicted_by_the_names_they_have_on_a_cpu(whole: Ran) -> None:
+    on_cpu = {name.replace("batch 8", "batch 64") for name in whole.figures("lowbits")}
+    assert set(TABLES["lowbits"]) == on_cpu
+    blocks = {name for name in whole.figures("golden") if name.startswith("error of")}
+    assert set(TABLES["golden"]) == blocks
+
+
+def test_goals_are_set_for_figures_there_are() -> None:
+    assert set(GOALS) <= {name for table in TABLES.values() for name in table}
+
+
+def test_a_kernel_is_predicted_from_its_bytes_and_operations() -> None:
+    line = {"figure": "down plain bfloat16, 64 rows", "flops": 1e9, "bytes": 2.25e9}
+    assert kernel_prediction("h100", line) == pytest.approx(1004)
+    shared = kernel_prediction("h100", line | {"figure": "down plain bfloat16, 64 rows: share of the limit"})
+    assert shared == pytest.approx(750 / 1004)
+    assert kernel_prediction("", line) is None
+
+
+def test_the_table_of_a_card_fits_100_columns_and_judges_goals() -> None:
+    parts: dict[str, Any] = {
+        name: {
+            "status": "not measured",
+            "figures": {
+                figure: {"value": None, "prediction": value, "unit": unit}
+                for figure, (value, unit) in predictions(name, "h100").items()
+            },
+        }
+        for name in NAMES
+    }
+    ratio = "prefix, 16 pictures, bf16: over its product time"
+    parts["stages"]["figures"][ratio]["value"] = 1.8
+    facts = {"card": "NVIDIA H100 80GB HBM3", "torch": "2.11.0+cu130", "device": "cuda", "config": "full"}
+    text = table_of(facts | {"predictions": "for an H100", "parts": parts})
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "~" not in text  # no name was cut
+    assert f"goal missed: {ratio} 1.8, at most 1.7, aim 1.45" in text
+
+
+def test_benchmarks_show_what_is_predicted_and_invent_no_measurement() -> None:
+    """Rows of the table in examples/benchmarks.md; a card's column may be filled where its results are kept."""
+    text = (EXAMPLES / "benchmarks.md").read_text(encoding="utf-8").partition("## On a GPU")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert rows[0][:5] == ["part", "figure", "H100", "H200", "unit"]
+    assert {row[0] for row in rows[2:]} == set(NAMES)
+    has_results = bool(list((EXAMPLES / "gpu").glob("*.json")))
+    for part, figure, h100, h200, unit, _, measured in rows[2:]:
+        assert predictions(part, "h100")[figure] == (float(h100), unit), figure
+        assert predictions(part, "h200")[figure] == (float(h200), unit), figure
+        assert has_results or measured == "not measured", figure
