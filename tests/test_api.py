@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from md3cli import Moondream
+from md3cli.config import ModelOptions
 from md3cli.errors import RequestError
+from md3cli.model import api
+from md3cli.model.engine import Engine
+from md3cli.model.load import load_engine
 
 SCENE = str(Path(__file__).parents[1] / "examples" / "scenes" / "scene_00002.png")
 GOOD = {"image": SCENE, "task": "detect", "prompt": "red circle"}
@@ -74,3 +80,22 @@ def test_wrong_settings_are_refused(tiny: Moondream, settings: dict[str, Any]) -
     with pytest.raises(RequestError, match="prompt is 5"):
         tiny.point(SCENE, 5)  # type: ignore[arg-type]
     assert tiny.caption(SCENE, settings={"max_tokens": 3})["caption"]
+
+
+def test_compiling_drops_the_model_first_and_answers_open_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Moondream.load("tiny", device="cpu", dtype="fp32")
+    settings = {"max_tokens": 8}
+    expected = model.caption(SCENE, settings=settings)["caption"]
+    stream = model.caption(SCENE, stream=True, settings=settings)["caption"]
+    begun = next(stream)
+    old = weakref.ref(model.engine)
+
+    def load(options: ModelOptions) -> Engine:
+        assert options.compile
+        assert old() is None
+        return load_engine(replace(options, compile=False))
+
+    monkeypatch.setattr(api, "load_engine", load)
+    model.compile()
+    assert begun + "".join(stream) == expected
+    assert model.caption(SCENE, settings=settings)["caption"] == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from md3cli.errors import ConfigError
 from md3cli.model import encoder, memory
 from md3cli.model.config import ModelConfig
 from md3cli.model.memory import MemoryPlan
+from md3cli.model.random_weights import CONFIGS, random_model
 
 CPU, MPS, CUDA, BF16 = torch.device("cpu"), torch.device("mps"), torch.device("cuda", 0), torch.bfloat16
 REAL = ModelConfig()
@@ -138,3 +140,15 @@ def test_memory_can_be_asked_for_here() -> None:
     with mmap.mmap(-1, 64 << 20) as block:  # fresh pages; an allocator may have some from before
         block.write(b"1" * len(block))
         assert memory.peak_rss() - before > 32 << 20
+
+
+def test_a_model_that_was_dropped_is_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a model refer to themselves: torch has their memory back only when cycles were looked for."""
+    model = random_model(CONFIGS["mini"], dtype=torch.float32, device=CPU)
+    experts = weakref.ref(model.text.blocks[-1].mlp)
+    given_back = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(experts() is None))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
+    del model
+    assert memory.free_bytes(CUDA) == 3 << 30
+    assert given_back == [True]

@@ -181,13 +181,21 @@ class Moondream:
     def compile(self) -> None:
         """Compile the forward passes; worth it for long runs on a GPU. Without a compiler it warns and goes on.
 
-        Weights are read again: those of an eager engine may lie in a form no compiler can follow.
+        Weights are read again: those of an eager engine may lie in a form no compiler can follow. What was begun,
+        as streams that are still read, is answered first.
+
+        Raises:
+            EngineError: the model was not made by `Moondream.load`.
         """
         if self._options is None:
             raise EngineError("only a model that was made by Moondream.load can be compiled")
-        if not self._options.compile:
-            self._options = replace(self._options, compile=True)
-            self.engine = load_engine(self._options)
+        if self._options.compile:
+            return
+        while self.engine.has_work:
+            self._step()
+        self._options = replace(self._options, compile=True)
+        del self.engine  # most GPUs hold one model, not two
+        self.engine = load_engine(self._options)
 
     # -- one request ------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ from md3cli.model.encoding_cache import EncodingCache
 from md3cli.model.hub import resolve_model
 from md3cli.model.kernels import optimise
 from md3cli.model.load import ONE_THREAD_BYTES, choose_device, choose_dtype, prepare_device
-from md3cli.model.memory import is_out_of_memory
+from md3cli.model.memory import is_out_of_memory, release
 from md3cli.model.moondream import Moondream3
 from md3cli.model.random_weights import CONFIGS, forbid_end, random_model
 
@@ -169,6 +169,7 @@ def run_bench(
         batch_sizes = BATCH_SIZES if batch_size is None else (batch_size,)
         result = _bench_gpu(source, names, batch_sizes, num_workers, seed)
         if has_baseline:
+            release(source.device)  # many cards hold one model, not two
             result.baseline = run_plain(source.make(), names, baseline_images, seed)
         return result
     chosen = WORKLOADS[workload or HOST_WORKLOAD]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import warnings
 from dataclasses import dataclass
@@ -66,10 +67,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(sign in text for sign in ("can't allocate memory", "out of memory", *LIBRARIES_OUT_OF_MEMORY))
 
 
+def release(device: torch.device) -> None:
+    """Give back what a CUDA device holds for nobody: a model that was dropped, what loading took for a while."""
+    if device.type == "cuda":
+        gc.collect()  # parts of a model refer to themselves: its weights stay until cycles are looked for
+        torch.cuda.empty_cache()
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that can be allocated on a device now."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what loading took and gave back counts as taken until then
+        release(device)
         free, _ = torch.cuda.mem_get_info(device)  # makes the context, 0.5 GB, where there is none yet
         return int(free)
     if device.type == "mps":
