@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from md3cli.model import plain
 from md3cli.model.decoding import Mode
 from md3cli.model.forward import Group, Passes, PromptInputs, embed_prompts
+from md3cli.model.gpu.tiles import PassKind
 from md3cli.model.intake import take_in
 from md3cli.model.tasks import Job, Sequence
 from md3cli.records import Request, Task
@@ -67,6 +68,26 @@ def test_groups_keep_to_the_limit_and_to_similar_lengths() -> None:
     assert widths == sorted(widths)
     seated = {id(s): slot for group in groups for s, slot in zip(group.sequences, group.slots, strict=True)}
     assert seated == {id(s): slot for s, slot in zip(batch, SLOTS, strict=True)}
+
+
+def test_no_prompt_changes_its_kind_of_pass_for_its_companions() -> None:
+    """Tiles of products, and with them the order of their sums, follow from the kind of pass."""
+    case = load_case("a")
+    prefix_len = case.model.config.prefix_len
+    questions = [replace(QUERY, prompt="a " * count) for count in (1, 8, prefix_len, 2 * prefix_len)]
+    jobs = [Job(i, case.images[0], request) for i, request in enumerate(questions)]
+    batch = [take_in(job, case.prompts, case.model.config, 4096) for job in jobs]
+    passes = Passes(case.model)
+    together = passes.group(batch, SLOTS, max_tokens=10_000)
+    kinds = set()
+    for group in together:
+        for sequence, slot in zip(group.sequences, group.slots, strict=True):
+            (alone,) = passes.group([sequence], [slot], max_tokens=10_000)
+            kind = PassKind.of(alone.width, prefix_len)
+            assert PassKind.of(group.width, prefix_len) is kind
+            kinds.add(kind)
+    assert len(together) == 2
+    assert kinds == {PassKind.PROMPT, PassKind.PREFIX}
 
 
 def test_rows_start_as_their_requests_say() -> None:

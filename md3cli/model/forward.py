@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from md3cli.model.decoding import Mode, Rows, Step, advance
+from md3cli.model.gpu.tiles import PassKind
 from md3cli.model.host_block import send
 from md3cli.model.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore, round_up
 from md3cli.model.moondream import Moondream3
@@ -80,15 +81,21 @@ class Passes:
         self._decode_step = torch.compile(decode_step, dynamic=False, backend=backend)
 
     def group(self, batch: Seq[Sequence], slots: Seq[int], max_tokens: int) -> list[Group]:
-        """Sort prompts into groups of similar length: of at most `max_tokens`, padding included, or of one prompt."""
-        order = sorted(range(len(batch)), key=lambda i: len(batch[i].prompt.ids))
+        """Sort prompts into groups of similar length: of at most `max_tokens`, padding included, or of one prompt.
+
+        Those as long as a picture's prefix go apart: kernels compute them in other tiles (`PassKind`), and a
+        short prompt padded to their width would round otherwise than alone.
+        """
+        lengths = [len(sequence.prompt.ids) for sequence in batch]
+        kinds = [PassKind.of(self._width(length), self.model.config.prefix_len) for length in lengths]
         groups: list[list[int]] = [[]]
-        for i in order:
-            if groups[-1] and (len(groups[-1]) + 1) * len(batch[i].prompt.ids) > max_tokens:
+        for i in sorted(range(len(batch)), key=lengths.__getitem__):
+            group = groups[-1]
+            if group and ((len(group) + 1) * lengths[i] > max_tokens or kinds[i] is not kinds[group[-1]]):
                 groups.append([])
             groups[-1].append(i)
         return [
-            Group([batch[i] for i in group], [slots[i] for i in group], self._width(len(batch[group[-1]].prompt.ids)))
+            Group([batch[i] for i in group], [slots[i] for i in group], self._width(lengths[group[-1]]))
             for group in groups
         ]
 
