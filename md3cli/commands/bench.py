@@ -60,7 +60,9 @@ def bench(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences in flight; default: 16, on CUDA 1, 8, 64 and 128 in turn.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; default: torch's choice, 1 for a small model.")
+    ] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Run the plain one-at-a-time path beside it.")] = False,
     baseline_images: Annotated[
         int | None, typer.Option(min=1, help="Run the baseline on so many pictures and scale up.")
@@ -79,8 +81,9 @@ def bench(
 ) -> None:
     """This machine's throughput by stage, beside what a bare matrix product and a bare read reach here.
 
-    Queries have 3 tokens, reasoning 15 and as many of answer, captions 32 (150 on CUDA); `files` are JPEGs, decoded
-    while the engine runs. On CUDA memory is the GPU's, not the process's.
+    Queries have 3 tokens, reasoning 15 and its answer 15, captions 32 (150 on
+    CUDA); files are JPEGs, decoded while the engine runs. On CUDA memory is
+    the GPU's, not the process's.
     """
     if compare_quant:
         _compare_quant(model, against or (), images, device=device, dtype=dtype, threads=threads, as_json=as_json)
