@@ -13,11 +13,13 @@ import torch
 
 from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError
+from md3cli.model import engine as engine_module
 from md3cli.model import load
 from md3cli.model.checkpoint_plan import CheckpointPlan, plan_checkpoint
 from md3cli.model.config import ModelConfig
 from md3cli.model.formats import Format
 from md3cli.model.hub import model_path
+from md3cli.model.kv_cache import KVCache
 from md3cli.model.load import choose_device, choose_dtype, load_engine, load_weights, prepare_device
 from md3cli.model.low_bit_experts import low_bit_matrices
 from md3cli.model.memory import MemoryPlan, least_room
@@ -217,6 +219,17 @@ def test_the_engine_is_made_as_memory_was_planned(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(load, "plan_memory", lambda *args: MemoryPlan(3, 5, 777))
     engine = load_engine(ModelOptions(model="tiny", device="cpu", cache=False))
     assert (engine.batch_size, engine.encoder.max_crops, engine.prefill_tokens) == (3, 5, 777)
+
+
+def test_a_batch_that_found_less_memory_than_planned_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cache(config: ModelConfig, num_slots: int, *rest: object, **more: object) -> KVCache:
+        if num_slots > 4:
+            raise torch.OutOfMemoryError("out of memory (made up)")
+        return KVCache(config, num_slots, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine_module, "KVCache", cache)
+    with pytest.warns(UserWarning, match="free for a batch of 8 and then held 4: something else runs on cpu"):
+        load_engine(ModelOptions(model="tiny", device="cpu", batch_size=8, cache=False))
 
 
 def test_on_the_cpu_the_engine_has_its_usual_sizes() -> None:

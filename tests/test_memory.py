@@ -133,6 +133,18 @@ def test_out_of_memory_is_told_from_other_failures() -> None:
     assert not memory.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
+def test_what_torch_says_of_a_shortage_is_cut_to_its_point() -> None:
+    said = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.52 GiB of which 1.10 GiB is "
+        "free. See documentation for Memory Management (https://docs.pytorch.org/docs/stable/notes/cuda.html)"
+    )
+    assert memory.shortage(torch.OutOfMemoryError(said)) == "CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert memory.shortage(RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")) == (
+        "CUDA error: out of memory"
+    )
+    assert memory.shortage(MemoryError()) == "MemoryError"
+
+
 def test_memory_can_be_asked_for_here() -> None:
     assert memory.free_bytes(CPU) > 1 << 20
     memory.reset_peak_rss()

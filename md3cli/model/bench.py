@@ -42,7 +42,7 @@ from md3cli.model.encoding_cache import EncodingCache
 from md3cli.model.hub import resolve_model
 from md3cli.model.kernels import optimise
 from md3cli.model.load import ONE_THREAD_BYTES, choose_device, choose_dtype, prepare_device
-from md3cli.model.memory import is_out_of_memory, release
+from md3cli.model.memory import is_out_of_memory, release, shortage
 from md3cli.model.moondream import Moondream3
 from md3cli.model.random_weights import CONFIGS, forbid_end, random_model
 
@@ -243,7 +243,7 @@ def _bench_gpu(
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                result.notes.append(f"{name}: {str(error).splitlines()[0]}")
+                result.notes.append(f"{name}: {shortage(error)}")
     found = run_workloads(model, names, batch_sizes, num_workers=num_workers, seed=seed)
     result.runs, result.notes = found.runs, result.notes + found.notes
     return result

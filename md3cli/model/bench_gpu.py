@@ -30,7 +30,7 @@ from md3cli.model.bench_runs import (
     weight_bytes,
 )
 from md3cli.model.engine import Engine
-from md3cli.model.memory import is_out_of_memory
+from md3cli.model.memory import is_out_of_memory, shortage
 from md3cli.model.moondream import Moondream3
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def run_workloads(
                 except (RuntimeError, MemoryError, EngineError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    found.notes.append(f"{name}, batch {batch_size}: {str(error).splitlines()[0]}")
+                    found.notes.append(f"{name}, batch {batch_size}: {shortage(error)}")
     return found
 
 

@@ -33,7 +33,7 @@ from md3cli.model.engine_stats import EngineStats
 from md3cli.model.forward import Group, Passes, PromptInputs
 from md3cli.model.intake import take_in
 from md3cli.model.kv_cache import KVCache
-from md3cli.model.memory import is_out_of_memory
+from md3cli.model.memory import is_out_of_memory, shortage
 from md3cli.model.moondream import Moondream3
 from md3cli.model.prompts import Prompts, Tokenizer
 from md3cli.model.slots import SlotTable
@@ -155,7 +155,7 @@ class Engine:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise EngineError(f"the model failed on {self.model.device}: {error}") from error
-            too_large = str(error)
+            too_large = shortage(error)
         if too_large is not None:  # out here: inside `except` the error's frames would hold the tensors of the pass
             self._shrink(too_large)
         answers = list(self._finished)
@@ -197,7 +197,7 @@ class Engine:
             if not is_out_of_memory(error):
                 raise
             if batch_size == 1:
-                raise EngineError(f"{model.device} has no memory for one sequence: {error}") from error
+                raise EngineError(f"{model.device} has no memory for one sequence: {shortage(error)}") from error
             return False
         return True
 

@@ -86,6 +86,12 @@ def load_engine(options: ModelOptions) -> Engine:
     )
     if options.compile:
         compile_engine(engine, options.cache_dir)
+    if engine.batch_size < plan.slots:
+        warnings.warn(
+            f"memory was free for a batch of {plan.slots} and then held {engine.batch_size}: something else runs on "
+            f"{device}",
+            stacklevel=2,
+        )
     return engine
 
 

@@ -67,6 +67,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(sign in text for sign in ("can't allocate memory", "out of memory", *LIBRARIES_OUT_OF_MEMORY))
 
 
+def shortage(error: BaseException) -> str:
+    """What an error says of an allocation that failed, without the paragraph on torch's settings behind it."""
+    text = str(error) or type(error).__name__
+    return ". ".join(text.splitlines()[0].split(". ")[:2]).removesuffix(".")
+
+
 def release(device: torch.device) -> None:
     """Give back what a CUDA device holds for nobody: a model that was dropped, what loading took for a while."""
     if device.type == "cuda":
