@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton", reason="the kernels need triton, which the development extra brings on Linux")
 
@@ -15,6 +17,7 @@ from triton_cases import OPS, distinct_logits, normal, random_weight, relative_e
 
 from md3cli.model.checkpoint_plan import plan_checkpoint
 from md3cli.model.config import HEAD_DIM
+from md3cli.model.gpu import operators
 from md3cli.model.gpu.forms import place_forms
 from md3cli.model.gpu.layers import KernelExperts, KernelLinear
 from md3cli.model.gpu.tiles import PassKind, Product, tile_of
@@ -153,7 +156,28 @@ def test_fake_forms_promise_what_the_operators_give(name: str) -> None:
     torch.library.opcheck(getattr(OPS, name).default, operator_calls()[name], test_utils=checks)
 
 
-def test_every_operator_is_checked_and_says_its_launches() -> None:
-    from md3cli.model.gpu.operators import LAUNCHES
+def test_a_kernel_is_launched_on_the_device_of_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current one, which is that of the engine built last. The devices are not there: one number is."""
+    current = [0]
 
-    assert set(LAUNCHES) == {f"md3::{name}" for name in operator_calls()}
+    def exchange(device: int) -> int:
+        before, current[0] = current[0], device if device >= 0 else current[0]
+        return before
+
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments, **constants: launched.append((grid, current[0]))
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        operators._launch(Kernel(), (3,), torch.empty(2, device="cuda:1"), None, 7, warps=4, X=2)
+    operators._launch(Kernel(), (4,), torch.empty(2), warps=4)
+    assert launched == [((3,), 1), ((4,), 0)]
+    assert current == [0]
+
+
+def test_every_operator_is_checked_and_says_its_launches() -> None:
+    assert set(operators.LAUNCHES) == {f"md3::{name}" for name in operator_calls()}

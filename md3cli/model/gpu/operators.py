@@ -56,10 +56,14 @@ def _operator(schema: str, launches: int, fake: Callable[..., object]) -> Callab
 
 
 def _launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: object, warps: int, stages: int = 3, **constants: int
+    kernel: Any, grid: tuple[int, ...], first: Tensor, *others: object, warps: int, stages: int = 3, **constants: int
 ) -> None:
-    """Launch a kernel on the current stream; products and sums are fused as in every release of Triton up to 3.9."""
-    kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    """Launch a kernel on the current stream of the device that its first argument is on.
+
+    Products and sums are fused as in every release of Triton up to 3.9.
+    """
+    with torch.cuda.device_of(first):  # Triton asks for the current device; a process may have engines on two
+        kernel[grid](first, *others, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 # -- the plan --------------------------------------------------------------------------------------
