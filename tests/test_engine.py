@@ -158,6 +158,7 @@ def test_a_request_that_fits_nowhere_is_one_failure_and_the_others_go_on() -> No
     assert failed == [1000]
     assert answers[1000].failure is not None
     assert answers[1000].failure.type == "model"
+    assert engine.stats.batch_sizes == [4, 2, 1, 4]  # the others did not have to go on one by one
 
 
 def test_a_generation_that_fills_the_context_ends_with_length() -> None:
@@ -361,6 +362,33 @@ def test_smaller_passes_answer_the_same_and_leave_the_batch(monkeypatch: pytest.
     assert engine.stats.num_smaller_passes == 2
     assert engine.prefill_tokens == case.model.config.prefix_len
     assert engine.encoder.max_crops == num_crops // 4
+
+
+@pytest.mark.parametrize("num_fitting", [2, 0])
+def test_slots_that_do_not_fit_are_made_fewer_at_once(num_fitting: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of CUDA: smaller passes leave slots as large, and each of those tries would start all rows again."""
+    monkeypatch.setattr(Sizes, "smaller", lambda self, *rest, as_is=Sizes.smaller: as_is(self, *rest[:2], "cuda"))
+    resize = KVCache._resize
+
+    def resize_few(cache: KVCache, capacity: int) -> None:
+        if cache.num_slots > num_fitting and capacity > 1000:
+            raise torch.OutOfMemoryError("out of memory (made up)")
+        resize(cache, capacity)
+
+    monkeypatch.setattr(KVCache, "_resize", resize_few)
+    case = load_case("a")
+    keys = certain_keys(case)
+    engine = case.engine(batch_size=8)
+    engine.max_context = 4096
+    planned = (engine.prefill_tokens, engine.encoder.max_crops)
+    long = Job(1000, None, Request(Task.QUERY, "word " * 400, reasoning=False, max_tokens=2))
+    answers = answers_by_key(engine, [*(case.job(key) for key in keys[:4]), long, *(case.job(k) for k in keys[4:])])
+    assert (answers.pop(1000).failure is None) == (num_fitting > 0)
+    for key, answer in answers.items():
+        assert_answer(answer, case.expected[key])
+    assert engine.stats.batch_sizes == ([8, 4, 2] if num_fitting else [8, 4, 2, 1, 8])
+    assert engine.stats.num_smaller_passes == 0
+    assert (engine.prefill_tokens, engine.encoder.max_crops) == planned
 
 
 def test_what_ran_out_of_memory_is_let_go_before_less_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from md3cli.model.encoder import ImageEncoder
 from md3cli.model.engine_stats import EngineStats
 from md3cli.model.forward import Group, Passes, PromptInputs
 from md3cli.model.intake import take_in
-from md3cli.model.kv_cache import KVCache
+from md3cli.model.kv_cache import KVCache, SlotsTooLargeError
 from md3cli.model.memory import is_out_of_memory, shortage
 from md3cli.model.moondream import Moondream3
 from md3cli.model.prompts import Prompts, Tokenizer
@@ -54,6 +54,10 @@ class Sizes(NamedTuple):
     prefill_tokens: int
     max_crops: int
 
+    def fewer(self, planned: Sizes) -> Sizes | None:
+        """Half the batch, which makes room for passes as `planned`; None where one sequence is all of it."""
+        return planned._replace(batch_size=self.batch_size // 2) if self.batch_size > 1 else None
+
     def smaller(self, planned: Sizes, prefix_len: int, device_type: str) -> Sizes | None:
         """What to try next after running out of memory; None where nothing is left to give up.
 
@@ -66,7 +70,7 @@ class Sizes(NamedTuple):
             halved = Sizes(self.batch_size, tokens, max(1, self.max_crops // 2))
             if halved != self:
                 return halved
-            return planned._replace(batch_size=self.batch_size // 2) if self.batch_size > 1 else None
+            return self.fewer(planned)
         if self.batch_size > 1:
             return self._replace(batch_size=self.batch_size // 2)
         return self._replace(max_crops=self.max_crops // 2) if self.max_crops > 1 else None
@@ -147,7 +151,7 @@ class Engine:
 
     def step(self) -> list[Answer]:
         """Do the next piece of work: admit what fits, then decode one step. Returns what finished."""
-        too_large = None
+        too_large, is_of_slots = None, False
         try:
             with torch.inference_mode():
                 self._admit()
@@ -155,9 +159,9 @@ class Engine:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise EngineError(f"the model failed on {self.model.device}: {error}") from error
-            too_large = shortage(error)
+            too_large, is_of_slots = shortage(error), isinstance(error, SlotsTooLargeError)
         if too_large is not None:  # out here: inside `except` the error's frames would hold the tensors of the pass
-            self._shrink(too_large)
+            self._shrink(too_large, is_of_slots=is_of_slots)
         answers = list(self._finished)
         self._finished.clear()
         return answers
@@ -201,8 +205,12 @@ class Engine:
             return False
         return True
 
-    def _shrink(self, reason: str) -> None:
-        """Out of memory: make passes or batch smaller and start what is in flight again (answers stay the same)."""
+    def _shrink(self, reason: str, *, is_of_slots: bool) -> None:
+        """Out of memory: make passes or batch smaller and start what is in flight again (answers stay the same).
+
+        Slots that are too large are made fewer; smaller passes would leave them as large. Where nothing can be made
+        smaller the next sequence is to blame: it fails, and the others go on as planned.
+        """
         in_flight = [sequence for sequence in self._slots.sequences if sequence is not None]
         for sequence in in_flight:
             sequence.restart()
@@ -214,8 +222,10 @@ class Engine:
             torch.cuda.empty_cache()
         now = Sizes(self.batch_size, self.prefill_tokens, self.encoder.max_crops)
         sizes = now.smaller(self._planned, self.config.prefix_len, self.model.device.type)
+        if is_of_slots:
+            sizes = now.fewer(self._planned)
         if sizes is None:
-            sizes = now
+            sizes = self._planned
             self._fail_next(reason)
         elif sizes.batch_size == now.batch_size:
             self.stats.num_smaller_passes += 1

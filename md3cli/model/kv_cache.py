@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from md3cli.model.config import HEAD_DIM, ModelConfig
+from md3cli.model.memory import is_out_of_memory, shortage
 
 GROWTH = 16  # positions; capacity is a multiple of it, so that shapes repeat
 GROWTH_SHARE = 8  # capacity grows by at least this part of itself, so that resizing is rare
@@ -27,6 +28,10 @@ GROWTH_SHARE = 8  # capacity grows by at least this part of itself, so that resi
 def round_up(value: int, multiple: int) -> int:
     """The least multiple of `multiple` that is >= value."""
     return -(-value // multiple) * multiple
+
+
+class SlotsTooLargeError(MemoryError):
+    """So many slots of so many positions do not fit; fewer slots may."""
 
 
 class KVCache:
@@ -50,19 +55,30 @@ class KVCache:
         """Make every slot hold `num_positions`; give room back when less than half of it is needed.
 
         Capacity never falls below what the cache was made with.
+
+        Raises:
+            SlotsTooLargeError: memory does not hold them; the cache is of no use any more.
         """
         needed = max(round_up(num_positions, GROWTH), self._least_capacity)
         if not self.capacity < needed and not needed <= self.capacity // 2:
             return
         if needed > self.capacity:
             needed = max(needed, round_up(self.capacity + self.capacity // GROWTH_SHARE, GROWTH))
-        kept = min(needed, self.capacity)
+        try:
+            self._resize(needed)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise SlotsTooLargeError(shortage(error)) from error
+        self.capacity = needed
+
+    def _resize(self, capacity: int) -> None:
+        kept = min(capacity, self.capacity)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):  # layer by layer: never twice in memory
-                new = old.new_zeros((*old.shape[:2], needed, HEAD_DIM))
+                new = old.new_zeros((*old.shape[:2], capacity, HEAD_DIM))
                 new[:, :, :kept] = old[:, :, :kept]
                 tensors[layer] = new
-        self.capacity = needed
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot to another."""
