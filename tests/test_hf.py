@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from md3cli.errors import RequestError
 from md3cli.model import plain
+from md3cli.model.hf import original_methods
+from md3cli.model.memory import MemoryPlan
 from md3cli.records import Task
 
 TOLERANCE = 1e-4
@@ -277,3 +280,18 @@ def test_the_originals_methods_are_the_engines() -> None:
     assert "".join(pieces) == model.caption(image, "short", settings={"max_tokens": 5})["caption"]
     assert isinstance(model.point(image, "cat", settings={"max_objects": 1})["points"], list)
     assert isinstance(model.segment(image, "cat", settings={"max_tokens": 6})["segments"], list)
+
+
+def test_an_engine_is_dropped_before_another_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its slots take would not be free for the new one's."""
+    model, _ = load_hf("a")
+    old, plan, was_free = weakref.ref(model.moondream().engine), original_methods.plan_memory, []
+
+    def watched(*arguments: Any) -> MemoryPlan:
+        was_free.append(old() is None)
+        return plan(*arguments)
+
+    monkeypatch.setattr(original_methods, "plan_memory", watched)
+    monkeypatch.setattr(model, "_weights_state", lambda: "trained")
+    model.moondream()
+    assert was_free == [True]

@@ -96,6 +96,7 @@ class OriginalMethods:
         """
         state = self._weights_state()
         if self._moondream is None or state != self._moondream_state:
+            self._moondream = None  # a GPU has no room for the slots of two engines
             self._moondream, self._moondream_state = self._new_moondream(), state
         return self._moondream
 
