@@ -193,6 +193,19 @@ def test_without_a_device_one_line_says_what_to_do(tmp_path: Path) -> None:
     assert set(ran.statuses.values()) == {"not measured"}
 
 
+def test_a_cpu_without_triton_measures_no_kernels(tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError\n")
+    script = tmp_path / "gpu_check.py"  # beside a triton that is none, found first
+    script.write_text(
+        f"import runpy, sys; sys.path[0] = {str(TESTS)!r}; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    ran = check(tmp_path / "out", *CPU, "--only", "kernels", script=script)
+    assert ran.status == 0
+    assert ran.statuses["kernels"] == "not measured"
+    assert "is triton installed?" in ran.stdout
+
+
 @pytest.mark.parametrize("budget", [0, 4])
 def test_what_does_not_fit_the_budget_is_not_measured(tmp_path: Path, budget: int) -> None:
     ran = check(tmp_path / "out", *CPU, "--budget", str(budget))

@@ -33,7 +33,7 @@ class Unit:
     @property
     def label(self) -> str:
         """What its files are called."""
-        return "-".join(filter(None, [self.part.name, self.argument])).replace("/", "_")
+        return "-".join(filter(None, [self.part.name, self.argument])).replace(" ", "_")
 
 
 class Ahead:
@@ -140,12 +140,16 @@ class Check:
         ahead = Ahead(itertools.chain.from_iterable(units.values()), self._start)
         for part, of_part in units.items():
             started = time.monotonic()
-            statuses = [self._run_unit(unit, ahead, started) for unit in of_part]
-            if not of_part:
-                self.results.add_error(part.name, self.results.data.get("kernels_problem", "no kernels were listed"))
+            statuses = [self._run_unit(unit, ahead, started) for unit in of_part] or [self._without_kernels(part)]
             status = next((status for status in (FAILED, NOT_MEASURED) if status in statuses), OK)
-            self.results.end(part.name, status if of_part else NOT_MEASURED, time.monotonic() - started)
+            self.results.end(part.name, status, time.monotonic() - started)
             print(f"{part.name:10} {time.monotonic() - started:6.1f} s  {status}", flush=True)
+
+    def _without_kernels(self, part: Part) -> str:
+        """The status of a part that found no kernels: a CPU may be without triton, but not with one that fails."""
+        problem = self.results.data.get("kernels_problem")
+        self.results.add_error(part.name, problem or "no kernels were listed; is triton installed?")
+        return FAILED if problem else NOT_MEASURED
 
     def _units_of(self, part: Part) -> list[Unit]:
         """One process of a part, or one for each kernel; none where there are no kernels here."""

@@ -105,17 +105,22 @@ def main(module_name: str, lines_file: str, device: str, config_name: str, argum
     if module is None:
         run.fail(problem)
         return 0
-    torch.set_flush_denormal(True)  # as `load_engine` does, and so is this: a second thread would wait, spinning
-    if device == "cpu" and config_name == "mini":
-        torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("highest")
     try:
-        if module_name != FACTS:  # which says what keeps the device from being used
-            prepare_device(run.device)
+        prepare(run, touches_device=module_name != FACTS)
         module.measure(run)
     except Exception:  # noqa: BLE001
         run.fail(last_lines(traceback.format_exc()))
     return 0
+
+
+def prepare(run: Run, *, touches_device: bool) -> None:
+    """Set this process up as `load_engine` would; `facts` says itself what keeps a device from being used."""
+    torch.set_flush_denormal(True)
+    if run.device.type == "cpu" and run.config_name == "mini":
+        torch.set_num_threads(1)  # so small a model's second thread would wait, spinning
+    torch.set_float32_matmul_precision("highest")
+    if touches_device:
+        prepare_device(run.device)
 
 
 def last_lines(text: str) -> str:

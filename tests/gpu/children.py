@@ -44,9 +44,9 @@ class Child:
         self.lines_file.write_bytes(b"")
         self._offset = 0
         path = os.pathsep.join([str(ROOT), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-        with self._log_file.open("wb") as log:
+        with self._log_file.open("wb") as log:  # -P: a folder called torch where this is run is no business of ours
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "gpu.child", module, str(self.lines_file), *arguments],
+                [sys.executable, "-P", "-m", "gpu.child", module, str(self.lines_file), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -11,7 +11,7 @@ from md3cli.model.moondream import Moondream3
 
 from .child import Run
 from .models import BF16, model_in
-from .workloads import Load, loads_of, warm_up
+from .workloads import Load, is_as_asked, loads_of, warm_up
 
 SIZES = {"2 megapixels": (1920, 1080), "12 megapixels": (4032, 3024)}
 CPU_SIZES = {"0.3 megapixels": (640, 480)}
@@ -33,7 +33,10 @@ def measure(run: Run) -> None:
 def measure_files(run: Run, model: Moondream3, load: Load, files: PhotoFiles, what: str) -> None:
     workload, name = load.workload, f"batch {load.batch}, {BF16}"
     pictures = files.decode_all()  # which also starts the workers
-    cut_s, _ = time_run(make_engine(model, load.batch), make_jobs(workload, pictures), workload)
+    engine = make_engine(model, load.batch)
+    cut_s, _ = time_run(engine, make_jobs(workload, pictures), workload)
+    if not is_as_asked(run, engine, load, name):
+        return
     run.figure(f"{what}, cut before, {name}", load.num_requests / cut_s, "img/s")
     run.figure(f"{what}, crops of a picture", len(pictures[0].crops), "count")
     del pictures

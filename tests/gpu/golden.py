@@ -98,25 +98,25 @@ def compare(run: Run, models: Iterator[tuple[str, Moondream3]], form: str, batch
     for name, model in models:
         case = load_case(name)
         for key, (sequence, answer) in answered(case, model, batch).items():
-            where = f"case {name}, request {key}, {form}, batch {batch}"
-            problem = compare_request(tally, case.expected[key], decisions_of(sequence), form)
+            found = decisions_of(sequence) if sequence is not None else []
+            problem = compare_request(tally, case.expected[key], found, form)
             if problem is None and form == "float32" and case.is_certain(key):
                 problem = problem_of_answer(answer, case.expected[key])
             if problem is not None:
-                run.fail(f"{where}: {problem}")
+                run.fail(f"case {name}, request {key}, {form}, batch {batch}: {problem}")
     return tally
 
 
 def answered(
     case: GoldenCase, model: Moondream3, batch: int, count: int | None = None
-) -> dict[int, tuple[Sequence, Answer]]:
-    """All requests of a case, or the first `count`, each with the decisions its row took."""
+) -> dict[int, tuple[Sequence | None, Answer]]:
+    """All requests of a case, or the first `count`, each with the row that decided (None: it was refused)."""
     engine = case.engine(batch, model)
     sequences = {key: engine.add(case.job(key)) for key in range(len(case.requests))[:count]}
     answers: dict[int, Answer] = {}
     while engine.has_work:
         answers.update((answer.key, answer) for answer in engine.step())
-    return {key: (sequence, answers[key]) for key, sequence in sequences.items() if sequence is not None}
+    return {key: (sequence, answers[key]) for key, sequence in sequences.items()}
 
 
 def compare_request(tally: Tally, expected: dict[str, Any], found: list[Decision], form: str) -> str | None:

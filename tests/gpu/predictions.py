@@ -62,6 +62,7 @@ _STEP = "weights at 75 to 80 % of the copy rate, slots at 60 % (all of their cap
 _LAUNCHES = "the host's 512 launches; what is read meanwhile takes less"
 _SHARE = "the limit's time over the time predicted"
 _COUNTED = "counted on fake tensors"
+_REPLAYED = "some 520 kernels of at least 2.2 us one after another, and what of the reading they do not hide"
 STAGES: Table = {
     "vision, 9 crops, bf16": Prediction(14.3, 14.3, "ms", _VISION),
     "vision, 9 crops, bf16: share of the limit": Prediction(0.53, 0.53, "share", _SHARE),
@@ -93,6 +94,11 @@ STAGES: Table = {
     "decode step, 64 rows, bf16: over its read time": Prediction(1.39, 1.39, "ratio", _STEP),
     "decode step, 128 rows, bf16": Prediction(17.9, 12.5, "ms", _STEP),
     "decode step, 128 rows, bf16: share of the limit": Prediction(0.68, 0.68, "share", _SHARE),
+    "decode step, 1 row, bf16, replayed": Prediction(2.4, 2.2, "ms", _REPLAYED),
+    "decode step, 8 rows, bf16, replayed": Prediction(5.9, 4.3, "ms", _STEP),
+    "decode step, 16 rows, bf16, replayed": Prediction(7.9, 5.6, "ms", _STEP),
+    "decode step, 64 rows, bf16, replayed": Prediction(12.4, 8.7, "ms", _STEP),
+    "decode step, 128 rows, bf16, replayed": Prediction(17.8, 12.5, "ms", _STEP),
     "launches, decode step, 1 row, bf16": Prediction(512, 512, "count", _COUNTED),
     "launches, decode step, 64 rows, bf16": Prediction(512, 512, "count", _COUNTED),
     "launches, prefix, 16 pictures, bf16": Prediction(340, 340, "count", _COUNTED),
@@ -135,6 +141,16 @@ LOWBITS: Table = {
     "weights, float8 experts": Prediction(10.5, 10.5, "GB", "8.05 of experts in a byte each, the rest in 16 bits"),
     "decode step, 1 row, float8 experts": Prediction(4.7, 4.7, "ms", _BOUND),
     "decode step, 1 row, float8 experts: over bf16's": Prediction(1.0, 1.0, "ratio", _BOUND),
+    "decode step, 1 row, bf16, replayed": STAGES["decode step, 1 row, bf16, replayed"],
+    "decode step, 64 rows, bf16, replayed": STAGES["decode step, 64 rows, bf16, replayed"],
+    "decode step, 1 row, float8 experts, replayed": Prediction(2.0, 1.9, "ms", _REPLAYED),
+    "decode step, 1 row, float8 experts, replayed: over bf16's": Prediction(0.85, 0.87, "ratio", _REPLAYED),
+    "decode step, 64 rows, float8 experts, replayed": Prediction(9.3, 6.6, "ms", _READ),
+    "decode step, 64 rows, float8 experts, replayed: over bf16's": Prediction(0.75, 0.76, "ratio", _READ),
+    "decode step, 1 row, int4, replayed": Prediction(1.8, 1.8, "ms", _REPLAYED),
+    "decode step, 1 row, int4, replayed: over bf16's": Prediction(0.77, 0.8, "ratio", _REPLAYED),
+    "decode step, 64 rows, int4, replayed": Prediction(7.8, 5.6, "ms", _READ),
+    "decode step, 64 rows, int4, replayed: over bf16's": Prediction(0.63, 0.64, "ratio", _READ),
     "decode step, 64 rows, float8 experts": Prediction(9.4, 6.6, "ms", _READ),
     "decode step, 64 rows, float8 experts: over bf16's": Prediction(0.75, 0.76, "ratio", _READ),
     "prefix, 16 pictures, float8 experts": Prediction(86, 86, "ms", f"{_WIDENED}: a sixth"),

@@ -19,7 +19,7 @@ from .child import Run
 from .launches import count_launches
 from .limits import Limits, limits_of
 from .models import BF16, model_in
-from .timing import median_ms
+from .timing import median_ms, replayed_ms
 
 PICTURES = (1, 8, 16, 22)
 ROWS = (1, 8, 16, 64, 128)
@@ -107,11 +107,13 @@ def prefix_of(model: Moondream3, count: int) -> Callable[[], None]:
 def measure_decode(run: Run, model: Moondream3, rows: int, limits: Limits) -> None:
     """One step of `rows` rows, each with a picture, a prompt and some text, beside the time to read it all."""
     name = f"decode step, {plural(rows, 'row')}, {BF16}"
-    ms = median_ms(decode_of(model, rows), run.device, repeats(run))
+    step = decode_of(model, rows)
+    ms = median_ms(step, run.device, repeats(run))
     floor_s = decode_bytes(model, rows, model.config.prefix_len + BEHIND_PREFIX) / limits.copy
     report(run, name, ms, floor_s)
     if rows == 64:
         run.figure(f"{name}: over its read time", ms / 1e3 / floor_s, "ratio")
+    report_replayed(run, name, step)
 
 
 def decode_of(model: Moondream3, rows: int) -> Callable[[], object]:
@@ -120,6 +122,19 @@ def decode_of(model: Moondream3, rows: int) -> Callable[[], object]:
     state = text_rows(rows, config.prefix_len + BEHIND_PREFIX, device)
     inputs = torch.randn(rows, config.text.dim, device=device).to(model.dtype)
     return lambda: decode_step(model, cache, state, inputs, cache.capacity, is_sampled=False)
+
+
+def report_replayed(run: Run, name: str, step: Callable[[], object]) -> float | None:
+    """The same step replayed as a graph, in milliseconds; None where there are no graphs, or it cannot be captured."""
+    if not run.is_cuda:
+        return None
+    try:
+        ms = replayed_ms(step, run.device, repeats(run))
+    except RuntimeError as error:
+        run.note(f"{name}, replayed", str(error).splitlines()[0])
+        return None
+    run.figure(f"{name}, replayed", ms, "ms")
+    return ms
 
 
 def report(run: Run, name: str, ms: float, floor_s: float) -> None:

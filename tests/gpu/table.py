@@ -8,6 +8,7 @@ from typing import Any
 from .predictions import GOALS, Goal
 
 WIDTH, NAME_WIDTH = 100, 60
+MOST_ERRORS = 8  # of a part that are printed; results.json has them all
 _LINE = f"{{:9}}{{:{NAME_WIDTH}}}{{:>11}}{{:>11}} {{:8}}"
 
 
@@ -18,9 +19,17 @@ def table_of(data: dict[str, Any]) -> str:
     for name, part in data["parts"].items():
         lines.append(_line(name, part["status"], "", "", ""))
         lines += [_figure_line(figure, entry) for figure, entry in part["figures"].items()]
-        lines += [f"  ! {text}"[:WIDTH] for error in part.get("errors", ()) for text in error.splitlines()[-3:]]
+        lines += _error_lines(part.get("errors", []))
     goals = list(_goal_lines(data))
     return "\n".join([*lines, "-" * WIDTH, *goals])
+
+
+def _error_lines(errors: list[str]) -> Iterator[str]:
+    """The end of each of the first few."""
+    for error in errors[:MOST_ERRORS]:
+        yield from (f"  ! {text}"[:WIDTH] for text in error.splitlines()[-3:])
+    if len(errors) > MOST_ERRORS:
+        yield f"  ! and {len(errors) - MOST_ERRORS} more"
 
 
 def _figure_line(name: str, entry: dict[str, Any]) -> str:

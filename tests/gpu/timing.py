@@ -22,6 +22,25 @@ def median_ms(
     return statistics.median(take(run, repeats, between or (lambda: None)))
 
 
+@torch.inference_mode()
+def replayed_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of `run` replayed as a CUDA graph: what the device needs when nobody launches kernel by kernel.
+
+    Raises:
+        RuntimeError: something in `run` cannot be captured.
+    """
+    side = torch.cuda.Stream(device)  # captures want a stream of their own, and what is captured warmed up there
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return median_ms(graph.replay, device, repeats)
+
+
 def _events(run: Callable[[], object], repeats: int, between: Callable[[], object]) -> list[float]:
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for first, last in pairs:

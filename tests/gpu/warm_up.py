@@ -25,7 +25,7 @@ from .child import Run, last_lines
 from .kernels import all_cases
 from .models import WEIGHT_FORMS, model_in
 from .stages import PICTURES, ROWS, decode_of, prefix_of
-from .workloads import CPU_LOADS, run_batch
+from .workloads import CPU_LOADS, run_some
 
 Job = Callable[[], object]
 Load = Callable[[Run, str, torch.dtype], Moondream3]
@@ -82,7 +82,7 @@ def run_prompts(run: Run, form: str) -> None:
     """Whole requests, for what a prompt launches."""
     model = model_in(run, form, two_layers(run.config))
     for load in CPU_LOADS[:2]:
-        run_batch(model, load, load.workload.max_tokens)
+        run_some(model, load, load.num_requests, load.workload.max_tokens)
 
 
 def run_golden(run: Run, name: str, load: Load, dtype: torch.dtype) -> None:

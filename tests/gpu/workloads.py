@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ import torch
 from md3cli.images import PreparedImage
 from md3cli.model.bench_gpu import busy_seconds, gpu_memory, gpu_workload, reset_gpu_peak
 from md3cli.model.bench_runs import PHOTO, Workload, make_engine, make_images, make_jobs, time_run
+from md3cli.model.engine import Engine
 from md3cli.model.memory import peak_rss, reset_peak_rss
 from md3cli.model.moondream import Moondream3
 
@@ -17,6 +19,7 @@ from .child import Run
 from .models import BF16, model_in
 
 WARM_TOKENS = 3
+LEAST_PROFILED = 8  # requests
 
 
 @dataclass(frozen=True)
@@ -70,38 +73,45 @@ def pictures_for(model: Moondream3, count: int, seed: int = 0) -> list[PreparedI
     return make_images(model, replace(gpu_workload("query", 1), tilings=(PHOTO,) * count), seed)
 
 
-def measure_load(run: Run, model: Moondream3, load: Load, pictures: Sequence[PreparedImage], form: str) -> float:
-    """Measure and report one load after a batch to warm up; its requests per second."""
+def measure_load(run: Run, model: Moondream3, load: Load, pictures: Sequence[PreparedImage], form: str) -> None:
+    """Measure and report one load after a batch to warm up."""
     name, workload = load.figure_name(form), load.workload
     warm_up(model, load)
     engine = make_engine(model, load.batch)
     start_counting_memory(run)
     seconds, _ = time_run(engine, make_jobs(workload, pictures[: load.num_requests]), workload)
+    if not is_as_asked(run, engine, load, name):
+        return
     run.figure(name, load.num_requests / seconds, "req/s")
     run.figure(f"{name}: peak memory", counted_memory(run) / 1e9, "GB")
-    if engine.stats.batch_sizes != [load.batch]:
-        run.note(f"batch sizes of {name}", engine.stats.batch_sizes)  # memory held no more
     if run.is_cuda and load.shows_busy:
         report_busy(run, model, load, form)
-    return load.num_requests / seconds
+
+
+def is_as_asked(run: Run, engine: Engine, load: Load, name: str) -> bool:
+    """False where memory held fewer requests at a time than the figure's name says: noted, and no figure."""
+    if engine.stats.batch_sizes == [load.batch]:
+        return True
+    run.note(f"{name}: not measured, memory held batches of", engine.stats.batch_sizes)
+    return False
 
 
 def warm_up(model: Moondream3, load: Load) -> None:
     """One short batch, so that libraries choose their kernels before the clock starts."""
-    run_batch(model, load, max_tokens=min(WARM_TOKENS, load.workload.max_tokens))
+    run_some(model, load, load.batch, max_tokens=min(WARM_TOKENS, load.workload.max_tokens))
 
 
-def run_batch(model: Moondream3, load: Load, max_tokens: int) -> float:
-    """One batch of other pictures through an engine of its own; seconds."""
-    workload = replace(load.workload, tilings=(PHOTO,) * load.batch, max_tokens=max_tokens)
-    jobs = make_jobs(workload, pictures_for(model, load.batch, seed=1))
+def run_some(model: Moondream3, load: Load, num_requests: int, max_tokens: int) -> float:
+    """Requests about other pictures through an engine of their own; seconds."""
+    workload = replace(load.workload, tilings=(PHOTO,) * num_requests, max_tokens=max_tokens)
+    jobs = make_jobs(workload, pictures_for(model, num_requests, seed=1))
     return time_run(make_engine(model, load.batch), jobs, workload)[0]
 
 
 def report_busy(run: Run, model: Moondream3, load: Load, form: str) -> None:
-    """The share of a batch's time in which the device had something to do, by torch's profiler."""
-    plain_s = run_batch(model, load, load.workload.max_tokens)
-    busy_s = busy_seconds(lambda: run_batch(model, load, load.workload.max_tokens))
+    """The share of a few requests' time in which the device had something to do, by torch's profiler."""
+    some = functools.partial(run_some, model, load, max(load.batch, LEAST_PROFILED), load.workload.max_tokens)
+    plain_s, busy_s = some(), busy_seconds(some)
     if busy_s is not None:
         run.figure(f"{load.figure_name(form)}: device busy", busy_s / plain_s, "share")
 
