@@ -25,7 +25,7 @@ from md3cli.model.text import rotary_table
 OPS = torch.ops.md3
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 KINDS = {WeightForm.FP8: LowBit.FP8, WeightForm.INT8: LowBit.INT8, WeightForm.INT4: LowBit.INT4}
-STEP_ROWS, PREFIX_ROWS = (1, 3, 8, 64), 22 * 730  # a full pass of prefixes
+STEP_ROWS, PROMPT_ROWS, PREFIX_ROWS = (1, 3, 8, 64), 64 * 20, 22 * 730  # 64 questions, a full pass of prefixes
 THETA = 1_500_000.0
 
 
@@ -58,8 +58,7 @@ def cases(config: ModelConfig, device: torch.device) -> list[KernelCase]:
     """Cases of a model's sizes on a device: bf16 at real rows on CUDA; float32 and fp16 at few in the interpreter."""
     on_card = device.type == "cuda"
     dtypes = (torch.bfloat16,) if on_card else (torch.float32, torch.float16)
-    many = PREFIX_ROWS if on_card else 50
-    rows = (*STEP_ROWS, many) if on_card else (1, 3, many)
+    rows = (*STEP_ROWS, PROMPT_ROWS, PREFIX_ROWS) if on_card else (1, 3, 50)
     return [case for dtype in dtypes for case in _cases_of(config, device, dtype, rows)]
 
 
@@ -75,8 +74,9 @@ def _cases_of(
         words = " ".join(filter(None, (kernel, form, name)))
         return KernelCase(f"{words}, {count} rows", kernel, name, count, tolerance, make)
 
+    kinds = dict.fromkeys(STEP_ROWS, PassKind.STEP) | {PROMPT_ROWS: PassKind.PROMPT}
     for count in rows:
-        kind = PassKind.STEP if count in STEP_ROWS else PassKind.PREFIX
+        kind = kinds.get(count, PassKind.PREFIX)
         yield case("plan", count, partial(plan_case, moe, count, kind, dtype, device))
         for form in WeightForm if dtype is not torch.float32 else (WeightForm.PLAIN,):
             of_form = partial(_weight_case, text.dim, moe, form, count, kind, dtype, device)

@@ -12,7 +12,7 @@ the tile sizes fix, and tile sizes follow from the kind of pass (`tiles.py`), ne
 All sizes and strides are compile-time constants (`tl.constexpr`): with run-time strides the loads are
 scalar and the kernel spills (255 registers, compiled for sm_90).
 
-This file knows nothing of torch; `operators.py` launches these kernels and `experts.py` is their twin.
+This file knows nothing of torch; `operators.py` launches these kernels; their twin is `moe.MoeMlp.run_experts`.
 Ideas: blocks that share an expert and blocks marked unused are vLLM's (`moe_align_block_size`).
 Source: Moondream 3 specification, sections 7, 19.2 and 19.3.
 
