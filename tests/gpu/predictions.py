@@ -36,12 +36,18 @@ class Goal:
     aim: float | None = None
 
 
+_FLOAT8_64, _FLOAT8_1 = Goal(0.8), Goal(0.9)
+_INT4_1 = Goal(None, 0.6)
 GOALS: Mapping[str, Goal] = {
     "prefix, 16 pictures, bf16: over its product time": Goal(1.7, 1.45),
     "decode step, 64 rows, bf16: over its read time": Goal(1.35, 1.2),
-    "decode step, 1 row, float8 experts: over bf16's": Goal(0.9),
-    "decode step, 64 rows, float8 experts: over bf16's": Goal(0.8),
-    "decode step, 1 row, int4: over bf16's": Goal(None, 0.6),
+    # A step as the engine launches it, and what the device needs for it: at one row launching hides what codes save.
+    "decode step, 1 row, float8 experts: over bf16's": _FLOAT8_1,
+    "decode step, 1 row, float8 experts, replayed: over bf16's": _FLOAT8_1,
+    "decode step, 64 rows, float8 experts: over bf16's": _FLOAT8_64,
+    "decode step, 64 rows, float8 experts, replayed: over bf16's": _FLOAT8_64,
+    "decode step, 1 row, int4: over bf16's": _INT4_1,
+    "decode step, 1 row, int4, replayed: over bf16's": _INT4_1,
 }
 
 _SEEN = "seen on such cards"
