@@ -28,7 +28,6 @@ ANSWER_TOKENS = 3  # of a query
 ANSWERS: dict[str, Any] = {
     "synchronize": None,
     "empty_cache": None,
-    "set_device": None,
     "reset_peak_memory_stats": None,
     "max_memory_allocated": 3_000,
     "max_memory_reserved": 4_000,

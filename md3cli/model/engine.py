@@ -152,10 +152,6 @@ class Engine:
     def step(self) -> list[Answer]:
         """Do the next piece of work: admit what fits, then decode one step. Returns what finished."""
         too_large, is_of_slots = None, False
-        if self.model.device.type == "cuda":
-            # Kernels of our own are launched on the current device, and each thread has one: a server may load in
-            # one thread and answer in others.
-            torch.cuda.set_device(self.model.device)
         try:
             with torch.inference_mode():
                 self._admit()
