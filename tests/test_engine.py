@@ -21,7 +21,6 @@ from md3cli.model.decoding import Event, Mode
 from md3cli.model.engine import Engine, Sizes
 from md3cli.model.forward import Passes
 from md3cli.model.kv_cache import KVCache
-from md3cli.model.moondream import Moondream3
 from md3cli.model.tasks import Answer, EncodedImage, Job
 from md3cli.records import Request, Task
 
@@ -276,14 +275,6 @@ def test_rows_that_ended_stand_right_behind_the_prefix() -> None:
     assert engine._rows.mode.tolist() == [int(Mode.IDLE)] * 5
     assert set(engine._rows.position.tolist()) <= {0, case.model.config.prefix_len}  # 0: never used
     assert case.model.config.prefix_len in engine._rows.position.tolist()
-
-
-def test_a_step_computes_on_the_models_device_in_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, chosen = load_case("a").engine(batch_size=1), []
-    monkeypatch.setattr(Moondream3, "device", torch.device("cuda", 1))
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert engine.step() == []  # nothing to do, which needs no device
-    assert chosen == [torch.device("cuda", 1)]
 
 
 NAN = "the model computed NaN in float32: are its weights damaged?"
