@@ -11,12 +11,14 @@ from torch._dynamo.testing import CompileCounter
 
 from md3cli.model import plain
 from md3cli.model.decoding import Mode
-from md3cli.model.forward import Group, Passes, PromptInputs, embed_prompts
+from md3cli.model.forward import Group, Passes, PromptInputs, embed_prompts, run_prefixes
 from md3cli.model.gpu.tiles import PassKind
 from md3cli.model.intake import take_in
+from md3cli.model.kv_cache import KVCache, PrefixStore
 from md3cli.model.tasks import Job, Sequence
 from md3cli.records import Request, Task
 
+CPU = torch.device("cpu")
 POINT, BOX = (0.25, 0.5), (0.1, 0.2, 0.6, 0.8)
 QUERY = Request(Task.QUERY, "What is it?", reasoning=False)
 REQUESTS = (
@@ -126,3 +128,18 @@ def test_compiled_passes_repeat_the_last_row() -> None:
     assert len(inputs.rows().mode) == 6
     slots, _ = passes.send([[3, 1]], [], num_slots=8, prefixes_per_pass=4)
     assert slots[0].tolist() == [3, 1, 1, 1]
+
+
+def test_a_prefix_leaves_in_its_slot_what_the_whole_network_would() -> None:
+    """`run_prefixes` computes nothing of the last layer but its keys and values."""
+    case = load_case("a")
+    model, image = case.model, case.images[0]
+    embeddings = plain.encode_image(model, image)[None]
+    found, expected = (KVCache(model.config, 2, 40, dtype=model.dtype, device=CPU) for _ in range(2))
+    slots = torch.tensor([1])
+    with torch.inference_mode():
+        run_prefixes(model, found, slots, embeddings)
+        x = model.prefix_embeddings(embeddings)
+        model.text(x, torch.arange(x.shape[1])[None], None, PrefixStore(expected, slots))
+    for one, other in zip((*found.keys, *found.values), (*expected.keys, *expected.values), strict=True):
+        assert torch.equal(one, other)

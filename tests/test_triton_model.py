@@ -181,3 +181,12 @@ def test_a_kernel_is_launched_on_the_device_of_its_arguments(monkeypatch: pytest
 
 def test_every_operator_is_checked_and_says_its_launches() -> None:
     assert set(operators.LAUNCHES) == {f"md3::{name}" for name in operator_calls()}
+
+
+def test_a_position_behind_the_slots_end_is_not_written_into_the_next() -> None:
+    calls = operator_calls()["tau_rope_store"]
+    qkv, parts, alpha, _, _, slots, keys, values, _ = calls
+    position = torch.tensor([[0], [15], [16], [17], [3]])  # a slot has 16
+    OPS.tau_rope_store(qkv, parts, alpha, position, rotary_table(position, 1e4), slots, keys, values, False)
+    written = (keys != 0).any(-1).any(1).nonzero().tolist()
+    assert written == [[0, 0], [1, 15], [4, 3]]

@@ -33,13 +33,15 @@ THETA = 1_500_000.0
 class Prepared:
     """Inputs on their device. `run` launches once; `expected` is the twin, float64; their results are compared.
 
-    `flops` and `bytes` are what one launch must do and move at the least.
+    `flops` and `bytes` are what one launch must do and move at the least. `launch` is the kernel alone, for
+    timing, where `run` brings what it wrote into another form.
     """
 
     run: Callable[[], tuple[Tensor, ...]]
     expected: Callable[[], tuple[Tensor, ...]]
     flops: float
     bytes: float
+    launch: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -311,7 +313,7 @@ def tau_products_case(
 
     run = partial(OPS.tau_products, qkv, weight, tile.as_list())
     flops = 2.0 * num_rows * weight.numel()
-    return Prepared(lambda: (run().sum(0),), expected, flops, float(qkv.nbytes + weight.nbytes))
+    return Prepared(lambda: (run().sum(0),), expected, flops, float(qkv.nbytes + weight.nbytes), run)
 
 
 def tau_rope_store_case(num_heads: int, num_rows: int, dtype: torch.dtype, device: torch.device) -> Prepared:
@@ -326,16 +328,17 @@ def tau_rope_store_case(num_heads: int, num_rows: int, dtype: torch.dtype, devic
     table, slots = rotary_table(position, THETA), torch.randperm(batch, device=device)
     cache = [torch.zeros(batch, num_heads, capacity, HEAD_DIM, dtype=dtype, device=device) for _ in range(2)]
 
+    launch = partial(OPS.tau_rope_store, qkv, parts, alpha, position, table, slots, *cache, True)
+
     def run() -> tuple[Tensor, ...]:
-        q, k, v = OPS.tau_rope_store(qkv, parts, alpha, position, table, slots, *cache, True)
-        return q, k, v, *(_stored(tensor, slots, position) for tensor in cache)
+        return *launch(), *(_stored(tensor, slots, position) for tensor in cache)
 
     def expected() -> tuple[Tensor, ...]:
         q, k, v = tau_rope_twin(qkv, parts, alpha, position, table)
         return q, k, v, k, v
 
     moved = qkv.nbytes * 2 + parts.nbytes + table.nbytes
-    return Prepared(run, expected, 0.0, float(moved))
+    return Prepared(run, expected, 0.0, float(moved), launch)
 
 
 def _stored(cache_SHCK: Tensor, slots: Tensor, position: Tensor) -> Tensor:

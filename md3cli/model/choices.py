@@ -104,10 +104,11 @@ def _log_probabilities(model: Moondream3, cache: KVCache, ints: ChoiceInts[Tenso
     index_T = torch.arange(fed_BT.shape[1], device=fed_BT.device)
     position_BT = ints.positions[:, None] + index_T
     mask = (torch.arange(total, device=fed_BT.device) <= position_BT[:, :, None])[:, None]
+    is_real_BT = index_T < ints.lengths[:, None]
     store = PromptStore(cache, ints.slots, position_BT, total)
-    hidden = model.text(model.text.embed(fed_BT), position_BT, mask, store)
+    hidden = model.text(model.text.embed(fed_BT), position_BT, mask, store, is_real_BT)
     chosen_BT = _log_softmax(model, hidden).gather(2, wanted_BT[..., None])[..., 0]
-    return chosen_BT.masked_fill(index_T >= ints.lengths[:, None], 0.0).sum(1)
+    return chosen_BT.masked_fill(~is_real_BT, 0.0).sum(1)
 
 
 def _log_softmax(model: Moondream3, hidden_BTD: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def run_prefixes(model: Moondream3, cache: KVCache, slots_B: Tensor, embeddings_
     """Run pictures' prefixes into their slots; a prefix attends to all of itself and to nothing else."""
     x_BTD = model.prefix_embeddings(embeddings_BPD)
     position = torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[0], -1)
-    model.text(x_BTD, position, None, PrefixStore(cache, slots_B))
+    model.text(x_BTD, position, None, PrefixStore(cache, slots_B), only_stores=True)
 
 
 def run_prompts(

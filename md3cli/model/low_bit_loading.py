@@ -94,9 +94,7 @@ class LowBitReader:
         """
         slot = self.slots[name]
         kind = low_bit_of(slot, self.quant)
-        names = [name]
-        if is_experts(name, slot.shape):
-            names = [f"{name.rsplit('.', 2)[0]}.{leaf}.weight" for leaf in ("fc1", "fc2")]
+        names = _packed_with(name, slot.shape)
         return kind if kind is not None and all(self._can_hold(kind, self.slots[n].shape) for n in names) else None
 
     def quantised(self, name: str) -> QuantisedWeight:
@@ -171,6 +169,13 @@ def load_low_bit(
     return LoadedModel(model.requires_grad_(False).eval(), plan.config, plan)
 
 
+def _packed_with(name: str, shape: tuple[int, ...]) -> list[str]:
+    """Weights that are packed or left plain together with this one: an expert's two matrices."""
+    if not is_experts(name, shape):
+        return [name]
+    return [f"{name.rsplit('.', 2)[0]}.{leaf}.weight" for leaf in ("fc1", "fc2")]
+
+
 def _tell_pass(text_pass: TextPass, prefix_len: int, text: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Before each pass of the decoder: only a picture's prefix comes in so many positions at once."""
     text_pass.is_prefix = inputs[0].shape[1] >= prefix_len
@@ -204,9 +209,11 @@ def quantise_decoder(model: Moondream3, kind: LowBit, *, experts_only: bool = Fa
     text_pass = TextPass()
     model.text.register_forward_pre_hook(functools.partial(_tell_pass, text_pass, model.config.prefix_len))
     holds = kernel_weights.can_hold if for_kernels else can_hold
-    for name in [name for name, _ in model.named_parameters() if name.startswith("text.") and is_portable(name)]:
+    shapes = {name: weight.shape for name, weight in model.named_parameters() if is_portable(name)}
+    for name in [name for name in shapes if name.startswith("text.")]:
         weight = model.get_parameter(name)
-        if (experts_only and weight.dim() != 3) or not holds(kind, tuple(weight.shape)):
+        together = _packed_with(name, tuple(weight.shape))
+        if (experts_only and weight.dim() != 3) or not all(holds(kind, tuple(shapes[n])) for n in together):
             continue
         codes = quantise(weight.detach(), kind)
         _place(model, name, KernelWeight.of_quantised(codes) if for_kernels else pack(codes, text_pass, model.dtype))

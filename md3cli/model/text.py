@@ -136,6 +136,10 @@ class TextBlock(nn.Module):
             return self.mlp.added(x_BTD, attended, h_BTD, live_BT)
         return x_BTD + attended + self.mlp(h_BTD)  # type: ignore[no-any-return]
 
+    def store_only(self, x_BTD: Tensor, position_BT: Tensor, table: Tensor, store: KeyValueStore) -> None:
+        """Store the keys and values of new positions, and compute nothing that only a next layer would read."""
+        self.attn.project(self.ln(x_BTD), position_BT, table, store, self.layer)
+
 
 class TextDecoder(nn.Module):
     """Token table, blocks, last LayerNorm and head."""
@@ -160,16 +164,26 @@ class TextDecoder(nn.Module):
         mask: Tensor | None = None,
         store: KeyValueStore | None = None,
         live_BT: Tensor | None = None,
+        *,
+        only_stores: bool = False,
     ) -> Tensor:
         """Embeddings at absolute positions -> hidden states [B, T, D] before the last LayerNorm.
 
         `mask` is bool, broadcastable to [B, 1, T, S], True where a position may be attended to;
         None attends to everything. Without `store` S is T. `live_BT` is False for positions whose result
-        nobody reads: fast forms may leave experts out for them.
+        nobody reads: fast forms may leave experts out for them. `only_stores` is for passes that fill
+        `store` and nothing else: the last layer stops at its keys and values, and what is returned is its input.
         """
         table = rotary_table(position_BT, self.config.rope_theta)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x_BTD = block(x_BTD, position_BT, table, mask, store, live_BT)
+        if only_stores:
+            assert store is not None
+            assert isinstance(last, TextBlock)
+            last.store_only(x_BTD, position_BT, table, store)
+        else:
+            x_BTD = last(x_BTD, position_BT, table, mask, store, live_BT)
         return x_BTD
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def check_case(run: Run, case: Any) -> None:
 def time_case(run: Run, case: Any, limits: Limits, flush: Callable[[], object] | None) -> None:
     """Median of 20, and the share of the limit that binds the case."""
     prepared = case.make()
-    ms = median_ms(prepared.run, run.device, repeats=20, between=flush)
+    ms = median_ms(prepared.launch or prepared.run, run.device, repeats=20, between=flush)
     floor_ms = 1e3 * max(prepared.flops / limits.product, prepared.bytes / limits.copy)
     run.figure(case.name, 1e3 * ms, "us", flops=prepared.flops, bytes=prepared.bytes)
     run.figure(f"{case.name}: share of the limit", floor_ms / ms, "share", flops=prepared.flops, bytes=prepared.bytes)

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 
 HEAD = tl.constexpr(64)
-PAIRS = tl.constexpr(16)  # rotated pairs of a head: values i and i + 16
-KEPT = tl.constexpr(32)  # values behind them, which are not rotated
+PAIRS = tl.constexpr(16)  # of values that are rotated: i and i + 16
+ROTATED = tl.constexpr(32)  # the first values of a head
+KEPT = tl.constexpr(32)  # the values behind them
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -118,23 +119,24 @@ def tau_rope_store(
     k, v = q + H * HEAD, q + 2 * H * HEAD
     unscaled = tl.full([BH], 1.0, tl.float32)
     q_rotated = _rotated(q, head, is_head, scale_q, cos, sin, dtype)
-    q_kept = _scaled(q, head, is_head, scale_q, KEPT, KEPT, dtype)
+    q_kept = _scaled(q, head, is_head, scale_q, ROTATED, KEPT, dtype)
     k_rotated = _rotated(k, head, is_head, unscaled, cos, sin, dtype)
-    k_kept = _scaled(k, head, is_head, unscaled, KEPT, KEPT, dtype)
+    k_kept = _scaled(k, head, is_head, unscaled, ROTATED, KEPT, dtype)
     v_all = _scaled(v, head, is_head, scale_v, 0, HEAD, dtype)
 
     offset = row.to(tl.int64) * (H * HEAD)
-    _store_head(q_out + offset, HEAD, head, is_head, 0, q_rotated, KEPT)
-    _store_head(q_out + offset, HEAD, head, is_head, KEPT, q_kept, KEPT)
+    _store_head(q_out + offset, HEAD, head, is_head, 0, q_rotated, ROTATED)
+    _store_head(q_out + offset, HEAD, head, is_head, ROTATED, q_kept, KEPT)
     if RETURNS_KV:
-        _store_head(k_out + offset, HEAD, head, is_head, 0, k_rotated, KEPT)
-        _store_head(k_out + offset, HEAD, head, is_head, KEPT, k_kept, KEPT)
+        _store_head(k_out + offset, HEAD, head, is_head, 0, k_rotated, ROTATED)
+        _store_head(k_out + offset, HEAD, head, is_head, ROTATED, k_kept, KEPT)
         _store_head(v_out + offset, HEAD, head, is_head, 0, v_all, HEAD)
     if STORES:
         slot = sequence.to(tl.int64)
         if HAS_SLOTS:
             slot = tl.load(slots + sequence).to(tl.int64)
+        has_room = is_head & (tl.zeros_like(head) < CAPACITY - at)  # behind a slot's end lies its neighbour
         offset = (slot * H * CAPACITY + at.to(tl.int64)) * HEAD
-        _store_head(keys + offset, CAPACITY * HEAD, head, is_head, 0, k_rotated, KEPT)
-        _store_head(keys + offset, CAPACITY * HEAD, head, is_head, KEPT, k_kept, KEPT)
-        _store_head(values + offset, CAPACITY * HEAD, head, is_head, 0, v_all, HEAD)
+        _store_head(keys + offset, CAPACITY * HEAD, head, has_room, 0, k_rotated, ROTATED)
+        _store_head(keys + offset, CAPACITY * HEAD, head, has_room, ROTATED, k_kept, KEPT)
+        _store_head(values + offset, CAPACITY * HEAD, head, has_room, 0, v_all, HEAD)

@@ -12,6 +12,7 @@ arithmetic or measurement prefers, by compute capability.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -102,6 +103,7 @@ BY_CARD: dict[tuple[int, int], dict[tuple[Product, PassKind, WeightForm], Tile]]
 }
 
 
+@functools.cache  # asked at every launch
 def tile_of(product: Product, kind: PassKind, form: WeightForm, dtype: torch.dtype, device: torch.device) -> Tile:
     """The tile of a product on a device."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
