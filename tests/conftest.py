@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +29,22 @@ def denormals_as_they_were() -> Iterator[None]:
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)
+
+
+@pytest.fixture(scope="session")
+def cuda_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python whose torch is built for CUDA, with md3cli's dependencies; it needs no GPU.
+
+    The one that MD3_CUDA_PYTHON names, or a new environment of 5 GB, for slow tests alone: on Linux PyPI's torch is
+    such a build, and the oldest one that md3cli takes is what many users have.
+    """
+    named = os.environ.get("MD3_CUDA_PYTHON")
+    if named is not None:
+        return named
+    if sys.platform != "linux":
+        pytest.skip("PyPI's torch is built for CUDA on Linux alone; MD3_CUDA_PYTHON may name a Python that has one")
+    environment = tmp_path_factory.mktemp("cuda") / "environment"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    python = str(environment / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "-q", "torch==2.11.0", Path(__file__).parents[1]], check=True)
+    return python

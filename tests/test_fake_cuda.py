@@ -1,7 +1,7 @@
 """The whole engine at full size on fake CUDA tensors: no tensor on a wrong device, few copies, few launches.
 
-Runs `fake_cuda.py` with the interpreter that MD3_CUDA_PYTHON names: one with a CUDA build of torch and
-triton, on a machine that needs no GPU.
+Runs `fake_cuda.py` with a Python that has a CUDA build of torch and its triton (`conftest.cuda_python`), on a
+machine that needs no GPU.
 """
 
 from __future__ import annotations
@@ -16,22 +16,17 @@ import pytest
 from fake_cuda import FORMS, NUM_ROWS
 
 ROOT = Path(__file__).parents[1]
-PYTHON = os.environ.get("MD3_CUDA_PYTHON")
 MOST_LAUNCHES = 700  # of a decode step; a floor of 300 kernels is what its layers need
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(PYTHON is None, reason="MD3_CUDA_PYTHON names no Python with a CUDA build of torch"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 Found = dict[str, dict[str, int]]
 
 
 @pytest.fixture(scope="module", params=FORMS)
-def found(request: pytest.FixtureRequest) -> Found:
+def found(request: pytest.FixtureRequest, cuda_python: str) -> Found:
     """Counts of every scenario, for weights of one form."""
-    assert PYTHON is not None
-    command = [PYTHON, ROOT / "tests" / "fake_cuda.py", "--form", request.param]
+    command = [cuda_python, ROOT / "tests" / "fake_cuda.py", "--form", request.param]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
     )

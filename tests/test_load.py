@@ -168,7 +168,8 @@ def test_a_cuda_device_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(load, "require_kernels", lambda device: None)
-    for name in load.ALLOCATOR_VARIABLES:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    for name in (*load.ALLOCATOR_VARIABLES, "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")  # so that it is as before in the end
         monkeypatch.delenv(name)
     try:
@@ -177,8 +178,13 @@ def test_a_cuda_device_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare_device(CPU)
         assert not chosen
         assert "PYTORCH_ALLOC_CONF" not in os.environ
-        prepare_device(torch.device("cuda", 1))
+        prepare_device(torch.device("cuda", 1), Path("kept"))
         assert chosen == [torch.device("cuda", 1)]
+        assert os.environ["TRITON_CACHE_DIR"] == str(Path("kept/triton"))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+        with pytest.warns(UserWarning, match=r"Tesla T4 is older than compute capability 8.0: slow, and .* fp16"):
+            prepare_device(CUDA)
         assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
         assert not any(getattr(products, name) for name in names)
     finally:
@@ -189,7 +195,7 @@ def test_a_cuda_device_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", load.ALLOCATOR_VARIABLES)
 def test_an_allocator_that_was_set_up_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "require_kernels", lambda device: (_ for _ in ()).throw(ConfigError("enough")))
-    for other in load.ALLOCATOR_VARIABLES:
+    for other in (*load.ALLOCATOR_VARIABLES, "TRITON_CACHE_DIR"):
         monkeypatch.setenv(other, "")
         monkeypatch.delenv(other)
     monkeypatch.setenv(name, "backend:native")
