@@ -44,6 +44,7 @@ QUANTS = ("stored", "none", "int8", "int4")
 # computes, ten times over when the machine has other work. Process-wide, as torch has it.
 ONE_THREAD_BYTES = 64 << 20
 SMALL_MODEL_BYTES = 1 << 30  # on CPU, models below it gain nothing from 16 bits
+FULL_CAPABILITY = (8, 0)  # bf16 units, and matrix units that Triton knows how to use
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
@@ -224,7 +225,11 @@ def prepare_device(device: torch.device, cache_dir: Path | None = None) -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("TRITON_CACHE_DIR", str((cache_dir or user_cache_dir()) / "triton"))
     require_kernels(device)
-    torch.cuda.set_device(device)  # kernels of our own are launched on the current device
+    if torch.cuda.get_device_capability(device) < FULL_CAPABILITY:
+        name, least = torch.cuda.get_device_name(device), ".".join(map(str, FULL_CAPABILITY))
+        # Triton compiles products for them without matrix instructions, and spills.
+        warnings.warn(f"{name} is older than compute capability {least}: slow, and computed in fp16", stacklevel=2)
+    torch.cuda.set_device(device)
     # Sums of a product's parts stay in float32, so that they do not depend on how cuBLAS cuts it.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -271,7 +276,7 @@ def choose_dtype(name: str, device: torch.device, weight_bytes: int) -> torch.dt
         return DTYPES[name]
     if device.type == "cpu" and (weight_bytes < SMALL_MODEL_BYTES or not has_fast_bf16_cpu()):
         return torch.float32
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FULL_CAPABILITY:
         return torch.float16
     return torch.bfloat16
 
