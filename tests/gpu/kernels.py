@@ -19,13 +19,14 @@ from .limits import Limits, limits_of
 from .timing import flusher, median_ms
 
 GROUPED = "grouped_mm"  # torch's own product of experts, timed beside ours
+TILES = "tiles"  # our products with other tiles
 MOST_INTERPRETED_ROWS = 8
 
 
 def kernel_names(run: Run) -> list[str]:
     """One argument for each child of this part: a kernel, and its form of weight where it has several."""
     names = list(dict.fromkeys(kernel_of(run, case) for case in all_cases(run)))
-    return [*names, GROUPED] if run.is_cuda else names
+    return [*names, GROUPED, TILES] if run.is_cuda else names
 
 
 def all_cases(run: Run) -> list[Any]:
@@ -47,6 +48,11 @@ def measure(run: Run) -> None:
         from .grouped import compare_with_grouped
 
         compare_with_grouped(run)
+        return
+    if run.argument == TILES:
+        from .tile_sweep import compare_tiles
+
+        compare_tiles(run)
         return
     limits, flush = limits_of(run) if run.is_cuda else None, flusher(run.device)
     for case in all_cases(run):

@@ -20,7 +20,7 @@ from golden_cases import CASES, load_case
 from md3cli.model.config import ModelConfig
 from md3cli.model.moondream import Moondream3
 
-from . import golden
+from . import golden, tile_sweep
 from .child import Run, last_lines
 from .kernels import all_cases
 from .models import WEIGHT_FORMS, model_in
@@ -55,6 +55,8 @@ def jobs(run: Run) -> Iterator[tuple[str, Job]]:
             yield f"low bits of case {name}, {dtype}", partial(run_golden, run, name, golden.stored_model, dtype)
     for case in all_cases(run):
         yield case.name, partial(run_case, case)
+    for product, _, form, tile in tile_sweep.tiles(run):
+        yield f"{product} {form}, {tile}", partial(tile_sweep.compile_tile, run, product, form, tile)
 
 
 def two_layers(config: ModelConfig) -> ModelConfig:
