@@ -162,11 +162,11 @@ def test_experts_equal_the_plain_loop(size: str, dtype: torch.dtype, rows: int) 
     live[0] = True
     expected = plain_experts(plain, x, logits)
     for kind in PassKind if rows < 20 else (PassKind.PREFIX,):
-        found = experts.run(x, logits, live, kind=kind)
+        found = experts.of_rows(x, logits, live, kind=kind)
         assert relative_error(found[live], expected[live]) < TOLERANCE[dtype]
         assert (found[~live] == 0).all()
     residual, branch = (normal(rows, dim, dtype=dtype, device=CPU) for _ in range(2))
-    summed = experts.run(x, logits, live, residual, branch, kind=PassKind.PREFIX)
+    summed = experts.of_rows(x, logits, live, residual, branch, kind=PassKind.PREFIX)
     total = residual.float() + branch.float() + torch.where(live[:, None], expected.float(), 0.0)
     assert relative_error(summed, total) < TOLERANCE[dtype]
 
@@ -177,7 +177,7 @@ def test_an_expert_that_takes_all_and_experts_with_nobody(kind: PassKind) -> Non
     layer, plain = layers(dim, config, torch.float16)
     x = normal(37, dim, dtype=torch.float16, device=CPU)
     logits = torch.tensor([3.0, -1.0, 2.0, -2.0, 1.0, -3.0], dtype=torch.float16).expand(37, -1).contiguous()
-    found = FusedExperts(layer, prefix_len=26).run(x, logits, kind=kind)
+    found = FusedExperts(layer, prefix_len=26).of_rows(x, logits, kind=kind)
     assert relative_error(found, plain_experts(plain, x, logits)) < 1e-3
 
 
@@ -188,16 +188,16 @@ def test_a_row_has_the_same_bits_alone_and_in_company(kind: PassKind, form: Weig
     layer, _ = layers(dim, config, torch.float16, form)
     experts = FusedExperts(layer, prefix_len=26)
     x, logits = normal(20, dim, dtype=torch.float16, device=CPU), distinct_logits(20, 6, torch.float16, CPU)
-    together = experts.run(x, logits, kind=kind)
+    together = experts.of_rows(x, logits, kind=kind)
     loud, order = x * 20, torch.randperm(20)
     loud[7] = x[7]
-    assert torch.equal(experts.run(loud, logits, kind=kind)[7], together[7])
-    assert torch.equal(experts.run(x[order], logits[order], kind=kind), together[order])
+    assert torch.equal(experts.of_rows(loud, logits, kind=kind)[7], together[7])
+    assert torch.equal(experts.of_rows(x[order], logits[order], kind=kind), together[order])
     for row in (0, 19):
-        alone = experts.run(x[row : row + 1], logits[row : row + 1], kind=kind)
+        alone = experts.of_rows(x[row : row + 1], logits[row : row + 1], kind=kind)
         assert torch.equal(alone[0], together[row])
         others_idle = torch.arange(20) == row
-        assert torch.equal(experts.run(x, logits, others_idle, kind=kind)[row], together[row])
+        assert torch.equal(experts.of_rows(x, logits, others_idle, kind=kind)[row], together[row])
 
 
 @pytest.mark.parametrize("form", [form for form in WeightForm if form is not WeightForm.PLAIN])
@@ -208,7 +208,7 @@ def test_experts_in_few_bits_equal_the_plain_loop_over_their_values(form: Weight
     x, logits = normal(19, dim, dtype=torch.float16, device=CPU), distinct_logits(19, 6, torch.float32, CPU)
     expected = plain_experts(plain, x.float(), logits)
     for kind in PassKind:
-        found = FusedExperts(layer, prefix_len=26).run(x, logits, kind=kind)
+        found = FusedExperts(layer, prefix_len=26).of_rows(x, logits, kind=kind)
         assert relative_error(found, expected) < 2e-3
 
 

@@ -167,10 +167,12 @@ class DecodeStore(SlotStore):
     def __init__(self, cache: KVCache, position_N: Tensor) -> None:
         super().__init__(cache, None)
         self.position_N = position_N
-        self.rows_N = torch.arange(position_N.shape[0], device=position_N.device)
+        self._rows_N: Tensor | None = None  # made when first written: kernels that write themselves need none
 
     def _write(self, stored_SHCK: Tensor, new_NH1K: Tensor) -> None:
-        stored_SHCK[self.rows_N, :, self.position_N] = new_NH1K[:, :, 0]
+        if self._rows_N is None:
+            self._rows_N = torch.arange(self.position_N.shape[0], device=self.position_N.device)
+        stored_SHCK[self._rows_N, :, self.position_N] = new_NH1K[:, :, 0]
 
     def _read(self, stored_SHCK: Tensor) -> Tensor:
-        return stored_SHCK[: len(self.rows_N)]
+        return stored_SHCK[: self.position_N.shape[0]]

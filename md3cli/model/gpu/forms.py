@@ -28,9 +28,9 @@ def place_forms(model: Moondream3) -> None:
     """Exchange the experts and the projections of every text layer for the kernels' forms, in place."""
     prefix_len = model.config.prefix_len
     for module in list(model.text.modules()):
-        if isinstance(module, MoeMlp):
+        if isinstance(module, MoeMlp) and module.fused is None:
             module.fused = FusedExperts(module, prefix_len)
-        elif isinstance(module, TextAttention):
+        elif isinstance(module, TextAttention) and not isinstance(module.project, FusedProjection):
             module.project = FusedProjection(module, prefix_len)
 
 
@@ -49,10 +49,10 @@ class FusedExperts:
         h_ND = h_BTD.reshape(-1, h_BTD.shape[-1])
         live_N = live_BT.reshape(-1) if live_BT is not None else None
         summands = [s.reshape_as(h_ND) if s is not None else None for s in (residual_BTD, branch_BTD)]
-        out_ND: Tensor = self.run(h_ND, self.router(h_ND), live_N, *summands, kind=kind)
+        out_ND: Tensor = self.of_rows(h_ND, self.router(h_ND), live_N, *summands, kind=kind)
         return out_ND.view(h_BTD.shape)
 
-    def run(
+    def of_rows(
         self,
         h_ND: Tensor,
         logits_NX: Tensor,
@@ -67,7 +67,8 @@ class FusedExperts:
         out = tile_of(Product.DOWN, kind, self.fc2.form, h_ND.dtype, h_ND.device)
         assert up.rows == out.rows, "both products walk the same blocks"
         plan = OPS.plan_rows if len(h_ND) <= operators.PLAN_ROWS else OPS.plan_tiles
-        pair_token, place, weight, *blocks = plan(logits_NX, live_N, self.num_choices, up.rows)
+        pair_token, place, weight, block_expert, block_first, ends = plan(logits_NX, live_N, self.num_choices, up.rows)
+        blocks = block_expert, block_first, ends
         y_PI = OPS.up_gate(h_ND, *self.fc1.arguments, pair_token, *blocks, up.as_list())
         z_PD = OPS.down(y_PI, *self.fc2.arguments, *blocks, out.as_list())
         return OPS.combine(z_PD, place, weight, residual_ND, branch_ND)  # type: ignore[no-any-return]

@@ -35,10 +35,8 @@ _TAU_PARTS = 12  # at most, of the sum over 6144 values: each a program, so that
 _COMBINED_COLUMNS = 512
 
 LAUNCHES: dict[str, int] = {}  # kernels that an operator launches, by its name
-_TAGS = (
-    torch.Tag.pt2_compliant_tag,
-    torch.Tag.needs_fixed_stride_order,
-)  # for compilers: fake forms hold, rows are dense
+# For compilers: the fake forms hold, and what the kernels are given must keep its layout.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _library = Library(NAMESPACE, "DEF")  # lives as long as the process: torch forgets the operators with it
 
 
@@ -167,7 +165,7 @@ def _up_gate(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None
     y_PI = x.new_empty(pair_token.shape[0], inner)
     _launch(
         expert_kernels.up_gate, (triton.cdiv(inner, cut.columns), len(block_expert)),
-        x, codes, _or(scale, codes), _or(zero, codes), y_PI, pair_token, block_expert, block_first, ends,
+        x, codes, _pointer(scale, codes), _pointer(zero, codes), y_PI, pair_token, block_expert, block_first, ends,
         D=x.shape[1], INNER=inner, GROUPS=_groups(zero), FORM=form,
         EVEN=form == WeightForm.INT4 or _is_even(inner, x.shape[1], cut),
         BM=cut.rows, BN=cut.columns, BK=cut.depth, warps=cut.warps, stages=cut.stages,
@@ -220,7 +218,8 @@ def _launch_down(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | 
     # 4-bit tiles mask no columns: `weights.can_hold` lets in only sizes that whole tiles cover.
     _launch(
         expert_kernels.down, (triton.cdiv(num_outputs, cut.columns), num_blocks),
-        x, codes, _or(scale, codes), _or(zero, codes), _or(bias, x), out, *(blocks or (None, None, None)), num_rows,
+        x, codes, _pointer(scale, codes), _pointer(zero, codes), _pointer(bias, x), out,
+        *(blocks or (None, None, None)), num_rows,
         K=num_inputs, OUT=num_outputs, GROUPS=_groups(zero), FORM=form,
         EVEN=form == WeightForm.INT4 or _is_even(num_outputs, num_inputs, cut),
         IS_DENSE=blocks is None, HAS_BIAS=bias is not None,
@@ -233,9 +232,9 @@ def _is_even(num_outputs: int, num_inputs: int, cut: Tile) -> bool:
     return num_outputs % cut.columns == 0 and num_inputs % cut.depth == 0
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer that is never read stands for one that is not there."""
-    return tensor if tensor is not None else other
+def _pointer(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    """Return `stand_in` where there is no tensor; the kernel does not read it then."""
+    return tensor if tensor is not None else stand_in
 
 
 def _fake_combine(z: Tensor, place: Tensor, weight: Tensor, residual: Tensor | None, branch: Tensor | None) -> Tensor:
