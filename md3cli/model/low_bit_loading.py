@@ -177,7 +177,7 @@ def _packed_with(name: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def _tell_pass(text_pass: TextPass, prefix_len: int, text: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Before each pass of the decoder: only a picture's prefix comes in so many positions at once."""
+    """Note the kind of pass before the decoder runs it: only a picture's prefix brings so many positions at once."""
     text_pass.is_prefix = inputs[0].shape[1] >= prefix_len
 
 

@@ -129,6 +129,7 @@ class TextBlock(nn.Module):
         store: KeyValueStore | None,
         live_BT: Tensor | None = None,
     ) -> Tensor:
+        """Return the block's output [B, T, D]; new keys and values go to `store`."""
         h_BTD = self.ln(x_BTD)
         q, k, v = self.attn.project(h_BTD, position_BT, table, store, self.layer)
         attended = self.attn.proj(merge_heads(self.attn.attend(q, k, v, mask)))
