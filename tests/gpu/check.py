@@ -216,6 +216,7 @@ class Check:
         options, environment = self.options, dict(extra or {})
         if options.device == "cuda":
             environment["TRITON_CACHE_DIR"] = str((options.out / "triton_cache").resolve())
+            environment["TRITON_INTERPRET"] = "0"  # whatever the shell says: a card runs what was compiled
         elif unit.part.is_by_kernel or unit.part is FACTS:
             environment["TRITON_INTERPRET"] = "1"
         child = Child(
