@@ -31,7 +31,7 @@ from md3cli.model.gpu import attention_kernels, expert_kernels, operators
 from md3cli.model.gpu.tiles import PassKind, Product, Tile, tile_for
 from md3cli.model.gpu.weights import WeightForm
 
-TARGETS = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90, "sm_120": 120}
+TARGETS = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 DIM, INNER, EXPERTS, CHOICES, HEADS = 2048, 1024, 64, 8, 32
 FLOATS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 CODES = {WeightForm.FP8: "*u8", WeightForm.INT8: "*i8", WeightForm.INT4: "*u8"}
@@ -176,7 +176,7 @@ def _inspected(cubin: bytes) -> dict[str, Any]:
     return {
         "registers": int(numbers.get("REG", 0)),
         "stack": int(numbers.get("STACK", 0)) + int(numbers.get("LOCAL", 0)),
-        "matrix": sorted(set(re.findall(r"\b(HGMMA|HMMA|QMMA|IMMA)\b", sass))),
+        "matrix": sorted(set(re.findall(r"\b(HGMMA|HMMA|QMMA|IMMA|UTC\w*MMA)\b", sass))),
         "wide_loads": bool(re.search(r"\b(LDG|LDGSTS)[.\w]*\.128\b|UTMALDG|UBLKCP", sass)),
         "local": bool(re.search(r"\b(LDL|STL)\b", sass)),
     }
