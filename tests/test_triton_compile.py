@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need triton, which the development extra brings on Linux")
 
 HERE = Path(__file__).parent
-SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # that one program may have
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # of one program
 
 
 def compile_all(*targets: str) -> list[dict]:
