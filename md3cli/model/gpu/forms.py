@@ -35,7 +35,7 @@ def place_forms(model: Moondream3) -> None:
 
 
 class FusedExperts:
-    """All experts of a layer in four kernels, whatever form their weights have; idle tokens cost nothing."""
+    """All experts of a layer in four kernels (six for many tokens), in any form of weight; idle tokens cost nothing."""
 
     def __init__(self, layer: MoeMlp, prefix_len: int) -> None:
         self.router, self.num_choices, self.prefix_len = layer.router, layer.config.experts_per_token, prefix_len
