@@ -16,12 +16,14 @@ for _name in ("SIGINT", "SIGTERM", "SIGHUP"):
 
 def main() -> None:
     """Run the program (the `md3` script and `python -m md3cli`)."""
+    from md3cli.signals import lasting_status
     from md3cli.streams import secure_streams
 
     secure_streams()
-    from md3cli.cli import app
+    with lasting_status():
+        from md3cli.cli import app
 
-    app(prog_name="md3")
+        app(prog_name="md3")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ at work, weights loading); elsewhere it leaves a note that the next marked regio
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,3 +80,29 @@ class StopSignals:
             yield
         finally:
             self._may_raise = False
+
+
+@contextmanager
+def lasting_status() -> Iterator[None]:
+    """The program's body: the status of a stop stands once the body has ended with it, whatever signal comes then.
+
+    Python gives every signal its default action back before the process is gone, and a second Ctrl-C in
+    that moment would end the process as killed by it. The function registered here first is called last at exit,
+    and ends the process itself.
+    """
+    status: list[int] = []
+    atexit.register(lambda: _end_now(status[0]) if status else None)
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.code, int) and end.code > STATUS_BASE:
+            status.append(end.code)
+        raise
+
+
+def _end_now(status: int) -> None:
+    """End the process; what its streams hold is written first, as Python would do it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)

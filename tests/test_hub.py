@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
+from quiet_server import QuietServer
 
 from md3cli.errors import CheckpointError, UsageError
 from md3cli.model import hub
@@ -179,7 +180,7 @@ def asked() -> list[str]:
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> Iterator[dict[str, dict[str, bytes]]]:
     """Repositories of a hub on this machine, and an empty cache."""
     files = {REPO: repo_files(CASE_A)}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(FakeHub, files, asked))
+    server = QuietServer(("127.0.0.1", 0), partial(FakeHub, files, asked))
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")

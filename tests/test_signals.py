@@ -98,6 +98,22 @@ def test_the_second_signal_leaves_at_once(pictures: Path, tmp_path: Path) -> Non
     assert len(records_of(out)) >= 1
 
 
+def test_a_signal_while_python_ends_changes_no_status() -> None:
+    """Python has given the signals back by then, and runs no more Python: an abort stands for a second Ctrl-C."""
+    program = (
+        "import ctypes, os, signal, sys; from md3cli.signals import StopSignals, lasting_status\n"
+        "ctypes.pythonapi.Py_AtExit(ctypes.CDLL(None).abort)\n"
+        "print('kept', end='')\n"
+        "with lasting_status(), StopSignals(): os.kill(os.getpid(), signal.SIGINT); sys.exit({status})"
+    )
+    of_a_stop, plain = (
+        subprocess.run([sys.executable, "-c", program.format(status=status)], capture_output=True, timeout=60)
+        for status in (130, 1)
+    )
+    assert (of_a_stop.returncode, of_a_stop.stdout, of_a_stop.stderr) == (130, b"kept", b"")
+    assert plain.returncode == -signal.SIGABRT, "the moment is there"
+
+
 def test_a_signal_while_stdin_is_waited_for(pictures: Path) -> None:
     process = start("caption", "-", stdin=subprocess.PIPE)
     assert process.stdin is not None
