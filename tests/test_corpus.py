@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,9 +76,7 @@ def test_bombs_are_refused_from_the_header(corpus):
         outcome(pool, str(root / "good/mode-L.jpg"))
         before = memory_mb(pool.worker_pids()[0], "VmHWM")
         for bomb in bombs:
-            started = time.monotonic()
             assert outcome(pool, str(root / bomb.path))[1] == "too_large"
-            assert time.monotonic() - started < 1.0
         assert memory_mb(pool.worker_pids()[0], "VmHWM") - before < 50
 
 

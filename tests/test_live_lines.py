@@ -19,7 +19,7 @@ from md3cli.live_lines import LiveLines
 from md3cli.records import Request, Task
 from md3cli.source import SourceSpec, open_source
 
-SOON_S = 20  # of a process that starts meanwhile; the machine may be busy
+SOON_S = 60  # of a process that starts meanwhile; the machine may be busy
 
 
 @pytest.fixture
@@ -77,12 +77,11 @@ def test_rows_so_far(limit: int | None, shard: tuple[int, int] | None) -> None:
         assert rest == ["x" * 20 + ".jpg", "last.jpg"][: None if limit is None else limit - 2]
 
 
-def wait_for_lines(path: Path, count: int) -> float:
+def wait_for_lines(path: Path, count: int) -> None:
     started = time.monotonic()
     while not path.exists() or path.read_bytes().count(b"\n") < count:
         assert time.monotonic() - started < SOON_S, f"{count} records did not come"
         time.sleep(0.02)
-    return time.monotonic() - started
 
 
 def test_each_line_of_an_open_pipe_becomes_a_record_as_it_comes(
@@ -96,8 +95,7 @@ def test_each_line_of_an_open_pipe_becomes_a_record_as_it_comes(
     for text, count in zip(parts, [1, 3, 4, 6], strict=True):
         process.stdin.write(text.encode())
         process.stdin.flush()
-        took_s = wait_for_lines(out, count)
-        assert count == 1 or took_s < 3
+        wait_for_lines(out, count)
     process.stdin.write(b"p5.png")
     process.stdin.close()
     assert process.wait(SOON_S) == 3
@@ -115,7 +113,7 @@ def test_a_signal_while_nothing_comes(tmp_path: Path, monkeypatch: pytest.Monkey
     wait_for_lines(out, 1)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    assert process.wait(3) == 130
+    assert process.wait(SOON_S) == 130
     _, stderr = process.communicate()
     assert b"stopped by SIGINT: 1 new records are in" in stderr
     assert b"Traceback" not in stderr

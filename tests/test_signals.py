@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chaos import wait_until
 from program import TESTS, isolate, make_pictures, records_of, start
 
 from md3cli.signals import Interrupted, StopSignals
@@ -26,10 +27,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def wait_for_records(path: Path, count: int) -> None:
-    deadline = time.monotonic() + 30
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
-        assert time.monotonic() < deadline, "no records came"
-        time.sleep(0.01)
+    wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= count, "no records came")
 
 
 def alive_children_of(pid: int) -> list[int]:
@@ -53,7 +51,7 @@ def test_the_first_signal_flushes_and_says_how_to_resume(
     process = start(*command, step_s=0.05)
     wait_for_records(out, 4)
     process.send_signal(signum)
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == status
     num_records = len(records_of(out))
     assert 4 <= num_records < NUM_PICTURES
@@ -62,7 +60,7 @@ def test_the_first_signal_flushes_and_says_how_to_resume(
     assert lines[-1] == "resume with: " + shlex.join(["md3", *map(str, command)])
     assert b"Traceback" not in stderr
     resumed = start(*command)
-    resumed.communicate(timeout=30)
+    resumed.communicate(timeout=120)
     assert resumed.returncode == 0
     assert [record["image"] for record in records_of(out)] == [f"p{i}.png" for i in range(NUM_PICTURES)]
 
@@ -72,15 +70,15 @@ def test_the_resume_command_does_not_start_over(pictures: Path, tmp_path: Path) 
     process = start("caption", pictures, "-o", out, "--overwrite", "--batch-size", 2, step_s=0.05)
     wait_for_records(out, 2)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=60)
     assert "--overwrite" not in stderr.decode().splitlines()[-1]
 
 
 def test_the_second_signal_leaves_at_once(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    process = start("caption", pictures, "-o", out, "--batch-size", 1, "--workers", 1, step_s=3)
+    process = start("caption", pictures, "-o", out, "--batch-size", 1, "--workers", 1, step_s=20)
     wait_for_records(out, 1)
-    time.sleep(0.5)  # the second step is under way
+    time.sleep(1)  # the second step is under way
     children = alive_children_of(process.pid)
     assert children, "decode workers run"
     process.send_signal(signal.SIGINT)
@@ -88,13 +86,10 @@ def test_the_second_signal_leaves_at_once(pictures: Path, tmp_path: Path) -> Non
     assert process.poll() is None, "the step is finished first"
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == 130
-    assert time.monotonic() - started < 1
-    deadline = time.monotonic() + 5
-    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in children):
-        assert time.monotonic() < deadline, "children outlive the run"
-        time.sleep(0.05)
+    assert time.monotonic() - started < 10, "the step was waited for"
+    wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in children), "children outlive the run")
     assert len(records_of(out)) >= 1
 
 
@@ -119,13 +114,14 @@ def test_a_signal_while_stdin_is_waited_for(pictures: Path) -> None:
     assert process.stdin is not None
     process.stdin.write(f"{pictures}/p0.png\n".encode())
     process.stdin.flush()
-    time.sleep(1.5)
+    assert process.stdout is not None
+    assert b'/p0.png"' in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    process.wait(timeout=5)
+    process.wait(timeout=60)  # its stdin is open all the time
     stdout, stderr = process.communicate()
     assert process.returncode == 130
     assert b"Traceback" not in stderr
-    assert stdout.count(b"\n") <= 1
+    assert stdout == b""
 
 
 def test_a_signal_during_imports_is_silent(tmp_path: Path) -> None:
@@ -167,8 +163,8 @@ def test_killed_runs_lose_and_double_nothing(pictures: Path, tmp_path: Path, kil
         process = start(*command, step_s=0.02, start_new_session=True)
         wait_for_records(out, target)
         os.killpg(process.pid, kill)
-        process.communicate(timeout=10)
-    start(*command).communicate(timeout=30)
+        process.communicate(timeout=60)
+    start(*command).communicate(timeout=120)
     asked = [(record["image"], record["prompt"]) for record in records_of(out)]
     assert asked == [(f"p{i}.png", prompt) for i in range(NUM_PICTURES) for prompt in "ab"]
 

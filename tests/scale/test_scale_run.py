@@ -380,14 +380,15 @@ def test_ctrl_c_stops_in_order_and_a_plain_command_goes_on(md3: Program, picture
 
 def test_a_second_ctrl_c_and_a_killed_supervisor_leave_nobody(pictures: Path, tmp_path: Path) -> None:
     for kinds in ((signal.SIGINT, signal.SIGINT), (signal.SIGKILL,)):
-        process = start(tmp_path, "caption", pictures, "-o", tmp_path / "o.jsonl", *THREE, step_s=5.0)
-        wait_until(lambda: any((tmp_path / "o.jsonl.md3run/wip").glob("*.jsonl")), "no shard was begun")
+        out = tmp_path / f"{len(kinds)}.jsonl"
+        process = start(tmp_path, "caption", pictures, "-o", out, *THREE, step_s=60.0)
+        wait_until(lambda wip=Path(f"{out}.md3run/wip"): any(wip.glob("*.jsonl")), "no shard was begun")
         for kind in kinds:
             process.send_signal(kind)
             time.sleep(0.2)
-        assert process.wait(4) in (130, -signal.SIGKILL)
+        assert process.wait(30) in (130, -signal.SIGKILL), "a step was waited for"
         mark = f"{os.getpid()}-{tmp_path.name}"
-        wait_until(lambda mark=mark: not marked_processes(mark), "workers outlive the run", 10)
+        wait_until(lambda mark=mark: not marked_processes(mark), "workers outlive the run", 30)
 
 
 def test_a_second_run_on_an_output_is_refused(pictures: Path, tmp_path: Path) -> None:
