@@ -67,7 +67,7 @@ class EarlyRecords:
         self._fd, self._num_lines = fd, len(records)
 
     def forget(self, records: Iterable[RecordDict]) -> None:
-        """They are written."""
+        """Drop `records`, which are written where they belong."""
         for record in records:
             self._left.pop(record["id"], None)
 

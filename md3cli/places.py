@@ -106,7 +106,7 @@ class RowPlaces(NamedTuple):
 
     @classmethod
     def of(cls, given: Input, root: Path | str | None, *, is_alone: bool, may_fetch: bool) -> RowPlaces:
-        """Those of INPUT `given`; who names a remote manifest means its addresses too."""
+        """The places of the rows of INPUT `given`; a remote manifest may name addresses, for its user named one."""
         folder = row_folder(given.typed, root)
         prefix = "" if is_alone else shown(folder)
         return cls(given.typed, given.prefix, folder, prefix, may_fetch or is_address(given.typed))

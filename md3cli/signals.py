@@ -8,13 +8,12 @@ at work, weights loading); elsewhere it leaves a note that the next marked regio
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -84,11 +83,11 @@ class StopSignals:
 
 @contextmanager
 def lasting_status() -> Iterator[None]:
-    """The program's body: the status of a stop stands once the body has ended with it, whatever signal comes then.
+    """Keep the exit status of a stop, whatever signal comes while Python ends; the `with` block is the whole program.
 
-    Python gives every signal its default action back before the process is gone, and a second Ctrl-C in
-    that moment would end the process as killed by it. The function registered here first is called last at exit,
-    and ends the process itself.
+    Before the process is gone, Python gives every signal its default action back: a second Ctrl-C in that
+    moment would end the process as killed. So this registers a function to be called at exit, which ends the
+    process itself. What is registered first is called last: all other such functions have been called by then.
     """
     status: list[int] = []
     atexit.register(lambda: _end_now(status[0]) if status else None)
@@ -101,8 +100,8 @@ def lasting_status() -> Iterator[None]:
 
 
 def _end_now(status: int) -> None:
-    """End the process; what its streams hold is written first, as Python would do it."""
+    """End the process; its streams are flushed first, as Python would do."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             stream.flush()
     os._exit(status)

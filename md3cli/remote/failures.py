@@ -44,7 +44,7 @@ def truncated(expected: int | None = None) -> FetchError:
 
 
 def too_slow(num_bytes: int) -> FetchError:
-    """It was not done in time."""
+    """The fetch took longer than --fetch-timeout."""
     return FetchError("timeout", f"not fetched in time; {num_bytes:,} bytes came (--fetch-timeout)", may_pass=True)
 
 

@@ -194,7 +194,7 @@ class Ending:
         return shlex.join(["md3", "report", str(self._files.journal), "-o", "report.html"])
 
     def tell_how_to_resume(self, reason: str, commits: Commits) -> None:
-        """After a signal."""
+        """Say that `reason`, a signal, stopped the run, what it has, and which command goes on."""
         num_new = self._num_new(commits) + self._num_under_way
         self._console.say(f"stopped by {reason}: {num_new:,} new records are in {self._folder.uri}")
         self._console.say(f"resume with: {shlex.join(self._argv)}", style="cyan")

@@ -25,7 +25,7 @@ class ShardsHere:
         self.num_ok = self.num_failed = 0
 
     def run(self, on_step: Callable[[], None]) -> None:
-        """Until nothing is left, or a stop was asked for; `on_step` is called between two steps of the model.
+        """Run shards until none is left, or a stop was asked for; `on_step` is called between two steps of the model.
 
         Raises:
             Md3Error: the run cannot go on here.

@@ -87,6 +87,7 @@ class ObjectStore:
         return {path: content for path, content in found.items() if isinstance(content, bytes)}
 
     def open(self, name: str) -> IO[bytes]:
+        """The file to read from, as of `Store.open`; an address is read as an INPUT at that address would be."""
         if not is_address(self._uri):  # one of fsspec's that no user can name
             file: IO[bytes] = self._fs.open(self._path(name), "rb")
             return file

@@ -25,7 +25,7 @@ class RayDriver:
         self._is_stopping = False
 
     def run(self, on_step: Callable[[], None]) -> None:
-        """Until nothing is left, or a stop was asked for; `on_step` is called several times a second.
+        """Run shards until none is left, or a stop was asked for; `on_step` is called several times a second.
 
         Raises:
             MissingExtraError: Ray is not installed.

@@ -157,6 +157,12 @@ class _ScaledRun:
         ending.begin(self._queue.commits)
 
     def to_the_end(self) -> int:
+        """Run what is left, export, and note in run.json how it ended; returns the exit status.
+
+        Raises:
+            EngineError: shards are left that this start could not do.
+            Interrupted: a signal stopped it; the user has been told how to resume.
+        """
         status = 1
         try:
             self._run_shards()

@@ -52,17 +52,17 @@ class ShardQueue:
         return None
 
     def finish(self, shard: int, commit: Commit) -> None:
-        """It is committed."""
+        """Take the shard out: it is committed."""
         self._running.discard(shard)
         self._log.found[shard] = commit
 
     def put_back(self, shard: int) -> None:
-        """Its worker died; it is the next to be taken."""
+        """Put the shard of a dead worker in front: it is the next to be taken."""
         self._running.discard(shard)
         self._own.appendleft(shard)
 
     def give_up(self, shard: int) -> None:
-        """Its workers keep dying; this start tries it no more."""
+        """Leave out a shard whose workers keep dying, for the rest of this start."""
         self._running.discard(shard)
         self.given_up.add(shard)
 

@@ -141,6 +141,7 @@ class LocalStore:
             yield temp
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Make the file by a hard link to a whole temporary one: of many processes exactly one succeeds."""
         path = self._with_folder(name)
         temp = temp_beside(path)
         try:

@@ -157,7 +157,7 @@ class Supervisor:
         return sum(worker.num_failed for worker in self._workers.values())
 
     def run(self, on_step: Callable[[], None]) -> None:
-        """Until nothing is left, or a stop was asked for; `on_step` is called several times a second.
+        """Run shards until none is left, or a stop was asked for; `on_step` is called several times a second.
 
         Raises:
             EngineError: the workers cannot run here.

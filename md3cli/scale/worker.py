@@ -57,6 +57,7 @@ class _Worker:
         self._told_at = 0.0
 
     def to_the_end(self) -> None:
+        """Load the model, run the shards that the supervisor sends, and tell it of each, until it sends no more."""
         setup = self._channel.receive(None)["run"]
         threading.Thread(target=self._listen, daemon=True).start()
         options = RunOptions.from_json(setup["options"])
