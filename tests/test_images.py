@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from md3cli.errors import ImageError, UsageError
-from md3cli.images import CropConfig, ImageLimits, cut_crops, prepare_image, read_image, select_tiling
+from md3cli.images import CropConfig, ImageLimits, _resize, cut_crops, prepare_image, read_image, select_tiling
 from md3cli.records import ImageItem
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -108,7 +108,7 @@ def test_tiles_are_windows_of_one_resized_picture(width, height):
     assert crops.shape == (1 + rows * cols, 42, 42, 3)
     margin, window = 12, 18
     size = (cols * window + 2 * margin, rows * window + 2 * margin)
-    whole = np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+    whole = _resize(image, *size)
     tiles = iter(crops[1:])
     for top in range(0, rows * window, window):
         for left in range(0, cols * window, window):
@@ -127,6 +127,32 @@ def test_extreme_shapes_are_cut(size, tiling):
 def test_the_only_tile_is_the_global_crop():
     crops, _ = cut_crops(picture(size=(300, 200)), REAL)
     np.testing.assert_array_equal(crops[0], crops[1])
+
+
+RESIZED_BY_PILLOW_12 = "5d593b4c098132ebf3269e4d04dba76fe42981e48c52ac03c032169b024f52d3"
+SIZES = [
+    (480, 640),
+    (1080, 1920),
+    (378, 378),
+    (378, 900),
+    (900, 378),
+    (8, 800),
+    (8, 801),
+    (1, 100),
+    (1, 101),
+    (3000, 1),
+]
+SIZES += [(int(width), int(height)) for width, height in np.random.default_rng(3).integers(1, 1000, (60, 2))]
+
+
+def test_resized_pictures_have_the_bytes_of_one_call_of_pillow_12():
+    """The digest was taken once, with `image.resize(target, LANCZOS)` of Pillow 12.3 in place of `_resize`."""
+    digest = hashlib.sha256()
+    for number, (width, height) in enumerate(SIZES):
+        noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+        for target in ((378, 378), (644, 910), (1176, 644)):
+            digest.update(_resize(Image.fromarray(noise), *target).tobytes())
+    assert digest.hexdigest() == RESIZED_BY_PILLOW_12
 
 
 # --- opening --------------------------------------------------------------------------------------
