@@ -11,7 +11,7 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -24,7 +24,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from md3cli import __version__
 from md3cli.errors import ConfigError, Md3Error
 from md3cli.records import printable
-from md3cli.settings import OptionName, Options, Setting, read_layers, resolve_settings
+from md3cli.settings import Layer, OptionName, Options, Setting, read_layers, resolve_settings
 from md3cli.signals import Interrupted
 
 COMMANDS: Mapping[str, str] = {  # name -> help in the list; the modules in md3cli/commands have the same names
@@ -66,24 +66,37 @@ class LazyGroup(TyperGroup):
             self._is_debug = "--debug" in args or bool(ctx.params.get("debug"))
             self.commands[args[0]] = load_command(args[0])
             if not ctx.resilient_parsing and not {"-h", "--help"} & set(args):
-                self._use_settings(ctx, args[0])
+                self._use_settings(ctx, args[0], args[1:])
         return super().resolve_command(ctx, args)
 
-    def _use_settings(self, ctx: Any, name: str) -> None:
+    def _use_settings(self, ctx: Any, name: str, typed: Sequence[str]) -> None:
         try:
-            ctx.default_map = {name: self._read_settings(name)}
+            ctx.default_map = {name: self._read_settings(name, typed)}
         except ConfigError as error:
             if name != DOCTOR:
                 raise
             ctx.obj = error  # a finding among others
 
-    def _read_settings(self, name: str) -> dict[str, Any]:
+    def _read_settings(self, name: str, typed: Sequence[str]) -> dict[str, Any]:
         """What environment and config files say, as defaults of the command and of its subcommands."""
         commands = {other: partial(options_of, other) for other in COMMANDS}
-        self._settings = resolve_settings(read_layers(os.environ, Path.cwd()), name, options_of(name), commands)
+        layers = read_layers(os.environ, Path.cwd())
+        self._settings = resolve_settings(layers, name, options_of(name), commands)
+        if any(layer.is_of_folder for layer in layers):
+            self._check_folder(layers, typed)
         values = {parameter: setting.value for parameter, setting in self._settings.items()}
         self._is_debug = self._is_debug or bool(values.get("debug"))
         return values | dict.fromkeys(getattr(self.commands[name], "commands", {}), values)
+
+    def _check_folder(self, layers: Sequence[Layer], typed: Sequence[str]) -> None:
+        """Refuse what a stranger's md3.toml may not set, and tell what is obeyed."""
+        from md3cli.commands.folder_settings import check_folder_settings, line_of_folder_settings
+
+        check_folder_settings(layers, self._settings, typed)
+        quiet = self._settings.get("quiet")
+        line = line_of_folder_settings(layers, self._settings, typed)
+        if line is not None and "--quiet" not in typed and not (quiet is not None and quiet.value):
+            typer.echo(line, err=True)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, and end the program as its outcome says."""
@@ -200,7 +213,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help starts in half the time; the commands' long ones are set in panels
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    epilog="Every option can also be set in md3.toml or as MD3_NAME in the environment.",
+    epilog="Every option can also be set as MD3_NAME in the environment or in your own md3.toml; "
+    "one in the working folder may set what is harmless.",
 )
 
 

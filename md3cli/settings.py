@@ -3,7 +3,8 @@
 Precedence: flag > `MD3_*` environment > `md3.toml` in the working folder > the same file in the
 user's config folder > default. Keys are the long option names, at the top level (for every command
 that has the option) or in a table named after a command. Flags and defaults belong to the command
-line parser; this file reads the layers between them and knows nothing of the parser.
+line parser; this file reads the layers between them and knows nothing of the parser. What a stranger's
+file in the working folder may not set is commands/folder_settings.py's business.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
+import stat
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +26,7 @@ from md3cli.records import printable
 APP_NAME = "md3cli"
 CONFIG_FILE = "md3.toml"
 ENV_PREFIX = "MD3_"
+MOST_FILE_BYTES = 2**14  # of a settings file; for one of 64 KiB, a single key with dots, the parser takes 14 s
 
 Options = Mapping[str, "OptionName"]
 
@@ -71,11 +74,15 @@ class OptionName:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One place that settings come from: keys for all commands, and tables for one."""
+    """One place that settings come from: keys for all commands, and tables for one.
+
+    `is_of_folder`: it is the file of the working folder, which may be a stranger's.
+    """
 
     origin: str
     common: Mapping[str, Any]
     tables: Mapping[str, Mapping[str, Any]]
+    is_of_folder: bool = False
 
     def place(self, key: str, table: str | None = None) -> str:
         """How a message names `key` of this layer."""
@@ -86,10 +93,11 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A value from a layer, and the place it stands at, for messages."""
+    """A value from a layer, the place it stands at, for messages, and whether that is the working folder's file."""
 
     value: Any
     place: str
+    is_of_folder: bool = False
 
 
 def read_layers(environ: Mapping[str, str], folder: Path) -> list[Layer]:
@@ -99,11 +107,15 @@ def read_layers(environ: Mapping[str, str], folder: Path) -> list[Layer]:
         ConfigError: a file cannot be read or is not TOML.
     """
     layers = [Layer(ENV_PREFIX, _environment_keys(environ), {})]
-    for path in (folder / CONFIG_FILE, user_config_dir(environ) / CONFIG_FILE):
-        layer = _read_file(path)
-        if layer is not None:
-            layers.append(layer)
-    return layers
+    folders_file, users_file = folder / CONFIG_FILE, user_config_dir(environ) / CONFIG_FILE
+    if not _is_same(folders_file, users_file):
+        layers += _read_file(folders_file, is_of_folder=True)
+    return [*layers, *_read_file(users_file)]
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether both are one file: the working folder may be the user's config folder."""
+    return os.path.realpath(one.parent) == os.path.realpath(other.parent)
 
 
 def _environment_keys(environ: Mapping[str, str]) -> dict[str, str]:
@@ -111,18 +123,37 @@ def _environment_keys(environ: Mapping[str, str]) -> dict[str, str]:
     return {name.removeprefix(ENV_PREFIX).lower().replace("_", "-"): environ[name] for name in names}
 
 
-def _read_file(path: Path) -> Layer | None:
+def _read_file(path: Path, *, is_of_folder: bool = False) -> list[Layer]:
+    """The layer that a file is; none where there is no file."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(_text_of(path))
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return []
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # the parser's own, no UTF-8, 5,000 digits, 1,000 brackets
         raise ConfigError(f"{path}: not valid TOML: {printable(str(error))}") from error
     tables = {key: value for key, value in document.items() if isinstance(value, dict)}
     common = {key: value for key, value in document.items() if key not in tables}
-    return Layer(str(path), common, tables)
+    return [Layer(str(path), common, tables, is_of_folder)]
+
+
+def _text_of(path: Path) -> str:
+    """The text of a settings file; a FIFO does not block, and nothing large is read.
+
+    Raises:
+        ConfigError: it is no regular file, or too large.
+        OSError, ValueError: it cannot be opened, or is not UTF-8.
+    """
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ConfigError(f"{path}: not a regular file; remove it, or write the settings into a file of that name")
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(MOST_FILE_BYTES + 1)
+    if len(data) > MOST_FILE_BYTES:
+        raise ConfigError(f"{path}: more than {MOST_FILE_BYTES:,} bytes, which no settings need; remove it")
+    return data.decode("utf-8")
 
 
 def resolve_settings(
@@ -135,16 +166,19 @@ def resolve_settings(
         commands: the options of every command, as calls, since most runs need not know them.
 
     Raises:
-        ConfigError: a key that no command has, or one that is not of the table's command.
+        ConfigError: a key that no command has, or one that is not of the table's command, or one that only the
+            user's own file may set.
     """
     settings: dict[str, Setting] = {}
+    layers = list(layers)
     for layer in layers:
         _check_tables(layer, commands)
         for table, keys in ((command, layer.tables.get(command, {})), (None, layer.common)):
             for key, value in keys.items():
                 option = options.get(key)
                 if option is not None:
-                    setting = Setting(_as_typed(value, option, layer.place(key, table)), layer.place(key, table))
+                    place = layer.place(key, table)
+                    setting = Setting(_as_typed(value, option, place), place, layer.is_of_folder)
                     settings.setdefault(option.parameter, setting)
                 else:
                     _check_common(layer, key, commands)

@@ -319,8 +319,8 @@ def test_flag_beats_environment_beats_project_file_beats_user_file(
     user.parent.mkdir(parents=True)
     user.write_text('model = "from-user"')
     assert asked() == "stub@from-user"
-    Path("md3.toml").write_text('model = "from-project"\n[caption]\nlength = "long"\n[detect]\nmax-objects = 3\n')
-    assert asked() == "stub@from-project"
+    Path("md3.toml").write_text('model = "tiny"\n[caption]\nlength = "long"\n[detect]\nmax-objects = 3\n')
+    assert asked() == "stub@tiny"
     monkeypatch.setenv("MD3_MODEL", "from-environment")
     assert asked() == "stub@from-environment"
     assert asked("-m", "from-flag") == "stub@from-flag"
@@ -349,8 +349,10 @@ def test_bad_settings_are_status_1_and_name_their_place(md3: Program, pictures: 
     result = md3("caption", pictures)
     assert result.exit_code == 1
     assert message in result.stderr
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
+    *named, error = result.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert all(line.startswith("settings of ") for line in named)  # what the file sets that could be read
+    assert len(named) <= 1
     assert md3("caption", "--help").exit_code == 0
 
 

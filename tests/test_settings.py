@@ -104,7 +104,7 @@ def test_a_key_of_another_command_is_no_error(tmp_path: Path, environ: dict[str,
 
 def test_an_unreadable_file_is_named(tmp_path: Path, environ: dict[str, str]) -> None:
     (tmp_path / "md3.toml").mkdir()
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match="not a regular file"):
         read_layers(environ, tmp_path)
     (tmp_path / "md3.toml").rmdir()
     (tmp_path / "md3.toml").write_bytes(b"a = '\xff'")
