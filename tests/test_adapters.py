@@ -155,20 +155,140 @@ def test_what_is_not_understood_is_refused(tmp_path: Path, shapes: dict[str, tup
         read_adapter(tmp_path, load_case(CASE).model.config)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"peft_type": "LOHA"}, "type LOHA"),
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias"),
-        ({"modules_to_save": ["text.lm_head"]}, "modules_to_save"),
-        ({"alpha_pattern": {"(a+)+": 4}}, "no name of a module"),
-    ],
-)
+BEYOND = [
+    ({"peft_type": "LOHA"}, "type 'LOHA'"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'.*path_initial_model_for_weight_conversion"),
+    ({"init_lora_weights": "PiSSA_niter_16"}, "init_lora_weights"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights"),
+    ({"init_lora_weights": "corda", "corda_config": {}}, "init_lora_weights"),
+    ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "init_lora_weights"),
+    ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
+    ({"init_lora_weights": "of next year"}, "init_lora_weights"),
+    ({"init_lora_weights": ["gaussian"]}, "init_lora_weights"),
+    ({"use_dora": True}, "use_dora True"),
+    ({"use_qalora": True}, "use_qalora"),
+    ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+    ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+    ({"velora_config": {"num_groups": 64}}, "velora_config"),
+    ({"kasa_config": {}, "arrow_config": {"top_k": 3}}, "arrow_config"),
+    ({"monteclora_config": {"num_samples": 8}}, "monteclora_config"),
+    ({"bias": "all"}, "bias"),
+    ({"lora_bias": True}, "lora_bias"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ({"modules_to_save": ["text.lm_head"]}, "modules_to_save"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+    ({"megatron_config": {"a": 1}}, "megatron_config"),
+    ({"use_something_new": 3}, "use_something_new 3 is not known .*merge_and_unload"),
+    ({"alpha_pattern": {"(a+)+": 4}}, "no name of a module"),
+    ({"alpha_pattern": ["x"]}, "alpha_pattern is .* expected an object"),
+    ({"rank_pattern": 3}, "rank_pattern is 3"),
+    ({"rank_pattern": {"qkv": 0}}, "rank_pattern qkv is 0"),
+    ({"lora_alpha": "x"}, "lora_alpha is 'x', expected a number"),
+    ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+    ({"lora_alpha": 1e300}, "lora_alpha is"),
+    ({"lora_alpha": True}, "lora_alpha is True"),
+    ({"r": "4"}, "r is '4'"),
+    ({"r": -4}, "r is -4"),
+    ({"r": True}, "r is True"),
+    ({"r": 8}, "r is 8 for .*have the rank 4"),
+    ({"rank_pattern": {"attn.proj": 2}}, "r is 2 for"),
+    ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BEYOND)
 def test_beyond_plain_lora_is_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:
     write_peft(tmp_path, peft_pair("text.blocks.1.attn.proj", 128, 128), **settings)
     with pytest.raises(CheckpointError, match=message):
         read_adapter(tmp_path, load_case(CASE).model.config)
+
+
+HARMLESS: list[dict[str, object]] = [
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": True, "corda_config": {"corda_method": "kpm"}},  # converted: its start is told no more
+    {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}, "rank_pattern": {"model.text.blocks.1.attn.proj": RANK}},
+    {"lora_dropout": 0.3, "task_type": "CAUSAL_LM", "target_modules": "all-linear", "megatron_core": "megatron.core"},
+    {"use_something_new": None, "another": False, "and_more": {}},
+    {"rank_pattern": {"mlp.fc1": 2}, "alpha_pattern": {"j": 7, "^attn.proj": 9}},  # of other modules
+]
+
+
+@pytest.mark.parametrize("settings", HARMLESS)
+def test_what_changes_nothing_is_taken(tmp_path: Path, settings: dict[str, object]) -> None:
+    write_peft(tmp_path, peft_pair("text.blocks.1.attn.proj", 128, 128), **settings)
+    (change,) = read_adapter(tmp_path, load_case(CASE).model.config)
+    assert change.scale == 8 / RANK
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "no JSON object"),
+        ("[" * 100_000, "is not valid JSON"),
+        ('{"peft_type": "LORA", "r": ' + "9" * 5000 + "}", "is not valid JSON"),
+        ("\xff", "is not valid JSON"),
+    ],
+)
+def test_settings_that_are_no_settings(tmp_path: Path, text: str, message: str) -> None:
+    write_peft(tmp_path, peft_pair("text.blocks.1.attn.proj", 128, 128))
+    (tmp_path / "adapter_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=message):
+        read_adapter(tmp_path, load_case(CASE).model.config)
+
+
+def peft_of(a: Tensor, b: Tensor, module: str = "text.blocks.1.attn.proj") -> dict[str, Tensor]:
+    prefix = f"base_model.model.model.{module}"
+    return {f"{prefix}.lora_A.weight": a.contiguous(), f"{prefix}.lora_B.weight": b.contiguous()}
+
+
+PAIR = random(RANK, 128), random(128, RANK)
+ODD_FACTORS = [
+    (peft_of(torch.tensor(1.0), torch.tensor(1.0)), "is F32 .*, expected a matrix"),
+    (peft_of(PAIR[0][:0], PAIR[1][:, :0]), "is F32 .*, expected a matrix"),
+    (peft_of(PAIR[0].to(torch.int8), PAIR[1].to(torch.int8)), "is I8"),
+    (peft_of(PAIR[0] / 0, PAIR[1]), "NaN or infinity"),
+    (peft_of(PAIR[0], PAIR[1] * float("nan")), "NaN or infinity"),
+    (peft_of(random(RANK, 99), PAIR[1]), "made for another model"),
+    (peft_of(*PAIR, module="text.blocks.99.attn.proj"), "does not have as a matrix"),
+    (peft_of(*PAIR, module="text.blocks.1.ln"), "does not have as a matrix"),
+    (
+        peft_of(*PAIR) | {"base_model.model.model.text.blocks.1.attn.proj.lora_magnitude_vector": PAIR[0] + 1},
+        "magnitude",
+    ),
+    (peft_of(*PAIR) | {"model.text.blocks.1.attn.proj.lora_A.weight": PAIR[0] + 1}, "two changes of"),
+    ({f"dense.{'9' * 5000}.up_a": PAIR[0]}, "not understood"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "message"), ODD_FACTORS)
+def test_factors_that_are_none(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> None:
+    write_peft(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=message):
+        read_adapter(tmp_path, load_case(CASE).model.config)
+
+
+def test_a_sum_that_overflows_is_refused(tmp_path: Path) -> None:
+    write_peft(tmp_path, peft_of(PAIR[0] * 1e20, PAIR[1] * 1e20))
+    with pytest.raises(CheckpointError, match="is not finite in float32"):
+        merge_adapter(fresh_model(), tmp_path)
+
+
+def test_peft_files_are_found_by_name_and_missed_by_name(tmp_path: Path) -> None:
+    config, weights = load_case(CASE).model.config, tmp_path / "adapter_model.safetensors"
+    write_peft(tmp_path, peft_of(*PAIR))
+    by_folder, by_file = read_adapter(tmp_path, config), read_adapter(weights, config)
+    assert by_folder[0].scale == by_file[0].scale == 8 / RANK
+    weights.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_adapter(tmp_path, config)
+    (tmp_path / "adapter_model.bin").write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match="is a pickle"):
+        read_adapter(tmp_path, config)
+    (tmp_path / "elsewhere").rename(weights)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"whose adapter_config.json must lie beside"):
+        read_adapter(tmp_path, config)
 
 
 def test_places_where_no_adapter_is(tmp_path: Path) -> None:
@@ -180,8 +300,8 @@ def test_places_where_no_adapter_is(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a pickle"):
         read_adapter(tmp_path / "finetune@7.pt", config)
     (tmp_path / "x.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+    with pytest.raises(CheckpointError, match="holds nothing but the text"):
         read_adapter(tmp_path, config)
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
         read_adapter(tmp_path, config)

@@ -146,10 +146,14 @@ def test_a_larger_vocabulary_belongs_to_another_model() -> None:
         Tokenizer.load(CASE_A / "tokenizer.json", small)
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff"])
-def test_a_damaged_tokenizer_is_a_checkpoint_error(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(content, r"no tokenizer\.json that can be read") for content in (b"{}", b"[1]", b"\xff", b"[" * 100_000)]
+    + [(b"", r"is empty \(0 bytes\)"), (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer")],
+)
+def test_a_damaged_tokenizer_is_a_checkpoint_error(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"no tokenizer\.json that can be read"):
+    with pytest.raises(CheckpointError, match=message):
         Tokenizer.load(tmp_path / "tokenizer.json", CONFIG)
 
 

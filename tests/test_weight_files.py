@@ -126,7 +126,7 @@ def test_false_headers(tmp_path: Path, header: Any, data: bytes, message: str) -
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cut short: 0 bytes"),
+        (b"", r"is empty \(0 bytes\)"),
         (b"1234", "cut short: 4 bytes"),
         (struct.pack("<Q", 50) + b"{}", "ends inside its header"),
         (struct.pack("<Q", HEADER_LIMIT_BYTES + 1), "claims 10,000,001 bytes"),

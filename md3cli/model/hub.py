@@ -14,7 +14,8 @@ from pathlib import Path
 
 from md3cli.errors import CheckpointError, UsageError
 from md3cli.model.hub_download import TOKENIZER_FILES, cache_folder, cached, fetch_model, fetch_tokenizer
-from md3cli.model.weight_files import TOKENIZER_NAME, checkpoint_revision, find_weight_files
+from md3cli.model.misfits import local_path
+from md3cli.model.weight_files import TOKENIZER_NAME, checkpoint_revision, file_beside, find_weight_files
 
 DEFAULT_MODEL = "moondream3"
 TINY = "tiny"
@@ -87,13 +88,13 @@ def resolve_model(
     repo = repo_of(name)
     if repo is not None:
         path = fetch_model(repo, revision, offline=offline)
-        tokenizer_file = _find_tokenizer(path, tokenizer, offline)
+        tokenizer_file = find_tokenizer(path, tokenizer, offline)
         return ModelFiles(path, tokenizer_file, repo, path.name + _tokenizer_mark(tokenizer, tokenizer_file))
     if revision is not None:
         raise UsageError(f"--revision is for repositories on the hub; {name} is on this machine")
     path = _local_path(name)
     files = find_weight_files(path)
-    tokenizer_file = _find_tokenizer(files.folder, tokenizer, offline)
+    tokenizer_file = find_tokenizer(files.folder, tokenizer, offline)
     return ModelFiles(path, tokenizer_file, _shown_name(name, path), checkpoint_revision(files, tokenizer_file))
 
 
@@ -115,13 +116,15 @@ def repo_of(name: str) -> str | None:
     """
     if name in ALIASES:
         return ALIASES[name]
-    if name == TINY or (name and Path(name).expanduser().exists()):  # Path("") is the working folder
+    if name == TINY or (name and local_path(name) is not None):  # Path("") is the working folder
         return None
     if _REPO_ID.fullmatch(name) and not name.startswith(".") and not name.endswith(".safetensors"):
         return name
     known = ", ".join([*ALIASES, TINY])
+    page = ", as of https://huggingface.co/owner/name" if "://" in name else ""
     raise CheckpointError(
-        f"model {name!r}: no such file or folder, and neither an alias ({known}) nor a repository id (owner/name)"
+        f"model {name!r:.200}: no such file or folder, and neither an alias ({known}) nor a repository id "
+        f"(owner/name{page})"
     )
 
 
@@ -145,20 +148,23 @@ def _local_path(name: str) -> Path:
     return _TINY_FOLDER
 
 
-def _find_tokenizer(folder: Path, tokenizer: str | None, offline: bool) -> Path:
+def find_tokenizer(folder: Path, tokenizer: str | None, offline: bool) -> Path:
+    """The tokenizer.json that `tokenizer` names (file, folder or repository); None: that of a model in `folder`.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be had.
+    """
     if tokenizer is None:
-        beside = folder / TOKENIZER_NAME
-        if beside.is_file():
-            return beside
-        return fetch_tokenizer(TOKENIZER_REPO, offline=offline, looked_in=folder)
-    given = Path(tokenizer).expanduser()
-    if given.is_dir():
-        given = given / TOKENIZER_NAME
-    if given.is_file():
-        return given
-    if given.suffix != ".json" and _REPO_ID.fullmatch(tokenizer):
+        beside = file_beside(folder, TOKENIZER_NAME)
+        return beside or fetch_tokenizer(TOKENIZER_REPO, offline=offline, looked_in=folder)
+    given = local_path(tokenizer) if tokenizer else None
+    if given is not None:
+        found = file_beside(given, TOKENIZER_NAME) if given.is_dir() else file_beside(given.parent, given.name)
+        if found is not None:
+            return found
+    elif not tokenizer.endswith(".json") and _REPO_ID.fullmatch(tokenizer):
         return fetch_tokenizer(tokenizer, offline=offline)
-    raise CheckpointError(f"tokenizer {tokenizer}: no such tokenizer.json, folder with one, or repository id")
+    raise CheckpointError(f"tokenizer {tokenizer!r:.200}: no such tokenizer.json, folder with one, or repository id")
 
 
 def stored_tokenizer() -> Path | None:

@@ -10,6 +10,7 @@ HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from md3cli.model.weight_files import CONFIG_NAME, INDEX_SUFFIX, TOKENIZER_NAME
 
 MODEL_FILES = (CONFIG_NAME, "*.safetensors", f"*{INDEX_SUFFIX}", TOKENIZER_NAME)
 TOKENIZER_FILES = (TOKENIZER_NAME,)
+_REVISION = re.compile(r"[\w.+@-][\w.+@/-]{0,249}")
+_COMMIT = re.compile(rb"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +99,34 @@ def download(repo: str, revision: str | None = None) -> Path:
 def cached(repo: str, revision: str | None, patterns: tuple[str, ...] = MODEL_FILES) -> Path | None:
     """The folder of a repository's files, if they are complete in the cache; asks nobody."""
     hub = _import_hub()
+    _check_revision(repo, revision)
     try:
+        revision = _commit_of_edited_ref(repo, revision) or revision
         folder = hub.snapshot_download(repo, revision=revision, local_files_only=True, **_selection(patterns))
     except (hub.errors.LocalEntryNotFoundError, hub.errors.HFValidationError):
         return None
     return Path(folder)
+
+
+def _check_revision(repo: str, revision: str | None) -> None:
+    """Refuse what git knows no branch, tag or commit by: the library would take it for a path."""
+    if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise CheckpointError(f"{repo} has no revision {revision!r:.80}; give a branch, a tag or a commit")
+
+
+def _commit_of_edited_ref(repo: str, revision: str | None) -> str | None:
+    """The commit of a branch whose file in the cache was written by hand or by a shell, with a line end behind it.
+
+    The hub's library takes the line end for a part of the commit's name, and finds nothing.
+    """
+    folder = _import_hub().file_download.repo_folder_name(repo_id=repo, repo_type="model")
+    file = cache_folder() / folder / "refs" / (revision or "main")
+    try:
+        text = file.read_bytes() if file.is_file() and file.stat().st_size < 200 else b""
+    except (OSError, ValueError):  # ValueError: a NUL in the revision
+        return None
+    commit = text.removeprefix(b"\xef\xbb\xbf").strip()
+    return commit.decode() if commit != text and _COMMIT.fullmatch(commit) else None
 
 
 def cache_folder() -> Path:
@@ -113,6 +139,7 @@ def _import_hub() -> Any:
     import huggingface_hub
     import huggingface_hub.constants
     import huggingface_hub.errors
+    import huggingface_hub.file_download
 
     return huggingface_hub
 
@@ -124,6 +151,7 @@ def _snapshot(
     hub = _import_hub()
     errors = hub.errors
     wanted = f"{repo}@{revision}" if revision else repo
+    _check_revision(repo, revision)
     try:
         return hub.snapshot_download(
             repo,

@@ -17,6 +17,7 @@ import tokenizers
 
 from md3cli.errors import CheckpointError, RequestError
 from md3cli.model.config import DEFAULT_TEMPLATES, SEGMENT_TEMPLATE, ModelConfig, TokenizerConfig
+from md3cli.model.misfits import misfit
 from md3cli.records import CAPTION_LENGTHS, Request, Task
 
 SEGMENTING_MODEL = "moondream3.1"  # models of this name segment although their config.json has no template for it
@@ -50,7 +51,9 @@ class Tokenizer:
         try:
             tokenizer = cls(tokenizers.Tokenizer.from_file(str(file)))
         except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"{file} is no tokenizer.json that can be read: {error}") from error
+            raise CheckpointError(
+                misfit(file) or f"{file} is no tokenizer.json that can be read: {error!s:.200}"
+            ) from error
         tokenizer._check(file, config)
         return tokenizer
 

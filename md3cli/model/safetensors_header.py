@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from md3cli.errors import CheckpointError
+from md3cli.model.misfits import misfit
 
 HEADER_LIMIT_BYTES = 10_000_000  # the real model's largest header is under 1 MB
 
@@ -46,24 +47,25 @@ def read_header_bytes(file: Path) -> bytes:
     Raises:
         CheckpointError: the file cannot be read, is cut short, or claims an absurd length.
     """
-    if not file.is_file():  # opening a FIFO would wait for ever
-        raise CheckpointError(f"{file} is no regular file")
     try:
+        if not file.is_file():  # opening a FIFO would wait for ever
+            raise CheckpointError(misfit(file) or f"{file} is no regular file")
         with file.open("rb") as stream:
             prefix = stream.read(8)
             if len(prefix) < 8:
-                raise CheckpointError(f"{file} is cut short: {len(prefix)} bytes; fetch it again")
+                raise CheckpointError(misfit(file) or f"{file} is cut short: {len(prefix)} bytes; fetch it again")
             (length,) = struct.unpack("<Q", prefix)
             if length > HEADER_LIMIT_BYTES:
                 raise CheckpointError(
-                    f"{file}: its header claims {length:,} bytes, more than the {HEADER_LIMIT_BYTES:,} any model "
+                    misfit(file)
+                    or f"{file}: its header claims {length:,} bytes, more than the {HEADER_LIMIT_BYTES:,} any model "
                     "needs; it is no safetensors file or a damaged one"
                 )
             header = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
     if len(header) < length:
-        raise CheckpointError(f"{file} is cut short: it ends inside its header; fetch it again")
+        raise CheckpointError(misfit(file) or f"{file} is cut short: it ends inside its header; fetch it again")
     return header
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from md3cli.errors import CheckpointError
 from md3cli.model.formats import JsonObject, plain_name
+from md3cli.model.misfits import lost_link, misfit
 from md3cli.model.safetensors_header import TensorEntry, first_line, read_header, read_header_bytes
 
 CONFIG_LIMIT_BYTES = 10_000_000
@@ -22,6 +23,8 @@ TOKENIZER_NAME = "tokenizer.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 CHECKSUMS_NAME = "SHA256SUMS"  # as `sha256sum` writes it
+_UNFINISHED = ("*.incomplete", ".cache/huggingface/download/*.incomplete", "*.part", "*.crdownload", "*.aria2")
+_FOREIGN = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.npz", "*.zip", "*.tar", "*.tar.gz")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 
@@ -67,14 +70,27 @@ def _find_weight_files(path: Path) -> WeightFiles:
     entries = _read_entries(files)
     if index is not None:
         _check_index(index, entries)
-    config_file, tokenizer_file = folder / CONFIG_NAME, folder / TOKENIZER_NAME
     return WeightFiles(
         folder=folder,
         files=files,
-        config_file=config_file if config_file.is_file() else None,
-        tokenizer_file=tokenizer_file if tokenizer_file.is_file() else None,
+        config_file=file_beside(folder, CONFIG_NAME),
+        tokenizer_file=file_beside(folder, TOKENIZER_NAME),
         entries=entries,
     )
+
+
+def file_beside(folder: Path, name: str) -> Path | None:
+    """A file of a checkpoint's folder; None where there is none.
+
+    Raises:
+        CheckpointError: something of this name is there that is no file, or a link to nothing.
+    """
+    file = folder / name
+    if not (file.is_symlink() or file.exists()):
+        return None
+    if not file.is_file():
+        raise CheckpointError(misfit(file) or f"{file} is no regular file")
+    return file
 
 
 def _weights_of_folder(folder: Path) -> Path:
@@ -96,7 +112,24 @@ def _weights_of_folder(folder: Path) -> Path:
     pickles = sorted(file for suffix in PICKLE_SUFFIXES for file in folder.glob(f"*{suffix}"))
     if pickles:
         raise CheckpointError(_pickle_message(pickles[0]))
-    raise CheckpointError(f"{folder} holds no .safetensors file; expected {WEIGHTS_NAME} or shards with an index")
+    raise CheckpointError(
+        f"{folder} holds no .safetensors file; expected {WEIGHTS_NAME} or shards with an index{_instead(folder)}"
+    )
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without weights holds that tells why, and what to do; empty where nothing does."""
+    snapshots = sorted(folder.glob("snapshots/*/"), key=lambda place: place.stat().st_mtime)
+    if snapshots:
+        return f"; it is a repository's folder in a hub cache, whose files are in {snapshots[-1]}"
+    unfinished = next((file for pattern in _UNFINISHED for file in folder.glob(pattern)), None)
+    if unfinished is not None:
+        return f"; {unfinished.name} is of a download that is not finished: go on with it"
+    foreign = next((file for pattern in _FOREIGN for file in folder.glob(pattern)), None)
+    if foreign is not None:
+        return f"; {foreign.name} is of another format, which is not read"
+    below = next(iter(sorted(folder.glob("*/*.safetensors"))), None)
+    return f"; did you mean {below.parent}?" if below is not None else ""
 
 
 def _pickle_message(file: Path) -> str:
@@ -127,6 +160,9 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
                 f"{index}: {str(name)[:80]!r} is no plain file name; the files must lie beside the index"
             )
     names = set(weight_map.values())
+    lost = next(filter(None, (lost_link(index.parent / name) for name in sorted(names))), None)
+    if lost is not None:
+        raise CheckpointError(lost)
     missing = sorted(name for name in names if not (index.parent / name).is_file())
     if missing:
         raise CheckpointError(
@@ -157,13 +193,17 @@ def read_json(file: Path) -> JsonObject:
         CheckpointError: unreadable, too large, or no JSON object.
     """
     try:
+        if not file.is_file():  # opening a FIFO would wait for ever
+            raise CheckpointError(misfit(file) or f"{file} is no regular file")
         if file.stat().st_size > CONFIG_LIMIT_BYTES:
             raise CheckpointError(f"{file} is larger than {CONFIG_LIMIT_BYTES:,} bytes; it is not what its name says")
         value = json.loads(file.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, no UTF-8, absurd numbers
-        raise CheckpointError(f"{file} is not valid JSON ({first_line(error)}); fetch it again") from error
+        raise CheckpointError(
+            misfit(file) or f"{file} is not valid JSON ({first_line(error)}); fetch it again"
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds no JSON object; fetch it again")
     return value
