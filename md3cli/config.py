@@ -135,7 +135,7 @@ class RunConfig:
     `command` and `argv` (with the program's name) are for `run.json` and the line that says how to go
     on; `requests` is what is asked of every image; a manifest may override it row by row, with the
     settings of `defaults` where the command makes no request of its own. With `estimate` nothing is
-    written: the run's time and size are told instead.
+    written: the run's time and size are told instead. `allow_empty`: an INPUT without anything in it is no error.
     """
 
     command: str
@@ -147,6 +147,7 @@ class RunConfig:
     output: OutputOptions = field(default_factory=OutputOptions)
     fail_on: FailOn = field(default_factory=FailOn)
     scale: ScaleOptions = field(default_factory=ScaleOptions)
+    allow_empty: bool = False
     is_dry_run: bool = False
     estimate: EstimateOptions | None = None
     argv: tuple[str, ...] = ()

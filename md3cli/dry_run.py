@@ -12,6 +12,7 @@ from typing import Any
 
 from md3cli.config import RunConfig
 from md3cli.console import RunConsole
+from md3cli.empty_input import check_found
 from md3cli.engine_port import crop_config_without_network
 from md3cli.errors import ImageError
 from md3cli.feed import make_pool, rows_ahead
@@ -54,7 +55,11 @@ class DryRun:
 
 
 def dry_run(config: RunConfig, source: Source, console: RunConsole) -> int:
-    """Count and print; always status 0."""
+    """Count and print; returns the exit status, 0.
+
+    Raises:
+        InputError: there is nothing to annotate in INPUT, and that is not allowed; the counts are printed.
+    """
     counts = DryRun()
     for future in _decoded(config, source, counts):
         try:
@@ -64,6 +69,8 @@ def dry_run(config: RunConfig, source: Source, console: RunConsole) -> int:
     counts.skipped = source.skipped
     text = "\n".join(counts.lines()) if console.is_stdout_terminal else json.dumps(counts.as_json())
     sys.stdout.write(text + "\n")
+    if not counts.num_requests:
+        check_found(source, config.source, is_allowed=config.allow_empty)
     return 0
 
 

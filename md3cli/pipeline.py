@@ -17,6 +17,7 @@ from dataclasses import replace
 from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import RunConsole, Summary
 from md3cli.dry_run import dry_run
+from md3cli.empty_input import check_found, check_not_empty, empty_words
 from md3cli.engine_port import Engine, FoundModel, Model, check_skills, find_model
 from md3cli.errors import Md3Error
 from md3cli.estimate import estimate
@@ -75,6 +76,7 @@ def _run(config: RunConfig, console: RunConsole, find: ModelFinder) -> int:
         return estimate(config, source, console, find=find)
     if config.is_dry_run:
         return dry_run(config, source, console)
+    check_not_empty(source, config.source, is_allowed=config.allow_empty)
     folder = run_folder_of(plan, config)
     if folder is not None and plan.files is not None and is_run_there(folder, plan.files, config):
         from md3cli.scale.run import run_scaled
@@ -124,6 +126,8 @@ class _Run:
         try:
             with self._feed() as feed, self._progress() as progress:
                 self._drive(feed, progress)
+            if not self._num_requests:
+                check_found(self.source, self.config.source, is_allowed=self.config.allow_empty)
             with self.stop.interruptible():
                 self._publish()
             status = self._status()
@@ -269,6 +273,11 @@ class _Run:
         is_bad = self.config.fail_on.is_met(counts.failed, counts.ok + counts.failed)
         return STATUS_FAILED_RECORDS if is_bad else 0
 
+    @property
+    def _num_requests(self) -> int:
+        """Requests of INPUT so far, done now or before."""
+        return self.summary.num_ok + self.summary.num_failed + self.summary.num_done_before
+
     def _stages(self) -> Mapping[str, float]:
         return self.engine.stage_seconds() if self.engine is not None else {}
 
@@ -289,8 +298,8 @@ class _Run:
         if self.output.plan.files is not None and self.output.plan.stdout is None:
             summary.outputs = written_paths(self.output.plan)
             summary.next_command = self._next_command()
-        if not summary.num_ok + summary.num_failed + summary.num_done_before:
-            self.console.warn("no images were found in INPUT")
+        if not self._num_requests:
+            self.console.warn(empty_words(self.config.source))
         self.console.summarize(summary)
 
     def _next_command(self) -> str | None:

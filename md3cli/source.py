@@ -101,6 +101,8 @@ def _check_remote(spec: SourceSpec) -> None:
         raise UsageError(f"--root {printable(root)} is not a folder; name the one that the images are in")
 
 
+OTHER_SHARDS = "other shards"  # in `Source.skipped`
+
 # What a row's shard is computed from, and the row, before shards and limits; None: the next has not come yet.
 _Found = tuple[str, SourceRow] | None
 
@@ -149,6 +151,15 @@ class Source:
         self.skipped = Counter()
         self._stdin.may_wait = may_wait
         return self._rows(self.skipped)
+
+    def is_empty(self) -> bool:
+        """Whether the whole of INPUT, whatever the shard, has no row; `skipped` then says what was left out.
+
+        Raises:
+            InputError: INPUT cannot be read.
+        """
+        self.skipped = Counter()
+        return next(self._found(self.skipped), None) is None
 
     def count_rows(self, budget_s: float = 1.0) -> int | None:
         """How many rows there are, for a progress bar; None for stdin, for what is remote, and after `budget_s`."""
@@ -298,7 +309,7 @@ def _in_shard(found: Iterator[_Found], shard: tuple[int, int], skipped: Counter[
         if item is None or int.from_bytes(digest[:8], "big") % count == index:
             yield item
         else:
-            skipped["other shards"] += 1
+            skipped[OTHER_SHARDS] += 1
 
 
 def _up_to(limit: int, found: Iterator[_Found]) -> Iterator[_Found]:

@@ -240,14 +240,6 @@ def test_missing_input_is_status_1(md3: Program, tmp_path: Path) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_empty_folder_is_status_0_with_a_note(md3: Program, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    result = md3("caption", tmp_path / "empty", "-o", tmp_path / "out.jsonl")
-    assert result.exit_code == 0
-    assert "warning: no images were found in INPUT" in result.stderr
-    assert (tmp_path / "out.jsonl").read_bytes() == b""
-
-
 def test_a_folder_of_broken_files_is_status_3(md3: Program, tmp_path: Path) -> None:
     for name, content in {"a.jpg": b"", "b.png": b"text", "c.gif": b"GIF89a"}.items():
         (tmp_path / name).write_bytes(content)

@@ -113,7 +113,7 @@ def test_options_keep_their_names() -> None:
     shared |= {"temperature", "top-p", "max-tokens", "seed", "output", "format", "resume", "overwrite"}
     shared |= {"retry-failed", "fail-on", "workers", "quiet", "verbose", "no-progress", "no-color", "debug"}
     shared |= {"recursive", "no-recursive", "include", "exclude", "limit", "shard", "dry-run", "root", "remote"}
-    shared |= {"follow-links", "max-pixels", "max-file-size", "decode-timeout", "fetch-timeout"}
+    shared |= {"allow-empty", "follow-links", "max-pixels", "max-file-size", "decode-timeout", "fetch-timeout"}
     shared |= {"devices", "workers-per-device", "worker-rank", "world-size", "engine", "ray-address", "shard-size"}
     shared |= {"estimate", "estimate-sample", "estimate-open", "price-per-gpu-hour", "price-per-1000"}
     own = {

@@ -220,7 +220,7 @@ def test_nothing_is_written(md3: TimedProgram, pictures: Path, tmp_path: Path) -
     assert md3.models[-1].options.cache is False, "nor is the cache asked, which would make it look fast"
 
 
-@pytest.mark.parametrize(("name", "message"), [("empty", "no images were found"), ("bad", "none of the 1 pictures")])
+@pytest.mark.parametrize(("name", "message"), [("empty", "nothing to annotate in"), ("bad", "none of the 1 pictures")])
 def test_nothing_to_estimate(md3: TimedProgram, tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / name).mkdir()
     if name == "bad":
@@ -228,7 +228,7 @@ def test_nothing_to_estimate(md3: TimedProgram, tmp_path: Path, name: str, messa
     result = md3("estimate", tmp_path / name, "--task", "caption")
     assert result.exit_code == 1
     assert message in result.stderr
-    assert md3.models[-1].engine is None, "found out before the model is loaded"
+    assert all(model.engine is None for model in md3.models), "found out before the model is loaded"
 
 
 def test_nothing_asked_is_a_usage_error(md3: TimedProgram, pictures: Path) -> None:

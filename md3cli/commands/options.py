@@ -130,6 +130,7 @@ class AnnotateOptions:
     ] = None
     remote: Annotated[bool, _input("--remote", help="Fetch the URLs inside a manifest.")] = False
     follow_links: Annotated[bool, _input("--follow-links", help="Look into linked folders.")] = False
+    allow_empty: Annotated[bool, _input("--allow-empty", help="An INPUT without images is no error.")] = False
     dry_run: Annotated[
         bool, _input("--dry-run", "-n", help="Count images, requests, crops and bad files; no model.")
     ] = False
@@ -282,6 +283,7 @@ class AnnotateOptions:
             output=self._output_options(),
             fail_on=parse_fail_on(self.fail_on),
             scale=self.scale.scale_options(),
+            allow_empty=self.allow_empty,
             is_dry_run=self.dry_run,
             estimate=self.estimating.chosen(),
             argv=("md3", *map(shown_argument, sys.argv[1:])),

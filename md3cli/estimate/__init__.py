@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from md3cli.config import ModelOptions, RunConfig, ScaleOptions
 from md3cli.console import RunConsole
+from md3cli.empty_input import check_found, empty_words
 from md3cli.engine_port import Model
 from md3cli.errors import InputError
 from md3cli.estimate.draw import count_and_draw, open_drawn
@@ -37,7 +38,7 @@ def estimate(
     find: Callable[[ModelOptions], Model],
     clock: Clock = time.perf_counter,
 ) -> int:
-    """Count, sample, print; always status 0. Writes no file.
+    """Count, sample, print; returns the exit status, 0. Writes no file.
 
     Raises:
         InputError: there is nothing in INPUT that could be asked.
@@ -50,6 +51,10 @@ def estimate(
         with stop.interruptible():
             console.say("counting INPUT ...")
             drawn = count_and_draw(source, asked.num_opened)
+            if not drawn.num_units:
+                check_found(source, config.source, is_allowed=config.allow_empty)
+                console.say(f"{empty_words(config.source)}, so there is nothing to estimate")
+                return 0
             device = next(iter(config.scale.devices), config.model.device)
             model = find(replace(config.model, device=device, cache=False))  # an encoding on disk would cost nothing
         with make_pool(config, model.crop_config) as pool:
@@ -57,7 +62,8 @@ def estimate(
                 console.say(f"opening {len(drawn.units):,} of {drawn.num_units:,} ...")
                 opened = open_drawn(drawn, pool, num_ahead=rows_ahead(model.crop_config), clock=clock)
                 if not opened.buckets:
-                    raise InputError(f"nothing to estimate: {_why_nothing(drawn.num_units, opened.num_bad)}")
+                    bad = f"none of the {opened.num_bad:,} pictures that were tried opens"
+                    raise InputError(f"nothing to estimate: {bad}")
                 sample = opened.sample(asked.sample_per_bucket)
             console.say(f"loading the model, then a sample of {len(sample):,} ...")
             measured = measure(model, sample, pool, stop=stop, clock=clock)
@@ -73,7 +79,3 @@ def estimate(
 def _num_devices(scale: ScaleOptions) -> int:
     """Devices at work at the same time; a cluster that Ray schedules tells its own only when it is there."""
     return max(1, len(scale.devices)) * scale.world_size
-
-
-def _why_nothing(num_units: int, num_bad: int) -> str:
-    return f"none of the {num_bad:,} pictures that were tried opens" if num_units else "no images were found in INPUT"

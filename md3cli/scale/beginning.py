@@ -7,6 +7,7 @@ import time
 
 from md3cli.config import RunConfig
 from md3cli.early import SUFFIX as EARLY_SUFFIX
+from md3cli.empty_input import check_found
 from md3cli.journal_scan import first_record
 from md3cli.records import RunIdentity
 from md3cli.run_info import OutputPaths, check_first_record
@@ -103,8 +104,12 @@ class Beginning:
         return plan
 
     def _made_in(self, folder: RunFolder) -> Plan:
-        """A plan of INPUT as it is now; not put yet."""
-        return make_plan(
+        """A plan of INPUT as it is now; not put yet.
+
+        Raises:
+            InputError: INPUT cannot be read, or there is nothing to annotate in it and that is not allowed.
+        """
+        plan = make_plan(
             folder,
             iter(self._source),
             self._config.requests,
@@ -113,6 +118,9 @@ class Beginning:
             shard_size=self._config.scale.shard_size,
             skipped=self._source.skipped,
         )
+        if not plan.rows:
+            check_found(self._source, self._config.source, is_allowed=self._config.allow_empty)
+        return plan
 
     def _adopt(self, folder: RunFolder, plan: Plan) -> None:
         """Take the records that are there over."""

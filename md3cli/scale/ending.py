@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from md3cli.config import RunConfig
 from md3cli.console import RunConsole, Summary
 from md3cli.early import SUFFIX as EARLY_SUFFIX
+from md3cli.empty_input import empty_words
 from md3cli.errors import OutputHeldError
 from md3cli.outputs import OutputPlan, publish
 from md3cli.publish import OutputLock
@@ -183,7 +184,7 @@ class Ending:
             next_command=self._next_command(commits),
         )
         if not self._plan.rows:
-            self._console.warn("no images were found in INPUT")
+            self._console.warn(empty_words(self._config.source))
         self._console.summarize(summary)
 
     def _next_command(self, commits: Commits) -> str | None:
