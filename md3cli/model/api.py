@@ -243,6 +243,8 @@ class Moondream:
             return result_of(self._finish(job.key))  # raises: what is not taken in has failed
         while job.key not in self._answers and not sequence.answer.token_ids:
             self._step()
+        if job.key in self._answers and self._answers[job.key].failure is not None:
+            return result_of(self._answers.pop(job.key))
         result: dict[str, Any] = {key: self._pieces(job.key, sequence)}
         if sequence.reasoning is not None:
             result["reasoning"] = reasoning_result(sequence, self.engine.tokenizer)

@@ -99,7 +99,7 @@ def _columns(model: Moondream3, rows: Seq[ChoiceRow], number: int) -> ChoiceInts
 
 
 def _log_probabilities(model: Moondream3, cache: KVCache, ints: ChoiceInts[Tensor], total: int) -> Tensor:
-    """Log-probability of one choice per row, its end of text included [B]."""
+    """Log-probability of one choice per row, its end of text included [B]; NaN where any logit is not finite."""
     fed_BT, wanted_BT = (ids.unflatten(0, (len(ints.slots), -1)) for ids in (ints.fed, ints.wanted))
     index_T = torch.arange(fed_BT.shape[1], device=fed_BT.device)
     position_BT = ints.positions[:, None] + index_T
@@ -112,4 +112,6 @@ def _log_probabilities(model: Moondream3, cache: KVCache, ints: ChoiceInts[Tenso
 
 
 def _log_softmax(model: Moondream3, hidden_BTD: Tensor) -> Tensor:
-    return model.text.logits(hidden_BTD).float().log_softmax(-1)
+    logits = model.text.logits(hidden_BTD).float()
+    is_finite = logits.isfinite().all(-1, keepdim=True)  # the softmax of minus infinity is a number
+    return logits.log_softmax(-1).masked_fill(~is_finite, torch.nan)

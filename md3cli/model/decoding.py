@@ -89,7 +89,8 @@ class Event(NamedTuple):
     """One row's decision, as the host reads it (columns of the events tensor, in this order).
 
     Masses are probabilities from the model's own distributions: going on rather than stopping, and
-    the softmax mass near the chosen bin (`NEAR_FRACTION` of all bins to each side).
+    the softmax mass near the chosen bin (`NEAR_FRACTION` of all bins to each side). `continue_mass` is
+    NaN where the decision is taken from values that are not finite, whichever head they come from.
     """
 
     mode: int
@@ -104,10 +105,9 @@ class Event(NamedTuple):
     height_mass: float
 
     @property
-    def is_nan(self) -> bool:
-        """True where the model computed NaN for what this decision is taken from."""
-        is_spatial = self.mode not in (_IDLE, _TEXT, _REASON)
-        return any(map(isnan, self[6:] if is_spatial else self[6:7]))
+    def is_finite(self) -> bool:
+        """False where the model computed NaN or infinity for what this decision is taken from."""
+        return not isnan(self.continue_mass)
 
 
 class Step(NamedTuple):
@@ -116,6 +116,14 @@ class Step(NamedTuple):
     rows: Rows
     next_ND: Tensor
     events: Tensor
+
+
+def not_finite(dtype: torch.dtype) -> str:
+    """Say in words that the model computed NaN or infinity in `dtype`, and what to do."""
+    advice = "are its weights damaged?"
+    if dtype is torch.float16:
+        advice = "its numbers are too large for it; use --dtype bf16 or fp32"
+    return f"the model computed NaN or infinity in {str(dtype).removeprefix('torch.')}: {advice}"
 
 
 NEAR_FRACTION = 64  # bins / 64 to each side: 1.6 % of the picture for a coordinate
@@ -138,6 +146,16 @@ def _banned_logits(model: Moondream3, logits_NV: Tensor, rows: Rows) -> Tensor:
     for token, banned in ((ids.answer_id, in_text), (ids.eos_id, in_reasoning), (ids.size_id, in_reasoning)):
         logits_NV[:, token] = logits_NV[:, token].masked_fill(banned, float("-inf"))
     return logits_NV
+
+
+def _is_finite(rows: Rows, token: Tensor, coord_id: int, are_finite: list[Tensor]) -> Tensor:
+    """True [N] where all that a decision may be taken from is finite: of text its logits, else every head's.
+
+    `are_finite` says it of the logits of text, coordinates and sizes, each [N].
+    """
+    of_text, of_coord, of_size = are_finite
+    is_text = (rows.mode == _TEXT) | ((rows.mode == _REASON) & (token != coord_id))
+    return of_text & (is_text | (of_coord & of_size))
 
 
 def draw_greedy(logits_NV: Tensor, rows: Rows) -> Tensor:
@@ -190,10 +208,12 @@ def advance(
     draw = draw or (draw_sampled if is_sampled else draw_greedy)
     ids, region, mode = model.config.tokenizer, model.region, rows.mode
     logits_NV = model.text.logits(hidden_ND).float()
-    continue_mass = torch.sigmoid(logits_NV[:, ids.coord_id] - logits_NV[:, ids.eos_id])
-    token = _choose_tokens(model, logits_NV, rows, draw)
-
     coord_logits, size_logits = region.coord_logits(hidden_ND).float(), region.size_logits(hidden_ND).float()
+    continue_mass = torch.sigmoid(logits_NV[:, ids.coord_id] - logits_NV[:, ids.eos_id])
+    are_finite = [part.isfinite().flatten(1).all(dim=1) for part in (logits_NV, coord_logits, size_logits)]
+    token = _choose_tokens(model, logits_NV, rows, draw)  # bans ids, with minus infinity, in place
+    continue_mass = continue_mass.masked_fill(~_is_finite(rows, token, ids.coord_id, are_finite), float("nan"))
+
     coord_bin, size_bins = coord_logits.argmax(dim=-1), size_logits.argmax(dim=-1)
 
     writes, reasons, segments = mode == _TEXT, mode == _REASON, mode == _SEGMENT

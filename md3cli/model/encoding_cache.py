@@ -48,7 +48,7 @@ class EncodingCache:
 
     def save(self, image_key: str, embeddings_PD: Tensor) -> None:
         """Keep a picture's embeddings; a full disk ends keeping, not the run."""
-        if not self.is_writable:
+        if not self.is_writable or not embeddings_PD.isfinite().all():  # kept, a passing fault would stay for ever
             return
         try:
             self.files.put(self._key(image_key), save({TENSOR_NAME: embeddings_PD.cpu().contiguous()}))
@@ -61,6 +61,8 @@ class EncodingCache:
         except (SafetensorError, ValueError, KeyError):
             return None
         if tensor is None or tensor.shape != self.shape or tensor.dtype != self.dtype:
+            return None
+        if not tensor.isfinite().all():
             return None
         return tensor
 

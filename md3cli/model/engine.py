@@ -27,7 +27,7 @@ from md3cli.errors import EngineError, RequestError
 from md3cli.images import CropConfig
 from md3cli.model.answers import build_answer
 from md3cli.model.choices import ChoiceRow, choice_probabilities
-from md3cli.model.decoding import Event, Mode, Step, advance, idle_rows
+from md3cli.model.decoding import Event, Mode, Step, advance, idle_rows, not_finite
 from md3cli.model.encoder import ImageEncoder
 from md3cli.model.engine_stats import EngineStats
 from md3cli.model.forward import Group, Passes, PromptInputs
@@ -353,7 +353,7 @@ class Engine:
             if sequence is None:
                 continue
             event = Event(*values)
-            if event.is_nan:
+            if not event.is_finite:
                 self._fail(slot, sequence)
                 continue
             if not sequence.is_choosing:
@@ -367,17 +367,13 @@ class Engine:
         self._finished.append(build_answer(sequence, self.tokenizer))
 
     def _fail(self, slot: int, sequence: Sequence) -> None:
-        """Answer a sequence with a failure because the model computed NaN for it, and free its slot."""
+        """Answer a sequence with a failure because what the model computed for it is not finite, and free its slot."""
         self._rows.mode[slot] = int(Mode.IDLE)
         self._rows.position[slot] = self.config.prefix_len
         self.cache.clear(slot)  # under a mask NaN is not nothing: the slot's next sequence would become NaN too
         self._slots.leave(slot, self.config.prefix_len)
         self._slots.held[slot] = None
-        name = str(self.model.dtype).removeprefix("torch.")
-        advice = "are its weights damaged?"
-        if self.model.dtype is torch.float16:
-            advice = "its numbers are too large for it; use --dtype bf16 or fp32"
-        failure = RowFailure("model", f"the model computed NaN in {name}: {advice}")
+        failure = RowFailure("model", not_finite(self.model.dtype))
         self._finished.append(Answer(sequence.job.key, failure=failure))
 
     def _choose(self) -> None:

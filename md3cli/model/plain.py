@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from md3cli.errors import RequestError
 from md3cli.images import PreparedImage
+from md3cli.model.decoding import not_finite
 from md3cli.model.moondream import Moondream3, prefix_mask
 from md3cli.model.prompts import Prompt
 from md3cli.model.region import coord_value, size_value
@@ -73,13 +75,13 @@ class PlainSequence:
 
     def read_coord(self) -> int:
         """Decode a coordinate's bin from the last hidden state and feed its encoding."""
-        bins = self.model.region.coord_logits(self.hidden).argmax(-1)
+        bins = self._checked(self.model.region.coord_logits(self.hidden)).argmax(-1)
         self._feed(self.model.region.encode_coord(coord_value(bins, self.model.region.num_coord_bins))[None, None])
         return int(bins)
 
     def read_size(self) -> tuple[int, int]:
         """Decode width's and height's bins from the last hidden state and feed their encoding."""
-        bins = self.model.region.size_logits(self.hidden).argmax(-1)
+        bins = self._checked(self.model.region.size_logits(self.hidden)).argmax(-1)
         self._feed(self.model.region.encode_size(size_value(bins, self.model.region.num_size_bins))[None, None])
         return int(bins[0]), int(bins[1])
 
@@ -91,7 +93,13 @@ class PlainSequence:
 
     def logits(self) -> Tensor:
         """Vocabulary logits after the last position [V]."""
-        return self.model.text.logits(self.hidden)
+        return self._checked(self.model.text.logits(self.hidden))
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        """The logits, where all are finite; a decision taken from others would be noise."""
+        if not logits.isfinite().all():
+            raise RequestError(not_finite(self.model.dtype), "model")
+        return logits
 
     def _feed(self, x_1TD: Tensor, bidirectional: bool = False) -> None:
         start, length = self.store.length, x_1TD.shape[1]
@@ -122,7 +130,11 @@ def prompt_embeddings(model: Moondream3, prompt: Prompt) -> Tensor:
 def answer(
     model: Moondream3, image: PreparedImage | None, task: Task, prompt: Prompt, *, max_tokens: int, max_objects: int
 ) -> PlainOutput:
-    """Greedy answer to one request; a query reasons first when its prompt ends with the thinking id."""
+    """Greedy answer to one request; a query reasons first when its prompt ends with the thinking id.
+
+    Raises:
+        RequestError: of type `model`, the model computed values that are not finite.
+    """
     sequence = PlainSequence(model, image)
     sequence.feed_prompt(prompt)
     if task in (Task.DETECT, Task.POINT):

@@ -120,7 +120,7 @@ class GenerationMethods(GenerationMixin):
         limit = min(limits, default=input_ids.shape[1] + MAX_NEW_TOKENS) - input_ids.shape[1]
         rows = new_rows(prompts, lengths, limit, model_kwargs.get("max_objects") or MAX_OBJECTS, config)
         pad_id = int(generation_config.pad_token_id or 0)
-        decisions = Decisions(config, pad_id, len(input_ids))
+        decisions = Decisions(config, pad_id, len(input_ids), self.model.dtype)
         draw = Draw(logits_processor, generation_config)
         hidden_BD, ids_BT, is_over = run.prefill(), input_ids.to(self.model.device), False
         while self._has_unfinished_sequences(is_over, synced_gpus, device=ids_BT.device):
@@ -194,7 +194,10 @@ class Draw:
         if self.config.output_scores:
             self.scores.append(scores_BV)
         if self.config.do_sample:
-            token_B = torch.multinomial(scores_BV.softmax(dim=-1), num_samples=1)[:, 0]
+            probabilities_BV = scores_BV.softmax(dim=-1).nan_to_num(
+                1.0
+            )  # `Decisions.take` refuses rows of NaN, in words
+            token_B = torch.multinomial(probabilities_BV, num_samples=1)[:, 0]
         else:
             token_B = scores_BV.argmax(dim=-1)
         writes_B = (rows.mode == Mode.TEXT) | (rows.mode == Mode.REASON)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
+from md3cli.errors import RequestError
 from md3cli.model.config import ModelConfig
-from md3cli.model.decoding import Event, Finish, Mode, Rows, idle_rows
+from md3cli.model.decoding import Event, Finish, Mode, Rows, idle_rows, not_finite
 from md3cli.model.hf.inputs import read_task, start_mode
 from md3cli.model.region import coord_value, size_value
 from md3cli.model.tasks import FINISH_REASONS
@@ -71,16 +72,23 @@ def new_rows(prompts: Sequence[list[int]], lengths: Tensor, limit: int, max_obje
 class Decisions:
     """Ids and values of all rows, step by step."""
 
-    def __init__(self, config: ModelConfig, pad_id: int, num_rows: int) -> None:
-        self.config, self.pad_id = config, pad_id
+    def __init__(self, config: ModelConfig, pad_id: int, num_rows: int, dtype: torch.dtype) -> None:
+        self.config, self.pad_id, self.dtype = config, pad_id, dtype
         self.finish_reasons = ["length"] * num_rows
         self.lengths = [0] * num_rows  # decisions of each row
         self._ids: list[list[int]] = []
         self._values: list[list[tuple[float, float]]] = []
 
     def take(self, events: Tensor) -> list[int]:
-        """Note one step's events [B, len(Event)]; the id each row decided on."""
+        """Note one step's events [B, len(Event)]; the id each row decided on.
+
+        Raises:
+            RequestError: of type `model`, a row's decision was taken from values that are not finite.
+        """
         parsed = [Event(*values) for values in events.tolist()]
+        bad = [row for row, event in enumerate(parsed) if event.mode != Mode.IDLE and not event.is_finite]
+        if bad:
+            raise RequestError(f"row {bad[0]} of the batch: {not_finite(self.dtype)}", "model")
         for row, event in enumerate(parsed):
             self.lengths[row] += event.mode != Mode.IDLE
             if event.finish != Finish.NO:
