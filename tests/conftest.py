@@ -31,6 +31,15 @@ def denormals_as_they_were() -> Iterator[None]:
         sys.modules["torch"].set_flush_denormal(False)
 
 
+@pytest.fixture
+def crops_as_recorded() -> Iterator[None]:
+    """Pictures are resized as the golden cases were made."""
+    from golden_cases import resized_as_recorded
+
+    with resized_as_recorded():
+        yield
+
+
 @pytest.fixture(scope="session")
 def cuda_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Python whose torch is built for CUDA, with md3cli's dependencies; it needs no GPU.

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
+from PIL import Image
 
-from md3cli.images import ImageLimits, PreparedImage, prepare_image
+from md3cli import images
+from md3cli.images import CropConfig, ImageLimits, PreparedImage, prepare_image
 from md3cli.model.checkpoint import load_model
 from md3cli.model.encoder import ImageEncoder
 from md3cli.model.engine import Engine
@@ -88,6 +93,24 @@ def read_request(raw: dict[str, Any]) -> Request:
     )
 
 
+def resized_as_recorded() -> AbstractContextManager[object]:
+    """Within it, pictures are resized in one call, as the cases were made: with Pillow 13, some height first.
+
+    The original resizes width first, and so does the package; a case's answers belong to its own crops.
+    """
+    return patch.object(images, "_resize", _in_one_call)
+
+
+def _in_one_call(image: Image.Image, width: int, height: int) -> np.ndarray:
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+
+
+def prepare_as_recorded(path: Path, crop_config: CropConfig) -> PreparedImage:
+    """Prepare a case's picture."""
+    with resized_as_recorded():
+        return prepare_image(ImageItem(path.name, str(path)), crop_config, ImageLimits(), None)
+
+
 @cache
 def load_case(name: str, dtype: torch.dtype = torch.float32) -> GoldenCase:
     """Read a case; kept for the session."""
@@ -96,16 +119,13 @@ def load_case(name: str, dtype: torch.dtype = torch.float32) -> GoldenCase:
     tokenizer = Tokenizer.load(folder / "tokenizer.json", loaded.config)
     expected = json.loads(expected_file.read_text())
     crop_config = loaded.config.vision.crop_config
-    images = [
-        prepare_image(ImageItem(facts["file"], str(image_folder / facts["file"])), crop_config, ImageLimits(), None)
-        for facts in expected["images"]
-    ]
+    prepared = [prepare_as_recorded(image_folder / facts["file"], crop_config) for facts in expected["images"]]
     return GoldenCase(
         model=loaded.model,
         tokenizer=tokenizer,
         prompts=Prompts(loaded.config, tokenizer),
         image_facts=expected["images"],
-        images=images,
+        images=prepared,
         requests=[read_request(entry["request"]) for entry in expected["requests"]],
         image_indices=[entry["request"]["image"] for entry in expected["requests"]],
         expected=[entry["result"] | {"prompt": entry["prompt"]} for entry in expected["requests"]],

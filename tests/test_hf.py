@@ -19,6 +19,8 @@ from md3cli.model.hf import original_methods
 from md3cli.model.memory import MemoryPlan
 from md3cli.records import Task
 
+pytestmark = pytest.mark.usefixtures("crops_as_recorded")
+
 TOLERANCE = 1e-4
 
 

@@ -20,6 +20,8 @@ from md3cli.model.hf.prompting import read_prompt, split_reasoning
 from md3cli.model.vision import normalise_crops
 from md3cli.records import Request, Task
 
+pytestmark = pytest.mark.usefixtures("crops_as_recorded")
+
 
 def processor(name: str = "a") -> Moondream3Processor:
     return load_hf(name)[1]

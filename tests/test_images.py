@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpus import encode, picture, png
+from golden_cases import prepare_as_recorded
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -94,7 +95,7 @@ def golden_images():
 
 @pytest.mark.parametrize(("path", "cfg", "expected"), list(golden_images()))
 def test_crops_equal_the_golden_ones_bit_for_bit(path, cfg, expected):
-    got = prepare_image(item(path), cfg, LIMITS, None)
+    got = prepare_as_recorded(path, cfg)
     assert (got.width, got.height, list(got.tiling)) == (expected["width"], expected["height"], expected["tiling"])
     assert [hashlib.sha256(crop.tobytes()).hexdigest() for crop in got.crops] == expected["crop_sha256"]
     assert hashlib.sha256(got.crops.tobytes()).hexdigest() == expected["crops_sha256"]

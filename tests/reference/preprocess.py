@@ -40,11 +40,18 @@ def crops_of(image: Image.Image, config: Config) -> tuple[np.ndarray, tuple[int,
     window = side - 2 * margin
     picture = image.convert("RGB")
     rows, cols = tiling_of(picture.width, picture.height, vision)
-    overall = picture.resize((side, side), Image.Resampling.LANCZOS)
-    enlarged = picture.resize((cols * window + 2 * margin, rows * window + 2 * margin), Image.Resampling.LANCZOS)
+    overall = resize(picture, side, side)
+    enlarged = resize(picture, cols * window + 2 * margin, rows * window + 2 * margin)
     crops = [np.asarray(overall)]
     for row in range(rows):
         for col in range(cols):
             left, top = col * window, row * window
             crops.append(np.asarray(enlarged.crop((left, top, left + side, top + side))))
     return np.stack(crops), (rows, cols)
+
+
+def resize(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Resize the width, then the height: what one call of Pillow 12 does unless a picture is 100 times as tall."""
+    return picture.resize((width, picture.height), Image.Resampling.LANCZOS).resize(
+        (width, height), Image.Resampling.LANCZOS
+    )
