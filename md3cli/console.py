@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, Literal
 
+from md3cli.failures import Failure
 from md3cli.progress import Progress, clock
 from md3cli.records import RecordDict, printable
 
@@ -29,7 +30,8 @@ class Summary:
     """How a run went; filled while it runs. Counts are requests unless they say images.
 
     `num_done_before` were in OUTPUT already; `stages_s` are seconds by stage; `skipped` counts what
-    INPUT held and was not taken for a picture, by reason.
+    INPUT held and was not taken for a picture, by reason; `failures` are some of those now or before, and
+    `failures_command` lists all of them.
     """
 
     num_images: int = 0
@@ -43,6 +45,8 @@ class Summary:
     load_s: float = 0.0
     stages_s: Mapping[str, float] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
+    failures: Sequence[Failure] = ()
+    failures_command: str | None = None
     outputs: Sequence[str] = ()
     next_command: str | None = None
 
@@ -116,7 +120,8 @@ class RunConsole:
 
     def summarize(self, summary: Summary) -> None:
         """What was done, on stderr."""
-        for line, style in summary_lines(summary, is_verbose=self.is_verbose):
+        width = self._rich(sys.stderr).width if sys.stderr.isatty() else None
+        for line, style in summary_lines(summary, is_verbose=self.is_verbose, width=width):
             self.say(line, style=style)
 
 
@@ -184,13 +189,16 @@ def _listing(parts: Sequence[str]) -> str:
     return f"{len(parts)}: {', '.join(parts[:MOST_OBJECTS_SHOWN])}{more}"
 
 
-def summary_lines(summary: Summary, *, is_verbose: bool = False) -> list[tuple[str, str]]:
-    """The lines of the summary, each with its style."""
+def summary_lines(summary: Summary, *, is_verbose: bool = False, width: int | None = None) -> list[tuple[str, str]]:
+    """The lines of the summary, each with its style; failures are cut to `width`, where there is one."""
     num_new = summary.num_ok + summary.num_failed
     lines = [(f"{_count(num_new, 'request')} of {_count(summary.num_images, 'image')}: {_outcome(summary)}", "bold")]
     if summary.num_done_before:
         failed = f" ({summary.num_failed_before:,} of them failed)" if summary.num_failed_before else ""
         lines.append((f"{_count(summary.num_done_before, 'request')} done before{failed}", ""))
+    lines += [(_failure_line(failure, width), "red") for failure in summary.failures]
+    if summary.failures and summary.failures_command:
+        lines.append((f"all failures: {summary.failures_command}", "cyan"))
     if num_new:
         lines.append((_speed(summary), ""))
     if is_verbose and summary.stages_s:
@@ -203,6 +211,24 @@ def summary_lines(summary: Summary, *, is_verbose: bool = False) -> list[tuple[s
     if summary.next_command:
         lines.append((f"next: {summary.next_command}", "cyan"))
     return lines
+
+
+def _failure_line(failure: Failure, width: int | None) -> str:
+    """`  a/b.jpg: decode: message`; where it is too long, the end of the name and the beginning of the message stay."""
+    name, rest = printable(failure.name), printable(f"{failure.type}: {failure.message}")
+    if width is None:
+        return f"  {name}: {rest}"
+    from rich.cells import cell_len
+    from rich.text import Text
+
+    most = max(width // 2, width - 4 - cell_len(rest))
+    if cell_len(name) > most:
+        name = f"…{name[1 - most :]}"
+        while cell_len(name) > most:
+            name = f"…{name[2:]}"
+    shown = Text(f"  {name}: {rest}")
+    shown.truncate(width, overflow="ellipsis")
+    return shown.plain
 
 
 def _outcome(summary: Summary) -> str:

@@ -21,6 +21,7 @@ from md3cli.empty_input import check_found, check_not_empty, empty_words
 from md3cli.engine_port import Engine, FoundModel, Model, check_skills, find_model
 from md3cli.errors import Md3Error
 from md3cli.estimate import estimate
+from md3cli.failures import Failure, NamedFailures, command_for_all
 from md3cli.feed import Feed, make_pool, rows_ahead
 from md3cli.ordering import OrderedRecords
 from md3cli.outputs import (
@@ -115,6 +116,7 @@ class _Run:
         self.exported_folder = exported_folder
         self.summary = Summary()
         self.engine: Engine | None = None
+        self.failures = NamedFailures()
         self.batch_sizes: list[int] = []  # the planned one, then each smaller one that memory asked for
         self.started_at = time.monotonic()
         self.records = OrderedRecords(model.identity, self._write, self.summary, output.early)
@@ -240,6 +242,8 @@ class _Run:
             discard(self.exported_folder)
             self.exported_folder = None
         self.output.write(records)
+        for record in records:
+            self.failures.note(record)
         if self.console.is_verbose and self.output.plan.stdout != TABLE:
             for record in records:
                 if record["error"] is not None:
@@ -298,9 +302,18 @@ class _Run:
         if self.output.plan.files is not None and self.output.plan.stdout is None:
             summary.outputs = written_paths(self.output.plan)
             summary.next_command = self._next_command()
+            summary.failures_command = command_for_all(self.output.plan.files.journal)
+        summary.failures = self._named_failures()
         if not self._num_requests:
             self.console.warn(empty_words(self.config.source))
         self.console.summarize(summary)
+
+    def _named_failures(self) -> list[Failure]:
+        """Some of this start's failures; of earlier ones only where it has none."""
+        if self.output.journal is not None and not self.failures.found and self._counts().failed:
+            with open(self.output.journal.path, "rb") as lines:
+                self.failures.note_lines(lines)
+        return self.failures.found
 
     def _next_command(self) -> str | None:
         assert self.output.plan.files is not None

@@ -20,6 +20,7 @@ LAYERS = {
     "md3cli.signals": "settings",
     "md3cli.console": "console",
     "md3cli.progress": "console",
+    "md3cli.failures": "console",
     "md3cli.model": "model",
     "md3cli.exporters": "finished",
     "md3cli.report": "finished",

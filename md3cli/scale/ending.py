@@ -13,6 +13,7 @@ from md3cli.console import RunConsole, Summary
 from md3cli.early import SUFFIX as EARLY_SUFFIX
 from md3cli.empty_input import empty_words
 from md3cli.errors import OutputHeldError
+from md3cli.failures import Failure, NamedFailures, command_for_all
 from md3cli.outputs import OutputPlan, publish
 from md3cli.publish import OutputLock
 from md3cli.records import RETRYABLE, RunIdentity
@@ -180,12 +181,25 @@ class Ending:
             output_tokens=sum(commit.output_tokens for commit in new),
             elapsed_s=time.monotonic() - self._started_at,
             skipped=self._plan.skipped,
+            failures=self._named_failures(commits),
+            failures_command=self._failures_command(),
             outputs=self._deliveries.written(self._outputs),
             next_command=self._next_command(commits),
         )
         if not self._plan.rows:
             self._console.warn(empty_words(self._config.source))
         self._console.summarize(summary)
+
+    def _named_failures(self, commits: Commits) -> list[Failure]:
+        """Some of this start's failures, then of earlier ones."""
+        named = NamedFailures()
+        for shard in sorted(commits, key=lambda shard: (shard in self._before, shard)):
+            if commits[shard].errors and not named.is_full:
+                named.note_lines((self._folder.store.read(commits[shard].part) or b"").splitlines(keepends=True))
+        return named.found
+
+    def _failures_command(self) -> str | None:
+        return None if self._config.output.address is not None else command_for_all(self._files.journal)
 
     def _next_command(self, commits: Commits) -> str | None:
         if RETRYABLE & counts_of(commits).errors.keys() and self._config.scale.world_size == 1:
