@@ -23,13 +23,13 @@ from typing import Any
 
 from md3cli.errors import OutputMismatchError
 from md3cli.publish import atomic_publish
-from md3cli.records import ID_SCHEME, RecordDict, Request, RunIdentity, Task, printable, request_id
+from md3cli.records import ID_SCHEME, RecordDict, Request, RunIdentity, printable, request_id
+from md3cli.run_differences import asked_otherwise, change, differences, name_of
 
 RUN_SCHEMA = "md3-run/1"
 STARTS_KEPT = 1000
 RECORDS_NAME = "records.jsonl"
 _PACKAGES = ("md3cli", "torch", "tokenizers", "safetensors", "numpy", "pillow", "pyarrow")
-_SHOWN_LIMIT_CHARS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,26 +202,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """The leaves in which two JSON values differ, each as `name: old, now new`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        pairs = [(f"{name}.{key}" if name else key, old.get(key), new.get(key)) for key in keys]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(f"{name}[{i}]", a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
-    else:
-        return [] if old == new else [f"{name}: {_shown(old)}, now {_shown(new)}"]
-    return [line for pair_name, a, b in pairs for line in differences(a, b, pair_name)]
-
-
-def _shown(value: Any) -> str:
-    text = printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    return text if len(text) <= _SHOWN_LIMIT_CHARS else text[: _SHOWN_LIMIT_CHARS - 1] + "…"
-
-
 def _refuse_other(shown: str, old: dict[str, Any], new: dict[str, Any]) -> None:
-    found = [line.removeprefix("requests[0].") for line in differences(old, new)]
-    if found:
+    if found := differences(old, new):
         hint = _rename_hint(str(old.get("model")), str(new.get("model")))
         raise OutputMismatchError(
             f"OUTPUT was begun by another run ({printable(shown)}): {'; '.join(found)}. {hint}"
@@ -249,16 +231,15 @@ def check_first_record(record: RecordDict, requests: Sequence[Request], run: Run
         OutputMismatchError: they cannot; names the difference.
     """
     if record.get("model") != run.model:
-        _refuse_record(f"model: {_shown(record.get('model'))}, now {_shown(run.model)}")
+        _refuse_record(f"model {change(record.get('model'), run.model)}")
     if not requests:
         return
-    asked = [(request.task, request.prompt) for request in requests]
-    if (record.get("task"), record.get("prompt")) not in asked:
-        _refuse_record(f"task and prompt: {_shown([record.get('task'), record.get('prompt')])}, now {_shown(asked)}")
+    asked, found = [name_of(asdict(request)) for request in requests], name_of(record)
+    if found not in asked:
+        _refuse_record(asked_otherwise([found], asked))
     image = record.get("image")
     if record["id"] not in {request_id(image, request, run) for request in requests}:
-        length = f" (length {record['length']})" if record.get("task") == Task.CAPTION else ""
-        _refuse_record(f"settings of the {record.get('task')} request{length}, such as --temperature or --dtype")
+        _refuse_record(f"the settings of {found}, such as --temperature or --dtype")
 
 
 def _refuse_record(difference: str) -> None:

@@ -176,10 +176,10 @@ def test_a_second_process_is_refused_with_the_pid_of_the_first(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["caption", "--length", "long"], "length: normal, now long"),
-        (["caption", "--temperature", "0.5"], "temperature: 0.0, now 0.5"),
-        (["caption", "-m", "other"], "model: stub@moondream3, now stub@other"),
-        (["detect", "car"], "task: caption, now detect"),
+        (["caption", "--length", "long"], "it has caption normal; you now ask caption long"),
+        (["caption", "--temperature", "0.5"], "temperature 0, now 0.5"),
+        (["caption", "-m", "other"], "model stub@moondream3, now stub@other"),
+        (["detect", "car"], "it has caption normal; you now ask detect car"),
     ],
 )
 def test_output_of_another_command_is_refused(md3: Program, pictures: Path, change: list[str], message: str) -> None:

@@ -22,7 +22,8 @@ from md3cli.errors import InputError, OutputError, OutputMismatchError
 from md3cli.records import RunIdentity, SourceRow, printable
 from md3cli.remote.address import shown
 from md3cli.request_ids import RequestIds
-from md3cli.run_info import differences, identity_of
+from md3cli.run_differences import differences
+from md3cli.run_info import identity_of
 from md3cli.scale.layout import MANIFEST, PLAN, REPEATS, RunFolder
 from md3cli.scale.rows import RowColumns, request_of, row_of
 
@@ -124,8 +125,7 @@ def check_config(plan: Plan, config: Mapping[str, Any]) -> None:
     Raises:
         OutputMismatchError: it may not; names the differences.
     """
-    found = [line.replace("identity.", "", 1) for line in differences(plan.config, config)]
-    if found:
+    if found := differences(plan.config, config):
         raise OutputMismatchError(
             f"OUTPUT was begun by another run, which is not finished: {'; '.join(found)}. "
             "Repeat the earlier command, choose another -o, or --overwrite to start over"

@@ -132,7 +132,7 @@ def test_signed_addresses_are_for_their_owner_alone(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     _, plan = planned(str(tmp_path), rows_of(tmp_path, "a"))
-    with pytest.raises(OutputMismatchError, match="dtype: auto, now bf16"):
+    with pytest.raises(OutputMismatchError, match="dtype auto, now bf16"):
         check_config(plan, {**plan.config, "identity": {**plan.config["identity"], "dtype": "bf16"}})
 
 

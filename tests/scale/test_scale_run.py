@@ -205,8 +205,8 @@ def test_starting_over(md3: Program, pictures: Path, tmp_path: Path) -> None:
     ("options", "said"),
     [
         (("--length", "short"), "length"),
-        (("--dtype", "bf16"), "dtype: auto, now bf16"),
-        (("--limit", "5"), "input.limit: null, now 5"),
+        (("--dtype", "bf16"), "dtype auto, now bf16"),
+        (("--limit", "5"), "limit none, now 5"),
     ],
 )
 def test_an_unfinished_run_goes_on_as_it_began_or_not(
