@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from md3cli.errors import InputError
+from md3cli.own_runs import is_own
 from md3cli.records import printable
 
 RECORDS_NAME = "records.jsonl"
@@ -40,9 +42,15 @@ class RunInfo:
 
     @property
     def root(self) -> Path | None:
-        """The folder that record images are relative to."""
+        """The folder (or tar) that record images are relative to; an address is none."""
         root = self.document.get("root")
-        return Path(root) if isinstance(root, str) and root else None
+        is_path = isinstance(root, str) and root and "://" not in root and "\0" not in root
+        return Path(str(root)) if is_path else None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this user's md3 wrote the root; else it is only claimed, perhaps by a stranger."""
+        return is_own(str(self.document.get("root")), self.document.get("seal"))
 
     @property
     def elapsed_s(self) -> float | None:
@@ -68,7 +76,10 @@ class RunInfo:
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
+    try:
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
+    except OverflowError:  # an integer of hundreds of digits
+        return 0.0
 
 
 def load_run_info(records_path: Path) -> RunInfo:
@@ -80,14 +91,23 @@ def load_run_info(records_path: Path) -> RunInfo:
     Raises:
         InputError: the file is there and is not JSON.
     """
-    name = records_path.name
-    candidates = ["run.json"] if name == RECORDS_NAME else [f"{name}.run.json"]
-    candidates += [name.removesuffix(f".{RECORDS_NAME}") + ".run.json"] if name.endswith(f".{RECORDS_NAME}") else []
-    for path in (records_path.with_name(candidate) for candidate in candidates):
+    for path in _run_info_paths(records_path):
         if path.is_file():
             try:
                 document = json.loads(path.read_bytes())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{printable(str(path))} is not JSON ({error}); remove it to go on without") from error
             return RunInfo(document if isinstance(document, dict) else {})
     return RunInfo({})
+
+
+def has_run_info(records_path: Path) -> bool:
+    """Whether the records' own run.json stands beside them, as md3 writes it. Raises as `load_run_info`."""
+    return str(load_run_info(records_path).document.get("schema", "")).startswith("md3-run/")
+
+
+def _run_info_paths(records_path: Path) -> Iterator[Path]:
+    name = records_path.name
+    yield records_path.with_name("run.json" if name == RECORDS_NAME else f"{name}.run.json")
+    if name.endswith(f".{RECORDS_NAME}"):
+        yield records_path.with_name(name.removesuffix(f".{RECORDS_NAME}") + ".run.json")

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
 
 from md3cli.errors import ImageError, UsageError
+from md3cli.jpeg import load_jpeg
 from md3cli.records import MESSAGE_LIMIT_CHARS, printable
 
 Colour = tuple[int, int, int]
@@ -64,6 +65,17 @@ def parse_background(background: str | None) -> Colour | None:
     return red, green, blue
 
 
+def check_kind(data: bytes) -> None:
+    """Raise ImageError unless `data` begins as a picture of a format read here; no pixel is decoded."""
+    formats = start_pillow()
+    try:
+        Image.open(io.BytesIO(data), formats=formats).close()
+    except UnidentifiedImageError as error:
+        raise _refusal(data, formats) from error
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, RuntimeError, struct.error, ...
+        raise ImageError("decode", "the picture's header is damaged") from error
+
+
 def decode_rgb(data: bytes, max_pixels: int, background: Colour | None, on_header: OnHeader | None) -> Image.Image:
     """The first frame of the picture in `data`, upright, mode RGB.
 
@@ -98,7 +110,10 @@ def _decode(data: bytes, max_pixels: int, background: Colour | None, on_header: 
         raise ImageError("too_large", f"the picture has {size}")
     if on_header is not None:
         on_header(num_pixels)
-    image.load()
+    if image.format in ("JPEG", "MPO"):
+        load_jpeg(image, data)
+    else:
+        image.load()
     turn = _turn(image)
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image)

@@ -1,8 +1,8 @@
 """run.json: what a run was asked, with what, how it went; and whether OUTPUT is this run's to resume.
 
 Knows nothing of how records are made. The document's keys: `schema`, `identity` (what must be equal
-for a resume), `versions`, `model`, `root` (the folder that record images are relative to),
-`arguments` of the last start, `counts`, `stages` (seconds by stage, of all starts), `timeline` (seconds
+for a resume), `versions`, `model`, `root` (the folder that record images are relative to), `seal`
+(that this user's md3 wrote the root, see own_runs.py), `arguments` of the last start, `counts`, `stages` (seconds by stage, of all starts), `timeline` (seconds
 and records done, of all starts) and `starts` (when, where, how it ended). Written whole by rename, so a
 reader never sees half of it.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from md3cli.errors import OutputMismatchError
+from md3cli.own_runs import seal_of
 from md3cli.publish import atomic_publish
 from md3cli.records import ID_SCHEME, RecordDict, Request, RunIdentity, printable, request_id
 from md3cli.run_differences import asked_otherwise, change, differences, name_of
@@ -126,6 +127,7 @@ class RunDocument:
             "versions": _versions(),
             "model": identity.get("model"),
             "root": _exact(root),
+            "seal": seal_of(_exact(root)),
             "arguments": start["arguments"],
             "counts": earlier.get("counts"),
             "stages": dict(stages) if isinstance(stages, dict) else {},

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from md3cli.own_runs import seal_of
+
 HOSTILE = [
     '<img src=x onerror="window.pwned=1">',
     "</script><script>window.pwned=1</script>",
@@ -81,6 +83,13 @@ def write_run(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
     timeline = [[second, second * second] for second in range(0, 20, 2)]
-    run = {"root": str(folder / "pictures"), "timeline": timeline, "starts": [{"elapsed_s": 18.0}]}
+    root = str(folder / "pictures")
+    run = {
+        "schema": "md3-run/1",
+        "root": root,
+        "seal": seal_of(root),
+        "timeline": timeline,
+        "starts": [{"elapsed_s": 18.0}],
+    }
     (folder / "run.json").write_text(json.dumps(run | {"stages": {"decode": 3.0, "generate": 14.0}}))
     return folder

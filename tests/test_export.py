@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from md3cli.cli import app
 from md3cli.exporters import FORMATS
+from md3cli.own_runs import seal_of
 
 BOX = {"label": "car", "x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75, "score": 0.9}
 SINGLE = {"jsonl": "out.jsonl", "coco": "out.json", "parquet": "out.parquet", "csv": "out.csv", "html": "out.html"}
@@ -50,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
         {**head, "id": "3", "image": "bad.png", "task": "detect", "prompt": "car", "error": failed},
     ]
     (run / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (run / "run.json").write_text(json.dumps({"root": str(tmp_path / "pictures")}))
+    (run / "run.json").write_text(json.dumps({"root": str(tmp_path / "pictures"), "seal": seal_of(str(tmp_path / "pictures"))}))
     return run
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from md3cli.exporters.reading import open_records
+from md3cli.exporters.reading import LINE_LIMIT_BYTES, open_records
 from md3cli.records import RecordDict
 
 COLUMN_PREFIX = "choice_"
@@ -21,7 +21,7 @@ def find_choices(records: Path) -> list[str]:
     """All choices of a records file in the order they first occur; only lines that may hold one are parsed."""
     found: dict[str, None] = {}
     with open_records(records) as file:
-        for line in file:
+        while line := file.readline(LINE_LIMIT_BYTES):
             if _KEY in line:
                 try:
                     found.update(dict.fromkeys(choice_scores(json.loads(line))))

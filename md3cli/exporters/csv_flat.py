@@ -33,17 +33,17 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """One table of all records; columns for the choices of restricted answers come last."""
     choices = find_choices(records)
     columns = [*COLUMNS, *(COLUMN_PREFIX + choice for choice in choices)]
-    num_records = 0
+    num_records, notes = 0, list[str]()
     with replaced_file(out, overwrite=options.overwrite) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         table = csv.writer(text, lineterminator="\n")
         table.writerow(map(_safe, columns))
-        for record in read_records(records):
+        for record in read_records(records, notes):
             num_records += 1
             for row in _rows(record):
                 table.writerow([_safe(row.get(column)) for column in columns])
         text.detach()  # flushes; the file stays open for its owner
-    return ExportReport("csv", out, num_records)
+    return ExportReport("csv", out, num_records, notes=tuple(notes))
 
 
 def _safe(value: Any) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -20,9 +19,10 @@ from types import TracebackType
 from typing import NamedTuple
 
 from md3cli.errors import ExportError
+from md3cli.exporters.doubled import told_where
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, boxes, label_of, points, segments
-from md3cli.exporters.reading import PlacedRecord, open_records, placed_records
-from md3cli.records import RecordDict
+from md3cli.exporters.reading import PlacedRecord, RecordsFile
+from md3cli.records import RecordDict, printable
 
 _RESULT_OF = {"detect": "objects", "segment": "segments", "point": "points"}
 
@@ -46,6 +46,7 @@ class Survey:
     num_without_image: int = 0
     has_meta: bool = False
     model: str = ""
+    reading_notes: list[str] = field(default_factory=list)  # what of the file is no record of its own
 
     def add(self, record: RecordDict) -> None:
         """Count one record in. Failed ones give their label too: the order is the user's."""
@@ -69,7 +70,8 @@ class Survey:
         return [label for label in dict.fromkeys((*first, *self.labels)) if label not in only_points]
 
     def notes(self) -> Iterator[str]:
-        """What no format made of images can hold."""
+        """What was left out of the file, and what no format made of images can hold."""
+        yield from self.reading_notes
         if self.num_without_image:
             yield f"{self.num_without_image} answers to questions without an image were left out"
 
@@ -82,6 +84,11 @@ class ImageGroup(NamedTuple):
     width: int
     height: int
     records: list[RecordDict]
+
+    @property
+    def picture_record(self) -> RecordDict:
+        """The record to find the picture by: one with its digest, where there is one."""
+        return next((record for record in self.records if record.get("sha256")), self.records[0])
 
     def boxes(self) -> Iterator[PixelBox]:
         for record in self.records:
@@ -109,13 +116,17 @@ class ImageIndex:
 
     def __init__(self, path: Path) -> None:
         self.survey = Survey()
-        self._path = path
-        self._file = open_records(path)
+        self._file = RecordsFile(path)
         self._database = sqlite3.connect("")  # a temporary file that SQLite removes by itself
         self._database.execute("CREATE TABLE stretch(seq INTEGER PRIMARY KEY, image BLOB, offset INT, count INT)")
-        rows = self._stretches(placed_records(self._file, path))
-        with _told_where():
-            self._database.executemany("INSERT INTO stretch(image, offset, count) VALUES (?, ?, ?)", rows)
+        rows = self._stretches(self._file.placed())
+        try:
+            with told_where():
+                self._database.executemany("INSERT INTO stretch(image, offset, count) VALUES (?, ?, ?)", rows)
+        except BaseException:
+            self.close()
+            raise
+        self.survey.reading_notes = self._file.notes
 
     def __enter__(self) -> ImageIndex:
         return self
@@ -131,7 +142,7 @@ class ImageIndex:
 
     def images(self) -> Iterator[ImageGroup]:
         """Every image with an answered record, in the order of first appearance."""
-        with _told_where():  # the first row comes once all are sorted
+        with told_where():  # the first row comes once all are sorted
             stretches: Iterable[tuple[int, int, int]] = self._database.execute(_IN_ORDER)
         for _, parts in groupby(stretches, key=lambda row: row[2]):
             records = [record for offset, count, _ in parts for record in self._read(offset, count)]
@@ -153,22 +164,11 @@ class ImageIndex:
                 yield image, offset, count
 
     def _read(self, offset: int, count: int) -> Iterator[RecordDict]:
-        self._file.seek(offset)
-        records = [line.record for line in islice(placed_records(self._file, self._path), count)]
+        records = [line.record for line in islice(self._file.placed(offset), count)]
         if len(records) < count:
-            raise ExportError(
-                f"{self._path} became shorter while it was read; wait until the run that writes it is done"
-            )
+            where = printable(str(self._file.path))
+            raise ExportError(f"{where} became shorter while it was read; wait until the run that writes it is done")
         return iter(records)
-
-
-@contextmanager
-def _told_where() -> Iterator[None]:
-    """What can go wrong with SQLite here is its temporary file: no room for it."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        raise ExportError(f"cannot sort the records on disk ({error}); make room in TMPDIR or set another") from error
 
 
 def image_key(record: RecordDict) -> bytes:

@@ -55,7 +55,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
 
 def _add_picture(folder: StagedFolder, group: ImageGroup, pictures: Pictures) -> PurePosixPath | None:
     """Put the picture under `train/`; its name there, None where it cannot be read."""
-    source = pictures.find(group.name, group.name_b64)
+    source = pictures.find(group.picture_record)
     if source is None:
         return None
     file, relative = folder.create(PurePosixPath("train") / _plain(name) for name in _names(group.name))
@@ -64,8 +64,10 @@ def _add_picture(folder: StagedFolder, group: ImageGroup, pictures: Pictures) ->
         try:
             if relative_name(group.name).suffix.lower() in _NOT_LOADED:
                 pictures.read(source).save(file, "PNG")
-            elif not _linked(source, target):
-                file.write(pictures.read_bytes(source))
+            else:
+                content = pictures.read_bytes(source)  # what is no picture, or not the record's, is not linked either
+                if not _linked(source, target):
+                    file.write(content)
         except ImageError:
             pictures.note_unreadable(group.name)
             target.unlink()

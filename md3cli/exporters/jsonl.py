@@ -1,4 +1,4 @@
-"""JSON Lines: the records themselves, checked, without a torn tail."""
+"""JSON Lines: the records themselves, checked, each request once, without a torn tail."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from md3cli.exporters.reading import read_records
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """Copy every record, failures included."""
-    num_records = 0
+    num_records, notes = 0, list[str]()
     with replaced_file(out, overwrite=options.overwrite) as file:
-        for record in read_records(records):
+        for record in read_records(records, notes):
             file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
             num_records += 1
-    return ExportReport("jsonl", out, num_records)
+    return ExportReport("jsonl", out, num_records, notes=tuple(notes))

@@ -45,7 +45,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
 
 
 def _drawn(group: ImageGroup, pictures: Pictures) -> Image.Image | None:
-    item = pictures.find(group.name, group.name_b64)
+    item = pictures.find(group.picture_record)
     if item is None:
         return None
     try:

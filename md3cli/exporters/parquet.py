@@ -88,15 +88,16 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         pictures.require_root("--embed-images")
     choices = find_choices(records)
     schema = schema_of(choices, embed_images=options.embed_images)
+    reading_notes = list[str]()
     rows = _Rows(schema, choices, pictures if options.embed_images else None)
     with (
         replaced_file(out, overwrite=options.overwrite) as file,
         pq.ParquetWriter(file, schema, compression="zstd", write_page_index=True) as writer,
     ):
-        for batch in rows.batches(read_records(records)):
+        for batch in rows.batches(read_records(records, reading_notes)):
             writer.write_batch(batch)
     notes = (f"{rows.num_missing} pictures could not be read; their bytes are null",) if rows.num_missing else ()
-    return ExportReport("parquet", out, rows.num_records, notes=notes)
+    return ExportReport("parquet", out, rows.num_records, notes=(*reading_notes, *notes))
 
 
 class _Rows:
@@ -147,7 +148,7 @@ class _Rows:
         name = record.get("image")
         if name is None:
             return None
-        item = pictures.find(name, record.get("image_b64"))
+        item = pictures.find(record)
         try:
             content = None if item is None else pictures.read_bytes(item)
         except ImageError:

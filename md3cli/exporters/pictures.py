@@ -1,26 +1,29 @@
 """Where the pictures of finished records are.
 
 A record names its picture relative to INPUT; `run.json` beside the records says where INPUT was (a
-folder, or a tar), `--root` overrules it. A name that leads out of there is not followed, because
-records may come from elsewhere and some formats carry whole files. Pictures are opened only through
-`md3cli.images`.
+folder, or a tar), `--root` overrules it. Records and run.json may come from a stranger, and some formats
+carry whole files. So a name that leads out of the root is not followed, a name inside a tar is looked up in
+that tar only, and a file is carried only if it is a picture. A root that nobody typed and that this user's
+md3 did not write is a claim: below it a file counts as a record's picture only if its bytes have the
+record's SHA-256. Pictures are opened only through `md3cli.images`.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
+import hashlib
 import os
-import tarfile
-from functools import cached_property
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from md3cli.errors import ExportError, UsageError
+from md3cli.errors import ExportError, ImageError, InputError, RowError, UsageError
 from md3cli.exporters.grouping import ImageGroup
 from md3cli.exporters.options import ExportOptions
 from md3cli.finished_run import load_run_info
-from md3cli.records import ImageItem, printable
+from md3cli.records import ImageItem, RecordDict, printable
+from md3cli.tar_index import tar_members
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,17 +32,30 @@ PICTURE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif", ".heic", ".heif"]
 )  # what a folder INPUT is searched for
 
+_TAR = re.compile(r"\.tar(/)", re.IGNORECASE)  # in the name of a member: what is before is the tar's own
+
+
+@dataclass(slots=True, unsafe_hash=True)
+class FoundPicture(ImageItem):
+    """A picture of a record; its bytes must have the digest `sha256`, where that is not None."""
+
+    sha256: str | None = None
+
 
 class Pictures:
     """Finds and opens the pictures of one export, and counts those that are not there.
 
-    `root` is the folder or tar, None where nothing says it or it is gone.
+    `root` is the folder or tar, None where nothing says it or it is gone. `is_trusted`: the user typed it, or
+    this user's md3 wrote it.
     """
 
     def __init__(self, records: Path, options: ExportOptions) -> None:
         self._options = options
-        root = options.root or load_run_info(records).root
+        info = load_run_info(records)
+        root = options.root or info.root
+        self.is_trusted = options.root is not None or info.is_own
         self.root = Path(os.path.realpath(root)) if root is not None and root.exists() else None
+        self._open_tar: tuple[Path, dict[str, ImageItem]] | None = None  # records of one tar stand together
         self.num_found = 0
         self.num_missing = 0
         self._first_missing = ""
@@ -49,14 +65,26 @@ class Pictures:
         if self.root is None:
             raise UsageError(f"{format} needs the pictures, and run.json does not say where they are; add --root DIR")
 
-    def find(self, name: str, name_b64: str | None = None) -> ImageItem | None:
+    def require_trusted(self, what: str) -> None:
+        """Raise where nobody but run.json says where the pictures are, and it is not of this user's md3."""
+        if not self.is_trusted:
+            claimed = printable(str(self.root))
+            raise UsageError(
+                f"{what} needs --root DIR here: run.json says {claimed}, but your own md3 did not write it, so it "
+                "may be a stranger's; if it is right, type it"
+            )
+
+    def find(self, record: RecordDict) -> FoundPicture | None:
         """The picture of a record; None, and counted, where it is not there."""
-        item = self._look_up(name, name_b64)
+        name = str(record["image"])
+        item = self._look_up(name, record.get("image_b64"))
         self.num_found += item is not None
         self.num_missing += item is None
         if item is None:
             self._first_missing = self._first_missing or name
-        return item
+            return None
+        sha256 = None if self.is_trusted else str(record.get("sha256"))
+        return FoundPicture(item.name, item.path, item.name_b64, item.offset, item.size, sha256=sha256)
 
     def note_unreadable(self, name: str) -> None:
         """Count a picture that was found and cannot be read after all."""
@@ -71,26 +99,32 @@ class Pictures:
         ):
             raise UsageError(f"{printable(str(out))} holds the pictures themselves; name another -o")
 
-    def read(self, item: ImageItem) -> Image:
+    def read(self, picture: FoundPicture) -> Image:
         """The upright RGB picture.
 
         Raises:
-            ImageError: it cannot be read any more.
+            ImageError: it cannot be read any more, or is not the record's.
         """
         from md3cli.images import ImageLimits, read_image
 
         limits = ImageLimits(self._options.max_pixels, self._options.max_file_size)
-        return read_image(item, limits, self._options.background).image
+        image, sha256 = read_image(picture, limits, self._options.background)
+        _check_digest(picture, sha256)
+        return image
 
-    def read_bytes(self, item: ImageItem) -> bytes:
+    def read_bytes(self, picture: FoundPicture) -> bytes:
         """The file as it is, for formats that carry pictures.
 
         Raises:
-            ImageError: it is too large or cannot be read.
+            ImageError: it is too large, cannot be read, is no picture, or is not the record's.
         """
         from md3cli.images import read_bytes
+        from md3cli.pixels import check_kind
 
-        return read_bytes(item, self._options.max_file_size)
+        data = read_bytes(picture, self._options.max_file_size)
+        _check_digest(picture, hashlib.sha256(data).hexdigest() if picture.sha256 is not None else "")
+        check_kind(data)
+        return data
 
     def missing_note(self) -> tuple[str, ...]:
         """The sentence about pictures that are not there, if any.
@@ -110,30 +144,47 @@ class Pictures:
     def _look_up(self, name: str, name_b64: str | None) -> ImageItem | None:
         if self.root is None or "\0" in name:
             return None
-        if self.root.is_file():
-            return self._tar_items.get(name)
         try:
             exact = os.fsdecode(base64.b64decode(name_b64, validate=True)) if name_b64 else name
-        except binascii.Error:
+        except ValueError:
             return None
-        # A link inside the root is the user's own doing; a name that climbs out need not be.
-        path = os.path.normpath(self.root / exact)
-        if self._options.is_confined and not Path(path).is_relative_to(self.root):
-            return None
-        return ImageItem(name, path, name_b64) if os.path.isfile(path) else None
+        if self.root.is_file():
+            return self._member(self.root, exact)
+        for cut in _TAR.finditer(exact):
+            tar = self._inside(exact[: cut.start(1)])
+            if tar is not None and os.path.isfile(tar):  # a member's name leads to no other file, whatever it says
+                return self._member(Path(tar), exact[cut.end() :])
+        path = self._inside(exact)
+        return ImageItem(name, path, name_b64) if path is not None and os.path.isfile(path) else None
 
-    @cached_property
-    def _tar_items(self) -> dict[str, ImageItem]:
-        """The members of a tar; the one table here that grows with the pictures (300 bytes each)."""
+    def _inside(self, name: str) -> str | None:
+        """The path of `name` below the root; None where it leads out of there."""
         assert self.root is not None
-        try:
-            with tarfile.open(self.root, "r:") as tar:
-                return {
-                    (name := member.name.removeprefix("./")): ImageItem(
-                        name, str(self.root), offset=member.offset_data, size=member.size
-                    )
-                    for member in tar
-                    if member.isreg()
-                }
-        except (tarfile.TarError, OSError):
-            return {}
+        # A link inside the root is the user's own doing; a name that climbs out need not be.
+        path = os.path.normpath(self.root / name)
+        return path if not self._options.is_confined or Path(path).is_relative_to(self.root) else None
+
+    def _member(self, tar: Path, name: str) -> ImageItem | None:
+        """A picture inside a tar, by its name there without a slash in front."""
+        if self._open_tar is None or self._open_tar[0] != tar:
+            self._open_tar = (tar, _members(tar))
+        return self._open_tar[1].get(name.lstrip("/"))
+
+
+def _check_digest(picture: FoundPicture, sha256: str) -> None:
+    if picture.sha256 is not None and sha256 != picture.sha256:
+        raise ImageError("io", "the file there is not the record's picture (its sha256 differs)")
+
+
+def _members(tar: Path) -> dict[str, ImageItem]:
+    """The files of a tar by name; the one table here that grows with the pictures (300 bytes each)."""
+    found = {}
+    try:
+        with tar.open("rb") as file:
+            for member in tar_members(file, str(tar)):
+                if member.isreg() and not member.issparse():
+                    name = member.name.removeprefix("./").lstrip("/")
+                    found[name] = ImageItem(name, str(tar), offset=member.offset_data, size=member.size)
+    except (InputError, RowError, OSError):
+        return found  # as far as it goes
+    return found

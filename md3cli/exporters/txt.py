@@ -24,11 +24,13 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     if options.beside:
         pictures = Pictures(records, options)
         pictures.require_root("txt beside the pictures")
+        pictures.require_trusted("txt beside the pictures")
         assert pictures.root is not None
         out = pictures.root
+    reading_notes = list[str]()
     num_records = num_written = num_failures = num_renamed = 0
     with merged_folder(out, overwrite=options.overwrite) as folder:
-        for record in read_records(records):
+        for record in read_records(records, reading_notes):
             num_records += 1
             num_failures += record.get("error") is not None
             text = text_of(record)
@@ -36,7 +38,8 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
                 continue
             num_written += 1
             num_renamed += _write(folder, record, text)
-    notes = [] if num_written else ["the records hold no captions or answers to write as text"]
+    nothing = [] if num_written else ["the records hold no captions or answers to write as text"]
+    notes = [*reading_notes, *nothing]
     if num_renamed:
         notes.append(f"{num_renamed} texts got a longer name because another text has the plain one")
     return ExportReport("txt", out, num_records, num_failures=num_failures, notes=tuple(notes))

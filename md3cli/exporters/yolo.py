@@ -14,13 +14,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from md3cli.errors import ImageError
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.names import candidates, relative_name
 from md3cli.exporters.objects import Ring, joined_ring
 from md3cli.exporters.options import ExportOptions, ExportReport
-from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures
+from md3cli.exporters.pictures import PICTURE_SUFFIXES, FoundPicture, Pictures
 from md3cli.exporters.publishing import StagedFolder, staged_folder
-from md3cli.records import ImageItem
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
@@ -45,7 +45,9 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         (folder.path / "data.yaml").write_text(_data_yaml(list(classes)), encoding="utf-8")
     notes = [*survey.notes()]
     if pictures.num_missing:
-        notes.append(f"{pictures.num_missing} pictures were not found: add --root DIR, or put them under images/")
+        notes.append(
+            f"{pictures.num_missing} pictures were not found or not readable: add --root DIR, or put them under images/"
+        )
     if num_points:
         notes.append(f"{num_points} points were left out: YOLO has no place for them")
     return ExportReport("yolo", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
@@ -74,19 +76,23 @@ def _add_image(folder: StagedFolder, group: ImageGroup, lines: Iterator[str], pi
     file, label = folder.create(names)
     with file:
         file.write("".join(f"{line}\n" for line in lines).encode())
-    picture = pictures.find(group.name, group.name_b64)
+    picture = pictures.find(group.picture_record)
     if picture is None:
         return
     suffix = relative_name(group.name).suffix
     image = folder.path / "images" / label.relative_to("labels").with_suffix("").with_name(label.stem + suffix)
     image.parent.mkdir(parents=True, exist_ok=True)
-    _place(picture, image, pictures)
+    try:
+        _place(picture, image, pictures)
+    except ImageError:
+        pictures.note_unreadable(group.name)
 
 
-def _place(picture: ImageItem, image: Path, pictures: Pictures) -> None:
+def _place(picture: FoundPicture, image: Path, pictures: Pictures) -> None:
     """A hard link, else a symbolic one: trainers look for labels beside the name, not its target. A tar's is copied."""
+    content = pictures.read_bytes(picture)  # what is no picture, or not the record's, is not linked either
     if picture.size is not None:
-        image.write_bytes(pictures.read_bytes(picture))
+        image.write_bytes(content)
         return
     source = os.path.realpath(picture.path)
     try:

@@ -14,8 +14,7 @@ from threading import Lock
 from PIL import Image
 
 from md3cli.errors import ImageError
-from md3cli.exporters.pictures import Pictures
-from md3cli.records import ImageItem
+from md3cli.exporters.pictures import FoundPicture, Pictures
 from md3cli.report.items import Item
 
 JPEG_QUALITY = 78
@@ -41,12 +40,13 @@ def with_thumbnails(items: Iterable[Item], pictures: Pictures, long_side_px: int
             in_flight += submit(1)
 
 
-def _find(item: Item, pictures: Pictures) -> ImageItem | None:
-    name = item.first["image"]
-    return pictures.find(name, item.first.get("image_b64")) if isinstance(name, str) else None
+def _find(item: Item, pictures: Pictures) -> FoundPicture | None:
+    records = (entry.record for entry in item.entries)
+    known = next((record for record in records if record.get("sha256")), item.first)
+    return None if item.first["image"] is None else pictures.find(known)
 
 
-def _fill(item: Item, picture: ImageItem | None, pictures: Pictures, long_side_px: int) -> Item:
+def _fill(item: Item, picture: FoundPicture | None, pictures: Pictures, long_side_px: int) -> Item:
     if item.first["image"] is None:
         return item
     if picture is None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from finished_runs import Run, detect_records, draw_pictures
 
+from md3cli.own_runs import seal_of
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
@@ -15,7 +17,8 @@ def run(tmp_path: Path) -> Run:
     made = Run(tmp_path / "run", tmp_path / "pictures")
     made.folder.mkdir()
     draw_pictures(made.root)
-    (made.folder / "run.json").write_text(json.dumps({"root": str(made.root)}))
+    root = str(made.root)
+    (made.folder / "run.json").write_text(json.dumps({"schema": "md3-run/1", "root": root, "seal": seal_of(root)}))
     return made
 
 

@@ -24,7 +24,7 @@ def groups(path: Path) -> list[tuple[str, list[str]]]:
         return [(group.name, [line["id"] for line in group.records]) for group in index.images()]
 
 
-@given(names=st.lists(st.sampled_from(["a", "b", "c", "d/é.png"]), max_size=30))
+@given(names=st.lists(st.sampled_from(["a", "b", "c", "d/é.png"]), min_size=1, max_size=30))
 def test_every_record_is_in_its_images_group_in_order(
     tmp_path_factory: pytest.TempPathFactory, names: list[str]
 ) -> None:
@@ -66,9 +66,8 @@ def test_a_torn_tail_is_left_out(tmp_path: Path) -> None:
 
 def test_a_last_line_without_newline_counts_if_it_is_whole(tmp_path: Path) -> None:
     path = write_records(tmp_path / "records.jsonl", [record("a", "caption", id="1", caption="x")])
-    path.write_bytes(path.read_bytes() * 2)
-    path.write_bytes(path.read_bytes().rstrip(b"\n"))
-    assert groups(path) == [("a", ["1", "1"])]
+    path.write_bytes(path.read_bytes() + path.read_bytes().replace(b'"1"', b'"2"').rstrip(b"\n"))
+    assert groups(path) == [("a", ["1", "2"])]
 
 
 @pytest.mark.parametrize("line", [b"{broken\n", b"[1]\n", b'{"image":"a"}\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n"])
@@ -95,7 +94,7 @@ def test_a_broken_line_is_named(tmp_path: Path, line: bytes) -> None:
         {"points": [[0.1, 0.2]]},
         {"error": "broken"},
         {"meta": []},
-        {"caption": 7},
+        {"caption": ["x"]},
         {"model": ["x"]},
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 from datasets import Image, load_dataset
 from finished_runs import CAR, DOG, HEIGHT, NAMES, WIDTH, Run, detect_records, record
 
-from md3cli.errors import ExportError, UsageError
+from md3cli.errors import InputError, UsageError
 from md3cli.exporters import parquet
 
 SEGMENT = {
@@ -122,8 +122,8 @@ def test_no_records_still_have_the_schema(run: Run) -> None:
 
 
 @pytest.mark.parametrize("damage", [{"tokens": {"prompt": "many"}}, {"tokens": {"output": 2**40}}])
-def test_a_value_of_another_kind_is_an_export_error(run: Run, damage: dict[str, Any]) -> None:
+def test_a_value_of_another_kind_is_named(run: Run, damage: dict[str, Any]) -> None:
     run.write([record("a", "caption", caption="x"), record("b", "caption", caption="x", **damage)])
-    with pytest.raises(ExportError, match="records 1 to 2"):
+    with pytest.raises(InputError, match=r"line 2: a damaged record: its (prompt|output) is"):
         run.export("parquet", "out.parquet")
     assert not (run.folder / "out.parquet").exists()
