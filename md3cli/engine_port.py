@@ -7,6 +7,7 @@ nor torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from md3cli.config import ModelOptions
@@ -17,6 +18,7 @@ from md3cli.records import Request, RowFailure, RunIdentity
 if TYPE_CHECKING:
     from md3cli.model.config import ModelConfig
     from md3cli.model.hub import ModelFiles
+    from md3cli.model.prompts import Prompts
 
 REAL_CROP_CONFIG = CropConfig(crop_size=378, patch_size=14, overlap_margin=4, max_crops=12)
 
@@ -150,14 +152,18 @@ class _ModelOnDisk:
         self._options, self._config, self._files = options, config, files
 
     def refusal_of(self, request: Request) -> str | None:
-        from md3cli.model.prompts import Prompts, Tokenizer
-
-        tokenizer = Tokenizer.load(self._files.tokenizer_file, self._config)
         try:
-            Prompts(self._config, tokenizer, self._files.name).build(request, has_image=True)
+            self._prompts.check_skill(request)
         except RequestError as error:
             return str(error)
         return None
+
+    @cached_property
+    def _prompts(self) -> Prompts:
+        from md3cli.model.prompts import Prompts, Tokenizer
+
+        tokenizer = Tokenizer.load(self._files.tokenizer_file, self._config)
+        return Prompts(self._config, tokenizer, self._files.name)
 
     def load(self) -> Engine:
         from md3cli.model.load import load_engine

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -47,3 +48,24 @@ def secure_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is `fd`
     sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = LastingStderr(sys.stderr or os.fdopen(2, "w"))
+
+
+@contextmanager
+def silenced_stderr() -> Iterator[None]:
+    """Lets nothing through to stderr, whoever writes: libraries print their panics past Python.
+
+    It holds for the whole process, so keep what is inside short.
+    """
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

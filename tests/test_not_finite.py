@@ -142,3 +142,15 @@ def test_encodings_without_a_number_are_not_kept(tmp_path: Path) -> None:
     cache.save("bad", fine + torch.nan)
     assert cache.load("fine") is not None
     assert cache.load("bad") is None
+
+
+def test_an_answer_without_words_is_one_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Moondream.load(str(CASE), device="cpu", dtype="fp32")
+
+    def fail(ids: Any) -> str:
+        raise RequestError("no words", "model")
+
+    monkeypatch.setattr(model.engine.tokenizer, "decode", fail)
+    caption, boxes = records(model, [TEXTS[0], REGIONS[0]])
+    assert caption["error"] == {"type": "model", "message": "no words", "retry": True}
+    assert boxes["error"] is None

@@ -171,6 +171,10 @@ class WordTokenizer(Tokenizer):
     def __init__(self) -> None:
         pass
 
+    @property
+    def size(self) -> int:
+        return 51200
+
     def encode(self, text: str) -> list[int]:
         return [20_000 + len(text)]
 
@@ -339,3 +343,47 @@ def test_a_text_only_prompt_is_the_whole_sequence() -> None:
     prompt = PROMPTS.build(Request(Task.QUERY, "why", reasoning=False), has_image=False)
     with_image = PROMPTS.build(Request(Task.QUERY, "why", reasoning=False), has_image=True)
     assert prompt == Prompt([0, *with_image.ids])
+
+
+def runaway_tokenizer(folder: Path, **parts: Any) -> Path:
+    """The case's vocabulary with parts of its own."""
+    document = json.loads((CASE_A / "tokenizer.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer.json").write_text(json.dumps(document | parts), encoding="utf-8")
+    return folder / "tokenizer.json"
+
+
+RUNAWAY = {"Regex": "(a|aa)+$"}
+SPLIT = {"type": "Split", "pattern": RUNAWAY, "behavior": "Isolated", "invert": False}
+LONG = "a" * 60 + "b"
+
+
+@pytest.mark.parametrize(
+    "parts", [{"pre_tokenizer": SPLIT}, {"normalizer": {"type": "Replace", "pattern": RUNAWAY, "content": "x"}}]
+)
+def test_a_pattern_that_runs_away_is_one_bad_request(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], parts: dict[str, Any]
+) -> None:
+    tokenizer = Tokenizer.load(runaway_tokenizer(tmp_path, **parts), CONFIG)
+    for _ in range(2):
+        with pytest.raises(RequestError, match=r"the tokenizer fails on this prompt .*--tokenizer") as failure:
+            tokenizer.encode(LONG)
+        assert failure.value.type == "bad_request"
+        assert tokenizer.encode("why")
+    assert capfd.readouterr().err == ""  # what Rust says of its panic is nobody's business
+
+
+def test_an_answer_that_cannot_be_put_into_words_is_the_models_failure(tmp_path: Path) -> None:
+    decoder = {"type": "Replace", "pattern": RUNAWAY, "content": "x"}
+    tokenizer = Tokenizer.load(runaway_tokenizer(tmp_path, decoder=decoder), CONFIG)
+    with pytest.raises(RequestError, match="into words") as failure:
+        tokenizer.decode([-1])
+    assert failure.value.type == "model"
+
+
+def test_a_vocabulary_without_the_templates_words_belongs_to_another_model() -> None:
+    asks_more = with_templates(caption={"short": [1, CONFIG.text.vocab_size - 1, 3]})
+    small = WordTokenizer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WordTokenizer, "size", 40)
+        with pytest.raises(CheckpointError, match=r"has 40 entries .* do not belong together"):
+            Prompts(asks_more, small)

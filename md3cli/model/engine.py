@@ -364,7 +364,11 @@ class Engine:
     def _finish(self, slot: int, sequence: Sequence) -> None:
         """Free a slot; its idle row is stepped over right behind the prefix, which it keeps."""
         self._slots.leave(slot, self.config.prefix_len)
-        self._finished.append(build_answer(sequence, self.tokenizer))
+        try:
+            answer = build_answer(sequence, self.tokenizer)
+        except RequestError as error:  # a vocabulary that cannot say it
+            answer = Answer(sequence.job.key, failure=RowFailure(error.type, str(error)))
+        self._finished.append(answer)
 
     def _fail(self, slot: int, sequence: Sequence) -> None:
         """Answer a sequence with a failure because what the model computed for it is not finite, and free its slot."""

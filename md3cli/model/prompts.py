@@ -9,6 +9,7 @@ Source: Moondream 3 specification, sections 3, 9 and 13.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from md3cli.errors import CheckpointError, RequestError
 from md3cli.model.config import DEFAULT_TEMPLATES, SEGMENT_TEMPLATE, ModelConfig, TokenizerConfig
 from md3cli.model.misfits import misfit
 from md3cli.records import CAPTION_LENGTHS, Request, Task
+from md3cli.streams import silenced_stderr
 
 SEGMENTING_MODEL = "moondream3.1"  # models of this name segment although their config.json has no template for it
 
@@ -35,6 +37,7 @@ class Tokenizer:
         # "<|endoftext|>" typed by a user is text: without this it would become the control token.
         backend.encode_special_tokens = True
         self._backend = backend
+        self._can_run_away = _has_patterns(backend)
         self._special = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
 
     @classmethod
@@ -49,8 +52,11 @@ class Tokenizer:
                 f"{file}: no such file; a Moondream 3 tokenizer is moondream/starmie-v1's tokenizer.json"
             )
         try:
-            tokenizer = cls(tokenizers.Tokenizer.from_file(str(file)))
-        except Exception as error:  # the library raises plain Exception
+            with silenced_stderr():
+                tokenizer = cls(tokenizers.Tokenizer.from_file(str(file)))
+        except BaseException as error:
+            if not _is_the_librarys(error):
+                raise
             raise CheckpointError(
                 misfit(file) or f"{file} is no tokenizer.json that can be read: {error!s:.200}"
             ) from error
@@ -80,7 +86,7 @@ class Tokenizer:
         """The ids of `text`; a special token's name inside it is encoded as the characters it is made of.
 
         Raises:
-            RequestError: the text is no valid Unicode (half of a surrogate pair).
+            RequestError: the text is no valid Unicode (half of a surrogate pair), or the vocabulary fails on it.
         """
         try:
             ids = self._encode(text)
@@ -88,16 +94,48 @@ class Tokenizer:
                 ids = [id for char in text for id in self._encode(char)]
         except (UnicodeError, TypeError) as error:
             raise RequestError("the prompt is no valid Unicode text") from error
+        except BaseException as error:
+            if not _is_the_librarys(error):
+                raise
+            raise RequestError(
+                f"the tokenizer fails on this prompt ({error!s:.120}); word it otherwise, or give the model's own "
+                "tokenizer with --tokenizer"
+            ) from error
         return ids
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        with self._quiet():
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; control tokens and ids the vocabulary does not have become nothing."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+        """The text of `ids`; control tokens and ids the vocabulary does not have become nothing.
+
+        Raises:
+            RequestError: of type `model`, the vocabulary fails on them.
+        """
+        try:
+            with self._quiet():
+                text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+        except BaseException as error:
+            if not _is_the_librarys(error):
+                raise
+            raise RequestError(f"the tokenizer cannot put the answer into words ({error!s:.120})", "model") from error
         return text
+
+    def _quiet(self) -> AbstractContextManager[None]:
+        return silenced_stderr() if self._can_run_away else nullcontext()
+
+
+def _is_the_librarys(error: BaseException) -> bool:
+    """True for what the library raises: plain exceptions, and panics of Rust, which are none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _has_patterns(backend: tokenizers.Tokenizer) -> bool:
+    """True where a part of the vocabulary searches with regular expressions of the file's own."""
+    parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
+    return any(b'"Regex"' in bytes(part.__getstate__()) for part in parts if part is not None)
 
 
 def _control_ids(ids: TokenizerConfig) -> dict[str, int]:
@@ -156,6 +194,17 @@ class Prompts:
             for task in Task
             if task is not Task.CAPTION and raw.get(task) is not None
         }
+        self._check_words()
+
+    def _check_words(self) -> None:
+        """Refuse a vocabulary that lacks words of the templates: it would put every answer into other words."""
+        prefixes = [template.prefix for template in self._templates.values()]
+        ids = [id for words in (*self._captions.values(), *prefixes) for id in words]
+        if max(ids, default=0) >= self._tokenizer.size:
+            raise CheckpointError(
+                f"the tokenizer has {self._tokenizer.size} entries and the model's prompts use number {max(ids)}: they "
+                "do not belong together; give the model's own tokenizer (moondream/starmie-v1) with --tokenizer"
+            )
 
     def build(self, request: Request, has_image: bool) -> Prompt:
         """The prompt of `request`.
@@ -171,12 +220,23 @@ class Prompts:
             raise RequestError(f"{task} takes no spatial references; query, point and segment do")
         if request.spatial_refs and not has_image:
             raise RequestError("spatial references need an image to refer to")
+        self.check_skill(request)
         if task is Task.CAPTION:
-            return Prompt(self._caption(request.length))
-        template = self._templates.get(task)
-        if template is None:
-            raise RequestError(f"{task} is not supported by this model: its config.json has no template for it")
-        return self._fill(template, request, has_image)
+            return Prompt(list(self._captions[request.length]))
+        return self._fill(self._templates[task], request, has_image)
+
+    def check_skill(self, request: Request) -> None:
+        """Hold a request's task, and a caption's length, to what this model has templates for.
+
+        Raises:
+            RequestError: there is none.
+        """
+        task = request.task
+        if not self._captions if task is Task.CAPTION else task not in self._templates:
+            hint = " (moondream3.1 segments)" if task is Task.SEGMENT else ""
+            raise RequestError(f"{task} is not supported by this model: its config.json has no template for it{hint}")
+        if task is Task.CAPTION and request.length not in self._captions:
+            raise RequestError(f"caption length {request.length[:40]!r} is not one of {', '.join(self._captions)}")
 
     def encode_choices(self, request: Request) -> tuple[tuple[int, ...], ...]:
         """The ids of the only answers a query allows; empty allows all.
@@ -192,13 +252,6 @@ class Prompts:
         if len(encoded) < 2 or not all(encoded) or len(set(encoded)) < len(encoded):
             raise RequestError("choices are at least two different answers, none of them empty")
         return encoded
-
-    def _caption(self, length: str) -> list[int]:
-        if not self._captions:
-            raise RequestError("caption is not supported by this model: its config.json has no template for it")
-        if length not in self._captions:
-            raise RequestError(f"caption length {length[:40]!r} is not one of {', '.join(self._captions)}")
-        return list(self._captions[length])
 
     def _fill(self, template: _Template, request: Request, has_image: bool) -> Prompt:
         text = request.prompt or ""
