@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from md3cli import Moondream
 from md3cli.config import ModelOptions
-from md3cli.errors import ConfigError, RequestError
+from md3cli.errors import CheckpointError, ConfigError, RequestError
 from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor
 from md3cli.model.hf.lora import PARTS, lora_targets
 from md3cli.model.load import load_weights
@@ -245,6 +245,32 @@ def assert_same_boxes(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) 
     for a, b in zip(ours, theirs, strict=True):
         assert all(a[side] == b[side] for side in BOX)
         assert a["score"] == pytest.approx(b["score"], abs=0.002)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_adapters_that_changed_the_base_are_refused_until_they_are_converted(tmp_path: Path, start: str) -> None:
+    """peft alone knows what it took out of the base; transformers and md3 would add the adapter to the true one."""
+    model = get_peft_model(fresh_model(), lora(parts=("attention",), init_lora_weights=start))
+    model.save_pretrained(tmp_path / "initial")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.01)
+    model.save_pretrained(tmp_path / "raw")
+    wanted = model.merge_and_unload().model.state_dict()
+    for load in (
+        lambda: Moondream3ForConditionalGeneration.from_pretrained(tmp_path / "raw"),
+        lambda: Moondream.load(str(FOLDER), adapter=str(tmp_path / "raw"), dtype="fp32"),
+    ):
+        with pytest.raises(CheckpointError, match=f"init_lora_weights '{start}'.*path_initial_model_for_weight"):
+            load()
+    again = PeftModel.from_pretrained(fresh_model(), tmp_path / "raw", is_trainable=True)
+    again.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    options = ModelOptions(model=str(FOLDER), adapter=str(tmp_path / "converted"), dtype="fp32", cache=False)
+    weights = load_weights(options, FOLDER, dtype=torch.float32, device=torch.device("cpu")).model.state_dict()
+    for name, weight in wanted.items():
+        assert torch.allclose(weights[name], weight, atol=1e-4), name
 
 
 def test_several_adapters_in_one_process() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,14 @@ from md3cli.model.config import ModelConfig
 from md3cli.model.formats import Format
 from md3cli.model.hub import model_path
 from md3cli.model.kv_cache import KVCache
-from md3cli.model.load import choose_device, choose_dtype, load_engine, load_weights, prepare_device
+from md3cli.model.load import (
+    choose_device,
+    choose_dtype,
+    load_engine,
+    load_weights,
+    prepare_device,
+    warn_of_another_base,
+)
 from md3cli.model.low_bit_experts import low_bit_matrices
 from md3cli.model.memory import MemoryPlan, least_room
 from md3cli.model.name_tables import slots
@@ -254,3 +263,14 @@ def test_missing_kernels_are_found_before_weights_are_looked_for(
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
     with pytest.raises(ConfigError, match="pip install triton"):
         load_engine(ModelOptions(model=str(tmp_path / "nothing"), device="cuda", cache=False))
+
+
+def test_an_adapter_of_another_repository_is_told(tmp_path: Path) -> None:
+    config = tmp_path / "adapter_config.json"
+    for base, is_told in (("someone/other", True), ("Moondream/moondream3-preview", False), ("/a/folder", False)):
+        config.write_text(json.dumps({"base_model_name_or_path": base}))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            warn_of_another_base(tmp_path, "moondream3")
+            warn_of_another_base(tmp_path, "tiny")
+        assert [f"trained on {base}" in str(warning.message) for warning in told] == [True] * is_told

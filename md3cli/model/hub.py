@@ -118,7 +118,7 @@ def repo_of(name: str) -> str | None:
         return ALIASES[name]
     if name == TINY or (name and local_path(name) is not None):  # Path("") is the working folder
         return None
-    if _REPO_ID.fullmatch(name) and not name.startswith(".") and not name.endswith(".safetensors"):
+    if is_repo_id(name):
         return name
     known = ", ".join([*ALIASES, TINY])
     page = ", as of https://huggingface.co/owner/name" if "://" in name else ""
@@ -126,6 +126,11 @@ def repo_of(name: str) -> str | None:
         f"model {name!r:.200}: no such file or folder, and neither an alias ({known}) nor a repository id "
         f"(owner/name{page})"
     )
+
+
+def is_repo_id(name: str) -> bool:
+    """True for what has the form of a repository's id, owner/name."""
+    return bool(_REPO_ID.fullmatch(name)) and not name.startswith(".") and not name.endswith(".safetensors")
 
 
 def required_repo(name: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError
 from md3cli.file_cache import FileCache
+from md3cli.model.adapter_settings import base_of
 from md3cli.model.adapters import merge_adapter
 from md3cli.model.allocator import keep_freed_memory
 from md3cli.model.checkpoint import LoadedModel, load_model
@@ -24,7 +25,7 @@ from md3cli.model.encoder import ImageEncoder
 from md3cli.model.encoding_cache import EncodingCache
 from md3cli.model.engine import Engine
 from md3cli.model.gpu.availability import cuda_fault, is_cuda_available, require_kernels
-from md3cli.model.hub import resolve_model
+from md3cli.model.hub import is_repo_id, repo_of, resolve_model
 from md3cli.model.kernels import optimise
 from md3cli.model.low_bit_experts import has_low_bits as has_low_bits_packed
 from md3cli.model.low_bit_int8 import has_int8_products
@@ -67,6 +68,8 @@ def load_engine(options: ModelOptions) -> Engine:
         torch.set_num_threads(1)
     dtype = choose_dtype(options.dtype, device, weight_bytes)
     loaded = load_weights(options, files.path, dtype=dtype, device=device)
+    if options.adapter:
+        warn_of_another_base(Path(options.adapter).expanduser(), options.model)
     store = open_cache(options, loaded.model)  # before kernels take the weights over: its keys cover them
     if options.quant_vision != "none":
         quantise_vision_for(options, loaded.model)
@@ -138,6 +141,13 @@ def load_weights(options: ModelOptions, path: Path, *, dtype: torch.dtype, devic
     if adapter is not None:
         merge_adapter(loaded.model, adapter)
     return loaded
+
+
+def warn_of_another_base(adapter: Path, model: str) -> None:
+    """Warn where an adapter names another repository as its base than the one it is merged into."""
+    base, repo = base_of(adapter), repo_of(model)
+    if base is not None and is_repo_id(base) and repo is not None and base.lower() != repo.lower():
+        warnings.warn(f"adapter {adapter} says it was trained on {base}; it is merged into {repo}", stacklevel=2)
 
 
 def quantise_vision_for(options: ModelOptions, model: Moondream3) -> None:

@@ -6,7 +6,6 @@ names, so that its own machinery (dtype, device_map, quantisation) does the rest
 
 from __future__ import annotations
 
-import json
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from md3cli.errors import CheckpointError, EngineError
+from md3cli.model.adapter_settings import PEFT_CONFIG, base_of, check_start
 from md3cli.model.checkpoint import CheckpointReader, stored_dtype
 from md3cli.model.checkpoint_plan import CheckpointPlan, plan_checkpoint
 from md3cli.model.checkpoint_writer import write_checkpoint
@@ -25,9 +25,8 @@ from md3cli.model.hf.generation import default_generation_config
 from md3cli.model.hub import model_path, repo_of
 from md3cli.model.hub_download import fetch_model
 from md3cli.model.moondream import Moondream3
-from md3cli.model.weight_files import TOKENIZER_NAME
+from md3cli.model.weight_files import TOKENIZER_NAME, read_json
 
-ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
 _LAYOUTS = (Format.ORIGINAL, Format.HF, Format.RAW)
 
@@ -50,13 +49,13 @@ class LoadingMethods:
         pair, as it is there.
 
         Raises:
-            CheckpointError: the weights cannot be had or do not fit.
+            CheckpointError: the weights cannot be had or do not fit, or the adapter was made for changed ones.
             EngineError: a quantisation whose library is not installed.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)  # type: ignore[misc, no-any-return]
         name = str(pretrained_model_name_or_path)
-        if (Path(name) / ADAPTER_CONFIG).is_file():
+        if (Path(name) / PEFT_CONFIG).is_file():
             return cls._load_with_adapter(Path(name), **kwargs)
         folder = find_weights(name, kwargs)
         plan = plan_checkpoint(folder)
@@ -76,9 +75,10 @@ class LoadingMethods:
 
     @classmethod
     def _load_with_adapter(cls, folder: Path, **kwargs: Any) -> Self:
-        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if not base:
-            raise CheckpointError(f"{folder / ADAPTER_CONFIG} names no base model; load that first, then the adapter")
+        check_start(folder / PEFT_CONFIG, read_json(folder / PEFT_CONFIG))  # transformers takes the true base for it
+        base = base_of(folder)
+        if base is None:
+            raise CheckpointError(f"{folder / PEFT_CONFIG} names no base model; load that first, then the adapter")
         model: Any = cls.from_pretrained(base, **kwargs)
         model.load_adapter(str(folder))
         return model  # type: ignore[no-any-return]
