@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +19,9 @@ from md3cli.errors import MissingExtraError, OutputMismatchError, UsageError
 from md3cli.exporters import RUN_FOLDER_NAMES, ExportOptions, export_records, format_of
 from md3cli.exporters.leftovers import REPORT_NAME, remove_leftovers
 from md3cli.journal import Journal, encode_record
+from md3cli.printing import print_bytes
 from md3cli.publish import STAGED, remove_stale_temps
-from md3cli.records import RecordDict, RunIdentity, Task, is_printable, printable
+from md3cli.records import RecordDict, RunIdentity, Task, printable
 from md3cli.run_info import OutputPaths, RunDocument, check_first_record, identity_of, output_paths
 from md3cli.settings import user_cache_dir
 from md3cli.source import Source
@@ -216,15 +215,7 @@ def _begin(
 
 
 def _print_lines(records: Sequence[RecordDict]) -> None:
-    lines = b"".join(map(encode_record, records))
-    sys.stdout.buffer.write(_harmless(lines) if sys.stdout.isatty() else lines)
-    sys.stdout.buffer.flush()
-
-
-def _harmless(text: bytes) -> bytes:
-    """UTF-8 for a terminal: what could steer it as `\\uNNNN`, which to a reader of JSON is the same."""
-    shown = (c if c == "\n" or is_printable(c) else f"\\u{ord(c):04x}" for c in text.decode())
-    return "".join(shown).encode()
+    print_bytes(b"".join(map(encode_record, records)))
 
 
 def _printer(console: RunConsole) -> Callable[[Sequence[RecordDict]], None]:
@@ -285,13 +276,3 @@ def _write_report(path: Path, records: Path, config: RunConfig, root: str) -> tu
         ),
     )
     return ()
-
-
-def print_document(path: Path) -> None:
-    """A finished document to stdout, byte for byte where that is no terminal."""
-    with path.open("rb") as file:
-        if sys.stdout.isatty():
-            sys.stdout.buffer.writelines(map(_harmless, file))
-        else:
-            shutil.copyfileobj(file, sys.stdout.buffer)
-    sys.stdout.flush()

@@ -31,12 +31,12 @@ from md3cli.outputs import (
     check_replaceable,
     open_output,
     plan_output,
-    print_document,
     publish,
     with_journal_aside,
     written_paths,
 )
 from md3cli.pixels import parse_background
+from md3cli.printing import print_document
 from md3cli.progress import Progress, loading
 from md3cli.records import RETRYABLE, RecordDict
 from md3cli.request_ids import RequestIds

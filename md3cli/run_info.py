@@ -2,9 +2,9 @@
 
 Knows nothing of how records are made. The document's keys: `schema`, `identity` (what must be equal
 for a resume), `versions`, `model`, `root` (the folder that record images are relative to), `seal`
-(that this user's md3 wrote the root, see own_runs.py), `arguments` of the last start, `counts`, `stages` (seconds by stage, of all starts), `timeline` (seconds
-and records done, of all starts) and `starts` (when, where, how it ended). Written whole by rename, so a
-reader never sees half of it.
+(that this user's md3 wrote the root, see own_runs.py), `arguments` of the last start, `counts`, `stages`
+(seconds by stage, of all starts), `timeline` (seconds and records done, of all starts) and `starts` (when,
+where, how it ended). Written whole by rename, so a reader never sees half of it.
 """
 
 from __future__ import annotations

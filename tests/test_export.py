@@ -51,7 +51,8 @@ def folder(tmp_path: Path) -> Path:
         {**head, "id": "3", "image": "bad.png", "task": "detect", "prompt": "car", "error": failed},
     ]
     (run / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (run / "run.json").write_text(json.dumps({"root": str(tmp_path / "pictures"), "seal": seal_of(str(tmp_path / "pictures"))}))
+    root = str(tmp_path / "pictures")
+    (run / "run.json").write_text(json.dumps({"root": root, "seal": seal_of(root)}))
     return run
 
 

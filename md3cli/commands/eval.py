@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from md3cli.errors import UsageError
+from md3cli.printing import say
 
 if TYPE_CHECKING:
     from md3cli.evaluate import Evaluation, Section
@@ -47,12 +48,12 @@ def eval_(
     limits = [_limit(text) for text in fail_under or ()]
     found, truths = find_records(records), [load_truth(path) for path in gt or ()]
     evaluation = compare_runs(found, find_records(compare), truths) if compare else evaluate(found, truths)
-    typer.echo(json.dumps(evaluation.to_json(), ensure_ascii=False, indent=1) if as_json else table(evaluation))
+    say(json.dumps(evaluation.to_json(), ensure_ascii=False, indent=1) if as_json else table(evaluation))
     if output is not None:
         _write(evaluation, output)
     below = [line for limit in limits for line in _below(evaluation.sections, *limit)]
     for line in below:
-        typer.echo(line, err=True)
+        say(line, err=True)
     if below:
         raise typer.Exit(1)
 
@@ -96,4 +97,4 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
         folder / "eval.json",
         *(path for section in evaluation.sections for path in draw_figures(section, folder)),
     ]
-    typer.echo("written: " + ", ".join(map(str, written)), err=True)
+    say("written: " + ", ".join(map(str, written)), err=True)

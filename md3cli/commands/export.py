@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +11,7 @@ import typer
 from md3cli.commands.values import checked, parse_bytes, parse_count
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport, export_records, format_of
+from md3cli.printing import print_document
 from md3cli.records import printable
 from md3cli.signals import StopSignals
 
@@ -138,9 +137,7 @@ def _print(records: Path, format: str, options: ExportOptions) -> None:
     with tempfile.TemporaryDirectory(prefix="md3-export-") as folder:
         document = Path(folder, "document")
         report = export_records(records, format, document, options)
-        with document.open("rb") as file:
-            shutil.copyfileobj(file, sys.stdout.buffer)
-        sys.stdout.flush()
+        print_document(document)
     for note in report.notes:
         typer.echo(f"note: {printable(note)}", err=True)
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from md3cli.printing import say
+
 app = typer.Typer(add_completion=False)
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="The folder or file after -o of a run of many processes.")]
@@ -26,4 +28,4 @@ def status(
     plan = read_plan(folder)
     assert plan is not None  # that is how it was found
     found = status_of(folder, plan)
-    typer.echo(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
+    say(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
