@@ -148,7 +148,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
 
 
 def lora(parts: tuple[str, ...] = ("attention", "dense", "experts"), **settings: Any) -> LoraConfig:
-    return LoraConfig(r=4, lora_alpha=8, **lora_targets(load_case(CASE).model.config, parts), **settings)
+    targets = lora_targets(load_case(CASE).model.config, parts)
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, **targets, **settings})
 
 
 def test_lora_targets_name_every_matrix_of_a_part() -> None:
@@ -271,6 +272,33 @@ def test_adapters_that_changed_the_base_are_refused_until_they_are_converted(tmp
     weights = load_weights(options, FOLDER, dtype=torch.float32, device=torch.device("cpu")).model.state_dict()
     for name, weight in wanted.items():
         assert torch.allclose(weights[name], weight, atol=1e-4), name
+
+
+PATTERNS: dict[str, dict[str, float]] = {
+    "rank_pattern": {"qkv": 2, "fc1.weight": 6},
+    "alpha_pattern": {"attn.proj": 3, "fc1": 5, "^model.text.blocks.0.attn.qkv": 1, "^blocks.0.attn.proj": 9},
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"init_lora_weights": "gaussian"}, {"use_rslora": True}, {"lora_alpha": -4}, {"lora_dropout": 0.5}, PATTERNS],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_what_is_merged_is_what_peft_merges(tmp_path: Path, settings: dict[str, Any]) -> None:
+    parts = ("attention", "dense") if "lora_dropout" in settings else ("attention", "dense", "experts")
+    model = get_peft_model(fresh_model(), lora(parts, **settings))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    model.eval().save_pretrained(tmp_path)
+    wanted = model.merge_and_unload().model.state_dict()
+    options = ModelOptions(model=str(FOLDER), adapter=str(tmp_path), dtype="fp32", cache=False)
+    weights = load_weights(options, FOLDER, dtype=torch.float32, device=torch.device("cpu")).model.state_dict()
+    for name, weight in wanted.items():
+        assert torch.allclose(weights[name], weight, atol=1e-6), name
 
 
 def test_several_adapters_in_one_process() -> None:

@@ -45,6 +45,7 @@ class PeftSettings:
     is_rank_stabilised: bool
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
+    parameters: tuple[str, ...]  # names of those that are adapted on their own, not as their module's weight
 
     @classmethod
     def read(cls, file: Path) -> PeftSettings:
@@ -77,25 +78,28 @@ class PeftSettings:
             alphas={
                 key: _alpha(file, f"alpha_pattern {key[:80]}", v) for key, v in _pattern(file, raw, "alpha_pattern")
             },
+            parameters=_texts(raw.get("target_parameters")),
         )
 
-    def scale(self, names: tuple[str, ...], rank: int) -> float:
+    def scale(self, module: str, rank: int) -> float:
         """The factor of `B · A`, as peft has it: alpha / r, or alpha / √r where it is rank-stabilised.
 
         Args:
-            names: what peft calls the changed module (or its parameter), for the patterns.
+            module: whose weight is changed, as peft names it in the model.
             rank: of the factors, as the file has them.
 
         Raises:
             CheckpointError: the settings promise another rank.
         """
-        wanted = _first(self.ranks, names, self.rank)
+        weight = f"{module}.weight"
+        name = weight if any(_means(key, weight) for key in self.parameters) else module
+        wanted = _first(self.ranks, name, self.rank)
         if rank != wanted:
             raise CheckpointError(
-                f"{self.file}: r is {wanted} for {names[0]}, and its factors have the rank {rank}; the two files do "
+                f"{self.file}: r is {wanted} for {name}, and its factors have the rank {rank}; the two files do "
                 "not belong together, copy both again"
             )
-        alpha = _first(self.alphas, names, self.alpha)
+        alpha = _first(self.alphas, name, self.alpha)
         return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
 
 
@@ -144,13 +148,17 @@ def _pattern(file: Path, raw: Mapping[str, Any], key: str) -> list[tuple[str, An
     return list(pattern.items())
 
 
-def _first(pattern: Mapping[str, Any], names: tuple[str, ...], otherwise: Any) -> Any:
-    """The value of the first entry that means one of `names`, as peft matches: the whole name or its last parts."""
-    for key, value in pattern.items():
-        for name in names:
-            if name == key.removeprefix("^") or (key[0] != "^" and name.endswith(f".{key}")):
-                return value
-    return otherwise
+def _texts(value: object) -> tuple[str, ...]:
+    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()
+
+
+def _means(key: str, name: str) -> bool:
+    """True where a key of peft's means `name`: its whole, or its last parts; behind `^` the whole alone."""
+    return name == key.removeprefix("^") or (key[:1] != "^" and name.endswith(f".{key}"))
+
+
+def _first(pattern: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    return next((value for key, value in pattern.items() if _means(key, name)), otherwise)
 
 
 def _rank(file: Path, name: str, value: object) -> int:

@@ -227,12 +227,10 @@ def _read_peft(file: Path, tensors: Mapping[str, Tensor], settings: PeftSettings
     for module, found in factors.items():
         weight = f"{module}.weight"
         down, up = _pair(file, weight, found, "A", "B")
-        names: tuple[str, ...] = (f"model.{module}", f"model.{weight}")  # peft's, of a module and of a parameter
         shape = shapes.get(weight, ())
         if len(shape) == 3 and down.dim() == up.dim() == 2 and len(down) % shape[0] == up.shape[1] % shape[0] == 0:
             down, up = _unstack(down, up, shape[0])
-            names = names[1:]
-        changes.append(LowRank(weight, up, down, settings.scale(names, down.shape[-2])))
+        changes.append(LowRank(weight, up, down, settings.scale(f"model.{module}", down.shape[-2])))
     return changes
 
 
