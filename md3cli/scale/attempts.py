@@ -25,6 +25,7 @@ from md3cli.publish import output_error
 from md3cli.records import SCHEMA
 from md3cli.scale.layout import WIP, RunFolder, journal_name, shard_name
 from md3cli.scale.store import LocalStore
+from md3cli.scale.waiting import Signs
 
 SYNC_RECORDS, SYNC_INTERVAL_S = 64, 2.0
 ADOPTED = "adopted-"  # what a journal's attempt is called that was no attempt: records taken over from elsewhere
@@ -200,22 +201,26 @@ def forget_attempts(folder: RunFolder, shard: int) -> None:
         folder.wip.remove(f"{WIP}/{name}")
 
 
-def is_under_way(folder: RunFolder, shard: int, own_host: str) -> bool:
-    """Whether a process seems to work on `shard`: its journal was touched lately, and it is not known dead."""
+def who_runs(folder: RunFolder, shard: int, own_host: str, signs: Signs) -> str | None:
+    """The attempt that seems to work on `shard`: its journal has changed lately, and it is not known dead.
+
+    `signs` must have been asked before: a journal that is seen for the first time counts as alive.
+    """
     for name in attempt_files(folder.wip, shard):
         owner = re.fullmatch(r"\d+\.(.+)-(\d+)-[0-9a-f]+\.jsonl", name)
-        if owner is None or owner[1].startswith(ADOPTED) or (owner[1] == own_host and not _is_alive(int(owner[2]))):
+        if owner is None or owner[1].startswith(ADOPTED) or (owner[1] == own_host and not is_alive(int(owner[2]))):
             continue
-        modified_at = folder.wip.modified_at(f"{WIP}/{name}")
-        if modified_at is not None and time.time() - modified_at < STALE_AFTER_S:
-            return True
-    return False
+        sign = folder.wip.sign_of(f"{WIP}/{name}")
+        if sign is not None and signs.still_for(name, sign) < STALE_AFTER_S:
+            return f"{owner[1]} (process {owner[2]})"
+    return None
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine is there."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # or a number that no process has
         return False
     except OSError:  # somebody else's
         return True

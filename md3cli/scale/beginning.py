@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import time
+from collections.abc import Callable
 
 from md3cli.config import RunConfig
 from md3cli.early import SUFFIX as EARLY_SUFFIX
@@ -15,14 +14,13 @@ from md3cli.scale.adoption import adopt, reopen_failed
 from md3cli.scale.bucket import Deliveries
 from md3cli.scale.choosing import discard, is_unfinished, take_place
 from md3cli.scale.commits import Commit, CommitLog
-from md3cli.scale.layout import EXPORTED, RunFolder, host_name, open_run_folder
+from md3cli.scale.layout import EXPORTED, RunFolder, open_run_folder
 from md3cli.scale.plan import Plan, check_config, plan_config, read_plan
-from md3cli.scale.planning import make_plan, put_plan
+from md3cli.scale.planner import PLANNER, PlannerMark, wait_for_plan
+from md3cli.scale.planning import PlanOvertakenError, make_plan, put_plan
 from md3cli.source import Source
 
 NEXT_SUFFIX = "-next"  # where the plan of an INPUT that has grown is made
-PLANNER = "plan/planner.json"  # there while a rank makes the plan
-PLANNER_WAIT_S, PLAN_WAIT_S, POLL_S = 10.0, 3600.0, 0.2
 
 
 class Beginning:
@@ -36,9 +34,11 @@ class Beginning:
         deliveries: Deliveries,
         source: Source,
         identity: RunIdentity,
+        say: Callable[[str], None],
     ) -> None:
+        """`say` tells the user what is waited for."""
         self._folder, self._config, self._files, self._deliveries = folder, config, files, deliveries
-        self._source, self._identity = source, identity
+        self._source, self._identity, self._say = source, identity, say
         self._wanted = plan_config(config, identity, source.root)
         self.num_adopted = 0
 
@@ -80,28 +80,26 @@ class Beginning:
         return found
 
     def _first_plan(self) -> Plan:
-        if self._config.scale.rank > 0 and (found := self._plan_of_another()) is not None:
+        rank = self._config.scale.rank
+        if self._is_for_others() and (found := wait_for_plan(self._folder, rank, self._say)) is not None:
             check_config(found, self._wanted)
             return found
         discard(open_run_folder(self._folder.uri + NEXT_SUFFIX))
-        self._folder.store.put(PLANNER, json.dumps({"host": host_name(), "began": time.time()}).encode())
-        made = self._made_in(self._folder)
-        self._adopt(self._folder, made)
-        plan = put_plan(self._folder, made)
-        self._folder.store.remove(PLANNER)
+        with PlannerMark(self._folder, rank):
+            try:
+                made = self._made_in(self._folder)
+            except PlanOvertakenError as overtaken:
+                plan = overtaken.plan
+            else:
+                self._adopt(self._folder, made)
+                plan = put_plan(self._folder, made)
         check_config(plan, self._wanted)
         return plan
 
-    def _plan_of_another(self) -> Plan | None:
-        """What rank 0 plans, once it has; None where nobody seems to be planning."""
-        waited_s = 0.0
-        while (plan := read_plan(self._folder)) is None:
-            is_begun = self._folder.store.read(PLANNER) is not None
-            if waited_s >= (PLAN_WAIT_S if is_begun else PLANNER_WAIT_S):
-                return None
-            time.sleep(POLL_S)
-            waited_s += POLL_S
-        return plan
+    def _is_for_others(self) -> bool:
+        """Whether another rank seems to make the plan, or is the one to; whoever is alone does not look."""
+        scale = self._config.scale
+        return scale.rank > 0 or (scale.world_size > 1 and self._folder.store.read(PLANNER) is not None)
 
     def _made_in(self, folder: RunFolder) -> Plan:
         """A plan of INPUT as it is now; not put yet.

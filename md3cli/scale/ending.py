@@ -15,6 +15,7 @@ from md3cli.empty_input import empty_words
 from md3cli.errors import OutputHeldError
 from md3cli.failures import Failure, NamedFailures, command_for_all
 from md3cli.outputs import OutputPlan, publish
+from md3cli.progress import clock as duration
 from md3cli.publish import OutputLock
 from md3cli.records import RETRYABLE, RunIdentity
 from md3cli.run_info import RunCounts, RunDocument, identity_of
@@ -27,6 +28,7 @@ from md3cli.scale.layout import EXPORTED, RunFolder, attempts_prefix
 from md3cli.scale.plan import Plan
 from md3cli.scale.run_options import StartNote
 from md3cli.scale.store import LocalStore
+from md3cli.scale.waiting import Teller
 from md3cli.timeline import Timeline
 
 STATUS_FAILED_RECORDS = 3
@@ -148,9 +150,10 @@ class Ending:
 
     def _is_exported_within(self, patience_s: float) -> bool:
         """Wait for the others' export; False where none came."""
-        deadline = time.monotonic() + patience_s
+        teller = Teller(self._console.say)
         while self._folder.store.read(EXPORTED) is None:
-            if time.monotonic() > deadline:
+            teller.tell(f"waiting for another rank's export, at most {duration(patience_s)}")
+            if teller.waited_s > patience_s:
                 return False
             time.sleep(EXPORT_POLL_S)
         return True

@@ -43,6 +43,14 @@ _REPEATS_AT_A_TIME = 1 << 16
 _ALLOCATIONS_A_COLLECTION = 100_000
 
 
+class PlanOvertakenError(Exception):
+    """Another process has put its plan while this one made one; caught where plans are made."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__("another process has put its plan")
+        self.plan = plan
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What is known of the rows once all are written; `suspects` are the hashes that came more than once, sorted."""
@@ -81,9 +89,12 @@ def make_plan(
     Raises:
         InputError: INPUT cannot be read.
         OutputError: the folder cannot be written.
+        PlanOvertakenError: another process has put a plan meanwhile.
     """
     with folder.store.put_file(MANIFEST) as path:
         manifest = _write_checked(path, rows, requests, shard_size)
+        if (plan := read_plan(folder)) is not None:
+            raise PlanOvertakenError(plan)  # whose manifest must stay
     has_repeats = _write_repeats(folder, manifest, requests, identity)
     return Plan(
         schema=PLAN_SCHEMA,

@@ -18,6 +18,7 @@ from md3cli.engine_port import Engine, FoundModel, Model, check_skills
 from md3cli.errors import EngineError, Md3Error, OutputError, UsageError
 from md3cli.outputs import OutputPlan
 from md3cli.progress import Progress
+from md3cli.progress import clock as duration
 from md3cli.publish import OutputLock
 from md3cli.records import printable
 from md3cli.run_info import OutputPaths, RunDocument, identity_of
@@ -31,11 +32,14 @@ from md3cli.scale.ray_cluster import check_installed
 from md3cli.scale.run_options import RunOptions, write_run_options
 from md3cli.scale.shard_queue import ShardQueue
 from md3cli.scale.supervisor import Supervisor, seats_of
+from md3cli.scale.waiting import Teller
 from md3cli.signals import Interrupted, StopSignals
 from md3cli.source import Source
 
 LOOK_INTERVAL_S = 2.0  # between two looks at what others have committed
 TELL_INTERVAL_S = 0.2
+MOST_OWNERS_SHOWN = 3
+SILENCE_S = 120.0  # without a new record, before a word on it; then after twice as long, and so on
 
 
 class _Driver(Protocol):
@@ -78,7 +82,7 @@ def run_scaled(
         stack.callback(lock.release)
         _check_store(folder, config, console)
         deliveries.fetch(files.run_info)
-        beginning = Beginning(folder, config, files, deliveries, source, model.identity)
+        beginning = Beginning(folder, config, files, deliveries, source, model.identity, console.say)
         beginning.check_records()
         if config.output.overwrite:
             beginning.clear()
@@ -154,6 +158,9 @@ class _ScaledRun:
         self._model, self._stop, self._ending = model, stop, ending
         self._queue = ShardQueue(folder, plan.shards, config.scale.rank, config.scale.world_size)
         self._looked_at = self._told_at = time.monotonic()
+        self._others = Teller(console.say)
+        self._silence = Teller(console.say, first_after_s=SILENCE_S, interval_s=SILENCE_S, growth=2.0)
+        self._num_seen = -1  # records at the last look
         ending.begin(self._queue.commits)
 
     def to_the_end(self) -> int:
@@ -212,9 +219,29 @@ class _ScaledRun:
             self._queue.refresh()
         if now - self._told_at >= TELL_INTERVAL_S:
             self._told_at = now
+            self._tell_of_waiting(driver)
             self._ending.note_progress(self._queue.commits, driver.num_ok + driver.num_failed)
             if progress is not None:
                 self._tell(driver, progress)
+
+    def _tell_of_waiting(self, driver: _Driver) -> None:
+        """Say, now and then, that nothing comes, and whose fault that is."""
+        queue = self._queue
+        num_records = sum(commit.num_records for commit in queue.commits.values()) + driver.num_ok + driver.num_failed
+        if queue.is_waiting:
+            shown = ", ".join(sorted(queue.owners)[:MOST_OWNERS_SHOWN])
+            self._others.tell(f"waiting for {queue.num_open:,} shards that others run, such as {printable(shown)}")
+        else:
+            self._others.forget()
+        if queue.is_waiting or num_records != self._num_seen:
+            self._silence.forget()
+        self._num_seen = num_records
+        self._silence.tell(
+            lambda: (
+                f"no new record for {duration(self._silence.waited_s)}: a model is loading, an answer is long, "
+                "or a device is not free; Ctrl-C stops in order, and the same command goes on"
+            )
+        )
 
     def _tell(self, driver: _Driver, progress: Progress) -> None:
         commits = self._queue.commits.values()

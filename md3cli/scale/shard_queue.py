@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
-from md3cli.scale.attempts import is_under_way
+from md3cli.scale.attempts import who_runs
 from md3cli.scale.commits import Commit, CommitLog
 from md3cli.scale.layout import RunFolder, host_name
+from md3cli.scale.waiting import Signs
 
 
 class ShardQueue:
-    """Hands out open shards; `commits` is what is known to be done.
+    """Hands out open shards; `commits` is what is known to be done, `owners` who runs the shards that it waits for.
 
     With `world_size` n, rank r begins with the shards k where k % n == r. Of the others it takes, from the
     end, only those nobody seems to be working on. A shard may still be run by two: only the first commits.
@@ -25,6 +26,8 @@ class ShardQueue:
         self._others = deque(shard for shard in todo if shard % world_size != rank)
         self._running: set[int] = set()
         self.given_up: set[int] = set()
+        self.owners: set[str] = set()
+        self._signs = Signs()
 
     @property
     def commits(self) -> Mapping[int, Commit]:
@@ -36,6 +39,7 @@ class ShardQueue:
 
     def take(self) -> int | None:
         """A shard to run now; None when there is none, or none at the moment."""
+        self.owners.clear()
         while self._own:
             shard = self._own.popleft()
             if shard not in self.commits:
@@ -45,9 +49,11 @@ class ShardQueue:
             shard = self._others.pop()
             if shard in self.commits:
                 continue
-            if not is_under_way(self._folder, shard, host_name()):
+            owner = who_runs(self._folder, shard, host_name(), self._signs)
+            if owner is None:
                 self._running.add(shard)
                 return shard
+            self.owners.add(owner)
             self._others.appendleft(shard)
         return None
 
@@ -65,6 +71,11 @@ class ShardQueue:
         """Leave out a shard whose workers keep dying, for the rest of this start."""
         self._running.discard(shard)
         self.given_up.add(shard)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether all that is left is run by others."""
+        return not self._running and not self._own and bool(self.owners)
 
     @property
     def num_waiting(self) -> int:

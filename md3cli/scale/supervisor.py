@@ -29,11 +29,14 @@ from md3cli.scale.commits import read_commit
 from md3cli.scale.layout import RunFolder
 from md3cli.scale.run_options import RunOptions
 from md3cli.scale.shard_queue import ShardQueue
+from md3cli.scale.waiting import Teller
 
 DEATHS_TO_GIVE_UP = 5
 POLL_S = 0.2  # so that a signal is seen soon
 REFRESH_S = 2.0  # between two looks at what other ranks have committed
 TAIL_BYTES = 2000
+END_WAIT_S = 30.0  # for a worker that has said its last word
+STOP_WAIT_S = 120.0  # for workers to finish the step they are in; what they finished before is on disk
 _MESSAGE_TIMEOUT_S = 30.0  # for the rest of a message that has begun to come
 _WORKER_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from md3cli.scale.worker import serve; serve()"
 
@@ -99,8 +102,12 @@ class _Worker:
             self.channel.send(message)
 
     def end(self) -> int:
-        """Wait for its end, which has come or is near; returns its status."""
-        status = self.process.wait()
+        """Wait for its end, which has come or is near, but not for ever; returns its status."""
+        try:
+            status = self.process.wait(END_WAIT_S)
+        except subprocess.TimeoutExpired:  # it hangs in some library's own end
+            self.process.kill()
+            status = self.process.wait()
         self.channel.close()
         return status
 
@@ -147,6 +154,7 @@ class Supervisor:
         self._num_finished: dict[int, int] = {}  # of a shard's requests, at its last death
         self._deaths_in_a_row = 0  # since any worker got anything done
         self._is_stopping = False
+        self._stop_told = Teller(warn)
 
     @property
     def num_ok(self) -> int:
@@ -167,8 +175,19 @@ class Supervisor:
             self._share_out()
             for key, _ in self._selector.select(POLL_S):
                 self._hear(self._workers[key.fd])
-            if self._is_stopping and not self._workers:
+            if self._is_stopping and not self._goes_on_stopping():
                 return
+
+    def _goes_on_stopping(self) -> bool:
+        """Whether workers still finish their step; those that take too long are ended."""
+        if self._workers and self._stop_told.waited_s < STOP_WAIT_S:
+            pids = ", ".join(str(worker.process.pid) for worker in self._workers.values())
+            self._stop_told.tell(f"waiting for workers to finish their step (processes {pids}); Ctrl-C ends them")
+            return True
+        for worker in list(self._workers.values()):
+            self._forget(worker)
+            worker.close()
+        return False
 
     def stop(self) -> None:
         """Have every worker finish its step and end; `run` returns when all have."""

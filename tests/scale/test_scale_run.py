@@ -204,7 +204,7 @@ def test_starting_over(md3: Program, pictures: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--length", "short"), "length"),
+        (("--length", "short"), "it has caption normal; you now ask caption short"),
         (("--dtype", "bf16"), "dtype auto, now bf16"),
         (("--limit", "5"), "limit none, now 5"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,21 @@ from stub_engine import StubEngine, StubModel
 from md3cli.config import DecodeOptions, ModelOptions
 from md3cli.errors import EngineError, InputError
 from md3cli.records import Request, Task
-from md3cli.scale.attempts import AttemptJournal, is_under_way, note_death, read_history, read_journal
+from md3cli.scale.attempts import (
+    STALE_AFTER_S,
+    TOUCH_INTERVAL_S,
+    AttemptJournal,
+    note_death,
+    read_history,
+    read_journal,
+    who_runs,
+)
 from md3cli.scale.commits import read_commit
 from md3cli.scale.layout import RunFolder, host_name, journal_name, new_attempt
 from md3cli.scale.plan import Plan
 from md3cli.scale.run_options import RunOptions
 from md3cli.scale.shards import ShardRunner, ShardStopped
+from md3cli.scale.waiting import Signs
 
 NAMES = [f"p{i}.png" for i in range(12)]
 
@@ -197,10 +208,34 @@ def test_options_come_back_as_they_were() -> None:
 
 
 def test_who_is_alive_keeps_its_shard(run: tuple[RunFolder, Plan]) -> None:
-    folder = run[0]
-    assert not is_under_way(folder, 0, host_name())
+    folder, signs = run[0], Signs()
+    assert who_runs(folder, 0, host_name(), signs) is None
     folder.wip.put(journal_name(0, f"{host_name()}-999999999-ab"), b"")
+    folder.wip.put(journal_name(0, f"{host_name()}-{10**30}-ab"), b"")
     folder.wip.put(journal_name(0, f"adopted-{new_attempt()}"), b"")
-    assert not is_under_way(folder, 0, host_name()), "its process is gone, and records taken over are nobody's"
+    assert who_runs(folder, 0, host_name(), signs) is None, "its process is gone, and records taken over are nobody's"
     folder.wip.put(journal_name(0, "elsewhere-999999999-ab"), b"")
-    assert is_under_way(folder, 0, host_name())
+    assert who_runs(folder, 0, host_name(), signs) == "elsewhere (process 999999999)"
+
+
+@pytest.mark.parametrize("ahead_s", [0, 86_400, -86_400], ids=["right", "a day ahead", "a day behind"])
+def test_a_dead_rank_keeps_its_shard_for_a_minute_whatever_its_clock_said(
+    run: tuple[RunFolder, Plan], ahead_s: int
+) -> None:
+    folder, now = run[0], 0.0
+    signs, name = Signs(lambda: now), journal_name(0, "elsewhere-1-ab")
+    folder.wip.put(name, b"")
+
+    def touch(beat: int) -> None:
+        """As the rank does, by its own clock."""
+        os.utime(folder.wip.path(name), (0, time.time() + ahead_s + beat))
+
+    for beat in range(30):
+        touch(beat)
+        assert who_runs(folder, 0, host_name(), signs), "it is alive, whatever its clock says"
+        now += TOUCH_INTERVAL_S
+    died_at = now - TOUCH_INTERVAL_S
+    now = died_at + STALE_AFTER_S - 1
+    assert who_runs(folder, 0, host_name(), signs)
+    now = died_at + STALE_AFTER_S
+    assert who_runs(folder, 0, host_name(), signs) is None
