@@ -23,7 +23,7 @@ from md3cli.errors import InputError, MissingExtraError, UsageError
 from md3cli.finished_run import RunInfo
 from md3cli.report.build import ReportOptions, _template, render, write_report
 from md3cli.report.items import FRAME, entry_of, items
-from md3cli.report.page import Page, palette_of, run_facts
+from md3cli.report.page import Page, legible, palette_of, run_facts
 from md3cli.report.plots import duration, nice_ceiling, run_plots, short_number
 from md3cli.report.stats import RunStats
 
@@ -107,7 +107,8 @@ def test_hostile_text_stays_text(page):
     assert all(a["src"].startswith("data:image/jpeg;base64,") for a in page.of("img"))
     visible = "".join(page.text)
     for text in HOSTILE:
-        assert text in visible or text.replace("\u202e", "\\u202e") in visible
+        assert text.replace("\u2028", "\\u2028").replace("\u202e", "\\u202e").replace("\x07", "\\x07") in visible
+    assert not {"\u2028", "\u202e", "\x07"} & set(visible)
     assert "{{ 7 * 7 }}" in visible
     stored = [facts for facts in page.data()["records"] if facts["image"] in HOSTILE]
     assert len(stored) == 4 * len(HOSTILE)
@@ -374,3 +375,34 @@ def test_numbers_are_short(value, text):
 )
 def test_durations_read_as_clocks(seconds, text):
     assert duration(seconds) == text
+
+
+STEERING = "\x1b[31m\x9b2J\u202e\u2066\x00\x7f\u200b\ufeff\r"
+
+
+def test_no_character_turns_or_hides_what_is_read(tmp_path):
+    text = f"a{STEERING}b"
+    bbox = {"x_min": 0, "y_min": 0, "x_max": 1, "y_max": 1}
+    records = [
+        record(text, "caption", length=text, caption=text),
+        record(text, "query", text, answer=text, reasoning={"text": text, "grounding": []}, choices={text: 0.5}),
+        record(text, "detect", text, objects=[found(text, (0.1, 0.1, 0.5, 0.5)), found("x" + text, (0, 0, 1, 1))]),
+        record(text, "segment", text, segments=[{"label": text, "svg_path": "", "bbox": bbox, "parse_error": text}]),
+        record(text, "detect", text, error=text) | {"model": text},
+    ]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    (tmp_path / "run.json").write_text(json.dumps({"stages": {text: 1.0}}))
+    write_report(tmp_path / "records.jsonl", tmp_path / "r.html", ReportOptions(title=text))
+    page = (tmp_path / "r.html").read_bytes().decode()
+    assert [char for char in STEERING if char in page and not char.isalnum() and char != "["] == []
+    assert page.count("\\x1b[31m\\x9b2J\\u202e\\u2066") > 10
+
+
+def test_joiners_of_emoji_and_line_ends_stay():
+    assert legible("👩\u200d🚀\n\tمی\u200cخواهم") == "👩\u200d🚀\n\tمی\u200cخواهم"
+
+
+def test_names_that_only_look_equal_are_two_pictures():
+    first = record("\\xff.png", "caption", length="short", caption="a")
+    second = record("\\xff.png", "caption", length="short", caption="b") | {"image_b64": "/y5wbmc="}
+    assert [len(item.entries) for item in items([first, second])] == [1, 1]

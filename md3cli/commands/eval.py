@@ -49,6 +49,8 @@ def eval_(
     found, truths = find_records(records), [load_truth(path) for path in gt or ()]
     evaluation = compare_runs(found, find_records(compare), truths) if compare else evaluate(found, truths)
     say(json.dumps(evaluation.to_json(), ensure_ascii=False, indent=1) if as_json else table(evaluation))
+    for note in evaluation.notes:
+        say(f"note: {note}", err=True)
     if output is not None:
         _write(evaluation, output)
     below = [line for limit in limits for line in _below(evaluation.sections, *limit)]

@@ -61,6 +61,8 @@ def _tell(summary: ReportSummary) -> None:
     pages = f" and {summary.num_pages} pages beside it" if summary.num_pages > 1 else ""
     where = printable(str(summary.page))
     typer.echo(f"{where}{pages}: {summary.num_images:,} images, {summary.num_records:,} records", err=True)
+    for note in summary.notes:
+        typer.echo(f"note: {printable(note)}", err=True)
     if summary.num_missing:
         pictures = "picture" if summary.num_missing == 1 else "pictures"
         typer.echo(f"note: {summary.num_missing:,} {pictures} cannot be opened; is --root right?", err=True)

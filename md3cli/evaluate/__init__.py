@@ -32,6 +32,7 @@ class Evaluation:
     truths: tuple[Path, ...]
     sections: tuple[Section, ...]
     comparison: Comparison | None = None
+    notes: tuple[str, ...] = ()  # what of the records files was left out
 
     def to_json(self) -> dict[str, Any]:
         """The document of `md3 eval --json`."""
@@ -50,17 +51,22 @@ def evaluate(records: Path, truths: Sequence[Truth]) -> Evaluation:
         InputError: records and ground truth have nothing in common.
         MissingExtraError: objects are to be scored and faster-coco-eval is not installed.
     """
-    found = final_records(read_records(records))
-    return Evaluation(records, tuple(truth.path for truth in truths), tuple(_sections(found, truths, records)))
+    notes = list[str]()
+    found = final_records(read_records(records, notes))
+    sections = tuple(_sections(found, truths, records))
+    return Evaluation(records, tuple(truth.path for truth in truths), sections, notes=tuple(notes))
 
 
 def compare_runs(records: Path, other: Path, truths: Sequence[Truth]) -> Evaluation:
     """`evaluate`, and what changed since the run `other`; without `truths` the changes alone."""
-    after, before = final_records(read_records(records)), final_records(read_records(other))
+    notes, earlier_notes = list[str](), list[str]()
+    after = final_records(read_records(records, notes))
+    before = final_records(read_records(other, earlier_notes))
+    notes += [f"{printable(str(other))}: {note}" for note in earlier_notes]
     sections = _sections(after, truths, records) if truths else []
     earlier = _sections(before, truths, other) if truths else []
     comparison = compare(before, after, earlier, sections)
-    return Evaluation(records, tuple(truth.path for truth in truths), tuple(sections), comparison)
+    return Evaluation(records, tuple(truth.path for truth in truths), tuple(sections), comparison, tuple(notes))
 
 
 def _sections(records: Sequence[RecordDict], truths: Sequence[Truth], path: Path) -> list[Section]:

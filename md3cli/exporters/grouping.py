@@ -180,4 +180,4 @@ def image_key(record: RecordDict) -> bytes:
     if name is None:
         return b""
     exact = f"b64:{record['image_b64']}" if record.get("image_b64") else f"name:{name}"
-    return hashlib.blake2b(exact.encode(), digest_size=16).digest()
+    return hashlib.blake2b(exact.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -70,7 +70,8 @@ class RecordsFile:
             self.close()
             raise
         if repeats := self._doubled.num_repeats:
-            self.notes.append(f"{repeats:,} lines repeat a request: of each request the last line counts")
+            what = "1 line repeats" if repeats == 1 else f"{repeats:,} lines repeat"
+            self.notes.append(f"{what} a request that is there already; of each request the last line counts")
 
     def __enter__(self) -> RecordsFile:
         return self

@@ -29,7 +29,7 @@ from md3cli.finished_run import load_run_info
 from md3cli.records import printable
 from md3cli.report.items import Item, items
 from md3cli.report.judged import score_plots, score_table, verdicts_of, with_verdicts
-from md3cli.report.page import Link, Page, overview_tiles, palette_of, run_facts, today
+from md3cli.report.page import Link, Page, legible, overview_tiles, palette_of, run_facts, today
 from md3cli.report.plots import run_plots
 from md3cli.report.stats import RunStats
 from md3cli.report.thumbnails import with_thumbnails
@@ -63,6 +63,7 @@ class ReportSummary:
     num_records: int
     num_pages: int
     num_missing: int  # pictures that could not be opened
+    notes: tuple[str, ...] = ()  # what of the records file was left out
 
 
 def write_report(
@@ -81,7 +82,8 @@ def write_report(
     """
     _template()  # what is missing is said before the work
     page = output if output.suffix.lower() in (".html", ".htm") else output / "index.html"
-    stats, num_items = _count(items(read_records(records)))
+    notes = list[str]()
+    stats, num_items = _count(items(read_records(records, notes)))
     if num_items == 0:
         raise InputError(f"{printable(str(records))} holds no records; nothing to show")
     pictures = Pictures(records, _picture_options(options))
@@ -96,7 +98,7 @@ def write_report(
             parts, num_missing = _write_pages(page, overview, shown, num_items, options)
             num_pages = len(parts.links)
         file.writelines(render(parts))
-    return ReportSummary(page, stats.num_images, stats.num_records, num_pages, num_missing)
+    return ReportSummary(page, stats.num_images, stats.num_records, num_pages, num_missing, tuple(notes))
 
 
 def _picture_options(options: ReportOptions) -> ExportOptions:
@@ -193,6 +195,11 @@ def _part(name: str) -> str:
     return resources.files("md3cli.report").joinpath(name).read_text(encoding="utf-8")
 
 
+def _legible_text(value: object) -> object:
+    """What the template prints: text from records made legible; what is markup already (ours) as it is."""
+    return legible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
 @cache
 def _template() -> Template:
     try:
@@ -200,6 +207,10 @@ def _template() -> Template:
     except ImportError as error:
         raise MissingExtraError("the HTML report", "report") from error
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_part), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FunctionLoader(_part),
+        autoescape=True,
+        finalize=_legible_text,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
     )
     return environment.get_template("template.html.j2")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from md3cli.errors import InputError
+from md3cli.exporters.grouping import image_key
 from md3cli.records import RecordDict, printable
 from md3cli.svg_path import Polygon, segment_polygons
 
@@ -111,7 +112,7 @@ def items(records: Iterable[RecordDict]) -> Iterator[Item]:
     for record in records:
         if "image" not in record or "task" not in record:
             raise InputError(f"record {printable(str(record.get('id')))} is damaged: it has no image or no task")
-        if item is None or record["image"] is None or record["image"] != item.first["image"]:
+        if item is None or record["image"] is None or image_key(record) != image_key(item.first):
             if item is not None:
                 yield item
             item = _new_item(record)

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from md3cli.finished_run import RunInfo
+from md3cli.records import is_printable, printable
 from md3cli.report.items import Entry, Item
 from md3cli.report.plots import Plot, duration, short_number
 from md3cli.report.stats import RunStats
@@ -145,11 +146,25 @@ class Page:
         document = {
             "run": self.run_key,
             "name": self.name,
-            "labels": list(self.palette.numbers),
+            "labels": list(map(legible, self.palette.numbers)),  # as the bars of a plot have them
             "records": [_facts(entry, self.palette) for entry in self.entries],
         }
         text = json.dumps(document, ensure_ascii=True, separators=(",", ":"))
         return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def legible(text: str) -> str:
+    """`text` with everything that could turn or hide what a reader sees shown as `\\xNN` or `\\uNNNN`.
+
+    Line ends, tabs and the joiners that scripts and emoji need stay.
+    """
+    if all(map(_is_legible, text)):
+        return text
+    return "".join(char if _is_legible(char) else printable(char) for char in text)
+
+
+def _is_legible(char: str) -> bool:
+    return is_printable(char) or char in "\n\t\u200c\u200d"
 
 
 def _facts(entry: Entry, palette: Palette) -> dict[str, Any]:

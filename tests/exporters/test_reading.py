@@ -214,7 +214,7 @@ def test_the_last_of_a_request_counts_at_the_place_of_the_first(tmp_path: Path) 
     path = write_records(tmp_path / "records.jsonl", [first, other, again])
     notes: list[str] = []
     assert list(read_records(path, notes)) == [again, other]
-    assert notes == ["1 lines repeat a request: of each request the last line counts"]
+    assert notes == ["1 line repeats a request that is there already; of each request the last line counts"]
 
 
 @pytest.mark.parametrize("is_as_written", [True, False])
@@ -272,3 +272,16 @@ def test_other_pictures_with_the_same_id_stay(tmp_path: Path) -> None:
 def test_records_without_an_id_all_count(tmp_path: Path) -> None:
     lines = [{key: value for key, value in box_record().items() if key != "id"}] * 2
     assert list(read_records(write_records(tmp_path / "records.jsonl", lines))) == lines
+
+
+@pytest.mark.parametrize("command", [["report", "-o", "x.html"], ["eval", "--compare", "other.jsonl"]])
+def test_what_is_left_out_is_told_by_every_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_records(Path("other.jsonl"), [box_record()])
+    Path("twice.jsonl").write_bytes(as_line(box_record()) * 2 + as_line(box_record("b.png"))[:-9])
+    result = CliRunner().invoke(app, [command[0], "twice.jsonl", *command[1:]])
+    assert result.exit_code == 0, result.output
+    assert "note: 1 line repeats a request" in result.stderr
+    assert "note: line 3, the last, is cut off" in result.stderr
