@@ -163,6 +163,14 @@ def with_journal_aside(plan: OutputPlan, stack: contextlib.ExitStack) -> OutputP
     return replace(plan, files=files, documents=(Document(plan.stdout, aside / "document"),))
 
 
+def remove_temps(plan: OutputPlan) -> None:
+    """Remove what killed writers of OUTPUT's files left behind; the caller holds the output's lock."""
+    assert plan.files is not None
+    for path in (plan.files.journal, plan.files.run_info, *(document.path for document in plan.documents)):
+        remove_stale_temps(path)
+        remove_stale_temps(path / STAGED)
+
+
 def open_output(
     plan: OutputPlan, config: RunConfig, console: RunConsole, source: Source, identity: RunIdentity
 ) -> Output:
@@ -178,9 +186,7 @@ def open_output(
     journal = Journal.open(
         plan.files.journal, mode="overwrite" if options.overwrite else "resume", lock_path=plan.files.lock
     )
-    for path in (plan.files.run_info, *(document.path for document in plan.documents)):
-        remove_stale_temps(path)
-        remove_stale_temps(path / STAGED)
+    remove_temps(plan)
     try:
         if options.overwrite:
             remove_leftovers(plan.files.run_info, [document.path for document in plan.documents])

@@ -14,7 +14,7 @@ from md3cli.early import SUFFIX as EARLY_SUFFIX
 from md3cli.empty_input import empty_words
 from md3cli.errors import OutputHeldError
 from md3cli.failures import Failure, NamedFailures, command_for_all
-from md3cli.outputs import OutputPlan, publish
+from md3cli.outputs import OutputPlan, publish, remove_temps
 from md3cli.progress import clock as duration
 from md3cli.publish import OutputLock
 from md3cli.records import RETRYABLE, RunIdentity
@@ -96,6 +96,7 @@ class Ending:
 
     def _export(self, commits: Commits) -> None:
         journal, deliveries = self._files.journal, self._deliveries
+        remove_temps(self._outputs)
         if is_unfinished(self._folder, has_records=deliveries.has(journal)):
             exported = export_parts(self._folder, self._plan, commits, journal)
             deliveries.deliver(journal)

@@ -80,6 +80,8 @@ def run_scaled(
             path.parent.mkdir(parents=True, exist_ok=True)
         lock = OutputLock.acquire(deliveries.lock, deliveries.output, is_shared=config.scale.world_size > 1)
         stack.callback(lock.release)
+        if config.scale.world_size == 1:
+            folder.wip.remove_temps()
         _check_store(folder, config, console)
         deliveries.fetch(files.run_info)
         beginning = Beginning(folder, config, files, deliveries, source, model.identity, console.say)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -19,6 +20,7 @@ from md3cli.publish import atomic_publish, output_error, temp_beside
 
 _NO_LINKS_HERE = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 TEMP_MARK = ".tmp-"  # in the names of files that are still being written
+_TEMP_NAME = re.compile(rf"\..+{re.escape(TEMP_MARK)}\d+", re.DOTALL)
 
 
 class Store(Protocol):
@@ -184,6 +186,13 @@ class LocalStore:
             return
         except OSError as error:
             raise output_error(self.root, error) from error
+
+    def remove_temps(self) -> None:
+        """Remove what killed writers have left; for a process that knows that nobody else writes here."""
+        for path in self.root.rglob(f".*{TEMP_MARK}*"):
+            if _TEMP_NAME.fullmatch(path.name):
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def modified_at(self, name: str) -> float | None:
         try:

@@ -412,3 +412,20 @@ def test_kills_in_every_form(tmp_path: Path) -> None:
 @pytest.mark.timeout(7200)
 def test_200_kills_in_every_form(tmp_path: Path) -> None:
     run_scale_chaos(ScaleChaos(tmp_path, step_s=UNHURRIED_S), 200)
+
+
+def test_what_killed_writers_left_is_removed(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    out, asked = tmp_path / "o", ("-f", "coco", "-f", "csv", "--shard-size", 10)
+    md3("caption", pictures, "-o", f"{out}/", *asked)
+    names = [".coco.json.tmp-1", ".records.csv.tmp-22", ".records.jsonl.tmp-3", ".run.json.tmp-4"]
+    names += [
+        ".md3run/.exported.json.tmp-5",
+        ".md3run/parts/.part-00000-x.jsonl.tmp-6",
+        ".md3run/plan/.plan.json.tmp-7",
+    ]
+    kept = [".mine.tmp-8", "notes.tmp-9", ".coco.json.tmp-x", ".md3run/notes.tmp-1"]
+    for name in (*names, *kept):
+        (out / name).write_text("half")
+    assert md3("caption", pictures, "-o", f"{out}/", *asked).exit_code == 3
+    assert [name for name in names if (out / name).exists()] == []
+    assert [name for name in kept if not (out / name).exists()] == []
