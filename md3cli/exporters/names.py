@@ -8,6 +8,8 @@ candidate that is free.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
@@ -16,11 +18,29 @@ _PATH_LIMIT_BYTES = 2048  # leaves room for OUT itself below the usual 4096
 _DEPTH_LIMIT = 64  # folders are made by recursion, here and in those who read
 
 
+# What Windows refuses in a name or reads as a drive, a stream or a folder, and control characters.
+_ODD = {ord(char): "_" for char in '<>:"|?*\\'} | dict.fromkeys([*range(32), 127], "_")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]) *(\.|$)", re.IGNORECASE)
+
+
 def relative_name(image: str) -> PurePosixPath:
-    """`image` as a path below a folder: no scheme, no root, no `.` and `..`; never empty."""
+    """`image` as a path below a folder: no scheme, no root, no `.` and `..`; never empty; portable on Windows."""
     _, _, after_scheme = image.partition("://")
     parts = [part.replace("\0", "_") for part in (after_scheme or image).split("/") if part not in ("", ".", "..")]
-    return PurePosixPath(*parts) if parts else PurePosixPath("image")
+    name = PurePosixPath(*parts) if parts else PurePosixPath("image")
+    return portable(name) if os.name == "nt" else name
+
+
+def portable(name: PurePosixPath) -> PurePosixPath:
+    """`name` as every common file system takes it: odd characters, ends and reserved names replaced."""
+    return PurePosixPath(*map(_portable_part, name.parts))
+
+
+def _portable_part(part: str) -> str:
+    plain = part.translate(_ODD)
+    bare = plain.rstrip(". ")  # Windows drops these
+    plain = bare + "_" * (len(plain) - len(bare))
+    return f"_{plain}" if _RESERVED.match(plain) else plain
 
 
 def candidates(image: str, suffix: str, *, keep_suffix: bool = False) -> Iterator[PurePosixPath]:

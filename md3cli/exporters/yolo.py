@@ -5,7 +5,9 @@ every line of the data set is a polygon, since trainers take a mixed file for da
 written: a sixth column makes trainers refuse a file. An image without objects has an empty file.
 A label's name is its image's with the suffix exchanged; where `a.jpg` and `a.png` would share
 one, the second is `a.png.txt` and its linked picture `a.png.png`, so that trainers still find
-them together.
+them together. Trainers look for a picture's label where the LAST `/images/` of its path is `/labels/`,
+while other readers take the two trees to mirror each other: so no folder below is called `images`
+(it becomes `images_`). Pictures whose suffix or kind trainers skip get one that they take.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ from pathlib import Path, PurePosixPath
 
 from md3cli.errors import ImageError
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
-from md3cli.exporters.names import candidates, relative_name
+from md3cli.exporters.names import candidates, portable, relative_name
 from md3cli.exporters.objects import Ring, joined_ring
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.pictures import PICTURE_SUFFIXES, FoundPicture, Pictures
 from md3cli.exporters.publishing import StagedFolder, staged_folder
+
+_TAKEN = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})  # by Ultralytics 8.3 and all after it
+_NOT_TAKEN = frozenset({".gif", ".avif", ".heic", ".heif"})  # written as PNG instead; others are called .jpg
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
@@ -72,15 +77,13 @@ def _polygon_line(number: int, ring: Ring, width: int, height: int) -> str:
 
 def _add_image(folder: StagedFolder, group: ImageGroup, lines: Iterator[str], pictures: Pictures) -> None:
     """Write the label file, and link the picture if it is there."""
-    names = (PurePosixPath("labels") / name for name in candidates(group.name, ".txt"))
-    file, label = folder.create(names)
+    file, label = folder.create(PurePosixPath("labels") / name for name in _names(group.name))
     with file:
         file.write("".join(f"{line}\n" for line in lines).encode())
     picture = pictures.find(group.picture_record)
     if picture is None:
         return
-    suffix = relative_name(group.name).suffix
-    image = folder.path / "images" / label.relative_to("labels").with_suffix("").with_name(label.stem + suffix)
+    image = folder.path / "images" / label.relative_to("labels").with_name(label.stem + _picture_suffix(group.name))
     image.parent.mkdir(parents=True, exist_ok=True)
     try:
         _place(picture, image, pictures)
@@ -88,8 +91,24 @@ def _add_image(folder: StagedFolder, group: ImageGroup, lines: Iterator[str], pi
         pictures.note_unreadable(group.name)
 
 
+def _names(image: str) -> Iterator[PurePosixPath]:
+    """Names of a label file, best first; none is in a folder called `images`."""
+    has_suffix = relative_name(image).suffix.lower() in PICTURE_SUFFIXES
+    for name in map(portable, candidates(image, ".txt", keep_suffix=not has_suffix)):
+        folders = ("images_" if part == "images" else part for part in name.parts[:-1])
+        yield PurePosixPath(*folders, name.name)
+
+
+def _picture_suffix(image: str) -> str:
+    suffix = relative_name(image).suffix
+    return suffix if suffix.lower() in _TAKEN else ".png" if suffix.lower() in _NOT_TAKEN else ".jpg"
+
+
 def _place(picture: FoundPicture, image: Path, pictures: Pictures) -> None:
     """A hard link, else a symbolic one: trainers look for labels beside the name, not its target. A tar's is copied."""
+    if Path(picture.name).suffix.lower() in _NOT_TAKEN:
+        pictures.read(picture).save(image, "PNG")
+        return
     content = pictures.read_bytes(picture)  # what is no picture, or not the record's, is not linked either
     if picture.size is not None:
         image.write_bytes(content)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from md3cli.errors import ExportError, UsageError
-from md3cli.exporters.names import NAME_LIMIT_BYTES, candidates, relative_name
+from md3cli.exporters.names import NAME_LIMIT_BYTES, candidates, portable, relative_name
 from md3cli.exporters.publishing import StagedFolder, staged_folder
 
 AWKWARD = ["../../etc/passwd", "/etc/passwd", "a/../b.jpg", "https://h.example/a.jpg?x=../y", "", ".", "a//b", "a\0b"]
@@ -104,3 +104,23 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
         staged_folder(tmp_path / "out", overwrite=True, suffixes=frozenset()),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a/b.jpg", "a/b.jpg"),
+        ("übung/日本語 ☃.png", "übung/日本語 ☃.png"),
+        ("train station.jpg", "train station.jpg"),
+        ("con/aux.jpg", "_con/_aux.jpg"),
+        ("COM1/lpt9.x.png", "_COM1/_lpt9.x.png"),
+        ("console/auxiliary.png", "console/auxiliary.png"),
+        ("trailing. /a.png", "trailing__/a.png"),
+        ("a\\..\\..\\b.png", "a_.._.._b.png"),
+        ("c:\\x.png", "c__x.png"),
+        ("a::b?.png", "a__b_.png"),
+        ("a\nb\x1b\x7f.png", "a_b__.png"),
+    ],
+)
+def test_portable_names(name: str, expected: str) -> None:
+    assert portable(PurePosixPath(name)) == PurePosixPath(expected)

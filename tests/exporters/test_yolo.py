@@ -12,6 +12,7 @@ from finished_runs import CAR, DOG, NAMES, Run, detect_records, draw_pictures, r
 from hypothesis import given
 from hypothesis import strategies as st
 from labelformat.formats.yolov8 import YOLOv8ObjectDetectionInput
+from PIL import Image
 
 from md3cli.errors import UsageError
 from md3cli.exporters.yolo import _yaml_string
@@ -126,3 +127,63 @@ def test_names_keep_their_order_and_any_text(run: Run) -> None:
 @given(st.text())
 def test_any_label_survives_yaml(text: str) -> None:
     assert yaml.safe_load(_yaml_string(text)) == text
+
+
+AWKWARD = [
+    "train/images/a.png",
+    "val/images/b.png",
+    "flat/c.png",
+    "images/images/images/d.png",
+    "images/e.png",
+    "images_/e.png",
+    "labels/f.png",
+    "labels/images/g.png",
+    "images/labels/images.png",
+    "Images/h.png",
+    "IMAGES/h.png",
+    "images.d/i.jpg",
+    "images/a.jpg",
+    "images/a.png",
+    "with.dots/and images/no suffix",
+    "x.y/k",
+    "l.jpe",
+    "m.GIF",
+    "n.JPG",
+    "o\\images\\p.png",
+    "images\n/q.png",
+    "con/aux.jpg",
+    "trailing. /s.png",
+]
+
+
+def where_trainers_look(picture: Path) -> Path:
+    """As Ultralytics does it (ultralytics/data/utils.py, img2label_paths)."""
+    return Path("/labels/".join(str(picture).rsplit("/images/", 1)).rsplit(".", 1)[0] + ".txt")
+
+
+def test_labels_are_where_trainers_look_and_where_others_mirror(run: Run) -> None:
+    names = AWKWARD
+    for number, name in enumerate(names):
+        path = run.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (120, 80), (number, 0, 0)).save(path, "PNG")
+    found = [{**CAR, "x_max": 0.2 + number / 100} for number in range(len(names))]
+    run.write(record(name, "detect", "car", objects=[box]) for name, box in zip(names, found, strict=True))
+    report, out = run.export("yolo", "images/of/images")
+    pictures = [path for path in (out / "images").rglob("*") if path.is_file()]
+    assert len(pictures) == len(names) == report.num_images
+    for picture in pictures:
+        label = where_trainers_look(picture)
+        assert label == out / "labels" / picture.relative_to(out / "images").with_suffix(".txt")
+        with Image.open(picture) as image:
+            number = image.convert("RGB").getpixel((0, 0))[0]
+        width = float(label.read_text().split()[3])
+        assert width == pytest.approx(0.1 + number / 100, abs=1e-6)
+    assert {path.suffix.lower() for path in pictures} <= {".jpg", ".jpeg", ".png"}
+    assert not [path for path in pictures if set('\\:*?"<>|\n') & set(path.relative_to(out).as_posix())]
+
+
+def test_names_of_addresses_have_their_label_where_trainers_look(run: Run) -> None:
+    run.write([record("https://h.example/images/r.png", "detect", "car", objects=[CAR])])
+    _, out = run.export("yolo", "out")
+    assert list(labels_of(out)) == ["h.example/images_/r.txt"]
