@@ -130,7 +130,7 @@ def _task(value: Any) -> Task:
     try:
         return Task(text.strip().lower())
     except ValueError:
-        raise RequestError(f"unknown task '{printable(text)}'; tasks are: {', '.join(Task)}") from None
+        raise RequestError(f"unknown task '{printable(text)[:60]}'; tasks are: {', '.join(Task)}") from None
 
 
 def _wrong_type(name: str, value: Any, wanted: str) -> RowError:
@@ -152,7 +152,7 @@ def _flag(name: str, value: Any) -> bool:
 def _length(name: str, value: Any) -> str:
     text = _text(name, value).strip().lower()
     if text not in CAPTION_LENGTHS:
-        raise RequestError(f"length is '{printable(text)}', not one of: {', '.join(CAPTION_LENGTHS)}")
+        raise RequestError(f"length is '{printable(text)[:60]}', not one of: {', '.join(CAPTION_LENGTHS)}")
     return text
 
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 from PIL import Image
 
 from md3cli.config import ModelOptions
-from md3cli.errors import EngineError, ImageError, RequestError
+from md3cli.errors import ConfigError, EngineError, ImageError, RequestError
 from md3cli.images import ImageLimits, PreparedImage, prepare_image
 from md3cli.model.answers import reasoning_result
 from md3cli.model.asking import (
@@ -24,11 +24,14 @@ from md3cli.model.asking import (
     ImageLike,
     SpatialRefs,
     prepare_pil,
+    read_argument,
+    read_flag,
     read_prompt,
     read_refs,
     read_request,
     read_settings,
     result_of,
+    shown,
 )
 from md3cli.model.engine import Engine
 from md3cli.model.load import load_engine
@@ -45,6 +48,13 @@ from md3cli.records import (
 )
 from md3cli.remote.address import is_address
 from md3cli.row_requests import check_request
+
+
+def _option(name: str, value: object) -> str | None:
+    """The text of an option of `Moondream.load`; None where it is left out."""
+    if value is not None and not isinstance(value, str | Path):
+        raise ConfigError(f"{name} is {shown(value)}, expected text")
+    return None if value is None else str(value)
 
 
 class Moondream:
@@ -82,14 +92,14 @@ class Moondream:
             ConfigError: a device, dtype or setting that is not to be had here.
         """
         options = ModelOptions(
-            model=str(model),
-            revision=revision,
-            tokenizer=tokenizer,
-            adapter=adapter,
-            device=device,
-            dtype=dtype,
-            quant=quant or "stored",
-            quant_vision=quant_vision,
+            model=_option("model", model) or "",
+            revision=_option("revision", revision),
+            tokenizer=_option("tokenizer", tokenizer),
+            adapter=_option("adapter", adapter),
+            device=_option("device", device) or "auto",
+            dtype=_option("dtype", dtype) or "auto",
+            quant=_option("quant", quant) or "stored",
+            quant_vision=_option("quant_vision", quant_vision) or "none",
             cache=False,
         )
         return cls(load_engine(options), options)
@@ -114,7 +124,8 @@ class Moondream:
         settings: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """`{"caption": text}`; with `stream` the text is a generator of pieces."""
-        request = Request(Task.CAPTION, length=length, **read_settings(settings))
+        wanted = read_argument("length", length)
+        request = Request(Task.CAPTION, length=wanted, **read_settings(settings))
         return self._text(image, request, "caption", stream)
 
     def query(
@@ -129,13 +140,17 @@ class Moondream:
         """`{"answer": text}`, and with `reasoning` `"reasoning": {"text", "grounding", …}`; no image is text only."""
         refs = read_refs(spatial_refs)
         request = Request(
-            Task.QUERY, read_prompt(question), reasoning=reasoning, spatial_refs=refs, **read_settings(settings)
+            Task.QUERY,
+            read_prompt("question", question),
+            reasoning=read_flag("reasoning", reasoning),
+            spatial_refs=refs,
+            **read_settings(settings),
         )
         return self._text(image, request, "answer", stream)
 
     def detect(self, image: ImageLike, object: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """`{"objects": [{"x_min", "y_min", "x_max", "y_max", …}]}`, 0-1 of the picture, unclamped."""
-        return self._answer(image, Request(Task.DETECT, read_prompt(object), **read_settings(settings)))
+        return self._answer(image, Request(Task.DETECT, read_prompt("object", object), **read_settings(settings)))
 
     def point(
         self,
@@ -147,7 +162,7 @@ class Moondream:
         """`{"points": [{"x", "y", …}]}`."""
         refs = read_refs(spatial_refs)
         return self._answer(
-            image, Request(Task.POINT, read_prompt(object), spatial_refs=refs, **read_settings(settings))
+            image, Request(Task.POINT, read_prompt("object", object), spatial_refs=refs, **read_settings(settings))
         )
 
     def segment(
@@ -160,7 +175,7 @@ class Moondream:
         """`{"segments": [{"svg_path", "bbox", …}]}`; the path is in units of its box."""
         refs = read_refs(spatial_refs)
         return self._answer(
-            image, Request(Task.SEGMENT, read_prompt(object), spatial_refs=refs, **read_settings(settings))
+            image, Request(Task.SEGMENT, read_prompt("object", object), spatial_refs=refs, **read_settings(settings))
         )
 
     def annotate(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[RecordDict]:
@@ -169,7 +184,12 @@ class Moondream:
         Each request is a mapping: `image` (anything an image can be, or None), `task`, `prompt`, and
         optionally `length`, `reasoning`, `spatial_refs`, the settings, `name` (what the record calls
         the picture) and `meta`. A request that fails becomes an error record.
+
+        Raises:
+            RequestError: `requests` is no series of requests.
         """
+        if isinstance(requests, Mapping | str | bytes) or not isinstance(requests, Iterable):
+            raise RequestError(f"requests are {shown(requests)}, expected a list or another series of mappings")
         asked: dict[int, Asked] = {}
         order: deque[int] = deque()
         repeats: Counter[str] = Counter()
@@ -232,7 +252,7 @@ class Moondream:
         return self._answers.pop(key)
 
     def _text(self, image: ImageLike | None, request: Request, key: str, stream: bool) -> dict[str, Any]:
-        if not stream:
+        if not read_flag("stream", stream):
             return self._answer(image, request)
         return self._stream(self._job(image, request), key)
 

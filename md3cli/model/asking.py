@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from md3cli.errors import RequestError, RowError
@@ -22,6 +24,7 @@ from md3cli.records import (
     Task,
     make_error_record,
     make_record,
+    printable,
     request_id,
 )
 from md3cli.row_requests import ROW_COLUMNS, read_setting, refused_request
@@ -29,6 +32,8 @@ from md3cli.row_requests import ROW_COLUMNS, read_setting, refused_request
 ImageLike = Image.Image | EncodedImage | str | Path
 SpatialRefs = Iterable[Iterable[float]]
 SETTINGS = ("temperature", "top_p", "max_tokens", "max_objects", "seed")
+_TASK_NAMES = tuple(Task)
+_SHOWN_CHARS = 80
 KNOWN_KEYS = ROW_COLUMNS | {"name", "meta", "choices"}
 
 
@@ -38,15 +43,17 @@ class Asked:
     Keys of the mapping that mean nothing here come back in the record's `meta`, as a manifest's columns do.
     """
 
-    def __init__(self, row: Mapping[str, Any]) -> None:
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        row = given if isinstance(given, Mapping) else {}
         image = row.get("image")
         path = str(image) if isinstance(image, (str, Path)) else ""
-        name = row.get("name") or path
-        self.item = None if image is None or image == "" else ImageItem(str(name), path)
+        name = row.get("name") if isinstance(row.get("name"), str | Path) else None
+        self.item = None if image is None or image == "" else ImageItem(str(name or path), path)
         meta = row.get("meta")
         others = {key: value for key, value in row.items() if key not in KNOWN_KEYS}
         self.meta: Mapping[str, Any] = others | dict(meta) if isinstance(meta, Mapping) else others
-        self.request = refused_request(row, Request(Task.QUERY))
+        asked = {key: row[key] for key in ("task", "prompt") if isinstance(row.get(key), str)}
+        self.request = refused_request(asked, Request(Task.QUERY))
         self.facts: ImageFacts | None = None
 
     def record(self, answer: Answer, run: RunIdentity, repeats: Counter[str]) -> RecordDict:
@@ -93,13 +100,17 @@ def read_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings as `Request` fields.
 
     Raises:
-        RequestError: an unknown name or a value out of range.
+        RequestError: no mapping, an unknown name or a value out of range.
     """
-    given = {name: value for name, value in (settings or {}).items() if value is not None}
-    unknown = [name for name in given if name not in SETTINGS]
+    if settings is None:
+        return {}
+    if not isinstance(settings, Mapping):
+        raise RequestError(f"settings are {shown(settings)}, expected a mapping of {', '.join(SETTINGS)}")
+    given = {name: value for name, value in settings.items() if value is not None}
+    unknown = [shown(name) for name in given if name not in SETTINGS]
     if unknown:
-        raise RequestError(f"settings: unknown {', '.join(unknown)}; known are {', '.join(SETTINGS)}")
-    return {name: _checked(name, value) for name, value in given.items()}
+        raise RequestError(f"settings: unknown {', '.join(unknown[:5])}; known are {', '.join(SETTINGS)}")
+    return {name: read_argument(name, value) for name, value in given.items()}
 
 
 def read_refs(refs: SpatialRefs | None) -> tuple[tuple[float, ...], ...]:
@@ -109,52 +120,83 @@ def read_refs(refs: SpatialRefs | None) -> tuple[tuple[float, ...], ...]:
         RequestError: they are something else, or out of range.
     """
     try:
-        numbers = [[float(number) for number in ref] for ref in refs or ()]
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"spatial_refs are {refs!r:.60}, expected points [x, y] and boxes") from error
-    return _checked("spatial_refs", numbers)  # type: ignore[no-any-return]
+        given = () if refs is None else refs
+        numbers = [[n if isinstance(n, bool) else float(n) for n in ref] for ref in given]
+    except Exception as error:  # whatever a caller's object does when it is iterated over
+        raise RequestError(f"spatial_refs are {shown(refs)}, expected points [x, y] and boxes") from error
+    return read_argument("spatial_refs", numbers)  # type: ignore[no-any-return]
 
 
-def read_prompt(prompt: object) -> str | None:
-    """A question or the name of an object.
+def read_prompt(name: str, prompt: object) -> str | None:
+    """A question or the name of an object; `name` is what the caller calls the argument.
 
     Raises:
         RequestError: it is no text.
     """
     if prompt is not None and not isinstance(prompt, str):
-        raise RequestError(f"prompt is {prompt!r:.60}, expected text")
+        raise RequestError(f"{name} is {shown(prompt)}, expected text")
     return prompt
+
+
+def read_flag(name: str, value: object) -> bool:
+    """True or false, of Python or numpy.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise RequestError(f"{name} is {shown(value)}, expected True or False")
+    return bool(value)
+
+
+def shown(value: object) -> str:
+    """Describe a value that was not expected, in a few printable characters, whatever it is."""
+    text = " ".join(reprlib.repr(value).split())  # reprlib's: long values are cut, a class that fails is named
+    return printable(f"{type(value).__name__} {text}"[:_SHOWN_CHARS])
 
 
 def read_request(row: Mapping[str, Any]) -> Request:
     """A request mapping of `annotate` as a `Request`; None and empty text stand for the default.
 
     Raises:
-        RequestError: a value of the wrong type or out of range.
+        RequestError: no mapping, or a value of the wrong type or out of range.
     """
+    if not isinstance(row, Mapping):
+        raise RequestError(f"a request is {shown(row)}, expected a mapping with image, task and prompt")
     given = {
         key: value for key, value in row.items() if value is not None and not (isinstance(value, str) and not value)
     }
-    try:
-        task = Task(given.get("task", ""))
-    except ValueError as error:
-        raise RequestError(f"task is {row.get('task')!r:.60}, expected one of {', '.join(Task)}") from error
+    if not isinstance(given.get("name", ""), str | Path):
+        raise RequestError(f"name is {shown(given['name'])}, expected text")
+    if not isinstance(given.get("meta", {}), Mapping):
+        raise RequestError(f"meta is {shown(given['meta'])}, expected a mapping")
+    task = given.get("task", "")
+    if not isinstance(task, str) or task not in _TASK_NAMES:
+        raise RequestError(f"task is {shown(task)}, expected one of {', '.join(Task)}")
     choices = given.get("choices", ())
-    if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
-        raise RequestError(f"choices are {choices!r:.60}, expected a list of texts")
+    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
+        raise RequestError(f"choices are {shown(choices)}, expected a list of texts")
     return Request(
-        task,
-        read_prompt(given.get("prompt")),
-        length=_checked("length", given.get("length", "normal")),
-        reasoning=_checked("reasoning", given.get("reasoning", True)),
+        Task(task),
+        read_prompt("prompt", given.get("prompt")),
+        length=read_argument("length", given.get("length", "normal")),
+        reasoning=read_flag("reasoning", given.get("reasoning", True)),
         spatial_refs=read_refs(given.get("spatial_refs")),
         choices=tuple(choices),
         **read_settings({name: given[name] for name in SETTINGS if name in given}),
     )
 
 
-def _checked(name: str, value: Any) -> Any:
+def read_argument(name: str, value: Any) -> Any:
+    """Hold a value to the setting `name` of a request, as manifests' cells are; numpy's numbers are numbers.
+
+    Raises:
+        RequestError: the wrong type, or out of range.
+    """
+    plain = value.item() if isinstance(value, np.generic) else value
+    if not isinstance(plain, bool | int | float | str) and name != "spatial_refs":
+        raise RequestError(f"{name} is {shown(value)}, which no setting takes")
     try:
-        return read_setting(name, value)
+        return read_setting(name, plain)
     except RowError as error:
         raise RequestError(str(error)) from error

@@ -110,7 +110,7 @@ def load_weights(options: ModelOptions, path: Path, *, dtype: torch.dtype, devic
         ConfigError: no such scheme, or a CUDA device too small for the weights.
     """
     if options.quant not in QUANTS:
-        raise ConfigError(f"--quant {options.quant}: use {', '.join(QUANTS)}")
+        raise ConfigError(f"--quant {options.quant:.80}: use {', '.join(QUANTS)}")
     plan = plan_checkpoint(path)
     if device.type == "cuda":  # elsewhere the system pages, or says so itself
         context = choose_max_context(options.max_context, plan.config.text.max_context, plan.config.prefix_len)
@@ -156,7 +156,7 @@ def quantise_vision_for(options: ModelOptions, model: Moondream3) -> None:
     Raises:
         ConfigError: no such scheme, or nothing here that computes it.
     """
-    said = f"--quant-vision {options.quant_vision}"
+    said = f"--quant-vision {options.quant_vision:.80}"
     if options.quant_vision != "int8":
         raise ConfigError(f"{said}: use none or int8")
     if options.dtype == "fp32":
@@ -260,7 +260,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"--device {name}: no such kind of device; use cpu, cuda, cuda:1 or mps") from error
+        raise ConfigError(f"--device {name:.80}: no such kind of device; use cpu, cuda, cuda:1 or mps") from error
     if device.type == "cuda" and (fault := cuda_fault()) is not None:
         raise ConfigError(f"--device {name}: {fault}")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
@@ -282,7 +282,7 @@ def choose_dtype(name: str, device: torch.device, weight_bytes: int) -> torch.dt
     """
     if name != "auto":
         if name not in DTYPES:
-            raise ConfigError(f"--dtype {name}: use auto, {', '.join(DTYPES)}")
+            raise ConfigError(f"--dtype {name:.80}: use auto, {', '.join(DTYPES)}")
         return DTYPES[name]
     if device.type == "cpu" and (weight_bytes < SMALL_MODEL_BYTES or not has_fast_bf16_cpu()):
         return torch.float32
