@@ -11,7 +11,6 @@ pictures, decode where a crash does no harm (decode.py sees to the last).
 from __future__ import annotations
 
 import io
-import re
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +21,9 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 
 from md3cli.errors import ImageError, UsageError
 from md3cli.jpeg import load_jpeg
+from md3cli.metadata import bare_jpeg, without_metadata
 from md3cli.records import MESSAGE_LIMIT_CHARS, printable
+from md3cli.refusals import is_apples_png, refusal
 
 Colour = tuple[int, int, int]
 OnHeader = Callable[[int], None]
@@ -67,11 +68,10 @@ def parse_background(background: str | None) -> Colour | None:
 
 def check_kind(data: bytes) -> None:
     """Raise ImageError unless `data` begins as a picture of a format read here; no pixel is decoded."""
-    formats = start_pillow()
     try:
-        Image.open(io.BytesIO(data), formats=formats).close()
-    except UnidentifiedImageError as error:
-        raise _refusal(data, formats) from error
+        _open(without_metadata(data), start_pillow())[0].close()
+    except ImageError:
+        raise
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, RuntimeError, struct.error, ...
         raise ImageError("decode", "the picture's header is damaged") from error
 
@@ -100,10 +100,9 @@ def decode_rgb(data: bytes, max_pixels: int, background: Colour | None, on_heade
 def _decode(data: bytes, max_pixels: int, background: Colour | None, on_header: OnHeader | None) -> Image.Image:
     formats = start_pillow()
     warnings.filterwarnings("ignore", module=r"PIL\.|md3cli\.pixels")  # broken EXIF and the like; again for each
-    try:  # picture, because whoever calls may have put the filters back
-        image: Image.Image = Image.open(io.BytesIO(data), formats=formats)
-    except UnidentifiedImageError as error:
-        raise _refusal(data, formats) from error
+    image, data = _open(without_metadata(data), formats)  # picture, because whoever calls may have put the filters back
+    if image.format == "TIFF":
+        _refuse_deep_planes(image)
     num_pixels = image.width * image.height
     if num_pixels > max_pixels:
         size = f"{image.width} x {image.height} pixels, more than the {max_pixels:,} of --max-pixels"
@@ -115,11 +114,23 @@ def _decode(data: bytes, max_pixels: int, background: Colour | None, on_header: 
     else:
         image.load()
     turn = _turn(image)
-    if image.mode.startswith(("I", "F")):
+    if background is not None and image.format == "PNG":
+        image = _with_transparent_colour(image, data)
+    if _is_deep(image):
         image = _to_8_bits(image)
     if num_pixels > HUGE_PIXELS:
         return _in_bands(image, turn, background)
     return _to_rgb(image if turn is None else image.transpose(turn), background)
+
+
+def _open(data: bytes, formats: tuple[str, ...]) -> tuple[Image.Image, bytes]:
+    """Open the picture; what is opened are the bytes that come back."""
+    if is_apples_png(data):  # Pillow would read its blue as red
+        raise refusal(data, formats)
+    for attempt in (data, bare_jpeg(data)) if data.startswith(b"\xff\xd8") else (data,):
+        with suppress(UnidentifiedImageError, KeyError):  # KeyError: a TIFF packed in a way that Pillow cannot name
+            return Image.open(io.BytesIO(attempt), formats=formats), attempt
+    raise refusal(data, formats)
 
 
 # --- the right way up -----------------------------------------------------------------------------
@@ -184,28 +195,42 @@ def _in_bands(image: Image.Image, turn: Image.Transpose | None, background: Colo
 # --- 8 bits, RGB ----------------------------------------------------------------------------------
 
 _BITS_PER_SAMPLE_TAG = 258
+_COLOURS_TAG = 262
+_SAMPLE_FORMAT_TAG = 339
+_UNSIGNED, _SIGNED = (1,), (2,)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits as 8 bits, scaled; Pillow's own conversion would clip it to white or black.
+    """Grey of more than 8 bits, or of signed ones, as 8 bits, scaled; Pillow's own conversion clips or wraps it.
 
-    16-bit samples lose their low byte. 32-bit integers and floats carry no range, so the values tell:
-    0-1 (floats) is stretched to 0-255, 0-255 stays, 0-65535 loses its low byte, anything else is
-    stretched from its smallest to its largest value.
+    16-bit samples lose their low byte. Other integers and floats carry no range, so the values tell: 0-1 (floats)
+    is stretched to 0-255, 0-255 stays, 0-65535 loses its low byte, anything else is stretched from its smallest to
+    its largest value. Where a TIFF's 0 is white, the samples are turned round within that range.
     """
+    tags = getattr(image, "tag_v2", {})
+    is_zero_white = bool(tags) and tags.get(_COLOURS_TAG, 0) == 0
     samples = np.asarray(image)
     if image.mode.startswith("I;16"):
-        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE_TAG, (16,))[0]  # TIFF knows 12 bits too
-        return Image.fromarray((samples >> (bits - 8)).astype(np.uint8))
+        bits = tags.get(_BITS_PER_SAMPLE_TAG, (16,))[0]  # TIFF knows 12 bits too
+        eight = (samples >> (bits - 8)).astype(np.uint8)
+        return Image.fromarray(255 - eight if is_zero_white else eight)
+    if image.mode == "I" and tags.get(_SAMPLE_FORMAT_TAG, _UNSIGNED) == _UNSIGNED:
+        samples = samples.view(np.uint32)  # PNG has none of them
+    elif image.mode == "L":
+        samples = samples.view(np.int8)
     finite = np.nan_to_num(samples.astype(np.float32), copy=False, posinf=0.0, neginf=0.0)
-    return Image.fromarray(_stretch(finite, is_integer=image.mode == "I"))
+    return Image.fromarray(_stretch(finite, is_integer=image.mode != "F", is_zero_white=is_zero_white))
 
 
-def _stretch(samples: np.ndarray, *, is_integer: bool) -> np.ndarray:
+def _stretch(samples: np.ndarray, *, is_integer: bool, is_zero_white: bool) -> np.ndarray:
     low, high = float(samples.min()), float(samples.max())
-    if low >= 0 and high <= 1 and not is_integer:
+    is_unit, is_ranged = low >= 0 and high <= 1 and not is_integer, low >= 0 and high <= 65535
+    if is_zero_white:
+        top = 1 if is_unit else 255 if is_ranged and high <= 255 else 65535 if is_ranged else low + high
+        samples = np.float32(top) - samples
+    if is_unit:
         samples *= 255
-    elif low < 0 or high > 65535:
+    elif not is_ranged:
         samples -= np.float32(low)
         samples *= np.float32(255 / max(high - low, 1e-30))
     elif high > 255:
@@ -214,61 +239,65 @@ def _stretch(samples: np.ndarray, *, is_integer: bool) -> np.ndarray:
     return eight
 
 
+def _is_deep(image: Image.Image) -> bool:
+    """Whether Pillow would clip or wrap the samples."""
+    is_signed = image.mode == "L" and getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT_TAG) == _SIGNED
+    return is_signed or image.mode.startswith(("I", "F"))
+
+
+_PLANES_TAG = 284
+
+
+def _refuse_deep_planes(image: Image.Image) -> None:
+    """Refuse what Pillow misreads without a word: separate planes of 16 bits, read as if they had 8."""
+    tags = getattr(image, "tag_v2", {})
+    bits, is_unpacked = max(tags.get(_BITS_PER_SAMPLE_TAG, (1,))), getattr(image, "tile", [("",)])[0][0] == "raw"
+    if tags.get(_PLANES_TAG) == 2 and bits > 8 and is_unpacked:
+        kind = f"a TIFF of {bits}-bit samples in separate planes"
+        raise ImageError("unsupported", f"{kind}; this kind is not read here, convert it to 8-bit RGB or grey")
+
+
+_DEPTH_OFFSET = 24  # of the bits a sample in a PNG
+
+
+def _with_transparent_colour(image: Image.Image, data: bytes) -> Image.Image:
+    """Make alpha of a PNG's transparent colour where Pillow would compare it with samples that it has scaled."""
+    key, depth = image.info.get("transparency"), data[_DEPTH_OFFSET]
+    if image.mode == "L" and isinstance(key, int):
+        most = 2**depth - 1
+        image.info["transparency"] = (key & most) * 255 // most
+    elif image.mode == "I;16" and isinstance(key, int):
+        samples = np.asarray(image)
+        image = Image.merge("LA", (Image.fromarray((samples >> 8).astype(np.uint8)), _opaque_where(samples != key)))
+    elif image.mode == "RGB" and isinstance(key, tuple) and depth == 16:
+        high, low = np.asarray(image), np.asarray(_low_bytes(data))
+        wanted = np.array(key)
+        is_other = ((high != wanted >> 8) | (low != wanted & 0xFF)).any(axis=2)
+        image = image.copy()
+        del image.info["transparency"]
+        image.putalpha(_opaque_where(is_other))
+    elif image.mode == "RGB" and isinstance(key, tuple):
+        image.info["transparency"] = tuple(value & 0xFF for value in key)
+    return image
+
+
+def _opaque_where(is_opaque: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.where(is_opaque, 255, 0).astype(np.uint8))
+
+
+def _low_bytes(data: bytes) -> Image.Image:
+    """The bytes of a PNG's 16-bit colours that Pillow drops: those that it would keep of a little-endian one."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
+        image.load()
+        return image
+
+
 def _to_rgb(image: Image.Image, background: Colour | None) -> Image.Image:
+    if image.mode == "La":
+        image = image.convert("LA")  # Pillow converts it to nothing else
     if background is not None and image.has_transparency_data:
         ground = Image.new("RGBA", image.size, (*background, 255))
         ground.alpha_composite(image.convert("RGBA"))
         image = ground
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-# --- what a refused file is -----------------------------------------------------------------------
-
-_KNOWN = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|II[*+]\0|MM\0[*+]|RIFF....WEBP|....ftypavi[fs]|BM....\0\0\0\0",
-    re.DOTALL,
-)
-_HEIF = re.compile(rb"....ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
-_FOREIGN = {
-    "PDF": rb"%PDF-",
-    "EPS": rb"%!PS|\xc5\xd0\xd3\xc6",
-    "SVG": rb"(?:\xef\xbb\xbf)?\s{0,99}(?:<svg\b|(?:<\?xml|<!DOCTYPE svg|<!--).{0,4000}?<svg\b)",
-    "PSD": rb"8BPS",
-    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
-    "JPEG XL": rb"\0\0\0\x0cJXL |\xff\x0a",
-    "JPEG XR": rb"II\xbc",
-    "ICO": rb"\0\0[\1\2]\0[^\0]",
-    "ICNS": rb"icns",
-    "DDS": rb"DDS ",
-    "PNM": rb"P[1-7fFyY][\s#]",
-    "QOI": rb"qoif",
-    "BLP": rb"BLP[12]",
-    "MSP": rb"DanM|LinS",
-    "SGI": rb"\x01\xda[\0\1][\1\2]",
-    "SUN": rb"\x59\xa6\x6a\x95",
-    "DCX": rb"\xb1\x68\xde\x3a",
-    "XPM": rb"/\* XPM \*/",
-    "XCF": rb"gimp xcf",
-    "WMF": rb"\xd7\xcd\xc6\x9a",
-    "FITS": rb"SIMPLE  =",
-    "OpenEXR": rb"\x76\x2f\x31\x01",
-    "Radiance": rb"#\?RADIANCE",
-    "DjVu": rb"AT&TFORM",
-}
-_UNMARKED = ("DIB", "PCX", "TGA", "XBM", "IM", "SPIDER")  # no magic number to speak of: Pillow reads their headers
-
-
-def _refusal(data: bytes, formats: tuple[str, ...]) -> ImageError:
-    """Why none of `formats` opens `data`: a damaged header, another format, or no picture at all."""
-    is_heif = _HEIF.match(data) is not None
-    if is_heif and "HEIF" not in formats:
-        return ImageError("unsupported", "HEIF pictures need an optional part: pip install 'md3cli[heif]'")
-    if is_heif or _KNOWN.match(data):
-        return ImageError("decode", "the picture is damaged: its header cannot be read")
-    foreign = next((name for name, magic in _FOREIGN.items() if re.match(magic, data, re.DOTALL)), None)
-    if foreign is None:
-        with suppress(Exception):  # their parsers raise anything
-            foreign = Image.open(io.BytesIO(data), formats=_UNMARKED).format
-    if foreign is None:
-        return ImageError("not_an_image", "the content is no known picture format")
-    return ImageError("unsupported", f"{foreign} is not among the formats read here: {', '.join(formats)}")

@@ -8,6 +8,7 @@ made, never from what this package does with it.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import socket
 import struct
@@ -82,6 +83,27 @@ def tiff(width: int, height: int, bits: int, data: bytes, *, next_ifd: int = 0) 
     ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     start = offset + len(data)
     return struct.pack("<2sHI", b"II", 42, start) + data + ifd + struct.pack("<I", next_ifd and start)
+
+
+def any_tiff(samples: np.ndarray, tags: dict[int, tuple[int, ...]], order: str = "<") -> bytes:
+    """An unpacked TIFF of any samples [H, W] or [H, W, bands], in one strip, or one a plane where tag 284 says so."""
+    height, width = samples.shape[:2]
+    bands = samples.shape[2] if samples.ndim == 3 else 1
+    is_planar = tags.get(284) == (2,)
+    planes = [samples[..., band] for band in range(bands)] if is_planar else [samples]
+    strips = [np.ascontiguousarray(plane).tobytes() for plane in planes]
+    offsets = [8 + sum(map(len, strips[:number])) for number in range(len(strips))]
+    facts = {256: (width,), 257: (height,), 258: (samples.dtype.itemsize * 8,) * bands, 259: (1,), 273: offsets}
+    facts |= {277: (bands,), 278: (height,), 279: [len(strip) for strip in strips], **tags}
+    start = 8 + sum(map(len, strips))
+    directory, tail = struct.pack(order + "H", len(facts)), b""
+    for tag, values in sorted(facts.items()):
+        raw = struct.pack(f"{order}{len(values)}I", *values)
+        place = raw if len(raw) == 4 else struct.pack(order + "I", start + 6 + 12 * len(facts) + len(tail))
+        tail += raw if len(raw) > 4 else b""
+        directory += struct.pack(order + "HHI", tag, 4, len(values)) + place
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, start)
+    return head + b"".join(strips) + directory + bytes(4) + tail
 
 
 def turned_exif(orientation: int) -> bytes:
@@ -177,6 +199,83 @@ def _good_oddities() -> Iterator[tuple[str, bytes, Size]]:
         yield name, encode(picture(), fmt), WIDE
 
 
+def _beside_the_pixels() -> Iterator[tuple[str, bytes, Size]]:
+    """Sound pictures with texts, profiles, frames and ends that are huge, broken or missing."""
+    long, pixels = zlib.compress(bytes(50_000_000)), encode(picture(), "PNG")
+    chunks = {
+        "ztxt": chunk(b"zTXt", b"parameters\0\0" + long),
+        "itxt": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + long),
+        "itxts": chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(bytes(1_000_000))) * 70,
+        "raw-profile": chunk(b"zTXt", b"Raw profile type exif\0\0" + long),
+        "text": chunk(b"tEXt", b"workflow\0" + b"x" * (5 << 20)),
+        "profile": chunk(b"iCCP", b"name\0\0" + long),
+        "profile-method": chunk(b"iCCP", b"name\0\5junk"),
+        "checksum": chunk(b"tEXt", b"key\0value")[:-1] + b"?",
+        "checksum-exif": chunk(b"eXIf", turned_exif(6)[6:])[:-1] + b"?",
+        "short": b"".join(chunk(kind, b"") for kind in (b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"iCCP", b"tIME")),
+        "frames": chunk(b"acTL", b"") + chunk(b"fcTL", b"?" * 26),
+    }
+    end = pixels.index(b"IEND") - 4
+    for name, extra in chunks.items():
+        yield f"png-{name}.png", pixels[:33] + extra + pixels[33:], WIDE
+        yield f"png-late-{name}.png", pixels[:end] + extra + pixels[end:], WIDE
+        yield f"png-cut-in-{name}.png", pixels[:end] + extra[:-6], WIDE
+    yield "png-without-end.png", pixels[:end], WIDE
+    jpeg = encode(picture(), "JPEG")
+    texts = {
+        0xE0: b"JFIF",
+        0xE1: b"Exif\0\0",
+        0xE2: b"ICC_PROFILE\0",
+        0xED: b"Photoshop 3.0\0" + b"8BIM\3\xed",
+        0xEE: b"Adobe",
+    }
+    texts |= {0xEF: b"x" * 65_000, 0xFE: b"\xff" * 60_000}
+    for marker, text in texts.items():
+        for number, body in enumerate((text, text + b"\0", text + b"\xff" * 40)):
+            segment = struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
+            if len(body) > 40 and marker == 0xEE:
+                continue  # this one says how colours are stored
+            yield f"jpeg-{marker:x}-{number}.jpg", jpeg[:20] + segment + jpeg[20:], WIDE
+    yield "jpeg-without-end.jpg", jpeg[:-2], WIDE
+    webp = encode(picture(), "WEBP", exif=turned_exif(6), icc_profile=b"not a profile at all")
+    yield "webp-cut-in-exif.webp", webp[:-4], WIDE
+    yield "webp-behind.webp", webp + b"anything", TALL
+    gif = encode(picture(), "GIF")
+    comment, start = b"!\xfe" + (b"\xff" + b"c" * 255) * 9000 + b"\0", gif.index(b",\0\0\0\0")
+    yield "gif-comment.gif", gif[:start] + comment + gif[start:], WIDE
+    yield "gif-without-end.gif", gif[:-1], WIDE
+    yield "bmp-behind.bmp", encode(picture(), "BMP") + b"anything", WIDE
+
+
+def _unread_kinds() -> Iterator[tuple[str, bytes, str]]:
+    """Sound pictures of formats that are read, of kinds that are not."""
+    flat = np.full((8, 8), 7)
+    kinds: dict[str, tuple[np.ndarray, dict[int, tuple[int, ...]]]] = {
+        "grey-f64": (flat.astype("<f8"), {262: (1,), 339: (3,)}),
+        "grey-f16": (flat.astype("<f2"), {262: (1,), 339: (3,)}),
+        "grey-u64": (flat.astype("<u8"), {262: (1,)}),
+        "complex": (flat.astype("<c8"), {262: (1,), 339: (6,)}),
+        "signed-white": (flat.astype("<i2"), {262: (0,), 339: (2,)}),
+        "rgb-f32": (np.dstack([flat] * 3).astype("<f4"), {262: (2,), 339: (3,) * 3}),
+        "grey-alpha-u16": (np.dstack([flat] * 2).astype("<u2"), {262: (1,), 338: (2,)}),
+        "seven-bands": (np.dstack([flat] * 7).astype("<u2"), {262: (1,), 338: (0,) * 6}),
+        "camera": (flat.astype("<u2"), {262: (32803,)}),
+        "packed": (flat.astype("u1"), {262: (1,), 259: (34712,)}),
+        "planes-u16": (np.dstack([flat] * 3).astype("<u2"), {262: (2,), 284: (2,)}),
+    }
+    for name, (samples, tags) in kinds.items():
+        yield f"unread-{name}.tif", any_tiff(samples, tags), "unsupported"
+    jpeg = bytearray(encode(picture(), "JPEG"))
+    jpeg[jpeg.index(b"\xff\xc0") + 4] = 12
+    yield "unread-12-bits.jpg", bytes(jpeg), "unsupported"
+    lossless = encode(picture("L"), "JPEG").replace(b"\xff\xc0", b"\xff\xf7", 1)
+    yield "unread-ls.jpg", lossless, "unsupported"
+    apple = chunk(b"CgBI", b"\x50\0\x20\2")
+    png_file = encode(picture(), "PNG")
+    yield "unread-apple.png", png_file[:8] + apple + png_file[8:], "unsupported"
+    yield "unread-animated.png", b"\x8aMNG\r\n\x1a\n" + bytes(50), "unsupported"
+
+
 def _many_frames(count: int) -> bytes:
     one = encode(Image.new("P", (1, 1)), "GIF")
     start = one.index(b",\0\0\0\0")
@@ -247,10 +346,6 @@ def _bombs() -> Iterator[tuple[str, bytes, str]]:
     jpeg = encode(picture(), "JPEG")
     frame = jpeg.index(b"\xff\xc0") + 5
     yield "bomb.jpg", jpeg[:frame] + struct.pack(">HH", 65500, 65500) + jpeg[frame + 4 :], "too_large"
-    zeros = zlib.compress(bytes(50_000_000))
-    yield "ztxt-bomb.png", png(2, 1, bytes(7), extra=chunk(b"zTXt", b"a\0\0" + zeros)), "decode"
-    itxt = b"".join(chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(bytes(1_000_000))) for _ in range(70))
-    yield "itxt-bomb.png", png(2, 1, bytes(7), extra=itxt), "decode"
     yield "no-width.png", png(0, 5, b"\0" * 5), "decode"
     yield "bm-text.bmp", b"BMW builds cars and motorcycles in Munich.", "decode"  # begins as a BMP does
     yield "short-strip.tif", tiff(500, 500, 8, bytes(9)), "decode"
@@ -352,7 +447,10 @@ def write_corpus(root: Path) -> list[Case]:
     for folder in ("good", "bad"):
         (root / folder).mkdir()
     with warnings.catch_warnings(action="ignore"):  # Pillow's, about what is broken here on purpose
-        cases = [*_written(root, "good", _good()), *_written(root, "bad", _bad())]
+        cases = [
+            *_written(root, "good", itertools.chain(_good(), _beside_the_pixels())),
+            *_written(root, "bad", itertools.chain(_bad(), _unread_kinds())),
+        ]
     return [*cases, *_named(root), *_special(root)]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 
 import numpy as np
 import pytest
-from corpus import chunk, encode, picture, png, tiff, turned_exif
+from corpus import any_tiff, chunk, encode, picture, png, tiff, turned_exif
 from PIL import Image
 
 from md3cli import pixels
@@ -125,6 +126,53 @@ def test_samples_without_a_range_are_scaled_by_their_values(samples, expected):
         np.testing.assert_allclose(rgb(saved(samples))[0, :, 1].astype(int), expected, atol=1)
 
 
+@pytest.mark.parametrize(
+    ("samples", "sample_format", "order", "is_zero_white", "expected"),
+    [
+        (np.array([0, 60000, 65535], "<u2"), 1, "<", True, [255, 21, 0]),
+        (np.array([0, 60000, 65535], "<u2"), 1, "<", False, [0, 234, 255]),
+        (np.array([0, 60000, 65535], ">u2"), 1, ">", False, [0, 234, 255]),
+        (np.array([250, 0, 255], "u1"), 1, "<", True, [5, 255, 0]),
+        (np.array([0, 0.9, 1], "<f4"), 3, "<", True, [255, 26, 0]),
+        (np.array([0, 0.9, 1], ">f4"), 3, ">", True, [255, 26, 0]),
+        (np.array([0, 100, 255], "<f4"), 3, "<", True, [255, 155, 0]),
+        (np.array([0, 300, 65535], "<f4"), 3, "<", True, [255, 254, 0]),
+        (np.array([-10, 0, 10], "<f4"), 3, "<", True, [255, 128, 0]),
+        (np.array([0, 2_000_000_000, 4_000_000_000], "<u4"), 1, "<", False, [0, 128, 255]),
+        (np.array([0, 256, 65535], "<u4"), 1, "<", False, [0, 1, 255]),
+        (np.array([-100, 0, 100], "<i2"), 2, "<", False, [0, 128, 255]),
+        (np.array([-100, 0, 100], ">i4"), 2, ">", False, [0, 128, 255]),
+        (np.array([-128, 0, 127], "i1"), 2, "<", False, [0, 128, 255]),
+        (np.array([0, 5, 127], "i1"), 2, "<", False, [0, 5, 127]),
+    ],
+)
+def test_samples_of_a_tiff_are_what_its_tags_say(samples, sample_format, order, is_zero_white, expected):
+    data = any_tiff(samples[None], {262: (0 if is_zero_white else 1,), 339: (sample_format,)}, order)
+    np.testing.assert_allclose(rgb(data)[0, :, 1].astype(int), expected, atol=1)
+
+
+@pytest.mark.parametrize(("bits", "sample", "expected"), [(1, 0x80, 0), (2, 0x40, 170), (4, 0x10, 238)])
+def test_few_bits_whose_zero_is_white_are_turned_round(bits, sample, expected):
+    tags = {258: (bits,), 262: (0,)}
+    assert rgb(any_tiff(np.array([[sample]], np.uint8), tags))[0, 0].tolist() == [expected] * 3
+
+
+def test_premultiplied_grey_is_read():
+    samples = np.array([[[100, 255], [50, 128]]], np.uint8)
+    np.testing.assert_allclose(rgb(any_tiff(samples, {262: (1,), 338: (1,)}))[0, :, 0], [100, 100], atol=1)
+
+
+def test_what_a_tiff_is_that_is_not_read_is_said():
+    samples = np.zeros((4, 4, 3), ">f4")
+    with pytest.raises(ImageError, match=r"3 bands \(RGB\) of 32-bit floating point samples, big-endian") as caught:
+        rgb(any_tiff(samples, {262: (2,), 339: (3,) * 3}, ">"))
+    assert caught.value.type == "unsupported"
+    whole = any_tiff(samples, {262: (2,), 339: (3,) * 3, 279: (10**6,)}, ">")
+    with pytest.raises(ImageError) as caught:
+        rgb(whole)
+    assert caught.value.type == "decode", "its pixels are not all there"
+
+
 # --- colours --------------------------------------------------------------------------------------
 
 
@@ -159,6 +207,27 @@ def test_the_colours_of_a_transparent_palette_are_kept():
 ], ids=["RGBA", "LA", "RGB colour", "L grey", "P png", "P gif", "webp", "avif"])  # fmt: skip
 def test_transparent_pictures_are_laid_on_the_background(data):
     np.testing.assert_array_equal(rgb(data, background=(255, 0, 7)), np.full((2, 3, 3), (255, 0, 7)))
+
+
+GROUND = [9, 99, 199]
+DEEP = [0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFE]
+
+
+@pytest.mark.parametrize(("depth", "colour", "row", "key", "expected"), [
+    (16, 2, struct.pack(">6H", *DEEP), (0xFFFF,) * 3, [GROUND, [255] * 3]),
+    (16, 0, struct.pack(">2H", 1000, 1001), (1000,), [GROUND, [3] * 3]),
+    (8, 0, b"\5\6", (5,), [GROUND, [6] * 3]),
+    (4, 0, b"\xf3", (15,), [GROUND, [51] * 3]),
+    (2, 0, b"\x60", (1,), [GROUND, [170] * 3]),
+    (1, 0, b"\x40", (0,), [GROUND, [255] * 3]),
+    (8, 2, b"\1\2\3\1\2\4", (1, 2, 3), [GROUND, [1, 2, 4]]),
+    (16, 4, struct.pack(">4H", 30000, 0, 30000, 65535), None, [GROUND, [117] * 3]),
+    (16, 6, struct.pack(">8H", 256, 512, 768, 0, 256, 512, 768, 65535), None, [GROUND, [1, 2, 3]]),
+])  # fmt: skip
+def test_transparent_colours_of_every_depth_are_compared_in_full(depth, colour, row, key, expected):
+    extra = b"" if key is None else chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
+    data = png(2, 1, b"\0" + row, depth=depth, colour=colour, extra=extra)
+    assert rgb(data, background=tuple(GROUND))[0].tolist() == expected
 
 
 def test_half_transparent_pixels_are_mixed_with_the_background():
