@@ -389,3 +389,23 @@ def test_a_cluster_that_is_not_there(address: str, message: str, monkeypatch: py
     monkeypatch.setattr("md3cli.scale.ray_cluster.check_installed", lambda: None)
     with pytest.raises(Md3Error, match=message), connected(RayOptions(address)):
         pass
+
+
+def test_a_signal_while_ray_starts_is_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own handler, in place for that time, ends with status 15."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+
+        def start_and_be_stopped() -> None:
+            with _own_sigterm():
+                signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+                signal.raise_signal(signal.SIGTERM)
+
+        with pytest.raises(EngineError, match="stopped while Ray was being started"):
+            start_and_be_stopped()
+        assert received == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGTERM)
+        assert len(received) == 2, "the program's handler is back"
+    finally:
+        signal.signal(signal.SIGTERM, before)

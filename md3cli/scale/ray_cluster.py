@@ -108,7 +108,7 @@ def connected(options: RayOptions) -> Iterator[Any]:
         settings = _joining(address) if address != LOCAL else _starting(stack)
         ray = import_module("ray")
         if not ray.is_initialized():
-            stack.callback(ray.shutdown)
+            stack.callback(_shut_down, ray)
             try:
                 with _own_sigterm():
                     ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
@@ -117,15 +117,32 @@ def connected(options: RayOptions) -> Iterator[Any]:
         yield ray
 
 
+def _shut_down(ray: Any) -> None:
+    """Leave the cluster; a run that is done, or stopped, does not fail of it."""
+    with contextlib.suppress(Exception):  # of many kinds, such as a raylet that has gone before
+        ray.shutdown()
+
+
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Ray puts a handler of its own in the place of the program's, which would end it at once."""
-    handler = signal.getsignal(signal.SIGTERM)
+    """Ray puts a handler of its own in the place of the program's, which would end it at once with status 15.
+
+    Raises:
+        EngineError: SIGTERM came meanwhile; the program's own handler has been called.
+    """
+    handler, is_ended = signal.getsignal(signal.SIGTERM), False
     try:
         yield
+    except SystemExit as end:
+        is_ended = end.code == signal.SIGTERM and callable(handler)
+        if not is_ended:
+            raise
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+    if is_ended and callable(handler):
+        handler(signal.SIGTERM, None)
+        raise EngineError("stopped while Ray was being started")
 
 
 def _joining(address: str) -> dict[str, Any]:

@@ -171,5 +171,5 @@ def _pump(answers: Iterator[ShardAnswer], arrived: queue.SimpleQueue[Any]) -> No
         for answer in answers:
             arrived.put(answer)
         arrived.put(_END)
-    except Exception as error:  # noqa: BLE001 - raised again by the thread that waits
-        arrived.put(error)
+    except BaseException as error:  # noqa: BLE001 - told by the thread that waits, which nothing else would wake
+        arrived.put(error if isinstance(error, Exception) else EngineError(f"{type(error).__name__}: {error}"))

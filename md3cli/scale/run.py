@@ -195,8 +195,13 @@ class _ScaledRun:
         return status
 
     def _run_shards(self) -> None:
-        with self._console.progress(self._plan.rows) as progress, contextlib.closing(self._driver()) as driver:
-            driver.run(lambda: self._on_step(driver, progress))
+        try:
+            with self._console.progress(self._plan.rows) as progress, contextlib.closing(self._driver()) as driver:
+                driver.run(lambda: self._on_step(driver, progress))
+        except Exception as error:
+            if self._stop.received is None:
+                raise
+            self._console.warn(f"while stopping: {error}")  # what breaks once a signal has come breaks of the stop
         self._stop.check()
 
     def _driver(self) -> _Driver:

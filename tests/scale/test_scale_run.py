@@ -22,6 +22,7 @@ from scale_chaos import UNHURRIED_S, ScaleChaos, run_scale_chaos
 from md3cli.errors import ExportError, OutputError
 from md3cli.scale.ending import Ending
 from md3cli.scale.here import ShardsHere
+from md3cli.signals import StopSignals
 
 TESTS = Path(__file__).parent.parent
 THREE = ("--devices", "cpu", "--workers-per-device", "3")
@@ -429,3 +430,27 @@ def test_what_killed_writers_left_is_removed(md3: Program, pictures: Path, tmp_p
     assert md3("caption", pictures, "-o", f"{out}/", *asked).exit_code == 3
     assert [name for name in names if (out / name).exists()] == []
     assert [name for name in kept if not (out / name).exists()] == []
+
+
+def test_what_breaks_once_a_signal_has_come_is_the_stop(
+    md3: Program, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a cluster that ends with the same signal."""
+    stops: list[StopSignals] = []
+
+    class Stop(StopSignals):
+        def __enter__(self) -> StopSignals:
+            stops.append(self)
+            return self
+
+    def break_off(*_: object) -> None:
+        stops[-1].received = signal.SIGTERM
+        raise RuntimeError("the cluster is gone")
+
+    monkeypatch.setattr("md3cli.scale.run.StopSignals", Stop)
+    monkeypatch.setattr(ShardsHere, "run", break_off)
+    stopped = md3("caption", pictures, "-o", tmp_path / "o.jsonl", "--engine", "local")
+    assert stopped.exit_code == 128 + signal.SIGTERM
+    assert "warning: while stopping: the cluster is gone" in stopped.stderr
+    assert "stopped by SIGTERM" in stopped.stderr
+    assert "resume with: " in stopped.stderr
