@@ -3,21 +3,26 @@
 `load_dataset("imagefolder", data_dir=OUT)` guesses splits from names, so everything lies under
 `train/`: a picture called `test_a.jpg` would otherwise take the rest away. Every row has the
 same keys, those that the records' tasks can fill. Pixels are of the upright picture, as `datasets`
-decodes it. Pictures are hard-linked where the file system allows, else copied; kinds that `datasets`
+decodes it. A picture that only md3 reads (no end marker, another format than the suffix says) becomes PNG.
+Pictures are hard-linked where the file system allows, else copied; kinds that `datasets`
 does not load become PNG.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from PIL import Image
+
 from md3cli.errors import ImageError
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
-from md3cli.exporters.names import candidates, relative_name
+from md3cli.exporters.names import candidates, portable, relative_name
 from md3cli.exporters.objects import flat
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures
@@ -26,6 +31,10 @@ from md3cli.records import ImageItem
 
 METADATA = "metadata.jsonl"
 _NOT_LOADED = frozenset({".avif", ".heic", ".heif"})  # by ImageFolder of datasets 5.2: written as PNG instead
+_LOADED = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "TIFF", "BMP")  # whatever the suffix says
+# What `datasets` takes for the name of another split in a folder's name, at any depth (data_files.py).
+_SPLIT = re.compile(r"(?<![^-._ 0-9])(validation|valid|dev|val|test|testing|eval|evaluation)(?![^-._ 0-9])")
+_PATTERN = str.maketrans("[]{}", "____")
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
@@ -62,17 +71,26 @@ def _add_picture(folder: StagedFolder, group: ImageGroup, pictures: Pictures) ->
     target = folder.path / relative
     with file:
         try:
-            if relative_name(group.name).suffix.lower() in _NOT_LOADED:
+            content = pictures.read_bytes(source)  # what is no picture, or not the record's, is not linked either
+            if relative_name(group.name).suffix.lower() in _NOT_LOADED or not _loads(content):
                 pictures.read(source).save(file, "PNG")
-            else:
-                content = pictures.read_bytes(source)  # what is no picture, or not the record's, is not linked either
-                if not _linked(source, target):
-                    file.write(content)
+            elif not _linked(source, target):
+                file.write(content)
         except ImageError:
             pictures.note_unreadable(group.name)
             target.unlink()
             return None
     return relative.relative_to("train")
+
+
+def _loads(content: bytes) -> bool:
+    """Whether `datasets` can decode the picture: one it cannot stops the loop over the whole set."""
+    try:
+        with Image.open(io.BytesIO(content), formats=_LOADED) as image:
+            image.load()
+    except Exception:  # noqa: BLE001 - decoders raise OSError, ValueError, SyntaxError, RuntimeError, struct.error, ...
+        return False
+    return True
 
 
 def _names(image: str) -> Iterator[PurePosixPath]:
@@ -86,8 +104,10 @@ def _names(image: str) -> Iterator[PurePosixPath]:
 
 
 def _plain(name: PurePosixPath) -> PurePosixPath:
-    """`name` without what `datasets` would read as a pattern."""
-    return PurePosixPath(str(name).translate(str.maketrans("*?[]", "____")))
+    """`name` without what `datasets` reads as a pattern, a chain (`::`), a folder (`\\`), hidden or another split."""
+    parts = [part.translate(_PATTERN) for part in portable(name).parts]
+    parts = [f"_{part.lstrip('._')}" if part.startswith((".", "__")) else part for part in parts]
+    return PurePosixPath(*(_SPLIT.sub(r"\1~", part) for part in parts[:-1]), parts[-1])
 
 
 def _linked(source: ImageItem, target: Path) -> bool:

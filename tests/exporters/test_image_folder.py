@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +118,42 @@ def test_without_a_root_it_asks_for_one(detect_run: Run) -> None:
     (detect_run.folder / "run.json").unlink()
     with pytest.raises(UsageError, match="--root"):
         detect_run.export("hf", "out")
+
+
+def test_awkward_names_load(run: Run, tmp_path: Path) -> None:
+    names = [
+        "a::b.png", "c\\d.png", "\\e.png", "x::y/z.png", "https://h.example/not there.png", "%41#?.png",
+        "[0-9]{a,b}*.png", "train station.jpg", "test/validation.jpg", "a/my_val 2/dev.x/j.png",
+        "testing/contest/k.png", ".hidden.png", "__special/f.png", "..g/h.png",
+        "blank .png", "folder. /i.png", "con/aux.jpg", "l\nm\x1b\x7f.png", "metadata.jsonl.png", "~", "'\"&;$.png",
+    ]  # fmt: skip
+    shown = "\\xff\\xfe.png"
+    there = [name for name in names if "://" not in name]
+    draw_pictures(run.root, [name for name in there if name.endswith("g")])
+    (run.root / "~").write_bytes((run.root / "empty.png").read_bytes())
+    (run.root / os.fsdecode(b"\xff\xfe.png")).write_bytes((run.root / "empty.png").read_bytes())
+    (run.root / shown).write_bytes((run.root / "empty.png").read_bytes())
+    lines = [record(name, "caption", length="short", caption=name) for name in [*names, shown]]
+    exact = base64.b64encode(b"\xff\xfe.png").decode()
+    run.write([*lines, record(shown, "caption", length="short", caption="bytes", image_b64=exact)])
+    report, out = run.export("hf", "out")
+    rows = load(out, tmp_path / "cache")["train"]
+    assert sorted(row["text"] for row in rows) == sorted([*there, shown, "bytes"])
+    assert all(row["image"].size == (WIDTH, HEIGHT) for row in rows)
+    assert report.num_images == len(rows)
+
+
+def test_a_picture_that_only_md3_reads_does_not_stop_the_loop(run: Run, tmp_path: Path) -> None:
+    draw_pictures(run.root, ["whole.png"])
+    content = io.BytesIO()
+    Image.new("RGB", (WIDTH, HEIGHT), "red").save(content, "JPEG")
+    (run.root / "no_end.jpg").write_bytes(content.getvalue()[:-2])
+    (run.root / "cut.jpg").write_bytes(content.getvalue()[:300])
+    Image.new("RGB", (WIDTH, HEIGHT)).save(run.root / "named.jpg", "AVIF")
+    names = ["whole.png", "no_end.jpg", "cut.jpg", "named.jpg"]
+    run.write([record(name, "caption", length="short", caption=name) for name in names])
+    report, out = run.export("hf", "out")
+    rows = load(out, tmp_path / "cache")["train"]
+    assert {row["text"] for row in rows} >= {"whole.png", "named.jpg"}
+    assert all(row["image"].size == (WIDTH, HEIGHT) for row in rows)
+    assert any("cut.jpg" in note for note in report.notes)

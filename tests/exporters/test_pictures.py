@@ -1,0 +1,176 @@
+"""Which file an export opens: never one that a stranger's records or run.json lead to."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from finished_runs import CAR, HEIGHT, WIDTH, Record, Run, draw_pictures, record, write_records
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from md3cli.cli import app
+from md3cli.exporters import ExportOptions
+from md3cli.exporters.pictures import Pictures
+from md3cli.own_runs import seal_of
+
+SECRET = b"-----BEGIN PRIVATE KEY-----"
+CARRYING = ["hf", "yolo", "overlay", "parquet", "html"]
+
+
+def export(folder: Path, format: str, *options: object) -> Result:
+    embed = ["--embed-images"] if format == "parquet" else []
+    arguments = ["export", str(folder), "-f", format, *embed, *map(str, options)]
+    return CliRunner().invoke(app, arguments)
+
+
+def bytes_under(out: Path) -> bytes:
+    paths = out.rglob("*") if out.is_dir() else [out] if out.exists() else []
+    return b"".join(path.read_bytes() for path in paths if path.is_file())
+
+
+def of(path: Path, image: str, task: str = "detect") -> Record:
+    """A record about `path` under the name `image`, with the digest of what is there."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    result = {"objects": [CAR]} if task == "detect" else {"caption": "a stranger's", "length": "short"}
+    return record(image, task, "car", sha256=digest, **result)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A folder with a private key, one that is called a picture, and two pictures."""
+    made = tmp_path / "home"
+    draw_pictures(made, ["p.png", "q.png"])
+    (made / "id_rsa").write_bytes(SECRET)
+    (made / "key.png").write_bytes(SECRET)
+    return made
+
+
+def strangers_run(tmp_path: Path, root: str, lines: list[Record], **keys: object) -> Path:
+    folder = tmp_path / "stranger"
+    write_records(folder / "records.jsonl", lines)
+    (folder / "run.json").write_text(json.dumps({"schema": "md3-run/1", "root": root} | keys))
+    return folder
+
+
+@pytest.mark.parametrize("format", CARRYING)
+@pytest.mark.parametrize("name", ["id_rsa", "key.png"])
+@pytest.mark.parametrize("root", ["/", "home"])
+@pytest.mark.parametrize("is_typed", [False, True])
+def test_what_is_no_picture_is_never_carried(
+    tmp_path: Path, home: Path, format: str, name: str, root: str, is_typed: bool
+) -> None:
+    claimed = Path("/") if root == "/" else home
+    image = (home / name).relative_to(claimed).as_posix()
+    folder = strangers_run(tmp_path, str(claimed), [of(home / name, image), of(home / "p.png", image + ".png")])
+    options = ["--root", claimed] if is_typed else []
+    result = export(folder, format, "-o", tmp_path / "out", *options)
+    assert "unexpected" not in result.output
+    assert SECRET not in bytes_under(tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", CARRYING)
+def test_below_a_claimed_root_only_the_record_s_own_picture_is_taken(tmp_path: Path, home: Path, format: str) -> None:
+    ours, wrong = of(home / "p.png", "p.png"), of(home / "p.png", "q.png")
+    folder = strangers_run(tmp_path, str(home), [ours, wrong])
+    result = export(folder, format, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    found = Pictures(folder / "records.jsonl", ExportOptions())
+    assert not found.is_trusted
+    carried = bytes_under(tmp_path / "out")
+    if format in ("hf", "yolo"):
+        assert (home / "p.png").read_bytes() in carried
+        assert not list((tmp_path / "out").rglob("q.png"))
+    assert (home / "q.png").read_bytes() not in carried
+
+
+@pytest.mark.parametrize("seal", [None, 7, "", "0" * 64, "ü"])
+def test_a_seal_cannot_be_guessed(tmp_path: Path, home: Path, seal: object) -> None:
+    folder = strangers_run(tmp_path, str(home), [of(home / "p.png", "p.png")], seal=seal)
+    assert not Pictures(folder / "records.jsonl", ExportOptions()).is_trusted
+
+
+def test_a_seal_is_of_one_root(tmp_path: Path, home: Path) -> None:
+    folder = strangers_run(tmp_path, str(home), [of(home / "p.png", "p.png")], seal=seal_of(str(tmp_path)))
+    assert not Pictures(folder / "records.jsonl", ExportOptions()).is_trusted
+
+
+@pytest.mark.parametrize("root", ["home", "/", ".", ".."])
+def test_nothing_is_written_beside_pictures_that_only_a_stranger_names(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, root: str
+) -> None:
+    monkeypatch.chdir(home)
+    claimed = home if root == "home" else Path(root)
+    image = os.path.relpath(home / "p.png", claimed.resolve())
+    folder = strangers_run(tmp_path, str(claimed), [of(home / "p.png", image, "caption")])
+    result = export(folder, "txt", "--beside")
+    assert result.exit_code == 2
+    assert "--root DIR" in result.stderr
+    assert not list(tmp_path.rglob("*.txt"))
+    assert export(folder, "txt", "--beside", "--root", claimed.resolve()).exit_code == 0
+    assert (home / "p.txt").read_text() == "a stranger's"
+
+
+def test_own_runs_need_no_root(tmp_path: Path, home: Path) -> None:
+    """As the command's own run.json has it; also when the picture was changed since."""
+    folder = strangers_run(tmp_path, str(home), [of(home / "p.png", "p.png", "caption")], seal=seal_of(str(home)))
+    draw_pictures(home, ["q.png", "p.png"])
+    assert export(folder, "hf", "-o", tmp_path / "out").exit_code == 0
+    assert (tmp_path / "out/train/p.png").read_bytes() == (home / "p.png").read_bytes()
+    assert export(folder, "txt", "--beside").exit_code == 0
+    assert (home / "p.txt").read_text() == "a stranger's"
+
+
+def test_an_address_is_no_folder(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw_pictures(tmp_path / "http:/h.example", ["p.png"])
+    folder = strangers_run(tmp_path, "http://h.example", [of(home / "p.png", "p.png")])
+    assert Pictures(folder / "records.jsonl", ExportOptions()).root is None
+
+
+# --- tars ----------------------------------------------------------------------------------------------
+
+
+def write_tar(path: Path, members: Mapping[str, tuple[int, int, int]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, colour in members.items():
+            content = io.BytesIO()
+            Image.new("RGB", (WIDTH, HEIGHT), colour).save(content, "PNG")
+            info = tarfile.TarInfo(name)
+            info.size = len(content.getvalue())
+            tar.addfile(info, io.BytesIO(content.getvalue()))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        tar.addfile(link)
+
+
+@pytest.mark.parametrize("is_confined", [True, False])
+@pytest.mark.parametrize("tar", ["a.tar", "sub/B.TAR"])
+def test_a_member_is_found_in_its_tar_only(run: Run, is_confined: bool, tar: str) -> None:
+    secret = run.root / "empty.png"
+    outside = f"../{secret.parent.name}/empty.png"
+    members = {"n/x.png": (1, 2, 3), str(secret): (4, 5, 6), "./d.png": (7, 8, 9), outside: (9, 9, 9)}
+    write_tar(run.root / tar, members)
+    run.write([record("x", "caption", caption="x")])
+    pictures = Pictures(run.records, ExportOptions(root=run.root, is_confined=is_confined))
+    for name, colour in members.items():
+        found = pictures.find({"image": f"{tar}/{name.removeprefix('./')}"})
+        assert found is not None
+        assert pictures.read(found).getpixel((0, 0)) == colour
+    for name in ("link.png", "gone.png", "../a/photo.png", "../../pictures/empty.png", "/etc/hostname", ""):
+        assert pictures.find({"image": f"{tar}/{name}"}) is None
+
+
+def test_a_folder_that_is_called_a_tar_is_a_folder(run: Run) -> None:
+    draw_pictures(run.root, ["a.tar/b.png"])
+    run.write([record("a.tar/b.png", "caption", caption="x")])
+    found = Pictures(run.records, ExportOptions()).find({"image": "a.tar/b.png"})
+    assert found is not None
+    assert found.path == str(run.root.resolve() / "a.tar/b.png")
