@@ -20,8 +20,17 @@ from quiet_server import QuietServer
 
 from md3cli.errors import CheckpointError, UsageError
 from md3cli.model import hub
-from md3cli.model.hub import TOKENIZER_REPO, known_models, model_path, present_path, repo_of, resolve_model
+from md3cli.model.hub import (
+    TOKENIZER_REPO,
+    known_models,
+    model_path,
+    present_path,
+    repo_of,
+    resolve_model,
+    terms_of,
+)
 from md3cli.model.hub_download import cached, download, plan_download
+from md3cli.model.weight_files import find_weight_files
 
 GOLDEN = Path(__file__).parent / "golden"
 CASE_A = GOLDEN / "case-a" / "checkpoint"
@@ -223,6 +232,48 @@ def test_a_tokenizer_of_choice_marks_the_revision(served: dict[str, dict[str, by
     marked = resolve_model(REPO, tokenizer=str(CASE_A)).revision
     assert marked.startswith(f"{COMMIT}+")
     assert len(marked) == 40 + 1 + 8
+
+
+def test_a_line_end_in_the_caches_refs_is_read_past(served: dict[str, dict[str, bytes]], asked: list[str]) -> None:
+    snapshot = resolve_model(REPO).path
+    ref = snapshot.parents[1] / "refs" / "main"
+    for text in (f"{COMMIT}\n", f"{COMMIT}\r\n", f"\ufeff{COMMIT}\n"):
+        ref.write_text(text, encoding="utf-8")
+        asked.clear()
+        assert resolve_model(REPO, offline=True).path == snapshot
+        assert asked == []
+    ref.write_text("../../elsewhere\n")
+    assert cached(REPO, None) is None
+
+
+def test_a_cache_without_its_blobs_says_so(
+    served: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = resolve_model(REPO).path
+    shutil.rmtree(snapshot.parents[1] / "blobs")
+    if not any(file.is_symlink() for file in snapshot.iterdir()):
+        pytest.skip("the hub's library made no links here")
+    with pytest.raises(CheckpointError, match=r"is a link to .*where nothing is"):
+        find_weight_files(snapshot)
+    monkeypatch.setattr(hub, "ALIASES", {"moondream3": REPO})
+    assert known_models()[0].num_bytes in (None, 0)
+
+
+@pytest.mark.parametrize("revision", ["/etc", "../../x", "a\0b", "a" * 300, "\n", "a\\b"])
+def test_a_revision_that_git_would_not_know_is_no_path(revision: str) -> None:
+    with pytest.raises(CheckpointError, match=r"has no revision .*give a branch, a tag or a commit"):
+        resolve_model(REPO, revision=revision, offline=True)
+
+
+def test_terms_are_named_for_each_model(tmp_path: Path) -> None:
+    assert "Business Source Licence 1.1" in terms_of("moondream3")
+    assert terms_of("moondream3.1").endswith("https://huggingface.co/moondream/moondream3.1-9B-A2B")
+    assert "Business" not in terms_of("moondream3.1")
+    assert terms_of("someone/else") == "read them at https://huggingface.co/someone/else"
+    assert "Apache-2.0" in terms_of("tiny")
+    assert "the place the weights came from" in terms_of(str(tmp_path))
+    (tmp_path / "LICENSE.md").write_text("")
+    assert terms_of(str(tmp_path)) == "read LICENSE.md beside the weights"
 
 
 def test_sizes_are_known_before_anything_is_fetched(served: dict[str, dict[str, bytes]], tmp_path: Path) -> None:

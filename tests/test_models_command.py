@@ -54,6 +54,22 @@ def test_info_shows_format_parts_and_what_would_load() -> None:
     assert ["total", "944,832", "1.9", "MB"] in lines
 
 
+def test_info_says_whether_it_segments_and_under_which_terms(tmp_path: Path) -> None:
+    output = " ".join(run("info", "tiny").split())
+    assert "published mask scores use a second network behind it, a refiner" in output
+    assert "terms of use: Apache-2.0" in output
+    plain, newer = tmp_path / "plain", tmp_path / "moondream3.1"
+    for folder in (plain, newer):
+        shutil.copytree(CASE_A, folder)
+        config = json.loads((folder / "config.json").read_text())
+        tokenizer = config.get("tokenizer") or config["config"]["tokenizer"]
+        del tokenizer["templates"]["segment"]
+        (folder / "config.json").write_text(json.dumps(config))
+    assert "segment is refused: config.json has no template" in " ".join(run("info", plain).split())
+    assert "segment" in json.loads(run("info", newer, "--json"))["skills"]
+    assert "segment" not in json.loads(run("info", plain, "--json"))["skills"]
+
+
 def test_info_as_json() -> None:
     summary = json.loads(run("info", GOLDEN / "case-c-formats" / "int4", "--json"))
     assert summary["format"] == "int4"

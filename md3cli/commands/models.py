@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Weights: what is there, fetch, look into, fewer bits, other layouts.")
 
+_SEGMENTS = (
+    "masks are as the model draws them; published mask scores use a second network behind it, a refiner, that is not "
+    "among these weights"
+)
+_SEGMENTS_NOT = "segment is refused: config.json has no template for it (moondream3.1 segments)"
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Alias, repository id, folder or .safetensors file.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -83,7 +89,7 @@ def pull(model: Model, revision: Revision = None) -> None:
     plan = hub_download.plan_download(repo, revision)
     typer.echo(
         f"{repo}@{plan.revision}: {_size(plan.num_bytes)}, {_size(plan.missing_bytes)} to fetch into "
-        f"{plan.cache_folder}, {_size(plan.free_bytes)} free; terms of use: https://huggingface.co/{repo}",
+        f"{plan.cache_folder}, {_size(plan.free_bytes)} free; terms of use: {hub.terms_of(repo)}",
         err=True,
     )
     if plan.missing_bytes > plan.free_bytes:
@@ -98,7 +104,7 @@ def info(model: Model, revision: Revision = None, as_json: AsJson = False) -> No
     from md3cli.model.hub import present_path
     from md3cli.model.inspection import inspect_checkpoint
 
-    summary = inspect_checkpoint(present_path(model, revision))
+    summary = inspect_checkpoint(present_path(model, revision), model)
     if as_json:
         typer.echo(json.dumps(summary.as_json(), indent=1))
         return
@@ -235,12 +241,14 @@ def _summary_lines(summary: CheckpointSummary) -> Iterable[str]:
     config = summary.config
     text, vision = config.text, config.vision
     moe = f", {text.moe.num_experts} experts from layer {text.moe.start_layer}" if text.moe else ""
-    skills = summary.as_json()["skills"]
     yield f"{summary.path}: {summary.layout}, revision {summary.revision}"
     yield f"  loads: {text.n_layers} text layers of width {text.dim}{moe}; {vision.enc_n_layers} vision layers"
-    yield f"  image prefix {config.prefix_len} positions, context {text.max_context}; skills: {', '.join(skills)}"
+    skills = ", ".join(summary.skills)
+    yield f"  image prefix {config.prefix_len} positions, context {text.max_context}; skills: {skills}"
     has_ln, has_tokenizer = ("yes" if has else "no" for has in (summary.has_region_ln, summary.has_tokenizer))
     yield f"  region LayerNorm: {has_ln}; tokenizer: {has_tokenizer}"
+    yield f"  {_SEGMENTS if 'segment' in summary.skills else _SEGMENTS_NOT}"
+    yield f"  terms of use: {summary.terms}"
     yield "  stored as " + ", ".join(f"{dtype} {_size(size)}" for dtype, size in summary.dtypes.items())
 
 

@@ -23,6 +23,10 @@ ALIASES: Mapping[str, str] = {
     "moondream3": "moondream/moondream3-preview",
     "moondream3.1": "moondream/moondream3.1-9B-A2B",
 }
+_LICENCES: Mapping[str, str] = {
+    ALIASES["moondream3"]: "Business Source Licence 1.1 with an additional use grant",
+    ALIASES["moondream3.1"]: "a licence of its own, not moondream3-preview's",
+}
 TOKENIZER_REPO = "moondream/starmie-v1"
 
 _TINY_FOLDER = Path(__file__).parent / "tiny"
@@ -95,14 +99,18 @@ def resolve_model(
     path = _local_path(name)
     files = find_weight_files(path)
     tokenizer_file = find_tokenizer(files.folder, tokenizer, offline)
-    return ModelFiles(path, tokenizer_file, _shown_name(name, path), checkpoint_revision(files, tokenizer_file))
+    return ModelFiles(path, tokenizer_file, shown_name(name), checkpoint_revision(files, tokenizer_file))
 
 
-def _shown_name(name: str, path: Path) -> str:
-    """The last part of a local path, with its folder for a file: where it lies on the host is nobody's business."""
-    if name == TINY:
-        return name
-    full = path.resolve()
+def shown_name(name: str) -> str:
+    """What records call a model: its repository, or the last part of a local path, with its folder for a file.
+
+    Where it lies on the host is nobody's business.
+    """
+    repo = repo_of(name)
+    if repo is not None or name == TINY:
+        return repo or name
+    full = _local_path(name).resolve()
     return full.name if full.is_dir() else f"{full.parent.name}/{full.name}"
 
 
@@ -126,6 +134,19 @@ def repo_of(name: str) -> str | None:
         f"model {name!r:.200}: no such file or folder, and neither an alias ({known}) nor a repository id "
         f"(owner/name{page})"
     )
+
+
+def terms_of(name: str) -> str:
+    """The terms of use of a model's weights, or where to read them."""
+    repo = repo_of(name)
+    if repo is not None:
+        page = f"https://huggingface.co/{repo}"
+        return f"{_LICENCES[repo]}; read it at {page}" if repo in _LICENCES else f"read them at {page}"
+    if name == TINY:
+        return "Apache-2.0, as this package"
+    path = _local_path(name)
+    beside = sorted((path if path.is_dir() else path.parent).glob("LICEN[CS]E*"))
+    return f"read {beside[0].name} beside the weights" if beside else "those of the place the weights came from"
 
 
 def is_repo_id(name: str) -> bool:
@@ -207,4 +228,4 @@ def known_models() -> list[KnownModel]:
 
 
 def _weight_bytes(folder: Path | None) -> int | None:
-    return None if folder is None else sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return None if folder is None else sum(f.stat().st_size for f in folder.glob("*.safetensors") if f.is_file())

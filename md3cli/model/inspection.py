@@ -14,7 +14,9 @@ from typing import Any
 from md3cli.model.checkpoint_plan import CheckpointPlan, plan_checkpoint
 from md3cli.model.config import ModelConfig
 from md3cli.model.formats import Format
+from md3cli.model.hub import shown_name, terms_of
 from md3cli.model.name_tables import Recipe, Slot
+from md3cli.model.prompts import templates_of
 from md3cli.model.tensor_table import Part, part_of
 from md3cli.model.weight_files import checkpoint_revision
 
@@ -48,6 +50,8 @@ class CheckpointSummary:
     has_region_ln: bool
     has_tokenizer: bool
     config: ModelConfig
+    skills: tuple[str, ...]
+    terms: str  # of use, or where to read them
 
     @property
     def num_parameters(self) -> int:
@@ -73,18 +77,19 @@ class CheckpointSummary:
             "dtypes": self.dtypes,
             "region_ln": self.has_region_ln,
             "tokenizer": self.has_tokenizer,
-            "skills": sorted(key for key, template in self.config.tokenizer.templates.items() if template is not None),
+            "skills": list(self.skills),
+            "license": self.terms,
             "max_context": self.config.text.max_context,
         }
 
 
-def inspect_checkpoint(path: Path | str) -> CheckpointSummary:
-    """Describe the checkpoint at `path`, a folder or a .safetensors file.
+def inspect_checkpoint(path: Path | str, name: str | None = None) -> CheckpointSummary:
+    """Describe the checkpoint at `path`, a folder or a .safetensors file; `name` is what the user calls it.
 
     Raises:
         CheckpointError: it would not load; the message says why.
     """
-    plan = plan_checkpoint(Path(path))
+    plan, shown = plan_checkpoint(Path(path)), shown_name(name or str(path))
     parameters: Counter[Part] = Counter()
     stored: defaultdict[Part, Counter[str]] = defaultdict(Counter)
     for slot in plan.slots:
@@ -107,6 +112,8 @@ def inspect_checkpoint(path: Path | str) -> CheckpointSummary:
         has_region_ln=plan.has_region_ln,
         has_tokenizer=plan.files.tokenizer_file is not None,
         config=plan.config,
+        skills=tuple(sorted(skill for skill, given in templates_of(plan.config, shown).items() if given is not None)),
+        terms=terms_of(name or str(path)),
     )
 
 

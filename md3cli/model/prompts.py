@@ -171,6 +171,22 @@ class _Template:
     reasoning_suffix: tuple[int, ...]
 
 
+def templates_of(config: ModelConfig, model_name: str) -> dict[str, Any]:
+    """Return the templates a model has, by skill, unread: config.json's, the defaults, and what its name stands for.
+
+    A default, taken because config.json says nothing, goes where this vocabulary does not have its words.
+    """
+
+    def is_foreign(skill: str, template: Any) -> bool:
+        is_default = template is not None and template == DEFAULT_TEMPLATES.get(skill)
+        return is_default and any(id >= config.text.vocab_size for ids in template.values() for id in ids)
+
+    found = {skill: given for skill, given in config.tokenizer.templates.items() if not is_foreign(skill, given)}
+    if SEGMENTING_MODEL in model_name.lower():
+        found.setdefault(Task.SEGMENT, SEGMENT_TEMPLATE)
+    return found
+
+
 class Prompts:
     """The templates of one model, ready to be filled.
 
@@ -185,9 +201,7 @@ class Prompts:
         self._ids = config.tokenizer
         self._vocab_size = config.text.vocab_size
         self._tokenizer = tokenizer
-        raw = {name: given for name, given in config.tokenizer.templates.items() if not self._is_foreign(name, given)}
-        if SEGMENTING_MODEL in model_name.lower():
-            raw.setdefault(Task.SEGMENT, SEGMENT_TEMPLATE)
+        raw = templates_of(config, model_name)
         self._captions = self._read_captions(raw.get(Task.CAPTION))
         self._templates = {
             task: self._read_template(task, raw[task])
@@ -276,12 +290,6 @@ class Prompts:
         return Prompt(ids, tuple(coords), tuple(sizes))
 
     # -- templates --------------------------------------------------------------------------------
-
-    def _is_foreign(self, name: str, template: Any) -> bool:
-        """A default, taken because config.json says nothing, whose words this vocabulary does not have."""
-        if template is None or template != DEFAULT_TEMPLATES.get(name):
-            return False
-        return any(id >= self._vocab_size for ids in template.values() for id in ids)
 
     def _read_captions(self, raw: Any) -> dict[str, tuple[int, ...]]:
         fields = {} if raw is None else self._object(Task.CAPTION, raw)
