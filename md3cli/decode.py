@@ -1,7 +1,9 @@
 """The decode pool: pictures are read and cut in worker processes, so that a bad one costs one record.
 
 A C decoder that crashes, loops or eats memory takes its worker with it and nothing else: the picture
-fails with `decoder_crash`, `timeout` or `too_large`, the worker is replaced, the pool goes on. Knows
+fails with `decoder_crash`, `timeout` or `too_large`, the worker is replaced, the pool goes on. A worker
+may also be killed for no fault of its picture (by the kernel, when memory runs out): the picture gets a
+second try, with no other one beside it, and only one that ends two workers is a `decoder_crash`. Knows
 nothing of models or records. Comes in: `ImageItem`. Goes out: a future of `PreparedImage`.
 
 How it works: each thread of an executor owns one worker process (decode_worker.py), sends it what to
@@ -15,6 +17,7 @@ Workers are fresh interpreters, not forks of a process with threads and a CUDA c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -23,6 +26,8 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import asdict
 from types import TracebackType
@@ -81,6 +86,8 @@ class DecodePool:
         self._lock = threading.Lock()  # guards _workers and _is_closed
         self._is_closed = False
         self._huge = threading.Lock()  # held while a huge picture has its pixels in memory
+        self._turns = _Turns()
+        self._is_told = False
 
     def __enter__(self) -> Self:
         return self
@@ -125,11 +132,38 @@ class DecodePool:
 
     def _decode_in_worker(self, item: ImageItem, data: bytes | None) -> PreparedImage:
         try:
-            return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge)
+            with self._turns.beside_others():
+                return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge)
+        except ImageError as error:
+            if error.type != "decoder_crash" or self._is_closed:
+                self._raise_cancelled_if_closed()
+                raise
+            self._tell_once(error)
         except Exception:
-            if self._is_closed:  # close() killed the worker: no fault of the picture
-                raise CancelledError from None
+            self._raise_cancelled_if_closed()
             raise
+        return self._try_again(item, data)
+
+    def _try_again(self, item: ImageItem, data: bytes | None) -> PreparedImage:
+        try:
+            with self._turns.alone():
+                self._raise_cancelled_if_closed()
+                return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge)
+        except Exception:
+            self._raise_cancelled_if_closed()
+            raise
+
+    def _raise_cancelled_if_closed(self) -> None:
+        """Raise CancelledError where close() killed the worker, which is no fault of the picture."""
+        if self._is_closed:
+            raise CancelledError from None
+
+    def _tell_once(self, error: ImageError) -> None:
+        with self._lock:
+            is_told, self._is_told = self._is_told, True
+        if not is_told:
+            advice = "if memory runs out, use fewer --workers"
+            warnings.warn(f"{error}: its picture is tried once more, as any later one will be; {advice}", stacklevel=2)
 
     def _worker_of_thread(self) -> _Worker:
         worker: _Worker | None = getattr(self._of_thread, "worker", None)
@@ -139,6 +173,14 @@ class DecodePool:
             worker.close()  # lost over the last picture, or died between two: not this picture's fault
             with self._lock:
                 self._workers.discard(worker)
+        try:
+            return self._start_worker()
+        except InputError:
+            if not self._of_thread.worker.was_killed or self._is_closed:
+                raise
+            return self._start_worker()  # killed from outside before it could do any harm
+
+    def _start_worker(self) -> _Worker:
         worker = self._of_thread.worker = _Worker(self._setup)
         with self._lock:
             self._workers.add(worker)
@@ -147,6 +189,45 @@ class DecodePool:
             worker.kill()
         worker.wait_until_ready()
         return worker
+
+
+class _Turns:
+    """Who may decode: many beside each other, or one alone, before whom no further ones begin."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_running = 0
+        self._num_alone = 0  # at work or waiting
+
+    @contextlib.contextmanager
+    def beside_others(self) -> Iterator[None]:
+        """Wait until nobody is, or wants to be, alone."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_alone == 0)
+            self._num_running += 1
+        yield from self._run()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until nobody else decodes."""
+        with self._changed:
+            self._num_alone += 1
+            self._changed.wait_for(lambda: self._num_running == 0)
+            self._num_running += 1
+        try:
+            yield from self._run()
+        finally:
+            with self._changed:
+                self._num_alone -= 1
+                self._changed.notify_all()
+
+    def _run(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_running -= 1
+                self._changed.notify_all()
 
 
 def _worker_command(control_fd: int) -> list[str]:
@@ -173,6 +254,7 @@ class _Worker:
                 process_group=0,  # Ctrl-C and Ctrl-Z at the terminal are for the parent to handle
             )
         self._channel = Channel(ours)
+        self.was_killed = False  # by a signal, before it was ready
 
     @property
     def pid(self) -> int:
@@ -187,6 +269,7 @@ class _Worker:
             self._channel.send(asdict(self._setup))
             self._channel.receive(_START_TIMEOUT_S)
         except (OSError, EOFError) as error:  # TimeoutError is an OSError
+            self.was_killed = not isinstance(error, TimeoutError) and self._ended_by_signal()
             self.kill()
             assert self._process.stderr is not None
             said = self._process.stderr.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
@@ -231,6 +314,11 @@ class _Worker:
         crops = np.empty((1 + tiling.rows * tiling.cols, side, side, 3), np.uint8)
         self._channel.receive_into(crops.data.cast("B"), timeout_s)
         return PreparedImage(crops, tiling, width, height, sha256)
+
+    def _ended_by_signal(self) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout=1.0) < 0
+        return False
 
     def _how_it_ended(self) -> str:
         try:

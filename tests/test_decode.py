@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from concurrent.futures import CancelledError
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from md3cli import decode_worker as worker
 real = worker.prepare_image
 def obey(item, *args, **kwargs):
     if item.name == "sleep": time.sleep(999)
+    if item.name == f"sleep-in-{os.getpid()}": time.sleep(999)
     if item.name == "crash": os.kill(os.getpid(), signal.SIGSEGV)
     if item.name == "exit": os._exit(7)
     if item.name == "starve": resource.setrlimit(resource.RLIMIT_AS, (1 << 28, -1))
@@ -171,21 +173,66 @@ def test_a_decoder_that_dies_costs_one_picture(obedient, good, deed, message):
                 assert outcome(future) == whole
 
 
-@pytest.mark.parametrize(
-    ("signum", "expected"),
-    [(signal.SIGKILL, "decoder_crash"), (signal.SIGSEGV, "decoder_crash"), (signal.SIGSTOP, "timeout")],
-)
-def test_a_worker_hit_from_outside_is_replaced(obedient, good, signum, expected):
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_picture_whose_worker_is_killed_gets_a_second_try(obedient, good, signum):
+    with warnings.catch_warnings(record=True, action="always") as told_words, DecodePool(1, CFG, LIMITS) as pool:
+        whole = outcome(pool.submit(good))
+        for _ in range(3):
+            [pid] = pool.worker_pids()
+            stuck = pool.submit(told(good, f"sleep-in-{pid}"))
+            waiting = pool.submit(good)
+            time.sleep(0.2)
+            os.kill(pid, signum)
+            assert outcome(stuck) == whole
+            assert outcome(waiting) == whole
+            assert is_gone(pid)
+    [words] = told_words  # once
+    assert "tried once more" in str(words.message)
+
+
+def test_the_second_try_is_alone(monkeypatch, tmp_path, good):
+    """A picture that kills its worker while another one is decoded is decoded when it is alone."""
+    busy = tmp_path / "busy"
+    busy.mkdir()
+    deeds = f"""    if item.name in ("fussy", "other"):
+        mine = {str(busy)!r} + f"/{{os.getpid()}}"
+        open(mine, "w").close()
+        time.sleep(0.3)
+        if item.name == "fussy" and len(os.listdir({str(busy)!r})) > 1:
+            os.unlink(mine)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.unlink(mine)
+"""
+    monkeypatch.setattr(
+        decode, "_WORKER_CODE", OBEDIENT.replace("    return real(item", f"{deeds}    return real(item")
+    )
+    with warnings.catch_warnings(action="ignore"), DecodePool(3, CFG, LIMITS) as pool:
+        whole = outcome(pool.submit(good))
+        names = ["other", "fussy", "other"] * 4
+        assert [outcome(future) for future in [pool.submit(told(good, name)) for name in names]] == [whole] * 12
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_a_picture_that_kills_twice_fails_and_the_pool_goes_on(obedient, good, num_workers):
+    with warnings.catch_warnings(action="ignore"), DecodePool(num_workers, CFG, LIMITS) as pool:
+        whole = outcome(pool.submit(good))
+        futures = [pool.submit(told(good, "crash") if n % 3 == 1 else good) for n in range(12)]
+        for number, future in enumerate(futures):
+            if number % 3 == 1:
+                assert error_type(future) == "decoder_crash"
+            else:
+                assert outcome(future) == whole
+
+
+def test_a_worker_that_is_stopped_is_replaced_and_its_picture_times_out(obedient, good):
     with DecodePool(1, CFG, LIMITS, timeout_s=2.0) as pool:
         whole = outcome(pool.submit(good))
         [pid] = pool.worker_pids()
-        stuck = pool.submit(told(good, "sleep"))
-        waiting = pool.submit(good)
+        stuck, waiting = pool.submit(told(good, "sleep")), pool.submit(good)
         time.sleep(0.2)
-        os.kill(pid, signum)
-        assert error_type(stuck) == expected
+        os.kill(pid, signal.SIGSTOP)
+        assert error_type(stuck) == "timeout"
         assert outcome(waiting) == whole
-        assert pool.worker_pids() != [pid]
         assert is_gone(pid)
 
 
@@ -339,6 +386,16 @@ def test_no_worker_outlives_a_run_that_was_killed(good):
         assert len(pids) == 2
         run.kill()
     wait_until(lambda: all(map(is_gone, pids)), timeout_s=5.0)
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_started_again(monkeypatch, tmp_path, good):
+    first = tmp_path / "first"
+    dies = f"import os, pathlib, signal\nif not pathlib.Path({str(first)!r}).exists():\n"
+    dies += f"    pathlib.Path({str(first)!r}).touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    monkeypatch.setattr(decode, "_WORKER_CODE", dies + decode._WORKER_CODE)
+    with DecodePool(1, CFG, LIMITS) as pool:
+        assert pool.submit(good).result(PATIENCE_S).width == 200
+    assert first.exists()
 
 
 def test_where_no_worker_starts_the_run_is_told_why(monkeypatch, good):
