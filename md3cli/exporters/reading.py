@@ -136,7 +136,7 @@ class RecordsFile:
                     if has_record and is_last and isinstance(error, NotJson) and bare.startswith(b"{"):
                         self._note_torn(number)
                         return
-                    raise self._refusal(number, error) from error
+                    raise self._refusal(number, error, has_record=has_record) from error
                 has_record = True
                 yield Line(number, offset), parsed
             offset += len(text)
@@ -146,9 +146,11 @@ class RecordsFile:
         if note not in self.notes:  # each pass over the file meets it
             self.notes.append(note)
 
-    def _refusal(self, number: int, error: ValueError) -> InputError:
-        where = f"{printable(str(self.path))}, line {number}"
-        return InputError(f"{where}: {error}; mend or remove the line, or run the command again")
+    def _refusal(self, number: int, error: ValueError, *, has_record: bool = True) -> InputError:
+        advice = "mend or remove the line, or run the command again"
+        if not has_record:
+            advice = "give the records.jsonl of a run, or its folder; of such a file, mend or remove the line"
+        return InputError(f"{printable(str(self.path))}, line {number}: {error}; {advice}")
 
 
 def _without_mark(text: bytes, offset: int) -> bytes:

@@ -106,6 +106,11 @@ def _words(key: str, value: Any) -> str:
     return str(value) if type(value) in (int, float) and math.isfinite(value) else _text(key, value)
 
 
+def _digest(key: str, value: Any) -> str | None:
+    """A digest; one of decimal digits only may have become a number, which cannot be turned back."""
+    return None if type(value) in (int, float) else _text(key, value)
+
+
 def _count(key: str, value: Any) -> int:
     """A whole number from 0, also as `160.0`."""
     if isinstance(value, float) and value.is_integer():
@@ -237,9 +242,10 @@ def _carried(key: str, value: Any, depth: int = 0) -> Any:
 
 
 _TIDY: Mapping[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(("schema", "id", "image", "image_b64", "task", "length", "finish_reason"), _text),
-    **dict.fromkeys(("model", "sha256"), _text),
-    **dict.fromkeys(("prompt", "caption", "answer"), _words),
+    **dict.fromkeys(("schema", "image", "image_b64", "task", "length", "finish_reason"), _text),
+    "model": _text,
+    "sha256": _digest,
+    **dict.fromkeys(("id", "prompt", "caption", "answer"), _words),
     **dict.fromkeys(("width", "height"), _side),
     "objects": _objects,
     "points": _points,
