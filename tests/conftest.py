@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Two cores are shared, and the models of the tests are too small for more than one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Kernels for a GPU run in Triton's interpreter here; the choice is made when they are first imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples each time, and no clock: a newcomer's first run is no matter of luck. Fresh ones are looked for with
+# `pytest --hypothesis-profile=search`; what that finds is kept as an @example.
+settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("same", settings.get_profile("search"), derandomize=True, database=None)
+settings.load_profile("same")
+
+
+FOR_TESTS = ("MD3_CUDA_PYTHON", "MD3_LABEL_STUDIO_ENV")  # what tests themselves are told
+
+
+def leave_the_users_machine_out() -> None:
+    """Take settings of the person who runs the tests away, of md3 and of what it uses; their folders are left alone."""
+    odd = ("NO_COLOR", "FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", "COLUMNS", "LINES", "RAY_ADDRESS")
+    for name in list(os.environ):
+        if name in odd or (name.startswith("MD3_") and name not in FOR_TESTS):
+            del os.environ[name]
+    for name in ("NO_PROXY", "no_proxy"):  # servers of the tests are on this machine
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("MPLCONFIGDIR", str(caches / "matplotlib"))  # its list of fonts takes long to make
+    home = tempfile.mkdtemp(prefix="md3-tests-")
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    folders = {"XDG_CONFIG_HOME": "config", "XDG_CACHE_HOME": "cache", "HF_HOME": "huggingface"}
+    os.environ |= {name: f"{home}/{folder}" for name, folder in folders.items()}
+    os.umask(0o022)
+
+
+leave_the_users_machine_out()
 
 # `nohup` and background jobs of a shell hand down ignored signals; programs started here expect none.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -24,8 +58,14 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
 
 
 @pytest.fixture(autouse=True)
-def denormals_as_they_were() -> Iterator[None]:
-    """Loading an engine switches denormals off for the process; the next test finds them on."""
+def as_if_alone() -> Iterator[None]:
+    """What a test draws does not depend on the tests before it, nor how it reckons.
+
+    Loading an engine switches denormals off for the process; the next test finds them on.
+    """
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)

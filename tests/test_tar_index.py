@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from md3cli.errors import InputError, RowError
@@ -63,7 +63,7 @@ def test_a_cut_tar_without_end_marks_keeps_its_whole_members(tmp_path: Path) -> 
         next(members)
 
 
-@settings(max_examples=150, deadline=5000, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.integers(0, 8191), st.integers(0, 255)), min_size=1, max_size=8))
 def test_any_damage_ends(changes: list[tuple[int, int]]) -> None:
     data = bytearray(tar_of(CONTENTS))
