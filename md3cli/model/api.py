@@ -13,17 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from PIL import Image
-
 from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError, EngineError, ImageError, RequestError
-from md3cli.images import ImageLimits, PreparedImage, prepare_image
+from md3cli.images import PreparedImage
 from md3cli.model.answers import reasoning_result
 from md3cli.model.asking import (
     Asked,
     ImageLike,
     SpatialRefs,
-    prepare_pil,
+    picture_words,
+    prepare_picture,
     read_argument,
     read_flag,
     read_prompt,
@@ -39,14 +38,11 @@ from md3cli.model.streaming import TextStream
 from md3cli.model.tasks import Answer, EncodedImage, Job, Sequence
 from md3cli.records import (
     ImageFacts,
-    ImageItem,
     RecordDict,
     Request,
     RowFailure,
     Task,
-    printable,
 )
-from md3cli.remote.address import is_address
 from md3cli.row_requests import check_request
 
 
@@ -222,15 +218,8 @@ class Moondream:
     def _prepare(self, image: ImageLike) -> PreparedImage | EncodedImage:
         if isinstance(image, EncodedImage):
             return image
-        if isinstance(image, Image.Image):
-            return prepare_pil(image, self.engine.crop_config)
-        if is_address(str(image)):
-            raise RequestError(
-                f"{printable(str(image))}: no address is fetched here; open the picture, or use md3 itself"
-            )
-        item = ImageItem(str(image), str(image))
         background = self.engine.identity.background
-        return prepare_image(item, self.engine.crop_config, ImageLimits(), None if background == "none" else background)
+        return prepare_picture(image, self.engine.crop_config, None if background == "none" else background)
 
     def _answer(self, image: ImageLike | None, request: Request) -> dict[str, Any]:
         job = self._job(image, request)
@@ -241,7 +230,7 @@ class Moondream:
         try:
             return Job(next(self._keys), None if image is None else self._prepare(image), request)
         except ImageError as error:
-            raise ImageError(error.type, f"{printable(str(image))}: {error}") from error
+            raise ImageError(error.type, f"{picture_words(image)}: {error}") from error
 
     def _step(self) -> None:
         self._answers.update((answer.key, answer) for answer in self.engine.step())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from md3cli.errors import RequestError, RowError
-from md3cli.images import CropConfig, PreparedImage, cut_crops
+from md3cli.errors import ImageError, RequestError, RowError
+from md3cli.images import CropConfig, ImageLimits, PreparedImage, cut_crops, prepare_image
 from md3cli.model.tasks import Answer, EncodedImage
 from md3cli.records import (
     ImageFacts,
@@ -27,9 +28,10 @@ from md3cli.records import (
     printable,
     request_id,
 )
+from md3cli.remote.address import is_address
 from md3cli.row_requests import ROW_COLUMNS, read_setting, refused_request
 
-ImageLike = Image.Image | EncodedImage | str | Path
+ImageLike = Image.Image | EncodedImage | str | Path | bytes | np.ndarray
 SpatialRefs = Iterable[Iterable[float]]
 SETTINGS = ("temperature", "top_p", "max_tokens", "max_objects", "seed")
 _TASK_NAMES = tuple(Task)
@@ -48,7 +50,8 @@ class Asked:
         image = row.get("image")
         path = str(image) if isinstance(image, (str, Path)) else ""
         name = row.get("name") if isinstance(row.get("name"), str | Path) else None
-        self.item = None if image is None or image == "" else ImageItem(str(name or path), path)
+        is_absent = image is None or (isinstance(image, str) and not image)
+        self.item = None if is_absent else ImageItem(str(name or path), path)
         meta = row.get("meta")
         others = {key: value for key, value in row.items() if key not in KNOWN_KEYS}
         self.meta: Mapping[str, Any] = others | dict(meta) if isinstance(meta, Mapping) else others
@@ -79,6 +82,59 @@ class Asked:
             output_tokens=answer.output_tokens,
             meta=self.meta,
         )
+
+
+def prepare_picture(image: ImageLike, config: CropConfig, background: str | None) -> PreparedImage:
+    """Prepare a picture in any form but an encoded one.
+
+    Args:
+        image: a path, the bytes of a file, a PIL image, or an array uint8 [H, W, 3] or [H, W].
+        background: a colour to lay transparent files on; None drops alpha.
+
+    Raises:
+        RequestError: it is none of these.
+        ImageError: it cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        image = _image_of(image)
+    if isinstance(image, Image.Image):
+        try:
+            return prepare_pil(image, config)
+        except Exception as error:  # a file that PIL has opened and not read yet: decoders raise anything
+            raise ImageError("decode", f"it cannot be read ({shown(error)})") from error
+    if isinstance(image, bytes | bytearray | memoryview):
+        data = bytes(image)
+        if not data:
+            raise ImageError("empty", "0 bytes")
+        return prepare_image(ImageItem("", ""), config, ImageLimits(), background, data=data)
+    if not isinstance(image, str | os.PathLike):
+        wanted = "a path, the bytes of a file, a PIL image or an array uint8 [H, W, 3]"
+        raise RequestError(f"image is {picture_words(image)}; give {wanted}")
+    path = os.fsdecode(image)
+    if is_address(path):
+        raise RequestError(f"{printable(path)}: no address is fetched here; open the picture, or use md3 itself")
+    return prepare_image(ImageItem(path, path), config, ImageLimits(), background)
+
+
+def _image_of(array: np.ndarray) -> Image.Image:
+    is_shape = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    if array.dtype != np.uint8 or not is_shape or array.size == 0:
+        raise RequestError(f"image is {picture_words(array)}; expected uint8 [H, W, 3] or [H, W], 0 to 255, RGB")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def picture_words(image: object) -> str:
+    """What a picture is, for a message: a path as it is, of anything else its kind and size, never its contents."""
+    if isinstance(image, str | os.PathLike):
+        return printable(os.fsdecode(image))
+    kind = type(image).__name__
+    if isinstance(image, bytes | bytearray | memoryview):
+        return f"{kind} of length {len(image):,}"
+    if isinstance(image, Image.Image):
+        return f"a PIL image ({image.mode}, {image.width} x {image.height})"
+    if hasattr(image, "shape") and hasattr(image, "dtype"):
+        return f"{kind} ({image.dtype}, {list(image.shape)})"
+    return f"a value of the type {kind}"
 
 
 def prepare_pil(image: Image.Image, config: CropConfig) -> PreparedImage:
