@@ -91,7 +91,7 @@ class CellReader:
         batches = self._parquet.iter_batches(
             CELLS_AT_A_TIME, row_groups=[place.row_group], columns=[IMAGE_BYTES], use_threads=False
         )
-        self._cells = (cell for batch in batches for cell in batch.column(0).flatten()[0])
+        self._cells = (cell for batch in batches for cell in batch.column("image").flatten()[0])
         self._place, self._next_row = place, 0
 
     def _cell(self, row: int) -> Any:

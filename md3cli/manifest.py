@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple, Protocol
@@ -27,6 +28,14 @@ DEPTH_LIMIT = 64  # of nested lists and objects; deeper ones could not be writte
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_UTF16_START = re.compile(rb"(?:[ -~\r\n]\0){4}|(?:\0[ -~\r\n]){4}")  # text without its byte order mark
+_HEAD_BYTES = 1 << 16
+_FOREIGN = (  # how files start that are called like a list and are none
+    (b"PK\x03\x04", "a spreadsheet or an archive (XLSX, ODS, ZIP), not text; save it as CSV UTF-8"),
+    (b"\xd0\xcf\x11\xe0", "an old spreadsheet (XLS), not text; save it as CSV UTF-8"),
+    (b"\x1f\x8b", "compressed (gzip), not text; unpack it"),
+    (b"PAR1", "Parquet, not text; call it .parquet"),
+)
 
 
 class LineReader(Protocol):
@@ -64,7 +73,9 @@ def manifest_rows(path: str) -> Iterator[ManifestRow]:
             for number, row in enumerate(parquet_rows(file, name), start=1):
                 problem = row if isinstance(row, str) else ""
                 yield ManifestRow(number, None if isinstance(row, str) else row, problem, "row")
-        elif suffix == ".txt":
+            return
+        refuse_foreign_text(file, name)
+        if suffix == ".txt":
             yield from filter(None, path_rows(file))
         elif suffix == ".jsonl":
             for line in _lines(file):
@@ -72,6 +83,25 @@ def manifest_rows(path: str) -> Iterator[ManifestRow]:
         else:
             delimiter = "\t" if suffix == ".tsv" else ","
             yield from (ManifestRow(*row) for row in csv_rows(_lines(file), name, delimiter, too_long=TOO_LONG))
+
+
+def refuse_foreign_text(file: IO[bytes], name: str) -> None:
+    """Look at how a list starts, and go back to its start.
+
+    Raises:
+        InputError: it is UTF-16, has the line ends of old Macs, or is no text at all.
+    """
+    head = file.read(_HEAD_BYTES)
+    file.seek(0)
+    for start, what in _FOREIGN:
+        if head.startswith(start):
+            raise InputError(f"the manifest {name} is {what}")
+    if head.startswith(_UTF16_BOMS) or _UTF16_START.match(head):
+        raise InputError(f"the manifest {name} is UTF-16; save it as UTF-8 and try again")
+    if b"\r" in head.rstrip(b"\r") and b"\n" not in head:
+        raise InputError(
+            f"the lines of the manifest {name} end as on old Macs (CR alone); save it with LF or CRLF and try again"
+        )
 
 
 def path_rows(file: LineReader, *, has_json: bool = False) -> Iterator[ManifestRow | None]:
@@ -88,7 +118,7 @@ def path_rows(file: LineReader, *, has_json: bool = False) -> Iterator[ManifestR
             yield from _json_row(line)
         elif data is None:
             yield ManifestRow(number, None, TOO_LONG)
-        elif data:
+        elif data.strip():
             yield ManifestRow(number, {"image": os.fsdecode(data)})
 
 
@@ -129,8 +159,8 @@ def _lines_so_far(file: LineReader) -> Iterator[Line | None]:
             continue
         number += not is_too_long  # else it is more of the same line
         if number == 1 and not is_too_long:
-            if data.startswith(_UTF16_BOMS):
-                raise InputError("the manifest is UTF-16; save it as UTF-8 and try again")
+            if data.startswith(_UTF16_BOMS):  # of stdin, which cannot be looked at before
+                raise InputError("the list is UTF-16; save it as UTF-8 and try again")
             data = data.removeprefix(_UTF8_BOM)
         if len(data) < LINE_LIMIT_BYTES and not is_too_long:
             yield number, data.removesuffix(b"\n").removesuffix(b"\r")

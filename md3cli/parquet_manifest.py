@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from md3cli.embedded import IMAGE_BYTES, IMAGE_PATH, EmbeddedImage, cell_name
 from md3cli.errors import InputError
+from md3cli.manifest_columns import refuse_doubles
 from md3cli.records import printable
 
 BATCH_ROWS = 256
@@ -52,7 +53,8 @@ def _check_schema(schema: Any, name: str) -> bool:
     """Whether the pictures themselves are in the column `image`, rather than their paths."""
     import pyarrow.types as kinds
 
-    if schema.names.count("image") != 1:
+    refuse_doubles(schema.names, name)
+    if "image" not in schema.names:
         raise InputError(
             f"the manifest {name} has no column 'image'; it has: {printable(', '.join(schema.names))[:200]}"
         )
@@ -77,13 +79,10 @@ class _EmbeddedCells:
         self._group = group
         self._next_offset = 0
         columns = [parquet.metadata.row_group(group).column(k) for k in range(parquet.metadata.num_columns)]
-        by_path = {column.path_in_schema: column for column in columns}
-        self._has_paths = IMAGE_PATH in by_path
-        content = by_path[IMAGE_BYTES]
-        statistics = content.statistics
-        has_null_count = statistics is not None and statistics.has_null_count
-        # `datasets` that only refer to files: every `bytes` is null, which the statistics say.
-        self._is_empty = has_null_count and statistics.null_count >= content.num_values > 0
+        self._has_paths = parquet.schema_arrow.field("image").type.get_field_index("path") >= 0
+        # `datasets` that only refer to files: every `bytes` is null, which the statistics say. A flat column may
+        # have the same path as the one inside the struct: then both must be empty.
+        self._is_empty = all(_is_all_null(column) for column in columns if column.path_in_schema == IMAGE_BYTES)
 
     def columns_to_read(self, names: list[str]) -> list[str]:
         """All but the pictures' bytes, unless there is nothing else to count rows by."""
@@ -96,9 +95,17 @@ class _EmbeddedCells:
         if cell is not None and not cell.is_valid:
             return None
         path = cell["path"].as_py() if cell is not None and self._has_paths else None
+        path = path if isinstance(path, str) else None
         if self._is_empty:
             return path
         return EmbeddedImage(cell_name(row, path), self._group, offset)
+
+
+def _is_all_null(column: Any) -> bool:
+    """Whether the statistics of a column of a row group say that it holds nothing."""
+    statistics = column.statistics
+    has_null_count = statistics is not None and statistics.has_null_count
+    return has_null_count and statistics.null_count >= column.num_values > 0
 
 
 def _batch_rows(batch: Any, cells: _EmbeddedCells | None, num_before: int) -> Iterator[dict[str, Any] | str]:
