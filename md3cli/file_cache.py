@@ -1,9 +1,10 @@
 """A folder of small checksummed files under a size limit: what the encoding cache keeps on disk.
 
 Any number of processes may read and write one folder at once without locks: a file appears whole, by
-rename; equal keys hold equal content, so it does not matter who wins; what does not carry the right
-checksum is removed and counts as absent. The least recently read files go first when the folder is
-over its limit. Knows nothing of tensors; no torch, no pickle.
+rename; equal keys hold equal content, so it does not matter who wins. A checksum covers key and content:
+what does not carry the right one (a damaged file, one copied or renamed to another key) is removed and
+counts as absent. The least recently read files go first when the folder is over its limit. Knows nothing
+of tensors; no torch, no pickle.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from md3cli.errors import OutputError
 
-MAGIC = b"md3cache1\n"
+MAGIC = b"md3cache2\n"
 DIGEST_BYTES = 32
 HEADER_BYTES = len(MAGIC) + DIGEST_BYTES
 SUFFIX = ".enc"
@@ -65,14 +66,14 @@ class FileCache:
             )
 
     def get(self, key: str) -> bytes | None:
-        """The bytes of `key`; None when absent or damaged (then it is removed)."""
+        """The bytes of `key`; None when absent, damaged or another key's (then it is removed)."""
         path = self._path(key)
         try:
             content = path.read_bytes()
         except OSError:
             return None
         payload = content[HEADER_BYTES:]
-        if content[:HEADER_BYTES] != _header(payload):
+        if content[:HEADER_BYTES] != _header(key, payload):
             self._remove(path)
             return None
         with contextlib.suppress(OSError):
@@ -90,7 +91,7 @@ class FileCache:
         handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(_header(payload))
+                file.write(_header(key, payload))
                 file.write(payload)
             os.replace(temporary, path)
         except BaseException:
@@ -151,5 +152,7 @@ class FileCache:
             path.unlink()
 
 
-def _header(payload: bytes) -> bytes:
-    return MAGIC + hashlib.blake2b(payload, digest_size=DIGEST_BYTES).digest()
+def _header(key: str, payload: bytes) -> bytes:
+    digest = hashlib.blake2b(f"{key}\n".encode(), digest_size=DIGEST_BYTES)
+    digest.update(payload)
+    return MAGIC + digest.digest()

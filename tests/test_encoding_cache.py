@@ -46,6 +46,18 @@ def test_what_values_depend_on_is_in_the_key(tmp_path: Path) -> None:
     assert cache_for("b", tmp_path).load(image.sha256) is None
 
 
+def test_another_pictures_file_under_a_pictures_name_is_not_used(tmp_path: Path) -> None:
+    cache = cache_for("a", tmp_path)
+    cache.save("one", torch.ones(cache.shape))
+    cache.save("two", torch.zeros(cache.shape))
+    one, two = sorted(tmp_path.rglob("*.enc"))
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+    assert cache.load("one") is None
+    assert cache.load("two") is None
+
+
 def test_weights_are_part_of_the_key() -> None:
     case = load_case("c")
     before = vision_digest(case.model)

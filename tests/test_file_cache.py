@@ -52,6 +52,21 @@ def test_any_flipped_bit_is_noticed_and_removed(
     assert not file.exists()
 
 
+@pytest.mark.parametrize("is_renamed", [True, False])
+def test_a_file_under_another_key_is_not_believed(tmp_path: Path, is_renamed: bool) -> None:
+    cache = FileCache(tmp_path, 10**6)
+    cache.put(key_of(1), b"one")
+    cache.put(key_of(2), b"two")
+    one, two = (tmp_path / "encodings" / key_of(n)[:2] / f"{key_of(n)}.enc" for n in (1, 2))
+    if is_renamed:
+        one.replace(two)
+    else:
+        two.write_bytes(one.read_bytes())
+    assert cache.get(key_of(2)) is None
+    assert not two.exists()
+    assert cache.get(key_of(1)) == (None if is_renamed else b"one")
+
+
 @pytest.mark.parametrize("length", [0, 5, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 2])
 def test_a_file_cut_short_is_absent(tmp_path: Path, length: int) -> None:
     cache = FileCache(tmp_path, 10**6)
