@@ -72,11 +72,10 @@ class _Layout:
 
     def num_blocks(self, scan: _Scan) -> int:
         """Count the blocks (MCU) of a scan: of one component its own, of several the interleaved ones."""
-        across, down = (max(factors) for factors in zip(*self.sampling.values(), strict=True))
-        if len(scan.components) > 1 or len(self.sampling) == 1:
-            own_across, own_down = (across, down) if len(self.sampling) > 1 else (1, 1)
-            columns, rows = -(-self.width // (8 * own_across)), -(-self.height // (8 * own_down))
-            return columns * rows
+        across = max(factor for factor, _ in self.sampling.values())
+        down = max(factor for _, factor in self.sampling.values())
+        if len(scan.components) > 1:
+            return -(-self.width // (8 * across)) * -(-self.height // (8 * down))
         own_across, own_down = self.sampling[scan.components[0]]
         columns, rows = -(-self.width * own_across // across), -(-self.height * own_down // down)
         return -(-columns // 8) * -(-rows // 8)

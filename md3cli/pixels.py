@@ -18,6 +18,7 @@ from functools import cache
 
 import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 from md3cli.errors import ImageError, UsageError
 from md3cli.jpeg import load_jpeg
@@ -100,7 +101,10 @@ def decode_rgb(data: bytes, max_pixels: int, background: Colour | None, on_heade
 def _decode(data: bytes, max_pixels: int, background: Colour | None, on_header: OnHeader | None) -> Image.Image:
     formats = start_pillow()
     warnings.filterwarnings("ignore", module=r"PIL\.|md3cli\.pixels")  # broken EXIF and the like; again for each
-    image, data = _open(without_metadata(data), formats)  # picture, because whoever calls may have put the filters back
+    opened, data = _open(
+        without_metadata(data), formats
+    )  # picture, because whoever calls may have put the filters back
+    image: Image.Image = opened
     if image.format == "TIFF":
         _refuse_deep_planes(image)
     num_pixels = image.width * image.height
@@ -110,7 +114,7 @@ def _decode(data: bytes, max_pixels: int, background: Colour | None, on_header: 
     if on_header is not None:
         on_header(num_pixels)
     if image.format in ("JPEG", "MPO"):
-        load_jpeg(image, data)
+        load_jpeg(opened, data)
     else:
         image.load()
     turn = _turn(image)
@@ -123,7 +127,7 @@ def _decode(data: bytes, max_pixels: int, background: Colour | None, on_header: 
     return _to_rgb(image if turn is None else image.transpose(turn), background)
 
 
-def _open(data: bytes, formats: tuple[str, ...]) -> tuple[Image.Image, bytes]:
+def _open(data: bytes, formats: tuple[str, ...]) -> tuple[ImageFile, bytes]:
     """Open the picture; what is opened are the bytes that come back."""
     if is_apples_png(data):  # Pillow would read its blue as red
         raise refusal(data, formats)
