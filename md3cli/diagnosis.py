@@ -118,9 +118,13 @@ def _pictures() -> Iterator[Finding]:
 
 def _models() -> Iterator[Finding]:
     from md3cli.model.hub import known_models
+    from md3cli.model.misfits import lost_link
 
     for model in known_models():
-        if model.path is not None:
+        lost = next(filter(None, map(lost_link, sorted(model.path.iterdir()))), None) if model.path else None
+        if lost is not None:
+            yield Finding(f"model {model.alias}", Health.BAD, lost, f"md3 models pull {model.alias}")
+        elif model.path is not None:
             size = f"{(model.num_bytes or 0) / 1e9:.1f} GB" if (model.num_bytes or 0) >= 1e8 else "small"
             yield Finding(f"model {model.alias}", Health.OK, f"{size}, {model.path}")
         elif model.source == IN_PACKAGE:

@@ -14,9 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from md3cli import Moondream
-from md3cli.errors import RequestError
+from md3cli.errors import CheckpointError, RequestError
 from md3cli.model import plain
 from md3cli.model.encoding_cache import EncodingCache
+from md3cli.model.quantise_checkpoint import QuantiseSettings, quantise_checkpoint
+from md3cli.model.quantised import LowBit
 from md3cli.model.tasks import EncodedImage
 from md3cli.records import RecordDict, Task
 
@@ -154,3 +156,13 @@ def test_an_answer_without_words_is_one_failure(monkeypatch: pytest.MonkeyPatch)
     caption, boxes = records(model, [TEXTS[0], REGIONS[0]])
     assert caption["error"] == {"type": "model", "message": "no words", "retry": True}
     assert boxes["error"] is None
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["auto", "fp32"])
+def test_codes_do_not_hide_what_is_no_number(tmp_path: Path, quant: str, dtype: str) -> None:
+    damaged(tmp_path, "model.text.blocks.1.attn.qkv.weight", float("nan"))
+    with pytest.raises(CheckpointError, match=r"text\.blocks\.1\.attn\.qkv\.weight holds values that are not finite"):
+        Moondream.load(str(tmp_path), device="cpu", dtype=dtype, quant=quant)
+    with pytest.raises(CheckpointError, match="holds values that are not finite"):
+        quantise_checkpoint(tmp_path, tmp_path / "out", QuantiseSettings(LowBit(quant)))

@@ -197,7 +197,7 @@ def test_a_killed_run_is_continued_by_the_same_command_only(
     assert (tmp_path / ".out.partial").is_dir()
     made: list[str] = []
     search = module.search
-    monkeypatch.setattr(module, "search", lambda weight, *rest: (made.append("x"), search(weight, *rest))[1])
+    monkeypatch.setattr(module, "search", lambda *rest, **named: (made.append("x"), search(*rest, **named))[1])
     settings = QuantiseSettings(LowBit.INT4 if is_same else LowBit.INT8)
     plan = quantise_checkpoint(TINY, tmp_path / "out", settings, shard_limit_bytes=500_000)
     all_matrices = sum(is_portable(slot.name) for slot in plan.slots)

@@ -103,12 +103,12 @@ class LowBitReader:
         kind = low_bit_of(slot, self.quant)
         assert kind is not None, name
         if name in self._changes:
-            return search(self.plain(name), kind)
+            return search(self.plain(name), kind, name=name)
         if SCHEMES.get(slot.recipe) is kind:
             return read_quantised(slot, self.reader.read_stored)
         found = self.cache.load(name, kind, slot.shape) if self.cache is not None else None
         if found is None:
-            found = search(self.plain(name), kind)
+            found = search(self.plain(name), kind, name=name)
             if self.cache is not None:
                 self.cache.save(name, found)
         return found

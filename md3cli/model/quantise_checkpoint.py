@@ -149,9 +149,7 @@ class _Quantising(Mapping[str, Tensor | QuantisedWeight]):
             weight = read_quantised(stored, self._weights.read_stored).dequantise(torch.float32)
         else:
             weight = self._weights[name]
-        if not weight.abs().amax().isfinite():
-            raise CheckpointError(f"{name} holds values that are not finite; no scale fits them")
-        made = search(weight, SCHEMES[recipe], self._importance.get(name))
+        made = search(weight, SCHEMES[recipe], self._importance.get(name), name=name)
         if made.zero_point is None or self._int4_scale_dtype is torch.float32:
             return made
         scale, zero_point = (values.to(self._int4_scale_dtype).float() for values in (made.scale, made.zero_point))

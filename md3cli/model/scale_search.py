@@ -25,6 +25,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from md3cli.errors import CheckpointError
 from md3cli.model.name_tables import INT4_GROUP
 from md3cli.model.quantised import (
     FP8_MAX,
@@ -46,12 +47,19 @@ _PIECE_ELEMENTS = 1 << 20  # a piece and what is made of it stay in the caches
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def search(weight: Tensor, kind: LowBit, importance: Tensor | None = None) -> QuantisedWeight:
+def search(
+    weight: Tensor, kind: LowBit, importance: Tensor | None = None, *, name: str = "a matrix"
+) -> QuantisedWeight:
     """`weight` [..., out, in] in `kind`, its scales searched.
 
     `importance` float32 [in], or [experts, in] for a matrix per expert: the weight of an error in
     that column; only ratios within a row or group matter. Not negative, not all zero in a row or group.
+
+    Raises:
+        CheckpointError: the weight, called `name`, holds NaN or infinity. Codes would say any number for them.
     """
+    if not weight.abs().amax().isfinite():
+        raise CheckpointError(f"{name} holds values that are not finite; no scale fits them, the weights are damaged")
     if kind is LowBit.INT4:
         scale, zero_point = _search_groups(weight, importance)
         return quantise_int4(weight, scale, zero_point)
