@@ -113,6 +113,8 @@ class Source:
     Attributes:
         skipped: entries left out by the last iteration so far, by reason.
         root: the folder (or tar) that the names of the pictures are relative to.
+        watched_lines: lines of a manifest that could not be read by an earlier start; set before an iteration.
+        readable_lines: those of them that could be read by an iteration since.
     """
 
     def __init__(
@@ -124,6 +126,8 @@ class Source:
         stdin: IO[bytes],
     ) -> None:
         self.skipped: Counter[str] = Counter()
+        self.watched_lines: frozenset[int] = frozenset()
+        self.readable_lines: set[int] = set()
         self._spec = spec
         self._inputs = inputs
         self._requests = requests
@@ -160,6 +164,14 @@ class Source:
         """
         self.skipped = Counter()
         return next(self._found(self.skipped), None) is None
+
+    @property
+    def asks_nothing_else(self) -> bool:
+        """Whether the requests follow from the command alone, and INPUT is all of it: no manifest, nothing narrowed."""
+        spec = self._spec
+        is_narrowed = bool(spec.include or spec.exclude or spec.limit is not None or spec.shard)
+        kinds = {given.kind for given in self._inputs}
+        return not is_narrowed and kinds <= {Kind.FOLDER, Kind.GLOB, Kind.FILE, Kind.TAR}
 
     def count_rows(self, budget_s: float = 1.0) -> int | None:
         """How many rows there are, for a progress bar; None for stdin, for what is remote, and after `budget_s`."""
@@ -237,7 +249,8 @@ class Source:
                     if reason := self._why_not(member, name):
                         skipped[reason] += 1
                     elif not member.isdir():
-                        image = image_item(os.path.join(prefix, name), path, member.offset_data, member.size)
+                        whole = f"{prefix}/{name}" if prefix else name  # an absolute name stays inside the tar, too
+                        image = image_item(whole, path, member.offset_data, member.size)
                         yield (image.name, SourceRow(image, self._requests, failure=self._outside(path)))
         except (InputError, RowError) as error:
             if isinstance(error, InputError) and (not prefix or is_address(path)):
@@ -271,11 +284,21 @@ class Source:
                 yield None
                 continue
             row = self._manifest_row(entry, places)
+            if self.watched_lines and entry.number in self.watched_lines:
+                self._note_watched(entry.number, row)
             name = row.image.name if row.image is not None else None
             if name is not None and not (is_unfiltered or self._filter.keeps(name)):
                 skipped["excluded"] += 1
             else:
                 yield name or f"{given.typed} {entry.where}", row
+
+    def _note_watched(self, number: int, row: SourceRow) -> None:
+        """A line is readable where every manifest of INPUT that has it can be read there."""
+        if row.failure is not None and row.failure.type == "bad_row":
+            self.watched_lines -= {number}
+            self.readable_lines.discard(number)
+        else:
+            self.readable_lines.add(number)
 
     def _manifest_row(self, entry: ManifestRow, places: RowPlaces) -> SourceRow:
         """What a manifest's row asks; a failure keeps as much of the row as could be read."""

@@ -381,3 +381,12 @@ def test_counting_gives_up_in_time(folder: Path) -> None:
     (folder / "m.txt").write_text("a.jpg\n" * 20_000)
     assert source("m.txt").count_rows(budget_s=0.0) is None
     assert source("m.txt").count_rows(budget_s=60) == 20_000
+
+
+def test_an_absolute_name_in_a_tar_stays_inside_it(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("/etc/x.png", "x.png"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+    assert names(source(str(tmp_path / "*.tar"))) == ["a.tar//etc/x.png", "a.tar/x.png"]

@@ -55,7 +55,7 @@ class Pictures:
         root = options.root or info.root
         self.is_trusted = options.root is not None or info.is_own
         self.root = Path(os.path.realpath(root)) if root is not None and root.exists() else None
-        self._open_tar: tuple[Path, dict[str, ImageItem]] | None = None  # records of one tar stand together
+        self._open_tar: tuple[Path, dict[str, list[ImageItem]]] | None = None  # records of one tar stand together
         self.num_found = 0
         self.num_missing = 0
         self._first_missing = ""
@@ -77,7 +77,7 @@ class Pictures:
     def find(self, record: RecordDict) -> FoundPicture | None:
         """The picture of a record; None, and counted, where it is not there."""
         name = str(record["image"])
-        item = self._look_up(name, record.get("image_b64"))
+        item = self._look_up(record)
         self.num_found += item is not None
         self.num_missing += item is None
         if item is None:
@@ -141,7 +141,8 @@ class Pictures:
             )
         return (f"{self.num_missing} pictures cannot be read below {where}, they are left out (first: {example})",)
 
-    def _look_up(self, name: str, name_b64: str | None) -> ImageItem | None:
+    def _look_up(self, record: RecordDict) -> ImageItem | None:
+        name, name_b64 = str(record["image"]), record.get("image_b64")
         if self.root is None or "\0" in name:
             return None
         try:
@@ -149,11 +150,11 @@ class Pictures:
         except ValueError:
             return None
         if self.root.is_file():
-            return self._member(self.root, exact)
+            return self._member(self.root, exact, record)
         for cut in _TAR.finditer(exact):
             tar = self._inside(exact[: cut.start(1)])
             if tar is not None and os.path.isfile(tar):  # a member's name leads to no other file, whatever it says
-                return self._member(Path(tar), exact[cut.end() :])
+                return self._member(Path(tar), exact[cut.end() :], record)
         path = self._inside(exact)
         return ImageItem(name, path, name_b64) if path is not None and os.path.isfile(path) else None
 
@@ -164,11 +165,22 @@ class Pictures:
         path = os.path.normpath(self.root / name)
         return path if not self._options.is_confined or Path(path).is_relative_to(self.root) else None
 
-    def _member(self, tar: Path, name: str) -> ImageItem | None:
-        """A picture inside a tar, by its name there without a slash in front."""
+    def _member(self, tar: Path, name: str, record: RecordDict) -> ImageItem | None:
+        """A picture inside a tar, by its name there; of several of one name the one with the record's digest."""
         if self._open_tar is None or self._open_tar[0] != tar:
             self._open_tar = (tar, _members(tar))
-        return self._open_tar[1].get(name.lstrip("/"))
+        found = self._open_tar[1].get(name, [])
+        if len(found) < 2:
+            return found[0] if found else None
+        return next((item for item in found if self._digest(item) == record.get("sha256")), None)
+
+    def _digest(self, item: ImageItem) -> str | None:
+        from md3cli.images import read_bytes
+
+        try:
+            return hashlib.sha256(read_bytes(item, self._options.max_file_size)).hexdigest()
+        except ImageError:
+            return None
 
 
 def _check_digest(picture: FoundPicture, sha256: str) -> None:
@@ -176,15 +188,16 @@ def _check_digest(picture: FoundPicture, sha256: str) -> None:
         raise ImageError("io", "the file there is not the record's picture (its sha256 differs)")
 
 
-def _members(tar: Path) -> dict[str, ImageItem]:
+def _members(tar: Path) -> dict[str, list[ImageItem]]:
     """The files of a tar by name; the one table here that grows with the pictures (300 bytes each)."""
-    found = {}
+    found: dict[str, list[ImageItem]] = {}
     try:
         with tar.open("rb") as file:
             for member in tar_members(file, str(tar)):
                 if member.isreg() and not member.issparse():
-                    name = member.name.removeprefix("./").lstrip("/")
-                    found[name] = ImageItem(name, str(tar), offset=member.offset_data, size=member.size)
+                    name = member.name.removeprefix("./")
+                    item = ImageItem(name, str(tar), offset=member.offset_data, size=member.size)
+                    found.setdefault(name, []).append(item)
     except (InputError, RowError, OSError):
         return found  # as far as it goes
     return found

@@ -174,3 +174,22 @@ def test_a_folder_that_is_called_a_tar_is_a_folder(run: Run) -> None:
     found = Pictures(run.records, ExportOptions()).find({"image": "a.tar/b.png"})
     assert found is not None
     assert found.path == str(run.root.resolve() / "a.tar/b.png")
+
+
+def test_of_two_members_of_one_name_the_record_s_is_taken(run: Run) -> None:
+    contents = []
+    with tarfile.open(run.root / "a.tar", "w") as tar:
+        for colour in ("red", "blue"):
+            content = io.BytesIO()
+            Image.new("RGB", (WIDTH, HEIGHT), colour).save(content, "PNG")
+            contents.append(content.getvalue())
+            info = tarfile.TarInfo("x.png")
+            info.size = len(contents[-1])
+            tar.addfile(info, io.BytesIO(contents[-1]))
+    run.write([record("x", "caption", caption="x")])
+    pictures = Pictures(run.records, ExportOptions())
+    for content in contents:
+        found = pictures.find({"image": "a.tar/x.png", "sha256": hashlib.sha256(content).hexdigest()})
+        assert found is not None
+        assert pictures.read_bytes(found) == content
+    assert pictures.find({"image": "a.tar/x.png", "sha256": "0" * 64}) is None
