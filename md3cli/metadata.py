@@ -52,18 +52,21 @@ def _without_half_a_chunk(data: bytes) -> bytes:
 
 
 def _bare_png(data: bytes) -> bytes:
-    view = memoryview(data)
-    kept, end = [view[:8]], 8
+    kept, end = [(0, 8)], 8  # from, to
     for start, end in _chunks(data):
-        kind = data[start + 4 : start + 8]
-        is_critical = not kind[0] & 0x20
-        if is_critical or kind in _PIXELS or _is_about_turning(kind, data[start + 8 : end - 4], data[end - 4 : end]):
-            kept.append(view[start:end])
+        is_critical = not data[start + 4] & 0x20
+        if is_critical or data[start + 4 : start + 8] in _PIXELS or _is_about_turning(data, start, end):
+            if kept[-1][1] == start:
+                start = kept.pop()[0]
+            kept.append((start, end))
     half = data[end + 4 : end + 8]
     is_cut_in_text = end < len(data) and half.isalpha() and bool(half[0] & 0x20)
-    if sum(map(len, kept)) == end and not is_cut_in_text:
+    if kept == [(0, end)] and not is_cut_in_text:
         return data
-    return b"".join(kept if is_cut_in_text else [*kept, view[end:]])
+    if not is_cut_in_text:
+        kept.append((end, len(data)))
+    view = memoryview(data)
+    return b"".join(view[start:end] for start, end in kept)
 
 
 def _chunks(data: bytes) -> Iterator[tuple[int, int]]:
@@ -80,15 +83,17 @@ def _chunks(data: bytes) -> Iterator[tuple[int, int]]:
         start = end
 
 
-def _is_about_turning(kind: bytes, body: bytes, checksum: bytes) -> bool:
+def _is_about_turning(data: bytes, start: int, end: int) -> bool:
     """Whether a chunk may hold an orientation, is sound, and small."""
-    if kind == b"eXIf":
-        is_wanted = len(body) <= _LONGEST_TEXT
-    elif kind in (b"tEXt", b"zTXt", b"iTXt") and body.startswith(_TURNING_TEXTS):
-        is_wanted = len(body) <= _LONGEST_TEXT and (kind == b"tEXt" or not _is_long_unpacked(kind, body))
-    else:
+    kind = data[start + 4 : start + 8]
+    if kind not in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") or end - start > _LONGEST_TEXT:
         return False
-    return is_wanted and zlib.crc32(body, zlib.crc32(kind)).to_bytes(4) == checksum
+    body = data[start + 8 : end - 4]
+    if kind != b"eXIf" and not body.startswith(_TURNING_TEXTS):
+        return False
+    if kind in (b"zTXt", b"iTXt") and _is_long_unpacked(kind, body):
+        return False
+    return zlib.crc32(body, zlib.crc32(kind)).to_bytes(4) == data[end - 4 : end]
 
 
 def _is_long_unpacked(kind: bytes, body: bytes) -> bool:

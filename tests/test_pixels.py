@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -253,3 +254,23 @@ def test_heif_is_decoded_where_its_extra_is_installed_and_named_where_not():
     with pytest.raises(ImageError) as caught:
         rgb(heif)
     assert caught.value.type == expected
+
+
+# --- which way is up, among texts ---
+
+
+TURNED_XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + TURNED_XMP),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(TURNED_XMP)),
+        chunk(b"eXIf", turned_exif(6)[6:]),
+    ],
+)
+def test_the_orientation_of_a_png_is_kept_though_other_texts_are_left_out(extra):
+    data = encode(picture(), "PNG")
+    long = chunk(b"zTXt", b"workflow\0\0" + zlib.compress(bytes(5 << 20)))
+    assert rgb(data[:33] + long + extra + long + data[33:]).shape == (37, 23, 3)
