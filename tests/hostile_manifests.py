@@ -54,7 +54,6 @@ def _jsonl() -> Iterator[tuple[str, bytes, tuple[Outcome, ...]]]:
     yield "crlf", _lines(good, good, end="\r\n"), (None, None)
     yield "no-newline-at-the-end", _lines(good)[:-1], (None,)
     yield "blank-lines", b"\n\r\n  \n" + _lines(good) + b"\n\n", (None,)
-    yield "empty", b"", ()
     broken = _lines(good, '{"image": "p0', good, "{", "]", "null", "7", '"p0.png"', "[1]", good)
     yield "broken-lines", broken, (None, BAD, None, *[BAD] * 6, None)
     yield "two-on-a-line", _lines('{"image":"p0.png"}{"image":"p0.png"}', good), (BAD, None)
@@ -125,6 +124,7 @@ def _other() -> Iterator[tuple[str, bytes, tuple[Outcome, ...]]]:
 REFUSED: dict[str, bytes] = {  # no run at all, status 1
     "utf-16.jsonl": '{"image":"p0.png"}\n'.encode("utf-16"),
     "empty.csv": b"",
+    "empty.jsonl": b"",
     "old-mac.csv": b"image,x\rp0.png,1\r",
     "no-column.csv": b"path,prompt\np0.png,x\n",
     "double-column.csv": b"image,image\np0.png,p0.png\n",
