@@ -20,7 +20,7 @@ from md3cli.evaluate.located import Located, Pair, locate
 from md3cli.evaluate.matching import Match, match_by_overlap
 from md3cli.evaluate.section import Curves, ReliabilityBin, Scores, Section, Verdict, f1, ratio
 from md3cli.evaluate.truth import Instances, TruthObject
-from md3cli.exporters.masks import filled_patch, packed, run_lengths
+from md3cli.exporters.masks import fill
 from md3cli.exporters.objects import clamped_box, segments
 from md3cli.records import RecordDict
 
@@ -114,8 +114,8 @@ def _masks(pair: Pair) -> Iterator[Prediction]:
     for number, found in enumerate(pair.record.get("segments") or ()):
         for segment in segments({"segments": [found]}, width, height):
             box = segment.box
-            counts = packed(run_lengths(filled_patch(segment.rings, width, height), width, height))
-            mask = {"size": [height, width], "counts": counts.encode()}
+            mask = fill(segment.rings, width, height).run_lengths()
+            mask["counts"] = mask["counts"].encode()
             yield Prediction(number, (box.x, box.y, box.width, box.height), _score_of(box.score), mask)
 
 

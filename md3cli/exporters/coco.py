@@ -143,10 +143,13 @@ class _Writer:
         return annotation if box.score is None else {**annotation, "score": box.score}
 
     def _segment(self, segment: PixelSegment, group: ImageGroup, image_id: Any) -> Annotation:
-        from md3cli.exporters.masks import mask_area, segmentation
+        from md3cli.exporters.masks import fill, segmentation
 
-        size = (group.width, group.height)
-        return self._box(segment.box, image_id, segmentation(segment.rings, *size), mask_area(segment.rings, *size))
+        box = segment.box
+        if not segment.has_mask:
+            return self._box(box, image_id, [box.corners], box.width * box.height)
+        mask = fill(segment.rings, group.width, group.height)
+        return self._box(box, image_id, segmentation(segment.rings, mask), float(mask.area))
 
     def _keypoint(self, point: PixelPoint, image_id: Any) -> Annotation:
         x, y = round(point.x, 3), round(point.y, 3)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from md3cli.exporters.colours import Colour, colour_of
 from md3cli.exporters.grouping import ImageGroup
 from md3cli.exporters.labels_text import fitted, font_of, shown
-from md3cli.exporters.masks import filled_patch
+from md3cli.exporters.masks import fill
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, Ring
 
 BLACK, WHITE = Colour(0, 0, 0), Colour(255, 255, 255)
@@ -77,7 +77,7 @@ class Canvas:
 
     def mask(self, segment: PixelSegment, colour: Colour) -> None:
         """A tinted area with its outline."""
-        patch = filled_patch(segment.rings, *self.image.size)
+        patch = fill(segment.rings, *self.image.size).patch()
         alpha = Image.fromarray((patch.pixels * round(255 * MASK_OPACITY)).astype("uint8"))
         self.image.paste(colour, (patch.left, patch.top), alpha)
         for ring in segment.rings:
