@@ -14,7 +14,7 @@ from typing import NamedTuple
 from md3cli.embedded import EmbeddedImage
 from md3cli.input_kinds import STDIN, Input, Kind
 from md3cli.records import ImageItem, RowFailure, printable
-from md3cli.remote.address import folder_of, is_address, is_within, join, shown
+from md3cli.remote.address import folder_of, is_address, is_within, join, shown, shown_name
 from md3cli.walk import Glob
 
 
@@ -118,7 +118,7 @@ class RowPlaces(NamedTuple):
             return replace(image_item(name, self.manifest, image.offset), row_group=image.row_group)
         assert type(image) is str
         if is_address(image):
-            return image_item(shown(image), image)
+            return image_item(shown_name(image), image)
         name = os.path.join(self.prefix, image) if self.prefix else image
         if is_address(self.folder):
             return image_item(name, join(self.folder, image))

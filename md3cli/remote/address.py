@@ -4,16 +4,19 @@ Pure. An address stays text, as it was typed: `http(s)` ones are URLs with all
 their rules; of `s3 gs hf` ones everything behind `://` is a bucket and a key, taken literally.
 
 What may be shown is decided here and nowhere else. `shown` drops whatever lets its reader in: the user and
-password before an `@`, and the parameters of a query that sign it or carry a token. The other parameters
-stay, since they may be all that tells two pictures apart. A picture thus keeps its name, and its record's id,
-when the address is signed anew.
+password before an `@`, and the parameters that sign a query. It drops these only where one of the known
+signatures is complete, so that a picture keeps its name, and its record's id, when the address is signed anew.
+Of any other parameter that sounds like a secret (`key`, `session`) the value is replaced by a digest: it may be
+all that tells two pictures apart.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 from urllib.parse import unquote, urljoin, urlsplit
 
 from md3cli.errors import UsageError
@@ -23,11 +26,78 @@ SCHEMES = ("http", "https", "s3", "gs", "hf")
 OUTPUT_SCHEMES = ("s3", "gs")  # those whose stores put an object only where there is none
 _ADDRESS = re.compile(r"(https?|s3|gs|hf)://", re.IGNORECASE)
 _SECRET_PARAMETERS = frozenset(
-    {"signature", "sig", "hmac", "hdnts", "policy", "key-pair-id", "awsaccesskeyid", "googleaccessid", "expires"}
-    | {"token", "access_token", "auth", "authorization", "credential", "key", "api_key", "apikey", "jwt"}
-    | {"password", "passwd", "secret", "client_secret", "session", "sessionid"}
+    {"signature", "sig", "hmac", "hdnts", "hdnea", "policy", "key-pair-id", "awsaccesskeyid", "googleaccessid"}
+    | {"token", "access_token", "auth", "authorization", "credential", "key", "api_key", "apikey", "api-key", "jwt"}
+    | {"password", "passwd", "pwd", "secret", "client_secret", "session", "sessionid", "session_id"}
+    | {"auth_token", "id_token", "refresh_token", "ossaccesskeyid", "x-api-key"}
 )
 _SECRET_PREFIXES = ("x-amz-", "x-goog-", "x-oss-", "x-cos-")
+_SIGNED_HEADERS = ("algorithm", "credential", "date", "expires", "signedheaders", "signature", "security-token")
+
+
+class _Signature(NamedTuple):
+    """How a service signs a query: the parameters that must all be there, and those that go with them."""
+
+    needed: frozenset[str]
+    others: frozenset[str] = frozenset()
+
+
+_SIGNATURES = (
+    *(  # Amazon S3 and Google Cloud Storage, version 4 of their signatures
+        _Signature(frozenset({f"{x}signature", f"{x}credential"}), frozenset(f"{x}{name}" for name in _SIGNED_HEADERS))
+        for x in ("x-amz-", "x-goog-")
+    ),
+    _Signature(  # Alibaba Cloud OSS, version 4
+        frozenset({"x-oss-signature", "x-oss-credential"}),
+        frozenset({"x-oss-signature-version", "x-oss-date", "x-oss-expires", "x-oss-security-token"}),
+    ),
+    *(  # the same three, older
+        _Signature(frozenset({"signature", "expires", key}), frozenset({"x-amz-security-token", "security-token"}))
+        for key in ("awsaccesskeyid", "googleaccessid", "ossaccesskeyid")
+    ),
+    *(  # Amazon CloudFront
+        _Signature(frozenset({"signature", "key-pair-id", until}), frozenset({"hash-algorithm", "expires", "policy"}))
+        for until in ("expires", "policy")
+    ),
+    _Signature(frozenset({"signature", "keyname", "expires"})),  # Google Cloud CDN
+    *(  # Azure: shared access signatures
+        _Signature(
+            frozenset({"sig", "sv", until}),
+            frozenset(
+                [
+                    "se",
+                    "st",
+                    "sp",
+                    "sr",
+                    "si",
+                    "ss",
+                    "srt",
+                    "spr",
+                    "sip",
+                    "skoid",
+                    "sktid",
+                    "skt",
+                    "ske",
+                    "sks",
+                    "skv",
+                    "saoid",
+                    "suoid",
+                    "scid",
+                    "sdd",
+                    "ses",
+                ]
+            ),
+        )
+        for until in ("se", "si")
+    ),
+    _Signature(  # Tencent Cloud COS
+        frozenset({"q-signature", "q-ak", "q-sign-time"}),
+        frozenset({"q-sign-algorithm", "q-key-time", "q-header-list", "q-url-param-list", "x-cos-security-token"}),
+    ),
+)
+_AKAMAI_NAMES = frozenset({"hdnts", "hdnea", "__token__"})
+_AKAMAI_TOKEN = re.compile(r"(?=.*exp=)(?=.*hmac=)")  # a whole signature in one parameter
+_DIGEST_CHARS = 16  # of hex: among ten million addresses two are alike once in 300,000 runs
 _USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
 
 
@@ -158,13 +228,52 @@ def shown(address: str) -> str:
     if not is_web(address):
         return _USERINFO.sub("", address) if has_userinfo(address) else address
     bare, question, query = _USERINFO.sub("", address).partition("#")[0].partition("?")
-    kept = [part for part in query.split("&") if not _is_secret(part)] if question else []
-    return f"{bare}?{'&'.join(kept)}" if any(kept) else bare
+    if not question:
+        return bare
+    parts = re.split("([&;])", query)  # parameters, and what stands between them
+    signing = _signing_parameters(parts[::2])
+    kept = [
+        (between, _without_secret(part, bare))
+        for between, part in zip(["", *parts[1::2]], parts[::2], strict=True)
+        if _parameter_name(part) not in signing
+    ]
+    return f"{bare}?{''.join(map(''.join, kept))[len(kept[0][0]) :]}" if kept else bare
 
 
-def _is_secret(parameter: str) -> bool:
-    name = unquote(parameter.partition("=")[0]).lower()
-    return name in _SECRET_PARAMETERS or name.startswith(_SECRET_PREFIXES)
+def shown_name(address: str) -> str:
+    """What the picture at an address is called: `shown`, and told apart from what another user would get there."""
+    if not has_userinfo(address):
+        return shown(address)
+    user = _USERINFO.search(address)
+    return f"{shown(address)}#user={_digest(user[0] if user else '')}"
+
+
+def _signing_parameters(parts: Iterable[str]) -> set[str]:
+    """The names of the parameters that only sign a query: those of the services whose signature is complete."""
+    names = {_parameter_name(part) for part in parts}
+    tokens = {_parameter_name(part) for part in parts if _AKAMAI_TOKEN.match(unquote(part.partition("=")[2]))}
+    signing = tokens & _AKAMAI_NAMES
+    for signature in _SIGNATURES:
+        if signature.needed <= names:
+            signing |= signature.needed | signature.others
+    return signing
+
+
+def _parameter_name(parameter: str) -> str:
+    return unquote(parameter.partition("=")[0]).lower()
+
+
+def _without_secret(parameter: str, bare: str) -> str:
+    """A parameter with a digest in the place of a value that may be a secret."""
+    name, equals, value = parameter.partition("=")
+    plain = _parameter_name(parameter)
+    is_secret = plain in _SECRET_PARAMETERS or plain.startswith(_SECRET_PREFIXES)
+    return f"{name}={_digest(bare, plain, value)}" if is_secret and equals and value else parameter
+
+
+def _digest(*texts: str) -> str:
+    data = "\n".join(texts).encode("utf-8", "surrogateescape")
+    return "~" + hashlib.sha256(data).hexdigest()[:_DIGEST_CHARS]
 
 
 def shown_argument(argument: str) -> str:

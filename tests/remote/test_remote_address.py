@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from md3cli.remote.address import (
     named_hosts,
     shown,
     shown_argument,
+    shown_name,
     suffix_of,
 )
 
@@ -105,16 +108,62 @@ def test_confinement(address: str, folder: str, inside: bool) -> None:
 def test_nothing_shown_lets_a_reader_in() -> None:
     assert shown(SIGNED) == "https://b.s3.amazonaws.com/a/x.jpg?id=7"
     assert shown("https://me:secret@h/x.jpg#top") == "https://h/x.jpg"
-    assert shown("https://h/x.jpg?token=abc") == "https://h/x.jpg"
-    assert shown("https://h/x.jpg?%74oken=abc&v=2") == "https://h/x.jpg?v=2"
+    assert re.fullmatch(r"https://h/x\.jpg\?token=~[0-9a-f]{16}", shown("https://h/x.jpg?token=abc"))
+    assert re.fullmatch(r"https://h/x\.jpg\?%74oken=~[0-9a-f]{16}&v=2", shown("https://h/x.jpg?%74oken=abc&v=2"))
+    assert "s3cret" not in shown("https://h/x.jpg?v=1;key=s3cret&X-Amz-Credential=s3cret&sig=s3cret")
     assert shown("s3://key:secret@b/x.jpg") == "s3://b/x.jpg"
     assert shown("hf://datasets/a/b@main/x.png") == "hf://datasets/a/b@main/x.png"
     assert shown_argument("--root=https://u:p@h/d") == "--root=https://h/d"
     assert shown_argument("what is https?") == "what is https?"
 
 
-def test_a_picture_signed_anew_keeps_its_name() -> None:
-    assert shown(SIGNED) == shown(SIGNED.replace("0f3", "77a").replace("=AK", "=BK"))
+SIGNINGS = [
+    "X-Amz-Algorithm=A{0}&X-Amz-Credential=C{0}&X-Amz-Date={0}&X-Amz-Expires=9&X-Amz-SignedHeaders=h&X-Amz-Signature={0}",
+    "X-Amz-Signature={0}&X-Amz-Credential=C{0}&X-Amz-Security-Token=T{0}",
+    "X-Goog-Algorithm=A&X-Goog-Credential=C{0}&X-Goog-Date={0}&X-Goog-Expires=9&X-Goog-SignedHeaders=h&X-Goog-Signature={0}",
+    "AWSAccessKeyId=A{0}&Signature={0}&Expires={0}",
+    "GoogleAccessId=A{0}&Signature={0}&Expires={0}",
+    "Expires={0}&Signature=S{0}&Key-Pair-Id=K{0}",
+    "Policy={0}&Signature=S{0}&Key-Pair-Id=K{0}",
+    "sv=2024&st={0}&se={0}&sr=b&sp=r&sig=S{0}",
+    "hdnts=st={0}~exp={0}~acl=/*~hmac={0}",
+]
+
+
+@pytest.mark.parametrize("signing", SIGNINGS)
+def test_a_picture_signed_anew_keeps_its_name(signing: str) -> None:
+    for query in ("{}", "id=7&{}", "{}&id=7", "id=7&{}&w=1"):
+        first, second = (shown(f"https://h/x.jpg?{query.format(signing.format(k))}") for k in ("11", "22"))
+        plain = query.replace("&{}", "").replace("{}&", "").replace("{}", "")
+        assert first == second == (f"https://h/x.jpg?{plain}" if plain else "https://h/x.jpg")
+
+
+SECRETS = (
+    "key session policy expires auth token sig signature X-Amz-Signature Key-Pair-Id id x-amz-meta-picture".split()
+)
+
+
+@pytest.mark.parametrize("parameter", [*SECRETS, "X-Goog-Credential", "AWSAccessKeyId", "password"])
+def test_pictures_that_differ_in_one_parameter_have_two_names(parameter: str) -> None:
+    names = {shown(f"https://h/d?{parameter}={value}") for value in ("00.png", "03.png", "00.png ", "")}
+    names |= {shown(f"https://h/e?{parameter}=00.png"), shown(f"https://h/d?a=1&{parameter}=00.png")}
+    assert len(names) == 6
+    complete = SIGNINGS[0].format("11")  # beside a whole signature, other parameters still tell pictures apart
+    assert len({shown(f"https://h/d?{complete}&picture={k}&key={k}") for k in range(3)}) == 3
+
+
+def test_what_another_user_gets_has_another_name() -> None:
+    one, other = (shown_name(f"https://{user}:s3cret@h/x.jpg") for user in ("me", "you"))
+    assert one != other
+    assert "s3cret" not in one
+    assert "me" not in one.partition("#")[0]
+    assert shown_name("https://h/x.jpg") == "https://h/x.jpg"
+
+
+@given(st.text(st.sampled_from("ab=&;?.%k"), max_size=12), st.text(st.sampled_from("ab=&;?.%k"), max_size=12))
+def test_two_queries_without_a_signature_are_two_names(one: str, other: str) -> None:
+    if one != other:
+        assert shown(f"https://h/x?{one}") != shown(f"https://h/x?{other}")
 
 
 def test_userinfo_and_hosts() -> None:
