@@ -8,6 +8,7 @@ that draws it. Pure functions; the record's shape is section 3 of the product co
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 from md3cli.records import SCHEMA, RecordDict, Task
 
 SIZE_LIMIT_PIXELS = 2**30  # masks are drawn at the picture's size
+COORDINATE_LIMIT = 1e6
 DEPTH_LIMIT = 64  # of what a record carries along (`meta`, keys of others)
 _COUNT_LIMIT = 2**31 - 1
 _EXACT_LIMIT = 2**53  # larger integers do not fit the columns of a table
@@ -106,6 +108,14 @@ def _words(key: str, value: Any) -> str:
     return str(value) if type(value) in (int, float) and math.isfinite(value) else _text(key, value)
 
 
+def _exact_name(key: str, value: Any) -> str:
+    try:
+        base64.b64decode(_text(key, value), validate=True)
+    except ValueError as error:
+        raise Damage(f"{key} is") from error
+    return str(value)
+
+
 def _digest(key: str, value: Any) -> str | None:
     """A digest; one of decimal digits only may have become a number, which cannot be turned back."""
     return None if type(value) in (int, float) else _text(key, value)
@@ -130,6 +140,14 @@ def _number(key: str, value: Any) -> float:
     raise Damage(f"{key} is")
 
 
+def _coordinate(key: str, value: Any) -> float:
+    """A share of the picture's side; what is far outside is damage, and sums and products stay finite."""
+    number = _number(key, value)
+    if abs(number) > COORDINATE_LIMIT:
+        raise Damage(f"{key} is")
+    return number
+
+
 def _side(key: str, value: Any) -> int:
     number = _count(key, value)
     if number == 0:
@@ -151,7 +169,7 @@ def _segments(key: str, value: Any) -> list[dict[str, Any]]:
         box = segment.get("bbox")
         if not isinstance(box, dict) or not isinstance(segment.get("svg_path"), str):
             raise Damage(f"{key} are")
-        segment["bbox"] = {name: _number(key, box.get(name)) for name in _BOX}
+        segment["bbox"] = {name: _coordinate(key, box.get(name)) for name in _BOX}
     return segments
 
 
@@ -165,7 +183,9 @@ def _found(key: str, value: Any, coordinates: tuple[str, ...]) -> list[dict[str,
 def _thing(thing: Mapping[str, Any], coordinates: tuple[str, ...]) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in thing.items():
-        if key in coordinates or (key == "score" and value is not None):
+        if key in coordinates:
+            kept[key] = _coordinate(key, value)
+        elif key == "score" and value is not None:
             kept[key] = _number(key, value)
         elif key == "label" and value is not None:
             kept[key] = _words(key, value)
@@ -225,7 +245,7 @@ def _grounded(key: str, part: Mapping[str, Any]) -> dict[str, Any]:
     pairs = part.get("points")
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise Damage(f"{key} is")
-    points = [[_number(key, x), _number(key, y)] for x, y in pairs]
+    points = [[_coordinate(key, x), _coordinate(key, y)] for x, y in pairs]
     start, end = _count(key, part.get("start_idx")), _count(key, part.get("end_idx"))
     return {"start_idx": start, "end_idx": end, "points": points}
 
@@ -242,7 +262,8 @@ def _carried(key: str, value: Any, depth: int = 0) -> Any:
 
 
 _TIDY: Mapping[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(("schema", "image", "image_b64", "task", "length", "finish_reason"), _text),
+    "image_b64": _exact_name,
+    **dict.fromkeys(("schema", "image", "task", "length", "finish_reason"), _text),
     "model": _text,
     "sha256": _digest,
     **dict.fromkeys(("id", "prompt", "caption", "answer"), _words),

@@ -196,6 +196,8 @@ def test_a_torn_last_line_is_told(run: Run, format: str) -> None:
         {"choices": {"yes": "high"}},
         {"choices": {"yes": math.nan}},
         {"image": 7},
+        {"image_b64": "not base64"},
+        {"objects": [{**CAR, "x_min": 1e300}]},
         {"id": ["x"]},
         {"sha256": ["x"]},
         {"task": "segment", "segments": [{"bbox": {**CAR, "x_max": 10**400}, "svg_path": "M 0 0"}]},
