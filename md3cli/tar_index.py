@@ -2,6 +2,9 @@
 
 A tar without compression is a list of byte ranges, so its pictures are opened like files, in any
 order and by several workers (the WebDataset layout).
+
+Headers are of unknown origin: what tarfile reads of them at a time is bounded, since a long name or a pax block
+says itself how long it is.
 """
 
 from __future__ import annotations
@@ -13,6 +16,34 @@ from typing import IO
 from md3cli.errors import InputError, RowError
 from md3cli.records import printable
 
+HEADER_LIMIT_BYTES = 1 << 20  # of all the blocks that describe one member; names of 100 KB are met
+# All that tarfile raises on headers that make no sense; OverflowError is of a size that no file can have.
+_UNREADABLE = (tarfile.TarError, OSError, ValueError, RecursionError, ArithmeticError, LookupError)
+
+
+class _HeaderReader:
+    """`file` as tarfile reads the headers of a member from it: not more of them than HEADER_LIMIT_BYTES."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.tell = file.seek, file.tell
+        self._read = file.read
+        self._left = HEADER_LIMIT_BYTES
+
+    def start_member(self) -> None:
+        """Begin the headers of another member."""
+        self._left = HEADER_LIMIT_BYTES
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes.
+
+        Raises:
+            tarfile.ReadError: the member's headers are longer than any can be meant to be.
+        """
+        self._left -= size
+        if size < 0 or self._left < 0:
+            raise tarfile.ReadError(f"a header that claims {size:,} bytes, more than {HEADER_LIMIT_BYTES >> 20} MiB")
+        return self._read(size)
+
 
 def tar_members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:
     """The members in their order. `name` is how the tar is called.
@@ -21,12 +52,14 @@ def tar_members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:
         InputError: on the first step, when it is no plain tar.
         RowError: `decode`, it is damaged behind the members that came so far.
     """
+    headers = _HeaderReader(file)
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - closing it is closing `file`
-    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
+        tar = tarfile.open(fileobj=headers, mode="r:")  # type: ignore[call-overload]  # noqa: SIM115 - closes nothing
+    except _UNREADABLE as error:
         raise InputError(f"cannot read {printable(name)} as a tar: {printable(str(error))}") from error
     position = 0
     while True:
+        headers.start_member()
         try:
             member = tar.next()
             if member is None:
@@ -34,7 +67,9 @@ def tar_members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:
                 return
             if member.size < 0 or tar.offset <= position:
                 raise tarfile.ReadError("a member of negative size")  # would lead back for ever
-        except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
+            if sum(map(len, tar.pax_headers.values())) > HEADER_LIMIT_BYTES:  # those for all members behind
+                raise tarfile.ReadError("global headers without end")
+        except _UNREADABLE as error:
             raise RowError("decode", f"the tar is damaged at byte {position}: {printable(str(error))}") from error
         position = tar.offset
         tar.members = []  # type: ignore[attr-defined]  # else it keeps every header

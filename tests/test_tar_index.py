@@ -63,6 +63,66 @@ def test_a_cut_tar_without_end_marks_keeps_its_whole_members(tmp_path: Path) -> 
         next(members)
 
 
+def header(kind: bytes, size: int) -> bytes:
+    """The header of a block of kind `kind` that claims `size` bytes."""
+    member = tarfile.TarInfo("block")
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+class CountingFile(io.BytesIO):
+    """A file that knows how much was asked of it at a time."""
+
+    most = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.most = max(self.most, size if size is not None and size >= 0 else 1 << 62)
+        return super().read(size)
+
+
+@pytest.mark.parametrize("kind", [b"L", b"K", b"x", b"g", b"X"])
+@pytest.mark.parametrize("size", [6 << 30, 1 << 80, -(1 << 20), (1 << 20) + 1])
+def test_a_header_that_claims_gigabytes_is_not_read(kind: bytes, size: int) -> None:
+    file = CountingFile(tar_of({"a.jpg": b"a"})[:1024] + header(kind, size) + tar_of({"b.jpg": b"b"}))
+    members = tar_members(file, "t.tar")
+    assert next(members).name == "a.jpg"
+    with pytest.raises(RowError, match="damaged at byte 1024: a header that claims"):
+        list(members)
+    assert file.most <= 1 << 20
+    with pytest.raises(InputError, match=r"t\.tar as a tar: a header that claims"):
+        list(tar_members(io.BytesIO(header(kind, size) + bytes(1024)), "t.tar"))
+
+
+def test_headers_without_end_are_not_read() -> None:
+    sparse = bytearray(header(b"S", 0))
+    sparse[482] = 1  # more of the map follows
+    sparse[148:156] = b"%06o\0 " % (sum(sparse[:148]) + 8 * 32 + sum(sparse[156:]))
+    more = bytes(504) + b"\1" + bytes(7)
+    for data in (bytes(sparse) + more * 5000, _global_headers(5000)):
+        with pytest.raises((InputError, RowError), match=r"more than 1 MiB|without end"):
+            list(tar_members(io.BytesIO(data), "t.tar"))
+
+
+def _global_headers(count: int) -> bytes:
+    out = []
+    for i in range(count):
+        line = f"520 k{i:05d}=".encode()
+        out += [
+            header(b"g", 520),
+            (line + b"v" * (519 - len(line)) + b"\n").ljust(1024, b"\0"),
+            tar_of({"a": b""})[:512],
+        ]
+    return b"".join(out)
+
+
+def test_a_member_of_a_size_that_no_file_has_ends_the_tar() -> None:
+    data = tar_of({"a.jpg": b"a"})[:1024] + header(b"0", 1 << 80) + tar_of({"b.jpg": b"b"})
+    members = tar_members(io.BytesIO(data), "t.tar")
+    assert [next(members).name, next(members).name] == ["a.jpg", "block"]
+    with pytest.raises(RowError, match="damaged at byte"):
+        list(members)
+
+
 @settings(max_examples=150)
 @given(st.lists(st.tuples(st.integers(0, 8191), st.integers(0, 255)), min_size=1, max_size=8))
 def test_any_damage_ends(changes: list[tuple[int, int]]) -> None:

@@ -138,12 +138,10 @@ def test_a_picture_signed_anew_keeps_its_name(signing: str) -> None:
         assert first == second == (f"https://h/x.jpg?{plain}" if plain else "https://h/x.jpg")
 
 
-SECRETS = (
-    "key session policy expires auth token sig signature X-Amz-Signature Key-Pair-Id id x-amz-meta-picture".split()
-)
+SECRETS = ["key", "session", "policy", "expires", "auth", "token", "sig", "signature", "X-Amz-Signature", "Key-Pair-Id"]
 
 
-@pytest.mark.parametrize("parameter", [*SECRETS, "X-Goog-Credential", "AWSAccessKeyId", "password"])
+@pytest.mark.parametrize("parameter", [*SECRETS, "id", "x-amz-meta-x", "X-Goog-Credential", "AWSAccessKeyId"])
 def test_pictures_that_differ_in_one_parameter_have_two_names(parameter: str) -> None:
     names = {shown(f"https://h/d?{parameter}={value}") for value in ("00.png", "03.png", "00.png ", "")}
     names |= {shown(f"https://h/e?{parameter}=00.png"), shown(f"https://h/d?a=1&{parameter}=00.png")}
