@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -191,6 +192,24 @@ def test_verify_names_the_file_that_changed(tmp_path: Path) -> None:
     message = run("verify", tmp_path / "q", fails_with=CheckpointError)
     assert "model.safetensors has the SHA-256" in message
     assert "SHA256SUMS says" in message
+
+
+def test_verify_reads_the_tokenizer_too(tmp_path: Path) -> None:
+    shutil.copytree(CASE_A, tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer.json").write_text("<html>404</html>")
+    assert "is a web page" in run("verify", tmp_path / "copy", fails_with=CheckpointError)
+    convert = ("convert", tmp_path / "copy", tmp_path / "raw", "--to", "raw")
+    assert "is a web page" in run(*convert, fails_with=CheckpointError)
+    assert not (tmp_path / "raw").exists()
+    too_long = tmp_path / ("x" * 300)
+    assert "cannot be written" in run("convert", CASE_A, too_long, "--to", "raw", fails_with=OutputError)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_verify_does_not_wait_for_a_fifo(tmp_path: Path) -> None:
+    shutil.copytree(CASE_A, tmp_path / "copy")
+    os.mkfifo(tmp_path / "copy" / "SHA256SUMS")
+    assert "no digest known" in run("verify", tmp_path / "copy")
 
 
 def test_verify_trusts_the_names_of_the_hubs_cache(tmp_path: Path) -> None:

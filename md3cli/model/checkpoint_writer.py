@@ -20,6 +20,7 @@ from md3cli.model.checkpoint import CheckpointReader, stored_dtype
 from md3cli.model.checkpoint_plan import INT8_WEIGHTS, QUANT_METHOD, CheckpointPlan, plan_checkpoint
 from md3cli.model.config import ModelConfig
 from md3cli.model.formats import Format, JsonObject, hf_config
+from md3cli.model.misfits import misfit
 from md3cli.model.name_tables import INT4_GROUP, REGION_LN, Recipe, Slot, slots, stored_name
 from md3cli.model.partial_folder import PartialFolder, open_partial, write_synced
 from md3cli.model.quantised import QuantisedWeight
@@ -68,6 +69,8 @@ def write_checkpoint(
     dtypes = StoredDtypes(DTYPE_CODES[dtype], DTYPE_CODES[int4_scale_dtype])
     files = _named(list(lay_out(table, dtypes, limit)))
     _check_target(target)
+    if tokenizer_file is not None and (fault := misfit(tokenizer_file)) is not None:
+        raise CheckpointError(fault)
     try:
         with open_partial(target, made_from) as partial:
             missing = sum(shard.num_bytes for name, shard in files.items() if not partial.has(name))
@@ -83,7 +86,11 @@ def write_checkpoint(
 
 
 def _check_target(target: Path) -> None:
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    try:
+        is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise OutputError(f"{str(target)[:200]}: cannot be written: {error.strerror or error}") from error
+    if not is_free:
         raise OutputError(f"{target} is already there; name a folder that does not exist yet")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from md3cli.errors import OutputError
 from md3cli.model.formats import JsonObject
-from md3cli.model.weight_files import CHECKSUMS_NAME
+from md3cli.model.weight_files import CHECKSUMS_NAME, CONFIG_LIMIT_BYTES
 
 _FINISHED = ".finished.json"
 
@@ -118,8 +118,11 @@ def sync_folder(folder: Path) -> None:
 
 def read_checksums(folder: Path) -> Mapping[str, str]:
     """File name to SHA-256 as `publish` wrote them; empty where there are none or they are not in that form."""
+    file = folder / CHECKSUMS_NAME
     try:
-        lines = (folder / CHECKSUMS_NAME).read_text(encoding="utf-8").splitlines()
+        if not file.is_file() or file.stat().st_size > CONFIG_LIMIT_BYTES:  # opening a FIFO would wait for ever
+            return {}
+        lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return {}
     pairs = (line.split("  ", 1) for line in lines if line.strip())

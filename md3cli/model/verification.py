@@ -16,6 +16,7 @@ from typing import Any
 from md3cli.errors import CheckpointError
 from md3cli.model.checkpoint_plan import CheckpointPlan, plan_checkpoint
 from md3cli.model.partial_folder import read_checksums
+from md3cli.model.prompts import Tokenizer
 from md3cli.model.weight_files import CHECKSUMS_NAME
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -49,12 +50,14 @@ class Verification:
 
 
 def verify_checkpoint(path: Path, *, progress: Callable[[int], None] = lambda num_bytes: None) -> Verification:
-    """Judge headers as loading does, then read every weight file once.
+    """Judge headers and the tokenizer as loading does, then read every weight file once.
 
     Raises:
         CheckpointError: it would not load, or files are not what their digests say; all are named.
     """
     plan = plan_checkpoint(path)
+    if plan.files.tokenizer_file is not None:
+        Tokenizer.load(plan.files.tokenizer_file, plan.config)
     checksums = read_checksums(plan.files.folder)
     files, faults = [], []
     for file in plan.files.files:
