@@ -2,22 +2,27 @@
 
 Records are written in input order, and one long answer may hold back hundreds that were asked after
 it. The journal alone says what is done: this file is only a memory of answers that need not be
-computed again. Lost, torn or stale it costs time, never a record. Knows nothing of models or images.
+computed again. Lost, torn or stale it costs time, never a record. Its first line says of which journal
+it is: how long that was, and a digest of its end; beside any other it is not believed. Knows nothing of
+models or images.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from md3cli.journal import encode_record
-from md3cli.records import SCHEMA, RecordDict
+from md3cli.records import SCHEMA, RecordDict, Request
+from md3cli.whole_records import is_record_of, read_record
 
 SUFFIX = ".early"
+_END_BYTES = 1 << 12  # of a journal, by which it is known
+_HEAD_LIMIT_BYTES = 1 << 10
 SLACK_LINES = 64  # lines that nobody waits for any more, before the file is written anew
 
 
@@ -30,22 +35,30 @@ class EarlyRecords:
 
     def __init__(self, journal_path: Path, *, is_done: Callable[[str], bool], is_fresh: bool = False) -> None:
         """Read what an earlier start left, unless `is_fresh`; `is_done`: whether an id's record is written."""
+        self._journal_path = journal_path
         self._path = journal_path.with_name(journal_path.name + SUFFIX)
         self._temp = self._path.with_name(self._path.name + ".new")
-        self._left = {} if is_fresh else {r["id"]: r for r in _read(self._path) if not is_done(r["id"])}
+        self._left = {} if is_fresh else {r["id"]: r for r in early_records(journal_path) if not is_done(r["id"])}
         self._fd: int | None = None
         self._num_lines = 0
+        self._says_empty = False
 
-    def take(self, record_id: str) -> RecordDict | None:
+    def take(self, record_id: str, image: str | None, request: Request) -> RecordDict | None:
         """The record an earlier start left for a request, to be written when its turn comes."""
-        return self._left.get(record_id)
+        record = self._left.get(record_id)
+        is_its_own = record is not None and is_record_of(encode_record(record), record_id, image, request)
+        return record if is_its_own else None
 
     def keep(self, new: Sequence[RecordDict], waiting: Callable[[], Sequence[RecordDict]]) -> None:
         """Keep records until they are written; `waiting` are all that wait now, `new` those of them not kept yet."""
         if not new:
             return
         try:
-            if self._fd is None or self._num_lines + len(new) > 2 * len(waiting()) + SLACK_LINES:
+            if (
+                self._fd is None
+                or self._has_left_empty
+                or self._num_lines + len(new) > 2 * len(waiting()) + SLACK_LINES
+            ):
                 self._rewrite(waiting())
             else:
                 _write_all(self._fd, new)
@@ -53,11 +66,17 @@ class EarlyRecords:
         except OSError:
             self.close()
 
+    @property
+    def _has_left_empty(self) -> bool:
+        """Whether the file says that the journal is empty, as any journal once was, and it is so no more."""
+        return self._says_empty and os.stat(self._journal_path).st_size > 0
+
     def _rewrite(self, waiting: Sequence[RecordDict]) -> None:
         """A file of what waits and of what was left and has not had its turn, in the old one's place."""
         records = list({record["id"]: record for record in (*self._left.values(), *waiting)}.values())
         fd = os.open(self._temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
+            _write_bytes(fd, _head_of(self._journal_path))
             _write_all(fd, records)
             os.replace(self._temp, self._path)
         except OSError:
@@ -65,6 +84,7 @@ class EarlyRecords:
             raise
         self.close()
         self._fd, self._num_lines = fd, len(records)
+        self._says_empty = not os.stat(self._journal_path).st_size
 
     def forget(self, records: Iterable[RecordDict]) -> None:
         """Drop `records`, which are written where they belong."""
@@ -86,23 +106,43 @@ class EarlyRecords:
 
 
 def _write_all(fd: int, records: Sequence[RecordDict]) -> None:
-    rest = memoryview(b"".join(map(encode_record, records)))
+    _write_bytes(fd, b"".join(map(encode_record, records)))
+
+
+def _write_bytes(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
     while rest:
         rest = rest[os.write(fd, rest) :]
 
 
-def _read(path: Path) -> Iterable[RecordDict]:
-    """The whole records in a file that a kill may have left in any state."""
+def _head_of(journal_path: Path, num_bytes: int | None = None) -> bytes:
+    """The first line beside a journal that is, or was when it had `num_bytes`, as the journal is now."""
+    with open(journal_path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size if num_bytes is None else num_bytes
+        end = os.pread(file.fileno(), min(size, _END_BYTES), max(0, size - _END_BYTES))
+    head = {"early": SCHEMA, "journal": {"bytes": size, "end": hashlib.sha256(end).hexdigest()}}
+    return json.dumps(head, separators=(",", ":")).encode() + b"\n"
+
+
+def early_records(journal_path: Path) -> Iterator[RecordDict]:
+    """Yield the whole answers that wait beside a journal, in a file that a kill may have left in any state."""
+    path = journal_path.with_name(journal_path.name + SUFFIX)
     if not path.is_file():  # a FIFO would be waited for
         return
     with contextlib.suppress(OSError), open(path, "rb") as file:
+        if not _is_of(file.readline(_HEAD_LIMIT_BYTES), journal_path):
+            return
         for line in file:
-            with contextlib.suppress(ValueError, RecursionError):
-                record = json.loads(line)
-                if _is_answer(record):
-                    yield record
+            record = read_record(line)
+            if record is not None and record["error"] is None:
+                yield record
 
 
-def _is_answer(record: Any) -> bool:
-    is_ours = isinstance(record, dict) and record.get("schema") == SCHEMA and isinstance(record.get("id"), str)
-    return is_ours and "error" in record and record["error"] is None and isinstance(record.get("tokens"), dict)
+def _is_of(head: bytes, journal_path: Path) -> bool:
+    """Whether `head` is the first line beside this journal; that may have grown since."""
+    try:
+        num_bytes = json.loads(head)["journal"]["bytes"]
+        is_size = isinstance(num_bytes, int) and 0 <= num_bytes <= os.stat(journal_path).st_size
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return is_size and head == _head_of(journal_path, num_bytes)

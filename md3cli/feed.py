@@ -95,7 +95,8 @@ class Feed:
 
     Args:
         ids: makes the ids, in input order.
-        is_done: whether a request's record stands in OUTPUT; asked before anything is opened.
+        is_done: whether a request's record stands in OUTPUT, asked by its id, row and request before anything is
+            opened.
         pool: decodes the pictures.
         num_ahead: rows in decoding or decoded at a time.
         fail: called with each ticket that fails before the engine sees it.
@@ -109,7 +110,7 @@ class Feed:
         rows: Iterator[SourceRow | None],
         *,
         ids: Ids,
-        is_done: Callable[[str], bool],
+        is_done: Callable[[str, SourceRow, Request], bool],
         pool: DecodePool,
         num_ahead: int,
         fail: Callable[[Ticket, RowFailure], None],
@@ -193,7 +194,7 @@ class Feed:
         tickets: list[Ticket] = []
         for request in row.requests:
             record_id = self._ids.next_id(name, request)
-            if self._is_done(record_id):
+            if self._is_done(record_id, row, request):
                 self.num_done_before += 1
                 continue
             tickets.append(Ticket(self._next_key, record_id, row.image, request, row, is_last_of_row=False))

@@ -3,7 +3,7 @@
 Two arrays in the order of the file and an index over them. INPUT is read in the order in which the
 records were written, so a request is looked for behind the one found last, and only then by search.
 
-Memory: 29 bytes a record (10 million: 290 MB), less than twice that while the index is made.
+Memory: 37 bytes a record (10 million: 370 MB), less than twice that while the index is made.
 """
 
 from __future__ import annotations
@@ -35,14 +35,22 @@ class FoundRecords:
         has_superseded: some request stood there more than once; the last record counts, in the first one's place.
     """
 
-    def __init__(self, digests: bytes | bytearray = b"", outcomes: bytes | bytearray = b"") -> None:
-        """`digests` of all lines one behind the other, and one byte of `outcomes` each (see `outcome_code`)."""
+    def __init__(
+        self, digests: bytes | bytearray = b"", outcomes: bytes | bytearray = b"", starts: bytes | bytearray = b""
+    ) -> None:
+        """Take all lines, one behind the other.
+
+        `digests` are 16 bytes a line, `outcomes` one byte (see `outcome_code`), `starts` the lines' offsets in the
+        file, eight bytes each; these may be left out.
+        """
         order = _order_of(digests)
         self.has_superseded = _has_repeats(digests, order)
         if self.has_superseded:
             latest = latest_lines(_halves(digests))
             digests, outcomes = _halves(digests)[latest].tobytes(), np.frombuffer(outcomes, np.uint8)[latest].tobytes()
+            starts = np.frombuffer(starts, np.int64)[latest].tobytes() if starts else b""
             order = _order_of(digests)
+        self._starts = array("q", bytes(starts))
         self._digests, self._outcomes = digests, bytearray(outcomes)
         self._order = array("I", order.astype(np.uint32).tobytes())
         self._sorted_keys = array("Q", _keys(digests)[order].tobytes())
@@ -75,6 +83,19 @@ class FoundRecords:
             at += 1
         return None
 
+    def start_of(self, place: int) -> int:
+        """Where in the file its line begins."""
+        return self._starts[place]
+
+    def failures_of(self, error_type: str) -> list[int]:
+        """The places of failures of one type that have not been done again."""
+        found = np.frombuffer(self._outcomes, np.uint8) == _CODES[error_type]
+        return [int(place) for place in np.flatnonzero(found)]
+
+    def is_failed_with(self, place: int, error_type: str) -> bool:
+        """Whether it is a failure of that type, which has not been done again."""
+        return self._outcomes[place] == _CODES[error_type]
+
     def is_ok(self, place: int) -> bool:
         """Whether it is a success; else it is a failure, or was one and has been done again."""
         return self._outcomes[place] == 0
@@ -84,7 +105,7 @@ class FoundRecords:
         return 0 < self._outcomes[place] < _REDONE
 
     def supersede(self, place: int) -> None:
-        """The record there counts no more: its request was done again."""
+        """The record there counts no more: its request was, or will be, done again."""
         self._counts[self._outcomes[place]] -= 1
         self._outcomes[place] = _REDONE
         self.has_superseded = True

@@ -1,12 +1,13 @@
 """The journal: one JSON Lines file of records, the only state a run has.
 
 One writer under a lock, whole lines, one `write` a batch, O_APPEND. Whatever kills the process, what
-was appended is there; a torn tail is cut on the next start and its requests are simply not done.
-Knows nothing of images, models or tasks. What a crash can lose: nothing for a killed process, at most
-the last 5 s or 256 records for a power cut.
+was appended is there; a torn tail is cut on the next start and its requests are simply not done. A damaged
+line costs itself only: it is copied to OUT.damaged at once, its request is done again, and the rewrite at the
+end leaves it out. Until then it stays where it is, so that a run that is killed meanwhile finds it again.
+What a crash can lose: nothing for a killed process, at most the last 5 s or 256 records for a power cut.
 
-Memory: 29 bytes a record found at the start (10 million: 290 MB), nothing for those appended later,
-and 24 bytes a record more while `rewrite` runs.
+Memory: 37 bytes a record found at the start (10 million: 370 MB), nothing for those appended later,
+and 100 bytes a record more while `rewrite` runs.
 """
 
 from __future__ import annotations
@@ -16,21 +17,28 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+from md3cli.damaged_lines import damaged_path, keep_damaged
 from md3cli.digest_set import digest_of
 from md3cli.errors import OutputError, OutputMismatchError
 from md3cli.found_records import FoundRecords
-from md3cli.journal_rewrite import copy_latest
-from md3cli.journal_scan import HEAD, ForeignLineError, first_record, scan_journal
+from md3cli.journal_rewrite import LineIndex, copy_spans, order_of
+from md3cli.journal_scan import HEAD, LINE_LIMIT_BYTES, DamagedLines, first_record, scan_journal
 from md3cli.publish import OutputLock, atomic_publish, output_error, remove_stale_temps
-from md3cli.records import RecordDict, printable
+from md3cli.records import SCHEMA, RecordDict, Request, SourceRow, printable
+from md3cli.records_digest import RecordsDigest, digest_of_file
+from md3cli.unasked import Fate, Unasked, line_of_bad_row
+from md3cli.visits import Visits
+from md3cli.whole_records import is_record_of, read_json, read_record
 
 SYNC_RECORDS = 256
 SYNC_INTERVAL_S = 5.0
+_FEW_BYTES, _MANY_BYTES = 1 << 12, 1 << 18  # read at a time: of one line, and of lines in order
+_MOST_CHANGED = 2  # bytes of a head that still is ours
 
 
 def encode_record(record: RecordDict) -> bytes:
@@ -47,7 +55,10 @@ class Journal:
 
     Attributes:
         path: the file.
-        cut_bytes: what was cut from its end on opening because it was torn or damaged.
+        cut_bytes: what was cut from its end on opening because it was torn.
+        damaged: what is damaged, found on opening and since; all of it is in OUT.damaged.
+        is_replacing: whether the file still holds what the first append replaces.
+        has_changed: whether this process has changed the file.
         found: the records found on opening, and what became of them since.
         first_record: the first of them, to compare an old run with this one.
         is_locked: False where the file system has no locks.
@@ -61,6 +72,13 @@ class Journal:
         self._fd = fd
         self._lock = lock
         self.found = FoundRecords()
+        self.damaged: list[DamagedLines] = []
+        self.has_changed = False
+        self.is_replacing = False
+        self._digest: RecordsDigest | None = None
+        self._visits = Visits(0)
+        self._recorded_bad_rows: set[int] = set()  # lines of the manifest that cannot be read now either
+        self._buffer, self._buffer_start = b"", 0
         self._num_added: dict[str | None, int] = {}
         self._end = 0
         self._num_unsynced = 0
@@ -68,11 +86,17 @@ class Journal:
 
     @classmethod
     def open(
-        cls, path: Path, *, mode: Literal["resume", "overwrite"] = "resume", lock_path: Path | None = None
+        cls,
+        path: Path,
+        *,
+        mode: Literal["resume", "overwrite"] = "resume",
+        lock_path: Path | None = None,
+        is_ours: bool = False,
     ) -> Journal:
         """Lock, repair and read the journal at `path`, made with its folder where it is not there.
 
-        `lock_path` defaults to `path` + `.lock`. `overwrite` empties the file.
+        `lock_path` defaults to `path` + `.lock`. `overwrite`: the first records that are appended take the place of all that is there. `is_ours`: it is known that md3 wrote
+        it, however damaged it may be.
 
         Raises:
             OutputError: held by another process (named), not a regular file, or not writable.
@@ -94,34 +118,112 @@ class Journal:
             lock.release()
             raise output_error(path, error) from error
         try:
-            journal._load(mode)
+            journal._load(mode, is_ours)
         except BaseException:
             journal.close()
             raise
         return journal
 
-    def _load(self, mode: Literal["resume", "overwrite"]) -> None:
+    def _load(self, mode: Literal["resume", "overwrite"], is_ours: bool) -> None:
         try:
             if mode == "overwrite":
-                os.ftruncate(self._fd, 0)
+                self.is_replacing = os.fstat(self._fd).st_size > 0
+                self.has_changed = not self.is_replacing
                 return
             with open(self._fd, "rb", buffering=0, closefd=False) as file:
-                self.found, self._end = scan_journal(file)
+                self.found, self._end, self.damaged = scan_journal(file)
                 file.seek(0)
-                self.first_record = first_record(file) if self._end else None
+                self.first_record = first_record(file) if len(self.found) else None
             size = os.fstat(self._fd).st_size
-            if self._end == 0 and size and not _may_be_torn_record(os.pread(self._fd, len(HEAD), 0)):
-                raise ForeignLineError
+            if size and not len(self.found) and not is_ours and not _may_be_ours(os.pread(self._fd, 1 << 16, 0)):
+                raise OutputMismatchError(
+                    f"{printable(str(self.path))} holds something else than records of this version of md3; "
+                    "choose another -o, or --overwrite to replace it"
+                )
+            self._keep_damaged(self.damaged)
             self.cut_bytes = size - self._end
             if self.cut_bytes:
                 os.ftruncate(self._fd, self._end)
+                self.has_changed = True
+            self._visits = Visits(len(self.found))
         except OSError as error:
             raise output_error(self.path, error) from error
-        except ForeignLineError:
-            raise OutputMismatchError(
-                f"{printable(str(self.path))} holds something else than records of this version of md3; "
-                "choose another -o, or --overwrite to replace it"
-            ) from None
+
+    def _keep_damaged(self, damaged: Sequence[DamagedLines]) -> None:
+        if damaged:
+            keep_damaged(damaged_path(self.path), self._fd, [(lines.start, lines.end) for lines in damaged])
+
+    # -- what is done --------------------------------------------------------------------------------
+
+    def is_done(self, record_id: str, row: SourceRow, request: Request, *, retry_failed: bool = False) -> bool:
+        """Whether the next request in input order stands in the file since before this run; called once for each.
+
+        Not done is what failed, with `retry_failed`; a row that could not be read and can now; and a record that is
+        not this request's, whatever its id says.
+
+        Raises:
+            OutputError: its line cannot be copied to OUT.damaged.
+        """
+        place = self.found.place_of(digest_of(record_id))
+        self._visits.note(place)
+        if place is None:
+            return False
+        line = self._line_at(self.found.start_of(place))
+        if not is_record_of(line, record_id, row.image.name if row.image is not None else None, request):
+            self._drop_damaged(place, line)
+            return False
+        if self.found.is_ok(place):
+            return True
+        if not self.found.is_failed(place) or retry_failed:
+            return False
+        return not self.found.is_failed_with(place, "bad_row") or self._is_still_bad(line, row)
+
+    def _is_still_bad(self, line: bytes, row: SourceRow) -> bool:
+        """Whether the failure of a row that could not be read is what it would be now."""
+        if row.failure is None or row.failure.type != "bad_row":
+            return False
+        number = line_of_bad_row(row.failure.message)
+        self._recorded_bad_rows |= {number} if number is not None else set()
+        record = read_record(line)
+        return record is not None and line_of_bad_row(record["error"]["message"]) == number
+
+    def _drop_damaged(self, place: int, line: bytes) -> None:
+        start = self.found.start_of(place)
+        number = self._number_at(start)
+        lines = DamagedLines(number, number, start, start + len(line), True)
+        self._keep_damaged([lines])
+        self.found.supersede(place)
+        self.damaged.append(lines)
+
+    def _number_at(self, offset: int) -> int:
+        """The number of the line that begins at `offset`, from 1."""
+        parts = range(0, offset, _MANY_BYTES)
+        return 1 + sum(os.pread(self._fd, min(_MANY_BYTES, offset - at), at).count(b"\n") for at in parts)
+
+    def _line_at(self, start: int) -> bytes:
+        """The line from `start`; cheap where they are asked for in their order."""
+        at = start - self._buffer_start
+        end = self._buffer.find(b"\n", at) if 0 <= at < len(self._buffer) else -1
+        if end >= 0:
+            return self._buffer[at : end + 1]
+        is_next = 0 <= at <= len(self._buffer)
+        num_bytes = _MANY_BYTES if is_next else _FEW_BYTES
+        while True:
+            try:
+                self._buffer, self._buffer_start = os.pread(self._fd, num_bytes, start), start
+            except OSError as error:
+                raise output_error(self.path, error) from error
+            end = self._buffer.find(b"\n")
+            if end >= 0 or len(self._buffer) < num_bytes or num_bytes > LINE_LIMIT_BYTES:
+                return self._buffer[: end + 1]
+            num_bytes *= 4
+
+    def lines_of_bad_rows(self) -> set[int]:
+        """The lines of a manifest that could not be read when their records were made."""
+        places = self.found.failures_of("bad_row")
+        records = (read_record(self._line_at(self.found.start_of(place))) for place in places)
+        numbers = {line_of_bad_row(record["error"]["message"]) for record in records if record is not None}
+        return {number for number in numbers if number is not None}
 
     def state(self, record_id: str) -> Literal["ok", "failed"] | None:
         """What stands in the file for a request since before this run; None: it is still to do."""
@@ -160,6 +262,7 @@ class Journal:
         """
         batch = list(records)
         self._write(b"".join(map(encode_record, batch)))
+        self.has_changed = True
         for record in batch:
             self._note(record)
         self._num_unsynced += len(batch)
@@ -174,6 +277,9 @@ class Journal:
         self._num_added[error_type] = self._num_added.get(error_type, 0) + 1
 
     def _write(self, data: bytes) -> None:
+        if self.is_replacing and data:
+            self._replace(data)
+            return
         rest = memoryview(data)
         try:
             while rest:
@@ -183,6 +289,17 @@ class Journal:
                 os.ftruncate(self._fd, self._end)  # a failed cut is repaired by the next start
             raise output_error(self.path, error) from error
         self._end += len(data)
+
+    def _replace(self, data: bytes) -> None:
+        """Put `data` in the place of the whole file, by rename: whatever kills the process, the old or the new is there."""
+        with atomic_publish(self.path) as temp:
+            temp.write_bytes(data)
+        try:
+            os.close(self._fd)
+            self._fd = _open_append(self.path)
+        except OSError as error:
+            raise output_error(self.path, error) from error
+        self._end, self.is_replacing = len(data), False
 
     def sync(self) -> None:
         """Make what was appended safe from a power cut.
@@ -197,23 +314,89 @@ class Journal:
         self._num_unsynced = 0
         self._synced_at = time.monotonic()
 
-    def rewrite(self) -> None:
-        """Replace the file by one with a single record a request, the last, where the first one stood.
+    @property
+    def is_rewrite_due(self) -> bool:
+        """Whether the file has more than one whole record of each request."""
+        return self.has_superseded or bool(self.damaged)
 
-        As every run goes through INPUT in order, that is input order.
+    @property
+    def has_unasked(self) -> bool:
+        """Whether records stand there that no request of this run has."""
+        return bool(len(self._visits.not_visited()))
+
+    def settle(self, unasked: Unasked | None = None, before_rewrite: Callable[[], None] = lambda: None) -> None:
+        """Bring the file in order at the end of a run that came through INPUT; leaves it alone where it is.
+
+        Each request has one record then, the last one made, in input order. What INPUT does not name stays, behind
+        what it stood behind, unless `unasked` says otherwise. `before_rewrite` is called before the file is replaced.
 
         Raises:
             OutputError: no space for the copy, or not writable; the file is as before.
         """
-        with atomic_publish(self.path) as temp, open(self.path, "rb", buffering=0) as old, open(temp, "wb") as new:
-            copy_latest(old, new)
+        if unasked is None and not self.is_rewrite_due:
+            return
         try:
+            with open(self.path, "rb", buffering=0) as old:
+                index = LineIndex(old)
+                gone = self._gone(index, unasked) if unasked is not None else set()
+                if not gone and not self.is_rewrite_due:
+                    return
+                spans = order_of(index, self._visits, gone | {lines.start for lines in self.damaged})
+                before_rewrite()
+                with atomic_publish(self.path) as temp, open(temp, "wb") as new:
+                    copy_spans(old, new, spans)
             fd = _open_append(self.path)
         except OSError as error:
             raise output_error(self.path, error) from error
         os.close(self._fd)
         self._fd, self._end = fd, os.fstat(fd).st_size
-        self.found.has_superseded = False
+        self._num_unsynced = 0
+        self._digest = None
+        self.has_changed, self.found.has_superseded, self._visits = True, False, Visits(0)
+
+    def _gone(self, index: LineIndex, unasked: Unasked) -> set[int]:
+        """Where the records begin that no request of this run has and that do not stay; damaged ones are copied."""
+        places = self._visits.not_visited()
+        gone, damaged = set(), []
+        for place, has_twin in zip(places.tolist(), index.resembling(places).tolist(), strict=True):
+            fate = self._fate(int(index.starts[place]), unasked, has_twin)
+            if fate is not Fate.KEPT:
+                gone.add(int(index.starts[place]))
+                self.found.supersede(place)
+            if fate is Fate.DAMAGED:
+                start, end = int(index.starts[place]), int(index.ends[place])
+                number = self._number_at(start)
+                damaged.append(DamagedLines(number, number, start, end, True))
+        self._keep_damaged(damaged)
+        self.damaged += damaged
+        return gone
+
+    def _fate(self, start: int, unasked: Unasked, has_twin: bool) -> Fate:
+        if not has_twin and not unasked.is_parsing_worth_it:
+            return Fate.KEPT
+        record = read_record(self._line_at(start))
+        return Fate.DAMAGED if record is None else unasked.fate_of(record, self._recorded_bad_rows, has_twin)
+
+    def rewrite(self) -> None:
+        """Replace the file by one with a single record a request, the last, where the first one stood.
+
+        Raises:
+            OutputError: no space for the copy, or not writable; the file is as before.
+        """
+        self.settle()
+
+    def digest(self) -> RecordsDigest:
+        """What the file is now; it is read unless nothing has been written since the last call.
+
+        Raises:
+            OutputError: it cannot be read.
+        """
+        if self._digest is None or self._digest.bytes != self._end:
+            try:
+                self._digest = digest_of_file(self.path)
+            except OSError as error:
+                raise output_error(self.path, error) from error
+        return self._digest
 
     def close(self) -> None:
         """Sync, close and unlock; a second call does nothing.
@@ -248,6 +431,12 @@ def _open_append(path: Path) -> int:
     return fd
 
 
-def _may_be_torn_record(start: bytes) -> bool:
-    """Whether a file without one good line can be what a killed run or a power cut (zeros) left."""
-    return all(found in (0, ours) for found, ours in zip(start, HEAD, strict=False))
+def _may_be_ours(start: bytes) -> bool:
+    """Whether a file without one whole record can be what a kill, a power cut (zeros) or damage left of ours."""
+    line = start.partition(b"\n")[0]
+    changed = sum(found not in (0, ours) for found, ours in zip(line, HEAD, strict=False))
+    try:
+        value = read_json(line)
+    except (ValueError, RecursionError):
+        return changed <= (_MOST_CHANGED if len(line) >= len(HEAD) else 0)
+    return isinstance(value, dict) and value.get("schema") == SCHEMA

@@ -71,7 +71,8 @@ class OrderedRecords:
 
     def recall(self, ticket: Ticket) -> bool:
         """Whether an earlier start left the record of `ticket`; it is then written in its turn."""
-        record = self._early.take(ticket.record_id) if self._early is not None else None
+        name = ticket.image.name if ticket.image is not None else None
+        record = self._early.take(ticket.record_id, name, ticket.request) if self._early is not None else None
         if record is not None:
             self._finished[ticket.key] = (ticket, record)
         return record is not None

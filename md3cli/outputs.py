@@ -11,18 +11,25 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from md3cli.config import OutputOptions, RunConfig
 from md3cli.console import RunConsole
+from md3cli.damaged_lines import damage_words
+from md3cli.early import SUFFIX as EARLY_SUFFIX
 from md3cli.early import EarlyRecords
 from md3cli.errors import MissingExtraError, OutputMismatchError, UsageError
 from md3cli.exporters import RUN_FOLDER_NAMES, ExportOptions, export_records, format_of
-from md3cli.exporters.leftovers import REPORT_NAME, remove_leftovers
+from md3cli.exporters.leftovers import REPORT_NAME, RUN_INFO_NAME, adopt_older, remove_leftovers
 from md3cli.journal import Journal, encode_record
+from md3cli.marker import RUN, write_marker
+from md3cli.output_guard import check_documents, check_not_foreign_run
 from md3cli.printing import print_bytes
-from md3cli.publish import STAGED, remove_stale_temps
+from md3cli.publish import STAGED, output_error, remove_stale_temps
 from md3cli.records import RecordDict, RunIdentity, Task, printable
-from md3cli.run_info import OutputPaths, RunDocument, check_first_record, identity_of, output_paths
+from md3cli.records_digest import change_since
+from md3cli.run_facts import read_facts
+from md3cli.run_info import RUN_SCHEMA, OutputPaths, RunDocument, check_first_record, identity_of, output_paths
 from md3cli.settings import user_cache_dir
 from md3cli.source import Source
 
@@ -119,12 +126,20 @@ def _require_jinja() -> None:
 
 
 def check_replaceable(plan: OutputPlan, *, may_overwrite: bool) -> None:
-    """Refuse documents that stand there and were not made by an earlier start of this run.
+    """Refuse documents that stand there and were not made by an earlier start of this run, and foreign files.
 
     Raises:
-        OutputMismatchError: one is there without a journal beside it.
+        OutputMismatchError: one is there without a journal beside it, or is not md3's (then --overwrite does not help).
+        UsageError: a folder holds what md3 did not write.
     """
-    if plan.files is None or may_overwrite or plan.files.journal.exists():
+    if plan.files is None:
+        return
+    check_not_foreign_run(plan.files.journal, plan.files.run_info)
+    is_run_folder = plan.files.run_info.name == RUN_INFO_NAME
+    documents = [(document.format, document.path) for document in plan.documents]
+    adopt_older(plan.files.run_info, documents)
+    check_documents(documents, plan.files.run_info, is_run_folder=is_run_folder)
+    if may_overwrite or plan.files.journal.exists():
         return
     for document in plan.documents:
         is_there = any(document.path.iterdir()) if document.path.is_dir() else document.path.exists()
@@ -133,6 +148,15 @@ def check_replaceable(plan: OutputPlan, *, may_overwrite: bool) -> None:
                 f"{printable(str(document.path))} is there already and no records of it beside it; "
                 "choose another -o, or --overwrite to replace it"
             )
+
+
+def own_paths(plan: OutputPlan) -> tuple[Path, ...]:
+    """Every file that a run writes; a document may be a folder."""
+    if plan.files is None:
+        return ()
+    files = plan.files
+    early = files.journal.with_name(files.journal.name + EARLY_SUFFIX)
+    return (files.journal, files.run_info, files.lock, early, *(d.path for d in plan.documents))
 
 
 @dataclass(slots=True)
@@ -183,14 +207,21 @@ def open_output(
     if plan.files is None:
         return Output(plan, _print_lines if plan.stdout == JSONL else _printer(console))
     options = config.output
+    earlier = {} if options.overwrite else read_facts(plan.files.run_info, RUN_SCHEMA)
+    is_there = plan.files.journal.is_file()
+    is_new_folder = _is_new_folder(plan.files)
     journal = Journal.open(
-        plan.files.journal, mode="overwrite" if options.overwrite else "resume", lock_path=plan.files.lock
+        plan.files.journal,
+        mode="overwrite" if options.overwrite else "resume",
+        lock_path=plan.files.lock,
+        is_ours=bool(earlier),
     )
     remove_temps(plan)
     try:
-        if options.overwrite:
-            remove_leftovers(plan.files.run_info, [document.path for document in plan.documents])
-        document = _begin(plan.files, journal, config, source, identity)
+        if is_new_folder:
+            _write_run_marker(plan)
+        change = _change_since(earlier, journal)
+        document = _begin(plan.files, journal, config, source, identity, is_known=bool(earlier))
     except BaseException:
         journal.close()
         raise
@@ -198,17 +229,66 @@ def open_output(
         console.warn(f"{plan.files.lock} cannot be locked on this file system; start no second run on this OUTPUT")
     if journal.cut_bytes:
         console.warn(f"repaired {plan.files.journal}: a torn end of {journal.cut_bytes:,} bytes was cut")
+    if damage := damage_words(journal.path, journal.damaged):
+        console.warn(damage)
+    elif change and not journal.cut_bytes:
+        console.warn(
+            f"{printable(str(journal.path))} was changed by something else: {change}; its whole records are kept as "
+            "they are, and md3 verify goes on to say so until the run writes to it again"
+        )
     early = EarlyRecords(
-        journal.path, is_done=lambda record_id: journal.state(record_id) == "ok", is_fresh=options.overwrite
+        journal.path,
+        is_done=lambda record_id: journal.state(record_id) == "ok",
+        is_fresh=options.overwrite or not is_there,
     )
-    return Output(plan, journal.append, journal, document, early)
+    write = _Replacement(plan, journal, document).write if document.is_held else journal.append
+    return Output(plan, write, journal, document, early)
+
+
+class _Replacement:
+    """Writes the first records of a run that starts over; until then all is as the former run left it."""
+
+    def __init__(self, plan: OutputPlan, journal: Journal, document: RunDocument) -> None:
+        self._plan, self._journal, self._document = plan, journal, document
+
+    def write(self, records: Sequence[RecordDict]) -> None:
+        """Write a batch of records; the first one takes the place of the former run."""
+        is_first = self._document.is_held and bool(records)
+        self._journal.append(records)
+        if is_first:
+            assert self._plan.files is not None
+            remove_leftovers(self._plan.files.run_info, [document.path for document in self._plan.documents])
+            self._document.release()
+
+
+def _is_new_folder(files: OutputPaths) -> bool:
+    """Whether OUTPUT is a run folder that is not there or empty, so that all in it will be md3's."""
+    folder = files.run_info.parent
+    is_run_folder = files.run_info.name == RUN_INFO_NAME
+    return is_run_folder and not (folder.is_dir() and any(folder.iterdir()))
+
+
+def _write_run_marker(plan: OutputPlan) -> None:
+    assert plan.files is not None
+    folder = plan.files.run_info.parent
+    try:
+        write_marker(folder, RUN, (path.name for path in own_paths(plan)))
+    except OSError as error:
+        raise output_error(folder, error) from error
+
+
+def _change_since(earlier: dict[str, Any], journal: Journal) -> str | None:
+    try:
+        return change_since(earlier, journal.path)
+    except OSError as error:
+        raise output_error(journal.path, error) from error
 
 
 def _begin(
-    files: OutputPaths, journal: Journal, config: RunConfig, source: Source, identity: RunIdentity
+    files: OutputPaths, journal: Journal, config: RunConfig, source: Source, identity: RunIdentity, *, is_known: bool
 ) -> RunDocument:
-    """Note the start in run.json, if the records there are this command's."""
-    if journal.first_record is not None and not files.run_info.exists():
+    """Note the start in run.json, if the records there are this command's; `is_known`: run.json can say so."""
+    if journal.first_record is not None and not is_known:
         check_first_record(journal.first_record, config.requests, identity)
     return RunDocument.begin(
         files.run_info,
@@ -217,6 +297,7 @@ def _begin(
         root=source.root,
         is_resume=not config.output.overwrite,
         num_records_found=journal.num_ok + sum(journal.num_failed.values()),
+        is_held=journal.is_replacing,
     )
 
 

@@ -9,6 +9,7 @@ written as soon as all before them are.
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from dataclasses import replace
 
 from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import RunConsole, Summary
+from md3cli.damaged_lines import damage_words
 from md3cli.dry_run import dry_run
 from md3cli.empty_input import check_found, check_not_empty, empty_words
 from md3cli.engine_port import Engine, FoundModel, Model, check_skills, find_model
@@ -23,13 +25,16 @@ from md3cli.errors import Md3Error
 from md3cli.estimate import estimate
 from md3cli.failures import Failure, NamedFailures, command_for_all
 from md3cli.feed import Feed, make_pool, rows_ahead
+from md3cli.journal import Journal
 from md3cli.ordering import OrderedRecords
+from md3cli.output_guard import check_not_input
 from md3cli.outputs import (
     PRINTABLE_FORMATS,
     TABLE,
     Output,
     check_replaceable,
     open_output,
+    own_paths,
     plan_output,
     publish,
     with_journal_aside,
@@ -38,15 +43,16 @@ from md3cli.outputs import (
 from md3cli.pixels import parse_background
 from md3cli.printing import print_document
 from md3cli.progress import Progress, loading
-from md3cli.records import RETRYABLE, RecordDict
+from md3cli.records import RETRYABLE, RecordDict, Request, SourceRow
 from md3cli.request_ids import RequestIds
-from md3cli.run_info import RunCounts
+from md3cli.run_info import RunCounts, RunDocument
 from md3cli.scale.bucket import made_here
 from md3cli.scale.choosing import discard, is_run_there, run_folder_of
 from md3cli.scale.layout import RunFolder
 from md3cli.signals import Interrupted, StopSignals
 from md3cli.source import Source, open_source
 from md3cli.timeline import Timeline
+from md3cli.unasked import Unasked
 
 STATUS_FAILED_RECORDS = 3
 WAIT_SLICE_S = 0.2  # of waiting for a picture, so that a signal is seen soon
@@ -72,18 +78,21 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_mode
 
 def _run(config: RunConfig, console: RunConsole, find: ModelFinder) -> int:
     plan = plan_output(config.output, is_terminal=console.is_stdout_terminal)
-    source = open_source(config.source, config.requests, defaults=config.defaults)
+    outputs = own_paths(plan)
+    own_files = frozenset(os.path.realpath(path) for path in outputs)
+    source = open_source(replace(config.source, own_files=own_files), config.requests, defaults=config.defaults)
     if config.estimate is not None:
         return estimate(config, source, console, find=find)
     if config.is_dry_run:
         return dry_run(config, source, console)
+    check_not_input(outputs, config.source.inputs, config.argv)
+    check_replaceable(plan, may_overwrite=config.output.overwrite)
     check_not_empty(source, config.source, is_allowed=config.allow_empty)
     folder = run_folder_of(plan, config)
     if folder is not None and plan.files is not None and is_run_there(folder, plan.files, config):
         from md3cli.scale.run import run_scaled
 
         return run_scaled(config, console, source, plan, folder, find)
-    check_replaceable(plan, may_overwrite=config.output.overwrite)
     with StopSignals() as stop, contextlib.ExitStack() as stack:
         with stop.interruptible():
             model = find(config.model)
@@ -117,6 +126,7 @@ class _Run:
         self.summary = Summary()
         self.engine: Engine | None = None
         self.failures = NamedFailures()
+        self.num_damage_told = len(output.journal.damaged) if output.journal is not None else 0
         self.batch_sizes: list[int] = []  # the planned one, then each smaller one that memory asked for
         self.started_at = time.monotonic()
         self.records = OrderedRecords(model.identity, self._write, self.summary, output.early)
@@ -150,8 +160,11 @@ class _Run:
     def _feed(self) -> Iterator[Feed]:
         journal, retry_failed = self.output.journal, self.config.output.retry_failed
 
-        def is_done(record_id: str) -> bool:
-            return journal is not None and journal.has(record_id, even_failed=not retry_failed)
+        def is_done(record_id: str, row: SourceRow, request: Request) -> bool:
+            return journal is not None and journal.is_done(record_id, row, request, retry_failed=retry_failed)
+
+        if journal is not None:
+            self.source.watched_lines = frozenset(journal.lines_of_bad_rows())
 
         with make_pool(self.config, self.model.crop_config) as pool:
             yield Feed(
@@ -255,14 +268,37 @@ class _Run:
         journal = self.output.journal
         if journal is None:
             return
-        if journal.has_superseded:
-            journal.rewrite()
+        journal.settle(self._unasked() if journal.has_unasked else None, self._before_rewrite)
+        self._tell_damage()
         self._note_end(None)  # a report made below tells of this run
         for document in self.output.plan.documents:
             for note in publish(document, journal.path, self.config, self.source.root):
                 self.console.say(f"{document.format}: {note}")
             if self.output.plan.stdout is not None:
                 print_document(document.path)
+
+    def _unasked(self) -> Unasked:
+        """What becomes of the records in OUTPUT that INPUT does not name."""
+        source = self.source
+        return Unasked(
+            self.config.requests or (self.config.defaults,),
+            self.model.identity,
+            source.asks_nothing_else,
+            frozenset(source.readable_lines),
+            bool(source.readable_lines),
+        )
+
+    def _before_rewrite(self) -> None:
+        if self.output.document is not None:
+            self.output.document.forget_records()
+
+    def _tell_damage(self) -> None:
+        """Name the damaged lines that were found while the run came through INPUT."""
+        journal = self.output.journal
+        assert journal is not None
+        if found := damage_words(journal.path, journal.damaged[self.num_damage_told :]):
+            self.console.warn(found)
+        self.num_damage_told = len(journal.damaged)
 
     def _counts(self) -> RunCounts:
         """Requests by outcome in all of OUTPUT."""
@@ -288,10 +324,18 @@ class _Run:
     def _note_end(self, status: int | None) -> None:
         self._note_progress(is_last=True)
         if self.output.journal is not None:
+            self._tell_damage()
             self.output.journal.sync()
             if self.output.document is not None:
+                if status in (None, 0, STATUS_FAILED_RECORDS):
+                    self._note_records(self.output.journal, self.output.document)
                 stages_s = {"load": self.summary.load_s, **self._stages()}
                 self.output.document.finish(self._counts(), stages_s, status, self.timeline.points, self.batch_sizes)
+
+    def _note_records(self, journal: Journal, document: RunDocument) -> None:
+        """Keep the records file's digest, unless this start has left alone what an earlier one kept it of."""
+        if journal.has_changed or not document.has_records:
+            document.note_records(journal.digest())
 
     def _summarize(self) -> None:
         summary = self.summary

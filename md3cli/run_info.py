@@ -3,8 +3,9 @@
 Knows nothing of how records are made. The document's keys: `schema`, `identity` (what must be equal
 for a resume), `versions`, `model`, `root` (the folder that record images are relative to), `seal`
 (that this user's md3 wrote the root, see own_runs.py), `arguments` of the last start, `counts`, `stages`
-(seconds by stage, of all starts), `timeline` (seconds and records done, of all starts) and `starts` (when,
-where, how it ended). Written whole by rename, so a reader never sees half of it.
+(seconds by stage, of all starts), `records` (size and SHA-256 of the records file when the run was last
+finished), `timeline` (seconds and records done, of all starts) and `starts` (when, where, how it ended).
+Written whole by rename, so a reader never sees half of it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from md3cli.errors import OutputMismatchError
 from md3cli.own_runs import seal_of
 from md3cli.publish import atomic_publish
 from md3cli.records import ID_SCHEME, RecordDict, Request, RunIdentity, printable, request_id
+from md3cli.records_digest import RecordsDigest, kept_digest
 from md3cli.run_differences import asked_otherwise, change, differences, name_of
+from md3cli.run_facts import counts_of, read_facts, stages_of, starts_of, timeline_of
 
 RUN_SCHEMA = "md3-run/1"
 STARTS_KEPT = 1000
@@ -86,6 +89,7 @@ class RunDocument:
         self._path = path
         self._document = document
         self._started_at = time.monotonic()
+        self.is_held = False
         self._stages_before: dict[str, float] = dict(document["stages"])
 
     @classmethod
@@ -99,18 +103,19 @@ class RunDocument:
         is_resume: bool,
         num_records_found: int = 0,
         shown: str | None = None,
+        is_held: bool = False,
     ) -> RunDocument:
         """Note a start in `path`, on top of what an earlier start left there; a user knows it as `shown`.
+
+        `is_held`: nothing is written before `release`.
 
         Raises:
             OutputMismatchError: `is_resume`, and the earlier run was another; names the differences.
             OutputError: it cannot be written.
         """
-        earlier = _read(path) if is_resume else {}
+        earlier = read_facts(path, RUN_SCHEMA) if is_resume else {}
         if "identity" in earlier:
             _refuse_other(shown or str(path), earlier["identity"], _as_json(identity))
-        starts = earlier.get("starts")
-        stages, timeline = earlier.get("stages"), earlier.get("timeline")
         start = {
             "started": _now(),
             "pid": os.getpid(),
@@ -129,22 +134,40 @@ class RunDocument:
             "root": _exact(root),
             "seal": seal_of(_exact(root)),
             "arguments": start["arguments"],
-            "counts": earlier.get("counts"),
-            "stages": dict(stages) if isinstance(stages, dict) else {},
-            "timeline": timeline if isinstance(timeline, list) else [],
-            "starts": [*(starts if isinstance(starts, list) else []), start][-STARTS_KEPT:],
+            "counts": counts_of(earlier),
+            "stages": stages_of(earlier),
+            "timeline": timeline_of(earlier),
+            "starts": [*starts_of(earlier), start][-STARTS_KEPT:],
         }
+        if (records := kept_digest(earlier)) is not None:
+            document["records"] = asdict(records)
         run = cls(path, document)
+        run.is_held = is_held
         run._write()
         return run
 
     @property
     def timeline(self) -> list[tuple[float, int]]:
         """What earlier starts left: seconds and records done."""
-        try:
-            return [(float(at_s), int(done)) for at_s, done in self._document["timeline"]]
-        except (TypeError, ValueError):  # edited by hand
-            return []
+        return timeline_of({"timeline": [list(point) for point in self._document["timeline"]]})
+
+    def note_records(self, digest: RecordsDigest) -> None:
+        """Keep what the records file is at the end of a run; `finish` writes it."""
+        self._document["records"] = asdict(digest)
+
+    @property
+    def has_records(self) -> bool:
+        """Whether it is kept what the records file was when the run was last finished."""
+        return "records" in self._document
+
+    def forget_records(self) -> None:
+        """Write, before the records file is replaced, that nothing is known of it.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if self._document.pop("records", None) is not None:
+            self._write()
 
     def finish(
         self,
@@ -174,20 +197,21 @@ class RunDocument:
         self._document["starts"][-1] |= {**ending, "batch_sizes": list(batch_sizes)}
         self._write()
 
+    def release(self) -> None:
+        """Write what was held back, and hold back nothing more.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self.is_held = False
+        self._write()
+
     def _write(self) -> None:
+        if self.is_held:
+            return
         text = json.dumps(self._document, ensure_ascii=False, indent=1)
         with atomic_publish(self._path) as temp:
             temp.write_text(text + "\n", encoding="utf-8")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What an earlier start wrote; empty where it is missing or not ours (then the records decide)."""
-    try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    is_ours = isinstance(document, dict) and document.get("schema") == RUN_SCHEMA
-    return document if is_ours and isinstance(document.get("identity"), dict) else {}
 
 
 def _now() -> str:

@@ -34,6 +34,7 @@ from md3cli.row_requests import (
     row_image,
     row_requests,
 )
+from md3cli.spellings import is_of_windows
 from md3cli.tar_index import tar_members
 from md3cli.walk import Glob, PathFilter, Walk, has_image_suffix
 
@@ -43,7 +44,8 @@ class SourceSpec:
     """Which pictures: INPUT as typed (none for a text-only query) and what narrows it.
 
     `shard` (i, n) keeps the images whose name hashes to i modulo n. `limit` counts rows. `root` is a folder or an
-    address; `remote` lets manifests on the disk name addresses.
+    address; `remote` lets manifests on the disk name addresses. `own_files` are the files that the command writes
+    (links followed), which a walk passes over.
     """
 
     inputs: tuple[str, ...] = ()
@@ -56,6 +58,7 @@ class SourceSpec:
     remote: bool = False
     offline: bool = False
     follow_links: bool = False
+    own_files: frozenset[str] = frozenset()
 
 
 def open_source(
@@ -235,7 +238,7 @@ class Source:
 
     def _walk_of(self, folder: str, skipped: Counter[str]) -> Walk:
         if not is_address(folder):
-            return Walk(self._spec.recursive, self._spec.follow_links, self._filter, skipped)
+            return Walk(self._spec.recursive, self._spec.follow_links, self._filter, skipped, self._spec.own_files)
         from md3cli.remote.inputs import walk_of
 
         return walk_of(folder, self._filter, skipped, is_recursive=self._spec.recursive)
@@ -278,6 +281,7 @@ class Source:
         rows: Iterator[ManifestRow | None] = manifest_rows(given.typed)
         if is_stdin:
             rows = path_rows(self._stdin, has_json=True)
+        is_list = is_stdin or given.typed.lower().endswith(".txt")
         is_unfiltered = not (self._spec.include or self._spec.exclude)
         for entry in rows:
             if entry is None:
@@ -318,11 +322,22 @@ class Source:
             else:
                 asked = row_requests(columns, self._requests, self._defaults)
             failure = self._outside(image.path) if image else None
+            if image and is_of_windows(image.name) and not is_address(image.path) and not os.path.lexists(image.path):
+                raise RowError(
+                    "not_found", "a drive or server of Windows; make the paths relative to the list or --root"
+                )
         except RowError as error:
             asked = (refused_request(columns, self._base),)
             failure = RowFailure(error.type, f"{entry.where}: {error}")
         meta = {} if is_bare else {column: value for column, value in columns.items() if column not in ROW_COLUMNS}
         return SourceRow(image, asked, meta, failure)
+
+
+def _is_comment(image: ImageItem | None) -> bool:
+    """Whether a line of a list is a remark: it starts with `#`, and no file of that name is there."""
+    if image is None or not image.name.startswith("#"):
+        return False
+    return is_address(image.path) or not os.path.lexists(image.path)
 
 
 def _in_shard(found: Iterator[_Found], shard: tuple[int, int], skipped: Counter[str]) -> Iterator[_Found]:

@@ -54,7 +54,7 @@ class Rig:
         self.feed = Feed(
             self._count(rows),
             ids=RequestIds(RUN),
-            is_done=lambda record_id: record_id in done,
+            is_done=lambda record_id, row, request: record_id in done,
             pool=self.pool,
             num_ahead=num_ahead,
             fail=lambda ticket, failure: self.failed.append((ticket.key, failure.type)),

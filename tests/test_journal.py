@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from md3cli.errors import OutputError, OutputMismatchError
 from md3cli.journal import Journal, encode_record
 from md3cli.records import (
+    ImageFacts,
     ImageItem,
     RecordDict,
     Request,
@@ -31,6 +32,7 @@ from md3cli.records import (
     request_id,
 )
 
+FACTS = ImageFacts(640, 480, "0" * 64)
 RUN = RunIdentity(model="tiny@0")
 QUERY = Request(Task.QUERY, "was ist größer als 東京? 🦊")
 
@@ -47,7 +49,7 @@ def record_of(name: str, answer: str = "größer 東京 🦊", failure: str | No
     return make_record(
         record_id,
         image,
-        None,
+        FACTS,
         QUERY,
         RUN,
         result={"answer": answer},
@@ -125,36 +127,82 @@ def test_a_cut_at_every_byte_keeps_the_whole_lines_and_a_resume_completes_the_fi
 
 @several_examples
 @given(start=st.integers(0, 3000), length=st.integers(1, 5000))
-def test_zeros_from_a_power_cut_lose_only_the_lines_from_there_on(tmp_path: Path, start: int, length: int) -> None:
+def test_zeros_from_a_power_cut_lose_only_the_lines_they_hit(tmp_path: Path, start: int, length: int) -> None:
     path, lines = tmp_path / "out.jsonl", lines_of(9)
     whole = bytearray(b"".join(lines))
     start %= len(whole)
     whole[start : start + length] = bytes(len(whole[start : start + length]))
     path.write_bytes(whole)
-    with Journal.open(path):
-        pass
-    assert path.read_bytes() == b"".join(lines)[: b"".join(lines).rfind(b"\n", 0, start) + 1]
+    end, untouched = 0, []
+    for line in lines:
+        untouched += [line] if whole[end : end + len(line)] == line else []
+        end += len(line)
+    with Journal.open(path, is_ours=True) as journal:
+        assert journal.num_ok == len(untouched)
+        journal.rewrite()
+    assert path.read_bytes() == b"".join(untouched)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda line: line[:60] + line,  # two records glued together, as an append behind a torn tail does
-        lambda line: line[:-20] + b"\xff" + line[-20:],
-        lambda line: line[:-20] + b"\x1b" + line[-20:],
-        lambda line: b"",
-        lambda line: line.replace(b'"id":"', b'"id":7,"was":"'),
-        lambda line: line.replace(b'"error":null', b'"error":{"type":"decode"'),
-        lambda line: b"[" * 100_000,
-    ],
-    ids=["glued", "not utf-8", "control", "blank", "no id", "no end", "deep"],
-)
-def test_the_file_is_cut_at_the_first_bad_line(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+DAMAGES = {
+    "glued": lambda line: line[:60] + line,  # two records, as an append behind a torn tail does
+    "not utf-8": lambda line: line[:-20] + b"\xff" + line[-20:],
+    "control": lambda line: line[:-20] + b"\x1b" + line[-20:],
+    "blank": lambda line: b"",
+    "id of another type": lambda line: line.replace(b'"id":"', b'"id":7,"was":"'),
+    "no end": lambda line: line.replace(b'"error":null', b'"error":{"type":"decode"'),
+    "deep": lambda line: b"[" * 100_000,
+    "a list": lambda line: b"[1]",
+    "another schema": lambda line: line.replace(b"md3/1", b"md3/0"),
+    "a key changed": lambda line: line.replace(b'"width"', b'"widthX"'),
+    "a key missing": lambda line: line.replace(b'"width":640,', b""),
+    "a key twice": lambda line: line.replace(b'"width":640', b'"width":640,"width":640'),
+    "a key twice in meta": lambda line: line.replace(b'"id":"in meta"', b'"schema":"in meta"'),
+    "nan": lambda line: line.replace(b'"width":640', b'"width":NaN'),
+    "infinite": lambda line: line.replace(b'"width":640', b'"width":1e999'),
+    "huge": lambda line: line.replace(b'"width":640', b'"width":1' + b"0" * 400),
+    "digits without end": lambda line: line.replace(b'"width":640', b'"width":1' + b"0" * 9_000),
+    "a text": lambda line: line.replace(b'"width":640', b'"width":"640"'),
+    "true": lambda line: line.replace(b'"width":640', b'"width":true'),
+    "half a character": lambda line: line.replace(b'"answer":"', b'"answer":"\\ud83e'),
+    "upper case": lambda line: line[:24] + line[24:56].upper() + line[56:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("at", [0, 2])
+def test_damage_costs_its_line_only_and_is_copied(tmp_path: Path, damage: Callable[[bytes], bytes], at: int) -> None:
     path, lines = tmp_path / "out.jsonl", lines_of(5)
-    path.write_bytes(b"".join([*lines[:2], damage(lines[2].rstrip()) + b"\n", *lines[3:]]))
+    bad = damage(lines[at].rstrip()) + b"\n"
+    is_glued = bad.endswith(lines[at])
+    path.write_bytes(b"".join([*lines[:at], bad, *lines[at + 1 :]]))
+    for _ in range(2):  # killed after the first
+        with Journal.open(path) as journal:
+            assert journal.num_ok == (5 if is_glued else 4)
+            assert [(lines.first, lines.last) for lines in journal.damaged] == [(at + 1, at + 1)]
+            assert journal.has(record_of(f"ä{at}.jpg")["id"]) == is_glued
+    copied = (tmp_path / "out.jsonl.damaged").read_bytes()
+    assert copied == (bad[:60] + b"\n" if is_glued else bad), "once"
     with Journal.open(path) as journal:
-        assert journal.num_ok == 2
-    assert path.read_bytes() == b"".join(lines[:2])
+        journal.settle()
+    assert path.read_bytes() == b"".join(line for line in lines if is_glued or line != lines[at])
+
+
+def test_a_line_that_is_too_long_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("md3cli.journal_scan.LINE_LIMIT_BYTES", 3000)
+    monkeypatch.setattr("md3cli.journal_scan.BLOCK_BYTES", 500)
+    path, lines = tmp_path / "out.jsonl", lines_of(5)
+    path.write_bytes(b"".join([*lines[:2], b"x" * 9999 + b"\n", *lines[2:]]))
+    with Journal.open(path) as journal:
+        assert (journal.num_ok, journal.damaged[0].first, len(journal.damaged)) == (5, 3, 1)
+        journal.settle()
+    assert path.read_bytes() == b"".join(lines)
+
+
+def test_what_other_tools_write_is_whole(tmp_path: Path) -> None:
+    record = record_of("a.jpg") | {"width": 640.0, "caption": None, "objects": None}
+    (tmp_path / "out.jsonl").write_text(json.dumps(record, indent=None) + "\n")
+    with Journal.open(tmp_path / "out.jsonl") as journal:
+        assert (journal.num_ok, journal.damaged) == (1, [])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ CAPTION = Request(Task.CAPTION)
 def ticket(key: int) -> Ticket:
     item = ImageItem(f"{key}.png", f"/x/{key}.png")
     return Ticket(
-        key, f"{key:032x}", item, CAPTION, SourceRow(item, (CAPTION,), {"n": key}), True, ImageFacts(4, 3, "s")
+        key, f"{key:032x}", item, CAPTION, SourceRow(item, (CAPTION,), {"n": key}), True, ImageFacts(4, 3, "0" * 64)
     )
 
 

@@ -136,7 +136,7 @@ def _run(
     feed = Feed(
         (row for one in sample for row in one.unit.rows),
         ids=RequestIds(model.identity),
-        is_done=lambda record_id: False,
+        is_done=lambda record_id, row, request: False,
         pool=pool,
         num_ahead=rows_ahead(model.crop_config),
         fail=records.fail,

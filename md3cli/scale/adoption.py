@@ -2,28 +2,30 @@
 
 A run that one process began has its records in OUTPUT's journal. They are found by id, wherever they stand and
 whatever INPUT has become since, and copied line by line; the old file stays as it is until the export replaces it.
-Memory: 24 bytes a record of the old journal.
+Memory: 32 bytes a record of the old journal.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from md3cli.damaged_lines import damaged_path, keep_damaged
 from md3cli.digest_set import digest_of
-from md3cli.early import SUFFIX as EARLY_SUFFIX
-from md3cli.journal_scan import journal_lines
-from md3cli.records import OK_TAIL
+from md3cli.early import early_records
+from md3cli.journal import encode_record
+from md3cli.journal_scan import DamagedLines, journal_lines
+from md3cli.records import OK_TAIL, Request, SourceRow
 from md3cli.scale.attempts import ADOPTED, attempt_files, read_history
 from md3cli.scale.commits import Commit
 from md3cli.scale.layout import KEPT, WIP, RunFolder, commit_name, journal_name, new_attempt
-from md3cli.scale.plan import Plan, PlanReader
+from md3cli.scale.plan import Plan, PlannedRow, PlanReader
+from md3cli.whole_records import is_record_of, read_record
 
 ID_WITHIN_BYTES = 100  # of a line
 _KEY_BYTES = 8  # of a digest, to look it up by; the rest is compared in the line itself
@@ -38,27 +40,52 @@ def adopt(folder: RunFolder, plan: Plan, journal: Path, *, with_failed: bool) ->
     Raises:
         OutputError: the folder cannot be written.
     """
-    paths = [journal, journal.with_name(journal.name + EARLY_SUFFIX)]
-    with contextlib.ExitStack() as files:
-        indexes = [
-            _Index(files.enter_context(open(path, "rb")), with_failed)
-            for path in paths
-            if path.is_file() and path.stat().st_size
-        ]
-        if not indexes:
-            return 0
-        num_adopted, reader = 0, PlanReader(folder, plan)
+    if not journal.is_file() or not journal.stat().st_size:
+        return 0
+    early = {record["id"]: encode_record(record) for record in early_records(journal)}
+    num_adopted, reader = 0, PlanReader(folder, plan)
+    with open(journal, "rb") as file:
+        index = _Index(file, with_failed)
+        _keep_damaged(journal, index)
         for shard in range(plan.shards):
-            ids = (record_id for row in reader.shard(shard) for record_id in row.ids)
-            if lines := [line for line in (_line_of(record_id, indexes) for record_id in ids) if line is not None]:
+            found = [_line_of(*asked, index, early) for asked in _asked(reader.shard(shard))]
+            if lines := [line for line in found if line is not None]:
                 _keep(folder, shard, lines)
             num_adopted += len(lines)
-        _keep_others(folder, indexes[0])
+        _keep_others(folder, index)
     return num_adopted
 
 
-def _line_of(record_id: str, indexes: Sequence[_Index]) -> bytes | None:
-    return next((line for line in (index.line_of(record_id) for index in indexes) if line is not None), None)
+def _asked(rows: Sequence[PlannedRow]) -> Iterator[tuple[str, SourceRow, Request]]:
+    for row in rows:
+        for record_id, request in zip(row.ids, row.row.requests, strict=True):
+            yield record_id, row.row, request
+
+
+def _line_of(
+    record_id: str, row: SourceRow, request: Request, index: _Index, early: Mapping[str, bytes]
+) -> bytes | None:
+    """The line of a request; none that is another's, nor the failure of a row that can be read now."""
+    for line in (index.line_of(record_id), early.get(record_id)):
+        name = row.image.name if row.image is not None else None
+        if line is not None and is_record_of(line, record_id, name, request) and not _is_mended(line, row):
+            return line
+    return None
+
+
+def _is_mended(line: bytes, row: SourceRow) -> bool:
+    """Whether it is the failure to read a row that can be read now."""
+    if row.failure is not None or line.endswith(OK_TAIL):
+        return False
+    record = read_record(line)
+    return record is not None and record["error"] is not None and record["error"]["type"] == "bad_row"
+
+
+def _keep_damaged(journal: Path, index: _Index) -> None:
+    """Copy what is damaged before the export replaces the journal."""
+    if index.damaged:
+        with open(journal, "rb") as file:
+            keep_damaged(damaged_path(journal), file.fileno(), [(lines.start, lines.end) for lines in index.damaged])
 
 
 def _keep_others(folder: RunFolder, index: _Index) -> None:
@@ -78,11 +105,16 @@ class _Index:
 
     def __init__(self, file: IO[bytes], with_failed: bool) -> None:
         self._fd, self._with_failed = file.fileno(), with_failed
-        self._ends, keys, self._is_failed = array("q", [0]), bytearray(), bytearray()
+        self._starts, self._ends, keys, self._is_failed = array("q"), array("q"), bytearray(), bytearray()
+        self.damaged: list[DamagedLines] = []
         for lines in journal_lines(file):
+            if isinstance(lines, DamagedLines):
+                self.damaged.append(lines)
+                continue
+            self._starts.frombytes(lines.starts.tobytes())
             self._ends.frombytes(lines.ends.tobytes())
             keys += lines.digests[:, :_KEY_BYTES].tobytes()
-            self._is_failed += bytes([lines.error_type is not None]) * len(lines.ends)
+            self._is_failed += (lines.outcomes != 0).tobytes()
         found = np.frombuffer(bytes(keys), dtype=">u8").astype(np.uint64)
         self._order = np.argsort(found, kind="stable")
         self._keys = found[self._order]
@@ -112,7 +144,7 @@ class _Index:
             place -= 1
 
     def _line(self, number: int) -> bytes:
-        start, end = self._ends[number], self._ends[number + 1]
+        start, end = self._starts[number], self._ends[number]
         return os.pread(self._fd, end - start, start)
 
     @property

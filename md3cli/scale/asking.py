@@ -99,7 +99,7 @@ class Asking:
         feed = Feed(
             iter([row.row for row in rows]),
             ids=_PlannedIds(rows),
-            is_done=self.lines.__contains__,
+            is_done=lambda record_id, row, request: record_id in self.lines,
             pool=self._pool,
             num_ahead=rows_ahead(self._model.crop_config),
             fail=self._fail,
