@@ -96,3 +96,16 @@ def test_every_task_in_one_pass(tmp_path: Path) -> None:
     assert [record["task"] for record in records] == ["caption", "query", "detect", "detect", "point", "segment"]
     assert all(record["error"] is None or record["task"] == "segment" for record in records), done.stderr
     assert {record["sha256"] for record in records} == {records[0]["sha256"]}
+
+
+def test_a_prompt_the_tokenizer_fails_on_is_a_record_and_the_run_goes_on(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
+    document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    runaway = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps(document | {"pre_tokenizer": runaway}), encoding="utf-8")
+    asked = ("query", PICTURES, "-q", "a" * 60 + "b", "-q", "why", "--limit", "2", "--max-tokens", "2")
+    done = md3(tmp_path, *asked, "--model", folder, "--device", "cpu", "--no-progress")
+    assert done.returncode == 3, done.stderr
+    errors = [record["error"] and record["error"]["type"] for record in records_of(done.stdout)]
+    assert errors == ["bad_request", None] * 2
+    assert "panicked" not in done.stderr

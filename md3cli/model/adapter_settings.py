@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from md3cli.errors import CheckpointError
 from md3cli.model.weight_files import read_json
@@ -32,6 +32,7 @@ _READ = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslo
 # out of the base weights: what is saved belongs to weights that exist nowhere.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _DEFAULT_RANK = _DEFAULT_ALPHA = 8  # peft's, for settings that are not there
+V = TypeVar("V")
 _PLAIN_NAME = re.compile(r"\^?[\w.]+")
 
 
@@ -157,7 +158,7 @@ def _means(key: str, name: str) -> bool:
     return name == key.removeprefix("^") or (key[:1] != "^" and name.endswith(f".{key}"))
 
 
-def _first(pattern: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+def _first(pattern: Mapping[str, V], name: str, otherwise: V) -> V:
     return next((value for key, value in pattern.items() if _means(key, name)), otherwise)
 
 
