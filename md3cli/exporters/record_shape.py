@@ -169,7 +169,7 @@ def _segments(key: str, value: Any) -> list[dict[str, Any]]:
         box = segment.get("bbox")
         if not isinstance(box, dict) or not isinstance(segment.get("svg_path"), str):
             raise Damage(f"{key} are")
-        segment["bbox"] = {name: _coordinate(key, box.get(name)) for name in _BOX}
+        segment["bbox"] = {name: _coordinate(name, box.get(name)) for name in _BOX}
     return segments
 
 
