@@ -15,6 +15,7 @@ from md3cli.embedded import EmbeddedImage
 from md3cli.input_kinds import STDIN, Input, Kind
 from md3cli.records import ImageItem, RowFailure, printable
 from md3cli.remote.address import folder_of, is_address, is_within, join, shown, shown_name
+from md3cli.spellings import existing_path
 from md3cli.walk import Glob
 
 
@@ -122,4 +123,4 @@ class RowPlaces(NamedTuple):
         name = os.path.join(self.prefix, image) if self.prefix else image
         if is_address(self.folder):
             return image_item(name, join(self.folder, image))
-        return image_item(name, image if image.startswith("/") or not self.folder else f"{self.folder}/{image}")
+        return image_item(name, existing_path(self.folder, image))

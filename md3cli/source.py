@@ -291,7 +291,9 @@ class Source:
             if self.watched_lines and entry.number in self.watched_lines:
                 self._note_watched(entry.number, row)
             name = row.image.name if row.image is not None else None
-            if name is not None and not (is_unfiltered or self._filter.keeps(name)):
+            if is_list and _is_comment(row.image):
+                skipped["comments"] += 1
+            elif name is not None and not (is_unfiltered or self._filter.keeps(name)):
                 skipped["excluded"] += 1
             else:
                 yield name or f"{given.typed} {entry.where}", row

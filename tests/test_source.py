@@ -8,6 +8,7 @@ import io
 import os
 import tarfile
 import tracemalloc
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -390,3 +391,60 @@ def test_an_absolute_name_in_a_tar_stays_inside_it(tmp_path: Path) -> None:
             info.size = 1
             tar.addfile(info, io.BytesIO(b"x"))
     assert names(source(str(tmp_path / "*.tar"))) == ["a.tar//etc/x.png", "a.tar/x.png"]
+
+
+# -- lists from elsewhere ------------------------------------------------------------------------------------
+
+
+def paths(rows: Source) -> list[str | None]:
+    return [row.image and row.image.path for row in rows]
+
+
+def test_names_as_other_systems_spell_them_find_their_file(folder: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "m\u00fc/k\u00e9.png") for form in ("NFC", "NFD"))
+    (folder / decomposed).parent.mkdir()
+    (folder / decomposed).touch()
+    (folder / "b\\c.jpg").touch()
+    (folder / "blank.jpg ").touch()
+    spelled = {
+        "photos\\a9.jpg": "photos/a9.jpg",
+        "photos\\sub/b.png": "photos/sub/b.png",
+        "b\\c.jpg": "b\\c.jpg",  # there is a file of this very name
+        composed: decomposed,
+        composed.replace("/", "\\"): decomposed,
+        decomposed: decomposed,
+        "photos/a9.jpg ": "photos/a9.jpg",
+        '"photos/a9.jpg"': "photos/a9.jpg",
+        '"photos\\a9.jpg" ': "photos/a9.jpg",
+        "blank.jpg ": "blank.jpg ",
+        "gone\\x.jpg": "gone\\x.jpg",
+    }
+    (folder / "m.txt").write_text("\n".join(spelled), encoding="utf-8")
+    rows = source("m.txt")
+    assert names(rows) == list(spelled)  # as named: two names of one file are two
+    assert paths(rows) == list(spelled.values())
+    assert failures(rows) == [None] * len(spelled)
+
+
+def test_a_name_spelled_otherwise_does_not_leave_the_root(folder: Path) -> None:
+    (folder / "secret.jpg").touch()
+    (folder / "m.txt").write_text("..\\secret.jpg\nsub\\..\\..\\secret.jpg\nsub\\b.png\n'../secret.jpg'\n")
+    found = failures(source("m.txt", root=Path("photos")))
+    assert [failure and failure[0] for failure in found] == ["outside_root", "outside_root", None, "outside_root"]
+
+
+def test_the_home_folder_and_drives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder / "photos"))
+    (folder / "m.txt").write_text("~/a9.jpg\nC:\\photos\\a9.jpg\n\\\\server\\a9.jpg\nC:/a9.jpg\n")
+    rows = source("m.txt")
+    assert paths(rows)[0] == str(folder / "photos" / "a9.jpg")
+    found = [failure and (failure[0], "Windows" in failure[1]) for failure in failures(rows)]
+    assert found == [None, *[("not_found", True)] * 3]
+
+
+def test_remarks_in_a_list_are_counted_and_files_of_such_names_are_files(folder: Path) -> None:
+    (folder / "#1.jpg").touch()
+    (folder / "m.txt").write_text("# pictures\nphotos/a9.jpg\n#1.jpg\n#gone.jpg\n   \n")
+    rows = source("m.txt")
+    assert names(rows) == ["photos/a9.jpg", "#1.jpg"]
+    assert rows.skipped == {"comments": 2}
