@@ -19,6 +19,7 @@ from md3cli.own_runs import is_own
 from md3cli.records import printable
 
 RECORDS_NAME = "records.jsonl"
+RUN_INFO_LIMIT_BYTES = 64 * 2**20
 
 
 def find_records(path: Path) -> Path:
@@ -94,7 +95,10 @@ def load_run_info(records_path: Path) -> RunInfo:
     for path in _run_info_paths(records_path):
         if path.is_file():
             try:
-                document = json.loads(path.read_bytes())
+                with path.open("rb") as file:
+                    document = json.loads(file.read(RUN_INFO_LIMIT_BYTES))  # of a longer one half is no JSON
+            except OSError as error:
+                raise InputError(f"cannot read {printable(str(path))}: {error.strerror or error}") from error
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{printable(str(path))} is not JSON ({error}); remove it to go on without") from error
             return RunInfo(document if isinstance(document, dict) else {})

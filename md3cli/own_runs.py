@@ -27,11 +27,13 @@ def seal_of(root: str) -> str | None:
 def is_own(root: str, seal: object) -> bool:
     """Whether `seal` is this user's for `root`."""
     key = _key(may_make=False)
-    return key is not None and isinstance(seal, str) and hmac.compare_digest(_digest(key, root).encode(), seal.encode())
+    if key is None or not isinstance(seal, str):
+        return False
+    return hmac.compare_digest(_digest(key, root).encode(), seal.encode("utf-8", "surrogatepass"))
 
 
 def _digest(key: bytes, root: str) -> str:
-    return hmac.new(key, root.encode("utf-8", "surrogateescape"), "sha256").hexdigest()
+    return hmac.new(key, root.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
 
 
 def _key(*, may_make: bool) -> bytes | None:

@@ -54,7 +54,7 @@ class Pictures:
         info = load_run_info(records)
         root = options.root or info.root
         self.is_trusted = options.root is not None or info.is_own
-        self.root = Path(os.path.realpath(root)) if root is not None and root.exists() else None
+        self.root = Path(os.path.realpath(root)) if root is not None and os.path.exists(root) else None
         self._open_tar: tuple[Path, dict[str, list[ImageItem]]] | None = None  # records of one tar stand together
         self.num_found = 0
         self.num_missing = 0

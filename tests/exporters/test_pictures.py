@@ -52,7 +52,7 @@ def home(tmp_path: Path) -> Path:
     return made
 
 
-def strangers_run(tmp_path: Path, root: str, lines: list[Record], **keys: object) -> Path:
+def strangers_run(tmp_path: Path, root: object, lines: list[Record], **keys: object) -> Path:
     folder = tmp_path / "stranger"
     write_records(folder / "records.jsonl", lines)
     (folder / "run.json").write_text(json.dumps({"schema": "md3-run/1", "root": root} | keys))
@@ -88,6 +88,23 @@ def test_below_a_claimed_root_only_the_record_s_own_picture_is_taken(tmp_path: P
         assert (home / "p.png").read_bytes() in carried
         assert not list((tmp_path / "out").rglob("q.png"))
     assert (home / "q.png").read_bytes() not in carried
+
+
+@pytest.mark.parametrize("root", ["x" * 5000, "\ud800", "\0", "nowhere/" * 600, "http://h.example/x", 7, ["/"], None])
+def test_a_root_that_no_folder_can_have_is_none(tmp_path: Path, home: Path, root: object) -> None:
+    folder = strangers_run(tmp_path, root, [of(home / "p.png", "p.png")], seal="\ud800")
+    assert Pictures(folder / "records.jsonl", ExportOptions()).root is None
+    result = export(folder, "hf", "-o", tmp_path / "out")
+    assert (result.exit_code, "add --root DIR" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "\ud800", "{}" + " " * 10 + "x"])
+def test_a_run_json_that_is_none_is_named(tmp_path: Path, home: Path, text: str) -> None:
+    folder = strangers_run(tmp_path, "/", [of(home / "p.png", "p.png")])
+    (folder / "run.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    result = export(folder, "hf", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "run.json is not JSON" in result.stderr
 
 
 @pytest.mark.parametrize("seal", [None, 7, "", "0" * 64, "ü"])
