@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from golden_cases import CASES
 from typer.testing import CliRunner
 
 from md3cli import Moondream
@@ -14,6 +15,7 @@ from md3cli.cli import app
 from md3cli.errors import CheckpointError
 from md3cli.model.hub import model_path, repo_of, resolve_model
 from md3cli.model.misfits import misfit
+from md3cli.model.weight_files import find_weight_files
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 18529384704\n"
 PAGE = b"\xef\xbb\xbf\n<!DOCTYPE html><html>404</html>"
@@ -36,6 +38,8 @@ CONTENTS = [
     (b"", r"is empty \(0 bytes\)"),
     (b"Entry not found", "holds nothing but the text 'Entry not found'"),
     (b"PK\x03\x04" + b"\0" * 20, "is a ZIP archive, as pickled weights"),
+    (b"../../blobs/4d4d", "is a link that was copied as text"),
+    (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "is a pickle"),
     (b"GGUF" + b"\0" * 20, "is a GGUF file"),
     (b"\x1f\x8b\x08" + b"\0" * 20, "compressed with gzip"),
     (b"\x89PNG\r\n\x1a\n" + b"\0" * 20, "is a picture"),
@@ -92,6 +96,13 @@ def test_folders_without_weights_tell_why(tmp_path: Path) -> None:
         file.write_bytes(b"")
         with pytest.raises(CheckpointError, match=message):
             resolve_model(str(tmp_path / name))
+
+
+def test_what_a_mac_leaves_beside_files_is_no_checkpoint(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(CASES["a"][0], tmp_path / "sharded"))
+    for name in [file.name for file in folder.iterdir()]:
+        (folder / f"._{name}").write_bytes(b"\0\5\x16\7")
+    assert len(find_weight_files(folder).files) == 2
 
 
 def test_names_that_can_be_no_path_are_refused_in_words(tmp_path: Path) -> None:

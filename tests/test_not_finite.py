@@ -166,3 +166,16 @@ def test_codes_do_not_hide_what_is_no_number(tmp_path: Path, quant: str, dtype: 
         Moondream.load(str(tmp_path), device="cpu", dtype=dtype, quant=quant)
     with pytest.raises(CheckpointError, match="holds values that are not finite"):
         quantise_checkpoint(tmp_path, tmp_path / "out", QuantiseSettings(LowBit(quant)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True}])
+def test_generate_of_transformers_says_so_as_well(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
+    pytest.importorskip("transformers", reason="needs the extra md3cli[hf]")
+    from hf_cases import load_hf
+
+    model, processor = load_hf("a")
+    inputs = processor(text=["query: cat", "query: dog"], images=[None, None])
+    logits = model.model.text.logits
+    monkeypatch.setattr(model.model.text, "logits", lambda hidden: logits(hidden) * torch.nan)
+    with pytest.raises(RequestError, match="row 0 of the batch: the model computed NaN or infinity"):
+        model.generate(**inputs, max_new_tokens=2, **settings)

@@ -60,7 +60,7 @@ class PeftSettings:
             raise CheckpointError(f"{file}: an adapter of type {_shown(raw.get('peft_type'))}; only LORA can be merged")
         check_start(file, raw)
         _check_bias(file, raw)
-        unknown = [key for key in raw if key not in _HARMLESS | _READ and raw[key] not in (None, False, [], {})]
+        unknown = [key for key in raw if key not in _HARMLESS | _READ and not _is_off(key, raw[key])]
         if unknown:
             listed = ", ".join(f"{key[:40]} {_shown(raw[key])}" for key in unknown[:5])
             raise CheckpointError(
@@ -127,6 +127,13 @@ def base_of(adapter: Path) -> str | None:
     file = folder / PEFT_CONFIG
     named = read_json(file).get("base_model_name_or_path") if file.is_file() else None
     return named if isinstance(named, str) and named else None
+
+
+def _is_off(key: str, value: object) -> bool:
+    """True where a setting that is not known says no. An empty `..._config` says yes, with all its defaults."""
+    if value == {}:
+        return not key.startswith("use_") and not key.endswith("_config")
+    return value is None or value is False or value == []
 
 
 def _check_bias(file: Path, raw: Mapping[str, Any]) -> None:

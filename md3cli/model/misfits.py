@@ -26,6 +26,7 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
     (b"<?xml", _PAGE),
     (b"gguf", "a GGUF file, llama.cpp's format, which is not read; give the model's .safetensors"),
     (b"pk\x03\x04", "a ZIP archive, as pickled weights (.pt, .bin) are; unpack it, or give the model's .safetensors"),
+    (b"\x80\x02\x8a\x0al\xfc", "a pickle (torch's old form), which can run code; give the model's .safetensors"),
     (b"\x1f\x8b", "compressed with gzip; unpack it first"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd; unpack it first"),
     (b"\xfd7zxz", "compressed with xz; unpack it first"),
@@ -58,9 +59,12 @@ def misfit(file: Path) -> str | None:
     known = next((what for prefix, what in _STARTS if plain.startswith(prefix)), None)
     if known is not None:
         return f"{file} is {known}"
-    if len(start) < _SHORT_BYTES and plain[:1].isalpha() and start.isascii() and start.decode().strip().isprintable():
-        return f"{file} holds nothing but the text {start.decode().strip()!r}; {_FETCH}"
-    return None
+    text = start.decode("ascii", "replace").strip()
+    if len(start) >= _SHORT_BYTES or not text.isascii() or not text.isprintable():
+        return None
+    if text.startswith("../"):
+        return f"{file} is a link that was copied as text ({text}); copy the file itself, or {_FETCH}"
+    return f"{file} holds nothing but the text {text!r}; {_FETCH}" if text[:1].isalpha() else None
 
 
 def local_path(name: str) -> Path | None:

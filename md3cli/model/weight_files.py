@@ -95,10 +95,11 @@ def file_beside(folder: Path, name: str) -> Path | None:
 
 def _weights_of_folder(folder: Path) -> Path:
     """The one file of a folder that stands for its weights: safetensors, or the index of its shards."""
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
     if folder / WEIGHTS_NAME in found:  # before an index, as transformers does
         return folder / WEIGHTS_NAME
-    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    # Macs leave a `._NAME` beside each file on a foreign disk.
+    indexes = sorted(file for file in folder.glob(f"*{INDEX_SUFFIX}") if not file.name.startswith("."))
     if len(indexes) == 1:
         return indexes[0]
     if len(found) == 1:
