@@ -105,7 +105,8 @@ def _words(key: str, value: Any) -> str:
     """A text that a tool may have taken for a number: an answer "3" comes back as 3 or 3.0."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value) if type(value) in (int, float) and math.isfinite(value) else _text(key, value)
+    is_number = type(value) is int or (isinstance(value, float) and math.isfinite(value))
+    return str(value) if is_number else _text(key, value)
 
 
 def _exact_name(key: str, value: Any) -> str:
