@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from enum import Enum
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from md3cli.walk import Glob, is_glob
 
 STDIN = "-"
 ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+SPREADSHEETS = frozenset({".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers"})
+_BRACES = re.compile(r"\{[^{}]*(?:\.\.|,)[^{}]*\}")  # {00000..00009}, {a,b}
 
 
 class Kind(Enum):
@@ -50,11 +53,20 @@ def kind_of(typed: str, is_alone: bool) -> Kind:
     if not os.path.lexists(typed):
         if is_glob(typed):
             return Kind.GLOB
+        if _BRACES.search(typed):
+            raise InputError(
+                f"there is no {printable(typed)}; braces are the shell's: leave the quotes out, or give a pattern: "
+                f"'{printable(_BRACES.sub('*', typed))}'"
+            )
         if is_alone or suffix in MANIFEST_SUFFIXES:
             raise InputError(f"there is no {printable(typed)}; check the path (a pattern is quoted: 'photos/**/*.jpg')")
         return Kind.FILE
     if typed.lower().endswith(ARCHIVES):
         raise InputError(f"{printable(typed)} is compressed; unpack it, or make it a plain .tar")
+    if suffix in SPREADSHEETS:
+        raise InputError(
+            f"{printable(typed)} is a spreadsheet; save it as CSV UTF-8 with a column 'image', and give that"
+        )
     if suffix == ".tar":
         return Kind.TAR
     return Kind.MANIFEST if suffix in MANIFEST_SUFFIXES else Kind.FILE

@@ -18,6 +18,10 @@ IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif", ".heic", ".heif"]
 )  # by name only: what a file really is, its content decides when it is opened
 
+_NAMED_ONLY = {  # what holds pictures, and is read where a pattern or its name says so: how skipped ones are called
+    ".tar": "tars (give 'FOLDER/*.tar' to read them)",
+    ".parquet": "Parquet files (give 'FOLDER/*.parquet' to read them)",
+}
 _DIGITS = re.compile(r"[0-9]+")
 _GLOB_CHARS = re.compile(r"[*?[]")
 
@@ -194,7 +198,8 @@ class Walk:
         if glob is not None and not glob.matches(path):
             return False
         if not has_image_suffix(path) and not (glob is not None and glob.names_suffix):
-            self.skipped["other suffix"] += 1
+            suffix = os.path.splitext(path)[1].lower()
+            self.skipped[_NAMED_ONLY.get(suffix, "other suffix")] += 1
             return False
         if not self.filter.keeps(path):
             self.skipped["excluded"] += 1

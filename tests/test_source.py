@@ -121,6 +121,18 @@ def test_no_input_is_a_question_alone() -> None:
     assert list(source(asked=ASKED[:1])) == [SourceRow(None, ASKED[:1])]
 
 
+def test_a_folder_of_tars_says_how_they_are_read(tmp_path: Path) -> None:
+    for name in ("00000.tar", "00001.TAR", "00000.parquet", "00000_stats.json"):
+        (tmp_path / name).touch()
+    rows = source(str(tmp_path))
+    assert list(rows) == []
+    assert rows.skipped == {
+        "tars (give 'FOLDER/*.tar' to read them)": 2,
+        "Parquet files (give 'FOLDER/*.parquet' to read them)": 1,
+        "other suffix": 1,
+    }
+
+
 def test_an_empty_folder_gives_nothing(tmp_path: Path) -> None:
     assert list(source(str(tmp_path))) == []
     assert source(str(tmp_path)).count_rows() == 0
@@ -170,6 +182,16 @@ def test_a_damaged_tar_is_one_more_row(folder: Path) -> None:
 def test_a_lone_input_that_does_not_exist(folder: Path, typed: str) -> None:
     with pytest.raises(InputError, match=f"there is no {typed}; check the path"):
         source(typed)
+
+
+def test_braces_and_spreadsheets_are_explained(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"braces are the shell's: .* give a pattern: 'photos/\*\.tar'"):
+        source("photos/{00000..00001}.tar")
+    (folder / "x{1,2}.jpg").touch()
+    assert names(source("x{1,2}.jpg")) == ["x{1,2}.jpg"]
+    (folder / "t.xlsx").touch()
+    with pytest.raises(InputError, match="save it as CSV UTF-8"):
+        source("t.xlsx")
 
 
 def test_inputs_that_are_not_read(folder: Path) -> None:

@@ -97,10 +97,22 @@ def check_objects(objects: Sequence[str]) -> None:
 
 
 def _refuse_file(text: str, wanted: str) -> None:
-    if os.path.isfile(text):
+    """Refuse a file where text is wanted: a picture that the shell has put in a glob's place, or a list of texts."""
+    if text.startswith("@") and not any(map(str.isspace, text)):
+        raise UsageError(
+            f"{printable(text)!r} is not {wanted}; files are not read with @: write the texts out, or put them into "
+            "the column 'prompt' of a manifest"
+        )
+    if not os.path.isfile(text):
+        return
+    if PurePath(text).suffix.lower() in PICTURES_OR_LISTS - {".txt"}:
         raise UsageError(
             f"{printable(text)!r} is a file, not {wanted}; quote the glob so that the shell leaves it alone: '*.jpg'"
         )
+    raise UsageError(
+        f"{printable(text)!r} is a file, not {wanted}; write its texts out, or put them into the column 'prompt' of a "
+        "manifest; a glob is quoted so that the shell leaves it alone: '*.jpg'"
+    )
 
 
 def parse_task(spec: str) -> list[TaskSpec]:

@@ -71,6 +71,11 @@ def test_objects() -> None:
     check_objects(["car", "pictures"])  # a folder of that name may be there: people name folders after things
     with pytest.raises(UsageError, match=r"'photo\.jpg' is a file, not an OBJECT; quote the glob"):
         check_objects(["car", "photo.jpg"])
+    with pytest.raises(UsageError, match="'what is this' is a file, not an OBJECT; write its texts out"):
+        check_objects(["what is this"])
+    for name in ("@labels.txt", "@gone"):
+        with pytest.raises(UsageError, match=f"'{name}' is not an OBJECT; files are not read with @"):
+            check_objects([name])
     with pytest.raises(UsageError, match="an OBJECT is empty"):
         check_objects([" "])
 
