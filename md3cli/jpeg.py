@@ -12,7 +12,8 @@ the last one, looking for a marker. So the data are handed over in pieces:
 Comes in: a picture that Pillow has opened, and its bytes. Goes out: the same picture with its pixels, or `OSError`,
 as from Pillow. Not seen: damage that leaves the number of blocks as it is (changed bytes, a small hole, a hole in
 the last bits of a progressive picture); libjpeg does not see it either.
-Arithmetic and lossless coding are left to libjpeg alone, which cannot wait inside their scans.
+Arithmetic and lossless coding are left to libjpeg alone, which cannot wait inside their scans; they need their end
+marker.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ import numpy as np
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
-_TAIL = 32  # bytes that may be left over behind the last block; some cameras leave a few
-_AHEAD = b"\xff\0" * 10  # ones: no Huffman code, so that each block takes 17 bits and more; libjpeg looks 8 bytes ahead
+_TAIL = 12  # bytes that may be left over behind the last block; some cameras leave a few
+_AHEAD = b"\xff\0" * 8  # ones: no Huffman code, so that each block takes 17 bits and more; libjpeg looks 8 bytes ahead
 _END = b"\xff\xd9"
 _LEAST_PIECE = 1 << 14  # mean bytes of a restart interval from which each is looked at: libjpeg is slow near an end
 _LONG_RUN = 64  # equal bytes in a scan: a hole, or a flat picture
@@ -193,7 +194,7 @@ def _decode_without_padding(image: ImageFile, data: bytes, layout: _Layout) -> N
         coded = data[scan.start : scan.end]
         bare = coded.rstrip(coded[-1:])
         if len(coded) - len(bare) > _TAIL:
-            data = data[: scan.start + len(bare) + _TAIL - 8] + data[scan.end :]  # its own last bytes may be such
+            data = data[: scan.start + len(bare) + _TAIL // 2] + data[scan.end :]  # its own last bytes may be such
     shorter = _read_layout(data)
     if shorter is None:
         raise _LeftOverError
