@@ -135,11 +135,16 @@ class Pictures:
         if not self.num_missing:
             return ()
         where, example = printable(str(self.root)), printable(self._first_missing)
+        claim = (
+            "" if self.is_trusted else " (only run.json says so, and your own md3 did not write it: sha256 must agree)"
+        )
         if not self.num_found:
             raise ExportError(
-                f"none of {self.num_missing} pictures is below {where} (first: {example}); set --root DIR"
+                f"none of {self.num_missing} pictures is below {where}{claim} (first: {example}); set --root DIR"
             )
-        return (f"{self.num_missing} pictures cannot be read below {where}, they are left out (first: {example})",)
+        return (
+            f"{self.num_missing} pictures cannot be read below {where}{claim}, they are left out (first: {example})",
+        )
 
     def _look_up(self, record: RecordDict) -> ImageItem | None:
         name, name_b64 = str(record["image"]), record.get("image_b64")
