@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from md3cli.errors import InputError
+from md3cli.exporters.doubled import identity_of
 from md3cli.records import RecordDict, printable
 
 RequestKey = tuple[str | None, str, str, str]  # image, task, prompt, length
@@ -24,7 +25,7 @@ def request_key(record: RecordDict) -> RequestKey:
 
 
 def final_records(records: Iterable[RecordDict]) -> list[RecordDict]:
-    """One record for each request: a later record of the same id supersedes, a repeat (other id) is left out.
+    """One record for each request: a later record of the same id and image supersedes, a repeat (other id) is left out.
 
     Raises:
         InputError: a record has no id, image or task.
@@ -33,7 +34,7 @@ def final_records(records: Iterable[RecordDict]) -> list[RecordDict]:
     for number, record in enumerate(records, start=1):
         if not {"id", "image", "task"} <= record.keys():
             raise InputError(f"record {number:,} is damaged: it has no id, no image or no task")
-        by_id[record["id"]] = record
+        by_id[identity_of(record)] = record
     first: dict[RequestKey, RecordDict] = {}
     for record in by_id.values():
         first.setdefault(request_key(record), record)

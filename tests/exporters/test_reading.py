@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from md3cli.cli import app
 from md3cli.errors import InputError
+from md3cli.evaluate.asked import final_records
 from md3cli.exporters.reading import read_records
 
 FORMATS = ["coco", "csv", "jsonl", "parquet", "yolo", "voc", "labelstudio", "hf", "overlay", "txt", "html"]
@@ -301,6 +302,7 @@ def test_other_pictures_with_the_same_id_stay(tmp_path: Path) -> None:
     lines = [box_record("a.png", id="x"), box_record("b.png", id="x"), box_record("a.png", id="x", image_b64="YQ==")]
     path = write_records(tmp_path / "records.jsonl", lines)
     assert list(read_records(path)) == lines
+    assert final_records(read_records(path)) == lines[:2]  # eval goes by names as they are shown
 
 
 def test_records_without_an_id_all_count(tmp_path: Path) -> None:
