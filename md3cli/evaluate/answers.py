@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from md3cli.errors import InputError
-from md3cli.evaluate.asked import coverage_notes, folded, has_failed, match_images
+from md3cli.evaluate.asked import coverage_notes, has_failed
 from md3cli.evaluate.section import Scores, Section, Verdict, ratio
 from md3cli.evaluate.truth import Questions
+from md3cli.name_matching import Matches, folded, match_images
 from md3cli.records import RecordDict, printable
 
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -45,7 +46,8 @@ def score_answers(records: Sequence[RecordDict], truth: Questions) -> Section:
         InputError: no question of the records is in the ground truth.
     """
     expected = {(image, folded(question)): answers for (image, question), answers in truth.answers.items()}
-    images = _match_images(records, truth)
+    matches = _match_images(records, truth)
+    images = matches.found
     judged: dict[str, Judged] = {}
     verdicts: dict[str, Verdict] = {}
     for record in records:
@@ -69,7 +71,7 @@ def score_answers(records: Sequence[RecordDict], truth: Questions) -> Section:
         "not_asked": len(expected) - len(judged),
     }
     names = [record["image"] for record in records if record["image"] is not None]
-    notes = tuple(coverage_notes("image", names, _truth_images(truth), images))
+    notes = tuple(coverage_notes("image", names, _truth_images(truth), matches))
     return Section("answers", "normalised", _scores(list(judged.values())), counts, by_name, notes, verdicts=verdicts)
 
 
@@ -77,9 +79,9 @@ def _truth_images(truth: Questions) -> list[str]:
     return list(dict.fromkeys(image for image, _ in truth.answers if image is not None))
 
 
-def _match_images(records: Sequence[RecordDict], truth: Questions) -> Mapping[str, str]:
+def _match_images(records: Sequence[RecordDict], truth: Questions) -> Matches:
     names, known = [r["image"] for r in records if r["image"] is not None], _truth_images(truth)
-    return match_images(names, known) if names and known else {}
+    return match_images(names, known) if names and known else Matches()
 
 
 def judge(question: str, answer: str, expected: Sequence[str]) -> Judged:

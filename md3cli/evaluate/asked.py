@@ -1,8 +1,7 @@
 """What the records answer, matched to what the ground truth knows.
 
 Only what was asked is scored: an image or a category that no record asks about is no miss. What
-was asked and failed is one. Names are matched as they are, else by their last part where that is
-unique; labels to categories whatever their case and spaces.
+was asked and failed is one. Which names are the same, `md3cli.name_matching` says.
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ from typing import Any
 
 from md3cli.errors import InputError
 from md3cli.exporters.doubled import identity_of
+from md3cli.name_matching import NAMES_SHOWN, Matches, ambiguity_notes
 from md3cli.records import RecordDict, printable
 
 RequestKey = tuple[str | None, str, str, str]  # image, task, prompt, length
-
-NAMES_SHOWN = 5
 
 
 def request_key(record: RecordDict) -> RequestKey:
@@ -41,47 +39,11 @@ def final_records(records: Iterable[RecordDict]) -> list[RecordDict]:
     return list(first.values())
 
 
-def match_images(asked: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Record images -> ground truth names.
-
-    Raises:
-        InputError: not one image of the records is in the ground truth.
-    """
-    names, truths = dict.fromkeys(asked), dict.fromkeys(known)
-    matched = {name: name for name in names if name in truths}
-    if not matched:
-        by_base = _unique_bases(truths)
-        matched = {name: by_base[base] for base, name in _unique_bases(names).items() if base in by_base}
-    if names and not matched:
-        raise InputError(
-            f"no image of the records is in the ground truth: {printable(next(iter(names)))} there, "
-            f"{printable(next(iter(truths), 'nothing'))} here; are both about the same folder?"
-        )
-    return matched
-
-
-def _unique_bases(names: Iterable[str]) -> dict[str, str]:
-    bases: dict[str, list[str]] = {}
-    for name in names:
-        bases.setdefault(name.rpartition("/")[2], []).append(name)
-    return {base: found[0] for base, found in bases.items() if len(found) == 1}
-
-
-def folded(text: str) -> str:
-    """`text` as labels and questions are compared: whatever its case and spaces."""
-    return " ".join(text.casefold().split())
-
-
-def match_labels(labels: Iterable[str], categories: Iterable[str]) -> dict[str, str]:
-    """Labels asked for -> categories of the ground truth; labels without one are left out."""
-    by_fold = {folded(category): category for category in categories}
-    return {label: by_fold[folded(label)] for label in dict.fromkeys(labels) if folded(label) in by_fold}
-
-
-def coverage_notes(what: str, asked: Iterable[str], known: Iterable[str], matched: Mapping[str, str]) -> Iterator[str]:
-    """What is on one side only, in sentences: `what` is the noun."""
-    unknown = [name for name in dict.fromkeys(asked) if name not in matched]
-    found = set(matched.values())
+def coverage_notes(what: str, asked: Iterable[str], known: Iterable[str], matches: Matches) -> Iterator[str]:
+    """What is on one side only, or not clear, in sentences: `what` is the noun."""
+    yield from ambiguity_notes(what, matches)
+    unknown = [name for name in dict.fromkeys(asked) if name not in matches.found and name not in matches.ambiguous]
+    found = set(matches.found.values())
     unasked = [name for name in dict.fromkeys(known) if name not in found]
     if unknown:
         who, be = _many(unknown, what)

@@ -14,9 +14,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from md3cli.evaluate.asked import coverage_notes, has_failed, match_images
+from md3cli.evaluate.asked import coverage_notes, has_failed
 from md3cli.evaluate.section import Section, Verdict
 from md3cli.evaluate.truth import Captions
+from md3cli.name_matching import match_images
 from md3cli.records import RecordDict
 
 MAX_N = 4  # longest n-gram
@@ -47,7 +48,8 @@ def score_captions(records: Sequence[RecordDict], truth: Captions) -> Iterator[S
 
 def _score(length: str, records: Sequence[RecordDict], truth: Captions) -> Section:
     names = [record["image"] for record in records]
-    images = match_images(names, truth.captions)
+    matches = match_images(names, truth.captions)
+    images = matches.found
     scored = {images[record["image"]]: record for record in records if record["image"] in images}
     candidates = [words(str(record.get("caption") or "")) for record in scored.values()]
     references = [[words(text) for text in truth.captions[name]] for name in scored]
@@ -66,7 +68,7 @@ def _score(length: str, records: Sequence[RecordDict], truth: Captions) -> Secti
     }
     answered = [(r, right) for r, right in zip(scored.values(), is_exact, strict=True) if not has_failed(r)]
     verdicts = {record["id"]: Verdict(right) for record, right in answered if right}
-    notes = tuple(coverage_notes("image", names, truth.captions, images))
+    notes = tuple(coverage_notes("image", names, truth.captions, matches))
     if len(scored) < 2:
         notes += ("CIDEr-D weighs words by how rare they are among the images; it means nothing for one image",)
     return Section(f"captions ({length})", "CIDEr-D", scores, counts, notes=notes, verdicts=verdicts)

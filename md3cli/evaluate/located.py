@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from md3cli.evaluate.asked import coverage_notes, match_images, match_labels
+from md3cli.evaluate.asked import coverage_notes
 from md3cli.evaluate.truth import Instances, TruthObject
+from md3cli.name_matching import match_images, match_labels
 from md3cli.records import RecordDict
 
 NO_SIZE = (1, 1)
@@ -54,7 +55,8 @@ def locate(records: Sequence[RecordDict], truth: Instances) -> Located:
     pictured = [record for record in records if record["image"] is not None]
     names = [record["image"] for record in pictured]
     labels = [str(record.get("prompt") or "") for record in pictured]
-    images, categories = match_images(names, truth.images), match_labels(labels, truth.categories)
+    matches, named = match_images(names, truth.images), match_labels(labels, truth.categories)
+    images, categories = matches.found, named.found
     sizes = dict(_sizes(pictured, images, truth))
     pairs: dict[tuple[str, str], Pair] = {}
     for record, name, label in zip(pictured, names, labels, strict=True):
@@ -63,8 +65,8 @@ def locate(records: Sequence[RecordDict], truth: Instances) -> Located:
             found = truth.objects.get((image, category), ())
             pairs.setdefault((image, category), Pair(record, image, category, sizes.get(image, NO_SIZE), found))
     notes = (
-        *coverage_notes("image", names, truth.images, images),
-        *coverage_notes("label", labels, truth.categories, categories),
+        *coverage_notes("image", names, truth.images, matches),
+        *coverage_notes("label", labels, truth.categories, named),
         *_size_notes(pictured, images, truth),
     )
     return Located(tuple(pairs.values()), notes)

@@ -7,6 +7,7 @@ as the file has it; nothing is matched to records here.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,7 @@ def _captions(
     images: Iterable[Mapping[str, Any]], annotations: Iterable[Mapping[str, Any]]
 ) -> dict[str, tuple[str, ...]]:
     names = {image["id"]: str(image["file_name"]) for image in images}
+    _refuse_doubled(names.values())
     captions: dict[str, tuple[str, ...]] = {}
     for annotation in annotations:
         name = names[annotation["image_id"]]
@@ -137,6 +139,7 @@ def _instances(
     annotations: Iterable[Mapping[str, Any]],
 ) -> Instances:
     by_id = {i["id"]: TruthImage(str(i["file_name"]), i.get("width"), i.get("height")) for i in images}
+    _refuse_doubled(image.name for image in by_id.values())
     category_names = {category["id"]: str(category["name"]) for category in categories}
     objects: dict[tuple[str, str], list[TruthObject]] = {}
     for annotation in annotations:
@@ -145,6 +148,13 @@ def _instances(
     named = {image.name: image for image in by_id.values()}
     distinct = tuple(dict.fromkeys(category_names.values()))
     return Instances(path, named, distinct, {key: tuple(found) for key, found in objects.items()})
+
+
+def _refuse_doubled(names: Iterable[str]) -> None:
+    """Raise ValueError where two images have one name: which of them a record means cannot be told."""
+    doubled = [name for name, count in Counter(names).items() if count > 1]
+    if doubled:
+        raise ValueError(f"{len(doubled)} file_names stand for several images each, first {printable(doubled[0])}")
 
 
 def _object(annotation: Mapping[str, Any]) -> TruthObject:

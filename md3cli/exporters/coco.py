@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,13 +26,14 @@ from md3cli.records import printable
 
 Annotation = dict[str, Any]
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False, allow_nan=False)
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """One document of all images that have an answered record."""
     with ImageIndex(records) as index:
-        writer = _Writer(index.survey, options)
+        names = (group.name for group in index.images())
+        writer = _Writer(index.survey, options, names)
         with replaced_file(out, overwrite=options.overwrite) as file:
             (writer.write_results if options.coco_results else writer.write_document)(index, file)
         survey = index.survey
@@ -41,13 +42,13 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
 
 
 class _Writer:
-    def __init__(self, survey: Survey, options: ExportOptions) -> None:
+    def __init__(self, survey: Survey, options: ExportOptions, images: Iterable[str]) -> None:
         self._options = options
         has_objects = bool(survey.tasks & {"detect", "segment"}) or (options.keypoints and "point" in survey.tasks)
         self._is_of_captions = "caption" in survey.tasks and not has_objects
         self._point_labels = survey.point_labels if options.keypoints else {}
         labels = dict.fromkeys((*survey.categories(options.labels), *self._point_labels))
-        self._ids = CocoIds(labels, options.coco_ids_from)
+        self._ids = CocoIds(labels, options.coco_ids_from, images)
         self._has_masks = "segment" in survey.tasks
         self._model = survey.model
         self.num_images = 0
@@ -102,6 +103,8 @@ class _Writer:
             yield "answers have no place in COCO; --format parquet or csv has them"
         if "caption" in survey.tasks and not self._is_of_captions:
             yield "captions stand in each image's own `captions`, since readers of boxes take no other annotations"
+        if self._options.coco_ids_from is not None:
+            yield from self._ids.notes(self._options.coco_ids_from)
         if self._num_unknown:
             first = printable(self._first_unknown)
             known = self._options.coco_ids_from
@@ -114,7 +117,8 @@ class _Writer:
 
     def _categories(self) -> list[dict[str, Any]]:
         """The categories; those that were pointed at are skeletons of one joint."""
-        joints = {label: {"keypoints": [label], "skeleton": []} for label in self._point_labels}
+        names = map(self._ids.category_name, self._point_labels)
+        joints = {name: {"keypoints": [name], "skeleton": []} for name in names}
         return [category | joints.get(category["name"], {}) for category in self._ids.categories]
 
     def _annotations(self, group: ImageGroup, image_id: Any) -> Iterator[Annotation]:
@@ -160,6 +164,7 @@ class _Writer:
             "num_keypoints": 1,
             "bbox": [x, y, 0, 0],  # readers fail without one; a point has no extent
             "area": 0,
+            "segmentation": [[x, y, x, y, x, y]],  # CVAT's reader refuses the whole file without the key
             "iscrowd": 0,
         }
         return annotation if point.score is None else {**annotation, "score": point.score}
