@@ -19,6 +19,7 @@ from md3cli.ordering import error_of, record_of
 from md3cli.records import OK_TAIL, RecordDict, Request, RowFailure, SourceRow
 from md3cli.scale.attempts import AttemptJournal, ShardHistory
 from md3cli.scale.plan import PlannedRow
+from md3cli.whole_records import is_record_of
 
 WAIT_SLICE_S = 0.2  # of waiting for a picture, so that a wish to stop is seen soon
 BLAME = RowFailure("model", "the worker process died twice on this request")
@@ -149,6 +150,16 @@ class Asking:
 
     def _told(self) -> None:
         self._on_progress(len(self.lines) - self._num_failed, self._num_failed)
+
+
+def drop_others(history: ShardHistory, rows: Sequence[PlannedRow]) -> None:
+    """Forget records that are not those of the requests whose ids they have: they are done again."""
+    for row in rows:
+        name = row.row.image.name if row.row.image is not None else None
+        for record_id, request in zip(row.ids, row.row.requests, strict=True):
+            line = history.records.get(record_id)
+            if line is not None and not is_record_of(line, record_id, name, request):
+                del history.records[record_id]
 
 
 def _singly(asked: PlannedRow, wanted: set[str]) -> list[PlannedRow]:

@@ -1,7 +1,7 @@
 """Journals of attempts at a shard: what was begun, what was finished, what may have killed its worker.
 
-Every attempt appends to a file of its own, so that a torn end never glues two records together; of each
-file the valid prefix counts. Lines: `{"begin": ID}` before a request goes to the model, with `"alone":true`
+Every attempt appends to a file of its own, so that a torn end never glues two records together; a damaged
+line costs itself only. Lines: `{"begin": ID}` before a request goes to the model, with `"alone":true`
 where nothing else is under way; its record after; `{"stopped":true}` when the attempt was ended in order.
 Beside a journal, `ATTEMPT.died` says with which status its process ended, where somebody saw that.
 
@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from md3cli.publish import output_error
-from md3cli.records import SCHEMA
-from md3cli.scale.layout import WIP, RunFolder, journal_name, shard_name
+from md3cli.scale.layout import WIP, RunFolder, damaged_name, journal_name, shard_name
 from md3cli.scale.store import LocalStore
 from md3cli.scale.waiting import Signs
+from md3cli.whole_records import read_json, read_record
 
 SYNC_RECORDS, SYNC_INTERVAL_S = 64, 2.0
 ADOPTED = "adopted-"  # what a journal's attempt is called that was no attempt: records taken over from elsewhere
@@ -126,6 +126,8 @@ def read_history(folder: RunFolder, shard: int) -> ShardHistory:
             continue
         journal = read_journal(folder.wip.read(f"{WIP}/{name}") or b"")
         history.records |= journal.records
+        if journal.damaged:
+            _keep_damaged(folder, shard, journal.damaged)
         if journal.was_stopped:
             continue
         is_crash = _is_crash(folder.wip.read(f"{WIP}/{name.removesuffix('.jsonl')}.died"))
@@ -147,32 +149,47 @@ def read_history(folder: RunFolder, shard: int) -> ShardHistory:
 
 @dataclass(slots=True)
 class JournalContent:
-    """The valid prefix of a journal; `begun` says of each id whether it was alone."""
+    """What a journal says; `begun` says of each id whether it was alone, `damaged` are lines that say nothing."""
 
     records: dict[str, bytes] = field(default_factory=dict)
     begun: dict[str, bool] = field(default_factory=dict)
     was_stopped: bool = False
+    damaged: list[bytes] = field(default_factory=list)
 
 
 def read_journal(data: bytes) -> JournalContent:
-    """What a journal says up to its first torn or damaged line."""
+    """Read a journal's whole lines; a torn end counts for nothing."""
     content = JournalContent()
-    for line in data.splitlines(keepends=True):
-        try:
-            value = json.loads(line) if line.endswith(b"\n") else None
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(value, dict):
-            break
-        if value.get("schema") == SCHEMA and isinstance(value.get("id"), str) and "error" in value:
-            content.records[value["id"]] = line
-        elif isinstance(value.get("begin"), str):
-            content.begun[value["begin"]] = bool(value.get("alone"))
-        elif value.get("stopped") is True:
-            content.was_stopped = True
-        else:
-            break
+    lines = data.split(b"\n")[:-1]
+    for number, line in enumerate(lines, start=1):
+        if (record := read_record(line)) is not None:
+            content.records[record["id"]] = line + b"\n"
+        elif not _take_note(content, line) and number < len(lines):  # the last may be torn
+            content.damaged.append(line + b"\n")
     return content
+
+
+def _take_note(content: JournalContent, line: bytes) -> bool:
+    """Take a line that is no record; False where it says nothing."""
+    try:
+        value = read_json(line)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(value, dict):
+        return False
+    if isinstance(value.get("begin"), str):
+        content.begun[value["begin"]] = bool(value.get("alone"))
+        return True
+    content.was_stopped |= value.get("stopped") is True
+    return value.get("stopped") is True
+
+
+def _keep_damaged(folder: RunFolder, shard: int, lines: Sequence[bytes]) -> None:
+    """Copy what is damaged to a file of the shard that outlives its journals; once, however often it is read."""
+    name = damaged_name(shard)
+    known = set((folder.wip.read(name) or b"").splitlines(keepends=True))
+    if new := [line for line in lines if line not in known]:
+        folder.wip.put(name, b"".join([*sorted(known), *new]))
 
 
 def _is_crash(died: bytes | None) -> bool:

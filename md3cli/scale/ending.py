@@ -18,11 +18,12 @@ from md3cli.outputs import OutputPlan, publish, remove_temps
 from md3cli.progress import clock as duration
 from md3cli.publish import OutputLock
 from md3cli.records import RETRYABLE, RunIdentity
+from md3cli.records_digest import RecordsDigest
 from md3cli.run_info import RunCounts, RunDocument, identity_of
 from md3cli.scale.bucket import Deliveries
 from md3cli.scale.choosing import is_unfinished
 from md3cli.scale.commits import Commit
-from md3cli.scale.export import export_parts, note_exported
+from md3cli.scale.export import export_parts, note_exported, read_exported
 from md3cli.scale.gc import collect
 from md3cli.scale.layout import EXPORTED, RunFolder, attempts_prefix
 from md3cli.scale.plan import Plan
@@ -105,6 +106,8 @@ class Ending:
             journal.with_name(journal.name + EARLY_SUFFIX).unlink(missing_ok=True)  # of a single process, taken over
         if self._document is None:
             self._document = self._rank_document()
+        if (exported := read_exported(self._folder)) is not None:
+            self._document.note_records(RecordsDigest(exported.bytes, exported.sha256))
         self._document.finish(counts_of(commits), {}, None, self._timeline.points)
         deliveries.deliver(self._files.run_info)
         for document in self._outputs.documents:

@@ -33,7 +33,7 @@ from md3cli.settings import user_cache_dir
 FOLDER_NAME, SUFFIX = ".md3run", ".md3run"
 PLAN, MANIFEST, REPEATS = "plan/plan.json", "plan/manifest.parquet", "plan/repeats.parquet"
 RUN, KEPT, ERRORS, EXPORTED = "run.json", "kept.jsonl", "errors.jsonl", "exported.json"
-WIP, PARTS, COMMITS, STARTS, METRICS = "wip", "parts", "commits", "starts", "metrics"
+WIP, PARTS, COMMITS, STARTS, METRICS, DAMAGED = "wip", "parts", "commits", "starts", "metrics", "damaged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,11 @@ def part_name(shard: int, attempt: str) -> str:
 
 def journal_name(shard: int, attempt: str) -> str:
     return f"{WIP}/{shard_name(shard)}.{attempt}.jsonl"
+
+
+def damaged_name(shard: int) -> str:
+    """Where copies of the damaged lines of a shard's journals are kept."""
+    return f"{DAMAGED}/{shard_name(shard)}.jsonl"
 
 
 def host_name() -> str:

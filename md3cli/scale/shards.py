@@ -28,7 +28,7 @@ from md3cli.engine_port import Model
 from md3cli.errors import EngineError
 from md3cli.feed import make_decode_pool
 from md3cli.records import RecordDict
-from md3cli.scale.asking import Asking, ShardStopped, WarmModel
+from md3cli.scale.asking import Asking, ShardStopped, WarmModel, drop_others
 from md3cli.scale.attempts import AttemptJournal, ShardHistory, forget_attempts, read_history
 from md3cli.scale.commits import Commit, put_commit, read_commit
 from md3cli.scale.layout import METRICS, host_name, new_attempt, open_run_folder, part_name
@@ -140,6 +140,7 @@ class ShardRunner:
         rows = self._reader.shard(shard)
         self.attempt = new_attempt()
         history = read_history(self.folder, shard)
+        drop_others(history, rows)
         journal = AttemptJournal(self.folder, shard, self.attempt)
         on_start(shard, self.attempt)
         try:
