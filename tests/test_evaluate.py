@@ -331,6 +331,13 @@ def test_caption_scores_are_those_of_the_reference_implementations():
     assert bleu(copied, references) == 1.0
 
 
+def test_signs_are_words_and_punctuation_is_none():
+    assert words("A dog, & a #1 cat; (really) x=3!") == ["a", "dog", "&", "a", "#", "1", "cat", "really", "x", "=", "3"]
+    references = {"a.jpg": ["# @ & ="], "b.jpg": ["@ @ # #"], "c.jpg": ["= & # @"]}
+    texts = [[words(text) for text in known] for known in references.values()]
+    assert min(cider_d([known[0] for known in texts], texts)) > 5.0
+
+
 def test_captions_are_scored_by_length_and_failures_count(score):
     records = [record(name, "caption", length="short", caption=texts[0].title()) for name, texts in REFERENCES.items()]
     records += [record(name, "caption", length="long", caption="a dog") for name in REFERENCES]

@@ -1,7 +1,7 @@
 """Captions against reference captions: CIDEr-D, BLEU-4, exact.
 
 Own implementations, because the usual package needs Java for its tokenizer: the formulas are the
-papers', the words are ours (`words`: lower case, punctuation dropped), so scores come near those of
+papers', the words are ours (`words`: lower case, punctuation dropped, signs kept), so scores come near those of
 coco-caption and do not equal them where its tokenizer splits otherwise ("dog's").
 
 CIDEr-D: Vedantam, Zitnick and Parikh, CVPR 2015. BLEU: Papineni et al., ACL 2002.
@@ -27,11 +27,12 @@ CIDER_SCALE = 10.0
 NGram = tuple[str, ...]
 Counts = Counter[NGram]
 
-_WORD = re.compile(r"\w+(?:['’]\w+)*")
+# The usual tokenizer drops sentence punctuation, quotes and dashes, and keeps any other sign as a word of its own.
+_WORD = re.compile(r"\w+(?:['’]\w+)*|[#@&=$%+*/\\<>|~^£€¥°§©®™×÷]")
 
 
 def words(text: str) -> list[str]:
-    """The words of `text`, lower case, without punctuation."""
+    """Return the words and signs (`#`, `&`) of `text`, lower case, without punctuation."""
     return _WORD.findall(text.lower())
 
 

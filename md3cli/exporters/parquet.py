@@ -8,6 +8,7 @@ appears by rename: one cut short could not be read at all.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.pictures import Pictures
 from md3cli.exporters.publishing import replaced_file
 from md3cli.exporters.reading import read_records
-from md3cli.records import RecordDict
+from md3cli.records import ImageItem, RecordDict
 
 GROUP_ROWS = 4096
 GROUP_BYTES = 64 * 2**20  # of embedded pictures
@@ -96,7 +97,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     ):
         for batch in rows.batches(read_records(records, reading_notes)):
             writer.write_batch(batch)
-    notes = (f"{rows.num_missing} pictures could not be read; their bytes are null",) if rows.num_missing else ()
+    notes = (f"{rows.num_missing} pictures could not be read; their `image` is null",) if rows.num_missing else ()
     return ExportReport("parquet", out, rows.num_records, notes=(*reading_notes, *notes))
 
 
@@ -149,9 +150,21 @@ class _Rows:
         if name is None:
             return None
         item = pictures.find(record)
-        try:
-            content = None if item is None else pictures.read_bytes(item)
-        except ImageError:
-            content = None
+        content = None if item is None else _readable_bytes(item, pictures)
         self.num_missing += content is None
-        return {"bytes": content, "path": name}
+        # Null as a whole: a reader opens a path without bytes, and stops where it is not there.
+        return None if content is None else {"bytes": content, "path": name}
+
+
+def _readable_bytes(item: ImageItem, pictures: Pictures) -> bytes | None:
+    """Return the file of a picture that `datasets` can decode, else None: one that fails would end its loop."""
+    from PIL import Image
+
+    try:
+        pictures.read(item)  # within the limits, and of a kind that is allowed
+        content = pictures.read_bytes(item)
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.load()  # stricter than ours: a JPEG without its end marker is refused
+    except (ImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    return content

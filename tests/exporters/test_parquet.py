@@ -81,8 +81,20 @@ def test_embedded_pictures_are_decoded_by_datasets(mixed_run: Run, tmp_path: Pat
     assert stored[2]["path"] == NAMES[0]
     picture = (mixed_run.root / NAMES[0]).read_bytes()
     assert hashlib.sha256(stored[2]["bytes"]).digest() == hashlib.sha256(picture).digest()
-    assert stored[0] == {"bytes": None, "path": "broken.jpg"}
+    assert stored[0] is None
     assert stored[-1] is None
+
+
+def test_a_picture_that_cannot_be_decoded_does_not_stop_the_reader(run: Run, tmp_path: Path) -> None:
+    whole = (run.root / NAMES[0]).read_bytes()
+    (run.root / "text.jpg").write_bytes(b"no picture")
+    (run.root / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (run.root / "nothing.jpg").write_bytes(b"")
+    names = [NAMES[0], "text.jpg", "cut.jpg", "nothing.jpg", "gone.jpg", NAMES[0]]
+    run.write([record(name, "caption", str(n), caption="x") for n, name in enumerate(names)])
+    report, out = run.export("parquet", "out.parquet", embed_images=True)
+    assert [row["image"] is None for row in load(out, tmp_path)] == [False, True, True, True, True, False]
+    assert report.notes == ("4 pictures could not be read; their `image` is null",)
 
 
 def test_embedding_needs_the_pictures(detect_run: Run) -> None:
