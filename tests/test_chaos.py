@@ -104,3 +104,48 @@ def test_death_while_failures_are_done_again(tmp_path: Path, step: int) -> None:
         assert out.read_bytes() == whole
     assert at > step, "there was nothing to interrupt"
     assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("count", "step"), [pytest.param(200, 1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]), (6, 23)]
+)
+def test_death_while_a_damaged_journal_is_mended(tmp_path: Path, count: int, step: int) -> None:
+    """Kills before file operations in turn, each of a run that mends four kinds of damage; then the same command."""
+    isolated = clean_environment(tmp_path / "home")
+    pictures, out = make_pictures(tmp_path / "pictures", 12), tmp_path / "out/o.jsonl"
+
+    def md3(fault: str = "") -> int:
+        own = ["--fault", fault] if fault else []
+        asked = ["detect", str(pictures), "a", "b", "-o", str(out), "--batch-size", "2", "--workers", "1"]
+        command = [sys.executable, str(TESTS / "stub_md3.py"), *own, *asked]
+        return subprocess.run(command, env=isolated, capture_output=True, timeout=120, check=False).returncode
+
+    assert md3() == 0
+    whole, told = out.read_bytes(), out.with_name("o.jsonl.run.json").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    bad = {
+        1: lines[1].replace(b'"width"', b'"widtX"'),
+        5: lines[5].replace(b'"image":"p', b'"image":"q'),
+        9: lines[9][:24] + bytes([lines[9][24] ^ 1]) + lines[9][25:],
+        14: b"\n",
+    }
+    damaged = b"".join(bad.get(number, line) for number, line in enumerate(lines))
+    untouched = {line for number, line in enumerate(lines) if number not in bad}
+    num_killed, at = 0, 0
+    while num_killed < count:
+        at += step
+        out.write_bytes(damaged)
+        out.with_name("o.jsonl.run.json").write_bytes(told)
+        out.with_name("o.jsonl.damaged").unlink(missing_ok=True)
+        status = md3(f"kill:{at}:{out.parent}")
+        if status == 0:  # through it; once more from the first operation
+            assert at > step, "there was nothing to interrupt"
+            at = 0
+        else:
+            assert status == -signal.SIGKILL
+            num_killed += 1
+            assert untouched <= set(out.read_bytes().splitlines(keepends=True)), "a good record was lost"
+            assert md3() == 0
+        assert out.read_bytes() == whole
+        copies = out.with_name("o.jsonl.damaged").read_bytes().splitlines(keepends=True)
+        assert sorted(copies) == sorted(bad.values()), "each copied once"

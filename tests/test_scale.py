@@ -15,7 +15,7 @@ from stub_engine import StubModel, answer
 
 from md3cli.images import PreparedImage
 from md3cli.journal import encode_record
-from md3cli.records import ImageItem, Request, Task, make_record
+from md3cli.records import ImageFacts, ImageItem, Request, Task, make_record
 from md3cli.request_ids import RequestIds
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -101,7 +101,7 @@ def write_journal(path: Path, names: list[str]) -> None:
     picture = PreparedImage(None, None, 24, 24, "0" * 64)  # type: ignore[arg-type]
     result = answer(0, picture, CAPTION).result
     record = make_record(
-        "<id>", ImageItem("<name>", ""), None, CAPTION, identity,
+        "<id>", ImageItem("<name>", ""), ImageFacts(24, 24, "0" * 64), CAPTION, identity,
         result=result or {}, finish_reason="stop", prompt_tokens=10, output_tokens=3, meta={},
     )  # fmt: skip
     head, middle, tail = encode_record(record).decode().replace("<name>", "<id>").split("<id>")
