@@ -51,7 +51,7 @@ class DecodeOptions:
     """How pictures are opened: what is refused unread, how long one may take, how many at a time (None: the cores).
 
     Of remote ones: how long an attempt to fetch may take, and who may be spoken to inside private networks, those
-    `named_hosts` or everybody.
+    `named_hosts` or everybody; `root` is a --root that is an address, which no server may send out of.
     """
 
     max_pixels: int = 2**28
@@ -61,6 +61,7 @@ class DecodeOptions:
     fetch_timeout_s: float = 30.0
     named_hosts: tuple[str, ...] = ()
     may_fetch_private: bool = False
+    root: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def make_pool(config: RunConfig, crop_config: CropConfig) -> DecodePool:
 
 def make_decode_pool(options: DecodeOptions, background: str, crop_config: CropConfig) -> DecodePool:
     """Decode workers as `options` say, and whoever fetches pictures for them."""
-    hosts = HostRules(frozenset(options.named_hosts), options.may_fetch_private)
+    hosts = HostRules(frozenset(options.named_hosts), options.may_fetch_private, options.root)
     return PicturePool(
         options.workers or num_auto_workers(),
         crop_config,

@@ -18,6 +18,8 @@ from md3cli.manifest_columns import refuse_doubles
 from md3cli.records import printable
 
 BATCH_ROWS = 256
+# Bad UTF-8, a date past the year 9999, a time zone that nobody knows.
+_UNREADABLE_VALUES = (ValueError, ArithmeticError, RecursionError, LookupError)
 
 
 def parquet_rows(file: IO[bytes], name: str) -> Iterator[dict[str, Any] | str]:
@@ -115,7 +117,7 @@ def _batch_rows(batch: Any, cells: _EmbeddedCells | None, num_before: int) -> It
             values = {name: batch.column(k)[i] for k, name in enumerate(names)}
             image = {"image": cells.next_value(values.pop("image", None), num_before + i + 1)} if cells else {}
             yield image | {name: json_able(value.as_py()) for name, value in values.items()}
-        except (ValueError, ArithmeticError, RecursionError) as error:  # bad UTF-8, a date past the year 9999
+        except _UNREADABLE_VALUES as error:
             yield _brief(error)
 
 

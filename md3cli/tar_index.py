@@ -54,7 +54,7 @@ def tar_members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:
     """
     headers = _HeaderReader(file)
     try:
-        tar = tarfile.open(fileobj=headers, mode="r:")  # type: ignore[call-overload]  # noqa: SIM115 - closes nothing
+        tar = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115 - closes nothing
     except _UNREADABLE as error:
         raise InputError(f"cannot read {printable(name)} as a tar: {printable(str(error))}") from error
     position = 0

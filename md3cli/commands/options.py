@@ -278,6 +278,7 @@ class AnnotateOptions:
                 fetch_timeout_s=self.fetch_timeout,
                 named_hosts=named_hosts([*inputs, self.root or ""]),
                 may_fetch_private=self.remote,
+                root=self.root if self.root and is_address(self.root) else "",
                 workers=number_or_auto(self.workers),
             ),
             output=self._output_options(),

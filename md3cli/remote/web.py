@@ -174,6 +174,8 @@ class Web:
                 return response
             response.close()
             url = _next_url(url, location)
+            if not self._rules.may_send_to(str(url)):
+                raise FetchError("outside_root", "the server sends on to an address outside of --root")
             sender, host = self._known.of(host), url.host or ""
             farthest = self._rules.farthest_after(host, sender)
         raise FetchError("io", f"sent on more than {MAX_REDIRECTS} times")

@@ -16,6 +16,8 @@ import ipaddress
 from dataclasses import dataclass
 from enum import IntEnum
 
+from md3cli.remote.address import is_within
+
 _METADATA = frozenset(
     map(
         ipaddress.ip_address,
@@ -57,10 +59,19 @@ def zone_of(host: str) -> Zone | None:
 
 @dataclass(frozen=True, slots=True)
 class HostRules:
-    """Whose private addresses may be spoken to: those of `named` hosts, or with `any_private` of all."""
+    """Whose private addresses may be spoken to: those of `named` hosts, or with `any_private` of all.
+
+    `root` is an address that pictures may not leave, as --root says; empty allows everything.
+    """
 
     named: frozenset[str] = frozenset()
     any_private: bool = False
+    root: str = ""
+
+    def may_send_to(self, address: str) -> bool:
+        """Whether a server may send on to an address; from http to https it may, too."""
+        safe = self.root.startswith("http:") and address.startswith("https:")
+        return not self.root or is_within(address.replace("https:", "http:", 1) if safe else address, self.root)
 
     def farthest(self, host: str) -> Zone:
         """The zone up to which `host` may lie."""

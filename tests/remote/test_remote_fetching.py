@@ -175,6 +175,21 @@ def test_redirects_are_followed(web: WebServer, fetch: Fetch) -> None:
     assert fetch(send_on(web, "/b", f"{web.url}/a", 301)) == b"x"
 
 
+def test_but_not_out_of_the_root(web: WebServer, fetch: Fetch) -> None:
+    web.files["/d/x.png"] = web.files["/x.png"] = b"x"
+    rules = HostRules(frozenset({"127.0.0.1"}), root=f"{web.url}/d")
+    assert fetch(send_on(web, "/d/in", "/d/x.png"), rules=rules) == b"x"
+    for place, to in enumerate(["/x.png", "../x.png", "/d/%2e%2e/x.png", "http://localhost/d/x.png"]):
+        type, message = failure(fetch, send_on(web, f"/d/{place}", to), rules=rules)
+        assert (type, "outside of --root" in message) == ("outside_root", True)
+
+
+def test_https_is_no_other_place_than_http() -> None:
+    assert HostRules(root="http://h/d").may_send_to("https://h/d/x.png")
+    assert not HostRules(root="http://h/d").may_send_to("https://h/x.png")
+    assert not HostRules(root="https://h/d").may_send_to("http://h/d/x.png")
+
+
 def test_but_not_for_ever(web: WebServer, fetch: Fetch) -> None:
     assert failure(fetch, send_on(web, "/a", "/a")) == ("io", "sent on more than 5 times")
     assert web.requests["/a"] == 6

@@ -15,6 +15,7 @@ from faulty_servers import WITHOUT_EXTRA, Fault, HubServer, StoreDoor, WebServer
 from program import Program, clean_environment, records_of, start
 from typer.testing import Result
 
+from md3cli.remote.address import shown
 from md3cli.scale.store import open_store
 
 Put = Callable[[str, bytes], None]
@@ -177,7 +178,7 @@ def test_addresses_in_a_local_manifest_need_consent(md3: Program, web: WebServer
     result = md3("caption", "list.txt", "--quiet", "--remote")
     found = records_of(result.stdout)
     assert [(r["error"] or {}).get("type") for r in found] == [None, None, None, "bad_request", "bad_request"]
-    assert found[1]["image"] == f"{web.url}/w.png"
+    assert found[1]["image"] == shown(f"{web.url}/w.png?token=t0ps3cret")
     assert "t0ps3cret" not in result.output
     assert images(md3, "list.txt", "--remote", "--limit", "1", "--offline", status=2) == []
 
