@@ -45,9 +45,11 @@ def kept_digest(document: dict[str, Any]) -> RecordsDigest | None:
     if not isinstance(kept, dict):
         return None
     size, sha256 = kept.get("bytes"), kept.get("sha256")
-    is_size = isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**63
-    is_digest = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) is not None
-    return RecordsDigest(size, sha256) if is_size and is_digest else None
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63:
+        return None
+    if not isinstance(sha256, str) or re.fullmatch("[0-9a-f]{64}", sha256) is None:
+        return None
+    return RecordsDigest(size, sha256)
 
 
 def is_finished(document: dict[str, Any]) -> bool:

@@ -218,7 +218,7 @@ def _is_whole(record: RecordDict) -> bool:
     needed, optional = dict(_always), {"image_b64": _is_text}
     if record["error"] is None:
         result, rest = _results[Task(record["task"])]
-        needed |= result | _used
+        needed |= {**result, **_used}
         optional |= rest
     if record.get("image") is not None and (record["error"] is None or record.get("width") is not None):
         needed |= _picture

@@ -106,8 +106,8 @@ class Ending:
             journal.with_name(journal.name + EARLY_SUFFIX).unlink(missing_ok=True)  # of a single process, taken over
         if self._document is None:
             self._document = self._rank_document()
-        if (exported := read_exported(self._folder)) is not None:
-            self._document.note_records(RecordsDigest(exported.bytes, exported.sha256))
+        if (noted := read_exported(self._folder)) is not None:
+            self._document.note_records(RecordsDigest(noted.bytes, noted.sha256))
         self._document.finish(counts_of(commits), {}, None, self._timeline.points)
         deliveries.deliver(self._files.run_info)
         for document in self._outputs.documents:
