@@ -2,13 +2,15 @@
 
 `OUT.json` gets its interface beside it as `OUT.xml`; any other OUT is a folder with `tasks.json`
 and `interface.xml`. Coordinates are percent of the image. A picture's URL is Label Studio's own
-for local files (with its document root at the pictures' folder), or `url_prefix` and the name.
+for local files, or `url_prefix` and the name. Label Studio refuses a storage that is the document root
+itself, so the root is the parent of the pictures' folder and URLs begin with the folder's name.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +22,7 @@ from md3cli.exporters.colours import colour_of
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.objects import joined_ring
 from md3cli.exporters.options import ExportOptions, ExportReport
+from md3cli.exporters.pictures import Pictures
 from md3cli.exporters.publishing import replaced_file, staged_folder
 from md3cli.records import printable
 
@@ -42,13 +45,37 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
             tasks = outputs.enter_context((folder / "tasks.json").open("wb"))
         survey = index.survey
         interface.write(_interface(survey, options.labels).encode())
-        num_images = _write_tasks(index, tasks.write, options.url_prefix)
+        root = Pictures(records, options).root if options.url_prefix is None else None
+        prefix = options.url_prefix
+        if prefix is None:
+            prefix = LOCAL_FILES + (f"{quote(os.fsencode(root.name))}/" if root is not None and root.name else "")
+        num_images = _write_tasks(index, tasks.write, prefix)
         return ExportReport(
-            "labelstudio", out, survey.num_records, num_images, survey.num_failures, tuple(survey.notes())
+            "labelstudio",
+            out,
+            survey.num_records,
+            num_images,
+            survey.num_failures,
+            (*survey.notes(), *(_setup_notes(root) if options.url_prefix is None else ())),
         )
 
 
-def _write_tasks(index: ImageIndex, write: Callable[[bytes], object], url_prefix: str | None) -> int:
+def _setup_notes(root: Path | None) -> Iterator[str]:
+    """What has to be set in Label Studio before it shows local pictures, in words."""
+    if root is None or not root.is_dir():
+        yield "Label Studio will not find the pictures: their folder is not known; add --root DIR or --url-prefix URL"
+        return
+    yield (
+        "before Label Studio starts, set LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true and "
+        f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={printable(str(root.parent))}"
+    )
+    yield (
+        "in the project: take the interface (.xml) as the labelling setup's code, add a Local Files source storage "
+        f"with the path {printable(str(root))} (no sync needed), then import the tasks"
+    )
+
+
+def _write_tasks(index: ImageIndex, write: Callable[[bytes], object], url_prefix: str) -> int:
     """Write the array of tasks one by one; returns how many."""
     num_images = 0
     write(b"[")
@@ -63,12 +90,12 @@ def _write_tasks(index: ImageIndex, write: Callable[[bytes], object], url_prefix
     return num_images
 
 
-def image_url(group: ImageGroup, url_prefix: str | None) -> str:
-    """Where Label Studio finds the picture."""
+def image_url(group: ImageGroup, url_prefix: str) -> str:
+    """Return where Label Studio finds the picture."""
     if "://" in group.name:
         return group.name
     exact = base64.b64decode(group.name_b64) if group.name_b64 else group.name.encode()
-    return (LOCAL_FILES if url_prefix is None else url_prefix) + quote(exact)
+    return url_prefix + quote(exact)
 
 
 def _prediction(group: ImageGroup, model: str) -> dict[str, Any]:
@@ -131,7 +158,9 @@ def _interface(survey: Survey, first_labels: Iterable[str]) -> str:
 
 
 def _labels_control(tag: str, labels: Iterable[str]) -> str:
-    lines = (
-        f'    <Label value={quoteattr(printable(label))} background="{colour_of(label).hex}"/>\n' for label in labels
-    )
+    lines = []
+    for number, label in enumerate(labels):
+        # Its COCO export stops at keypoints whose label has no place of its own.
+        place = f' model_index="{number}"' if tag == "KeyPointLabels" else ""
+        lines.append(f'    <Label value={quoteattr(printable(label))} background="{colour_of(label).hex}"{place}/>\n')
     return f'  <{tag} name="{tag.lower()}" toName="image">\n{"".join(lines)}  </{tag}>\n'

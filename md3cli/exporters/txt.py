@@ -46,9 +46,11 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
 
 
 def text_of(record: RecordDict) -> str | None:
-    """The text of a caption or query record."""
+    """Return the text of a caption or query record as one line: trainers read the first line, or each as a caption."""
     text = record.get("caption", record.get("answer"))
-    return None if text is None or record.get("error") is not None else str(text)
+    if text is None or record.get("error") is not None:
+        return None
+    return " ".join(line.strip() for line in str(text).splitlines() if line.strip())
 
 
 def _write(folder: StagedFolder, record: RecordDict, text: str) -> bool:

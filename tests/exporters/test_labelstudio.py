@@ -44,7 +44,9 @@ def test_one_task_for_each_image_with_percent(mixed_run: Run) -> None:
     report, out = mixed_run.export("labelstudio", "tasks.json")
     tasks = read(out)
     assert len(tasks) == report.num_images == len(NAMES)
-    assert [unquote(task["data"]["image"].removeprefix("/data/local-files/?d=")) for task in tasks] == list(NAMES)
+    assert [unquote(task["data"]["image"].removeprefix("/data/local-files/?d=pictures/")) for task in tasks] == list(
+        NAMES
+    )
     dog = tasks[0]["predictions"][0]["result"][0]
     assert dog["value"] == {"x": 50, "y": 10, "width": 50, "height": 50, "rotation": 0, "rectanglelabels": ["dog"]}
     assert (dog["original_width"], dog["original_height"], dog["image_rotation"]) == (120, 80, 0)
@@ -86,8 +88,29 @@ def test_urls_stay_and_exact_bytes_are_quoted(run: Run) -> None:
     _, out = run.export("labelstudio", "tasks.json")
     assert [task["data"]["image"] for task in read(out)] == [
         "https://example.com/a b.jpg",
-        "/data/local-files/?d=%FF.png",
+        "/data/local-files/?d=pictures/%FF.png",
     ]
+
+
+def test_the_setup_is_told_for_local_files_alone(mixed_run: Run) -> None:
+    """The document root is the parent of the pictures' folder, which is the storage."""
+    root = mixed_run.root.resolve()
+    said = "\n".join(mixed_run.export("labelstudio", "tasks.json")[0].notes)
+    assert "LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true" in said
+    assert f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={root.parent}" in said.splitlines()[-2]
+    assert f"path {root} " in said
+    assert "LOCAL_FILES" not in "".join(mixed_run.export("labelstudio", "other.json", url_prefix="s3://b/")[0].notes)
+    spaced = root.with_name("my pictures é")
+    root.rename(spaced)
+    _, out = mixed_run.export("labelstudio", "third.json", root=spaced)
+    assert read(out)[1]["data"]["image"] == "/data/local-files/?d=my%20pictures%20%C3%A9/b/photo.jpg"
+
+
+def test_keypoint_labels_have_their_place(run: Run) -> None:
+    run.write([record("empty.png", "point", label, points=[]) for label in ("nose", "eye")])
+    _, out = run.export("labelstudio", "tasks.json")
+    places = {label.get("value"): label.get("model_index") for label in ET.parse(out.with_suffix(".xml")).iter("Label")}
+    assert places == {"nose": "0", "eye": "1"}
 
 
 VALIDATE = """

@@ -60,6 +60,13 @@ def test_every_text_of_an_image_is_written(run: Run) -> None:
     assert sorted(path.name for path in run.folder.iterdir()) == ["out", "records.jsonl", "run.json"]
 
 
+def test_a_text_is_one_line(run: Run) -> None:
+    text = " a dog\n\nruns\r\nfast\rover\x0bthe\x0cgreen\x85wide\u2028old\u2029field  here\n"
+    run.write([record("a.jpg", "caption", caption=text)])
+    _, out = run.export("txt", "out")
+    assert (out / "a.txt").read_bytes() == b"a dog runs fast over the green wide old field  here"
+
+
 def test_boxes_alone_leave_an_empty_folder_and_a_note(detect_run: Run) -> None:
     report, out = detect_run.export("txt", "out")
     assert texts_of(out) == {}
