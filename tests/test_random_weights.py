@@ -11,7 +11,7 @@ from md3cli.model import random_weights
 from md3cli.model.config import ModelConfig, MoeConfig
 from md3cli.model.moe import ExpertMatrices
 from md3cli.model.moondream import Moondream3
-from md3cli.model.random_weights import BLOCK, CONFIGS, forbid_end, random_model
+from md3cli.model.random_weights import BLOCK, CONFIGS, UNTHINKABLE, forbid_end, random_model
 
 CPU = torch.device("cpu")
 MINI = CONFIGS["mini"]
@@ -95,5 +95,5 @@ def test_nothing_ends_before_its_budget() -> None:
     with torch.inference_mode():
         logits = model.text.logits(torch.randn(64, MINI.text.dim))
     ids = MINI.tokenizer
-    assert (logits[:, [ids.eos_id, ids.answer_id]] == float("-inf")).all()
-    assert logits.isfinite().sum() == 64 * (MINI.text.vocab_size - 2)
+    assert (logits[:, [ids.eos_id, ids.answer_id]] < UNTHINKABLE / 2).all()
+    assert logits.isfinite().all()

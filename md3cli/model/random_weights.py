@@ -73,11 +73,15 @@ def random_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.devic
     return model.eval()
 
 
+# A logit that no other comes near. Not minus infinity: logits that are not finite are a failure; float16 holds it.
+UNTHINKABLE = -3e4
+
+
 def forbid_end(model: Moondream3) -> None:
     """Make the ends of text and of reasoning impossible, so that every generation runs to its budget."""
     ids = model.config.tokenizer
     for token in (ids.eos_id, ids.answer_id):
-        model.text.lm_head.bias[token] = float("-inf")
+        model.text.lm_head.bias[token] = UNTHINKABLE
 
 
 def _filled(shape: torch.Size, block: torch.Tensor, offset: int) -> torch.Tensor:
