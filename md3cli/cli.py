@@ -80,7 +80,7 @@ class LazyGroup(TyperGroup):
     def _read_settings(self, name: str, typed: Sequence[str]) -> dict[str, Any]:
         """What environment and config files say, as defaults of the command and of its subcommands."""
         commands = {other: partial(options_of, other) for other in COMMANDS}
-        layers = read_layers(os.environ, Path.cwd())
+        layers = read_layers(os.environ, _working_folder())
         self._settings = resolve_settings(layers, name, options_of(name), commands)
         if any(layer.is_of_folder for layer in layers):
             self._check_folder(layers, typed)
@@ -144,6 +144,20 @@ class LazyGroup(TyperGroup):
             if isinstance(end.__context__, BrokenPipeError):
                 _end_quietly()
             raise
+
+
+def _working_folder() -> Path:
+    """Where the program was started.
+
+    Raises:
+        ConfigError: that folder is gone.
+    """
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the working folder cannot be entered ({error.strerror}); start in one that is there"
+        ) from error
 
 
 def _is_from_settings(error: typer.BadParameter) -> bool:

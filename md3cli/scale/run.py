@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from md3cli.config import ModelOptions, RunConfig
@@ -19,7 +20,7 @@ from md3cli.errors import EngineError, Md3Error, OutputError, UsageError
 from md3cli.outputs import OutputPlan
 from md3cli.progress import Progress
 from md3cli.progress import clock as duration
-from md3cli.publish import OutputLock
+from md3cli.publish import OutputLock, output_error
 from md3cli.records import printable
 from md3cli.run_info import OutputPaths, RunDocument, identity_of
 from md3cli.scale.beginning import Beginning
@@ -77,7 +78,7 @@ def run_scaled(
             check_skills(model, config.requests)
         deliveries = Deliveries(config.output, files, folder)
         for path in (files.journal, deliveries.lock):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
         lock = OutputLock.acquire(deliveries.lock, deliveries.output, is_shared=config.scale.world_size > 1)
         stack.callback(lock.release)
         if config.scale.world_size == 1:
@@ -101,6 +102,14 @@ def run_scaled(
         write_run_options(folder, RunOptions(config.model, config.decode), config.argv)
         ending = Ending(config, console, outputs, folder, deliveries, plan, model.identity, document)
         return _ScaledRun(config, console, folder, plan, model, stop, ending).to_the_end()
+
+
+def _make_folder(folder: Path) -> None:
+    """Raises OutputError: it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(folder, error) from error
 
 
 def _check_options(config: RunConfig) -> None:

@@ -204,3 +204,16 @@ def test_a_fifo_or_a_device_does_not_hang(md3: Program) -> None:
     os.unlink("md3.toml")
     os.symlink("/dev/zero", "md3.toml")
     assert "md3.toml: not a regular file" in md3("caption", "in").stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a folder in use cannot be removed")
+def test_a_working_folder_that_is_gone_is_told_in_words(
+    md3: Program, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    result = md3("caption", pictures)
+    assert result.exit_code == 1
+    assert "error: the working folder cannot be entered (No such file or directory)" in result.stderr

@@ -454,3 +454,13 @@ def test_what_breaks_once_a_signal_has_come_is_the_stop(
     assert "warning: while stopping: the cluster is gone" in stopped.stderr
     assert "stopped by SIGTERM" in stopped.stderr
     assert "resume with: " in stopped.stderr
+
+
+@pytest.mark.parametrize("many", [(), ("--shard-size", "4")], ids=["one process", "a run folder"])
+def test_an_output_that_cannot_be_there_is_told_in_words(
+    md3: Program, pictures: Path, tmp_path: Path, many: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused = md3("caption", pictures, "-o", tmp_path / "file/deep/o.jsonl", *many)
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith(f"error: cannot write {tmp_path}/file/deep")
