@@ -29,19 +29,24 @@ def verify(run: Run) -> None:
 
     try:
         folder = find_run_folder(run)
-    except InputError:
+    except InputError as error:
         if is_address(run):
             raise
-        _verify_one(run)
+        _verify_one(run, error)
     else:
         _verify_many(folder)
 
 
-def _verify_one(run: str) -> None:
+def _verify_one(run: str, missing: InputError) -> None:
+    """Verify the records of one process; raises `missing` where there are none either."""
     from md3cli.finished_run import find_records
     from md3cli.verification import RecordsVerification
 
-    verification = RecordsVerification(find_records(Path(run)))
+    try:
+        records = find_records(Path(run))
+    except InputError:
+        raise missing from None
+    verification = RecordsVerification(records)
     _tell(verification.findings())
     typer.echo(f"ok: {verification.num_records:,} records, each request exactly once")
 

@@ -78,6 +78,7 @@ def plan_config(config: RunConfig, identity: RunIdentity, root: str) -> dict[str
         "inputs": [_without_secrets(typed) for typed in source.inputs],
         "root": None if source.root is None else _without_secrets(str(source.root)),
     }
+    del document["input"]["own_files"]  # follow from OUTPUT
     if not config.requests:
         document["defaults"] = asdict(config.defaults)
     return dict(json.loads(json.dumps(document)))
