@@ -23,6 +23,7 @@ from md3cli.exporters.grouping import ImageGroup
 from md3cli.exporters.options import ExportOptions
 from md3cli.finished_run import load_run_info
 from md3cli.records import ImageItem, RecordDict, printable
+from md3cli.spellings import existing_path
 from md3cli.tar_index import tar_members
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class Pictures:
             tar = self._inside(exact[: cut.start(1)])
             if tar is not None and os.path.isfile(tar):  # a member's name leads to no other file, whatever it says
                 return self._member(Path(tar), exact[cut.end() :], record)
-        path = self._inside(exact)
+        path = self._inside(existing_path(str(self.root), exact))  # the record keeps a list's own spelling
         return ImageItem(name, path, name_b64) if path is not None and os.path.isfile(path) else None
 
     def _inside(self, name: str) -> str | None:
