@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, cast
 
 from md3cli.errors import InputError, RowError
 from md3cli.records import printable
@@ -54,7 +54,7 @@ def tar_members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:
     """
     headers = _HeaderReader(file)
     try:
-        tar = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115 - closes nothing
+        tar = tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:")  # noqa: SIM115 - closes nothing
     except _UNREADABLE as error:
         raise InputError(f"cannot read {printable(name)} as a tar: {printable(str(error))}") from error
     position = 0
