@@ -141,7 +141,8 @@ def _flat_heights(start: np.ndarray, end: np.ndarray, x: np.ndarray) -> np.ndarr
     slope = (end[:, 1] - start[:, 1]) / (end[:, 0] - start[:, 0])
     step = x - start[:, 0]
     heights = [(start[:, 1] + slope * at + 0.5).astype(np.int64) for at in (step, step + 1)]
-    return np.minimum(*heights)
+    upper: np.ndarray = np.minimum(*heights)
+    return upper
 
 
 def _steep_heights(start: np.ndarray, end: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -149,9 +150,11 @@ def _steep_heights(start: np.ndarray, end: np.ndarray, x: np.ndarray) -> np.ndar
     slope = (end[:, 0] - start[:, 0]) / (end[:, 1] - start[:, 1])
 
     def is_beyond(step: np.ndarray) -> np.ndarray:
-        return ((start[:, 0] + slope * step + 0.5).astype(np.int64) > x) == (slope > 0)
+        beyond: np.ndarray = ((start[:, 0] + slope * step + 0.5).astype(np.int64) > x) == (slope > 0)
+        return beyond
 
     step = np.ceil((x + 0.5 - start[:, 0]) / slope).astype(np.int64)
     step -= is_beyond(step - 1)  # the estimate may be one off: the rule's own rounding decides
     step += ~is_beyond(step)
-    return start[:, 1] + step - 1
+    height: np.ndarray = start[:, 1] + step - 1
+    return height
