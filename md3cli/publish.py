@@ -7,12 +7,14 @@ synced and renamed, so that a reader never sees half of it, whatever kills the w
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
 import secrets
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from md3cli.records import printable
 
 STAGED = "staged"  # what a folder's files are temporarily called together, inside it, before they are added to it
 TEMP_NAME_LIMIT_BYTES = 200  # of the name, so that the temporary name stays under the 255 of file systems
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _NO_LOCKS_HERE = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 
 
@@ -92,6 +95,15 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
+def exchange(first: Path, second: Path) -> bool:
+    """Let two folders change places at once, so that at no time there is neither; False where that is not possible."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    is_done: bool = rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
+    return is_done
+
+
 class OutputLock:
     """A `flock` on a file that holds the holder's pid and host as text: exclusive, or shared by the ranks of a run.
 
@@ -112,9 +124,12 @@ class OutputLock:
             OutputHeldError: another process does (named by pid and host).
             OutputError: it cannot be made.
         """
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+            fd = os.open(path, flags, 0o666)
         except OSError as error:
+            if path.is_symlink():  # the lock's text would be written into whatever it leads to
+                raise OutputError(f"{printable(str(path))} is a link, and a lock must be a file; remove it") from error
             raise output_error(path, error) from error
         try:
             is_held = _flock(fd, output, is_shared)

@@ -18,6 +18,10 @@ IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif", ".heic", ".heif"]
 )  # by name only: what a file really is, its content decides when it is opened
 
+OWN_FILES = "of md3's own files"  # in `Walk.skipped`
+OWN_FOLDER_NAMES = frozenset({"yolo", "hf", "overlay"})  # of a run folder, those that hold pictures
+_RUN_HEAD_BYTES = 200  # `schema` is the first key
+
 _NAMED_ONLY = {  # what holds pictures, and is read where a pattern or its name says so: how skipped ones are called
     ".tar": "tars (give 'FOLDER/*.tar' to read them)",
     ".parquet": "Parquet files (give 'FOLDER/*.parquet' to read them)",
@@ -163,12 +167,17 @@ def _filter_regex(pattern: str) -> re.Pattern[str]:
 
 @dataclass(slots=True)
 class Walk:
-    """How to walk, and in `skipped` how many entries were left out, by reason."""
+    """How to walk, and in `skipped` how many entries were left out, by reason.
+
+    What md3 wrote itself is left out: files whose path, links followed, is in `own_files`, and all below a folder
+    that has a file `.md3` or is a format's folder beside a run.json of md3; but never the folder walked itself.
+    """
 
     recursive: bool = True
     follow_links: bool = False
     filter: PathFilter = field(default_factory=lambda: PathFilter((), ()))
     skipped: Counter[str] = field(default_factory=Counter)
+    own_files: frozenset[str] = frozenset()
 
     def files(self, root: str, glob: Glob | None = None) -> Iterator[str]:
         """Paths under `root`, in natural order folder by folder: those that `glob` matches, else pictures by suffix.
@@ -176,7 +185,7 @@ class Walk:
         An empty folder named like a picture is among them: somebody meant a file.
         """
         seen = {_identity(root)}
-        levels = [_Level("", iter(self.entries(root)), False)]
+        levels = [_Level("", iter(self.entries(root)), False, False, self.is_run_folder(root))]
         while levels:
             level = levels[-1]
             entry = next(level.entries, None)
@@ -187,12 +196,19 @@ class Walk:
             if entry.name.startswith(".") and not (glob and glob.wants_hidden(path)):
                 self.skipped["hidden"] += 1
             elif not entry.is_folder or self.is_meant_as_file(root, path, entry):
-                if self._is_wanted(path, glob):
+                if not self._is_wanted(path, glob):
+                    continue
+                if level.is_own or (self.own_files and os.path.realpath(f"{root}/{path}") in self.own_files):
+                    self.skipped[OWN_FILES] += 1
+                else:
                     yield path
             elif self._may_enter(path, entry, glob):
                 is_linked = level.is_linked or entry.is_link
                 if not self.follow_links or self._is_new(f"{root}/{path}", seen, is_linked):
-                    levels.append(_Level(path, iter(self.entries(f"{root}/{path}")), is_linked))
+                    folder = f"{root}/{path}"
+                    is_own = level.is_own or self.is_own(folder) or (level.is_run and entry.name in OWN_FOLDER_NAMES)
+                    entries = iter(self.entries(folder))
+                    levels.append(_Level(path, entries, is_linked, is_own, self.is_run_folder(folder)))
 
     def _is_wanted(self, path: str, glob: Glob | None) -> bool:
         if glob is not None and not glob.matches(path):
@@ -241,6 +257,18 @@ class Walk:
         for name in natural_sorted(names):
             yield Entry(name, name in folders, folders.get(name, False))
 
+    def is_own(self, folder: str) -> bool:
+        """Whether md3 made a folder, as a file `.md3` in it says, whatever the file holds."""
+        return os.path.lexists(f"{folder}/.md3")
+
+    def is_run_folder(self, folder: str) -> bool:
+        """Whether a folder has a run.json of md3."""
+        try:
+            with open(f"{folder}/run.json", "rb") as file:
+                return b'"md3-run/' in file.read(_RUN_HEAD_BYTES)
+        except OSError:
+            return False
+
     def is_meant_as_file(self, root: str, path: str, entry: Entry) -> bool:
         """Whether a folder is named like a picture and is empty."""
         if entry.is_link or not has_image_suffix(entry.name):
@@ -264,6 +292,8 @@ class _Level(NamedTuple):
     folder: str
     entries: Iterator[Entry]
     is_linked: bool
+    is_own: bool
+    is_run: bool
 
 
 def _identity(folder: str) -> tuple[int, int]:

@@ -54,6 +54,14 @@ CocoIdsFrom = Annotated[
     _option("--coco-ids-from", panel=COCO, metavar="GT.json", help="Use this file's image and category ids."),
 ]
 Keypoints = Annotated[bool, _option("--keypoints", panel=COCO, help="Points as categories of one keypoint.")]
+Link = Annotated[
+    bool,
+    _option(
+        "--link",
+        panel=PICTURES,
+        help="yolo, hf: hard links instead of copies. A program that rewrites one changes your own picture, too.",
+    ),
+]
 Root = Annotated[
     Path | None,
     _option("--root", panel=PICTURES, metavar="DIR", help="Where the pictures are; by default what run.json says."),
@@ -87,6 +95,7 @@ def export(
     coco_ids_from: CocoIdsFrom = None,
     keypoints: Keypoints = False,
     root: Root = None,
+    link: Link = False,
     background: Background = "none",
     max_pixels: MaxPixels = str(2**28),
     max_file_size: MaxFileSize = "1G",
@@ -107,6 +116,7 @@ def export(
         embed_images=embed_images,
         url_prefix=url_prefix,
         beside=beside,
+        is_linked=link,
         background=background,
         max_pixels=parse_count(max_pixels),
         max_file_size=parse_bytes(max_file_size),

@@ -4,15 +4,13 @@
 `train/`: a picture called `test_a.jpg` would otherwise take the rest away. Every row has the
 same keys, those that the records' tasks can fill. Pixels are of the upright picture, as `datasets`
 decodes it. A picture that only md3 reads (no end marker, another format than the suffix says) becomes PNG.
-Pictures are hard-linked where the file system allows, else copied; kinds that `datasets`
-does not load become PNG.
+Other pictures are copied; kinds that `datasets` does not load become PNG.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -27,7 +25,6 @@ from md3cli.exporters.objects import flat
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures
 from md3cli.exporters.publishing import StagedFolder, staged_folder
-from md3cli.records import ImageItem
 
 METADATA = "metadata.jsonl"
 _NOT_LOADED = frozenset({".avif", ".heic", ".heif"})  # by ImageFolder of datasets 5.2: written as PNG instead
@@ -44,7 +41,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     num_images = 0
     with (
         ImageIndex(records) as index,
-        staged_folder(out, overwrite=options.overwrite, suffixes=PICTURE_SUFFIXES | {".jsonl"}) as folder,
+        staged_folder(out, overwrite=options.overwrite, format="hf") as folder,
     ):
         survey = index.survey
         classes = {label: number for number, label in enumerate(survey.categories(options.labels))}
@@ -71,11 +68,13 @@ def _add_picture(folder: StagedFolder, group: ImageGroup, pictures: Pictures) ->
     target = folder.path / relative
     with file:
         try:
-            content = pictures.read_bytes(source)  # what is no picture, or not the record's, is not linked either
+            content = pictures.read_bytes(source)  # what is no picture, or not the record's, is not carried
             if relative_name(group.name).suffix.lower() in _NOT_LOADED or not _loads(content):
                 pictures.read(source).save(file, "PNG")
-            elif not _linked(source, target):
+            elif source.size is not None:  # a member of a tar
                 file.write(content)
+            else:
+                pictures.copy(source, target)
         except ImageError:
             pictures.note_unreadable(group.name)
             target.unlink()
@@ -108,20 +107,6 @@ def _plain(name: PurePosixPath) -> PurePosixPath:
     parts = [part.translate(_PATTERN) for part in portable(name).parts]
     parts = [f"_{part.lstrip('._')}" if part.startswith((".", "__")) else part for part in parts]
     return PurePosixPath(*(_SPLIT.sub(r"\1~", part) for part in parts[:-1]), parts[-1])
-
-
-def _linked(source: ImageItem, target: Path) -> bool:
-    """Put a hard link in the place of the empty file `target`; False where that is not possible."""
-    if source.size is not None:
-        return False  # a member of a tar
-    aside = target.with_name(f".{os.getpid()}.link")
-    try:
-        os.link(os.path.realpath(source.path), aside)
-        os.replace(aside, target)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        return False
-    return True
 
 
 def _columns(group: ImageGroup, survey: Survey, classes: Mapping[str, int]) -> dict[str, Any]:

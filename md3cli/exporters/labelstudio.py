@@ -39,8 +39,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
             files = [replaced_file(path, overwrite=options.overwrite) for path in (out.with_suffix(".xml"), out)]
             interface, tasks = (outputs.enter_context(file) for file in files)
         else:
-            suffixes = frozenset({".json", ".xml"})
-            folder = outputs.enter_context(staged_folder(out, overwrite=options.overwrite, suffixes=suffixes)).path
+            folder = outputs.enter_context(staged_folder(out, overwrite=options.overwrite, format="labelstudio")).path
             interface = outputs.enter_context((folder / "interface.xml").open("wb"))
             tasks = outputs.enter_context((folder / "tasks.json").open("wb"))
         survey = index.survey

@@ -1,59 +1,71 @@
 """What a former run's records were turned into, taken away when a run starts over in the same run folder.
 
-Left there it would pass for the new run's. Only what md3 makes goes: the names of its formats, in a
-folder that holds a run.json of md3, and inside a format's folder the kinds of files it writes.
+Left there it would pass for the new run's. Only what md3 wrote goes: of a format's folder the files on its list
+(`.md3`), and the single files that run.json says an earlier start was asked for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from md3cli.exporters import RUN_FOLDER_NAMES
 from md3cli.exporters.pictures import PICTURE_SUFFIXES
+from md3cli.marker import files_below, has_marker, remove_written, write_marker
+from md3cli.output_guard import is_of_older_run
 
 RUN_INFO_NAME = "run.json"
 REPORT_NAME = "report.html"
 REPORT_PAGES_NAME = "report_pages"
 
-_FOLDERS: Mapping[str, frozenset[str]] = {  # name -> suffixes of the files in it
-    "yolo": PICTURE_SUFFIXES | {".txt", ".yaml"},
+_FORMATS: Mapping[str, str] = {**RUN_FOLDER_NAMES, "html": REPORT_NAME}
+_SUFFIXES: Mapping[str, frozenset[str]] = {  # of the files in a format's folder
+    "yolo": PICTURE_SUFFIXES | {".txt", ".yaml", ".cache"},
     "voc": frozenset({".xml"}),
     "labelstudio": frozenset({".json", ".xml"}),
     "hf": PICTURE_SUFFIXES | {".jsonl"},
     "overlay": PICTURE_SUFFIXES,
     "txt": frozenset({".txt"}),
-    REPORT_PAGES_NAME: frozenset({".html"}),
 }
-_FILES = (*sorted(set(RUN_FOLDER_NAMES.values()) - _FOLDERS.keys()), REPORT_NAME)
 
 
 def remove_leftovers(run_info: Path, kept: Collection[Path]) -> None:
     """Remove the documents of the former run, but for `kept`: those are replaced when they are made.
 
-    Does nothing where `run_info` is not there, or is no run folder's. What cannot be removed stays; a
-    format's folder that is a link is not entered.
+    Does nothing where `run_info` is not there, or is no run folder's. Of a format's folder go the files on its list;
+    a file goes where run.json says that a start was asked for it. What cannot be removed stays, and a format's
+    folder that is a link is not entered.
     """
     if run_info.name != RUN_INFO_NAME or not run_info.is_file():
         return
     folder = run_info.parent
-    for name in _FILES:
-        if folder / name not in kept:
+    adopt_older(run_info, [(format, folder / name) for format, name in _FORMATS.items()])
+    for format, name in _FORMATS.items():
+        path = folder / name
+        if path in kept or path.is_symlink():
+            continue
+        if path.is_dir():
+            remove_written(path)
+        elif is_of_older_run(run_info, format):
             with contextlib.suppress(OSError):
-                (folder / name).unlink()
-    for name, suffixes in _FOLDERS.items():
-        if folder / name not in kept and not (folder / name).is_symlink():
-            _remove_tree(folder / name, suffixes)
+                path.unlink()
+    if folder / REPORT_NAME not in kept:
+        remove_written(folder / REPORT_PAGES_NAME)
 
 
-def _remove_tree(top: Path, suffixes: Collection[str]) -> None:
-    """Remove the files of these suffixes, and the folders that are empty then."""
-    for folder, _, names in os.walk(top, topdown=False):
-        for name in names:
-            if os.path.splitext(name)[1].lower() in suffixes:
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(folder, name))
-        with contextlib.suppress(OSError):  # not empty: something foreign is in it
-            os.rmdir(folder)
+def adopt_older(run_info: Path, documents: Iterable[tuple[str, Path]]) -> None:
+    """Give a list of its files to each format's folder that an earlier start made before there were lists.
+
+    Only one that run.json says was asked for, and that holds nothing but the kinds of files its format has.
+    """
+    for format, path in documents:
+        suffixes = _SUFFIXES.get(format)
+        is_unlisted = path.is_dir() and not path.is_symlink() and not has_marker(path)
+        is_older = is_unlisted and is_of_older_run(run_info, format)
+        if suffixes is None or not is_older:
+            continue
+        if all(os.path.splitext(name)[1].lower() in suffixes for name in files_below(path)):
+            with contextlib.suppress(OSError):
+                write_marker(path, format, files_below(path))

@@ -18,6 +18,7 @@ class ExportOptions:
         labels: the order of categories; the rest follows as first seen.
         url_prefix: what goes before a picture's name in Label Studio tasks.
         beside: sidecar texts stand next to the pictures.
+        is_linked: pictures in `yolo` and `hf` are hard links, not copies.
         background: a colour that transparent pictures are laid on in overlays.
         max_pixels, max_file_size: what is refused unread, as everywhere.
     """
@@ -31,6 +32,7 @@ class ExportOptions:
     embed_images: bool = False
     url_prefix: str | None = None
     beside: bool = False
+    is_linked: bool = False
     background: str | None = None
     is_confined: bool = True
     max_pixels: int = 2**28

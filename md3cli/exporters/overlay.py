@@ -17,7 +17,7 @@ from md3cli.exporters.drawing import draw_records
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.names import candidates, relative_name
 from md3cli.exporters.options import ExportOptions, ExportReport
-from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures
+from md3cli.exporters.pictures import Pictures
 from md3cli.exporters.publishing import StagedFolder, staged_folder
 
 JPEG_QUALITY = 90
@@ -31,7 +31,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     num_images = 0
     with (
         ImageIndex(records) as index,
-        staged_folder(out, overwrite=options.overwrite, suffixes=PICTURE_SUFFIXES) as folder,
+        staged_folder(out, overwrite=options.overwrite, format="overlay") as folder,
     ):
         for group in index.images():
             pictures.refuse_inside(out, group)

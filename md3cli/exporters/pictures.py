@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from md3cli.copying import copy_file
 from md3cli.errors import ExportError, ImageError, InputError, RowError, UsageError
 from md3cli.exporters.grouping import ImageGroup
 from md3cli.exporters.options import ExportOptions
@@ -126,6 +127,14 @@ class Pictures:
         _check_digest(picture, hashlib.sha256(data).hexdigest() if picture.sha256 is not None else "")
         check_kind(data)
         return data
+
+    def copy(self, picture: FoundPicture, target: Path) -> None:
+        """Make `target` a copy of the picture's file, or the same file with `--link`.
+
+        Raises:
+            OSError: it cannot be read or written.
+        """
+        copy_file(picture.path, target, is_linked=self._options.is_linked)
 
     def missing_note(self) -> tuple[str, ...]:
         """The sentence about pictures that are not there, if any.

@@ -3,7 +3,7 @@
 Knows files and folders, nothing of formats. A file goes the way of `md3cli.publish`. A folder is
 built aside and renamed too; its many files are not synced one by one, because after a power cut it
 can be made again from the records. What stands in OUT goes only with `overwrite`, and a folder only
-if nothing foreign is in it.
+if nothing is in it but what its own list of files, `.md3`, says md3 wrote.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from md3cli.errors import ExportError, UsageError
-from md3cli.publish import STAGED, atomic_publish, output_error, temp_beside
+from md3cli.exporters.own_outputs import check_not_foreign
+from md3cli.marker import files_below, has_marker, remove_written, write_marker, written_paths
+from md3cli.publish import STAGED, atomic_publish, exchange, output_error, temp_beside
 from md3cli.records import printable
 
 # The name is taken, or the file system cannot hold it: the next candidate may do.
@@ -80,24 +82,25 @@ class StagedFolder:
 
 
 @contextmanager
-def staged_folder(out: Path, *, overwrite: bool, suffixes: frozenset[str]) -> Iterator[StagedFolder]:
+def staged_folder(out: Path, *, overwrite: bool, format: str) -> Iterator[StagedFolder]:
     """A folder that becomes `out` when the block ends well; an empty `out` is as good as none.
 
-    `suffixes` are those of the files this format writes: an existing folder that holds anything
-    else is somebody's work and is not replaced even with `overwrite`.
+    It gets a list of its files, `.md3`. An existing folder that holds anything which its list does not name is
+    somebody's work and is not replaced even with `overwrite`; what trainers keep there (`labels.cache`) stays.
     """
-    check_replaceable(out, overwrite=overwrite, suffixes=suffixes)
+    check_replaceable(out, overwrite=overwrite)
     aside = temp_beside(out)
     with translated(out):
         aside.mkdir(parents=True)
         try:
             yield StagedFolder(aside)
+            write_marker(aside, format, files_below(aside))
             _swap(aside, out)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def check_replaceable(out: Path, *, overwrite: bool, suffixes: frozenset[str]) -> None:
+def check_replaceable(out: Path, *, overwrite: bool) -> None:
     """Refuse an `out` that must not be replaced (see `staged_folder`)."""
     if not out.exists():
         return
@@ -105,19 +108,16 @@ def check_replaceable(out: Path, *, overwrite: bool, suffixes: frozenset[str]) -
         raise UsageError(f"{printable(str(out))} is a file; this format writes a folder")
     if next(out.iterdir(), None) is None:
         return
+    check_not_foreign(out)
     _refuse_existing(out, overwrite)
-    for folder, _, names in os.walk(out):
-        for name in names:
-            if os.path.splitext(name)[1].lower() not in suffixes:
-                foreign = printable(str(Path(folder, name)))
-                raise UsageError(
-                    f"{foreign} was not written by this export; empty the folder yourself or name another -o"
-                )
 
 
 @contextmanager
-def merged_folder(out: Path, *, overwrite: bool) -> Iterator[StagedFolder]:
+def merged_folder(out: Path, *, overwrite: bool, format: str | None) -> Iterator[StagedFolder]:
     """A folder whose files are added to `out` when the block ends well, beside what stands there.
+
+    Where `out` is new or empty, or has a list of its files, they are on it; `format` None makes no list. With
+    `overwrite` a file of the same name is replaced only if it is on the list, or there is none.
 
     Raises:
         UsageError: a file of the same name stands there and may not be replaced; nothing was added.
@@ -125,6 +125,7 @@ def merged_folder(out: Path, *, overwrite: bool) -> Iterator[StagedFolder]:
     if out.exists() and not out.is_dir():
         raise UsageError(f"{printable(str(out))} is a file; this format writes a folder")
     is_new = not out.exists()
+    has_list = format is not None and (is_new or next(out.iterdir(), None) is None or has_marker(out))
     with translated(out):
         out.mkdir(parents=True, exist_ok=True)
         aside = temp_beside(out / STAGED)
@@ -136,6 +137,8 @@ def merged_folder(out: Path, *, overwrite: bool) -> Iterator[StagedFolder]:
                     _refuse_existing(target, overwrite)
                 if not Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(out)):
                     raise UsageError(f"{printable(str(target.parent))} is a link that leads out of -o; name another -o")
+            if format is not None and has_list:
+                write_marker(out, format, _added(out, aside))
             for source, target in _moves(aside, out):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source, target)
@@ -144,6 +147,12 @@ def merged_folder(out: Path, *, overwrite: bool) -> Iterator[StagedFolder]:
             if is_new:
                 with suppress(OSError):  # not empty: the files are there
                     out.rmdir()
+
+
+def _added(out: Path, aside: Path) -> Iterator[str]:
+    """What the list of `out` names, and then what is new on it."""
+    yield from (path for path in written_paths(out) if not os.path.lexists(aside / path))
+    yield from files_below(aside)
 
 
 def _moves(aside: Path, out: Path) -> Iterator[tuple[Path, Path]]:
@@ -155,11 +164,24 @@ def _moves(aside: Path, out: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _swap(aside: Path, out: Path) -> None:
-    """Put the folder `aside` in the place of `out`."""
+    """Put the folder `aside` in the place of `out`; of the old one go only the files on its list."""
     if not out.exists():
         os.rename(aside, out)
         return
-    old = temp_beside(out)
-    os.rename(out, old)
-    os.rename(aside, out)
-    shutil.rmtree(old, ignore_errors=True)
+    old = aside
+    if not exchange(aside, out):
+        old = temp_beside(out)
+        os.rename(out, old)
+        os.rename(aside, out)
+    remove_written(old)
+    if old.exists():  # a trainer's cache, or what came while the export was made
+        _bring_back(old, out)
+
+
+def _bring_back(old: Path, out: Path) -> None:
+    for path in files_below(old):
+        target = out / path
+        if not os.path.lexists(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(old / path, target)
+    remove_written(old)  # the folders that are empty now

@@ -29,7 +29,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         out = pictures.root
     reading_notes = list[str]()
     num_records = num_written = num_failures = num_renamed = 0
-    with merged_folder(out, overwrite=options.overwrite) as folder:
+    with merged_folder(out, overwrite=options.overwrite, format=None if options.beside else "txt") as folder:
         for record in read_records(records, reading_notes):
             num_records += 1
             num_failures += record.get("error") is not None

@@ -22,7 +22,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     num_images = num_points = 0
     with (
         ImageIndex(records) as index,
-        staged_folder(out, overwrite=options.overwrite, suffixes=frozenset({".xml"})) as folder,
+        staged_folder(out, overwrite=options.overwrite, format="voc") as folder,
     ):
         survey = index.survey
         (folder.path / "Annotations").mkdir()

@@ -1,10 +1,10 @@
-"""YOLO: `data.yaml`, `labels/<image>.txt`, and the pictures linked under `images/`.
+"""YOLO: `data.yaml`, `labels/<image>.txt`, and copies of the pictures under `images/`.
 
 A line is `class x-centre y-centre width height` in 0-1, or a polygon; where masks were asked for
 every line of the data set is a polygon, since trainers take a mixed file for damaged. No score is
 written: a sixth column makes trainers refuse a file. An image without objects has an empty file.
 A label's name is its image's with the suffix exchanged; where `a.jpg` and `a.png` would share
-one, the second is `a.png.txt` and its linked picture `a.png.png`, so that trainers still find
+one, the second is `a.png.txt` and its picture `a.png.png`, so that trainers still find
 them together. Trainers look for a picture's label where the LAST `/images/` of its path is `/labels/`,
 while other readers take the two trees to mirror each other: so no folder below is called `images`
 (it becomes `images_`). Pictures whose suffix or kind trainers skip get one that they take.
@@ -12,7 +12,6 @@ while other readers take the two trees to mirror each other: so no folder below 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -31,11 +30,10 @@ _NOT_TAKEN = frozenset({".gif", ".avif", ".heic", ".heif"})  # written as PNG in
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """A data set that `yolo train data=OUT/data.yaml` takes as it is, if the pictures are found."""
     pictures = Pictures(records, options)
-    suffixes = frozenset({".txt", ".yaml"}) | (PICTURE_SUFFIXES if pictures.root else frozenset())
     num_images = num_points = 0
     with (
         ImageIndex(records) as index,
-        staged_folder(out, overwrite=options.overwrite, suffixes=suffixes) as folder,
+        staged_folder(out, overwrite=options.overwrite, format="yolo") as folder,
     ):
         survey = index.survey
         classes = {label: number for number, label in enumerate(survey.categories(options.labels))}
@@ -76,7 +74,7 @@ def _polygon_line(number: int, ring: Ring, width: int, height: int) -> str:
 
 
 def _add_image(folder: StagedFolder, group: ImageGroup, lines: Iterator[str], pictures: Pictures) -> None:
-    """Write the label file, and link the picture if it is there."""
+    """Write the label file, and copy the picture if it is there."""
     file, label = folder.create(PurePosixPath("labels") / name for name in _names(group.name))
     with file:
         file.write("".join(f"{line}\n" for line in lines).encode())
@@ -105,19 +103,15 @@ def _picture_suffix(image: str) -> str:
 
 
 def _place(picture: FoundPicture, image: Path, pictures: Pictures) -> None:
-    """A hard link, else a symbolic one: trainers look for labels beside the name, not its target. A tar's is copied."""
+    """Copy the picture, or write as PNG what trainers do not take: they rewrite files in place, through links too."""
     if Path(picture.name).suffix.lower() in _NOT_TAKEN:
         pictures.read(picture).save(image, "PNG")
         return
-    content = pictures.read_bytes(picture)  # what is no picture, or not the record's, is not linked either
+    content = pictures.read_bytes(picture)  # what is no picture, or not the record's, is not carried
     if picture.size is not None:
         image.write_bytes(content)
         return
-    source = os.path.realpath(picture.path)
-    try:
-        os.link(source, image)
-    except OSError:  # another file system, or one without hard links
-        image.symlink_to(source)
+    pictures.copy(picture, image)
 
 
 def _data_yaml(labels: list[str]) -> str:

@@ -41,5 +41,11 @@ class RemoteWalk(Walk):
         names = natural_sorted(list(kinds))
         return [Entry(name, is_folder, False) for name in names for is_folder in sorted(kinds[name])]
 
+    def is_own(self, folder: str) -> bool:
+        return False  # md3 makes no exports in buckets
+
+    def is_run_folder(self, folder: str) -> bool:
+        return False
+
     def is_meant_as_file(self, root: str, path: str, entry: Entry) -> bool:
         return False

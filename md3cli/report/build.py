@@ -147,7 +147,7 @@ def _write_pages(
     folder, size = page.with_name(f"{page.stem}_pages"), options.images_per_page
     names = [f"page-{number:04d}.html" for number in range(1, -(-num_items // size) + 1)]
     bare, num_missing = replace(overview, tiles=(), plots=(), tables=()), 0
-    with staged_folder(folder, overwrite=options.overwrite, suffixes=frozenset({".html"})) as stage:
+    with staged_folder(folder, overwrite=options.overwrite, format="html") as stage:
         for number, name in enumerate(names):
             part = list(islice(shown, size))
             num_missing += sum(item.missing is not None for item in part)
