@@ -95,8 +95,8 @@ class Journal:
     ) -> Journal:
         """Lock, repair and read the journal at `path`, made with its folder where it is not there.
 
-        `lock_path` defaults to `path` + `.lock`. `overwrite`: the first records that are appended take the place of all that is there. `is_ours`: it is known that md3 wrote
-        it, however damaged it may be.
+        `lock_path` defaults to `path` + `.lock`. `overwrite`: the first records that are appended take the place of
+        all that is there. `is_ours`: it is known that md3 wrote it, however damaged it may be.
 
         Raises:
             OutputError: held by another process (named), not a regular file, or not writable.
@@ -291,7 +291,7 @@ class Journal:
         self._end += len(data)
 
     def _replace(self, data: bytes) -> None:
-        """Put `data` in the place of the whole file, by rename: whatever kills the process, the old or the new is there."""
+        """Put `data` in the place of the whole file by rename: a kill leaves the old file or the new one."""
         with atomic_publish(self.path) as temp:
             temp.write_bytes(data)
         try:

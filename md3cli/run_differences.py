@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from md3cli.records import Task, printable
 
@@ -66,7 +66,7 @@ def name_of(request: Mapping[str, Any]) -> str:
     return f'{task} "{_text(prompt)}"' if task == Task.QUERY else f"{task} {_text(prompt)}"
 
 
-def _are_requests(value: Any) -> bool:
+def _are_requests(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and all(isinstance(request, dict) for request in value)
 
 
