@@ -73,7 +73,7 @@ def files_below(folder: Path | str, relative: str = "") -> Iterator[str]:
             path = f"{relative}/{entry.name}" if relative else entry.name
             if entry.is_dir(follow_symlinks=False):
                 yield from files_below(folder, path)
-            elif path != MARKER:
+            elif not path.startswith(MARKER):  # the list, and the temporary file that becomes it
                 yield path
 
 
