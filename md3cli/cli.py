@@ -26,6 +26,7 @@ from md3cli.errors import ConfigError, Md3Error
 from md3cli.records import printable
 from md3cli.settings import Layer, OptionName, Options, Setting, read_layers, resolve_settings
 from md3cli.signals import Interrupted
+from md3cli.streams import STDOUT_CLOSED, is_closed
 
 COMMANDS: Mapping[str, str] = {  # name -> help in the list; the modules in md3cli/commands have the same names
     "caption": "Describe every image.",
@@ -175,6 +176,8 @@ def _message_of(error: Exception) -> tuple[str, int]:
         from md3cli.publish import output_error
 
         return str(output_error(Path("stdout"), error)), 1  # all other files are named by whoever writes them
+    if isinstance(error, OSError) and is_closed(error):
+        return STDOUT_CLOSED, 1
     return f"unexpected {type(error).__name__}: {error} (`md3 --debug ...` shows where)", 1
 
 

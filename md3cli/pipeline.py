@@ -51,6 +51,7 @@ from md3cli.scale.choosing import discard, is_run_there, run_folder_of
 from md3cli.scale.layout import RunFolder
 from md3cli.signals import Interrupted, StopSignals
 from md3cli.source import Source, open_source
+from md3cli.streams import check_stdout
 from md3cli.timeline import Timeline
 from md3cli.unasked import Unasked
 
@@ -81,6 +82,8 @@ def _run(config: RunConfig, console: RunConsole, find: ModelFinder) -> int:
     outputs = own_paths(plan)
     own_files = frozenset(os.path.realpath(path) for path in outputs)
     source = open_source(replace(config.source, own_files=own_files), config.requests, defaults=config.defaults)
+    if plan.files is None or config.estimate is not None or config.is_dry_run:
+        check_stdout()
     if config.estimate is not None:
         return estimate(config, source, console, find=find)
     if config.is_dry_run:

@@ -6,11 +6,16 @@ full disk under a log, must not: records are still to be written, and the exit s
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from md3cli.errors import OutputError
+
+STDOUT_CLOSED = "stdout is closed, so nothing can be printed; name a file with -o, or send stdout somewhere (> FILE)"
 
 
 class LastingStderr:
@@ -40,14 +45,37 @@ class LastingStderr:
 
 
 def secure_streams() -> None:
-    """To be called once, before any file is opened: a closed stream's number must not become an output's."""
+    """To be called once, before any file is opened: a closed stream's number must not become an output's.
+
+    A closed stdout still refuses what is written to it, so that nothing is lost without a word.
+    """
     for fd in range(3):
         try:
             os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is `fd`
+        except OSError:  # `os.open` takes the lowest number that is free, which is `fd`
+            os.open(os.devnull, os.O_RDONLY if fd == 1 else os.O_RDWR)
     sys.stdout = sys.stdout or os.fdopen(1, "w")
     sys.stderr = LastingStderr(sys.stderr or os.fdopen(2, "w"))
+
+
+def check_stdout() -> None:
+    """Refuse to begin what would be printed at its end, where stdout is closed.
+
+    Raises:
+        OutputError: nothing can be printed.
+    """
+    try:
+        os.write(sys.stdout.fileno(), b"")  # nothing at all; a reader who has left does not show by it
+    except ValueError:  # no file of the system: a notebook, a test
+        return
+    except OSError as error:
+        if is_closed(error):
+            raise OutputError(STDOUT_CLOSED) from error
+
+
+def is_closed(error: OSError) -> bool:
+    """Whether a write failed because the stream was closed before the program began."""
+    return error.errno == errno.EBADF and error.filename is None
 
 
 @contextmanager

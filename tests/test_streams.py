@@ -76,6 +76,49 @@ def test_a_full_disk_under_stdout_is_named(command: str, arguments: str) -> None
     ]
 
 
+CLOSED = b"error: stdout is closed, so nothing can be printed; name a file with -o, or send stdout somewhere (> FILE)"
+
+
+@pytest.mark.parametrize("redirection", [">&-", "<&- >&-", "1</dev/null"])
+@pytest.mark.parametrize("options", ["", "-f coco", "-f html", "--dry-run"])
+def test_a_run_without_stdout_is_refused_before_anything_is_computed(
+    command: str, options: str, redirection: str
+) -> None:
+    done = bash(f"{command} {options} {redirection}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [CLOSED]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "export out.jsonl -f coco",
+        "export out.jsonl -f csv",
+        "eval out.jsonl --compare out.jsonl",
+        "verify out.jsonl",
+        "models list",
+        "cache info",
+        "doctor",
+        "bench --model tiny",
+        "--version",
+        "detect --help",
+    ],
+)
+def test_no_command_loses_what_it_prints_where_stdout_is_closed(command: str, arguments: str) -> None:
+    assert bash(f"{command} -o out.jsonl --quiet").returncode == 3
+    done = bash(f"{sys.executable} -m md3cli {arguments} >&-")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1:] == [CLOSED]
+
+
+def test_a_closed_stdout_is_no_file_that_a_run_writes(command: str) -> None:
+    done = bash(f"{command} -o out/ -f csv -f coco <&- >&-")
+    assert done.returncode == 3, done.stderr
+    assert len(records_of(Path("out/records.jsonl"))) == NUM_PICTURES
+    assert bash(f"{sys.executable} -m md3cli export out/records.jsonl -o again.csv >&-").returncode == 0
+    assert Path("again.csv").read_bytes() == Path("out/records.csv").read_bytes()
+
+
 def test_the_table_into_a_terminal_that_goes_away(command: str) -> None:
     controller, terminal = os.openpty()
     process = subprocess.Popen(shlex.split(command), stdout=terminal, stderr=subprocess.PIPE)

@@ -11,6 +11,7 @@ import typer
 
 from md3cli.errors import UsageError
 from md3cli.records import printable
+from md3cli.streams import check_stdout
 
 app = typer.Typer(add_completion=False)
 
@@ -85,6 +86,7 @@ def bench(
     CUDA); files are JPEGs, decoded while the engine runs. On CUDA memory is
     the GPU's, not the process's.
     """
+    check_stdout()
     if compare_quant:
         _compare_quant(model, against or (), images, device=device, dtype=dtype, threads=threads, as_json=as_json)
         return

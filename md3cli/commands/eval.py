@@ -11,6 +11,7 @@ import typer
 
 from md3cli.errors import UsageError
 from md3cli.printing import say
+from md3cli.streams import check_stdout
 
 if TYPE_CHECKING:
     from md3cli.evaluate import Evaluation, Section
@@ -45,6 +46,7 @@ def eval_(
 
     if not gt and compare is None:
         raise UsageError("nothing to compare with; give --gt FILE, or --compare OTHER.jsonl")
+    check_stdout()
     limits = [_limit(text) for text in fail_under or ()]
     found, truths = find_records(records), [load_truth(path) for path in gt or ()]
     evaluation = compare_runs(found, find_records(compare), truths) if compare else evaluate(found, truths)

@@ -14,6 +14,7 @@ from md3cli.exporters import ExportOptions, ExportReport, export_records, format
 from md3cli.printing import print_document
 from md3cli.records import printable
 from md3cli.signals import StopSignals
+from md3cli.streams import check_stdout
 
 app = typer.Typer(add_completion=False)
 
@@ -144,6 +145,7 @@ def _print(records: Path, format: str, options: ExportOptions) -> None:
     """The document to stdout, once it is complete."""
     if format not in PRINTABLE:
         raise UsageError(f"{format} cannot be printed; name a file or folder with -o")
+    check_stdout()
     with tempfile.TemporaryDirectory(prefix="md3-export-") as folder:
         document = Path(folder, "document")
         report = export_records(records, format, document, options)
