@@ -190,10 +190,9 @@ class Feed:
             self._decode(tickets, row.image)
 
     def _tickets(self, row: SourceRow) -> list[Ticket]:
-        name = row.image.name if row.image is not None else None
         tickets: list[Ticket] = []
         for request in row.requests:
-            record_id = self._ids.next_id(name, request)
+            record_id = self._ids.next_id(row.id_name, request)
             if self._is_done(record_id, row, request):
                 self.num_done_before += 1
                 continue

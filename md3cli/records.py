@@ -105,6 +105,20 @@ class SourceRow:
     meta: Mapping[str, Any] = field(default_factory=dict)
     failure: RowFailure | None = None
 
+    @property
+    def id_name(self) -> str | None:
+        """What the picture is called in ids; None is a text-only query."""
+        return id_name(self.image.name, self.image.name_b64) if self.image is not None else None
+
+
+def id_name(name: str, name_b64: object = None) -> str:
+    """What ids call the picture that a record calls `name`, with `name_b64` as its `image_b64`.
+
+    A name that is not UTF-8 is shown with escapes, which may be another file's real name: there the exact bytes are
+    part of it, behind a half character, which no real name holds.
+    """
+    return name if name_b64 is None else f"{name}\udc00{name_b64}"
+
 
 @dataclass(frozen=True, slots=True)
 class RunIdentity:
@@ -127,6 +141,7 @@ ID_SCHEME = 1  # rises when `request_id` gives a request another id: records of 
 def request_id(image: str | None, request: Request, run: RunIdentity, repeat: int = 0) -> str:
     """Stable id of a request: 32 hex digits of a SHA-256.
 
+    `image` is what `id_name` gives: the record's `image`, wherever that is UTF-8. None is a text-only query.
     `repeat` is k for the k-th repeat of the same request in a run, from 0.
     """
     parts = [image, asdict(request), run.id_parts(), repeat]

@@ -25,7 +25,7 @@ from typing import Any
 from md3cli.errors import OutputMismatchError
 from md3cli.own_runs import seal_of
 from md3cli.publish import atomic_publish
-from md3cli.records import ID_SCHEME, RecordDict, Request, RunIdentity, printable, request_id
+from md3cli.records import ID_SCHEME, RecordDict, Request, RunIdentity, id_name, printable, request_id
 from md3cli.records_digest import RecordsDigest, kept_digest
 from md3cli.run_differences import asked_otherwise, change, differences, name_of
 from md3cli.run_facts import counts_of, read_facts, stages_of, starts_of, timeline_of
@@ -264,6 +264,7 @@ def check_first_record(record: RecordDict, requests: Sequence[Request], run: Run
     if found not in asked:
         _refuse_record(asked_otherwise([found], asked))
     image = record.get("image")
+    image = id_name(image, record.get("image_b64")) if image is not None else None
     if record["id"] not in {request_id(image, request, run) for request in requests}:
         _refuse_record(f"the settings of {found}, such as --temperature or --dtype")
 

@@ -11,7 +11,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from md3cli.records import RecordDict, Request, RunIdentity, Task, request_id
+from md3cli.records import RecordDict, Request, RunIdentity, Task, id_name, request_id
 
 _MOST_REPEATS = 256  # of one request, that are tried
 _WHERE = re.compile(r"(?:line|row) ([0-9]{1,15}): ")  # how the message of a `bad_row` begins
@@ -66,8 +66,9 @@ class Unasked:
     def _has_its_id(self, record: RecordDict) -> bool:
         """Whether a record's id is that of its image, task and prompt with the command's settings."""
         asked = [_as_in(record, request) for request in self.requests]
+        name = id_name(record["image"], record.get("image_b64")) if record["image"] is not None else None
         return any(
-            request_id(record["image"], request, self.identity, repeat) == record["id"]
+            request_id(name, request, self.identity, repeat) == record["id"]
             for repeat in range(_MOST_REPEATS)
             for request in dict.fromkeys(asked)
         )

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import os
+import shutil
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from program import Program, isolate, make_pictures, records_of
 
 from md3cli.digest_set import digest_of
 from md3cli.found_records import FoundRecords
-from md3cli.records import Request, RunIdentity, Task, request_id
+from md3cli.records import ImageItem, Request, RunIdentity, SourceRow, Task, request_id
 from md3cli.request_ids import RequestIds
 
 RUN = RunIdentity("m@1")
@@ -19,6 +26,13 @@ requests = st.builds(
     temperature=st.floats(0, 2),
     spatial_refs=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=2).map(tuple),
 )
+
+
+@pytest.fixture
+def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
+    isolate(monkeypatch, tmp_path / "home")
+    monkeypatch.chdir(tmp_path)
+    return Program(monkeypatch)
 
 
 def plain_ids(asked: list[tuple[str | None, Request]]) -> list[str]:
@@ -37,3 +51,42 @@ def test_fast_ids_are_the_ids_of_the_record(asked: list[tuple[str | None, Reques
         assert [ids.next_id(*each) for each in asked] == expected
         counter = RequestIds(RUN, found)
         assert [counter.id_of(*each, counter.next_repeat(*each)) for each in asked] == expected
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+@pytest.mark.parametrize("options", [("-o", "out.jsonl"), ("-o", "out/", "--engine", "local")])
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_files_that_are_shown_alike_are_never_taken_for_each_other(
+    md3: Program, tmp_path: Path, options: tuple[str, ...], first: int
+) -> None:
+    """One file's name holds a byte, the other's its escape; only one is asked at first, then both, then the other."""
+    make_pictures(tmp_path, 1)
+    exact = [b"\xff.png", rb"\xff.png"]
+    for name in exact:
+        (tmp_path / os.fsdecode(name)).write_bytes((tmp_path / "p0.png").read_bytes())
+
+    def asked(*names: bytes) -> list[bytes]:
+        (tmp_path / "list.txt").write_bytes(b"".join(name + b"\n" for name in names))
+        result = md3("caption", "list.txt", *options, "--no-progress")
+        assert result.exit_code == 0, result.stderr
+        out = tmp_path / options[1]
+        found = records_of(out / "records.jsonl" if out.is_dir() else out)
+        assert {record["image"] for record in found} == {r"\xff.png"}
+        assert len({record["id"] for record in found}) == len(found)
+        return [base64.b64decode(r["image_b64"]) if "image_b64" in r else r["image"].encode() for r in found]
+
+    one, other = exact[first], exact[1 - first]
+    assert asked(one) == [one]
+    if "--engine" in options:  # its plan is of one list
+        shutil.rmtree(tmp_path / "out")
+        assert asked(one, other) == [one, other]
+        return
+    assert asked(other) == [one, other]
+    assert asked(one, other) == [one, other]
+    assert asked(other) == [one, other]
+
+
+def test_an_ordinary_name_has_the_id_it_always_had() -> None:
+    item = ImageItem(r"\xff.png", "x")
+    assert SourceRow(item, ()).id_name == item.name
+    assert request_id(item.name, Request(Task.CAPTION), RUN) == "6203cd3d85660ae8c52543389521c57d"

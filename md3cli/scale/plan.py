@@ -183,7 +183,7 @@ class PlanReader:
     def _planned(self, number: int, columns: RowColumns, repeats: Mapping[tuple[int, int], int]) -> PlannedRow:
         row = row_of(columns, self._requests)
         ids = (
-            self._ids.id_of(columns.image, request, repeats.get((number, index), 0))
+            self._ids.id_of(row.id_name, request, repeats.get((number, index), 0))
             for index, request in enumerate(row.requests)
         )
         return PlannedRow(row, tuple(ids))

@@ -181,9 +181,8 @@ def _groups(rows: Iterator[SourceRow], size: int) -> Iterator[list[SourceRow]]:
 
 def _hashes_of(row: SourceRow, requests: tuple[Request, ...], usual: Sequence[int]) -> list[int]:
     """8 bytes for each request of a row, equal where the request is; of this process alone."""
-    name = row.image.name if row.image is not None else None
     asked = usual if row.requests is requests else map(hash, row.requests)
-    return [hash((name, request_hash)) for request_hash in asked]
+    return [hash((row.id_name, request_hash)) for request_hash in asked]
 
 
 class Fingerprint:
@@ -267,7 +266,6 @@ def _repeats(
             is_suspect = iter(np.isin(hashes, suspects).tolist())
             for row in rows:
                 for index, request in enumerate(row.requests):
-                    name = row.image.name if row.image is not None else None
-                    if next(is_suspect) and (repeat := ids.next_repeat(name, request)):
+                    if next(is_suspect) and (repeat := ids.next_repeat(row.id_name, request)):
                         yield {"row": number, "request": index, "repeat": repeat}
                 number += 1
