@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from world import KINDS
 from world_draw import Instance, Mask, Picture
 from world_text import caption_objects, matching
 
-from md3cli.svg_path import segment_polygons
+from md3cli.exporters.masks import fill
+from md3cli.exporters.objects import segments
 
 BoxXyxy = tuple[float, float, float, float]
 
@@ -72,11 +72,12 @@ def caption_right(text: str, picture: Picture) -> bool:
 def segment_iou(record: Mapping[str, Any], mask: Mask) -> float:
     """Overlap of the drawn paths with the pixels that can be seen of the shape."""
     height, width = mask.shape
-    canvas = Image.new("1", (width, height))
-    for segment in record["segments"]:
-        for polygon in segment_polygons(segment):
-            ImageDraw.Draw(canvas).polygon([(x * width - 0.5, y * height - 0.5) for x, y in polygon], fill=1)
-    drawn: Mask = np.asarray(canvas, dtype=bool)
+    drawn: Mask = np.zeros_like(mask)
+    for segment in segments(record, width, height):
+        if segment.has_mask:
+            patch = fill(segment.rings, width, height).patch()
+            rows, cols = patch.pixels.shape
+            drawn[patch.top : patch.top + rows, patch.left : patch.left + cols] |= patch.pixels
     union = int((drawn | mask).sum())
     return int((drawn & mask).sum()) / union if union else 0.0
 

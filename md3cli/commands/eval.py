@@ -50,7 +50,7 @@ def eval_(
     limits = [_limit(text) for text in fail_under or ()]
     found, truths = find_records(records), [load_truth(path) for path in gt or ()]
     evaluation = compare_runs(found, find_records(compare), truths) if compare else evaluate(found, truths)
-    say(json.dumps(evaluation.to_json(), ensure_ascii=False, indent=1) if as_json else table(evaluation))
+    say(_document(evaluation) if as_json else table(evaluation))
     for note in evaluation.notes:
         say(f"note: {note}", err=True)
     if output is not None:
@@ -89,14 +89,20 @@ def _below(sections: Sequence[Section], name: str | None, least: float) -> list[
     return lines
 
 
+def _document(evaluation: Evaluation) -> str:
+    return json.dumps(evaluation.to_json(), ensure_ascii=False, indent=1, allow_nan=False)
+
+
 def _write(evaluation: Evaluation, folder: Path) -> None:
     from md3cli.evaluate.figures import draw_figures
-    from md3cli.publish import atomic_publish
+    from md3cli.publish import atomic_publish, output_error
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(folder, error) from error
     with atomic_publish(folder / "eval.json") as partial:
-        text = json.dumps(evaluation.to_json(), ensure_ascii=False, indent=1)
-        partial.write_text(text + "\n", encoding="utf-8", errors="replace")
+        partial.write_text(_document(evaluation) + "\n", encoding="utf-8", errors="replace")
     written = [
         folder / "eval.json",
         *(path for section in evaluation.sections for path in draw_figures(section, folder)),

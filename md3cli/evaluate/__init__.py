@@ -14,7 +14,7 @@ from typing import Any
 from md3cli.errors import InputError
 from md3cli.evaluate.asked import final_records
 from md3cli.evaluate.compare import Comparison, compare
-from md3cli.evaluate.section import Section
+from md3cli.evaluate.section import Section, without_infinite
 from md3cli.evaluate.truth import Captions, Instances, Questions, Truth, load_truth
 from md3cli.exporters.reading import read_records
 from md3cli.records import RecordDict, printable
@@ -35,13 +35,13 @@ class Evaluation:
     notes: tuple[str, ...] = ()  # what of the records files was left out
 
     def to_json(self) -> dict[str, Any]:
-        """The document of `md3 eval --json`."""
+        """The document of `md3 eval --json`; a figure that is not finite is null, as JSON has no other word."""
         document: dict[str, Any] = {"schema": EVAL_SCHEMA, "records": printable(str(self.records))}
         document["ground_truth"] = [printable(str(path)) for path in self.truths]
         document["sections"] = [section.to_json() for section in self.sections]
         if self.comparison is not None:
             document["comparison"] = self.comparison.to_json()
-        return document
+        return dict(without_infinite(document))
 
 
 def evaluate(records: Path, truths: Sequence[Truth]) -> Evaluation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,15 @@ class Section:
                 ],
             }
         return document
+
+
+def without_infinite(value: Any) -> Any:
+    """Return a JSON value in which each number that is not finite is None."""
+    if isinstance(value, Mapping):
+        return {key: without_infinite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_infinite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def ratio(part: float, whole: float) -> float | None:

@@ -9,7 +9,6 @@ same bytes.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -20,13 +19,11 @@ from typing import Any, BinaryIO
 from md3cli.exporters.coco_ids import CocoIds
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment
-from md3cli.exporters.options import ExportOptions, ExportReport
+from md3cli.exporters.options import ExportOptions, ExportReport, compact_json
 from md3cli.exporters.publishing import replaced_file
 from md3cli.records import printable
 
 Annotation = dict[str, Any]
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False, allow_nan=False)
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
@@ -61,22 +58,22 @@ class _Writer:
         """The whole document; annotations wait in a temporary file, since all images come before them."""
         info = {"description": f"annotated by {self._model}", "version": "1.0", "year": 0}
         info |= dict.fromkeys(("contributor", "url", "date_created"), "")
-        file.write(b'{"info":' + _json(info) + b',"licenses":[],"images":[')
+        file.write(b'{"info":' + compact_json(info) + b',"licenses":[],"images":[')
         with tempfile.TemporaryFile(dir=os.path.dirname(file.name)) as annotations:  # where there is room for OUT
             for group in index.images():
                 image_id = self._ids.image(group.name)
-                file.write((b",\n" if self.num_images else b"\n") + _json(self._image_entry(group, image_id)))
+                file.write((b",\n" if self.num_images else b"\n") + compact_json(self._image_entry(group, image_id)))
                 self.num_images += 1
                 for annotation in self._annotations(group, image_id):
                     self._num_annotations += 1
                     annotations.write(b",\n" if self._num_annotations > 1 else b"\n")
-                    annotations.write(_json({"id": self._num_annotations, **annotation}))
+                    annotations.write(compact_json({"id": self._num_annotations, **annotation}))
             annotations.seek(0)
             file.write(b'],\n"annotations":[')
             shutil.copyfileobj(annotations, file)
         file.write(b"]")
         if not self._is_of_captions:  # where there are categories, pycocotools asks every annotation for its own
-            file.write(b',\n"categories":' + _json(self._categories()))
+            file.write(b',\n"categories":' + compact_json(self._categories()))
         file.write(b"}\n")
 
     def write_results(self, index: ImageIndex, file: BinaryIO) -> None:
@@ -91,7 +88,7 @@ class _Writer:
             self.num_images += 1
             for annotation in self._annotations(group, image_id):
                 file.write(b",\n" if self._num_annotations else b"\n")
-                file.write(_json(_as_result(annotation, is_box=not self._has_masks)))
+                file.write(compact_json(_as_result(annotation, is_box=not self._has_masks)))
                 self._num_annotations += 1
         file.write(b"]\n")
 
@@ -177,7 +174,3 @@ def _as_result(annotation: Annotation, *, is_box: bool) -> Annotation:
     keys = ["keypoints"] if "keypoints" in annotation else ["bbox"] if is_box else ["bbox", "segmentation"]
     result = {key: annotation[key] for key in ["image_id", "category_id", *keys]}
     return {**result, "score": annotation.get("score", 1.0)}  # readers fail without one
-
-
-def _json(value: Any) -> bytes:
-    return _ENCODER.encode(value).encode()

@@ -9,21 +9,18 @@ Other pictures are copied; kinds that `datasets` does not load become PNG.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
-
 from md3cli.errors import ImageError
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.names import candidates, portable, relative_name
 from md3cli.exporters.objects import flat
-from md3cli.exporters.options import ExportOptions, ExportReport
-from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures
+from md3cli.exporters.options import ExportOptions, ExportReport, compact_json
+from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures, pillow_decodes
 from md3cli.exporters.publishing import StagedFolder, staged_folder
 
 METADATA = "metadata.jsonl"
@@ -53,7 +50,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
                 if name is None:
                     continue
                 row = {"file_name": str(name), **_columns(group, survey, classes)}
-                metadata.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+                metadata.write(compact_json(row) + b"\n")
                 num_images += 1
         notes = (*survey.notes(), *pictures.missing_note())
     return ExportReport("hf", out, survey.num_records, num_images, survey.num_failures, notes)
@@ -69,7 +66,7 @@ def _add_picture(folder: StagedFolder, group: ImageGroup, pictures: Pictures) ->
     with file:
         try:
             content = pictures.read_bytes(source)  # what is no picture, or not the record's, is not carried
-            if relative_name(group.name).suffix.lower() in _NOT_LOADED or not _loads(content):
+            if relative_name(group.name).suffix.lower() in _NOT_LOADED or not pillow_decodes(content, _LOADED):
                 pictures.read(source).save(file, "PNG")
             elif source.size is not None:  # a member of a tar
                 file.write(content)
@@ -80,16 +77,6 @@ def _add_picture(folder: StagedFolder, group: ImageGroup, pictures: Pictures) ->
             target.unlink()
             return None
     return relative.relative_to("train")
-
-
-def _loads(content: bytes) -> bool:
-    """Whether `datasets` can decode the picture: one it cannot stops the loop over the whole set."""
-    try:
-        with Image.open(io.BytesIO(content), formats=_LOADED) as image:
-            image.load()
-    except Exception:  # noqa: BLE001 - decoders raise OSError, ValueError, SyntaxError, RuntimeError, struct.error, ...
-        return False
-    return True
 
 
 def _names(image: str) -> Iterator[PurePosixPath]:
@@ -126,7 +113,8 @@ def _columns(group: ImageGroup, survey: Survey, classes: Mapping[str, int]) -> d
         ]
     if survey.has_meta:  # as text: values of mixed types in a column make `datasets` refuse the file
         metas = [record.get("meta") or {} for record in group.records]
-        row["meta"] = json.dumps({key: value for meta in metas for key, value in meta.items()}, ensure_ascii=False)
+        merged = {key: value for meta in metas for key, value in meta.items()}
+        row["meta"] = json.dumps(merged, ensure_ascii=False, allow_nan=False)
     return row
 
 

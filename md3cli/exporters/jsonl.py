@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from md3cli.exporters.options import ExportOptions, ExportReport
+from md3cli.exporters.options import ExportOptions, ExportReport, compact_json
 from md3cli.exporters.publishing import replaced_file
 from md3cli.exporters.reading import read_records
 
@@ -15,6 +14,6 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     num_records, notes = 0, list[str]()
     with replaced_file(out, overwrite=options.overwrite) as file:
         for record in read_records(records, notes):
-            file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+            file.write(compact_json(record) + b"\n")
             num_records += 1
     return ExportReport("jsonl", out, num_records, notes=tuple(notes))

@@ -9,7 +9,6 @@ itself, so the root is the parent of the pictures' folder and URLs begin with th
 from __future__ import annotations
 
 import base64
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from xml.sax.saxutils import quoteattr
 from md3cli.exporters.colours import colour_of
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.objects import joined_ring
-from md3cli.exporters.options import ExportOptions, ExportReport
+from md3cli.exporters.options import ExportOptions, ExportReport, compact_json
 from md3cli.exporters.pictures import Pictures
 from md3cli.exporters.publishing import replaced_file, staged_folder
 from md3cli.records import printable
@@ -83,7 +82,7 @@ def _write_tasks(index: ImageIndex, write: Callable[[bytes], object], url_prefix
             "data": {"image": image_url(group, url_prefix)},
             "predictions": [_prediction(group, index.survey.model)],
         }
-        write((b",\n" if num_images else b"\n") + json.dumps(task, ensure_ascii=False, separators=(",", ":")).encode())
+        write((b",\n" if num_images else b"\n") + compact_json(task))
         num_images += 1
     write(b"\n]\n")
     return num_images

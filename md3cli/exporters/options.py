@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False, allow_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,15 @@ class ExportOptions:
     is_confined: bool = True
     max_pixels: int = 2**28
     max_file_size: int = 2**30
+
+
+def compact_json(value: Any) -> bytes:
+    """Return `value` as JSON in UTF-8, without blanks.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON does not have.
+    """
+    return _ENCODER.encode(value).encode()
 
 
 @dataclass(frozen=True, slots=True)

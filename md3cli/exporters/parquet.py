@@ -8,7 +8,6 @@ appears by rename: one cut short could not be read at all.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +19,10 @@ import pyarrow.parquet as pq
 from md3cli.errors import ExportError, ImageError
 from md3cli.exporters.choices import COLUMN_PREFIX, choice_scores, find_choices
 from md3cli.exporters.options import ExportOptions, ExportReport
-from md3cli.exporters.pictures import Pictures
+from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_decodes
 from md3cli.exporters.publishing import replaced_file
 from md3cli.exporters.reading import read_records
-from md3cli.records import ImageItem, RecordDict
+from md3cli.records import RecordDict
 
 GROUP_ROWS = 4096
 GROUP_BYTES = 64 * 2**20  # of embedded pictures
@@ -140,7 +139,7 @@ class _Rows:
         row |= {"prompt_tokens": tokens.get("prompt"), "output_tokens": tokens.get("output")}
         row |= {f"error_{key}": error.get(key) for key in ("type", "message", "retry")}
         row |= {COLUMN_PREFIX + choice: scores.get(choice) for choice in self._choices}
-        row["meta"] = json.dumps(record.get("meta") or {}, ensure_ascii=False)
+        row["meta"] = json.dumps(record.get("meta") or {}, ensure_ascii=False, allow_nan=False)
         if self._pictures is not None:
             row["image"] = self._picture(record, self._pictures)
         return row
@@ -156,15 +155,11 @@ class _Rows:
         return None if content is None else {"bytes": content, "path": name}
 
 
-def _readable_bytes(item: ImageItem, pictures: Pictures) -> bytes | None:
+def _readable_bytes(found: FoundPicture, pictures: Pictures) -> bytes | None:
     """Return the file of a picture that `datasets` can decode, else None: one that fails would end its loop."""
-    from PIL import Image
-
     try:
-        pictures.read(item)  # within the limits, and of a kind that is allowed
-        content = pictures.read_bytes(item)
-        with Image.open(io.BytesIO(content)) as picture:
-            picture.load()  # stricter than ours: a JPEG without its end marker is refused
-    except (ImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        pictures.read(found)  # within the limits, and of a kind that is allowed
+        content = pictures.read_bytes(found)
+    except ImageError:
         return None
-    return content
+    return content if pillow_decodes(content) else None

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +44,18 @@ class FoundPicture(ImageItem):
     """A picture of a record; its bytes must have the digest `sha256`, where that is not None."""
 
     sha256: str | None = None
+
+
+def pillow_decodes(content: bytes, formats: Sequence[str] | None = None) -> bool:
+    """Return whether plain Pillow, and so `datasets`, decodes a file: one it cannot stops the loop over the set."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            image.load()  # stricter than ours: a JPEG without its end marker is refused
+    except Exception:  # noqa: BLE001 - decoders raise OSError, ValueError, SyntaxError, RuntimeError, struct.error, ...
+        return False
+    return True
 
 
 class Pictures:

@@ -149,7 +149,7 @@ class Page:
             "labels": list(map(legible, self.palette.numbers)),  # as the bars of a plot have them
             "records": [_facts(entry, self.palette) for entry in self.entries],
         }
-        text = json.dumps(document, ensure_ascii=True, separators=(",", ":"))
+        text = json.dumps(document, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
         return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
