@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,7 @@ from md3cli.records import is_printable
 MARKER = ".md3"
 SCHEMA = "md3-files/1"
 RUN = "run"  # the format of a run folder
+_ASIDE = f"{MARKER}.tmp-"  # what becomes the list
 _LINE_LIMIT = 1 << 16  # characters; no file system has longer paths
 _TRAINERS_SUFFIX = ".cache"  # `labels.cache`, `labels/train.cache`: trainers leave these in data sets
 
@@ -33,7 +35,7 @@ def write_marker(folder: Path, format: str, paths: Iterator[str]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    aside = folder / f"{MARKER}.tmp-{os.getpid()}"
+    aside = folder / f"{_ASIDE}{secrets.randbelow(10**12)}"
     with aside.open("x", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps({"schema": SCHEMA, "format": format, "version": __version__}) + "\n")
         file.writelines(f"{_as_line(path)}\n" for path in paths)
@@ -73,7 +75,7 @@ def files_below(folder: Path | str, relative: str = "") -> Iterator[str]:
             path = f"{relative}/{entry.name}" if relative else entry.name
             if entry.is_dir(follow_symlinks=False):
                 yield from files_below(folder, path)
-            elif not path.startswith(MARKER):  # the list, and the temporary file that becomes it
+            elif path != MARKER and not path.startswith(_ASIDE):
                 yield path
 
 

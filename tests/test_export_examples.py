@@ -55,7 +55,7 @@ def test_folder_to_coco(environment: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "boxes"
     start(environment, "folder_to_coco.sh", out)
     images = json.loads((out / "coco.json").read_bytes())["images"]
-    assert len(images) == len([path for path in (out / "overlays").rglob("*") if path.is_file()]) > 3
+    assert len(images) == len([path for path in (out / "overlays").rglob("[!.]*") if path.is_file()]) > 3
     assert (out / "yolo/data.yaml").is_file()
 
 

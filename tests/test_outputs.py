@@ -126,8 +126,9 @@ def test_documents_of_somebody_else_are_left_alone() -> None:
     Path("run/yolo").mkdir(parents=True)
     check_replaceable(plan("run", "yolo"), may_overwrite=False)
     Path("run/yolo/mine.txt").write_text("x")
-    with pytest.raises(OutputMismatchError, match=r"run/yolo is there already"):
-        check_replaceable(plan("run", "yolo"), may_overwrite=False)
+    for may_overwrite in (False, True):
+        with pytest.raises(UsageError, match=r"run/yolo was not made by md3"):
+            check_replaceable(plan("run", "yolo"), may_overwrite=may_overwrite)
 
 
 def test_only_what_is_there_is_told_as_written() -> None:

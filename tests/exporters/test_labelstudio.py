@@ -76,7 +76,7 @@ def test_every_result_fits_the_interface(mixed_run: Run) -> None:
 
 def test_a_folder_gets_both_files_and_a_prefix_its_urls(mixed_run: Run) -> None:
     _, out = mixed_run.export("labelstudio", "project", url_prefix="s3://bucket/")
-    assert sorted(path.name for path in out.iterdir()) == ["interface.xml", "tasks.json"]
+    assert sorted(path.name for path in out.iterdir()) == [".md3", "interface.xml", "tasks.json"]
     assert read(out / "tasks.json")[1]["data"]["image"] == "s3://bucket/b/photo.jpg"
 
 

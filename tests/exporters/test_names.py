@@ -66,42 +66,41 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     out = tmp_path / "deep/out"
 
     def stop_midway() -> None:
-        with staged_folder(out, overwrite=False, suffixes=frozenset({".txt"})) as folder:
+        with staged_folder(out, overwrite=False, format="voc") as folder:
             fill(folder, "half.txt")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         stop_midway()
     assert list(out.parent.iterdir()) == []
-    with staged_folder(out, overwrite=False, suffixes=frozenset({".txt"})) as folder:
+    with staged_folder(out, overwrite=False, format="voc") as folder:
         fill(folder, "whole.txt")
         assert not out.exists()
-    assert [path.name for path in out.iterdir()] == ["whole.txt"]
+    assert sorted(path.name for path in out.iterdir()) == [".md3", "whole.txt"]
     assert list(out.parent.iterdir()) == [out]
 
 
 def test_an_empty_folder_may_stand_there_and_a_full_one_only_when_told(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    suffixes = frozenset({".txt"})
-    with staged_folder(out, overwrite=False, suffixes=suffixes) as folder:
+    with staged_folder(out, overwrite=False, format="voc") as folder:
         fill(folder, "first.txt")
-    with pytest.raises(UsageError, match="--overwrite"), staged_folder(out, overwrite=False, suffixes=suffixes):
+    with pytest.raises(UsageError, match="--overwrite"), staged_folder(out, overwrite=False, format="voc"):
         pass
-    with staged_folder(out, overwrite=True, suffixes=suffixes) as folder:
+    with staged_folder(out, overwrite=True, format="voc") as folder:
         fill(folder, "second.txt")
-    assert [path.name for path in out.iterdir()] == ["second.txt"]
+    assert sorted(path.name for path in out.iterdir()) == [".md3", "second.txt"]
     (out / "thesis.docx").touch()
-    with pytest.raises(UsageError, match="thesis"), staged_folder(out, overwrite=True, suffixes=suffixes):
+    with pytest.raises(UsageError, match="thesis"), staged_folder(out, overwrite=True, format="voc"):
         pass
-    assert len(list(out.iterdir())) == 2
+    assert len(list(out.iterdir())) == 3
 
 
 def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with (
         pytest.raises(UsageError, match="is a file"),
-        staged_folder(tmp_path / "out", overwrite=True, suffixes=frozenset()),
+        staged_folder(tmp_path / "out", overwrite=True, format="voc"),
     ):
         pass
 

@@ -80,13 +80,16 @@ def test_linked_pictures_stand_beside_their_labels(detect_run: Run) -> None:
     assert (out / "images/a/photo.png.png").read_bytes() == (detect_run.root / "a/photo.png").read_bytes()
 
 
-def test_another_file_system_gets_symbolic_links(detect_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_file_system_gets_copies_for_hard_links(detect_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    _, out = detect_run.export("yolo", "out")
-    assert (out / "images/test_a.jpg").resolve() == (detect_run.root / "test_a.jpg").resolve()
+    _, out = detect_run.export("yolo", "out", is_linked=True)
+    copy, picture = out / "images/test_a.jpg", detect_run.root / "test_a.jpg"
+    assert not copy.is_symlink()
+    assert not copy.samefile(picture)
+    assert copy.read_bytes() == picture.read_bytes()
 
 
 def test_without_pictures_the_labels_are_written_and_told(detect_run: Run) -> None:
@@ -101,7 +104,7 @@ def test_replacing_does_not_harm_the_pictures(detect_run: Run) -> None:
     _, out = detect_run.export("yolo", "out", overwrite=True)
     assert len(labels_of(out)) == len(NAMES)
     assert all((detect_run.root / name).is_file() for name in NAMES)
-    with pytest.raises(UsageError, match="pictures themselves"):
+    with pytest.raises(UsageError, match="was not made by md3"):
         detect_run.export("yolo", "../pictures", overwrite=True)
     assert all((detect_run.root / name).is_file() for name in NAMES)
 
