@@ -10,6 +10,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from md3cli.errors import MissingExtraError, OutputMismatchError, UsageError
 from md3cli.exporters import RUN_FOLDER_NAMES, ExportOptions, export_records, format_of
 from md3cli.exporters.leftovers import REPORT_NAME, RUN_INFO_NAME, adopt_older, remove_leftovers
 from md3cli.journal import Journal, encode_record
-from md3cli.marker import RUN, write_marker
+from md3cli.marker import RUN, marker_format, write_marker
+from md3cli.marker import written_paths as listed_paths
 from md3cli.output_guard import check_documents, check_not_foreign_run
 from md3cli.printing import print_bytes
 from md3cli.publish import STAGED, output_error, remove_stale_temps
@@ -36,6 +38,7 @@ from md3cli.source import Source
 TABLE, JSONL, HTML = "table", "jsonl", "html"
 FOLDER_FORMATS = frozenset({"yolo", "voc", "labelstudio", "hf", "overlay", "txt"})
 PRINTABLE_FORMATS = frozenset({"coco", "csv", HTML})  # one text, so that stdout can take it
+_MOST_OWN_FILES = 1000  # on the list of a run folder; one that is longer is not ours
 LABELLED_TASKS = frozenset({Task.DETECT, Task.POINT, Task.SEGMENT})
 
 
@@ -218,8 +221,7 @@ def open_output(
     )
     remove_temps(plan)
     try:
-        if is_new_folder:
-            _write_run_marker(plan)
+        _list_own_files(plan, is_new_folder=is_new_folder)
         change = _change_since(earlier, journal)
         document = _begin(plan.files, journal, config, source, identity, is_known=bool(earlier))
     except BaseException:
@@ -268,11 +270,18 @@ def _is_new_folder(files: OutputPaths) -> bool:
     return is_run_folder and not (folder.is_dir() and any(folder.iterdir()))
 
 
-def _write_run_marker(plan: OutputPlan) -> None:
+def _list_own_files(plan: OutputPlan, *, is_new_folder: bool) -> None:
+    """Note in the list of a run folder that md3 made what this start writes, beside what earlier ones wrote."""
     assert plan.files is not None
     folder = plan.files.run_info.parent
+    if plan.files.run_info.name != RUN_INFO_NAME or not (is_new_folder or marker_format(folder) == RUN):
+        return
+    earlier = set(islice(listed_paths(folder), _MOST_OWN_FILES))
+    new = {path.name for path in own_paths(plan)}
+    if not is_new_folder and new <= earlier:
+        return
     try:
-        write_marker(folder, RUN, (path.name for path in own_paths(plan)))
+        write_marker(folder, RUN, iter(sorted(earlier | new)))
     except OSError as error:
         raise output_error(folder, error) from error
 
