@@ -32,7 +32,7 @@ from md3cli.records import RecordDict, RunIdentity, Task, printable
 from md3cli.records_digest import change_since
 from md3cli.run_facts import read_facts
 from md3cli.run_info import RUN_SCHEMA, OutputPaths, RunDocument, check_first_record, identity_of, output_paths
-from md3cli.settings import user_cache_dir
+from md3cli.scratch import scratch_folder
 from md3cli.source import Source
 
 TABLE, JSONL, HTML = "table", "jsonl", "html"
@@ -75,7 +75,8 @@ def plan_output(options: OutputOptions, *, is_terminal: bool) -> OutputPlan:
         plan = OutputPlan(None, stdout=_stdout_format(formats, is_terminal))
     elif _is_run_folder(options, formats):
         if options.path.exists() and not options.path.is_dir():
-            raise UsageError(f"{printable(str(options.path))} is a file; {_listing(formats)} needs a folder")
+            what = f"{_listing(formats)} needs" if formats else "a run folder needs"
+            raise UsageError(f"{printable(str(options.path))} is a file; {what} a folder; name another -o")
         plan = _folder_plan(options.path, formats)
     else:
         format = formats[0] if formats else _format_of(options.path, options.shown)
@@ -181,10 +182,8 @@ class Output:
 
 
 def with_journal_aside(plan: OutputPlan, stack: contextlib.ExitStack) -> OutputPlan:
-    """A document for stdout is made from a journal like any other, in the cache folder."""
-    folder = user_cache_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="print-", dir=folder)))
+    """A document for stdout is made from a journal like any other, which is gone at the end."""
+    aside = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="print-", dir=scratch_folder())))
     assert plan.stdout is not None
     files = output_paths(aside, is_folder=True, is_journal=False)
     return replace(plan, files=files, documents=(Document(plan.stdout, aside / "document"),))

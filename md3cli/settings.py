@@ -51,12 +51,20 @@ def user_cache_dir(environ: Mapping[str, str] | None = None) -> Path:
 
 def _user_dir(environ: Mapping[str, str], xdg: str, unix: str, mac: str, windows: str) -> Path:
     if sys.platform == "win32":
-        base = Path(environ.get(windows) or Path.home())
+        base = Path(environ.get(windows) or _home())
     elif environ.get(xdg):
         base = Path(environ[xdg])
     else:
-        base = Path.home() / (mac if sys.platform == "darwin" else unix)
+        base = _home() / (mac if sys.platform == "darwin" else unix)
     return base / APP_NAME
+
+
+def _home() -> Path:
+    """The user's home folder; for a user without one a place where nothing can be, which all treat as unwritable."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.devnull)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from md3cli.config import ModelOptions
-from md3cli.errors import ConfigError
+from md3cli.errors import ConfigError, OutputError
 from md3cli.file_cache import FileCache
 from md3cli.model.adapter_settings import base_of
 from md3cli.model.adapters import merge_adapter
@@ -127,7 +128,8 @@ def load_weights(options: ModelOptions, path: Path, *, dtype: torch.dtype, devic
     if has_low_bits(plan, options.quant):
         if options.dtype == "fp32":
             return load_dequantised(plan, quant=options.quant, device=device, adapter=adapter)
-        cache = CodeCache(open_files(options), plan.files, dtype, device) if options.cache else None
+        files = open_files(options) if options.cache else None
+        cache = CodeCache(files, plan.files, dtype, device) if files is not None else None
         return load_low_bit(
             plan,
             quant=options.quant,
@@ -174,8 +176,15 @@ def compile_engine(engine: Engine, cache_dir: Path | None) -> None:
     if missing is not None:
         warnings.warn(f"nothing is compiled: {missing}; the answers are the same", stacklevel=2)
         return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((cache_dir or user_cache_dir()) / "inductor"))
+    _keep_compiled("TORCHINDUCTOR_CACHE_DIR", (cache_dir or user_cache_dir()) / "inductor")
     engine.compile()
+
+
+def _keep_compiled(variable: str, folder: Path) -> None:
+    """Have a compiler keep what it makes in `folder`; in its own, which is another one, where that cannot be made."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault(variable, str(folder))
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -196,16 +205,25 @@ def open_cache(options: ModelOptions, model: Moondream3) -> EncodingCache | None
     """
     if not options.cache:
         return None
-    return EncodingCache(open_files(options), model, background=options.background, quant_vision=options.quant_vision)
+    files = open_files(options)
+    if files is None:
+        return None
+    return EncodingCache(files, model, background=options.background, quant_vision=options.quant_vision)
 
 
-def open_files(options: ModelOptions) -> FileCache:
-    """The folder of everything that outlives a run.
+def open_files(options: ModelOptions) -> FileCache | None:
+    """The folder of everything that outlives a run; None, and a warning, where the user's own cannot be used.
 
     Raises:
-        OutputError: it cannot be used.
+        OutputError: --cache-dir cannot be used.
     """
-    return FileCache(options.cache_dir or user_cache_dir(), options.cache_size)
+    try:
+        return FileCache(options.cache_dir or user_cache_dir(), options.cache_size)
+    except OutputError as error:
+        if options.cache_dir is not None:
+            raise
+        warnings.warn(f"nothing is kept for the next run: {error}", stacklevel=2)
+        return None
 
 
 def run_identity(options: ModelOptions, model: str) -> RunIdentity:
@@ -233,7 +251,7 @@ def prepare_device(device: torch.device, cache_dir: Path | None = None) -> None:
         # torch reads it when CUDA allocates first (2.11 and 2.13: not when it is imported). Segments that grow
         # leave no holes where caches and micro-batches of other sizes were.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    os.environ.setdefault("TRITON_CACHE_DIR", str((cache_dir or user_cache_dir()) / "triton"))
+    _keep_compiled("TRITON_CACHE_DIR", (cache_dir or user_cache_dir()) / "triton")
     require_kernels(device)
     if torch.cuda.get_device_capability(device) < FULL_CAPABILITY:
         name, least = torch.cuda.get_device_name(device), ".".join(map(str, FULL_CAPABILITY))

@@ -14,7 +14,7 @@ from typing import IO
 from md3cli.errors import ImageError, InputError
 from md3cli.remote.patience import Patience
 from md3cli.remote.reading import Reader, explain
-from md3cli.settings import user_cache_dir
+from md3cli.scratch import scratch_folder
 
 BLOCK_BYTES = 1 << 18
 DOWNLOAD_LIMIT_BYTES = 16 << 30
@@ -67,9 +67,7 @@ def open_remote(address: str, reader: Reader) -> IO[bytes]:
 
 
 def _downloaded(address: str, reader: Reader) -> IO[bytes]:
-    folder = user_cache_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    file = tempfile.TemporaryFile(prefix="fetched-", dir=folder)  # noqa: SIM115 - whoever reads it closes it
+    file = tempfile.TemporaryFile(prefix="fetched-", dir=scratch_folder())  # noqa: SIM115 - whoever reads it closes it
 
     def attempt() -> None:
         file.seek(0)

@@ -20,7 +20,7 @@ from md3cli.run_info import OutputPaths
 from md3cli.scale.layout import RunFolder
 from md3cli.scale.object_store import ObjectStore
 from md3cli.scale.store import LocalStore
-from md3cli.settings import user_cache_dir
+from md3cli.scratch import scratch_folder
 
 
 @contextlib.contextmanager
@@ -29,9 +29,7 @@ def made_here(output: OutputOptions) -> Iterator[OutputOptions]:
     if output.address is None or output.path is None:
         yield output
         return
-    folder = user_cache_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="output-", dir=folder) as made:
+    with tempfile.TemporaryDirectory(prefix="output-", dir=scratch_folder()) as made:
         yield replace(output, path=Path(made) / output.path.name)
 
 
