@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -202,7 +203,7 @@ def _json_columns(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError, RecursionError: it cannot be read, or could not be written again as it is.
     """
-    columns = json.loads(data.decode(), parse_constant=_refuse_constant)
+    columns = json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique)
     if not isinstance(columns, dict):
         raise ValueError("not a JSON object")
     if data.count(b"[") + data.count(b"{") > DEPTH_LIMIT and _depth(columns) > DEPTH_LIMIT:
@@ -212,6 +213,15 @@ def _json_columns(data: bytes) -> dict[str, Any]:
     except UnicodeEncodeError:
         raise ValueError("holds half of a surrogate pair, which is no character") from None
     return columns
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a key that comes twice nobody knows which value is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key '{printable(twice)[:100]}' comes twice")
+    return found
 
 
 def _refuse_constant(name: str) -> None:

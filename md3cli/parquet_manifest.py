@@ -1,7 +1,8 @@
 """Parquet manifests, row by row. The only file that imports pyarrow's reader.
 
 The footer is never believed: `read_table` on one that claims 10^12 rows asks for 2 TiB, so row groups
-are read in small batches and yield what is really there. A damaged row group costs one row. Pictures that are in
+are read in small batches and yield what is really there. Nor is the file's size: a text that comes a thousand
+times stands there once, so it is kept once (`_much_repeated`). A damaged row group costs one row. Pictures that are in
 the file themselves are not read here: a row says where its picture stands (embedded.py).
 """
 
@@ -18,6 +19,10 @@ from md3cli.manifest_columns import refuse_doubles
 from md3cli.records import printable
 
 BATCH_ROWS = 256
+BATCH_BYTES = 1 << 26  # fewer rows at a time where, on average, so many hold more
+CELL_LIMIT_CHARS = 1 << 24  # as a line of the other manifests
+BOMB_BYTES, BOMB_RATIO = 1 << 28, 1000  # what a column of a row group may unpack to, unless it packs less well
+_REPEATED_BYTES = 1 << 20  # of a column's row group, from which on its texts are kept once
 # Bad UTF-8, a date past the year 9999, a time zone that nobody knows.
 _UNREADABLE_VALUES = (ValueError, ArithmeticError, RecursionError, LookupError)
 
@@ -35,6 +40,10 @@ def parquet_rows(file: IO[bytes], name: str) -> Iterator[dict[str, Any] | str]:
     unreadable = (pa.ArrowException, OSError, MemoryError, ValueError)
     try:
         parquet = pq.ParquetFile(file, pre_buffer=False)
+        if repeated := _much_repeated(parquet.metadata):
+            parquet = pq.ParquetFile(
+                file, pre_buffer=False, metadata=parquet.metadata, read_dictionary=sorted(repeated)
+            )
         schema = parquet.schema_arrow
     except unreadable as error:
         raise InputError(f"cannot read the manifest {name} as Parquet: {_brief(error)}") from error
@@ -44,11 +53,52 @@ def parquet_rows(file: IO[bytes], name: str) -> Iterator[dict[str, Any] | str]:
         cells = _EmbeddedCells(parquet, group) if is_embedded else None
         columns = cells.columns_to_read(schema.names) if cells is not None else None
         try:
-            for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+            chunks = _chunks_read(parquet.metadata.row_group(group), is_embedded)
+            _refuse_bomb(chunks)
+            num_at_a_time = _rows_at_a_time(chunks, parquet.metadata.row_group(group).num_rows)
+            for batch in parquet.iter_batches(num_at_a_time, row_groups=[group], columns=columns, use_threads=False):
                 yield from _batch_rows(batch, cells, num_rows)
                 num_rows += batch.num_rows
         except unreadable as error:
-            yield f"row group {group + 1} is damaged from here on: {_brief(error)}"
+            yield f"row group {group + 1} cannot be read from here on: {_brief(error)}"
+
+
+def _much_repeated(metadata: Any) -> set[str]:
+    """The columns of text whose few values may come again and again: 200 KB of them can be gigabytes when repeated."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    columns = (group.column(k) for group in groups for k in range(group.num_columns))
+    return {
+        column.path_in_schema
+        for column in columns
+        if column.physical_type == "BYTE_ARRAY"
+        and column.has_dictionary_page
+        and column.total_uncompressed_size > _REPEATED_BYTES
+        and column.path_in_schema != IMAGE_BYTES
+    }
+
+
+def _chunks_read(group: Any, is_embedded: bool) -> list[Any]:
+    """The columns of a row group but for the pictures in it."""
+    chunks = map(group.column, range(group.num_columns))
+    return [chunk for chunk in chunks if not (is_embedded and chunk.path_in_schema == IMAGE_BYTES)]
+
+
+def _refuse_bomb(chunks: list[Any]) -> None:
+    """Look at what columns unpack to: pyarrow unpacks whole pages, which may be all of it.
+
+    Raises:
+        ValueError: some column packs so much into so little as no list does.
+    """
+    for chunk in chunks:
+        size, packed = chunk.total_uncompressed_size, chunk.total_compressed_size
+        if size > BOMB_BYTES and size > BOMB_RATIO * packed:
+            raise ValueError(f"column '{chunk.path_in_schema}' would unpack {packed:,} bytes to {size:,}")
+
+
+def _rows_at_a_time(chunks: list[Any], num_rows: int) -> int:
+    """How many rows of a row group to read at once; from what the file says of its size, which may be a lie."""
+    size = sum(chunk.total_uncompressed_size for chunk in chunks)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(1, size)))
 
 
 def _check_schema(schema: Any, name: str) -> bool:
@@ -116,9 +166,20 @@ def _batch_rows(batch: Any, cells: _EmbeddedCells | None, num_before: int) -> It
         try:
             values = {name: batch.column(k)[i] for k, name in enumerate(names)}
             image = {"image": cells.next_value(values.pop("image", None), num_before + i + 1)} if cells else {}
-            yield image | {name: json_able(value.as_py()) for name, value in values.items()}
+            yield image | {name: _bounded(name, json_able(value.as_py())) for name, value in values.items()}
         except _UNREADABLE_VALUES as error:
             yield _brief(error)
+
+
+def _bounded(name: str, value: Any) -> Any:
+    """`value`, which stands in column `name`.
+
+    Raises:
+        ValueError: it is a text that is too long.
+    """
+    if isinstance(value, str) and len(value) > CELL_LIMIT_CHARS:
+        raise ValueError(f"column '{name}' is longer than {CELL_LIMIT_CHARS >> 20} Mi characters")
+    return value
 
 
 def _brief(error: BaseException) -> str:

@@ -94,7 +94,7 @@ def _jsonl() -> Iterator[tuple[str, bytes, tuple[Outcome, ...]]]:
     escapes = good | {"task": "query", "prompt": "\x1b[2J\x07<|endoftext|>", "\x1b]0;x": "\u202e"}
     yield "escapes-and-special-tokens", _lines(escapes), (None,)
     keys = '{"image":"gone.png","image":"p0.png"}'
-    yield "double-keys", _lines(keys), (None,)
+    yield "double-keys", _lines(keys), (BAD,)
     yield "repeats", _lines(*[good] * 9), (None,) * 9
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import csv
 import io
 import json
 import os
 import tracemalloc
+from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -236,6 +239,8 @@ def test_each_bad_json_line_is_one_row_with_its_number(tmp_path: Path) -> None:
         b'{"image":"11.jpg","meta":"\\ud83e"}',
         b'{"image":"12.jpg","meta":{"deep":[1,{"x":null}]}}',
         b"\0\0\0",
+        b'{"image":"14.jpg","prompt":"a","image":"b.jpg"}',
+        b'{"image":"15.jpg","meta":{"k":1,"k":1}}',
     ]
     found = columns(rows(tmp_path, ".jsonl", b"\n".join(lines)))
     assert found[0] == {"image": "1.jpg"}
@@ -248,6 +253,7 @@ def test_each_bad_json_line_is_one_row_with_its_number(tmp_path: Path) -> None:
     assert found[9] == "line 11: holds half of a surrogate pair, which is no character"
     assert found[10] == {"image": "12.jpg", "meta": {"deep": [1, {"x": None}]}}
     assert found[11].startswith("line 13: Expecting value")
+    assert found[12:] == ["line 14: the key 'image' comes twice", "line 15: the key 'k' comes twice"]
 
 
 @some_examples
@@ -341,7 +347,65 @@ def test_a_damaged_row_group_costs_one_row(tmp_path: Path) -> None:
     found = list(manifest_rows(str(path)))
     good = [row.columns["image"] for row in found if row.columns]
     assert good == [f"{i}.jpg" for i in [*range(10), *range(20, 30)]]
-    assert [row.problem[:37] for row in found if row.columns is None] == ["row group 2 is damaged from here on: "]
+    assert [row.problem[:41] for row in found if row.columns is None] == ["row group 2 cannot be read from here on: "]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()], ids=str)
+def test_a_text_that_comes_again_and_again_takes_its_memory_once(tmp_path: Path, kind: pa.DataType) -> None:
+    text, num_rows = "y" * (2 << 20), 600  # 600 bytes on disk, 1.2 GB when written out
+    cells = pa.DictionaryArray.from_arrays(pa.array([0] * num_rows, pa.int32()), pa.array([text.encode()]).cast(kind))
+    table = pa.table({"image": ["a.jpg"] * num_rows, "note": cells})
+    pq.write_table(table, tmp_path / "m.parquet", compression="zstd", store_schema=False)
+    assert (tmp_path / "m.parquet").stat().st_size < 200_000
+    with arrow_memory() as pool:
+        found = [(row.problem, len((row.columns or {})["note"])) for row in manifest_rows(str(tmp_path / "m.parquet"))]
+    length = len(base64.b64encode(text.encode())) if kind == pa.binary() else len(text)
+    assert found == [("", length)] * num_rows
+    assert pool.max_memory() < 64 << 20
+
+
+def test_rows_of_a_mebibyte_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    texts = [f"{number}{os.urandom(1 << 19).hex()}" for number in range(100)]
+    table = pa.table({"image": ["a.jpg"] * 100, "note": texts})
+    pq.write_table(table, tmp_path / "m.parquet", use_dictionary=False, write_batch_size=1, compression="none")
+    with arrow_memory() as pool:
+        assert [row.columns for row in manifest_rows(str(tmp_path / "m.parquet"))] == table.to_pylist()
+    assert pool.max_memory() < 192 << 20  # a batch of 64 MiB, while its buffers grow
+
+
+def test_a_column_that_unpacks_a_thousandfold_costs_one_row_and_nothing_behind_it(tmp_path: Path) -> None:
+    groups = [["y" * (4 << 20)] * 80, ["short"]]
+    path = tmp_path / "m.parquet"
+    with pq.ParquetWriter(
+        path, pa.schema({"image": pa.string(), "note": pa.string()}), compression="zstd", use_dictionary=False
+    ) as writer:
+        for texts in groups:
+            writer.write_table(pa.table({"image": ["a.jpg"] * len(texts), "note": texts}))
+    assert path.stat().st_size < 200_000
+    with arrow_memory() as pool:
+        bomb, good = columns(list(manifest_rows(str(path))))
+    assert bomb.startswith("row 1: row group 1 cannot be read from here on: column 'note' would unpack ")
+    assert good == {"image": "a.jpg", "note": "short"}
+    assert pool.max_memory() < 16 << 20
+
+
+def test_a_cell_longer_than_a_line_may_be_costs_its_row(tmp_path: Path) -> None:
+    table = pa.table({"image": ["a.jpg", "b.jpg"], "note": ["y" * ((1 << 24) + 1), "short"]})
+    pq.write_table(table, tmp_path / "m.parquet")
+    found = columns(list(manifest_rows(str(tmp_path / "m.parquet"))))
+    assert found == ["row 1: column 'note' is longer than 16 Mi characters", {"image": "b.jpg", "note": "short"}]
+
+
+@contextlib.contextmanager
+def arrow_memory() -> Iterator[pa.MemoryPool]:
+    """What pyarrow allocates inside."""
+    usual = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(pool)
+    try:
+        yield pool
+    finally:
+        pa.set_memory_pool(usual)
 
 
 def test_a_footer_that_claims_a_trillion_rows_is_not_believed(tmp_path: Path) -> None:
