@@ -97,7 +97,7 @@ def _refuse_bomb(chunks: list[Any]) -> None:
 
 def _rows_at_a_time(chunks: list[Any], num_rows: int) -> int:
     """How many rows of a row group to read at once; from what the file says of its size, which may be a lie."""
-    size = sum(chunk.total_uncompressed_size for chunk in chunks)
+    size: int = sum(chunk.total_uncompressed_size for chunk in chunks)
     return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(1, size)))
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,3 +94,36 @@ def test_an_ordinary_name_has_the_id_it_always_had() -> None:
     item = ImageItem(r"\xff.png", "x")
     assert SourceRow(item, ()).id_name == item.name
     assert request_id(item.name, Request(Task.CAPTION), RUN) == "6203cd3d85660ae8c52543389521c57d"
+
+
+@pytest.mark.parametrize("inputs", [("a/c", "b/c"), ("a/c", "a/c.tar"), ("a/*.tar",)])
+def test_pictures_called_alike_in_several_places_are_pictures_of_their_own(
+    md3: Program, tmp_path: Path, inputs: tuple[str, ...]
+) -> None:
+    for folder in ("a/c", "b/c"):
+        (tmp_path / folder).mkdir(parents=True)
+        make_pictures(tmp_path / folder, 1)
+    for name in ("c", "d"):
+        with tarfile.open(tmp_path / f"a/{name}.tar", "w") as tar:
+            tar.add(tmp_path / "b/c/p0.png", "p0.png")
+    result = md3("caption", *inputs, "-o", "out.jsonl", "--no-progress")
+    assert result.exit_code == 0, result.stderr
+    found = records_of(tmp_path / "out.jsonl")
+    assert [len({record[key] for record in found}) for key in ("image", "id")] == [2, 2]
+    assert md3("export", "out.jsonl", "-f", "coco", "-o", "coco.json").exit_code == 0
+    images = json.loads((tmp_path / "coco.json").read_bytes())["images"]
+    assert {image["file_name"] for image in images} == {record["image"] for record in found}
+    assert len({image["id"] for image in images}) == 2
+
+
+def test_a_parquet_table_of_questions_is_asked_without_q(md3: Program, tmp_path: Path) -> None:
+    make_pictures(tmp_path, 2)
+    asked = [("p0.png", "How many?"), ("p1.png", "Which colour?")]
+    images, prompts = zip(*asked, strict=True)
+    pq.write_table(pa.table({"image": images, "prompt": prompts}), tmp_path / "x.parquet")
+    result = md3("query", "x.parquet", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    found = records_of(result.stdout)
+    assert [(record["image"], record["prompt"], record["task"]) for record in found] == [
+        (*row, "query") for row in asked
+    ]
