@@ -8,6 +8,7 @@ import itertools
 import json
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from pycocotools.cocoeval import COCOeval
 from typer.testing import CliRunner
 
 from md3cli.commands.eval import app
-from md3cli.errors import InputError, MissingExtraError
-from md3cli.evaluate import evaluate, load_truth
+from md3cli.errors import InputError, MissingExtraError, OutputError
+from md3cli.evaluate import Evaluation, Section, evaluate, load_truth
 from md3cli.evaluate.answers import judge
-from md3cli.evaluate.captions import bleu, cider_d, words
+from md3cli.evaluate.caption_words import words
+from md3cli.evaluate.captions import bleu, cider_d
 from md3cli.evaluate.compare import compare, kind_of_change
 from md3cli.evaluate.matching import match_by_overlap, match_points
 
@@ -331,11 +333,30 @@ def test_caption_scores_are_those_of_the_reference_implementations():
     assert bleu(copied, references) == 1.0
 
 
-def test_signs_are_words_and_punctuation_is_none():
-    assert words("A dog, & a #1 cat; (really) x=3!") == ["a", "dog", "&", "a", "#", "1", "cat", "really", "x", "=", "3"]
-    references = {"a.jpg": ["# @ & ="], "b.jpg": ["@ @ # #"], "c.jpg": ["= & # @"]}
-    texts = [[words(text) for text in known] for known in references.values()]
-    assert min(cider_d([known[0] for known in texts], texts)) > 5.0
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("# @ & = | ** ++", "# @ & = | ** + +"),
+        ("a#b #hashtag #1 @mention C++ c#", "a #b #hashtag # 1 @mention c++ c#"),
+        ("AT&T R&B rock&roll &amp; b&w", "at&t r&b rock & roll & b & w"),
+        ("It's the dogs' ball, don't! can't cannot", "it 's the dogs ball do n't ca n't can not"),
+        ("well-known T-shirt - a – b -- c ...", "well-known t-shirt a b c"),
+        ("a(b) [c] :)", "a -lrb- b -rrb- -lsb- c -rsb- :-rrb-"),
+        ("$5.99 1,000 50% 3:45 10:30am 24/7 -5 ½", "$ 5.99 1,000 50 % 3:45 10:30 am 24/7 -5 1/2"),
+        ("U.S. 5 p.m. Mr. Smith no.1 www.a.com a@b.co", "u.s. 5 p.m. mr. smith no. 1 www.a.com a@b.co"),
+        ("\"quoted\" ‘single’ O'Brien o'clock café 猫 ± → 😀", "quoted single o'brien o'clock café 猫 ± →"),
+        ("what?! no?? yes. a;b a!b", "what ?! no ?? yes a b a!b"),
+    ],
+)
+def test_words_are_those_of_the_usual_tokenizer(text, expected):
+    """Expected: PTBTokenizer of pycocoevalcap 1.2."""
+    assert " ".join(words(text)) == expected
+
+
+def test_captions_of_signs_alone_score():
+    """Expected values: pycocoevalcap 1.2 (Cider)."""
+    texts = [[words(text)] for text in ("# @ & =", "@ @ # #", "= & # @")]
+    assert cider_d([known[0] for known in texts], texts) == pytest.approx([10.0, 7.5, 10.0], abs=1e-6)
 
 
 def test_captions_are_scored_by_length_and_failures_count(score):
@@ -530,3 +551,34 @@ def test_a_ground_truth_of_no_known_kind_is_told(tmp_path, text):
     path.write_text(text or "\x00")
     with pytest.raises(InputError, match=r"gt\.json"):
         load_truth(path)
+
+
+def test_json_of_eval_holds_no_figure_that_is_not_finite():
+    section = Section(
+        "boxes", "AP", {"AP": float("nan"), "AR": 0.5}, {"images": 1}, by_name={"car": {"AP": float("inf")}}
+    )
+    document = Evaluation(Path("records.jsonl"), (), (section,)).to_json()["sections"][0]
+    assert (document["scores"], document["by_name"]) == ({"AP": None, "AR": 0.5}, {"car": {"AP": None}})
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_told(run_files, tmp_path, name):
+    (tmp_path / "file").write_text("somebody's")
+    result = run_eval(run_files, "good.jsonl", "--gt", "gt.json", "-o", name)
+    assert isinstance(result.exception, OutputError)
+    assert "cannot write" in str(result.exception)
+    assert (tmp_path / "file").read_text() == "somebody's"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("folder/é.jpg", "é.jpg"), ("a\\é.jpg", "a/é.jpg"), ("é.jpg", "e\u0301.jpg")]
+)
+def test_captions_and_answers_match_names_as_boxes_do(score, ours, theirs):
+    images = [{"id": 1, "file_name": theirs}]
+    truth = {"images": images, "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}
+    captions = score([record(ours, "caption", caption="a dog")], truth)
+    assert [section.scores["exact"] for section in captions.values()] == [1.0]
+    answers = score(
+        [record(ours, "query", "Dog?", answer="yes")], [{"image": theirs, "question": "Dog?", "answer": "yes"}]
+    )
+    assert [section.scores["exact"] for section in answers.values()] == [1.0]

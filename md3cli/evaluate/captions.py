@@ -1,8 +1,7 @@
 """Captions against reference captions: CIDEr-D, BLEU-4, exact.
 
 Own implementations, because the usual package needs Java for its tokenizer: the formulas are the
-papers', the words are ours (`words`: lower case, punctuation dropped, signs kept), so scores come near those of
-coco-caption and do not equal them where its tokenizer splits otherwise ("dog's").
+papers', the words are those of `caption_words`, so scores come near those of coco-caption.
 
 CIDEr-D: Vedantam, Zitnick and Parikh, CVPR 2015. BLEU: Papineni et al., ACL 2002.
 """
@@ -10,11 +9,11 @@ CIDEr-D: Vedantam, Zitnick and Parikh, CVPR 2015. BLEU: Papineni et al., ACL 200
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from md3cli.evaluate.asked import coverage_notes, has_failed
+from md3cli.evaluate.caption_words import words
 from md3cli.evaluate.section import Section, Verdict
 from md3cli.evaluate.truth import Captions
 from md3cli.name_matching import match_images
@@ -26,14 +25,6 @@ CIDER_SCALE = 10.0
 
 NGram = tuple[str, ...]
 Counts = Counter[NGram]
-
-# The usual tokenizer drops sentence punctuation, quotes and dashes, and keeps any other sign as a word of its own.
-_WORD = re.compile(r"\w+(?:['’]\w+)*|[#@&=$%+*/\\<>|~^£€¥°§©®™×÷]")
-
-
-def words(text: str) -> list[str]:
-    """Return the words and signs (`#`, `&`) of `text`, lower case, without punctuation."""
-    return _WORD.findall(text.lower())
 
 
 def score_captions(records: Sequence[RecordDict], truth: Captions) -> Iterator[Section]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -53,6 +54,7 @@ class _Writer:
         self._num_points = 0
         self._num_unknown = 0
         self._first_unknown = ""
+        self._escaped = Counter[str]()  # names that are shown with escaped bytes
 
     def write_document(self, index: ImageIndex, file: BinaryIO) -> None:
         """The whole document; annotations wait in a temporary file, since all images come before them."""
@@ -108,9 +110,17 @@ class _Writer:
             yield f"{self._num_unknown} images are not in {known} and were left out (first: {first})"
 
     def _image_entry(self, group: ImageGroup, image_id: Any) -> dict[str, Any]:
-        entry = {"id": image_id, "width": group.width, "height": group.height, "file_name": group.name}
+        size = {"width": group.width, "height": group.height}
+        entry = {"id": image_id, **size, "file_name": self._distinct_name(group.name)}
         captions = [] if self._is_of_captions else group.captions()
         return {**entry, "captions": captions} if captions else entry
+
+    def _distinct_name(self, name: str) -> str:
+        """Return `name`, numbered where another image of this document is shown alike: one is not UTF-8."""
+        if "\\x" not in name:
+            return name
+        self._escaped[name] += 1
+        return name if self._escaped[name] == 1 else f"{name}#{self._escaped[name]}"
 
     def _categories(self) -> list[dict[str, Any]]:
         """The categories; those that were pointed at are skeletons of one joint."""

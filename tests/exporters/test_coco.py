@@ -239,7 +239,7 @@ def test_what_stands_there_is_replaced_only_when_told(detect_run: Run) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_records_themselves_are_never_replaced(detect_run: Run, format: str) -> None:
     before = detect_run.records.read_bytes()
-    with pytest.raises(UsageError, match="records file itself"):
+    with pytest.raises(UsageError, match="is an input of this command"):
         detect_run.export(format, "records.jsonl", overwrite=True)
     assert detect_run.records.read_bytes() == before
 
@@ -253,3 +253,19 @@ def test_text_only_answers_are_counted_out(detect_run: Run) -> None:
 def test_unclamped_records_are_left_as_they_are(detect_run: Run) -> None:
     detect_run.export("coco", "out.json")
     assert json.loads(detect_run.records.read_bytes().splitlines()[2])["objects"] == [DOG]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"image": "\\xff.png"}, {"image": "\\xff.png", "image_b64": "/y5wbmc="}),  # one only looks like the other
+        ({"image": "\u00e9.png"}, {"image": "e\u0301.png"}),
+    ],
+)
+def test_pictures_that_look_alike_are_two_images(run: Run, first: dict[str, str], second: dict[str, str]) -> None:
+    parts = [(first, CAR), (second, {**CAR, "x_min": 0.2})]
+    run.write([record("-", "detect", "car", objects=[box], id=f"r{n}") | name for n, (name, box) in enumerate(parts)])
+    _, out = run.export("coco", "out.json")
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert len({image["file_name"] for image in document["images"]}) == 2
+    assert [(box["image_id"], box["bbox"][0]) for box in document["annotations"]] == [(1, 12.0), (2, 24.0)]
