@@ -3,7 +3,7 @@
 A manifest is of unknown origin and in any state. Each line that cannot be read is one row with a
 `problem`; only a file that cannot be opened at all, or has no usable header, is an InputError. Values
 come out as JSON types, whatever the format; what the columns mean is decided elsewhere.
-Streams: memory is bounded by the longest line (16 MiB) or 256 rows of Parquet.
+Streams: memory is bounded by the longest line (16 MiB) or some rows of Parquet (parquet_manifest.py).
 """
 
 from __future__ import annotations
