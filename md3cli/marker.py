@@ -3,7 +3,7 @@
 The first line is JSON (`schema`, `format`, `version`); each further line is a path, relative to the folder, with
 `/`. A path that a line cannot hold as it is (line breaks, bytes that are no UTF-8) is a JSON string. The file may
 come from a stranger: absolute paths, `..` and paths through links are not believed. Lines are read and written one
-at a time, so a list of any length takes no memory; only `foreign_file` keeps 21 bytes a path.
+at a time, so a list of any length takes no memory; only `listed_in` keeps 21 bytes a path.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -81,11 +81,17 @@ def files_below(folder: Path | str, relative: str = "") -> Iterator[str]:
 
 def foreign_file(folder: Path) -> str | None:
     """Return a file below `folder` that its list does not name, if any; a trainer's cache is nobody's work."""
+    is_listed = listed_in(folder)
+    found = (path for path in files_below(folder) if not path.endswith(_TRAINERS_SUFFIX))
+    return next((path for path in found if not is_listed(path)), None)
+
+
+def listed_in(folder: Path) -> Callable[[str], bool]:
+    """Return what says whether a path, relative to `folder` and with `/`, is on its list; 21 bytes a listed path."""
     listed = DigestSet()
     for path in written_paths(folder):
         listed.add(_digest(path))
-    found = (path for path in files_below(folder) if not path.endswith(_TRAINERS_SUFFIX))
-    return next((path for path in found if _digest(path) not in listed), None)
+    return lambda path: _digest(path) in listed
 
 
 def remove_written(folder: Path) -> None:

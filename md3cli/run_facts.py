@@ -25,6 +25,17 @@ def read_facts(path: Path, schema: str) -> dict[str, Any]:
     Raises:
         OutputMismatchError: it is larger than any that md3 writes.
     """
+    document = read_document(path)
+    is_ours = document.get("schema") == schema and isinstance(document.get("identity"), dict)
+    return document if is_ours and _is_flat(document["identity"]) else {}
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Return the JSON object at `path`, whoever wrote it; empty where there is none.
+
+    Raises:
+        OutputMismatchError: it is larger than any that md3 writes.
+    """
     try:
         if not path.is_file():
             return {}
@@ -36,8 +47,7 @@ def read_facts(path: Path, schema: str) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    is_ours = isinstance(document, dict) and document.get("schema") == schema
-    return document if is_ours and isinstance(document.get("identity"), dict) and _is_flat(document["identity"]) else {}
+    return document if isinstance(document, dict) else {}
 
 
 def _is_flat(value: Any) -> bool:

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from md3cli.errors import ExportError, UsageError
 from md3cli.exporters.own_outputs import check_not_foreign
-from md3cli.marker import files_below, has_marker, remove_written, write_marker, written_paths
+from md3cli.marker import files_below, has_marker, listed_in, marker_format, remove_written, write_marker, written_paths
 from md3cli.publish import STAGED, atomic_publish, exchange, output_error, temp_beside
 from md3cli.records import printable
 
@@ -88,6 +88,7 @@ def staged_folder(out: Path, *, overwrite: bool, format: str) -> Iterator[Staged
     It gets a list of its files, `.md3`. An existing folder that holds anything which its list does not name is
     somebody's work and is not replaced even with `overwrite`; what trainers keep there (`labels.cache`) stays.
     """
+    out = Path(os.path.realpath(out))  # a link stays, and what it leads to is replaced
     check_replaceable(out, overwrite=overwrite)
     aside = temp_beside(out)
     with translated(out):
@@ -116,8 +117,9 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
 def merged_folder(out: Path, *, overwrite: bool, format: str | None) -> Iterator[StagedFolder]:
     """A folder whose files are added to `out` when the block ends well, beside what stands there.
 
-    Where `out` is new or empty, or has a list of its files, they are on it; `format` None makes no list. With
-    `overwrite` a file of the same name is replaced only if it is on the list, or there is none.
+    Where `out` is new or empty, or has a list of its files, they are on it. With `overwrite` a file of the same name
+    is replaced only if it is on the list. `format` None makes and asks no list: the user has said that files go
+    beside others, and which may be replaced.
 
     Raises:
         UsageError: a file of the same name stands there and may not be replaced; nothing was added.
@@ -132,13 +134,18 @@ def merged_folder(out: Path, *, overwrite: bool, format: str | None) -> Iterator
         try:
             aside.mkdir()
             yield StagedFolder(aside)
+            is_listed = listed_in(out) if overwrite and format is not None else None
             for _, target in _moves(aside, out):
                 if os.path.lexists(target):
                     _refuse_existing(target, overwrite)
+                    if is_listed is not None and not is_listed(target.relative_to(out).as_posix()):
+                        raise UsageError(
+                            f"{printable(str(target))} was not written by md3; move it away, or name another -o"
+                        )
                 if not Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(out)):
                     raise UsageError(f"{printable(str(target.parent))} is a link that leads out of -o; name another -o")
             if format is not None and has_list:
-                write_marker(out, format, _added(out, aside))
+                write_marker(out, marker_format(out) or format, _added(out, aside))
             for source, target in _moves(aside, out):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source, target)

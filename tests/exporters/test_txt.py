@@ -52,6 +52,21 @@ def test_a_text_that_stands_there_is_kept(caption_run: Run) -> None:
     assert (caption_run.root / "b/photo.txt").read_text() == "a ☃ 1"
 
 
+def test_only_texts_that_md3_wrote_are_replaced(caption_run: Run) -> None:
+    _, out = caption_run.export("txt", "texts")
+    written = texts_of(out)
+    (out / "b/photo.txt").write_text("md3's, and changed")
+    caption_run.export("txt", "texts", overwrite=True)
+    assert texts_of(out) == written
+
+    foreign = out.with_name("notes") / "b/photo.txt"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("mine")
+    with pytest.raises(UsageError, match="was not written by md3"):
+        caption_run.export("txt", "notes", overwrite=True)
+    assert texts_of(out.with_name("notes")) == {"b/photo.txt": "mine"}
+
+
 def test_every_text_of_an_image_is_written(run: Run) -> None:
     run.write([record("a.jpg", "query", str(n), answer=str(n), id=f"../../{n}") for n in range(9)])
     _, out = run.export("txt", "out")
