@@ -8,10 +8,12 @@ first row.
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from md3cli.exporters.reading import LINE_LIMIT_BYTES, open_records
-from md3cli.records import RecordDict
+from md3cli.records import RecordDict, printable
 
 COLUMN_PREFIX = "choice_"
 _KEY = b'"choices"'
@@ -34,3 +36,11 @@ def choice_scores(record: RecordDict) -> dict[str, float]:
     """The record's score for each choice; empty where the answer was free."""
     choices = record.get("choices") if isinstance(record, dict) else None
     return choices if isinstance(choices, dict) else {}
+
+
+def column_notes(choices: list[str]) -> Iterator[str]:
+    """Yield a sentence where columns differ in case alone: DuckDB and Spark take such names for one."""
+    counts = Counter(choice.casefold() for choice in choices)
+    alike = [printable(COLUMN_PREFIX + choice) for choice in choices if counts[choice.casefold()] > 1]
+    if alike:
+        yield f"columns that differ in case alone, which some readers take for one: {', '.join(alike)}"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from md3cli.exporters.choices import COLUMN_PREFIX, choice_scores, find_choices
+from md3cli.exporters.choices import COLUMN_PREFIX, choice_scores, column_notes, find_choices
 from md3cli.exporters.objects import boxes, points, segments
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.publishing import replaced_file
@@ -24,6 +24,7 @@ COLUMNS = (
     "image", "width", "height", "task", "prompt", "label", "x", "y", "w", "h", "score",
     "caption", "answer", "svg_path", "finish_reason", "error_type", "error_message", "id",
 )  # fmt: skip
+CELL_LIMIT = 32_767  # characters; Excel cuts what is longer, and Python's reader refuses 131,072
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # full-width ones too
 
 Row = dict[str, Any]
@@ -33,7 +34,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """One table of all records; columns for the choices of restricted answers come last."""
     choices = find_choices(records)
     columns = [*COLUMNS, *(COLUMN_PREFIX + choice for choice in choices)]
-    num_records, notes = 0, list[str]()
+    num_records, num_long, notes = 0, 0, list[str]()
     with replaced_file(out, overwrite=options.overwrite) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         table = csv.writer(text, lineterminator="\n")
@@ -41,9 +42,16 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         for record in read_records(records, notes):
             num_records += 1
             for row in _rows(record):
-                table.writerow([_safe(row.get(column)) for column in columns])
+                cells = [_safe(row.get(column)) for column in columns]
+                num_long += sum(isinstance(cell, str) and len(cell) > CELL_LIMIT for cell in cells)
+                table.writerow(cells)
         text.detach()  # flushes; the file stays open for its owner
-    return ExportReport("csv", out, num_records, notes=tuple(notes))
+    if num_long:
+        cells_are = "1 cell is" if num_long == 1 else f"{num_long:,} cells are"
+        notes.append(
+            f"{cells_are} longer than the {CELL_LIMIT:,} characters a spreadsheet takes; the file has them whole"
+        )
+    return ExportReport("csv", out, num_records, notes=(*notes, *column_notes(choices)))
 
 
 def _safe(value: Any) -> Any:

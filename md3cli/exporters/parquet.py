@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from md3cli.errors import ExportError, ImageError
-from md3cli.exporters.choices import COLUMN_PREFIX, choice_scores, find_choices
+from md3cli.exporters.choices import COLUMN_PREFIX, choice_scores, column_notes, find_choices
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_decodes
 from md3cli.exporters.publishing import replaced_file
@@ -97,7 +97,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         for batch in rows.batches(read_records(records, reading_notes)):
             writer.write_batch(batch)
     notes = (f"{rows.num_missing} pictures could not be read; their `image` is null",) if rows.num_missing else ()
-    return ExportReport("parquet", out, rows.num_records, notes=(*reading_notes, *notes))
+    return ExportReport("parquet", out, rows.num_records, notes=(*reading_notes, *notes, *column_notes(choices)))
 
 
 class _Rows:

@@ -80,3 +80,20 @@ def test_pandas_reads_numbers(detect_run: Run) -> None:
     table = pd.read_csv(out)
     assert table["score"].dtype == "float64"
     assert table["x"].max() == 60.0
+
+
+def test_long_cells_stay_whole_and_are_told(run: Run) -> None:
+    texts = ["a" * 32_767, "b" * 32_768, "c" * 200_000]
+    run.write(record(f"{text[0]} ", "caption", caption=text) for text in texts)
+    report, out = run.export("csv", "out.csv")
+    assert [note for note in report.notes if "2 cells are longer" in note]
+    table = pd.read_csv(out)
+    assert table["caption"].tolist() == texts
+    assert table["image"].tolist() == ["a ", "b ", "c "]  # the blank at the end is part of the name
+
+
+@pytest.mark.parametrize("format", ["csv", "parquet"])
+def test_columns_that_differ_in_case_alone_are_told(run: Run, format: str) -> None:
+    run.write([record(NAMES[0], "query", "?", answer="no", choices={"no": 0.5, "No": 0.3, "yes": 0.2})])
+    report, _ = run.export(format, f"out.{format}")
+    assert [note for note in report.notes if note.endswith("choice_no, choice_No")]
