@@ -29,15 +29,17 @@ def damaged_path(journal: Path) -> Path:
 
 def damage_words(journal: Path, damaged: Sequence[DamagedLines]) -> str | None:
     """Return what a user should know of damaged lines of a journal, the first few by number; None where none are."""
-    if not damaged:
-        return None
+    return repair_words(str(journal), damaged, str(damaged_path(journal))) if damaged else None
+
+
+def repair_words(file: str, damaged: Sequence[DamagedLines], copies: str) -> str:
+    """Return in words which lines of `file` were damaged, the first few by number, and that `copies` has them."""
     count = sum(lines.last - lines.first + 1 for lines in damaged)
     named = [str(lines.first) if lines.first == lines.last else f"{lines.first} to {lines.last}" for lines in damaged]
     more = f" and {len(named) - _MOST_NAMED:,} more places" if len(named) > _MOST_NAMED else ""
     where = f"{'line' if count == 1 else 'lines'} {', '.join(named[:_MOST_NAMED])}{more}"
-    copies = printable(str(damaged_path(journal)))
     return (
-        f"repaired {printable(str(journal))}: {count:,} damaged ({where}), copied to {copies}; "
+        f"repaired {printable(file)}: {count:,} damaged ({where}), copied to {printable(copies)}; "
         "what they answered is done again"
     )
 
@@ -45,9 +47,14 @@ def damage_words(journal: Path, damaged: Sequence[DamagedLines]) -> str | None:
 def keep_damaged(path: Path, fd: int, spans: Iterable[tuple[int, int]]) -> None:
     """Copy spans (start, end) of the open file `fd` to `path`; they are safe from a power cut when this returns.
 
+    Without a span nothing is made.
+
     Raises:
         OutputError: they cannot be written, or `path` is no regular file.
     """
+    spans = list(spans)
+    if not spans:
+        return
     try:
         with os.fdopen(_open(path), "r+b", buffering=0) as file:
             known = {_digest(line) for line in file}
@@ -88,3 +95,9 @@ def _write_all(fd: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(fd, rest) :]
+
+
+def line_number(fd: int, offset: int) -> int:
+    """Return the number of the line that begins at `offset` of an open file, from 1."""
+    parts = range(0, offset, _PIECE_BYTES)
+    return 1 + sum(os.pread(fd, min(_PIECE_BYTES, offset - at), at).count(b"\n") for at in parts)

@@ -50,6 +50,10 @@ class OutputError(Md3Error):
     """OUTPUT cannot be written; everything already reported is on disk."""
 
 
+class DamagedPartError(OutputError):
+    """The records of a shard are not what its marker says, or are missing; a start does the shard again once."""
+
+
 class OutputHeldError(OutputError):
     """Another run writes OUTPUT; names its process."""
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from md3cli.damaged_lines import damaged_path, keep_damaged
+from md3cli.damaged_lines import damaged_path, keep_damaged, line_number
 from md3cli.digest_set import digest_of
 from md3cli.errors import OutputError, OutputMismatchError
 from md3cli.found_records import FoundRecords
@@ -189,16 +189,11 @@ class Journal:
 
     def _drop_damaged(self, place: int, line: bytes) -> None:
         start = self.found.start_of(place)
-        number = self._number_at(start)
+        number = line_number(self._fd, start)
         lines = DamagedLines(number, number, start, start + len(line), True)
         self._keep_damaged([lines])
         self.found.supersede(place)
         self.damaged.append(lines)
-
-    def _number_at(self, offset: int) -> int:
-        """The number of the line that begins at `offset`, from 1."""
-        parts = range(0, offset, _MANY_BYTES)
-        return 1 + sum(os.pread(self._fd, min(_MANY_BYTES, offset - at), at).count(b"\n") for at in parts)
 
     def _line_at(self, start: int) -> bytes:
         """The line from `start`; cheap where they are asked for in their order."""
@@ -365,7 +360,7 @@ class Journal:
                 self.found.supersede(place)
             if fate is Fate.DAMAGED:
                 start, end = int(index.starts[place]), int(index.ends[place])
-                number = self._number_at(start)
+                number = line_number(self._fd, start)
                 damaged.append(DamagedLines(number, number, start, end, True))
         self._keep_damaged(damaged)
         self.damaged += damaged

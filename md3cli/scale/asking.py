@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from md3cli.decode import DecodePool
 from md3cli.engine_port import Engine, Model
@@ -17,7 +17,8 @@ from md3cli.feed import Feed, Ticket, rows_ahead
 from md3cli.journal import encode_record
 from md3cli.ordering import error_of, record_of
 from md3cli.records import OK_TAIL, RecordDict, Request, RowFailure, SourceRow
-from md3cli.scale.attempts import AttemptJournal, ShardHistory
+from md3cli.scale.attempts import AttemptJournal, ShardHistory, keep_damaged_lines, read_history
+from md3cli.scale.layout import RunFolder
 from md3cli.scale.plan import PlannedRow
 from md3cli.whole_records import is_record_of
 
@@ -152,14 +153,33 @@ class Asking:
         self._on_progress(len(self.lines) - self._num_failed, self._num_failed)
 
 
-def drop_others(history: ShardHistory, rows: Sequence[PlannedRow]) -> None:
-    """Forget records that are not those of the requests whose ids they have: they are done again."""
+def history_of(folder: RunFolder, shard: int, rows: Sequence[PlannedRow]) -> ShardHistory:
+    """What attempts at the shard of `rows` left; what is damaged, or another request's record, is copied and left out.
+
+    Raises:
+        OutputError: the copies cannot be written.
+    """
+    history = read_history(folder, shard)
+    others = history.records.keys() - {
+        record_id
+        for record_id, row, request in asked(rows)
+        if record_id in history.records and is_line_of(history.records[record_id], record_id, row, request)
+    }
+    history.damaged += sorted((history.places[record_id], history.records.pop(record_id)) for record_id in others)
+    keep_damaged_lines(folder, shard, [line for _, line in history.damaged])
+    return history
+
+
+def asked(rows: Sequence[PlannedRow]) -> Iterator[tuple[str, SourceRow, Request]]:
+    """Yield each request of `rows` with its id and its row."""
     for row in rows:
-        name = row.row.image.name if row.row.image is not None else None
         for record_id, request in zip(row.ids, row.row.requests, strict=True):
-            line = history.records.get(record_id)
-            if line is not None and not is_record_of(line, record_id, name, request):
-                del history.records[record_id]
+            yield record_id, row.row, request
+
+
+def is_line_of(line: bytes, record_id: str, row: SourceRow, request: Request) -> bool:
+    """Whether a whole line is the record of a request of `row`."""
+    return is_record_of(line, record_id, row.image.name if row.image is not None else None, request)
 
 
 def _singly(asked: PlannedRow, wanted: set[str]) -> list[PlannedRow]:

@@ -19,8 +19,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from md3cli.damaged_lines import repair_words
+from md3cli.journal_scan import DamagedLines
 from md3cli.publish import output_error
 from md3cli.scale.layout import WIP, RunFolder, damaged_name, journal_name, shard_name
 from md3cli.scale.store import LocalStore
@@ -104,15 +106,24 @@ def _line(value: dict[str, Any]) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
+class Place(NamedTuple):
+    """Where a line stands: the name of its file in the run folder, and its number there, from 1."""
+
+    file: str
+    number: int
+
+
 @dataclass(slots=True)
 class ShardHistory:
     """What all attempts at a shard have left.
 
-    `records` holds finished lines by id. `left_open` are ids that were under way when a process died; those
-    also in `blamed` have killed it and are not tried again.
+    `records` holds finished lines by id, `places` where they stand. `left_open` are ids that were under way when a
+    process died; those also in `blamed` have killed it and are not tried again. `damaged` are lines that say nothing.
     """
 
     records: dict[str, bytes] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+    damaged: list[tuple[Place, bytes]] = field(default_factory=list)
     left_open: set[str] = field(default_factory=set)
     blamed: set[str] = field(default_factory=set)
 
@@ -124,10 +135,11 @@ def read_history(folder: RunFolder, shard: int) -> ShardHistory:
     for name in attempt_files(folder.wip, shard):
         if not name.endswith(".jsonl"):
             continue
-        journal = read_journal(folder.wip.read(f"{WIP}/{name}") or b"")
+        file = f"{WIP}/{name}"
+        journal = read_journal(folder.wip.read(file) or b"")
         history.records |= journal.records
-        if journal.damaged:
-            _keep_damaged(folder, shard, journal.damaged)
+        history.places |= {record_id: Place(file, number) for record_id, number in journal.numbers.items()}
+        history.damaged += [(Place(file, number), line) for number, line in journal.damaged.items()]
         if journal.was_stopped:
             continue
         is_crash = _is_crash(folder.wip.read(f"{WIP}/{name.removesuffix('.jsonl')}.died"))
@@ -149,12 +161,17 @@ def read_history(folder: RunFolder, shard: int) -> ShardHistory:
 
 @dataclass(slots=True)
 class JournalContent:
-    """What a journal says; `begun` says of each id whether it was alone, `damaged` are lines that say nothing."""
+    """What a journal says.
+
+    `numbers` has the line of each record, from 1; `begun` says of each id whether it was alone; `damaged` are lines,
+    by number, that say nothing.
+    """
 
     records: dict[str, bytes] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
     begun: dict[str, bool] = field(default_factory=dict)
     was_stopped: bool = False
-    damaged: list[bytes] = field(default_factory=list)
+    damaged: dict[int, bytes] = field(default_factory=dict)
 
 
 def read_journal(data: bytes) -> JournalContent:
@@ -162,11 +179,17 @@ def read_journal(data: bytes) -> JournalContent:
     content = JournalContent()
     lines = data.split(b"\n")[:-1]
     for number, line in enumerate(lines, start=1):
-        if (record := read_record(line)) is not None:
-            content.records[record["id"]] = line + b"\n"
+        if (record_id := _id_of(line)) is not None:
+            content.records[record_id], content.numbers[record_id] = line + b"\n", number
         elif not _take_note(content, line) and number < len(lines):  # the last may be torn
-            content.damaged.append(line + b"\n")
+            content.damaged[number] = line + b"\n"
     return content
+
+
+def _id_of(line: bytes) -> str | None:
+    """The id of a whole record; None for anything else."""
+    record = read_record(line)
+    return record["id"] if record is not None else None
 
 
 def _take_note(content: JournalContent, line: bytes) -> bool:
@@ -184,12 +207,25 @@ def _take_note(content: JournalContent, line: bytes) -> bool:
     return value.get("stopped") is True
 
 
-def _keep_damaged(folder: RunFolder, shard: int, lines: Sequence[bytes]) -> None:
-    """Copy what is damaged to a file of the shard that outlives its journals; once, however often it is read."""
+def keep_damaged_lines(folder: RunFolder, shard: int, lines: Sequence[bytes]) -> None:
+    """Copy what is damaged to a file of the shard that outlives its journals; once, however often it is read.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     name = damaged_name(shard)
-    known = set((folder.wip.read(name) or b"").splitlines(keepends=True))
-    if new := [line for line in lines if line not in known]:
-        folder.wip.put(name, b"".join([*sorted(known), *new]))
+    kept = (folder.wip.read(name) or b"").splitlines(keepends=True)
+    if new := [line for line in dict.fromkeys(lines) if line not in set(kept)]:
+        folder.wip.put(name, b"".join([*kept, *new]))
+
+
+def damage_of(folder: RunFolder, shard: int, damaged: Sequence[tuple[Place, bytes]]) -> list[str]:
+    """What a user should know of damaged lines of a shard, in words: one text a file, the first few lines by number."""
+    numbers: dict[str, list[DamagedLines]] = {}
+    for (file, number), _ in damaged:
+        numbers.setdefault(file, []).append(DamagedLines(number, number, 0, 0, False))
+    copies = f"{folder.wip.uri}/{damaged_name(shard)}"
+    return [repair_words(f"{folder.wip.uri}/{file}", lines, copies) for file, lines in numbers.items()]
 
 
 def _is_crash(died: bytes | None) -> bool:

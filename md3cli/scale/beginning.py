@@ -35,10 +35,11 @@ class Beginning:
         source: Source,
         identity: RunIdentity,
         say: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
-        """`say` tells the user what is waited for."""
+        """`say` tells the user what is waited for, `warn` what is damaged."""
         self._folder, self._config, self._files, self._deliveries = folder, config, files, deliveries
-        self._source, self._identity, self._say = source, identity, say
+        self._source, self._identity, self._say, self._warn = source, identity, say, warn
         self._wanted = plan_config(config, identity, source.root)
         self.num_adopted = 0
 
@@ -124,7 +125,7 @@ class Beginning:
         """Take the records that are there over."""
         self._deliveries.fetch(self._files.journal)
         with_failed = not self._config.output.retry_failed
-        self.num_adopted = adopt(folder, plan, self._files.journal, with_failed=with_failed)
+        self.num_adopted = adopt(folder, plan, self._files.journal, with_failed=with_failed, warn=self._warn)
 
     def _plan_after(self, finished: Plan) -> Plan:
         """The finished plan, or one of what INPUT has become, which takes over the finished records."""

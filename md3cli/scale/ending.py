@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from md3cli.config import RunConfig
 from md3cli.console import RunConsole, Summary
@@ -69,6 +69,10 @@ class Ending:
         """Note what was committed before this start."""
         self._before = dict(commits)
 
+    def forget(self, shards: Iterable[int]) -> None:
+        """Count shards that are done again as done by this start."""
+        self._before = {shard: commit for shard, commit in self._before.items() if shard not in set(shards)}
+
     def note_progress(self, commits: Commits, num_under_way: int, *, is_last: bool = False) -> None:
         """A point of the timeline."""
         self._num_under_way = num_under_way
@@ -84,7 +88,8 @@ class Ending:
         """Make OUTPUT's files of the committed records; the exit status.
 
         Raises:
-            OutputError, ExportError: a file cannot be made; the records are in the run folder.
+            DamagedPartError: a part is not what its marker says; nothing was changed.
+        OutputError, ExportError: a file cannot be made; the records are in the run folder.
         """
         with self._export_lock(commits) as is_ours:
             if is_ours:

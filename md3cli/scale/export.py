@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from md3cli.errors import OutputError
+from md3cli.errors import DamagedPartError
 from md3cli.publish import atomic_publish, output_error
 from md3cli.records import OK_TAIL, printable
 from md3cli.scale.commits import Commit
@@ -44,7 +44,8 @@ def export_parts(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], o
     `note_exported` comes once they stand where they belong.
 
     Raises:
-        OutputError: it cannot be written, or a part is not what its marker says.
+        OutputError: it cannot be written.
+        DamagedPartError: a part is not what its marker says.
     """
     with folder.store.put_file(ERRORS) as errors_path, atomic_publish(out) as temp:
         try:
@@ -77,13 +78,13 @@ def read_part(folder: RunFolder, commit: Commit) -> bytes:
     """The records of a committed shard.
 
     Raises:
-        OutputError: they are not what the marker says.
+        DamagedPartError: they are not what the marker says.
     """
     data = folder.store.read(commit.part)
     if data is None or hashlib.sha256(data).hexdigest() != commit.sha256:
         what = "is missing" if data is None else "is damaged"
-        raise OutputError(
-            f"{printable(folder.uri)}/{commit.part} {what}; `md3 runs gc --damaged {printable(folder.uri)}` has its "
-            "shard done again by the next start"
+        raise DamagedPartError(
+            f"{printable(folder.uri)}/{commit.part} {what}, again after its shard was done anew; check the disk, then "
+            "start the same command again"
         )
     return data

@@ -16,7 +16,7 @@ from typing import Protocol
 from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import RunConsole
 from md3cli.engine_port import Engine, FoundModel, Model, check_skills
-from md3cli.errors import EngineError, Md3Error, OutputError, UsageError
+from md3cli.errors import DamagedPartError, EngineError, Md3Error, OutputError, UsageError
 from md3cli.outputs import OutputPlan
 from md3cli.progress import Progress
 from md3cli.progress import clock as duration
@@ -28,6 +28,7 @@ from md3cli.scale.bucket import Deliveries
 from md3cli.scale.ending import Ending
 from md3cli.scale.here import ShardsHere
 from md3cli.scale.layout import RunFolder
+from md3cli.scale.mending import damaged_journals, reopen_damaged
 from md3cli.scale.plan import Plan
 from md3cli.scale.ray_cluster import check_installed
 from md3cli.scale.run_options import RunOptions, write_run_options
@@ -85,7 +86,7 @@ def run_scaled(
             folder.wip.remove_temps()
         _check_store(folder, config, console)
         deliveries.fetch(files.run_info)
-        beginning = Beginning(folder, config, files, deliveries, source, model.identity, console.say)
+        beginning = Beginning(folder, config, files, deliveries, source, model.identity, console.say, console.warn)
         beginning.check_records()
         if config.output.overwrite:
             beginning.clear()
@@ -183,15 +184,15 @@ class _ScaledRun:
         """
         status = 1
         try:
+            for words in damaged_journals(self._folder, self._plan, self._queue.commits):
+                self._console.warn(words)
             self._run_shards()
-            if num_open := self._queue.num_open:
-                why = "their workers kept dying" if self._queue.given_up else "their markers are gone again"
-                raise EngineError(
-                    f"{num_open:,} of {self._plan.shards:,} shards are not done, for {why}; "
-                    "the same command tries them again"
-                )
-            with self._stop.interruptible():
-                status = self._ending.export(self._queue.commits)
+            try:
+                status = self._export()
+            except DamagedPartError:
+                self._reopen_damaged()
+                self._run_shards()
+                status = self._export()
         except BaseException as error:
             if isinstance(error, Interrupted):
                 status = error.exit_status
@@ -212,6 +213,25 @@ class _ScaledRun:
                 raise
             self._console.warn(f"while stopping: {error}")  # what breaks once a signal has come breaks of the stop
         self._stop.check()
+        if num_open := self._queue.num_open:
+            why = "their workers kept dying" if self._queue.given_up else "their markers are gone again"
+            raise EngineError(
+                f"{num_open:,} of {self._plan.shards:,} shards are not done, for {why}; "
+                "the same command tries them again"
+            )
+
+    def _export(self) -> int:
+        with self._stop.interruptible():
+            return self._ending.export(self._queue.commits)
+
+    def _reopen_damaged(self) -> None:
+        """Put shards whose parts are damaged back into the queue; the user is told."""
+        sound = dict(self._queue.commits)
+        for words in reopen_damaged(self._folder, self._plan, sound):
+            self._console.warn(words)
+        reopened = self._queue.commits.keys() - sound.keys()
+        self._queue.reopen(reopened)
+        self._ending.forget(reopened)
 
     def _driver(self) -> _Driver:
         config, options = self._config, RunOptions(self._config.model, self._config.decode)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from md3cli.scale.attempts import who_runs
 from md3cli.scale.commits import Commit, CommitLog
@@ -61,6 +61,12 @@ class ShardQueue:
         """Take the shard out: it is committed."""
         self._running.discard(shard)
         self._log.found[shard] = commit
+
+    def reopen(self, shards: Iterable[int]) -> None:
+        """Have committed shards done again."""
+        for shard in sorted(shards):
+            del self._log.found[shard]
+            self._own.append(shard)
 
     def put_back(self, shard: int) -> None:
         """Put the shard of a dead worker in front: it is the next to be taken."""

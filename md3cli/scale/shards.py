@@ -28,8 +28,8 @@ from md3cli.engine_port import Model
 from md3cli.errors import EngineError
 from md3cli.feed import make_decode_pool
 from md3cli.records import RecordDict
-from md3cli.scale.asking import Asking, ShardStopped, WarmModel, drop_others
-from md3cli.scale.attempts import AttemptJournal, ShardHistory, forget_attempts, read_history
+from md3cli.scale.asking import Asking, ShardStopped, WarmModel, history_of
+from md3cli.scale.attempts import AttemptJournal, ShardHistory, forget_attempts
 from md3cli.scale.commits import Commit, put_commit, read_commit
 from md3cli.scale.layout import METRICS, host_name, new_attempt, open_run_folder, part_name
 from md3cli.scale.plan import PlannedRow, PlanReader
@@ -139,8 +139,7 @@ class ShardRunner:
         started = time.monotonic()
         rows = self._reader.shard(shard)
         self.attempt = new_attempt()
-        history = read_history(self.folder, shard)
-        drop_others(history, rows)
+        history = history_of(self.folder, shard, rows)
         journal = AttemptJournal(self.folder, shard, self.attempt)
         on_start(shard, self.attempt)
         try:

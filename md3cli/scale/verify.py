@@ -8,18 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import IO
 
+from md3cli.journal_scan import DamagedLines, journal_lines
 from md3cli.records import printable
 from md3cli.scale.choosing import records_of
 from md3cli.scale.commits import Commit, CommitLog
 from md3cli.scale.export import read_exported
 from md3cli.scale.layout import PARTS, WIP, RunFolder, shard_of
-from md3cli.scale.plan import PlanReader
+from md3cli.scale.mending import sort_part
+from md3cli.scale.plan import PlannedRow, PlanReader
 from md3cli.scale.planning import Fingerprint
 
 _BLOCK_BYTES = 1 << 20
+_MOST_NAMED = 20  # damaged lines of a file
 
 
 class Verification:
@@ -71,7 +75,7 @@ class Verification:
             yield f"{commit.part} is missing"
             return
         if len(data) != commit.bytes or hashlib.sha256(data).hexdigest() != commit.sha256:
-            yield f"{commit.part} is not what its marker says"
+            yield f"{commit.part} is not what its marker says{_where(data, self._reader.shard(shard))}"
             return
         planned = [record_id for row in self._reader.shard(shard) for record_id in row.ids]
         found = _ids_in(data)
@@ -94,12 +98,31 @@ class Verification:
         records = printable(f"{store.uri}/{name}")
         try:
             with store.open(name) as file:
-                digest = _digest(file)
+                if _digest(file) == exported.sha256:
+                    return
+                file.seek(0)
+                yield f"{records} is not what was exported{_named(_damaged_in(file))}"
         except FileNotFoundError:
             yield f"{records} is gone; the same command exports it again"
-            return
-        if digest != exported.sha256:
-            yield f"{records} is not what was exported"
+
+
+def _where(data: bytes, rows: Sequence[PlannedRow]) -> str:
+    """Which lines of a part are no records of its shard, to be put behind a finding."""
+    return _named((number, number) for number in sort_part(data, rows)[1])
+
+
+def _damaged_in(file: IO[bytes]) -> Iterator[tuple[int, int]]:
+    """Yield the first and the last line, from 1, of what is no record."""
+    return ((lines.first, lines.last) for lines in journal_lines(file) if isinstance(lines, DamagedLines))
+
+
+def _named(places: Iterable[tuple[int, int]]) -> str:
+    """Name the first few places, to be put behind a finding."""
+    found = list(islice(places, _MOST_NAMED + 1))
+    if not found:
+        return ": its lines are whole, but values in them were changed, added or taken away"
+    numbers = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in found[:_MOST_NAMED])
+    return f": no whole record in line {numbers}{' and more' if len(found) > _MOST_NAMED else ''}"
 
 
 def _ids_in(data: bytes) -> list[str] | None:
