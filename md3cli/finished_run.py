@@ -92,7 +92,7 @@ def load_run_info(records_path: Path) -> RunInfo:
     Raises:
         InputError: the file is there and is not JSON.
     """
-    for path in _run_info_paths(records_path):
+    for path in run_info_paths(records_path):
         if path.is_file():
             try:
                 with path.open("rb") as file:
@@ -110,7 +110,8 @@ def has_run_info(records_path: Path) -> bool:
     return str(load_run_info(records_path).document.get("schema", "")).startswith("md3-run/")
 
 
-def _run_info_paths(records_path: Path) -> Iterator[Path]:
+def run_info_paths(records_path: Path) -> Iterator[Path]:
+    """Yield the places of the run.json of a records file, the likelier first."""
     name = records_path.name
     yield records_path.with_name("run.json" if name == RECORDS_NAME else f"{name}.run.json")
     if name.endswith(f".{RECORDS_NAME}"):

@@ -16,7 +16,7 @@ from typing import Any
 
 from md3cli.config import OutputOptions, RunConfig
 from md3cli.console import RunConsole
-from md3cli.damaged_lines import damage_words
+from md3cli.damaged_lines import damage_words, damaged_path
 from md3cli.early import SUFFIX as EARLY_SUFFIX
 from md3cli.early import EarlyRecords
 from md3cli.errors import MissingExtraError, OutputMismatchError, UsageError
@@ -160,7 +160,14 @@ def own_paths(plan: OutputPlan) -> tuple[Path, ...]:
         return ()
     files = plan.files
     early = files.journal.with_name(files.journal.name + EARLY_SUFFIX)
-    return (files.journal, files.run_info, files.lock, early, *(d.path for d in plan.documents))
+    return (
+        files.journal,
+        files.run_info,
+        files.lock,
+        early,
+        damaged_path(files.journal),
+        *(d.path for d in plan.documents),
+    )
 
 
 @dataclass(slots=True)

@@ -25,13 +25,15 @@ from md3cli.errors import Md3Error
 from md3cli.estimate import estimate
 from md3cli.failures import Failure, NamedFailures, command_for_all
 from md3cli.feed import Feed, make_pool, rows_ahead
+from md3cli.input_guard import check_not_input, files_in
 from md3cli.journal import Journal
 from md3cli.ordering import OrderedRecords
-from md3cli.output_guard import check_not_input
+from md3cli.output_guard import has_run_schema
 from md3cli.outputs import (
     PRINTABLE_FORMATS,
     TABLE,
     Output,
+    OutputPlan,
     check_replaceable,
     open_output,
     own_paths,
@@ -49,11 +51,13 @@ from md3cli.run_info import RunCounts, RunDocument
 from md3cli.scale.bucket import made_here
 from md3cli.scale.choosing import discard, is_run_there, run_folder_of
 from md3cli.scale.layout import RunFolder
+from md3cli.settings import CONFIG_FILE, user_config_dir
 from md3cli.signals import Interrupted, StopSignals
 from md3cli.source import Source, open_source
 from md3cli.streams import check_stdout
 from md3cli.timeline import Timeline
 from md3cli.unasked import Unasked
+from md3cli.walk import is_glob
 
 STATUS_FAILED_RECORDS = 3
 WAIT_SLICE_S = 0.2  # of waiting for a picture, so that a signal is seen soon
@@ -88,7 +92,7 @@ def _run(config: RunConfig, console: RunConsole, find: ModelFinder) -> int:
         return estimate(config, source, console, find=find)
     if config.is_dry_run:
         return dry_run(config, source, console)
-    check_not_input(outputs, config.source.inputs, config.argv)
+    check_not_input(outputs, _files_read(config, plan))
     check_replaceable(plan, may_overwrite=config.output.overwrite)
     check_not_empty(source, config.source, is_allowed=config.allow_empty)
     folder = run_folder_of(plan, config)
@@ -104,9 +108,20 @@ def _run(config: RunConfig, console: RunConsole, find: ModelFinder) -> int:
             plan = with_journal_aside(plan, stack)
         output = open_output(plan, config, console, source, model.identity)
         stack.callback(output.close)
-        if folder is not None and config.output.overwrite:
-            discard(folder)
         return _Run(config, console, source, model, output, stop, folder).to_the_end()
+
+
+def _files_read(config: RunConfig, plan: OutputPlan) -> Iterator[str]:
+    """What a run reads, however it was named: flags, environment, settings files.
+
+    A glob names no file of an OUTPUT that an earlier start began: a walk leaves those out.
+    """
+    model = config.model
+    is_begun = plan.files is not None and has_run_schema(plan.files.run_info)
+    yield from (path for path in config.source.inputs if not (is_begun and is_glob(path)))
+    yield from files_in(
+        (model.model, model.adapter, model.tokenizer, CONFIG_FILE, str(user_config_dir() / CONFIG_FILE))
+    )
 
 
 class _Run:
@@ -254,10 +269,14 @@ class _Run:
         self.timeline.note(time.monotonic() - self.started_at, num_done, is_last=is_last)
 
     def _write(self, records: Sequence[RecordDict]) -> None:
-        if self.exported_folder is not None:  # out of date from now on
-            discard(self.exported_folder)
-            self.exported_folder = None
+        folder, self.exported_folder = self.exported_folder, None
+        # Out of date from now on; one that is not exported, which only --overwrite leaves, is all there is until then.
+        is_kept = folder is not None and self.config.output.overwrite
+        if folder is not None and not is_kept:
+            discard(folder)
         self.output.write(records)
+        if folder is not None and is_kept:
+            discard(folder)
         for record in records:
             self.failures.note(record)
         if self.console.is_verbose and self.output.plan.stdout != TABLE:

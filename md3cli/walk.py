@@ -169,7 +169,7 @@ def _filter_regex(pattern: str) -> re.Pattern[str]:
 class Walk:
     """How to walk, and in `skipped` how many entries were left out, by reason.
 
-    What md3 wrote itself is left out: files whose path, links followed, is in `own_files`, and all below a folder
+    What md3 wrote itself is left out: what has a path, links followed, in `own_files`, and all below a folder
     that has a file `.md3` or is a format's folder beside a run.json of md3; but never the folder walked itself.
     """
 
@@ -198,7 +198,7 @@ class Walk:
             elif not entry.is_folder or self.is_meant_as_file(root, path, entry):
                 if not self._is_wanted(path, glob):
                     continue
-                if level.is_own or (self.own_files and os.path.realpath(f"{root}/{path}") in self.own_files):
+                if level.is_own or self._is_own_path(f"{root}/{path}"):
                     self.skipped[OWN_FILES] += 1
                 else:
                     yield path
@@ -206,7 +206,8 @@ class Walk:
                 is_linked = level.is_linked or entry.is_link
                 if not self.follow_links or self._is_new(f"{root}/{path}", seen, is_linked):
                     folder = f"{root}/{path}"
-                    is_own = level.is_own or self.is_own(folder) or (level.is_run and entry.name in OWN_FOLDER_NAMES)
+                    is_document = level.is_run and entry.name in OWN_FOLDER_NAMES
+                    is_own = level.is_own or self.is_own(folder) or is_document or self._is_own_path(folder)
                     entries = iter(self.entries(folder))
                     levels.append(_Level(path, entries, is_linked, is_own, self.is_run_folder(folder)))
 
@@ -256,6 +257,9 @@ class Walk:
             return
         for name in natural_sorted(names):
             yield Entry(name, name in folders, folders.get(name, False))
+
+    def _is_own_path(self, path: str) -> bool:
+        return bool(self.own_files) and os.path.realpath(path) in self.own_files
 
     def is_own(self, folder: str) -> bool:
         """Whether md3 made a folder, as a file `.md3` in it says, whatever the file holds."""

@@ -27,6 +27,9 @@ LAYERS = {
     "md3cli.evaluate": "finished",
     "md3cli.finished_run": "finished",
     "md3cli.svg_path": "finished",
+    "md3cli.input_guard": "finished",  # asks run.json where a finished run has its files
+    "md3cli.output_guard": "finished",
+    "md3cli.verification": "finished",
     "md3cli.pipeline": "pipeline",
     "md3cli.dry_run": "pipeline",
     "md3cli.estimate": "pipeline",

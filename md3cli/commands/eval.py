@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from md3cli.errors import UsageError
+from md3cli.input_guard import check_none_is_read, check_not_input, files_of_run
 from md3cli.printing import say
 from md3cli.streams import check_stdout
 
@@ -48,8 +49,12 @@ def eval_(
         raise UsageError("nothing to compare with; give --gt FILE, or --compare OTHER.jsonl")
     check_stdout()
     limits = [_limit(text) for text in fail_under or ()]
-    found, truths = find_records(records), [load_truth(path) for path in gt or ()]
-    evaluation = compare_runs(found, find_records(compare), truths) if compare else evaluate(found, truths)
+    found = find_records(records)
+    other = None if compare is None else find_records(compare)
+    if output is not None:
+        _check_written(output, [*files_of_run(found), *(files_of_run(other) if other else ()), *(gt or ())])
+    truths = [load_truth(path) for path in gt or ()]
+    evaluation = compare_runs(found, other, truths) if other else evaluate(found, truths)
     say(_document(evaluation) if as_json else table(evaluation))
     for note in evaluation.notes:
         say(f"note: {note}", err=True)
@@ -91,6 +96,13 @@ def _below(sections: Sequence[Section], name: str | None, least: float) -> list[
 
 def _document(evaluation: Evaluation) -> str:
     return json.dumps(evaluation.to_json(), ensure_ascii=False, indent=1, allow_nan=False)
+
+
+def _check_written(folder: Path, read: Sequence[Path]) -> None:
+    """Refuse files of the folder that are read, and links to pictures; figures of an earlier time are replaced."""
+    figures = list(folder.glob("*.png"))
+    check_none_is_read(figures, read)
+    check_not_input([folder / "eval.json", *(path for path in figures if path.is_symlink())], read)
 
 
 def _write(evaluation: Evaluation, folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from md3cli.errors import UsageError
+from md3cli.input_guard import check_not_input, files_of_run
 from md3cli.records import printable
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ def report(
     if root is not None and not root.exists():
         raise UsageError(f"--root {printable(str(root))} is not there; name the folder the pictures are in")
     found = find_records(records)
+    page = output if output.suffix else output / "index.html"
+    check_not_input([page], [*files_of_run(found), *(gt or ())])
     sections: tuple[Section, ...] = ()
     if gt:
         from md3cli.evaluate import evaluate, load_truth

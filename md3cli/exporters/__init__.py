@@ -14,7 +14,7 @@ from typing import Protocol, cast
 from md3cli.errors import UsageError
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.finished_run import find_records
-from md3cli.records import printable
+from md3cli.input_guard import check_not_input, files_of_run
 
 __all__ = ["FORMATS", "RUN_FOLDER_NAMES", "ExportOptions", "ExportReport", "export_records", "format_of"]
 
@@ -68,7 +68,7 @@ def export_records(records_path: Path, format: str, out: Path, options: ExportOp
     if format not in _MODULES:
         raise UsageError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
     records = find_records(records_path)
-    if out.exists() and out.samefile(records):
-        raise UsageError(f"{printable(str(out))} is the records file itself; name another -o")
+    read = [*files_of_run(records), *([options.coco_ids_from] if options.coco_ids_from is not None else [])]
+    check_not_input([out, out.with_suffix(".xml")] if format == "labelstudio" else [out], read)
     export = cast(_Export, import_module(f"md3cli.exporters.{_MODULES[format]}").export)
     return export(records, out, options)
