@@ -73,7 +73,7 @@ def segment_iou(record: Mapping[str, Any], mask: Mask) -> float:
     """Overlap of the drawn paths with the pixels that can be seen of the shape."""
     height, width = mask.shape
     drawn: Mask = np.zeros_like(mask)
-    for segment in segments(record, width, height):
+    for segment in segments(dict(record), width, height):
         if segment.has_mask:
             patch = fill(segment.rings, width, height).patch()
             rows, cols = patch.pixels.shape

@@ -15,7 +15,6 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +45,7 @@ class FoundPicture(ImageItem):
     sha256: str | None = None
 
 
-def pillow_decodes(content: bytes, formats: Sequence[str] | None = None) -> bool:
+def pillow_decodes(content: bytes, formats: tuple[str, ...] | None = None) -> bool:
     """Return whether plain Pillow, and so `datasets`, decodes a file: one it cannot stops the loop over the set."""
     from PIL import Image
 
