@@ -49,7 +49,7 @@ from md3cli.records import RETRYABLE, RecordDict, Request, SourceRow
 from md3cli.request_ids import RequestIds
 from md3cli.run_info import RunCounts, RunDocument
 from md3cli.scale.bucket import made_here
-from md3cli.scale.choosing import discard, is_run_there, run_folder_of
+from md3cli.scale.choosing import discard, is_run_there, is_unfinished, run_folder_of
 from md3cli.scale.layout import RunFolder
 from md3cli.settings import CONFIG_FILE, user_config_dir
 from md3cli.signals import Interrupted, StopSignals
@@ -270,8 +270,8 @@ class _Run:
 
     def _write(self, records: Sequence[RecordDict]) -> None:
         folder, self.exported_folder = self.exported_folder, None
-        # Out of date from now on; one that is not exported, which only --overwrite leaves, is all there is until then.
-        is_kept = folder is not None and self.config.output.overwrite
+        # It is out of date from now on; but one that is not exported, which --overwrite leaves, holds all there is.
+        is_kept = folder is not None and is_unfinished(folder, has_records=True)
         if folder is not None and not is_kept:
             discard(folder)
         self.output.write(records)

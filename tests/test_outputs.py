@@ -137,3 +137,18 @@ def test_only_what_is_there_is_told_as_written() -> None:
     for name in ("coco.json", "records.jsonl"):
         Path("run", name).touch()
     assert written_paths(found) == ["run/coco.json", "run/records.jsonl"]
+
+
+@pytest.mark.parametrize(("formats", "words"), [((), "a run folder needs"), (("yolo",), "yolo needs")])
+def test_a_file_in_the_place_of_a_folder_is_named(formats: tuple[str, ...], words: str) -> None:
+    Path("afile").write_text("mine")
+    with pytest.raises(UsageError, match=f"afile is a file; {words} a folder; name another -o"):
+        plan("afile/", *formats)
+
+
+def test_a_run_json_too_large_for_any_run_is_not_read() -> None:
+    Path("out").mkdir()
+    with Path("out/run.json").open("wb") as file:
+        file.truncate(1 << 40)  # a hole
+    with pytest.raises(OutputMismatchError, match="more than 64 MiB"):
+        check_replaceable(plan("out/", "coco"), may_overwrite=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from md3cli.config import RunConfig
-from md3cli.early import SUFFIX as EARLY_SUFFIX
 from md3cli.empty_input import check_found
 from md3cli.journal_scan import first_record
 from md3cli.records import RunIdentity
@@ -42,12 +41,6 @@ class Beginning:
         self._source, self._identity, self._say, self._warn = source, identity, say, warn
         self._wanted = plan_config(config, identity, source.root)
         self.num_adopted = 0
-
-    def clear(self) -> None:
-        """For --overwrite: nothing of earlier runs stays."""
-        discard(self._folder)
-        for path in (self._files.journal, self._files.journal.with_name(self._files.journal.name + EARLY_SUFFIX)):
-            self._deliveries.remove(path)
 
     def check_records(self) -> None:
         """Refuse a records file that is not this run's, where neither run.json nor a plan says so.
@@ -92,7 +85,8 @@ class Beginning:
             except PlanOvertakenError as overtaken:
                 plan = overtaken.plan
             else:
-                self._adopt(self._folder, made)
+                if not self._config.output.overwrite:
+                    self._adopt(self._folder, made)
                 plan = put_plan(self._folder, made)
         check_config(plan, self._wanted)
         return plan

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from pathlib import Path
 
 from md3cli.config import RunConfig
 from md3cli.errors import UsageError
@@ -46,7 +47,10 @@ def is_run_there(folder: RunFolder, files: OutputPaths, config: RunConfig) -> bo
     """Whether this command runs in its run folder; in a bucket all do, for nothing can be appended to there."""
     if config.output.address is not None or config.scale.needs_run_folder:
         return True
-    return not config.output.overwrite and is_unfinished(folder, has_records=files.journal.exists())
+    if config.output.overwrite:
+        return False
+    former = former_of(folder)  # a start over was killed before its first record: what it set aside comes back
+    return (former is not None and former.is_dir()) or is_unfinished(folder, has_records=files.journal.exists())
 
 
 def is_unfinished(folder: RunFolder, *, has_records: bool) -> bool:
@@ -67,7 +71,20 @@ def records_of(folder: RunFolder) -> tuple[Store, str]:
     return store, aside if store.modified_at(aside) is not None else output
 
 
+def former_of(folder: RunFolder) -> Path | None:
+    """Where a start over keeps the former run folder until it has a record; None in a bucket."""
+    store = folder.store
+    return store.root.with_name(f"{store.root.name}-former") if isinstance(store, LocalStore) else None
+
+
 def discard(folder: RunFolder) -> None:
+    """Remove a run folder and its journals, and what a start over set aside; for who holds OUTPUT's lock."""
+    remove_run(folder)
+    if (former := former_of(folder)) is not None:
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def remove_run(folder: RunFolder) -> None:
     """Remove a run folder and its journals, if they are there; for the process that holds OUTPUT's lock."""
     folder.store.remove_all()
     if folder.wip is not folder.store:

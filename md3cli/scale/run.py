@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +32,7 @@ from md3cli.scale.layout import RunFolder
 from md3cli.scale.mending import damaged_journals, reopen_damaged
 from md3cli.scale.plan import Plan
 from md3cli.scale.ray_cluster import check_installed
+from md3cli.scale.replacing import FormerRun
 from md3cli.scale.run_options import RunOptions, write_run_options
 from md3cli.scale.shard_queue import ShardQueue
 from md3cli.scale.supervisor import Supervisor, seats_of
@@ -87,9 +89,14 @@ def run_scaled(
         _check_store(folder, config, console)
         deliveries.fetch(files.run_info)
         beginning = Beginning(folder, config, files, deliveries, source, model.identity, console.say, console.warn)
-        beginning.check_records()
+        former = FormerRun(folder, outputs, deliveries)
         if config.output.overwrite:
-            beginning.clear()
+            former.set_aside()
+            stack.callback(former.put_back)
+        else:
+            if config.scale.world_size == 1:
+                former.put_back()
+            beginning.check_records()
         document = None
         if config.scale.world_size == 1:
             document = _document(config, files, source, model, deliveries.address_of(files.run_info))
@@ -102,7 +109,8 @@ def run_scaled(
             console.say(f"{beginning.num_adopted:,} records of an earlier start are taken over")
         write_run_options(folder, RunOptions(config.model, config.decode), config.argv)
         ending = Ending(config, console, outputs, folder, deliveries, plan, model.identity, document)
-        return _ScaledRun(config, console, folder, plan, model, stop, ending).to_the_end()
+        give_way = partial(former.give_way, document)
+        return _ScaledRun(config, console, folder, plan, model, stop, ending, give_way).to_the_end()
 
 
 def _make_folder(folder: Path) -> None:
@@ -150,6 +158,7 @@ def _document(config: RunConfig, files: OutputPaths, source: Source, model: Mode
         root=source.root,
         is_resume=not config.output.overwrite,
         shown=shown,
+        is_held=config.output.overwrite,
     )
 
 
@@ -165,7 +174,10 @@ class _ScaledRun:
         model: Model,
         stop: StopSignals,
         ending: Ending,
+        give_way: Callable[[], None],
     ) -> None:
+        """`give_way` is called once there are new records."""
+        self._give_way = give_way
         self._config, self._console, self._folder, self._plan = config, console, folder, plan
         self._model, self._stop, self._ending = model, stop, ending
         self._queue = ShardQueue(folder, plan.shards, config.scale.rank, config.scale.world_size)
@@ -221,6 +233,7 @@ class _ScaledRun:
             )
 
     def _export(self) -> int:
+        self._give_way()  # also where nothing was asked
         with self._stop.interruptible():
             return self._ending.export(self._queue.commits)
 
@@ -249,6 +262,8 @@ class _ScaledRun:
         """Between any two steps: look for a signal, for what others did, and tell how far the run is."""
         if self._stop.received is not None:
             driver.stop()
+        if driver.num_ok or driver.num_failed or self._queue.commits:
+            self._give_way()
         now = time.monotonic()
         if self._config.scale.world_size > 1 and now - self._looked_at >= LOOK_INTERVAL_S:
             self._looked_at = now
