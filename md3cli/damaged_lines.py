@@ -69,7 +69,8 @@ def keep_damaged(path: Path, fd: int, spans: Iterable[tuple[int, int]]) -> None:
 
 
 def _open(path: Path) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # the copies would be written into whatever it leads to
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | no_link, 0o666)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(0, "not a regular file")

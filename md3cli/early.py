@@ -74,7 +74,9 @@ class EarlyRecords:
     def _rewrite(self, waiting: Sequence[RecordDict]) -> None:
         """A file of what waits and of what was left and has not had its turn, in the old one's place."""
         records = list({record["id"]: record for record in (*self._left.values(), *waiting)}.values())
-        fd = os.open(self._temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(FileNotFoundError):
+            self._temp.unlink()  # a killed writer's, or a link that somebody else has put there
+        fd = os.open(self._temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             _write_bytes(fd, _head_of(self._journal_path))
             _write_all(fd, records)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from md3cli.errors import OutputMismatchError
 from md3cli.exporters.own_outputs import check_not_foreign
+from md3cli.finished_run import RECORDS_NAME
 from md3cli.input_guard import head_of
 from md3cli.marker import has_marker
 from md3cli.records import SCHEMA, printable
@@ -25,8 +26,14 @@ def check_not_foreign_run(journal: Path, run_info: Path) -> None:
     """Refuse a run.json or a records file that md3 did not write, where its own would stand.
 
     Raises:
-        OutputMismatchError: one is something else; a damaged run.json beside records of md3 is none.
+        OutputMismatchError: one is something else, or a link that the user did not name; a damaged run.json beside records of md3 is none.
     """
+    for path in (run_info, *([journal] if journal.name.endswith(f".{RECORDS_NAME}") else [])):
+        if path.is_symlink():  # not what the user named, so perhaps put there by another
+            raise OutputMismatchError(
+                f"{printable(str(path))} is a link, and md3 would write to what it leads to; remove it, or choose "
+                "another -o"
+            )
     is_ours = begins_with_record(journal)
     if run_info.exists() and not (is_ours or has_run_schema(run_info)):
         raise OutputMismatchError(

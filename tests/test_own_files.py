@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from program import Program, isolate, make_pictures, records_of, start
 
+from md3cli.early import EarlyRecords
 from md3cli.marker import foreign_file, remove_written, written_paths
 
 
@@ -206,6 +207,56 @@ def test_an_export_through_a_link_replaces_the_folder_and_keeps_the_link(md3: Pr
     assert md3("export", "r.jsonl", "-f", "yolo", "-o", "link", "--overwrite").exit_code == 0
     assert Path("link").is_symlink()
     assert Path("set/data.yaml").is_file()
+
+
+# -- links planted where md3 writes ---------------------------------------------------------------
+
+
+def targets_of(run: str) -> list[str]:
+    """Names beside a journal that md3 writes without asking."""
+    return [f"{run}{suffix}" for suffix in (".lock", ".early", ".early.new", ".damaged", ".run.json")]
+
+
+@pytest.mark.parametrize("name", targets_of("o.jsonl"))
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_nothing_is_written_through_a_planted_link(md3: Program, name: str, is_damaged: bool) -> None:
+    """In a folder that others write to too, no file outside is made, emptied or changed."""
+    victim = Path("../victim")
+    victim.write_text("mine\n")
+    if is_damaged:
+        md3("caption", "img", "-o", "o.jsonl")
+        lines = Path("o.jsonl").read_bytes().splitlines(keepends=True)
+        Path("o.jsonl").write_bytes(lines[0] + b"damage\n" + lines[1])
+    Path(name).unlink(missing_ok=True)
+    os.symlink(victim, name)
+    result = md3("caption", "img", "-o", "o.jsonl")
+    assert victim.read_text() == "mine\n"
+    assert "unexpected" not in result.stderr
+    if name.endswith(".lock"):
+        assert result.exit_code == 1
+        assert "is a link" in result.stderr
+
+
+@pytest.mark.parametrize("name", targets_of("o.jsonl"))
+def test_a_link_into_nothing_makes_no_file_elsewhere(md3: Program, name: str) -> None:
+    os.symlink("../victim", name)
+    result = md3("caption", "img", "-o", "o.jsonl")
+    assert not Path("../victim").exists()
+    assert "unexpected" not in result.stderr
+
+
+def test_answers_kept_ahead_are_not_written_through_links(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    journal = tmp_path / "o.jsonl"
+    journal.touch()
+    for name in ("o.jsonl.early", "o.jsonl.early.new"):
+        (tmp_path / name).symlink_to(victim)
+    early = EarlyRecords(journal, is_done=lambda _: False)
+    record = {"schema": "md3/1", "id": "x", "error": None}
+    early.keep([record], lambda: [record])  # type: ignore[list-item]
+    early.close()
+    assert victim.read_text() == "mine"
 
 
 # -- pictures in exports -------------------------------------------------------------------------

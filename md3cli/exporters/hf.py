@@ -25,7 +25,7 @@ from md3cli.exporters.publishing import StagedFolder, staged_folder
 
 METADATA = "metadata.jsonl"
 _NOT_LOADED = frozenset({".avif", ".heic", ".heif"})  # by ImageFolder of datasets 5.2: written as PNG instead
-_LOADED = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "TIFF", "BMP")  # whatever the suffix says
+_LOADED = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")  # whatever the suffix says; MPO is opened as JPEG
 # What `datasets` takes for the name of another split in a folder's name, at any depth (data_files.py).
 _SPLIT = re.compile(r"(?<![^-._ 0-9])(validation|valid|dev|val|test|testing|eval|evaluation)(?![^-._ 0-9])")
 _PATTERN = str.maketrans("[]{}", "____")
