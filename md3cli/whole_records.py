@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -229,18 +230,26 @@ def _is_whole(record: RecordDict) -> bool:
 
 # -- whose record it is --------------------------------------------------------------------------------
 
+_HEAD_BYTES = f'{{"schema":"{SCHEMA}","id":"'.encode()
+
 
 def is_record_of(line: bytes, record_id: str, image: str | None, request: Request) -> bool:
     """Whether a whole line is the record of this request: its id, image, task and prompt are the request's."""
-    head = b'{"schema":"%s","id":"%s","image":%s,' % (SCHEMA.encode(), record_id.encode(), _as_written(image))
-    asked = b'"task":"%s","prompt":%s,' % (request.task.encode(), _as_written(request.prompt))
-    if line.startswith(head) and line.startswith(asked, line.find(b'"task":', len(head))):
+    head = b'%s%s","image":%s,' % (_HEAD_BYTES, record_id.encode(), _as_written(image))
+    if line.startswith(head) and line.startswith(
+        _asked(request.task, request.prompt), line.find(b'"task":', len(head))
+    ):
         return True
     record = read_record(line)  # written by somebody else, or another's
     if record is None or record["id"] != record_id:
         return False
     found = [_as_written(record[key]) for key in ("image", "task", "prompt")]
     return found == [_as_written(value) for value in (image, str(request.task), request.prompt)]
+
+
+@lru_cache(maxsize=1024)  # a run has few requests, and each is compared with every line
+def _asked(task: Task, prompt: str | None) -> bytes:
+    return b'"task":"%s","prompt":%s,' % (task.encode(), _as_written(prompt))
 
 
 def _as_written(value: str | None) -> bytes:
