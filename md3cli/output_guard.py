@@ -26,7 +26,8 @@ def check_not_foreign_run(journal: Path, run_info: Path) -> None:
     """Refuse a run.json or a records file that md3 did not write, where its own would stand.
 
     Raises:
-        OutputMismatchError: one is something else, or a link that the user did not name; a damaged run.json beside records of md3 is none.
+        OutputMismatchError: one is something else, or a link that the user did not name. A damaged run.json beside
+            records of md3 is not refused.
     """
     for path in (run_info, *([journal] if journal.name.endswith(f".{RECORDS_NAME}") else [])):
         if path.is_symlink():  # not what the user named, so perhaps put there by another
