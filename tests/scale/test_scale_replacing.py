@@ -97,7 +97,9 @@ def test_what_a_killed_start_over_set_aside_comes_back(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("many", [(), MANY])
-@pytest.mark.parametrize("at", [1, 4, 8, 12, 16, 20, 24, 28, 33, 38, 44, 50])
+@pytest.mark.parametrize(
+    "at", [8, 20, 33, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 4, 12, 16, 24, 28, 38, 44, 50))]
+)
 def test_a_start_over_that_is_killed_leaves_old_or_new_records(finished: Path, at: int, many: tuple[str, ...]) -> None:
     asked = ("caption", "pictures", "--length", "short", "-o", "out/", "-f", "csv", "--overwrite", *many)
     old = (finished / "out/records.jsonl").read_bytes()
