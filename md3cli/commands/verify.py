@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 
-Run = Annotated[
-    str, typer.Argument(metavar="RUN", help="What stood after -o: a file, a folder or an address.")
-]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="What stood after -o: a file, a folder or an address.")]
 
 
 @app.command(epilog="Example: md3 verify run/")
