@@ -25,7 +25,7 @@ def check_not_input(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> No
 
     Args:
         outputs: every file that is written; those that are not there are harmless.
-        inputs: what is read: paths and globs; folders, addresses and `-` are passed over.
+        inputs: what is read: paths, globs, and `-` for stdin; folders and addresses are passed over.
 
     Raises:
         UsageError: one is an input or a picture, under whatever name.
@@ -73,6 +73,8 @@ def head_of(path: Path, num_bytes: int) -> bytes:
 
 def _is_same(output: Path, path: str) -> bool:
     try:
+        if path == "-":  # `md3 run - <list.csv -o list.csv`
+            return os.path.samestat(os.fstat(0), output.stat())
         if is_glob(path) and not os.path.exists(path):
             return _is_matched(output, path)
         return os.path.isfile(path) and os.path.samefile(output, path)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from program import Program, isolate, make_pictures, records_of
+from program import Program, clean_environment, isolate, make_pictures, records_of
 
 
 @pytest.fixture
@@ -145,6 +147,34 @@ def test_ground_truth_is_not_written_over(md3: Program) -> None:
     Path("scores/eval.json").unlink()
     os.symlink("../img/p0.png", "scores/eval.json")
     assert_refused(md3, "eval", "run", "--compare", "run", "-o", "scores", kept=Path("img/p0.png"), word="a picture")
+
+
+@pytest.mark.parametrize("name", ["eval.json", "boxes-pr.png", "boxes-reliability.png"])
+def test_scores_take_nobody_elses_place(md3: Program, name: str) -> None:
+    finished(md3)
+    kept = Path("scores", name)
+    kept.parent.mkdir()
+    kept.write_text('{"mine": 1}')
+    word = "was not written by md3 eval"
+    assert_refused(md3, "eval", "run", "--compare", "run", "-o", "scores", kept=kept, word=word)
+    kept.rename(kept.with_name("notes.json"))
+    for _ in range(2):  # what it wrote itself is replaced
+        assert md3("eval", "run", "--compare", "run", "-o", "scores").exit_code == 0
+    assert json.loads(Path("scores/eval.json").read_text())["schema"] == "md3-eval/1"
+
+
+def test_a_list_on_stdin_is_not_written_over(tmp_path: Path) -> None:
+    rows = tmp_path / "list.csv"
+    rows.write_text("image\na.png\n")
+    command = [sys.executable, "-m", "md3cli", "run", "-", "--task", "caption", "-m", "tiny", "-o", "list.csv"]
+    with rows.open("rb") as stdin:
+        environment = clean_environment(tmp_path / "home")
+        done = subprocess.run(
+            [*command, "--overwrite"], cwd=tmp_path, env=environment, stdin=stdin, capture_output=True, text=True
+        )
+    assert done.returncode == 2
+    assert "list.csv is an input of this command" in done.stderr
+    assert rows.read_text() == "image\na.png\n"
 
 
 def test_the_same_command_still_goes_on(md3: Program) -> None:

@@ -12,6 +12,8 @@ import typer
 from md3cli.errors import UsageError
 from md3cli.input_guard import check_none_is_read, check_not_input, files_of_run
 from md3cli.printing import say
+from md3cli.records import printable
+from md3cli.run_facts import read_document
 from md3cli.streams import check_stdout
 
 if TYPE_CHECKING:
@@ -99,10 +101,21 @@ def _document(evaluation: Evaluation) -> str:
 
 
 def _check_written(folder: Path, read: Sequence[Path]) -> None:
-    """Refuse files of the folder that are read, and links to pictures; figures of an earlier time are replaced."""
-    figures = list(folder.glob("*.png"))
+    """Refuse a folder whose eval.json or figures are read, links to pictures, or somebody else's."""
+    from md3cli.evaluate import EVAL_SCHEMA
+
+    document, figures = folder / "eval.json", list(folder.glob("*.png"))
     check_none_is_read(figures, read)
-    check_not_input([folder / "eval.json", *(path for path in figures if path.is_symlink())], read)
+    check_not_input([document, *(path for path in figures if path.is_symlink())], read)
+    if read_document(document).get("schema") == EVAL_SCHEMA:
+        return
+    foreign = next((path for path in (document, *figures) if path.exists() and _is_written_name(path.name)), None)
+    if foreign is not None:
+        raise UsageError(f"{printable(str(foreign))} was not written by md3 eval, so it stays; name another -o")
+
+
+def _is_written_name(name: str) -> bool:
+    return name.endswith(("eval.json", "-pr.png", "-reliability.png"))
 
 
 def _write(evaluation: Evaluation, folder: Path) -> None:
