@@ -37,11 +37,11 @@ def repair_words(file: str, damaged: Sequence[DamagedLines], copies: str) -> str
     count = sum(lines.last - lines.first + 1 for lines in damaged)
     named = [str(lines.first) if lines.first == lines.last else f"{lines.first} to {lines.last}" for lines in damaged]
     more = f" and {len(named) - _MOST_NAMED:,} more places" if len(named) > _MOST_NAMED else ""
-    where = f"{', '.join(named[:_MOST_NAMED])}{more}"
-    noun, answered = ("line", "it") if count == 1 else ("lines", "they")
+    places = f"{', '.join(named[:_MOST_NAMED])}{more}"
+    where, they = (f"line {places} was", "it") if count == 1 else (f"lines {places} were", "they")
     return (
-        f"repaired {printable(file)}: {count:,} damaged {noun} ({where}), copied to {printable(copies)}; "
-        f"what {answered} answered is done again"
+        f"repaired {printable(file)}: {where} damaged, copied to {printable(copies)}; "
+        f"what {they} answered is done again"
     )
 
 

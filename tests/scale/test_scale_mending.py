@@ -86,7 +86,7 @@ def test_a_damaged_line_of_an_attempt_costs_itself(
     journal = leave_journal(run, 1)
     damaged = damage_line(journal, change)
     result = md3("caption", pictures, "-o", out)
-    assert f"repaired {journal}: 1 damaged line ({LINE}), copied to {run}/damaged/00001.jsonl" in result.stderr
+    assert f"repaired {journal}: line {LINE} was damaged, copied to {run}/damaged/00001.jsonl" in result.stderr
     assert (run / "damaged/00001.jsonl").read_bytes() == damaged
     assert (result.exit_code, md3.num_answered, out.read_bytes()) == (0, 1, expected)
 
@@ -105,7 +105,7 @@ def test_a_damaged_line_of_a_committed_part_costs_itself(
     found = md3("verify", out)
     assert f"shard 1: parts/{part.name} is not what its marker says: no whole record in line {LINE}\n" in found.output
     result = md3("caption", pictures, "-o", out)
-    assert f"repaired {part}: 1 damaged line ({LINE}), copied to {run}/damaged/00001.jsonl" in result.stderr
+    assert f"repaired {part}: line {LINE} was damaged, copied to {run}/damaged/00001.jsonl" in result.stderr
     assert (run / "damaged/00001.jsonl").read_bytes() == damaged
     assert (result.exit_code, md3.num_answered, out.read_bytes()) == (0, 1, expected)
     assert md3("verify", out).exit_code == 0
@@ -163,7 +163,7 @@ def test_damage_in_records_that_are_taken_over(
     expected = out.read_bytes()
     damaged = damage_line(out, change)
     result = md3("caption", pictures, "-o", out, *MANY)
-    assert f"repaired {out}: 1 damaged line ({LINE}), copied to {out}.damaged" in result.stderr
+    assert f"repaired {out}: line {LINE} was damaged, copied to {out}.damaged" in result.stderr
     assert Path(f"{out}.damaged").read_bytes() == damaged
     assert (result.exit_code, md3.num_answered, out.read_bytes()) == (0, 1, expected)
 
@@ -183,5 +183,5 @@ def test_damage_in_the_exported_records_is_reported(
     assert ("its lines are whole" if is_whole else f"no whole record in line {LINE}") in found.output
     assert md3("status", out, "--json").exit_code == 0
     result = md3("caption", pictures, "-o", out)
-    assert ("was changed by something else" if change is None else f"(line {LINE})") in result.stderr
+    assert ("was changed by something else" if change is None else f"line {LINE} was damaged") in result.stderr
     assert (out.read_bytes() == expected) == (change is not None)
