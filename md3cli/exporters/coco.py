@@ -95,6 +95,7 @@ class _Writer:
         file.write(b"]\n")
 
     def notes(self, survey: Survey) -> Iterator[str]:
+        """Yield what was left out of the document and where else it can be had, a sentence each."""
         yield from survey.notes()
         if self._num_points and not self._options.keypoints:
             yield f"{self._num_points} points were left out; --keypoints writes them as one-keypoint categories"
