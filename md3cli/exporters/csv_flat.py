@@ -11,7 +11,7 @@ import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 from md3cli.exporters.choices import COLUMN_PREFIX, choice_scores, column_notes, find_choices
 from md3cli.exporters.objects import boxes, points, segments
@@ -37,7 +37,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     num_records, num_long, notes = 0, 0, list[str]()
     with replaced_file(out, overwrite=options.overwrite) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        table = csv.writer(text, lineterminator="\n")
+        table = csv.writer(_LineFeeds(text), lineterminator="\r\n")
         table.writerow(map(_safe, columns))
         for record in read_records(records, notes):
             num_records += 1
@@ -52,6 +52,16 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
             f"{cells_are} longer than the {CELL_LIMIT:,} characters a spreadsheet takes; the file has them whole"
         )
     return ExportReport("csv", out, num_records, notes=(*notes, *column_notes(choices)))
+
+
+class _LineFeeds(NamedTuple):
+    """Ends rows with a line feed, of a writer that ends them with CR LF: only such a one quotes both in a cell."""
+
+    file: TextIO
+
+    def write(self, row: str) -> int:
+        """Write one row."""
+        return self.file.write(row.removesuffix("\r\n") + "\n")
 
 
 def _safe(value: Any) -> Any:

@@ -28,7 +28,7 @@ _NOT_LOADED = frozenset({".avif", ".heic", ".heif"})  # by ImageFolder of datase
 _LOADED = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")  # whatever the suffix says; MPO is opened as JPEG
 # What `datasets` takes for the name of another split in a folder's name, at any depth (data_files.py).
 _SPLIT = re.compile(r"(?<![^-._ 0-9])(validation|valid|dev|val|test|testing|eval|evaluation)(?![^-._ 0-9])")
-_PATTERN = str.maketrans("[]{}", "____")
+_READ = str.maketrans("[]{}$%", "______")  # as patterns, and as variables of the environment ($HOME, %TEMP%)
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
@@ -90,8 +90,8 @@ def _names(image: str) -> Iterator[PurePosixPath]:
 
 
 def _plain(name: PurePosixPath) -> PurePosixPath:
-    """`name` without what `datasets` reads as a pattern, a chain (`::`), a folder (`\\`), hidden or another split."""
-    parts = [part.translate(_PATTERN) for part in portable(name).parts]
+    """`name` without what `datasets` reads as a pattern, a variable, a chain (`::`), a folder (`\\`), hidden or another split."""
+    parts = [part.translate(_READ) for part in portable(name).parts]
     parts = [f"_{part.lstrip('._')}" if part.startswith((".", "__")) else part for part in parts]
     return PurePosixPath(*(_SPLIT.sub(r"\1~", part) for part in parts[:-1]), parts[-1])
 

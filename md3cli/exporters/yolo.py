@@ -90,11 +90,12 @@ def _add_image(folder: StagedFolder, group: ImageGroup, lines: Iterator[str], pi
 
 
 def _names(image: str) -> Iterator[PurePosixPath]:
-    """Names of a label file, best first; none is in a folder called `images`."""
+    """Names of a label file, best first; none is in a folder called `images`, or hidden: trainers pass those over."""
     has_suffix = relative_name(image).suffix.lower() in PICTURE_SUFFIXES
     for name in map(portable, candidates(image, ".txt", keep_suffix=not has_suffix)):
-        folders = ("images_" if part == "images" else part for part in name.parts[:-1])
-        yield PurePosixPath(*folders, name.name)
+        parts = [f"_{part[1:]}" if part.startswith(".") else part for part in name.parts]
+        folders = ("images_" if part == "images" else part for part in parts[:-1])
+        yield PurePosixPath(*folders, parts[-1])
 
 
 def _picture_suffix(image: str) -> str:

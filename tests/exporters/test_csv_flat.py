@@ -92,6 +92,15 @@ def test_long_cells_stay_whole_and_are_told(run: Run) -> None:
     assert table["image"].tolist() == ["a ", "b ", "c "]  # the blank at the end is part of the name
 
 
+def test_a_carriage_return_ends_no_row(run: Run) -> None:
+    texts = ["a\rb", "c\r\nd", "e\nf", "g\r"]
+    run.write(record(f"x{text}.png", "caption", caption=text) for text in texts)
+    _, out = run.export("csv", "out.csv")
+    assert [row["caption"] for row in rows_of(run, overwrite=True)] == texts
+    assert pd.read_csv(out)["caption"].tolist() == texts
+    assert b",h,score" in out.read_bytes().split(b"\n")[0] and not out.read_bytes().endswith(b"\r\n")
+
+
 @pytest.mark.parametrize("format", ["csv", "parquet"])
 def test_columns_that_differ_in_case_alone_are_told(run: Run, format: str) -> None:
     run.write([record(NAMES[0], "query", "?", answer="no", choices={"no": 0.5, "No": 0.3, "yes": 0.2})])

@@ -126,6 +126,7 @@ def test_awkward_names_load(run: Run, tmp_path: Path) -> None:
         "[0-9]{a,b}*.png", "train station.jpg", "test/validation.jpg", "a/my_val 2/dev.x/j.png",
         "testing/contest/k.png", ".hidden.png", "__special/f.png", "..g/h.png",
         "blank .png", "folder. /i.png", "con/aux.jpg", "l\nm\x1b\x7f.png", "metadata.jsonl.png", "~", "'\"&;$.png",
+        "$HOME.png", "${HOME}/o.png", "%HOME%.png",
     ]  # fmt: skip
     shown = "\\xff\\xfe.png"
     there = [name for name in names if "://" not in name]

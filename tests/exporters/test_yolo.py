@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 
@@ -156,6 +157,8 @@ AWKWARD = [
     "images\n/q.png",
     "con/aux.jpg",
     "trailing. /s.png",
+    ".hidden/t.png",
+    "v/..u.png",
 ]
 
 
@@ -175,6 +178,8 @@ def test_labels_are_where_trainers_look_and_where_others_mirror(run: Run) -> Non
     report, out = run.export("yolo", "images/of/images")
     pictures = [path for path in (out / "images").rglob("*") if path.is_file()]
     assert len(pictures) == len(names) == report.num_images
+    listed = glob.glob(f"{out}/images/**/*.*", recursive=True)  # as trainers do: nothing that is hidden
+    assert {Path(name) for name in listed} >= set(pictures)
     for picture in pictures:
         label = where_trainers_look(picture)
         assert label == out / "labels" / picture.relative_to(out / "images").with_suffix(".txt")
