@@ -90,7 +90,7 @@ def _names(image: str) -> Iterator[PurePosixPath]:
 
 
 def _plain(name: PurePosixPath) -> PurePosixPath:
-    """`name` without what `datasets` reads as a pattern, a variable, a chain (`::`), a folder (`\\`), hidden or another split."""
+    """`name` without what `datasets` takes for a pattern, variable, chain (`::`), folder (`\\`), hidden or a split."""
     parts = [part.translate(_READ) for part in portable(name).parts]
     parts = [f"_{part.lstrip('._')}" if part.startswith((".", "__")) else part for part in parts]
     return PurePosixPath(*(_SPLIT.sub(r"\1~", part) for part in parts[:-1]), parts[-1])
