@@ -190,7 +190,7 @@ def _listing(parts: Sequence[str]) -> str:
 
 
 def summary_lines(summary: Summary, *, is_verbose: bool = False, width: int | None = None) -> list[tuple[str, str]]:
-    """The lines of the summary, each with its style; failures are cut to `width`, where there is one."""
+    """Return the lines of the summary, each with its style; failures are cut to `width`, where there is one."""
     num_new = summary.num_ok + summary.num_failed
     lines = [(f"{_count(num_new, 'request')} of {_count(summary.num_images, 'image')}: {_outcome(summary)}", "bold")]
     if summary.num_done_before:

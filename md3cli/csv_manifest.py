@@ -38,7 +38,7 @@ class CsvRow(NamedTuple):
 
 
 def csv_rows(lines: Iterator[Line], name: str, delimiter: str, *, too_long: str) -> Iterator[CsvRow]:
-    """The rows below the header of the manifest `name` that hold anything.
+    """Yield the rows below the header of the manifest `name` that hold anything.
 
     `delimiter` is what its suffix promises; where the header has no column `image` by it, the others are tried.
     `too_long` is the problem of a line without bytes.

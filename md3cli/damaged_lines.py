@@ -23,7 +23,7 @@ _PIECE_BYTES = 1 << 20
 
 
 def damaged_path(journal: Path) -> Path:
-    """Where the copies of a journal's damaged lines stand."""
+    """Return where the copies of a journal's damaged lines stand."""
     return journal.with_name(journal.name + SUFFIX)
 
 

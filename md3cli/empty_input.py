@@ -39,7 +39,7 @@ def check_found(source: Source, spec: SourceSpec, *, is_allowed: bool) -> None:
 
 
 def empty_words(spec: SourceSpec) -> str:
-    """What was looked at without finding anything."""
+    """Return what was looked at without finding anything."""
     more = f" and {len(spec.inputs) - MOST_INPUTS_SHOWN} more" if len(spec.inputs) > MOST_INPUTS_SHOWN else ""
     inputs = ", ".join(
         "stdin" if typed == STDIN else printable(shown(typed)) for typed in spec.inputs[:MOST_INPUTS_SHOWN]

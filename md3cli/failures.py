@@ -54,7 +54,7 @@ class NamedFailures:
 
 
 def command_for_all(records: Path) -> str:
-    """The command that prints every failed record of a records file of ours, whose last key is `error`."""
+    """Return the command that prints every failed record of a records file of ours, whose last key is `error`."""
     if os.name == "nt":
         return f'findstr /v /e /l /c:"\\"error\\":null}}" "{records}"'
     return shlex.join(["grep", "-v", '"error":null}$', str(records)])

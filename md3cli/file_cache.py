@@ -66,7 +66,7 @@ class FileCache:
             )
 
     def get(self, key: str) -> bytes | None:
-        """The bytes of `key`; None when absent, damaged or another key's (then it is removed)."""
+        """Return the bytes of `key`; None when absent, damaged or another key's (then it is removed)."""
         path = self._path(key)
         try:
             content = path.read_bytes()

@@ -106,7 +106,7 @@ def load_run_info(records_path: Path) -> RunInfo:
 
 
 def has_run_info(records_path: Path) -> bool:
-    """Whether the records' own run.json stands beside them, as md3 writes it. Raises as `load_run_info`."""
+    """Return whether the records' own run.json stands beside them, as md3 writes it. Raises as `load_run_info`."""
     return str(load_run_info(records_path).document.get("schema", "")).startswith("md3-run/")
 
 

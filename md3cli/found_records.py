@@ -84,16 +84,16 @@ class FoundRecords:
         return None
 
     def start_of(self, place: int) -> int:
-        """Where in the file its line begins."""
+        """Return where in the file its line begins."""
         return self._starts[place]
 
     def failures_of(self, error_type: str) -> list[int]:
-        """The places of failures of one type that have not been done again."""
+        """Return the places of failures of one type that have not been done again."""
         found = np.frombuffer(self._outcomes, np.uint8) == _CODES[error_type]
         return [int(place) for place in np.flatnonzero(found)]
 
     def is_failed_with(self, place: int, error_type: str) -> bool:
-        """Whether it is a failure of that type, which has not been done again."""
+        """Return whether it is a failure of that type, which has not been done again."""
         return self._outcomes[place] == _CODES[error_type]
 
     def is_ok(self, place: int) -> bool:

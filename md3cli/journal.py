@@ -214,7 +214,7 @@ class Journal:
             num_bytes *= 4
 
     def lines_of_bad_rows(self) -> set[int]:
-        """The lines of a manifest that could not be read when their records were made."""
+        """Return the lines of a manifest that could not be read when their records were made."""
         places = self.found.failures_of("bad_row")
         records = (read_record(self._line_at(self.found.start_of(place))) for place in places)
         numbers = {line_of_bad_row(record["error"]["message"]) for record in records if record is not None}
@@ -381,7 +381,7 @@ class Journal:
         self.settle()
 
     def digest(self) -> RecordsDigest:
-        """What the file is now; it is read unless nothing has been written since the last call.
+        """Return what the file is now; it is read unless nothing has been written since the last call.
 
         Raises:
             OutputError: it cannot be read.

@@ -64,7 +64,7 @@ class LineIndex:
 
 
 def order_of(index: LineIndex, visits: Visits, gone: Collection[int]) -> Spans:
-    """The lines that stay, in input order; what no request of this run has stays behind what it stood behind.
+    """Return the lines that stay, in input order; what no request of this run has stays behind what it stood behind.
 
     `gone` are offsets of lines that do not stay.
     """

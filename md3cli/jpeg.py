@@ -82,7 +82,7 @@ class _Layout:
         return -(-columns // 8) * -(-rows // 8)
 
     def is_complete(self) -> bool:
-        """Whether the scans bring each coefficient of each component to its last bit."""
+        """Return whether the scans bring each coefficient of each component to its last bit."""
         brought = dict.fromkeys(self.sampling, 0)  # a bit for each coefficient
         for scan in self.scans:
             for component in scan.components if scan.is_last_bit else ():
@@ -280,7 +280,7 @@ class _Markers:
         self._last = len(data) - data.endswith(b"\xff")  # half a marker
 
     def of_scan(self, start: int) -> tuple[np.ndarray, int]:
-        """The restart markers of the scan whose coded data begin at `start`, and its end."""
+        """Return the restart markers of the scan whose coded data begin at `start`, and its end."""
         number = self._ends.searchsorted(start)
         end = int(self._ends[number]) if number < len(self._ends) else max(start, self._last)
         return self._offsets[self._offsets.searchsorted(start) : self._offsets.searchsorted(end)], end

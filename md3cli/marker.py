@@ -43,7 +43,7 @@ def write_marker(folder: Path, format: str, paths: Iterator[str]) -> None:
 
 
 def has_marker(folder: Path | str) -> bool:
-    """Whether `folder` has a file `.md3` that md3 wrote, as far as its first line says."""
+    """Return whether `folder` has a file `.md3` that md3 wrote, as far as its first line says."""
     return marker_format(folder) is not None
 
 

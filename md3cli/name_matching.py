@@ -78,13 +78,13 @@ def folded(text: str) -> str:
 
 
 def plain_path(name: str) -> tuple[str, ...]:
-    """The parts of a path: one kind of slash, one normal form, no `.` and no blanks around."""
+    """Return the parts of a path: one kind of slash, one normal form, no `.` and no blanks around."""
     text = unicodedata.normalize("NFC", name.strip()).replace("\\", "/")
     return tuple(part for part in text.partition("://")[2 * ("://" in text)].split("/") if part not in ("", "."))
 
 
 def ambiguity_notes(what: str, matches: Matches) -> Iterator[str]:
-    """What was not matched because it could be several, in a sentence; `what` is the noun."""
+    """Yield what was not matched because it could be several, in a sentence; `what` is the noun."""
     if matches.ambiguous:
         shown = ", ".join(printable(name) for name in matches.ambiguous[:NAMES_SHOWN])
         more = ", …" if len(matches.ambiguous) > NAMES_SHOWN else ""

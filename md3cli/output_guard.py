@@ -48,7 +48,7 @@ def check_not_foreign_run(journal: Path, run_info: Path) -> None:
 
 
 def has_run_schema(run_info: Path) -> bool:
-    """Whether a run.json says that md3 wrote it.
+    """Return whether a run.json says that md3 wrote it.
 
     Raises:
         OutputMismatchError: it is larger than any that md3 writes.
@@ -57,7 +57,7 @@ def has_run_schema(run_info: Path) -> bool:
 
 
 def begins_with_record(journal: Path) -> bool:
-    """Whether one of the first lines of a file is a record of md3, of any version."""
+    """Return whether one of the first lines of a file is a record of md3, of any version."""
     for line in head_of(journal, _HEAD_BYTES).split(b"\n")[:20]:
         try:
             record = json.loads(line)

@@ -155,7 +155,7 @@ def check_replaceable(plan: OutputPlan, *, may_overwrite: bool) -> None:
 
 
 def own_paths(plan: OutputPlan) -> tuple[Path, ...]:
-    """Every file that a run writes; a document may be a folder."""
+    """Return every file that a run writes; a document may be a folder."""
     if plan.files is None:
         return ()
     files = plan.files

@@ -19,13 +19,13 @@ _KEY_BYTES = 32
 
 
 def seal_of(root: str) -> str | None:
-    """The seal for a root; None where this user's key can be neither read nor made (no home to write to)."""
+    """Return the seal for a root; None where this user's key can be neither read nor made (no home to write to)."""
     key = _key(may_make=True)
     return None if key is None else _digest(key, root)
 
 
 def is_own(root: str, seal: object) -> bool:
-    """Whether `seal` is this user's for `root`."""
+    """Return whether `seal` is this user's for `root`."""
     key = _key(may_make=False)
     if key is None or not isinstance(seal, str):
         return False

@@ -112,7 +112,7 @@ class SourceRow:
 
 
 def id_name(name: str, name_b64: object = None) -> str:
-    """What ids call the picture that a record calls `name`, with `name_b64` as its `image_b64`.
+    """Return what ids call the picture that a record calls `name`, with `name_b64` as its `image_b64`.
 
     A name that is not UTF-8 is shown with escapes, which may be another file's real name: there the exact bytes are
     part of it, behind a half character, which no real name holds.

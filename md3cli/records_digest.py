@@ -40,7 +40,7 @@ def digest_of_file(path: Path, limit: int | None = None) -> RecordsDigest:
 
 
 def kept_digest(document: dict[str, Any]) -> RecordsDigest | None:
-    """What run.json says; None where it says nothing, or nothing sensible."""
+    """Return what run.json says; None where it says nothing, or nothing sensible."""
     kept = document.get("records")
     if not isinstance(kept, dict):
         return None
@@ -53,7 +53,7 @@ def kept_digest(document: dict[str, Any]) -> RecordsDigest | None:
 
 
 def is_finished(document: dict[str, Any]) -> bool:
-    """Whether the last start that run.json tells of came to the end of its work."""
+    """Return whether the last start that run.json tells of came to the end of its work."""
     starts = document.get("starts")
     last = starts[-1] if isinstance(starts, list) and starts else None
     status = last.get("exit_status") if isinstance(last, dict) else None

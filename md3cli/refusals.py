@@ -96,7 +96,7 @@ _JPEG_FRAMES |= {0xCB: "lossless", 0xCD: "hierarchical", 0xCE: "hierarchical", 0
 
 
 def is_apples_png(data: bytes) -> bool:
-    """Whether this is a PNG as Xcode rewrites it: blue before red, without a checksum."""
+    """Return whether this is a PNG as Xcode rewrites it: blue before red, without a checksum."""
     return data[:4] == b"\x89PNG" and data[12:16] == b"CgBI"
 
 

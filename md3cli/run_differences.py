@@ -21,7 +21,7 @@ _NAMES = {"ids": "the way in which ids are made", "root": "the folder of INPUT",
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """How two runs differ, a phrase each: `temperature 0, now 0.3`; empty where they do not.
+    """Return how two runs differ, a phrase each: `temperature 0, now 0.3`; empty where they do not.
 
     `old` and `new` are identities (run_info.py) or configurations of plans (scale/plan.py), which hold one.
     """
@@ -59,7 +59,7 @@ def asked_otherwise(before: Sequence[str], now: Sequence[str]) -> str:
 
 
 def name_of(request: Mapping[str, Any]) -> str:
-    """How a request is called: `detect circle`, `caption short`, `query "How many?"`."""
+    """Return how a request is called: `detect circle`, `caption short`, `query "How many?"`."""
     task, prompt = _text(request.get("task")), request.get("prompt")
     if task == Task.CAPTION:
         return f"{task} {_text(request.get('length'))}"

@@ -160,7 +160,7 @@ class Source:
         return self._rows(self.skipped)
 
     def is_empty(self) -> bool:
-        """Whether the whole of INPUT, whatever the shard, has no row; `skipped` then says what was left out.
+        """Return whether the whole of INPUT, whatever the shard, has no row; `skipped` then says what was left out.
 
         Raises:
             InputError: INPUT cannot be read.

@@ -16,7 +16,7 @@ _DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\[^\\]")  # C:\ or \\server
 
 
 def existing_path(folder: str, name: str) -> str:
-    """The path of `name` below `folder` (empty: the working folder), in the spelling under which it is there.
+    """Return the path of `name` below `folder` (empty: the working folder), in the spelling under which it is there.
 
     As written, where it is there under none.
     """
@@ -36,12 +36,12 @@ def in_folder(folder: str, name: str) -> str:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name can be spelled in one way only, as nearly all are: no file is looked for then."""
+    """Return whether a name can be spelled in one way only, as nearly all are: no file is looked for then."""
     return name.isascii() and "\\" not in name and name[:1] not in ("~", *_QUOTES) and name.strip() == name
 
 
 def is_of_windows(name: str) -> bool:
-    """Whether a name starts with a drive or a server of Windows, on a machine that has none."""
+    """Return whether a name starts with a drive or a server of Windows, on a machine that has none."""
     return os.name != "nt" and _DRIVE.match(name.strip().strip("".join(_QUOTES))) is not None
 
 

@@ -74,7 +74,7 @@ def check_stdout() -> None:
 
 
 def is_closed(error: OSError) -> bool:
-    """Whether a write failed because the stream was closed before the program began."""
+    """Return whether a write failed because the stream was closed before the program began."""
     return error.errno == errno.EBADF and error.filename is None
 
 

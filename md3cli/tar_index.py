@@ -34,7 +34,7 @@ class _HeaderReader:
         self._left = HEADER_LIMIT_BYTES
 
     def read(self, size: int) -> bytes:
-        """The next `size` bytes.
+        """Return the next `size` bytes.
 
         Raises:
             tarfile.ReadError: the member's headers are longer than any can be meant to be.

@@ -21,7 +21,7 @@ class Visits:
         self._last = -1
 
     def note(self, place: int | None) -> None:
-        """The next request in input order stands at `place`; None: it is new."""
+        """Note that the next request in input order stands at `place`; None: it is new."""
         if place is None:
             place = self._next_new
             self._next_new += 1
@@ -33,12 +33,12 @@ class Visits:
         self._last = place
 
     def places(self) -> NDArray[np.int64]:
-        """All of them, in the order of the visits."""
+        """Return all of them, in the order of the visits."""
         runs = [np.arange(first, first + count) for first, count in zip(self._firsts, self._counts, strict=True)]
         return np.concatenate(runs) if runs else np.empty(0, np.int64)
 
     def not_visited(self) -> NDArray[np.int64]:
-        """The places found at the start that no request of this run has, in their order."""
+        """Return the places found at the start that no request of this run has, in their order."""
         is_left = np.ones(self._num_found, bool)
         for first, count in zip(self._firsts, self._counts, strict=True):
             is_left[first : first + count] = False

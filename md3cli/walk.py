@@ -262,11 +262,11 @@ class Walk:
         return bool(self.own_files) and os.path.realpath(path) in self.own_files
 
     def is_own(self, folder: str) -> bool:
-        """Whether md3 made a folder, as a file `.md3` in it says, whatever the file holds."""
+        """Return whether md3 made a folder, as a file `.md3` in it says, whatever the file holds."""
         return os.path.lexists(f"{folder}/.md3")
 
     def is_run_folder(self, folder: str) -> bool:
-        """Whether a folder has a run.json of md3."""
+        """Return whether a folder has a run.json of md3."""
         try:
             with open(f"{folder}/run.json", "rb") as file:
                 return b'"md3-run/' in file.read(_RUN_HEAD_BYTES)

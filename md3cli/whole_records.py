@@ -234,7 +234,7 @@ _HEAD_BYTES = f'{{"schema":"{SCHEMA}","id":"'.encode()
 
 
 def is_record_of(line: bytes, record_id: str, image: str | None, request: Request) -> bool:
-    """Whether a whole line is the record of this request: its id, image, task and prompt are the request's."""
+    """Return whether a whole line is the record of this request: its id, image, task and prompt are the request's."""
     head = b'%s%s","image":%s,' % (_HEAD_BYTES, record_id.encode(), _as_written(image))
     if line.startswith(head) and line.startswith(
         _asked(request.task, request.prompt), line.find(b'"task":', len(head))

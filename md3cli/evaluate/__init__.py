@@ -35,7 +35,7 @@ class Evaluation:
     notes: tuple[str, ...] = ()  # what of the records files was left out
 
     def to_json(self) -> dict[str, Any]:
-        """The document of `md3 eval --json`; a figure that is not finite is null, as JSON has no other word."""
+        """Return the document of `md3 eval --json`; a figure that is not finite is null, as JSON has no other word."""
         document: dict[str, Any] = {"schema": EVAL_SCHEMA, "records": printable(str(self.records))}
         document["ground_truth"] = [printable(str(path)) for path in self.truths]
         document["sections"] = [section.to_json() for section in self.sections]

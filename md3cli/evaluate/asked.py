@@ -40,7 +40,7 @@ def final_records(records: Iterable[RecordDict]) -> list[RecordDict]:
 
 
 def coverage_notes(what: str, asked: Iterable[str], known: Iterable[str], matches: Matches) -> Iterator[str]:
-    """What is on one side only, or not clear, in sentences: `what` is the noun."""
+    """Yield what is on one side only, or not clear, in sentences: `what` is the noun."""
     yield from ambiguity_notes(what, matches)
     unknown = [name for name in dict.fromkeys(asked) if name not in matches.found and name not in matches.ambiguous]
     found = set(matches.found.values())

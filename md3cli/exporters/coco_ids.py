@@ -58,15 +58,15 @@ class CocoIds:
         return self._last_image
 
     def category(self, label: str) -> Any:
-        """The id of a label's category."""
+        """Return the id of a label's category."""
         return self._categories[label]
 
     def category_name(self, label: str) -> str:
-        """What the document calls a label's category."""
+        """Return what the document calls a label's category."""
         return self._labels.found.get(label, label)
 
     def notes(self, known: Path) -> Iterator[str]:
-        """What could not be matched to the other file, in sentences."""
+        """Yield what could not be matched to the other file, in sentences."""
         yield from ambiguity_notes("image", self._images)
         yield from ambiguity_notes("label", self._labels)
         if self._new_labels:

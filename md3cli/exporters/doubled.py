@@ -107,12 +107,12 @@ def _two_pictures(path: Path, first: Line, second: Line, record: RecordDict) -> 
 
 
 def identity_of(record: RecordDict) -> str:
-    """What tells a record from others: its id, and its image as it is named, byte for byte."""
+    """Return what tells a record from others: its id, and its image as it is named, byte for byte."""
     return f"{record.get('id')}\0{record.get('image') or ''}\0{record.get('image_b64') or ''}"
 
 
 def key_of(line: bytes, parse: Callable[[bytes], RecordDict]) -> int | None:
-    """A number that stands for the record's `identity_of`; None where it has no id. Raises as `parse`."""
+    """Return a number that stands for the record's `identity_of`; None where it has no id. Raises as `parse`."""
     if line.endswith(b"}\n") and (head := _HEAD.match(line)):
         identity = b"\0".join(part or b"" for part in head.groups())
         has_id = bool(head[1])
@@ -125,7 +125,7 @@ def key_of(line: bytes, parse: Callable[[bytes], RecordDict]) -> int | None:
 
 @contextmanager
 def told_where() -> Iterator[None]:
-    """What can go wrong with SQLite here is its temporary file: no room for it."""
+    """Turn what SQLite says where its temporary file finds no room into ExportError."""
     try:
         yield
     except sqlite3.OperationalError as error:

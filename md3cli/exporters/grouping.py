@@ -70,7 +70,7 @@ class Survey:
         return [label for label in dict.fromkeys((*first, *self.labels)) if label not in only_points]
 
     def notes(self) -> Iterator[str]:
-        """What was left out of the file, and what no format made of images can hold."""
+        """Yield what was left out of the file, and what no format made of images can hold."""
         yield from self.reading_notes
         if self.num_without_image:
             yield f"{self.num_without_image} answers to questions without an image were left out"

@@ -48,12 +48,12 @@ class Mask(NamedTuple):
         return int((self.borders[1::2] - self.borders[::2]).sum())
 
     def run_lengths(self) -> dict[str, Any]:
-        """The mask as COCO's compressed run lengths."""
+        """Return the mask as COCO's compressed run lengths."""
         counts: list[int] = np.diff(np.concatenate(([0], self.borders, [self.width * self.height]))).tolist()
         return {"size": [self.height, self.width], "counts": packed(counts if counts[-1] else counts[:-1] or counts)}
 
     def patch(self) -> MaskPatch:
-        """The pixels of the columns that the mask touches."""
+        """Return the pixels of the columns that the mask touches."""
         if not len(self.borders):
             return MaskPatch(np.zeros((1, 1), bool), 0, 0)
         left, right = int(self.borders[0]) // self.height, int(self.borders[-1] - 1) // self.height + 1

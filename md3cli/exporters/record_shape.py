@@ -41,7 +41,7 @@ class Damage(Exception):
 
 
 def parse_record(line: bytes) -> RecordDict:
-    """One line as a record.
+    """Return one line as a record.
 
     Raises:
         NotJson: it is none.

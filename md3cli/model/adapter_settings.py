@@ -83,7 +83,7 @@ class PeftSettings:
         )
 
     def scale(self, module: str, rank: int) -> float:
-        """The factor of `B · A`, as peft has it: alpha / r, or alpha / √r where it is rank-stabilised.
+        """Return the factor of `B · A`, as peft has it: alpha / r, or alpha / √r where it is rank-stabilised.
 
         Args:
             module: whose weight is changed, as peft names it in the model.
@@ -122,7 +122,7 @@ def check_start(file: Path, raw: Mapping[str, Any]) -> None:
 
 
 def base_of(adapter: Path) -> str | None:
-    """The model that a peft adapter says it was trained on; None where it does not say."""
+    """Return the model that a peft adapter says it was trained on; None where it does not say."""
     folder = adapter.parent if adapter.is_file() else adapter
     file = folder / PEFT_CONFIG
     named = read_json(file).get("base_model_name_or_path") if file.is_file() else None

@@ -184,7 +184,7 @@ def read_refs(refs: SpatialRefs | None) -> tuple[tuple[float, ...], ...]:
 
 
 def read_prompt(name: str, prompt: object) -> str | None:
-    """A question or the name of an object; `name` is what the caller calls the argument.
+    """Return a question or the name of an object; `name` is what the caller calls the argument.
 
     Raises:
         RequestError: it is no text.
@@ -195,7 +195,7 @@ def read_prompt(name: str, prompt: object) -> str | None:
 
 
 def read_flag(name: str, value: object) -> bool:
-    """True or false, of Python or numpy.
+    """Return a flag, true or false, of Python or numpy.
 
     Raises:
         RequestError: it is neither.

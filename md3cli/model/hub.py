@@ -103,7 +103,7 @@ def resolve_model(
 
 
 def shown_name(name: str) -> str:
-    """What records call a model: its repository, or the last part of a local path, with its folder for a file.
+    """Return what records call a model: its repository, or the last part of a local path, with its folder for a file.
 
     Where it lies on the host is nobody's business.
     """
@@ -137,7 +137,7 @@ def repo_of(name: str) -> str | None:
 
 
 def terms_of(name: str) -> str:
-    """The terms of use of a model's weights, or where to read them."""
+    """Return the terms of use of a model's weights, or where to read them."""
     repo = repo_of(name)
     if repo is not None:
         page = f"https://huggingface.co/{repo}"
@@ -150,7 +150,7 @@ def terms_of(name: str) -> str:
 
 
 def is_repo_id(name: str) -> bool:
-    """True for what has the form of a repository's id, owner/name."""
+    """Return True for what has the form of a repository's id, owner/name."""
     return bool(_REPO_ID.fullmatch(name)) and not name.startswith(".") and not name.endswith(".safetensors")
 
 
@@ -175,7 +175,7 @@ def _local_path(name: str) -> Path:
 
 
 def find_tokenizer(folder: Path, tokenizer: str | None, offline: bool) -> Path:
-    """The tokenizer.json that `tokenizer` names (file, folder or repository); None: that of a model in `folder`.
+    """Return the tokenizer.json that `tokenizer` names (file, folder or repository); None: that of a model in `folder`.
 
     Raises:
         CheckpointError: there is none, or it cannot be had.

@@ -212,7 +212,7 @@ def open_cache(options: ModelOptions, model: Moondream3) -> EncodingCache | None
 
 
 def open_files(options: ModelOptions) -> FileCache | None:
-    """The folder of everything that outlives a run; None, and a warning, where the user's own cannot be used.
+    """Return the folder of everything that outlives a run; None, and a warning, where the user's own cannot be used.
 
     Raises:
         OutputError: --cache-dir cannot be used.

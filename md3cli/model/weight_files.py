@@ -80,7 +80,7 @@ def _find_weight_files(path: Path) -> WeightFiles:
 
 
 def file_beside(folder: Path, name: str) -> Path | None:
-    """A file of a checkpoint's folder; None where there is none.
+    """Return a file of a checkpoint's folder; None where there is none.
 
     Raises:
         CheckpointError: something of this name is there that is no file, or a link to nothing.

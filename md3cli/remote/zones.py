@@ -69,7 +69,7 @@ class HostRules:
     root: str = ""
 
     def may_send_to(self, address: str) -> bool:
-        """Whether a server may send on to an address; from http to https it may, too."""
+        """Return whether a server may send on to an address; from http to https it may, too."""
         safe = self.root.startswith("http:") and address.startswith("https:")
         return not self.root or is_within(address.replace("https:", "http:", 1) if safe else address, self.root)
 

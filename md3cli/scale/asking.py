@@ -178,7 +178,7 @@ def asked(rows: Sequence[PlannedRow]) -> Iterator[tuple[str, SourceRow, Request]
 
 
 def is_line_of(line: bytes, record_id: str, row: SourceRow, request: Request) -> bool:
-    """Whether a whole line is the record of a request of `row`."""
+    """Return whether a whole line is the record of a request of `row`."""
     return is_record_of(line, record_id, row.image.name if row.image is not None else None, request)
 
 

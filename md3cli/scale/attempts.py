@@ -255,7 +255,7 @@ def forget_attempts(folder: RunFolder, shard: int) -> None:
 
 
 def who_runs(folder: RunFolder, shard: int, own_host: str, signs: Signs) -> str | None:
-    """The attempt that seems to work on `shard`: its journal has changed lately, and it is not known dead.
+    """Return the attempt that seems to work on `shard`: its journal has changed lately, and it is not known dead.
 
     `signs` must have been asked before: a journal that is seen for the first time counts as alive.
     """
@@ -270,7 +270,7 @@ def who_runs(folder: RunFolder, shard: int, own_host: str, signs: Signs) -> str 
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine is there."""
+    """Return whether a process of this machine is there."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):  # or a number that no process has

@@ -72,7 +72,7 @@ def records_of(folder: RunFolder) -> tuple[Store, str]:
 
 
 def former_of(folder: RunFolder) -> Path | None:
-    """Where a start over keeps the former run folder until it has a record; None in a bucket."""
+    """Return where a start over keeps the former run folder until it has a record; None in a bucket."""
     store = folder.store
     return store.root.with_name(f"{store.root.name}-former") if isinstance(store, LocalStore) else None
 

@@ -113,7 +113,7 @@ def journal_name(shard: int, attempt: str) -> str:
 
 
 def damaged_name(shard: int) -> str:
-    """Where copies of the damaged lines of a shard's journals are kept."""
+    """Return where copies of the damaged lines of a shard's journals are kept."""
     return f"{DAMAGED}/{shard_name(shard)}.jsonl"
 
 

@@ -106,7 +106,7 @@ def wait_for_plan(
     clock: Clock = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Plan | None:
-    """What another rank plans, once it has; None where nobody does any more, and this rank is to.
+    """Return what another rank plans, once it has; None where nobody does any more, and this rank is to.
 
     Says every 30 s who is waited for. A planner whose process on this machine is gone is given up at once, one
     elsewhere after 20 s without a beat, and nobody is waited for 10 s.

@@ -201,7 +201,7 @@ class LocalStore:
             return None
 
     def sign_of(self, name: str) -> tuple[int, int] | None:
-        """What changes whenever the file is touched or grows; None where it is not there.
+        """Return what changes whenever the file is touched or grows; None where it is not there.
 
         The file is opened for it, for only then a network file system asks its server.
         """

@@ -25,7 +25,7 @@ class Signs:
         self._seen: dict[str, tuple[Any, float]] = {}
 
     def still_for(self, name: str, sign: Any) -> float:
-        """How many seconds `sign` has been as it is now; 0 where it is new."""
+        """Return how many seconds `sign` has been as it is now; 0 where it is new."""
         now = self._clock()
         before, since = self._seen.get(name, (None, now))
         if name not in self._seen or before != sign:
@@ -67,6 +67,6 @@ class Teller:
             self._say(words if isinstance(words, str) else words())
 
     def forget(self) -> None:
-        """What was waited for has come."""
+        """Begin anew: what was waited for has come."""
         self._began = None
         self._due_s, self._step_s = self._first_after_s, self._interval_s
