@@ -180,6 +180,11 @@ class Output:
     document: RunDocument | None = None
     early: EarlyRecords | None = None
 
+    @property
+    def is_replacing(self) -> bool:
+        """Whether a former run's records still stand there, which the first new one replaces."""
+        return self.document is not None and self.document.is_held
+
     def close(self) -> None:
         """Sync and unlock what stays."""
         if self.early is not None:

@@ -269,6 +269,8 @@ class _Run:
         self.timeline.note(time.monotonic() - self.started_at, num_done, is_last=is_last)
 
     def _write(self, records: Sequence[RecordDict]) -> None:
+        if records and self.engine is None and self.output.is_replacing:
+            self.engine = self._load(None)  # failures come before it: the former records stay where it cannot be
         folder, self.exported_folder = self.exported_folder, None
         # It is out of date from now on; but one that is not exported, which --overwrite leaves, holds all there is.
         is_kept = folder is not None and is_unfinished(folder, has_records=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from program import Program, isolate, make_pictures, records_of, start
-from stub_engine import StubEngine
+from stub_engine import StubEngine, StubModel
 
-from md3cli.errors import OutputError
+from md3cli.errors import CheckpointError, OutputError
 from md3cli.journal import Journal
 from md3cli.records import ImageItem
 
@@ -102,6 +102,29 @@ def test_overwrite_starts_over(md3: Program, pictures: Path) -> None:
     assert md3("caption", pictures, "--length", "long", "-o", "out.jsonl", "--overwrite").exit_code == 0
     assert md3.num_answered == 11
     assert {record["length"] for record in records_of(Path("out.jsonl"))} == {"long"}
+
+
+@pytest.mark.parametrize("num_broken", [1, 11])
+def test_a_model_that_cannot_be_loaded_leaves_the_old_records_though_pictures_failed_before_it(
+    md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch, num_broken: int
+) -> None:
+    command = ("detect", pictures, "x", "-o", "out/", "-f", "csv")
+    md3(*command)
+    before = {path: path.read_bytes() for path in Path("out").iterdir() if path.suffix != ".lock"}
+    for i in range(num_broken):
+        (pictures / f"p{i}.png").write_bytes(b"broken")
+
+    def cannot_be_loaded(model: StubModel) -> StubEngine:
+        raise CheckpointError("no such device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(StubModel, "load", cannot_be_loaded)
+        assert md3(*command, "--overwrite").exit_code == 1
+    assert {path: path.read_bytes() for path in before} == before
+    assert md3(*command, "--overwrite").exit_code == 3
+    assert [bool(record["error"]) for record in records_of(Path("out/records.jsonl"))] == [
+        i < num_broken for i in range(11)
+    ]
 
 
 def test_starting_over_takes_away_what_was_made_of_the_old_records(md3: Program, pictures: Path) -> None:
