@@ -11,7 +11,8 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -131,7 +132,8 @@ class LazyGroup(TyperGroup):
         """As the parser's, except that a reader of stdout who has left is no failure, and a full disk one line."""
         try:
             try:
-                return super().main(*args, **kwargs)
+                with _warnings_in_a_line():
+                    return super().main(*args, **kwargs)
             finally:
                 sys.stdout.flush()
         except BrokenPipeError:
@@ -145,6 +147,20 @@ class LazyGroup(TyperGroup):
             if isinstance(end.__context__, BrokenPipeError):
                 _end_quietly()
             raise
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        from md3cli.console import show_warning
+
+        show_warning(message)
+
+    before, warnings.showwarning = warnings.showwarning, show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _working_folder() -> Path:

@@ -162,6 +162,15 @@ def _bar_aside(stream: IO[str]) -> Iterator[None]:
         yield
 
 
+def show_warning(message: Warning | str) -> None:
+    """Print what a library or md3 itself warns of as one line.
+
+    Python's own way shows the place in the code, and the message raw, which may hold a name out of somebody's file.
+    """
+    with _bar_aside(sys.stderr):
+        sys.stderr.write(f"warning: {printable(str(message).strip())}\n")
+
+
 def describe(record: RecordDict) -> str:
     """What a record says, in a few words."""
     if record["error"]:

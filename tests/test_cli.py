@@ -6,10 +6,12 @@ import errno
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from program import Program, isolate, make_pictures, records_of
+from stub_engine import StubEngine, StubModel
 
 from md3cli import __version__
 from md3cli.cli import COMMANDS
@@ -275,6 +277,19 @@ def test_errors_are_one_line_and_debug_shows_where(
     assert (result.exit_code, result.stderr) == (1, "error: no room \\x1b[31mhere\n")
     assert "Traceback" in md3("caption", pictures, "--debug").stderr
     assert "Traceback" in md3("--debug", "caption", pictures).stderr
+
+
+def test_warnings_are_one_line_without_a_place(md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = StubModel.load
+
+    def warn(model: StubModel) -> StubEngine:
+        warnings.warn("the base is \x1b]0;x\x07\nanother", stacklevel=2)
+        return load(model)
+
+    monkeypatch.setattr(StubModel, "load", warn)
+    result = md3("caption", pictures)
+    assert result.exit_code == 0
+    assert result.stderr.splitlines()[0] == "warning: the base is \\x1b]0;x\\x07\\x0aanother"
 
 
 def test_a_bug_is_one_line_too(md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:

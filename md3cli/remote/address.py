@@ -120,7 +120,10 @@ def is_web(address: str) -> bool:
 def path_of(address: str) -> str:
     """The path of an address without host or query: what its suffix and its folders are read from."""
     if is_web(address):
-        return urlsplit(address).path
+        try:
+            return urlsplit(address).path
+        except ValueError:  # half a pair of brackets: no host, and so no path
+            return ""
     return "/" + address.partition("://")[2].partition("/")[2]
 
 
@@ -130,9 +133,12 @@ def suffix_of(address: str) -> str:
 
 
 def host_of(address: str) -> str:
-    """The host of a web address, or the bucket, in lower case; empty where it has none."""
+    """The host of a web address, or the bucket, in lower case; empty where it has none that can be read."""
     if is_web(address):
-        return (urlsplit(address).hostname or "").lower()
+        try:
+            return (urlsplit(address).hostname or "").lower()
+        except ValueError:  # half a pair of brackets
+            return ""
     return address.partition("://")[2].partition("/")[0]
 
 

@@ -32,6 +32,12 @@ def test_what_is_an_address(text: str) -> None:
     assert is_address(text)
 
 
+@pytest.mark.parametrize("text", ["http://[::1", "http://[::1/a/x.jpg", "https://a]b/x.tar"])
+def test_half_a_pair_of_brackets_is_no_host(text: str) -> None:
+    assert (host_of(text), suffix_of(text), named_hosts([text])) == ("", "", ("",))
+    assert not is_within(text, "http://h")
+
+
 @pytest.mark.parametrize("text", ["", "a/b.jpg", "s3:/b", "file:///etc/passwd", "ftp://h/x", "x s3://b", "memory://a"])
 def test_what_is_none(text: str) -> None:
     assert not is_address(text)
