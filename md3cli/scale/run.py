@@ -262,8 +262,8 @@ class _ScaledRun:
         """Between any two steps: look for a signal, for what others did, and tell how far the run is."""
         if self._stop.received is not None:
             driver.stop()
-        if driver.num_ok or driver.num_failed or self._queue.commits:
-            self._give_way()
+        if driver.num_ok or any(commit.ok for commit in self._queue.commits.values()):
+            self._give_way()  # not of failures alone: pictures fail before a model that cannot be loaded is known
         now = time.monotonic()
         if self._config.scale.world_size > 1 and now - self._looked_at >= LOOK_INTERVAL_S:
             self._looked_at = now

@@ -49,12 +49,15 @@ def finished(tmp_path: Path) -> Path:
         ("nothing", ()),
         ("pictures", ("--adapter", "nowhere")),
         ("pictures", ("--device", "cuda", "--devices", "cuda:7")),
+        ("broken", ("--devices", "cuda:7")),  # its failures come before the device is known to be missing
     ],
 )
 def test_a_start_over_that_fails_leaves_all_as_it_was(
     finished: Path, asked: str, options: tuple[str, ...], is_exported: bool
 ) -> None:
     (finished / "nothing").mkdir()
+    make_pictures(finished / "broken", 2)
+    (finished / "broken/p0.png").write_bytes(b"broken")
     if not is_exported:  # then the run folder has the only copy
         (finished / "out/records.jsonl").unlink()
         (finished / "out/.md3run/exported.json").unlink()
