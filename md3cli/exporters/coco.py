@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +29,7 @@ Annotation = dict[str, Any]
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """One document of all images that have an answered record."""
     with ImageIndex(records) as index:
-        names = (group.name for group in index.images())
+        names = (group.distinct_name for group in index.images())
         writer = _Writer(index.survey, options, names)
         with replaced_file(out, overwrite=options.overwrite) as file:
             (writer.write_results if options.coco_results else writer.write_document)(index, file)
@@ -54,7 +53,6 @@ class _Writer:
         self._num_points = 0
         self._num_unknown = 0
         self._first_unknown = ""
-        self._escaped = Counter[str]()  # names that are shown with escaped bytes
 
     def write_document(self, index: ImageIndex, file: BinaryIO) -> None:
         """The whole document; annotations wait in a temporary file, since all images come before them."""
@@ -63,7 +61,7 @@ class _Writer:
         file.write(b'{"info":' + compact_json(info) + b',"licenses":[],"images":[')
         with tempfile.TemporaryFile(dir=os.path.dirname(file.name)) as annotations:  # where there is room for OUT
             for group in index.images():
-                image_id = self._ids.image(group.name)
+                image_id = self._ids.image(group.distinct_name)
                 file.write((b",\n" if self.num_images else b"\n") + compact_json(self._image_entry(group, image_id)))
                 self.num_images += 1
                 for annotation in self._annotations(group, image_id):
@@ -82,10 +80,11 @@ class _Writer:
         """The bare list that `COCO.loadRes` takes; images the ground truth lacks are left out."""
         file.write(b"[")
         for group in index.images():
-            image_id = self._ids.known_image(group.name) if self._options.coco_ids_from else self._ids.image(group.name)
+            id_of = self._ids.known_image if self._options.coco_ids_from else self._ids.image
+            image_id = id_of(group.distinct_name)
             if image_id is None:
                 self._num_unknown += 1
-                self._first_unknown = self._first_unknown or group.name
+                self._first_unknown = self._first_unknown or group.distinct_name
                 continue
             self.num_images += 1
             for annotation in self._annotations(group, image_id):
@@ -112,16 +111,9 @@ class _Writer:
 
     def _image_entry(self, group: ImageGroup, image_id: Any) -> dict[str, Any]:
         size = {"width": group.width, "height": group.height}
-        entry = {"id": image_id, **size, "file_name": self._distinct_name(group.name)}
+        entry = {"id": image_id, **size, "file_name": group.distinct_name}
         captions = [] if self._is_of_captions else group.captions()
         return {**entry, "captions": captions} if captions else entry
-
-    def _distinct_name(self, name: str) -> str:
-        """Return `name`, numbered where another image of this document is shown alike: one is not UTF-8."""
-        if "\\x" not in name:
-            return name
-        self._escaped[name] += 1
-        return name if self._escaped[name] == 1 else f"{name}#{self._escaped[name]}"
 
     def _categories(self) -> list[dict[str, Any]]:
         """The categories; those that were pointed at are skeletons of one joint."""

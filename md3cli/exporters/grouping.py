@@ -5,6 +5,9 @@ A first pass notes, for each stretch of lines about one image, where it begins; 
 notes in a private temporary file and sorts them there, so memory stays flat at any length. The
 second pass jumps from stretch to stretch. The first pass also takes the survey: which labels and
 tasks occur, and in which order.
+
+Pictures that are shown under one name (members of a tar, runs of two folders that were joined, bytes
+that are not UTF-8) are told apart by their exact name and their `sha256`, and numbered: they are twins.
 """
 
 from __future__ import annotations
@@ -26,11 +29,14 @@ from md3cli.records import RecordDict, printable
 
 _RESULT_OF = {"detect": "objects", "segment": "segments", "point": "points"}
 
-# Stretches in the order of their image's first one; both sorts spill to disk.
+# Answered stretches in the order of their image's first one, with its number among its twins from 0 and whether
+# these have its exact name; the sorts spill to disk.
 _IN_ORDER = """
-SELECT offset, count, first FROM (
-  SELECT seq, offset, count, min(seq) OVER (PARTITION BY image) AS first FROM stretch
-) ORDER BY first, seq
+SELECT offset, count, first, twin, min(first) OVER same != max(first) OVER same FROM (
+  SELECT *, dense_rank() OVER (PARTITION BY shown ORDER BY first) - 1 AS twin FROM (
+    SELECT *, min(seq) OVER (PARTITION BY image) AS first FROM stretch
+  )
+) WINDOW same AS (PARTITION BY exact) ORDER BY first, seq
 """
 
 
@@ -84,6 +90,21 @@ class ImageGroup(NamedTuple):
     width: int
     height: int
     records: list[RecordDict]
+    twin: int = 0  # its number among the images that are shown under this name
+    has_twins: bool = False  # others have the exact name, so the name alone does not find the picture
+
+    @property
+    def distinct_name(self) -> str:
+        """The name, numbered from the second image of this name on: `a/b.png#2`."""
+        return f"{self.name}#{self.twin + 1}" if self.twin else self.name
+
+    @property
+    def file_name(self) -> str:
+        """What files about it are named after: `a/b~2.png` for `a/b.png#2`."""
+        stem, dot, suffix = self.name.rpartition(".")
+        if not self.twin:
+            return self.name
+        return f"{stem}~{self.twin + 1}.{suffix}" if dot and "/" not in suffix else f"{self.name}~{self.twin + 1}"
 
     @property
     def picture_record(self) -> RecordDict:
@@ -118,11 +139,13 @@ class ImageIndex:
         self.survey = Survey()
         self._file = RecordsFile(path)
         self._database = sqlite3.connect("")  # a temporary file that SQLite removes by itself
-        self._database.execute("CREATE TABLE stretch(seq INTEGER PRIMARY KEY, image BLOB, offset INT, count INT)")
+        self._database.execute(
+            "CREATE TABLE stretch(seq INTEGER PRIMARY KEY, shown BLOB, exact BLOB, image BLOB, offset INT, count INT)"
+        )
         rows = self._stretches(self._file.placed())
         try:
             with told_where():
-                self._database.executemany("INSERT INTO stretch(image, offset, count) VALUES (?, ?, ?)", rows)
+                self._database.executemany("INSERT INTO stretch VALUES (NULL, ?, ?, ?, ?, ?)", rows)
         except BaseException:
             self.close()
             raise
@@ -143,25 +166,25 @@ class ImageIndex:
     def images(self) -> Iterator[ImageGroup]:
         """Every image with an answered record, in the order of first appearance."""
         with told_where():  # the first row comes once all are sorted
-            stretches: Iterable[tuple[int, int, int]] = self._database.execute(_IN_ORDER)
-        for _, parts in groupby(stretches, key=lambda row: row[2]):
-            records = [record for offset, count, _ in parts for record in self._read(offset, count)]
+            stretches: Iterable[tuple[int, ...]] = self._database.execute(_IN_ORDER)
+        for (_, twin, has_twins), parts in groupby(stretches, key=lambda row: row[2:]):
+            records = [record for offset, count, *_ in parts for record in self._read(offset, count)]
             answered = [record for record in records if record.get("error") is None]
             sized = next((record for record in answered if "width" in record), None)
             if sized is not None:
-                name_b64 = sized.get("image_b64")
-                yield ImageGroup(sized["image"], name_b64, int(sized["width"]), int(sized["height"]), answered)
+                size = int(sized["width"]), int(sized["height"])
+                yield ImageGroup(sized["image"], sized.get("image_b64"), *size, answered, twin, bool(has_twins))
 
-    def _stretches(self, placed: Iterator[PlacedRecord]) -> Iterator[tuple[bytes, int, int]]:
-        """(key of the image, offset of the first line, number of lines) for each run of lines about one image."""
-        for image, lines in groupby(placed, key=lambda line: image_key(line.record)):
+    def _stretches(self, placed: Iterator[PlacedRecord]) -> Iterator[tuple[bytes, bytes, bytes, int, int]]:
+        """(the three keys, offset of the first line, number of lines) for each run of lines about one image."""
+        for keys, lines in groupby(placed, key=lambda line: _keys(line.record)):
             count, offset = 0, -1
             for line in lines:
                 self.survey.add(line.record)
                 offset = line.offset if offset < 0 else offset
                 count += 1
-            if image:
-                yield image, offset, count
+            if keys[0]:
+                yield *keys, offset, count
 
     def _read(self, offset: int, count: int) -> Iterator[RecordDict]:
         records = [line.record for line in islice(self._file.placed(offset), count)]
@@ -169,6 +192,15 @@ class ImageIndex:
             where = printable(str(self._file.path))
             raise ExportError(f"{where} became shorter while it was read; wait until the run that writes it is done")
         return iter(records)
+
+
+def _keys(record: RecordDict) -> tuple[bytes, bytes, bytes]:
+    """Keys of the name as it is shown, of the exact name, of the picture; empty where there is no answer about one."""
+    exact = image_key(record)
+    if not exact or record.get("error") is not None:
+        return b"", b"", b""
+    content = str(record.get("sha256") or "").encode()
+    return image_key({"image": record["image"]}), exact, hashlib.blake2b(exact + content, digest_size=16).digest()
 
 
 def image_key(record: RecordDict) -> bytes:

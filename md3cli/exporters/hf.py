@@ -58,10 +58,10 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
 
 def _add_picture(folder: StagedFolder, group: ImageGroup, pictures: Pictures) -> PurePosixPath | None:
     """Put the picture under `train/`; its name there, None where it cannot be read."""
-    source = pictures.find(group.picture_record)
+    source = pictures.find(group.picture_record, has_twins=group.has_twins)
     if source is None:
         return None
-    file, relative = folder.create(PurePosixPath("train") / _plain(name) for name in _names(group.name))
+    file, relative = folder.create(PurePosixPath("train") / _plain(name) for name in _names(group.file_name))
     target = folder.path / relative
     with file:
         try:

@@ -37,7 +37,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
             pictures.refuse_inside(out, group)
             image = _drawn(group, pictures)
             if image is not None:
-                _save(folder, group.name, image)
+                _save(folder, group.file_name, image)
                 num_images += 1
         survey = index.survey
         notes = (*survey.notes(), *pictures.missing_note())
@@ -45,7 +45,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
 
 
 def _drawn(group: ImageGroup, pictures: Pictures) -> Image.Image | None:
-    item = pictures.find(group.picture_record)
+    item = pictures.find(group.picture_record, has_twins=group.has_twins)
     if item is None:
         return None
     try:

@@ -89,8 +89,8 @@ class Pictures:
                 "may be a stranger's; if it is right, type it"
             )
 
-    def find(self, record: RecordDict) -> FoundPicture | None:
-        """The picture of a record; None, and counted, where it is not there."""
+    def find(self, record: RecordDict, *, has_twins: bool = False) -> FoundPicture | None:
+        """The picture of a record; None, and counted, where it is not there. One of twins is known by its digest."""
         name = str(record["image"])
         item = self._look_up(record)
         self.num_found += item is not None
@@ -98,7 +98,8 @@ class Pictures:
         if item is None:
             self._first_missing = self._first_missing or name
             return None
-        sha256 = None if self.is_trusted else str(record.get("sha256"))
+        sha256 = record.get("sha256") if self.is_trusted else str(record.get("sha256"))
+        sha256 = sha256 if has_twins or not self.is_trusted else None
         return FoundPicture(item.name, item.path, item.name_b64, item.offset, item.size, sha256=sha256)
 
     def note_unreadable(self, name: str) -> None:

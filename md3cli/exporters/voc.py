@@ -27,7 +27,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         survey = index.survey
         (folder.path / "Annotations").mkdir()
         for group in index.images():
-            names = (PurePosixPath("Annotations") / name for name in candidates(group.name, ".xml"))
+            names = (PurePosixPath("Annotations") / name for name in candidates(group.file_name, ".xml"))
             file, _ = folder.create(names)
             with file:
                 file.write(_document(group))

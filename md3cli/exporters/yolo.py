@@ -75,10 +75,10 @@ def _polygon_line(number: int, ring: Ring, width: int, height: int) -> str:
 
 def _add_image(folder: StagedFolder, group: ImageGroup, lines: Iterator[str], pictures: Pictures) -> None:
     """Write the label file, and copy the picture if it is there."""
-    file, label = folder.create(PurePosixPath("labels") / name for name in _names(group.name))
+    file, label = folder.create(PurePosixPath("labels") / name for name in _names(group.file_name))
     with file:
         file.write("".join(f"{line}\n" for line in lines).encode())
-    picture = pictures.find(group.picture_record)
+    picture = pictures.find(group.picture_record, has_twins=group.has_twins)
     if picture is None:
         return
     image = folder.path / "images" / label.relative_to("labels").with_name(label.stem + _picture_suffix(group.name))

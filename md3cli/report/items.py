@@ -112,7 +112,7 @@ def items(records: Iterable[RecordDict]) -> Iterator[Item]:
     for record in records:
         if "image" not in record or "task" not in record:
             raise InputError(f"record {printable(str(record.get('id')))} is damaged: it has no image or no task")
-        if item is None or record["image"] is None or image_key(record) != image_key(item.first):
+        if item is None or record["image"] is None or not _is_same(record, item.first):
             if item is not None:
                 yield item
             item = _new_item(record)
@@ -121,6 +121,12 @@ def items(records: Iterable[RecordDict]) -> Iterator[Item]:
         item.entries.append(entry_of(record, item.frame))
     if item is not None:
         yield item
+
+
+def _is_same(record: RecordDict, other: RecordDict) -> bool:
+    """Whether two records are about one picture, as far as they say."""
+    digests = {digest for one in (record, other) if (digest := one.get("sha256"))}
+    return len(digests) < 2 and image_key(record) == image_key(other)
 
 
 def _new_item(record: RecordDict) -> Item:

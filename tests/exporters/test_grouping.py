@@ -56,6 +56,19 @@ def test_names_that_only_look_equal_are_told_apart(tmp_path: Path) -> None:
     assert groups(write_records(tmp_path / "records.jsonl", lines)) == [("\\xff.png", ["1"]), ("\\xff.png", ["2"])]
 
 
+def test_pictures_of_one_name_are_told_apart_by_their_digest(tmp_path: Path) -> None:
+    lines = [
+        record("d/a.png", "caption", id="1", sha256="11", caption="x"),
+        record("d/a.png", "caption", id="2", sha256="22", caption="x"),
+        record("d/a.png", "query", "?", id="3", sha256="11", answer="x"),
+    ]
+    path = write_records(tmp_path / "records.jsonl", lines)
+    assert groups(path) == [("d/a.png", ["1", "3"]), ("d/a.png", ["2"])]
+    with ImageIndex(path) as index:
+        assert [group.distinct_name for group in index.images()] == ["d/a.png", "d/a.png#2"]
+        assert [group.file_name for group in index.images()] == ["d/a.png", "d/a~2.png"]
+
+
 def test_a_torn_tail_is_left_out(tmp_path: Path) -> None:
     path = write_records(tmp_path / "records.jsonl", [record("a", "caption", id="1", caption="é")])
     whole = path.read_bytes()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,25 @@ def test_a_picture_that_only_md3_reads_does_not_stop_the_loop(run: Run, tmp_path
     assert {row["text"] for row in rows} >= {"whole.png", "named.jpg"}
     assert all(row["image"].size == (WIDTH, HEIGHT) for row in rows)
     assert any("cut.jpg" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("is_tar", [True, False])
+def test_pictures_of_one_name_never_share_a_row(run: Run, tmp_path: Path, is_tar: bool) -> None:
+    lines, root = [], run.root
+    with tarfile.open(root / "twins.tar", "w") as tar:
+        for number, width in enumerate((50, 60, 70)):
+            content = io.BytesIO()
+            Image.new("RGB", (width, 40)).save(content, "PNG")
+            digest = hashlib.sha256(content.getvalue()).hexdigest()
+            member = tarfile.TarInfo("twin.png")
+            member.size = len(content.getvalue())
+            tar.addfile(member, io.BytesIO(content.getvalue()))
+            size = {"width": width, "height": 40}
+            fields = {"id": str(number), "sha256": digest, "objects": [CAR], **size}
+            lines.append(record("twin.png", "detect", "car", **fields))
+            (root / "twin.png").write_bytes(content.getvalue())  # in the folder the last one stays
+    run.write(lines)
+    _, out = run.export("hf", "out", root=root / "twins.tar" if is_tar else root)
+    rows = load(out, tmp_path / "cache")["train"]
+    assert [row["image"].width for row in rows] == ([50, 60, 70] if is_tar else [70])
+    assert all(row["objects"]["bbox"] == [[0.1 * row["image"].width, 10.0, 0.4 * row["width"], 20.0]] for row in rows)
