@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def test_grey_arrays_are_pictures(tiny: Moondream) -> None:
         ([[1, 2, 3]] * 9999, "a value of the type list"),
         (17, "a value of the type int"),
         (Path("not/there.png"), "not/there.png"),
+        (base64.b64encode(FILE * 99).decode(), r"text of [\d,]+ characters, taken for a path"),
         (Image.open(io.BytesIO(encode(picture("RGB", (400, 300)), "PNG")[:2000])), r"a PIL image \(RGB, 400 x 300\)"),
     ],
 )

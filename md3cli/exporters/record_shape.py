@@ -87,8 +87,12 @@ def _check_whole(record: RecordDict) -> None:
         raise Damage("width or height is")
     if width is not None and height is not None and not 0 < width * height <= SIZE_LIMIT_PIXELS:
         raise Damage("width or height is")
-    if record["error"] is None and record.get(_RESULT_OF[record["task"]]) is None:
+    if record["error"] is not None:
+        return
+    if record.get(_RESULT_OF[record["task"]]) is None:
         raise Damage(f"{_RESULT_OF[record['task']]} is")
+    if width is None and record["image"] is not None:  # the picture would be in no format that is made of images
+        raise Damage("width and height are")
 
 
 def _is_absent(value: Any) -> bool:

@@ -36,6 +36,7 @@ SpatialRefs = Iterable[Iterable[float]]
 SETTINGS = ("temperature", "top_p", "max_tokens", "max_objects", "seed")
 _TASK_NAMES = tuple(Task)
 _SHOWN_CHARS = 80
+_PATH_CHARS = 1024  # what is longer is hardly a path
 KNOWN_KEYS = ROW_COLUMNS | {"name", "meta", "choices"}
 
 
@@ -112,7 +113,7 @@ def prepare_picture(image: ImageLike, config: CropConfig, background: str | None
         raise RequestError(f"image is {picture_words(image)}; give {wanted}")
     path = os.fsdecode(image)
     if is_address(path):
-        raise RequestError(f"{printable(path)}: no address is fetched here; open the picture, or use md3 itself")
+        raise RequestError(f"{picture_words(path)}: no address is fetched here; open the picture, or use md3 itself")
     return prepare_image(ImageItem(path, path), config, ImageLimits(), background)
 
 
@@ -126,7 +127,10 @@ def _image_of(array: np.ndarray) -> Image.Image:
 def picture_words(image: object) -> str:
     """What a picture is, for a message: a path as it is, of anything else its kind and size, never its contents."""
     if isinstance(image, str | os.PathLike):
-        return printable(os.fsdecode(image))
+        path = os.fsdecode(image)
+        if len(path) > _PATH_CHARS:  # a picture as base64 text, most likely
+            return f"{printable(path[:_SHOWN_CHARS])}… (text of {len(path):,} characters, taken for a path)"
+        return printable(path)
     kind = type(image).__name__
     if isinstance(image, bytes | bytearray | memoryview):
         return f"{kind} of length {len(image):,}"

@@ -197,6 +197,7 @@ def test_a_torn_last_line_is_told(run: Run, format: str) -> None:
         {"width": 10**12},
         {"width": 120.5},
         {"width": None},
+        {"width": None, "height": None},
         {"tokens": {"prompt": "many"}},
         {"tokens": {"prompt": -1}},
         {"task": "paint"},
