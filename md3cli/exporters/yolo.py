@@ -90,12 +90,19 @@ def _add_image(folder: StagedFolder, group: ImageGroup, lines: Iterator[str], pi
 
 
 def _names(image: str) -> Iterator[PurePosixPath]:
-    """Names of a label file, best first; none is in a folder called `images`, or hidden: trainers pass those over."""
-    has_suffix = relative_name(image).suffix.lower() in PICTURE_SUFFIXES
+    """Names of a label file, best first; none is in a folder called `images`, or hidden: trainers pass those over.
+
+    Nor is one in a folder called as a picture: in a tar or a bucket `b.jpg` and `b.jpg/c.jpg` both exist.
+    """
+    has_suffix = _is_picture_name(relative_name(image).name)
     for name in map(portable, candidates(image, ".txt", keep_suffix=not has_suffix)):
         parts = [f"_{part[1:]}" if part.startswith(".") else part for part in name.parts]
-        folders = ("images_" if part == "images" else part for part in parts[:-1])
+        folders = (f"{part}_" if part == "images" or _is_picture_name(part) else part for part in parts[:-1])
         yield PurePosixPath(*folders, parts[-1])
+
+
+def _is_picture_name(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES
 
 
 def _picture_suffix(image: str) -> str:

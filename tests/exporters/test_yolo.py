@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import io
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -195,3 +198,21 @@ def test_names_of_addresses_have_their_label_where_trainers_look(run: Run) -> No
     run.write([record("https://h.example/images/r.png", "detect", "car", objects=[CAR])])
     _, out = run.export("yolo", "out")
     assert list(labels_of(out)) == ["h.example/images_/r.txt"]
+
+
+@pytest.mark.parametrize("names", [("d/b.jpg", "d/b.jpg/c.jpg"), ("d/b.jpg/c.jpg", "d/b.jpg")])
+def test_a_tar_may_have_a_folder_called_as_a_picture(run: Run, tmp_path: Path, names: tuple[str, str]) -> None:
+    with tarfile.open(tmp_path / "two.tar", "w") as tar:
+        for name in names:
+            content = io.BytesIO()
+            Image.new("RGB", (120, 80)).save(content, "JPEG")
+            member = tarfile.TarInfo(name)
+            member.size = content.tell()
+            content.seek(0)
+            tar.addfile(member, content)
+    digest = hashlib.sha256(content.getvalue()).hexdigest()
+    run.write(record(name, "detect", "car", objects=[CAR], sha256=digest) for name in names)
+    _, out = run.export("yolo", "out", root=tmp_path / "two.tar")
+    pictures = [path for path in (out / "images").rglob("*") if path.is_file()]
+    assert len(pictures) == 2
+    assert all(where_trainers_look(picture).is_file() for picture in pictures)
