@@ -225,7 +225,9 @@ def is_printable(char: str) -> bool:
     code = ord(char)
     if code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code <= 0xDFFF:
         return False
-    return not (0x200B <= code <= 0x200F or 0x2028 <= code <= 0x202E or 0x2060 <= code <= 0x206F or code == 0xFEFF)
+    if code in (0x061C, 0x180E, 0xFEFF) or 0xFFF9 <= code <= 0xFFFB:
+        return False
+    return not (0x200B <= code <= 0x200F or 0x2028 <= code <= 0x202E or 0x2060 <= code <= 0x206F)
 
 
 def printable(text: str) -> str:
