@@ -5,6 +5,7 @@ A part of INPUT that happens to be empty is none: a shard, or a limit of 0.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from md3cli.errors import InputError
@@ -12,6 +13,7 @@ from md3cli.input_kinds import STDIN
 from md3cli.records import printable
 from md3cli.remote.address import is_address, shown
 from md3cli.source import OTHER_SHARDS, Source, SourceSpec
+from md3cli.walk import is_glob
 
 MOST_INPUTS_SHOWN = 3
 
@@ -49,7 +51,9 @@ def empty_words(spec: SourceSpec) -> str:
 
 def _error(spec: SourceSpec, skipped: Mapping[str, int]) -> InputError:
     passed_over = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()) if count)
-    found = f"not taken: {passed_over}" if passed_over else "it is empty"
+    is_pattern = any(is_glob(typed) and not os.path.exists(typed) for typed in spec.inputs)
+    nothing = "nothing matches it" if is_pattern else "it is empty"
+    found = f"not taken: {passed_over}" if passed_over else nothing
     return InputError(
         f"{empty_words(spec)} ({found}); name another INPUT, look at --include, --exclude and --recursive, "
         "or type --allow-empty if that is fine"

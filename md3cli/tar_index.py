@@ -70,10 +70,16 @@ def tar_members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:
             if sum(map(len, tar.pax_headers.values())) > HEADER_LIMIT_BYTES:  # those for all members behind
                 raise tarfile.ReadError("global headers without end")
         except _UNREADABLE as error:
-            raise RowError("decode", f"the tar is damaged at byte {position}: {printable(str(error))}") from error
+            raise RowError("decode", f"the tar is damaged at byte {position}: {_words(error)}") from error
         position = tar.offset
         tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
         yield member
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, RecursionError):  # tarfile calls itself for each
+        return "hundreds of headers for one member"
+    return printable((error.strerror if isinstance(error, OSError) else None) or str(error))
 
 
 def _check_end(file: IO[bytes], offset: int) -> None:

@@ -65,7 +65,7 @@ def test_a_part_of_input_may_be_empty(md3: Program, way: tuple[str, ...]) -> Non
         (["list.csv"], "nothing to annotate in list.csv (it is empty)"),
         (["in", "--exclude", "*"], "nothing to annotate in in (not taken: 2 excluded)"),
         (["in", "--include", "*.gif"], "nothing to annotate in in (not taken: 2 excluded)"),
-        (["*.gif"], "nothing to annotate in *.gif ("),
+        (["*.gif"], "nothing to annotate in *.gif (nothing matches it)"),
         (["none", "list.csv"], "nothing to annotate in none, list.csv (not taken: 1 hidden, 1 other suffix)"),
         (["none", "--shard", "0/2"], "nothing to annotate in none ("),
     ],

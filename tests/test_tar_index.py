@@ -103,6 +103,13 @@ def test_headers_without_end_are_not_read() -> None:
             list(tar_members(io.BytesIO(data), "t.tar"))
 
 
+def test_a_chain_of_headers_is_told_in_words() -> None:
+    block = b"13 path=x.jp\n"
+    chain = (header(b"x", len(block)) + block.ljust(512, b"\0")) * 990  # below the limit of bytes
+    with pytest.raises(RowError, match="damaged at byte 1024: hundreds of headers for one member"):
+        list(tar_members(io.BytesIO(tar_of({"a.jpg": b"a"})[:1024] + chain), "t.tar"))
+
+
 def _global_headers(count: int) -> bytes:
     out = []
     for i in range(count):
