@@ -52,7 +52,7 @@ class RecordsVerification:
             size = self._records.stat().st_size
         self.num_records = len(scanned.found)
         for lines in scanned.damaged[:_MOST_NAMED]:
-            yield f"{_named(lines)} of {printable(str(self._records))} no whole record; the same command mends it"
+            yield f"{_damage(lines, printable(str(self._records)))}; the same command mends it"
         if len(scanned.damaged) > _MOST_NAMED:
             yield f"{len(scanned.damaged) - _MOST_NAMED:,} more places are damaged"
         if size > scanned.end:
@@ -68,5 +68,7 @@ class RecordsVerification:
             yield f"the run was finished with {noted:,} records, and there are {self.num_records:,}"
 
 
-def _named(lines: DamagedLines) -> str:
-    return f"line {lines.first} is" if lines.first == lines.last else f"lines {lines.first} to {lines.last} are"
+def _damage(lines: DamagedLines, file: str) -> str:
+    if lines.first == lines.last:
+        return f"line {lines.first} of {file} is no whole record"
+    return f"lines {lines.first} to {lines.last} of {file} are no whole records"
