@@ -133,7 +133,7 @@ def suffix_of(address: str) -> str:
 
 
 def host_of(address: str) -> str:
-    """The host of a web address, or the bucket, in lower case; empty where it has none that can be read."""
+    """Return the host of a web address, or the bucket, in lower case; empty where it has none that can be read."""
     if is_web(address):
         try:
             return (urlsplit(address).hostname or "").lower()
