@@ -78,3 +78,12 @@ def clean_environment(home: Path) -> dict[str, str]:
     """The environment without settings of md3, its folders under `home`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MD3_", "XDG_"))}
     return kept | {"XDG_CONFIG_HOME": str(home / "config"), "XDG_CACHE_HOME": str(home / "cache")}
+
+
+def beside_pictures(monkeypatch: pytest.MonkeyPatch, folder: Path, count: int = 3) -> Program:
+    """The program in a new working folder with `count` pictures in `img`, its settings apart from the user's."""
+    isolate(monkeypatch, folder / "home")
+    (folder / "work").mkdir()
+    monkeypatch.chdir(folder / "work")
+    make_pictures(Path("img"), count)
+    return Program(monkeypatch)

@@ -9,16 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from program import Program, clean_environment, isolate, make_pictures, records_of
+from program import Program, beside_pictures, clean_environment, records_of
 
 
 @pytest.fixture
 def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    isolate(monkeypatch, tmp_path / "home")
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    make_pictures(Path("img"), 3)
-    return Program(monkeypatch)
+    return beside_pictures(monkeypatch, tmp_path)
 
 
 def assert_refused(md3: Program, *command: object, kept: Path, word: str = "is an input of this command") -> None:

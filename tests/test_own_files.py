@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from program import Program, isolate, make_pictures, records_of, start
+from program import Program, beside_pictures, records_of, start
 
 from md3cli.early import EarlyRecords
 from md3cli.marker import foreign_file, remove_written, written_paths
@@ -16,11 +16,7 @@ from md3cli.marker import foreign_file, remove_written, written_paths
 
 @pytest.fixture
 def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    isolate(monkeypatch, tmp_path / "home")
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    make_pictures(Path("img"), 3)
-    return Program(monkeypatch)
+    return beside_pictures(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("format", ["yolo", "hf", "overlay"])
