@@ -205,13 +205,17 @@ def density_of(files: Sequence[SourceFile]) -> tuple[float, float]:
 
 
 def crowded_lines(file: SourceFile) -> list[int]:
-    """Return the lines on which a statement stands behind something else: `a; b`, `if a: b`."""
-    begun: dict[int, bool] = {}
+    """Return the lines on which a statement stands behind something else: `a; b`, `if a: b`.
+
+    A body of `...` is left out: the formatter puts it there.
+    """
+    crowded = set()
     for node in ast.walk(file.tree):
-        if isinstance(node, ast.stmt):
+        if isinstance(node, ast.stmt) and ast.unparse(node) != "...":
             before = file.lines[node.lineno - 1].encode()[: node.col_offset]
-            begun[node.lineno] = begun.get(node.lineno, False) or bool(before.strip())
-    return sorted(line for line, is_crowded in begun.items() if is_crowded)
+            if before.strip():
+                crowded.add(node.lineno)
+    return sorted(crowded)
 
 
 def line_figures(files: Sequence[SourceFile]) -> Iterator[Figure]:

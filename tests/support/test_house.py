@@ -119,12 +119,13 @@ def test_crowded_lines(checkout: Write) -> None:
         A = 3
     else: A = 4
     class C: ...
+    class D: E = 5
     @staticmethod
     def f():
         return "a; b"
     """
     root = checkout(a=text)
-    assert counted(root, "statements behind another on their line") == ["a.py:1", "a.py:2", "a.py:7", "a.py:8"]
+    assert counted(root, "statements behind another on their line") == ["a.py:1", "a.py:2", "a.py:7", "a.py:9"]
 
 
 def test_single_importers(checkout: Write) -> None:
