@@ -21,7 +21,7 @@ from torch import Tensor
 from world import COLOURS, KINDS
 from world_draw import Picture
 
-from md3cli.images import Tiling
+from md3cli.images.crops import Tiling
 
 ROW_LENGTH = 96  # positions; the longest task must fit
 # Sizes come in steps, because every new shape of a bfloat16 product costs a compilation on CPU.

@@ -1,6 +1,6 @@
 """The network's slow spots in training on a CPU, computed another way with the same result.
 
-Like `md3cli.model.kernels`, but differentiable and reading the weights at every call. Tokens gathered
+Like `md3cli.model.engine.kernels`, but differentiable and reading the weights at every call. Tokens gathered
 by expert make new matrix shapes at every step, and bfloat16 products compile anew for each shape; the
 fused attention's backward in bfloat16 takes five times two products and a softmax (torch 2.13, Zen 5).
 """
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from md3cli.model.layers import bmm_attention
-from md3cli.model.moe import MoeMlp, Routing, gate
-from md3cli.model.moondream import Moondream3
-from md3cli.model.text import TextAttention
-from md3cli.model.vision import VisionAttention
+from md3cli.model.network.layers import bmm_attention
+from md3cli.model.network.moe import MoeMlp, Routing, gate
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.network.text import TextAttention
+from md3cli.model.network.vision import VisionAttention
 
 
 class AllExperts:

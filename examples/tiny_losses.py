@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from world import COLOURS, KINDS, MAX_SHAPES
 
-from md3cli.images import Tiling
-from md3cli.model.moe import MoeMlp
-from md3cli.model.moondream import Moondream3
-from md3cli.model.region import size_bin
-from md3cli.model.vision import normalise_crops
+from md3cli.images.crops import Tiling
+from md3cli.model.network.moe import MoeMlp
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.network.region import size_bin
+from md3cli.model.network.vision import normalise_crops
 
 BIN_SIGMA = 6.0  # bins; wider while training is young
 YOUNG_BIN_SIGMA = 40.0
@@ -113,7 +113,7 @@ class PrefixCache:
         self._pictures = pictures
 
     def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """See `md3cli.model.text.KeyValueStore`."""
+        """See `md3cli.model.network.text.KeyValueStore`."""
         if self._pictures is None:
             self._layers[layer] = (k_BHTK, v_BHTK)
             return k_BHTK, v_BHTK

@@ -19,7 +19,7 @@ from PIL import Image
 from world import Background, Scene, Shape
 from world_draw import Instance, Picture, make_picture
 
-from md3cli.images import CropConfig, Tiling, cut_crops
+from md3cli.images.crops import CropConfig, Tiling, cut_crops
 
 SHARD_SIZE = 256
 OWNERS_SIDE = 48  # ground truth keeps a coarse map of which shape is seen where

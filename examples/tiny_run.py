@@ -20,8 +20,8 @@ from tiny_vocabulary import train_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor, distributed, nn
 
-from md3cli.model.config import ModelConfig
-from md3cli.model.moondream import Moondream3
+from md3cli.model.network.config import ModelConfig
+from md3cli.model.network.moondream import Moondream3
 
 CLIP_NORM = 2.0
 

@@ -13,8 +13,8 @@ import torch
 from tiny_pool import SHARD_SIZE, Pool
 from torch import Tensor, nn
 
-from md3cli.model.moondream import Moondream3
-from md3cli.model.vision import normalise_crops
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.network.vision import normalise_crops
 
 
 def initialise(model: Moondream3, seed: int) -> None:

@@ -36,7 +36,7 @@ from tiny_vocabulary import train_tokenizer
 from torch import distributed
 from torch.multiprocessing.spawn import start_processes
 
-from md3cli.model.config import ModelConfig
+from md3cli.model.network.config import ModelConfig
 
 TRAIN_SEED = 1  # scenes of other seeds are never trained on
 SAVE_EVERY_S = 180.0

@@ -12,7 +12,7 @@ __all__ = ["Moondream", "__version__", "model_path"]
 
 if TYPE_CHECKING:
     from md3cli.model.api import Moondream
-    from md3cli.model.hub import model_path
+    from md3cli.model.weights.hub import model_path
 
 
 def __getattr__(name: str) -> Any:
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
 
         return Moondream
     if name == "model_path":
-        from md3cli.model.hub import model_path
+        from md3cli.model.weights.hub import model_path
 
         return model_path
     raise AttributeError(f"module 'md3cli' has no attribute {name!r}")

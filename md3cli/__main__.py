@@ -16,8 +16,7 @@ for _name in ("SIGINT", "SIGTERM", "SIGHUP"):
 
 def main() -> None:
     """Run the program (the `md3` script and `python -m md3cli`)."""
-    from md3cli.signals import lasting_status
-    from md3cli.streams import secure_streams
+    from md3cli.signals import lasting_status, secure_streams
 
     secure_streams()
     with lasting_status():

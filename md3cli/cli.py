@@ -26,8 +26,7 @@ from md3cli import __version__
 from md3cli.errors import ConfigError, Md3Error
 from md3cli.records import printable
 from md3cli.settings import Layer, OptionName, Options, Setting, read_layers, resolve_settings
-from md3cli.signals import Interrupted
-from md3cli.streams import STDOUT_CLOSED, is_closed
+from md3cli.signals import STDOUT_CLOSED, Interrupted, is_closed
 
 COMMANDS: Mapping[str, str] = {  # name -> help in the list; the modules in md3cli/commands have the same names
     "caption": "Describe every image.",
@@ -189,7 +188,7 @@ def _message_of(error: Exception) -> tuple[str, int]:
     if isinstance(error, Md3Error):
         return str(error), error.exit_status
     if isinstance(error, OSError) and error.errno in _NO_SPACE and error.filename is None:
-        from md3cli.publish import output_error
+        from md3cli.files import output_error
 
         return str(output_error(Path("stdout"), error)), 1  # all other files are named by whoever writes them
     if isinstance(error, OSError) and is_closed(error):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from md3cli.records import Request
-from md3cli.source import SourceSpec
+from md3cli.source.source import SourceSpec
 
 DEFAULT_MODEL = "moondream3"
 

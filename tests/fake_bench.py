@@ -19,10 +19,10 @@ from fake_cuda import DEVICE, Counter, FakeDevice
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from md3cli.model import bench_gpu, bench_stages
-from md3cli.model.bench import ModelSource, run_bench
-from md3cli.model.decoding import Event, Finish, Mode
-from md3cli.model.random_weights import CONFIGS, random_model
+from md3cli.bench import gpu, stages
+from md3cli.bench.bench import ModelSource, run_bench
+from md3cli.model.engine.state import Event, Finish, Mode
+from md3cli.model.weights.random_weights import CONFIGS, random_model
 
 ANSWER_TOKENS = 3  # of a query
 ANSWERS: dict[str, Any] = {
@@ -63,8 +63,8 @@ def main() -> None:
         for name, answer in ANSWERS.items():
             stack.enter_context(patch.object(torch.cuda, name, lambda device=None, answer=answer: answer))
         stack.enter_context(patch.object(torch.cuda, "mem_get_info", lambda device=None: (free, free + 10_000)))
-        stack.enter_context(patch.object(bench_gpu, "busy_seconds", one_run))
-        stack.enter_context(patch.object(bench_stages, "best_seconds", one_run))
+        stack.enter_context(patch.object(gpu, "busy_seconds", one_run))
+        stack.enter_context(patch.object(stages, "best_seconds", one_run))
         source = ModelSource(DEVICE, lambda: random_model(CONFIGS["mini"], dtype=torch.bfloat16, device=DEVICE))
         found = run_bench(source, workload="query", batch_size=None, has_baseline=False, num_workers=1)
     print(json.dumps(found.as_dict()))

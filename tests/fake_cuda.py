@@ -26,22 +26,22 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from md3cli.images import PreparedImage, Tiling
-from md3cli.model import encoder as encoder_module
-from md3cli.model.bench_runs import SilentTokenizer
-from md3cli.model.config import ModelConfig
-from md3cli.model.decoding import Event, Finish, Mode
-from md3cli.model.encoder import ImageEncoder
-from md3cli.model.engine import Engine
-from md3cli.model.gpu.weights import KernelWeight, WeightForm
-from md3cli.model.kernels import optimise
-from md3cli.model.layers import Linear
-from md3cli.model.low_bit_loading import _place
-from md3cli.model.moe import ExpertMatrices
-from md3cli.model.moondream import Moondream3
-from md3cli.model.name_tables import INT4_GROUP, is_portable
-from md3cli.model.prompts import Prompt
-from md3cli.model.tasks import Job
+from md3cli.bench.runs import SilentTokenizer
+from md3cli.images.crops import PreparedImage, Tiling
+from md3cli.model.engine import encoder as encoder_module
+from md3cli.model.engine.encoder import ImageEncoder
+from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.kernels import optimise
+from md3cli.model.engine.prompts import Prompt
+from md3cli.model.engine.sequence import Job
+from md3cli.model.engine.state import Event, Finish, Mode
+from md3cli.model.kernels.weights import KernelWeight, WeightForm
+from md3cli.model.network.config import ModelConfig
+from md3cli.model.network.layers import Linear
+from md3cli.model.network.moe import ExpertMatrices
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.quant.load import _place
+from md3cli.model.weights.names import INT4_GROUP, is_portable
 from md3cli.records import Request, RunIdentity, Task
 
 FORMS = ("bf16", "float8", "int4")
@@ -141,7 +141,7 @@ class Counter(TorchDispatchMode):
 
     def _launches(self, func: OpOverload, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         if func.namespace == "md3":
-            from md3cli.model.gpu.operators import LAUNCHES
+            from md3cli.model.kernels.operators import LAUNCHES
 
             return LAUNCHES[f"md3::{name}"]
         if name == "scaled_dot_product_attention":

@@ -28,7 +28,7 @@ class Program:
         self.models: list[StubModel] = []
         run = functools.partial(md3cli.pipeline.run, find=self._find)
         monkeypatch.setattr(md3cli.pipeline, "run", run)
-        monkeypatch.setattr("md3cli.feed.num_auto_workers", lambda: 0)  # decode here, unless --workers asks for more
+        monkeypatch.setattr("md3cli.run.feed.num_auto_workers", lambda: 0)  # unless --workers asks for more
 
     def _find(self, options: Any) -> StubModel:
         self.models.append(StubModel(options))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from md3cli.own_runs import seal_of
+from md3cli.finished.run_json import seal_of
 
 HOSTILE = [
     '<img src=x onerror="window.pwned=1">',

@@ -21,7 +21,7 @@ from run_folders import planned, rows_of
 from stub_engine import StubModel
 
 from md3cli.config import DecodeOptions, ModelOptions
-from md3cli.scale.shards import ShardRunner
+from md3cli.scale.shard_runner import ShardRunner
 
 BATCH_SIZE = 4
 SHARD_S = 60.0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from md3cli.config import ModelOptions
-from md3cli.images import CropConfig, PreparedImage
+from md3cli.images.crops import CropConfig, PreparedImage
 from md3cli.records import Request, RowFailure, RunIdentity, Task
 
 CROP_CONFIG = CropConfig(crop_size=28, patch_size=14, overlap_margin=0, max_crops=4)

@@ -23,7 +23,7 @@ import stub_scale
 from stub_engine import StubModel
 
 import md3cli.pipeline
-from md3cli.engine_port import find_model
+from md3cli.run.model_handle import find_model
 
 MANY = {"--devices", "--workers-per-device", "--engine"}  # options that start workers, which find their own stub
 OPTIONS = {"--step-seconds": float, "--count": str, "--fault": str}
@@ -47,9 +47,9 @@ def main() -> None:
         faults.install(action, int(at), folder)
     sys.argv[1:] = rest
     if MANY & set(rest):
-        from md3cli.scale import shards
+        from md3cli.scale import shard_runner
 
-        shards.FINDER = shards.FINDER if own.real else stub_scale.FINDER
+        shard_runner.FINDER = shard_runner.FINDER if own.real else stub_scale.FINDER
         os.environ[stub_scale.STEP_SECONDS] = str(own.step_seconds or 0.0)
     md3cli.pipeline.run = functools.partial(md3cli.pipeline.run, find=find)
     md3cli.__main__.main()

@@ -15,12 +15,11 @@ from pathlib import Path
 
 from stub_scale import FINDER
 
-from md3cli.scale.commits import CommitLog
-from md3cli.scale.layout import open_run_folder
+from md3cli.scale.folder import open_run_folder
+from md3cli.scale.markers import CommitLog
 from md3cli.scale.plan import read_plan
+from md3cli.scale.ray import ShardAnswer, run_on_ray
 from md3cli.scale.ray_cluster import RayOptions
-from md3cli.scale.ray_engine import run_on_ray
-from md3cli.scale.ray_worker import ShardAnswer
 
 
 def drive(uri: str, kill_after: int) -> None:

@@ -42,7 +42,7 @@ class MortalModel(StubModel):
 
 
 def find(options: ModelOptions) -> StubModel:
-    """As `md3cli.engine_port.find_model`."""
+    """As `md3cli.run.model_handle.find_model`."""
     model = MortalModel(options, float(os.environ.get(STEP_SECONDS, "0")))
     model.deadly = os.environ.get(DEADLY)
     return model

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from md3cli import Moondream
 from md3cli.errors import CheckpointError
-from md3cli.model.adapters import merge_adapter, read_adapter
-from md3cli.model.checkpoint import load_model
-from md3cli.model.moe import gate
-from md3cli.model.moondream import Moondream3
+from md3cli.model.network.moe import gate
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.weights.adapters import merge_adapter, read_adapter
+from md3cli.model.weights.read import load_model
 
 CASE, RANK = "a", 4
 

@@ -9,7 +9,7 @@ import pytest
 COUNT_FAULTS = """
 import resource, sys
 import torch
-from md3cli.model.allocator import keep_freed_memory
+from md3cli.model.network.allocator import keep_freed_memory
 
 def faults_of_reuse():
     block = torch.ones(4 << 20)  # 16 MiB

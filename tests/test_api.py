@@ -15,8 +15,8 @@ from md3cli import Moondream
 from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError, RequestError
 from md3cli.model import api
-from md3cli.model.engine import Engine
-from md3cli.model.load import load_engine
+from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.load import load_engine
 
 SCENE = str(Path(__file__).parents[1] / "examples" / "scenes" / "scene_00002.png")
 GOOD = {"image": SCENE, "task": "detect", "prompt": "red circle"}

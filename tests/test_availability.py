@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from md3cli.errors import ConfigError
-from md3cli.model.gpu import availability
-from md3cli.model.gpu.availability import LEAST_TRITON, cuda_fault, kernel_fault, require_kernels
+from md3cli.model.kernels import availability
+from md3cli.model.kernels.availability import LEAST_TRITON, cuda_fault, kernel_fault, require_kernels
 
 CUDA = torch.device("cuda", 0)
 
@@ -157,7 +157,8 @@ def test_this_machine_itself_says_what_is_missing() -> None:
 
 def test_without_a_cuda_device_triton_is_never_imported() -> None:
     program = (
-        "import sys, torch, md3cli.model.load as load; from md3cli.model.device_facts import device_facts; "
+        "import sys, torch, md3cli.model.engine.load as load; "
+        "from md3cli.model.engine.load import device_facts; "
         "load.prepare_device(torch.device('cpu')); load.prepare_device(torch.device('mps')); "
         "facts = device_facts('cpu'); "
         "sys.exit('triton' in sys.modules or facts.triton != '' or facts.kernel_fault is not None)"

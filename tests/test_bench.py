@@ -20,15 +20,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from md3cli.bench import bench, gpu, runs, stages
+from md3cli.bench.gpu import GpuMemory, GpuRun, GpuRuns, busy_seconds, covered, gpu_workload, run_workloads
+from md3cli.bench.runs import PHOTO, WORKLOADS, Workload, make_engine, make_images, make_jobs, time_run
 from md3cli.commands import bench as command
 from md3cli.errors import EngineError
-from md3cli.images import ImageLimits, Tiling, prepare_image
-from md3cli.model import bench, bench_files, bench_gpu, bench_stages
-from md3cli.model.bench_gpu import GpuMemory, GpuRun, GpuRuns, busy_seconds, covered, gpu_workload, run_workloads
-from md3cli.model.bench_runs import PHOTO, WORKLOADS, Workload, make_engine, make_images, make_jobs, time_run
-from md3cli.model.engine import Engine
-from md3cli.model.moondream import Moondream3
-from md3cli.model.random_weights import CONFIGS, forbid_end, random_model
+from md3cli.images.crops import ImageLimits, Tiling, prepare_image
+from md3cli.model.engine.engine import Engine
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.weights.random_weights import CONFIGS, forbid_end, random_model
 from md3cli.records import ImageItem, Task
 
 CPU = torch.device("cpu")
@@ -57,20 +57,20 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
         run()
         return 0.25
 
-    monkeypatch.setattr(bench_gpu, "make_engine", make)
-    monkeypatch.setattr(bench_gpu, "reset_gpu_peak", lambda device: None)
-    monkeypatch.setattr(bench_gpu, "gpu_memory", lambda device: MEMORY)
-    monkeypatch.setattr(bench_gpu, "busy_seconds", busy)
-    monkeypatch.setattr(bench_gpu, "NUM_REQUESTS", dict.fromkeys(bench_gpu.NUM_REQUESTS, (2, 3)))
-    monkeypatch.setattr(bench_gpu, "CAPTION_TOKENS", 40)
+    monkeypatch.setattr(gpu, "make_engine", make)
+    monkeypatch.setattr(gpu, "reset_gpu_peak", lambda device: None)
+    monkeypatch.setattr(gpu, "gpu_memory", lambda device: MEMORY)
+    monkeypatch.setattr(gpu, "busy_seconds", busy)
+    monkeypatch.setattr(gpu, "NUM_REQUESTS", dict.fromkeys(gpu.NUM_REQUESTS, (2, 3)))
+    monkeypatch.setattr(gpu, "CAPTION_TOKENS", 40)
     return made
 
 
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products and reads that take no time."""
-    monkeypatch.setattr(bench_stages, "GEMM_SIDE", 64)
-    monkeypatch.setattr(bench_stages, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(stages, "GEMM_SIDE", 64)
+    monkeypatch.setattr(stages, "READ_BYTES", 1 << 16)
 
 
 def run_gpu(*names: str, batch_sizes: tuple[int, ...] = (1, 2)) -> GpuRuns:
@@ -112,7 +112,7 @@ def test_a_request_that_fails_ends_the_benchmark() -> None:
 
 def test_a_gpu_gets_full_batches_of_different_photos() -> None:
     for name in bench.GPU_WORKLOADS:
-        for batch_size in bench_gpu.BATCH_SIZES:
+        for batch_size in gpu.BATCH_SIZES:
             workload = gpu_workload(name, batch_size)
             assert workload.num_requests % batch_size == 0
             assert workload.num_requests >= 2 * batch_size
@@ -164,22 +164,22 @@ def test_files_stand_beside_the_same_pictures_cut_before(engines: list[Engine]) 
 
 
 def test_a_batch_that_memory_does_not_hold_is_said(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    make = bench_gpu.make_engine
-    monkeypatch.setattr(bench_gpu, "make_engine", lambda model, asked: make(model, min(asked, 3)))
+    make = gpu.make_engine
+    monkeypatch.setattr(gpu, "make_engine", lambda model, asked: make(model, min(asked, 3)))
     found = run_gpu("query", batch_sizes=(1, 2, 4, 8))
     assert [run.batch_size for run in found.runs] == [1, 2, 3]  # what fits is measured once
     assert found.notes == [f"query, batch {asked}: memory holds a batch of 3" for asked in (4, 8)]
 
 
 def test_memory_that_runs_out_at_the_start_is_said(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    make = bench_gpu.make_engine
+    make = gpu.make_engine
 
     def make_small(model: Moondream3, asked: int) -> Engine:
         if asked > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
         return make(model, asked)
 
-    monkeypatch.setattr(bench_gpu, "make_engine", make_small)
+    monkeypatch.setattr(gpu, "make_engine", make_small)
     found = run_gpu("query", "captions")
     assert [run.workload for run in found.runs] == ["query", "captions"]
     assert found.notes == [
@@ -231,7 +231,7 @@ def test_only_the_device_counts_as_busy(monkeypatch: pytest.MonkeyPatch) -> None
     def profile(activities: Any, acc_events: bool) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(events=lambda: events)
 
-    monkeypatch.setattr(bench_gpu, "profile", profile)
+    monkeypatch.setattr(gpu, "profile", profile)
     assert busy_seconds(lambda: ran.append(1)) == pytest.approx(2e-6)
     assert ran == [1]
 
@@ -252,15 +252,15 @@ def test_the_profiler_says_what_is_asked_of_it() -> None:
 
 @torch.inference_mode()
 def test_a_decode_step_stands_beside_the_copy_where_that_was_measured() -> None:
-    read = bench_stages.bench_decode(mini(), 1, {"read_gbytes": 8.0})
-    copy = bench_stages.bench_decode(mini(), 1, {"read_gbytes": 8.0, "copy_gbytes": 2.0})
+    read = stages.bench_decode(mini(), 1, {"read_gbytes": 8.0})
+    copy = stages.bench_decode(mini(), 1, {"read_gbytes": 8.0, "copy_gbytes": 2.0})
     assert read["share"] == pytest.approx(read["gbytes"] / 8)
     assert copy["share"] == pytest.approx(copy["gbytes"] / 2)
 
 
 def test_a_copy_counts_what_it_reads_and_what_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_stages, "best_seconds", lambda run, device: run() is None or 2.0)
-    assert bench_stages.copy_rate(torch.ones(1000)) == 4000
+    monkeypatch.setattr(stages, "best_seconds", lambda run, device: run() is None or 2.0)
+    assert stages.copy_rate(torch.ones(1000)) == 4000
 
 
 def test_a_stage_that_memory_does_not_hold_is_said(
@@ -368,7 +368,7 @@ def test_a_cpu_measures_what_it_always_did(name: str, small_limits: None) -> Non
 def test_files_are_decoded_by_workers_in_order() -> None:
     crop_config = CONFIGS["mini"].vision.crop_config
     request = WORKLOADS["files"].request
-    with bench_files.photo_files(6, crop_config, num_workers=2, seed=0) as files:
+    with runs.photo_files(6, crop_config, num_workers=2, seed=0) as files:
         cut = files.decode_all()
         jobs = [job for job in files.jobs(request, 5) if job is not None]
     assert [job.key for job in jobs] == list(range(5))
@@ -379,14 +379,14 @@ def test_files_are_decoded_by_workers_in_order() -> None:
 
 
 def test_photos_are_pictures_that_any_reader_takes(tmp_path: Path) -> None:
-    paths = bench_files.write_photos(tmp_path, 5, seed=1)
+    paths = runs.write_photos(tmp_path, 5, seed=1)
     crop_config = CONFIGS["full"].vision.crop_config
     first, again = (
         prepare_image(ImageItem(path.name, str(path)), crop_config, ImageLimits(), None)
         for path in (paths[0], paths[4])
     )
     assert first.tiling == PHOTO
-    assert (first.width, first.height) == bench_files.SIZE
+    assert (first.width, first.height) == runs.SIZE
     assert (first.crops == again.crops).all()  # the same scene in other bytes
     assert first.sha256 != again.sha256
     assert 250_000 < paths[0].stat().st_size < 1_000_000

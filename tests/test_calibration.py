@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from md3cli.errors import InputError
-from md3cli.images import ImageLimits, prepare_image
-from md3cli.model.calibration import DAMPING, PRIOR_TOKENS, InputMoments, collect_importance
-from md3cli.model.checkpoint import load_model
-from md3cli.model.hub import ModelFiles, model_path, resolve_model
-from md3cli.model.layers import Linear
-from md3cli.model.moe import ExpertMatrices
-from md3cli.model.name_tables import is_int8_vision, is_portable
-from md3cli.model.plain import encode_image
-from md3cli.model.quantised import LowBit
-from md3cli.model.scale_search import search
+from md3cli.images.crops import ImageLimits, prepare_image
+from md3cli.model.calibrate import DAMPING, PRIOR_TOKENS, InputMoments, collect_importance
+from md3cli.model.engine.plain import encode_image
+from md3cli.model.network.layers import Linear
+from md3cli.model.network.moe import ExpertMatrices
+from md3cli.model.quant.search import search
+from md3cli.model.weights.codes import LowBit
+from md3cli.model.weights.hub import ModelFiles, model_path, resolve_model
+from md3cli.model.weights.names import is_int8_vision, is_portable
+from md3cli.model.weights.read import load_model
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task
 
 SCENES = Path(__file__).parents[1] / "examples" / "scenes"

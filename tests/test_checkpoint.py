@@ -26,13 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from md3cli.errors import CheckpointError
-from md3cli.model.checkpoint import CheckpointReader, load_model, stored_dtype
-from md3cli.model.checkpoint_plan import plan_checkpoint
-from md3cli.model.config import ModelConfig
-from md3cli.model.formats import Format
-from md3cli.model.inspection import inspect_checkpoint
-from md3cli.model.moondream import Moondream3
-from md3cli.model.tensor_table import expected_tensors
+from md3cli.model.inspect import inspect_checkpoint
+from md3cli.model.network.config import ModelConfig
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.weights.formats import Format
+from md3cli.model.weights.names import expected_tensors
+from md3cli.model.weights.plan import plan_checkpoint
+from md3cli.model.weights.read import CheckpointReader, load_model, stored_dtype
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {

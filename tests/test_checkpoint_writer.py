@@ -16,14 +16,14 @@ from reference.reading import read_network
 from torch import Tensor
 
 from md3cli.errors import CheckpointError, OutputError
-from md3cli.model import checkpoint_writer
-from md3cli.model.checkpoint import load_model
-from md3cli.model.checkpoint_plan import plan_checkpoint
-from md3cli.model.checkpoint_writer import convert_checkpoint, write_checkpoint
-from md3cli.model.config import ModelConfig
-from md3cli.model.formats import Format
-from md3cli.model.name_tables import Recipe
-from md3cli.model.quantised import LowBit, pack_nibbles, quantise, quantise_fp8, quantise_int4
+from md3cli.model.network.config import ModelConfig
+from md3cli.model.weights import write
+from md3cli.model.weights.codes import LowBit, pack_nibbles, quantise, quantise_fp8, quantise_int4
+from md3cli.model.weights.formats import Format
+from md3cli.model.weights.names import Recipe
+from md3cli.model.weights.plan import plan_checkpoint
+from md3cli.model.weights.read import load_model
+from md3cli.model.weights.write import convert_checkpoint, write_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 CASE_C = GOLDEN / "case-c" / "checkpoint"
@@ -170,7 +170,7 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint_writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OutputError, match=r"needs \d{3},\d{3} bytes and .* has 1,000 left"):
         convert_checkpoint(CASE_C, tmp_path / "out", Format.RAW)
     assert list(tmp_path.iterdir()) == []
@@ -209,6 +209,6 @@ def test_a_copy_that_differs_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         changed["text.wte"][0, 0] += 1
         write_checkpoint(changed, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", write_one_bit_off)
+    monkeypatch.setattr(write, "write_checkpoint", write_one_bit_off)
     with pytest.raises(OutputError, match=r"text\.wte reads back different"):
         convert_checkpoint(CASE_C, tmp_path / "out", Format.RAW)

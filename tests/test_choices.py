@@ -8,8 +8,8 @@ import pytest
 import torch
 from golden_cases import GoldenCase, assert_answer, load_case
 
-from md3cli.model import plain
-from md3cli.model.tasks import Job
+from md3cli.model.engine import plain
+from md3cli.model.engine.sequence import Job
 from md3cli.records import Request, Task
 
 CHOICES = ("yes", "no", "a red square")

@@ -10,13 +10,13 @@ import torch
 
 from md3cli.config import ModelOptions
 from md3cli.file_cache import FileCache
-from md3cli.model import code_cache, low_bit_loading
-from md3cli.model.code_cache import CodeCache
-from md3cli.model.hub import model_path
-from md3cli.model.load import load_weights
-from md3cli.model.moondream import Moondream3
-from md3cli.model.quantised import LowBit, quantise
-from md3cli.model.weight_files import WeightFiles, find_weight_files
+from md3cli.model.engine.load import load_weights
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.quant import load, search
+from md3cli.model.quant.search import CodeCache
+from md3cli.model.weights.codes import LowBit, quantise
+from md3cli.model.weights.files import WeightFiles, find_weight_files
+from md3cli.model.weights.hub import model_path
 
 TINY = model_path("tiny")
 SHAPE = (4, 512, 512)
@@ -92,7 +92,7 @@ def test_a_full_disk_ends_keeping_not_the_start(cache: CodeCache, monkeypatch: p
 
 
 def test_a_second_start_searches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(code_cache, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(search, "LEAST_ELEMENTS", 0)
     options = ModelOptions(model=str(TINY), quant="int4", cache_dir=tmp_path)
 
     def start() -> Moondream3:
@@ -103,7 +103,7 @@ def test_a_second_start_searches_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     def refuse(weight: torch.Tensor, kind: LowBit) -> None:
         raise AssertionError("searched again")
 
-    monkeypatch.setattr(low_bit_loading, "search", refuse)
+    monkeypatch.setattr(load, "search", refuse)
     second = start()
     x = torch.randn(1, 5, first.config.text.dim)
     position = torch.arange(5)[None]

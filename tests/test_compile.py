@@ -10,10 +10,10 @@ import torch
 from golden_cases import GoldenCase, assert_answer, load_case
 from torch._dynamo.testing import CompileCounter
 
-from md3cli.model import kernels
-from md3cli.model.engine import Engine
-from md3cli.model.load import compile_engine, missing_compiler
-from md3cli.model.tasks import Job
+from md3cli.model.engine import kernels
+from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.load import compile_engine, missing_compiler
+from md3cli.model.engine.sequence import Job
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from corpus import Case, encode, picture, write_corpus
 
-from md3cli.decode import DecodePool
 from md3cli.errors import ImageError
-from md3cli.images import CropConfig, ImageLimits
+from md3cli.images.crops import CropConfig, ImageLimits
+from md3cli.images.pool import DecodePool
 from md3cli.records import MESSAGE_LIMIT_CHARS, ImageItem, is_printable
 
 CFG = CropConfig(crop_size=42, patch_size=6, overlap_margin=2, max_crops=12)

@@ -20,11 +20,11 @@ import pytest
 from corpus import encode, picture, tiff, turned_exif
 from PIL import Image
 
-from md3cli import decode
-from md3cli.decode import DecodePool
-from md3cli.decode_worker import Channel
 from md3cli.errors import ImageError, InputError, UsageError
-from md3cli.images import CropConfig, ImageLimits
+from md3cli.images import pool as pool_module
+from md3cli.images.crops import CropConfig, ImageLimits
+from md3cli.images.pool import DecodePool
+from md3cli.images.worker import Channel
 from md3cli.records import ImageItem
 
 CFG = CropConfig(crop_size=42, patch_size=6, overlap_margin=2, max_crops=12)
@@ -53,7 +53,7 @@ worker.serve()
 
 @pytest.fixture
 def obedient(monkeypatch):
-    monkeypatch.setattr(decode, "_WORKER_CODE", OBEDIENT)
+    monkeypatch.setattr(pool_module, "_WORKER_CODE", OBEDIENT)
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_the_second_try_is_alone(monkeypatch, tmp_path, good):
         os.unlink(mine)
 """
     monkeypatch.setattr(
-        decode, "_WORKER_CODE", OBEDIENT.replace("    return real(item", f"{deeds}    return real(item")
+        pool_module, "_WORKER_CODE", OBEDIENT.replace("    return real(item", f"{deeds}    return real(item")
     )
     with warnings.catch_warnings(action="ignore"), DecodePool(3, CFG, LIMITS) as pool:
         whole = outcome(pool.submit(good))
@@ -289,9 +289,9 @@ def test_nothing_of_a_decoder_reaches_stderr(obedient, tmp_path, good, capfd):
     ],
 )
 def test_a_worker_that_talks_nonsense_is_not_believed(monkeypatch, good, answer):
-    code = decode._WORKER_CODE.replace("serve()", "")
-    code += f"\nimport md3cli.decode_worker as w\nw._serve_one = lambda channel, item, setup: channel.{answer}\nserve()"
-    monkeypatch.setattr(decode, "_WORKER_CODE", code)
+    code = pool_module._WORKER_CODE.replace("serve()", "")
+    code += f"\nimport md3cli.images.worker as w\nw._serve_one = lambda channel, item, setup: channel.{answer}\nserve()"
+    monkeypatch.setattr(pool_module, "_WORKER_CODE", code)
     with DecodePool(1, CFG, LIMITS) as pool:
         assert error_type(pool.submit(good)) == "decoder_crash"
 
@@ -327,7 +327,7 @@ def test_huge_pictures_wait_for_each_other_without_losing_their_time(obedient, f
 def test_a_huge_picture_that_kills_its_decoder_lets_the_next_one_in(monkeypatch, good):
     late = "if item.name == 'late': kwargs['on_header'](9999); os._exit(1)"
     dies_late = OBEDIENT.replace("    return real(item", f"    {late}\n    return real(item")
-    monkeypatch.setattr(decode, "_WORKER_CODE", dies_late)
+    monkeypatch.setattr(pool_module, "_WORKER_CODE", dies_late)
     with DecodePool(2, CFG, LIMITS) as pool:
         assert error_type(pool.submit(told(good, "late"))) == "decoder_crash"
         assert pool.submit(good).result(PATIENCE_S).width == 200
@@ -371,7 +371,7 @@ def test_no_worker_outlives_a_run_that_was_killed(good):
         import time
         from md3cli import decode
         from md3cli.records import ImageItem
-        from md3cli.images import CropConfig, ImageLimits
+        from md3cli.images.crops import CropConfig, ImageLimits
         decode._WORKER_CODE = {OBEDIENT!r}
         pool = decode.DecodePool(2, CropConfig(42, 6, 2, 12), ImageLimits())
         futures = [pool.submit(ImageItem(name, {good.path!r})) for name in ("sleep", "idle")]
@@ -392,14 +392,14 @@ def test_a_worker_that_is_killed_while_it_starts_is_started_again(monkeypatch, t
     first = tmp_path / "first"
     dies = f"import os, pathlib, signal\nif not pathlib.Path({str(first)!r}).exists():\n"
     dies += f"    pathlib.Path({str(first)!r}).touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
-    monkeypatch.setattr(decode, "_WORKER_CODE", dies + decode._WORKER_CODE)
+    monkeypatch.setattr(pool_module, "_WORKER_CODE", dies + pool_module._WORKER_CODE)
     with DecodePool(1, CFG, LIMITS) as pool:
         assert pool.submit(good).result(PATIENCE_S).width == 200
     assert first.exists()
 
 
 def test_where_no_worker_starts_the_run_is_told_why(monkeypatch, good):
-    monkeypatch.setattr(decode, "_WORKER_CODE", "raise SystemExit('no such thing as numpy')")
+    monkeypatch.setattr(pool_module, "_WORKER_CODE", "raise SystemExit('no such thing as numpy')")
     with DecodePool(1, CFG, LIMITS) as pool:
         for _ in range(2):
             with pytest.raises(InputError, match="could not start \\(no such thing as numpy\\)"):

@@ -13,8 +13,8 @@ import pytest
 from corpus import turned_exif
 from PIL import Image
 
-from md3cli.decode import DecodePool
-from md3cli.images import CropConfig, ImageLimits, PreparedImage, prepare_image
+from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, prepare_image
+from md3cli.images.pool import DecodePool
 from md3cli.records import ImageItem
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from md3cli.digest_set import DigestSet, digest_of
+from md3cli.finished.digest import DigestSet, digest_of
 
 
 @given(st.lists(st.binary(min_size=1, max_size=2)))

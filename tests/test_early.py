@@ -14,10 +14,9 @@ from stub_engine import StubAnswer
 from test_ordering import ticket
 
 from md3cli.console import Summary
-from md3cli.early import SLACK_LINES, EarlyRecords
-from md3cli.journal import encode_record
-from md3cli.ordering import OrderedRecords
 from md3cli.records import RecordDict, RunIdentity
+from md3cli.run.journal import encode_record
+from md3cli.run.order import SLACK_LINES, EarlyRecords, OrderedRecords
 
 
 class Start:

@@ -10,11 +10,11 @@ from golden_cases import assert_answer, load_case
 from PIL import Image
 
 from md3cli.file_cache import FileCache
-from md3cli.images import PreparedImage
-from md3cli.model import encoder, plain
+from md3cli.images.crops import PreparedImage
 from md3cli.model.api import Moondream
-from md3cli.model.encoding_cache import EncodingCache, vision_digest
-from md3cli.model.tasks import Job
+from md3cli.model.engine import encoder, plain
+from md3cli.model.engine.encoder import EncodingCache, vision_digest
+from md3cli.model.engine.sequence import Job
 from md3cli.records import Request, Task
 
 

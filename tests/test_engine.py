@@ -12,16 +12,16 @@ import torch
 from golden_cases import GoldenCase, assert_answer, load_case
 
 from md3cli.errors import EngineError
-from md3cli.images import Tiling
-from md3cli.model import choices as choices_module
-from md3cli.model import engine as engine_module
-from md3cli.model import memory
-from md3cli.model.config import ModelConfig
-from md3cli.model.decoding import Mode
-from md3cli.model.engine import Engine, Sizes
-from md3cli.model.forward import Passes
-from md3cli.model.kv_cache import KVCache
-from md3cli.model.tasks import Answer, EncodedImage, Job
+from md3cli.images.crops import Tiling
+from md3cli.model.engine import choices as choices_module
+from md3cli.model.engine import engine as engine_module
+from md3cli.model.engine import memory
+from md3cli.model.engine.engine import Engine, Sizes
+from md3cli.model.engine.kv_cache import KVCache
+from md3cli.model.engine.passes import Passes
+from md3cli.model.engine.sequence import Answer, EncodedImage, Job
+from md3cli.model.engine.state import Mode
+from md3cli.model.network.config import ModelConfig
 from md3cli.records import Request, Task
 
 

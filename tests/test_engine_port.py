@@ -13,8 +13,8 @@ from PIL import Image
 from program import clean_environment, records_of
 
 from md3cli.config import ModelOptions
-from md3cli.engine_port import REAL_CROP_CONFIG, crop_config_without_network, find_model
 from md3cli.errors import CheckpointError
+from md3cli.run.model_handle import REAL_CROP_CONFIG, crop_config_without_network, find_model
 
 CHECKPOINT = Path(__file__).parent / "golden/case-a/checkpoint"
 PICTURES = Path(__file__).parent / "golden/case-a/images"
@@ -30,7 +30,7 @@ def test_a_model_is_found_without_torch() -> None:
     check = (
         "import sys\n"
         "from md3cli.config import ModelOptions\n"
-        "from md3cli.engine_port import find_model\n"
+        "from md3cli.run.model_handle import find_model\n"
         f"model = find_model(ModelOptions({str(CHECKPOINT)!r}, dtype='fp32'))\n"
         "assert 'torch' not in sys.modules\n"
         "assert model.identity.model.startswith('checkpoint@') and model.identity.dtype == 'fp32'\n"

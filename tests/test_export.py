@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from md3cli.cli import app
 from md3cli.exporters import FORMATS
-from md3cli.own_runs import seal_of
+from md3cli.finished.run_json import seal_of
 
 BOX = {"label": "car", "x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75, "score": 0.9}
 SINGLE = {"jsonl": "out.jsonl", "coco": "out.json", "parquet": "out.parquet", "csv": "out.csv", "html": "out.html"}

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from md3cli.decode import DecodePool
 from md3cli.errors import ImageError
-from md3cli.feed import ROWS_AT_A_TIME, Feed, Ticket, rows_ahead
-from md3cli.images import CropConfig, PreparedImage, Tiling
+from md3cli.images.crops import CropConfig, PreparedImage, Tiling
+from md3cli.images.pool import DecodePool
 from md3cli.records import ImageItem, Request, RowFailure, RunIdentity, SourceRow, Task, request_id
-from md3cli.request_ids import RequestIds
+from md3cli.run.feed import ROWS_AT_A_TIME, Feed, Ticket, rows_ahead
+from md3cli.run.record_index import RequestIds
 
 RUN = RunIdentity("m@1")
 CAR, DOG = Request(Task.DETECT, "car"), Request(Task.DETECT, "dog")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from md3cli.errors import InputError
-from md3cli.finished_run import find_records, load_run_info
+from md3cli.finished.run_json import find_records, load_run_info
 
 
 def test_a_run_folder_stands_for_its_records(tmp_path):

@@ -11,10 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from md3cli.errors import CheckpointError
-from md3cli.model.config import ModelConfig
-from md3cli.model.formats import Format, detect_format, hf_config, normalise_config, plain_name
-from md3cli.model.name_tables import Recipe, has_region_ln, slots, stored_name
-from md3cli.model.tensor_table import Part, count_parameters, expected_tensors
+from md3cli.model.network.config import ModelConfig
+from md3cli.model.weights.formats import Format, detect_format, hf_config, normalise_config, plain_name
+from md3cli.model.weights.names import (
+    Part,
+    Recipe,
+    count_parameters,
+    expected_tensors,
+    has_region_ln,
+    slots,
+    stored_name,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -9,13 +9,12 @@ import torch
 from golden_cases import GoldenCase, load_case
 from torch._dynamo.testing import CompileCounter
 
-from md3cli.model import plain
-from md3cli.model.decoding import Mode
-from md3cli.model.forward import Group, Passes, PromptInputs, embed_prompts, run_prefixes
-from md3cli.model.gpu.tiles import PassKind
-from md3cli.model.intake import take_in
-from md3cli.model.kv_cache import KVCache, PrefixStore
-from md3cli.model.tasks import Job, Sequence
+from md3cli.model.engine import plain
+from md3cli.model.engine.kv_cache import KVCache, PrefixStore
+from md3cli.model.engine.passes import Group, Passes, PromptInputs, embed_prompts, run_prefixes
+from md3cli.model.engine.sequence import Generation, Job, take_in
+from md3cli.model.engine.state import Mode
+from md3cli.model.kernels.tiles import PassKind
 from md3cli.records import Request, Task
 
 CPU = torch.device("cpu")
@@ -32,7 +31,7 @@ REQUESTS = (
 SLOTS = [4, 0, 5, 2, 3, 1]
 
 
-def sequences(case: GoldenCase) -> list[Sequence]:
+def sequences(case: GoldenCase) -> list[Generation]:
     jobs = [Job(i, None if r.temperature else case.images[0], r) for i, r in enumerate(REQUESTS)]
     return [take_in(job, case.prompts, case.model.config, 4096) for job in jobs]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from md3cli.found_records import FoundRecords, outcome_code
+from md3cli.run.record_index import FoundRecords, outcome_code
 
 # Few of them, some alike in their first eight bytes or in their last.
 digests = st.builds(lambda first, second: first * 8 + second * 8, *[st.sampled_from([b"a", b"b", b"\0", b"\xff"])] * 2)

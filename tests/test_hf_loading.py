@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from md3cli import Moondream
 from md3cli.errors import CheckpointError, EngineError
-from md3cli.model.checkpoint_plan import plan_checkpoint
-from md3cli.model.formats import Format
 from md3cli.model.hf import Moondream3Config, Moondream3ForConditionalGeneration, Moondream3Processor
+from md3cli.model.weights.formats import Format
+from md3cli.model.weights.plan import plan_checkpoint
 
 
 def load(folder: Path, **settings: object) -> Moondream3ForConditionalGeneration:

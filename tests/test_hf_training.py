@@ -17,11 +17,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from md3cli import Moondream
 from md3cli.config import ModelOptions
 from md3cli.errors import CheckpointError, ConfigError, RequestError
+from md3cli.model.engine.load import load_weights
 from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor
-from md3cli.model.hf.lora import PARTS, lora_targets
-from md3cli.model.load import load_weights
-from md3cli.model.region import size_bin
-from md3cli.model.training_loss import SIGMA_SHARE, near_bins_loss
+from md3cli.model.hf.loading import PARTS, lora_targets
+from md3cli.model.network.loss import SIGMA_SHARE, near_bins_loss
+from md3cli.model.network.region import size_bin
 
 CASE = "c"
 FOLDER = CASES[CASE][0]

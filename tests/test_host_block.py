@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from md3cli.model.host_block import milestone, send, start_download, upload
+from md3cli.model.engine.host_block import milestone, send, start_download, upload
 
 CPU = torch.device("cpu")
 INTS = st.lists(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=40), max_size=12)

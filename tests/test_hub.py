@@ -19,18 +19,20 @@ from huggingface_hub import constants, errors
 from quiet_server import QuietServer
 
 from md3cli.errors import CheckpointError, UsageError
-from md3cli.model import hub
-from md3cli.model.hub import (
+from md3cli.model.weights import hub
+from md3cli.model.weights.files import find_weight_files
+from md3cli.model.weights.hub import (
     TOKENIZER_REPO,
+    cached,
+    download,
     known_models,
     model_path,
+    plan_download,
     present_path,
     repo_of,
     resolve_model,
     terms_of,
 )
-from md3cli.model.hub_download import cached, download, plan_download
-from md3cli.model.weight_files import find_weight_files
 
 GOLDEN = Path(__file__).parent / "golden"
 CASE_A = GOLDEN / "case-a" / "checkpoint"
@@ -77,7 +79,7 @@ def test_local_models_import_no_hub_and_open_no_socket() -> None:
 import sys
 opened = []
 sys.addaudithook(lambda event, args: opened.append(event) if event.startswith("socket.") else None)
-from md3cli.model.hub import resolve_model
+from md3cli.model.weights.hub import resolve_model
 resolve_model({str(CASE_A)!r})
 assert "huggingface_hub" not in sys.modules and "torch" not in sys.modules
 assert not opened, opened
@@ -380,6 +382,6 @@ def test_failures_of_the_library_are_translated(
 
 
 def test_the_cache_folder_is_known_before_anything_else_was_asked() -> None:
-    code = "from md3cli.model.hub_download import cache_folder; print(cache_folder())"
+    code = "from md3cli.model.weights.hub import cache_folder; print(cache_folder())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip().endswith("hub")

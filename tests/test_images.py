@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from md3cli.errors import ImageError, UsageError
-from md3cli.images import CropConfig, ImageLimits, _resize, cut_crops, prepare_image, read_image, select_tiling
+from md3cli.images.crops import CropConfig, ImageLimits, _resize, cut_crops, prepare_image, read_image, select_tiling
 from md3cli.records import ImageItem
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -212,14 +212,14 @@ def test_running_out_of_memory_is_too_large(monkeypatch, tmp_path):
     def refuse(*_):
         raise MemoryError
 
-    monkeypatch.setattr("md3cli.images.cut_crops", refuse)
+    monkeypatch.setattr("md3cli.images.crops.cut_crops", refuse)
     with pytest.raises(ImageError, match="memory") as caught:
         prepare_image(item(tmp_path / "a.png"), REAL, LIMITS, None)
     assert caught.value.type == "too_large"
 
 
 def test_importing_the_door_and_the_pool_does_not_import_torch():
-    code = "import sys, md3cli.decode; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, md3cli.images.pool; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -18,7 +18,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from md3cli.errors import OutputError, OutputMismatchError
-from md3cli.journal import Journal, encode_record
 from md3cli.records import (
     ImageFacts,
     ImageItem,
@@ -31,6 +30,7 @@ from md3cli.records import (
     make_record,
     request_id,
 )
+from md3cli.run.journal import Journal, encode_record
 
 FACTS = ImageFacts(640, 480, "0" * 64)
 RUN = RunIdentity(model="tiny@0")
@@ -188,8 +188,8 @@ def test_damage_costs_its_line_only_and_is_copied(tmp_path: Path, damage: Callab
 
 
 def test_a_line_that_is_too_long_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("md3cli.journal_scan.LINE_LIMIT_BYTES", 3000)
-    monkeypatch.setattr("md3cli.journal_scan.BLOCK_BYTES", 500)
+    monkeypatch.setattr("md3cli.run.journal_scan.LINE_LIMIT_BYTES", 3000)
+    monkeypatch.setattr("md3cli.run.journal_scan.BLOCK_BYTES", 500)
     path, lines = tmp_path / "out.jsonl", lines_of(5)
     path.write_bytes(b"".join([*lines[:2], b"x" * 9999 + b"\n", *lines[2:]]))
     with Journal.open(path) as journal:

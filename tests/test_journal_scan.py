@@ -13,10 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from md3cli.digest_set import digest_of
-from md3cli.found_records import outcome_code
-from md3cli.journal import encode_record
-from md3cli.journal_scan import HEAD, DamagedLines, journal_lines, scan_journal
+from md3cli.finished.digest import digest_of
+from md3cli.finished.whole_records import read_record
 from md3cli.records import (
     ERROR_TYPES,
     ImageFacts,
@@ -30,7 +28,9 @@ from md3cli.records import (
     make_record,
     request_id,
 )
-from md3cli.whole_records import read_record
+from md3cli.run.journal import encode_record
+from md3cli.run.journal_scan import HEAD, DamagedLines, journal_lines, scan_journal
+from md3cli.run.record_index import outcome_code
 
 RUN, QUERY = RunIdentity("m@1"), Request(Task.QUERY, "größer? 🦊")
 FACTS = ImageFacts(64, 48, "0" * 64)
@@ -63,7 +63,7 @@ def read_plainly(data: bytes) -> Facts:
 
 
 def read_quickly(data: bytes, block_bytes: int) -> Facts:
-    with patch("md3cli.journal_scan.BLOCK_BYTES", block_bytes):
+    with patch("md3cli.run.journal_scan.BLOCK_BYTES", block_bytes):
         spans = [lines for lines in journal_lines(io.BytesIO(data)) if not isinstance(lines, DamagedLines)]
     return [
         (int(end), digest.tobytes(), int(outcome))

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from md3cli import jpeg
 from md3cli.errors import ImageError
-from md3cli.pixels import decode_rgb
+from md3cli.images import jpeg
+from md3cli.images.pixels import decode_rgb
 
 END = b"\xff\xd9"
 

@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 import torch
 
-from md3cli.model import kernels
-from md3cli.model.config import MoeConfig
-from md3cli.model.layers import Linear, Mlp, attention, bmm_attention
-from md3cli.model.moe import MoeMlp, Routing
+from md3cli.model.engine import kernels
+from md3cli.model.network.config import MoeConfig
+from md3cli.model.network.layers import Linear, Mlp, attention, bmm_attention
+from md3cli.model.network.moe import MoeMlp, Routing
 
 DIM, NUM_TOKENS = 128, 37
 

@@ -10,8 +10,8 @@ from golden_cases import assert_answer, load_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from md3cli.model.kv_cache import GROWTH, DecodeStore, KVCache, PromptStore
-from md3cli.model.tasks import Job
+from md3cli.model.engine.kv_cache import GROWTH, DecodeStore, KVCache, PromptStore
+from md3cli.model.engine.sequence import Job
 from md3cli.records import Request, Task
 
 

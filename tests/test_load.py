@@ -15,26 +15,26 @@ import torch
 
 from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError
-from md3cli.model import engine as engine_module
-from md3cli.model import load
-from md3cli.model.checkpoint_plan import CheckpointPlan, plan_checkpoint
-from md3cli.model.config import ModelConfig
-from md3cli.model.formats import Format
-from md3cli.model.hub import model_path
-from md3cli.model.kv_cache import KVCache
-from md3cli.model.load import (
+from md3cli.model.engine import engine as engine_module
+from md3cli.model.engine import load
+from md3cli.model.engine.kv_cache import KVCache
+from md3cli.model.engine.load import (
+    check_weights_fit,
     choose_device,
     choose_dtype,
     load_engine,
     load_weights,
     prepare_device,
     warn_of_another_base,
+    weight_bytes,
 )
-from md3cli.model.low_bit_experts import low_bit_matrices
-from md3cli.model.memory import MemoryPlan, least_room
-from md3cli.model.name_tables import slots
-from md3cli.model.tensor_table import expected_tensors
-from md3cli.model.weight_sizes import check_weights_fit, weight_bytes
+from md3cli.model.engine.memory import MemoryPlan, least_room
+from md3cli.model.network.config import ModelConfig
+from md3cli.model.quant.layers import low_bit_matrices
+from md3cli.model.weights.formats import Format
+from md3cli.model.weights.hub import model_path
+from md3cli.model.weights.names import expected_tensors, slots
+from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
 
 CPU, CUDA, BF16 = torch.device("cpu"), torch.device("cuda", 0), torch.bfloat16
 TINY = model_path("tiny")

@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from md3cli.model import low_bit, low_bit_int4, low_bit_int8, low_bit_onednn
-from md3cli.model.config import MoeConfig
-from md3cli.model.layers import Linear
-from md3cli.model.low_bit import LowBitLinear, Matrix, TileMatrix, pack
-from md3cli.model.low_bit_experts import Int8Experts, LowBitExperts, PackedMatrices, low_bit_matrices, place_experts
-from md3cli.model.low_bit_int4 import TextPass
-from md3cli.model.moe import MoeMlp
-from md3cli.model.quantised import LowBit, QuantisedWeight, quantise
+from md3cli.model.network.config import MoeConfig
+from md3cli.model.network.layers import Linear
+from md3cli.model.network.moe import MoeMlp
+from md3cli.model.quant import matrices
+from md3cli.model.quant.layers import Int8Experts, LowBitExperts, PackedMatrices, low_bit_matrices, place_experts
+from md3cli.model.quant.matrices import LowBitLinear, Matrix, TextPass, TileMatrix, pack
+from md3cli.model.weights.codes import LowBit, QuantisedWeight, quantise
 
 OUTPUTS, INPUTS = 192, 256
 DTYPES = [torch.float32, torch.bfloat16]
@@ -42,9 +41,9 @@ def test_this_machine_has_the_fast_products() -> None:
     """What is tested below as fast is; without the kernels everything falls back to tiles."""
     capabilities = torch.cpu.get_capabilities()
     if capabilities.get("avx512_vnni") and capabilities.get("avx512_bf16"):
-        assert low_bit_int8.has_int8_products()
-        assert low_bit_int4.has_int4_kernel()
-        assert not low_bit_int8.reduces_range()
+        assert matrices.has_int8_products()
+        assert matrices.has_int4_kernel()
+        assert not matrices.reduces_range()
 
 
 @pytest.mark.parametrize("is_prefix", [False, True])
@@ -66,15 +65,15 @@ def test_int4_values_are_exact_in_float32_and_rounded_by_a_tenth_of_a_code_in_bf
     steps = codes.scale.view(OUTPUTS, -1).repeat_interleave(128, dim=1)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
         (matrix,) = pack(codes, TextPass(), dtype)
-        assert isinstance(matrix, low_bit_int4.Int4Matrix)
+        assert isinstance(matrix, matrices.Int4Matrix)
         assert ((matrix.unpacked().T.float() - expected) / steps).abs().max() < tolerance
 
 
 def test_the_layout_is_that_of_torch() -> None:
     codes = torch.randint(0, 16, (OUTPUTS, INPUTS), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    blocks = low_bit_int4.pack_blocks(codes)
-    assert torch.equal(low_bit_int4.unpack_blocks(blocks, torch.uint8).T, codes)
-    if low_bit_int4.has_int4_kernel():
+    blocks = matrices.pack_blocks(codes)
+    assert torch.equal(matrices.unpack_blocks(blocks, torch.uint8).T, codes)
+    if matrices.has_int4_kernel():
         theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
         assert torch.equal(theirs.flatten(), blocks.flatten())
 
@@ -96,10 +95,10 @@ def test_a_row_gets_the_same_bits_alone_and_in_company(kind: LowBit, is_prefix: 
         assert torch.equal(together[row], alone[row])
 
 
-@pytest.mark.skipif(not low_bit_onednn.has_onednn_products(), reason="needs a CPU with VNNI")
+@pytest.mark.skipif(not matrices.has_onednn_products(), reason="needs a CPU with VNNI")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_onednn_gives_the_same_products_and_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
-    matrix, x = low_bit_onednn.OneDnnMatrix(weight(LowBit.INT8)), values(37, INPUTS, seed=1, dtype=dtype)
+    matrix, x = matrices.OneDnnMatrix(weight(LowBit.INT8)), values(37, INPUTS, seed=1, dtype=dtype)
     expected = F.linear(x.float(), weight(LowBit.INT8).dequantise(torch.float32))
     together = matrix(x)
     assert error(together, expected) < ACTIVATION_ERROR[LowBit.INT8]
@@ -121,20 +120,20 @@ def test_rows_of_zeros_and_of_extremes_stay_finite() -> None:
 
 def test_cpus_without_vnni_take_seven_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their 16-bit sums would overflow; the products stay right, a little coarser."""
-    monkeypatch.setattr(low_bit_int8, "reduces_range", lambda: True)
+    monkeypatch.setattr(matrices, "reduces_range", lambda: True)
     x = values(5, INPUTS, seed=1)
     expected = F.linear(x, weight(LowBit.INT8).dequantise(torch.float32))
     assert error(packed(LowBit.INT8, torch.float32)(x), expected) < 2 * ACTIVATION_ERROR[LowBit.INT8]
 
 
 def test_other_machines_compute_from_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(low_bit, "has_int8_products", lambda: False)
-    monkeypatch.setattr(low_bit_int4, "has_int4_kernel", lambda: False)
+    monkeypatch.setattr(matrices, "has_int8_products", lambda: False)
+    monkeypatch.setattr(matrices, "has_int4_kernel", lambda: False)
     x = values(3, INPUTS, seed=1)
     for kind in LowBit:
         expected = F.linear(x, weight(kind).dequantise(torch.float32))
         matrix = packed(kind, torch.float32)
-        assert isinstance(matrix, low_bit_int4.Int4Matrix if kind is LowBit.INT4 else TileMatrix)
+        assert isinstance(matrix, matrices.Int4Matrix if kind is LowBit.INT4 else TileMatrix)
         assert error(matrix(x), expected) < 1e-5
 
 

@@ -14,23 +14,20 @@ from safetensors.torch import save_file
 from md3cli.config import ModelOptions
 from md3cli.errors import CheckpointError, ConfigError
 from md3cli.file_cache import FileCache
-from md3cli.model.checkpoint import load_model
-from md3cli.model.checkpoint_plan import plan_checkpoint
-from md3cli.model.encoding_cache import EncodingCache
-from md3cli.model.gpu.layers import KernelExperts, KernelLinear
-from md3cli.model.hub import model_path
-from md3cli.model.kernels import optimise
-from md3cli.model.load import load_engine, load_weights
-from md3cli.model.low_bit import LowBitLinear
-from md3cli.model.low_bit_experts import PackedMatrices, low_bit_matrices
-from md3cli.model.low_bit_int4 import Int4Matrix
-from md3cli.model.low_bit_int8 import Int8Matrix
-from md3cli.model.low_bit_loading import has_low_bits, low_bit_of, quantise_decoder
-from md3cli.model.low_bit_vision import Int8Mlp, gelu_tanh_, quantise_vision
-from md3cli.model.moondream import Moondream3
-from md3cli.model.quantised import LowBit
-from md3cli.model.random_weights import CONFIGS, random_model
-from md3cli.model.vision import VisionEncoder
+from md3cli.model.engine.encoder import EncodingCache
+from md3cli.model.engine.kernels import optimise
+from md3cli.model.engine.load import load_engine, load_weights
+from md3cli.model.kernels.layers import KernelExperts, KernelLinear
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.network.vision import VisionEncoder
+from md3cli.model.quant.layers import Int8Mlp, PackedMatrices, gelu_tanh_, low_bit_matrices, quantise_vision
+from md3cli.model.quant.load import has_low_bits, low_bit_of, quantise_decoder
+from md3cli.model.quant.matrices import Int4Matrix, Int8Matrix, LowBitLinear
+from md3cli.model.weights.codes import LowBit
+from md3cli.model.weights.hub import model_path
+from md3cli.model.weights.plan import plan_checkpoint
+from md3cli.model.weights.random_weights import CONFIGS, random_model
+from md3cli.model.weights.read import load_model
 
 CPU = torch.device("cpu")
 TINY = model_path("tiny")

@@ -21,10 +21,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from md3cli.embedded import CellReader
 from md3cli.errors import InputError
-from md3cli.manifest import LINE_LIMIT_BYTES, ManifestRow, manifest_rows, open_regular, path_rows
 from md3cli.records import ImageItem
+from md3cli.source.manifest import LINE_LIMIT_BYTES, ManifestRow, manifest_rows, open_regular, path_rows
+from md3cli.source.parquet import CellReader
 
 some_examples = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

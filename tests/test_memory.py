@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from md3cli.errors import ConfigError
-from md3cli.model import encoder, memory
-from md3cli.model.config import ModelConfig
-from md3cli.model.memory import MemoryPlan
-from md3cli.model.random_weights import CONFIGS, random_model
+from md3cli.model.engine import encoder, memory
+from md3cli.model.engine.memory import MemoryPlan
+from md3cli.model.network.config import ModelConfig
+from md3cli.model.weights.random_weights import CONFIGS, random_model
 
 CPU, MPS, CUDA, BF16 = torch.device("cpu"), torch.device("mps"), torch.device("cuda", 0), torch.bfloat16
 REAL = ModelConfig()

@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 from md3cli import Moondream
 from md3cli.cli import app
 from md3cli.errors import CheckpointError
-from md3cli.model.hub import model_path, repo_of, resolve_model
-from md3cli.model.misfits import misfit
-from md3cli.model.weight_files import find_weight_files
+from md3cli.model.weights.files import find_weight_files, misfit
+from md3cli.model.weights.hub import model_path, repo_of, resolve_model
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 18529384704\n"
 PAGE = b"\xef\xbb\xbf\n<!DOCTYPE html><html>404</html>"

@@ -17,9 +17,8 @@ from typer.testing import CliRunner
 
 from md3cli.commands import models
 from md3cli.errors import CheckpointError, InputError, Md3Error, OutputError, UsageError
-from md3cli.model import hub_download
-from md3cli.model.hub import model_path
-from md3cli.model.hub_download import DownloadPlan
+from md3cli.model.weights import hub
+from md3cli.model.weights.hub import DownloadPlan, model_path
 
 GOLDEN = Path(__file__).parent / "golden"
 CASE_A = GOLDEN / "case-a" / "checkpoint"
@@ -247,7 +246,7 @@ def test_pull_says_sizes_first_and_refuses_a_full_disk(monkeypatch: pytest.Monke
     def plan(repo: str, revision: str | None) -> DownloadPlan:
         return DownloadPlan(repo, "abc", 18_500_000_000, 18_500_000_000, tmp_path, 5_000_000_000)
 
-    monkeypatch.setattr(hub_download, "plan_download", plan)
+    monkeypatch.setattr(hub, "plan_download", plan)
     result = CliRunner().invoke(models.app, ["pull", "moondream3"])
     assert "moondream/moondream3-preview@abc: 18.5 GB, 18.5 GB to fetch into" in result.output
     assert "5.0 GB free" in result.output

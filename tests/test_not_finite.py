@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from md3cli import Moondream
 from md3cli.errors import CheckpointError, RequestError
-from md3cli.model import plain
-from md3cli.model.encoding_cache import EncodingCache
-from md3cli.model.quantise_checkpoint import QuantiseSettings, quantise_checkpoint
-from md3cli.model.quantised import LowBit
-from md3cli.model.tasks import EncodedImage
+from md3cli.model.engine import plain
+from md3cli.model.engine.encoder import EncodingCache
+from md3cli.model.engine.sequence import EncodedImage
+from md3cli.model.quant.quantise import QuantiseSettings, quantise_checkpoint
+from md3cli.model.weights.codes import LowBit
 from md3cli.records import RecordDict, Task
 
 CASE, INDEX = CASES["a"][0], "model.safetensors.index.json"
@@ -98,7 +98,7 @@ def test_every_method_raises_and_the_next_call_is_answered(tmp_path: Path) -> No
 
 
 def test_grounded_points_of_a_thought_are_checked_too() -> None:
-    from md3cli.model.decoding import Mode, _is_finite, idle_rows
+    from md3cli.model.engine.state import Mode, _is_finite, idle_rows
 
     rows = idle_rows(4, torch.device("cpu"))
     coord_id, other = 5, 8

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from stub_engine import StubAnswer
 
 from md3cli.console import Summary
-from md3cli.feed import Ticket
-from md3cli.ordering import OrderedRecords
 from md3cli.records import ImageFacts, ImageItem, Request, RowFailure, RunIdentity, SourceRow, Task
+from md3cli.run.feed import Ticket
+from md3cli.run.order import OrderedRecords
 
 CAPTION = Request(Task.CAPTION)
 

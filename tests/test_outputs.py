@@ -8,7 +8,7 @@ import pytest
 
 from md3cli.config import OutputOptions
 from md3cli.errors import MissingExtraError, OutputMismatchError, UsageError
-from md3cli.outputs import OutputPlan, check_replaceable, plan_output, written_paths
+from md3cli.run.output import OutputPlan, check_replaceable, plan_output, written_paths
 
 
 def plan(path: str | None, *formats: str, is_terminal: bool = False) -> OutputPlan:

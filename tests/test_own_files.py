@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from program import Program, beside_pictures, records_of, start
 
-from md3cli.early import EarlyRecords
-from md3cli.marker import foreign_file, remove_written, written_paths
+from md3cli.finished.own_files import foreign_file, remove_written, written_paths
+from md3cli.run.order import EarlyRecords
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from program import Program, isolate, make_pictures, records_of, start
 from stub_engine import StubEngine, StubModel
 
 from md3cli.errors import CheckpointError, OutputError
-from md3cli.journal import Journal
 from md3cli.records import ImageItem
+from md3cli.run.journal import Journal
 
 
 @pytest.fixture
@@ -49,16 +49,16 @@ def test_one_picture_asked_often_is_decoded_once(md3: Program, pictures: Path, m
     opened = []
     submit = md3cli_decode().DecodePool.submit
     monkeypatch.setattr(
-        "md3cli.decode.DecodePool.submit", lambda self, *what: opened.append(what) or submit(self, *what)
+        "md3cli.images.pool.DecodePool.submit", lambda self, *what: opened.append(what) or submit(self, *what)
     )
     assert len(records_of(md3("run", manifest, "--task", "detect:x").stdout)) == 3
     assert len(opened) == 1
 
 
 def md3cli_decode() -> object:
-    import md3cli.decode
+    import md3cli.images.pool
 
-    return md3cli.decode
+    return md3cli.images.pool
 
 
 def test_repeats_of_a_request_are_records_of_their_own(md3: Program, pictures: Path) -> None:
@@ -350,8 +350,8 @@ def test_a_late_picture_holds_back_the_records_behind_it(
     md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_pictures(pictures, 80)
-    monkeypatch.setattr("md3cli.pipeline.BATCHES_AHEAD", 2)
-    from md3cli.decode import DecodePool
+    monkeypatch.setattr("md3cli.run.local.BATCHES_AHEAD", 2)
+    from md3cli.images.pool import DecodePool
 
     decode = DecodePool._decode_in_worker
 

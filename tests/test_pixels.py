@@ -12,9 +12,9 @@ import pytest
 from corpus import any_tiff, chunk, encode, picture, png, tiff, turned_exif
 from PIL import Image
 
-from md3cli import pixels
 from md3cli.errors import ImageError
-from md3cli.pixels import decode_rgb
+from md3cli.images import pixels
+from md3cli.images.pixels import decode_rgb
 
 
 def rgb(data: bytes, background: tuple[int, int, int] | None = None) -> np.ndarray:

@@ -7,8 +7,7 @@ import io
 import pytest
 from terminal import terminal
 
-from md3cli.console import RunConsole
-from md3cli.progress import Progress, clock, loading
+from md3cli.console import Progress, RunConsole, clock, loading
 
 
 def test_progress_is_a_bar_on_a_terminal() -> None:
@@ -25,7 +24,7 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
 
 def test_progress_is_plain_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("md3cli.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("md3cli.console.time.monotonic", lambda: now[0])
     stream = io.StringIO()
     progress = Progress(stream, 5000, is_bar=False)
     for step in range(1, 26):
@@ -42,7 +41,7 @@ def test_loading_is_said_and_does_not_count(monkeypatch: pytest.MonkeyPatch) -> 
         pass
     assert "loading the model" in stream.getvalue()
     now = [100.0]
-    monkeypatch.setattr("md3cli.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("md3cli.console.time.monotonic", lambda: now[0])
     plain = Progress(io.StringIO(), 100, is_bar=False)
     with loading(plain):
         now[0] += 60

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from md3cli.errors import OutputError
-from md3cli.publish import OutputLock, atomic_publish, remove_stale_temps, temp_beside
+from md3cli.files import OutputLock, atomic_publish, remove_stale_temps, temp_beside
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch:
     def no_locks(fd: int, flags: int) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("md3cli.publish.fcntl.flock", no_locks)
+    monkeypatch.setattr("md3cli.files.fcntl.flock", no_locks)
     lock = OutputLock.acquire(tmp_path / "out.lock", tmp_path / "out")
     assert not lock.is_held
     lock.release()

@@ -19,18 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from md3cli.errors import CheckpointError, OutputError
-from md3cli.model import quantise_checkpoint as module
-from md3cli.model import shards
-from md3cli.model.checkpoint import CheckpointReader, load_model
-from md3cli.model.checkpoint_plan import CheckpointPlan, plan_checkpoint
-from md3cli.model.formats import Format
-from md3cli.model.hub import model_path
-from md3cli.model.inspection import inspect_checkpoint
-from md3cli.model.name_tables import Recipe, is_int8_vision, is_portable
-from md3cli.model.packing import read_quantised
-from md3cli.model.quantise_checkpoint import QuantiseSettings, quantise_checkpoint
-from md3cli.model.quantised import LowBit, quantise
-from md3cli.model.verification import verify_checkpoint
+from md3cli.model.inspect import inspect_checkpoint, verify_checkpoint
+from md3cli.model.quant import quantise as module
+from md3cli.model.quant.quantise import QuantiseSettings, quantise_checkpoint
+from md3cli.model.weights import write
+from md3cli.model.weights.codes import LowBit, quantise
+from md3cli.model.weights.formats import Format
+from md3cli.model.weights.hub import model_path
+from md3cli.model.weights.names import Recipe, is_int8_vision, is_portable
+from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
+from md3cli.model.weights.read import CheckpointReader, load_model, read_quantised
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = model_path("tiny")
@@ -168,9 +166,9 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from md3cli.model import checkpoint_writer
-from md3cli.model.hub import model_path
-from md3cli.model.quantise_checkpoint import QuantiseSettings, quantise_checkpoint
-from md3cli.model.quantised import LowBit
+from md3cli.model.weights.hub import model_path
+from md3cli.model.quant.quantise import QuantiseSettings, quantise_checkpoint
+from md3cli.model.weights.codes import LowBit
 
 write = checkpoint_writer.write_shard
 
@@ -211,14 +209,14 @@ def test_a_killed_run_is_continued_by_the_same_command_only(
 
 
 def test_two_writers_of_one_folder_do_not_meet(tmp_path: Path) -> None:
-    from md3cli.model.partial_folder import open_partial
+    from md3cli.model.weights.write import open_partial
 
     with open_partial(tmp_path / "out", None), pytest.raises(OutputError, match="being written by another process"):
         quantise_checkpoint(TINY, tmp_path / "out", QuantiseSettings(LowBit.INT4))
 
 
 def test_a_disk_that_lies_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drop = shards._drop_cache
+    drop = write._drop_cache
 
     def drop_and_damage(descriptor: int) -> None:
         drop(descriptor)
@@ -226,7 +224,7 @@ def test_a_disk_that_lies_is_found_out(tmp_path: Path, monkeypatch: pytest.Monke
             stream.seek(-5, 2)
             stream.write(b"\x55")
 
-    monkeypatch.setattr(shards, "_drop_cache", drop_and_damage)
+    monkeypatch.setattr(write, "_drop_cache", drop_and_damage)
     with pytest.raises(OutputError, match="reads back different"):
         quantise_checkpoint(TINY, tmp_path / "out", QuantiseSettings(LowBit.INT4))
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from md3cli.model.quantised import (
+from md3cli.model.weights.codes import (
     LowBit,
     pack_nibbles,
     quantise,
@@ -72,7 +72,7 @@ def test_scales_that_were_searched_for_are_used() -> None:
 def test_large_weights_are_done_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     full = weight(10, 256)
     whole = {kind: quantise(full, kind) for kind in LowBit}
-    monkeypatch.setattr("md3cli.model.quantised._PIECE_ELEMENTS", 700)
+    monkeypatch.setattr("md3cli.model.weights.codes._PIECE_ELEMENTS", 700)
     for kind, expected in whole.items():
         again = quantise(full, kind)
         assert torch.equal(again.codes.view(torch.uint8), expected.codes.view(torch.uint8))

@@ -7,11 +7,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from md3cli.model import random_weights
-from md3cli.model.config import ModelConfig, MoeConfig
-from md3cli.model.moe import ExpertMatrices
-from md3cli.model.moondream import Moondream3
-from md3cli.model.random_weights import BLOCK, CONFIGS, UNTHINKABLE, forbid_end, random_model
+from md3cli.model.network.config import ModelConfig, MoeConfig
+from md3cli.model.network.moe import ExpertMatrices
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.weights import random_weights
+from md3cli.model.weights.random_weights import BLOCK, CONFIGS, UNTHINKABLE, forbid_end, random_model
 
 CPU = torch.device("cpu")
 MINI = CONFIGS["mini"]

@@ -25,16 +25,14 @@ from stub_scale import FINDER
 from md3cli.config import DecodeOptions, ModelOptions
 from md3cli.errors import EngineError, Md3Error, MissingExtraError
 from md3cli.records import Request, Task
-from md3cli.scale.commits import CommitLog
-from md3cli.scale.layout import RunFolder, open_run_folder
+from md3cli.scale.folder import RunFolder, open_run_folder
+from md3cli.scale.make_plan import make_plan, put_plan
+from md3cli.scale.markers import CommitLog, RunOptions, write_run_options
 from md3cli.scale.plan import Plan
-from md3cli.scale.planning import make_plan, put_plan
+from md3cli.scale.ray import GO_ON, STOP, ShardAnswer, ShardWorker, WorkerSetup, run_on_ray
 from md3cli.scale.ray_cluster import Placement, RayOptions, _own_sigterm, check_installed, connected, place
-from md3cli.scale.ray_engine import run_on_ray
-from md3cli.scale.ray_worker import GO_ON, STOP, ShardAnswer, ShardWorker, WorkerSetup
-from md3cli.scale.run_options import RunOptions, write_run_options
-from md3cli.scale.shards import ShardRunner
-from md3cli.source import SourceSpec, open_source
+from md3cli.scale.shard_runner import ShardRunner
+from md3cli.source.source import SourceSpec, open_source
 
 TESTS = Path(__file__).parent
 SCENES = TESTS.parent / "examples" / "scenes"
@@ -250,7 +248,7 @@ def test_the_command_writes_what_it_writes_without_ray(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     isolate(monkeypatch, tmp_path / "home")
-    monkeypatch.setattr("md3cli.scale.shards.FINDER", FINDER)
+    monkeypatch.setattr("md3cli.scale.shard_runner.FINDER", FINDER)
     md3 = Program(monkeypatch)
     command = ("detect", pictures, "car", "dog", "--limit", "12", "-o")
     assert md3(*command, tmp_path / "plain.jsonl").exit_code == 0

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from md3cli.commands.report import app
 from md3cli.errors import InputError, MissingExtraError, UsageError
-from md3cli.finished_run import RunInfo
+from md3cli.finished.run_json import RunInfo
 from md3cli.report.build import ReportOptions, _template, render, write_report
 from md3cli.report.items import FRAME, entry_of, items
 from md3cli.report.page import Page, legible, palette_of, run_facts

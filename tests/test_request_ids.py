@@ -16,10 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from program import Program, isolate, make_pictures, records_of
 
-from md3cli.digest_set import digest_of
-from md3cli.found_records import FoundRecords
+from md3cli.finished.digest import digest_of
 from md3cli.records import ImageItem, Request, RunIdentity, SourceRow, Task, request_id
-from md3cli.request_ids import RequestIds
+from md3cli.run.record_index import FoundRecords, RequestIds
 
 RUN = RunIdentity("m@1")
 names = st.none() | st.sampled_from("abc") | st.text(max_size=5)

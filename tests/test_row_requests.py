@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from md3cli.errors import RequestError, RowError
 from md3cli.records import Request, Task
-from md3cli.row_requests import ROW_COLUMNS, refuse_address, refused_request, row_image, row_requests
+from md3cli.source.requests import ROW_COLUMNS, refuse_address, refused_request, row_image, row_requests
 
 DEFAULTS = Request(Task.QUERY, max_tokens=99)
 WHY = Request(Task.QUERY, "why?", temperature=0.5)

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from md3cli.records import Request, RunIdentity, Task
-from md3cli.run_differences import differences
-from md3cli.run_info import identity_of
+from md3cli.run.run_info import differences, identity_of
 
 RUN = RunIdentity("tiny@0")
 CIRCLE, STAR = Request(Task.DETECT, "circle"), Request(Task.DETECT, "star")

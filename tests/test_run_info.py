@@ -10,7 +10,7 @@ import pytest
 
 from md3cli.errors import OutputMismatchError
 from md3cli.records import ImageItem, Request, RunIdentity, Task, make_record, request_id
-from md3cli.run_info import RunCounts, RunDocument, check_first_record, identity_of, output_paths
+from md3cli.run.run_info import RunCounts, RunDocument, check_first_record, identity_of, output_paths
 
 RUN = RunIdentity(model="tiny@0")
 DETECT = Request(Task.DETECT, "car", spatial_refs=((0.5, 0.5),))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from md3cli.model.sampling import sample, top_p_probabilities, uniform
+from md3cli.model.engine.state import sample, top_p_probabilities, uniform
 
 INT64 = st.integers(min_value=-(2**63), max_value=2**63 - 1)
 

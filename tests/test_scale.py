@@ -13,10 +13,10 @@ import pytest
 from program import clean_environment, make_pictures, start
 from stub_engine import StubModel, answer
 
-from md3cli.images import PreparedImage
-from md3cli.journal import encode_record
+from md3cli.images.crops import PreparedImage
 from md3cli.records import ImageFacts, ImageItem, Request, Task, make_record
-from md3cli.request_ids import RequestIds
+from md3cli.run.journal import encode_record
+from md3cli.run.record_index import RequestIds
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 OPEN_FILES = 256

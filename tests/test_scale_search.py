@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from md3cli.model import scale_search
-from md3cli.model.quantised import LowBit, quantise
-from md3cli.model.scale_search import search, squared_error
+from md3cli.model.quant import search as search_module
+from md3cli.model.quant.search import search, squared_error
+from md3cli.model.weights.codes import LowBit, quantise
 
 ROUNDING = 1e-5  # of float32 sums taken in another order
 
@@ -80,7 +80,7 @@ def test_each_expert_has_its_own_importance() -> None:
 def test_pieces_change_nothing(kind: LowBit, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, importance = draw("heavy", 3, 40, 96), torch.rand(3, 96) + 0.01
     whole = search(weight, kind, importance).dequantise(torch.float32)
-    monkeypatch.setattr(scale_search, "_PIECE_ELEMENTS", 1000)
+    monkeypatch.setattr(search_module, "_PIECE_ELEMENTS", 1000)
     assert torch.equal(search(weight, kind, importance).dequantise(torch.float32), whole)
 
 

@@ -168,9 +168,9 @@ def test_a_packed_batch_computes_what_its_tasks_compute_alone(load: Any) -> None
     """The same losses whether tasks share rows and a prefix or each has a batch of its own."""
     import torch
 
-    from md3cli.images import cut_crops
-    from md3cli.model.config import ModelConfig
-    from md3cli.model.moondream import Moondream3
+    from md3cli.images.crops import cut_crops
+    from md3cli.model.network.config import ModelConfig
+    from md3cli.model.network.moondream import Moondream3
 
     batch, losses, tasks = load("tiny_batch"), load("tiny_losses"), load("tiny_tasks")
     vocabulary, pool, draw = load("tiny_vocabulary"), load("tiny_pool"), load("world_draw")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from md3cli.errors import InputError, MissingExtraError, UsageError
 from md3cli.records import Request, SourceRow, Task
-from md3cli.source import Source, SourceSpec, image_item, open_source
+from md3cli.source.source import Source, SourceSpec, image_item, open_source
 
 ASKED = (Request(Task.QUERY, "why?"), Request(Task.CAPTION))
 
@@ -46,8 +46,8 @@ def failures(rows: Source) -> list[tuple[str, str] | None]:
 
 
 def test_what_is_remote_needs_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("md3cli.remote.options.is_installed", lambda module: False)
-    monkeypatch.setattr("md3cli.source.is_installed", lambda module: False)
+    monkeypatch.setattr("md3cli.remote.hosts.is_installed", lambda module: False)
+    monkeypatch.setattr("md3cli.source.source.is_installed", lambda module: False)
     for address in ("https://x.org/a.jpg", "S3://bucket/x", "gs://bucket/x", "hf://datasets/a"):
         with pytest.raises(MissingExtraError, match=r"pip install 'md3cli\[remote\]'"):
             source(address)

@@ -10,8 +10,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from md3cli.model.prompts import Tokenizer
-from md3cli.model.streaming import TextStream
+from md3cli.model.api import TextStream
+from md3cli.model.engine.prompts import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = Tokenizer(tokenizers.Tokenizer.from_file(str(GOLDEN / "case-a" / "checkpoint" / "tokenizer.json")))

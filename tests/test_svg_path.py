@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from md3cli.svg_path import flatten, segment_polygons
+from md3cli.exporters.svg_path import flatten, segment_polygons
 
 
 def area(polygon):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from md3cli.errors import InputError, RowError
-from md3cli.tar_index import tar_members
+from md3cli.source.tar import tar_members
 
 
 def tar_of(contents: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:

@@ -7,8 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from md3cli.run_info import RunCounts, RunDocument
-from md3cli.timeline import MAX_POINTS, Timeline
+from md3cli.run.run_info import MAX_POINTS, RunCounts, RunDocument, Timeline
 
 
 @pytest.mark.parametrize("num_notes", [0, 10, 10_000])

@@ -16,9 +16,9 @@ from safetensors import safe_open
 
 from md3cli import Moondream, model_path
 from md3cli.config import ModelOptions
-from md3cli.model.checkpoint_writer import convert_checkpoint
-from md3cli.model.formats import Format
-from md3cli.model.load import load_engine
+from md3cli.model.engine.load import load_engine
+from md3cli.model.weights.formats import Format
+from md3cli.model.weights.write import convert_checkpoint
 
 SCENES = Path(__file__).parents[1] / "examples" / "scenes"
 PHOTO = Path(__file__).parents[1] / "examples" / "images" / "china.jpg"

@@ -27,13 +27,13 @@ from triton_cases import (
 )
 
 from md3cli.errors import CheckpointError
-from md3cli.model.config import ModelConfig, MoeConfig, TextConfig
-from md3cli.model.gpu.forms import FusedExperts
-from md3cli.model.gpu.layers import KernelExperts, KernelLinear
-from md3cli.model.gpu.tiles import PassKind
-from md3cli.model.gpu.weights import KernelWeight, WeightForm, can_hold, fp8_values
-from md3cli.model.moe import MoeMlp
-from md3cli.model.quantised import INT4_MAX, LowBit, QuantisedWeight, quantise
+from md3cli.model.kernels.forms import FusedExperts
+from md3cli.model.kernels.layers import KernelExperts, KernelLinear
+from md3cli.model.kernels.tiles import PassKind
+from md3cli.model.kernels.weights import KernelWeight, WeightForm, can_hold, fp8_values
+from md3cli.model.network.config import ModelConfig, MoeConfig, TextConfig
+from md3cli.model.network.moe import MoeMlp
+from md3cli.model.weights.codes import INT4_MAX, LowBit, QuantisedWeight, quantise
 
 CPU = torch.device("cpu")
 SMALL = replace(

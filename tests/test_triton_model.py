@@ -15,19 +15,19 @@ pytest.importorskip("triton", reason="the kernels need triton, which the develop
 from golden_cases import GOLDEN, assert_answer, load_case
 from triton_cases import OPS, distinct_logits, normal, random_weight, relative_error
 
-from md3cli.model.checkpoint_plan import plan_checkpoint
-from md3cli.model.config import HEAD_DIM
-from md3cli.model.gpu import operators
-from md3cli.model.gpu.forms import place_forms
-from md3cli.model.gpu.layers import KernelExperts, KernelLinear
-from md3cli.model.gpu.tiles import PassKind, Product, tile_of
-from md3cli.model.gpu.weights import WeightForm
-from md3cli.model.hub import model_path
-from md3cli.model.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore
-from md3cli.model.low_bit_experts import has_low_bits, low_bit_matrices
-from md3cli.model.low_bit_loading import load_dequantised, load_low_bit
-from md3cli.model.moondream import Moondream3
-from md3cli.model.text import rotary_table
+from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore
+from md3cli.model.kernels import operators
+from md3cli.model.kernels.forms import place_forms
+from md3cli.model.kernels.layers import KernelExperts, KernelLinear
+from md3cli.model.kernels.tiles import PassKind, Product, tile_of
+from md3cli.model.kernels.weights import WeightForm
+from md3cli.model.network.config import HEAD_DIM
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.network.text import rotary_table
+from md3cli.model.quant.layers import has_low_bits, low_bit_matrices
+from md3cli.model.quant.load import load_dequantised, load_low_bit
+from md3cli.model.weights.hub import model_path
+from md3cli.model.weights.plan import plan_checkpoint
 
 CPU = torch.device("cpu")
 

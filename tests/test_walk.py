@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from md3cli.walk import Glob, PathFilter, Walk, natural_sorted
+from md3cli.source.walk import Glob, PathFilter, Walk, natural_sorted
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_folders_that_cannot_be_read_are_counted(tree: Path, monkeypatch: pytest
             raise PermissionError(13, "Permission denied")
         return real(path)
 
-    monkeypatch.setattr("md3cli.walk.os.scandir", refuse)
+    monkeypatch.setattr("md3cli.source.walk.os.scandir", refuse)
     found, skipped = files(tree)
     assert "b/x2.jpg" in found
     assert skipped["unreadable folders"] == 1

@@ -15,8 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from md3cli.errors import CheckpointError
-from md3cli.model.safetensors_header import HEADER_LIMIT_BYTES, read_header
-from md3cli.model.weight_files import checkpoint_revision, find_weight_files, read_json
+from md3cli.model.weights.files import (
+    HEADER_LIMIT_BYTES,
+    checkpoint_revision,
+    find_weight_files,
+    read_header,
+    read_json,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARDED = GOLDEN / "case-c" / "checkpoint"

@@ -15,12 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from md3cli.model.config import HEAD_DIM, ModelConfig, MoeConfig
-from md3cli.model.gpu import operators
-from md3cli.model.gpu.tiles import PassKind, Product, tile_of
-from md3cli.model.gpu.weights import KernelWeight, WeightForm
-from md3cli.model.quantised import LowBit, quantise
-from md3cli.model.text import rotary_table
+from md3cli.model.kernels import operators
+from md3cli.model.kernels.tiles import PassKind, Product, tile_of
+from md3cli.model.kernels.weights import KernelWeight, WeightForm
+from md3cli.model.network.config import HEAD_DIM, ModelConfig, MoeConfig
+from md3cli.model.network.text import rotary_table
+from md3cli.model.weights.codes import LowBit, quantise
 
 OPS = torch.ops.md3
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}

@@ -11,7 +11,7 @@ import typer
 
 from md3cli.errors import UsageError
 from md3cli.records import printable
-from md3cli.streams import check_stdout
+from md3cli.signals import check_stdout
 
 app = typer.Typer(add_completion=False)
 
@@ -68,7 +68,7 @@ def bench(
     baseline_images: Annotated[
         int | None, typer.Option(min=1, help="Run the baseline on so many pictures and scale up.")
     ] = None,
-    compare_quant: Annotated[
+    compare: Annotated[
         bool, typer.Option("--compare-quant", help="The model in full, 8 and 4 bits: size, memory, speed, quality.")
     ] = False,
     against: Annotated[
@@ -87,13 +87,13 @@ def bench(
     the GPU's, not the process's.
     """
     check_stdout()
-    if compare_quant:
+    if compare:
         _compare_quant(model, against or (), images, device=device, dtype=dtype, threads=threads, as_json=as_json)
         return
     if against or images:
         raise UsageError("--against and --images are for --compare-quant; add it, or leave them out")
-    from md3cli.feed import num_auto_workers
-    from md3cli.model.bench import model_source, run_bench
+    from md3cli.bench.bench import model_source, run_bench
+    from md3cli.run.feed import num_auto_workers
 
     result = run_bench(
         model_source(model, config.value, device=device, dtype=dtype, threads=threads, seed=seed),
@@ -120,15 +120,15 @@ def _compare_quant(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    from md3cli.commands import compare_quant
+    from md3cli.bench import compare
 
     if model is None:
         raise UsageError("--compare-quant needs weights; name them with -m (-m tiny is always there)")
-    result = compare_quant.compare_quant(model, against, images, device=device, dtype=dtype, threads=threads)
+    result = compare.compare_quant(model, against, images, device=device, dtype=dtype, threads=threads)
     if as_json:
         typer.echo(json.dumps(result))
     else:
-        compare_quant.show(result)
+        compare.show(result)
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from md3cli.commands.values import checked, parse_bytes, parse_folder
+from md3cli.commands.parse import checked, parse_bytes, parse_folder
 from md3cli.file_cache import CacheInfo, FileCache
 from md3cli.records import printable
 from md3cli.settings import user_cache_dir

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from md3cli.commands.annotating import annotate, expand_options
-from md3cli.commands.options import AnnotateOptions
+from md3cli.commands.options import AnnotateOptions, annotate, expand_options
 from md3cli.records import Task
 
 app = typer.Typer(add_completion=False)

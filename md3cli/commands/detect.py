@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from md3cli.commands.annotating import annotate, expand_options
-from md3cli.commands.arguments import check_objects
-from md3cli.commands.options import AnnotateOptions, MaxObjects, Objects, OneInput
+from md3cli.commands.options import AnnotateOptions, MaxObjects, Objects, OneInput, annotate, expand_options
+from md3cli.commands.parse import check_objects
 from md3cli.records import Task
 
 app = typer.Typer(add_completion=False)

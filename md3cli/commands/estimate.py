@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from md3cli.commands.annotating import annotate, expand_options
-from md3cli.commands.options import AnnotateOptions, OneInput
+from md3cli.commands.options import AnnotateOptions, OneInput, annotate, expand_options
 from md3cli.commands.run import TaskSpecs, requests_to_run
 
 app = typer.Typer(add_completion=False)

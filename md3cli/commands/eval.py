@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from md3cli.console import say
 from md3cli.errors import UsageError
-from md3cli.input_guard import check_none_is_read, check_not_input, files_of_run
-from md3cli.printing import say
+from md3cli.finished.guards import check_none_is_read, check_not_input, files_of_run
+from md3cli.finished.run_json import read_document
 from md3cli.records import printable
-from md3cli.run_facts import read_document
-from md3cli.streams import check_stdout
+from md3cli.signals import check_stdout
 
 if TYPE_CHECKING:
     from md3cli.evaluate import Evaluation, Section
@@ -44,8 +44,8 @@ def eval_(
 ) -> None:
     """Scores against ground truth: boxes, masks, points, captions, answers."""
     from md3cli.evaluate import compare_runs, evaluate, load_truth
-    from md3cli.evaluate.table import table
-    from md3cli.finished_run import find_records
+    from md3cli.evaluate.scores import table
+    from md3cli.finished.run_json import find_records
 
     if not gt and compare is None:
         raise UsageError("nothing to compare with; give --gt FILE, or --compare OTHER.jsonl")
@@ -120,7 +120,7 @@ def _is_written_name(name: str) -> bool:
 
 def _write(evaluation: Evaluation, folder: Path) -> None:
     from md3cli.evaluate.figures import draw_figures
-    from md3cli.publish import atomic_publish, output_error
+    from md3cli.files import atomic_publish, output_error
 
     try:
         folder.mkdir(parents=True, exist_ok=True)

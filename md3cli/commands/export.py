@@ -8,13 +8,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from md3cli.commands.values import checked, parse_bytes, parse_count
+from md3cli.commands.parse import checked, parse_bytes, parse_count
+from md3cli.console import print_document
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport, export_records, format_of
-from md3cli.printing import print_document
 from md3cli.records import printable
-from md3cli.signals import StopSignals
-from md3cli.streams import check_stdout
+from md3cli.signals import StopSignals, check_stdout
 
 app = typer.Typer(add_completion=False)
 

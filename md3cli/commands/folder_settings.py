@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from md3cli.commands.values import parse_bytes, parse_count
+from md3cli.commands.parse import parse_bytes, parse_count
 from md3cli.config import DecodeOptions
 from md3cli.errors import ConfigError, Md3Error
 from md3cli.records import printable
@@ -127,7 +127,7 @@ def _check_present(name: str, value: str, revision: str | None, tokenizer: str |
         if not Path(value).exists():
             raise ConfigError(f"{printable(value)} is not here")
         return
-    from md3cli.model.hub import find_tokenizer, present_path, resolve_model
+    from md3cli.model.weights.hub import find_tokenizer, present_path, resolve_model
 
     if name == "tokenizer":
         find_tokenizer(Path(), value, offline=True)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from md3cli.errors import OutputError
-from md3cli.images import CropConfig, ImageLimits
+from md3cli.images.crops import CropConfig, ImageLimits
 from md3cli.records import printable
 
 if TYPE_CHECKING:
-    from md3cli.model.inspection import CheckpointSummary
-    from md3cli.model.quantise_checkpoint import Importance
+    from md3cli.model.inspect import CheckpointSummary
+    from md3cli.model.quant.quantise import Importance
 
 app = typer.Typer(no_args_is_help=True, help="Weights: what is there, fetch, look into, fewer bits, other layouts.")
 
@@ -68,7 +68,7 @@ class ScaleDtype(StrEnum):
 @app.command("list", epilog="Example: md3 models list")
 def list_models(as_json: AsJson = False) -> None:
     """The models that have a short name, and whether they are here."""
-    from md3cli.model.hub import known_models
+    from md3cli.model.weights.hub import known_models
 
     models = known_models()
     if as_json:
@@ -83,10 +83,10 @@ def list_models(as_json: AsJson = False) -> None:
 @app.command(epilog="Example: md3 models pull moondream3")
 def pull(model: Model, revision: Revision = None) -> None:
     """Fetch a model into the hub's cache, with its tokenizer; continues where an earlier try broke off."""
-    from md3cli.model import hub, hub_download
+    from md3cli.model.weights import hub
 
     repo = hub.required_repo(model)
-    plan = hub_download.plan_download(repo, revision)
+    plan = hub.plan_download(repo, revision)
     typer.echo(
         f"{repo}@{plan.revision}: {_size(plan.num_bytes)}, {_size(plan.missing_bytes)} to fetch into "
         f"{plan.cache_folder}, {_size(plan.free_bytes)} free; terms of use: {hub.terms_of(repo)}",
@@ -94,15 +94,15 @@ def pull(model: Model, revision: Revision = None) -> None:
     )
     if plan.missing_bytes > plan.free_bytes:
         raise OutputError(f"{plan.cache_folder} has too little room; free some, or set HF_HUB_CACHE to another folder")
-    hub_download.download(repo, revision)
+    hub.download(repo, revision)
     typer.echo(hub.resolve_model(model, revision=revision).identity)
 
 
 @app.command(epilog="Example: md3 models info ./checkpoint")
 def info(model: Model, revision: Revision = None, as_json: AsJson = False) -> None:
     """Format, sizes by part and what would load. Reads headers only; fetches nothing."""
-    from md3cli.model.hub import present_path
-    from md3cli.model.inspection import inspect_checkpoint
+    from md3cli.model.inspect import inspect_checkpoint
+    from md3cli.model.weights.hub import present_path
 
     summary = inspect_checkpoint(present_path(model, revision), model)
     if as_json:
@@ -127,9 +127,9 @@ def convert(
     """Write a checkpoint in another layout, tensor by tensor, and compare the copy with the source."""
     from tqdm import tqdm
 
-    from md3cli.model.checkpoint_writer import convert_checkpoint
-    from md3cli.model.formats import Format
-    from md3cli.model.hub import present_path
+    from md3cli.model.weights.formats import Format
+    from md3cli.model.weights.hub import present_path
+    from md3cli.model.weights.write import convert_checkpoint
 
     with tqdm(unit="B", unit_scale=True, disable=None, desc="writing") as bar:  # None: only on a terminal
         plan = convert_checkpoint(present_path(source), target, Format(to.value), progress=lambda n: bar.update(n))
@@ -164,10 +164,10 @@ def quantize(
     """
     from tqdm import tqdm
 
-    from md3cli.model.hub import present_path, stored_tokenizer
-    from md3cli.model.load import DTYPES
-    from md3cli.model.quantise_checkpoint import QuantiseSettings, quantise_checkpoint
-    from md3cli.model.quantised import LowBit
+    from md3cli.model.engine.load import DTYPES
+    from md3cli.model.quant.quantise import QuantiseSettings, quantise_checkpoint
+    from md3cli.model.weights.codes import LowBit
+    from md3cli.model.weights.hub import present_path, stored_tokenizer
 
     path = present_path(source)  # before anything slow
     settings = QuantiseSettings(
@@ -191,12 +191,12 @@ def quantize(
 def _calibrated(model: str, pictures: str, limit: int, device: str) -> Importance:
     from tqdm import tqdm
 
-    from md3cli.model.calibration import REQUESTS, collect_importance
-    from md3cli.model.hub import resolve_model
-    from md3cli.model.load import choose_device, choose_dtype
-    from md3cli.model.weight_files import find_weight_files
-    from md3cli.picture_pool import PicturePool
-    from md3cli.source import SourceSpec, open_source
+    from md3cli.images.pool import PicturePool
+    from md3cli.model.calibrate import REQUESTS, collect_importance
+    from md3cli.model.engine.load import choose_device, choose_dtype
+    from md3cli.model.weights.files import find_weight_files
+    from md3cli.model.weights.hub import resolve_model
+    from md3cli.source.source import SourceSpec, open_source
 
     files = resolve_model(model, offline=True)
     place = choose_device(device)
@@ -223,8 +223,8 @@ def verify(model: Model, revision: Revision = None, as_json: AsJson = False) -> 
     """Compare names and shapes with what the config asks for, and each file with its digest; reads every byte."""
     from tqdm import tqdm
 
-    from md3cli.model.hub import present_path
-    from md3cli.model.verification import verify_checkpoint
+    from md3cli.model.inspect import verify_checkpoint
+    from md3cli.model.weights.hub import present_path
 
     with tqdm(unit="B", unit_scale=True, disable=None, desc="reading") as bar:
         found = verify_checkpoint(present_path(model, revision), progress=lambda n: bar.update(n))

@@ -2,24 +2,30 @@
 
 `AnnotateOptions` is a dataclass whose fields carry their command line declaration (annotating.py
 makes the parser see them) and which turns the typed values into a `RunConfig`.
+
+The options that spread a run over processes, devices and machines; a group of `AnnotateOptions`.
+
+The options of an estimate: of `md3 estimate`, and of `--estimate` on the annotating commands.
+
+How an annotating command gets its shared options, and how it runs.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import os
+import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
 from md3cli import config
-from md3cli.commands.estimating import NO_ESTIMATE, EstimateChoices
-from md3cli.commands.scale_options import ONE_PROCESS, ScaleFlags
-from md3cli.commands.values import (
+from md3cli.commands.parse import (
     above_zero,
     checked,
     number_or_auto,
@@ -32,11 +38,133 @@ from md3cli.commands.values import (
     parse_spatial_ref,
     starting,
 )
+from md3cli.config import EstimateOptions, RunConfig, ScaleOptions
 from md3cli.errors import UsageError
 from md3cli.records import Request, Task
 from md3cli.remote.address import checked_output_address, is_address, named_hosts, path_of, shown_argument
-from md3cli.row_requests import SEED_LIMIT, TEMPERATURE_LIMIT, TOKENS_LIMIT
-from md3cli.source import SourceSpec
+from md3cli.source.requests import SEED_LIMIT, TEMPERATURE_LIMIT, TOKENS_LIMIT
+from md3cli.source.source import SourceSpec
+
+_scale = functools.partial(typer.Option, rich_help_panel="Many processes")
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+def parse_devices(text: str) -> tuple[str, ...]:
+    """`cuda:0,cuda:1` as two devices.
+
+    Raises:
+        ValueError: one is no device, or stands there twice.
+    """
+    devices = tuple(part.strip() for part in text.split(","))
+    for device in devices:
+        if not _DEVICE.fullmatch(device):
+            raise ValueError(
+                f"{device!r} is no device; name some of cuda:0, cuda:1, ..., cpu, mps, with commas between"
+            )
+    if len(set(devices)) < len(devices):
+        raise ValueError("a device stands there twice; --workers-per-device says how many processes each gets")
+    return devices
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleFlags:
+    """Where and by how many processes a run is done. Any of them makes a run folder in (or beside) OUTPUT."""
+
+    devices: Annotated[
+        str | None,
+        _scale(
+            "--devices",
+            metavar="DEVICE,...",
+            callback=checked(parse_devices),
+            help="A model process on each of these devices: cuda:0,cuda:1.",
+        ),
+    ] = None
+    workers_per_device: Annotated[
+        int | None, _scale("--workers-per-device", metavar="N", min=1, help="So many model processes on each device.")
+    ] = None
+    worker_rank: Annotated[
+        int,
+        _scale("--worker-rank", metavar="R", min=0, help="Which of the processes that share OUTPUT this is, from 0."),
+    ] = 0
+    world_size: Annotated[
+        int, _scale("--world-size", metavar="N", min=1, help="How many processes, on any machines, share OUTPUT.")
+    ] = 1
+    engine: Annotated[
+        Literal["local", "ray"] | None,
+        _scale("--engine", help="Who runs the shards: this machine, or a Ray cluster.", show_default=False),
+    ] = None
+    ray_address: Annotated[
+        str | None,
+        _scale("--ray-address", metavar="ADDRESS", help="The cluster: auto, or an address; else one is started here."),
+    ] = None
+    shard_size: Annotated[
+        int | None,
+        _scale("--shard-size", metavar="N", min=1, help="Images a shard; by default 64 to 1,024 by their number."),
+    ] = None
+
+    def scale_options(self) -> ScaleOptions:
+        """What the options say as one value."""
+        return ScaleOptions(
+            devices=() if self.devices is None else parse_devices(self.devices),
+            workers_per_device=self.workers_per_device,
+            rank=self.worker_rank,
+            world_size=self.world_size,
+            engine=self.engine,
+            shard_size=self.shard_size,
+            ray_address=self.ray_address,
+        )
+
+
+ONE_PROCESS = ScaleFlags()
+
+
+_estimate = functools.partial(typer.Option, rich_help_panel="Estimate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateChoices:
+    """Whether to estimate, from how much, at which prices."""
+
+    estimate: Annotated[
+        bool,
+        _estimate("--estimate", help="With --dry-run: also run a sample, and tell time, tokens, disk and money."),
+    ] = False
+    estimate_sample: Annotated[
+        int, _estimate("--estimate-sample", metavar="N", min=1, help="Images to run of each number of crops.")
+    ] = 16
+    estimate_open: Annotated[
+        int,
+        _estimate(
+            "--estimate-open",
+            metavar="N",
+            min=1,
+            max=1_000_000,
+            help="Images to open to learn their sizes, drawn evenly; the others are taken to be like them.",
+        ),
+    ] = 2000
+    price_per_gpu_hour: Annotated[
+        float | None, _estimate("--price-per-gpu-hour", metavar="X", min=0, help="What an hour of one device costs.")
+    ] = None
+    price_per_1000: Annotated[
+        float | None,
+        _estimate("--price-per-1000", metavar="X", min=0, help="What 1,000 images cost elsewhere, to compare with."),
+    ] = None
+
+    def chosen(self, *, is_json: bool = False) -> EstimateOptions | None:
+        """As a value; None where no estimate is asked for."""
+        if not self.estimate:
+            return None
+        return EstimateOptions(
+            num_opened=self.estimate_open,
+            sample_per_bucket=self.estimate_sample,
+            price_per_gpu_hour=self.price_per_gpu_hour,
+            price_per_1000=self.price_per_1000,
+            is_json=is_json,
+        )
+
+
+NO_ESTIMATE = EstimateChoices()
+
 
 _output = functools.partial(typer.Option, rich_help_panel="Output")
 _input = functools.partial(typer.Option, rich_help_panel="Input")
@@ -325,3 +453,71 @@ class AnnotateOptions:
             offline=self.offline,
             background=self.background,
         )
+
+
+T = TypeVar("T")
+
+
+def expand_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let the parser see the fields of `AnnotateOptions` in place of the parameter `options`.
+
+    A field that is itself a group of options (a dataclass) stands for its own fields.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [
+        parameter.replace(annotation=hints[name], kind=keyword)
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name != "options"
+    ]
+    shared = list(_parameters(AnnotateOptions))
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        command(options=_collect(AnnotateOptions, values), **values)
+
+    wrapper.__signature__ = inspect.Signature(own + shared)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in own + shared}
+    del wrapper.__wrapped__
+    return wrapper
+
+
+def _parameters(group: type) -> Iterator[inspect.Parameter]:
+    """The options of `group` as keyword parameters, those of groups inside it in their place."""
+    declared = get_type_hints(group, include_extras=True)
+    for field in fields(group):
+        if is_dataclass(field.default):
+            yield from _parameters(type(field.default))
+        else:
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            yield inspect.Parameter(field.name, keyword, default=field.default, annotation=declared[field.name])
+
+
+def _collect(group: type[T], values: dict[str, Any]) -> T:
+    """A `group` of what was typed, taken out of `values`."""
+    taken = {}
+    for field in fields(group):  # type: ignore[arg-type]
+        inner = type(field.default) if is_dataclass(field.default) else None
+        taken[field.name] = values.pop(field.name) if inner is None else _collect(inner, values)
+    return group(**taken)
+
+
+def annotate(run: RunConfig, options: AnnotateOptions) -> None:
+    """Run it; ends the command with status 3 where too many records failed.
+
+    Raises:
+        Md3Error: the run could not be done.
+        signals.Interrupted: it was stopped; what was reported is on disk.
+    """
+    from md3cli.console import RunConsole
+    from md3cli.pipeline import run as run_pipeline
+
+    display = RunConsole(
+        is_quiet=options.quiet,
+        is_verbose=options.verbose,
+        has_progress=not options.no_progress,
+        has_color=not options.no_color,
+    )
+    status = run_pipeline(run, display)
+    if status:
+        raise typer.Exit(status)

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import typer
 
-from md3cli.commands.annotating import annotate, expand_options
-from md3cli.commands.arguments import check_objects
-from md3cli.commands.options import AnnotateOptions, MaxObjects, Objects, OneInput, SpatialRefs, spatial_refs
+from md3cli.commands.options import (
+    AnnotateOptions,
+    MaxObjects,
+    Objects,
+    OneInput,
+    SpatialRefs,
+    annotate,
+    expand_options,
+    spatial_refs,
+)
+from md3cli.commands.parse import check_objects
 from md3cli.records import Task
 
 app = typer.Typer(add_completion=False)

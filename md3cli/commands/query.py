@@ -6,10 +6,8 @@ from typing import Annotated
 
 import typer
 
-from md3cli.commands.annotating import annotate, expand_options
-from md3cli.commands.arguments import parse_query
-from md3cli.commands.options import AnnotateOptions, SpatialRefs, spatial_refs
-from md3cli.commands.values import checked, parse_choices
+from md3cli.commands.options import AnnotateOptions, SpatialRefs, annotate, expand_options, spatial_refs
+from md3cli.commands.parse import checked, parse_choices, parse_query
 from md3cli.records import Task
 
 app = typer.Typer(add_completion=False)

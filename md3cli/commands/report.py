@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from md3cli.errors import UsageError
-from md3cli.input_guard import check_not_input, files_of_run
+from md3cli.finished.guards import check_not_input, files_of_run
 from md3cli.records import printable
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
 ) -> None:
     """A page to look through: thumbnails with boxes, points and masks, filters, counts, marks right and wrong."""
-    from md3cli.finished_run import find_records
+    from md3cli.finished.run_json import find_records
     from md3cli.report.build import ReportOptions, write_report
 
     if output.suffix and output.suffix.lower() not in (".html", ".htm"):

@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from md3cli.commands.annotating import annotate, expand_options
-from md3cli.commands.arguments import TaskSpec, may_carry_rows, parse_task
-from md3cli.commands.options import AnnotateOptions, OneInput
-from md3cli.commands.values import checked, starting
+from md3cli.commands.options import AnnotateOptions, OneInput, annotate, expand_options
+from md3cli.commands.parse import TaskSpec, checked, may_carry_rows, parse_task, starting
 from md3cli.errors import UsageError
 from md3cli.records import Request, Task, printable
 

@@ -30,8 +30,8 @@ def collect_garbage(
 
     Example: md3 runs gc run/
     """
-    from md3cli.scale.gc import collect
-    from md3cli.scale.layout import find_run_folder
+    from md3cli.scale.folder import find_run_folder
+    from md3cli.scale.inspect import collect
 
     collected = collect(find_run_folder(run), older_than_s=older_than, with_damaged=damaged)
     typer.echo(f"{len(collected.removed):,} files removed, {len(collected.reopened):,} shards to be done again")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from md3cli.printing import say
+from md3cli.console import say
 
 app = typer.Typer(add_completion=False)
 
@@ -20,9 +20,9 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines of text.")] = False,
 ) -> None:
     """How far a run of many processes is; also while it runs elsewhere."""
-    from md3cli.scale.layout import find_run_folder
+    from md3cli.scale.folder import find_run_folder
+    from md3cli.scale.inspect import status_of
     from md3cli.scale.plan import read_plan
-    from md3cli.scale.status import status_of
 
     folder = find_run_folder(run)
     plan = read_plan(folder)

@@ -12,7 +12,7 @@ from md3cli.errors import InputError
 from md3cli.records import printable
 
 if TYPE_CHECKING:
-    from md3cli.scale.layout import RunFolder
+    from md3cli.scale.folder import RunFolder
 
 app = typer.Typer(add_completion=False)
 
@@ -23,7 +23,7 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="What stood after -o: a 
 def verify(run: Run) -> None:
     """Check that a run has each request exactly once, its lines whole and as it left them; status 1 where not."""
     from md3cli.remote.address import is_address
-    from md3cli.scale.layout import find_run_folder
+    from md3cli.scale.folder import find_run_folder
 
     try:
         folder = find_run_folder(run)
@@ -37,8 +37,8 @@ def verify(run: Run) -> None:
 
 def _verify_one(run: str, missing: InputError) -> None:
     """Verify the records of one process; raises `missing` where there are none either."""
-    from md3cli.finished_run import find_records
-    from md3cli.verification import RecordsVerification
+    from md3cli.finished.run_json import find_records
+    from md3cli.run.journal_scan import RecordsVerification
 
     try:
         records = find_records(Path(run))
@@ -50,7 +50,7 @@ def _verify_one(run: str, missing: InputError) -> None:
 
 
 def _verify_many(folder: RunFolder) -> None:
-    from md3cli.scale.verify import Verification
+    from md3cli.scale.inspect import Verification
 
     verification = Verification(folder)
     _tell(verification.findings())

@@ -16,16 +16,14 @@ from dataclasses import replace
 
 from md3cli.config import ModelOptions, RunConfig, ScaleOptions
 from md3cli.console import RunConsole
-from md3cli.empty_input import check_found, empty_words
-from md3cli.engine_port import Model
 from md3cli.errors import InputError
-from md3cli.estimate.draw import count_and_draw, open_drawn
 from md3cli.estimate.forecast import forecast
-from md3cli.estimate.measure import measure
-from md3cli.estimate.telling import as_json, as_lines
-from md3cli.feed import make_pool, rows_ahead
+from md3cli.estimate.sample import count_and_draw, measure, open_drawn
+from md3cli.estimate.show import as_json, as_lines
+from md3cli.run.feed import make_pool, rows_ahead
+from md3cli.run.model_handle import Model
 from md3cli.signals import StopSignals
-from md3cli.source import Source
+from md3cli.source.source import Source, check_found, empty_words
 
 Clock = Callable[[], float]
 

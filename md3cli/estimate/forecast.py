@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from md3cli.estimate.draw import NO_PICTURE, Drawn, Opened
-from md3cli.estimate.measure import Measured
+from md3cli.estimate.sample import NO_PICTURE, Drawn, Measured, Opened
 
 NUM_RESAMPLES = 1000
 RANGE_PERCENT = (5, 95)

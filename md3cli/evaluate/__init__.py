@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from md3cli.errors import InputError
-from md3cli.evaluate.asked import final_records
 from md3cli.evaluate.compare import Comparison, compare
-from md3cli.evaluate.section import Section, without_infinite
+from md3cli.evaluate.located import final_records
+from md3cli.evaluate.scores import Section, without_infinite
 from md3cli.evaluate.truth import Captions, Instances, Questions, Truth, load_truth
-from md3cli.exporters.reading import read_records
+from md3cli.finished.records_file import read_records
 from md3cli.records import RecordDict, printable
 
 __all__ = ["EVAL_SCHEMA", "Evaluation", "Section", "compare_runs", "evaluate", "load_truth"]

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from md3cli.evaluate.asked import RequestKey, final_records, has_failed, request_key
-from md3cli.evaluate.section import Section
+from md3cli.evaluate.located import RequestKey, final_records, has_failed, request_key
+from md3cli.evaluate.scores import Section
 from md3cli.records import RecordDict
 
 SCORE_TOLERANCE = 0.002

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from md3cli.errors import MissingExtraError
-from md3cli.evaluate.section import Curves, Section
-from md3cli.publish import atomic_publish
+from md3cli.evaluate.scores import Curves, Section
+from md3cli.files import atomic_publish
 
 LABELS_SHOWN = 8
 DPI = 150

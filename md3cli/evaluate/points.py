@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from md3cli.evaluate.asked import has_failed
-from md3cli.evaluate.boxes import truth_mask, unit_box
-from md3cli.evaluate.located import Pair, locate
-from md3cli.evaluate.matching import Match, match_points
-from md3cli.evaluate.section import Scores, Section, Verdict, f1, ratio
+from md3cli.evaluate.boxes import Match, match_points, truth_mask, unit_box
+from md3cli.evaluate.located import Pair, has_failed, locate
+from md3cli.evaluate.scores import Scores, Section, Verdict, f1, ratio
 from md3cli.evaluate.truth import Instances, TruthObject
 from md3cli.exporters.objects import points
 from md3cli.records import RecordDict

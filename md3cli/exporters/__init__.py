@@ -13,8 +13,8 @@ from typing import Protocol, cast
 
 from md3cli.errors import UsageError
 from md3cli.exporters.options import ExportOptions, ExportReport
-from md3cli.finished_run import find_records
-from md3cli.input_guard import check_not_input, files_of_run
+from md3cli.finished.guards import check_not_input, files_of_run
+from md3cli.finished.run_json import find_records
 
 __all__ = ["FORMATS", "RUN_FOLDER_NAMES", "ExportOptions", "ExportReport", "export_records", "format_of"]
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from md3cli.exporters.reading import LINE_LIMIT_BYTES, open_records
+from md3cli.finished.records_file import LINE_LIMIT_BYTES, open_records
 from md3cli.records import RecordDict, printable
 
 COLUMN_PREFIX = "choice_"

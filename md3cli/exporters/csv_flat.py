@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from md3cli.exporters.choices import COLUMN_PREFIX, choice_scores, column_notes, find_choices
+from md3cli.exporters.files import replaced_file
 from md3cli.exporters.objects import boxes, points, segments
 from md3cli.exporters.options import ExportOptions, ExportReport
-from md3cli.exporters.publishing import replaced_file
-from md3cli.exporters.reading import read_records
+from md3cli.finished.records_file import read_records
 from md3cli.records import RecordDict
 
 COLUMNS = (

@@ -22,9 +22,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 from md3cli.errors import ExportError
-from md3cli.exporters.doubled import told_where
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, boxes, label_of, points, segments
-from md3cli.exporters.reading import PlacedRecord, RecordsFile
+from md3cli.finished.records_file import PlacedRecord, RecordsFile, told_where
 from md3cli.records import RecordDict, printable
 
 _RESULT_OF = {"detect": "objects", "segment": "segments", "point": "points"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from md3cli.exporters.files import replaced_file
 from md3cli.exporters.options import ExportOptions, ExportReport, compact_json
-from md3cli.exporters.publishing import replaced_file
-from md3cli.exporters.reading import read_records
+from md3cli.finished.records_file import read_records
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:

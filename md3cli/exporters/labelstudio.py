@@ -18,11 +18,11 @@ from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
 from md3cli.exporters.colours import colour_of
+from md3cli.exporters.files import replaced_file, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.objects import joined_ring
 from md3cli.exporters.options import ExportOptions, ExportReport, compact_json
 from md3cli.exporters.pictures import Pictures
-from md3cli.exporters.publishing import replaced_file, staged_folder
 from md3cli.records import printable
 
 LOCAL_FILES = "/data/local-files/?d="

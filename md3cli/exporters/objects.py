@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from md3cli.exporters.svg_path import segment_polygons
 from md3cli.records import RecordDict
-from md3cli.svg_path import segment_polygons
 
 Ring = list[tuple[float, float]]
 

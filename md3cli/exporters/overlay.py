@@ -3,22 +3,193 @@
 A picture keeps its name and place: JPEG stays JPEG (quality 90), PNG stays PNG, any other becomes
 `name.webp.png`. Nothing of the original's metadata (EXIF, GPS, XMP, comments, profiles) is carried
 over. Images whose picture is not there any more are left out and counted.
+
+The text of overlay labels: what the bundled font can show, and what stands in for the rest.
+
+The font is DejaVu Sans Bold (licence beside it), cut down to Latin, Greek, Cyrillic, punctuation,
+arrows and shapes. Any other character is shown by its code point, `[6C7D]`, so that two labels
+never look alike and nothing vanishes.
+
+Boxes, masks, points and their labels drawn on a picture.
+
+Legible on any background: every coloured line and dot lies on a wider dark and a light one, every
+label on a plate of its colour. Widths and letters grow with the picture. In: an RGB picture and one
+image's records. Out: the picture drawn upon (in place).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from md3cli.errors import ImageError
-from md3cli.exporters.drawing import draw_records
+from md3cli.exporters.colours import Colour, colour_of
+from md3cli.exporters.files import StagedFolder, candidates, relative_name, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
-from md3cli.exporters.names import candidates, relative_name
+from md3cli.exporters.masks import fill
+from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, Ring
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.pictures import Pictures
-from md3cli.exporters.publishing import StagedFolder, staged_folder
+from md3cli.records import printable
+
+FONT_FILE = Path(__file__).with_name("DejaVuSans-Bold.ttf")
+_PROBE_SIZE_PX = 12
+_UNASSIGNED = "\uffff"  # no font has it: drawn as the glyph for "missing"
+
+
+@lru_cache(maxsize=64)
+def font_of(size_px: int) -> ImageFont.FreeTypeFont:
+    """The bundled font."""
+    return ImageFont.truetype(FONT_FILE, size_px, layout_engine=ImageFont.Layout.BASIC)
+
+
+def shown(text: str) -> str:
+    """`text` on one line, every character visible in the bundled font."""
+    one_line = printable(" ".join(text.split()))
+    return "".join(char if _is_in_font(char) else f"[{ord(char):04X}]" for char in one_line)
+
+
+@lru_cache(maxsize=4096)
+def _is_in_font(char: str) -> bool:
+    font = font_of(_PROBE_SIZE_PX)
+    return char == " " or bytes(font.getmask(char)) != bytes(font.getmask(_UNASSIGNED))
+
+
+def fitted(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> str:
+    """`text`, its end replaced by an ellipsis where it is wider than `width_px`."""
+    if font.getlength(text) <= width_px:
+        return text
+    low, high = 0, len(text)
+    while low < high:  # the longest beginning that fits
+        middle = (low + high + 1) // 2
+        if font.getlength(text[:middle] + "…") <= width_px:
+            low = middle
+        else:
+            high = middle - 1
+    return text[:low] + "…"
+
+
+BLACK, WHITE = Colour(0, 0, 0), Colour(255, 255, 255)
+MASK_OPACITY = 0.45
+_PLACES_TRIED = 12
+
+
+class Plate(NamedTuple):
+    """A label's rectangle in pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def covers(self, other: Plate) -> bool:
+        """True where the two share a pixel."""
+        return (
+            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
+        )
+
+
+@dataclass
+class Canvas:
+    """A picture being drawn upon, the sizes that suit it, and the labels placed so far."""
+
+    image: Image.Image
+    draw: ImageDraw.ImageDraw = field(init=False)
+    line_px: int = field(init=False)
+    font: ImageFont.FreeTypeFont = field(init=False)
+    plates: list[Plate] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.draw = ImageDraw.Draw(self.image)
+        scale = (self.image.width * self.image.height) ** 0.5
+        self.line_px = max(1, round(scale / 250))
+        self.font = font_of(max(9, round(scale / 36)))
+
+    def outline(self, ring: Ring, colour: Colour) -> None:
+        """A closed line: colour within a casing of the opposite brightness, within a thin dark one."""
+        casing = WHITE if colour.is_dark else BLACK
+        closed = [*ring, ring[0], ring[1]]  # past the start, so that the corner there is joined too
+        for width, ink in ((3 * self.line_px, BLACK), (2 * self.line_px + 1, casing), (self.line_px, colour)):
+            self.draw.line(closed, fill=ink, width=width, joint="curve")
+
+    def box(self, box: PixelBox, colour: Colour) -> None:
+        """A rectangle whose lines stay inside the picture."""
+        casing = WHITE if colour.is_dark else BLACK
+        left, top = round(box.x), round(box.y)
+        right = max(left, min(round(box.x + box.width), self.image.width) - 1)
+        bottom = max(top, min(round(box.y + box.height), self.image.height) - 1)
+        edge, inner = max(1, self.line_px // 2), self.line_px
+        outside = (left - edge, top - edge, right + edge, bottom + edge)
+        self.draw.rectangle(outside, outline=casing, width=edge)
+        if right - left > 2 * (inner + edge) and bottom - top > 2 * (inner + edge):
+            inside = (left + inner, top + inner, right - inner, bottom - inner)
+            self.draw.rectangle(inside, outline=casing, width=edge)
+        self.draw.rectangle((left, top, right, bottom), outline=colour, width=inner)
+
+    def mask(self, segment: PixelSegment, colour: Colour) -> None:
+        """A tinted area with its outline."""
+        patch = fill(segment.rings, *self.image.size).patch()
+        alpha = Image.fromarray((patch.pixels * round(255 * MASK_OPACITY)).astype("uint8"))
+        self.image.paste(colour, (patch.left, patch.top), alpha)
+        for ring in segment.rings:
+            self.outline(ring, colour)
+
+    def dot(self, point: PixelPoint, colour: Colour) -> None:
+        """A dot in a white and a black ring."""
+        ring = max(1, round(self.line_px / 2))
+        x, y, radius = round(point.x), round(point.y), 2 * self.line_px
+        for reach, ink in ((radius + 2 * ring, BLACK), (radius + ring, WHITE), (radius, colour)):
+            self.draw.ellipse((x - reach, y - reach, x + reach, y + reach), fill=ink)
+
+    def label(self, text: str, x: float, y: float, below: float, colour: Colour) -> None:
+        """`text` on a plate above `y`, or where that is taken at the next free place down to `below`."""
+        pad = max(1, self.font.size // 6)
+        text = fitted(text, self.font, self.image.width - 2 * pad)
+        width = self.font.getlength(text) + 2 * pad
+        ascent, descent = self.font.getmetrics()
+        height = ascent + descent + pad
+        left = min(max(x, 0.0), max(0.0, self.image.width - width))
+        plate = self._free_plate(left, y, below, width, height)
+        self.plates.append(plate)
+        ink = WHITE if colour.is_dark else BLACK
+        self.draw.rectangle(plate, fill=colour, outline=ink, width=1)
+        self.draw.text((plate.left + pad, plate.top + pad / 2), text, fill=ink, font=self.font)
+
+    def _free_plate(self, left: float, y: float, below: float, width: float, height: float) -> Plate:
+        """Above the object, else inside from its top down, else under it; the first place if all are taken."""
+        tops = [y - height, *(y + step * height for step in range(_PLACES_TRIED)), below]
+        lowest = max(0.0, self.image.height - height)
+        plates = [Plate(left, top, left + width, top + height) for top in tops if 0 <= top <= lowest]
+        free = (plate for plate in plates if not any(plate.covers(taken) for taken in self.plates))
+        fallback = min(max(y - height, 0.0), lowest)
+        return next(free, Plate(left, fallback, left + width, fallback + height))
+
+
+def draw_records(image: Image.Image, group: ImageGroup) -> None:
+    """Draw all that the records of one image found; shapes first, labels on top of everything."""
+    canvas = Canvas(image)
+    segments, boxes, points = list(group.segments()), list(group.boxes()), list(group.points())
+    for segment in segments:
+        canvas.mask(segment, colour_of(segment.box.label))
+    for box in sorted(boxes, key=lambda box: -box.width * box.height):
+        canvas.box(box, colour_of(box.label))
+    for point in points:
+        canvas.dot(point, colour_of(point.label))
+    for box in (*(segment.box for segment in segments), *boxes):
+        canvas.label(_text(box), box.x, box.y, box.y + box.height, colour_of(box.label))
+    reach = 4 * canvas.line_px
+    for point in points:
+        canvas.label(_text(point), point.x + reach, point.y - reach, point.y + reach, colour_of(point.label))
+
+
+def _text(found: PixelBox | PixelPoint) -> str:
+    label = shown(found.label)
+    return label if found.score is None else f"{label} {found.score:.2f}"
+
 
 JPEG_QUALITY = 90
 _JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})

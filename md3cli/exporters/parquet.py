@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 
 from md3cli.errors import ExportError, ImageError
 from md3cli.exporters.choices import COLUMN_PREFIX, choice_scores, column_notes, find_choices
+from md3cli.exporters.files import replaced_file
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_decodes
-from md3cli.exporters.publishing import replaced_file
-from md3cli.exporters.reading import read_records
+from md3cli.finished.records_file import read_records
 from md3cli.records import RecordDict
 
 GROUP_ROWS = 4096

@@ -5,7 +5,7 @@ folder, or a tar), `--root` overrules it. Records and run.json may come from a s
 carry whole files. So a name that leads out of the root is not followed, a name inside a tar is looked up in
 that tar only, and a file is carried only if it is a picture. A root that nobody typed and that this user's
 md3 did not write is a claim: below it a file counts as a record's picture only if its bytes have the
-record's SHA-256. Pictures are opened only through `md3cli.images`.
+record's SHA-256. Pictures are opened only through `md3cli.images.crops`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from md3cli.copying import copy_file
 from md3cli.errors import ExportError, ImageError, InputError, RowError, UsageError
 from md3cli.exporters.grouping import ImageGroup
 from md3cli.exporters.options import ExportOptions
-from md3cli.finished_run import load_run_info
+from md3cli.files import copy_file
+from md3cli.finished.run_json import load_run_info
 from md3cli.records import ImageItem, RecordDict, printable
-from md3cli.spellings import existing_path
-from md3cli.tar_index import tar_members
+from md3cli.source.names import existing_path
+from md3cli.source.tar import tar_members
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -121,7 +121,7 @@ class Pictures:
         Raises:
             ImageError: it cannot be read any more, or is not the record's.
         """
-        from md3cli.images import ImageLimits, read_image
+        from md3cli.images.crops import ImageLimits, read_image
 
         limits = ImageLimits(self._options.max_pixels, self._options.max_file_size)
         image, sha256 = read_image(picture, limits, self._options.background)
@@ -134,8 +134,8 @@ class Pictures:
         Raises:
             ImageError: it is too large, cannot be read, is no picture, or is not the record's.
         """
-        from md3cli.images import read_bytes
-        from md3cli.pixels import check_kind
+        from md3cli.images.crops import read_bytes
+        from md3cli.images.pixels import check_kind
 
         data = read_bytes(picture, self._options.max_file_size)
         _check_digest(picture, hashlib.sha256(data).hexdigest() if picture.sha256 is not None else "")
@@ -204,7 +204,7 @@ class Pictures:
         return next((item for item in found if self._digest(item) == record.get("sha256")), None)
 
     def _digest(self, item: ImageItem) -> str | None:
-        from md3cli.images import read_bytes
+        from md3cli.images.crops import read_bytes
 
         try:
             return hashlib.sha256(read_bytes(item, self._options.max_file_size)).hexdigest()

@@ -9,11 +9,10 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from pathlib import Path, PurePosixPath
 
+from md3cli.exporters.files import candidates, relative_name, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
-from md3cli.exporters.names import candidates, relative_name
 from md3cli.exporters.objects import PixelBox
 from md3cli.exporters.options import ExportOptions, ExportReport
-from md3cli.exporters.publishing import staged_folder
 from md3cli.records import printable
 
 

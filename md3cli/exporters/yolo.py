@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from md3cli.errors import ImageError
+from md3cli.exporters.files import StagedFolder, candidates, portable, relative_name, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
-from md3cli.exporters.names import candidates, portable, relative_name
 from md3cli.exporters.objects import Ring, joined_ring
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.pictures import PICTURE_SUFFIXES, FoundPicture, Pictures
-from md3cli.exporters.publishing import StagedFolder, staged_folder
 
 _TAKEN = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})  # by Ultralytics 8.3 and all after it
 _NOT_TAKEN = frozenset({".gif", ".avif", ".heic", ".heif"})  # written as PNG instead; others are called .jpg

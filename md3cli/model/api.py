@@ -2,22 +2,28 @@
 
 Scripts written for the original run unchanged. One difference is on purpose: the default
 temperature is 0 (the original's 0.5), so that the same picture gives the same labels.
+
+Text that grows token by token, cut where it can be shown: at spaces, line ends and CJK characters.
+
+A piece is never taken back: what could still change with the next token (an unfinished word, half
+of a multi-byte character) is held until it cannot. The pieces joined are the text, up to the
+decoding starting over after a line end.
+Source: Moondream 3 specification, section 12; the rule is that of transformers' TextIteratorStreamer.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError, EngineError, ImageError, RequestError
-from md3cli.images import PreparedImage
-from md3cli.model.answers import reasoning_result
-from md3cli.model.asking import (
+from md3cli.images.crops import PreparedImage
+from md3cli.model.api_requests import (
     Asked,
     ImageLike,
     SpatialRefs,
@@ -32,18 +38,47 @@ from md3cli.model.asking import (
     result_of,
     shown,
 )
-from md3cli.model.engine import Engine
-from md3cli.model.load import load_engine
-from md3cli.model.streaming import TextStream
-from md3cli.model.tasks import Answer, EncodedImage, Job, Sequence
-from md3cli.records import (
-    ImageFacts,
-    RecordDict,
-    Request,
-    RowFailure,
-    Task,
-)
-from md3cli.row_requests import check_request
+from md3cli.model.engine.answers import reasoning_result
+from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.load import load_engine
+from md3cli.model.engine.sequence import Answer, EncodedImage, Generation, Job
+from md3cli.records import ImageFacts, RecordDict, Request, RowFailure, Task
+from md3cli.source.requests import check_request
+
+_CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x2F800, 0x2FA1F))
+
+
+def _is_cjk(char: str) -> bool:
+    code = ord(char)
+    return any(first <= code <= last for first, last in _CJK)
+
+
+class TextStream:
+    """Feed ids with `push`, take the pieces it returns, and the rest from `finish`."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._shown = 0  # characters of the decoded ids already given out
+
+    def push(self, token: int) -> str:
+        """The text that is safe to show now; often empty."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if text.endswith("\n"):
+            piece = text[self._shown :]
+            self._ids, self._shown = [], 0
+            return piece
+        end = len(text) if text and _is_cjk(text[-1]) else text.rfind(" ") + 1
+        piece = text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return piece
+
+    def finish(self) -> str:
+        """What was held back; the stream is empty afterwards."""
+        piece = self._decode(self._ids)[self._shown :]
+        self._ids, self._shown = [], 0
+        return piece
 
 
 def _option(name: str, value: object) -> str | None:
@@ -259,7 +294,7 @@ class Moondream:
             result["reasoning"] = reasoning_result(sequence, self.engine.tokenizer)
         return result
 
-    def _pieces(self, key: int, sequence: Sequence) -> Iterator[str]:
+    def _pieces(self, key: int, sequence: Generation) -> Iterator[str]:
         text, num_shown = TextStream(self.engine.tokenizer.decode), 0
         is_done = False
         while not is_done:

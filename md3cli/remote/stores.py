@@ -2,19 +2,63 @@
 
 Credentials and settings come from the environment alone, as each store's own tools read them: AWS_*, GOOGLE_*,
 HF_TOKEN, and fsspec's FSSPEC_S3_* (FSSPEC_S3_ANON=true for a public bucket).
+
+Coroutines run from ordinary threads, on the one event loop that fsspec keeps for all its stores.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import CancelledError, Future
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
+from fsspec.asyn import get_loop
 
 from md3cli.remote.address import scheme_of
-from md3cli.remote.calls import Calls
-from md3cli.remote.options import require_extra
+from md3cli.remote.hosts import require_extra
+
+_T = TypeVar("_T")
+
+
+class Calls:
+    """Runs coroutines and can cancel all that are under way, from another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way: set[Future[Any]] = set()
+        self._is_closed = False
+
+    def run(self, coroutine: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
+        """What `coroutine` returns.
+
+        Raises:
+            TimeoutError: it took longer; it is cancelled.
+            CancelledError: `close` was called.
+        """
+        with self._lock:
+            if self._is_closed:
+                coroutine.close()
+                raise CancelledError
+            future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(coroutine, timeout_s), get_loop())
+            self._under_way.add(future)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # where a signal ended the wait; else it is done
+            with self._lock:
+                self._under_way.discard(future)
+
+    def close(self) -> None:
+        """Cancel what is under way, and whatever comes."""
+        with self._lock:
+            self._is_closed = True
+            under_way = list(self._under_way)
+        for future in under_way:
+            future.cancel()
+
 
 PROTOCOLS = {"s3": "s3", "gs": "gs", "hf": "hf"}  # scheme -> fsspec's name for what serves it
 _OPTIONS: dict[str, dict[str, Any]] = {

@@ -3,39 +3,173 @@
 Two passes over the records: the first counts, the second makes thumbnails and pages, so memory holds
 one page at most. Each page is one file that asks nothing of the network: its own Content Security
 Policy allows data: pictures and, by hash, exactly the style and script inside it.
+
+Pictures -> JPEG data URIs for the page, through the same door as everywhere (images.read_image).
+
+What the ground truth says, brought onto the page: verdicts on shapes, missed objects, scores, curves.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from PIL import Image
+
 from md3cli import __version__
-from md3cli.errors import InputError, MissingExtraError
-from md3cli.evaluate.section import Section
+from md3cli.errors import ImageError, InputError, MissingExtraError
+from md3cli.evaluate.scores import Curves, Section, Verdict, number
+from md3cli.exporters.files import replaced_file, staged_folder
 from md3cli.exporters.options import ExportOptions
-from md3cli.exporters.pictures import Pictures
-from md3cli.exporters.publishing import replaced_file, staged_folder
-from md3cli.exporters.reading import read_records
-from md3cli.finished_run import load_run_info
+from md3cli.exporters.pictures import FoundPicture, Pictures
+from md3cli.finished.records_file import read_records
+from md3cli.finished.run_json import load_run_info
 from md3cli.records import printable
-from md3cli.report.items import Item, items
-from md3cli.report.judged import score_plots, score_table, verdicts_of, with_verdicts
-from md3cli.report.page import Link, Page, legible, overview_tiles, palette_of, run_facts, today
-from md3cli.report.plots import run_plots
+from md3cli.report.items import Entry, Item, Shape, items, missed_shape
+from md3cli.report.page import Link, Page, Table, legible, overview_tiles, palette_of, run_facts, today
+from md3cli.report.plots import Column, Line, Lines, run_plots, share_ticks, unit_dot, unit_path
 from md3cli.report.stats import RunStats
-from md3cli.report.thumbnails import with_thumbnails
 
 if TYPE_CHECKING:
     from jinja2 import Template
+
+
+JPEG_QUALITY = 78
+MAX_THREADS = 4  # Pillow decodes outside the interpreter's lock; more threads only hold more pictures
+LARGE_PIXELS = 50_000_000  # pictures of this size (150 MB decoded) are opened one at a time
+
+_one_large = Lock()
+
+
+def with_thumbnails(items: Iterable[Item], pictures: Pictures, long_side_px: int) -> Iterator[Item]:
+    """The same items, each with its `thumbnail` or the reason why it is `missing`; a few in flight."""
+    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+    todo = iter(items)
+    with ThreadPoolExecutor(num_threads) as pool:
+
+        def submit(number: int) -> list[Future[Item]]:
+            found = ((item, _find(item, pictures)) for item in islice(todo, number))
+            return [pool.submit(_fill, item, picture, pictures, long_side_px) for item, picture in found]
+
+        in_flight = submit(2 * num_threads)
+        while in_flight:
+            yield in_flight.pop(0).result()
+            in_flight += submit(1)
+
+
+def _find(item: Item, pictures: Pictures) -> FoundPicture | None:
+    records = (entry.record for entry in item.entries)
+    known = next((record for record in records if record.get("sha256")), item.first)
+    return None if item.first["image"] is None else pictures.find(known)
+
+
+def _fill(item: Item, picture: FoundPicture | None, pictures: Pictures, long_side_px: int) -> Item:
+    if item.first["image"] is None:
+        return item
+    if picture is None:
+        item.missing = "the picture is not there"
+        return item
+    is_large = (item.width or 0) * (item.height or 0) >= LARGE_PIXELS
+    try:
+        with _one_large if is_large else nullcontext():
+            item.thumbnail = data_uri(pictures.read(picture), long_side_px)
+    except ImageError as error:
+        item.missing = str(error)
+    return item
+
+
+def data_uri(image: Image.Image, long_side_px: int) -> str:
+    """`image` (RGB; changed in place) as a JPEG no larger than `long_side_px`; never enlarged."""
+    image.thumbnail((long_side_px, long_side_px), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+LABELS_DRAWN = 9
+ROWS_SHOWN = 30
+
+
+def verdicts_of(sections: Sequence[Section]) -> dict[str, Verdict]:
+    """All verdicts by record id."""
+    return {record: verdict for section in sections for record, verdict in section.verdicts.items()}
+
+
+def with_verdicts(items: Iterable[Item], verdicts: Mapping[str, Verdict]) -> Iterator[Item]:
+    """The same items; records the ground truth knows carry its verdict."""
+    for item in items:
+        for place, entry in enumerate(item.entries):
+            verdict = verdicts.get(entry.record.get("id", ""))
+            if verdict is not None:
+                item.entries[place] = _judged(entry, verdict, item.frame)
+        yield item
+
+
+def _judged(entry: Entry, verdict: Verdict, frame: tuple[float, float]) -> Entry:
+    words = {True: "right", False: "wrong", None: None}
+    shapes: Iterable[Shape] = entry.shapes
+    if len(verdict.objects) == len(entry.shapes):
+        shapes = (replace(shape, verdict=words[v]) for shape, v in zip(entry.shapes, verdict.objects, strict=True))
+    missed = tuple(missed_shape(entry.prompt, box, frame) for box in verdict.missed)
+    return replace(entry, verdict=words[verdict.is_right], shapes=tuple(shapes), missed=missed)
+
+
+def score_table(section: Section) -> Table:
+    """A section's scores, with a row for each label or question."""
+    names = [name for name, value in section.scores.items() if value is not None]
+    rows = [("all", *(number(section.scores[name]) for name in names))]
+    if len(section.by_name) > 1:
+        shown = list(section.by_name.items())[:ROWS_SHOWN]
+        rows += [(label, *(number(scores.get(name)) for name in names)) for label, scores in shown]
+    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in section.counts.items())
+    title = f"{section.name[:1].upper()}{section.name[1:]} by ground truth"
+    return Table(title, counts, ("", *(name.replace("_", " ") for name in names)), tuple(rows))
+
+
+def score_plots(section: Section) -> list[Lines]:
+    """Precision over recall and reliability, where the section has them."""
+    curves = section.curves
+    if curves is None:
+        return []
+    plots = [_precision_recall(section.name, curves)] if curves.precision else []
+    return plots + ([_reliability(section.name, curves)] if curves.reliability else [])
+
+
+def _precision_recall(name: str, curves: Curves) -> Lines:
+    labels = [label for label in curves.precision if label != "all"][:LABELS_DRAWN]
+    shown = ["all", *labels] if len(labels) > 1 else ["all"]
+    lines = [
+        Line(label, unit_path(zip(curves.recall, curves.precision[label], strict=True)), f"c{place}")
+        for place, label in enumerate(shown)
+    ]
+    return Lines(f"Precision over recall: {name}", "at IoU 0.5", tuple(lines), *share_ticks())
+
+
+def _reliability(name: str, curves: Curves) -> Lines:
+    points = [(b.mean_score, b.share_right) for b in curves.reliability]
+    ideal = Line("ideal", unit_path([(0, 0), (1, 1)]), "ideal")
+    lines = (Line("this run", unit_path(points), "c0"), ideal)
+    dots: list[Column] = [
+        unit_dot(
+            b.mean_score, b.share_right, f"{b.share_right:.2f} of {b.count:,} objects right at score {b.mean_score:.2f}"
+        )
+        for b in curves.reliability
+    ]
+    return Lines(f"Is the score right? {name}", "share right over score", lines, *share_ticks(), dots=tuple(dots))
+
 
 IMAGES_PER_PAGE = 2000  # about 40 MB of thumbnails: what a browser still opens at once
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from md3cli.errors import InputError
 from md3cli.exporters.grouping import image_key
+from md3cli.exporters.svg_path import Polygon, segment_polygons
 from md3cli.records import RecordDict, printable
-from md3cli.svg_path import Polygon, segment_polygons
 
 FRAME = (320.0, 240.0)  # drawing units of a picture's frame: about one CSS pixel on a card
 NAME_CHAR = 6.0  # width of a name's letter, about

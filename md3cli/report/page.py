@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from itertools import accumulate
 from typing import Any
 
-from md3cli.finished_run import RunInfo
+from md3cli.finished.run_json import RunInfo
 from md3cli.records import is_printable, printable
 from md3cli.report.items import Entry, Item
 from md3cli.report.plots import Plot, duration, short_number

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from md3cli.finished_run import RunInfo
+from md3cli.finished.run_json import RunInfo
 from md3cli.report.stats import NUM_SCORE_BINS, RunStats
 
 WIDTH, HEIGHT = 360.0, 170.0

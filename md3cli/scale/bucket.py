@@ -13,14 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from md3cli.config import OutputOptions
-from md3cli.outputs import OutputPlan, written_paths
+from md3cli.files import scratch_folder
 from md3cli.records import printable
 from md3cli.remote.address import folder_of
-from md3cli.run_info import OutputPaths
-from md3cli.scale.layout import RunFolder
-from md3cli.scale.object_store import ObjectStore
-from md3cli.scale.store import LocalStore
-from md3cli.scratch import scratch_folder
+from md3cli.run.output import OutputPlan, written_paths
+from md3cli.run.run_info import OutputPaths
+from md3cli.scale.folder import RunFolder
+from md3cli.scale.store import LocalStore, ObjectStore
 
 
 @contextlib.contextmanager

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import IO
 
 from md3cli.errors import DamagedPartError
-from md3cli.publish import atomic_publish, output_error
+from md3cli.files import atomic_publish, output_error
 from md3cli.records import OK_TAIL, printable
-from md3cli.scale.commits import Commit
-from md3cli.scale.layout import ERRORS, EXPORTED, KEPT, RunFolder
+from md3cli.scale.folder import ERRORS, EXPORTED, KEPT, RunFolder
+from md3cli.scale.markers import Commit
 from md3cli.scale.plan import Plan
 
 

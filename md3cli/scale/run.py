@@ -15,30 +15,26 @@ from pathlib import Path
 from typing import Protocol
 
 from md3cli.config import ModelOptions, RunConfig
-from md3cli.console import RunConsole
-from md3cli.engine_port import Engine, FoundModel, Model, check_skills
+from md3cli.console import Progress, RunConsole
+from md3cli.console import clock as duration
 from md3cli.errors import DamagedPartError, EngineError, Md3Error, OutputError, UsageError
-from md3cli.outputs import OutputPlan
-from md3cli.progress import Progress
-from md3cli.progress import clock as duration
-from md3cli.publish import OutputLock, output_error
+from md3cli.files import OutputLock, output_error
 from md3cli.records import printable
-from md3cli.run_info import OutputPaths, RunDocument, identity_of
-from md3cli.scale.beginning import Beginning
+from md3cli.run.model_handle import Engine, FoundModel, Model, check_skills
+from md3cli.run.output import OutputPlan
+from md3cli.run.run_info import OutputPaths, RunDocument, identity_of
+from md3cli.scale.attempts import Teller
 from md3cli.scale.bucket import Deliveries
-from md3cli.scale.ending import Ending
-from md3cli.scale.here import ShardsHere
-from md3cli.scale.layout import RunFolder
-from md3cli.scale.mending import damaged_journals, reopen_damaged
+from md3cli.scale.finish import Ending
+from md3cli.scale.folder import RunFolder
+from md3cli.scale.inspect import damaged_journals, reopen_damaged
+from md3cli.scale.markers import RunOptions, write_run_options
 from md3cli.scale.plan import Plan
 from md3cli.scale.ray_cluster import check_installed
-from md3cli.scale.replacing import FormerRun
-from md3cli.scale.run_options import RunOptions, write_run_options
-from md3cli.scale.shard_queue import ShardQueue
-from md3cli.scale.supervisor import Supervisor, seats_of
-from md3cli.scale.waiting import Teller
+from md3cli.scale.start import Beginning, FormerRun
+from md3cli.scale.workers import ShardQueue, ShardsHere, Supervisor, seats_of
 from md3cli.signals import Interrupted, StopSignals
-from md3cli.source import Source
+from md3cli.source.source import Source
 
 LOOK_INTERVAL_S = 2.0  # between two looks at what others have committed
 TELL_INTERVAL_S = 0.2
@@ -249,7 +245,7 @@ class _ScaledRun:
     def _driver(self) -> _Driver:
         config, options = self._config, RunOptions(self._config.model, self._config.decode)
         if config.scale.engine == "ray":
-            from md3cli.scale.ray_driver import RayDriver
+            from md3cli.scale.ray import RayDriver
 
             return RayDriver(self._folder, self._plan, self._queue, config)
         if config.scale.devices or config.scale.workers_per_device:

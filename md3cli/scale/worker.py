@@ -22,10 +22,10 @@ import time
 from queue import SimpleQueue
 from typing import Any
 
-from md3cli.decode_worker import Channel
 from md3cli.errors import Md3Error
-from md3cli.scale.run_options import RunOptions
-from md3cli.scale.shards import ShardRunner, ShardStopped
+from md3cli.images.worker import Channel
+from md3cli.scale.markers import RunOptions
+from md3cli.scale.shard_runner import ShardRunner, ShardStopped
 
 TELL_INTERVAL_S = 0.25  # between two words on how far a shard is
 _PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG

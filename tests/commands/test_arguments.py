@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from md3cli.commands.arguments import check_objects, looks_like_input, may_carry_rows, parse_query, parse_task
+from md3cli.commands.parse import check_objects, looks_like_input, may_carry_rows, parse_query, parse_task
 from md3cli.errors import UsageError
 from md3cli.records import Task
 

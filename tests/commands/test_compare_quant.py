@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from md3cli.commands import bench, compare_quant
+from md3cli.bench import compare, quant
+from md3cli.bench.quant import VariantJob, measure, run_variant
+from md3cli.commands import bench
 from md3cli.errors import EngineError, InputError, UsageError
-from md3cli.model import bench_quant
-from md3cli.model.bench_quant import VariantJob, measure, run_variant
-from md3cli.model.hub import model_path
+from md3cli.model.weights.hub import model_path
 
 SCENES = Path(__file__).parents[2] / "examples" / "scenes"
 PICTURES = tuple(str(SCENES / f"scene_0000{number}.png") for number in (0, 2))
@@ -29,7 +29,7 @@ def stub_variant(job: VariantJob) -> dict[str, Any]:
     if job.quant != "none":
         assert job.followed == ((1, 2, 3, 4), (5, 6, 7, 8))
     seconds = {"none": 0.4, "int8": 0.2, "int4": 0.1}[job.quant]
-    stages = {stage: {"seconds": seconds} for stage in compare_quant.STAGES}
+    stages = {stage: {"seconds": seconds} for stage in compare.STAGES}
     if job.records is not None:
         assert len(job.requests) > 500
         Path(job.records).write_text("")
@@ -38,7 +38,7 @@ def stub_variant(job: VariantJob) -> dict[str, Any]:
 
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_quant, "run_variant", stub_variant)
+    monkeypatch.setattr(quant, "run_variant", stub_variant)
     qualities = iter(
         [
             {"boxes AP50": 0.9, "answers": 0.8},
@@ -46,7 +46,7 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
             {"boxes AP50": 0.88, "answers": 0.79},
         ]
     )
-    monkeypatch.setattr(compare_quant, "_quality", lambda records, folder: next(qualities))
+    monkeypatch.setattr(compare, "_quality", lambda records, folder: next(qualities))
 
 
 def run(*args: str) -> str:
@@ -93,11 +93,11 @@ def test_pictures_inside_a_file_are_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(PICTURES[0], "a.png")
     with pytest.raises(UsageError, match="files of their own"):
-        compare_quant.compare_quant("tiny", (), str(tmp_path / "x.tar"), device="cpu", dtype="fp32", threads=1)
+        compare.compare_quant("tiny", (), str(tmp_path / "x.tar"), device="cpu", dtype="fp32", threads=1)
 
 
 def test_scenes_are_asked_what_their_truth_knows(tmp_path: Path) -> None:
-    rows = list(compare_quant.unpack_scenes(tmp_path))
+    rows = list(compare.unpack_scenes(tmp_path))
     tasks = Counter(row["task"] for row in rows)
     assert (tasks["detect"], tasks["caption"]) == (48 * 8, 48)
     assert tasks["point"] > 48
@@ -120,7 +120,7 @@ def test_full_precision_follows_its_own_path() -> None:
     again = measure(replace(FULL, images=PICTURES[:1], followed=(tuple(free["decisions"][0]),)))
     assert again["decisions"] == free["decisions"]
     assert len(free["decisions"][0]) > 10
-    assert set(free["stages"]) == set(compare_quant.STAGES)
+    assert set(free["stages"]) == set(compare.STAGES)
     assert all(stage["seconds"] > 0 for stage in free["stages"].values())
 
 

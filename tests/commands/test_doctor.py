@@ -12,10 +12,10 @@ import torch
 from program import clean_environment, isolate
 from typer.testing import CliRunner
 
-from md3cli import diagnosis
 from md3cli.cli import app
-from md3cli.diagnosis import Finding, Health
-from md3cli.model import device_facts
+from md3cli.commands import doctor
+from md3cli.commands.doctor import Finding, Health
+from md3cli.model.engine import load
 
 
 def test_it_reports_on_this_machine(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_an_unknown_device_is_a_finding_not_a_crash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("health", "status"), [(Health.OK, 0), (Health.NOTE, 0), (Health.BAD, 1)])
 def test_only_what_is_bad_makes_the_status_1(monkeypatch: pytest.MonkeyPatch, health: Health, status: int) -> None:
     monkeypatch.setattr(
-        diagnosis, "diagnose", lambda device, settings_error: iter([Finding("x", health, "found", "do this")])
+        doctor, "diagnose", lambda device, settings_error: iter([Finding("x", health, "found", "do this")])
     )
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == status
@@ -69,8 +69,8 @@ def test_settings_are_a_finding_right_or_wrong(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     isolate(monkeypatch, tmp_path)
-    monkeypatch.setattr(diagnosis, "_pictures", lambda: iter(()))
-    monkeypatch.setattr(diagnosis, "_device_of", lambda device: lambda: iter(()))
+    monkeypatch.setattr(doctor, "_pictures", lambda: iter(()))
+    monkeypatch.setattr(doctor, "_device_of", lambda device: lambda: iter(()))
     if text is not None:
         Path("md3.toml").write_text(text)
     result = CliRunner().invoke(app, ["doctor", "--json"])
@@ -83,7 +83,7 @@ def test_settings_are_a_finding_right_or_wrong(
 
 def test_a_missing_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    notes = {finding.name: finding for finding in diagnosis._extras()}
+    notes = {finding.name: finding for finding in doctor._extras()}
     assert notes["extra eval"].advice == "pip install 'md3cli[eval]'"
     assert notes["extra eval"].health is Health.NOTE
 
@@ -100,20 +100,20 @@ def test_a_missing_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_cuda_devices_kernels_are_a_finding(
     triton: str, fault: str | None, expected: Finding | str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = device_facts.DeviceFacts("2.11.0", "cuda:0", "Some Card", "bfloat16", 1, 20 << 30, triton, fault)
-    monkeypatch.setattr(device_facts, "device_facts", lambda device: facts)
-    findings = {finding.name: finding for finding in diagnosis._device_of("cuda")()}
+    facts = load.DeviceFacts("2.11.0", "cuda:0", "Some Card", "bfloat16", 1, 20 << 30, triton, fault)
+    monkeypatch.setattr(load, "device_facts", lambda device: facts)
+    findings = {finding.name: finding for finding in doctor._device_of("cuda")()}
     assert list(findings) == [name for name in ("torch", "device", "kernels", "memory") if name in findings]
     assert findings.get("kernels", "nothing") == (expected or Finding("kernels", Health.BAD, fault or ""))
 
 
 def test_the_facts_of_a_cuda_device_hold_what_its_kernels_lack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_facts, "choose_device", lambda name: torch.device("cuda", 1))
-    monkeypatch.setattr(device_facts, "free_bytes", lambda device: 7 << 30)
-    monkeypatch.setattr(device_facts, "triton_version", lambda: "3.6.0")
-    monkeypatch.setattr(device_facts, "kernel_fault", lambda device: f"{device} is too old")
+    monkeypatch.setattr(load, "choose_device", lambda name: torch.device("cuda", 1))
+    monkeypatch.setattr(load, "free_bytes", lambda device: 7 << 30)
+    monkeypatch.setattr(load, "triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(load, "kernel_fault", lambda device: f"{device} is too old")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    facts = device_facts.device_facts("cuda:1")
+    facts = load.device_facts("cuda:1")
     assert (facts.device, facts.dtype, facts.free_bytes) == ("cuda:1", "float16", 7 << 30)
     assert (facts.triton, facts.kernel_fault) == ("3.6.0", "cuda:1 is too old")

@@ -7,7 +7,7 @@ import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from md3cli.commands.values import (
+from md3cli.commands.parse import (
     checked,
     number_or_auto,
     parse_bytes,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from finished_runs import Run, detect_records, draw_pictures
 
-from md3cli.own_runs import seal_of
+from md3cli.finished.run_json import seal_of
 
 
 @pytest.fixture

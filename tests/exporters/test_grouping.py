@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from md3cli.errors import ExportError, InputError
 from md3cli.exporters.grouping import ImageIndex
-from md3cli.exporters.reading import read_records
+from md3cli.finished.records_file import read_records
 
 
 def groups(path: Path) -> list[tuple[str, list[str]]]:

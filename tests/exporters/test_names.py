@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from md3cli.errors import ExportError, UsageError
-from md3cli.exporters.names import NAME_LIMIT_BYTES, candidates, portable, relative_name
-from md3cli.exporters.publishing import StagedFolder, staged_folder
+from md3cli.exporters.files import NAME_LIMIT_BYTES, StagedFolder, candidates, portable, relative_name, staged_folder
 
 AWKWARD = ["../../etc/passwd", "/etc/passwd", "a/../b.jpg", "https://h.example/a.jpg?x=../y", "", ".", "a//b", "a\0b"]
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=300) | st.sampled_from(AWKWARD)

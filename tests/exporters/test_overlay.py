@@ -17,9 +17,8 @@ from PIL import Image
 
 from md3cli.errors import UsageError
 from md3cli.exporters.colours import colour_of
-from md3cli.exporters.drawing import draw_records
 from md3cli.exporters.grouping import ImageGroup
-from md3cli.exporters.labels_text import FONT_FILE, fitted, font_of, shown
+from md3cli.exporters.overlay import FONT_FILE, draw_records, fitted, font_of, shown
 from md3cli.exporters.pictures import PICTURE_SUFFIXES
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from md3cli.cli import app
 from md3cli.exporters import ExportOptions
 from md3cli.exporters.pictures import Pictures
-from md3cli.own_runs import seal_of
+from md3cli.finished.run_json import seal_of
 
 SECRET = b"-----BEGIN PRIVATE KEY-----"
 CARRYING = ["hf", "yolo", "overlay", "parquet", "html"]

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from md3cli.cli import app
 from md3cli.errors import InputError
-from md3cli.evaluate.asked import final_records
-from md3cli.exporters.reading import read_records
+from md3cli.evaluate.located import final_records
+from md3cli.finished.records_file import read_records
 
 FORMATS = ["coco", "csv", "jsonl", "parquet", "yolo", "voc", "labelstudio", "hf", "overlay", "txt", "html"]
 

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from md3cli.model.config import ModelConfig
-from md3cli.model.load import prepare_device
-from md3cli.model.memory import is_out_of_memory
-from md3cli.model.random_weights import CONFIGS
+from md3cli.model.engine.load import prepare_device
+from md3cli.model.engine.memory import is_out_of_memory
+from md3cli.model.network.config import ModelConfig
+from md3cli.model.weights.random_weights import CONFIGS
 
 PR_SET_PDEATHSIG = 1
 FACTS = "gpu.facts"

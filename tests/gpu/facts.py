@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from md3cli.model.gpu.availability import kernel_fault, triton_version
+from md3cli.model.kernels.availability import kernel_fault, triton_version
 
 from .child import Run
 from .kernels import kernel_names

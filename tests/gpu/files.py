@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from md3cli.feed import num_auto_workers
-from md3cli.model.bench_files import PhotoFiles, photo_files
-from md3cli.model.bench_runs import make_engine, make_jobs, time_run
-from md3cli.model.moondream import Moondream3
+from md3cli.bench.runs import PhotoFiles, make_engine, make_jobs, photo_files, time_run
+from md3cli.model.network.moondream import Moondream3
+from md3cli.run.feed import num_auto_workers
 
 from .child import Run
 from .models import BF16, model_in

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from md3cli.model.kernels import GroupedExperts
-from md3cli.model.moe import MoeMlp
-from md3cli.model.random_weights import random_model
+from md3cli.model.engine.kernels import GroupedExperts
+from md3cli.model.network.moe import MoeMlp
+from md3cli.model.weights.random_weights import random_model
 
 from .child import Run
 from .timing import flusher, median_ms
@@ -23,7 +23,7 @@ def compare_with_grouped(run: Run) -> None:
     if torch.cuda.get_device_capability(run.device)[0] not in FAST_CAPABILITIES:
         run.note("grouped_mm", "not fast on this card, not compared")
         return
-    from md3cli.model.gpu.forms import FusedExperts
+    from md3cli.model.kernels.forms import FusedExperts
 
     layer = sparse_layer(run)
     own, length, flush = FusedExperts(layer, run.config.prefix_len), run.config.prefix_len, flusher(run.device)

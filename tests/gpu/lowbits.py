@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from md3cli.model.moondream import Moondream3
+from md3cli.model.network.moondream import Moondream3
 
 from .child import Run
 from .models import BF16, FP8, WEIGHT_FORMS, all_weight_bytes, free_memory, model_in

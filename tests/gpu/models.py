@@ -6,23 +6,23 @@ import gc
 
 import torch
 
-from md3cli.model.bench_runs import weight_bytes
-from md3cli.model.config import ModelConfig
-from md3cli.model.kernels import GroupedExperts, optimise
-from md3cli.model.low_bit_experts import low_bit_matrices
-from md3cli.model.low_bit_loading import quantise_decoder
-from md3cli.model.moe import ExpertMatrices, MoeMlp
-from md3cli.model.moondream import Moondream3
-from md3cli.model.quantised import LowBit
-from md3cli.model.random_weights import forbid_end, random_model
-from md3cli.model.text import TextAttention
+from md3cli.bench.runs import weight_bytes
+from md3cli.model.engine.kernels import GroupedExperts, optimise
+from md3cli.model.network.config import ModelConfig
+from md3cli.model.network.moe import ExpertMatrices, MoeMlp
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.network.text import TextAttention
+from md3cli.model.quant.layers import low_bit_matrices
+from md3cli.model.quant.load import quantise_decoder
+from md3cli.model.weights.codes import LowBit
+from md3cli.model.weights.random_weights import forbid_end, random_model
 
 from .child import Run
 
 SEED = 13
 BF16, FP8, INT4 = "bf16", "float8 experts", "int4"
 WEIGHT_FORMS = (BF16, FP8, INT4)  # 3.1 is stored in the second, the 4-bit port in the third
-# Kernels, as part `kernels` calls them, without which a form of `md3cli.model.gpu.forms` is not used.
+# Kernels, as part `kernels` calls them, without which a form of `md3cli.model.kernels.forms` is not used.
 EXPERT_KERNELS = {"plan", "up_gate plain", "down plain", "combine"}
 PROJECTION_KERNELS = {"tau_products", "tau_rope_store"}
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from md3cli.images import Tiling
-from md3cli.model.bench_stages import decode_bytes, prefill_flops, projection_flops, text_rows
-from md3cli.model.encoder import crop_flops
-from md3cli.model.forward import decode_step, run_prefixes
-from md3cli.model.kv_cache import KVCache
-from md3cli.model.moondream import Moondream3
-from md3cli.model.vision import normalise_crops
+from md3cli.bench.stages import decode_bytes, prefill_flops, projection_flops, text_rows
+from md3cli.images.crops import Tiling
+from md3cli.model.engine.encoder import crop_flops
+from md3cli.model.engine.kv_cache import KVCache
+from md3cli.model.engine.passes import decode_step, run_prefixes
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.network.vision import normalise_crops
 
 from .child import Run
 from .launches import count_launches

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from golden_cases import CASES, load_case
 
-from md3cli.model.config import ModelConfig
-from md3cli.model.moondream import Moondream3
+from md3cli.model.network.config import ModelConfig
+from md3cli.model.network.moondream import Moondream3
 
 from . import golden, tile_sweep
 from .child import Run, last_lines

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from md3cli.images import PreparedImage
-from md3cli.model.bench_gpu import busy_seconds, gpu_memory, gpu_workload, reset_gpu_peak
-from md3cli.model.bench_runs import PHOTO, Workload, make_engine, make_images, make_jobs, time_run
-from md3cli.model.engine import Engine
-from md3cli.model.memory import peak_rss, reset_peak_rss
-from md3cli.model.moondream import Moondream3
+from md3cli.bench.gpu import busy_seconds, gpu_memory, gpu_workload, reset_gpu_peak
+from md3cli.bench.runs import PHOTO, Workload, make_engine, make_images, make_jobs, time_run
+from md3cli.images.crops import PreparedImage
+from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.memory import peak_rss, reset_peak_rss
+from md3cli.model.network.moondream import Moondream3
 
 from .child import Run
 from .models import BF16, model_in

@@ -14,16 +14,15 @@ from faulty_servers import Fault, WebServer
 
 from md3cli.errors import ImageError, InputError
 from md3cli.records import ImageItem
-from md3cli.remote.byte_budget import ByteBudget
-from md3cli.remote.options import FetchOptions
-from md3cli.remote.patience import Patience, Retries
-from md3cli.remote.zones import HostRules, Zone
+from md3cli.remote.hosts import FetchOptions, HostRules, Zone
+from md3cli.remote.reader import ByteBudget
+from md3cli.remote.retry import Patience, Retries
 
 pytest.importorskip("aiohttp", reason="needs the extra: pip install 'md3cli[remote]'")
-from md3cli.remote import web as web_module
-from md3cli.remote.fetching import Fetcher
+from md3cli.remote import http as web_module
+from md3cli.remote.reader import Fetcher
 from md3cli.remote.stores import Entry
-from md3cli.remote.walking import MOST_LEVELS, RemoteWalk
+from md3cli.source.remote_inputs import MOST_LEVELS, RemoteWalk
 
 QUICK = Retries(first_wait_s=0.01)
 PRIVATE = HostRules(any_private=True)

@@ -16,8 +16,8 @@ from chaos import wait_until
 from faulty_servers import Fault, StoreDoor
 from program import TESTS, Program, clean_environment, make_pictures, records_of, start
 
-from md3cli.scale.commits import read_commit
-from md3cli.scale.layout import open_run_folder
+from md3cli.scale.folder import open_run_folder
+from md3cli.scale.markers import read_commit
 from md3cli.scale.store import open_store
 
 Objects = Callable[[], dict[str, bytes]]

@@ -25,7 +25,7 @@ Put = Callable[[str, bytes], None]
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("md3cli.remote.patience.Retries._wait_s", lambda self, num_failed, failure: 0.01)
+    monkeypatch.setattr("md3cli.remote.retry.Retries._wait_s", lambda self, num_failed, failure: 0.01)
 
 
 def images(md3: Program, *arguments: object, status: int = 0) -> list[str]:

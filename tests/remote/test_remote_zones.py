@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from md3cli.remote.zones import HostRules, Zone, zone_of
+from md3cli.remote.hosts import HostRules, Zone, zone_of
 
 
 @pytest.mark.parametrize(

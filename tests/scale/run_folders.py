@@ -9,11 +9,11 @@ from stub_engine import StubModel
 
 from md3cli.config import DecodeOptions, ModelOptions
 from md3cli.records import ImageItem, Request, SourceRow, Task
-from md3cli.scale.layout import RunFolder, open_run_folder
+from md3cli.scale.folder import RunFolder, open_run_folder
+from md3cli.scale.make_plan import make_plan, put_plan
+from md3cli.scale.markers import RunOptions, write_run_options
 from md3cli.scale.plan import Plan
-from md3cli.scale.planning import make_plan, put_plan
-from md3cli.scale.run_options import RunOptions, write_run_options
-from md3cli.scale.shards import ShardRunner
+from md3cli.scale.shard_runner import ShardRunner
 
 CAPTION = Request(Task.CAPTION)
 CONFIG = {"identity": {"requests": [], "root": ""}}
@@ -23,7 +23,7 @@ def planned(
     uri: str, rows: Iterable[SourceRow], requests: tuple[Request, ...] = (CAPTION,), shard_size: int | None = None
 ) -> tuple[RunFolder, Plan]:
     """A run folder with a plan of `rows`."""
-    from md3cli.run_info import identity_of
+    from md3cli.run.run_info import identity_of
 
     folder, identity = open_run_folder(uri), StubModel().identity
     config = {"identity": identity_of(requests, identity, "/")}

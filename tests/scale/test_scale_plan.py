@@ -14,11 +14,10 @@ from run_folders import CAPTION, planned, rows_of
 
 from md3cli.errors import OutputError, OutputMismatchError
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task
-from md3cli.request_ids import RequestIds
-from md3cli.scale.layout import MANIFEST
-from md3cli.scale.plan import PlanReader, check_config
-from md3cli.scale.planning import MAX_SHARDS, put_plan, shard_size_for, write_manifest
-from md3cli.scale.rows import columns_of, row_of
+from md3cli.run.record_index import RequestIds
+from md3cli.scale.folder import MANIFEST
+from md3cli.scale.make_plan import MAX_SHARDS, put_plan, shard_size_for, write_manifest
+from md3cli.scale.plan import PlanReader, check_config, columns_of, row_of
 
 QUESTION = Request(Task.QUERY, "Why?", spatial_refs=((0.1, 0.2),), choices=("yes", "no"))
 
@@ -71,10 +70,10 @@ def test_shards_are_neither_too_many_nor_too_few(rows: int, size: int) -> None:
 
 
 def test_more_rows_than_expected_make_larger_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("md3cli.scale.planning.SHARD_ROWS", 2)
-    monkeypatch.setattr("md3cli.scale.planning.WANTED_SHARDS", 1)
-    monkeypatch.setattr("md3cli.scale.planning.FEWEST_SHARD_ROWS", 1)
-    monkeypatch.setattr("md3cli.scale.planning.MAX_SHARDS", 3)
+    monkeypatch.setattr("md3cli.scale.make_plan.SHARD_ROWS", 2)
+    monkeypatch.setattr("md3cli.scale.make_plan.WANTED_SHARDS", 1)
+    monkeypatch.setattr("md3cli.scale.make_plan.FEWEST_SHARD_ROWS", 1)
+    monkeypatch.setattr("md3cli.scale.make_plan.MAX_SHARDS", 3)
     rows = rows_of(tmp_path, map(str, range(17)))
     folder, plan = planned(str(tmp_path / "run"), rows)
     assert (plan.shards, plan.shard_size) == (3, 6)
@@ -140,9 +139,9 @@ PLAN_SCRIPT = """
 import sys, time, resource
 from md3cli.config import RunConfig
 from md3cli.records import Request, Task
-from md3cli.scale.layout import open_run_folder
-from md3cli.scale.planning import make_plan
-from md3cli.source import SourceSpec, open_source
+from md3cli.scale.folder import open_run_folder
+from md3cli.scale.make_plan import make_plan
+from md3cli.source.source import SourceSpec, open_source
 from stub_engine import StubModel
 requests = (Request(Task.CAPTION),)
 source = open_source(SourceSpec((sys.argv[1],)), requests)

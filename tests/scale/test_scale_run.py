@@ -20,8 +20,8 @@ from program import Program, clean_environment, isolate, make_pictures, records_
 from scale_chaos import UNHURRIED_S, ScaleChaos, run_scale_chaos
 
 from md3cli.errors import ExportError, OutputError
-from md3cli.scale.ending import Ending
-from md3cli.scale.here import ShardsHere
+from md3cli.scale.finish import Ending
+from md3cli.scale.workers import ShardsHere
 from md3cli.signals import StopSignals
 
 TESTS = Path(__file__).parent.parent

@@ -19,17 +19,16 @@ from md3cli.scale.attempts import (
     STALE_AFTER_S,
     TOUCH_INTERVAL_S,
     AttemptJournal,
+    Signs,
     note_death,
     read_history,
     read_journal,
     who_runs,
 )
-from md3cli.scale.commits import read_commit
-from md3cli.scale.layout import RunFolder, host_name, journal_name, new_attempt
+from md3cli.scale.folder import RunFolder, host_name, journal_name, new_attempt
+from md3cli.scale.markers import RunOptions, read_commit
 from md3cli.scale.plan import Plan
-from md3cli.scale.run_options import RunOptions
-from md3cli.scale.shards import ShardRunner, ShardStopped
-from md3cli.scale.waiting import Signs
+from md3cli.scale.shard_runner import ShardRunner, ShardStopped
 
 NAMES = [f"p{i}.png" for i in range(12)]
 

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 from md3cli.errors import MissingExtraError, OutputError
-from md3cli.scale.commits import Commit, put_commit, read_commit
-from md3cli.scale.layout import RunFolder, commit_name, find_run_folder, open_run_folder, part_name, shard_of
-from md3cli.scale.object_store import ObjectStore
-from md3cli.scale.store import LocalStore, Store, open_store
+from md3cli.scale.folder import RunFolder, commit_name, find_run_folder, open_run_folder, part_name, shard_of
+from md3cli.scale.markers import Commit, put_commit, read_commit
+from md3cli.scale.store import LocalStore, ObjectStore, Store, open_store
 
 RACER = """
 import sys, time

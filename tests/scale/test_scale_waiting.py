@@ -13,12 +13,19 @@ import pytest
 from program import Program, isolate, make_pictures, records_of
 from run_folders import planned, rows_of
 
-from md3cli.scale.layout import PLAN, RunFolder, host_name, open_run_folder
+from md3cli.scale.attempts import Signs, Teller
+from md3cli.scale.folder import PLAN, RunFolder, host_name, open_run_folder
+from md3cli.scale.make_plan import (
+    NOBODY_PLANS_S,
+    PLANNER,
+    STANDSTILL_S,
+    PlannerMark,
+    PlanOvertakenError,
+    make_plan,
+    wait_for_plan,
+)
 from md3cli.scale.plan import Plan
-from md3cli.scale.planner import NOBODY_PLANS_S, PLANNER, STANDSTILL_S, PlannerMark, wait_for_plan
-from md3cli.scale.planning import PlanOvertakenError, make_plan
 from md3cli.scale.run import SILENCE_S, _ScaledRun
-from md3cli.scale.waiting import Signs, Teller
 
 ELSEWHERE = {"host": "elsewhere", "pid": 7, "rank": 0, "beat": 0}
 NO_PID = 999_999_999

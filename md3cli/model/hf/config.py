@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from md3cli.model.config import ModelConfig
-from md3cli.model.formats import SECTIONS, normalise_config
+from md3cli.model.network.config import ModelConfig
+from md3cli.model.weights.formats import SECTIONS, normalise_config
 
 IMAGE_TOKEN_ID = 8  # stands where an image's embeddings go; no prompt contains it (specification, section 3)
 PAD_TOKEN_ID = 10  # reserved; not the end of text, or collators would hide that from the loss

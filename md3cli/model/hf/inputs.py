@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from md3cli.images import Tiling
-from md3cli.model.config import SEGMENT_TEMPLATE, ModelConfig
-from md3cli.model.decoding import Mode
-from md3cli.model.encoder import crops_per_batch
-from md3cli.model.moondream import Moondream3
+from md3cli.images.crops import Tiling
+from md3cli.model.engine.encoder import crops_per_batch
+from md3cli.model.engine.state import Mode
+from md3cli.model.network.config import SEGMENT_TEMPLATE, ModelConfig
+from md3cli.model.network.moondream import Moondream3
 from md3cli.records import Task
 
 

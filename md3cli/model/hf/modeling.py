@@ -35,9 +35,9 @@ from md3cli.model.hf.inputs import (
     read_positions,
 )
 from md3cli.model.hf.loading import LoadingMethods
-from md3cli.model.hf.original_methods import OriginalMethods
-from md3cli.model.moondream import Moondream3
-from md3cli.model.training_loss import IGNORE, batch_loss
+from md3cli.model.hf.skills import OriginalMethods
+from md3cli.model.network.loss import IGNORE, batch_loss
+from md3cli.model.network.moondream import Moondream3
 
 
 @dataclass

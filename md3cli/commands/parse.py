@@ -1,0 +1,293 @@
+"""What positional arguments and `--task` mean; pure parsing, shared by the commands.
+
+Raises UsageError for what makes no sense, always with the line to type instead.
+
+Values that are typed in a short form: sizes, counts, shares, shards, places in an image.
+
+Every parser raises ValueError with the line to read; `checked` makes an option's callback of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import typer
+
+from md3cli.config import FailOn
+from md3cli.errors import UsageError
+from md3cli.records import CAPTION_LENGTHS, Task, printable
+
+_AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b)?\s*", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes, as GNU tools write them: `1G` and `1GiB` are 2**30, `20 GB` is 20 * 10**9.
+
+    Raises:
+        ValueError: not an amount.
+    """
+    match = _AMOUNT.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write it like 500M, 1G or 20 GB")
+    number, prefix, unit = match.groups()
+    base = 1000 if (unit or "").lower() == "b" else 1024
+    return int(float(number) * base ** _POWERS[prefix.lower()])
+
+
+def parse_count(text: str) -> int:
+    """A number with an optional decimal prefix: `268M` is 268,000,000.
+
+    Raises:
+        ValueError: not a number.
+    """
+    match = _AMOUNT.fullmatch(text)
+    if match is None or match[3]:
+        raise ValueError(f"{text!r} is not a number; write it like 50000, 300k or 268M")
+    return int(float(match[1]) * 1000 ** _POWERS[match[2].lower()])
+
+
+def parse_folder(text: str) -> Path:
+    """A folder, there or not.
+
+    Raises:
+        ValueError: nothing was typed, such as `"$DIR"` without a DIR; a path of that is the working folder.
+    """
+    if not text:
+        raise ValueError("the name of the folder is empty")
+    return Path(text)
+
+
+def parse_fail_on(text: str) -> FailOn:
+    """`none`, `any` or `N%`.
+
+    Raises:
+        ValueError: none of these.
+    """
+    if text in ("none", "any"):
+        return FailOn(1.0 if text == "none" else 0.0)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", text)
+    if match is None or float(match[1]) > 100:
+        raise ValueError(f"{text!r} is not one of: none, any, or a share like 5%")
+    return FailOn(float(match[1]) / 100)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`i/n` as (i modulo n, n): shards may be counted from 0 to n - 1 or from 1 to n, the parts are the same.
+
+    Raises:
+        ValueError: not two numbers in that range.
+    """
+    match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if match is None or int(match[2]) < 1 or int(match[1]) > int(match[2]):
+        raise ValueError(f"{text!r} is not a shard; write it like 0/4, 1/4, 2/4, 3/4")
+    return int(match[1]) % int(match[2]), int(match[2])
+
+
+def parse_spatial_ref(text: str) -> tuple[float, ...]:
+    """A point `X,Y` or a box `X0,Y0,X1,Y1`, 0-1 from the top left.
+
+    Raises:
+        ValueError: not two or four such numbers, or a box turned inside out.
+    """
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (2, 4) or not all(0 <= value <= 1 for value in values):
+        raise ValueError(f"{text!r} is not a point X,Y or a box X0,Y0,X1,Y1 with numbers from 0 to 1")
+    if len(values) == 4 and (values[0] > values[2] or values[1] > values[3]):
+        raise ValueError(f"{text!r} is no box: X0,Y0 is its top left corner, X1,Y1 its bottom right one")
+    return values
+
+
+def parse_choices(text: str) -> tuple[str, ...]:
+    """The answers of `yes,no,unsure`, in the order typed.
+
+    Raises:
+        ValueError: fewer than two, an empty one, or one twice.
+    """
+    choices = tuple(part.strip() for part in text.split(","))
+    if len(choices) < 2 or not all(choices) or len(set(choices)) < len(choices):
+        raise ValueError(f"{text!r} is not a list of at least two different answers; write it like yes,no,unsure")
+    return choices
+
+
+def above_zero(value: float) -> float:
+    """An option callback that refuses 0, less and what is no number."""
+    if not value > 0:
+        raise typer.BadParameter(f"{value:g} is not above 0")
+    return value
+
+
+def checked(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """An option callback that refuses what `parse` raises ValueError for; the text itself is passed on."""
+
+    def check(value: str | Sequence[str] | None) -> Any:
+        for text in [value] if isinstance(value, str) else value or ():
+            try:
+                parse(text)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from error
+        return value
+
+    return check
+
+
+def number_or_auto(text: str) -> int | None:
+    """`auto` as None, or a number of at least 1."""
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise ValueError(f"{text!r} is neither auto nor a number of at least 1")
+    return int(text)
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """A parser that takes these words only."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"{text!r} is not one of: {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def starting(*names: str) -> Callable[[str], list[str]]:
+    """What the shell offers for the beginning of a word."""
+
+    def offer(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return offer
+
+
+STDIN = "-"
+ROW_MANIFESTS = frozenset({".csv", ".tsv", ".jsonl", ".parquet"})  # their rows may carry questions and tasks
+PICTURES_OR_LISTS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff"}
+    | {".bmp", ".avif", ".heic", ".heif", ".tar", ".txt"}
+)
+URL_SCHEMES = ("http://", "https://", "s3://", "gs://", "hf://")
+
+
+class QueryArguments(NamedTuple):
+    """INPUT of a query, None for a question without a picture, and the questions."""
+
+    input: str | None
+    questions: tuple[str, ...]
+
+
+class TaskSpec(NamedTuple):
+    """One request of a `--task`: `argument` is a caption's length, a question or an object."""
+
+    task: Task
+    argument: str | None
+
+
+def may_carry_rows(text: str) -> bool:
+    """Whether INPUT is of a kind whose rows can say what to ask."""
+    return text == STDIN or PurePath(text).suffix.lower() in ROW_MANIFESTS
+
+
+def looks_like_input(text: str) -> bool:
+    """Whether `text` is a path, glob, URL or `-`, rather than a question."""
+    if text == STDIN or text.startswith(URL_SCHEMES) or os.path.lexists(text):
+        return True
+    if PurePath(text).suffix.lower() in ROW_MANIFESTS | PICTURES_OR_LISTS:
+        return True
+    has_space = any(char.isspace() for char in text)
+    return not has_space and (any(char in text for char in "*[/") or (os.sep in text))
+
+
+def parse_query(positional: Sequence[str], options: Sequence[str]) -> QueryArguments:
+    """`[INPUT] [QUESTION...]` and the questions of `-q`.
+
+    Raises:
+        UsageError: no question, a lone positional that is no INPUT, or a question that is a file: the shell has
+            expanded a glob.
+    """
+    if any(not question.strip() for question in (*positional[1:], *options)):
+        raise UsageError("a question is empty; write it after -q")
+    if not positional:
+        if not options:
+            raise UsageError('no question; ask one with -q: md3 query photo.jpg -q "What is this?"')
+        return QueryArguments(None, tuple(options))
+    first = positional[0]
+    if not looks_like_input(first):
+        raise UsageError(_not_an_input(first, is_alone=len(positional) == 1))
+    for text in positional[1:]:
+        _refuse_file(text, "a question")
+    questions = (*positional[1:], *options)
+    if not questions and not may_carry_rows(first):
+        raise UsageError(f'no question about {printable(first)}; ask one with -q: -q "What is this?"')
+    return QueryArguments(first, questions)
+
+
+def _not_an_input(text: str, *, is_alone: bool) -> str:
+    found = f"{printable(text)!r} is no file, folder, glob, URL or -"
+    ask = f"-q {shlex.quote(printable(text))}"
+    if is_alone:
+        return f"{found}; if it is the question, ask it without an image: md3 query {ask}"
+    return f"{found}; INPUT comes first: md3 query INPUT {ask}"
+
+
+def check_objects(objects: Sequence[str]) -> None:
+    """Refuse OBJECTs that are files: the shell has expanded a glob meant for INPUT.
+
+    Raises:
+        UsageError: an object is an existing file, or empty.
+    """
+    for name in objects:
+        if not name.strip():
+            raise UsageError("an OBJECT is empty; name what to look for")
+        _refuse_file(name, "an OBJECT")
+
+
+def _refuse_file(text: str, wanted: str) -> None:
+    """Refuse a file where text is wanted: a picture that the shell has put in a glob's place, or a list of texts."""
+    if text.startswith("@") and not any(map(str.isspace, text)):
+        raise UsageError(
+            f"{printable(text)!r} is not {wanted}; files are not read with @: write the texts out, or put them into "
+            "the column 'prompt' of a manifest"
+        )
+    if not os.path.isfile(text):
+        return
+    if PurePath(text).suffix.lower() in PICTURES_OR_LISTS - {".txt"}:
+        raise UsageError(
+            f"{printable(text)!r} is a file, not {wanted}; quote the glob so that the shell leaves it alone: '*.jpg'"
+        )
+    raise UsageError(
+        f"{printable(text)!r} is a file, not {wanted}; write its texts out, or put them into the column 'prompt' of a "
+        "manifest; a glob is quoted so that the shell leaves it alone: '*.jpg'"
+    )
+
+
+def parse_task(spec: str) -> list[TaskSpec]:
+    """`caption:long`, `detect:car,person` (two requests), `query:Is it raining?`, `point:nose`, `segment:dog`.
+
+    Raises:
+        ValueError: none of these.
+    """
+    name, colon, rest = spec.partition(":")
+    if name not in tuple(Task):
+        raise ValueError(f"{printable(spec)!r}: no task {printable(name)!r}; one of {', '.join(Task)}")
+    task = Task(name)
+    if task is Task.CAPTION:
+        if colon and rest not in CAPTION_LENGTHS:
+            raise ValueError(f"{printable(spec)!r}: a caption is one of {', '.join(CAPTION_LENGTHS)}")
+        return [TaskSpec(task, rest if colon else None)]
+    if task is Task.QUERY:
+        if not rest.strip():
+            raise ValueError("a question is missing; write it like query:Is it raining?")
+        return [TaskSpec(task, rest)]
+    objects = [part.strip() for part in rest.split(",")]
+    if not all(objects):
+        raise ValueError(f"{printable(spec)!r}: an object is missing; write it like {name}:car,person")
+    return [TaskSpec(task, part) for part in objects]

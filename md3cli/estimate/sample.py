@@ -1,0 +1,356 @@
+"""A sample through the real feed and engine, nothing written: what each unit took.
+
+Rows of a batch share every pass, so nobody can say what one of them took. What is known is the time
+of each stage for all together; it is shared out by what that stage's work is proportional to: vision
+by crops, prefill by prompt tokens, decoding by output tokens, the rest by requests.
+
+The engine is warm and never waits: it has seen pictures of every tiling and every kind of request
+before the clock starts, and what it wants next is opened before it goes on. The pace of opening is
+measured on its own (draw.py), since in a run the two go on side by side.
+
+What INPUT holds: every row counted, a bounded number of pictures opened to learn their crops.
+
+A picture's cost depends on its crops, which only its size tells; opening 100 million files for that
+would take days. So pictures are drawn evenly over INPUT in one pass, and the others are taken to be
+like them. Where INPUT holds no more than may be opened, all are, and the counts are exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from md3cli.console import Summary
+from md3cli.errors import ImageError
+from md3cli.images.crops import PreparedImage, Tiling
+from md3cli.images.pool import DecodePool
+from md3cli.records import ImageItem, RecordDict, Request, SourceRow
+from md3cli.run.feed import CHANNELS, Feed, rows_ahead
+from md3cli.run.journal import encode_record
+from md3cli.run.model_handle import Engine, Model
+from md3cli.run.order import OrderedRecords
+from md3cli.run.record_index import RequestIds
+from md3cli.signals import StopSignals
+from md3cli.source.source import Source
+
+MOST_ROWS_A_UNIT = 256  # so that one picture with a million questions does not have to fit memory
+NO_PICTURE = 0  # the bucket of questions without one
+SEED = 0  # two estimates draw the same pictures
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What is drawn and costs something: rows in a row about one picture, which is opened and encoded once."""
+
+    rows: tuple[SourceRow, ...]
+
+    @property
+    def image(self) -> ImageItem | None:
+        return self.rows[0].image
+
+    @property
+    def num_requests(self) -> int:
+        return sum(len(row.requests) for row in self.rows)
+
+
+@dataclass(slots=True)
+class Drawn:
+    """Exact counts of INPUT's rows and, in input order, the units that were drawn of `num_units`."""
+
+    num_images: int = 0
+    num_requests: int = 0
+    num_units: int = 0
+    bad: Counter[str] = field(default_factory=Counter)  # rows that fail before anything is opened, by error type
+    skipped: Counter[str] = field(default_factory=Counter)
+    units: list[Unit] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The drawn units by number of crops (global one included; NO_PICTURE: none), and what did not open.
+
+    `seconds_per_picture` is the decode workers' pace, all of them together; `tilings` one of each bucket.
+    """
+
+    buckets: dict[int, list[Unit]]
+    tilings: dict[int, Tiling]
+    bad: Counter[str]
+    seconds_per_picture: float
+
+    @property
+    def num_bad(self) -> int:
+        return self.bad.total()
+
+    def sample(self, per_bucket: int) -> list[SampledUnit]:
+        """Up to `per_bucket` units of each bucket, buckets mixed as in a run."""
+        taken = [
+            [SampledUnit(unit, crops, self.tilings.get(crops)) for unit in units[:: -(-len(units) // per_bucket)]]
+            for crops, units in sorted(self.buckets.items())
+        ]
+        return [unit for turn in itertools.zip_longest(*taken) for unit in turn if unit is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledUnit:
+    """A unit to be run; `tiling` None where it has no picture."""
+
+    unit: Unit
+    crops: int
+    tiling: Tiling | None
+
+
+def count_and_draw(source: Source, size: int) -> Drawn:
+    """One pass over INPUT; memory holds `size` units.
+
+    Raises:
+        InputError: INPUT cannot be read.
+    """
+    drawn, chance = Drawn(), random.Random(SEED)
+    kept: list[tuple[float, int, Unit]] = []  # the `size` units of lowest rank, the highest of them on top
+    for unit in _units(_counted(source, drawn)):
+        entry = (-chance.random(), drawn.num_units, unit)
+        drawn.num_units += 1
+        if len(kept) < size:
+            heapq.heappush(kept, entry)
+        elif entry > kept[0]:
+            heapq.heapreplace(kept, entry)
+    drawn.units = [unit for _, _, unit in sorted(kept, key=lambda entry: entry[1])]
+    drawn.skipped = source.skipped
+    return drawn
+
+
+def _counted(source: Source, drawn: Drawn) -> Iterator[SourceRow]:
+    """The rows that can be asked; all are counted."""
+    for row in source:
+        drawn.num_requests += len(row.requests)
+        drawn.num_images += row.image is not None
+        if row.failure is not None:
+            drawn.bad[row.failure.type] += 1
+        else:
+            yield row
+
+
+def _units(rows: Iterable[SourceRow]) -> Iterator[Unit]:
+    together: list[SourceRow] = []
+    for row in rows:
+        is_same = together and row.image is not None and row.image == together[0].image
+        if together and (not is_same or len(together) == MOST_ROWS_A_UNIT):
+            yield Unit(tuple(together))
+            together = []
+        together.append(row)
+    if together:
+        yield Unit(tuple(together))
+
+
+def open_drawn(drawn: Drawn, pool: DecodePool, *, num_ahead: int, clock: Callable[[], float]) -> Opened:
+    """Open what was drawn, a bounded number at a time; pixels are not kept."""
+    buckets: dict[int, list[Unit]] = {}
+    tilings: dict[int, Tiling] = {}
+    bad: Counter[str] = Counter()
+    times: list[float] = [clock()]
+    for unit, future in _decoded(drawn.units, pool, num_ahead):
+        if future is None:
+            buckets.setdefault(NO_PICTURE, []).append(unit)
+            continue
+        try:
+            picture = future.result()
+        except ImageError as error:
+            bad[error.type] += 1
+        else:
+            buckets.setdefault(len(picture.crops), []).append(unit)
+            tilings[len(picture.crops)] = picture.tiling
+        times.append(clock())
+    return Opened(buckets, tilings, bad, _pace(times))
+
+
+def _decoded(
+    units: Iterable[Unit], pool: DecodePool, num_ahead: int
+) -> Iterator[tuple[Unit, Future[PreparedImage] | None]]:
+    ahead: deque[tuple[Unit, Future[PreparedImage] | None]] = deque()
+    for unit in units:
+        ahead.append((unit, pool.submit(unit.image) if unit.image is not None else None))
+        if len(ahead) >= num_ahead:
+            yield ahead.popleft()
+    while ahead:
+        yield ahead.popleft()
+
+
+def _pace(times: list[float]) -> float:
+    """Seconds a picture, from the start and each one's end; the first is left out: it waits for workers to start."""
+    if len(times) > 2:
+        return (times[-1] - times[1]) / (len(times) - 2)
+    return times[-1] - times[0]
+
+
+WARM_UP_TOKENS = 4  # an answer's length does not matter there
+WAIT_SLICE_S = 0.2
+UNTILED_CROPS = 2  # the only tile equals the global crop and is encoded once
+STAGES_OF_MODEL = ("vision", "prefill", "decode")
+
+
+@dataclass(frozen=True, slots=True)
+class UnitCost:
+    """What a sampled unit took. `engine_s` is its share of the engine's time."""
+
+    crops: int
+    engine_s: float
+    num_failed: int
+    prompt_tokens: int
+    output_tokens: int
+    record_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The sample's costs, in the order it ran, and where. `load_s` and `warm_up_s` are in none of the costs."""
+
+    costs: list[UnitCost]
+    num_requests: int
+    load_s: float
+    warm_up_s: float
+    engine_s: float
+    batch_size: int
+    device: str
+    encoding_bytes: int
+    failure: str  # of the first request that failed; empty where none did
+
+
+def measure(
+    model: Model,
+    sample: Sequence[SampledUnit],
+    pool: DecodePool,
+    *,
+    stop: StopSignals,
+    clock: Callable[[], float],
+) -> Measured:
+    """Load, warm up, run the sample.
+
+    Raises:
+        Md3Error: the model cannot be loaded or cannot run.
+        Interrupted: a signal came.
+    """
+    with stop.interruptible():
+        started = clock()
+        engine = model.load()
+        loaded = clock()
+        _warm_up(engine, model, sample)
+        warm = clock()
+        before = engine.stage_seconds()
+        run = _run(engine, model, sample, pool, clock)
+    stages_s = {stage: engine.stage_seconds().get(stage, 0.0) - before.get(stage, 0.0) for stage in STAGES_OF_MODEL}
+    return Measured(
+        costs=_costs(sample, run.records, stages_s, run.engine_s),
+        num_requests=len(run.records),
+        load_s=loaded - started,
+        warm_up_s=warm - loaded,
+        engine_s=run.engine_s,
+        batch_size=engine.batch_size,
+        device=engine.device,
+        encoding_bytes=engine.encoding_bytes,
+        failure=next((record["error"]["message"] for record in run.records if record["error"]), ""),
+    )
+
+
+def _warm_up(engine: Engine, model: Model, sample: Sequence[SampledUnit]) -> None:
+    """Every tiling and every kind of request once, with grey pictures: nothing of the sample's is encoded early."""
+    jobs: dict[Hashable, tuple[SampledUnit, Request]] = {}
+    for one in sample:
+        for request in (request for row in one.unit.rows for request in row.requests):
+            jobs.setdefault(one.crops, (one, request))
+            jobs.setdefault((request.task, request.reasoning, bool(request.choices)), (one, request))
+    for key, (one, request) in enumerate(jobs.values()):
+        short = replace(request, max_tokens=min(WARM_UP_TOKENS, request.max_tokens))
+        engine.add(key, _grey(one, model), short)
+    while engine.has_work:
+        engine.step()
+
+
+def _grey(one: SampledUnit, model: Model) -> PreparedImage | None:
+    if one.tiling is None:
+        return None
+    side = model.crop_config.crop_size
+    crops = np.full((one.crops, side, side, CHANNELS), 128, np.uint8)
+    return PreparedImage(crops, one.tiling, one.tiling.cols * side, one.tiling.rows * side, f"grey {one.crops}")
+
+
+@dataclass(slots=True)
+class _SampleRun:
+    """`engine_s` is the time inside the engine; `records` are in the order of the sample's requests."""
+
+    records: list[RecordDict]
+    engine_s: float = 0.0
+
+
+def _run(
+    engine: Engine, model: Model, sample: Sequence[SampledUnit], pool: DecodePool, clock: Callable[[], float]
+) -> _SampleRun:
+    run = _SampleRun([])
+    records = OrderedRecords(model.identity, run.records.extend, Summary())
+    feed = Feed(
+        (row for one in sample for row in one.unit.rows),
+        ids=RequestIds(model.identity),
+        is_done=lambda record_id, row, request: False,
+        pool=pool,
+        num_ahead=rows_ahead(model.crop_config),
+        fail=records.fail,
+        recall=records.recall,
+        reading=contextlib.nullcontext,
+    )
+    while engine.has_work or not feed.is_exhausted:
+        ready = feed.poll() if engine.wants_more else None
+        if ready is None and engine.wants_more and not feed.is_exhausted:
+            feed.wait(WAIT_SLICE_S)
+            continue
+        started = clock()
+        if ready is not None:
+            records.expect(ready.ticket)
+            engine.add(ready.ticket.key, ready.picture, ready.ticket.request)
+        else:
+            for answer in engine.step():
+                records.answer(answer)
+        run.engine_s += clock() - started
+    records.flush()
+    return run
+
+
+def _costs(
+    sample: Sequence[SampledUnit], records: Sequence[RecordDict], stages_s: Mapping[str, float], engine_s: float
+) -> list[UnitCost]:
+    """The engine's time shared out; the shares sum to `engine_s`."""
+    remaining = iter(records)
+    of_units = [[next(remaining) for _ in range(one.unit.num_requests)] for one in sample]
+    tokens = np.array(
+        [[sum(r["tokens"][kind] for r in own if not r["error"]) for own in of_units] for kind in ("prompt", "output")]
+    )
+    work = {
+        "vision": np.array([1 if one.crops == UNTILED_CROPS else one.crops for one in sample]),
+        "prefill": tokens[0],
+        "decode": tokens[1],
+    }
+    rest_s = engine_s
+    engine_s_of = np.zeros(len(sample))
+    for stage, amounts in work.items():
+        if amounts.sum():
+            engine_s_of += stages_s[stage] * amounts / amounts.sum()
+            rest_s -= stages_s[stage]
+    num_requests = np.array([one.unit.num_requests for one in sample])
+    engine_s_of += rest_s * num_requests / max(1, num_requests.sum())
+    return [
+        UnitCost(
+            crops=one.crops,
+            engine_s=float(engine_s_of[i]),
+            num_failed=sum(bool(record["error"]) for record in of_units[i]),
+            prompt_tokens=int(tokens[0, i]),
+            output_tokens=int(tokens[1, i]),
+            record_bytes=sum(len(encode_record(record)) for record in of_units[i]),
+        )
+        for i, one in enumerate(sample)
+    ]

@@ -1,0 +1,169 @@
+"""The words of a score sheet: sections, verdicts, curves. Plain data that goes to JSON as it is.
+
+A score sheet as aligned text for a terminal; every word from a file is made printable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from md3cli.records import printable
+
+if TYPE_CHECKING:
+    from md3cli.evaluate import Evaluation
+    from md3cli.evaluate.compare import Comparison
+
+Scores = dict[str, float | None]  # None: there was nothing to score
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the ground truth says of one record.
+
+    `is_right`: everything found, nothing wrong. `objects`: for each object of the record right,
+    wrong or None (not judged: it lies in a crowd). `missed`: boxes (x_min, y_min, x_max, y_max), 0-1.
+    """
+
+    is_right: bool
+    objects: tuple[bool | None, ...] = ()
+    missed: tuple[tuple[float, float, float, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReliabilityBin:
+    """Objects whose scores fall together: how sure the model was, how often it was right."""
+
+    mean_score: float
+    share_right: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """Precision over recall at IoU 0.5 by label (`all` is their mean), and reliability by score."""
+
+    recall: tuple[float, ...]
+    precision: Mapping[str, tuple[float, ...]]
+    reliability: tuple[ReliabilityBin, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """The scores of one kind of answer. `main` names the score that `--fail-under` looks at."""
+
+    name: str
+    main: str
+    scores: Scores
+    counts: Mapping[str, int]
+    by_name: Mapping[str, Scores] = field(default_factory=dict)  # by label, or by question
+    notes: tuple[str, ...] = ()
+    curves: Curves | None = None
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict)  # by record id; not part of the JSON
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the verdicts."""
+        document: dict[str, Any] = {"name": self.name, "main": self.main, "scores": self.scores}
+        document |= {"counts": dict(self.counts), "by_name": dict(self.by_name), "notes": list(self.notes)}
+        if self.curves is not None:
+            document["curves"] = {
+                "recall": list(self.curves.recall),
+                "precision": {name: list(values) for name, values in self.curves.precision.items()},
+                "reliability": [
+                    {"mean_score": b.mean_score, "share_right": b.share_right, "count": b.count}
+                    for b in self.curves.reliability
+                ],
+            }
+        return document
+
+
+def without_infinite(value: Any) -> Any:
+    """Return a JSON value in which each number that is not finite is None."""
+    if isinstance(value, Mapping):
+        return {key: without_infinite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_infinite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """`part / whole`, None where there is no whole."""
+    return part / whole if whole else None
+
+
+def f1(precision: float | None, recall: float | None) -> float | None:
+    """The harmonic mean of both."""
+    if precision is None or recall is None:
+        return None
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+NAMES_SHOWN = 40  # labels or questions in a table
+CHANGES_SHOWN = 20
+NAME_CHARS = 40
+
+
+def table(evaluation: Evaluation) -> str:
+    """All of it, sections first."""
+    blocks = ["\n".join(_section(section)) for section in evaluation.sections]
+    if evaluation.comparison is not None:
+        blocks.append("\n".join(_comparison(evaluation.comparison)))
+    return "\n\n".join(blocks)
+
+
+def _section(section: Section) -> Iterator[str]:
+    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in section.counts.items())
+    yield f"{section.name}: {counts}"
+    names = list(section.scores)
+    rows = [("", *names), ("all", *_numbers(section.scores, names))]
+    shown = sorted(section.by_name)[:NAMES_SHOWN] if len(section.by_name) > NAMES_SHOWN else list(section.by_name)
+    if len(section.by_name) > 1:
+        rows += [(_short(name), *_numbers(section.by_name[name], names)) for name in shown]
+    yield from aligned(rows)
+    if len(shown) < len(section.by_name):
+        yield f"  and {len(section.by_name) - len(shown):,} more; --json has all"
+    for note in section.notes:
+        yield f"  note: {note}"
+
+
+def _numbers(scores: Scores, names: Sequence[str]) -> list[str]:
+    return [number(scores.get(name)) for name in names]
+
+
+def number(value: float | None) -> str:
+    """A score in three decimals."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _short(text: str) -> str:
+    text = printable(text)
+    return text if len(text) <= NAME_CHARS else text[: NAME_CHARS - 1] + "…"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns of equal width, the first to the left, numbers to the right; columns without a value are left out."""
+    columns = [column for column in zip(*rows, strict=True) if any(cell != "-" for cell in column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    for cells in zip(*columns, strict=True):
+        numbers = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+        yield ("  " + "  ".join([cells[0].ljust(widths[0]), *numbers])).rstrip()
+
+
+def _comparison(comparison: Comparison) -> Iterator[str]:
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in comparison.kinds.items())
+    changed = f"{len(comparison.changes):,} changed" + (f" ({kinds})" if kinds else "")
+    only = f"{comparison.num_only_before:,} only before, {comparison.num_only_after:,} only now"
+    yield f"compared: {comparison.num_same:,} the same, {changed}, {only}"
+    if comparison.verdicts:
+        yield "  by the ground truth: " + ", ".join(f"{n:,} {name}" for name, n in comparison.verdicts.items())
+    for name, changes in comparison.score_changes.items():
+        yield f"  {name}: " + ", ".join(f"{score} {change:+.3f}" for score, change in changes.items())
+    for change in comparison.changes[:CHANGES_SHOWN]:
+        asked = printable(f"{change.image or '(no image)'}  {change.task} {change.prompt}".rstrip())
+        verdict = f", {change.verdict}" if change.verdict else ""
+        yield f"  {asked}  [{change.kind}{verdict}]"
+        yield f"    {_short(change.before)}  ->  {_short(change.after)}"
+    if len(comparison.changes) > CHANGES_SHOWN:
+        yield f"  and {len(comparison.changes) - CHANGES_SHOWN:,} more; --json has all"

@@ -1,0 +1,334 @@
+"""Outputs that appear whole or not at all: written aside, then renamed.
+
+Knows files and folders, nothing of formats. A file goes the way of `md3cli.files`. A folder is
+built aside and renamed too; its many files are not synced one by one, because after a power cut it
+can be made again from the records. What stands in OUT goes only with `overwrite`, and a folder only
+if nothing is in it but what its own list of files, `.md3`, says md3 wrote.
+
+What a former run's records were turned into, taken away when a run starts over in the same run folder.
+
+Left there it would pass for the new run's. Only what md3 wrote goes: of a format's folder the files on its list
+(`.md3`), and the single files that run.json says an earlier start was asked for.
+
+The name of an image -> names of the files made for it, inside the output and never equal.
+
+A record's image name is not to be trusted: it may be a URL, absolute, climb with `..`, or be too
+long once a suffix is added. Pure functions; `publishing.StagedFolder.create` takes the first
+candidate that is free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from md3cli.errors import ExportError, UsageError
+from md3cli.exporters import RUN_FOLDER_NAMES
+from md3cli.exporters.pictures import PICTURE_SUFFIXES
+from md3cli.files import STAGED, atomic_publish, exchange, output_error, temp_beside
+from md3cli.finished.guards import is_of_older_run
+from md3cli.finished.own_files import (
+    RUN,
+    check_not_foreign,
+    files_below,
+    has_marker,
+    listed_in,
+    marker_format,
+    remove_written,
+    write_marker,
+    written_paths,
+)
+from md3cli.records import printable
+
+RUN_INFO_NAME = "run.json"
+REPORT_NAME = "report.html"
+REPORT_PAGES_NAME = "report_pages"
+_MOST_LISTED = 1000  # files in a run folder; a longer list is not ours
+
+_FORMATS: Mapping[str, str] = {**RUN_FOLDER_NAMES, "html": REPORT_NAME}
+_SUFFIXES: Mapping[str, frozenset[str]] = {  # of the files in a format's folder
+    "yolo": PICTURE_SUFFIXES | {".txt", ".yaml", ".cache"},
+    "voc": frozenset({".xml"}),
+    "labelstudio": frozenset({".json", ".xml"}),
+    "hf": PICTURE_SUFFIXES | {".jsonl"},
+    "overlay": PICTURE_SUFFIXES,
+    "txt": frozenset({".txt"}),
+}
+
+
+def remove_leftovers(run_info: Path, kept: Collection[Path]) -> None:
+    """Remove the documents of the former run, but for `kept`: those are replaced when they are made.
+
+    Does nothing where `run_info` is not there, or is no run folder's. Of a format's folder go the files on its list;
+    a file goes where the run folder's list names it, or run.json says that a start was asked for it. What cannot be
+    removed stays, and a format's folder that is a link is not entered.
+    """
+    if run_info.name != RUN_INFO_NAME or not run_info.is_file():
+        return
+    folder = run_info.parent
+    listed = set(islice(written_paths(folder), _MOST_LISTED)) if marker_format(folder) == RUN else set()
+    adopt_older(run_info, [(format, folder / name) for format, name in _FORMATS.items()])
+    for format, name in _FORMATS.items():
+        path = folder / name
+        if path in kept or path.is_symlink():
+            continue
+        if path.is_dir():
+            remove_written(path)
+        elif name in listed or is_of_older_run(run_info, format):
+            with contextlib.suppress(OSError):
+                path.unlink()
+    if folder / REPORT_NAME not in kept:
+        remove_written(folder / REPORT_PAGES_NAME)
+
+
+def adopt_older(run_info: Path, documents: Iterable[tuple[str, Path]]) -> None:
+    """Give a list of its files to each format's folder that an earlier start made before there were lists.
+
+    Only one that run.json says was asked for, and that holds nothing but the kinds of files its format has.
+    """
+    for format, path in documents:
+        suffixes = _SUFFIXES.get(format)
+        is_unlisted = path.is_dir() and not path.is_symlink() and not has_marker(path)
+        is_older = is_unlisted and is_of_older_run(run_info, format)
+        if suffixes is None or not is_older:
+            continue
+        if all(os.path.splitext(name)[1].lower() in suffixes for name in files_below(path)):
+            with contextlib.suppress(OSError):
+                write_marker(path, format, files_below(path))
+
+
+NAME_LIMIT_BYTES = 255  # of one path component on every common file system
+_PATH_LIMIT_BYTES = 2048  # leaves room for OUT itself below the usual 4096
+_DEPTH_LIMIT = 64  # folders are made by recursion, here and in those who read
+
+
+# What Windows refuses in a name or reads as a drive, a stream or a folder, and control characters.
+_ODD = {ord(char): "_" for char in '<>:"|?*\\'} | dict.fromkeys([*range(32), 127], "_")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]) *(\.|$)", re.IGNORECASE)
+
+
+def relative_name(image: str) -> PurePosixPath:
+    """`image` as a path below a folder: no scheme, no root, no `.` and `..`; never empty; portable on Windows."""
+    _, _, after_scheme = image.partition("://")
+    parts = [part.replace("\0", "_") for part in (after_scheme or image).split("/") if part not in ("", ".", "..")]
+    name = PurePosixPath(*parts) if parts else PurePosixPath("image")
+    return portable(name) if os.name == "nt" else name
+
+
+def portable(name: PurePosixPath) -> PurePosixPath:
+    """`name` as every common file system takes it: odd characters, ends and reserved names replaced."""
+    return PurePosixPath(*map(_portable_part, name.parts))
+
+
+def _portable_part(part: str) -> str:
+    plain = part.translate(_ODD)
+    bare = plain.rstrip(". ")  # Windows drops these
+    plain = bare + "_" * (len(plain) - len(bare))
+    return f"_{plain}" if _RESERVED.match(plain) else plain
+
+
+def candidates(image: str, suffix: str, *, keep_suffix: bool = False) -> Iterator[PurePosixPath]:
+    """Names for a file about `image`, best first: `a/photo.txt`, `a/photo.jpg.txt`, then with a digest.
+
+    With `keep_suffix` the image's own suffix always stays: `a/photo.jpg.txt`. The digest is of
+    the whole name, so the last candidates belong to this image alone.
+    """
+    relative = relative_name(image)
+    digest = hashlib.sha256(image.encode("utf-8", "surrogateescape")).hexdigest()
+    stem = relative.name.removesuffix(relative.suffix) if relative.suffix else relative.name
+    if len(str(relative).encode()) <= _PATH_LIMIT_BYTES and len(relative.parts) <= _DEPTH_LIMIT:
+        if not keep_suffix:
+            yield relative.with_name(shortened(stem, suffix, digest))
+        yield relative.with_name(shortened(relative.name, suffix, digest))
+        yield relative.with_name(shortened(f"{shortened(stem, '', digest, 200)}~{digest[:16]}", suffix, digest))
+    yield PurePosixPath(f"{digest}{suffix}")
+
+
+def shortened(stem: str, suffix: str, digest: str, limit_bytes: int = NAME_LIMIT_BYTES) -> str:
+    """`stem + suffix`, or where that is too long the stem's beginning, a digest and the suffix."""
+    encoded = stem.encode("utf-8", "surrogateescape")
+    if len(encoded) + len(suffix.encode()) <= limit_bytes:
+        return stem + suffix
+    tail = f"~{digest[:16]}{suffix}"
+    return encoded[: limit_bytes - len(tail.encode())].decode("utf-8", "ignore") + tail
+
+
+# The name is taken, or the file system cannot hold it: the next candidate may do.
+_NAME_TROUBLE = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ}
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise UsageError(f"{printable(str(out))} exists already; add --overwrite to replace it, or name another -o")
+
+
+@contextmanager
+def translated(out: Path) -> Iterator[None]:
+    """Turn what the file system refuses into OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise output_error(out, error) from error
+
+
+@contextmanager
+def replaced_file(out: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
+    """A binary file that becomes `out` when the block ends well.
+
+    Raises:
+        UsageError: `out` exists and may not be replaced, or is a folder.
+        OutputError: disk full, no permission.
+    """
+    if out.is_dir():
+        raise UsageError(f"{printable(str(out))} is a folder; name a file for this format")
+    if out.exists():
+        _refuse_existing(out, overwrite)
+    with translated(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_publish(out) as aside, aside.open("wb") as file:
+        yield file
+
+
+class StagedFolder:
+    """A folder being built aside; it hands out names that nothing else has."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self, candidates: Iterable[PurePosixPath]) -> tuple[BinaryIO, PurePosixPath]:
+        """The first candidate that is free, created, and its name inside the folder.
+
+        The file system is asked, so that names which only it takes for equal (case, Unicode
+        form) are told apart as well, and no table of names grows in memory.
+        """
+        for relative in candidates:
+            path = self.path / relative
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                return path.open("xb"), relative
+            except OSError as error:
+                if error.errno not in _NAME_TROUBLE:
+                    raise
+        raise ExportError(f"no file name is left for an image in {printable(str(self.path))}")
+
+
+@contextmanager
+def staged_folder(out: Path, *, overwrite: bool, format: str) -> Iterator[StagedFolder]:
+    """A folder that becomes `out` when the block ends well; an empty `out` is as good as none.
+
+    It gets a list of its files, `.md3`. An existing folder that holds anything which its list does not name is
+    somebody's work and is not replaced even with `overwrite`; what trainers keep there (`labels.cache`) stays.
+    """
+    out = Path(os.path.realpath(out))  # a link stays, and what it leads to is replaced
+    check_replaceable(out, overwrite=overwrite)
+    aside = temp_beside(out)
+    with translated(out):
+        aside.mkdir(parents=True)
+        try:
+            yield StagedFolder(aside)
+            write_marker(aside, format, files_below(aside))
+            _swap(aside, out)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_replaceable(out: Path, *, overwrite: bool) -> None:
+    """Refuse an `out` that must not be replaced (see `staged_folder`)."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"{printable(str(out))} is a file; this format writes a folder")
+    if next(out.iterdir(), None) is None:
+        return
+    check_not_foreign(out)
+    _refuse_existing(out, overwrite)
+
+
+@contextmanager
+def merged_folder(out: Path, *, overwrite: bool, format: str | None) -> Iterator[StagedFolder]:
+    """A folder whose files are added to `out` when the block ends well, beside what stands there.
+
+    Where `out` is new or empty, or has a list of its files, they are on it. With `overwrite` a file of the same name
+    is replaced only if it is on the list. `format` None makes and asks no list: the user has said that files go
+    beside others, and which may be replaced.
+
+    Raises:
+        UsageError: a file of the same name stands there and may not be replaced; nothing was added.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{printable(str(out))} is a file; this format writes a folder")
+    is_new = not out.exists()
+    has_list = format is not None and (is_new or next(out.iterdir(), None) is None or has_marker(out))
+    with translated(out):
+        out.mkdir(parents=True, exist_ok=True)
+        aside = temp_beside(out / STAGED)
+        try:
+            aside.mkdir()
+            yield StagedFolder(aside)
+            is_listed = listed_in(out) if overwrite and format is not None else None
+            for _, target in _moves(aside, out):
+                if os.path.lexists(target):
+                    _refuse_existing(target, overwrite)
+                    if is_listed is not None and not is_listed(target.relative_to(out).as_posix()):
+                        raise UsageError(
+                            f"{printable(str(target))} was not written by md3; move it away, or name another -o"
+                        )
+                if not Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(out)):
+                    raise UsageError(f"{printable(str(target.parent))} is a link that leads out of -o; name another -o")
+            if format is not None and has_list:
+                write_marker(out, marker_format(out) or format, _added(out, aside))
+            for source, target in _moves(aside, out):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            if is_new:
+                with suppress(OSError):  # not empty: the files are there
+                    out.rmdir()
+
+
+def _added(out: Path, aside: Path) -> Iterator[str]:
+    """What the list of `out` names, and then what is new on it."""
+    yield from (path for path in written_paths(out) if not os.path.lexists(aside / path))
+    yield from files_below(aside)
+
+
+def _moves(aside: Path, out: Path) -> Iterator[tuple[Path, Path]]:
+    """(file in the staged folder, its place in `out`)."""
+    for folder, _, names in os.walk(aside):
+        for name in names:
+            source = Path(folder, name)
+            yield source, out / source.relative_to(aside)
+
+
+def _swap(aside: Path, out: Path) -> None:
+    """Put the folder `aside` in the place of `out`; of the old one go only the files on its list."""
+    if not out.exists():
+        os.rename(aside, out)
+        return
+    old = aside
+    if not exchange(aside, out):
+        old = temp_beside(out)
+        os.rename(out, old)
+        os.rename(aside, out)
+    remove_written(old)
+    if old.exists():  # a trainer's cache, or what came while the export was made
+        _bring_back(old, out)
+
+
+def _bring_back(old: Path, out: Path) -> None:
+    for path in files_below(old):
+        target = out / path
+        if not os.path.lexists(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(old / path, target)
+    remove_written(old)  # the folders that are empty now

@@ -1,0 +1,241 @@
+"""Files that appear whole or not at all, and the lock that keeps two runs off one output.
+
+Knows nothing of records. A published file is written under a temporary name in the same folder,
+synced and renamed, so that a reader never sees half of it, whatever kills the writer.
+
+Where files go that are gone when the program ends: the user's cache folder, else the system's temporary one.
+
+A file's copy at no cost where the file system can share its blocks (a reflink); else byte by byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from md3cli.errors import OutputError, OutputHeldError
+from md3cli.records import printable
+from md3cli.settings import user_cache_dir
+
+
+def scratch_folder() -> Path:
+    """Return a folder that can be written to; the cache folder, which seldom is memory, comes first.
+
+    Raises:
+        OutputError: there is none.
+    """
+    folder = user_cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    except OSError:  # no home folder, or a file in its place
+        pass
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as error:
+        raise OutputError(
+            f"no folder for temporary files can be written, {printable(str(folder))} neither; "
+            "set TMPDIR to one that can"
+        ) from error
+
+
+_FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
+
+
+def copy_file(source: Path | str, target: Path, *, is_linked: bool = False) -> None:
+    """Make `target`, which must not be there or be empty, a copy of what `source` leads to.
+
+    `is_linked` makes it the same file (a hard link): who writes to one writes to both. Where the file system
+    cannot, it is a copy all the same.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    source = os.path.realpath(source)
+    if is_linked and _linked(source, target):
+        return
+    with open(source, "rb") as there, open(target, "wb") as here:
+        if not _cloned(there.fileno(), here.fileno()):
+            shutil.copyfileobj(there, here, 1 << 20)
+
+
+def _linked(source: str, target: Path) -> bool:
+    aside = target.with_name(f".{os.getpid()}.link")
+    try:
+        os.link(source, aside)
+        os.replace(aside, target)
+    except OSError:  # another file system, or one without hard links
+        aside.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _cloned(source: int, target: int) -> bool:
+    """Whether the file system let both share their blocks: Btrfs, XFS, bcachefs, ZFS on Linux."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError:
+        return False
+    return True
+
+
+STAGED = "staged"  # what a folder's files are temporarily called together, inside it, before they are added to it
+TEMP_NAME_LIMIT_BYTES = 200  # of the name, so that the temporary name stays under the 255 of file systems
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+_NO_LOCKS_HERE = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
+
+
+def output_error(path: Path, error: OSError) -> OutputError:
+    """The line a user reads when `path` cannot be written."""
+    hint = {
+        errno.ENOSPC: "make space and run the same command again",
+        errno.EDQUOT: "make space in your quota and run the same command again",
+        errno.EFBIG: "raise the file size limit (ulimit -f) and run the same command again",
+        errno.EACCES: "choose another -o or change the permissions",
+        errno.EROFS: "choose another -o",
+    }.get(error.errno or 0, "then run the same command again")
+    return OutputError(f"cannot write {printable(str(path))}: {error.strerror or error}; {hint}")
+
+
+def _temp_stem(target: Path) -> str:
+    name = os.fsdecode(os.fsencode(target.name)[:TEMP_NAME_LIMIT_BYTES])
+    return f".{name}.tmp-"
+
+
+def temp_beside(target: Path) -> Path:
+    """A new temporary name in `target`'s folder, of the kind that `remove_stale_temps` removes."""
+    return target.with_name(f"{_temp_stem(target)}{secrets.randbelow(10**12)}")
+
+
+def remove_stale_temps(target: Path) -> None:
+    """Remove the files and folders that killed writers of `target` left behind; the caller holds the output's lock."""
+    target = Path(os.path.realpath(target))
+    stem = _temp_stem(target)
+    with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
+        for entry in entries:
+            if not entry.name.startswith(stem) or not entry.name.removeprefix(stem).isdigit():
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+
+
+@contextlib.contextmanager
+def atomic_publish(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; on leaving it becomes `path` at once, on an exception it is removed.
+
+    A link is followed: what it points to is replaced, the link stays.
+
+    Raises:
+        OutputError: the file cannot be written, synced or renamed.
+    """
+    target = Path(os.path.realpath(path))
+    temp = temp_beside(target)
+    try:
+        os.close(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        yield temp
+        _sync(temp)
+        os.replace(temp, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise output_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temp)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Let two folders change places at once, so that at no time there is neither; False where that is not possible."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    is_done: bool = rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
+    return is_done
+
+
+class OutputLock:
+    """A `flock` on a file that holds the holder's pid and host as text: exclusive, or shared by the ranks of a run.
+
+    The file is kept, for a removed one could be locked by two. The kernel frees the lock when the
+    process dies, so there are no stale ones. `is_held` is False where the file system has no
+    locks (some network mounts): the run goes on unguarded.
+    """
+
+    def __init__(self, fd: int, is_held: bool) -> None:
+        self._fd = fd
+        self.is_held = is_held
+
+    @classmethod
+    def acquire(cls, path: Path, output: Path | str, *, is_shared: bool = False) -> OutputLock:
+        """Lock `path` on behalf of `output`, at once or not at all.
+
+        Raises:
+            OutputHeldError: another process does (named by pid and host).
+            OutputError: it cannot be made.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            fd = os.open(path, flags, 0o666)
+        except OSError as error:
+            if path.is_symlink():  # the lock's text would be written into whatever it leads to
+                raise OutputError(f"{printable(str(path))} is a link, and a lock must be a file; remove it") from error
+            raise output_error(path, error) from error
+        try:
+            is_held = _flock(fd, output, is_shared)
+            if is_held:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+        except OSError as error:
+            os.close(fd)
+            raise output_error(path, error) from error
+        except OutputHeldError:
+            os.close(fd)
+            raise
+        return cls(fd, is_held)
+
+    def release(self) -> None:
+        """Free the lock; a second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _flock(fd: int, output: Path | str, is_shared: bool) -> bool:
+    """True when locked, False where the file system cannot."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        pid, _, host = os.pread(fd, 300, 0).decode("utf-8", "replace").strip().partition(" ")
+        raise OutputHeldError(
+            f"{printable(str(output))} is being written by another run: process {printable(pid or 'unknown')} "
+            f"on {printable(host or 'this machine')}; wait for it, stop it, or choose another -o"
+        ) from error
+    except OSError as error:
+        if error.errno in _NO_LOCKS_HERE:
+            return False
+        raise
+    return True

@@ -1,0 +1,269 @@
+"""A run on disk, read back: where its records are and what its run.json says.
+
+For everything that works from finished records (`md3 export`, `report`, `eval`): no model, no
+torch. Reads only; run_info.py is what writes. A key that is missing or of another shape is as good
+as none: records may come from elsewhere.
+
+Whether a run.json was written by this user's own md3, or only says so.
+
+A run folder may come from a stranger, and its run.json names the folder that the pictures are in. What
+that opens, or writes, is the user's own disk; so a run seals the root with a key that never leaves the
+user's cache folder, and a root without its seal is only a claim. Knows nothing of what a claim may do.
+
+What an earlier start left in run.json, read back: each value of its type, or as good as absent.
+
+The file may come from a stranger, from an editor or from a failing disk. Nothing here writes.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from md3cli.errors import InputError, OutputMismatchError
+from md3cli.records import printable
+from md3cli.settings import user_cache_dir
+
+KEY_NAME = "own-runs.key"
+_KEY_BYTES = 32
+
+
+def seal_of(root: str) -> str | None:
+    """Return the seal for a root; None where this user's key can be neither read nor made (no home to write to)."""
+    key = _key(may_make=True)
+    return None if key is None else _digest(key, root)
+
+
+def is_own(root: str, seal: object) -> bool:
+    """Return whether `seal` is this user's for `root`."""
+    key = _key(may_make=False)
+    if key is None or not isinstance(seal, str):
+        return False
+    return hmac.compare_digest(_digest(key, root).encode(), seal.encode("utf-8", "surrogatepass"))
+
+
+def _digest(key: bytes, root: str) -> str:
+    return hmac.new(key, root.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
+
+
+def _key(*, may_make: bool) -> bytes | None:
+    try:
+        path = user_cache_dir() / KEY_NAME
+        if may_make and not path.exists():
+            _make(path)
+        key = path.read_bytes()
+    except (OSError, RuntimeError):  # the latter: no home folder at all
+        return None
+    return key if len(key) == _KEY_BYTES else None
+
+
+def _make(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:  # another run was faster
+        return
+    with open(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(_KEY_BYTES))
+
+
+SIZE_LIMIT_BYTES = 1 << 26
+_DEPTH_LIMIT = 20  # a manifest's requests are nested four deep
+_STAGES_LIMIT = 100
+_POINTS_LIMIT = 10_000
+
+
+def read_facts(path: Path, schema: str) -> dict[str, Any]:
+    """Return the document at `path`; empty where it is missing or not ours (then the records decide).
+
+    Raises:
+        OutputMismatchError: it is larger than any that md3 writes.
+    """
+    document = read_document(path)
+    is_ours = document.get("schema") == schema and isinstance(document.get("identity"), dict)
+    return document if is_ours and _is_flat(document["identity"]) else {}
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """Return the JSON object at `path`, whoever wrote it; empty where there is none.
+
+    Raises:
+        OutputMismatchError: it is larger than any that md3 writes.
+    """
+    try:
+        if not path.is_file():
+            return {}
+        if path.stat().st_size > SIZE_LIMIT_BYTES:
+            raise OutputMismatchError(
+                f"{printable(str(path))} has more than {SIZE_LIMIT_BYTES >> 20} MiB, which no run writes; "
+                "move it away, or choose another -o"
+            )
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether lists and objects are nested no deeper than ours; level by level, so that nothing recurses."""
+    level = [value]
+    for _ in range(_DEPTH_LIMIT):
+        nested = [item for item in level if isinstance(item, dict | list)]
+        level = [child for item in nested for child in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return True
+    return False
+
+
+def _number(value: Any) -> float | None:
+    """A finite number from 0 that is no flag; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) and value >= 0 else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+
+
+def stages_of(document: dict[str, Any]) -> dict[str, float]:
+    """Seconds by stage."""
+    stages = document.get("stages")
+    found = {name: _number(value) for name, value in stages.items()} if isinstance(stages, dict) else {}
+    return {name: value for name, value in list(found.items())[:_STAGES_LIMIT] if value is not None}
+
+
+def timeline_of(document: dict[str, Any]) -> list[tuple[float, int]]:
+    """Seconds and records done, as far as both are numbers."""
+    timeline = document.get("timeline")
+    pairs = timeline[-_POINTS_LIMIT:] if isinstance(timeline, list) else []
+    numbers = [tuple(map(_number, pair)) for pair in pairs if isinstance(pair, list) and len(pair) == 2]
+    return [(at_s, int(done)) for at_s, done in numbers if at_s is not None and done is not None]
+
+
+def starts_of(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Notes of earlier starts: of each what is a text, a number, null, or a list of such."""
+    starts = document.get("starts")
+    notes = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    return [{key: value for key, value in note.items() if _is_plain(value)} for note in notes]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(item is None or isinstance(item, str) or _number(item) is not None for item in value)
+    return value is None or isinstance(value, str) or _number(value) is not None
+
+
+def counts_of(document: dict[str, Any]) -> dict[str, Any] | None:
+    """Requests by outcome; None where they are not counts."""
+    counts = document.get("counts")
+    if not isinstance(counts, dict) or not isinstance(counts.get("errors"), dict):
+        return None
+    values = [counts.get("ok"), counts.get("failed"), *counts["errors"].values()]
+    return counts if all(_number(value) is not None for value in values) else None
+
+
+RECORDS_NAME = "records.jsonl"
+RUN_INFO_LIMIT_BYTES = 64 * 2**20
+
+
+def find_records(path: Path) -> Path:
+    """The records file that `path` names: itself, the one inside a run folder, or the journal beside a document.
+
+    Raises:
+        InputError: there is none.
+    """
+    beside = path.with_name(f"{path.name}.{RECORDS_NAME}") if path.name else path
+    found = path / RECORDS_NAME if path.is_dir() else beside if beside.is_file() else path
+    if not found.is_file():
+        raise InputError(f"no records at {printable(str(found))}; give the .jsonl file or the folder of a run")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What stands in run.json; empty where there is none (records made elsewhere)."""
+
+    document: dict[str, Any]
+
+    @property
+    def root(self) -> Path | None:
+        """The folder (or tar) that record images are relative to; an address is none."""
+        root = self.document.get("root")
+        is_path = isinstance(root, str) and root and "://" not in root and "\0" not in root
+        return Path(str(root)) if is_path else None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this user's md3 wrote the root; else it is only claimed, perhaps by a stranger."""
+        return is_own(str(self.document.get("root")), self.document.get("seal"))
+
+    @property
+    def elapsed_s(self) -> float | None:
+        """Seconds the run took, all starts together; None while they are not known."""
+        spans = [_whole_number(start.get("elapsed_s")) for start in self._list("starts") if isinstance(start, dict)]
+        return sum(spans) or None
+
+    @property
+    def stages_s(self) -> dict[str, float]:
+        """Seconds by stage, all starts together."""
+        stages = self.document.get("stages")
+        return {str(stage): _whole_number(value) for stage, value in stages.items()} if isinstance(stages, dict) else {}
+
+    @property
+    def timeline(self) -> list[tuple[float, float]]:
+        """(seconds since the start, records done) pairs in order; empty where the run kept none."""
+        pairs = [pair for pair in self._list("timeline") if isinstance(pair, list) and len(pair) == 2]
+        return [(_whole_number(seconds), _whole_number(done)) for seconds, done in pairs]
+
+    def _list(self, key: str) -> list[Any]:
+        value = self.document.get(key)
+        return value if isinstance(value, list) else []
+
+
+def _whole_number(value: object) -> float:
+    try:
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
+    except OverflowError:  # an integer of hundreds of digits
+        return 0.0
+
+
+def load_run_info(records_path: Path) -> RunInfo:
+    """run.json of the run that wrote `records_path`.
+
+    Beside `records.jsonl` it is `run.json`; beside `OUT` it is `OUT.run.json`, and beside the
+    journal `OUT.records.jsonl` as well.
+
+    Raises:
+        InputError: the file is there and is not JSON.
+    """
+    for path in run_info_paths(records_path):
+        if path.is_file():
+            try:
+                with path.open("rb") as file:
+                    document = json.loads(file.read(RUN_INFO_LIMIT_BYTES))  # of a longer one half is no JSON
+            except OSError as error:
+                raise InputError(f"cannot read {printable(str(path))}: {error.strerror or error}") from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{printable(str(path))} is not JSON ({error}); remove it to go on without") from error
+            return RunInfo(document if isinstance(document, dict) else {})
+    return RunInfo({})
+
+
+def has_run_info(records_path: Path) -> bool:
+    """Return whether the records' own run.json stands beside them, as md3 writes it. Raises as `load_run_info`."""
+    return str(load_run_info(records_path).document.get("schema", "")).startswith("md3-run/")
+
+
+def run_info_paths(records_path: Path) -> Iterator[Path]:
+    """Yield the places of the run.json of a records file, the likelier first."""
+    name = records_path.name
+    yield records_path.with_name("run.json" if name == RECORDS_NAME else f"{name}.run.json")
+    if name.endswith(f".{RECORDS_NAME}"):
+        yield records_path.with_name(name.removesuffix(f".{RECORDS_NAME}") + ".run.json")

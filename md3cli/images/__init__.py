@@ -1,0 +1,1 @@
+"""From a picture's bytes to the crops that the vision encoder sees, in worker processes."""

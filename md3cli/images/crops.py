@@ -1,0 +1,245 @@
+"""The door for pictures: from a file on disk to the uint8 crops the vision encoder sees.
+
+One picture at a time: open without blocking, check the limits, read the bytes once, hash and decode
+the same bytes (pixels.py), cut crops. Knows nothing of models, batches or processes (decode.py runs
+it where a crash costs one picture). Comes in: `ImageItem`. Goes out: `PreparedImage`, or
+`ImageError` with a record's error type and a line without paths or control characters.
+
+Tiling and crops follow the Moondream 3 specification, section 4.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import math
+import os
+import stat
+from dataclasses import dataclass
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from md3cli.errors import ImageError
+from md3cli.images.pixels import TOO_LITTLE_MEMORY, OnHeader, decode_rgb, parse_background
+from md3cli.records import ImageItem
+
+PREPROCESSING_VERSION = 2  # rises when the same file would give other crops; part of the encoding cache's key
+
+
+@dataclass(frozen=True, slots=True)
+class CropConfig:
+    """How the encoder wants its pictures: pixels a crop's side, pixels a patch's side, `overlap_margin` in patches."""
+
+    crop_size: int
+    patch_size: int
+    overlap_margin: int
+    max_crops: int
+
+    @property
+    def margin_px(self) -> int:
+        """What a tile shares with the neighbour on each side."""
+        return self.overlap_margin * self.patch_size
+
+    @property
+    def window_px(self) -> int:
+        """Step from one tile to the next: the part of a tile that is its own."""
+        return (self.crop_size // self.patch_size - 2 * self.overlap_margin) * self.patch_size
+
+
+class Tiling(NamedTuple):
+    """Local tiles of a picture; the global crop is extra."""
+
+    rows: int
+    cols: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What is refused unread: `max_pixels` (width x height of the header) and `max_file_size` in bytes."""
+
+    max_pixels: int = 2**28
+    max_file_size: int = 2**30
+
+
+class DecodedImage(NamedTuple):
+    """An upright 8-bit RGB picture and the SHA-256 (hex) of the bytes it was decoded from."""
+
+    image: Image.Image
+    sha256: str
+
+
+class Crops(NamedTuple):
+    """`pixels` uint8 [1 + rows * cols, S, S, 3]: the global crop, then the tiles in row-major order."""
+
+    pixels: np.ndarray
+    tiling: Tiling
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """What the engine gets: `crops` as in `Crops.pixels`, the upright size, the digest of the file's bytes."""
+
+    crops: np.ndarray
+    tiling: Tiling
+    width: int
+    height: int
+    sha256: str
+
+
+# --- tiling and crops ---------------------------------------------------------------------------
+
+
+def select_tiling(width: int, height: int, cfg: CropConfig) -> Tiling:
+    """Rows and columns of tiles for a picture of `width` x `height` pixels.
+
+    The product may exceed `cfg.max_crops` for extreme shapes (8000x500 gives 1, 13): the shrink rule
+    floors a side at 1 and does not look again. That is the original's behaviour and is kept.
+    """
+    window, most = cfg.window_px, cfg.max_crops
+    inner_w, inner_h = width - 2 * cfg.margin_px, height - 2 * cfg.margin_px
+    if inner_h <= window or inner_w <= window:
+        return Tiling(1, 1)
+    rows, cols = math.ceil(inner_h / window), math.ceil(inner_w / window)
+    if rows * cols > most:
+        shrink = math.sqrt(most / (rows * cols))
+        return Tiling(max(1, math.floor(rows * shrink)), max(1, math.floor(cols * shrink)))
+    rows = max(rows, math.floor(math.sqrt(most * inner_h / inner_w)))
+    cols = max(cols, math.floor(math.sqrt(most * inner_w / inner_h)))
+    if rows * cols > most:
+        if cols > rows:
+            cols = most // rows
+        else:
+            rows = most // cols
+    return Tiling(max(1, rows), max(1, cols))
+
+
+def cut_crops(image: Image.Image, cfg: CropConfig) -> Crops:
+    """Cut the crops of an RGB picture; the whole picture is resized to each target (Lanczos)."""
+    assert image.mode == "RGB", image.mode
+    size, window = cfg.crop_size, cfg.window_px
+    tiling = select_tiling(*image.size, cfg)
+    pixels = np.empty((1 + tiling.rows * tiling.cols, size, size, 3), np.uint8)
+    pixels[0] = _resize(image, size, size)
+    if tiling == (1, 1):
+        pixels[1] = pixels[0]  # the only tile is the global crop, byte for byte
+        return Crops(pixels, tiling)
+    whole = _resize(image, tiling.cols * window + 2 * cfg.margin_px, tiling.rows * window + 2 * cfg.margin_px)
+    for row in range(tiling.rows):
+        for col in range(tiling.cols):
+            top, left = row * window, col * window
+            pixels[1 + row * tiling.cols + col] = whole[top : top + size, left : left + size]
+    return Crops(pixels, tiling)
+
+
+def _resize(image: Image.Image, width: int, height: int) -> np.ndarray:
+    """Resize to the bytes that one call of Pillow 12, and so the original, gives, on every version of Pillow.
+
+    The two passes round to 8 bits in between, so their order shows. Pillow 12 does the width first, except for
+    pictures more than 100 times as tall as wide; Pillow 13 begins with the height of any tall picture (a quarter
+    of a 480 x 640 picture's global crop differed). One call for each pass costs what one call for both did.
+    """
+    is_height_first = image.height > 100 * image.width and image.height > height
+    between = (image.width, height) if is_height_first else (width, image.height)
+    for size in (between, (width, height)):
+        if size != image.size:  # Pillow would copy it
+            image = image.resize(size, Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+# --- the door -----------------------------------------------------------------------------------
+
+
+def prepare_image(
+    item: ImageItem,
+    cfg: CropConfig,
+    limits: ImageLimits,
+    background: str | None,
+    *,
+    on_header: OnHeader | None = None,
+    data: bytes | None = None,
+) -> PreparedImage:
+    """Open, decode and cut one picture, the one in `data` where given; raises as `read_image`."""
+    try:
+        image, sha256 = read_image(item, limits, background, on_header=on_header, data=data)
+        crops = cut_crops(image, cfg)
+    except MemoryError as error:
+        raise ImageError("too_large", TOO_LITTLE_MEMORY) from error
+    return PreparedImage(crops.pixels, crops.tiling, image.width, image.height, sha256)
+
+
+def read_image(
+    item: ImageItem,
+    limits: ImageLimits,
+    background: str | None = None,
+    *,
+    on_header: OnHeader | None = None,
+    data: bytes | None = None,
+) -> DecodedImage:
+    """The picture of `item`, upright, 8-bit RGB, first frame only.
+
+    Args:
+        background: a colour to lay transparent pictures on; None drops alpha, as the original does.
+        on_header: called with the number of pixels before any of them is allocated; may block.
+        data: the file's bytes where they were fetched already (within the limits); nothing is opened then.
+
+    Raises:
+        ImageError: whatever is wrong with the file; `type` is the record's.
+    """
+    colour = parse_background(background)
+    if data is None:
+        data = read_bytes(item, limits.max_file_size)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return DecodedImage(decode_rgb(data, limits.max_pixels, colour, on_header), sha256)
+
+
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_NOT_OPENABLE = {errno.ENXIO, errno.ENODEV}  # sockets; devices without a driver
+
+
+def read_bytes(item: ImageItem, limit_bytes: int) -> bytes:
+    """The bytes of `item`, read once. Never blocks on a FIFO, never reads a device."""
+    try:
+        with _open_regular(item.path) as file:
+            num_bytes = os.fstat(file.fileno()).st_size if item.size is None else item.size
+            if num_bytes > limit_bytes:
+                size = f"{num_bytes:,} bytes, more than the {limit_bytes:,} of --max-file-size"
+                raise ImageError("too_large", f"the file has {size}")
+            if num_bytes == 0:
+                raise ImageError("empty", "the file is empty (0 bytes)")
+            file.seek(item.offset)
+            data = file.read(num_bytes)
+    except ValueError as error:  # a NUL in the name
+        raise ImageError("not_found", "no file can have this name") from error
+    except OSError as error:
+        raise _translate(error) from error
+    if item.size is not None and len(data) < item.size:
+        raise ImageError("decode", f"the archive ends after {len(data):,} of the picture's {item.size:,} bytes")
+    return data
+
+
+def _open_regular(path: str) -> BinaryIO:
+    # O_NONBLOCK: a FIFO without a writer would hang open() for ever. For regular files it changes nothing.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise ImageError("not_a_file", f"this is {_kind_of(mode)}, not a file")
+    return open(fd, "rb")
+
+
+def _kind_of(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def _translate(error: OSError) -> ImageError:
+    reason = os.strerror(error.errno) if error.errno else "unknown error"
+    if error.errno in _ABSENT:
+        return ImageError("not_found", f"cannot open: {reason}")
+    if isinstance(error, PermissionError):
+        return ImageError("permission", f"cannot open: {reason}")
+    if error.errno in _NOT_OPENABLE:
+        return ImageError("not_a_file", "this is a socket or a device, not a file")
+    return ImageError("io", f"cannot read: {reason}")

@@ -1,0 +1,449 @@
+"""The decode pool: pictures are read and cut in worker processes, so that a bad one costs one record.
+
+A C decoder that crashes, loops or eats memory takes its worker with it and nothing else: the picture
+fails with `decoder_crash`, `timeout` or `too_large`, the worker is replaced, the pool goes on. A worker
+may also be killed for no fault of its picture (by the kernel, when memory runs out): the picture gets a
+second try, with no other one beside it, and only one that ends two workers is a `decoder_crash`. Knows
+nothing of models or records. Comes in: `ImageItem`. Goes out: a future of `PreparedImage`.
+
+How it works: each thread of an executor owns one worker process (decode_worker.py), sends it what to
+open and receives the crops straight into the array the caller gets. Nothing a worker says is trusted
+further than its size: the number of crops follows from width and height, here. Pixels come through a
+socket, which costs 2 ms a picture; a file in shared memory would cost 1 ms less, but falls under the
+run's file size limit (RLIMIT_FSIZE), which is there to stop outputs, not pictures.
+
+Workers are fresh interpreters, not forks of a process with threads and a CUDA context.
+
+The decode pool of a run, for pictures that are not files of their own: fetched, or cut out of Parquet, first.
+
+A picture on the disk goes straight to the decode workers, which open it. The bytes of any other are loaded by
+threads of this process, ahead of the decoder: remote ones by many, since they wait for the network; those inside
+Parquet files by one, since they are read in order. The workers get the bytes, and everything else is the same: the
+limits, the digest, the process that may die of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import asdict
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from md3cli.errors import ImageError, InputError
+from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, prepare_image, select_tiling
+from md3cli.images.pixels import parse_background
+from md3cli.images.worker import Channel, Setup
+from md3cli.records import ERROR_TYPES, ImageItem
+from md3cli.remote.address import is_address
+from md3cli.remote.hosts import FetchOptions
+from md3cli.remote.reader import ByteBudget
+from md3cli.source.manifest import open_regular
+from md3cli.source.parquet import CellReader
+
+if TYPE_CHECKING:
+    from md3cli.remote.reader import Fetcher
+
+
+_START_TIMEOUT_S = 60.0  # a worker needs 0.2 s here, many seconds where Python lies on a cold network disk
+_WORKER_CODE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from md3cli.images.worker import serve; serve()"
+)
+
+_WORKER_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",  # numpy's threads are of no use here and slow the start
+    # glibc gives the memory of every picture back and faults the next one in again, page by page; keeping it up
+    # to these sizes (12 MB: 3 megapixels) saves a third of the time of a 640 x 427 JPEG (2026-11-21, 2 cores).
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(12 << 20),
+}
+
+
+class DecodePool:
+    """Reads and cuts pictures in `num_workers` processes, started one by one as work comes in.
+
+    `num_workers` 0 does the same work in the calling thread, without deadline or protection: the plain
+    path that tests compare with. `submit` never waits, and a result is 4 to 6 MB for a photograph
+    (77 MB for the most extreme shape): the caller bounds memory by the futures it keeps outstanding.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        crop_config: CropConfig,
+        limits: ImageLimits,
+        *,
+        background: str | None = None,
+        timeout_s: float = 20.0,
+    ) -> None:
+        """`timeout_s` is for one picture, without its wait for another huge one.
+
+        Raises:
+            UsageError: `background` is no colour.
+        """
+        parse_background(background)
+        self._setup = Setup(crop_config, limits, background)
+        self._timeout_s = timeout_s
+        self._threads = ThreadPoolExecutor(num_workers, "decode") if num_workers > 0 else None
+        self._of_thread = threading.local()
+        self._workers: set[_Worker] = set()
+        self._lock = threading.Lock()  # guards _workers and _is_closed
+        self._is_closed = False
+        self._huge = threading.Lock()  # held while a huge picture has its pixels in memory
+        self._turns = _Turns()
+        self._is_told = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def submit(self, item: ImageItem, data: bytes | None = None) -> Future[PreparedImage]:
+        """The future of a picture; with `data` these are its bytes, and nothing is opened.
+
+        It raises ImageError; CancelledError when the pool was closed first; InputError when no worker
+        can be started, which ends the run.
+        """
+        if self._threads is not None:
+            return self._threads.submit(self._decode_in_worker, item, data)
+        done: Future[PreparedImage] = Future()
+        setup = self._setup
+        try:
+            done.set_result(prepare_image(item, setup.crop_config, setup.limits, setup.background, data=data))
+        except ImageError as error:
+            done.set_exception(error)
+        return done
+
+    def close(self) -> None:
+        """End the workers at once; what was not finished is cancelled. May be called twice."""
+        with self._lock:
+            self._is_closed = True
+            workers = list(self._workers)
+        for worker in workers:
+            worker.kill()
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+        for worker in workers:  # only now: a thread may have been reading
+            worker.close()
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that were started and not found dead yet."""
+        with self._lock:
+            return sorted(worker.pid for worker in self._workers)
+
+    def _decode_in_worker(self, item: ImageItem, data: bytes | None) -> PreparedImage:
+        try:
+            with self._turns.beside_others():
+                return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge)
+        except ImageError as error:
+            if error.type != "decoder_crash" or self._is_closed:
+                self._raise_cancelled_if_closed()
+                raise
+            self._tell_once(error)
+        except Exception:
+            self._raise_cancelled_if_closed()
+            raise
+        return self._try_again(item, data)
+
+    def _try_again(self, item: ImageItem, data: bytes | None) -> PreparedImage:
+        try:
+            with self._turns.alone():
+                self._raise_cancelled_if_closed()
+                return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge)
+        except Exception:
+            self._raise_cancelled_if_closed()
+            raise
+
+    def _raise_cancelled_if_closed(self) -> None:
+        """Raise CancelledError where close() killed the worker, which is no fault of the picture."""
+        if self._is_closed:
+            raise CancelledError from None
+
+    def _tell_once(self, error: ImageError) -> None:
+        with self._lock:
+            is_told, self._is_told = self._is_told, True
+        if not is_told:
+            advice = "if memory runs out, use fewer --workers"
+            warnings.warn(f"{error}: its picture is tried once more, as any later one will be; {advice}", stacklevel=2)
+
+    def _worker_of_thread(self) -> _Worker:
+        worker: _Worker | None = getattr(self._of_thread, "worker", None)
+        if worker is not None:
+            if worker.is_alive():
+                return worker
+            worker.close()  # lost over the last picture, or died between two: not this picture's fault
+            with self._lock:
+                self._workers.discard(worker)
+        try:
+            return self._start_worker()
+        except InputError:
+            if not self._of_thread.worker.was_killed or self._is_closed:
+                raise
+            return self._start_worker()  # killed from outside before it could do any harm
+
+    def _start_worker(self) -> _Worker:
+        worker = self._of_thread.worker = _Worker(self._setup)
+        with self._lock:
+            self._workers.add(worker)
+            is_closed = self._is_closed
+        if is_closed:  # close() did not see this one
+            worker.kill()
+        worker.wait_until_ready()
+        return worker
+
+
+class _Turns:
+    """Who may decode: many beside each other, or one alone, before whom no further ones begin."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_running = 0
+        self._num_alone = 0  # at work or waiting
+
+    @contextlib.contextmanager
+    def beside_others(self) -> Iterator[None]:
+        """Wait until nobody is, or wants to be, alone."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_alone == 0)
+            self._num_running += 1
+        yield from self._run()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until nobody else decodes."""
+        with self._changed:
+            self._num_alone += 1
+            self._changed.wait_for(lambda: self._num_running == 0)
+            self._num_running += 1
+        try:
+            yield from self._run()
+        finally:
+            with self._changed:
+                self._num_alone -= 1
+                self._changed.notify_all()
+
+    def _run(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_running -= 1
+                self._changed.notify_all()
+
+
+def _worker_command(control_fd: int) -> list[str]:
+    """Isolated mode: neither a numpy.py beside the pictures nor PYTHON* variables are any of a worker's business."""
+    flags = "-IB" if sys.dont_write_bytecode else "-I"
+    return [sys.executable, flags, "-c", _WORKER_CODE, json.dumps(sys.path), str(control_fd), str(os.getpid())]
+
+
+class _Worker:
+    """The parent's end of one worker process; used by one thread, killed from any."""
+
+    def __init__(self, setup: Setup) -> None:
+        """Start the process; it dies when the thread that calls this does."""
+        self._setup = setup
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                _worker_command(theirs.fileno()),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,  # for the reason when it cannot start; a started worker writes nothing there
+                pass_fds=(theirs.fileno(),),
+                env=os.environ | _WORKER_ENVIRONMENT,
+                process_group=0,  # Ctrl-C and Ctrl-Z at the terminal are for the parent to handle
+            )
+        self._channel = Channel(ours)
+        self.was_killed = False  # by a signal, before it was ready
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def wait_until_ready(self) -> None:
+        """Raises InputError: nothing can be decoded on this machine, which is no picture's fault."""
+        try:
+            self._channel.send(asdict(self._setup))
+            self._channel.receive(_START_TIMEOUT_S)
+        except (OSError, EOFError) as error:  # TimeoutError is an OSError
+            self.was_killed = not isinstance(error, TimeoutError) and self._ended_by_signal()
+            self.kill()
+            assert self._process.stderr is not None
+            said = self._process.stderr.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
+            raise InputError(
+                f"a decode worker could not start ({said or 'it said nothing'}); try md3 doctor"
+            ) from error
+
+    def decode(self, item: ImageItem, data: bytes | None, timeout_s: float, huge: threading.Lock) -> PreparedImage:
+        """Raises ImageError: as the worker reports it, or `timeout` and `decoder_crash`, which end the worker."""
+        try:
+            self._send(item, data, timeout_s)
+            answer = self._channel.receive(timeout_s)
+            if "num_pixels" not in answer:
+                return self._receive_picture(answer, timeout_s)
+            with huge:
+                self._channel.send({})
+                return self._receive_picture(self._channel.receive(timeout_s), timeout_s)
+        except TimeoutError as error:
+            self.kill()
+            raise ImageError("timeout", f"not decoded within {timeout_s:g} s (--decode-timeout)") from error
+        except (OSError, EOFError, LookupError, TypeError, ValueError) as error:
+            raise ImageError("decoder_crash", self._how_it_ended()) from error
+
+    def _send(self, item: ImageItem, data: bytes | None, timeout_s: float) -> None:
+        if data is None:
+            self._channel.send({"name": item.name, "path": item.path, "offset": item.offset, "size": item.size})
+        else:
+            self._channel.send({"name": item.name, "path": "", "num_bytes": len(data)})
+            self._channel.send_bytes(memoryview(data), timeout_s)
+
+    def _receive_picture(self, answer: dict[str, Any], timeout_s: float) -> PreparedImage:
+        if "type" in answer:
+            if answer["type"] not in ERROR_TYPES:
+                raise ValueError
+            raise ImageError(answer["type"], str(answer["message"]))
+        width, height, sha256 = int(answer["width"]), int(answer["height"]), str(answer["sha256"])
+        is_size = width > 0 and height > 0 and width * height <= self._setup.limits.max_pixels
+        if not (is_size and re.fullmatch("[0-9a-f]{64}", sha256)):
+            raise ValueError
+        tiling = select_tiling(width, height, self._setup.crop_config)
+        side = self._setup.crop_config.crop_size
+        crops = np.empty((1 + tiling.rows * tiling.cols, side, side, 3), np.uint8)
+        self._channel.receive_into(crops.data.cast("B"), timeout_s)
+        return PreparedImage(crops, tiling, width, height, sha256)
+
+    def _ended_by_signal(self) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout=1.0) < 0
+        return False
+
+    def _how_it_ended(self) -> str:
+        try:
+            status = self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return "the decoder stopped making sense"
+        if status >= 0:
+            return f"the decoder ended with status {status}"
+        return f"the decoder died of signal {-status} ({signal.strsignal(-status)})"
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """Free what a killed worker's handle holds open."""
+        self._channel.close()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+
+NUM_FETCHERS = 16
+AHEAD_BYTES = 256 * 2**20  # of files loaded, or being loaded, and not decoded yet
+
+_Load = Callable[[ImageItem, int], bytes]
+
+
+class PicturePool(DecodePool):
+    """A `DecodePool` for pictures from anywhere."""
+
+    def __init__(
+        self,
+        num_workers: int,
+        crop_config: CropConfig,
+        limits: ImageLimits,
+        *,
+        background: str | None = None,
+        timeout_s: float = 20.0,
+        fetching: FetchOptions | None = None,
+    ) -> None:
+        """`timeout_s` is for decoding; `fetching` says how, and from whom, remote pictures are fetched."""
+        super().__init__(num_workers, crop_config, limits, background=background, timeout_s=timeout_s)
+        self._options = fetching or FetchOptions(limits.max_file_size)
+        self._budget = ByteBudget(AHEAD_BYTES)
+        self._cells = CellReader(open_regular)
+        self._fetcher: Fetcher | None = None
+        self._fetch_threads = ThreadPoolExecutor(NUM_FETCHERS, "fetch")
+        self._cell_thread = ThreadPoolExecutor(1, "cells")
+
+    def submit(self, item: ImageItem, data: bytes | None = None) -> Future[PreparedImage]:
+        """As `DecodePool.submit`, wherever the picture is."""
+        if data is None and item.row_group is not None:
+            return self._decode_after(self._read_cell, item, self._cell_thread)
+        if data is None and is_address(item.path):
+            if self._fetcher is None:
+                self._fetcher = _make_fetcher(self._options, self._budget)
+            return self._decode_after(self._fetcher.fetch, item, self._fetch_threads)
+        return super().submit(item, data)
+
+    def close(self) -> None:
+        """As `DecodePool.close`; what is being fetched is dropped."""
+        self._budget.close()
+        if self._fetcher is not None:
+            self._fetcher.close()
+        self._fetch_threads.shutdown(wait=False, cancel_futures=True)  # a store without asyncio may keep one waiting
+        self._cell_thread.shutdown(cancel_futures=True)
+        self._cells.close()
+        super().close()
+
+    def _decode_after(self, load: _Load, item: ImageItem, threads: ThreadPoolExecutor) -> Future[PreparedImage]:
+        done: Future[PreparedImage] = Future()
+        loading = threads.submit(self._load_and_decode, load, item, done)
+        loading.add_done_callback(lambda ended: _pass_failure(ended, done))
+        return done
+
+    def _load_and_decode(self, load: _Load, item: ImageItem, done: Future[PreparedImage]) -> None:
+        number = self._budget.open()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._budget.give_back, number)
+            decoding = super().submit(item, load(item, number))
+            undo.pop_all()
+
+        def pass_on(decoded: Future[PreparedImage]) -> None:
+            self._budget.give_back(number)
+            if not _pass_failure(decoded, done):
+                done.set_result(decoded.result())
+
+        decoding.add_done_callback(pass_on)
+
+    def _read_cell(self, item: ImageItem, number: int) -> bytes:
+        data = self._cells.read(item, self._options.limit_bytes)
+        self._budget.take(number, len(data))
+        return data
+
+
+def _make_fetcher(options: FetchOptions, budget: ByteBudget) -> Fetcher:
+    from md3cli.remote.reader import Fetcher
+
+    return Fetcher(options, budget)
+
+
+def _pass_failure(ended: Future[Any], done: Future[PreparedImage]) -> bool:
+    """Make `done` fail as `ended` did; whether it did."""
+    error = None if ended.cancelled() else ended.exception()
+    if ended.cancelled() or isinstance(error, CancelledError):
+        done.cancel()
+    elif isinstance(error, ImageError):  # a fresh one: the traceback of the old holds the bytes that came
+        done.set_exception(ImageError(error.type, str(error)))
+    elif error is not None:
+        done.set_exception(error)
+    return done.done()

@@ -1,0 +1,262 @@
+"""What a Python caller hands in, read and checked: pictures, settings, request mappings."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from md3cli.errors import ImageError, RequestError, RowError
+from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, cut_crops, prepare_image
+from md3cli.model.engine.sequence import Answer, EncodedImage
+from md3cli.records import (
+    ImageFacts,
+    ImageItem,
+    RecordDict,
+    Request,
+    RunIdentity,
+    Task,
+    make_error_record,
+    make_record,
+    printable,
+    request_id,
+)
+from md3cli.remote.address import is_address
+from md3cli.source.requests import ROW_COLUMNS, read_setting, refused_request
+
+ImageLike = Image.Image | EncodedImage | str | Path | bytes | np.ndarray
+SpatialRefs = Iterable[Iterable[float]]
+SETTINGS = ("temperature", "top_p", "max_tokens", "max_objects", "seed")
+_TASK_NAMES = tuple(Task)
+_SHOWN_CHARS = 80
+_PATH_CHARS = 1024  # what is longer is hardly a path
+KNOWN_KEYS = ROW_COLUMNS | {"name", "meta", "choices"}
+
+
+class Asked:
+    """What a record needs of its request, kept while the request is in flight.
+
+    Keys of the mapping that mean nothing here come back in the record's `meta`, as a manifest's columns do.
+    """
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        row = given if isinstance(given, Mapping) else {}
+        image = row.get("image")
+        path = str(image) if isinstance(image, (str, Path)) else ""
+        name = row.get("name") if isinstance(row.get("name"), str | Path) else None
+        is_absent = image is None or (isinstance(image, str) and not image)
+        self.item = None if is_absent else ImageItem(str(name or path), path)
+        meta = row.get("meta")
+        others = {key: value for key, value in row.items() if key not in KNOWN_KEYS}
+        self.meta: Mapping[str, Any] = others | dict(meta) if isinstance(meta, Mapping) else others
+        asked = {key: row[key] for key in ("task", "prompt") if isinstance(row.get(key), str)}
+        self.request = refused_request(asked, Request(Task.QUERY))
+        self.facts: ImageFacts | None = None
+
+    def record(self, answer: Answer, run: RunIdentity, repeats: Counter[str]) -> RecordDict:
+        """The record of `answer`; `repeats` counts requests seen, so that a repeated one has an id of its own."""
+        name = self.item.name if self.item is not None else None
+        first_id = request_id(name, self.request, run)
+        record_id = request_id(name, self.request, run, repeats[first_id])
+        repeats[first_id] += 1
+        if answer.failure is not None or answer.result is None:
+            assert answer.failure is not None
+            return make_error_record(
+                record_id, self.item, self.facts, self.request, run, failure=answer.failure, meta=self.meta
+            )
+        return make_record(
+            record_id,
+            self.item,
+            self.facts,
+            self.request,
+            run,
+            result=answer.result,
+            finish_reason=answer.finish_reason,
+            prompt_tokens=answer.prompt_tokens,
+            output_tokens=answer.output_tokens,
+            meta=self.meta,
+        )
+
+
+def prepare_picture(image: ImageLike, config: CropConfig, background: str | None) -> PreparedImage:
+    """Prepare a picture in any form but an encoded one.
+
+    Args:
+        image: a path, the bytes of a file, a PIL image, or an array uint8 [H, W, 3] or [H, W].
+        background: a colour to lay transparent files on; None drops alpha.
+
+    Raises:
+        RequestError: it is none of these.
+        ImageError: it cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        image = _image_of(image)
+    if isinstance(image, Image.Image):
+        try:
+            return prepare_pil(image, config)
+        except Exception as error:  # a file that PIL has opened and not read yet: decoders raise anything
+            raise ImageError("decode", f"it cannot be read ({shown(error)})") from error
+    if isinstance(image, bytes | bytearray | memoryview):
+        data = bytes(image)
+        if not data:
+            raise ImageError("empty", "0 bytes")
+        return prepare_image(ImageItem("", ""), config, ImageLimits(), background, data=data)
+    if not isinstance(image, str | os.PathLike):
+        wanted = "a path, the bytes of a file, a PIL image or an array uint8 [H, W, 3]"
+        raise RequestError(f"image is {picture_words(image)}; give {wanted}")
+    path = os.fsdecode(image)
+    if is_address(path):
+        raise RequestError(f"{picture_words(path)}: no address is fetched here; open the picture, or use md3 itself")
+    return prepare_image(ImageItem(path, path), config, ImageLimits(), background)
+
+
+def _image_of(array: np.ndarray) -> Image.Image:
+    is_shape = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    if array.dtype != np.uint8 or not is_shape or array.size == 0:
+        raise RequestError(f"image is {picture_words(array)}; expected uint8 [H, W, 3] or [H, W], 0 to 255, RGB")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def picture_words(image: object) -> str:
+    """What a picture is, for a message: a path as it is, of anything else its kind and size, never its contents."""
+    if isinstance(image, str | os.PathLike):
+        path = os.fsdecode(image)
+        if len(path) > _PATH_CHARS:  # a picture as base64 text, most likely
+            return f"{printable(path[:_SHOWN_CHARS])}… (text of {len(path):,} characters, taken for a path)"
+        return printable(path)
+    kind = type(image).__name__
+    if isinstance(image, bytes | bytearray | memoryview):
+        return f"{kind} of length {len(image):,}"
+    if isinstance(image, Image.Image):
+        return f"a PIL image ({image.mode}, {image.width} x {image.height})"
+    if hasattr(image, "shape") and hasattr(image, "dtype"):
+        return f"{kind} ({image.dtype}, {list(image.shape)})"
+    return f"a value of the type {kind}"
+
+
+def prepare_pil(image: Image.Image, config: CropConfig) -> PreparedImage:
+    """A picture in memory, as it is; its digest is of the pixels."""
+    rgb = image.convert("RGB")
+    crops = cut_crops(rgb, config)
+    digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
+    return PreparedImage(crops.pixels, crops.tiling, rgb.width, rgb.height, digest)
+
+
+def result_of(answer: Answer) -> dict[str, Any]:
+    if answer.failure is not None:
+        raise RequestError(answer.failure.message, answer.failure.type)
+    assert answer.result is not None
+    return answer.result
+
+
+def read_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings as `Request` fields.
+
+    Raises:
+        RequestError: no mapping, an unknown name or a value out of range.
+    """
+    if settings is None:
+        return {}
+    if not isinstance(settings, Mapping):
+        raise RequestError(f"settings are {shown(settings)}, expected a mapping of {', '.join(SETTINGS)}")
+    given = {name: value for name, value in settings.items() if value is not None}
+    unknown = [shown(name) for name in given if name not in SETTINGS]
+    if unknown:
+        raise RequestError(f"settings: unknown {', '.join(unknown[:5])}; known are {', '.join(SETTINGS)}")
+    return {name: read_argument(name, value) for name, value in given.items()}
+
+
+def read_refs(refs: SpatialRefs | None) -> tuple[tuple[float, ...], ...]:
+    """Points and boxes, 0-1, from any numbers that can be iterated over.
+
+    Raises:
+        RequestError: they are something else, or out of range.
+    """
+    try:
+        given = () if refs is None else refs
+        numbers = [[n if isinstance(n, bool) else float(n) for n in ref] for ref in given]
+    except Exception as error:  # whatever a caller's object does when it is iterated over
+        raise RequestError(f"spatial_refs are {shown(refs)}, expected points [x, y] and boxes") from error
+    return read_argument("spatial_refs", numbers)  # type: ignore[no-any-return]
+
+
+def read_prompt(name: str, prompt: object) -> str | None:
+    """Return a question or the name of an object; `name` is what the caller calls the argument.
+
+    Raises:
+        RequestError: it is no text.
+    """
+    if prompt is not None and not isinstance(prompt, str):
+        raise RequestError(f"{name} is {shown(prompt)}, expected text")
+    return prompt
+
+
+def read_flag(name: str, value: object) -> bool:
+    """Return a flag, true or false, of Python or numpy.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise RequestError(f"{name} is {shown(value)}, expected True or False")
+    return bool(value)
+
+
+def shown(value: object) -> str:
+    """Describe a value that was not expected, in a few printable characters, whatever it is."""
+    text = " ".join(reprlib.repr(value).split())  # reprlib's: long values are cut, a class that fails is named
+    return printable(f"{type(value).__name__} {text}"[:_SHOWN_CHARS])
+
+
+def read_request(row: Mapping[str, Any]) -> Request:
+    """A request mapping of `annotate` as a `Request`; None and empty text stand for the default.
+
+    Raises:
+        RequestError: no mapping, or a value of the wrong type or out of range.
+    """
+    if not isinstance(row, Mapping):
+        raise RequestError(f"a request is {shown(row)}, expected a mapping with image, task and prompt")
+    given = {
+        key: value for key, value in row.items() if value is not None and not (isinstance(value, str) and not value)
+    }
+    if not isinstance(given.get("name", ""), str | Path):
+        raise RequestError(f"name is {shown(given['name'])}, expected text")
+    if not isinstance(given.get("meta", {}), Mapping):
+        raise RequestError(f"meta is {shown(given['meta'])}, expected a mapping")
+    task = given.get("task", "")
+    if not isinstance(task, str) or task not in _TASK_NAMES:
+        raise RequestError(f"task is {shown(task)}, expected one of {', '.join(Task)}")
+    choices = given.get("choices", ())
+    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
+        raise RequestError(f"choices are {shown(choices)}, expected a list of texts")
+    return Request(
+        Task(task),
+        read_prompt("prompt", given.get("prompt")),
+        length=read_argument("length", given.get("length", "normal")),
+        reasoning=read_flag("reasoning", given.get("reasoning", True)),
+        spatial_refs=read_refs(given.get("spatial_refs")),
+        choices=tuple(choices),
+        **read_settings({name: given[name] for name in SETTINGS if name in given}),
+    )
+
+
+def read_argument(name: str, value: Any) -> Any:
+    """Hold a value to the setting `name` of a request, as manifests' cells are; numpy's numbers are numbers.
+
+    Raises:
+        RequestError: the wrong type, or out of range.
+    """
+    plain = value.item() if isinstance(value, np.generic) else value
+    if not isinstance(plain, bool | int | float | str) and name != "spatial_refs":
+        raise RequestError(f"{name} is {shown(value)}, which no setting takes")
+    try:
+        return read_setting(name, plain)
+    except RowError as error:
+        raise RequestError(str(error)) from error

@@ -1,0 +1,1 @@
+"""Many requests through the network at once: encode, prefill, decide, answer."""

@@ -1,0 +1,301 @@
+"""From crops to image embeddings, several pictures at a time, each picture once.
+
+Crops are independent of one another, so a vision micro-batch is cut from the crops of all pictures
+in hand, whatever their tilings; features are then stitched picture by picture. The only tile of an
+untiled picture equals its global crop: it is encoded once and used twice.
+
+Nothing here waits for a CUDA device: pictures that are encoded together go up in one pinned block, and
+what a store is to keep comes down to pinned memory, to be written when it has arrived (`save_encoded`).
+
+Finished embeddings stay in memory while there is room (least recently used leave first), so that a
+picture that comes again in a run costs nothing.
+
+Image embeddings that outlive a run, so that other prompts to the same pictures need no vision work.
+
+What is kept are the projected embeddings (2.85 MiB a picture for the real model in bf16), not the
+keys and values made from them (137 MiB): reading those back would take longer than computing them.
+A key covers everything the values depend on: the picture's bytes, how pictures are prepared, the
+vision weights, the dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.nn import functional as F
+
+from md3cli.file_cache import FileCache
+from md3cli.images.crops import PREPROCESSING_VERSION, PreparedImage
+from md3cli.model.engine.host_block import milestone, send_staged, staging, start_download, upload
+from md3cli.model.engine.memory import cpu_threads
+from md3cli.model.engine.sequence import EncodedImage
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.network.vision import normalise_crops
+
+TENSOR_NAME = "embeddings"
+
+
+class EncodingCache:
+    """`encoder.EmbeddingStore` over a folder. A folder that cannot be written to is only read from then on.
+
+    `model` must still hold its plain weights: keys are made of them.
+    """
+
+    def __init__(self, files: FileCache, model: Moondream3, *, background: str, quant_vision: str = "none") -> None:
+        self.files = files
+        self.shape = (model.config.vision.num_patches, model.config.text.dim)
+        self.dtype = model.dtype
+        self.is_writable = True
+        self.num_hits = self.num_misses = 0
+        self._context = _context(model, background, quant_vision)
+
+    def load(self, image_key: str) -> Tensor | None:
+        """The embeddings [P, D] of a picture, on the CPU; None when they are not (rightly) there."""
+        payload = self.files.get(self._key(image_key))
+        tensor = self._parse(payload) if payload is not None else None
+        self.num_hits += tensor is not None
+        self.num_misses += tensor is None
+        return tensor
+
+    def save(self, image_key: str, embeddings_PD: Tensor) -> None:
+        """Keep a picture's embeddings; a full disk ends keeping, not the run."""
+        if not self.is_writable or not embeddings_PD.isfinite().all():  # kept, a passing fault would stay for ever
+            return
+        try:
+            self.files.put(self._key(image_key), save({TENSOR_NAME: embeddings_PD.cpu().contiguous()}))
+        except OSError:
+            self.is_writable = False
+
+    def _parse(self, payload: bytes) -> Tensor | None:
+        try:
+            tensor = load(payload).get(TENSOR_NAME)
+        except (SafetensorError, ValueError, KeyError):
+            return None
+        if tensor is None or tensor.shape != self.shape or tensor.dtype != self.dtype:
+            return None
+        if not tensor.isfinite().all():
+            return None
+        return tensor
+
+    def _key(self, image_key: str) -> str:
+        return hashlib.sha256(f"{self._context}:{image_key}".encode()).hexdigest()
+
+
+def _context(model: Moondream3, background: str, quant_vision: str) -> str:
+    """Everything but the picture that embeddings depend on, as one line."""
+    facts = {
+        "preprocessing": PREPROCESSING_VERSION,
+        "crops": asdict(model.config.vision.crop_config),
+        "background": background,
+        "weights": vision_digest(model),
+        "dtype": str(model.dtype),
+        "quant_vision": quant_vision,
+    }
+    return json.dumps(facts, sort_keys=True)
+
+
+def vision_digest(model: Moondream3) -> str:
+    """Digest of the vision weights' bytes (0.9 GB of the real model: about a second)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.vision.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+MEMORY_BYTES = 256 * 2**20  # of embeddings kept in memory: 90 pictures of the real model
+CROP_FLOP_TARGET = {"cpu": 2e10, "cuda": 4e13, "mps": 4e12}  # of one vision micro-batch
+
+EncodeCrops = Callable[[Tensor], Tensor]
+AnyImage = PreparedImage | EncodedImage
+
+
+class EmbeddingStore(Protocol):
+    """Where embeddings outlive the run (`encoding_cache.EncodingCache`)."""
+
+    def load(self, image_key: str) -> Tensor | None: ...
+
+    def save(self, image_key: str, embeddings_PD: Tensor) -> None: ...
+
+
+class ImageEncoder:
+    """Turns prepared pictures into embeddings [P, D] on the model's device."""
+
+    def __init__(
+        self,
+        model: Moondream3,
+        *,
+        store: EmbeddingStore | None = None,
+        memory_bytes: int = MEMORY_BYTES,
+        max_crops: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """`threads` are for this stage alone: a micro-batch of a small model feeds more of them than a decode step."""
+        self.model = model
+        self.store = store
+        self.max_crops = max_crops or crops_per_batch(model)
+        self.encode_crops: EncodeCrops = model.vision.encode
+        self._threads = threads
+        self._pads = False  # compiled code wants every micro-batch of one size
+        self._ready: dict[str, Tensor] = {}  # of pictures that are about to be asked something
+        self._memory: OrderedDict[str, Tensor] = OrderedDict()  # of pictures that may come again
+        self._memory_bytes, self._used_bytes = memory_bytes, 0
+        # Embeddings on their way to the host, and what waits for them.
+        self._unsaved: list[tuple[dict[str, Tensor], Callable[[], None] | None]] = []
+        self.num_images = 0  # pictures that went through the encoder
+        self.num_crops = 0
+        self.num_reused = 0  # pictures found in memory or on disk
+        self.seconds = 0.0  # of the host: on CUDA it launches encoding in that time and does not wait for it
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile the encoder for micro-batches of one fixed size."""
+        self._pads = True
+        self.encode_crops = torch.compile(self.model.vision.encode, dynamic=False, backend=backend)
+
+    def find(self, image: AnyImage) -> Tensor | None:
+        """Embeddings that are already at hand: given, in memory, or on disk."""
+        if isinstance(image, EncodedImage):
+            embeddings: Tensor = image.embeddings
+            return upload(embeddings.to(self.model.dtype), self.model.device)
+        found = self._memory.get(image.sha256)
+        if found is not None:
+            self._memory.move_to_end(image.sha256)
+        elif self.store is not None:
+            found = self.store.load(image.sha256)
+            if found is not None:
+                found = upload(found.to(self.model.dtype), self.model.device)
+                self._remember(image.sha256, found)
+        self.num_reused += found is not None
+        return found
+
+    def prepare(self, needed: Iterable[AnyImage], ahead: Iterable[AnyImage]) -> None:
+        """Have the embeddings of `needed` ready to `take`, and of pictures `ahead` while the micro-batch has room."""
+        missing: dict[str, PreparedImage] = {}
+        num_crops = 0
+        for image, is_needed in itertools.chain(((i, True) for i in needed), ((i, False) for i in ahead)):
+            if image.sha256 in self._ready or image.sha256 in missing:
+                continue
+            if not is_needed and (not missing or num_crops >= self.max_crops):
+                break  # looking ahead fills a micro-batch, it never starts one
+            found = self.find(image)
+            if found is not None:
+                self._ready[image.sha256] = found
+            elif isinstance(image, PreparedImage):
+                missing[image.sha256] = image
+                num_crops += len(image.crops)
+        if missing:
+            self._ready.update(zip(missing, self.encode(list(missing.values())), strict=True))
+
+    def take(self, image_key: str) -> Tensor:
+        """Embeddings [P, D] that `prepare` made ready."""
+        return self._ready[image_key]
+
+    def keep_ready(self, image_keys: Container[str | None]) -> None:
+        """Let go of what was made ready for other pictures than these."""
+        self._ready = {key: embeddings for key, embeddings in self._ready.items() if key in image_keys}
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[PreparedImage]) -> list[Tensor]:
+        """Embeddings of pictures that are not at hand, in order; remembers them.
+
+        On CUDA they are still being computed when this returns, and a store has them after `save_encoded`.
+        """
+        started = time.perf_counter()
+        with cpu_threads(self._threads):
+            features = self._features([crop_batch(image) for image in images])
+            embeddings = [self._embed(*both) for both in zip(features, images, strict=True)]
+        for image, embedding in zip(images, embeddings, strict=True):
+            self._remember(image.sha256, embedding)
+        if self.store is not None:
+            coming = {i.sha256: start_download(e) for i, e in zip(images, embeddings, strict=True)}
+            wait = milestone(self.model.device)
+            self._unsaved.append((coming, wait))
+            if wait is None:
+                self.save_encoded()
+        self.num_images += len(images)
+        self.seconds += time.perf_counter() - started
+        return embeddings
+
+    def save_encoded(self) -> None:
+        """Write to the store what was encoded since the last call; on CUDA this waits until that has arrived.
+
+        Whoever calls `encode` and has a store calls this too; the engine does before a step's answers are read.
+        """
+        unsaved, self._unsaved = self._unsaved, []
+        for coming, wait in unsaved:
+            if wait is not None:
+                wait()
+            assert self.store is not None
+            for image_key, embeddings in coming.items():
+                self.store.save(image_key, embeddings)
+
+    def _features(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Patch features of every picture's distinct crops, in micro-batches over all crops.
+
+        A picture's are given as soon as they are there, and no more are kept than those of a micro-batch and
+        a picture: 128 pictures of 9 crops would hold 3.9 GB.
+        """
+        counts = list(map(len, batches))
+        staged = staging((sum(counts), *batches[0].shape[1:]), torch.uint8, self.model.device)
+        for part, batch in zip(staged.split(counts), batches, strict=True):
+            part.copy_(batch)
+        coming, rest = deque(counts), None
+        for chunk in send_staged(staged, self.model.device).split(self.max_crops):
+            padding = (0, 0, 0, 0, 0, 0, 0, self.max_crops - len(chunk))
+            crops_NCSS = normalise_crops(F.pad(chunk, padding) if self._pads else chunk, self.model.dtype)
+            features = self.encode_crops(crops_NCSS)[: len(chunk)]
+            self.num_crops += len(chunk)
+            rest = features if rest is None else torch.cat([rest, features])
+            while coming and coming[0] <= len(rest):
+                count = coming.popleft()
+                yield rest[:count]
+                rest = rest[count:]
+
+    def _embed(self, features_NPE: Tensor, image: PreparedImage) -> Tensor:
+        if features_NPE.shape[0] == 1:
+            features_NPE = features_NPE.expand(2, -1, -1)
+        return self.model.vision.embed(features_NPE, image.tiling)
+
+    def _remember(self, key: str, embeddings_PD: Tensor) -> None:
+        if key in self._memory:
+            return
+        self._memory[key] = embeddings_PD
+        self._used_bytes += embeddings_PD.nbytes
+        while self._used_bytes > self._memory_bytes and len(self._memory) > 1:
+            _, dropped = self._memory.popitem(last=False)
+            self._used_bytes -= dropped.nbytes
+
+
+def crop_batch(image: PreparedImage) -> Tensor:
+    """The distinct crops of a picture, uint8 [N, S, S, 3]: one where the only tile equals the global crop."""
+    crops = torch.from_numpy(image.crops)
+    return crops[:1] if image.tiling.rows * image.tiling.cols == 1 else crops
+
+
+def crop_flops(model: Moondream3) -> float:
+    """Floating-point operations of one crop through the encoder (multiply-adds count two)."""
+    v = model.config.vision
+    linear = v.enc_dim * v.patch_dim + v.enc_n_layers * (4 * v.enc_dim**2 + 2 * v.enc_dim * v.enc_ff_dim)
+    attention = v.enc_n_layers * 2 * v.num_patches * v.enc_dim
+    return 2.0 * v.num_patches * (linear + attention)
+
+
+def crops_per_batch(model: Moondream3) -> int:
+    """Crops of a micro-batch: enough work to hide launching it, no more.
+
+    On CPU one crop of the real model is already compute-bound and batching gains nothing (measured:
+    4.18 s a crop at 1, 4.23 at 8); small models need dozens.
+    """
+    target = CROP_FLOP_TARGET.get(model.device.type, CROP_FLOP_TARGET["cpu"])
+    return int(min(128, max(1, target // crop_flops(model))))

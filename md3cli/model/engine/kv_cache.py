@@ -1,0 +1,251 @@
+"""Keys and values of sequences in flight: a fixed number of slots, contiguous in each.
+
+A slot holds one sequence: the image's prefix at positions 0 … prefix_len-1, then prompt and answer.
+Sequences are near-equal in length (every image is a prefix of one length), so contiguous slots waste
+little and the attention reads plain tensors. Prefixes are shared by copying a slot's prefix into
+another, or by reusing a slot whose last sequence asked about the same image: the engine keeps that
+book, this file only stores.
+
+The three stores below implement `text.KeyValueStore` for the three kinds of forward pass.
+
+Shape suffixes: S slots, H heads, C capacity (positions), K head width, B rows of a pass, T new positions.
+
+Who sits where: the engine's book of slots, and which picture's prefix each of them holds.
+
+Pure bookkeeping, no tensors. A slot keeps its picture's prefix after its sequence is done, until
+another picture takes it: the next question about the same picture finds it there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from md3cli.model.engine.memory import is_out_of_memory, shortage
+from md3cli.model.engine.sequence import Generation
+from md3cli.model.network.config import HEAD_DIM, ModelConfig
+
+
+@dataclass(slots=True)
+class Placement:
+    """A slot for each sequence, and what must be done, in this order, before their prompts can be run."""
+
+    slots: list[int] = field(default_factory=list)
+    to_prefill: list[tuple[int, str]] = field(default_factory=list)  # (slot, picture)
+    to_copy: list[tuple[int, int]] = field(default_factory=list)  # (from, to)
+    num_found: int = 0  # prefixes that were in place already
+
+
+class SlotTable:
+    """Sequences by slot, positions in use, prefixes held."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.sequences: list[Generation | None] = [None] * num_slots
+        self.held: list[str | None] = [None] * num_slots
+        self.end: list[int] = [0] * num_slots  # next position of each slot, as the host counts
+
+    @property
+    def free(self) -> list[int]:
+        return [slot for slot, sequence in enumerate(self.sequences) if sequence is None]
+
+    @property
+    def active(self) -> list[int]:
+        return [slot for slot, sequence in enumerate(self.sequences) if sequence is not None]
+
+    def leave(self, slot: int, prefix_len: int) -> None:
+        """The sequence in `slot` is done; nothing behind the prefix is in use any more."""
+        self.sequences[slot] = None
+        self.end[slot] = prefix_len
+
+    def place(self, batch: Sequence[Generation], wanted: Collection[str | None]) -> Placement:
+        """Choose free slots for `batch`: where the prefix is already, else one that nobody wants first.
+
+        `wanted` are the pictures of all sequences known. Afterwards `held` is what the slots hold
+        once the placement's work is done; sequences are seated by the caller.
+        """
+        placement = Placement()
+        spare = deque(sorted(self.free, key=lambda slot: (self.held[slot] in wanted, slot)))
+        kept: dict[int, int] = {}  # who finds its prefix in a free slot takes it before anyone overwrites it
+        for index, sequence in enumerate(batch):
+            key = sequence.image_key
+            slot = next((s for s in spare if key is not None and self.held[s] == key), None)
+            if slot is not None:
+                spare.remove(slot)
+                kept[index] = slot
+        placement.num_found = len(kept)
+        for index, sequence in enumerate(batch):
+            slot = kept.get(index)
+            if slot is None:
+                slot = spare.popleft()
+                self._fill(slot, sequence.image_key, placement)
+            placement.slots.append(slot)
+        return placement
+
+    def _fill(self, slot: int, key: str | None, placement: Placement) -> None:
+        if key is not None and key in self.held:
+            placement.to_copy.append((self.held.index(key), slot))
+        elif key is not None:
+            placement.to_prefill.append((slot, key))
+        self.held[slot] = key
+
+
+GROWTH = 16  # positions; capacity is a multiple of it, so that shapes repeat
+GROWTH_SHARE = 8  # capacity grows by at least this part of itself, so that resizing is rare
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is >= value."""
+    return -(-value // multiple) * multiple
+
+
+class SlotsTooLargeError(MemoryError):
+    """So many slots of so many positions do not fit; fewer slots may."""
+
+
+class KVCache:
+    """Slots of keys and values for every layer."""
+
+    def __init__(
+        self, config: ModelConfig, num_slots: int, capacity: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_slots = num_slots
+        self.capacity = self._least_capacity = round_up(capacity, GROWTH)
+        self._shape = (num_slots, config.text.n_heads, self.capacity, HEAD_DIM)
+        layers = range(config.text.n_layers)
+        self.keys = [torch.zeros(self._shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(self._shape, dtype=dtype, device=device) for _ in layers]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    def fit(self, num_positions: int) -> None:
+        """Make every slot hold `num_positions`; give room back when less than half of it is needed.
+
+        Capacity never falls below what the cache was made with.
+
+        Raises:
+            SlotsTooLargeError: memory does not hold them; the cache is of no use any more.
+        """
+        needed = max(round_up(num_positions, GROWTH), self._least_capacity)
+        if not self.capacity < needed and not needed <= self.capacity // 2:
+            return
+        if needed > self.capacity:
+            needed = max(needed, round_up(self.capacity + self.capacity // GROWTH_SHARE, GROWTH))
+        try:
+            self._resize(needed)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise SlotsTooLargeError(shortage(error)) from error
+        self.capacity = needed
+
+    def _resize(self, capacity: int) -> None:
+        kept = min(capacity, self.capacity)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):  # layer by layer: never twice in memory
+                new = old.new_zeros((*old.shape[:2], capacity, HEAD_DIM))
+                new[:, :, :kept] = old[:, :, :kept]
+                tensors[layer] = new
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a slot to another."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def clear(self, slot: int) -> None:
+        """Forget what a slot holds."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot].zero_()
+
+
+class SlotStore(ABC):
+    """What a pass writes to and reads from: row b of the pass has the slot `slots_B[b]`.
+
+    A pass stores its new keys and values in two ways: `update` is the plain one; a kernel that has them
+    in hand writes to `cache_of` itself and then asks `attended` what to attend to.
+    """
+
+    attends_new = False  # True: new keys and values are all that is attended to
+
+    def __init__(self, cache: KVCache, slots_B: Tensor | None) -> None:
+        """Without `slots_B` row b has slot b."""
+        self.cache, self.slots_B = cache, slots_B
+
+    def cache_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [S, H, C, K] each."""
+        return self.cache.keys[layer], self.cache.values[layer]
+
+    def attended(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values to attend to, once the new ones are stored."""
+        keys, values = self.cache_of(layer)
+        return self._read(keys), self._read(values)
+
+    def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values, and return those to attend to."""
+        for stored_SHCK, new_BHTK in zip(self.cache_of(layer), (k_BHTK, v_BHTK), strict=True):
+            self._write(stored_SHCK, new_BHTK)
+        return self.attended(layer, k_BHTK, v_BHTK)
+
+    @abstractmethod
+    def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> None:
+        """Put new keys or values into the slots."""
+
+    def _read(self, stored_SHCK: Tensor) -> Tensor:
+        """Keys or values [B, H, S, K] of the slots; a store that attends to the new ones alone needs none."""
+        return stored_SHCK
+
+
+class PrefixStore(SlotStore):
+    """Prefill of image prefixes: rows start at position 0 and attend to nothing but themselves."""
+
+    attends_new = True
+
+    def attended(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        return k_BHTK, v_BHTK
+
+    def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> None:
+        stored_SHCK[self.slots_B, :, : new_BHTK.shape[2]] = new_BHTK
+
+
+class PromptStore(SlotStore):
+    """Prefill of prompts: each row writes behind what its slot holds and attends to all of it.
+
+    `position_BT` are the absolute positions of the new entries, `length` bounds what is attended to.
+    """
+
+    def __init__(self, cache: KVCache, slots_B: Tensor, position_BT: Tensor, length: int) -> None:
+        super().__init__(cache, slots_B)
+        self._slots_B, self.position_BT, self.length = slots_B, position_BT, length
+
+    def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> None:
+        stored_SHCK[self._slots_B[:, None], :, self.position_BT] = new_BHTK.transpose(1, 2)
+
+    def _read(self, stored_SHCK: Tensor) -> Tensor:
+        return stored_SHCK[:, :, : self.length].index_select(0, self._slots_B)
+
+
+class DecodeStore(SlotStore):
+    """One decode step of slots 0 … n-1: one new position each, read in place.
+
+    All of the capacity is attended to (under a mask): a shorter view would not be contiguous, and
+    the matrix products of a CPU copy such views whole, at every step.
+    """
+
+    def __init__(self, cache: KVCache, position_N: Tensor) -> None:
+        super().__init__(cache, None)
+        self.position_N = position_N
+        self._rows_N: Tensor | None = None  # made when first written: kernels that write themselves need none
+
+    def _write(self, stored_SHCK: Tensor, new_NH1K: Tensor) -> None:
+        if self._rows_N is None:
+            self._rows_N = torch.arange(self.position_N.shape[0], device=self.position_N.device)
+        stored_SHCK[self._rows_N, :, self.position_N] = new_NH1K[:, :, 0]
+
+    def _read(self, stored_SHCK: Tensor) -> Tensor:
+        return stored_SHCK[: self.position_N.shape[0]]

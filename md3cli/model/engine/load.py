@@ -1,0 +1,451 @@
+"""From options to a ready engine: which files, which device, which dtype, how many at once.
+
+How large a checkpoint's weights become in memory, and whether a CUDA device holds them. From headers only.
+
+What this machine offers a model: for `md3 doctor`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+
+from md3cli.config import ModelOptions
+from md3cli.errors import ConfigError, OutputError
+from md3cli.file_cache import FileCache
+from md3cli.model.engine.encoder import EncodingCache, ImageEncoder
+from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.kernels import optimise
+from md3cli.model.engine.memory import free_bytes, least_room, plan_memory
+from md3cli.model.engine.prompts import Prompts, Tokenizer
+from md3cli.model.kernels.availability import (
+    cuda_fault,
+    is_cuda_available,
+    kernel_fault,
+    require_kernels,
+    triton_version,
+)
+from md3cli.model.network.allocator import keep_freed_memory
+from md3cli.model.network.config import MAX_CONTEXT_LIMIT
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.quant.layers import has_low_bits as has_low_bits_packed
+from md3cli.model.quant.layers import quantise_vision
+from md3cli.model.quant.load import NONE, STORED, has_low_bits, load_dequantised, load_low_bit, low_bit_of
+from md3cli.model.quant.matrices import has_int8_products
+from md3cli.model.quant.search import CodeCache
+from md3cli.model.weights.adapters import base_of, merge_adapter
+from md3cli.model.weights.codes import LowBit
+from md3cli.model.weights.files import find_weight_files
+from md3cli.model.weights.hub import is_repo_id, repo_of, resolve_model
+from md3cli.model.weights.names import INT4_GROUP, Slot
+from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
+from md3cli.model.weights.read import LoadedModel, load_model
+from md3cli.records import RunIdentity
+from md3cli.settings import user_cache_dir
+
+_SCALE_BYTES = 4  # scales and zero points are float32
+
+
+def weight_bytes(plan: CheckpointPlan, quant: str, dtype: torch.dtype) -> int:
+    """Bytes of all weights as `--quant` holds them, the plain ones in `dtype`; in float32 all are plain."""
+    return sum(_slot_bytes(slot, quant, dtype) for slot in plan.slots)
+
+
+def _slot_bytes(slot: Slot, quant: str, dtype: torch.dtype) -> int:
+    count = prod(slot.shape)
+    match low_bit_of(slot, quant) if dtype is not torch.float32 else None:
+        case None:
+            return count * dtype.itemsize
+        case LowBit.INT4:
+            return count // 2 + count // INT4_GROUP * 2 * _SCALE_BYTES
+        case LowBit.INT8 | LowBit.FP8:
+            return count + count // slot.shape[-1] * _SCALE_BYTES
+
+
+def check_weights_fit(
+    plan: CheckpointPlan,
+    name: str,
+    *,
+    quant: str,
+    dtype: torch.dtype,
+    max_context: int,
+    device: torch.device,
+    free: int,
+) -> None:
+    """Nothing where the weights and one picture's work fit into `free` bytes of `device`.
+
+    Args:
+        name: the model, as the user calls it.
+        quant: as `--quant`.
+
+    Raises:
+        ConfigError: they do not fit; names what is needed, what is free and the largest form that fits.
+    """
+
+    def fits(size: int, kind: torch.dtype) -> bool:
+        return size + least_room(plan.config, kind, max_context) <= free
+
+    needed = weight_bytes(plan, quant, dtype)
+    if fits(needed, dtype):
+        return
+    fitting = [(size, flags) for flags, size, kind in _other_forms(plan, quant, dtype) if fits(size, kind)]
+    advice = "use a card with more memory"
+    if fitting:
+        size, flags = max(fitting, key=itemgetter(0))  # of equals the first
+        advice = f"use {flags} ({size / 1e9:.1f} GB)"
+    room = least_room(plan.config, dtype, max_context)
+    raise ConfigError(
+        f"{name} {_form(plan, quant, dtype)} takes {needed / 1e9:.1f} GB and {room / 1e9:.1f} GB to work in, "
+        f"and {device} has {free / 1e9:.1f} GB free: {advice}, or --device cpu"
+    )
+
+
+def _form(plan: CheckpointPlan, quant: str, dtype: torch.dtype) -> str:
+    if dtype is torch.float32 or not has_low_bits(plan, quant):
+        return f"in {8 * dtype.itemsize} bits"
+    return "as stored" if quant == STORED else f"in {quant}"
+
+
+def _other_forms(plan: CheckpointPlan, quant: str, dtype: torch.dtype) -> Iterator[tuple[str, int, torch.dtype]]:
+    """What else can be asked for: (the options that say it, bytes of the weights, dtype of the activations)."""
+    half = torch.bfloat16 if dtype is torch.float32 else dtype
+    shorter = "--dtype auto" if dtype is torch.float32 else ""
+    for other in dict.fromkeys((quant, STORED, NONE, LowBit.INT8, LowBit.INT4)):
+        flags = " ".join(filter(None, (shorter, f"--quant {other}" if other != quant else "")))
+        if flags:
+            yield flags, weight_bytes(plan, other, half), half
+
+
+DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+QUANTS = ("stored", "none", "int8", "int4")
+# Products of a model below this are too small to share: a second thread waits (and spins) more than it
+# computes, ten times over when the machine has other work. Process-wide, as torch has it.
+ONE_THREAD_BYTES = 64 << 20
+SMALL_MODEL_BYTES = 1 << 30  # on CPU, models below it gain nothing from 16 bits
+FULL_CAPABILITY = (8, 0)  # bf16 units, and matrix units that Triton knows how to use
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def load_engine(options: ModelOptions) -> Engine:
+    """Resolve, load and set up the model named by `options`.
+
+    Raises:
+        CheckpointError: the weights, config or tokenizer cannot be had or do not fit.
+        ConfigError: a device, dtype or setting that is not to be had here.
+    """
+    torch.set_flush_denormal(True)  # denormals make CPU arithmetic five times slower
+    device = choose_device(options.device)
+    prepare_device(device, options.cache_dir)
+    files = resolve_model(
+        options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline
+    )
+    weight_bytes = sum(file.stat().st_size for file in find_weight_files(files.path).files)
+    vision_threads = torch.get_num_threads()
+    if device.type == "cpu" and weight_bytes < ONE_THREAD_BYTES:
+        torch.set_num_threads(1)
+    dtype = choose_dtype(options.dtype, device, weight_bytes)
+    loaded = load_weights(options, files.path, dtype=dtype, device=device)
+    if options.adapter:
+        warn_of_another_base(Path(options.adapter).expanduser(), options.model)
+    store = open_cache(options, loaded.model)  # before kernels take the weights over: its keys cover them
+    if options.quant_vision != "none":
+        quantise_vision_for(options, loaded.model)
+    keep_freed_memory()  # from here on: what loading takes and frees is of other sizes
+    tokenizer = Tokenizer.load(files.tokenizer_file, loaded.config)
+    max_context = choose_max_context(options.max_context, loaded.config.text.max_context, loaded.config.prefix_len)
+    optimise(loaded.model, for_compiling=bool(options.compile))
+    plan = plan_memory(options.batch_size, loaded.config, dtype, device, max_context)
+    engine = Engine(
+        loaded.model,
+        tokenizer,
+        Prompts(loaded.config, tokenizer, files.name),
+        ImageEncoder(loaded.model, store=store, max_crops=plan.max_crops, threads=vision_threads),
+        identity=run_identity(options, files.identity),
+        batch_size=plan.slots,
+        max_context=max_context,
+        prefill_tokens=plan.prefill_tokens,
+    )
+    if options.compile:
+        compile_engine(engine, options.cache_dir)
+    if engine.batch_size < plan.slots:
+        warnings.warn(
+            f"memory was free for a batch of {plan.slots} and then held {engine.batch_size}: something else runs on "
+            f"{device}",
+            stacklevel=2,
+        )
+    return engine
+
+
+def load_weights(options: ModelOptions, path: Path, *, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """The network of the checkpoint at `path`, its adapter merged, in as many bits as the options say.
+
+    With `--dtype fp32` low bits are what values are rounded to, not how they are computed: the plain
+    float32 network of the values that the codes stand for.
+
+    Raises:
+        CheckpointError: the weights or the adapter cannot be had or do not fit.
+        ConfigError: no such scheme, or a CUDA device too small for the weights.
+    """
+    if options.quant not in QUANTS:
+        raise ConfigError(f"--quant {options.quant:.80}: use {', '.join(QUANTS)}")
+    plan = plan_checkpoint(path)
+    if device.type == "cuda":  # elsewhere the system pages, or says so itself
+        context = choose_max_context(options.max_context, plan.config.text.max_context, plan.config.prefix_len)
+        check_weights_fit(
+            plan,
+            options.model,
+            quant=options.quant,
+            dtype=dtype,
+            max_context=context,
+            device=device,
+            free=free_bytes(device),
+        )
+    adapter = Path(options.adapter) if options.adapter else None
+    if has_low_bits(plan, options.quant):
+        if options.dtype == "fp32":
+            return load_dequantised(plan, quant=options.quant, device=device, adapter=adapter)
+        files = open_files(options) if options.cache else None
+        cache = CodeCache(files, plan.files, dtype, device) if files is not None else None
+        return load_low_bit(
+            plan,
+            quant=options.quant,
+            dtype=dtype,
+            device=device,
+            adapter=adapter,
+            cache=cache,
+            for_kernels=device.type == "cuda",
+        )
+    loaded = load_model(path, dtype=dtype, device=device)
+    if adapter is not None:
+        merge_adapter(loaded.model, adapter)
+    return loaded
+
+
+def warn_of_another_base(adapter: Path, model: str) -> None:
+    """Warn where an adapter names another repository as its base than the one it is merged into."""
+    base, repo = base_of(adapter), repo_of(model)
+    if base is not None and is_repo_id(base) and repo is not None and base.lower() != repo.lower():
+        warnings.warn(f"adapter {adapter} says it was trained on {base}; it is merged into {repo}", stacklevel=2)
+
+
+def quantise_vision_for(options: ModelOptions, model: Moondream3) -> None:
+    """Put the vision encoder's products into int8, as `--quant-vision` asks.
+
+    Raises:
+        ConfigError: no such scheme, or nothing here that computes it.
+    """
+    said = f"--quant-vision {options.quant_vision:.80}"
+    if options.quant_vision != "int8":
+        raise ConfigError(f"{said}: use none or int8")
+    if options.dtype == "fp32":
+        raise ConfigError(f"{said} is not computed in float32; leave --dtype fp32 out")
+    if model.device.type != "cpu" or not has_int8_products():
+        raise ConfigError(f"{said} needs a CPU with torch's int8 engine (x86); leave it out")
+    quantise_vision(model.vision)
+
+
+def compile_engine(engine: Engine, cache_dir: Path | None) -> None:
+    """Compile the engine's passes, what is generated kept in the cache folder; without a compiler warn and go on."""
+    missing = missing_compiler(engine.model.device)
+    if engine.model.device.type == "cpu" and has_low_bits_packed(engine.model):
+        missing = "the CPU's low-bit products are no compiler's business"
+    if missing is not None:
+        warnings.warn(f"nothing is compiled: {missing}; the answers are the same", stacklevel=2)
+        return
+    _keep_compiled("TORCHINDUCTOR_CACHE_DIR", (cache_dir or user_cache_dir()) / "inductor")
+    engine.compile()
+
+
+def _keep_compiled(variable: str, folder: Path) -> None:
+    """Have a compiler keep what it makes in `folder`; in its own, which is another one, where that cannot be made."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault(variable, str(folder))
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile lacks on this machine, in words; None when it can work."""
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "the package triton is not installed"
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
+    if any(map(shutil.which, names)):
+        return None
+    return f"no C++ compiler ({', '.join(names)}) is installed"
+
+
+def open_cache(options: ModelOptions, model: Moondream3) -> EncodingCache | None:
+    """The encoding cache on disk, where it is wanted; None leaves disks alone.
+
+    Raises:
+        OutputError: the folder cannot be used.
+    """
+    if not options.cache:
+        return None
+    files = open_files(options)
+    if files is None:
+        return None
+    return EncodingCache(files, model, background=options.background, quant_vision=options.quant_vision)
+
+
+def open_files(options: ModelOptions) -> FileCache | None:
+    """Return the folder of everything that outlives a run; None, and a warning, where the user's own cannot be used.
+
+    Raises:
+        OutputError: --cache-dir cannot be used.
+    """
+    try:
+        return FileCache(options.cache_dir or user_cache_dir(), options.cache_size)
+    except OutputError as error:
+        if options.cache_dir is not None:
+            raise
+        warnings.warn(f"nothing is kept for the next run: {error}", stacklevel=2)
+        return None
+
+
+def run_identity(options: ModelOptions, model: str) -> RunIdentity:
+    """What of the options goes into every record's id; `model` is name@revision."""
+    return RunIdentity(
+        model=model,
+        dtype=options.dtype,
+        quant=options.quant_identity,
+        adapter=options.adapter or "",
+        background=options.background,
+    )
+
+
+def prepare_device(device: torch.device, cache_dir: Path | None = None) -> None:
+    """Set this process up for a CUDA device, before anything is allocated there; nothing to do for others.
+
+    Compiled kernels are kept in `cache_dir`, by default the user's cache folder, and not in a folder of Triton's own.
+
+    Raises:
+        ConfigError: the kernels cannot run on it.
+    """
+    if device.type != "cuda":
+        return
+    if os.environ.keys().isdisjoint(ALLOCATOR_VARIABLES):
+        # torch reads it when CUDA allocates first (2.11 and 2.13: not when it is imported). Segments that grow
+        # leave no holes where caches and micro-batches of other sizes were.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    _keep_compiled("TRITON_CACHE_DIR", (cache_dir or user_cache_dir()) / "triton")
+    require_kernels(device)
+    if torch.cuda.get_device_capability(device) < FULL_CAPABILITY:
+        name, least = torch.cuda.get_device_name(device), ".".join(map(str, FULL_CAPABILITY))
+        # Triton compiles products for them without matrix instructions, and spills.
+        warnings.warn(f"{name} is older than compute capability {least}: slow, and computed in fp16", stacklevel=2)
+    torch.cuda.set_device(device)
+    # Sums of a product's parts stay in float32, so that they do not depend on how cuBLAS cuts it.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device, else Apple's GPU, else the CPU; a GPU that torch cannot use is warned of.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        if is_cuda_available():
+            return torch.device("cuda", 0)
+        if torch.cuda.device_count():  # counted by the driver, whatever its age
+            warnings.warn(f"no GPU is used: {cuda_fault()}", stacklevel=2)
+        return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name:.80}: no such kind of device; use cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda" and (fault := cuda_fault()) is not None:
+        raise ConfigError(f"--device {name}: {fault}")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"--device {name}: this machine has {count} CUDA device(s), from cuda:0 on")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"--device {name}: no Apple GPU here; try --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"--device {name}: use cpu, cuda, cuda:1 or mps")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def choose_dtype(name: str, device: torch.device, weight_bytes: int) -> torch.dtype:
+    """`auto` is bf16; on a CPU fp32 where bf16 is slow or pointless: without bf16 units, or for a small model.
+
+    On CUDA below compute capability 8.0 `auto` is fp16: these cards have no bf16 units, and float32 does not fit.
+
+    Raises:
+        ConfigError: no such dtype.
+    """
+    if name != "auto":
+        if name not in DTYPES:
+            raise ConfigError(f"--dtype {name:.80}: use auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type == "cpu" and (weight_bytes < SMALL_MODEL_BYTES or not has_fast_bf16_cpu()):
+        return torch.float32
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FULL_CAPABILITY:
+        return torch.float16
+    return torch.bfloat16
+
+
+def has_fast_bf16_cpu() -> bool:
+    """True when this CPU multiplies bf16 natively (AVX512-BF16 or AMX on x86, BF16 on Arm)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def choose_max_context(asked: int | None, of_config: int, prefix_len: int) -> int:
+    """Positions a sequence may fill: as asked, else the config's.
+
+    Raises:
+        ConfigError: more than 32768, or no room behind an image.
+    """
+    value = of_config if asked is None else asked
+    if asked is not None and not prefix_len < asked <= MAX_CONTEXT_LIMIT:
+        raise ConfigError(
+            f"--max-context {asked}: an image alone takes {prefix_len}; use {prefix_len + 1} to {MAX_CONTEXT_LIMIT}"
+        )
+    return min(value, MAX_CONTEXT_LIMIT)
+
+
+LARGE_MODEL_BYTES = 18 * 10**9  # the real one in 16 bits
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """`dtype` is what `auto` means on this device for the real model; `free_bytes` is the device's memory.
+
+    `triton` is its version, empty where it is not installed or not used; `kernel_fault` what keeps the CUDA kernels
+    from running on the device, in words.
+    """
+
+    torch_version: str
+    device: str
+    name: str
+    dtype: str
+    num_threads: int
+    free_bytes: int
+    triton: str = ""
+    kernel_fault: str | None = None
+
+
+def device_facts(device: str = "auto") -> DeviceFacts:
+    """The facts about `device`.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    chosen = choose_device(device)
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type
+    dtype = str(choose_dtype("auto", chosen, LARGE_MODEL_BYTES)).removeprefix("torch.")
+    facts = DeviceFacts(torch.__version__, str(chosen), name, dtype, torch.get_num_threads(), free_bytes(chosen))
+    if chosen.type == "cuda":
+        facts = replace(facts, triton=triton_version(), kernel_fault=kernel_fault(chosen))
+    return facts

@@ -1,0 +1,217 @@
+"""How much memory there is, and whether an error means there was too little.
+
+How many CPU threads torch uses, for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from md3cli.errors import ConfigError
+from md3cli.model.network.config import HEAD_DIM, ModelConfig
+
+
+@contextlib.contextmanager
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """Let operations use this many threads inside; None changes nothing."""
+    before = torch.get_num_threads()
+    if number is None or number == before:
+        yield
+        return
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+MAX_BATCH = {"cpu": 32, "cuda": 128, "mps": 32}
+SMALL_SLOT_BYTES = 8 << 20  # of a slot; a smaller model's step is spent on calling operators
+MAX_BATCH_OF_SMALL = 64
+KV_SHARE = 0.5  # of the free memory goes to slots; the rest is activations and room
+
+# What a CUDA device holds beside the weights: counted from the passes at the real model's sizes, not yet measured.
+WORKSPACE_BYTES = 600_000_000  # the pool of CUDA graphs, workspaces of cuBLAS
+REMEMBERED_BYTES = 256 << 20  # embeddings of pictures that may come again (`encoder.MEMORY_BYTES`)
+VISION_WIDTHS = 12.5  # widths of the encoder alive for each patch of a micro-batch: 21 MB a crop in 16 bits
+PREFILL_WIDTHS = 29.3  # widths of the decoder alive for each token of a prefill pass: 120 kB in 16 bits
+SLOT_POSITIONS = 1536  # a picture's prefix, a prompt and nearly every answer; longer ones are the engine's business
+SLOT_SHARE = 0.9  # of what is left; the rest is pictures on their way (7 MB a slot: crops, embeddings) and fragments
+# Errors of the CUDA libraries, which torch passes on as RuntimeError: their own allocations failed (cuDNN 8, 9).
+LIBRARIES_OUT_OF_MEMORY = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+)
+
+
+class PassSizes(NamedTuple):
+    """Crops of a vision micro-batch and pictures of a prefill pass, taken where at least `least_slots` fit beside."""
+
+    crops: int
+    pictures: int
+    least_slots: int
+
+
+# Large passes read the experts' weights once for many pictures; they serve an engine of many slots only.
+LARGE_PASSES = PassSizes(36, 16, least_slots=16)
+SMALL_PASSES = (PassSizes(9, 1, least_slots=4), PassSizes(3, 1, least_slots=1), PassSizes(1, 1, least_slots=1))
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How much is done at once: sequences in flight, crops of a vision micro-batch, tokens of a prefill pass.
+
+    None leaves a size to its part of the engine, which knows a usual one for each kind of device.
+    """
+
+    slots: int
+    max_crops: int | None = None
+    prefill_tokens: int | None = None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for an allocation that failed on any device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return any(sign in text for sign in ("can't allocate memory", "out of memory", *LIBRARIES_OUT_OF_MEMORY))
+
+
+def shortage(error: BaseException) -> str:
+    """What an error says of an allocation that failed, without the paragraph on torch's settings behind it."""
+    text = str(error) or type(error).__name__
+    return ". ".join(text.splitlines()[0].split(". ")[:2]).removesuffix(".")
+
+
+def release(device: torch.device) -> None:
+    """Give back what a CUDA device holds for nobody: a model that was dropped, what loading took for a while."""
+    if device.type == "cuda":
+        gc.collect()  # parts of a model refer to themselves: its weights stay until cycles are looked for
+        torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be allocated on a device now."""
+    if device.type == "cuda":
+        release(device)
+        free, _ = torch.cuda.mem_get_info(device)  # makes the context, 0.5 GB, where there is none yet
+        return int(free)
+    if device.type == "mps":
+        return max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory()))
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 4 * 2**30  # no way to ask (a CPU under macOS, Windows): a small machine
+
+
+def slot_bytes(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> int:
+    """Keys and values of one slot."""
+    return 2 * config.text.n_layers * config.text.n_heads * HEAD_DIM * num_positions * dtype.itemsize
+
+
+def fitting_slots(config: ModelConfig, dtype: torch.dtype, device: torch.device, max_context: int) -> int:
+    """Sequences in flight whose keys and values fit beside the model.
+
+    Slots are reckoned at the picture's prefix and 512 positions more (or the whole context).
+    """
+    positions = min(max_context, config.prefix_len + 512)
+    return max(1, int(free_bytes(device) * KV_SHARE) // slot_bytes(config, positions, dtype))
+
+
+def plan_memory(
+    asked: int | None, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_context: int
+) -> MemoryPlan:
+    """What fits on `device` beside the model that is there; `asked` slots, or fewer, which is said then.
+
+    Raises:
+        ConfigError: a CUDA device has no room for one picture at a time.
+    """
+    if device.type == "cuda":
+        plan = plan_cuda(free_bytes(device), config, dtype, max_context, asked=asked)
+    else:
+        plan = MemoryPlan(_slots_by_share(asked, config, dtype, device, max_context))
+    if asked is not None and asked > plan.slots:
+        warnings.warn(f"--batch-size {asked}: memory holds {plan.slots}; that many are used", stacklevel=2)
+    return plan
+
+
+def _slots_by_share(
+    asked: int | None, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_context: int
+) -> int:
+    """On the CPU or Apple's GPU: as asked, or a power of two up to `MAX_BATCH`; never more than fit."""
+    fitting = fitting_slots(config, dtype, device, max_context)
+    if asked is not None:
+        return min(asked, fitting)
+    is_small = slot_bytes(config, config.prefix_len + 512, dtype) < SMALL_SLOT_BYTES
+    limit = max(MAX_BATCH.get(device.type, MAX_BATCH["cpu"]), MAX_BATCH_OF_SMALL if is_small else 0)
+    return 1 << (min(fitting, limit).bit_length() - 1)
+
+
+def plan_cuda(
+    free: int, config: ModelConfig, dtype: torch.dtype, max_context: int, *, asked: int | None = None
+) -> MemoryPlan:
+    """Sizes for a CUDA device with `free` bytes beside the weights and the context.
+
+    First comes what passes need, then as many slots as the rest holds, up to `asked`.
+
+    Raises:
+        ConfigError: not even one slot, one crop and one picture fit.
+    """
+    limit = MAX_BATCH["cuda"] if asked is None else asked
+    slot = _cuda_slot_bytes(config, dtype, max_context)
+    for sizes in (LARGE_PASSES, *SMALL_PASSES) if limit >= LARGE_PASSES.least_slots else SMALL_PASSES:
+        fitting = int((free - pass_bytes(config, sizes, dtype)) * SLOT_SHARE) // slot
+        if fitting >= sizes.least_slots:
+            return MemoryPlan(min(fitting, limit), sizes.crops, sizes.pictures * config.prefix_len)
+    raise ConfigError(
+        f"{free / 1e9:.1f} GB of GPU memory are free beside the model and one picture at a time takes "
+        f"{least_room(config, dtype, max_context) / 1e9:.1f} GB: use --quant int4, a smaller --max-context, or a card "
+        "with more memory"
+    )
+
+
+def pass_bytes(config: ModelConfig, sizes: PassSizes, dtype: torch.dtype) -> int:
+    """What a CUDA device holds besides weights and slots while passes of these sizes run."""
+    values = sizes.crops * config.vision.num_patches * config.vision.enc_dim * VISION_WIDTHS
+    values += sizes.pictures * config.prefix_len * config.text.dim * PREFILL_WIDTHS
+    return WORKSPACE_BYTES + REMEMBERED_BYTES + int(values * dtype.itemsize)
+
+
+def least_room(config: ModelConfig, dtype: torch.dtype, max_context: int) -> int:
+    """What a CUDA device needs beside the weights to answer anything: one slot, one crop, one picture."""
+    slot = _cuda_slot_bytes(config, dtype, max_context)
+    return pass_bytes(config, SMALL_PASSES[-1], dtype) + int(slot / SLOT_SHARE)
+
+
+def _cuda_slot_bytes(config: ModelConfig, dtype: torch.dtype, max_context: int) -> int:
+    return slot_bytes(config, min(max_context, SLOT_POSITIONS), dtype)
+
+
+def peak_rss() -> int:
+    """Most memory this process ever held (since the last reset, where the system can), in bytes."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_rss() -> None:
+    """Start counting the peak anew, where the system can (Linux)."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")

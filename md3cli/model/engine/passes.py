@@ -1,0 +1,280 @@
+"""The engine's forward passes: pictures' prefixes, prompts, one decode step.
+
+Three functions of tensors do the work and can be compiled: `run_prefixes`, `run_prompts`,
+`decode_step`. `Passes` prepares their inputs and sends all that a batch of prompts needs to the device
+at once (`host_block`). Eager passes take the sizes as they come; compiled ones pad rows and lengths to
+a few fixed sizes, so that after each size was seen once nothing is compiled again. Padding repeats a
+row that is there anyway or writes where nothing has been attended to yet, so it changes no answer.
+
+Shape suffixes: B rows of a prefill, N rows of a decode step or of a group's prompts, P image positions,
+T new positions, D width, C coordinates and Z sizes that prompts refer to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from md3cli.model.engine.host_block import send
+from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore, round_up
+from md3cli.model.engine.sequence import Generation
+from md3cli.model.engine.state import Mode, Rows, Step, advance
+from md3cli.model.kernels.tiles import PassKind
+from md3cli.model.network.moondream import Moondream3
+from md3cli.records import Task
+
+IDLE = int(Mode.IDLE)
+PROMPT_STEP = 32  # compiled prompts are padded to a multiple of this
+
+
+def run_prefixes(model: Moondream3, cache: KVCache, slots_B: Tensor, embeddings_BPD: Tensor) -> None:
+    """Run pictures' prefixes into their slots; a prefix attends to all of itself and to nothing else."""
+    x_BTD = model.prefix_embeddings(embeddings_BPD)
+    position = torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[0], -1)
+    model.text(x_BTD, position, None, PrefixStore(cache, slots_B), only_stores=True)
+
+
+def run_prompts(
+    model: Moondream3, cache: KVCache, slots_B: Tensor, x_BTD: Tensor, start_B: Tensor, last_B: Tensor, total: int
+) -> Tensor:
+    """Run prompts into slots behind position `start_B`; the hidden state at index `last_B` of each [B, D]."""
+    device = x_BTD.device
+    position_BT = start_B[:, None] + torch.arange(x_BTD.shape[1], device=device)
+    mask = (torch.arange(total, device=device) <= position_BT[:, :, None])[:, None]
+    is_real_BT = torch.arange(x_BTD.shape[1], device=device) <= last_B[:, None]  # not padding behind a short prompt
+    store = PromptStore(cache, slots_B, position_BT, total)
+    hidden_BTD = model.text(x_BTD, position_BT, mask, store, is_real_BT)
+    return hidden_BTD[torch.arange(x_BTD.shape[0], device=device), last_B]  # type: ignore[no-any-return]
+
+
+def decode_step(
+    model: Moondream3, cache: KVCache, rows: Rows, next_ND: Tensor, max_context: int, *, is_sampled: bool
+) -> Step:
+    """Feed slots 0 … N-1 their next inputs and take their next decisions."""
+    position_N1 = rows.position[:, None]
+    mask = (torch.arange(cache.capacity, device=next_ND.device) <= position_N1[:, :, None])[:, None]
+    store = DecodeStore(cache, rows.position)
+    is_live_N = rows.mode != IDLE
+    hidden_ND = model.text(next_ND[:, None], position_N1, mask, store, is_live_N[:, None])[:, 0]
+    moved = rows._replace(position=rows.position + is_live_N)
+    return advance(model, moved, hidden_ND, max_context, is_sampled=is_sampled)
+
+
+class Passes:
+    """The three passes over one model, eager until `compile` is called."""
+
+    def __init__(self, model: Moondream3) -> None:
+        self.model = model
+        self.is_compiled = False
+        self._run_prefixes, self._run_prompts, self._decode_step = run_prefixes, run_prompts, decode_step
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile each pass for fixed sizes; what is already compiled for a size is used again."""
+        self.is_compiled = True
+        self._run_prefixes = torch.compile(run_prefixes, dynamic=False, backend=backend)
+        self._run_prompts = torch.compile(run_prompts, dynamic=False, backend=backend)
+        self._decode_step = torch.compile(decode_step, dynamic=False, backend=backend)
+
+    def group(self, batch: Sequence[Generation], slots: Sequence[int], max_tokens: int) -> list[Group]:
+        """Sort prompts into groups of similar length: of at most `max_tokens`, padding included, or of one prompt.
+
+        Those as long as a picture's prefix go apart: kernels compute them in other tiles (`PassKind`), and a
+        short prompt padded to their width would round otherwise than alone.
+        """
+        lengths = [len(sequence.prompt.ids) for sequence in batch]
+        kinds = [PassKind.of(self._width(length), self.model.config.prefix_len) for length in lengths]
+        groups: list[list[int]] = [[]]
+        for i in sorted(range(len(batch)), key=lengths.__getitem__):
+            group = groups[-1]
+            if group and ((len(group) + 1) * lengths[i] > max_tokens or kinds[i] is not kinds[group[-1]]):
+                groups.append([])
+            groups[-1].append(i)
+        return [
+            Group([batch[i] for i in group], [slots[i] for i in group], self._width(lengths[group[-1]]))
+            for group in groups
+        ]
+
+    def _width(self, length: int) -> int:
+        return round_up(length, PROMPT_STEP) if self.is_compiled else length
+
+    def send(
+        self, prefix_slots: Sequence[Sequence[int]], groups: Sequence[Group], *, num_slots: int, prefixes_per_pass: int
+    ) -> tuple[list[Tensor], list[PromptInputs]]:
+        """Copy what a batch of prompts needs to the device, in one block of whole numbers and one of real ones.
+
+        Returns the slots of each pass of prefixes [B], and what each group's pass and first decision need.
+        """
+        if self.is_compiled:
+            prefix_slots = [_repeat_last(slots, prefixes_per_pass) for slots in prefix_slots]
+        columns = [_columns(group, num_slots if self.is_compiled else len(group.slots)) for group in groups]
+        ints, reals = send(
+            self.model.device,
+            [*prefix_slots, *chain.from_iterable(ints for ints, _ in columns)],
+            [*chain.from_iterable(reals for _, reals in columns)],
+        )
+        whole, real = iter(ints), iter(reals)
+        slots = list(islice(whole, len(prefix_slots)))
+        return slots, [
+            PromptInputs(
+                PromptInts(*islice(whole, len(PromptInts._fields))),
+                PromptReals(*islice(real, len(PromptReals._fields))),
+            )
+            for _ in groups
+        ]
+
+    def prefill_prefixes(self, cache: KVCache, slots_B: Tensor, embeddings: Sequence[Tensor]) -> None:
+        """Run pictures' prefixes into their slots; `slots_B` are those that `send` returned for them."""
+        self._run_prefixes(self.model, cache, slots_B, torch.stack(_repeat_last(embeddings, len(slots_B))))
+
+    def prefill_prompts(self, cache: KVCache, group: Group, inputs: PromptInputs) -> Tensor:
+        """Run prompts into slots that hold their pictures' prefixes; hidden state after each prompt [N, D].
+
+        Padding behind a short prompt is overwritten by its answer before anything attends to it. The
+        cache must hold `group.total` positions.
+        """
+        hidden_BD = self._run_prompts(
+            self.model,
+            cache,
+            inputs.ints.slots,
+            embed_prompts(self.model, inputs),
+            inputs.ints.start,
+            inputs.ints.last,
+            cache.capacity if self.is_compiled else group.total,
+        )
+        return hidden_BD[: len(group.slots)]
+
+    def decode(
+        self, cache: KVCache, rows: Rows, next_SD: Tensor, *, num_rows: int, max_context: int, is_sampled: bool
+    ) -> Step:
+        """One decision for slots 0 … `num_rows`-1 (compiled: for all slots)."""
+        window = slice(0, cache.num_slots if self.is_compiled else num_rows)
+        return self._decode_step(
+            self.model, cache, rows.pick(window), next_SD[window], max_context, is_sampled=is_sampled
+        )
+
+
+def _repeat_last(items: Sequence, size: int) -> list:  # type: ignore[type-arg]
+    return [*items, *[items[-1]] * (size - len(items))]
+
+
+# -- what a pass of prompts is given ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Sequences whose prompts are run in one pass, their slots, and the width that prompts are padded to."""
+
+    sequences: Sequence[Generation]
+    slots: Sequence[int]
+    width: int
+
+    @property
+    def total(self) -> int:
+        """One behind the last position that is written, padding included."""
+        return self.width + max(sequence.start for sequence in self.sequences)
+
+
+V = TypeVar("V")
+
+
+class PromptInts(NamedTuple, Generic[V]):
+    """Whole numbers: lists on the host, int64 tensors on the device."""
+
+    ids: V  # [B * T]
+    slots: V  # [B]
+    start: V  # [B] position of a prompt's first id
+    last: V  # [B] index of its last id
+    coord_at: V  # [C] which of the B * T inputs are coordinates, and which are sizes
+    size_at: V  # [Z]
+    mode: V  # [N] this and what follows: `decoding.Rows`
+    is_point: V
+    limit: V
+    position: V
+    seed: V
+
+
+class PromptReals(NamedTuple, Generic[V]):
+    """Real numbers: lists on the host, float32 tensors on the device."""
+
+    coords: V  # [C]
+    sizes: V  # [Z * 2] width, height
+    temperature: V  # [N]
+    top_p: V  # [N]
+
+
+class PromptInputs(NamedTuple):
+    """What one group of prompts needs, on the device."""
+
+    ints: PromptInts[Tensor]
+    reals: PromptReals[Tensor]
+
+    def rows(self) -> Rows:
+        """State of the group's rows when their prompts have just been run."""
+        ints, reals = self.ints, self.reals
+        nothing_yet = torch.zeros_like(ints.mode)
+        return Rows(
+            mode=ints.mode,
+            is_first=torch.ones_like(ints.mode, dtype=torch.bool),
+            is_point=ints.is_point.bool(),
+            emitted=nothing_yet,
+            limit=ints.limit,
+            position=ints.position,
+            temperature=reals.temperature,
+            top_p=reals.top_p,
+            seed=ints.seed,
+            draws=nothing_yet,
+        )
+
+
+def _columns(group: Group, num_rows: int) -> tuple[PromptInts[list[int]], PromptReals[list[float]]]:
+    """A group as lists; the pass gets `num_rows` rows, the last one repeated."""
+    sequences, requests = group.sequences, [sequence.job.request for sequence in group.sequences]
+    passed = _repeat_last(sequences, num_rows)
+    coords = [(row * group.width + i, value) for row, s in enumerate(passed) for i, value in s.prompt.coords]
+    sizes = [(row * group.width + i, size_wh) for row, s in enumerate(passed) for i, size_wh in s.prompt.sizes]
+    ints = PromptInts(
+        ids=[id for sequence in passed for id in _padded(sequence, group.width)],
+        slots=_repeat_last(group.slots, num_rows),
+        start=[sequence.start for sequence in passed],
+        last=[len(sequence.prompt.ids) - 1 for sequence in passed],
+        coord_at=[index for index, _ in coords],
+        size_at=[index for index, _ in sizes],
+        mode=[int(sequence.start_mode) for sequence in sequences],
+        is_point=[int(request.task is Task.POINT) for request in requests],
+        limit=[sequence.limit for sequence in sequences],
+        position=[sequence.start + len(sequence.prompt.ids) for sequence in sequences],
+        seed=[wrap_int64(request.seed) for request in requests],
+    )
+    reals = PromptReals(
+        coords=[value for _, value in coords],
+        sizes=[side for _, size_wh in sizes for side in size_wh],
+        temperature=[request.temperature for request in requests],
+        top_p=[request.top_p for request in requests],
+    )
+    return ints, reals
+
+
+def _padded(sequence: Generation, width: int) -> list[int]:
+    ids = sequence.prompt.ids
+    return ids + [sequence.config.tokenizer.eos_id] * (width - len(ids))
+
+
+def embed_prompts(model: Moondream3, inputs: PromptInputs) -> Tensor:
+    """Embeddings of a group's prompts [B, T, D], spatial references filled in (plain: `plain.prompt_embeddings`)."""
+    ints, reals = inputs
+    x_TD = model.text.embed(ints.ids)  # T: the positions of all rows, one row behind the other
+    if len(ints.coord_at):
+        x_TD.index_copy_(0, ints.coord_at, model.region.encode_coord(reals.coords))
+    if len(ints.size_at):
+        x_TD.index_copy_(0, ints.size_at, model.region.encode_size(reals.sizes.view(-1, 2)))
+    return x_TD.view(len(ints.slots), -1, x_TD.shape[1])
+
+
+def wrap_int64(value: int) -> int:
+    """A seed of any size as a signed 64-bit number."""
+    return (value + 2**63) % 2**64 - 2**63

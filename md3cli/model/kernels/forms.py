@@ -1,0 +1,110 @@
+"""The text decoder's parts as the kernels compute them, put in place of the plain ones of a loaded model.
+
+`place_forms` is called once, when an engine on CUDA is built. Each form computes what its plain twin
+does: `FusedExperts` is `moe.MoeMlp.run_experts` with the router's choice and the block's sums,
+`FusedProjection` is `text.TextAttention.plain_projection`.
+
+Shape suffixes: B sequences, T new positions, N = B * T tokens, D width, X experts, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from md3cli.model.engine.kv_cache import SlotStore
+from md3cli.model.kernels import operators
+from md3cli.model.kernels.layers import KernelExperts
+from md3cli.model.kernels.tiles import PassKind, Product, tile_of
+from md3cli.model.kernels.weights import KernelWeight, WeightForm
+from md3cli.model.network.moe import ExpertMatrices, MoeMlp
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.network.text import KeyValueStore, TextAttention
+
+OPS = torch.ops.md3
+
+
+def place_forms(model: Moondream3) -> None:
+    """Exchange the experts and the projections of every text layer for the kernels' forms, in place."""
+    prefix_len = model.config.prefix_len
+    for module in list(model.text.modules()):
+        if isinstance(module, MoeMlp) and module.fused is None:
+            module.fused = FusedExperts(module, prefix_len)
+        elif isinstance(module, TextAttention) and not isinstance(module.project, FusedProjection):
+            module.project = FusedProjection(module, prefix_len)
+
+
+class FusedExperts:
+    """All experts of a layer in four kernels (six for many tokens), in any form of weight; idle tokens cost nothing."""
+
+    def __init__(self, layer: MoeMlp, prefix_len: int) -> None:
+        self.router, self.num_choices, self.prefix_len = layer.router, layer.config.experts_per_token, prefix_len
+        self.fc1, self.fc2 = expert_weight(layer.fc1), expert_weight(layer.fc2)
+
+    def __call__(
+        self, h_BTD: Tensor, live_BT: Tensor | None, residual_BTD: Tensor | None, branch_BTD: Tensor | None
+    ) -> Tensor:
+        """`residual + branch + experts(h)` [B, T, D]; without the first two the experts' sum alone."""
+        kind = PassKind.of(h_BTD.shape[1], self.prefix_len)
+        h_ND = h_BTD.reshape(-1, h_BTD.shape[-1])
+        live_N = live_BT.reshape(-1) if live_BT is not None else None
+        summands = [s.reshape_as(h_ND) if s is not None else None for s in (residual_BTD, branch_BTD)]
+        out_ND: Tensor = self.of_rows(h_ND, self.router(h_ND), live_N, *summands, kind=kind)
+        return out_ND.view(h_BTD.shape)
+
+    def of_rows(
+        self,
+        h_ND: Tensor,
+        logits_NX: Tensor,
+        live_N: Tensor | None = None,
+        residual_ND: Tensor | None = None,
+        branch_ND: Tensor | None = None,
+        *,
+        kind: PassKind,
+    ) -> Tensor:
+        """The same for rows and the router's logits."""
+        up = tile_of(Product.UP_GATE, kind, self.fc1.form, h_ND.dtype, h_ND.device)
+        out = tile_of(Product.DOWN, kind, self.fc2.form, h_ND.dtype, h_ND.device)
+        assert up.rows == out.rows, "both products walk the same blocks"
+        plan = OPS.plan_rows if len(h_ND) <= operators.PLAN_ROWS else OPS.plan_tiles
+        pair_token, place, weight, block_expert, block_first, ends = plan(logits_NX, live_N, self.num_choices, up.rows)
+        blocks = block_expert, block_first, ends
+        y_PI = OPS.up_gate(h_ND, *self.fc1.arguments, pair_token, *blocks, up.as_list())
+        z_PD = OPS.down(y_PI, *self.fc2.arguments, *blocks, out.as_list())
+        return OPS.combine(z_PD, place, weight, residual_ND, branch_ND)  # type: ignore[no-any-return]
+
+
+class FusedProjection:
+    """q, k and v of a text layer in three kernels: the projection, tau's products, and all that follows."""
+
+    def __init__(self, plain: TextAttention, prefix_len: int) -> None:
+        self.owner, self.prefix_len = plain, prefix_len
+        self.tau_weight = torch.cat([plain.tau.wq.detach(), plain.tau.wv.detach()])
+        self.alpha = plain.tau.alpha.detach()
+
+    def __call__(
+        self, h_BTD: Tensor, position_BT: Tensor, table: Tensor, store: KeyValueStore | None, layer: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `TextAttention.plain_projection`; new keys and values go straight into a slot store's cache."""
+        qkv_N3D = self.owner.qkv(h_BTD).flatten(0, 1)
+        kind = PassKind.of(h_BTD.shape[1], self.prefix_len)
+        tile = tile_of(Product.TAU, kind, WeightForm.PLAIN, h_BTD.dtype, h_BTD.device)
+        parts = OPS.tau_products(qkv_N3D, self.tau_weight, tile.as_list())
+        slots = store if isinstance(store, SlotStore) else None
+        returns_kv = slots is None or slots.attends_new
+        cache = (slots.slots_B, *slots.cache_of(layer)) if slots is not None else (None, None, None)
+        q, k, v = OPS.tau_rope_store(qkv_N3D, parts, self.alpha, position_BT, table, *cache, returns_kv)
+        q_BHTK, k_BHTK, v_BHTK = (part.transpose(1, 2) if part.numel() else part for part in (q, k, v))
+        if slots is not None:
+            k_BHTK, v_BHTK = slots.attended(layer, k_BHTK, v_BHTK)
+        elif store is not None:
+            k_BHTK, v_BHTK = store.update(layer, k_BHTK, v_BHTK)
+        return q_BHTK, k_BHTK, v_BHTK
+
+
+def expert_weight(stack: nn.Module) -> KernelWeight:
+    """The weight of a stack of experts, plain or in codes."""
+    if isinstance(stack, ExpertMatrices):
+        return KernelWeight.of_plain(stack.weight)
+    assert isinstance(stack, KernelExperts), type(stack)
+    return stack.matrix

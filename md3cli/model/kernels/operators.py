@@ -1,0 +1,325 @@
+"""The kernels as operators of torch: what is launched for given tensors, and the shapes that come of it.
+
+Each operator has a fake form, so that the whole engine runs on fake tensors of a device that is not
+there (shapes, devices and launches are checked that way) and compilers can follow it. The same code runs
+on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1), where the kernels are tested.
+
+Importing this file imports triton: only `forms` does so, when an engine on CUDA is built.
+
+Shape suffixes: N tokens, X experts, A experts of a token, P = N * A pairs, B blocks, D width, I inner width,
+O outputs, R rows, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import Library, register_fake
+
+from md3cli.model.kernels import attention_kernels, expert_kernels
+from md3cli.model.kernels.tiles import Tile
+from md3cli.model.kernels.weights import WeightForm
+from md3cli.model.network.config import HEAD_DIM
+
+NAMESPACE = "md3"
+PLAN_HEIGHTS = (8, 64)  # rows of the one program that plans few; each is compiled when it is first met
+PLAN_ROWS = PLAN_HEIGHTS[-1]  # more rows take three kernels
+_BLOCK_CHUNK = 128  # blocks, and tiles of rows, that the planning program looks at together
+_TILE_ROWS = 64  # of the kernels that plan more rows
+_TAU_STEP = 128
+_TAU_PARTS = 12  # at most, of the sum over 6144 values: each a program, so that a few rows do not wait for one
+_COMBINED_COLUMNS = 512
+
+LAUNCHES: dict[str, int] = {}  # kernels that an operator launches, by its name
+# For compilers: the fake forms hold, and what the kernels are given must keep its layout.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_library = Library(NAMESPACE, "DEF")  # lives as long as the process: torch forgets the operators with it
+
+
+def _operator(schema: str, launches: int, fake: Callable[..., object]) -> Callable[[Callable[..., object]], None]:
+    """Register the decorated function as the operator of `schema` on CUDA and on the CPU (the interpreter)."""
+    name = schema.partition("(")[0]
+
+    def register(launch: Callable[..., object]) -> None:
+        _library.define(schema, tags=_TAGS)
+        _library.impl(name, launch, "CompositeExplicitAutograd")
+        register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        LAUNCHES[f"{NAMESPACE}::{name}"] = launches
+
+    return register
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], first: Tensor, *others: object, warps: int, stages: int = 3, **constants: int
+) -> None:
+    """Launch a kernel on the current stream of the device that its first argument is on.
+
+    Products and sums are fused as in every release of Triton up to 3.9.
+    """
+    with torch.cuda.device_of(first):  # Triton asks for the current device; a process may have engines on two
+        kernel[grid](first, *others, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+# -- the plan --------------------------------------------------------------------------------------
+
+
+def max_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:
+    """Most blocks that pairs can be cut into: an expert's last block may be short, but not empty."""
+    return min(num_pairs, num_experts + num_pairs // block_rows)
+
+
+def _empty_plan(logits_NX: Tensor, live_N: Tensor | None, num_choices: int, block_rows: int) -> tuple[Tensor, ...]:
+    """Room for pair_token [P], place [N, A], weight [N, A], block_expert [B], block_first [B], ends [X]."""
+    num_rows, num_experts = logits_NX.shape
+    num_pairs = num_rows * num_choices
+    num_blocks = max_blocks(num_pairs, num_experts, block_rows)
+
+    def whole(*shape: int) -> Tensor:
+        return logits_NX.new_empty(shape, dtype=torch.int32)
+
+    return (
+        whole(num_pairs),
+        whole(num_rows, num_choices),
+        logits_NX.new_empty((num_rows, num_choices), dtype=torch.float32),
+        whole(num_blocks),
+        whole(num_blocks),
+        whole(num_experts),
+    )
+
+
+_PLAN = (
+    "(Tensor logits, Tensor? live, int num_choices, int block_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@_operator(f"plan_rows{_PLAN}", 1, _empty_plan)
+def _plan_rows(logits_NX: Tensor, live_N: Tensor | None, num_choices: int, block_rows: int) -> tuple[Tensor, ...]:
+    """The plan of up to PLAN_ROWS rows."""
+    plan = pair_token, place, weight, block_expert, block_first, ends = _empty_plan(
+        logits_NX, live_N, num_choices, block_rows
+    )
+    num_rows, num_experts = logits_NX.shape
+    assert num_rows <= PLAN_ROWS, num_rows
+    height = next(rows for rows in PLAN_HEIGHTS if num_rows <= rows)
+    _launch(
+        expert_kernels.plan_rows, (1,),
+        logits_NX, live_N, pair_token, place, weight, block_expert, block_first, ends, num_rows, len(block_expert),
+        X=num_experts, XP=triton.next_power_of_2(num_experts), A=num_choices, BM=block_rows, R=height,
+        BP=_BLOCK_CHUNK, HAS_LIVE=live_N is not None, warps=16 if height > 8 else 4,
+    )  # fmt: skip
+    return plan
+
+
+@_operator(f"plan_tiles{_PLAN}", 3, _empty_plan)
+def _plan_tiles(logits_NX: Tensor, live_N: Tensor | None, num_choices: int, block_rows: int) -> tuple[Tensor, ...]:
+    """The plan of any number of rows."""
+    plan = pair_token, place, weight, block_expert, block_first, ends = _empty_plan(
+        logits_NX, live_N, num_choices, block_rows
+    )
+    num_rows, num_experts = logits_NX.shape
+    num_tiles, padded = triton.cdiv(num_rows, _TILE_ROWS), triton.next_power_of_2(num_experts)
+    counts = logits_NX.new_empty((num_tiles, padded), dtype=torch.int32)
+    tiled = {"X": num_experts, "XP": padded, "A": num_choices, "R": _TILE_ROWS, "HAS_LIVE": live_N is not None}
+    _launch(expert_kernels.count_tiles, (num_tiles,), logits_NX, live_N, counts, num_rows, **tiled, warps=4)
+    _launch(
+        expert_kernels.plan_tiles, (1,),
+        counts, block_expert, block_first, ends, num_tiles, len(block_expert),
+        X=num_experts, XP=padded, BM=block_rows, TP=_BLOCK_CHUNK, BP=_BLOCK_CHUNK, warps=8,
+    )  # fmt: skip
+    _launch(
+        expert_kernels.place_tiles, (num_tiles,),
+        logits_NX, live_N, counts, pair_token, place, weight, num_rows, **tiled, warps=8,
+    )  # fmt: skip
+    return plan
+
+
+# -- products --------------------------------------------------------------------------------------
+
+
+def _groups(zero: Tensor | None) -> int:
+    return zero.shape[1] if zero is not None else 1
+
+
+def _fake_up_gate(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None, form: int,
+                  pair_token: Tensor, block_expert: Tensor, block_first: Tensor, ends: Tensor, tile: list[int],
+                  ) -> Tensor:  # fmt: skip
+    return x.new_empty(pair_token.shape[0], codes.shape[1] // 2)
+
+
+@_operator(
+    "up_gate(Tensor x, Tensor codes, Tensor? scale, Tensor? zero, int form, Tensor pair_token, Tensor block_expert, "
+    "Tensor block_first, Tensor ends, int[] tile) -> Tensor",
+    1,
+    _fake_up_gate,
+)
+def _up_gate(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None, form: int,
+             pair_token: Tensor, block_expert: Tensor, block_first: Tensor, ends: Tensor, tile: list[int],
+             ) -> Tensor:  # fmt: skip
+    """Gated inner values of every pair [P, I]; x [N, D] contiguous."""
+    assert x.is_contiguous(), x.stride()
+    cut, inner = Tile.of_list(tile), codes.shape[1] // 2
+    y_PI = x.new_empty(pair_token.shape[0], inner)
+    _launch(
+        expert_kernels.up_gate, (triton.cdiv(inner, cut.columns), len(block_expert)),
+        x, codes, _pointer(scale, codes), _pointer(zero, codes), y_PI, pair_token, block_expert, block_first, ends,
+        D=x.shape[1], INNER=inner, GROUPS=_groups(zero), FORM=form,
+        EVEN=form == WeightForm.INT4 or _is_even(inner, x.shape[1], cut),
+        BM=cut.rows, BN=cut.columns, BK=cut.depth, warps=cut.warps, stages=cut.stages,
+    )  # fmt: skip
+    return y_PI
+
+
+def _fake_down(y: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None, form: int,
+               block_expert: Tensor, block_first: Tensor, ends: Tensor, tile: list[int]) -> Tensor:  # fmt: skip
+    return y.new_empty(y.shape[0], codes.shape[1])
+
+
+@_operator(
+    "down(Tensor y, Tensor codes, Tensor? scale, Tensor? zero, int form, Tensor block_expert, Tensor block_first, "
+    "Tensor ends, int[] tile) -> Tensor",
+    1,
+    _fake_down,
+)
+def _down(y: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None, form: int,
+          block_expert: Tensor, block_first: Tensor, ends: Tensor, tile: list[int]) -> Tensor:  # fmt: skip
+    """Outputs of every pair [P, D], not yet weighted."""
+    z_PD = y.new_empty(y.shape[0], codes.shape[1])
+    _launch_down(y, codes, scale, zero, form, None, z_PD, (block_expert, block_first, ends), Tile.of_list(tile))
+    return z_PD
+
+
+def _fake_dense(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None, form: int,
+                bias: Tensor | None, tile: list[int]) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], codes.shape[1])
+
+
+@_operator(
+    "dense(Tensor x, Tensor codes, Tensor? scale, Tensor? zero, int form, Tensor? bias, int[] tile) -> Tensor",
+    1,
+    _fake_dense,
+)
+def _dense(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None, form: int,
+           bias: Tensor | None, tile: list[int]) -> Tensor:  # fmt: skip
+    """Rows [N, K] times one matrix, codes [1, O, ...]: [N, O]."""
+    out_NO = x.new_empty(x.shape[0], codes.shape[1])
+    _launch_down(x, codes, scale, zero, form, bias, out_NO, None, Tile.of_list(tile))
+    return out_NO
+
+
+def _launch_down(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None, form: int, bias: Tensor | None,
+                 out: Tensor, blocks: tuple[Tensor, Tensor, Tensor] | None, cut: Tile) -> None:  # fmt: skip
+    assert x.is_contiguous(), x.stride()
+    (num_rows, num_inputs), num_outputs = x.shape, out.shape[1]
+    num_blocks = triton.cdiv(num_rows, cut.rows) if blocks is None else len(blocks[0])
+    # 4-bit tiles mask no columns: `weights.can_hold` lets in only sizes that whole tiles cover.
+    _launch(
+        expert_kernels.down, (triton.cdiv(num_outputs, cut.columns), num_blocks),
+        x, codes, _pointer(scale, codes), _pointer(zero, codes), _pointer(bias, x), out,
+        *(blocks or (None, None, None)), num_rows,
+        K=num_inputs, OUT=num_outputs, GROUPS=_groups(zero), FORM=form,
+        EVEN=form == WeightForm.INT4 or _is_even(num_outputs, num_inputs, cut),
+        IS_DENSE=blocks is None, HAS_BIAS=bias is not None,
+        BM=cut.rows, BN=cut.columns, BK=cut.depth, warps=cut.warps, stages=cut.stages,
+    )  # fmt: skip
+
+
+def _is_even(num_outputs: int, num_inputs: int, cut: Tile) -> bool:
+    """True where whole tiles cover a matrix, so that no load needs a mask."""
+    return num_outputs % cut.columns == 0 and num_inputs % cut.depth == 0
+
+
+def _pointer(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    """Return `stand_in` where there is no tensor; the kernel does not read it then."""
+    return tensor if tensor is not None else stand_in
+
+
+def _fake_combine(z: Tensor, place: Tensor, weight: Tensor, residual: Tensor | None, branch: Tensor | None) -> Tensor:
+    return z.new_empty(place.shape[0], z.shape[1])
+
+
+@_operator(
+    "combine(Tensor z, Tensor place, Tensor weight, Tensor? residual, Tensor? branch) -> Tensor", 1, _fake_combine
+)
+def _combine(z: Tensor, place: Tensor, weight: Tensor, residual: Tensor | None, branch: Tensor | None) -> Tensor:
+    """Each token's weighted sum [N, D], and the two summands of the block where they are given."""
+    num_rows, width = place.shape[0], z.shape[1]
+    assert (residual is None) == (branch is None)
+    assert all(part is None or part.is_contiguous() for part in (z, residual, branch))
+    out_ND = z.new_empty(num_rows, width)
+    columns = min(_COMBINED_COLUMNS, triton.next_power_of_2(width))
+    _launch(
+        expert_kernels.combine, (num_rows, triton.cdiv(width, columns)),
+        z, place, weight, residual, branch, out_ND,
+        D=width, A=place.shape[1], HAS_RESIDUAL=residual is not None, BN=columns, warps=2,
+    )  # fmt: skip
+    return out_ND
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+def _fake_tau_products(qkv: Tensor, weight: Tensor, tile: list[int]) -> Tensor:
+    return qkv.new_empty((_tau_parts(qkv.shape[1]), qkv.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
+def _tau_parts(width: int) -> int:
+    """Parts of the sum over `width` values, each of whole steps of 128: the width alone decides how a sum is cut."""
+    steps = triton.cdiv(width, _TAU_STEP)
+    return next(parts for parts in range(min(_TAU_PARTS, steps), 0, -1) if steps % parts == 0)
+
+
+@_operator("tau_products(Tensor qkv, Tensor weight, int[] tile) -> Tensor", 1, _fake_tau_products)
+def _tau_products(qkv: Tensor, weight: Tensor, tile: list[int]) -> Tensor:
+    """`gelu(qkv) . weight` in parts that are still to be added, float32 [S, R, 2H]; qkv [R, 3D], weight [2H, 3D]."""
+    (num_rows, width), num_products, cut = qkv.shape, weight.shape[0], Tile.of_list(tile)
+    parts = _tau_parts(width)
+    out = _fake_tau_products(qkv, weight, tile)
+    columns = max(16, triton.next_power_of_2(num_products))
+    _launch(
+        attention_kernels.tau_products, (triton.cdiv(num_rows, cut.rows), parts),
+        qkv, weight, out, num_rows,
+        K=width, J=num_products, EVEN=width % _TAU_STEP == 0 and num_products == columns,
+        BM=cut.rows, BJ=columns, BK=cut.depth, PART=triton.cdiv(width, _TAU_STEP) // parts * _TAU_STEP,
+        warps=cut.warps, stages=cut.stages,
+    )  # fmt: skip
+    return out
+
+
+def _fake_tau_rope_store(
+    qkv: Tensor, parts: Tensor, alpha: Tensor, position: Tensor, table: Tensor, slots: Tensor | None,
+    keys: Tensor | None, values: Tensor | None, returns_kv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q = qkv.new_empty(*position.shape, alpha.shape[0], HEAD_DIM)
+    return q, *((torch.empty_like(q), torch.empty_like(q)) if returns_kv else (q.new_empty(0), q.new_empty(0)))
+
+
+@_operator(
+    "tau_rope_store(Tensor qkv, Tensor parts, Tensor alpha, Tensor position, Tensor table, Tensor? slots, "
+    "Tensor(a!)? keys, Tensor(b!)? values, bool returns_kv) -> (Tensor, Tensor, Tensor)",
+    1,
+    _fake_tau_rope_store,
+)
+def _tau_rope_store(
+    qkv: Tensor, parts: Tensor, alpha: Tensor, position: Tensor, table: Tensor, slots: Tensor | None,
+    keys: Tensor | None, values: Tensor | None, returns_kv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Scaled and rotated q, k, v [B, T, H, 64], k and v also (or only) in the cache [slots, H, capacity, 64].
+
+    `position` [B, T] may be an expanded view; `table` is `text.rotary_table`'s. Without `returns_kv` the
+    last two are empty.
+    """
+    q, k, v = _fake_tau_rope_store(qkv, parts, alpha, position, table, slots, keys, values, returns_kv)
+    num_heads, num_rows = alpha.shape[0], qkv.shape[0]
+    block = min(32, triton.next_power_of_2(num_heads))
+    _launch(
+        attention_kernels.tau_rope_store, (num_rows, triton.cdiv(num_heads, block)),
+        qkv, parts, alpha, position, table, slots, q, k, v, keys, values, num_rows,
+        position.shape[1], *position.stride(), keys.shape[2] if keys is not None else 0,
+        H=num_heads, J=2 * num_heads, S=parts.shape[0], BH=block,
+        HAS_SLOTS=slots is not None, RETURNS_KV=returns_kv, STORES=keys is not None, warps=2,
+    )  # fmt: skip
+    return q, k, v

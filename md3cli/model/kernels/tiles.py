@@ -1,0 +1,121 @@
+"""Tile sizes of the kernels: by kind of pass, weight form and width of the numbers; never by the rows at hand.
+
+Rows of a tile decide how often a weight is read, and the tile decides the order of a sum: were it chosen
+by the number of rows, a row's bits would depend on its companions. The three kinds of pass differ in
+rows by construction: a step has one position of each sequence, a prefix a whole picture, a prompt
+something between.
+
+The sizes are those that compile for sm_80 to sm_120 without local memory (tests/test_triton_compile.py
+prints registers and shared memory); no card has timed them yet. `BY_CARD` holds what a card's own
+arithmetic or measurement prefers, by compute capability.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from md3cli.model.kernels.weights import WeightForm
+
+
+class PassKind(StrEnum):
+    """What the decoder is doing; `of` tells it from the positions of each sequence."""
+
+    STEP = "step"
+    PROMPT = "prompt"
+    PREFIX = "prefix"
+
+    @classmethod
+    def of(cls, num_positions: int, prefix_len: int) -> PassKind:
+        """Only a picture's prefix (or a text as long) brings `prefix_len` positions at once."""
+        if num_positions == 1:
+            return cls.STEP
+        return cls.PREFIX if num_positions >= prefix_len else cls.PROMPT
+
+
+class Product(StrEnum):
+    """The products that are tiled: both matrices of the experts, one dense matrix, and tau's (whose columns are 2H)."""
+
+    UP_GATE = "up_gate"
+    DOWN = "down"
+    DENSE = "dense"
+    TAU = "tau"
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows, columns and depth of one tile; warps of its program; stages that loads run ahead."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def as_list(self) -> list[int]:
+        """The five numbers as an operator's argument."""
+        return [self.rows, self.columns, self.depth, self.warps, self.stages]
+
+    @classmethod
+    def of_list(cls, numbers: list[int]) -> Tile:
+        """Inverse of `as_list`."""
+        return cls(*numbers)
+
+
+_HALF = {
+    (Product.UP_GATE, PassKind.STEP): Tile(16, 32, 128, 4, 4),
+    (Product.DOWN, PassKind.STEP): Tile(16, 64, 128, 4, 4),
+    (Product.DENSE, PassKind.STEP): Tile(16, 32, 128, 4, 4),
+    (Product.TAU, PassKind.STEP): Tile(16, 64, 128, 4, 2),
+    (Product.UP_GATE, PassKind.PROMPT): Tile(32, 32, 128, 4, 3),
+    (Product.DOWN, PassKind.PROMPT): Tile(32, 64, 128, 4, 3),
+    (Product.DENSE, PassKind.PROMPT): Tile(64, 64, 64, 4, 3),
+    (Product.TAU, PassKind.PROMPT): Tile(16, 64, 128, 4, 2),
+    (Product.UP_GATE, PassKind.PREFIX): Tile(128, 64, 64, 8, 3),
+    (Product.DOWN, PassKind.PREFIX): Tile(128, 128, 64, 8, 3),
+    (Product.DENSE, PassKind.PREFIX): Tile(128, 128, 64, 8, 3),
+    (Product.TAU, PassKind.PREFIX): Tile(64, 64, 64, 8, 3),
+}
+# A group of 4-bit codes is unpacked in registers, beside both accumulators.
+_INT4 = _HALF | {
+    (Product.UP_GATE, PassKind.PROMPT): Tile(32, 32, 128, 8, 3),
+    (Product.DOWN, PassKind.PROMPT): Tile(32, 64, 128, 8, 3),
+    (Product.UP_GATE, PassKind.PREFIX): Tile(64, 32, 128, 8, 2),
+    (Product.DOWN, PassKind.PREFIX): Tile(64, 128, 128, 8, 3),
+    (Product.DENSE, PassKind.PREFIX): Tile(64, 128, 128, 8, 3),
+}
+# float32 is for checking answers: plain arithmetic, small tiles that stay in registers.
+_SINGLE = {
+    (product, kind): Tile(16, 32, 32, 4, 2) if kind is not PassKind.PREFIX else Tile(32, 32, 32, 4, 2)
+    for product in Product
+    for kind in PassKind
+}
+BY_CARD: dict[tuple[int, int], dict[tuple[Product, PassKind, WeightForm], Tile]] = {
+    # H100, H200: a tile of 128 x 128 reads one byte of the L2 cache for 64 operations, which the cache's 6 TB/s hold to
+    # half of the matrix units' rate; twice the columns (both halves of up_gate count) make it 85. Not measured yet.
+    (9, 0): {
+        (Product.UP_GATE, PassKind.PREFIX, WeightForm.PLAIN): Tile(128, 128, 64, 8, 3),
+        (Product.DOWN, PassKind.PREFIX, WeightForm.PLAIN): Tile(128, 256, 64, 8, 3),
+    },
+}
+
+
+@functools.cache  # asked at every launch
+def tile_of(product: Product, kind: PassKind, form: WeightForm, dtype: torch.dtype, device: torch.device) -> Tile:
+    """The tile of a product on a device."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return tile_for(product, kind, form, dtype, capability)
+
+
+def tile_for(
+    product: Product, kind: PassKind, form: WeightForm, dtype: torch.dtype, capability: tuple[int, int] | None
+) -> Tile:
+    """The tile of a product on a card of this compute capability; None is the interpreter."""
+    if dtype is torch.float32:
+        return _SINGLE[product, kind]
+    usual = _INT4 if form is WeightForm.INT4 else _HALF
+    of_card = BY_CARD.get(capability, {}) if capability is not None else {}
+    return of_card.get((product, kind, form), usual[product, kind])

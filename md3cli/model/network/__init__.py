@@ -1,0 +1,1 @@
+"""The network of Moondream 3, as the specification words it."""

@@ -1,0 +1,259 @@
+"""The sizes of a Moondream 3 network, read from config.json (Moondream 3 specification, section 2).
+
+Frozen dataclasses whose field names are the file's own. `ModelConfig.from_sections` takes the four
+sections `text vision region tokenizer`; other layouts of the file are brought to that form in
+`formats.normalise_config`. Every number is checked against a closed range before anything is
+allocated from it: a config.json is input like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+from md3cli.errors import CheckpointError
+from md3cli.images.crops import CropConfig
+
+LAYER_NORM_EPS = 1e-5
+HEAD_DIM = 64  # of the text decoder; the rotary code turns 32 of them, fixed
+ROTARY_DIM = 32
+MAX_CONTEXT_LIMIT = 32768
+
+DEFAULT_TEMPLATES: Mapping[str, Any] = {
+    "caption": {"short": [1, 32708, 2, 12492, 3], "normal": [1, 32708, 2, 6382, 3], "long": [1, 32708, 2, 4059, 3]},
+    "query": {"prefix": [1, 15381, 2], "suffix": [3]},
+    "detect": {"prefix": [1, 7235, 476, 2], "suffix": [3]},
+    "point": {"prefix": [1, 2581, 2], "suffix": [3]},
+}
+# Only newer weights were trained to segment: used when config.json gives a template or the model is 3.1.
+SEGMENT_TEMPLATE: Mapping[str, Any] = {"prefix": [1, 17374, 2], "suffix": [3]}
+
+
+@dataclass(frozen=True, slots=True)
+class MoeConfig:
+    """The sparse layers of the decoder: from `start_layer` on, each token uses `experts_per_token` of `num_experts`."""
+
+    num_experts: int = 64
+    start_layer: int = 4
+    experts_per_token: int = 8
+    expert_inner_dim: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TextConfig:
+    """The text decoder; `moe` None makes all layers dense."""
+
+    dim: int = 2048
+    ff_dim: int = 8192
+    n_layers: int = 24
+    vocab_size: int = 51200
+    max_context: int = 4096
+    n_heads: int = 32
+    n_kv_heads: int = 32
+    group_size: int | None = None
+    rope_theta: float = 1_500_000.0
+    moe: MoeConfig | None = field(default_factory=MoeConfig)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """True for the layers whose feed-forward is a mixture of experts."""
+        return self.moe is not None and layer >= self.moe.start_layer
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """The vision encoder, its tiling and its projection into the text width."""
+
+    enc_dim: int = 1152
+    enc_patch_size: int = 14
+    enc_n_layers: int = 27
+    enc_ff_dim: int = 4304
+    enc_n_heads: int = 16
+    proj_out_dim: int = 2048
+    crop_size: int = 378
+    in_channels: int = 3
+    max_crops: int = 12
+    overlap_margin: int = 4
+    proj_inner_dim: int = 8192
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a crop, and cells along one side of the pooled grid."""
+        return self.crop_size // self.enc_patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one crop = embeddings of one image."""
+        return self.grid_size**2
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one flattened patch."""
+        return self.in_channels * self.enc_patch_size**2
+
+    @property
+    def crop_config(self) -> CropConfig:
+        """What the pictures' side needs to know."""
+        return CropConfig(self.crop_size, self.enc_patch_size, self.overlap_margin, self.max_crops)
+
+
+@dataclass(frozen=True, slots=True)
+class RegionConfig:
+    """The heads that read and write coordinates and sizes; `size_out_dim` holds width and height bins."""
+
+    dim: int = 2048
+    coord_feat_dim: int = 256
+    coord_out_dim: int = 1024
+    size_feat_dim: int = 512
+    size_out_dim: int = 2048
+    group_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerConfig:
+    """Ids with a meaning, and the prompt templates; a template of None means the skill is not supported."""
+
+    bos_id: int = 0
+    eos_id: int = 0
+    answer_id: int = 3
+    thinking_id: int = 4
+    coord_id: int = 5
+    size_id: int = 6
+    start_ground_points_id: int = 7
+    end_ground_id: int = 9
+    templates: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_TEMPLATES))
+
+
+# field -> (least, most); a number outside is a damaged or hostile file, not a model.
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "dim": (64, 16384),
+    "ff_dim": (1, 131072),
+    "n_layers": (1, 256),
+    "vocab_size": (32, 1_048_576),
+    "max_context": (2, 1_048_576),
+    "n_heads": (1, 256),
+    "n_kv_heads": (1, 256),
+    "group_size": (1, 65536),
+    "rope_theta": (1.0, 1e12),
+    "num_experts": (1, 1024),
+    "start_layer": (0, 256),
+    "experts_per_token": (1, 1024),
+    "expert_inner_dim": (1, 65536),
+    "enc_dim": (1, 16384),
+    "enc_patch_size": (1, 256),
+    "enc_n_layers": (1, 256),
+    "enc_ff_dim": (1, 131072),
+    "enc_n_heads": (1, 256),
+    "proj_out_dim": (64, 16384),
+    "crop_size": (1, 4096),
+    "in_channels": (3, 3),
+    "max_crops": (1, 256),
+    "overlap_margin": (0, 1024),
+    "proj_inner_dim": (1, 131072),
+    "coord_feat_dim": (2, 65536),
+    "coord_out_dim": (2, 65536),
+    "size_feat_dim": (2, 65536),
+    "size_out_dim": (4, 131072),
+}
+
+Section = TypeVar("Section", MoeConfig, TextConfig, VisionConfig, RegionConfig, TokenizerConfig)
+
+
+def _read_number(section: str, name: str, value: Any, is_float: bool) -> float | int:
+    low, high = _RANGES.get(name, (0, 1_048_576))
+    allowed = (int, float) if is_float else (int,)
+    if isinstance(value, bool) or not isinstance(value, allowed) or not low <= value <= high:
+        raise CheckpointError(
+            f"config.json: {section}.{name} is {str(value)[:40]!r}, expected a number from {low:g} to {high:g}; "
+            "the file is damaged or not a Moondream 3 config"
+        )
+    return value
+
+
+def _read_section(kind: type[Section], section: str, raw: Any) -> Section:
+    """A section with missing keys defaulted, unknown keys ignored and every number checked."""
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, Mapping):
+        raise CheckpointError(f"config.json: section {section!r} is no object")
+    values: dict[str, Any] = {}
+    for item in fields(kind):
+        if item.name not in raw or item.name in ("moe", "templates"):
+            continue
+        value = raw[item.name]
+        if value is None and item.name == "group_size":
+            continue
+        values[item.name] = _read_number(section, item.name, value, is_float=item.name == "rope_theta")
+    return kind(**values)
+
+
+def _read_templates(raw: Any) -> dict[str, Any]:
+    templates: dict[str, Any] = dict(DEFAULT_TEMPLATES)
+    if raw is None:
+        return templates
+    if not isinstance(raw, Mapping):
+        raise CheckpointError("config.json: tokenizer.templates is no object")
+    templates.update(raw)
+    return templates
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """All sizes of a network."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    region: RegionConfig = field(default_factory=RegionConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    @property
+    def prefix_len(self) -> int:
+        """Positions of an image in the sequence: BOS and one per pooled cell."""
+        return 1 + self.vision.num_patches
+
+    @classmethod
+    def from_sections(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Read `{"text": …, "vision": …, "region": …, "tokenizer": …}`; anything may be missing.
+
+        Raises:
+            CheckpointError: a value of the wrong kind, out of range, or sizes that do not fit together.
+        """
+        raw_text = raw.get("text") or {}
+        text = _read_section(TextConfig, "text", raw_text)
+        if isinstance(raw_text, Mapping) and "moe" in raw_text:
+            raw_moe = raw_text["moe"]
+            text = replace(text, moe=None if raw_moe is None else _read_section(MoeConfig, "text.moe", raw_moe))
+        raw_tokenizer = raw.get("tokenizer") or {}
+        tokenizer = _read_section(TokenizerConfig, "tokenizer", raw_tokenizer)
+        tokenizer = replace(tokenizer, templates=_read_templates(raw_tokenizer.get("templates")))
+        config = cls(
+            text=text,
+            vision=_read_section(VisionConfig, "vision", raw.get("vision")),
+            region=_read_section(RegionConfig, "region", raw.get("region")),
+            tokenizer=tokenizer,
+        )
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        text, vision, region = self.text, self.vision, self.region
+        moe = text.moe
+        rules = [
+            (text.dim == HEAD_DIM * text.n_heads, "text.dim must be 64 * text.n_heads"),
+            (text.n_kv_heads == text.n_heads, "text.n_kv_heads must equal text.n_heads"),
+            (vision.enc_dim % vision.enc_n_heads == 0, "vision.enc_dim must be a multiple of vision.enc_n_heads"),
+            (vision.crop_size % vision.enc_patch_size == 0, "vision.crop_size must be a multiple of enc_patch_size"),
+            (vision.grid_size > 2 * vision.overlap_margin, "vision.overlap_margin leaves nothing of a crop"),
+            (vision.proj_out_dim == text.dim, "vision.proj_out_dim must equal text.dim"),
+            (region.dim == text.dim, "region.dim must equal text.dim"),
+            (region.coord_feat_dim % 2 == 0 and region.size_feat_dim % 2 == 0, "region feature sizes must be even"),
+            (region.size_out_dim % 2 == 0, "region.size_out_dim must be even"),
+            (moe is None or moe.experts_per_token <= moe.num_experts, "more experts per token than experts"),
+        ]
+        for holds, rule in rules:
+            if not holds:
+                raise CheckpointError(f"config.json: {rule}")
+        tokens = self.tokenizer
+        for item in fields(tokens):
+            if item.name.endswith("_id") and getattr(tokens, item.name) >= text.vocab_size:
+                raise CheckpointError(f"config.json: tokenizer.{item.name} is outside the vocabulary")

@@ -1,0 +1,192 @@
+"""The text decoder: embeddings in, hidden states out (Moondream 3 specification, section 7).
+
+Parallel blocks (attention and feed-forward read the same LayerNorm), attention with tau and partial
+rotary positions, dense feed-forward in the first layers and a mixture of experts after. Where keys
+and values of earlier positions live is the business of whoever calls: a `KeyValueStore` is handed
+each layer's new keys and values and returns all that may be attended to.
+
+Shape suffixes: B batch, T new positions, S all positions, H heads, K head width (64), D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from md3cli.model.network.config import HEAD_DIM, ROTARY_DIM, TextConfig
+from md3cli.model.network.layers import Attend, LayerNorm, Linear, Mlp, attention, merge_heads, split_heads
+from md3cli.model.network.moe import MoeMlp
+
+
+class KeyValueStore(Protocol):
+    """Keeps keys and values between calls."""
+
+    def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new positions of a layer; return keys and values [B, H, S, K] to attend to."""
+        ...
+
+
+def rotary_table(position_BT: Tensor, theta: float) -> Tensor:
+    """Angles' cosines and sines [2, B, 1, T, 16], float32."""
+    steps = torch.arange(0, ROTARY_DIM, 2, dtype=torch.float32, device=position_BT.device)
+    frequency = 1.0 / theta ** (steps / ROTARY_DIM)
+    angle_BTF = position_BT[..., None].float() * frequency
+    return torch.stack([angle_BTF.cos(), angle_BTF.sin()])[:, :, None]
+
+
+def rotate(x_BHTK: Tensor, table: Tensor) -> Tensor:
+    """Rotate the first 32 of 64 dimensions; pairs are split-half on input and interleaved on output.
+
+    Arithmetic in float32, cast back. Only a dump of the key cache could tell the output order: q and
+    k are permuted alike.
+    """
+    cos, sin = table[0], table[1]
+    turned, kept = x_BHTK[..., :ROTARY_DIM].float(), x_BHTK[..., ROTARY_DIM:]
+    a, b = turned.chunk(2, dim=-1)
+    pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    return torch.cat([pairs.to(x_BHTK.dtype), kept], dim=-1)
+
+
+class Tau(nn.Module):
+    """Scales of queries and values per head and token, from the token itself and its position."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.wq = nn.Parameter(torch.empty(num_heads, 3 * dim))
+        self.wv = nn.Parameter(torch.empty(num_heads, 3 * dim))
+        self.alpha = nn.Parameter(torch.empty(num_heads))
+
+    def forward(self, qkv_BT3D: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors for q and v, each [B, H, T, 1]; positions count from 0, float32 inside the logarithm."""
+        features = F.gelu(qkv_BT3D)  # exact GELU of the unrotated projection, all of q, k and v
+        log_position = (position_BT.float() + 1).log()[..., None]
+        by_position_BTH = 0.5 + torch.sigmoid(self.alpha.float() * log_position)
+        scales = [torch.tanh(product).float() + by_position_BTH for product in self.products(features)]
+        scale_q, scale_v = (scale.to(qkv_BT3D.dtype).transpose(1, 2)[..., None] for scale in scales)
+        return scale_q, scale_v
+
+    def products(self, features_BT3D: Tensor) -> tuple[Tensor, Tensor]:
+        """What decides from the token itself, for q and for v, each [B, T, H]."""
+        return F.linear(features_BT3D, self.wq), F.linear(features_BT3D, self.wv)
+
+
+# Hidden states, positions, rotary table, store, layer -> queries of the new positions, keys and values of all.
+Project = Callable[[Tensor, Tensor, Tensor, KeyValueStore | None, int], tuple[Tensor, Tensor, Tensor]]
+
+
+class TextAttention(nn.Module):
+    """Multi-head attention with tau and partial rotary positions."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.num_heads = config.n_heads
+        self.attend: Attend = attention  # `kernels.optimise` may choose another
+        self.project: Project = self.plain_projection  # and here
+        self.qkv = Linear(config.dim, 3 * config.dim)
+        self.proj = Linear(config.dim, config.dim)
+        self.tau = Tau(config.dim, config.n_heads)
+
+    def queries_keys_values(self, h_BTD: Tensor, position_BT: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected, scaled and rotated q, k, v, each [B, H, T, 64]."""
+        qkv = self.qkv(h_BTD)
+        scale_q, scale_v = self.tau(qkv, position_BT)
+        q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
+        return rotate(q * scale_q, table), rotate(k, table), v * scale_v
+
+    def plain_projection(
+        self, h_BTD: Tensor, position_BT: Tensor, table: Tensor, store: KeyValueStore | None, layer: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, T, 64], and keys and values [B, H, S, 64] to attend to, the new ones stored."""
+        q, k, v = self.queries_keys_values(h_BTD, position_BT, table)
+        if store is not None:
+            k, v = store.update(layer, k, v)
+        return q, k, v
+
+
+class TextBlock(nn.Module):
+    """`x + attention(LN(x)) + feed_forward(LN(x))`, one LayerNorm for both."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.ln = LayerNorm(config.dim)
+        self.attn = TextAttention(config)
+        if config.moe is not None and config.is_moe_layer(layer):
+            self.mlp: nn.Module = MoeMlp(config.dim, config.moe)
+        else:
+            self.mlp = Mlp(config.dim, config.ff_dim, config.dim)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        position_BT: Tensor,
+        table: Tensor,
+        mask: Tensor | None,
+        store: KeyValueStore | None,
+        live_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Return the block's output [B, T, D]; new keys and values go to `store`."""
+        h_BTD = self.ln(x_BTD)
+        q, k, v = self.attn.project(h_BTD, position_BT, table, store, self.layer)
+        attended = self.attn.proj(merge_heads(self.attn.attend(q, k, v, mask)))
+        if isinstance(self.mlp, MoeMlp):
+            return self.mlp.added(x_BTD, attended, h_BTD, live_BT)
+        return x_BTD + attended + self.mlp(h_BTD)  # type: ignore[no-any-return]
+
+    def store_only(self, x_BTD: Tensor, position_BT: Tensor, table: Tensor, store: KeyValueStore) -> None:
+        """Store the keys and values of new positions, and compute nothing that only a next layer would read."""
+        self.attn.project(self.ln(x_BTD), position_BT, table, store, self.layer)
+
+
+class TextDecoder(nn.Module):
+    """Token table, blocks, last LayerNorm and head."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        assert config.dim == HEAD_DIM * config.n_heads
+        self.config = config
+        self.wte = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.blocks = nn.ModuleList(TextBlock(config, layer) for layer in range(config.n_layers))
+        self.post_ln = LayerNorm(config.dim)
+        self.lm_head = Linear(config.dim, config.vocab_size)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [...] -> rows of the table [..., D]."""
+        return F.embedding(ids, self.wte)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        position_BT: Tensor,
+        mask: Tensor | None = None,
+        store: KeyValueStore | None = None,
+        live_BT: Tensor | None = None,
+        *,
+        only_stores: bool = False,
+    ) -> Tensor:
+        """Embeddings at absolute positions -> hidden states [B, T, D] before the last LayerNorm.
+
+        `mask` is bool, broadcastable to [B, 1, T, S], True where a position may be attended to;
+        None attends to everything. Without `store` S is T. `live_BT` is False for positions whose result
+        nobody reads: fast forms may leave experts out for them. `only_stores` is for passes that fill
+        `store` and nothing else: the last layer stops at its keys and values, and what is returned is its input.
+        """
+        table = rotary_table(position_BT, self.config.rope_theta)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x_BTD = block(x_BTD, position_BT, table, mask, store, live_BT)
+        if only_stores:
+            assert store is not None
+            assert isinstance(last, TextBlock)
+            last.store_only(x_BTD, position_BT, table, store)
+        else:
+            x_BTD = last(x_BTD, position_BT, table, mask, store, live_BT)
+        return x_BTD
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] -> vocabulary logits [..., V]."""
+        return self.lm_head(self.post_ln(hidden))  # type: ignore[no-any-return]

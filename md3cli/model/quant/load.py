@@ -1,0 +1,215 @@
+"""A network whose text matrices stay in 8 or 4 bits, read and packed tensor by tensor.
+
+Which matrices: those the 4-bit port packs in the decoder (attention, dense MLPs, experts). Vision,
+routers, tau, norms, embedding, head and region heads stay in 16 bits, also where a file stores them
+in fewer. Nothing stays mapped: each file is let go after each tensor, so that memory holds the packed
+model and one tensor, never the full model beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from md3cli.model.kernels import weights as kernel_weights
+from md3cli.model.kernels.layers import KernelExperts, KernelLinear
+from md3cli.model.kernels.weights import KernelWeight
+from md3cli.model.network.allocator import return_freed_memory
+from md3cli.model.network.layers import Linear
+from md3cli.model.network.moe import ExpertMatrices, MoeMlp
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.quant.layers import place_experts
+from md3cli.model.quant.matrices import LowBitLinear, Matrix, TextPass, can_hold, pack
+from md3cli.model.quant.search import CodeCache, search
+from md3cli.model.weights.adapters import LowRank, merged, read_adapter
+from md3cli.model.weights.codes import LowBit, QuantisedWeight, quantise
+from md3cli.model.weights.names import Slot, is_experts, is_portable
+from md3cli.model.weights.plan import CheckpointPlan
+from md3cli.model.weights.read import SCHEMES, CheckpointReader, LoadedModel, build_model, read_quantised
+
+STORED, NONE = "stored", "none"
+
+
+def low_bit_of(slot: Slot, quant: str) -> LowBit | None:
+    """The scheme a tensor is to be held in; None is plain 16 or 32 bits.
+
+    `quant` is as `--quant`: `stored` follows the file, `none` widens everything, int8 and int4 hold
+    every matrix of the decoder so.
+    """
+    if quant == NONE or not (is_portable(slot.name) and slot.name.startswith("text.")):
+        return None
+    if quant == STORED:
+        return SCHEMES.get(slot.recipe)
+    return LowBit(quant)
+
+
+def has_low_bits(plan: CheckpointPlan, quant: str) -> bool:
+    """True when any tensor would be held in few bits."""
+    return any(low_bit_of(slot, quant) is not None for slot in plan.slots)
+
+
+class LowBitReader:
+    """Tensors of a checkpoint in the scheme they are to be held in; an adapter's changes already in them."""
+
+    def __init__(
+        self,
+        plan: CheckpointPlan,
+        reader: CheckpointReader,
+        quant: str,
+        adapter: Path | None,
+        cache: CodeCache | None = None,
+        *,
+        for_kernels: bool = False,
+    ) -> None:
+        self.reader, self.quant, self.cache = reader, quant, cache
+        self._can_hold = kernel_weights.can_hold if for_kernels else can_hold
+        self.slots = {slot.name: slot for slot in plan.slots}
+        changes = read_adapter(adapter, plan.config) if adapter is not None else []
+        self._changes: Mapping[str, LowRank] = {change.weight: change for change in changes}
+
+    def plain(self, name: str) -> Tensor:
+        """The tensor in the reader's dtype, whatever it is stored in; perhaps a view of the file."""
+        weight, change = self.reader[name], self._changes.get(name)
+        return weight if change is None else merged(weight, change)
+
+    def plain_of_codes(self, name: str) -> Tensor:
+        """The tensor in the reader's dtype; where it is to be held in few bits, what those stand for."""
+        if low_bit_of(self.slots[name], self.quant) is None:
+            return self.plain(name)
+        return self.quantised(name).dequantise(self.reader.dtype)
+
+    def kind_of(self, name: str) -> LowBit | None:
+        """The scheme this tensor is packed in; None where it is plain, or of a size its scheme's layout does not hold.
+
+        An expert's two matrices go together.
+        """
+        slot = self.slots[name]
+        kind = low_bit_of(slot, self.quant)
+        names = _packed_with(name, slot.shape)
+        return kind if kind is not None and all(self._can_hold(kind, self.slots[n].shape) for n in names) else None
+
+    def quantised(self, name: str) -> QuantisedWeight:
+        """The codes of a tensor that is to be held in few bits."""
+        slot = self.slots[name]
+        kind = low_bit_of(slot, self.quant)
+        assert kind is not None, name
+        if name in self._changes:
+            return search(self.plain(name), kind, name=name)
+        if SCHEMES.get(slot.recipe) is kind:
+            return read_quantised(slot, self.reader.read_stored)
+        found = self.cache.load(name, kind, slot.shape) if self.cache is not None else None
+        if found is None:
+            found = search(self.plain(name), kind, name=name)
+            if self.cache is not None:
+                self.cache.save(name, found)
+        return found
+
+
+def load_dequantised(
+    plan: CheckpointPlan, *, quant: str, device: torch.device, adapter: Path | None = None
+) -> LoadedModel:
+    """The plain network of the values that low-bit codes stand for, in float32.
+
+    Raises:
+        CheckpointError: the files or the adapter cannot be read.
+    """
+    with CheckpointReader(plan, dtype=torch.float32, device=device) as reader:
+        weights = LowBitReader(plan, reader, quant, adapter)
+        state = {name: weights.plain_of_codes(name) for name in weights.slots}
+    return LoadedModel(build_model(plan.config, state, has_region_ln=plan.has_region_ln), plan.config, plan)
+
+
+def load_low_bit(
+    plan: CheckpointPlan,
+    *,
+    quant: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter: Path | None = None,
+    cache: CodeCache | None = None,
+    for_kernels: bool = False,
+) -> LoadedModel:
+    """The network with its low-bit matrices packed for `device`; activations and the rest in `dtype`.
+
+    Codes that have to be made are taken from `cache` and left there. `for_kernels` keeps every scheme's
+    codes in the layout of the GPU's kernels and puts these in place.
+
+    Raises:
+        CheckpointError: the files or the adapter cannot be read.
+    """
+    with torch.device("meta"):
+        model = Moondream3(plan.config, has_region_ln=plan.has_region_ln)
+    text_pass = TextPass()
+    model.text.register_forward_pre_hook(functools.partial(_tell_pass, text_pass, plan.config.prefix_len))
+    rest: dict[str, Tensor] = {}
+    with CheckpointReader(plan, dtype=dtype, device=device, keeps_open=False) as reader:
+        weights = LowBitReader(plan, reader, quant, adapter, cache, for_kernels=for_kernels)
+        for name in weights.slots:
+            if weights.kind_of(name) is None:
+                rest[name] = weights.plain(name).clone(memory_format=torch.contiguous_format)
+            elif for_kernels:
+                _place(model, name, KernelWeight.of_quantised(weights.quantised(name)))
+            else:
+                _place(model, name, pack(weights.quantised(name), text_pass, dtype))
+    model.load_state_dict(rest, strict=True, assign=True)
+    return_freed_memory()
+    if for_kernels:
+        from md3cli.model.kernels.forms import place_forms
+
+        place_forms(model)  # nothing else computes with this layout
+    return LoadedModel(model.requires_grad_(False).eval(), plan.config, plan)
+
+
+def _packed_with(name: str, shape: tuple[int, ...]) -> list[str]:
+    """Weights that are packed or left plain together with this one: an expert's two matrices."""
+    if not is_experts(name, shape):
+        return [name]
+    return [f"{name.rsplit('.', 2)[0]}.{leaf}.weight" for leaf in ("fc1", "fc2")]
+
+
+def _tell_pass(text_pass: TextPass, prefix_len: int, text: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Note the kind of pass before the decoder runs it: only a picture's prefix brings so many positions at once."""
+    text_pass.is_prefix = inputs[0].shape[1] >= prefix_len
+
+
+def _place(model: Moondream3, name: str, packed: list[Matrix] | KernelWeight) -> None:
+    """Put a packed weight where the network has the plain weight `name`."""
+    path = name.removesuffix(".weight")
+    owner_path, leaf = path.rsplit(".", 1)
+    owner, plain = model.get_submodule(owner_path), model.get_submodule(path)
+    if isinstance(plain, ExpertMatrices):
+        assert isinstance(owner, MoeMlp)
+        if isinstance(packed, KernelWeight):
+            setattr(owner, leaf, KernelExperts(packed))
+        else:
+            place_experts(owner, leaf, packed)
+        return
+    assert isinstance(plain, Linear)
+    if isinstance(packed, KernelWeight):
+        setattr(owner, leaf, KernelLinear(packed, plain.bias, model.config.prefix_len))
+    else:
+        setattr(owner, leaf, LowBitLinear(packed[0], plain.bias))
+
+
+def quantise_decoder(model: Moondream3, kind: LowBit, *, experts_only: bool = False, for_kernels: bool = False) -> None:
+    """Put the decoder's plain matrices into few bits, in place: for measurements on random weights.
+
+    Extremes are spread over all codes; `load_low_bit` searches for better scales. Weights of sizes that
+    the layout does not hold stay as they are. Call it before `kernels.optimise`.
+    """
+    text_pass = TextPass()
+    model.text.register_forward_pre_hook(functools.partial(_tell_pass, text_pass, model.config.prefix_len))
+    holds = kernel_weights.can_hold if for_kernels else can_hold
+    shapes = {name: weight.shape for name, weight in model.named_parameters() if is_portable(name)}
+    for name in [name for name in shapes if name.startswith("text.")]:
+        weight = model.get_parameter(name)
+        together = _packed_with(name, tuple(weight.shape))
+        if (experts_only and weight.dim() != 3) or not all(holds(kind, tuple(shapes[n])) for n in together):
+            continue
+        codes = quantise(weight.detach(), kind)
+        _place(model, name, KernelWeight.of_quantised(codes) if for_kernels else pack(codes, text_pass, model.dtype))

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: found, judged, read, written, adapted. torch only in codes, read, write, adapters."""

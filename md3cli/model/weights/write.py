@@ -1,0 +1,504 @@
+"""A checkpoint written in any known layout, streaming: one canonical tensor in memory at a time.
+
+The folder appears under its name by one rename, when all of it is on disk and was read back.
+
+A checkpoint folder in the making: hidden beside its place, locked, continued after a kill, published by rename.
+
+Weight files that are finished stand in `.finished.json` with their digests and a line on what they were
+made from. A writer that was killed leaves the folder; the next one with the same line goes on from there,
+any other starts anew. A writer that fails removes it. No torch; knows nothing of tensors.
+
+Files of a checkpoint that is being written: where each tensor goes, and whether it arrived.
+
+The header of a safetensors file comes first and follows from the name table, so each tensor is
+written to its place as soon as it is made. Afterwards the file is read back from the disk once, for
+its digest and to compare every tensor with what was meant. Which values are written is not decided here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from md3cli.errors import CheckpointError, OutputError
+from md3cli.model.network.config import ModelConfig
+from md3cli.model.weights.codes import QuantisedWeight
+from md3cli.model.weights.files import (
+    CHECKSUMS_NAME,
+    CONFIG_LIMIT_BYTES,
+    CONFIG_NAME,
+    DTYPE_BYTES,
+    TOKENIZER_NAME,
+    WEIGHTS_NAME,
+    misfit,
+)
+from md3cli.model.weights.formats import Format, JsonObject, hf_config
+from md3cli.model.weights.names import (
+    INT4_GROUP,
+    REGION_LN,
+    Recipe,
+    Shape,
+    Slot,
+    StoredTensor,
+    expected_tensors,
+    slots,
+    stored_name,
+)
+from md3cli.model.weights.plan import INT8_WEIGHTS, QUANT_METHOD, CheckpointPlan, plan_checkpoint
+from md3cli.model.weights.read import TORCH_DTYPES, CheckpointReader, disassemble, stored_dtype
+
+_FINISHED = ".finished.json"
+
+
+class PartialFolder:
+    """The hidden folder; use `open_partial`."""
+
+    def __init__(self, path: Path, made_from: str | None) -> None:
+        self.path = path
+        self._made_from = made_from
+        self._digests: dict[str, str] = {}
+        state = self._read_state()
+        if made_from is not None and state.get("made_from") == made_from:
+            self._digests = dict(state["digests"])
+        else:
+            _empty(path)
+
+    def _read_state(self) -> JsonObject:
+        try:
+            state = json.loads((self.path / _FINISHED).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return state if isinstance(state, dict) and isinstance(state.get("digests"), dict) else {}
+
+    def has(self, name: str) -> bool:
+        """True for a file that an earlier writer finished."""
+        return name in self._digests and (self.path / name).is_file()
+
+    def finish(self, name: str, sha256: str) -> None:
+        """Note a file that is whole and on disk."""
+        self._digests[name] = sha256
+        temporary = self.path / f"{_FINISHED}.new"
+        write_synced(temporary, json.dumps({"made_from": self._made_from, "digests": self._digests}))
+        temporary.replace(self.path / _FINISHED)
+
+    def publish(self, target: Path) -> None:
+        """Give the folder its name, with the weight files' digests in the form `sha256sum -c` reads.
+
+        Small files are not among them: they are judged when they are read, and may be edited. `target`
+        may be an empty folder.
+        """
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self._digests.items()))
+        write_synced(self.path / CHECKSUMS_NAME, lines)
+        if target.is_dir():
+            target.rmdir()
+        self.path.rename(target)
+        (target / _FINISHED).unlink(missing_ok=True)  # after: a kill in between must not cost the work
+        sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def open_partial(target: Path, made_from: str | None) -> Iterator[PartialFolder]:
+    """The folder in which `target` is made, for one writer at a time; removed where the writer raises.
+
+    `made_from` names source and settings; None never continues what an earlier writer left.
+
+    Raises:
+        OutputError: another process is writing the same target, or the folder cannot be made.
+    """
+    path = target.with_name(f".{target.name}.partial")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"{target} is being written by another process") from error
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield PartialFolder(path, made_from)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+
+
+def write_synced(file: Path, text: str) -> None:
+    """Write a small text file and have it on disk."""
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a folder's names on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_checksums(folder: Path) -> Mapping[str, str]:
+    """File name to SHA-256 as `publish` wrote them; empty where there are none or they are not in that form."""
+    file = folder / CHECKSUMS_NAME
+    try:
+        if not file.is_file() or file.stat().st_size > CONFIG_LIMIT_BYTES:  # opening a FIFO would wait for ever
+            return {}
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return {}
+    pairs = (line.split("  ", 1) for line in lines if line.strip())
+    return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+DTYPE_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
+_ALIGNMENT = 8
+_READ_BYTES = 1 << 23
+
+Progress = Callable[[int], None]  # called with the bytes just written
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stored tensor goes: `start` counts from the end of the header."""
+
+    dtype: str
+    shape: Shape
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file to write: its slots and the place of each of their tensors, by plain name."""
+
+    slots: tuple[Slot, ...]
+    places: Mapping[str, Place]
+
+    @property
+    def num_bytes(self) -> int:
+        return max(place.stop for place in self.places.values())
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDtypes:
+    """What weights and int4's scales are stored in, in the safetensors spelling; scales of rows are float32."""
+
+    weights: str
+    int4_scales: str = "F32"
+
+    def of(self, slot: Slot, part: StoredTensor) -> str:
+        """The dtype of one part of a slot; codes know their own."""
+        wanted = self.weights
+        if slot.recipe.is_low_bit:
+            wanted = self.int4_scales if slot.recipe is Recipe.INT4 else "F32"
+        return wanted if wanted in part.dtypes else min(part.dtypes)
+
+
+def lay_out(recipes: Iterable[Slot], dtypes: StoredDtypes, limit_bytes: int | None) -> Iterator[Shard]:
+    """Slots in order, cut into files of at most `limit_bytes` (a slot that is larger has one to itself)."""
+    group: list[Slot] = []
+    size = 0
+    for slot in recipes:
+        slot_bytes = sum(_num_bytes(dtypes.of(slot, part), part.shape) for part in slot.parts)
+        if group and limit_bytes is not None and size + slot_bytes > limit_bytes:
+            yield _shard(group, dtypes)
+            group, size = [], 0
+        group.append(slot)
+        size += slot_bytes
+    yield _shard(group, dtypes)
+
+
+def _num_bytes(dtype: str, shape: Shape) -> int:
+    return torch.Size(shape).numel() * DTYPE_BYTES[dtype]
+
+
+def _shard(group: list[Slot], dtypes: StoredDtypes) -> Shard:
+    """Widest dtypes first, so that every tensor is aligned to its own size (as the library does)."""
+    parts = [(dtypes.of(slot, part), part) for slot in group for part in slot.parts]
+    places: dict[str, Place] = {}
+    offset = 0
+    for code, part in sorted(parts, key=lambda item: -DTYPE_BYTES[item[0]]):
+        size = _num_bytes(code, part.shape)
+        places[part.name] = Place(code, part.shape, offset, offset + size)
+        offset += size
+    return Shard(tuple(group), places)
+
+
+def write_shard(
+    file: Path,
+    shard: Shard,
+    state: Mapping[str, Tensor | QuantisedWeight],
+    layout: Format,
+    progress: Progress = lambda num_bytes: None,
+) -> str:
+    """Write one file, sync it and read it back; the SHA-256 of the file, 64 hex digits.
+
+    `state` is asked for each canonical tensor once. Tensors are stored in the dtypes of their places.
+
+    Raises:
+        OutputError: the file reads back different.
+        OSError: it cannot be written.
+    """
+    header = _header(shard, layout)
+    sums: dict[str, int] = {}
+    with file.open("wb") as stream:
+        stream.write(header)
+        for slot in shard.slots:
+            for plain, piece in disassemble(slot, state[slot.name]):
+                place = shard.places[plain]
+                content = tensor_bytes(piece.to(TORCH_DTYPES.get(place.dtype, piece.dtype))).numpy().data
+                stream.seek(len(header) + place.start)
+                stream.write(content)
+                sums[plain] = zlib.crc32(content)
+                progress(place.stop - place.start)
+        stream.flush()
+        os.fsync(stream.fileno())
+        _drop_cache(stream.fileno())
+    return _read_back(file, len(header), shard, sums)
+
+
+def _header(shard: Shard, layout: Format) -> bytes:
+    header: JsonObject = {"__metadata__": {"format": "pt"}}
+    for plain, place in shard.places.items():
+        header[stored_name(plain, layout)] = {
+            "dtype": place.dtype,
+            "shape": list(place.shape),
+            "data_offsets": [place.start, place.stop],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _drop_cache(descriptor: int) -> None:
+    """Ask the system to read the file from the disk next time; where it cannot, the check is of memory."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read_back(file: Path, header_bytes: int, shard: Shard, sums: Mapping[str, int]) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        digest.update(stream.read(header_bytes))
+        for plain, place in sorted(shard.places.items(), key=lambda item: item[1].start):
+            found = 0
+            left = place.stop - place.start
+            while left:
+                content = stream.read(min(left, _READ_BYTES))
+                if not content:
+                    break
+                digest.update(content)
+                found = zlib.crc32(content, found)
+                left -= len(content)
+            if left or found != sums[plain]:
+                raise OutputError(f"{file}: {plain} reads back different; the disk may be failing")
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> Tensor:
+    """The tensor's bytes in row order, without a copy where they already lie so."""
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+
+
+SHARD_LIMIT_BYTES = 5_000_000_000
+
+
+def write_checkpoint(
+    state: Mapping[str, Tensor] | Mapping[str, Tensor | QuantisedWeight],
+    config: ModelConfig,
+    target: Path,
+    layout: Format,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    int4_scale_dtype: torch.dtype = torch.float32,
+    marks: Collection[str] = (),
+    tokenizer_file: Path | None = None,
+    shard_limit_bytes: int = SHARD_LIMIT_BYTES,
+    made_from: str | None = None,
+    progress: Progress = lambda num_bytes: None,
+) -> None:
+    """Write the canonical tensors `state` as the new folder `target`.
+
+    Args:
+        state: is asked for each tensor once, so it may make them on demand (`checkpoint.CheckpointReader`).
+            Matrices to be stored in 8 or 4 bits may come as codes; else extremes are spread over all codes.
+        dtype: of weights.
+        int4_scale_dtype: of the scales and zero points of groups; scales of rows are float32.
+        marks: names as of a file to be read (`name_tables.slots`), saying which matrices become codes.
+        made_from: what a target left by a killed writer must have been made from to be continued.
+
+    Raises:
+        CheckpointError: `state` is not the model of `config`, or the layout cannot hold it.
+        OutputError: `target` is in the way, cannot be written, or reads back different.
+    """
+    names = set(state)  # `name in state` would make the tensor
+    expected = expected_tensors(config, has_region_ln=not names.isdisjoint(REGION_LN))
+    if expected.keys() != names:
+        odd = sorted(expected.keys() ^ names)
+        raise CheckpointError(f"the weights are not a model of this configuration: {', '.join(odd[:5])}")
+    limit = shard_limit_bytes if layout not in (Format.RAW, Format.RAW_FP8) else None  # raw is always one file
+    table = list(slots(expected, layout, marks))
+    dtypes = StoredDtypes(DTYPE_CODES[dtype], DTYPE_CODES[int4_scale_dtype])
+    files = _named(list(lay_out(table, dtypes, limit)))
+    _check_target(target)
+    if tokenizer_file is not None and (fault := misfit(tokenizer_file)) is not None:
+        raise CheckpointError(fault)
+    try:
+        with open_partial(target, made_from) as partial:
+            missing = sum(shard.num_bytes for name, shard in files.items() if not partial.has(name))
+            _check_room(target, partial.path, missing)
+            _write_files(partial, files, state, layout, progress)
+            document = config_document(config, layout, dtype, table)
+            write_synced(partial.path / CONFIG_NAME, json.dumps(document, indent=1))
+            if tokenizer_file is not None:
+                shutil.copyfile(tokenizer_file, partial.path / TOKENIZER_NAME)
+            partial.publish(target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def _check_target(target: Path) -> None:
+    try:
+        is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise OutputError(f"{str(target)[:200]}: cannot be written: {error.strerror or error}") from error
+    if not is_free:
+        raise OutputError(f"{target} is already there; name a folder that does not exist yet")
+
+
+def _check_room(target: Path, folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OutputError(
+            f"{target} needs {num_bytes:,} bytes and {folder.parent} has {free:,} left; choose another place"
+        )
+
+
+def _named(shards: list[Shard]) -> dict[str, Shard]:
+    """Shards by file name, as the hub has them."""
+    if len(shards) == 1:
+        return {WEIGHTS_NAME: shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+
+
+def _write_files(
+    partial: PartialFolder,
+    files: Mapping[str, Shard],
+    state: Mapping[str, Tensor] | Mapping[str, Tensor | QuantisedWeight],
+    layout: Format,
+    progress: Progress,
+) -> None:
+    for name, shard in files.items():
+        if partial.has(name):
+            progress(shard.num_bytes)
+        else:
+            partial.finish(name, write_shard(partial.path / name, shard, state, layout, progress))
+    if len(files) > 1:
+        homes = {stored_name(plain, layout): name for name, shard in files.items() for plain in shard.places}
+        total = sum(shard.num_bytes for shard in files.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
+        write_synced(partial.path / f"{WEIGHTS_NAME}.index.json", json.dumps(index, indent=1))
+
+
+# -- config.json ----------------------------------------------------------------------------------
+
+
+def config_document(config: ModelConfig, layout: Format, dtype: torch.dtype, table: Iterable[Slot] = ()) -> JsonObject:
+    """The config.json that goes with a layout: the port's style for it, four sections under `config` else.
+
+    `table` says which matrices are codes: int4's group size stands where the original's code looks
+    for it, int8 in a `quantization_config`.
+    """
+    table = list(table)
+    sections: JsonObject = asdict(config)
+    for part in ("text", "region"):
+        packed = any(slot.recipe is Recipe.INT4 and slot.name.startswith(f"{part}.") for slot in table)
+        sections[part]["group_size"] = INT4_GROUP if packed else None
+    sections["text"]["prefix_attn"] = config.prefix_len  # informative: the original's code reads it
+    dtype_name = str(dtype).removeprefix("torch.")
+    if layout is Format.HF:
+        return {**hf_config(sections), "dtype": dtype_name}
+    if any(slot.recipe is Recipe.INT8 for slot in table):
+        sections["quantization_config"] = quantization_config(table)
+    head = {"architectures": ["HfMoondream"], "model_type": "moondream3", "torch_dtype": dtype_name}
+    return {**head, "config": sections}
+
+
+def quantization_config(table: Iterable[Slot]) -> JsonObject:
+    """What int8 means here, in the words of compressed-tensors: symmetric codes, one `weight_scale` per output row.
+
+    Its `targets` are the matrices' names with `*` for the layer. It stands inside `config`, where
+    transformers does not look for a quantiser of its own.
+    """
+    layer = re.compile(r"\.blocks\.\d+\.")
+    stems = (slot.name.removesuffix(".weight") for slot in table if slot.recipe is Recipe.INT8)
+    targets = list(dict.fromkeys(layer.sub(".blocks.*.", stem) for stem in stems))
+    group = {"targets": targets, "weights": dict(INT8_WEIGHTS), "input_activations": None}
+    return {"quant_method": QUANT_METHOD, "format": "int-quantized", "config_groups": {"group_0": group}}
+
+
+# -- from one layout to another -------------------------------------------------------------------
+
+
+def convert_checkpoint(
+    source: Path, target: Path, layout: Format, *, progress: Progress = lambda num_bytes: None
+) -> CheckpointPlan:
+    """Write the checkpoint `source` as the new folder `target` in another layout, and compare what was written.
+
+    8- and 4-bit weights are widened to the dtype of the others; nothing else changes in value.
+
+    Raises:
+        CheckpointError: `source` cannot be read, or the layout cannot hold it.
+        OutputError: `target` cannot be written, or reads back different.
+    """
+    plan = plan_checkpoint(source)
+    dtype = stored_dtype(plan)
+    with CheckpointReader(plan, dtype=dtype) as weights:
+        write_checkpoint(
+            weights,
+            plan.config,
+            target,
+            layout,
+            dtype=dtype,
+            tokenizer_file=plan.files.tokenizer_file,
+            progress=progress,
+        )
+    written = plan_checkpoint(target)
+    _check_equal(plan, written, dtype)
+    return written
+
+
+def _check_equal(plan: CheckpointPlan, written: CheckpointPlan, dtype: torch.dtype) -> None:
+    """Bit for bit, tensor by tensor."""
+    with CheckpointReader(plan, dtype=dtype) as ours, CheckpointReader(written, dtype=dtype) as theirs:
+        for name in ours:
+            if not torch.equal(tensor_bytes(ours[name]), tensor_bytes(theirs[name])):
+                raise OutputError(f"{written.files.folder}: {name} reads back different; the disk may be failing")

@@ -1,0 +1,191 @@
+"""How long to wait, and how often to try again.
+
+What went wrong on the way to a picture: as a record says it, and whether it is worth another try.
+
+Foreign exceptions come in, in all the shapes that aiohttp, s3fs, gcsfs and huggingface_hub give them. Their texts
+are not passed on: they quote addresses, with whatever signs them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from typing import TypeVar
+
+from md3cli.errors import ImageError, MissingExtraError
+
+_ABSENT = {404, 410}
+_FORBIDDEN = {401, 403, 407}
+_BUSY = {408, 421, 423, 425, 429}  # and all from 500 on
+RANGE_NOT_SATISFIABLE = 416
+_TELLING = set(errno.errorcode) - {errno.EIO}  # s3fs says EIO for all that it does not know
+
+
+class FetchError(ImageError):
+    """One attempt to fetch failed: an ImageError that knows whether to try again.
+
+    `wait_s` is what the server asked to be left alone for.
+    """
+
+    def __init__(self, type: str, message: str, *, may_pass: bool = False, wait_s: float = 0.0) -> None:
+        super().__init__(type, message)
+        self.may_pass = may_pass
+        self.wait_s = wait_s
+
+
+class RangeError(FetchError):
+    """There is nothing at the offset asked for: the file ends before it, or is empty."""
+
+    def __init__(self) -> None:
+        super().__init__("empty", "the file is empty (0 bytes)")
+
+
+def truncated(expected: int | None = None) -> FetchError:
+    """The body ended too early."""
+    size = f"all {expected:,} bytes" if expected is not None else "the end of the file"
+    return FetchError("io", f"the connection ended before {size} came", may_pass=True)
+
+
+def too_slow(num_bytes: int) -> FetchError:
+    """The fetch took longer than --fetch-timeout."""
+    return FetchError("timeout", f"not fetched in time; {num_bytes:,} bytes came (--fetch-timeout)", may_pass=True)
+
+
+def of_status(status: int, retry_after: str = "") -> FetchError:
+    """The failure that an HTTP status means."""
+    said = f"the server answered {status}"
+    if status in _ABSENT:
+        return FetchError("not_found", said)
+    if status in _FORBIDDEN:
+        return FetchError("permission", said)
+    if status == RANGE_NOT_SATISFIABLE:
+        return RangeError()
+    wait_s = float(retry_after) if retry_after.isdecimal() else 0.0
+    return FetchError("io", said, may_pass=status in _BUSY or status >= 500, wait_s=wait_s)
+
+
+def of_exception(error: BaseException) -> FetchError:
+    """The failure that a store's or aiohttp's exception means."""
+    if isinstance(error, FetchError):
+        return error
+    for cause in _chain(error):
+        if isinstance(cause, FetchError):
+            return cause
+        status = _status_of(cause)
+        if status is not None and status >= 300:
+            return of_status(status)
+    if isinstance(error, FileNotFoundError | IsADirectoryError):
+        return FetchError("not_found", "there is no such file")
+    if isinstance(error, PermissionError) or type(error).__name__ in ("NoCredentialsError", "RefreshError"):
+        return FetchError("permission", f"not allowed: {type(error).__name__}")
+    if isinstance(error, TimeoutError):
+        return FetchError("timeout", "no answer in time (--fetch-timeout)", may_pass=True)
+    reason = type(error).__name__
+    if isinstance(error, OSError) and error.errno is not None and error.errno in _TELLING:
+        reason = os.strerror(error.errno)
+    return FetchError("io", f"cannot fetch: {reason}", may_pass=True)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """An exception and what it was raised from, the outermost first."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = getattr(error, "os_error", None) or error.__cause__
+    return chain
+
+
+def _status_of(error: BaseException) -> int | None:
+    """The HTTP status inside an exception of botocore, gcsfs, aiohttp or huggingface_hub."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore's
+        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        found = getattr(response, "status_code", None) or getattr(error, "status", None) or getattr(error, "code", None)
+    try:
+        return int(found) if found is not None else None
+    except (TypeError, ValueError):
+        return None
+
+
+SLOWEST_BYTES_PER_S = 1 << 16  # what a large file must come with once its first seconds are over
+_T = TypeVar("_T")
+
+
+class Patience:
+    """The time that one attempt has: `timeout_s`, and a second more for every 64 KiB that came.
+
+    A file of any size may thus be fetched, and a server that sends a byte now and then is given up.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._ends_at = time.monotonic() + timeout_s
+        self._num_bytes = 0
+
+    def left_s(self) -> float:
+        """Seconds left.
+
+        Raises:
+            FetchError: none is.
+        """
+        left = self._ends_at - time.monotonic()
+        if left <= 0:
+            raise too_slow(self._num_bytes)
+        return left
+
+    def came(self, num_bytes: int) -> None:
+        """Note that so many bytes came."""
+        self._num_bytes += num_bytes
+        self._ends_at += num_bytes / SLOWEST_BYTES_PER_S
+
+    def paused(self, seconds: float) -> None:
+        """Note that the delay was ours."""
+        self._ends_at += seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """Exponential back-off with full jitter (AWS Architecture Blog, 2015): many clients do not come back at once.
+
+    Before try k (from 1) a wait of up to `first_wait_s` * 2^(k-1), at most `longest_wait_s`, or what the server
+    asks for. No new try once `total_s` have passed since the first.
+    """
+
+    num_tries: int = 4
+    first_wait_s: float = 0.5
+    longest_wait_s: float = 20.0
+    total_s: float = 90.0
+
+    def run(self, attempt: Callable[[], _T], *, stopped: threading.Event | None = None) -> _T:
+        """What `attempt` returns in the end.
+
+        Raises:
+            FetchError: the last failure, in all its tries or one that will not pass.
+        """
+        started = time.monotonic()
+        for num_failed in range(1, self.num_tries + 1):
+            try:
+                return attempt()
+            except (CancelledError, MissingExtraError):
+                raise
+            except Exception as error:  # foreign libraries raise whatever they like
+                failure = of_exception(error)
+                wait_s = self._wait_s(num_failed, failure)
+                is_late = time.monotonic() + wait_s - started > self.total_s
+                if not failure.may_pass or num_failed == self.num_tries or is_late:
+                    raise failure from error
+            if stopped is None:
+                time.sleep(wait_s)
+            elif stopped.wait(wait_s):
+                break
+        raise FetchError("io", "stopped")
+
+    def _wait_s(self, num_failed: int, failure: FetchError) -> float:
+        most = min(self.longest_wait_s, self.first_wait_s * 2 ** (num_failed - 1))
+        return max(min(failure.wait_s, self.longest_wait_s), random.uniform(0, most))

@@ -1,0 +1,239 @@
+"""From source rows to requests that are ready to run: ids, what is done already, pictures decoded ahead.
+
+Every request still to do gets a key, counted up in input order. Pictures are decoded ahead within a
+fixed number of rows, and requests become ready as their pictures do, whatever their order; the keys
+restore it (ordering.py). What cannot be run becomes a failure here, without the engine.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from md3cli.config import DecodeOptions, RunConfig
+from md3cli.errors import ImageError
+from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage
+from md3cli.images.pool import DecodePool, PicturePool
+from md3cli.records import ImageFacts, ImageItem, Request, RowFailure, SourceRow
+from md3cli.remote.hosts import FetchOptions, HostRules
+from md3cli.run.record_index import Ids
+
+AHEAD_BYTES = 256 * 2**20  # of crops decoded ahead
+MIN_AHEAD, MAX_AHEAD = 4, 256  # rows decoded ahead
+ROWS_AT_A_TIME = 1024  # read before what came of them is written
+CHANNELS = 3
+MAX_AUTO_WORKERS = 16
+
+
+@dataclass(slots=True)
+class Ticket:
+    """One request on its way; `facts` are there once its picture is decoded."""
+
+    key: int
+    record_id: str
+    image: ImageItem | None
+    request: Request
+    row: SourceRow
+    is_last_of_row: bool
+    facts: ImageFacts | None = None
+
+
+@dataclass(slots=True)
+class ReadyRequest:
+    """A ticket the engine can run; `picture` None for a question without one."""
+
+    ticket: Ticket
+    picture: PreparedImage | None
+
+
+@dataclass(slots=True)
+class _AheadRow:
+    tickets: list[Ticket]
+    future: Future[PreparedImage]
+
+
+def rows_ahead(crop_config: CropConfig) -> int:
+    """How many pictures may be decoded and waiting, from the bytes of the largest common one."""
+    largest = (1 + crop_config.max_crops) * crop_config.crop_size**2 * CHANNELS
+    return max(MIN_AHEAD, min(MAX_AHEAD, AHEAD_BYTES // largest))
+
+
+def num_auto_workers() -> int:
+    """A decode worker for each core this process may use, within reason."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_AUTO_WORKERS, num_cores)
+
+
+def make_pool(config: RunConfig, crop_config: CropConfig) -> DecodePool:
+    """The decode workers of a run."""
+    return make_decode_pool(config.decode, config.model.background, crop_config)
+
+
+def make_decode_pool(options: DecodeOptions, background: str, crop_config: CropConfig) -> DecodePool:
+    """Decode workers as `options` say, and whoever fetches pictures for them."""
+    hosts = HostRules(frozenset(options.named_hosts), options.may_fetch_private, options.root)
+    return PicturePool(
+        options.workers or num_auto_workers(),
+        crop_config,
+        ImageLimits(options.max_pixels, options.max_file_size),
+        background=background,
+        timeout_s=options.timeout_s,
+        fetching=FetchOptions(options.max_file_size, options.fetch_timeout_s, hosts),
+    )
+
+
+class Feed:
+    """Requests of `rows` that are still to do, as they become ready.
+
+    Args:
+        ids: makes the ids, in input order.
+        is_done: whether a request's record stands in OUTPUT, asked by its id, row and request before anything is
+            opened.
+        pool: decodes the pictures.
+        num_ahead: rows in decoding or decoded at a time.
+        fail: called with each ticket that fails before the engine sees it.
+        recall: whether the record of a ticket is there already and only waits for its turn.
+        reading: entered while rows are read, which may wait for a slow disk.
+        wait_for_row: waits until the next row may have come, at most so many seconds, after `rows` gave None.
+    """
+
+    def __init__(
+        self,
+        rows: Iterator[SourceRow | None],
+        *,
+        ids: Ids,
+        is_done: Callable[[str, SourceRow, Request], bool],
+        pool: DecodePool,
+        num_ahead: int,
+        fail: Callable[[Ticket, RowFailure], None],
+        recall: Callable[[Ticket], bool],
+        reading: Callable[[], AbstractContextManager[None]],
+        wait_for_row: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._rows, self._ids, self._is_done, self._pool = rows, ids, is_done, pool
+        self._num_ahead, self._fail, self._recall, self._reading = num_ahead, fail, recall, reading
+        self._wait_for_row = wait_for_row
+        self._decoded: SimpleQueue[_AheadRow] = SimpleQueue()  # filled by the pool's threads
+        self._newest: _AheadRow | None = None
+        self._num_decoding = 0
+        self._ready: deque[ReadyRequest] = deque()
+        self._next_key = 0
+        self._is_source_exhausted = False
+        self._is_row_late = False  # the next has not come yet: it is not waited for while there is something to do
+        self.num_done_before = 0
+        self.num_rows_done_before = 0
+
+    @property
+    def is_exhausted(self) -> bool:
+        """True when nothing will become ready any more."""
+        return self._is_source_exhausted and not self._num_decoding and not self._ready
+
+    def poll(self) -> ReadyRequest | None:
+        """The next request that is ready; None when none is at the moment."""
+        if not self._ready:
+            self._fill()
+            self._collect()
+        return self._ready.popleft() if self._ready else None
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until a picture is decoded or a row has come, at most `timeout_s`; not while there are rows to read."""
+        if self._ready or (self._wants_rows and not self._is_row_late):
+            return
+        if self._num_decoding:
+            self._collect(timeout_s)
+        elif self._is_row_late:
+            self._wait_for_row(timeout_s)
+
+    @property
+    def _wants_rows(self) -> bool:
+        return not self._is_source_exhausted and self._num_decoding < self._num_ahead and not self._ready
+
+    def _fill(self) -> None:
+        """Read rows until enough pictures are in decoding.
+
+        No more than so many at a time: those that fail here, or came early, wait to be written.
+        """
+        self._is_row_late = False
+        with self._reading():
+            for _ in range(ROWS_AT_A_TIME):
+                if not self._wants_rows:
+                    return
+                try:
+                    row = next(self._rows)
+                except StopIteration:
+                    self._is_source_exhausted = True
+                    return
+                if row is None:
+                    self._is_row_late = True
+                    return
+                self._take(row)
+
+    def _take(self, row: SourceRow) -> None:
+        tickets = self._tickets(row)
+        self.num_rows_done_before += not tickets
+        tickets = [ticket for ticket in tickets if not self._recall(ticket)]
+        if not tickets:
+            return
+        if row.failure is not None:
+            self._fail_all(tickets, row.failure)
+        elif row.image is None:
+            self._ready += [ReadyRequest(ticket, None) for ticket in tickets]
+        else:
+            self._decode(tickets, row.image)
+
+    def _tickets(self, row: SourceRow) -> list[Ticket]:
+        tickets: list[Ticket] = []
+        for request in row.requests:
+            record_id = self._ids.next_id(row.id_name, request)
+            if self._is_done(record_id, row, request):
+                self.num_done_before += 1
+                continue
+            tickets.append(Ticket(self._next_key, record_id, row.image, request, row, is_last_of_row=False))
+            self._next_key += 1
+        if tickets:
+            tickets[-1].is_last_of_row = True
+        return tickets
+
+    def _decode(self, tickets: list[Ticket], image: ImageItem) -> None:
+        """Have the picture decoded; the same one as a row before it (many questions an image) only once."""
+        if self._newest is not None and self._newest.tickets[0].image == image:
+            future = self._newest.future
+        else:
+            future = self._pool.submit(image)
+        self._newest = _AheadRow(tickets, future)
+        self._num_decoding += 1
+        # The callback must not hold what holds the future: such a circle would keep pictures until the next gc.
+        future.add_done_callback(lambda done: self._decoded.put(_AheadRow(tickets, done)))
+
+    def _collect(self, timeout_s: float = 0.0) -> None:
+        """Move all rows whose pictures are decoded to the ready ones; wait for the first so long."""
+        try:
+            self._settle(self._decoded.get(timeout=timeout_s) if timeout_s else self._decoded.get_nowait())
+            while True:
+                self._settle(self._decoded.get_nowait())
+        except Empty:
+            return
+
+    def _settle(self, row: _AheadRow) -> None:
+        self._num_decoding -= 1
+        if self._newest is not None and row.future is self._newest.future:
+            self._newest = None  # its picture is the engine's now, and not kept for a row that may never come
+        try:
+            picture = row.future.result()
+        except ImageError as error:
+            self._fail_all(row.tickets, RowFailure(error.type, str(error)))
+            return
+        facts = ImageFacts(picture.width, picture.height, picture.sha256)
+        for ticket in row.tickets:
+            ticket.facts = facts
+        self._ready += [ReadyRequest(ticket, picture) for ticket in row.tickets]
+
+    def _fail_all(self, tickets: list[Ticket], failure: RowFailure) -> None:
+        for ticket in tickets:
+            self._fail(ticket, failure)

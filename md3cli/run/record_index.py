@@ -1,0 +1,296 @@
+"""What a run found in its journal: which requests stand there, and how each ended.
+
+Two arrays in the order of the file and an index over them. INPUT is read in the order in which the
+records were written, so a request is looked for behind the one found last, and only then by search.
+
+Memory: 37 bytes a record (10 million: 370 MB), less than twice that while the index is made.
+
+Records in OUTPUT that no request of this run has: those that stay, and the few that go.
+
+INPUT may have become less, or be narrowed; what it no longer names stays. What goes: a record whose id was changed
+by damage, and that of a manifest's row that could not be read and has been mended.
+
+Ids of requests in input order: what `records.request_id` gives, ten times as fast.
+
+A run that resumes behind a million records makes a million ids first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from array import array
+from bisect import bisect_left
+from collections.abc import Container, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from functools import lru_cache
+from json.encoder import encode_basestring_ascii
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from md3cli.finished.digest import DIGEST_BYTES, DigestSet
+from md3cli.records import ERROR_TYPES, RecordDict, Request, RunIdentity, Task, id_name, request_id
+
+_MOST_REPEATS = 256  # of one request, that are tried
+_WHERE = re.compile(r"(?:line|row) ([0-9]{1,15}): ")  # how the message of a `bad_row` begins
+
+
+class Fate(Enum):
+    """What becomes of a record that nobody has asked for."""
+
+    KEPT = "kept"
+    DAMAGED = "damaged"
+    MENDED = "mended"
+
+
+def line_of_bad_row(message: str) -> int | None:
+    """Return the number of the manifest's line that a `bad_row` failure is about; None where it does not say."""
+    where = _WHERE.match(message)
+    return int(where[1]) if where else None
+
+
+@dataclass(frozen=True, slots=True)
+class Unasked:
+    """Decides about records that INPUT does not name.
+
+    `requests` are what the command asks, of every picture and with nothing else where `asks_nothing_else`.
+    `readable_lines` are lines of the manifest that could not be read before and can now.
+    """
+
+    requests: Sequence[Request]
+    identity: RunIdentity
+    asks_nothing_else: bool
+    readable_lines: Container[int] = frozenset()
+    has_mended: bool = False
+
+    @property
+    def is_parsing_worth_it(self) -> bool:
+        """Whether a record can have to go that resembles no other."""
+        return self.asks_nothing_else or self.has_mended
+
+    def fate_of(self, record: RecordDict, recorded_lines: Container[int], has_twin: bool) -> Fate:
+        """Decide about a whole record.
+
+        `recorded_lines` are lines of the manifest that cannot be read now either and have their own record.
+        `has_twin`: another record's id resembles its id as no two hashes do.
+        """
+        if record["error"] is not None and record["error"]["type"] == "bad_row":
+            number = line_of_bad_row(record["error"]["message"])
+            if number is not None and (number in self.readable_lines or number in recorded_lines):
+                return Fate.MENDED
+        is_suspect = has_twin or self.asks_nothing_else
+        return Fate.DAMAGED if is_suspect and not self._has_its_id(record) else Fate.KEPT
+
+    def _has_its_id(self, record: RecordDict) -> bool:
+        """Whether a record's id is that of its image, task and prompt with the command's settings."""
+        asked = [_as_in(record, request) for request in self.requests]
+        name = id_name(record["image"], record.get("image_b64")) if record["image"] is not None else None
+        return any(
+            request_id(name, request, self.identity, repeat) == record["id"]
+            for repeat in range(_MOST_REPEATS)
+            for request in dict.fromkeys(asked)
+        )
+
+
+def _as_in(record: RecordDict, request: Request) -> Request:
+    length = record.get("length") or request.length
+    return replace(request, task=Task(record["task"]), prompt=record["prompt"], length=length)
+
+
+_TYPES: tuple[str | None, ...] = (None, *sorted(ERROR_TYPES))
+_CODES = {error_type: code for code, error_type in enumerate(_TYPES)}
+_REDONE = len(_TYPES)
+_KEY_BYTES = 8  # of a digest, by which it is searched
+
+
+def outcome_code(error_type: str | None) -> int:
+    """How a record ended as one byte; None is a success."""
+    return _CODES[error_type]
+
+
+class FoundRecords:
+    """The requests of a journal, each once, in its order.
+
+    Attributes:
+        has_superseded: some request stood there more than once; the last record counts, in the first one's place.
+    """
+
+    def __init__(
+        self, digests: bytes | bytearray = b"", outcomes: bytes | bytearray = b"", starts: bytes | bytearray = b""
+    ) -> None:
+        """Take all lines, one behind the other.
+
+        `digests` are 16 bytes a line, `outcomes` one byte (see `outcome_code`), `starts` the lines' offsets in the
+        file, eight bytes each; these may be left out.
+        """
+        order = _order_of(digests)
+        self.has_superseded = _has_repeats(digests, order)
+        if self.has_superseded:
+            latest = latest_lines(_halves(digests))
+            digests, outcomes = _halves(digests)[latest].tobytes(), np.frombuffer(outcomes, np.uint8)[latest].tobytes()
+            starts = np.frombuffer(starts, np.int64)[latest].tobytes() if starts else b""
+            order = _order_of(digests)
+        self._starts = array("q", bytes(starts))
+        self._digests, self._outcomes = digests, bytearray(outcomes)
+        self._order = array("I", order.astype(np.uint32).tobytes())
+        self._sorted_keys = array("Q", _keys(digests)[order].tobytes())
+        self._counts = np.bincount(np.frombuffer(outcomes, np.uint8), minlength=_REDONE + 1)
+        self._last_place, self._last_digest = -1, b""
+
+    def __len__(self) -> int:
+        return len(self._outcomes)
+
+    def place_of(self, digest: bytes) -> int | None:
+        """Which record it is, counted from 0; None: it is not there."""
+        if digest == self._last_digest:
+            return self._last_place
+        place: int | None = self._last_place + 1
+        if self._digest_at(self._last_place + 1) != digest:
+            place = self._search(digest)
+        if place is not None:
+            self._last_place, self._last_digest = place, digest
+        return place
+
+    def _digest_at(self, place: int) -> bytes | bytearray:
+        return self._digests[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES]
+
+    def _search(self, digest: bytes) -> int | None:
+        key = int.from_bytes(digest[:_KEY_BYTES], "little")
+        at = bisect_left(self._sorted_keys, key)
+        while at < len(self._sorted_keys) and self._sorted_keys[at] == key:
+            if self._digest_at(self._order[at]) == digest:
+                return self._order[at]
+            at += 1
+        return None
+
+    def start_of(self, place: int) -> int:
+        """Return where in the file its line begins."""
+        return self._starts[place]
+
+    def failures_of(self, error_type: str) -> list[int]:
+        """Return the places of failures of one type that have not been done again."""
+        found = np.frombuffer(self._outcomes, np.uint8) == _CODES[error_type]
+        return [int(place) for place in np.flatnonzero(found)]
+
+    def is_failed_with(self, place: int, error_type: str) -> bool:
+        """Return whether it is a failure of that type, which has not been done again."""
+        return self._outcomes[place] == _CODES[error_type]
+
+    def is_ok(self, place: int) -> bool:
+        """Whether it is a success; else it is a failure, or was one and has been done again."""
+        return self._outcomes[place] == 0
+
+    def is_failed(self, place: int) -> bool:
+        """Whether it is a failure that has not been done again."""
+        return 0 < self._outcomes[place] < _REDONE
+
+    def supersede(self, place: int) -> None:
+        """The record there counts no more: its request was, or will be, done again."""
+        self._counts[self._outcomes[place]] -= 1
+        self._outcomes[place] = _REDONE
+        self.has_superseded = True
+
+    @property
+    def num_ok(self) -> int:
+        return int(self._counts[0])
+
+    @property
+    def num_failed(self) -> dict[str, int]:
+        """Failures by error type."""
+        return {name: int(self._counts[code]) for name, code in _CODES.items() if name and self._counts[code]}
+
+
+def latest_lines(digests: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """For digests [lines, 2 halves]: the last line of each, ordered by the first line of each."""
+    order = np.lexsort((digests[:, 0], digests[:, 1]))  # stable: within an id in file order
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = False
+    for half in range(2):  # one at a time: at ten million lines a copy is 80 MB
+        by_id = digests[:, half][order]
+        is_first[1:] |= by_id[1:] != by_id[:-1]
+    first_lines, last_lines = order[is_first], order[np.roll(is_first, -1)]
+    return last_lines[np.argsort(first_lines)]
+
+
+def _halves(digests: bytes | bytearray) -> NDArray[np.uint64]:
+    return np.frombuffer(digests, "<u8").reshape(-1, 2)
+
+
+def _keys(digests: bytes | bytearray) -> NDArray[np.uint64]:
+    return _halves(digests)[:, 0]
+
+
+def _order_of(digests: bytes | bytearray) -> NDArray[np.int64]:
+    return np.argsort(_keys(digests))
+
+
+def _has_repeats(digests: bytes | bytearray, order: NDArray[np.int64]) -> bool:
+    """Whether a digest stands there twice; by its first half, as good as only then are two of those equal."""
+    keys = _keys(digests)[order]
+    if not (keys[1:] == keys[:-1]).any():
+        return False
+    return len(latest_lines(_halves(digests))) < len(order)
+
+
+class Ids(Protocol):
+    """Where the ids of requests come from."""
+
+    def next_id(self, image: str | None, request: Request) -> str:
+        """The id of the next request in input order."""
+        ...
+
+
+class RequestIds:
+    """`records.request_id` with the parts that repeat encoded once, and repeats counted.
+
+    The k-th repeat of a request gets k. Memory is 21 bytes a request, and one for those in `found`: what
+    stands in OUTPUT already.
+    """
+
+    def __init__(self, run: RunIdentity, found: FoundRecords | None = None) -> None:
+        self._run = _compact(run.id_parts())
+        self._found = found or FoundRecords()
+        self._is_seen = bytearray(len(self._found))  # of the found ones
+        self._seen = DigestSet()  # the others
+        self._repeats: dict[bytes, int] = {}
+        self._request = lru_cache(maxsize=4096)(lambda request: _compact(asdict(request)))
+        self._last: tuple[Request | None, str] = (None, "")  # most rows ask what the row before asked
+
+    def next_id(self, image: str | None, request: Request) -> str:
+        """The id of the next request of this kind in input order."""
+        first = self._digest(image, request, 0)
+        repeat = self._count(first)
+        return self.id_of(image, request, repeat) if repeat else first.hex()
+
+    def next_repeat(self, image: str | None, request: Request) -> int:
+        """The k of the next request of this kind: how many there were before."""
+        return self._count(self._digest(image, request, 0))
+
+    def id_of(self, image: str | None, request: Request, repeat: int) -> str:
+        """The id of the k-th repeat of a request; counts nothing."""
+        return self._digest(image, request, repeat).hex()
+
+    def _count(self, first: bytes) -> int:
+        place = self._found.place_of(first)
+        if place is not None and not self._is_seen[place]:
+            self._is_seen[place] = True
+            return 0
+        if place is None and self._seen.add(first):
+            return 0
+        self._repeats[first] = repeat = self._repeats.get(first, 0) + 1
+        return repeat
+
+    def _digest(self, image: str | None, request: Request, repeat: int) -> bytes:
+        name = "null" if image is None else encode_basestring_ascii(image)
+        if self._last[0] is not request:
+            self._last = (request, self._request(request))
+        text = f"[{name},{self._last[1]},{self._run},{repeat}]"
+        return hashlib.sha256(text.encode()).digest()[:DIGEST_BYTES]
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=True, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,242 @@
+"""The end of a start: the export once every shard is committed, and what is told and noted either way."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+from md3cli.config import RunConfig
+from md3cli.console import RunConsole, Summary
+from md3cli.console import clock as duration
+from md3cli.errors import OutputHeldError
+from md3cli.files import OutputLock
+from md3cli.finished.digest import RecordsDigest
+from md3cli.finished.failures import Failure, NamedFailures, command_for_all
+from md3cli.records import RETRYABLE, RunIdentity
+from md3cli.run.order import SUFFIX as EARLY_SUFFIX
+from md3cli.run.output import OutputPlan, publish, remove_temps
+from md3cli.run.run_info import RunCounts, RunDocument, Timeline, identity_of
+from md3cli.scale.attempts import Teller
+from md3cli.scale.bucket import Deliveries
+from md3cli.scale.export import export_parts, note_exported, read_exported
+from md3cli.scale.folder import EXPORTED, RunFolder, attempts_prefix, is_unfinished
+from md3cli.scale.inspect import collect
+from md3cli.scale.markers import Commit, StartNote
+from md3cli.scale.plan import Plan
+from md3cli.scale.store import LocalStore
+from md3cli.source.source import empty_words
+
+STATUS_FAILED_RECORDS = 3
+STOPPED = 128  # exit statuses from here on are of signals
+EXPORT_WAIT_S, EXPORT_POLL_S = 60.0, 1.0
+SLOW_EXPORT_BYTES_S = 5e6  # a second
+_EXPORT_LOCK = "export.lock"
+
+Commits = Mapping[int, Commit]
+
+
+class Ending:
+    """What a start leaves. `document` is run.json beside OUTPUT; None for a rank: the one that exports writes it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        console: RunConsole,
+        outputs: OutputPlan,
+        folder: RunFolder,
+        deliveries: Deliveries,
+        plan: Plan,
+        identity: RunIdentity,
+        document: RunDocument | None,
+    ) -> None:
+        assert outputs.files is not None
+        self._config, self._console, self._outputs, self._files = config, console, outputs, outputs.files
+        self._deliveries = deliveries
+        self._folder, self._plan, self._identity, self._document = folder, plan, identity, document
+        self._started_at = time.monotonic()
+        self._before: Commits = {}
+        self._num_under_way = 0
+        self._timeline = Timeline(document.timeline if document is not None else ())
+        self._note = StartNote(folder, {"rank": config.scale.rank, "world_size": config.scale.world_size})
+
+    def begin(self, commits: Commits) -> None:
+        """Note what was committed before this start."""
+        self._before = dict(commits)
+
+    def forget(self, shards: Iterable[int]) -> None:
+        """Count shards that are done again as done by this start."""
+        self._before = {shard: commit for shard, commit in self._before.items() if shard not in set(shards)}
+
+    def note_progress(self, commits: Commits, num_under_way: int, *, is_last: bool = False) -> None:
+        """A point of the timeline."""
+        self._num_under_way = num_under_way
+        done = self._num_new(commits) + num_under_way
+        self._timeline.note(time.monotonic() - self._started_at, done, is_last=is_last)
+
+    def _num_new(self, commits: Commits) -> int:
+        return sum(commit.num_records for shard, commit in commits.items() if shard not in self._before)
+
+    # -- the export --------------------------------------------------------------------------------
+
+    def export(self, commits: Commits) -> int:
+        """Make OUTPUT's files of the committed records; the exit status.
+
+        Raises:
+            DamagedPartError: a part is not what its marker says; nothing was changed.
+        OutputError, ExportError: a file cannot be made; the records are in the run folder.
+        """
+        with self._export_lock(commits) as is_ours:
+            if is_ours:
+                self._export(commits)
+            else:
+                self._console.say("another rank exports the records")
+        counts = counts_of(commits)
+        is_bad = self._config.fail_on.is_met(counts.failed, counts.ok + counts.failed)
+        return STATUS_FAILED_RECORDS if is_bad else 0
+
+    def _export(self, commits: Commits) -> None:
+        journal, deliveries = self._files.journal, self._deliveries
+        remove_temps(self._outputs)
+        if is_unfinished(self._folder, has_records=deliveries.has(journal)):
+            exported = export_parts(self._folder, self._plan, commits, journal)
+            deliveries.deliver(journal)
+            note_exported(self._folder, exported)
+            collect(self._folder, older_than_s=0.0)  # what a kill between a commit and its end has left
+            journal.with_name(journal.name + EARLY_SUFFIX).unlink(missing_ok=True)  # of a single process, taken over
+        if self._document is None:
+            self._document = self._rank_document()
+        if (noted := read_exported(self._folder)) is not None:
+            self._document.note_records(RecordsDigest(noted.bytes, noted.sha256))
+        self._document.finish(counts_of(commits), {}, None, self._timeline.points)
+        deliveries.deliver(self._files.run_info)
+        for document in self._outputs.documents:
+            deliveries.fetch(journal)
+            for note in publish(document, journal, self._config, self._plan.root):
+                self._console.say(f"{document.format}: {note}")
+            deliveries.deliver(document.path)
+
+    def _rank_document(self) -> RunDocument:
+        identity = identity_of(self._config.requests, self._identity, self._plan.root)
+        return RunDocument.begin(
+            self._files.run_info,
+            identity=identity,
+            arguments=self._config.argv,
+            root=self._plan.root,
+            is_resume=True,
+        )
+
+    @contextlib.contextmanager
+    def _export_lock(self, commits: Commits) -> Iterator[bool]:
+        """Whether this process is the one to export."""
+        if self._config.scale.world_size == 1:
+            yield True
+            return
+        if not isinstance(self._folder.store, LocalStore):
+            yield self._is_first(commits) or not self._is_exported_within(_patience_s(commits))
+            return
+        path = self._folder.store.path(_EXPORT_LOCK)
+        try:
+            lock = OutputLock.acquire(path, self._files.journal)
+        except OutputHeldError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def _is_first(self, commits: Commits) -> bool:
+        """In a bucket there are no locks: rank 0 exports, and whoever committed last; both write the same bytes."""
+        last = max(commits.values(), key=lambda commit: commit.ended, default=None)
+        is_last = last is not None and last.attempt.startswith(attempts_prefix())
+        return self._config.scale.rank == 0 or is_last
+
+    def _is_exported_within(self, patience_s: float) -> bool:
+        """Wait for the others' export; False where none came."""
+        teller = Teller(self._console.say)
+        while self._folder.store.read(EXPORTED) is None:
+            teller.tell(f"waiting for another rank's export, at most {duration(patience_s)}")
+            if teller.waited_s > patience_s:
+                return False
+            time.sleep(EXPORT_POLL_S)
+        return True
+
+    # -- what is told and noted ----------------------------------------------------------------------
+
+    def note(self, status: int, commits: Commits) -> None:
+        """Note how this start ended, in run.json and in the run folder."""
+        self.note_progress(commits, self._num_under_way if status >= STOPPED else 0, is_last=True)
+        counts = counts_of(commits)
+        self._note.end(status, {"records": self._num_new(commits), "ok": counts.ok, "failed": counts.failed})
+        if self._document is not None:
+            self._document.finish(counts, {}, status, self._timeline.points)
+            self._deliveries.deliver(self._files.run_info)
+
+    def summarize(self, commits: Commits) -> None:
+        """What was done, on stderr."""
+        new = [commit for shard, commit in commits.items() if shard not in self._before]
+        before = [commit for shard, commit in commits.items() if shard in self._before]
+        summary = Summary(
+            num_images=sum(commit.images - commit.reused_images for commit in new),
+            num_ok=sum(commit.new_ok for commit in new),
+            failed=dict(sum((commit.new_errors for commit in new), Counter[str]())),
+            num_done_before=sum(commit.num_records for commit in before) + sum(commit.reused for commit in new),
+            num_failed_before=sum(commit.errors for commit in before)
+            + sum(sum(commit.reused_errors.values()) for commit in new),
+            prompt_tokens=sum(commit.prompt_tokens for commit in new),
+            output_tokens=sum(commit.output_tokens for commit in new),
+            elapsed_s=time.monotonic() - self._started_at,
+            skipped=self._plan.skipped,
+            failures=self._named_failures(commits),
+            failures_command=self._failures_command(),
+            outputs=self._deliveries.written(self._outputs),
+            next_command=self._next_command(commits),
+        )
+        if not self._plan.rows:
+            self._console.warn(empty_words(self._config.source))
+        self._console.summarize(summary)
+
+    def _named_failures(self, commits: Commits) -> list[Failure]:
+        """Some of this start's failures, then of earlier ones."""
+        named = NamedFailures()
+        for shard in sorted(commits, key=lambda shard: (shard in self._before, shard)):
+            if commits[shard].errors and not named.is_full:
+                named.note_lines((self._folder.store.read(commits[shard].part) or b"").splitlines(keepends=True))
+        return named.found
+
+    def _failures_command(self) -> str | None:
+        return None if self._config.output.address is not None else command_for_all(self._files.journal)
+
+    def _next_command(self, commits: Commits) -> str | None:
+        if RETRYABLE & counts_of(commits).errors.keys() and self._config.scale.world_size == 1:
+            return shlex.join([*self._argv, "--retry-failed"])
+        if self._outputs.documents or self._config.output.address is not None:
+            return None
+        return shlex.join(["md3", "report", str(self._files.journal), "-o", "report.html"])
+
+    def tell_how_to_resume(self, reason: str, commits: Commits) -> None:
+        """Say that `reason`, a signal, stopped the run, what it has, and which command goes on."""
+        num_new = self._num_new(commits) + self._num_under_way
+        self._console.say(f"stopped by {reason}: {num_new:,} new records are in {self._folder.uri}")
+        self._console.say(f"resume with: {shlex.join(self._argv)}", style="cyan")
+
+    @property
+    def _argv(self) -> list[str]:
+        return [argument for argument in self._config.argv if argument != "--overwrite"]
+
+
+def _patience_s(commits: Commits) -> float:
+    """How long an export may take, generously."""
+    return EXPORT_WAIT_S + sum(commit.bytes for commit in commits.values()) / SLOW_EXPORT_BYTES_S
+
+
+def counts_of(commits: Commits) -> RunCounts:
+    """Requests by outcome."""
+    errors = Counter[str]()
+    for commit in commits.values():
+        errors.update(commit.error_types)
+    ok = sum(commit.ok for commit in commits.values())
+    return RunCounts(ok, sum(errors.values()), dict(sorted(errors.items())))

@@ -1,0 +1,241 @@
+"""What lies where in a run folder, and the two places it is made of.
+
+    plan/plan.json             what the run is: counts, fingerprint, config; put if absent, never rewritten
+    plan/manifest.parquet      the rows of INPUT, row group k = shard k; for its owner alone where addresses are signed
+    plan/repeats.parquet       which requests ask again what was asked before, where there are any
+    run.json                   how to run it: model and decode options of the latest start
+    wip/00012.ATTEMPT.jsonl    journal of one attempt at shard 12 (on the machine itself for an object store)
+    parts/part-00012-ATTEMPT.jsonl    the records of a shard, in input order
+    commits/00012.json         which part counts: {part, rows, ok, errors, sha256, ...}; the only truth
+    starts/*.json  metrics/*.jsonl    who ran it when, and how fast
+    kept.jsonl                 records that OUTPUT had and the plan does not ask for; exported first
+    errors.jsonl  exported.json       written by the export
+
+A run folder is `DIR/.md3run` for OUTPUT DIR, and `OUT.md3run` beside a file OUT.
+
+Whether a command's OUTPUT is run in a run folder: because it was asked for, or has begun so. Light to import.
+
+A run folder whose records were all exported is as good as gone: the records file is the truth then, and whatever
+changes that file takes the run folder away first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import getpid
+from pathlib import Path
+
+from md3cli.config import RunConfig
+from md3cli.errors import InputError, UsageError
+from md3cli.records import printable
+from md3cli.remote.address import folder_of, host_of, is_address
+from md3cli.run.output import OutputPlan
+from md3cli.run.run_info import RECORDS_NAME, OutputPaths
+from md3cli.scale.store import LocalStore, Store, open_store
+from md3cli.settings import user_cache_dir
+
+FOLDER_NAME, SUFFIX = ".md3run", ".md3run"
+PLAN, MANIFEST, REPEATS = "plan/plan.json", "plan/manifest.parquet", "plan/repeats.parquet"
+RUN, KEPT, ERRORS, EXPORTED = "run.json", "kept.jsonl", "errors.jsonl", "exported.json"
+WIP, PARTS, COMMITS, STARTS, METRICS, DAMAGED = "wip", "parts", "commits", "starts", "metrics", "damaged"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """An opened run folder: `store` is what all processes share, `wip` is where journals can be appended to."""
+
+    store: Store
+    wip: LocalStore
+
+    @property
+    def uri(self) -> str:
+        return self.store.uri
+
+
+def open_run_folder(uri: str) -> RunFolder:
+    """The run folder at `uri`, a path or a URL; it need not be there yet.
+
+    Raises:
+        MissingExtraError: a URL without the `remote` extra.
+    """
+    store = open_store(uri)
+    if isinstance(store, LocalStore):
+        return RunFolder(store, store)
+    digest = hashlib.sha256(store.uri.encode()).hexdigest()[:16]
+    return RunFolder(store, LocalStore(user_cache_dir() / "wip" / digest))
+
+
+def run_folder_uri(output: str, *, is_folder: bool) -> str:
+    """Where the run folder of OUTPUT is."""
+    return f"{output.rstrip('/')}/{FOLDER_NAME}" if is_folder else f"{output}{SUFFIX}"
+
+
+def find_run_folder(typed: str) -> RunFolder:
+    """The run folder that a user names by itself, by the OUTPUT it belongs to, or by its records file.
+
+    Raises:
+        InputError: there is none.
+    """
+    is_remote = is_address(typed)
+    bare = typed.rstrip("/") if is_remote else typed
+    beside = folder_of(bare) if is_remote else str(Path(typed).parent)
+    candidates = [bare, run_folder_uri(bare, is_folder=True), f"{bare}{SUFFIX}", f"{beside}/{FOLDER_NAME}"]
+    for candidate in candidates:
+        if is_remote and host_of(candidate) != host_of(typed):  # another's bucket
+            continue
+        folder = open_run_folder(candidate)
+        if folder.store.read(PLAN) is not None:
+            return folder
+    raise InputError(
+        f"no run folder at {printable(typed)} (one process on a local OUTPUT makes none: its counts are in run.json, "
+        "and the same command says what is left); give what stood after -o of a run with --devices, "
+        "--workers-per-device, --world-size or --engine"
+    )
+
+
+def shard_name(shard: int) -> str:
+    """`00012`: sorts as the number does up to 99,999 shards."""
+    return f"{shard:05d}"
+
+
+def shard_of(name: str) -> int | None:
+    """The shard that a file of `wip`, `parts` or `commits` belongs to; None for a name that is none of ours."""
+    found = re.fullmatch(r"(?:part-)?(\d{5,})(?:[.-].*)", name)
+    return int(found[1]) if found else None
+
+
+def commit_name(shard: int) -> str:
+    return f"{COMMITS}/{shard_name(shard)}.json"
+
+
+def part_name(shard: int, attempt: str) -> str:
+    return f"{PARTS}/part-{shard_name(shard)}-{attempt}.jsonl"
+
+
+def journal_name(shard: int, attempt: str) -> str:
+    return f"{WIP}/{shard_name(shard)}.{attempt}.jsonl"
+
+
+def damaged_name(shard: int) -> str:
+    """Return where copies of the damaged lines of a shard's journals are kept."""
+    return f"{DAMAGED}/{shard_name(shard)}.jsonl"
+
+
+def host_name() -> str:
+    """This machine's name, as far as file names can hold it."""
+    return re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40] or "host"
+
+
+def attempts_prefix() -> str:
+    """What the names of this process's attempts begin with."""
+    return f"{host_name()}-{getpid()}-"
+
+
+def new_attempt() -> str:
+    """A name no other attempt has: `host-pid-random`."""
+    return f"{attempts_prefix()}{secrets.token_hex(4)}"
+
+
+def run_folder_of(outputs: OutputPlan, config: RunConfig) -> RunFolder | None:
+    """Where the run folder of OUTPUT is, or would be; None where nothing stays on disk.
+
+    Raises:
+        UsageError: many processes are asked for, and there is no OUTPUT.
+    """
+    if outputs.files is None or config.output.path is None:
+        if config.scale.needs_run_folder:
+            raise UsageError("many processes cannot share stdout; name a folder or a file with -o")
+        return None
+    is_folder = outputs.files.run_info.parent == config.output.path
+    return open_run_folder(run_folder_uri(config.output.shown, is_folder=is_folder))
+
+
+def is_run_there(folder: RunFolder, files: OutputPaths, config: RunConfig) -> bool:
+    """Whether this command runs in its run folder; in a bucket all do, for nothing can be appended to there."""
+    if config.output.address is not None or config.scale.needs_run_folder:
+        return True
+    if config.output.overwrite:
+        return False
+    former = former_of(folder)  # a start over was killed before its first record: what it set aside comes back
+    return (former is not None and former.is_dir()) or is_unfinished(folder, has_records=files.journal.exists())
+
+
+def is_unfinished(folder: RunFolder, *, has_records: bool) -> bool:
+    """Whether a run folder has what OUTPUT's records file, if there is one, does not have yet."""
+    if folder.store.read(PLAN) is None:
+        return False
+    return folder.store.read(EXPORTED) is None or not has_records
+
+
+def records_of(folder: RunFolder) -> tuple[Store, str]:
+    """The records file that a run folder is exported to: where it lies, and its name there."""
+    parent, _, name = folder.uri.rpartition("/")
+    store = open_store(parent)
+    if name == FOLDER_NAME:
+        return store, RECORDS_NAME
+    output = name.removesuffix(SUFFIX)
+    aside = f"{output}.{RECORDS_NAME}"
+    return store, aside if store.modified_at(aside) is not None else output
+
+
+def former_of(folder: RunFolder) -> Path | None:
+    """Return where a start over keeps the former run folder until it has a record; None in a bucket."""
+    store = folder.store
+    return store.root.with_name(f"{store.root.name}-former") if isinstance(store, LocalStore) else None
+
+
+def discard(folder: RunFolder) -> None:
+    """Remove a run folder and its journals, and what a start over set aside; for who holds OUTPUT's lock."""
+    remove_run(folder)
+    if (former := former_of(folder)) is not None:
+        shutil.rmtree(former, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def discarded_once_written(folder: RunFolder) -> Iterator[None]:
+    """Remove a run folder that is out of date from the first write of records on, which happens inside.
+
+    One that is not exported, which --overwrite leaves, holds all records there are: it goes after the write.
+    """
+    is_kept = is_unfinished(folder, has_records=True)
+    if not is_kept:
+        discard(folder)
+    yield
+    if is_kept:
+        discard(folder)
+
+
+def remove_run(folder: RunFolder) -> None:
+    """Remove a run folder and its journals, if they are there; for the process that holds OUTPUT's lock."""
+    folder.store.remove_all()
+    if folder.wip is not folder.store:
+        shutil.rmtree(folder.wip.root, ignore_errors=True)
+
+
+def take_place(following: RunFolder, folder: RunFolder) -> None:
+    """Make a run folder that has a plan, and nothing committed yet, the one of OUTPUT.
+
+    In a bucket, where nothing can be renamed, the plan goes last: without it all is taken over again from the records.
+    """
+    discard(folder)
+    if isinstance(following.store, LocalStore) and isinstance(folder.store, LocalStore):
+        following.store.root.rename(folder.store.root)
+        return
+    for name in (MANIFEST, REPEATS, KEPT, PLAN):
+        with contextlib.suppress(FileNotFoundError):  # a plan need not have repeats
+            _copy(name, following.store, folder.store)
+    with contextlib.suppress(FileNotFoundError):  # nothing was taken over
+        following.wip.root.rename(folder.wip.root)
+    discard(following)
+
+
+def _copy(name: str, source: Store, target: Store) -> None:
+    with source.open(name) as there, target.put_file(name) as path, open(path, "wb") as here:
+        shutil.copyfileobj(there, here)

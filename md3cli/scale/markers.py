@@ -1,0 +1,207 @@
+"""Commit markers: which part holds the records of a shard. Whoever puts a shard's marker first wins.
+
+A marker that does not parse counts as none (a file system without hard links can leave half of one), and so does
+one that names anything but a part: what it names is read, and removed where a shard is done again.
+
+run.json of a run folder: how the latest start runs it, for workers on any machine; and who started it when.
+
+Unlike the plan it may change from start to start: device, batch size and the like are no part of a record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from md3cli import __version__
+from md3cli.config import DecodeOptions, ModelOptions
+from md3cli.errors import InputError
+from md3cli.records import printable
+from md3cli.scale.folder import COMMITS, PARTS, RUN, STARTS, RunFolder, commit_name, host_name, new_attempt, shard_of
+
+RUN_SCHEMA = "md3-run-folder/1"
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What a worker needs beside the plan."""
+
+    model: ModelOptions
+    decode: DecodeOptions
+
+    def to_json(self) -> dict[str, Any]:
+        model = asdict(self.model)
+        model["cache_dir"] = None if self.model.cache_dir is None else os.path.abspath(self.model.cache_dir)
+        return {"model": model, "decode": asdict(self.decode)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> RunOptions:
+        """Raises TypeError, KeyError: it is none of ours."""
+        model = {field.name: document["model"][field.name] for field in fields(ModelOptions)}
+        if model["cache_dir"] is not None:
+            model["cache_dir"] = Path(model["cache_dir"])
+        decode: dict[str, Any] = dict(document["decode"])
+        decode |= {name: tuple(value) for name, value in decode.items() if isinstance(value, list)}
+        return cls(ModelOptions(**model), DecodeOptions(**decode))
+
+
+def write_run_options(folder: RunFolder, options: RunOptions, argv: tuple[str, ...]) -> None:
+    """Note how this start runs the plan, in the place of what the start before noted."""
+    document = {
+        "schema": RUN_SCHEMA,
+        "md3": __version__,
+        "python": sys.version.split()[0],
+        "arguments": [printable(argument) for argument in argv],
+        **options.to_json(),
+    }
+    folder.store.put(RUN, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def read_run_options(folder: RunFolder) -> RunOptions:
+    """How the latest start runs the plan.
+
+    Raises:
+        InputError: there is no run.json, or none of this version.
+    """
+    try:
+        return RunOptions.from_json(json.loads(folder.store.read(RUN) or b""))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{printable(folder.uri)}/{RUN} is missing or of another version of md3") from error
+
+
+class StartNote:
+    """A file of its own for every start, so that processes on many machines never write the same one."""
+
+    def __init__(self, folder: RunFolder, facts: Mapping[str, Any]) -> None:
+        self._folder, self._name = folder, f"{STARTS}/{new_attempt()}.json"
+        self._document = {"started": _now(), "host": host_name(), "pid": os.getpid(), **facts}
+        self._put()
+
+    def end(self, status: int, facts: Mapping[str, Any]) -> None:
+        """Note how it ended."""
+        self._document |= {"ended": _now(), "exit_status": status, **facts}
+        self._put()
+
+    def _put(self) -> None:
+        self._folder.store.put(self._name, (json.dumps(self._document, indent=1) + "\n").encode())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+_PART = re.compile(rf"{PARTS}/part-\d{{5,}}-[A-Za-z0-9-]+\.jsonl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """What a marker says: `part` has the records of `rows` rows, `ok` and `errors` of them by outcome.
+
+    `bytes` and `sha256` are the part's. Of the records `reused` were taken from journals of earlier attempts, with
+    `reused_errors` failures by type and all that is asked of `reused_images`.
+    `ended` is in seconds since 1970.
+    """
+
+    part: str
+    rows: int
+    images: int
+    ok: int
+    errors: int
+    sha256: str
+    bytes: int
+    attempt: str
+    host: str
+    seconds: float
+    ended: float
+    reused: int = 0
+    reused_images: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    error_types: Mapping[str, int] = field(default_factory=dict)
+    reused_errors: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def num_records(self) -> int:
+        return self.ok + self.errors
+
+    @property
+    def new_errors(self) -> Counter[str]:
+        """Failures of the committed attempt itself, by type."""
+        return Counter(self.error_types) - Counter(self.reused_errors)
+
+    @property
+    def new_ok(self) -> int:
+        """Good records of the committed attempt itself."""
+        return self.ok - self.reused + sum(self.reused_errors.values())
+
+
+def read_commit(folder: RunFolder, shard: int) -> Commit | None:
+    """The shard's marker; None while there is none."""
+    return _parsed(folder.store.read(commit_name(shard)))
+
+
+def _parsed(data: bytes | None) -> Commit | None:
+    try:
+        commit = Commit(**json.loads(data or b""))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return commit if _is_sound(commit) else None
+
+
+def _is_sound(commit: Commit) -> bool:
+    """Whether each value is of its type, and the part is a name that `part_name` makes."""
+    document: dict[str, Any] = asdict(commit)
+    errors = [document.pop(name) for name in ("error_types", "reused_errors")]
+    texts = [document.pop(name) for name in ("part", "sha256", "attempt", "host")]
+    counts = [*document.values(), *(count for found in errors if isinstance(found, dict) for count in found.values())]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(found, dict) for found in errors)
+        and all(isinstance(count, int | float) and isfinite(count) for count in counts)
+        and _PART.fullmatch(commit.part) is not None
+    )
+
+
+def put_commit(folder: RunFolder, shard: int, commit: Commit) -> bool:
+    """Commit the shard; False where another attempt has committed it first.
+
+    A store that is tried again after its answer was lost refuses a marker that is there because we put it: whose it
+    is decides, not the answer.
+    """
+    data = json.dumps(asdict(commit), separators=(",", ":")).encode()
+    if folder.store.put_if_absent(commit_name(shard), data):
+        return True
+    if (found := read_commit(folder, shard)) is not None:
+        return found.attempt == commit.attempt
+    folder.store.remove(commit_name(shard))  # half a marker, of a writer that died
+    return folder.store.put_if_absent(commit_name(shard), data)
+
+
+class CommitLog:
+    """The markers read so far; `refresh` reads the new ones only."""
+
+    def __init__(self, folder: RunFolder, num_shards: int | None = None) -> None:
+        """With `num_shards` of the plan, markers of no shard of it are passed over; `md3 verify` tells of them."""
+        self.found: dict[int, Commit] = {}
+        self._folder, self._num_shards = folder, num_shards
+
+    def refresh(self) -> Mapping[int, Commit]:
+        """All markers by shard."""
+        shards = map(shard_of, self._folder.store.names(COMMITS))
+        new = {commit_name(shard): shard for shard in shards if shard is not None and self._is_wanted(shard)}
+        for name, data in self._folder.store.read_all(sorted(new)):
+            if (commit := _parsed(data)) is not None:
+                self.found[new[name]] = commit
+        return self.found
+
+    def _is_wanted(self, shard: int) -> bool:
+        return shard not in self.found and (self._num_shards is None or shard < self._num_shards)

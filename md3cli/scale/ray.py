@@ -1,0 +1,341 @@
+"""`--engine ray`: Ray Data schedules the shards of a plan over a cluster; the records go the way they always do.
+
+A row of Ray's is the number of a shard and nothing else, so its object store stays empty and nothing of the
+output is Ray's: an actor runs the shard to its commit (ray_worker.py) and answers with counts. Losing actors,
+nodes or this driver therefore loses no more than losing a process on one machine does, and any way of running
+can go on where this one stopped.
+
+Facts of Ray 2.60 that shaped this: an actor that raises ends the run; actors that die are started again
+without end; constructor arguments are kept for that, so they are small; `map_batches(**ray_remote_args)` is
+deprecated, so only named parameters are passed. The only operator is the actor pool, fed from the driver:
+nothing else waits for CPUs, and a small cluster cannot block itself.
+
+What a Ray actor runs: one shard after another with a model that stays warm. Imports nothing of Ray.
+
+Ray Data ends a whole run at the first exception of an actor, and starts an actor that died again and again.
+So nothing is ever raised here: what went wrong is a column of the answer, and the driver decides. A request
+that kills its process is found by the journals of its attempts (attempts.py), as everywhere.
+
+The shards of a queue on a Ray cluster, with what the other ways of running them offer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from md3cli.config import RunConfig
+from md3cli.errors import EngineError, InputError, Md3Error
+from md3cli.records import printable
+from md3cli.scale import shard_runner
+from md3cli.scale.folder import RunFolder, host_name, new_attempt, open_run_folder
+from md3cli.scale.markers import read_commit, read_run_options
+from md3cli.scale.plan import Plan
+from md3cli.scale.ray_cluster import Placement, RayOptions, connected, place
+from md3cli.scale.shard_runner import FINDER, ShardRunner, ShardStopped
+from md3cli.scale.workers import ShardQueue
+
+GO_ON, STOP = b"go on\n", b"stop\n"  # what the session's file says
+STOP_POLL_S = 2.0  # between two looks at it: on an object store each is a request
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """All that an actor is told; small, since Ray keeps it for restarts.
+
+    `fingerprint` is the plan's as the driver knows it. `session` is a file of the run folder that this driver
+    alone has made: an actor that does not find it looks at another folder, and STOP in it asks all to stop.
+    `device` is what --device says inside an actor, which sees only the GPU that Ray gave it; `decode_workers`
+    hold unless the run names a number. Relative paths of the plan are relative to `working_folder`.
+    """
+
+    run_uri: str
+    fingerprint: str
+    session: str
+    device: str
+    decode_workers: int
+    working_folder: str
+    finder: str
+
+
+class ShardAnswer(NamedTuple):
+    """How a call for a shard ended: committed (counts as in its marker), stopped, or with `failure` in words."""
+
+    shard: int
+    images: int = 0
+    ok: int = 0
+    errors: int = 0
+    failure: str = ""
+    is_stopped: bool = False
+    worker: str = ""  # host and process
+
+
+class ShardWorker:
+    """An actor of Ray Data: called with one shard at a time, answers in plain columns."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self._setup = setup
+        self._failure = ""
+        self._runner: ShardRunner | None = None
+        self._is_stopped = False
+        self._looked_at = 0.0
+        try:
+            self._runner = _open_runner(setup)
+        except Exception as error:  # noqa: BLE001 - whatever it is: Ray would try it for ever
+            self._failure = _in_words(error)
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """The columns of a ShardAnswer for the one shard of `batch`."""
+        answer = self._answer(int(batch["shard"][0]))
+        return {name: [value] for name, value in answer._asdict().items()}
+
+    def _answer(self, shard: int) -> ShardAnswer:
+        worker = f"{host_name()}-{os.getpid()}"
+        runner = self._runner
+        if runner is None:
+            return ShardAnswer(shard, failure=self._failure, worker=worker)
+        try:
+            if self._should_stop(runner.folder):
+                return ShardAnswer(shard, is_stopped=True, worker=worker)
+            commit = runner.run(shard, should_stop=lambda: self._should_stop(runner.folder)).commit
+        except ShardStopped:
+            return ShardAnswer(shard, is_stopped=True, worker=worker)
+        except Exception as error:  # noqa: BLE001 - as above
+            return ShardAnswer(shard, failure=_in_words(error), worker=worker)
+        return ShardAnswer(shard, commit.images, commit.ok, commit.errors, worker=worker)
+
+    def _should_stop(self, folder: RunFolder) -> bool:
+        """Whether the driver asks for it; looked up now and then. Once yes, always yes."""
+        now = time.monotonic()
+        if not self._is_stopped and now - self._looked_at >= STOP_POLL_S:
+            self._looked_at = now
+            self._is_stopped = folder.store.read(self._setup.session) == STOP
+        return self._is_stopped
+
+
+def _open_runner(setup: WorkerSetup) -> ShardRunner:
+    """The runner of the driver's plan, for the device that Ray gave this process.
+
+    Raises:
+        InputError: this machine does not see the driver's folders.
+        Md3Error: the model cannot be had here.
+    """
+    try:
+        os.chdir(setup.working_folder)
+    except OSError as error:
+        raise InputError(
+            f"{printable(setup.working_folder)}, where the run was started, is not on {host_name()}; "
+            "start it in a folder that all machines share"
+        ) from error
+    folder = open_run_folder(setup.run_uri)
+    if folder.store.read(setup.session) is None:
+        raise InputError(f"the run folder {printable(setup.run_uri)} is not on storage that {host_name()} shares")
+    options = read_run_options(folder)
+    model = replace(options.model, device=setup.device)
+    decode = replace(options.decode, workers=options.decode.workers or setup.decode_workers)
+    runner = ShardRunner(setup.run_uri, finder=setup.finder, model=model, decode=decode)
+    if runner.plan.fingerprint != setup.fingerprint:
+        raise InputError(f"the run folder {printable(setup.run_uri)} has another plan on {host_name()}")
+    return runner
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, Md3Error) else f"unexpected {type(error).__name__}: {error}"
+
+
+SESSIONS = "sessions"  # folder of the drivers' files, see WorkerSetup
+MOST_BLOCKS = 20_000
+SHARDS_AHEAD = 2  # handed to an actor at a time, so that it need not wait for the driver between two
+LOOK_INTERVAL_S = 0.2
+STOP_WAIT_S = 20.0  # for actors to end a step and write what they have
+
+_END = object()
+
+
+def run_on_ray(
+    folder: RunFolder,
+    plan: Plan,
+    shards: Sequence[int],
+    options: RayOptions,
+    *,
+    device: str,
+    should_stop: Callable[[], bool],
+    on_answer: Callable[[ShardAnswer], None],
+    finder: str = FINDER,
+) -> bool:
+    """Have `shards` run to their commits; returns False where `should_stop` ended it before.
+
+    Args:
+        device: as --device says; `auto` takes the cluster's GPUs where it has any.
+        should_stop: asked several times a second.
+        on_answer: told of each shard that was committed, in any order.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        EngineError: no cluster, or a worker cannot go on; what was finished is in the run folder.
+    """
+    if not shards:
+        return True
+    session = f"{SESSIONS}/{new_attempt()}"
+    folder.store.put(session, GO_ON)
+    try:
+        with connected(options) as ray:
+            placement = place([node["Resources"] for node in ray.nodes() if node["Alive"]], device, options.per_device)
+            setup = WorkerSetup(
+                run_uri=folder.uri,
+                fingerprint=plan.fingerprint,
+                session=session,
+                device=placement.device,
+                decode_workers=placement.decode_workers,
+                working_folder=os.getcwd(),
+                finder=finder,
+            )
+            num_workers = min(placement.num_workers, len(shards))
+            driver = _Driver(num_workers, lambda: folder.store.put(session, STOP), should_stop, on_answer)
+            return driver.drain(_answers(shards, setup, placement, num_workers))
+    finally:
+        folder.store.remove(session)
+
+
+def _answers(
+    shards: Sequence[int], setup: WorkerSetup, placement: Placement, num_workers: int
+) -> Iterator[ShardAnswer]:
+    """What the actors say, as they say it."""
+    data: Any = import_module("ray.data")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    data.DataContext.get_current().enable_progress_bars = False
+    rows = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MOST_BLOCKS))
+    answers = rows.map_batches(
+        ShardWorker,
+        fn_constructor_args=(setup,),
+        batch_size=1,
+        num_cpus=placement.num_cpus,
+        num_gpus=placement.num_gpus or None,
+        compute=data.ActorPoolStrategy(
+            min_size=1, max_size=num_workers, initial_size=num_workers, max_tasks_in_flight_per_actor=SHARDS_AHEAD
+        ),
+    )
+    for batch in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from (ShardAnswer(**row) for row in batch.to_pylist())
+
+
+class _Driver:
+    """Takes answers while it looks out for a wish to stop."""
+
+    def __init__(
+        self,
+        num_workers: int,
+        ask_to_stop: Callable[[], None],
+        should_stop: Callable[[], bool],
+        on_answer: Callable[[ShardAnswer], None],
+    ) -> None:
+        self._num_workers, self._ask_to_stop = num_workers, ask_to_stop
+        self._should_stop, self._on_answer = should_stop, on_answer
+        self._failure = ""
+        self._deadline: float | None = None  # for the actors to stop by
+        self._stopped: set[str] = set()  # workers
+
+    def drain(self, answers: Iterator[ShardAnswer]) -> bool:
+        """Whether all was done; returns or raises soon after a wish to stop or a failure."""
+        arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=_pump, args=(answers, arrived), daemon=True).start()
+        while True:
+            if self._deadline is None and self._should_stop():
+                self._stop()
+            try:
+                one = arrived.get(timeout=LOOK_INTERVAL_S)
+            except queue.Empty:
+                one = None
+            if isinstance(one, ShardAnswer):
+                self._take(one)
+            if isinstance(one, Exception) and not self._failure:
+                self._failure = f"Ray: {printable(str(one).strip().rpartition(chr(10))[2])}"
+            is_over = one is _END or isinstance(one, Exception) or self._is_stopped
+            if is_over and self._failure:
+                raise EngineError(f"{self._failure}; what is finished is kept, and the same command goes on from there")
+            if is_over:
+                return self._deadline is None
+
+    def _take(self, answer: ShardAnswer) -> None:
+        if answer.is_stopped:
+            self._stopped.add(answer.worker)
+        elif answer.failure:
+            self._failure = self._failure or f"worker {answer.worker}: {answer.failure}"
+            self._stop()
+        else:
+            self._on_answer(answer)
+
+    def _stop(self) -> None:
+        if self._deadline is None:
+            self._deadline = time.monotonic() + STOP_WAIT_S
+            self._ask_to_stop()
+
+    @property
+    def _is_stopped(self) -> bool:
+        """All workers have said so, or those that have not have had their time (one may still load its model)."""
+        if self._deadline is None:
+            return False
+        return len(self._stopped) >= self._num_workers or time.monotonic() > self._deadline
+
+
+def _pump(answers: Iterator[ShardAnswer], arrived: queue.SimpleQueue[Any]) -> None:
+    """Iterate in a thread: waiting inside Ray cannot be interrupted by a look at the signals."""
+    try:
+        for answer in answers:
+            arrived.put(answer)
+        arrived.put(_END)
+    except BaseException as error:  # noqa: BLE001 - told by the thread that waits, which nothing else would wake
+        arrived.put(error if isinstance(error, Exception) else EngineError(f"{type(error).__name__}: {error}"))
+
+
+class RayDriver:
+    """Progress comes by whole shards: `num_ok` and `num_failed`, of shards under way, are always 0."""
+
+    num_ok = num_failed = 0
+
+    def __init__(self, folder: RunFolder, plan: Plan, queue: ShardQueue, config: RunConfig) -> None:
+        self._folder, self._plan, self._queue, self._config = folder, plan, queue, config
+        self._is_stopping = False
+
+    def run(self, on_step: Callable[[], None]) -> None:
+        """Run shards until none is left, or a stop was asked for; `on_step` is called several times a second.
+
+        Raises:
+            MissingExtraError: Ray is not installed.
+            EngineError: no cluster, or a worker cannot go on.
+        """
+
+        def should_stop() -> bool:
+            on_step()
+            return self._is_stopping
+
+        todo = [shard for shard in range(self._plan.shards) if shard not in self._queue.commits]
+        run_on_ray(
+            self._folder,
+            self._plan,
+            todo,
+            RayOptions(self._config.scale.ray_address, self._config.scale.workers_per_device or 1),
+            device=self._config.model.device,
+            should_stop=should_stop,
+            on_answer=self._take,
+            finder=shard_runner.FINDER,
+        )
+
+    def _take(self, answer: ShardAnswer) -> None:
+        commit = read_commit(self._folder, answer.shard)
+        if commit is not None:
+            self._queue.finish(answer.shard, commit)
+
+    def stop(self) -> None:
+        """Have every worker finish its step, and `run` return."""
+        self._is_stopping = True
+
+    def close(self) -> None:
+        """Nothing is left behind by `run`."""

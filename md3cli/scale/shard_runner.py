@@ -1,0 +1,428 @@
+"""Running one shard of a plan to its commit, with a model that stays warm: what every way of running shares.
+
+    with ShardRunner(run_uri) as runner:      # in each process (or Ray actor); loads nothing yet
+        result = runner.run(shard)            # -> ShardResult; the model is loaded by the first that needs it
+
+`run_uri` is the path or URL of the run folder (`DIR/.md3run`) with its plan and run.json in it. `run` returns
+at once for a shard that is committed, takes over what earlier attempts finished, and may run anywhere at
+the same time as another `run` of the same shard: the first to commit wins, and the other gets its result.
+`run` raises Md3Error where the run cannot go on here (no model, no disk), ShardStopped where `should_stop`
+said so; a bad picture or request is an error record, never an exception.
+
+The requests of one shard through the model: what earlier attempts left is taken over, the rest is asked.
+
+In this order: what is known to kill workers becomes error records; what was under way when a worker died is
+asked alone, one by one, so that only the culprit can be blamed; the rest fills the batches. Records go to the
+attempt's journal as they come, in any order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import import_module
+from types import TracebackType
+from typing import NamedTuple, Self, cast
+
+from md3cli.config import DecodeOptions, ModelOptions
+from md3cli.errors import EngineError
+from md3cli.finished.whole_records import is_record_of
+from md3cli.images.pool import DecodePool
+from md3cli.records import OK_TAIL, RecordDict, Request, RowFailure, SourceRow
+from md3cli.run.feed import Feed, Ticket, make_decode_pool, rows_ahead
+from md3cli.run.journal import encode_record
+from md3cli.run.model_handle import Engine, Model
+from md3cli.run.order import error_of, record_of
+from md3cli.scale.attempts import AttemptJournal, ShardHistory, forget_attempts, keep_damaged_lines, read_history
+from md3cli.scale.folder import METRICS, RunFolder, host_name, new_attempt, open_run_folder, part_name
+from md3cli.scale.markers import Commit, put_commit, read_commit, read_run_options
+from md3cli.scale.plan import PlannedRow, PlanReader
+
+WAIT_SLICE_S = 0.2  # of waiting for a picture, so that a wish to stop is seen soon
+BLAME = RowFailure("model", "the worker process died twice on this request")
+
+
+class ShardStopped(Exception):
+    """The shard was left on request; not a failure."""
+
+
+class _PlannedIds:
+    """The ids of rows that are fed, in the order in which the feed asks for them."""
+
+    def __init__(self, asked: Iterable[PlannedRow]) -> None:
+        self._ids = deque(record_id for row in asked for record_id in row.ids)
+
+    def next_id(self, image: str | None, request: Request) -> str:
+        return self._ids.popleft()
+
+
+class WarmModel:
+    """A model that is loaded once, by the first request that needs it."""
+
+    def __init__(self, model: Model) -> None:
+        self.identity, self.crop_config = model.identity, model.crop_config
+        self.engine: Engine | None = None
+        self.is_loading = False
+        self._model = model
+
+    def loaded(self) -> Engine:
+        """The engine, loaded now if it was not."""
+        if self.engine is None:
+            self.is_loading = True
+            self.engine = self._model.load()
+            self.is_loading = False
+        return self.engine
+
+
+class Asking:
+    """One attempt at a shard; `lines` are the finished records by id, each with its newline."""
+
+    def __init__(
+        self,
+        history: ShardHistory,
+        journal: AttemptJournal,
+        pool: DecodePool,
+        model: WarmModel,
+        should_stop: Callable[[], bool],
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self._journal, self._pool, self._model = journal, pool, model
+        self._should_stop, self._on_progress = should_stop, on_progress
+        self._left_open, self._blamed = history.left_open, history.blamed
+        self.lines = dict(history.records)
+        self.num_reused = len(self.lines)
+        self._num_failed = sum(not line.endswith(OK_TAIL) for line in self.lines.values())
+        self._new: list[tuple[str, RecordDict]] = []
+
+    def to_the_end(self, rows: Sequence[PlannedRow]) -> None:
+        """Ask all that is not finished.
+
+        Raises:
+            ShardStopped: it was asked to stop; what was finished is synced.
+        """
+        self._told()
+        suspects = [one for row in rows for one in _singly(row, self._left_open)]
+        for one in suspects:
+            if one.ids[0] in self._blamed:
+                self._fail(Ticket(0, one.ids[0], one.row.image, one.row.requests[0], one.row, True), BLAME)
+        self._flush()
+        for one in suspects:
+            self._drive([one], is_alone=True)
+        self._drive(rows, is_alone=False)
+        self._journal.sync()
+
+    def _drive(self, rows: Sequence[PlannedRow], *, is_alone: bool) -> None:
+        if all(record_id in self.lines for row in rows for record_id in row.ids):
+            return
+        feed = Feed(
+            iter([row.row for row in rows]),
+            ids=_PlannedIds(rows),
+            is_done=lambda record_id, row, request: record_id in self.lines,
+            pool=self._pool,
+            num_ahead=rows_ahead(self._model.crop_config),
+            fail=self._fail,
+            recall=lambda ticket: False,
+            reading=contextlib.nullcontext,
+        )
+        in_flight: dict[int, Ticket] = {}
+        while True:
+            if self._should_stop():
+                self._journal.stop()
+                raise ShardStopped
+            self._fill(feed, in_flight, is_alone)
+            if in_flight:
+                for answer in self._model.loaded().step():
+                    ticket = in_flight.pop(answer.key)
+                    self._new.append((ticket.record_id, record_of(ticket, answer, self._model.identity)))
+            self._flush()
+            self._journal.touch()
+            if not in_flight:
+                if feed.is_exhausted:
+                    return
+                feed.wait(WAIT_SLICE_S)
+
+    def _fill(self, feed: Feed, in_flight: dict[int, Ticket], is_alone: bool) -> None:
+        """Give the model what is ready, noting before each request that it is begun."""
+        while (engine := self._model.engine) is None or engine.wants_more:
+            ready = feed.poll()
+            if ready is None:
+                return
+            engine = self._model.loaded()
+            self._journal.begin(ready.ticket.record_id, is_alone=is_alone)
+            in_flight[ready.ticket.key] = ready.ticket
+            engine.add(ready.ticket.key, ready.picture, ready.ticket.request)
+
+    def _fail(self, ticket: Ticket, failure: RowFailure) -> None:
+        self._new.append((ticket.record_id, error_of(ticket, failure, self._model.identity)))
+
+    def _flush(self) -> None:
+        if not self._new:
+            return
+        lines = [(record_id, encode_record(record)) for record_id, record in self._new]
+        self._journal.finish([line for _, line in lines])
+        self._num_failed += sum(record["error"] is not None for _, record in self._new)
+        self.lines |= dict(lines)
+        self._new.clear()
+        self._told()
+
+    def _told(self) -> None:
+        self._on_progress(len(self.lines) - self._num_failed, self._num_failed)
+
+
+def history_of(folder: RunFolder, shard: int, rows: Sequence[PlannedRow]) -> ShardHistory:
+    """What attempts at the shard of `rows` left; what is damaged, or another request's record, is copied and left out.
+
+    Raises:
+        OutputError: the copies cannot be written.
+    """
+    history = read_history(folder, shard)
+    others = history.records.keys() - {
+        record_id
+        for record_id, row, request in asked(rows)
+        if record_id in history.records and is_line_of(history.records[record_id], record_id, row, request)
+    }
+    history.damaged += sorted((history.places[record_id], history.records.pop(record_id)) for record_id in others)
+    keep_damaged_lines(folder, shard, [line for _, line in history.damaged])
+    return history
+
+
+def asked(rows: Sequence[PlannedRow]) -> Iterator[tuple[str, SourceRow, Request]]:
+    """Yield each request of `rows` with its id and its row."""
+    for row in rows:
+        for record_id, request in zip(row.ids, row.row.requests, strict=True):
+            yield record_id, row.row, request
+
+
+def is_line_of(line: bytes, record_id: str, row: SourceRow, request: Request) -> bool:
+    """Return whether a whole line is the record of a request of `row`."""
+    return is_record_of(line, record_id, row.image.name if row.image is not None else None, request)
+
+
+def _singly(asked: PlannedRow, wanted: set[str]) -> list[PlannedRow]:
+    """The wanted requests of a row, each as a row of its own."""
+    row = asked.row
+    return [
+        PlannedRow(SourceRow(row.image, (request,), row.meta, row.failure), (record_id,))
+        for request, record_id in zip(row.requests, asked.ids, strict=True)
+        if record_id in wanted
+    ]
+
+
+__all__ = ["FINDER", "ShardResult", "ShardRunner", "ShardStopped"]
+
+ModelFinder = Callable[[ModelOptions], Model]
+FINDER = "md3cli.run.model_handle:find_model"  # `module:function`, ModelOptions -> Model; tests name another
+
+
+class ShardResult(NamedTuple):
+    """`commit` is the shard's marker; `is_ours` is False where another attempt had put it."""
+
+    shard: int
+    commit: Commit
+    is_ours: bool
+
+
+def _never() -> bool:
+    return False
+
+
+def _untold(*facts: int | str) -> None:
+    pass
+
+
+class ShardRunner:
+    """Runs shards of one run folder, one at a time, in one thread; a context manager.
+
+    Attributes:
+        folder: the opened run folder.
+        plan: what is to be done.
+        attempt: name of the attempt under way, before and after that the one it will have or had.
+    """
+
+    def __init__(
+        self,
+        run_uri: str,
+        *,
+        finder: str | ModelFinder = FINDER,
+        model: ModelOptions | None = None,
+        decode: DecodeOptions | None = None,
+    ) -> None:
+        """`model` and `decode` default to what run.json of the folder says.
+
+        Raises:
+            InputError: no plan there, or run.json is missing.
+            CheckpointError: no such model.
+            EngineError: it is another model than the plan's.
+        """
+        self.folder = open_run_folder(run_uri)
+        self._reader = PlanReader(self.folder)
+        self.plan = self._reader.plan
+        if model is None or decode is None:
+            options = read_run_options(self.folder)
+            model, decode = model or options.model, decode or options.decode
+        self._decode = decode
+        self._model = WarmModel(_find(finder, model))
+        if self._model.identity != self.plan.identity:
+            raise EngineError(
+                f"the model here is {self._model.identity}, the plan was made for {self.plan.identity}; "
+                "name the same --model and --revision on every machine"
+            )
+        self._worker = new_attempt()
+        self._pool: DecodePool | None = None
+        self.attempt = new_attempt()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the decode workers; a second call does nothing."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def run(
+        self,
+        shard: int,
+        *,
+        should_stop: Callable[[], bool] = _never,
+        on_start: Callable[[int, str], None] = _untold,
+        on_progress: Callable[[int, int], None] = _untold,
+    ) -> ShardResult:
+        """Run a shard to its commit.
+
+        Args:
+            should_stop: asked between two steps of the model.
+            on_start: told the shard and the attempt's name before anything is asked.
+            on_progress: told how many requests of the shard are ok and how many have failed so far.
+
+        Raises:
+            ShardStopped: `should_stop` said so; what was finished is in the attempt's journal. The runner is
+                spent: its model still has requests under way.
+            Md3Error: the run cannot go on here.
+        """
+        committed = read_commit(self.folder, shard)
+        if committed is not None:
+            forget_attempts(self.folder, shard)
+            return ShardResult(shard, committed, False)
+        started = time.monotonic()
+        rows = self._reader.shard(shard)
+        self.attempt = new_attempt()
+        history = history_of(self.folder, shard, rows)
+        journal = AttemptJournal(self.folder, shard, self.attempt)
+        on_start(shard, self.attempt)
+        try:
+            asking = Asking(history, journal, self._pool_of_run(), self._model, should_stop, on_progress)
+            asking.to_the_end(rows)
+        finally:
+            journal.close()
+        return self._commit(shard, rows, history, asking, started)
+
+    @property
+    def is_loading(self) -> bool:
+        """True while the model is being loaded; asked from another thread."""
+        return self._model.is_loading
+
+    def _pool_of_run(self) -> DecodePool:
+        if self._pool is None:
+            background = self.plan.identity.background
+            self._pool = make_decode_pool(self._decode, background, self._model.crop_config)
+        return self._pool
+
+    def _commit(
+        self, shard: int, rows: Sequence[PlannedRow], history: ShardHistory, asking: Asking, started: float
+    ) -> ShardResult:
+        lines = [asking.lines[record_id] for row in rows for record_id in row.ids]
+        data, counts, before = b"".join(lines), Counts.of(lines), Counts.of(history.records.values())
+        pictured = [row for row in rows if row.row.image is not None]
+        part = part_name(shard, self.attempt)
+        commit = Commit(
+            part=part,
+            rows=len(rows),
+            images=len(pictured),
+            ok=counts.ok,
+            errors=counts.num_failed,
+            error_types=counts.error_types,
+            sha256=hashlib.sha256(data).hexdigest(),
+            bytes=len(data),
+            attempt=self.attempt,
+            host=host_name(),
+            seconds=round(time.monotonic() - started, 3),
+            ended=round(time.time(), 3),
+            reused=len(history.records),
+            reused_errors=before.error_types,
+            reused_images=sum(all(record_id in history.records for record_id in row.ids) for row in pictured),
+            prompt_tokens=counts.prompt_tokens - before.prompt_tokens,
+            output_tokens=counts.output_tokens - before.output_tokens,
+        )
+        self.folder.store.put(part, data)
+        is_ours = put_commit(self.folder, shard, commit)
+        if not is_ours:
+            self.folder.store.remove(part)
+            commit = read_commit(self.folder, shard) or commit
+        forget_attempts(self.folder, shard)
+        self._note_metrics(shard, commit, is_ours)
+        return ShardResult(shard, commit, is_ours)
+
+    def _note_metrics(self, shard: int, commit: Commit, is_ours: bool) -> None:
+        """A line a shard in this worker's file; a disk that refuses it is no failure."""
+        if self.folder.store is not self.folder.wip:  # object stores take no appending; the marker has the times
+            return
+        engine = self._model.engine
+        stages = dict(engine.stage_seconds()) if engine is not None else {}
+        line = {
+            "time": commit.ended,
+            "shard": shard,
+            "records": commit.num_records,
+            "seconds": commit.seconds,
+            "committed": is_ours,
+            "stages": {name: round(seconds, 3) for name, seconds in stages.items()},
+        }
+        path = self.folder.wip.path(f"{METRICS}/{self._worker}.jsonl")
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(exist_ok=True)
+            with open(path, "ab") as file:
+                file.write(json.dumps(line).encode() + b"\n")
+
+
+class Counts(NamedTuple):
+    """What records say, summed up."""
+
+    ok: int
+    error_types: dict[str, int]
+    prompt_tokens: int
+    output_tokens: int
+
+    @property
+    def num_failed(self) -> int:
+        return sum(self.error_types.values())
+
+    @classmethod
+    def of(cls, lines: Iterable[bytes]) -> Counts:
+        """The counts of records as lines."""
+        ok = prompt = output = 0
+        errors = Counter[str]()
+        for line in lines:
+            record: RecordDict = json.loads(line)
+            if record["error"] is None:
+                ok += 1
+                prompt += record["tokens"]["prompt"]
+                output += record["tokens"]["output"]
+            else:
+                errors[record["error"]["type"]] += 1
+        return cls(ok, dict(sorted(errors.items())), prompt, output)
+
+
+def _find(finder: str | ModelFinder, options: ModelOptions) -> Model:
+    if not isinstance(finder, str):
+        return finder(options)
+    module, _, function = finder.partition(":")
+    return cast("Model", getattr(import_module(module), function)(options))

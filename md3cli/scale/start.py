@@ -1,0 +1,418 @@
+"""How a start finds or makes its plan: what stands in OUTPUT is gone on with, taken over, or refused.
+
+A start over: what stood in OUTPUT stays until the first new record, and comes back where there is none.
+
+The former run folder is renamed while the new one is made in its place, so that it comes back by a rename whatever
+ends this start, a kill included: then the next start finds it. In a bucket nothing can be renamed; there only a
+records file that was exported stays.
+
+Records made before there was a plan, or before failures are done again, taken over as journals of shards.
+
+A run that one process began has its records in OUTPUT's journal. They are found by id, wherever they stand and
+whatever INPUT has become since, and copied line by line; the old file stays as it is until the export replaces it.
+Memory: 32 bytes a record of the old journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from md3cli.config import RunConfig
+from md3cli.exporters.files import remove_leftovers
+from md3cli.files import output_error
+from md3cli.finished.digest import digest_of
+from md3cli.finished.whole_records import read_record
+from md3cli.records import OK_TAIL, Request, RunIdentity, SourceRow
+from md3cli.run.journal import encode_record
+from md3cli.run.journal_scan import (
+    DamagedLines,
+    damage_words,
+    damaged_path,
+    first_record,
+    journal_lines,
+    keep_damaged,
+    line_number,
+)
+from md3cli.run.order import SUFFIX as EARLY_SUFFIX
+from md3cli.run.order import early_records
+from md3cli.run.output import OutputPlan
+from md3cli.run.run_info import OutputPaths, RunDocument, check_first_record
+from md3cli.scale.attempts import ADOPTED, attempt_files, read_history
+from md3cli.scale.bucket import Deliveries
+from md3cli.scale.folder import (
+    EXPORTED,
+    KEPT,
+    WIP,
+    RunFolder,
+    commit_name,
+    discard,
+    former_of,
+    is_unfinished,
+    journal_name,
+    new_attempt,
+    open_run_folder,
+    remove_run,
+    take_place,
+)
+from md3cli.scale.make_plan import PLANNER, PlannerMark, PlanOvertakenError, make_plan, put_plan, wait_for_plan
+from md3cli.scale.markers import Commit, CommitLog
+from md3cli.scale.plan import Plan, PlanReader, check_config, plan_config, read_plan
+from md3cli.scale.shard_runner import asked, is_line_of
+from md3cli.scale.store import LocalStore
+from md3cli.source.source import Source, check_found
+
+_GOING_SUFFIX = "-next"  # what stands there is thrown away by any start
+
+
+class FormerRun:
+    """The run that was in OUTPUT before; for the one process that holds OUTPUT's lock."""
+
+    def __init__(self, folder: RunFolder, outputs: OutputPlan, deliveries: Deliveries) -> None:
+        self._folder, self._outputs, self._deliveries = folder, outputs, deliveries
+        self._aside = former_of(folder)
+        self._is_waiting = False
+
+    def set_aside(self) -> None:
+        """Make room for a new run folder.
+
+        Raises:
+            OutputError: nothing can be renamed there.
+        """
+        self.put_back()
+        self._is_waiting = True
+        if self._aside is None or not isinstance(self._folder.store, LocalStore):
+            discard(self._folder)
+        elif self._folder.store.root.is_dir():
+            self._rename(self._folder.store.root, self._aside)
+        else:  # an empty folder says as well that the new one is not to stay yet
+            self._aside.mkdir(parents=True)
+
+    def put_back(self) -> None:
+        """Take what was set aside back in its place, unless it has given way; the new folder goes."""
+        if self._is_waiting or (self._aside is not None and self._aside.is_dir()):
+            self._is_waiting = False
+            remove_run(self._folder)
+            if self._aside is not None and isinstance(self._folder.store, LocalStore) and self._aside.is_dir():
+                self._rename(self._aside, self._folder.store.root)
+                with contextlib.suppress(OSError):  # not empty: there was a run folder
+                    self._folder.store.root.rmdir()
+
+    def give_way(self, document: RunDocument | None) -> None:
+        """Remove the former run, now that there are new records; `document` is the new run.json."""
+        if not self._is_waiting:
+            return
+        self._is_waiting = False
+        files = self._outputs.files
+        assert files is not None
+        if self._aside is not None:  # first, by one rename: from here on the new run folder counts
+            going = open_run_folder(self._folder.uri + _GOING_SUFFIX)
+            remove_run(going)
+            assert isinstance(going.store, LocalStore)
+            self._rename(self._aside, going.store.root)
+            remove_run(going)
+        remove_leftovers(files.run_info, [each.path for each in self._outputs.documents])
+        if document is not None:
+            document.release()
+            self._deliveries.deliver(files.run_info)
+        for path in (files.journal, files.journal.with_name(files.journal.name + EARLY_SUFFIX)):
+            self._deliveries.remove(path)
+
+    def _rename(self, source: Path, target: Path) -> None:
+        try:
+            source.rename(target)
+        except OSError as error:
+            raise output_error(target, error) from error
+
+
+ID_WITHIN_BYTES = 100  # of a line
+_KEY_BYTES = 8  # of a digest, to look it up by; the rest is compared in the line itself
+
+
+def adopt(folder: RunFolder, plan: Plan, journal: Path, *, with_failed: bool, warn: Callable[[str], None]) -> int:
+    """Copy the records in `journal`, and those waiting beside it, to the shards of `plan`; returns how many.
+
+    Records of requests that are not in the plan are kept for the export. `with_failed` False leaves the failed ones
+    behind, to be done again. Damaged lines are copied to OUT.damaged, and `warn` is told. A crash in the middle loses
+    copies only.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    if not journal.is_file() or not journal.stat().st_size:
+        return 0
+    early = {record["id"]: encode_record(record) for record in early_records(journal)}
+    num_adopted, reader = 0, PlanReader(folder, plan)
+    with open(journal, "rb") as file:
+        index = _Index(file, with_failed)
+        for shard in range(plan.shards):
+            found = [_line_of(*one, index, early) for one in asked(reader.shard(shard))]
+            if lines := [line for line in found if line is not None]:
+                keep_lines(folder, shard, lines)
+            num_adopted += len(lines)
+        _keep_others(folder, index)
+        index.damaged.sort()
+        keep_damaged(damaged_path(journal), file.fileno(), [(lines.start, lines.end) for lines in index.damaged])
+    if words := damage_words(journal, index.damaged):
+        warn(words)
+    return num_adopted
+
+
+def _line_of(
+    record_id: str, row: SourceRow, request: Request, index: _Index, early: Mapping[str, bytes]
+) -> bytes | None:
+    """The line of a request; none that is another's, nor the failure of a row that can be read now."""
+    found = index.line_of(record_id)
+    if found is not None and not is_line_of(found, record_id, row, request):
+        index.drop_damaged(record_id)
+        found = None
+    for line in (found, early.get(record_id)):
+        if line is not None and is_line_of(line, record_id, row, request) and not _is_mended(line, row):
+            return line
+    return None
+
+
+def _is_mended(line: bytes, row: SourceRow) -> bool:
+    """Whether it is the failure to read a row that can be read now."""
+    if row.failure is not None or line.endswith(OK_TAIL):
+        return False
+    record = read_record(line)
+    return record is not None and record["error"] is not None and record["error"]["type"] == "bad_row"
+
+
+def _keep_others(folder: RunFolder, index: _Index) -> None:
+    if not index.has_others:
+        folder.store.remove(KEPT)  # of a start that was killed before its plan was there
+    else:
+        with folder.store.put_file(KEPT) as path, open(path, "wb") as file:
+            file.writelines(index.others())
+
+
+def keep_lines(folder: RunFolder, shard: int, lines: list[bytes]) -> None:
+    """Leave records as the journal of an attempt at `shard`, so that they are not done again."""
+    folder.wip.put(journal_name(shard, f"{ADOPTED}{new_attempt()}"), b"".join(lines))
+
+
+class _Index:
+    """Where the last record of each id stands in a file of records."""
+
+    def __init__(self, file: IO[bytes], with_failed: bool) -> None:
+        self._fd, self._with_failed = file.fileno(), with_failed
+        self._starts, self._ends, keys, self._is_failed = array("q"), array("q"), bytearray(), bytearray()
+        self.damaged: list[DamagedLines] = []
+        for lines in journal_lines(file):
+            if isinstance(lines, DamagedLines):
+                self.damaged.append(lines)
+                continue
+            self._starts.frombytes(lines.starts.tobytes())
+            self._ends.frombytes(lines.ends.tobytes())
+            keys += lines.digests[:, :_KEY_BYTES].tobytes()
+            self._is_failed += (lines.outcomes != 0).tobytes()
+        found = np.frombuffer(bytes(keys), dtype=">u8").astype(np.uint64)
+        self._order = np.argsort(found, kind="stable")
+        self._keys = found[self._order]
+        self._is_other = self._latest()
+
+    def _latest(self) -> bytearray:
+        """1 for the last line of each id; a collision of keys only keeps a line too few from `others`."""
+        is_last = np.ones(len(self._order), dtype=np.uint8)
+        is_last[self._order[:-1][self._keys[1:] == self._keys[:-1]]] = 0
+        return bytearray(is_last.tobytes())
+
+    def line_of(self, record_id: str) -> bytes | None:
+        """The last line of an id; None where there is none, or a failure that is not wanted."""
+        number = self._number_of(record_id)
+        if number is None:
+            return None
+        self._is_other[number] = 0
+        return self._line(number) if self._with_failed or not self._is_failed[number] else None
+
+    def _number_of(self, record_id: str) -> int | None:
+        key = np.uint64(int.from_bytes(digest_of(record_id)[:_KEY_BYTES]))
+        for number in self._lines_with(key):
+            if record_id.encode() in self._line(number)[:ID_WITHIN_BYTES]:
+                return number
+        return None
+
+    def drop_damaged(self, record_id: str) -> None:
+        """Count the last line of an id among what is damaged: it says something else than its id."""
+        number = self._number_of(record_id)
+        assert number is not None
+        start, end = self._starts[number], self._ends[number]
+        line = line_number(self._fd, start)
+        self.damaged.append(DamagedLines(line, line, start, end, True))
+
+    def _lines_with(self, key: np.uint64) -> Iterator[int]:
+        """The lines that may be it, the last one first."""
+        place = int(np.searchsorted(self._keys, key, side="right")) - 1
+        while place >= 0 and self._keys[place] == key:
+            yield int(self._order[place])
+            place -= 1
+
+    def _line(self, number: int) -> bytes:
+        start, end = self._starts[number], self._ends[number]
+        return os.pread(self._fd, end - start, start)
+
+    @property
+    def has_others(self) -> bool:
+        """Whether there are lines that nobody asked for."""
+        return any(self._is_other)
+
+    def others(self) -> Iterator[bytes]:
+        """The last line of each id that nobody asked for, in the file's order."""
+        return (self._line(number) for number, is_other in enumerate(self._is_other) if is_other)
+
+
+def _is_failed(line: bytes) -> bool:
+    """Whether it is the whole record of a failure; a damaged line is none, so that it is found and told of."""
+    record = None if line.endswith(OK_TAIL) else read_record(line)
+    return record is not None and record["error"] is not None
+
+
+def reopen_failed(folder: RunFolder, plan: Plan, commits: dict[int, Commit]) -> None:
+    """Have all failed requests done again: shards that have any are no longer committed, their good records stay.
+
+    For one process that holds the output's lock. The old export keeps the failed records until it is replaced.
+    """
+    for shard in range(plan.shards):
+        commit = commits.get(shard)
+        if commit is not None and commit.errors:
+            lines = (folder.store.read(commit.part) or b"").splitlines(keepends=True)
+            keep_lines(folder, shard, [line for line in lines if not _is_failed(line)])
+            folder.store.remove(commit_name(shard))
+            folder.store.remove(commit.part)
+            del commits[shard]
+        elif commit is None and (names := attempt_files(folder.wip, shard)):
+            records = read_history(folder, shard).records.values()
+            keep_lines(folder, shard, [line for line in records if line.endswith(OK_TAIL)])
+            for name in names:
+                folder.wip.remove(f"{WIP}/{name}")
+
+
+NEXT_SUFFIX = "-next"  # where the plan of an INPUT that has grown is made
+
+
+class Beginning:
+    """The first steps of one start, by a process that holds OUTPUT's lock (ranks share it)."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        files: OutputPaths,
+        deliveries: Deliveries,
+        source: Source,
+        identity: RunIdentity,
+        say: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        """`say` tells the user what is waited for, `warn` what is damaged."""
+        self._folder, self._config, self._files, self._deliveries = folder, config, files, deliveries
+        self._source, self._identity, self._say, self._warn = source, identity, say, warn
+        self._wanted = plan_config(config, identity, source.root)
+        self.num_adopted = 0
+
+    def check_records(self) -> None:
+        """Refuse a records file that is not this run's, where neither run.json nor a plan says so.
+
+        Raises:
+            OutputMismatchError: it is another run's, or none of md3's.
+        """
+        journal = self._files.journal
+        if self._files.run_info.exists() or read_plan(self._folder) is not None or not self._deliveries.has(journal):
+            return
+        self._deliveries.fetch(journal)
+        with open(journal, "rb") as file:
+            record = first_record(file)
+        if record is not None:
+            check_first_record(record, self._config.requests, self._identity)
+
+    def plan(self) -> Plan:
+        """The plan to go on with, made now where there is none.
+
+        Raises:
+            OutputMismatchError: there is an unfinished one of another run; names the differences.
+            Md3Error: INPUT cannot be read, or OUTPUT not be written.
+        """
+        found = read_plan(self._folder)
+        if found is None:
+            return self._first_plan()
+        is_alone = self._config.scale.world_size == 1
+        if is_alone and not is_unfinished(self._folder, has_records=self._deliveries.has(self._files.journal)):
+            return self._plan_after(found)
+        check_config(found, self._wanted)
+        return found
+
+    def _first_plan(self) -> Plan:
+        rank = self._config.scale.rank
+        if self._is_for_others() and (found := wait_for_plan(self._folder, rank, self._say)) is not None:
+            check_config(found, self._wanted)
+            return found
+        discard(open_run_folder(self._folder.uri + NEXT_SUFFIX))
+        with PlannerMark(self._folder, rank):
+            try:
+                made = self._made_in(self._folder)
+            except PlanOvertakenError as overtaken:
+                plan = overtaken.plan
+            else:
+                if not self._config.output.overwrite:
+                    self._adopt(self._folder, made)
+                plan = put_plan(self._folder, made)
+        check_config(plan, self._wanted)
+        return plan
+
+    def _is_for_others(self) -> bool:
+        """Whether another rank seems to make the plan, or is the one to; whoever is alone does not look."""
+        scale = self._config.scale
+        return scale.rank > 0 or (scale.world_size > 1 and self._folder.store.read(PLANNER) is not None)
+
+    def _made_in(self, folder: RunFolder) -> Plan:
+        """A plan of INPUT as it is now; not put yet.
+
+        Raises:
+            InputError: INPUT cannot be read, or there is nothing to annotate in it and that is not allowed.
+        """
+        plan = make_plan(
+            folder,
+            iter(self._source),
+            self._config.requests,
+            self._identity,
+            self._wanted,
+            shard_size=self._config.scale.shard_size,
+            skipped=self._source.skipped,
+        )
+        if not plan.rows:
+            check_found(self._source, self._config.source, is_allowed=self._config.allow_empty)
+        return plan
+
+    def _adopt(self, folder: RunFolder, plan: Plan) -> None:
+        """Take the records that are there over."""
+        self._deliveries.fetch(self._files.journal)
+        with_failed = not self._config.output.retry_failed
+        self.num_adopted = adopt(folder, plan, self._files.journal, with_failed=with_failed, warn=self._warn)
+
+    def _plan_after(self, finished: Plan) -> Plan:
+        """The finished plan, or one of what INPUT has become, which takes over the finished records."""
+        following = open_run_folder(self._folder.uri + NEXT_SUFFIX)
+        discard(following)
+        plan = self._made_in(following)
+        if (plan.fingerprint, plan.config_hash) == (finished.fingerprint, finished.config_hash):
+            discard(following)
+            return finished
+        self._adopt(following, plan)
+        put_plan(following, plan)
+        take_place(following, self._folder)
+        return plan
+
+    def reopen(self, plan: Plan) -> None:
+        """For --retry-failed."""
+        commits: dict[int, Commit] = dict(CommitLog(self._folder, plan.shards).refresh())
+        if any(commit.errors for commit in commits.values()) or len(commits) < plan.shards:
+            self._folder.store.remove(EXPORTED)
+            reopen_failed(self._folder, plan, commits)

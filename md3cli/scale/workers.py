@@ -1,0 +1,453 @@
+"""Many model processes on one machine: one per device, shards handed out as they come free, the dead replaced.
+
+A worker that dies costs the requests it had under way, which are asked again alone, and nothing else. A
+shard whose workers keep dying without a single new record is given up; a run where that happens everywhere is
+ended. Workers are fresh interpreters on socketpairs; nothing is pickled.
+
+Which shard to run next: all that are open, or as one of many ranks first one's own and then what is left.
+
+Shards run in this very process: a rank of its own, or one process going on with the plan of many.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from md3cli.errors import EngineError
+from md3cli.images.worker import Channel
+from md3cli.records import printable
+from md3cli.run.feed import num_auto_workers
+from md3cli.scale import shard_runner
+from md3cli.scale.attempts import Signs, Teller, note_death, read_history, who_runs
+from md3cli.scale.folder import RunFolder, host_name
+from md3cli.scale.markers import Commit, CommitLog, RunOptions, read_commit
+from md3cli.scale.shard_runner import ModelFinder, ShardRunner, ShardStopped
+
+
+class ShardQueue:
+    """Hands out open shards; `commits` is what is known to be done, `owners` who runs the shards that it waits for.
+
+    With `world_size` n, rank r begins with the shards k where k % n == r. Of the others it takes, from the
+    end, only those nobody seems to be working on. A shard may still be run by two: only the first commits.
+    """
+
+    def __init__(self, folder: RunFolder, num_shards: int, rank: int = 0, world_size: int = 1) -> None:
+        self._folder, self._num_shards, self._log = folder, num_shards, CommitLog(folder, num_shards)
+        done = self._log.refresh()
+        todo = [shard for shard in range(num_shards) if shard not in done]
+        self._own = deque(shard for shard in todo if shard % world_size == rank)
+        self._others = deque(shard for shard in todo if shard % world_size != rank)
+        self._running: set[int] = set()
+        self.given_up: set[int] = set()
+        self.owners: set[str] = set()
+        self._signs = Signs()
+
+    @property
+    def commits(self) -> Mapping[int, Commit]:
+        return self._log.found
+
+    def refresh(self) -> None:
+        """Learn what others have committed."""
+        self._log.refresh()
+
+    def take(self) -> int | None:
+        """A shard to run now; None when there is none, or none at the moment."""
+        self.owners.clear()
+        while self._own:
+            shard = self._own.popleft()
+            if shard not in self.commits:
+                self._running.add(shard)
+                return shard
+        for _ in range(len(self._others)):
+            shard = self._others.pop()
+            if shard in self.commits:
+                continue
+            owner = who_runs(self._folder, shard, host_name(), self._signs)
+            if owner is None:
+                self._running.add(shard)
+                return shard
+            self.owners.add(owner)
+            self._others.appendleft(shard)
+        return None
+
+    def finish(self, shard: int, commit: Commit) -> None:
+        """Take the shard out: it is committed."""
+        self._running.discard(shard)
+        self._log.found[shard] = commit
+
+    def reopen(self, shards: Iterable[int]) -> None:
+        """Have committed shards done again."""
+        for shard in sorted(shards):
+            del self._log.found[shard]
+            self._own.append(shard)
+
+    def put_back(self, shard: int) -> None:
+        """Put the shard of a dead worker in front: it is the next to be taken."""
+        self._running.discard(shard)
+        self._own.appendleft(shard)
+
+    def give_up(self, shard: int) -> None:
+        """Leave out a shard whose workers keep dying, for the rest of this start."""
+        self._running.discard(shard)
+        self.given_up.add(shard)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether all that is left is run by others."""
+        return not self._running and not self._own and bool(self.owners)
+
+    @property
+    def num_waiting(self) -> int:
+        """Shards that nobody of this queue is running."""
+        return len(self._own) + len(self._others)
+
+    @property
+    def num_open(self) -> int:
+        """Shards that are not committed."""
+        return self._num_shards - len(self.commits)
+
+    @property
+    def is_finished(self) -> bool:
+        """True when there is nothing left to hand out or to wait for."""
+        return self.num_open <= len(self.given_up - self.commits.keys())
+
+
+WAIT_S = 0.5  # for others, before looking again
+
+
+class ShardsHere:
+    """Runs the shards of `queue`, one after another.
+
+    Attributes:
+        num_ok, num_failed: requests of the shard under way that are finished.
+    """
+
+    def __init__(self, uri: str, queue: ShardQueue, options: RunOptions, find: ModelFinder) -> None:
+        self._uri, self._queue, self._options, self._find = uri, queue, options, find
+        self._is_stopping = False
+        self.num_ok = self.num_failed = 0
+
+    def run(self, on_step: Callable[[], None]) -> None:
+        """Run shards until none is left, or a stop was asked for; `on_step` is called between two steps of the model.
+
+        Raises:
+            Md3Error: the run cannot go on here.
+        """
+
+        def should_stop() -> bool:
+            on_step()
+            return self._is_stopping
+
+        if self._queue.is_finished:
+            return
+        options = self._options
+        with ShardRunner(self._uri, finder=self._find, model=options.model, decode=options.decode) as runner:
+            while not (should_stop() or self._queue.is_finished):
+                shard = self._queue.take()
+                if shard is None:
+                    time.sleep(WAIT_S)
+                    continue
+                try:
+                    result = runner.run(shard, should_stop=should_stop, on_progress=self._note)
+                except ShardStopped:
+                    return
+                self._queue.finish(shard, result.commit)
+                self._note(0, 0)
+
+    def _note(self, ok: int, failed: int) -> None:
+        self.num_ok, self.num_failed = ok, failed
+
+    def stop(self) -> None:
+        """Have `run` finish the step it is in, and return."""
+        self._is_stopping = True
+
+    def close(self) -> None:
+        """Nothing is left behind by `run`."""
+
+
+DEATHS_TO_GIVE_UP = 5
+POLL_S = 0.2  # so that a signal is seen soon
+REFRESH_S = 2.0  # between two looks at what other ranks have committed
+TAIL_BYTES = 2000
+END_WAIT_S = 30.0  # for a worker that has said its last word
+STOP_WAIT_S = 120.0  # for workers to finish the step they are in; what they finished before is on disk
+_MESSAGE_TIMEOUT_S = 30.0  # for the rest of a message that has begun to come
+_WORKER_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from md3cli.scale.worker import serve; serve()"
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a worker runs: its device as the model's options name it, and what its environment needs."""
+
+    device: str
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def seats_of(devices: Sequence[str], workers_per_device: int) -> list[Seat]:
+    """A seat for each worker.
+
+    A CUDA device is made the only visible one, so that no worker takes memory on another's; the processor's
+    cores are shared out.
+    """
+    num_seats = len(devices) * workers_per_device
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seats = []
+    for device in devices:
+        kind, _, index = device.partition(":")
+        environment: dict[str, str] = {}
+        if kind == "cuda" and index:
+            names = visible.split(",") if visible else []
+            number = int(index)
+            environment["CUDA_VISIBLE_DEVICES"] = names[number] if number < len(names) else index
+            device = "cuda"
+        if kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_seats))
+        seats += [Seat(device, environment)] * workers_per_device
+    return seats
+
+
+class _Worker:
+    """The supervisor's end of one worker process."""
+
+    def __init__(self, seat: Seat, uri: str, options: RunOptions) -> None:
+        self.seat, self.shard, self.attempt = seat, -1, ""
+        self.num_ok = self.num_failed = 0
+        self.is_ready = False
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the worker
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-I", "-c", _WORKER_CODE, json.dumps(sys.path)]
+            self.process = subprocess.Popen(
+                [*command, str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=(theirs.fileno(),),
+                env=os.environ | seat.environment,
+                process_group=0,  # Ctrl-C and Ctrl-Z at the terminal are for the supervisor to handle
+            )
+        self.channel = Channel(self.socket)
+        model = replace(options.model, device=seat.device)
+        setup = {"uri": uri, "finder": shard_runner.FINDER, "options": replace(options, model=model).to_json()}
+        self.send({"run": setup})
+
+    def send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # it died: the end of its messages says so
+            self.channel.send(message)
+
+    def end(self) -> int:
+        """Wait for its end, which has come or is near, but not for ever; returns its status."""
+        try:
+            status = self.process.wait(END_WAIT_S)
+        except subprocess.TimeoutExpired:  # it hangs in some library's own end
+            self.process.kill()
+            status = self.process.wait()
+        self.channel.close()
+        return status
+
+    def last_words(self) -> str:
+        """The last line it wrote to stderr."""
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - TAIL_BYTES))
+        lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
+        return printable(lines[-1]) if lines else ""
+
+    def close(self) -> None:
+        """End it at once, if it is there."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.channel.close()
+        self._log.close()
+
+
+class Supervisor:
+    """Runs the shards of `queue` in worker processes.
+
+    Attributes:
+        num_ok, num_failed: requests of the shards under way that are finished.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        queue: ShardQueue,
+        options: RunOptions,
+        seats: Sequence[Seat],
+        *,
+        warn: Callable[[str], None],
+    ) -> None:
+        if options.decode.workers is None:
+            decode = replace(options.decode, workers=max(1, num_auto_workers() // len(seats)))
+            options = replace(options, decode=decode)
+        self._folder, self._queue, self._options, self._warn = folder, queue, options, warn
+        self._waiting_seats = list(seats)
+        self._workers: dict[int, _Worker] = {}  # by their socket's number
+        self._selector = selectors.DefaultSelector()
+        self._deaths: dict[int, int] = {}  # of a shard, since its last new record
+        self._num_finished: dict[int, int] = {}  # of a shard's requests, at its last death
+        self._deaths_in_a_row = 0  # since any worker got anything done
+        self._is_stopping = False
+        self._stop_told = Teller(warn)
+
+    @property
+    def num_ok(self) -> int:
+        return sum(worker.num_ok for worker in self._workers.values())
+
+    @property
+    def num_failed(self) -> int:
+        return sum(worker.num_failed for worker in self._workers.values())
+
+    def run(self, on_step: Callable[[], None]) -> None:
+        """Run shards until none is left, or a stop was asked for; `on_step` is called several times a second.
+
+        Raises:
+            EngineError: the workers cannot run here.
+        """
+        while not self._queue.is_finished or self._workers:
+            on_step()
+            self._share_out()
+            for key, _ in self._selector.select(POLL_S):
+                self._hear(self._workers[key.fd])
+            if self._is_stopping and not self._goes_on_stopping():
+                return
+
+    def _goes_on_stopping(self) -> bool:
+        """Whether workers still finish their step; those that take too long are ended."""
+        if self._workers and self._stop_told.waited_s < STOP_WAIT_S:
+            pids = ", ".join(str(worker.process.pid) for worker in self._workers.values())
+            self._stop_told.tell(f"waiting for workers to finish their step (processes {pids}); Ctrl-C ends them")
+            return True
+        for worker in list(self._workers.values()):
+            self._forget(worker)
+            worker.close()
+        return False
+
+    def stop(self) -> None:
+        """Have every worker finish its step and end; `run` returns when all have."""
+        if not self._is_stopping:
+            self._is_stopping = True
+            for worker in self._workers.values():
+                worker.send({"stop": True})
+
+    def close(self) -> None:
+        """End all workers at once."""
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
+        self._selector.close()
+
+    # -- handing out -----------------------------------------------------------------------------------
+
+    def _share_out(self) -> None:
+        """A shard for everybody who has none; a worker is started only when there is one for it."""
+        if self._is_stopping:
+            return
+        for worker in [worker for worker in self._workers.values() if worker.is_ready and worker.shard < 0]:
+            self._hand_out(worker)
+        num_starting = sum(not worker.is_ready for worker in self._workers.values())
+        while self._waiting_seats and num_starting < self._queue.num_waiting:
+            self._start(self._waiting_seats.pop(0))
+            num_starting += 1
+
+    def _start(self, seat: Seat) -> None:
+        worker = _Worker(seat, self._folder.uri, self._options)
+        self._workers[worker.socket.fileno()] = worker
+        self._selector.register(worker.socket, selectors.EVENT_READ)
+
+    def _hand_out(self, worker: _Worker) -> None:
+        shard = self._queue.take()
+        if shard is not None:
+            worker.shard, worker.attempt = shard, ""
+            worker.send({"shard": shard})
+        elif self._queue.is_finished:
+            self._dismiss(worker)
+
+    def _dismiss(self, worker: _Worker) -> None:
+        self._forget(worker)
+        worker.send({"stop": True})
+        worker.end()
+        worker.close()
+
+    def _forget(self, worker: _Worker) -> None:
+        self._selector.unregister(worker.socket)
+        del self._workers[worker.socket.fileno()]
+
+    # -- hearing ---------------------------------------------------------------------------------------
+
+    def _hear(self, worker: _Worker) -> None:
+        try:
+            message = worker.channel.receive(_MESSAGE_TIMEOUT_S)
+        except (EOFError, OSError):
+            self._bury(worker)
+            return
+        if "error" in message:
+            raise EngineError(message["error"])
+        if "ready" in message:
+            worker.is_ready = True
+        elif "attempt" in message:
+            worker.attempt = message["attempt"]
+        elif "ok" in message:
+            if message["ok"] > worker.num_ok:
+                self._deaths_in_a_row = 0
+            worker.num_ok, worker.num_failed = message["ok"], message["failed"]
+        elif "done" in message:
+            self._finish(worker)
+
+    def _finish(self, worker: _Worker) -> None:
+        commit = read_commit(self._folder, worker.shard)
+        if commit is None:  # removed under us
+            self._queue.put_back(worker.shard)
+        else:
+            self._queue.finish(worker.shard, commit)
+        worker.shard, worker.num_ok, worker.num_failed = -1, 0, 0
+        self._deaths_in_a_row = 0
+
+    def _bury(self, worker: _Worker) -> None:
+        """A worker is gone: note how, put its shard back, free its seat."""
+        self._forget(worker)
+        status, words = worker.end(), worker.last_words()
+        worker.close()
+        self._waiting_seats.append(worker.seat)
+        if self._is_stopping:
+            return
+        self._deaths_in_a_row += 1
+        if worker.shard >= 0:
+            self._return_shard(worker, status)
+        self._warn(f"a worker on {worker.seat.device} died ({_how(status)}){f': {words}' if words else ''}; replaced")
+        if self._deaths_in_a_row >= DEATHS_TO_GIVE_UP + len(self._waiting_seats) + len(self._workers):
+            raise EngineError(
+                f"{self._deaths_in_a_row} workers in a row died before they got anything done, the last "
+                f"{_how(status)}{f': {words}' if words else ''}; the same command tries again"
+            )
+
+    def _return_shard(self, worker: _Worker, status: int) -> None:
+        shard = worker.shard
+        if worker.attempt:
+            note_death(self._folder, shard, worker.attempt, status)
+        history = read_history(self._folder, shard)
+        num_finished = len(history.records) + len(history.blamed)
+        is_progress = num_finished > self._num_finished.get(shard, 0)
+        self._num_finished[shard] = num_finished
+        self._deaths[shard] = 1 if is_progress else self._deaths.get(shard, 0) + 1
+        if self._deaths[shard] < DEATHS_TO_GIVE_UP:
+            self._queue.put_back(shard)
+        else:
+            self._queue.give_up(shard)
+            self._warn(f"shard {shard} is given up: {DEATHS_TO_GIVE_UP} workers died on it without a new record")
+
+
+def _how(status: int) -> str:
+    return f"signal {-status}" if status < 0 else f"status {status}"

@@ -1,0 +1,221 @@
+"""What a manifest row asks: its columns laid over the command's own requests.
+
+Pure: values in, requests out. A value of the wrong type is a row that cannot be read (`bad_row`);
+a value of the right type that makes no sense is a `bad_request`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from md3cli.errors import RequestError, RowError
+from md3cli.records import CAPTION_LENGTHS, Request, Task, printable
+from md3cli.remote.address import is_address
+from md3cli.source.parquet import EmbeddedImage
+
+PATH_LIMIT_BYTES = 4096
+SEED_LIMIT = 2**63
+TOKENS_LIMIT = 2**31
+TEMPERATURE_LIMIT = 1000
+_ADDRESS = re.compile(r"(?:https?|s3|gs|hf)://|file:|data:", re.IGNORECASE)
+_TASKS_WITH_REFS = frozenset({Task.QUERY, Task.POINT, Task.SEGMENT})
+
+
+def row_image(columns: Mapping[str, Any]) -> str | EmbeddedImage:
+    """The path a row names, as it is written, or the picture it holds; empty for a text-only query.
+
+    Raises:
+        RowError: there is no such column, or it holds no path.
+    """
+    if "image" not in columns:
+        raise RowError("bad_row", "no 'image' (null for a text-only query)")
+    value = "" if columns["image"] is None else columns["image"]
+    if isinstance(value, EmbeddedImage):
+        return value
+    if not isinstance(value, str):
+        raise _wrong_type("image", value, "a path")
+    if "\0" in value:
+        raise RowError("bad_row", "image holds a NUL character")
+    if len(value) > PATH_LIMIT_BYTES // 4 and len(os.fsencode(value)) > PATH_LIMIT_BYTES:
+        raise RowError("bad_row", f"image is longer than {PATH_LIMIT_BYTES} bytes")
+    return value
+
+
+def refuse_address(name: str, *, may_fetch: bool = False) -> None:
+    """Raise RequestError where a row's image is a URL: nothing is fetched because a manifest alone says so."""
+    if ":" in name and (match := _ADDRESS.match(name)) and not (may_fetch and is_address(name)):
+        advice = "add --remote to fetch them" if is_address(name) else "name a local file"
+        raise RequestError(f"{match[0].lower()} addresses in a manifest are not fetched; {advice}")
+
+
+def row_requests(columns: Mapping[str, Any], requests: Sequence[Request], defaults: Request) -> tuple[Request, ...]:
+    """The requests of a row, at least one.
+
+    With a task or a prompt of its own a row makes one request (or the command's of that task, when
+    it leaves the prompt open), else all of the command's; its settings override theirs. `defaults`
+    gives the settings where the command makes no request of its own.
+
+    Raises:
+        RowError: `bad_row` for a value of the wrong type.
+        RequestError: `bad_request` for values that make no sense.
+    """
+    image = columns.get("image")
+    result = tuple(requests)
+    if len(columns) > 1 or not requests:  # else a bare list of pictures, which may be long
+        given = [name for name in columns if name in _SETTINGS and _is_given(columns, name)]
+        settings = {name: _SETTINGS[name](name, columns[name]) for name in given}
+        own = _own_requests(columns, requests, requests[0] if requests else defaults)
+        result = tuple(replace(request, **settings) for request in own) if settings else tuple(own)
+    for request in result:
+        check_request(request, has_image=bool(image))
+    return result
+
+
+def refused_request(columns: Mapping[str, Any], base: Request) -> Request:
+    """What the error record of a refused row says was asked: its task and prompt, `base` where they cannot be read."""
+    task = base.task
+    with suppress(RowError):
+        task = _task(columns["task"]) if _is_given(columns, "task") else base.task
+    prompt = base.prompt if task is base.task else None
+    with suppress(RowError):
+        prompt = _text("prompt", columns["prompt"]) if _is_given(columns, "prompt") else prompt
+    return replace(base, task=task, prompt=prompt)
+
+
+def check_request(request: Request, *, has_image: bool) -> None:
+    """Whether a request makes sense.
+
+    Raises:
+        RequestError: it does not; says why.
+    """
+    task = request.task
+    if task is Task.CAPTION and request.prompt is not None:
+        raise RequestError("caption takes no prompt; the task 'query' does")
+    if task is not Task.CAPTION and not (request.prompt or "").strip():
+        raise RequestError(f"{task} needs a prompt")
+    if not has_image and task is not Task.QUERY:
+        raise RequestError(f"{task} needs an image; only a query can do without")
+    if request.spatial_refs and task not in _TASKS_WITH_REFS:
+        raise RequestError(f"{task} takes no spatial_refs")
+
+
+def _is_given(columns: Mapping[str, Any], name: str) -> bool:
+    return columns.get(name) not in (None, "")
+
+
+def _own_requests(columns: Mapping[str, Any], requests: Sequence[Request], base: Request) -> Sequence[Request]:
+    task = _task(columns["task"]) if _is_given(columns, "task") else None
+    prompt = _text("prompt", columns["prompt"]) if _is_given(columns, "prompt") else None
+    if task is None and prompt is None:
+        if not requests:
+            raise RequestError("no task: name one in the column 'task' or on the command line")
+        return requests
+    if task is None:
+        tasks = {request.task for request in requests}
+        if len(tasks) != 1:
+            raise RequestError("a prompt without a task: name one in the column 'task'")
+        return [replace(base, prompt=prompt)]
+    if prompt is None and task is not Task.CAPTION:
+        return [request for request in requests if request.task is task] or [replace(base, task=task, prompt=None)]
+    return [replace(base, task=task, prompt=prompt)]
+
+
+def _task(value: Any) -> Task:
+    text = _text("task", value)
+    try:
+        return Task(text.strip().lower())
+    except ValueError:
+        raise RequestError(f"unknown task '{printable(text)[:60]}'; tasks are: {', '.join(Task)}") from None
+
+
+def _wrong_type(name: str, value: Any, wanted: str) -> RowError:
+    return RowError("bad_row", f"{name} is {printable(repr(value))[:60]}, not {wanted}")
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _wrong_type(name, value, "text")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong_type(name, value, "true or false")
+    return value
+
+
+def _length(name: str, value: Any) -> str:
+    text = _text(name, value).strip().lower()
+    if text not in CAPTION_LENGTHS:
+        raise RequestError(f"length is '{printable(text)[:60]}', not one of: {', '.join(CAPTION_LENGTHS)}")
+    return text
+
+
+def _whole(low: int, limit: int) -> Callable[[str, Any], int]:
+    def read(name: str, value: Any) -> int:
+        is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not is_whole:
+            raise _wrong_type(name, value, "a whole number")
+        if not low <= value < limit:
+            raise RequestError(f"{name} is out of range; it must be at least {low} and below {limit}")
+        return int(value)
+
+    return read
+
+
+def _real(is_allowed: Callable[[float], bool], range_text: str) -> Callable[[str, Any], float]:
+    def read(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _wrong_type(name, value, "a number")
+        if not is_allowed(value):
+            raise RequestError(f"{name} is {printable(repr(value))[:60]}; it must be {range_text}")
+        return float(value)
+
+    return read
+
+
+def _spatial_refs(name: str, value: Any) -> tuple[tuple[float, ...], ...]:
+    wanted = "a list of points [x, y] and boxes [x_min, y_min, x_max, y_max]"
+    if not isinstance(value, list):
+        raise _wrong_type(name, value, wanted)
+    return tuple(_spatial_ref(name, item, wanted) for item in value)
+
+
+def _spatial_ref(name: str, item: Any, wanted: str) -> tuple[float, ...]:
+    if not isinstance(item, list) or len(item) not in (2, 4):
+        raise _wrong_type(name, item, wanted)
+    read = _real(lambda number: 0 <= number <= 1, "from 0 to 1")
+    ref = tuple(read(name, number) for number in item)
+    if len(ref) == 4 and (ref[0] > ref[2] or ref[1] > ref[3]):
+        raise RequestError(f"{name} holds a box turned inside out; the top left corner comes first")
+    return ref
+
+
+_SETTINGS: Mapping[str, Callable[[str, Any], Any]] = {
+    "length": _length,
+    "reasoning": _flag,
+    "spatial_refs": _spatial_refs,
+    "max_tokens": _whole(1, TOKENS_LIMIT),
+    "max_objects": _whole(1, TOKENS_LIMIT),
+    "temperature": _real(lambda number: 0 <= number <= TEMPERATURE_LIMIT, f"from 0 to {TEMPERATURE_LIMIT}"),
+    "top_p": _real(lambda number: 0 < number <= 1, "above 0 and at most 1"),
+    "seed": _whole(0, SEED_LIMIT),
+}
+
+
+def read_setting(name: str, value: Any) -> Any:
+    """A setting's value (`length` … `seed`), checked.
+
+    Raises:
+        RowError: `bad_row` for the wrong type.
+        RequestError: `bad_request` for a value out of range.
+    """
+    return _SETTINGS[name](name, value)
+
+
+ROW_COLUMNS = frozenset({"image", "task", "prompt", *_SETTINGS})

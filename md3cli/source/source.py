@@ -1,0 +1,412 @@
+"""INPUT as the user typed it, turned into a lazy stream of rows: a picture and what is asked of it.
+
+Opens no picture and decides nothing about its content. Rows come in input order; memory is bounded
+by one folder's names a level, one manifest line, or one tar header.
+
+An INPUT without anything to annotate: an error, for most often it is the wrong folder or too narrow a filter.
+
+A part of INPUT that happens to be empty is none: a shard, or a limit of 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from md3cli.errors import InputError, MissingExtraError, RowError, UsageError
+from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task, printable
+from md3cli.remote.address import is_address, shown
+from md3cli.remote.hosts import is_installed, require_extra
+from md3cli.source.inputs import Confinement, RowPlaces, image_item, input_of, root_of
+from md3cli.source.kinds import STDIN, Input, Kind, check_readable, kind_of
+from md3cli.source.manifest import LiveLines, ManifestRow, manifest_rows, open_regular, path_rows
+from md3cli.source.names import is_of_windows
+from md3cli.source.requests import ROW_COLUMNS, check_request, refuse_address, refused_request, row_image, row_requests
+from md3cli.source.tar import tar_members
+from md3cli.source.walk import Glob, PathFilter, Walk, has_image_suffix, is_glob
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSpec:
+    """Which pictures: INPUT as typed (none for a text-only query) and what narrows it.
+
+    `shard` (i, n) keeps the images whose name hashes to i modulo n. `limit` counts rows. `root` is a folder or an
+    address; `remote` lets manifests on the disk name addresses. `own_files` are the files that the command writes
+    (links followed), which a walk passes over.
+    """
+
+    inputs: tuple[str, ...] = ()
+    recursive: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    limit: int | None = None
+    shard: tuple[int, int] | None = None
+    root: Path | str | None = None
+    remote: bool = False
+    offline: bool = False
+    follow_links: bool = False
+    own_files: frozenset[str] = frozenset()
+
+
+def open_source(
+    spec: SourceSpec,
+    requests: tuple[Request, ...],
+    *,
+    defaults: Request | None = None,
+    stdin: IO[bytes] | None = None,
+) -> Source:
+    """The rows of `spec`, each asked `requests` unless a manifest row says otherwise.
+
+    `defaults` holds the settings for manifest rows where the command makes no request of its own.
+    `stdin` is read for INPUT `-`, by default the process's own.
+
+    Raises:
+        InputError: an INPUT does not exist, cannot be opened, or is of a kind that is not read.
+        UsageError: `--root` is no folder, or something is remote and `offline` forbids it.
+        MissingExtraError: something is remote, and what fetches it is not installed.
+    """
+    _check_remote(spec)
+    is_alone = len(spec.inputs) == 1
+    inputs = tuple(input_of(typed, kind_of(typed, is_alone), is_alone) for typed in spec.inputs)
+    for given in inputs:
+        check_readable(given, is_alone)
+    defaults = requests[0] if requests else defaults or Request(Task.QUERY)
+    if stdin is None and STDIN in spec.inputs:
+        if sys.stdin is None:
+            raise InputError("stdin is closed, so there is nothing to read for INPUT -; pipe a list of paths to it")
+        stdin = sys.stdin.buffer
+    return Source(spec, inputs, requests, defaults, stdin or io.BytesIO())
+
+
+def _check_remote(spec: SourceSpec) -> None:
+    root = None if spec.root is None else str(spec.root)
+    remote = [text for text in (*spec.inputs, root) if text is not None and is_address(text)]
+    if spec.offline and (remote or spec.remote):
+        raise UsageError(f"{printable(shown(remote[0])) if remote else '--remote'} and --offline exclude each other")
+    if spec.remote and not is_installed("aiohttp"):
+        raise MissingExtraError("--remote", "remote")
+    for address in remote:
+        require_extra(address)
+    if root is not None and not is_address(root) and not os.path.isdir(root):
+        raise UsageError(f"--root {printable(root)} is not a folder; name the one that the images are in")
+
+
+OTHER_SHARDS = "other shards"  # in `Source.skipped`
+
+# What a row's shard is computed from, and the row, before shards and limits; None: the next has not come yet.
+_Found = tuple[str, SourceRow] | None
+
+
+class Source:
+    """Iterable over the rows of INPUT, again and again (but for stdin).
+
+    Attributes:
+        skipped: entries left out by the last iteration so far, by reason.
+        root: the folder (or tar) that the names of the pictures are relative to.
+        watched_lines: lines of a manifest that could not be read by an earlier start; set before an iteration.
+        readable_lines: those of them that could be read by an iteration since.
+    """
+
+    def __init__(
+        self,
+        spec: SourceSpec,
+        inputs: tuple[Input, ...],
+        requests: tuple[Request, ...],
+        defaults: Request,
+        stdin: IO[bytes],
+    ) -> None:
+        self.skipped: Counter[str] = Counter()
+        self.watched_lines: frozenset[int] = frozenset()
+        self.readable_lines: set[int] = set()
+        self._spec = spec
+        self._inputs = inputs
+        self._requests = requests
+        self._defaults = defaults
+        self._base = requests[0] if requests else defaults
+        self._is_fit_for_pictures = bool(requests) and _are_fit_for_pictures(requests)
+        self._stdin = LiveLines(stdin)
+        self._filter = PathFilter.of(spec.include, spec.exclude)
+        self._outside = Confinement.to(spec.root).failure_of
+        self.root = self._find_root()
+
+    def __iter__(self) -> Iterator[SourceRow]:
+        """The rows; the first step raises InputError where INPUT cannot be read."""
+        return filter(None, self._all_rows(may_wait=True))
+
+    def rows_so_far(self) -> Iterator[SourceRow | None]:
+        """The rows, as they come on stdin: None where the next has not come yet; `wait` for it and go on."""
+        return self._all_rows(may_wait=False)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until more comes on stdin, at most so long."""
+        self._stdin.wait(timeout_s)
+
+    def _all_rows(self, *, may_wait: bool) -> Iterator[SourceRow | None]:
+        self.skipped = Counter()
+        self._stdin.may_wait = may_wait
+        return self._rows(self.skipped)
+
+    def is_empty(self) -> bool:
+        """Return whether the whole of INPUT, whatever the shard, has no row; `skipped` then says what was left out.
+
+        Raises:
+            InputError: INPUT cannot be read.
+        """
+        self.skipped = Counter()
+        return next(self._found(self.skipped), None) is None
+
+    @property
+    def asks_nothing_else(self) -> bool:
+        """Whether the requests follow from the command alone, and INPUT is all of it: no manifest, nothing narrowed."""
+        spec = self._spec
+        is_narrowed = bool(spec.include or spec.exclude or spec.limit is not None or spec.shard)
+        kinds = {given.kind for given in self._inputs}
+        return not is_narrowed and kinds <= {Kind.FOLDER, Kind.GLOB, Kind.FILE, Kind.TAR}
+
+    def count_rows(self, budget_s: float = 1.0) -> int | None:
+        """How many rows there are, for a progress bar; None for stdin, for what is remote, and after `budget_s`."""
+        if any(given.kind is Kind.STDIN or is_address(given.typed) for given in self._inputs):
+            return None
+        deadline = time.monotonic() + budget_s
+        num_rows = 0
+        for _ in self._rows(Counter()):
+            num_rows += 1
+            if num_rows % 64 == 0 and time.monotonic() > deadline:
+                return None
+        return num_rows
+
+    def _find_root(self) -> str:
+        if len(self._inputs) != 1:
+            return os.getcwd() if self._inputs else Confinement.to(self._spec.root).root or os.getcwd()
+        return root_of(self._inputs[0], self._spec.root)
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def _rows(self, skipped: Counter[str]) -> Iterator[SourceRow | None]:
+        found = self._found(skipped)
+        if self._spec.shard is not None:
+            found = _in_shard(found, self._spec.shard, skipped)
+        if self._spec.limit is not None:
+            found = _up_to(self._spec.limit, found)
+        return (None if item is None else item[1] for item in found)
+
+    def _found(self, skipped: Counter[str]) -> Iterator[_Found]:
+        if not self._inputs:
+            yield ("", SourceRow(None, self._requests))
+        for given in self._inputs:
+            if given.kind is Kind.FOLDER or given.kind is Kind.GLOB:
+                yield from self._walked(given, skipped)
+            elif given.kind is Kind.TAR:
+                yield from self._tar_members(given.typed, given.prefix, skipped)
+            elif given.kind is Kind.FILE:
+                yield self._picture(given.prefix or os.path.basename(given.typed), given.typed)
+            else:
+                yield from self._manifest(given, skipped)
+
+    def _picture(self, name: str, path: str) -> _Found:
+        image = image_item(name, path)
+        return (image.name, SourceRow(image, self._requests, failure=self._outside(path)))
+
+    def _walked(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
+        glob = Glob.parse(given.typed) if given.kind is Kind.GLOB else None
+        folder = given.typed if glob is None else glob.base or "."
+        prefix = given.prefix if glob is None or not given.prefix else shown(glob.base)
+        walk = self._walk_of(folder, skipped)
+        path_head, name_head = os.path.join(folder, ""), os.path.join(prefix, "")
+        for relative in walk.files(folder, glob):
+            path, name = path_head + relative, name_head + relative
+            suffix = relative[-8:].lower()
+            if suffix.endswith(".tar"):
+                yield from self._tar_members(path, name, skipped)
+            elif suffix.endswith(".parquet"):
+                yield from self._manifest(Input(path, Kind.MANIFEST, name), skipped)
+            else:
+                yield self._picture(name, path)
+
+    def _walk_of(self, folder: str, skipped: Counter[str]) -> Walk:
+        if not is_address(folder):
+            return Walk(self._spec.recursive, self._spec.follow_links, self._filter, skipped, self._spec.own_files)
+        from md3cli.source.remote_inputs import walk_of
+
+        return walk_of(folder, self._filter, skipped, is_recursive=self._spec.recursive)
+
+    def _tar_members(self, path: str, prefix: str, skipped: Counter[str]) -> Iterator[_Found]:
+        """Pictures inside a tar, by suffix, as byte ranges of it; damage is one more row."""
+        try:
+            with open_regular(path) as file:
+                for member in tar_members(file, shown(path)):
+                    name = member.name.removeprefix("./")
+                    if reason := self._why_not(member, name):
+                        skipped[reason] += 1
+                    elif not member.isdir():
+                        whole = f"{prefix}/{name}" if prefix else name  # an absolute name stays inside the tar, too
+                        image = image_item(whole, path, member.offset_data, member.size)
+                        yield (image.name, SourceRow(image, self._requests, failure=self._outside(path)))
+        except (InputError, RowError) as error:
+            if isinstance(error, InputError) and (not prefix or is_address(path)):
+                raise
+            failure = RowFailure("decode", str(error))
+            image = image_item(prefix or os.path.basename(path), path)
+            yield (image.name, SourceRow(image, self._requests, failure=failure))
+
+    def _why_not(self, member: tarfile.TarInfo, name: str) -> str:
+        """Why a tar's member is left out; empty where it is not, and for folders."""
+        if member.isdir():
+            return ""
+        if any(part.startswith(".") for part in name.split("/")):
+            return "hidden"
+        if not has_image_suffix(name):
+            return "other suffix"
+        if not member.isreg() or member.issparse():
+            return "links inside a tar"
+        return "" if self._filter.keeps(name) else "excluded"
+
+    def _manifest(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
+        is_alone = len(self._inputs) == 1 and given.kind is self._inputs[0].kind
+        places = RowPlaces.of(given, self._spec.root, is_alone=is_alone, may_fetch=self._spec.remote)
+        is_stdin = given.kind is Kind.STDIN
+        rows: Iterator[ManifestRow | None] = manifest_rows(given.typed)
+        if is_stdin:
+            rows = path_rows(self._stdin, has_json=True)
+        is_list = is_stdin or given.typed.lower().endswith(".txt")
+        is_unfiltered = not (self._spec.include or self._spec.exclude)
+        for entry in rows:
+            if entry is None:
+                yield None
+                continue
+            row = self._manifest_row(entry, places)
+            if self.watched_lines and entry.number in self.watched_lines:
+                self._note_watched(entry.number, row)
+            name = row.image.name if row.image is not None else None
+            if is_list and _is_comment(row.image):
+                skipped["comments"] += 1
+            elif name is not None and not (is_unfiltered or self._filter.keeps(name)):
+                skipped["excluded"] += 1
+            else:
+                yield name or f"{given.typed} {entry.where}", row
+
+    def _note_watched(self, number: int, row: SourceRow) -> None:
+        """A line is readable where every manifest of INPUT that has it can be read there."""
+        if row.failure is not None and row.failure.type == "bad_row":
+            self.watched_lines -= {number}
+            self.readable_lines.discard(number)
+        else:
+            self.readable_lines.add(number)
+
+    def _manifest_row(self, entry: ManifestRow, places: RowPlaces) -> SourceRow:
+        """What a manifest's row asks; a failure keeps as much of the row as could be read."""
+        columns = entry.columns or {}
+        image: ImageItem | None = None
+        is_bare = False
+        try:
+            if entry.columns is None:
+                raise RowError("bad_row", entry.problem)
+            if name := row_image(columns):
+                image = places.item_of(name)
+                if isinstance(name, str):
+                    refuse_address(name, may_fetch=places.may_fetch)
+            is_bare = image is not None and len(columns) == 1
+            if is_bare and self._is_fit_for_pictures:
+                asked = self._requests
+            else:
+                asked = row_requests(columns, self._requests, self._defaults)
+            failure = self._outside(image.path) if image else None
+            if image and is_of_windows(image.name) and not is_address(image.path) and not os.path.lexists(image.path):
+                raise RowError(
+                    "not_found", "a drive or server of Windows; make the paths relative to the list or --root"
+                )
+        except RowError as error:
+            asked = (refused_request(columns, self._base),)
+            failure = RowFailure(error.type, f"{entry.where}: {error}")
+        meta = {} if is_bare else {column: value for column, value in columns.items() if column not in ROW_COLUMNS}
+        return SourceRow(image, asked, meta, failure)
+
+
+def _is_comment(image: ImageItem | None) -> bool:
+    """Whether a line of a list is a remark: it starts with `#`, and no file of that name is there."""
+    if image is None or not image.name.startswith("#"):
+        return False
+    return is_address(image.path) or not os.path.lexists(image.path)
+
+
+def _in_shard(found: Iterator[_Found], shard: tuple[int, int], skipped: Counter[str]) -> Iterator[_Found]:
+    index, count = shard
+    for item in found:
+        digest = hashlib.sha256(item[0].encode("utf-8", "surrogateescape")).digest() if item is not None else b""
+        if item is None or int.from_bytes(digest[:8], "big") % count == index:
+            yield item
+        else:
+            skipped[OTHER_SHARDS] += 1
+
+
+def _up_to(limit: int, found: Iterator[_Found]) -> Iterator[_Found]:
+    """The first `limit` of them; the one behind is not even looked for."""
+    for item in found if limit else ():
+        yield item
+        limit -= item is not None
+        if not limit:
+            return
+
+
+def _are_fit_for_pictures(requests: Sequence[Request]) -> bool:
+    """Whether a row that only names a picture makes all of them, which need then not be checked for each row."""
+    try:
+        for request in requests:
+            check_request(request, has_image=True)
+    except RowError:
+        return False
+    return True
+
+
+MOST_INPUTS_SHOWN = 3
+
+
+def check_not_empty(source: Source, spec: SourceSpec, *, is_allowed: bool) -> None:
+    """Look for a first row before anything slow, such as a model, is loaded; stdin and buckets are not looked into.
+
+    Raises:
+        InputError: there is none in the whole of INPUT, whatever the shard, and it is not allowed.
+    """
+    if is_allowed or spec.limit == 0 or any(typed == STDIN or is_address(typed) for typed in spec.inputs):
+        return
+    if source.is_empty():
+        raise _error(spec, source.skipped)
+
+
+def check_found(source: Source, spec: SourceSpec, *, is_allowed: bool) -> None:
+    """For a source that was read to its end without a row, or with rows of other shards alone.
+
+    Raises:
+        InputError: there is none in the whole of INPUT, and it is not allowed.
+    """
+    if not (is_allowed or spec.limit == 0 or source.skipped[OTHER_SHARDS]):
+        raise _error(spec, source.skipped)
+
+
+def empty_words(spec: SourceSpec) -> str:
+    """Return what was looked at without finding anything."""
+    more = f" and {len(spec.inputs) - MOST_INPUTS_SHOWN} more" if len(spec.inputs) > MOST_INPUTS_SHOWN else ""
+    inputs = ", ".join(
+        "stdin" if typed == STDIN else printable(shown(typed)) for typed in spec.inputs[:MOST_INPUTS_SHOWN]
+    )
+    return f"{'--limit 0 takes' if spec.limit == 0 else 'there is'} nothing to annotate in {inputs}{more}"
+
+
+def _error(spec: SourceSpec, skipped: Mapping[str, int]) -> InputError:
+    passed_over = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()) if count)
+    is_pattern = any(is_glob(typed) and not os.path.exists(typed) for typed in spec.inputs)
+    nothing = "nothing matches it" if is_pattern else "it is empty"
+    found = f"not taken: {passed_over}" if passed_over else nothing
+    return InputError(
+        f"{empty_words(spec)} ({found}); name another INPUT, look at --include, --exclude and --recursive, "
+        "or type --allow-empty if that is fine"
+    )
