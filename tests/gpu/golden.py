@@ -18,14 +18,14 @@ import torch
 from golden_cases import CASES, LEAST_MARGIN, LEAST_MOE_MARGIN, GoldenCase, assert_answer, load_case
 
 from md3cli.config import ModelOptions
-from md3cli.model.config import ModelConfig
-from md3cli.model.kv_cache import KVCache, PrefixStore
-from md3cli.model.load import load_weights
-from md3cli.model.moe import MoeMlp
-from md3cli.model.moondream import Moondream3
-from md3cli.model.random_weights import random_model
-from md3cli.model.region import SIZE_OCTAVES
-from md3cli.model.tasks import Answer, Decisions, Sequence
+from md3cli.model.network.config import ModelConfig
+from md3cli.model.engine.kv_cache import KVCache, PrefixStore
+from md3cli.model.engine.load import load_weights
+from md3cli.model.network.moe import MoeMlp
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.weights.random_weights import random_model
+from md3cli.model.network.region import SIZE_OCTAVES
+from md3cli.model.engine.sequence import Answer, Decisions, Generation
 from md3cli.records import Task
 
 from .child import Run
@@ -109,7 +109,7 @@ def compare(run: Run, models: Iterator[tuple[str, Moondream3]], form: str, batch
 
 def answered(
     case: GoldenCase, model: Moondream3, batch: int, count: int | None = None
-) -> dict[int, tuple[Sequence | None, Answer]]:
+) -> dict[int, tuple[Generation | None, Answer]]:
     """All requests of a case, or the first `count`, each with the row that decided (None: it was refused)."""
     engine = case.engine(batch, model)
     sequences = {key: engine.add(case.job(key)) for key in range(len(case.requests))[:count]}
@@ -154,7 +154,7 @@ def problem_of_answer(answer: Answer, expected: dict[str, Any]) -> str | None:
     return None
 
 
-def decisions_of(sequence: Sequence) -> list[Decision]:
+def decisions_of(sequence: Generation) -> list[Decision]:
     """What a finished sequence decided, in the words of the reference's trace."""
     ids = sequence.config.tokenizer
     if sequence.job.request.task in (Task.DETECT, Task.POINT):
@@ -168,7 +168,7 @@ def decisions_of(sequence: Sequence) -> list[Decision]:
     return found
 
 
-def text_decisions(sequence: Sequence, phase: Decisions) -> Iterator[Decision]:
+def text_decisions(sequence: Generation, phase: Decisions) -> Iterator[Decision]:
     """Tokens, each followed by the bins it brought: coordinates in reasoning and paths, sizes in paths."""
     ids, coords, sizes = sequence.config.tokenizer, iter(phase.coords), iter(phase.sizes)
     for token in phase.token_ids:
@@ -179,7 +179,7 @@ def text_decisions(sequence: Sequence, phase: Decisions) -> Iterator[Decision]:
             yield from size_decisions(sequence.config, next(sizes))
 
 
-def object_decisions(sequence: Sequence) -> Iterator[Decision]:
+def object_decisions(sequence: Generation) -> Iterator[Decision]:
     """For each object: whether there is one, its coordinates, its size; at last that there is no more."""
     ids, answer = sequence.config.tokenizer, sequence.answer
     sizes = iter(answer.sizes)
