@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from chaos import KINDS, Chaos, run_chaos
-from program import TESTS, clean_environment, make_pictures, records_of
+from program import STUB_MD3, clean_environment, make_pictures, records_of
 from record_equality import is_same
 from small_disk import has_small_disks
 
@@ -82,7 +82,7 @@ def test_death_while_failures_are_done_again(tmp_path: Path, step: int) -> None:
     def md3(*options: str, fault: str = "") -> int:
         own = ["--fault", fault] if fault else []
         asked = ["caption", str(pictures), "-o", str(out), "--batch-size", "2", "--workers", "1", *options]
-        command = [sys.executable, str(TESTS / "stub_md3.py"), *own, *asked]
+        command = [sys.executable, str(STUB_MD3), *own, *asked]
         return subprocess.run(command, env=isolated, capture_output=True, timeout=120, check=False).returncode
 
     assert md3() == 0
@@ -117,7 +117,7 @@ def test_death_while_a_damaged_journal_is_mended(tmp_path: Path, count: int, ste
     def md3(fault: str = "") -> int:
         own = ["--fault", fault] if fault else []
         asked = ["detect", str(pictures), "a", "b", "-o", str(out), "--batch-size", "2", "--workers", "1"]
-        command = [sys.executable, str(TESTS / "stub_md3.py"), *own, *asked]
+        command = [sys.executable, str(STUB_MD3), *own, *asked]
         return subprocess.run(command, env=isolated, capture_output=True, timeout=120, check=False).returncode
 
     assert md3() == 0

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from program import TESTS, clean_environment, make_pictures, records_of
+from program import STUB_MD3, clean_environment, make_pictures, records_of
 
-STUB = (str(TESTS / "stub_md3.py"),)
+STUB = (str(STUB_MD3),)
 PROGRAM = ("-m", "md3cli")
 
 # Each value is a file where a folder should be, which root cannot write to either; None: not set.

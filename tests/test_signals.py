@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from chaos import wait_until
-from program import TESTS, isolate, make_pictures, records_of, start
+from program import STUB_MD3, isolate, make_pictures, records_of, start
 
 from md3cli.signals import Interrupted, StopSignals
 
@@ -140,7 +140,7 @@ def test_nohup_is_respected(tmp_path: Path) -> None:
 
 
 def test_a_reader_of_stdout_who_leaves_is_no_failure(pictures: Path) -> None:
-    command = shlex.join([sys.executable, str(TESTS / "stub_md3.py"), "caption", str(pictures), "--batch-size", "1"])
+    command = shlex.join([sys.executable, str(STUB_MD3), "caption", str(pictures), "--batch-size", "1"])
     script = f"{command} | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, timeout=60)
     assert done.returncode == 0

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from program import TESTS, isolate, make_pictures, records_of
+from program import STUB_MD3, isolate, make_pictures, records_of
 
 NUM_PICTURES = 30
 
@@ -20,7 +20,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     pictures = make_pictures(tmp_path / "pictures", NUM_PICTURES)
     (pictures / "p3.png").write_bytes(b"no picture")
     monkeypatch.chdir(tmp_path)
-    return shlex.join([sys.executable, str(TESTS / "stub_md3.py"), "caption", str(pictures), "-v", "--batch-size", "2"])
+    return shlex.join([sys.executable, str(STUB_MD3), "caption", str(pictures), "-v", "--batch-size", "2"])
 
 
 def bash(script: str) -> subprocess.CompletedProcess[bytes]:

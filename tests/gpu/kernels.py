@@ -1,6 +1,6 @@
 """Part `kernels`: each own kernel against its twin in float64, at real sizes, and its time.
 
-The cases are those of tests/triton_cases.py. Outputs lie in memory that was filled with NaN (integers:
+The cases are those of tests/gpu/triton_cases.py. Outputs lie in memory that was filled with NaN (integers:
 their largest value), so that a value nobody wrote is seen. One process for each kernel and, on a card, form
 of weight: the first that reads beyond its tensors takes no other with it. On a CPU, Triton's interpreter
 runs a few rows; more of them are the interpreter's tests' business.
@@ -31,7 +31,7 @@ def kernel_names(run: Run) -> list[str]:
 
 def all_cases(run: Run) -> list[Any]:
     """The `KernelCase`s for this device."""
-    import triton_cases  # imports triton, which a CPU may be without
+    from gpu import triton_cases  # imports triton, which a CPU may be without
 
     found = list(triton_cases.cases(run.config, run.device))
     return found if run.is_cuda else [case for case in found if case.rows <= MOST_INTERPRETED_ROWS]

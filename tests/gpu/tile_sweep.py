@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from triton.runtime.errors import OutOfResources, PTXASError
-from triton_cases import ExpertInputs, normal, random_weight
 
+from gpu.triton_cases import ExpertInputs, normal, random_weight
 from md3cli.model.kernels.tiles import PassKind, Product, Tile, tile_of
 from md3cli.model.kernels.weights import KernelWeight, WeightForm
 

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from golden_cases import CASES, load_case
+from support.golden_cases import CASES, load_case
 
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.moondream import Moondream3

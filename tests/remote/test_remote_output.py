@@ -313,7 +313,9 @@ def run_without_extras(folder: Path, *arguments: object) -> subprocess.Completed
     """The program in a Python that cannot import what the extras bring."""
     hide = "import sys; sys.modules.update(dict.fromkeys(('ray', 'fsspec', 's3fs', 'gcsfs', 'aiohttp', 'boto3')))"
     program = f"{hide}; import stub_md3; sys.argv[:1] = ['md3']; stub_md3.main()"
-    environment = clean_environment(folder / "home") | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    environment = clean_environment(folder / "home") | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS / "support"), *sys.path])
+    }
     command = [sys.executable, "-c", program, "caption", *map(str, arguments)]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60)
 

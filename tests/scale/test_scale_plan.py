@@ -156,7 +156,7 @@ def plan_of(num_rows: int, folder: Path) -> tuple[float, float]:
     manifest = folder / "rows.txt"
     with open(manifest, "w") as file:
         file.writelines(f"photos/{i // 1000:06d}/picture_{i:09d}.jpg\n" for i in range(num_rows))
-    environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1] / "support"), "PATH": "/usr/bin:/bin"}
     command = [sys.executable, "-c", PLAN_SCRIPT, str(manifest), str(folder / "run")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     rows, seconds, peak_mb = map(float, done.stdout.split())

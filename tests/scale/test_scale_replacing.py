@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from program import TESTS, clean_environment, make_pictures
+from program import STUB_MD3, clean_environment, make_pictures
 
 MANY = ("--devices", "cpu", "--no-progress")
 
 
 def run(folder: Path, *arguments: object, own: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """A run as a process of its own, the stub in the model's place."""
-    command = [sys.executable, str(TESTS / "stub_md3.py"), *own, *map(str, arguments)]
+    command = [sys.executable, str(STUB_MD3), *own, *map(str, arguments)]
     environment = clean_environment(folder / "home")
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 

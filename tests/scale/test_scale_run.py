@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from chaos import wait_until
 from marked_processes import MARK, marked_processes
-from program import Program, clean_environment, isolate, make_pictures, records_of
+from program import STUB_MD3, Program, clean_environment, isolate, make_pictures, records_of
 from scale_chaos import UNHURRIED_S, ScaleChaos, run_scale_chaos
 
 from md3cli.errors import ExportError, OutputError
@@ -24,7 +24,6 @@ from md3cli.scale.finish import Ending
 from md3cli.scale.workers import ShardsHere
 from md3cli.signals import StopSignals
 
-TESTS = Path(__file__).parent.parent
 THREE = ("--devices", "cpu", "--workers-per-device", "3")
 
 
@@ -49,7 +48,13 @@ def whole(md3: Program, pictures: Path, out: Path) -> bytes:
 def start(folder: Path, *arguments: Any, step_s: float = 0.0, **environment: str) -> subprocess.Popen[str]:
     """The program as a process of its own; its workers find the stub too."""
     settings = clean_environment(folder / "home") | {MARK: f"{os.getpid()}-{folder.name}", **environment}
-    command = [sys.executable, str(TESTS / "stub_md3.py"), "--step-seconds", str(step_s), *map(str, arguments)]
+    command = [
+        sys.executable,
+        str(STUB_MD3),
+        "--step-seconds",
+        str(step_s),
+        *map(str, arguments),
+    ]
     return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

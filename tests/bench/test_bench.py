@@ -1,0 +1,450 @@
+"""`md3 bench`: workloads give the tokens they speak of, nothing is reused, and what does not fit is said.
+
+The GPU's runs are driven on the CPU here, with its memory and its profiler stood in for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from md3cli.bench import bench, gpu, runs, stages
+from md3cli.bench.gpu import GpuMemory, GpuRun, GpuRuns, busy_seconds, covered, gpu_workload, run_workloads
+from md3cli.bench.runs import PHOTO, WORKLOADS, Workload, make_engine, make_images, make_jobs, time_run
+from md3cli.commands import bench as command
+from md3cli.errors import EngineError
+from md3cli.images.crops import ImageLimits, Tiling, prepare_image
+from md3cli.model.engine.engine import Engine
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.weights.random_weights import CONFIGS, forbid_end, random_model
+from md3cli.records import ImageItem, Task
+
+CPU = torch.device("cpu")
+MEMORY = GpuMemory(3 * 10**9, 4 * 10**9, 5 * 10**8)
+STAGES = ("vision", "prefill", "decode", "decode_16")
+ONE_TILE = Tiling(1, 1)
+
+
+@cache
+def mini() -> Moondream3:
+    model = random_model(CONFIGS["mini"], dtype=torch.float32, device=CPU)
+    forbid_end(model)
+    return model
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
+    """Every engine that is made, in order; a GPU's memory and profiler are stood in for."""
+    made: list[Engine] = []
+
+    def make(model: Moondream3, batch_size: int) -> Engine:
+        made.append(make_engine(model, batch_size))
+        return made[-1]
+
+    def busy(run: Any) -> float:
+        run()
+        return 0.25
+
+    monkeypatch.setattr(gpu, "make_engine", make)
+    monkeypatch.setattr(gpu, "reset_gpu_peak", lambda device: None)
+    monkeypatch.setattr(gpu, "gpu_memory", lambda device: MEMORY)
+    monkeypatch.setattr(gpu, "busy_seconds", busy)
+    monkeypatch.setattr(gpu, "NUM_REQUESTS", dict.fromkeys(gpu.NUM_REQUESTS, (2, 3)))
+    monkeypatch.setattr(gpu, "CAPTION_TOKENS", 40)
+    return made
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products and reads that take no time."""
+    monkeypatch.setattr(stages, "GEMM_SIDE", 64)
+    monkeypatch.setattr(stages, "READ_BYTES", 1 << 16)
+
+
+def run_gpu(*names: str, batch_sizes: tuple[int, ...] = (1, 2)) -> GpuRuns:
+    return run_workloads(mini(), names, batch_sizes, num_workers=2, seed=0)
+
+
+# -- workloads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["query", "reasoning", "captions"])
+def test_answers_have_the_tokens_of_their_workload(name: str) -> None:
+    tokens = {"query": 3, "reasoning": 30, "captions": 150}[name]
+    workload = replace(gpu_workload(name, 2), tilings=(PHOTO,) * 3)
+    assert workload.answer_tokens == tokens
+    jobs = make_jobs(workload, make_images(mini(), workload, seed=0))
+    answers = list(make_engine(mini(), 2).run(jobs))
+    assert [answer.output_tokens for answer in answers] == [tokens] * 3
+    for answer in answers:
+        assert answer.result is not None
+        assert ("reasoning" in answer.result) == (name == "reasoning")
+        assert answer.finish_reason == "length"
+
+
+def test_an_answer_that_ends_early_ends_the_benchmark() -> None:
+    model = random_model(CONFIGS["mini"], dtype=torch.float32, device=CPU)
+    model.text.lm_head.bias[model.config.tokenizer.eos_id] = 1e4
+    workload = replace(WORKLOADS["query"], tilings=(ONE_TILE,))
+    with pytest.raises(EngineError, match="has 0 tokens, not 3"):
+        time_run(make_engine(model, 1), make_jobs(workload, make_images(model, workload, seed=0)), workload)
+
+
+def test_a_request_that_fails_ends_the_benchmark() -> None:
+    workload = replace(WORKLOADS["query"], tilings=(ONE_TILE,))
+    engine = make_engine(mini(), 1)
+    engine.max_context = mini().config.prefix_len
+    with pytest.raises(EngineError, match="failed: the prompt needs"):
+        time_run(engine, make_jobs(workload, make_images(mini(), workload, seed=0)), workload)
+
+
+def test_a_gpu_gets_full_batches_of_different_photos() -> None:
+    for name in bench.GPU_WORKLOADS:
+        for batch_size in gpu.BATCH_SIZES:
+            workload = gpu_workload(name, batch_size)
+            assert workload.num_requests % batch_size == 0
+            assert workload.num_requests >= 2 * batch_size
+            assert set(workload.tilings) == {PHOTO}
+    assert gpu_workload("query", 1).num_requests == 64
+    assert gpu_workload("photos", 64) == WORKLOADS["photos"]
+    images = make_images(mini(), gpu_workload("query", 1), seed=0)
+    assert len({image.sha256 for image in images}) == len({image.crops.tobytes() for image in images}) == 64
+    assert {len(image.crops) for image in images} == {9}
+
+
+def test_what_a_cpu_runs_has_not_changed() -> None:
+    captions = WORKLOADS["captions"]
+    assert captions == Workload((ONE_TILE,) * 8, Task.CAPTION, 1, max_tokens=32, max_objects=1)
+    assert WORKLOADS["photos"].num_requests == 80
+
+
+# -- a GPU's runs ----------------------------------------------------------------------------------
+
+
+def test_every_workload_at_every_batch_size(engines: list[Engine]) -> None:
+    found = run_gpu("query", "reasoning", "captions")
+    assert [(run.workload, run.batch_size) for run in found.runs] == [
+        (name, size) for name in ("query", "reasoning", "captions") for size in (1, 2)
+    ]
+    tokens = {"query": 3, "reasoning": 30, "captions": 40}
+    for run in found.runs:
+        assert run.requests == {1: 3, 2: 4}[run.batch_size]
+        assert run.output_tokens == run.requests * tokens[run.workload]
+        assert run.seconds > 0
+        # the profiled batch is a part of the requests; the share is of the run that was timed
+        assert run.busy_seconds == 0.25 * run.requests / run.batch_size
+        assert run.as_dict()["gpu_busy_share"] == run.busy_seconds / run.seconds
+        assert run.as_dict()["requests_per_second"] == run.requests / run.seconds
+    assert not found.notes
+    assert not any(engine.encoder.num_reused or engine.stats.num_prefixes_shared for engine in engines)
+
+
+def test_files_stand_beside_the_same_pictures_cut_before(engines: list[Engine]) -> None:
+    found = run_gpu("files", batch_sizes=(2,))
+    cut, files = found.runs
+    assert (cut.workload, files.workload) == ("files, cut before", "files")
+    assert cut.requests == files.requests == 4
+    assert cut.output_tokens == files.output_tokens == 12
+    assert cut.busy_seconds == files.busy_seconds
+    (engine,) = engines
+    assert engine.encoder.num_reused == 0
+    assert engine.encoder.num_images == 2 + 4 + 2 + 4  # warm, timed, profiled, from files
+
+
+def test_a_batch_that_memory_does_not_hold_is_said(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    make = gpu.make_engine
+    monkeypatch.setattr(gpu, "make_engine", lambda model, asked: make(model, min(asked, 3)))
+    found = run_gpu("query", batch_sizes=(1, 2, 4, 8))
+    assert [run.batch_size for run in found.runs] == [1, 2, 3]  # what fits is measured once
+    assert found.notes == [f"query, batch {asked}: memory holds a batch of 3" for asked in (4, 8)]
+
+
+def test_memory_that_runs_out_at_the_start_is_said(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    make = gpu.make_engine
+
+    def make_small(model: Moondream3, asked: int) -> Engine:
+        if asked > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
+        return make(model, asked)
+
+    monkeypatch.setattr(gpu, "make_engine", make_small)
+    found = run_gpu("query", "captions")
+    assert [run.workload for run in found.runs] == ["query", "captions"]
+    assert found.notes == [
+        f"{name}, batch 2: CUDA out of memory. Tried to allocate 9 GiB" for name in ("query", "captions")
+    ]
+
+
+def test_memory_that_runs_out_on_the_way_is_said(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, calls = mini().vision.encode, iter(range(10**6))
+
+    def encode_once_too_much(crops: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(crops)
+
+    monkeypatch.setattr(mini().vision, "encode", encode_once_too_much)
+    found = run_gpu("query", batch_sizes=(4,))
+    assert len(found.runs) == 1
+    (note,) = found.notes
+    assert note.startswith("query, batch 4: out of memory on the way")
+    assert "ended with a batch of 2" in note
+
+
+def test_other_faults_are_not_taken_for_memory(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(crops: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(mini().vision, "encode", fail)
+    with pytest.raises(EngineError, match="illegal memory access"):
+        run_gpu("query")
+
+
+def test_spans_that_overlap_count_once() -> None:
+    assert covered([]) is None
+    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == pytest.approx(4e-6)
+
+
+def test_only_the_device_counts_as_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def event(kind: str, start: float, end: float, *, is_user_annotation: bool = False) -> SimpleNamespace:
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(
+            device_type=SimpleNamespace(name=kind), time_range=span, is_user_annotation=is_user_annotation
+        )
+
+    events = [event("CUDA", 0, 2), event("CPU", 0, 50), event("CUDA", 0, 90, is_user_annotation=True)]
+    ran = []
+
+    @contextlib.contextmanager
+    def profile(activities: Any, acc_events: bool) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(events=lambda: events)
+
+    monkeypatch.setattr(gpu, "profile", profile)
+    assert busy_seconds(lambda: ran.append(1)) == pytest.approx(2e-6)
+    assert ran == [1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_profiler_says_what_is_asked_of_it() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
+        torch.ones(3).sum()
+    assert profiler.events()
+    for event in profiler.events():
+        assert event.device_type.name == "CPU"
+        assert event.time_range.end >= event.time_range.start
+        assert event.is_user_annotation in (True, False)
+
+
+# -- stages ----------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_a_decode_step_stands_beside_the_copy_where_that_was_measured() -> None:
+    read = stages.bench_decode(mini(), 1, {"read_gbytes": 8.0})
+    copy = stages.bench_decode(mini(), 1, {"read_gbytes": 8.0, "copy_gbytes": 2.0})
+    assert read["share"] == pytest.approx(read["gbytes"] / 8)
+    assert copy["share"] == pytest.approx(copy["gbytes"] / 2)
+
+
+def test_a_copy_counts_what_it_reads_and_what_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "best_seconds", lambda run, device: run() is None or 2.0)
+    assert stages.copy_rate(torch.ones(1000)) == 4000
+
+
+def test_a_stage_that_memory_does_not_hold_is_said(
+    engines: list[Engine], small_limits: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = bench.bench_decode
+
+    def decode_few(model: Moondream3, batch_size: int, limits: dict[str, float]) -> dict[str, float]:
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 19 GiB")
+        return decode(model, batch_size, limits)
+
+    monkeypatch.setattr(bench, "bench_decode", decode_few)
+    found = bench._bench_gpu(mini_source(), ("query",), (1, 2, 3), num_workers=1, seed=0)
+    assert list(found.stages) == ["vision", "prefill", "prefill_16", "decode", "decode_2"]
+    assert found.notes[0] == "decode_3: CUDA out of memory. Tried to allocate 19 GiB"
+    assert [run.batch_size for run in found.runs] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("workload", "batch_size", "names", "sizes"),
+    [
+        (None, None, ("query", "reasoning", "captions", "files"), (1, 8, 64, 128)),
+        ("photos", 32, ("photos",), (32,)),
+    ],
+)
+def test_a_gpu_runs_all_that_is_not_narrowed(
+    workload: str | None,
+    batch_size: int | None,
+    names: tuple[str, ...],
+    sizes: tuple[int, ...],
+    engines: list[Engine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    def measure(source: bench.ModelSource, *rest: Any) -> bench.GpuBenchResult:
+        asked.append(rest)
+        return bench.GpuBenchResult("GPU", {})
+
+    monkeypatch.setattr(bench, "_bench_gpu", measure)
+    source = replace(mini_source(), device=torch.device("cuda"))
+    found = bench.run_bench(
+        source, workload=workload, batch_size=batch_size, has_baseline=True, baseline_images=1, num_workers=3, seed=5
+    )
+    assert asked == [(names, sizes, 3, 5)]
+    assert found.baseline is not None
+    assert list(found.baseline) == list(names)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("free_gb", "last", "notes"), [(30, 128, 0), (1.5, 86, 1)])
+def test_a_device_that_is_not_there_runs_all_of_it(cuda_python: str, free_gb: float, last: int, notes: int) -> None:
+    """Fake tensors: sizes planned from what is free, nothing on a wrong device; numbers mean nothing."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [cuda_python, root / "tests" / "support" / "fake_bench.py", str(free_gb)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    decode = ["decode", *(f"decode_{size}" for size in (8, 64, 128))]
+    assert list(found["stages"]) == ["vision", "prefill", "prefill_16", *decode]
+    assert found["limits"]["copy_gbytes"] == 2 * found["limits"]["read_gbytes"]
+    assert [run["batch_size"] for run in found["runs"]] == [1, 8, 64, last]
+    assert all(run["output_tokens"] == 3 * run["requests"] for run in found["runs"])
+    assert {run["gpu_outside_bytes"] for run in found["runs"]} == {6000}  # of 10,000 that are not free
+    assert len(found["notes"]) == notes
+
+
+# -- on a CPU --------------------------------------------------------------------------------------
+
+
+def mini_source() -> bench.ModelSource:
+    return bench.ModelSource(CPU, lambda: random_model(CONFIGS["mini"], dtype=torch.float32, device=CPU), threads=1)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_cpu_measures_what_it_always_did(name: str, small_limits: None) -> None:
+    found = bench.run_bench(
+        mini_source(), workload=name, batch_size=None, has_baseline=True, baseline_images=1, num_workers=2
+    ).as_dict()
+    keys = ["device", "limits", "stages", "engine", "cached", "memory", "baseline"]
+    assert [key for key in found if key != "files"] == keys
+    assert ("files" in found) == (name == "files")
+    assert tuple(found["stages"]) == STAGES
+    assert list(found["limits"]) == ["gemm_gflops", "vision_gemm_gflops", "read_gbytes"]
+    assert list(found["memory"]) == ["weights_bytes", "kv_bytes", "activation_bytes", "peak_rss_bytes", "ratio"]
+    workload = WORKLOADS[name]
+    tokens = 6 if workload.answer_tokens is None else workload.answer_tokens  # two objects of three ids
+    assert found["engine"]["output_tokens"] == found["cached"]["output_tokens"] == tokens * workload.num_requests
+    if name == "files":
+        assert found["files"]["pictures_per_second"] == pytest.approx(8 / found["files"]["seconds"])
+        assert found["files"]["decode_workers"] == 2
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_files_are_decoded_by_workers_in_order() -> None:
+    crop_config = CONFIGS["mini"].vision.crop_config
+    request = WORKLOADS["files"].request
+    with runs.photo_files(6, crop_config, num_workers=2, seed=0) as files:
+        cut = files.decode_all()
+        jobs = [job for job in files.jobs(request, 5) if job is not None]
+    assert [job.key for job in jobs] == list(range(5))
+    assert [job.image.sha256 for job in jobs if job.image] == [image.sha256 for image in cut[:5]]
+    assert len({image.sha256 for image in cut}) == 6
+    assert {len(image.crops) for image in cut} == {9}
+    assert {job.request for job in jobs} == {request}
+
+
+def test_photos_are_pictures_that_any_reader_takes(tmp_path: Path) -> None:
+    paths = runs.write_photos(tmp_path, 5, seed=1)
+    crop_config = CONFIGS["full"].vision.crop_config
+    first, again = (
+        prepare_image(ImageItem(path.name, str(path)), crop_config, ImageLimits(), None)
+        for path in (paths[0], paths[4])
+    )
+    assert first.tiling == PHOTO
+    assert (first.width, first.height) == runs.SIZE
+    assert (first.crops == again.crops).all()  # the same scene in other bytes
+    assert first.sha256 != again.sha256
+    assert 250_000 < paths[0].stat().st_size < 1_000_000
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def run_command(*args: str) -> str:
+    done = CliRunner().invoke(command.app, [*args], env={"COLUMNS": "80"})
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
+@pytest.mark.usefixtures("small_limits")
+def test_the_command_prints_numbers_or_tables() -> None:
+    found = json.loads(run_command("--config", "mini", "--device", "cpu", "--workload", "files", "--json"))
+    assert found["files"]["pictures_per_second"] > 0
+    lines = run_command("--config", "mini", "--device", "cpu").splitlines()
+    assert [line.split()[0] for line in lines if line.split()[0] in STAGES] == list(STAGES)
+    assert any("a forward pass was" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def gpu_result() -> dict[str, Any]:
+    run = GpuRun("files, cut before", 128, 512, 8.0, 1536, 7.2, 18 * 10**9, 30 * 10**9, MEMORY)
+    runs = [run, replace(run, workload="query", batch_size=1, seconds=123.456, busy_seconds=None)]
+    stage = {"seconds": 0.00123, "tokens_per_second": 104_000.0, "gbytes": 2900.0, "share": 0.97}
+    product = {"seconds": 0.0123, "crops_per_second": 5000.0, "gflops": 650_000.0, "share": 0.82}
+    limits = {"gemm_gflops": 790_000.0, "vision_gemm_gflops": 700_000.0, "read_gbytes": 3000.0, "copy_gbytes": 2990.0}
+    notes = ["captions, batch 128: memory holds a batch of 98"]
+    plain = {"query": {"requests_per_second": 3.25, "images_run": 64.0}}
+    stages = {"vision": product, "decode_128": stage}
+    return bench.GpuBenchResult("NVIDIA H100 80GB HBM3", limits, stages, runs, notes, plain).as_dict()
+
+
+def test_a_gpus_table_fits_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    command._show(gpu_result())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    words = [" ".join(line.split()) for line in lines]
+    assert "workload batch requests/s seconds GPU memory GPU busy" in words
+    assert "files, cut before 128 64.00 8.00 3.00 GB 90%" in words
+    assert "query 1 4.15 123.46 3.00 GB not seen" in words
+    assert "decode_128 0.00123 104,000.0 tokens 2,900.0 GB/s 97%" in words
+    assert "did not fit: captions, batch 128: memory holds a batch of 98" in words
+    assert "plain path, query: 3.25 requests/s" in words
+
+
+def test_a_gpus_numbers_are_plain_and_named_after_the_gpu() -> None:
+    found = json.loads(json.dumps(gpu_result()))
+    assert list(found) == ["device", "limits", "stages", "runs", "notes", "baseline"]
+    run = found["runs"][0]
+    assert {key for key in run if key.startswith("gpu_")} == {
+        "gpu_peak_bytes",
+        "gpu_reserved_bytes",
+        "gpu_outside_bytes",
+        "gpu_busy_share",
+    }
+    assert not any("rss" in key for key in run)

@@ -1,0 +1,108 @@
+"""The examples about exports run as they stand; a stub takes the model's place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+EXAMPLES = TESTS.parent / "examples"
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """An environment whose `md3` is the program with a stub for the model."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    program = bin_folder / "md3"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{TESTS}/support/stub_md3.py" "$@"\n')
+    program.chmod(0o755)
+    return {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
+
+
+def start(environment: dict[str, str], name: str, *arguments: object) -> str:
+    """Run an example; what it printed."""
+    interpreter = "bash" if name.endswith(".sh") else sys.executable
+    command = [interpreter, EXAMPLES / name, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """Two pictures: a sure and an unsure box on one, none on the other; and an answer."""
+    head = {"schema": "md3/1", "width": 100, "height": 100, "model": "tiny@1", "meta": {}, "error": None}
+    box = {"label": "car", "x_min": 0.1, "y_min": 0.1, "x_max": 0.5, "y_max": 0.5, "score": 0.9}
+    unsure = {**box, "x_min": 0.6, "x_max": 0.9, "score": 0.2}
+    lines = [
+        {**head, "id": "1", "image": "a.png", "task": "detect", "prompt": "car", "objects": [box, unsure]},
+        {**head, "id": "2", "image": "b.png", "task": "detect", "prompt": "car", "objects": []},
+        {**head, "id": "3", "image": "b.png", "task": "query", "prompt": "Open?", "answer": "yes"},
+    ]
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_folder_to_coco(environment: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "boxes"
+    start(environment, "folder_to_coco.sh", out)
+    images = json.loads((out / "coco.json").read_bytes())["images"]
+    assert len(images) == len([path for path in (out / "overlays").rglob("[!.]*") if path.is_file()]) > 3
+    assert (out / "yolo/data.yaml").is_file()
+
+
+def test_captions_for_training(environment: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "captions"
+    start(environment, "captions_for_training.sh", out)
+    rows = (out / "imagefolder/train/metadata.jsonl").read_text().splitlines()
+    assert len(rows) == len(list((out / "sidecars").rglob("*.txt"))) > 3
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+def test_filter_with_jq(environment: dict[str, str], tmp_path: Path, records: Path) -> None:
+    assert start(environment, "filter_with_jq.sh", records, tmp_path / "sure.json") == "1 boxes\n"
+    assert len(json.loads((tmp_path / "sure.json").read_bytes())["images"]) == 2
+
+
+def test_coco_to_labelstudio(environment: dict[str, str], tmp_path: Path, records: Path) -> None:
+    subprocess.run(["md3", "export", records, "-o", tmp_path / "coco.json"], env=environment, check=True)
+    said = start(environment, "coco_to_labelstudio.py", tmp_path / "coco.json", tmp_path / "project")
+    assert said == f"2 tasks in {tmp_path / 'project'}\n"
+    tasks = json.loads((tmp_path / "project/tasks.json").read_bytes())
+    assert [len(task["predictions"][0]["result"]) for task in tasks] == [2, 0]
+    assert '<Label value="car"' in (tmp_path / "project/interface.xml").read_text()
+
+
+def test_without_duckdb_it_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "duckdb.py").write_text("raise ImportError")
+    command = [sys.executable, EXAMPLES / "duckdb_over_parquet.py", "records.parquet"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "this example needs DuckDB: pip install duckdb\n")
+
+
+@pytest.mark.slow
+def test_duckdb_over_parquet(environment: dict[str, str], tmp_path: Path, records: Path) -> None:
+    """In an environment of its own: DuckDB is no dependency."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "environment"], check=True)
+    python = tmp_path / "environment/bin/python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "duckdb"], check=True)
+    subprocess.run(["md3", "export", records, "-o", tmp_path / "r.parquet"], env=environment, check=True)
+    command = [python, EXAMPLES / "duckdb_over_parquet.py", tmp_path / "r.parquet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "│ car     │     2 │      1 │       0.55 │" in done.stdout
+    assert "yes" in done.stdout
+
+
+def test_score_with_pycocotools(environment: dict[str, str], tmp_path: Path, records: Path) -> None:
+    subprocess.run(["md3", "export", records, "-o", tmp_path / "gt.json"], env=environment, check=True)
+    said = start(environment, "score_with_pycocotools.py", records, tmp_path / "gt.json")
+    assert "| area=   all | maxDets=100 ] = 1.000" in said

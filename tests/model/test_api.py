@@ -1,0 +1,165 @@
+"""The Python face with what callers get wrong: an error each, and the object goes on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from md3cli import Moondream
+from md3cli.config import ModelOptions
+from md3cli.errors import ConfigError, RequestError
+from md3cli.model import api
+from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.load import load_engine
+
+SCENE = str(Path(__file__).parents[2] / "examples" / "scenes" / "scene_00002.png")
+GOOD = {"image": SCENE, "task": "detect", "prompt": "red circle"}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Moondream:
+    return Moondream.load("tiny", device="cpu", dtype="fp32")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seed": "a"},
+        {"seed": -1},
+        {"seed": 2**70},
+        {"temperature": "x"},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"max_objects": 0},
+        {"prompt": 5},
+        {"prompt": None},
+        {"spatial_refs": 5},
+        {"spatial_refs": [[2, 2]]},
+        {"task": "dance"},
+        {"task": None},
+        {"task": "caption"},  # with a prompt
+        {"task": "caption", "prompt": None, "length": "huge"},
+        {"reasoning": "no"},
+        {"choices": "yes"},
+        {"image": None},
+        {"image": "https://example.org/a.png"},
+        {"prompt": b"car"},
+        {"prompt": np.zeros(2)},
+        {"choices": 5},
+        {"name": 5},
+        {"meta": [1]},
+        {"spatial_refs": [[0.5, float("nan")]]},
+        {"spatial_refs": [[10**400, 0]]},
+        {"spatial_refs": [[True, False]]},
+    ],
+)
+def test_a_wrong_request_is_an_error_record_and_the_next_is_answered(tiny: Moondream, wrong: dict[str, Any]) -> None:
+    bad, good = tiny.annotate([{**GOOD, **wrong}, GOOD])
+    assert bad["error"]["type"] == "bad_request"
+    assert good["error"] is None
+    assert good["objects"]
+    if wrong.get("task") not in ("dance", None) or "task" not in wrong:
+        assert bad["task"] == wrong.get("task", "detect")
+
+
+def test_none_and_empty_text_stand_for_the_default(tiny: Moondream) -> None:
+    plain = {"image": SCENE, "task": "query", "prompt": "How many shapes are there?"}
+    named = {**plain, "length": None, "reasoning": None, "seed": None, "spatial_refs": "", "top_p": ""}
+    first, second = (next(tiny.annotate([row])) for row in (plain, named))
+    assert first == second
+    (text_only,) = tiny.annotate([{**plain, "image": "", "prompt": "How many sides does a triangle have?"}])
+    assert text_only["image"] is None
+    assert text_only["error"] is None
+
+
+def test_other_keys_come_back_in_meta(tiny: Moondream) -> None:
+    (record,) = tiny.annotate([{**GOOD, "max_toknes": 3, "meta": {"row": 7}}])
+    assert record["meta"] == {"max_toknes": 3, "row": 7}
+
+
+@pytest.mark.parametrize("settings", [{"seed": "a"}, {"temperature": "x"}, {"max_tokens": True}, {"max_toknes": 3}])
+def test_wrong_settings_are_refused(tiny: Moondream, settings: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        tiny.caption(SCENE, settings=settings)
+    with pytest.raises(RequestError, match="object is int 5, expected text"):
+        tiny.point(SCENE, 5)  # type: ignore[arg-type]
+    assert tiny.caption(SCENE, settings={"max_tokens": 3})["caption"]
+
+
+def test_compiling_drops_the_model_first_and_answers_open_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Moondream.load("tiny", device="cpu", dtype="fp32")
+    settings = {"max_tokens": 8}
+    expected = model.caption(SCENE, settings=settings)["caption"]
+    stream = model.caption(SCENE, stream=True, settings=settings)["caption"]
+    begun = next(stream)
+    old = weakref.ref(model.engine)
+
+    def load(options: ModelOptions) -> Engine:
+        assert options.compile
+        assert old() is None
+        return load_engine(replace(options, compile=False))
+
+    monkeypatch.setattr(api, "load_engine", load)
+    model.compile()
+    assert begun + "".join(stream) == expected
+    assert model.caption(SCENE, settings=settings)["caption"] == expected
+
+
+class Evil:
+    """Fails at whatever is asked of it."""
+
+    def __repr__(self) -> str:
+        raise ValueError
+
+    def __iter__(self) -> Iterator[Any]:
+        raise KeyError
+
+
+@pytest.mark.parametrize(
+    "value", [5, True, b"x" * 10**6, ["car"], {1: 2}, object(), np.zeros((3, 3)), Path("x"), Evil(), range(3)]
+)
+def test_arguments_of_the_wrong_type_are_named_in_few_words(tiny: Moondream, value: Any) -> None:
+    calls: dict[str, Callable[[], Any]] = {
+        "object": lambda: tiny.detect(SCENE, value),
+        "question": lambda: tiny.query(SCENE, value),
+        "length": lambda: tiny.caption(SCENE, value),
+        "settings": lambda: tiny.point(SCENE, "x", settings=[value]),  # type: ignore[arg-type]
+        "temperature": lambda: tiny.caption(SCENE, settings={"temperature": [value]}),
+        "spatial_refs": lambda: tiny.query(SCENE, "why", spatial_refs=[[value]]),
+    }
+    if value is not True:
+        calls["reasoning"] = lambda: tiny.query(SCENE, "why", reasoning=value)
+        calls["stream"] = lambda: tiny.caption(SCENE, stream=value)
+    for name, call in calls.items():
+        with pytest.raises(RequestError, match=f"^{name}") as failure:
+            call()
+        assert len(str(failure.value)) < 300
+
+
+def test_rows_that_are_no_requests_are_records_and_no_series_is_an_error(tiny: Moondream) -> None:
+    *bad, good = tiny.annotate([5, None, "car", {**GOOD, "task": np.zeros(2)}, GOOD])  # type: ignore[list-item]
+    assert [record["error"]["type"] for record in bad] == ["bad_request"] * 4
+    assert good["error"] is None
+    for requests in (GOOD, "car", 5, None):
+        with pytest.raises(RequestError, match="requests are"):
+            list(tiny.annotate(requests))  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers(tiny: Moondream) -> None:
+    settings = {"max_tokens": np.int64(2), "temperature": np.float32(0), "seed": np.uint8(1)}
+    assert tiny.caption(SCENE, settings=settings) == tiny.caption(SCENE, settings={"max_tokens": 2, "seed": 1})
+    assert tiny.query(SCENE, "why", reasoning=np.False_, spatial_refs=np.full((1, 2), 0.5), settings=settings)
+
+
+@pytest.mark.parametrize("name", ["device", "dtype", "quant", "adapter", "revision", "tokenizer"])
+def test_options_of_the_wrong_type_are_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is int 5, expected text"):
+        Moondream.load("tiny", **{name: 5})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="model is list"):
+        Moondream.load([])  # type: ignore[arg-type]
