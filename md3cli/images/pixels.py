@@ -99,10 +99,9 @@ def decode_rgb(data: bytes, max_pixels: int, background: Colour | None, on_heade
 
 def _decode(data: bytes, max_pixels: int, background: Colour | None, on_header: OnHeader | None) -> Image.Image:
     formats = start_pillow()
-    warnings.filterwarnings("ignore", module=r"PIL\.|md3cli\.pixels")  # broken EXIF and the like; again for each
-    opened, data = _open(
-        without_metadata(data), formats
-    )  # picture, because whoever calls may have put the filters back
+    # Broken EXIF and the like; again for each picture, because whoever calls may have put the filters back.
+    warnings.filterwarnings("ignore", module=r"PIL\.|md3cli\.images\.pixels")
+    opened, data = _open(without_metadata(data), formats)
     image: Image.Image = opened
     if image.format == "TIFF":
         _refuse_deep_planes(image)

@@ -35,7 +35,7 @@ PATIENCE_S = 60.0
 OBEDIENT = """
 import json, sys; sys.path[:] = json.loads(sys.argv[1])
 import os, resource, signal, time
-from md3cli import decode_worker as worker
+from md3cli.images import worker
 real = worker.prepare_image
 def obey(item, *args, **kwargs):
     if item.name == "sleep": time.sleep(999)
@@ -369,7 +369,7 @@ def test_a_signal_to_the_terminals_group_does_not_reach_workers(good):
 def test_no_worker_outlives_a_run_that_was_killed(good):
     script = f"""
         import time
-        from md3cli import decode
+        from md3cli.images import pool as decode
         from md3cli.records import ImageItem
         from md3cli.images.crops import CropConfig, ImageLimits
         decode._WORKER_CODE = {OBEDIENT!r}

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from md3cli.exporters import ExportOptions, ExportReport, export_records
+from md3cli.finished.run_json import seal_of
 
 Record = dict[str, Any]
 
@@ -98,3 +100,21 @@ def detect_records(names: Iterable[str] = NAMES) -> list[Record]:
         records.append(record(name, "detect", "car", objects=[] if is_empty else [CAR]))
     broken = [failure("broken.jpg", "detect", prompt) for prompt in ("dog", "car")]
     return [*broken, *records]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run without records yet: its pictures, and run.json that says where they are."""
+    made = Run(tmp_path / "run", tmp_path / "pictures")
+    made.folder.mkdir()
+    draw_pictures(made.root)
+    root = str(made.root)
+    (made.folder / "run.json").write_text(json.dumps({"schema": "md3-run/1", "root": root, "seal": seal_of(root)}))
+    return made
+
+
+@pytest.fixture
+def detect_run(run: Run) -> Run:
+    """The run with boxes of two labels on every picture but one."""
+    run.write(detect_records())
+    return run
