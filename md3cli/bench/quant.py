@@ -27,12 +27,11 @@ from md3cli.config import ModelOptions
 from md3cli.errors import EngineError, ImageError, InputError
 from md3cli.images.crops import ImageLimits, PreparedImage, Tiling, prepare_image
 from md3cli.model.api import Moondream
+from md3cli.model.engine import plain
 from md3cli.model.engine.load import load_engine
 from md3cli.model.engine.memory import peak_rss
-from md3cli.model.engine.plain import PlainSequence
 from md3cli.model.engine.prompts import Prompts
 from md3cli.model.network.moondream import Moondream3
-from md3cli.model.network.region import coord_value, size_value
 from md3cli.records import ImageItem, Request, Task
 
 CAPTION = Request(Task.CAPTION)
@@ -128,76 +127,20 @@ def _followed(engine: Any, job: VariantJob) -> Iterator[tuple[PreparedImage, tup
         yield image, job.followed[number] if job.followed is not None else None
 
 
-class _Path:
-    """Takes decisions: as the model makes them, or as another one made them."""
-
-    def __init__(self, forced: tuple[int, ...] | None) -> None:
-        self.made: list[int] = []
-        self._forced = forced
-
-    def take(self, choice: int) -> int:
-        """Note what was chosen; returns what is to be gone on with."""
-        self.made.append(choice)
-        return choice if self._forced is None else self._forced[len(self.made) - 1]
-
-
 @torch.inference_mode()
 def _decide(model: Moondream3, prompts: Prompts, image: PreparedImage, forced: tuple[int, ...] | None) -> list[int]:
     """Every greedy decision of a caption and of a detection: token ids, bins, whether another object follows."""
-    path = _Path(forced)
-    sequence = _Sequence(model, image)
-    sequence.feed_prompt(prompts.build(CAPTION, has_image=True))
-    _caption(sequence, path)
-    if model.config.tokenizer.templates.get("detect") is not None:
-        sequence = _Sequence(model, image)
-        sequence.feed_prompt(prompts.build(DETECT, has_image=True))
-        _detect(sequence, path)
-    return path.made
+    made: list[int] = []
 
+    def choose(decision: int) -> int:
+        made.append(decision)
+        return decision if forced is None else forced[len(made) - 1]
 
-def _caption(sequence: _Sequence, path: _Path) -> None:
-    ids = sequence.model.config.tokenizer
-    token = path.take(sequence.choose())
-    for _ in range(MAX_TOKENS - 1):
-        if token == ids.eos_id:
-            return
-        sequence.feed_token(token)
-        token = path.take(sequence.choose((ids.answer_id,)))
-
-
-def _detect(sequence: _Sequence, path: _Path) -> None:
-    ids = sequence.model.config.tokenizer
-    goes_on = path.take(int(sequence.choose() != ids.eos_id))
-    for _ in range(MAX_OBJECTS):
-        if not goes_on:
-            return
-        for _ in range(2):
-            sequence.feed_coord(path.take(sequence.coord_bin()))
-        width, height = sequence.size_bins()
-        sequence.feed_size(path.take(width), path.take(height))
-        logits = sequence.logits()
-        goes_on = path.take(int(logits[ids.coord_id] >= logits[ids.eos_id]))
-
-
-class _Sequence(PlainSequence):
-    """The plain path with reading and feeding apart."""
-
-    def coord_bin(self) -> int:
-        return int(self.model.region.coord_logits(self.hidden).argmax(-1))
-
-    def size_bins(self) -> tuple[int, int]:
-        width, height = self.model.region.size_logits(self.hidden).argmax(-1).tolist()
-        return width, height
-
-    def feed_coord(self, number: int) -> None:
-        region = self.model.region
-        value = coord_value(torch.tensor(number, device=self.model.device), region.num_coord_bins)
-        self._feed(region.encode_coord(value)[None, None])
-
-    def feed_size(self, width: int, height: int) -> None:
-        region = self.model.region
-        value = size_value(torch.tensor([width, height], device=self.model.device), region.num_size_bins)
-        self._feed(region.encode_size(value)[None, None])
+    can_detect = model.config.tokenizer.templates.get("detect") is not None
+    for request in (CAPTION, DETECT) if can_detect else (CAPTION,):
+        prompt = prompts.build(request, has_image=True)
+        plain.answer(model, image, request.task, prompt, max_tokens=MAX_TOKENS, max_objects=MAX_OBJECTS, choose=choose)
+    return made
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ from md3cli.model.engine.memory import is_out_of_memory, shortage
 from md3cli.model.engine.passes import Group, Passes, PromptInputs
 from md3cli.model.engine.prompts import Prompts, Tokenizer
 from md3cli.model.engine.sequence import Answer, Generation, Job, take_in
-from md3cli.model.engine.state import Event, Mode, Step, advance, idle_rows, not_finite
-from md3cli.model.network.moondream import Moondream3
+from md3cli.model.engine.state import Event, Mode, Step, advance, idle_rows
+from md3cli.model.network.moondream import Moondream3, not_finite
 from md3cli.records import RowFailure, RunIdentity
 
 

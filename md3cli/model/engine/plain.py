@@ -1,13 +1,13 @@
-"""The plain path: one image, one request, one step at a time, as the specification words it.
+"""The plain path: one image, one request, one step at a time, as the specification words it (sections 10 and 11).
 
-This is the reference every fast path is tested against and the baseline `md3 bench --baseline`
-measures: eager torch, both crops of an untiled picture encoded, experts in a loop, a cache that
-grows by concatenation, `while` loops that read like Moondream 3 specification, sections 10 and 11.
-Greedy only.
+Every fast path is tested against it, and `md3 bench --baseline` measures it: eager torch, both crops of an untiled
+picture encoded, experts in a loop, a cache that grows by concatenation. Greedy only. It imports the network and the
+form of a prompt, and nothing of the fast path.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,13 +16,13 @@ from torch import Tensor
 from md3cli.errors import RequestError
 from md3cli.images.crops import PreparedImage
 from md3cli.model.engine.prompts import Prompt
-from md3cli.model.engine.state import not_finite
-from md3cli.model.network.moondream import Moondream3, prefix_mask
+from md3cli.model.network.moondream import Moondream3, not_finite, prefix_mask
 from md3cli.model.network.region import coord_value, size_value
 from md3cli.model.network.vision import normalise_crops
 from md3cli.records import Task
 
-NO_BAN: tuple[int, ...] = ()
+# Given what the model decides (an id, a bin, 1 or 0 for another object or none), returns what is gone on with.
+Choose = Callable[[int], int]
 
 
 @dataclass(slots=True)
@@ -55,11 +55,11 @@ class GrowingStore:
         return k_BHTK, v_BHTK
 
 
-class PlainSequence:
-    """One sequence being decoded: feed embeddings, read the last hidden state."""
+class PlainGeneration:
+    """One answer in the making: feed embeddings, read the last hidden state."""
 
-    def __init__(self, model: Moondream3, image: PreparedImage | None) -> None:
-        self.model = model
+    def __init__(self, model: Moondream3, image: PreparedImage | None, choose: Choose = int) -> None:
+        self.model, self.choose = model, choose
         self.store = GrowingStore()
         self.hidden: Tensor = torch.empty(0)
         if image is not None:
@@ -75,28 +75,35 @@ class PlainSequence:
 
     def read_coord(self) -> int:
         """Decode a coordinate's bin from the last hidden state and feed its encoding."""
-        bins = self._checked(self.model.region.coord_logits(self.hidden)).argmax(-1)
-        self._feed(self.model.region.encode_coord(coord_value(bins, self.model.region.num_coord_bins))[None, None])
-        return int(bins)
+        region = self.model.region
+        bin = self.choose(int(self._checked(region.coord_logits(self.hidden)).argmax(-1)))
+        value = coord_value(torch.tensor(bin, device=self.model.device), region.num_coord_bins)
+        self._feed(region.encode_coord(value)[None, None])
+        return bin
 
     def read_size(self) -> tuple[int, int]:
         """Decode width's and height's bins from the last hidden state and feed their encoding."""
-        bins = self._checked(self.model.region.size_logits(self.hidden)).argmax(-1)
-        self._feed(self.model.region.encode_size(size_value(bins, self.model.region.num_size_bins))[None, None])
-        return int(bins[0]), int(bins[1])
+        region = self.model.region
+        width, height = map(self.choose, self._checked(region.size_logits(self.hidden)).argmax(-1).tolist())
+        value = size_value(torch.tensor([width, height], device=self.model.device), region.num_size_bins)
+        self._feed(region.encode_size(value)[None, None])
+        return width, height
 
-    def choose(self, banned: tuple[int, ...] = NO_BAN) -> int:
-        """The most likely next id outside `banned`."""
+    def likeliest(self, banned: tuple[int, ...] = ()) -> int:
+        """Return the most likely next id outside `banned`."""
         logits = self.logits()
         logits[list(banned)] = float("-inf")
         return int(logits.argmax())
 
     def logits(self) -> Tensor:
-        """Vocabulary logits after the last position [V]."""
+        """Return the vocabulary logits after the last position [V].
+
+        Raises:
+            RequestError: of type `model`, one of them is not finite; a decision taken from them would be noise.
+        """
         return self._checked(self.model.text.logits(self.hidden))
 
     def _checked(self, logits: Tensor) -> Tensor:
-        """The logits, where all are finite; a decision taken from others would be noise."""
         if not logits.isfinite().all():
             raise RequestError(not_finite(self.model.dtype), "model")
         return logits
@@ -111,13 +118,13 @@ class PlainSequence:
 
 
 def encode_image(model: Moondream3, image: PreparedImage) -> Tensor:
-    """Crops of one picture -> its embeddings [P, D]; every crop is encoded, equal or not."""
+    """Turn the crops of one picture into its embeddings [P, D]; every crop is encoded, equal or not."""
     crops = normalise_crops(torch.from_numpy(image.crops).to(model.device), model.dtype)
     return model.vision.embed(model.vision.encode(crops), image.tiling)
 
 
 def prompt_embeddings(model: Moondream3, prompt: Prompt) -> Tensor:
-    """Embeddings [T, D] of a prompt, spatial references filled in."""
+    """Return the embeddings [T, D] of a prompt, spatial references filled in."""
     x_TD = model.text.embed(torch.tensor(prompt.ids, device=model.device))
     for index, coord in prompt.coords:
         x_TD[index] = model.region.encode_coord(torch.tensor(coord, device=model.device))
@@ -128,91 +135,80 @@ def prompt_embeddings(model: Moondream3, prompt: Prompt) -> Tensor:
 
 @torch.inference_mode()
 def answer(
-    model: Moondream3, image: PreparedImage | None, task: Task, prompt: Prompt, *, max_tokens: int, max_objects: int
+    model: Moondream3,
+    image: PreparedImage | None,
+    task: Task,
+    prompt: Prompt,
+    *,
+    max_tokens: int,
+    max_objects: int,
+    choose: Choose = int,
 ) -> PlainOutput:
-    """Greedy answer to one request; a query reasons first when its prompt ends with the thinking id.
+    """Answer one request; a query reasons first when its prompt ends with the thinking id.
+
+    `choose` sees every decision in turn and may lead along another path; by default the model decides.
 
     Raises:
         RequestError: of type `model`, the model computed values that are not finite.
     """
-    sequence = PlainSequence(model, image)
-    sequence.feed_prompt(prompt)
+    ids = model.config.tokenizer
+    generation = PlainGeneration(model, image, choose)
+    generation.feed_prompt(prompt)
     if task in (Task.DETECT, Task.POINT):
-        return _find_objects(sequence, max_objects, with_size=task is Task.DETECT)
+        return _find_objects(generation, max_objects, with_size=task is Task.DETECT)
     if task is Task.SEGMENT:
-        return _draw_path(sequence, max_tokens)
+        return _write(generation, max_tokens, end=ids.eos_id, reads=(ids.coord_id, ids.size_id))
     reasoning = None
-    if prompt.ids[-1] == model.config.tokenizer.thinking_id:
-        reasoning = _reason(sequence, max_tokens)
-        sequence.feed_token(model.config.tokenizer.answer_id)
-    output = _write_text(sequence, max_tokens)
+    if prompt.ids[-1] == ids.thinking_id:
+        reasoning = reason(generation, max_tokens)
+        generation.feed_token(ids.answer_id)
+    output = _write(generation, max_tokens, end=ids.eos_id, banned=(ids.answer_id,))
     output.reasoning = reasoning
     return output
 
 
-def _write_text(sequence: PlainSequence, max_tokens: int) -> PlainOutput:
-    ids = sequence.model.config.tokenizer
+def reason(generation: PlainGeneration, max_tokens: int) -> PlainOutput:
+    """Write the reasoning of a query, with the points that it grounds itself on."""
+    ids = generation.model.config.tokenizer
+    return _write(generation, max_tokens, end=ids.answer_id, banned=(ids.eos_id, ids.size_id), reads=(ids.coord_id,))
+
+
+def _write(
+    generation: PlainGeneration, max_tokens: int, *, end: int, banned: tuple[int, ...] = (), reads: tuple[int, ...] = ()
+) -> PlainOutput:
+    """Take ids until `end`; behind those in `reads` a coordinate or a size is read. The first decision bans nothing."""
+    ids = generation.model.config.tokenizer
     output = PlainOutput()
-    token = sequence.choose()
-    while token != ids.eos_id:
+    token = generation.choose(generation.likeliest())
+    while token != end:
         output.token_ids.append(token)
-        if len(output.token_ids) == max_tokens:
+        is_full = len(output.token_ids) == max_tokens
+        if token == ids.coord_id and token in reads:
+            output.coord_bins.append(generation.read_coord())
+        elif token == ids.size_id and token in reads:
+            output.size_bins.append(generation.read_size())
+        elif not is_full or end == ids.answer_id:  # behind reasoning that was cut short the answer id is fed
+            generation.feed_token(token)
+        if is_full:
             output.finish_reason = "length"
             break
-        sequence.feed_token(token)
-        token = sequence.choose((ids.answer_id,))
+        token = generation.choose(generation.likeliest(banned))
     return output
 
 
-def _reason(sequence: PlainSequence, max_tokens: int) -> PlainOutput:
-    ids = sequence.model.config.tokenizer
+def _find_objects(generation: PlainGeneration, max_objects: int, with_size: bool) -> PlainOutput:
+    ids = generation.model.config.tokenizer
     output = PlainOutput()
-    token = sequence.choose()
-    while token != ids.answer_id:
-        output.token_ids.append(token)
-        if token == ids.coord_id:
-            output.coord_bins.append(sequence.read_coord())
-        else:
-            sequence.feed_token(token)
-        if len(output.token_ids) == max_tokens:
-            output.finish_reason = "length"
-            break
-        token = sequence.choose((ids.eos_id, ids.size_id))
-    return output
-
-
-def _find_objects(sequence: PlainSequence, max_objects: int, with_size: bool) -> PlainOutput:
-    ids = sequence.model.config.tokenizer
-    output = PlainOutput()
-    goes_on = sequence.choose() != ids.eos_id
+    goes_on = generation.choose(int(generation.likeliest() != ids.eos_id))
     for _ in range(max_objects):
         if not goes_on:
             return output
-        output.coord_bins += [sequence.read_coord(), sequence.read_coord()]
+        output.coord_bins += [generation.read_coord(), generation.read_coord()]
         output.token_ids += [ids.coord_id, ids.coord_id]
         if with_size:
-            output.size_bins.append(sequence.read_size())
+            output.size_bins.append(generation.read_size())
             output.token_ids.append(ids.size_id)
-        logits = sequence.logits()
-        goes_on = bool(logits[ids.coord_id] >= logits[ids.eos_id])
+        logits = generation.logits()
+        goes_on = generation.choose(int(logits[ids.coord_id] >= logits[ids.eos_id]))
     output.finish_reason = "length"
-    return output
-
-
-def _draw_path(sequence: PlainSequence, max_tokens: int) -> PlainOutput:
-    ids = sequence.model.config.tokenizer
-    output = PlainOutput()
-    token = sequence.choose()
-    while token != ids.eos_id:
-        output.token_ids.append(token)
-        if token == ids.coord_id:
-            output.coord_bins.append(sequence.read_coord())
-        elif token == ids.size_id:
-            output.size_bins.append(sequence.read_size())
-        else:
-            sequence.feed_token(token)
-        if len(output.token_ids) == max_tokens:
-            output.finish_reason = "length"
-            break
-        token = sequence.choose()
     return output

@@ -175,14 +175,6 @@ class Step(NamedTuple):
     events: Tensor
 
 
-def not_finite(dtype: torch.dtype) -> str:
-    """Say in words that the model computed NaN or infinity in `dtype`, and what to do."""
-    advice = "are its weights damaged?"
-    if dtype is torch.float16:
-        advice = "its numbers are too large for it; use --dtype bf16 or fp32"
-    return f"the model computed NaN or infinity in {str(dtype).removeprefix('torch.')}: {advice}"
-
-
 NEAR_FRACTION = 64  # bins / 64 to each side: 1.6 % of the picture for a coordinate
 
 

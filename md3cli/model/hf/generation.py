@@ -33,11 +33,11 @@ from transformers.utils.generic import ModelOutput
 
 from md3cli.errors import RequestError
 from md3cli.model.engine.sequence import FINISH_REASONS
-from md3cli.model.engine.state import Event, Finish, Mode, Rows, advance, idle_rows, not_finite
+from md3cli.model.engine.state import Event, Finish, Mode, Rows, advance, idle_rows
 from md3cli.model.hf.config import Moondream3Config
 from md3cli.model.hf.inputs import has_images, read_positions, read_task, start_mode
 from md3cli.model.network.config import ModelConfig
-from md3cli.model.network.moondream import Moondream3
+from md3cli.model.network.moondream import Moondream3, not_finite
 from md3cli.model.network.region import coord_value, size_value
 from md3cli.records import Task
 

@@ -40,6 +40,14 @@ class Moondream3(nn.Module):
         return torch.cat([bos_B1D, image_BPD], dim=1)
 
 
+def not_finite(dtype: torch.dtype) -> str:
+    """Say in words that the model computed NaN or infinity in `dtype`, and what to do."""
+    advice = "are its weights damaged?"
+    if dtype is torch.float16:
+        advice = "its numbers are too large for it; use --dtype bf16 or fp32"
+    return f"the model computed NaN or infinity in {str(dtype).removeprefix('torch.')}: {advice}"
+
+
 def prefix_mask(length: int, prefix_len: int, device: torch.device | None = None) -> Tensor:
     """Attention of a whole sequence [length, length]: causal, the first `prefix_len` positions see each other."""
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()

@@ -22,10 +22,10 @@ def plain_scores(case: GoldenCase, image_index: int | None, request: Request) ->
     totals = []
     for choice in request.choices:
         with torch.inference_mode():
-            sequence = plain.PlainSequence(case.model, image)
+            sequence = plain.PlainGeneration(case.model, image)
             sequence.feed_prompt(case.prompts.build(request, has_image=image is not None))
             if request.reasoning:
-                plain._reason(sequence, request.max_tokens)
+                plain.reason(sequence, request.max_tokens)
                 sequence.feed_token(ids.answer_id)
             total = 0.0
             for token in [*case.tokenizer.encode(choice), ids.eos_id]:

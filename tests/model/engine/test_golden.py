@@ -84,7 +84,7 @@ def test_hidden_states_and_logits_after_the_prompt(name: str) -> None:
     model = case.model
     for key, (request, expected) in enumerate(zip(case.requests, case.expected, strict=True)):
         with torch.inference_mode():
-            sequence = plain.PlainSequence(model, case.job(key).image)
+            sequence = plain.PlainGeneration(model, case.job(key).image)
             sequence.feed_prompt(case.prompts.build(request, has_image=case.image_indices[key] is not None))
             logits = sequence.logits()
         assert_close(sequence.hidden[:8], expected["prompt"]["hidden_first_8"])
@@ -112,7 +112,7 @@ def test_bfloat16_stays_close_and_agrees_where_margins_are_wide(name: str) -> No
         image = case.job(key).image
         prompt = case.prompts.build(request, has_image=image is not None)
         with torch.inference_mode():
-            sequence = plain.PlainSequence(wide.model, image)
+            sequence = plain.PlainGeneration(wide.model, image)
             sequence.feed_prompt(prompt)
             logits = sequence.logits().float()
         first = expected["trace"][0]
@@ -135,7 +135,7 @@ def test_prefix_rows_do_not_depend_on_the_prompt() -> None:
         whole = torch.cat([prefix, plain.prompt_embeddings(model, prompt)[None]], dim=1)
         position = torch.arange(whole.shape[1])[None]
         hidden = model.text(whole, position, prefix_mask(whole.shape[1], prefix.shape[1]))
-        sequence = plain.PlainSequence(model, image)
+        sequence = plain.PlainGeneration(model, image)
         sequence.feed_prompt(prompt)
     assert_close(hidden[0, -1], sequence.hidden.tolist())
 

@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 def plain_logits(name: str, key: int) -> torch.Tensor:
     case = load_case(name)
     with torch.inference_mode():
-        sequence = plain.PlainSequence(case.model, case.job(key).image)
+        sequence = plain.PlainGeneration(case.model, case.job(key).image)
         sequence.feed_prompt(case.prompts.build(case.requests[key], has_image=case.image_indices[key] is not None))
         return sequence.logits()
 
