@@ -70,7 +70,6 @@ ASTRAY = {
     ("md3cli.commands.models", "tqdm"),
     ("md3cli.commands.bench", "rich"),
     ("md3cli.bench.compare", "rich"),
-    ("md3cli.model.kernels.forms", "md3cli.model.engine"),
 }
 WORDS_OUTSIDE = set(sys.stdlib_module_names)
 

@@ -1,24 +1,18 @@
-"""Keys and values of sequences in flight: a fixed number of slots, contiguous in each.
+"""Keys and values of generations in flight, and the book of which slot holds whose.
 
-A slot holds one sequence: the image's prefix at positions 0 … prefix_len-1, then prompt and answer.
-Sequences are near-equal in length (every image is a prefix of one length), so contiguous slots waste
-little and the attention reads plain tensors. Prefixes are shared by copying a slot's prefix into
-another, or by reusing a slot whose last sequence asked about the same image: the engine keeps that
-book, this file only stores.
+A slot holds one generation, contiguous: its picture's prefix at positions 0 … prefix_len-1, then prompt and answer.
+Every picture is a prefix of one length, so generations are near-equal in length, contiguous slots waste little, and
+attention reads plain tensors. A slot keeps its prefix after its generation is done, until another picture takes it:
+the next question about the picture finds it there, or copies it.
 
-The three stores below implement `text.KeyValueStore` for the three kinds of forward pass.
+`SlotTable` is bookkeeping without tensors, `KVCache` stores, and three `SlotStore`s serve the three kinds of forward
+pass. Nothing here runs the network.
 
 Shape suffixes: S slots, H heads, C capacity (positions), K head width, B rows of a pass, T new positions.
-
-Who sits where: the engine's book of slots, and which picture's prefix each of them holds.
-
-Pure bookkeeping, no tensors. A slot keeps its picture's prefix after its sequence is done, until
-another picture takes it: the next question about the same picture finds it there.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +23,7 @@ from torch import Tensor
 from md3cli.model.engine.memory import is_out_of_memory, shortage
 from md3cli.model.engine.sequence import Generation
 from md3cli.model.network.config import HEAD_DIM, ModelConfig
+from md3cli.model.network.text import SlotStore
 
 
 @dataclass(slots=True)
@@ -164,47 +159,13 @@ class KVCache:
             tensor[slot].zero_()
 
 
-class SlotStore(ABC):
-    """What a pass writes to and reads from: row b of the pass has the slot `slots_B[b]`.
-
-    A pass stores its new keys and values in two ways: `update` is the plain one; a kernel that has them
-    in hand writes to `cache_of` itself and then asks `attended` what to attend to.
-    """
-
-    attends_new = False  # True: new keys and values are all that is attended to
-
-    def __init__(self, cache: KVCache, slots_B: Tensor | None) -> None:
-        """Without `slots_B` row b has slot b."""
-        self.cache, self.slots_B = cache, slots_B
-
-    def cache_of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, [S, H, C, K] each."""
-        return self.cache.keys[layer], self.cache.values[layer]
-
-    def attended(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values to attend to, once the new ones are stored."""
-        keys, values = self.cache_of(layer)
-        return self._read(keys), self._read(values)
-
-    def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values, and return those to attend to."""
-        for stored_SHCK, new_BHTK in zip(self.cache_of(layer), (k_BHTK, v_BHTK), strict=True):
-            self._write(stored_SHCK, new_BHTK)
-        return self.attended(layer, k_BHTK, v_BHTK)
-
-    @abstractmethod
-    def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> None:
-        """Put new keys or values into the slots."""
-
-    def _read(self, stored_SHCK: Tensor) -> Tensor:
-        """Keys or values [B, H, S, K] of the slots; a store that attends to the new ones alone needs none."""
-        return stored_SHCK
-
-
 class PrefixStore(SlotStore):
     """Prefill of image prefixes: rows start at position 0 and attend to nothing but themselves."""
 
     attends_new = True
+
+    def __init__(self, cache: KVCache, slots_B: Tensor) -> None:
+        super().__init__(cache.keys, cache.values, slots_B)
 
     def attended(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         return k_BHTK, v_BHTK
@@ -220,7 +181,7 @@ class PromptStore(SlotStore):
     """
 
     def __init__(self, cache: KVCache, slots_B: Tensor, position_BT: Tensor, length: int) -> None:
-        super().__init__(cache, slots_B)
+        super().__init__(cache.keys, cache.values, slots_B)
         self._slots_B, self.position_BT, self.length = slots_B, position_BT, length
 
     def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> None:
@@ -238,7 +199,7 @@ class DecodeStore(SlotStore):
     """
 
     def __init__(self, cache: KVCache, position_N: Tensor) -> None:
-        super().__init__(cache, None)
+        super().__init__(cache.keys, cache.values, None)
         self.position_N = position_N
         self._rows_N: Tensor | None = None  # made when first written: kernels that write themselves need none
 

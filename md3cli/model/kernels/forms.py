@@ -12,14 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from md3cli.model.engine.kv_cache import SlotStore
 from md3cli.model.kernels import operators
 from md3cli.model.kernels.layers import KernelExperts
 from md3cli.model.kernels.tiles import PassKind, Product, tile_of
 from md3cli.model.kernels.weights import KernelWeight, WeightForm
 from md3cli.model.network.moe import ExpertMatrices, MoeMlp
 from md3cli.model.network.moondream import Moondream3
-from md3cli.model.network.text import KeyValueStore, TextAttention
+from md3cli.model.network.text import KeyValueStore, SlotStore, TextAttention
 
 OPS = torch.ops.md3
 

@@ -10,7 +10,8 @@ Shape suffixes: B batch, T new positions, S all positions, H heads, K head width
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -28,6 +29,42 @@ class KeyValueStore(Protocol):
     def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new positions of a layer; return keys and values [B, H, S, K] to attend to."""
         ...
+
+
+class SlotStore(ABC):
+    """A `KeyValueStore` over slots of a cache: row b of a pass has the slot `slots_B[b]`, without `slots_B` slot b.
+
+    `keys` and `values` have a tensor [slots, H, capacity, K] for each layer. A pass stores its new ones in two ways:
+    `update` is the plain one; a kernel that has them in hand writes to `cache_of` and then asks `attended`.
+    """
+
+    attends_new = False  # True: new keys and values are all that is attended to
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], slots_B: Tensor | None) -> None:
+        self.keys, self.values, self.slots_B = keys, values, slots_B
+
+    def cache_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a layer."""
+        return self.keys[layer], self.values[layer]
+
+    def attended(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values to attend to, once the new ones are stored."""
+        keys, values = self.cache_of(layer)
+        return self._read(keys), self._read(values)
+
+    def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values, and return those to attend to."""
+        for stored, new_BHTK in zip(self.cache_of(layer), (k_BHTK, v_BHTK), strict=True):
+            self._write(stored, new_BHTK)
+        return self.attended(layer, k_BHTK, v_BHTK)
+
+    @abstractmethod
+    def _write(self, stored: Tensor, new_BHTK: Tensor) -> None:
+        """Put new keys or values into the slots."""
+
+    def _read(self, stored: Tensor) -> Tensor:
+        """Return keys or values [B, H, S, K] of the slots; a store that attends to the new ones alone needs none."""
+        return stored
 
 
 def rotary_table(position_BT: Tensor, theta: float) -> Tensor:
