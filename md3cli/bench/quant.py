@@ -1,7 +1,7 @@
 """One variant of a model measured in a process of its own: memory, speed by stage, answers, decisions.
 
-`main` reads a `VariantJob` as JSON on stdin and prints what it found as JSON; `run_variant` starts it in a
-fresh interpreter, so that no variant's memory hides in another's. Judging the answers is the caller's business.
+`main` receives a `VariantJob` and sends back what it found; `run_variant` starts it in a child interpreter, so that
+no variant's memory hides in another's. Judging the answers is the caller's business.
 
 Decisions are counted along the path of the full-precision model: its choices are fed, whatever the
 variant would have chosen, so that one early difference is one difference.
@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ import numpy as np
 import torch
 
 from md3cli.bench.stages import bench_decode, bench_prefill, bench_vision
+from md3cli.child import Child, connect
 from md3cli.config import ModelOptions
 from md3cli.errors import EngineError, ImageError, InputError
 from md3cli.images.crops import ImageLimits, PreparedImage, Tiling, prepare_image
@@ -39,7 +37,8 @@ DETECT = Request(Task.DETECT, "object")
 MAX_TOKENS, MAX_OBJECTS = 64, 8
 _NO_LIMITS = dict.fromkeys(("gemm_gflops", "vision_gemm_gflops", "read_gbytes"), math.inf)  # rates alone are wanted
 _TIMES = ("seconds", "crops_per_second", "tokens_per_second")
-_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from md3cli.bench.quant import main; main()"
+_PROCESS = "md3cli.bench.quant:main"
+_MOST_BYTES = 1 << 30  # of a message: decisions of any number of pictures
 _PHOTO = Tiling(2, 4)  # nine crops: what most photographs are cut into
 
 
@@ -68,13 +67,14 @@ def run_variant(job: VariantJob) -> dict[str, Any]:
     Raises:
         EngineError: it failed; the message is the process's own.
     """
-    command = [sys.executable, "-I", "-c", _CODE, json.dumps(sys.path)]  # no random.py beside the pictures is ours
-    done = subprocess.run(command, input=json.dumps(asdict(job)), capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise EngineError(f"{job.model} with --quant {job.quant}: {lines[-1] if lines else done.returncode}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    with Child(_PROCESS, may_print=True) as child:
+        try:
+            child.channel.send(asdict(job))
+            return child.channel.receive(None, _MOST_BYTES)
+        except (EOFError, OSError) as error:
+            status = child.process.wait()
+            words = child.last_words() or status
+            raise EngineError(f"{job.model} with --quant {job.quant}: {words}") from error
 
 
 def measure(job: VariantJob) -> dict[str, Any]:
@@ -144,11 +144,8 @@ def _decide(model: Moondream3, prompts: Prompts, image: PreparedImage, forced: t
 
 
 def main() -> None:
-    """Read a job from stdin, print what was found. Whatever else is printed goes to stderr."""
-    job = json.load(sys.stdin)
-    answers, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
-    os.dup2(2, 1)
+    """Receive a job from the parent process, and send back what was found."""
+    channel = connect()
+    job = channel.receive(None, _MOST_BYTES)
     followed = job.pop("followed")
-    found = measure(VariantJob(**job, followed=followed and tuple(map(tuple, followed))))
-    json.dump(found, answers)
-    answers.close()
+    channel.send(measure(VariantJob(**job, followed=followed and tuple(map(tuple, followed)))))

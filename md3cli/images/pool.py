@@ -25,13 +25,9 @@ limits, the digest, the process that may die of them.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -42,10 +38,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from md3cli.child import Child
 from md3cli.errors import ImageError, InputError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, prepare_image, select_tiling
 from md3cli.images.pixels import parse_background
-from md3cli.images.worker import Channel, Setup
+from md3cli.images.worker import Setup
 from md3cli.records import ERROR_TYPES, ImageItem
 from md3cli.remote.address import is_address
 from md3cli.remote.hosts import FetchOptions
@@ -58,10 +55,7 @@ if TYPE_CHECKING:
 
 
 _START_TIMEOUT_S = 60.0  # a worker needs 0.2 s here, many seconds where Python lies on a cold network disk
-_WORKER_CODE = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from md3cli.images.worker import serve; serve()"
-)
-
+_WORKER = "md3cli.images.worker:serve"
 _WORKER_ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy's threads are of no use here and slow the start
     # glibc gives the memory of every picture back and faults the next one in again, page by page; keeping it up
@@ -246,63 +240,36 @@ class _Turns:
                 self._changed.notify_all()
 
 
-def _worker_command(control_fd: int) -> list[str]:
-    """Isolated mode: neither a numpy.py beside the pictures nor PYTHON* variables are any of a worker's business."""
-    flags = "-IB" if sys.dont_write_bytecode else "-I"
-    return [sys.executable, flags, "-c", _WORKER_CODE, json.dumps(sys.path), str(control_fd), str(os.getpid())]
-
-
-class _Worker:
+class _Worker(Child):
     """The parent's end of one worker process; used by one thread, killed from any."""
 
     def __init__(self, setup: Setup) -> None:
         """Start the process; it dies when the thread that calls this does."""
+        super().__init__(_WORKER, environment=_WORKER_ENVIRONMENT)
         self._setup = setup
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                _worker_command(theirs.fileno()),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,  # for the reason when it cannot start; a started worker writes nothing there
-                pass_fds=(theirs.fileno(),),
-                env=os.environ | _WORKER_ENVIRONMENT,
-                process_group=0,  # Ctrl-C and Ctrl-Z at the terminal are for the parent to handle
-            )
-        self._channel = Channel(ours)
         self.was_killed = False  # by a signal, before it was ready
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
 
     def wait_until_ready(self) -> None:
         """Raises InputError: nothing can be decoded on this machine, which is no picture's fault."""
         try:
-            self._channel.send(asdict(self._setup))
-            self._channel.receive(_START_TIMEOUT_S)
+            self.channel.send(asdict(self._setup))
+            self.channel.receive(_START_TIMEOUT_S)
         except (OSError, EOFError) as error:  # TimeoutError is an OSError
             self.was_killed = not isinstance(error, TimeoutError) and self._ended_by_signal()
             self.kill()
-            assert self._process.stderr is not None
-            said = self._process.stderr.read().decode(errors="replace").strip().rsplit("\n", 1)[-1]
-            raise InputError(
-                f"a decode worker could not start ({said or 'it said nothing'}); try md3 doctor"
-            ) from error
+            said = self.last_words() or "it said nothing"
+            raise InputError(f"a decode worker could not start ({said}); try md3 doctor") from error
 
     def decode(self, item: ImageItem, data: bytes | None, timeout_s: float, huge: threading.Lock) -> PreparedImage:
         """Raises ImageError: as the worker reports it, or `timeout` and `decoder_crash`, which end the worker."""
         try:
             self._send(item, data, timeout_s)
-            answer = self._channel.receive(timeout_s)
+            answer = self.channel.receive(timeout_s)
             if "num_pixels" not in answer:
                 return self._receive_picture(answer, timeout_s)
             with huge:
-                self._channel.send({})
-                return self._receive_picture(self._channel.receive(timeout_s), timeout_s)
+                self.channel.send({})
+                return self._receive_picture(self.channel.receive(timeout_s), timeout_s)
         except TimeoutError as error:
             self.kill()
             raise ImageError("timeout", f"not decoded within {timeout_s:g} s (--decode-timeout)") from error
@@ -311,10 +278,10 @@ class _Worker:
 
     def _send(self, item: ImageItem, data: bytes | None, timeout_s: float) -> None:
         if data is None:
-            self._channel.send({"name": item.name, "path": item.path, "offset": item.offset, "size": item.size})
+            self.channel.send({"name": item.name, "path": item.path, "offset": item.offset, "size": item.size})
         else:
-            self._channel.send({"name": item.name, "path": "", "num_bytes": len(data)})
-            self._channel.send_bytes(memoryview(data), timeout_s)
+            self.channel.send({"name": item.name, "path": "", "num_bytes": len(data)})
+            self.channel.send_bytes(memoryview(data), timeout_s)
 
     def _receive_picture(self, answer: dict[str, Any], timeout_s: float) -> PreparedImage:
         if "type" in answer:
@@ -328,33 +295,23 @@ class _Worker:
         tiling = select_tiling(width, height, self._setup.crop_config)
         side = self._setup.crop_config.crop_size
         crops = np.empty((1 + tiling.rows * tiling.cols, side, side, 3), np.uint8)
-        self._channel.receive_into(crops.data.cast("B"), timeout_s)
+        self.channel.receive_into(crops.data.cast("B"), timeout_s)
         return PreparedImage(crops, tiling, width, height, sha256)
 
     def _ended_by_signal(self) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(timeout=1.0) < 0
+            return self.process.wait(timeout=1.0) < 0
         return False
 
     def _how_it_ended(self) -> str:
         try:
-            status = self._process.wait(timeout=1.0)
+            status = self.process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
             self.kill()
             return "the decoder stopped making sense"
         if status >= 0:
             return f"the decoder ended with status {status}"
         return f"the decoder died of signal {-status} ({signal.strsignal(-status)})"
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def close(self) -> None:
-        """Free what a killed worker's handle holds open."""
-        self._channel.close()
-        assert self._process.stderr is not None
-        self._process.stderr.close()
 
 
 NUM_FETCHERS = 16

@@ -12,40 +12,24 @@ Messages in: `{"run": {...}}` once, `{"shard": k}`, `{"stop": true}`. Out: `{"re
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
-import socket
-import sys
 import threading
 import time
 from queue import SimpleQueue
 from typing import Any
 
+from md3cli.child import Channel, connect
 from md3cli.errors import Md3Error
-from md3cli.images.worker import Channel
 from md3cli.scale.markers import RunOptions
 from md3cli.scale.shard_runner import ShardRunner, ShardStopped
 
 TELL_INTERVAL_S = 0.25  # between two words on how far a shard is
-_PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def serve() -> None:
-    """Life of a worker; `sys.argv` has, behind sys.path, the socket's number and the supervisor's pid."""
-    _leave_signals_to(parent_pid=int(sys.argv[3]))
-    channel = Channel(socket.socket(fileno=int(sys.argv[2])))
+    """Run shards until the supervisor sends no more or is gone."""
     with contextlib.suppress(OSError):  # the supervisor is gone
-        _Worker(channel).to_the_end()
-
-
-def _leave_signals_to(parent_pid: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the lines above
-        os._exit(0)
+        _Worker(connect()).to_the_end()
 
 
 class _Worker:

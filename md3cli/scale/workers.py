@@ -12,21 +12,17 @@ Shards run in this very process: a rank of its own, or one process going on with
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from md3cli.child import Child
 from md3cli.errors import EngineError
-from md3cli.images.worker import Channel
 from md3cli.records import printable
 from md3cli.run.feed import num_auto_workers
 from md3cli.scale import shard_runner
@@ -180,11 +176,10 @@ class ShardsHere:
 DEATHS_TO_GIVE_UP = 5
 POLL_S = 0.2  # so that a signal is seen soon
 REFRESH_S = 2.0  # between two looks at what other ranks have committed
-TAIL_BYTES = 2000
 END_WAIT_S = 30.0  # for a worker that has said its last word
 STOP_WAIT_S = 120.0  # for workers to finish the step they are in; what they finished before is on disk
 _MESSAGE_TIMEOUT_S = 30.0  # for the rest of a message that has begun to come
-_WORKER_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from md3cli.scale.worker import serve; serve()"
+_WORKER = "md3cli.scale.worker:serve"
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,27 +213,14 @@ def seats_of(devices: Sequence[str], workers_per_device: int) -> list[Seat]:
     return seats
 
 
-class _Worker:
+class _Worker(Child):
     """The supervisor's end of one worker process."""
 
     def __init__(self, seat: Seat, uri: str, options: RunOptions) -> None:
+        super().__init__(_WORKER, environment=seat.environment, may_print=True)
         self.seat, self.shard, self.attempt = seat, -1, ""
         self.num_ok = self.num_failed = 0
         self.is_ready = False
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the worker
-        self.socket, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-I", "-c", _WORKER_CODE, json.dumps(sys.path)]
-            self.process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                pass_fds=(theirs.fileno(),),
-                env=os.environ | seat.environment,
-                process_group=0,  # Ctrl-C and Ctrl-Z at the terminal are for the supervisor to handle
-            )
-        self.channel = Channel(self.socket)
         model = replace(options.model, device=seat.device)
         setup = {"uri": uri, "finder": shard_runner.FINDER, "options": replace(options, model=model).to_json()}
         self.send({"run": setup})
@@ -252,25 +234,10 @@ class _Worker:
         try:
             status = self.process.wait(END_WAIT_S)
         except subprocess.TimeoutExpired:  # it hangs in some library's own end
-            self.process.kill()
+            self.kill()
             status = self.process.wait()
         self.channel.close()
         return status
-
-    def last_words(self) -> str:
-        """The last line it wrote to stderr."""
-        self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, self._log.tell() - TAIL_BYTES))
-        lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
-        return printable(lines[-1]) if lines else ""
-
-    def close(self) -> None:
-        """End it at once, if it is there."""
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        self.channel.close()
-        self._log.close()
 
 
 class Supervisor:
@@ -327,7 +294,7 @@ class Supervisor:
     def _goes_on_stopping(self) -> bool:
         """Whether workers still finish their step; those that take too long are ended."""
         if self._workers and self._stop_told.waited_s < STOP_WAIT_S:
-            pids = ", ".join(str(worker.process.pid) for worker in self._workers.values())
+            pids = ", ".join(str(worker.pid) for worker in self._workers.values())
             self._stop_told.tell(f"waiting for workers to finish their step (processes {pids}); Ctrl-C ends them")
             return True
         for worker in list(self._workers.values()):
@@ -364,8 +331,8 @@ class Supervisor:
 
     def _start(self, seat: Seat) -> None:
         worker = _Worker(seat, self._folder.uri, self._options)
-        self._workers[worker.socket.fileno()] = worker
-        self._selector.register(worker.socket, selectors.EVENT_READ)
+        self._workers[worker.channel.fileno()] = worker
+        self._selector.register(worker.channel, selectors.EVENT_READ)
 
     def _hand_out(self, worker: _Worker) -> None:
         shard = self._queue.take()
@@ -382,8 +349,8 @@ class Supervisor:
         worker.close()
 
     def _forget(self, worker: _Worker) -> None:
-        self._selector.unregister(worker.socket)
-        del self._workers[worker.socket.fileno()]
+        self._selector.unregister(worker.channel)
+        del self._workers[worker.channel.fileno()]
 
     # -- hearing ---------------------------------------------------------------------------------------
 
@@ -418,7 +385,7 @@ class Supervisor:
     def _bury(self, worker: _Worker) -> None:
         """A worker is gone: note how, put its shard back, free its seat."""
         self._forget(worker)
-        status, words = worker.end(), worker.last_words()
+        status, words = worker.end(), printable(worker.last_words())
         worker.close()
         self._waiting_seats.append(worker.seat)
         if self._is_stopping:

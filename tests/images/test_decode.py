@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import warnings
 from concurrent.futures import CancelledError
@@ -20,11 +18,11 @@ import pytest
 from corpus import encode, picture, tiff, turned_exif
 from PIL import Image
 
+from md3cli import child
 from md3cli.errors import ImageError, InputError, UsageError
 from md3cli.images import pool as pool_module
 from md3cli.images.crops import CropConfig, ImageLimits
 from md3cli.images.pool import DecodePool
-from md3cli.images.worker import Channel
 from md3cli.records import ImageItem
 
 CFG = CropConfig(crop_size=42, patch_size=6, overlap_margin=2, max_crops=12)
@@ -51,9 +49,17 @@ worker.serve()
 """
 
 
+WORKER = child.code_of(pool_module._WORKER)
+
+
+def run_instead(monkeypatch, code: str) -> None:
+    """Have every child interpreter run `code`."""
+    monkeypatch.setattr(child, "code_of", lambda entry: code)
+
+
 @pytest.fixture
 def obedient(monkeypatch):
-    monkeypatch.setattr(pool_module, "_WORKER_CODE", OBEDIENT)
+    run_instead(monkeypatch, OBEDIENT)
 
 
 @pytest.fixture
@@ -203,9 +209,7 @@ def test_the_second_try_is_alone(monkeypatch, tmp_path, good):
             os.kill(os.getpid(), signal.SIGKILL)
         os.unlink(mine)
 """
-    monkeypatch.setattr(
-        pool_module, "_WORKER_CODE", OBEDIENT.replace("    return real(item", f"{deeds}    return real(item")
-    )
+    run_instead(monkeypatch, OBEDIENT.replace("    return real(item", f"{deeds}    return real(item"))
     with warnings.catch_warnings(action="ignore"), DecodePool(3, CFG, LIMITS) as pool:
         whole = outcome(pool.submit(good))
         names = ["other", "fussy", "other"] * 4
@@ -289,9 +293,9 @@ def test_nothing_of_a_decoder_reaches_stderr(obedient, tmp_path, good, capfd):
     ],
 )
 def test_a_worker_that_talks_nonsense_is_not_believed(monkeypatch, good, answer):
-    code = pool_module._WORKER_CODE.replace("serve()", "")
+    code = WORKER.replace("serve()", "")
     code += f"\nimport md3cli.images.worker as w\nw._serve_one = lambda channel, item, setup: channel.{answer}\nserve()"
-    monkeypatch.setattr(pool_module, "_WORKER_CODE", code)
+    run_instead(monkeypatch, code)
     with DecodePool(1, CFG, LIMITS) as pool:
         assert error_type(pool.submit(good)) == "decoder_crash"
 
@@ -327,7 +331,7 @@ def test_huge_pictures_wait_for_each_other_without_losing_their_time(obedient, f
 def test_a_huge_picture_that_kills_its_decoder_lets_the_next_one_in(monkeypatch, good):
     late = "if item.name == 'late': kwargs['on_header'](9999); os._exit(1)"
     dies_late = OBEDIENT.replace("    return real(item", f"    {late}\n    return real(item")
-    monkeypatch.setattr(pool_module, "_WORKER_CODE", dies_late)
+    run_instead(monkeypatch, dies_late)
     with DecodePool(2, CFG, LIMITS) as pool:
         assert error_type(pool.submit(told(good, "late"))) == "decoder_crash"
         assert pool.submit(good).result(PATIENCE_S).width == 200
@@ -369,10 +373,11 @@ def test_a_signal_to_the_terminals_group_does_not_reach_workers(good):
 def test_no_worker_outlives_a_run_that_was_killed(good):
     script = f"""
         import time
+        from md3cli import child
         from md3cli.images import pool as decode
         from md3cli.records import ImageItem
         from md3cli.images.crops import CropConfig, ImageLimits
-        decode._WORKER_CODE = {OBEDIENT!r}
+        child.code_of = lambda entry: {OBEDIENT!r}
         pool = decode.DecodePool(2, CropConfig(42, 6, 2, 12), ImageLimits())
         futures = [pool.submit(ImageItem(name, {good.path!r})) for name in ("sleep", "idle")]
         while not futures[1].done() or len(pool.worker_pids()) < 2: time.sleep(0.01)
@@ -392,14 +397,14 @@ def test_a_worker_that_is_killed_while_it_starts_is_started_again(monkeypatch, t
     first = tmp_path / "first"
     dies = f"import os, pathlib, signal\nif not pathlib.Path({str(first)!r}).exists():\n"
     dies += f"    pathlib.Path({str(first)!r}).touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
-    monkeypatch.setattr(pool_module, "_WORKER_CODE", dies + pool_module._WORKER_CODE)
+    run_instead(monkeypatch, dies + WORKER)
     with DecodePool(1, CFG, LIMITS) as pool:
         assert pool.submit(good).result(PATIENCE_S).width == 200
     assert first.exists()
 
 
 def test_where_no_worker_starts_the_run_is_told_why(monkeypatch, good):
-    monkeypatch.setattr(pool_module, "_WORKER_CODE", "raise SystemExit('no such thing as numpy')")
+    run_instead(monkeypatch, "raise SystemExit('no such thing as numpy')")
     with DecodePool(1, CFG, LIMITS) as pool:
         for _ in range(2):
             with pytest.raises(InputError, match="could not start \\(no such thing as numpy\\)"):
@@ -423,15 +428,3 @@ def test_a_file_size_limit_of_the_run_does_not_touch_pictures(good):
             assert pool.submit(good).result(PATIENCE_S).crops.nbytes > 1000
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_message_of_thousands_of_hosts_arrives() -> None:
-    """Workers of a run are told over the same wire whom they may speak to, and tell why they end."""
-    ours, theirs = map(Channel, socket.socketpair())
-    message = {"named_hosts": [f"host-{i}.example.org" for i in range(5000)]}
-    sender = threading.Thread(target=ours.send, args=(message,))
-    sender.start()
-    assert theirs.receive(10.0) == message
-    sender.join()
-    ours.close()
-    theirs.close()
