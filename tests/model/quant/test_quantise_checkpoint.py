@@ -165,12 +165,12 @@ def test_shards_have_an_index_and_digests(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from md3cli.model import checkpoint_writer
+from md3cli.model.weights import write as writer
 from md3cli.model.weights.hub import model_path
 from md3cli.model.quant.quantise import QuantiseSettings, quantise_checkpoint
 from md3cli.model.weights.codes import LowBit
 
-write = checkpoint_writer.write_shard
+write = writer.write_shard
 
 def write_some_and_die(file, shard, *args):
     if any(slot.name.startswith("text.blocks.3.") for slot in shard.slots):
@@ -178,7 +178,7 @@ def write_some_and_die(file, shard, *args):
         os.kill(os.getpid(), 9)
     return write(file, shard, *args)
 
-checkpoint_writer.write_shard = write_some_and_die
+writer.write_shard = write_some_and_die
 quantise_checkpoint(
     model_path("tiny"), Path(sys.argv[1]), QuantiseSettings(LowBit.INT4), shard_limit_bytes=500_000
 )
