@@ -31,10 +31,10 @@ from md3cli.images.pool import DecodePool
 from md3cli.model.engine import plain
 from md3cli.model.engine.encoder import EmbeddingStore, ImageEncoder
 from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.generation import Job
 from md3cli.model.engine.kernels import resident_tensors
 from md3cli.model.engine.memory import MemoryPlan, free_bytes, peak_rss, plan_cuda, reset_peak_rss
 from md3cli.model.engine.prompts import Prompt
-from md3cli.model.engine.sequence import Job
 from md3cli.model.network.allocator import return_freed_memory
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights.random_weights import forbid_end

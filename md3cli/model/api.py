@@ -40,8 +40,8 @@ from md3cli.model.api_requests import (
 )
 from md3cli.model.engine.answers import reasoning_result
 from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.generation import Answer, EncodedImage, Generation, Job
 from md3cli.model.engine.load import load_engine
-from md3cli.model.engine.sequence import Answer, EncodedImage, Generation, Job
 from md3cli.records import ImageFacts, RecordDict, Request, RowFailure, Task
 from md3cli.source.requests import check_request
 
@@ -282,24 +282,24 @@ class Moondream:
 
     def _stream(self, job: Job, key: str) -> dict[str, Any]:
         """Run until the answer begins, then hand out a generator for the rest."""
-        sequence = self.engine.add(job)
-        if sequence is None:
+        generation = self.engine.add(job)
+        if generation is None:
             return result_of(self._finish(job.key))  # raises: what is not taken in has failed
-        while job.key not in self._answers and not sequence.answer.token_ids:
+        while job.key not in self._answers and not generation.answer.token_ids:
             self._step()
         if job.key in self._answers and self._answers[job.key].failure is not None:
             return result_of(self._answers.pop(job.key))
-        result: dict[str, Any] = {key: self._pieces(job.key, sequence)}
-        if sequence.reasoning is not None:
-            result["reasoning"] = reasoning_result(sequence, self.engine.tokenizer)
+        result: dict[str, Any] = {key: self._pieces(job.key, generation)}
+        if generation.reasoning is not None:
+            result["reasoning"] = reasoning_result(generation, self.engine.tokenizer)
         return result
 
-    def _pieces(self, key: int, sequence: Generation) -> Iterator[str]:
+    def _pieces(self, key: int, generation: Generation) -> Iterator[str]:
         text, num_shown = TextStream(self.engine.tokenizer.decode), 0
         is_done = False
         while not is_done:
             is_done = key in self._answers
-            ids = sequence.answer.token_ids
+            ids = generation.answer.token_ids
             new = ids[num_shown:]  # none while a row that was started again says the same once more
             num_shown += len(new)  # before the pieces go out: other calls may step the engine meanwhile
             yield from filter(None, map(text.push, new))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from md3cli.errors import ImageError, RequestError, RowError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, cut_crops, prepare_image
-from md3cli.model.engine.sequence import Answer, EncodedImage
+from md3cli.model.engine.generation import Answer, EncodedImage
 from md3cli.records import (
     ImageFacts,
     ImageItem,

@@ -25,8 +25,8 @@ from md3cli.errors import ImageError, InputError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, prepare_image
 from md3cli.model.engine.encoder import ImageEncoder
 from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.generation import Job
 from md3cli.model.engine.prompts import Prompts, Tokenizer
-from md3cli.model.engine.sequence import Job
 from md3cli.model.network.layers import Linear
 from md3cli.model.network.moe import ExpertMatrices
 from md3cli.model.network.moondream import Moondream3

@@ -178,7 +178,7 @@ class _TorchEngine:
     """The model's engine with the words of this module."""
 
     def __init__(self, engine: Any) -> None:
-        from md3cli.model.engine.sequence import Job
+        from md3cli.model.engine.generation import Job
 
         self._engine, self._job = engine, Job
 

@@ -17,7 +17,7 @@ from md3cli import Moondream
 from md3cli.errors import CheckpointError, RequestError
 from md3cli.model.engine import plain
 from md3cli.model.engine.encoder import EncodingCache
-from md3cli.model.engine.sequence import EncodedImage
+from md3cli.model.engine.generation import EncodedImage
 from md3cli.model.quant.quantise import QuantiseSettings, quantise_checkpoint
 from md3cli.model.weights.codes import LowBit
 from md3cli.records import RecordDict, Task

@@ -18,9 +18,9 @@ import torch
 from support.golden_cases import CASES, LEAST_MARGIN, LEAST_MOE_MARGIN, GoldenCase, assert_answer, load_case
 
 from md3cli.config import ModelOptions
+from md3cli.model.engine.generation import Answer, Decisions, Generation
 from md3cli.model.engine.kv_cache import KVCache, PrefixStore
 from md3cli.model.engine.load import load_weights
-from md3cli.model.engine.sequence import Answer, Decisions, Generation
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.moe import MoeMlp
 from md3cli.model.network.moondream import Moondream3
@@ -97,8 +97,8 @@ def compare(run: Run, models: Iterator[tuple[str, Moondream3]], form: str, batch
     tally = Tally()
     for name, model in models:
         case = load_case(name)
-        for key, (sequence, answer) in answered(case, model, batch).items():
-            found = decisions_of(sequence) if sequence is not None else []
+        for key, (generation, answer) in answered(case, model, batch).items():
+            found = decisions_of(generation) if generation is not None else []
             problem = compare_request(tally, case.expected[key], found, form)
             if problem is None and form == "float32" and case.is_certain(key):
                 problem = problem_of_answer(answer, case.expected[key])
@@ -112,11 +112,11 @@ def answered(
 ) -> dict[int, tuple[Generation | None, Answer]]:
     """All requests of a case, or the first `count`, each with the row that decided (None: it was refused)."""
     engine = case.engine(batch, model)
-    sequences = {key: engine.add(case.job(key)) for key in range(len(case.requests))[:count]}
+    generations = {key: engine.add(case.job(key)) for key in range(len(case.requests))[:count]}
     answers: dict[int, Answer] = {}
     while engine.has_work:
         answers.update((answer.key, answer) for answer in engine.step())
-    return {key: (sequence, answers[key]) for key, sequence in sequences.items()}
+    return {key: (generation, answers[key]) for key, generation in generations.items()}
 
 
 def compare_request(tally: Tally, expected: dict[str, Any], found: list[Decision], form: str) -> str | None:
@@ -154,42 +154,42 @@ def problem_of_answer(answer: Answer, expected: dict[str, Any]) -> str | None:
     return None
 
 
-def decisions_of(sequence: Generation) -> list[Decision]:
-    """What a finished sequence decided, in the words of the reference's trace."""
-    ids = sequence.config.tokenizer
-    if sequence.job.request.task in (Task.DETECT, Task.POINT):
-        return list(object_decisions(sequence))
+def decisions_of(generation: Generation) -> list[Decision]:
+    """What a finished generation decided, in the words of the reference's trace."""
+    ids = generation.config.tokenizer
+    if generation.job.request.task in (Task.DETECT, Task.POINT):
+        return list(object_decisions(generation))
     found: list[Decision] = []
-    for phase, end in ((sequence.reasoning, ids.answer_id), (sequence.answer, ids.eos_id)):
+    for phase, end in ((generation.reasoning, ids.answer_id), (generation.answer, ids.eos_id)):
         if phase is not None:
-            found += text_decisions(sequence, phase)
+            found += text_decisions(generation, phase)
             if phase.finish_reason == "stop":
                 found.append(("token", end))
     return found
 
 
-def text_decisions(sequence: Generation, phase: Decisions) -> Iterator[Decision]:
+def text_decisions(generation: Generation, phase: Decisions) -> Iterator[Decision]:
     """Tokens, each followed by the bins it brought: coordinates in reasoning and paths, sizes in paths."""
-    ids, coords, sizes = sequence.config.tokenizer, iter(phase.coords), iter(phase.sizes)
+    ids, coords, sizes = generation.config.tokenizer, iter(phase.coords), iter(phase.sizes)
     for token in phase.token_ids:
         yield "token", token
         if token == ids.coord_id and phase.coords:
-            yield "coord", coord_bin(sequence.config, next(coords))
+            yield "coord", coord_bin(generation.config, next(coords))
         elif token == ids.size_id and phase.sizes:
-            yield from size_decisions(sequence.config, next(sizes))
+            yield from size_decisions(generation.config, next(sizes))
 
 
-def object_decisions(sequence: Generation) -> Iterator[Decision]:
+def object_decisions(generation: Generation) -> Iterator[Decision]:
     """For each object: whether there is one, its coordinates, its size; at last that there is no more."""
-    ids, answer = sequence.config.tokenizer, sequence.answer
+    ids, answer = generation.config.tokenizer, generation.answer
     sizes = iter(answer.sizes)
     kind, goes_on, ends = "begins", 1, 0
     for x, y in zip(answer.coords[0::2], answer.coords[1::2], strict=True):
         yield kind, goes_on
-        yield "coord", coord_bin(sequence.config, x)
-        yield "coord", coord_bin(sequence.config, y)
-        if sequence.job.request.task is Task.DETECT:
-            yield from size_decisions(sequence.config, next(sizes))
+        yield "coord", coord_bin(generation.config, x)
+        yield "coord", coord_bin(generation.config, y)
+        if generation.job.request.task is Task.DETECT:
+            yield from size_decisions(generation.config, next(sizes))
         kind, goes_on, ends = "coord_or_eos", ids.coord_id, ids.eos_id
     if answer.finish_reason == "stop":
         yield kind, ends

@@ -31,9 +31,9 @@ from md3cli.images.crops import PreparedImage, Tiling
 from md3cli.model.engine import encoder as encoder_module
 from md3cli.model.engine.encoder import ImageEncoder
 from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.generation import Job
 from md3cli.model.engine.kernels import optimise
 from md3cli.model.engine.prompts import Prompt
-from md3cli.model.engine.sequence import Job
 from md3cli.model.engine.state import Event, Finish, Mode
 from md3cli.model.kernels.weights import KernelWeight, WeightForm
 from md3cli.model.network.config import ModelConfig

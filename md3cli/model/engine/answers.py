@@ -1,4 +1,4 @@
-"""A finished sequence in the words of a record: the result keys of its task, scores included.
+"""A finished generation in the words of a record: the result keys of its task, scores included.
 
 The path of a segment: from the ids a model emitted to an SVG path.
 
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from md3cli.model.engine.generation import Answer, Decisions, Generation
 from md3cli.model.engine.prompts import Tokenizer
-from md3cli.model.engine.sequence import Answer, Decisions, Generation
 from md3cli.model.network.config import ModelConfig
 from md3cli.records import Task
 
@@ -72,9 +72,9 @@ def _scaled(number: int) -> str:
 SCORE_MIN, SCORE_MAX = 0.001, 0.999
 
 
-def build_answer(sequence: Generation, tokenizer: Tokenizer) -> Answer:
-    """The finished sequence in the words of a record."""
-    request = sequence.job.request
+def build_answer(generation: Generation, tokenizer: Tokenizer) -> Answer:
+    """The finished generation in the words of a record."""
+    request = generation.job.request
     results = {
         Task.CAPTION: _caption,
         Task.QUERY: _query,
@@ -82,12 +82,12 @@ def build_answer(sequence: Generation, tokenizer: Tokenizer) -> Answer:
         Task.POINT: _point,
         Task.SEGMENT: _segment,
     }
-    phases = [p for p in (sequence.reasoning, sequence.answer) if p is not None]
+    phases = [p for p in (generation.reasoning, generation.answer) if p is not None]
     return Answer(
-        key=sequence.job.key,
-        result=results[request.task](sequence, tokenizer),
-        finish_reason=sequence.answer.finish_reason,
-        prompt_tokens=sequence.start + len(sequence.prompt.ids),
+        key=generation.job.key,
+        result=results[request.task](generation, tokenizer),
+        finish_reason=generation.answer.finish_reason,
+        prompt_tokens=generation.prompt_end,
         output_tokens=sum(len(p.token_ids) for p in phases),
     )
 
@@ -108,26 +108,26 @@ def shown_score(probability: float) -> float:
     return round(min(max(probability, SCORE_MIN), SCORE_MAX), 3)
 
 
-def _caption(sequence: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"caption": tokenizer.decode(sequence.answer.token_ids)}
+def _caption(generation: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"caption": tokenizer.decode(generation.answer.token_ids)}
 
 
-def _query(sequence: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
-    result: dict[str, Any] = {"answer": tokenizer.decode(sequence.answer.token_ids)}
-    if sequence.choice_scores:
-        choices, scores = sequence.job.request.choices, sequence.choice_scores
+def _query(generation: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
+    result: dict[str, Any] = {"answer": tokenizer.decode(generation.answer.token_ids)}
+    if generation.choice_scores:
+        choices, scores = generation.job.request.choices, generation.choice_scores
         result["answer"] = choices[max(range(len(scores)), key=scores.__getitem__)]
         result["choices"] = {choice: shown_score(score) for choice, score in zip(choices, scores, strict=True)}
-    if sequence.reasoning is not None:
-        result["reasoning"] = reasoning_result(sequence, tokenizer)
+    if generation.reasoning is not None:
+        result["reasoning"] = reasoning_result(generation, tokenizer)
     return result
 
 
-def reasoning_result(sequence: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The record's `reasoning` of a sequence that has finished thinking."""
-    assert sequence.reasoning is not None
-    result = grounded_text(sequence.reasoning, sequence.config, tokenizer)
-    result["finish_reason"] = sequence.reasoning.finish_reason
+def reasoning_result(generation: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The record's `reasoning` of a generation that has finished thinking."""
+    assert generation.reasoning is not None
+    result = grounded_text(generation.reasoning, generation.config, tokenizer)
+    result["finish_reason"] = generation.reasoning.finish_reason
     return result
 
 
@@ -160,35 +160,31 @@ def _box(x: float, y: float, size_wh: tuple[float, float]) -> dict[str, float]:
     return {"x_min": x - width / 2, "y_min": y - height / 2, "x_max": x + width / 2, "y_max": y + height / 2}
 
 
-def _detect(sequence: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
-    coords, label = sequence.answer.coords, sequence.job.request.prompt
-    objects = []
+def _detect(generation: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
+    answer, label = generation.answer, generation.job.request.prompt
     # An object that the context cut short has no size and is left out.
-    for x, y, size_wh, masses in zip(coords[0::2], coords[1::2], sequence.answer.sizes, sequence.masses, strict=False):
-        objects.append({"label": label, **_box(x, y, size_wh), "score": score(masses)})
-    return {"objects": objects}
+    found = zip(answer.coords[0::2], answer.coords[1::2], answer.sizes, generation.masses, strict=False)
+    return {"objects": [{"label": label, **_box(x, y, wh), "score": score(masses)} for x, y, wh, masses in found]}
 
 
-def _point(sequence: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
-    coords, label = sequence.answer.coords, sequence.job.request.prompt
-    points = []
-    for x, y, masses in zip(coords[0::2], coords[1::2], sequence.masses, strict=False):
-        points.append({"label": label, "x": x, "y": y, "score": score(masses)})
-    return {"points": points}
+def _point(generation: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
+    coords, label = generation.answer.coords, generation.job.request.prompt
+    found = zip(coords[0::2], coords[1::2], generation.masses, strict=False)
+    return {"points": [{"label": label, "x": x, "y": y, "score": score(masses)} for x, y, masses in found]}
 
 
-def _segment(sequence: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
-    answer = sequence.answer
+def _segment(generation: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
+    answer = generation.answer
     if len(answer.coords) < 2 or not answer.sizes:
         return {"segments": []}
-    ids = sequence.config.tokenizer
+    ids = generation.config.tokenizer
     path = parse_path([t for t in answer.token_ids if t not in (ids.coord_id, ids.size_id)], tokenizer)
     box = {
         name: min(max(value, 0.0), 1.0)
         for name, value in _box(answer.coords[0], answer.coords[1], answer.sizes[0]).items()
     }
-    segment: dict[str, Any] = {"label": sequence.job.request.prompt, "svg_path": path.svg_path, "bbox": box}
+    segment: dict[str, Any] = {"label": generation.job.request.prompt, "svg_path": path.svg_path, "bbox": box}
     if path.error is not None:
         segment["parse_error"] = path.error
-    segment["score"] = score(sequence.masses[0])
+    segment["score"] = score(generation.masses[0])
     return {"segments": [segment]}

@@ -4,7 +4,7 @@ Constrained decoding done exactly: instead of walking token by token along what 
 choice is fed behind the prompt as it would have been written, up to the end of text, and its
 probability is the product of its tokens'. Scores are those probabilities, brought to a sum of 1.
 
-Shape suffixes: B sequences of a pass, T fed positions, V vocabulary.
+Shape suffixes: B generations of a pass, T fed positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from md3cli.model.engine.generation import Generation
 from md3cli.model.engine.host_block import send
 from md3cli.model.engine.kv_cache import KVCache, PromptStore
-from md3cli.model.engine.sequence import Generation
 from md3cli.model.network.moondream import Moondream3
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceRow:
-    """A sequence about to answer: its slot, the position where the answer id goes, its choices' ids."""
+    """A generation about to answer: its slot, the position where the answer id goes, its choices' ids."""
 
     slot: int
     position: int
     choices: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, sequence: Generation, slot: int, end: int) -> ChoiceRow:
+    def of(cls, generation: Generation, slot: int, end: int) -> ChoiceRow:
         """The answer id stands at the prompt's end, or is what reasoning would feed next; `end` is the slot's."""
-        return cls(slot, end if sequence.reasons else end - 1, sequence.choices)
+        return cls(slot, end if generation.reasons else end - 1, generation.choices)
 
     @property
     def end(self) -> int:

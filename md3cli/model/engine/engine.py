@@ -30,11 +30,11 @@ from md3cli.images.crops import CropConfig
 from md3cli.model.engine.answers import build_answer
 from md3cli.model.engine.choices import ChoiceRow, choice_probabilities
 from md3cli.model.engine.encoder import ImageEncoder
+from md3cli.model.engine.generation import Answer, Generation, Job
 from md3cli.model.engine.kv_cache import KVCache, SlotsTooLargeError, SlotTable
 from md3cli.model.engine.memory import is_out_of_memory, shortage
 from md3cli.model.engine.passes import Group, Passes, PromptInputs
 from md3cli.model.engine.prompts import Prompts, Tokenizer
-from md3cli.model.engine.sequence import Answer, Generation, Job, take_in
 from md3cli.model.engine.state import Event, Mode, Step, advance, idle_rows
 from md3cli.model.network.moondream import Moondream3, not_finite
 from md3cli.records import RowFailure, RunIdentity
@@ -75,7 +75,7 @@ class Sizes(NamedTuple):
     max_crops: int
 
     def fewer(self, planned: Sizes) -> Sizes | None:
-        """Half the batch, which makes room for passes as `planned`; None where one sequence is all of it."""
+        """Half the batch, which makes room for passes as `planned`; None where one generation is all of it."""
         return planned._replace(batch_size=self.batch_size // 2) if self.batch_size > 1 else None
 
     def smaller(self, planned: Sizes, prefix_len: int, device_type: str) -> Sizes | None:
@@ -160,14 +160,14 @@ class Engine:
             yield from self.step()
 
     def add(self, job: Job) -> Generation | None:
-        """Take a job in and return its sequence; one that makes no sense is answered with a failure instead."""
+        """Take a job in and return its generation; one that makes no sense is answered with a failure instead."""
         try:
-            sequence = take_in(job, self.prompts, self.config, self.max_context)
+            generation = Generation.of(job, self.prompts, self.config, self.max_context)
         except RequestError as error:
             self._finished.append(Answer(job.key, failure=RowFailure(error.type, str(error))))
             return None
-        self._waiting.append(sequence)
-        return sequence
+        self._waiting.append(generation)
+        return generation
 
     def step(self) -> list[Answer]:
         """Do the next piece of work: admit what fits, then decode one step. Returns what finished."""
@@ -196,10 +196,10 @@ class Engine:
     # -- slots ------------------------------------------------------------------------------------
 
     def _allocate(self, batch_size: int) -> None:
-        """Make empty slots for so many sequences, or for half as many and so on where others took the memory.
+        """Make empty slots for so many generations, or for half as many and so on where others took the memory.
 
         Raises:
-            EngineError: there is no room for one sequence.
+            EngineError: there is no room for one generation.
         """
         while not self._try_to_allocate(batch_size):
             batch_size //= 2
@@ -229,11 +229,11 @@ class Engine:
         """Out of memory: make passes or batch smaller and start what is in flight again (answers stay the same).
 
         Slots that are too large are made fewer; smaller passes would leave them as large. Where nothing can be made
-        smaller the next sequence is to blame: it fails, and the others go on as planned.
+        smaller the next generation is to blame: it fails, and the others go on as planned.
         """
-        in_flight = [sequence for sequence in self._slots.sequences if sequence is not None]
-        for sequence in in_flight:
-            sequence.restart()
+        in_flight = [generation for generation in self._slots.generations if generation is not None]
+        for generation in in_flight:
+            generation.restart()
         self._waiting.extendleft(reversed(in_flight))
         self.encoder.save_encoded()
         self.encoder.keep_ready(())
@@ -253,7 +253,7 @@ class Engine:
         self._allocate(sizes.batch_size)
 
     def _fail_next(self, reason: str) -> None:
-        """Answer the sequence that would be admitted next with a failure: it does not fit even alone."""
+        """Answer the generation that would be admitted next with a failure: it does not fit even alone."""
         if not self._waiting:
             raise EngineError(f"out of memory with nothing in flight: {reason}")
         culprit = self._waiting.popleft()
@@ -263,7 +263,7 @@ class Engine:
     # -- admission --------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Move waiting sequences into free slots, when enough are free to make a batch worth while."""
+        """Move waiting generations into free slots, when enough are free to make a batch worth while."""
         free = self._slots.free
         is_worth_it = len(free) == self.batch_size or len(free) >= min(len(self._waiting), self.batch_size // 4)
         if not free or not self._waiting or not is_worth_it:
@@ -276,25 +276,25 @@ class Engine:
             self._waiting.extendleft(reversed(batch))
             raise
         for group in groups:
-            for sequence, slot in zip(group.sequences, group.slots, strict=True):
-                self._slots.sequences[slot] = sequence
+            for generation, slot in zip(group.generations, group.slots, strict=True):
+                self._slots.generations[slot] = generation
         self._prefill_prompts(groups, inputs)
 
     def _encode_for(self, batch: Sequence[Generation]) -> None:
         """Have the pictures of `batch` encoded that no slot holds, and some of those that come next."""
         needed, ahead = (
-            [s.job.image for s in sequences if s.job.image is not None and s.image_key not in self._slots.held]
-            for sequences in (batch, self._waiting)
+            [s.job.image for s in generations if s.job.image is not None and s.image_key not in self._slots.held]
+            for generations in (batch, self._waiting)
         )
         self.encoder.prepare(needed, ahead)
 
     def _place(self, batch: Sequence[Generation]) -> tuple[list[Group], list[PromptInputs]]:
-        """Give each sequence a slot with its picture's prefix in it: found there, copied, or prefilled.
+        """Give each generation a slot with its picture's prefix in it: found there, copied, or prefilled.
 
         Returns the passes that the prompts take, and what those are given, on the device already.
         """
         started = time.perf_counter()
-        wanted = {sequence.image_key for sequence in (*batch, *self._waiting)}
+        wanted = {generation.image_key for generation in (*batch, *self._waiting)}
         placement = self._slots.place(batch, wanted)
         images_per_pass = max(1, self.prefill_tokens // self.config.prefix_len)
         firsts = range(0, len(placement.to_prefill), images_per_pass)
@@ -310,7 +310,7 @@ class Engine:
             self.passes.prefill_prefixes(self.cache, slots_B, [self.encoder.take(key) for _, key in prefix])
         for donor, slot in placement.to_copy:
             self.cache.copy(donor, slot, self.config.prefix_len)
-        self.encoder.keep_ready({sequence.image_key for sequence in self._waiting})
+        self.encoder.keep_ready({generation.image_key for generation in self._waiting})
         self.stats.num_prefixes += len(placement.to_prefill)
         self.stats.num_prefixes_shared += placement.num_found + len(placement.to_copy)
         self.stats.prefix_seconds += time.perf_counter() - started
@@ -320,9 +320,9 @@ class Engine:
         """Run prompts into their slots, group by group, and take each row's first decision."""
         started = time.perf_counter()
         for group in groups:
-            for sequence, slot in zip(group.sequences, group.slots, strict=True):
-                self._slots.end[slot] = sequence.start + len(sequence.prompt.ids)
-                self.stats.num_prompt_tokens += len(sequence.prompt.ids)
+            for generation, slot in zip(group.generations, group.slots, strict=True):
+                self._slots.end[slot] = generation.prompt_end
+                self.stats.num_prompt_tokens += len(generation.prompt.ids)
         self.cache.fit(max(*self._slots.end, *(group.total for group in groups)))
         events = []
         for group, given in zip(groups, inputs, strict=True):
@@ -366,55 +366,55 @@ class Engine:
         self._next_SD[index] = step.next_ND
 
     def _absorb(self, slots: Iterable[int], events: Tensor) -> None:
-        """Let the sequence in each of `slots` absorb its event; reading the events waits for the device."""
+        """Let the generation in each of `slots` absorb its event; reading the events waits for the device."""
         self.encoder.save_encoded()  # the device still has prefixes to run while files are written
         for slot, values in zip(slots, events.tolist(), strict=True):
-            sequence = self._slots.sequences[slot]
-            if sequence is None:
+            generation = self._slots.generations[slot]
+            if generation is None:
                 continue
             event = Event(*values)
             if not event.is_finite:
-                self._fail(slot, sequence)
+                self._fail(slot, generation)
                 continue
-            if not sequence.is_choosing:
-                sequence.absorb(event)
-            if sequence.is_done:
-                self._finish(slot, sequence)
+            if not generation.is_choosing:
+                generation.absorb(event)
+            if generation.is_done:
+                self._finish(slot, generation)
 
-    def _finish(self, slot: int, sequence: Generation) -> None:
+    def _finish(self, slot: int, generation: Generation) -> None:
         """Free a slot; its idle row is stepped over right behind the prefix, which it keeps."""
         self._slots.leave(slot, self.config.prefix_len)
         try:
-            answer = build_answer(sequence, self.tokenizer)
+            answer = build_answer(generation, self.tokenizer)
         except RequestError as error:  # a vocabulary that cannot say it
-            answer = Answer(sequence.job.key, failure=RowFailure(error.type, str(error)))
+            answer = Answer(generation.job.key, failure=RowFailure(error.type, str(error)))
         self._finished.append(answer)
 
-    def _fail(self, slot: int, sequence: Generation) -> None:
-        """Answer a sequence with a failure because what the model computed for it is not finite, and free its slot."""
+    def _fail(self, slot: int, generation: Generation) -> None:
+        """Answer a generation with a failure because its numbers are not finite, and free its slot."""
         self._rows.mode[slot] = int(Mode.IDLE)
         self._rows.position[slot] = self.config.prefix_len
-        self.cache.clear(slot)  # under a mask NaN is not nothing: the slot's next sequence would become NaN too
+        self.cache.clear(slot)  # under a mask NaN is not nothing: the slot's next generation would become NaN too
         self._slots.leave(slot, self.config.prefix_len)
         self._slots.held[slot] = None
         failure = RowFailure("model", not_finite(self.model.dtype))
-        self._finished.append(Answer(sequence.job.key, failure=failure))
+        self._finished.append(Answer(generation.job.key, failure=failure))
 
     def _choose(self) -> None:
-        """Let the sequences that may only say one of a few things say it; their rows fall idle."""
-        choosing = [(slot, s) for slot, s in enumerate(self._slots.sequences) if s is not None and s.is_choosing]
+        """Let the generations that may only say one of a few things say it; their rows fall idle."""
+        choosing = [(slot, s) for slot, s in enumerate(self._slots.generations) if s is not None and s.is_choosing]
         if not choosing:
             return
-        rows = [ChoiceRow.of(sequence, slot, self._slots.end[slot]) for slot, sequence in choosing]
+        rows = [ChoiceRow.of(generation, slot, self._slots.end[slot]) for slot, generation in choosing]
         slots_B, scores = choice_probabilities(self.model, self.cache, rows)
         self._rows.mode.index_fill_(0, slots_B, int(Mode.IDLE))
         self._rows.position.index_fill_(0, slots_B, self.config.prefix_len)
-        for (slot, sequence), row, found in zip(choosing, rows, scores, strict=True):
+        for (slot, generation), row, found in zip(choosing, rows, scores, strict=True):
             if any(map(math.isnan, found)):
-                self._fail(slot, sequence)
+                self._fail(slot, generation)
                 continue
-            sequence.choose(found, has_room=row.end <= self.max_context)
-            self._finish(slot, sequence)
+            generation.choose(found, has_room=row.end <= self.max_context)
+            self._finish(slot, generation)
 
     def _is_sampled(self) -> bool:
-        return any(s is not None and s.job.request.temperature > 0 for s in self._slots.sequences)
+        return any(s is not None and s.job.request.temperature > 0 for s in self._slots.generations)

@@ -20,15 +20,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from md3cli.model.engine.generation import Generation
 from md3cli.model.engine.memory import is_out_of_memory, shortage
-from md3cli.model.engine.sequence import Generation
 from md3cli.model.network.config import HEAD_DIM, ModelConfig
 from md3cli.model.network.text import SlotStore
 
 
 @dataclass(slots=True)
 class Placement:
-    """A slot for each sequence, and what must be done, in this order, before their prompts can be run."""
+    """A slot for each generation, and what must be done, in this order, before their prompts can be run."""
 
     slots: list[int] = field(default_factory=list)
     to_prefill: list[tuple[int, str]] = field(default_factory=list)  # (slot, picture)
@@ -40,44 +40,44 @@ class SlotTable:
     """Sequences by slot, positions in use, prefixes held."""
 
     def __init__(self, num_slots: int) -> None:
-        self.sequences: list[Generation | None] = [None] * num_slots
+        self.generations: list[Generation | None] = [None] * num_slots
         self.held: list[str | None] = [None] * num_slots
         self.end: list[int] = [0] * num_slots  # next position of each slot, as the host counts
 
     @property
     def free(self) -> list[int]:
-        return [slot for slot, sequence in enumerate(self.sequences) if sequence is None]
+        return [slot for slot, generation in enumerate(self.generations) if generation is None]
 
     @property
     def active(self) -> list[int]:
-        return [slot for slot, sequence in enumerate(self.sequences) if sequence is not None]
+        return [slot for slot, generation in enumerate(self.generations) if generation is not None]
 
     def leave(self, slot: int, prefix_len: int) -> None:
-        """The sequence in `slot` is done; nothing behind the prefix is in use any more."""
-        self.sequences[slot] = None
+        """The generation in `slot` is done; nothing behind the prefix is in use any more."""
+        self.generations[slot] = None
         self.end[slot] = prefix_len
 
     def place(self, batch: Sequence[Generation], wanted: Collection[str | None]) -> Placement:
         """Choose free slots for `batch`: where the prefix is already, else one that nobody wants first.
 
-        `wanted` are the pictures of all sequences known. Afterwards `held` is what the slots hold
-        once the placement's work is done; sequences are seated by the caller.
+        `wanted` are the pictures of all generations known. Afterwards `held` is what the slots hold
+        once the placement's work is done; generations are seated by the caller.
         """
         placement = Placement()
         spare = deque(sorted(self.free, key=lambda slot: (self.held[slot] in wanted, slot)))
         kept: dict[int, int] = {}  # who finds its prefix in a free slot takes it before anyone overwrites it
-        for index, sequence in enumerate(batch):
-            key = sequence.image_key
+        for index, generation in enumerate(batch):
+            key = generation.image_key
             slot = next((s for s in spare if key is not None and self.held[s] == key), None)
             if slot is not None:
                 spare.remove(slot)
                 kept[index] = slot
         placement.num_found = len(kept)
-        for index, sequence in enumerate(batch):
+        for index, generation in enumerate(batch):
             slot = kept.get(index)
             if slot is None:
                 slot = spare.popleft()
-                self._fill(slot, sequence.image_key, placement)
+                self._fill(slot, generation.image_key, placement)
             placement.slots.append(slot)
         return placement
 

@@ -20,9 +20,9 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from md3cli.model.engine.generation import Generation
 from md3cli.model.engine.host_block import send
 from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore, round_up
-from md3cli.model.engine.sequence import Generation
 from md3cli.model.engine.state import Mode, Rows, Step, advance
 from md3cli.model.kernels.tiles import PassKind
 from md3cli.model.network.moondream import Moondream3
@@ -86,7 +86,7 @@ class Passes:
         Those as long as a picture's prefix go apart: kernels compute them in other tiles (`PassKind`), and a
         short prompt padded to their width would round otherwise than alone.
         """
-        lengths = [len(sequence.prompt.ids) for sequence in batch]
+        lengths = [len(generation.prompt.ids) for generation in batch]
         kinds = [PassKind.of(self._width(length), self.model.config.prefix_len) for length in lengths]
         groups: list[list[int]] = [[]]
         for i in sorted(range(len(batch)), key=lengths.__getitem__):
@@ -169,14 +169,14 @@ def _repeat_last(items: Sequence, size: int) -> list:  # type: ignore[type-arg]
 class Group:
     """Sequences whose prompts are run in one pass, their slots, and the width that prompts are padded to."""
 
-    sequences: Sequence[Generation]
+    generations: Sequence[Generation]
     slots: Sequence[int]
     width: int
 
     @property
     def total(self) -> int:
         """One behind the last position that is written, padding included."""
-        return self.width + max(sequence.start for sequence in self.sequences)
+        return self.width + max(generation.start for generation in self.generations)
 
 
 V = TypeVar("V")
@@ -233,21 +233,21 @@ class PromptInputs(NamedTuple):
 
 def _columns(group: Group, num_rows: int) -> tuple[PromptInts[list[int]], PromptReals[list[float]]]:
     """A group as lists; the pass gets `num_rows` rows, the last one repeated."""
-    sequences, requests = group.sequences, [sequence.job.request for sequence in group.sequences]
-    passed = _repeat_last(sequences, num_rows)
+    generations, requests = group.generations, [generation.job.request for generation in group.generations]
+    passed = _repeat_last(generations, num_rows)
     coords = [(row * group.width + i, value) for row, s in enumerate(passed) for i, value in s.prompt.coords]
     sizes = [(row * group.width + i, size_wh) for row, s in enumerate(passed) for i, size_wh in s.prompt.sizes]
     ints = PromptInts(
-        ids=[id for sequence in passed for id in _padded(sequence, group.width)],
+        ids=[id for generation in passed for id in _padded(generation, group.width)],
         slots=_repeat_last(group.slots, num_rows),
-        start=[sequence.start for sequence in passed],
-        last=[len(sequence.prompt.ids) - 1 for sequence in passed],
+        start=[generation.start for generation in passed],
+        last=[len(generation.prompt.ids) - 1 for generation in passed],
         coord_at=[index for index, _ in coords],
         size_at=[index for index, _ in sizes],
-        mode=[int(sequence.start_mode) for sequence in sequences],
+        mode=[int(generation.start_mode) for generation in generations],
         is_point=[int(request.task is Task.POINT) for request in requests],
-        limit=[sequence.limit for sequence in sequences],
-        position=[sequence.start + len(sequence.prompt.ids) for sequence in sequences],
+        limit=[generation.limit for generation in generations],
+        position=[generation.prompt_end for generation in generations],
         seed=[wrap_int64(request.seed) for request in requests],
     )
     reals = PromptReals(
@@ -259,9 +259,9 @@ def _columns(group: Group, num_rows: int) -> tuple[PromptInts[list[int]], Prompt
     return ints, reals
 
 
-def _padded(sequence: Generation, width: int) -> list[int]:
-    ids = sequence.prompt.ids
-    return ids + [sequence.config.tokenizer.eos_id] * (width - len(ids))
+def _padded(generation: Generation, width: int) -> list[int]:
+    ids = generation.prompt.ids
+    return ids + [generation.config.tokenizer.eos_id] * (width - len(ids))
 
 
 def embed_prompts(model: Moondream3, inputs: PromptInputs) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 from md3cli.errors import CheckpointError, ConfigError, EngineError
 from md3cli.model.hf.config import Moondream3Config
-from md3cli.model.hf.generation import default_generation_config
+from md3cli.model.hf.generate import default_generation_config
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights.adapters import PEFT_CONFIG, base_of, check_start

@@ -24,7 +24,7 @@ from transformers.utils.generic import ModelOutput
 
 from md3cli.errors import RequestError
 from md3cli.model.hf.config import Moondream3Config
-from md3cli.model.hf.generation import GenerationMethods, default_generation_config
+from md3cli.model.hf.generate import GenerationMethods, default_generation_config
 from md3cli.model.hf.inputs import (
     CacheStore,
     embed_tokens,

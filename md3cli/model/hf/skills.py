@@ -15,9 +15,9 @@ from md3cli.model.api import Moondream
 from md3cli.model.api_requests import ImageLike, SpatialRefs
 from md3cli.model.engine.encoder import ImageEncoder
 from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.generation import EncodedImage
 from md3cli.model.engine.memory import plan_memory
 from md3cli.model.engine.prompts import Prompts, Tokenizer
-from md3cli.model.engine.sequence import EncodedImage
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights.files import TOKENIZER_NAME
 from md3cli.model.weights.hub import resolve_model

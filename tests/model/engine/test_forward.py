@@ -10,9 +10,9 @@ from golden_cases import GoldenCase, load_case
 from torch._dynamo.testing import CompileCounter
 
 from md3cli.model.engine import plain
+from md3cli.model.engine.generation import Generation, Job
 from md3cli.model.engine.kv_cache import KVCache, PrefixStore
 from md3cli.model.engine.passes import Group, Passes, PromptInputs, embed_prompts, run_prefixes
-from md3cli.model.engine.sequence import Generation, Job, take_in
 from md3cli.model.engine.state import Mode
 from md3cli.model.kernels.tiles import PassKind
 from md3cli.records import Request, Task
@@ -31,13 +31,13 @@ REQUESTS = (
 SLOTS = [4, 0, 5, 2, 3, 1]
 
 
-def sequences(case: GoldenCase) -> list[Generation]:
+def generations(case: GoldenCase) -> list[Generation]:
     jobs = [Job(i, None if r.temperature else case.images[0], r) for i, r in enumerate(REQUESTS)]
-    return [take_in(job, case.prompts, case.model.config, 4096) for job in jobs]
+    return [Generation.of(job, case.prompts, case.model.config, 4096) for job in jobs]
 
 
 def sent(case: GoldenCase, passes: Passes, max_tokens: int = 10_000) -> list[tuple[Group, PromptInputs]]:
-    groups = passes.group(sequences(case), SLOTS, max_tokens)
+    groups = passes.group(generations(case), SLOTS, max_tokens)
     _, inputs = passes.send([], groups, num_slots=8, prefixes_per_pass=1)
     return list(zip(groups, inputs, strict=True))
 
@@ -49,25 +49,25 @@ def test_embeddings_of_a_group_are_those_of_the_plain_path(name: str, max_tokens
     case = load_case(name)
     num_checked = 0
     for group, inputs in sent(case, Passes(case.model), max_tokens):
-        for sequence, x_TD in zip(group.sequences, embed_prompts(case.model, inputs), strict=True):
-            expected = plain.prompt_embeddings(case.model, sequence.prompt)
+        for generation, x_TD in zip(group.generations, embed_prompts(case.model, inputs), strict=True):
+            expected = plain.prompt_embeddings(case.model, generation.prompt)
             assert x_TD.shape[0] == group.width
             assert torch.allclose(x_TD[: len(expected)], expected, rtol=0, atol=1e-6)
-            placeholder = plain.prompt_embeddings(case.model, replace(sequence.prompt, coords=(), sizes=()))
-            assert torch.equal(expected, placeholder) == (not sequence.job.request.spatial_refs)
+            placeholder = plain.prompt_embeddings(case.model, replace(generation.prompt, coords=(), sizes=()))
+            assert torch.equal(expected, placeholder) == (not generation.job.request.spatial_refs)
             num_checked += 1
     assert num_checked == len(REQUESTS)
 
 
 def test_groups_keep_to_the_limit_and_to_similar_lengths() -> None:
     case = load_case("a")
-    batch = sequences(case)
+    batch = generations(case)
     groups = Passes(case.model).group(batch, SLOTS, max_tokens=24)
     assert len(groups) > 2
     assert all(len(group.slots) == 1 or len(group.slots) * group.width <= 24 for group in groups)
-    widths = [len(sequence.prompt.ids) for group in groups for sequence in group.sequences]
+    widths = [len(generation.prompt.ids) for group in groups for generation in group.generations]
     assert widths == sorted(widths)
-    seated = {id(s): slot for group in groups for s, slot in zip(group.sequences, group.slots, strict=True)}
+    seated = {id(s): slot for group in groups for s, slot in zip(group.generations, group.slots, strict=True)}
     assert seated == {id(s): slot for s, slot in zip(batch, SLOTS, strict=True)}
 
 
@@ -77,13 +77,13 @@ def test_no_prompt_changes_its_kind_of_pass_for_its_companions() -> None:
     prefix_len = case.model.config.prefix_len
     questions = [replace(QUERY, prompt="a " * count) for count in (1, 8, prefix_len, 2 * prefix_len)]
     jobs = [Job(i, case.images[0], request) for i, request in enumerate(questions)]
-    batch = [take_in(job, case.prompts, case.model.config, 4096) for job in jobs]
+    batch = [Generation.of(job, case.prompts, case.model.config, 4096) for job in jobs]
     passes = Passes(case.model)
     together = passes.group(batch, SLOTS, max_tokens=10_000)
     kinds = set()
     for group in together:
-        for sequence, slot in zip(group.sequences, group.slots, strict=True):
-            (alone,) = passes.group([sequence], [slot], max_tokens=10_000)
+        for generation, slot in zip(group.generations, group.slots, strict=True):
+            (alone,) = passes.group([generation], [slot], max_tokens=10_000)
             kind = PassKind.of(alone.width, prefix_len)
             assert PassKind.of(group.width, prefix_len) is kind
             kinds.add(kind)
@@ -94,14 +94,14 @@ def test_no_prompt_changes_its_kind_of_pass_for_its_companions() -> None:
 def test_rows_start_as_their_requests_say() -> None:
     case = load_case("a")
     ((group, inputs),) = sent(case, Passes(case.model))
-    rows, order = inputs.rows(), [sequence.job.key for sequence in group.sequences]
+    rows, order = inputs.rows(), [generation.job.key for generation in group.generations]
     requests, prefix = [REQUESTS[key] for key in order], case.model.config.prefix_len
     modes = [Mode.TEXT, Mode.TEXT, Mode.TEXT, Mode.X, Mode.REASON, Mode.SEGMENT]
     assert rows.mode.tolist() == [modes[key] for key in order]
     assert rows.is_point.tolist() == [key == 3 for key in order]
     assert rows.limit.tolist() == [7 if r.task is Task.POINT else r.max_tokens for r in requests]
     starts = [0 if r.temperature else prefix for r in requests]
-    lengths = [len(sequence.prompt.ids) for sequence in group.sequences]
+    lengths = [len(generation.prompt.ids) for generation in group.generations]
     assert inputs.ints.start.tolist() == starts
     assert inputs.ints.last.tolist() == [length - 1 for length in lengths]
     assert rows.position.tolist() == [start + length for start, length in zip(starts, lengths, strict=True)]

@@ -10,8 +10,8 @@ from golden_cases import assert_answer, load_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from md3cli.model.engine.generation import Job
 from md3cli.model.engine.kv_cache import GROWTH, DecodeStore, KVCache, PromptStore
-from md3cli.model.engine.sequence import Job
 from md3cli.records import Request, Task
 
 
@@ -67,7 +67,7 @@ def test_prompts_write_behind_what_their_slots_hold() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_long_and_short_sequences_side_by_side_through_growth_and_shrinkage(seed: int) -> None:
+def test_long_and_short_generations_side_by_side_through_growth_and_shrinkage(seed: int) -> None:
     case = load_case("c")
     keys = [key for key in range(len(case.requests)) if case.is_certain(key)]
     short = [case.job(key) for key in random.Random(seed).choices(keys, k=30)]

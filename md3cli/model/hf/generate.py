@@ -32,7 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import ModelOutput
 
 from md3cli.errors import RequestError
-from md3cli.model.engine.sequence import FINISH_REASONS
+from md3cli.model.engine.generation import FINISH_REASONS
 from md3cli.model.engine.state import Event, Finish, Mode, Rows, advance, idle_rows
 from md3cli.model.hf.config import Moondream3Config
 from md3cli.model.hf.inputs import has_images, read_positions, read_task, start_mode

@@ -1,9 +1,7 @@
-"""From a request to a sequence of decisions and back to an answer: the host's side of a row.
+"""A job, the generation it becomes, and the answer: the host's side of a row of the batch.
 
-A `Sequence` collects the events of one row and, at the end, says them in the words of a record's
-result keys. What the network computes with is `decoding.Rows`; nothing here touches a tensor.
-
-A job becomes a sequence: its prompt built, its length looked at before anything is computed.
+A `Generation` is one job in flight. It collects the decisions that the network takes for its row; what the network
+computes with is `state.Rows`. Nothing here touches a tensor, and the words of a record are `answers.py`'s.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ class Answer:
 
 @dataclass(slots=True)
 class Decisions:
-    """Ids of one phase in order; bins and masses in the order of the ids that brought them."""
+    """The ids of one phase in order, and the coordinates and sizes that stand behind some of them."""
 
     token_ids: list[int] = field(default_factory=list)
     coords: list[float] = field(default_factory=list)
@@ -81,6 +79,27 @@ class Generation:
     choice_scores: list[float] = field(default_factory=list)
     is_done: bool = False
 
+    @classmethod
+    def of(cls, job: Job, prompts: Prompts, config: ModelConfig, max_context: int) -> Generation:
+        """Build the prompt of a job, and look at its length before anything is computed.
+
+        Raises:
+            RequestError: no prompt can be made of the request, or it does not fit the context.
+        """
+        generation = cls(
+            job,
+            prompts.build(job.request, has_image=job.image is not None),
+            config,
+            choices=prompts.encode_choices(job.request),
+        )
+        length = generation.prompt_end + max(map(len, generation.choices), default=0)
+        if length > max_context:
+            raise RequestError(
+                f"the prompt needs {length} positions and the context holds {max_context}; "
+                "shorten it or raise --max-context"
+            )
+        return generation
+
     def restart(self) -> None:
         """Forget every decision: the row starts again from its prompt."""
         self.reasoning, self.answer, self.is_done = None, Decisions(), False
@@ -88,13 +107,18 @@ class Generation:
 
     @property
     def image_key(self) -> str | None:
-        """What sequences about the same picture share."""
+        """The key that generations about the same picture share; None without a picture."""
         return self.job.image.sha256 if self.job.image is not None else None
 
     @property
     def start(self) -> int:
         """Position of the prompt's first id: behind the picture's prefix, or 0."""
         return self.config.prefix_len if self.job.image is not None else 0
+
+    @property
+    def prompt_end(self) -> int:
+        """Position behind the prompt's last id."""
+        return self.start + len(self.prompt.ids)
 
     @property
     def start_mode(self) -> Mode:
@@ -124,7 +148,7 @@ class Generation:
 
     @property
     def reasons(self) -> bool:
-        """A query that thinks before it answers."""
+        """True for a query that thinks before it answers."""
         return self.job.request.task is Task.QUERY and self.job.request.reasoning
 
     @property
@@ -134,12 +158,14 @@ class Generation:
         return request.max_objects if request.task in (Task.DETECT, Task.POINT) else request.max_tokens
 
     def absorb(self, event: Event) -> None:
-        """Take in one decision of this sequence's row."""
+        """Take in one decision of this generation's row; the last one ends the generation."""
         mode, token, finish = Mode(int(event.mode)), int(event.token), Finish(int(event.finish))
         if mode is Mode.REASON:
             self._absorb_reasoning(event, token)
         elif mode is Mode.X:
-            self._absorb_start(event, finish)
+            if finish is not Finish.STOP:
+                self.masses.append([event.continue_mass])
+                self._add_coord(self.answer, event, scored=True)
         elif mode is Mode.Y:
             self._add_coord(self.answer, event, scored=True)
         elif mode is Mode.SIZE:
@@ -148,7 +174,9 @@ class Generation:
             self._absorb_token(event, token, mode)
         if finish is not Finish.NO:
             self.is_done = True
-            self._close(mode, FINISH_REASONS[finish])
+            self.answer.finish_reason = FINISH_REASONS[finish]
+            if mode is Mode.REASON and self.reasoning is not None and finish is Finish.LENGTH:
+                self.reasoning.finish_reason = "length"  # the context is full; there was no room for an answer
 
     def _absorb_reasoning(self, event: Event, token: int) -> None:
         if self.reasoning is None:
@@ -162,11 +190,6 @@ class Generation:
             self._add_coord(self.reasoning, event, scored=False)
         else:
             self.reasoning.token_ids.append(token)
-
-    def _absorb_start(self, event: Event, finish: Finish) -> None:
-        if finish is not Finish.STOP:
-            self.masses.append([event.continue_mass])
-            self._add_coord(self.answer, event, scored=True)
 
     def _absorb_token(self, event: Event, token: int, mode: Mode) -> None:
         ids = self.config.tokenizer
@@ -195,26 +218,3 @@ class Generation:
         decisions.sizes.append((width, height))
         if scored:
             self.masses[-1] += [event.width_mass, event.height_mass]
-
-    def _close(self, mode: Mode, reason: str) -> None:
-        self.answer.finish_reason = reason
-        if mode is Mode.REASON and self.reasoning is not None and reason == "length":
-            self.reasoning.finish_reason = "length"  # the context is full; there was no room for an answer
-
-
-def take_in(job: Job, prompts: Prompts, config: ModelConfig, max_context: int) -> Generation:
-    """The sequence of a job.
-
-    Raises:
-        RequestError: no prompt can be made of the request, or it does not fit the context.
-    """
-    prompt = prompts.build(job.request, has_image=job.image is not None)
-    choices = prompts.encode_choices(job.request)
-    length = len(prompt.ids) + max(map(len, choices), default=0)
-    length += config.prefix_len if job.image is not None else 0
-    if length > max_context:
-        raise RequestError(
-            f"the prompt needs {length} positions and the context holds {max_context}; "
-            "shorten it or raise --max-context"
-        )
-    return Generation(job, prompt, config, choices=choices)
