@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,11 +19,11 @@ app = typer.Typer(
 )
 
 CacheDir = Annotated[
-    str | None,
+    Path | None,
     typer.Option(
         "--cache-dir",
         metavar="DIR",
-        callback=checked(parse_folder),
+        parser=checked(parse_folder),
         help="Folder of the cache; default: the user's own.",
     ),
 ]
@@ -60,8 +61,8 @@ def clear(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
     _tell("removed", _open(cache_dir).clear(), as_json)
 
 
-def _open(cache_dir: str | None) -> FileCache:
-    return FileCache(user_cache_dir() if cache_dir is None else parse_folder(cache_dir), limit_bytes=0)
+def _open(cache_dir: Path | None) -> FileCache:
+    return FileCache(cache_dir or user_cache_dir(), limit_bytes=0)
 
 
 def _tell(verb: str, facts: CacheInfo, as_json: bool) -> None:

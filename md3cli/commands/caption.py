@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from md3cli.commands.options import AnnotateOptions, annotate, expand_options
+from md3cli.commands.options import AnnotateOptions, expand_options
 from md3cli.records import Task
 
 app = typer.Typer(add_completion=False)
@@ -32,5 +32,4 @@ def caption(
 
         find . -name '*.png' | md3 caption - > captions.jsonl
     """
-    request = options.request(Task.CAPTION, length=length)
-    annotate(options.run_config("caption", inputs, [request]), options)
+    options.run("caption", inputs, [options.request(Task.CAPTION, length=length)])

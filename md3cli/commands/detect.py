@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from md3cli.commands.options import AnnotateOptions, MaxObjects, Objects, OneInput, annotate, expand_options
+from md3cli.commands.options import AnnotateOptions, MaxObjects, Objects, OneInput, expand_options
 from md3cli.commands.parse import check_objects
 from md3cli.records import Task
 
@@ -30,4 +30,4 @@ def detect(
     """
     check_objects(objects)
     requests = [options.request(Task.DETECT, name, max_objects=max_objects) for name in objects]
-    annotate(options.run_config("detect", [input], requests), options)
+    options.run("detect", [input], requests)

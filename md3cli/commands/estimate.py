@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from md3cli.commands.options import AnnotateOptions, OneInput, annotate, expand_options
+from md3cli.commands.options import AnnotateOptions, OneInput, expand_options
 from md3cli.commands.run import TaskSpecs, requests_to_run
 
 app = typer.Typer(add_completion=False)
@@ -30,7 +29,5 @@ def estimate(
 
         md3 estimate requests.csv --price-per-1000 5 --json
     """
-    asked = replace(options, estimating=replace(options.estimating, estimate=True))
-    config = asked.run_config("run", [input], requests_to_run(input, task, asked))
-    assert config.estimate is not None
-    annotate(replace(config, estimate=replace(config.estimate, is_json=as_json)), asked)
+    requests = requests_to_run(input, task, options)
+    options.run("run", [input], requests, estimate=options.estimate_options(is_json=as_json))

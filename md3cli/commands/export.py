@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from md3cli.commands.parse import checked, parse_bytes, parse_count
+from md3cli.commands.parse import MAX_FILE_SIZE, MAX_PIXELS, Format, checked, parse_bytes, parse_count
 from md3cli.console import print_document
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport, export_records, format_of
@@ -17,7 +17,6 @@ from md3cli.signals import StopSignals, check_stdout
 
 app = typer.Typer(add_completion=False)
 
-Format = Literal["jsonl", "coco", "parquet", "csv", "yolo", "voc", "labelstudio", "hf", "overlay", "txt", "html"]
 PRINTABLE = frozenset({"jsonl", "coco", "csv"})
 
 OUTPUT, COCO, PICTURES = "Output", "COCO", "Pictures"
@@ -70,13 +69,13 @@ Background = Annotated[
     str, _option("--background", panel=PICTURES, metavar="COLOUR", help="overlay: what transparent pictures lie on.")
 ]
 MaxPixels = Annotated[
-    str,
-    _option("--max-pixels", panel=PICTURES, metavar="N", callback=checked(parse_count), help="Refuse larger pictures."),
+    int,
+    _option("--max-pixels", panel=PICTURES, metavar="N", parser=checked(parse_count), help="Refuse larger pictures."),
 ]
 MaxFileSize = Annotated[
-    str,
+    int,
     _option(
-        "--max-file-size", panel=PICTURES, metavar="SIZE", callback=checked(parse_bytes), help="Refuse larger files."
+        "--max-file-size", panel=PICTURES, metavar="SIZE", parser=checked(parse_bytes), help="Refuse larger files."
     ),
 ]
 
@@ -97,8 +96,8 @@ def export(
     root: Root = None,
     link: Link = False,
     background: Background = "none",
-    max_pixels: MaxPixels = str(2**28),
-    max_file_size: MaxFileSize = "1G",
+    max_pixels: MaxPixels = MAX_PIXELS,
+    max_file_size: MaxFileSize = MAX_FILE_SIZE,
 ) -> None:
     """Other formats from finished records; no model is needed."""
     chosen = format or (None if output is None else _format_of(output))
@@ -118,8 +117,8 @@ def export(
         beside=beside,
         is_linked=link,
         background=background,
-        max_pixels=parse_count(max_pixels),
-        max_file_size=parse_bytes(max_file_size),
+        max_pixels=max_pixels,
+        max_file_size=max_file_size,
     )
     with StopSignals() as stop, stop.interruptible():  # nothing is lost: OUT appears at the end
         if chosen == "html":

@@ -1,10 +1,7 @@
-"""What positional arguments and `--task` mean; pure parsing, shared by the commands.
+"""What is typed, as values: sizes, counts, shares, shards, places in an image, `--task`, INPUT and questions.
 
-Raises UsageError for what makes no sense, always with the line to type instead.
-
-Values that are typed in a short form: sizes, counts, shares, shards, places in an image.
-
-Every parser raises ValueError with the line to read; `checked` makes an option's callback of it.
+A parser of one option raises ValueError with the line to read; `checked` makes typer show it. What concerns several
+arguments raises UsageError with the line to type instead. Nothing is opened here.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import typer
 
@@ -22,6 +19,18 @@ from md3cli.config import FailOn
 from md3cli.errors import UsageError
 from md3cli.records import CAPTION_LENGTHS, Task, printable
 
+T = TypeVar("T")
+Format = Literal["jsonl", "coco", "parquet", "csv", "yolo", "voc", "labelstudio", "hf", "overlay", "txt", "html"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+# Defaults of options with a parser, which reads them as if they had been typed; help shows them as they stand here.
+AUTO: Any = "auto"
+ANY_FAILURE: Any = "any"
+CACHE_SIZE: Any = "20 GB"
+MAX_FILE_SIZE: Any = "1G"
+MAX_PIXELS: Any = str(2**28)
+
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 _AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b)?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -125,18 +134,16 @@ def above_zero(value: float) -> float:
     return value
 
 
-def checked(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
-    """An option callback that refuses what `parse` raises ValueError for; the text itself is passed on."""
+def checked(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Return `parse` as a parser for typer, which puts "Value error" before the message of a ValueError."""
 
-    def check(value: str | Sequence[str] | None) -> Any:
-        for text in [value] if isinstance(value, str) else value or ():
-            try:
-                parse(text)
-            except ValueError as error:
-                raise typer.BadParameter(str(error)) from error
-        return value
+    def read(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
 
-    return check
+    return read
 
 
 def number_or_auto(text: str) -> int | None:
@@ -148,15 +155,32 @@ def number_or_auto(text: str) -> int | None:
     return int(text)
 
 
-def one_of(*names: str) -> Callable[[str], str]:
-    """A parser that takes these words only."""
+def parse_format(text: str) -> str:
+    """The name of a format.
 
-    def parse(text: str) -> str:
-        if text not in names:
-            raise ValueError(f"{text!r} is not one of: {', '.join(names)}")
-        return text
+    Raises:
+        ValueError: no format has it.
+    """
+    if text not in FORMATS:
+        raise ValueError(f"{text!r} is not one of: {', '.join(FORMATS)}")
+    return text
 
-    return parse
+
+def parse_devices(text: str) -> tuple[str, ...]:
+    """`cuda:0,cuda:1` as two devices.
+
+    Raises:
+        ValueError: one is no device, or stands there twice.
+    """
+    devices = tuple(part.strip() for part in text.split(","))
+    for device in devices:
+        if not _DEVICE.fullmatch(device):
+            raise ValueError(
+                f"{device!r} is no device; name some of cuda:0, cuda:1, ..., cpu, mps, with commas between"
+            )
+    if len(set(devices)) < len(devices):
+        raise ValueError("a device stands there twice; --workers-per-device says how many processes each gets")
+    return devices
 
 
 def starting(*names: str) -> Callable[[str], list[str]]:

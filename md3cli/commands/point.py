@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from md3cli.commands.options import (
-    AnnotateOptions,
-    MaxObjects,
-    Objects,
-    OneInput,
-    SpatialRefs,
-    annotate,
-    expand_options,
-    spatial_refs,
-)
+from md3cli.commands.options import AnnotateOptions, MaxObjects, Objects, OneInput, SpatialRefs, expand_options
 from md3cli.commands.parse import check_objects
 from md3cli.records import Task
 
@@ -40,7 +31,7 @@ def point(
     """
     check_objects(objects)
     requests = [
-        options.request(Task.POINT, name, max_objects=max_objects, spatial_refs=spatial_refs(spatial_ref))
+        options.request(Task.POINT, name, max_objects=max_objects, spatial_refs=tuple(spatial_ref or ()))
         for name in objects
     ]
-    annotate(options.run_config("point", [input], requests), options)
+    options.run("point", [input], requests)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from md3cli.commands.options import AnnotateOptions, SpatialRefs, annotate, expand_options, spatial_refs
+from md3cli.commands.options import AnnotateOptions, SpatialRefs, expand_options
 from md3cli.commands.parse import checked, parse_choices, parse_query
 from md3cli.records import Task
 
@@ -22,11 +22,11 @@ def query(
     question: Annotated[list[str] | None, typer.Option("--question", "-q", help="A question; may be repeated.")] = None,
     reasoning: Annotated[bool, typer.Option("--reasoning/--no-reasoning", help="Think first, or be fast.")] = True,
     choices: Annotated[
-        str | None,
+        tuple[str, ...] | None,
         typer.Option(
             "--choices",
             metavar="A,B,…",
-            callback=checked(parse_choices),
+            parser=checked(parse_choices),
             help="The only answers allowed; each gets a score.",
         ),
     ] = None,
@@ -47,9 +47,7 @@ def query(
         md3 query -q "What is an encoder?"
     """
     asked = parse_query(positional or [], question or [])
-    refs = spatial_refs(spatial_ref)
     questions = asked.questions or (None,)  # the rows of a manifest bring their own
-    allowed = () if choices is None else parse_choices(choices)
-    settings = {"reasoning": reasoning, "spatial_refs": refs, "choices": allowed}
+    settings = {"reasoning": reasoning, "spatial_refs": tuple(spatial_ref or ()), "choices": choices or ()}
     requests = [options.request(Task.QUERY, text, **settings) for text in questions]
-    annotate(options.run_config("query", [] if asked.input is None else [asked.input], requests), options)
+    options.run("query", [] if asked.input is None else [asked.input], requests)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from md3cli.commands.options import AnnotateOptions, OneInput, annotate, expand_options
+from md3cli.commands.options import AnnotateOptions, OneInput, expand_options
 from md3cli.commands.parse import TaskSpec, checked, may_carry_rows, parse_task, starting
 from md3cli.errors import UsageError
 from md3cli.records import Request, Task, printable
@@ -16,11 +15,11 @@ app = typer.Typer(add_completion=False)
 PROMPTED = (Task.QUERY, Task.DETECT, Task.POINT, Task.SEGMENT)
 
 TaskSpecs = Annotated[
-    list[str] | None,
+    list[list[TaskSpec]] | None,
     typer.Option(
         "--task",
         metavar="SPEC",
-        callback=checked(parse_task),
+        parser=checked(parse_task),
         autocompletion=starting("caption:short", "caption:normal", "caption:long", *(f"{t}:" for t in PROMPTED)),
         help="caption:long, detect:car,person, point:nose, query:Is it raining?, segment:dog; may be repeated.",
     ),
@@ -43,24 +42,19 @@ def run(
 
         md3 run requests.csv -o answers.jsonl
     """
-    annotate(options.run_config("run", [input], requests_to_run(input, task, options)), options)
+    options.run("run", [input], requests_to_run(input, task, options))
 
 
-def requests_to_run(input: str, specs: Sequence[str] | None, options: AnnotateOptions) -> list[Request]:
-    """What is asked of every image of `input`.
+def requests_to_run(input: str, specs: TaskSpecs, options: AnnotateOptions) -> list[Request]:
+    """Return what is asked of every image of `input`, in the order typed.
 
     Raises:
         UsageError: nothing, and `input` cannot say it either.
     """
-    requests = requests_of(specs or (), options)
+    requests = [_request(spec, options) for parts in specs or () for spec in parts]
     if not requests and not may_carry_rows(input):
         raise UsageError(f"nothing to do for {printable(input)}; say what with --task, like --task caption:long")
     return requests
-
-
-def requests_of(specs: Sequence[str], options: AnnotateOptions) -> list[Request]:
-    """The requests of all `--task` SPECs, in the order typed."""
-    return [_request(spec, options) for text in specs for spec in parse_task(text)]
 
 
 def _request(spec: TaskSpec, options: AnnotateOptions) -> Request:

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from md3cli.commands.options import (
-    AnnotateOptions,
-    Objects,
-    OneInput,
-    SpatialRefs,
-    annotate,
-    expand_options,
-    spatial_refs,
-)
+from md3cli.commands.options import AnnotateOptions, Objects, OneInput, SpatialRefs, expand_options
 from md3cli.commands.parse import check_objects
 from md3cli.records import Task
 
@@ -37,5 +29,5 @@ def segment(
         md3 segment photos/ dog -f coco -f overlay -o dogs/
     """
     check_objects(objects)
-    requests = [options.request(Task.SEGMENT, name, spatial_refs=spatial_refs(spatial_ref)) for name in objects]
-    annotate(options.run_config("segment", [input], requests), options)
+    requests = [options.request(Task.SEGMENT, name, spatial_refs=tuple(spatial_ref or ())) for name in objects]
+    options.run("segment", [input], requests)
