@@ -2,7 +2,7 @@
 
 Stdlib only; knows nothing of models, files or formats. A record is a plain dict that goes to
 JSON as it is; `make_record` and `make_error_record` are the only places
-that build one, so that the order of keys is decided here.
+that build one, so that the order of keys is decided here. A `Job` goes into the model's engine, an `Answer` comes out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from md3cli.images.crops import PreparedImage
+    from md3cli.model.engine.generation import EncodedImage
 
 SCHEMA = "md3/1"
 OK_TAIL = b',"error":null}\n'  # how the line of a record that succeeded ends: `error` is the last key
@@ -90,6 +94,30 @@ class RowFailure:
 
     def __post_init__(self) -> None:
         assert self.type in ERROR_TYPES, self.type
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request to run; jobs whose images have the same `sha256` share one encoding.
+
+    `image` None is a text-only query. `key` is the caller's and comes back with the answer.
+    """
+
+    key: int
+    image: PreparedImage | EncodedImage | None
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of a job: `result` holds the record's result keys, or `failure` says why there are none."""
+
+    key: int
+    result: dict[str, Any] | None = None
+    finish_reason: str = "stop"
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    failure: RowFailure | None = None
 
 
 @dataclass(slots=True, unsafe_hash=True)  # not frozen, though never changed: that takes four times as long to make
@@ -218,6 +246,33 @@ def make_error_record(
         "retry": failure.type in RETRYABLE,
     }
     return record
+
+
+def answered_record(
+    record_id: str,
+    image: ImageItem | None,
+    facts: ImageFacts | None,
+    request: Request,
+    run: RunIdentity,
+    answer: Answer,
+    meta: Mapping[str, Any],
+) -> RecordDict:
+    """Return the record of a request that the model answered, or failed on."""
+    if answer.failure is not None or answer.result is None:
+        failure = answer.failure or RowFailure("model", "the model gave no answer")
+        return make_error_record(record_id, image, facts, request, run, failure=failure, meta=meta)
+    return make_record(
+        record_id,
+        image,
+        facts,
+        request,
+        run,
+        result=answer.result,
+        finish_reason=answer.finish_reason,
+        prompt_tokens=answer.prompt_tokens,
+        output_tokens=answer.output_tokens,
+        meta=meta,
+    )
 
 
 def is_printable(char: str) -> bool:

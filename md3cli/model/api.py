@@ -40,9 +40,9 @@ from md3cli.model.api_requests import (
 )
 from md3cli.model.engine.answers import reasoning_result
 from md3cli.model.engine.engine import Engine
-from md3cli.model.engine.generation import Answer, EncodedImage, Generation, Job
+from md3cli.model.engine.generation import EncodedImage, Generation
 from md3cli.model.engine.load import load_engine
-from md3cli.records import ImageFacts, RecordDict, Request, RowFailure, Task
+from md3cli.records import Answer, ImageFacts, Job, RecordDict, Request, RowFailure, Task
 from md3cli.source.requests import check_request
 
 _CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x2F800, 0x2FA1F))

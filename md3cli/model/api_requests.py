@@ -15,8 +15,9 @@ from PIL import Image
 
 from md3cli.errors import ImageError, RequestError, RowError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, cut_crops, prepare_image
-from md3cli.model.engine.generation import Answer, EncodedImage
+from md3cli.model.engine.generation import EncodedImage
 from md3cli.records import (
+    Answer,
     ImageFacts,
     ImageItem,
     RecordDict,

@@ -25,7 +25,6 @@ from md3cli.errors import ImageError, InputError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, prepare_image
 from md3cli.model.engine.encoder import ImageEncoder
 from md3cli.model.engine.engine import Engine
-from md3cli.model.engine.generation import Job
 from md3cli.model.engine.prompts import Prompts, Tokenizer
 from md3cli.model.network.layers import Linear
 from md3cli.model.network.moe import ExpertMatrices
@@ -34,7 +33,7 @@ from md3cli.model.quant.quantise import Importance
 from md3cli.model.weights.hub import ModelFiles
 from md3cli.model.weights.names import is_int8_vision, is_portable
 from md3cli.model.weights.read import load_model
-from md3cli.records import ImageItem, Request, RunIdentity, SourceRow, Task
+from md3cli.records import ImageItem, Job, Request, RunIdentity, SourceRow, Task
 
 # Asked of every picture where a manifest does not say otherwise: each head and each kind of prompt once.
 REQUESTS = (

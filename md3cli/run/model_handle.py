@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from md3cli.config import ModelOptions
 from md3cli.errors import CheckpointError, RequestError
 from md3cli.images.crops import CropConfig, PreparedImage
-from md3cli.records import Request, RowFailure, RunIdentity
+from md3cli.records import Answer, Job, Request, RunIdentity
 
 if TYPE_CHECKING:
     from md3cli.model.engine.prompts import Prompts
@@ -21,23 +21,6 @@ if TYPE_CHECKING:
     from md3cli.model.weights.hub import ModelFiles
 
 REAL_CROP_CONFIG = CropConfig(crop_size=378, patch_size=14, overlap_margin=4, max_crops=12)
-
-
-class Answer(Protocol):
-    """What came of a request: `result` holds the record's result keys, or `failure` says why not."""
-
-    @property
-    def key(self) -> int: ...
-    @property
-    def result(self) -> Mapping[str, Any] | None: ...
-    @property
-    def finish_reason(self) -> str: ...
-    @property
-    def prompt_tokens(self) -> int: ...
-    @property
-    def output_tokens(self) -> int: ...
-    @property
-    def failure(self) -> RowFailure | None: ...
 
 
 class Engine(Protocol):
@@ -178,9 +161,7 @@ class _TorchEngine:
     """The model's engine with the words of this module."""
 
     def __init__(self, engine: Any) -> None:
-        from md3cli.model.engine.generation import Job
-
-        self._engine, self._job = engine, Job
+        self._engine = engine
 
     @property
     def batch_size(self) -> int:
@@ -204,7 +185,7 @@ class _TorchEngine:
         return bool(self._engine.has_work)
 
     def add(self, key: int, picture: PreparedImage | None, request: Request) -> None:
-        self._engine.add(self._job(key, picture, request))
+        self._engine.add(Job(key, picture, request))
 
     def step(self) -> Sequence[Answer]:
         answers: Sequence[Answer] = self._engine.step()

@@ -23,10 +23,18 @@ from pathlib import Path
 
 from md3cli.console import Summary
 from md3cli.finished.whole_records import is_record_of, read_record
-from md3cli.records import SCHEMA, RecordDict, Request, RowFailure, RunIdentity, make_error_record, make_record
+from md3cli.records import (
+    SCHEMA,
+    Answer,
+    RecordDict,
+    Request,
+    RowFailure,
+    RunIdentity,
+    answered_record,
+    make_error_record,
+)
 from md3cli.run.feed import Ticket
 from md3cli.run.journal import encode_record
-from md3cli.run.model_handle import Answer
 
 SUFFIX = ".early"
 _END_BYTES = 1 << 12  # of a journal, by which it is known
@@ -160,19 +168,8 @@ def _is_of(head: bytes, journal_path: Path) -> bool:
 
 def record_of(ticket: Ticket, answer: Answer, run: RunIdentity) -> RecordDict:
     """The record of a request that the model answered, or failed on."""
-    if answer.failure is not None or answer.result is None:
-        return error_of(ticket, answer.failure or RowFailure("model", "the model gave no answer"), run)
-    return make_record(
-        ticket.record_id,
-        ticket.image,
-        ticket.facts,
-        ticket.request,
-        run,
-        result=answer.result,
-        finish_reason=answer.finish_reason,
-        prompt_tokens=answer.prompt_tokens,
-        output_tokens=answer.output_tokens,
-        meta=ticket.row.meta,
+    return answered_record(
+        ticket.record_id, ticket.image, ticket.facts, ticket.request, run, answer, meta=ticket.row.meta
     )
 
 

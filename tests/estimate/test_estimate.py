@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 from program import Program, clean_environment, isolate, make_pictures, records_of
-from stub_engine import StubAnswer, StubEngine, StubModel
+from stub_engine import StubEngine, StubModel
 from typer.testing import CliRunner
 
 import md3cli.pipeline
 from md3cli.cli import app
 from md3cli.estimate import estimate
+from md3cli.records import Answer
 
 LOAD_S, COLD_S, CROP_S, REQUEST_S = 1000.0, 100.0, 0.5, 0.25
 SCENES = Path(__file__).parents[2] / "examples" / "scenes"
@@ -40,7 +41,7 @@ class TimedEngine(StubEngine):
     def __post_init__(self) -> None:
         self.known: set[int] = set()
 
-    def step(self) -> Sequence[StubAnswer]:
+    def step(self) -> Sequence[Answer]:
         for _, picture, _ in list(self._waiting)[: self.batch_size]:
             crops = 0 if picture is None else len(picture.crops)
             self.vision_s += CROP_S * (1 if crops == 2 else crops)

@@ -18,7 +18,7 @@ import torch
 from support.golden_cases import CASES, LEAST_MARGIN, LEAST_MOE_MARGIN, GoldenCase, assert_answer, load_case
 
 from md3cli.config import ModelOptions
-from md3cli.model.engine.generation import Answer, Decisions, Generation
+from md3cli.model.engine.generation import Decisions, Generation
 from md3cli.model.engine.kv_cache import KVCache, PrefixStore
 from md3cli.model.engine.load import load_weights
 from md3cli.model.network.config import ModelConfig
@@ -26,7 +26,7 @@ from md3cli.model.network.moe import MoeMlp
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.region import SIZE_OCTAVES
 from md3cli.model.weights.random_weights import random_model
-from md3cli.records import Task
+from md3cli.records import Answer, Task
 
 from .child import Run
 from .models import apply_forms

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stub_engine import StubAnswer
 from tickets import ticket
 
 from md3cli.console import Summary
-from md3cli.records import RecordDict, RunIdentity
+from md3cli.records import Answer, RecordDict, RunIdentity
 from md3cli.run.journal import encode_record
 from md3cli.run.order import SLACK_LINES, EarlyRecords, OrderedRecords
 
@@ -41,7 +40,7 @@ class Start:
 
     def answer(self, *keys: int) -> None:
         for key in keys:
-            self.records.answer(StubAnswer(key, {"caption": f"caption {key}"}, "stop", 5, 2))
+            self.records.answer(Answer(key, {"caption": f"caption {key}"}, "stop", 5, 2))
         self.records.flush()
 
 
@@ -118,7 +117,7 @@ def test_beside_another_journal_it_is_not_believed(tmp_path: Path) -> None:
     first.answer(0)
     second = Start(tmp_path, written)
     second.ask(range(1, 4), 1)
-    second.records.answer(StubAnswer(1, {"caption": "caption 2"}, "stop", 5, 2))
+    second.records.answer(Answer(1, {"caption": "caption 2"}, "stop", 5, 2))
     second.records.flush()
     assert Start(tmp_path, written).ask(range(1, 4), 1) == [0, 2]
     assert Start(tmp_path, []).ask(range(4), 0) == [0, 1, 2, 3], "begun anew"

@@ -6,11 +6,10 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-from stub_engine import StubAnswer
 from tickets import ticket
 
 from md3cli.console import Summary
-from md3cli.records import RowFailure, RunIdentity
+from md3cli.records import Answer, RowFailure, RunIdentity
 from md3cli.run.order import OrderedRecords
 
 
@@ -24,7 +23,7 @@ def test_every_record_once_and_in_order(order: list[int], failed: set[int]) -> N
         records.expect(each)
     for key in order:
         failure = RowFailure("model", "no") if key in failed else None
-        records.answer(StubAnswer(key, None if failure else {"caption": "x"}, "stop", 5, 2, failure))
+        records.answer(Answer(key, None if failure else {"caption": "x"}, "stop", 5, 2, failure))
         records.flush()
         assert [record["meta"]["n"] for record in written] == list(range(len(written)))
         assert summary.num_images == len(written)
@@ -56,6 +55,6 @@ def test_how_far_ahead() -> None:
     for key in (3, 0, 1):
         records.expect(ticket(key))
     assert records.num_ahead == 3
-    records.answer(StubAnswer(0, {"caption": "x"}))
+    records.answer(Answer(0, {"caption": "x"}))
     records.flush()
     assert records.num_ahead == 2

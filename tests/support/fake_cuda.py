@@ -31,7 +31,6 @@ from md3cli.images.crops import PreparedImage, Tiling
 from md3cli.model.engine import encoder as encoder_module
 from md3cli.model.engine.encoder import ImageEncoder
 from md3cli.model.engine.engine import Engine
-from md3cli.model.engine.generation import Job
 from md3cli.model.engine.kernels import optimise
 from md3cli.model.engine.prompts import Prompt
 from md3cli.model.engine.state import Event, Finish, Mode
@@ -42,7 +41,7 @@ from md3cli.model.network.moe import ExpertMatrices
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.quant.load import _place
 from md3cli.model.weights.names import INT4_GROUP, is_portable
-from md3cli.records import Request, RunIdentity, Task
+from md3cli.records import Job, Request, RunIdentity, Task
 
 FORMS = ("bf16", "float8", "int4")
 NUM_ROWS = 64

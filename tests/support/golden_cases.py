@@ -18,11 +18,10 @@ from md3cli.images import crops as images
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, prepare_image
 from md3cli.model.engine.encoder import ImageEncoder
 from md3cli.model.engine.engine import Engine
-from md3cli.model.engine.generation import Answer, Job
 from md3cli.model.engine.prompts import Prompts, Tokenizer
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights.read import load_model
-from md3cli.records import ImageItem, Request, RunIdentity, Task
+from md3cli.records import Answer, ImageItem, Job, Request, RunIdentity, Task
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # name -> (checkpoint folder, pictures' folder, expected file)

@@ -10,23 +10,12 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from md3cli.config import ModelOptions
 from md3cli.images.crops import CropConfig, PreparedImage
-from md3cli.records import Request, RowFailure, RunIdentity, Task
+from md3cli.records import Answer, Request, RowFailure, RunIdentity, Task
 
 CROP_CONFIG = CropConfig(crop_size=28, patch_size=14, overlap_margin=0, max_crops=4)
-
-
-@dataclass
-class StubAnswer:
-    key: int
-    result: Mapping[str, Any] | None = None
-    finish_reason: str = "stop"
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    failure: RowFailure | None = None
 
 
 @dataclass
@@ -52,7 +41,7 @@ class StubEngine:
     def add(self, key: int, picture: PreparedImage | None, request: Request) -> None:
         self._waiting.append((key, picture, request))
 
-    def step(self) -> Sequence[StubAnswer]:
+    def step(self) -> Sequence[Answer]:
         time.sleep(self.step_s)
         batch = [self._waiting.popleft() for _ in range(min(self.batch_size, len(self._waiting)))]
         self.num_answered += len(batch)
@@ -63,10 +52,10 @@ class StubEngine:
         return {"vision": 0.2, "prefill": 0.1, "decode": 0.7}
 
 
-def answer(key: int, picture: PreparedImage | None, request: Request) -> StubAnswer:
+def answer(key: int, picture: PreparedImage | None, request: Request) -> Answer:
     """What the stub says; the prompt `fail me` fails."""
     if request.prompt == "fail me":
-        return StubAnswer(key, failure=RowFailure("model", "asked to fail"))
+        return Answer(key, failure=RowFailure("model", "asked to fail"))
     text = hashlib.sha256(f"{picture and picture.sha256} {request}".encode()).hexdigest()[:12]
     box = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.75}
     found = {"label": request.prompt, **box, "score": 0.9}
@@ -79,7 +68,7 @@ def answer(key: int, picture: PreparedImage | None, request: Request) -> StubAns
             "segments": [{"label": request.prompt, "svg_path": "M 0 0 L 1 0 L 1 1 z", "bbox": box, "score": 0.7}]
         },
     }[request.task]
-    return StubAnswer(key, result, "stop", 10, 3)
+    return Answer(key, result, "stop", 10, 3)
 
 
 @dataclass

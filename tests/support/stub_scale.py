@@ -9,9 +9,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stub_engine import StubAnswer, StubEngine, StubModel
+from stub_engine import StubEngine, StubModel
 
 from md3cli.config import ModelOptions
+from md3cli.records import Answer
 
 FINDER = "stub_scale:find"
 STEP_SECONDS, DEADLY = "STUB_STEP_SECONDS", "STUB_DEADLY"
@@ -23,7 +24,7 @@ class MortalEngine(StubEngine):
 
     deadly: str | None = None
 
-    def step(self) -> Sequence[StubAnswer]:
+    def step(self) -> Sequence[Answer]:
         if self.deadly and any(
             request.prompt == self.deadly for _, _, request in list(self._waiting)[: self.batch_size]
         ):

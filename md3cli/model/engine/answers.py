@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from md3cli.model.engine.generation import Answer, Decisions, Generation
+from md3cli.model.engine.generation import Decisions, Generation
 from md3cli.model.engine.prompts import Tokenizer
 from md3cli.model.network.config import ModelConfig
-from md3cli.records import Task
+from md3cli.records import Answer, Task
 
 COMMANDS = frozenset("MmLlHhVvCcSsQqTtAaZz")
 VIEWBOX = 960

@@ -30,14 +30,14 @@ from md3cli.images.crops import CropConfig
 from md3cli.model.engine.answers import build_answer
 from md3cli.model.engine.choices import ChoiceRow, choice_probabilities
 from md3cli.model.engine.encoder import ImageEncoder
-from md3cli.model.engine.generation import Answer, Generation, Job
+from md3cli.model.engine.generation import Generation
 from md3cli.model.engine.kv_cache import KVCache, SlotsTooLargeError, SlotTable
 from md3cli.model.engine.memory import is_out_of_memory, shortage
 from md3cli.model.engine.passes import Group, Passes, PromptInputs
 from md3cli.model.engine.prompts import Prompts, Tokenizer
 from md3cli.model.engine.state import Event, Mode, Step, advance, idle_rows
 from md3cli.model.network.moondream import Moondream3, not_finite
-from md3cli.records import RowFailure, RunIdentity
+from md3cli.records import Answer, Job, RowFailure, RunIdentity
 
 
 @dataclass(slots=True)

@@ -10,26 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from md3cli.errors import RequestError
-from md3cli.images.crops import PreparedImage
 from md3cli.model.engine.prompts import Prompt, Prompts
 from md3cli.model.engine.state import Event, Finish, Mode
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.region import SIZE_OCTAVES
-from md3cli.records import Request, RowFailure, Task
+from md3cli.records import Job, Task
 
 FINISH_REASONS = {Finish.STOP: "stop", Finish.LENGTH: "length"}
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One request to run; jobs whose images have the same `sha256` share one encoding.
-
-    `image` None is a text-only query. `key` is the caller's and comes back with the answer.
-    """
-
-    key: int
-    image: PreparedImage | EncodedImage | None
-    request: Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +27,6 @@ class EncodedImage:
     width: int
     height: int
     sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What came of a job: `result` holds the record's result keys, or `failure` says why there are none."""
-
-    key: int
-    result: dict[str, Any] | None = None
-    finish_reason: str = "stop"
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    failure: RowFailure | None = None
 
 
 @dataclass(slots=True)

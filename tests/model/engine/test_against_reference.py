@@ -27,11 +27,10 @@ from tokenizers import Tokenizer
 from md3cli import Moondream
 from md3cli.config import ModelOptions
 from md3cli.model.api_requests import prepare_pil
-from md3cli.model.engine.generation import Job
 from md3cli.model.engine.load import load_engine
 from md3cli.model.quant.quantise import QuantiseSettings, quantise_checkpoint
 from md3cli.model.weights.codes import LowBit
-from md3cli.records import Request, Task
+from md3cli.records import Job, Request, Task
 
 IMAGES_PER_MODEL = 2
 TEXT_ONLY_PER_MODEL = 2

@@ -9,8 +9,7 @@ import torch
 from golden_cases import GoldenCase, assert_answer, load_case
 
 from md3cli.model.engine import plain
-from md3cli.model.engine.generation import Job
-from md3cli.records import Request, Task
+from md3cli.records import Job, Request, Task
 
 CHOICES = ("yes", "no", "a red square")
 

@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounter
 
 from md3cli.model.engine import kernels
 from md3cli.model.engine.engine import Engine
-from md3cli.model.engine.generation import Job
 from md3cli.model.engine.load import compile_engine, missing_compiler
+from md3cli.records import Job
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,7 @@ from md3cli.images.crops import PreparedImage
 from md3cli.model.api import Moondream
 from md3cli.model.engine import encoder, plain
 from md3cli.model.engine.encoder import EncodingCache, vision_digest
-from md3cli.model.engine.generation import Job
-from md3cli.records import Request, Task
+from md3cli.records import Job, Request, Task
 
 
 def cache_for(

@@ -17,12 +17,12 @@ from md3cli.model.engine import choices as choices_module
 from md3cli.model.engine import engine as engine_module
 from md3cli.model.engine import memory
 from md3cli.model.engine.engine import Engine, Sizes
-from md3cli.model.engine.generation import Answer, EncodedImage, Job
+from md3cli.model.engine.generation import EncodedImage
 from md3cli.model.engine.kv_cache import KVCache
 from md3cli.model.engine.passes import Passes
 from md3cli.model.engine.state import Mode
 from md3cli.model.network.config import ModelConfig
-from md3cli.records import Request, Task
+from md3cli.records import Answer, Job, Request, Task
 
 
 def answers_by_key(engine: Engine, jobs: list[Job]) -> dict[int, Answer]:

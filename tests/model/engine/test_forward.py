@@ -10,12 +10,12 @@ from golden_cases import GoldenCase, load_case
 from torch._dynamo.testing import CompileCounter
 
 from md3cli.model.engine import plain
-from md3cli.model.engine.generation import Generation, Job
+from md3cli.model.engine.generation import Generation
 from md3cli.model.engine.kv_cache import KVCache, PrefixStore
 from md3cli.model.engine.passes import Group, Passes, PromptInputs, embed_prompts, run_prefixes
 from md3cli.model.engine.state import Mode
 from md3cli.model.kernels.tiles import PassKind
-from md3cli.records import Request, Task
+from md3cli.records import Job, Request, Task
 
 CPU = torch.device("cpu")
 POINT, BOX = (0.25, 0.5), (0.1, 0.2, 0.6, 0.8)

@@ -10,9 +10,8 @@ from golden_cases import assert_answer, load_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from md3cli.model.engine.generation import Job
 from md3cli.model.engine.kv_cache import GROWTH, DecodeStore, KVCache, PromptStore
-from md3cli.records import Request, Task
+from md3cli.records import Job, Request, Task
 
 
 def small_cache(num_slots: int = 3, capacity: int = 10) -> KVCache:
