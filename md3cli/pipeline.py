@@ -24,7 +24,7 @@ from md3cli.run.output import (
     plan_output,
     with_journal_aside,
 )
-from md3cli.scale.bucket import made_here
+from md3cli.scale.bucket import in_local_folder
 from md3cli.scale.folder import discarded_once_written, is_run_there, run_folder_of
 from md3cli.settings import CONFIG_FILE, user_config_dir
 from md3cli.signals import StopSignals, check_stdout
@@ -43,7 +43,7 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_mode
         BrokenPipeError: the reader of stdout has left.
     """
     parse_background(config.model.background)
-    with made_here(config.output) as output:
+    with in_local_folder(config.output) as output:
         return _run(replace(config, output=output), console, find)
 
 

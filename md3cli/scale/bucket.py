@@ -23,7 +23,7 @@ from md3cli.scale.store import LocalStore, ObjectStore
 
 
 @contextlib.contextmanager
-def made_here(output: OutputOptions) -> Iterator[OutputOptions]:
+def in_local_folder(output: OutputOptions) -> Iterator[OutputOptions]:
     """OUTPUT with a path of this machine, for as long as the program writes it."""
     if output.address is None or output.path is None:
         yield output

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO
 
 from md3cli.config import RunConfig
 from md3cli.console import RunConsole, Summary
 from md3cli.console import clock as duration
-from md3cli.errors import OutputHeldError
-from md3cli.files import OutputLock
+from md3cli.errors import DamagedPartError, OutputHeldError
+from md3cli.files import OutputLock, atomic_publish, output_error
 from md3cli.finished.digest import RecordsDigest
 from md3cli.finished.failures import Failure, NamedFailures, command_for_all
-from md3cli.records import RETRYABLE, RunIdentity
+from md3cli.records import OK_TAIL, RETRYABLE, RunIdentity, printable
 from md3cli.run.order import SUFFIX as EARLY_SUFFIX
 from md3cli.run.output import OutputPlan, publish, remove_temps
 from md3cli.run.run_info import RunCounts, RunDocument, Timeline, identity_of
 from md3cli.scale.attempts import Teller
 from md3cli.scale.bucket import Deliveries
-from md3cli.scale.export import export_parts, note_exported, read_exported
-from md3cli.scale.folder import EXPORTED, RunFolder, attempts_prefix, is_unfinished
+from md3cli.scale.folder import ERRORS, EXPORTED, KEPT, RunFolder, attempts_prefix, is_unfinished
 from md3cli.scale.inspect import collect
-from md3cli.scale.markers import Commit, StartNote
+from md3cli.scale.markers import Commit, Exported, StartNote, note_exported, read_exported
 from md3cli.scale.plan import Plan
 from md3cli.scale.store import LocalStore
 from md3cli.source.source import empty_words
@@ -38,7 +40,7 @@ _EXPORT_LOCK = "export.lock"
 Commits = Mapping[int, Commit]
 
 
-class Ending:
+class Finish:
     """What a start leaves. `document` is run.json beside OUTPUT; None for a rank: the one that exports writes it."""
 
     def __init__(
@@ -240,3 +242,50 @@ def counts_of(commits: Commits) -> RunCounts:
         errors.update(commit.error_types)
     ok = sum(commit.ok for commit in commits.values())
     return RunCounts(ok, sum(errors.values()), dict(sorted(errors.items())))
+
+
+def export_parts(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], out: Path) -> Exported:
+    """Write all records to `out`, whole or not at all; the failed ones to errors.jsonl of the folder too.
+
+    `note_exported` comes once they stand where they belong.
+
+    Raises:
+        OutputError: it cannot be written.
+        DamagedPartError: a part is not what its marker says.
+    """
+    with folder.store.put_file(ERRORS) as errors_path, atomic_publish(out) as temp:
+        try:
+            with open(temp, "wb") as file, open(errors_path, "wb") as errors:
+                exported = _copy(folder, plan, commits, file, errors)
+        except OSError as error:
+            raise output_error(out, error) from error
+    return exported
+
+
+def _copy(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], file: IO[bytes], errors: IO[bytes]) -> Exported:
+    digest, num_bytes, num_records = hashlib.sha256(), 0, 0
+    for shard in range(-1, plan.shards):
+        data = read_part(folder, commits[shard]) if shard >= 0 else folder.store.read(KEPT) or b""
+        digest.update(data)
+        file.write(data)
+        num_bytes += len(data)
+        num_records += data.count(b"\n")
+        if shard < 0 or commits[shard].errors:
+            errors.writelines(line for line in data.splitlines(keepends=True) if not line.endswith(OK_TAIL))
+    return Exported(num_records, num_bytes, digest.hexdigest())
+
+
+def read_part(folder: RunFolder, commit: Commit) -> bytes:
+    """The records of a committed shard.
+
+    Raises:
+        DamagedPartError: they are not what the marker says.
+    """
+    data = folder.store.read(commit.part)
+    if data is None or hashlib.sha256(data).hexdigest() != commit.sha256:
+        what = "is missing" if data is None else "is damaged"
+        raise DamagedPartError(
+            f"{printable(folder.uri)}/{commit.part} {what}, again after its shard was done anew; check the disk, then "
+            "start the same command again"
+        )
+    return data

@@ -30,10 +30,9 @@ from md3cli.finished.whole_records import read_record
 from md3cli.records import printable
 from md3cli.run.journal_scan import DamagedLines, journal_lines
 from md3cli.scale.attempts import Place, attempt_files, damage_of, keep_damaged_lines
-from md3cli.scale.export import read_exported
 from md3cli.scale.folder import DAMAGED, EXPORTED, PARTS, WIP, RunFolder, commit_name, records_of, shard_of
 from md3cli.scale.make_plan import Fingerprint
-from md3cli.scale.markers import Commit, CommitLog, read_commit
+from md3cli.scale.markers import Commit, CommitLog, read_commit, read_exported
 from md3cli.scale.plan import Plan, PlannedRow, PlanReader
 from md3cli.scale.shard_runner import asked, history_of, is_line_of
 from md3cli.scale.start import keep_lines

@@ -26,7 +26,18 @@ from md3cli import __version__
 from md3cli.config import DecodeOptions, ModelOptions
 from md3cli.errors import InputError
 from md3cli.records import printable
-from md3cli.scale.folder import COMMITS, PARTS, RUN, STARTS, RunFolder, commit_name, host_name, new_attempt, shard_of
+from md3cli.scale.folder import (
+    COMMITS,
+    EXPORTED,
+    PARTS,
+    RUN,
+    STARTS,
+    RunFolder,
+    commit_name,
+    host_name,
+    new_attempt,
+    shard_of,
+)
 
 RUN_SCHEMA = "md3-run-folder/1"
 
@@ -205,3 +216,25 @@ class CommitLog:
 
     def _is_wanted(self, shard: int) -> bool:
         return shard not in self.found and (self._num_shards is None or shard < self._num_shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What the last export wrote."""
+
+    records: int
+    bytes: int
+    sha256: str
+
+
+def read_exported(folder: RunFolder) -> Exported | None:
+    """What the last export wrote; None while there was none."""
+    try:
+        return Exported(**json.loads(folder.store.read(EXPORTED) or b""))
+    except (ValueError, TypeError):
+        return None
+
+
+def note_exported(folder: RunFolder, exported: Exported) -> None:
+    """Note that OUTPUT has the records of all shards."""
+    folder.store.put(EXPORTED, json.dumps(asdict(exported)).encode())

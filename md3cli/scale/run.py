@@ -25,14 +25,14 @@ from md3cli.run.output import OutputPlan
 from md3cli.run.run_info import OutputPaths, RunDocument, identity_of
 from md3cli.scale.attempts import Teller
 from md3cli.scale.bucket import Deliveries
-from md3cli.scale.finish import Ending
+from md3cli.scale.finish import Finish
 from md3cli.scale.folder import RunFolder
 from md3cli.scale.inspect import damaged_journals, reopen_damaged
 from md3cli.scale.markers import RunOptions, write_run_options
 from md3cli.scale.plan import Plan
 from md3cli.scale.ray_cluster import check_installed
-from md3cli.scale.start import Beginning, FormerRun
-from md3cli.scale.workers import ShardQueue, ShardsHere, Supervisor, seats_of
+from md3cli.scale.start import FormerRun, Start
+from md3cli.scale.workers import LocalDriver, ShardQueue, Supervisor, seats_of
 from md3cli.signals import Interrupted, StopSignals
 from md3cli.source.source import Source
 
@@ -84,7 +84,7 @@ def run_scaled(
             folder.wip.remove_temps()
         _check_store(folder, config, console)
         deliveries.fetch(files.run_info)
-        beginning = Beginning(folder, config, files, deliveries, source, model.identity, console.say, console.warn)
+        start = Start(folder, config, files, deliveries, source, model.identity, console.say, console.warn)
         former = FormerRun(folder, outputs, deliveries)
         if config.output.overwrite:
             former.set_aside()
@@ -92,21 +92,21 @@ def run_scaled(
         else:
             if config.scale.world_size == 1:
                 former.put_back()
-            beginning.check_records()
+            start.check_records()
         document = None
         if config.scale.world_size == 1:
             document = _document(config, files, source, model, deliveries.address_of(files.run_info))
             deliveries.deliver(files.run_info)
         with stop.interruptible():
-            plan = beginning.plan()
+            plan = start.plan()
         if config.output.retry_failed:
-            beginning.reopen(plan)
-        if beginning.num_adopted:
-            console.say(f"{beginning.num_adopted:,} records of an earlier start are taken over")
+            start.reopen(plan)
+        if start.num_adopted:
+            console.say(f"{start.num_adopted:,} records of an earlier start are taken over")
         write_run_options(folder, RunOptions(config.model, config.decode), config.argv)
-        ending = Ending(config, console, outputs, folder, deliveries, plan, model.identity, document)
+        finish = Finish(config, console, outputs, folder, deliveries, plan, model.identity, document)
         give_way = partial(former.give_way, document)
-        return _ScaledRun(config, console, folder, plan, model, stop, ending, give_way).to_the_end()
+        return _ScaledRun(config, console, folder, plan, model, stop, finish, give_way).to_the_end()
 
 
 def _make_folder(folder: Path) -> None:
@@ -169,19 +169,19 @@ class _ScaledRun:
         plan: Plan,
         model: Model,
         stop: StopSignals,
-        ending: Ending,
+        finish: Finish,
         give_way: Callable[[], None],
     ) -> None:
         """`give_way` is called once there are new records."""
         self._give_way = give_way
         self._config, self._console, self._folder, self._plan = config, console, folder, plan
-        self._model, self._stop, self._ending = model, stop, ending
+        self._model, self._stop, self._finish = model, stop, finish
         self._queue = ShardQueue(folder, plan.shards, config.scale.rank, config.scale.world_size)
         self._looked_at = self._told_at = time.monotonic()
         self._others = Teller(console.say)
         self._silence = Teller(console.say, first_after_s=SILENCE_S, interval_s=SILENCE_S, growth=2.0)
         self._num_seen = -1  # records at the last look
-        ending.begin(self._queue.commits)
+        finish.begin(self._queue.commits)
 
     def to_the_end(self) -> int:
         """Run what is left, export, and note in run.json how it ended; returns the exit status.
@@ -204,12 +204,12 @@ class _ScaledRun:
         except BaseException as error:
             if isinstance(error, Interrupted):
                 status = error.exit_status
-                self._ending.tell_how_to_resume(str(error), self._queue.commits)
+                self._finish.tell_how_to_resume(str(error), self._queue.commits)
             with contextlib.suppress(Md3Error):  # what ended the run is what is told
-                self._ending.note(status, self._queue.commits)
+                self._finish.note(status, self._queue.commits)
             raise
-        self._ending.note(status, self._queue.commits)
-        self._ending.summarize(self._queue.commits)
+        self._finish.note(status, self._queue.commits)
+        self._finish.summarize(self._queue.commits)
         return status
 
     def _run_shards(self) -> None:
@@ -231,7 +231,7 @@ class _ScaledRun:
     def _export(self) -> int:
         self._give_way()  # also where nothing was asked
         with self._stop.interruptible():
-            return self._ending.export(self._queue.commits)
+            return self._finish.export(self._queue.commits)
 
     def _reopen_damaged(self) -> None:
         """Put shards whose parts are damaged back into the queue; the user is told."""
@@ -240,7 +240,7 @@ class _ScaledRun:
             self._console.warn(words)
         reopened = self._queue.commits.keys() - sound.keys()
         self._queue.reopen(reopened)
-        self._ending.forget(reopened)
+        self._finish.forget(reopened)
 
     def _driver(self) -> _Driver:
         config, options = self._config, RunOptions(self._config.model, self._config.decode)
@@ -252,7 +252,7 @@ class _ScaledRun:
             devices = config.scale.devices or (config.model.device,)
             seats = seats_of(devices, config.scale.workers_per_device or 1)
             return Supervisor(self._folder, self._queue, options, seats, warn=self._console.warn)
-        return ShardsHere(self._folder.uri, self._queue, options, lambda _: _Interruptible(self._model, self._stop))
+        return LocalDriver(self._folder.uri, self._queue, options, lambda _: _Interruptible(self._model, self._stop))
 
     def _on_step(self, driver: _Driver, progress: Progress | None) -> None:
         """Between any two steps: look for a signal, for what others did, and tell how far the run is."""
@@ -267,7 +267,7 @@ class _ScaledRun:
         if now - self._told_at >= TELL_INTERVAL_S:
             self._told_at = now
             self._tell_of_waiting(driver)
-            self._ending.note_progress(self._queue.commits, driver.num_ok + driver.num_failed)
+            self._finish.note_progress(self._queue.commits, driver.num_ok + driver.num_failed)
             if progress is not None:
                 self._tell(driver, progress)
 

@@ -78,7 +78,7 @@ class WarmModel:
         return self.engine
 
 
-class Asking:
+class ShardAttempt:
     """One attempt at a shard; `lines` are the finished records by id, each with its newline."""
 
     def __init__(
@@ -230,7 +230,7 @@ def _never() -> bool:
     return False
 
 
-def _untold(*facts: int | str) -> None:
+def no_op(*facts: int | str) -> None:
     pass
 
 
@@ -294,8 +294,8 @@ class ShardRunner:
         shard: int,
         *,
         should_stop: Callable[[], bool] = _never,
-        on_start: Callable[[int, str], None] = _untold,
-        on_progress: Callable[[int, int], None] = _untold,
+        on_start: Callable[[int, str], None] = no_op,
+        on_progress: Callable[[int, int], None] = no_op,
     ) -> ShardResult:
         """Run a shard to its commit.
 
@@ -320,11 +320,11 @@ class ShardRunner:
         journal = AttemptJournal(self.folder, shard, self.attempt)
         on_start(shard, self.attempt)
         try:
-            asking = Asking(history, journal, self._pool_of_run(), self._model, should_stop, on_progress)
-            asking.to_the_end(rows)
+            attempt = ShardAttempt(history, journal, self._pool_of_run(), self._model, should_stop, on_progress)
+            attempt.to_the_end(rows)
         finally:
             journal.close()
-        return self._commit(shard, rows, history, asking, started)
+        return self._commit(shard, rows, history, attempt, started)
 
     @property
     def is_loading(self) -> bool:
@@ -338,9 +338,9 @@ class ShardRunner:
         return self._pool
 
     def _commit(
-        self, shard: int, rows: Sequence[PlannedRow], history: ShardHistory, asking: Asking, started: float
+        self, shard: int, rows: Sequence[PlannedRow], history: ShardHistory, attempt: ShardAttempt, started: float
     ) -> ShardResult:
-        lines = [asking.lines[record_id] for row in rows for record_id in row.ids]
+        lines = [attempt.lines[record_id] for row in rows for record_id in row.ids]
         data, counts, before = b"".join(lines), Counts.of(lines), Counts.of(history.records.values())
         pictured = [row for row in rows if row.row.image is not None]
         part = part_name(shard, self.attempt)

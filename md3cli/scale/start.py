@@ -298,7 +298,7 @@ def reopen_failed(folder: RunFolder, plan: Plan, commits: dict[int, Commit]) -> 
 NEXT_SUFFIX = "-next"  # where the plan of an INPUT that has grown is made
 
 
-class Beginning:
+class Start:
     """The first steps of one start, by a process that holds OUTPUT's lock (ranks share it)."""
 
     def __init__(

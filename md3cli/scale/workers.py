@@ -123,7 +123,7 @@ class ShardQueue:
 WAIT_S = 0.5  # for others, before looking again
 
 
-class ShardsHere:
+class LocalDriver:
     """Runs the shards of `queue`, one after another.
 
     Attributes:

@@ -20,8 +20,8 @@ from program import STUB_MD3, Program, clean_environment, isolate, make_pictures
 from scale_chaos import UNHURRIED_S, ScaleChaos, run_scale_chaos
 
 from md3cli.errors import ExportError, OutputError
-from md3cli.scale.finish import Ending
-from md3cli.scale.workers import ShardsHere
+from md3cli.scale.finish import Finish
+from md3cli.scale.workers import LocalDriver
 from md3cli.signals import StopSignals
 
 THREE = ("--devices", "cpu", "--workers-per-device", "3")
@@ -93,13 +93,13 @@ def test_a_rank_alone_does_it_all(md3: Program, pictures: Path, tmp_path: Path) 
 
 def after_running(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], object]) -> None:
     """Have something happen to the queue once all shards are run."""
-    run = ShardsHere.run
+    run = LocalDriver.run
 
-    def run_and_change(driver: ShardsHere, on_step: Callable[[], None]) -> None:
+    def run_and_change(driver: LocalDriver, on_step: Callable[[], None]) -> None:
         run(driver, on_step)
         change(driver._queue)
 
-    monkeypatch.setattr(ShardsHere, "run", run_and_change)
+    monkeypatch.setattr(LocalDriver, "run", run_and_change)
 
 
 def test_a_shard_given_up_here_may_be_finished_by_another_rank(
@@ -129,8 +129,8 @@ def test_what_ended_a_run_is_told_not_what_came_of_it(
 
         return raise_it
 
-    monkeypatch.setattr(Ending, "export", fail(ExportError("the first failure")))
-    monkeypatch.setattr(Ending, "note", fail(OutputError("the second")))
+    monkeypatch.setattr(Finish, "export", fail(ExportError("the first failure")))
+    monkeypatch.setattr(Finish, "note", fail(OutputError("the second")))
     done = md3("caption", pictures, "-o", tmp_path / "o.jsonl", "--engine", "local")
     assert (done.exit_code, "the first failure" in done.stderr, "the second" in done.stderr) == (1, True, False)
 
@@ -453,7 +453,7 @@ def test_what_breaks_once_a_signal_has_come_is_the_stop(
         raise RuntimeError("the cluster is gone")
 
     monkeypatch.setattr("md3cli.scale.run.StopSignals", Stop)
-    monkeypatch.setattr(ShardsHere, "run", break_off)
+    monkeypatch.setattr(LocalDriver, "run", break_off)
     stopped = md3("caption", pictures, "-o", tmp_path / "o.jsonl", "--engine", "local")
     assert stopped.exit_code == 128 + signal.SIGTERM
     assert "warning: while stopping: the cluster is gone" in stopped.stderr
