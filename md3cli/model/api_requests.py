@@ -7,6 +7,7 @@ import os
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ from md3cli.records import (
     Request,
     RunIdentity,
     Task,
-    make_error_record,
-    make_record,
+    answered_record,
     printable,
     request_id,
 )
@@ -41,49 +41,38 @@ _PATH_CHARS = 1024  # what is longer is hardly a path
 KNOWN_KEYS = ROW_COLUMNS | {"name", "meta", "choices"}
 
 
-class Asked:
-    """What a record needs of its request, kept while the request is in flight.
+@dataclass(slots=True)
+class ApiRequest:
+    """A request of `annotate` while it is in flight: what its record needs, whatever was given."""
 
-    Keys of the mapping that mean nothing here come back in the record's `meta`, as a manifest's columns do.
-    """
+    item: ImageItem | None
+    request: Request
+    meta: Mapping[str, Any]
+    facts: ImageFacts | None = None
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
+    @classmethod
+    def of(cls, given: object) -> ApiRequest:
+        """Read no more than an error record needs.
+
+        Keys of a mapping that mean nothing here come back in the record's `meta`, as a manifest's columns do.
+        """
         row = given if isinstance(given, Mapping) else {}
-        image = row.get("image")
+        image, name, meta = row.get("image"), row.get("name"), row.get("meta")
         path = str(image) if isinstance(image, (str, Path)) else ""
-        name = row.get("name") if isinstance(row.get("name"), str | Path) else None
         is_absent = image is None or (isinstance(image, str) and not image)
-        self.item = None if is_absent else ImageItem(str(name or path), path)
-        meta = row.get("meta")
-        others = {key: value for key, value in row.items() if key not in KNOWN_KEYS}
-        self.meta: Mapping[str, Any] = others | dict(meta) if isinstance(meta, Mapping) else others
+        item = None if is_absent else ImageItem(str(name or path) if isinstance(name, str | Path) else path, path)
         asked = {key: row[key] for key in ("task", "prompt") if isinstance(row.get(key), str)}
-        self.request = refused_request(asked, Request(Task.QUERY))
-        self.facts: ImageFacts | None = None
+        others = {key: value for key, value in row.items() if key not in KNOWN_KEYS}
+        others |= dict(meta) if isinstance(meta, Mapping) else {}
+        return cls(item, refused_request(asked, Request(Task.QUERY)), others)
 
     def record(self, answer: Answer, run: RunIdentity, repeats: Counter[str]) -> RecordDict:
-        """The record of `answer`; `repeats` counts requests seen, so that a repeated one has an id of its own."""
+        """Return the record of `answer`; `repeats` counts requests seen, so that a repeated one has its own id."""
         name = self.item.name if self.item is not None else None
         first_id = request_id(name, self.request, run)
         record_id = request_id(name, self.request, run, repeats[first_id])
         repeats[first_id] += 1
-        if answer.failure is not None or answer.result is None:
-            assert answer.failure is not None
-            return make_error_record(
-                record_id, self.item, self.facts, self.request, run, failure=answer.failure, meta=self.meta
-            )
-        return make_record(
-            record_id,
-            self.item,
-            self.facts,
-            self.request,
-            run,
-            result=answer.result,
-            finish_reason=answer.finish_reason,
-            prompt_tokens=answer.prompt_tokens,
-            output_tokens=answer.output_tokens,
-            meta=self.meta,
-        )
+        return answered_record(record_id, self.item, self.facts, self.request, run, answer, self.meta)
 
 
 def prepare_picture(image: ImageLike, config: CropConfig, background: str | None) -> PreparedImage:
@@ -103,7 +92,7 @@ def prepare_picture(image: ImageLike, config: CropConfig, background: str | None
         try:
             return prepare_pil(image, config)
         except Exception as error:  # a file that PIL has opened and not read yet: decoders raise anything
-            raise ImageError("decode", f"it cannot be read ({shown(error)})") from error
+            raise ImageError("decode", f"it cannot be read ({describe_value(error)})") from error
     if isinstance(image, bytes | bytearray | memoryview):
         data = bytes(image)
         if not data:
@@ -111,21 +100,21 @@ def prepare_picture(image: ImageLike, config: CropConfig, background: str | None
         return prepare_image(ImageItem("", ""), config, ImageLimits(), background, data=data)
     if not isinstance(image, str | os.PathLike):
         wanted = "a path, the bytes of a file, a PIL image or an array uint8 [H, W, 3]"
-        raise RequestError(f"image is {picture_words(image)}; give {wanted}")
+        raise RequestError(f"image is {describe_picture(image)}; give {wanted}")
     path = os.fsdecode(image)
     if is_address(path):
-        raise RequestError(f"{picture_words(path)}: no address is fetched here; open the picture, or use md3 itself")
+        raise RequestError(f"{describe_picture(path)}: no address is fetched here; open the picture, or use md3 itself")
     return prepare_image(ImageItem(path, path), config, ImageLimits(), background)
 
 
 def _image_of(array: np.ndarray) -> Image.Image:
     is_shape = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
     if array.dtype != np.uint8 or not is_shape or array.size == 0:
-        raise RequestError(f"image is {picture_words(array)}; expected uint8 [H, W, 3] or [H, W], 0 to 255, RGB")
+        raise RequestError(f"image is {describe_picture(array)}; expected uint8 [H, W, 3] or [H, W], 0 to 255, RGB")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def picture_words(image: object) -> str:
+def describe_picture(image: object) -> str:
     """What a picture is, for a message: a path as it is, of anything else its kind and size, never its contents."""
     if isinstance(image, str | os.PathLike):
         path = os.fsdecode(image)
@@ -150,13 +139,6 @@ def prepare_pil(image: Image.Image, config: CropConfig) -> PreparedImage:
     return PreparedImage(crops.pixels, crops.tiling, rgb.width, rgb.height, digest)
 
 
-def result_of(answer: Answer) -> dict[str, Any]:
-    if answer.failure is not None:
-        raise RequestError(answer.failure.message, answer.failure.type)
-    assert answer.result is not None
-    return answer.result
-
-
 def read_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings as `Request` fields.
 
@@ -166,9 +148,9 @@ def read_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
     if settings is None:
         return {}
     if not isinstance(settings, Mapping):
-        raise RequestError(f"settings are {shown(settings)}, expected a mapping of {', '.join(SETTINGS)}")
+        raise RequestError(f"settings are {describe_value(settings)}, expected a mapping of {', '.join(SETTINGS)}")
     given = {name: value for name, value in settings.items() if value is not None}
-    unknown = [shown(name) for name in given if name not in SETTINGS]
+    unknown = [describe_value(name) for name in given if name not in SETTINGS]
     if unknown:
         raise RequestError(f"settings: unknown {', '.join(unknown[:5])}; known are {', '.join(SETTINGS)}")
     return {name: read_argument(name, value) for name, value in given.items()}
@@ -184,7 +166,7 @@ def read_refs(refs: SpatialRefs | None) -> tuple[tuple[float, ...], ...]:
         given = () if refs is None else refs
         numbers = [[n if isinstance(n, bool) else float(n) for n in ref] for ref in given]
     except Exception as error:  # whatever a caller's object does when it is iterated over
-        raise RequestError(f"spatial_refs are {shown(refs)}, expected points [x, y] and boxes") from error
+        raise RequestError(f"spatial_refs are {describe_value(refs)}, expected points [x, y] and boxes") from error
     return read_argument("spatial_refs", numbers)  # type: ignore[no-any-return]
 
 
@@ -195,7 +177,7 @@ def read_prompt(name: str, prompt: object) -> str | None:
         RequestError: it is no text.
     """
     if prompt is not None and not isinstance(prompt, str):
-        raise RequestError(f"{name} is {shown(prompt)}, expected text")
+        raise RequestError(f"{name} is {describe_value(prompt)}, expected text")
     return prompt
 
 
@@ -206,11 +188,11 @@ def read_flag(name: str, value: object) -> bool:
         RequestError: it is neither.
     """
     if not isinstance(value, bool | np.bool_):
-        raise RequestError(f"{name} is {shown(value)}, expected True or False")
+        raise RequestError(f"{name} is {describe_value(value)}, expected True or False")
     return bool(value)
 
 
-def shown(value: object) -> str:
+def describe_value(value: object) -> str:
     """Describe a value that was not expected, in a few printable characters, whatever it is."""
     text = " ".join(reprlib.repr(value).split())  # reprlib's: long values are cut, a class that fails is named
     return printable(f"{type(value).__name__} {text}"[:_SHOWN_CHARS])
@@ -223,20 +205,20 @@ def read_request(row: Mapping[str, Any]) -> Request:
         RequestError: no mapping, or a value of the wrong type or out of range.
     """
     if not isinstance(row, Mapping):
-        raise RequestError(f"a request is {shown(row)}, expected a mapping with image, task and prompt")
+        raise RequestError(f"a request is {describe_value(row)}, expected a mapping with image, task and prompt")
     given = {
         key: value for key, value in row.items() if value is not None and not (isinstance(value, str) and not value)
     }
     if not isinstance(given.get("name", ""), str | Path):
-        raise RequestError(f"name is {shown(given['name'])}, expected text")
+        raise RequestError(f"name is {describe_value(given['name'])}, expected text")
     if not isinstance(given.get("meta", {}), Mapping):
-        raise RequestError(f"meta is {shown(given['meta'])}, expected a mapping")
+        raise RequestError(f"meta is {describe_value(given['meta'])}, expected a mapping")
     task = given.get("task", "")
     if not isinstance(task, str) or task not in _TASK_NAMES:
-        raise RequestError(f"task is {shown(task)}, expected one of {', '.join(Task)}")
+        raise RequestError(f"task is {describe_value(task)}, expected one of {', '.join(Task)}")
     choices = given.get("choices", ())
     if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
-        raise RequestError(f"choices are {shown(choices)}, expected a list of texts")
+        raise RequestError(f"choices are {describe_value(choices)}, expected a list of texts")
     return Request(
         Task(task),
         read_prompt("prompt", given.get("prompt")),
@@ -256,7 +238,7 @@ def read_argument(name: str, value: Any) -> Any:
     """
     plain = value.item() if isinstance(value, np.generic) else value
     if not isinstance(plain, bool | int | float | str) and name != "spatial_refs":
-        raise RequestError(f"{name} is {shown(value)}, which no setting takes")
+        raise RequestError(f"{name} is {describe_value(value)}, which no setting takes")
     try:
         return read_setting(name, plain)
     except RowError as error:

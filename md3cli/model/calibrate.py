@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from md3cli.errors import ImageError, InputError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, prepare_image
-from md3cli.model.engine.encoder import ImageEncoder
-from md3cli.model.engine.engine import Engine
-from md3cli.model.engine.prompts import Prompts, Tokenizer
+from md3cli.model.engine.load import make_engine
+from md3cli.model.engine.memory import MemoryPlan
+from md3cli.model.engine.prompts import Tokenizer
 from md3cli.model.network.layers import Linear
 from md3cli.model.network.moe import ExpertMatrices
 from md3cli.model.network.moondream import Moondream3
@@ -136,15 +136,7 @@ def collect_importance(
     """
     loaded = load_model(files.path, dtype=dtype, device=device)
     tokenizer = Tokenizer.load(files.tokenizer_file, loaded.config)
-    engine = Engine(
-        loaded.model,
-        tokenizer,
-        Prompts(loaded.config, tokenizer, files.name),
-        ImageEncoder(loaded.model),
-        identity=RunIdentity(files.identity),
-        batch_size=1,
-        max_context=loaded.config.text.max_context,
-    )
+    engine = make_engine(loaded.model, tokenizer, files.name, RunIdentity(files.identity), MemoryPlan(slots=1))
     moments = InputMoments(loaded.model)
     try:
         num_answers = sum(

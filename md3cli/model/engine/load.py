@@ -26,7 +26,7 @@ from md3cli.file_cache import FileCache
 from md3cli.model.engine.encoder import EncodingCache, ImageEncoder
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import optimise
-from md3cli.model.engine.memory import free_bytes, least_room, plan_memory
+from md3cli.model.engine.memory import MemoryPlan, free_bytes, least_room, plan_memory
 from md3cli.model.engine.prompts import Prompts, Tokenizer
 from md3cli.model.kernels.availability import (
     cuda_fault,
@@ -165,15 +165,15 @@ def load_engine(options: ModelOptions) -> Engine:
     max_context = choose_max_context(options.max_context, loaded.config.text.max_context, loaded.config.prefix_len)
     optimise(loaded.model, for_compiling=bool(options.compile))
     plan = plan_memory(options.batch_size, loaded.config, dtype, device, max_context)
-    engine = Engine(
+    engine = make_engine(
         loaded.model,
         tokenizer,
-        Prompts(loaded.config, tokenizer, files.name),
-        ImageEncoder(loaded.model, store=store, max_crops=plan.max_crops, threads=vision_threads),
-        identity=run_identity(options, files.identity),
-        batch_size=plan.slots,
+        files.name,
+        run_identity(options, files.identity),
+        plan,
         max_context=max_context,
-        prefill_tokens=plan.prefill_tokens,
+        store=store,
+        threads=vision_threads,
     )
     if options.compile:
         compile_engine(engine, options.cache_dir)
@@ -184,6 +184,33 @@ def load_engine(options: ModelOptions) -> Engine:
             stacklevel=2,
         )
     return engine
+
+
+def make_engine(
+    model: Moondream3,
+    tokenizer: Tokenizer,
+    name: str,
+    identity: RunIdentity,
+    plan: MemoryPlan,
+    *,
+    max_context: int | None = None,
+    store: EncodingCache | None = None,
+    threads: int | None = None,
+) -> Engine:
+    """Build an engine of the sizes in `plan`; `name` is the model's, for `Prompts`, `threads` are the vision encoder's.
+
+    `max_context` None is the config's.
+    """
+    return Engine(
+        model,
+        tokenizer,
+        Prompts(model.config, tokenizer, name),
+        ImageEncoder(model, store=store, max_crops=plan.max_crops, threads=threads),
+        identity=identity,
+        batch_size=plan.slots,
+        max_context=max_context or model.config.text.max_context,
+        prefill_tokens=plan.prefill_tokens,
+    )
 
 
 def load_weights(options: ModelOptions, path: Path, *, dtype: torch.dtype, device: torch.device) -> LoadedModel:

@@ -1,9 +1,8 @@
 """`Moondream3ForConditionalGeneration`: the network under the roof of transformers.
 
-`self.model` is the network of `moondream.py`, so that parameter names are those of the original
-checkpoint, `model.` included. This file holds the forward pass and what transformers, peft and Trainer
-ask of a model; loading and saving stand in `loading.py`, `generate` in `generation.py`, the original
-class's methods in `original_methods.py`.
+`self.model` is the network, so that parameter names are those of the original checkpoint, `model.` included. This file
+holds the forward pass, what transformers, peft and Trainer ask of a model, and the original class's methods; loading
+and saving stand in `loading.py`, `generate` in `generate.py`. It is reached through the package alone.
 
 Shape suffixes: B rows, T new positions, S all positions, N crops of a row, D width, V vocabulary.
 """
@@ -11,9 +10,10 @@ Shape suffixes: B rows, T new positions, S all positions, N crops of a row, D wi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from md3cli.errors import RequestError
+from md3cli.errors import EngineError, RequestError
+from md3cli.model.api import Moondream, Skills
+from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.load import make_engine
+from md3cli.model.engine.memory import plan_memory
+from md3cli.model.engine.prompts import Tokenizer
 from md3cli.model.hf.config import Moondream3Config
 from md3cli.model.hf.generate import GenerationMethods, default_generation_config
 from md3cli.model.hf.inputs import (
@@ -35,9 +40,11 @@ from md3cli.model.hf.inputs import (
     read_positions,
 )
 from md3cli.model.hf.loading import LoadingMethods
-from md3cli.model.hf.skills import OriginalMethods
 from md3cli.model.network.loss import IGNORE, batch_loss
 from md3cli.model.network.moondream import Moondream3
+from md3cli.model.weights.files import TOKENIZER_NAME
+from md3cli.model.weights.hub import resolve_model
+from md3cli.records import RunIdentity
 
 
 @dataclass
@@ -66,6 +73,62 @@ class Backbone:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._owner.model, name)
+
+
+class OriginalMethods(Skills):
+    """The original class's own methods, over the network as it is now.
+
+    Scripts written for the original's remote code run unchanged; arguments and results are `Moondream`'s. After a
+    training step or a change of adapter a new engine is made: the old one remembers pictures as the old weights saw
+    them.
+    """
+
+    model: Moondream3
+    name_or_path: str  # what the weights were loaded from; "" for a new network
+    tokenizer_source: str | None = None  # file, folder or repository; None: beside the weights
+    _moondream: Moondream | None = None
+    _moondream_state: tuple[Any, ...] = ()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the engine's passes, as the original's `compile` does; for `torch.compile` call that on the model."""
+        self.moondream().compile()
+
+    def moondream(self) -> Moondream:
+        """Return the engine's face over the network as it is now.
+
+        Raises:
+            CheckpointError: the tokenizer cannot be had.
+            EngineError: a network that was not loaded from anywhere, so that no tokenizer is known.
+        """
+        state = self._weights_state()
+        if self._moondream is None or state != self._moondream_state:
+            self._moondream = None  # a GPU has no room for the slots of two engines
+            self._moondream, self._moondream_state = Moondream(self._new_engine()), state
+        return self._moondream
+
+    def _face(self) -> Moondream:
+        return self.moondream()
+
+    def _weights_state(self) -> tuple[Any, ...]:
+        """Return what changes when weights are trained, moved, or adapters come, go or are switched."""
+        tensors = tuple((id(p), p._version, p.device, p.dtype) for p in self.model.parameters())
+        layers: Iterator[Any] = (module for module in self.model.modules() if hasattr(module, "merged_adapters"))
+        adapters = tuple((*one.active_adapters, *one.merged_adapters, one.disable_adapters) for one in layers)
+        return (tensors, adapters)
+
+    def _new_engine(self) -> Engine:
+        if self.name_or_path:
+            files = resolve_model(self.name_or_path, tokenizer=self.tokenizer_source)
+            file, name, identity = files.tokenizer_file, files.name, files.identity
+        elif self.tokenizer_source is not None:
+            source = Path(self.tokenizer_source)
+            file, name, identity = source / TOKENIZER_NAME if source.is_dir() else source, "", "new"
+        else:
+            raise EngineError("this network has no tokenizer; set tokenizer_source to a tokenizer.json or its folder")
+        model, config = self.model, self.model.config
+        tokenizer = Tokenizer.load(file, config)
+        plan = plan_memory(None, config, model.dtype, model.device, config.text.max_context)
+        return make_engine(model, tokenizer, name, RunIdentity(identity), plan)
 
 
 class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from md3cli.errors import RequestError
 from md3cli.model.engine import plain
 from md3cli.model.engine.memory import MemoryPlan
-from md3cli.model.hf import skills
+from md3cli.model.hf import modeling
 from md3cli.records import Task
 
 pytestmark = pytest.mark.usefixtures("crops_as_recorded")
@@ -287,13 +287,13 @@ def test_the_originals_methods_are_the_engines() -> None:
 def test_an_engine_is_dropped_before_another_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What its slots take would not be free for the new one's."""
     model, _ = load_hf("a")
-    old, plan, was_free = weakref.ref(model.moondream().engine), skills.plan_memory, []
+    old, plan, was_free = weakref.ref(model.moondream().engine), modeling.plan_memory, []
 
     def watched(*arguments: Any) -> MemoryPlan:
         was_free.append(old() is None)
         return plan(*arguments)
 
-    monkeypatch.setattr(skills, "plan_memory", watched)
+    monkeypatch.setattr(modeling, "plan_memory", watched)
     monkeypatch.setattr(model, "_weights_state", lambda: "trained")
     model.moondream()
     assert was_free == [True]
