@@ -28,7 +28,7 @@ from md3cli.records import printable
 from md3cli.settings import Layer, OptionName, Options, Setting, read_layers, resolve_settings
 from md3cli.signals import STDOUT_CLOSED, Interrupted, is_closed
 
-COMMANDS: Mapping[str, str] = {  # name -> help in the list; the modules in md3cli/commands have the same names
+COMMANDS: Mapping[str, str] = {  # name -> help in the list
     "caption": "Describe every image.",
     "query": "Ask questions of every image, or of the model alone.",
     "detect": "Find objects and draw boxes around them.",
@@ -48,6 +48,8 @@ COMMANDS: Mapping[str, str] = {  # name -> help in the list; the modules in md3c
     "doctor": "What works here, and what to do about the rest.",
 }
 
+# The others are in the modules of their own names.
+MODULES: Mapping[str, str] = {"verify": "status", "runs": "status"}
 DOCTOR = "doctor"
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
@@ -209,9 +211,10 @@ def _forget_stdout() -> None:
 
 
 def load_command(name: str) -> Any:
-    """The parser of command `name`, from the `app` of its module."""
-    module = import_module(f"md3cli.commands.{name}")
+    """Return the parser of command `name`, from the `app` of its module, which may hold several commands."""
+    module = import_module(f"md3cli.commands.{MODULES.get(name, name)}")
     command = typer.main.get_command(module.app)
+    command = getattr(command, "commands", {}).get(name, command)
     command.name = name
     command.params = [param for param in command.params if param.name not in ("install_completion", "show_completion")]
     command.context_settings = {**command.context_settings, "help_option_names": ["-h", "--help"]}

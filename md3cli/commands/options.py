@@ -419,18 +419,17 @@ class AnnotateOptions:
 
 def expand_options(command: Callable[..., None]) -> Callable[..., None]:
     """Let typer see the fields of `AnnotateOptions` in place of the command's parameter `options`."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
     hints = get_type_hints(command, include_extras=True)
-    own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "options"]
+    own = [
+        parameter.replace(annotation=_for_typer(hints[name]), kind=keyword)
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name != "options"
+    ]
     declared = get_type_hints(AnnotateOptions, include_extras=True)
     shared = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default)
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=_for_typer(declared[field.name]))
         for field in fields(AnnotateOptions)
-    ]
-    parameters = [
-        parameter.replace(annotation=_for_typer(kind), kind=inspect.Parameter.KEYWORD_ONLY)
-        for group, kinds in ((own, hints), (shared, declared))
-        for parameter in group
-        for kind in [kinds[parameter.name]]
     ]
 
     @functools.wraps(command)
@@ -438,8 +437,8 @@ def expand_options(command: Callable[..., None]) -> Callable[..., None]:
         options = AnnotateOptions(**{parameter.name: values.pop(parameter.name) for parameter in shared})
         command(options=options, **values)
 
-    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    wrapper.__signature__ = inspect.Signature(own + shared)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in own + shared}
     del wrapper.__wrapped__
     return wrapper
 

@@ -1,22 +1,34 @@
-"""`md3 status`: how far a run of many processes is, from its markers alone."""
+"""`md3 status`, `md3 verify` and `md3 runs`: look at a run that is there, and clear away what it needs no more."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from md3cli.console import say
+from md3cli.errors import InputError
+from md3cli.records import printable
+
+if TYPE_CHECKING:
+    from md3cli.scale.folder import RunFolder
 
 app = typer.Typer(add_completion=False)
+runs = typer.Typer(help="Run folders of many processes: remove what they need no more.", no_args_is_help=True)
+app.add_typer(runs, name="runs")
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="The folder or file after -o of a run of many processes.")]
+ScaledRun = Annotated[
+    str, typer.Argument(metavar="RUN", help="The folder or file after -o of a run of many processes.")
+]
+AnyRun = Annotated[str, typer.Argument(metavar="RUN", help="What stood after -o: a file, a folder or an address.")]
 
 
-@app.command(epilog="Example: md3 status run/")
-def status(
-    run: Run,
+@app.command("status", epilog="Example: md3 status run/")
+def show_status(
+    run: ScaledRun,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines of text.")] = False,
 ) -> None:
     """How far a run of many processes is; also while it runs elsewhere."""
@@ -29,3 +41,80 @@ def status(
     assert plan is not None  # that is how it was found
     found = status_of(folder, plan)
     say(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
+
+
+@app.command("verify", epilog="Example: md3 verify run/")
+def verify(run: AnyRun) -> None:
+    """Check that a run has each request exactly once, its lines whole and as it left them; status 1 where not."""
+    from md3cli.remote.address import is_address
+    from md3cli.scale.folder import find_run_folder
+
+    try:
+        folder = find_run_folder(run)
+    except InputError as error:
+        if is_address(run):
+            raise
+        _verify_one(run, error)
+    else:
+        _verify_many(folder)
+
+
+def _verify_one(run: str, missing: InputError) -> None:
+    """Verify the records of one process; raises `missing` where there are none either."""
+    from md3cli.finished.run_json import find_records
+    from md3cli.run.journal_scan import RecordsVerification
+
+    try:
+        records = find_records(Path(run))
+    except InputError:
+        raise missing from None
+    verification = RecordsVerification(records)
+    _tell(verification.findings())
+    typer.echo(f"ok: {verification.num_records:,} records, each request exactly once")
+
+
+def _verify_many(folder: RunFolder) -> None:
+    from md3cli.scale.inspect import Verification
+
+    verification = Verification(folder)
+    _tell(verification.findings())
+    typer.echo(
+        f"ok: {verification.num_records:,} records of {verification.num_rows:,} images in {verification.num_shards:,} "
+        "shards, each request exactly once"
+    )
+
+
+def _tell(findings: Iterable[str]) -> None:
+    """Print what is wrong; raises Exit where anything is."""
+    num_findings = 0
+    for finding in findings:
+        num_findings += 1
+        typer.echo(printable(finding))
+    if num_findings:
+        raise typer.Exit(1)
+
+
+@runs.callback()
+def begin_runs() -> None:
+    """Run folders of many processes: remove what they need no more."""
+
+
+@runs.command("gc")
+def collect_garbage(
+    run: ScaledRun,
+    older_than: Annotated[
+        float, typer.Option("--older-than", metavar="S", min=0, help="Leave what was written in the last S seconds.")
+    ] = 3600.0,
+    damaged: Annotated[
+        bool, typer.Option("--damaged", help="Also have shards done again whose records are missing or damaged.")
+    ] = False,
+) -> None:
+    """Remove parts that no marker names, and journals of finished shards.
+
+    Example: md3 runs gc run/
+    """
+    from md3cli.scale.folder import find_run_folder
+    from md3cli.scale.inspect import collect
+
+    collected = collect(find_run_folder(run), older_than_s=older_than, with_damaged=damaged)
+    typer.echo(f"{len(collected.removed):,} files removed, {len(collected.reopened):,} shards to be done again")
