@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -249,6 +249,44 @@ def plain_console(stream: IO[str], *, has_color: bool) -> Console:
     # Without a colour system rich writes no escape codes at all, no bold either.
     color_system: Literal["auto"] | None = "auto" if has_color else None
     return Console(file=stream, color_system=color_system, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Container[str], is_ruled: bool
+) -> None:
+    """Print a table on stdout; cells are data, never markup.
+
+    Args:
+        right: the columns whose cells stand at the right.
+        is_ruled: with a line below the head, which else is bold.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD) if is_ruled else Table(box=None, header_style="bold")
+    for column in columns:
+        table.add_column(_text(column), justify="right" if column in right else "left")
+    for row in rows:
+        table.add_row(*map(_text, row))
+    Console().print(table)
+
+
+def print_wrapped(text: str) -> None:
+    """Print text on stdout, broken between words where a terminal is too narrow; it is data, never markup."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console().print(Text(text))
+
+
+@contextlib.contextmanager
+def moving_bar(what: str, unit: str = "B") -> Iterator[Callable[[int], None]]:
+    """Show a bar on stderr where that is a terminal; call what is yielded with so many bytes (or `unit`) more."""
+    from tqdm import tqdm
+
+    with tqdm(unit=unit, unit_scale=unit == "B", disable=None, desc=what) as bar:  # None: only on a terminal
+        yield bar.update
 
 
 def show_finding(name: str, health: str, text: str, advice: str, *, has_color: bool) -> None:

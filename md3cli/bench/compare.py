@@ -1,72 +1,105 @@
-"""`md3 bench --compare-quant`: the same model in 16, 8 and 4 bits, one process each, side by side."""
+"""`md3 bench --compare-quant`: the same model in 16, 8 and 4 bits, side by side.
+
+`compare_quant` measures each variant in a child interpreter, so that no variant's memory hides in another's, and
+judges the answers. There `main` receives a `VariantJob` and sends back memory, speed by stage and decisions. Tables
+are commands/bench.py's business.
+
+Decisions are counted along the path of the full-precision model: its choices are fed, whatever the variant would have
+chosen, so that one early difference is one difference.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import typer
+import torch
 
-from md3cli.errors import UsageError
-from md3cli.records import printable
+from md3cli.bench.runs import PHOTO, WORKLOADS, make_images
+from md3cli.bench.stages import bench_decode, bench_prefill, bench_vision
+from md3cli.child import Child, connect
+from md3cli.config import ModelOptions
+from md3cli.errors import EngineError, ImageError, InputError, UsageError
+from md3cli.evaluate import evaluate, load_truth
+from md3cli.images.crops import ImageLimits, PreparedImage, prepare_image
+from md3cli.model.api import Moondream
+from md3cli.model.engine import plain
+from md3cli.model.engine.load import load_engine
+from md3cli.model.engine.memory import peak_rss
+from md3cli.model.engine.prompts import Prompts
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.quant.quantise import QuantiseSettings, stored_bytes
+from md3cli.model.weights.codes import LowBit
+from md3cli.model.weights.hub import TINY, model_path, present_path
+from md3cli.model.weights.plan import plan_checkpoint
+from md3cli.records import ImageItem, Request, Task
 from md3cli.remote.address import is_address
-
-if TYPE_CHECKING:
-    from md3cli.bench.quant import VariantJob
+from md3cli.source.source import SourceSpec, open_source
 
 VARIANTS = ("none", "int8", "int4")
-# What is compared of each section of a score sheet (`md3cli.evaluate`), all of them shares of one.
+# What is compared of each section of a score sheet: shares of one.
 SCORES = {"boxes": ("AP50", "AP"), "points": ("F1",), "captions (short)": ("exact",), "answers": ("normalised",)}
-STAGES = {"vision": "a photo", "prefill": "a picture", "decode": "a token", "decode_16": "16 tokens"}
+CAPTION = Request(Task.CAPTION)
+DETECT = Request(Task.DETECT, "object")
+MAX_TOKENS, MAX_OBJECTS = 64, 8
+_NO_LIMITS = dict.fromkeys(("gemm_gflops", "vision_gemm_gflops", "read_gbytes"), math.inf)  # rates alone are wanted
+_TIMES = ("seconds", "crops_per_second", "tokens_per_second")
+_PROCESS = "md3cli.bench.compare:main"
+_MOST_BYTES = 1 << 30  # of a message: decisions of any number of pictures
 
 
 @dataclass(frozen=True, slots=True)
-class ComparedModel:
-    """One variant as it stands in the table: `model` loaded with `quant`; `file_bytes` of its weights on disk."""
+class VariantJob:
+    """What to run: a model in one precision, and on what.
 
-    name: str
+    `requests` are mappings of `Moondream.annotate`, answered into `records`; `images` are followed
+    decision by decision, along `followed` (what the full-precision variant decided) where it is given.
+    """
+
     model: str
     quant: str
-    file_bytes: int
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    requests: tuple[Mapping[str, Any], ...] = ()
+    records: str | None = None
+    images: tuple[str, ...] = ()
+    followed: tuple[tuple[int, ...], ...] | None = None
 
 
 def compare_quant(
     model: str, against: Sequence[str], images: str | None, *, device: str, dtype: str, threads: int | None
 ) -> dict[str, Any]:
-    """Measure `model` in each precision and every checkpoint of `against`; plain types for `--json`.
+    """Measure `model` in each precision, and every checkpoint of `against`; return plain types for `--json`.
 
     Quality is measured on the embedded model's held-out scenes, so for that model (and checkpoints
-    made from it) alone; agreement on the pictures of INPUT `images`.
+    made from it) alone; agreement is measured on the pictures of INPUT `images`.
     """
-    from md3cli.bench.quant import VariantJob, run_variant
-
     base = VariantJob(model, "none", dtype=dtype, device=device, threads=threads, images=_pictures(images))
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="md3-bench-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="md3-bench-") as temporary:
+        folder = Path(temporary)
         if _is_tiny(model):
             base = replace(base, requests=tuple(unpack_scenes(folder)))
-        for variant in _variants(model, against):
+        for name, weights, quant, file_bytes in _variants(model, against):
             records = folder / f"{len(results)}.jsonl"
-            job = replace(base, model=variant.model, quant=variant.quant, records=str(records))
-            found = run_variant(job if base.requests else replace(job, records=None))
-            found["file_bytes"] = variant.file_bytes
+            job = replace(base, model=weights, quant=quant, records=str(records) if base.requests else None)
+            found = run_variant(job) | {"file_bytes": file_bytes}
             if base.requests:
                 found["quality"] = _quality(records, folder)
-            results[variant.name] = found
+            results[name] = found
             base = _compared(found, results["none"], base)
     return {"model": model, "pictures": len(base.images), "variants": results}
 
 
 def _pictures(images: str | None) -> tuple[str, ...]:
-    from md3cli.source.source import SourceSpec, open_source
-
     if images is None:
         return ()
     items = [row.image for row in open_source(SourceSpec((images,)), ()) if row.image is not None]
@@ -77,27 +110,21 @@ def _pictures(images: str | None) -> tuple[str, ...]:
 
 
 def _is_tiny(model: str) -> bool:
-    from md3cli.model.weights.hub import TINY, model_path
-
     return model == TINY or Path(model).resolve() == model_path(TINY).resolve()
 
 
-def _variants(model: str, against: Sequence[str]) -> Iterator[ComparedModel]:
-    from md3cli.model.quant.quantise import QuantiseSettings, stored_bytes
-    from md3cli.model.weights.codes import LowBit
-    from md3cli.model.weights.hub import present_path
-    from md3cli.model.weights.plan import plan_checkpoint
-
+def _variants(model: str, against: Sequence[str]) -> Iterator[tuple[str, str, str, int]]:
+    """Yield name in the table, model, how its weights are loaded, and their bytes on disk."""
     plan = plan_checkpoint(present_path(model))
     for quant in VARIANTS:
         settings = None if quant == "none" else QuantiseSettings(LowBit(quant))
-        yield ComparedModel(quant, model, quant, stored_bytes(plan, settings))
+        yield quant, model, quant, stored_bytes(plan, settings)
     for other in against:
-        yield ComparedModel(other, other, "stored", plan_checkpoint(present_path(other)).files.num_bytes)
+        yield other, other, "stored", plan_checkpoint(present_path(other)).files.num_bytes
 
 
 def _compared(found: dict[str, Any], full: dict[str, Any], job: VariantJob) -> VariantJob:
-    """Note agreement and loss against the full-precision variant; the job with its decisions to follow."""
+    """Note in `found` agreement and loss against the full-precision variant; return the job that follows its path."""
     decisions = found.pop("decisions")
     if job.followed is None:
         job = replace(job, followed=tuple(map(tuple, decisions)))
@@ -119,8 +146,6 @@ def _compared(found: dict[str, Any], full: dict[str, Any], job: VariantJob) -> V
 
 def unpack_scenes(folder: Path) -> Iterator[dict[str, Any]]:
     """Unpack the embedded model's held-out scenes and ask of each what the ground truth knows."""
-    from md3cli.model.weights.hub import TINY, model_path
-
     with tarfile.open(model_path(TINY) / "held_out.tar.gz") as scenes:
         scenes.extractall(folder, filter="data")
     instances, questions = (json.loads((folder / f"{name}.json").read_bytes()) for name in ("instances", "questions"))
@@ -140,8 +165,6 @@ def unpack_scenes(folder: Path) -> Iterator[dict[str, Any]]:
 
 def _quality(records: Path, folder: Path) -> dict[str, float]:
     """Scores 0-1 by name; what needs the extra `eval` is left out without it."""
-    from md3cli.evaluate import evaluate, load_truth
-
     names = ["captions.json", "questions.json"]
     if importlib.util.find_spec("faster_coco_eval") is not None:
         names.insert(0, "instances.json")
@@ -153,45 +176,90 @@ def _quality(records: Path, folder: Path) -> dict[str, float]:
     }
 
 
-# -- the tables ------------------------------------------------------------------------------------
+# -- one variant, in a child interpreter -----------------------------------------------------------
 
 
-def show(result: Mapping[str, Any]) -> None:
-    """Size, memory, time by stage and what was lost, a column for each variant."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def run_variant(job: VariantJob) -> dict[str, Any]:
+    """Measure a variant in a child interpreter.
 
-    variants: Mapping[str, Any] = result["variants"]
-    table = Table(box=None, header_style="bold")
-    table.add_column("")
-    for name in variants:
-        table.add_column(Text(printable("full" if name == "none" else Path(name).name)), justify="right")
-    for title, *cells in _rows(variants.values()):
-        table.add_row(title, *cells)
-    Console().print(table)
-    if not any("quality" in found for found in variants.values()):
-        typer.echo("quality is measured on the embedded model's scenes: -m tiny", err=True)
-    elif importlib.util.find_spec("faster_coco_eval") is None:
-        typer.echo("boxes and points were not scored: pip install 'md3cli[eval]'", err=True)
+    Raises:
+        EngineError: it failed; the message is the process's own.
+    """
+    with Child(_PROCESS, may_print=True) as child:
+        try:
+            child.channel.send(asdict(job))
+            return child.channel.receive(None, _MOST_BYTES)
+        except (EOFError, OSError) as error:
+            status = child.process.wait()
+            words = child.last_words() or status
+            raise EngineError(f"{job.model} with --quant {job.quant}: {words}") from error
 
 
-def _rows(variants: Any) -> Iterator[tuple[str, ...]]:
-    found = list(variants)
-    yield ("weights on disk", *(f"{one['file_bytes'] / 1e9:,.3f} GB" for one in found))
-    yield ("peak memory", *(f"{one['peak_rss_bytes'] / 1e9:,.2f} GB" for one in found))
-    for stage, unit in STAGES.items():
-        yield (f"{stage.removesuffix('_16')}, {unit}", *_times(found, stage))
-    for name in found[0].get("quality", {}):
-        yield (name, *(f"{one['quality'][name]:.3f}" for one in found))
-    if "points_lost" in found[0]:
-        yield ("points lost, mean", *(f"{one['points_lost']:.2f}" for one in found))
-    if found[0]["agreement"] is not None:
-        yield (f"same of {found[0]['decisions']:,} decisions", *(f"{one['agreement']:.1%}" for one in found))
+def measure(job: VariantJob) -> dict[str, Any]:
+    """Return everything about one variant, in plain types: bytes, seconds, rates, decisions."""
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    options = ModelOptions(model=job.model, quant=job.quant, dtype=job.dtype, device=job.device, cache=False)
+    engine = load_engine(options)
+    loaded_rss = peak_rss()
+    decisions = [_decide(engine.model, engine.prompts, image, forced) for image, forced in _followed(engine, job)]
+    if job.records is not None:
+        with Path(job.records).open("w", encoding="utf-8") as stream:
+            for record in Moondream(engine, options).annotate(job.requests):
+                stream.write(json.dumps(record) + "\n")
+    answered_rss = peak_rss()
+    return {
+        "loaded_rss_bytes": loaded_rss,
+        "peak_rss_bytes": answered_rss,
+        "decisions": decisions,
+        "stages": _stages(engine.model),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+    }
 
 
-def _times(found: Sequence[Mapping[str, Any]], stage: str) -> Iterator[str]:
-    full = found[0]["stages"][stage]["seconds"]
-    for one in found:
-        seconds = one["stages"][stage]["seconds"]
-        yield f"{seconds * 1000:,.1f} ms {full / seconds:.1f}x"
+def _stages(model: Moondream3) -> dict[str, dict[str, float]]:
+    photos = make_images(model, replace(WORKLOADS["query"], tilings=(PHOTO,)), seed=0)
+    with torch.inference_mode():
+        stages = {
+            "vision": bench_vision(model, photos, _NO_LIMITS),
+            "prefill": bench_prefill(model, _NO_LIMITS),
+            "decode": bench_decode(model, 1, _NO_LIMITS),
+            "decode_16": bench_decode(model, 16, _NO_LIMITS),
+        }
+    return {name: {key: value for key, value in stage.items() if key in _TIMES} for name, stage in stages.items()}
+
+
+# -- decisions -------------------------------------------------------------------------------------
+
+
+def _followed(engine: Any, job: VariantJob) -> Iterator[tuple[PreparedImage, tuple[int, ...] | None]]:
+    for number, path in enumerate(job.images):
+        try:
+            image = prepare_image(ImageItem(path, path), engine.crop_config, ImageLimits(), None)
+        except ImageError as error:
+            raise InputError(f"{path}: {error}") from error
+        yield image, job.followed[number] if job.followed is not None else None
+
+
+@torch.inference_mode()
+def _decide(model: Moondream3, prompts: Prompts, image: PreparedImage, forced: tuple[int, ...] | None) -> list[int]:
+    """Return each greedy decision of a caption and of a detection: token ids, bins, whether another object follows."""
+    made: list[int] = []
+
+    def choose(decision: int) -> int:
+        made.append(decision)
+        return decision if forced is None else forced[len(made) - 1]
+
+    can_detect = model.config.tokenizer.templates.get("detect") is not None
+    for request in (CAPTION, DETECT) if can_detect else (CAPTION,):
+        prompt = prompts.build(request, has_image=True)
+        plain.answer(model, image, request.task, prompt, max_tokens=MAX_TOKENS, max_objects=MAX_OBJECTS, choose=choose)
+    return made
+
+
+def main() -> None:
+    """Receive a job from the parent process, and send back what was found."""
+    channel = connect()
+    job = channel.receive(None, _MOST_BYTES)
+    followed = job.pop("followed")
+    channel.send(measure(VariantJob(**job, followed=followed and tuple(map(tuple, followed)))))

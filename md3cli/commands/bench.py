@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Mapping, Sequence
-from enum import StrEnum
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
+from md3cli.console import print_table, print_wrapped
 from md3cli.errors import UsageError
 from md3cli.records import printable
 from md3cli.signals import check_stdout
 
 app = typer.Typer(add_completion=False)
 
-
-class BenchConfig(StrEnum):
-    """Sizes of random models."""
-
-    MINI = "mini"
-    MID = "mid"
-    FULL = "full"
-
-
-class BenchWorkload(StrEnum):
-    """What is run; how much of it depends on the device.
-
-    A query of 3 tokens about each photo; one of 15 tokens of reasoning and 15 of answer; captions (of 32 tokens
-    for one-tile pictures, on CUDA of 150 for photos); 5 detections in each of 16 photos; queries about JPEG files.
-    """
-
-    QUERY = "query"
-    REASONING = "reasoning"
-    CAPTIONS = "captions"
-    PHOTOS = "photos"
-    FILES = "files"
+COMPARED_STAGES = {"vision": "a photo", "prefill": "a picture", "decode": "a token", "decode_16": "16 tokens"}
 
 
 @app.command(
@@ -46,14 +28,14 @@ def bench(
         str | None, typer.Option("--model", "-m", help="Weights to measure with; without it random ones are used.")
     ] = None,
     config: Annotated[
-        BenchConfig,
+        Literal["mini", "mid", "full"],
         typer.Option(
             help="Size of the random model: mini = 15 MB, for tests; mid = real vision tower, 6 text layers; "
             "full = the real size."
         ),
-    ] = BenchConfig.MID,
+    ] = "mid",
     workload: Annotated[
-        BenchWorkload | None,
+        Literal["query", "reasoning", "captions", "photos", "files"] | None,
         typer.Option(help="What the engine is given to do; default: captions, on CUDA all but photos."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
@@ -88,7 +70,12 @@ def bench(
     """
     check_stdout()
     if compare:
-        _compare_quant(model, against or (), images, device=device, dtype=dtype, threads=threads, as_json=as_json)
+        if model is None:
+            raise UsageError("--compare-quant needs weights; name them with -m (-m tiny is always there)")
+        from md3cli.bench.compare import compare_quant
+
+        compared = compare_quant(model, against or (), images, device=device, dtype=dtype, threads=threads)
+        typer.echo(json.dumps(compared)) if as_json else _show_compared(compared["variants"])
         return
     if against or images:
         raise UsageError("--against and --images are for --compare-quant; add it, or leave them out")
@@ -96,91 +83,50 @@ def bench(
     from md3cli.run.feed import num_auto_workers
 
     result = run_bench(
-        model_source(model, config.value, device=device, dtype=dtype, threads=threads, seed=seed),
-        workload=workload.value if workload is not None else None,
+        model_source(model, config, device=device, dtype=dtype, threads=threads, seed=seed),
+        workload=workload,
         batch_size=batch_size,
         has_baseline=baseline,
         num_workers=num_auto_workers(),
         baseline_images=baseline_images,
         seed=seed,
     ).as_dict()
-    if as_json:
-        typer.echo(json.dumps(result))
-        return
-    _show(result)
+    typer.echo(json.dumps(result)) if as_json else _show(result)
 
 
-def _compare_quant(
-    model: str | None,
-    against: Sequence[str],
-    images: str | None,
-    *,
-    device: str,
-    dtype: str,
-    threads: int | None,
-    as_json: bool,
-) -> None:
-    from md3cli.bench import compare
-
-    if model is None:
-        raise UsageError("--compare-quant needs weights; name them with -m (-m tiny is always there)")
-    result = compare.compare_quant(model, against, images, device=device, dtype=dtype, threads=threads)
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        compare.show(result)
-
-
-def _show(result: dict[str, Any]) -> None:
-    """The numbers as tables on stdout."""
-    from rich.console import Console
-    from rich.text import Text
-
+def _show(result: Mapping[str, Any]) -> None:
     limits = result["limits"]
     copy = f", a bare copy {limits['copy_gbytes']:,.0f} GB/s read and written" if "copy_gbytes" in limits else ""
-    console = Console()
-    console.print(
-        Text(
-            f"{printable(str(result['device']))}: a bare matrix product reaches {limits['gemm_gflops']:,.0f} GFLOP/s, "
-            f"a bare read {limits['read_gbytes']:.1f} GB/s{copy}"
-        )
+    print_wrapped(
+        f"{printable(str(result['device']))}: a bare matrix product reaches {limits['gemm_gflops']:,.0f} GFLOP/s, "
+        f"a bare read {limits['read_gbytes']:.1f} GB/s{copy}"
     )
-    console.print(_stage_table(result["stages"], digits=5 if "runs" in result else 3))
+    columns = ("stage", "seconds", "per second", "rate", "of the limit")
+    rows = _stage_rows(result["stages"], digits=5 if "runs" in result else 3)
+    print_table(columns, rows, right=(), is_ruled=False)
     if "runs" in result:
-        console.print(_run_table(result["runs"]))
-        console.print(Text("\n".join(_gpu_lines(result))))
-    else:
-        console.print(Text("\n".join(_host_lines(result))))
+        columns = ("batch", "requests/s", "seconds", "GPU memory", "GPU busy")
+        print_table(("workload", *columns), map(_run_row, result["runs"]), right=columns, is_ruled=False)
+    print_wrapped("\n".join(_gpu_lines(result) if "runs" in result else _host_lines(result)))
 
 
-def _stage_table(stages: Mapping[str, Mapping[str, float]], *, digits: int) -> Any:
-    from rich.table import Table
-
-    table = Table("stage", "seconds", "per second", "rate", "of the limit", box=None, header_style="bold")
+def _stage_rows(stages: Mapping[str, Mapping[str, float]], *, digits: int) -> Iterator[tuple[str, ...]]:
     for name, stage in stages.items():
         amount = next(f"{stage[key]:,.1f} {key.split('_')[0]}" for key in stage if key.endswith("_per_second"))
         rate = f"{stage['gflops']:,.0f} GFLOP/s" if "gflops" in stage else f"{stage['gbytes']:,.1f} GB/s"
-        table.add_row(name, f"{stage['seconds']:.{digits}f}", amount, rate, f"{stage['share']:.0%}")
-    return table
+        yield name, f"{stage['seconds']:.{digits}f}", amount, rate, f"{stage['share']:.0%}"
 
 
-def _run_table(runs: Sequence[Mapping[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table("workload", box=None, header_style="bold")
-    for heading in ("batch", "requests/s", "seconds", "GPU memory", "GPU busy"):
-        table.add_column(heading, justify="right")
-    for run in runs:
-        busy = run["gpu_busy_share"]
-        table.add_row(
-            run["workload"],
-            str(run["batch_size"]),
-            f"{run['requests_per_second']:.2f}",
-            f"{run['seconds']:.2f}",
-            f"{run['gpu_peak_bytes'] / 1e9:.2f} GB",
-            f"{busy:.0%}" if busy is not None else "not seen",
-        )
-    return table
+def _run_row(run: Mapping[str, Any]) -> tuple[str, ...]:
+    busy = run["gpu_busy_share"]
+    return (
+        run["workload"],
+        str(run["batch_size"]),
+        f"{run['requests_per_second']:.2f}",
+        f"{run['seconds']:.2f}",
+        f"{run['gpu_peak_bytes'] / 1e9:.2f} GB",
+        f"{busy:.0%}" if busy is not None else "not seen",
+    )
 
 
 def _gpu_lines(result: Mapping[str, Any]) -> list[str]:
@@ -220,3 +166,33 @@ def _host_lines(result: Mapping[str, Any]) -> list[str]:
         seconds = result["baseline"]["seconds"]
         lines.append(f"plain path: {seconds:.1f} s, {seconds / engine['seconds']:.1f} times the engine's")
     return lines
+
+
+def _show_compared(variants: Mapping[str, Any]) -> None:
+    """Print size, memory, time by stage and what was lost, a column for each variant."""
+    names = ["full" if name == "none" else Path(name).name for name in variants]
+    print_table(("", *names), _compared_rows(list(variants.values())), right=names, is_ruled=False)
+    if not any("quality" in found for found in variants.values()):
+        typer.echo("quality is measured on the embedded model's scenes: -m tiny", err=True)
+    elif importlib.util.find_spec("faster_coco_eval") is None:
+        typer.echo("boxes and points were not scored: pip install 'md3cli[eval]'", err=True)
+
+
+def _compared_rows(found: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    yield ("weights on disk", *(f"{one['file_bytes'] / 1e9:,.3f} GB" for one in found))
+    yield ("peak memory", *(f"{one['peak_rss_bytes'] / 1e9:,.2f} GB" for one in found))
+    for stage, unit in COMPARED_STAGES.items():
+        yield (f"{stage.removesuffix('_16')}, {unit}", *_times(found, stage))
+    for name in found[0].get("quality", {}):
+        yield (name, *(f"{one['quality'][name]:.3f}" for one in found))
+    if "points_lost" in found[0]:
+        yield ("points lost, mean", *(f"{one['points_lost']:.2f}" for one in found))
+    if found[0]["agreement"] is not None:
+        yield (f"same of {found[0]['decisions']:,} decisions", *(f"{one['agreement']:.1%}" for one in found))
+
+
+def _times(found: Sequence[Mapping[str, Any]], stage: str) -> Iterator[str]:
+    full = found[0]["stages"][stage]["seconds"]
+    for one in found:
+        seconds = one["stages"][stage]["seconds"]
+        yield f"{seconds * 1000:,.1f} ms {full / seconds:.1f}x"

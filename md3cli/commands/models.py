@@ -6,12 +6,12 @@ import contextlib
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from md3cli.console import moving_bar, print_table
 from md3cli.errors import OutputError
 from md3cli.images.crops import CropConfig, ImageLimits
 from md3cli.records import printable
@@ -35,36 +35,6 @@ Source = Annotated[str, typer.Argument(metavar="SRC", help="Alias, repository id
 Target = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; must not exist yet.")]
 
 
-class Layout(StrEnum):
-    """The layouts `convert` writes."""
-
-    ORIGINAL = "original"
-    RAW = "raw"
-    HF = "hf"
-
-
-class Quant(StrEnum):
-    """The schemes `quantize` writes."""
-
-    INT8 = "int8"
-    INT4 = "int4"
-    FP8 = "fp8"
-
-
-class VisionQuant(StrEnum):
-    """What `quantize` does with the vision tower."""
-
-    NONE = "none"
-    INT8 = "int8"
-
-
-class ScaleDtype(StrEnum):
-    """What `quantize` stores int4's scales in."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-
-
 @app.command("list", epilog="Example: md3 models list")
 def list_models(as_json: AsJson = False) -> None:
     """The models that have a short name, and whether they are here."""
@@ -75,7 +45,7 @@ def list_models(as_json: AsJson = False) -> None:
         typer.echo(json.dumps([model.as_json() for model in models], indent=1))
         return
     rows = [(m.alias, m.source, _size(m.num_bytes), str(m.path or "not here")) for m in models]
-    _print_table(("name", "from", "size", "where"), rows)
+    _print(("name", "from", "size", "where"), rows)
     if any(model.path is None for model in models):
         typer.echo("Fetch one with: md3 models pull NAME", err=True)
 
@@ -115,24 +85,22 @@ def info(model: Model, revision: Revision = None, as_json: AsJson = False) -> No
         for part in summary.parts
     ]
     total = ("total", f"{summary.num_parameters:,}", _size(summary.num_bytes), "")
-    _print_table(("part", "parameters", "bytes", "stored as"), [*rows, total])
+    _print(("part", "parameters", "bytes", "stored as"), [*rows, total])
 
 
 @app.command(epilog="Example: md3 models convert ./checkpoint ./checkpoint-raw --to raw")
 def convert(
     source: Source,
     target: Target,
-    to: Annotated[Layout, typer.Option("--to", help="The layout to write.")],
+    to: Annotated[Literal["original", "raw", "hf"], typer.Option("--to", help="The layout to write.")],
 ) -> None:
     """Write a checkpoint in another layout, tensor by tensor, and compare the copy with the source."""
-    from tqdm import tqdm
-
     from md3cli.model.weights.formats import Format
     from md3cli.model.weights.hub import present_path
     from md3cli.model.weights.write import convert_checkpoint
 
-    with tqdm(unit="B", unit_scale=True, disable=None, desc="writing") as bar:  # None: only on a terminal
-        plan = convert_checkpoint(present_path(source), target, Format(to.value), progress=lambda n: bar.update(n))
+    with moving_bar("writing") as advance:
+        plan = convert_checkpoint(present_path(source), target, Format(to), progress=advance)
     typer.echo(f"{target}: {plan.layout}, {_size(plan.files.num_bytes)} in {len(plan.files.files)} files, compared")
 
 
@@ -141,15 +109,16 @@ def quantize(
     source: Source,
     target: Target,
     quant: Annotated[
-        Quant,
+        Literal["int8", "int4", "fp8"],
         typer.Option(help="int4: as existing readers have it; int8: by row; fp8: the experts alone."),
     ],
     vision: Annotated[
-        VisionQuant, typer.Option(help="int8 halves the vision tower too; others than md3 do not read it then.")
-    ] = VisionQuant.NONE,
+        Literal["none", "int8"],
+        typer.Option(help="int8 halves the vision tower too; others than md3 do not read it then."),
+    ] = "none",
     scales: Annotated[
-        ScaleDtype, typer.Option(help="Of int4: fp32 is what other readers expect, bf16 is 4 % smaller.")
-    ] = ScaleDtype.FP32,
+        Literal["fp32", "bf16"], typer.Option(help="Of int4: fp32 is what other readers expect, bf16 is 4 % smaller.")
+    ] = "fp32",
     calibrate: Annotated[
         str | None,
         typer.Option(metavar="INPUT", help="Pictures (or a manifest with questions) whose answers count most."),
@@ -162,8 +131,6 @@ def quantize(
     The large matrices of the text decoder and the region heads become codes with searched scales;
     vision, routers, tau, norms, embedding and head stay as they are.
     """
-    from tqdm import tqdm
-
     from md3cli.model.engine.load import DTYPES
     from md3cli.model.quant.quantise import QuantiseSettings, quantise_checkpoint
     from md3cli.model.weights.codes import LowBit
@@ -171,26 +138,24 @@ def quantize(
 
     path = present_path(source)  # before anything slow
     settings = QuantiseSettings(
-        LowBit(quant.value),
-        has_int8_vision=vision is VisionQuant.INT8,
-        int4_scale_dtype=DTYPES[scales.value],
+        LowBit(quant),
+        has_int8_vision=vision == "int8",
+        int4_scale_dtype=DTYPES[scales],
     )
     importance = None if calibrate is None else _calibrated(source, calibrate, calibrate_limit, device)
-    with tqdm(unit="B", unit_scale=True, disable=None, desc="writing") as bar:
+    with moving_bar("writing") as advance:
         plan = quantise_checkpoint(
             path,
             target,
             settings,
             importance=importance,
             tokenizer_file=stored_tokenizer(),
-            progress=lambda n: bar.update(n),
+            progress=advance,
         )
     typer.echo(f"{target}: {plan.layout}, {_size(plan.files.num_bytes)} in {len(plan.files.files)} files, read back")
 
 
 def _calibrated(model: str, pictures: str, limit: int, device: str) -> Importance:
-    from tqdm import tqdm
-
     from md3cli.images.pool import PicturePool
     from md3cli.model.calibrate import REQUESTS, collect_importance
     from md3cli.model.engine.load import choose_device, choose_dtype
@@ -202,7 +167,7 @@ def _calibrated(model: str, pictures: str, limit: int, device: str) -> Importanc
     place = choose_device(device)
     rows = open_source(SourceSpec((pictures,), limit=limit), REQUESTS)
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(unit=" pictures", disable=None, desc="calibrating"))
+        advance = stack.enter_context(moving_bar("calibrating", unit=" pictures"))
 
         @functools.cache
         def pool(config: CropConfig) -> PicturePool:
@@ -213,7 +178,7 @@ def _calibrated(model: str, pictures: str, limit: int, device: str) -> Importanc
             rows,
             device=place,
             dtype=choose_dtype("auto", place, find_weight_files(files.path).num_bytes),
-            progress=lambda n: bar.update(n),
+            progress=advance,
             prepare=lambda item, config: pool(config).submit(item).result(),
         )
 
@@ -221,18 +186,16 @@ def _calibrated(model: str, pictures: str, limit: int, device: str) -> Importanc
 @app.command(epilog="Example: md3 models verify ./checkpoint-int4")
 def verify(model: Model, revision: Revision = None, as_json: AsJson = False) -> None:
     """Compare names and shapes with what the config asks for, and each file with its digest; reads every byte."""
-    from tqdm import tqdm
-
     from md3cli.model.inspect import verify_checkpoint
     from md3cli.model.weights.hub import present_path
 
-    with tqdm(unit="B", unit_scale=True, disable=None, desc="reading") as bar:
-        found = verify_checkpoint(present_path(model, revision), progress=lambda n: bar.update(n))
+    with moving_bar("reading") as advance:
+        found = verify_checkpoint(present_path(model, revision), progress=advance)
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=1))
         return
     rows = [(f.name, _size(f.num_bytes), f"{f.sha256[:16]}…", f.known_from or "no digest known") for f in found.files]
-    _print_table(("file", "size", "SHA-256", "same as"), rows)
+    _print(("file", "size", "SHA-256", "same as"), rows)
     typer.echo(f"{found.plan.layout}: {len(found.plan.files.entries)} tensors, names and shapes as the config asks for")
 
 
@@ -259,6 +222,10 @@ def _by_format(formats: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {_size(size)}" for name, size in formats.items())
 
 
+def _print(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    print_table(columns, rows, right=("parameters", "bytes", "size"), is_ruled=True)
+
+
 def _size(num_bytes: int | None) -> str:
     """Bytes as people read them, in powers of ten: 18.5 GB."""
     if num_bytes is None:
@@ -269,18 +236,3 @@ def _size(num_bytes: int | None) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:,.1f} GB"
-
-
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on stdout; cells are data, never markup, numbers to the right."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, justify="right" if column in ("parameters", "bytes", "size") else "left")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    Console().print(table)

@@ -94,11 +94,6 @@ def _tell(findings: Iterable[str]) -> None:
         raise typer.Exit(1)
 
 
-@runs.callback()
-def begin_runs() -> None:
-    """Run folders of many processes: remove what they need no more."""
-
-
 @runs.command("gc")
 def collect_garbage(
     run: ScaledRun,

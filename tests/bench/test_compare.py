@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from md3cli.bench import compare, quant
-from md3cli.bench.quant import VariantJob, measure, run_variant
+from md3cli.bench import compare
+from md3cli.bench.compare import VariantJob, measure, run_variant
 from md3cli.commands import bench
 from md3cli.errors import EngineError, InputError, UsageError
 from md3cli.model.weights.hub import model_path
@@ -29,7 +29,7 @@ def stub_variant(job: VariantJob) -> dict[str, Any]:
     if job.quant != "none":
         assert job.followed == ((1, 2, 3, 4), (5, 6, 7, 8))
     seconds = {"none": 0.4, "int8": 0.2, "int4": 0.1}[job.quant]
-    stages = {stage: {"seconds": seconds} for stage in compare.STAGES}
+    stages = {stage: {"seconds": seconds} for stage in bench.COMPARED_STAGES}
     if job.records is not None:
         assert len(job.requests) > 500
         Path(job.records).write_text("")
@@ -38,7 +38,7 @@ def stub_variant(job: VariantJob) -> dict[str, Any]:
 
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quant, "run_variant", stub_variant)
+    monkeypatch.setattr(compare, "run_variant", stub_variant)
     qualities = iter(
         [
             {"boxes AP50": 0.9, "answers": 0.8},
@@ -120,7 +120,7 @@ def test_full_precision_follows_its_own_path() -> None:
     again = measure(replace(FULL, images=PICTURES[:1], followed=(tuple(free["decisions"][0]),)))
     assert again["decisions"] == free["decisions"]
     assert len(free["decisions"][0]) > 10
-    assert set(free["stages"]) == set(compare.STAGES)
+    assert set(free["stages"]) == set(bench.COMPARED_STAGES)
     assert all(stage["seconds"] > 0 for stage in free["stages"].values())
 
 
