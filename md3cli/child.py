@@ -8,10 +8,8 @@ worker starts in 0.2 s, and knows nothing of what children do.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import socket
 import struct
 import subprocess
@@ -20,10 +18,16 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any, Self
 
+from md3cli.errors import EngineError
+from md3cli.system import leave_stopping_to
+
 MAX_MESSAGE_BYTES = 1 << 20  # options with thousands of hosts, an error that lists every tensor
 _SLICE_S = 0.5
 _TAIL_BYTES = 2000
-_PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+_NO_CHILDREN_HERE = (
+    "this system cannot hand a socket to a child process, as decoding pictures and several workers need; "
+    "run md3 on Linux or macOS (on Windows: in WSL, `wsl --install`)"
+)
 
 
 class Channel:
@@ -113,7 +117,12 @@ class Child:
 
         The child dies when the thread that calls this does. With `may_print` its stdout and stderr go to a temporary
         file; without, its stdout goes nowhere, and stderr into a pipe, which a child that writes much would fill.
+
+        Raises:
+            EngineError: the system cannot hand a socket to a child (Windows); says what to do.
         """
+        if not hasattr(socket, "AF_UNIX"):
+            raise EngineError(_NO_CHILDREN_HERE)
         # Isolated mode: neither a numpy.py beside the pictures nor PYTHON* variables are any of a child's business.
         flags = "-IB" if sys.dont_write_bytecode else "-I"
         ours, theirs = socket.socketpair()
@@ -176,10 +185,5 @@ def code_of(entry: str) -> str:
 
 def connect() -> Channel:
     """Return the wire to the parent: what a child does first. From then on the child dies with its parent."""
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(stop, signal.SIG_IGN)  # sent to a whole service, they would make bad records of good pictures
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)  # of the *thread* that started this process
-    if os.getppid() != int(sys.argv[3]):  # it died before the lines above
-        os._exit(0)
+    leave_stopping_to(parent_pid=int(sys.argv[3]))
     return Channel(socket.socket(fileno=int(sys.argv[2])))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import secrets
 import shutil
@@ -26,6 +25,7 @@ from pathlib import Path
 from md3cli.errors import OutputError, OutputHeldError
 from md3cli.records import printable
 from md3cli.settings import user_cache_dir
+from md3cli.system import lock, open_at_once, share_blocks, sync_folder, write_all
 
 
 def scratch_folder() -> Path:
@@ -50,9 +50,6 @@ def scratch_folder() -> Path:
         ) from error
 
 
-_FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
-
-
 def copy_file(source: Path | str, target: Path, *, is_linked: bool = False) -> None:
     """Make `target`, which must not be there or be empty, a copy of what `source` leads to.
 
@@ -66,7 +63,7 @@ def copy_file(source: Path | str, target: Path, *, is_linked: bool = False) -> N
     if is_linked and _linked(source, target):
         return
     with open(source, "rb") as there, open(target, "wb") as here:
-        if not _cloned(there.fileno(), here.fileno()):
+        if not share_blocks(there.fileno(), here.fileno()):
             shutil.copyfileobj(there, here, 1 << 20)
 
 
@@ -81,23 +78,9 @@ def _linked(source: str, target: Path) -> bool:
     return True
 
 
-def _cloned(source: int, target: int) -> bool:
-    """Whether the file system let both share their blocks: Btrfs, XFS, bcachefs, ZFS on Linux."""
-    if sys.platform != "linux":
-        return False
-    import fcntl
-
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
-    except OSError:
-        return False
-    return True
-
-
 STAGED = "staged"  # what a folder's files are temporarily called together, inside it, before they are added to it
 TEMP_NAME_LIMIT_BYTES = 200  # of the name, so that the temporary name stays under the 255 of file systems
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
-_NO_LOCKS_HERE = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
@@ -148,11 +131,11 @@ def atomic_publish(path: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     temp = temp_beside(target)
     try:
-        os.close(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        os.close(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         yield temp
         _sync(temp)
         os.replace(temp, target)
-        _sync(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise output_error(path, error) from error
     finally:
@@ -161,7 +144,7 @@ def atomic_publish(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDWR)  # Windows syncs what may be written to
     try:
         os.fsync(fd)
     finally:
@@ -197,24 +180,22 @@ class OutputLock:
             OutputHeldError: another process does (named by pid and host).
             OutputError: it cannot be made.
         """
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
         try:
-            fd = os.open(path, flags, 0o666)
+            fd = open_at_once(path, os.O_RDWR | os.O_CREAT, follows_links=False)
         except OSError as error:
             if path.is_symlink():  # the lock's text would be written into whatever it leads to
                 raise OutputError(f"{printable(str(path))} is a link, and a lock must be a file; remove it") from error
             raise output_error(path, error) from error
         try:
-            is_held = _flock(fd, output, is_shared)
+            is_held = lock(fd, is_shared=is_shared)
             if is_held:
                 os.ftruncate(fd, 0)
-                os.pwrite(fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+                write_all(fd, f"{os.getpid()} {socket.gethostname()}\n".encode())
+        except BlockingIOError as error:
+            raise _held_error(fd, output) from error
         except OSError as error:
             os.close(fd)
             raise output_error(path, error) from error
-        except OutputHeldError:
-            os.close(fd)
-            raise
         return cls(fd, is_held)
 
     def release(self) -> None:
@@ -224,18 +205,11 @@ class OutputLock:
             self._fd = -1
 
 
-def _flock(fd: int, output: Path | str, is_shared: bool) -> bool:
-    """True when locked, False where the file system cannot."""
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        pid, _, host = os.pread(fd, 300, 0).decode("utf-8", "replace").strip().partition(" ")
-        raise OutputHeldError(
-            f"{printable(str(output))} is being written by another run: process {printable(pid or 'unknown')} "
-            f"on {printable(host or 'this machine')}; wait for it, stop it, or choose another -o"
-        ) from error
-    except OSError as error:
-        if error.errno in _NO_LOCKS_HERE:
-            return False
-        raise
-    return True
+def _held_error(fd: int, output: Path | str) -> OutputHeldError:
+    """Close a lock's file, and return the line that names the holder."""
+    with open(fd, "rb") as file:
+        pid, _, host = file.read(300).decode("utf-8", "replace").strip().partition(" ")
+    return OutputHeldError(
+        f"{printable(str(output))} is being written by another run: process {printable(pid or 'unknown')} "
+        f"on {printable(host or 'this machine')}; wait for it, stop it, or choose another -o"
+    )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-import stat
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +21,7 @@ from typing import Any
 
 from md3cli.errors import ConfigError
 from md3cli.records import printable
+from md3cli.system import NotRegularError, open_regular
 
 APP_NAME = "md3cli"
 CONFIG_FILE = "md3.toml"
@@ -153,10 +153,11 @@ def _text_of(path: Path) -> str:
         ConfigError: it is no regular file, or too large.
         OSError, ValueError: it cannot be opened, or is not UTF-8.
     """
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise ConfigError(f"{path}: not a regular file; remove it, or write the settings into a file of that name")
+    try:
+        fd = open_regular(path)
+    except NotRegularError as error:
+        advice = "remove it, or write the settings into a file of that name"
+        raise ConfigError(f"{path}: not a regular file; {advice}") from error
     with os.fdopen(fd, "rb") as file:
         data = file.read(MOST_FILE_BYTES + 1)
     if len(data) > MOST_FILE_BYTES:

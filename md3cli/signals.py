@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from md3cli.errors import OutputError
+from md3cli.system import STOP_SIGNALS
 
 STDOUT_CLOSED = "stdout is closed, so nothing can be printed; name a file with -o, or send stdout somewhere (> FILE)"
 
@@ -110,7 +111,6 @@ def silenced_stderr() -> Iterator[None]:
 
 
 STATUS_BASE = 128
-SIGNAL_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Interrupted(BaseException):
@@ -140,8 +140,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (getattr(signal, name, None) for name in SIGNAL_NAMES):
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 

@@ -386,7 +386,7 @@ def test_an_output_that_cannot_be_locked_is_told(md3: Program, pictures: Path, m
     def refused(fd: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("md3cli.files.fcntl.flock", refused)
+    monkeypatch.setattr("md3cli.system.fcntl.flock", refused)
     result = md3("caption", pictures, "-o", "o.jsonl")
     assert result.exit_code == 0
     assert "warning: o.jsonl.lock cannot be locked on this file system" in result.stderr

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "md3cli"
 ROOMS = (
     ("md3cli",),  # the version, and lazy names
     ("md3cli.records", "md3cli.errors"),
+    ("md3cli.system",),
     ("md3cli.child",),
     ("md3cli.settings", "md3cli.signals"),
     ("md3cli.files", "md3cli.file_cache"),
@@ -131,7 +132,7 @@ def test_where_libraries_are_imported(module: str) -> None:
 
 
 def test_words_and_children_know_the_standard_library_only() -> None:
-    for module in ("md3cli.records", "md3cli.errors", "md3cli.child"):
+    for module in ("md3cli.records", "md3cli.errors", "md3cli.system", "md3cli.child"):
         for found in imports_of(MODULES[module]):
             top = found.module.partition(".")[0]
             assert top == "md3cli" or top in WORDS_OUTSIDE, f"{module}:{found.line} imports {found.module}"

@@ -83,7 +83,7 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch:
     def no_locks(fd: int, flags: int) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("md3cli.files.fcntl.flock", no_locks)
+    monkeypatch.setattr("md3cli.system.fcntl.flock", no_locks)
     lock = OutputLock.acquire(tmp_path / "out.lock", tmp_path / "out")
     assert not lock.is_held
     lock.release()

@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 
 from md3cli import __version__
-from md3cli.errors import ConfigError, ImageError, Md3Error
+from md3cli.errors import ConfigError, EngineError, ImageError, Md3Error
 from md3cli.settings import CONFIG_FILE, ENV_PREFIX, Layer, read_layers, user_cache_dir
 
 EXTRAS = {"report": ("jinja2",), "eval": ("faster_coco_eval", "matplotlib"), "heif": ("pillow_heif",)}
@@ -118,6 +118,10 @@ def _pictures() -> Iterator[Finding]:
             pool.submit(ImageItem("test.png", path)).result()
         except ImageError as error:
             yield Finding("pictures", Health.BAD, f"the decode worker failed: {error}", "reinstall pillow and numpy")
+            return
+        except EngineError as error:  # no worker can be started on this system
+            text, _, advice = str(error).partition("; ")
+            yield Finding("pictures", Health.BAD, text, advice)
             return
     kinds = [name for name in ("jpg", "webp", "avif", "libtiff") if features.check(name)]
     yield Finding("pictures", Health.OK, f"decode workers run; {', '.join(kinds)}, png, gif, bmp")

@@ -23,6 +23,7 @@ from md3cli import __version__
 from md3cli.errors import UsageError
 from md3cli.finished.digest import DIGEST_BYTES, DigestSet
 from md3cli.records import is_printable, printable
+from md3cli.system import open_at_once
 
 MARKER = ".md3"
 SCHEMA = "md3-files/1"
@@ -112,8 +113,8 @@ def remove_written(folder: Path) -> None:
 
 
 def _opened(folder: Path | str) -> IO[str]:
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    return open(os.open(os.path.join(folder, MARKER), flags), encoding="utf-8", newline="\n")
+    fd = open_at_once(os.path.join(folder, MARKER), follows_links=False)
+    return open(fd, encoding="utf-8", newline="\n")
 
 
 def _digest(path: str) -> bytes:

@@ -24,6 +24,7 @@ from PIL import Image
 from md3cli.errors import ImageError
 from md3cli.images.pixels import TOO_LITTLE_MEMORY, OnHeader, decode_rgb, parse_background
 from md3cli.records import ImageItem
+from md3cli.system import open_at_once
 
 PREPROCESSING_VERSION = 2  # rises when the same file would give other crops; part of the encoding cache's key
 
@@ -220,8 +221,7 @@ def read_bytes(item: ImageItem, limit_bytes: int) -> bytes:
 
 
 def _open_regular(path: str) -> BinaryIO:
-    # O_NONBLOCK: a FIFO without a writer would hang open() for ever. For regular files it changes nothing.
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    fd = open_at_once(path)
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)

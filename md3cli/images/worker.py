@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
-import sys
 from dataclasses import dataclass
 
 from md3cli.child import Channel, connect
@@ -18,6 +16,7 @@ from md3cli.errors import ImageError
 from md3cli.images.crops import CropConfig, ImageLimits, prepare_image
 from md3cli.images.pixels import HUGE_PIXELS, start_pillow
 from md3cli.records import ImageItem
+from md3cli.system import be_expendable, limit_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +31,12 @@ class Setup:
 def serve() -> None:
     """Life of a worker: set up, say so, then a picture per message until the other side is gone."""
     channel = connect()
-    _isolate()
+    be_expendable()
     message = channel.receive(None)
     setup = Setup(CropConfig(**message["crop_config"]), ImageLimits(**message["limits"]), message["background"])
     start_pillow()
-    _limit_memory(setup.limits)
+    # The file, four pictures of 4 bytes a pixel (WebP's canvases, one turned, one RGB), and the interpreter.
+    limit_memory(setup.limits.max_file_size + 16 * setup.limits.max_pixels + (1 << 30))
     channel.send({})
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # libtiff and libjpeg write there at will
@@ -70,20 +70,3 @@ def _serve_one(channel: Channel, item: ImageItem, data: bytes | None, setup: Set
         return
     channel.send({"width": picture.width, "height": picture.height, "sha256": picture.sha256})
     channel.send_bytes(picture.crops.data.cast("B"))
-
-
-def _isolate() -> None:
-    """Leave no core dump, be the first to go when memory runs out."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-            score.write("500")
-
-
-def _limit_memory(limits: ImageLimits) -> None:
-    """Address space for the file, four pictures of 4 bytes a pixel (WebP's canvases, one turned, one RGB), and us."""
-    most = limits.max_file_size + 16 * limits.max_pixels + (1 << 30)
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    with contextlib.suppress(ValueError, OSError):  # macOS refuses
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

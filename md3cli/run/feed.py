@@ -7,7 +7,6 @@ restore it (ordering.py). What cannot be run becomes a failure here, without the
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from md3cli.images.pool import DecodePool, PicturePool
 from md3cli.records import ImageFacts, ImageItem, Request, RowFailure, SourceRow
 from md3cli.remote.hosts import FetchOptions, HostRules
 from md3cli.run.record_index import Ids
+from md3cli.system import num_cores
 
 AHEAD_BYTES = 256 * 2**20  # of crops decoded ahead
 MIN_AHEAD, MAX_AHEAD = 4, 256  # rows decoded ahead
@@ -66,8 +66,7 @@ def rows_ahead(crop_config: CropConfig) -> int:
 
 def num_auto_workers() -> int:
     """A decode worker for each core this process may use, within reason."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_AUTO_WORKERS, num_cores)
+    return min(MAX_AUTO_WORKERS, num_cores())
 
 
 def make_pool(config: RunConfig, crop_config: CropConfig) -> DecodePool:

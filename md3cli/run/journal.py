@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
 import time
 from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -53,6 +52,7 @@ from md3cli.run.journal_scan import (
     scan_journal,
 )
 from md3cli.run.record_index import Fate, FoundRecords, Unasked, latest_lines, line_of_bad_row
+from md3cli.system import open_regular, read_at, sync_data
 
 
 class Visits:
@@ -162,7 +162,7 @@ def copy_spans(old: IO[bytes], new: IO[bytes], spans: Spans) -> None:
     """Copy `spans` of `old` to `new`, one behind the other."""
     for position, end in zip(spans.starts.tolist(), spans.ends.tolist(), strict=True):
         while position < end:
-            data = os.pread(old.fileno(), min(_COPY_BYTES, end - position), position)
+            data = read_at(old.fileno(), min(_COPY_BYTES, end - position), position)
             if not data:
                 raise OSError(0, "the file shrank while it was read")
             new.write(data)
@@ -269,7 +269,7 @@ class Journal:
                 file.seek(0)
                 self.first_record = first_record(file) if len(self.found) else None
             size = os.fstat(self._fd).st_size
-            if size and not len(self.found) and not is_ours and not _may_be_ours(os.pread(self._fd, 1 << 16, 0)):
+            if size and not len(self.found) and not is_ours and not _may_be_ours(read_at(self._fd, 1 << 16, 0)):
                 raise OutputMismatchError(
                     f"{printable(str(self.path))} holds something else than records of this version of md3; "
                     "choose another -o, or --overwrite to replace it"
@@ -339,7 +339,7 @@ class Journal:
         num_bytes = _MANY_BYTES if is_next else _FEW_BYTES
         while True:
             try:
-                self._buffer, self._buffer_start = os.pread(self._fd, num_bytes, start), start
+                self._buffer, self._buffer_start = read_at(self._fd, num_bytes, start), start
             except OSError as error:
                 raise output_error(self.path, error) from error
             end = self._buffer.find(b"\n")
@@ -437,7 +437,7 @@ class Journal:
             OutputError: the disk refuses.
         """
         try:
-            os.fdatasync(self._fd)
+            sync_data(self._fd)
         except OSError as error:
             raise output_error(self.path, error) from error
         self._num_unsynced = 0
@@ -553,11 +553,7 @@ class Journal:
 
 
 def _open_append(path: Path) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(0, "not a regular file")
-    return fd
+    return open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
 
 
 def _may_be_ours(start: bytes) -> bool:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -37,6 +36,7 @@ from md3cli.finished.run_json import counts_of, load_run_info
 from md3cli.finished.whole_records import WHOLE_LINES, read_json, read_record
 from md3cli.records import OK_TAIL, SCHEMA, RecordDict, printable
 from md3cli.run.record_index import FoundRecords, outcome_code
+from md3cli.system import open_regular, read_at, write_all
 
 BLOCK_BYTES = 1 << 20
 LINE_LIMIT_BYTES = 1 << 26  # a longer line is no record of ours
@@ -359,32 +359,25 @@ def keep_damaged(path: Path, fd: int, spans: Iterable[tuple[int, int]]) -> None:
     if not spans:
         return
     try:
-        with os.fdopen(_open(path), "r+b", buffering=0) as file:
+        # The copies would be written into whatever a link leads to.
+        beside = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, follows_links=False)
+        with os.fdopen(beside, "r+b", buffering=0) as file:
             known = {_digest(line) for line in file}
             for start, end in spans:
                 for text in _lines(fd, start, end):
                     if _digest(text) not in known:
                         known.add(_digest(text))
-                        _write_all(file.fileno(), text)
+                        write_all(file.fileno(), text)
             os.fsync(file.fileno())
     except OSError as error:
         raise output_error(path, error) from error
-
-
-def _open(path: Path) -> int:
-    no_link = getattr(os, "O_NOFOLLOW", 0)  # the copies would be written into whatever it leads to
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | no_link, 0o666)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(0, "not a regular file")
-    return fd
 
 
 def _lines(fd: int, start: int, end: int) -> Iterator[bytes]:
     """Yield the lines of a span, the last with a newline too; pieces of it where it is long."""
     is_long = end - start > _WHOLE_LIMIT_BYTES
     for at in range(start, end, _PIECE_BYTES if is_long else end - start):
-        text = os.pread(fd, min(_PIECE_BYTES, end - at) if is_long else end - start, at)
+        text = read_at(fd, min(_PIECE_BYTES, end - at) if is_long else end - start, at)
         if is_long:
             yield text
         else:
@@ -395,13 +388,7 @@ def _digest(line: bytes) -> bytes:
     return hashlib.sha256(line).digest()[:16]
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(fd, rest) :]
-
-
 def line_number(fd: int, offset: int) -> int:
     """Return the number of the line that begins at `offset` of an open file, from 1."""
     parts = range(0, offset, _PIECE_BYTES)
-    return 1 + sum(os.pread(fd, min(_PIECE_BYTES, offset - at), at).count(b"\n") for at in parts)
+    return 1 + sum(read_at(fd, min(_PIECE_BYTES, offset - at), at).count(b"\n") for at in parts)

@@ -35,6 +35,7 @@ from md3cli.records import (
 )
 from md3cli.run.feed import Ticket
 from md3cli.run.journal import encode_record
+from md3cli.system import open_at_once, read_at
 
 SUFFIX = ".early"
 _END_BYTES = 1 << 12  # of a journal, by which it is known
@@ -92,7 +93,7 @@ class EarlyRecords:
         records = list({record["id"]: record for record in (*self._left.values(), *waiting)}.values())
         with contextlib.suppress(FileNotFoundError):
             self._temp.unlink()  # a killed writer's, or a link that somebody else has put there
-        fd = os.open(self._temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        fd = open_at_once(self._temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         try:
             _write_bytes(fd, _head_of(self._journal_path))
             _write_all(fd, records)
@@ -137,7 +138,7 @@ def _head_of(journal_path: Path, num_bytes: int | None = None) -> bytes:
     """The first line beside a journal that is, or was when it had `num_bytes`, as the journal is now."""
     with open(journal_path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size if num_bytes is None else num_bytes
-        end = os.pread(file.fileno(), min(size, _END_BYTES), max(0, size - _END_BYTES))
+        end = read_at(file.fileno(), min(size, _END_BYTES), max(0, size - _END_BYTES))
     head = {"early": SCHEMA, "journal": {"bytes": size, "end": hashlib.sha256(end).hexdigest()}}
     return json.dumps(head, separators=(",", ":")).encode() + b"\n"
 

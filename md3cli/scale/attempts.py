@@ -19,7 +19,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from md3cli.finished.whole_records import read_json, read_record
 from md3cli.run.journal_scan import DamagedLines, repair_words
 from md3cli.scale.folder import WIP, RunFolder, damaged_name, journal_name, shard_name
 from md3cli.scale.store import LocalStore
+from md3cli.system import KILL_SIGNAL, STOP_SIGNALS, is_alive, open_at_once, sync_data
 
 Clock = Callable[[], float]
 
@@ -102,7 +102,7 @@ STALE_AFTER_S = 60.0  # without such a sign
 # from outside (SIGKILL, power, the machine) leaves no trace of its cause and may hit anybody: then it takes
 # four times alone.
 CRASHES_TO_BLAME, DEATHS_ALONE_TO_BLAME = 2, 4
-_STOP_STATUSES = frozenset(-number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+_STOP_STATUSES = frozenset(-number for number in (KILL_SIGNAL, *STOP_SIGNALS))
 
 
 class AttemptJournal:
@@ -116,8 +116,7 @@ class AttemptJournal:
         self._synced_at = self._touched_at = time.monotonic()
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-            self._fd = os.open(self._path, flags, 0o666)
+            self._fd = open_at_once(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
         except OSError as error:
             raise output_error(self._path, error) from error
 
@@ -147,7 +146,7 @@ class AttemptJournal:
     def sync(self) -> None:
         """Raises OutputError: the disk refuses."""
         try:
-            os.fdatasync(self._fd)
+            sync_data(self._fd)
         except OSError as error:
             raise output_error(self._path, error) from error
         self._num_unsynced, self._synced_at = 0, time.monotonic()
@@ -332,14 +331,3 @@ def who_runs(folder: RunFolder, shard: int, own_host: str, signs: Signs) -> str 
         if sign is not None and signs.still_for(name, sign) < STALE_AFTER_S:
             return f"{owner[1]} (process {owner[2]})"
     return None
-
-
-def is_alive(pid: int) -> bool:
-    """Return whether a process of this machine is there."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):  # or a number that no process has
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True

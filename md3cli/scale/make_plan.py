@@ -40,9 +40,10 @@ from md3cli.files import output_error
 from md3cli.records import Request, RunIdentity, SourceRow, printable
 from md3cli.remote.address import is_address, shown
 from md3cli.run.record_index import RequestIds
-from md3cli.scale.attempts import Clock, Signs, Teller, is_alive
+from md3cli.scale.attempts import Clock, Signs, Teller
 from md3cli.scale.folder import MANIFEST, PLAN, REPEATS, RunFolder, host_name
 from md3cli.scale.plan import FINGERPRINT_KEY, PLAN_SCHEMA, Plan, RowColumns, columns_of, hash_of, read_plan, row_of
+from md3cli.system import is_alive
 
 PLANNER = "plan/planner.json"  # there while a rank makes the plan
 BEAT_S = 2.0

@@ -16,7 +16,6 @@ Memory: 32 bytes a record of the old journal.
 from __future__ import annotations
 
 import contextlib
-import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -67,6 +66,7 @@ from md3cli.scale.plan import Plan, PlanReader, check_config, plan_config, read_
 from md3cli.scale.shard_runner import asked, is_line_of
 from md3cli.scale.store import LocalStore
 from md3cli.source.source import Source, check_found
+from md3cli.system import read_at
 
 _GOING_SUFFIX = "-next"  # what stands there is thrown away by any start
 
@@ -257,7 +257,7 @@ class _Index:
 
     def _line(self, number: int) -> bytes:
         start, end = self._starts[number], self._ends[number]
-        return os.pread(self._fd, end - start, start)
+        return read_at(self._fd, end - start, start)
 
     @property
     def has_others(self) -> bool:

@@ -29,6 +29,7 @@ from md3cli.errors import ImageError, MissingExtraError, OutputError
 from md3cli.files import atomic_publish, output_error, temp_beside
 from md3cli.records import printable
 from md3cli.remote.address import is_address
+from md3cli.system import open_at_once, sync_folder, write_all
 
 SELF_TEST_FOLDER = "selftest"
 READ_AT_A_TIME = 1000  # files, of which fsspec has a hundred or so under way
@@ -331,7 +332,7 @@ class LocalStore:
                 if error.errno not in _NO_LINKS_HERE:
                     raise
                 return self._create(path, data)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
             return True
         except OSError as error:
             raise output_error(path, error) from error
@@ -345,7 +346,7 @@ class LocalStore:
             _write_synced(path, data)
         except FileExistsError:
             return False
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         return True
 
     def remove(self, name: str) -> None:
@@ -381,7 +382,7 @@ class LocalStore:
         The file is opened for it, for only then a network file system asks its server.
         """
         try:
-            fd = os.open(self.path(name), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | os.O_CLOEXEC)
+            fd = open_at_once(self.path(name))
         except OSError:
             return None
         try:
@@ -403,19 +404,9 @@ class LocalStore:
 
 
 def _write_synced(path: Path, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    fd = open_at_once(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(fd, rest) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+        write_all(fd, data)
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -24,11 +24,11 @@ import json
 import os
 import re
 import select
-import stat
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NamedTuple, Protocol
 
+from md3cli import system
 from md3cli.errors import InputError
 from md3cli.records import printable
 from md3cli.remote.address import is_address, shown, suffix_of
@@ -382,13 +382,12 @@ def open_regular(path: str) -> IO[bytes]:
     if is_address(path):
         return _open_address(path)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.fdopen(system.open_regular(path), "rb")
+    except system.NotRegularError as error:
+        advice = "pipe a list of paths to INPUT - instead"
+        raise InputError(f"{printable(path)} is not a regular file; {advice}") from error
     except OSError as error:
         raise InputError(f"cannot open {printable(path)}: {error.strerror}; check its permissions") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise InputError(f"{printable(path)} is not a regular file; pipe a list of paths to INPUT - instead")
-    return os.fdopen(fd, "rb")
 
 
 def _open_address(address: str) -> IO[bytes]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 
 from md3cli.errors import ConfigError
 from md3cli.model.network.config import HEAD_DIM, ModelConfig
+from md3cli.system import most_memory_used
 
 
 @contextlib.contextmanager
@@ -205,10 +205,7 @@ def peak_rss() -> int:
             fields = dict(line.split(":", 1) for line in lines)
         return int(fields["VmHWM"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return most_memory_used()
 
 
 def reset_peak_rss() -> None:

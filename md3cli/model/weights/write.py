@@ -18,7 +18,6 @@ its digest and to compare every tensor with what was meant. Which values are wri
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -59,6 +58,7 @@ from md3cli.model.weights.names import (
 )
 from md3cli.model.weights.plan import INT8_WEIGHTS, QUANT_METHOD, CheckpointPlan, plan_checkpoint
 from md3cli.model.weights.read import TORCH_DTYPES, CheckpointReader, disassemble, stored_dtype
+from md3cli.system import drop_cache, locked_folder, sync_folder
 
 _FINISHED = ".finished.json"
 
@@ -119,25 +119,19 @@ def open_partial(target: Path, made_from: str | None) -> Iterator[PartialFolder]
         OutputError: another process is writing the same target, or the folder cannot be made.
     """
     path = target.with_name(f".{target.name}.partial")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked_folder(path))
         except BlockingIOError as error:
             raise OutputError(f"{target} is being written by another process") from error
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
         try:
             yield PartialFolder(path, made_from)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
-    finally:
-        os.close(lock)
 
 
 def write_synced(file: Path, text: str) -> None:
@@ -146,15 +140,6 @@ def write_synced(file: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Have a folder's names on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_checksums(folder: Path) -> Mapping[str, str]:
@@ -281,7 +266,7 @@ def write_shard(
                 progress(place.stop - place.start)
         stream.flush()
         os.fsync(stream.fileno())
-        _drop_cache(stream.fileno())
+        drop_cache(stream.fileno())
     return _read_back(file, len(header), shard, sums)
 
 
@@ -296,12 +281,6 @@ def _header(shard: Shard, layout: Format) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
-
-
-def _drop_cache(descriptor: int) -> None:
-    """Ask the system to read the file from the disk next time; where it cannot, the check is of memory."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _read_back(file: Path, header_bytes: int, shard: Shard, sums: Mapping[str, int]) -> str:

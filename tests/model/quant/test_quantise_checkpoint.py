@@ -216,7 +216,7 @@ def test_two_writers_of_one_folder_do_not_meet(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_lies_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drop = write._drop_cache
+    drop = write.drop_cache
 
     def drop_and_damage(descriptor: int) -> None:
         drop(descriptor)
@@ -224,7 +224,7 @@ def test_a_disk_that_lies_is_found_out(tmp_path: Path, monkeypatch: pytest.Monke
             stream.seek(-5, 2)
             stream.write(b"\x55")
 
-    monkeypatch.setattr(write, "_drop_cache", drop_and_damage)
+    monkeypatch.setattr(write, "drop_cache", drop_and_damage)
     with pytest.raises(OutputError, match="reads back different"):
         quantise_checkpoint(TINY, tmp_path / "out", QuantiseSettings(LowBit.INT4))
     assert list(tmp_path.iterdir()) == []
