@@ -40,6 +40,15 @@ class Decisions:
     is_closed: bool = False  # of reasoning: the answer comes next
 
 
+def first_mode(task: Task | None, reasons: bool) -> Mode:
+    """Return the kind of the first decision behind a prompt; a text that opens no task is a query's."""
+    if task in (Task.DETECT, Task.POINT):
+        return Mode.X
+    if task is Task.SEGMENT:
+        return Mode.SEGMENT
+    return Mode.REASON if reasons else Mode.TEXT
+
+
 @dataclass(slots=True)
 class Generation:
     """One job in flight."""
@@ -98,12 +107,7 @@ class Generation:
     @property
     def start_mode(self) -> Mode:
         """The kind of the first decision."""
-        task = self.job.request.task
-        if task in (Task.DETECT, Task.POINT):
-            return Mode.X
-        if task is Task.SEGMENT:
-            return Mode.SEGMENT
-        return Mode.REASON if self.reasons else Mode.TEXT
+        return first_mode(self.job.request.task, self.reasons)
 
     @property
     def is_choosing(self) -> bool:

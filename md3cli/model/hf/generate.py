@@ -1,26 +1,20 @@
 """`generate`: transformers' own entry, with a loop that also reads coordinates and sizes.
 
-transformers prepares a generation (config, logits processors, stopping criteria, cache, streamer) and
-then calls `_sample`. The loop here is the engine's state machine (`decoding.advance`) over the model's
-forward pass, so rows of all skills may stand in one batch, and ids and values are those of the commands.
+transformers prepares a generation (config, logits processors, stopping criteria, cache, streamer) and then calls
+`_sample`. The loop here is the engine's state machine (`state.advance`) over the model's forward pass, so rows of all
+skills may stand in one batch, and ids and values are those of the commands. What is decided is collected on the host,
+one decision a step.
 
-`max_new_tokens` bounds text: with reasoning, the reasoning and the answer each. `max_objects` (150)
-bounds detect and point. Beams are for captions and plain answers; they run in transformers' own loop.
+`max_new_tokens` bounds text: with reasoning, the reasoning and the answer each. `max_objects` (150) bounds detect and
+point. Beams are for captions and plain answers; they run in transformers' own loop.
 
-Shape suffixes: B rows, T positions, D width, V vocabulary.
-
-The rows of a generation: where each starts, what each decided, and how results are handed out.
-
-Ids and values are collected on the host, one decision a step; what `generate` returns is made of them
-at the end. Nothing here runs the network.
-
-Shape suffixes: B rows, T positions, S steps.
+Shape suffixes: B rows, T positions, S steps, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,16 +26,17 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import ModelOutput
 
 from md3cli.errors import RequestError
-from md3cli.model.engine.generation import FINISH_REASONS
+from md3cli.model.engine.generation import FINISH_REASONS, first_mode
 from md3cli.model.engine.state import Event, Finish, Mode, Rows, advance, idle_rows
 from md3cli.model.hf.config import Moondream3Config
-from md3cli.model.hf.inputs import has_images, read_positions, read_task, start_mode
+from md3cli.model.hf.inputs import NO_VALUE, Batch, Row, Value, has_images, read_positions, read_task
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.moondream import Moondream3, not_finite
 from md3cli.model.network.region import coord_value, size_value
 from md3cli.records import Task
 
-_NO_VALUE = (float("nan"), float("nan"))
+MAX_NEW_TOKENS, MAX_OBJECTS = 768, 150
+_OWN_ARGUMENTS = ("max_objects",)  # of generate, beyond transformers' own
 
 
 @dataclass
@@ -63,42 +58,17 @@ class Moondream3Generation(ModelOutput):
     past_key_values: object | None = None
 
 
-def read_prompts(ids_BT: Tensor, valid_BT: Tensor, has_image_B: Tensor, prefix_len: int) -> list[list[int]]:
-    """Each row's prompt: its ids without padding, image and BOS."""
-    rows = zip(ids_BT.tolist(), valid_BT.tolist(), has_image_B.tolist(), strict=True)
-    prompts = []
-    for ids, valid, has_image in rows:
-        real = [token for token, is_real in zip(ids, valid, strict=True) if is_real]
-        prompts.append(real[prefix_len if has_image else 1 :])
-    return prompts
-
-
-def new_rows(prompts: Sequence[list[int]], lengths: Tensor, limit: int, max_objects: int, config: ModelConfig) -> Rows:
-    """State of rows whose inputs have just been run; `lengths` [B] counts their positions."""
-    rows = idle_rows(len(prompts), lengths.device)
-    for row, prompt in enumerate(prompts):
-        task = read_task(prompt, config)
-        is_region = task in (Task.DETECT, Task.POINT)
-        rows.mode[row] = int(start_mode(task, prompt, config))
-        rows.limit[row] = max_objects if is_region else limit
-        rows.is_point[row] = task is Task.POINT
-    rows.is_first.fill_(True)
-    rows.position.copy_(lengths)
-    return rows
-
-
-class Decisions:
-    """Ids and values of all rows, step by step."""
+class DecidedRows:
+    """The rows of a batch as they grow: what each decided, and how it ended. Nothing here runs the network."""
 
     def __init__(self, config: ModelConfig, pad_id: int, num_rows: int, dtype: torch.dtype) -> None:
         self.config, self.pad_id, self.dtype = config, pad_id, dtype
+        self.rows = [Row() for _ in range(num_rows)]
         self.finish_reasons = ["length"] * num_rows
-        self.lengths = [0] * num_rows  # decisions of each row
-        self._ids: list[list[int]] = []
-        self._values: list[list[tuple[float, float]]] = []
+        self._num_steps = 0
 
     def take(self, events: Tensor) -> list[int]:
-        """Note one step's events [B, len(Event)]; the id each row decided on.
+        """Note one step's events [B, len(Event)]; return the id that each row decided on, padding for idle ones.
 
         Raises:
             RequestError: of type `model`, a row's decision was taken from values that are not finite.
@@ -107,50 +77,43 @@ class Decisions:
         bad = [row for row, event in enumerate(parsed) if event.mode != Mode.IDLE and not event.is_finite]
         if bad:
             raise RequestError(f"row {bad[0]} of the batch: {not_finite(self.dtype)}", "model")
-        for row, event in enumerate(parsed):
-            self.lengths[row] += event.mode != Mode.IDLE
+        self._num_steps += 1
+        decided = [self.pad_id] * len(parsed)
+        for number, event in enumerate(parsed):
+            if event.mode == Mode.IDLE:
+                continue
+            decided[number], value = self._read(event)
+            self.rows[number].add(decided[number], value)
             if event.finish != Finish.NO:
-                self.finish_reasons[row] = FINISH_REASONS[Finish(int(event.finish))]
-        self._ids.append([self._id(event) for event in parsed])
-        self._values.append([self._value(event, token) for event, token in zip(parsed, self._ids[-1], strict=True)])
-        return self._ids[-1]
+                self.finish_reasons[number] = FINISH_REASONS[Finish(int(event.finish))]
+        return decided
 
-    def _id(self, event: Event) -> int:
-        tokens, mode, token = self.config.tokenizer, Mode(int(event.mode)), int(event.token)
-        if mode is Mode.IDLE:
-            return self.pad_id
-        if mode is Mode.SIZE:
-            return tokens.size_id
-        if mode is Mode.Y or (mode is Mode.X and token != tokens.eos_id):
-            return tokens.coord_id
-        return token
-
-    def _value(self, event: Event, token: int) -> tuple[float, float]:
-        tokens, region = self.config.tokenizer, self.config.region
-        if event.mode in (Mode.IDLE, Mode.TEXT):
-            return _NO_VALUE
-        if token == tokens.coord_id:
+    def _read(self, event: Event) -> tuple[int, Value]:
+        """Return the id of a decision, and the value behind it."""
+        tokens, region, mode, token = self.config.tokenizer, self.config.region, int(event.mode), int(event.token)
+        if mode == Mode.Y or (mode == Mode.X and token != tokens.eos_id):
+            token = tokens.coord_id
+        if mode == Mode.SIZE:
+            token = tokens.size_id
+        if token == tokens.coord_id and mode != Mode.TEXT:
             value = coord_value(torch.tensor(event.coord_bin), region.coord_out_dim).item()
-            return value, value
-        if token == tokens.size_id and event.mode != Mode.REASON:
+            return token, (value, value)
+        if token == tokens.size_id and mode in (Mode.SIZE, Mode.SEGMENT):
             bins = torch.tensor([event.width_bin, event.height_bin])
             width, height = size_value(bins, region.size_out_dim // 2).tolist()
-            return width, height
-        return _NO_VALUE
-
-    def ids(self) -> Tensor:
-        """All decided ids [B, S]."""
-        return torch.tensor(self._ids, dtype=torch.int64).T
+            return token, (width, height)
+        return token, NO_VALUE
 
     def values(self) -> Tensor:
-        """The values behind them [B, S, 2], NaN where there is none."""
-        return torch.tensor(self._values, dtype=torch.float32).transpose(0, 1)
+        """Return the values behind the decided ids [B, S, 2], NaN where there is none."""
+        padded = [[*row.values, *[NO_VALUE] * (self._num_steps - len(row.values))] for row in self.rows]
+        return torch.tensor(padded, dtype=torch.float32)
 
     def objects(self, row: int, task: Task | None) -> Tensor | None:
-        """Boxes (x_min, y_min, x_max, y_max) or points of a row that looked for objects; None for text."""
+        """Return boxes (x_min, y_min, x_max, y_max) or points of a row that looked for objects; None for text."""
         if task not in (Task.DETECT, Task.POINT):
             return None
-        values = self.values()[row]
+        values = torch.tensor(self.rows[row].values, dtype=torch.float32)
         values = values[~values[:, 0].isnan()]
         if task is Task.POINT:
             return values[: len(values) // 2 * 2, 0].reshape(-1, 2)
@@ -158,31 +121,27 @@ class Decisions:
         centre, half = parts[:, :2, 0], parts[:, 2] / 2
         return torch.cat([centre - half, centre + half], dim=1)
 
+    def plain_results(
+        self, tasks: Sequence[Task | None], sequences: Tensor, objects: list[Tensor | None]
+    ) -> Tensor | list[Tensor]:
+        """Return ids [B, T], boxes [B, most, 4] or points [B, most, 2]; a list where rows differ in kind.
 
-def plain_results(
-    tasks: Sequence[Task | None], sequences: Tensor, objects: list[Tensor | None], lengths: Sequence[int]
-) -> Tensor | list[Tensor]:
-    """What `generate` returns: ids [B, T], boxes [B, most, 4] or points [B, most, 2], a list where rows differ in kind.
-
-    Rows with fewer objects are padded with zeros. In a list each row has its own length: ids are the
-    inputs' and the row's `lengths[row]` decisions.
-    """
-    found = [entry for entry in objects if entry is not None]
-    if not found:
-        return sequences
-    if len(found) == len(objects) and len(set(tasks)) == 1:
-        return torch.nn.utils.rnn.pad_sequence(found, batch_first=True).to(sequences.device)
-    width = sequences.shape[1] - max(lengths)
-    rows = zip(sequences, objects, lengths, strict=True)
-    return [ids[: width + length] if entry is None else entry.to(ids.device) for ids, entry, length in rows]
-
-
-MAX_NEW_TOKENS, MAX_OBJECTS = 768, 150
-_OWN_ARGUMENTS = ("max_objects",)  # of generate, beyond transformers' own
+        Rows with fewer objects are padded with zeros. In a list each row has its own length: ids are the
+        inputs' and the row's decisions.
+        """
+        found = [entry for entry in objects if entry is not None]
+        if not found:
+            return sequences
+        if len(found) == len(objects) and len(set(tasks)) == 1:
+            return torch.nn.utils.rnn.pad_sequence(found, batch_first=True).to(sequences.device)
+        lengths = [len(row.ids) for row in self.rows]
+        width = sequences.shape[1] - max(lengths)
+        rows = zip(sequences, objects, lengths, strict=True)
+        return [ids[: width + length] if entry is None else entry.to(ids.device) for ids, entry, length in rows]
 
 
 def default_generation_config(config: Moondream3Config) -> GenerationConfig:
-    """Greedy, 768 new tokens, the end of text stops."""
+    """Return greedy search, 768 new tokens, the end of text stops."""
     return GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -192,44 +151,71 @@ def default_generation_config(config: Moondream3Config) -> GenerationConfig:
     )
 
 
-class SequenceRun:
-    """The inputs of a batch so far and the forward pass over them, with a cache or without."""
+class BatchRun:
+    """The inputs of a batch so far and the forward pass over them, with a cache or without; each row has a task."""
 
     def __init__(self, owner: GenerationMethods, ids_BT: Tensor, given: dict[str, Any]) -> None:
-        self.owner = owner
-        self.cache: Cache | None = given.get("past_key_values") if given.get("use_cache", True) else None
+        cache: Cache | None = given.get("past_key_values") if given.get("use_cache", True) else None
         mask, tilings = given.get("attention_mask"), given.get("tilings")
+        self.owner = owner
         self.valid = torch.ones_like(ids_BT).bool() if mask is None else mask.to(ids_BT.device).bool()
-        self.has_image = has_images(tilings, len(ids_BT), ids_BT.device)
+        has_image = has_images(tilings, len(ids_BT), ids_BT.device)
+        starts = [owner.config.network.prefix_len if has else 1 for has in has_image.tolist()]
+        rows = zip(ids_BT, self.valid, starts, strict=True)
+        self.prompts = [ids[valid].tolist()[start:] for ids, valid, start in rows]  # no padding, image or BOS
+        self.tasks = [read_task(prompt, owner.config.network) for prompt in self.prompts]
         self.positions = read_positions(self.valid, ids_BT.shape[1])
-        past = self.cache.get_seq_length() if self.cache is not None else 0
-        self.x = owner.embed_inputs(
+        past = cache.get_seq_length() if cache is not None else 0
+        self.batch = Batch(
             ids_BT[:, past:],
-            None if past else given.get("pixel_values"),
+            given.get("pixel_values"),
             tilings,
-            self.valid[:, past:],
-            given.get("region_values"),
+            past_key_values=cache,
+            region_values=given.get("region_values"),
         )
+        self.x = owner.embed_inputs(self.batch, self.valid[:, past:])
+
+    def new_rows(self, limit: int, max_objects: int) -> Rows:
+        """Return the state of the rows when their inputs have just been run.
+
+        Raises:
+            RequestError: the inputs do not fit the context.
+        """
+        config, lengths = self.owner.config.network, self.valid.sum(dim=1)
+        if int(lengths.max()) > config.text.max_context:
+            raise RequestError(
+                f"the inputs take {int(lengths.max())} positions and the context holds {config.text.max_context}"
+            )
+        rows = idle_rows(len(lengths), lengths.device)
+        for row, (prompt, task) in enumerate(zip(self.prompts, self.tasks, strict=True)):
+            reasons = prompt[-1:] == [config.tokenizer.thinking_id]
+            rows.mode[row] = int(first_mode(task, reasons))
+            rows.limit[row] = max_objects if task in (Task.DETECT, Task.POINT) else limit
+            rows.is_point[row] = task is Task.POINT
+        rows.is_first.fill_(True)
+        rows.position.copy_(lengths)
+        return rows
 
     def prefill(self) -> Tensor:
-        """Hidden state behind each row's last input [B, D]; padding may stand on either side."""
+        """Return the hidden state behind each row's last input [B, D]; padding may stand on either side."""
         hidden_BTD = self._run(self.x)
         columns = torch.arange(self.valid.shape[1], device=self.valid.device)
         last_B = (columns * self.valid).argmax(dim=1) - (self.valid.shape[1] - hidden_BTD.shape[1])
         return hidden_BTD[torch.arange(len(hidden_BTD), device=hidden_BTD.device), last_B]
 
     def step(self, x_BD: Tensor, position_B: Tensor, is_active_B: Tensor) -> Tensor:
-        """Feed every row one more input; hidden states [B, D]. Rows that are done are stepped along, unseen."""
+        """Feed every row one more input; return hidden states [B, D]. Rows that are done are stepped along, unseen."""
         self.valid = torch.cat([self.valid, is_active_B[:, None]], dim=1)
         self.positions = torch.cat([self.positions, position_B[:, None]], dim=1)
-        if self.cache is None:
+        if self.batch.past_key_values is None:
             self.x = torch.cat([self.x, x_BD[:, None]], dim=1)
             return self._run(self.x)[:, -1]
         return self._run(x_BD[:, None])[:, -1]
 
     def _run(self, x_BTD: Tensor) -> Tensor:
-        positions = self.positions[:, -x_BTD.shape[1] :]
-        return self.owner.hidden_states(x_BTD, self.valid, positions, self.has_image, self.cache)
+        return self.owner.batch_states(
+            replace(self.batch, inputs_embeds=x_BTD, attention_mask=self.valid, position_ids=self.positions)
+        )
 
 
 class GenerationMethods(GenerationMixin):
@@ -237,8 +223,8 @@ class GenerationMethods(GenerationMixin):
 
     model: Moondream3
     config: Moondream3Config
-    embed_inputs: Callable[..., Tensor]
-    hidden_states: Callable[..., Tensor]
+    embed_inputs: Callable[[Batch, Tensor], Tensor]
+    batch_states: Callable[[Batch], Tensor]
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         own_left_out = {key: value for key, value in model_kwargs.items() if key not in _OWN_ARGUMENTS}
@@ -255,32 +241,25 @@ class GenerationMethods(GenerationMixin):
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> Tensor | list[Tensor] | Moondream3Generation:
-        """Greedy search and sampling, called by transformers' `generate`."""
+        """Search greedily or sample; transformers' `generate` calls this."""
         config = self.config.network
-        run = SequenceRun(self, input_ids.to(self.model.device), model_kwargs)
-        prompts = read_prompts(input_ids, run.valid, run.has_image, config.prefix_len)
-        lengths = run.valid.sum(dim=1)
-        if int(lengths.max()) > config.text.max_context:
-            raise RequestError(
-                f"the inputs take {int(lengths.max())} positions and the context holds {config.text.max_context}"
-            )
+        run = BatchRun(self, input_ids.to(self.model.device), model_kwargs)
         limits = [criterion.max_length for criterion in stopping_criteria if isinstance(criterion, MaxLengthCriteria)]
         limit = min(limits, default=input_ids.shape[1] + MAX_NEW_TOKENS) - input_ids.shape[1]
-        rows = new_rows(prompts, lengths, limit, model_kwargs.get("max_objects") or MAX_OBJECTS, config)
-        pad_id = int(generation_config.pad_token_id or 0)
-        decisions = Decisions(config, pad_id, len(input_ids), self.model.dtype)
+        rows = run.new_rows(limit, model_kwargs.get("max_objects") or MAX_OBJECTS)
+        decided = DecidedRows(config, int(generation_config.pad_token_id or 0), len(input_ids), self.model.dtype)
         draw = Draw(logits_processor, generation_config)
         hidden_BD, ids_BT, is_over = run.prefill(), input_ids.to(self.model.device), False
         while self._has_unfinished_sequences(is_over, synced_gpus, device=ids_BT.device):
             draw.ids_BT, modes_B = ids_BT, rows.mode
             step = advance(self.model, rows, hidden_BD, config.text.max_context, draw=draw)
-            tokens_B = torch.tensor(decisions.take(step.events), device=ids_BT.device)
+            tokens_B = torch.tensor(decided.take(step.events), device=ids_BT.device)
             ids_BT = torch.cat([ids_BT, tokens_B[:, None]], dim=1)
             if streamer is not None:
                 streamer.put(tokens_B.cpu())  # type: ignore[no-untyped-call]
             stopped_B = (step.rows.mode != Mode.IDLE) & self._stops(stopping_criteria, ids_BT, draw.scores, modes_B)
             for row in stopped_B.nonzero()[:, 0].tolist():
-                decisions.finish_reasons[row] = "stop"
+                decided.finish_reasons[row] = "stop"
             rows = step.rows._replace(mode=step.rows.mode.masked_fill(stopped_B, int(Mode.IDLE)))
             is_active_B = rows.mode != Mode.IDLE
             is_over = not bool(is_active_B.any())
@@ -289,10 +268,21 @@ class GenerationMethods(GenerationMixin):
                 rows = rows._replace(position=rows.position + is_active_B)
         if streamer is not None:
             streamer.end()  # type: ignore[no-untyped-call]
-        return self._results(prompts, ids_BT, decisions, draw, generation_config, run)
+        objects = [decided.objects(row, task) for row, task in enumerate(run.tasks)]
+        if not generation_config.return_dict_in_generate:
+            return decided.plain_results(run.tasks, ids_BT, objects)
+        return Moondream3Generation(
+            sequences=ids_BT,
+            region_values=decided.values().to(ids_BT.device),
+            objects=objects,
+            finish_reasons=decided.finish_reasons,
+            scores=tuple(draw.scores) if generation_config.output_scores else None,
+            logits=tuple(draw.logits) if generation_config.output_logits else None,
+            past_key_values=run.batch.past_key_values,
+        )
 
     def _stops(self, criteria: StoppingCriteriaList, ids_BT: Tensor, scores: list[Tensor], modes_B: Tensor) -> Tensor:
-        """Rows that the caller's criteria end; lengths are counted in `Rows`, and only text ends by its ids."""
+        """Return which rows the caller's criteria end; `Rows` counts lengths, and only text ends by its ids."""
         stops_B = torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
         for criterion in criteria:
             if isinstance(criterion, MaxLengthCriteria):
@@ -301,32 +291,9 @@ class GenerationMethods(GenerationMixin):
             stops_B |= met_B & (modes_B == Mode.TEXT) if isinstance(criterion, EosTokenCriteria) else met_B
         return stops_B
 
-    def _results(
-        self,
-        prompts: list[list[int]],
-        ids_BT: Tensor,
-        decisions: Decisions,
-        draw: Draw,
-        generation_config: GenerationConfig,
-        run: SequenceRun,
-    ) -> Tensor | list[Tensor] | Moondream3Generation:
-        tasks = [read_task(prompt, self.config.network) for prompt in prompts]
-        objects = [decisions.objects(row, task) for row, task in enumerate(tasks)]
-        if not generation_config.return_dict_in_generate:
-            return plain_results(tasks, ids_BT, objects, decisions.lengths)
-        return Moondream3Generation(
-            sequences=ids_BT,
-            region_values=decisions.values().to(ids_BT.device),
-            objects=objects,
-            finish_reasons=decisions.finish_reasons,
-            scores=tuple(draw.scores) if generation_config.output_scores else None,
-            logits=tuple(draw.logits) if generation_config.output_logits else None,
-            past_key_values=run.cache,
-        )
-
 
 class Draw:
-    """`decoding.Draw` by transformers' logits processors; rows that do not write text stay greedy."""
+    """`state.Draw` by transformers' logits processors; rows that do not write text stay greedy."""
 
     def __init__(self, processors: LogitsProcessorList, config: GenerationConfig) -> None:
         self.processors, self.config = processors, config
@@ -342,9 +309,7 @@ class Draw:
         if self.config.output_scores:
             self.scores.append(scores_BV)
         if self.config.do_sample:
-            probabilities_BV = scores_BV.softmax(dim=-1).nan_to_num(
-                1.0
-            )  # `Decisions.take` refuses rows of NaN, in words
+            probabilities_BV = scores_BV.softmax(dim=-1).nan_to_num(1.0)  # `DecidedRows.take` refuses rows of NaN
             token_B = torch.multinomial(probabilities_BV, num_samples=1)[:, 0]
         else:
             token_B = scores_BV.argmax(dim=-1)

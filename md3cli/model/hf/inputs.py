@@ -1,4 +1,4 @@
-"""What a batch of token ids and pictures becomes before the decoder: positions, mask, embeddings, tasks.
+"""What the model is given: rows of ids before they are tensors, batches, and what the decoder makes of them.
 
 A row with a picture begins, behind its padding, with BOS and one placeholder for each image embedding;
 the prompt follows. A row's `tiling` says whether it has a picture: (rows, cols), or (0, 0) for none.
@@ -8,16 +8,91 @@ Shape suffixes: B rows, T new positions, S all positions, N crops of a row (padd
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from md3cli.images.crops import Tiling
 from md3cli.model.engine.encoder import crops_per_batch
-from md3cli.model.engine.state import Mode
 from md3cli.model.network.config import SEGMENT_TEMPLATE, ModelConfig
+from md3cli.model.network.loss import IGNORE
 from md3cli.model.network.moondream import Moondream3
 from md3cli.records import Task
+
+Value = tuple[float, float]  # a coordinate, twice, or a width and height
+NO_VALUE: Value = (float("nan"), float("nan"))
+
+
+@dataclass(slots=True)
+class Row:
+    """Ids with, position by position, the value behind each, its label, and the value to predict."""
+
+    ids: list[int] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    targets: list[Value] = field(default_factory=list)
+
+    def add(self, token: int, value: Value = NO_VALUE, label: int = IGNORE, target: Value = NO_VALUE) -> None:
+        """Append one position; without a label it is not learned."""
+        self.ids.append(token)
+        self.values.append(value)
+        self.labels.append(label)
+        self.targets.append(target)
+
+    def cut(self, length: int) -> Row:
+        """Return the first `length` positions."""
+        return Row(self.ids[:length], self.values[:length], self.labels[:length], self.targets[:length])
+
+
+def pad_rows(
+    rows: Sequence[Row], pad_id: int, *, side: str, multiple: int = 1, with_labels: bool = False
+) -> dict[str, Tensor]:
+    """Return the rows as tensors [B, T], padded on one side; `region_values` only where a row has one."""
+    width = max(len(row.ids) for row in rows)
+    width = -(-width // multiple) * multiple
+
+    def padded(values: Sequence[Any], fill: Any) -> list[Any]:
+        room = [fill] * (width - len(values))
+        return [*room, *values] if side == "left" else [*values, *room]
+
+    batch = {
+        "input_ids": torch.tensor([padded(row.ids, pad_id) for row in rows]),
+        "attention_mask": torch.tensor([padded([1] * len(row.ids), 0) for row in rows]),
+    }
+    if any(value[0] == value[0] for row in rows for value in row.values):  # not NaN
+        batch["region_values"] = torch.tensor([padded(row.values, NO_VALUE) for row in rows])
+    if with_labels:
+        batch["labels"] = torch.tensor([padded(row.labels, IGNORE) for row in rows])
+        batch["region_labels"] = torch.tensor([padded(row.targets, NO_VALUE) for row in rows])
+    return batch
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The inputs of a forward pass by the names that transformers gives them; `forward` says their shapes."""
+
+    input_ids: Tensor | None = None
+    pixel_values: Tensor | None = None
+    tilings: Tensor | None = None
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    past_key_values: Cache | None = None
+    inputs_embeds: Tensor | None = None
+    region_values: Tensor | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Batch:
+        """Take what belongs to a batch out of a mapping of arguments."""
+        return cls(**{item.name: given[item.name] for item in fields(cls) if item.name in given})
+
+    @property
+    def num_past(self) -> int:
+        """Positions that the cache holds already."""
+        return self.past_key_values.get_seq_length() if self.past_key_values is not None else 0
 
 
 class CacheStore:
@@ -32,22 +107,22 @@ class CacheStore:
 
 
 def has_images(tilings: Tensor | None, num_rows: int, device: torch.device) -> Tensor:
-    """Which rows have a picture, bool [B]."""
+    """Return which rows have a picture, bool [B]."""
     if tilings is None:
         return torch.zeros(num_rows, dtype=torch.bool, device=device)
     return tilings.to(device).amin(dim=1) > 0
 
 
 def read_positions(valid_BS: Tensor, num_new: int) -> Tensor:
-    """Absolute positions [B, T] of the last `num_new` columns; padding does not count and gets 0."""
+    """Return the absolute positions [B, T] of the last `num_new` columns; padding does not count and gets 0."""
     position_BS = valid_BS.long().cumsum(dim=1) - 1
     return position_BS.clamp_min(0)[:, -num_new:]
 
 
 def make_mask(valid_BS: Tensor, position_BT: Tensor, has_image_B: Tensor, prefix_len: int, width: int) -> Tensor:
-    """What each new position may attend to, bool [B, 1, T, width].
+    """Return what each new position may attend to, bool [B, 1, T, width].
 
-    Earlier positions that are no padding, and itself; positions of a picture's prefix see all of it.
+    That is earlier positions that are no padding, and itself; positions of a picture's prefix see all of it.
     `width` is S, or more where a cache of fixed size has room behind.
     """
     num_new, num_all = position_BT.shape[1], valid_BS.shape[1]
@@ -63,7 +138,7 @@ def make_mask(valid_BS: Tensor, position_BT: Tensor, has_image_B: Tensor, prefix
 
 
 def image_columns(valid_BT: Tensor, has_image_B: Tensor, num_patches: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the image placeholders, each [pictures, P]."""
+    """Return the rows and columns of the image placeholders, each [pictures, P]."""
     rows = has_image_B.nonzero()[:, 0]
     first_real = valid_BT.long().argmax(dim=1)[rows]
     columns = first_real[:, None] + 1 + torch.arange(num_patches, device=valid_BT.device)
@@ -71,10 +146,10 @@ def image_columns(valid_BT: Tensor, has_image_B: Tensor, num_patches: int) -> tu
 
 
 def encode_images(model: Moondream3, pixels_BNCSS: Tensor, tilings: Tensor) -> Tensor:
-    """Image embeddings [pictures, P, D] of the rows that have a picture.
+    """Return the image embeddings [pictures, P, D] of the rows that have a picture.
 
-    Crops of all rows are encoded together, whatever their number; the only tile of an untiled picture
-    equals its global crop and is encoded once.
+    Crops of all rows are encoded together; the only tile of an untiled picture equals its global crop and is
+    encoded once.
     """
     whole = [(row, Tiling(*tiling)) for row, tiling in enumerate(tilings.tolist()) if min(tiling) > 0]
     num_tiles = [tiling.rows * tiling.cols for _, tiling in whole]
@@ -90,7 +165,7 @@ def encode_images(model: Moondream3, pixels_BNCSS: Tensor, tilings: Tensor) -> T
 
 
 def embed_tokens(model: Moondream3, ids_BT: Tensor, region_values: Tensor | None) -> Tensor:
-    """Embeddings [B, T, D]; a coordinate's or size's id is replaced by its value's encoding where one is given.
+    """Return embeddings [B, T, D]; a coordinate's or size's id is replaced by its value's encoding where one is given.
 
     `region_values` [B, T, 2]: (coordinate, anything) or (width, height), NaN where there is none.
     """
@@ -107,7 +182,7 @@ def embed_tokens(model: Moondream3, ids_BT: Tensor, region_values: Tensor | None
 
 
 def read_task(prompt: list[int], config: ModelConfig) -> Task | None:
-    """The skill a prompt's ids open (what follows the image, or BOS); None for a text that opens none."""
+    """Return the skill that a prompt's ids open (what follows the image, or BOS); None for a text that opens none."""
     found: dict[int, Task] = {}
     templates = {Task.SEGMENT: SEGMENT_TEMPLATE, **config.tokenizer.templates}
     for name, template in templates.items():
@@ -118,12 +193,3 @@ def read_task(prompt: list[int], config: ModelConfig) -> Task | None:
             if prompt[: len(prefix)] == list(prefix):
                 found[len(prefix)] = Task(name)
     return found[max(found)] if found else None
-
-
-def start_mode(task: Task | None, prompt: list[int], config: ModelConfig) -> Mode:
-    """The kind of the first decision after a prompt."""
-    if task in (Task.DETECT, Task.POINT):
-        return Mode.X
-    if task is Task.SEGMENT:
-        return Mode.SEGMENT
-    return Mode.REASON if prompt and prompt[-1] == config.tokenizer.thinking_id else Mode.TEXT

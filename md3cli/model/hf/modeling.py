@@ -9,7 +9,6 @@ Shape suffixes: B rows, T new positions, S all positions, N crops of a row, D wi
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +30,7 @@ from md3cli.model.engine.prompts import Tokenizer
 from md3cli.model.hf.config import Moondream3Config
 from md3cli.model.hf.generate import GenerationMethods, default_generation_config
 from md3cli.model.hf.inputs import (
+    Batch,
     CacheStore,
     embed_tokens,
     encode_images,
@@ -67,8 +67,7 @@ class Backbone:
         self._owner = owner
 
     def __call__(self, **batch: Any) -> Moondream3Output:
-        arguments = {key: value for key, value in batch.items() if key in _BATCH_ARGUMENTS}
-        hidden = self._owner.batch_states(**arguments)
+        hidden = self._owner.batch_states(Batch.of(batch))
         return Moondream3Output(last_hidden_state=self._owner.model.text.post_ln(hidden))
 
     def __getattr__(self, name: str) -> Any:
@@ -204,7 +203,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             past_key_values, use_cache = None, False
         elif use_cache is not False and past_key_values is None:
             past_key_values = DynamicCache()
-        hidden = self.batch_states(
+        batch = Batch(
             input_ids,
             pixel_values,
             tilings,
@@ -214,6 +213,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             inputs_embeds,
             region_values,
         )
+        hidden = self.batch_states(batch)
         logits = self.model.text.logits(hidden[:, -logits_to_keep:])
         output = Moondream3Output(logits=logits, past_key_values=past_key_values, last_hidden_state=hidden)
         if labels is not None:
@@ -227,77 +227,49 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         is_dict = self.config.return_dict if return_dict is None else return_dict
         return output if is_dict else output.to_tuple()
 
-    def batch_states(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        tilings: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        region_values: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states [B, T, D] of a batch before the last LayerNorm; arguments as of `forward`."""
-        given = input_ids if inputs_embeds is None else inputs_embeds
+    def batch_states(self, batch: Batch) -> Tensor:
+        """Return hidden states [B, T, D] before the last LayerNorm; new positions see the cache and each other."""
+        given = batch.input_ids if batch.inputs_embeds is None else batch.inputs_embeds
         if given is None:
             raise RequestError("forward needs input_ids or inputs_embeds")
         num_rows, num_new = given.shape[:2]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        valid = self._valid_positions(attention_mask, num_rows, past + num_new)
-        if inputs_embeds is None:
-            assert input_ids is not None
-            pictures = None if past else pixel_values
-            inputs_embeds = self.embed_inputs(input_ids, pictures, tilings, valid[:, -num_new:], region_values)
-        if position_ids is None:
-            position_ids = read_positions(valid, num_new)
-        positions = position_ids.to(valid.device)[:, -num_new:].expand(num_rows, -1)
-        has_image = has_images(tilings, num_rows, valid.device)
-        return self.hidden_states(inputs_embeds, valid, positions, has_image, past_key_values)
-
-    def embed_inputs(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None,
-        tilings: Tensor | None,
-        valid_BT: Tensor,
-        region_values: Tensor | None,
-    ) -> Tensor:
-        """Embeddings [B, T, D] of whole rows, pictures filled in where `pixel_values` are given."""
-        x = embed_tokens(self.model, input_ids.to(self.model.device), region_values)
-        has_image = has_images(tilings, len(input_ids), x.device)
-        if pixel_values is None or tilings is None or not bool(has_image.any()):
-            return x
-        self._check_room(valid_BT, has_image)
-        images = encode_images(self.model, pixel_values, tilings)
-        columns = image_columns(valid_BT, has_image, self.model.config.vision.num_patches)
-        return x.index_put(columns, images.to(x.dtype))
-
-    def hidden_states(
-        self, x_BTD: Tensor, valid_BS: Tensor, position_BT: Tensor, has_image_B: Tensor, cache: Cache | None
-    ) -> Tensor:
-        """Hidden states [B, T, D] of new positions before the last LayerNorm; they see the cache and each other."""
+        valid = self._valid_positions(batch.attention_mask, num_rows, batch.num_past + num_new)
+        x_BTD = batch.inputs_embeds
+        if x_BTD is None:
+            x_BTD = self.embed_inputs(batch, valid[:, -num_new:])
         if self._inputs_require_grads and torch.is_grad_enabled() and not x_BTD.requires_grad:
             x_BTD.requires_grad_(True)
-        num_new = x_BTD.shape[1]
-        width = valid_BS.shape[1] if cache is None else cache.get_mask_sizes(num_new, 0)[0]
-        mask = make_mask(valid_BS, position_BT, has_image_B, self.model.config.prefix_len, width)
+        position_ids = read_positions(valid, num_new) if batch.position_ids is None else batch.position_ids
+        position_BT = position_ids.to(valid.device)[:, -num_new:].expand(num_rows, -1)
+        cache = batch.past_key_values
+        width = valid.shape[1] if cache is None else cache.get_mask_sizes(num_new, 0)[0]
+        has_image = has_images(batch.tilings, num_rows, valid.device)
+        mask = make_mask(valid, position_BT, has_image, self.model.config.prefix_len, width)
         store = None if cache is None else CacheStore(cache)
         return self.model.text(x_BTD, position_BT, mask, store)  # type: ignore[no-any-return]
+
+    def embed_inputs(self, batch: Batch, valid_BT: Tensor) -> Tensor:
+        """Return embeddings [B, T, D] of new ids; pictures are filled in unless the cache holds them already."""
+        assert batch.input_ids is not None
+        x = embed_tokens(self.model, batch.input_ids.to(self.model.device), batch.region_values)
+        has_image = has_images(batch.tilings, len(x), x.device)
+        if batch.num_past or batch.pixel_values is None or batch.tilings is None or not bool(has_image.any()):
+            return x
+        shortest = int(valid_BT.sum(dim=1)[has_image].min())
+        if shortest < self.model.config.prefix_len:
+            raise RequestError(
+                f"a row with a picture has {shortest} ids, and the picture alone takes {self.model.config.prefix_len}; "
+                "make the inputs with Moondream3Processor, and do not truncate them"
+            )
+        images = encode_images(self.model, batch.pixel_values, batch.tilings)
+        columns = image_columns(valid_BT, has_image, self.model.config.vision.num_patches)
+        return x.index_put(columns, images.to(x.dtype))
 
     def _valid_positions(self, attention_mask: Tensor | None, num_rows: int, width: int) -> Tensor:
         """True where there is no padding, bool [B, S]."""
         if attention_mask is None:
             return torch.ones(num_rows, width, dtype=torch.bool, device=self.model.device)
         return attention_mask.to(self.model.device).bool()
-
-    def _check_room(self, valid_BT: Tensor, has_image_B: Tensor) -> None:
-        shortest = int(valid_BT.sum(dim=1)[has_image_B].min())
-        if shortest < self.model.config.prefix_len:
-            raise RequestError(
-                f"a row with a picture has {shortest} ids, and the picture alone takes {self.model.config.prefix_len}; "
-                "make the inputs with Moondream3Processor, and do not truncate them"
-            )
 
     def _real_labels(self, labels: Tensor, tilings: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """Labels with padding and the pictures' placeholders taken out."""
@@ -347,6 +319,3 @@ def _checkpointed(recompute: Callable[..., Any], block: nn.Module, *inputs: Any)
     """A block's forward pass, recomputed later where a gradient will be asked for."""
     forward = partial(type(block).forward, block)
     return recompute(forward, *inputs) if block.training and torch.is_grad_enabled() else forward(*inputs)
-
-
-_BATCH_ARGUMENTS = frozenset(inspect.signature(Moondream3ForConditionalGeneration.batch_states).parameters) - {"self"}

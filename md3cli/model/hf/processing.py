@@ -1,13 +1,10 @@
 """`Moondream3Processor`: pictures and texts to the model's inputs, and ids back to text.
 
-Prompts are built by `prompts.Prompts` and pictures cut by `images.py`: the same ids and pixels as in
-the commands. Texts are the chat template's output, or modes and words to be put through it.
-
-A row of a batch before it is a tensor: ids, the values behind them, and what is to be learned.
-
-`prompt_row` is the prompt alone; `training_row` continues it with the answer of a record (`md3`'s own
-JSON Lines), so that finished, corrected records are training data as they are. Of reasoning the text is
-learned, not what it points at.
+The chat template turns a string or messages into one line in the model's own words (Moondream 3 specification,
+section 9). `read_prompt` turns such a line back into a request, so that its ids come from `prompts.Prompts` and its
+pixels from `images`, as in the commands, and what a user typed never becomes a control token. `training_row` continues
+a prompt with the answer of a record (`md3`'s own JSON Lines): finished, corrected records are training data as they
+are. Of reasoning the text is learned, not what it points at. The file is reached through the package alone.
 
 Shape suffixes: B rows, T positions.
 """
@@ -15,8 +12,9 @@ Shape suffixes: B rows, T positions.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,54 +30,122 @@ from md3cli.images.crops import ImageLimits, PreparedImage, prepare_image
 from md3cli.model.api_requests import prepare_pil, read_refs, read_request
 from md3cli.model.engine.prompts import Prompt, Prompts, Tokenizer
 from md3cli.model.hf.config import IMAGE_TOKEN_ID, PAD_TOKEN_ID, Moondream3Config
-from md3cli.model.hf.prompting import CHAT_TEMPLATE, END, is_rendered, read_prompt, split_reasoning
+from md3cli.model.hf.inputs import Row, pad_rows
 from md3cli.model.network.config import ModelConfig
-from md3cli.model.network.loss import IGNORE
 from md3cli.model.network.vision import normalise_crops
+from md3cli.model.weights.files import TOKENIZER_NAME
 from md3cli.model.weights.hub import resolve_model
-from md3cli.records import ImageItem, Request, Task
+from md3cli.records import CAPTION_LENGTHS, ImageItem, Request, Task
 
-Value = tuple[float, float]
-_NAN = float("nan")
+PROCESSOR_CONFIG = "processor_config.json"
+ImageInput = Image.Image | str | Path | np.ndarray | Tensor
+END = "<|endoftext|>"
+_OPEN, _SEPARATOR = "<|md_reserved_0|>", "<|md_reserved_1|>"
+_ANSWER, _THINK = "<|md_reserved_2|>", "<|md_reserved_3|>"
+
+# Modes are prefixes of the user's text: query: reason: caption: detect: point: segment:. Nothing at all is a
+# normal caption, text without a mode a query. Of the space behind a mode's colon one is dropped.
+CHAT_TEMPLATE = """
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{%- set text = message['content'] -%}
+{%- else -%}
+{%- set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') -%}
+{%- endif -%}
+{%- if message['role'] == 'user' and loop.index0 == 0 -%}
+{%- set mode = text.split(':', 1)[0] | trim | lower -%}
+{%- set has_mode = ':' in text and mode in ['query', 'reason', 'caption', 'detect', 'point', 'segment'] -%}
+{%- if text | trim == '' or mode == 'caption' -%}
+{%- set length = text.split(':', 1)[1] | trim | lower if has_mode else '' -%}
+{%- if length not in ['', 'short', 'normal', 'long'] -%}
+{{- raise_exception('caption: takes short, normal or long') -}}
+{%- endif -%}
+{{- '<|endoftext|><|md_reserved_0|>describe<|md_reserved_1|>' + (length or 'normal') + '<|md_reserved_2|>' -}}
+{%- else -%}
+{%- set rest = text.split(':', 1)[1] if has_mode else text -%}
+{%- set rest = rest[1:] if has_mode and rest[:1] == ' ' else rest -%}
+{%- set skill = mode if has_mode and mode != 'reason' else 'query' -%}
+{%- set space = ' ' if skill in ['detect', 'point'] else '' -%}
+{%- set last = '<|md_reserved_3|>' if has_mode and mode == 'reason' else '<|md_reserved_2|>' -%}
+{{- '<|endoftext|><|md_reserved_0|>' + skill + '<|md_reserved_1|>' + space + rest + last -}}
+{%- endif -%}
+{%- elif message['role'] == 'assistant' and loop.index0 == 1 -%}
+{{- text + '<|endoftext|>' -}}
+{%- else -%}
+{{- raise_exception('messages are one of the user, and possibly the answer of the assistant') -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+_RENDERED = re.compile(
+    re.escape(END)
+    + re.escape(_OPEN)
+    + r"(?P<skill>\w+)"
+    + re.escape(_SEPARATOR)
+    + r"(?P<text>.*)"
+    + f"(?P<last>{re.escape(_ANSWER)}|{re.escape(_THINK)})"
+    + r"(?P<answer>.*)",
+    re.DOTALL,
+)
 
 
-@dataclass(slots=True)
-class Row:
-    """Ids with, position by position, the value behind each, its label, and the value to predict."""
+@dataclass(frozen=True, slots=True)
+class ReadPrompt:
+    """A request, and the answer behind it where the text has one (reasoning and answer parted by the answer token)."""
 
-    ids: list[int] = field(default_factory=list)
-    values: list[Value] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    targets: list[Value] = field(default_factory=list)
+    request: Request
+    answer: str | None = None
 
-    def feed(self, ids: Sequence[int]) -> None:
-        """Inputs that are not learned."""
-        for token in ids:
-            self._add(token, (_NAN, _NAN), IGNORE, (_NAN, _NAN))
 
-    def emit(self, ids: Sequence[int]) -> None:
-        """Ids to learn."""
-        for token in ids:
-            self._add(token, (_NAN, _NAN), token, (_NAN, _NAN))
+def is_rendered(text: str) -> bool:
+    """True for a text that has been through the chat template."""
+    return text.startswith(END + _OPEN)
 
-    def emit_value(self, token: int, value: Value, *, is_decided: bool) -> None:
-        """A coordinate or size to learn; `is_decided` where its id is a decision too (else it is simply its turn)."""
-        self._add(token, value, token if is_decided else IGNORE, value)
 
-    def _add(self, token: int, value: Value, label: int, target: Value) -> None:
-        self.ids.append(token)
-        self.values.append(value)
-        self.labels.append(label)
-        self.targets.append(target)
+def read_prompt(text: str) -> ReadPrompt:
+    """Return what a rendered prompt asks; an answer ends with the end of text.
+
+    Raises:
+        RequestError: no such skill, or not in the template's form.
+    """
+    body, has_answer = (text[: -len(END)], True) if text.endswith(END) and text != END else (text, False)
+    match = _RENDERED.fullmatch(body)
+    if match is None:
+        raise RequestError("the prompt is not in the form of the chat template; use apply_chat_template")
+    skill, words, last, answer = match["skill"], match["text"], match["last"], match["answer"]
+    if last == _ANSWER and _THINK in words and has_answer:  # reasoning: what is between the two is the thoughts
+        words, thoughts = words.split(_THINK, 1)
+        last, answer = _THINK, thoughts + _ANSWER + answer
+    if answer and not has_answer:
+        raise RequestError("text behind the prompt is an answer, and an answer ends with the end of text")
+    request = _request(skill, words, reasons=last == _THINK)
+    return ReadPrompt(request, answer if has_answer else None)
+
+
+def split_reasoning(answer: str) -> list[str]:
+    """Return thoughts and answer; one part where nothing was thought."""
+    return answer.split(_ANSWER, 1)
+
+
+def _request(skill: str, words: str, *, reasons: bool) -> Request:
+    if skill == "describe":
+        if words not in CAPTION_LENGTHS:
+            raise RequestError(f"caption length {words[:40]!r} is not one of {', '.join(CAPTION_LENGTHS)}")
+        return Request(Task.CAPTION, length=words)
+    if skill not in (Task.QUERY, Task.DETECT, Task.POINT, Task.SEGMENT):
+        raise RequestError(f"{skill[:40]!r} is no skill of this model")
+    task = Task(skill)
+    if task in (Task.DETECT, Task.POINT):
+        words = words.removeprefix(" ")
+    return Request(task, words, reasoning=reasons)
 
 
 def prompt_row(prompt: Prompt, config: ModelConfig, *, has_image: bool) -> Row:
-    """The picture's placeholders and the prompt, spatial references filled in."""
-    row = Row()
-    if has_image:
-        row.feed([config.tokenizer.bos_id, *[IMAGE_TOKEN_ID] * config.vision.num_patches])
-    start = len(row.ids)
-    row.feed(prompt.ids)
+    """Return the picture's placeholders and the prompt, spatial references filled in."""
+    image = [config.tokenizer.bos_id, *[IMAGE_TOKEN_ID] * config.vision.num_patches] if has_image else []
+    row, start = Row(), len(image)
+    for token in (*image, *prompt.ids):
+        row.add(token)
     for index, coord in prompt.coords:
         row.values[start + index] = (coord, coord)
     for index, size_wh in prompt.sizes:
@@ -90,7 +156,7 @@ def prompt_row(prompt: Prompt, config: ModelConfig, *, has_image: bool) -> Row:
 def training_row(
     record: Mapping[str, Any], request: Request, prompts: Prompts, tokenizer: Tokenizer, config: ModelConfig
 ) -> Row:
-    """A record's request and its result, the result to be learned.
+    """Return a record's request and its result, the result to be learned.
 
     Raises:
         RequestError: the record has no result, or its task cannot be learned from records.
@@ -103,23 +169,28 @@ def training_row(
     if request.task in (Task.DETECT, Task.POINT):
         key = "objects" if request.task is Task.DETECT else "points"
         for item in _result(record, key):
-            _emit_object(row, item, config)
+            _learn_object(row, item, config)
     else:
         text = _result(record, "caption" if request.task is Task.CAPTION else "answer")
         if request.reasoning and request.task is Task.QUERY:
-            row.emit([*tokenizer.encode(_result(record, "reasoning")["text"]), tokens.answer_id])
-        row.emit(tokenizer.encode(text))
-    row.emit([tokens.eos_id])
+            _learn(row, [*tokenizer.encode(_result(record, "reasoning")["text"]), tokens.answer_id])
+        _learn(row, tokenizer.encode(text))
+    _learn(row, [tokens.eos_id])
     return row
 
 
 def answered_row(row: Row, answer: str, tokenizer: Tokenizer, config: ModelConfig) -> Row:
-    """A prompt's row continued by an answer in words (and thoughts before it), to be learned."""
+    """Continue a prompt's row by an answer in words (and thoughts before it), to be learned."""
     *thoughts, text = split_reasoning(answer)
     for thought in thoughts:
-        row.emit([*tokenizer.encode(thought), config.tokenizer.answer_id])
-    row.emit([*tokenizer.encode(text), config.tokenizer.eos_id])
+        _learn(row, [*tokenizer.encode(thought), config.tokenizer.answer_id])
+    _learn(row, [*tokenizer.encode(text), config.tokenizer.eos_id])
     return row
+
+
+def _learn(row: Row, ids: Sequence[int]) -> None:
+    for token in ids:
+        row.add(token, label=token)
 
 
 def _result(record: Mapping[str, Any], key: str) -> Any:
@@ -128,46 +199,18 @@ def _result(record: Mapping[str, Any], key: str) -> Any:
     return record[key]
 
 
-def _emit_object(row: Row, item: Mapping[str, float], config: ModelConfig) -> None:
-    """A box or point: that there is one is a decision, its numbers follow in turn (specification, section 11)."""
+def _learn_object(row: Row, item: Mapping[str, float], config: ModelConfig) -> None:
+    """Append a box or point: its being there is a decision, its numbers follow (specification, section 11)."""
     tokens = config.tokenizer
     if "x_min" in item:
         x, y = (item["x_min"] + item["x_max"]) / 2, (item["y_min"] + item["y_max"]) / 2
     else:
         x, y = item["x"], item["y"]
-    row.emit_value(tokens.coord_id, (x, x), is_decided=True)
-    row.emit_value(tokens.coord_id, (y, y), is_decided=False)
+    row.add(tokens.coord_id, (x, x), tokens.coord_id, (x, x))
+    row.add(tokens.coord_id, (y, y), target=(y, y))
     if "x_min" in item:
         size_wh = (item["x_max"] - item["x_min"], item["y_max"] - item["y_min"])
-        row.emit_value(tokens.size_id, size_wh, is_decided=False)
-
-
-def pad_rows(
-    rows: Sequence[Row], pad_id: int, *, side: str, multiple: int = 1, with_labels: bool = False
-) -> dict[str, Tensor]:
-    """Rows as tensors [B, T], padded on one side; `region_values` only where a row has one."""
-    width = max(len(row.ids) for row in rows)
-    width = -(-width // multiple) * multiple
-
-    def padded(values: Sequence[Any], fill: Any) -> list[Any]:
-        room = [fill] * (width - len(values))
-        return [*room, *values] if side == "left" else [*values, *room]
-
-    nothing = (_NAN, _NAN)
-    batch = {
-        "input_ids": torch.tensor([padded(row.ids, pad_id) for row in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(row.ids), 0) for row in rows]),
-    }
-    if any(value[0] == value[0] for row in rows for value in row.values):  # not NaN
-        batch["region_values"] = torch.tensor([padded(row.values, nothing) for row in rows])
-    if with_labels:
-        batch["labels"] = torch.tensor([padded(row.labels, IGNORE) for row in rows])
-        batch["region_labels"] = torch.tensor([padded(row.targets, nothing) for row in rows])
-    return batch
-
-
-PROCESSOR_CONFIG, TOKENIZER_FILE = "processor_config.json", "tokenizer.json"
-ImageInput = Image.Image | str | Path | np.ndarray | Tensor
+        row.add(tokens.size_id, size_wh, target=size_wh)
 
 
 class Moondream3Processor(ProcessorMixin):
@@ -222,7 +265,7 @@ class Moondream3Processor(ProcessorMixin):
         if saved.is_file():
             document = json.loads(saved.read_text(encoding="utf-8"))
             config, name = ModelConfig.from_sections(document["network"]), document.get("model_name", "")
-            template, file = document.get("chat_template"), saved.with_name(TOKENIZER_FILE)
+            template, file = document.get("chat_template"), saved.with_name(TOKENIZER_NAME)
         else:
             files = resolve_model(
                 str(pretrained_model_name_or_path),
@@ -312,7 +355,7 @@ class Moondream3Processor(ProcessorMixin):
             for one, ref, picture in zip(texts, refs, pictures, strict=True)
         ]
         if truncation and max_length is not None:
-            rows = [_cut(row, max_length, self.network.prefix_len) for row in rows]
+            rows = [row.cut(max(max_length, self.network.prefix_len)) for row in rows]
         batch = pad_rows(rows, self.pad_token_id, side=padding_side, multiple=pad_to_multiple_of or 1)
         return BatchFeature(batch | self._pixels(pictures))
 
@@ -394,19 +437,14 @@ def _request_keys(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**keys, "reasoning": bool(record.get("reasoning"))}
 
 
-def _cut(row: Row, max_length: int, prefix_len: int) -> Row:
-    end = max(max_length, prefix_len)
-    return Row(row.ids[:end], row.values[:end], row.labels[:end], row.targets[:end])
-
-
 def read_network(path: Path) -> ModelConfig:
-    """The sizes of the checkpoint at `path`; the real model's where no config.json is beside it."""
+    """Return the sizes of the checkpoint at `path`; the real model's where no config.json is beside it."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     return Moondream3Config.from_json_file(str(file)).network if file.is_file() else ModelConfig()
 
 
 def wrap_tokenizer(file: Path, config: ModelConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer.json as transformers wraps it, with its special tokens named."""
+    """Return the tokenizer.json as transformers wraps it, with its special tokens named."""
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_file=str(file), padding_side="left"
     )

@@ -16,7 +16,7 @@ from PIL import Image
 
 from md3cli.errors import ImageError, RequestError
 from md3cli.model.hf import Moondream3Processor
-from md3cli.model.hf.prompting import read_prompt, split_reasoning
+from md3cli.model.hf.processing import read_prompt, split_reasoning
 from md3cli.model.network.vision import normalise_crops
 from md3cli.records import Request, Task
 
