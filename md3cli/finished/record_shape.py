@@ -1,9 +1,10 @@
-"""One line of a records file -> a record as md3 writes it, or a refusal that says what is wrong.
+"""The shape of a record: what a line of a records file must be to count as one.
 
-Records may have gone through other tools (pandas, Arrow, a spreadsheet, a text editor) or come from
-strangers. What those tools change on the way is put back: `160.0` for 160, null or NaN for an absent
-key, a number where a text of digits was. What cannot be used is named here, and does not trip the code
-that draws it. Pure functions; the record's shape is section 3 of the product contract.
+Three judges stand here, from strict to lenient. `WHOLE_LINES` accepts lines exactly as md3 writes them, a block at a
+time and a microsecond a line. `read_record` accepts what the product contract allows (section 3): a run that goes on
+keeps such lines and does all others again. `tidied_record` puts back what other tools changed (pandas, Arrow, a
+spreadsheet, a text editor) and refuses the rest in words: formats are made from it. The first two share their kinds
+of values; the third changes values, so its checks are its own. Nothing here opens a file.
 """
 
 from __future__ import annotations
@@ -11,24 +12,235 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import lru_cache, partial
+from json.encoder import encode_basestring
+from typing import Any, NamedTuple
 
-from md3cli.records import SCHEMA, RecordDict, Task
+from md3cli.records import CAPTION_LENGTHS, ERROR_TYPES, SCHEMA, RecordDict, Request, Task
+
+_CORNERS, _CENTRE = ("x_min", "y_min", "x_max", "y_max"), ("x", "y")
+
+# -- what values are, as md3 writes them and as the contract allows them ---------------------------------
+
+
+class _Kind(NamedTuple):
+    """A kind of value: a pattern of its text in a line of md3, and whether a parsed value is one."""
+
+    pattern: str  # possessive throughout: a line that does not match is given up at once, whatever it holds
+    fits: Callable[[Any], bool]
+
+
+_WHOLE_LIMIT = 2**63
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < _WHOLE_LIMIT
+    return is_whole or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_count(value: Any) -> bool:
+    """A whole number from 0; other tools write 160.0 for 160."""
+    return _is_number(value) and value >= 0 and value == int(value)
+
+
+def _hex(digits: int) -> _Kind:
+    pattern = re.compile(f"[0-9a-f]{{{digits}}}")
+    return _Kind(f'"{pattern.pattern}"', lambda value: _is_text(value) and pattern.fullmatch(value) is not None)
+
+
+def _one_of(*allowed: str) -> _Kind:
+    return _Kind(f'"(?:{"|".join(allowed)})"', lambda value: isinstance(value, str) and value in allowed)
+
+
+def _list_of(item: _Kind) -> _Kind:
+    pattern = rf"\[(?:{item.pattern}(?:,(?!\])|(?=\])))*+\]"
+    return _Kind(pattern, lambda value: isinstance(value, list) and all(map(item.fits, value)))
+
+
+_Members = Mapping[str, _Kind]
+
+
+def _members(needed: _Members, optional: _Members) -> str:
+    """The pattern of an object's members; those without a pattern are left to `read_record`."""
+    parts = [f'"{key}":{kind.pattern}' for key, kind in needed.items()]
+    return ",".join(parts) + "".join(f'(?:,"{key}":{kind.pattern})?+' for key, kind in optional.items() if kind.pattern)
+
+
+def _object_of(needed: _Members, optional: _Members | None = None) -> _Kind:
+    """An object with all that is needed and nothing unknown; null counts as absent where a key is optional."""
+    known = {**needed, **(optional or {})}
+
+    def fits(value: Any) -> bool:
+        if not isinstance(value, dict) or not needed.keys() <= value.keys() <= known.keys():
+            return False
+        return all(known[key].fits(item) or (item is None and key not in needed) for key, item in value.items())
+
+    return _Kind(rf"\{{{_members(needed, optional or {})}\}}", fits)
+
+
+_TEXT = _Kind(r'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u00[01][0-9a-f]))*+"', _is_text)
+_TEXT_OR_NULL = _Kind(f"(?:null|{_TEXT.pattern})", lambda value: value is None or isinstance(value, str))
+_COUNT = _Kind("(?:0|[1-9][0-9]{0,14}+)", _is_count)
+# A number of md3 has fewer digits than could be infinite.
+_NUMBER = _Kind(rf"-?+{_COUNT.pattern}(?:\.[0-9]++)?+(?:e[+-][0-9]{{2}})?+", _is_number)
+_TRUTH = _Kind("(?:true|false)", lambda value: isinstance(value, bool))
+_FINISH = _one_of("stop", "length")
+_SHA256 = _hex(64)
+_SCORED = {"score": _NUMBER}
+_BOX = dict.fromkeys(_CORNERS, _NUMBER)
+_GROUNDING = _object_of({"start_idx": _COUNT, "end_idx": _COUNT, "points": _list_of(_list_of(_NUMBER))})
+_REASONING = _object_of({"text": _TEXT, "grounding": _list_of(_GROUNDING)}, {"finish_reason": _FINISH})
+_CHOICES = _Kind("", lambda value: isinstance(value, dict) and all(map(_is_number, value.values())))
+_OBJECT = _object_of({"label": _TEXT, **_BOX}, _SCORED)
+_POINT = _object_of({"label": _TEXT, "x": _NUMBER, "y": _NUMBER}, _SCORED)
+_SEGMENT = _object_of({"label": _TEXT, "svg_path": _TEXT, "bbox": _object_of(_BOX)}, {"parse_error": _TEXT, **_SCORED})
+_ERROR = _object_of({"type": _one_of(*sorted(ERROR_TYPES)), "message": _TEXT, "retry": _TRUTH})
+_USED = {"finish_reason": _FINISH, "tokens": _object_of({"prompt": _COUNT, "output": _COUNT})}
+# What an answer holds, by task: needed and optional members; the last needed one is the result itself.
+_RESULTS: Mapping[Task, tuple[_Members, _Members]] = {
+    Task.CAPTION: ({"length": _one_of(*CAPTION_LENGTHS), "caption": _TEXT}, {}),
+    Task.QUERY: ({"answer": _TEXT}, {"choices": _CHOICES, "reasoning": _REASONING}),
+    Task.DETECT: ({"objects": _list_of(_OBJECT)}, {}),
+    Task.POINT: ({"points": _list_of(_POINT)}, {}),
+    Task.SEGMENT: ({"segments": _list_of(_SEGMENT)}, {}),
+}
+_ALWAYS: _Members = {
+    "schema": _one_of(SCHEMA),
+    "id": _hex(32),
+    "image": _TEXT_OR_NULL,
+    "task": _one_of(*Task),
+    "prompt": _TEXT_OR_NULL,
+    "model": _TEXT,
+    "meta": _Kind("", lambda value: isinstance(value, dict)),
+}
+
+# -- lines as md3 writes them ----------------------------------------------------------------------------
+
+_PROMPT = f'"prompt":{_TEXT_OR_NULL.pattern}'
+_ANSWERED = "|".join(f'"task":"{task}",{_PROMPT},{_members(*result)}' for task, result in _RESULTS.items())
+_ASKED = f'"task":{_ALWAYS["task"].pattern},{_PROMPT},'
+_SIZE = rf'"width":{_COUNT.pattern},"height":{_COUNT.pattern},'
+_SIGNED = f'"sha256":{_SHA256.pattern},'
+_PLAIN = f"(?:{_TEXT.pattern}|{_NUMBER.pattern}|true|false|null)"
+# A key of `meta` that comes again in its line is left to `read_record`.
+_META = rf'\{{(?:({_TEXT.pattern})(?![^\n]*,\1:):{_PLAIN}(?:,(?=")|(?=\}})))*+\}}'
+_META_OF_FAILED = _META.replace(r"\1", r"\2")  # the second group of the whole pattern
+_B64 = r'(?:"image_b64":"[A-Za-z0-9+/]*+=*+",)?+'
+_HEAD = rf'\{{"schema":"{re.escape(SCHEMA)}","id":{_ALWAYS["id"].pattern},'
+_TAIL = f'"model":{_TEXT.pattern},"meta":'
+_WHOLE = (
+    f'{_HEAD}(?:"image":null,(?:{_ANSWERED}),|"image":{_TEXT.pattern},{_B64}{_SIZE}(?:{_ANSWERED}),{_SIGNED})'
+    rf'{_members(_USED, {})},{_TAIL}{_META},"error":null\}}\n'
+)
+_FAILED = (
+    f'{_HEAD}"image":{_TEXT_OR_NULL.pattern},{_B64}(?:{_SIZE}{_ASKED}{_SIGNED}|{_ASKED}){_TAIL}{_META_OF_FAILED},'
+    rf'"error":{_ERROR.pattern}\}}\n'
+)
+# Matches at any place of a text of whole lines, as many lines from there on as are whole; perhaps none.
+WHOLE_LINES = re.compile(f"(?:{_WHOLE}|{_FAILED})*+".encode())
+
+# -- lines as the contract allows them -------------------------------------------------------------------
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number too large")
+    return value
+
+
+def read_json(line: bytes) -> Any:
+    """Parse a line strictly: UTF-8, no key twice, no NaN, no number that is infinite, no half character.
+
+    Raises:
+        ValueError, RecursionError: it is not that.
+    """
+    text = line.decode()
+    value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant, parse_float=_finite)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def read_record(line: bytes) -> RecordDict | None:
+    """Return the record that a line holds; None where the record is not whole (product contract, section 3).
+
+    Whole numbers as `160.0` and absent keys as null, as other tools write them, are taken as they are.
+    """
+    try:
+        record = read_json(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and _is_whole(record) else None
+
+
+def _is_whole(record: RecordDict) -> bool:
+    if not isinstance(record.get("task"), str) or record["task"] not in _RESULTS or "error" not in record:
+        return False
+    has_answer = record["error"] is None
+    needed, optional = dict(_ALWAYS), {"image_b64": _TEXT}
+    needed["error"] = _Kind("", lambda value: value is None) if has_answer else _ERROR
+    if has_answer:
+        result, rest = _RESULTS[Task(record["task"])]
+        needed |= {**result, **_USED}
+        optional |= rest
+    if record.get("image") is not None and (has_answer or record.get("width") is not None):
+        needed |= {"width": _COUNT, "height": _COUNT, "sha256": _SHA256}
+    present = {key: value for key, value in record.items() if value is not None or key in needed}
+    return _object_of(needed, optional).fits(present)
+
+
+_LINE_START = f'{{"schema":"{SCHEMA}","id":"'.encode()
+
+
+def is_record_of(line: bytes, record_id: str, image: str | None, request: Request) -> bool:
+    """Return whether a whole line is the record of this request: its id, image, task and prompt are the request's."""
+    head = b'%s%s","image":%s,' % (_LINE_START, record_id.encode(), _as_written(image))
+    if line.startswith(head) and line.startswith(
+        _task_and_prompt(request.task, request.prompt), line.find(b'"task":', len(head))
+    ):
+        return True
+    record = read_record(line)  # another program wrote it, or it is another request's
+    if record is None or record["id"] != record_id:
+        return False
+    found = [_as_written(record[key]) for key in ("image", "task", "prompt")]
+    return found == [_as_written(value) for value in (image, str(request.task), request.prompt)]
+
+
+@lru_cache(maxsize=1024)  # a run has few requests, and each is compared with every line
+def _task_and_prompt(task: Task, prompt: str | None) -> bytes:
+    return b'"task":"%s","prompt":%s,' % (task.encode(), _as_written(prompt))
+
+
+def _as_written(value: str | None) -> bytes:
+    """A text as `journal.encode_record` puts it on disk."""
+    return b"null" if value is None else encode_basestring(value).encode("utf-8", "replace")
+
+
+# -- lines as other tools leave them ---------------------------------------------------------------------
 
 SIZE_LIMIT_PIXELS = 2**30  # masks are drawn at the picture's size
 COORDINATE_LIMIT = 1e6
 DEPTH_LIMIT = 64  # of what a record carries along (`meta`, keys of others)
 _COUNT_LIMIT = 2**31 - 1
 _EXACT_LIMIT = 2**53  # larger integers do not fit the columns of a table
-_BOX, _POINT = ("x_min", "y_min", "x_max", "y_max"), ("x", "y")
-_RESULT_OF = {
-    Task.CAPTION: "caption",
-    Task.QUERY: "answer",
-    Task.DETECT: "objects",
-    Task.POINT: "points",
-    Task.SEGMENT: "segments",
-}
 _NULL_KEYS = frozenset({"image", "prompt", "error"})  # null is a value of these
 
 
@@ -40,47 +252,42 @@ class Damage(Exception):
     """What is wrong with a record; the message names the key."""
 
 
-def parse_record(line: bytes) -> RecordDict:
-    """Return one line as a record.
+def tidied_record(line: bytes) -> RecordDict:
+    """Return the record of a line with each value of the kind it must be.
+
+    What other tools change is put back: `160.0` for 160, null or NaN for an absent key, a number for a text of digits.
 
     Raises:
-        NotJson: it is none.
+        NotJson: the line is no JSON.
         ValueError: not an object, not of this schema, or of a wrong shape; the message says which.
     """
     try:
-        record: Any = json.loads(line)
+        found: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise NotJson("not valid JSON") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise ValueError(f'not a record of md3 (it has no "schema":"{SCHEMA}")')
+    record: RecordDict = {}
     try:
         if b"\\ud" in line or b"\\uD" in line:  # half a surrogate pair cannot be written again: shown as ?
-            record = json.loads(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
-        return _tidied(record)
+            found = json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
+        for key, value in found.items():
+            tidy = None if _is_absent(value) else _TIDY.get(key, _carried)(key, value)
+            if tidy is not None or key in _NULL_KEYS:
+                record[key] = tidy
+        for key, default in (("image", None), ("meta", {}), ("error", None)):
+            record.setdefault(key, default)
+        _check_completeness(record)
     except RecursionError as error:
         raise ValueError("a damaged record: it is nested too deep") from error
     except Damage as error:
         raise ValueError(f"a damaged record: its {error} not as md3 writes it") from error
-
-
-def _tidied(found: RecordDict) -> RecordDict:
-    """The record with what other tools changed put back, and each value of the kind it must be."""
-    record: RecordDict = {}
-    for key, value in found.items():
-        tidy = _TIDY.get(key, _carried)
-        value = None if _is_absent(value) else tidy(key, value)
-        if value is not None or key in _NULL_KEYS:
-            record[key] = value
-    record.setdefault("image", None)
-    record.setdefault("meta", {})
-    record.setdefault("error", None)
-    _check_whole(record)
     return record
 
 
-def _check_whole(record: RecordDict) -> None:
+def _check_completeness(record: RecordDict) -> None:
     """Raise Damage where keys that belong together are not there."""
-    if record.get("task") not in _RESULT_OF:
+    if record.get("task") not in _RESULTS:
         raise Damage("task is")
     width, height = record.get("width"), record.get("height")
     if (width is None) != (height is None):
@@ -89,8 +296,9 @@ def _check_whole(record: RecordDict) -> None:
         raise Damage("width or height is")
     if record["error"] is not None:
         return
-    if record.get(_RESULT_OF[record["task"]]) is None:
-        raise Damage(f"{_RESULT_OF[record['task']]} is")
+    result = [*_RESULTS[record["task"]][0]][-1]
+    if record.get(result) is None:
+        raise Damage(f"{result} is")
     if width is None and record["image"] is not None:  # the picture would be in no format that is made of images
         raise Damage("width and height are")
 
@@ -107,13 +315,16 @@ def _text(key: str, value: Any) -> str:
 
 def _words(key: str, value: Any) -> str:
     """A text that a tool may have taken for a number: an answer "3" comes back as 3 or 3.0."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    is_number = type(value) is int or (isinstance(value, float) and math.isfinite(value))
-    return str(value) if is_number else _text(key, value)
+    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    raise Damage(f"{key} is")
 
 
-def _exact_name(key: str, value: Any) -> str:
+def _base64(key: str, value: Any) -> str:
     try:
         base64.b64decode(_text(key, value), validate=True)
     except ValueError as error:
@@ -126,19 +337,19 @@ def _digest(key: str, value: Any) -> str | None:
     return None if type(value) in (int, float) else _text(key, value)
 
 
-def _count(key: str, value: Any) -> int:
-    """A whole number from 0, also as `160.0`."""
+def _count(key: str, value: Any, lowest: int = 0) -> int:
+    """A whole number from `lowest`, also as `160.0`."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if type(value) is not int or not 0 <= value <= _COUNT_LIMIT:
+    if type(value) is not int or not lowest <= value <= _COUNT_LIMIT:
         raise Damage(f"{key} is")
     return value
 
 
-def _number(key: str, value: Any) -> float:
+def _number(key: str, value: Any, limit: float = math.inf) -> float:
     """A finite number that a float can hold, as it is."""
     try:
-        if type(value) in (int, float) and math.isfinite(value):
+        if type(value) in (int, float) and math.isfinite(value) and abs(value) <= limit:
             return float(value) if abs(value) > _EXACT_LIMIT else value
     except OverflowError:  # an integer of hundreds of digits
         pass
@@ -147,25 +358,31 @@ def _number(key: str, value: Any) -> float:
 
 def _coordinate(key: str, value: Any) -> float:
     """A share of the picture's side; what is far outside is damage, and sums and products stay finite."""
-    number = _number(key, value)
-    if abs(number) > COORDINATE_LIMIT:
-        raise Damage(f"{key} is")
-    return number
+    return _number(key, value, COORDINATE_LIMIT)
 
 
-def _side(key: str, value: Any) -> int:
-    number = _count(key, value)
-    if number == 0:
-        raise Damage(f"{key} is")
-    return number
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Damage(what)
+    return value
 
 
-def _objects(key: str, value: Any) -> list[dict[str, Any]]:
-    return _found(key, value, _BOX)
-
-
-def _points(key: str, value: Any) -> list[dict[str, Any]]:
-    return _found(key, value, _POINT)
+def _found(key: str, value: Any, coordinates: tuple[str, ...]) -> list[dict[str, Any]]:
+    """A list of what was found; null stands for an absent key there, too."""
+    if not isinstance(value, list) or not all(isinstance(thing, dict) for thing in value):
+        raise Damage(f"{key} are")
+    tidied: list[dict[str, Any]] = []
+    for thing in value:
+        kept: dict[str, Any] = {}
+        for name, part in thing.items():
+            if part is not None or name in coordinates:
+                tidy = _coordinate if name in coordinates else _TIDY_OF_FOUND.get(name, _carried)
+                kept[name] = tidy(name, part)
+        for name in coordinates:
+            if name not in kept:
+                raise Damage(f"{name} is")
+        tidied.append(kept)
+    return tidied
 
 
 def _segments(key: str, value: Any) -> list[dict[str, Any]]:
@@ -174,58 +391,28 @@ def _segments(key: str, value: Any) -> list[dict[str, Any]]:
         box = segment.get("bbox")
         if not isinstance(box, dict) or not isinstance(segment.get("svg_path"), str):
             raise Damage(f"{key} are")
-        segment["bbox"] = {name: _coordinate(name, box.get(name)) for name in _BOX}
+        segment["bbox"] = {name: _coordinate(name, box.get(name)) for name in _CORNERS}
     return segments
 
 
-def _found(key: str, value: Any, coordinates: tuple[str, ...]) -> list[dict[str, Any]]:
-    """A list of what was found; null stands for an absent key there, too."""
-    if not isinstance(value, list) or not all(isinstance(thing, dict) for thing in value):
-        raise Damage(f"{key} are")
-    return [_thing(thing, coordinates) for thing in value]
-
-
-def _thing(thing: Mapping[str, Any], coordinates: tuple[str, ...]) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for key, value in thing.items():
-        if key in coordinates:
-            kept[key] = _coordinate(key, value)
-        elif key == "score" and value is not None:
-            kept[key] = _number(key, value)
-        elif key == "label" and value is not None:
-            kept[key] = _words(key, value)
-        elif value is not None:
-            kept[key] = _carried(key, value)
-    for key in coordinates:
-        if key not in kept:
-            raise Damage(f"{key} is")
-    return kept
-
-
 def _tokens(key: str, value: Any) -> dict[str, int]:
-    if not isinstance(value, dict):
-        raise Damage(f"{key} are")
-    return {name: _count(name, count) for name, count in value.items() if not _is_absent(count)}
+    counts = _object(value, "tokens are")
+    return {name: _count(name, count) for name, count in counts.items() if not _is_absent(count)}
 
 
 def _choices(key: str, value: Any) -> dict[str, float] | None:
-    if not isinstance(value, dict):
-        raise Damage(f"{key} are")
+    scores = _object(value, "choices are")
     # Arrow gives every record the choices of all: those that were not asked are null.
-    return {name: _number(key, score) for name, score in value.items() if score is not None} or None
+    return {name: _number(key, score) for name, score in scores.items() if score is not None} or None
 
 
 def _meta(key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise Damage(f"{key} is")
-    carried: dict[str, Any] = _carried(key, value)
+    carried: dict[str, Any] = _carried(key, _object(value, "meta is"))
     return carried
 
 
 def _error(key: str, value: Any) -> dict[str, Any] | None:
-    if not isinstance(value, dict):
-        raise Damage(f"{key} is")
-    if all(part is None for part in value.values()):  # Arrow's way to say null
+    if all(part is None for part in _object(value, "error is").values()):  # Arrow's way to say null
         return None
     error = {**value, "type": _text(key, value.get("type")), "message": _text(key, value.get("message") or "")}
     error["retry"] = value.get("retry") in (True, 1)
@@ -233,9 +420,7 @@ def _error(key: str, value: Any) -> dict[str, Any] | None:
 
 
 def _reasoning(key: str, value: Any) -> dict[str, Any] | None:
-    if not isinstance(value, dict):
-        raise Damage(f"{key} is")
-    reasoning = {name: part for name, part in value.items() if part is not None}
+    reasoning = {name: part for name, part in _object(value, "reasoning is").items() if part is not None}
     if not reasoning:
         return None
     grounding = reasoning.get("grounding", [])
@@ -266,15 +451,15 @@ def _carried(key: str, value: Any, depth: int = 0) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_TIDY_OF_FOUND: Mapping[str, Callable[[str, Any], Any]] = {"score": _number, "label": _words}
 _TIDY: Mapping[str, Callable[[str, Any], Any]] = {
-    "image_b64": _exact_name,
-    **dict.fromkeys(("schema", "image", "task", "length", "finish_reason"), _text),
-    "model": _text,
+    "image_b64": _base64,
+    **dict.fromkeys(("schema", "image", "task", "length", "finish_reason", "model"), _text),
     "sha256": _digest,
     **dict.fromkeys(("id", "prompt", "caption", "answer"), _words),
-    **dict.fromkeys(("width", "height"), _side),
-    "objects": _objects,
-    "points": _points,
+    **dict.fromkeys(("width", "height"), partial(_count, lowest=1)),
+    "objects": partial(_found, coordinates=_CORNERS),
+    "points": partial(_found, coordinates=_CENTRE),
     "segments": _segments,
     "tokens": _tokens,
     "choices": _choices,

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from md3cli.errors import ExportError, InputError
-from md3cli.finished.record_shape import NotJson, parse_record
+from md3cli.finished.record_shape import NotJson, tidied_record
 from md3cli.finished.run_json import has_run_info
 from md3cli.records import RecordDict, printable
 
@@ -213,7 +213,7 @@ class RecordsFile:
         """Yield the records from the line at `offset` on; a doubled request once, at its first place."""
         moves = iter(self._doubled.starting_at(offset))
         move = next(moves, None)
-        for line, record in self._parsed(parse_record, offset):
+        for line, record in self._parsed(tidied_record, offset):
             if move is None or move[0] != line.offset:
                 yield PlacedRecord(line.offset, record)
                 continue
@@ -225,7 +225,7 @@ class RecordsFile:
 
     def _keys(self) -> Iterator[tuple[int, int, int]]:
         num_records = 0
-        for line, key in self._parsed(lambda text: key_of(text, parse_record)):
+        for line, key in self._parsed(lambda text: key_of(text, tidied_record)):
             num_records += 1
             if key is not None:
                 yield line.number, key, line.offset
@@ -238,7 +238,7 @@ class RecordsFile:
         self._file.seek(line.offset)
         text = _without_mark(self._file.readline(LINE_LIMIT_BYTES), line.offset)
         try:
-            return parse_record(text)
+            return tidied_record(text)
         except ValueError as error:
             raise self._refusal(line.number, error) from error
 

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from md3cli.errors import OutputError, OutputMismatchError
 from md3cli.files import OutputLock, atomic_publish, output_error, remove_stale_temps
 from md3cli.finished.digest import RecordsDigest, digest_of, digest_of_file
-from md3cli.finished.whole_records import is_record_of, read_json, read_record
+from md3cli.finished.record_shape import is_record_of, read_json, read_record
 from md3cli.records import SCHEMA, RecordDict, Request, SourceRow, printable
 from md3cli.run.journal_scan import (
     HEAD,

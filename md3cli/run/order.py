@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from md3cli.console import Summary
-from md3cli.finished.whole_records import is_record_of, read_record
+from md3cli.finished.record_shape import is_record_of, read_record
 from md3cli.records import (
     SCHEMA,
     Answer,

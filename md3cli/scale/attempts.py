@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from md3cli.files import output_error
-from md3cli.finished.whole_records import read_json, read_record
+from md3cli.finished.record_shape import read_json, read_record
 from md3cli.run.journal_scan import DamagedLines, repair_words
 from md3cli.scale.folder import WIP, RunFolder, damaged_name, journal_name, shard_name
 from md3cli.scale.store import LocalStore

@@ -26,7 +26,7 @@ from itertools import islice
 from typing import IO, Any, NamedTuple
 
 from md3cli.console import clock
-from md3cli.finished.whole_records import read_record
+from md3cli.finished.record_shape import read_record
 from md3cli.records import printable
 from md3cli.run.journal_scan import DamagedLines, journal_lines
 from md3cli.scale.attempts import Place, attempt_files, damage_of, keep_damaged_lines

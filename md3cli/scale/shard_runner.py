@@ -30,7 +30,7 @@ from typing import NamedTuple, Self, cast
 
 from md3cli.config import DecodeOptions, ModelOptions
 from md3cli.errors import EngineError
-from md3cli.finished.whole_records import is_record_of
+from md3cli.finished.record_shape import is_record_of
 from md3cli.images.pool import DecodePool
 from md3cli.records import OK_TAIL, RecordDict, Request, RowFailure, SourceRow
 from md3cli.run.feed import Feed, Ticket, make_decode_pool, rows_ahead

@@ -27,7 +27,7 @@ from md3cli.config import RunConfig
 from md3cli.exporters.files import remove_leftovers
 from md3cli.files import output_error
 from md3cli.finished.digest import digest_of
-from md3cli.finished.whole_records import read_record
+from md3cli.finished.record_shape import read_record
 from md3cli.records import OK_TAIL, Request, RunIdentity, SourceRow
 from md3cli.run.journal import encode_record
 from md3cli.run.journal_scan import (

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from md3cli.finished.digest import digest_of
-from md3cli.finished.whole_records import read_record
+from md3cli.finished.record_shape import read_record
 from md3cli.records import (
     ERROR_TYPES,
     ImageFacts,
