@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from md3cli.errors import InputError
 from md3cli.files import output_error
 from md3cli.finished.digest import DIGEST_BYTES, change_since, is_finished, kept_digest
-from md3cli.finished.run_json import counts_of, load_run_info
 from md3cli.finished.record_shape import WHOLE_LINES, read_json, read_record
+from md3cli.finished.run_json import counts_of, load_run_info
 from md3cli.records import OK_TAIL, SCHEMA, RecordDict, printable
 from md3cli.run.record_index import FoundRecords, outcome_code
 from md3cli.system import open_regular, read_at, write_all
