@@ -84,7 +84,10 @@ SpatialRefs = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotateOptions:
-    """The options of model, answers, OUTPUT, processes and display, and what narrows and guards INPUT."""
+    """The options of model, answers, OUTPUT, processes and display, and what narrows and guards INPUT.
+
+    Where no name is given, an option has its field's: `fail_on` is `--fail-on`, and `cache`, a bool, `--cache/--no-cache`.
+    """
 
     output: Annotated[
         str | None,
@@ -109,33 +112,20 @@ class AnnotateOptions:
     fail_on: Annotated[
         FailOn,
         _output(
-            "--fail-on",
-            metavar="none|any|N%",
-            parser=checked(parse_fail_on),
-            help="When failed records make the exit status 3.",
+            metavar="none|any|N%", parser=checked(parse_fail_on), help="When failed records make the exit status 3."
         ),
     ] = ANY_FAILURE
 
-    recursive: Annotated[bool, _input("--recursive/--no-recursive", help="Look into sub-folders.")] = True
-    include: Annotated[
-        list[str] | None, _input("--include", metavar="GLOB", help="Only images whose name matches.")
-    ] = None
-    exclude: Annotated[list[str] | None, _input("--exclude", metavar="GLOB", help="No images whose name matches.")] = (
-        None
-    )
-    limit: Annotated[int | None, _input("--limit", metavar="N", min=0, help="Stop after N images.")] = None
+    recursive: Annotated[bool, _input(help="Look into sub-folders.")] = True
+    include: Annotated[list[str] | None, _input(metavar="GLOB", help="Only images whose name matches.")] = None
+    exclude: Annotated[list[str] | None, _input(metavar="GLOB", help="No images whose name matches.")] = None
+    limit: Annotated[int | None, _input(metavar="N", min=0, help="Stop after N images.")] = None
     shard: Annotated[
         tuple[int, int] | None,
-        _input(
-            "--shard",
-            metavar="I/N",
-            parser=checked(parse_shard),
-            help="Only part I of N, by a hash of the image's name.",
-        ),
+        _input(metavar="I/N", parser=checked(parse_shard), help="Only part I of N, by a hash of the image's name."),
     ] = None
     root: Annotated[
-        str | None,
-        _input("--root", metavar="DIR|URL", help="Where a manifest's paths start, and what they may not leave."),
+        str | None, _input(metavar="DIR|URL", help="Where a manifest's paths start, and what they may not leave.")
     ] = None
     remote: Annotated[bool, _input("--remote", help="Fetch the URLs inside a manifest.")] = False
     follow_links: Annotated[bool, _input("--follow-links", help="Look into linked folders.")] = False
@@ -145,16 +135,12 @@ class AnnotateOptions:
     ] = False
 
     estimate: Annotated[
-        bool,
-        _estimate("--estimate", help="With --dry-run: also run a sample, and tell time, tokens, disk and money."),
+        bool, _estimate("--estimate", help="With --dry-run: also run a sample, and tell time, tokens, disk and money.")
     ] = False
-    estimate_sample: Annotated[
-        int, _estimate("--estimate-sample", metavar="N", min=1, help="Images to run of each number of crops.")
-    ] = 16
+    estimate_sample: Annotated[int, _estimate(metavar="N", min=1, help="Images to run of each number of crops.")] = 16
     estimate_open: Annotated[
         int,
         _estimate(
-            "--estimate-open",
             metavar="N",
             min=1,
             max=1_000_000,
@@ -162,11 +148,10 @@ class AnnotateOptions:
         ),
     ] = 2000
     price_per_gpu_hour: Annotated[
-        float | None, _estimate("--price-per-gpu-hour", metavar="X", min=0, help="What an hour of one device costs.")
+        float | None, _estimate(metavar="X", min=0, help="What an hour of one device costs.")
     ] = None
     price_per_1000: Annotated[
-        float | None,
-        _estimate("--price-per-1000", metavar="X", min=0, help="What 1,000 images cost elsewhere, to compare with."),
+        float | None, _estimate(metavar="X", min=0, help="What 1,000 images cost elsewhere, to compare with.")
     ] = None
 
     model: Annotated[
@@ -178,98 +163,66 @@ class AnnotateOptions:
             help="moondream3, moondream3.1, tiny, a Hugging Face repo id, or a local folder or file.",
         ),
     ] = DEFAULT_MODEL
-    revision: Annotated[str | None, _model("--revision", help="Revision of the repo.")] = None
-    tokenizer: Annotated[str | None, _model("--tokenizer", help="Folder or file of another tokenizer.")] = None
-    adapter: Annotated[str | None, _model("--adapter", help="Folder of a LoRA adapter.")] = None
-    device: Annotated[str, _model("--device", help="auto, cpu, cuda, cuda:1 or mps.")] = "auto"
+    revision: Annotated[str | None, _model(help="Revision of the repo.")] = None
+    tokenizer: Annotated[str | None, _model(help="Folder or file of another tokenizer.")] = None
+    adapter: Annotated[str | None, _model(help="Folder of a LoRA adapter.")] = None
+    device: Annotated[str, _model(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto"
     dtype: Annotated[
-        Literal["auto", "bf16", "fp32", "fp16"],
-        _model("--dtype", help="auto: bf16, or fp32 where the device is slow at bf16."),
+        Literal["auto", "bf16", "fp32", "fp16"], _model(help="auto: bf16, or fp32 where the device is slow at bf16.")
     ] = "auto"
     quant: Annotated[
         Literal["stored", "none", "int8", "int4"],
-        _model("--quant", help="Bits of the weights; stored: as the checkpoint has them."),
+        _model(help="Bits of the weights; stored: as the checkpoint has them."),
     ] = "stored"
     quant_vision: Annotated[
-        Literal["none", "int8"], _model("--quant-vision", help="Bits of the vision encoder's products; int8: CPU only.")
+        Literal["none", "int8"], _model(help="Bits of the vision encoder's products; int8: CPU only.")
     ] = "none"
     batch_size: Annotated[
         int | None,
-        _model(
-            "--batch-size",
-            metavar="N|auto",
-            parser=checked(number_or_auto),
-            help="Sequences in flight; auto fits memory.",
-        ),
+        _model(metavar="N|auto", parser=checked(number_or_auto), help="Sequences in flight; auto fits memory."),
     ] = AUTO
-    compile: Annotated[
-        bool | None, _model("--compile/--no-compile", help="Compiled steps; by default where they pay.")
-    ] = None
+    compile: Annotated[bool | None, _model(help="Compiled steps; by default where they pay.")] = None
     max_context: Annotated[
         int | None,
-        _model(
-            "--max-context",
-            metavar="N",
-            min=1,
-            max=32768,
-            help="Tokens a sequence may have; by default the model's own.",
-        ),
+        _model(metavar="N", min=1, max=32768, help="Tokens a sequence may have; by default the model's own."),
     ] = None
-    cache: Annotated[bool, _model("--cache/--no-cache", help="Keep image encodings on disk.")] = True
+    cache: Annotated[bool, _model(help="Keep image encodings on disk.")] = True
     cache_dir: Annotated[
         Path | None,
-        _model(
-            "--cache-dir",
-            metavar="DIR",
-            parser=checked(parse_folder),
-            help="Where; by default the user's cache folder.",
-        ),
+        _model(metavar="DIR", parser=checked(parse_folder), help="Where; by default the user's cache folder."),
     ] = None
-    cache_size: Annotated[
-        int, _model("--cache-size", metavar="SIZE", parser=checked(parse_bytes), help="How much.")
-    ] = CACHE_SIZE
+    cache_size: Annotated[int, _model(metavar="SIZE", parser=checked(parse_bytes), help="How much.")] = CACHE_SIZE
     offline: Annotated[bool, _model("--offline", help="No network at all.")] = False
 
     temperature: Annotated[
-        float, _answers("--temperature", min=0, max=TEMPERATURE_LIMIT, help="0 is greedy: a rerun gives the same.")
+        float, _answers(min=0, max=TEMPERATURE_LIMIT, help="0 is greedy: a rerun gives the same.")
     ] = 0.0
-    top_p: Annotated[
-        float, _answers("--top-p", max=1, callback=above_zero, help="Share of the probability to draw from.")
-    ] = 0.9
-    max_tokens: Annotated[int, _answers("--max-tokens", min=1, max=TOKENS_LIMIT - 1, help="Longest answer.")] = 768
-    seed: Annotated[int, _answers("--seed", min=0, max=SEED_LIMIT - 1, help="Of the draws.")] = 0
+    top_p: Annotated[float, _answers(max=1, callback=above_zero, help="Share of the probability to draw from.")] = 0.9
+    max_tokens: Annotated[int, _answers(min=1, max=TOKENS_LIMIT - 1, help="Longest answer.")] = 768
+    seed: Annotated[int, _answers(min=0, max=SEED_LIMIT - 1, help="Of the draws.")] = 0
 
     max_pixels: Annotated[
         int,
         _limits(
-            "--max-pixels",
-            metavar="N",
-            parser=checked(parse_count),
-            help="Larger pictures are refused; 268M.",
-            show_default=False,
+            metavar="N", parser=checked(parse_count), help="Larger pictures are refused; 268M.", show_default=False
         ),
     ] = MAX_PIXELS
     max_file_size: Annotated[
-        int,
-        _limits("--max-file-size", metavar="SIZE", parser=checked(parse_bytes), help="Larger files are refused."),
+        int, _limits(metavar="SIZE", parser=checked(parse_bytes), help="Larger files are refused.")
     ] = MAX_FILE_SIZE
     fetch_timeout: Annotated[
-        float,
-        _limits("--fetch-timeout", metavar="SECONDS", min=0.001, help="Longest time of one try to fetch a picture."),
+        float, _limits(metavar="SECONDS", min=0.001, help="Longest time of one try to fetch a picture.")
     ] = 30.0
     decode_timeout: Annotated[
-        float, _limits("--decode-timeout", metavar="SECONDS", min=0.001, help="Longest time to open one picture.")
+        float, _limits(metavar="SECONDS", min=0.001, help="Longest time to open one picture.")
     ] = 20.0
     workers: Annotated[
-        int | None,
-        _limits("--workers", metavar="N|auto", parser=checked(number_or_auto), help="Pictures opened at a time."),
+        int | None, _limits(metavar="N|auto", parser=checked(number_or_auto), help="Pictures opened at a time.")
     ] = AUTO
     background: Annotated[
         str,
         _limits(
-            "--background",
-            metavar="COLOUR",
-            help="Colour to lay transparent pictures on; none drops alpha, as the original does.",
+            metavar="COLOUR", help="Colour to lay transparent pictures on; none drops alpha, as the original does."
         ),
     ] = "none"
 
@@ -277,33 +230,29 @@ class AnnotateOptions:
     devices: Annotated[
         tuple[str, ...] | None,
         _scale(
-            "--devices",
             metavar="DEVICE,...",
             parser=checked(parse_devices),
             help="A model process on each of these devices: cuda:0,cuda:1.",
         ),
     ] = None
     workers_per_device: Annotated[
-        int | None, _scale("--workers-per-device", metavar="N", min=1, help="So many model processes on each device.")
+        int | None, _scale(metavar="N", min=1, help="So many model processes on each device.")
     ] = None
     worker_rank: Annotated[
-        int,
-        _scale("--worker-rank", metavar="R", min=0, help="Which of the processes that share OUTPUT this is, from 0."),
+        int, _scale(metavar="R", min=0, help="Which of the processes that share OUTPUT this is, from 0.")
     ] = 0
     world_size: Annotated[
-        int, _scale("--world-size", metavar="N", min=1, help="How many processes, on any machines, share OUTPUT.")
+        int, _scale(metavar="N", min=1, help="How many processes, on any machines, share OUTPUT.")
     ] = 1
     engine: Annotated[
         Literal["local", "ray"] | None,
-        _scale("--engine", help="Who runs the shards: this machine, or a Ray cluster.", show_default=False),
+        _scale(help="Who runs the shards: this machine, or a Ray cluster.", show_default=False),
     ] = None
     ray_address: Annotated[
-        str | None,
-        _scale("--ray-address", metavar="ADDRESS", help="The cluster: auto, or an address; else one is started here."),
+        str | None, _scale(metavar="ADDRESS", help="The cluster: auto, or an address; else one is started here.")
     ] = None
     shard_size: Annotated[
-        int | None,
-        _scale("--shard-size", metavar="N", min=1, help="Images a shard; by default 64 to 1,024 by their number."),
+        int | None, _scale(metavar="N", min=1, help="Images a shard; by default 64 to 1,024 by their number.")
     ] = None
 
     quiet: Annotated[bool, _display("--quiet", help="Errors only.")] = False
