@@ -86,7 +86,7 @@ SpatialRefs = Annotated[
 class AnnotateOptions:
     """The options of model, answers, OUTPUT, processes and display, and what narrows and guards INPUT.
 
-    Where no name is given, an option has its field's: `fail_on` is `--fail-on`, and `cache`, a bool, `--cache/--no-cache`.
+    Where no name is given, an option has its field's: `fail_on` is `--fail-on`, `cache` is `--cache/--no-cache`.
     """
 
     output: Annotated[

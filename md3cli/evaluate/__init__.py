@@ -1,7 +1,7 @@
 """Records against ground truth: how good is a run, and what changed since another one.
 
-`evaluate` reads both sides and hands back one `Section` for each kind of answer that both have:
-boxes, masks, points, captions of each length, answers. Never torch, never a picture.
+`evaluate` reads both sides and returns a `Section` for each kind of answer that both have: boxes, masks, points,
+captions of each length, answers. Knows no torch and opens no picture.
 """
 
 from __future__ import annotations
@@ -52,13 +52,12 @@ def evaluate(records: Path, truths: Sequence[Truth]) -> Evaluation:
         MissingExtraError: objects are to be scored and faster-coco-eval is not installed.
     """
     notes = list[str]()
-    found = final_records(read_records(records, notes))
-    sections = tuple(_sections(found, truths, records))
-    return Evaluation(records, tuple(truth.path for truth in truths), sections, notes=tuple(notes))
+    sections = _sections(final_records(read_records(records, notes)), truths, records)
+    return Evaluation(records, tuple(truth.path for truth in truths), tuple(sections), notes=tuple(notes))
 
 
 def compare_runs(records: Path, other: Path, truths: Sequence[Truth]) -> Evaluation:
-    """`evaluate`, and what changed since the run `other`; without `truths` the changes alone."""
+    """`evaluate`, and say what changed since the run `other`; without `truths` the changes alone."""
     notes, earlier_notes = list[str](), list[str]()
     after = final_records(read_records(records, notes))
     before = final_records(read_records(other, earlier_notes))
@@ -86,8 +85,7 @@ def _score(records: Sequence[RecordDict], truth: Truth) -> list[Section]:
         by_task.setdefault(str(record["task"]), []).append(record)
     match truth:
         case Instances():
-            from md3cli.evaluate.boxes import score_boxes, score_masks
-            from md3cli.evaluate.points import score_points
+            from md3cli.evaluate.boxes import score_boxes, score_masks, score_points
 
             scorers = {"detect": score_boxes, "segment": score_masks, "point": score_points}
             return [score(by_task[task], truth) for task, score in scorers.items() if task in by_task]

@@ -28,7 +28,7 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class JudgedAnswer:
     """One answer beside what was expected; `error` is the distance of two numbers."""
 
     question: str
@@ -48,7 +48,7 @@ def score_answers(records: Sequence[RecordDict], truth: Questions) -> Section:
     expected = {(image, folded(question)): answers for (image, question), answers in truth.answers.items()}
     matches = _match_images(records, truth)
     images = matches.found
-    judged: dict[str, Judged] = {}
+    judged: dict[str, JudgedAnswer] = {}
     verdicts: dict[str, Verdict] = {}
     for record in records:
         image, question = images.get(record["image"], record["image"]), str(record.get("prompt") or "")
@@ -84,12 +84,12 @@ def _match_images(records: Sequence[RecordDict], truth: Questions) -> Matches:
     return match_images(names, known) if names and known else Matches()
 
 
-def judge(question: str, answer: str, expected: Sequence[str]) -> Judged:
-    """One answer beside the accepted ones."""
+def judge(question: str, answer: str, expected: Sequence[str]) -> JudgedAnswer:
+    """Compare one answer with the accepted ones."""
     wanted = [number for text in expected if (number := whole_number(text)) is not None]
     found = first_number(answer)
     error = min((abs(found - number) for number in wanted), default=None) if found is not None else None
-    return Judged(
+    return JudgedAnswer(
         question,
         answer.strip() in {text.strip() for text in expected},
         any(_says(answer, text) for text in expected),
@@ -107,17 +107,17 @@ def _says(answer: str, expected: str) -> bool:
 
 
 def normalised(text: str) -> str:
-    """`text` without case, punctuation and articles, all numbers alike (after the VQA evaluation's rules)."""
+    """Return `text` without case, punctuation and articles, numbers as digits (after the VQA evaluation's rules)."""
     return " ".join(str(token) for token in _tokens(text))
 
 
 def first_number(text: str) -> float | None:
-    """The first number in `text`, in digits or as a word up to twelve."""
+    """Return the first number in `text`, in digits or as a word up to twelve."""
     return next((token for token in _tokens(text) if isinstance(token, float)), None)
 
 
 def whole_number(text: str) -> float | None:
-    """The number that all of `text` is, if it is one."""
+    """Return the number that all of `text` is; None where it is something else."""
     tokens = list(_tokens(text))
     return tokens[0] if len(tokens) == 1 and isinstance(tokens[0], float) else None
 
@@ -131,7 +131,7 @@ def _tokens(text: str) -> Iterator[str | float]:
             yield word
 
 
-def _scores(judged: Sequence[Judged]) -> Scores:
+def _scores(judged: Sequence[JudgedAnswer]) -> Scores:
     numeric = [one for one in judged if one.is_number_expected]
     errors = [one.error for one in numeric if one.error is not None]
     return {

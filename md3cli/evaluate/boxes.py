@@ -1,20 +1,17 @@
-"""Boxes and masks against COCO instances, scored by faster-coco-eval.
+"""Boxes, masks and points against COCO instances.
 
-Average precision and recall are the library's, with COCO's own settings (IoU 0.50 to 0.95, at most
-100 objects an image), so they compare with published numbers. Precision, recall and reliability
-at IoU 0.5 come from our own matching, because the library's drops what lies in crowds among the
-right ones.
+Average precision and recall of boxes and masks are faster-coco-eval's, with COCO's own settings (IoU 0.50 to 0.95, at
+most 100 objects an image), so they compare with published numbers. Precision, recall and reliability at IoU 0.5 come
+from our own matching, because the library's drops what lies in crowds among the right ones.
 
-Which prediction found which object: one to one, at one IoU.
-
-COCO's rule (cocoeval.py of cocoapi): the surest prediction chooses first, among the objects not yet
-taken the one it overlaps most; what lies in a crowd is not judged. For points there is no overlap to
-compare, so as many as possible are paired (Kuhn, 1955).
+A point is right that lies on an object of its name: on its mask where the ground truth has one, else in its box.
+`hit_rate` asks only whether a point is on some object; precision and recall pair points and objects one to one, so two
+points on one object are one too many. `count_error` is the mean distance between the two counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +22,22 @@ from md3cli.evaluate.located import Located, Pair, has_failed, locate
 from md3cli.evaluate.scores import Curves, ReliabilityBin, Scores, Section, Verdict, f1, ratio
 from md3cli.evaluate.truth import Instances, TruthObject
 from md3cli.exporters.masks import fill
-from md3cli.exporters.objects import clamped_box, segments
+from md3cli.exporters.objects import clamped_box, points, segments
 from md3cli.records import RecordDict
 
 IOU_THRESHOLD = 0.5
+NUM_RELIABILITY_BINS = 10
+ALL_AREAS, MOST_OBJECTS = 0, -1  # places in the library's arrays: every size, 100 objects an image
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One object a record found, in pixels; `mask` is COCO run lengths. `number` is its place in the record."""
+
+    number: int
+    bbox: tuple[float, float, float, float]  # x, y, width, height
+    score: float
+    mask: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +48,100 @@ class Match:
     missed: tuple[int, ...]
 
 
-def match_by_overlap(overlap: np.ndarray, scores: Sequence[float], is_crowd: Sequence[bool]) -> Match:
-    """Match predictions [P] to objects [O] by `overlap` [P, O].
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A pair with how its predictions matched. Points have no `predictions`; `num_hits` of them lie on an object."""
 
-    For a crowd the overlap is intersection over the prediction's own area, as COCO has it.
+    pair: Pair
+    match: Match
+    predictions: tuple[Prediction, ...] = ()
+    num_hits: int = 0
+
+    @property
+    def num_objects(self) -> int:
+        """Objects that should be found; what lies in a crowd need not."""
+        return sum(not thing.is_crowd for thing in self.pair.objects)
+
+    @property
+    def num_judged(self) -> int:
+        """Predictions that are right or wrong."""
+        return sum(verdict is not None for verdict in self.match.is_right)
+
+
+def score_boxes(records: Sequence[RecordDict], truth: Instances) -> Section:
+    """Score `detect` records.
+
+    Raises:
+        InputError: the records are about other images.
+        MissingExtraError: faster-coco-eval is not installed.
+    """
+    return _score("boxes", "bbox", records, truth)
+
+
+def score_masks(records: Sequence[RecordDict], truth: Instances) -> Section:
+    """Score `segment` records by their masks; raises as `score_boxes`."""
+    return _score("masks", "segm", records, truth)
+
+
+def _score(name: str, iou_type: str, records: Sequence[RecordDict], truth: Instances) -> Section:
+    located = locate(records, truth)
+    judged = [_judge(pair, iou_type) for pair in located.pairs]
+    evaluated = _coco_eval(located, judged, iou_type)
+    by_name = {
+        category: _average(evaluated, k) | _at_half(_of_category(judged, category))
+        for k, category in enumerate(located.categories)
+    }
+    scores = _summary(evaluated) | _at_half(judged)
+    curves = _curves(evaluated, located.categories, judged)
+    scores["calibration_error"] = _calibration_error(curves.reliability)
+    return _section(name, "AP", located, judged, scores, by_name, curves)
+
+
+def score_points(records: Sequence[RecordDict], truth: Instances) -> Section:
+    """Score `point` records.
+
+    Raises:
+        InputError: the records are about other images.
+        MissingExtraError: the ground truth has masks and faster-coco-eval is not installed.
+    """
+    located = locate(records, truth)
+    judged = [_judge_points(pair) for pair in located.pairs]
+    by_name = {category: _point_scores(_of_category(judged, category)) for category in located.categories}
+    return _section("points", "F1", located, judged, _point_scores(judged), by_name)
+
+
+def _of_category(judged: Sequence[Judged], category: str) -> list[Judged]:
+    return [one for one in judged if one.pair.category == category]
+
+
+def _section(
+    name: str,
+    main: str,
+    located: Located,
+    judged: Sequence[Judged],
+    scores: Scores,
+    by_name: Mapping[str, Scores],
+    curves: Curves | None = None,
+) -> Section:
+    counts = {
+        "images": len(located.images),
+        "requests": len(judged),
+        "failed": sum(has_failed(pair.record) for pair in located.pairs),
+        "objects": sum(one.num_objects for one in judged),
+        "predictions": sum(len(one.match.is_right) for one in judged),
+    }
+    verdicts = {one.pair.record["id"]: _verdict(one) for one in judged if not has_failed(one.pair.record)}
+    return Section(name, main, scores, counts, by_name, located.notes, curves, verdicts)
+
+
+# ---- which prediction found which object: one to one ---------------------------------------------
+
+
+def match_by_overlap(overlap: np.ndarray, scores: Sequence[float], is_crowd: Sequence[bool]) -> Match:
+    """Match predictions [P] to objects [O] by `overlap` [P, O], as COCO does (cocoeval.py of cocoapi).
+
+    The surest prediction chooses first, among the objects not yet taken the one it overlaps most; what lies in a crowd
+    is not judged. For a crowd the overlap is intersection over the prediction's own area.
     """
     is_right: list[bool | None] = [False] * len(scores)
     free = {index for index, crowd in enumerate(is_crowd) if not crowd}
@@ -57,7 +156,7 @@ def match_by_overlap(overlap: np.ndarray, scores: Sequence[float], is_crowd: Seq
 
 
 def match_points(is_inside: np.ndarray, is_crowd: Sequence[bool]) -> Match:
-    """Match points [P] to objects [O] by `is_inside` [P, O], as many pairs as there can be."""
+    """Match points [P] to objects [O] by `is_inside` [P, O]: as many pairs as there can be (Kuhn, 1955)."""
     taken_by: dict[int, int] = {}  # object -> point
 
     def find(point: int, tried: set[int]) -> bool:
@@ -82,66 +181,6 @@ def match_points(is_inside: np.ndarray, is_crowd: Sequence[bool]) -> Match:
     return Match(tuple(is_right), tuple(missed))
 
 
-NUM_RELIABILITY_BINS = 10
-ALL_AREAS, MOST_OBJECTS = 0, -1  # places in the library's arrays: every size, 100 objects an image
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """One object a record found, in pixels; `mask` is COCO run lengths. `number` is its place in the record."""
-
-    number: int
-    bbox: tuple[float, float, float, float]  # x, y, width, height
-    score: float
-    mask: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """A pair with what was predicted and how it matched."""
-
-    pair: Pair
-    predictions: tuple[Prediction, ...]
-    match: Match
-
-
-def score_boxes(records: Sequence[RecordDict], truth: Instances) -> Section:
-    """Score `detect` records.
-
-    Raises:
-        InputError: the records are about other images.
-        MissingExtraError: faster-coco-eval is not installed.
-    """
-    return _score("boxes", "bbox", records, truth)
-
-
-def score_masks(records: Sequence[RecordDict], truth: Instances) -> Section:
-    """Score `segment` records by their masks; raises as `score_boxes`."""
-    return _score("masks", "segm", records, truth)
-
-
-def _score(name: str, iou_type: str, records: Sequence[RecordDict], truth: Instances) -> Section:
-    located = locate(records, truth)
-    judged = [_judge(pair, iou_type) for pair in located.pairs]
-    evaluated = _coco_eval(located, judged, iou_type)
-    by_name = {
-        category: _average(evaluated, k) | _at_half([one for one in judged if one.pair.category == category])
-        for k, category in enumerate(located.categories)
-    }
-    counts = {
-        "images": len(located.images),
-        "requests": len(judged),
-        "failed": sum(has_failed(pair.record) for pair in located.pairs),
-        "objects": sum(_num_objects(one) for one in judged),
-        "predictions": sum(len(one.predictions) for one in judged),
-    }
-    scores = _summary(evaluated) | _at_half(judged)
-    curves = _curves(evaluated, located.categories, judged)
-    scores["calibration_error"] = _calibration_error(curves.reliability)
-    verdicts = {one.pair.record["id"]: _verdict(one) for one in judged if not has_failed(one.pair.record)}
-    return Section(name, "AP", scores, counts, by_name, located.notes, curves, verdicts)
-
-
 # ---- from records and truth to pixels ------------------------------------------------------------
 
 
@@ -152,12 +191,13 @@ def _judge(pair: Pair, iou_type: str) -> Judged:
         there: list[Any] = [list(thing.bbox) for thing in pair.objects]
     else:
         found = [prediction.mask for prediction in predictions]
-        there = [truth_mask(thing, *pair.size_wh) for thing in pair.objects]
+        there = [_truth_mask(thing, *pair.size_wh) for thing in pair.objects]
     crowds = [thing.is_crowd for thing in pair.objects]
     overlap = np.zeros((len(found), len(there)))
     if found and there:
         overlap = np.asarray(_library().mask.iou(found, there, [int(crowd) for crowd in crowds]))
-    return Judged(pair, predictions, match_by_overlap(overlap, [one.score for one in predictions], crowds))
+    match = match_by_overlap(overlap, [one.score for one in predictions], crowds)
+    return Judged(pair, match, predictions)
 
 
 def _boxes(pair: Pair) -> Iterator[Prediction]:
@@ -182,10 +222,34 @@ def _score_of(score: float | None) -> float:
     return 1.0 if score is None else float(score)
 
 
-def truth_mask(thing: TruthObject, width: int, height: int) -> dict[str, Any]:
+def _truth_mask(thing: TruthObject, width: int, height: int) -> dict[str, Any]:
     """An annotated object as COCO run lengths."""
     mask: dict[str, Any] = _library().mask.segmToRle(thing.segmentation, width, height)
     return mask
+
+
+def _judge_points(pair: Pair) -> Judged:
+    found = list(points(pair.record, *pair.size_wh))
+    is_inside = np.zeros((len(found), len(pair.objects)), dtype=bool)
+    for column, thing in enumerate(pair.objects):
+        is_inside[:, column] = _inside(thing, [(point.x, point.y) for point in found], pair.size_wh)
+    crowds = [thing.is_crowd for thing in pair.objects]
+    match = match_points(is_inside, crowds)
+    hits = is_inside[:, [not crowd for crowd in crowds]].any(axis=1)
+    return Judged(pair, match, num_hits=int(hits.sum()))
+
+
+def _inside(thing: TruthObject, at: Sequence[tuple[float, float]], size_wh: tuple[int, int]) -> list[bool]:
+    x, y, width, height = thing.bbox
+    in_box = [x <= px <= x + width and y <= py <= y + height for px, py in at]
+    if not any(in_box) or not thing.has_mask:
+        return in_box
+    mask = _library().mask.decode(_truth_mask(thing, *size_wh))
+    rows, columns = mask.shape
+    return [
+        near and bool(mask[min(int(py), rows - 1), min(int(px), columns - 1)])
+        for near, (px, py) in zip(in_box, at, strict=True)
+    ]
 
 
 # ---- the library --------------------------------------------------------------------------------
@@ -254,15 +318,18 @@ def _number(value: float) -> float | None:
 # ---- our own, at IoU 0.5 -------------------------------------------------------------------------
 
 
-def _num_objects(one: Judged) -> int:
-    return sum(not thing.is_crowd for thing in one.pair.objects)
-
-
 def _at_half(judged: Sequence[Judged]) -> Scores:
     right = sum(verdict is True for one in judged for verdict in one.match.is_right)
-    wrong = sum(verdict is False for one in judged for verdict in one.match.is_right)
-    precision, recall = ratio(right, right + wrong), ratio(right, sum(map(_num_objects, judged)))
+    precision = ratio(right, sum(one.num_judged for one in judged))
+    recall = ratio(right, sum(one.num_objects for one in judged))
     return {"precision": precision, "recall": recall, "F1": f1(precision, recall)}
+
+
+def _point_scores(judged: Sequence[Judged]) -> Scores:
+    errors = [abs(one.num_judged - one.num_objects) for one in judged]
+    hit_rate = ratio(sum(one.num_hits for one in judged), sum(one.num_judged for one in judged))
+    counts = {"count_error": ratio(sum(errors), len(errors)), "count_exact": ratio(errors.count(0), len(errors))}
+    return {"hit_rate": hit_rate} | _at_half(judged) | counts
 
 
 def _curves(evaluated: Any, categories: Sequence[str], judged: Sequence[Judged]) -> Curves:
@@ -302,16 +369,23 @@ def _calibration_error(bins: Sequence[ReliabilityBin]) -> float | None:
 
 
 def _verdict(one: Judged) -> Verdict:
-    """By the record's own object numbers; what was dropped before matching (no extent) is wrong."""
-    record = one.pair.record
-    objects: list[bool | None] = [False] * len(record.get("objects") or record.get("segments") or ())
+    objects = _marks(one)
+    missed = tuple(_unit_box(one.pair.objects[index], one.pair.size_wh) for index in one.match.missed)
+    return Verdict(not missed and False not in objects, objects, missed)
+
+
+def _marks(one: Judged) -> tuple[bool | None, ...]:
+    """What is right, in the record's own order; an object that was dropped before matching (no extent) is wrong."""
+    found = one.pair.record.get("objects") or one.pair.record.get("segments")
+    if not found:
+        return one.match.is_right
+    marks: list[bool | None] = [False] * len(found)
     for prediction, verdict in zip(one.predictions, one.match.is_right, strict=True):
-        objects[prediction.number] = verdict
-    missed = tuple(unit_box(one.pair.objects[index], one.pair.size_wh) for index in one.match.missed)
-    return Verdict(not missed and False not in objects, tuple(objects), missed)
+        marks[prediction.number] = verdict
+    return tuple(marks)
 
 
-def unit_box(thing: TruthObject, size_wh: tuple[int, int]) -> tuple[float, float, float, float]:
+def _unit_box(thing: TruthObject, size_wh: tuple[int, int]) -> tuple[float, float, float, float]:
     """An annotated object's box as x_min, y_min, x_max, y_max, 0-1."""
     (x, y, width, height), (image_width, image_height) = thing.bbox, size_wh
     return x / image_width, y / image_height, (x + width) / image_width, (y + height) / image_height

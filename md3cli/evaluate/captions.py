@@ -1,16 +1,9 @@
-"""Captions against reference captions: CIDEr-D, BLEU-4, exact.
+"""Captions against reference captions: CIDEr-D (Vedantam, Zitnick and Parikh, CVPR 2015), BLEU-4 (Papineni et al.,
+ACL 2002) and exact.
 
-Own implementations, because the usual package needs Java for its tokenizer: the formulas are the
-papers', the words are those of `caption_words`, so scores come near those of coco-caption.
-
-CIDEr-D: Vedantam, Zitnick and Parikh, CVPR 2015. BLEU: Papineni et al., ACL 2002.
-
-The words of a caption, as the usual tokenizer of caption scores finds them.
-
-pycocoevalcap has the captions split by Stanford's PTBTokenizer, which needs Java. The rules for what
-captions hold are here as one pattern, found by comparison with pycocoevalcap 1.2 on 599 texts of words, signs,
-numbers and quotes: 97 in 100 come out the same. Sentence punctuation, quotes and dashes are dropped; brackets stay
-as `-lrb-`, which coco-caption means to drop and does not.
+The scores are our own on purpose: the usual package, pycocoevalcap, needs Java for its tokenizer. The formulas are the
+papers'; the tokenizer's rules for what captions hold are one pattern, found by comparison with pycocoevalcap 1.2 on
+599 texts of words, signs, numbers and quotes: 97 in 100 come out the same. Knows nothing of files and runs.
 """
 
 from __future__ import annotations
@@ -63,7 +56,11 @@ _WORD = re.compile(
 
 
 def words(text: str) -> list[str]:
-    """Return the words and signs (`#`, `&`) of `text`, lower case, without punctuation."""
+    """Return the words and signs (`#`, `&`) of `text`, lower case.
+
+    Sentence punctuation, quotes and dashes are dropped; brackets stay as `-lrb-`, which coco-caption means to drop and
+    does not.
+    """
     plain = _ENTITY.sub(lambda entity: _ENTITIES[entity[0]], text).translate(_SPELLINGS)
     return [word.lower().translate(_BRACKETS) for word in _WORD.findall(plain)]
 
@@ -77,7 +74,7 @@ Counts = Counter[NGram]
 
 
 def score_captions(records: Sequence[RecordDict], truth: Captions) -> Iterator[Section]:
-    """One section for each caption length the records have.
+    """Score captions, and yield a section for each length that the records have.
 
     Raises:
         InputError: the records are about other images.

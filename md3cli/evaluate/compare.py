@@ -55,7 +55,7 @@ class Comparison:
         return dict(Counter(change.verdict for change in self.changes if change.verdict))
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """Return all of the comparison in plain types."""
         document: dict[str, Any] = {"same": self.num_same, "changed": len(self.changes), "kinds": self.kinds}
         document |= {"only_before": self.num_only_before, "only_after": self.num_only_after}
         document |= {"verdicts": self.verdicts, "score_changes": {k: dict(v) for k, v in self.score_changes.items()}}
@@ -68,7 +68,7 @@ def compare(
     sections_before: Sequence[Section] = (),
     sections_after: Sequence[Section] = (),
 ) -> Comparison:
-    """Compare two runs, request by request; sections bring the ground truth's word."""
+    """Compare two runs, request by request; the sections say what the ground truth holds of each record."""
     old: dict[RequestKey, RecordDict] = {request_key(record): record for record in final_records(before)}
     new: dict[RequestKey, RecordDict] = {request_key(record): record for record in final_records(after)}
     was_right, is_right = _rights(sections_before), _rights(sections_after)
@@ -110,7 +110,7 @@ def _score_changes(before: Sequence[Section], after: Sequence[Section]) -> dict[
 
 
 def kind_of_change(before: RecordDict, after: RecordDict) -> str | None:
-    """How two records of one request differ; None where they are equal."""
+    """Return how two records of one request differ; None where they are equal."""
     if has_failed(before) or has_failed(after):
         if has_failed(before) and has_failed(after):
             return None if before["error"].get("type") == after["error"].get("type") else "error"
@@ -128,7 +128,7 @@ def kind_of_change(before: RecordDict, after: RecordDict) -> str | None:
 
 
 def is_equal(before: Any, after: Any) -> bool:
-    """Equal but for scores within the tolerance."""
+    """Whether both are equal but for scores within the tolerance."""
     if isinstance(before, dict) and isinstance(after, dict):
         return before.keys() == after.keys() and all(
             _is_score_equal(before[key], after[key]) if key == "score" else is_equal(before[key], after[key])
@@ -150,7 +150,7 @@ def _without_scores(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary(record: RecordDict) -> str:
-    """A record's result in a few words."""
+    """Return a record's result in a few words."""
     if has_failed(record):
         return f"failed: {record['error'].get('type')}"
     for key in ("answer", "caption"):

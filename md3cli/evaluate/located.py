@@ -1,12 +1,7 @@
-"""Records that locate objects, brought beside the ground truth: (image, category) pairs in pixels.
+"""What the records answer beside what the ground truth knows; of objects as (image, category) pairs in pixels.
 
-The ground truth's image size counts where it says one, because its boxes are in those pixels;
-record coordinates are 0-1 and fit any size.
-
-What the records answer, matched to what the ground truth knows.
-
-Only what was asked is scored: an image or a category that no record asks about is no miss. What
-was asked and failed is one. Which names are the same, `md3cli.source.names` says.
+Only what was asked is scored: an image or a category that no record asks about is no miss. What was asked and failed
+is one. Which names are the same, `md3cli.source.names` says; scores are not known here.
 """
 
 from __future__ import annotations
@@ -21,16 +16,17 @@ from md3cli.finished.records_file import identity_of
 from md3cli.records import RecordDict, printable
 from md3cli.source.names import NAMES_SHOWN, Matches, ambiguity_notes, match_images, match_labels
 
+NO_SIZE = (1, 1)
 RequestKey = tuple[str | None, str, str, str]  # image, task, prompt, length
 
 
 def request_key(record: RecordDict) -> RequestKey:
-    """What a record answers: image, task, prompt and caption length."""
+    """Return what a record answers: image, task, prompt and caption length."""
     return record["image"], str(record["task"]), str(record.get("prompt") or "").strip(), record.get("length") or ""
 
 
 def final_records(records: Iterable[RecordDict]) -> list[RecordDict]:
-    """One record for each request: a later record of the same id and image supersedes, a repeat (other id) is left out.
+    """Return one record for each request: of one id and image the last, of repeats with other ids the first.
 
     Raises:
         InputError: a record has no id, image or task.
@@ -77,9 +73,6 @@ def has_failed(record: Mapping[str, Any]) -> bool:
     return record.get("error") is not None
 
 
-NO_SIZE = (1, 1)
-
-
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One question "where is CATEGORY in IMAGE?": the record that answers it, and what is there."""
@@ -111,6 +104,9 @@ class Located:
 
 def locate(records: Sequence[RecordDict], truth: Instances) -> Located:
     """Match records of one task to the ground truth.
+
+    The ground truth's image size counts where it says one, because its boxes are in those pixels; record coordinates
+    are 0-1 and fit any size.
 
     Raises:
         InputError: not one image of the records is in the ground truth.
@@ -147,7 +143,7 @@ def _sizes(
 
 
 def _size_notes(records: Sequence[RecordDict], images: Mapping[str, str], truth: Instances) -> Iterator[str]:
-    """Ground truth drawn on another raster than the upright picture is worth a word: boxes will not fit."""
+    """A word about ground truth that was drawn on another raster than the upright picture: boxes will not fit."""
     different = set()
     for record in records:
         known = truth.images.get(images.get(record["image"], ""))

@@ -1,13 +1,13 @@
-"""The words of a score sheet: sections, verdicts, curves. Plain data that goes to JSON as it is.
+"""The score sheet of a run: sections, verdicts and curves as plain data, as JSON, and as aligned text for a terminal.
 
-A score sheet as aligned text for a terminal; every word from a file is made printable.
+Every word from a file is made printable. How a score comes about is not known here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from md3cli.records import printable
@@ -64,18 +64,11 @@ class Section:
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)  # by record id; not part of the JSON
 
     def to_json(self) -> dict[str, Any]:
-        """All but the verdicts."""
+        """Return all but the verdicts."""
         document: dict[str, Any] = {"name": self.name, "main": self.main, "scores": self.scores}
         document |= {"counts": dict(self.counts), "by_name": dict(self.by_name), "notes": list(self.notes)}
         if self.curves is not None:
-            document["curves"] = {
-                "recall": list(self.curves.recall),
-                "precision": {name: list(values) for name, values in self.curves.precision.items()},
-                "reliability": [
-                    {"mean_score": b.mean_score, "share_right": b.share_right, "count": b.count}
-                    for b in self.curves.reliability
-                ],
-            }
+            document["curves"] = asdict(self.curves)
         return document
 
 
@@ -89,12 +82,12 @@ def without_infinite(value: Any) -> Any:
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """`part / whole`, None where there is no whole."""
+    """Return `part / whole`; None where there is no whole."""
     return part / whole if whole else None
 
 
 def f1(precision: float | None, recall: float | None) -> float | None:
-    """The harmonic mean of both."""
+    """Return the harmonic mean of precision and recall."""
     if precision is None or recall is None:
         return None
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
@@ -106,7 +99,7 @@ NAME_CHARS = 40
 
 
 def table(evaluation: Evaluation) -> str:
-    """All of it, sections first."""
+    """Return all of a score sheet as lines of text, sections first."""
     blocks = ["\n".join(_section(section)) for section in evaluation.sections]
     if evaluation.comparison is not None:
         blocks.append("\n".join(_comparison(evaluation.comparison)))
@@ -133,7 +126,7 @@ def _numbers(scores: Scores, names: Sequence[str]) -> list[str]:
 
 
 def number(value: float | None) -> str:
-    """A score in three decimals."""
+    """Return a score in three decimals."""
     return "-" if value is None else f"{value:.3f}"
 
 
@@ -143,7 +136,7 @@ def _short(text: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns of equal width, the first to the left, numbers to the right; columns without a value are left out."""
+    """Yield lines with columns of equal width, numbers at the right; a column without a value is left out."""
     columns = [column for column in zip(*rows, strict=True) if any(cell != "-" for cell in column[1:])]
     widths = [max(map(len, column)) for column in columns]
     for cells in zip(*columns, strict=True):

@@ -1,7 +1,6 @@
 """Ground truth files: COCO instances, COCO captions, or questions with their answers.
 
-What a file is, its content decides. In: a path. Out: one frozen type for each kind, by image name
-as the file has it; nothing is matched to records here.
+A file's content says which it is. Images keep the names that the file gives them; nothing is matched to records here.
 """
 
 from __future__ import annotations
