@@ -17,8 +17,8 @@ from md3cli.errors import InputError
 from md3cli.evaluate.located import coverage_notes, has_failed
 from md3cli.evaluate.scores import Scores, Section, Verdict, ratio
 from md3cli.evaluate.truth import Questions
+from md3cli.finished.names import Matches, folded, match_images
 from md3cli.records import RecordDict, printable
-from md3cli.source.names import Matches, folded, match_images
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from md3cli.evaluate.located import coverage_notes, has_failed
 from md3cli.evaluate.scores import Section, Verdict
 from md3cli.evaluate.truth import Captions
+from md3cli.finished.names import match_images
 from md3cli.records import RecordDict
-from md3cli.source.names import match_images
 
 _SPELLINGS = str.maketrans(
     {"’": "'", "‘": "'", "“": '"', "”": '"', "£": "#", "€": "$", "½": "1/2", "¼": "1/4", "¾": "3/4"}

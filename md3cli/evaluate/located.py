@@ -1,7 +1,7 @@
 """What the records answer beside what the ground truth knows; of objects as (image, category) pairs in pixels.
 
 Only what was asked is scored: an image or a category that no record asks about is no miss. What was asked and failed
-is one. Which names are the same, `md3cli.source.names` says; scores are not known here.
+is one. Which names are the same, `md3cli.finished.names` says; scores are not known here.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 from md3cli.errors import InputError
 from md3cli.evaluate.truth import Instances, TruthObject
+from md3cli.finished.names import NAMES_SHOWN, Matches, ambiguity_notes, match_images, match_labels
 from md3cli.finished.records_file import identity_of
 from md3cli.records import RecordDict, printable
-from md3cli.source.names import NAMES_SHOWN, Matches, ambiguity_notes, match_images, match_labels
 
 NO_SIZE = (1, 1)
 RequestKey = tuple[str | None, str, str, str]  # image, task, prompt, length

@@ -25,7 +25,7 @@ from md3cli.exporters.options import ExportOptions
 from md3cli.files import copy_file
 from md3cli.finished.run_json import load_run_info
 from md3cli.records import ImageItem, RecordDict, printable
-from md3cli.source.names import existing_path
+from md3cli.source.inputs import existing_path
 from md3cli.source.tar import tar_members
 
 if TYPE_CHECKING:

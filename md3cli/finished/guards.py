@@ -22,7 +22,7 @@ from md3cli.finished.own_files import check_not_foreign, has_marker
 from md3cli.finished.run_json import RECORDS_NAME, read_document, run_info_paths
 from md3cli.records import SCHEMA, printable
 from md3cli.remote.address import is_address
-from md3cli.source.walk import Glob, has_image_suffix, is_glob
+from md3cli.source.kinds import Glob, has_image_suffix, is_glob
 
 # First bytes of the picture formats that md3 reads.
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")

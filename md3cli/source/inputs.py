@@ -1,26 +1,129 @@
-"""Where pictures are: what a path or an address means in its place, what it is called, whether --root allows it.
+"""INPUTs: what each is, whether it can be entered, what its pictures are called, and whether --root allows them.
 
-Pure but for links, which are followed to see where they lead.
+A list may spell a name as other systems do: with `\\` between folders (Windows), decomposed where the disk has it
+composed (Macs), in quotes, or with a blank behind it. The name as it is written always comes first.
+
+Opens no picture; follows links to see where they lead.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
+import re
+import unicodedata
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from md3cli.errors import InputError, RowError
 from md3cli.records import ImageItem, RowFailure, printable
 from md3cli.remote.address import folder_of, is_address, is_within, join, shown, shown_name
-from md3cli.source.kinds import STDIN, Input, Kind
-from md3cli.source.names import existing_path
-from md3cli.source.parquet import EmbeddedImage
-from md3cli.source.walk import Glob
+from md3cli.remote.hosts import require_extra
+from md3cli.source.kinds import ARCHIVES, MANIFEST_SUFFIXES, SPREADSHEETS, STDIN, Glob, Kind, is_glob
+from md3cli.source.manifest import manifest_rows, open_regular
+from md3cli.source.requests import EmbeddedImage
+from md3cli.source.tar import tar_members
+
+_BRACES = re.compile(r"\{[^{}]*(?:\.\.|,)[^{}]*\}")  # {00000..00009}, {a,b}
+_QUOTES = ('"', "'")
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\[^\\]")  # C:\ or \\server
+
+
+class Input(NamedTuple):
+    """One INPUT of the command line; `prefix` is what the names of its pictures start with."""
+
+    typed: str
+    kind: Kind
+    prefix: str
+
+
+def input_of(typed: str, is_alone: bool) -> Input:
+    """Find out what an INPUT is, and what the names of its pictures start with.
+
+    They start with nothing where it is alone, with the INPUT as typed where there are several, and with the whole
+    address where it is remote; but the members of a tar and the rows of a manifest have names of their own.
+
+    Raises:
+        InputError: it does not exist (one among several is a picture that is not there), or is compressed.
+        MissingExtraError: it is an address, and what fetches it is not installed.
+    """
+    kind = _kind_of(typed, is_alone)
+    if is_address(typed) and kind is Kind.FOLDER:
+        typed = typed.rstrip("/")
+    has_own_names = kind in (Kind.TAR, Kind.MANIFEST, Kind.STDIN)
+    is_left_out = is_alone and (has_own_names or not is_address(typed))
+    return Input(typed, kind, "" if is_left_out else shown(typed))
+
+
+def _kind_of(typed: str, is_alone: bool) -> Kind:
+    if typed == STDIN:
+        return Kind.STDIN
+    if is_address(typed):
+        require_extra(typed)
+        from md3cli.source.remote_inputs import kind_of_address
+
+        return kind_of_address(typed, is_alone)
+    suffix = os.path.splitext(typed)[1].lower()
+    if os.path.isdir(typed):
+        return Kind.FOLDER
+    if not os.path.lexists(typed):  # a name that exists is never taken for a pattern
+        return _kind_of_absent(typed, is_alone or suffix in MANIFEST_SUFFIXES)
+    if typed.lower().endswith(ARCHIVES):
+        raise InputError(f"{printable(typed)} is compressed; unpack it, or make it a plain .tar")
+    if suffix in SPREADSHEETS:
+        raise InputError(
+            f"{printable(typed)} is a spreadsheet; save it as CSV UTF-8 with a column 'image', and give that"
+        )
+    if suffix == ".tar":
+        return Kind.TAR
+    return Kind.MANIFEST if suffix in MANIFEST_SUFFIXES else Kind.FILE
+
+
+def _kind_of_absent(typed: str, is_needed: bool) -> Kind:
+    if is_glob(typed):
+        return Kind.GLOB
+    if _BRACES.search(typed):
+        raise InputError(
+            f"there is no {printable(typed)}; braces are the shell's: leave the quotes out, or give a pattern: "
+            f"'{printable(_BRACES.sub('*', typed))}'"
+        )
+    if is_needed:
+        raise InputError(f"there is no {printable(typed)}; check the path (a pattern is quoted: 'photos/**/*.jpg')")
+    return Kind.FILE
+
+
+def check_readable(given: Input, is_alone: bool) -> None:
+    """Take the first step into INPUT now, before anything slow such as a model is loaded.
+
+    Raises:
+        InputError: there is no such step.
+    """
+    if given.kind is Kind.MANIFEST:
+        next(manifest_rows(given.typed), None)
+    elif given.kind is Kind.TAR and is_alone:
+        with open_regular(given.typed) as file, contextlib.suppress(RowError):
+            next(tar_members(file, shown(given.typed)), None)
+    elif given.kind in (Kind.FOLDER, Kind.GLOB):
+        folder = given.typed if given.kind is Kind.FOLDER else Glob.parse(given.typed).base or "."
+        if is_address(folder):
+            from md3cli.source.remote_inputs import check_folder
+
+            check_folder(folder)
+            return
+        try:
+            os.scandir(folder).close()
+        except OSError as error:
+            raise InputError(f"cannot read the folder {printable(folder)}: {error.strerror}") from error
+
+
+# -- where pictures are --------------------------------------------------------------------------
 
 
 def image_item(name: str, path: str, offset: int = 0, size: int | None = None) -> ImageItem:
-    """The picture at `path`, shown as `name`: valid UTF-8, with the exact bytes beside it where it is not."""
+    """Return the picture at `path`, shown as `name`: valid UTF-8, with the exact bytes beside it where it is not."""
     try:
         name.encode()
     except UnicodeEncodeError:  # surrogate escapes
@@ -30,21 +133,8 @@ def image_item(name: str, path: str, offset: int = 0, size: int | None = None) -
     return ImageItem(name, path, None, offset, size)
 
 
-def input_of(typed: str, kind: Kind, is_alone: bool) -> Input:
-    """An INPUT with what the names of its pictures start with.
-
-    Nothing, where it is alone; the INPUT as typed, where there are several. Of what is remote the whole address,
-    but for the members of a tar and the rows of a manifest, which have names of their own.
-    """
-    if is_address(typed) and kind is Kind.FOLDER:
-        typed = typed.rstrip("/")
-    has_own_names = kind in (Kind.TAR, Kind.MANIFEST, Kind.STDIN)
-    is_left_out = is_alone and (has_own_names or not is_address(typed))
-    return Input(typed, kind, "" if is_left_out else shown(typed))
-
-
 def row_folder(typed: str, root: Path | str | None) -> str:
-    """What relative paths in a manifest or on stdin are relative to."""
+    """Return what relative paths in a manifest or on stdin are relative to."""
     if root is not None:
         return str(root).rstrip("/") or "/"
     if is_address(typed):
@@ -53,13 +143,13 @@ def row_folder(typed: str, root: Path | str | None) -> str:
 
 
 def root_of(given: Input, root: Path | str | None) -> str:
-    """What the names of the pictures of a lone INPUT are relative to: a folder, a tar, or an address."""
+    """Return what the names of the pictures of a lone INPUT are relative to: a folder, a tar, or an address."""
     if given.kind in (Kind.FOLDER, Kind.TAR):
         folder = given.typed
     elif given.kind is Kind.GLOB:
         folder = Glob.parse(given.typed).base
     elif given.kind is Kind.FILE:
-        folder = folder_of(given.typed) if is_address(given.typed) else os.path.dirname(given.typed)
+        folder = row_folder(given.typed, None)
     else:
         folder = row_folder(given.typed, root)
     return shown(folder) if is_address(folder) else os.path.realpath(folder or ".")
@@ -73,14 +163,13 @@ class Confinement(NamedTuple):
 
     @classmethod
     def to(cls, root: Path | str | None) -> Confinement:
-        """The one that `--root` asks for."""
         if root is None:
             return cls(None, "")
         typed = str(root)
         return cls(typed if is_address(typed) else os.path.realpath(typed), typed)
 
     def failure_of(self, path: str) -> RowFailure | None:
-        """The failure of a path or an address that, links followed, leaves the root."""
+        """Return the failure of a path or an address that, links followed, leaves the root."""
         if self.root is None or self._holds(self.root, path):
             return None
         return RowFailure("outside_root", f"outside of --root {printable(shown(self.typed))}")
@@ -107,13 +196,13 @@ class RowPlaces(NamedTuple):
 
     @classmethod
     def of(cls, given: Input, root: Path | str | None, *, is_alone: bool, may_fetch: bool) -> RowPlaces:
-        """The places of the rows of INPUT `given`; a remote manifest may name addresses, for its user named one."""
+        """Return the places of the rows of INPUT `given`; a remote one may name addresses, for its user named one."""
         folder = row_folder(given.typed, root)
         prefix = "" if is_alone else shown(folder)
         return cls(given.typed, given.prefix, folder, prefix, may_fetch or is_address(given.typed))
 
     def item_of(self, image: str | EmbeddedImage) -> ImageItem:
-        """The picture that a row's `image` means."""
+        """Return the picture that a row's `image` means."""
         if type(image) is EmbeddedImage:
             name = os.path.join(self.cells, image.name)
             return replace(image_item(name, self.manifest, image.offset), row_group=image.row_group)
@@ -124,3 +213,61 @@ class RowPlaces(NamedTuple):
         if is_address(self.folder):
             return image_item(name, join(self.folder, image))
         return image_item(name, existing_path(self.folder, image))
+
+
+# -- spellings -----------------------------------------------------------------------------------
+
+
+def existing_path(folder: str, name: str) -> str:
+    """Return the path of `name` below `folder` (empty: the working folder), in the spelling under which it is there.
+
+    An absolute name stays as it is, and so does one that is there under no spelling.
+    """
+    path = _in_folder(folder, name)
+    if _is_plain(name) or os.path.lexists(path):
+        return path
+    spelled = (_normalised(_in_folder(folder, other)) for other in _spellings(name))
+    return next((found for found in spelled if found is not None), path)
+
+
+def is_of_windows(name: str) -> bool:
+    """Return whether a name starts with a drive or a server of Windows, on a machine that has none."""
+    return os.name != "nt" and _DRIVE.match(name.strip().strip("".join(_QUOTES))) is not None
+
+
+def _in_folder(folder: str, name: str) -> str:
+    return name if name.startswith("/") or not folder else f"{folder}/{name}"
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name can be spelled in one way only, as nearly all are: no file is looked for then."""
+    return name.isascii() and "\\" not in name and name[:1] not in ("~", *_QUOTES) and name.strip() == name
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """Other spellings of a name, the most likely first."""
+    bare = name.strip()
+    if len(bare) > 2 and bare[0] == bare[-1] and bare[0] in _QUOTES:
+        bare = bare[1:-1]
+    for spelled in (name, bare):
+        yield spelled
+        if "\\" in spelled:
+            yield spelled.replace("\\", "/")
+    if bare.startswith("~/"):
+        yield os.path.expanduser(bare)
+
+
+def _normalised(path: str) -> str | None:
+    """`path` with each part composed or decomposed as it is on the disk; None where there is no such file."""
+    if os.path.lexists(path):
+        return path
+    if path.isascii():
+        return None
+    found = ""
+    for part in re.split("(/)", path):
+        forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+        there = next((form for form in forms if part in ("", "/") or os.path.lexists(found + form)), None)
+        if there is None:
+            return None
+        found += there
+    return found

@@ -1,23 +1,17 @@
 """Manifests: `.csv .tsv .jsonl .parquet .txt` and the lines of stdin, read as rows of columns.
 
-A manifest is of unknown origin and in any state. Each line that cannot be read is one row with a
-`problem`; only a file that cannot be opened at all, or has no usable header, is an InputError. Values
-come out as JSON types, whatever the format; what the columns mean is decided elsewhere.
-Streams: memory is bounded by the longest line (16 MiB) or some rows of Parquet (parquet_manifest.py).
+A manifest is of unknown origin and in any state. Each line that cannot be read is one row with a `problem`; only a
+file that cannot be opened at all, or has no usable header, is an InputError. That is why CSV is read line by line
+here: an error costs its row and no other. It is read as spreadsheets save it: with `;` or tabs between the cells, a
+first line `sep=;`, empty columns and empty rows behind the table.
 
-Lines of stdin as they come: what is not there yet is not waited for.
-
-A pipe that stays open for hours (`tail -f list | md3 caption -`) gives a line now and then. Whoever reads it
-line by line with `readline` is blocked between two lines, while pictures are ready to be run.
-
-Rows of CSV and TSV manifests in any state: an error in one costs that row and no other.
-
-They are read as spreadsheets save them: with `;` or tabs between the cells, with a first line `sep=;`, with empty
-columns and empty rows behind the table.
+Values come out as JSON types, whatever the format; what columns mean, and where pictures are, is decided elsewhere.
+Memory is bounded by the longest line (16 MiB) or some rows of Parquet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -25,35 +19,176 @@ import os
 import re
 import select
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, NamedTuple
 
 from md3cli import system
 from md3cli.errors import InputError
 from md3cli.records import printable
 from md3cli.remote.address import is_address, shown, suffix_of
-from md3cli.source.parquet import parquet_rows, refuse_doubles
+from md3cli.source.parquet import parquet_rows
+from md3cli.source.requests import refuse_doubles
 
-CHUNK_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 16
+LINE_LIMIT_BYTES = 1 << 24  # of a line, and of a row of CSV
+TOO_LONG = f"longer than {LINE_LIMIT_BYTES >> 20} MiB"
+DEPTH_LIMIT = 64  # of nested lists and objects; deeper ones could not be written again
+
+_UTF8_BOM = b"\xef\xbb\xbf"
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_UTF16_START = re.compile(rb"(?:[ -~\r\n]\0){4}|(?:\0[ -~\r\n]){4}")  # text without its byte order mark
+_HEAD_BYTES = 1 << 16
+_FOREIGN = (  # how files start that are called like a list and are none
+    (b"PK\x03\x04", "a spreadsheet or an archive (XLSX, ODS, ZIP), not text; save it as CSV UTF-8"),
+    (b"\xd0\xcf\x11\xe0", "an old spreadsheet (XLS), not text; save it as CSV UTF-8"),
+    (b"\x1f\x8b", "compressed (gzip), not text; unpack it"),
+    (b"PAR1", "Parquet, not text; call it .parquet"),
+)
+_TOO_DEEP = f"nested deeper than {DEPTH_LIMIT} levels"
+_MOST_OVERLONG_ROWS = 16  # that are gone back behind: each costs a second pass over LINE_LIMIT_BYTES
+_LINE_COST_BYTES = 64  # of a line that may have to be taken back
+_DELIMITERS = ",;\t"
+_SEPARATOR_LINE = re.compile(r"sep=([,;\t|])", re.IGNORECASE)  # Excel's, above the header
+
+_NUMBERS = frozenset({"max_tokens", "max_objects", "temperature", "top_p", "seed"})
+_FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+Line = tuple[int, bytes | None]  # its number; its bytes without the line end, or None where it is too long
+
+
+class ManifestRow(NamedTuple):
+    """One row: `columns` by name, or None with the `problem` that kept it from being read."""
+
+    number: int
+    columns: dict[str, Any] | None
+    problem: str = ""
+    unit: str = "line"
+
+    @property
+    def where(self) -> str:
+        return f"{self.unit} {self.number}"
+
+
+def manifest_rows(path: str) -> Iterator[ManifestRow]:
+    """Yield the rows of the manifest at `path`, which its suffix says how to read.
+
+    Raises:
+        InputError: on the first step, when it cannot be opened, is no regular file, or has no usable header.
+    """
+    suffix = suffix_of(path) if is_address(path) else os.path.splitext(path)[1].lower()
+    name = printable(shown(path))
+    with open_regular(path) as file:
+        if suffix == ".parquet":
+            for number, row in enumerate(parquet_rows(file, name), start=1):
+                problem = row if isinstance(row, str) else ""
+                yield ManifestRow(number, None if isinstance(row, str) else row, problem, "row")
+            return
+        _refuse_foreign_text(file, name)
+        if suffix == ".txt":
+            yield from filter(None, path_rows(file))
+        elif suffix == ".jsonl":
+            for line in _lines(file):
+                yield from _json_row(line)
+        else:
+            yield from _csv_rows(_lines(file), name, "\t" if suffix == ".tsv" else ",")
+
+
+def _refuse_foreign_text(file: IO[bytes], name: str) -> None:
+    head = file.read(_HEAD_BYTES)
+    file.seek(0)
+    for start, what in _FOREIGN:
+        if head.startswith(start):
+            raise InputError(f"the manifest {name} is {what}")
+    if head.startswith(_UTF16_BOMS) or _UTF16_START.match(head):
+        raise InputError(f"the manifest {name} is UTF-16; save it as UTF-8 and try again")
+    if b"\r" in head.rstrip(b"\r") and b"\n" not in head:
+        raise InputError(
+            f"the lines of the manifest {name} end as on old Macs (CR alone); save it with LF or CRLF and try again"
+        )
+
+
+def path_rows(file: IO[bytes] | LiveLines, *, has_json: bool = False) -> Iterator[ManifestRow | None]:
+    """Yield a row for each line, which is a path in any encoding; None where the next line has not come yet.
+
+    With `has_json` (stdin) a line may be a JSON object instead.
+    """
+    for line in _lines_so_far(file):
+        if line is None:
+            yield None
+            continue
+        number, data = line
+        if has_json and data is not None and data.lstrip().startswith(b"{"):
+            yield from _json_row(line)
+        elif data is None:
+            yield ManifestRow(number, None, TOO_LONG)
+        elif data.strip():
+            yield ManifestRow(number, {"image": os.fsdecode(data)})
+
+
+def open_regular(path: str) -> IO[bytes]:
+    """Open an INPUT that is read as a whole, here or at an address, without ever blocking on a FIFO.
+
+    Raises:
+        InputError: it cannot be opened, or is no regular file.
+    """
+    if is_address(path):
+        from md3cli.source.remote_inputs import open_input
+
+        return open_input(path)
+    try:
+        return os.fdopen(system.open_regular(path), "rb")
+    except system.NotRegularError as error:
+        advice = "pipe a list of paths to INPUT - instead"
+        raise InputError(f"{printable(path)} is not a regular file; {advice}") from error
+    except OSError as error:
+        raise InputError(f"cannot open {printable(path)}: {error.strerror}; check its permissions") from error
+
+
+def _lines(file: IO[bytes]) -> Iterator[Line]:
+    return filter(None, _lines_so_far(file))
+
+
+def _lines_so_far(file: IO[bytes] | LiveLines) -> Iterator[Line | None]:
+    number, is_too_long = 0, False
+    while (data := file.readline(LINE_LIMIT_BYTES)) != b"":
+        if data is None:
+            yield None
+            continue
+        number += not is_too_long  # else it is more of the same line
+        if number == 1 and not is_too_long:
+            if data.startswith(_UTF16_BOMS):  # of stdin, which cannot be looked at before
+                raise InputError("the list is UTF-16; save it as UTF-8 and try again")
+            data = data.removeprefix(_UTF8_BOM)
+        if len(data) < LINE_LIMIT_BYTES and not is_too_long:
+            yield number, data.removesuffix(b"\n").removesuffix(b"\r")
+            continue
+        is_too_long = not data.endswith(b"\n")
+        if not is_too_long:
+            yield number, None
+    if is_too_long:
+        yield number, None
 
 
 class LiveLines:
-    """The lines of `file`, taken from its descriptor where it has one; nothing may have been read from it before.
+    """The lines of `file`, from which nothing was read before, without waiting for one that has not come yet.
 
-    Attributes:
-        may_wait: whether `readline` waits for a line, as it does for a file on a disk.
+    A pipe that stays open for hours (`tail -f list | md3 caption -`) gives a line now and then. A `readline` of
+    Python's would be blocked in between, while pictures are ready to be run. So lines are taken from the descriptor,
+    where there is one; with `may_wait` they are waited for, as of a file on a disk.
     """
 
     def __init__(self, file: IO[bytes], *, may_wait: bool = True) -> None:
         self.may_wait = may_wait
         self._file = file
-        self._fd = _descriptor(file)
+        self._fd: int | None = None
+        with contextlib.suppress(OSError, io.UnsupportedOperation):  # a file in memory
+            self._fd = file.fileno()
         self._buffer = bytearray()
         self._num_searched = 0  # bytes of it that hold no line end
         self._is_ended = False
 
     def readline(self, limit: int, /) -> bytes | None:
-        """The next line with its end, cut at `limit` bytes; empty at the end of all; None: it has not come yet."""
+        """Return the next line, cut at `limit` bytes; nothing at the end of all; None where it has not come yet."""
         if self._fd is None:
             return self._file.readline(limit)
         while True:
@@ -63,7 +198,7 @@ class LiveLines:
             self._num_searched = len(self._buffer)
             if not self.may_wait and not self.wait(0):
                 return None
-            chunk = os.read(self._fd, CHUNK_BYTES)
+            chunk = os.read(self._fd, _CHUNK_BYTES)
             self._buffer += chunk
             self._is_ended = not chunk
 
@@ -74,49 +209,22 @@ class LiveLines:
         return line
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until there is something to read, or the end, at most so long; whether there is."""
+        """Wait until there is something to read, or the end, at most so long; return whether there is."""
         return self._fd is None or bool(select.select([self._fd], [], [], timeout_s)[0])
 
 
-def _descriptor(file: IO[bytes]) -> int | None:
-    try:
-        return file.fileno()
-    except (OSError, io.UnsupportedOperation):  # a file in memory
-        return None
+# -- CSV -----------------------------------------------------------------------------------------
 
 
-Line = tuple[int, bytes | None]  # its number; its bytes without the line end, or None where it is too long
-
-ROW_LIMIT_BYTES = 1 << 24  # as long as a line may be
-MOST_OVERLONG_ROWS = 16  # that are gone back behind: each costs a second pass over ROW_LIMIT_BYTES
-_LINE_COST_BYTES = 64  # of a line that may have to be taken back
-_DELIMITERS = ",;\t"
-_SEPARATOR_LINE = re.compile(r"sep=([,;\t|])", re.IGNORECASE)  # Excel's, above the header
-
-_NUMBERS = frozenset({"max_tokens", "max_objects", "temperature", "top_p", "seed"})
-_FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-class CsvRow(NamedTuple):
-    """One row: `columns` by name, or None with the `problem` that kept it from being read."""
-
-    number: int  # of its first line
-    columns: dict[str, Any] | None
-    problem: str = ""
-
-
-def csv_rows(lines: Iterator[Line], name: str, delimiter: str, *, too_long: str) -> Iterator[CsvRow]:
-    """Yield the rows below the header of the manifest `name` that hold anything.
-
-    `delimiter` is what its suffix promises; where the header has no column `image` by it, the others are tried.
-    `too_long` is the problem of a line without bytes.
+def _csv_rows(lines: Iterator[Line], name: str, delimiter: str) -> Iterator[ManifestRow]:
+    """The rows that hold anything; where the header has no column `image` by `delimiter`, others are tried.
 
     Raises:
         InputError: there is no header with a column `image`, a column comes twice, or the first row fills a column
             that has no name.
     """
-    csv.field_size_limit(ROW_LIMIT_BYTES)  # of the process; Python's own, 131,072, is less than a sound cell may have
-    text = _CsvLines(lines, too_long)
+    csv.field_size_limit(LINE_LIMIT_BYTES)  # of the process; Python's own, 131,072, is less than a sound cell may have
+    text = _CsvLines(lines)
     header, delimiter = _found_header(text, delimiter, name)
     is_first = True
     for number, cells, problem in _all_cells(text, delimiter):
@@ -126,9 +234,9 @@ def csv_rows(lines: Iterator[Line], name: str, delimiter: str, *, too_long: str)
             raise InputError(f"the manifest {name}: {unnamed}; name it in the first line, or remove it")
         is_first = False
         try:
-            yield CsvRow(number, None, problem) if problem else CsvRow(number, _columns(header, cells))
+            yield ManifestRow(number, None, problem) if problem else ManifestRow(number, _columns(header, cells))
         except ValueError as error:
-            yield CsvRow(number, None, str(error))
+            yield ManifestRow(number, None, str(error))
 
 
 class _CsvLines:
@@ -138,8 +246,8 @@ class _CsvLines:
     line only. Bytes that are not UTF-8 come as surrogates, found again in the finished row.
     """
 
-    def __init__(self, lines: Iterator[Line], too_long: str) -> None:
-        self._lines, self._too_long = lines, too_long
+    def __init__(self, lines: Iterator[Line]) -> None:
+        self._lines = lines
         self._again: deque[Line] = deque()
         self._taken: list[Line] = []
         self._num_bytes = 0  # of those taken
@@ -153,33 +261,28 @@ class _CsvLines:
         self._taken.append(line)
         _, data = line
         if data is None:
-            raise csv.Error(self._too_long)
+            raise csv.Error(TOO_LONG)
         self._num_bytes += len(data) + _LINE_COST_BYTES
-        if self._num_bytes > ROW_LIMIT_BYTES:
+        if self._num_bytes > LINE_LIMIT_BYTES:
             self._num_overlong += 1
-            raise csv.Error(f"a quoted cell that does not end within {ROW_LIMIT_BYTES >> 20} MiB")
+            raise csv.Error(f"a quoted cell that does not end within {LINE_LIMIT_BYTES >> 20} MiB")
         return data.decode("utf-8", "surrogateescape") + "\n"
 
     def start_row(self) -> None:
-        """Begin a row at the next line."""
         self._taken.clear()
         self._num_bytes = 0
 
     def rewind(self, first: int = 1) -> None:
         """Give the row's lines from `first` on again; not for ever, where row after row has no end."""
-        if self._num_overlong <= MOST_OVERLONG_ROWS:
+        if self._num_overlong <= _MOST_OVERLONG_ROWS:
             self._again.extendleft(reversed(self._taken[first:]))
 
     @property
     def row_number(self) -> int:
-        """The line at which the row under way started."""
         return self._taken[0][0] if self._taken else 0
 
 
-class _Cells(NamedTuple):
-    number: int  # of its first line
-    cells: list[str]
-    problem: str = ""
+_Cells = tuple[int, list[str], str]  # the number of its first line; its cells, or the problem
 
 
 def _all_cells(lines: _CsvLines, delimiter: str) -> Iterator[_Cells]:
@@ -191,39 +294,41 @@ def _all_cells(lines: _CsvLines, delimiter: str) -> Iterator[_Cells]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield _Cells(lines.row_number, [], str(error))
+            yield lines.row_number, [], str(error)
             lines.rewind()
             continue
         if cells:
-            yield _Cells(lines.row_number, cells)
+            yield lines.row_number, cells, ""
 
 
 def _found_header(lines: _CsvLines, delimiter: str, name: str) -> tuple[list[str], str]:
     """The names of the columns, and what stands between the cells."""
-    rows = {}
+    first = None
     for tried in dict.fromkeys([delimiter, *_DELIMITERS]):
-        row = rows[tried] = next(_all_cells(lines, tried), None)
-        if row is not None and not row.problem and (found := _SEPARATOR_LINE.fullmatch(tried.join(row.cells))):
+        row = next(_all_cells(lines, tried), None)
+        first = first or row
+        if row is not None and not row[2] and (found := _SEPARATOR_LINE.fullmatch(tried.join(row[1]))):
             return _header(next(_all_cells(lines, found[1]), None), name), found[1]
-        if row is None or "image" in map(str.strip, row.cells):
+        if row is None or "image" in map(str.strip, row[1]):
             return _header(row, name), tried
         lines.rewind(first=0)
-    return _header(rows[delimiter], name), delimiter
+    return _header(first, name), delimiter
 
 
 def _header(row: _Cells | None, name: str) -> list[str]:
     if row is None:
         raise InputError(f"the manifest {name} is empty; its first line names the columns (image, prompt, ...)")
-    header = [cell.strip() for cell in row.cells]
-    if row.problem or "image" not in header:
-        found = row.problem or f"its first line is: {printable(', '.join(header))[:200]}"
+    _, cells, problem = row
+    header = [cell.strip() for cell in cells]
+    if problem or "image" not in header:
+        found = problem or f"its first line is: {printable(', '.join(header))[:200]}"
         raise InputError(f"the manifest {name} has no column 'image' ({found}); name the columns in its first line")
     refuse_doubles(filter(None, header), name)
     return header
 
 
 def _unnamed_content(header: Sequence[str], cells: Sequence[str]) -> str:
-    """What is wrong where a column that has no name holds something; empty where none does."""
+    """What is wrong where a column without a name holds something; empty where none does."""
     for place, (column, cell) in enumerate(zip(header, cells, strict=False), start=1):
         if not column and cell.strip():
             return f"column {place} has no name and holds '{printable(cell)[:40]}'"
@@ -256,12 +361,9 @@ def _typed(column: str, cell: str) -> Any:
 
 
 def _number(text: str) -> int | float | str:
-    parsers: tuple[Callable[[str], int | float], ...] = (int, float)
-    for parse in parsers:
-        try:
+    for parse in (int, float):
+        with contextlib.suppress(ValueError):
             return parse(text)
-        except ValueError:
-            continue
     return text
 
 
@@ -270,156 +372,6 @@ def _json_value(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
-
-
-MANIFEST_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl", ".parquet", ".txt"})
-LINE_LIMIT_BYTES = 1 << 24
-TOO_LONG = f"longer than {LINE_LIMIT_BYTES >> 20} MiB"
-DEPTH_LIMIT = 64  # of nested lists and objects; deeper ones could not be written again
-
-_UTF8_BOM = b"\xef\xbb\xbf"
-_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
-_UTF16_START = re.compile(rb"(?:[ -~\r\n]\0){4}|(?:\0[ -~\r\n]){4}")  # text without its byte order mark
-_HEAD_BYTES = 1 << 16
-_FOREIGN = (  # how files start that are called like a list and are none
-    (b"PK\x03\x04", "a spreadsheet or an archive (XLSX, ODS, ZIP), not text; save it as CSV UTF-8"),
-    (b"\xd0\xcf\x11\xe0", "an old spreadsheet (XLS), not text; save it as CSV UTF-8"),
-    (b"\x1f\x8b", "compressed (gzip), not text; unpack it"),
-    (b"PAR1", "Parquet, not text; call it .parquet"),
-)
-
-
-class LineReader(Protocol):
-    """A file, or live_lines.LiveLines."""
-
-    def readline(self, limit: int, /) -> bytes | None:
-        """The next line, cut at `limit` bytes; empty at the end; None: it has not come yet."""
-        ...
-
-
-class ManifestRow(NamedTuple):
-    """One row: `columns` by name, or None with the `problem` that kept it from being read."""
-
-    number: int
-    columns: dict[str, Any] | None
-    problem: str = ""
-    unit: str = "line"
-
-    @property
-    def where(self) -> str:
-        """What it is called in messages: `line 7`."""
-        return f"{self.unit} {self.number}"
-
-
-def manifest_rows(path: str) -> Iterator[ManifestRow]:
-    """The rows of the manifest at `path`, by its suffix.
-
-    Raises:
-        InputError: on the first step, when it cannot be opened, is no regular file, or has no usable header.
-    """
-    suffix = suffix_of(path) if is_address(path) else os.path.splitext(path)[1].lower()
-    name = printable(shown(path))
-    with open_regular(path) as file:
-        if suffix == ".parquet":
-            for number, row in enumerate(parquet_rows(file, name), start=1):
-                problem = row if isinstance(row, str) else ""
-                yield ManifestRow(number, None if isinstance(row, str) else row, problem, "row")
-            return
-        refuse_foreign_text(file, name)
-        if suffix == ".txt":
-            yield from filter(None, path_rows(file))
-        elif suffix == ".jsonl":
-            for line in _lines(file):
-                yield from _json_row(line)
-        else:
-            delimiter = "\t" if suffix == ".tsv" else ","
-            yield from (ManifestRow(*row) for row in csv_rows(_lines(file), name, delimiter, too_long=TOO_LONG))
-
-
-def refuse_foreign_text(file: IO[bytes], name: str) -> None:
-    """Look at how a list starts, and go back to its start.
-
-    Raises:
-        InputError: it is UTF-16, has the line ends of old Macs, or is no text at all.
-    """
-    head = file.read(_HEAD_BYTES)
-    file.seek(0)
-    for start, what in _FOREIGN:
-        if head.startswith(start):
-            raise InputError(f"the manifest {name} is {what}")
-    if head.startswith(_UTF16_BOMS) or _UTF16_START.match(head):
-        raise InputError(f"the manifest {name} is UTF-16; save it as UTF-8 and try again")
-    if b"\r" in head.rstrip(b"\r") and b"\n" not in head:
-        raise InputError(
-            f"the lines of the manifest {name} end as on old Macs (CR alone); save it with LF or CRLF and try again"
-        )
-
-
-def path_rows(file: LineReader, *, has_json: bool = False) -> Iterator[ManifestRow | None]:
-    """A path a line, in any encoding; with `has_json` (stdin) a line may be a JSON object instead.
-
-    None where the next line has not come yet.
-    """
-    for line in _lines_so_far(file):
-        if line is None:
-            yield None
-            continue
-        number, data = line
-        if has_json and data is not None and data.lstrip().startswith(b"{"):
-            yield from _json_row(line)
-        elif data is None:
-            yield ManifestRow(number, None, TOO_LONG)
-        elif data.strip():
-            yield ManifestRow(number, {"image": os.fsdecode(data)})
-
-
-def open_regular(path: str) -> IO[bytes]:
-    """Open an INPUT that is read as a whole, here or at an address, without ever blocking on a FIFO.
-
-    Raises:
-        InputError: it cannot be opened, or is no regular file.
-    """
-    if is_address(path):
-        return _open_address(path)
-    try:
-        return os.fdopen(system.open_regular(path), "rb")
-    except system.NotRegularError as error:
-        advice = "pipe a list of paths to INPUT - instead"
-        raise InputError(f"{printable(path)} is not a regular file; {advice}") from error
-    except OSError as error:
-        raise InputError(f"cannot open {printable(path)}: {error.strerror}; check its permissions") from error
-
-
-def _open_address(address: str) -> IO[bytes]:
-    from md3cli.source.remote_inputs import open_input
-
-    return open_input(address)
-
-
-def _lines(file: IO[bytes]) -> Iterator[Line]:
-    """The lines of a file on a disk."""
-    return filter(None, _lines_so_far(file))
-
-
-def _lines_so_far(file: LineReader) -> Iterator[Line | None]:
-    number, is_too_long = 0, False
-    while (data := file.readline(LINE_LIMIT_BYTES)) != b"":
-        if data is None:
-            yield None
-            continue
-        number += not is_too_long  # else it is more of the same line
-        if number == 1 and not is_too_long:
-            if data.startswith(_UTF16_BOMS):  # of stdin, which cannot be looked at before
-                raise InputError("the list is UTF-16; save it as UTF-8 and try again")
-            data = data.removeprefix(_UTF8_BOM)
-        if len(data) < LINE_LIMIT_BYTES and not is_too_long:
-            yield number, data.removesuffix(b"\n").removesuffix(b"\r")
-            continue
-        is_too_long = not data.endswith(b"\n")
-        if not is_too_long:
-            yield number, None
-    if is_too_long:
-        yield number, None
 
 
 # -- JSON Lines ----------------------------------------------------------------------------------
@@ -441,9 +393,6 @@ def _json_row(line: Line) -> Iterator[ManifestRow]:
             yield ManifestRow(number, None, str(error))
         except RecursionError:
             yield ManifestRow(number, None, _TOO_DEEP)
-
-
-_TOO_DEEP = f"nested deeper than {DEPTH_LIMIT} levels"
 
 
 def _json_columns(data: bytes) -> dict[str, Any]:
@@ -478,7 +427,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _depth(value: Any) -> int:
-    """How deep lists and objects are nested; level by level, so that nothing recurses."""
+    """How deep lists and objects are nested, counted level by level, so that nothing recurses."""
     depth, level = 0, [value]
     while level:
         depth += 1

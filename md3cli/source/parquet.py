@@ -18,33 +18,16 @@ from __future__ import annotations
 import base64
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
 from md3cli.errors import ImageError, InputError
 from md3cli.records import ImageItem, printable
-
-
-def refuse_doubles(columns: Iterable[str], name: str) -> None:
-    """Raise InputError where the manifest `name` has a column twice: which of the two counts cannot be told."""
-    seen = set()
-    for column in columns:
-        if column in seen:
-            raise InputError(f"the manifest {name} names the column '{printable(column)[:100]}' twice; rename one")
-        seen.add(column)
-
+from md3cli.source.requests import EmbeddedImage, refuse_doubles
 
 IMAGE_BYTES, IMAGE_PATH = "image.bytes", "image.path"
 CELLS_AT_A_TIME = 8
 _BUFFER_BYTES = 1 << 20
-
-
-class EmbeddedImage(NamedTuple):
-    """A picture in a manifest's row: where it stands, and what the row calls it."""
-
-    name: str
-    row_group: int
-    offset: int
 
 
 class _Place(NamedTuple):

@@ -17,9 +17,16 @@ from md3cli.records import printable
 from md3cli.remote.address import has_userinfo, host_of, is_web, path_of, shown, suffix_of
 from md3cli.remote.hosts import FetchOptions, HostRules
 from md3cli.remote.reader import Reader, explain, open_remote
-from md3cli.source.kinds import ARCHIVES, Kind
-from md3cli.source.manifest import MANIFEST_SUFFIXES
-from md3cli.source.walk import IMAGE_SUFFIXES, Entry, PathFilter, Walk, is_glob, natural_sorted
+from md3cli.source.kinds import (
+    ARCHIVES,
+    IMAGE_SUFFIXES,
+    MANIFEST_SUFFIXES,
+    Kind,
+    PathFilter,
+    is_glob,
+    natural_sorted,
+)
+from md3cli.source.walk import Entry, Walk
 
 MOST_LEVELS = 200  # of folders: a web server whose pages lead in a circle shows ever deeper ones
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from md3cli.errors import RequestError, RowError
+from md3cli.errors import InputError, RequestError, RowError
 from md3cli.records import CAPTION_LENGTHS, Request, Task, printable
 from md3cli.remote.address import is_address
-from md3cli.source.parquet import EmbeddedImage
 
 PATH_LIMIT_BYTES = 4096
 SEED_LIMIT = 2**63
@@ -24,6 +23,23 @@ TOKENS_LIMIT = 2**31
 TEMPERATURE_LIMIT = 1000
 _ADDRESS = re.compile(r"(?:https?|s3|gs|hf)://|file:|data:", re.IGNORECASE)
 _TASKS_WITH_REFS = frozenset({Task.QUERY, Task.POINT, Task.SEGMENT})
+
+
+class EmbeddedImage(NamedTuple):
+    """A picture that stands in the manifest itself: where, and what its row calls it."""
+
+    name: str
+    row_group: int
+    offset: int
+
+
+def refuse_doubles(columns: Iterable[str], name: str) -> None:
+    """Raise InputError where the manifest `name` has a column twice: which of the two counts cannot be told."""
+    seen = set()
+    for column in columns:
+        if column in seen:
+            raise InputError(f"the manifest {name} names the column '{printable(column)[:100]}' twice; rename one")
+        seen.add(column)
 
 
 def row_image(columns: Mapping[str, Any]) -> str | EmbeddedImage:

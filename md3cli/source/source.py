@@ -26,13 +26,21 @@ from md3cli.errors import InputError, MissingExtraError, RowError, UsageError
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task, printable
 from md3cli.remote.address import is_address, shown
 from md3cli.remote.hosts import is_installed, require_extra
-from md3cli.source.inputs import Confinement, RowPlaces, image_item, input_of, root_of
-from md3cli.source.kinds import STDIN, Input, Kind, check_readable, kind_of
+from md3cli.source.inputs import (
+    Confinement,
+    Input,
+    RowPlaces,
+    check_readable,
+    image_item,
+    input_of,
+    is_of_windows,
+    root_of,
+)
+from md3cli.source.kinds import STDIN, Glob, Kind, PathFilter, has_image_suffix, is_glob
 from md3cli.source.manifest import LiveLines, ManifestRow, manifest_rows, open_regular, path_rows
-from md3cli.source.names import is_of_windows
 from md3cli.source.requests import ROW_COLUMNS, check_request, refuse_address, refused_request, row_image, row_requests
 from md3cli.source.tar import tar_members
-from md3cli.source.walk import Glob, PathFilter, Walk, has_image_suffix, is_glob
+from md3cli.source.walk import Walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,7 @@ def open_source(
     """
     _check_remote(spec)
     is_alone = len(spec.inputs) == 1
-    inputs = tuple(input_of(typed, kind_of(typed, is_alone), is_alone) for typed in spec.inputs)
+    inputs = tuple(input_of(typed, is_alone) for typed in spec.inputs)
     for given in inputs:
         check_readable(given, is_alone)
     defaults = requests[0] if requests else defaults or Request(Task.QUERY)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from md3cli.source.walk import Glob, PathFilter, Walk, natural_sorted
+from md3cli.source.kinds import Glob, PathFilter, natural_sorted
+from md3cli.source.walk import Walk
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from md3cli.cli import app
 from md3cli.errors import InputError
-from md3cli.source.names import match_images, match_labels
+from md3cli.finished.names import match_images, match_labels
 
 ACCENTED = "Crème brûlée.png"
 ALIKE = [
