@@ -11,23 +11,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from md3cli.config import RunConfig
-from md3cli.console import RunConsole, Summary
+from md3cli.console import Summary
 from md3cli.console import clock as duration
 from md3cli.errors import DamagedPartError, OutputHeldError
 from md3cli.files import OutputLock, atomic_publish, output_error
 from md3cli.finished.digest import RecordsDigest
 from md3cli.finished.failures import Failure, NamedFailures, command_for_all
-from md3cli.records import OK_TAIL, RETRYABLE, RunIdentity, printable
+from md3cli.records import OK_TAIL, RETRYABLE, printable
 from md3cli.run.order import SUFFIX as EARLY_SUFFIX
-from md3cli.run.output import OutputPlan, publish, remove_temps
-from md3cli.run.run_info import RunCounts, RunDocument, Timeline, identity_of
+from md3cli.run.output import publish, remove_temps
+from md3cli.run.run_info import RunCounts, RunDocument, Timeline
 from md3cli.scale.attempts import Teller
-from md3cli.scale.bucket import Deliveries
 from md3cli.scale.folder import ERRORS, EXPORTED, KEPT, RunFolder, attempts_prefix, is_unfinished
 from md3cli.scale.inspect import collect
 from md3cli.scale.markers import Commit, Exported, StartNote, note_exported, read_exported
 from md3cli.scale.plan import Plan
+from md3cli.scale.start import Start
 from md3cli.scale.store import LocalStore
 from md3cli.source.source import empty_words
 
@@ -43,105 +42,81 @@ Commits = Mapping[int, Commit]
 class Finish:
     """What a start leaves. `document` is run.json beside OUTPUT; None for a rank: the one that exports writes it."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        console: RunConsole,
-        outputs: OutputPlan,
-        folder: RunFolder,
-        deliveries: Deliveries,
-        plan: Plan,
-        identity: RunIdentity,
-        document: RunDocument | None,
-    ) -> None:
-        assert outputs.files is not None
-        self._config, self._console, self._outputs, self._files = config, console, outputs, outputs.files
-        self._deliveries = deliveries
-        self._folder, self._plan, self._identity, self._document = folder, plan, identity, document
+    def __init__(self, start: Start, plan: Plan, document: RunDocument | None, commits: Commits) -> None:
+        """`commits` is what is committed, now and later; all of it now is from before this start."""
+        self._start, self._plan, self._document, self._commits = start, plan, document, commits
+        self._config, self._console, self._folder = start.config, start.console, start.folder
         self._started_at = time.monotonic()
-        self._before: Commits = {}
+        self._before = dict(commits)
         self._num_under_way = 0
         self._timeline = Timeline(document.timeline if document is not None else ())
-        self._note = StartNote(folder, {"rank": config.scale.rank, "world_size": config.scale.world_size})
-
-    def begin(self, commits: Commits) -> None:
-        """Note what was committed before this start."""
-        self._before = dict(commits)
+        scale = start.config.scale
+        self._note = StartNote(self._folder, {"rank": scale.rank, "world_size": scale.world_size})
 
     def forget(self, shards: Iterable[int]) -> None:
         """Count shards that are done again as done by this start."""
         self._before = {shard: commit for shard, commit in self._before.items() if shard not in set(shards)}
 
-    def note_progress(self, commits: Commits, num_under_way: int, *, is_last: bool = False) -> None:
+    def note_progress(self, num_under_way: int, *, is_last: bool = False) -> None:
         """A point of the timeline."""
         self._num_under_way = num_under_way
-        done = self._num_new(commits) + num_under_way
-        self._timeline.note(time.monotonic() - self._started_at, done, is_last=is_last)
+        elapsed_s = time.monotonic() - self._started_at
+        self._timeline.note(elapsed_s, self._num_new() + num_under_way, is_last=is_last)
 
-    def _num_new(self, commits: Commits) -> int:
-        return sum(commit.num_records for shard, commit in commits.items() if shard not in self._before)
+    def _num_new(self) -> int:
+        return sum(commit.num_records for shard, commit in self._commits.items() if shard not in self._before)
 
     # -- the export --------------------------------------------------------------------------------
 
-    def export(self, commits: Commits) -> int:
+    def export(self) -> int:
         """Make OUTPUT's files of the committed records; the exit status.
 
         Raises:
             DamagedPartError: a part is not what its marker says; nothing was changed.
-        OutputError, ExportError: a file cannot be made; the records are in the run folder.
+            OutputError, ExportError: a file cannot be made; the records are in the run folder.
         """
-        with self._export_lock(commits) as is_ours:
+        with self._export_lock() as is_ours:
             if is_ours:
-                self._export(commits)
+                self._export()
             else:
                 self._console.say("another rank exports the records")
-        counts = counts_of(commits)
+        counts = counts_of(self._commits)
         is_bad = self._config.fail_on.is_met(counts.failed, counts.ok + counts.failed)
         return STATUS_FAILED_RECORDS if is_bad else 0
 
-    def _export(self, commits: Commits) -> None:
-        journal, deliveries = self._files.journal, self._deliveries
-        remove_temps(self._outputs)
+    def _export(self) -> None:
+        files, deliveries = self._start.files, self._start.deliveries
+        journal = files.journal
+        remove_temps(self._start.outputs)
         if is_unfinished(self._folder, has_records=deliveries.has(journal)):
-            exported = export_parts(self._folder, self._plan, commits, journal)
+            exported = export_parts(self._folder, self._plan, self._commits, journal)
             deliveries.deliver(journal)
             note_exported(self._folder, exported)
             collect(self._folder, older_than_s=0.0)  # what a kill between a commit and its end has left
             journal.with_name(journal.name + EARLY_SUFFIX).unlink(missing_ok=True)  # of a single process, taken over
         if self._document is None:
-            self._document = self._rank_document()
+            self._document = self._start.begin_document(self._plan.root)
         if (noted := read_exported(self._folder)) is not None:
             self._document.note_records(RecordsDigest(noted.bytes, noted.sha256))
-        self._document.finish(counts_of(commits), {}, None, self._timeline.points)
-        deliveries.deliver(self._files.run_info)
-        for document in self._outputs.documents:
+        self._document.finish(counts_of(self._commits), {}, None, self._timeline.points)
+        deliveries.deliver(files.run_info)
+        for document in self._start.outputs.documents:
             deliveries.fetch(journal)
             for note in publish(document, journal, self._config, self._plan.root):
                 self._console.say(f"{document.format}: {note}")
             deliveries.deliver(document.path)
 
-    def _rank_document(self) -> RunDocument:
-        identity = identity_of(self._config.requests, self._identity, self._plan.root)
-        return RunDocument.begin(
-            self._files.run_info,
-            identity=identity,
-            arguments=self._config.argv,
-            root=self._plan.root,
-            is_resume=True,
-        )
-
     @contextlib.contextmanager
-    def _export_lock(self, commits: Commits) -> Iterator[bool]:
+    def _export_lock(self) -> Iterator[bool]:
         """Whether this process is the one to export."""
-        if self._config.scale.world_size == 1:
+        if self._start.is_alone:
             yield True
             return
         if not isinstance(self._folder.store, LocalStore):
-            yield self._is_first(commits) or not self._is_exported_within(_patience_s(commits))
+            yield self._is_first() or not self._is_exported_within(self._patience_s())
             return
-        path = self._folder.store.path(_EXPORT_LOCK)
         try:
-            lock = OutputLock.acquire(path, self._files.journal)
+            lock = OutputLock.acquire(self._folder.store.path(_EXPORT_LOCK), self._start.files.journal)
         except OutputHeldError:
             yield False
             return
@@ -150,9 +125,9 @@ class Finish:
         finally:
             lock.release()
 
-    def _is_first(self, commits: Commits) -> bool:
+    def _is_first(self) -> bool:
         """In a bucket there are no locks: rank 0 exports, and whoever committed last; both write the same bytes."""
-        last = max(commits.values(), key=lambda commit: commit.ended, default=None)
+        last = max(self._commits.values(), key=lambda commit: commit.ended, default=None)
         is_last = last is not None and last.attempt.startswith(attempts_prefix())
         return self._config.scale.rank == 0 or is_last
 
@@ -166,21 +141,25 @@ class Finish:
             time.sleep(EXPORT_POLL_S)
         return True
 
+    def _patience_s(self) -> float:
+        """Return how long an export may take, generously."""
+        return EXPORT_WAIT_S + sum(commit.bytes for commit in self._commits.values()) / SLOW_EXPORT_BYTES_S
+
     # -- what is told and noted ----------------------------------------------------------------------
 
-    def note(self, status: int, commits: Commits) -> None:
+    def note(self, status: int) -> None:
         """Note how this start ended, in run.json and in the run folder."""
-        self.note_progress(commits, self._num_under_way if status >= STOPPED else 0, is_last=True)
-        counts = counts_of(commits)
-        self._note.end(status, {"records": self._num_new(commits), "ok": counts.ok, "failed": counts.failed})
+        self.note_progress(self._num_under_way if status >= STOPPED else 0, is_last=True)
+        counts = counts_of(self._commits)
+        self._note.end(status, {"records": self._num_new(), "ok": counts.ok, "failed": counts.failed})
         if self._document is not None:
             self._document.finish(counts, {}, status, self._timeline.points)
-            self._deliveries.deliver(self._files.run_info)
+            self._start.deliveries.deliver(self._start.files.run_info)
 
-    def summarize(self, commits: Commits) -> None:
+    def summarize(self) -> None:
         """What was done, on stderr."""
-        new = [commit for shard, commit in commits.items() if shard not in self._before]
-        before = [commit for shard, commit in commits.items() if shard in self._before]
+        new = [commit for shard, commit in self._commits.items() if shard not in self._before]
+        before = [commit for shard, commit in self._commits.items() if shard in self._before]
         summary = Summary(
             num_images=sum(commit.images - commit.reused_images for commit in new),
             num_ok=sum(commit.new_ok for commit in new),
@@ -192,47 +171,42 @@ class Finish:
             output_tokens=sum(commit.output_tokens for commit in new),
             elapsed_s=time.monotonic() - self._started_at,
             skipped=self._plan.skipped,
-            failures=self._named_failures(commits),
+            failures=self._named_failures(),
             failures_command=self._failures_command(),
-            outputs=self._deliveries.written(self._outputs),
-            next_command=self._next_command(commits),
+            outputs=self._start.deliveries.written(self._start.outputs),
+            next_command=self._next_command(),
         )
         if not self._plan.rows:
             self._console.warn(empty_words(self._config.source))
         self._console.summarize(summary)
 
-    def _named_failures(self, commits: Commits) -> list[Failure]:
+    def _named_failures(self) -> list[Failure]:
         """Some of this start's failures, then of earlier ones."""
         named = NamedFailures()
-        for shard in sorted(commits, key=lambda shard: (shard in self._before, shard)):
-            if commits[shard].errors and not named.is_full:
-                named.note_lines((self._folder.store.read(commits[shard].part) or b"").splitlines(keepends=True))
+        for shard in sorted(self._commits, key=lambda shard: (shard in self._before, shard)):
+            if self._commits[shard].errors and not named.is_full:
+                named.note_lines((self._folder.store.read(self._commits[shard].part) or b"").splitlines(keepends=True))
         return named.found
 
     def _failures_command(self) -> str | None:
-        return None if self._config.output.address is not None else command_for_all(self._files.journal)
+        return None if self._config.output.address is not None else command_for_all(self._start.files.journal)
 
-    def _next_command(self, commits: Commits) -> str | None:
-        if RETRYABLE & counts_of(commits).errors.keys() and self._config.scale.world_size == 1:
+    def _next_command(self) -> str | None:
+        if RETRYABLE & counts_of(self._commits).errors.keys() and self._start.is_alone:
             return shlex.join([*self._argv, "--retry-failed"])
-        if self._outputs.documents or self._config.output.address is not None:
+        if self._start.outputs.documents or self._config.output.address is not None:
             return None
-        return shlex.join(["md3", "report", str(self._files.journal), "-o", "report.html"])
+        return shlex.join(["md3", "report", str(self._start.files.journal), "-o", "report.html"])
 
-    def tell_how_to_resume(self, reason: str, commits: Commits) -> None:
+    def tell_how_to_resume(self, reason: str) -> None:
         """Say that `reason`, a signal, stopped the run, what it has, and which command goes on."""
-        num_new = self._num_new(commits) + self._num_under_way
+        num_new = self._num_new() + self._num_under_way
         self._console.say(f"stopped by {reason}: {num_new:,} new records are in {self._folder.uri}")
         self._console.say(f"resume with: {shlex.join(self._argv)}", style="cyan")
 
     @property
     def _argv(self) -> list[str]:
         return [argument for argument in self._config.argv if argument != "--overwrite"]
-
-
-def _patience_s(commits: Commits) -> float:
-    """How long an export may take, generously."""
-    return EXPORT_WAIT_S + sum(commit.bytes for commit in commits.values()) / SLOW_EXPORT_BYTES_S
 
 
 def counts_of(commits: Commits) -> RunCounts:

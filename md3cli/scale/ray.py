@@ -40,7 +40,7 @@ from md3cli.scale.markers import read_commit, read_run_options
 from md3cli.scale.plan import Plan
 from md3cli.scale.ray_cluster import Placement, RayOptions, connected, place
 from md3cli.scale.shard_runner import FINDER, ShardRunner, ShardStopped
-from md3cli.scale.workers import ShardQueue
+from md3cli.scale.workers import Driver, ShardQueue
 
 GO_ON, STOP = b"go on\n", b"stop\n"  # what the session's file says
 STOP_POLL_S = 2.0  # between two looks at it: on an object store each is a request
@@ -295,26 +295,16 @@ def _pump(answers: Iterator[ShardAnswer], arrived: queue.SimpleQueue[Any]) -> No
         arrived.put(error if isinstance(error, Exception) else EngineError(f"{type(error).__name__}: {error}"))
 
 
-class RayDriver:
-    """Progress comes by whole shards: `num_ok` and `num_failed`, of shards under way, are always 0."""
-
-    num_ok = num_failed = 0
+class RayDriver(Driver):
+    """Runs the shards of `queue` on a Ray cluster; progress comes by whole shards."""
 
     def __init__(self, folder: RunFolder, plan: Plan, queue: ShardQueue, config: RunConfig) -> None:
         self._folder, self._plan, self._queue, self._config = folder, plan, queue, config
-        self._is_stopping = False
 
     def run(self, on_step: Callable[[], None]) -> None:
-        """Run shards until none is left, or a stop was asked for; `on_step` is called several times a second.
-
-        Raises:
-            MissingExtraError: Ray is not installed.
-            EngineError: no cluster, or a worker cannot go on.
-        """
-
         def should_stop() -> bool:
             on_step()
-            return self._is_stopping
+            return self.is_stopping
 
         todo = [shard for shard in range(self._plan.shards) if shard not in self._queue.commits]
         run_on_ray(
@@ -332,10 +322,3 @@ class RayDriver:
         commit = read_commit(self._folder, answer.shard)
         if commit is not None:
             self._queue.finish(answer.shard, commit)
-
-    def stop(self) -> None:
-        """Have every worker finish its step, and `run` return."""
-        self._is_stopping = True
-
-    def close(self) -> None:
-        """Nothing is left behind by `run`."""

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import Progress, RunConsole
@@ -22,17 +20,16 @@ from md3cli.files import OutputLock, output_error
 from md3cli.records import printable
 from md3cli.run.model_handle import Engine, FoundModel, Model, check_skills
 from md3cli.run.output import OutputPlan
-from md3cli.run.run_info import OutputPaths, RunDocument, identity_of
+from md3cli.run.run_info import RunDocument
 from md3cli.scale.attempts import Teller
-from md3cli.scale.bucket import Deliveries
 from md3cli.scale.finish import Finish
 from md3cli.scale.folder import RunFolder
 from md3cli.scale.inspect import damaged_journals, reopen_damaged
-from md3cli.scale.markers import RunOptions, write_run_options
+from md3cli.scale.markers import write_run_options
 from md3cli.scale.plan import Plan
 from md3cli.scale.ray_cluster import check_installed
 from md3cli.scale.start import FormerRun, Start
-from md3cli.scale.workers import LocalDriver, ShardQueue, Supervisor, seats_of
+from md3cli.scale.workers import Driver, LocalDriver, ShardQueue, Supervisor, seats_of
 from md3cli.signals import Interrupted, StopSignals
 from md3cli.source.source import Source
 
@@ -40,18 +37,6 @@ LOOK_INTERVAL_S = 2.0  # between two looks at what others have committed
 TELL_INTERVAL_S = 0.2
 MOST_OWNERS_SHOWN = 3
 SILENCE_S = 120.0  # without a new record, before a word on it; then after twice as long, and so on
-
-
-class _Driver(Protocol):
-    """What runs the shards of a queue: this process, worker processes, or a cluster."""
-
-    @property
-    def num_ok(self) -> int: ...
-    @property
-    def num_failed(self) -> int: ...
-    def run(self, on_step: Callable[[], None]) -> None: ...
-    def stop(self) -> None: ...
-    def close(self) -> None: ...
 
 
 def run_scaled(
@@ -62,40 +47,37 @@ def run_scaled(
     folder: RunFolder,
     find: Callable[[ModelOptions], FoundModel],
 ) -> int:
-    """Do what `config` says in the run folder; returns the exit status, 0 or 3.
+    """Do what `config` says in the run folder; return the exit status, 0 or 3.
 
     Raises:
         Md3Error: the run could not be done; what was finished is on disk.
         Interrupted: a signal stopped it, in order.
     """
     _check_options(config)
-    assert outputs.files is not None
-    files = outputs.files
     with StopSignals() as stop, contextlib.ExitStack() as stack:
         with stop.interruptible():
             model = find(config.model)
             check_skills(model, config.requests)
-        deliveries = Deliveries(config.output, files, folder)
+        start = Start(config, console, source, outputs, folder, model)
+        files, deliveries, former = start.files, start.deliveries, FormerRun(start)
         for path in (files.journal, deliveries.lock):
             _make_folder(path.parent)
-        lock = OutputLock.acquire(deliveries.lock, deliveries.output, is_shared=config.scale.world_size > 1)
+        lock = OutputLock.acquire(deliveries.lock, deliveries.output, is_shared=not start.is_alone)
         stack.callback(lock.release)
-        if config.scale.world_size == 1:
+        if start.is_alone:
             folder.wip.remove_temps()
         _check_store(folder, config, console)
         deliveries.fetch(files.run_info)
-        start = Start(folder, config, files, deliveries, source, model.identity, console.say, console.warn)
-        former = FormerRun(folder, outputs, deliveries)
         if config.output.overwrite:
             former.set_aside()
             stack.callback(former.put_back)
         else:
-            if config.scale.world_size == 1:
+            if start.is_alone:
                 former.put_back()
             start.check_records()
         document = None
-        if config.scale.world_size == 1:
-            document = _document(config, files, source, model, deliveries.address_of(files.run_info))
+        if start.is_alone:
+            document = start.begin_document(source.root)
             deliveries.deliver(files.run_info)
         with stop.interruptible():
             plan = start.plan()
@@ -103,10 +85,8 @@ def run_scaled(
             start.reopen(plan)
         if start.num_adopted:
             console.say(f"{start.num_adopted:,} records of an earlier start are taken over")
-        write_run_options(folder, RunOptions(config.model, config.decode), config.argv)
-        finish = Finish(config, console, outputs, folder, deliveries, plan, model.identity, document)
-        give_way = partial(former.give_way, document)
-        return _ScaledRun(config, console, folder, plan, model, stop, finish, give_way).to_the_end()
+        write_run_options(folder, start.run_options, config.argv)
+        return _ScaledRun(start, plan, stop, former, document).to_the_end()
 
 
 def _make_folder(folder: Path) -> None:
@@ -145,43 +125,21 @@ def _check_store(folder: RunFolder, config: RunConfig, console: RunConsole) -> N
     console.warn(f"{what}; start no second run on this OUTPUT")
 
 
-def _document(config: RunConfig, files: OutputPaths, source: Source, model: Model, shown: str) -> RunDocument:
-    """run.json beside OUTPUT, which refuses another run's OUTPUT."""
-    return RunDocument.begin(
-        files.run_info,
-        identity=identity_of(config.requests, model.identity, source.root),
-        arguments=config.argv,
-        root=source.root,
-        is_resume=not config.output.overwrite,
-        shown=shown,
-        is_held=config.output.overwrite,
-    )
-
-
 class _ScaledRun:
     """The state of one start between its plan and its end."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        console: RunConsole,
-        folder: RunFolder,
-        plan: Plan,
-        model: Model,
-        stop: StopSignals,
-        finish: Finish,
-        give_way: Callable[[], None],
+        self, start: Start, plan: Plan, stop: StopSignals, former: FormerRun, document: RunDocument | None
     ) -> None:
-        """`give_way` is called once there are new records."""
-        self._give_way = give_way
-        self._config, self._console, self._folder, self._plan = config, console, folder, plan
-        self._model, self._stop, self._finish = model, stop, finish
-        self._queue = ShardQueue(folder, plan.shards, config.scale.rank, config.scale.world_size)
+        """`former` gives way once there are new records."""
+        self._start, self._plan, self._stop, self._former, self._document = start, plan, stop, former, document
+        self._config, self._console, self._folder = start.config, start.console, start.folder
+        self._queue = ShardQueue(self._folder, plan.shards, self._config.scale.rank, self._config.scale.world_size)
+        self._finish = Finish(start, plan, document, self._queue.commits)
         self._looked_at = self._told_at = time.monotonic()
-        self._others = Teller(console.say)
-        self._silence = Teller(console.say, first_after_s=SILENCE_S, interval_s=SILENCE_S, growth=2.0)
+        self._others = Teller(self._console.say)
+        self._silence = Teller(self._console.say, first_after_s=SILENCE_S, interval_s=SILENCE_S, growth=2.0)
         self._num_seen = -1  # records at the last look
-        finish.begin(self._queue.commits)
 
     def to_the_end(self) -> int:
         """Run what is left, export, and note in run.json how it ended; returns the exit status.
@@ -204,12 +162,12 @@ class _ScaledRun:
         except BaseException as error:
             if isinstance(error, Interrupted):
                 status = error.exit_status
-                self._finish.tell_how_to_resume(str(error), self._queue.commits)
+                self._finish.tell_how_to_resume(str(error))
             with contextlib.suppress(Md3Error):  # what ended the run is what is told
-                self._finish.note(status, self._queue.commits)
+                self._finish.note(status)
             raise
-        self._finish.note(status, self._queue.commits)
-        self._finish.summarize(self._queue.commits)
+        self._finish.note(status)
+        self._finish.summarize()
         return status
 
     def _run_shards(self) -> None:
@@ -229,9 +187,9 @@ class _ScaledRun:
             )
 
     def _export(self) -> int:
-        self._give_way()  # also where nothing was asked
+        self._former.give_way(self._document)  # also where nothing was asked
         with self._stop.interruptible():
-            return self._finish.export(self._queue.commits)
+            return self._finish.export()
 
     def _reopen_damaged(self) -> None:
         """Put shards whose parts are damaged back into the queue; the user is told."""
@@ -242,8 +200,8 @@ class _ScaledRun:
         self._queue.reopen(reopened)
         self._finish.forget(reopened)
 
-    def _driver(self) -> _Driver:
-        config, options = self._config, RunOptions(self._config.model, self._config.decode)
+    def _driver(self) -> Driver:
+        config, options = self._config, self._start.run_options
         if config.scale.engine == "ray":
             from md3cli.scale.ray import RayDriver
 
@@ -252,29 +210,35 @@ class _ScaledRun:
             devices = config.scale.devices or (config.model.device,)
             seats = seats_of(devices, config.scale.workers_per_device or 1)
             return Supervisor(self._folder, self._queue, options, seats, warn=self._console.warn)
-        return LocalDriver(self._folder.uri, self._queue, options, lambda _: _Interruptible(self._model, self._stop))
+        model = _Interruptible(self._start.model, self._stop)
+        return LocalDriver(self._folder.uri, self._queue, options, lambda _: model)
 
-    def _on_step(self, driver: _Driver, progress: Progress | None) -> None:
-        """Between any two steps: look for a signal, for what others did, and tell how far the run is."""
+    def _on_step(self, driver: Driver, progress: Progress | None) -> None:
+        """Between any two steps: look for a signal and for what others did, and tell how far the run is."""
         if self._stop.received is not None:
             driver.stop()
-        if driver.num_ok or any(commit.ok for commit in self._queue.commits.values()):
-            self._give_way()  # not of failures alone: pictures fail before a model that cannot be loaded is known
+        num_ok, num_failed = driver.under_way()
+        commits = self._queue.commits.values()
+        if num_ok or any(commit.ok for commit in commits):
+            # Not of failures alone: pictures fail before a model that cannot be loaded is known.
+            self._former.give_way(self._document)
         now = time.monotonic()
-        if self._config.scale.world_size > 1 and now - self._looked_at >= LOOK_INTERVAL_S:
+        if not self._start.is_alone and now - self._looked_at >= LOOK_INTERVAL_S:
             self._looked_at = now
             self._queue.refresh()
         if now - self._told_at >= TELL_INTERVAL_S:
             self._told_at = now
-            self._tell_of_waiting(driver)
-            self._finish.note_progress(self._queue.commits, driver.num_ok + driver.num_failed)
+            self._tell_of_waiting(num_ok + num_failed)
+            self._finish.note_progress(num_ok + num_failed)
             if progress is not None:
-                self._tell(driver, progress)
+                rows = sum(commit.rows for commit in commits)
+                rows += (num_ok + num_failed) * self._plan.rows // max(self._plan.requests, 1)
+                progress.update_to(rows, sum(commit.errors for commit in commits) + num_failed)
 
-    def _tell_of_waiting(self, driver: _Driver) -> None:
+    def _tell_of_waiting(self, num_under_way: int) -> None:
         """Say, now and then, that nothing comes, and whose fault that is."""
         queue = self._queue
-        num_records = sum(commit.num_records for commit in queue.commits.values()) + driver.num_ok + driver.num_failed
+        num_records = sum(commit.num_records for commit in queue.commits.values()) + num_under_way
         if queue.is_waiting:
             shown = ", ".join(sorted(queue.owners)[:MOST_OWNERS_SHOWN])
             self._others.tell(f"waiting for {queue.num_open:,} shards that others run, such as {printable(shown)}")
@@ -289,13 +253,6 @@ class _ScaledRun:
                 "or a device is not free; Ctrl-C stops in order, and the same command goes on"
             )
         )
-
-    def _tell(self, driver: _Driver, progress: Progress) -> None:
-        commits = self._queue.commits.values()
-        num_under_way = driver.num_ok + driver.num_failed
-        rows = sum(commit.rows for commit in commits)
-        rows += num_under_way * self._plan.rows // max(self._plan.requests, 1)
-        progress.update_to(rows, sum(commit.errors for commit in commits) + driver.num_failed)
 
 
 class _Interruptible:

@@ -18,17 +18,19 @@ from __future__ import annotations
 import contextlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from md3cli.config import RunConfig
+from md3cli.console import RunConsole
 from md3cli.exporters.files import remove_leftovers
 from md3cli.files import output_error
 from md3cli.finished.digest import digest_of
 from md3cli.finished.record_shape import read_record
-from md3cli.records import OK_TAIL, Request, RunIdentity, SourceRow
+from md3cli.records import OK_TAIL, Request, SourceRow
 from md3cli.run.journal import encode_record
 from md3cli.run.journal_scan import (
     DamagedLines,
@@ -39,10 +41,11 @@ from md3cli.run.journal_scan import (
     keep_damaged,
     line_number,
 )
+from md3cli.run.model_handle import FoundModel
 from md3cli.run.order import SUFFIX as EARLY_SUFFIX
 from md3cli.run.order import early_records
 from md3cli.run.output import OutputPlan
-from md3cli.run.run_info import OutputPaths, RunDocument, check_first_record
+from md3cli.run.run_info import RunDocument, check_first_record, identity_of
 from md3cli.scale.attempts import ADOPTED, attempt_files, read_history
 from md3cli.scale.bucket import Deliveries
 from md3cli.scale.folder import (
@@ -61,7 +64,7 @@ from md3cli.scale.folder import (
     take_place,
 )
 from md3cli.scale.make_plan import PLANNER, PlannerMark, PlanOvertakenError, make_plan, put_plan, wait_for_plan
-from md3cli.scale.markers import Commit, CommitLog
+from md3cli.scale.markers import Commit, CommitLog, RunOptions
 from md3cli.scale.plan import Plan, PlanReader, check_config, plan_config, read_plan
 from md3cli.scale.shard_runner import asked, is_line_of
 from md3cli.scale.store import LocalStore
@@ -69,66 +72,6 @@ from md3cli.source.source import Source, check_found
 from md3cli.system import read_at
 
 _GOING_SUFFIX = "-next"  # what stands there is thrown away by any start
-
-
-class FormerRun:
-    """The run that was in OUTPUT before; for the one process that holds OUTPUT's lock."""
-
-    def __init__(self, folder: RunFolder, outputs: OutputPlan, deliveries: Deliveries) -> None:
-        self._folder, self._outputs, self._deliveries = folder, outputs, deliveries
-        self._aside = former_of(folder)
-        self._is_waiting = False
-
-    def set_aside(self) -> None:
-        """Make room for a new run folder.
-
-        Raises:
-            OutputError: nothing can be renamed there.
-        """
-        self.put_back()
-        self._is_waiting = True
-        if self._aside is None or not isinstance(self._folder.store, LocalStore):
-            discard(self._folder)
-        elif self._folder.store.root.is_dir():
-            self._rename(self._folder.store.root, self._aside)
-        else:  # an empty folder says as well that the new one is not to stay yet
-            self._aside.mkdir(parents=True)
-
-    def put_back(self) -> None:
-        """Take what was set aside back in its place, unless it has given way; the new folder goes."""
-        if self._is_waiting or (self._aside is not None and self._aside.is_dir()):
-            self._is_waiting = False
-            remove_run(self._folder)
-            if self._aside is not None and isinstance(self._folder.store, LocalStore) and self._aside.is_dir():
-                self._rename(self._aside, self._folder.store.root)
-                with contextlib.suppress(OSError):  # not empty: there was a run folder
-                    self._folder.store.root.rmdir()
-
-    def give_way(self, document: RunDocument | None) -> None:
-        """Remove the former run, now that there are new records; `document` is the new run.json."""
-        if not self._is_waiting:
-            return
-        self._is_waiting = False
-        files = self._outputs.files
-        assert files is not None
-        if self._aside is not None:  # first, by one rename: from here on the new run folder counts
-            going = open_run_folder(self._folder.uri + _GOING_SUFFIX)
-            remove_run(going)
-            assert isinstance(going.store, LocalStore)
-            self._rename(self._aside, going.store.root)
-            remove_run(going)
-        remove_leftovers(files.run_info, [each.path for each in self._outputs.documents])
-        if document is not None:
-            document.release()
-            self._deliveries.deliver(files.run_info)
-        for path in (files.journal, files.journal.with_name(files.journal.name + EARLY_SUFFIX)):
-            self._deliveries.remove(path)
-
-    def _rename(self, source: Path, target: Path) -> None:
-        try:
-            source.rename(target)
-        except OSError as error:
-            raise output_error(target, error) from error
 
 
 ID_WITHIN_BYTES = 100  # of a line
@@ -303,20 +246,24 @@ class Start:
 
     def __init__(
         self,
-        folder: RunFolder,
         config: RunConfig,
-        files: OutputPaths,
-        deliveries: Deliveries,
+        console: RunConsole,
         source: Source,
-        identity: RunIdentity,
-        say: Callable[[str], None],
-        warn: Callable[[str], None],
+        outputs: OutputPlan,
+        folder: RunFolder,
+        model: FoundModel,
     ) -> None:
-        """`say` tells the user what is waited for, `warn` what is damaged."""
-        self._folder, self._config, self._files, self._deliveries = folder, config, files, deliveries
-        self._source, self._identity, self._say, self._warn = source, identity, say, warn
-        self._wanted = plan_config(config, identity, source.root)
+        assert outputs.files is not None
+        self.config, self.console, self.outputs, self.files = config, console, outputs, outputs.files
+        self.folder, self.model, self._source = folder, model, source
+        self.deliveries = Deliveries(config.output, outputs.files, folder)
+        self.run_options = RunOptions(config.model, config.decode)
+        self.is_alone = config.scale.world_size == 1
         self.num_adopted = 0
+
+    @cached_property
+    def _wanted(self) -> dict[str, Any]:
+        return plan_config(self.config, self.model.identity, self._source.root)
 
     def check_records(self) -> None:
         """Refuse a records file that is not this run's, where neither run.json nor a plan says so.
@@ -324,14 +271,31 @@ class Start:
         Raises:
             OutputMismatchError: it is another run's, or none of md3's.
         """
-        journal = self._files.journal
-        if self._files.run_info.exists() or read_plan(self._folder) is not None or not self._deliveries.has(journal):
+        journal = self.files.journal
+        if self.files.run_info.exists() or read_plan(self.folder) is not None or not self.deliveries.has(journal):
             return
-        self._deliveries.fetch(journal)
+        self.deliveries.fetch(journal)
         with open(journal, "rb") as file:
             record = first_record(file)
         if record is not None:
-            check_first_record(record, self._config.requests, self._identity)
+            check_first_record(record, self.config.requests, self.model.identity)
+
+    def begin_document(self, root: str) -> RunDocument:
+        """Begin run.json beside OUTPUT; `root` is the folder that names of pictures are relative to.
+
+        Raises:
+            OutputMismatchError: OUTPUT is another run's; names the differences.
+        """
+        is_over = self.config.output.overwrite
+        return RunDocument.begin(
+            self.files.run_info,
+            identity=identity_of(self.config.requests, self.model.identity, root),
+            arguments=self.config.argv,
+            root=root,
+            is_resume=not is_over,
+            shown=self.deliveries.address_of(self.files.run_info),
+            is_held=is_over,
+        )
 
     def plan(self) -> Plan:
         """The plan to go on with, made now where there is none.
@@ -340,37 +304,36 @@ class Start:
             OutputMismatchError: there is an unfinished one of another run; names the differences.
             Md3Error: INPUT cannot be read, or OUTPUT not be written.
         """
-        found = read_plan(self._folder)
+        found = read_plan(self.folder)
         if found is None:
             return self._first_plan()
-        is_alone = self._config.scale.world_size == 1
-        if is_alone and not is_unfinished(self._folder, has_records=self._deliveries.has(self._files.journal)):
+        if self.is_alone and not is_unfinished(self.folder, has_records=self.deliveries.has(self.files.journal)):
             return self._plan_after(found)
         check_config(found, self._wanted)
         return found
 
     def _first_plan(self) -> Plan:
-        rank = self._config.scale.rank
-        if self._is_for_others() and (found := wait_for_plan(self._folder, rank, self._say)) is not None:
+        rank = self.config.scale.rank
+        if self._is_for_others() and (found := wait_for_plan(self.folder, rank, self.console.say)) is not None:
             check_config(found, self._wanted)
             return found
-        discard(open_run_folder(self._folder.uri + NEXT_SUFFIX))
-        with PlannerMark(self._folder, rank):
+        discard(open_run_folder(self.folder.uri + NEXT_SUFFIX))
+        with PlannerMark(self.folder, rank):
             try:
-                made = self._made_in(self._folder)
+                made = self._made_in(self.folder)
             except PlanOvertakenError as overtaken:
                 plan = overtaken.plan
             else:
-                if not self._config.output.overwrite:
-                    self._adopt(self._folder, made)
-                plan = put_plan(self._folder, made)
+                if not self.config.output.overwrite:
+                    self._adopt(self.folder, made)
+                plan = put_plan(self.folder, made)
         check_config(plan, self._wanted)
         return plan
 
     def _is_for_others(self) -> bool:
         """Whether another rank seems to make the plan, or is the one to; whoever is alone does not look."""
-        scale = self._config.scale
-        return scale.rank > 0 or (scale.world_size > 1 and self._folder.store.read(PLANNER) is not None)
+        scale = self.config.scale
+        return scale.rank > 0 or (not self.is_alone and self.folder.store.read(PLANNER) is not None)
 
     def _made_in(self, folder: RunFolder) -> Plan:
         """A plan of INPUT as it is now; not put yet.
@@ -381,25 +344,25 @@ class Start:
         plan = make_plan(
             folder,
             iter(self._source),
-            self._config.requests,
-            self._identity,
+            self.config.requests,
+            self.model.identity,
             self._wanted,
-            shard_size=self._config.scale.shard_size,
+            shard_size=self.config.scale.shard_size,
             skipped=self._source.skipped,
         )
         if not plan.rows:
-            check_found(self._source, self._config.source, is_allowed=self._config.allow_empty)
+            check_found(self._source, self.config.source, is_allowed=self.config.allow_empty)
         return plan
 
     def _adopt(self, folder: RunFolder, plan: Plan) -> None:
         """Take the records that are there over."""
-        self._deliveries.fetch(self._files.journal)
-        with_failed = not self._config.output.retry_failed
-        self.num_adopted = adopt(folder, plan, self._files.journal, with_failed=with_failed, warn=self._warn)
+        self.deliveries.fetch(self.files.journal)
+        with_failed = not self.config.output.retry_failed
+        self.num_adopted = adopt(folder, plan, self.files.journal, with_failed=with_failed, warn=self.console.warn)
 
     def _plan_after(self, finished: Plan) -> Plan:
         """The finished plan, or one of what INPUT has become, which takes over the finished records."""
-        following = open_run_folder(self._folder.uri + NEXT_SUFFIX)
+        following = open_run_folder(self.folder.uri + NEXT_SUFFIX)
         discard(following)
         plan = self._made_in(following)
         if (plan.fingerprint, plan.config_hash) == (finished.fingerprint, finished.config_hash):
@@ -407,12 +370,70 @@ class Start:
             return finished
         self._adopt(following, plan)
         put_plan(following, plan)
-        take_place(following, self._folder)
+        take_place(following, self.folder)
         return plan
 
     def reopen(self, plan: Plan) -> None:
         """For --retry-failed."""
-        commits: dict[int, Commit] = dict(CommitLog(self._folder, plan.shards).refresh())
+        commits: dict[int, Commit] = dict(CommitLog(self.folder, plan.shards).refresh())
         if any(commit.errors for commit in commits.values()) or len(commits) < plan.shards:
-            self._folder.store.remove(EXPORTED)
-            reopen_failed(self._folder, plan, commits)
+            self.folder.store.remove(EXPORTED)
+            reopen_failed(self.folder, plan, commits)
+
+
+class FormerRun:
+    """The run that was in OUTPUT before; for the one process that holds OUTPUT's lock."""
+
+    def __init__(self, start: Start) -> None:
+        self._start, self._folder, self._aside = start, start.folder, former_of(start.folder)
+        self._is_waiting = False
+
+    def set_aside(self) -> None:
+        """Make room for a new run folder.
+
+        Raises:
+            OutputError: nothing can be renamed there.
+        """
+        self.put_back()
+        self._is_waiting = True
+        if self._aside is None or not isinstance(self._folder.store, LocalStore):
+            discard(self._folder)
+        elif self._folder.store.root.is_dir():
+            self._rename(self._folder.store.root, self._aside)
+        else:  # an empty folder says as well that the new one is not to stay yet
+            self._aside.mkdir(parents=True)
+
+    def put_back(self) -> None:
+        """Take what was set aside back in its place, unless it has given way; the new folder goes."""
+        if self._is_waiting or (self._aside is not None and self._aside.is_dir()):
+            self._is_waiting = False
+            remove_run(self._folder)
+            if self._aside is not None and isinstance(self._folder.store, LocalStore) and self._aside.is_dir():
+                self._rename(self._aside, self._folder.store.root)
+                with contextlib.suppress(OSError):  # not empty: there was a run folder
+                    self._folder.store.root.rmdir()
+
+    def give_way(self, document: RunDocument | None) -> None:
+        """Remove the former run, now that there are new records; `document` is the new run.json."""
+        if not self._is_waiting:
+            return
+        self._is_waiting = False
+        files, deliveries = self._start.files, self._start.deliveries
+        if self._aside is not None:  # first, by one rename: from here on the new run folder counts
+            going = open_run_folder(self._folder.uri + _GOING_SUFFIX)
+            remove_run(going)
+            assert isinstance(going.store, LocalStore)
+            self._rename(self._aside, going.store.root)
+            remove_run(going)
+        remove_leftovers(files.run_info, [each.path for each in self._start.outputs.documents])
+        if document is not None:
+            document.release()
+            deliveries.deliver(files.run_info)
+        for path in (files.journal, files.journal.with_name(files.journal.name + EARLY_SUFFIX)):
+            deliveries.remove(path)
+
+    def _rename(self, source: Path, target: Path) -> None:
+        try:
+            source.rename(target)
+        except OSError as error:
+            raise output_error(target, error) from error

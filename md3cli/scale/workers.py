@@ -123,28 +123,45 @@ class ShardQueue:
 WAIT_S = 0.5  # for others, before looking again
 
 
-class LocalDriver:
-    """Runs the shards of `queue`, one after another.
+class Driver:
+    """What runs the shards of a queue: this process, worker processes, or a cluster."""
 
-    Attributes:
-        num_ok, num_failed: requests of the shard under way that are finished.
-    """
-
-    def __init__(self, uri: str, queue: ShardQueue, options: RunOptions, find: ModelFinder) -> None:
-        self._uri, self._queue, self._options, self._find = uri, queue, options, find
-        self._is_stopping = False
-        self.num_ok = self.num_failed = 0
+    is_stopping = False
 
     def run(self, on_step: Callable[[], None]) -> None:
-        """Run shards until none is left, or a stop was asked for; `on_step` is called between two steps of the model.
+        """Run shards until none is left, or a stop was asked for; `on_step` is called several times a second.
 
         Raises:
             Md3Error: the run cannot go on here.
         """
+        raise NotImplementedError
 
+    def under_way(self) -> tuple[int, int]:
+        """Return how many requests of the shards under way are finished: those that are ok, those that failed."""
+        return 0, 0
+
+    def stop(self) -> None:
+        """Have what runs finish the step it is in, and `run` return."""
+        self.is_stopping = True
+
+    def close(self) -> None:
+        """End at once whatever `run` left behind."""
+
+
+class LocalDriver(Driver):
+    """Runs the shards of `queue` in this process, one after another."""
+
+    def __init__(self, uri: str, queue: ShardQueue, options: RunOptions, find: ModelFinder) -> None:
+        self._uri, self._queue, self._options, self._find = uri, queue, options, find
+        self._under_way = 0, 0
+
+    def under_way(self) -> tuple[int, int]:
+        return self._under_way
+
+    def run(self, on_step: Callable[[], None]) -> None:
         def should_stop() -> bool:
             on_step()
-            return self._is_stopping
+            return self.is_stopping
 
         if self._queue.is_finished:
             return
@@ -163,14 +180,7 @@ class LocalDriver:
                 self._note(0, 0)
 
     def _note(self, ok: int, failed: int) -> None:
-        self.num_ok, self.num_failed = ok, failed
-
-    def stop(self) -> None:
-        """Have `run` finish the step it is in, and return."""
-        self._is_stopping = True
-
-    def close(self) -> None:
-        """Nothing is left behind by `run`."""
+        self._under_way = ok, failed
 
 
 DEATHS_TO_GIVE_UP = 5
@@ -240,12 +250,8 @@ class _Worker(Child):
         return status
 
 
-class Supervisor:
-    """Runs the shards of `queue` in worker processes.
-
-    Attributes:
-        num_ok, num_failed: requests of the shards under way that are finished.
-    """
+class Supervisor(Driver):
+    """Runs the shards of `queue` in worker processes."""
 
     def __init__(
         self,
@@ -266,29 +272,19 @@ class Supervisor:
         self._deaths: dict[int, int] = {}  # of a shard, since its last new record
         self._num_finished: dict[int, int] = {}  # of a shard's requests, at its last death
         self._deaths_in_a_row = 0  # since any worker got anything done
-        self._is_stopping = False
         self._stop_told = Teller(warn)
 
-    @property
-    def num_ok(self) -> int:
-        return sum(worker.num_ok for worker in self._workers.values())
-
-    @property
-    def num_failed(self) -> int:
-        return sum(worker.num_failed for worker in self._workers.values())
+    def under_way(self) -> tuple[int, int]:
+        workers = self._workers.values()
+        return sum(worker.num_ok for worker in workers), sum(worker.num_failed for worker in workers)
 
     def run(self, on_step: Callable[[], None]) -> None:
-        """Run shards until none is left, or a stop was asked for; `on_step` is called several times a second.
-
-        Raises:
-            EngineError: the workers cannot run here.
-        """
         while not self._queue.is_finished or self._workers:
             on_step()
             self._share_out()
             for key, _ in self._selector.select(POLL_S):
                 self._hear(self._workers[key.fd])
-            if self._is_stopping and not self._goes_on_stopping():
+            if self.is_stopping and not self._goes_on_stopping():
                 return
 
     def _goes_on_stopping(self) -> bool:
@@ -303,14 +299,12 @@ class Supervisor:
         return False
 
     def stop(self) -> None:
-        """Have every worker finish its step and end; `run` returns when all have."""
-        if not self._is_stopping:
-            self._is_stopping = True
+        if not self.is_stopping:
+            self.is_stopping = True
             for worker in self._workers.values():
                 worker.send({"stop": True})
 
     def close(self) -> None:
-        """End all workers at once."""
         for worker in self._workers.values():
             worker.close()
         self._workers.clear()
@@ -320,7 +314,7 @@ class Supervisor:
 
     def _share_out(self) -> None:
         """A shard for everybody who has none; a worker is started only when there is one for it."""
-        if self._is_stopping:
+        if self.is_stopping:
             return
         for worker in [worker for worker in self._workers.values() if worker.is_ready and worker.shard < 0]:
             self._hand_out(worker)
@@ -388,7 +382,7 @@ class Supervisor:
         status, words = worker.end(), printable(worker.last_words())
         worker.close()
         self._waiting_seats.append(worker.seat)
-        if self._is_stopping:
+        if self.is_stopping:
             return
         self._deaths_in_a_row += 1
         if worker.shard >= 0:
