@@ -13,7 +13,7 @@ from typing import Any
 from md3cli.errors import InputError
 from md3cli.evaluate.truth import Instances, TruthObject
 from md3cli.finished.names import NAMES_SHOWN, Matches, ambiguity_notes, match_images, match_labels
-from md3cli.finished.records_file import identity_of
+from md3cli.finished.records_file import record_identity
 from md3cli.records import RecordDict, printable
 
 NO_SIZE = (1, 1)
@@ -35,7 +35,7 @@ def final_records(records: Iterable[RecordDict]) -> list[RecordDict]:
     for number, record in enumerate(records, start=1):
         if not {"id", "image", "task"} <= record.keys():
             raise InputError(f"record {number:,} is damaged: it has no id, no image or no task")
-        by_id[identity_of(record)] = record
+        by_id[record_identity(record)] = record
     first: dict[RequestKey, RecordDict] = {}
     for record in by_id.values():
         first.setdefault(request_key(record), record)

@@ -21,6 +21,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -125,7 +126,7 @@ Annotation = dict[str, Any]
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """One document of all images that have an answered record."""
-    with ImageIndex(records) as index:
+    with closing(ImageIndex(records)) as index:
         names = (group.distinct_name for group in index.images())
         writer = _Writer(index.survey, options, names)
         with replaced_file(out, overwrite=options.overwrite) as file:

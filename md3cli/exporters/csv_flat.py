@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from md3cli.exporters.choices import COLUMN_PREFIX, choice_scores, column_notes, find_choices
 from md3cli.exporters.files import replaced_file
+from md3cli.exporters.grouping import CHOICE_PREFIX, choice_notes, choice_scores, find_choices
 from md3cli.exporters.objects import boxes, points, segments
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.finished.records_file import read_records
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """One table of all records; columns for the choices of restricted answers come last."""
     choices = find_choices(records)
-    columns = [*COLUMNS, *(COLUMN_PREFIX + choice for choice in choices)]
+    columns = [*COLUMNS, *(CHOICE_PREFIX + choice for choice in choices)]
     num_records, num_long, notes = 0, 0, list[str]()
     with replaced_file(out, overwrite=options.overwrite) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
@@ -51,7 +51,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         notes.append(
             f"{cells_are} longer than the {CELL_LIMIT:,} characters a spreadsheet takes; the file has them whole"
         )
-    return ExportReport("csv", out, num_records, notes=(*notes, *column_notes(choices)))
+    return ExportReport("csv", out, num_records, notes=(*notes, *choice_notes(choices)))
 
 
 class _LineFeeds(NamedTuple):
@@ -76,7 +76,7 @@ def _rows(record: RecordDict) -> Iterator[Row]:
     shared: Row = {key: record.get(key) for key in ("image", "width", "height", "task", "prompt", "caption", "answer")}
     shared |= {"finish_reason": record.get("finish_reason"), "id": record.get("id")}
     shared |= {"error_type": error.get("type"), "error_message": error.get("message")}
-    shared |= {COLUMN_PREFIX + choice: score for choice, score in choice_scores(record).items()}
+    shared |= {CHOICE_PREFIX + choice: score for choice, score in choice_scores(record).items()}
     if record.get("answer") is not None:
         shared["score"] = choice_scores(record).get(record["answer"])
     found = list(_found(record)) if "width" in record and not error else []

@@ -1,31 +1,32 @@
-"""Records gathered by image, in bounded memory.
+"""Records of a file as formats need them: surveyed, and gathered by image, in bounded memory.
 
-The records of one image usually stand together, but a retried or merged file may scatter them.
-A first pass notes, for each stretch of lines about one image, where it begins; SQLite holds the
-notes in a private temporary file and sorts them there, so memory stays flat at any length. The
-second pass jumps from stretch to stretch. The first pass also takes the survey: which labels and
-tasks occur, and in which order.
+The records of one image usually stand together, but a retried or merged file may scatter them. A first pass notes
+where each stretch of lines about one image begins; SQLite holds the notes in a private temporary file and sorts them
+there, so memory stays flat at any length. The second pass jumps from stretch to stretch. The first pass also takes
+the survey: which labels and tasks occur, and in which order. Knows nothing of formats.
 
-Pictures that are shown under one name (members of a tar, runs of two folders that were joined, bytes
-that are not UTF-8) are told apart by their exact name and their `sha256`, and numbered: they are twins.
+Pictures that are shown under one name (members of a tar, runs of two folders that were joined, bytes that are not
+UTF-8) are told apart by their exact name and their `sha256`, and numbered: they are twins.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from md3cli.errors import ExportError
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, boxes, label_of, points, segments
-from md3cli.finished.records_file import PlacedRecord, RecordsFile, told_where
+from md3cli.finished.records_file import LINE_LIMIT_BYTES, Line, RecordsFile, disk_trouble_in_words, open_records
 from md3cli.records import RecordDict, printable
 
+CHOICE_PREFIX = "choice_"  # of the columns that hold the scores of choices
 _RESULT_OF = {"detect": "objects", "segment": "segments", "point": "points"}
 
 # Answered stretches in the order of their image's first one, with its number among its twins from 0 and whether
@@ -132,7 +133,7 @@ class ImageGroup(NamedTuple):
 
 
 class ImageIndex:
-    """The records of a file by image; made by one pass over it. Close it, or use it in `with`."""
+    """The records of a file by image; made by one pass over the file. Close it."""
 
     def __init__(self, path: Path) -> None:
         self.survey = Survey()
@@ -141,56 +142,53 @@ class ImageIndex:
         self._database.execute(
             "CREATE TABLE stretch(seq INTEGER PRIMARY KEY, shown BLOB, exact BLOB, image BLOB, offset INT, count INT)"
         )
-        rows = self._stretches(self._file.placed())
         try:
-            with told_where():
+            with disk_trouble_in_words():
+                rows = self._stretches(self._file.placed())
                 self._database.executemany("INSERT INTO stretch VALUES (NULL, ?, ?, ?, ?, ?)", rows)
         except BaseException:
             self.close()
             raise
         self.survey.reading_notes = self._file.notes
 
-    def __enter__(self) -> ImageIndex:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
+        """Close the file and what was noted of it."""
         self._database.close()
         self._file.close()
 
     def images(self) -> Iterator[ImageGroup]:
-        """Every image with an answered record, in the order of first appearance."""
-        with told_where():  # the first row comes once all are sorted
+        """Yield every image with an answered record, in the order of first appearance.
+
+        Raises:
+            ExportError: the file became shorter while it was read.
+        """
+        with disk_trouble_in_words():  # the first row comes once all are sorted
             stretches: Iterable[tuple[int, ...]] = self._database.execute(_IN_ORDER)
         for (_, twin, has_twins), parts in groupby(stretches, key=lambda row: row[2:]):
-            records = [record for offset, count, *_ in parts for record in self._read(offset, count)]
-            answered = [record for record in records if record.get("error") is None]
+            answered: list[RecordDict] = []
+            for offset, count, *_ in parts:
+                read = [record for _, record in islice(self._file.placed(offset), count)]
+                if len(read) < count:
+                    where = printable(str(self._file.path))
+                    raise ExportError(
+                        f"{where} became shorter while it was read; wait until the run that writes it is done"
+                    )
+                answered += [record for record in read if record.get("error") is None]
             sized = next((record for record in answered if "width" in record), None)
             if sized is not None:
                 size = int(sized["width"]), int(sized["height"])
                 yield ImageGroup(sized["image"], sized.get("image_b64"), *size, answered, twin, bool(has_twins))
 
-    def _stretches(self, placed: Iterator[PlacedRecord]) -> Iterator[tuple[bytes, bytes, bytes, int, int]]:
+    def _stretches(self, placed: Iterator[tuple[Line, RecordDict]]) -> Iterator[tuple[bytes, bytes, bytes, int, int]]:
         """(the three keys, offset of the first line, number of lines) for each run of lines about one image."""
-        for keys, lines in groupby(placed, key=lambda line: _keys(line.record)):
+        for keys, lines in groupby(placed, key=lambda line_and_record: _keys(line_and_record[1])):
             count, offset = 0, -1
-            for line in lines:
-                self.survey.add(line.record)
+            for line, record in lines:
+                self.survey.add(record)
                 offset = line.offset if offset < 0 else offset
                 count += 1
             if keys[0]:
                 yield *keys, offset, count
-
-    def _read(self, offset: int, count: int) -> Iterator[RecordDict]:
-        records = [line.record for line in islice(self._file.placed(offset), count)]
-        if len(records) < count:
-            where = printable(str(self._file.path))
-            raise ExportError(f"{where} became shorter while it was read; wait until the run that writes it is done")
-        return iter(records)
 
 
 def _keys(record: RecordDict) -> tuple[bytes, bytes, bytes]:
@@ -212,3 +210,33 @@ def image_key(record: RecordDict) -> bytes:
         return b""
     exact = f"b64:{record['image_b64']}" if record.get("image_b64") else f"name:{name}"
     return hashlib.blake2b(exact.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def find_choices(records: Path) -> list[str]:
+    """Return all choices of restricted answers (`md3 query --choices`), in the order in which they first occur.
+
+    A table's columns must be known before its first row: this cheap look parses only lines that may hold a choice.
+    """
+    found: dict[str, None] = {}
+    with open_records(records) as file:
+        while line := file.readline(LINE_LIMIT_BYTES):
+            if b'"choices"' in line:
+                try:
+                    found.update(dict.fromkeys(choice_scores(json.loads(line))))
+                except (ValueError, RecursionError):
+                    continue  # the pass that writes refuses the line by its number
+    return list(found)
+
+
+def choice_scores(record: RecordDict) -> dict[str, float]:
+    """Return the record's score for each choice; empty where the answer was free."""
+    choices = record.get("choices") if isinstance(record, dict) else None
+    return choices if isinstance(choices, dict) else {}
+
+
+def choice_notes(choices: list[str]) -> Iterator[str]:
+    """Yield a sentence where columns differ in case alone: DuckDB and Spark take such names for one."""
+    counts = Counter(choice.casefold() for choice in choices)
+    alike = [printable(CHOICE_PREFIX + choice) for choice in choices if counts[choice.casefold()] > 1]
+    if alike:
+        yield f"columns that differ in case alone, which some readers take for one: {', '.join(alike)}"

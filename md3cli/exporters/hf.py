@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,7 +37,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     pictures.require_root("hf")
     num_images = 0
     with (
-        ImageIndex(records) as index,
+        closing(ImageIndex(records)) as index,
         staged_folder(out, overwrite=options.overwrite, format="hf") as folder,
     ):
         survey = index.survey

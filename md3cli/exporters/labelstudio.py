@@ -11,16 +11,15 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
-from md3cli.exporters.colours import colour_of
 from md3cli.exporters.files import replaced_file, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
-from md3cli.exporters.objects import joined_ring
+from md3cli.exporters.objects import colour_of, joined_ring
 from md3cli.exporters.options import ExportOptions, ExportReport, compact_json
 from md3cli.exporters.pictures import Pictures
 from md3cli.records import printable
@@ -33,7 +32,7 @@ Result = dict[str, Any]
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """All images as tasks of one project."""
-    with ImageIndex(records) as index, ExitStack() as outputs:
+    with closing(ImageIndex(records)) as index, ExitStack() as outputs:
         if out.suffix.lower() == ".json":
             files = [replaced_file(path, overwrite=options.overwrite) for path in (out.with_suffix(".xml"), out)]
             interface, tasks = (outputs.enter_context(file) for file in files)

@@ -19,6 +19,7 @@ image's records. Out: the picture drawn upon (in place).
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,11 +28,10 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from md3cli.errors import ImageError
-from md3cli.exporters.colours import Colour, colour_of
 from md3cli.exporters.files import StagedFolder, candidates, relative_name, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.masks import fill
-from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, Ring
+from md3cli.exporters.objects import Colour, PixelBox, PixelPoint, PixelSegment, Ring, colour_of
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.pictures import Pictures
 from md3cli.records import printable
@@ -201,7 +201,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     pictures.require_root("overlay")
     num_images = 0
     with (
-        ImageIndex(records) as index,
+        closing(ImageIndex(records)) as index,
         staged_folder(out, overwrite=options.overwrite, format="overlay") as folder,
     ):
         for group in index.images():

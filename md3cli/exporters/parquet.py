@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from md3cli.errors import ExportError, ImageError
-from md3cli.exporters.choices import COLUMN_PREFIX, choice_scores, column_notes, find_choices
 from md3cli.exporters.files import replaced_file
+from md3cli.exporters.grouping import CHOICE_PREFIX, choice_notes, choice_scores, find_choices
 from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_decodes
 from md3cli.finished.records_file import read_records
@@ -64,7 +64,7 @@ _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 def schema_of(choices: list[str], *, embed_images: bool) -> pa.Schema:
     """The file's schema; each choice of restricted answers adds a column with its score."""
     columns = [(name, _PICTURE if embed_images and name == "image" else kind) for name, kind in _COLUMNS]
-    columns += [(COLUMN_PREFIX + choice, pa.float32()) for choice in choices]
+    columns += [(CHOICE_PREFIX + choice, pa.float32()) for choice in choices]
     features = {name: _feature(kind) for name, kind in columns}
     if embed_images:
         features["image"] = {"_type": "Image"}
@@ -97,7 +97,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         for batch in rows.batches(read_records(records, reading_notes)):
             writer.write_batch(batch)
     notes = (f"{rows.num_missing} pictures could not be read; their `image` is null",) if rows.num_missing else ()
-    return ExportReport("parquet", out, rows.num_records, notes=(*reading_notes, *notes, *column_notes(choices)))
+    return ExportReport("parquet", out, rows.num_records, notes=(*reading_notes, *notes, *choice_notes(choices)))
 
 
 class _Rows:
@@ -138,7 +138,7 @@ class _Rows:
         row = {name: record.get(name) for name, _ in _COLUMNS}
         row |= {"prompt_tokens": tokens.get("prompt"), "output_tokens": tokens.get("output")}
         row |= {f"error_{key}": error.get(key) for key in ("type", "message", "retry")}
-        row |= {COLUMN_PREFIX + choice: scores.get(choice) for choice in self._choices}
+        row |= {CHOICE_PREFIX + choice: scores.get(choice) for choice in self._choices}
         row["meta"] = json.dumps(record.get("meta") or {}, ensure_ascii=False, allow_nan=False)
         if self._pictures is not None:
             row["image"] = self._picture(record, self._pictures)

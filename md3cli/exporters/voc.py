@@ -7,6 +7,7 @@ subtract 1 from the first corner only. A mask gives its box.
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from contextlib import closing
 from pathlib import Path, PurePosixPath
 
 from md3cli.exporters.files import candidates, relative_name, staged_folder
@@ -20,7 +21,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     """One XML file an image."""
     num_images = num_points = 0
     with (
-        ImageIndex(records) as index,
+        closing(ImageIndex(records)) as index,
         staged_folder(out, overwrite=options.overwrite, format="voc") as folder,
     ):
         survey = index.survey

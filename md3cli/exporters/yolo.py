@@ -13,6 +13,7 @@ while other readers take the two trees to mirror each other: so no folder below 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path, PurePosixPath
 
 from md3cli.errors import ImageError
@@ -31,7 +32,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     pictures = Pictures(records, options)
     num_images = num_points = 0
     with (
-        ImageIndex(records) as index,
+        closing(ImageIndex(records)) as index,
         staged_folder(out, overwrite=options.overwrite, format="yolo") as folder,
     ):
         survey = index.survey

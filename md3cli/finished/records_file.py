@@ -1,15 +1,12 @@
-"""Records from a JSON Lines file, one at a time, whatever its length: the one reader of all commands.
+"""Records read from a JSON Lines file, one at a time, whatever its length: the one reader of all commands.
 
-Knows the file's shape (one object a line, perhaps a torn tail, perhaps a request twice) and nothing of
-formats. In: the path of `records.jsonl`. Out: record dicts as in the product's section on the
-record, every string valid UTF-8. A file that holds no record is an error.
+Knows the file's shape (one object a line, perhaps a torn tail, perhaps a request twice) and nothing of formats. Every
+string of a record is valid UTF-8. A file that holds no record is an error.
 
-Which lines of a records file say the same request again, in bounded memory.
-
-Files that were joined, or a request that was asked again, hold an id twice: the last line counts and
-stands where the first stood. Two pictures that share a name (two runs joined) have equal ids too, and
-there nobody can say which is meant: that is an error. SQLite notes a line as two numbers in a private
-temporary file and sorts them there.
+Files that were joined, or a request that was asked again, hold an id twice: the last line counts and stands where the
+first stood. Two pictures that share a name (two runs joined) have equal ids too, and there nobody can say which is
+meant: that is an error. SQLite notes a line as two numbers in a private temporary file and sorts them there, so memory
+stays bounded.
 """
 
 from __future__ import annotations
@@ -18,10 +15,9 @@ import hashlib
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import groupby
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from md3cli.errors import ExportError, InputError
@@ -29,6 +25,8 @@ from md3cli.finished.record_shape import NotJson, tidied_record
 from md3cli.finished.run_json import has_run_info
 from md3cli.records import RecordDict, printable
 
+LINE_LIMIT_BYTES = 64 * 2**20  # a line is read whole: this bounds it
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # How md3 begins a line; any other is parsed, and a last line that may be torn. Without backslashes a text is its own
 # bytes.
 _HEAD = re.compile(
@@ -39,6 +37,8 @@ SELECT key, number, offset FROM line
 WHERE key IN (SELECT key FROM line GROUP BY key HAVING count(*) > 1) ORDER BY key, number
 """
 
+_Parsed = TypeVar("_Parsed")
+
 
 class Line(NamedTuple):
     """A line of the file: its number from 1 and the offset in bytes of its first byte."""
@@ -47,120 +47,13 @@ class Line(NamedTuple):
     offset: int
 
 
-class Doubled:
-    """The lines of one file that are doubled. Empty for nearly all files. Close it."""
-
-    def __init__(self) -> None:
-        self._database = sqlite3.connect("")  # a temporary file that SQLite removes by itself
-        self._database.execute("CREATE TABLE line(number INTEGER PRIMARY KEY, key INT, offset INT)")
-        self._database.execute("CREATE TABLE final(offset INTEGER PRIMARY KEY, final INT)")
-        self.num_repeats = 0
-
-    def close(self) -> None:
-        self._database.close()
-
-    def note(self, lines: Iterable[tuple[int, int, int]]) -> None:
-        """Take (number, key, offset) of every record of the file that has an id."""
-        with told_where():
-            self._database.executemany("INSERT INTO line VALUES (?, ?, ?)", lines)
-
-    def settle(self, path: Path, read: Callable[[Line], RecordDict]) -> None:
-        """Decide which line of each request counts; `read` gives the record of a line.
-
-        Raises:
-            InputError: two lines of one request are about different pictures; names both.
-        """
-        with told_where():
-            doubled = self._database.execute(_DOUBLED)
-            self._database.executemany("INSERT INTO final VALUES (?, ?)", self._settled(doubled, path, read))
-            self._database.execute("DELETE FROM line")
-
-    def starting_at(self, offset: int) -> Iterator[tuple[int, int | None]]:
-        """(offset of a doubled line, offset of the line to read in its place or None) from `offset` on, in order."""
-        if not self.num_repeats:
-            return iter(())
-        return self._database.execute("SELECT offset, final FROM final WHERE offset >= ? ORDER BY offset", (offset,))
-
-    def _settled(
-        self, doubled: Iterable[tuple[int, int, int]], path: Path, read: Callable[[Line], RecordDict]
-    ) -> Iterator[tuple[int, int | None]]:
-        for _, rows in groupby(doubled, key=lambda row: row[0]):
-            firsts: dict[str, tuple[Line, Line, str | None]] = {}  # more than one only where two keys collide
-            for _, number, offset in rows:
-                line = Line(number, offset)
-                record = read(line)
-                name, digest = identity_of(record), record.get("sha256")
-                if name not in firsts:
-                    firsts[name] = (line, line, digest)
-                    continue
-                first, last, known = firsts[name]
-                if digest and known and digest != known:
-                    raise InputError(_two_pictures(path, last, line, record))
-                firsts[name] = (first, line, digest or known)
-                self.num_repeats += 1
-                if last != first:
-                    yield last.offset, None
-            for first, last, _ in firsts.values():
-                if first != last:
-                    yield first.offset, last.offset
-                    yield last.offset, None
-
-
-def _two_pictures(path: Path, first: Line, second: Line, record: RecordDict) -> str:
-    where = printable(str(path))
-    return (
-        f"{where}, line {first.number} and {where}, line {second.number}: two pictures share the name "
-        f"{printable(str(record.get('image')))} and the id {printable(str(record.get('id')))} (their sha256 differs); "
-        "export the runs one by one, or remove the line that is not meant"
-    )
-
-
-def identity_of(record: RecordDict) -> str:
-    """Return what tells a record from others: its id, and its image as it is named, byte for byte."""
-    return f"{record.get('id')}\0{record.get('image') or ''}\0{record.get('image_b64') or ''}"
-
-
-def key_of(line: bytes, parse: Callable[[bytes], RecordDict]) -> int | None:
-    """Return a number that stands for the record's `identity_of`; None where it has no id. Raises as `parse`."""
-    if line.endswith(b"}\n") and (head := _HEAD.match(line)):
-        identity = b"\0".join(part or b"" for part in head.groups())
-        has_id = bool(head[1])
-    else:
-        record = parse(line)
-        has_id, identity = bool(record.get("id")), identity_of(record).encode()
-    digest = hashlib.blake2b(identity, digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True) if has_id else None
-
-
-@contextmanager
-def told_where() -> Iterator[None]:
-    """Turn what SQLite says where its temporary file finds no room into ExportError."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        raise ExportError(f"cannot sort the records on disk ({error}); make room in TMPDIR or set another") from error
-
-
-LINE_LIMIT_BYTES = 64 * 2**20  # a line is read whole: this bounds it
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-_Parsed = TypeVar("_Parsed")
-
-
-class PlacedRecord(NamedTuple):
-    """A record and the offset in bytes of the line it stands for: of its request's first line."""
-
-    offset: int
-    record: RecordDict
-
-
 def read_records(path: Path, notes: list[str] | None = None) -> Iterator[RecordDict]:
     """Yield the records of `path` in order, each request once; add to `notes` what a user should know.
 
     Raises:
         InputError: the file cannot be read, holds no record, a line is none, or two pictures share a name.
     """
-    with RecordsFile(path) as file:
+    with closing(RecordsFile(path)) as file:
         if notes is not None:
             notes += file.notes
         for _, record in file.placed():
@@ -168,64 +61,79 @@ def read_records(path: Path, notes: list[str] | None = None) -> Iterator[RecordD
 
 
 def open_records(path: Path) -> BinaryIO:
-    """Open `path` for reading."""
+    """Open `path` for reading; a file that cannot be read is an InputError."""
     try:
         return path.open("rb")
     except OSError as error:
         raise InputError(f"cannot read the records {printable(str(path))}: {error.strerror or error}") from error
 
 
-class RecordsFile:
-    """A records file whose lines were looked through once: none is foreign, and which count is known.
+def record_identity(record: RecordDict) -> str:
+    """Return what tells a record from others: its id, and its image as it is named, byte for byte."""
+    return f"{record.get('id')}\0{record.get('image') or ''}\0{record.get('image_b64') or ''}"
 
-    `notes` are sentences about what was left out. Use it in `with`.
+
+@contextmanager
+def disk_trouble_in_words() -> Iterator[None]:
+    """Turn what SQLite says where its temporary file finds no room into ExportError."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise ExportError(f"cannot sort the records on disk ({error}); make room in TMPDIR or set another") from error
+
+
+class RecordsFile:
+    """A records file whose lines were looked through once: none is foreign, and which count is known. Close it.
+
+    `notes` are sentences about what was left out.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.notes: list[str] = []
+        self._num_repeats = 0
         self._file = open_records(path)
-        self._doubled = Doubled()
+        self._database = sqlite3.connect("")  # a temporary file that SQLite removes by itself
+        self._database.execute("CREATE TABLE line(number INTEGER PRIMARY KEY, key INT, offset INT)")
+        self._database.execute("CREATE TABLE final(offset INTEGER PRIMARY KEY, final INT)")
         try:
-            self._doubled.note(self._keys())
-            self._doubled.settle(path, self._record_at)
+            with disk_trouble_in_words():
+                self._database.executemany("INSERT INTO line VALUES (?, ?, ?)", self._keys())
+                doubled = self._database.execute(_DOUBLED)
+                self._database.executemany("INSERT INTO final VALUES (?, ?)", self._settled(doubled))
+                self._database.execute("DELETE FROM line")
         except BaseException:
             self.close()
             raise
-        if repeats := self._doubled.num_repeats:
-            what = "1 line repeats" if repeats == 1 else f"{repeats:,} lines repeat"
+        if self._num_repeats:
+            what = "1 line repeats" if self._num_repeats == 1 else f"{self._num_repeats:,} lines repeat"
             self.notes.append(f"{what} a request that is there already; of each request the last line counts")
-
-    def __enter__(self) -> RecordsFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file and what was noted of it."""
-        self._doubled.close()
+        self._database.close()
         self._file.close()
 
-    def placed(self, offset: int = 0) -> Iterator[PlacedRecord]:
-        """Yield the records from the line at `offset` on; a doubled request once, at its first place."""
-        moves = iter(self._doubled.starting_at(offset))
+    def placed(self, offset: int = 0) -> Iterator[tuple[Line, RecordDict]]:
+        """Return the records from the line at `offset` on with their lines; a doubled request once, at its first."""
+        return self._without_repeats(offset) if self._num_repeats else self._parsed(tidied_record, offset)
+
+    def _without_repeats(self, offset: int) -> Iterator[tuple[Line, RecordDict]]:
+        moves = self._database.execute("SELECT offset, final FROM final WHERE offset >= ? ORDER BY offset", (offset,))
         move = next(moves, None)
         for line, record in self._parsed(tidied_record, offset):
             if move is None or move[0] != line.offset:
-                yield PlacedRecord(line.offset, record)
+                yield line, record
                 continue
             if move[1] is not None:
                 back = self._file.tell()
-                yield PlacedRecord(line.offset, self._record_at(Line(line.number, move[1])))
+                yield line, self._record_at(Line(line.number, move[1]))
                 self._file.seek(back)
             move = next(moves, None)
 
     def _keys(self) -> Iterator[tuple[int, int, int]]:
         num_records = 0
-        for line, key in self._parsed(lambda text: key_of(text, tidied_record)):
+        for line, key in self._parsed(_key_of):
             num_records += 1
             if key is not None:
                 yield line.number, key, line.offset
@@ -233,6 +141,33 @@ class RecordsFile:
             raise InputError(
                 f"{printable(str(self.path))} holds no records of md3; give the records.jsonl of a run, or its folder"
             )
+
+    def _settled(self, doubled: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int | None]]:
+        """Yield of each line that is doubled its offset and that of the line to read in its place, None for nothing.
+
+        Raises:
+            InputError: two lines of one request are about different pictures; names both.
+        """
+        for _, rows in groupby(doubled, key=lambda row: row[0]):
+            firsts: dict[str, tuple[Line, Line, str | None]] = {}  # more than one only where two keys collide
+            for _, number, offset in rows:
+                line = Line(number, offset)
+                record = self._record_at(line)
+                name, digest = record_identity(record), record.get("sha256")
+                if name not in firsts:
+                    firsts[name] = (line, line, digest)
+                    continue
+                first, last, known = firsts[name]
+                if digest and known and digest != known:
+                    raise InputError(_two_pictures(self.path, last, line, record))
+                firsts[name] = (first, line, digest or known)
+                self._num_repeats += 1
+                if last != first:
+                    yield last.offset, None
+            for first, last, _ in firsts.values():
+                if first != last:
+                    yield first.offset, last.offset
+                    yield last.offset, None
 
     def _record_at(self, line: Line) -> RecordDict:
         self._file.seek(line.offset)
@@ -274,6 +209,27 @@ class RecordsFile:
         if not has_record:
             advice = "give the records.jsonl of a run, or its folder; of such a file, mend or remove the line"
         return InputError(f"{printable(str(self.path))}, line {number}: {error}; {advice}")
+
+
+def _key_of(line: bytes) -> int | None:
+    """A number that stands for the record's `record_identity`; None where the record has no id."""
+    if line.endswith(b"}\n") and (head := _HEAD.match(line)):
+        identity = b"\0".join(part or b"" for part in head.groups())
+        has_id = bool(head[1])
+    else:
+        record = tidied_record(line)
+        has_id, identity = bool(record.get("id")), record_identity(record).encode()
+    digest = hashlib.blake2b(identity, digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True) if has_id else None
+
+
+def _two_pictures(path: Path, first: Line, second: Line, record: RecordDict) -> str:
+    where = printable(str(path))
+    return (
+        f"{where}, line {first.number} and {where}, line {second.number}: two pictures share the name "
+        f"{printable(str(record.get('image')))} and the id {printable(str(record.get('id')))} (their sha256 differs); "
+        "export the runs one by one, or remove the line that is not meant"
+    )
 
 
 def _without_mark(text: bytes, offset: int) -> bytes:

@@ -7,6 +7,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from md3cli.finished.records_file import read_records
 
 
 def groups(path: Path) -> list[tuple[str, list[str]]]:
-    with ImageIndex(path) as index:
+    with closing(ImageIndex(path)) as index:
         return [(group.name, [line["id"] for line in group.records]) for group in index.images()]
 
 
@@ -44,7 +45,7 @@ def test_failures_and_text_only_queries_make_no_image(tmp_path: Path) -> None:
     ]
     path = write_records(tmp_path / "records.jsonl", lines)
     assert groups(path) == [("half.jpg", ["1"])]
-    with ImageIndex(path) as index:
+    with closing(ImageIndex(path)) as index:
         assert (index.survey.num_records, index.survey.num_failures, index.survey.num_without_image) == (4, 2, 1)
 
 
@@ -64,7 +65,7 @@ def test_pictures_of_one_name_are_told_apart_by_their_digest(tmp_path: Path) -> 
     ]
     path = write_records(tmp_path / "records.jsonl", lines)
     assert groups(path) == [("d/a.png", ["1", "3"]), ("d/a.png", ["2"])]
-    with ImageIndex(path) as index:
+    with closing(ImageIndex(path)) as index:
         assert [group.distinct_name for group in index.images()] == ["d/a.png", "d/a.png#2"]
         assert [group.file_name for group in index.images()] == ["d/a.png", "d/a~2.png"]
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from md3cli.errors import UsageError
-from md3cli.exporters.colours import colour_of
 from md3cli.exporters.grouping import ImageGroup
+from md3cli.exporters.objects import colour_of
 from md3cli.exporters.overlay import FONT_FILE, draw_records, fitted, font_of, shown
 from md3cli.exporters.pictures import PICTURE_SUFFIXES
 
