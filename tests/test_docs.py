@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_imports
 import typer.main
 
 from md3cli.cli import COMMANDS, app, load_command, options_of
@@ -126,3 +127,69 @@ def test_options_keep_their_names() -> None:
     }
     for name, extra in own.items():
         assert options_of(name).keys() == shared | extra, name
+
+
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+EVERY_PAGE = [
+    path
+    for path in sorted(ROOT.rglob("*.md"))
+    if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+]
+OF_NO_FILE = {"md3cli/ROOM/FILE.py", "tests/ROOM/test_FILE.py"}  # stand for any
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w/.])(?:md3cli|tests|examples|docs)/[\w./-]*\w/?", text))
+    assert sorted(path for path in named - OF_NO_FILE if not (ROOT / path).exists()) == []
+
+
+def test_the_reading_path_and_the_nine_steps_are_there() -> None:
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    life = text.partition("## The life of a picture")[2].partition("\n## ")[0]
+    steps = re.findall(r"^(\d)\. .*?`(md3cli/[\w/]+\.py)`", life, re.MULTILINE)
+    assert [int(number) for number, _ in steps] == list(range(1, 10))
+    reading = text.partition("## Reading path")[2].partition("\n## ")[0]
+    assert len(re.findall(r"`(md3cli/[\w/]+\.py)`", reading)) >= 8
+
+
+def rooms_of_the_page() -> list[tuple[int, str]]:
+    """The rows of the table of rooms: number and path."""
+    table = ARCHITECTURE.read_text(encoding="utf-8").partition("<!-- rooms -->")[2].partition("\n\n")[0]
+    return [(int(number), path) for number, path in re.findall(r"^\| (\d+) \| `([\w/.]+)` \| \S", table, re.MULTILINE)]
+
+
+def test_the_arrows_of_the_page_are_those_of_the_code() -> None:
+    def path_of(room: str) -> str:
+        path = room.replace(".", "/")
+        return f"{path}/" if (ROOT / path).is_dir() and room != "md3cli" else f"{path}.py"
+
+    expected = [
+        (rank, "md3cli/__init__.py" if room == "md3cli" else path_of(room))
+        for rank, rooms in enumerate(test_imports.ROOMS, start=1)
+        for room in rooms
+    ]
+    assert rooms_of_the_page() == expected
+
+
+def test_every_room_stands_on_the_page() -> None:
+    package = ROOT / "md3cli"
+    found = [path for path in (*package.iterdir(), *(package / "model").iterdir()) if path.name != "__pycache__"]
+    rooms = {f"{path.relative_to(ROOT)}/" for path in found if path.is_dir() and list(path.glob("*.py"))}
+    rooms |= {str(path.relative_to(ROOT)) for path in found if path.suffix == ".py"} - {"md3cli/model/__init__.py"}
+    assert sorted(rooms - {path for _, path in rooms_of_the_page()}) == []
+
+
+def test_pages_that_a_newcomer_needs_are_linked_from_the_readme() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert [page for page in ("docs/architecture.md", "CONTRIBUTING.md") if f"]({page})" not in text] == []
+
+
+def test_every_helper_of_the_tests_has_its_line() -> None:
+    support = ROOT / "tests" / "support"
+    rows = re.findall(
+        r"^\| `([\w.]+)` \| (\S.*) \|$", (support / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    helpers = sorted(path.name for path in support.glob("*.py") if not path.name.startswith("test_"))
+    assert [name for name, _ in rows] == helpers
