@@ -1,7 +1,7 @@
 """The `md3` program: its commands, loaded when they are called, and the one place that ends it.
 
-Every `Md3Error` becomes one line and an exit status here and nowhere else. The settings of
-`md3.toml` and the environment reach the commands here too, as defaults of their options.
+Every `Md3Error` becomes one line and an exit status here and nowhere else. Settings of `md3.toml` and the environment
+become defaults of the commands' options. What a command does is not known here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 from md3cli import __version__
 from md3cli.errors import ConfigError, Md3Error
 from md3cli.records import printable
-from md3cli.settings import Layer, OptionName, Options, Setting, read_layers, resolve_settings
+from md3cli.settings import OptionName, Options, Setting, read_layers, resolve_settings
 from md3cli.signals import STDOUT_CLOSED, Interrupted, is_closed
 
 COMMANDS: Mapping[str, str] = {  # name -> help in the list
@@ -64,7 +64,7 @@ class LazyGroup(TyperGroup):
         self._is_debug = False
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Called once the command is known and before its arguments are parsed."""
+        """Put the command in its stub's place, with settings as its defaults, before its arguments are parsed."""
         if args and args[0] in COMMANDS:
             self._is_debug = "--debug" in args or bool(ctx.params.get("debug"))
             self.commands[args[0]] = load_command(args[0])
@@ -81,25 +81,19 @@ class LazyGroup(TyperGroup):
             ctx.obj = error  # a finding among others
 
     def _read_settings(self, name: str, typed: Sequence[str]) -> dict[str, Any]:
-        """What environment and config files say, as defaults of the command and of its subcommands."""
+        """Return what environment and files say, as defaults of the command and of its subcommands."""
         commands = {other: partial(options_of, other) for other in COMMANDS}
         layers = read_layers(os.environ, _working_folder())
         self._settings = resolve_settings(layers, name, options_of(name), commands)
-        if any(layer.is_of_folder for layer in layers):
-            self._check_folder(layers, typed)
         values = {parameter: setting.value for parameter, setting in self._settings.items()}
+        if any(layer.is_of_folder for layer in layers):
+            from md3cli.commands.folder_settings import check_folder_settings
+
+            obeyed = check_folder_settings(layers, self._settings, typed)
+            if obeyed is not None and "--quiet" not in typed and not values.get("quiet"):
+                typer.echo(obeyed, err=True)
         self._is_debug = self._is_debug or bool(values.get("debug"))
         return values | dict.fromkeys(getattr(self.commands[name], "commands", {}), values)
-
-    def _check_folder(self, layers: Sequence[Layer], typed: Sequence[str]) -> None:
-        """Refuse what a stranger's md3.toml may not set, and tell what is obeyed."""
-        from md3cli.commands.folder_settings import check_folder_settings, line_of_folder_settings
-
-        check_folder_settings(layers, self._settings, typed)
-        quiet = self._settings.get("quiet")
-        line = line_of_folder_settings(layers, self._settings, typed)
-        if line is not None and "--quiet" not in typed and not (quiet is not None and quiet.value):
-            typer.echo(line, err=True)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, and end the program as its outcome says."""
@@ -122,7 +116,7 @@ class LazyGroup(TyperGroup):
             self._end(error)
 
     def _end(self, error: Exception) -> NoReturn:
-        """Say what went wrong in one line, and end with its status; with --debug show where."""
+        """Say what went wrong in one line, and end with the error's status; with --debug show where."""
         if self._is_debug:
             traceback.print_exception(error, file=sys.stderr)
         message, status = _message_of(error)
@@ -130,7 +124,7 @@ class LazyGroup(TyperGroup):
         raise typer.Exit(status) from error
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parser's, except that a reader of stdout who has left is no failure, and a full disk one line."""
+        """Run the program; a reader of stdout who has left is no failure, and a full disk is told in one line."""
         try:
             try:
                 with _warnings_in_a_line():
@@ -165,11 +159,6 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 
 def _working_folder() -> Path:
-    """Where the program was started.
-
-    Raises:
-        ConfigError: that folder is gone.
-    """
     try:
         return Path.cwd()
     except OSError as error:
@@ -186,7 +175,6 @@ def _is_from_settings(error: typer.BadParameter) -> bool:
 
 
 def _message_of(error: Exception) -> tuple[str, int]:
-    """What the user reads of `error`, and the exit status."""
     if isinstance(error, Md3Error):
         return str(error), error.exit_status
     if isinstance(error, OSError) and error.errno in _NO_SPACE and error.filename is None:
@@ -199,13 +187,12 @@ def _message_of(error: Exception) -> tuple[str, int]:
 
 
 def _end_quietly() -> NoReturn:
-    """Status 0."""
     _forget_stdout()
     sys.exit(0)
 
 
 def _forget_stdout() -> None:
-    """What could not be written is not tried again when the interpreter flushes stdout at its end."""
+    """Keep the interpreter from writing again, at its end, what could not be written."""
     with contextlib.suppress(OSError, ValueError):  # stdout is no file here
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -222,7 +209,7 @@ def load_command(name: str) -> Any:
 
 
 def options_of(name: str) -> Options:
-    """The options of command `name` and of its subcommands, by long name without dashes."""
+    """Return the options of command `name` and of its subcommands, by long name without dashes."""
     command = load_command(name)
     options: dict[str, OptionName] = {}
     for part in (command, *getattr(command, "commands", {}).values()):

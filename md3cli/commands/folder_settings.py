@@ -1,14 +1,14 @@
 """What `md3.toml` of the working folder may set: it may have come with a stranger's data set.
 
 It may say how pictures are asked, and name what is on this machine already. It may not name files to write, start
-over, fetch anything, or raise a limit: that is for flags, the environment and the user's own file.
+over, fetch anything, or raise a limit: that is for flags, the environment and the user's own file. Only cli.py asks,
+and only where there is such a file: a rule that guards the user stands in a file of its own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from md3cli.commands.parse import parse_bytes, parse_count
@@ -24,24 +24,18 @@ _HARMLESS = frozenset(
 _ON_THIS_MACHINE = frozenset({"model", "adapter", "tokenizer"})
 
 
-@dataclass(frozen=True, slots=True)
-class _Limit:
-    """A limit that may be lowered: how its text is read, and the default."""
-
-    parse: Callable[[str], float]
-    default: float
-
-
 _DEFAULTS = DecodeOptions()
-_LIMITS: Mapping[str, _Limit] = {
-    "max-pixels": _Limit(parse_count, _DEFAULTS.max_pixels),
-    "max-file-size": _Limit(parse_bytes, _DEFAULTS.max_file_size),
-    "decode-timeout": _Limit(float, _DEFAULTS.timeout_s),
+# Limits that may be lowered: how the text is read, and the default.
+_LIMITS: Mapping[str, tuple[Callable[[str], float], float]] = {
+    "max-pixels": (parse_count, _DEFAULTS.max_pixels),
+    "max-file-size": (parse_bytes, _DEFAULTS.max_file_size),
+    "decode-timeout": (float, _DEFAULTS.timeout_s),
 }
+_NOT_HERE = f"{CONFIG_FILE} of a working folder may be a stranger's and cannot set this"
 
 
-def check_folder_settings(layers: Sequence[Layer], settings: Mapping[str, Setting], typed: Sequence[str]) -> None:
-    """Refuse what the working folder's file may not set.
+def check_folder_settings(layers: Sequence[Layer], settings: Mapping[str, Setting], typed: Sequence[str]) -> str | None:
+    """Refuse what the working folder's file may not set; return the line that tells what is obeyed, if anything is.
 
     Args:
         layers: all of them, strongest first; every key was found to be some command's.
@@ -56,6 +50,10 @@ def check_folder_settings(layers: Sequence[Layer], settings: Mapping[str, Settin
             for table, key, value in _keys(layer):
                 _check_key(layer.place(key, table), key, value, _own_limits(layers, key))
     _check_presence(settings, typed)
+    names = sorted(name.replace("_", "-") for name, setting in settings.items() if setting.is_of_folder)
+    names = [name for name in names if _typed(typed, f"--{name}") is None]
+    origin = next(layer.origin for layer in layers if layer.is_of_folder)
+    return f"settings of {printable(origin)}: {', '.join(names)}" if names else None
 
 
 def _keys(layer: Layer) -> Iterator[tuple[str | None, str, object]]:
@@ -74,9 +72,9 @@ def _own_limits(layers: Sequence[Layer], key: str) -> list[float]:
 
 
 def _limit(key: str, value: object) -> float | None:
-    """A limit as a number; None where it is none, which the command's parser tells."""
+    """A limit as a number; None where it is not one, which the command's parser tells."""
     try:
-        return _LIMITS[key].parse(str(value))
+        return _LIMITS[key][0](str(value))
     except (KeyError, ValueError, OverflowError):
         return None
 
@@ -87,14 +85,11 @@ def _check_key(place: str, key: str, value: object, own_limits: Sequence[float])
     if key not in _LIMITS:
         raise ConfigError(f"{printable(place)}: {_NOT_HERE}; {_elsewhere(key)}")
     limit = _limit(key, value)
-    bound = min([_LIMITS[key].default, *own_limits])
+    bound = min([_LIMITS[key][1], *own_limits])
     if limit is not None and (math.isnan(limit) or limit > bound):
         raise ConfigError(
             f"{printable(place)}: a working folder may only lower a limit ({bound:,.12g} here); {_elsewhere(key)}"
         )
-
-
-_NOT_HERE = f"{CONFIG_FILE} of a working folder may be a stranger's and cannot set this"
 
 
 def _elsewhere(key: str) -> str:
@@ -145,13 +140,3 @@ def _typed(arguments: Sequence[str], option: str) -> str | None:
         if len(option) == 2 and argument.startswith(option):
             return argument.removeprefix(option)
     return None
-
-
-def line_of_folder_settings(
-    layers: Sequence[Layer], settings: Mapping[str, Setting], typed: Sequence[str]
-) -> str | None:
-    """The line that names the working folder's file and what it sets of this command; None where it sets nothing."""
-    names = sorted(name.replace("_", "-") for name, setting in settings.items() if setting.is_of_folder)
-    names = [name for name in names if _typed(typed, f"--{name}") is None]
-    origin = next((layer.origin for layer in layers if layer.is_of_folder), None)
-    return f"settings of {printable(origin)}: {', '.join(names)}" if origin is not None and names else None

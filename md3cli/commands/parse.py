@@ -1,7 +1,7 @@
 """What is typed, as values: sizes, counts, shares, shards, places in an image, `--task`, INPUT and questions.
 
-A parser of one option raises ValueError with the line to read; `checked` makes typer show it. What concerns several
-arguments raises UsageError with the line to type instead. Nothing is opened here.
+Each parser of one option raises ValueError with the line to read; `checked` makes typer show
+it. What concerns several arguments raises UsageError with the line to type instead. Nothing is opened here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ import typer
 from md3cli.config import FailOn
 from md3cli.errors import UsageError
 from md3cli.records import CAPTION_LENGTHS, Task, printable
+from md3cli.remote.address import is_address
+from md3cli.source.kinds import STDIN
+from md3cli.source.manifest import MANIFEST_SUFFIXES
+from md3cli.source.walk import IMAGE_SUFFIXES
 
 T = TypeVar("T")
 Format = Literal["jsonl", "coco", "parquet", "csv", "yolo", "voc", "labelstudio", "hf", "overlay", "txt", "html"]
@@ -30,17 +34,29 @@ CACHE_SIZE: Any = "20 GB"
 MAX_FILE_SIZE: Any = "1G"
 MAX_PIXELS: Any = str(2**28)
 
+_PICTURES_OR_TARS = IMAGE_SUFFIXES | {".tar"}
+
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 _AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b)?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes, as GNU tools write them: `1G` and `1GiB` are 2**30, `20 GB` is 20 * 10**9.
+class QueryArguments(NamedTuple):
+    """INPUT of a query, None for a question without a picture, and the questions."""
 
-    Raises:
-        ValueError: not an amount.
-    """
+    input: str | None
+    questions: tuple[str, ...]
+
+
+class TaskSpec(NamedTuple):
+    """One request of a `--task`: `argument` is a caption's length, a question or an object."""
+
+    task: Task
+    argument: str | None
+
+
+def parse_bytes(text: str) -> int:
+    """Read bytes as GNU tools write them: `1G` and `1GiB` are 2**30, `20 GB` is 20 * 10**9."""
     match = _AMOUNT.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a size; write it like 500M, 1G or 20 GB")
@@ -50,11 +66,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_count(text: str) -> int:
-    """A number with an optional decimal prefix: `268M` is 268,000,000.
-
-    Raises:
-        ValueError: not a number.
-    """
+    """Read a number with an optional decimal prefix: `268M` is 268,000,000."""
     match = _AMOUNT.fullmatch(text)
     if match is None or match[3]:
         raise ValueError(f"{text!r} is not a number; write it like 50000, 300k or 268M")
@@ -62,22 +74,14 @@ def parse_count(text: str) -> int:
 
 
 def parse_folder(text: str) -> Path:
-    """A folder, there or not.
-
-    Raises:
-        ValueError: nothing was typed, such as `"$DIR"` without a DIR; a path of that is the working folder.
-    """
+    """Read the name of a folder, there or not; an empty one (`"$DIR"` without a DIR) would be the working folder."""
     if not text:
         raise ValueError("the name of the folder is empty")
     return Path(text)
 
 
 def parse_fail_on(text: str) -> FailOn:
-    """`none`, `any` or `N%`.
-
-    Raises:
-        ValueError: none of these.
-    """
+    """Read `none`, `any` or `N%`."""
     if text in ("none", "any"):
         return FailOn(1.0 if text == "none" else 0.0)
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", text)
@@ -87,11 +91,7 @@ def parse_fail_on(text: str) -> FailOn:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """`i/n` as (i modulo n, n): shards may be counted from 0 to n - 1 or from 1 to n, the parts are the same.
-
-    Raises:
-        ValueError: not two numbers in that range.
-    """
+    """Read `i/n` as (i modulo n, n): counted from 0 to n - 1 or from 1 to n, the parts are the same."""
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
     if match is None or int(match[2]) < 1 or int(match[1]) > int(match[2]):
         raise ValueError(f"{text!r} is not a shard; write it like 0/4, 1/4, 2/4, 3/4")
@@ -99,11 +99,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def parse_spatial_ref(text: str) -> tuple[float, ...]:
-    """A point `X,Y` or a box `X0,Y0,X1,Y1`, 0-1 from the top left.
-
-    Raises:
-        ValueError: not two or four such numbers, or a box turned inside out.
-    """
+    """Read a point `X,Y` or a box `X0,Y0,X1,Y1`, 0-1 from the top left."""
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -116,11 +112,7 @@ def parse_spatial_ref(text: str) -> tuple[float, ...]:
 
 
 def parse_choices(text: str) -> tuple[str, ...]:
-    """The answers of `yes,no,unsure`, in the order typed.
-
-    Raises:
-        ValueError: fewer than two, an empty one, or one twice.
-    """
+    """Read the answers of `yes,no,unsure`, in the order typed."""
     choices = tuple(part.strip() for part in text.split(","))
     if len(choices) < 2 or not all(choices) or len(set(choices)) < len(choices):
         raise ValueError(f"{text!r} is not a list of at least two different answers; write it like yes,no,unsure")
@@ -128,7 +120,7 @@ def parse_choices(text: str) -> tuple[str, ...]:
 
 
 def above_zero(value: float) -> float:
-    """An option callback that refuses 0, less and what is no number."""
+    """Refuse 0, less and what is no number: the callback of an option."""
     if not value > 0:
         raise typer.BadParameter(f"{value:g} is not above 0")
     return value
@@ -147,7 +139,7 @@ def checked(parse: Callable[[str], T]) -> Callable[[str], T]:
 
 
 def number_or_auto(text: str) -> int | None:
-    """`auto` as None, or a number of at least 1."""
+    """Read `auto` as None, or a number of at least 1."""
     if text == "auto":
         return None
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
@@ -156,22 +148,14 @@ def number_or_auto(text: str) -> int | None:
 
 
 def parse_format(text: str) -> str:
-    """The name of a format.
-
-    Raises:
-        ValueError: no format has it.
-    """
+    """Read the name of a format."""
     if text not in FORMATS:
         raise ValueError(f"{text!r} is not one of: {', '.join(FORMATS)}")
     return text
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
-    """`cuda:0,cuda:1` as two devices.
-
-    Raises:
-        ValueError: one is no device, or stands there twice.
-    """
+    """Read `cuda:0,cuda:1` as two devices."""
     devices = tuple(part.strip() for part in text.split(","))
     for device in devices:
         if not _DEVICE.fullmatch(device):
@@ -184,7 +168,7 @@ def parse_devices(text: str) -> tuple[str, ...]:
 
 
 def starting(*names: str) -> Callable[[str], list[str]]:
-    """What the shell offers for the beginning of a word."""
+    """Return what the shell is to offer for the beginning of a word."""
 
     def offer(incomplete: str) -> list[str]:
         return [name for name in names if name.startswith(incomplete)]
@@ -192,46 +176,23 @@ def starting(*names: str) -> Callable[[str], list[str]]:
     return offer
 
 
-STDIN = "-"
-ROW_MANIFESTS = frozenset({".csv", ".tsv", ".jsonl", ".parquet"})  # their rows may carry questions and tasks
-PICTURES_OR_LISTS = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff"}
-    | {".bmp", ".avif", ".heic", ".heif", ".tar", ".txt"}
-)
-URL_SCHEMES = ("http://", "https://", "s3://", "gs://", "hf://")
-
-
-class QueryArguments(NamedTuple):
-    """INPUT of a query, None for a question without a picture, and the questions."""
-
-    input: str | None
-    questions: tuple[str, ...]
-
-
-class TaskSpec(NamedTuple):
-    """One request of a `--task`: `argument` is a caption's length, a question or an object."""
-
-    task: Task
-    argument: str | None
-
-
 def may_carry_rows(text: str) -> bool:
     """Whether INPUT is of a kind whose rows can say what to ask."""
-    return text == STDIN or PurePath(text).suffix.lower() in ROW_MANIFESTS
+    return text == STDIN or PurePath(text).suffix.lower() in MANIFEST_SUFFIXES - {".txt"}
 
 
 def looks_like_input(text: str) -> bool:
     """Whether `text` is a path, glob, URL or `-`, rather than a question."""
-    if text == STDIN or text.startswith(URL_SCHEMES) or os.path.lexists(text):
+    if text == STDIN or is_address(text) or os.path.lexists(text):
         return True
-    if PurePath(text).suffix.lower() in ROW_MANIFESTS | PICTURES_OR_LISTS:
+    if PurePath(text).suffix.lower() in MANIFEST_SUFFIXES | _PICTURES_OR_TARS:
         return True
     has_space = any(char.isspace() for char in text)
     return not has_space and (any(char in text for char in "*[/") or (os.sep in text))
 
 
 def parse_query(positional: Sequence[str], options: Sequence[str]) -> QueryArguments:
-    """`[INPUT] [QUESTION...]` and the questions of `-q`.
+    """Read `[INPUT] [QUESTION...]` and the questions of `-q`.
 
     Raises:
         UsageError: no question, a lone positional that is no INPUT, or a question that is a file: the shell has
@@ -283,7 +244,7 @@ def _refuse_file(text: str, wanted: str) -> None:
         )
     if not os.path.isfile(text):
         return
-    if PurePath(text).suffix.lower() in PICTURES_OR_LISTS - {".txt"}:
+    if PurePath(text).suffix.lower() in _PICTURES_OR_TARS:
         raise UsageError(
             f"{printable(text)!r} is a file, not {wanted}; quote the glob so that the shell leaves it alone: '*.jpg'"
         )
@@ -294,11 +255,7 @@ def _refuse_file(text: str, wanted: str) -> None:
 
 
 def parse_task(spec: str) -> list[TaskSpec]:
-    """`caption:long`, `detect:car,person` (two requests), `query:Is it raining?`, `point:nose`, `segment:dog`.
-
-    Raises:
-        ValueError: none of these.
-    """
+    """Read `caption:long`, `detect:car,person` (two requests), `query:Is it raining?`, `point:nose`, `segment:dog`."""
     name, colon, rest = spec.partition(":")
     if name not in tuple(Task):
         raise ValueError(f"{printable(spec)!r}: no task {printable(name)!r}; one of {', '.join(Task)}")
