@@ -1,17 +1,11 @@
-"""Weights as files: which ones make up a checkpoint, and the revision they stand for.
+"""Which files make up a checkpoint, and what the header of each says: judged before torch sees a byte.
 
-Safetensors only, and only files that lie where the checkpoint lies. No torch; no judgement about
-which tensors a model needs.
+A header's length is bounded before it is read, and its entries must tile the data exactly. What stands in
+place of a file (a pointer, a web page, a link to nothing) is told in words. No torch; no file but those that
+lie where the checkpoint lies; no judgement about which tensors a model needs.
 
-What a file is that is not what its name says: a pointer instead of weights, a web page, a link to nothing.
-
-Clones without their large files, downloads that a site answered with a page, and folders copied without what their
-links lead to are how checkpoints get damaged in practice; each has its own remedy. No torch.
-
-The header of a safetensors file, parsed and judged before the library or torch sees the file.
-
-Its length is bounded and its entries must tile the data exactly, so a damaged or hostile file is
-refused before anything is allocated for it. No torch; no judgement about which tensors a model needs.
+The headers are judged here, not by safetensors: the library takes a name that is there twice, names no tensor
+in most of its errors, and does not tell a file that was cut short from one with bytes behind its end.
 Format: https://github.com/huggingface/safetensors (eight bytes of length, JSON, data).
 """
 
@@ -21,7 +15,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -30,6 +24,22 @@ from typing import Any
 from md3cli.errors import CheckpointError
 from md3cli.model.weights.formats import JsonObject, plain_name
 
+HEADER_LIMIT_BYTES = 10_000_000  # the real model's largest header is under 1 MB
+DTYPE_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
+}
+CONFIG_LIMIT_BYTES = 10_000_000
+CONFIG_NAME = "config.json"
+TOKENIZER_NAME = "tokenizer.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+CHECKSUMS_NAME = "SHA256SUMS"  # as `sha256sum` writes it
+_UNFINISHED = ("*.incomplete", ".cache/huggingface/download/*.incomplete", "*.part", "*.crdownload", "*.aria2")
+_FOREIGN = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.npz", "*.zip", "*.tar", "*.tar.gz")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _LOOKED_AT_BYTES = 512
 _SHORT_BYTES = 200  # a server's answer ("Entry not found") in place of a file
 _FETCH = "fetch it with `hf download` or `md3 models pull`"
@@ -55,12 +65,8 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
 
 
 def misfit(file: Path) -> str | None:
-    """Say in words what `file` is and what to do, where it is one of the usual wrong things; else None.
-
-    Only for files that could not be used: what is said is guessed from the first bytes.
-    """
-    lost = lost_link(file)
-    if lost is not None:
+    """Say what a file that could not be used is, and what to do; None where its first bytes do not tell."""
+    if (lost := lost_link(file)) is not None:
         return lost
     try:
         if not file.exists():
@@ -86,6 +92,12 @@ def misfit(file: Path) -> str | None:
     return f"{file} holds nothing but the text {text!r}; {_FETCH}" if text[:1].isalpha() else None
 
 
+def require_file(file: Path) -> None:
+    """Raise a CheckpointError that says what is there where `file` is no regular file; opening a FIFO would hang."""
+    if not file.is_file():
+        raise CheckpointError(misfit(file) or f"{file} is no regular file")
+
+
 def local_path(name: str) -> Path | None:
     """Return the path that a name means; None where nothing is there, or where it cannot be a path.
 
@@ -106,23 +118,13 @@ def local_path(name: str) -> Path | None:
 
 
 def lost_link(file: Path) -> str | None:
-    """Say that a path is a link whose end is not there, and what to do; None for everything else."""
+    """Say that a path is a link to nothing, and what to do; None for everything else."""
     if not file.is_symlink() or file.exists():
         return None
     return (
         f"{file} is a link to {os.readlink(file)}, where nothing is (a copied hub cache without its blobs?); "
         "copy the folder with what its links lead to (cp -rL), or fetch it again"
     )
-
-
-HEADER_LIMIT_BYTES = 10_000_000  # the real model's largest header is under 1 MB
-
-DTYPE_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +142,13 @@ class TensorEntry:
 
 
 def read_header_bytes(file: Path) -> bytes:
-    """The JSON header of a safetensors file, unparsed.
+    """Return the JSON header of a safetensors file, not parsed.
 
     Raises:
         CheckpointError: the file cannot be read, is cut short, or claims an absurd length.
     """
     try:
-        if not file.is_file():  # opening a FIFO would wait for ever
-            raise CheckpointError(misfit(file) or f"{file} is no regular file")
+        require_file(file)
         with file.open("rb") as stream:
             prefix = stream.read(8)
             if len(prefix) < 8:
@@ -168,10 +169,10 @@ def read_header_bytes(file: Path) -> bytes:
 
 
 def read_header(file: Path) -> list[TensorEntry]:
-    """What a safetensors file says it holds; its entries are checked to cover the data exactly.
+    """Return what a safetensors file says it holds, in the order of its header.
 
     Raises:
-        CheckpointError: anything that is not a whole and consistent safetensors file.
+        CheckpointError: the file is no whole safetensors file whose tensors cover its data exactly.
     """
     raw = read_header_bytes(file)
     try:
@@ -220,7 +221,6 @@ def _read_entry(file: Path, name: str, item: object) -> tuple[TensorEntry, tuple
 
 
 def _check_spans(file: Path, spans: list[tuple[int, int]], data_bytes: int) -> None:
-    """The tensors must lie one behind the other, from the header to the end of the file."""
     end = 0
     for start, stop in sorted(spans):
         if start != end:
@@ -232,19 +232,15 @@ def _check_spans(file: Path, spans: list[tuple[int, int]], data_bytes: int) -> N
         raise CheckpointError(f"{file}: {data_bytes - end:,} bytes behind its last tensor; the file is damaged")
 
 
-def first_line(error: BaseException) -> str:
-    return str(error).split("\n", 1)[0][:120]
+def first_line(error: BaseException, limit: int = 120) -> str:
+    """Return the first line of an error's text, of at most `limit` characters."""
+    return str(error).split("\n", 1)[0][:limit]
 
 
-CONFIG_LIMIT_BYTES = 10_000_000
-CONFIG_NAME = "config.json"
-TOKENIZER_NAME = "tokenizer.json"
-WEIGHTS_NAME = "model.safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
-CHECKSUMS_NAME = "SHA256SUMS"  # as `sha256sum` writes it
-_UNFINISHED = ("*.incomplete", ".cache/huggingface/download/*.incomplete", "*.part", "*.crdownload", "*.aria2")
-_FOREIGN = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.npz", "*.zip", "*.tar", "*.tar.gz")
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+def listing(names: Sequence[str], limit: int = 5) -> str:
+    """Return the first names of a list in words, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,39 +259,26 @@ class WeightFiles:
 
 
 def find_weight_files(path: Path) -> WeightFiles:
-    """The checkpoint at `path`: a folder, or a .safetensors file with its config.json beside it.
+    """Return the checkpoint at `path`: a folder, or a .safetensors file with its config.json beside it.
 
     Raises:
         CheckpointError: nothing there, pickled weights, several candidates, or a damaged file.
     """
     try:
-        return _find_weight_files(path)
+        if path.suffix.lower() in PICKLE_SUFFIXES and path.is_file():
+            raise CheckpointError(_pickle_message(path))
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file or folder; give a checkpoint folder or a .safetensors file")
+        folder = path if path.is_dir() else path.parent
+        weights = _weights_of_folder(path) if path.is_dir() else path
+        if weights.name.endswith(INDEX_SUFFIX) and path.is_dir():
+            files, entries = _read_shards(weights)
+        else:
+            files, entries = (weights,), _read_entries([weights])
+        config, tokenizer = (file_beside(folder, name) for name in (CONFIG_NAME, TOKENIZER_NAME))
+        return WeightFiles(folder, files, config, tokenizer, entries)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
-
-
-def _find_weight_files(path: Path) -> WeightFiles:
-    if path.suffix.lower() in PICKLE_SUFFIXES and path.is_file():
-        raise CheckpointError(_pickle_message(path))
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder; give a checkpoint folder or a .safetensors file")
-    folder = path if path.is_dir() else path.parent
-    index = None
-    files: tuple[Path, ...] = (path,)
-    if path.is_dir():
-        weights = _weights_of_folder(path)
-        index = weights if weights.name.endswith(INDEX_SUFFIX) else None
-        files = _files_of_index(weights) if index is not None else (weights,)
-    entries = _read_entries(files)
-    if index is not None:
-        _check_index(index, entries)
-    return WeightFiles(
-        folder=folder,
-        files=files,
-        config_file=file_beside(folder, CONFIG_NAME),
-        tokenizer_file=file_beside(folder, TOKENIZER_NAME),
-        entries=entries,
-    )
 
 
 def file_beside(folder: Path, name: str) -> Path | None:
@@ -307,13 +290,12 @@ def file_beside(folder: Path, name: str) -> Path | None:
     file = folder / name
     if not (file.is_symlink() or file.exists()):
         return None
-    if not file.is_file():
-        raise CheckpointError(misfit(file) or f"{file} is no regular file")
+    require_file(file)
     return file
 
 
 def _weights_of_folder(folder: Path) -> Path:
-    """The one file of a folder that stands for its weights: safetensors, or the index of its shards."""
+    """Return the one file that stands for a folder's weights: safetensors, or the index of its shards."""
     found = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
     if folder / WEIGHTS_NAME in found:  # before an index, as transformers does
         return folder / WEIGHTS_NAME
@@ -338,7 +320,7 @@ def _weights_of_folder(folder: Path) -> Path:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without weights holds that tells why, and what to do; empty where nothing does."""
+    """Say why a folder may hold no weights; empty where nothing in it tells."""
     snapshots = sorted(folder.glob("snapshots/*/"), key=lambda place: place.stat().st_mtime)
     if snapshots:
         return f"; it is a repository's folder in a hub cache, whose files are in {snapshots[-1]}"
@@ -365,15 +347,22 @@ def _pickle_message(file: Path) -> str:
     )
 
 
-def _weight_map(index: Path) -> JsonObject:
+def _read_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, TensorEntry]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map; the file is damaged, fetch it again")
-    return weight_map
+    files = _files_of_index(index, weight_map)
+    entries = _read_entries(files)
+    homes = {entry.stored_name: entry.file.name for entry in entries.values()}
+    astray = sorted(name for name, file in weight_map.items() if homes.get(name) != file)
+    if astray:
+        raise CheckpointError(
+            f"{index.name} and its files disagree about {listing(astray, 4)}; fetch {index.parent} again"
+        )
+    return files, entries
 
 
-def _files_of_index(index: Path) -> tuple[Path, ...]:
-    weight_map = _weight_map(index)
+def _files_of_index(index: Path, weight_map: JsonObject) -> tuple[Path, ...]:
     for name in weight_map.values():
         if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\:\0"):
             raise CheckpointError(
@@ -386,35 +375,20 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
     missing = sorted(name for name in names if not (index.parent / name).is_file())
     if missing:
         raise CheckpointError(
-            f"{index.parent} lacks {_listing(missing)} named by {index.name}; fetch the checkpoint again to complete it"
+            f"{index.parent} lacks {listing(missing, 4)} named by {index.name}; "
+            "fetch the checkpoint again to complete it"
         )
     return tuple(index.parent / name for name in sorted(names))
 
 
-def _check_index(index: Path, entries: Mapping[str, TensorEntry]) -> None:
-    """Every tensor lies where the index says."""
-    homes = {entry.stored_name: entry.file.name for entry in entries.values()}
-    astray = sorted(name for name, file in _weight_map(index).items() if homes.get(name) != file)
-    if astray:
-        raise CheckpointError(
-            f"{index.name} and its files disagree about {_listing(astray)}; fetch {index.parent} again"
-        )
-
-
-def _listing(names: list[str], limit: int = 4) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
 def read_json(file: Path) -> JsonObject:
-    """A JSON object from a small file.
+    """Read a JSON object from a small file.
 
     Raises:
         CheckpointError: unreadable, too large, or no JSON object.
     """
     try:
-        if not file.is_file():  # opening a FIFO would wait for ever
-            raise CheckpointError(misfit(file) or f"{file} is no regular file")
+        require_file(file)
         if file.stat().st_size > CONFIG_LIMIT_BYTES:
             raise CheckpointError(f"{file} is larger than {CONFIG_LIMIT_BYTES:,} bytes; it is not what its name says")
         value = json.loads(file.read_bytes())
@@ -444,12 +418,11 @@ def _read_entries(files: Iterable[Path]) -> dict[str, TensorEntry]:
 
 
 def checkpoint_revision(files: WeightFiles, tokenizer_file: Path | None = None) -> str:
-    """16 hex digits that change when a local checkpoint does: config, tokenizer, headers and sizes.
+    """Return 16 hex digits that change when a local checkpoint does: config, tokenizer, headers and sizes.
 
-    Not the weights themselves: hashing 18 GB at every start would cost more than it protects.
     `tokenizer_file` is for a tokenizer from elsewhere; the default is the one beside the weights.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256()  # not of the weights: to read 18 GB at every start would cost more than it protects
     for extra in (files.config_file, tokenizer_file or files.tokenizer_file):
         digest.update(extra.read_bytes() if extra is not None else b"")
         digest.update(b"\0")
@@ -457,3 +430,16 @@ def checkpoint_revision(files: WeightFiles, tokenizer_file: Path | None = None) 
         digest.update(f"{file.stat().st_size}\0".encode())
         digest.update(read_header_bytes(file))
     return digest.hexdigest()[:16]
+
+
+def read_checksums(folder: Path) -> Mapping[str, str]:
+    """Read SHA256SUMS, file name to digest; empty where there is none or it is not in the form of `sha256sum`."""
+    file = folder / CHECKSUMS_NAME
+    try:
+        if not file.is_file() or file.stat().st_size > CONFIG_LIMIT_BYTES:  # opening a FIFO would wait for ever
+            return {}
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return {}
+    pairs = (line.split("  ", 1) for line in lines if line.strip())
+    return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}

@@ -37,7 +37,6 @@ from md3cli.model.network.config import ModelConfig
 from md3cli.model.weights.codes import QuantisedWeight
 from md3cli.model.weights.files import (
     CHECKSUMS_NAME,
-    CONFIG_LIMIT_BYTES,
     CONFIG_NAME,
     DTYPE_BYTES,
     TOKENIZER_NAME,
@@ -140,19 +139,6 @@ def write_synced(file: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def read_checksums(folder: Path) -> Mapping[str, str]:
-    """File name to SHA-256 as `publish` wrote them; empty where there are none or they are not in that form."""
-    file = folder / CHECKSUMS_NAME
-    try:
-        if not file.is_file() or file.stat().st_size > CONFIG_LIMIT_BYTES:  # opening a FIFO would wait for ever
-            return {}
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return {}
-    pairs = (line.split("  ", 1) for line in lines if line.strip())
-    return {pair[1]: pair[0] for pair in pairs if len(pair) == 2}
 
 
 def _empty(folder: Path) -> None:
