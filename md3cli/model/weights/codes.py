@@ -1,15 +1,14 @@
 """Weights in 8 and 4 bits: codes with their scales, made from full weights and turned back.
 
-Three schemes, the ones checkpoints store and the low-bit kernels take:
+Three schemes, the ones checkpoints store and the low-bit products take:
 
 - int8: one scale per output row, symmetric: value = code * scale, codes -127 … 127.
 - int4: one scale and zero point per 128 values that follow one another in row order:
   value = (code - zero_point) * scale, codes 0 … 15. The original's 4-bit scheme.
 - fp8: float8 e4m3fn codes, one scale per output row: value = code * scale.
 
-Each quantiser takes scales somebody searched for, or spreads the extremes over all codes. Codes
-stand one to an element here; `pack_nibbles` is how a file puts two of them into a byte. Nothing
-here computes with codes (`low_bit.py` does) or knows files.
+Each quantiser takes scales somebody searched for, or spreads the extremes over all codes. Codes stand one to an
+element here; `pack_nibbles` puts two of them into a file's byte. Knows no files, and computes nothing with codes.
 Source: Moondream 3 specification, sections 19.2 and 19.3.
 """
 
@@ -66,7 +65,7 @@ class QuantisedWeight:
 
     @property
     def num_matrices(self) -> int:
-        """Experts, or 1."""
+        """The number of experts, or 1."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
     @property
@@ -80,7 +79,7 @@ class QuantisedWeight:
         return self.kind is not LowBit.INT4 or self.shape[-1] % INT4_GROUP == 0
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        """The values [..., out, in], computed in float32 piece by piece, in `dtype`."""
+        """Return the values [..., out, in] in `dtype`, computed in float32 piece by piece."""
         result = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         codes, target = self.codes, result.view(self.codes.shape)
         scale, zero_point = self.scale, self.zero_point
@@ -94,7 +93,7 @@ class QuantisedWeight:
         return result
 
     def matrices(self) -> Iterator[QuantisedWeight]:
-        """One weight [out, in] for each expert (a plain matrix: itself); views. Needs `is_by_row`."""
+        """Yield a weight [out, in] for each expert, or the matrix itself; views. Needs `is_by_row`."""
         assert self.is_by_row, f"{self.shape}: groups reach over rows"
         count, shape = self.num_matrices, self.shape[-2:]
         codes, scale = self.codes, self.scale
@@ -108,39 +107,41 @@ class QuantisedWeight:
 
 
 def quantise(weight: Tensor, kind: LowBit) -> QuantisedWeight:
-    """`weight` [..., out, in] in one of the schemes, extremes spread over all codes."""
+    """Quantise `weight` [..., out, in] in one of the schemes, extremes spread over all codes."""
     quantisers = {LowBit.INT8: quantise_int8, LowBit.INT4: quantise_int4, LowBit.FP8: quantise_fp8}
     return quantisers[kind](weight)
 
 
 def quantise_int8(weight: Tensor, scale: Tensor | None = None) -> QuantisedWeight:
-    """Symmetric int8; `scale` float32 [..., out], by default the row's largest magnitude / 127."""
-    if scale is None:
-        scale = weight.abs().amax(dim=-1).float() / INT8_MAX
-    scale = torch.where(scale >= _TINY, scale, 1.0)
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    rows, target, row_scale = weight.flatten(0, -2), codes.flatten(0, -2), scale.flatten()[:, None]
-    for piece in _pieces(rows):
-        target[piece] = (rows[piece].float() / row_scale[piece]).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
-    return QuantisedWeight(LowBit.INT8, tuple(weight.shape), codes, scale)
+    """Quantise to symmetric int8; `scale` float32 [..., out], by default the row's largest magnitude / 127."""
+    return _quantise_rows(weight, scale, LowBit.INT8, INT8_MAX, torch.int8)
 
 
 def quantise_fp8(weight: Tensor, scale: Tensor | None = None) -> QuantisedWeight:
-    """float8 e4m3fn; `scale` float32 [..., out], by default the row's largest magnitude / 448."""
+    """Quantise to float8 e4m3fn; `scale` float32 [..., out], by default the row's largest magnitude / 448."""
+    return _quantise_rows(weight, scale, LowBit.FP8, FP8_MAX, torch.float8_e4m3fn)
+
+
+def _quantise_rows(
+    weight: Tensor, scale: Tensor | None, kind: LowBit, largest: float, dtype: torch.dtype
+) -> QuantisedWeight:
     if scale is None:
-        scale = weight.abs().amax(dim=-1).float() / FP8_MAX
+        scale = weight.abs().amax(dim=-1).float() / largest
     scale = torch.where(scale >= _TINY, scale, 1.0)
-    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     rows, target, row_scale = weight.flatten(0, -2), codes.flatten(0, -2), scale.flatten()[:, None]
     for piece in _pieces(rows):
-        target[piece] = (rows[piece].float() / row_scale[piece]).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return QuantisedWeight(LowBit.FP8, tuple(weight.shape), codes, scale)
+        values = rows[piece].float() / row_scale[piece]
+        if kind is LowBit.INT8:
+            values.round_()
+        target[piece] = values.clamp_(-largest, largest).to(dtype)
+    return QuantisedWeight(kind, tuple(weight.shape), codes, scale)
 
 
 def quantise_int4(weight: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None) -> QuantisedWeight:
-    """4 bits in groups of 128; scales and zero points [groups, 1], by default each group's range over 0 … 15.
+    """Quantise to 4 bits in groups of 128; scales and zero points [groups, 1], by default each group's range / 15.
 
-    `weight` must fill an even number of groups (`name_tables` says so before anything is read).
+    `weight` must fill an even number of groups (`names.slots` says so before anything is read).
     """
     groups = weight.reshape(-1, INT4_GROUP)
     if scale is None or zero_point is None:
@@ -155,18 +156,17 @@ def quantise_int4(weight: Tensor, scale: Tensor | None = None, zero_point: Tenso
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Codes uint8 [n, 128] -> uint8 [n/2, 128]: row r's high nibbles are group r, its low ones group r + n/2."""
+    """Pack codes uint8 [n, 128] to [n/2, 128]: row r's high nibbles are group r, its low ones group r + n/2."""
     high, low = codes.chunk(2)
     return (high << 4) | low
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
-    """Inverse of `pack_nibbles`."""
+    """Undo `pack_nibbles`."""
     return torch.cat([packed >> 4, packed & INT4_MAX])
 
 
 def _pieces(rows: Tensor) -> Iterator[slice]:
-    """Slices over the first of two dimensions, each of a bounded number of elements."""
     step = max(1, _PIECE_ELEMENTS // max(1, rows.shape[1]))
     for start in range(0, rows.shape[0], step):
         yield slice(start, start + step)

@@ -1,8 +1,7 @@
 """The layouts a Moondream 3 checkpoint comes in: which one a file is, and its config.json as four sections.
 
-A layout is decided by tensor names, never by file names. What each layout calls a tensor stands in
-`name_tables.py`; this file only tells them apart. No torch, no file access.
-Source: Moondream 3 specification, sections 2 and 19.
+A layout is decided by tensor names, never by file names; what it calls a tensor stands in `names.py`.
+No torch, no files. Source: Moondream 3 specification, sections 2 and 19.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Format(StrEnum):
 
     @property
     def has_fp8_experts(self) -> bool:
-        """Experts in 8 bits with one scale per row."""
+        """True where experts are in 8 bits with one scale per row."""
         return self in (Format.ORIGINAL_FP8, Format.RAW_FP8)
 
 
@@ -49,12 +48,12 @@ _FOREIGN_PACKINGS = {  # ends of names that other quantisers leave, and who they
 
 
 def plain_name(stored: str) -> str:
-    """A stored name without what carries no meaning: a compiler's `._orig_mod`, the leading `model.`."""
+    """Remove what carries no meaning from a stored name: a compiler's `._orig_mod`, the leading `model.`."""
     return stored.replace("._orig_mod.", ".").removeprefix("_orig_mod.").removeprefix("model.")
 
 
 def detect_format(names: Collection[str], where: str) -> Format:
-    """The layout of a file with these plain names; `where` is for the message.
+    """Return the layout of a file with these plain names; `where` is for the message.
 
     Raises:
         CheckpointError: MLX 4-bit, which is known and not read, or nothing that is known.
@@ -95,6 +94,11 @@ def _refuse_foreign_packing(names: Collection[str], where: str) -> None:
 
 # -- config.json ----------------------------------------------------------------------------------
 
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
 _HF_TEXT_FIELDS = {
     "hidden_size": "dim",
     "intermediate_size": "ff_dim",
@@ -110,26 +114,24 @@ _HF_MOE_FIELDS = {
     "num_experts_per_tok": "experts_per_token",
     "moe_intermediate_size": "expert_inner_dim",
 }
-_HF_SAME_VISION = ("proj_out_dim", "crop_size", "in_channels", "max_crops", "overlap_margin", "proj_inner_dim")
 _HF_VISION_FIELDS = {
     "hidden_size": "enc_dim",
     "patch_size": "enc_patch_size",
     "num_hidden_layers": "enc_n_layers",
     "intermediate_size": "enc_ff_dim",
     "num_attention_heads": "enc_n_heads",
-    **{name: name for name in _HF_SAME_VISION},
+    **_same("proj_out_dim", "crop_size", "in_channels", "max_crops", "overlap_margin", "proj_inner_dim"),
 }
-_HF_SAME_REGION = ("coord_feat_dim", "coord_out_dim", "size_feat_dim", "size_out_dim")
 _HF_REGION_FIELDS = {
     "hidden_size": "dim",
-    **{name: name for name in _HF_SAME_REGION},
+    **_same("coord_feat_dim", "coord_out_dim", "size_feat_dim", "size_out_dim"),
 }
 _HF_SECTIONS = {"text_config": _HF_TEXT_FIELDS, "vision_config": _HF_VISION_FIELDS, "region_config": _HF_REGION_FIELDS}
 _MOE_ALIASES = {"n_experts": "num_experts", "n_experts_per_tok": "experts_per_token"}  # vLLM's words
 
 
 def normalise_config(raw: object) -> JsonObject:
-    """The four sections `text vision region tokenizer` of a config.json in any of its layouts.
+    """Return the sections `text vision region tokenizer` of a config.json in any of its layouts.
 
     Sections stand under `config`, at top level, or in the HF port's style; what is missing stays
     missing, so that `ModelConfig` takes its defaults. Values are not judged here.
@@ -181,13 +183,15 @@ def _from_hf(document: JsonObject) -> JsonObject:
 
 
 def hf_config(sections: Mapping[str, Mapping[str, Any]]) -> JsonObject:
-    """The inverse of `normalise_config` for the HF port: its config.json from complete sections."""
+    """Return the HF port's config.json of complete sections: the inverse of `normalise_config`."""
     result: JsonObject = {"architectures": ["Moondream3ForConditionalGeneration"], "model_type": "moondream3"}
     for key, fields in _HF_SECTIONS.items():
         section = sections[key.removesuffix("_config")]
         result[key] = {theirs: section[ours] for theirs, ours in fields.items()}
     text, vision = sections["text"], sections["vision"]
-    moe = text["moe"] or _no_moe(text["n_layers"])
+    # Null would be read as the defaults: a dense model's sparse layers start behind its last one.
+    dense = {"num_experts": 1, "start_layer": text["n_layers"], "experts_per_token": 1, "expert_inner_dim": 1}
+    moe = text["moe"] or dense
     result["text_config"] |= {
         **{theirs: moe[ours] for theirs, ours in _HF_MOE_FIELDS.items()},
         "head_dim": text["dim"] // text["n_heads"],
@@ -198,8 +202,3 @@ def hf_config(sections: Mapping[str, Mapping[str, Any]]) -> JsonObject:
     result["vision_config"]["prefix_len"] = 1 + (vision["crop_size"] // vision["enc_patch_size"]) ** 2
     result["tokenizer"] = dict(sections["tokenizer"])
     return result
-
-
-def _no_moe(num_layers: int) -> JsonObject:
-    """All layers dense in a layout that cannot say so: the sparse ones would start behind the last."""
-    return {"num_experts": 1, "start_layer": num_layers, "experts_per_token": 1, "expert_inner_dim": 1}

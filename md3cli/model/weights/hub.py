@@ -1,15 +1,10 @@
 """Where a model's files are: an alias, a Hugging Face repository or a local path becomes files on disk.
 
-Local paths and the embedded model never touch the network; `hub_download.py` is asked only for a
-repository (or for the tokenizer of a folder that has none). No torch.
-
-Repositories on the Hugging Face hub: the files that are needed, from the cache or over the network.
-
-What is complete in the cache is used as it is, so that a run resumed tomorrow uses the weights of
-today; `download` (`md3 models pull`) fetches the repository's present state. The newest revision
-cannot be known from here, so no default is pinned: records name the revision that was used.
-`huggingface_hub` is imported when a repository is asked for, not before. Its own settings hold:
-HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT.
+Local paths and the embedded model never touch the network. What is complete in the hub's cache is used as it is,
+so that a run resumed tomorrow uses the weights of today; `download` (`md3 models pull`) fetches a repository's
+present state. The newest revision cannot be known from here, so no default is pinned: records name the revision
+that was used. `huggingface_hub` is imported when a repository is asked for, not before; its own settings hold
+(HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, HF_ENDPOINT), and its errors are told in words here. No torch.
 """
 
 from __future__ import annotations
@@ -31,9 +26,24 @@ from md3cli.model.weights.files import (
     checkpoint_revision,
     file_beside,
     find_weight_files,
+    first_line,
     local_path,
 )
 
+DEFAULT_MODEL = "moondream3"
+TINY = "tiny"
+ALIASES: Mapping[str, str] = {
+    "moondream3": "moondream/moondream3-preview",
+    "moondream3.1": "moondream/moondream3.1-9B-A2B",
+}
+_LICENCES: Mapping[str, str] = {
+    ALIASES["moondream3"]: "Business Source Licence 1.1 with an additional use grant",
+    ALIASES["moondream3.1"]: "a licence of its own, not moondream3-preview's",
+}
+TOKENIZER_REPO = "moondream/starmie-v1"
+
+_TINY_FOLDER = Path(__file__).parents[1] / "tiny"
+_REPO_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 MODEL_FILES = (CONFIG_NAME, "*.safetensors", f"*{INDEX_SUFFIX}", TOKENIZER_NAME)
 TOKENIZER_FILES = (TOKENIZER_NAME,)
 _REVISION = re.compile(r"[\w.+@-][\w.+@/-]{0,249}")
@@ -42,7 +52,7 @@ _COMMIT = re.compile(rb"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class DownloadPlan:
-    """What fetching a repository means: bytes in all and still to come, and the room there is."""
+    """What fetching a repository means: its bytes, those that are still to come, and the room there is."""
 
     repo: str
     revision: str
@@ -53,23 +63,16 @@ class DownloadPlan:
 
 
 def fetch_model(repo: str, revision: str | None = None, *, offline: bool = False) -> Path:
-    """The folder of a model repository's files, named after its commit.
+    """Return the folder of a model repository's files, named after its commit.
 
     Raises:
         CheckpointError: the files cannot be had, or the repository holds no safetensors.
     """
-    folder = cached(repo, revision, MODEL_FILES)
-    if folder is None:
-        folder = Path(_snapshot(repo, revision, MODEL_FILES, offline=offline))
+    folder = cached(repo, revision) or Path(_snapshot(repo, revision, MODEL_FILES, offline=offline))
     return _with_weights(repo, folder)
 
 
-def fetch_tokenizer(repo: str, *, offline: bool = False, looked_in: Path | None = None) -> Path:
-    """A repository's tokenizer.json; `looked_in` is a folder the message should mention.
-
-    Raises:
-        CheckpointError: it cannot be had.
-    """
+def _fetch_tokenizer(repo: str, *, offline: bool, looked_in: Path | None = None) -> Path:
     folder = cached(repo, None, TOKENIZER_FILES)
     if folder is None:
         try:
@@ -84,7 +87,7 @@ def fetch_tokenizer(repo: str, *, offline: bool = False, looked_in: Path | None 
 
 
 def plan_download(repo: str, revision: str | None = None) -> DownloadPlan:
-    """Sizes of a model repository's files, asked of the hub, before anything is fetched.
+    """Ask the hub for the sizes of a model repository's files, before anything is fetched.
 
     Raises:
         CheckpointError: the hub cannot be asked, or there is no such repository.
@@ -103,7 +106,7 @@ def plan_download(repo: str, revision: str | None = None) -> DownloadPlan:
 
 
 def download(repo: str, revision: str | None = None) -> Path:
-    """Fetch what is missing of a repository's present state; an interrupted download is continued.
+    """Fetch what is missing of a repository's present state, and continue a download that broke off.
 
     Raises:
         CheckpointError: as `plan_download`; or the repository holds no safetensors.
@@ -112,7 +115,7 @@ def download(repo: str, revision: str | None = None) -> Path:
 
 
 def cached(repo: str, revision: str | None, patterns: tuple[str, ...] = MODEL_FILES) -> Path | None:
-    """The folder of a repository's files, if they are complete in the cache; asks nobody."""
+    """Return the folder of a repository's files if they are complete in the cache, without asking the hub."""
     hub = _import_hub()
     _check_revision(repo, revision)
     try:
@@ -124,15 +127,15 @@ def cached(repo: str, revision: str | None, patterns: tuple[str, ...] = MODEL_FI
 
 
 def _check_revision(repo: str, revision: str | None) -> None:
-    """Refuse what git knows no branch, tag or commit by: the library would take it for a path."""
     if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
+        # The library would take it for a path.
         raise CheckpointError(f"{repo} has no revision {revision!r:.80}; give a branch, a tag or a commit")
 
 
 def _commit_of_edited_ref(repo: str, revision: str | None) -> str | None:
-    """The commit of a branch whose file in the cache was written by hand or by a shell, with a line end behind it.
+    """Return the commit of a branch whose file in the cache has a line end behind it; else None.
 
-    The hub's library takes the line end for a part of the commit's name, and finds nothing.
+    A hand or a shell writes it so. The hub's library takes the line end for a part of the commit, and finds nothing.
     """
     folder = _import_hub().file_download.repo_folder_name(repo_id=repo, repo_type="model")
     file = cache_folder() / folder / "refs" / (revision or "main")
@@ -145,7 +148,7 @@ def _commit_of_edited_ref(repo: str, revision: str | None) -> str | None:
 
 
 def cache_folder() -> Path:
-    """Where the hub's library keeps its files."""
+    """Return the folder in which the hub's library keeps its files."""
     return Path(_import_hub().constants.HF_HUB_CACHE)
 
 
@@ -162,18 +165,14 @@ def _import_hub() -> Any:
 def _snapshot(
     repo: str, revision: str | None, patterns: tuple[str, ...], *, offline: bool = False, dry_run: bool = False
 ) -> Any:
-    """`snapshot_download` with every failure as one line that says what to do."""
+    """Call `snapshot_download`; every failure becomes one line that says what to do."""
     hub = _import_hub()
     errors = hub.errors
     wanted = f"{repo}@{revision}" if revision else repo
     _check_revision(repo, revision)
     try:
         return hub.snapshot_download(
-            repo,
-            revision=revision,
-            local_files_only=offline,
-            dry_run=dry_run,
-            **_selection(patterns),
+            repo, revision=revision, local_files_only=offline, dry_run=dry_run, **_selection(patterns)
         )
     except errors.GatedRepoError as error:
         raise CheckpointError(
@@ -196,7 +195,7 @@ def _snapshot(
         raise CheckpointError(_missing(wanted, repo, patterns, why)) from error
     except OSError as error:  # the network broke off, the disk is full
         raise CheckpointError(
-            f"{wanted}: fetching into {cache_folder()} failed ({_first_line(error)}); "
+            f"{wanted}: fetching into {cache_folder()} failed ({first_line(error, 200)}); "
             "run it again, what is already there is kept"
         ) from error
 
@@ -206,7 +205,6 @@ def _selection(patterns: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def _missing(wanted: str, repo: str, patterns: tuple[str, ...], why: str) -> str:
-    """Which files, where they were looked for, what to run."""
     files = ", ".join(patterns)
     command = f"md3 models pull {repo}" if patterns is MODEL_FILES else f"hf download {repo} {files}"
     return (
@@ -221,26 +219,6 @@ def _with_weights(repo: str, folder: Path) -> Path:
             f"{repo} holds no .safetensors weights; pickled ones (.pt, .bin) can run code and are not read"
         )
     return folder
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n", 1)[0][:200]
-
-
-DEFAULT_MODEL = "moondream3"
-TINY = "tiny"
-ALIASES: Mapping[str, str] = {
-    "moondream3": "moondream/moondream3-preview",
-    "moondream3.1": "moondream/moondream3.1-9B-A2B",
-}
-_LICENCES: Mapping[str, str] = {
-    ALIASES["moondream3"]: "Business Source Licence 1.1 with an additional use grant",
-    ALIASES["moondream3.1"]: "a licence of its own, not moondream3-preview's",
-}
-TOKENIZER_REPO = "moondream/starmie-v1"
-
-_TINY_FOLDER = Path(__file__).parents[1] / "tiny"
-_REPO_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +237,7 @@ class ModelFiles:
 
 
 def model_path(name: str) -> Path:
-    """The folder (or .safetensors file) of a model, fetched into the hub's cache where it is not yet there.
+    """Return the folder (or .safetensors file) of a model; fetch it into the hub's cache where it is not there yet.
 
     Raises:
         CheckpointError: no such model, or it cannot be had; the message says what to do.
@@ -269,7 +247,7 @@ def model_path(name: str) -> Path:
 
 
 def present_path(name: str, revision: str | None = None) -> Path:
-    """As `model_path`, but only what is already on this machine.
+    """Return the folder (or .safetensors file) of a model that is already on this machine.
 
     Raises:
         CheckpointError: no such model, or not here yet.
@@ -286,14 +264,10 @@ def present_path(name: str, revision: str | None = None) -> Path:
 def resolve_model(
     name: str, *, revision: str | None = None, tokenizer: str | None = None, offline: bool = False
 ) -> ModelFiles:
-    """Find the files of a model.
+    """Find the files of a model: an alias, repository id, folder or .safetensors file.
 
-    Args:
-        name: alias, repository id, folder or .safetensors file.
-        revision: of a repository; branch, tag or commit.
-        tokenizer: file, folder or repository id; the default is the one beside the weights, else
-            `TOKENIZER_REPO`.
-        offline: look into the cache only.
+    `revision` is a branch, tag or commit of a repository; `offline` looks into the cache only. `tokenizer` is a
+    file, folder or repository id; the default is the one beside the weights, else `TOKENIZER_REPO`.
 
     Raises:
         CheckpointError: no such model, or its files cannot be had.
@@ -313,10 +287,7 @@ def resolve_model(
 
 
 def shown_name(name: str) -> str:
-    """Return what records call a model: its repository, or the last part of a local path, with its folder for a file.
-
-    Where it lies on the host is nobody's business.
-    """
+    """Return what records call a model: its repository, or the end of its path; never where it lies on the host."""
     repo = repo_of(name)
     if repo is not None or name == TINY:
         return repo or name
@@ -325,7 +296,7 @@ def shown_name(name: str) -> str:
 
 
 def repo_of(name: str) -> str | None:
-    """The hub repository a model name stands for; None for what is on this machine.
+    """Return the hub repository that a model name stands for; None for what is on this machine.
 
     An existing path goes before a repository of the same name, an alias before both.
 
@@ -365,7 +336,7 @@ def is_repo_id(name: str) -> bool:
 
 
 def required_repo(name: str) -> str:
-    """`repo_of` where only a repository makes sense.
+    """Return the repository of a model that can only be on the hub.
 
     Raises:
         UsageError: the model is on this machine.
@@ -392,26 +363,26 @@ def find_tokenizer(folder: Path, tokenizer: str | None, offline: bool) -> Path:
     """
     if tokenizer is None:
         beside = file_beside(folder, TOKENIZER_NAME)
-        return beside or fetch_tokenizer(TOKENIZER_REPO, offline=offline, looked_in=folder)
+        return beside or _fetch_tokenizer(TOKENIZER_REPO, offline=offline, looked_in=folder)
     given = local_path(tokenizer) if tokenizer else None
     if given is not None:
         found = file_beside(given, TOKENIZER_NAME) if given.is_dir() else file_beside(given.parent, given.name)
         if found is not None:
             return found
     elif not tokenizer.endswith(".json") and _REPO_ID.fullmatch(tokenizer):
-        return fetch_tokenizer(tokenizer, offline=offline)
+        return _fetch_tokenizer(tokenizer, offline=offline)
     raise CheckpointError(f"tokenizer {tokenizer!r:.200}: no such tokenizer.json, folder with one, or repository id")
 
 
 def stored_tokenizer() -> Path | None:
-    """The tokenizer of models that bring none, if it is on this machine already."""
+    """Return the tokenizer of models that bring none, if it is on this machine already."""
     folder = cached(TOKENIZER_REPO, None, TOKENIZER_FILES)
     file = folder / TOKENIZER_NAME if folder else None
     return file if file is not None and file.is_file() else None
 
 
 def _tokenizer_mark(tokenizer: str | None, file: Path) -> str:
-    """A tokenizer of the user's choice changes answers, so it is part of a repository's revision."""
+    # A tokenizer of the user's choice changes answers, so a repository's revision names it.
     return "" if tokenizer is None else f"+{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
 
 
@@ -425,13 +396,13 @@ class KnownModel:
     num_bytes: int | None
 
     def as_json(self) -> dict[str, str | int | None]:
-        """The row in plain types, for `md3 models list --json`."""
+        """Return the row in plain types, for `md3 models list --json`."""
         path = str(self.path) if self.path else None
         return {"name": self.alias, "from": self.source, "path": path, "bytes": self.num_bytes}
 
 
 def known_models() -> list[KnownModel]:
-    """Every alias and the embedded model, with where they lie; asks the cache, not the network."""
+    """Return every alias and the embedded model, and where they lie, without asking the hub."""
     found = [(alias, repo, cached(repo, None)) for alias, repo in ALIASES.items()]
     found.append((TINY, "this package", _TINY_FOLDER if _TINY_FOLDER.is_dir() else None))
     return [KnownModel(alias, source, path, _weight_bytes(path)) for alias, source, path in found]

@@ -1,16 +1,11 @@
 """What each checkpoint layout calls the model's tensors, and how its tensors make ours: one table, both ways.
 
-A `Slot` is one canonical tensor with its recipe: the stored tensors it is made of and the way they
-are put together. Reading follows the recipe forwards, writing backwards (`packing.py` does both).
-All names here are plain: without `model.` (see `formats.plain_name`); `stored_name` puts it back.
-No torch. Source: Moondream 3 specification, section 19.
-
-The tensors a Moondream 3 is made of: canonical names, shapes, and the part each belongs to.
-
-Canonical names are the original checkpoint's without the leading `model.`; they are also the
-keys of `Moondream3.state_dict()`. Everything here follows from the configuration alone, so a
-file's header can be judged before a byte of its data is mapped. No torch.
-Source: Moondream 3 specification, sections 1 and 19.1.
+Canonical names are the original checkpoint's without the leading `model.`, and the keys of
+`Moondream3.state_dict()`. They and their shapes follow from the configuration alone, so a file's header can be
+judged before a byte of its data is mapped. A `Slot` is one canonical tensor with its recipe: the stored tensors it is
+made of and the way they are put together. Reading follows the recipe forwards, writing backwards (`read.py`).
+All names here are plain: without `model.` (`formats.plain_name`); `stored_name` puts it back. No torch, no files.
+Source: Moondream 3 specification, sections 1 and 19.
 """
 
 from __future__ import annotations
@@ -110,7 +105,7 @@ def _region_tensors(r: RegionConfig, has_region_ln: bool) -> _Entries:
 
 
 def expected_tensors(config: ModelConfig, *, has_region_ln: bool) -> dict[str, Shape]:
-    """Canonical name to shape of every tensor a model of this configuration has, in reading order.
+    """Return the shape of every tensor of a model by canonical name, in the order they are read.
 
     `region.ln` exists in newer revisions of the weights only, so the caller says whether it does.
     """
@@ -122,12 +117,12 @@ def expected_tensors(config: ModelConfig, *, has_region_ln: bool) -> dict[str, S
 
 
 def is_experts(name: str, shape: Shape) -> bool:
-    """True for the stacked expert matrices; a dense `fc1.weight` has the same name but two dimensions."""
+    """Return True for a stack of expert matrices; a dense `fc1.weight` has the same name but two dimensions."""
     return len(shape) == 3 and ".mlp." in name
 
 
 def part_of(name: str, shape: Shape) -> Part:
-    """The part of the model a canonical tensor belongs to."""
+    """Return the part of the model that a canonical tensor belongs to."""
     if name.startswith("vision.proj_mlp."):
         return Part.PROJECTION
     if name.startswith("vision."):
@@ -145,14 +140,6 @@ def part_of(name: str, shape: Shape) -> Part:
     if ".mlp." in name:
         return Part.EXPERTS if is_experts(name, shape) else Part.DENSE
     return Part.NORMS_HEAD
-
-
-def count_parameters(tensors: Mapping[str, Shape]) -> dict[Part, int]:
-    """Parameters by part of a table such as `expected_tensors` gives."""
-    counts = dict.fromkeys(Part, 0)
-    for name, shape in tensors.items():
-        counts[part_of(name, shape)] += prod(shape)
-    return counts
 
 
 INT4_GROUP = 128  # the original scheme knows no other
@@ -243,7 +230,7 @@ class Recipe(Enum):
 
     @property
     def is_low_bit(self) -> bool:
-        """The tensor is stored as codes of 8 or 4 bits."""
+        """True where the tensor is stored as codes of 8 or 4 bits."""
         return self in (Recipe.FP8, Recipe.INT4, Recipe.INT8)
 
 
@@ -267,7 +254,7 @@ class Slot:
 
 
 def _read_names() -> tuple[dict[str, str], dict[str, str]]:
-    """The groups above as canonical name -> raw name and -> HF name, with prefixes and * written out."""
+    """Write the groups out: canonical name -> raw name, and canonical name -> HF name."""
     raw: dict[str, str] = {}
     hf: dict[str, str] = {}
     for prefixes, lines in _GROUPS:
@@ -297,11 +284,11 @@ def _translated(canonical: str, names: Mapping[str, str]) -> str:
 
 
 def slots(expected: Mapping[str, Shape], layout: Format, present: Collection[str] = ()) -> Iterator[Slot]:
-    """The recipe of every tensor in `expected` (see `expected_tensors`) for one layout.
+    """Yield the recipe of every tensor in `expected` (`expected_tensors`) for one layout.
 
     `present` holds the plain names of the file that is read: raw files fuse tau or not, and 4- and
-    8-bit files say by their names which matrices are codes. Without it: the form that is written,
-    with the matrices in few bits that the 4-bit port has.
+    8-bit files say by their names which matrices are codes. Without it the recipes are those of what is
+    written, with the matrices in few bits that the 4-bit port has.
 
     Raises:
         CheckpointError: the layout has no place for a tensor (the HF port for `region.ln`).
@@ -327,7 +314,7 @@ def _copy(name: str, shape: Shape, stored: str) -> Slot:
 
 
 def _experts_slot(name: str, shape: Shape, layout: Format) -> Slot | None:
-    """Experts where a layout treats them unlike other tensors."""
+    """Return the recipe of experts; None where a layout treats them like other tensors."""
     leaf = name.split(".")[-2]  # fc1 or fc2
     stored = name
     if layout in (Format.RAW, Format.RAW_FP8):
@@ -370,12 +357,12 @@ def _hf_slot(name: str, shape: Shape) -> Slot:
 
 
 def _is_marked(name: str, mark: str, present: Collection[str]) -> bool:
-    """Whether a file holds this matrix as codes; when writing, the choice of the 4-bit port."""
+    """Return True where the file that is read, or else the 4-bit port, holds this matrix as codes."""
     return f"{name}{mark}" in present if present else is_portable(name)
 
 
 def is_portable(name: str) -> bool:
-    """True for the matrices the 4-bit port packs; vision, routers, tau, norms, embedding, head stay in 16 bits."""
+    """Return True for matrices the 4-bit port packs; not vision, routers, tau, norms, embedding, head."""
     if not name.endswith(".weight"):
         return False
     in_text = ".attn.qkv." in name or ".attn.proj." in name or ".mlp.fc" in name
@@ -398,7 +385,7 @@ def _int4_slot(name: str, shape: Shape) -> Slot:
 
 
 def is_int8_vision(name: str) -> bool:
-    """True for the matrices of the vision tower that may be stored in int8: its blocks and the projection."""
+    """Return True for matrices of the vision tower that may be stored in int8: its blocks, the projection."""
     in_tower = name.startswith(("vision.blocks.", "vision.proj_mlp."))
     return in_tower and name.endswith((".qkv.weight", ".proj.weight", ".fc1.weight", ".fc2.weight"))
 
@@ -409,17 +396,17 @@ def _int8_slot(name: str, shape: Shape) -> Slot:
 
 
 def is_ignorable(plain: str) -> bool:
-    """True for tensors that may stand in a file and are not used: scales of an 8-bit K/V cache."""
+    """Return True for tensors that may stand in a file and are not used: scales of an 8-bit K/V cache."""
     return ".kv_quantizer." in plain and plain.endswith((".k_scale", ".v_scale"))
 
 
 def has_region_ln(present: Collection[str]) -> bool:
-    """Whether a file with these plain names brings the region heads' LayerNorm, in either naming."""
+    """Return True where a file with these plain names brings the region heads' LayerNorm, in either naming."""
     return any(name in present or _RAW_NAMES[name] in present for name in REGION_LN)
 
 
 def stored_name(plain: str, layout: Format) -> str:
-    """The full name a layout writes: original and HF port start with `model.`."""
+    """Return the full name a layout writes: original and HF port start with `model.`."""
     if layout in (Format.RAW, Format.RAW_FP8) or plain.startswith(_HF_TOP_LEVEL):
         return plain
     return f"model.{plain}"

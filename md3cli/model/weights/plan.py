@@ -1,8 +1,7 @@
-"""A checkpoint judged by its headers: layout, sizes, and the recipe of every tensor. No torch.
+"""A checkpoint judged by its headers: layout, sizes, and the recipe of every tensor.
 
-Everything that can be wrong with a checkpoint is found here, before anything is allocated:
-`plan_checkpoint` compares the names, dtypes and shapes of the files with the table that follows
-from the configuration.
+Everything that can be wrong with a checkpoint is found here, before anything is allocated: names, dtypes and
+shapes of its files are compared with the table that follows from the configuration. No torch.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 from md3cli.errors import CheckpointError
 from md3cli.model.network.config import ModelConfig
-from md3cli.model.weights.files import TensorEntry, WeightFiles, find_weight_files, read_json
+from md3cli.model.weights.files import TensorEntry, WeightFiles, find_weight_files, listing, read_json
 from md3cli.model.weights.formats import FORMAT_NAMES, INT8_SCALE, Format, detect_format, normalise_config
 from md3cli.model.weights.names import (
     INT4_GROUP,
@@ -26,7 +25,6 @@ from md3cli.model.weights.names import (
     slots,
 )
 
-_NAMED_IN_ERRORS = 5
 _NAME_LIMIT_CHARS = 160  # a file may call its tensors anything
 QUANT_METHOD = "md3"  # of `quantization_config`; the other words there are those of compressed-tensors
 INT8_WEIGHTS: Mapping[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
@@ -44,7 +42,7 @@ class CheckpointPlan:
 
 
 def read_config(files: WeightFiles) -> ModelConfig:
-    """The configuration beside the weights; the real model's where there is none, as the original does.
+    """Return the configuration beside the weights; the real model's where there is none, as the original does.
 
     Raises:
         CheckpointError: damaged, or sizes outside what any model has.
@@ -57,7 +55,7 @@ def read_config(files: WeightFiles) -> ModelConfig:
 
 
 def _check_quantization(document: Mapping[str, Any], file: Path) -> None:
-    """What a config says about codes must be what is read: int8 by row, or nothing (int4 and fp8 are told by names)."""
+    """Refuse what a config says about codes but int8 by row: int4 and fp8 are told by the tensors' names."""
     inner = document.get("config")
     for place in (document, inner if isinstance(inner, dict) else {}):
         scheme = place.get("quantization_config")
@@ -93,13 +91,8 @@ def plan_checkpoint(path: Path) -> CheckpointPlan:
             f"{path}: 4-bit weights in groups of {config.text.group_size}; only groups of {INT4_GROUP} are understood"
         )
     has_ln = has_region_ln(files.entries.keys())
-    plan = CheckpointPlan(
-        files=files,
-        layout=layout,
-        config=config,
-        has_region_ln=has_ln,
-        slots=tuple(slots(expected_tensors(config, has_region_ln=has_ln), layout, files.entries.keys())),
-    )
+    recipes = tuple(slots(expected_tensors(config, has_region_ln=has_ln), layout, files.entries.keys()))
+    plan = CheckpointPlan(files, layout, config, has_ln, recipes)
     _check(plan, path)
     return plan
 
@@ -109,16 +102,13 @@ def _check(plan: CheckpointPlan, path: Path) -> None:
     needed = {part.name: part for slot in plan.slots for part in slot.parts}
     missing = [name for name in needed if name not in entries]
     extra = [name for name in entries if name not in needed and not is_ignorable(name)]
-    misshapen: list[str] = []
-    mistyped: list[str] = []
-    for name, part in needed.items():
-        entry = entries.get(name)
-        if entry is None:
-            continue
-        if entry.shape != part.shape:
-            misshapen.append(_shape_fault(entry, part))
-        elif entry.dtype not in part.dtypes:
-            mistyped.append(_dtype_fault(entry, part))
+    found = [(entries[name], part) for name, part in needed.items() if name in entries]
+    misshapen = [_shape_fault(entry, part) for entry, part in found if entry.shape != part.shape]
+    mistyped = [
+        _dtype_fault(entry, part)
+        for entry, part in found
+        if entry.shape == part.shape and entry.dtype not in part.dtypes
+    ]
     faults = [
         _fault("missing", missing),
         _fault("not known", extra),
@@ -148,7 +138,4 @@ def _dtype_fault(entry: TensorEntry, part: StoredTensor) -> str:
 
 
 def _fault(kind: str, names: list[str]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - _NAMED_IN_ERRORS} more" if len(names) > _NAMED_IN_ERRORS else ""
-    return f"{len(names)} {kind}: {', '.join(name[:_NAME_LIMIT_CHARS] for name in names[:_NAMED_IN_ERRORS])}{more}"
+    return f"{len(names)} {kind}: {listing([name[:_NAME_LIMIT_CHARS] for name in names])}" if names else ""

@@ -1,20 +1,16 @@
-"""Checkpoints in any known layout, read into one name table and from there into the network.
+"""Checkpoints of any known layout, read into canonical tensors and from there into the network.
 
-`checkpoint_plan` has already judged the headers when this file maps the weights: safetensors, no
-copy where a tensor is stored as it is used, conversions (dtype, split and merge, 8 and 4 bits) tensor by
-tensor. The network is built on the meta device and the tensors are assigned to it.
-
-Stored tensors to canonical ones and back: splits, stacks, 8-bit and 4-bit weights.
-
-`assemble` and `disassemble` are inverse up to rounding for every `Recipe`.
-Source: Moondream 3 specification, sections 19.1 to 19.3.
+`plan_checkpoint` has already judged the headers when a file is mapped here. No copy is made where a tensor is stored
+as it is used; conversions (dtype, split and merge, 8 and 4 bits) are made tensor by tensor. The network is built on
+the meta device, and the tensors are assigned to it. `assemble` and `disassemble` are inverse up to rounding for every
+`Recipe`. Source: Moondream 3 specification, sections 19.1 to 19.3.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -28,14 +24,13 @@ from md3cli.model.weights.codes import LowBit, QuantisedWeight, pack_nibbles, qu
 from md3cli.model.weights.names import Recipe, Slot
 from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
 
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_PACKED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8, "I8": torch.int8}
 SCHEMES = {Recipe.FP8: LowBit.FP8, Recipe.INT4: LowBit.INT4, Recipe.INT8: LowBit.INT8}
 
 
 def assemble(slot: Slot, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
-    """The canonical tensor of `slot` in `dtype`; `read` gives a stored tensor by its plain name.
-
-    No copy is made where the stored tensor is already right.
-    """
+    """Make the canonical tensor of `slot` in `dtype`; `read` gives a stored tensor by its plain name."""
     parts = [part.name for part in slot.parts]
     match slot.recipe:
         case Recipe.COPY:
@@ -55,16 +50,19 @@ def assemble(slot: Slot, read: Callable[[str], Tensor], dtype: torch.dtype) -> T
 
 
 def disassemble(slot: Slot, tensor: Tensor | QuantisedWeight) -> Iterator[tuple[str, Tensor]]:
-    """The stored tensors of `slot`, by plain name, in the order of its parts; views where possible.
+    """Return the stored tensors of `slot` by plain name, in the order of its parts; views where possible.
 
     A slot stored in 8 or 4 bits takes codes that were made already, or a tensor to be rounded to them.
     """
+    names = [part.name for part in slot.parts]
     if slot.recipe.is_low_bit:
         if isinstance(tensor, Tensor):
             tensor = quantise(tensor, SCHEMES[slot.recipe])
-        return zip([part.name for part in slot.parts], _stored_quantised(tensor), strict=True)
+        codes, scale = tensor.codes, tensor.scale
+        if tensor.zero_point is not None:
+            return zip(names, (pack_nibbles(codes), scale, tensor.zero_point), strict=True)
+        return zip(names, (codes, scale[..., None] if tensor.kind is LowBit.INT8 else scale), strict=True)
     assert isinstance(tensor, Tensor), slot.name
-    names = [part.name for part in slot.parts]
     match slot.recipe:
         case Recipe.COPY:
             pieces: tuple[Tensor, ...] = (tensor,)
@@ -88,24 +86,12 @@ def _stack_experts(slot: Slot, read: Callable[[str], Tensor], dtype: torch.dtype
 
 
 def read_quantised(slot: Slot, read: Callable[[str], Tensor]) -> QuantisedWeight:
-    """The codes and scales of a slot stored in 8 or 4 bits (`slot.recipe.is_low_bit`)."""
+    """Read the codes and scales of a slot stored in 8 or 4 bits (`slot.recipe.is_low_bit`)."""
     codes, *scales = (read(part.name) for part in slot.parts)
     scales = [scale.float() for scale in scales]
     if slot.recipe is Recipe.INT4:
         return QuantisedWeight(LowBit.INT4, slot.shape, unpack_nibbles(codes), *scales)
     return QuantisedWeight(SCHEMES[slot.recipe], slot.shape, codes, scales[0].view(slot.shape[:-1]))
-
-
-def _stored_quantised(weight: QuantisedWeight) -> tuple[Tensor, ...]:
-    """Inverse of `read_quantised`."""
-    if weight.zero_point is None:
-        scale = weight.scale[..., None] if weight.kind is LowBit.INT8 else weight.scale
-        return weight.codes, scale
-    return pack_nibbles(weight.codes), weight.scale, weight.zero_point
-
-
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_PACKED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8, "I8": torch.int8}
 
 
 class LoadedModel(NamedTuple):
@@ -119,9 +105,9 @@ class LoadedModel(NamedTuple):
 class CheckpointReader(Mapping[str, Tensor]):
     """The canonical tensors of a checkpoint, each made when it is asked for and not kept.
 
-    Tensors stored as they are asked for are views of the mapped file; they stay valid after
-    `close`. With `keeps_open` false a file is mapped anew for each tensor and let go with it: what was
-    read before no longer counts as this process's memory. Use as a context manager.
+    Tensors stored as they are asked for are views of the mapped file, and stay valid after `close`. With
+    `keeps_open` false a file is mapped anew for each tensor and let go with it: what was read before no
+    longer counts as this process's memory. A context manager.
     """
 
     def __init__(
@@ -132,9 +118,7 @@ class CheckpointReader(Mapping[str, Tensor]):
         device: torch.device | str = "cpu",
         keeps_open: bool = True,
     ) -> None:
-        self.plan = plan
-        self.dtype = dtype
-        self.device = torch.device(device)
+        self.plan, self.dtype, self.device = plan, dtype, torch.device(device)
         self.keeps_open = keeps_open
         self._slots = {slot.name: slot for slot in plan.slots}
         self._open_files: dict[Path, Any] = {}  # safetensors exports no type of its handles
@@ -142,9 +126,7 @@ class CheckpointReader(Mapping[str, Tensor]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __iter__(self) -> Iterator[str]:
@@ -154,7 +136,7 @@ class CheckpointReader(Mapping[str, Tensor]):
         return len(self._slots)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor of this canonical name, in `dtype` on `device`.
+        """Make the tensor of this canonical name, in `dtype` on `device`.
 
         Raises:
             KeyError: no such tensor.
@@ -163,7 +145,7 @@ class CheckpointReader(Mapping[str, Tensor]):
         return assemble(self._slots[name], self.read_stored, self.dtype)
 
     def read_stored(self, plain: str) -> Tensor:
-        """A tensor as it is stored, by its plain name, on `device`; nothing is opened for the meta device."""
+        """Read a tensor as it is stored, by its plain name, to `device`; nothing is opened for the meta device."""
         entry = self.plan.files.entries[plain]
         if self.device.type == "meta":
             return torch.empty(entry.shape, dtype=(TORCH_DTYPES | _PACKED_DTYPES)[entry.dtype], device="meta")
@@ -184,20 +166,14 @@ class CheckpointReader(Mapping[str, Tensor]):
 
 
 def stored_dtype(plan: CheckpointPlan) -> torch.dtype:
-    """The dtype that holds every plainly stored weight without loss; packed ones and scales do not count."""
-    dtype: torch.dtype | None = None
-    for slot in plan.slots:
-        if slot.recipe.is_low_bit:
-            continue
-        for part in slot.parts:
-            found = TORCH_DTYPES[plan.files.entries[part.name].dtype]
-            dtype = found if dtype is None else torch.promote_types(dtype, found)
-    assert dtype is not None, "every layout stores norms and biases plainly"
-    return dtype
+    """Return the dtype that holds every plainly stored weight without loss; codes and scales do not count."""
+    plain = (part.name for slot in plan.slots if not slot.recipe.is_low_bit for part in slot.parts)
+    # Never of nothing: every layout stores norms and biases plainly.
+    return functools.reduce(torch.promote_types, (TORCH_DTYPES[plan.files.entries[name].dtype] for name in plain))
 
 
 def build_model(config: ModelConfig, weights: Mapping[str, Tensor], *, has_region_ln: bool) -> Moondream3:
-    """The network with these canonical tensors assigned, not copied; for inference, no gradients.
+    """Build a network for inference, with these canonical tensors assigned, not copied.
 
     Raises:
         CheckpointError: the names are not exactly those of the network.

@@ -1,18 +1,13 @@
-"""A checkpoint written in any known layout, streaming: one canonical tensor in memory at a time.
+"""A checkpoint written in any known layout, one canonical tensor in memory at a time.
 
-The folder appears under its name by one rename, when all of it is on disk and was read back.
+The folder is made hidden beside its place, by one writer at a time, and appears under its name by one rename.
+A killed writer leaves it with the names and digests of the files that are finished; the next writer with the
+same source and settings goes on from there, any other starts anew. The header of a file follows from the name
+table and is written first, so each tensor goes to its place as soon as it is made; then the file is read back
+from the disk once, for its digest and to compare every tensor. Which values are written is not decided here.
 
-A checkpoint folder in the making: hidden beside its place, locked, continued after a kill, published by rename.
-
-Weight files that are finished stand in `.finished.json` with their digests and a line on what they were
-made from. A writer that was killed leaves the folder; the next one with the same line goes on from there,
-any other starts anew. A writer that fails removes it. No torch; knows nothing of tensors.
-
-Files of a checkpoint that is being written: where each tensor goes, and whether it arrived.
-
-The header of a safetensors file comes first and follows from the name table, so each tensor is
-written to its place as soon as it is made. Afterwards the file is read back from the disk once, for
-its digest and to compare every tensor with what was meant. Which values are written is not decided here.
+Files are written here, not by `safetensors.torch.save_file`: that needs a whole file in memory (18 GB in the raw
+layout, which is always one file) and orders tensors by name, so that the bytes of every checkpoint would change.
 """
 
 from __future__ import annotations
@@ -60,47 +55,46 @@ from md3cli.model.weights.read import TORCH_DTYPES, CheckpointReader, disassembl
 from md3cli.system import drop_cache, locked_folder, sync_folder
 
 _FINISHED = ".finished.json"
+DTYPE_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
+SHARD_LIMIT_BYTES = 5_000_000_000
+_ALIGNMENT = 8
+_READ_BYTES = 1 << 23
+
+Progress = Callable[[int], None]  # called with the bytes just written
+
+# -- the folder in the making ----------------------------------------------------------------------
 
 
 class PartialFolder:
-    """The hidden folder; use `open_partial`."""
+    """A checkpoint folder in the making; `open_partial` makes it. Knows nothing of tensors."""
 
     def __init__(self, path: Path, made_from: str | None) -> None:
-        self.path = path
-        self._made_from = made_from
-        self._digests: dict[str, str] = {}
-        state = self._read_state()
-        if made_from is not None and state.get("made_from") == made_from:
-            self._digests = dict(state["digests"])
-        else:
-            _empty(path)
-
-    def _read_state(self) -> JsonObject:
-        try:
-            state = json.loads((self.path / _FINISHED).read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return state if isinstance(state, dict) and isinstance(state.get("digests"), dict) else {}
+        self.path, self._made_from = path, made_from
+        finished = _finished_digests(path / _FINISHED, made_from)
+        self._digests = finished or {}
+        if finished is None:
+            for entry in path.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
 
     def has(self, name: str) -> bool:
-        """True for a file that an earlier writer finished."""
+        """Return True for a file that an earlier writer finished."""
         return name in self._digests and (self.path / name).is_file()
 
     def finish(self, name: str, sha256: str) -> None:
-        """Note a file that is whole and on disk."""
+        """Note that a file is whole and on disk."""
         self._digests[name] = sha256
         temporary = self.path / f"{_FINISHED}.new"
-        write_synced(temporary, json.dumps({"made_from": self._made_from, "digests": self._digests}))
+        _write_synced(temporary, json.dumps({"made_from": self._made_from, "digests": self._digests}))
         temporary.replace(self.path / _FINISHED)
 
     def publish(self, target: Path) -> None:
-        """Give the folder its name, with the weight files' digests in the form `sha256sum -c` reads.
-
-        Small files are not among them: they are judged when they are read, and may be edited. `target`
-        may be an empty folder.
-        """
+        """Give the folder its name, with the digests of the weight files; `target` may be an empty folder."""
+        # Small files have no digest: they are judged when they are read, and may be edited.
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(self._digests.items()))
-        write_synced(self.path / CHECKSUMS_NAME, lines)
+        _write_synced(self.path / CHECKSUMS_NAME, lines)
         if target.is_dir():
             target.rmdir()
         self.path.rename(target)
@@ -108,9 +102,21 @@ class PartialFolder:
         sync_folder(target.parent)
 
 
+def _finished_digests(file: Path, made_from: str | None) -> dict[str, str] | None:
+    """Return what an earlier writer finished; None where it made something else."""
+    try:
+        state = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if made_from is None or not isinstance(state, dict) or state.get("made_from") != made_from:
+        return None
+    digests = state.get("digests")
+    return digests if isinstance(digests, dict) else None
+
+
 @contextlib.contextmanager
 def open_partial(target: Path, made_from: str | None) -> Iterator[PartialFolder]:
-    """The folder in which `target` is made, for one writer at a time; removed where the writer raises.
+    """Yield the folder in which `target` is made, to one writer at a time; remove it where the writer raises.
 
     `made_from` names source and settings; None never continues what an earlier writer left.
 
@@ -133,32 +139,19 @@ def open_partial(target: Path, made_from: str | None) -> Iterator[PartialFolder]
             raise
 
 
-def write_synced(file: Path, text: str) -> None:
-    """Write a small text file and have it on disk."""
+def _write_synced(file: Path, text: str) -> None:
     with file.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-DTYPE_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
-_ALIGNMENT = 8
-_READ_BYTES = 1 << 23
-
-Progress = Callable[[int], None]  # called with the bytes just written
+# -- files: where each tensor goes, and whether it arrived -----------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a stored tensor goes: `start` counts from the end of the header."""
+    """Where a stored tensor goes: bytes `start` to `stop` behind the header."""
 
     dtype: str
     shape: Shape
@@ -168,7 +161,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file to write: its slots and the place of each of their tensors, by plain name."""
+    """One file to write: its slots, and the place of each of their tensors by its plain name."""
 
     slots: tuple[Slot, ...]
     places: Mapping[str, Place]
@@ -180,13 +173,13 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class StoredDtypes:
-    """What weights and int4's scales are stored in, in the safetensors spelling; scales of rows are float32."""
+    """The dtypes of weights and of int4's scales, in the safetensors spelling; scales of rows are float32."""
 
     weights: str
     int4_scales: str = "F32"
 
     def of(self, slot: Slot, part: StoredTensor) -> str:
-        """The dtype of one part of a slot; codes know their own."""
+        """Return the dtype of one part of a slot; a part of codes allows one only."""
         wanted = self.weights
         if slot.recipe.is_low_bit:
             wanted = self.int4_scales if slot.recipe is Recipe.INT4 else "F32"
@@ -194,7 +187,7 @@ class StoredDtypes:
 
 
 def lay_out(recipes: Iterable[Slot], dtypes: StoredDtypes, limit_bytes: int | None) -> Iterator[Shard]:
-    """Slots in order, cut into files of at most `limit_bytes` (a slot that is larger has one to itself)."""
+    """Cut slots, in order, into files of at most `limit_bytes`; a slot that is larger gets a file of its own."""
     group: list[Slot] = []
     size = 0
     for slot in recipes:
@@ -212,10 +205,10 @@ def _num_bytes(dtype: str, shape: Shape) -> int:
 
 
 def _shard(group: list[Slot], dtypes: StoredDtypes) -> Shard:
-    """Widest dtypes first, so that every tensor is aligned to its own size (as the library does)."""
     parts = [(dtypes.of(slot, part), part) for slot in group for part in slot.parts]
     places: dict[str, Place] = {}
     offset = 0
+    # Widest dtypes first, as the library does: every tensor is aligned to the size of its values.
     for code, part in sorted(parts, key=lambda item: -DTYPE_BYTES[item[0]]):
         size = _num_bytes(code, part.shape)
         places[part.name] = Place(code, part.shape, offset, offset + size)
@@ -230,9 +223,9 @@ def write_shard(
     layout: Format,
     progress: Progress = lambda num_bytes: None,
 ) -> str:
-    """Write one file, sync it and read it back; the SHA-256 of the file, 64 hex digits.
+    """Write one file, sync it and read it back; return its SHA-256, 64 hex digits.
 
-    `state` is asked for each canonical tensor once. Tensors are stored in the dtypes of their places.
+    `state` is asked for each canonical tensor once.
 
     Raises:
         OutputError: the file reads back different.
@@ -245,14 +238,14 @@ def write_shard(
         for slot in shard.slots:
             for plain, piece in disassemble(slot, state[slot.name]):
                 place = shard.places[plain]
-                content = tensor_bytes(piece.to(TORCH_DTYPES.get(place.dtype, piece.dtype))).numpy().data
+                content = _bytes_of(piece.to(TORCH_DTYPES.get(place.dtype, piece.dtype))).numpy().data
                 stream.seek(len(header) + place.start)
                 stream.write(content)
                 sums[plain] = zlib.crc32(content)
                 progress(place.stop - place.start)
         stream.flush()
         os.fsync(stream.fileno())
-        drop_cache(stream.fileno())
+        drop_cache(stream.fileno())  # else what is read back is memory, not the disk
     return _read_back(file, len(header), shard, sums)
 
 
@@ -288,12 +281,12 @@ def _read_back(file: Path, header_bytes: int, shard: Shard, sums: Mapping[str, i
     return digest.hexdigest()
 
 
-def tensor_bytes(tensor: Tensor) -> Tensor:
-    """The tensor's bytes in row order, without a copy where they already lie so."""
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """Return a tensor's bytes in row order, without a copy where they already lie so."""
     return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
 
 
-SHARD_LIMIT_BYTES = 5_000_000_000
+# -- a checkpoint ----------------------------------------------------------------------------------
 
 
 def write_checkpoint(
@@ -313,11 +306,10 @@ def write_checkpoint(
     """Write the canonical tensors `state` as the new folder `target`.
 
     Args:
-        state: is asked for each tensor once, so it may make them on demand (`checkpoint.CheckpointReader`).
+        state: is asked for each tensor once, so it may make them on demand (`read.CheckpointReader`).
             Matrices to be stored in 8 or 4 bits may come as codes; else extremes are spread over all codes.
-        dtype: of weights.
         int4_scale_dtype: of the scales and zero points of groups; scales of rows are float32.
-        marks: names as of a file to be read (`name_tables.slots`), saying which matrices become codes.
+        marks: stored names that say which matrices become codes (`names.slots`).
         made_from: what a target left by a killed writer must have been made from to be continued.
 
     Raises:
@@ -342,7 +334,7 @@ def write_checkpoint(
             _check_room(target, partial.path, missing)
             _write_files(partial, files, state, layout, progress)
             document = config_document(config, layout, dtype, table)
-            write_synced(partial.path / CONFIG_NAME, json.dumps(document, indent=1))
+            _write_synced(partial.path / CONFIG_NAME, json.dumps(document, indent=1))
             if tokenizer_file is not None:
                 shutil.copyfile(tokenizer_file, partial.path / TOKENIZER_NAME)
             partial.publish(target)
@@ -368,7 +360,6 @@ def _check_room(target: Path, folder: Path, num_bytes: int) -> None:
 
 
 def _named(shards: list[Shard]) -> dict[str, Shard]:
-    """Shards by file name, as the hub has them."""
     if len(shards) == 1:
         return {WEIGHTS_NAME: shards[0]}
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
@@ -390,17 +381,17 @@ def _write_files(
         homes = {stored_name(plain, layout): name for name, shard in files.items() for plain in shard.places}
         total = sum(shard.num_bytes for shard in files.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
-        write_synced(partial.path / f"{WEIGHTS_NAME}.index.json", json.dumps(index, indent=1))
+        _write_synced(partial.path / f"{WEIGHTS_NAME}.index.json", json.dumps(index, indent=1))
 
 
 # -- config.json ----------------------------------------------------------------------------------
 
 
 def config_document(config: ModelConfig, layout: Format, dtype: torch.dtype, table: Iterable[Slot] = ()) -> JsonObject:
-    """The config.json that goes with a layout: the port's style for it, four sections under `config` else.
+    """Return the config.json of a layout: in the HF port's style for that, else four sections under `config`.
 
-    `table` says which matrices are codes: int4's group size stands where the original's code looks
-    for it, int8 in a `quantization_config`.
+    `table` says which matrices are codes: int4's group size stands where the original's code looks for it,
+    int8 in a `quantization_config`.
     """
     table = list(table)
     sections: JsonObject = asdict(config)
@@ -412,16 +403,15 @@ def config_document(config: ModelConfig, layout: Format, dtype: torch.dtype, tab
     if layout is Format.HF:
         return {**hf_config(sections), "dtype": dtype_name}
     if any(slot.recipe is Recipe.INT8 for slot in table):
-        sections["quantization_config"] = quantization_config(table)
+        sections["quantization_config"] = _quantization_config(table)
     head = {"architectures": ["HfMoondream"], "model_type": "moondream3", "torch_dtype": dtype_name}
     return {**head, "config": sections}
 
 
-def quantization_config(table: Iterable[Slot]) -> JsonObject:
-    """What int8 means here, in the words of compressed-tensors: symmetric codes, one `weight_scale` per output row.
+def _quantization_config(table: Iterable[Slot]) -> JsonObject:
+    """Say what int8 means here, in the words of compressed-tensors; targets have `*` for the layer.
 
-    Its `targets` are the matrices' names with `*` for the layer. It stands inside `config`, where
-    transformers does not look for a quantiser of its own.
+    It stands inside `config`, where transformers does not look for a quantiser of its own.
     """
     layer = re.compile(r"\.blocks\.\d+\.")
     stems = (slot.name.removesuffix(".weight") for slot in table if slot.recipe is Recipe.INT8)
@@ -436,7 +426,7 @@ def quantization_config(table: Iterable[Slot]) -> JsonObject:
 def convert_checkpoint(
     source: Path, target: Path, layout: Format, *, progress: Progress = lambda num_bytes: None
 ) -> CheckpointPlan:
-    """Write the checkpoint `source` as the new folder `target` in another layout, and compare what was written.
+    """Write the checkpoint `source` as the new folder `target` in another layout, and compare both bit for bit.
 
     8- and 4-bit weights are widened to the dtype of the others; nothing else changes in value.
 
@@ -462,8 +452,7 @@ def convert_checkpoint(
 
 
 def _check_equal(plan: CheckpointPlan, written: CheckpointPlan, dtype: torch.dtype) -> None:
-    """Bit for bit, tensor by tensor."""
     with CheckpointReader(plan, dtype=dtype) as ours, CheckpointReader(written, dtype=dtype) as theirs:
         for name in ours:
-            if not torch.equal(tensor_bytes(ours[name]), tensor_bytes(theirs[name])):
+            if not torch.equal(_bytes_of(ours[name]), _bytes_of(theirs[name])):
                 raise OutputError(f"{written.files.folder}: {name} reads back different; the disk may be failing")
