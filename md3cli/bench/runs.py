@@ -4,7 +4,7 @@ Pictures are noise, weights may be random and answers mean nothing: only time an
 
 A benchmark's pictures as JPEG files, on their way through decode workers into the engine.
 
-The files lie in a temporary folder; `DecodePool` reads and cuts them as in any run. Unix only, as the
+The files lie in a temporary folder; `PicturePool` reads and cuts them as in any run. Unix only, as the
 pool is.
 """
 
@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 
 from md3cli.errors import EngineError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, Tiling
-from md3cli.images.pool import DecodePool
+from md3cli.images.pool import PicturePool
 from md3cli.model.engine import plain
 from md3cli.model.engine.encoder import EmbeddingStore, ImageEncoder
 from md3cli.model.engine.engine import Engine
@@ -47,7 +47,7 @@ AHEAD_PER_WORKER = 4  # pictures being decoded, or decoded and not taken
 class PhotoFiles:
     """JPEG files and the workers that decode them."""
 
-    def __init__(self, paths: Sequence[Path], pool: DecodePool, num_ahead: int) -> None:
+    def __init__(self, paths: Sequence[Path], pool: PicturePool, num_ahead: int) -> None:
         self._items = [ImageItem(path.name, str(path)) for path in paths]
         self._pool, self._num_ahead = pool, num_ahead
 
@@ -73,7 +73,7 @@ def photo_files(
     """`count` photographs of `size` (width, height) in a temporary folder, with `num_workers` decode workers."""
     with (
         tempfile.TemporaryDirectory(prefix="md3-bench-") as folder,
-        DecodePool(num_workers, crop_config, ImageLimits()) as pool,
+        PicturePool(num_workers, crop_config, ImageLimits()) as pool,
     ):
         yield PhotoFiles(write_photos(Path(folder), count, seed, size), pool, AHEAD_PER_WORKER * num_workers)
 

@@ -107,11 +107,11 @@ def _pictures() -> Iterator[Finding]:
     from PIL import Image, features
 
     from md3cli.images.crops import ImageLimits
-    from md3cli.images.pool import DecodePool
+    from md3cli.images.pool import PicturePool
     from md3cli.records import ImageItem
     from md3cli.run.model_handle import REAL_CROP_CONFIG
 
-    with tempfile.TemporaryDirectory() as folder, DecodePool(1, REAL_CROP_CONFIG, ImageLimits()) as pool:
+    with tempfile.TemporaryDirectory() as folder, PicturePool(1, REAL_CROP_CONFIG, ImageLimits()) as pool:
         path = os.path.join(folder, "test.png")
         Image.new("RGB", (64, 48)).save(path)
         try:

@@ -31,7 +31,7 @@ import numpy as np
 from md3cli.console import Summary
 from md3cli.errors import ImageError
 from md3cli.images.crops import PreparedImage, Tiling
-from md3cli.images.pool import DecodePool
+from md3cli.images.pool import PicturePool
 from md3cli.records import ImageItem, RecordDict, Request, SourceRow
 from md3cli.run.feed import CHANNELS, Feed, rows_ahead
 from md3cli.run.journal import encode_record
@@ -150,7 +150,7 @@ def _units(rows: Iterable[SourceRow]) -> Iterator[Unit]:
         yield Unit(tuple(together))
 
 
-def open_drawn(drawn: Drawn, pool: DecodePool, *, num_ahead: int, clock: Callable[[], float]) -> Opened:
+def open_drawn(drawn: Drawn, pool: PicturePool, *, num_ahead: int, clock: Callable[[], float]) -> Opened:
     """Open what was drawn, a bounded number at a time; pixels are not kept."""
     buckets: dict[int, list[Unit]] = {}
     tilings: dict[int, Tiling] = {}
@@ -172,7 +172,7 @@ def open_drawn(drawn: Drawn, pool: DecodePool, *, num_ahead: int, clock: Callabl
 
 
 def _decoded(
-    units: Iterable[Unit], pool: DecodePool, num_ahead: int
+    units: Iterable[Unit], pool: PicturePool, num_ahead: int
 ) -> Iterator[tuple[Unit, Future[PreparedImage] | None]]:
     ahead: deque[tuple[Unit, Future[PreparedImage] | None]] = deque()
     for unit in units:
@@ -226,7 +226,7 @@ class Measured:
 def measure(
     model: Model,
     sample: Sequence[SampledUnit],
-    pool: DecodePool,
+    pool: PicturePool,
     *,
     stop: StopSignals,
     clock: Callable[[], float],
@@ -290,7 +290,7 @@ class _SampleRun:
 
 
 def _run(
-    engine: Engine, model: Model, sample: Sequence[SampledUnit], pool: DecodePool, clock: Callable[[], float]
+    engine: Engine, model: Model, sample: Sequence[SampledUnit], pool: PicturePool, clock: Callable[[], float]
 ) -> _SampleRun:
     run = _SampleRun([])
     records = OrderedRecords(model.identity, run.records.extend, Summary())

@@ -1,25 +1,18 @@
-"""The decode pool: pictures are read and cut in worker processes, so that a bad one costs one record.
+"""The picture pool: pictures are read and cut in worker processes, so that a bad one costs one record.
 
-A C decoder that crashes, loops or eats memory takes its worker with it and nothing else: the picture
-fails with `decoder_crash`, `timeout` or `too_large`, the worker is replaced, the pool goes on. A worker
-may also be killed for no fault of its picture (by the kernel, when memory runs out): the picture gets a
-second try, with no other one beside it, and only one that ends two workers is a `decoder_crash`. Knows
-nothing of models or records. Comes in: `ImageItem`. Goes out: a future of `PreparedImage`.
+A C decoder that crashes, loops or eats memory takes its worker with it and nothing else: the picture fails with
+`decoder_crash`, `timeout` or `too_large`, the worker is replaced, the pool goes on. A worker may also be killed for
+no fault of its picture (by the kernel, when memory runs out): the picture gets a second try, with no other one beside
+it, and only one that ends two workers is a `decoder_crash`.
 
-How it works: each thread of an executor owns one worker process (decode_worker.py), sends it what to
-open and receives the crops straight into the array the caller gets. Nothing a worker says is trusted
-further than its size: the number of crops follows from width and height, here. Pixels come through a
-socket, which costs 2 ms a picture; a file in shared memory would cost 1 ms less, but falls under the
-run's file size limit (RLIMIT_FSIZE), which is there to stop outputs, not pictures.
+Each thread of an executor owns one worker process (worker.py), sends it what to open, and receives the crops straight
+into the array that the caller gets. Nothing a worker says is trusted further than its size: the number of crops
+follows from width and height, here. Pixels come through a socket, which costs 2 ms a picture; a file in shared memory
+would cost 1 ms less, but falls under the run's file size limit (RLIMIT_FSIZE), which is there to stop outputs.
 
-Workers are fresh interpreters, not forks of a process with threads and a CUDA context.
-
-The decode pool of a run, for pictures that are not files of their own: fetched, or cut out of Parquet, first.
-
-A picture on the disk goes straight to the decode workers, which open it. The bytes of any other are loaded by
-threads of this process, ahead of the decoder: remote ones by many, since they wait for the network; those inside
-Parquet files by one, since they are read in order. The workers get the bytes, and everything else is the same: the
-limits, the digest, the process that may die of them.
+A picture on the disk goes straight to a worker. The bytes of any other are loaded first, by threads of this process,
+ahead of the decoder: remote ones by many, since they wait for the network; those inside Parquet files by one, since
+they are read in order. Knows nothing of models or records.
 """
 
 from __future__ import annotations
@@ -33,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import asdict
-from types import TracebackType
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -46,14 +39,15 @@ from md3cli.images.worker import Setup
 from md3cli.records import ERROR_TYPES, ImageItem
 from md3cli.remote.address import is_address
 from md3cli.remote.hosts import FetchOptions
-from md3cli.remote.reader import ByteBudget
+from md3cli.remote.retry import ByteBudget
 from md3cli.source.manifest import open_regular
 from md3cli.source.parquet import CellReader
 
 if TYPE_CHECKING:
     from md3cli.remote.reader import Fetcher
 
-
+NUM_FETCHERS = 16
+AHEAD_BYTES = 256 * 2**20  # of files loaded, or being loaded, and not decoded yet
 _START_TIMEOUT_S = 60.0  # a worker needs 0.2 s here, many seconds where Python lies on a cold network disk
 _WORKER = "md3cli.images.worker:serve"
 _WORKER_ENVIRONMENT = {
@@ -65,8 +59,8 @@ _WORKER_ENVIRONMENT = {
 }
 
 
-class DecodePool:
-    """Reads and cuts pictures in `num_workers` processes, started one by one as work comes in.
+class PicturePool:
+    """Reads and cuts pictures in `num_workers` processes, started one by one as work comes in; a context closes it.
 
     `num_workers` 0 does the same work in the calling thread, without deadline or protection: the plain
     path that tests compare with. `submit` never waits, and a result is 4 to 6 MB for a photograph
@@ -81,8 +75,11 @@ class DecodePool:
         *,
         background: str | None = None,
         timeout_s: float = 20.0,
+        fetching: FetchOptions | None = None,
     ) -> None:
-        """`timeout_s` is for one picture, without its wait for another huge one.
+        """Start nothing yet; `timeout_s` is for decoding one picture, without its wait for another huge one.
+
+        `fetching` says how, and from whom, remote pictures are fetched.
 
         Raises:
             UsageError: `background` is no colour.
@@ -97,34 +94,39 @@ class DecodePool:
         self._is_closed = False
         self._huge = threading.Lock()  # held while a huge picture has its pixels in memory
         self._turns = _Turns()
-        self._is_told = False
+        self._has_warned = False
+        self._fetching = fetching or FetchOptions(limits.max_file_size)
+        self._budget = ByteBudget(AHEAD_BYTES)
+        self._cells = CellReader(open_regular)
+        self._fetch_threads = ThreadPoolExecutor(NUM_FETCHERS, "fetch")
+        self._cell_thread = ThreadPoolExecutor(1, "cells")
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def submit(self, item: ImageItem, data: bytes | None = None) -> Future[PreparedImage]:
-        """The future of a picture; with `data` these are its bytes, and nothing is opened.
+        """Return the future of a picture, wherever it is; with `data` these are its bytes, and nothing is opened.
 
         It raises ImageError; CancelledError when the pool was closed first; InputError when no worker
         can be started, which ends the run.
         """
-        if self._threads is not None:
-            return self._threads.submit(self._decode_in_worker, item, data)
-        done: Future[PreparedImage] = Future()
-        setup = self._setup
-        try:
-            done.set_result(prepare_image(item, setup.crop_config, setup.limits, setup.background, data=data))
-        except ImageError as error:
-            done.set_exception(error)
-        return done
+        if data is None and item.row_group is not None:
+            return self._decode_after(self._read_cell, item, self._cell_thread)
+        if data is None and is_address(item.path):
+            return self._decode_after(self._fetcher.fetch, item, self._fetch_threads)
+        return self._decode(item, data)
 
     def close(self) -> None:
-        """End the workers at once; what was not finished is cancelled. May be called twice."""
+        """End the workers at once; drop and cancel what was not finished. May be called twice."""
+        self._budget.close()
+        if "_fetcher" in vars(self):  # something was fetched
+            self._fetcher.close()
+        self._fetch_threads.shutdown(wait=False, cancel_futures=True)  # a store without asyncio may keep one waiting
+        self._cell_thread.shutdown(cancel_futures=True)
+        self._cells.close()
         with self._lock:
             self._is_closed = True
             workers = list(self._workers)
@@ -136,9 +138,59 @@ class DecodePool:
             worker.close()
 
     def worker_pids(self) -> list[int]:
-        """Process ids of the workers that were started and not found dead yet."""
+        """Return the process ids of the workers that were started and not found dead yet."""
         with self._lock:
             return sorted(worker.pid for worker in self._workers)
+
+    # -- loading -------------------------------------------------------------------------------------
+
+    @cached_property
+    def _fetcher(self) -> Fetcher:
+        from md3cli.remote.reader import Fetcher  # needs the extra `remote`
+
+        return Fetcher(self._fetching, self._budget)
+
+    def _read_cell(self, item: ImageItem, number: int) -> bytes:
+        data = self._cells.read(item, self._fetching.limit_bytes)
+        self._budget.take(number, len(data))
+        return data
+
+    def _decode_after(
+        self, load: Callable[[ImageItem, int], bytes], item: ImageItem, threads: ThreadPoolExecutor
+    ) -> Future[PreparedImage]:
+        done: Future[PreparedImage] = Future()
+        loading = threads.submit(self._load_and_decode, load, item, done)
+        loading.add_done_callback(lambda ended: _pass_failure(ended, done))
+        return done
+
+    def _load_and_decode(
+        self, load: Callable[[ImageItem, int], bytes], item: ImageItem, done: Future[PreparedImage]
+    ) -> None:
+        number = self._budget.open()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._budget.give_back, number)
+            decoding = self._decode(item, load(item, number))
+            undo.pop_all()
+
+        def pass_on(decoded: Future[PreparedImage]) -> None:
+            self._budget.give_back(number)
+            if not _pass_failure(decoded, done):
+                done.set_result(decoded.result())
+
+        decoding.add_done_callback(pass_on)
+
+    # -- decoding ------------------------------------------------------------------------------------
+
+    def _decode(self, item: ImageItem, data: bytes | None) -> Future[PreparedImage]:
+        if self._threads is not None:
+            return self._threads.submit(self._decode_in_worker, item, data)
+        done: Future[PreparedImage] = Future()
+        setup = self._setup
+        try:
+            done.set_result(prepare_image(item, setup.crop_config, setup.limits, setup.background, data=data))
+        except ImageError as error:
+            done.set_exception(error)
+        return done
 
     def _decode_in_worker(self, item: ImageItem, data: bytes | None) -> PreparedImage:
         try:
@@ -148,7 +200,7 @@ class DecodePool:
             if error.type != "decoder_crash" or self._is_closed:
                 self._raise_cancelled_if_closed()
                 raise
-            self._tell_once(error)
+            self._warn_once(error)
         except Exception:
             self._raise_cancelled_if_closed()
             raise
@@ -168,10 +220,10 @@ class DecodePool:
         if self._is_closed:
             raise CancelledError from None
 
-    def _tell_once(self, error: ImageError) -> None:
+    def _warn_once(self, error: ImageError) -> None:
         with self._lock:
-            is_told, self._is_told = self._is_told, True
-        if not is_told:
+            had_warned, self._has_warned = self._has_warned, True
+        if not had_warned:
             advice = "if memory runs out, use fewer --workers"
             warnings.warn(f"{error}: its picture is tried once more, as any later one will be; {advice}", stacklevel=2)
 
@@ -199,6 +251,18 @@ class DecodePool:
             worker.kill()
         worker.wait_until_ready()
         return worker
+
+
+def _pass_failure(ended: Future[Any], done: Future[PreparedImage]) -> bool:
+    """Make `done` fail as `ended` did; return whether it did."""
+    error = None if ended.cancelled() else ended.exception()
+    if ended.cancelled() or isinstance(error, CancelledError):
+        done.cancel()
+    elif isinstance(error, ImageError):  # a fresh one: the traceback of the old holds the bytes that came
+        done.set_exception(ImageError(error.type, str(error)))
+    elif error is not None:
+        done.set_exception(error)
+    return done.done()
 
 
 class _Turns:
@@ -312,95 +376,3 @@ class _Worker(Child):
         if status >= 0:
             return f"the decoder ended with status {status}"
         return f"the decoder died of signal {-status} ({signal.strsignal(-status)})"
-
-
-NUM_FETCHERS = 16
-AHEAD_BYTES = 256 * 2**20  # of files loaded, or being loaded, and not decoded yet
-
-_Load = Callable[[ImageItem, int], bytes]
-
-
-class PicturePool(DecodePool):
-    """A `DecodePool` for pictures from anywhere."""
-
-    def __init__(
-        self,
-        num_workers: int,
-        crop_config: CropConfig,
-        limits: ImageLimits,
-        *,
-        background: str | None = None,
-        timeout_s: float = 20.0,
-        fetching: FetchOptions | None = None,
-    ) -> None:
-        """`timeout_s` is for decoding; `fetching` says how, and from whom, remote pictures are fetched."""
-        super().__init__(num_workers, crop_config, limits, background=background, timeout_s=timeout_s)
-        self._options = fetching or FetchOptions(limits.max_file_size)
-        self._budget = ByteBudget(AHEAD_BYTES)
-        self._cells = CellReader(open_regular)
-        self._fetcher: Fetcher | None = None
-        self._fetch_threads = ThreadPoolExecutor(NUM_FETCHERS, "fetch")
-        self._cell_thread = ThreadPoolExecutor(1, "cells")
-
-    def submit(self, item: ImageItem, data: bytes | None = None) -> Future[PreparedImage]:
-        """As `DecodePool.submit`, wherever the picture is."""
-        if data is None and item.row_group is not None:
-            return self._decode_after(self._read_cell, item, self._cell_thread)
-        if data is None and is_address(item.path):
-            if self._fetcher is None:
-                self._fetcher = _make_fetcher(self._options, self._budget)
-            return self._decode_after(self._fetcher.fetch, item, self._fetch_threads)
-        return super().submit(item, data)
-
-    def close(self) -> None:
-        """As `DecodePool.close`; what is being fetched is dropped."""
-        self._budget.close()
-        if self._fetcher is not None:
-            self._fetcher.close()
-        self._fetch_threads.shutdown(wait=False, cancel_futures=True)  # a store without asyncio may keep one waiting
-        self._cell_thread.shutdown(cancel_futures=True)
-        self._cells.close()
-        super().close()
-
-    def _decode_after(self, load: _Load, item: ImageItem, threads: ThreadPoolExecutor) -> Future[PreparedImage]:
-        done: Future[PreparedImage] = Future()
-        loading = threads.submit(self._load_and_decode, load, item, done)
-        loading.add_done_callback(lambda ended: _pass_failure(ended, done))
-        return done
-
-    def _load_and_decode(self, load: _Load, item: ImageItem, done: Future[PreparedImage]) -> None:
-        number = self._budget.open()
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._budget.give_back, number)
-            decoding = super().submit(item, load(item, number))
-            undo.pop_all()
-
-        def pass_on(decoded: Future[PreparedImage]) -> None:
-            self._budget.give_back(number)
-            if not _pass_failure(decoded, done):
-                done.set_result(decoded.result())
-
-        decoding.add_done_callback(pass_on)
-
-    def _read_cell(self, item: ImageItem, number: int) -> bytes:
-        data = self._cells.read(item, self._options.limit_bytes)
-        self._budget.take(number, len(data))
-        return data
-
-
-def _make_fetcher(options: FetchOptions, budget: ByteBudget) -> Fetcher:
-    from md3cli.remote.reader import Fetcher
-
-    return Fetcher(options, budget)
-
-
-def _pass_failure(ended: Future[Any], done: Future[PreparedImage]) -> bool:
-    """Make `done` fail as `ended` did; whether it did."""
-    error = None if ended.cancelled() else ended.exception()
-    if ended.cancelled() or isinstance(error, CancelledError):
-        done.cancel()
-    elif isinstance(error, ImageError):  # a fresh one: the traceback of the old holds the bytes that came
-        done.set_exception(ImageError(error.type, str(error)))
-    elif error is not None:
-        done.set_exception(error)
-    return done.done()

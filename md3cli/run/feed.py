@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 from md3cli.config import DecodeOptions, RunConfig
 from md3cli.errors import ImageError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage
-from md3cli.images.pool import DecodePool, PicturePool
+from md3cli.images.pool import PicturePool
 from md3cli.records import ImageFacts, ImageItem, Request, RowFailure, SourceRow
 from md3cli.remote.hosts import FetchOptions, HostRules
 from md3cli.run.record_index import Ids
@@ -69,12 +69,12 @@ def num_auto_workers() -> int:
     return min(MAX_AUTO_WORKERS, num_cores())
 
 
-def make_pool(config: RunConfig, crop_config: CropConfig) -> DecodePool:
+def make_pool(config: RunConfig, crop_config: CropConfig) -> PicturePool:
     """The decode workers of a run."""
     return make_decode_pool(config.decode, config.model.background, crop_config)
 
 
-def make_decode_pool(options: DecodeOptions, background: str, crop_config: CropConfig) -> DecodePool:
+def make_decode_pool(options: DecodeOptions, background: str, crop_config: CropConfig) -> PicturePool:
     """Decode workers as `options` say, and whoever fetches pictures for them."""
     hosts = HostRules(frozenset(options.named_hosts), options.may_fetch_private, options.root)
     return PicturePool(
@@ -108,7 +108,7 @@ class Feed:
         *,
         ids: Ids,
         is_done: Callable[[str, SourceRow, Request], bool],
-        pool: DecodePool,
+        pool: PicturePool,
         num_ahead: int,
         fail: Callable[[Ticket, RowFailure], None],
         recall: Callable[[Ticket], bool],

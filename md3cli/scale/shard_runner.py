@@ -31,7 +31,7 @@ from typing import NamedTuple, Self, cast
 from md3cli.config import DecodeOptions, ModelOptions
 from md3cli.errors import EngineError
 from md3cli.finished.record_shape import is_record_of
-from md3cli.images.pool import DecodePool
+from md3cli.images.pool import PicturePool
 from md3cli.records import OK_TAIL, RecordDict, Request, RowFailure, SourceRow
 from md3cli.run.feed import Feed, Ticket, make_decode_pool, rows_ahead
 from md3cli.run.journal import encode_record
@@ -85,7 +85,7 @@ class ShardAttempt:
         self,
         history: ShardHistory,
         journal: AttemptJournal,
-        pool: DecodePool,
+        pool: PicturePool,
         model: WarmModel,
         should_stop: Callable[[], bool],
         on_progress: Callable[[int, int], None],
@@ -272,7 +272,7 @@ class ShardRunner:
                 "name the same --model and --revision on every machine"
             )
         self._worker = new_attempt()
-        self._pool: DecodePool | None = None
+        self._pool: PicturePool | None = None
         self.attempt = new_attempt()
 
     def __enter__(self) -> Self:
@@ -331,7 +331,7 @@ class ShardRunner:
         """True while the model is being loaded; asked from another thread."""
         return self._model.is_loading
 
-    def _pool_of_run(self) -> DecodePool:
+    def _pool_of_run(self) -> PicturePool:
         if self._pool is None:
             background = self.plan.identity.background
             self._pool = make_decode_pool(self._decode, background, self._model.crop_config)

@@ -12,7 +12,7 @@ from corpus import Case, encode, picture, write_corpus
 
 from md3cli.errors import ImageError
 from md3cli.images.crops import CropConfig, ImageLimits
-from md3cli.images.pool import DecodePool
+from md3cli.images.pool import PicturePool
 from md3cli.records import MESSAGE_LIMIT_CHARS, ImageItem, is_printable
 
 CFG = CropConfig(crop_size=42, patch_size=6, overlap_margin=2, max_crops=12)
@@ -25,7 +25,7 @@ def corpus(tmp_path_factory) -> tuple[Path, list[Case]]:
     return root, write_corpus(root)
 
 
-def outcome(pool: DecodePool, path: str) -> tuple[tuple[int, int] | None, str | None, str]:
+def outcome(pool: PicturePool, path: str) -> tuple[tuple[int, int] | None, str | None, str]:
     """Upright size, error type and message of one file, which must come in time."""
     try:
         got = pool.submit(ImageItem(name="x", path=path)).result(timeout=SLOWEST_S)
@@ -45,7 +45,7 @@ def test_the_corpus_is_large_and_has_no_doubles(corpus):
 def test_every_file_has_its_one_right_outcome(corpus, capfd):
     root, cases = corpus
     wrong = {}
-    with DecodePool(1, CFG, ImageLimits()) as pool:
+    with PicturePool(1, CFG, ImageLimits()) as pool:
         outcome(pool, str(root / "good/mode-L.jpg"))
         pids = pool.worker_pids()
         for case in cases:
@@ -63,7 +63,7 @@ def test_every_file_has_its_one_right_outcome(corpus, capfd):
 
 def test_the_plain_path_says_the_same(corpus):
     root, cases = corpus
-    plain = DecodePool(0, CFG, ImageLimits())
+    plain = PicturePool(0, CFG, ImageLimits())
     got = {case.path: outcome(plain, str(root / case.path))[:2] for case in cases}
     assert got == {case.path: (case.size, case.error) for case in cases}
 
@@ -72,7 +72,7 @@ def test_bombs_are_refused_from_the_header(corpus):
     root, cases = corpus
     bombs = [case for case in cases if case.error == "too_large"]
     assert len(bombs) >= 8
-    with DecodePool(1, CFG, ImageLimits()) as pool:
+    with PicturePool(1, CFG, ImageLimits()) as pool:
         outcome(pool, str(root / "good/mode-L.jpg"))
         before = memory_mb(pool.worker_pids()[0], "VmHWM")
         for bomb in bombs:
@@ -125,7 +125,7 @@ def check_mutated(count: int, folder: Path) -> Counter[str]:
     """Every one gives a picture or an error of its own, in time, and no decoder dies or grows over it."""
     seen: Counter[str] = Counter()
     path = str(folder / "mutated.jpg")
-    with DecodePool(1, CFG, ImageLimits(max_pixels=2**24)) as pool:
+    with PicturePool(1, CFG, ImageLimits(max_pixels=2**24)) as pool:
         outcome(pool, path)
         [pid] = pool.worker_pids()
         for number, data in enumerate(mutated(count)):

@@ -22,7 +22,7 @@ from md3cli import child
 from md3cli.errors import ImageError, InputError, UsageError
 from md3cli.images import pool as pool_module
 from md3cli.images.crops import CropConfig, ImageLimits
-from md3cli.images.pool import DecodePool
+from md3cli.images.pool import PicturePool
 from md3cli.records import ImageItem
 
 CFG = CropConfig(crop_size=42, patch_size=6, overlap_margin=2, max_crops=12)
@@ -124,15 +124,15 @@ def is_gone(pid: int) -> bool:
 
 @pytest.mark.parametrize("background", [None, "teal"])
 def test_workers_give_what_the_plain_path_gives(files, background):
-    plain = DecodePool(0, CFG, LIMITS, background=background)
+    plain = PicturePool(0, CFG, LIMITS, background=background)
     expected = [outcome(plain.submit(item)) for item in files]
-    with DecodePool(2, CFG, LIMITS, background=background) as pool:
+    with PicturePool(2, CFG, LIMITS, background=background) as pool:
         for _ in range(3):
             assert [outcome(future) for future in [pool.submit(item) for item in files]] == expected
 
 
 def test_results_belong_to_the_caller(good, files):
-    with DecodePool(1, CFG, LIMITS) as pool:
+    with PicturePool(1, CFG, LIMITS) as pool:
         first = pool.submit(good).result(PATIENCE_S)
         copy = first.crops.copy()
         for item in files:
@@ -145,13 +145,13 @@ def test_odd_names_and_members_of_archives_reach_the_worker(tmp_path, good):
     data = Path(good.path).read_bytes()
     odd = tmp_path / os.fsdecode(b"line\nfeed \xff\xed\xa0\x80.jpg")
     odd.write_bytes(b"before" + data + b"behind")
-    with DecodePool(1, CFG, LIMITS) as pool:
+    with PicturePool(1, CFG, LIMITS) as pool:
         member = pool.submit(ImageItem("x", str(odd), offset=6, size=len(data)))
         assert outcome(member) == outcome(pool.submit(good))
 
 
 def test_workers_start_one_by_one(good):
-    with DecodePool(4, CFG, LIMITS) as pool:
+    with PicturePool(4, CFG, LIMITS) as pool:
         assert pool.worker_pids() == []
         for _ in range(3):
             pool.submit(good).result(PATIENCE_S)
@@ -160,7 +160,7 @@ def test_workers_start_one_by_one(good):
 
 def test_a_background_that_is_no_colour_is_refused_at_once():
     with pytest.raises(UsageError):
-        DecodePool(1, CFG, LIMITS, background="nonsense")
+        PicturePool(1, CFG, LIMITS, background="nonsense")
 
 
 # --- what happens to a worker costs one picture -------------------------------------------------------
@@ -168,7 +168,7 @@ def test_a_background_that_is_no_colour_is_refused_at_once():
 
 @pytest.mark.parametrize(("deed", "message"), [("crash", "signal 11"), ("exit", "status 7")])
 def test_a_decoder_that_dies_costs_one_picture(obedient, good, deed, message):
-    with DecodePool(2, CFG, LIMITS) as pool:
+    with PicturePool(2, CFG, LIMITS) as pool:
         whole = outcome(pool.submit(good))
         futures = [pool.submit(told(good, deed) if n % 5 == 2 else good) for n in range(20)]
         for number, future in enumerate(futures):
@@ -181,7 +181,7 @@ def test_a_decoder_that_dies_costs_one_picture(obedient, good, deed, message):
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_picture_whose_worker_is_killed_gets_a_second_try(obedient, good, signum):
-    with warnings.catch_warnings(record=True, action="always") as told_words, DecodePool(1, CFG, LIMITS) as pool:
+    with warnings.catch_warnings(record=True, action="always") as told_words, PicturePool(1, CFG, LIMITS) as pool:
         whole = outcome(pool.submit(good))
         for _ in range(3):
             [pid] = pool.worker_pids()
@@ -210,7 +210,7 @@ def test_the_second_try_is_alone(monkeypatch, tmp_path, good):
         os.unlink(mine)
 """
     run_instead(monkeypatch, OBEDIENT.replace("    return real(item", f"{deeds}    return real(item"))
-    with warnings.catch_warnings(action="ignore"), DecodePool(3, CFG, LIMITS) as pool:
+    with warnings.catch_warnings(action="ignore"), PicturePool(3, CFG, LIMITS) as pool:
         whole = outcome(pool.submit(good))
         names = ["other", "fussy", "other"] * 4
         assert [outcome(future) for future in [pool.submit(told(good, name)) for name in names]] == [whole] * 12
@@ -218,7 +218,7 @@ def test_the_second_try_is_alone(monkeypatch, tmp_path, good):
 
 @pytest.mark.parametrize("num_workers", [1, 4])
 def test_a_picture_that_kills_twice_fails_and_the_pool_goes_on(obedient, good, num_workers):
-    with warnings.catch_warnings(action="ignore"), DecodePool(num_workers, CFG, LIMITS) as pool:
+    with warnings.catch_warnings(action="ignore"), PicturePool(num_workers, CFG, LIMITS) as pool:
         whole = outcome(pool.submit(good))
         futures = [pool.submit(told(good, "crash") if n % 3 == 1 else good) for n in range(12)]
         for number, future in enumerate(futures):
@@ -229,7 +229,7 @@ def test_a_picture_that_kills_twice_fails_and_the_pool_goes_on(obedient, good, n
 
 
 def test_a_worker_that_is_stopped_is_replaced_and_its_picture_times_out(obedient, good):
-    with DecodePool(1, CFG, LIMITS, timeout_s=2.0) as pool:
+    with PicturePool(1, CFG, LIMITS, timeout_s=2.0) as pool:
         whole = outcome(pool.submit(good))
         [pid] = pool.worker_pids()
         stuck, waiting = pool.submit(told(good, "sleep")), pool.submit(good)
@@ -241,7 +241,7 @@ def test_a_worker_that_is_stopped_is_replaced_and_its_picture_times_out(obedient
 
 
 def test_a_decoder_that_never_ends_is_stopped_in_time(obedient, good):
-    with DecodePool(1, CFG, LIMITS, timeout_s=1.0) as pool:
+    with PicturePool(1, CFG, LIMITS, timeout_s=1.0) as pool:
         whole = outcome(pool.submit(good))
         started = time.monotonic()
         error = pool.submit(told(good, "sleep")).exception(PATIENCE_S)
@@ -252,7 +252,7 @@ def test_a_decoder_that_never_ends_is_stopped_in_time(obedient, good):
 
 
 def test_an_idle_worker_that_dies_costs_nothing(good):
-    with DecodePool(1, CFG, LIMITS) as pool:
+    with PicturePool(1, CFG, LIMITS) as pool:
         whole = outcome(pool.submit(good))
         [pid] = pool.worker_pids()
         os.kill(pid, signal.SIGKILL)
@@ -263,7 +263,7 @@ def test_an_idle_worker_that_dies_costs_nothing(good):
 def test_running_out_of_memory_is_too_large_and_no_crash(obedient, tmp_path, good):
     big = tmp_path / "big.png"
     big.write_bytes(encode(Image.new("1", (9000, 9000)), "PNG"))
-    with DecodePool(1, CFG, LIMITS) as pool:
+    with PicturePool(1, CFG, LIMITS) as pool:
         assert error_type(pool.submit(ImageItem("starve", str(big)))) == "too_large"
         assert pool.submit(good).result(PATIENCE_S).width == 200
 
@@ -271,7 +271,7 @@ def test_running_out_of_memory_is_too_large_and_no_crash(obedient, tmp_path, goo
 def test_nothing_of_a_decoder_reaches_stderr(obedient, tmp_path, good, capfd):
     broken = tmp_path / "broken.tif"
     broken.write_bytes(tiff(40, 40, 8, bytes(20)))
-    with DecodePool(1, CFG, LIMITS) as pool:
+    with PicturePool(1, CFG, LIMITS) as pool:
         pool.submit(told(good, "write")).result(PATIENCE_S)
         assert error_type(pool.submit(ImageItem("b", str(broken)))) == "decode"
     assert capfd.readouterr() == ("", "")
@@ -296,7 +296,7 @@ def test_a_worker_that_talks_nonsense_is_not_believed(monkeypatch, good, answer)
     code = WORKER.replace("serve()", "")
     code += f"\nimport md3cli.images.worker as w\nw._serve_one = lambda channel, item, setup: channel.{answer}\nserve()"
     run_instead(monkeypatch, code)
-    with DecodePool(1, CFG, LIMITS) as pool:
+    with PicturePool(1, CFG, LIMITS) as pool:
         assert error_type(pool.submit(good)) == "decoder_crash"
 
 
@@ -304,7 +304,7 @@ def test_many_replacements_leave_nothing_open(obedient, good):
     def num_open() -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    with DecodePool(1, CFG, LIMITS) as pool:
+    with PicturePool(1, CFG, LIMITS) as pool:
         pool.submit(good).result(PATIENCE_S)
         before = num_open()
         for _ in range(8):
@@ -319,7 +319,7 @@ def test_many_replacements_leave_nothing_open(obedient, good):
 
 def test_huge_pictures_wait_for_each_other_without_losing_their_time(obedient, files):
     huge, small = files[0], files[3]  # OBEDIENT calls more than 2000 pixels huge
-    with DecodePool(3, CFG, LIMITS, timeout_s=1.0) as pool:
+    with PicturePool(3, CFG, LIMITS, timeout_s=1.0) as pool:
         with pool._huge:  # as if another one were in memory
             waiting = [pool.submit(huge) for _ in range(2)]
             assert pool.submit(small).result(PATIENCE_S).width == 1
@@ -332,7 +332,7 @@ def test_a_huge_picture_that_kills_its_decoder_lets_the_next_one_in(monkeypatch,
     late = "if item.name == 'late': kwargs['on_header'](9999); os._exit(1)"
     dies_late = OBEDIENT.replace("    return real(item", f"    {late}\n    return real(item")
     run_instead(monkeypatch, dies_late)
-    with DecodePool(2, CFG, LIMITS) as pool:
+    with PicturePool(2, CFG, LIMITS) as pool:
         assert error_type(pool.submit(told(good, "late"))) == "decoder_crash"
         assert pool.submit(good).result(PATIENCE_S).width == 200
 
@@ -341,7 +341,7 @@ def test_a_huge_picture_that_kills_its_decoder_lets_the_next_one_in(monkeypatch,
 
 
 def test_close_ends_what_is_running_and_cancels_the_rest(obedient, good):
-    pool = DecodePool(2, CFG, LIMITS)
+    pool = PicturePool(2, CFG, LIMITS)
     futures = [pool.submit(told(good, "sleep")) for _ in range(6)]
     wait_until(lambda: len(pool.worker_pids()) == 2)
     pids = pool.worker_pids()
@@ -355,7 +355,7 @@ def test_close_ends_what_is_running_and_cancels_the_rest(obedient, good):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_workers_leave_stopping_to_the_run(good, signum):
-    with DecodePool(1, CFG, LIMITS) as pool:
+    with PicturePool(1, CFG, LIMITS) as pool:
         pool.submit(good).result(PATIENCE_S)
         pids = pool.worker_pids()
         os.kill(pids[0], signum)
@@ -365,7 +365,7 @@ def test_workers_leave_stopping_to_the_run(good, signum):
 
 
 def test_a_signal_to_the_terminals_group_does_not_reach_workers(good):
-    with DecodePool(1, CFG, LIMITS) as pool:
+    with PicturePool(1, CFG, LIMITS) as pool:
         pool.submit(good).result(PATIENCE_S)
         assert os.getpgid(pool.worker_pids()[0]) != os.getpgid(0)
 
@@ -378,7 +378,7 @@ def test_no_worker_outlives_a_run_that_was_killed(good):
         from md3cli.records import ImageItem
         from md3cli.images.crops import CropConfig, ImageLimits
         child.code_of = lambda entry: {OBEDIENT!r}
-        pool = decode.DecodePool(2, CropConfig(42, 6, 2, 12), ImageLimits())
+        pool = decode.PicturePool(2, CropConfig(42, 6, 2, 12), ImageLimits())
         futures = [pool.submit(ImageItem(name, {good.path!r})) for name in ("sleep", "idle")]
         while not futures[1].done() or len(pool.worker_pids()) < 2: time.sleep(0.01)
         print(*pool.worker_pids(), flush=True)
@@ -398,14 +398,14 @@ def test_a_worker_that_is_killed_while_it_starts_is_started_again(monkeypatch, t
     dies = f"import os, pathlib, signal\nif not pathlib.Path({str(first)!r}).exists():\n"
     dies += f"    pathlib.Path({str(first)!r}).touch(); os.kill(os.getpid(), signal.SIGKILL)\n"
     run_instead(monkeypatch, dies + WORKER)
-    with DecodePool(1, CFG, LIMITS) as pool:
+    with PicturePool(1, CFG, LIMITS) as pool:
         assert pool.submit(good).result(PATIENCE_S).width == 200
     assert first.exists()
 
 
 def test_where_no_worker_starts_the_run_is_told_why(monkeypatch, good):
     run_instead(monkeypatch, "raise SystemExit('no such thing as numpy')")
-    with DecodePool(1, CFG, LIMITS) as pool:
+    with PicturePool(1, CFG, LIMITS) as pool:
         for _ in range(2):
             with pytest.raises(InputError, match="could not start \\(no such thing as numpy\\)"):
                 pool.submit(good).result(PATIENCE_S)
@@ -416,7 +416,7 @@ def test_files_in_the_working_folder_are_not_imported(tmp_path, good, monkeypatc
     (tmp_path / "PIL.py").write_text("raise SystemExit('imported from the pictures folder')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    with DecodePool(1, CFG, LIMITS) as pool:
+    with PicturePool(1, CFG, LIMITS) as pool:
         assert pool.submit(good).result(PATIENCE_S).width == 200
 
 
@@ -424,7 +424,7 @@ def test_a_file_size_limit_of_the_run_does_not_touch_pictures(good):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with DecodePool(1, CFG, LIMITS) as pool:
+        with PicturePool(1, CFG, LIMITS) as pool:
             assert pool.submit(good).result(PATIENCE_S).crops.nbytes > 1000
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

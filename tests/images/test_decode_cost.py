@@ -14,7 +14,7 @@ from corpus import turned_exif
 from PIL import Image
 
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, prepare_image
-from md3cli.images.pool import DecodePool
+from md3cli.images.pool import PicturePool
 from md3cli.records import ImageItem
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def test_processes_cost_at_most_15_percent_more_than_threads(tmp_path, size, cou
     Image.open(PHOTO).resize(size, Image.Resampling.BICUBIC).save(path, quality=88)
     items = [ImageItem("photo.jpg", str(path))] * count
     best = {"threads": float("inf"), "processes": float("inf")}
-    with DecodePool(NUM_WORKERS, CFG, LIMITS) as pool, ThreadPoolExecutor(NUM_WORKERS) as threads:
+    with PicturePool(NUM_WORKERS, CFG, LIMITS) as pool, ThreadPoolExecutor(NUM_WORKERS) as threads:
         ways = {
             "threads": lambda item: threads.submit(prepare_image, item, CFG, LIMITS, None),
             "processes": pool.submit,
@@ -68,7 +68,7 @@ def test_processes_cost_at_most_15_percent_more_than_threads(tmp_path, size, cou
 def test_a_200_megapixel_photograph_on_its_side_takes_less_than_1_5_gb(tmp_path):
     path = tmp_path / "huge.jpg"
     Image.new("RGB", (16320, 12240), "teal").save(path, exif=turned_exif(6))
-    with DecodePool(1, CFG, LIMITS, timeout_s=120) as pool:
+    with PicturePool(1, CFG, LIMITS, timeout_s=120) as pool:
         got = pool.submit(ImageItem("huge.jpg", str(path))).result()
         assert (got.width, got.height) == (12240, 16320)
         status = Path(f"/proc/{pool.worker_pids()[0]}/status").read_text()

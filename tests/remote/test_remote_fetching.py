@@ -15,8 +15,7 @@ from faulty_servers import Fault, WebServer
 from md3cli.errors import ImageError, InputError
 from md3cli.records import ImageItem
 from md3cli.remote.hosts import FetchOptions, HostRules, Zone
-from md3cli.remote.reader import ByteBudget
-from md3cli.remote.retry import Patience, Retries
+from md3cli.remote.retry import ByteBudget, Patience, Retries
 
 pytest.importorskip("aiohttp", reason="needs the extra: pip install 'md3cli[remote]'")
 from md3cli.remote import http as web_module

@@ -12,7 +12,7 @@ import numpy as np
 
 from md3cli.errors import ImageError
 from md3cli.images.crops import CropConfig, PreparedImage, Tiling
-from md3cli.images.pool import DecodePool
+from md3cli.images.pool import PicturePool
 from md3cli.records import ImageItem, Request, RowFailure, RunIdentity, SourceRow, Task, request_id
 from md3cli.run.feed import ROWS_AT_A_TIME, Feed, Ticket, rows_ahead
 from md3cli.run.record_index import RequestIds
@@ -21,7 +21,7 @@ RUN = RunIdentity("m@1")
 CAR, DOG = Request(Task.DETECT, "car"), Request(Task.DETECT, "dog")
 
 
-class HandPool(DecodePool):
+class HandPool(PicturePool):
     """Pictures are ready when the test says so."""
 
     def __init__(self) -> None:

@@ -47,9 +47,9 @@ def test_one_picture_asked_often_is_decoded_once(md3: Program, pictures: Path, m
     rows = [{"image": "p0.png", "task": "detect", "prompt": prompt} for prompt in "abc"]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     opened = []
-    submit = md3cli_decode().DecodePool.submit
+    submit = md3cli_decode().PicturePool.submit
     monkeypatch.setattr(
-        "md3cli.images.pool.DecodePool.submit", lambda self, *what: opened.append(what) or submit(self, *what)
+        "md3cli.images.pool.PicturePool.submit", lambda self, *what: opened.append(what) or submit(self, *what)
     )
     assert len(records_of(md3("run", manifest, "--task", "detect:x").stdout)) == 3
     assert len(opened) == 1
@@ -351,15 +351,15 @@ def test_a_late_picture_holds_back_the_records_behind_it(
 ) -> None:
     make_pictures(pictures, 80)
     monkeypatch.setattr("md3cli.run.local.BATCHES_AHEAD", 2)
-    from md3cli.images.pool import DecodePool
+    from md3cli.images.pool import PicturePool
 
-    decode = DecodePool._decode_in_worker
+    decode = PicturePool._decode_in_worker
 
-    def slow_first(self: DecodePool, item: ImageItem, data: bytes | None) -> object:
+    def slow_first(self: PicturePool, item: ImageItem, data: bytes | None) -> object:
         if item.name == "p0.png":
             time.sleep(1.5)
         return decode(self, item, data)
 
-    monkeypatch.setattr(DecodePool, "_decode_in_worker", slow_first)
+    monkeypatch.setattr(PicturePool, "_decode_in_worker", slow_first)
     records = records_of(md3("caption", pictures, "--batch-size", "2", "--workers", "2").stdout)
     assert [record["image"] for record in records] == [f"p{i}.png" for i in range(80)]
