@@ -29,7 +29,7 @@ from md3cli.errors import EngineError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, Tiling
 from md3cli.images.pool import PicturePool
 from md3cli.model.engine import plain
-from md3cli.model.engine.encoder import EmbeddingStore, ImageEncoder
+from md3cli.model.engine.encoder import EncodingCache, ImageEncoder
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import resident_tensors
 from md3cli.model.engine.memory import MemoryPlan, free_bytes, peak_rss, plan_cuda, reset_peak_rss
@@ -214,7 +214,7 @@ def make_jobs(workload: Workload, images: Sequence[PreparedImage]) -> list[Job]:
     return jobs
 
 
-def make_engine(model: Moondream3, batch_size: int, store: EmbeddingStore | None = None) -> Engine:
+def make_engine(model: Moondream3, batch_size: int, store: EncodingCache | None = None) -> Engine:
     """An engine without texts. On CUDA sizes are planned as for a run: the batch may come out smaller.
 
     Raises:
@@ -256,7 +256,7 @@ def time_run(engine: Engine, jobs: Iterable[Job | None], workload: Workload) -> 
 
 
 def run_engine(
-    model: Moondream3, workload: Workload, images: list[PreparedImage], batch_size: int, store: EmbeddingStore
+    model: Moondream3, workload: Workload, images: list[PreparedImage], batch_size: int, store: EncodingCache
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The engine on the whole workload: times by stage, and the process's memory against its parts."""
     engine = make_engine(model, min(batch_size, workload.num_requests), store)

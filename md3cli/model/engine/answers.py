@@ -1,11 +1,4 @@
-"""A finished generation in the words of a record: the result keys of its task, scores included.
-
-The path of a segment: from the ids a model emitted to an SVG path.
-
-Ids are decoded one by one to words: a command letter, a "-" that negates the next number, or an
-integer in a viewbox of 960 by 960. The result is in unit coordinates of the segment's box.
-Source: Moondream 3 specification, section 11.
-"""
+"""A finished generation in the words of a record: the result keys of its task, scores and a segment's path included."""
 
 from __future__ import annotations
 
@@ -22,11 +15,12 @@ from md3cli.records import Answer, Task
 COMMANDS = frozenset("MmLlHhVvCcSsQqTtAaZz")
 VIEWBOX = 960
 LAST_CONTROL_ID = 20  # ids up to here are never path text
+SCORE_MIN, SCORE_MAX = 0.001, 0.999
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentPath:
-    """`svg_path` is empty where `error` says why the words make no path."""
+    """The path of a segment; `svg_path` is empty where `error` says why the words make no path."""
 
     svg_path: str
     words: tuple[str, ...]
@@ -34,7 +28,12 @@ class SegmentPath:
 
 
 def parse_path(ids: Sequence[int], tokenizer: Tokenizer) -> SegmentPath:
-    """The path of the ids between a segment's box and its end; control ids are skipped."""
+    """Read the path out of the ids between a segment's box and its end; control ids are skipped.
+
+    Ids are decoded one by one to words: a command letter, a "-" that negates the next number, or an integer in a
+    viewbox of 960 by 960. The result is in unit coordinates of the segment's box.
+    Source: Moondream 3 specification, section 11.
+    """
     decoded = (tokenizer.decode([id]).strip() for id in ids if id > LAST_CONTROL_ID)
     words = tuple(word for word in decoded if word)
     try:
@@ -44,7 +43,7 @@ def parse_path(ids: Sequence[int], tokenizer: Tokenizer) -> SegmentPath:
 
 
 def _join(words: Sequence[str]) -> str:
-    """Words as path data. ValueError: a word that is no number, or stands where none may."""
+    """Join words to path data. ValueError: a word that is no number, or stands where none may."""
     pieces: list[str] = []
     at = 0
     while at < len(words):
@@ -69,11 +68,12 @@ def _scaled(number: int) -> str:
     return f"{number / VIEWBOX:.3f}".rstrip("0").rstrip(".")
 
 
-SCORE_MIN, SCORE_MAX = 0.001, 0.999
-
-
 def build_answer(generation: Generation, tokenizer: Tokenizer) -> Answer:
-    """The finished generation in the words of a record."""
+    """Say a finished generation in the words of a record.
+
+    Raises:
+        RequestError: of type `model`, the vocabulary cannot put the ids into words.
+    """
     request = generation.job.request
     results = {
         Task.CAPTION: _caption,
@@ -93,18 +93,17 @@ def build_answer(generation: Generation, tokenizer: Tokenizer) -> Answer:
 
 
 def score(masses: Sequence[float]) -> float:
-    """How sure the model was of an object, 0.001 to 0.999, 3 decimals.
+    """Return how sure the model was of an object, as records show it.
 
     P(an object here rather than the end) × the geometric mean of the softmax mass near each chosen
-    bin: x and y, for boxes width and height too (`decoding.near_mass`).
+    bin: x and y, for boxes width and height too (`state.near_mass`).
     """
     continue_mass, *parts = masses
-    value = continue_mass * math.prod(parts) ** (1 / len(parts))
-    return shown_score(value)
+    return rounded_score(continue_mass * math.prod(parts) ** (1 / len(parts)))
 
 
-def shown_score(probability: float) -> float:
-    """A probability as records show it: 3 decimals, 0.001 to 0.999."""
+def rounded_score(probability: float) -> float:
+    """Return a probability as records show it: 3 decimals, 0.001 to 0.999."""
     return round(min(max(probability, SCORE_MIN), SCORE_MAX), 3)
 
 
@@ -117,14 +116,14 @@ def _query(generation: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
     if generation.choice_scores:
         choices, scores = generation.job.request.choices, generation.choice_scores
         result["answer"] = choices[max(range(len(scores)), key=scores.__getitem__)]
-        result["choices"] = {choice: shown_score(score) for choice, score in zip(choices, scores, strict=True)}
+        result["choices"] = {choice: rounded_score(score) for choice, score in zip(choices, scores, strict=True)}
     if generation.reasoning is not None:
         result["reasoning"] = reasoning_result(generation, tokenizer)
     return result
 
 
 def reasoning_result(generation: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The record's `reasoning` of a generation that has finished thinking."""
+    """Return the record's `reasoning` of a generation that has finished thinking."""
     assert generation.reasoning is not None
     result = grounded_text(generation.reasoning, generation.config, tokenizer)
     result["finish_reason"] = generation.reasoning.finish_reason
@@ -132,7 +131,7 @@ def reasoning_result(generation: Generation, tokenizer: Tokenizer) -> dict[str, 
 
 
 def grounded_text(reasoning: Decisions, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Text and grounding of a reasoning phase: chunks are opened by ground ids, coordinates belong to theirs.
+    """Return text and grounding of a reasoning phase: ground ids open chunks, coordinates belong to theirs.
 
     `start_idx` and `end_idx` count characters of the text; each chunk is decoded on its own.
     """

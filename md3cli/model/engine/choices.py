@@ -1,8 +1,9 @@
 """Answers restricted to a list: every choice is scored whole, the most probable one is the answer.
 
-Constrained decoding done exactly: instead of walking token by token along what is allowed, each
-choice is fed behind the prompt as it would have been written, up to the end of text, and its
-probability is the product of its tokens'. Scores are those probabilities, brought to a sum of 1.
+Constrained decoding done exactly: instead of walking token by token along what is allowed, each choice is fed behind
+the prompt as it would have been written, up to the end of text, and its probability is the product of its tokens'.
+Scores are those probabilities, brought to a sum of 1. Only the engine's step calls this; it stands apart because it is
+a way of deciding of its own.
 
 Shape suffixes: B generations of a pass, T fed positions, V vocabulary.
 """
@@ -25,7 +26,7 @@ from md3cli.model.network.moondream import Moondream3
 
 @dataclass(frozen=True, slots=True)
 class ChoiceRow:
-    """A generation about to answer: its slot, the position where the answer id goes, its choices' ids."""
+    """A generation about to choose: its slot, the position where the answer id goes, its choices' ids."""
 
     slot: int
     position: int
@@ -65,7 +66,7 @@ def choice_probabilities(
     are written to the same positions of its slot one after another, each seeing only itself. All
     passes are sent to the device at once, and read back at once.
 
-    Returns the rows' slots [B] on the device, and for each row the probability of each of its choices, sum 1.
+    Return the rows' slots [B] on the device, and for each row the probability of each of its choices, sum 1.
     """
     numbers = range(max(len(row.choices) for row in rows))
     asked = [[index for index, row in enumerate(rows) if number < len(row.choices)] for number in numbers]
@@ -100,7 +101,7 @@ def _columns(model: Moondream3, rows: Sequence[ChoiceRow], number: int) -> Choic
 
 
 def _log_probabilities(model: Moondream3, cache: KVCache, ints: ChoiceInts[Tensor], total: int) -> Tensor:
-    """Log-probability of one choice per row, its end of text included [B]; NaN where any logit is not finite."""
+    """Return the log-probability [B] of a choice a row, its end of text included; NaN where a logit is not finite."""
     fed_BT, wanted_BT = (ids.unflatten(0, (len(ints.slots), -1)) for ids in (ints.fed, ints.wanted))
     index_T = torch.arange(fed_BT.shape[1], device=fed_BT.device)
     position_BT = ints.positions[:, None] + index_T

@@ -1,21 +1,12 @@
 """From crops to image embeddings, several pictures at a time, each picture once.
 
-Crops are independent of one another, so a vision micro-batch is cut from the crops of all pictures
-in hand, whatever their tilings; features are then stitched picture by picture. The only tile of an
-untiled picture equals its global crop: it is encoded once and used twice.
+Crops are independent of one another, so a vision micro-batch is cut from the crops of all pictures in hand, whatever
+their tilings; features are then stitched picture by picture. The only tile of an untiled picture equals its global
+crop: it is encoded once and used twice.
 
-Nothing here waits for a CUDA device: pictures that are encoded together go up in one pinned block, and
-what a store is to keep comes down to pinned memory, to be written when it has arrived (`save_encoded`).
-
-Finished embeddings stay in memory while there is room (least recently used leave first), so that a
-picture that comes again in a run costs nothing.
-
-Image embeddings that outlive a run, so that other prompts to the same pictures need no vision work.
-
-What is kept are the projected embeddings (2.85 MiB a picture for the real model in bf16), not the
-keys and values made from them (137 MiB): reading those back would take longer than computing them.
-A key covers everything the values depend on: the picture's bytes, how pictures are prepared, the
-vision weights, the dtype.
+Nothing here waits for a CUDA device: pictures that are encoded together go up in one pinned block, and what a store
+is to keep comes down to pinned memory, to be written when it has arrived (`save_encoded`). Finished embeddings stay
+in memory while there is room (least recently used leave first), and between runs in an `EncodingCache`.
 """
 
 from __future__ import annotations
@@ -27,7 +18,6 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -44,12 +34,20 @@ from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.vision import normalise_crops
 
 TENSOR_NAME = "embeddings"
+MEMORY_BYTES = 256 * 2**20  # of embeddings kept in memory: 90 pictures of the real model
+CROP_FLOP_TARGET = {"cpu": 2e10, "cuda": 4e13, "mps": 4e12}  # of one vision micro-batch
+
+EncodeCrops = Callable[[Tensor], Tensor]
+AnyImage = PreparedImage | EncodedImage
 
 
 class EncodingCache:
-    """`encoder.EmbeddingStore` over a folder. A folder that cannot be written to is only read from then on.
+    """Image embeddings that outlive a run, in a folder; one that cannot be written to is only read from then on.
 
-    `model` must still hold its plain weights: keys are made of them.
+    What is kept are the projected embeddings (2.85 MiB a picture for the real model in bf16), not the keys and values
+    made from them (137 MiB): reading those back would take longer than computing them. A key covers everything the
+    values depend on: the picture's bytes, how pictures are prepared, the vision weights, the dtype. `model` must
+    still hold its plain weights: keys are made of them.
     """
 
     def __init__(self, files: FileCache, model: Moondream3, *, background: str, quant_vision: str = "none") -> None:
@@ -61,7 +59,7 @@ class EncodingCache:
         self._context = _context(model, background, quant_vision)
 
     def load(self, image_key: str) -> Tensor | None:
-        """The embeddings [P, D] of a picture, on the CPU; None when they are not (rightly) there."""
+        """Return the embeddings [P, D] of a picture, on the CPU; None when they are not (rightly) there."""
         payload = self.files.get(self._key(image_key))
         tensor = self._parse(payload) if payload is not None else None
         self.num_hits += tensor is not None
@@ -82,18 +80,15 @@ class EncodingCache:
             tensor = load(payload).get(TENSOR_NAME)
         except (SafetensorError, ValueError, KeyError):
             return None
-        if tensor is None or tensor.shape != self.shape or tensor.dtype != self.dtype:
-            return None
-        if not tensor.isfinite().all():
-            return None
-        return tensor
+        is_right = tensor is not None and tensor.shape == self.shape and tensor.dtype == self.dtype
+        return tensor if is_right and tensor.isfinite().all() else None
 
     def _key(self, image_key: str) -> str:
         return hashlib.sha256(f"{self._context}:{image_key}".encode()).hexdigest()
 
 
 def _context(model: Moondream3, background: str, quant_vision: str) -> str:
-    """Everything but the picture that embeddings depend on, as one line."""
+    """Return everything but the picture that embeddings depend on, as one line."""
     facts = {
         "preprocessing": PREPROCESSING_VERSION,
         "crops": asdict(model.config.vision.crop_config),
@@ -106,27 +101,12 @@ def _context(model: Moondream3, background: str, quant_vision: str) -> str:
 
 
 def vision_digest(model: Moondream3) -> str:
-    """Digest of the vision weights' bytes (0.9 GB of the real model: about a second)."""
+    """Return a digest of the vision weights' bytes (0.9 GB of the real model: about a second)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.vision.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-MEMORY_BYTES = 256 * 2**20  # of embeddings kept in memory: 90 pictures of the real model
-CROP_FLOP_TARGET = {"cpu": 2e10, "cuda": 4e13, "mps": 4e12}  # of one vision micro-batch
-
-EncodeCrops = Callable[[Tensor], Tensor]
-AnyImage = PreparedImage | EncodedImage
-
-
-class EmbeddingStore(Protocol):
-    """Where embeddings outlive the run (`encoding_cache.EncodingCache`)."""
-
-    def load(self, image_key: str) -> Tensor | None: ...
-
-    def save(self, image_key: str, embeddings_PD: Tensor) -> None: ...
 
 
 class ImageEncoder:
@@ -136,7 +116,7 @@ class ImageEncoder:
         self,
         model: Moondream3,
         *,
-        store: EmbeddingStore | None = None,
+        store: EncodingCache | None = None,
         memory_bytes: int = MEMORY_BYTES,
         max_crops: int | None = None,
         threads: int | None = None,
@@ -164,7 +144,7 @@ class ImageEncoder:
         self.encode_crops = torch.compile(self.model.vision.encode, dynamic=False, backend=backend)
 
     def find(self, image: AnyImage) -> Tensor | None:
-        """Embeddings that are already at hand: given, in memory, or on disk."""
+        """Return embeddings that are at hand already: given, in memory, or on disk."""
         if isinstance(image, EncodedImage):
             embeddings: Tensor = image.embeddings
             return upload(embeddings.to(self.model.dtype), self.model.device)
@@ -180,7 +160,7 @@ class ImageEncoder:
         return found
 
     def prepare(self, needed: Iterable[AnyImage], ahead: Iterable[AnyImage]) -> None:
-        """Have the embeddings of `needed` ready to `take`, and of pictures `ahead` while the micro-batch has room."""
+        """Make the embeddings of `needed` ready to `take`, and of pictures `ahead` while the micro-batch has room."""
         missing: dict[str, PreparedImage] = {}
         num_crops = 0
         for image, is_needed in itertools.chain(((i, True) for i in needed), ((i, False) for i in ahead)):
@@ -198,16 +178,16 @@ class ImageEncoder:
             self._ready.update(zip(missing, self.encode(list(missing.values())), strict=True))
 
     def take(self, image_key: str) -> Tensor:
-        """Embeddings [P, D] that `prepare` made ready."""
+        """Return the embeddings [P, D] that `prepare` made ready."""
         return self._ready[image_key]
 
     def keep_ready(self, image_keys: Container[str | None]) -> None:
-        """Let go of what was made ready for other pictures than these."""
+        """Drop what was made ready for other pictures than these."""
         self._ready = {key: embeddings for key, embeddings in self._ready.items() if key in image_keys}
 
     @torch.inference_mode()
     def encode(self, images: Sequence[PreparedImage]) -> list[Tensor]:
-        """Embeddings of pictures that are not at hand, in order; remembers them.
+        """Encode pictures that are not at hand, in order, and remember their embeddings.
 
         On CUDA they are still being computed when this returns, and a store has them after `save_encoded`.
         """
@@ -228,9 +208,9 @@ class ImageEncoder:
         return embeddings
 
     def save_encoded(self) -> None:
-        """Write to the store what was encoded since the last call; on CUDA this waits until that has arrived.
+        """Write to the store what was encoded since the last call; on CUDA wait until that has arrived.
 
-        Whoever calls `encode` and has a store calls this too; the engine does before a step's answers are read.
+        Whoever calls `encode` with a store calls this too; the engine does so before it reads a step's answers.
         """
         unsaved, self._unsaved = self._unsaved, []
         for coming, wait in unsaved:
@@ -241,10 +221,9 @@ class ImageEncoder:
                 self.store.save(image_key, embeddings)
 
     def _features(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Patch features of every picture's distinct crops, in micro-batches over all crops.
+        """Yield the patch features of each picture's distinct crops, computed in micro-batches over all crops.
 
-        A picture's are given as soon as they are there, and no more are kept than those of a micro-batch and
-        a picture: 128 pictures of 9 crops would hold 3.9 GB.
+        No more are kept than those of a micro-batch and a picture: 128 pictures of 9 crops would hold 3.9 GB.
         """
         counts = list(map(len, batches))
         staged = staging((sum(counts), *batches[0].shape[1:]), torch.uint8, self.model.device)
@@ -278,13 +257,13 @@ class ImageEncoder:
 
 
 def crop_batch(image: PreparedImage) -> Tensor:
-    """The distinct crops of a picture, uint8 [N, S, S, 3]: one where the only tile equals the global crop."""
+    """Return the distinct crops of a picture, uint8 [N, S, S, 3]: one where the only tile equals the global crop."""
     crops = torch.from_numpy(image.crops)
     return crops[:1] if image.tiling.rows * image.tiling.cols == 1 else crops
 
 
 def crop_flops(model: Moondream3) -> float:
-    """Floating-point operations of one crop through the encoder (multiply-adds count two)."""
+    """Return the floating-point operations of one crop through the encoder (a multiply-add counts two)."""
     v = model.config.vision
     linear = v.enc_dim * v.patch_dim + v.enc_n_layers * (4 * v.enc_dim**2 + 2 * v.enc_dim * v.enc_ff_dim)
     attention = v.enc_n_layers * 2 * v.num_patches * v.enc_dim
@@ -292,7 +271,7 @@ def crop_flops(model: Moondream3) -> float:
 
 
 def crops_per_batch(model: Moondream3) -> int:
-    """Crops of a micro-batch: enough work to hide launching it, no more.
+    """Return the crops of a micro-batch: enough work to hide launching it, no more.
 
     On CPU one crop of the real model is already compute-bound and batching gains nothing (measured:
     4.18 s a crop at 1, 4.23 at 8); small models need dozens.

@@ -1,16 +1,14 @@
 """The batch engine: many requests in, answers out as they finish, every decode step as full as it can be.
 
-One life of a request: its prompt is built when it is taken in; when slots are free its picture is
-encoded (`encoder`), the picture's prefix is prefilled into a slot of the KV cache (or copied from a
-slot that holds it already), the prompt is prefilled behind it, and from then on the row takes one
-decision a step (`decoding`) until it is done and its slot is free again. Rows of all tasks mix.
+One life of a request: its prompt is built when it is taken in; when slots are free its picture is encoded (`encoder`),
+the picture's prefix is prefilled into a slot of the KV cache (or copied from a slot that holds it already), the prompt
+is prefilled behind it, and from then on the row takes one decision a step (`state`) until it is done and its slot is
+free again. Rows of all tasks mix. An answer depends on its picture, its prompt and its settings only: rows never look
+at one another.
 
-An answer depends on its picture, its prompt and its settings only: rows never look at one another.
-
-The device does everything in one order, on one stream. The host sends what an admission needs in one
-block (`host_block`) and reads back one small tensor an admission and one a step; nothing else waits.
-
-What an engine has done and where its time went.
+The device does everything in one order, on one stream. The host sends what an admission needs in one block
+(`host_block`) and reads back one small tensor an admission and one a step; nothing else waits. Knows nothing of files,
+ids or records.
 """
 
 from __future__ import annotations
@@ -42,10 +40,10 @@ from md3cli.records import Answer, Job, RowFailure, RunIdentity
 
 @dataclass(slots=True)
 class EngineStats:
-    """Where the time went, in seconds, and how much was done.
+    """What an engine has done, and where the host's time went, in seconds.
 
-    Seconds are the host's. A CUDA device works behind the host: what it takes for pictures, prefixes and
-    prompts is seen where the host reads the rows' first decisions, in `prompt_seconds`.
+    A CUDA device works behind the host: what it takes for pictures, prefixes and prompts is seen where the host reads
+    the rows' first decisions, in `prompt_seconds`.
     """
 
     prefix_seconds: float = 0.0
@@ -68,36 +66,33 @@ IDLE_WAIT_S = 0.0005  # between two looks at a source that has nothing ready
 
 
 class Sizes(NamedTuple):
-    """What of an engine can be made smaller when memory runs out."""
+    """The sizes of an engine that can be made smaller when memory runs out."""
 
     batch_size: int
     prefill_tokens: int
     max_crops: int
 
     def fewer(self, planned: Sizes) -> Sizes | None:
-        """Half the batch, which makes room for passes as `planned`; None where one generation is all of it."""
+        """Return half the batch, which makes room for passes as `planned`; None where one generation is all of it."""
         return planned._replace(batch_size=self.batch_size // 2) if self.batch_size > 1 else None
 
     def smaller(self, planned: Sizes, prefix_len: int, device_type: str) -> Sizes | None:
-        """What to try next after running out of memory; None where nothing is left to give up.
+        """Return what to try next after running out of memory; None where nothing is left to give up.
 
-        The passes of a GPU are large, and halving them costs little: they go down to one picture's prefix
-        and one crop before the batch is halved, which makes room for passes as `planned` again. Elsewhere
-        passes are small from the start: first the batch is halved, then the vision micro-batch.
+        The passes of a GPU are large, and halving them costs little: they go down to one picture's prefix and one
+        crop before the batch is halved. Elsewhere first the batch is halved, then the vision micro-batch.
         """
         if device_type == "cuda":
             tokens = min(self.prefill_tokens, max(prefix_len, self.prefill_tokens // 2))
             halved = Sizes(self.batch_size, tokens, max(1, self.max_crops // 2))
-            if halved != self:
-                return halved
-            return self.fewer(planned)
+            return halved if halved != self else self.fewer(planned)
         if self.batch_size > 1:
             return self._replace(batch_size=self.batch_size // 2)
         return self._replace(max_crops=self.max_crops // 2) if self.max_crops > 1 else None
 
 
 class Engine:
-    """Runs jobs on one device. Not thread-safe: one caller drives it."""
+    """Runs jobs on one device; one thread drives it."""
 
     def __init__(
         self,
@@ -139,7 +134,7 @@ class Engine:
         return len(self._waiting) < 2 * self.batch_size
 
     def run(self, jobs: Iterable[Job | None]) -> Iterator[Answer]:
-        """Answers to `jobs` in order of completion; jobs are pulled as they are needed.
+        """Yield answers to `jobs` as they are finished; jobs are pulled as they are needed.
 
         `jobs` may yield None: nothing is ready yet, the engine goes on with what it has.
         """
@@ -160,7 +155,7 @@ class Engine:
             yield from self.step()
 
     def add(self, job: Job) -> Generation | None:
-        """Take a job in and return its generation; one that makes no sense is answered with a failure instead."""
+        """Take a job in and return its generation; a job that makes no sense is answered with a failure instead."""
         try:
             generation = Generation.of(job, self.prompts, self.config, self.max_context)
         except RequestError as error:
@@ -170,7 +165,7 @@ class Engine:
         return generation
 
     def step(self) -> list[Answer]:
-        """Do the next piece of work: admit what fits, then decode one step. Returns what finished."""
+        """Admit what fits, decode one step, and return what finished."""
         too_large, is_of_slots = None, False
         try:
             with torch.inference_mode():
@@ -196,11 +191,7 @@ class Engine:
     # -- slots ------------------------------------------------------------------------------------
 
     def _allocate(self, batch_size: int) -> None:
-        """Make empty slots for so many generations, or for half as many and so on where others took the memory.
-
-        Raises:
-            EngineError: there is no room for one generation.
-        """
+        """Make empty slots for so many generations, or for half as many and so on where others took the memory."""
         while not self._try_to_allocate(batch_size):
             batch_size //= 2
         self.batch_size = batch_size
@@ -226,7 +217,7 @@ class Engine:
         return True
 
     def _shrink(self, reason: str, *, is_of_slots: bool) -> None:
-        """Out of memory: make passes or batch smaller and start what is in flight again (answers stay the same).
+        """Make passes or batch smaller and start what is in flight again (answers stay the same).
 
         Slots that are too large are made fewer; smaller passes would leave them as large. Where nothing can be made
         smaller the next generation is to blame: it fails, and the others go on as planned.
@@ -291,7 +282,7 @@ class Engine:
     def _place(self, batch: Sequence[Generation]) -> tuple[list[Group], list[PromptInputs]]:
         """Give each generation a slot with its picture's prefix in it: found there, copied, or prefilled.
 
-        Returns the passes that the prompts take, and what those are given, on the device already.
+        Return the passes that the prompts take, and what those are given, on the device already.
         """
         started = time.perf_counter()
         wanted = {generation.image_key for generation in (*batch, *self._waiting)}
@@ -337,7 +328,7 @@ class Engine:
     # -- decoding ---------------------------------------------------------------------------------
 
     def _decode(self) -> None:
-        """One decision for every row in flight."""
+        """Take one decision for every row in flight."""
         active = self._slots.active
         if not active:
             return
@@ -361,7 +352,6 @@ class Engine:
         self.stats.decode_seconds += time.perf_counter() - started
 
     def _put(self, index: Tensor | slice, step: Step) -> None:
-        """Keep the new state of the rows at `index`."""
         self._rows.put(index, step.rows)
         self._next_SD[index] = step.next_ND
 
@@ -401,7 +391,7 @@ class Engine:
         self._finished.append(Answer(generation.job.key, failure=failure))
 
     def _choose(self) -> None:
-        """Let the generations that may only say one of a few things say it; their rows fall idle."""
+        """Let the generations that have nothing left but a choice choose; their rows fall idle."""
         choosing = [(slot, s) for slot, s in enumerate(self._slots.generations) if s is not None and s.is_choosing]
         if not choosing:
             return

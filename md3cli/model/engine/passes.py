@@ -1,10 +1,10 @@
 """The engine's forward passes: pictures' prefixes, prompts, one decode step.
 
-Three functions of tensors do the work and can be compiled: `run_prefixes`, `run_prompts`,
-`decode_step`. `Passes` prepares their inputs and sends all that a batch of prompts needs to the device
-at once (`host_block`). Eager passes take the sizes as they come; compiled ones pad rows and lengths to
-a few fixed sizes, so that after each size was seen once nothing is compiled again. Padding repeats a
-row that is there anyway or writes where nothing has been attended to yet, so it changes no answer.
+Three functions of tensors do the work and can be compiled: `run_prefixes`, `run_prompts`, `decode_step`. `Passes`
+prepares their inputs and sends all that a batch of prompts needs to the device at once (`host_block`). Eager passes
+take the sizes as they come; compiled ones pad rows and lengths to a few fixed sizes, so that after each size was seen
+once nothing is compiled again. Padding repeats a row that is there anyway or writes where nothing has been attended to
+yet, so it changes no answer. Which generation goes into which slot is the engine's business.
 
 Shape suffixes: B rows of a prefill, N rows of a decode step or of a group's prompts, P image positions,
 T new positions, D width, C coordinates and Z sizes that prompts refer to.
@@ -42,7 +42,7 @@ def run_prefixes(model: Moondream3, cache: KVCache, slots_B: Tensor, embeddings_
 def run_prompts(
     model: Moondream3, cache: KVCache, slots_B: Tensor, x_BTD: Tensor, start_B: Tensor, last_B: Tensor, total: int
 ) -> Tensor:
-    """Run prompts into slots behind position `start_B`; the hidden state at index `last_B` of each [B, D]."""
+    """Run prompts into slots behind position `start_B`; return the hidden state at index `last_B` of each [B, D]."""
     device = x_BTD.device
     position_BT = start_B[:, None] + torch.arange(x_BTD.shape[1], device=device)
     mask = (torch.arange(total, device=device) <= position_BT[:, :, None])[:, None]
@@ -83,7 +83,7 @@ class Passes:
     def group(self, batch: Sequence[Generation], slots: Sequence[int], max_tokens: int) -> list[Group]:
         """Sort prompts into groups of similar length: of at most `max_tokens`, padding included, or of one prompt.
 
-        Those as long as a picture's prefix go apart: kernels compute them in other tiles (`PassKind`), and a
+        Prompts as long as a picture's prefix go apart: kernels compute them in other tiles (`PassKind`), and a
         short prompt padded to their width would round otherwise than alone.
         """
         lengths = [len(generation.prompt.ids) for generation in batch]
@@ -107,7 +107,7 @@ class Passes:
     ) -> tuple[list[Tensor], list[PromptInputs]]:
         """Copy what a batch of prompts needs to the device, in one block of whole numbers and one of real ones.
 
-        Returns the slots of each pass of prefixes [B], and what each group's pass and first decision need.
+        Return the slots of each pass of prefixes [B], and what each group's pass and first decision need.
         """
         if self.is_compiled:
             prefix_slots = [_repeat_last(slots, prefixes_per_pass) for slots in prefix_slots]
@@ -128,11 +128,11 @@ class Passes:
         ]
 
     def prefill_prefixes(self, cache: KVCache, slots_B: Tensor, embeddings: Sequence[Tensor]) -> None:
-        """Run pictures' prefixes into their slots; `slots_B` are those that `send` returned for them."""
+        """Run pictures' prefixes into their slots; `slots_B` are what `send` returned for them."""
         self._run_prefixes(self.model, cache, slots_B, torch.stack(_repeat_last(embeddings, len(slots_B))))
 
     def prefill_prompts(self, cache: KVCache, group: Group, inputs: PromptInputs) -> Tensor:
-        """Run prompts into slots that hold their pictures' prefixes; hidden state after each prompt [N, D].
+        """Run prompts into slots that hold their pictures' prefixes; return the hidden state after each [N, D].
 
         Padding behind a short prompt is overwritten by its answer before anything attends to it. The
         cache must hold `group.total` positions.
@@ -151,7 +151,7 @@ class Passes:
     def decode(
         self, cache: KVCache, rows: Rows, next_SD: Tensor, *, num_rows: int, max_context: int, is_sampled: bool
     ) -> Step:
-        """One decision for slots 0 … `num_rows`-1 (compiled: for all slots)."""
+        """Take one decision for slots 0 … `num_rows`-1 (compiled: for all slots)."""
         window = slice(0, cache.num_slots if self.is_compiled else num_rows)
         return self._decode_step(
             self.model, cache, rows.pick(window), next_SD[window], max_context, is_sampled=is_sampled
@@ -191,7 +191,7 @@ class PromptInts(NamedTuple, Generic[V]):
     last: V  # [B] index of its last id
     coord_at: V  # [C] which of the B * T inputs are coordinates, and which are sizes
     size_at: V  # [Z]
-    mode: V  # [N] this and what follows: `decoding.Rows`
+    mode: V  # [N] this and what follows: `state.Rows`
     is_point: V
     limit: V
     position: V
@@ -214,7 +214,7 @@ class PromptInputs(NamedTuple):
     reals: PromptReals[Tensor]
 
     def rows(self) -> Rows:
-        """State of the group's rows when their prompts have just been run."""
+        """Return the state of the group's rows when their prompts have just been run."""
         ints, reals = self.ints, self.reals
         nothing_yet = torch.zeros_like(ints.mode)
         return Rows(
@@ -232,7 +232,7 @@ class PromptInputs(NamedTuple):
 
 
 def _columns(group: Group, num_rows: int) -> tuple[PromptInts[list[int]], PromptReals[list[float]]]:
-    """A group as lists; the pass gets `num_rows` rows, the last one repeated."""
+    """Return a group as lists; the pass gets `num_rows` rows, the last one repeated."""
     generations, requests = group.generations, [generation.job.request for generation in group.generations]
     passed = _repeat_last(generations, num_rows)
     coords = [(row * group.width + i, value) for row, s in enumerate(passed) for i, value in s.prompt.coords]
@@ -248,7 +248,7 @@ def _columns(group: Group, num_rows: int) -> tuple[PromptInts[list[int]], Prompt
         is_point=[int(request.task is Task.POINT) for request in requests],
         limit=[generation.limit for generation in generations],
         position=[generation.prompt_end for generation in generations],
-        seed=[wrap_int64(request.seed) for request in requests],
+        seed=[(request.seed + 2**63) % 2**64 - 2**63 for request in requests],  # of any size, as signed 64 bits
     )
     reals = PromptReals(
         coords=[value for _, value in coords],
@@ -265,7 +265,7 @@ def _padded(generation: Generation, width: int) -> list[int]:
 
 
 def embed_prompts(model: Moondream3, inputs: PromptInputs) -> Tensor:
-    """Embeddings of a group's prompts [B, T, D], spatial references filled in (plain: `plain.prompt_embeddings`)."""
+    """Return a group's prompts [B, T, D], spatial references filled in (plain: `plain.prompt_embeddings`)."""
     ints, reals = inputs
     x_TD = model.text.embed(ints.ids)  # T: the positions of all rows, one row behind the other
     if len(ints.coord_at):
@@ -273,8 +273,3 @@ def embed_prompts(model: Moondream3, inputs: PromptInputs) -> Tensor:
     if len(ints.size_at):
         x_TD.index_copy_(0, ints.size_at, model.region.encode_size(reals.sizes.view(-1, 2)))
     return x_TD.view(len(ints.slots), -1, x_TD.shape[1])
-
-
-def wrap_int64(value: int) -> int:
-    """A seed of any size as a signed 64-bit number."""
-    return (value + 2**63) % 2**64 - 2**63

@@ -1,15 +1,10 @@
 """The state machine of a decode step, for all rows at once (Moondream 3 specification, sections 10 and 11).
 
-Rows of all tasks share a batch and differ only in their `Rows` entries. `advance` reads the hidden
-state of every row, takes each row's next decision (a token, a coordinate, a size, stop), and says
-what to feed next. Everything stays on the device; the host gets one small `events` tensor a step.
+Rows of all tasks share a batch and differ only in their `Rows` entries. `advance` reads the hidden state of every row,
+takes each row's next decision (a token, a coordinate, a size, stop), and says what to feed next. Everything stays on
+the device; the host gets one small `events` tensor a step. Knows nothing of slots, prompts or records.
 
 Shape suffixes: N rows, D width, V vocabulary.
-
-Choosing a token from logits (Moondream 3 specification, section 10).
-
-Randomness is a pure function of (seed, number of the draw): no generator state lives anywhere, so a
-sampled answer does not depend on batch, order or resume either.
 """
 
 from __future__ import annotations
@@ -32,19 +27,20 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64."""
+    """Shift int64 as if it had no sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _place_of_float64(device: torch.device) -> torch.device:
-    """Where float64 is computed for tensors on `device`: Apple's GPU does not know it, the CPU takes its part."""
+    """Return where float64 is computed: on `device`, but on the CPU for Apple's GPU, which does not know it."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def uniform(seed: Tensor, draw: Tensor) -> Tensor:
-    """Uniform float64 in [0, 1) for int64 `seed` and `draw` of one shape (SplitMix64; Steele et al. 2014).
+    """Return uniform float64 in [0, 1) for int64 `seed` and `draw` of one shape (SplitMix64; Steele et al. 2014).
 
-    On the device of `seed`; for Apple's GPU on the CPU.
+    A pure function: no generator's state lives anywhere, so a sampled answer depends on neither batch, order nor
+    resume. On the device of `seed`; for Apple's GPU on the CPU.
     """
     z = seed * _MIX_1 + (draw + 1) * _GOLDEN
     z = (z ^ _shift_right(z, 30)) * _MIX_1
@@ -54,7 +50,7 @@ def uniform(seed: Tensor, draw: Tensor) -> Tensor:
 
 
 def top_p_probabilities(logits: Tensor, temperature: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Nucleus of the softmax: (probabilities, ids), each [N, V], sorted downwards, zero outside the nucleus.
+    """Return the nucleus of the softmax: (probabilities, ids), each [N, V], sorted downwards, zero outside it.
 
     An entry is dropped when the mass *before* it exceeds `top_p`: the first always stays, and so
     does the one that crosses the threshold. What stays sums to 1.
@@ -66,9 +62,9 @@ def top_p_probabilities(logits: Tensor, temperature: Tensor, top_p: Tensor) -> t
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, u: Tensor) -> Tensor:
-    """Ids [N] drawn from the nucleus by inverting its cumulative mass at `u` (of `uniform`); temperature 0: argmax.
+    """Draw ids [N] from the nucleus by inverting its cumulative mass at `u` (of `uniform`); temperature 0 is argmax.
 
-    A row of NaN gets any id: its caller sees to it.
+    A row of NaN gets any id: whoever calls looks for NaN.
     """
     is_greedy = temperature < LEAST_TEMPERATURE
     p, ids = top_p_probabilities(logits, temperature.masked_fill(is_greedy, 1.0), top_p)
@@ -82,7 +78,7 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, u: Tensor) -> Ten
 class Mode(IntEnum):
     """What the next decision of a row is about."""
 
-    IDLE = 0  # no sequence, or a finished one
+    IDLE = 0  # no generation, or a finished one
     TEXT = 1  # caption or answer
     REASON = 2  # reasoning, grounded points in it
     X = 3  # detect, point: one more object? then its x, from the same hidden state
@@ -119,7 +115,7 @@ class Rows(NamedTuple):
     draws: Tensor  # int64: decisions so far
 
     def pick(self, index: Tensor | slice) -> Rows:
-        """The rows at `index` (views for a slice)."""
+        """Return the rows at `index` (views for a slice)."""
         return Rows(*(column[index] for column in self))
 
     def put(self, index: Tensor | slice, new: Rows) -> None:
@@ -129,14 +125,11 @@ class Rows(NamedTuple):
 
 
 def idle_rows(num_rows: int, device: torch.device) -> Rows:
-    """Rows without a sequence."""
-
-    def zeros(dtype: torch.dtype) -> Tensor:
-        return torch.zeros(num_rows, dtype=dtype, device=device)
+    """Return rows without a generation."""
 
     whole, flag, real = torch.int64, torch.bool, torch.float32
     kinds = (whole, flag, flag, whole, whole, whole, real, real, whole, whole)
-    return Rows(*(zeros(kind) for kind in kinds))
+    return Rows(*(torch.zeros(num_rows, dtype=kind, device=device) for kind in kinds))
 
 
 Draw = Callable[[Tensor, Rows], Tensor]  # logits [N, V], rows -> ids [N]
@@ -179,7 +172,7 @@ NEAR_FRACTION = 64  # bins / 64 to each side: 1.6 % of the picture for a coordin
 
 
 def near_mass(logits: Tensor, bins: Tensor) -> Tensor:
-    """Softmax mass within `bins / NEAR_FRACTION` of the chosen bin: logits [..., n], bins [...] -> [...]."""
+    """Return the softmax mass within `n / NEAR_FRACTION` of the chosen bin: logits [..., n], bins [...] -> [...]."""
     num_bins = logits.shape[-1]
     reach = max(1, num_bins // NEAR_FRACTION)
     near = bins[..., None] + torch.arange(-reach, reach + 1, device=logits.device)
@@ -188,7 +181,7 @@ def near_mass(logits: Tensor, bins: Tensor) -> Tensor:
 
 
 def _banned_logits(model: Moondream3, logits_NV: Tensor, rows: Rows) -> Tensor:
-    """Logits with the ids that a phase never emits at minus infinity; the first decision bans nothing."""
+    """Set the ids that a phase never emits to minus infinity, in place; the first decision bans nothing."""
     ids = model.config.tokenizer
     later = ~rows.is_first
     in_text, in_reasoning = later & (rows.mode == _TEXT), later & (rows.mode == _REASON)
@@ -198,7 +191,7 @@ def _banned_logits(model: Moondream3, logits_NV: Tensor, rows: Rows) -> Tensor:
 
 
 def _is_finite(rows: Rows, token: Tensor, coord_id: int, are_finite: list[Tensor]) -> Tensor:
-    """True [N] where all that a decision may be taken from is finite: of text its logits, else every head's.
+    """Return where all that a decision may be taken from is finite [N]: of text its logits, else every head's.
 
     `are_finite` says it of the logits of text, coordinates and sizes, each [N].
     """
@@ -208,19 +201,19 @@ def _is_finite(rows: Rows, token: Tensor, coord_id: int, are_finite: list[Tensor
 
 
 def draw_greedy(logits_NV: Tensor, rows: Rows) -> Tensor:
-    """The likeliest ids."""
+    """Return the likeliest ids."""
     return logits_NV.argmax(dim=-1)
 
 
 def draw_sampled(logits_NV: Tensor, rows: Rows) -> Tensor:
-    """Ids drawn by each row's settings; rows that do not write text are greedy."""
+    """Draw ids by each row's settings; rows that do not write text are greedy."""
     writes_text = (rows.mode == _TEXT) | (rows.mode == _REASON)
     temperature = rows.temperature.masked_fill(~writes_text, 0.0)
     return sample(logits_NV, temperature, rows.top_p, uniform(rows.seed, rows.draws))
 
 
 def _choose_tokens(model: Moondream3, logits_NV: Tensor, rows: Rows, draw: Draw) -> Tensor:
-    """Every row's token [N]; for objects after the first, coord or eos, whichever scores higher."""
+    """Return every row's token [N]; for objects after the first, coord or eos, whichever scores higher."""
     ids = model.config.tokenizer
     goes_on = logits_NV[:, ids.coord_id] >= logits_NV[:, ids.eos_id]
     logits_NV = _banned_logits(model, logits_NV, rows)
@@ -232,7 +225,7 @@ def _choose_tokens(model: Moondream3, logits_NV: Tensor, rows: Rows, draw: Draw)
 
 
 def _next_mode(rows: Rows, token: Tensor, answer_id: int) -> Tensor:
-    """The mode after this decision, finishing aside."""
+    """Return the mode after this decision, finishing aside."""
     mode = rows.mode
     after_y = torch.where(rows.is_point, _X, _SIZE)
     after = torch.where(mode == _X, _Y, mode)
