@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from md3cli.records import Request
+from md3cli.records import Request, RunIdentity
 from md3cli.source.source import SourceSpec
 
 DEFAULT_MODEL = "moondream3"
@@ -40,10 +40,10 @@ class ModelOptions:
     offline: bool = False
     background: str = "none"
 
-    @property
-    def quant_identity(self) -> str:
-        """`quant` as records' ids know it: with the vision encoder's where that is not the rule."""
-        return self.quant if self.quant_vision == "none" else f"{self.quant}, vision {self.quant_vision}"
+    def identity(self, model: str) -> RunIdentity:
+        """Return what of the options goes into every record's id; `model` is name@revision."""
+        quant = self.quant if self.quant_vision == "none" else f"{self.quant}, vision {self.quant_vision}"
+        return RunIdentity(model, self.dtype, quant, self.adapter or "", self.background)
 
 
 @dataclass(frozen=True, slots=True)

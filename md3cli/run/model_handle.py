@@ -94,13 +94,7 @@ def find_model(options: ModelOptions) -> FoundModel:
     files = resolve_model(
         options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline
     )
-    identity = RunIdentity(
-        model=files.identity,
-        dtype=options.dtype,
-        quant=options.quant_identity,
-        adapter=options.adapter or "",
-        background=options.background,
-    )
+    identity = options.identity(files.identity)
     return _ModelOnDisk(options, identity, plan_checkpoint(files.path).config, files)
 
 

@@ -5,7 +5,7 @@ was told before. A copy from or to pinned memory is put in line like a kernel, a
 torch keeps pinned memory for its next user and knows which copies still read it, so a pinned tensor
 may be dropped as soon as its copy is in line. On every other device these functions copy plainly.
 
-Knows nothing of sequences, slots or pictures.
+Knows nothing of generations, slots or pictures.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""From options to a ready engine: which files, which device, which dtype, how many at once.
+"""From options to a ready engine: which files, which device, which dtype, how many at once, and whether it all fits.
 
-How large a checkpoint's weights become in memory, and whether a CUDA device holds them. From headers only.
-
-What this machine offers a model: for `md3 doctor`.
+`load_engine` is the one way in. How large a checkpoint's weights become is read from its headers alone, before any
+weight is loaded; `device_facts` says the same of a machine for `md3 doctor`. Knows nothing of pictures and requests.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ _SCALE_BYTES = 4  # scales and zero points are float32
 
 
 def weight_bytes(plan: CheckpointPlan, quant: str, dtype: torch.dtype) -> int:
-    """Bytes of all weights as `--quant` holds them, the plain ones in `dtype`; in float32 all are plain."""
+    """Return the bytes of all weights as `--quant` holds them, the plain ones in `dtype`; in float32 all are plain."""
     return sum(_slot_bytes(slot, quant, dtype) for slot in plan.slots)
 
 
@@ -82,14 +81,12 @@ def check_weights_fit(
     device: torch.device,
     free: int,
 ) -> None:
-    """Nothing where the weights and one picture's work fit into `free` bytes of `device`.
+    """Refuse weights that do not fit, with one picture's work, into `free` bytes of `device`.
 
-    Args:
-        name: the model, as the user calls it.
-        quant: as `--quant`.
+    `name` is the model as the user calls it, `quant` as `--quant`.
 
     Raises:
-        ConfigError: they do not fit; names what is needed, what is free and the largest form that fits.
+        ConfigError: names what is needed, what is free and the largest form that fits.
     """
 
     def fits(size: int, kind: torch.dtype) -> bool:
@@ -117,7 +114,7 @@ def _form(plan: CheckpointPlan, quant: str, dtype: torch.dtype) -> str:
 
 
 def _other_forms(plan: CheckpointPlan, quant: str, dtype: torch.dtype) -> Iterator[tuple[str, int, torch.dtype]]:
-    """What else can be asked for: (the options that say it, bytes of the weights, dtype of the activations)."""
+    """Yield what else can be asked for: (the options that say it, bytes of the weights, dtype of the activations)."""
     half = torch.bfloat16 if dtype is torch.float32 else dtype
     shorter = "--dtype auto" if dtype is torch.float32 else ""
     for other in dict.fromkeys((quant, STORED, NONE, LowBit.INT8, LowBit.INT4)):
@@ -149,11 +146,11 @@ def load_engine(options: ModelOptions) -> Engine:
     files = resolve_model(
         options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline
     )
-    weight_bytes = sum(file.stat().st_size for file in find_weight_files(files.path).files)
+    num_bytes = sum(file.stat().st_size for file in find_weight_files(files.path).files)
     vision_threads = torch.get_num_threads()
-    if device.type == "cpu" and weight_bytes < ONE_THREAD_BYTES:
+    if device.type == "cpu" and num_bytes < ONE_THREAD_BYTES:
         torch.set_num_threads(1)
-    dtype = choose_dtype(options.dtype, device, weight_bytes)
+    dtype = choose_dtype(options.dtype, device, num_bytes)
     loaded = load_weights(options, files.path, dtype=dtype, device=device)
     if options.adapter:
         warn_of_another_base(Path(options.adapter).expanduser(), options.model)
@@ -169,7 +166,7 @@ def load_engine(options: ModelOptions) -> Engine:
         loaded.model,
         tokenizer,
         files.name,
-        run_identity(options, files.identity),
+        options.identity(files.identity),
         plan,
         max_context=max_context,
         store=store,
@@ -214,7 +211,7 @@ def make_engine(
 
 
 def load_weights(options: ModelOptions, path: Path, *, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """The network of the checkpoint at `path`, its adapter merged, in as many bits as the options say.
+    """Read the network of the checkpoint at `path`, its adapter merged, in as many bits as the options say.
 
     With `--dtype fp32` low bits are what values are rounded to, not how they are computed: the plain
     float32 network of the values that the codes stand for.
@@ -241,7 +238,7 @@ def load_weights(options: ModelOptions, path: Path, *, dtype: torch.dtype, devic
     if has_low_bits(plan, options.quant):
         if options.dtype == "fp32":
             return load_dequantised(plan, quant=options.quant, device=device, adapter=adapter)
-        files = open_files(options) if options.cache else None
+        files = open_files(options)
         cache = CodeCache(files, plan.files, dtype, device) if files is not None else None
         return load_low_bit(
             plan,
@@ -282,7 +279,7 @@ def quantise_vision_for(options: ModelOptions, model: Moondream3) -> None:
 
 
 def compile_engine(engine: Engine, cache_dir: Path | None) -> None:
-    """Compile the engine's passes, what is generated kept in the cache folder; without a compiler warn and go on."""
+    """Compile the engine's passes and keep what is generated in the cache folder; without a compiler warn and go on."""
     missing = missing_compiler(engine.model.device)
     if engine.model.device.type == "cpu" and has_low_bits_packed(engine.model):
         missing = "the CPU's low-bit products are no compiler's business"
@@ -294,14 +291,14 @@ def compile_engine(engine: Engine, cache_dir: Path | None) -> None:
 
 
 def _keep_compiled(variable: str, folder: Path) -> None:
-    """Have a compiler keep what it makes in `folder`; in its own, which is another one, where that cannot be made."""
+    """Let a compiler keep what it makes in `folder`, or in its own folder where that cannot be made."""
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault(variable, str(folder))
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """What torch.compile lacks on this machine, in words; None when it can work."""
+    """Return what torch.compile lacks on this machine, in words; None when it can work."""
     if device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "the package triton is not installed"
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
@@ -311,13 +308,7 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def open_cache(options: ModelOptions, model: Moondream3) -> EncodingCache | None:
-    """The encoding cache on disk, where it is wanted; None leaves disks alone.
-
-    Raises:
-        OutputError: the folder cannot be used.
-    """
-    if not options.cache:
-        return None
+    """Open the cache of encodings on disk, where it is wanted and can be used."""
     files = open_files(options)
     if files is None:
         return None
@@ -325,11 +316,13 @@ def open_cache(options: ModelOptions, model: Moondream3) -> EncodingCache | None
 
 
 def open_files(options: ModelOptions) -> FileCache | None:
-    """Return the folder of everything that outlives a run; None, and a warning, where the user's own cannot be used.
+    """Return the folder of everything that outlives a run; None where it is not wanted, or, with a warning, unusable.
 
     Raises:
         OutputError: --cache-dir cannot be used.
     """
+    if not options.cache:
+        return None
     try:
         return FileCache(options.cache_dir or user_cache_dir(), options.cache_size)
     except OutputError as error:
@@ -339,19 +332,8 @@ def open_files(options: ModelOptions) -> FileCache | None:
         return None
 
 
-def run_identity(options: ModelOptions, model: str) -> RunIdentity:
-    """What of the options goes into every record's id; `model` is name@revision."""
-    return RunIdentity(
-        model=model,
-        dtype=options.dtype,
-        quant=options.quant_identity,
-        adapter=options.adapter or "",
-        background=options.background,
-    )
-
-
 def prepare_device(device: torch.device, cache_dir: Path | None = None) -> None:
-    """Set this process up for a CUDA device, before anything is allocated there; nothing to do for others.
+    """Set this process up for a CUDA device, before anything is allocated there; do nothing for others.
 
     Compiled kernels are kept in `cache_dir`, by default the user's cache folder, and not in a folder of Triton's own.
 
@@ -377,7 +359,7 @@ def prepare_device(device: torch.device, cache_dir: Path | None = None) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, else Apple's GPU, else the CPU; a GPU that torch cannot use is warned of.
+    """Choose a device: `auto` is the first CUDA device, else Apple's GPU, else the CPU; warn of an unusable GPU.
 
     Raises:
         ConfigError: no such device here.
@@ -404,7 +386,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device, weight_bytes: int) -> torch.dtype:
-    """`auto` is bf16; on a CPU fp32 where bf16 is slow or pointless: without bf16 units, or for a small model.
+    """Choose a dtype: `auto` is bf16; on a CPU fp32 without bf16 units or for a small model, where bf16 gains nothing.
 
     On CUDA below compute capability 8.0 `auto` is fp16: these cards have no bf16 units, and float32 does not fit.
 
@@ -429,7 +411,7 @@ def has_fast_bf16_cpu() -> bool:
 
 
 def choose_max_context(asked: int | None, of_config: int, prefix_len: int) -> int:
-    """Positions a sequence may fill: as asked, else the config's.
+    """Return the positions that a generation may fill: as asked, else the config's.
 
     Raises:
         ConfigError: more than 32768, or no room behind an image.
@@ -447,8 +429,9 @@ LARGE_MODEL_BYTES = 18 * 10**9  # the real one in 16 bits
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    """`dtype` is what `auto` means on this device for the real model; `free_bytes` is the device's memory.
+    """What this machine offers a model, for `md3 doctor`.
 
+    `dtype` is what `auto` means on this device for the real model; `free_bytes` is the device's memory.
     `triton` is its version, empty where it is not installed or not used; `kernel_fault` what keeps the CUDA kernels
     from running on the device, in words.
     """
@@ -464,7 +447,7 @@ class DeviceFacts:
 
 
 def device_facts(device: str = "auto") -> DeviceFacts:
-    """The facts about `device`.
+    """Look at `device`.
 
     Raises:
         ConfigError: no such device here.

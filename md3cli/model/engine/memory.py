@@ -1,6 +1,6 @@
-"""How much memory there is, and whether an error means there was too little.
+"""What of the machine an engine may take: memory on every kind of device, planned and measured, and CPU threads.
 
-How many CPU threads torch uses, for a while.
+Also says whether an error means there was too little memory. Knows the network's sizes, and nothing of generations.
 """
 
 from __future__ import annotations
@@ -17,21 +17,6 @@ import torch
 from md3cli.errors import ConfigError
 from md3cli.model.network.config import HEAD_DIM, ModelConfig
 from md3cli.system import most_memory_used
-
-
-@contextlib.contextmanager
-def cpu_threads(number: int | None) -> Iterator[None]:
-    """Let operations use this many threads inside; None changes nothing."""
-    before = torch.get_num_threads()
-    if number is None or number == before:
-        yield
-        return
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
 
 MAX_BATCH = {"cpu": 32, "cuda": 128, "mps": 32}
 SMALL_SLOT_BYTES = 8 << 20  # of a slot; a smaller model's step is spent on calling operators
@@ -66,9 +51,23 @@ LARGE_PASSES = PassSizes(36, 16, least_slots=16)
 SMALL_PASSES = (PassSizes(9, 1, least_slots=4), PassSizes(3, 1, least_slots=1), PassSizes(1, 1, least_slots=1))
 
 
+@contextlib.contextmanager
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """Let operations use this many threads inside; None changes nothing."""
+    before = torch.get_num_threads()
+    if number is None or number == before:
+        yield
+        return
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How much is done at once: sequences in flight, crops of a vision micro-batch, tokens of a prefill pass.
+    """How much is done at once: generations in flight, crops of a vision micro-batch, tokens of a prefill pass.
 
     None leaves a size to its part of the engine, which knows a usual one for each kind of device.
     """
@@ -87,7 +86,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def shortage(error: BaseException) -> str:
-    """What an error says of an allocation that failed, without the paragraph on torch's settings behind it."""
+    """Return what an error says of a failed allocation, without the paragraph on torch's settings behind it."""
     text = str(error) or type(error).__name__
     return ". ".join(text.splitlines()[0].split(". ")[:2]).removesuffix(".")
 
@@ -100,7 +99,7 @@ def release(device: torch.device) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be allocated on a device now."""
+    """Return the memory that can be allocated on a device now, in bytes."""
     if device.type == "cuda":
         release(device)
         free, _ = torch.cuda.mem_get_info(device)  # makes the context, 0.5 GB, where there is none yet
@@ -116,23 +115,14 @@ def free_bytes(device: torch.device) -> int:
 
 
 def slot_bytes(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> int:
-    """Keys and values of one slot."""
+    """Return the bytes of the keys and values of one slot."""
     return 2 * config.text.n_layers * config.text.n_heads * HEAD_DIM * num_positions * dtype.itemsize
-
-
-def fitting_slots(config: ModelConfig, dtype: torch.dtype, device: torch.device, max_context: int) -> int:
-    """Sequences in flight whose keys and values fit beside the model.
-
-    Slots are reckoned at the picture's prefix and 512 positions more (or the whole context).
-    """
-    positions = min(max_context, config.prefix_len + 512)
-    return max(1, int(free_bytes(device) * KV_SHARE) // slot_bytes(config, positions, dtype))
 
 
 def plan_memory(
     asked: int | None, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_context: int
 ) -> MemoryPlan:
-    """What fits on `device` beside the model that is there; `asked` slots, or fewer, which is said then.
+    """Plan what fits on `device` beside the model that is there: `asked` slots, or fewer with a warning.
 
     Raises:
         ConfigError: a CUDA device has no room for one picture at a time.
@@ -149,11 +139,13 @@ def plan_memory(
 def _slots_by_share(
     asked: int | None, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_context: int
 ) -> int:
-    """On the CPU or Apple's GPU: as asked, or a power of two up to `MAX_BATCH`; never more than fit."""
-    fitting = fitting_slots(config, dtype, device, max_context)
+    """Return the slots of a CPU or Apple's GPU: as asked, or a power of two up to `MAX_BATCH`; never more than fit."""
+    usual = config.prefix_len + 512  # positions of a slot
+    fitting = int(free_bytes(device) * KV_SHARE) // slot_bytes(config, min(max_context, usual), dtype)
+    fitting = max(1, fitting)
     if asked is not None:
         return min(asked, fitting)
-    is_small = slot_bytes(config, config.prefix_len + 512, dtype) < SMALL_SLOT_BYTES
+    is_small = slot_bytes(config, usual, dtype) < SMALL_SLOT_BYTES
     limit = max(MAX_BATCH.get(device.type, MAX_BATCH["cpu"]), MAX_BATCH_OF_SMALL if is_small else 0)
     return 1 << (min(fitting, limit).bit_length() - 1)
 
@@ -161,7 +153,7 @@ def _slots_by_share(
 def plan_cuda(
     free: int, config: ModelConfig, dtype: torch.dtype, max_context: int, *, asked: int | None = None
 ) -> MemoryPlan:
-    """Sizes for a CUDA device with `free` bytes beside the weights and the context.
+    """Plan for a CUDA device with `free` bytes beside the weights and the context.
 
     First comes what passes need, then as many slots as the rest holds, up to `asked`.
 
@@ -182,14 +174,14 @@ def plan_cuda(
 
 
 def pass_bytes(config: ModelConfig, sizes: PassSizes, dtype: torch.dtype) -> int:
-    """What a CUDA device holds besides weights and slots while passes of these sizes run."""
+    """Return the bytes a CUDA device holds besides weights and slots while passes of these sizes run."""
     values = sizes.crops * config.vision.num_patches * config.vision.enc_dim * VISION_WIDTHS
     values += sizes.pictures * config.prefix_len * config.text.dim * PREFILL_WIDTHS
     return WORKSPACE_BYTES + REMEMBERED_BYTES + int(values * dtype.itemsize)
 
 
 def least_room(config: ModelConfig, dtype: torch.dtype, max_context: int) -> int:
-    """What a CUDA device needs beside the weights to answer anything: one slot, one crop, one picture."""
+    """Return the bytes a CUDA device needs beside the weights to answer anything: one slot, one crop, one picture."""
     slot = _cuda_slot_bytes(config, dtype, max_context)
     return pass_bytes(config, SMALL_PASSES[-1], dtype) + int(slot / SLOT_SHARE)
 
@@ -199,7 +191,7 @@ def _cuda_slot_bytes(config: ModelConfig, dtype: torch.dtype, max_context: int) 
 
 
 def peak_rss() -> int:
-    """Most memory this process ever held (since the last reset, where the system can), in bytes."""
+    """Return the most memory this process ever held (since the last reset, where the system can), in bytes."""
     try:
         with open("/proc/self/status", encoding="ascii") as lines:
             fields = dict(line.split(":", 1) for line in lines)
