@@ -1,14 +1,8 @@
-"""What people see: rows of a table on stdout, warnings and the summary on stderr.
+"""What people see: documents and tables on stdout, progress, warnings and the summary on stderr.
 
-Data (file names, model text, messages) is escaped by `records.printable` and never read as markup.
-Colour and the moving bar are for terminals only; NO_COLOR, TERM=dumb and the options turn them off.
-
-Text from files and models to a terminal: nothing in it can steer the terminal.
-
-To a pipe or a file the same text goes byte for byte. Escapes are those of JSON, so that a document that is
-printed reads as before.
-
-How far a run is: a moving bar on a terminal, a plain line now and then elsewhere. Knows no records.
+Nothing in data (file names, model text, messages) can steer a terminal or is read as markup; to a pipe or a file a
+document goes byte for byte. Colour and the moving bar are for terminals only; NO_COLOR, TERM=dumb and the options turn
+them off. rich and tqdm are known here alone; how a run works is not.
 """
 
 from __future__ import annotations
@@ -30,9 +24,13 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
+MOST_OBJECTS_SHOWN = 6
+SHOWN_LOAD_S = 0.1  # loading that took less is not worth a word
+
 
 def harmless(text: bytes) -> bytes:
-    """UTF-8 for a terminal: what could steer it as `\\uNNNN`, which to a reader of JSON is the same; lines stay."""
+    """Return UTF-8 for a terminal: what could steer it as `\\uNNNN`, which to a reader of JSON is the same."""
     shown = (c if c == "\n" or is_printable(c) else f"\\u{ord(c):04x}" for c in text.decode("utf-8", "replace"))
     return "".join(shown).encode()
 
@@ -59,9 +57,6 @@ def print_document(path: Path) -> None:
     sys.stdout.flush()
 
 
-PLAIN_INTERVAL_S = 10.0  # between two progress lines where there is no terminal
-
-
 class Progress:
     """Images done of all, with rate and time left; call `update_to` as they are finished."""
 
@@ -76,7 +71,7 @@ class Progress:
             self._bar = tqdm(total=total, unit="img", file=stream, dynamic_ncols=True, smoothing=0.1)
 
     def update_to(self, num_images: int, num_failed: int) -> None:
-        """So many images are finished, and so many requests failed, of all so far."""
+        """Show that so many images are finished, and so many requests failed, of all so far."""
         step, self._done, self._failed = num_images - self._done, num_images, num_failed
         if self._bar is not None:
             if num_failed:
@@ -88,7 +83,7 @@ class Progress:
             self._stream.flush()
 
     def restart_clock(self) -> None:
-        """Rate and time left are reckoned from now on."""
+        """Reckon rate and time left from now on."""
         self._started_at = time.monotonic()
         if self._bar is not None:
             self._bar.start_t = self._bar.last_print_t = self._bar._time()
@@ -99,7 +94,7 @@ class Progress:
             self._bar.set_description(text)
 
     def line(self) -> str:
-        """The state in one plain line: `1200/5000 24.1 img/s eta 2:38 failed 3`."""
+        """Return the state as one plain line: `1200/5000 24.1 img/s eta 2:38 failed 3`."""
         rate = self._done / max(time.monotonic() - self._started_at, 1e-9)
         parts = [f"{self._done}" if self._total is None else f"{self._done}/{self._total}", f"{rate:.1f} img/s"]
         if self._total is not None and self._done:
@@ -129,16 +124,12 @@ def loading(progress: Progress | None) -> Iterator[None]:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as `7.5 s`, `2:38` or `1:02:05`."""
+    """Return seconds as `7.5 s`, `2:38` or `1:02:05`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-MOST_OBJECTS_SHOWN = 6
-SHOWN_LOAD_S = 0.1  # loading that took less is not worth a word
 
 
 @dataclass(slots=True)
@@ -192,38 +183,32 @@ class RunConsole:
         """Whether a person, not a program, reads stdout."""
         return sys.stdout.isatty()
 
-    def _rich(self, stream: IO[str]) -> Console:
-        return plain_console(stream, has_color=self._has_color)
-
     @contextlib.contextmanager
     def progress(self, total: int | None) -> Iterator[Progress | None]:
-        """The progress display of a run; None where it is not wanted. `total` None: not known yet."""
+        """Show the progress of a run, or yield None where it is not wanted. `total` None: not known yet."""
         if not self.has_progress:
             yield None
             return
         is_bar = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        display = Progress(sys.stderr, total, is_bar=is_bar)
-        try:
+        with contextlib.closing(Progress(sys.stderr, total, is_bar=is_bar)) as display:
             yield display
-        finally:
-            display.close()
 
     def say(self, text: str, *, style: str = "") -> None:
-        """A line on stderr, unless --quiet; a moving bar makes room for it."""
+        """Print a line on stderr, unless --quiet; a moving bar makes room for it."""
         if not self.is_quiet:
             with _bar_aside(sys.stderr):
-                self._rich(sys.stderr).print(_text(text, style))
+                _plain_console(sys.stderr, has_color=self._has_color).print(_text(text, style))
 
     def warn(self, text: str) -> None:
-        """A line that begins with `warning:`."""
+        """Print a line that begins with `warning:`."""
         self.say(f"warning: {text}", style="yellow")
 
     def show_record(self, record: RecordDict) -> None:
-        """A record as a row of the table on stdout."""
+        """Print a record as a row of the table on stdout."""
         from rich.table import Table
 
         with _bar_aside(sys.stdout):
-            console = self._rich(sys.stdout)
+            console = _plain_console(sys.stdout, has_color=self._has_color)
             width = max(console.width, 40)
             table = Table(box=None, show_header=not self._has_header, pad_edge=False, header_style="bold")
             for name, share in (("image", 0.3), ("asked", 0.2), ("answer", 0.5)):
@@ -235,14 +220,14 @@ class RunConsole:
             self._has_header = True
 
     def summarize(self, summary: Summary) -> None:
-        """What was done, on stderr."""
-        width = self._rich(sys.stderr).width if sys.stderr.isatty() else None
+        """Print on stderr what was done."""
+        width = _plain_console(sys.stderr, has_color=False).width if sys.stderr.isatty() else None
         for line, style in summary_lines(summary, is_verbose=self.is_verbose, width=width):
             self.say(line, style=style)
 
 
-def plain_console(stream: IO[str], *, has_color: bool) -> Console:
-    """A rich console that reads nothing into what it prints: no markup, no emoji names, no highlights."""
+def _plain_console(stream: IO[str], *, has_color: bool) -> Console:
+    """Return a rich console that reads nothing into what it prints: no markup, no emoji names, no highlights."""
     from rich.console import Console
 
     has_color = has_color and not os.environ.get("NO_COLOR")
@@ -290,9 +275,9 @@ def moving_bar(what: str, unit: str = "B") -> Iterator[Callable[[int], None]]:
 
 
 def show_finding(name: str, health: str, text: str, advice: str, *, has_color: bool) -> None:
-    """A check of `md3 doctor` on stdout: a line, and one more with what to do."""
+    """Print a check of `md3 doctor` on stdout: a line, and one more with what to do."""
     style = {"ok": "green", "note": "yellow"}.get(health, "red")
-    console = plain_console(sys.stdout, has_color=has_color)
+    console = _plain_console(sys.stdout, has_color=has_color)
     console.print(_text(f"{health:<5}", style) + _text(f"{name:<20} {text}"))
     if advice:
         console.print(_text(f"{'':<26}{advice}", "cyan"))
@@ -326,7 +311,7 @@ def show_warning(message: Warning | str) -> None:
 
 
 def describe(record: RecordDict) -> str:
-    """What a record says, in a few words."""
+    """Return what a record says, in a few words."""
     if record["error"]:
         return f"{record['error']['type']}: {record['error']['message']}"
     if record["task"] == "caption":

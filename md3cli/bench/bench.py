@@ -1,10 +1,8 @@
-"""This machine's throughput, stage by stage, beside its limits measured in the same run.
+"""`md3 bench`: this machine's throughput beside its limits, measured in the same run.
 
-A stage's share is its achieved rate over the limit that binds it: vision and prefill are bound by
-matrix products, a decode step by memory. Weights are loaded (or drawn) before any clock starts. The
-plain path (`plain.py`) run on the same requests is the baseline.
-
-On CUDA there is more to measure, since it is quick: every workload at several batch sizes (`bench_gpu`).
+Weights are loaded (or drawn) before any clock starts. On a CPU one workload runs, again with its encodings cached,
+and from files; on CUDA, which is quick, every workload runs at several batch sizes (gpu.py). The plain path on the
+same requests is the baseline. How the numbers are shown is not known here.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +44,6 @@ from md3cli.model.weights.hub import resolve_model
 from md3cli.model.weights.random_weights import CONFIGS, forbid_end, random_model
 from md3cli.model.weights.read import load_model
 
-__all__ = ["BenchResult", "ModelSource", "model_source", "run_bench"]
 CACHE_BYTES = 1 << 30  # of the second run's encodings
 HOST_WORKLOAD, HOST_BATCH = "captions", 16
 GPU_WORKLOADS = ("query", "reasoning", "captions", "files")
@@ -55,37 +52,25 @@ GPU_PREFIXES = (1, 16)  # pictures of a prefill pass
 
 @dataclass(slots=True)
 class BenchResult:
-    """Numbers of one benchmark; `as_dict` is what `--json` prints."""
+    """Numbers of one benchmark: seconds, GFLOP/s, GB/s and shares 0-1; None is what was not measured."""
 
     device: str
     limits: dict[str, float]
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     engine: dict[str, float] = field(default_factory=dict)
     cached: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
     files: dict[str, float] | None = None
     baseline: dict[str, float] | None = None
-    memory: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers; seconds, GFLOP/s, GB/s and shares 0-1."""
-        parts = {
-            "device": self.device,
-            "limits": self.limits,
-            "stages": self.stages,
-            "engine": self.engine,
-            "cached": self.cached,
-            "memory": self.memory,
-        }
-        if self.files is not None:
-            parts["files"] = self.files
-        if self.baseline is not None:
-            parts["baseline"] = self.baseline
-        return parts
+        """Return what `--json` prints."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(slots=True)
 class GpuBenchResult:
-    """Numbers of one benchmark on CUDA; `baseline` is by workload."""
+    """Numbers of one benchmark on CUDA; `notes` say what did not fit, `baseline` is by workload."""
 
     device: str
     limits: dict[str, float]
@@ -95,17 +80,9 @@ class GpuBenchResult:
     baseline: dict[str, dict[str, float]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers as those of `BenchResult`; `notes` say what did not fit."""
-        parts = {
-            "device": self.device,
-            "limits": self.limits,
-            "stages": self.stages,
-            "runs": [run.as_dict() for run in self.runs],
-            "notes": self.notes,
-        }
-        if self.baseline is not None:
-            parts["baseline"] = self.baseline
-        return parts
+        """Return what `--json` prints."""
+        numbers = asdict(self) | {"runs": [run.as_dict() for run in self.runs]}
+        return {name: value for name, value in numbers.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +100,7 @@ class ModelSource:
 def model_source(
     model: str | None, config: str, *, device: str, dtype: str, threads: int | None, seed: int
 ) -> ModelSource:
-    """A source of random models of a size in `CONFIGS`, or of the weights of `model`.
+    """Return a source of random models of a size in `CONFIGS`, or of the weights of `model`.
 
     Raises:
         ConfigError: a device or dtype that is not to be had here.
@@ -156,7 +133,7 @@ def run_bench(
 
     Args:
         workload: a name of `WORKLOADS`; None is `HOST_WORKLOAD`, on CUDA all of `GPU_WORKLOADS`.
-        batch_size: None is `HOST_BATCH`, on CUDA all of `bench_gpu.BATCH_SIZES`.
+        batch_size: None is `HOST_BATCH`, on CUDA all of `gpu.BATCH_SIZES`.
         num_workers: processes that decode the pictures of `files`.
         baseline_images: run the baseline on the first so many pictures and scale up.
 

@@ -2,7 +2,7 @@
 
 All pictures are different photographs of nine crops and nothing is cached. A workload at one batch size has one
 engine: a first batch, not timed, lets libraries and kernels get ready, then the workload runs against the clock, and
-one more batch is profiled.
+one more batch is profiled. A device without CUDA is bench.py's business.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class GpuRun:
     memory: GpuMemory
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, memory among them, with the rate and the share of time that the GPU was busy."""
+        """Return plain numbers, memory among them, with the rate and the share of time that the GPU was busy."""
         numbers: dict[str, Any] = asdict(self)
         memory: dict[str, Any] = numbers.pop("memory")
         busy_share = self.busy_seconds / self.seconds if self.busy_seconds is not None else None
@@ -85,7 +85,7 @@ class GpuRuns:
 
 
 def gpu_workload(name: str, batch_size: int) -> Workload:
-    """The workload with as many photographs as a batch of this size takes to show a steady rate."""
+    """Return the workload with as many photographs as a batch of this size takes to show a steady rate."""
     workload = WORKLOADS[name]
     if name not in NUM_REQUESTS:
         return workload
@@ -97,7 +97,7 @@ def gpu_workload(name: str, batch_size: int) -> Workload:
 def run_workloads(
     model: Moondream3, names: Iterable[str], batch_sizes: Sequence[int], *, num_workers: int, seed: int
 ) -> GpuRuns:
-    """Every workload at every batch size; what does not fit is noted. `num_workers` processes decode files.
+    """Run every workload at every batch size; what does not fit is noted. `num_workers` processes decode files.
 
     Raises:
         ConfigError: there is no room for one picture at a time.
@@ -142,7 +142,7 @@ def _run_batch(
 
 
 def measure(engine: Engine, name: str, workload: Workload, images: Sequence[PreparedImage]) -> GpuRun:
-    """The engine on as many of `images` as the workload has, all cut already."""
+    """Run the engine on as many of `images` as the workload has, all cut already."""
     images = images[: len(workload.tilings)]
     first = images[: engine.batch_size]
     warm = replace(workload, max_tokens=min(WARM_TOKENS, workload.max_tokens))
@@ -166,7 +166,7 @@ def measure(engine: Engine, name: str, workload: Workload, images: Sequence[Prep
 
 
 def measure_files(engine: Engine, cut: GpuRun, workload: Workload, files: PhotoFiles) -> GpuRun:
-    """The same requests with pictures that are decoded meanwhile; the GPU has the same to do as in `cut`."""
+    """Run the same requests with pictures that are decoded meanwhile; the GPU has the same to do as in `cut`."""
     reset_gpu_peak(engine.model.device)
     seconds, num_tokens = time_run(engine, files.jobs(workload.request, workload.num_requests), workload)
     return replace(cut, seconds=seconds, output_tokens=num_tokens, memory=gpu_memory(engine.model.device))
@@ -180,7 +180,7 @@ def _renamed(images: Iterable[PreparedImage], run: str) -> list[PreparedImage]:
 def run_plain(
     model: Moondream3, names: Iterable[str], num_images: int | None, seed: int
 ) -> dict[str, dict[str, float]]:
-    """The plain path on each workload, one request after another: requests per second, and pictures asked about."""
+    """Run the plain path on each workload; return requests per second, and the number of pictures asked about."""
     found = {}
     for name in names:
         workload = gpu_workload(name, 1)
@@ -194,12 +194,12 @@ def run_plain(
 
 
 def reset_gpu_peak(device: torch.device) -> None:
-    """Begin to count the most memory anew."""
+    """Forget the most memory that was taken so far."""
     torch.cuda.reset_peak_memory_stats(device)
 
 
 def gpu_memory(device: torch.device) -> GpuMemory:
-    """The device's memory since `reset_gpu_peak`."""
+    """Return the device's memory since `reset_gpu_peak`."""
     free, total = torch.cuda.mem_get_info(device)
     return GpuMemory(
         torch.cuda.max_memory_allocated(device),
@@ -209,7 +209,7 @@ def gpu_memory(device: torch.device) -> GpuMemory:
 
 
 def busy_seconds(run: Callable[[], object]) -> float | None:
-    """Seconds in which a CUDA device computed or copied anything while `run` ran; None where nothing was seen.
+    """Return the seconds in which a CUDA device computed or copied while `run` ran; None where nothing was seen.
 
     The profiler makes `run` itself slower, but hardly what it sees of the device.
     """
@@ -223,7 +223,7 @@ def busy_seconds(run: Callable[[], object]) -> float | None:
 
 
 def covered(spans_us: Iterable[tuple[float, float]]) -> float | None:
-    """Seconds that spans in microseconds cover together, overlaps once; None without spans."""
+    """Return the seconds that spans in microseconds cover together, overlaps once; None without spans."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans_us):
         total += max(0.0, end - max(start, reached))

@@ -1,11 +1,7 @@
-"""Whole runs of a benchmark: the engine on a workload, and the plain path on the same requests beside it.
+"""Whole runs of a benchmark: a workload with its pictures, the engine on it, and the plain path beside that.
 
-Pictures are noise, weights may be random and answers mean nothing: only time and memory are looked at.
-
-A benchmark's pictures as JPEG files, on their way through decode workers into the engine.
-
-The files lie in a temporary folder; `PicturePool` reads and cuts them as in any run. Unix only, as the
-pool is.
+Pictures are noise or JPEG files that decode workers read as in any run; weights may be random and answers mean
+nothing: only time and memory are looked at.
 """
 
 from __future__ import annotations
@@ -41,6 +37,9 @@ from md3cli.records import ImageItem, Job, Request, RunIdentity, Task
 
 SIZE = (1920, 1080)  # 2 megapixels; the real model cuts them into nine crops
 NUM_SCENES = 4  # with different pixels; the files differ in a comment, and so in their digest
+WORD_ID = 1000
+ANSWER_ID, THINKING_ID = 3, 4  # what a prompt ends with
+PHOTO = Tiling(2, 4)  # nine crops: what most photographs are cut into
 AHEAD_PER_WORKER = 4  # pictures being decoded, or decoded and not taken
 
 
@@ -52,11 +51,11 @@ class PhotoFiles:
         self._pool, self._num_ahead = pool, num_ahead
 
     def decode_all(self) -> list[PreparedImage]:
-        """All pictures, cut, in order; afterwards every worker has been started."""
+        """Return all pictures, cut, in order; afterwards every worker has been started."""
         return [future.result() for future in [self._pool.submit(item) for item in self._items]]
 
     def jobs(self, request: Request, count: int) -> Iterator[Job | None]:
-        """One request for each of the first `count` files, in order; None while the next is not decoded."""
+        """Yield a request for each of the first `count` files, in order; None while the next is not decoded."""
         items = iter(self._items[:count])
         decoding: deque[Future[PreparedImage]] = deque()
         for key in range(count):
@@ -70,7 +69,7 @@ class PhotoFiles:
 def photo_files(
     count: int, crop_config: CropConfig, num_workers: int, seed: int, size: tuple[int, int] = SIZE
 ) -> Iterator[PhotoFiles]:
-    """`count` photographs of `size` (width, height) in a temporary folder, with `num_workers` decode workers."""
+    """Make `count` photographs of `size` (width, height) in a temporary folder, and `num_workers` to decode them."""
     with (
         tempfile.TemporaryDirectory(prefix="md3-bench-") as folder,
         PicturePool(num_workers, crop_config, ImageLimits()) as pool,
@@ -79,7 +78,7 @@ def photo_files(
 
 
 def write_photos(folder: Path, count: int, seed: int, size: tuple[int, int] = SIZE) -> list[Path]:
-    """JPEG files, no two with the same bytes."""
+    """Write JPEG files, no two with the same bytes."""
     scenes = [_scene(seed + number, size) for number in range(min(count, NUM_SCENES))]
     paths = [folder / f"{number:04}.jpg" for number in range(count)]
     for number, path in enumerate(paths):
@@ -102,14 +101,9 @@ def _scene(seed: int, size: tuple[int, int]) -> bytes:
 
 
 def with_comment(jpeg: bytes, text: str) -> bytes:
-    """The same picture in other bytes: a comment right behind the start marker."""
+    """Return the same picture in other bytes: with a comment right behind the start marker."""
     comment = text.encode()
     return jpeg[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + jpeg[2:]
-
-
-WORD_ID = 1000
-ANSWER_ID, THINKING_ID = 3, 4  # what a prompt ends with
-PHOTO = Tiling(2, 4)  # nine crops: what most photographs are cut into
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +139,7 @@ class Workload:
         return Request(self.task, reasoning=self.reasoning, max_tokens=self.max_tokens, max_objects=self.max_objects)
 
 
-WORKLOADS = {  # sizes for a CPU; a GPU gets `bench_gpu.gpu_workload`
+WORKLOADS = {  # sizes for a CPU; a GPU gets `gpu.gpu_workload`
     "query": Workload((PHOTO,) * 8, Task.QUERY, 1, max_tokens=3, max_objects=1),
     # 30 tokens altogether: 15 of reasoning, 15 of the answer
     "reasoning": Workload((PHOTO,) * 4, Task.QUERY, 1, max_tokens=15, max_objects=1, reasoning=True),
@@ -180,7 +174,7 @@ class FixedPrompts:
 
 
 def make_images(model: Moondream3, workload: Workload, seed: int) -> list[PreparedImage]:
-    """Pictures of noise, cut already."""
+    """Return the workload's pictures: noise, cut already."""
     random = np.random.default_rng(seed)
     side = model.config.vision.crop_size
     images = []
@@ -195,7 +189,7 @@ def make_images(model: Moondream3, workload: Workload, seed: int) -> list[Prepar
 def open_pictures(
     stack: ExitStack, model: Moondream3, workload: Workload, num_workers: int, seed: int
 ) -> tuple[list[PreparedImage], PhotoFiles | None]:
-    """The workload's pictures, cut already; those from files beside the files, which are there until `stack` closes."""
+    """Return the workload's pictures, cut already, and the files they are from, which go when `stack` closes."""
     if not workload.from_files:
         return make_images(model, workload, seed), None
     crop_config = model.config.vision.crop_config
@@ -204,7 +198,7 @@ def open_pictures(
 
 
 def make_jobs(workload: Workload, images: Sequence[PreparedImage]) -> list[Job]:
-    """Every prompt of every picture; prompts differ in name only."""
+    """Return a job for every prompt of every picture; prompts differ in name only."""
     base = workload.request
     jobs: list[Job] = []
     for image in images:
@@ -215,7 +209,7 @@ def make_jobs(workload: Workload, images: Sequence[PreparedImage]) -> list[Job]:
 
 
 def make_engine(model: Moondream3, batch_size: int, store: EncodingCache | None = None) -> Engine:
-    """An engine without texts. On CUDA sizes are planned as for a run: the batch may come out smaller.
+    """Make an engine without texts. On CUDA sizes are planned as for a run: the batch may come out smaller.
 
     Raises:
         ConfigError: a CUDA device has no room for one picture at a time.
@@ -237,7 +231,7 @@ def make_engine(model: Moondream3, batch_size: int, store: EncodingCache | None 
 
 
 def time_run(engine: Engine, jobs: Iterable[Job | None], workload: Workload) -> tuple[float, int]:
-    """Seconds from the first job to the last answer, and the output tokens of all answers.
+    """Return the seconds from the first job to the last answer, and the output tokens of all answers.
 
     Raises:
         EngineError: a request failed, or its answer has not the tokens that the workload speaks of.
@@ -258,7 +252,7 @@ def time_run(engine: Engine, jobs: Iterable[Job | None], workload: Workload) -> 
 def run_engine(
     model: Moondream3, workload: Workload, images: list[PreparedImage], batch_size: int, store: EncodingCache
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The engine on the whole workload: times by stage, and the process's memory against its parts."""
+    """Run the engine on the whole workload; return times by stage, and the process's memory against its parts."""
     engine = make_engine(model, min(batch_size, workload.num_requests), store)
     encoder = engine.encoder
     jobs = make_jobs(workload, images)
@@ -288,12 +282,12 @@ def run_engine(
 
 
 def weight_bytes(model: Moondream3) -> int:
-    """Bytes of all tensors the model keeps, packed ones included."""
+    """Return the bytes of all tensors that the model keeps, packed ones included."""
     return sum(tensor.numel() * tensor.element_size() for tensor in resident_tensors(model))
 
 
 def activation_bytes(model: Moondream3, num_crops: int, num_tokens: int) -> int:
-    """Largest set of intermediate values of a vision micro-batch or a prefill pass, about."""
+    """Return about how many bytes a vision micro-batch or a prefill pass takes at its most."""
     v, t = model.config.vision, model.config.text
     rows = num_crops * v.num_patches
     vision = rows * (2 * v.enc_dim + max(3 * v.enc_dim, v.enc_ff_dim)) + num_crops * v.enc_n_heads * v.num_patches**2
@@ -304,7 +298,7 @@ def activation_bytes(model: Moondream3, num_crops: int, num_tokens: int) -> int:
 def run_baseline(
     model: Moondream3, workload: Workload, images: list[PreparedImage], num_images: int | None
 ) -> dict[str, float]:
-    """The plain path, one request after another, nothing shared between them."""
+    """Run the plain path, one request after another, nothing shared between them."""
     forbid_end(model)
     chosen = images[:num_images]
     jobs = make_jobs(workload, chosen)

@@ -1,4 +1,4 @@
-"""One stage of the model at a time against the limit that binds it; see `bench`.
+"""One stage of the model at a time against the limit that binds it: a share is the rate over that limit.
 
 Vision and prefill are bound by matrix products, a decode step by reading weights and, with many rows, keys
 and values. What memory can do is measured as a bare read on a CPU and as a bare copy on CUDA.
@@ -26,7 +26,7 @@ DECODE_STEPS = 8
 
 
 def best_seconds(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """Least time of several runs after one to warm up."""
+    """Return the least time of several runs after one to warm up."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -43,7 +43,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def measure_limits(model: Moondream3) -> dict[str, float]:
-    """What a bare matrix product (large, and of the vision encoder's shapes) and a bare read reach here.
+    """Measure what a bare matrix product (large, and of the vision encoder's shapes) and a bare read reach here.
 
     On CUDA also a bare copy, whose bytes count twice: they are read and written.
     """
@@ -64,13 +64,13 @@ def measure_limits(model: Moondream3) -> dict[str, float]:
 
 
 def copy_rate(block: torch.Tensor) -> float:
-    """Bytes read and written per second by copying `block`."""
+    """Return the bytes that are read and written per second by copying `block`."""
     copy = torch.empty_like(block)
     return 2.0 * block.nbytes / best_seconds(lambda: copy.copy_(block), block.device)
 
 
 def gemm_rate(num_rows: int, shapes: list[tuple[int, int]], model: Moondream3) -> float:
-    """Operations per second of bare products of `num_rows` rows with matrices [out, in]."""
+    """Return the operations per second of bare products of `num_rows` rows with matrices [out, in]."""
     cases = []
     for out_features, in_features in shapes:
         x, weight = (torch.randn(n, in_features, device=model.device).to(model.dtype) for n in (num_rows, out_features))
@@ -112,13 +112,13 @@ def bench_vision(model: Moondream3, images: list[PreparedImage], limits: dict[st
 
 
 def projection_flops(model: Moondream3) -> float:
-    """Floating-point operations from one picture's pooled features to its embeddings."""
+    """Return the floating-point operations from one picture's pooled features to its embeddings."""
     v = model.config.vision
     return 2.0 * v.num_patches * v.proj_inner_dim * (2 * v.enc_dim + v.proj_out_dim)
 
 
 def bench_prefill(model: Moondream3, limits: dict[str, float], num_images: int = 1) -> dict[str, float]:
-    """The prefixes of so many pictures through the decoder in one pass."""
+    """Run the prefixes of so many pictures through the decoder in one pass."""
     length = model.config.prefix_len
     x = torch.randn(num_images, length, model.config.text.dim, device=model.device).to(model.dtype)
     position = torch.arange(length, device=model.device).expand(num_images, -1)
@@ -133,7 +133,7 @@ def bench_prefill(model: Moondream3, limits: dict[str, float], num_images: int =
 
 
 def bench_decode(model: Moondream3, batch_size: int, limits: dict[str, float]) -> dict[str, float]:
-    """Decode steps right behind a picture's prefix, beside a bare copy on CUDA, a bare read elsewhere."""
+    """Run decode steps right behind a picture's prefix; their limit is a bare copy on CUDA, a bare read elsewhere."""
     device, start = model.device, model.config.prefix_len + 8
     cache = KVCache(model.config, batch_size, start + DECODE_STEPS, dtype=model.dtype, device=device)
     rows = text_rows(batch_size, start, device)
@@ -153,7 +153,7 @@ def bench_decode(model: Moondream3, batch_size: int, limits: dict[str, float]) -
 
 
 def text_rows(batch_size: int, position: int, device: torch.device) -> Rows:
-    """Rows that write text at `position` and never end."""
+    """Return rows that write text at `position` and never end."""
     rows = idle_rows(batch_size, device)
     return rows._replace(
         mode=torch.full_like(rows.mode, int(Mode.TEXT)),
@@ -163,7 +163,7 @@ def text_rows(batch_size: int, position: int, device: torch.device) -> Rows:
 
 
 def prefill_flops(model: Moondream3, length: int) -> float:
-    """Floating-point operations of a prefix through the decoder, without the head."""
+    """Return the floating-point operations of a prefix through the decoder, without the head."""
     t = model.config.text
     attention = 4 * t.dim**2 + 2 * t.n_heads * 3 * t.dim + 2 * length * t.dim
     total = 0
@@ -177,7 +177,7 @@ def prefill_flops(model: Moondream3, length: int) -> float:
 
 
 def decode_bytes(model: Moondream3, batch_size: int, context: int) -> float:
-    """Weights and cache one decode step has to read; experts as many as uniform routing would touch."""
+    """Return the bytes of weights and cache that one decode step reads; of experts those that uniform routing meets."""
     t = model.config.text
     elements = float(t.vocab_size * t.dim)
     for layer in range(t.n_layers):
