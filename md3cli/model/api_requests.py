@@ -1,4 +1,7 @@
-"""What a Python caller hands in, read and checked: pictures, settings, request mappings."""
+"""What a Python caller hands in, read and checked: pictures, settings, request mappings.
+
+A wrong value is named in few words, whatever it is; no address is fetched. Nothing here runs a model.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,6 @@ from md3cli.source.requests import ROW_COLUMNS, read_setting, refused_request
 ImageLike = Image.Image | EncodedImage | str | Path | bytes | np.ndarray
 SpatialRefs = Iterable[Iterable[float]]
 SETTINGS = ("temperature", "top_p", "max_tokens", "max_objects", "seed")
-_TASK_NAMES = tuple(Task)
 _SHOWN_CHARS = 80
 _PATH_CHARS = 1024  # what is longer is hardly a path
 KNOWN_KEYS = ROW_COLUMNS | {"name", "meta", "choices"}
@@ -76,11 +78,9 @@ class ApiRequest:
 
 
 def prepare_picture(image: ImageLike, config: CropConfig, background: str | None) -> PreparedImage:
-    """Prepare a picture in any form but an encoded one.
+    """Prepare a picture: a path, the bytes of a file, a PIL image, or an array uint8 [H, W, 3] or [H, W].
 
-    Args:
-        image: a path, the bytes of a file, a PIL image, or an array uint8 [H, W, 3] or [H, W].
-        background: a colour to lay transparent files on; None drops alpha.
+    `background` is a colour to lay transparent files on; None drops alpha.
 
     Raises:
         RequestError: it is none of these.
@@ -115,7 +115,7 @@ def _image_of(array: np.ndarray) -> Image.Image:
 
 
 def describe_picture(image: object) -> str:
-    """What a picture is, for a message: a path as it is, of anything else its kind and size, never its contents."""
+    """Describe a picture for a message: a path as it is, of anything else its kind and size, never its contents."""
     if isinstance(image, str | os.PathLike):
         path = os.fsdecode(image)
         if len(path) > _PATH_CHARS:  # a picture as base64 text, most likely
@@ -132,7 +132,7 @@ def describe_picture(image: object) -> str:
 
 
 def prepare_pil(image: Image.Image, config: CropConfig) -> PreparedImage:
-    """A picture in memory, as it is; its digest is of the pixels."""
+    """Prepare a picture in memory, as it is; its digest is of the pixels."""
     rgb = image.convert("RGB")
     crops = cut_crops(rgb, config)
     digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
@@ -140,7 +140,7 @@ def prepare_pil(image: Image.Image, config: CropConfig) -> PreparedImage:
 
 
 def read_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Settings as `Request` fields.
+    """Read settings as `Request` fields.
 
     Raises:
         RequestError: no mapping, an unknown name or a value out of range.
@@ -157,7 +157,7 @@ def read_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def read_refs(refs: SpatialRefs | None) -> tuple[tuple[float, ...], ...]:
-    """Points and boxes, 0-1, from any numbers that can be iterated over.
+    """Read points and boxes, 0-1, from any numbers that can be iterated over.
 
     Raises:
         RequestError: they are something else, or out of range.
@@ -199,7 +199,7 @@ def describe_value(value: object) -> str:
 
 
 def read_request(row: Mapping[str, Any]) -> Request:
-    """A request mapping of `annotate` as a `Request`; None and empty text stand for the default.
+    """Read a request mapping of `annotate`; None and empty text stand for the default.
 
     Raises:
         RequestError: no mapping, or a value of the wrong type or out of range.
@@ -214,7 +214,7 @@ def read_request(row: Mapping[str, Any]) -> Request:
     if not isinstance(given.get("meta", {}), Mapping):
         raise RequestError(f"meta is {describe_value(given['meta'])}, expected a mapping")
     task = given.get("task", "")
-    if not isinstance(task, str) or task not in _TASK_NAMES:
+    if not isinstance(task, str) or task not in tuple(Task):
         raise RequestError(f"task is {describe_value(task)}, expected one of {', '.join(Task)}")
     choices = given.get("choices", ())
     if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
@@ -231,7 +231,7 @@ def read_request(row: Mapping[str, Any]) -> Request:
 
 
 def read_argument(name: str, value: Any) -> Any:
-    """Hold a value to the setting `name` of a request, as manifests' cells are; numpy's numbers are numbers.
+    """Read a value of the setting `name`, as manifests' cells are read; numpy's numbers are numbers.
 
     Raises:
         RequestError: the wrong type, or out of range.

@@ -1,11 +1,8 @@
-"""What a checkpoint holds and what would load, from its headers alone. No torch.
+"""What a checkpoint holds and would load as, from its headers, and whether its files are whole, from their digests.
 
-`inspect_checkpoint` makes the same judgement as loading does: what it describes loads.
-
-Whether a checkpoint on this machine is whole: names and shapes from its headers, digests of its files. No torch.
-
-Digests to compare with come from `SHA256SUMS` beside the weights (written with every checkpoint that
-`md3` writes) or, for a repository from the hub, from the cache, which names each file after its digest.
+`inspect_checkpoint` and `verify_checkpoint` make the same judgement as loading does: what they describe loads. Digests
+to compare with come from `SHA256SUMS` beside the weights (written with every checkpoint that `md3` writes) or, for a
+repository from the hub, from the cache, which names each file after its digest. Only `md3 models` asks. No torch.
 """
 
 from __future__ import annotations
@@ -44,13 +41,13 @@ class FileDigest:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """A checkpoint that is whole."""
+    """A checkpoint that is whole: what would load, and the digests of its files."""
 
     plan: CheckpointPlan
     files: tuple[FileDigest, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """In plain types, for `md3 models verify --json`."""
+        """Return plain types, for `md3 models verify --json`."""
         files = [
             {"file": file.name, "bytes": file.num_bytes, "sha256": file.sha256, "compared_with": file.known_from}
             for file in self.files
@@ -99,9 +96,6 @@ def _sha256(file: Path, progress: Callable[[int], None]) -> str:
     return digest.hexdigest()
 
 
-_HALVES = (Recipe.FIRST_HALF, Recipe.SECOND_HALF)
-
-
 @dataclass(frozen=True, slots=True)
 class PartSize:
     """One part of the network: parameters as loaded, bytes as stored, also by how weights are stored.
@@ -137,7 +131,7 @@ class CheckpointSummary:
         return sum(part.num_parameters for part in self.parts)
 
     def as_json(self) -> dict[str, Any]:
-        """The summary in plain types, for `md3 models info --json`."""
+        """Return the summary in plain types, for `md3 models info --json`."""
         return {
             "path": str(self.path),
             "format": str(self.layout),
@@ -168,7 +162,8 @@ def inspect_checkpoint(path: Path | str, name: str | None = None) -> CheckpointS
     Raises:
         CheckpointError: it would not load; the message says why.
     """
-    plan, shown = plan_checkpoint(Path(path)), shown_name(name or str(path))
+    plan = plan_checkpoint(Path(path))
+    templates = templates_of(plan.config, shown_name(name or str(path)))
     parameters: Counter[Part] = Counter()
     stored: defaultdict[Part, Counter[str]] = defaultdict(Counter)
     for slot in plan.slots:
@@ -191,7 +186,7 @@ def inspect_checkpoint(path: Path | str, name: str | None = None) -> CheckpointS
         has_region_ln=plan.has_region_ln,
         has_tokenizer=plan.files.tokenizer_file is not None,
         config=plan.config,
-        skills=tuple(sorted(skill for skill, given in templates_of(plan.config, shown).items() if given is not None)),
+        skills=tuple(sorted(skill for skill, given in templates.items() if given is not None)),
         terms=terms_of(name or str(path)),
     )
 
@@ -204,4 +199,4 @@ def _stored_as(slot: Slot, plan: CheckpointPlan) -> str:
 
 def _stored_bytes(slot: Slot, plan: CheckpointPlan) -> int:
     size = sum(plan.files.entries[part.name].num_bytes for part in slot.parts)
-    return size // 2 if slot.recipe in _HALVES else size  # two slots share a fused tensor
+    return size // 2 if slot.recipe in (Recipe.FIRST_HALF, Recipe.SECOND_HALF) else size  # two share a fused tensor

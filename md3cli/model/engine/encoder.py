@@ -80,8 +80,9 @@ class EncodingCache:
             tensor = load(payload).get(TENSOR_NAME)
         except (SafetensorError, ValueError, KeyError):
             return None
-        is_right = tensor is not None and tensor.shape == self.shape and tensor.dtype == self.dtype
-        return tensor if is_right and tensor.isfinite().all() else None
+        if tensor is None or tensor.shape != self.shape or tensor.dtype != self.dtype or not tensor.isfinite().all():
+            return None
+        return tensor
 
     def _key(self, image_key: str) -> str:
         return hashlib.sha256(f"{self._context}:{image_key}".encode()).hexdigest()

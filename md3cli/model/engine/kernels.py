@@ -10,14 +10,14 @@
 - CPU: attention by plain products, a few heads at a time: in bfloat16 the fused kernel runs at a
   third of the GEMM rate for the vision encoder and at 2 GB/s for a single query row.
 - CUDA: kernels of our own for the experts and for all between a projection and its attention
-  (`gpu/forms.py`), for every dtype and size, so that a small model checks what a large one runs.
+  (`kernels/forms.py`), for every dtype and size, so that a small model checks what a large one runs.
 - small experts on other devices, and float32 where the code is to be compiled: every expert sees every
   token and weights of zero drop what was not chosen; a handful of products is cheaper than sorting
   tokens for dozens.
 - bfloat16 where the code is to be compiled: all experts of a layer in two grouped matrix products,
   without asking the host how many tokens each expert got.
 
-No form lets a row see its companions: each computes rows on their own (tests/test_kernels.py).
+No form lets a row see its companions: each computes rows on their own (tests/model/engine/test_kernels.py).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def optimise(model: Moondream3, *, for_compiling: bool = False) -> None:
 
     Afterwards the model computes the same and cannot be trained or saved. `for_compiling` chooses
     forms that a compiler can follow: nothing packed, nothing that asks the host. Parts that were
-    loaded in few bits are left as they are (`low_bit_loading.py`).
+    loaded in few bits are left as they are (`quant/load.py`).
     """
     if model.device.type == "cuda":
         from md3cli.model.kernels.forms import place_forms
@@ -249,20 +249,12 @@ class GroupedExperts:
 
 
 def resident_tensors(model: Moondream3) -> list[Tensor]:
-    """Every weight the model keeps in memory, whichever form its parts have; shared storage once."""
-    found: dict[int, Tensor] = {}
-
-    def add(tensor: Tensor | None) -> None:
-        if tensor is not None:
-            found[id(tensor)] = tensor
-
+    """Return every weight the model keeps in memory, whichever form its parts have; shared storage once."""
+    found: list[Tensor | None] = []
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            add(parameter)
+        found += module.parameters(recurse=False)
         if isinstance(module, PackedLinear):
-            add(module.weight)
-            add(module.bias)
+            found += [module.weight, module.bias]
         if isinstance(module, MoeMlp) and isinstance(module.run, PackedExperts):
-            for linear in (*module.run.fc1, *module.run.fc2):
-                add(linear.weight)
-    return list(found.values())
+            found += [linear.weight for linear in (*module.run.fc1, *module.run.fc2)]
+    return list({id(tensor): tensor for tensor in found if tensor is not None}.values())

@@ -37,7 +37,7 @@ class Placement:
 
 
 class SlotTable:
-    """Sequences by slot, positions in use, prefixes held."""
+    """The book of slots: the generation in each, the positions in use, the picture whose prefix it holds."""
 
     def __init__(self, num_slots: int) -> None:
         self.generations: list[Generation | None] = [None] * num_slots
@@ -53,7 +53,7 @@ class SlotTable:
         return [slot for slot, generation in enumerate(self.generations) if generation is not None]
 
     def leave(self, slot: int, prefix_len: int) -> None:
-        """The generation in `slot` is done; nothing behind the prefix is in use any more."""
+        """Free the slot of a generation that is done; nothing behind the prefix is in use any more."""
         self.generations[slot] = None
         self.end[slot] = prefix_len
 
@@ -61,7 +61,7 @@ class SlotTable:
         """Choose free slots for `batch`: where the prefix is already, else one that nobody wants first.
 
         `wanted` are the pictures of all generations known. Afterwards `held` is what the slots hold
-        once the placement's work is done; generations are seated by the caller.
+        once the placement's work is done; the caller seats the generations.
         """
         placement = Placement()
         spare = deque(sorted(self.free, key=lambda slot: (self.held[slot] in wanted, slot)))
@@ -94,12 +94,12 @@ GROWTH_SHARE = 8  # capacity grows by at least this part of itself, so that resi
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is >= value."""
+    """Return the least multiple of `multiple` that is >= value."""
     return -(-value // multiple) * multiple
 
 
 class SlotsTooLargeError(MemoryError):
-    """So many slots of so many positions do not fit; fewer slots may."""
+    """Memory does not hold so many slots of so many positions; it may hold fewer."""
 
 
 class KVCache:

@@ -167,7 +167,7 @@ def _repeat_last(items: Sequence, size: int) -> list:  # type: ignore[type-arg]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Sequences whose prompts are run in one pass, their slots, and the width that prompts are padded to."""
+    """Generations whose prompts are run in one pass, their slots, and the width that prompts are padded to."""
 
     generations: Sequence[Generation]
     slots: Sequence[int]

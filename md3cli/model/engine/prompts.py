@@ -1,9 +1,7 @@
-"""From a request to the token ids the network is fed, and from ids back to text.
+"""From a request to the token ids the network is fed, and from ids back to text (Moondream 3 specification, 3, 9, 13).
 
-`Tokenizer` wraps the vocabulary: text never becomes a control token, control tokens never become
-text. `Prompts` knows the templates of a model and puts a request together; it knows nothing of images
-or of the network.
-Source: Moondream 3 specification, sections 3, 9 and 13.
+`Tokenizer` wraps the vocabulary: text never becomes a control token, control tokens never become text. `Prompts` knows
+the templates of a model and puts a request together; it knows nothing of images or of the network.
 """
 
 from __future__ import annotations
@@ -17,13 +15,23 @@ from typing import Any
 import tokenizers
 
 from md3cli.errors import CheckpointError, RequestError
-from md3cli.model.network.config import DEFAULT_TEMPLATES, SEGMENT_TEMPLATE, ModelConfig, TokenizerConfig
+from md3cli.model.network.config import DEFAULT_TEMPLATES, SEGMENT_TEMPLATE, ModelConfig
 from md3cli.model.weights.files import misfit
 from md3cli.records import CAPTION_LENGTHS, Request, Task
 from md3cli.signals import silenced_stderr
 
 SEGMENTING_MODEL = "moondream3.1"  # models of this name segment although their config.json has no template for it
 
+_CONTROL_IDS = {  # as messages call them -> the field of `TokenizerConfig`
+    "bos": "bos_id",
+    "eos": "eos_id",
+    "answer": "answer_id",
+    "thinking": "thinking_id",
+    "coord": "coord_id",
+    "size": "size_id",
+    "start of points": "start_ground_points_id",
+    "end of grounding": "end_ground_id",
+}
 _TASKS_WITH_REFS = frozenset({Task.QUERY, Task.POINT, Task.SEGMENT})
 _TASKS_WITH_LEADING_SPACE = frozenset({Task.DETECT, Task.POINT})
 
@@ -64,17 +72,16 @@ class Tokenizer:
         return tokenizer
 
     def _check(self, file: Path, config: ModelConfig) -> None:
-        named = {name: id for name, id in _control_ids(config.tokenizer).items() if id not in self._special}
-        if named:
-            lacking = ", ".join(f"{name} {id}" for name, id in named.items())
+        control = {name: getattr(config.tokenizer, field) for name, field in _CONTROL_IDS.items()}
+        lacking = [f"{name} {id}" for name, id in control.items() if id not in self._special]
+        if lacking:
             raise CheckpointError(
-                f"{file} lacks special tokens the model needs ({lacking}); give the model's own tokenizer "
+                f"{file} lacks special tokens the model needs ({', '.join(lacking)}); give the model's own tokenizer "
                 "(moondream/starmie-v1) with --tokenizer"
             )
-        size = self.size
-        if size > config.text.vocab_size:
+        if self.size > config.text.vocab_size:
             raise CheckpointError(
-                f"{file} has {size} entries and the model {config.text.vocab_size}; they do not belong together"
+                f"{file} has {self.size} entries and the model {config.text.vocab_size}; they do not belong together"
             )
 
     @property
@@ -83,7 +90,7 @@ class Tokenizer:
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; a special token's name inside it is encoded as the characters it is made of.
+        """Return the ids of `text`; a special token's name inside it is encoded as the characters it is made of.
 
         Raises:
             RequestError: the text is no valid Unicode (half of a surrogate pair), or the vocabulary fails on it.
@@ -92,6 +99,7 @@ class Tokenizer:
             ids = self._encode(text)
             if not self._special.isdisjoint(ids):  # a vocabulary that looks whole words up before it merges
                 ids = [id for char in text for id in self._encode(char)]
+            return ids
         except (UnicodeError, TypeError) as error:
             raise RequestError("the prompt is no valid Unicode text") from error
         except BaseException as error:
@@ -101,34 +109,31 @@ class Tokenizer:
                 f"the tokenizer fails on this prompt ({error!s:.120}); word it otherwise, or give the model's own "
                 "tokenizer with --tokenizer"
             ) from error
-        return ids
 
     def _encode(self, text: str) -> list[int]:
         with self._quiet():
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; control tokens and ids the vocabulary does not have become nothing.
+        """Return the text of `ids`; control tokens and ids the vocabulary does not have become nothing.
 
         Raises:
             RequestError: of type `model`, the vocabulary fails on them.
         """
         try:
             with self._quiet():
-                text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+                return self._backend.decode(list(ids), skip_special_tokens=True)
         except BaseException as error:
             if not _is_the_librarys(error):
                 raise
             raise RequestError(f"the tokenizer cannot put the answer into words ({error!s:.120})", "model") from error
-        return text
 
     def _quiet(self) -> AbstractContextManager[None]:
         return silenced_stderr() if self._can_run_away else nullcontext()
 
 
 def _is_the_librarys(error: BaseException) -> bool:
-    """True for what the library raises: plain exceptions, and panics of Rust, which are none."""
+    """True for what the library raises: plain exceptions, and panics of Rust, which are no `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
@@ -138,22 +143,9 @@ def _has_patterns(backend: tokenizers.Tokenizer) -> bool:
     return any(b'"Regex"' in bytes(part.__getstate__()) for part in parts if part is not None)
 
 
-def _control_ids(ids: TokenizerConfig) -> dict[str, int]:
-    return {
-        "bos": ids.bos_id,
-        "eos": ids.eos_id,
-        "answer": ids.answer_id,
-        "thinking": ids.thinking_id,
-        "coord": ids.coord_id,
-        "size": ids.size_id,
-        "start of points": ids.start_ground_points_id,
-        "end of grounding": ids.end_ground_id,
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What follows the image prefix, or, in text-only mode, the whole sequence with its BOS.
+    """The ids behind the image prefix or, of a text-only query, all ids with their BOS.
 
     Where `ids` holds placeholders of spatial references, `coords` (index, value 0-1) and `sizes`
     (index, (width, height)) say what is embedded there instead of the id.
@@ -221,7 +213,7 @@ class Prompts:
             )
 
     def build(self, request: Request, has_image: bool) -> Prompt:
-        """The prompt of `request`.
+        """Build the prompt of `request`.
 
         Raises:
             RequestError: empty prompt, a skill or length this model does not have, a missing image,
@@ -240,7 +232,7 @@ class Prompts:
         return self._fill(self._templates[task], request, has_image)
 
     def check_skill(self, request: Request) -> None:
-        """Hold a request's task, and a caption's length, to what this model has templates for.
+        """Refuse a task, or a caption's length, that this model has no template for.
 
         Raises:
             RequestError: there is none.
@@ -253,7 +245,7 @@ class Prompts:
             raise RequestError(f"caption length {request.length[:40]!r} is not one of {', '.join(self._captions)}")
 
     def encode_choices(self, request: Request) -> tuple[tuple[int, ...], ...]:
-        """The ids of the only answers a query allows; empty allows all.
+        """Return the ids of the only answers a query allows; empty allows all.
 
         Raises:
             RequestError: choices of another task, fewer than two, an empty or a repeated one.
@@ -297,7 +289,7 @@ class Prompts:
         return {length: self._ids_of(f"caption.{length}", ids) for length, ids in given.items() if ids is not None}
 
     def _read_template(self, task: Task, raw: Any) -> _Template:
-        """`prefix` and `suffix`; Kestrel's query has `answer_prefix` and `reasoning_prefix` behind the text."""
+        """Read `prefix` and `suffix`; Kestrel's query has `answer_prefix` and `reasoning_prefix` behind the text."""
         fields = self._object(task, raw)
         suffix = fields.get("suffix", fields.get("answer_prefix", [self._ids.answer_id]))
         return _Template(
@@ -322,7 +314,7 @@ class Prompts:
 
 
 def read_spatial_ref(ref: Iterable[float]) -> tuple[tuple[float, float], tuple[float, float] | None]:
-    """A reference as what is embedded for it: (x, y) of its centre, and a box's (width, height).
+    """Read a reference as what is embedded for it: (x, y) of its centre, and a box's (width, height).
 
     Raises:
         RequestError: neither a point nor a box, not finite, outside 0-1, or corners in the wrong order.

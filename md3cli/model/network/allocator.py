@@ -1,9 +1,9 @@
 """What the C library does with memory that tensors give back.
 
-glibc returns freed blocks to the kernel when they are large or lie at the end of the heap, and takes
-them again, zeroed page by page, for the next tensor of the same size. A forward pass on the CPU frees
-and takes the same few sizes hundreds of times: without these page faults a crop of the real vision
-encoder takes a fifth less time and a prefix a seventh (two Zen 4 cores under a hypervisor, 2026-11).
+glibc returns freed blocks to the kernel when they are large or lie at the end of the heap, and takes them again, zeroed
+page by page, for the next tensor of the same size. A forward pass on the CPU frees and takes the same few sizes
+hundreds of times: without these page faults a crop of the real vision encoder takes a fifth less time and a prefix a
+seventh (two Zen 4 cores under a hypervisor, 2026-11). Knows nothing of torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LARGEST_HEAP_BLOCK = 32 << 20  # glibc allows no more; larger blocks are mapped,
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees for its next tensors; False where the C library is another than glibc.
+    """Let this process keep what it frees for its next tensors; return False where the C library is not glibc.
 
     Peak memory does not grow by it: what is kept was in use before.
     """

@@ -1,9 +1,8 @@
 """The sizes of a Moondream 3 network, read from config.json (Moondream 3 specification, section 2).
 
-Frozen dataclasses whose field names are the file's own. `ModelConfig.from_sections` takes the four
-sections `text vision region tokenizer`; other layouts of the file are brought to that form in
-`formats.normalise_config`. Every number is checked against a closed range before anything is
-allocated from it: a config.json is input like any other.
+Frozen dataclasses whose field names are the file's own. `ModelConfig.from_sections` takes the four sections `text
+vision region tokenizer`; `formats.normalise_config` brings other layouts of the file to that form. Every number is
+checked against a closed range before anything is allocated from it: a config.json is input like any other. No torch.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ class VisionConfig:
 
     @property
     def crop_config(self) -> CropConfig:
-        """What the pictures' side needs to know."""
+        """How pictures must be cut for this network."""
         return CropConfig(self.crop_size, self.enc_patch_size, self.overlap_margin, self.max_crops)
 
 
@@ -171,7 +170,7 @@ def _read_number(section: str, name: str, value: Any, is_float: bool) -> float |
 
 
 def _read_section(kind: type[Section], section: str, raw: Any) -> Section:
-    """A section with missing keys defaulted, unknown keys ignored and every number checked."""
+    """Read a section: missing keys are defaults, unknown keys are ignored, every number is checked."""
     if raw is None:
         raw = {}
     if not isinstance(raw, Mapping):
@@ -185,16 +184,6 @@ def _read_section(kind: type[Section], section: str, raw: Any) -> Section:
             continue
         values[item.name] = _read_number(section, item.name, value, is_float=item.name == "rope_theta")
     return kind(**values)
-
-
-def _read_templates(raw: Any) -> dict[str, Any]:
-    templates: dict[str, Any] = dict(DEFAULT_TEMPLATES)
-    if raw is None:
-        return templates
-    if not isinstance(raw, Mapping):
-        raise CheckpointError("config.json: tokenizer.templates is no object")
-    templates.update(raw)
-    return templates
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +214,10 @@ class ModelConfig:
             text = replace(text, moe=None if raw_moe is None else _read_section(MoeConfig, "text.moe", raw_moe))
         raw_tokenizer = raw.get("tokenizer") or {}
         tokenizer = _read_section(TokenizerConfig, "tokenizer", raw_tokenizer)
-        tokenizer = replace(tokenizer, templates=_read_templates(raw_tokenizer.get("templates")))
+        templates = raw_tokenizer.get("templates")
+        if templates is not None and not isinstance(templates, Mapping):
+            raise CheckpointError("config.json: tokenizer.templates is no object")
+        tokenizer = replace(tokenizer, templates={**DEFAULT_TEMPLATES, **(templates or {})})
         config = cls(
             text=text,
             vision=_read_section(VisionConfig, "vision", raw.get("vision")),

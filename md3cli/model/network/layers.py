@@ -1,7 +1,7 @@
 """Building blocks shared by the vision encoder and the text decoder.
 
-Parameters are left uninitialised: weights come from a checkpoint (or a trainer), and an `__init__`
-that draws random numbers would cost more than loading a small model.
+Parameters are left uninitialised: weights come from a checkpoint (or a trainer), and an `__init__` that draws random
+numbers would cost more than loading a small model.
 
 Shape suffixes: B batch, T new positions, S positions attended to, H heads, K head width, D width.
 """
@@ -21,7 +21,7 @@ class Linear(nn.Linear):
     """`x @ weight.T + bias`; weight [out, in]. torch's own class, so that tools that look for it find it."""
 
     def reset_parameters(self) -> None:
-        """Nothing: see above."""
+        """Leave the parameters uninitialised."""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -31,7 +31,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=LAYER_NORM_EPS)
 
     def reset_parameters(self) -> None:
-        """Nothing: see above."""
+        """Leave the parameters uninitialised."""
 
 
 class Mlp(nn.Module):
@@ -50,12 +50,12 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention [B, H, T, K]; `mask` bool, broadcastable to [B, H, T, S], True = may attend."""
+    """Attend by scaled dot products [B, H, T, K]; `mask` bool, broadcastable to [B, H, T, S], True = may attend."""
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask)
 
 
 def bmm_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor | None) -> Tensor:
-    """The same by two matrix products and a softmax."""
+    """Compute what `attention` does, by two matrix products and a softmax."""
     scale = q_BHTK.shape[-1] ** -0.5
     scores_BHTS = torch.matmul(q_BHTK * scale, k_BHSK.transpose(-1, -2))
     if mask is not None:
@@ -64,11 +64,11 @@ def bmm_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask: Tensor |
 
 
 def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
-    """[B, T, H * K] -> [B, H, T, K]."""
+    """Split [B, T, H * K] into heads [B, H, T, K]."""
     batch, length, dim = x_BTD.shape
     return x_BTD.view(batch, length, num_heads, dim // num_heads).transpose(1, 2)
 
 
 def merge_heads(x_BHTK: Tensor) -> Tensor:
-    """[B, H, T, K] -> [B, T, H * K]."""
+    """Join heads [B, H, T, K] to [B, T, H * K]."""
     return x_BHTK.transpose(1, 2).flatten(2)

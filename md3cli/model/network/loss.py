@@ -19,9 +19,7 @@ from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.region import size_bin
 
 IGNORE = -100  # label of a position that is no target
-SIGMA_SHARE = (
-    6 / 1024
-)  # standard deviation of the Gaussian, as a share of all bins; what the embedded model learned with
+SIGMA_SHARE = 6 / 1024  # the Gaussian's standard deviation, as a share of all bins; the embedded model learned with it
 
 
 class Losses(NamedTuple):
@@ -36,7 +34,7 @@ class Losses(NamedTuple):
 def batch_loss(
     model: Moondream3, hidden_BTD: Tensor, logits_BTV: Tensor, ids_BT: Tensor, labels_BT: Tensor, values: Tensor | None
 ) -> Losses:
-    """Losses of a batch whose decisions are `labels_BT` (ids, IGNORE elsewhere).
+    """Return the losses of a batch whose decisions are `labels_BT` (ids, IGNORE elsewhere).
 
     `values` [B, T, 2] are the coordinates (in [..., 0]) and sizes (width, height) to predict for the
     ids at their positions, NaN elsewhere.
@@ -61,7 +59,7 @@ def batch_loss(
 
 
 def near_bins_loss(logits: Tensor, bins: Tensor) -> Tensor:
-    """Cross-entropy [...] of logits [..., n] against a Gaussian around the real-valued `bins` [...]."""
+    """Return the cross-entropy [...] of logits [..., n] against a Gaussian around the real-valued `bins` [...]."""
     num_bins = logits.shape[-1]
     numbers = torch.arange(num_bins, device=logits.device, dtype=torch.float32)
     distance = (numbers - bins.clamp(0, num_bins - 1)[..., None].float()) / (SIGMA_SHARE * num_bins)

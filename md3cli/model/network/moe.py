@@ -1,9 +1,8 @@
 """The mixture of experts of the text decoder (Moondream 3 specification, section 7).
 
-`MoeMlp.run_experts` is the plain path: sort the (token, choice) pairs by expert, then one pair of
-matrix products per expert that was chosen; `kernels.py` has faster ones. A token's result is the
-same whatever the other tokens are: experts are visited in order of their number and summed in
-float32.
+`MoeMlp.run_experts` is the plain path: sort the (token, choice) pairs by expert, then one pair of matrix products per
+expert that was chosen; `engine/kernels.py` has faster ones. A token's result is the same whatever the other tokens
+are: experts are visited in order of their number and summed in float32.
 
 Shape suffixes: N tokens, D width, I inner width of an expert, X experts, A choices per token, P = N * A pairs.
 """
@@ -36,7 +35,7 @@ class ExpertMatrices(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
 
     def forward(self, x_PD: Tensor, counts: list[int]) -> Tensor:
-        """Rows sorted by expert, `counts[e]` of them for expert e: [P, in] -> [P, out].
+        """Multiply rows sorted by expert, `counts[e]` of them for expert e: [P, in] -> [P, out].
 
         One call for all experts, so that a tool that puts itself around the weight does so once.
         """
@@ -45,13 +44,13 @@ class ExpertMatrices(nn.Module):
 
 
 def gate(up_NI2: Tensor) -> Tensor:
-    """`gelu(first half) * (second half + 1)`, exact GELU: [N, 2I] -> [N, I]."""
+    """Return `gelu(first half) * (second half + 1)`, exact GELU: [N, 2I] -> [N, I]."""
     activated, scale = up_NI2.chunk(2, dim=-1)
     return F.gelu(activated) * (scale + 1)
 
 
 def usual_size(num_rows: int) -> int:
-    """Rows to compute for `num_rows`: above 16 a multiple of 8, since oneDNN generates code for each size it meets.
+    """Return the rows to compute for `num_rows`: above 16 a multiple of 8, since oneDNN makes code for each size.
 
     Every picture's prefix would bring new sizes for every expert: a tenth of its time, and memory that grows by
     tens of megabytes a picture until oneDNN's cache of a thousand codes is full.
@@ -76,23 +75,22 @@ class MoeMlp(nn.Module):
         self.fused: Fused | None = None  # or one that does the routing and the block's sums as well
 
     def route(self, x_ND: Tensor) -> Routing:
-        """The largest router logits of each token; the softmax is over the chosen ones only, in float32."""
+        """Choose by the largest router logits of each token; the softmax is over the chosen ones only, in float32."""
         top = self.router(x_ND).float().topk(self.config.experts_per_token, dim=-1)
         return Routing(top.indices, top.values.softmax(dim=-1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
         x_ND = x.reshape(-1, x.shape[-1])
         return self.run(x_ND, self.route(x_ND)).view(x.shape)
 
     def added(self, residual_BTD: Tensor, branch_BTD: Tensor, h_BTD: Tensor, live_BT: Tensor | None) -> Tensor:
-        """`residual + branch + experts(h)`, the sum of a block; rows that are not live may be left out of the last."""
+        """Return `residual + branch + experts(h)`, a block's sum; the experts may leave out rows that are not live."""
         if self.fused is not None:
             return self.fused(h_BTD, live_BT, residual_BTD, branch_BTD)
         return residual_BTD + branch_BTD + self(h_BTD)  # type: ignore[no-any-return]
 
     def run_experts(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        """Weighted sum of the chosen experts' outputs, one expert at a time."""
+        """Return the weighted sum of the chosen experts' outputs, one expert at a time."""
         num_choices = routing.experts_NA.shape[1]
         order = routing.experts_NA.flatten().argsort(stable=True)
         counts = routing.experts_NA.flatten().bincount(minlength=self.config.num_experts).tolist()

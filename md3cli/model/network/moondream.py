@@ -16,7 +16,7 @@ from md3cli.model.network.vision import VisionEncoder
 
 
 class Moondream3(nn.Module):
-    """The network. Build it under `torch.device("meta")` and assign weights (see `checkpoint.load_model`)."""
+    """The network. Build it under `torch.device("meta")` and assign weights (see `weights/read.py`)."""
 
     def __init__(self, config: ModelConfig, *, has_region_ln: bool = True) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Moondream3(nn.Module):
         return self.text.wte.device
 
     def prefix_embeddings(self, image_BPD: Tensor) -> Tensor:
-        """Image embeddings [B, P, D] -> the image's prefix [B, 1 + P, D]: BOS, then the image."""
+        """Put BOS before image embeddings [B, P, D]: the image's prefix [B, 1 + P, D]."""
         bos_D = self.text.wte[self.config.tokenizer.bos_id]  # a view: an id in a tensor would be copied to the device
         bos_B1D = bos_D.expand(image_BPD.shape[0], 1, -1)
         return torch.cat([bos_B1D, image_BPD], dim=1)
@@ -49,7 +49,7 @@ def not_finite(dtype: torch.dtype) -> str:
 
 
 def prefix_mask(length: int, prefix_len: int, device: torch.device | None = None) -> Tensor:
-    """Attention of a whole sequence [length, length]: causal, the first `prefix_len` positions see each other."""
+    """Return who attends to whom [length, length]: causal, the first `prefix_len` positions see each other."""
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     mask[:prefix_len, :prefix_len] = True
     return mask

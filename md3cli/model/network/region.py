@@ -20,7 +20,7 @@ SIZE_OCTAVES = 10.0  # sizes reach from 2**-10 to 1
 
 
 def fourier_features(values: Tensor, frequencies: Tensor) -> Tensor:
-    """`[cos(2π v·F), sin(2π v·F)]`: values [..., n], frequencies [n, F] -> [..., 2F].
+    """Return `[cos(2π v·F), sin(2π v·F)]`: values [..., n], frequencies [n, F] -> [..., 2F].
 
     The value is rounded to the model's dtype, as the original feeds it back; the angle is float32.
     """
@@ -31,17 +31,17 @@ def fourier_features(values: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def coord_value(bins: Tensor, num_bins: int) -> Tensor:
-    """Bin number -> coordinate 0 … (n-1)/n, float32."""
+    """Turn bin numbers into coordinates 0 … (n-1)/n, float32."""
     return bins.float() / num_bins
 
 
 def size_value(bins: Tensor, num_bins: int) -> Tensor:
-    """Bin number -> size 2**-10 … 1, float32."""
+    """Turn bin numbers into sizes 2**-10 … 1, float32."""
     return torch.exp2(bins.float() / (num_bins - 1) * SIZE_OCTAVES - SIZE_OCTAVES)
 
 
 def size_bin(sizes: Tensor, num_bins: int) -> Tensor:
-    """Inverse of `size_value`, float (not rounded)."""
+    """Turn sizes into bin numbers, not rounded: the inverse of `size_value`."""
     return (sizes.clamp_min(2.0**-SIZE_OCTAVES).log2() + SIZE_OCTAVES) / SIZE_OCTAVES * (num_bins - 1)
 
 
@@ -68,19 +68,19 @@ class RegionHeads(nn.Module):
         return self.config.size_out_dim // 2
 
     def encode_coord(self, coords: Tensor) -> Tensor:
-        """Coordinates [...] -> embeddings [..., D]."""
+        """Encode coordinates [...] as embeddings [..., D]."""
         return self.coord_encoder(fourier_features(coords[..., None], self.coord_features))  # type: ignore[no-any-return]
 
     def encode_size(self, size_wh: Tensor) -> Tensor:
-        """Sizes [..., 2] (width, height) -> embeddings [..., D]."""
+        """Encode sizes [..., 2] (width, height) as embeddings [..., D]."""
         return self.size_encoder(fourier_features(size_wh, self.size_features))  # type: ignore[no-any-return]
 
     def coord_logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] -> logits over the coordinate bins [..., bins]."""
+        """Read logits over the coordinate bins [..., bins] from hidden states [..., D]."""
         return self.coord_decoder(self._norm(hidden))  # type: ignore[no-any-return]
 
     def size_logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] -> logits over the size bins [..., 2, bins], width first."""
+        """Read logits over the size bins [..., 2, bins], width first, from hidden states [..., D]."""
         return self.size_decoder(self._norm(hidden)).unflatten(-1, (2, self.num_size_bins))  # type: ignore[no-any-return]
 
     def _norm(self, hidden: Tensor) -> Tensor:

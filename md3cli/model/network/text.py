@@ -1,9 +1,8 @@
 """The text decoder: embeddings in, hidden states out (Moondream 3 specification, section 7).
 
-Parallel blocks (attention and feed-forward read the same LayerNorm), attention with tau and partial
-rotary positions, dense feed-forward in the first layers and a mixture of experts after. Where keys
-and values of earlier positions live is the business of whoever calls: a `KeyValueStore` is handed
-each layer's new keys and values and returns all that may be attended to.
+Parallel blocks (attention and feed-forward read the same LayerNorm), attention with tau and partial rotary positions,
+dense feed-forward in the first layers and a mixture of experts after. It does not know where keys and values of earlier
+positions live: a `KeyValueStore` is handed each layer's new ones and returns all that may be attended to.
 
 Shape suffixes: B batch, T new positions, S all positions, H heads, K head width (64), D width, V vocabulary.
 """
@@ -68,7 +67,7 @@ class SlotStore(ABC):
 
 
 def rotary_table(position_BT: Tensor, theta: float) -> Tensor:
-    """Angles' cosines and sines [2, B, 1, T, 16], float32."""
+    """Return the angles' cosines and sines [2, B, 1, T, 16], float32."""
     steps = torch.arange(0, ROTARY_DIM, 2, dtype=torch.float32, device=position_BT.device)
     frequency = 1.0 / theta ** (steps / ROTARY_DIM)
     angle_BTF = position_BT[..., None].float() * frequency
@@ -98,7 +97,7 @@ class Tau(nn.Module):
         self.alpha = nn.Parameter(torch.empty(num_heads))
 
     def forward(self, qkv_BT3D: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors for q and v, each [B, H, T, 1]; positions count from 0, float32 inside the logarithm."""
+        """Return factors for q and v, each [B, H, T, 1]; positions count from 0, float32 inside the logarithm."""
         features = F.gelu(qkv_BT3D)  # exact GELU of the unrotated projection, all of q, k and v
         log_position = (position_BT.float() + 1).log()[..., None]
         by_position_BTH = 0.5 + torch.sigmoid(self.alpha.float() * log_position)
@@ -107,7 +106,7 @@ class Tau(nn.Module):
         return scale_q, scale_v
 
     def products(self, features_BT3D: Tensor) -> tuple[Tensor, Tensor]:
-        """What decides from the token itself, for q and for v, each [B, T, H]."""
+        """Return the part of the scales that depends on the token itself, for q and for v, each [B, T, H]."""
         return F.linear(features_BT3D, self.wq), F.linear(features_BT3D, self.wv)
 
 
@@ -128,7 +127,7 @@ class TextAttention(nn.Module):
         self.tau = Tau(config.dim, config.n_heads)
 
     def queries_keys_values(self, h_BTD: Tensor, position_BT: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Projected, scaled and rotated q, k, v, each [B, H, T, 64]."""
+        """Return projected, scaled and rotated q, k, v, each [B, H, T, 64]."""
         qkv = self.qkv(h_BTD)
         scale_q, scale_v = self.tau(qkv, position_BT)
         q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
@@ -137,7 +136,7 @@ class TextAttention(nn.Module):
     def plain_projection(
         self, h_BTD: Tensor, position_BT: Tensor, table: Tensor, store: KeyValueStore | None, layer: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, T, 64], and keys and values [B, H, S, 64] to attend to, the new ones stored."""
+        """Return queries [B, H, T, 64], and keys and values [B, H, S, 64] to attend to, the new ones stored."""
         q, k, v = self.queries_keys_values(h_BTD, position_BT, table)
         if store is not None:
             k, v = store.update(layer, k, v)
@@ -192,7 +191,7 @@ class TextDecoder(nn.Module):
         self.lm_head = Linear(config.dim, config.vocab_size)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [...] -> rows of the table [..., D]."""
+        """Look token ids [...] up in the table [..., D]."""
         return F.embedding(ids, self.wte)
 
     def forward(
@@ -205,7 +204,7 @@ class TextDecoder(nn.Module):
         *,
         only_stores: bool = False,
     ) -> Tensor:
-        """Embeddings at absolute positions -> hidden states [B, T, D] before the last LayerNorm.
+        """Turn embeddings at absolute positions into hidden states [B, T, D] before the last LayerNorm.
 
         `mask` is bool, broadcastable to [B, 1, T, S], True where a position may be attended to;
         None attends to everything. Without `store` S is T. `live_BT` is False for positions whose result
@@ -225,5 +224,5 @@ class TextDecoder(nn.Module):
         return x_BTD
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] -> vocabulary logits [..., V]."""
+        """Turn hidden states [..., D] into vocabulary logits [..., V]."""
         return self.lm_head(self.post_ln(hidden))  # type: ignore[no-any-return]

@@ -19,7 +19,7 @@ from md3cli.model.network.layers import Attend, LayerNorm, Linear, Mlp, attentio
 
 
 def normalise_crops(crops_NSSC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [N, S, S, 3] -> [N, 3, S, S] in [-1, 1], computed in float32 and cast last."""
+    """Turn uint8 [N, S, S, 3] into [N, 3, S, S] in [-1, 1], computed in float32 and cast last."""
     pixels = crops_NSSC.permute(0, 3, 1, 2).to(torch.float32)
     return ((pixels / 255 - 0.5) / 0.5).to(dtype)
 
@@ -67,7 +67,7 @@ class VisionEncoder(nn.Module):
         self.proj_mlp = Mlp(2 * config.enc_dim, config.proj_inner_dim, config.proj_out_dim)
 
     def patchify(self, crops_NCSS: Tensor) -> Tensor:
-        """[N, C, S, S] -> [N, P, C * patch * patch]: patches row by row, inside a patch channel, row, column."""
+        """Cut [N, C, S, S] into [N, P, C * patch * patch]: patches row by row, inside a patch channel, row, column."""
         num_crops, channels, side, _ = crops_NCSS.shape
         patch, grid = self.config.enc_patch_size, self.config.grid_size
         assert side == self.config.crop_size, f"crops of {side} pixels, expected {self.config.crop_size}"
@@ -75,14 +75,14 @@ class VisionEncoder(nn.Module):
         return cells.permute(0, 2, 4, 1, 3, 5).reshape(num_crops, grid * grid, channels * patch * patch)
 
     def encode(self, crops_NCSS: Tensor) -> Tensor:
-        """Normalised crops [N, 3, S, S] -> patch features [N, P, E], each crop on its own."""
+        """Turn normalised crops [N, 3, S, S] into patch features [N, P, E], each crop on its own."""
         x_NPE = self.patch_emb(self.patchify(crops_NCSS)) + self.pos_emb
         for block in self.blocks:
             x_NPE = block(x_NPE)
         return self.post_ln(x_NPE)  # type: ignore[no-any-return]
 
     def stitch(self, tiles_NPE: Tensor, tiling: Tiling) -> Tensor:
-        """Features of rows x cols tiles -> one map [rows * w + 2m, cols * w + 2m, E] (w = grid - 2m).
+        """Stitch the features of rows x cols tiles to one map [rows * w + 2m, cols * w + 2m, E] (w = grid - 2m).
 
         A tile keeps its outer edge where it touches the border of the picture and drops
         `overlap_margin` patches on every inner edge.
@@ -101,18 +101,18 @@ class VisionEncoder(nn.Module):
         return torch.cat(lines, dim=0)
 
     def pool(self, map_HWE: Tensor) -> Tensor:
-        """Adaptive average of the stitched map to one crop's grid: [P, E]."""
+        """Average the stitched map down to one crop's grid: [P, E]."""
         grid = self.config.grid_size
         channels_first = map_HWE.permute(2, 0, 1)[None]
         pooled = F.adaptive_avg_pool2d(channels_first.float(), (grid, grid)).to(map_HWE.dtype)
         return pooled[0].permute(1, 2, 0).reshape(grid * grid, -1)
 
     def project(self, global_PE: Tensor, pooled_PE: Tensor) -> Tensor:
-        """Global and pooled features side by side -> image embeddings [..., P, D]."""
+        """Project global and pooled features, side by side, to image embeddings [..., P, D]."""
         return self.proj_mlp(torch.cat([global_PE, pooled_PE], dim=-1))  # type: ignore[no-any-return]
 
     def embed(self, features_NPE: Tensor, tiling: Tiling) -> Tensor:
-        """Features of one image's crops, global first -> its embeddings [P, D]."""
+        """Turn the features of one image's crops, global first, into its embeddings [P, D]."""
         num_crops = 1 + tiling.rows * tiling.cols
         assert features_NPE.shape[0] == num_crops, f"{features_NPE.shape[0]} crops for tiling {tiling}"
         return self.project(features_NPE[0], self.pool(self.stitch(features_NPE[1:], tiling)))
