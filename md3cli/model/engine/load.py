@@ -37,8 +37,7 @@ from md3cli.model.kernels.availability import (
 from md3cli.model.network.allocator import keep_freed_memory
 from md3cli.model.network.config import MAX_CONTEXT_LIMIT
 from md3cli.model.network.moondream import Moondream3
-from md3cli.model.quant.layers import has_low_bits as has_low_bits_packed
-from md3cli.model.quant.layers import quantise_vision
+from md3cli.model.quant.layers import has_packed_weights, quantise_vision
 from md3cli.model.quant.load import NONE, STORED, has_low_bits, load_dequantised, load_low_bit, low_bit_of
 from md3cli.model.quant.matrices import has_int8_products
 from md3cli.model.quant.search import CodeCache
@@ -281,7 +280,7 @@ def quantise_vision_for(options: ModelOptions, model: Moondream3) -> None:
 def compile_engine(engine: Engine, cache_dir: Path | None) -> None:
     """Compile the engine's passes and keep what is generated in the cache folder; without a compiler warn and go on."""
     missing = missing_compiler(engine.model.device)
-    if engine.model.device.type == "cpu" and has_low_bits_packed(engine.model):
+    if engine.model.device.type == "cpu" and has_packed_weights(engine.model):
         missing = "the CPU's low-bit products are no compiler's business"
     if missing is not None:
         warnings.warn(f"nothing is compiled: {missing}; the answers are the same", stacklevel=2)

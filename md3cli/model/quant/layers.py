@@ -1,18 +1,9 @@
-"""A layer's experts in few bits: a loop over those that were chosen, in order of their number.
+"""Layers of the network over packed matrices: a layer's experts, and the vision encoder's products in int8.
 
-Each chosen expert's matrices are read once for all its tokens. Activations between the two products
-stay in float32 where the product gives it (int8), and the weighted sum over a token's experts is
-float32, added in order of the expert's number, so that a token's result is the same alone and in
-company. Sums are added expert by expert: to keep all pairs' outputs would take tens of megabytes, which
-the C library maps anew, page by page, in each layer (a fifth of a prefix's time).
+A row's result does not depend on the rows beside it, and a token's is the same alone and in company: sums over its
+experts are float32, added in order of the expert's number. Knows no files and no schemes.
 
 Shape suffixes: N tokens, D width, I inner width of an expert, A choices per token, P = N * A pairs.
-
-The vision encoder's products in int8: an option, because it is most of a picture's cost and 16 bits are the rule.
-
-Between an MLP's two products rows stay in float32; a row's result does not depend on its companions.
-A crop of the real encoder takes 0.84 s where bf16 takes 1.04 (two Zen 5 cores, torch 2.13, 2026-11):
-the products alone are twice as fast, attention stays as it is.
 """
 
 from __future__ import annotations
@@ -38,7 +29,7 @@ _TANH_SCALE = 2 * math.sqrt(2 / math.pi)
 
 
 class Int8Mlp(nn.Module):
-    """`layers.Mlp` on the int8 engine."""
+    """`layers.Mlp` on the int8 engine; rows stay in float32 between its two products."""
 
     def __init__(self, plain: Mlp) -> None:
         super().__init__()
@@ -55,7 +46,7 @@ class Int8Mlp(nn.Module):
 
 
 def gelu_tanh_(x: Tensor) -> Tensor:
-    """GELU by tanh, in place, as `x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 x^3))`; twice as fast as torch's."""
+    """Compute GELU by tanh in place: `x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 x^3))`, twice as fast as torch."""
     inner = x.square().mul_(0.044715 * _TANH_SCALE).add_(_TANH_SCALE).mul_(x)
     return x.mul_(inner.sigmoid_())
 
@@ -63,7 +54,8 @@ def gelu_tanh_(x: Tensor) -> Tensor:
 def quantise_vision(encoder: VisionEncoder) -> None:
     """Exchange the products of every block for int8 ones, in place; patch embedding and projection stay.
 
-    Block by block: full weights go as their codes come. Needs `low_bit_int8.has_int8_products`.
+    Block by block: full weights go as their codes come. Needs `matrices.has_int8_products`. A crop of the real encoder
+    takes 0.84 s where bf16 takes 1.04 (two Zen 5 cores, torch 2.13, 2026-11): attention stays as it is.
     """
     for block in encoder.blocks:
         assert isinstance(block, VisionBlock)
@@ -79,7 +71,7 @@ def _int8_matrix(plain: Linear) -> Matrix:
 
 
 class LowBitExperts:
-    """`MoeMlp.run` over packed experts of any kind."""
+    """`MoeMlp.run` over packed experts of any kind; each chosen expert's matrices are read once for all its tokens."""
 
     def __init__(self, fc1: Sequence[Matrix], fc2: Sequence[Matrix]) -> None:
         assert len(fc1) == len(fc2)
@@ -92,7 +84,9 @@ class LowBitExperts:
         return run(x_ND, experts_NA, weights_NA).to(x_ND.dtype)
 
     def _sorted_tokens(self, x_ND: Tensor, experts_NA: Tensor, weights_NA: Tensor) -> Tensor:
-        """Weighted sums over each token's experts, float32 [N, D]."""
+        """Return weighted sums over each token's experts, float32 [N, D]."""
+        # Expert by expert: all pairs' outputs would be tens of megabytes, which the C library maps anew, page by page,
+        # in each layer: a fifth of a prefix's time.
         order_P = experts_NA.flatten().argsort(stable=True)
         counts = experts_NA.flatten().bincount(minlength=len(self.fc1)).tolist()
         tokens_P = order_P // experts_NA.shape[1]
@@ -106,13 +100,12 @@ class LowBitExperts:
         return sums_ND
 
     def _outputs(self, x_ND: Tensor, chosen: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each chosen expert's tokens [T], and what it makes of them, float32 [T, D]."""
+        """Yield each chosen expert's tokens [T], and what it makes of them, float32 [T, D]."""
         for expert, tokens in enumerate(chosen):
             if len(tokens):
                 yield tokens, self._expert(expert, x_ND.index_select(0, tokens)).float()
 
     def _one_token(self, x_1D: Tensor, experts_1A: Tensor, weights_1A: Tensor) -> Tensor:
-        """The same for a single token, without sorting."""
         outputs_AD = self._outputs_of_one(x_1D, experts_1A[0].tolist())
         sum_1D: Tensor
         sum_1D, *others = outputs_AD.mul_(weights_1A.T).split(1)
@@ -121,7 +114,7 @@ class LowBitExperts:
         return sum_1D
 
     def _outputs_of_one(self, x_1D: Tensor, experts: list[int]) -> Tensor:
-        """What the chosen experts make of a token, float32 [A, D]."""
+        """Return what the chosen experts make of a token, float32 [A, D]."""
         return torch.cat([self._expert(expert, x_1D) for expert in experts]).float()
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
@@ -129,7 +122,7 @@ class LowBitExperts:
 
 
 class Int8Experts(LowBitExperts):
-    """The same on the int8 engine: a token is brought to magnitude 1 once for all its experts.
+    """`LowBitExperts` on the int8 engine: a token is brought to magnitude 1 once for all its experts.
 
     A step of one token is a chain of small operations, of which this takes a third away; in a picture's
     prefix it saves passes over every token's eight copies.
@@ -152,13 +145,12 @@ class Int8Experts(LowBitExperts):
         inner_AI = gate_(torch.cat([self.fc1[expert].product(row_1D) for expert in experts]).mul_(peak_11))
         peak_A1 = peaks(inner_AI)
         rows = inner_AI.div_(peak_A1).split(1)
-        return torch.cat([self.fc2[expert].product(row) for expert, row in zip(experts, rows, strict=True)]).mul_(
-            peak_A1
-        )
+        out_AD = torch.cat([self.fc2[expert].product(row) for expert, row in zip(experts, rows, strict=True)])
+        return out_AD.mul_(peak_A1)
 
 
 def gate_(up_NI2: Tensor) -> Tensor:
-    """`moe.gate` over its input: [N, 2I] -> [N, I]."""
+    """Compute `moe.gate` over its input: [N, 2I] -> [N, I]."""
     activated, scale = up_NI2.chunk(2, dim=-1)
     return F.gelu(activated).mul_(scale.add_(1))
 
@@ -181,7 +173,7 @@ class PackedMatrices(nn.Module):
 
 
 def low_bit_matrices(model: nn.Module) -> Iterator[Matrix | KernelWeight]:
-    """Every packed weight of a model, its experts' included."""
+    """Yield every packed weight of a model, those of its experts included."""
     for module in model.modules():
         if isinstance(module, (LowBitLinear, KernelLinear, KernelExperts)):
             yield module.matrix
@@ -189,6 +181,6 @@ def low_bit_matrices(model: nn.Module) -> Iterator[Matrix | KernelWeight]:
             yield from module.matrices
 
 
-def has_low_bits(model: nn.Module) -> bool:
-    """True when any weight of the model is packed in few bits."""
+def has_packed_weights(model: nn.Module) -> bool:
+    """Return True when any weight of the model is packed in few bits."""
     return next(low_bit_matrices(model), None) is not None

@@ -1,14 +1,12 @@
 """A network whose text matrices stay in 8 or 4 bits, read and packed tensor by tensor.
 
-Which matrices: those the 4-bit port packs in the decoder (attention, dense MLPs, experts). Vision,
-routers, tau, norms, embedding, head and region heads stay in 16 bits, also where a file stores them
-in fewer. Nothing stays mapped: each file is let go after each tensor, so that memory holds the packed
-model and one tensor, never the full model beside it.
+Which matrices: those the 4-bit port packs in the decoder (attention, dense MLPs, experts). Vision, routers, tau, norms,
+embedding, head and region heads stay in 16 bits, also where a file stores them in fewer. Nothing stays mapped: each
+file is let go after each tensor, so that memory holds the packed model and one tensor, never the full model beside it.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,7 @@ STORED, NONE = "stored", "none"
 
 
 def low_bit_of(slot: Slot, quant: str) -> LowBit | None:
-    """The scheme a tensor is to be held in; None is plain 16 or 32 bits.
+    """Return the scheme a tensor is to be held in; None is plain 16 or 32 bits.
 
     `quant` is as `--quant`: `stored` follows the file, `none` widens everything, int8 and int4 hold
     every matrix of the decoder so.
@@ -49,12 +47,12 @@ def low_bit_of(slot: Slot, quant: str) -> LowBit | None:
 
 
 def has_low_bits(plan: CheckpointPlan, quant: str) -> bool:
-    """True when any tensor would be held in few bits."""
+    """Return True when any tensor of a checkpoint is to be held in few bits."""
     return any(low_bit_of(slot, quant) is not None for slot in plan.slots)
 
 
 class LowBitReader:
-    """Tensors of a checkpoint in the scheme they are to be held in; an adapter's changes already in them."""
+    """Tensors of a checkpoint in the scheme they are to be held in, with an adapter's changes in them."""
 
     def __init__(
         self,
@@ -73,28 +71,25 @@ class LowBitReader:
         self._changes: Mapping[str, LowRank] = {change.weight: change for change in changes}
 
     def plain(self, name: str) -> Tensor:
-        """The tensor in the reader's dtype, whatever it is stored in; perhaps a view of the file."""
+        """Return the tensor in the reader's dtype, whatever it is stored in; perhaps a view of the file."""
         weight, change = self.reader[name], self._changes.get(name)
         return weight if change is None else merged(weight, change)
 
     def plain_of_codes(self, name: str) -> Tensor:
-        """The tensor in the reader's dtype; where it is to be held in few bits, what those stand for."""
+        """Return the tensor in the reader's dtype; where it is to be held in few bits, what its codes stand for."""
         if low_bit_of(self.slots[name], self.quant) is None:
             return self.plain(name)
         return self.quantised(name).dequantise(self.reader.dtype)
 
     def kind_of(self, name: str) -> LowBit | None:
-        """The scheme this tensor is packed in; None where it is plain, or of a size its scheme's layout does not hold.
-
-        An expert's two matrices go together.
-        """
+        """Return the scheme this tensor is packed in; None where it stays plain, also for its size."""
         slot = self.slots[name]
         kind = low_bit_of(slot, self.quant)
         names = _packed_with(name, slot.shape)
         return kind if kind is not None and all(self._can_hold(kind, self.slots[n].shape) for n in names) else None
 
     def quantised(self, name: str) -> QuantisedWeight:
-        """The codes of a tensor that is to be held in few bits."""
+        """Return the codes of a tensor that is to be held in few bits."""
         slot = self.slots[name]
         kind = low_bit_of(slot, self.quant)
         assert kind is not None, name
@@ -113,7 +108,7 @@ class LowBitReader:
 def load_dequantised(
     plan: CheckpointPlan, *, quant: str, device: torch.device, adapter: Path | None = None
 ) -> LoadedModel:
-    """The plain network of the values that low-bit codes stand for, in float32.
+    """Load the plain network of the values that low-bit codes stand for, in float32.
 
     Raises:
         CheckpointError: the files or the adapter cannot be read.
@@ -134,7 +129,7 @@ def load_low_bit(
     cache: CodeCache | None = None,
     for_kernels: bool = False,
 ) -> LoadedModel:
-    """The network with its low-bit matrices packed for `device`; activations and the rest in `dtype`.
+    """Load the network with its low-bit matrices packed for `device`; activations and the rest in `dtype`.
 
     Codes that have to be made are taken from `cache` and left there. `for_kernels` keeps every scheme's
     codes in the layout of the GPU's kernels and puts these in place.
@@ -144,8 +139,7 @@ def load_low_bit(
     """
     with torch.device("meta"):
         model = Moondream3(plan.config, has_region_ln=plan.has_region_ln)
-    text_pass = TextPass()
-    model.text.register_forward_pre_hook(functools.partial(_tell_pass, text_pass, plan.config.prefix_len))
+    text_pass = _follow_pass(model)
     rest: dict[str, Tensor] = {}
     with CheckpointReader(plan, dtype=dtype, device=device, keeps_open=False) as reader:
         weights = LowBitReader(plan, reader, quant, adapter, cache, for_kernels=for_kernels)
@@ -166,15 +160,22 @@ def load_low_bit(
 
 
 def _packed_with(name: str, shape: tuple[int, ...]) -> list[str]:
-    """Weights that are packed or left plain together with this one: an expert's two matrices."""
+    """Return the weights that are packed or left plain together with this one: an expert's two matrices."""
     if not is_experts(name, shape):
         return [name]
     return [f"{name.rsplit('.', 2)[0]}.{leaf}.weight" for leaf in ("fc1", "fc2")]
 
 
-def _tell_pass(text_pass: TextPass, prefix_len: int, text: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Note the kind of pass before the decoder runs it: only a picture's prefix brings so many positions at once."""
-    text_pass.is_prefix = inputs[0].shape[1] >= prefix_len
+def _follow_pass(model: Moondream3) -> TextPass:
+    """Return what will know the kind of each of the decoder's passes before it runs."""
+    text_pass, prefix_len = TextPass(), model.config.prefix_len
+
+    def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # Only a picture's prefix brings so many positions at once.
+        text_pass.is_prefix = inputs[0].shape[1] >= prefix_len
+
+    model.text.register_forward_pre_hook(note)
+    return text_pass
 
 
 def _place(model: Moondream3, name: str, packed: list[Matrix] | KernelWeight) -> None:
@@ -202,8 +203,7 @@ def quantise_decoder(model: Moondream3, kind: LowBit, *, experts_only: bool = Fa
     Extremes are spread over all codes; `load_low_bit` searches for better scales. Weights of sizes that
     the layout does not hold stay as they are. Call it before `kernels.optimise`.
     """
-    text_pass = TextPass()
-    model.text.register_forward_pre_hook(functools.partial(_tell_pass, text_pass, model.config.prefix_len))
+    text_pass = _follow_pass(model)
     holds = kernel_weights.can_hold if for_kernels else can_hold
     shapes = {name: weight.shape for name, weight in model.named_parameters() if is_portable(name)}
     for name in [name for name in shapes if name.startswith("text.")]:

@@ -1,50 +1,18 @@
-"""Low-bit forms of the network's linear layers, all behind one call: rows in, rows out.
+"""Weights in 8 and 4 bits as matrices, all behind one call: rows in, rows out.
 
-A `Matrix` is a quantised weight in the form its device computes with fastest:
+A `Matrix` is a quantised weight in the form its device computes with fastest. A row's result never depends on the rows
+beside it, so nothing here may choose by the number of rows, or look for one scale over several of them.
 
-- int8 on a CPU with the int8 engine: `low_bit_int8.Int8Matrix`; float8 weights become int8 there,
-  which adds a tenth to their rounding and nothing to their size;
-- int4 everywhere: `low_bit_int4.Int4Matrix`;
-- the rest (int8 and float8 on other devices): `TileMatrix`, dequantised as a whole for each product.
-  It is also the plain twin the others are tested against.
+- `Int8Matrix`, on a CPU with torch's int8 engine. float8 weights become int8 there, which adds a tenth to their
+  rounding and nothing to their size. The operators are marked for removal by torch (pytorch issue 184982), which
+  is why torch is pinned and why nothing outside this file knows them.
+- `OneDnnMatrix`: int8 for the hundreds of rows of a picture. Of 729 x 1152 x 4304 it computes 1740 GFLOP/s against 1280
+  of `Int8Matrix` and 800 in bf16, and a single row a fifth slower: vision has this, the decoder the other.
+- `Int4Matrix`, everywhere: the CPU's kernel for steps of few rows, else unpacked tile by tile.
+- `TileMatrix`, for the rest (int8 and float8 on other devices): dequantised as a whole for each product. It is also the
+  plain twin that the others are tested against.
 
-Shape suffixes: N rows, K inputs, O outputs.
-
-Products with int8 weights on the CPU: activations are quantised on the way, row by row.
-
-torch's fastest int8 product here (fbgemm) takes one scale for all the rows it is given. Left to find
-that scale itself (`quantized.linear_dynamic`), a row's result would depend on its companions, by a lot
-where one of them is loud. So each row is brought to magnitude 1 and the scale is the same always: a
-row's result is then the same bit for bit in any company, and no pass over the rows looks for a range.
-
-The operators it needs are marked for removal by torch (pytorch issue 184982), which is why torch is
-pinned and why nothing outside this file knows them.
-Measured: Zen 5, two cores, torch 2.13, 2026-11: 2048 x 2048 in 0.10 ms at one row (40 GB/s), 1.3 TFLOP/s
-at 91 rows and more, scaling included.
-
-Shape suffixes: N rows, K inputs, O outputs.
-
-Products with int8 weights by oneDNN: each row brings its own scale, many rows at twice the bf16 rate.
-
-oneDNN takes activations that are quantised already, so rows are brought to 8 bits here, each by its
-own largest magnitude, and its product is scaled back by the same: no row can see another. Faster than
-`low_bit_int8.py` for the hundreds of rows of a picture (729 x 1152 x 4304, two Zen 5 cores, torch
-2.13, 2026-11: 1740 against 1280 GFLOP/s, bf16 at 800) and a fifth slower for single rows, which is why
-vision computes with this and the decoder with that.
-
-Shape suffixes: N rows, K inputs, O outputs.
-
-Products with 4-bit weights: packed once in the layout of torch's CPU kernel, unpacked tile by tile elsewhere.
-
-The kernel (`aten._weight_int4pack_mm_for_cpu`) reads codes as fast as memory gives them and computes
-at a third of the bf16 rate, so it serves steps of few rows. A picture's whole prefix is computed from
-the weight unpacked to the activations' dtype, one matrix at a time: 2.2 times as fast at 738 rows.
-Which of the two runs follows from the kind of pass (`TextPass`) and never from the number of rows,
-because the two round differently and no answer may depend on its company.
-
-Both compute `(code - 8) * scale + zero`, scale and zero in the activations' dtype: in bfloat16 each is
-rounded by up to 2**-9 of itself, a tenth of the 4-bit rounding; in float32 values are exact.
-Measured: Zen 5, one core, torch 2.13, 2026-11: 2048 x 2048 in 0.125 ms at one row, unpacked in 2.2 ms.
+Measured on two Zen 5 cores, torch 2.13, 2026-11. Knows no files and no layers of the network.
 
 Shape suffixes: N rows, K inputs, O outputs, G groups of a row.
 """
@@ -54,7 +22,6 @@ from __future__ import annotations
 import functools
 import warnings
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -66,28 +33,35 @@ from md3cli.model.weights.names import INT4_GROUP
 
 ENGINES = ("x86", "fbgemm")
 ROWS = 192  # computed at a time: what stands between two steps stays in the cache
+_ZERO = 128  # oneDNN's code of zero: signed activations run on a reference path four thousand times as slow
+BLOCK = 64  # outputs side by side in the 4-bit layout; what torch's AVX-512 kernel reads
+_CODE_OFFSET = 8  # the 4-bit kernel's zero
 _TINY = torch.finfo(torch.float32).tiny
 
 
 def has_int8_products() -> bool:
-    """True where this build of torch and this CPU have the int8 engine."""
+    """Return True where this build of torch and this CPU have the int8 engine."""
     return any(engine in torch.backends.quantized.supported_engines for engine in ENGINES)
 
 
 @functools.cache
 def reduces_range() -> bool:
-    """CPUs without VNNI add pairs of products in 16 bits, which 8-bit activations would overflow: 7 bits there."""
+    """Return True for a CPU without VNNI, which adds pairs of products in 16 bits: activations have 7 bits there."""
     capabilities = torch.cpu.get_capabilities()
     return not any(capabilities.get(flag, False) for flag in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
 def peaks(x_NK: Tensor) -> Tensor:
-    """The largest magnitude of each row, float32 [N, 1], never zero."""
+    """Return the largest magnitude of each row, float32 [N, 1], never zero."""
     return x_NK.abs().amax(1, keepdim=True).float().clamp_min_(_TINY)
 
 
 class Int8Matrix:
-    """A weight [O, K] packed for the engine."""
+    """A weight [O, K] packed for torch's int8 engine (fbgemm).
+
+    The engine takes one scale for all the rows it is given. So each row is brought to magnitude 1 and the scale is
+    always the same. 2048 x 2048 takes 0.10 ms at one row (40 GB/s); 1.3 TFLOP/s at 91 rows and more.
+    """
 
     def __init__(self, weight: QuantisedWeight) -> None:
         assert weight.kind is LowBit.INT8
@@ -101,14 +75,14 @@ class Int8Matrix:
         self.num_bytes = self.num_outputs * (num_inputs + 8)  # codes; a row's scale and sum
 
     def product(self, rows: Tensor) -> Tensor:
-        """Rows of magnitude 1 at the most, float32 [N, K] -> float32 [N, O]."""
+        """Multiply rows of magnitude 1 at the most: float32 [N, K] -> float32 [N, O]."""
         levels = 63 if reduces_range() else 127
         return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(  # type: ignore[no-any-return]
             rows, 1 / levels, levels + 1, self._packed
         )
 
     def __call__(self, x_NK: Tensor) -> Tensor:
-        """Any rows [N, K] -> float32 [N, O]."""
+        """Multiply any rows: [N, K] -> float32 [N, O]."""
         if len(x_NK) <= ROWS:
             peak_N1 = peaks(x_NK)
             return self.product(x_NK / peak_N1).mul_(peak_N1)
@@ -119,18 +93,14 @@ class Int8Matrix:
         return y_NO
 
 
-_ZERO = 128  # the unsigned code of zero: signed activations run on a reference path four thousand times as slow
-
-
 def has_onednn_products() -> bool:
-    """True where this build of torch carries the operator and this CPU its instructions."""
-    return (
-        torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise") and not reduces_range()
-    )
+    """Return True where this build of torch carries the operator and this CPU its instructions."""
+    has_operator = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    return has_operator and not reduces_range()
 
 
 class OneDnnMatrix:
-    """A weight [O, K] in oneDNN's layout; used as `low_bit.Matrix`."""
+    """A weight [O, K] in oneDNN's layout, which takes rows that were brought to 8 bits, each by its own magnitude."""
 
     def __init__(self, weight: QuantisedWeight) -> None:
         assert weight.kind is LowBit.INT8
@@ -141,7 +111,7 @@ class OneDnnMatrix:
         self.num_bytes = weight.num_bytes
 
     def __call__(self, x_NK: Tensor) -> Tensor:
-        """Any rows [N, K] -> float32 [N, O]."""
+        """Multiply any rows: [N, K] -> float32 [N, O]."""
         if len(x_NK) == 1:  # with AMX oneDNN rounds a single row's product otherwise than the same row's in company
             return self(x_NK.expand(2, -1))[:1]
         peak_N1 = peaks(x_NK)
@@ -164,10 +134,6 @@ class OneDnnMatrix:
         return y_NO.mul_(peak_N1)
 
 
-BLOCK = 64  # outputs side by side in the packed layout; what torch's AVX-512 kernel reads
-_CODE_OFFSET = 8  # the kernel's zero
-
-
 @dataclass(slots=True)
 class TextPass:
     """What the decoder is doing: a picture's whole prefix (`is_prefix`), or a prompt or step."""
@@ -177,7 +143,7 @@ class TextPass:
 
 @functools.cache
 def has_int4_kernel() -> bool:
-    """True where the CPU kernel exists and reads the layout of `pack_blocks`."""
+    """Return True where the CPU's kernel exists and reads the layout of `pack_blocks`."""
     if not hasattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu"):
         return False
     codes = torch.arange(BLOCK * INT4_GROUP, dtype=torch.int32).view(BLOCK, INT4_GROUP) * 7 % (INT4_MAX + 1)
@@ -188,19 +154,14 @@ def has_int4_kernel() -> bool:
     return torch.equal(theirs.flatten(), pack_blocks(codes.to(torch.uint8)).flatten())
 
 
-def can_pack(shape: tuple[int, ...]) -> bool:
-    """True where a matrix fills the layout: whole blocks of outputs, groups that end with a row."""
-    return shape[-2] % BLOCK == 0 and shape[-1] % INT4_GROUP == 0
-
-
 def pack_blocks(codes_OK: Tensor) -> Tensor:
-    """uint8 codes [O, K] -> uint8 [O/64, K, 32]: the low nibbles are a block's first 32 outputs, the high its last."""
+    """Pack uint8 codes [O, K] to [O/64, K, 32]: low nibbles are a block's first 32 outputs, high ones its last."""
     blocks = codes_OK.view(-1, 2, BLOCK // 2, codes_OK.shape[1])
     return (blocks[:, 0] | (blocks[:, 1] << 4)).transpose(1, 2).contiguous()
 
 
 def unpack_blocks(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inverse of `pack_blocks`, transposed: codes as `dtype` [K, O]."""
+    """Undo `pack_blocks`, transposed: codes as `dtype` [K, O]."""
     num_blocks, num_inputs, half = packed.shape
     out_KO = torch.empty(num_inputs, num_blocks * 2 * half, dtype=dtype, device=packed.device)
     halves = out_KO.view(num_inputs, num_blocks, 2, half).permute(1, 0, 2, 3)
@@ -210,7 +171,13 @@ def unpack_blocks(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Int4Matrix:
-    """A weight [O, K] in 4 bits with a scale and a zero per group, in the dtype of the activations."""
+    """A weight [O, K] in 4 bits with a scale and a zero per group, in the dtype of the activations.
+
+    The CPU's kernel reads codes as fast as memory gives them (2048 x 2048 in 0.125 ms at one row) and computes at a
+    third of the bf16 rate; the unpacked weight is 2.2 times as fast at 738 rows. The two round differently, so the
+    kind of pass chooses (`TextPass`), never the number of rows. Both compute `(code - 8) * scale + zero`: in bfloat16
+    scale and zero are rounded by up to 2**-9 of themselves, a tenth of the 4-bit rounding; in float32 values are exact.
+    """
 
     def __init__(self, packed: Tensor, scales_and_zeros_GO2: Tensor, text_pass: TextPass) -> None:
         self.packed, self.scales_and_zeros_GO2, self.text_pass = packed, scales_and_zeros_GO2, text_pass
@@ -222,7 +189,7 @@ class Int4Matrix:
         return int(self.packed.nbytes + self.scales_and_zeros_GO2.nbytes)
 
     def __call__(self, x_NK: Tensor) -> Tensor:
-        """Rows [N, K] -> [N, O] in the same dtype."""
+        """Multiply rows [N, K] -> [N, O] in the same dtype."""
         if self._has_kernel and not self.text_pass.is_prefix:
             kernel_shape = self.packed.view(-1, self.packed.shape[1] // 2)  # [O, K / 2]
             return torch.ops.aten._weight_int4pack_mm_for_cpu(  # type: ignore[no-any-return]
@@ -232,7 +199,7 @@ class Int4Matrix:
         return torch.mm(padded, self.unpacked())[: len(x_NK)]
 
     def unpacked(self) -> Tensor:
-        """The weight transposed [K, O], in the dtype of the scales."""
+        """Return the weight transposed [K, O], in the dtype of the scales."""
         scale_GO, zero_GO = (part.contiguous() for part in self.scales_and_zeros_GO2.unbind(-1))
         out_KO = unpack_blocks(self.packed, scale_GO.dtype)
         groups = out_KO.view(-1, INT4_GROUP, out_KO.shape[1])
@@ -241,10 +208,8 @@ class Int4Matrix:
         return out_KO
 
 
-def pack_int4(weight: QuantisedWeight, text_pass: TextPass, dtype: torch.dtype) -> list[Int4Matrix]:
-    """A weight, or one per expert, packed for activations of `dtype`; a stack lies in one piece of memory."""
-    assert weight.kind is LowBit.INT4
-    assert can_pack(weight.shape), weight.shape
+def _pack_int4(weight: QuantisedWeight, text_pass: TextPass, dtype: torch.dtype) -> list[Matrix]:
+    assert can_hold(weight.kind, weight.shape), weight.shape
     (num_outputs, num_inputs), count = weight.shape[-2:], weight.num_matrices
     device = weight.codes.device
     packed = torch.empty(count, num_outputs // BLOCK, num_inputs, BLOCK // 2, dtype=torch.uint8, device=device)
@@ -255,17 +220,6 @@ def pack_int4(weight: QuantisedWeight, text_pass: TextPass, dtype: torch.dtype) 
         zero = (_CODE_OFFSET - part.zero_point) * part.scale
         pair_GO2.copy_(torch.stack([part.scale, zero], dim=-1).view(num_outputs, -1, 2).transpose(0, 1))
     return [Int4Matrix(*tensors, text_pass) for tensors in zip(packed, pairs, strict=True)]
-
-
-class Matrix(Protocol):
-    """A weight [O, K] that multiplies rows; a row's result does not depend on its companions."""
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    def __call__(self, x_NK: Tensor) -> Tensor:
-        """[N, K] -> [N, O], in the dtype of the rows or wider."""
-        ...
 
 
 class TileMatrix:
@@ -283,24 +237,22 @@ class TileMatrix:
         return F.linear(x_NK, self.weight.dequantise(x_NK.dtype))
 
 
+Matrix = Int8Matrix | OneDnnMatrix | Int4Matrix | TileMatrix
+
+
 def can_hold(kind: LowBit, shape: tuple[int, ...]) -> bool:
-    """False for the few sizes the 4-bit layout does not hold; such weights are widened when they are loaded."""
-    return kind is not LowBit.INT4 or can_pack(shape)
+    """Return False for the few sizes the 4-bit layout does not hold; such weights are widened when they are loaded."""
+    return kind is not LowBit.INT4 or (shape[-2] % BLOCK == 0 and shape[-1] % INT4_GROUP == 0)
 
 
 def pack(weight: QuantisedWeight, text_pass: TextPass, dtype: torch.dtype) -> list[Matrix]:
-    """A weight [O, K], or one per expert, in the form of its device; `dtype` is that of the activations."""
+    """Return a weight [O, K], or one per expert, in the form of its device; `dtype` is that of the activations."""
     if weight.kind is LowBit.INT4:
-        return list(pack_int4(weight, text_pass, dtype))
+        return _pack_int4(weight, text_pass, dtype)
     if weight.codes.device.type != "cpu" or not has_int8_products():
         return [TileMatrix(part) for part in weight.matrices()]
-    return [_int8_matrix(part) for part in weight.matrices()]
-
-
-def _int8_matrix(weight: QuantisedWeight) -> Int8Matrix:
-    if weight.kind is LowBit.FP8:
-        weight = quantise_int8(weight.dequantise(torch.float32))
-    return Int8Matrix(weight)
+    is_fp8 = weight.kind is LowBit.FP8
+    return [Int8Matrix(quantise_int8(part.dequantise(torch.float32)) if is_fp8 else part) for part in weight.matrices()]
 
 
 class LowBitLinear(nn.Module):

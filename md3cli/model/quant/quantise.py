@@ -1,8 +1,8 @@
 """A checkpoint of any layout written with its large matrices in 8 or 4 bits, tensor by tensor.
 
-int4 is the original's scheme, packed where the 4-bit port packs; int8 has the same matrices with one
-scale per row; fp8 has the experts alone, as published. Vision, routers, tau, norms, embedding and
-head stay as they are stored, vision by choice in int8. Scales are searched (`scale_search.py`).
+int4 is the original's scheme, packed where the 4-bit port packs; int8 has the same matrices with one scale per row; fp8
+has the experts alone, as published. Vision, routers, tau, norms, embedding and head stay as they are stored, vision by
+choice in int8. Scales are searched (`search.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from md3cli.model.weights.files import checkpoint_revision
 from md3cli.model.weights.formats import INT8_SCALE, Format
 from md3cli.model.weights.names import Slot, is_int8_vision, is_portable, slots
 from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
-from md3cli.model.weights.read import SCHEMES, CheckpointReader, read_quantised, stored_dtype
+from md3cli.model.weights.read import SCHEMES, CheckpointReader, assemble, read_quantised, stored_dtype
 from md3cli.model.weights.write import DTYPE_CODES, Progress, StoredDtypes, lay_out, write_checkpoint
 
 SHARD_LIMIT_BYTES = 1_000_000_000  # what a killed run has to do again at most
@@ -54,7 +54,7 @@ def quantise_checkpoint(
     shard_limit_bytes: int = SHARD_LIMIT_BYTES,
     progress: Progress = lambda num_bytes: None,
 ) -> CheckpointPlan:
-    """Write the checkpoint `source` as the new folder `target`; the plan of what was written.
+    """Write the checkpoint `source` in few bits as the new folder `target`; return the plan of what was written.
 
     Matrices that `source` already holds in the wanted scheme are taken over code by code. A run that
     was killed is continued by the next one with the same source and settings. `tokenizer_file` is
@@ -92,7 +92,7 @@ def quantise_checkpoint(
 
 
 def stored_bytes(plan: CheckpointPlan, settings: QuantiseSettings | None) -> int:
-    """Bytes of the weights that `quantise_checkpoint` would write; None: of all weights in the dtype of the plain ones.
+    """Return the bytes of weights that `quantise_checkpoint` would write; for None, of all weights in 16 or 32 bits.
 
     Raises:
         CheckpointError: a matrix cannot be quantised so.
@@ -108,7 +108,7 @@ def stored_bytes(plan: CheckpointPlan, settings: QuantiseSettings | None) -> int
 
 
 def _marks(names: Mapping[str, object], settings: QuantiseSettings) -> frozenset[str]:
-    """The names by which a file says which matrices are codes; fp8 experts are known without."""
+    """Return the names by which a file says which matrices are codes; fp8 experts are known without."""
     mark = {LowBit.INT4: ".packed", LowBit.INT8: INT8_SCALE}.get(settings.kind)
     marks = {f"{name}{mark}" for name in names if is_portable(name)} if mark else set()
     if settings.has_int8_vision:
@@ -143,10 +143,8 @@ class _Quantising(Mapping[str, Tensor | QuantisedWeight]):
             return self._weights[name]
         if stored.recipe is recipe:
             return read_quantised(stored, self._weights.read_stored)
-        if stored.recipe.is_low_bit:
-            weight = read_quantised(stored, self._weights.read_stored).dequantise(torch.float32)
-        else:
-            weight = self._weights[name]
+        is_coded = stored.recipe.is_low_bit
+        weight = assemble(stored, self._weights.read_stored, torch.float32) if is_coded else self._weights[name]
         made = search(weight, SCHEMES[recipe], self._importance.get(name), name=name)
         if made.zero_point is None or self._int4_scale_dtype is torch.float32:
             return made
@@ -155,7 +153,7 @@ class _Quantising(Mapping[str, Tensor | QuantisedWeight]):
 
 
 def _fingerprint(plan: CheckpointPlan, settings: QuantiseSettings, importance: Importance, limit: int) -> str:
-    """What a half-written target must have been made from to be continued."""
+    """Return what a half-written target must have been made from to be continued."""
     digest = hashlib.sha256()
     for name, values in sorted(importance.items()):
         digest.update(name.encode())

@@ -1,27 +1,20 @@
 """Scales that lose least: codes for a weight whose weighted squared error is smaller than by extremes.
 
-The extremes of a row or group say how far its codes must reach for nothing to be cut off, not where
-they serve best. For each row (int8, fp8) or group of 128 (int4) two moves are made here, and the best
-scale ever met is kept, so that the result is never worse than the extremes:
+The extremes of a row or group say how far its codes must reach for nothing to be cut off, not where they serve best.
+For each row (int8, fp8) or group of 128 (int4) two moves are made here, and the best scale ever met is kept, so that
+the result is never worse than the extremes:
 
-- reach less far: ranges shrunk to a few ratios, as AWQ searches its clipping (Lin et al., 2023,
-  arXiv:2306.00978, section 3) and OCTAV puts it for one tensor (Sakr et al., 2022, arXiv:2206.06501);
-- refit: for codes as they stand the best scale and zero point are a least-squares line, and for that
-  line the nearest codes are best; a few rounds of both, Lloyd's alternation, which HQQ (Badri and
-  Shaji, 2023, https://mobiusml.github.io/hqq_blog/) uses on the zero point.
+- reach less far: ranges shrunk to a few ratios, as AWQ searches its clipping (Lin et al., 2023, arXiv:2306.00978,
+  section 3) and OCTAV puts it for one tensor (Sakr et al., 2022, arXiv:2206.06501);
+- refit: for codes as they stand the best scale and zero point are a least-squares line, and for that line the nearest
+  codes are best; a few rounds of both, Lloyd's alternation, which HQQ (Badri and Shaji, 2023,
+  https://mobiusml.github.io/hqq_blog/) uses on the zero point.
 
-With `importance`, the mean square of each input the weight will meet (`calibration.py`), errors are
-weighted by it: to first order that is the error of the product, the diagonal of the Hessian that
-GPTQ uses whole (Frantar et al., 2022, arXiv:2210.17323).
+With `importance`, the mean square of each input the weight will meet (`model/calibrate.py`), errors are weighted by it:
+to first order that is the error of the product, the diagonal of the Hessian that GPTQ uses whole (Frantar et al., 2022,
+arXiv:2210.17323). Searching takes most of a start with `--quant`, so `CodeCache` keeps what was found on disk.
 
 Shape suffixes: R rows or groups, C values in each (128 for groups).
-
-Codes that were searched for while a checkpoint was loaded, kept on disk for its next start.
-
-Searching scales takes most of a start with `--quant`; with the codes at hand only packing is left.
-They lie in the same folder and under the same limit as encodings (`file_cache.py`), one file for
-each weight, as safetensors. A key covers the checkpoint's files (place, size, time of change), the
-dtype its weights were read in, the weight's name, the scheme and the version of the search.
 """
 
 from __future__ import annotations
@@ -53,63 +46,8 @@ from md3cli.model.weights.codes import (
 from md3cli.model.weights.files import WeightFiles
 from md3cli.model.weights.names import INT4_GROUP
 
-SEARCH_VERSION = 1  # rises when `scale_search` finds other scales
+SEARCH_VERSION = 1  # rises when `search` finds other scales
 LEAST_ELEMENTS = 1 << 20  # smaller weights are searched in no time
-
-
-class CodeCache:
-    """Codes by weight of one checkpoint read in `dtype`, which rounds what is searched; they come back on `device`.
-
-    A folder that cannot be written to is only read from then on.
-    """
-
-    def __init__(self, files: FileCache, checkpoint: WeightFiles, dtype: torch.dtype, device: torch.device) -> None:
-        self.files, self.device = files, device
-        self.is_writable = True
-        facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-        self._context = json.dumps([SEARCH_VERSION, str(dtype), facts])
-
-    def load(self, name: str, kind: LowBit, shape: tuple[int, ...]) -> QuantisedWeight | None:
-        """The codes of a weight, on the cache's device; None when they are not (rightly) there."""
-        payload = self.files.get(self._key(name, kind)) if _is_worth_it(shape) else None
-        if payload is None:
-            return None
-        try:
-            tensors = {part: tensor.to(self.device) for part, tensor in load(payload).items()}
-            return _from_tensors(tensors, kind, shape)
-        except (SafetensorError, KeyError, AssertionError):
-            return None
-
-    def save(self, name: str, weight: QuantisedWeight) -> None:
-        """Keep a weight's codes; a full disk ends keeping, not the start."""
-        if not (self.is_writable and _is_worth_it(weight.shape)):
-            return
-        try:
-            self.files.put(self._key(name, weight.kind), save(_to_tensors(weight)))
-        except OSError:
-            self.is_writable = False
-
-    def _key(self, name: str, kind: LowBit) -> str:
-        return hashlib.sha256(f"{self._context}:{name}:{kind}".encode()).hexdigest()
-
-
-def _is_worth_it(shape: tuple[int, ...]) -> bool:
-    return torch.Size(shape).numel() >= LEAST_ELEMENTS
-
-
-def _to_tensors(weight: QuantisedWeight) -> dict[str, Tensor]:
-    codes = pack_nibbles(weight.codes) if weight.kind is LowBit.INT4 else weight.codes
-    tensors = {"codes": codes, "scale": weight.scale}
-    if weight.zero_point is not None:
-        tensors["zero_point"] = weight.zero_point
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _from_tensors(tensors: dict[str, Tensor], kind: LowBit, shape: tuple[int, ...]) -> QuantisedWeight:
-    codes = unpack_nibbles(tensors["codes"]) if kind is LowBit.INT4 else tensors["codes"]
-    return QuantisedWeight(kind, shape, codes, tensors["scale"], tensors.get("zero_point"))
-
-
 # Measured on normal, Laplace and t(3) values, 2026-11: finer steps or more rounds gain under 1 %.
 GROUP_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 GROUP_ROUNDS = 4
@@ -122,13 +60,13 @@ _TINY = torch.finfo(torch.float32).tiny
 def search(
     weight: Tensor, kind: LowBit, importance: Tensor | None = None, *, name: str = "a matrix"
 ) -> QuantisedWeight:
-    """`weight` [..., out, in] in `kind`, its scales searched.
+    """Quantise `weight` [..., out, in] to `kind` with the best scales.
 
     `importance` float32 [in], or [experts, in] for a matrix per expert: the weight of an error in
     that column; only ratios within a row or group matter. Not negative, not all zero in a row or group.
 
     Raises:
-        CheckpointError: the weight, called `name`, holds NaN or infinity. Codes would say any number for them.
+        CheckpointError: the weight, called `name`, holds NaN or infinity, for which codes would say any number.
     """
     if not weight.abs().amax().isfinite():
         raise CheckpointError(f"{name} holds values that are not finite; no scale fits them, the weights are damaged")
@@ -141,7 +79,7 @@ def search(
 
 
 def squared_error(weight: Tensor, made: QuantisedWeight, importance: Tensor | None = None) -> Tensor:
-    """What `search` minimises, summed over the columns: float32 [..., out]."""
+    """Return what `search` minimises, summed over the columns: float32 [..., out]."""
     error = made.dequantise(torch.float32).sub_(weight).square_()
     if importance is not None:
         error *= importance.unsqueeze(-2)
@@ -162,7 +100,7 @@ def _to_fp8(x_RC: Tensor) -> Tensor:
 def _search_rows(
     weight: Tensor, importance: Tensor | None, largest: float, to_codes: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The best scale of each row: float32 [..., out]."""
+    """Return the best scale of each row: float32 [..., out]."""
     rows = weight.flatten(0, -2)
     found = torch.empty(len(rows), 1, device=weight.device)
     for piece, h_RC in _pieces(weight, importance, multiple=1):
@@ -190,7 +128,7 @@ def _to_int4(x_RC: Tensor, scale_R1: Tensor, zero_R1: Tensor) -> Tensor:
 
 
 def _search_groups(weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The best scale and zero point of each group of values in row order: float32 [groups, 1] each."""
+    """Return the best scale and zero point of each group of values in row order: float32 [groups, 1] each."""
     rows, width = weight.flatten(0, -2), weight.shape[-1]
     num_groups = weight.numel() // INT4_GROUP
     scale, zero_point = (torch.empty(num_groups, 1, device=weight.device) for _ in range(2))
@@ -226,12 +164,12 @@ def _best_of_groups(w_RC: Tensor, h_RC: Tensor | None) -> _Best:
 
 
 def _constant(value_R1: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero point that hold one value exactly: code 0, zero point its sign turned round."""
+    """Return a scale and zero point that hold one value exactly: code 0, zero point its sign turned round."""
     return _positive(value_R1.abs()), -value_R1.sign()
 
 
 def _line(w_RC: Tensor, h_RC: Tensor | None, codes_RC: Tensor, best: _Best) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the least-squares line through (code, value); the best so far where there is none."""
+    """Return scale and zero point of the least-squares line through (code, value); where there is none, the best."""
     if h_RC is None:
         centre = codes_RC.mean(dim=1, keepdim=True)
         mean = w_RC.mean(dim=1, keepdim=True)
@@ -284,15 +222,13 @@ def _positive(scale: Tensor) -> Tensor:
 
 
 def _pieces(weight: Tensor, importance: Tensor | None, multiple: int) -> Iterator[tuple[slice, Tensor | None]]:
-    """Slices of the rows of [..., out, in], in multiples of so many, each with the importance of its values [R, in].
-
-    Importance is scaled to a mean of 1 in each row, so that its size cannot make errors overflow or vanish.
-    """
+    """Yield slices of the rows of [..., out, in] in multiples of so many, and their values' importance [R, in]."""
     num_rows, width = weight.numel() // weight.shape[-1], weight.shape[-1]
     step = max(multiple, _PIECE_ELEMENTS // width // multiple * multiple)
     h_XC = None
     if importance is not None:
         h_XC = importance.view(-1, width).float()
+        # To a mean of 1 in each row: its size cannot make errors overflow or vanish.
         h_XC = h_XC / h_XC.mean(dim=1, keepdim=True).clamp_min(_TINY)
     for start in range(0, num_rows, step):
         piece = slice(start, min(start + step, num_rows))
@@ -301,3 +237,60 @@ def _pieces(weight: Tensor, importance: Tensor | None, multiple: int) -> Iterato
             continue
         experts = torch.arange(piece.start, piece.stop, device=weight.device) // weight.shape[-2]
         yield piece, h_XC[experts] if len(h_XC) > 1 else h_XC.expand(piece.stop - piece.start, -1)
+
+
+# -- kept for the next start -----------------------------------------------------------------------
+
+
+class CodeCache:
+    """Codes by weight of one checkpoint that was read in `dtype`, on disk beside encodings (`file_cache.py`).
+
+    One file of safetensors a weight. Its key covers the checkpoint's files (place, size, time of change), the dtype,
+    the weight's name, the scheme and the search's version. A folder that cannot be written to is only read from then on.
+    """
+
+    def __init__(self, files: FileCache, checkpoint: WeightFiles, dtype: torch.dtype, device: torch.device) -> None:
+        self.files, self.device = files, device
+        self.is_writable = True
+        facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
+        self._context = json.dumps([SEARCH_VERSION, str(dtype), facts])
+
+    def load(self, name: str, kind: LowBit, shape: tuple[int, ...]) -> QuantisedWeight | None:
+        """Return the codes of a weight on the cache's device; None when they are not there or damaged."""
+        payload = self.files.get(self._key(name, kind)) if _is_worth_it(shape) else None
+        if payload is None:
+            return None
+        try:
+            tensors = {part: tensor.to(self.device) for part, tensor in load(payload).items()}
+            return _from_tensors(tensors, kind, shape)
+        except (SafetensorError, KeyError, AssertionError):
+            return None
+
+    def save(self, name: str, weight: QuantisedWeight) -> None:
+        """Keep a weight's codes; a full disk ends keeping, not the start."""
+        if not (self.is_writable and _is_worth_it(weight.shape)):
+            return
+        try:
+            self.files.put(self._key(name, weight.kind), save(_to_tensors(weight)))
+        except OSError:
+            self.is_writable = False
+
+    def _key(self, name: str, kind: LowBit) -> str:
+        return hashlib.sha256(f"{self._context}:{name}:{kind}".encode()).hexdigest()
+
+
+def _is_worth_it(shape: tuple[int, ...]) -> bool:
+    return torch.Size(shape).numel() >= LEAST_ELEMENTS
+
+
+def _to_tensors(weight: QuantisedWeight) -> dict[str, Tensor]:
+    codes = pack_nibbles(weight.codes) if weight.kind is LowBit.INT4 else weight.codes
+    tensors = {"codes": codes, "scale": weight.scale}
+    if weight.zero_point is not None:
+        tensors["zero_point"] = weight.zero_point
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _from_tensors(tensors: dict[str, Tensor], kind: LowBit, shape: tuple[int, ...]) -> QuantisedWeight:
+    codes = unpack_nibbles(tensors["codes"]) if kind is LowBit.INT4 else tensors["codes"]
+    return QuantisedWeight(kind, shape, codes, tensors["scale"], tensors.get("zero_point"))

@@ -24,7 +24,7 @@ from md3cli.model.kernels.weights import WeightForm
 from md3cli.model.network.config import HEAD_DIM
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.text import rotary_table
-from md3cli.model.quant.layers import has_low_bits, low_bit_matrices
+from md3cli.model.quant.layers import has_packed_weights, low_bit_matrices
 from md3cli.model.quant.load import load_dequantised, load_low_bit
 from md3cli.model.weights.hub import model_path
 from md3cli.model.weights.plan import plan_checkpoint
@@ -112,7 +112,7 @@ def test_float8_experts_stay_float8_and_answer_as_their_values() -> None:
     plan = plan_checkpoint(GOLDEN / "case-c-formats/raw-fp8")
     loaded = load_low_bit(plan, quant="stored", dtype=torch.float32, device=CPU, for_kernels=True)
     plain = load_dequantised(plan, quant="stored", device=CPU)
-    assert has_low_bits(loaded.model)
+    assert has_packed_weights(loaded.model)
     assert {matrix.form for matrix in low_bit_matrices(loaded.model)} == {WeightForm.FP8}
     expected = passes(plain.model)
     for part, found in passes(loaded.model).items():
