@@ -104,12 +104,12 @@ class FileCache:
             self.prune(self.limit_bytes)
 
     def info(self) -> CacheInfo:
-        """Count what is there."""
+        """Count the files and bytes of the folder."""
         sizes = [facts.st_size for _, facts in self._files()]
         return CacheInfo(self.root, len(sizes), sum(sizes))
 
     def prune(self, limit_bytes: int) -> CacheInfo:
-        """Remove the least recently read files until the rest is well under the limit; says what was removed."""
+        """Remove the least recently read files until the rest is well under the limit; return what was removed."""
         files = sorted(self._files(), key=lambda entry: entry[1].st_mtime_ns)
         total = sum(facts.st_size for _, facts in files)
         num_removed = num_removed_bytes = 0
@@ -123,11 +123,11 @@ class FileCache:
         return CacheInfo(self.root, num_removed, num_removed_bytes)
 
     def clear(self) -> CacheInfo:
-        """Remove everything of ours; says what was removed."""
+        """Remove all files of the cache; return what was removed."""
         return self.prune(-1)
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Finished files; unfinished ones that nobody can be writing any more are removed on the way."""
+        """Yield finished files; remove unfinished ones that nobody can be writing any more."""
         for folder in self._folders():
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:

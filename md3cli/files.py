@@ -1,23 +1,17 @@
-"""Files that appear whole or not at all, and the lock that keeps two runs off one output.
+"""Files that appear whole or not at all, the lock that keeps two runs off one output, and scratch folders.
 
-Knows nothing of records. A published file is written under a temporary name in the same folder,
-synced and renamed, so that a reader never sees half of it, whatever kills the writer.
-
-Where files go that are gone when the program ends: the user's cache folder, else the system's temporary one.
-
-A file's copy at no cost where the file system can share its blocks (a reflink); else byte by byte.
+A published file is written under a temporary name in the same folder, synced and renamed, so that a reader never sees
+half of it, whatever kills the writer. Knows nothing of records.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,64 +21,12 @@ from md3cli.records import printable
 from md3cli.settings import user_cache_dir
 from md3cli.system import lock, open_at_once, share_blocks, sync_folder, write_all
 
-
-def scratch_folder() -> Path:
-    """Return a folder that can be written to; the cache folder, which seldom is memory, comes first.
-
-    Raises:
-        OutputError: there is none.
-    """
-    folder = user_cache_dir()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-    except OSError:  # no home folder, or a file in its place
-        pass
-    try:
-        return Path(tempfile.gettempdir())
-    except OSError as error:
-        raise OutputError(
-            f"no folder for temporary files can be written, {printable(str(folder))} neither; "
-            "set TMPDIR to one that can"
-        ) from error
-
-
-def copy_file(source: Path | str, target: Path, *, is_linked: bool = False) -> None:
-    """Make `target`, which must not be there or be empty, a copy of what `source` leads to.
-
-    `is_linked` makes it the same file (a hard link): who writes to one writes to both. Where the file system
-    cannot, it is a copy all the same.
-
-    Raises:
-        OSError: it cannot be read or written.
-    """
-    source = os.path.realpath(source)
-    if is_linked and _linked(source, target):
-        return
-    with open(source, "rb") as there, open(target, "wb") as here:
-        if not share_blocks(there.fileno(), here.fileno()):
-            shutil.copyfileobj(there, here, 1 << 20)
-
-
-def _linked(source: str, target: Path) -> bool:
-    aside = target.with_name(f".{os.getpid()}.link")
-    try:
-        os.link(source, aside)
-        os.replace(aside, target)
-    except OSError:  # another file system, or one without hard links
-        aside.unlink(missing_ok=True)
-        return False
-    return True
-
-
 STAGED = "staged"  # what a folder's files are temporarily called together, inside it, before they are added to it
 TEMP_NAME_LIMIT_BYTES = 200  # of the name, so that the temporary name stays under the 255 of file systems
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
-    """The line a user reads when `path` cannot be written."""
+    """Return the line a user reads when `path` cannot be written."""
     hint = {
         errno.ENOSPC: "make space and run the same command again",
         errno.EDQUOT: "make space in your quota and run the same command again",
@@ -95,28 +37,7 @@ def output_error(path: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write {printable(str(path))}: {error.strerror or error}; {hint}")
 
 
-def _temp_stem(target: Path) -> str:
-    name = os.fsdecode(os.fsencode(target.name)[:TEMP_NAME_LIMIT_BYTES])
-    return f".{name}.tmp-"
-
-
-def temp_beside(target: Path) -> Path:
-    """A new temporary name in `target`'s folder, of the kind that `remove_stale_temps` removes."""
-    return target.with_name(f"{_temp_stem(target)}{secrets.randbelow(10**12)}")
-
-
-def remove_stale_temps(target: Path) -> None:
-    """Remove the files and folders that killed writers of `target` left behind; the caller holds the output's lock."""
-    target = Path(os.path.realpath(target))
-    stem = _temp_stem(target)
-    with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
-        for entry in entries:
-            if not entry.name.startswith(stem) or not entry.name.removeprefix(stem).isdigit():
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                os.unlink(entry.path)
+# -- publishing ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -133,7 +54,8 @@ def atomic_publish(path: Path) -> Iterator[Path]:
     try:
         os.close(os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         yield temp
-        _sync(temp)
+        with open(temp, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temp, target)
         sync_folder(target.parent)
     except OSError as error:
@@ -143,29 +65,39 @@ def atomic_publish(path: Path) -> Iterator[Path]:
             os.unlink(temp)
 
 
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDWR)  # Windows syncs what may be written to
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def temp_beside(target: Path) -> Path:
+    """Return a new temporary name in the folder of `target`, of the kind that `remove_stale_temps` removes."""
+    return target.with_name(f"{_temp_stem(target)}{secrets.randbelow(10**12)}")
 
 
-def exchange(first: Path, second: Path) -> bool:
-    """Let two folders change places at once, so that at no time there is neither; False where that is not possible."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    if rename is None:
-        return False
-    is_done: bool = rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
-    return is_done
+def _temp_stem(target: Path) -> str:
+    name = os.fsdecode(os.fsencode(target.name)[:TEMP_NAME_LIMIT_BYTES])
+    return f".{name}.tmp-"
+
+
+def remove_stale_temps(target: Path) -> None:
+    """Remove the files and folders that killed writers of `target` left behind; the caller holds the output's lock."""
+    target = Path(os.path.realpath(target))
+    stem = _temp_stem(target)
+    with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
+        for entry in entries:
+            if not entry.name.startswith(stem) or not entry.name.removeprefix(stem).isdigit():
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+
+
+# -- locks -----------------------------------------------------------------------------------------
 
 
 class OutputLock:
-    """A `flock` on a file that holds the holder's pid and host as text: exclusive, or shared by the ranks of a run.
+    """A lock on a file that holds the holder's pid and host as text: exclusive, or shared by the ranks of a run.
 
-    The file is kept, for a removed one could be locked by two. The kernel frees the lock when the
-    process dies, so there are no stale ones. `is_held` is False where the file system has no
-    locks (some network mounts): the run goes on unguarded.
+    The file is kept, for a removed one could be locked by two. The system frees the lock when the process dies, so
+    no lock is stale. `is_held` is False where the file system has no locks (some network mounts): the run goes on
+    unguarded.
     """
 
     def __init__(self, fd: int, is_held: bool) -> None:
@@ -177,8 +109,8 @@ class OutputLock:
         """Lock `path` on behalf of `output`, at once or not at all.
 
         Raises:
-            OutputHeldError: another process does (named by pid and host).
-            OutputError: it cannot be made.
+            OutputHeldError: another process holds the lock (named by pid and host).
+            OutputError: the lock's file cannot be made.
         """
         try:
             fd = open_at_once(path, os.O_RDWR | os.O_CREAT, follows_links=False)
@@ -206,10 +138,62 @@ class OutputLock:
 
 
 def _held_error(fd: int, output: Path | str) -> OutputHeldError:
-    """Close a lock's file, and return the line that names the holder."""
-    with open(fd, "rb") as file:
+    with open(fd, "rb") as file:  # which closes it
         pid, _, host = file.read(300).decode("utf-8", "replace").strip().partition(" ")
     return OutputHeldError(
         f"{printable(str(output))} is being written by another run: process {printable(pid or 'unknown')} "
         f"on {printable(host or 'this machine')}; wait for it, stop it, or choose another -o"
     )
+
+
+# -- copies and scratch ----------------------------------------------------------------------------
+
+
+def copy_file(source: Path | str, target: Path, *, is_linked: bool = False) -> None:
+    """Make `target`, which must not be there or be empty, a copy of what `source` leads to.
+
+    The copy costs nothing where the file system can share blocks. `is_linked` makes `target` the same file (a hard
+    link): who writes to one writes to both. Where the file system cannot, it is a copy all the same.
+
+    Raises:
+        OSError: `source` cannot be read, or `target` not written.
+    """
+    source = os.path.realpath(source)
+    if is_linked and _linked(source, target):
+        return
+    with open(source, "rb") as old, open(target, "wb") as new:
+        if not share_blocks(old.fileno(), new.fileno()):
+            shutil.copyfileobj(old, new, 1 << 20)
+
+
+def _linked(source: str, target: Path) -> bool:
+    temp = target.with_name(f".{os.getpid()}.link")
+    try:
+        os.link(source, temp)
+        os.replace(temp, target)
+    except OSError:  # another file system, or one without hard links
+        temp.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def scratch_folder() -> Path:
+    """Return a folder for files that are gone when the program ends; the cache folder, which seldom is memory, first.
+
+    Raises:
+        OutputError: no such folder can be written to.
+    """
+    folder = user_cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    except OSError:  # no home folder, or a file in its place
+        pass
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as error:
+        raise OutputError(
+            f"no folder for temporary files can be written, {printable(str(folder))} neither; "
+            "set TMPDIR to one that can"
+        ) from error

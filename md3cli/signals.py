@@ -1,13 +1,11 @@
-"""What a run does with SIGINT, SIGTERM and SIGHUP: the first stops it in order, the second at once.
+"""What a run does with SIGINT, SIGTERM and SIGHUP, and with standard streams that are missing or go away.
 
-A handler may interrupt Python anywhere, also between writing a record and noting that it was
-written. So it raises only inside regions that are marked as having nothing to lose (the model
-at work, weights loading); elsewhere it leaves a note that the next marked region acts on.
+The first signal stops a run in order, the second at once. A handler may interrupt Python anywhere, also between writing
+a record and noting that it was written. So it raises only inside regions that are marked as having nothing to lose (the
+model at work, weights loading); elsewhere it leaves a note that the next marked region acts on.
 
-Standard streams that may be missing or go away: what is said on stderr never decides how a run ends.
-
-The reader of stdout may leave, which ends the program (cli.py). A reader of stderr who leaves, or a
-full disk under a log, must not: records are still to be written, and the exit status still counts.
+The reader of stdout may leave, which ends the program (cli.py). A reader of stderr who leaves, or a full disk under a
+log, must not: records are still to be written, and the exit status still counts.
 """
 
 from __future__ import annotations
@@ -26,11 +24,15 @@ from typing import Any
 from md3cli.errors import OutputError
 from md3cli.system import STOP_SIGNALS
 
+STATUS_BASE = 128  # of what a shell reports for a program that a signal ended
 STDOUT_CLOSED = "stdout is closed, so nothing can be printed; name a file with -o, or send stdout somewhere (> FILE)"
 
 
+# -- streams ---------------------------------------------------------------------------------------
+
+
 class LastingStderr:
-    """`stream` as it is, but that a write which fails is a write that nobody sees."""
+    """A stream whose writes never fail: what cannot be written is dropped."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -39,7 +41,7 @@ class LastingStderr:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """All of `text`, as far as the caller can tell."""
+        """Write what can be written of `text`; returns its whole length."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
@@ -56,7 +58,7 @@ class LastingStderr:
 
 
 def secure_streams() -> None:
-    """To be called once, before any file is opened: a closed stream's number must not become an output's.
+    """Keep the numbers of closed streams from becoming an output's; called once, before any file is opened.
 
     A closed stdout still refuses what is written to it, so that nothing is lost without a word.
     """
@@ -70,7 +72,7 @@ def secure_streams() -> None:
 
 
 def check_stdout() -> None:
-    """Refuse to begin what would be printed at its end, where stdout is closed.
+    """Refuse to begin a command that prints at its end, where stdout is closed.
 
     Raises:
         OutputError: nothing can be printed.
@@ -91,10 +93,7 @@ def is_closed(error: OSError) -> bool:
 
 @contextmanager
 def silenced_stderr() -> Iterator[None]:
-    """Lets nothing through to stderr, whoever writes: libraries print their panics past Python.
-
-    It holds for the whole process, so keep what is inside short.
-    """
+    """Let nothing through to the process's stderr, whoever writes: libraries print their panics past Python."""
     try:
         kept = os.dup(2)
     except OSError:  # there is none
@@ -110,7 +109,7 @@ def silenced_stderr() -> Iterator[None]:
         os.close(nowhere)
 
 
-STATUS_BASE = 128
+# -- signals ---------------------------------------------------------------------------------------
 
 
 class Interrupted(BaseException):
@@ -122,12 +121,12 @@ class Interrupted(BaseException):
 
     @property
     def exit_status(self) -> int:
-        """What a shell reports for a program ended by this signal."""
+        """The status that a shell reports for a program which this signal ended."""
         return STATUS_BASE + self.signum
 
 
 class StopSignals:
-    """Handlers for the time of a `with` block; a no-op outside the main thread, where Python allows none.
+    """Handlers of the stop signals for the time of a `with` block; outside the main thread Python allows none.
 
     Once a signal has come the handlers stay: what is left of the process is its end, and a second
     signal cuts that short with the same status.
@@ -164,7 +163,7 @@ class StopSignals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A region where nothing is lost by leaving it anywhere: a signal raises at once."""
+        """Mark a region where nothing is lost by leaving it anywhere: in it, a signal raises `Interrupted` at once."""
         self._may_raise = True
         try:
             self.check()
@@ -175,12 +174,10 @@ class StopSignals:
 
 @contextmanager
 def lasting_status() -> Iterator[None]:
-    """Keep the exit status of a stop, whatever signal comes while Python ends; the `with` block is the whole program.
-
-    Before the process is gone, Python gives every signal its default action back: a second Ctrl-C in that
-    moment would end the process as killed. So this registers a function to be called at exit, which ends the
-    process itself. What is registered first is called last: all other such functions have been called by then.
-    """
+    """Keep the exit status of a stop, whatever signal comes while Python ends; the block is the whole program."""
+    # Before the process is gone, Python gives every signal its default action back: a second Ctrl-C in that moment
+    # would end the process as killed. So a function called at exit ends the process itself. What is registered
+    # first is called last: all other such functions have been called by then.
     status: list[int] = []
     atexit.register(lambda: _end_now(status[0]) if status else None)
     try:
@@ -192,7 +189,7 @@ def lasting_status() -> Iterator[None]:
 
 
 def _end_now(status: int) -> None:
-    """End the process; its streams are flushed first, as Python would do."""
+    """End the process after its streams are flushed, as Python would do."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

@@ -30,6 +30,7 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _HAS_OPEN_FOLDERS = hasattr(os, "O_DIRECTORY")
 _NO_LOCKS_HERE = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 _BEHIND_TEXT = 1 << 30  # where Windows locks a byte, which others then cannot read
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -93,6 +94,15 @@ def sync_folder(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Let two folders change places at once, so that at no time there is neither; False where that is not possible."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    is_done: bool = rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
+    return is_done
 
 
 def drop_cache(fd: int) -> None:

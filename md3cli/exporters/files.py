@@ -34,7 +34,7 @@ from typing import BinaryIO
 from md3cli.errors import ExportError, UsageError
 from md3cli.exporters import RUN_FOLDER_NAMES
 from md3cli.exporters.pictures import PICTURE_SUFFIXES
-from md3cli.files import STAGED, atomic_publish, exchange, output_error, temp_beside
+from md3cli.files import STAGED, atomic_publish, output_error, temp_beside
 from md3cli.finished.guards import is_of_older_run
 from md3cli.finished.own_files import (
     RUN,
@@ -48,6 +48,7 @@ from md3cli.finished.own_files import (
     written_paths,
 )
 from md3cli.records import printable
+from md3cli.system import exchange
 
 RUN_INFO_NAME = "run.json"
 REPORT_NAME = "report.html"
