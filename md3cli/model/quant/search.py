@@ -246,7 +246,7 @@ class CodeCache:
     """Codes by weight of one checkpoint that was read in `dtype`, on disk beside encodings (`file_cache.py`).
 
     One file of safetensors a weight. Its key covers the checkpoint's files (place, size, time of change), the dtype,
-    the weight's name, the scheme and the search's version. A folder that cannot be written to is only read from then on.
+    the weight's name, the scheme and the search's version. A folder that cannot be written to is only read after that.
     """
 
     def __init__(self, files: FileCache, checkpoint: WeightFiles, dtype: torch.dtype, device: torch.device) -> None:
