@@ -1,6 +1,7 @@
 """What a Python caller hands in, read and checked: pictures, settings, request mappings.
 
-A wrong value is named in few words, whatever it is; no address is fetched. Nothing here runs a model.
+What makes no sense is a RequestError that names the value in few words, whatever it is; a picture that cannot be read
+is an ImageError. No address is fetched, and nothing here runs a model.
 """
 
 from __future__ import annotations
@@ -81,10 +82,6 @@ def prepare_picture(image: ImageLike, config: CropConfig, background: str | None
     """Prepare a picture: a path, the bytes of a file, a PIL image, or an array uint8 [H, W, 3] or [H, W].
 
     `background` is a colour to lay transparent files on; None drops alpha.
-
-    Raises:
-        RequestError: it is none of these.
-        ImageError: it cannot be read.
     """
     if isinstance(image, np.ndarray):
         image = _image_of(image)
@@ -140,11 +137,7 @@ def prepare_pil(image: Image.Image, config: CropConfig) -> PreparedImage:
 
 
 def read_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Read settings as `Request` fields.
-
-    Raises:
-        RequestError: no mapping, an unknown name or a value out of range.
-    """
+    """Read settings as `Request` fields."""
     if settings is None:
         return {}
     if not isinstance(settings, Mapping):
@@ -157,11 +150,7 @@ def read_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def read_refs(refs: SpatialRefs | None) -> tuple[tuple[float, ...], ...]:
-    """Read points and boxes, 0-1, from any numbers that can be iterated over.
-
-    Raises:
-        RequestError: they are something else, or out of range.
-    """
+    """Read points and boxes, 0-1, from any numbers that can be iterated over."""
     try:
         given = () if refs is None else refs
         numbers = [[n if isinstance(n, bool) else float(n) for n in ref] for ref in given]
@@ -171,22 +160,14 @@ def read_refs(refs: SpatialRefs | None) -> tuple[tuple[float, ...], ...]:
 
 
 def read_prompt(name: str, prompt: object) -> str | None:
-    """Return a question or the name of an object; `name` is what the caller calls the argument.
-
-    Raises:
-        RequestError: it is no text.
-    """
+    """Return a question or the name of an object; `name` is what the caller calls the argument."""
     if prompt is not None and not isinstance(prompt, str):
         raise RequestError(f"{name} is {describe_value(prompt)}, expected text")
     return prompt
 
 
 def read_flag(name: str, value: object) -> bool:
-    """Return a flag, true or false, of Python or numpy.
-
-    Raises:
-        RequestError: it is neither.
-    """
+    """Return a flag, true or false, of Python or numpy."""
     if not isinstance(value, bool | np.bool_):
         raise RequestError(f"{name} is {describe_value(value)}, expected True or False")
     return bool(value)
@@ -199,11 +180,7 @@ def describe_value(value: object) -> str:
 
 
 def read_request(row: Mapping[str, Any]) -> Request:
-    """Read a request mapping of `annotate`; None and empty text stand for the default.
-
-    Raises:
-        RequestError: no mapping, or a value of the wrong type or out of range.
-    """
+    """Read a request mapping of `annotate`; None and empty text stand for the default."""
     if not isinstance(row, Mapping):
         raise RequestError(f"a request is {describe_value(row)}, expected a mapping with image, task and prompt")
     given = {
@@ -231,11 +208,7 @@ def read_request(row: Mapping[str, Any]) -> Request:
 
 
 def read_argument(name: str, value: Any) -> Any:
-    """Read a value of the setting `name`, as manifests' cells are read; numpy's numbers are numbers.
-
-    Raises:
-        RequestError: the wrong type, or out of range.
-    """
+    """Read a value of the setting `name`, as manifests' cells are read; numpy's numbers are numbers."""
     plain = value.item() if isinstance(value, np.generic) else value
     if not isinstance(plain, bool | int | float | str) and name != "spatial_refs":
         raise RequestError(f"{name} is {describe_value(value)}, which no setting takes")

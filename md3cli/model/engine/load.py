@@ -1,7 +1,9 @@
 """From options to a ready engine: which files, which device, which dtype, how many at once, and whether it all fits.
 
-`load_engine` is the one way in. How large a checkpoint's weights become is read from its headers alone, before any
-weight is loaded; `device_facts` says the same of a machine for `md3 doctor`. Knows nothing of pictures and requests.
+`load_engine` is the one way in. What is not to be had on this machine is a ConfigError that says what to do instead,
+files that do not fit are a CheckpointError, a --cache-dir that cannot be used is an OutputError. How large weights
+become is read from headers alone, before any weight is loaded; `device_facts` says what a machine offers, for
+`md3 doctor`. Knows nothing of pictures and requests.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from md3cli.model.kernels.availability import (
     triton_version,
 )
 from md3cli.model.network.allocator import keep_freed_memory
-from md3cli.model.network.config import MAX_CONTEXT_LIMIT
+from md3cli.model.network.config import MAX_CONTEXT_LIMIT, ModelConfig
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.quant.layers import has_packed_weights, quantise_vision
 from md3cli.model.quant.load import NONE, STORED, has_low_bits, load_dequantised, load_low_bit, low_bit_of
@@ -83,9 +85,6 @@ def check_weights_fit(
     """Refuse weights that do not fit, with one picture's work, into `free` bytes of `device`.
 
     `name` is the model as the user calls it, `quant` as `--quant`.
-
-    Raises:
-        ConfigError: names what is needed, what is free and the largest form that fits.
     """
 
     def fits(size: int, kind: torch.dtype) -> bool:
@@ -158,7 +157,7 @@ def load_engine(options: ModelOptions) -> Engine:
         quantise_vision_for(options, loaded.model)
     keep_freed_memory()  # from here on: what loading takes and frees is of other sizes
     tokenizer = Tokenizer.load(files.tokenizer_file, loaded.config)
-    max_context = choose_max_context(options.max_context, loaded.config.text.max_context, loaded.config.prefix_len)
+    max_context = choose_max_context(options.max_context, loaded.config)
     optimise(loaded.model, for_compiling=bool(options.compile))
     plan = plan_memory(options.batch_size, loaded.config, dtype, device, max_context)
     engine = make_engine(
@@ -214,39 +213,23 @@ def load_weights(options: ModelOptions, path: Path, *, dtype: torch.dtype, devic
 
     With `--dtype fp32` low bits are what values are rounded to, not how they are computed: the plain
     float32 network of the values that the codes stand for.
-
-    Raises:
-        CheckpointError: the weights or the adapter cannot be had or do not fit.
-        ConfigError: no such scheme, or a CUDA device too small for the weights.
     """
     if options.quant not in QUANTS:
         raise ConfigError(f"--quant {options.quant:.80}: use {', '.join(QUANTS)}")
     plan = plan_checkpoint(path)
+    quant = options.quant
     if device.type == "cuda":  # elsewhere the system pages, or says so itself
-        context = choose_max_context(options.max_context, plan.config.text.max_context, plan.config.prefix_len)
-        check_weights_fit(
-            plan,
-            options.model,
-            quant=options.quant,
-            dtype=dtype,
-            max_context=context,
-            device=device,
-            free=free_bytes(device),
-        )
+        context, free = choose_max_context(options.max_context, plan.config), free_bytes(device)
+        check_weights_fit(plan, options.model, quant=quant, dtype=dtype, max_context=context, device=device, free=free)
     adapter = Path(options.adapter) if options.adapter else None
-    if has_low_bits(plan, options.quant):
+    if has_low_bits(plan, quant):
         if options.dtype == "fp32":
-            return load_dequantised(plan, quant=options.quant, device=device, adapter=adapter)
+            return load_dequantised(plan, quant=quant, device=device, adapter=adapter)
         files = open_files(options)
         cache = CodeCache(files, plan.files, dtype, device) if files is not None else None
+        is_cuda = device.type == "cuda"
         return load_low_bit(
-            plan,
-            quant=options.quant,
-            dtype=dtype,
-            device=device,
-            adapter=adapter,
-            cache=cache,
-            for_kernels=device.type == "cuda",
+            plan, quant=quant, dtype=dtype, device=device, adapter=adapter, cache=cache, for_kernels=is_cuda
         )
     loaded = load_model(path, dtype=dtype, device=device)
     if adapter is not None:
@@ -262,11 +245,7 @@ def warn_of_another_base(adapter: Path, model: str) -> None:
 
 
 def quantise_vision_for(options: ModelOptions, model: Moondream3) -> None:
-    """Put the vision encoder's products into int8, as `--quant-vision` asks.
-
-    Raises:
-        ConfigError: no such scheme, or nothing here that computes it.
-    """
+    """Put the vision encoder's products into int8, as `--quant-vision` asks."""
     said = f"--quant-vision {options.quant_vision:.80}"
     if options.quant_vision != "int8":
         raise ConfigError(f"{said}: use none or int8")
@@ -315,11 +294,7 @@ def open_cache(options: ModelOptions, model: Moondream3) -> EncodingCache | None
 
 
 def open_files(options: ModelOptions) -> FileCache | None:
-    """Return the folder of everything that outlives a run; None where it is not wanted, or, with a warning, unusable.
-
-    Raises:
-        OutputError: --cache-dir cannot be used.
-    """
+    """Return the folder of what outlives a run; None where it is not wanted, or, with a warning, unusable."""
     if not options.cache:
         return None
     try:
@@ -335,9 +310,6 @@ def prepare_device(device: torch.device, cache_dir: Path | None = None) -> None:
     """Set this process up for a CUDA device, before anything is allocated there; do nothing for others.
 
     Compiled kernels are kept in `cache_dir`, by default the user's cache folder, and not in a folder of Triton's own.
-
-    Raises:
-        ConfigError: the kernels cannot run on it.
     """
     if device.type != "cuda":
         return
@@ -358,11 +330,7 @@ def prepare_device(device: torch.device, cache_dir: Path | None = None) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Choose a device: `auto` is the first CUDA device, else Apple's GPU, else the CPU; warn of an unusable GPU.
-
-    Raises:
-        ConfigError: no such device here.
-    """
+    """Choose a device: `auto` is the first CUDA device, else Apple's GPU, else the CPU; warn of an unusable GPU."""
     if name == "auto":
         if is_cuda_available():
             return torch.device("cuda", 0)
@@ -388,9 +356,6 @@ def choose_dtype(name: str, device: torch.device, weight_bytes: int) -> torch.dt
     """Choose a dtype: `auto` is bf16; on a CPU fp32 without bf16 units or for a small model, where bf16 gains nothing.
 
     On CUDA below compute capability 8.0 `auto` is fp16: these cards have no bf16 units, and float32 does not fit.
-
-    Raises:
-        ConfigError: no such dtype.
     """
     if name != "auto":
         if name not in DTYPES:
@@ -409,18 +374,14 @@ def has_fast_bf16_cpu() -> bool:
     return any(capabilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def choose_max_context(asked: int | None, of_config: int, prefix_len: int) -> int:
-    """Return the positions that a generation may fill: as asked, else the config's.
-
-    Raises:
-        ConfigError: more than 32768, or no room behind an image.
-    """
-    value = of_config if asked is None else asked
-    if asked is not None and not prefix_len < asked <= MAX_CONTEXT_LIMIT:
+def choose_max_context(asked: int | None, config: ModelConfig) -> int:
+    """Return the positions that a generation may fill: as asked, else the config's."""
+    least = config.prefix_len + 1
+    if asked is not None and not least <= asked <= MAX_CONTEXT_LIMIT:
         raise ConfigError(
-            f"--max-context {asked}: an image alone takes {prefix_len}; use {prefix_len + 1} to {MAX_CONTEXT_LIMIT}"
+            f"--max-context {asked}: an image alone takes {config.prefix_len}; use {least} to {MAX_CONTEXT_LIMIT}"
         )
-    return min(value, MAX_CONTEXT_LIMIT)
+    return min(config.text.max_context if asked is None else asked, MAX_CONTEXT_LIMIT)
 
 
 LARGE_MODEL_BYTES = 18 * 10**9  # the real one in 16 bits
@@ -446,11 +407,7 @@ class DeviceFacts:
 
 
 def device_facts(device: str = "auto") -> DeviceFacts:
-    """Look at `device`.
-
-    Raises:
-        ConfigError: no such device here.
-    """
+    """Look at `device`."""
     chosen = choose_device(device)
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type
     dtype = str(choose_dtype("auto", chosen, LARGE_MODEL_BYTES)).removeprefix("torch.")

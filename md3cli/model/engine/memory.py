@@ -122,11 +122,7 @@ def slot_bytes(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> i
 def plan_memory(
     asked: int | None, config: ModelConfig, dtype: torch.dtype, device: torch.device, max_context: int
 ) -> MemoryPlan:
-    """Plan what fits on `device` beside the model that is there: `asked` slots, or fewer with a warning.
-
-    Raises:
-        ConfigError: a CUDA device has no room for one picture at a time.
-    """
+    """Plan what fits on `device` beside the model that is there: `asked` slots, or fewer with a warning."""
     if device.type == "cuda":
         plan = plan_cuda(free_bytes(device), config, dtype, max_context, asked=asked)
     else:

@@ -42,9 +42,6 @@ def lora_targets(config: ModelConfig, parts: Collection[str] = ("attention", "de
     Parts: `attention`, `dense` and `experts` of the text decoder, the `region` heads, the blocks of the
     `vision` encoder and its `projection` into the text width. Routers, norms, embeddings and head are
     left alone.
-
-    Raises:
-        ConfigError: no such part.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:

@@ -29,29 +29,34 @@ DEFAULT_TEMPLATES: Mapping[str, Any] = {
 SEGMENT_TEMPLATE: Mapping[str, Any] = {"prefix": [1, 17374, 2], "suffix": [3]}
 
 
+def _sized(default: float | None, least: float, most: float) -> Any:
+    """Declare a number of the file; one outside is a damaged or hostile file, not a model."""
+    return field(default=default, metadata={"range": (least, most)})
+
+
 @dataclass(frozen=True, slots=True)
 class MoeConfig:
     """The sparse layers of the decoder: from `start_layer` on, each token uses `experts_per_token` of `num_experts`."""
 
-    num_experts: int = 64
-    start_layer: int = 4
-    experts_per_token: int = 8
-    expert_inner_dim: int = 1024
+    num_experts: int = _sized(64, 1, 1024)
+    start_layer: int = _sized(4, 0, 256)
+    experts_per_token: int = _sized(8, 1, 1024)
+    expert_inner_dim: int = _sized(1024, 1, 65536)
 
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
     """The text decoder; `moe` None makes all layers dense."""
 
-    dim: int = 2048
-    ff_dim: int = 8192
-    n_layers: int = 24
-    vocab_size: int = 51200
-    max_context: int = 4096
-    n_heads: int = 32
-    n_kv_heads: int = 32
-    group_size: int | None = None
-    rope_theta: float = 1_500_000.0
+    dim: int = _sized(2048, 64, 16384)
+    ff_dim: int = _sized(8192, 1, 131072)
+    n_layers: int = _sized(24, 1, 256)
+    vocab_size: int = _sized(51200, 32, 1_048_576)
+    max_context: int = _sized(4096, 2, 1_048_576)
+    n_heads: int = _sized(32, 1, 256)
+    n_kv_heads: int = _sized(32, 1, 256)
+    group_size: int | None = _sized(None, 1, 65536)
+    rope_theta: float = _sized(1_500_000.0, 1.0, 1e12)
     moe: MoeConfig | None = field(default_factory=MoeConfig)
 
     def is_moe_layer(self, layer: int) -> bool:
@@ -63,17 +68,17 @@ class TextConfig:
 class VisionConfig:
     """The vision encoder, its tiling and its projection into the text width."""
 
-    enc_dim: int = 1152
-    enc_patch_size: int = 14
-    enc_n_layers: int = 27
-    enc_ff_dim: int = 4304
-    enc_n_heads: int = 16
-    proj_out_dim: int = 2048
-    crop_size: int = 378
-    in_channels: int = 3
-    max_crops: int = 12
-    overlap_margin: int = 4
-    proj_inner_dim: int = 8192
+    enc_dim: int = _sized(1152, 1, 16384)
+    enc_patch_size: int = _sized(14, 1, 256)
+    enc_n_layers: int = _sized(27, 1, 256)
+    enc_ff_dim: int = _sized(4304, 1, 131072)
+    enc_n_heads: int = _sized(16, 1, 256)
+    proj_out_dim: int = _sized(2048, 64, 16384)
+    crop_size: int = _sized(378, 1, 4096)
+    in_channels: int = _sized(3, 3, 3)
+    max_crops: int = _sized(12, 1, 256)
+    overlap_margin: int = _sized(4, 0, 1024)
+    proj_inner_dim: int = _sized(8192, 1, 131072)
 
     @property
     def grid_size(self) -> int:
@@ -100,12 +105,12 @@ class VisionConfig:
 class RegionConfig:
     """The heads that read and write coordinates and sizes; `size_out_dim` holds width and height bins."""
 
-    dim: int = 2048
-    coord_feat_dim: int = 256
-    coord_out_dim: int = 1024
-    size_feat_dim: int = 512
-    size_out_dim: int = 2048
-    group_size: int | None = None
+    dim: int = _sized(2048, 64, 16384)
+    coord_feat_dim: int = _sized(256, 2, 65536)
+    coord_out_dim: int = _sized(1024, 2, 65536)
+    size_feat_dim: int = _sized(512, 2, 65536)
+    size_out_dim: int = _sized(2048, 4, 131072)
+    group_size: int | None = _sized(None, 1, 65536)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,50 +128,7 @@ class TokenizerConfig:
     templates: Mapping[str, Any] = field(default_factory=lambda: dict(DEFAULT_TEMPLATES))
 
 
-# field -> (least, most); a number outside is a damaged or hostile file, not a model.
-_RANGES: Mapping[str, tuple[float, float]] = {
-    "dim": (64, 16384),
-    "ff_dim": (1, 131072),
-    "n_layers": (1, 256),
-    "vocab_size": (32, 1_048_576),
-    "max_context": (2, 1_048_576),
-    "n_heads": (1, 256),
-    "n_kv_heads": (1, 256),
-    "group_size": (1, 65536),
-    "rope_theta": (1.0, 1e12),
-    "num_experts": (1, 1024),
-    "start_layer": (0, 256),
-    "experts_per_token": (1, 1024),
-    "expert_inner_dim": (1, 65536),
-    "enc_dim": (1, 16384),
-    "enc_patch_size": (1, 256),
-    "enc_n_layers": (1, 256),
-    "enc_ff_dim": (1, 131072),
-    "enc_n_heads": (1, 256),
-    "proj_out_dim": (64, 16384),
-    "crop_size": (1, 4096),
-    "in_channels": (3, 3),
-    "max_crops": (1, 256),
-    "overlap_margin": (0, 1024),
-    "proj_inner_dim": (1, 131072),
-    "coord_feat_dim": (2, 65536),
-    "coord_out_dim": (2, 65536),
-    "size_feat_dim": (2, 65536),
-    "size_out_dim": (4, 131072),
-}
-
 Section = TypeVar("Section", MoeConfig, TextConfig, VisionConfig, RegionConfig, TokenizerConfig)
-
-
-def _read_number(section: str, name: str, value: Any, is_float: bool) -> float | int:
-    low, high = _RANGES.get(name, (0, 1_048_576))
-    allowed = (int, float) if is_float else (int,)
-    if isinstance(value, bool) or not isinstance(value, allowed) or not low <= value <= high:
-        raise CheckpointError(
-            f"config.json: {section}.{name} is {str(value)[:40]!r}, expected a number from {low:g} to {high:g}; "
-            "the file is damaged or not a Moondream 3 config"
-        )
-    return value
 
 
 def _read_section(kind: type[Section], section: str, raw: Any) -> Section:
@@ -182,7 +144,14 @@ def _read_section(kind: type[Section], section: str, raw: Any) -> Section:
         value = raw[item.name]
         if value is None and item.name == "group_size":
             continue
-        values[item.name] = _read_number(section, item.name, value, is_float=item.name == "rope_theta")
+        low, high = item.metadata.get("range", (0, 1_048_576))
+        allowed = (int, float) if item.name == "rope_theta" else (int,)
+        if isinstance(value, bool) or not isinstance(value, allowed) or not low <= value <= high:
+            raise CheckpointError(
+                f"config.json: {section}.{item.name} is {str(value)[:40]!r}, expected a number from {low:g} to "
+                f"{high:g}; the file is damaged or not a Moondream 3 config"
+            )
+        values[item.name] = value
     return kind(**values)
 
 
