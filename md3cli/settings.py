@@ -1,10 +1,10 @@
 """Options that were not typed: from the environment, `md3.toml` and the user's config folder.
 
-Precedence: flag > `MD3_*` environment > `md3.toml` in the working folder > the same file in the
-user's config folder > default. Keys are the long option names, at the top level (for every command
-that has the option) or in a table named after a command. Flags and defaults belong to the command
-line parser; this file reads the layers between them and knows nothing of the parser. What a stranger's
-file in the working folder may not set is commands/folder_settings.py's business.
+Precedence: flag > `MD3_*` environment > `md3.toml` in the working folder > the same file in the user's config folder >
+default. Keys are the long option names, at the top level (for every command that has the option) or in a table named
+after a command. This file reads the layers between flag and default, and knows nothing of the parser that they belong
+to, nor what a stranger's file may not set (commands/folder_settings.py). The user's folders are found here in 20
+lines; a library would put them elsewhere for a user without a home.
 """
 
 from __future__ import annotations
@@ -32,24 +32,17 @@ Options = Mapping[str, "OptionName"]
 
 
 def user_config_dir(environ: Mapping[str, str] | None = None) -> Path:
-    """The user's config folder of this program, by the platform's custom; not created."""
-    return _user_dir(
-        os.environ if environ is None else environ,
-        "XDG_CONFIG_HOME",
-        ".config",
-        "Library/Application Support",
-        "APPDATA",
-    )
+    """Return the user's config folder of this program, by the platform's custom; it is not created."""
+    return _user_dir(environ, "XDG_CONFIG_HOME", ".config", "Library/Application Support", "APPDATA")
 
 
 def user_cache_dir(environ: Mapping[str, str] | None = None) -> Path:
-    """The user's cache folder of this program, by the platform's custom; not created."""
-    return _user_dir(
-        os.environ if environ is None else environ, "XDG_CACHE_HOME", ".cache", "Library/Caches", "LOCALAPPDATA"
-    )
+    """Return the user's cache folder of this program, by the platform's custom; it is not created."""
+    return _user_dir(environ, "XDG_CACHE_HOME", ".cache", "Library/Caches", "LOCALAPPDATA")
 
 
-def _user_dir(environ: Mapping[str, str], xdg: str, unix: str, mac: str, windows: str) -> Path:
+def _user_dir(environ: Mapping[str, str] | None, xdg: str, unix: str, mac: str, windows: str) -> Path:
+    environ = os.environ if environ is None else environ
     if sys.platform == "win32":
         base = Path(environ.get(windows) or _home())
     elif environ.get(xdg):
@@ -60,7 +53,7 @@ def _user_dir(environ: Mapping[str, str], xdg: str, unix: str, mac: str, windows
 
 
 def _home() -> Path:
-    """The user's home folder; for a user without one a place where nothing can be, which all treat as unwritable."""
+    """The user's home folder; for a user without one a place that all find unwritable."""
     try:
         return Path.home()
     except RuntimeError:
@@ -93,7 +86,7 @@ class Layer:
     is_of_folder: bool = False
 
     def place(self, key: str, table: str | None = None) -> str:
-        """How a message names `key` of this layer."""
+        """Return how a message names `key` of this layer."""
         if self.origin == ENV_PREFIX:
             return ENV_PREFIX + key.upper().replace("-", "_")
         return f"{self.origin}: {f'[{table}] ' if table else ''}{key}"
@@ -109,21 +102,16 @@ class Setting:
 
 
 def read_layers(environ: Mapping[str, str], folder: Path) -> list[Layer]:
-    """Environment, project file, user file; strongest first.
+    """Read environment, the working folder's file and the user's own; strongest first.
 
     Raises:
         ConfigError: a file cannot be read or is not TOML.
     """
     layers = [Layer(ENV_PREFIX, _environment_keys(environ), {})]
     folders_file, users_file = folder / CONFIG_FILE, user_config_dir(environ) / CONFIG_FILE
-    if not _is_same(folders_file, users_file):
+    if os.path.realpath(folder) != os.path.realpath(users_file.parent):  # the user may work in the config folder
         layers += _read_file(folders_file, is_of_folder=True)
     return [*layers, *_read_file(users_file)]
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    """Whether both are one file: the working folder may be the user's config folder."""
-    return os.path.realpath(one.parent) == os.path.realpath(other.parent)
 
 
 def _environment_keys(environ: Mapping[str, str]) -> dict[str, str]:
@@ -147,12 +135,7 @@ def _read_file(path: Path, *, is_of_folder: bool = False) -> list[Layer]:
 
 
 def _text_of(path: Path) -> str:
-    """The text of a settings file; a FIFO does not block, and nothing large is read.
-
-    Raises:
-        ConfigError: it is no regular file, or too large.
-        OSError, ValueError: it cannot be opened, or is not UTF-8.
-    """
+    """The text of a settings file; a FIFO does not block, and nothing large is read."""
     try:
         fd = open_regular(path)
     except NotRegularError as error:
@@ -168,7 +151,7 @@ def _text_of(path: Path) -> str:
 def resolve_settings(
     layers: Iterable[Layer], command: str, options: Options, commands: Mapping[str, Callable[[], Options]]
 ) -> dict[str, Setting]:
-    """The settings of `command` by parameter name; a table beats a common key, an earlier layer a later one.
+    """Return the settings of `command` by parameter name; a table beats a common key, an earlier layer a later one.
 
     Args:
         options: by long option name, without the dashes.

@@ -1,8 +1,6 @@
-"""`md3 doctor`: what works here, and what to do about the rest.
+"""`md3 doctor`: checks, each of which says what it found and, where that is not well, what to do.
 
-The checks of `md3 doctor`: each says what it found and, where that is not well, what to do.
-
-No torch here; the device's facts come from model/ when they are asked for.
+Nothing is mended here. The device's facts come from model/, which imports torch, when they are asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +21,9 @@ import typer
 
 from md3cli import __version__
 from md3cli.errors import ConfigError, EngineError, ImageError, Md3Error
-from md3cli.settings import CONFIG_FILE, ENV_PREFIX, Layer, read_layers, user_cache_dir
+from md3cli.settings import CONFIG_FILE, ENV_PREFIX, read_layers, user_cache_dir
+
+app = typer.Typer(add_completion=False)
 
 EXTRAS = {"report": ("jinja2",), "eval": ("faster_coco_eval", "matplotlib"), "heif": ("pillow_heif",)}
 LOW_DISK_BYTES = 25 * 10**9  # the real model and a little cache
@@ -48,35 +48,22 @@ class Finding:
     text: str
     advice: str = ""
 
-    def as_json(self) -> dict[str, str]:
-        """The finding in plain types."""
-        return {name: str(value) for name, value in asdict(self).items()}
-
 
 def diagnose(device: str = "auto", settings_error: ConfigError | None = None) -> Iterator[Finding]:
-    """All checks, each as soon as it is done; none raises. `settings_error`: what was found wrong in the settings."""
+    """Yield each check as soon as it is done; none raises. `settings_error`: what was found wrong in the settings."""
     yield Finding("md3", Health.OK, f"{__version__} in {Path(__file__).parents[1]}")
-    yield _python()
+    system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    yield Finding("python", Health.OK, f"{platform.python_version()} on {system}")
     for check in (_device_of(device), _pictures, _models, _cache, _extras):
         try:
             yield from check()
         except Md3Error as error:
-            yield Finding(_name_of(check), Health.BAD, str(error))
+            yield Finding(check.__name__.strip("_"), Health.BAD, str(error))
     yield _settings(settings_error)
-
-
-def _name_of(check: Callable[[], Iterator[Finding]]) -> str:
-    return check.__name__.strip("_").replace("_", " ")
-
-
-def _python() -> Finding:
-    text = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    return Finding("python", Health.OK, text)
 
 
 def _device_of(name: str) -> Callable[[], Iterator[Finding]]:
     def device() -> Iterator[Finding]:
-        """torch, the device that would be used, and its memory."""
         try:
             from md3cli.model.engine.load import LARGE_MODEL_BYTES, device_facts
         except ImportError as error:
@@ -173,15 +160,9 @@ def _settings(error: ConfigError | None) -> Finding:
     if error is not None:
         return Finding("settings", Health.BAD, str(error), f"mend {CONFIG_FILE} or the environment")
     layers = read_layers(os.environ, Path.cwd())
-    names = [f"{ENV_PREFIX}*" if layer.origin == ENV_PREFIX else layer.origin for layer in layers if _is_set(layer)]
+    origins = [layer.origin for layer in layers if layer.common or layer.tables]
+    names = [f"{ENV_PREFIX}*" if origin == ENV_PREFIX else origin for origin in origins]
     return Finding("settings", Health.OK, ", ".join(names) or "none besides the defaults")
-
-
-def _is_set(layer: Layer) -> bool:
-    return bool(layer.common or layer.tables)
-
-
-app = typer.Typer(add_completion=False)
 
 
 @app.command()
@@ -207,7 +188,7 @@ def doctor(
     for finding in diagnose(device, settings_error=ctx.obj):
         is_well &= finding.health is not Health.BAD
         if as_json:
-            sys.stdout.write(json.dumps(finding.as_json(), ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps(asdict(finding), ensure_ascii=False) + "\n")
         else:
             show_finding(finding.name, finding.health, finding.text, finding.advice, has_color=not no_color)
     if not is_well:
