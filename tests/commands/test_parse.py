@@ -1,17 +1,134 @@
-"""What positionals and `--task` mean."""
+"""What is typed, as values: sizes, counts, shares, shards, places; positionals and `--task`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
 
-from md3cli.commands.parse import check_objects, looks_like_input, may_carry_rows, parse_query, parse_task
+from md3cli.commands.parse import (
+    check_objects,
+    checked,
+    looks_like_input,
+    may_carry_rows,
+    number_or_auto,
+    parse_bytes,
+    parse_choices,
+    parse_count,
+    parse_fail_on,
+    parse_query,
+    parse_shard,
+    parse_spatial_ref,
+    parse_task,
+)
 from md3cli.errors import UsageError
 from md3cli.records import Task
 
 
-@pytest.fixture(autouse=True)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1G", 2**30),
+        ("1GiB", 2**30),
+        ("20 GB", 20 * 10**9),
+        ("500M", 500 * 2**20),
+        ("1.5k", 1536),
+        ("12", 12),
+        ("3 tb", 3 * 10**12),
+        ("7B", 7),
+    ],
+)
+def test_bytes(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("268M", 268_000_000), ("50000", 50_000), ("1.5G", 1_500_000_000)])
+def test_counts(text: str, expected: int) -> None:
+    assert parse_count(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1", "1 X", "1e9", "0x10", "10 M B", "٣"])
+def test_no_amounts(text: str) -> None:
+    for parse in (parse_bytes, parse_count):
+        with pytest.raises(ValueError, match="write it like"):
+            parse(text)
+    with pytest.raises(ValueError, match="write it like"):
+        parse_count("5MB")
+
+
+@given(number=st.integers(0, 10**15))
+def test_plain_numbers_stay_what_they_are(number: int) -> None:
+    assert parse_bytes(str(number)) == parse_count(str(number)) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "failed", "is_met"),
+    [
+        ("any", 1, True),
+        ("any", 0, False),
+        ("none", 200, False),
+        ("5%", 10, False),
+        ("5%", 11, True),
+        ("0.5 %", 2, True),
+    ],
+)
+def test_fail_on_counts_of_200(text: str, failed: int, is_met: bool) -> None:
+    assert parse_fail_on(text).is_met(failed, 200) is is_met
+
+
+@pytest.mark.parametrize("text", ["", "some", "5", "101%", "-1%", "%"])
+def test_no_fail_on(text: str) -> None:
+    with pytest.raises(ValueError, match="is not one of: none, any, or a share like 5%"):
+        parse_fail_on(text)
+
+
+def test_shards_count_from_zero_or_one() -> None:
+    assert [parse_shard(f"{i}/4") for i in range(4)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert parse_shard("4/4") == (0, 4)
+    for text in ("5/4", "0/0", "1", "-1/4", "a/b", "1/4/2"):
+        with pytest.raises(ValueError, match="is not a shard"):
+            parse_shard(text)
+
+
+def test_spatial_refs() -> None:
+    assert parse_spatial_ref("0.25,1") == (0.25, 1.0)
+    assert parse_spatial_ref("0,0.1, 0.5,0.6") == (0.0, 0.1, 0.5, 0.6)
+    for text in ("", "1", "0.1,0.2,0.3", "0.1,1.5", "nan,0", "a,b", "0.5,0,0.4,1"):
+        with pytest.raises(ValueError, match=r"is not a point X,Y or a box|is no box"):
+            parse_spatial_ref(text)
+
+
+def test_number_or_auto() -> None:
+    assert (number_or_auto("auto"), number_or_auto("12")) == (None, 12)
+    for text in ("0", "-1", "1.5", "many", ""):
+        with pytest.raises(ValueError, match="is neither auto nor a number of at least 1"):
+            number_or_auto(text)
+
+
+def test_checked_reads_the_text_and_names_what_is_wrong() -> None:
+    read = checked(parse_count)
+    assert read("5k") == 5000
+    with pytest.raises(typer.BadParameter, match="'x' is not a number"):
+        read("x")
+
+
+def test_choices_are_at_least_two_different_answers() -> None:
+    assert parse_choices("yes, no,not sure") == ("yes", "no", "not sure")
+
+
+@pytest.mark.parametrize("text", ["", "yes", "yes,,no", "yes,yes "])
+def test_other_choices_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="two different answers"):
+        parse_choices(text)
+
+
+# -- positionals and --task -------------------------------------------------------------------------
+
+
+@pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()
@@ -23,16 +140,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 FILES = ["photo.jpg", "pictures", "gone.png", "a/b", "rows.CSV", "what is this"]
 
 
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("text", [*FILES, "-", "*.jpg", "x[0-9].dat", "https://a/b", "s3://a/b"])
 def test_inputs(text: str) -> None:
     assert looks_like_input(text)
 
 
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("text", ["What is an encoder?", "why?", "cat", "is it 3/4 full?", "", "list [a, b] please"])
 def test_questions(text: str) -> None:
     assert not looks_like_input(text)
 
 
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(
     ("positional", "options", "expected"),
     [
@@ -47,6 +167,7 @@ def test_query(positional: list[str], options: list[str], expected: tuple[str | 
     assert parse_query(positional, options) == expected
 
 
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(
     ("positional", "options", "message"),
     [
@@ -67,6 +188,7 @@ def test_query_that_makes_no_sense(positional: list[str], options: list[str], me
     assert message in str(error.value)
 
 
+@pytest.mark.usefixtures("folder")
 def test_objects() -> None:
     check_objects(["car", "pictures"])  # a folder of that name may be there: people name folders after things
     with pytest.raises(UsageError, match=r"'photo\.jpg' is a file, not an OBJECT; quote the glob"):
@@ -80,6 +202,7 @@ def test_objects() -> None:
         check_objects([" "])
 
 
+@pytest.mark.usefixtures("folder")
 def test_row_manifests() -> None:
     assert all(may_carry_rows(text) for text in ("-", "a.csv", "b.TSV", "c/d.jsonl", "e.parquet"))
     assert not any(may_carry_rows(text) for text in ("a.txt", "pictures", "photo.jpg"))
