@@ -34,7 +34,8 @@ from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import optimise
 from md3cli.model.engine.prompts import Prompt
 from md3cli.model.engine.state import Event, Finish, Mode
-from md3cli.model.kernels.weights import KernelWeight, WeightForm
+from md3cli.model.kernels.tiles import WeightForm
+from md3cli.model.kernels.weights import KernelWeight
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.layers import Linear
 from md3cli.model.network.moe import ExpertMatrices

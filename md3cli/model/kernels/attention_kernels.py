@@ -5,7 +5,8 @@ applies these scales and the rotation, and writes keys and values straight into 
 where the plain path (`text.Tau`, `text.rotate`, a store's `update`) runs 45.
 
 Each row is computed alone; sums over the width are cut into parts of one fixed size and added in order.
-This file knows nothing of torch; `operators.py` launches these kernels.
+Knows nothing of torch. Only `operators.py` imports and launches these kernels: Triton is imported where a GPU is, and
+nowhere else.
 Source: Moondream 3 specification, section 7.
 
 Shape suffixes: R rows (tokens of all sequences), H heads, D width, J = 2 H products of tau, S parts of a sum.

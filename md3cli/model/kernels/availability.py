@@ -1,6 +1,6 @@
 """Whether the kernels of this package can run here, and what to do where they cannot: one line each.
 
-Nothing here imports Triton until a CUDA device is there to use it.
+Only the loader of engines asks, and no card is needed to ask: Triton is not imported until a CUDA device is there.
 """
 
 from __future__ import annotations
@@ -22,20 +22,14 @@ WITHOUT_GPU = "or use --device cpu"
 
 
 def require_kernels(device: torch.device) -> None:
-    """Nothing where the kernels run on this CUDA device.
-
-    Raises:
-        ConfigError: they do not; one line that says what to do.
-    """
-    fault = kernel_fault(device)
-    if fault is not None:
+    """Raise a ConfigError that says what to do where the kernels do not run on this CUDA device."""
+    if (fault := kernel_fault(device)) is not None:
         raise ConfigError(f"{device}: {fault}")
 
 
 def kernel_fault(device: torch.device) -> str | None:
-    """What keeps the kernels from running on this CUDA device, and what to do; None where nothing does."""
-    fault = cuda_fault()
-    if fault is not None:
+    """Say what keeps the kernels from running on this CUDA device, and what to do; None where nothing does."""
+    if (fault := cuda_fault()) is not None:
         return fault
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
@@ -46,7 +40,7 @@ def kernel_fault(device: torch.device) -> str | None:
 
 
 def cuda_fault() -> str | None:
-    """Why torch can use no CUDA device here, and what to do; None where it can use one."""
+    """Say why torch can use no CUDA device here, and what to do; None where it can use one."""
     if is_cuda_available():
         return None
     if sys.platform == "darwin":
@@ -67,14 +61,14 @@ def cuda_fault() -> str | None:
 
 
 def is_cuda_available() -> bool:
-    """`torch.cuda.is_available` without its warnings of several lines; `cuda_fault` says the same in one."""
+    """Ask torch without its warnings of several lines; `cuda_fault` says the same in one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.cuda.is_available()
 
 
 def triton_version() -> str:
-    """The version of the Triton that is installed, as it calls itself; empty where none can be imported."""
+    """Return the version of the Triton that is installed; empty where none can be imported."""
     try:
         return str(importlib.import_module("triton").__version__)
     except (ImportError, OSError):  # a damaged installation fails in the loader of its library
@@ -97,8 +91,7 @@ def _triton_fault() -> str | None:
 
 
 def _launcher_fault() -> str | None:
-    """Triton compiles its launcher in C when it is first used, unless its cache holds one."""
-    try:
+    try:  # Triton compiles its launcher in C when it is first used, unless its cache holds one
         _ = importlib.import_module("triton").runtime.driver.active
     except (OSError, RuntimeError, AssertionError, ImportError, subprocess.CalledProcessError) as error:
         is_compiler = isinstance(error, subprocess.CalledProcessError)  # names a command of many lines
@@ -108,5 +101,4 @@ def _launcher_fault() -> str | None:
 
 
 def _first_sentence(text: str) -> str:
-    """Up to the first full stop or line end."""
     return re.split(r"\.\s|\n|\.$", text.strip(), maxsplit=1)[0]

@@ -12,7 +12,8 @@ the tile sizes fix, and tile sizes follow from the kind of pass (`tiles.py`), ne
 All sizes and strides are compile-time constants (`tl.constexpr`): with run-time strides the loads are
 scalar and the kernel spills (255 registers, compiled for sm_90).
 
-This file knows nothing of torch; `operators.py` launches these kernels; their twin is `moe.MoeMlp.run_experts`.
+Knows nothing of torch. Only `operators.py` imports and launches these kernels: Triton is imported where a GPU is, and
+nowhere else. Their plain twin is `moe.MoeMlp.run_experts`.
 Ideas: blocks that share an expert and blocks marked unused are vLLM's (`moe_align_block_size`).
 Source: Moondream 3 specification, sections 7, 19.2 and 19.3.
 
@@ -24,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Forms of a weight; `weights.WeightForm` has the same numbers.
+# Forms of a weight; `tiles.WeightForm` has the same numbers.
 PLAIN = tl.constexpr(0)  # the dtype of the rows
 FP8 = tl.constexpr(1)  # float8 e4m3fn codes as uint8, float32 scale of each output
 INT8 = tl.constexpr(2)  # int8 codes, float32 scale of each output

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from md3cli.model.kernels import operators
-from md3cli.model.kernels.layers import KernelExperts
-from md3cli.model.kernels.tiles import PassKind, Product, tile_of
-from md3cli.model.kernels.weights import KernelWeight, WeightForm
+from md3cli.model.kernels.tiles import PassKind, Product, WeightForm, tile_of
+from md3cli.model.kernels.weights import KernelExperts, KernelWeight
 from md3cli.model.network.moe import ExpertMatrices, MoeMlp
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.text import KeyValueStore, SlotStore, TextAttention

@@ -4,7 +4,7 @@ Each operator has a fake form, so that the whole engine runs on fake tensors of 
 there (shapes, devices and launches are checked that way) and compilers can follow it. The same code runs
 on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1), where the kernels are tested.
 
-Importing this file imports triton: only `forms` does so, when an engine on CUDA is built.
+Importing this file imports triton: only `forms.py` does so, when an engine on CUDA is built.
 
 Shape suffixes: N tokens, X experts, A experts of a token, P = N * A pairs, B blocks, D width, I inner width,
 O outputs, R rows, H heads, K head width.
@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from md3cli.model.kernels import attention_kernels, expert_kernels
-from md3cli.model.kernels.tiles import Tile
-from md3cli.model.kernels.weights import WeightForm
+from md3cli.model.kernels.tiles import Tile, WeightForm
 from md3cli.model.network.config import HEAD_DIM
 
 NAMESPACE = "md3"

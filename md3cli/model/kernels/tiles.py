@@ -1,28 +1,23 @@
 """Tile sizes of the kernels: by kind of pass, weight form and width of the numbers; never by the rows at hand.
 
-Rows of a tile decide how often a weight is read, and the tile decides the order of a sum: were it chosen
-by the number of rows, a row's bits would depend on its companions. The three kinds of pass differ in
-rows by construction: a step has one position of each sequence, a prefix a whole picture, a prompt
-something between.
-
-The sizes are those that compile for sm_80 to sm_120 without local memory (tests/test_triton_compile.py
-prints registers and shared memory); no card has timed them yet. `BY_CARD` holds what a card's own
-arithmetic or measurement prefers, by compute capability.
+Rows of a tile decide how often a weight is read, and the tile decides the order of a sum: were it chosen by the
+number of rows, a row's bits would depend on its companions. The three kinds of pass differ in rows by construction: a
+step has one position of each sequence, a prefix a whole picture, a prompt something between. The sizes are those that
+compile for sm_80 to sm_120 without local memory (tests/model/kernels/test_triton_compile.py prints registers and shared
+memory); no card has timed them yet. `BY_CARD` holds what a card prefers. Knows no kernel.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 import torch
 
-from md3cli.model.kernels.weights import WeightForm
-
 
 class PassKind(StrEnum):
-    """What the decoder is doing; `of` tells it from the positions of each sequence."""
+    """What the decoder is doing."""
 
     STEP = "step"
     PROMPT = "prompt"
@@ -30,7 +25,7 @@ class PassKind(StrEnum):
 
     @classmethod
     def of(cls, num_positions: int, prefix_len: int) -> PassKind:
-        """Only a picture's prefix (or a text as long) brings `prefix_len` positions at once."""
+        """Tell the kind from the positions of each sequence; a prefix, or a text as long, brings `prefix_len`."""
         if num_positions == 1:
             return cls.STEP
         return cls.PREFIX if num_positions >= prefix_len else cls.PROMPT
@@ -45,6 +40,15 @@ class Product(StrEnum):
     TAU = "tau"
 
 
+class WeightForm(IntEnum):
+    """How a weight is stored; the numbers are those of `expert_kernels`."""
+
+    PLAIN = 0
+    FP8 = 1
+    INT8 = 2
+    INT4 = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """Rows, columns and depth of one tile; warps of its program; stages that loads run ahead."""
@@ -56,12 +60,12 @@ class Tile:
     stages: int
 
     def as_list(self) -> list[int]:
-        """The five numbers as an operator's argument."""
+        """Return the five numbers as an operator's argument."""
         return [self.rows, self.columns, self.depth, self.warps, self.stages]
 
     @classmethod
     def of_list(cls, numbers: list[int]) -> Tile:
-        """Inverse of `as_list`."""
+        """Undo `as_list`."""
         return cls(*numbers)
 
 
@@ -105,7 +109,7 @@ BY_CARD: dict[tuple[int, int], dict[tuple[Product, PassKind, WeightForm], Tile]]
 
 @functools.cache  # asked at every launch
 def tile_of(product: Product, kind: PassKind, form: WeightForm, dtype: torch.dtype, device: torch.device) -> Tile:
-    """The tile of a product on a device."""
+    """Return the tile of a product on a device."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     return tile_for(product, kind, form, dtype, capability)
 
@@ -113,7 +117,7 @@ def tile_of(product: Product, kind: PassKind, form: WeightForm, dtype: torch.dty
 def tile_for(
     product: Product, kind: PassKind, form: WeightForm, dtype: torch.dtype, capability: tuple[int, int] | None
 ) -> Tile:
-    """The tile of a product on a card of this compute capability; None is the interpreter."""
+    """Return the tile of a product on a card of this compute capability; None is the interpreter."""
     if dtype is torch.float32:
         return _SINGLE[product, kind]
     usual = _INT4 if form is WeightForm.INT4 else _HALF

@@ -1,40 +1,31 @@
-"""Weights in the layout that the kernels read: plain, or as float8, int8 and int4 codes that stay codes.
+"""Weights in the layout that the kernels read, and the modules that hold them: plain, or codes that stay codes.
 
-One object holds a stack of matrices, one for each expert; a dense matrix is a stack of one. Codes of 4
-bits lie two in a byte, the k-th and the (k + 64)-th of a group of 128, so that a tile is unpacked into
-two products without moving a value; their scales and zero points are turned to [groups, outputs], the
-order in which a tile of columns reads them.
+One object holds a stack of matrices, one for each expert; a dense matrix is a stack of one. Codes of 4 bits lie two in
+a byte, the k-th and the (k + 64)-th of a group of 128, so that a tile is unpacked into two products without moving a
+value; their scales and zero points are turned to [groups, outputs], the order in which a tile of columns reads them.
 
-`dequantise` is the plain twin. It reads float8 through a table, because the kernel's own trick passes
-through denormal numbers, which a CPU may be told to flush to zero.
+The modules are put in place while a checkpoint is loaded (`quant/load.py`). Nothing here imports triton: what they
+run is an operator that `forms.place_forms` brings.
 Source: Moondream 3 specification, sections 19.2 and 19.3.
 
-Shape suffixes: X matrices, O outputs, K inputs, G groups of an output's inputs.
+Shape suffixes: X matrices, B sequences, T new positions, N = B * T rows, O outputs, K inputs, G groups of an output's
+inputs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from md3cli.errors import CheckpointError
+from md3cli.model.kernels.tiles import PassKind, Product, WeightForm, tile_of
 from md3cli.model.weights.codes import INT4_MAX, LowBit, QuantisedWeight
 from md3cli.model.weights.names import INT4_GROUP
 
 _HALF = INT4_GROUP // 2
 _FP8_NAN = 0x7F  # both NaN codes, sign aside; e4m3fn has no infinity
-
-
-class WeightForm(IntEnum):
-    """How a weight is stored; the numbers are those of `expert_kernels`."""
-
-    PLAIN = 0
-    FP8 = 1
-    INT8 = 2
-    INT4 = 3
 
 
 _FORMS = {LowBit.FP8: WeightForm.FP8, LowBit.INT8: WeightForm.INT8, LowBit.INT4: WeightForm.INT4}
@@ -68,22 +59,22 @@ class KernelWeight:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of codes, scales and zero points."""
+        """The memory of codes, scales and zero points."""
         return sum(tensor.nbytes for tensor in (self.codes, self.scale, self.zero) if tensor is not None)
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-        """As the operators take a weight: codes, scale, zero, form."""
+        """The weight as the operators take it: codes, scale, zero, form."""
         return self.codes, self.scale, self.zero, int(self.form)
 
     @classmethod
     def of_plain(cls, weight: Tensor) -> KernelWeight:
-        """Values [X, O, K] or [O, K]; shares their memory."""
+        """Wrap values [X, O, K] or [O, K] in their own memory."""
         return cls(WeightForm.PLAIN, weight.detach().reshape(-1, *weight.shape[-2:]))
 
     @classmethod
     def of_quantised(cls, weight: QuantisedWeight) -> KernelWeight:
-        """Codes of any scheme, repacked on their device.
+        """Repack codes of any scheme, on their device.
 
         Raises:
             CheckpointError: float8 codes that are no number.
@@ -99,7 +90,7 @@ class KernelWeight:
         return cls(form, codes, weight.scale.reshape(count, num_outputs).float())
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        """The values [X, O, K], computed in float32: the plain twin of the kernels' decoding."""
+        """Return the values [X, O, K], computed in float32: the plain twin of the kernels' decoding."""
         if self.form is WeightForm.PLAIN:
             return self.codes.to(dtype)
         assert self.scale is not None
@@ -109,12 +100,13 @@ class KernelWeight:
             values = torch.cat([codes_XOGH & INT4_MAX, codes_XOGH >> 4], dim=-1).float()
             scale, zero = (part.transpose(1, 2)[..., None] for part in (self.scale, self.zero))
             return ((values - zero) * scale).flatten(-2).to(dtype)
+        # By a table: the kernel's own trick passes through denormal numbers, which a CPU may be told to flush to zero.
         values = fp8_values(self.codes.device)[self.codes.int()] if self.form is WeightForm.FP8 else self.codes.float()
         return (values * self.scale[..., None]).to(dtype)
 
 
 def fp8_values(device: torch.device | None = None) -> Tensor:
-    """The value of every float8 e4m3fn code, float32 [256], from its definition; both NaN codes are NaN."""
+    """Return the value of every float8 e4m3fn code, float32 [256], from its definition; both NaN codes are NaN."""
     values = []
     for code in range(256):
         sign, exponent, mantissa = -1.0 if code & 128 else 1.0, (code >> 3) & 15, code & 7
@@ -124,7 +116,7 @@ def fp8_values(device: torch.device | None = None) -> Tensor:
 
 
 def can_hold(kind: LowBit, shape: tuple[int, ...]) -> bool:
-    """False for the few sizes the kernels' 4-bit tiles do not cover whole; such weights are widened when loaded."""
+    """Return False for the few sizes the kernels' 4-bit tiles do not cover whole; such weights are widened."""
     return kind is not LowBit.INT4 or (shape[-1] % INT4_GROUP == 0 and shape[-2] % INT4_GROUP == 0)
 
 
@@ -138,3 +130,31 @@ def _repacked(weight: QuantisedWeight, count: int, num_outputs: int, num_inputs:
         for part in (weight.scale, weight.zero_point)
     )
     return packed.reshape(count, num_outputs, num_inputs // 2), scale, zero
+
+
+class KernelLinear(nn.Module):
+    """`layers.Linear` over a weight in 8 or 4 bits; the kernel adds the bias before it rounds.
+
+    `prefix_len`, the positions of the model's prefix, tells the kinds of pass apart.
+    """
+
+    def __init__(self, weight: KernelWeight, bias: nn.Parameter | None, prefix_len: int) -> None:
+        super().__init__()
+        assert weight.num_matrices == 1, weight.codes.shape
+        self.matrix, self.bias, self.prefix_len = weight, bias, prefix_len
+
+    def forward(self, x_BTK: Tensor) -> Tensor:
+        """Multiply rows [B, T, K] -> [B, T, O] in the same dtype."""
+        kind = PassKind.of(x_BTK.shape[-2], self.prefix_len)
+        tile = tile_of(Product.DENSE, kind, self.matrix.form, x_BTK.dtype, x_BTK.device)
+        x_NK = x_BTK.reshape(-1, x_BTK.shape[-1])
+        out_NO: Tensor = torch.ops.md3.dense(x_NK, *self.matrix.arguments, self.bias, tile.as_list())
+        return out_NO.view(*x_BTK.shape[:-1], -1)
+
+
+class KernelExperts(nn.Module):
+    """Stands in a layer where the plain stack of experts was; `forms.FusedExperts` computes with its weight."""
+
+    def __init__(self, weight: KernelWeight) -> None:
+        super().__init__()
+        self.matrix = weight

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from md3cli.model.kernels.layers import KernelExperts, KernelLinear
-from md3cli.model.kernels.weights import KernelWeight
+from md3cli.model.kernels.weights import KernelExperts, KernelLinear, KernelWeight
 from md3cli.model.network.layers import Linear, Mlp
 from md3cli.model.network.moe import MoeMlp, Routing, gate
 from md3cli.model.network.vision import VisionBlock, VisionEncoder

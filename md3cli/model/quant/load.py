@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from md3cli.model.kernels import weights as kernel_weights
-from md3cli.model.kernels.layers import KernelExperts, KernelLinear
-from md3cli.model.kernels.weights import KernelWeight
+from md3cli.model.kernels.weights import KernelExperts, KernelLinear, KernelWeight
 from md3cli.model.network.allocator import return_freed_memory
 from md3cli.model.network.layers import Linear
 from md3cli.model.network.moe import ExpertMatrices, MoeMlp

@@ -17,7 +17,7 @@ from md3cli.file_cache import FileCache
 from md3cli.model.engine.encoder import EncodingCache
 from md3cli.model.engine.kernels import optimise
 from md3cli.model.engine.load import load_engine, load_weights
-from md3cli.model.kernels.layers import KernelExperts, KernelLinear
+from md3cli.model.kernels.weights import KernelExperts, KernelLinear
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.vision import VisionEncoder
 from md3cli.model.quant.layers import Int8Mlp, PackedMatrices, gelu_tanh_, low_bit_matrices, quantise_vision
