@@ -1,7 +1,7 @@
 """`Moondream3Config`: a network's sizes in the form transformers keeps them.
 
-The four sections of a config.json stand under `config`, as in the original's files; whatever layout
-the file has (see `formats.normalise_config`), what is kept and written is this one.
+The four sections of a config.json stand under `config`, as in the original's files; whatever layout the file has (see
+`formats.normalise_config`), this one is kept and written. Knows nothing of weights.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ PAD_TOKEN_ID = 10  # reserved; not the end of text, or collators would hide that
 _LAYOUT_KEYS = ("config", *SECTIONS, "text_config", "vision_config", "region_config")
 
 
+def _size(key: str) -> property:
+    """Make a property of a size of the text decoder."""
+    return property(lambda config: int(config.config["text"][key]))
+
+
 class Moondream3Config(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Sizes, prompt templates and control ids of a Moondream 3 network.
 
-    Args:
-        config: the four sections `text vision region tokenizer`; anything missing is the real model's.
-        has_region_ln: whether the weights have a LayerNorm before the region heads (newer ones do).
-        kwargs: what every transformers config takes; sections may also stand here, in any layout.
+    `config` holds the four sections `text vision region tokenizer`; anything missing is the real model's.
+    `has_region_ln` says whether the weights have a LayerNorm before the region heads (newer ones do). Further
+    arguments are those of every transformers config; sections may also stand among them, in any layout.
 
     Raises:
         CheckpointError: sizes out of range or that do not fit together.
@@ -58,34 +62,16 @@ class Moondream3Config(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return ModelConfig.from_sections(self.config)
 
     # What generic code of transformers, peft and trl asks a config for.
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.config["text"]["vocab_size"])
-
-    @property
-    def hidden_size(self) -> int:
-        return int(self.config["text"]["dim"])
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return int(self.config["text"]["n_layers"])
-
-    @property
-    def num_attention_heads(self) -> int:
-        return int(self.config["text"]["n_heads"])
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return int(self.config["text"]["n_kv_heads"])
+    vocab_size = _size("vocab_size")
+    hidden_size = _size("dim")
+    num_hidden_layers = _size("n_layers")
+    num_attention_heads = _size("n_heads")
+    num_key_value_heads = _size("n_kv_heads")
+    max_position_embeddings = _size("max_context")
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def max_position_embeddings(self) -> int:
-        return int(self.config["text"]["max_context"])
+        return int(self.hidden_size // self.num_attention_heads)
 
     @property
     def image_token_id(self) -> int:
@@ -93,5 +79,5 @@ class Moondream3Config(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_network(cls, network: ModelConfig, **kwargs: Any) -> Moondream3Config:
-        """The config of a network's sizes."""
+        """Make the config of a network's sizes."""
         return cls(asdict(network), **kwargs)

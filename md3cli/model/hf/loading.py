@@ -1,12 +1,8 @@
-"""Loading and saving for the model class: any layout in, the original's or another one out.
+"""Loading and saving for the model class, and which weights a LoRA of it goes to.
 
-Weights are read by `checkpoint.py`, whatever their layout, and handed to transformers as the original's
-names, so that its own machinery (dtype, device_map, quantisation) does the rest.
-
-Which weights a LoRA of this network goes to, in peft's words.
-
-peft adapts modules by name (`target_modules`) and bare parameters, such as a stack of expert matrices,
-by theirs (`target_parameters`). Dense and expert matrices share names, so names are given in full.
+Any layout goes in, the original's or another one comes out. `weights/read.py` reads the weights and hands them to
+transformers under the original's names, so that its own machinery (dtype, device_map, quantisation) does the rest. The
+model class alone mixes this in; training scripts take `lora_targets` from here.
 """
 
 from __future__ import annotations
@@ -33,15 +29,18 @@ from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
 from md3cli.model.weights.read import CheckpointReader, stored_dtype
 from md3cli.model.weights.write import write_checkpoint
 
+GENERATION_CONFIG = "generation_config.json"
+_LAYOUTS = (Format.ORIGINAL, Format.HF, Format.RAW)
 PARTS = ("attention", "dense", "experts", "region", "projection", "vision")
 
 
 def lora_targets(config: ModelConfig, parts: Collection[str] = ("attention", "dense", "experts")) -> dict[str, Any]:
-    """Keyword arguments for `peft.LoraConfig` that adapt some parts of the network.
+    """Return keyword arguments for `peft.LoraConfig` that adapt some parts of the network.
 
     Parts: `attention`, `dense` and `experts` of the text decoder, the `region` heads, the blocks of the
     `vision` encoder and its `projection` into the text width. Routers, norms, embeddings and head are
-    left alone.
+    left alone. peft adapts modules by name (`target_modules`) and bare parameters, such as a stack of expert
+    matrices, by theirs (`target_parameters`). Dense and expert matrices share names, so names are given in full.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
@@ -64,10 +63,6 @@ def lora_targets(config: ModelConfig, parts: Collection[str] = ("attention", "de
         leaves = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
         modules += [f"model.vision.blocks.{n}.{leaf}" for n in range(config.vision.enc_n_layers) for leaf in leaves]
     return {"target_modules": modules, "target_parameters": parameters}
-
-
-GENERATION_CONFIG = "generation_config.json"
-_LAYOUTS = (Format.ORIGINAL, Format.HF, Format.RAW)
 
 
 class LoadingMethods:
@@ -150,8 +145,7 @@ class LoadingMethods:
             if tokenizer is not None and not (target / TOKENIZER_NAME).exists():
                 shutil.copyfile(tokenizer, target / TOKENIZER_NAME)
             return
-        state = self.model.state_dict()
-        dtype = self.model.dtype
+        state, dtype = self.model.state_dict(), self.model.dtype
         write_checkpoint(state, self.config.network, target, Format(layout), dtype=dtype, tokenizer_file=tokenizer)
 
     def _tokenizer_beside_weights(self) -> Path | None:
@@ -163,7 +157,7 @@ class LoadingMethods:
 
 
 def find_weights(name: str, kwargs: dict[str, Any]) -> Path:
-    """The folder or file of a model, fetched where it is a repository; takes what concerns that out of `kwargs`."""
+    """Find the folder or file of a model, fetched where it is a repository; take what says how out of `kwargs`."""
     revision, is_offline = kwargs.pop("revision", None), bool(kwargs.pop("local_files_only", False))
     for key in ("trust_remote_code", "cache_dir", "force_download", "token", "use_safetensors", "proxies"):
         kwargs.pop(key, None)  # nothing here runs remote code or reads pickles; the hub's cache and login are used
@@ -172,7 +166,7 @@ def find_weights(name: str, kwargs: dict[str, Any]) -> Path:
 
 
 def _config_of(plan: CheckpointPlan, given: object) -> Moondream3Config:
-    """The config a checkpoint needs: as given, or the file's; the weights say whether `region.ln` is there."""
+    """Return the config as given, or the file's; the weights say whether `region.ln` is there."""
     if isinstance(given, Moondream3Config):
         config = deepcopy(given)
     else:
@@ -183,7 +177,7 @@ def _config_of(plan: CheckpointPlan, given: object) -> Moondream3Config:
 
 
 def read_dtype(given: object, plan: CheckpointPlan) -> torch.dtype:
-    """A dtype by any of the names transformers takes; `auto` is as stored."""
+    """Read a dtype by any of the names transformers takes; `auto` is as stored."""
     if isinstance(given, torch.dtype):
         return given
     found = stored_dtype(plan) if given == "auto" else getattr(torch, str(given).removeprefix("torch."), None)

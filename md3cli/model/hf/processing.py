@@ -216,11 +216,8 @@ def _learn_object(row: Row, item: Mapping[str, float], config: ModelConfig) -> N
 class Moondream3Processor(ProcessorMixin):
     """Inputs for `Moondream3ForConditionalGeneration`.
 
-    Args:
-        tokenizer: the model's, as transformers wraps it.
-        config: the model's sizes and templates.
-        chat_template: another Jinja template, whose output must have the form of the default's.
-        model_name: decides whether a config that is silent about segment can do it (`prompts.Prompts`).
+    `tokenizer` is the model's, as transformers wraps it. `chat_template` may be another Jinja template, whose output
+    must have the form of the default's. `model_name` decides whether a config that is silent about segment can do it.
     """
 
     def __init__(
@@ -256,7 +253,7 @@ class Moondream3Processor(ProcessorMixin):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> Self:
-        """From a checkpoint (folder, alias or repository), or a folder `save_pretrained` wrote.
+        """Load from a checkpoint (folder, alias or repository), or a folder that `save_pretrained` wrote.
 
         Raises:
             CheckpointError: the tokenizer cannot be had, or does not belong to the model.
@@ -297,7 +294,7 @@ class Moondream3Processor(ProcessorMixin):
     def apply_chat_template(  # type: ignore[override]
         self, conversation: Any, chat_template: str | None = None, **kwargs: Any
     ) -> Any:
-        """A prompt from a string (`"detect: car"`, `""` for a caption) or from messages.
+        """Make a prompt from a string (`"detect: car"`, `""` for a caption) or from messages.
 
         Text unless `tokenize`; arguments are those of transformers.
         """
@@ -306,7 +303,7 @@ class Moondream3Processor(ProcessorMixin):
         return super().apply_chat_template(conversation, chat_template or str(self.chat_template), **kwargs)
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str:
-        """The text of one row of ids; control tokens and ids without a string become nothing."""
+        """Return the text of one row of ids; control tokens and ids without a string become nothing."""
         if isinstance(token_ids, Tensor) and token_ids.is_floating_point():
             raise RequestError("these are coordinates, not ids; there is nothing to decode")
         ids = [int(token) for token in (token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids)]
@@ -316,7 +313,7 @@ class Moondream3Processor(ProcessorMixin):
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, **kwargs))
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = True, **kwargs: Any) -> list[str]:
-        """`decode` for each row."""
+        """Decode each row."""
         return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
 
     # -- inputs -----------------------------------------------------------------------------------
@@ -335,7 +332,7 @@ class Moondream3Processor(ProcessorMixin):
         return_tensors: str | None = "pt",
         **ignored: Any,
     ) -> BatchFeature:
-        """A batch of prompts, of any skills, about pictures of any sizes; None among `images` is a row without one.
+        """Make a batch of prompts of any skills about pictures of any sizes; None among `images` is a row without one.
 
         Args:
             images: one for each text; a list of lists of at most one is taken too.
@@ -360,22 +357,13 @@ class Moondream3Processor(ProcessorMixin):
         return BatchFeature(batch | self._pixels(pictures))
 
     def collate(self, records: Sequence[Mapping[str, Any]]) -> BatchFeature:
-        """A training batch from records: `image`, `task`, `prompt`, … and the result to learn. For Trainer.
+        """Make a training batch for Trainer from records: `image`, `task`, `prompt`, … and the result to learn.
 
         Raises:
             RequestError: a record without a result, or that makes no sense.
         """
         pictures = self._pictures([record.get("image") for record in records], len(records))
-        rows = [
-            training_row(
-                record,
-                read_request({"reasoning": False, **_request_keys(record)}),
-                self.prompts,
-                self.words,
-                self.network,
-            )
-            for record in records
-        ]
+        rows = [training_row(record, _request_of(record), self.prompts, self.words, self.network) for record in records]
         return BatchFeature(pad_rows(rows, self.pad_token_id, side="right", with_labels=True) | self._pixels(pictures))
 
     @property
@@ -417,12 +405,11 @@ class Moondream3Processor(ProcessorMixin):
         return prepare_pil(image, crop_config)
 
     def _pixels(self, pictures: Sequence[PreparedImage | None]) -> dict[str, Tensor]:
-        """`pixel_values` [B, N, 3, S, S], padded with black crops, and `tilings` [B, 2]."""
-        shown = [picture for picture in pictures if picture is not None]
-        if not shown:
+        """Return `pixel_values` [B, N, 3, S, S], padded with black crops, and `tilings` [B, 2]."""
+        most = max((len(picture.crops) for picture in pictures if picture is not None), default=0)
+        if not most:
             return {}
         side = self.network.vision.crop_size
-        most = max(len(picture.crops) for picture in shown)
         pixels = torch.zeros(len(pictures), most, self.network.vision.in_channels, side, side)
         for row, picture in enumerate(pictures):
             if picture is not None:
@@ -431,10 +418,10 @@ class Moondream3Processor(ProcessorMixin):
         return {"pixel_values": pixels, "tilings": tilings}
 
 
-def _request_keys(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a record is its request; a record's `reasoning` is what was thought, a request's whether to."""
+def _request_of(record: Mapping[str, Any]) -> Request:
+    """Return a record's request; a record's `reasoning` is what was thought, a request's whether to think."""
     keys = {key: record[key] for key in ("task", "prompt", "length", "spatial_refs") if record.get(key) is not None}
-    return {**keys, "reasoning": bool(record.get("reasoning"))}
+    return read_request({**keys, "reasoning": bool(record.get("reasoning"))})
 
 
 def read_network(path: Path) -> ModelConfig:
