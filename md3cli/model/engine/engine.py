@@ -159,7 +159,7 @@ class Engine:
         try:
             generation = Generation.of(job, self.prompts, self.config, self.max_context)
         except RequestError as error:
-            self._finished.append(Answer(job.key, failure=RowFailure(error.type, str(error))))
+            self._refuse(job, error.type, str(error))
             return None
         self._waiting.append(generation)
         return generation
@@ -247,9 +247,7 @@ class Engine:
         """Answer the generation that would be admitted next with a failure: it does not fit even alone."""
         if not self._waiting:
             raise EngineError(f"out of memory with nothing in flight: {reason}")
-        culprit = self._waiting.popleft()
-        failure = RowFailure("model", f"out of memory even alone: {reason}")
-        self._finished.append(Answer(culprit.job.key, failure=failure))
+        self._refuse(self._waiting.popleft().job, "model", f"out of memory even alone: {reason}")
 
     # -- admission --------------------------------------------------------------------------------
 
@@ -375,10 +373,12 @@ class Engine:
         """Free a slot; its idle row is stepped over right behind the prefix, which it keeps."""
         self._slots.leave(slot, self.config.prefix_len)
         try:
-            answer = build_answer(generation, self.tokenizer)
+            self._finished.append(build_answer(generation, self.tokenizer))
         except RequestError as error:  # a vocabulary that cannot say it
-            answer = Answer(generation.job.key, failure=RowFailure(error.type, str(error)))
-        self._finished.append(answer)
+            self._refuse(generation.job, error.type, str(error))
+
+    def _refuse(self, job: Job, type: str, message: str) -> None:
+        self._finished.append(Answer(job.key, failure=RowFailure(type, message)))
 
     def _fail(self, slot: int, generation: Generation) -> None:
         """Answer a generation with a failure because its numbers are not finite, and free its slot."""
@@ -387,8 +387,7 @@ class Engine:
         self.cache.clear(slot)  # under a mask NaN is not nothing: the slot's next generation would become NaN too
         self._slots.leave(slot, self.config.prefix_len)
         self._slots.held[slot] = None
-        failure = RowFailure("model", not_finite(self.model.dtype))
-        self._finished.append(Answer(generation.job.key, failure=failure))
+        self._refuse(generation.job, "model", not_finite(self.model.dtype))
 
     def _choose(self) -> None:
         """Let the generations that have nothing left but a choice choose; their rows fall idle."""

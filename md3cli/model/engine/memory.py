@@ -106,12 +106,18 @@ def free_bytes(device: torch.device) -> int:
         return int(free)
     if device.type == "mps":
         return max(0, int(torch.mps.recommended_max_memory()) - int(torch.mps.current_allocated_memory()))
+    available = _proc_bytes("meminfo", "MemAvailable")
+    return available if available is not None else 4 * 2**30  # no way to ask (macOS, Windows): a small machine
+
+
+def _proc_bytes(file: str, name: str) -> int | None:
+    """Read a number of a file under /proc; None where the system has none."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
+        with open(f"/proc/{file}", encoding="ascii") as lines:
             fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        return int(fields[name].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return 4 * 2**30  # no way to ask (a CPU under macOS, Windows): a small machine
+        return None
 
 
 def slot_bytes(config: ModelConfig, num_positions: int, dtype: torch.dtype) -> int:
@@ -188,12 +194,8 @@ def _cuda_slot_bytes(config: ModelConfig, dtype: torch.dtype, max_context: int) 
 
 def peak_rss() -> int:
     """Return the most memory this process ever held (since the last reset, where the system can), in bytes."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return most_memory_used()
+    peak = _proc_bytes("self/status", "VmHWM")
+    return peak if peak is not None else most_memory_used()
 
 
 def reset_peak_rss() -> None:
