@@ -19,6 +19,7 @@ from md3cli.images.crops import PreparedImage
 from md3cli.model.api_requests import (
     ApiRequest,
     ImageLike,
+    Settings,
     SpatialRefs,
     describe_picture,
     describe_value,
@@ -81,19 +82,15 @@ class Skills:
     def _face(self) -> Moondream:
         raise NotImplementedError
 
-    def encode_image(self, image: ImageLike, settings: Mapping[str, Any] | None = None) -> EncodedImage:
+    def encode_image(self, image: ImageLike, settings: Settings = None) -> EncodedImage:
         """Encode once, ask often: the result can be given wherever an image can."""
         read_settings(settings)
         return self._face()._encode(image)
 
     def caption(
-        self,
-        image: ImageLike,
-        length: str = "normal",
-        stream: bool = False,
-        settings: Mapping[str, Any] | None = None,
+        self, image: ImageLike, length: str = "normal", stream: bool = False, settings: Settings = None
     ) -> dict[str, Any]:
-        """`{"caption": text}`; with `stream` the text is a generator of pieces."""
+        """Return `{"caption": text}`; with `stream` the text is a generator of pieces."""
         wanted = read_argument("length", length)
         request = Request(Task.CAPTION, length=wanted, **read_settings(settings))
         return self._face()._text(image, request, "caption", stream)
@@ -105,45 +102,35 @@ class Skills:
         reasoning: bool = True,
         spatial_refs: SpatialRefs | None = None,
         stream: bool = False,
-        settings: Mapping[str, Any] | None = None,
+        settings: Settings = None,
     ) -> dict[str, Any]:
-        """`{"answer": text}`, and with `reasoning` `"reasoning": {"text", "grounding", …}`; no image is text only."""
+        """Return `{"answer": text}`, and with `reasoning` `"reasoning": {"text", "grounding", …}`.
+
+        Without an image the question is answered from text alone.
+        """
         refs, words = read_refs(spatial_refs), read_prompt("question", question)
         thinks = read_flag("reasoning", reasoning)
         request = Request(Task.QUERY, words, reasoning=thinks, spatial_refs=refs, **read_settings(settings))
         return self._face()._text(image, request, "answer", stream)
 
-    def detect(self, image: ImageLike, object: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """`{"objects": [{"x_min", "y_min", "x_max", "y_max", …}]}`, 0-1 of the picture, unclamped."""
+    def detect(self, image: ImageLike, object: str, settings: Settings = None) -> dict[str, Any]:
+        """Return `{"objects": [{"x_min", "y_min", "x_max", "y_max", …}]}`, 0-1 of the picture, unclamped."""
         return self._find(Task.DETECT, image, object, settings)
 
     def point(
-        self,
-        image: ImageLike,
-        object: str,
-        settings: Mapping[str, Any] | None = None,
-        spatial_refs: SpatialRefs | None = None,
+        self, image: ImageLike, object: str, settings: Settings = None, spatial_refs: SpatialRefs | None = None
     ) -> dict[str, Any]:
-        """`{"points": [{"x", "y", …}]}`."""
+        """Return `{"points": [{"x", "y", …}]}`."""
         return self._find(Task.POINT, image, object, settings, spatial_refs)
 
     def segment(
-        self,
-        image: ImageLike,
-        object: str,
-        settings: Mapping[str, Any] | None = None,
-        spatial_refs: SpatialRefs | None = None,
+        self, image: ImageLike, object: str, settings: Settings = None, spatial_refs: SpatialRefs | None = None
     ) -> dict[str, Any]:
-        """`{"segments": [{"svg_path", "bbox", …}]}`; the path is in units of its box."""
+        """Return `{"segments": [{"svg_path", "bbox", …}]}`; the path is in units of its box."""
         return self._find(Task.SEGMENT, image, object, settings, spatial_refs)
 
     def _find(
-        self,
-        task: Task,
-        image: ImageLike,
-        object: str,
-        settings: Mapping[str, Any] | None,
-        spatial_refs: SpatialRefs | None = None,
+        self, task: Task, image: ImageLike, object: str, settings: Settings, spatial_refs: SpatialRefs | None = None
     ) -> dict[str, Any]:
         refs = read_refs(spatial_refs)
         request = Request(task, read_prompt("object", object), spatial_refs=refs, **read_settings(settings))
@@ -205,7 +192,7 @@ class Moondream(Skills):
         return cls(load_engine(options), options)
 
     def annotate(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[RecordDict]:
-        """Records for many requests, batched, in the order of the requests.
+        """Yield records for many requests, batched, in the order of the requests.
 
         Each request is a mapping: `image` (anything an image can be, or None), `task`, `prompt`, and
         optionally `length`, `reasoning`, `spatial_refs`, the settings, `name` (what the record calls

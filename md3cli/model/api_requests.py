@@ -38,6 +38,7 @@ from md3cli.source.requests import ROW_COLUMNS, read_setting, refused_request
 
 ImageLike = Image.Image | EncodedImage | str | Path | bytes | np.ndarray
 SpatialRefs = Iterable[Iterable[float]]
+Settings = Mapping[str, Any] | None
 SETTINGS = ("temperature", "top_p", "max_tokens", "max_objects", "seed")
 _SHOWN_CHARS = 80
 _PATH_CHARS = 1024  # what is longer is hardly a path
@@ -136,7 +137,7 @@ def prepare_pil(image: Image.Image, config: CropConfig) -> PreparedImage:
     return PreparedImage(crops.pixels, crops.tiling, rgb.width, rgb.height, digest)
 
 
-def read_settings(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+def read_settings(settings: Settings) -> dict[str, Any]:
     """Read settings as `Request` fields."""
     if settings is None:
         return {}

@@ -34,7 +34,7 @@ class ChoiceRow:
 
     @classmethod
     def of(cls, generation: Generation, slot: int, end: int) -> ChoiceRow:
-        """The answer id stands at the prompt's end, or is what reasoning would feed next; `end` is the slot's."""
+        """Note where the answer id goes: it ends the prompt, or is fed next behind reasoning; `end` is the slot's."""
         return cls(slot, end if generation.reasons else end - 1, generation.choices)
 
     @property

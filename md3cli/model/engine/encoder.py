@@ -122,7 +122,7 @@ class ImageEncoder:
         max_crops: int | None = None,
         threads: int | None = None,
     ) -> None:
-        """`threads` are for this stage alone: a micro-batch of a small model feeds more of them than a decode step."""
+        """Use `threads` for this stage alone: a micro-batch of a small model feeds more of them than a decode step."""
         self.model = model
         self.store = store
         self.max_crops = max_crops or crops_per_batch(model)

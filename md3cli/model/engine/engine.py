@@ -106,7 +106,7 @@ class Engine:
         max_context: int,
         prefill_tokens: int | None = None,
     ) -> None:
-        """`prefill_tokens` are the most of one prefill pass, padding included; None chooses by the device."""
+        """Allocate slots; `prefill_tokens` are the most of one prefill pass, padding included, None by the device."""
         self.model, self.tokenizer, self.prompts, self.encoder = model, tokenizer, prompts, encoder
         self.identity, self.max_context = identity, max_context
         self.config = model.config

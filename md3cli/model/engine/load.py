@@ -369,7 +369,7 @@ def choose_dtype(name: str, device: torch.device, weight_bytes: int) -> torch.dt
 
 
 def has_fast_bf16_cpu() -> bool:
-    """True when this CPU multiplies bf16 natively (AVX512-BF16 or AMX on x86, BF16 on Arm)."""
+    """Return True where this CPU multiplies bf16 natively (AVX512-BF16 or AMX on x86, BF16 on Arm)."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 

@@ -78,7 +78,7 @@ class MemoryPlan:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for an allocation that failed on any device."""
+    """Return True for an allocation that failed, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)

@@ -133,12 +133,12 @@ class Tokenizer:
 
 
 def _is_the_librarys(error: BaseException) -> bool:
-    """True for what the library raises: plain exceptions, and panics of Rust, which are no `Exception`."""
+    """Return True for what the library raises: plain exceptions, and panics of Rust, which are no `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _has_patterns(backend: tokenizers.Tokenizer) -> bool:
-    """True where a part of the vocabulary searches with regular expressions of the file's own."""
+    """Return True where a part of the vocabulary searches with regular expressions of the file's own."""
     parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
     return any(b'"Regex"' in bytes(part.__getstate__()) for part in parts if part is not None)
 

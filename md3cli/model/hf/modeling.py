@@ -187,7 +187,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         return_dict: bool | None = None,
         **unused: Any,
     ) -> Moondream3Output | tuple[Any, ...]:
-        """Logits of every position, and the loss where there are labels.
+        """Compute logits of every position, and the loss where there are labels.
 
         Args:
             input_ids: [B, T]; with a picture BOS, its placeholders, the prompt; or the new ids of a cached pass.
@@ -266,13 +266,13 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         return x.index_put(columns, images.to(x.dtype))
 
     def _valid_positions(self, attention_mask: Tensor | None, num_rows: int, width: int) -> Tensor:
-        """True where there is no padding, bool [B, S]."""
+        """Return where there is no padding, bool [B, S]."""
         if attention_mask is None:
             return torch.ones(num_rows, width, dtype=torch.bool, device=self.model.device)
         return attention_mask.to(self.model.device).bool()
 
     def _real_labels(self, labels: Tensor, tilings: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-        """Labels with padding and the pictures' placeholders taken out."""
+        """Take padding and the pictures' placeholders out of the labels."""
         valid = torch.ones_like(labels).bool() if attention_mask is None else attention_mask.bool()
         has_image = has_images(tilings, len(labels), labels.device)
         in_prefix = has_image[:, None] & (read_positions(valid, labels.shape[1]) < self.model.config.prefix_len)
@@ -281,7 +281,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
     # -- what trainers ask ------------------------------------------------------------------------
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The token table as a module that shares its weight; put nothing on it, the network does not call it."""
+        """Return the token table as a module that shares its weight; the network does not call that module."""
         wte = self.model.text.wte
         table: nn.Embedding = nn.Embedding.from_pretrained(wte, freeze=not wte.requires_grad)
         return table
@@ -292,7 +292,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         return Backbone(self)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The vocabulary head."""
+        """Return the vocabulary head."""
         return self.model.text.lm_head
 
     def enable_input_require_grads(self) -> None:
@@ -316,6 +316,6 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
 
 
 def _checkpointed(recompute: Callable[..., Any], block: nn.Module, *inputs: Any) -> Any:
-    """A block's forward pass, recomputed later where a gradient will be asked for."""
+    """Run a block; it is run again later where a gradient will be asked for."""
     forward = partial(type(block).forward, block)
     return recompute(forward, *inputs) if block.training and torch.is_grad_enabled() else forward(*inputs)

@@ -98,7 +98,7 @@ class ReadPrompt:
 
 
 def is_rendered(text: str) -> bool:
-    """True for a text that has been through the chat template."""
+    """Return True for a text that has been through the chat template."""
     return text.startswith(END + _OPEN)
 
 
@@ -239,7 +239,7 @@ class Moondream3Processor(ProcessorMixin):
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """The parts transformers saves and loads for a processor; ours are saved by `save_pretrained` here."""
+        """Name the parts that transformers saves and loads by itself; `save_pretrained` here saves them."""
         return ["tokenizer"]
 
     @property

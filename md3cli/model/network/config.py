@@ -60,7 +60,7 @@ class TextConfig:
     moe: MoeConfig | None = field(default_factory=MoeConfig)
 
     def is_moe_layer(self, layer: int) -> bool:
-        """True for the layers whose feed-forward is a mixture of experts."""
+        """Return True for a layer whose feed-forward is a mixture of experts."""
         return self.moe is not None and layer >= self.moe.start_layer
 
 
