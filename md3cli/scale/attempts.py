@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from md3cli.files import output_error
 from md3cli.finished.record_shape import read_json, read_record
 from md3cli.run.journal_scan import DamagedLines, repair_words
-from md3cli.scale.folder import WIP, RunFolder, damaged_name, journal_name, shard_name
+from md3cli.scale.folder import WIP, RunFolder, damaged_name, journal_name, new_attempt, shard_name
 from md3cli.scale.store import LocalStore
 from md3cli.system import KILL_SIGNAL, STOP_SIGNALS, is_alive, open_at_once, sync_data
 
@@ -269,6 +269,11 @@ def _take_note(content: JournalContent, line: bytes) -> bool:
         return True
     content.was_stopped |= value.get("stopped") is True
     return value.get("stopped") is True
+
+
+def keep_lines(folder: RunFolder, shard: int, lines: list[bytes]) -> None:
+    """Leave records as the journal of an attempt at `shard`, so that they are not done again."""
+    folder.wip.put(journal_name(shard, f"{ADOPTED}{new_attempt()}"), b"".join(lines))
 
 
 def keep_damaged_lines(folder: RunFolder, shard: int, lines: Sequence[bytes]) -> None:

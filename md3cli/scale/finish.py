@@ -20,11 +20,11 @@ from md3cli.finished.failures import Failure, NamedFailures, command_for_all
 from md3cli.records import OK_TAIL, RETRYABLE, printable
 from md3cli.run.order import SUFFIX as EARLY_SUFFIX
 from md3cli.run.output import publish, remove_temps
-from md3cli.run.run_info import RunCounts, RunDocument, Timeline
+from md3cli.run.run_info import RunDocument, Timeline
 from md3cli.scale.attempts import Teller
 from md3cli.scale.folder import ERRORS, EXPORTED, KEPT, RunFolder, attempts_prefix, is_unfinished
 from md3cli.scale.inspect import collect
-from md3cli.scale.markers import Commit, Exported, StartNote, note_exported, read_exported
+from md3cli.scale.markers import Commit, Exported, StartNote, counts_of, note_exported, read_exported, read_part
 from md3cli.scale.plan import Plan
 from md3cli.scale.start import Start
 from md3cli.scale.store import LocalStore
@@ -209,15 +209,6 @@ class Finish:
         return [argument for argument in self._config.argv if argument != "--overwrite"]
 
 
-def counts_of(commits: Commits) -> RunCounts:
-    """Requests by outcome."""
-    errors = Counter[str]()
-    for commit in commits.values():
-        errors.update(commit.error_types)
-    ok = sum(commit.ok for commit in commits.values())
-    return RunCounts(ok, sum(errors.values()), dict(sorted(errors.items())))
-
-
 def export_parts(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], out: Path) -> Exported:
     """Write all records to `out`, whole or not at all; the failed ones to errors.jsonl of the folder too.
 
@@ -239,7 +230,7 @@ def export_parts(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], o
 def _copy(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], file: IO[bytes], errors: IO[bytes]) -> Exported:
     digest, num_bytes, num_records = hashlib.sha256(), 0, 0
     for shard in range(-1, plan.shards):
-        data = read_part(folder, commits[shard]) if shard >= 0 else folder.store.read(KEPT) or b""
+        data = _sound_part(folder, commits[shard]) if shard >= 0 else folder.store.read(KEPT) or b""
         digest.update(data)
         file.write(data)
         num_bytes += len(data)
@@ -249,14 +240,9 @@ def _copy(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], file: IO
     return Exported(num_records, num_bytes, digest.hexdigest())
 
 
-def read_part(folder: RunFolder, commit: Commit) -> bytes:
-    """The records of a committed shard.
-
-    Raises:
-        DamagedPartError: they are not what the marker says.
-    """
-    data = folder.store.read(commit.part)
-    if data is None or hashlib.sha256(data).hexdigest() != commit.sha256:
+def _sound_part(folder: RunFolder, commit: Commit) -> bytes:
+    data, is_sound = read_part(folder, commit)
+    if data is None or not is_sound:
         what = "is missing" if data is None else "is damaged"
         raise DamagedPartError(
             f"{printable(folder.uri)}/{commit.part} {what}, again after its shard was done anew; check the disk, then "

@@ -1,16 +1,9 @@
-"""Whether a run folder is what it claims: each request exactly once, every part as its marker says, nothing astray.
+"""A look at a run folder: what is damaged in it, whether it is what it claims, what nothing needs, how far the run is.
 
-Reads all of it once; memory is a shard.
-
-Damage in a run folder, found and told: lines of attempts' journals, and parts that are not what their markers say.
-
-A damaged line costs itself only. Of a part whose digest is wrong the good records stay where damaged lines explain
-it; where every line is whole, nothing tells which was changed, and all of the shard is done again. What is left out
-is copied to the run folder's `damaged/` first.
-
-Removing what no run needs any more: parts that lost the race for a marker, journals of committed shards.
-
-How far a run is, from its markers alone: works while it runs elsewhere, on any machine that sees the folder.
+Damage costs what it hits only. A damaged line of a journal or a part is copied to the run folder's `damaged/` and done
+again. Of a part whose digest is wrong though every line is whole, nothing tells which line was changed: all of its
+shard is done again. Memory is a shard. This file knows nothing of processes: all of it works while a run goes on
+elsewhere, on any machine that sees the folder.
 """
 
 from __future__ import annotations
@@ -21,21 +14,20 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from md3cli.console import clock
 from md3cli.finished.record_shape import read_record
 from md3cli.records import printable
 from md3cli.run.journal_scan import DamagedLines, journal_lines
-from md3cli.scale.attempts import Place, attempt_files, damage_of, keep_damaged_lines
+from md3cli.scale.attempts import Place, attempt_files, damage_of, keep_damaged_lines, keep_lines
 from md3cli.scale.folder import DAMAGED, EXPORTED, PARTS, WIP, RunFolder, commit_name, records_of, shard_of
 from md3cli.scale.make_plan import Fingerprint
-from md3cli.scale.markers import Commit, CommitLog, read_commit, read_exported
+from md3cli.scale.markers import Commit, CommitLog, counts_of, read_commit, read_exported, read_part, remove_commit
 from md3cli.scale.plan import Plan, PlannedRow, PlanReader
 from md3cli.scale.shard_runner import asked, history_of, is_line_of
-from md3cli.scale.start import keep_lines
 
 _MOST_TOLD = 5
 
@@ -61,8 +53,8 @@ def reopen_damaged(folder: RunFolder, plan: Plan, commits: dict[int, Commit]) ->
     """
     reader, words = PlanReader(folder, plan), []
     for shard, commit in sorted(commits.items()):
-        data = folder.store.read(commit.part)
-        if data is None or hashlib.sha256(data).hexdigest() != commit.sha256:
+        data, is_sound = read_part(folder, commit)
+        if not is_sound:
             words += _reopen(folder, shard, commit, data, reader.shard(shard))
             del commits[shard]
     yield from _bounded(words, "parts")
@@ -88,8 +80,7 @@ def _reopen(folder: RunFolder, shard: int, commit: Commit, data: bytes | None, r
     else:
         words = [f"{_shown(folder, commit)} is missing; its {commit.num_records:,} records are done again"]
     if read_commit(folder, shard) == commit:  # else somebody was faster
-        folder.store.remove(commit_name(shard))
-        folder.store.remove(commit.part)
+        remove_commit(folder, shard, commit)
     return words
 
 
@@ -122,16 +113,13 @@ def _bounded(words: Sequence[str], what: str) -> Iterator[str]:
         yield f"{len(words) - _MOST_TOLD:,} more {what} were damaged, and are repaired in the same way"
 
 
-_BLOCK_BYTES = 1 << 20
 _MOST_NAMED = 20  # damaged lines of a file
 
 
 class Verification:
-    """One look at a run folder; `findings` are what is wrong, in words, the counts what was seen.
+    """Tells whether a run folder has each request exactly once, every part as its marker says, and nothing astray.
 
-    Attributes:
-        num_shards, num_rows: of the plan, both.
-        num_records: in committed shards.
+    `num_shards` and `num_rows` are the plan's, `num_records` those of committed shards.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -143,10 +131,9 @@ class Verification:
         self.num_records = sum(commit.num_records for commit in self._commits.values())
 
     def findings(self) -> Iterator[str]:
-        """What is wrong; nothing, where all is as it should be."""
+        """Yield what is wrong, in words; nothing where all is as it should be."""
         yield from self._plan_findings()
-        num_open = sum(shard not in self._commits for shard in range(self.num_shards))
-        if num_open:
+        if num_open := sum(shard not in self._commits for shard in range(self.num_shards)):
             yield f"{num_open:,} of {self.num_shards:,} shards are not done; the same command goes on"
         for shard, commit in sorted(self._commits.items()):
             yield from (f"shard {shard}: {finding}" for finding in self.shard_findings(shard, commit))
@@ -166,16 +153,18 @@ class Verification:
             yield "the manifest's rows are not those of the plan"
 
     def shard_findings(self, shard: int, commit: Commit) -> Iterator[str]:
-        """What is wrong with the records of one shard."""
+        """Yield what is wrong with the records of one shard."""
         if not 0 <= shard < self.num_shards:
             yield "the plan has no such shard"
             return
-        data = self._folder.store.read(commit.part)
+        data, is_sound = read_part(self._folder, commit)
         if data is None:
             yield f"{commit.part} is missing"
             return
-        if len(data) != commit.bytes or hashlib.sha256(data).hexdigest() != commit.sha256:
-            yield f"{commit.part} is not what its marker says{_where(data, self._reader.shard(shard))}"
+        if not is_sound or len(data) != commit.bytes:
+            damaged = sort_part(data, self._reader.shard(shard))[1]
+            where = _named((number, number) for number in damaged)
+            yield f"{commit.part} is not what its marker says{where}"
             return
         planned = [record_id for row in self._reader.shard(shard) for record_id in row.ids]
         found = _ids_in(data)
@@ -185,39 +174,29 @@ class Verification:
             yield "its marker's counts are wrong"
 
     def _orphans(self) -> Iterator[str]:
-        orphans = orphans_of(self._folder, self._commits)
-        if orphans:
+        if orphans := orphans_of(self._folder, self._commits):
             yield f"{len(orphans):,} files that belong to nothing, such as {orphans[0]}; `md3 runs gc` removes them"
 
     def _export_findings(self) -> Iterator[str]:
-        exported = read_exported(self._folder)
-        if exported is None:
+        if (exported := read_exported(self._folder)) is None:
             yield "the records are not exported yet; the same command does it"
             return
         store, name = records_of(self._folder)
         records = printable(f"{store.uri}/{name}")
         try:
             with store.open(name) as file:
-                if _digest(file) == exported.sha256:
+                if hashlib.file_digest(file, "sha256").hexdigest() == exported.sha256:
                     return
                 file.seek(0)
-                yield f"{records} is not what was exported{_named(_damaged_in(file))}"
+                damaged = (lines for lines in journal_lines(file) if isinstance(lines, DamagedLines))
+                where = _named((lines.first, lines.last) for lines in damaged)
+                yield f"{records} is not what was exported{where}"
         except FileNotFoundError:
             yield f"{records} is gone; the same command exports it again"
 
 
-def _where(data: bytes, rows: Sequence[PlannedRow]) -> str:
-    """Which lines of a part are no records of its shard, to be put behind a finding."""
-    return _named((number, number) for number in sort_part(data, rows)[1])
-
-
-def _damaged_in(file: IO[bytes]) -> Iterator[tuple[int, int]]:
-    """Yield the first and the last line, from 1, of what is no record."""
-    return ((lines.first, lines.last) for lines in journal_lines(file) if isinstance(lines, DamagedLines))
-
-
 def _named(places: Iterable[tuple[int, int]]) -> str:
-    """Name the first few places, to be put behind a finding."""
+    """Return the first few places in words, to be put behind a finding."""
     found = list(islice(places, _MOST_NAMED + 1))
     if not found:
         return ": its lines are whole, but values in them were changed, added or taken away"
@@ -226,7 +205,7 @@ def _named(places: Iterable[tuple[int, int]]) -> str:
 
 
 def _ids_in(data: bytes) -> list[str] | None:
-    """The ids of records in their order; None where something else is among them."""
+    """Return the ids of records in their order; None where something else is among them."""
     try:
         return [json.loads(line)["id"] for line in data.splitlines()]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -234,7 +213,7 @@ def _ids_in(data: bytes) -> list[str] | None:
 
 
 def _difference(planned: Sequence[str], found: Sequence[str] | None) -> str:
-    """How the records of a shard are not those that were planned."""
+    """Return in words how the records of a shard differ from those that were planned."""
     if found is None:
         return "has lines that are no records"
     missing, extra = Counter(planned) - Counter(found), Counter(found) - Counter(planned)
@@ -244,15 +223,8 @@ def _difference(planned: Sequence[str], found: Sequence[str] | None) -> str:
     return f"does not have each request once: {told}" if told else "does not have its requests in order"
 
 
-def _digest(file: IO[bytes]) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(_BLOCK_BYTES):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def orphans_of(folder: RunFolder, commits: Mapping[int, Commit]) -> list[str]:
-    """Parts that no marker names, and what attempts at committed shards left."""
+    """Return the parts that no marker names, and what attempts at committed shards left."""
     named = {commit.part for commit in commits.values()}
     parts = [f"{PARTS}/{name}" for name in folder.store.names(PARTS)]
     left = [f"{WIP}/{name}" for name in folder.wip.names(WIP) if shard_of(name) in commits]
@@ -263,7 +235,7 @@ YOUNGEST_S = 3600.0  # a younger part may be about to be committed
 
 
 class Collected(NamedTuple):
-    """What was removed, by name; `reopened` are shards that are to be done again."""
+    """Names of files that were removed, and shards that are to be done again."""
 
     removed: list[str]
     reopened: list[int]
@@ -279,14 +251,13 @@ def collect(folder: RunFolder, *, older_than_s: float = YOUNGEST_S, with_damaged
         OutputError: the folder cannot be changed.
     """
     commits = dict(CommitLog(folder).refresh())
-    reopened = []
+    reopened: list[int] = []
     if with_damaged:
         verification = Verification(folder)
-        for shard, commit in sorted(commits.items()):
-            if any(verification.shard_findings(shard, commit)):
-                folder.store.remove(commit_name(shard))
-                reopened.append(shard)
+        damaged = (shard for shard, commit in commits.items() if any(verification.shard_findings(shard, commit)))
+        reopened = sorted(damaged)
     for shard in reopened:
+        folder.store.remove(commit_name(shard))
         del commits[shard]
     if reopened:
         folder.store.remove(EXPORTED)
@@ -305,94 +276,80 @@ RECENT_S = 600.0  # what the rate is reckoned from
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatus:
-    """What the markers say; `num_started` are shards that have journals and no marker.
+    """How far a run is, as its markers say; the fields are the keys of --json.
 
-    `rate` is rows a second over the last ten minutes that anything was committed in, 0 where that is not known.
+    `shards_started` have journals and no marker. `rows_per_second` is that of the last ten minutes in which anything
+    was committed, 0 where it is not known.
     """
 
-    uri: str
-    num_shards: int
-    num_done: int
-    num_started: int
-    num_rows: int
-    num_rows_done: int
-    num_ok: int
-    error_types: dict[str, int]
-    hosts: dict[str, int]
-    rate: float
-    last_commit_s: float | None
-    is_exported: bool
+    run: str
+    shards: int
+    shards_done: int
+    shards_started: int
+    rows: int
+    rows_done: int
+    ok: int
+    failed: int
+    error_types: Mapping[str, int]
+    hosts: Mapping[str, int]
+    rows_per_second: float
+    seconds_since_commit: float | None
+    exported: bool
 
     @property
     def is_done(self) -> bool:
-        return self.num_done == self.num_shards
+        return self.shards_done == self.shards
 
     def to_json(self) -> dict[str, Any]:
-        """For --json."""
-        return {
-            "run": self.uri,
-            "shards": self.num_shards,
-            "shards_done": self.num_done,
-            "shards_started": self.num_started,
-            "rows": self.num_rows,
-            "rows_done": self.num_rows_done,
-            "ok": self.num_ok,
-            "failed": sum(self.error_types.values()),
-            "error_types": self.error_types,
-            "hosts": self.hosts,
-            "rows_per_second": round(self.rate, 3),
-            "seconds_since_commit": self.last_commit_s,
-            "exported": self.is_exported,
-        }
+        return asdict(self) | {"rows_per_second": round(self.rows_per_second, 3)}
 
     def lines(self) -> list[str]:
-        """For people."""
-        share = self.num_rows_done / self.num_rows if self.num_rows else 1.0
+        """Return the status for people."""
+        share = self.rows_done / self.rows if self.rows else 1.0
         failed = ", ".join(f"{kind} {count:,}" for kind, count in self.error_types.items())
-        counts = f"{self.num_ok:,} ok" + (f", {sum(self.error_types.values()):,} failed ({failed})" if failed else "")
+        counts = f"{self.ok:,} ok" + (f", {self.failed:,} failed ({failed})" if failed else "")
         lines = [
-            f"{printable(self.uri)}",
-            f"{self.num_rows_done:,} of {self.num_rows:,} images in {self.num_done:,} of {self.num_shards:,} shards "
-            f"({share:.1%}), {self.num_started:,} more begun",
+            f"{printable(self.run)}",
+            f"{self.rows_done:,} of {self.rows:,} images in {self.shards_done:,} of {self.shards:,} shards "
+            f"({share:.1%}), {self.shards_started:,} more begun",
             f"requests: {counts}",
         ]
-        if self.last_commit_s is not None:
-            lines.append(f"last shard {clock(self.last_commit_s)} ago{self._speed()}")
+        if self.seconds_since_commit is not None:
+            lines.append(f"last shard {clock(self.seconds_since_commit)} ago{self._speed()}")
         if self.hosts:
             lines.append("shards by host: " + ", ".join(f"{printable(host)} {n:,}" for host, n in self.hosts.items()))
         if self.is_done:
-            lines.append("exported" if self.is_exported else "done; the same command exports it")
+            lines.append("exported" if self.exported else "done; the same command exports it")
         return lines
 
     def _speed(self) -> str:
-        if not self.rate:
+        if not self.rows_per_second:
             return ""
-        left_s = (self.num_rows - self.num_rows_done) / self.rate
-        return f", {self.rate:.1f} img/s" + (f", {clock(left_s)} left" if not self.is_done else "")
+        left_s = (self.rows - self.rows_done) / self.rows_per_second
+        return f", {self.rows_per_second:.1f} img/s" + (f", {clock(left_s)} left" if not self.is_done else "")
 
 
 def status_of(folder: RunFolder, plan: Plan) -> RunStatus:
-    """How far the run of `plan` is."""
+    """Return how far the run of `plan` is."""
     commits = CommitLog(folder, plan.shards).refresh()
-    errors = Counter[str]()
-    for commit in commits.values():
-        errors.update(commit.error_types)
+    counts = counts_of(commits)
     started = {shard_of(name) for name in folder.wip.names(WIP)} - {None, *commits}
     last = max((commit.ended for commit in commits.values()), default=None)
     recent = [commit for commit in commits.values() if last is not None and commit.ended > last - RECENT_S]
     begun = min((commit.ended - commit.seconds for commit in recent), default=0.0)
     span_s = last - begun if last is not None else 0.0
     return RunStatus(
-        uri=folder.uri,
-        num_shards=plan.shards,
-        num_done=len(commits),
-        num_started=len(started),
-        num_rows=plan.rows,
-        num_rows_done=sum(commit.rows for commit in commits.values()),
-        num_ok=sum(commit.ok for commit in commits.values()),
-        error_types=dict(sorted(errors.items())),
+        run=folder.uri,
+        shards=plan.shards,
+        shards_done=len(commits),
+        shards_started=len(started),
+        rows=plan.rows,
+        rows_done=sum(commit.rows for commit in commits.values()),
+        ok=counts.ok,
+        failed=counts.failed,
+        error_types=counts.errors,
         hosts=dict(Counter(commit.host for commit in commits.values()).most_common()),
-        rate=sum(commit.rows for commit in recent) / span_s if span_s > 0 else 0.0,
-        last_commit_s=None if last is None else max(0.0, round(time.time() - last, 1)),
-        is_exported=folder.store.read(EXPORTED) is not None,
+        rows_per_second=sum(commit.rows for commit in recent) / span_s if span_s > 0 else 0.0,
+        seconds_since_commit=None if last is None else max(0.0, round(time.time() - last, 1)),
+        exported=folder.store.read(EXPORTED) is not None,
     )

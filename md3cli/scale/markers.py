@@ -1,15 +1,14 @@
-"""Commit markers: which part holds the records of a shard. Whoever puts a shard's marker first wins.
+"""What processes of a run tell each other in its folder: how to run it, who started it when, which shards are done.
 
-A marker that does not parse counts as none (a file system without hard links can leave half of one), and so does
-one that names anything but a part: what it names is read, and removed where a shard is done again.
-
-run.json of a run folder: how the latest start runs it, for workers on any machine; and who started it when.
-
-Unlike the plan it may change from start to start: device, batch size and the like are no part of a record.
+A commit marker names the part that holds the records of a shard; whoever puts a shard's marker first wins. A marker
+that does not parse counts as none, for a file system without hard links can leave half of one. So does a marker that
+names anything but a part: what it names is read, and removed where the shard is done again. This file knows nothing of
+how a shard is run.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from md3cli import __version__
 from md3cli.config import DecodeOptions, ModelOptions
 from md3cli.errors import InputError
 from md3cli.records import printable
+from md3cli.run.run_info import RunCounts
 from md3cli.scale.folder import (
     COMMITS,
     EXPORTED,
@@ -44,7 +44,7 @@ RUN_SCHEMA = "md3-run-folder/1"
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What a worker needs beside the plan."""
+    """What a worker needs beside the plan. It may change from start to start, for it is no part of any record."""
 
     model: ModelOptions
     decode: DecodeOptions
@@ -56,7 +56,7 @@ class RunOptions:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> RunOptions:
-        """Raises TypeError, KeyError: it is none of ours."""
+        """Read what `to_json` gave; raises TypeError, KeyError where it is something else."""
         model = {field.name: document["model"][field.name] for field in fields(ModelOptions)}
         if model["cache_dir"] is not None:
             model["cache_dir"] = Path(model["cache_dir"])
@@ -78,7 +78,7 @@ def write_run_options(folder: RunFolder, options: RunOptions, argv: tuple[str, .
 
 
 def read_run_options(folder: RunFolder) -> RunOptions:
-    """How the latest start runs the plan.
+    """Return how the latest start runs the plan.
 
     Raises:
         InputError: there is no run.json, or none of this version.
@@ -98,7 +98,6 @@ class StartNote:
         self._put()
 
     def end(self, status: int, facts: Mapping[str, Any]) -> None:
-        """Note how it ended."""
         self._document |= {"ended": _now(), "exit_status": status, **facts}
         self._put()
 
@@ -156,7 +155,7 @@ class Commit:
 
 
 def read_commit(folder: RunFolder, shard: int) -> Commit | None:
-    """The shard's marker; None while there is none."""
+    """Return the shard's marker; None while there is none."""
     return _parsed(folder.store.read(commit_name(shard)))
 
 
@@ -169,7 +168,7 @@ def _parsed(data: bytes | None) -> Commit | None:
 
 
 def _is_sound(commit: Commit) -> bool:
-    """Whether each value is of its type, and the part is a name that `part_name` makes."""
+    """Return whether each value is of its type, and the part is a name that `part_name` makes."""
     document: dict[str, Any] = asdict(commit)
     errors = [document.pop(name) for name in ("error_types", "reused_errors")]
     texts = [document.pop(name) for name in ("part", "sha256", "attempt", "host")]
@@ -183,18 +182,36 @@ def _is_sound(commit: Commit) -> bool:
 
 
 def put_commit(folder: RunFolder, shard: int, commit: Commit) -> bool:
-    """Commit the shard; False where another attempt has committed it first.
-
-    A store that is tried again after its answer was lost refuses a marker that is there because we put it: whose it
-    is decides, not the answer.
-    """
+    """Commit the shard; return False where another attempt has committed it first."""
     data = json.dumps(asdict(commit), separators=(",", ":")).encode()
     if folder.store.put_if_absent(commit_name(shard), data):
         return True
     if (found := read_commit(folder, shard)) is not None:
+        # A store that is asked again after its answer was lost refuses a marker that is there because we put it.
         return found.attempt == commit.attempt
     folder.store.remove(commit_name(shard))  # half a marker, of a writer that died
     return folder.store.put_if_absent(commit_name(shard), data)
+
+
+def remove_commit(folder: RunFolder, shard: int, commit: Commit) -> None:
+    """Take a shard's marker away, and its part, so that the shard is done again."""
+    folder.store.remove(commit_name(shard))
+    folder.store.remove(commit.part)
+
+
+def read_part(folder: RunFolder, commit: Commit) -> tuple[bytes | None, bool]:
+    """Return what stands in a shard's part, None where it is missing; and whether that is what the marker says."""
+    data = folder.store.read(commit.part)
+    return data, data is not None and hashlib.sha256(data).hexdigest() == commit.sha256
+
+
+def counts_of(commits: Mapping[int, Commit]) -> RunCounts:
+    """Count the requests of committed shards by outcome."""
+    errors = Counter[str]()
+    for commit in commits.values():
+        errors.update(commit.error_types)
+    ok = sum(commit.ok for commit in commits.values())
+    return RunCounts(ok, errors.total(), dict(sorted(errors.items())))
 
 
 class CommitLog:
@@ -206,7 +223,7 @@ class CommitLog:
         self._folder, self._num_shards = folder, num_shards
 
     def refresh(self) -> Mapping[int, Commit]:
-        """All markers by shard."""
+        """Return all markers by shard."""
         shards = map(shard_of, self._folder.store.names(COMMITS))
         new = {commit_name(shard): shard for shard in shards if shard is not None and self._is_wanted(shard)}
         for name, data in self._folder.store.read_all(sorted(new)):
@@ -220,7 +237,7 @@ class CommitLog:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What the last export wrote."""
+    """The records file that the last export wrote."""
 
     records: int
     bytes: int
@@ -228,7 +245,7 @@ class Exported:
 
 
 def read_exported(folder: RunFolder) -> Exported | None:
-    """What the last export wrote; None while there was none."""
+    """Return what the last export wrote; None while there was none."""
     try:
         return Exported(**json.loads(folder.store.read(EXPORTED) or b""))
     except (ValueError, TypeError):

@@ -46,34 +46,30 @@ from md3cli.run.order import SUFFIX as EARLY_SUFFIX
 from md3cli.run.order import early_records
 from md3cli.run.output import OutputPlan
 from md3cli.run.run_info import RunDocument, check_first_record, identity_of
-from md3cli.scale.attempts import ADOPTED, attempt_files, read_history
+from md3cli.scale.attempts import attempt_files, keep_lines, read_history
 from md3cli.scale.bucket import Deliveries
 from md3cli.scale.folder import (
     EXPORTED,
     KEPT,
     WIP,
     RunFolder,
-    commit_name,
     discard,
     former_of,
     is_unfinished,
-    journal_name,
-    new_attempt,
     open_run_folder,
     remove_run,
     take_place,
 )
 from md3cli.scale.make_plan import PLANNER, PlannerMark, PlanOvertakenError, make_plan, put_plan, wait_for_plan
-from md3cli.scale.markers import Commit, CommitLog, RunOptions
+from md3cli.scale.markers import Commit, CommitLog, RunOptions, remove_commit
 from md3cli.scale.plan import Plan, PlanReader, check_config, plan_config, read_plan
 from md3cli.scale.shard_runner import asked, is_line_of
 from md3cli.scale.store import LocalStore
 from md3cli.source.source import Source, check_found
 from md3cli.system import read_at
 
-_GOING_SUFFIX = "-next"  # what stands there is thrown away by any start
-
-
+# Where the plan of an INPUT that has grown is made; what stands there is thrown away by any start.
+_NEXT_SUFFIX = "-next"
 ID_WITHIN_BYTES = 100  # of a line
 _KEY_BYTES = 8  # of a digest, to look it up by; the rest is compared in the line itself
 
@@ -122,11 +118,14 @@ def _line_of(
 
 
 def _is_mended(line: bytes, row: SourceRow) -> bool:
-    """Whether it is the failure to read a row that can be read now."""
-    if row.failure is not None or line.endswith(OK_TAIL):
-        return False
-    record = read_record(line)
-    return record is not None and record["error"] is not None and record["error"]["type"] == "bad_row"
+    """Return whether `line` is the failure to read a row that can be read now."""
+    return row.failure is None and _failure_in(line) == "bad_row"
+
+
+def _failure_in(line: bytes) -> str | None:
+    """Return the type of a failure; None for a good record, and for a damaged line, so that it is found and told of."""
+    record = None if line.endswith(OK_TAIL) else read_record(line)
+    return record["error"]["type"] if record is not None and record["error"] is not None else None
 
 
 def _keep_others(folder: RunFolder, index: _Index) -> None:
@@ -135,11 +134,6 @@ def _keep_others(folder: RunFolder, index: _Index) -> None:
     else:
         with folder.store.put_file(KEPT) as path, open(path, "wb") as file:
             file.writelines(index.others())
-
-
-def keep_lines(folder: RunFolder, shard: int, lines: list[bytes]) -> None:
-    """Leave records as the journal of an attempt at `shard`, so that they are not done again."""
-    folder.wip.put(journal_name(shard, f"{ADOPTED}{new_attempt()}"), b"".join(lines))
 
 
 class _Index:
@@ -212,12 +206,6 @@ class _Index:
         return (self._line(number) for number, is_other in enumerate(self._is_other) if is_other)
 
 
-def _is_failed(line: bytes) -> bool:
-    """Whether it is the whole record of a failure; a damaged line is none, so that it is found and told of."""
-    record = None if line.endswith(OK_TAIL) else read_record(line)
-    return record is not None and record["error"] is not None
-
-
 def reopen_failed(folder: RunFolder, plan: Plan, commits: dict[int, Commit]) -> None:
     """Have all failed requests done again: shards that have any are no longer committed, their good records stay.
 
@@ -227,18 +215,14 @@ def reopen_failed(folder: RunFolder, plan: Plan, commits: dict[int, Commit]) -> 
         commit = commits.get(shard)
         if commit is not None and commit.errors:
             lines = (folder.store.read(commit.part) or b"").splitlines(keepends=True)
-            keep_lines(folder, shard, [line for line in lines if not _is_failed(line)])
-            folder.store.remove(commit_name(shard))
-            folder.store.remove(commit.part)
+            keep_lines(folder, shard, [line for line in lines if _failure_in(line) is None])
+            remove_commit(folder, shard, commit)
             del commits[shard]
         elif commit is None and (names := attempt_files(folder.wip, shard)):
             records = read_history(folder, shard).records.values()
             keep_lines(folder, shard, [line for line in records if line.endswith(OK_TAIL)])
             for name in names:
                 folder.wip.remove(f"{WIP}/{name}")
-
-
-NEXT_SUFFIX = "-next"  # where the plan of an INPUT that has grown is made
 
 
 class Start:
@@ -317,7 +301,7 @@ class Start:
         if self._is_for_others() and (found := wait_for_plan(self.folder, rank, self.console.say)) is not None:
             check_config(found, self._wanted)
             return found
-        discard(open_run_folder(self.folder.uri + NEXT_SUFFIX))
+        discard(open_run_folder(self.folder.uri + _NEXT_SUFFIX))
         with PlannerMark(self.folder, rank):
             try:
                 made = self._made_in(self.folder)
@@ -362,7 +346,7 @@ class Start:
 
     def _plan_after(self, finished: Plan) -> Plan:
         """The finished plan, or one of what INPUT has become, which takes over the finished records."""
-        following = open_run_folder(self.folder.uri + NEXT_SUFFIX)
+        following = open_run_folder(self.folder.uri + _NEXT_SUFFIX)
         discard(following)
         plan = self._made_in(following)
         if (plan.fingerprint, plan.config_hash) == (finished.fingerprint, finished.config_hash):
@@ -420,7 +404,7 @@ class FormerRun:
         self._is_waiting = False
         files, deliveries = self._start.files, self._start.deliveries
         if self._aside is not None:  # first, by one rename: from here on the new run folder counts
-            going = open_run_folder(self._folder.uri + _GOING_SUFFIX)
+            going = open_run_folder(self._folder.uri + _NEXT_SUFFIX)
             remove_run(going)
             assert isinstance(going.store, LocalStore)
             self._rename(self._aside, going.store.root)
