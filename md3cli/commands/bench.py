@@ -75,7 +75,10 @@ def bench(
         from md3cli.bench.compare import compare_quant
 
         compared = compare_quant(model, against or (), images, device=device, dtype=dtype, threads=threads)
-        typer.echo(json.dumps(compared)) if as_json else _show_compared(compared["variants"])
+        if as_json:
+            typer.echo(json.dumps(compared))
+        else:
+            _show_compared(compared["variants"])
         return
     if against or images:
         raise UsageError("--against and --images are for --compare-quant; add it, or leave them out")
@@ -91,7 +94,10 @@ def bench(
         baseline_images=baseline_images,
         seed=seed,
     ).as_dict()
-    typer.echo(json.dumps(result)) if as_json else _show(result)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        _show(result)
 
 
 def _show(result: Mapping[str, Any]) -> None:

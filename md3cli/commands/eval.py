@@ -81,7 +81,7 @@ def _limit(text: str) -> tuple[str | None, float]:
 
 
 def _below(sections: Sequence[Section], name: str | None, least: float) -> list[str]:
-    """What is below the limit, in sentences; a score that nothing has is below as well."""
+    """What is below the limit, in sentences; a score without a value is below it as well."""
     lines, is_known = [], False
     for section in sections:
         score = name or section.main

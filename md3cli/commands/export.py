@@ -140,7 +140,7 @@ def _write_page(records: Path, output: Path | None, options: ExportOptions) -> N
 
 
 def _print(records: Path, format: str, options: ExportOptions) -> None:
-    """The document to stdout, once it is complete."""
+    """Print the document, once it is complete."""
     if format not in PRINTABLE:
         raise UsageError(f"{format} cannot be printed; name a file or folder with -o")
     check_stdout()
@@ -153,7 +153,6 @@ def _print(records: Path, format: str, options: ExportOptions) -> None:
 
 
 def _tell(report: ExportReport) -> None:
-    """What was written, on stderr."""
     images = f", {report.num_images:,} images" if report.num_images else ""
     failures = f", {report.num_failures:,} failed ones left out" if report.num_failures else ""
     where = printable(str(report.out))

@@ -60,7 +60,6 @@ def report(
 
 
 def _tell(summary: ReportSummary) -> None:
-    """What was written, on stderr."""
     pages = f" and {summary.num_pages} pages beside it" if summary.num_pages > 1 else ""
     where = printable(str(summary.page))
     typer.echo(f"{where}{pages}: {summary.num_images:,} images, {summary.num_records:,} records", err=True)
