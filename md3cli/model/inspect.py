@@ -40,7 +40,7 @@ class FileDigest:
 
 
 @dataclass(frozen=True, slots=True)
-class Verification:
+class WholeCheckpoint:
     """A checkpoint that is whole: what would load, and the digests of its files."""
 
     plan: CheckpointPlan
@@ -55,7 +55,7 @@ class Verification:
         return {"format": str(self.plan.layout), "tensors": len(self.plan.files.entries), "files": files}
 
 
-def verify_checkpoint(path: Path, *, progress: Callable[[int], None] = lambda num_bytes: None) -> Verification:
+def verify_checkpoint(path: Path, *, progress: Callable[[int], None] = lambda num_bytes: None) -> WholeCheckpoint:
     """Judge headers and the tokenizer as loading does, then read every weight file once.
 
     Raises:
@@ -74,7 +74,7 @@ def verify_checkpoint(path: Path, *, progress: Callable[[int], None] = lambda nu
         files.append(FileDigest(file.name, file.stat().st_size, sha256, known_from))
     if faults:
         raise CheckpointError(f"{path} is damaged or was changed: {'; '.join(faults)}; fetch or write it again")
-    return Verification(plan, tuple(files))
+    return WholeCheckpoint(plan, tuple(files))
 
 
 def _known_digest(file: Path, listed: str | None) -> tuple[str | None, str | None]:

@@ -67,12 +67,12 @@ def _launch(
 
 
 def max_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:
-    """Most blocks that pairs can be cut into: an expert's last block may be short, but not empty."""
+    """Return the most blocks that pairs can be cut into: an expert's last block may be short, but not empty."""
     return min(num_pairs, num_experts + num_pairs // block_rows)
 
 
 def _empty_plan(logits_NX: Tensor, live_N: Tensor | None, num_choices: int, block_rows: int) -> tuple[Tensor, ...]:
-    """Room for pair_token [P], place [N, A], weight [N, A], block_expert [B], block_first [B], ends [X]."""
+    """Return room for pair_token [P], place [N, A], weight [N, A], block_expert [B], block_first [B], ends [X]."""
     num_rows, num_experts = logits_NX.shape
     num_pairs = num_rows * num_choices
     num_blocks = max_blocks(num_pairs, num_experts, block_rows)
@@ -97,7 +97,7 @@ _PLAN = (
 
 @_operator(f"plan_rows{_PLAN}", 1, _empty_plan)
 def _plan_rows(logits_NX: Tensor, live_N: Tensor | None, num_choices: int, block_rows: int) -> tuple[Tensor, ...]:
-    """The plan of up to PLAN_ROWS rows."""
+    """Plan up to PLAN_ROWS rows."""
     plan = pair_token, place, weight, block_expert, block_first, ends = _empty_plan(
         logits_NX, live_N, num_choices, block_rows
     )
@@ -115,7 +115,7 @@ def _plan_rows(logits_NX: Tensor, live_N: Tensor | None, num_choices: int, block
 
 @_operator(f"plan_tiles{_PLAN}", 3, _empty_plan)
 def _plan_tiles(logits_NX: Tensor, live_N: Tensor | None, num_choices: int, block_rows: int) -> tuple[Tensor, ...]:
-    """The plan of any number of rows."""
+    """Plan any number of rows."""
     plan = pair_token, place, weight, block_expert, block_first, ends = _empty_plan(
         logits_NX, live_N, num_choices, block_rows
     )
@@ -158,7 +158,7 @@ def _fake_up_gate(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor |
 def _up_gate(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None, form: int,
              pair_token: Tensor, block_expert: Tensor, block_first: Tensor, ends: Tensor, tile: list[int],
              ) -> Tensor:  # fmt: skip
-    """Gated inner values of every pair [P, I]; x [N, D] contiguous."""
+    """Compute the gated inner values of every pair [P, I]; x [N, D] contiguous."""
     assert x.is_contiguous(), x.stride()
     cut, inner = Tile.of_list(tile), codes.shape[1] // 2
     y_PI = x.new_empty(pair_token.shape[0], inner)
@@ -185,7 +185,7 @@ def _fake_down(y: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | No
 )
 def _down(y: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None, form: int,
           block_expert: Tensor, block_first: Tensor, ends: Tensor, tile: list[int]) -> Tensor:  # fmt: skip
-    """Outputs of every pair [P, D], not yet weighted."""
+    """Compute the outputs of every pair [P, D], not yet weighted."""
     z_PD = y.new_empty(y.shape[0], codes.shape[1])
     _launch_down(y, codes, scale, zero, form, None, z_PD, (block_expert, block_first, ends), Tile.of_list(tile))
     return z_PD
@@ -203,7 +203,7 @@ def _fake_dense(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | N
 )
 def _dense(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None, form: int,
            bias: Tensor | None, tile: list[int]) -> Tensor:  # fmt: skip
-    """Rows [N, K] times one matrix, codes [1, O, ...]: [N, O]."""
+    """Multiply rows [N, K] by one matrix, codes [1, O, ...]: [N, O]."""
     out_NO = x.new_empty(x.shape[0], codes.shape[1])
     _launch_down(x, codes, scale, zero, form, bias, out_NO, None, Tile.of_list(tile))
     return out_NO
@@ -227,7 +227,7 @@ def _launch_down(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | 
 
 
 def _is_even(num_outputs: int, num_inputs: int, cut: Tile) -> bool:
-    """True where whole tiles cover a matrix, so that no load needs a mask."""
+    """Return True where whole tiles cover a matrix, so that no load needs a mask."""
     return num_outputs % cut.columns == 0 and num_inputs % cut.depth == 0
 
 
@@ -244,7 +244,7 @@ def _fake_combine(z: Tensor, place: Tensor, weight: Tensor, residual: Tensor | N
     "combine(Tensor z, Tensor place, Tensor weight, Tensor? residual, Tensor? branch) -> Tensor", 1, _fake_combine
 )
 def _combine(z: Tensor, place: Tensor, weight: Tensor, residual: Tensor | None, branch: Tensor | None) -> Tensor:
-    """Each token's weighted sum [N, D], and the two summands of the block where they are given."""
+    """Add up each token's weighted sum [N, D], and the two summands of the block where they are given."""
     num_rows, width = place.shape[0], z.shape[1]
     assert (residual is None) == (branch is None)
     assert all(part is None or part.is_contiguous() for part in (z, residual, branch))
@@ -266,7 +266,7 @@ def _fake_tau_products(qkv: Tensor, weight: Tensor, tile: list[int]) -> Tensor:
 
 
 def _tau_parts(width: int) -> int:
-    """Parts of the sum over `width` values, each of whole steps of 128: the width alone decides how a sum is cut."""
+    """Return the parts of a sum over `width` values, each of whole steps of 128: the width alone decides."""
     steps = triton.cdiv(width, _TAU_STEP)
     return next(parts for parts in range(min(_TAU_PARTS, steps), 0, -1) if steps % parts == 0)
 

@@ -1,18 +1,13 @@
 """LoRA adapters merged into a loaded network: the vendor's layout and folders that peft saved.
 
-Both are read from safetensors, without peft, as low-rank changes of canonical weights, and added to
-them in float32 before any kernel takes the weights over; afterwards the network computes as if it had
-been trained so.
-Sources: Moondream 3 specification, section 16; peft's LoRA layout (`lora_A`, `lora_B`, alpha / r; a stack
-of expert matrices keeps its factors interleaved).
+Both are read from safetensors, without peft, as low-rank changes of canonical weights, and added to them in float32
+before any kernel takes the weights over; afterwards the network computes as if it had been trained so. peft has many
+kinds of LoRA that are stored in the same two factors and mean something else, and more with each release. So there is a
+list of what is known to change nothing (peft 0.21's `LoraConfig`); everything else is refused by name.
+Sources: Moondream 3 specification, section 16; peft's LoRA layout (`lora_A`, `lora_B`, alpha / r; a stack of expert
+matrices keeps its factors interleaved).
 
 Shape suffixes: X experts, R rank.
-
-What a peft adapter's settings ask for, held to what md3 can do: add alpha / r · B · A to a weight.
-
-peft has many kinds of LoRA that are stored in the same two factors and mean something else, and more with each
-release. So there is a list of what is known to change nothing (peft 0.21's `LoraConfig`); everything else is
-refused by name. No torch, no peft.
 """
 
 from __future__ import annotations
@@ -32,7 +27,7 @@ from torch import Tensor
 from md3cli.errors import CheckpointError
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.moondream import Moondream3
-from md3cli.model.weights.files import PICKLE_SUFFIXES, local_path, read_header, read_json
+from md3cli.model.weights.files import PICKLE_SUFFIXES, listing, local_path, read_header, read_json
 from md3cli.model.weights.names import Shape, expected_tensors
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -103,9 +98,7 @@ class PeftSettings:
     def scale(self, module: str, rank: int) -> float:
         """Return the factor of `B · A`, as peft has it: alpha / r, or alpha / √r where it is rank-stabilised.
 
-        Args:
-            module: whose weight is changed, as peft names it in the model.
-            rank: of the factors, as the file has them.
+        `module` is named as by peft; `rank` is that of the file's factors.
 
         Raises:
             CheckpointError: the settings promise another rank.
@@ -233,7 +226,7 @@ def merge_adapter(model: Moondream3, path: Path) -> None:
 
 
 def merged(weight: Tensor, change: LowRank) -> Tensor:
-    """The changed weight, computed in float32 matrix by matrix, in the dtype it had.
+    """Return the changed weight in the dtype it had, computed in float32 matrix by matrix.
 
     Raises:
         CheckpointError: the sum is too large for the dtype.
@@ -250,7 +243,7 @@ def merged(weight: Tensor, change: LowRank) -> Tensor:
 
 
 def read_adapter(path: Path, config: ModelConfig) -> list[LowRank]:
-    """The changes an adapter makes to a network of this configuration.
+    """Read the changes that an adapter makes to a network of this configuration.
 
     Raises:
         CheckpointError: as for `merge_adapter`.
@@ -267,7 +260,6 @@ def read_adapter(path: Path, config: ModelConfig) -> list[LowRank]:
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """The factors in a file, whose header was judged first: real numbers, all finite."""
     for entry in read_header(file):
         if entry.dtype not in _DTYPES or not 2 <= len(entry.shape) <= 3 or 0 in entry.shape:
             raise CheckpointError(
@@ -285,7 +277,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _find(path: Path) -> tuple[Path, PeftSettings | None]:
-    """The file of the weights, and peft's settings where peft wrote it."""
+    """Return the file of the weights, and peft's settings where peft wrote it."""
     if path.suffix in PICKLE_SUFFIXES and not path.is_dir():
         raise CheckpointError(_pickle_message(path))
     found_path = local_path(str(path))
@@ -331,13 +323,10 @@ def _check(file: Path, change: LowRank, shapes: Mapping[str, Shape]) -> None:
 
 
 def _unknown(file: Path, names: list[str]) -> CheckpointError:
-    listed = ", ".join(name[:120] for name in names[:_NAMED_IN_ERRORS])
-    more = f" and {len(names) - _NAMED_IN_ERRORS} more" if len(names) > _NAMED_IN_ERRORS else ""
+    listed = listing([name[:120] for name in names])
     lacks_config = not (file.parent / PEFT_CONFIG).exists() and any(map(_PEFT_FACTOR.fullmatch, names))
     advice = f"; they are peft's, whose {PEFT_CONFIG} must lie beside the file" if lacks_config else ""
-    return CheckpointError(
-        f"{file}: these tensors are not understood as an adapter of Moondream 3: {listed}{more}{advice}"
-    )
+    return CheckpointError(f"{file}: these tensors are not understood as an adapter of Moondream 3: {listed}{advice}")
 
 
 def _put(file: Path, factors: dict[str, dict[str, Tensor]], weight: str, factor: str, tensor: Tensor) -> None:
@@ -357,7 +346,7 @@ def _pair(file: Path, weight: str, factors: Mapping[str, Tensor], down: str, up:
 
 
 def _read_vendor(file: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> list[LowRank]:
-    """Keys end in `dense.{i}.{up_a,…}` or `moe.{j}.{…}`, j counting from the first sparse layer; no scaling."""
+    """Read keys that end in `dense.{i}.{up_a,…}` or `moe.{j}.{…}`, j from the first sparse layer; no scaling."""
     factors: dict[str, dict[str, Tensor]] = {}
     unknown: list[str] = []
     first_sparse = config.text.moe.start_layer if config.text.moe is not None else config.text.n_layers
@@ -408,5 +397,5 @@ def _read_peft(file: Path, tensors: Mapping[str, Tensor], settings: PeftSettings
 
 
 def _unstack(down: Tensor, up: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """peft's factors of a stack, [X · R, in] and [out, R · X], as [X, R, in] and [X, out, R]."""
+    """Turn peft's factors of a stack, [X · R, in] and [out, R · X], to [X, R, in] and [X, out, R]."""
     return down.view(num_experts, -1, down.shape[-1]), up.view(up.shape[0], -1, num_experts).permute(2, 0, 1)

@@ -55,7 +55,7 @@ CONFIGS = {
 
 
 def random_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Moondream3:
-    """A network of this size with seeded random weights, built tensor by tensor, ready for inference.
+    """Build a network of this size with seeded random weights, tensor by tensor, ready for inference.
 
     The same seed gives the same weights on every device; no two tensors, and no two experts of a layer, are alike.
     """
@@ -85,7 +85,7 @@ def forbid_end(model: Moondream3) -> None:
 
 
 def _filled(shape: torch.Size, block: torch.Tensor, offset: int) -> torch.Tensor:
-    """A tensor of this shape whose values run through `block` from `offset`, again and again."""
+    """Return a tensor of this shape whose values run through `block` from `offset`, again and again."""
     value = torch.empty(shape, dtype=block.dtype, device=block.device)
     flat = value.view(-1)
     rolled = block.roll(-offset)
