@@ -14,7 +14,7 @@ from md3cli.finished.guards import check_not_input, files_in, has_run_schema
 from md3cli.images.pixels import parse_background
 from md3cli.run.dry_run import dry_run
 from md3cli.run.local import LocalRun
-from md3cli.run.model_handle import FoundModel, check_skills, find_model
+from md3cli.run.model_handle import Model, check_skills, find_model
 from md3cli.run.output import (
     PRINTABLE_FORMATS,
     OutputPlan,
@@ -31,7 +31,7 @@ from md3cli.signals import StopSignals, check_stdout
 from md3cli.source.kinds import is_glob
 from md3cli.source.source import check_not_empty, open_source
 
-ModelFinder = Callable[[ModelOptions], FoundModel]
+ModelFinder = Callable[[ModelOptions], Model]
 
 
 def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_model) -> int:

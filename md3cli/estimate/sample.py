@@ -25,6 +25,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,14 +33,18 @@ from md3cli.console import Summary
 from md3cli.errors import ImageError
 from md3cli.images.crops import PreparedImage, Tiling
 from md3cli.images.pool import PicturePool
-from md3cli.records import ImageItem, RecordDict, Request, SourceRow
-from md3cli.run.feed import CHANNELS, Feed, rows_ahead
+from md3cli.records import Answer, ImageItem, Job, RecordDict, Request, SourceRow
+from md3cli.run.drive import WAIT_SLICE_S, drive
+from md3cli.run.feed import CHANNELS, Feed, ReadyRequest, rows_ahead
 from md3cli.run.journal import encode_record
-from md3cli.run.model_handle import Engine, Model
+from md3cli.run.model_handle import LazyEngine, Model
 from md3cli.run.order import OrderedRecords
 from md3cli.run.record_index import RequestIds
 from md3cli.signals import StopSignals
 from md3cli.source.source import Source
+
+if TYPE_CHECKING:
+    from md3cli.model.engine.engine import Engine
 
 MOST_ROWS_A_UNIT = 256  # so that one picture with a million questions does not have to fit memory
 NO_PICTURE = 0  # the bucket of questions without one
@@ -191,7 +196,6 @@ def _pace(times: list[float]) -> float:
 
 
 WARM_UP_TOKENS = 4  # an answer's length does not matter there
-WAIT_SLICE_S = 0.2
 UNTILED_CROPS = 2  # the only tile equals the global crop and is encoded once
 STAGES_OF_MODEL = ("vision", "prefill", "decode")
 
@@ -239,23 +243,24 @@ def measure(
     """
     with stop.interruptible():
         started = clock()
-        engine = model.load()
+        timed = _TimedEngine(model, clock)
+        engine = timed.load()
         loaded = clock()
         _warm_up(engine, model, sample)
         warm = clock()
         before = engine.stage_seconds()
-        run = _run(engine, model, sample, pool, clock)
+        records = _run(timed, model, sample, pool)
     stages_s = {stage: engine.stage_seconds().get(stage, 0.0) - before.get(stage, 0.0) for stage in STAGES_OF_MODEL}
     return Measured(
-        costs=_costs(sample, run.records, stages_s, run.engine_s),
-        num_requests=len(run.records),
+        costs=_costs(sample, records, stages_s, timed.engine_s),
+        num_requests=len(records),
         load_s=loaded - started,
         warm_up_s=warm - loaded,
-        engine_s=run.engine_s,
+        engine_s=timed.engine_s,
         batch_size=engine.batch_size,
         device=engine.device,
         encoding_bytes=engine.encoding_bytes,
-        failure=next((record["error"]["message"] for record in run.records if record["error"]), ""),
+        failure=next((record["error"]["message"] for record in records if record["error"]), ""),
     )
 
 
@@ -268,7 +273,7 @@ def _warm_up(engine: Engine, model: Model, sample: Sequence[SampledUnit]) -> Non
             jobs.setdefault((request.task, request.reasoning, bool(request.choices)), (one, request))
     for key, (one, request) in enumerate(jobs.values()):
         short = replace(request, max_tokens=min(WARM_UP_TOKENS, request.max_tokens))
-        engine.add(key, _grey(one, model), short)
+        engine.add(Job(key, _grey(one, model), short))
     while engine.has_work:
         engine.step()
 
@@ -281,20 +286,40 @@ def _grey(one: SampledUnit, model: Model) -> PreparedImage | None:
     return PreparedImage(crops, one.tiling, one.tiling.cols * side, one.tiling.rows * side, f"grey {one.crops}")
 
 
-@dataclass(slots=True)
-class _SampleRun:
-    """`engine_s` is the time inside the engine; `records` are in the order of the sample's requests."""
+class _TimedEngine(LazyEngine):
+    """An engine under a stopwatch; `engine_s` is the time inside it."""
 
-    records: list[RecordDict]
-    engine_s: float = 0.0
+    def __init__(self, model: Model, clock: Callable[[], float]) -> None:
+        super().__init__(model)
+        self._clock = clock
+        self.engine_s = 0.0
+
+    def add(self, job: Job) -> None:
+        started = self._clock()
+        super().add(job)
+        self.engine_s += self._clock() - started
+
+    def step(self) -> Sequence[Answer]:
+        started = self._clock()
+        answers = super().step()
+        self.engine_s += self._clock() - started
+        return answers
 
 
-def _run(
-    engine: Engine, model: Model, sample: Sequence[SampledUnit], pool: PicturePool, clock: Callable[[], float]
-) -> _SampleRun:
-    run = _SampleRun([])
-    records = OrderedRecords(model.identity, run.records.extend, Summary())
-    feed = Feed(
+class _PatientFeed(Feed):
+    """A feed that waits for the next picture rather than let the engine run with less than it wants."""
+
+    def poll(self) -> ReadyRequest | None:
+        while (ready := super().poll()) is None and not self.is_exhausted:
+            self.wait(WAIT_SLICE_S)
+        return ready
+
+
+def _run(engine: LazyEngine, model: Model, sample: Sequence[SampledUnit], pool: PicturePool) -> list[RecordDict]:
+    """Return the records of the sample's requests, in order."""
+    written: list[RecordDict] = []
+    records = OrderedRecords(model.identity, written.extend, Summary())
+    feed = _PatientFeed(
         (row for one in sample for row in one.unit.rows),
         ids=RequestIds(model.identity),
         is_done=lambda record_id, row, request: False,
@@ -304,21 +329,8 @@ def _run(
         recall=records.recall,
         reading=contextlib.nullcontext,
     )
-    while engine.has_work or not feed.is_exhausted:
-        ready = feed.poll() if engine.wants_more else None
-        if ready is None and engine.wants_more and not feed.is_exhausted:
-            feed.wait(WAIT_SLICE_S)
-            continue
-        started = clock()
-        if ready is not None:
-            records.expect(ready.ticket)
-            engine.add(ready.ticket.key, ready.picture, ready.ticket.request)
-        else:
-            for answer in engine.step():
-                records.answer(answer)
-        run.engine_s += clock() - started
-    records.flush()
-    return run
+    drive(feed, engine, records, lambda: None)
+    return written
 
 
 def _costs(

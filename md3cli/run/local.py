@@ -11,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from md3cli.config import RunConfig
 from md3cli.console import Progress, RunConsole, Summary, loading, print_document
 from md3cli.errors import Md3Error
 from md3cli.finished.failures import Failure, NamedFailures, command_for_all
+from md3cli.images.pool import PicturePool
 from md3cli.records import RETRYABLE, RecordDict, Request, SourceRow
+from md3cli.run.drive import drive
 from md3cli.run.feed import Feed, make_pool, rows_ahead
 from md3cli.run.journal import Journal
 from md3cli.run.journal_scan import damage_words
-from md3cli.run.model_handle import Engine, Model
+from md3cli.run.model_handle import LazyEngine, Model
 from md3cli.run.order import OrderedRecords
 from md3cli.run.output import (
     TABLE,
@@ -35,10 +37,6 @@ from md3cli.signals import Interrupted, StopSignals
 from md3cli.source.source import Source, check_found, empty_words
 
 STATUS_FAILED_RECORDS = 3
-WAIT_SLICE_S = 0.2  # of waiting for a picture, so that a signal is seen soon
-# How far answers may be ahead of the oldest that is missing. It bounds memory; a smaller number leaves the engine idle
-# behind one long answer: at 4 to 8 it is 20 to 50 % slower where one answer in a hundred is ten times as long.
-BATCHES_AHEAD = 32
 
 
 class LocalRun:
@@ -59,20 +57,21 @@ class LocalRun:
         self.model, self.output, self.stop = model, output, stop
         self.first_write = first_write
         self.summary = Summary()
-        self.engine: Engine | None = None
+        self.engine = LazyEngine(model, self._while_loading)
+        self.feed: Feed | None = None
+        self.progress: Progress | None = None
+        self.is_memory_told = False
         self.failures = NamedFailures()
         self.num_damage_told = len(output.journal.damaged) if output.journal is not None else 0
-        self.batch_sizes: list[int] = []  # the planned one, then each smaller one that memory asked for
         self.started_at = time.monotonic()
-        self.records = OrderedRecords(model.identity, self._write, self.summary, output.early)
+        self.records = OrderedRecords(model.identity, self._write, self.summary, output.early, self._on_flush)
         self.timeline = Timeline(output.document.timeline if output.document is not None else ())
 
     def to_the_end(self) -> int:
         """Run, publish, tell; the exit status."""
         status = 1
         try:
-            with self._feed() as feed, self._progress() as progress:
-                self._drive(feed, progress)
+            self._drive()
             if not self._num_requests:
                 check_found(self.source, self.config.source, is_allowed=self.config.allow_empty)
             with self.stop.interruptible():
@@ -91,8 +90,15 @@ class LocalRun:
         self._summarize()
         return status
 
-    @contextlib.contextmanager
-    def _feed(self) -> Iterator[Feed]:
+    def _drive(self) -> None:
+        total = self.source.count_rows() if self.console.has_progress else None
+        with make_pool(self.config, self.model.crop_config) as pool, self.console.progress(total) as self.progress:
+            self.feed = self._make_feed(pool)
+            drive(self.feed, self.engine, self.records, self.stop.check)
+        if self.output.early is not None:
+            self.output.early.remove()
+
+    def _make_feed(self, pool: PicturePool) -> Feed:
         journal, retry_failed = self.output.journal, self.config.output.retry_failed
 
         def is_done(record_id: str, row: SourceRow, request: Request) -> bool:
@@ -101,93 +107,49 @@ class LocalRun:
         if journal is not None:
             self.source.watched_lines = frozenset(journal.lines_of_bad_rows())
 
-        with make_pool(self.config, self.model.crop_config) as pool:
-            yield Feed(
-                self.source.rows_so_far(),
-                ids=RequestIds(self.model.identity, journal.found if journal is not None else None),
-                is_done=is_done,
-                pool=pool,
-                num_ahead=rows_ahead(self.model.crop_config),
-                fail=self.records.fail,
-                recall=self.records.recall,
-                reading=self.stop.interruptible,
-                wait_for_row=self.source.wait,
-            )
+        return Feed(
+            self.source.rows_so_far(),
+            ids=RequestIds(self.model.identity, journal.found if journal is not None else None),
+            is_done=is_done,
+            pool=pool,
+            num_ahead=rows_ahead(self.model.crop_config),
+            fail=self.records.fail,
+            recall=self.records.recall,
+            reading=self.stop.interruptible,
+            wait_for_row=self.source.wait,
+        )
 
     @contextlib.contextmanager
-    def _progress(self) -> Iterator[Progress | None]:
-        total = self.source.count_rows() if self.console.has_progress else None
-        with self.console.progress(total) as progress:
-            yield progress
+    def _while_loading(self) -> Iterator[None]:
+        with self.stop.interruptible(), loading(self.progress):
+            yield
 
-    def _drive(self, feed: Feed, progress: Progress | None) -> None:
-        """Keep the engine full until nothing is left; looks for a signal between any two steps."""
-        while True:
-            self.stop.check()
-            self._fill_engine(feed, progress)
-            if self.engine is None or not self.engine.has_work:
-                self._flush(feed, progress)
-                if feed.is_exhausted:
-                    if self.output.early is not None:
-                        self.output.early.remove()
-                    return
-                feed.wait(WAIT_SLICE_S)
-                continue
-            for answer in self.engine.step():
-                self.records.answer(answer)
-            self._watch_memory()
-            self._flush(feed, progress)
-
-    def _fill_engine(self, feed: Feed, progress: Progress | None) -> None:
-        while self.engine is None or (self.engine.wants_more and self._is_near_order()):
-            ready = feed.poll()
-            if ready is None:
-                return
-            if self.engine is None:
-                self.engine = self._load(progress)
-            self.records.expect(ready.ticket)
-            self.engine.add(ready.ticket.key, ready.picture, ready.ticket.request)
-
-    def _watch_memory(self) -> None:
-        """Tell, once, that the batch did not fit the device's memory; the engine has made it smaller by itself."""
-        assert self.engine is not None
-        size = self.engine.batch_size
-        if size == self.batch_sizes[-1]:
-            return
-        if len(self.batch_sizes) == 1:
-            self.console.warn(
-                f"out of memory with a batch of {self.batch_sizes[0]}: going on with {size}, and less where needed; "
-                f"--batch-size {size} saves the tries next time"
-            )
-        self.batch_sizes.append(size)
-
-    def _is_near_order(self) -> bool:
-        """False while the oldest missing answer is so late that the others should wait for it."""
-        assert self.engine is not None
-        return self.records.num_ahead < BATCHES_AHEAD * self.engine.batch_size or not self.engine.has_work
-
-    def _load(self, progress: Progress | None) -> Engine:
-        started = time.monotonic()
-        with self.stop.interruptible(), loading(progress):
-            engine = self.model.load()
-        self.summary.load_s = time.monotonic() - started
-        self.batch_sizes = [engine.batch_size]
-        return engine
-
-    def _flush(self, feed: Feed, progress: Progress | None) -> None:
-        self.records.flush()
+    def _on_flush(self) -> None:
+        assert self.feed is not None
+        self._tell_memory()
         self._note_progress()
-        if progress is not None:
-            progress.update_to(self.summary.num_images + feed.num_rows_done_before, self.summary.num_failed)
-        self.summary.num_done_before = feed.num_done_before
+        if self.progress is not None:
+            self.progress.update_to(self.summary.num_images + self.feed.num_rows_done_before, self.summary.num_failed)
+        self.summary.num_done_before = self.feed.num_done_before
+
+    def _tell_memory(self) -> None:
+        """Tell, once, that the batch did not fit the device's memory; the engine has made it smaller by itself."""
+        if self.is_memory_told or len(self.engine.batch_sizes) < 2:
+            return
+        self.is_memory_told = True
+        planned, size = self.engine.batch_sizes[:2]
+        self.console.warn(
+            f"out of memory with a batch of {planned}: going on with {size}, and less where needed; "
+            f"--batch-size {size} saves the tries next time"
+        )
 
     def _note_progress(self, *, is_last: bool = False) -> None:
         num_done = self.summary.num_ok + self.summary.num_failed
         self.timeline.note(time.monotonic() - self.started_at, num_done, is_last=is_last)
 
     def _write(self, records: Sequence[RecordDict]) -> None:
-        if records and self.engine is None and self.output.is_replacing:
-            self.engine = self._load(None)  # failures come before it: the former records stay where it cannot be
+        if records and self.output.is_replacing:
+            self.engine.load()  # failures come before it: the former records stay where it cannot be
         first_write, self.first_write = self.first_write, contextlib.nullcontext()
         with first_write:
             self.output.write(records)
@@ -254,10 +216,8 @@ class LocalRun:
         """Requests of INPUT so far, done now or before."""
         return self.summary.num_ok + self.summary.num_failed + self.summary.num_done_before
 
-    def _stages(self) -> Mapping[str, float]:
-        return self.engine.stage_seconds() if self.engine is not None else {}
-
     def _note_end(self, status: int | None) -> None:
+        self._tell_memory()
         self._note_progress(is_last=True)
         if self.output.journal is not None:
             self._tell_damage()
@@ -265,8 +225,10 @@ class LocalRun:
             if self.output.document is not None:
                 if status in (None, 0, STATUS_FAILED_RECORDS):
                     self._note_records(self.output.journal, self.output.document)
-                stages_s = {"load": self.summary.load_s, **self._stages()}
-                self.output.document.finish(self._counts(), stages_s, status, self.timeline.points, self.batch_sizes)
+                stages_s = {"load": self.engine.load_s, **self.engine.stage_seconds()}
+                self.output.document.finish(
+                    self._counts(), stages_s, status, self.timeline.points, self.engine.batch_sizes
+                )
 
     def _note_records(self, journal: Journal, document: RunDocument) -> None:
         """Keep the records file's digest, unless this start has left alone what an earlier one kept it of."""
@@ -276,7 +238,7 @@ class LocalRun:
     def _summarize(self) -> None:
         summary = self.summary
         summary.elapsed_s = time.monotonic() - self.started_at
-        summary.stages_s = self._stages()
+        summary.load_s, summary.stages_s = self.engine.load_s, self.engine.stage_seconds()
         summary.skipped = self.source.skipped
         summary.num_failed_before = self._counts().failed - summary.num_failed
         if self.output.plan.files is not None and self.output.plan.stdout is None:

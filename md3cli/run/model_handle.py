@@ -1,21 +1,24 @@
-"""What a run needs of a model, as Protocols, and the one place outside model/ that imports it.
+"""The model of a run, found but not loaded: the road's one way into model/.
 
-`find_model` reads headers only: a run whose records are all there, and a dry run, never load weights
-nor torch.
+`find_model` reads headers only, so a dry run, and a run whose records are all there, load neither weights nor torch.
+Knows nothing of pictures, journals or shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from md3cli.config import ModelOptions
 from md3cli.errors import CheckpointError, RequestError
-from md3cli.images.crops import CropConfig, PreparedImage
+from md3cli.images.crops import CropConfig
 from md3cli.records import Answer, Job, Request, RunIdentity
 
 if TYPE_CHECKING:
+    from md3cli.model.engine.engine import Engine
     from md3cli.model.engine.prompts import Prompts
     from md3cli.model.network.config import ModelConfig
     from md3cli.model.weights.hub import ModelFiles
@@ -23,112 +26,20 @@ if TYPE_CHECKING:
 REAL_CROP_CONFIG = CropConfig(crop_size=378, patch_size=14, overlap_margin=4, max_crops=12)
 
 
-class Engine(Protocol):
-    """Runs requests in batches; driven from one thread."""
+class Model:
+    """A model whose headers have been read.
 
-    @property
-    def batch_size(self) -> int:
-        """Requests in flight at a time."""
-        ...
-
-    @property
-    def device(self) -> str:
-        """Where it runs, as `--device` names it."""
-        ...
-
-    @property
-    def encoding_bytes(self) -> int:
-        """What one picture's encoding takes in the cache."""
-        ...
-
-    @property
-    def wants_more(self) -> bool:
-        """True while taking in more helps to fill the next batches."""
-        ...
-
-    @property
-    def has_work(self) -> bool:
-        """True while something is taken in and not answered."""
-        ...
-
-    def add(self, key: int, picture: PreparedImage | None, request: Request) -> None:
-        """Take a request in; `key` comes back with its answer."""
-        ...
-
-    def step(self) -> Sequence[Answer]:
-        """Do the next piece of work; returns what finished, in any order."""
-        ...
-
-    def stage_seconds(self) -> Mapping[str, float]:
-        """Where the time went so far."""
-        ...
-
-
-class Model(Protocol):
-    """A model that was found and is loaded when the first request is ready."""
-
-    @property
-    def identity(self) -> RunIdentity: ...
-    @property
-    def crop_config(self) -> CropConfig: ...
-    def load(self) -> Engine: ...
-
-
-class FoundModel(Model, Protocol):
-    """A model whose headers say what it can do."""
-
-    def refusal_of(self, request: Request) -> str | None:
-        """Why this model can do a request for no picture at all; None: it can."""
-        ...
-
-
-def find_model(options: ModelOptions) -> FoundModel:
-    """The model named by `options`, fetched where that is needed and allowed.
-
-    Raises:
-        CheckpointError: there is none, or its headers make no model.
+    Attributes:
+        identity: what it adds to the ids of records.
+        crop_config: how it wants pictures cut.
     """
-    from md3cli.model.weights.hub import resolve_model
-    from md3cli.model.weights.plan import plan_checkpoint
 
-    files = resolve_model(
-        options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline
-    )
-    identity = options.identity(files.identity)
-    return _ModelOnDisk(options, identity, plan_checkpoint(files.path).config, files)
-
-
-def check_skills(model: FoundModel, requests: Sequence[Request]) -> None:
-    """Refuse before anything is written what `model` would fail for every picture alike.
-
-    Raises:
-        CheckpointError: it cannot do one of the `requests`.
-    """
-    for request in requests:
-        refusal = model.refusal_of(request)
-        if refusal is not None:
-            raise CheckpointError(f"{refusal}; choose another --model")
-
-
-def crop_config_without_network(options: ModelOptions) -> CropConfig:
-    """How the model named by `options` cuts pictures, where its files are here; else as the real one does."""
-    from md3cli.model.weights.files import find_weight_files
-    from md3cli.model.weights.hub import resolve_model
-    from md3cli.model.weights.plan import read_config
-
-    try:
-        files = resolve_model(options.model, revision=options.revision, offline=True)
-        return read_config(find_weight_files(files.path)).vision.crop_config
-    except CheckpointError:
-        return REAL_CROP_CONFIG
-
-
-class _ModelOnDisk:
     def __init__(self, options: ModelOptions, identity: RunIdentity, config: ModelConfig, files: ModelFiles) -> None:
         self.identity, self.crop_config = identity, config.vision.crop_config
         self._options, self._config, self._files = options, config, files
 
     def refusal_of(self, request: Request) -> str | None:
+        """Say why this model can do a request for no picture at all; None where it can."""
         try:
             self._prompts.check_skill(request)
         except RequestError as error:
@@ -143,52 +54,117 @@ class _ModelOnDisk:
         return Prompts(self._config, tokenizer, self._files.name)
 
     def load(self) -> Engine:
+        """Load the weights.
+
+        Raises:
+            Md3Error: it cannot be loaded, or cannot run here.
+        """
         from md3cli.model.engine.load import load_engine
 
         engine = load_engine(self._options)
         assert engine.crop_config == self.crop_config
         assert engine.identity == self.identity
-        return _TorchEngine(engine)
+        return engine
 
 
-class _TorchEngine:
-    """The model's engine with the words of this module."""
+class LazyEngine:
+    """The engine of a model, loaded when the first request is ready.
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    Attributes:
+        loaded: the engine; None before `load`.
+        batch_sizes: the planned one, then each smaller one that memory asked for; empty before `load`.
+        is_loading: whether `load` is under way; other threads may ask.
+        load_s: seconds that loading took.
+    """
+
+    def __init__(self, model: Model, while_loading: Callable[[], AbstractContextManager[object]] = nullcontext) -> None:
+        """`while_loading` is entered around the loading."""
+        self.loaded: Engine | None = None
+        self.batch_sizes: list[int] = []
+        self.is_loading = False
+        self.load_s = 0.0
+        self._model, self._while_loading = model, while_loading
+
+    def load(self) -> Engine:
+        """Return the engine, loaded now if it was not."""
+        if self.loaded is None:
+            started = time.monotonic()
+            self.is_loading = True
+            with self._while_loading():
+                self.loaded = self._model.load()
+            self.is_loading = False
+            self.load_s = time.monotonic() - started
+            self.batch_sizes.append(self.loaded.batch_size)
+        return self.loaded
 
     @property
     def batch_size(self) -> int:
-        return int(self._engine.batch_size)
-
-    @property
-    def device(self) -> str:
-        return str(self._engine.model.device)
-
-    @property
-    def encoding_bytes(self) -> int:
-        config = self._engine.config
-        return int(config.vision.num_patches * config.text.dim * self._engine.model.dtype.itemsize)
+        """Requests in flight at a time; 0 before it is loaded."""
+        return self.batch_sizes[-1] if self.batch_sizes else 0
 
     @property
     def wants_more(self) -> bool:
-        return bool(self._engine.wants_more)
+        """Whether taking in more helps to fill the next batches."""
+        return self.loaded is None or self.loaded.wants_more
 
     @property
     def has_work(self) -> bool:
-        return bool(self._engine.has_work)
+        """Whether something is taken in and not answered."""
+        return self.loaded is not None and self.loaded.has_work
 
-    def add(self, key: int, picture: PreparedImage | None, request: Request) -> None:
-        self._engine.add(Job(key, picture, request))
+    def add(self, job: Job) -> None:
+        """Take a job in."""
+        self.load().add(job)
 
     def step(self) -> Sequence[Answer]:
-        answers: Sequence[Answer] = self._engine.step()
+        """Do the next piece of work and return what finished, in any order."""
+        engine = self.load()
+        answers = engine.step()
+        if engine.batch_size != self.batch_size:
+            self.batch_sizes.append(engine.batch_size)
         return answers
 
     def stage_seconds(self) -> Mapping[str, float]:
-        stats = self._engine.stats
-        return {
-            "vision": self._engine.encoder.seconds,
-            "prefill": stats.prefix_seconds + stats.prompt_seconds,
-            "decode": stats.decode_seconds,
-        }
+        """Return where the time went so far; nothing before it is loaded."""
+        return self.loaded.stage_seconds() if self.loaded is not None else {}
+
+
+def find_model(options: ModelOptions) -> Model:
+    """Find the model named by `options`, fetched where that is needed and allowed.
+
+    Raises:
+        CheckpointError: there is none, or its headers make no model.
+    """
+    from md3cli.model.weights.hub import resolve_model
+    from md3cli.model.weights.plan import plan_checkpoint
+
+    files = resolve_model(
+        options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline
+    )
+    identity = options.identity(files.identity)
+    return Model(options, identity, plan_checkpoint(files.path).config, files)
+
+
+def check_skills(model: Model, requests: Sequence[Request]) -> None:
+    """Refuse before anything is written what `model` would fail for every picture alike.
+
+    Raises:
+        CheckpointError: it cannot do one of the `requests`.
+    """
+    for request in requests:
+        refusal = model.refusal_of(request)
+        if refusal is not None:
+            raise CheckpointError(f"{refusal}; choose another --model")
+
+
+def crop_config_without_network(options: ModelOptions) -> CropConfig:
+    """Return how the model named by `options` cuts pictures where its files are here, else how the real one does."""
+    from md3cli.model.weights.files import find_weight_files
+    from md3cli.model.weights.hub import resolve_model
+    from md3cli.model.weights.plan import read_config
+
+    try:
+        files = resolve_model(options.model, revision=options.revision, offline=True)
+        return read_config(find_weight_files(files.path)).vision.crop_config
+    except CheckpointError:
+        return REAL_CROP_CONFIG

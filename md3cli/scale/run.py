@@ -18,7 +18,7 @@ from md3cli.console import clock as duration
 from md3cli.errors import DamagedPartError, EngineError, Md3Error, OutputError, UsageError
 from md3cli.files import OutputLock, output_error
 from md3cli.records import printable
-from md3cli.run.model_handle import Engine, FoundModel, Model, check_skills
+from md3cli.run.model_handle import Model, check_skills
 from md3cli.run.output import OutputPlan
 from md3cli.run.run_info import RunDocument
 from md3cli.scale.attempts import Teller
@@ -45,7 +45,7 @@ def run_scaled(
     source: Source,
     outputs: OutputPlan,
     folder: RunFolder,
-    find: Callable[[ModelOptions], FoundModel],
+    find: Callable[[ModelOptions], Model],
 ) -> int:
     """Do what `config` says in the run folder; return the exit status, 0 or 3.
 
@@ -210,8 +210,7 @@ class _ScaledRun:
             devices = config.scale.devices or (config.model.device,)
             seats = seats_of(devices, config.scale.workers_per_device or 1)
             return Supervisor(self._folder, self._queue, options, seats, warn=self._console.warn)
-        model = _Interruptible(self._start.model, self._stop)
-        return LocalDriver(self._folder.uri, self._queue, options, lambda _: model)
+        return LocalDriver(self._folder.uri, self._queue, options, self._start.model, self._stop.interruptible)
 
     def _on_step(self, driver: Driver, progress: Progress | None) -> None:
         """Between any two steps: look for a signal and for what others did, and tell how far the run is."""
@@ -253,15 +252,3 @@ class _ScaledRun:
                 "or a device is not free; Ctrl-C stops in order, and the same command goes on"
             )
         )
-
-
-class _Interruptible:
-    """A model whose loading a signal may cut short: nothing is lost by that."""
-
-    def __init__(self, model: Model, stop: StopSignals) -> None:
-        self.identity, self.crop_config = model.identity, model.crop_config
-        self._model, self._stop = model, stop
-
-    def load(self) -> Engine:
-        with self._stop.interruptible():
-            return self._model.load()

@@ -24,6 +24,7 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from types import TracebackType
 from typing import NamedTuple, Self, cast
@@ -32,17 +33,17 @@ from md3cli.config import DecodeOptions, ModelOptions
 from md3cli.errors import EngineError
 from md3cli.finished.record_shape import is_record_of
 from md3cli.images.pool import PicturePool
-from md3cli.records import OK_TAIL, RecordDict, Request, RowFailure, SourceRow
+from md3cli.records import OK_TAIL, Answer, RecordDict, Request, RowFailure, SourceRow
+from md3cli.run.drive import drive
 from md3cli.run.feed import Feed, Ticket, make_decode_pool, rows_ahead
 from md3cli.run.journal import encode_record
-from md3cli.run.model_handle import Engine, Model
+from md3cli.run.model_handle import LazyEngine, Model
 from md3cli.run.order import error_of, record_of
 from md3cli.scale.attempts import AttemptJournal, ShardHistory, forget_attempts, keep_damaged_lines, read_history
 from md3cli.scale.folder import METRICS, RunFolder, host_name, new_attempt, open_run_folder, part_name
 from md3cli.scale.markers import Commit, put_commit, read_commit, read_run_options
 from md3cli.scale.plan import PlannedRow, PlanReader
 
-WAIT_SLICE_S = 0.2  # of waiting for a picture, so that a wish to stop is seen soon
 BLAME = RowFailure("model", "the worker process died twice on this request")
 
 
@@ -60,24 +61,6 @@ class _PlannedIds:
         return self._ids.popleft()
 
 
-class WarmModel:
-    """A model that is loaded once, by the first request that needs it."""
-
-    def __init__(self, model: Model) -> None:
-        self.identity, self.crop_config = model.identity, model.crop_config
-        self.engine: Engine | None = None
-        self.is_loading = False
-        self._model = model
-
-    def loaded(self) -> Engine:
-        """The engine, loaded now if it was not."""
-        if self.engine is None:
-            self.is_loading = True
-            self.engine = self._model.load()
-            self.is_loading = False
-        return self.engine
-
-
 class ShardAttempt:
     """One attempt at a shard; `lines` are the finished records by id, each with its newline."""
 
@@ -86,17 +69,20 @@ class ShardAttempt:
         history: ShardHistory,
         journal: AttemptJournal,
         pool: PicturePool,
-        model: WarmModel,
+        model: Model,
+        engine: LazyEngine,
         should_stop: Callable[[], bool],
         on_progress: Callable[[int, int], None],
     ) -> None:
-        self._journal, self._pool, self._model = journal, pool, model
+        self._journal, self._pool, self._model, self._engine = journal, pool, model, engine
         self._should_stop, self._on_progress = should_stop, on_progress
         self._left_open, self._blamed = history.left_open, history.blamed
         self.lines = dict(history.records)
         self.num_reused = len(self.lines)
         self._num_failed = sum(not line.endswith(OK_TAIL) for line in self.lines.values())
         self._new: list[tuple[str, RecordDict]] = []
+        self._in_flight: dict[int, Ticket] = {}
+        self._is_alone = False
 
     def to_the_end(self, rows: Sequence[PlannedRow]) -> None:
         """Ask all that is not finished.
@@ -109,7 +95,7 @@ class ShardAttempt:
         for one in suspects:
             if one.ids[0] in self._blamed:
                 self._fail(Ticket(0, one.ids[0], one.row.image, one.row.requests[0], one.row, True), BLAME)
-        self._flush()
+        self.flush()
         for one in suspects:
             self._drive([one], is_alone=True)
         self._drive(rows, is_alone=False)
@@ -118,6 +104,7 @@ class ShardAttempt:
     def _drive(self, rows: Sequence[PlannedRow], *, is_alone: bool) -> None:
         if all(record_id in self.lines for row in rows for record_id in row.ids):
             return
+        self._is_alone = is_alone
         feed = Feed(
             iter([row.row for row in rows]),
             ids=_PlannedIds(rows),
@@ -128,38 +115,33 @@ class ShardAttempt:
             recall=lambda ticket: False,
             reading=contextlib.nullcontext,
         )
-        in_flight: dict[int, Ticket] = {}
-        while True:
-            if self._should_stop():
-                self._journal.stop()
-                raise ShardStopped
-            self._fill(feed, in_flight, is_alone)
-            if in_flight:
-                for answer in self._model.loaded().step():
-                    ticket = in_flight.pop(answer.key)
-                    self._new.append((ticket.record_id, record_of(ticket, answer, self._model.identity)))
-            self._flush()
-            self._journal.touch()
-            if not in_flight:
-                if feed.is_exhausted:
-                    return
-                feed.wait(WAIT_SLICE_S)
+        drive(feed, self._engine, self, self._check_stop)
 
-    def _fill(self, feed: Feed, in_flight: dict[int, Ticket], is_alone: bool) -> None:
-        """Give the model what is ready, noting before each request that it is begun."""
-        while (engine := self._model.engine) is None or engine.wants_more:
-            ready = feed.poll()
-            if ready is None:
-                return
-            engine = self._model.loaded()
-            self._journal.begin(ready.ticket.record_id, is_alone=is_alone)
-            in_flight[ready.ticket.key] = ready.ticket
-            engine.add(ready.ticket.key, ready.picture, ready.ticket.request)
+    def _check_stop(self) -> None:
+        if self._should_stop():
+            self._journal.stop()
+            raise ShardStopped
+
+    def has_room(self, batch_size: int) -> bool:
+        """Answers are written as they come, so none waits for another."""
+        return True
+
+    def expect(self, ticket: Ticket) -> None:
+        """Note that a request is begun, before the model sees it."""
+        self._journal.begin(ticket.record_id, is_alone=self._is_alone)
+        self._in_flight[ticket.key] = ticket
+
+    def answer(self, answer: Answer) -> None:
+        """Make an answer a record, to be written by the next `flush`."""
+        ticket = self._in_flight.pop(answer.key)
+        self._new.append((ticket.record_id, record_of(ticket, answer, self._model.identity)))
 
     def _fail(self, ticket: Ticket, failure: RowFailure) -> None:
         self._new.append((ticket.record_id, error_of(ticket, failure, self._model.identity)))
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write the new records to the attempt's journal, and show that the attempt is alive."""
+        self._journal.touch()
         if not self._new:
             return
         lines = [(record_id, encode_record(record)) for record_id, record in self._new]
@@ -250,8 +232,9 @@ class ShardRunner:
         finder: str | ModelFinder = FINDER,
         model: ModelOptions | None = None,
         decode: DecodeOptions | None = None,
+        while_loading: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
-        """`model` and `decode` default to what run.json of the folder says.
+        """`model` and `decode` default to what run.json of the folder says; `while_loading` is as for LazyEngine.
 
         Raises:
             InputError: no plan there, or run.json is missing.
@@ -265,7 +248,8 @@ class ShardRunner:
             options = read_run_options(self.folder)
             model, decode = model or options.model, decode or options.decode
         self._decode = decode
-        self._model = WarmModel(_find(finder, model))
+        self._model = _find(finder, model)
+        self._engine = LazyEngine(self._model, while_loading)
         if self._model.identity != self.plan.identity:
             raise EngineError(
                 f"the model here is {self._model.identity}, the plan was made for {self.plan.identity}; "
@@ -320,7 +304,9 @@ class ShardRunner:
         journal = AttemptJournal(self.folder, shard, self.attempt)
         on_start(shard, self.attempt)
         try:
-            attempt = ShardAttempt(history, journal, self._pool_of_run(), self._model, should_stop, on_progress)
+            attempt = ShardAttempt(
+                history, journal, self._pool_of_run(), self._model, self._engine, should_stop, on_progress
+            )
             attempt.to_the_end(rows)
         finally:
             journal.close()
@@ -329,7 +315,7 @@ class ShardRunner:
     @property
     def is_loading(self) -> bool:
         """True while the model is being loaded; asked from another thread."""
-        return self._model.is_loading
+        return self._engine.is_loading
 
     def _pool_of_run(self) -> PicturePool:
         if self._pool is None:
@@ -376,15 +362,13 @@ class ShardRunner:
         """A line a shard in this worker's file; a disk that refuses it is no failure."""
         if self.folder.store is not self.folder.wip:  # object stores take no appending; the marker has the times
             return
-        engine = self._model.engine
-        stages = dict(engine.stage_seconds()) if engine is not None else {}
         line = {
             "time": commit.ended,
             "shard": shard,
             "records": commit.num_records,
             "seconds": commit.seconds,
             "committed": is_ours,
-            "stages": {name: round(seconds, 3) for name, seconds in stages.items()},
+            "stages": {name: round(seconds, 3) for name, seconds in self._engine.stage_seconds().items()},
         }
         path = self.folder.wip.path(f"{METRICS}/{self._worker}.jsonl")
         with contextlib.suppress(OSError):

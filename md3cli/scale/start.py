@@ -41,7 +41,7 @@ from md3cli.run.journal_scan import (
     keep_damaged,
     line_number,
 )
-from md3cli.run.model_handle import FoundModel
+from md3cli.run.model_handle import Model
 from md3cli.run.order import SUFFIX as EARLY_SUFFIX
 from md3cli.run.order import early_records
 from md3cli.run.output import OutputPlan
@@ -235,7 +235,7 @@ class Start:
         source: Source,
         outputs: OutputPlan,
         folder: RunFolder,
-        model: FoundModel,
+        model: Model,
     ) -> None:
         assert outputs.files is not None
         self.config, self.console, self.outputs, self.files = config, console, outputs, outputs.files

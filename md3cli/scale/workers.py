@@ -18,6 +18,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,11 +26,12 @@ from md3cli.child import Child
 from md3cli.errors import EngineError
 from md3cli.records import printable
 from md3cli.run.feed import num_auto_workers
+from md3cli.run.model_handle import Model
 from md3cli.scale import shard_runner
 from md3cli.scale.attempts import Signs, Teller, note_death, read_history, who_runs
 from md3cli.scale.folder import RunFolder, host_name
 from md3cli.scale.markers import Commit, CommitLog, RunOptions, read_commit
-from md3cli.scale.shard_runner import ModelFinder, ShardRunner, ShardStopped
+from md3cli.scale.shard_runner import ShardRunner, ShardStopped
 
 
 class ShardQueue:
@@ -151,8 +153,17 @@ class Driver:
 class LocalDriver(Driver):
     """Runs the shards of `queue` in this process, one after another."""
 
-    def __init__(self, uri: str, queue: ShardQueue, options: RunOptions, find: ModelFinder) -> None:
-        self._uri, self._queue, self._options, self._find = uri, queue, options, find
+    def __init__(
+        self,
+        uri: str,
+        queue: ShardQueue,
+        options: RunOptions,
+        model: Model,
+        while_loading: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        # `while_loading` is entered around the loading of `model`.
+        self._uri, self._queue, self._options = uri, queue, options
+        self._model, self._while_loading = model, while_loading
         self._under_way = 0, 0
 
     def under_way(self) -> tuple[int, int]:
@@ -166,7 +177,13 @@ class LocalDriver(Driver):
         if self._queue.is_finished:
             return
         options = self._options
-        with ShardRunner(self._uri, finder=self._find, model=options.model, decode=options.decode) as runner:
+        with ShardRunner(
+            self._uri,
+            finder=lambda _: self._model,
+            model=options.model,
+            decode=options.decode,
+            while_loading=self._while_loading,
+        ) as runner:
             while not (should_stop() or self._queue.is_finished):
                 shard = self._queue.take()
                 if shard is None:

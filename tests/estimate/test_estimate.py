@@ -42,8 +42,8 @@ class TimedEngine(StubEngine):
         self.known: set[int] = set()
 
     def step(self) -> Sequence[Answer]:
-        for _, picture, _ in list(self._waiting)[: self.batch_size]:
-            crops = 0 if picture is None else len(picture.crops)
+        for job in list(self._waiting)[: self.batch_size]:
+            crops = 0 if job.image is None else len(job.image.crops)
             self.vision_s += CROP_S * (1 if crops == 2 else crops)
             self.clock.now_s += CROP_S * (1 if crops == 2 else crops) + REQUEST_S
             self.clock.now_s += 0 if crops in self.known else COLD_S

@@ -350,7 +350,7 @@ def test_a_late_picture_holds_back_the_records_behind_it(
     md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_pictures(pictures, 80)
-    monkeypatch.setattr("md3cli.run.local.BATCHES_AHEAD", 2)
+    monkeypatch.setattr("md3cli.run.order.BATCHES_AHEAD", 2)
     from md3cli.images.pool import PicturePool
 
     decode = PicturePool._decode_in_worker

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from md3cli.config import ModelOptions
-from md3cli.images.crops import CropConfig, PreparedImage
-from md3cli.records import Answer, Request, RowFailure, RunIdentity, Task
+from md3cli.images.crops import CropConfig
+from md3cli.records import Answer, Job, Request, RowFailure, RunIdentity, Task
 
 CROP_CONFIG = CropConfig(crop_size=28, patch_size=14, overlap_margin=0, max_crops=4)
 
@@ -28,7 +28,7 @@ class StubEngine:
     encoding_bytes: int = 100_000
     num_answered: int = 0
     seen: list[tuple[str | None, Request]] = field(default_factory=list)
-    _waiting: deque[tuple[int, PreparedImage | None, Request]] = field(default_factory=deque)
+    _waiting: deque[Job] = field(default_factory=deque)
 
     @property
     def wants_more(self) -> bool:
@@ -38,22 +38,23 @@ class StubEngine:
     def has_work(self) -> bool:
         return bool(self._waiting)
 
-    def add(self, key: int, picture: PreparedImage | None, request: Request) -> None:
-        self._waiting.append((key, picture, request))
+    def add(self, job: Job) -> None:
+        self._waiting.append(job)
 
     def step(self) -> Sequence[Answer]:
         time.sleep(self.step_s)
         batch = [self._waiting.popleft() for _ in range(min(self.batch_size, len(self._waiting)))]
         self.num_answered += len(batch)
-        self.seen += [(picture and picture.sha256, request) for _, picture, request in batch]
-        return [answer(*taken) for taken in reversed(batch)]
+        self.seen += [(job.image and job.image.sha256, job.request) for job in batch]
+        return [answer(job) for job in reversed(batch)]
 
     def stage_seconds(self) -> Mapping[str, float]:
         return {"vision": 0.2, "prefill": 0.1, "decode": 0.7}
 
 
-def answer(key: int, picture: PreparedImage | None, request: Request) -> Answer:
+def answer(job: Job) -> Answer:
     """What the stub says; the prompt `fail me` fails."""
+    key, picture, request = job.key, job.image, job.request
     if request.prompt == "fail me":
         return Answer(key, failure=RowFailure("model", "asked to fail"))
     text = hashlib.sha256(f"{picture and picture.sha256} {request}".encode()).hexdigest()[:12]

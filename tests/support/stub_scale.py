@@ -25,9 +25,7 @@ class MortalEngine(StubEngine):
     deadly: str | None = None
 
     def step(self) -> Sequence[Answer]:
-        if self.deadly and any(
-            request.prompt == self.deadly for _, _, request in list(self._waiting)[: self.batch_size]
-        ):
+        if self.deadly and any(job.request.prompt == self.deadly for job in list(self._waiting)[: self.batch_size]):
             os._exit(DEADLY_STATUS)
         return super().step()
 

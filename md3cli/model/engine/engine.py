@@ -124,6 +124,21 @@ class Engine:
         return self.config.vision.crop_config
 
     @property
+    def device(self) -> str:
+        """Where the engine runs, as `--device` names it."""
+        return str(self.model.device)
+
+    @property
+    def encoding_bytes(self) -> int:
+        """What one picture's encoding takes in the cache."""
+        return self.config.vision.num_patches * self.config.text.dim * self.model.dtype.itemsize
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Return where the time went so far, by stage."""
+        prefill_s = self.stats.prefix_seconds + self.stats.prompt_seconds
+        return {"vision": self.encoder.seconds, "prefill": prefill_s, "decode": self.stats.decode_seconds}
+
+    @property
     def has_work(self) -> bool:
         """True while something is taken in and not answered."""
         return bool(self._waiting or self._finished or self._slots.active)
