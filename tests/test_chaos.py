@@ -18,17 +18,20 @@ CAN_MOUNT = has_small_disks()
 MOST_KINDS = tuple(kind for kind in KINDS if kind != "full-disk")
 
 
+@pytest.mark.process
 def test_an_interruption_of_every_kind(tmp_path: Path) -> None:
     chaos = Chaos(tmp_path, seed=3)
     run_chaos(chaos, len(MOST_KINDS), MOST_KINDS)
     assert set(MOST_KINDS) <= set(chaos.report)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not CAN_MOUNT, reason="a small disk can be mounted by root only")
 def test_a_full_disk(tmp_path: Path) -> None:
     run_chaos(Chaos(tmp_path, seed=4, num_pictures=60), 1, ("full-disk",))
 
 
+@pytest.mark.process
 def test_a_document_is_never_half(tmp_path: Path) -> None:
     """With all records there, what is left to interrupt is the making of the document."""
     chaos = Chaos(tmp_path, format="coco", num_pictures=20)
@@ -72,6 +75,7 @@ def test_death_before_each_of_the_first_200_operations(tmp_path: Path, action: s
         chaos.interrupt_at_operation(action, at)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 17])
 def test_death_while_failures_are_done_again(tmp_path: Path, step: int) -> None:
     """Before every `step`-th operation of a --retry-failed, and then the same command again."""
@@ -106,6 +110,7 @@ def test_death_while_failures_are_done_again(tmp_path: Path, step: int) -> None:
     assert out.read_bytes() == whole
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("count", "step"), [pytest.param(200, 1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]), (6, 23)]
 )

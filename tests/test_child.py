@@ -33,6 +33,7 @@ def tests_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("may_print", [False, True])
 def test_a_child_answers_and_its_last_words_are_kept(may_print: bool) -> None:
     with Child(ECHO, environment={"OMP_NUM_THREADS": "3"}, may_print=may_print) as child:
@@ -46,6 +47,7 @@ def test_a_child_answers_and_its_last_words_are_kept(may_print: bool) -> None:
         assert child.last_words() == "last words"
 
 
+@pytest.mark.process
 def test_a_child_that_may_print_prints_any_number_of_lines() -> None:
     with Child(ECHO, may_print=True) as child:
         for _ in range(3):
@@ -55,6 +57,7 @@ def test_a_child_that_may_print_prints_any_number_of_lines() -> None:
         assert child.last_words() == "much"
 
 
+@pytest.mark.process
 def test_the_end_of_the_context_is_the_end_of_the_child() -> None:
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     with Child(ECHO) as child:

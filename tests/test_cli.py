@@ -44,6 +44,7 @@ def test_help_lists_every_command(md3: Program) -> None:
     assert all(f"  {name} " in result.stdout for name in COMMANDS)
 
 
+@pytest.mark.process
 def test_help_is_light() -> None:
     check = (
         "import sys, md3cli.__main__ as m\n"
@@ -57,6 +58,7 @@ def test_help_is_light() -> None:
     subprocess.run([sys.executable, "-c", check], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.process
 def test_no_command_imports_torch_for_its_help() -> None:
     check = (
         "import sys\n"
@@ -69,6 +71,7 @@ def test_no_command_imports_torch_for_its_help() -> None:
     subprocess.run([sys.executable, "-c", check], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.process
 def test_python_m_md3cli_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "md3cli", "-V"], check=True, capture_output=True, text=True)
     assert done.stdout == f"md3 {__version__}\n"
@@ -80,6 +83,7 @@ def test_unknown_command_suggests(md3: Program) -> None:
     assert "No such command 'detct'. Did you mean 'detect'?" in result.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
@@ -339,6 +343,7 @@ def test_a_table_is_for_its_command(md3: Program, pictures: Path) -> None:
     assert [r["image"] for r in records_of(md3("detect", pictures, "x").stdout)] == ["p1.png"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -71,6 +71,7 @@ def test_no_colour_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> Non
     assert "\x1b" not in capsys.readouterr().out
 
 
+@pytest.mark.process
 @given(text=st.text())
 def test_no_data_reaches_a_terminal_raw(text: str) -> None:
     console = RunConsole(has_color=False)

@@ -270,18 +270,21 @@ def test_export(md3: Program, folder: Path, name: str) -> None:
 EVERYTHING = "--task caption --task 'query:How many?' --task detect:car --task point:nose --task segment:dog"
 
 
+@pytest.mark.process
 def test_run_folder_of_one_process(folder: Path, tmp_path: Path) -> None:
     formats = " ".join(f"-f {name}" for name in ("coco", "csv", "yolo", "voc", "labelstudio", "hf", "txt", "parquet"))
     text = told_outside(f"run img {EVERYTHING} -o out/ {formats}", tmp_path)
     check("run-folder.txt", text + shown_tree(Path("out")))
 
 
+@pytest.mark.process
 def test_records_file_of_one_process(folder: Path, tmp_path: Path) -> None:
     text = told_outside("detect img car person --max-objects 3 -o out.jsonl", tmp_path)
     text += told_outside("detect img car person --max-objects 3 -o out.jsonl --retry-failed", tmp_path)
     check("run-file.txt", text + shown_files("out*"))
 
 
+@pytest.mark.process
 def test_single_document_of_one_process(folder: Path, tmp_path: Path) -> None:
     text = told_outside("detect img car -o out.json", tmp_path)
     check("run-document.txt", text + shown_files("out*"))
@@ -300,6 +303,7 @@ def shown_files(pattern: str) -> str:
     return "".join(shown_tree(path) for path in sorted(Path().glob(pattern)))
 
 
+@pytest.mark.process
 def test_run_folder_of_two_workers(folder: Path, tmp_path: Path) -> None:
     """Its tree, its plan, what is said of it, and what the digest of its config is made of."""
     line = "detect img car car -o out/ -f csv --devices cpu --workers-per-device 2 --shard-size 2 --cache-size 1G"
@@ -367,6 +371,7 @@ words_as_frozen = pytest.mark.skipif(
 )
 
 
+@pytest.mark.process
 @words_as_frozen
 @pytest.mark.parametrize("command", HELP)
 def test_help(md3: Program, command: str) -> None:
@@ -490,6 +495,7 @@ USAGE_ERRORS = {
 }
 
 
+@pytest.mark.process
 @words_as_frozen
 @pytest.mark.parametrize("kind", USAGE_ERRORS)
 def test_usage_errors(md3: Program, folder: Path, kind: str) -> None:
@@ -531,6 +537,7 @@ run img --task caption:short --task detect:car,dog --task 'query:Why?' --task po
 """
 
 
+@pytest.mark.process
 def test_ids(md3: Program) -> None:
     """The ids of requests, which must be the same for ever."""
     ids = {}
@@ -631,6 +638,7 @@ TINY = (
 )
 
 
+@pytest.mark.process
 def test_records_of_the_small_model(folder: Path) -> None:
     """The real engine: keys in their order, words, ids; and the file that keeps the picture's encoding."""
     (folder / "scene_00001.png").write_bytes((SCENES / "scene_00001.png").read_bytes())

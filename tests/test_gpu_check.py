@@ -80,6 +80,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return check(tmp_path_factory.mktemp("gpu_check") / "out", *CPU)
 
 
+@pytest.mark.process
 def test_every_part_is_ok(whole: Ran) -> None:
     assert whole.stderr == ""
     expected = dict.fromkeys(NAMES, "ok")
@@ -150,12 +151,14 @@ def test_the_table_shows_every_figure_in_100_columns(whole: Ran) -> None:
 # -- options ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_only_and_skip_take_names(tmp_path: Path) -> None:
     ran = check(tmp_path / "out", *CPU, "--only", "limits,files", "--only", "engine", "--skip", "engine,files")
     assert ran.status == 0
     assert ran.statuses == dict.fromkeys(NAMES, "skipped") | {"limits": "ok"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -175,6 +178,7 @@ def test_a_wrong_option_is_one_line(tmp_path: Path, arguments: tuple[str, ...], 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     ran = check(tmp_path / "file" / "out", *CPU)
@@ -183,6 +187,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     assert "choose another folder" in ran.stderr
 
 
+@pytest.mark.process
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_one_line_says_what_to_do(tmp_path: Path) -> None:
     ran = check(tmp_path / "out")
@@ -193,6 +198,7 @@ def test_without_a_device_one_line_says_what_to_do(tmp_path: Path) -> None:
     assert set(ran.statuses.values()) == {"not measured"}
 
 
+@pytest.mark.process
 def test_a_cpu_without_triton_measures_no_kernels(tmp_path: Path) -> None:
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("raise ImportError\n")
@@ -206,6 +212,7 @@ def test_a_cpu_without_triton_measures_no_kernels(tmp_path: Path) -> None:
     assert "is triton installed?" in ran.stdout
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("budget", [0, 4])
 def test_what_does_not_fit_the_budget_is_not_measured(tmp_path: Path, budget: int) -> None:
     ran = check(tmp_path / "out", *CPU, "--budget", str(budget))
@@ -264,6 +271,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return check(folder / "out", *CPU, script=fault_script(folder, ", ".join(parts)))
 
 
+@pytest.mark.process
 def test_what_goes_wrong_costs_its_part_and_no_other(faulty: Ran) -> None:
     assert faulty.status == 1
     failed = dict.fromkeys(("hangs", "killed", "raises", "wrong", "import"), "failed")
@@ -293,6 +301,7 @@ def test_a_part_that_hangs_leaves_no_process_behind(faulty: Ran) -> None:
     assert not any(map(is_running, faulty.results["parts"]["hangs"]["pids"]))
 
 
+@pytest.mark.process
 def test_the_end_of_the_budget_is_no_part_s_fault(tmp_path: Path) -> None:
     script = fault_script(tmp_path, ", ".join([fault("well"), fault("hangs", most_s=300), fault("killed")]))
     ran = check(tmp_path / "out", *CPU, "--budget", "20", script=script)
@@ -302,6 +311,7 @@ def test_the_end_of_the_budget_is_no_part_s_fault(tmp_path: Path) -> None:
     assert not any(map(is_running, ran.results["parts"]["hangs"]["pids"]))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_what_it_had_and_no_child(tmp_path: Path, number: signal.Signals) -> None:
     script = fault_script(tmp_path, ", ".join([fault("well"), fault("hangs", most_s=300)]))

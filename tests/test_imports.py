@@ -160,6 +160,7 @@ def test_no_import_circles() -> None:
         follow(module, ())
 
 
+@pytest.mark.process
 def test_an_answer_on_a_cpu_leaves_triton_alone() -> None:
     """Nobody without a GPU misses it; where it is installed it is not even looked into."""
     check = (

@@ -85,6 +85,7 @@ def test_prefix_hidden_states_are_the_same(case: Case) -> None:
         close(hidden[entry["prefix_hidden"]["positions"], :8], entry["prefix_hidden"]["rows"])
 
 
+@pytest.mark.process
 def test_every_request_is_answered_alike(case: Case) -> None:
     for number, entry in enumerate(case.expected["requests"]):
         request, expected = entry["request"], entry["result"]
@@ -172,6 +173,7 @@ def test_encodings(any_model: Model) -> None:
         assert any_model.tokens_of(case["text"]) == case["ids"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("seed", [1, 4])
 def test_what_is_written_is_read_back(seed: int, tmp_path: Path) -> None:
     network = draw_network(seed, dense=seed == 4)
@@ -185,6 +187,7 @@ def test_what_is_written_is_read_back(seed: int, tmp_path: Path) -> None:
             np.testing.assert_allclose(back.tensors[name], network.tensors[name], rtol=0, atol=lossy, err_msg=name)
 
 
+@pytest.mark.process
 def test_a_seed_decides_the_model() -> None:
     first, again, other = draw_network(3), draw_network(3), draw_network(7)
     assert first.config == again.config != other.config

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from program import STUB_MD3, clean_environment, make_pictures, records_of
 
+pytestmark = pytest.mark.process
+
 STUB = (str(STUB_MD3),)
 PROGRAM = ("-m", "md3cli")
 

@@ -17,6 +17,8 @@ from program import STUB_MD3, isolate, make_pictures, records_of, start
 
 from md3cli.signals import Interrupted, StopSignals
 
+pytestmark = pytest.mark.process
+
 NUM_PICTURES = 60
 
 

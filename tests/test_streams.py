@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from program import STUB_MD3, isolate, make_pictures, records_of
 
+pytestmark = pytest.mark.process
+
 NUM_PICTURES = 30
 
 

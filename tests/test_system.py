@@ -41,6 +41,7 @@ print(lock.is_held, OutputLock.acquire(Path("shared.lock"), "out", is_shared=Tru
 """
 
 
+@pytest.mark.process
 def test_windows_lock_leaves_the_holders_name_readable(tmp_path: Path) -> None:
     (tmp_path / "byte_locks.py").write_text(MSVCRT)
     support = str(Path(__file__).parent / "support")
@@ -83,6 +84,7 @@ def test_a_folders_lock_is_held_by_one(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.process
 def test_whether_a_process_is_there() -> None:
     assert system.is_alive(os.getpid())
     done = subprocess.Popen([sys.executable, "-c", ""])

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from program import STUB_MD3, clean_environment, make_pictures, records_of
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[1]
 HIDING = Path(__file__).parent / "support" / "without_posix.py"
 PACKAGE = ROOT / "md3cli"

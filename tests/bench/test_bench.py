@@ -80,6 +80,7 @@ def run_gpu(*names: str, batch_sizes: tuple[int, ...] = (1, 2)) -> GpuRuns:
 # -- workloads -------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["query", "reasoning", "captions"])
 def test_answers_have_the_tokens_of_their_workload(name: str) -> None:
     tokens = {"query": 3, "reasoning": 30, "captions": 150}[name]
@@ -133,6 +134,7 @@ def test_what_a_cpu_runs_has_not_changed() -> None:
 # -- a GPU's runs ----------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_every_workload_at_every_batch_size(engines: list[Engine]) -> None:
     found = run_gpu("query", "reasoning", "captions")
     assert [(run.workload, run.batch_size) for run in found.runs] == [
@@ -151,6 +153,7 @@ def test_every_workload_at_every_batch_size(engines: list[Engine]) -> None:
     assert not any(engine.encoder.num_reused or engine.stats.num_prefixes_shared for engine in engines)
 
 
+@pytest.mark.process
 def test_files_stand_beside_the_same_pictures_cut_before(engines: list[Engine]) -> None:
     found = run_gpu("files", batch_sizes=(2,))
     cut, files = found.runs
@@ -163,6 +166,7 @@ def test_files_stand_beside_the_same_pictures_cut_before(engines: list[Engine]) 
     assert engine.encoder.num_images == 2 + 4 + 2 + 4  # warm, timed, profiled, from files
 
 
+@pytest.mark.process
 def test_a_batch_that_memory_does_not_hold_is_said(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     make = gpu.make_engine
     monkeypatch.setattr(gpu, "make_engine", lambda model, asked: make(model, min(asked, 3)))
@@ -171,6 +175,7 @@ def test_a_batch_that_memory_does_not_hold_is_said(engines: list[Engine], monkey
     assert found.notes == [f"query, batch {asked}: memory holds a batch of 3" for asked in (4, 8)]
 
 
+@pytest.mark.process
 def test_memory_that_runs_out_at_the_start_is_said(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     make = gpu.make_engine
 
@@ -187,6 +192,7 @@ def test_memory_that_runs_out_at_the_start_is_said(engines: list[Engine], monkey
     ]
 
 
+@pytest.mark.process
 def test_memory_that_runs_out_on_the_way_is_said(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     encode, calls = mini().vision.encode, iter(range(10**6))
 
@@ -263,6 +269,7 @@ def test_a_copy_counts_what_it_reads_and_what_it_writes(monkeypatch: pytest.Monk
     assert stages.copy_rate(torch.ones(1000)) == 4000
 
 
+@pytest.mark.process
 def test_a_stage_that_memory_does_not_hold_is_said(
     engines: list[Engine], small_limits: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +287,7 @@ def test_a_stage_that_memory_does_not_hold_is_said(
     assert [run.batch_size for run in found.runs] == [1, 2, 3]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("workload", "batch_size", "names", "sizes"),
     [
@@ -343,6 +351,7 @@ def mini_source() -> bench.ModelSource:
     return bench.ModelSource(CPU, lambda: random_model(CONFIGS["mini"], dtype=torch.float32, device=CPU), threads=1)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_cpu_measures_what_it_always_did(name: str, small_limits: None) -> None:
     found = bench.run_bench(
@@ -365,6 +374,7 @@ def test_a_cpu_measures_what_it_always_did(name: str, small_limits: None) -> Non
 # -- files -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_files_are_decoded_by_workers_in_order() -> None:
     crop_config = CONFIGS["mini"].vision.crop_config
     request = WORKLOADS["files"].request
@@ -378,6 +388,7 @@ def test_files_are_decoded_by_workers_in_order() -> None:
     assert {job.request for job in jobs} == {request}
 
 
+@pytest.mark.process
 def test_photos_are_pictures_that_any_reader_takes(tmp_path: Path) -> None:
     paths = runs.write_photos(tmp_path, 5, seed=1)
     crop_config = CONFIGS["full"].vision.crop_config
@@ -401,6 +412,7 @@ def run_command(*args: str) -> str:
     return done.output
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("small_limits")
 def test_the_command_prints_numbers_or_tables() -> None:
     found = json.loads(run_command("--config", "mini", "--device", "cpu", "--workload", "files", "--json"))

@@ -115,6 +115,7 @@ def test_scenes_are_those_of_the_generator() -> None:
     assert len(names) == 48 + 3
 
 
+@pytest.mark.process
 def test_full_precision_follows_its_own_path() -> None:
     free = measure(replace(FULL, images=PICTURES[:1]))
     again = measure(replace(FULL, images=PICTURES[:1], followed=(tuple(free["decisions"][0]),)))
@@ -124,6 +125,7 @@ def test_full_precision_follows_its_own_path() -> None:
     assert all(stage["seconds"] > 0 for stage in free["stages"].values())
 
 
+@pytest.mark.process
 def test_another_path_is_followed_to_its_end() -> None:
     """Every decision is asked for, also behind one that was made otherwise."""
     free = measure(replace(FULL, images=PICTURES[:1]))["decisions"][0]
@@ -133,6 +135,7 @@ def test_another_path_is_followed_to_its_end() -> None:
     assert led[0] == free[0]
 
 
+@pytest.mark.process
 def test_a_variant_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     rows = ({"image": PICTURES[0], "name": "a.png", "task": "caption", "length": "short"},)
     job = replace(FULL, quant="int4", images=(), requests=rows, records=str(tmp_path / "r.jsonl"))
@@ -143,6 +146,7 @@ def test_a_variant_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert record["error"] is None
 
 
+@pytest.mark.process
 def test_a_variant_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("random.py").write_text("raise SystemExit('code that lies beside pictures was run')")

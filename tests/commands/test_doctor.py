@@ -18,6 +18,7 @@ from md3cli.commands.doctor import Finding, Health
 from md3cli.model.engine import load
 
 
+@pytest.mark.process
 def test_it_reports_on_this_machine(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "md3cli", "doctor", "--device", "cpu", "--json"],
@@ -33,6 +34,7 @@ def test_it_reports_on_this_machine(tmp_path: Path) -> None:
     assert (done.returncode == 1) == any(finding["health"] == "bad" for finding in findings.values())
 
 
+@pytest.mark.process
 def test_an_unknown_device_is_a_finding_not_a_crash(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "md3cli", "doctor", "--device", "abacus"],

@@ -55,6 +55,7 @@ def own_file(tmp_path: Path, text: str) -> None:
     path.write_text(text)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("key", "value"), ALLOWED.items())
 def test_what_is_harmless_is_obeyed_and_the_file_is_named(md3: Program, key: str, value: str) -> None:
     Path("md3.toml").write_text(f"{key} = {value}\n")
@@ -67,6 +68,7 @@ def test_what_is_harmless_is_obeyed_and_the_file_is_named(md3: Program, key: str
     assert len(records_of(result.stdout)) == 2
 
 
+@pytest.mark.process
 def test_every_other_option_is_refused_by_name(md3: Program) -> None:
     options = {key: name for name in COMMANDS for key in options_of(name)}
     forbidden = {key: name for key, name in options.items() if key not in ALLOWED and key not in PLACED}
@@ -176,6 +178,7 @@ def test_quiet_is_quiet_and_what_is_not_in_force_is_not_told(md3: Program) -> No
     assert "settings of" not in md3("caption", "in", "--seed", "4").stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -87,6 +87,7 @@ def test_info_fetches_nothing() -> None:
     assert "fetch it with: md3 models pull moondream3" in message
 
 
+@pytest.mark.process
 def test_info_imports_no_torch() -> None:
     script = (
         "import sys; from md3cli.commands.models import app; "
@@ -118,6 +119,7 @@ def test_convert_to_the_port_needs_weights_without_region_ln(tmp_path: Path) -> 
 # -- quantize and verify ---------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_quantize_writes_what_info_and_verify_describe(tmp_path: Path) -> None:
     output = run("quantize", "tiny", tmp_path / "q", "--quant", "int4", "--vision", "int8", "--scales", "bf16")
     assert f"{tmp_path / 'q'}: int4, 2.8 MB in 1 files, read back" in output
@@ -152,6 +154,7 @@ def test_quantize_fetches_nothing(tmp_path: Path) -> None:
     assert "fetch it with: md3 models pull moondream3" in message
 
 
+@pytest.mark.process
 def test_quantize_looks_at_pictures(tmp_path: Path) -> None:
     scenes = Path(__file__).parents[2] / "examples" / "scenes"
     run("quantize", "tiny", tmp_path / "plain", "--quant", "int4")
@@ -161,6 +164,7 @@ def test_quantize_looks_at_pictures(tmp_path: Path) -> None:
     assert plain[0]["sha256"] != calibrated[0]["sha256"]
 
 
+@pytest.mark.process
 def test_quantize_looks_at_pictures_in_a_table(tmp_path: Path) -> None:
     scene = Path(__file__).parents[2] / "examples" / "scenes" / "scene_00000.png"
     (tmp_path / "pictures").mkdir()
@@ -230,6 +234,7 @@ def test_verify_says_where_there_is_nothing_to_compare_with() -> None:
     assert "no digest known" in run("verify", CASE_A)
 
 
+@pytest.mark.process
 def test_verify_imports_no_torch() -> None:
     script = (
         "import sys; from md3cli.commands.models import app; "

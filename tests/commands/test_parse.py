@@ -59,6 +59,7 @@ def test_no_amounts(text: str) -> None:
         parse_count("5MB")
 
 
+@pytest.mark.process
 @given(number=st.integers(0, 10**15))
 def test_plain_numbers_stay_what_they_are(number: int) -> None:
     assert parse_bytes(str(number)) == parse_count(str(number)) == number

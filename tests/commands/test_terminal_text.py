@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 HOSTILE = "\x1b]0;owned\x07 \x9b2J \u202egnp.exe \r\x08 \u2028 \u061c \ufff9"
 STEERING = [b"\x1b]", b"\x07", b"\x08", *(char.encode() for char in "\x9b\u202e\u2028\u061c\ufff9")]
 CAR = {"label": HOSTILE, "x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6, "score": 0.9}

@@ -252,6 +252,7 @@ def test_lines_for_people(md3: TimedProgram, pictures: Path, monkeypatch: pytest
     assert json.loads(md3("estimate", pictures, "--task", "caption", "--json").stdout)["images"] == 40
 
 
+@pytest.mark.process
 def test_tiny_says_what_its_run_then_does(tmp_path: Path) -> None:
     """All pictures are in the sample here, so tokens and bytes must be those of the run itself."""
     ask = [str(SCENES), "--task", "detect:red circle", "--task", "caption", "-m", "tiny", "--offline"]

@@ -495,6 +495,7 @@ def test_fail_under_decides_the_exit_status(run_files, limit, exit_code):
     assert ("is below" in result.stderr) == bool(exit_code)
 
 
+@pytest.mark.process
 def test_json_figures_and_comparison(run_files):
     result = run_eval(run_files, "good.jsonl", "--gt", "gt.json", "--compare", "bad.jsonl", "--json", "-o", "out.d")
     document = json.loads(result.stdout)

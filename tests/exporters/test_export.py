@@ -129,6 +129,7 @@ def test_what_stands_there_is_kept(folder: Path) -> None:
     assert out.read_text() != "mine"
 
 
+@pytest.mark.process
 def test_a_full_disk_leaves_nothing(folder: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path; from md3cli.exporters import *; from md3cli.errors import *\n"
@@ -146,6 +147,7 @@ def test_a_full_disk_leaves_nothing(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} <= {"records.jsonl", "run.json", "txt"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_nothing_behind(folder: Path, number: signal.Signals, status: int) -> None:
     records = folder / "records.jsonl"
@@ -164,6 +166,7 @@ def test_a_signal_leaves_nothing_behind(folder: Path, number: signal.Signals, st
     assert {path.name for path in folder.iterdir()} == {"records.jsonl", "run.json"}
 
 
+@pytest.mark.process
 def test_it_starts_light(folder: Path) -> None:
     code = (
         "import sys; from md3cli.cli import app\n"

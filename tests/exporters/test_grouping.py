@@ -25,6 +25,7 @@ def groups(path: Path) -> list[tuple[str, list[str]]]:
         return [(group.name, [line["id"] for line in group.records]) for group in index.images()]
 
 
+@pytest.mark.process
 @given(names=st.lists(st.sampled_from(["a", "b", "c", "d/é.png"]), min_size=1, max_size=30))
 def test_every_record_is_in_its_images_group_in_order(
     tmp_path_factory: pytest.TempPathFactory, names: list[str]
@@ -70,6 +71,7 @@ def test_pictures_of_one_name_are_told_apart_by_their_digest(tmp_path: Path) -> 
         assert [group.file_name for group in index.images()] == ["d/a.png", "d/a~2.png"]
 
 
+@pytest.mark.process
 def test_a_torn_tail_is_left_out(tmp_path: Path) -> None:
     path = write_records(tmp_path / "records.jsonl", [record("a", "caption", id="1", caption="é")])
     whole = path.read_bytes()
@@ -168,6 +170,7 @@ def peak_mib(folder: Path, num_images: int) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.process
 def test_memory_does_not_grow_with_the_records(tmp_path: Path) -> None:
     small, large = peak_mib(tmp_path, 500), peak_mib(tmp_path, 10_000)
     assert large < small + 12

@@ -31,6 +31,7 @@ def decoded(mask: Mask) -> np.ndarray:
     return pixels
 
 
+@pytest.mark.process
 @given(
     data=st.data(),
     size=SIZES,
@@ -49,6 +50,7 @@ def test_a_ring_covers_what_cocoapi_says(
     assert (decoded(mask) == coco_mask.decode(expected)).all()
 
 
+@pytest.mark.process
 @given(size=SIZES, data=st.data())
 def test_two_rings_are_filled_as_svg_fills_them(size: tuple[int, int], data: st.DataObject) -> None:
     width, height = size

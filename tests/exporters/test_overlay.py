@@ -183,6 +183,7 @@ def test_other_characters_are_shown_by_their_number() -> None:
     assert shown("汽") != shown("车")
 
 
+@pytest.mark.process
 @given(st.text(max_size=80))
 def test_a_fitted_text_is_no_wider_than_allowed(text: str) -> None:
     font = font_of(12)

@@ -59,6 +59,7 @@ def strangers_run(tmp_path: Path, root: object, lines: list[Record], **keys: obj
     return folder
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("format", CARRYING)
 @pytest.mark.parametrize("name", ["id_rsa", "key.png"])
 @pytest.mark.parametrize("root", ["/", "home"])

@@ -38,6 +38,7 @@ def command_in(stderr: str) -> str:
     return next(line.partition(": ")[2] for line in stderr.splitlines() if line.startswith("all failures: "))
 
 
+@pytest.mark.process
 @ways
 def test_five_are_named_and_a_command_lists_all(md3: Program, way: tuple[str, ...]) -> None:
     for _ in ("now", "done before"):
@@ -64,6 +65,7 @@ def test_on_stdout_there_is_nothing_to_list_them_with(md3: Program) -> None:
     assert "all failures" not in result.stderr
 
 
+@pytest.mark.process
 def test_quiet_names_none_and_success_neither(md3: Program) -> None:
     assert md3("detect", "in", "a", "--quiet").stderr == ""
     assert named(md3("detect", "in/p0.png", "a", "--no-progress").stderr) == []

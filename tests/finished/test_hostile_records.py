@@ -18,6 +18,8 @@ from md3cli.evaluate import compare_runs
 from md3cli.exporters import FORMATS
 from md3cli.report.build import ReportOptions, write_report
 
+pytestmark = pytest.mark.process
+
 BOX = {key: CAR[key] for key in ("x_min", "y_min", "x_max", "y_max")}
 GROUNDING = [{"start_idx": 0, "end_idx": 1, "points": [[0.1, 0.2]]}]
 REASONING = {"text": "abc", "grounding": GROUNDING, "finish_reason": "stop"}

@@ -159,6 +159,7 @@ def test_scores_take_nobody_elses_place(md3: Program, name: str) -> None:
     assert json.loads(Path("scores/eval.json").read_text())["schema"] == "md3-eval/1"
 
 
+@pytest.mark.process
 def test_a_list_on_stdin_is_not_written_over(tmp_path: Path) -> None:
     rows = tmp_path / "list.csv"
     rows.write_text("image\na.png\n")
@@ -173,6 +174,7 @@ def test_a_list_on_stdin_is_not_written_over(tmp_path: Path) -> None:
     assert rows.read_text() == "image\na.png\n"
 
 
+@pytest.mark.process
 def test_the_same_command_still_goes_on(md3: Program) -> None:
     """What a run itself wrote is none of its inputs."""
     for out in ("o.jsonl", "o.csv", "img/o.json"):

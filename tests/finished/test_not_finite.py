@@ -64,6 +64,7 @@ def assert_failed(found: list[RecordDict]) -> None:
         assert not {"caption", "answer", "objects", "points", "segments"} & record.keys()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_no_answer_is_taken_from_what_is_no_number(tmp_path: Path, name: str, value: float) -> None:
@@ -71,6 +72,7 @@ def test_no_answer_is_taken_from_what_is_no_number(tmp_path: Path, name: str, va
     assert_failed(records(model, TEXTS + REGIONS))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", OF_REGIONS)
 def test_heads_of_regions_concern_those_who_ask_them(tmp_path: Path, name: str, value: float) -> None:
@@ -82,6 +84,7 @@ def test_heads_of_regions_concern_those_who_ask_them(tmp_path: Path, name: str, 
     assert [r["caption"] for r in asked[:2]] == [r["caption"] for r in records(sound, TEXTS[:2])]
 
 
+@pytest.mark.process
 def test_every_method_raises_and_the_next_call_is_answered(tmp_path: Path) -> None:
     model = damaged(tmp_path, "model.region.coord_decoder.bias", float("nan"))
     for ask in (model.detect, model.point, model.segment):
@@ -109,6 +112,7 @@ def test_grounded_points_of_a_thought_are_checked_too() -> None:
     assert not _is_finite(rows, tokens, coord_id, [no, yes, yes]).any()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("batch_size", "is_compiled"), [(2, False), (9, False), (9, True)])
 def test_the_other_rows_of_a_batch_are_answered_as_ever(batch_size: int, is_compiled: bool) -> None:
     model = Moondream.load(str(CASE), device="cpu", dtype="fp32")

@@ -19,6 +19,7 @@ def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
     return beside_pictures(monkeypatch, tmp_path)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("format", ["yolo", "hf", "overlay"])
 @pytest.mark.parametrize("where", [".", "img", "**/*.png"])
 def test_an_output_inside_input_is_not_annotated(md3: Program, format: str, where: str) -> None:
@@ -65,6 +66,7 @@ def test_a_strangers_list_in_a_data_folder_hides_nothing_unseen(md3: Program) ->
     assert "3 of md3's own files" in result.stderr
 
 
+@pytest.mark.process
 def test_many_processes_leave_out_the_same(md3: Program, tmp_path: Path) -> None:
     command = ("detect", ".", "x", "-o", "out", "-f", "yolo", "--no-progress", "--devices", "cpu")
     for _ in range(2):

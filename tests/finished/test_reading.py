@@ -52,6 +52,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", FOREIGN)
 @pytest.mark.parametrize("format", ["yolo", "csv"])
 def test_a_file_without_records_replaces_nothing(run: Run, kind: str, format: str) -> None:

@@ -24,6 +24,7 @@ PICTURE = picture("RGB", (64, 48))
 FILE = encode(PICTURE, "PNG")
 
 
+@pytest.mark.process
 def test_every_form_of_a_picture_gives_the_same_answer(tiny: Moondream, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(FILE)

@@ -15,6 +15,8 @@ from md3cli.images.crops import CropConfig, ImageLimits
 from md3cli.images.pool import PicturePool
 from md3cli.records import MESSAGE_LIMIT_CHARS, ImageItem, is_printable
 
+pytestmark = pytest.mark.process
+
 CFG = CropConfig(crop_size=42, patch_size=6, overlap_margin=2, max_crops=12)
 SLOWEST_S = 5.0
 

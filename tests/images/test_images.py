@@ -102,6 +102,7 @@ def test_crops_equal_the_golden_ones_bit_for_bit(path, cfg, expected):
     assert got.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.process
 @given(st.integers(1, 400), st.integers(1, 400))
 def test_tiles_are_windows_of_one_resized_picture(width, height):
     image = picture(size=(width, height))
@@ -116,6 +117,7 @@ def test_tiles_are_windows_of_one_resized_picture(width, height):
             np.testing.assert_array_equal(next(tiles), whole[top : top + 42, left : left + 42])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("size", "tiling"),
     [((1, 1), (1, 1)), ((5000, 1), (1, 1)), ((1, 5000), (1, 1)), ((8000, 500), (1, 13)), ((500, 8000), (13, 1))],
@@ -146,6 +148,7 @@ SIZES = [
 SIZES += [(int(width), int(height)) for width, height in np.random.default_rng(3).integers(1, 1000, (60, 2))]
 
 
+@pytest.mark.process
 def test_resized_pictures_have_the_bytes_of_one_call_of_pillow_12():
     """The digest was taken once, with `image.resize(target, LANCZOS)` of Pillow 12.3 in place of `_resize`."""
     digest = hashlib.sha256()
@@ -218,6 +221,7 @@ def test_running_out_of_memory_is_too_large(monkeypatch, tmp_path):
     assert caught.value.type == "too_large"
 
 
+@pytest.mark.process
 def test_importing_the_door_and_the_pool_does_not_import_torch():
     code = "import sys, md3cli.images.pool; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -237,6 +241,7 @@ def test_background_is_named_by_colour_or_none(tmp_path):
 EXAMPLES = Path(__file__).parents[2] / "examples" / "images"
 
 
+@pytest.mark.process
 def test_every_example_is_small_can_be_read_and_has_its_licence_stated():
     paths = [path for path in sorted(EXAMPLES.iterdir()) if path.name != "LICENSES.md"]
     assert len(paths) >= 12

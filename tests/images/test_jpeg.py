@@ -49,6 +49,7 @@ BEHIND = st.sampled_from([b"", b"\0", b"\xff", b"\xff\xd9", b"anything " * 99, b
 BEFORE_THE_END = st.sampled_from([b"", b"\0", b"\xff\xff", b"few bytes", bytes(500)])
 
 
+@pytest.mark.process
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(["RGB", "L", "CMYK", "YCbCr"]), st.tuples(*[st.integers(1, 140)] * 2), KINDS, BEHIND, BEFORE_THE_END
@@ -75,6 +76,7 @@ WAYS = [{}, {"optimize": True}, {"progressive": True}, {"subsampling": 0}, {"qua
 RESTARTS = [{"restart_marker_rows": 1}, {"restart_marker_blocks": 5}, {"restart_marker_rows": 2, "progressive": True}]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("options", [*WAYS, *RESTARTS])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("part", [0.2, 0.5, 0.8])

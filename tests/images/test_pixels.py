@@ -38,6 +38,7 @@ KINDS = [(fmt, mode) for fmt in ("PNG", "TIFF") for mode in ("RGB", "L", "I;16",
 KINDS += [("JPEG", "RGB"), ("JPEG", "L"), ("WEBP", "RGB"), ("WEBP", "RGBA"), ("AVIF", "RGB"), ("AVIF", "RGBA")]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("fmt", "mode"), KINDS)
 @pytest.mark.parametrize("orientation", LYING)
 def test_pictures_are_turned_upright(fmt, mode, orientation):

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from program import clean_environment, make_pictures
 
+pytestmark = pytest.mark.process
+
 AUDIT = """
 import atexit, json, os, socket, sys
 

@@ -27,6 +27,7 @@ def tiny() -> Moondream:
     return Moondream.load("tiny", device="cpu", dtype="fp32")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -68,6 +69,7 @@ def test_a_wrong_request_is_an_error_record_and_the_next_is_answered(tiny: Moond
         assert bad["task"] == wrong.get("task", "detect")
 
 
+@pytest.mark.process
 def test_none_and_empty_text_stand_for_the_default(tiny: Moondream) -> None:
     plain = {"image": SCENE, "task": "query", "prompt": "How many shapes are there?"}
     named = {**plain, "length": None, "reasoning": None, "seed": None, "spatial_refs": "", "top_p": ""}
@@ -92,6 +94,7 @@ def test_wrong_settings_are_refused(tiny: Moondream, settings: dict[str, Any]) -
     assert tiny.caption(SCENE, settings={"max_tokens": 3})["caption"]
 
 
+@pytest.mark.process
 def test_compiling_drops_the_model_first_and_answers_open_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Moondream.load("tiny", device="cpu", dtype="fp32")
     settings = {"max_tokens": 8}

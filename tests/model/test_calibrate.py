@@ -92,6 +92,7 @@ def test_every_matrix_that_becomes_codes_was_watched(tiny: ModelFiles) -> None:
         assert importance.min() > 0
 
 
+@pytest.mark.process
 def test_error_of_products_falls_on_pictures_that_were_not_looked_at(tiny: ModelFiles) -> None:
     """Over the vision tower; measured on 12 scenes after 64: by 8 %, of experts' products by 13 %."""
     found = collect(tiny, rows(0, 1, 2, 3))

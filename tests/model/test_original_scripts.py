@@ -39,6 +39,7 @@ def image() -> Image.Image:
     return Image.radial_gradient("L").resize((90, 60)).convert("RGB")
 
 
+@pytest.mark.process
 def test_captions_of_three_lengths(model: Moondream, image: Image.Image) -> None:
     for length in ("short", "normal", "long"):
         caption = model.caption(image, length=length, settings=SETTINGS)["caption"]
@@ -71,6 +72,7 @@ def test_a_query_without_reasoning_has_none(model: Moondream, image: Image.Image
     assert set(model.query(image, "What is this?", reasoning=False, settings=SETTINGS)) == {"answer"}
 
 
+@pytest.mark.process
 def test_an_answer_can_be_streamed(model: Moondream, image: Image.Image) -> None:
     for reasoning in (False, True):
         plain = model.query(image, "What is this?", reasoning=reasoning, settings=SETTINGS)
@@ -82,6 +84,7 @@ def test_an_answer_can_be_streamed(model: Moondream, image: Image.Image) -> None
             assert stream["reasoning"] == plain["reasoning"]
 
 
+@pytest.mark.process
 def test_a_question_without_an_image(model: Moondream) -> None:
     result = model.query(question="What is an encoder?", reasoning=False, settings=SETTINGS)
     assert isinstance(result["answer"], str)
@@ -109,6 +112,7 @@ def test_detect_and_point(model: Moondream, image: Image.Image) -> None:
         assert 0 <= point["y"] < 1
 
 
+@pytest.mark.process
 def test_an_encoded_image_answers_like_the_image(model: Moondream, image: Image.Image) -> None:
     encoded = model.encode_image(image)
     assert model.caption(encoded, length="short", settings=SETTINGS) == model.caption(
@@ -143,6 +147,7 @@ def test_compiling_changes_no_answer(folder: Path, model: Moondream, image: Imag
             assert ours[corner] == pytest.approx(theirs[corner], abs=1e-6)
 
 
+@pytest.mark.process
 @pytest.mark.timeout(60)
 def test_other_questions_may_be_asked_while_a_stream_runs(model: Moondream, image: Image.Image) -> None:
     encoded = model.encode_image(image)
@@ -155,6 +160,7 @@ def test_other_questions_may_be_asked_while_a_stream_runs(model: Moondream, imag
     assert "".join(chunks) == plain["caption"]
 
 
+@pytest.mark.process
 @pytest.mark.timeout(60)
 def test_two_streams_may_run_side_by_side(model: Moondream, image: Image.Image) -> None:
     lengths = ("short", "long")
@@ -172,6 +178,7 @@ def test_a_stream_may_be_left_early(model: Moondream, image: Image.Image) -> Non
     assert model.detect(image, "car", settings={"max_objects": 2}) == objects
 
 
+@pytest.mark.process
 @pytest.mark.timeout(60)
 def test_questions_may_be_asked_while_records_arrive(model: Moondream, image: Image.Image) -> None:
     rows = [{"image": image, "task": "caption", "max_tokens": n, "meta": {"n": n}} for n in (24, 3, 12, 1, 7)]
@@ -203,6 +210,7 @@ def test_arguments_come_in_the_originals_order() -> None:
         assert positional[: len(arguments)] == arguments, name
 
 
+@pytest.mark.process
 def test_a_script_over_a_folder(model: Moondream, image: Image.Image, tmp_path: Path) -> None:
     def pictures() -> Iterator[Image.Image]:
         for path in sorted(tmp_path.glob("*.png")):

@@ -131,6 +131,7 @@ def test_path_words_are_single_tokens(tiny: Moondream) -> None:
         assert tokenizer.decode(ids) == word
 
 
+@pytest.mark.process
 def test_it_finds_the_shapes(tiny: Moondream, truth: dict[str, list[dict[str, Any]]]) -> None:
     found = wanted = 0
     for file, things in truth.items():
@@ -140,6 +141,7 @@ def test_it_finds_the_shapes(tiny: Moondream, truth: dict[str, list[dict[str, An
     assert found >= 0.7 * wanted
 
 
+@pytest.mark.process
 def test_it_returns_nothing_for_what_is_not_there(tiny: Moondream, truth: dict[str, list[dict[str, Any]]]) -> None:
     nothing = [
         not tiny.detect(SCENES / file, kind)["objects"]
@@ -149,6 +151,7 @@ def test_it_returns_nothing_for_what_is_not_there(tiny: Moondream, truth: dict[s
     assert np.mean(nothing) >= 0.85
 
 
+@pytest.mark.process
 def test_it_counts(tiny: Moondream, truth: dict[str, list[dict[str, Any]]]) -> None:
     right = [
         tiny.query(SCENES / file, "How many shapes are there?", reasoning=False)["answer"] == str(len(things))
@@ -175,6 +178,7 @@ def plain_answers() -> list[dict[str, Any]]:
     return [answer_of(record) for record in load(batch_size=1).annotate(every_request(files))]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("batch_size", [3, 16])
 def test_batches_give_the_same_answers_in_any_order(batch_size: int, plain_answers: list[dict[str, Any]]) -> None:
     files = sorted(path.name for path in SCENES.glob("*.png"))[:6]
@@ -185,6 +189,7 @@ def test_batches_give_the_same_answers_in_any_order(batch_size: int, plain_answe
         assert_same(answer_of(record), plain_answers[place])
 
 
+@pytest.mark.process
 def test_the_raw_copy_of_the_weights_gives_the_same_answers(
     tmp_path: Path, plain_answers: list[dict[str, Any]]
 ) -> None:
@@ -194,6 +199,7 @@ def test_the_raw_copy_of_the_weights_gives_the_same_answers(
     assert_same([answer_of(record) for record in records], plain_answers)
 
 
+@pytest.mark.process
 def test_a_photograph_gives_valid_records(tiny: Moondream) -> None:
     requests = [{**request, "image": PHOTO} for request in every_request(["scene_00000.png"])]
     for record in tiny.annotate(requests):
@@ -201,6 +207,7 @@ def test_a_photograph_gives_valid_records(tiny: Moondream) -> None:
         assert record["finish_reason"] in ("stop", "length")
 
 
+@pytest.mark.process
 def test_the_least_used_expert_gets_a_fair_share(tiny: Moondream) -> None:
     layers = [module for name, module in tiny.engine.model.named_modules() if name.endswith("router")]
     counts = [torch.zeros(tiny.engine.model.config.text.moe.num_experts) for _ in layers]

@@ -20,6 +20,8 @@ from md3cli.scale.folder import open_run_folder
 from md3cli.scale.markers import read_commit
 from md3cli.scale.store import open_store
 
+pytestmark = pytest.mark.process
+
 Objects = Callable[[], dict[str, bytes]]
 RUN = "s3://pictures/out/run"
 MANY = ("--devices", "cpu", "--workers-per-device", "2")

@@ -58,6 +58,7 @@ def folder(store: StoreDoor, put: Put) -> str:
     return "s3://pictures/set"
 
 
+@pytest.mark.process
 def test_a_folder_in_natural_order(md3: Program, folder: str) -> None:
     names = [f"{folder}/{name}" for name in ("a9.png", "a10.png", "sub/b.JPG", "sub/deep/c.webp")]
     assert images(md3, folder) == images(md3, folder + "/") == names
@@ -68,6 +69,7 @@ def test_a_folder_in_natural_order(md3: Program, folder: str) -> None:
     assert "1 other suffix" in said
 
 
+@pytest.mark.process
 def test_globs_and_single_files(md3: Program, folder: str) -> None:
     assert images(md3, f"{folder}/**/*.[Jw]*") == [f"{folder}/sub/b.JPG", f"{folder}/sub/deep/c.webp"]
     assert images(md3, f"{folder}/a?.png") == [f"{folder}/a9.png"]
@@ -91,6 +93,7 @@ def test_several_inputs(md3: Program, folder: str, tmp_path: Path) -> None:
     assert names == ["here.png", *below]
 
 
+@pytest.mark.process
 def test_more_than_a_page_of_names(md3: Program, store: StoreDoor, put: Put) -> None:
     store.page_size = 3
     for i in range(8):
@@ -100,6 +103,7 @@ def test_more_than_a_page_of_names(md3: Program, store: StoreDoor, put: Put) -> 
     assert store.requests["/pictures"] > 8
 
 
+@pytest.mark.process
 def test_what_is_not_there(md3: Program, folder: str) -> None:
     for typed in ("s3://pictures/gone", "s3://pictures/gone.png", "s3://no-bucket/x", "s3://pictures/gone.csv"):
         assert refusal(md3, typed) == f"error: there is no {typed}; check the address\n"
@@ -123,6 +127,7 @@ def test_a_web_folder_is_its_page(md3: Program, web: WebServer) -> None:
 # -- manifests -----------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_remote_manifest_names_what_lies_beside_it(md3: Program, web: WebServer, folder: str, put: Put) -> None:
     web.files["/w.png"] = picture(5)
     rows = [
@@ -140,6 +145,7 @@ def test_a_remote_manifest_names_what_lies_beside_it(md3: Program, web: WebServe
     assert errors(md3, f"{folder}/list.csv", "--remote")[f"{web.url}/w.png"] is None
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".tsv", ".parquet"])
 def test_remote_manifests_of_each_kind(md3: Program, web: WebServer, folder: str, put: Put, suffix: str) -> None:
     import pyarrow as pa
@@ -219,6 +225,7 @@ def tar_of(members: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.process
 def test_a_tar_is_read_by_ranges(md3: Program, store: StoreDoor, web: WebServer, put: Put) -> None:
     big = {"big.bin": os.urandom(3_000_000)}
     members = {"000.png": picture(0), "000.json": b"{}", **big, "d/001.png": picture(1), "002.png": b"broken"}
@@ -248,6 +255,7 @@ def embedded(pictures: list[bytes | None], group: int = 3) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.process
 def test_parquet_with_pictures_inside(md3: Program, store: StoreDoor, put: Put, tmp_path: Path) -> None:
     content = embedded([picture(i) if i != 5 else b"broken" for i in range(8)])
     put("data/train-0.parquet", content)
@@ -265,6 +273,7 @@ def test_parquet_with_pictures_inside(md3: Program, store: StoreDoor, put: Put, 
     assert images(md3, "*.parquet", status=3) == [f"here.parquet/{name}" for name in names]
 
 
+@pytest.mark.process
 def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     """As a process of its own: where the Hub is, is read when its library is imported."""
     pytest.importorskip("aiohttp", reason=WITHOUT_EXTRA)
@@ -316,6 +325,7 @@ def order_failures(store: StoreDoor, paths: list[str]) -> dict[str, str | None]:
     return wanted
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("output", "num_pictures"),
     [
@@ -353,6 +363,7 @@ def test_failures_become_the_right_records(
     assert Counter(record["width"] for record in found) == Counter(24 + i % 7 for i in range(num_pictures))
 
 
+@pytest.mark.process
 def test_a_folder_that_cannot_be_listed_ends_the_run(md3: Program, folder: str, store: StoreDoor) -> None:
     store.faults["/pictures"] = Fault(403)
     assert "credentials" in refusal(md3, folder)
@@ -360,6 +371,7 @@ def test_a_folder_that_cannot_be_listed_ends_the_run(md3: Program, folder: str, 
     assert len(images(md3, folder)) == 4
 
 
+@pytest.mark.process
 def test_no_secret_is_left_anywhere(md3: Program, web: WebServer, tmp_path: Path) -> None:
     web.files["/d/x.png"] = picture(1)
     for name in ("x.png", "gone.png"):
@@ -394,6 +406,7 @@ def test_no_secret_is_in_the_readable_files_of_a_run_folder(md3: Program, web: W
     assert not any(secret in everything for secret in (b"pa55word", b"s1gnature", b"0ther"))
 
 
+@pytest.mark.process
 def test_limits_hold_for_what_is_fetched(md3: Program, web: WebServer) -> None:
     web.files |= {
         "/d/big.png": b"x" * 20_000,

@@ -135,6 +135,7 @@ def tags_with(text: str) -> list[tuple[str, list[str]]]:
     return [(tag, sorted(attributes)) for tag, attributes in Elements(html).tags]
 
 
+@pytest.mark.process
 @settings(deadline=None, max_examples=40)
 @given(st.text(alphabet=st.sampled_from("<>\"'`&;=/!-[]{}% \0\n\u2028aonscriptsvg:#\ud800"), min_size=1, max_size=40))
 def test_no_text_changes_the_markup(text):

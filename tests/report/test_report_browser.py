@@ -144,6 +144,7 @@ def hide_all_but(driver, card):
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("width", [1400, 390])
 @pytest.mark.parametrize("n", range(len(BOXES)))
 def test_boxes_lie_on_what_they_frame(page, n, width):
@@ -168,6 +169,7 @@ def test_the_viewer_draws_boxes_where_they_are(page):
     assert not viewer.is_displayed()
 
 
+@pytest.mark.process
 def test_filters_show_what_they_say(page):
     everything = shown_cards(page)
     assert len(everything) == 5 + len(HOSTILE)
@@ -341,6 +343,7 @@ def test_dark_and_print_change_the_page(page):
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
 
 
+@pytest.mark.process
 def test_pages_link_to_each_other_and_share_marks(chromium, report):
     size_to(chromium, 1400, 1000)
     chromium.get((report / "paged.html").as_uri())

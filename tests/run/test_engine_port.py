@@ -16,6 +16,8 @@ from md3cli.config import ModelOptions
 from md3cli.errors import CheckpointError
 from md3cli.run.model_handle import REAL_CROP_CONFIG, crop_config_without_network, find_model
 
+pytestmark = pytest.mark.process
+
 CHECKPOINT = Path(__file__).parents[1] / "golden/case-a/checkpoint"
 PICTURES = Path(__file__).parents[1] / "golden/case-a/images"
 

@@ -83,6 +83,7 @@ def turn_bits(md3: Program, tmp_path: Path, count: int, seed: int) -> tuple[int,
     return num_broken, count - num_broken
 
 
+@pytest.mark.process
 def test_200_bits_turned_over(md3: Program, tmp_path: Path) -> None:
     num_broken, num_changed = turn_bits(md3, tmp_path, 200, 7)
     assert num_broken > 50

@@ -109,6 +109,7 @@ def test_a_lone_surrogate_does_not_reach_the_file() -> None:
 # -- damage ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_cut_at_every_byte_keeps_the_whole_lines_and_a_resume_completes_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +126,7 @@ def test_a_cut_at_every_byte_keeps_the_whole_lines_and_a_resume_completes_the_fi
         assert path.read_bytes() == whole
 
 
+@pytest.mark.process
 @several_examples
 @given(start=st.integers(0, 3000), length=st.integers(1, 5000))
 def test_zeros_from_a_power_cut_lose_only_the_lines_they_hit(tmp_path: Path, start: int, length: int) -> None:
@@ -240,6 +242,7 @@ def test_a_full_disk_leaves_whole_lines_and_names_the_file(tmp_path: Path, monke
     assert path.read_bytes() == b"".join(encode_record(record_of(name)) for name in ("a.jpg", "b.jpg"))
 
 
+@pytest.mark.process
 def test_the_file_size_limit_stops_the_run_and_a_resume_goes_on(tmp_path: Path) -> None:
     path, lines = tmp_path / "out.jsonl", lines_of(50)
 
@@ -289,6 +292,7 @@ def kill_writers(path: Path, times: int, chooser: random.Random) -> None:
     assert names == expected[:num_before]
 
 
+@pytest.mark.process
 def test_sigkill_loses_nothing_that_was_reported(tmp_path: Path) -> None:
     kill_writers(tmp_path / "out.jsonl", 6, random.Random(6))
 
@@ -315,6 +319,7 @@ def test_a_second_run_on_the_same_output_is_refused_by_name(tmp_path: Path) -> N
     assert (tmp_path / "out.jsonl.lock").exists()
 
 
+@pytest.mark.process
 def test_a_killed_run_holds_no_lock(tmp_path: Path) -> None:
     def hold_and_die() -> None:
         Journal.open(tmp_path / "out.jsonl")
@@ -334,6 +339,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 # -- doing failures again ------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @several_examples
 @given(st.lists(st.sampled_from(["ok", "io", "decode"]), max_size=12), st.data())
 def test_after_a_retry_each_request_stands_once_in_input_order(

@@ -93,6 +93,7 @@ DAMAGES: list[Callable[[bytes], bytes]] = [
 ]
 
 
+@pytest.mark.process
 @given(
     st.lists(
         st.tuples(

@@ -37,6 +37,7 @@ def test_records_are_in_input_order_though_answers_are_not(md3: Program, picture
     assert [r["image"] for r in records if r["error"]] == ["p3.png", "p3.png"]
 
 
+@pytest.mark.process
 def test_two_runs_give_the_same_lines_whatever_the_batch(md3: Program, pictures: Path) -> None:
     runs = [md3("caption", pictures, "--batch-size", str(size), "--workers", "2").stdout for size in (1, 3, 64)]
     assert runs[0] == runs[1] == runs[2]
@@ -175,6 +176,7 @@ def test_input_that_changed_between_two_starts(md3: Program, pictures: Path) -> 
     assert [record["image"] for record in records_of(after[len(before) :])] == ["new.png"]
 
 
+@pytest.mark.process
 def test_a_second_process_is_refused_with_the_pid_of_the_first(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,6 +348,7 @@ def test_a_window_smaller_than_the_pictures_ahead(md3: Program, pictures: Path) 
     assert len(records_of(md3("caption", pictures, "--batch-size", "1").stdout)) == 70
 
 
+@pytest.mark.process
 def test_a_late_picture_holds_back_the_records_behind_it(
     md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

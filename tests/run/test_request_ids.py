@@ -43,6 +43,7 @@ def plain_ids(asked: list[tuple[str | None, Request]]) -> list[str]:
     return [request_id(*each, RUN, repeat=asked[:i].count(each)) for i, each in enumerate(asked)]
 
 
+@pytest.mark.process
 @given(st.lists(st.tuples(names, st.just(Request(Task.CAPTION)) | requests), max_size=12), st.data())
 def test_fast_ids_are_the_ids_of_the_record(asked: list[tuple[str | None, Request]], data: st.DataObject) -> None:
     expected = plain_ids(asked)

@@ -27,6 +27,7 @@ def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
     return Program(monkeypatch)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("content", RUBBISH.values(), ids=RUBBISH.keys())
 def test_no_run_json_ends_in_an_unexpected_error(md3: Program, tmp_path: Path, content: str) -> None:
     pictures, out = make_pictures(tmp_path / "pictures", 3), tmp_path / "run"

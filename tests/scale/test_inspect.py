@@ -91,6 +91,7 @@ def test_a_damaged_line_of_an_attempt_costs_itself(
     assert (result.exit_code, md3.num_answered, out.read_bytes()) == (0, 1, expected)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("change", [flipped, nul, blank, other_prompt, other_image, other_id])
 def test_a_damaged_line_of_a_committed_part_costs_itself(
     md3: Program, pictures: Path, tmp_path: Path, change: Callable[[bytes], bytes]

@@ -79,6 +79,7 @@ def test_a_planner_elsewhere_that_gives_no_sign_is_given_up(folder: RunFolder) -
     )
 
 
+@pytest.mark.process
 def test_a_planner_that_lives_is_waited_for_with_a_word_now_and_then(folder: RunFolder, pictures: Path) -> None:
     put_mark(folder)
     waiter = Waiter(folder)
@@ -129,6 +130,7 @@ def test_nobody_plans(folder: RunFolder) -> None:
     assert waiter.said == ["waiting for rank 0 to begin"]
 
 
+@pytest.mark.process
 def test_of_many_ranks_one_takes_over_and_the_others_see_it(folder: RunFolder) -> None:
     put_mark(folder)
     first, second = Waiter(folder, rank=1), Waiter(folder, rank=2)

@@ -38,6 +38,7 @@ source_rows = st.builds(
 )
 
 
+@pytest.mark.process
 @given(source_rows)
 def test_a_row_comes_back_as_it_was(row: SourceRow) -> None:
     assert row_of(columns_of(row, (CAPTION,)), (CAPTION,)) == row
@@ -47,6 +48,7 @@ def test_a_usual_row_costs_no_more_than_its_name() -> None:
     assert columns_of(SourceRow(ImageItem("a.jpg", "/x/a.jpg"), (CAPTION,)), (CAPTION,)) == ("a.jpg", b"/x/a.jpg", None)
 
 
+@pytest.mark.process
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from("abc"), max_size=30), st.integers(1, 7))
 def test_ids_are_those_of_a_single_process(tmp_path_factory: pytest.TempPathFactory, names: str, size: int) -> None:
@@ -165,6 +167,7 @@ def plan_of(num_rows: int, folder: Path) -> tuple[float, float]:
     return seconds, peak_mb
 
 
+@pytest.mark.process
 def test_a_plan_in_bounded_memory(tmp_path: Path) -> None:
     _, small_mb = plan_of(20_000, tmp_path)
     _, large_mb = plan_of(300_000, tmp_path)

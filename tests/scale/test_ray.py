@@ -151,6 +151,7 @@ def run(tmp_path: Path, pictures: Path) -> Run:
 # -- with Ray ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_killed_actors_lose_nothing(run: Run, expected: bytes) -> None:
@@ -173,6 +174,7 @@ def test_killed_actors_lose_nothing(run: Run, expected: bytes) -> None:
     assert run.folder.store.names("sessions") == []
 
 
+@pytest.mark.process
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_a_killed_driver_loses_nothing_and_any_engine_goes_on(run: Run, expected: bytes) -> None:
@@ -199,6 +201,7 @@ def test_a_killed_driver_loses_nothing_and_any_engine_goes_on(run: Run, expected
     assert run.records() == expected
 
 
+@pytest.mark.process
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_a_stop_keeps_what_is_finished(run: Run, expected: bytes) -> None:
@@ -209,6 +212,7 @@ def test_a_stop_keeps_what_is_finished(run: Run, expected: bytes) -> None:
     assert run.records() == expected
 
 
+@pytest.mark.process
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_a_request_that_kills_its_worker_is_an_error_record(tmp_path: Path) -> None:
@@ -225,6 +229,7 @@ def test_a_request_that_kills_its_worker_is_an_error_record(tmp_path: Path) -> N
     assert "worker process died" in records[1]["error"]["message"]
 
 
+@pytest.mark.process
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_a_worker_that_cannot_begin_ends_the_run_with_its_words(run: Run) -> None:
@@ -242,6 +247,7 @@ def without_ray_settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
+@pytest.mark.process
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_the_command_writes_what_it_writes_without_ray(
@@ -259,6 +265,7 @@ def test_the_command_writes_what_it_writes_without_ray(
     assert "24 requests of 12 images: 24 ok" in result.stderr
 
 
+@pytest.mark.process
 @pytest.mark.ray
 def test_a_signal_stops_in_order_and_the_same_command_goes_on(tmp_path: Path) -> None:
     """As a process of its own: Ray would take SIGTERM over."""
@@ -299,6 +306,7 @@ def call(worker: ShardWorker, shard: int) -> ShardAnswer:
     return ShardAnswer(**{name: values[0] for name, values in worker({"shard": [shard]}).items()})
 
 
+@pytest.mark.process
 def test_a_worker_answers_with_the_counts_of_its_commit(run: Run) -> None:
     answer = call(ShardWorker(setup_of(run)), 3)
     assert answer == ShardAnswer(3, 5, 10, 0, worker=answer.worker)

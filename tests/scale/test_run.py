@@ -74,6 +74,7 @@ def test_a_run_folder_gives_the_bytes_of_a_single_process(md3: Program, pictures
     assert md3("verify", tmp_path / "out").exit_code == 0
 
 
+@pytest.mark.process
 def test_ranks_share_out_and_the_last_one_exports(md3: Program, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.jsonl"
     asked = ("caption", pictures, "-o", out, "--shard-size", 5, "--world-size", 2)
@@ -111,6 +112,7 @@ def test_a_shard_given_up_here_may_be_finished_by_another_rank(
     assert out.read_bytes() == whole(md3, pictures, tmp_path)
 
 
+@pytest.mark.process
 def test_a_marker_that_is_gone_again_is_told_of(
     md3: Program, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +160,7 @@ def test_names_of_stray_files_do_nothing_to_a_terminal(md3: Program, pictures: P
     assert (found.exit_code, "\x1b" in found.output, "x1b[31m" in found.output) == (1, False, True)
 
 
+@pytest.mark.process
 def test_a_grown_input_is_taken_in_after_the_end(md3: Program, pictures: Path, tmp_path: Path) -> None:
     out, many = tmp_path / "o.jsonl", ("--engine", "local", "--shard-size", 8)
     md3("caption", pictures, "-o", out, *many)
@@ -266,6 +269,7 @@ def test_damage_is_found_and_done_again(md3: Program, pictures: Path, tmp_path: 
     assert md3("verify", out).exit_code == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -301,6 +305,7 @@ def test_records_that_are_not_the_planned_ones_are_found(
     assert md3("verify", out).exit_code == 0
 
 
+@pytest.mark.process
 def test_a_changed_byte_anywhere_is_found(md3: Program, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.jsonl"
     run = Path(f"{out}.md3run")
@@ -314,6 +319,7 @@ def test_a_changed_byte_anywhere_is_found(md3: Program, pictures: Path, tmp_path
     assert md3("verify", out).exit_code == 0
 
 
+@pytest.mark.process
 def test_a_foreign_marker_is_found_and_does_no_harm(md3: Program, pictures: Path, tmp_path: Path) -> None:
     out, other = tmp_path / "o.jsonl", tmp_path / "other.jsonl"
     many = ("--engine", "local", "--shard-size")
@@ -347,6 +353,7 @@ def test_there_is_no_run_folder(md3: Program, tmp_path: Path) -> None:
 # -- worker processes ------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_worker_processes_give_the_same_bytes(md3: Program, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.jsonl"
     process = start(tmp_path, "caption", pictures, "-o", out, *THREE, "--shard-size", 3, step_s=0.05)
@@ -358,6 +365,7 @@ def test_worker_processes_give_the_same_bytes(md3: Program, pictures: Path, tmp_
     assert len({attempt.split("-")[-2] for attempt in attempts}) > 1, "one process did it all"
 
 
+@pytest.mark.process
 def test_a_deadly_request_costs_itself_alone(md3: Program, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.jsonl"
     asked = ("detect", pictures, "a", "deadly", "-o", out, "--devices", "cpu", "--limit", 2)
@@ -369,6 +377,7 @@ def test_a_deadly_request_costs_itself_alone(md3: Program, pictures: Path, tmp_p
     assert found == [("a", None), ("deadly", "model")] * 2
 
 
+@pytest.mark.process
 def test_ctrl_c_stops_in_order_and_a_plain_command_goes_on(md3: Program, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.jsonl"
     process = start(tmp_path, "caption", pictures, "-o", out, *THREE, "--shard-size", 5, step_s=0.3)
@@ -384,6 +393,7 @@ def test_ctrl_c_stops_in_order_and_a_plain_command_goes_on(md3: Program, picture
     assert out.read_bytes() == whole(md3, pictures, tmp_path)
 
 
+@pytest.mark.process
 def test_a_second_ctrl_c_and_a_killed_supervisor_leave_nobody(pictures: Path, tmp_path: Path) -> None:
     for kinds in ((signal.SIGINT, signal.SIGINT), (signal.SIGKILL,)):
         out = tmp_path / f"{len(kinds)}.jsonl"
@@ -397,6 +407,7 @@ def test_a_second_ctrl_c_and_a_killed_supervisor_leave_nobody(pictures: Path, tm
         wait_until(lambda mark=mark: not marked_processes(mark), "workers outlive the run", 30)
 
 
+@pytest.mark.process
 def test_a_second_run_on_an_output_is_refused(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.jsonl"
     process = start(tmp_path, "caption", pictures, "-o", out, "--engine", "local", step_s=5.0)
@@ -409,6 +420,7 @@ def test_a_second_run_on_an_output_is_refused(pictures: Path, tmp_path: Path) ->
     assert f"process {process.pid}" in said
 
 
+@pytest.mark.process
 def test_kills_in_every_form(tmp_path: Path) -> None:
     chaos = ScaleChaos(tmp_path, num_rows=400, shard_size=40, forms=("one", "three", "ranks", "one"))
     run_scale_chaos(chaos, 6)

@@ -63,6 +63,7 @@ def engine_of(runner: ShardRunner) -> StubEngine:
     return engine
 
 
+@pytest.mark.process
 def test_a_shard_becomes_a_part_and_a_marker(run: tuple[RunFolder, Plan]) -> None:
     folder, plan = run
     with ShardRunner(folder.uri, finder="stub_engine:StubModel") as runner:
@@ -77,6 +78,7 @@ def test_a_shard_becomes_a_part_and_a_marker(run: tuple[RunFolder, Plan]) -> Non
     assert plan.num_rows_of(0) == 12
 
 
+@pytest.mark.process
 def test_a_journal_torn_at_any_byte_is_read_up_to_there(tmp_path: Path, pictures: Path) -> None:
     lines = expected(tmp_path, pictures).splitlines(keepends=True)[:3]
     lines[1] = lines[1].replace(b"a picture", "ein Bild \u00fc\u20ac\U0001f600".encode())
@@ -90,6 +92,7 @@ def test_a_journal_torn_at_any_byte_is_read_up_to_there(tmp_path: Path, pictures
     assert len(read_journal(data + b"\0\0\0\n" + lines[0]).records) == 3, "nothing behind damage counts"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("cut", [0, 1, 350, 1200, 2600])
 def test_what_earlier_attempts_finished_is_not_asked_again(
     tmp_path: Path, pictures: Path, run: tuple[RunFolder, Plan], cut: int
@@ -103,6 +106,7 @@ def test_what_earlier_attempts_finished_is_not_asked_again(
     assert part_of(folder) == whole
 
 
+@pytest.mark.process
 def test_stopping_leaves_what_was_finished(tmp_path: Path, pictures: Path, run: tuple[RunFolder, Plan]) -> None:
     folder, asked = run[0], 0
 
@@ -149,6 +153,7 @@ def test_kills_from_outside_blame_nobody_soon(run: tuple[RunFolder, Plan]) -> No
     assert read_history(folder, 0).blamed == {"a"}
 
 
+@pytest.mark.process
 def test_the_blamed_become_error_records_and_the_others_are_asked(
     tmp_path: Path, pictures: Path, run: tuple[RunFolder, Plan]
 ) -> None:
@@ -166,6 +171,7 @@ def test_the_blamed_become_error_records_and_the_others_are_asked(
     }  # fmt: skip
 
 
+@pytest.mark.process
 def test_of_two_attempts_the_first_commit_counts(run: tuple[RunFolder, Plan]) -> None:
     folder = run[0]
     with ShardRunner(folder.uri, finder="stub_engine:StubModel") as slow:
@@ -182,6 +188,7 @@ def test_of_two_attempts_the_first_commit_counts(run: tuple[RunFolder, Plan]) ->
     assert len(folder.store.names("parts")) == 1
 
 
+@pytest.mark.process
 def test_many_requests_of_an_image_decode_it_once(tmp_path: Path, pictures: Path) -> None:
     requests = (CAPTION, Request(Task.DETECT, "a"), CAPTION)
     folder, plan = planned(str(tmp_path / "many"), rows_of(pictures, NAMES, requests), requests, 12)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from program import STUB_MD3, clean_environment, make_pictures
 
+pytestmark = pytest.mark.process
+
 MANY = ("--devices", "cpu", "--no-progress")
 
 

@@ -77,6 +77,7 @@ def test_a_file_that_fails_half_way_is_none(store: Store) -> None:
     assert store.read("a") is None
 
 
+@pytest.mark.process
 def test_of_eight_racing_processes_one_wins(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RACER, str(tmp_path)]
     racers = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in range(8)]

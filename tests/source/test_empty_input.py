@@ -42,6 +42,7 @@ def test_nothing_in_the_whole_of_input_is_status_1(md3: Program, way: tuple[str,
     assert not list(Path().glob("out*"))
 
 
+@pytest.mark.process
 @ways
 def test_it_is_status_0_where_that_is_allowed(md3: Program, way: tuple[str, ...]) -> None:
     result = md3("caption", "none", "--no-progress", "--allow-empty", *way)

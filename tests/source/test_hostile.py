@@ -19,6 +19,8 @@ from program import STUB_MD3, Program, isolate, make_pictures, records_of, start
 from md3cli.records import is_printable
 from md3cli.source.kinds import has_image_suffix
 
+pytestmark = pytest.mark.process
+
 PATIENCE_S = 240  # machines may be loaded
 
 

@@ -84,6 +84,7 @@ def wait_for_lines(path: Path, count: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.process
 def test_each_line_of_an_open_pipe_becomes_a_record_as_it_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_each_line_of_an_open_pipe_becomes_a_record_as_it_comes(
     assert images == ["p0.png", "p1.png", "p2.png", "p3.png", "half.png", "p4.png", "p5.png"]
 
 
+@pytest.mark.process
 def test_a_signal_while_nothing_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     isolate(monkeypatch, tmp_path / "home")
     pictures, out = make_pictures(tmp_path / "pictures", 1), tmp_path / "out.jsonl"

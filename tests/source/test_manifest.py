@@ -256,6 +256,7 @@ def test_each_bad_json_line_is_one_row_with_its_number(tmp_path: Path) -> None:
     assert found[12:] == ["line 14: the key 'image' comes twice", "line 15: the key 'k' comes twice"]
 
 
+@pytest.mark.process
 @some_examples
 @given(st.lists(st.dictionaries(st.text(max_size=5), json_values, max_size=4), max_size=6))
 def test_any_json_object_is_read_back(tmp_path: Path, objects: list[dict[str, Any]]) -> None:
@@ -264,6 +265,7 @@ def test_any_json_object_is_read_back(tmp_path: Path, objects: list[dict[str, An
         assert columns(rows(tmp_path, ".jsonl", data.encode())) == objects
 
 
+@pytest.mark.process
 def test_rows_of_10_kb_stream(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     line = json.dumps({"image": "a.jpg", "note": "x" * 10_000}).encode() + b"\n"
@@ -350,6 +352,7 @@ def test_a_damaged_row_group_costs_one_row(tmp_path: Path) -> None:
     assert [row.problem[:41] for row in found if row.columns is None] == ["row group 2 cannot be read from here on: "]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary()], ids=str)
 def test_a_text_that_comes_again_and_again_takes_its_memory_once(tmp_path: Path, kind: pa.DataType) -> None:
     text, num_rows = "y" * (2 << 20), 600  # 600 bytes on disk, 1.2 GB when written out
@@ -364,6 +367,7 @@ def test_a_text_that_comes_again_and_again_takes_its_memory_once(tmp_path: Path,
     assert pool.max_memory() < 64 << 20
 
 
+@pytest.mark.process
 def test_rows_of_a_mebibyte_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     texts = [f"{number}{os.urandom(1 << 19).hex()}" for number in range(100)]
     table = pa.table({"image": ["a.jpg"] * 100, "note": texts})
@@ -373,6 +377,7 @@ def test_rows_of_a_mebibyte_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     assert pool.max_memory() < 192 << 20  # a batch of 64 MiB, while its buffers grow
 
 
+@pytest.mark.process
 def test_a_column_that_unpacks_a_thousandfold_costs_one_row_and_nothing_behind_it(tmp_path: Path) -> None:
     groups = [["y" * (4 << 20)] * 80, ["short"]]
     path = tmp_path / "m.parquet"

@@ -120,6 +120,7 @@ def test_a_query_can_do_without_an_image() -> None:
 anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.lists(st.floats()))
 
 
+@pytest.mark.process
 @given(st.dictionaries(st.sampled_from(sorted(ROW_COLUMNS)), anything))
 def test_any_values_give_requests_or_a_row_error(columns: dict[str, Any]) -> None:
     outcome = "asked"

@@ -332,6 +332,7 @@ def test_include_exclude_and_limit(folder: Path) -> None:
 path_text = st.text(st.characters(codec="utf-8", exclude_characters="\0\n\r"), min_size=1, max_size=6)
 
 
+@pytest.mark.process
 @given(st.lists(path_text), st.integers(1, 5))
 def test_shards_part_the_rows(listed: list[str], count: int) -> None:
     text = "\n".join(f"n{name}" for name in listed).encode()

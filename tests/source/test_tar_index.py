@@ -93,6 +93,7 @@ def test_a_header_that_claims_gigabytes_is_not_read(kind: bytes, size: int) -> N
         list(tar_members(io.BytesIO(header(kind, size) + bytes(1024)), "t.tar"))
 
 
+@pytest.mark.process
 def test_headers_without_end_are_not_read() -> None:
     sparse = bytearray(header(b"S", 0))
     sparse[482] = 1  # more of the map follows
@@ -130,6 +131,7 @@ def test_a_member_of_a_size_that_no_file_has_ends_the_tar() -> None:
         list(members)
 
 
+@pytest.mark.process
 @settings(max_examples=150)
 @given(st.lists(st.tuples(st.integers(0, 8191), st.integers(0, 255)), min_size=1, max_size=8))
 def test_any_damage_ends(changes: list[tuple[int, int]]) -> None:

@@ -108,6 +108,7 @@ def test_folders_that_cannot_be_read_are_counted(tree: Path, monkeypatch: pytest
     assert files(tree / "nowhere") == ([], {"unreadable folders": 1})
 
 
+@pytest.mark.process
 def test_a_deep_tree_is_no_recursion(tmp_path: Path) -> None:
     depth = 1050
     fds = [os.open(tmp_path, os.O_RDONLY)]

@@ -85,6 +85,7 @@ def test_a_last_line_without_its_end_is_a_line() -> None:
     assert SourceFile("a.py", "").lines == []
 
 
+@pytest.mark.process
 def test_long_and_short_files(checkout: Write) -> None:
     root = checkout(a="A = 1\n" * 801, b="A = 1\n" * 800, c="A = 1\n" * 500, d="A = 1\n" * 60, e="A = 1\n" * 59)
     assert counted(root, "files of more than 800 lines") == ["a.py: 801"]
@@ -274,6 +275,7 @@ def each():
 """
 
 
+@pytest.mark.process
 def test_calls_are_counted_in_all_threads(checkout: Write, tmp_path: Path) -> None:
     never = "class A:\n    B = [x for x in range(3)]\n\ndef f():\n    pass\n"
     root = checkout(__init__="", __main__=MAIN, deep=DEEP, never=never)
@@ -285,6 +287,7 @@ def test_calls_are_counted_in_all_threads(checkout: Write, tmp_path: Path) -> No
     assert found["deepest"] == ["__main__.py:4 main", *["deep.py:1 three"] * 3]
 
 
+@pytest.mark.process
 def test_files_of_what_is_called_more_often(checkout: Write) -> None:
     main = "import os\nfrom md3cli.deep import per_picture\n\ndef main():\n    per_picture(os.listdir('pictures'))\n"
     root = checkout(__init__="", __main__=main, deep=DEEP)
@@ -298,12 +301,14 @@ def test_files_of_what_is_called_more_often(checkout: Write) -> None:
     }
 
 
+@pytest.mark.process
 def test_a_run_that_fails_gives_no_figures(checkout: Write) -> None:
     root = checkout(__init__="", __main__="def main():\n    raise SystemExit(3)\n")
     with pytest.raises(SystemExit, match="md3 detect failed"):
         list(house.trace_figures(root))
 
 
+@pytest.mark.process
 def test_pictures_differ_and_can_be_read(tmp_path: Path) -> None:
     pictures = [house.picture(number) for number in range(house.MANY)]
     assert len(set(pictures)) == house.MANY
@@ -320,6 +325,7 @@ def house_py(*arguments: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.process
 def test_the_table_compares_with_a_revision(checkout: Write) -> None:
     root = checkout(a="A = 1\n")
     git = ["git", "-C", str(root), "-c", "user.name=A", "-c", "user.email=a@example.com"]
@@ -334,12 +340,14 @@ def test_the_table_compares_with_a_revision(checkout: Write) -> None:
     assert house_py("--root", root, "--base", root).splitlines()[1].split()[1:5] == ["2", "2", "+0.0", "%"]
 
 
+@pytest.mark.process
 def test_json(checkout: Write) -> None:
     found = json.loads(house_py("--root", checkout(a="A = 1\n"), "--json"))
     assert found["now"][0] == {"name": "lines", "value": 1, "items": []}
     assert found["base"] == []
 
 
+@pytest.mark.process
 def test_this_checkout_can_be_counted() -> None:
     """Every row has its limit under its own name."""
     found = rows(house.ROOT)

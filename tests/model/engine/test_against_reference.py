@@ -32,6 +32,8 @@ from md3cli.model.quant.quantise import QuantiseSettings, quantise_checkpoint
 from md3cli.model.weights.codes import LowBit
 from md3cli.records import Job, Request, Task
 
+pytestmark = pytest.mark.process
+
 IMAGES_PER_MODEL = 2
 TEXT_ONLY_PER_MODEL = 2
 SETTINGS = ("max_tokens", "max_objects")

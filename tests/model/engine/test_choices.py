@@ -34,6 +34,7 @@ def plain_scores(case: GoldenCase, image_index: int | None, request: Request) ->
     return [math.exp(t - torch.tensor(totals).logsumexp(0).item()) for t in totals]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("reasoning", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_scores_equal_the_plain_path(reasoning: bool, batch_size: int) -> None:

@@ -37,6 +37,7 @@ def run_and_check(case: GoldenCase, engine: Engine, jobs: list[Job]) -> None:
     assert not waiting
 
 
+@pytest.mark.process
 def test_no_recompilation_over_mixed_batches() -> None:
     torch._dynamo.reset()
     case = load_case("a")

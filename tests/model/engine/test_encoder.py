@@ -23,6 +23,7 @@ def cache_for(
     return EncodingCache(FileCache(folder, 10**8), load_case(case_name, dtype).model, background=background)
 
 
+@pytest.mark.process
 def test_a_second_run_does_no_vision_work_and_says_the_same(tmp_path: Path) -> None:
     case = load_case("a")
     keys = [key for key in range(len(case.requests)) if case.is_certain(key)]
@@ -135,6 +136,7 @@ def test_what_comes_late_is_kept_when_it_is_there(tmp_path: Path, monkeypatch: p
     assert_kept(cache_for("a", tmp_path), case.images[:1])
 
 
+@pytest.mark.process
 def test_a_run_leaves_nothing_that_comes_late_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = load_case("a")
     copies = LateCopies(monkeypatch)

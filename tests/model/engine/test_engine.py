@@ -69,6 +69,7 @@ def test_an_untiled_picture_goes_through_the_encoder_once() -> None:
     assert engine.encoder.num_crops == 1
 
 
+@pytest.mark.process
 def test_the_same_picture_later_in_a_run_is_not_encoded_again() -> None:
     case = load_case("c")
     first = [key for key in certain_keys(case) if case.image_indices[key] == 0]
@@ -127,6 +128,7 @@ def test_features_are_let_go_picture_by_picture(monkeypatch: pytest.MonkeyPatch)
     assert most <= encoder.max_crops + max(len(image.crops) for image in case.images)
 
 
+@pytest.mark.process
 def test_rows_started_again_after_running_out_of_memory_answer_the_same() -> None:
     case = load_case("a")
     keys = certain_keys(case)
@@ -201,6 +203,7 @@ def test_requests_that_make_no_sense_fail_alone() -> None:
     assert all(answers[i].failure is not None and answers[i].failure.type == "bad_request" for i in range(len(bad)))
 
 
+@pytest.mark.process
 def test_sampled_answers_depend_on_the_seed_alone() -> None:
     case = load_case("a")
     base = Request(Task.CAPTION, temperature=1.5, max_tokens=20)
@@ -231,6 +234,7 @@ def test_a_source_with_nothing_ready_does_not_hold_up_the_rest() -> None:
     assert sorted(answers) == sorted(keys)
 
 
+@pytest.mark.process
 def test_scores_are_probabilities_and_only_objects_carry_them() -> None:
     case = load_case("b")
     for answer in case.engine(16).run(case.job(key) for key in range(len(case.requests))):
@@ -241,6 +245,7 @@ def test_scores_are_probabilities_and_only_objects_carry_them() -> None:
             assert item["score"] == round(item["score"], 3)
 
 
+@pytest.mark.process
 def test_a_mixed_batch_in_several_groups_answers_as_each_alone() -> None:
     case = load_case("a")
     ask = Request(Task.QUERY, "Which?", reasoning=False)
@@ -280,6 +285,7 @@ def test_rows_that_ended_stand_right_behind_the_prefix() -> None:
 NAN = "the model computed NaN or infinity in float32: are its weights damaged?"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_picture_that_becomes_nan_fails_and_its_slot_serves_the_next(temperature: float) -> None:
     """As float16 does where a model's numbers are too large for it."""
@@ -337,6 +343,7 @@ def test_elsewhere_the_batch_shrinks_first() -> None:
     assert shrunk("cpu") == [(4, 4096, 9), (2, 4096, 9), (1, 4096, 9), (1, 4096, 4), (1, 4096, 2), (1, 4096, 1)]
 
 
+@pytest.mark.process
 def test_smaller_passes_answer_the_same_and_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of CUDA, on the CPU."""
     monkeypatch.setattr(Sizes, "smaller", lambda self, *rest, as_is=Sizes.smaller: as_is(self, *rest[:2], "cuda"))
@@ -356,6 +363,7 @@ def test_smaller_passes_answer_the_same_and_leave_the_batch(monkeypatch: pytest.
     assert engine.encoder.max_crops == num_crops // 4
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("num_fitting", [2, 0])
 def test_slots_that_do_not_fit_are_made_fewer_at_once(num_fitting: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of CUDA: smaller passes leave slots as large, and each of those tries would start all rows again."""
@@ -405,6 +413,7 @@ def test_what_ran_out_of_memory_is_let_go_before_less_is_tried(monkeypatch: pyte
     assert was_free == [True]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("num_free", [5, 1, 0])
 def test_slots_that_others_took_the_memory_of_are_done_without(num_free: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process on the card may be quicker, when an engine is made and when it starts again."""

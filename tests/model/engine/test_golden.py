@@ -51,6 +51,7 @@ def test_images_from_file_to_prefix(name: str) -> None:
                 assert_close(hidden[index, :8], values)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", CASES)
 def test_plain_path_takes_every_decision(name: str) -> None:
     case = load_case(name)
@@ -78,6 +79,7 @@ def test_plain_path_takes_every_decision(name: str) -> None:
 TRACE_KINDS = ("coord", "size_w", "size_h")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", CASES)
 def test_hidden_states_and_logits_after_the_prompt(name: str) -> None:
     case = load_case(name)
@@ -92,6 +94,7 @@ def test_hidden_states_and_logits_after_the_prompt(name: str) -> None:
         assert abs(logits.logsumexp(0).item() - expected["prompt"]["logsumexp"]) <= TOLERANCE
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("name", CASES)
 def test_engine_in_any_order_at_any_batch_size(name: str, batch_size: int) -> None:
@@ -104,6 +107,7 @@ def test_engine_in_any_order_at_any_batch_size(name: str, batch_size: int) -> No
         assert_answer(answer, case.expected[answer.key])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_bfloat16_stays_close_and_agrees_where_margins_are_wide(name: str) -> None:
     case, wide = load_case(name), load_case(name, torch.bfloat16)

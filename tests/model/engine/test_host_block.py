@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ INTS = st.lists(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=40), max_siz
 REALS = st.lists(st.lists(st.floats(width=32, allow_nan=False), max_size=40), max_size=6)
 
 
+@pytest.mark.process
 @given(INTS, REALS)
 def test_what_was_sent_is_there_in_order(ints: list[list[int]], reals: list[list[float]]) -> None:
     whole, real = send(CPU, ints, reals)

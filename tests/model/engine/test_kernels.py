@@ -110,6 +110,7 @@ def test_attention_in_blocks_equals_attention_at_once(
     assert torch.allclose(alone, found[1:2], atol=1e-6)
 
 
+@pytest.mark.process
 def test_optimised_models_answer_like_plain_ones() -> None:
     from golden_cases import assert_answer, load_case
 

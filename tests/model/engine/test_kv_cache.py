@@ -65,6 +65,7 @@ def test_prompts_write_behind_what_their_slots_hold() -> None:
     assert torch.equal(cache.keys[0][0, :, 0:2], k[1])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("seed", [0, 1])
 def test_long_and_short_generations_side_by_side_through_growth_and_shrinkage(seed: int) -> None:
     case = load_case("c")

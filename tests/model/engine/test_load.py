@@ -214,6 +214,7 @@ def test_an_allocator_that_was_set_up_is_left_alone(name: str, monkeypatch: pyte
     assert os.environ[name] == "backend:native"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_torch_reads_the_allocators_variables_after_it_was_imported(name: str) -> None:
     """It refuses a wrong value when it first needs the settings, not before; so one set by then counts."""

@@ -154,6 +154,7 @@ def test_memory_can_be_asked_for_here() -> None:
         assert memory.peak_rss() - before > 32 << 20
 
 
+@pytest.mark.process
 def test_a_model_that_was_dropped_is_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a model refer to themselves: torch has their memory back only when cycles were looked for."""
     model = random_model(CONFIGS["mini"], dtype=torch.float32, device=CPU)

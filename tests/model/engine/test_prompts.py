@@ -357,6 +357,7 @@ SPLIT = {"type": "Split", "pattern": RUNAWAY, "behavior": "Isolated", "invert": 
 LONG = "a" * 60 + "b"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "parts", [{"pre_tokenizer": SPLIT}, {"normalizer": {"type": "Replace", "pattern": RUNAWAY, "content": "x"}}]
 )

@@ -47,6 +47,7 @@ def test_auto_classes_know_the_model(auto: type) -> None:
     assert isinstance(AutoConfig.from_pretrained(str(CASES["b"][0])), Moondream3Config)
 
 
+@pytest.mark.process
 def test_what_is_saved_loads_again_here_in_md3_and_in_the_auto_classes(tmp_path: Path) -> None:
     model = load_hf("a")[0]
     model.save_pretrained(tmp_path / "whole")
@@ -65,6 +66,7 @@ def test_what_is_saved_loads_again_here_in_md3_and_in_the_auto_classes(tmp_path:
         assert found == model.detect(picture("a", 0), "cat", settings=settings)
 
 
+@pytest.mark.process
 def test_the_ports_layout_and_the_vendors(tmp_path: Path) -> None:
     model = load_hf("hf-port")[0]  # weights without region.ln
     for layout in (Format.HF, Format.RAW):

@@ -32,6 +32,7 @@ def plain_logits(name: str, key: int) -> torch.Tensor:
         return sequence.logits()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_the_plain_paths_in_padded_batches(name: str, side: str) -> None:
@@ -93,6 +94,7 @@ def assert_row_is_the_cases(name: str, key: int, generation: Any, row: int, widt
     assert torch.allclose(found[~found.isnan()], torch.tensor(bins), atol=1e-6)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", CASES)
 def test_generate_takes_every_decision_of_the_cases_in_mixed_batches(name: str) -> None:
     """Rows of all skills, pictures of all tilings and texts alone, one batch for each budget."""
@@ -131,6 +133,7 @@ def test_without_cache_and_padded_on_either_side(side: str) -> None:
     assert torch.allclose(generation.region_values, wanted.region_values, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.process
 def test_results_are_ids_boxes_points_or_a_list() -> None:
     model, processor = load_hf("a")
     images = [picture("a", 0), picture("a", 1)]
@@ -154,6 +157,7 @@ def test_results_are_ids_boxes_points_or_a_list() -> None:
         assert not boxes[row, len(found) :].any()
 
 
+@pytest.mark.process
 def test_the_ports_published_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the import and the model's name differ from the port's card."""
     from transformers import AutoModelForCausalLM, AutoProcessor
@@ -261,6 +265,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         model(**cut)
 
 
+@pytest.mark.process
 def test_the_originals_methods_are_the_engines() -> None:
     model, _ = load_hf("a")
     case = load_case("a")

@@ -47,6 +47,7 @@ def request_of(words: str, image: Image.Image) -> dict[str, Any]:
     return {"image": image, "task": task, "prompt": rest, "reasoning": mode == "reason"}
 
 
+@pytest.mark.process
 def test_generate_gives_the_records_of_the_commands() -> None:
     """Every skill and tiling in one batch, to the last id and coordinate."""
     folder = model_path("tiny")

@@ -129,6 +129,7 @@ def test_labels_alone_work_for_text_and_padding_never_counts() -> None:
         assert both.coord_loss == 0
 
 
+@pytest.mark.process
 def test_gradient_checkpointing_changes_nothing_but_memory() -> None:
     batch, model = processor().collate(records()), fresh_model().train()
 
@@ -190,6 +191,7 @@ def train(folder: Path, model: Any, resume_from: str | None = None, **settings: 
     return losses.values
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_trainer_learns_resumes_and_its_checkpoints_are_models(tmp_path: Path) -> None:
     model = fresh_model()
@@ -206,6 +208,7 @@ def test_trainer_learns_resumes_and_its_checkpoints_are_models(tmp_path: Path) -
     assert last.detect(image, "cat", settings=settings) == model.eval().detect(image, "cat", settings=settings)
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_lora_trains_merges_reloads_and_serves_the_commands(tmp_path: Path) -> None:
     model = get_peft_model(fresh_model(), lora())
@@ -248,6 +251,7 @@ def assert_same_boxes(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) 
         assert a["score"] == pytest.approx(b["score"], abs=0.002)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_adapters_that_changed_the_base_are_refused_until_they_are_converted(tmp_path: Path, start: str) -> None:
@@ -301,6 +305,7 @@ def test_what_is_merged_is_what_peft_merges(tmp_path: Path, settings: dict[str, 
         assert torch.allclose(weights[name], weight, atol=1e-6), name
 
 
+@pytest.mark.process
 def test_several_adapters_in_one_process() -> None:
     """Switching changes the answers of `generate` and of the class's own methods, at once and back."""
     torch.manual_seed(0)

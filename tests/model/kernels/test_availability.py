@@ -155,6 +155,7 @@ def test_this_machine_itself_says_what_is_missing() -> None:
     assert fault.endswith("or use --device cpu") or sys.platform == "darwin"
 
 
+@pytest.mark.process
 def test_without_a_cuda_device_triton_is_never_imported() -> None:
     program = (
         "import sys, torch, md3cli.model.engine.load as load; "

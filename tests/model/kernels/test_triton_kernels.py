@@ -52,6 +52,7 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", cases(SMALL, CPU), ids=lambda case: case.name)
 def test_a_kernel_equals_its_twin_in_float64(case: KernelCase) -> None:
     torch.manual_seed(0)
@@ -66,6 +67,7 @@ def test_a_kernel_equals_its_twin_in_float64(case: KernelCase) -> None:
 # -- the plan --------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_routing_is_planned_as_by_torch(data: st.DataObject) -> None:
@@ -150,6 +152,7 @@ SIZES = {  # width, experts: of the tests' small model, as narrow as the golden 
 ROWS = [("small", 1), ("small", 21), ("many", 1), ("many", 5), ("narrow", 2), ("narrow", 70), ("narrow", 300)]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("size", "rows"), ROWS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_experts_equal_the_plain_loop(size: str, dtype: torch.dtype, rows: int) -> None:
@@ -170,6 +173,7 @@ def test_experts_equal_the_plain_loop(size: str, dtype: torch.dtype, rows: int) 
     assert relative_error(summed, total) < TOLERANCE[dtype]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", PassKind)
 def test_an_expert_that_takes_all_and_experts_with_nobody(kind: PassKind) -> None:
     dim, config = SIZES["small"]
@@ -180,6 +184,7 @@ def test_an_expert_that_takes_all_and_experts_with_nobody(kind: PassKind) -> Non
     assert relative_error(found, plain_experts(plain, x, logits)) < 1e-3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("form", WeightForm)
 @pytest.mark.parametrize("kind", PassKind)
 def test_a_row_has_the_same_bits_alone_and_in_company(kind: PassKind, form: WeightForm) -> None:
@@ -199,6 +204,7 @@ def test_a_row_has_the_same_bits_alone_and_in_company(kind: PassKind, form: Weig
         assert torch.equal(experts.of_rows(x, logits, others_idle, kind=kind)[row], together[row])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("form", [form for form in WeightForm if form is not WeightForm.PLAIN])
 def test_experts_in_few_bits_equal_the_plain_loop_over_their_values(form: WeightForm) -> None:
     dim, config = SIZES["small"]
@@ -220,6 +226,7 @@ def decoded(weight: KernelWeight, dtype: torch.dtype) -> Tensor:
     return layer(torch.eye(weight.num_inputs, dtype=dtype)[None])[0].T
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_every_float8_code_is_read_exactly(dtype: torch.dtype) -> None:
     finite = [code for code in range(256) if code & 127 != 127]
@@ -233,6 +240,7 @@ def test_every_float8_code_is_read_exactly(dtype: torch.dtype) -> None:
     assert torch.equal(weight.dequantise(torch.float32)[0], expected)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_every_4_bit_code_is_read_exactly(dtype: torch.dtype) -> None:
     """With scales and zero points that are powers of two or whole, no rounding hides a wrong code."""
@@ -274,6 +282,7 @@ def test_4_bits_are_kept_only_where_whole_tiles_cover_them() -> None:
     assert can_hold(LowBit.FP8, (3, 5))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("form", [WeightForm.FP8, WeightForm.INT8, WeightForm.INT4])
 @pytest.mark.parametrize("length", [1, 5, 40])
 def test_a_dense_layer_in_few_bits_equals_its_plain_twin(form: WeightForm, length: int) -> None:

@@ -61,6 +61,7 @@ def passes(model: Moondream3) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_every_pass_equals_the_plain_one(name: str) -> None:
     model = load_case(name).model
@@ -81,6 +82,7 @@ def assert_golden(name: str, batch_size: int, most: int | None) -> None:
         assert_answer(answer, case.expected[answer.key])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("name", "batch_size"), [("a", 3), ("c", 1)])
 def test_golden_answers_come_out_of_the_kernels(name: str, batch_size: int) -> None:
     assert_golden(name, batch_size, most=3)
@@ -107,6 +109,7 @@ def test_copies_of_a_model_stay_apart() -> None:
 # -- low bits --------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_float8_experts_stay_float8_and_answer_as_their_values() -> None:
     plan = plan_checkpoint(GOLDEN / "case-c-formats/raw-fp8")
     loaded = load_low_bit(plan, quant="stored", dtype=torch.float32, device=CPU, for_kernels=True)
@@ -118,6 +121,7 @@ def test_float8_experts_stay_float8_and_answer_as_their_values() -> None:
         assert relative_error(found, expected[part]) < 1e-5, part
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("quant", ["int4", "int8"])
 def test_dense_layers_and_experts_stay_in_few_bits(quant: str) -> None:
     plan = plan_checkpoint(model_path("tiny"))
@@ -163,6 +167,7 @@ def operator_calls() -> dict[str, tuple]:
     }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", operator_calls())
 def test_fake_forms_promise_what_the_operators_give(name: str) -> None:
     checks = ("test_schema", "test_faketensor")

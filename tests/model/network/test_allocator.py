@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 COUNT_FAULTS = """
 import resource, sys
 import torch

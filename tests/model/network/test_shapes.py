@@ -44,6 +44,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.process
 def test_same_seed_gives_the_same_bytes_and_another_seed_others(load: Any, tmp_path: Path) -> None:
     shapes = load("shapes")
     for name, seed in (("first", 5), ("again", 5), ("other", 6)):
@@ -67,6 +68,7 @@ def test_the_scenes_in_the_repository_are_the_generators(load: Any) -> None:
             assert np.array_equal(np.asarray(image), np.asarray(draw.make_picture(SCENES_SEED, index).image))
 
 
+@pytest.mark.process
 def test_boxes_and_points_are_those_of_the_visible_pixels(pictures: list[Any]) -> None:
     for picture in pictures:
         height, width = picture.owners.shape
@@ -100,6 +102,7 @@ def test_outlines_cover_what_is_seen(load: Any, pictures: list[Any]) -> None:
             assert (seen & np.asarray(canvas)).sum() >= 0.95 * seen.sum()
 
 
+@pytest.mark.process
 def test_the_world_is_as_wide_as_promised_and_never_ambiguous(load: Any) -> None:
     world, draw = load("world"), load("world_draw")
     scenes = [draw.make_picture(5, index) for index in range(300)]
@@ -164,6 +167,7 @@ def test_questions_file_is_what_eval_reads() -> None:
     assert {row["kind"] for row in rows} >= {"count", "exists", "colour", "which", "where", "relation", "reference"}
 
 
+@pytest.mark.process
 def test_a_packed_batch_computes_what_its_tasks_compute_alone(load: Any) -> None:
     """The same losses whether tasks share rows and a prefix or each has a batch of its own."""
     import torch

@@ -51,6 +51,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_the_decoders_matrices_are_packed_and_nothing_else(quant: str) -> None:
     model = loaded(TINY, quant)
@@ -64,6 +65,7 @@ def test_the_decoders_matrices_are_packed_and_nothing_else(quant: str) -> None:
         assert torch.equal(tensor, plain[name]), name
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("length", [1, 5, 64])
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_kernels_agree_with_the_plain_network_of_the_same_codes(quant: str, length: int) -> None:
@@ -90,6 +92,7 @@ def test_the_same_codes_are_not_rounded_twice() -> None:
     assert torch.equal(hidden_of(stored, 5), hidden_of(asked, 5))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["int4", "raw-fp8"])
 def test_with_fp32_golden_answers_come_from_dequantised_values(name: str) -> None:
     case = load_case(name)
@@ -107,6 +110,7 @@ def test_vision_tau_norms_and_heads_are_never_low() -> None:
         assert (low_bit_of(slot, "int8") is None) == kept, slot.name
 
 
+@pytest.mark.process
 def test_an_adapter_is_merged_before_rounding(tmp_path: Path) -> None:
     config = plan_checkpoint(TINY).config.text
     generator = torch.Generator().manual_seed(0)
@@ -148,6 +152,7 @@ def comparable(result: object) -> object:
     return [comparable(item) for item in result] if isinstance(result, (list, tuple)) else result
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_answers_do_not_depend_on_batch_or_company(quant: str) -> None:
     case = load_case("a")
@@ -162,6 +167,7 @@ def test_answers_do_not_depend_on_batch_or_company(quant: str) -> None:
             assert comparable(together[key]) == comparable(alone[key]), key
 
 
+@pytest.mark.process
 def test_a_checkpoint_whose_sizes_are_held_in_part_is_run() -> None:
     """Of a dense layer's two matrices 4 bits hold one: the other stays plain, and both forms stand side by side."""
     case = load_case("int4")
@@ -177,6 +183,7 @@ def test_a_checkpoint_whose_sizes_are_held_in_part_is_run() -> None:
 # -- random weights --------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("for_kernels", [False, True])
 @pytest.mark.parametrize(("kind", "experts_only"), [(LowBit.FP8, True), (LowBit.INT4, False)])
 def test_random_weights_are_put_into_few_bits(kind: LowBit, experts_only: bool, for_kernels: bool) -> None:
@@ -197,6 +204,7 @@ def test_random_weights_are_put_into_few_bits(kind: LowBit, experts_only: bool, 
     assert 0 <= num_bytes - held * (0.5 + 8 / 128 if kind is LowBit.INT4 else 1) <= 0.05 * held
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", [LowBit.FP8, LowBit.INT4])
 def test_random_weights_in_few_bits_compute_as_before(kind: LowBit) -> None:
     plain, model = (random_model(CONFIGS["mini"], dtype=torch.float32, device=CPU) for _ in range(2))

@@ -45,6 +45,7 @@ def recipes_of(plan: CheckpointPlan) -> dict[str, Recipe]:
     return {slot.name: slot.recipe for slot in plan.slots}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", LowBit)
 @pytest.mark.parametrize("has_int8_vision", [False, True])
 def test_the_large_matrices_become_codes_and_the_rest_stays(
@@ -70,6 +71,7 @@ def test_the_large_matrices_become_codes_and_the_rest_stays(
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["text.blocks.2.mlp.router.weight", "text.wte", "text.lm_head.weight"])
 @pytest.mark.parametrize("kind", LowBit)
 def test_routers_embedding_and_head_are_never_codes(name: str, kind: LowBit, tmp_path: Path) -> None:
@@ -77,6 +79,7 @@ def test_routers_embedding_and_head_are_never_codes(name: str, kind: LowBit, tmp
     assert recipes_of(plan)[name] is Recipe.COPY
 
 
+@pytest.mark.process
 def test_int4_is_what_the_reference_reads(tmp_path: Path) -> None:
     """The original's scheme: an independent reader of it finds the same values."""
     network = draw_network(5)
@@ -113,6 +116,7 @@ def test_int8_says_in_its_config_what_it_is(tmp_path: Path) -> None:
     assert torch.equal(values, weights_of(plan)["text.blocks.0.attn.qkv.weight"])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("kind", [LowBit.INT4, LowBit.INT8])
 def test_every_layout_is_a_source(tmp_path: Path, form: str, kind: LowBit) -> None:
@@ -126,6 +130,7 @@ def test_every_layout_is_a_source(tmp_path: Path, form: str, kind: LowBit) -> No
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.process
 def test_shorter_scales_cost_little(tmp_path: Path) -> None:
     short = quantise_checkpoint(TINY, tmp_path / "bf16", QuantiseSettings(LowBit.INT4, int4_scale_dtype=torch.bfloat16))
     full = quantise_checkpoint(TINY, tmp_path / "fp32", QuantiseSettings(LowBit.INT4))
@@ -139,6 +144,7 @@ def test_shorter_scales_cost_little(tmp_path: Path) -> None:
     assert error(short) <= 1.02 * error(full)
 
 
+@pytest.mark.process
 def test_importance_reaches_the_search(tmp_path: Path) -> None:
     name = "text.blocks.1.mlp.fc1.weight"
     before = weights_of(plan_checkpoint(TINY))[name]
@@ -152,6 +158,7 @@ def test_importance_reaches_the_search(tmp_path: Path) -> None:
     assert errors[0] < 0.7 * errors[1]
 
 
+@pytest.mark.process
 def test_shards_have_an_index_and_digests(tmp_path: Path) -> None:
     plan = quantise_checkpoint(TINY, tmp_path / "out", QuantiseSettings(LowBit.INT4), shard_limit_bytes=1_000_000)
     assert len(plan.files.files) > 2
@@ -185,6 +192,7 @@ quantise_checkpoint(
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("is_same", [True, False])
 def test_a_killed_run_is_continued_by_the_same_command_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_same: bool
@@ -264,6 +272,7 @@ def test_odd_groups_are_named_before_anything_is_written(tmp_path: Path) -> None
     assert quantise_checkpoint(folder, tmp_path / "out", QuantiseSettings(LowBit.INT8)).layout is Format.INT8
 
 
+@pytest.mark.process
 def test_fp8_of_a_model_without_experts_is_refused(tmp_path: Path) -> None:
     source = write_checkpoint(draw_network(3, dense=True), tmp_path / "source", "original")
     with pytest.raises(CheckpointError, match="no experts, and fp8 is for experts only; use int8 or int4"):
@@ -273,6 +282,7 @@ def test_fp8_of_a_model_without_experts_is_refused(tmp_path: Path) -> None:
 # -- what is left afterwards -----------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_bytes_are_accounted_for_by_part_and_format(tmp_path: Path) -> None:
     plan = quantise_checkpoint(TINY, tmp_path / "out", QuantiseSettings(LowBit.INT4, has_int8_vision=True))
     summary = inspect_checkpoint(tmp_path / "out")
@@ -293,6 +303,7 @@ def test_codes_are_stored_once_and_read_as_codes(tmp_path: Path) -> None:
     assert (codes.kind, codes.scale.shape) == (LowBit.INT8, slot.shape[:2])
 
 
+@pytest.mark.process
 def test_what_is_written_answers(tmp_path: Path) -> None:
     quantise_checkpoint(TINY, tmp_path / "out", QuantiseSettings(LowBit.INT4, has_int8_vision=True))
     loaded = load_model(tmp_path / "out", dtype=torch.float32)

@@ -110,6 +110,7 @@ def test_columns_that_are_never_used_may_be_all_of_a_group(kind: LowBit) -> None
     assert (values - weight)[:, :128].abs().max() < weight.abs().max()
 
 
+@pytest.mark.process
 @settings(max_examples=50, deadline=None)
 @given(
     kind=st.sampled_from(list(LowBit)),
@@ -200,6 +201,7 @@ def test_a_full_disk_ends_keeping_not_the_start(cache: CodeCache, monkeypatch: p
     assert not cache.is_writable
 
 
+@pytest.mark.process
 def test_a_second_start_searches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_module, "LEAST_ELEMENTS", 0)
     options = ModelOptions(model=str(TINY), quant="int4", cache_dir=tmp_path)

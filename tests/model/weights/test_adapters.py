@@ -127,6 +127,7 @@ def test_peft_scales(tmp_path: Path, settings: dict[str, object], scale: float) 
     assert change.scale == scale
 
 
+@pytest.mark.process
 def test_through_the_front_door(tmp_path: Path) -> None:
     """`--adapter DIR` is `Moondream.load(adapter=DIR)`; without it the answers are the old ones."""
     save_file(vendor_tensors(), tmp_path / "adapter.safetensors")

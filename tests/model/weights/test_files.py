@@ -172,6 +172,7 @@ def test_a_fifo_does_not_hang(tmp_path: Path) -> None:
 _PRISTINE = (SINGLE / "model.safetensors").read_bytes()
 
 
+@pytest.mark.process
 @settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.integers(0, 20_000), st.integers(0, 255)), max_size=4),
@@ -244,6 +245,7 @@ CONTENTS = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("content", "message"), CONTENTS)
 def test_what_lies_in_place_of_a_file_is_said(checkpoint: Path, name: str, content: bytes, message: str) -> None:

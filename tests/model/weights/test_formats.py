@@ -140,6 +140,7 @@ _JSON = st.recursive(
 _KEYS = ("config", "text", "vision", "region", "tokenizer", "text_config", "vision_config", "moe", "dim", "n_layers")
 
 
+@pytest.mark.process
 @given(st.dictionaries(st.sampled_from(_KEYS), _JSON | st.dictionaries(st.sampled_from(_KEYS), _JSON, max_size=3)))
 def test_any_json_is_a_config_or_a_checkpoint_error(document: dict[str, Any]) -> None:
     try:

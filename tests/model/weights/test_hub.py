@@ -74,6 +74,7 @@ def test_a_local_model_is_named_without_its_place(tmp_path: Path) -> None:
     assert here.tokenizer_file == INT4 / "tokenizer.json"
 
 
+@pytest.mark.process
 def test_local_models_import_no_hub_and_open_no_socket() -> None:
     script = f"""
 import sys
@@ -381,6 +382,7 @@ def test_failures_of_the_library_are_translated(
         resolve_model(REPO)
 
 
+@pytest.mark.process
 def test_the_cache_folder_is_known_before_anything_else_was_asked() -> None:
     code = "from md3cli.model.weights.hub import cache_folder; print(cache_folder())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

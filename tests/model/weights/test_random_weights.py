@@ -57,6 +57,7 @@ def test_every_tensor_is_different() -> None:
     assert are_all_different([parameter for parameter in model.parameters() if parameter.numel() > 1])
 
 
+@pytest.mark.process
 def test_the_same_seed_gives_the_same_model() -> None:
     first, again, other = (
         list(random_model(MINI, dtype=torch.float32, device=CPU, seed=seed).parameters()) for seed in (3, 3, 4)

@@ -72,6 +72,7 @@ def test_golden_checkpoints_load_as_the_reference_reads_them(folder: Path) -> No
     assert_same_tensors(loaded.model.state_dict(), read_network(folder).tensors)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_checkpoints_load_as_the_reference_reads_them(tmp_path: Path, form: str, seed: int) -> None:
@@ -79,6 +80,7 @@ def test_random_checkpoints_load_as_the_reference_reads_them(tmp_path: Path, for
     assert_same_tensors(load_model(folder, dtype=torch.float32).model.state_dict(), read_network(folder).tensors)
 
 
+@pytest.mark.process
 def test_dense_models_load_in_every_layout_that_holds_them(tmp_path: Path) -> None:
     network = draw_network(3, dense=True)
     for form in formats_of(network.config):
@@ -284,6 +286,7 @@ def write_sparse(tensors: Mapping[str, Tensor], file: Path) -> None:
         stream.truncate(8 + len(text) + offset)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("form", "gigabytes"),
     [

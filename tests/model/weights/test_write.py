@@ -46,6 +46,7 @@ def config_of(network: Network) -> ModelConfig:
     return ModelConfig.from_sections(network.config)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("layout", EXACT_LAYOUTS)
 @pytest.mark.parametrize("dense", [False, True])
 def test_what_is_written_is_read_by_us_and_by_the_reference(tmp_path: Path, layout: Format, dense: bool) -> None:
@@ -62,6 +63,7 @@ def test_what_is_written_is_read_by_us_and_by_the_reference(tmp_path: Path, layo
         assert torch.equal(theirs[name], tensor.float()), name
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("layout", [Format.ORIGINAL_FP8, Format.RAW_FP8, Format.INT4])
 def test_packed_layouts_keep_their_precision(tmp_path: Path, layout: Format) -> None:
     network = network_of(5)
