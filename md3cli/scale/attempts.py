@@ -1,16 +1,13 @@
 """Journals of attempts at a shard: what was begun, what was finished, what may have killed its worker.
 
-Every attempt appends to a file of its own, so that a torn end never glues two records together; a damaged
-line costs itself only. Lines: `{"begin": ID}` before a request goes to the model, with `"alone":true`
-where nothing else is under way; its record after; `{"stopped":true}` when the attempt was ended in order.
-Beside a journal, `ATTEMPT.died` says with which status its process ended, where somebody saw that.
+Every attempt appends to a file of its own, so that a torn end never glues two records together; a damaged line costs
+itself only. Lines: `{"begin": ID}` before a request goes to the model, with `"alone":true` where nothing else is under
+way; its record after; `{"stopped":true}` when the attempt was ended in order. Beside a journal, `ATTEMPT.died` says
+with which status its process ended, where somebody saw that. A crash loses nothing for a killed process, at most 2 s or
+64 records for a power cut.
 
-What a crash loses: nothing for a killed process, at most 2 s or 64 records for a power cut.
-
-Waiting for other processes of a run: whether they still give signs of life, and telling who is waited for.
-
-The clocks of two machines are never compared. A sign of life is a value that changes, and only how long it has stood
-still, by the clock of the process that looks, counts.
+Other processes are waited for by signs of life. The clocks of two machines are never compared: a sign of life is a
+value that changes, and only how long it has stood still, by the clock of the process that looks, counts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The end of a start: the export once every shard is committed, and what is told and noted either way."""
+"""The end of a start: the export once every shard is committed, and what is told and noted either way.
+
+The export copies the parts, one behind the other, into one file in input order. A part holds the very lines of a single
+process's journal, so the export is the same bytes however the run went.
+"""
 
 from __future__ import annotations
 

@@ -11,12 +11,10 @@
     kept.jsonl                 records that OUTPUT had and the plan does not ask for; exported first
     errors.jsonl  exported.json       written by the export
 
-A run folder is `DIR/.md3run` for OUTPUT DIR, and `OUT.md3run` beside a file OUT.
-
-Whether a command's OUTPUT is run in a run folder: because it was asked for, or has begun so. Light to import.
-
-A run folder whose records were all exported is as good as gone: the records file is the truth then, and whatever
-changes that file takes the run folder away first.
+A run folder is `DIR/.md3run` for OUTPUT DIR, and `OUT.md3run` beside a file OUT. A command runs in one because that was
+asked for, or because OUTPUT has begun so; every command asks, so this file is light to import. A run folder whose
+records were all exported is as good as gone: the records file is the truth then, and whatever changes that file takes
+the run folder away first.
 """
 
 from __future__ import annotations

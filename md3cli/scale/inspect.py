@@ -15,8 +15,9 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from md3cli.console import clock
 from md3cli.finished.record_shape import read_record
@@ -185,7 +186,7 @@ class Verification:
         records = printable(f"{store.uri}/{name}")
         try:
             with store.open(name) as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == exported.sha256:
+                if hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest() == exported.sha256:
                     return
                 file.seek(0)
                 damaged = (lines for lines in journal_lines(file) if isinstance(lines, DamagedLines))

@@ -1,12 +1,9 @@
-"""Making the plan: INPUT once through, streamed into the manifest.
+"""Making the plan: INPUT is read once and streamed into the manifest. Nothing counts until plan.json is there.
 
-Memory is a row group and 8 bytes a request. Those 8 bytes are a hash: only requests whose hash comes twice
-can be repeats of each other, and only those are looked at again, exactly, in a second pass over the manifest.
-Nothing counts until plan.json is there.
-
-Of many ranks one makes the plan; the others wait for it, and take over where it has died.
-
-`plan/planner.json` says who makes it, with a counter that a thread of the planner's raises every other second.
+Memory is a row group and 8 bytes a request. Those 8 bytes are a hash: only requests whose hash comes twice can be
+repeats of each other, and only those are compared exactly, in a second pass over the manifest. Of many ranks one makes
+the plan; the others wait for it, and take over where it has died. `plan/planner.json` says who makes it, with a counter
+that a thread of the planner raises every other second.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
 """The frozen plan: which rows a run has, cut into shards, and what is asked; read by every process of the run.
 
-Made once by `planning.make_plan`. A shard is a contiguous range of rows and a row group of the manifest, so
-that whoever runs it reads no other. The id of every request follows from the plan alone: the k of the
-k-th repeat is frozen in it too.
-
-A source row as three columns of the manifest, and back: name, path, and in JSON whatever is not as usual.
-
-`more` is null for a picture that is asked what the run asks of all; else it holds `item` (the other fields of
+A shard is a contiguous range of rows and a row group of the manifest, so whoever runs it reads no other. The id of
+every request follows from the plan alone: the k of the k-th repeat is frozen in it too. The manifest has a row as three
+columns. `more` is null for a picture that is asked what the run asks of all; else it holds `item` (the other fields of
 the picture: a place inside a tar), `requests`, `meta` and `failure`, each where it is not the usual.
 """
 

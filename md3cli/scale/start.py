@@ -1,15 +1,9 @@
 """How a start finds or makes its plan: what stands in OUTPUT is gone on with, taken over, or refused.
 
-A start over: what stood in OUTPUT stays until the first new record, and comes back where there is none.
-
-The former run folder is renamed while the new one is made in its place, so that it comes back by a rename whatever
-ends this start, a kill included: then the next start finds it. In a bucket nothing can be renamed; there only a
-records file that was exported stays.
-
-Records made before there was a plan, or before failures are done again, taken over as journals of shards.
-
-A run that one process began has its records in OUTPUT's journal. They are found by id, wherever they stand and
-whatever INPUT has become since, and copied line by line; the old file stays as it is until the export replaces it.
+In a start over, what stood in OUTPUT stays until the first new record, and comes back where there is none: the former
+run folder is renamed, so that the next start finds it even after a kill. In a bucket nothing can be renamed; there only
+a records file that was exported stays. Records of OUTPUT's journal are found by id, wherever they stand and whatever
+INPUT has become since, and copied line by line as journals of shards; the old file stays until the export replaces it.
 Memory: 32 bytes a record of the old journal.
 """
 

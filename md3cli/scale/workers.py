@@ -1,12 +1,8 @@
-"""Many model processes on one machine: one per device, shards handed out as they come free, the dead replaced.
+"""What runs the shards of a plan on one machine: this process, or one worker process per device.
 
-A worker that dies costs the requests it had under way, which are asked again alone, and nothing else. A
-shard whose workers keep dying without a single new record is given up; a run where that happens everywhere is
-ended. Workers are fresh interpreters on socketpairs; nothing is pickled.
-
-Which shard to run next: all that are open, or as one of many ranks first one's own and then what is left.
-
-Shards run in this very process: a rank of its own, or one process going on with the plan of many.
+A worker that dies costs the requests it had under way, which are asked again alone, and nothing else. A shard whose
+workers keep dying without a single new record is given up; a run where that happens everywhere is ended. Workers are
+fresh interpreters on socketpairs; nothing is pickled.
 """
 
 from __future__ import annotations
