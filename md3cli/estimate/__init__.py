@@ -1,9 +1,8 @@
 """`md3 estimate`: what a run would take, from a count of INPUT and a sample run through the real engine.
 
-draw.py      rows of INPUT -> exact counts, and pictures drawn evenly; opened, they fall into buckets by crops
-measure.py   up to 16 pictures a bucket -> engine, warm, with nothing written -> what each of them took
-forecast.py  both -> time, tokens and bytes for all of INPUT, with a spread
-telling.py   the forecast as lines or one JSON object, with money
+sample.py    counts the rows of INPUT, draws pictures evenly, and runs up to 16 of each number of crops, warm
+forecast.py  makes of both the time, tokens and bytes for all of INPUT, with a spread
+show.py      says the forecast as lines or one JSON object, with money
 """
 
 from __future__ import annotations

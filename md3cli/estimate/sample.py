@@ -1,18 +1,13 @@
-"""A sample through the real feed and engine, nothing written: what each unit took.
+"""A sample of INPUT through the real feed and engine, nothing written: what each unit took.
 
-Rows of a batch share every pass, so nobody can say what one of them took. What is known is the time
-of each stage for all together; it is shared out by what that stage's work is proportional to: vision
-by crops, prefill by prompt tokens, decoding by output tokens, the rest by requests.
+A picture's cost depends on its crops, which only its size tells; opening 100 million files for that would take days.
+So every row is counted, a bounded number of pictures is drawn evenly over INPUT and opened, and the others are taken
+to be like them. Where INPUT holds no more than may be opened, all are, and the counts are exact.
 
-The engine is warm and never waits: it has seen pictures of every tiling and every kind of request
-before the clock starts, and what it wants next is opened before it goes on. The pace of opening is
-measured on its own (draw.py), since in a run the two go on side by side.
-
-What INPUT holds: every row counted, a bounded number of pictures opened to learn their crops.
-
-A picture's cost depends on its crops, which only its size tells; opening 100 million files for that
-would take days. So pictures are drawn evenly over INPUT in one pass, and the others are taken to be
-like them. Where INPUT holds no more than may be opened, all are, and the counts are exact.
+Rows of a batch share every pass, so nobody can say what one of them took. The time of each stage is shared out by what
+that stage's work is proportional to: vision by crops, prefill by prompt tokens, decoding by output tokens, the rest
+by requests. The engine has seen pictures of every tiling and every kind of request before the clock starts, and never
+waits; the pace of opening is measured on its own, since in a run the two go on side by side.
 """
 
 from __future__ import annotations

@@ -1,16 +1,13 @@
 """COCO: instances with scores, captions, keypoints on request; or the bare list of results.
 
-Streamed: images go straight into the document, annotations wait in a temporary file and are
-joined at the end, so memory does not grow with the records. Ids count from 1 (an annotation id 0
-silently halves AP in pycocotools); `info`, `licenses`, `area`, `iscrowd` and `segmentation` are
-always there because readers fail without them. No date is written: the same records give the
-same bytes.
+Images go straight into the document, annotations wait in a temporary file and are joined at the end, so memory does
+not grow with the records. Ids count from 1, because an annotation id 0 silently halves AP in pycocotools. `info`,
+`licenses`, `area`, `iscrowd` and `segmentation` are always there because readers fail without them. No date is
+written: the same records give the same bytes.
 
-Image and category ids of a COCO file: counted from 1, or taken from another COCO file.
-
-Results can only be scored with the ids of the ground truth, so `--coco-ids-from gt.json` reuses
-them: images by `file_name`, categories by `name`, matched as `md3 eval` matches them. What the other
-file lacks gets fresh ids after its highest.
+Results can only be scored with the ids of the ground truth: `--coco-ids-from gt.json` reuses its image ids by
+`file_name` and its category ids by `name`, matched as `md3 eval` matches them. What that file lacks gets fresh ids
+after its highest.
 """
 
 from __future__ import annotations

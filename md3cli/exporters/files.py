@@ -1,20 +1,12 @@
-"""Outputs that appear whole or not at all: written aside, then renamed.
+"""The files of an export: outputs that appear whole or not at all, their names, and what an earlier run left there.
 
-Knows files and folders, nothing of formats. A file goes the way of `md3cli.files`. A folder is
-built aside and renamed too; its many files are not synced one by one, because after a power cut it
-can be made again from the records. What stands in OUT goes only with `overwrite`, and a folder only
-if nothing is in it but what its own list of files, `.md3`, says md3 wrote.
+A single file goes the way of `md3cli.files`. A folder is built aside and renamed; its many files are not synced one by
+one, because they can be made again from the records after a power cut. What stands in OUT goes only with `overwrite`,
+and a folder only if its list of files, `.md3`, names all that is in it. A run that starts over in its run folder
+takes away the documents that md3 made of the former records; left there they would pass for its own.
 
-What a former run's records were turned into, taken away when a run starts over in the same run folder.
-
-Left there it would pass for the new run's. Only what md3 wrote goes: of a format's folder the files on its list
-(`.md3`), and the single files that run.json says an earlier start was asked for.
-
-The name of an image -> names of the files made for it, inside the output and never equal.
-
-A record's image name is not to be trusted: it may be a URL, absolute, climb with `..`, or be too
-long once a suffix is added. Pure functions; `publishing.StagedFolder.create` takes the first
-candidate that is free.
+A record's image name is not to be trusted: it may be a URL, be absolute, climb with `..`, or be too long once a
+suffix is added. Candidates for its file's name stay inside the output; `StagedFolder.create` takes the first free one.
 """
 
 from __future__ import annotations

@@ -1,20 +1,13 @@
 """Overlay: every picture with its boxes, masks and points drawn on it, in a folder of pictures only.
 
-A picture keeps its name and place: JPEG stays JPEG (quality 90), PNG stays PNG, any other becomes
-`name.webp.png`. Nothing of the original's metadata (EXIF, GPS, XMP, comments, profiles) is carried
-over. Images whose picture is not there any more are left out and counted.
+A picture keeps its name and place: JPEG stays JPEG (quality 90), PNG stays PNG, any other becomes `name.webp.png`.
+Nothing of the original's metadata (EXIF, GPS, XMP, comments, profiles) is carried over. Images whose picture is not
+there any more are left out and counted.
 
-The text of overlay labels: what the bundled font can show, and what stands in for the rest.
-
-The font is DejaVu Sans Bold (licence beside it), cut down to Latin, Greek, Cyrillic, punctuation,
-arrows and shapes. Any other character is shown by its code point, `[6C7D]`, so that two labels
-never look alike and nothing vanishes.
-
-Boxes, masks, points and their labels drawn on a picture.
-
-Legible on any background: every coloured line and dot lies on a wider dark and a light one, every
-label on a plate of its colour. Widths and letters grow with the picture. In: an RGB picture and one
-image's records. Out: the picture drawn upon (in place).
+Drawings are legible on any background: every coloured line and dot lies on a wider dark and a light one, every label
+on a plate of its colour; widths and letters grow with the picture. The font is DejaVu Sans Bold (licence beside it),
+cut down to Latin, Greek, Cyrillic, punctuation, arrows and shapes. Any other character is shown by its code point,
+`[6C7D]`, so that two labels never look alike and nothing vanishes.
 """
 
 from __future__ import annotations

@@ -1,13 +1,8 @@
-"""What a command must never write over: what it reads, and pictures.
+"""What a command must never write over: what it reads, pictures, and what somebody else made.
 
-Refused before anything is loaded, under whatever name the file is given (links, hard ones too, other spellings), and
-with --overwrite as well.
-
-What a run must never write over because somebody else made it (input_guard.py: what is read, and pictures).
-
-All is refused before the model is loaded. A single file that the user named as OUTPUT may be replaced with
---overwrite; a file that stands in the place of one of md3's own
-(records, run.json) and is none, and anything foreign in a run folder, is not replaced even so.
+All is refused before a model is loaded, under whatever name a file is given: links, hard ones too, and other
+spellings. --overwrite lets a single file go that the user named as OUTPUT, and nothing else: a file in the place of
+one of md3's own (records, run.json) that is none stays, and so does anything foreign in a run folder.
 """
 
 from __future__ import annotations

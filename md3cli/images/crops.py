@@ -1,7 +1,7 @@
 """The door for pictures: from a file on disk to the uint8 crops the vision encoder sees.
 
 One picture at a time: open without blocking, check the limits, read the bytes once, hash and decode
-the same bytes (pixels.py), cut crops. Knows nothing of models, batches or processes (decode.py runs
+the same bytes (pixels.py), cut crops. Knows nothing of models, batches or processes (pool.py runs
 it where a crash costs one picture). Comes in: `ImageItem`. Goes out: `PreparedImage`, or
 `ImageError` with a record's error type and a line without paths or control characters.
 

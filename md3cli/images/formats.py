@@ -1,12 +1,9 @@
-"""What a file is that cannot be opened as a picture: another format, a kind that is not read here, damaged, or nothing.
+"""What a picture file is by its bytes: how one that cannot be opened is refused, and what of one Pillow gets to see.
 
-Comes in: the file's bytes. Goes out: the `ImageError` of its record, with words that say what was found.
-
-A picture's bytes without what the model does not look at: texts, profiles, times, further frames.
-
-Pillow refuses a sound picture for what stands beside its pixels (a text of more than 1 MiB, a wrong checksum of a
-text, half a profile, frames of an animation in disorder). So it does not get to see that. Kept are the parts that
-make pixels and those that may say which way is up. Comes in and goes out: the bytes of a picture.
+A refusal is the `ImageError` of a record: another format, a kind that is not read here, damaged, or nothing. Of a
+picture Pillow sees the parts that make pixels and those that say which way is up. It would refuse a sound picture for
+what stands beside them: a text of more than 1 MiB, a text's wrong checksum, half a profile, frames in disorder.
+`pixels.py` alone imports this file, which keeps both under 500 lines. Knows bytes, no pixels.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ EXIF orientation, deep samples scaled, alpha dropped or laid on a colour. Knows 
 crops or processes. Comes in: bytes. Goes out: a Pillow RGB image, or `ImageError`.
 
 Follows the advice of Pillow's security manual: name the formats, limit the size, refuse truncated
-pictures, decode where a crash does no harm (decode.py sees to the last).
+pictures, decode where a crash does no harm (pool.py sees to the last).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from md3cli.records import MESSAGE_LIMIT_CHARS, printable
 Colour = tuple[int, int, int]
 OnHeader = Callable[[int], None]
 
-HUGE_PIXELS = 50_000_000  # above this, memory counts: pixels are copied in bands, and decode.py lets in one at a time
+HUGE_PIXELS = 50_000_000  # above this, memory counts: pixels are copied in bands, and pool.py lets in one at a time
 TOO_LITTLE_MEMORY = "the picture needs more memory than a decoder may use"
 _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF")  # JPEG's opener also gives MPO
 

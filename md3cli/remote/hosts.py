@@ -1,15 +1,10 @@
 """Which hosts may be spoken to, so that a manifest of unknown origin cannot point into the user's own network.
 
-Three zones. *Public* addresses may always be fetched. *Private* ones (loopback, the ranges of local networks,
-whatever else is not routed in public) only where the user has named the host: as INPUT or --root, or for all
-URLs of a manifest by --remote. A server may send on to a private address only if it is private itself.
-*Forbidden* ones never: link-local addresses, where clouds keep the credentials of their machines, and those few
-others where they do.
-
-The address that is connected to is the one that was looked at: zones are told when a name is resolved, so a
-name that changes its address in between gains nothing.
-
-What a run says about fetching; knows of no store, so that it costs nothing where nothing is fetched.
+*Public* addresses may always be fetched. *Private* ones (loopback, the ranges of local networks, whatever else is not
+routed in public) may be fetched where the user has named the host: as INPUT or --root, or for all URLs of a manifest
+by --remote. A server may send on to a private address only if it is private itself. *Forbidden* ones never: link-local
+addresses, where clouds keep the credentials of their machines, and a few others. The address that is connected to is
+the one that was judged, because a name is judged when it is resolved. Imports no store and no client.
 """
 
 from __future__ import annotations

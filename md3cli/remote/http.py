@@ -1,7 +1,7 @@
 """http(s) over aiohttp, read piece by piece from ordinary threads.
 
 fsspec's own http file system reads bodies whole, whatever their size, and follows redirects anywhere; here every
-step is looked at: which host is spoken to (zones.py), where it sends on to, how much it sends.
+step is looked at: which host is spoken to (hosts.py), where it sends on to, how much it sends.
 """
 
 from __future__ import annotations

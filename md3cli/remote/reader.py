@@ -1,12 +1,9 @@
-"""One door to everything remote: what stands at an address, what is in a folder, the bytes of a file.
+"""The one door to everything remote: what stands at an address, what a folder holds, the bytes of a file.
 
-A remote file as an open, seekable one: for manifests, for the headers of a tar, for Parquet.
-
-Read by ranges, a block at a time, so that a tar's headers cost little more than themselves where its members are
-large, and no more than one pass over it where they are small. A web server that gives no parts of files is read
-once, into a nameless file of the cache folder.
-
-The bytes of one remote picture: limits, patience, retries. For the threads that fetch ahead of the decoder.
+A manifest, a tar or a Parquet file is opened as a seekable file and read by ranges, a block at a time: the headers of
+a tar cost little where its members are large, and one pass over it where they are small. A file on a web server that
+gives no ranges is read once, into a nameless file of the cache folder. A picture is read whole, within limits and
+with retries, by the threads that fetch ahead of the decode workers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""How long to wait, and how often to try again.
+"""What to do when a fetch fails: the words for its record, whether to try again, and how long to wait.
 
-What went wrong on the way to a picture: as a record says it, and whether it is worth another try.
-
-Foreign exceptions come in, in all the shapes that aiohttp, s3fs, gcsfs and huggingface_hub give them. Their texts
-are not passed on: they quote addresses, with whatever signs them.
+Exceptions come in all the shapes that aiohttp, s3fs, gcsfs and huggingface_hub give them. Their texts are never passed
+on, because they quote addresses with whatever signs them. `ByteBudget` bounds the bytes that are under way.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Object stores (`s3:// gs:// hf://`) through fsspec: facts, listings, byte ranges.
 
 Credentials and settings come from the environment alone, as each store's own tools read them: AWS_*, GOOGLE_*,
-HF_TOKEN, and fsspec's FSSPEC_S3_* (FSSPEC_S3_ANON=true for a public bucket).
-
-Coroutines run from ordinary threads, on the one event loop that fsspec keeps for all its stores.
+HF_TOKEN, and fsspec's FSSPEC_S3_* (FSSPEC_S3_ANON=true for a public bucket). Threads hand their coroutines to the one
+event loop that fsspec keeps for all its stores.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Records on disk -> the report on disk: one page, or an overview with pages beside it.
 
-Two passes over the records: the first counts, the second makes thumbnails and pages, so memory holds
-one page at most. Each page is one file that asks nothing of the network: its own Content Security
-Policy allows data: pictures and, by hash, exactly the style and script inside it.
-
-Pictures -> JPEG data URIs for the page, through the same door as everywhere (images.read_image).
-
-What the ground truth says, brought onto the page: verdicts on shapes, missed objects, scores, curves.
+The first pass over the records counts, the second makes thumbnails and pages, so memory holds one page at most. Each
+page is one file that asks nothing of the network: its own Content Security Policy allows data: pictures and, by hash,
+exactly the style and script inside it. Thumbnails are JPEG data URIs of pictures that came through `read_image`, as
+everywhere. Ground truth adds verdicts on shapes, missed objects, scores and curves.
 """
 
 from __future__ import annotations

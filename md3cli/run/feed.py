@@ -2,7 +2,7 @@
 
 Every request still to do gets a key, counted up in input order. Pictures are decoded ahead within a
 fixed number of rows, and requests become ready as their pictures do, whatever their order; the keys
-restore it (ordering.py). What cannot be run becomes a failure here, without the engine.
+restore it (order.py). What cannot be run becomes a failure here, without the engine.
 """
 
 from __future__ import annotations

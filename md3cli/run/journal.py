@@ -1,23 +1,16 @@
 """The journal: one JSON Lines file of records, the only state a run has.
 
-One writer under a lock, whole lines, one `write` a batch, O_APPEND. Whatever kills the process, what
-was appended is there; a torn tail is cut on the next start and its requests are simply not done. A damaged
-line costs itself only: it is copied to OUT.damaged at once, its request is done again, and the rewrite at the
-end leaves it out. Until then it stays where it is, so that a run that is killed meanwhile finds it again.
-What a crash can lose: nothing for a killed process, at most the last 5 s or 256 records for a power cut.
+One writer under a lock appends whole lines, one `write` a batch, with O_APPEND. Whatever kills the process, what was
+appended is there; the next start cuts a torn tail, and the requests of that tail are simply not done. A damaged line
+costs itself only: it is copied to OUT.damaged at once, its request is done again, and the rewrite at the end leaves
+it out. A crash loses nothing for a killed process, at most the last 5 s or 256 records for a power cut.
 
-Memory: 37 bytes a record found at the start (10 million: 370 MB), nothing for those appended later,
-and 100 bytes a record more while `rewrite` runs.
+The rewrite puts one whole record a request in input order, in two passes: an index of 33 bytes a line, then a copy of
+the byte ranges that stay. `Visits` holds that order as runs of neighbours, of which a resumed run has two however
+long it is.
 
-In which order a run has come through the requests of its journal: what the rewrite at its end puts them in.
-
-Places are those of found_records.py, new requests follow behind them. Kept as runs of neighbours, of which a
-resumed run has two however long it is.
-
-Making a journal clean again: one whole record a request, in input order, without what was damaged or mended.
-
-Two passes: an index of 33 bytes a line, then a copy of the byte ranges that stay. Records are never held, and only
-those that INPUT no longer names are parsed.
+Memory: 37 bytes a record found at the start (10 million: 370 MB), nothing for those appended later, and 100 bytes a
+record more during the rewrite.
 """
 
 from __future__ import annotations

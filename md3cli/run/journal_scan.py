@@ -1,18 +1,12 @@
-"""Reading a journal of records back: which lines are whole, which ids are done, which failed, what is damaged.
+"""Reading a journal back: which lines are whole, which ids are done, which failed, what is damaged.
 
-Streams: memory is one block, the longest line, and what found_records.py keeps of each. Writes nothing.
+A scan holds one block, the longest line, and what `record_index` keeps of each record. It writes nothing but
+OUT.damaged, where damaged lines are copied before they are taken out of the journal; a line that stands there already
+is not copied again. A damaged line costs itself only; one into which a whole record is glued, because its neighbour's
+newline has gone, is damaged up to that record.
 
-A damaged line costs itself only. A line into which a whole record is glued (its neighbour's newline has
-gone) is damaged up to that record.
-
-Whether the records of a run of one process are what they claim: lines whole, each id once, as the run left them.
-
-Reads the records and run.json; knows nothing of INPUT. Memory: 40 bytes a record.
-
-OUT.damaged: copies of the lines of a journal that are no whole records, before they are taken out of it.
-
-Appended to, never overwritten, and never INPUT. A line that is there already is not copied again: whoever was
-killed between the copy and what follows it copies nothing twice.
+`RecordsVerification` says whether the records of a finished run of one process are what they claim: lines whole, each
+id once, as the run left them. It knows nothing of INPUT and holds 40 bytes a record.
 """
 
 from __future__ import annotations

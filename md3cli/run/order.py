@@ -1,15 +1,11 @@
 """Records in input order: what finishes early waits for what was asked before it.
 
-`has_room` bounds the buffer. Knows no formats: `write` takes
-each batch of records that are next in order, `early` keeps those that have to wait.
+`has_room` bounds the buffer. `write` takes each batch of records that are next in order; no format is known here.
 
-Answers that came before their turn, kept on disk meanwhile, so that a kill does not cost them.
-
-Records are written in input order, and one long answer may hold back hundreds that were asked after
-it. The journal alone says what is done: this file is only a memory of answers that need not be
-computed again. Lost, torn or stale it costs time, never a record. Its first line says of which journal
-it is: how long that was, and a digest of its end; beside any other it is not believed. Knows nothing of
-models or images.
+Records that wait are also kept on disk, because one long answer may hold back hundreds that were asked after it, and
+a kill would cost them. The journal alone says what is done: the file of early records only saves computing them
+again, and lost, torn or stale it costs time, never a record. Its first line says of which journal it is (how long
+that was, and a digest of its end); beside any other journal it is not believed.
 """
 
 from __future__ import annotations

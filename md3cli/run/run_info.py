@@ -1,21 +1,14 @@
 """run.json: what a run was asked, with what, how it went; and whether OUTPUT is this run's to resume.
 
-Knows nothing of how records are made. The document's keys: `schema`, `identity` (what must be equal
-for a resume), `versions`, `model`, `root` (the folder that record images are relative to), `seal`
-(that this user's md3 wrote the root, see own_runs.py), `arguments` of the last start, `counts`, `stages`
-(seconds by stage, of all starts), `records` (size and SHA-256 of the records file when the run was last
-finished), `timeline` (seconds and records done, of all starts) and `starts` (when, where, how it ended).
-Written whole by rename, so a reader never sees half of it.
+The document's keys: `schema`, `identity` (what must be equal for a resume), `versions`, `model`, `root` (the folder
+that record images are relative to), `seal` (that this user's md3 wrote the root), `arguments` of the last start,
+`counts`, `stages` (seconds by stage, of all starts), `records` (size and SHA-256 of the records file when the run was
+last finished), `timeline` (seconds and records done, of all starts) and `starts` (when, where, how it ended). It is
+written whole by rename, so a reader never sees half of it. Nothing here knows how records are made.
 
-What one run was asked and another is, told in words: why OUTPUT cannot be gone on with.
-
-Both come as JSON, the earlier one from a file that anybody may have written: whatever is not of the form that a run
-writes is compared leaf by leaf.
-
-How far a run was at which time, in memory that does not grow with the run.
-
-A few hundred points at most, about evenly spaced: when there are too many, every second one goes and
-the spacing doubles. For the throughput plot of the report; the journal says what is really done.
+An earlier run.json may have been written by anybody: whatever is not of the form that a run writes is compared leaf by
+leaf, and the difference is told in words. A timeline has a few hundred points at most, about evenly spaced: when there
+are too many, every second one goes and the spacing doubles.
 """
 
 from __future__ import annotations

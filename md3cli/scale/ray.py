@@ -1,22 +1,14 @@
 """`--engine ray`: Ray Data schedules the shards of a plan over a cluster; the records go the way they always do.
 
-A row of Ray's is the number of a shard and nothing else, so its object store stays empty and nothing of the
-output is Ray's: an actor runs the shard to its commit (ray_worker.py) and answers with counts. Losing actors,
-nodes or this driver therefore loses no more than losing a process on one machine does, and any way of running
-can go on where this one stopped.
+A row of Ray's is the number of a shard and nothing else, so its object store stays empty and nothing of the output is
+Ray's: an actor runs the shard to its commit and answers with counts. Losing actors, nodes or this driver loses no more
+than losing a process on one machine does, and any way of running can go on where this one stopped.
 
-Facts of Ray 2.60 that shaped this: an actor that raises ends the run; actors that die are started again
-without end; constructor arguments are kept for that, so they are small; `map_batches(**ray_remote_args)` is
-deprecated, so only named parameters are passed. The only operator is the actor pool, fed from the driver:
-nothing else waits for CPUs, and a small cluster cannot block itself.
-
-What a Ray actor runs: one shard after another with a model that stays warm. Imports nothing of Ray.
-
-Ray Data ends a whole run at the first exception of an actor, and starts an actor that died again and again.
-So nothing is ever raised here: what went wrong is a column of the answer, and the driver decides. A request
-that kills its process is found by the journals of its attempts (attempts.py), as everywhere.
-
-The shards of a queue on a Ray cluster, with what the other ways of running them offer.
+Facts of Ray 2.60 that shaped this: an actor that raises ends the run, so nothing is ever raised in one: what went
+wrong is a column of the answer, and the driver decides. Actors that die are started again without end; constructor
+arguments are kept for that, so they are small. `map_batches(**ray_remote_args)` is deprecated, so only named
+parameters are passed. The only operator is the actor pool, fed from the driver: nothing else waits for CPUs, and a
+small cluster cannot block itself.
 """
 
 from __future__ import annotations

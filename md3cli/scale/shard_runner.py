@@ -3,17 +3,15 @@
     with ShardRunner(run_uri) as runner:      # in each process (or Ray actor); loads nothing yet
         result = runner.run(shard)            # -> ShardResult; the model is loaded by the first that needs it
 
-`run_uri` is the path or URL of the run folder (`DIR/.md3run`) with its plan and run.json in it. `run` returns
-at once for a shard that is committed, takes over what earlier attempts finished, and may run anywhere at
-the same time as another `run` of the same shard: the first to commit wins, and the other gets its result.
-`run` raises Md3Error where the run cannot go on here (no model, no disk), ShardStopped where `should_stop`
-said so; a bad picture or request is an error record, never an exception.
+`run_uri` is the path or URL of the run folder (`DIR/.md3run`) with its plan and run.json in it. `run` returns at once
+for a shard that is committed, takes over what earlier attempts finished, and may run anywhere at the same time as
+another `run` of the same shard: the first to commit wins, and the other gets its result. `run` raises Md3Error where
+the run cannot go on here (no model, no disk), ShardStopped where `should_stop` said so; a bad picture or request is an
+error record, never an exception.
 
-The requests of one shard through the model: what earlier attempts left is taken over, the rest is asked.
-
-In this order: what is known to kill workers becomes error records; what was under way when a worker died is
-asked alone, one by one, so that only the culprit can be blamed; the rest fills the batches. Records go to the
-attempt's journal as they come, in any order.
+What is known to kill workers becomes error records first. What was under way when a worker died is asked alone, one by
+one, so that only the culprit can be blamed. The rest fills the batches. Records go to the attempt's journal as they
+come, in any order.
 """
 
 from __future__ import annotations

@@ -1,16 +1,12 @@
-"""Parquet manifests, row by row. The only file that imports pyarrow's reader.
+"""Parquet manifests, row by row, and pictures inside Parquet files. Only this file imports pyarrow's reader.
 
-The footer is never believed: `read_table` on one that claims 10^12 rows asks for 2 TiB, so row groups
-are read in small batches and yield what is really there. Nor is the file's size: a text that comes a thousand
-times stands there once, so it is kept once (`_much_repeated`). A damaged row group costs one row. Pictures that are in
-the file themselves are not read here: a row says where its picture stands (embedded.py).
+The footer is never believed: `read_table` on one that claims 10^12 rows asks for 2 TiB, so row groups are read in small
+batches and yield what is really there. Nor is the file's size: a text that comes a thousand times stands there once, so
+it is kept once (`_much_repeated`). A damaged row group costs one row.
 
-What holds for the columns of every manifest, whatever its format.
-
-Pictures inside Parquet files (the layout of Hugging Face `datasets`: `image` is a struct of `bytes` and `path`).
-
-A cell cannot be read by itself, only the row group it stands in from its start. So one thread reads the cells in
-the order of the rows, a few at a time, and goes back to the start only for a row that lies behind it.
+A row says where its picture stands (`EmbeddedImage`, in the layout of Hugging Face `datasets`). A cell cannot be read
+by itself, only its row group from the start: one thread reads the cells in the order of the rows, a few at a time, and
+goes back to the start only for a row that lies behind it.
 """
 
 from __future__ import annotations
