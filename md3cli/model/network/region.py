@@ -81,8 +81,8 @@ class RegionHeads(nn.Module):
 
     def size_logits(self, hidden: Tensor) -> Tensor:
         """Read logits over the size bins [..., 2, bins], width first, from hidden states [..., D]."""
-        logits: Tensor = self.size_decoder(self._norm(hidden))
-        return logits.unflatten(-1, (2, self.num_size_bins))
+        logits = self.size_decoder(self._norm(hidden))
+        return logits.unflatten(-1, (2, self.num_size_bins))  # type: ignore[no-any-return]
 
     def _norm(self, hidden: Tensor) -> Tensor:
         return hidden if self.ln is None else self.ln(hidden)
