@@ -64,6 +64,7 @@ def diagnose(device: str = "auto", settings_error: ConfigError | None = None) ->
 
 def _device_of(name: str) -> Callable[[], Iterator[Finding]]:
     def device() -> Iterator[Finding]:
+        """Yield what torch, the device, its kernels and its memory are, each with its health."""
         try:
             from md3cli.model.engine.load import LARGE_MODEL_BYTES, device_facts
         except ImportError as error:

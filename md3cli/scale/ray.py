@@ -294,6 +294,8 @@ class RayDriver(Driver):
         self._folder, self._plan, self._queue, self._config = folder, plan, queue, config
 
     def run(self, on_step: Callable[[], None]) -> None:
+        """Run the shards on the cluster, as `Driver.run` says."""
+
         def should_stop() -> bool:
             on_step()
             return self.is_stopping

@@ -166,6 +166,8 @@ class LocalDriver(Driver):
         return self._under_way
 
     def run(self, on_step: Callable[[], None]) -> None:
+        """Run the shards in this process, as `Driver.run` says."""
+
         def should_stop() -> bool:
             on_step()
             return self.is_stopping
