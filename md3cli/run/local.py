@@ -9,34 +9,27 @@ written as soon as all before them are.
 from __future__ import annotations
 
 import contextlib
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 
 from md3cli.config import RunConfig
 from md3cli.console import Progress, RunConsole, Summary, loading, print_document
 from md3cli.errors import Md3Error
-from md3cli.finished.failures import Failure, NamedFailures, command_for_all
+from md3cli.finished.failures import Failure, NamedFailures
 from md3cli.images.pool import PicturePool
-from md3cli.records import RETRYABLE, RecordDict, Request, SourceRow
+from md3cli.records import RecordDict, Request, SourceRow
 from md3cli.run.drive import drive
 from md3cli.run.feed import Feed, make_pool, rows_ahead
+from md3cli.run.finish import STATUS_FAILED_RECORDS, exit_status, summarize, tell_how_to_resume
 from md3cli.run.journal import Journal
 from md3cli.run.journal_scan import damage_words
 from md3cli.run.model_handle import LazyEngine, Model
 from md3cli.run.order import OrderedRecords
-from md3cli.run.output import (
-    TABLE,
-    Output,
-    publish,
-    written_paths,
-)
+from md3cli.run.output import TABLE, Output, publish, written_paths
 from md3cli.run.record_index import RequestIds, Unasked
 from md3cli.run.run_info import RunCounts, RunDocument, Timeline
 from md3cli.signals import Interrupted, StopSignals
-from md3cli.source.source import Source, check_found, empty_words
-
-STATUS_FAILED_RECORDS = 3
+from md3cli.source.source import Source, check_found
 
 
 class LocalRun:
@@ -76,7 +69,7 @@ class LocalRun:
                 check_found(self.source, self.config.source, is_allowed=self.config.allow_empty)
             with self.stop.interruptible():
                 self._publish()
-            status = self._status()
+            status = exit_status(self.config, self._counts())
         except Interrupted as interrupt:
             status = interrupt.exit_status
             self._note_end(status)
@@ -206,11 +199,6 @@ class LocalRun:
         failed = journal.num_failed
         return RunCounts(journal.num_ok, sum(failed.values()), failed)
 
-    def _status(self) -> int:
-        counts = self._counts()
-        is_bad = self.config.fail_on.is_met(counts.failed, counts.ok + counts.failed)
-        return STATUS_FAILED_RECORDS if is_bad else 0
-
     @property
     def _num_requests(self) -> int:
         """Requests of INPUT so far, done now or before."""
@@ -243,12 +231,9 @@ class LocalRun:
         summary.num_failed_before = self._counts().failed - summary.num_failed
         if self.output.plan.files is not None and self.output.plan.stdout is None:
             summary.outputs = written_paths(self.output.plan)
-            summary.next_command = self._next_command()
-            summary.failures_command = command_for_all(self.output.plan.files.journal)
         summary.failures = self._named_failures()
-        if not self._num_requests:
-            self.console.warn(empty_words(self.config.source))
-        self.console.summarize(summary)
+        is_empty = not self._num_requests
+        summarize(self.config, self.console, summary, self.output.plan, self._counts(), is_empty=is_empty)
 
     def _named_failures(self) -> list[Failure]:
         """Some of this start's failures; of earlier ones only where it has none."""
@@ -258,23 +243,9 @@ class LocalRun:
                 self.failures.note_lines(lines)
         return self.failures.found
 
-    def _next_command(self) -> str | None:
-        assert self.output.plan.files is not None
-        if RETRYABLE & {kind for kind, count in self._counts().errors.items() if count}:
-            return shlex.join([*_without_overwrite(self.config.argv), "--retry-failed"])
-        if self.output.plan.documents:
-            return None
-        return shlex.join(["md3", "report", str(self.output.plan.files.journal), "-o", "report.html"])
-
     def _tell_how_to_resume(self, interrupt: Interrupted) -> None:
         done = self.summary.num_ok + self.summary.num_failed
         if self.output.journal is None or self.output.plan.stdout is not None:
             self.console.say(f"stopped by {interrupt} after {done:,} records; with -o OUTPUT a run can be resumed")
             return
-        self.console.say(f"stopped by {interrupt}: {done:,} new records are in {self.output.journal.path}")
-        self.console.say(f"resume with: {shlex.join(_without_overwrite(self.config.argv))}", style="cyan")
-
-
-def _without_overwrite(argv: Sequence[str]) -> list[str]:
-    """The command that goes on where this one stopped."""
-    return [argument for argument in argv if argument != "--overwrite"]
+        tell_how_to_resume(self.config, self.console, str(interrupt), done, str(self.output.journal.path))

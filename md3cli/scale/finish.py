@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,8 +19,9 @@ from md3cli.console import clock as duration
 from md3cli.errors import DamagedPartError, OutputHeldError
 from md3cli.files import OutputLock, atomic_publish, output_error
 from md3cli.finished.digest import RecordsDigest
-from md3cli.finished.failures import Failure, NamedFailures, command_for_all
-from md3cli.records import OK_TAIL, RETRYABLE, printable
+from md3cli.finished.failures import Failure, NamedFailures
+from md3cli.records import OK_TAIL, printable
+from md3cli.run.finish import exit_status, summarize, tell_how_to_resume
 from md3cli.run.order import SUFFIX as EARLY_SUFFIX
 from md3cli.run.output import publish, remove_temps
 from md3cli.run.run_info import RunDocument, Timeline
@@ -32,9 +32,7 @@ from md3cli.scale.markers import Commit, Exported, StartNote, counts_of, note_ex
 from md3cli.scale.plan import Plan
 from md3cli.scale.start import Start
 from md3cli.scale.store import LocalStore
-from md3cli.source.source import empty_words
 
-STATUS_FAILED_RECORDS = 3
 STOPPED = 128  # exit statuses from here on are of signals
 EXPORT_WAIT_S, EXPORT_POLL_S = 60.0, 1.0
 SLOW_EXPORT_BYTES_S = 5e6  # a second
@@ -84,9 +82,7 @@ class Finish:
                 self._export()
             else:
                 self._console.say("another rank exports the records")
-        counts = counts_of(self._commits)
-        is_bad = self._config.fail_on.is_met(counts.failed, counts.ok + counts.failed)
-        return STATUS_FAILED_RECORDS if is_bad else 0
+        return exit_status(self._config, counts_of(self._commits))
 
     def _export(self) -> None:
         files, deliveries = self._start.files, self._start.deliveries
@@ -176,13 +172,10 @@ class Finish:
             elapsed_s=time.monotonic() - self._started_at,
             skipped=self._plan.skipped,
             failures=self._named_failures(),
-            failures_command=self._failures_command(),
             outputs=self._start.deliveries.written(self._start.outputs),
-            next_command=self._next_command(),
         )
-        if not self._plan.rows:
-            self._console.warn(empty_words(self._config.source))
-        self._console.summarize(summary)
+        counts, outputs = counts_of(self._commits), self._start.outputs
+        summarize(self._config, self._console, summary, outputs, counts, is_empty=not self._plan.rows)
 
     def _named_failures(self) -> list[Failure]:
         """Some of this start's failures, then of earlier ones."""
@@ -192,25 +185,10 @@ class Finish:
                 named.note_lines((self._folder.store.read(self._commits[shard].part) or b"").splitlines(keepends=True))
         return named.found
 
-    def _failures_command(self) -> str | None:
-        return None if self._config.output.address is not None else command_for_all(self._start.files.journal)
-
-    def _next_command(self) -> str | None:
-        if RETRYABLE & counts_of(self._commits).errors.keys() and self._start.is_alone:
-            return shlex.join([*self._argv, "--retry-failed"])
-        if self._start.outputs.documents or self._config.output.address is not None:
-            return None
-        return shlex.join(["md3", "report", str(self._start.files.journal), "-o", "report.html"])
-
     def tell_how_to_resume(self, reason: str) -> None:
         """Say that `reason`, a signal, stopped the run, what it has, and which command goes on."""
         num_new = self._num_new() + self._num_under_way
-        self._console.say(f"stopped by {reason}: {num_new:,} new records are in {self._folder.uri}")
-        self._console.say(f"resume with: {shlex.join(self._argv)}", style="cyan")
-
-    @property
-    def _argv(self) -> list[str]:
-        return [argument for argument in self._config.argv if argument != "--overwrite"]
+        tell_how_to_resume(self._config, self._console, reason, num_new, self._folder.uri)
 
 
 def export_parts(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], out: Path) -> Exported:

@@ -1,0 +1,63 @@
+"""How a run ends, in one process or in many: its exit status, its summary, and the command that goes on.
+
+Knows counts and the command line, and nothing of where the records lie or how they came there.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from md3cli.config import RunConfig
+from md3cli.console import RunConsole, Summary
+from md3cli.finished.failures import command_for_all
+from md3cli.records import RETRYABLE
+from md3cli.run.output import OutputPlan
+from md3cli.run.run_info import RunCounts
+from md3cli.source.source import empty_words
+
+STATUS_FAILED_RECORDS = 3
+
+
+def exit_status(config: RunConfig, counts: RunCounts) -> int:
+    """Return 0, or 3 where more of all requests failed than --fail-on allows."""
+    is_bad = config.fail_on.is_met(counts.failed, counts.ok + counts.failed)
+    return STATUS_FAILED_RECORDS if is_bad else 0
+
+
+def summarize(
+    config: RunConfig, console: RunConsole, summary: Summary, plan: OutputPlan, counts: RunCounts, *, is_empty: bool
+) -> None:
+    """Print the summary, with the commands that a user may want next.
+
+    Args:
+        counts: requests by outcome in all of OUTPUT.
+        is_empty: INPUT held nothing to ask about.
+    """
+    if plan.files is not None and plan.stdout is None:
+        summary.next_command = _next_command(config, plan, counts)
+        if config.output.address is None:  # grep reads no bucket
+            summary.failures_command = command_for_all(plan.files.journal)
+    if is_empty:
+        console.warn(empty_words(config.source))
+    console.summarize(summary)
+
+
+def _next_command(config: RunConfig, plan: OutputPlan, counts: RunCounts) -> str | None:
+    assert plan.files is not None
+    is_worth_a_retry = any(counts.errors.get(kind) for kind in RETRYABLE)
+    if is_worth_a_retry and config.scale.world_size == 1:  # ranks refuse --retry-failed
+        return shlex.join([*_resuming(config), "--retry-failed"])
+    if plan.documents or config.output.address is not None:
+        return None
+    return shlex.join(["md3", "report", str(plan.files.journal), "-o", "report.html"])
+
+
+def tell_how_to_resume(config: RunConfig, console: RunConsole, reason: str, num_new: int, where: str) -> None:
+    """Say that the signal `reason` stopped the run, that `where` has the new records, and which command goes on."""
+    console.say(f"stopped by {reason}: {num_new:,} new records are in {where}")
+    console.say(f"resume with: {shlex.join(_resuming(config))}", style="cyan")
+
+
+def _resuming(config: RunConfig) -> list[str]:
+    """Return the command that goes on where this one stopped."""
+    return [argument for argument in config.argv if argument != "--overwrite"]
