@@ -1,7 +1,7 @@
 """The options that all annotating commands share, each declared once beside the parser of its value.
 
-`AnnotateOptions` holds the typed values, makes a `RunConfig` of them and starts the run; `expand_options` shows its
-fields to typer in place of a command's parameter `options`. What a text may mean is parse.py's business.
+`AnnotateOptions` holds the typed values and makes a `RunConfig` of them; `annotating` makes a command of a function
+that takes them. What a text may mean is parse.py's business, and what is asked of an image is annotate.py's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from md3cli.commands.parse import (
     parse_folder,
     parse_format,
     parse_shard,
-    parse_spatial_ref,
     starting,
 )
 from md3cli.config import (
@@ -63,23 +62,6 @@ _scale = functools.partial(typer.Option, rich_help_panel="Many processes")
 _display = functools.partial(typer.Option, rich_help_panel="Display")
 
 MODEL_NAMES = ("moondream3", "moondream3.1", "tiny")
-
-OneInput = Annotated[
-    str, typer.Argument(metavar="INPUT", help="Image, folder, quoted glob, manifest, tar, URL, or - for stdin.")
-]
-Objects = Annotated[list[str], typer.Argument(metavar="OBJECT", help="What to look for.")]
-MaxObjects = Annotated[
-    int, typer.Option("--max-objects", min=1, max=TOKENS_LIMIT - 1, help="Stop after so many in one image.")
-]
-SpatialRefs = Annotated[
-    list[tuple[float, ...]] | None,
-    typer.Option(
-        "--spatial-ref",
-        metavar="X,Y|X0,Y0,X1,Y1",
-        parser=checked(parse_spatial_ref),
-        help="A place in the image the prompt is about, 0-1; may be repeated.",
-    ),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,29 +248,6 @@ class AnnotateOptions:
         shared = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
         return Request(task=task, prompt=prompt, **(shared | settings))
 
-    def run(
-        self, command: str, inputs: Sequence[str], requests: Sequence[Request], estimate: EstimateOptions | None = None
-    ) -> None:
-        """Ask `requests` of every image of `inputs`, or estimate that; ends the command as its records ask for.
-
-        Raises:
-            Md3Error: the run could not be done.
-            signals.Interrupted: it was stopped; what was reported is on disk.
-            typer.Exit: with status 3, too many records failed.
-        """
-        from md3cli.console import RunConsole
-        from md3cli.pipeline import run
-
-        console = RunConsole(
-            is_quiet=self.quiet,
-            is_verbose=self.verbose,
-            has_progress=not self.no_progress,
-            has_color=not self.no_color,
-        )
-        status = run(self._run_config(command, inputs, requests, estimate), console)
-        if status:
-            raise typer.Exit(status)
-
     def estimate_options(self, *, is_json: bool = False) -> EstimateOptions:
         """Return how to estimate, whether or not `--estimate` asks for it."""
         return EstimateOptions(
@@ -299,51 +258,54 @@ class AnnotateOptions:
             is_json=is_json,
         )
 
-    def _run_config(
-        self, command: str, inputs: Sequence[str], requests: Sequence[Request], estimate: EstimateOptions | None
+    def config(
+        self, command: str, inputs: Sequence[str], requests: Sequence[Request], estimate: EstimateOptions | None = None
     ) -> RunConfig:
+        """Return a run that asks `requests` of every image of `inputs`, or an estimate of that run.
+
+        Raises:
+            UsageError: OUTPUT is no name or address that could be written to.
+        """
         return RunConfig(
             command=command,
-            source=SourceSpec(
-                inputs=tuple(inputs),
-                recursive=self.recursive,
-                include=tuple(self.include or ()),
-                exclude=tuple(self.exclude or ()),
-                limit=self.limit,
-                shard=self.shard,
-                root=self.root,
-                remote=self.remote,
-                offline=self.offline,
-                follow_links=self.follow_links,
-            ),
+            source=self._source_spec(inputs),
             requests=tuple(requests),
             defaults=self.request(Task.QUERY),
-            model=self._model_options(),
-            decode=DecodeOptions(
-                max_pixels=self.max_pixels,
-                max_file_size=self.max_file_size,
-                timeout_s=self.decode_timeout,
-                fetch_timeout_s=self.fetch_timeout,
-                named_hosts=named_hosts([*inputs, self.root or ""]),
-                may_fetch_private=self.remote,
-                root=self.root if self.root and is_address(self.root) else "",
-                workers=self.workers,
-            ),
+            model=ModelOptions(**{field.name: getattr(self, field.name) for field in fields(ModelOptions)}),
+            decode=self._decode_options(inputs),
             output=self._output_options(),
             fail_on=self.fail_on,
-            scale=ScaleOptions(
-                devices=self.devices or (),
-                workers_per_device=self.workers_per_device,
-                rank=self.worker_rank,
-                world_size=self.world_size,
-                engine=self.engine,
-                shard_size=self.shard_size,
-                ray_address=self.ray_address,
-            ),
+            scale=self._scale_options(),
             allow_empty=self.allow_empty,
             is_dry_run=self.dry_run,
             estimate=estimate or (self.estimate_options() if self.estimate else None),
             argv=("md3", *map(shown_argument, sys.argv[1:])),
+        )
+
+    def _source_spec(self, inputs: Sequence[str]) -> SourceSpec:
+        return SourceSpec(
+            inputs=tuple(inputs),
+            recursive=self.recursive,
+            include=tuple(self.include or ()),
+            exclude=tuple(self.exclude or ()),
+            limit=self.limit,
+            shard=self.shard,
+            root=self.root,
+            remote=self.remote,
+            offline=self.offline,
+            follow_links=self.follow_links,
+        )
+
+    def _decode_options(self, inputs: Sequence[str]) -> DecodeOptions:
+        return DecodeOptions(
+            max_pixels=self.max_pixels,
+            max_file_size=self.max_file_size,
+            timeout_s=self.decode_timeout,
+            fetch_timeout_s=self.fetch_timeout,
+            named_hosts=named_hosts([*inputs, self.root or ""]),
+            may_fetch_private=self.remote,
+            root=self.root if self.root and is_address(self.root) else "",
+            workers=self.workers,
         )
 
     def _output_options(self) -> OutputOptions:
@@ -362,34 +324,60 @@ class AnnotateOptions:
             retry_failed=self.retry_failed,
         )
 
-    def _model_options(self) -> ModelOptions:
-        return ModelOptions(**{field.name: getattr(self, field.name) for field in fields(ModelOptions)})
+    def _scale_options(self) -> ScaleOptions:
+        return ScaleOptions(
+            devices=self.devices or (),
+            workers_per_device=self.workers_per_device,
+            rank=self.worker_rank,
+            world_size=self.world_size,
+            engine=self.engine,
+            shard_size=self.shard_size,
+            ray_address=self.ray_address,
+        )
 
 
-def expand_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Let typer see the fields of `AnnotateOptions` in place of the command's parameter `options`."""
-    keyword = inspect.Parameter.KEYWORD_ONLY
+def annotating(command: Callable[..., RunConfig]) -> Callable[..., None]:
+    """Make a command of a function from words and `options` to a run, which the command then does.
+
+    typer sees the fields of `AnnotateOptions` in place of the parameter `options`.
+    """
     hints = get_type_hints(command, include_extras=True)
     own = [
-        parameter.replace(annotation=_for_typer(hints[name]), kind=keyword)
+        parameter.replace(annotation=_for_typer(hints[name]), kind=inspect.Parameter.KEYWORD_ONLY)
         for name, parameter in inspect.signature(command).parameters.items()
         if name != "options"
     ]
-    declared = get_type_hints(AnnotateOptions, include_extras=True)
-    shared = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=_for_typer(declared[field.name]))
-        for field in fields(AnnotateOptions)
-    ]
+    shared = _shared_parameters()
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
-        options = AnnotateOptions(**{parameter.name: values.pop(parameter.name) for parameter in shared})
-        command(options=options, **values)
+        from md3cli.console import RunConsole
+        from md3cli.pipeline import run
 
-    wrapper.__signature__ = inspect.Signature(own + shared)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in own + shared}
+        options = AnnotateOptions(**{parameter.name: values.pop(parameter.name) for parameter in shared})
+        config = command(options=options, **values)
+        console = RunConsole(
+            is_quiet=options.quiet,
+            is_verbose=options.verbose,
+            has_progress=not options.no_progress,
+            has_color=not options.no_color,
+        )
+        if status := run(config, console):
+            raise typer.Exit(status)  # 3: too many records failed
+
+    wrapper.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
     del wrapper.__wrapped__
     return wrapper
+
+
+@functools.cache  # seven commands share them, and typer's hints take a millisecond to read
+def _shared_parameters() -> tuple[inspect.Parameter, ...]:
+    keyword, declared = inspect.Parameter.KEYWORD_ONLY, get_type_hints(AnnotateOptions, include_extras=True)
+    return tuple(
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=_for_typer(declared[field.name]))
+        for field in fields(AnnotateOptions)
+    )
 
 
 def _for_typer(annotation: Any) -> Any:

@@ -1,0 +1,230 @@
+"""The commands that ask something of every image, from `md3 caption` to `md3 run`, and `md3 estimate` of the same.
+
+A command reads its own words and returns what the run is to do; `annotating` adds the shared options and runs it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from md3cli.commands.options import AnnotateOptions, annotating
+from md3cli.commands.parse import (
+    TaskSpec,
+    check_objects,
+    checked,
+    may_carry_rows,
+    parse_choices,
+    parse_query,
+    parse_spatial_ref,
+    parse_task,
+    starting,
+)
+from md3cli.config import RunConfig
+from md3cli.errors import UsageError
+from md3cli.records import Request, Task, printable
+from md3cli.source.requests import TOKENS_LIMIT
+
+app = typer.Typer(add_completion=False)
+PROMPTED = (Task.QUERY, Task.DETECT, Task.POINT, Task.SEGMENT)
+
+OneInput = Annotated[
+    str, typer.Argument(metavar="INPUT", help="Image, folder, quoted glob, manifest, tar, URL, or - for stdin.")
+]
+Objects = Annotated[list[str], typer.Argument(metavar="OBJECT", help="What to look for.")]
+MaxObjects = Annotated[
+    int, typer.Option("--max-objects", min=1, max=TOKENS_LIMIT - 1, help="Stop after so many in one image.")
+]
+SpatialRefs = Annotated[
+    list[tuple[float, ...]] | None,
+    typer.Option(
+        "--spatial-ref",
+        metavar="X,Y|X0,Y0,X1,Y1",
+        parser=checked(parse_spatial_ref),
+        help="A place in the image the prompt is about, 0-1; may be repeated.",
+    ),
+]
+TaskSpecs = Annotated[
+    list[list[TaskSpec]] | None,
+    typer.Option(
+        "--task",
+        metavar="SPEC",
+        parser=checked(parse_task),
+        autocompletion=starting("caption:short", "caption:normal", "caption:long", *(f"{t}:" for t in PROMPTED)),
+        help="caption:long, detect:car,person, point:nose, query:Is it raining?, segment:dog; may be repeated.",
+    ),
+]
+
+
+@app.command()
+@annotating
+def caption(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT", help="Images, folders, globs, manifests, tars, URLs, or -.")
+    ],
+    length: Annotated[Literal["short", "normal", "long"], typer.Option("--length", help="How much to say.")] = "normal",
+    *,
+    options: AnnotateOptions,
+) -> RunConfig:
+    """Describe every image.
+
+    Examples:
+
+        md3 caption photo.jpg
+
+        md3 caption photos/ --length long -o captions.jsonl
+
+        find . -name '*.png' | md3 caption - > captions.jsonl
+    """
+    return options.config("caption", inputs, [options.request(Task.CAPTION, length=length)])
+
+
+@app.command()
+@annotating
+def query(
+    positional: Annotated[
+        list[str] | None, typer.Argument(metavar="INPUT QUESTION", help="INPUT, then questions; or -q alone.")
+    ] = None,
+    question: Annotated[list[str] | None, typer.Option("--question", "-q", help="A question; may be repeated.")] = None,
+    reasoning: Annotated[bool, typer.Option("--reasoning/--no-reasoning", help="Think first, or be fast.")] = True,
+    choices: Annotated[
+        tuple[str, ...] | None,
+        typer.Option(
+            "--choices",
+            metavar="A,B,…",
+            parser=checked(parse_choices),
+            help="The only answers allowed; each gets a score.",
+        ),
+    ] = None,
+    spatial_ref: SpatialRefs = None,
+    *,
+    options: AnnotateOptions,
+) -> RunConfig:
+    """Ask questions of every image, or of the model alone.
+
+    Examples:
+
+        md3 query photo.jpg "How many people are there?"
+
+        md3 query photos/ -q "Is it raining?" -q "Is it night?" --no-reasoning -o answers.csv
+
+        md3 query photos/ -q "Is it raining?" --choices yes,no,unsure -o answers.csv
+
+        md3 query -q "What is an encoder?"
+    """
+    asked = parse_query(positional or [], question or [])
+    questions = asked.questions or (None,)  # the rows of a manifest bring their own
+    settings = {"reasoning": reasoning, "spatial_refs": tuple(spatial_ref or ()), "choices": choices or ()}
+    requests = [options.request(Task.QUERY, text, **settings) for text in questions]
+    return options.config("query", [] if asked.input is None else [asked.input], requests)
+
+
+@app.command()
+@annotating
+def detect(input: OneInput, objects: Objects, max_objects: MaxObjects = 150, *, options: AnnotateOptions) -> RunConfig:
+    """Find objects and draw boxes around them.
+
+    Examples:
+
+        md3 detect photos/ car person -o boxes.jsonl
+
+        md3 detect 'photos/**/*.jpg' "red car" -o coco.json
+    """
+    check_objects(objects)
+    requests = [options.request(Task.DETECT, name, max_objects=max_objects) for name in objects]
+    return options.config("detect", [input], requests)
+
+
+@app.command()
+@annotating
+def point(
+    input: OneInput,
+    objects: Objects,
+    max_objects: MaxObjects = 150,
+    spatial_ref: SpatialRefs = None,
+    *,
+    options: AnnotateOptions,
+) -> RunConfig:
+    """Point at objects.
+
+    Examples:
+
+        md3 point photo.jpg nose
+
+        md3 point photos/ person -o people.csv
+    """
+    check_objects(objects)
+    settings = {"max_objects": max_objects, "spatial_refs": tuple(spatial_ref or ())}
+    return options.config("point", [input], [options.request(Task.POINT, name, **settings) for name in objects])
+
+
+@app.command()
+@annotating
+def segment(
+    input: OneInput, objects: Objects, spatial_ref: SpatialRefs = None, *, options: AnnotateOptions
+) -> RunConfig:
+    """Outline an object.
+
+    Examples:
+
+        md3 segment photo.jpg dog
+
+        md3 segment photos/ dog -f coco -f overlay -o dogs/
+    """
+    check_objects(objects)
+    requests = [options.request(Task.SEGMENT, name, spatial_refs=tuple(spatial_ref or ())) for name in objects]
+    return options.config("segment", [input], requests)
+
+
+@app.command()
+@annotating
+def run(input: OneInput, task: TaskSpecs = None, *, options: AnnotateOptions) -> RunConfig:
+    """Several tasks in one pass, each image encoded once; or a manifest whose rows carry their own.
+
+    Examples:
+
+        md3 run photos/ --task caption:long --task detect:car,person -o out/
+
+        md3 run requests.csv -o answers.jsonl
+    """
+    return options.config("run", [input], _requests_to_run(input, task, options))
+
+
+@app.command()
+@annotating
+def estimate(
+    input: OneInput,
+    task: TaskSpecs = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, also on a terminal.")] = False,
+    *,
+    options: AnnotateOptions,
+) -> RunConfig:
+    """What `md3 run` with the same words would take: time, tokens, disk, money; from a sample, nothing is written.
+
+    Examples:
+
+        md3 estimate photos/ --task caption:long --price-per-gpu-hour 2.50
+
+        md3 estimate requests.csv --price-per-1000 5 --json
+    """
+    estimate = options.estimate_options(is_json=as_json)
+    return options.config("run", [input], _requests_to_run(input, task, options), estimate)
+
+
+def _requests_to_run(input: str, specs: TaskSpecs, options: AnnotateOptions) -> list[Request]:
+    """Return what is asked of every image of `input`, in the order typed.
+
+    Raises:
+        UsageError: nothing, and `input` cannot say it either.
+    """
+    requests = [_request(spec, options) for parts in specs or () for spec in parts]
+    if not requests and not may_carry_rows(input):
+        raise UsageError(f"nothing to do for {printable(input)}; say what with --task, like --task caption:long")
+    return requests
+
+
+def _request(spec: TaskSpec, options: AnnotateOptions) -> Request:
+    if spec.task is Task.CAPTION:
+        return options.request(Task.CAPTION, length=spec.argument or "normal")
+    return options.request(spec.task, spec.argument)
