@@ -292,7 +292,7 @@ class RecordsVerification:
         for lines in scanned.damaged[:_MOST_DAMAGE_NAMED]:
             yield f"{_damage(lines, printable(str(self._records)))}; the same command mends it"
         if len(scanned.damaged) > _MOST_DAMAGE_NAMED:
-            yield f"{len(scanned.damaged) - _MOST_NAMED:,} more places are damaged"
+            yield f"{len(scanned.damaged) - _MOST_DAMAGE_NAMED:,} more places are damaged"
         if size > scanned.end:
             yield f"a torn end of {size - scanned.end:,} bytes; the same command repairs it"
         if scanned.found.has_superseded:

@@ -29,7 +29,7 @@ from md3cli.records import (
     request_id,
 )
 from md3cli.run.journal import encode_record
-from md3cli.run.journal_scan import HEAD, DamagedLines, journal_lines, scan_journal
+from md3cli.run.journal_scan import HEAD, DamagedLines, RecordsVerification, journal_lines, scan_journal
 from md3cli.run.record_index import outcome_code
 
 RUN, QUERY = RunIdentity("m@1"), Request(Task.QUERY, "größer? 🦊")
@@ -133,3 +133,12 @@ def test_a_million_records_are_read_back_in_seconds(tmp_path: Path) -> None:
     assert (len(found), end, damaged) == (count, path.stat().st_size, [])
     assert time.process_time() - start < 3
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 100_000
+
+
+def test_a_verification_names_some_damaged_places_and_counts_the_rest(tmp_path: Path) -> None:
+    records = tmp_path / "records.jsonl"
+    good = encode_record(record_of("a", "b", None))
+    records.write_bytes((b"damaged\n" + good) * 23)
+    found = list(RecordsVerification(records).findings())
+    assert [finding for finding in found if "is no whole record" in finding] == found[:20]
+    assert found[20] == "3 more places are damaged"
