@@ -119,7 +119,7 @@ def _is_written_name(name: str) -> bool:
 
 
 def _write(evaluation: Evaluation, folder: Path) -> None:
-    from md3cli.evaluate.figures import draw_figures
+    from md3cli.evaluate.scores import draw_figures
     from md3cli.files import atomic_publish, output_error
 
     try:

@@ -1,27 +1,76 @@
 """Records against ground truth: how good is a run, and what changed since another one.
 
 `evaluate` reads both sides and returns a `Section` for each kind of answer that both have: boxes, masks, points,
-captions of each length, answers. Knows no torch and opens no picture.
+captions of each length, answers. `compare_runs` sets two runs of the same questions side by side, with ground truth or
+without. Knows no torch and opens no picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from md3cli.errors import InputError
-from md3cli.evaluate.compare import Comparison, compare
-from md3cli.evaluate.located import final_records
+from md3cli.evaluate.located import RequestKey, final_records, has_failed, request_key
 from md3cli.evaluate.scores import Section, without_infinite
 from md3cli.evaluate.truth import Captions, Instances, Questions, Truth, load_truth
 from md3cli.finished.records_file import read_records
 from md3cli.records import RecordDict, printable
 
-__all__ = ["EVAL_SCHEMA", "Evaluation", "Section", "compare_runs", "evaluate", "load_truth"]
+__all__ = ["EVAL_SCHEMA", "Comparison", "Evaluation", "Section", "compare_runs", "evaluate", "load_truth"]
 
 EVAL_SCHEMA = "md3-eval/1"
+SCORE_TOLERANCE = 0.002  # what the same model, weights and picture promise
+RESULT_KEYS = ("caption", "answer", "reasoning", "objects", "points", "segments")
+TEXT_SHOWN = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One request whose record differs.
+
+    `kind`: count, scores, fixed, broken, error, ended, or the key of the result that differs.
+    `verdict`: better or worse by the ground truth, where that is known.
+    """
+
+    image: str | None
+    task: str
+    prompt: str
+    kind: str
+    before: str
+    after: str
+    verdict: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The other run is `before`, this one `after`."""
+
+    num_same: int
+    num_only_before: int
+    num_only_after: int
+    changes: tuple[Change, ...]
+    score_changes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # section -> score -> difference
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """The number of changes by kind, the most frequent first."""
+        return dict(Counter(change.kind for change in self.changes).most_common())
+
+    @property
+    def verdicts(self) -> dict[str, int]:
+        """The number of changes for the better and for the worse."""
+        return dict(Counter(change.verdict for change in self.changes if change.verdict))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of the comparison in plain types."""
+        document: dict[str, Any] = {"same": self.num_same, "changed": len(self.changes), "kinds": self.kinds}
+        document |= {"only_before": self.num_only_before, "only_after": self.num_only_after}
+        document |= {"verdicts": self.verdicts, "score_changes": {k: dict(v) for k, v in self.score_changes.items()}}
+        return document | {"changes": [asdict(change) for change in self.changes]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +106,11 @@ def evaluate(records: Path, truths: Sequence[Truth]) -> Evaluation:
 
 
 def compare_runs(records: Path, other: Path, truths: Sequence[Truth]) -> Evaluation:
-    """`evaluate`, and say what changed since the run `other`; without `truths` the changes alone."""
+    """Score the records of a file, and say what changed since the run `other`; without `truths` say the changes alone.
+
+    Raises:
+        InputError, MissingExtraError: as `evaluate` does.
+    """
     notes, earlier_notes = list[str](), list[str]()
     after = final_records(read_records(records, notes))
     before = final_records(read_records(other, earlier_notes))
@@ -90,10 +143,112 @@ def _score(records: Sequence[RecordDict], truth: Truth) -> list[Section]:
             scorers = {"detect": score_boxes, "segment": score_masks, "point": score_points}
             return [score(by_task[task], truth) for task, score in scorers.items() if task in by_task]
         case Captions():
-            from md3cli.evaluate.captions import score_captions
+            from md3cli.evaluate.texts import score_captions
 
             return list(score_captions(by_task.get("caption", []), truth))
         case Questions():
-            from md3cli.evaluate.answers import score_answers
+            from md3cli.evaluate.texts import score_answers
 
             return [score_answers(by_task["query"], truth)] if "query" in by_task else []
+
+
+# ---- two runs -------------------------------------------------------------------------------------
+
+
+def compare(
+    before: Sequence[RecordDict],
+    after: Sequence[RecordDict],
+    sections_before: Sequence[Section] = (),
+    sections_after: Sequence[Section] = (),
+) -> Comparison:
+    """Compare the final records of two runs by request; the sections say what the ground truth holds of each record."""
+    old: dict[RequestKey, RecordDict] = {request_key(record): record for record in before}
+    new: dict[RequestKey, RecordDict] = {request_key(record): record for record in after}
+    was_right, is_right = _rights(sections_before), _rights(sections_after)
+    changes = []
+    for key in (key for key in new if key in old):
+        kind = kind_of_change(old[key], new[key])
+        if kind is not None:
+            verdict = _verdict(was_right.get(old[key]["id"]), is_right.get(new[key]["id"]))
+            changes.append(Change(*key[:3], kind, summary(old[key]), summary(new[key]), verdict))
+    num_common = sum(key in old for key in new)
+    return Comparison(
+        num_common - len(changes),
+        len(old) - num_common,
+        len(new) - num_common,
+        tuple(changes),
+        _score_changes(sections_before, sections_after),
+    )
+
+
+def _rights(sections: Sequence[Section]) -> dict[str, bool]:
+    return {record: verdict.is_right for section in sections for record, verdict in section.verdicts.items()}
+
+
+def _verdict(before: bool | None, after: bool | None) -> str | None:
+    if before is None or after is None or before == after:
+        return None
+    return "better" if after else "worse"
+
+
+def _score_changes(before: Sequence[Section], after: Sequence[Section]) -> dict[str, dict[str, float]]:
+    old = {section.name: section.scores for section in before}
+    changes: dict[str, dict[str, float]] = {}
+    for section in after:
+        for name, value in section.scores.items():
+            earlier = old.get(section.name, {}).get(name)
+            if value is not None and earlier is not None:
+                changes.setdefault(section.name, {})[name] = value - earlier
+    return changes
+
+
+def kind_of_change(before: RecordDict, after: RecordDict) -> str | None:
+    """Return how two records of one request differ; None where they are equal."""
+    if has_failed(before) or has_failed(after):
+        if has_failed(before) and has_failed(after):
+            return None if before["error"].get("type") == after["error"].get("type") else "error"
+        return "fixed" if has_failed(before) else "broken"
+    for key in RESULT_KEYS:
+        old, new = before.get(key), after.get(key)
+        if is_equal(old, new):
+            continue
+        if isinstance(old, list) and isinstance(new, list):
+            if len(old) != len(new):
+                return "count"
+            return "scores" if _without_scores(old) == _without_scores(new) else "objects"
+        return key
+    return None if before.get("finish_reason") == after.get("finish_reason") else "ended"
+
+
+def is_equal(before: Any, after: Any) -> bool:
+    """Return whether both are equal, but for scores that differ by the tolerance."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return before.keys() == after.keys() and all(
+            is_equal(before[key], after[key]) or (key == "score" and _is_close(before[key], after[key]))
+            for key in before
+        )
+    if isinstance(before, list) and isinstance(after, list):
+        return len(before) == len(after) and all(map(is_equal, before, after))
+    return bool(before == after)
+
+
+def _is_close(before: Any, after: Any) -> bool:
+    is_number = isinstance(before, (int, float)) and isinstance(after, (int, float))
+    return is_number and abs(before - after) <= SCORE_TOLERANCE + 1e-9  # 0.931 - 0.929 is a little more than 0.002
+
+
+def _without_scores(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in thing.items() if key != "score"} for thing in found]
+
+
+def summary(record: RecordDict) -> str:
+    """Return a record's result in a few words."""
+    if has_failed(record):
+        return f"failed: {record['error'].get('type')}"
+    for key in ("answer", "caption"):
+        if record.get(key) is not None:
+            return str(record[key])[:TEXT_SHOWN]
+    found: list[dict[str, Any]] = next((record[key] for key in ("objects", "points", "segments") if key in record), [])
+    scores = ", ".join(f"{thing['score']:.3f}" for thing in found[:8] if thing.get("score") is not None)
+    more = ", …" if len(found) > 8 else ""
+    return f"{len(found)} found" + (f" ({scores}{more})" if scores else "")

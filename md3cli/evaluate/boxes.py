@@ -2,11 +2,13 @@
 
 Average precision and recall of boxes and masks are faster-coco-eval's, with COCO's own settings (IoU 0.50 to 0.95, at
 most 100 objects an image), so they compare with published numbers. Precision, recall and reliability at IoU 0.5 come
-from our own matching, because the library's drops what lies in crowds among the right ones.
+from our own matching, because the library's counts predictions that lie in crowds among the right ones.
 
-A point is right that lies on an object of its name: on its mask where the ground truth has one, else in its box.
-`hit_rate` asks only whether a point is on some object; precision and recall pair points and objects one to one, so two
-points on one object are one too many. `count_error` is the mean distance between the two counts.
+A point is right when it lies on an object of its name: on the object's mask where the ground truth has one, else in its
+box. `hit_rate` asks only whether a point is on some object; precision and recall pair points and objects one to one, so
+two points on one object are one too many. `count_error` is the mean distance between the two counts.
+
+`md3cli.evaluate` alone imports this file, when a run has objects to score: numpy and the masks' code come with it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ ALL_AREAS, MOST_OBJECTS = 0, -1  # places in the library's arrays: every size, 1
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One object a record found, in pixels; `mask` is COCO run lengths. `number` is its place in the record."""
+    """One object that a record found, in pixels. `mask` is COCO run lengths, `number` the place in the record."""
 
     number: int
     bbox: tuple[float, float, float, float]  # x, y, width, height
@@ -42,7 +44,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """For each prediction right, wrong or None (not judged); indices of the objects nobody found."""
+    """For each prediction right, wrong or None (not judged); `missed` holds the indices of objects nobody found."""
 
     is_right: tuple[bool | None, ...]
     missed: tuple[int, ...]
@@ -59,12 +61,12 @@ class Judged:
 
     @property
     def num_objects(self) -> int:
-        """Objects that should be found; what lies in a crowd need not."""
+        """The number of objects that should be found; those that lie in a crowd need not."""
         return sum(not thing.is_crowd for thing in self.pair.objects)
 
     @property
     def num_judged(self) -> int:
-        """Predictions that are right or wrong."""
+        """The number of predictions that are right or wrong."""
         return sum(verdict is not None for verdict in self.match.is_right)
 
 
@@ -140,8 +142,8 @@ def _section(
 def match_by_overlap(overlap: np.ndarray, scores: Sequence[float], is_crowd: Sequence[bool]) -> Match:
     """Match predictions [P] to objects [O] by `overlap` [P, O], as COCO does (cocoeval.py of cocoapi).
 
-    The surest prediction chooses first, among the objects not yet taken the one it overlaps most; what lies in a crowd
-    is not judged. For a crowd the overlap is intersection over the prediction's own area.
+    The surest prediction chooses first: among the objects not yet taken the one that it overlaps most. A prediction in
+    a crowd is not judged. For a crowd the overlap is intersection over the prediction's own area.
     """
     is_right: list[bool | None] = [False] * len(scores)
     free = {index for index, crowd in enumerate(is_crowd) if not crowd}
@@ -218,12 +220,10 @@ def _masks(pair: Pair) -> Iterator[Prediction]:
 
 
 def _score_of(score: float | None) -> float:
-    """A missing score is full trust: all such objects are equal."""
-    return 1.0 if score is None else float(score)
+    return 1.0 if score is None else float(score)  # objects without scores are equal
 
 
 def _truth_mask(thing: TruthObject, width: int, height: int) -> dict[str, Any]:
-    """An annotated object as COCO run lengths."""
     mask: dict[str, Any] = _library().mask.segmToRle(thing.segmentation, width, height)
     return mask
 
@@ -264,7 +264,7 @@ def _library() -> Any:
 
 
 def _coco_eval(located: Located, judged: Sequence[Judged], iou_type: str) -> Any:
-    """A finished COCOeval over the asked pairs alone; ids count from 1 in our own order."""
+    """Return a finished COCOeval over the asked pairs alone; ids count from 1 in our own order."""
     image_ids = {name: number for number, name in enumerate(located.images, start=1)}
     category_ids = {name: number for number, name in enumerate(located.categories, start=1)}
     annotations: list[dict[str, Any]] = []
@@ -292,7 +292,6 @@ def _coco_eval(located: Located, judged: Sequence[Judged], iou_type: str) -> Any
 
 
 def _summary(evaluated: Any) -> Scores:
-    """COCO's own numbers; sizes nothing has are None."""
     names = {"AP": "AP_all", "AP50": "AP_50", "AP75": "AP_75", "AR": "AR_third"}
     names |= {f"AP_{size}": f"AP_{size}" for size in ("small", "medium", "large")}
     known = evaluated.stats_as_dict if len(evaluated.params.imgIds) else {}
@@ -311,8 +310,7 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def _number(value: float) -> float | None:
-    """The library says -1 where there was nothing to score."""
-    return None if value < 0 else float(value)
+    return None if value < 0 else float(value)  # the library says -1 where there was nothing to score
 
 
 # ---- our own, at IoU 0.5 -------------------------------------------------------------------------
@@ -345,7 +343,6 @@ def _curves(evaluated: Any, categories: Sequence[str], judged: Sequence[Judged])
 
 
 def _reliability(judged: Sequence[Judged]) -> tuple[ReliabilityBin, ...]:
-    """Objects in bins of equal width by score; empty bins are left out, what was not judged too."""
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(NUM_RELIABILITY_BINS)]
     for one in judged:
         for prediction, verdict in zip(one.predictions, one.match.is_right, strict=True):
@@ -364,7 +361,7 @@ def _reliability(judged: Sequence[Judged]) -> tuple[ReliabilityBin, ...]:
 
 
 def _calibration_error(bins: Sequence[ReliabilityBin]) -> float | None:
-    """Expected calibration error: how far the scores are from the share that is right (Naeini et al., 2015)."""
+    """Return how far the scores are from the share that is right (expected calibration error, Naeini et al., 2015)."""
     return ratio(sum(b.count * abs(b.mean_score - b.share_right) for b in bins), sum(b.count for b in bins))
 
 
@@ -375,17 +372,15 @@ def _verdict(one: Judged) -> Verdict:
 
 
 def _marks(one: Judged) -> tuple[bool | None, ...]:
-    """What is right, in the record's own order; an object that was dropped before matching (no extent) is wrong."""
     found = one.pair.record.get("objects") or one.pair.record.get("segments")
     if not found:
         return one.match.is_right
-    marks: list[bool | None] = [False] * len(found)
+    marks: list[bool | None] = [False] * len(found)  # an object without extent was dropped before matching: wrong
     for prediction, verdict in zip(one.predictions, one.match.is_right, strict=True):
         marks[prediction.number] = verdict
     return tuple(marks)
 
 
 def _unit_box(thing: TruthObject, size_wh: tuple[int, int]) -> tuple[float, float, float, float]:
-    """An annotated object's box as x_min, y_min, x_max, y_max, 0-1."""
     (x, y, width, height), (image_width, image_height) = thing.bbox, size_wh
     return x / image_width, y / image_height, (x + width) / image_width, (y + height) / image_height

@@ -1,7 +1,7 @@
-"""What the records answer beside what the ground truth knows; of objects as (image, category) pairs in pixels.
+"""What the records answer, beside what the ground truth knows of the same question; objects are pairs in pixels.
 
-Only what was asked is scored: an image or a category that no record asks about is no miss. What was asked and failed
-is one. Which names are the same, `md3cli.finished.names` says; scores are not known here.
+Only what was asked is scored: an image or a category that no record asks about is no miss. A request that failed is
+one. `md3cli.finished.names` says which names are the same. Knows no scores.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def final_records(records: Iterable[RecordDict]) -> list[RecordDict]:
 
 
 def coverage_notes(what: str, asked: Iterable[str], known: Iterable[str], matches: Matches) -> Iterator[str]:
-    """Yield what is on one side only, or not clear, in sentences: `what` is the noun."""
+    """Yield sentences about names that are on one side only, or not clear; `what` is the noun ("image")."""
     yield from ambiguity_notes(what, matches)
     unknown = [name for name in dict.fromkeys(asked) if name not in matches.found and name not in matches.ambiguous]
     found = set(matches.found.values())
@@ -57,7 +57,6 @@ def coverage_notes(what: str, asked: Iterable[str], known: Iterable[str], matche
 
 
 def _many(names: list[str], what: str, *, is_past: bool = False) -> tuple[str, str]:
-    """How many, with the noun and the verb that fit."""
     if len(names) == 1:
         return f"1 {what}", "was" if is_past else "is"
     return f"{len(names):,} {what}s", "were" if is_past else "are"
@@ -69,7 +68,7 @@ def _some(names: list[str]) -> str:
 
 
 def has_failed(record: Mapping[str, Any]) -> bool:
-    """Whether the request failed: its answer counts as empty."""
+    """Return whether the request failed; its answer counts as empty."""
     return record.get("error") is not None
 
 
@@ -86,19 +85,19 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """All pairs that are scored, and what is not, in sentences."""
+    """All pairs that are scored; `notes` say in sentences what is not."""
 
     pairs: tuple[Pair, ...]
     notes: tuple[str, ...]
 
     @property
     def images(self) -> list[str]:
-        """Ground truth names in order."""
+        """The ground truth's names of the images, in order."""
         return list(dict.fromkeys(pair.image for pair in self.pairs))
 
     @property
     def categories(self) -> list[str]:
-        """Category names in the order they were asked for."""
+        """The names of the categories, in the order in which they were asked for."""
         return list(dict.fromkeys(pair.category for pair in self.pairs))
 
 
@@ -143,7 +142,7 @@ def _sizes(
 
 
 def _size_notes(records: Sequence[RecordDict], images: Mapping[str, str], truth: Instances) -> Iterator[str]:
-    """A word about ground truth that was drawn on another raster than the upright picture: boxes will not fit."""
+    """Yield a note about ground truth that was drawn on another raster than the upright picture: boxes do not fit."""
     different = set()
     for record in records:
         known = truth.images.get(images.get(record["image"], ""))

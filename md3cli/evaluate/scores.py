@@ -1,6 +1,7 @@
-"""The score sheet of a run: sections, verdicts and curves as plain data, as JSON, and as aligned text for a terminal.
+"""The score sheet of a run: sections, verdicts and curves as plain data, as JSON, as text for a terminal, as figures.
 
-Every word from a file is made printable. How a score comes about is not known here.
+Every word from a file is made printable. matplotlib is imported when a figure is drawn. How a score comes about is not
+known here.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from md3cli.errors import MissingExtraError
+from md3cli.files import atomic_publish
 from md3cli.records import printable
 
 if TYPE_CHECKING:
-    from md3cli.evaluate import Evaluation
-    from md3cli.evaluate.compare import Comparison
+    from md3cli.evaluate import Comparison, Evaluation
 
 Scores = dict[str, float | None]  # None: there was nothing to score
 
@@ -23,7 +26,7 @@ Scores = dict[str, float | None]  # None: there was nothing to score
 class Verdict:
     """What the ground truth says of one record.
 
-    `is_right`: everything found, nothing wrong. `objects`: for each object of the record right,
+    `is_right`: everything was found and nothing is wrong. `objects`: each object of the record is right,
     wrong or None (not judged: it lies in a crowd). `missed`: boxes (x_min, y_min, x_max, y_max), 0-1.
     """
 
@@ -34,7 +37,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class ReliabilityBin:
-    """Objects whose scores fall together: how sure the model was, how often it was right."""
+    """Objects with nearly equal scores: how sure the model was, and how often it was right."""
 
     mean_score: float
     share_right: float
@@ -160,3 +163,71 @@ def _comparison(comparison: Comparison) -> Iterator[str]:
         yield f"    {_short(change.before)}  ->  {_short(change.after)}"
     if len(comparison.changes) > CHANGES_SHOWN:
         yield f"  and {len(comparison.changes) - CHANGES_SHOWN:,} more; --json has all"
+
+
+# ---- figures ---------------------------------------------------------------------------------------
+
+LABELS_SHOWN = 8
+DPI = 150
+
+
+def draw_figures(section: Section, folder: Path) -> list[Path]:
+    """Write `NAME-pr.png` and `NAME-reliability.png`, and return their paths; a section without curves has none.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: a file cannot be written.
+    """
+    if section.curves is None:
+        return []
+    drawn = []
+    if section.curves.precision:
+        drawn.append(_save(_precision_recall(section.name, section.curves), folder / f"{section.name}-pr.png"))
+    if section.curves.reliability:
+        drawn.append(_save(_reliability(section.name, section.curves), folder / f"{section.name}-reliability.png"))
+    return drawn
+
+
+def _figure(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("md3 eval's curves", "eval") from error
+    # The object interface leaves matplotlib's global state alone.
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(title=title, xlabel=x_label, ylabel=y_label, xlim=(0, 1), ylim=(0, 1.02))
+    axes.grid(color="#dddddd", linewidth=0.6)
+    return figure, axes
+
+
+def _precision_recall(name: str, curves: Curves) -> Any:
+    figure, axes = _figure(f"{name}: precision over recall, IoU 0.5", "recall", "precision")
+    labels = [label for label in curves.precision if label != "all"]
+    for label in labels[:LABELS_SHOWN] if len(labels) > 1 else ():
+        axes.plot(curves.recall, curves.precision[label], linewidth=1, label=_plain(label))
+    axes.plot(curves.recall, curves.precision["all"], color="black", linewidth=2, label="all")
+    axes.legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def _reliability(name: str, curves: Curves) -> Any:
+    figure, axes = _figure(f"{name}: is the score right?", "score", "share right at IoU 0.5")
+    scores = [b.mean_score for b in curves.reliability]
+    most = max(b.count for b in curves.reliability)
+    axes.bar(scores, [b.count / most for b in curves.reliability], width=0.05, color="#dbe4f5", label="objects")
+    axes.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1, label="ideal")
+    axes.plot(scores, [b.share_right for b in curves.reliability], marker="o", color="#2563eb", label="this run")
+    axes.legend(fontsize=8, loc="upper left")
+    return figure
+
+
+def _plain(label: str) -> str:
+    # matplotlib reads what stands between dollar signs as a formula, and hides a line whose label begins with "_".
+    return " " + label.replace("$", r"\$")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    with atomic_publish(path) as partial:
+        figure.savefig(partial, dpi=DPI, format="png", metadata={"Software": None})
+    return path

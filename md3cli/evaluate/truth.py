@@ -1,6 +1,6 @@
 """Ground truth files: COCO instances, COCO captions, or questions with their answers.
 
-A file's content says which it is. Images keep the names that the file gives them; nothing is matched to records here.
+A file's content says which of the three it is. Images keep the names that the file gives them. Knows no records.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def load_truth(path: Path) -> Truth:
     """Read a ground truth file.
 
     Raises:
-        InputError: it cannot be read, or is of no known kind; says which kinds there are.
+        InputError: the file cannot be read, or is of no known kind; the message says which kinds there are.
     """
     document = _read_json(path)
     try:
@@ -115,7 +115,6 @@ def _questions(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str | None, str]
 
 
 def _answer_text(answer: object) -> str:
-    """JSON's true and false are meant as yes and no."""
     return {True: "yes", False: "no"}[answer] if isinstance(answer, bool) else str(answer)
 
 
