@@ -9,10 +9,9 @@ from dataclasses import replace
 
 from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import RunConsole
-from md3cli.estimate import estimate
+from md3cli.estimate import dry_run, estimate
 from md3cli.finished.guards import check_not_input, files_in, has_run_schema
 from md3cli.images.pixels import parse_background
-from md3cli.run.dry_run import dry_run
 from md3cli.run.local import LocalRun
 from md3cli.run.model_handle import Model, check_skills, find_model
 from md3cli.run.output import (

@@ -1,8 +1,10 @@
-"""`md3 estimate`: what a run would take, from a count of INPUT and a sample run through the real engine.
+"""What a run would do, without doing it: `md3 estimate`, from a sample run through the real engine, and `--dry-run`.
 
 sample.py    counts the rows of INPUT, draws pictures evenly, and runs up to 16 of each number of crops, warm
 forecast.py  makes of both the time, tokens and bytes for all of INPUT, with a spread
 show.py      says the forecast as lines or one JSON object, with money
+
+A dry run counts images, requests, crops and bad files, and needs no model. Neither writes a file.
 """
 
 from __future__ import annotations
@@ -10,17 +12,21 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from md3cli.config import ModelOptions, RunConfig, ScaleOptions
 from md3cli.console import RunConsole
-from md3cli.errors import InputError
+from md3cli.errors import ImageError, InputError
 from md3cli.estimate.forecast import forecast
 from md3cli.estimate.sample import count_and_draw, measure, open_drawn
 from md3cli.estimate.show import as_json, as_lines
+from md3cli.images.crops import PreparedImage
 from md3cli.run.feed import make_pool, rows_ahead
-from md3cli.run.model_handle import Model
+from md3cli.run.model_handle import Model, crop_config_without_network
 from md3cli.signals import StopSignals
 from md3cli.source.source import Source, check_found, empty_words
 
@@ -35,7 +41,7 @@ def estimate(
     find: Callable[[ModelOptions], Model],
     clock: Clock = time.perf_counter,
 ) -> int:
-    """Count, sample, print; returns the exit status, 0. Writes no file.
+    """Count INPUT, run a sample, print the forecast, and return the exit status, 0.
 
     Raises:
         InputError: there is nothing in INPUT that could be asked.
@@ -74,5 +80,74 @@ def estimate(
 
 
 def _num_devices(scale: ScaleOptions) -> int:
-    """Devices at work at the same time; a cluster that Ray schedules tells its own only when it is there."""
+    """Return the devices at work at the same time; a cluster of Ray's tells its own only when it is there."""
     return max(1, len(scale.devices)) * scale.world_size
+
+
+@dataclass(slots=True)
+class DryRun:
+    """What was counted: `crops` is images by number of crops, the global one included, `bad` is rows by error type."""
+
+    num_images: int = 0
+    num_requests: int = 0
+    crops: Counter[int] = field(default_factory=Counter)
+    bad: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "images": self.num_images,
+            "requests": self.num_requests,
+            "crops": {str(crops): count for crops, count in sorted(self.crops.items())},
+            "bad": dict(sorted(self.bad.items())),
+            "skipped": dict(sorted(self.skipped.items())),
+        }
+
+    def lines(self) -> list[str]:
+        crops = ", ".join(f"{count:,} of {crops} crops" for crops, count in sorted(self.crops.items()))
+        bad = ", ".join(f"{name} {count:,}" for name, count in sorted(self.bad.items()))
+        skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.skipped.items()))
+        return [
+            f"images     {self.num_images:,}",
+            f"requests   {self.num_requests:,}",
+            f"crops      {sum(crops * count for crops, count in self.crops.items()):,}{f': {crops}' if crops else ''}",
+            f"bad files  {self.bad.total():,}{f': {bad}' if bad else ''}",
+            f"not taken  {self.skipped.total():,}{f': {skipped}' if skipped else ''}",
+        ]
+
+
+def dry_run(config: RunConfig, source: Source, console: RunConsole) -> int:
+    """Count what INPUT holds, print it, and return the exit status, 0.
+
+    Raises:
+        InputError: there is nothing to annotate in INPUT, and that is not allowed; the counts are printed.
+    """
+    counts = DryRun()
+    for future in _decoded(config, source, counts):
+        try:
+            counts.crops[len(future.result().crops)] += 1
+        except ImageError as error:
+            counts.bad[error.type] += 1
+    counts.skipped = source.skipped
+    text = "\n".join(counts.lines()) if console.is_stdout_terminal else json.dumps(counts.as_json())
+    sys.stdout.write(text + "\n")
+    if not counts.num_requests:
+        check_found(source, config.source, is_allowed=config.allow_empty)
+    return 0
+
+
+def _decoded(config: RunConfig, source: Source, counts: DryRun) -> Iterator[Future[PreparedImage]]:
+    """Yield the pictures in order, a bounded number of them in decoding; `counts` takes the rows on the way."""
+    crop_config = crop_config_without_network(config.model)
+    ahead: deque[Future[PreparedImage]] = deque()
+    with make_pool(config, crop_config) as pool:
+        for row in source:
+            counts.num_requests += len(row.requests)
+            counts.num_images += row.image is not None
+            if row.failure is not None:
+                counts.bad[row.failure.type] += 1
+            elif row.image is not None:
+                ahead.append(pool.submit(row.image))
+            while len(ahead) >= rows_ahead(crop_config):
+                yield ahead.popleft()
+        yield from ahead
