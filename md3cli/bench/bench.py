@@ -1,29 +1,34 @@
 """`md3 bench`: this machine's throughput beside its limits, measured in the same run.
 
-Weights are loaded (or drawn) before any clock starts. On a CPU one workload runs, again with its encodings cached,
-and from files; on CUDA, which is quick, every workload runs at several batch sizes (gpu.py). The plain path on the
-same requests is the baseline. How the numbers are shown is not known here.
+Weights are loaded (or drawn) before any clock starts. On a CPU one workload runs, again with its encodings cached, and
+from files. On CUDA, which is quick, every workload runs at several batch sizes on different photographs of nine crops,
+with the GPU's own memory and the share of time in which the GPU works. The plain path on the same requests is the
+baseline. `md3 bench` alone imports this file, when it measures: torch comes with it. Knows nothing of how the numbers
+are shown.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from md3cli.bench.gpu import BATCH_SIZES, GpuRun, run_plain, run_workloads
 from md3cli.bench.runs import (
+    PHOTO,
     WORD_ID,
     WORKLOADS,
+    PhotoFiles,
     Workload,
     make_engine,
     make_images,
+    make_jobs,
     open_pictures,
     run_baseline,
     run_engine,
@@ -31,10 +36,11 @@ from md3cli.bench.runs import (
     weight_bytes,
 )
 from md3cli.bench.stages import bench_decode, bench_prefill, bench_vision, measure_limits
-from md3cli.errors import ConfigError
+from md3cli.errors import ConfigError, EngineError
 from md3cli.file_cache import FileCache
 from md3cli.images.crops import PreparedImage
 from md3cli.model.engine.encoder import EncodingCache
+from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import optimise
 from md3cli.model.engine.load import ONE_THREAD_BYTES, choose_device, choose_dtype, prepare_device
 from md3cli.model.engine.memory import is_out_of_memory, release, shortage
@@ -48,11 +54,17 @@ CACHE_BYTES = 1 << 30  # of the second run's encodings
 HOST_WORKLOAD, HOST_BATCH = "captions", 16
 GPU_WORKLOADS = ("query", "reasoning", "captions", "files")
 GPU_PREFIXES = (1, 16)  # pictures of a prefill pass
+BATCH_SIZES = (1, 8, 64, 128)  # on CUDA
+# Workload -> full batches of it, and requests at least: enough for a steady rate, fewer where answers are long.
+# A photo's crops take 3.9 MB of the host's memory: 2 GB at four batches of 128.
+NUM_REQUESTS = {"query": (4, 64), "reasoning": (2, 32), "captions": (2, 16), "files": (4, 64)}
+CAPTION_TOKENS = 150  # on CUDA
+WARM_TOKENS = 3
 
 
 @dataclass(slots=True)
 class BenchResult:
-    """Numbers of one benchmark: seconds, GFLOP/s, GB/s and shares 0-1; None is what was not measured."""
+    """Numbers of one benchmark on a CPU: seconds, GFLOP/s, GB/s and shares 0-1; None is what was not measured."""
 
     device: str
     limits: dict[str, float]
@@ -68,9 +80,49 @@ class BenchResult:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """Bytes of a CUDA device."""
+
+    gpu_peak_bytes: int  # the most that tensors took at a time, weights included
+    gpu_reserved_bytes: int  # the most that torch took from the driver to hold them
+    gpu_outside_bytes: int  # not torch's: the context, libraries, other programs
+
+
+@dataclass(frozen=True, slots=True)
+class GpuRun:
+    """One workload at one batch size; `busy_seconds` of the GPU is None where it cannot be seen."""
+
+    workload: str
+    batch_size: int
+    requests: int
+    seconds: float
+    output_tokens: int
+    busy_seconds: float | None
+    weights_bytes: int
+    kv_bytes: int
+    memory: GpuMemory
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers, memory among them, with the rate and the share of time in which the GPU was busy."""
+        numbers: dict[str, Any] = asdict(self)
+        memory: dict[str, Any] = numbers.pop("memory")
+        busy_share = self.busy_seconds / self.seconds if self.busy_seconds is not None else None
+        rates = {"requests_per_second": self.requests / self.seconds, "gpu_busy_share": busy_share}
+        return numbers | rates | memory
+
+
+@dataclass(slots=True)
+class GpuRuns:
+    """What was measured; `notes` say what did not fit."""
+
+    runs: list[GpuRun] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
 @dataclass(slots=True)
 class GpuBenchResult:
-    """Numbers of one benchmark on CUDA; `notes` say what did not fit, `baseline` is by workload."""
+    """Numbers of one benchmark on CUDA; `notes` say what did not fit, `baseline` is the plain path by workload."""
 
     device: str
     limits: dict[str, float]
@@ -89,7 +141,7 @@ class GpuBenchResult:
 class ModelSource:
     """Where the model to measure comes from: `make` makes it on `device`, its parts still plain.
 
-    `threads` None leaves the number of CPU threads to the model's size.
+    `threads` is the number of CPU threads; None leaves it to the model's size.
     """
 
     device: torch.device
@@ -103,7 +155,7 @@ def model_source(
     """Return a source of random models of a size in `CONFIGS`, or of the weights of `model`.
 
     Raises:
-        ConfigError: a device or dtype that is not to be had here.
+        ConfigError: this machine has no such device or dtype.
         CheckpointError: `model` cannot be had.
     """
     torch.set_flush_denormal(True)
@@ -133,7 +185,7 @@ def run_bench(
 
     Args:
         workload: a name of `WORKLOADS`; None is `HOST_WORKLOAD`, on CUDA all of `GPU_WORKLOADS`.
-        batch_size: None is `HOST_BATCH`, on CUDA all of `gpu.BATCH_SIZES`.
+        batch_size: None is `HOST_BATCH`, on CUDA all of `BATCH_SIZES`.
         num_workers: processes that decode the pictures of `files`.
         baseline_images: run the baseline on the first so many pictures and scale up.
 
@@ -157,13 +209,12 @@ def run_bench(
 
 
 def _model_to_measure(source: ModelSource) -> Moondream3:
-    """A model that never ends an answer, in the device's fastest forms."""
     model = source.make()
     if model.config.text.vocab_size <= WORD_ID:
         raise ConfigError("bench needs a vocabulary of more than 1,000 ids; use --config mid")
     if source.device.type == "cpu" and source.threads is None and weight_bytes(model) < ONE_THREAD_BYTES:
         torch.set_num_threads(1)  # as `load_engine` does
-    forbid_end(model)
+    forbid_end(model)  # so that every answer has the length that its workload speaks of
     optimise(model)
     return model
 
@@ -171,7 +222,6 @@ def _model_to_measure(source: ModelSource) -> Moondream3:
 def _bench_host(
     source: ModelSource, workload: Workload, batch_size: int, num_workers: int, seed: int
 ) -> tuple[BenchResult, list[PreparedImage]]:
-    """Everything but the plain path, and the pictures it was measured with."""
     model = _model_to_measure(source)
     with ExitStack() as stack:
         images, files = open_pictures(stack, model, workload, num_workers, seed)
@@ -203,7 +253,6 @@ def _bench_host(
 def _bench_gpu(
     source: ModelSource, names: Sequence[str], batch_sizes: Sequence[int], num_workers: int, seed: int
 ) -> GpuBenchResult:
-    """Everything but the plain path, on CUDA."""
     model = _model_to_measure(source)
     with torch.inference_mode():
         limits = measure_limits(model)
@@ -235,3 +284,158 @@ def _device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     name = torch.cpu.get_capabilities().get("cpu_name", "CPU") if device.type == "cpu" else device.type
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(name)
+
+
+# -- workloads on CUDA -----------------------------------------------------------------------------
+
+
+def gpu_workload(name: str, batch_size: int) -> Workload:
+    """Return the workload with as many photographs as a batch of this size takes to show a steady rate."""
+    workload = WORKLOADS[name]
+    if name not in NUM_REQUESTS:
+        return workload
+    batches, least = NUM_REQUESTS[name]
+    workload = replace(workload, tilings=(PHOTO,) * max(least, batches * batch_size))
+    return replace(workload, max_tokens=CAPTION_TOKENS) if name == "captions" else workload
+
+
+def run_workloads(
+    model: Moondream3, names: Iterable[str], batch_sizes: Sequence[int], *, num_workers: int, seed: int
+) -> GpuRuns:
+    """Run every workload at every batch size, and note what does not fit; `num_workers` processes decode files.
+
+    Raises:
+        ConfigError: there is no room for one picture at a time.
+        EngineError: a request failed for another reason than memory.
+    """
+    found = GpuRuns()
+    for name in names:
+        largest = gpu_workload(name, max(batch_sizes))
+        with ExitStack() as stack:
+            images, files = open_pictures(stack, model, largest, num_workers, seed)
+            for batch_size in batch_sizes:
+                try:
+                    _run_batch(found, model, name, batch_size, images, files)
+                except (RuntimeError, MemoryError, EngineError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    found.notes.append(f"{name}, batch {batch_size}: {shortage(error)}")
+    return found
+
+
+def _run_batch(
+    found: GpuRuns, model: Moondream3, name: str, asked: int, images: Sequence[PreparedImage], files: PhotoFiles | None
+) -> None:
+    engine = make_engine(model, asked)
+    fitting = engine.batch_size
+    if fitting < asked:
+        found.notes.append(f"{name}, batch {asked}: memory holds a batch of {fitting}")
+        if any((run.workload, run.batch_size) == (name, fitting) for run in found.runs):
+            return
+    workload = gpu_workload(name, fitting)
+    run = measure(engine, name, workload, images)
+    if files is not None:
+        found.runs.append(replace(run, workload=f"{name}, cut before"))
+        run = measure_files(engine, run, workload, files)
+    found.runs.append(run)
+    if engine.stats.batch_sizes != [fitting] or engine.stats.num_smaller_passes:
+        found.notes.append(
+            f"{name}, batch {fitting}: out of memory on the way, and its time may hold tries that failed; it ended "
+            f"with a batch of {engine.batch_size}, passes made smaller {engine.stats.num_smaller_passes} times"
+        )
+
+
+def measure(engine: Engine, name: str, workload: Workload, images: Sequence[PreparedImage]) -> GpuRun:
+    """Run the engine on as many of `images` as the workload has, all cut already.
+
+    A first batch, not timed, lets libraries and kernels get ready; then the workload runs against the clock, and one
+    more batch is profiled.
+    """
+    images = images[: len(workload.tilings)]
+    first = images[: engine.batch_size]
+    warm = replace(workload, max_tokens=min(WARM_TOKENS, workload.max_tokens))
+    time_run(engine, make_jobs(warm, _renamed(first, "warm")), warm)
+    reset_gpu_peak(engine.model.device)
+    seconds, num_tokens = time_run(engine, make_jobs(workload, _renamed(images, "timed")), workload)
+    memory = gpu_memory(engine.model.device)
+    profiled = make_jobs(workload, _renamed(first, "profiled"))
+    busy = busy_seconds(lambda: time_run(engine, profiled, workload))
+    return GpuRun(
+        name,
+        engine.batch_size,
+        workload.num_requests,
+        seconds,
+        num_tokens,
+        None if busy is None else busy * workload.num_requests / len(profiled),
+        weight_bytes(engine.model),
+        engine.cache.num_bytes,
+        memory,
+    )
+
+
+def measure_files(engine: Engine, cut: GpuRun, workload: Workload, files: PhotoFiles) -> GpuRun:
+    """Run the same requests with pictures that are decoded meanwhile; the GPU has the same work as in the run `cut`."""
+    reset_gpu_peak(engine.model.device)
+    seconds, num_tokens = time_run(engine, files.jobs(workload.request, workload.num_requests), workload)
+    return replace(cut, seconds=seconds, output_tokens=num_tokens, memory=gpu_memory(engine.model.device))
+
+
+def _renamed(images: Iterable[PreparedImage], run: str) -> list[PreparedImage]:
+    """Give the pictures other digests, so that what the engine remembers of an earlier run is of no use."""
+    return [replace(image, sha256=f"{run} {image.sha256}") for image in images]
+
+
+def run_plain(
+    model: Moondream3, names: Iterable[str], num_images: int | None, seed: int
+) -> dict[str, dict[str, float]]:
+    """Run the plain path on each workload; return requests per second, and the number of pictures asked about."""
+    found = {}
+    for name in names:
+        workload = gpu_workload(name, 1)
+        done = run_baseline(model, workload, make_images(model, workload, seed), num_images)
+        rate = workload.num_requests / done["seconds"]
+        found[name] = {"requests_per_second": rate, "images_run": done["images_run"]}
+    return found
+
+
+# -- the device ------------------------------------------------------------------------------------
+
+
+def reset_gpu_peak(device: torch.device) -> None:
+    """Let `gpu_memory` forget the most that was taken so far."""
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def gpu_memory(device: torch.device) -> GpuMemory:
+    """Return the device's memory since `reset_gpu_peak`."""
+    free, total = torch.cuda.mem_get_info(device)
+    return GpuMemory(
+        torch.cuda.max_memory_allocated(device),
+        torch.cuda.max_memory_reserved(device),
+        total - free - torch.cuda.memory_reserved(device),
+    )
+
+
+def busy_seconds(run: Callable[[], object]) -> float | None:
+    """Return the seconds in which a CUDA device computed or copied while `run` ran; None where nothing was seen.
+
+    The profiler makes `run` itself slower, but hardly what it sees of the device.
+    """
+    with profile(
+        activities=[ProfilerActivity.CUDA], acc_events=True
+    ) as profiler:  # torch 2.11 warns without acc_events
+        run()
+    return covered(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type.name == "CUDA" and not event.is_user_annotation
+    )
+
+
+def covered(spans_us: Iterable[tuple[float, float]]) -> float | None:
+    """Return the seconds that spans in microseconds cover together, overlaps once; None without spans."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans_us):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total / 1e6 if total else None

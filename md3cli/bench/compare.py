@@ -1,8 +1,9 @@
 """`md3 bench --compare-quant`: the same model in 16, 8 and 4 bits, side by side.
 
 `compare_quant` measures each variant in a child interpreter, so that no variant's memory hides in another's, and
-judges the answers. There `main` receives a `VariantJob` and sends back memory, speed by stage and decisions. Tables
-are commands/bench.py's business.
+judges the answers. In the child, `main` receives a `VariantJob` and sends back memory, speed by stage and decisions.
+`md3 bench` alone imports it; it stands apart because it judges answers, which no other benchmark looks at. Knows
+nothing of tables.
 
 Decisions are counted along the path of the full-precision model: its choices are fed, whatever the variant would have
 chosen, so that one early difference is one difference.
@@ -57,9 +58,9 @@ _MOST_BYTES = 1 << 30  # of a message: decisions of any number of pictures
 
 @dataclass(frozen=True, slots=True)
 class VariantJob:
-    """What to run: a model in one precision, and on what.
+    """A model in one precision, and what to run it on.
 
-    `requests` are mappings of `Moondream.annotate`, answered into `records`; `images` are followed
+    `requests` are mappings of `Moondream.annotate`, answered into the file `records`. `images` are followed
     decision by decision, along `followed` (what the full-precision variant decided) where it is given.
     """
 
@@ -79,8 +80,12 @@ def compare_quant(
 ) -> dict[str, Any]:
     """Measure `model` in each precision, and every checkpoint of `against`; return plain types for `--json`.
 
-    Quality is measured on the embedded model's held-out scenes, so for that model (and checkpoints
-    made from it) alone; agreement is measured on the pictures of INPUT `images`.
+    Quality is measured on the embedded model's held-out scenes, so only for that model and checkpoints made from it.
+    Agreement is measured on the pictures of INPUT `images`.
+
+    Raises:
+        EngineError: a variant failed.
+        UsageError: `images` names pictures that are no files of their own.
     """
     base = VariantJob(model, "none", dtype=dtype, device=device, threads=threads, images=_pictures(images))
     results: dict[str, Any] = {}
@@ -114,7 +119,7 @@ def _is_tiny(model: str) -> bool:
 
 
 def _variants(model: str, against: Sequence[str]) -> Iterator[tuple[str, str, str, int]]:
-    """Yield name in the table, model, how its weights are loaded, and their bytes on disk."""
+    """Yield the name in the table, the model, how its weights are loaded, and their bytes on disk."""
     plan = plan_checkpoint(present_path(model))
     for quant in VARIANTS:
         settings = None if quant == "none" else QuantiseSettings(LowBit(quant))
@@ -124,7 +129,7 @@ def _variants(model: str, against: Sequence[str]) -> Iterator[tuple[str, str, st
 
 
 def _compared(found: dict[str, Any], full: dict[str, Any], job: VariantJob) -> VariantJob:
-    """Note in `found` agreement and loss against the full-precision variant; return the job that follows its path."""
+    """Note in `found` agreement and loss beside the full-precision variant; return the job that follows its path."""
     decisions = found.pop("decisions")
     if job.followed is None:
         job = replace(job, followed=tuple(map(tuple, decisions)))
@@ -164,10 +169,9 @@ def unpack_scenes(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _quality(records: Path, folder: Path) -> dict[str, float]:
-    """Scores 0-1 by name; what needs the extra `eval` is left out without it."""
     names = ["captions.json", "questions.json"]
     if importlib.util.find_spec("faster_coco_eval") is not None:
-        names.insert(0, "instances.json")
+        names.insert(0, "instances.json")  # needs the extra `eval`
     sheet = evaluate(records, [load_truth(folder / name) for name in names])
     return {
         f"{section.name} {score}": float(section.scores[score] or 0.0)
@@ -183,7 +187,7 @@ def run_variant(job: VariantJob) -> dict[str, Any]:
     """Measure a variant in a child interpreter.
 
     Raises:
-        EngineError: it failed; the message is the process's own.
+        EngineError: it failed; the message holds the child's last words.
     """
     with Child(_PROCESS, may_print=True) as child:
         try:
@@ -196,7 +200,7 @@ def run_variant(job: VariantJob) -> dict[str, Any]:
 
 
 def measure(job: VariantJob) -> dict[str, Any]:
-    """Return everything about one variant, in plain types: bytes, seconds, rates, decisions."""
+    """Return bytes, seconds, rates and decisions of one variant, in plain types."""
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     options = ModelOptions(model=job.model, quant=job.quant, dtype=job.dtype, device=job.device, cache=False)
@@ -258,7 +262,7 @@ def _decide(model: Moondream3, prompts: Prompts, image: PreparedImage, forced: t
 
 
 def main() -> None:
-    """Receive a job from the parent process, and send back what was found."""
+    """Receive a job from the parent process, and send back what `measure` finds."""
     channel = connect()
     job = channel.receive(None, _MOST_BYTES)
     followed = job.pop("followed")

@@ -1,6 +1,6 @@
-"""Whole runs of a benchmark: a workload with its pictures, the engine on it, and the plain path beside that.
+"""Whole runs of a benchmark: a workload with its pictures, the engine that works on it, and the plain path.
 
-Pictures are noise or JPEG files that decode workers read as in any run; weights may be random and answers mean
+Pictures are noise, or JPEG files that decode workers read as in any run. Weights may be random and answers mean
 nothing: only time and memory are looked at.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from md3cli.model.weights.random_weights import forbid_end
 from md3cli.records import ImageItem, Job, Request, RunIdentity, Task
 
 SIZE = (1920, 1080)  # 2 megapixels; the real model cuts them into nine crops
-NUM_SCENES = 4  # with different pixels; the files differ in a comment, and so in their digest
+NUM_SCENES = 4  # with different pixels; files of one scene differ in a comment, and so in their digest
 WORD_ID = 1000
 ANSWER_ID, THINKING_ID = 3, 4  # what a prompt ends with
 PHOTO = Tiling(2, 4)  # nine crops: what most photographs are cut into
@@ -87,7 +87,7 @@ def write_photos(folder: Path, count: int, seed: int, size: tuple[int, int] = SI
 
 
 def _scene(seed: int, size: tuple[int, int]) -> bytes:
-    """A JPEG as hard to decode as a photograph: soft light, shapes with edges, grain; 2 bits a pixel."""
+    """Return a JPEG as hard to decode as a photograph: soft light, shapes with edges, grain; 2 bits a pixel."""
     random = np.random.default_rng(seed)
     light = Image.fromarray(random.integers(0, 256, (9, 16, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(light)
@@ -110,8 +110,8 @@ def with_comment(jpeg: bytes, text: str) -> bytes:
 class Workload:
     """What is run: pictures by tiling, and how many requests of which task each.
 
-    A query with `reasoning` spends `max_tokens` twice, on thinking and on its answer. With `from_files`
-    the pictures are JPEG files, decoded while the engine runs.
+    A query with `reasoning` spends `max_tokens` twice: on thinking, and on its answer. With `from_files`
+    the pictures are JPEG files, which are decoded while the engine runs.
     """
 
     tilings: tuple[Tiling, ...]
@@ -128,7 +128,7 @@ class Workload:
 
     @property
     def answer_tokens(self) -> int | None:
-        """Output tokens of each answer where none ends before its budget; None for objects."""
+        """The output tokens of each answer where none ends before its budget; None for objects."""
         if self.task not in (Task.CAPTION, Task.QUERY):
             return None
         return self.max_tokens * (2 if self.reasoning else 1)
@@ -139,7 +139,7 @@ class Workload:
         return Request(self.task, reasoning=self.reasoning, max_tokens=self.max_tokens, max_objects=self.max_objects)
 
 
-WORKLOADS = {  # sizes for a CPU; a GPU gets `gpu.gpu_workload`
+WORKLOADS = {  # sizes for a CPU; a GPU gets `bench.gpu_workload`
     "query": Workload((PHOTO,) * 8, Task.QUERY, 1, max_tokens=3, max_objects=1),
     # 30 tokens altogether: 15 of reasoning, 15 of the answer
     "reasoning": Workload((PHOTO,) * 4, Task.QUERY, 1, max_tokens=15, max_objects=1, reasoning=True),
@@ -156,14 +156,14 @@ WORKLOADS = {  # sizes for a CPU; a GPU gets `gpu.gpu_workload`
 
 
 class SilentTokenizer:
-    """Stands in for a tokenizer where texts do not matter: every id is decoded to nothing."""
+    """A stand-in for the tokenizer where texts do not matter: it decodes every id to nothing."""
 
     def decode(self, ids: Any) -> str:
         return ""
 
 
 class FixedPrompts:
-    """Prompts of a typical length without a tokenizer."""
+    """A stand-in for `Prompts`: prompts of a typical length, made without a tokenizer."""
 
     def build(self, request: Request, has_image: bool) -> Prompt:
         reasons = request.task is Task.QUERY and request.reasoning
@@ -189,7 +189,7 @@ def make_images(model: Moondream3, workload: Workload, seed: int) -> list[Prepar
 def open_pictures(
     stack: ExitStack, model: Moondream3, workload: Workload, num_workers: int, seed: int
 ) -> tuple[list[PreparedImage], PhotoFiles | None]:
-    """Return the workload's pictures, cut already, and the files they are from, which go when `stack` closes."""
+    """Return the workload's pictures, cut already, and the files they come from; closing `stack` removes the files."""
     if not workload.from_files:
         return make_images(model, workload, seed), None
     crop_config = model.config.vision.crop_config
@@ -199,17 +199,12 @@ def open_pictures(
 
 def make_jobs(workload: Workload, images: Sequence[PreparedImage]) -> list[Job]:
     """Return a job for every prompt of every picture; prompts differ in name only."""
-    base = workload.request
-    jobs: list[Job] = []
-    for image in images:
-        for number in range(workload.num_prompts):
-            request = replace(base, prompt=f"object {number}")
-            jobs.append(Job(len(jobs), image, request))
-    return jobs
+    requests = [replace(workload.request, prompt=f"object {number}") for number in range(workload.num_prompts)]
+    return [Job(key, *pair) for key, pair in enumerate(product(images, requests))]
 
 
 def make_engine(model: Moondream3, batch_size: int, store: EncodingCache | None = None) -> Engine:
-    """Make an engine without texts. On CUDA sizes are planned as for a run: the batch may come out smaller.
+    """Make an engine without texts. On CUDA its sizes are planned as for a run, so the batch may come out smaller.
 
     Raises:
         ConfigError: a CUDA device has no room for one picture at a time.
@@ -220,8 +215,8 @@ def make_engine(model: Moondream3, batch_size: int, store: EncodingCache | None 
         plan = plan_cuda(free_bytes(model.device), model.config, model.dtype, max_context, asked=batch_size)
     return Engine(
         model,
-        SilentTokenizer(),  # type: ignore[arg-type]
-        FixedPrompts(),  # type: ignore[arg-type]
+        SilentTokenizer(),  # type: ignore[arg-type]  # a stand-in
+        FixedPrompts(),  # type: ignore[arg-type]  # a stand-in
         ImageEncoder(model, store=store, max_crops=plan.max_crops),
         identity=RunIdentity("bench"),
         batch_size=plan.slots,
@@ -234,7 +229,7 @@ def time_run(engine: Engine, jobs: Iterable[Job | None], workload: Workload) -> 
     """Return the seconds from the first job to the last answer, and the output tokens of all answers.
 
     Raises:
-        EngineError: a request failed, or its answer has not the tokens that the workload speaks of.
+        EngineError: a request failed, or its answer has another number of tokens than the workload says.
     """
     started = time.perf_counter()
     num_tokens = 0
@@ -252,7 +247,7 @@ def time_run(engine: Engine, jobs: Iterable[Job | None], workload: Workload) -> 
 def run_engine(
     model: Moondream3, workload: Workload, images: list[PreparedImage], batch_size: int, store: EncodingCache
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Run the engine on the whole workload; return times by stage, and the process's memory against its parts."""
+    """Run the engine on the whole workload; return times by stage, and the process's memory beside its parts."""
     engine = make_engine(model, min(batch_size, workload.num_requests), store)
     encoder = engine.encoder
     jobs = make_jobs(workload, images)
@@ -287,7 +282,7 @@ def weight_bytes(model: Moondream3) -> int:
 
 
 def activation_bytes(model: Moondream3, num_crops: int, num_tokens: int) -> int:
-    """Return about how many bytes a vision micro-batch or a prefill pass takes at its most."""
+    """Return about how many bytes a vision micro-batch or a prefill pass takes at most."""
     v, t = model.config.vision, model.config.text
     rows = num_crops * v.num_patches
     vision = rows * (2 * v.enc_dim + max(3 * v.enc_dim, v.enc_ff_dim)) + num_crops * v.enc_n_heads * v.num_patches**2

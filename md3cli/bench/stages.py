@@ -1,6 +1,6 @@
-"""One stage of the model at a time against the limit that binds it: a share is the rate over that limit.
+"""One stage of the model at a time beside the limit that binds it: a share is the rate divided by that limit.
 
-Vision and prefill are bound by matrix products, a decode step by reading weights and, with many rows, keys
+Matrix products bind vision and prefill. Reading weights binds a decode step and, with many rows, so does reading keys
 and values. What memory can do is measured as a bare read on a CPU and as a bare copy on CUDA.
 """
 
@@ -26,7 +26,7 @@ DECODE_STEPS = 8
 
 
 def best_seconds(run: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """Return the least time of several runs after one to warm up."""
+    """Return the least time of several runs, after one that warms up."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -37,7 +37,7 @@ def best_seconds(run: Callable[[], object], device: torch.device, repeats: int =
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a CUDA device has done all that it was given; others have when they return."""
+    """Wait until a CUDA device has done all that it was given; other devices have done it when a call returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -45,7 +45,7 @@ def wait_for(device: torch.device) -> None:
 def measure_limits(model: Moondream3) -> dict[str, float]:
     """Measure what a bare matrix product (large, and of the vision encoder's shapes) and a bare read reach here.
 
-    On CUDA also a bare copy, whose bytes count twice: they are read and written.
+    On CUDA a bare copy is measured, too; its bytes count twice, because they are read and written.
     """
     device, v = model.device, model.config.vision
     side = GEMM_SIDES.get(device.type, GEMM_SIDE)
@@ -70,7 +70,7 @@ def copy_rate(block: torch.Tensor) -> float:
 
 
 def gemm_rate(num_rows: int, shapes: list[tuple[int, int]], model: Moondream3) -> float:
-    """Return the operations per second of bare products of `num_rows` rows with matrices [out, in]."""
+    """Return the floating-point operations per second of bare products of `num_rows` rows with matrices [out, in]."""
     cases = []
     for out_features, in_features in shapes:
         x, weight = (torch.randn(n, in_features, device=model.device).to(model.dtype) for n in (num_rows, out_features))
@@ -85,7 +85,7 @@ def gemm_rate(num_rows: int, shapes: list[tuple[int, int]], model: Moondream3) -
 
 
 def bench_vision(model: Moondream3, images: list[PreparedImage], limits: dict[str, float]) -> dict[str, float]:
-    """Encode pictures of mixed crop counts as the engine does; enough of them for `NUM_CROPS`."""
+    """Encode pictures of mixed crop counts as the engine does, at least `NUM_CROPS`; return time and rates."""
     encoder = ImageEncoder(model, memory_bytes=0)
     is_cuda = model.device.type == "cuda"
     least = max(NUM_CROPS, encoder.max_crops) if is_cuda else NUM_CROPS
@@ -118,7 +118,7 @@ def projection_flops(model: Moondream3) -> float:
 
 
 def bench_prefill(model: Moondream3, limits: dict[str, float], num_images: int = 1) -> dict[str, float]:
-    """Run the prefixes of so many pictures through the decoder in one pass."""
+    """Run the prefixes of `num_images` pictures through the decoder in one pass; return time and rates."""
     length = model.config.prefix_len
     x = torch.randn(num_images, length, model.config.text.dim, device=model.device).to(model.dtype)
     position = torch.arange(length, device=model.device).expand(num_images, -1)
@@ -133,7 +133,10 @@ def bench_prefill(model: Moondream3, limits: dict[str, float], num_images: int =
 
 
 def bench_decode(model: Moondream3, batch_size: int, limits: dict[str, float]) -> dict[str, float]:
-    """Run decode steps right behind a picture's prefix; their limit is a bare copy on CUDA, a bare read elsewhere."""
+    """Run decode steps right behind a picture's prefix; return time and rates.
+
+    Their limit is a bare copy on CUDA and a bare read elsewhere.
+    """
     device, start = model.device, model.config.prefix_len + 8
     cache = KVCache(model.config, batch_size, start + DECODE_STEPS, dtype=model.dtype, device=device)
     rows = text_rows(batch_size, start, device)

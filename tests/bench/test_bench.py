@@ -20,8 +20,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from md3cli.bench import bench, gpu, runs, stages
-from md3cli.bench.gpu import GpuMemory, GpuRun, GpuRuns, busy_seconds, covered, gpu_workload, run_workloads
+from md3cli.bench import bench, runs, stages
+from md3cli.bench.bench import GpuMemory, GpuRun, GpuRuns, busy_seconds, covered, gpu_workload, run_workloads
 from md3cli.bench.runs import PHOTO, WORKLOADS, Workload, make_engine, make_images, make_jobs, time_run
 from md3cli.commands import bench as command
 from md3cli.errors import EngineError
@@ -57,12 +57,12 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
         run()
         return 0.25
 
-    monkeypatch.setattr(gpu, "make_engine", make)
-    monkeypatch.setattr(gpu, "reset_gpu_peak", lambda device: None)
-    monkeypatch.setattr(gpu, "gpu_memory", lambda device: MEMORY)
-    monkeypatch.setattr(gpu, "busy_seconds", busy)
-    monkeypatch.setattr(gpu, "NUM_REQUESTS", dict.fromkeys(gpu.NUM_REQUESTS, (2, 3)))
-    monkeypatch.setattr(gpu, "CAPTION_TOKENS", 40)
+    monkeypatch.setattr(bench, "make_engine", make)
+    monkeypatch.setattr(bench, "reset_gpu_peak", lambda device: None)
+    monkeypatch.setattr(bench, "gpu_memory", lambda device: MEMORY)
+    monkeypatch.setattr(bench, "busy_seconds", busy)
+    monkeypatch.setattr(bench, "NUM_REQUESTS", dict.fromkeys(bench.NUM_REQUESTS, (2, 3)))
+    monkeypatch.setattr(bench, "CAPTION_TOKENS", 40)
     return made
 
 
@@ -113,7 +113,7 @@ def test_a_request_that_fails_ends_the_benchmark() -> None:
 
 def test_a_gpu_gets_full_batches_of_different_photos() -> None:
     for name in bench.GPU_WORKLOADS:
-        for batch_size in gpu.BATCH_SIZES:
+        for batch_size in bench.BATCH_SIZES:
             workload = gpu_workload(name, batch_size)
             assert workload.num_requests % batch_size == 0
             assert workload.num_requests >= 2 * batch_size
@@ -168,8 +168,8 @@ def test_files_stand_beside_the_same_pictures_cut_before(engines: list[Engine]) 
 
 @pytest.mark.process
 def test_a_batch_that_memory_does_not_hold_is_said(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    make = gpu.make_engine
-    monkeypatch.setattr(gpu, "make_engine", lambda model, asked: make(model, min(asked, 3)))
+    make = bench.make_engine
+    monkeypatch.setattr(bench, "make_engine", lambda model, asked: make(model, min(asked, 3)))
     found = run_gpu("query", batch_sizes=(1, 2, 4, 8))
     assert [run.batch_size for run in found.runs] == [1, 2, 3]  # what fits is measured once
     assert found.notes == [f"query, batch {asked}: memory holds a batch of 3" for asked in (4, 8)]
@@ -177,14 +177,14 @@ def test_a_batch_that_memory_does_not_hold_is_said(engines: list[Engine], monkey
 
 @pytest.mark.process
 def test_memory_that_runs_out_at_the_start_is_said(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    make = gpu.make_engine
+    make = bench.make_engine
 
     def make_small(model: Moondream3, asked: int) -> Engine:
         if asked > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
         return make(model, asked)
 
-    monkeypatch.setattr(gpu, "make_engine", make_small)
+    monkeypatch.setattr(bench, "make_engine", make_small)
     found = run_gpu("query", "captions")
     assert [run.workload for run in found.runs] == ["query", "captions"]
     assert found.notes == [
@@ -237,7 +237,7 @@ def test_only_the_device_counts_as_busy(monkeypatch: pytest.MonkeyPatch) -> None
     def profile(activities: Any, acc_events: bool) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(events=lambda: events)
 
-    monkeypatch.setattr(gpu, "profile", profile)
+    monkeypatch.setattr(bench, "profile", profile)
     assert busy_seconds(lambda: ran.append(1)) == pytest.approx(2e-6)
     assert ran == [1]
 

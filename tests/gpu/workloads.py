@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from md3cli.bench.gpu import busy_seconds, gpu_memory, gpu_workload, reset_gpu_peak
+from md3cli.bench.bench import busy_seconds, gpu_memory, gpu_workload, reset_gpu_peak
 from md3cli.bench.runs import PHOTO, Workload, make_engine, make_images, make_jobs, time_run
 from md3cli.images.crops import PreparedImage
 from md3cli.model.engine.engine import Engine

@@ -19,7 +19,7 @@ from fake_cuda import DEVICE, Counter, FakeDevice
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from md3cli.bench import gpu, stages
+from md3cli.bench import bench, stages
 from md3cli.bench.bench import ModelSource, run_bench
 from md3cli.model.engine.state import Event, Finish, Mode
 from md3cli.model.weights.random_weights import CONFIGS, random_model
@@ -63,7 +63,7 @@ def main() -> None:
         for name, answer in ANSWERS.items():
             stack.enter_context(patch.object(torch.cuda, name, lambda device=None, answer=answer: answer))
         stack.enter_context(patch.object(torch.cuda, "mem_get_info", lambda device=None: (free, free + 10_000)))
-        stack.enter_context(patch.object(gpu, "busy_seconds", one_run))
+        stack.enter_context(patch.object(bench, "busy_seconds", one_run))
         stack.enter_context(patch.object(stages, "best_seconds", one_run))
         source = ModelSource(DEVICE, lambda: random_model(CONFIGS["mini"], dtype=torch.bfloat16, device=DEVICE))
         found = run_bench(source, workload="query", batch_size=None, has_baseline=False, num_workers=1)
