@@ -308,13 +308,13 @@ class Counting:
     def admission(self) -> Counts:
         """Encode 64 pictures of nine crops, run their prefixes and prompts, take the first decisions."""
         engine = self._filled(NUM_ROWS)
-        return self._count(engine._admit)
+        return self._count_admission(engine)
 
     def admission_saving(self) -> Counts:
         """The same, with embeddings kept on disk."""
         store = KeptEmbeddings()
         engine = self._filled(NUM_ROWS, store=store)
-        counts = self._count(engine._admit)
+        counts = self._count_admission(engine)
         assert len(store.saved) == NUM_ROWS
         return counts
 
@@ -322,7 +322,7 @@ class Counting:
         """64 rows of several tasks, a quarter of them without a picture, prompts in several groups."""
         engine = self._filled(NUM_ROWS, requests=REQUESTS)
         engine.prefill_tokens = engine.config.prefix_len
-        return self._count(engine._admit)
+        return self._count_admission(engine)
 
     def step_1(self) -> Counts:
         """A decode step with one row in flight."""
@@ -347,7 +347,7 @@ class Counting:
         request = Request(Task.QUERY, "which?", reasoning=False, choices=("a", "b", "c"))
         engine = self._filled(NUM_ROWS, requests=(request,))
         with patch.object(engine, "_choose"):
-            self._count(engine._admit)
+            self._count_admission(engine)
         counts = self._count(engine._choose)
         assert not engine._slots.active
         return counts
@@ -375,11 +375,15 @@ class Counting:
 
     def _admitted(self, num_rows: int) -> Engine:
         engine = self._filled(num_rows)
-        self._count(engine._admit)
+        self._count_admission(engine)
         assert len(engine._slots.active) == num_rows
         return engine
 
-    def _count(self, run: Callable[[], None]) -> Counts:
+    def _count_admission(self, engine: Engine) -> Counts:
+        with patch.object(engine, "_decode"):
+            return self._count(engine.step)
+
+    def _count(self, run: Callable[[], object]) -> Counts:
         with self.counter.around() as counts:
             run()
         return replace(counts)

@@ -16,7 +16,7 @@ import itertools
 import json
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict
 
 import torch
@@ -190,23 +190,49 @@ class ImageEncoder:
     def encode(self, images: Sequence[PreparedImage]) -> list[Tensor]:
         """Encode pictures that are not at hand, in order, and remember their embeddings.
 
-        On CUDA they are still being computed when this returns, and a store has them after `save_encoded`.
+        Micro-batches are cut from the crops of all pictures. Of patch features no more are kept than those of a
+        micro-batch and a picture: 128 pictures of 9 crops would hold 3.9 GB. On CUDA the embeddings are still being
+        computed when this returns, and a store has them after `save_encoded`.
         """
         started = time.perf_counter()
+        batches = [crop_batch(image) for image in images]
+        coming, embeddings = deque(zip(map(len, batches), images, strict=True)), []
+        rest_NPE = None  # features of crops whose pictures lack some
         with cpu_threads(self._threads):
-            features = self._features([crop_batch(image) for image in images])
-            embeddings = [self._embed(*both) for both in zip(features, images, strict=True)]
-        for image, embedding in zip(images, embeddings, strict=True):
-            self._remember(image.sha256, embedding)
-        if self.store is not None:
-            coming = {i.sha256: start_download(e) for i, e in zip(images, embeddings, strict=True)}
-            wait = milestone(self.model.device)
-            self._unsaved.append((coming, wait))
-            if wait is None:
-                self.save_encoded()
+            for chunk in self._send_crops(batches).split(self.max_crops):
+                padding = (0, 0, 0, 0, 0, 0, 0, self.max_crops - len(chunk))
+                crops_NCSS = normalise_crops(F.pad(chunk, padding) if self._pads else chunk, self.model.dtype)
+                found_NPE = self.encode_crops(crops_NCSS)[: len(chunk)]
+                rest_NPE = found_NPE if rest_NPE is None else torch.cat([rest_NPE, found_NPE])
+                while coming and coming[0][0] <= len(rest_NPE):
+                    count, image = coming.popleft()
+                    embeddings.append(self._embed(rest_NPE[:count], image))
+                    rest_NPE = rest_NPE[count:]
+        self._keep(images, embeddings)
         self.num_images += len(images)
+        self.num_crops += sum(map(len, batches))
         self.seconds += time.perf_counter() - started
         return embeddings
+
+    def _send_crops(self, batches: Sequence[Tensor]) -> Tensor:
+        """Copy the crops of all pictures to the device in one block: uint8 [N, S, S, 3]."""
+        counts = list(map(len, batches))
+        staged = staging((sum(counts), *batches[0].shape[1:]), torch.uint8, self.model.device)
+        for part, batch in zip(staged.split(counts), batches, strict=True):
+            part.copy_(batch)
+        return send_staged(staged, self.model.device)
+
+    def _keep(self, images: Sequence[PreparedImage], embeddings: Sequence[Tensor]) -> None:
+        """Remember embeddings, and begin to bring them to the store."""
+        for image, embedding in zip(images, embeddings, strict=True):
+            self._remember(image.sha256, embedding)
+        if self.store is None:
+            return
+        coming = {i.sha256: start_download(e) for i, e in zip(images, embeddings, strict=True)}
+        wait = milestone(self.model.device)
+        self._unsaved.append((coming, wait))
+        if wait is None:
+            self.save_encoded()
 
     def save_encoded(self) -> None:
         """Write to the store what was encoded since the last call; on CUDA wait until that has arrived.
@@ -220,27 +246,6 @@ class ImageEncoder:
             assert self.store is not None
             for image_key, embeddings in coming.items():
                 self.store.save(image_key, embeddings)
-
-    def _features(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield the patch features of each picture's distinct crops, computed in micro-batches over all crops.
-
-        No more are kept than those of a micro-batch and a picture: 128 pictures of 9 crops would hold 3.9 GB.
-        """
-        counts = list(map(len, batches))
-        staged = staging((sum(counts), *batches[0].shape[1:]), torch.uint8, self.model.device)
-        for part, batch in zip(staged.split(counts), batches, strict=True):
-            part.copy_(batch)
-        coming, rest = deque(counts), None
-        for chunk in send_staged(staged, self.model.device).split(self.max_crops):
-            padding = (0, 0, 0, 0, 0, 0, 0, self.max_crops - len(chunk))
-            crops_NCSS = normalise_crops(F.pad(chunk, padding) if self._pads else chunk, self.model.dtype)
-            features = self.encode_crops(crops_NCSS)[: len(chunk)]
-            self.num_crops += len(chunk)
-            rest = features if rest is None else torch.cat([rest, features])
-            while coming and coming[0] <= len(rest):
-                count = coming.popleft()
-                yield rest[:count]
-                rest = rest[count:]
 
     def _embed(self, features_NPE: Tensor, image: PreparedImage) -> Tensor:
         if features_NPE.shape[0] == 1:

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -27,11 +28,11 @@ from md3cli.errors import EngineError, RequestError
 from md3cli.images.crops import CropConfig
 from md3cli.model.engine.answers import build_answer
 from md3cli.model.engine.choices import ChoiceRow, choice_probabilities
-from md3cli.model.engine.encoder import ImageEncoder
+from md3cli.model.engine.encoder import AnyImage, ImageEncoder
 from md3cli.model.engine.generation import Generation
 from md3cli.model.engine.kv_cache import KVCache, SlotsTooLargeError, SlotTable
 from md3cli.model.engine.memory import is_out_of_memory, shortage
-from md3cli.model.engine.passes import Group, Passes, PromptInputs
+from md3cli.model.engine.passes import Group, Passes, PromptInputs, embed_prompts
 from md3cli.model.engine.prompts import Prompts, Tokenizer
 from md3cli.model.engine.state import Event, Mode, Step, advance, idle_rows
 from md3cli.model.network.moondream import Moondream3, not_finite
@@ -184,7 +185,9 @@ class Engine:
         too_large, is_of_slots = None, False
         try:
             with torch.inference_mode():
-                self._admit()
+                if batch := self._next_batch():
+                    self.encoder.prepare(self._without_slot(batch), ahead=self._without_slot(self._waiting))
+                    self._prefill_prompts(*self._place(batch))
                 self._decode()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -266,31 +269,19 @@ class Engine:
 
     # -- admission --------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
-        """Move waiting generations into free slots, when enough are free to make a batch worth while."""
-        free = self._slots.free
-        is_worth_it = len(free) == self.batch_size or len(free) >= min(len(self._waiting), self.batch_size // 4)
-        if not free or not self._waiting or not is_worth_it:
-            return
-        batch = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
-        try:
-            self._encode_for(batch)
-            groups, inputs = self._place(batch)
-        except BaseException:
-            self._waiting.extendleft(reversed(batch))
-            raise
-        for group in groups:
-            for generation, slot in zip(group.generations, group.slots, strict=True):
-                self._slots.generations[slot] = generation
-        self._prefill_prompts(groups, inputs)
+    def _next_batch(self) -> list[Generation]:
+        """Return the generations to admit now, once enough slots are free to make a batch worth while.
 
-    def _encode_for(self, batch: Sequence[Generation]) -> None:
-        """Have the pictures of `batch` encoded that no slot holds, and some of those that come next."""
-        needed, ahead = (
-            [s.job.image for s in generations if s.job.image is not None and s.image_key not in self._slots.held]
-            for generations in (batch, self._waiting)
-        )
-        self.encoder.prepare(needed, ahead)
+        They wait on until they have their slots: an error on the way there loses none of them.
+        """
+        num_free = len(self._slots.free)
+        is_worth_it = num_free == self.batch_size or num_free >= min(len(self._waiting), self.batch_size // 4)
+        return list(islice(self._waiting, num_free)) if is_worth_it else []
+
+    def _without_slot(self, generations: Iterable[Generation]) -> list[AnyImage]:
+        """Return the pictures of `generations` whose prefix no slot holds."""
+        pictures = (generation.job.image for generation in generations)
+        return [picture for picture in pictures if picture is not None and picture.sha256 not in self._slots.held]
 
     def _place(self, batch: Sequence[Generation]) -> tuple[list[Group], list[PromptInputs]]:
         """Give each generation a slot with its picture's prefix in it: found there, copied, or prefilled.
@@ -298,22 +289,18 @@ class Engine:
         Return the passes that the prompts take, and what those are given, on the device already.
         """
         started = time.perf_counter()
-        wanted = {generation.image_key for generation in (*batch, *self._waiting)}
-        placement = self._slots.place(batch, wanted)
+        placement = self._slots.place(batch, wanted={generation.image_key for generation in self._waiting})
         images_per_pass = max(1, self.prefill_tokens // self.config.prefix_len)
-        firsts = range(0, len(placement.to_prefill), images_per_pass)
-        prefixes = [placement.to_prefill[first : first + images_per_pass] for first in firsts]
+        prefixes = self.passes.cut_prefixes(placement.to_prefill, images_per_pass)
         groups = self.passes.group(batch, placement.slots, self.prefill_tokens)
-        slots, inputs = self.passes.send(
-            [[slot for slot, _ in prefix] for prefix in prefixes],
-            groups,
-            num_slots=self.batch_size,
-            prefixes_per_pass=images_per_pass,
-        )
-        for prefix, slots_B in zip(prefixes, slots, strict=True):
-            self.passes.prefill_prefixes(self.cache, slots_B, [self.encoder.take(key) for _, key in prefix])
+        slots, inputs = self.passes.send([[slot for slot, _ in some] for some in prefixes], groups, self.batch_size)
+        for some, slots_B in zip(prefixes, slots, strict=True):
+            embeddings_BPD = torch.stack([self.encoder.take(key) for _, key in some])
+            self.passes.prefill_prefixes(self.cache, slots_B, embeddings_BPD)
         for donor, slot in placement.to_copy:
             self.cache.copy(donor, slot, self.config.prefix_len)
+        for slot in placement.slots:
+            self._slots.generations[slot] = self._waiting.popleft()
         self.encoder.keep_ready({generation.image_key for generation in self._waiting})
         self.stats.num_prefixes += len(placement.to_prefill)
         self.stats.num_prefixes_shared += placement.num_found + len(placement.to_copy)
@@ -330,9 +317,13 @@ class Engine:
         self.cache.fit(max(*self._slots.end, *(group.total for group in groups)))
         events = []
         for group, given in zip(groups, inputs, strict=True):
-            hidden_ND = self.passes.prefill_prompts(self.cache, group, given)
+            # Padding behind a short prompt is overwritten by its answer before anything attends to it.
+            x_BTD, ints = embed_prompts(self.model, given), given.ints
+            total = self.cache.capacity if self.passes.is_compiled else group.total
+            hidden_BD = self.passes.prefill_prompts(self.cache, ints.slots, x_BTD, ints.start, ints.last, total)
+            hidden_ND = hidden_BD[: len(group.slots)]
             step = advance(self.model, given.rows(), hidden_ND, self.max_context, is_sampled=self._is_sampled())
-            self._put(given.ints.slots[: len(group.slots)], step)
+            self._put(ints.slots[: len(group.slots)], step)
             events.append(step.events)
         self._absorb([slot for group in groups for slot in group.slots], torch.cat(events))
         self._choose()
@@ -347,17 +338,12 @@ class Engine:
             return
         started = time.perf_counter()
         self.cache.fit(1 + max(self._slots.end))
-        step = self.passes.decode(
-            self.cache,
-            self._rows,
-            self._next_SD,
-            num_rows=active[-1] + 1,
-            max_context=self.max_context,
-            is_sampled=self._is_sampled(),
-        )
+        window = slice(0, self.batch_size if self.passes.is_compiled else active[-1] + 1)
+        rows, next_ND = self._rows.pick(window), self._next_SD[window]
+        step = self.passes.decode(self.cache, rows, next_ND, self.max_context, is_sampled=self._is_sampled())
         for slot in active:
             self._slots.end[slot] += 1
-        self._put(slice(0, len(step.events)), step)
+        self._put(window, step)
         self._absorb(range(len(step.events)), step.events)
         self._choose()
         self.stats.num_steps += 1

@@ -90,7 +90,8 @@ def _pack_children(module: nn.Module) -> None:
         if isinstance(child, Mlp) and isinstance(child.fc1, Linear) and isinstance(child.fc2, Linear):
             setattr(module, name, PackedMlp(child))
         elif isinstance(child, Tau):
-            setattr(module, name, PackedTau(child))
+            child.products = PackedLinear(torch.cat([child.wq, child.wv]), None)  # both in one
+            del child.wq, child.wv  # the plain copies
         elif isinstance(child, Linear):
             setattr(module, name, PackedLinear(child.weight, child.bias))
         else:
@@ -126,19 +127,6 @@ class PackedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.fc1(x))  # type: ignore[no-any-return]
-
-
-class PackedTau(Tau):
-    """`text.Tau` with both its products in one."""
-
-    def __init__(self, plain: Tau) -> None:
-        nn.Module.__init__(self)
-        self.alpha = plain.alpha
-        self.both = PackedLinear(torch.cat([plain.wq, plain.wv]), None)
-
-    def products(self, features_BT3D: Tensor) -> tuple[Tensor, Tensor]:
-        product_q, product_v = self.both(features_BT3D).chunk(2, dim=-1)
-        return product_q, product_v
 
 
 # -- attention -------------------------------------------------------------------------------------

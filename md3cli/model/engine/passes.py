@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Generic, NamedTuple, TypeVar
 
@@ -66,19 +67,32 @@ def decode_step(
 
 
 class Passes:
-    """The three passes over one model, eager until `compile` is called."""
+    """The three passes over one model, eager until `compile` is called.
+
+    Attributes:
+        prefill_prefixes, prefill_prompts, decode: `run_prefixes`, `run_prompts` and `decode_step` over the model.
+        is_compiled: whether they are compiled, and their inputs must be of a few fixed sizes.
+    """
 
     def __init__(self, model: Moondream3) -> None:
         self.model = model
         self.is_compiled = False
-        self._run_prefixes, self._run_prompts, self._decode_step = run_prefixes, run_prompts, decode_step
+        self.prefill_prefixes = partial(run_prefixes, model)
+        self.prefill_prompts = partial(run_prompts, model)
+        self.decode = partial(decode_step, model)
 
     def compile(self, backend: str = "inductor") -> None:
         """Compile each pass for fixed sizes; what is already compiled for a size is used again."""
         self.is_compiled = True
-        self._run_prefixes = torch.compile(run_prefixes, dynamic=False, backend=backend)
-        self._run_prompts = torch.compile(run_prompts, dynamic=False, backend=backend)
-        self._decode_step = torch.compile(decode_step, dynamic=False, backend=backend)
+        compiled = partial(torch.compile, dynamic=False, backend=backend)
+        self.prefill_prefixes = partial(compiled(run_prefixes), self.model)
+        self.prefill_prompts = partial(compiled(run_prompts), self.model)
+        self.decode = partial(compiled(decode_step), self.model)
+
+    def cut_prefixes(self, to_prefill: Sequence[tuple[int, str]], size: int) -> list[Sequence[tuple[int, str]]]:
+        """Cut slots and their pictures into passes of `size`; compiled passes are filled up with the last one."""
+        cut = [to_prefill[first : first + size] for first in range(0, len(to_prefill), size)]
+        return [_repeat_last(some, size) for some in cut] if self.is_compiled else cut
 
     def group(self, batch: Sequence[Generation], slots: Sequence[int], max_tokens: int) -> list[Group]:
         """Sort prompts into groups of similar length: of at most `max_tokens`, padding included, or of one prompt.
@@ -103,14 +117,12 @@ class Passes:
         return round_up(length, PROMPT_STEP) if self.is_compiled else length
 
     def send(
-        self, prefix_slots: Sequence[Sequence[int]], groups: Sequence[Group], *, num_slots: int, prefixes_per_pass: int
+        self, prefix_slots: Sequence[Sequence[int]], groups: Sequence[Group], num_slots: int
     ) -> tuple[list[Tensor], list[PromptInputs]]:
         """Copy what a batch of prompts needs to the device, in one block of whole numbers and one of real ones.
 
         Return the slots of each pass of prefixes [B], and what each group's pass and first decision need.
         """
-        if self.is_compiled:
-            prefix_slots = [_repeat_last(slots, prefixes_per_pass) for slots in prefix_slots]
         columns = [_columns(group, num_slots if self.is_compiled else len(group.slots)) for group in groups]
         ints, reals = send(
             self.model.device,
@@ -126,36 +138,6 @@ class Passes:
             )
             for _ in groups
         ]
-
-    def prefill_prefixes(self, cache: KVCache, slots_B: Tensor, embeddings: Sequence[Tensor]) -> None:
-        """Run pictures' prefixes into their slots; `slots_B` are what `send` returned for them."""
-        self._run_prefixes(self.model, cache, slots_B, torch.stack(_repeat_last(embeddings, len(slots_B))))
-
-    def prefill_prompts(self, cache: KVCache, group: Group, inputs: PromptInputs) -> Tensor:
-        """Run prompts into slots that hold their pictures' prefixes; return the hidden state after each [N, D].
-
-        Padding behind a short prompt is overwritten by its answer before anything attends to it. The
-        cache must hold `group.total` positions.
-        """
-        hidden_BD = self._run_prompts(
-            self.model,
-            cache,
-            inputs.ints.slots,
-            embed_prompts(self.model, inputs),
-            inputs.ints.start,
-            inputs.ints.last,
-            cache.capacity if self.is_compiled else group.total,
-        )
-        return hidden_BD[: len(group.slots)]
-
-    def decode(
-        self, cache: KVCache, rows: Rows, next_SD: Tensor, *, num_rows: int, max_context: int, is_sampled: bool
-    ) -> Step:
-        """Take one decision for slots 0 … `num_rows`-1 (compiled: for all slots)."""
-        window = slice(0, cache.num_slots if self.is_compiled else num_rows)
-        return self._decode_step(
-            self.model, cache, rows.pick(window), next_SD[window], max_context, is_sampled=is_sampled
-        )
 
 
 def _repeat_last(items: Sequence, size: int) -> list:  # type: ignore[type-arg]

@@ -83,12 +83,6 @@ class MoeMlp(nn.Module):
         x_ND = x.reshape(-1, x.shape[-1])
         return self.run(x_ND, self.route(x_ND)).view(x.shape)
 
-    def added(self, residual_BTD: Tensor, branch_BTD: Tensor, h_BTD: Tensor, live_BT: Tensor | None) -> Tensor:
-        """Return `residual + branch + experts(h)`, a block's sum; the experts may leave out rows that are not live."""
-        if self.fused is not None:
-            return self.fused(h_BTD, live_BT, residual_BTD, branch_BTD)
-        return residual_BTD + branch_BTD + self(h_BTD)  # type: ignore[no-any-return]
-
     def run_experts(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs, one expert at a time."""
         num_choices = routing.experts_NA.shape[1]

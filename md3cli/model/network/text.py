@@ -95,19 +95,20 @@ class Tau(nn.Module):
         self.wq = nn.Parameter(torch.empty(num_heads, 3 * dim))
         self.wv = nn.Parameter(torch.empty(num_heads, 3 * dim))
         self.alpha = nn.Parameter(torch.empty(num_heads))
+        self.products: Callable[[Tensor], Tensor] = self.plain_products  # `kernels.optimise` may choose another
 
     def forward(self, qkv_BT3D: Tensor, position_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return factors for q and v, each [B, H, T, 1]; positions count from 0, float32 inside the logarithm."""
         features = F.gelu(qkv_BT3D)  # exact GELU of the unrotated projection, all of q, k and v
         log_position = (position_BT.float() + 1).log()[..., None]
         by_position_BTH = 0.5 + torch.sigmoid(self.alpha.float() * log_position)
-        scales = [torch.tanh(product).float() + by_position_BTH for product in self.products(features)]
+        scales = [torch.tanh(part).float() + by_position_BTH for part in self.products(features).chunk(2, dim=-1)]
         scale_q, scale_v = (scale.to(qkv_BT3D.dtype).transpose(1, 2)[..., None] for scale in scales)
         return scale_q, scale_v
 
-    def products(self, features_BT3D: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the part of the scales that depends on the token itself, for q and for v, each [B, T, H]."""
-        return F.linear(features_BT3D, self.wq), F.linear(features_BT3D, self.wv)
+    def plain_products(self, features_BT3D: Tensor) -> Tensor:
+        """Return the part of the scales that depends on the token itself, for q and behind it for v: [B, T, 2H]."""
+        return torch.cat([F.linear(features_BT3D, self.wq), F.linear(features_BT3D, self.wv)], dim=-1)
 
 
 # Hidden states, positions, rotary table, store, layer -> queries of the new positions, keys and values of all.
@@ -126,18 +127,14 @@ class TextAttention(nn.Module):
         self.proj = Linear(config.dim, config.dim)
         self.tau = Tau(config.dim, config.n_heads)
 
-    def queries_keys_values(self, h_BTD: Tensor, position_BT: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return projected, scaled and rotated q, k, v, each [B, H, T, 64]."""
-        qkv = self.qkv(h_BTD)
-        scale_q, scale_v = self.tau(qkv, position_BT)
-        q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
-        return rotate(q * scale_q, table), rotate(k, table), v * scale_v
-
     def plain_projection(
         self, h_BTD: Tensor, position_BT: Tensor, table: Tensor, store: KeyValueStore | None, layer: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, H, T, 64], and keys and values [B, H, S, 64] to attend to, the new ones stored."""
-        q, k, v = self.queries_keys_values(h_BTD, position_BT, table)
+        qkv = self.qkv(h_BTD)
+        scale_q, scale_v = self.tau(qkv, position_BT)
+        q, k, v = (split_heads(part, self.num_heads) for part in qkv.chunk(3, dim=-1))
+        q, k, v = rotate(q * scale_q, table), rotate(k, table), v * scale_v
         if store is not None:
             k, v = store.update(layer, k, v)
         return q, k, v
@@ -169,8 +166,8 @@ class TextBlock(nn.Module):
         h_BTD = self.ln(x_BTD)
         q, k, v = self.attn.project(h_BTD, position_BT, table, store, self.layer)
         attended = self.attn.proj(merge_heads(self.attn.attend(q, k, v, mask)))
-        if isinstance(self.mlp, MoeMlp):
-            return self.mlp.added(x_BTD, attended, h_BTD, live_BT)
+        if isinstance(self.mlp, MoeMlp) and self.mlp.fused is not None:
+            return self.mlp.fused(h_BTD, live_BT, x_BTD, attended)
         return x_BTD + attended + self.mlp(h_BTD)  # type: ignore[no-any-return]
 
     def store_only(self, x_BTD: Tensor, position_BT: Tensor, table: Tensor, store: KeyValueStore) -> None:

@@ -38,7 +38,7 @@ def generations(case: GoldenCase) -> list[Generation]:
 
 def sent(case: GoldenCase, passes: Passes, max_tokens: int = 10_000) -> list[tuple[Group, PromptInputs]]:
     groups = passes.group(generations(case), SLOTS, max_tokens)
-    _, inputs = passes.send([], groups, num_slots=8, prefixes_per_pass=1)
+    _, inputs = passes.send([], groups, num_slots=8)
     return list(zip(groups, inputs, strict=True))
 
 
@@ -125,8 +125,7 @@ def test_compiled_passes_repeat_the_last_row() -> None:
     assert inputs.ints.slots.tolist() == [*group.slots, group.slots[-1], group.slots[-1]]
     assert torch.allclose(x_BTD[6], x_BTD[5], rtol=0, atol=1e-6)
     assert len(inputs.rows().mode) == 6
-    slots, _ = passes.send([[3, 1]], [], num_slots=8, prefixes_per_pass=4)
-    assert slots[0].tolist() == [3, 1, 1, 1]
+    assert passes.cut_prefixes([(3, "a"), (1, "b")], 4) == [[(3, "a"), *[(1, "b")] * 3]]
 
 
 def test_a_prefix_leaves_in_its_slot_what_the_whole_network_would() -> None:
