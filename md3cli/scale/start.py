@@ -4,13 +4,12 @@ In a start over, what stood in OUTPUT stays until the first new record, and come
 run folder is renamed, so that the next start finds it even after a kill. In a bucket nothing can be renamed; there only
 a records file that was exported stays. Records of OUTPUT's journal are found by id, wherever they stand and whatever
 INPUT has become since, and copied line by line as journals of shards; the old file stays until the export replaces it.
-Memory: 32 bytes a record of the old journal.
+Memory: 38 bytes a record of the old journal.
 """
 
 from __future__ import annotations
 
 import contextlib
-from array import array
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +38,7 @@ from md3cli.run.model_handle import Model
 from md3cli.run.order import SUFFIX as EARLY_SUFFIX
 from md3cli.run.order import early_records
 from md3cli.run.output import OutputPlan
+from md3cli.run.record_index import FoundRecords
 from md3cli.run.run_info import RunDocument, check_first_record, identity_of
 from md3cli.scale.attempts import attempt_files, keep_lines, read_history
 from md3cli.scale.bucket import Deliveries
@@ -60,12 +60,9 @@ from md3cli.scale.plan import Plan, PlanReader, check_config, plan_config, read_
 from md3cli.scale.shard_runner import asked, is_line_of
 from md3cli.scale.store import LocalStore
 from md3cli.source.source import Source, check_found
-from md3cli.system import read_at
 
 # Where the plan of an INPUT that has grown is made; what stands there is thrown away by any start.
 _NEXT_SUFFIX = "-next"
-ID_WITHIN_BYTES = 100  # of a line
-_KEY_BYTES = 8  # of a digest, to look it up by; the rest is compared in the line itself
 
 
 def adopt(folder: RunFolder, plan: Plan, journal: Path, *, with_failed: bool, warn: Callable[[str], None]) -> int:
@@ -123,81 +120,57 @@ def _failure_in(line: bytes) -> str | None:
 
 
 def _keep_others(folder: RunFolder, index: _Index) -> None:
-    if not index.has_others:
+    others = index.others()
+    if (first := next(others, None)) is None:
         folder.store.remove(KEPT)  # of a start that was killed before its plan was there
-    else:
-        with folder.store.put_file(KEPT) as path, open(path, "wb") as file:
-            file.writelines(index.others())
+        return
+    with folder.store.put_file(KEPT) as path, open(path, "wb") as file:
+        file.write(first)
+        file.writelines(others)
 
 
 class _Index:
-    """Where the last record of each id stands in a file of records."""
+    """The records of a journal by id: the last line of an id counts. `damaged` grows by what turns out to be so."""
 
     def __init__(self, file: IO[bytes], with_failed: bool) -> None:
-        self._fd, self._with_failed = file.fileno(), with_failed
-        self._starts, self._ends, keys, self._is_failed = array("q"), array("q"), bytearray(), bytearray()
+        self._file, self._with_failed = file, with_failed
         self.damaged: list[DamagedLines] = []
+        digests, outcomes, starts = bytearray(), bytearray(), bytearray()
         for lines in journal_lines(file):
             if isinstance(lines, DamagedLines):
                 self.damaged.append(lines)
                 continue
-            self._starts.frombytes(lines.starts.tobytes())
-            self._ends.frombytes(lines.ends.tobytes())
-            keys += lines.digests[:, :_KEY_BYTES].tobytes()
-            self._is_failed += (lines.outcomes != 0).tobytes()
-        found = np.frombuffer(bytes(keys), dtype=">u8").astype(np.uint64)
-        self._order = np.argsort(found, kind="stable")
-        self._keys = found[self._order]
-        self._is_other = self._latest()
-
-    def _latest(self) -> bytearray:
-        """1 for the last line of each id; a collision of keys only keeps a line too few from `others`."""
-        is_last = np.ones(len(self._order), dtype=np.uint8)
-        is_last[self._order[:-1][self._keys[1:] == self._keys[:-1]]] = 0
-        return bytearray(is_last.tobytes())
+            digests += lines.digests.tobytes()
+            outcomes += lines.outcomes.tobytes()
+            starts += lines.starts.tobytes()
+        self._found = FoundRecords(digests, outcomes, starts)
+        self._is_asked = bytearray(len(self._found))
 
     def line_of(self, record_id: str) -> bytes | None:
-        """The last line of an id; None where there is none, or a failure that is not wanted."""
-        number = self._number_of(record_id)
-        if number is None:
+        """Return the line of an id; None where there is none, or a failure that is not wanted."""
+        place = self._found.place_of(digest_of(record_id))
+        if place is None:
             return None
-        self._is_other[number] = 0
-        return self._line(number) if self._with_failed or not self._is_failed[number] else None
-
-    def _number_of(self, record_id: str) -> int | None:
-        key = np.uint64(int.from_bytes(digest_of(record_id)[:_KEY_BYTES]))
-        for number in self._lines_with(key):
-            if record_id.encode() in self._line(number)[:ID_WITHIN_BYTES]:
-                return number
-        return None
+        self._is_asked[place] = 1
+        return self._line_at(self._found.start_of(place)) if self._with_failed or self._found.is_ok(place) else None
 
     def drop_damaged(self, record_id: str) -> None:
-        """Count the last line of an id among what is damaged: it says something else than its id."""
-        number = self._number_of(record_id)
-        assert number is not None
-        start, end = self._starts[number], self._ends[number]
-        line = line_number(self._fd, start)
-        self.damaged.append(DamagedLines(line, line, start, end, True))
+        """Count the line of an id among what is damaged: it says something else than its id."""
+        place = self._found.place_of(digest_of(record_id))
+        assert place is not None
+        start = self._found.start_of(place)
+        number = line_number(self._file.fileno(), start)
+        self.damaged.append(DamagedLines(number, number, start, start + len(self._line_at(start)), True))
 
-    def _lines_with(self, key: np.uint64) -> Iterator[int]:
-        """The lines that may be it, the last one first."""
-        place = int(np.searchsorted(self._keys, key, side="right")) - 1
-        while place >= 0 and self._keys[place] == key:
-            yield int(self._order[place])
-            place -= 1
-
-    def _line(self, number: int) -> bytes:
-        start, end = self._starts[number], self._ends[number]
-        return read_at(self._fd, end - start, start)
-
-    @property
-    def has_others(self) -> bool:
-        """Whether there are lines that nobody asked for."""
-        return any(self._is_other)
+    def _line_at(self, start: int) -> bytes:
+        self._file.seek(start)
+        return self._file.readline()
 
     def others(self) -> Iterator[bytes]:
-        """The last line of each id that nobody asked for, in the file's order."""
-        return (self._line(number) for number, is_other in enumerate(self._is_other) if is_other)
+        """Yield the lines that nobody asked for, in the file's order."""
+        places = np.flatnonzero(np.frombuffer(self._is_asked, np.uint8) == 0)
+        starts = np.fromiter((self._found.start_of(place) for place in places.tolist()), np.int64, len(places))
+        return map(self._line_at, np.sort(starts).tolist())
 
 
 def reopen_failed(folder: RunFolder, plan: Plan, commits: dict[int, Commit]) -> None:
