@@ -1,11 +1,8 @@
-"""The door for pictures: from a file on disk to the uint8 crops the vision encoder sees.
+"""From a file on disk to the uint8 crops that the vision encoder sees, one picture at a time.
 
-One picture at a time: open without blocking, check the limits, read the bytes once, hash and decode
-the same bytes (pixels.py), cut crops. Knows nothing of models, batches or processes (pool.py runs
-it where a crash costs one picture). Comes in: `ImageItem`. Goes out: `PreparedImage`, or
-`ImageError` with a record's error type and a line without paths or control characters.
-
-Tiling and crops follow the Moondream 3 specification, section 4.
+A file is opened without blocking and read once, within the limits; the same bytes are hashed and decoded (pixels.py).
+What goes wrong is an `ImageError` with a record's error type and a line without paths or control characters. Tiling and
+crops follow the Moondream 3 specification, section 4. Knows nothing of models, batches or processes.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ PREPROCESSING_VERSION = 2  # rises when the same file would give other crops; pa
 
 @dataclass(frozen=True, slots=True)
 class CropConfig:
-    """How the encoder wants its pictures: pixels a crop's side, pixels a patch's side, `overlap_margin` in patches."""
+    """How the encoder wants its pictures: sizes of a crop and a patch in pixels a side, `overlap_margin` in patches."""
 
     crop_size: int
     patch_size: int
@@ -40,17 +37,17 @@ class CropConfig:
 
     @property
     def margin_px(self) -> int:
-        """What a tile shares with the neighbour on each side."""
+        """The pixels that a tile shares with its neighbour on each side."""
         return self.overlap_margin * self.patch_size
 
     @property
     def window_px(self) -> int:
-        """Step from one tile to the next: the part of a tile that is its own."""
+        """The pixels from one tile to the next: the part of a tile that is its own."""
         return (self.crop_size // self.patch_size - 2 * self.overlap_margin) * self.patch_size
 
 
 class Tiling(NamedTuple):
-    """Local tiles of a picture; the global crop is extra."""
+    """The rows and columns of a picture's tiles; the global crop is extra."""
 
     rows: int
     cols: int
@@ -58,7 +55,7 @@ class Tiling(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What is refused unread: `max_pixels` (width x height of the header) and `max_file_size` in bytes."""
+    """The most that is read: `max_pixels` (width x height, by the header) and `max_file_size` in bytes."""
 
     max_pixels: int = 2**28
     max_file_size: int = 2**30
@@ -80,7 +77,7 @@ class Crops(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
-    """What the engine gets: `crops` as in `Crops.pixels`, the upright size, the digest of the file's bytes."""
+    """What the engine gets: `crops` as in `Crops.pixels`, the upright size, and the SHA-256 of the file's bytes."""
 
     crops: np.ndarray
     tiling: Tiling
@@ -93,31 +90,25 @@ class PreparedImage:
 
 
 def select_tiling(width: int, height: int, cfg: CropConfig) -> Tiling:
-    """Rows and columns of tiles for a picture of `width` x `height` pixels.
-
-    The product may exceed `cfg.max_crops` for extreme shapes (8000x500 gives 1, 13): the shrink rule
-    floors a side at 1 and does not look again. That is the original's behaviour and is kept.
-    """
+    """Return the rows and columns of tiles for a picture of `width` x `height` pixels."""
     window, most = cfg.window_px, cfg.max_crops
     inner_w, inner_h = width - 2 * cfg.margin_px, height - 2 * cfg.margin_px
     if inner_h <= window or inner_w <= window:
         return Tiling(1, 1)
     rows, cols = math.ceil(inner_h / window), math.ceil(inner_w / window)
     if rows * cols > most:
+        # No second look at the product, as in the original: 8000 x 500 pixels give (1, 13), more than `max_crops`.
         shrink = math.sqrt(most / (rows * cols))
         return Tiling(max(1, math.floor(rows * shrink)), max(1, math.floor(cols * shrink)))
     rows = max(rows, math.floor(math.sqrt(most * inner_h / inner_w)))
     cols = max(cols, math.floor(math.sqrt(most * inner_w / inner_h)))
     if rows * cols > most:
-        if cols > rows:
-            cols = most // rows
-        else:
-            rows = most // cols
+        rows, cols = (rows, most // rows) if cols > rows else (most // cols, cols)
     return Tiling(max(1, rows), max(1, cols))
 
 
 def cut_crops(image: Image.Image, cfg: CropConfig) -> Crops:
-    """Cut the crops of an RGB picture; the whole picture is resized to each target (Lanczos)."""
+    """Cut the crops of an RGB picture: the whole picture is resized (Lanczos) once for each target."""
     assert image.mode == "RGB", image.mode
     size, window = cfg.crop_size, cfg.window_px
     tiling = select_tiling(*image.size, cfg)
@@ -135,12 +126,10 @@ def cut_crops(image: Image.Image, cfg: CropConfig) -> Crops:
 
 
 def _resize(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """Resize to the bytes that one call of Pillow 12, and so the original, gives, on every version of Pillow.
-
-    The two passes round to 8 bits in between, so their order shows. Pillow 12 does the width first, except for
-    pictures more than 100 times as tall as wide; Pillow 13 begins with the height of any tall picture (a quarter
-    of a 480 x 640 picture's global crop differed). One call for each pass costs what one call for both did.
-    """
+    """Resize to the bytes that one call of Pillow 12, and so the original, gives, on every version of Pillow."""
+    # The two passes round to 8 bits in between, so their order shows. Pillow 12 does the width first, except for
+    # pictures more than 100 times as tall as wide; Pillow 13 begins with the height of any tall picture (a quarter of
+    # a 480 x 640 picture's global crop differed). One call for each pass costs what one call for both did.
     is_height_first = image.height > 100 * image.width and image.height > height
     between = (image.width, height) if is_height_first else (width, image.height)
     for size in (between, (width, height)):
@@ -149,7 +138,7 @@ def _resize(image: Image.Image, width: int, height: int) -> np.ndarray:
     return np.asarray(image)
 
 
-# --- the door -----------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------
 
 
 def prepare_image(
@@ -161,7 +150,7 @@ def prepare_image(
     on_header: OnHeader | None = None,
     data: bytes | None = None,
 ) -> PreparedImage:
-    """Open, decode and cut one picture, the one in `data` where given; raises as `read_image`."""
+    """Read and cut the picture of `item`; arguments and errors are those of `read_image`."""
     try:
         image, sha256 = read_image(item, limits, background, on_header=on_header, data=data)
         crops = cut_crops(image, cfg)
@@ -178,15 +167,16 @@ def read_image(
     on_header: OnHeader | None = None,
     data: bytes | None = None,
 ) -> DecodedImage:
-    """The picture of `item`, upright, 8-bit RGB, first frame only.
+    """Return the picture of `item`, upright, 8-bit RGB, the first frame only.
 
     Args:
         background: a colour to lay transparent pictures on; None drops alpha, as the original does.
         on_header: called with the number of pixels before any of them is allocated; may block.
-        data: the file's bytes where they were fetched already (within the limits); nothing is opened then.
+        data: the file's bytes where they were fetched already, within the limits; then nothing is opened.
 
     Raises:
         ImageError: whatever is wrong with the file; `type` is the record's.
+        UsageError: `background` is no colour.
     """
     colour = parse_background(background)
     if data is None:
@@ -200,7 +190,11 @@ _NOT_OPENABLE = {errno.ENXIO, errno.ENODEV}  # sockets; devices without a driver
 
 
 def read_bytes(item: ImageItem, limit_bytes: int) -> bytes:
-    """The bytes of `item`, read once. Never blocks on a FIFO, never reads a device."""
+    """Return the bytes of `item`; a FIFO does not block, and no device is read.
+
+    Raises:
+        ImageError: the file cannot be read, is empty, or is larger than `limit_bytes`.
+    """
     try:
         with _open_regular(item.path) as file:
             num_bytes = os.fstat(file.fileno()).st_size if item.size is None else item.size

@@ -1,9 +1,11 @@
-"""What a picture file is by its bytes: how one that cannot be opened is refused, and what of one Pillow gets to see.
+"""What a picture file is by its bytes: which parts of it Pillow gets to see, and why a file is refused.
 
-A refusal is the `ImageError` of a record: another format, a kind that is not read here, damaged, or nothing. Of a
-picture Pillow sees the parts that make pixels and those that say which way is up. It would refuse a sound picture for
-what stands beside them: a text of more than 1 MiB, a text's wrong checksum, half a profile, frames in disorder.
-`pixels.py` alone imports this file, which keeps both under 500 lines. Knows bytes, no pixels.
+Pillow sees the parts that make pixels and those that say which way is up. It would refuse a sound picture for what
+stands beside them: a text of more than 1 MiB, a text's wrong checksum, half a profile, frames in disorder. A refusal is
+the `ImageError` of a record: another format, a kind that is not read here, a damaged header, or no picture at all.
+
+`pixels.py` alone imports this file; the two stay apart because this one knows bytes and no pixels, and both together
+have 580 lines.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ _WEBP_METADATA = {b"EXIF", b"XMP ", b"ICCP"}
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Leave out what Pillow may stumble over in a PNG or WebP; `data` itself where there is nothing."""
+    """Leave out what Pillow may stumble over in a PNG or WebP; return `data` itself where there is nothing such."""
     if data.startswith(_PNG):
         return _bare_png(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -35,7 +37,7 @@ def without_metadata(data: bytes) -> bytes:
 
 
 def bare_jpeg(data: bytes) -> bytes:
-    """Leave out the segments of a JPEG's header that make no pixels, and those that do but are too short for it."""
+    """Leave out the segments of a JPEG's header that make no pixels, and those that are too short for what they say."""
     kept, at = [b"\xff\xd8"], 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
         marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4])
@@ -49,7 +51,7 @@ def bare_jpeg(data: bytes) -> bytes:
 
 
 def _without_half_a_chunk(data: bytes) -> bytes:
-    """A WebP up to the metadata in which it was cut off."""
+    """Return a WebP up to the metadata in which it was cut off."""
     start = 12
     while start + 8 <= len(data):
         num_bytes = int.from_bytes(data[start + 4 : start + 8], "little")
@@ -78,7 +80,7 @@ def _bare_png(data: bytes) -> bytes:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[int, int]]:
-    """Start and end of each whole chunk, up to the last one or the first that makes no sense."""
+    """Yield start and end of each whole chunk, up to the last one or the first that makes no sense."""
     start = len(_PNG)
     while start + 12 <= len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4])
@@ -92,7 +94,6 @@ def _chunks(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _is_about_turning(data: bytes, start: int, end: int) -> bool:
-    """Whether a chunk may hold an orientation, is sound, and small."""
     kind = data[start + 4 : start + 8]
     if kind not in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") or end - start > _LONGEST_TEXT:
         return False
@@ -105,7 +106,7 @@ def _is_about_turning(data: bytes, start: int, end: int) -> bool:
 
 
 def _is_long_unpacked(kind: bytes, body: bytes) -> bool:
-    """Whether the text of a zTXt or iTXt chunk is too long, or cannot be unpacked."""
+    """Return whether the text of a zTXt or iTXt chunk is too long, or cannot be unpacked."""
     _, _, rest = body.partition(b"\0")
     if kind == b"zTXt":
         packed = rest[1:]
@@ -204,12 +205,12 @@ _JPEG_FRAMES |= {0xCB: "lossless", 0xCD: "hierarchical", 0xCE: "hierarchical", 0
 
 
 def is_apples_png(data: bytes) -> bool:
-    """Return whether this is a PNG as Xcode rewrites it: blue before red, without a checksum."""
+    """Return whether this is a PNG as Xcode rewrites it: blue before red, and without a checksum."""
     return data[:4] == b"\x89PNG" and data[12:16] == b"CgBI"
 
 
 def _unread_kind(data: bytes) -> str | None:
-    """What sort of TIFF, JPEG or PNG this is, where it is whole as far as its header tells, and of a sort not read."""
+    """Return what sort of TIFF, JPEG or PNG this is; None where its header is damaged, or the sort is read here."""
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         with suppress(Exception):  # its parser raises anything
             return _unread_tiff(data)
@@ -244,7 +245,7 @@ def _unread_tiff(data: bytes) -> str | None:
 
 
 def _is_read(tags: TiffImagePlugin.ImageFileDirectory_v2, bits: tuple[int, ...]) -> bool:
-    """Whether Pillow knows the samples, so that the header must be damaged elsewhere."""
+    """Return whether Pillow knows the samples, so that the header must be damaged elsewhere."""
     samples = tags.get(339, (1,))
     samples = samples[:1] if len(set(samples)) == 1 else samples
     key = (tags.prefix, _number(tags, 262, 0), samples, _number(tags, 266, 1), bits, tags.get(338, ()))
@@ -257,7 +258,6 @@ def _number(tags: TiffImagePlugin.ImageFileDirectory_v2, tag: int, default: int 
 
 
 def _holds_its_pixels(tags: TiffImagePlugin.ImageFileDirectory_v2, num_bytes: int) -> bool:
-    """Whether all strips or tiles lie within the file."""
     offsets, counts = (tags.get(273), tags.get(279)) if 273 in tags else (tags.get(324), tags.get(325))
     if not offsets or not counts or len(offsets) != len(counts):
         return False

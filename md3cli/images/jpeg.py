@@ -1,19 +1,20 @@
-"""The pixels of a JPEG, with an eye on what is missing.
+"""The pixels of a JPEG, and whether any of them are missing.
 
-Where a scan ends too early, libjpeg paints the rest grey; what is left over behind its last block, it skips. Both
+Where a scan ends too early, libjpeg paints the rest grey; data that are left over behind the last block, it skips. Both
 are mere warnings, which Pillow does not pass on: a picture with a hole or a cut would be taken as whole. But libjpeg
-also waits wherever its input ends, and what it has taken by then tells where it stands: inside a block, or behind
-the last one, looking for a marker. So the data are handed over in pieces:
+also waits wherever its input ends, and the bytes that it has taken by then tell where it stands: inside a block, or
+behind the last one, looking for a marker. So the data are handed over in pieces:
 
 - up to `_TAIL` bytes before the end of a scan: the decoder must still be inside;
 - up to the end, with bytes behind it that are no marker, enough to look ahead and too few for another two blocks:
   the decoder must be looking for a marker.
 
-Comes in: a picture that Pillow has opened, and its bytes. Goes out: the same picture with its pixels, or `OSError`,
-as from Pillow. Not seen: damage that leaves the number of blocks as it is (changed bytes, a small hole, a hole in
-the last bits of a progressive picture); libjpeg does not see it either.
-Arithmetic and lossless coding are left to libjpeg alone, which cannot wait inside their scans; they need their end
-marker.
+Damage that leaves the number of blocks as it is (changed bytes, a small hole, a hole in the last bits of a progressive
+picture) is not seen; libjpeg does not see it either. Arithmetic and lossless coding are left to libjpeg alone, which
+cannot wait inside their scans; they need their end marker.
+
+`pixels.py` alone imports this file; it stands apart because it is one trick with a decoder's input that nothing else
+there needs to know.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class _Layout:
     end: int | None = None  # offset of the end marker
 
     def num_blocks(self, scan: _Scan) -> int:
-        """Count the blocks (MCU) of a scan: of one component its own, of several the interleaved ones."""
+        """Return the number of blocks (MCU) of a scan: of one component its own, of several the interleaved ones."""
         across = max(factor for factor, _ in self.sampling.values())
         down = max(factor for _, factor in self.sampling.values())
         if len(scan.components) > 1:
@@ -110,7 +111,7 @@ def load_jpeg(image: ImageFile, data: bytes) -> None:
 
 
 class _Decoding:
-    """A decoder that is given its input in pieces."""
+    """A decoder of libjpeg that gets its input in pieces."""
 
     def __init__(self, image: ImageFile) -> None:
         image.load_prepare()
@@ -121,7 +122,11 @@ class _Decoding:
         self.is_done = False
 
     def feed(self, piece: bytes | memoryview) -> bool:
-        """Give it more; whether it took everything."""
+        """Hand over `piece`; return whether the decoder took everything.
+
+        Raises:
+            OSError: the data are damaged, or the decoder was done before.
+        """
         if self.is_done:
             raise _LeftOverError
         given = self._left + bytes(piece) if self._left else piece
@@ -167,7 +172,7 @@ def _decode(image: ImageFile, data: bytes, layout: _Layout) -> None:
 
 
 def _feed_piece(decoding: _Decoding, data: memoryview, begin: int, start: int, end: int) -> None:
-    """Hand over everything from `begin` to `end`; the coded data in it begin at `start`."""
+    """Hand over everything from `begin` to `end`, whose coded data begin at `start`."""
     middle = end - _TAIL
     while 0xFF in data[middle - 1 : middle + 1]:  # a half marker is not taken by anyone
         middle -= 1
@@ -202,7 +207,7 @@ def _decode_without_padding(image: ImageFile, data: bytes, layout: _Layout) -> N
 
 
 def _is_same_with_other_padding(image: ImageFile, data: bytes) -> bool:
-    """Whether other bytes behind the data, in place of ones, give the same last rows: no bit of them was needed."""
+    """Return whether other bytes behind the data give the same last rows, so that no bit of them was needed."""
     image.tile, tile = [], image.tile
     rows = (0, max(0, image.height - 64), *image.size)
     wanted = image.crop(rows).tobytes()
@@ -218,7 +223,7 @@ def _is_same_with_other_padding(image: ImageFile, data: bytes) -> bool:
 
 
 def _read_layout(data: bytes) -> _Layout | None:
-    """Read the headers; None where they are none of a Huffman-coded picture."""
+    """Read the headers; return None where they are not those of a Huffman-coded picture."""
     layout, interval, at = _Layout(), 0, 2
     markers: _Markers | None = None
     while (at := data.find(b"\xff", at) + 1) > 0 and at < len(data):
@@ -267,7 +272,7 @@ def _read_scan(body: bytes, start: int, interval: int, markers: _Markers) -> _Sc
 
 
 class _Markers:
-    """Where in the data behind the first scan header an FF stands that is neither data nor filling."""
+    """Each place behind the first scan header where an FF stands that is neither data nor filling."""
 
     def __init__(self, data: bytes, start: int) -> None:
         array = np.frombuffer(data, np.uint8)
@@ -290,7 +295,7 @@ class _Markers:
 
 
 def _pieces(data: bytes, layout: _Layout, scan: _Scan) -> list[tuple[int, int]]:
-    """Start and end of those parts of a scan, from one restart marker to the next, that are looked at.
+    """Return start and end of those parts of a scan, from one restart marker to the next, that are looked at.
 
     Raises:
         OSError: restart markers are missing.
@@ -310,7 +315,7 @@ def _pieces(data: bytes, layout: _Layout, scan: _Scan) -> list[tuple[int, int]]:
 
 
 def _has_long_run(data: bytes, scan: _Scan) -> bool:
-    """Whether about `_LONG_RUN` equal bytes stand in a row in a scan."""
+    """Return whether about `_LONG_RUN` equal bytes stand in a row in a scan."""
     step = _LONG_RUN // 4
     samples = np.frombuffer(data, np.uint8)[scan.start : scan.end : step]
     is_equal = samples[1:] == samples[:-1]

@@ -1,11 +1,9 @@
 """From a picture file's bytes to upright 8-bit RGB pixels, by Pillow, without trusting the bytes.
 
-An allow list decided by content, a limit on pixels checked from the header, the first frame only,
-EXIF orientation, deep samples scaled, alpha dropped or laid on a colour. Knows nothing of files,
-crops or processes. Comes in: bytes. Goes out: a Pillow RGB image, or `ImageError`.
-
-Follows the advice of Pillow's security manual: name the formats, limit the size, refuse truncated
-pictures, decode where a crash does no harm (pool.py sees to the last).
+The content decides the format, among those of a list; the header must keep the limit on pixels. The first frame counts,
+turned as its EXIF says, deep samples scaled, alpha dropped or laid on a colour. This follows the advice of Pillow's
+security manual: name the formats, limit the size, refuse truncated pictures, decode where a crash does no harm (pool.py
+sees to the last). Knows nothing of files, crops or processes.
 """
 
 from __future__ import annotations
@@ -35,13 +33,10 @@ _WANTED = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF")  # JPEG'
 
 @cache
 def start_pillow() -> tuple[str, ...]:
-    """Load Pillow's decoders and set its limits; the names of the formats read here.
-
-    Pillow's own pixel limit is switched off for the whole process, on purpose: it refuses honest
-    200-megapixel photographs, and every road into a decoder here checks a limit of its own. Its
-    limits on text chunks stay.
-    """
+    """Load Pillow's decoders, set its limits, and return the names of the formats read here."""
     Image.init()  # without it WEBP, AVIF and TIFF are missing from Image.OPEN
+    # Pillow's own limit refuses honest 200-megapixel photographs, and every road into a decoder here checks a limit of
+    # its own. Pillow's limits on text chunks stay.
     Image.MAX_IMAGE_PIXELS = None
     with suppress(ImportError):
         import pillow_heif
@@ -51,7 +46,7 @@ def start_pillow() -> tuple[str, ...]:
 
 
 def parse_background(background: str | None) -> Colour | None:
-    """The colour named by `--background`; None and "none" keep the original's way, alpha dropped.
+    """Return the colour that `--background` names; None, as for "none", drops alpha, which is the original's way.
 
     Raises:
         UsageError: it is no colour.
@@ -67,7 +62,11 @@ def parse_background(background: str | None) -> Colour | None:
 
 
 def check_kind(data: bytes) -> None:
-    """Raise ImageError unless `data` begins as a picture of a format read here; no pixel is decoded."""
+    """Check that `data` begins as a picture of a format read here; no pixel is decoded.
+
+    Raises:
+        ImageError: it does not.
+    """
     try:
         _open(without_metadata(data), start_pillow())[0].close()
     except ImageError:
@@ -77,7 +76,7 @@ def check_kind(data: bytes) -> None:
 
 
 def decode_rgb(data: bytes, max_pixels: int, background: Colour | None, on_header: OnHeader | None) -> Image.Image:
-    """The first frame of the picture in `data`, upright, mode RGB.
+    """Return the first frame of the picture in `data`, upright, mode RGB.
 
     Args:
         background: laid under transparent pictures; None drops alpha as PIL's convert("RGB") does.
@@ -126,7 +125,7 @@ def _decode(data: bytes, max_pixels: int, background: Colour | None, on_header: 
 
 
 def _open(data: bytes, formats: tuple[str, ...]) -> tuple[ImageFile, bytes]:
-    """Open the picture; what is opened are the bytes that come back."""
+    """Open the picture; return it with the bytes that were opened."""
     if is_apples_png(data):  # Pillow would read its blue as red
         raise refusal(data, formats)
     for attempt in (data, bare_jpeg(data)) if data.startswith(b"\xff\xd8") else (data,):
@@ -150,10 +149,8 @@ _TURNS = {
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """How to turn `image` as its EXIF (or XMP) orientation says; a broken one is ignored.
-
-    Ask after load(): TIFF turns itself there, and PNG may keep its EXIF behind the pixels.
-    """
+    """Return how to turn `image`, whose pixels are loaded, as its EXIF (or XMP) says; a broken one is ignored."""
+    # Before load() it would be wrong: TIFF turns itself there, and PNG may keep its EXIF behind the pixels.
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # noqa: BLE001 - EXIF is hostile input and not worth losing a picture for
@@ -176,10 +173,8 @@ _BAND_ROWS = 64
 
 
 def _in_bands(image: Image.Image, turn: Image.Transpose | None, background: Colour | None) -> Image.Image:
-    """What `_to_rgb` of the turned picture gives, in 7 bytes a pixel instead of 8 to 12. Closes `image`.
-
-    Pillow stores RGB in 4 bytes; two such copies of a 200-megapixel photograph pass 1.5 GB.
-    """
+    """Return what `_to_rgb` of the turned picture gives, band by band, and close `image`."""
+    # 7 bytes a pixel instead of 8 to 12: Pillow stores RGB in 4, and two copies of 200 megapixels pass 1.5 GB.
     if turn is None and image.mode == "RGB":
         return image
     width, height = image.size
@@ -203,7 +198,7 @@ _UNSIGNED, _SIGNED = (1,), (2,)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits, or of signed ones, as 8 bits, scaled; Pillow's own conversion clips or wraps it.
+    """Scale grey of more than 8 bits, or of signed ones, to 8 bits; Pillow's own conversion clips or wraps it.
 
     16-bit samples lose their low byte. Other integers and floats carry no range, so the values tell: 0-1 (floats)
     is stretched to 0-255, 0-255 stays, 0-65535 loses its low byte, anything else is stretched from its smallest to
@@ -242,7 +237,7 @@ def _stretch(samples: np.ndarray, *, is_integer: bool, is_zero_white: bool) -> n
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether Pillow would clip or wrap the samples."""
+    """Return whether Pillow would clip or wrap the samples."""
     is_signed = image.mode == "L" and getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT_TAG) == _SIGNED
     return is_signed or image.mode.startswith(("I", "F"))
 
@@ -251,7 +246,7 @@ _PLANES_TAG = 284
 
 
 def _refuse_deep_planes(image: Image.Image) -> None:
-    """Refuse what Pillow misreads without a word: separate planes of 16 bits, read as if they had 8."""
+    """Refuse separate planes of 16 bits, which Pillow reads as if they had 8, without a word."""
     tags = getattr(image, "tag_v2", {})
     bits, is_unpacked = max(tags.get(_BITS_PER_SAMPLE_TAG, (1,))), getattr(image, "tile", [("",)])[0][0] == "raw"
     if tags.get(_PLANES_TAG) == 2 and bits > 8 and is_unpacked:
@@ -263,7 +258,7 @@ _DEPTH_OFFSET = 24  # of the bits a sample in a PNG
 
 
 def _with_transparent_colour(image: Image.Image, data: bytes) -> Image.Image:
-    """Make alpha of a PNG's transparent colour where Pillow would compare it with samples that it has scaled."""
+    """Make alpha of a PNG's transparent colour where Pillow would compare it with samples that Pillow has scaled."""
     key, depth = image.info.get("transparency"), data[_DEPTH_OFFSET]
     if image.mode == "L" and isinstance(key, int):
         most = 2**depth - 1
@@ -288,7 +283,7 @@ def _opaque_where(is_opaque: np.ndarray) -> Image.Image:
 
 
 def _low_bytes(data: bytes) -> Image.Image:
-    """The bytes of a PNG's 16-bit colours that Pillow drops: those that it would keep of a little-endian one."""
+    """Return the low bytes of a PNG's 16-bit colours, which Pillow drops: it keeps them of a little-endian picture."""
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
         image.load()

@@ -1,18 +1,14 @@
-"""The picture pool: pictures are read and cut in worker processes, so that a bad one costs one record.
+"""The picture pool: worker processes read and cut pictures, so that a bad picture costs one record.
 
 A C decoder that crashes, loops or eats memory takes its worker with it and nothing else: the picture fails with
 `decoder_crash`, `timeout` or `too_large`, the worker is replaced, the pool goes on. A worker may also be killed for
 no fault of its picture (by the kernel, when memory runs out): the picture gets a second try, with no other one beside
-it, and only one that ends two workers is a `decoder_crash`.
+it, and only a picture that ends two workers is a `decoder_crash`.
 
-Each thread of an executor owns one worker process (worker.py), sends it what to open, and receives the crops straight
-into the array that the caller gets. Nothing a worker says is trusted further than its size: the number of crops
-follows from width and height, here. Pixels come through a socket, which costs 2 ms a picture; a file in shared memory
-would cost 1 ms less, but falls under the run's file size limit (RLIMIT_FSIZE), which is there to stop outputs.
-
-A picture on the disk goes straight to a worker. The bytes of any other are loaded first, by threads of this process,
-ahead of the decoder: remote ones by many, since they wait for the network; those inside Parquet files by one, since
-they are read in order. Knows nothing of models or records.
+Each thread of an executor owns one worker process (worker.py), tells it what to open, and receives the crops straight
+into the array that the caller gets. A picture on the disk goes straight to a worker. The bytes of any other picture are
+loaded first, by threads of this process, ahead of the decoder: remote ones by many threads, since they wait for the
+network; those inside Parquet files by one, since they are read in order. Knows nothing of models or records.
 """
 
 from __future__ import annotations
@@ -64,7 +60,7 @@ class PicturePool:
 
     `num_workers` 0 does the same work in the calling thread, without deadline or protection: the plain
     path that tests compare with. `submit` never waits, and a result is 4 to 6 MB for a photograph
-    (77 MB for the most extreme shape): the caller bounds memory by the futures it keeps outstanding.
+    (77 MB for the most extreme shape): the caller bounds memory by the number of futures that it keeps.
     """
 
     def __init__(
@@ -77,9 +73,10 @@ class PicturePool:
         timeout_s: float = 20.0,
         fetching: FetchOptions | None = None,
     ) -> None:
-        """Start nothing yet; `timeout_s` is for decoding one picture, without its wait for another huge one.
+        """Start no worker yet.
 
-        `fetching` says how, and from whom, remote pictures are fetched.
+        `timeout_s` is for decoding one picture; its wait for another huge one does not count. `fetching` says how, and
+        from which hosts, remote pictures are fetched.
 
         Raises:
             UsageError: `background` is no colour.
@@ -108,9 +105,9 @@ class PicturePool:
         self.close()
 
     def submit(self, item: ImageItem, data: bytes | None = None) -> Future[PreparedImage]:
-        """Return the future of a picture, wherever it is; with `data` these are its bytes, and nothing is opened.
+        """Return the future of a picture, wherever it is; with `data`, which are its bytes, nothing is opened.
 
-        It raises ImageError; CancelledError when the pool was closed first; InputError when no worker
+        The future raises ImageError; CancelledError when the pool was closed first; InputError when no worker
         can be started, which ends the run.
         """
         if data is None and item.row_group is not None:
@@ -120,7 +117,7 @@ class PicturePool:
         return self._decode(item, data)
 
     def close(self) -> None:
-        """End the workers at once; drop and cancel what was not finished. May be called twice."""
+        """End the workers at once, and cancel what was not finished; a second call does no harm."""
         self._budget.close()
         if "_fetcher" in vars(self):  # something was fetched
             self._fetcher.close()
@@ -266,7 +263,7 @@ def _pass_failure(ended: Future[Any], done: Future[PreparedImage]) -> bool:
 
 
 class _Turns:
-    """Who may decode: many beside each other, or one alone, before whom no further ones begin."""
+    """Who may decode: many threads beside each other, or one alone; while one waits to be alone, no other begins."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -314,7 +311,11 @@ class _Worker(Child):
         self.was_killed = False  # by a signal, before it was ready
 
     def wait_until_ready(self) -> None:
-        """Raises InputError: nothing can be decoded on this machine, which is no picture's fault."""
+        """Tell the worker how to cut, and wait for its answer.
+
+        Raises:
+            InputError: nothing can be decoded on this machine, which is no picture's fault.
+        """
         try:
             self.channel.send(asdict(self._setup))
             self.channel.receive(_START_TIMEOUT_S)
@@ -325,7 +326,11 @@ class _Worker(Child):
             raise InputError(f"a decode worker could not start ({said}); try md3 doctor") from error
 
     def decode(self, item: ImageItem, data: bytes | None, timeout_s: float, huge: threading.Lock) -> PreparedImage:
-        """Raises ImageError: as the worker reports it, or `timeout` and `decoder_crash`, which end the worker."""
+        """Have the worker decode one picture.
+
+        Raises:
+            ImageError: as the worker reports it, or of type `timeout` or `decoder_crash`, which end the worker.
+        """
         try:
             self._send(item, data, timeout_s)
             answer = self.channel.receive(timeout_s)
@@ -352,6 +357,7 @@ class _Worker(Child):
             if answer["type"] not in ERROR_TYPES:
                 raise ValueError
             raise ImageError(answer["type"], str(answer["message"]))
+        # Nothing that a worker says is trusted further than its size: the crops' number follows from it, here.
         width, height, sha256 = int(answer["width"]), int(answer["height"]), str(answer["sha256"])
         is_size = width > 0 and height > 0 and width * height <= self._setup.limits.max_pixels
         if not (is_size and re.fullmatch("[0-9a-f]{64}", sha256)):
@@ -359,6 +365,8 @@ class _Worker(Child):
         tiling = select_tiling(width, height, self._setup.crop_config)
         side = self._setup.crop_config.crop_size
         crops = np.empty((1 + tiling.rows * tiling.cols, side, side, 3), np.uint8)
+        # A socket costs 2 ms a picture; a file in shared memory would cost 1 ms less, but falls under the run's file
+        # size limit (RLIMIT_FSIZE), which is there to stop outputs.
         self.channel.receive_into(crops.data.cast("B"), timeout_s)
         return PreparedImage(crops, tiling, width, height, sha256)
 
