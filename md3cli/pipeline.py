@@ -1,4 +1,7 @@
-"""Which kind of run a command is: an estimate, a dry run, a run in this process, or one of many processes."""
+"""Which kind of run a command is: an estimate, a dry run, a run in this process, or one of many processes.
+
+Each kind but the third is loaded where it is asked for. Apart from commands/, which alone knows of typer.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import RunConsole
-from md3cli.estimate import dry_run, estimate
 from md3cli.finished.guards import check_not_input, files_in, has_run_schema
 from md3cli.images.pixels import parse_background
 from md3cli.run.local import LocalRun
@@ -23,12 +26,13 @@ from md3cli.run.output import (
     plan_output,
     with_journal_aside,
 )
-from md3cli.scale.bucket import in_local_folder
-from md3cli.scale.folder import discarded_once_written, is_run_there, run_folder_of
 from md3cli.settings import CONFIG_FILE, user_config_dir
 from md3cli.signals import StopSignals, check_stdout
 from md3cli.source.kinds import is_glob
 from md3cli.source.source import check_not_empty, open_source
+
+if TYPE_CHECKING:
+    from md3cli.scale.folder import RunFolder
 
 ModelFinder = Callable[[ModelOptions], Model]
 
@@ -41,31 +45,31 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_mode
         Interrupted: a signal stopped it, in order.
         BrokenPipeError: the reader of stdout has left.
     """
-    parse_background(config.model.background)
-    with in_local_folder(config.output) as output:
-        return _run(replace(config, output=output), console, find)
+    if config.model.background != "none":
+        parse_background(config.model.background)
+    with contextlib.ExitStack() as stack:
+        if config.output.address is not None:
+            from md3cli.scale.bucket import in_local_folder
 
+            config = replace(config, output=stack.enter_context(in_local_folder(config.output)))
+        plan = plan_output(config.output, is_terminal=console.is_stdout_terminal)
+        own_files = frozenset(os.path.realpath(path) for path in own_paths(plan))
+        source = open_source(replace(config.source, own_files=own_files), config.requests, defaults=config.defaults)
+        if plan.files is None or config.estimate is not None or config.is_dry_run:
+            check_stdout()
+        if config.estimate is not None or config.is_dry_run:
+            from md3cli.estimate import dry_run, estimate
 
-def _run(config: RunConfig, console: RunConsole, find: ModelFinder) -> int:
-    plan = plan_output(config.output, is_terminal=console.is_stdout_terminal)
-    outputs = own_paths(plan)
-    own_files = frozenset(os.path.realpath(path) for path in outputs)
-    source = open_source(replace(config.source, own_files=own_files), config.requests, defaults=config.defaults)
-    if plan.files is None or config.estimate is not None or config.is_dry_run:
-        check_stdout()
-    if config.estimate is not None:
-        return estimate(config, source, console, find=find)
-    if config.is_dry_run:
-        return dry_run(config, source, console)
-    check_not_input(outputs, _files_read(config, plan))
-    check_replaceable(plan, may_overwrite=config.output.overwrite)
-    check_not_empty(source, config.source, is_allowed=config.allow_empty)
-    folder = run_folder_of(plan, config)
-    if folder is not None and plan.files is not None and is_run_there(folder, plan.files, config):
-        from md3cli.scale.run import run_scaled
+            return estimate(config, source, console, find=find) if config.estimate else dry_run(config, source, console)
+        check_not_input(own_paths(plan), _files_read(config, plan))
+        check_replaceable(plan, may_overwrite=config.output.overwrite)
+        check_not_empty(source, config.source, is_allowed=config.allow_empty)
+        folder = _run_folder(config, plan)
+        if folder is not None:
+            from md3cli.scale.run import run_scaled
 
-        return run_scaled(config, console, source, plan, folder, find)
-    with StopSignals() as stop, contextlib.ExitStack() as stack:
+            return run_scaled(config, console, source, plan, folder, find)
+        stop = stack.enter_context(StopSignals())
         with stop.interruptible():
             model = find(config.model)
             check_skills(model, config.requests)
@@ -73,8 +77,31 @@ def _run(config: RunConfig, console: RunConsole, find: ModelFinder) -> int:
             plan = with_journal_aside(plan, stack)
         output = open_output(plan, config, console, source, model.identity)
         stack.callback(output.close)
-        first_write = discarded_once_written(folder) if folder is not None else contextlib.nullcontext()
-        return LocalRun(config, console, source, model, output, stop, first_write).to_the_end()
+        return LocalRun(config, console, source, model, output, stop, _replaced_run(config, plan)).to_the_end()
+
+
+def _run_folder(config: RunConfig, plan: OutputPlan) -> RunFolder | None:
+    """The folder in which many processes do this run; None where this process does it alone."""
+    files = plan.files
+    is_there = files is not None and files.has_run_folder
+    if not (is_there or config.scale.needs_run_folder or config.output.address is not None):
+        return None  # without a look into scale/
+    from md3cli.scale.folder import is_run_there, run_folder_of
+
+    folder = run_folder_of(plan, config)
+    return folder if folder is not None and files is not None and is_run_there(folder, files, config) else None
+
+
+@contextlib.contextmanager
+def _replaced_run(config: RunConfig, plan: OutputPlan) -> Iterator[None]:
+    """Remove what many processes have left of an earlier run, around the first write of records."""
+    with contextlib.ExitStack() as stack:
+        if plan.files is not None and plan.files.has_run_folder:
+            from md3cli.scale.folder import discarded_once_written, run_folder_of
+
+            if (folder := run_folder_of(plan, config)) is not None:
+                stack.enter_context(discarded_once_written(folder))
+        yield
 
 
 def _files_read(config: RunConfig, plan: OutputPlan) -> Iterator[str]:

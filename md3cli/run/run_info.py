@@ -35,6 +35,7 @@ from md3cli.records import ID_SCHEME, RecordDict, Request, RunIdentity, Task, id
 SHOWN_LIMIT_CHARS = 60
 SHOWN_BEFORE_CHARS = 20  # of a long text, before the first character in which it differs from another
 MOST_REQUESTS_SHOWN = 6
+RUN_FOLDER, FORMER = ".md3run", "-former"
 _WHAT_IS_ASKED = frozenset({"task", "prompt"})
 _NAMES = {"ids": "the way in which ids are made", "root": "the folder of INPUT", "inputs": "INPUT"}
 
@@ -195,11 +196,18 @@ _PACKAGES = ("md3cli", "torch", "tokenizers", "safetensors", "numpy", "pillow", 
 
 @dataclass(frozen=True, slots=True)
 class OutputPaths:
-    """The files of a run beside (or inside) OUTPUT."""
+    """The files of a run beside (or inside) OUTPUT; `run_folder` is what many processes share."""
 
     journal: Path
     run_info: Path
     lock: Path
+    run_folder: Path
+
+    @property
+    def has_run_folder(self) -> bool:
+        """Whether many processes have shared a run into OUTPUT, also one that a start over has set aside."""
+        former = self.run_folder.with_name(self.run_folder.name + FORMER)
+        return os.path.lexists(self.run_folder) or os.path.lexists(former)
 
 
 def output_paths(output: Path, *, is_folder: bool, is_journal: bool) -> OutputPaths:
@@ -208,9 +216,12 @@ def output_paths(output: Path, *, is_folder: bool, is_journal: bool) -> OutputPa
     `is_folder`: OUTPUT is a run folder. `is_journal`: OUTPUT is the records file itself.
     """
     if is_folder:
-        return OutputPaths(output / RECORDS_NAME, output / "run.json", output / f"{RECORDS_NAME}.lock")
-    journal = output if is_journal else output.with_name(f"{output.name}.{RECORDS_NAME}")
-    return OutputPaths(journal, output.with_name(f"{output.name}.run.json"), output.with_name(f"{output.name}.lock"))
+        lock = output / f"{RECORDS_NAME}.lock"
+        return OutputPaths(output / RECORDS_NAME, output / "run.json", lock, output / RUN_FOLDER)
+    names = (RECORDS_NAME, "run.json", "lock")
+    beside, run_info, lock = (output.with_name(f"{output.name}.{name}") for name in names)
+    run_folder = output.with_name(output.name + RUN_FOLDER)
+    return OutputPaths(output if is_journal else beside, run_info, lock, run_folder)
 
 
 def identity_of(requests: Sequence[Request], run: RunIdentity, root: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@
     errors.jsonl  exported.json       written by the export
 
 A run folder is `DIR/.md3run` for OUTPUT DIR, and `OUT.md3run` beside a file OUT. A command runs in one because that was
-asked for, or because OUTPUT has begun so; every command asks, so this file is light to import. A run folder whose
+asked for, or because OUTPUT has begun so; pipeline.py looks here only in these cases. A run folder whose
 records were all exported is as good as gone: the records file is the truth then, and whatever changes that file takes
 the run folder away first.
 """
@@ -35,11 +35,10 @@ from md3cli.errors import InputError, UsageError
 from md3cli.records import printable
 from md3cli.remote.address import folder_of, host_of, is_address
 from md3cli.run.output import OutputPlan
-from md3cli.run.run_info import RECORDS_NAME, OutputPaths
+from md3cli.run.run_info import FORMER, RECORDS_NAME, RUN_FOLDER, OutputPaths
 from md3cli.scale.store import LocalStore, Store, open_store
 from md3cli.settings import user_cache_dir
 
-FOLDER_NAME, SUFFIX = ".md3run", ".md3run"
 PLAN, MANIFEST, REPEATS = "plan/plan.json", "plan/manifest.parquet", "plan/repeats.parquet"
 RUN, KEPT, ERRORS, EXPORTED = "run.json", "kept.jsonl", "errors.jsonl", "exported.json"
 WIP, PARTS, COMMITS, STARTS, METRICS, DAMAGED = "wip", "parts", "commits", "starts", "metrics", "damaged"
@@ -72,7 +71,7 @@ def open_run_folder(uri: str) -> RunFolder:
 
 def run_folder_uri(output: str, *, is_folder: bool) -> str:
     """Where the run folder of OUTPUT is."""
-    return f"{output.rstrip('/')}/{FOLDER_NAME}" if is_folder else f"{output}{SUFFIX}"
+    return f"{output.rstrip('/')}/{RUN_FOLDER}" if is_folder else f"{output}{RUN_FOLDER}"
 
 
 def find_run_folder(typed: str) -> RunFolder:
@@ -84,7 +83,7 @@ def find_run_folder(typed: str) -> RunFolder:
     is_remote = is_address(typed)
     bare = typed.rstrip("/") if is_remote else typed
     beside = folder_of(bare) if is_remote else str(Path(typed).parent)
-    candidates = [bare, run_folder_uri(bare, is_folder=True), f"{bare}{SUFFIX}", f"{beside}/{FOLDER_NAME}"]
+    candidates = [bare, run_folder_uri(bare, is_folder=True), f"{bare}{RUN_FOLDER}", f"{beside}/{RUN_FOLDER}"]
     for candidate in candidates:
         if is_remote and host_of(candidate) != host_of(typed):  # another's bucket
             continue
@@ -176,9 +175,9 @@ def records_of(folder: RunFolder) -> tuple[Store, str]:
     """The records file that a run folder is exported to: where it lies, and its name there."""
     parent, _, name = folder.uri.rpartition("/")
     store = open_store(parent)
-    if name == FOLDER_NAME:
+    if name == RUN_FOLDER:
         return store, RECORDS_NAME
-    output = name.removesuffix(SUFFIX)
+    output = name.removesuffix(RUN_FOLDER)
     aside = f"{output}.{RECORDS_NAME}"
     return store, aside if store.modified_at(aside) is not None else output
 
@@ -186,7 +185,7 @@ def records_of(folder: RunFolder) -> tuple[Store, str]:
 def former_of(folder: RunFolder) -> Path | None:
     """Return where a start over keeps the former run folder until it has a record; None in a bucket."""
     store = folder.store
-    return store.root.with_name(f"{store.root.name}-former") if isinstance(store, LocalStore) else None
+    return store.root.with_name(store.root.name + FORMER) if isinstance(store, LocalStore) else None
 
 
 def discard(folder: RunFolder) -> None:
