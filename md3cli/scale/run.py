@@ -172,7 +172,8 @@ class _ScaledRun:
 
     def _run_shards(self) -> None:
         try:
-            with self._console.progress(self._plan.rows) as progress, contextlib.closing(self._driver()) as driver:
+            with self._console.progress(self._plan.rows) as progress:
+                driver = self._driver()
                 driver.run(lambda: self._on_step(driver, progress))
         except Exception as error:
             if self._stop.received is None:

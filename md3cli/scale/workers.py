@@ -1,8 +1,14 @@
 """What runs the shards of a plan on one machine: this process, or one worker process per device.
 
 A worker that dies costs the requests it had under way, which are asked again alone, and nothing else. A shard whose
-workers keep dying without a single new record is given up; a run where that happens everywhere is ended. Workers are
-fresh interpreters on socketpairs; nothing is pickled.
+workers keep dying without a single new record is given up; a run where that happens everywhere is ended.
+
+A worker is a fresh interpreter with a model that stays warm, told over a socketpair how to run and then which shard to
+run. When the supervisor is gone the worker ends at once, whatever it is doing. Ctrl-C is the supervisor's to handle.
+
+Messages to a worker: `{"run": {...}}` once, `{"shard": k}`, `{"stop": true}`. From it: `{"ready": true}`, `{"shard": k,
+"attempt": name}` when it begins, `{"ok": n, "failed": n}` of the shard so far, `{"done": k}`, `{"stopped": true}`,
+`{"error": text}` when the run cannot go on.
 """
 
 from __future__ import annotations
@@ -11,15 +17,18 @@ import contextlib
 import os
 import selectors
 import subprocess
+import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 from typing import Any
 
-from md3cli.child import Child
-from md3cli.errors import EngineError
+from md3cli.child import Channel, Child, connect
+from md3cli.errors import EngineError, Md3Error
 from md3cli.records import printable
 from md3cli.run.feed import num_auto_workers
 from md3cli.run.model_handle import Model
@@ -31,7 +40,7 @@ from md3cli.scale.shard_runner import ShardRunner, ShardStopped
 
 
 class ShardQueue:
-    """Hands out open shards; `commits` is what is known to be done, `owners` who runs the shards that it waits for.
+    """Hands out open shards; `owners` are the attempts at the shards that it waits for.
 
     With `world_size` n, rank r begins with the shards k where k % n == r. Of the others it takes, from the
     end, only those nobody seems to be working on. A shard may still be run by two: only the first commits.
@@ -50,6 +59,7 @@ class ShardQueue:
 
     @property
     def commits(self) -> Mapping[int, Commit]:
+        """The markers of the shards that are known to be done."""
         return self._log.found
 
     def refresh(self) -> None:
@@ -57,7 +67,7 @@ class ShardQueue:
         self._log.refresh()
 
     def take(self) -> int | None:
-        """A shard to run now; None when there is none, or none at the moment."""
+        """Return a shard to run now; None where there is none, or none at the moment."""
         self.owners.clear()
         while self._own:
             shard = self._own.popleft()
@@ -77,7 +87,7 @@ class ShardQueue:
         return None
 
     def finish(self, shard: int, commit: Commit) -> None:
-        """Take the shard out: it is committed."""
+        """Count a shard as done."""
         self._running.discard(shard)
         self._log.found[shard] = commit
 
@@ -99,40 +109,40 @@ class ShardQueue:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether all that is left is run by others."""
+        """Whether others run all that is left."""
         return not self._running and not self._own and bool(self.owners)
 
     @property
     def num_waiting(self) -> int:
-        """Shards that nobody of this queue is running."""
+        """How many shards this queue could still hand out."""
         return len(self._own) + len(self._others)
 
     @property
     def num_open(self) -> int:
-        """Shards that are not committed."""
+        """How many shards are not known to be done."""
         return self._num_shards - len(self.commits)
 
     @property
     def is_finished(self) -> bool:
-        """True when there is nothing left to hand out or to wait for."""
+        """Whether nothing is left to hand out or to wait for."""
         return self.num_open <= len(self.given_up - self.commits.keys())
 
 
 WAIT_S = 0.5  # for others, before looking again
 
 
-class Driver:
+class Driver(ABC):
     """What runs the shards of a queue: this process, worker processes, or a cluster."""
 
     is_stopping = False
 
+    @abstractmethod
     def run(self, on_step: Callable[[], None]) -> None:
         """Run shards until none is left, or a stop was asked for; `on_step` is called several times a second.
 
         Raises:
             Md3Error: the run cannot go on here.
         """
-        raise NotImplementedError
 
     def under_way(self) -> tuple[int, int]:
         """Return how many requests of the shards under way are finished: those that are ok, those that failed."""
@@ -141,9 +151,6 @@ class Driver:
     def stop(self) -> None:
         """Have what runs finish the step it is in, and `run` return."""
         self.is_stopping = True
-
-    def close(self) -> None:
-        """End at once whatever `run` left behind."""
 
 
 class LocalDriver(Driver):
@@ -157,7 +164,7 @@ class LocalDriver(Driver):
         model: Model,
         while_loading: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        # `while_loading` is entered around the loading of `model`.
+        """`while_loading` is entered around the loading of `model`."""
         self._uri, self._queue, self._options = uri, queue, options
         self._model, self._while_loading = model, while_loading
         self._under_way = 0, 0
@@ -166,20 +173,17 @@ class LocalDriver(Driver):
         return self._under_way
 
     def run(self, on_step: Callable[[], None]) -> None:
-        """Run the shards in this process, as `Driver.run` says."""
-
         def should_stop() -> bool:
             on_step()
             return self.is_stopping
 
         if self._queue.is_finished:
             return
-        options = self._options
         with ShardRunner(
             self._uri,
             finder=lambda _: self._model,
-            model=options.model,
-            decode=options.decode,
+            model=self._options.model,
+            decode=self._options.decode,
             while_loading=self._while_loading,
         ) as runner:
             while not (should_stop() or self._queue.is_finished):
@@ -203,23 +207,24 @@ POLL_S = 0.2  # so that a signal is seen soon
 REFRESH_S = 2.0  # between two looks at what other ranks have committed
 END_WAIT_S = 30.0  # for a worker that has said its last word
 STOP_WAIT_S = 120.0  # for workers to finish the step they are in; what they finished before is on disk
+TELL_INTERVAL_S = 0.25  # between two words of a worker on how far its shard is
 _MESSAGE_TIMEOUT_S = 30.0  # for the rest of a message that has begun to come
-_WORKER = "md3cli.scale.worker:serve"
+_WORKER = "md3cli.scale.workers:serve"
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """Where a worker runs: its device as the model's options name it, and what its environment needs."""
+    """Where a worker runs: its device as the model's options name it, and variables of its environment."""
 
     device: str
     environment: dict[str, str] = field(default_factory=dict)
 
 
 def seats_of(devices: Sequence[str], workers_per_device: int) -> list[Seat]:
-    """A seat for each worker.
+    """Return a seat for each worker.
 
-    A CUDA device is made the only visible one, so that no worker takes memory on another's; the processor's
-    cores are shared out.
+    A worker sees no CUDA device but its own, so that it takes no memory on another's. Workers on the processor share
+    its cores out.
     """
     num_seats = len(devices) * workers_per_device
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -228,8 +233,7 @@ def seats_of(devices: Sequence[str], workers_per_device: int) -> list[Seat]:
         kind, _, index = device.partition(":")
         environment: dict[str, str] = {}
         if kind == "cuda" and index:
-            names = visible.split(",") if visible else []
-            number = int(index)
+            names, number = visible.split(",") if visible else [], int(index)
             environment["CUDA_VISIBLE_DEVICES"] = names[number] if number < len(names) else index
             device = "cuda"
         if kind == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -255,7 +259,7 @@ class _Worker(Child):
             self.channel.send(message)
 
     def end(self) -> int:
-        """Wait for its end, which has come or is near, but not for ever; returns its status."""
+        """Wait for the process to end by itself, and kill it where it does not; return its exit status."""
         try:
             status = self.process.wait(END_WAIT_S)
         except subprocess.TimeoutExpired:  # it hangs in some library's own end
@@ -266,7 +270,7 @@ class _Worker(Child):
 
 
 class Supervisor(Driver):
-    """Runs the shards of `queue` in worker processes."""
+    """Runs the shards of `queue` in worker processes, one for each of `seats`."""
 
     def __init__(
         self,
@@ -287,31 +291,34 @@ class Supervisor(Driver):
         self._deaths: dict[int, int] = {}  # of a shard, since its last new record
         self._num_finished: dict[int, int] = {}  # of a shard's requests, at its last death
         self._deaths_in_a_row = 0  # since any worker got anything done
-        self._stop_told = Teller(warn)
+        self._stop_teller = Teller(warn)
 
     def under_way(self) -> tuple[int, int]:
         workers = self._workers.values()
         return sum(worker.num_ok for worker in workers), sum(worker.num_failed for worker in workers)
 
     def run(self, on_step: Callable[[], None]) -> None:
-        while not self._queue.is_finished or self._workers:
-            on_step()
-            self._share_out()
-            for key, _ in self._selector.select(POLL_S):
-                self._hear(self._workers[key.fd])
-            if self.is_stopping and not self._goes_on_stopping():
-                return
+        try:
+            while not self._queue.is_finished or self._workers:
+                on_step()
+                self._share_out()
+                for key, _ in self._selector.select(POLL_S):
+                    self._hear(self._workers[key.fd])
+                if self.is_stopping and not self._is_still_stopping():
+                    return
+        finally:
+            for worker in self._workers.values():
+                worker.close()
+            self._workers.clear()
+            self._selector.close()
 
-    def _goes_on_stopping(self) -> bool:
-        """Whether workers still finish their step; those that take too long are ended."""
-        if self._workers and self._stop_told.waited_s < STOP_WAIT_S:
-            pids = ", ".join(str(worker.pid) for worker in self._workers.values())
-            self._stop_told.tell(f"waiting for workers to finish their step (processes {pids}); Ctrl-C ends them")
-            return True
-        for worker in list(self._workers.values()):
-            self._forget(worker)
-            worker.close()
-        return False
+    def _is_still_stopping(self) -> bool:
+        """Return whether to wait on for workers that finish their step."""
+        if not self._workers or self._stop_teller.waited_s >= STOP_WAIT_S:
+            return False
+        pids = ", ".join(str(worker.pid) for worker in self._workers.values())
+        self._stop_teller.tell(f"waiting for workers to finish their step (processes {pids}); Ctrl-C ends them")
+        return True
 
     def stop(self) -> None:
         if not self.is_stopping:
@@ -319,16 +326,8 @@ class Supervisor(Driver):
             for worker in self._workers.values():
                 worker.send({"stop": True})
 
-    def close(self) -> None:
-        for worker in self._workers.values():
-            worker.close()
-        self._workers.clear()
-        self._selector.close()
-
-    # -- handing out -----------------------------------------------------------------------------------
-
     def _share_out(self) -> None:
-        """A shard for everybody who has none; a worker is started only when there is one for it."""
+        """Give a shard to every worker that has none, and start workers while there are shards for them."""
         if self.is_stopping:
             return
         for worker in [worker for worker in self._workers.values() if worker.is_ready and worker.shard < 0]:
@@ -361,8 +360,6 @@ class Supervisor(Driver):
         self._selector.unregister(worker.channel)
         del self._workers[worker.channel.fileno()]
 
-    # -- hearing ---------------------------------------------------------------------------------------
-
     def _hear(self, worker: _Worker) -> None:
         try:
             message = worker.channel.receive(_MESSAGE_TIMEOUT_S)
@@ -392,7 +389,7 @@ class Supervisor(Driver):
         self._deaths_in_a_row = 0
 
     def _bury(self, worker: _Worker) -> None:
-        """A worker is gone: note how, put its shard back, free its seat."""
+        """Note how a worker ended, put its shard back, and free its seat."""
         self._forget(worker)
         status, words = worker.end(), printable(worker.last_words())
         worker.close()
@@ -427,3 +424,66 @@ class Supervisor(Driver):
 
 def _how(status: int) -> str:
     return f"signal {-status}" if status < 0 else f"status {status}"
+
+
+# -- inside a worker process ---------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Run the shards that a supervisor sends, and tell it of each, until it sends no more or is gone."""
+    with contextlib.suppress(OSError):  # the supervisor is gone
+        _Served(connect()).to_the_end()
+
+
+class _Served:
+    """The worker's side: a model that stays warm, and a thread that listens."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._shards: SimpleQueue[int | None] = SimpleQueue()
+        self._is_stopped = False
+        self._runner: ShardRunner | None = None
+        self._told_at = 0.0
+
+    def to_the_end(self) -> None:
+        setup = self._channel.receive(None)["run"]
+        threading.Thread(target=self._listen, daemon=True).start()
+        options = RunOptions.from_json(setup["options"])
+        try:
+            with ShardRunner(
+                setup["uri"], finder=setup["finder"], model=options.model, decode=options.decode
+            ) as self._runner:
+                self._channel.send({"ready": True})
+                while (shard := self._shards.get()) is not None:
+                    self._run(self._runner, shard)
+        except ShardStopped:
+            self._channel.send({"stopped": True})
+        except Md3Error as error:
+            self._channel.send({"error": str(error)})
+
+    def _run(self, runner: ShardRunner, shard: int) -> None:
+        self._told_at = 0.0
+        runner.run(shard, should_stop=lambda: self._is_stopped, on_start=self._begin, on_progress=self._tell)
+        self._channel.send({"done": shard})
+
+    def _begin(self, shard: int, attempt: str) -> None:
+        self._channel.send({"shard": shard, "attempt": attempt})
+
+    def _tell(self, ok: int, failed: int) -> None:
+        if time.monotonic() - self._told_at >= TELL_INTERVAL_S:
+            self._told_at = time.monotonic()
+            self._channel.send({"ok": ok, "failed": failed})
+
+    def _listen(self) -> None:
+        while True:  # in a thread of its own, so that a supervisor's death is noticed in the middle of a step
+            try:
+                message: dict[str, Any] = self._channel.receive(None)
+            except (EOFError, OSError):
+                os._exit(1)
+            if "shard" in message:
+                self._shards.put(message["shard"])
+            else:
+                self._is_stopped = True
+                self._shards.put(None)
+                if self._runner is not None and self._runner.is_loading:  # nothing to lose, and it may take minutes
+                    os._exit(0)

@@ -228,7 +228,7 @@ def _wait_until_gone(form: str, mark: str) -> None:
 def _is_worker(pid: int) -> bool:
     """Whether it is a model process of a supervisor or an actor of Ray, not one that only decodes pictures."""
     command = _command_of(pid)
-    return b"md3cli.scale.worker" in command or b"(ShardWorker)" in command
+    return b"md3cli.scale.workers" in command or b"(ShardWorker)" in command
 
 
 def _command_of(pid: int) -> bytes:
