@@ -14,7 +14,7 @@ from program import Program, clean_environment, isolate, make_pictures, records_
 from stub_engine import StubEngine, StubModel
 from typer.testing import CliRunner
 
-import md3cli.pipeline
+import md3cli.estimate
 from md3cli.cli import app
 from md3cli.estimate import estimate
 from md3cli.records import Answer
@@ -74,7 +74,7 @@ class TimedProgram(Program):
             clock = Clock()
             return estimate(config, source, console, find=lambda options: self._timed(options, clock), clock=clock)
 
-        monkeypatch.setattr(md3cli.pipeline, "estimate", timed)
+        monkeypatch.setattr(md3cli.estimate, "estimate", timed)
 
     def _timed(self, options: Any, clock: Clock) -> TimedModel:
         self.models.append(TimedModel(options, clock=clock))
