@@ -1,36 +1,25 @@
-"""Records in, files that other tools read out; never torch.
+"""Finished records in, files that other tools read out; never torch.
 
-Each format is one module with one function, `export(records, out, options) -> ExportReport`,
-imported when it is asked for. Every format can be made again from the records at any time.
+Each format is one module with one function, `export(records, out, options) -> ExportReport`, which is imported when
+the format is asked for. Every format can be made again from the records at any time.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any
 
 from md3cli.errors import UsageError
-from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.finished.guards import check_not_input, files_of_run
 from md3cli.finished.run_json import find_records
 
-__all__ = ["FORMATS", "RUN_FOLDER_NAMES", "ExportOptions", "ExportReport", "export_records", "format_of"]
-
-_MODULES: Mapping[str, str] = {
-    "jsonl": "jsonl",
-    "coco": "coco",
-    "parquet": "parquet",
-    "csv": "csv_flat",
-    "yolo": "yolo",
-    "voc": "voc",
-    "labelstudio": "labelstudio",
-    "hf": "hf",
-    "overlay": "overlay",
-    "txt": "txt",
-}
-FORMATS: tuple[str, ...] = tuple(_MODULES)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False, allow_nan=False)
+FORMATS = ("jsonl", "coco", "parquet", "csv", "yolo", "voc", "labelstudio", "hf", "overlay", "txt")
+_MODULES = {"csv": "csv_flat"}  # the others are in the modules of their own names
 
 # What each format is called inside a run folder.
 RUN_FOLDER_NAMES: Mapping[str, str] = {
@@ -47,12 +36,64 @@ RUN_FOLDER_NAMES: Mapping[str, str] = {
 _SUFFIXES = {".jsonl": "jsonl", ".json": "coco", ".parquet": "parquet", ".csv": "csv"}
 
 
-class _Export(Protocol):
-    def __call__(self, records: Path, out: Path, options: ExportOptions) -> ExportReport: ...
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """Choices of one export; a format takes what concerns it and ignores the rest.
+
+    Attributes:
+        root: the folder (or tar) that the pictures' names are relative to; None: run.json beside the records says it.
+        is_confined: no picture outside `root` is opened, whatever the records say; to be switched off only for
+            records that this very process made.
+        labels: the order of categories; the rest follows as first seen.
+        url_prefix: what goes before a picture's name in Label Studio tasks.
+        beside: sidecar texts stand next to the pictures.
+        is_linked: pictures in `yolo` and `hf` are hard links, not copies.
+        background: a colour that transparent pictures are laid on in overlays.
+        max_pixels, max_file_size: what is refused unread, as everywhere.
+    """
+
+    root: Path | None = None
+    overwrite: bool = False
+    labels: tuple[str, ...] = ()
+    coco_results: bool = False
+    coco_ids_from: Path | None = None
+    keypoints: bool = False
+    embed_images: bool = False
+    url_prefix: str | None = None
+    beside: bool = False
+    is_linked: bool = False
+    background: str | None = None
+    is_confined: bool = True
+    max_pixels: int = 2**28
+    max_file_size: int = 2**30
+
+
+def compact_json(value: Any) -> bytes:
+    """Return `value` as JSON in UTF-8, without blanks.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON does not have.
+    """
+    return _ENCODER.encode(value).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What an export wrote. `num_images` is 0 for formats that know records only.
+
+    `num_failures` counts the failed records that were left out; `notes` tell the user what else is not in the output.
+    """
+
+    format: str
+    out: Path
+    num_records: int
+    num_images: int = 0
+    num_failures: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def format_of(out: Path) -> str | None:
-    """The format that the suffix of `out` stands for, if any."""
+    """Return the format that the suffix of `out` stands for, if any."""
     return _SUFFIXES.get(out.suffix.lower())
 
 
@@ -65,10 +106,11 @@ def export_records(records_path: Path, format: str, out: Path, options: ExportOp
         ExportError: the records cannot be turned into this format.
         OutputError: `out` cannot be written; what stood there is as it was.
     """
-    if format not in _MODULES:
+    if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
     records = find_records(records_path)
     read = [*files_of_run(records), *([options.coco_ids_from] if options.coco_ids_from is not None else [])]
     check_not_input([out, out.with_suffix(".xml")] if format == "labelstudio" else [out], read)
-    export = cast(_Export, import_module(f"md3cli.exporters.{_MODULES[format]}").export)
-    return export(records, out, options)
+    module = import_module(f"md3cli.exporters.{_MODULES.get(format, format)}")
+    report: ExportReport = module.export(records, out, options)
+    return report

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file
 from md3cli.exporters.grouping import CHOICE_PREFIX, choice_notes, choice_scores, find_choices
 from md3cli.exporters.objects import boxes, points, segments
-from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.finished.records_file import read_records
 from md3cli.records import RecordDict
 

@@ -17,10 +17,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from md3cli.errors import ImageError
+from md3cli.exporters import ExportOptions, ExportReport, compact_json
 from md3cli.exporters.files import StagedFolder, candidates, portable, relative_name, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.objects import flat
-from md3cli.exporters.options import ExportOptions, ExportReport, compact_json
 from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures, pillow_decodes
 
 METADATA = "metadata.jsonl"

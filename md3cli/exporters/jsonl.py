@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from md3cli.exporters import ExportOptions, ExportReport, compact_json
 from md3cli.exporters.files import replaced_file
-from md3cli.exporters.options import ExportOptions, ExportReport, compact_json
 from md3cli.finished.records_file import read_records
 
 

@@ -21,11 +21,11 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from md3cli.errors import ImageError
+from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import StagedFolder, candidates, relative_name, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.masks import fill
 from md3cli.exporters.objects import Colour, PixelBox, PixelPoint, PixelSegment, Ring, colour_of
-from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.pictures import Pictures
 from md3cli.records import printable
 

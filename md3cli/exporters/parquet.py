@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from md3cli.errors import ExportError, ImageError
+from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file
 from md3cli.exporters.grouping import CHOICE_PREFIX, choice_notes, choice_scores, find_choices
-from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_decodes
 from md3cli.finished.records_file import read_records
 from md3cli.records import RecordDict

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from md3cli.errors import ExportError, ImageError, InputError, RowError, UsageError
+from md3cli.exporters import ExportOptions
 from md3cli.exporters.grouping import ImageGroup
-from md3cli.exporters.options import ExportOptions
 from md3cli.files import copy_file
 from md3cli.finished.run_json import load_run_info
 from md3cli.records import ImageItem, RecordDict, printable

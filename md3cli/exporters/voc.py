@@ -10,10 +10,10 @@ import xml.etree.ElementTree as ET
 from contextlib import closing
 from pathlib import Path, PurePosixPath
 
+from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import candidates, relative_name, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.objects import PixelBox
-from md3cli.exporters.options import ExportOptions, ExportReport
 from md3cli.records import printable
 
 

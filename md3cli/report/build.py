@@ -29,8 +29,8 @@ from PIL import Image
 from md3cli import __version__
 from md3cli.errors import ImageError, InputError, MissingExtraError
 from md3cli.evaluate.scores import Curves, Section, Verdict, number
+from md3cli.exporters import ExportOptions
 from md3cli.exporters.files import replaced_file, staged_folder
-from md3cli.exporters.options import ExportOptions
 from md3cli.exporters.pictures import FoundPicture, Pictures
 from md3cli.finished.records_file import read_records
 from md3cli.finished.run_json import load_run_info
@@ -173,7 +173,7 @@ IMAGES_PER_PAGE = 2000  # about 40 MB of thumbnails: what a browser still opens 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportOptions:
-    """How to make a report. `root` and `is_confined` are as for every export (exporters/options.py)."""
+    """How to make a report. `root` and `is_confined` are as for every export (`ExportOptions`)."""
 
     root: Path | None = None
     is_confined: bool = True
