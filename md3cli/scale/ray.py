@@ -23,15 +23,15 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from md3cli.config import RunConfig
+from md3cli.config import ScaleOptions
 from md3cli.errors import EngineError, InputError, Md3Error
 from md3cli.records import printable
 from md3cli.scale import shard_runner
 from md3cli.scale.folder import RunFolder, host_name, new_attempt, open_run_folder
 from md3cli.scale.markers import read_commit, read_run_options
 from md3cli.scale.plan import Plan
-from md3cli.scale.ray_cluster import Placement, RayOptions, connected, place
-from md3cli.scale.shard_runner import FINDER, ShardRunner, ShardStopped
+from md3cli.scale.ray_cluster import Placement, connected, place
+from md3cli.scale.shard_runner import ShardRunner, ShardStopped
 from md3cli.scale.workers import Driver, ShardQueue
 
 GO_ON, STOP = b"go on\n", b"stop\n"  # what the session's file says
@@ -84,7 +84,7 @@ class ShardWorker:
             self._failure = _in_words(error)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """The columns of a ShardAnswer for the one shard of `batch`."""
+        """Run the one shard of `batch`, and return a ShardAnswer as columns."""
         answer = self._answer(int(batch["shard"][0]))
         return {name: [value] for name, value in answer._asdict().items()}
 
@@ -104,7 +104,7 @@ class ShardWorker:
         return ShardAnswer(shard, commit.images, commit.ok, commit.errors, worker=worker)
 
     def _should_stop(self, folder: RunFolder) -> bool:
-        """Whether the driver asks for it; looked up now and then. Once yes, always yes."""
+        """Return whether the driver asks for it, looked up now and then; once it does, always."""
         now = time.monotonic()
         if not self._is_stopped and now - self._looked_at >= STOP_POLL_S:
             self._looked_at = now
@@ -113,7 +113,7 @@ class ShardWorker:
 
 
 def _open_runner(setup: WorkerSetup) -> ShardRunner:
-    """The runner of the driver's plan, for the device that Ray gave this process.
+    """Open the driver's plan to run its shards on the device that Ray gave this process.
 
     Raises:
         InputError: this machine does not see the driver's folders.
@@ -151,55 +151,97 @@ STOP_WAIT_S = 20.0  # for actors to end a step and write what they have
 _END = object()
 
 
-def run_on_ray(
-    folder: RunFolder,
-    plan: Plan,
-    shards: Sequence[int],
-    options: RayOptions,
-    *,
-    device: str,
-    should_stop: Callable[[], bool],
-    on_answer: Callable[[ShardAnswer], None],
-    finder: str = FINDER,
-) -> bool:
-    """Have `shards` run to their commits; returns False where `should_stop` ended it before.
+class RayDriver(Driver):
+    """Runs the shards of `queue` on a Ray cluster; progress comes by whole shards."""
 
-    Args:
-        device: as --device says; `auto` takes the cluster's GPUs where it has any.
-        should_stop: asked several times a second.
-        on_answer: told of each shard that was committed, in any order.
+    def __init__(self, folder: RunFolder, plan: Plan, queue: ShardQueue, scale: ScaleOptions, device: str) -> None:
+        """`device` is as --device says; `auto` takes the cluster's GPUs where it has any."""
+        self._folder, self._plan, self._queue, self._scale, self._device = folder, plan, queue, scale, device
+        self._session = f"{SESSIONS}/{new_attempt()}"
+        self._num_workers = 0
+        self._failure = ""
+        self._deadline: float | None = None  # for the actors to stop by
+        self._stopped: set[str] = set()  # workers
 
-    Raises:
-        MissingExtraError: Ray is not installed.
-        EngineError: no cluster, or a worker cannot go on; what was finished is in the run folder.
-    """
-    if not shards:
-        return True
-    session = f"{SESSIONS}/{new_attempt()}"
-    folder.store.put(session, GO_ON)
-    try:
-        with connected(options) as ray:
-            placement = place([node["Resources"] for node in ray.nodes() if node["Alive"]], device, options.per_device)
-            setup = WorkerSetup(
-                run_uri=folder.uri,
-                fingerprint=plan.fingerprint,
-                session=session,
-                device=placement.device,
-                decode_workers=placement.decode_workers,
-                working_folder=os.getcwd(),
-                finder=finder,
-            )
-            num_workers = min(placement.num_workers, len(shards))
-            driver = _Driver(num_workers, lambda: folder.store.put(session, STOP), should_stop, on_answer)
-            return driver.drain(_answers(shards, setup, placement, num_workers))
-    finally:
-        folder.store.remove(session)
+    def run(self, on_step: Callable[[], None]) -> None:
+        """Run the shards on the cluster, as `Driver.run` says.
+
+        Raises:
+            MissingExtraError: Ray is not installed.
+            EngineError: no cluster, or a worker cannot go on; what was finished is in the run folder.
+        """
+        todo = [shard for shard in range(self._plan.shards) if shard not in self._queue.commits]
+        if not todo:
+            return
+        self._folder.store.put(self._session, GO_ON)
+        try:
+            with connected(self._scale.ray_address) as ray:
+                nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+                placement = place(nodes, self._device, self._scale.workers_per_device or 1)
+                self._num_workers = min(placement.num_workers, len(todo))
+                self._drain(_answers(todo, self._setup(placement), placement, self._num_workers), on_step)
+        finally:
+            self._folder.store.remove(self._session)
+
+    def _setup(self, placement: Placement) -> WorkerSetup:
+        return WorkerSetup(
+            run_uri=self._folder.uri,
+            fingerprint=self._plan.fingerprint,
+            session=self._session,
+            device=placement.device,
+            decode_workers=placement.decode_workers,
+            working_folder=os.getcwd(),
+            finder=shard_runner.FINDER,
+        )
+
+    def _drain(self, answers: Iterator[ShardAnswer], on_step: Callable[[], None]) -> None:
+        """Take all answers; return or raise soon after a wish to stop or a failure."""
+        arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=_pump, args=(answers, arrived), daemon=True).start()
+        while True:
+            on_step()
+            if self.is_stopping:
+                self._ask_to_stop()
+            try:
+                one = arrived.get(timeout=LOOK_INTERVAL_S)
+            except queue.Empty:
+                one = None
+            if isinstance(one, ShardAnswer):
+                self.take(one)
+            if isinstance(one, Exception) and not self._failure:
+                self._failure = f"Ray: {printable(str(one).strip().rpartition(chr(10))[2])}"
+            if one is _END or isinstance(one, Exception) or self._is_stopped:
+                break
+        if self._failure:
+            raise EngineError(f"{self._failure}; what is finished is kept, and the same command goes on from there")
+
+    def take(self, answer: ShardAnswer) -> None:
+        """Note what an actor says of a shard."""
+        if answer.is_stopped:
+            self._stopped.add(answer.worker)
+        elif answer.failure:
+            self._failure = self._failure or f"worker {answer.worker}: {answer.failure}"
+            self._ask_to_stop()
+        elif (commit := read_commit(self._folder, answer.shard)) is not None:
+            self._queue.finish(answer.shard, commit)
+
+    def _ask_to_stop(self) -> None:
+        if self._deadline is None:
+            self._deadline = time.monotonic() + STOP_WAIT_S
+            self._folder.store.put(self._session, STOP)
+
+    @property
+    def _is_stopped(self) -> bool:
+        """Whether all workers have said so, or had their time to say so; one may still load its model."""
+        if self._deadline is None:
+            return False
+        return len(self._stopped) >= self._num_workers or time.monotonic() > self._deadline
 
 
 def _answers(
     shards: Sequence[int], setup: WorkerSetup, placement: Placement, num_workers: int
 ) -> Iterator[ShardAnswer]:
-    """What the actors say, as they say it."""
+    """Yield what the actors say, as they say it."""
     data: Any = import_module("ray.data")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     data.DataContext.get_current().enable_progress_bars = False
@@ -218,101 +260,11 @@ def _answers(
         yield from (ShardAnswer(**row) for row in batch.to_pylist())
 
 
-class _Driver:
-    """Takes answers while it looks out for a wish to stop."""
-
-    def __init__(
-        self,
-        num_workers: int,
-        ask_to_stop: Callable[[], None],
-        should_stop: Callable[[], bool],
-        on_answer: Callable[[ShardAnswer], None],
-    ) -> None:
-        self._num_workers, self._ask_to_stop = num_workers, ask_to_stop
-        self._should_stop, self._on_answer = should_stop, on_answer
-        self._failure = ""
-        self._deadline: float | None = None  # for the actors to stop by
-        self._stopped: set[str] = set()  # workers
-
-    def drain(self, answers: Iterator[ShardAnswer]) -> bool:
-        """Whether all was done; returns or raises soon after a wish to stop or a failure."""
-        arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=_pump, args=(answers, arrived), daemon=True).start()
-        while True:
-            if self._deadline is None and self._should_stop():
-                self._stop()
-            try:
-                one = arrived.get(timeout=LOOK_INTERVAL_S)
-            except queue.Empty:
-                one = None
-            if isinstance(one, ShardAnswer):
-                self._take(one)
-            if isinstance(one, Exception) and not self._failure:
-                self._failure = f"Ray: {printable(str(one).strip().rpartition(chr(10))[2])}"
-            is_over = one is _END or isinstance(one, Exception) or self._is_stopped
-            if is_over and self._failure:
-                raise EngineError(f"{self._failure}; what is finished is kept, and the same command goes on from there")
-            if is_over:
-                return self._deadline is None
-
-    def _take(self, answer: ShardAnswer) -> None:
-        if answer.is_stopped:
-            self._stopped.add(answer.worker)
-        elif answer.failure:
-            self._failure = self._failure or f"worker {answer.worker}: {answer.failure}"
-            self._stop()
-        else:
-            self._on_answer(answer)
-
-    def _stop(self) -> None:
-        if self._deadline is None:
-            self._deadline = time.monotonic() + STOP_WAIT_S
-            self._ask_to_stop()
-
-    @property
-    def _is_stopped(self) -> bool:
-        """All workers have said so, or those that have not have had their time (one may still load its model)."""
-        if self._deadline is None:
-            return False
-        return len(self._stopped) >= self._num_workers or time.monotonic() > self._deadline
-
-
 def _pump(answers: Iterator[ShardAnswer], arrived: queue.SimpleQueue[Any]) -> None:
-    """Iterate in a thread: waiting inside Ray cannot be interrupted by a look at the signals."""
+    """Hand answers on from a thread: waiting inside Ray cannot be interrupted by a look at the signals."""
     try:
         for answer in answers:
             arrived.put(answer)
         arrived.put(_END)
     except BaseException as error:  # noqa: BLE001 - told by the thread that waits, which nothing else would wake
         arrived.put(error if isinstance(error, Exception) else EngineError(f"{type(error).__name__}: {error}"))
-
-
-class RayDriver(Driver):
-    """Runs the shards of `queue` on a Ray cluster; progress comes by whole shards."""
-
-    def __init__(self, folder: RunFolder, plan: Plan, queue: ShardQueue, config: RunConfig) -> None:
-        self._folder, self._plan, self._queue, self._config = folder, plan, queue, config
-
-    def run(self, on_step: Callable[[], None]) -> None:
-        """Run the shards on the cluster, as `Driver.run` says."""
-
-        def should_stop() -> bool:
-            on_step()
-            return self.is_stopping
-
-        todo = [shard for shard in range(self._plan.shards) if shard not in self._queue.commits]
-        run_on_ray(
-            self._folder,
-            self._plan,
-            todo,
-            RayOptions(self._config.scale.ray_address, self._config.scale.workers_per_device or 1),
-            device=self._config.model.device,
-            should_stop=should_stop,
-            on_answer=self._take,
-            finder=shard_runner.FINDER,
-        )
-
-    def _take(self, answer: ShardAnswer) -> None:
-        commit = read_commit(self._folder, answer.shard)
-        if commit is not None:
-            self._queue.finish(answer.shard, commit)

@@ -40,16 +40,8 @@ _TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE")
 
 
 @dataclass(frozen=True, slots=True)
-class RayOptions:
-    """`address` None: the one in RAY_ADDRESS, else a cluster of this machine alone. `per_device`: see `place`."""
-
-    address: str | None = None
-    per_device: int = 1
-
-
-@dataclass(frozen=True, slots=True)
 class Placement:
-    """What Ray is asked for: `num_workers` actors, each with so much, running on `device`."""
+    """What Ray is asked for: `num_workers` actors on `device`, with CPUs and GPUs for each."""
 
     num_workers: int
     num_cpus: int
@@ -65,10 +57,9 @@ def check_installed() -> None:
 
 
 def place(nodes: Sequence[Mapping[str, float]], device: str, per_device: int = 1) -> Placement:
-    """Workers for a cluster of `nodes` (resources of each, as `ray.nodes` has them).
+    """Return the workers for a cluster of `nodes` (resources of each, as `ray.nodes` has them).
 
-    `per_device` of them on each GPU where there are any and `device` allows them; else on each machine, which
-    share its cores.
+    `per_device` of them share a GPU, where there are any and `device` allows them, else the cores of a machine.
 
     Raises:
         EngineError: `device` asks for GPUs and the cluster has none.
@@ -93,15 +84,17 @@ def _bounded(num_cores: int) -> int:
 
 
 @contextlib.contextmanager
-def connected(options: RayOptions) -> Iterator[Any]:
-    """The module `ray`, connected; a connection that the caller's program had is used and left alone.
+def connected(address: str | None) -> Iterator[Any]:
+    """Give the module `ray`, connected; a connection that the caller's program had is used and left alone.
+
+    `address` None is the one in RAY_ADDRESS, else a cluster of this machine alone.
 
     Raises:
         MissingExtraError: Ray is not installed.
         EngineError: there is no such cluster, or none can be started here.
     """
     check_installed()
-    address = options.address or os.environ.get("RAY_ADDRESS") or LOCAL
+    address = address or os.environ.get("RAY_ADDRESS") or LOCAL
     # Ray tells of workers that died on stdout, which is for records; and from a thread of its own.
     with contextlib.ExitStack() as stack, contextlib.redirect_stdout(sys.stderr):
         os.environ |= _AT_IMPORT | {name: os.environ[name] for name in _AT_IMPORT if name in os.environ}
@@ -125,7 +118,7 @@ def _shut_down(ray: Any) -> None:
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Ray puts a handler of its own in the place of the program's, which would end it at once with status 15.
+    """Put the program's SIGTERM handler back in place of Ray's, which would end the program at once with status 15.
 
     Raises:
         EngineError: SIGTERM came meanwhile; the program's own handler has been called.
@@ -146,7 +139,7 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def _joining(address: str) -> dict[str, Any]:
-    """How to join the cluster at `address`; looks first, since Ray itself tries for minutes.
+    """Return the settings to join the cluster at `address`; look for it first, since Ray itself tries for minutes.
 
     Raises:
         EngineError: nobody answers there.
@@ -167,7 +160,7 @@ def _joining(address: str) -> dict[str, Any]:
 
 
 def _starting(stack: contextlib.ExitStack) -> dict[str, Any]:
-    """How to start a cluster here."""
+    """Return the settings to start a cluster here; `stack` removes its folder."""
     os.environ.setdefault(_LOOPBACK, "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     folder = Path(tempfile.mkdtemp(prefix="md3-ray-", dir=_short_folder()))
@@ -187,7 +180,7 @@ def _starting(stack: contextlib.ExitStack) -> dict[str, Any]:
 
 
 def _short_folder() -> str:
-    """Where temporary folders go; not where sockets would get too long a path."""
+    """Return where temporary folders go, unless sockets would get too long a path there."""
     usual = tempfile.gettempdir()
     return usual if len(usual) <= LONGEST_FOLDER or os.name == "nt" else "/tmp"
 

@@ -206,7 +206,7 @@ class _ScaledRun:
         if config.scale.engine == "ray":
             from md3cli.scale.ray import RayDriver
 
-            return RayDriver(self._folder, self._plan, self._queue, config)
+            return RayDriver(self._folder, self._plan, self._queue, config.scale, config.model.device)
         if config.scale.devices or config.scale.workers_per_device:
             devices = config.scale.devices or (config.model.device,)
             seats = seats_of(devices, config.scale.workers_per_device or 1)

@@ -16,22 +16,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import stub_scale
 from program import Program, clean_environment, isolate, make_pictures
 from stub_scale import FINDER
 
-from md3cli.config import DecodeOptions, ModelOptions
+from md3cli.config import DecodeOptions, ModelOptions, ScaleOptions
 from md3cli.errors import EngineError, Md3Error, MissingExtraError
 from md3cli.records import Request, Task
 from md3cli.scale.folder import RunFolder, open_run_folder
 from md3cli.scale.make_plan import make_plan, put_plan
 from md3cli.scale.markers import CommitLog, RunOptions, write_run_options
 from md3cli.scale.plan import Plan
-from md3cli.scale.ray import GO_ON, STOP, ShardAnswer, ShardWorker, WorkerSetup, run_on_ray
-from md3cli.scale.ray_cluster import Placement, RayOptions, _own_sigterm, check_installed, connected, place
+from md3cli.scale.ray import GO_ON, STOP, RayDriver, ShardAnswer, ShardWorker, WorkerSetup
+from md3cli.scale.ray_cluster import Placement, _own_sigterm, check_installed, connected, place
 from md3cli.scale.shard_runner import ShardRunner
+from md3cli.scale.workers import ShardQueue
 from md3cli.source.source import SourceSpec, open_source
 
 TESTS = Path(__file__).parents[1]
@@ -71,6 +73,17 @@ def ray_local() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+class ToldDriver(RayDriver):
+    """Tells of each shard that was committed."""
+
+    on_answer: Callable[[ShardAnswer], None]
+
+    def take(self, answer: ShardAnswer) -> None:
+        super().take(answer)
+        if not answer.failure and not answer.is_stopped:
+            self.on_answer(answer)
+
+
 class Run:
     """A planned run folder; `plan_again` plans the same in another."""
 
@@ -99,17 +112,14 @@ class Run:
         on_answer: Callable[[ShardAnswer], None] = lambda answer: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> bool:
-        options = RayOptions(per_device=2)
-        return run_on_ray(
-            self.folder,
-            self.plan,
-            self.todo,
-            options,
-            device="cpu",
-            should_stop=should_stop,
-            on_answer=on_answer,
-            finder=FINDER,
+        """Run what is left; True where nothing asked to stop."""
+        driver = ToldDriver(
+            self.folder, self.plan, ShardQueue(self.folder, self.plan.shards), ScaleOptions(workers_per_device=2), "cpu"
         )
+        driver.on_answer = on_answer
+        with patch("md3cli.scale.shard_runner.FINDER", FINDER):
+            driver.run(lambda: driver.stop() if should_stop() else None)
+        return not driver.is_stopping
 
     def here(self) -> None:
         with ShardRunner(self.folder.uri, finder=FINDER) as runner:
@@ -393,7 +403,7 @@ def test_without_the_extra_nothing_is_begun(pictures: Path, tmp_path: Path, monk
 )
 def test_a_cluster_that_is_not_there(address: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("md3cli.scale.ray_cluster.check_installed", lambda: None)
-    with pytest.raises(Md3Error, match=message), connected(RayOptions(address)):
+    with pytest.raises(Md3Error, match=message), connected(address):
         pass
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from stub_scale import FINDER
 
+from md3cli.config import ScaleOptions
+from md3cli.scale import shard_runner
 from md3cli.scale.folder import open_run_folder
-from md3cli.scale.markers import CommitLog
 from md3cli.scale.plan import read_plan
-from md3cli.scale.ray import ShardAnswer, run_on_ray
-from md3cli.scale.ray_cluster import RayOptions
+from md3cli.scale.ray import RayDriver, ShardAnswer
+from md3cli.scale.workers import ShardQueue
 
 
 def drive(uri: str, kill_after: int) -> None:
@@ -27,18 +28,19 @@ def drive(uri: str, kill_after: int) -> None:
     folder = open_run_folder(uri)
     plan = read_plan(folder)
     assert plan is not None
-    done = CommitLog(folder).refresh()
     answers: list[ShardAnswer] = []
 
-    def take(answer: ShardAnswer) -> None:
-        answers.append(answer)
-        if len(answers) == kill_after:
-            os.write(sys.__stdout__.fileno(), "\n".join(listening()).encode())
-            os.kill(os.getpid(), signal.SIGKILL)
+    class DyingDriver(RayDriver):
+        def take(self, answer: ShardAnswer) -> None:
+            super().take(answer)
+            answers.append(answer)
+            if len(answers) == kill_after:
+                os.write(sys.__stdout__.fileno(), "\n".join(listening()).encode())
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    todo = [shard for shard in range(plan.shards) if shard not in done]
-    options = RayOptions(per_device=2)
-    run_on_ray(folder, plan, todo, options, device="cpu", should_stop=lambda: False, on_answer=take, finder=FINDER)
+    shard_runner.FINDER = FINDER
+    queue = ShardQueue(folder, plan.shards)
+    DyingDriver(folder, plan, queue, ScaleOptions(workers_per_device=2), "cpu").run(lambda: None)
 
 
 def listening() -> set[str]:
