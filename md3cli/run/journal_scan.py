@@ -1,20 +1,16 @@
-"""Reading a journal back: which lines are whole, which ids are done, which failed, what is damaged.
+"""Reading a journal back: which lines are whole, which ids are done, which failed, what is damaged; writes nothing.
 
-A scan holds one block, the longest line, and what `record_index` keeps of each record. It writes nothing but
-OUT.damaged, where damaged lines are copied before they are taken out of the journal; a line that stands there already
-is not copied again. A damaged line costs itself only; one into which a whole record is glued, because its neighbour's
-newline has gone, is damaged up to that record.
-
-`RecordsVerification` says whether the records of a finished run of one process are what they claim: lines whole, each
-id once, as the run left them. It knows nothing of INPUT and holds 40 bytes a record.
+A damaged line costs itself only; one into which a whole record is glued, because its neighbour's newline has gone, is
+damaged up to that record. `scan_journal` tells a start what is done, `LineIndex` and `order_of` tell the rewrite at
+the end which lines stay in which order, and `RecordsVerification` tells a user whether a finished run's records are
+what the run left. Knows nothing of INPUT. A scan holds one block, the longest line, and 37 bytes a record.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -24,16 +20,17 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from md3cli.errors import InputError
-from md3cli.files import output_error
 from md3cli.finished.digest import DIGEST_BYTES, change_since, is_finished, kept_digest
 from md3cli.finished.record_shape import WHOLE_LINES, read_json, read_record
 from md3cli.finished.run_json import counts_of, load_run_info
 from md3cli.records import OK_TAIL, SCHEMA, RecordDict, printable
-from md3cli.run.record_index import FoundRecords, outcome_code
-from md3cli.system import open_regular, read_at, write_all
+from md3cli.run.damage import DamagedLines
+from md3cli.run.log import LINE_LIMIT_BYTES
+from md3cli.run.record_index import FoundRecords, Visits, latest_lines, outcome_code
+from md3cli.system import read_at
 
 BLOCK_BYTES = 1 << 20
-LINE_LIMIT_BYTES = 1 << 26  # a longer line is no record of ours
+_COPY_BYTES = 1 << 20
 
 HEAD = f'{{"schema":"{SCHEMA}","id":"'.encode()
 _ID = slice(len(HEAD), len(HEAD) + 2 * DIGEST_BYTES)
@@ -45,26 +42,13 @@ class JournalLines(NamedTuple):
     """Whole lines in a row.
 
     `starts` and `ends` [lines] are their offsets, the ends behind the newlines; `digests` [lines, 16] stand for
-    their ids, `outcomes` [lines] say how each ended (`found_records.outcome_code`).
+    their ids, `outcomes` [lines] say how each ended (`record_index.outcome_code`).
     """
 
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
     digests: NDArray[np.uint8]
     outcomes: NDArray[np.uint8]
-
-
-class DamagedLines(NamedTuple):
-    """Bytes from `start` to `end` that are no record: lines `first` to `last`, counted from 1.
-
-    `is_json`: each of them parses, so that no kill has torn it.
-    """
-
-    first: int
-    last: int
-    start: int
-    end: int
-    is_json: bool
 
 
 def journal_lines(file: IO[bytes]) -> Iterator[JournalLines | DamagedLines]:
@@ -253,6 +237,89 @@ def first_record(file: IO[bytes]) -> RecordDict | None:
     return None
 
 
+# -- in input order ------------------------------------------------------------------------------------
+
+
+class Spans(NamedTuple):
+    """Byte ranges of a file [ranges], in the order in which they are wanted."""
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
+class LineIndex:
+    """The whole lines of a journal: the last of each id, ordered by the first of each.
+
+    Attributes:
+        starts, ends: their offsets [ids].
+        digests: their ids as two halves [ids, 2].
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        starts, ends, digests = array("q"), array("q"), bytearray()
+        for lines in journal_lines(file):
+            if not isinstance(lines, DamagedLines):
+                starts.frombytes(lines.starts.tobytes())
+                ends.frombytes(lines.ends.tobytes())
+                digests += lines.digests.tobytes()
+        halves = np.frombuffer(digests, np.uint64).reshape(-1, 2)
+        latest = latest_lines(halves) if len(starts) else np.empty(0, np.int64)
+        self.starts: NDArray[np.int64] = np.frombuffer(starts, np.int64)[latest]
+        self.ends: NDArray[np.int64] = np.frombuffer(ends, np.int64)[latest]
+        self.digests: NDArray[np.uint64] = halves[latest]
+
+    def resembling(self, places: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return for each of `places` whether another's id is the same in one half and not in the other.
+
+        Hashes are never alike by chance: one of the two has been changed.
+        """
+        found = np.zeros(len(places), bool)
+        for half in range(2):
+            values = np.sort(self.digests[:, half])
+            own = self.digests[places, half]
+            counts = np.searchsorted(values, own, side="right") - np.searchsorted(values, own, side="left")
+            found |= counts > 1
+        return found
+
+
+def order_of(index: LineIndex, visits: Visits, gone: Collection[int]) -> Spans:
+    """Return the lines that stay, in input order; what no request of this run has stays behind what it stood behind.
+
+    `gone` are offsets of lines that do not stay.
+    """
+    num_lines = len(index.starts)
+    visited = visits.places()
+    visited = visited[visited < num_lines]
+    rank = np.full(num_lines, -1, np.int64)
+    rank[visited] = np.arange(len(visited))
+    # Forward: the rank of the nearest one before it that was visited; -1 before all.
+    nearest = np.maximum.accumulate(np.where(rank >= 0, np.arange(num_lines), -1))
+    anchors = np.where(nearest >= 0, rank[nearest], -1)
+    order = np.lexsort((rank < 0, anchors))  # stable: what has one anchor keeps its order
+    kept = order[~np.isin(index.starts[order], np.fromiter(gone, np.int64, len(gone)))]
+    return _joined(index.starts[kept], index.ends[kept])
+
+
+def _joined(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Spans:
+    """Neighbours as one."""
+    is_first = np.ones(len(starts), bool)
+    is_first[1:] = starts[1:] != ends[:-1]
+    return Spans(starts[is_first], ends[np.roll(is_first, -1)])
+
+
+def copy_spans(old: int, new: IO[bytes], spans: Spans) -> None:
+    """Copy `spans` of the open file `old` to `new`, one behind the other."""
+    for position, end in zip(spans.starts.tolist(), spans.ends.tolist(), strict=True):
+        while position < end:
+            data = read_at(old, min(_COPY_BYTES, end - position), position)
+            if not data:
+                raise OSError(0, "the file shrank while it was read")
+            new.write(data)
+            position += len(data)
+
+
+# -- the records of a finished run ---------------------------------------------------------------------
+
 _MOST_DAMAGE_NAMED = 20
 
 
@@ -310,79 +377,3 @@ def _damage(lines: DamagedLines, file: str) -> str:
     if lines.first == lines.last:
         return f"line {lines.first} of {file} is no whole record"
     return f"lines {lines.first} to {lines.last} of {file} are no whole records"
-
-
-SUFFIX = ".damaged"
-_MOST_NAMED = 5
-_WHOLE_LIMIT_BYTES = 1 << 26  # what is longer is copied in pieces
-_PIECE_BYTES = 1 << 20
-
-
-def damaged_path(journal: Path) -> Path:
-    """Return where the copies of a journal's damaged lines stand."""
-    return journal.with_name(journal.name + SUFFIX)
-
-
-def damage_words(journal: Path, damaged: Sequence[DamagedLines]) -> str | None:
-    """Return what a user should know of damaged lines of a journal, the first few by number; None where none are."""
-    return repair_words(str(journal), damaged, str(damaged_path(journal))) if damaged else None
-
-
-def repair_words(file: str, damaged: Sequence[DamagedLines], copies: str) -> str:
-    """Return in words which lines of `file` were damaged, the first few by number, and that `copies` has them."""
-    count = sum(lines.last - lines.first + 1 for lines in damaged)
-    named = [str(lines.first) if lines.first == lines.last else f"{lines.first} to {lines.last}" for lines in damaged]
-    more = f" and {len(named) - _MOST_NAMED:,} more places" if len(named) > _MOST_NAMED else ""
-    places = f"{', '.join(named[:_MOST_NAMED])}{more}"
-    where, they = (f"line {places} was", "it") if count == 1 else (f"lines {places} were", "they")
-    return (
-        f"repaired {printable(file)}: {where} damaged, copied to {printable(copies)}; "
-        f"what {they} answered is done again"
-    )
-
-
-def keep_damaged(path: Path, fd: int, spans: Iterable[tuple[int, int]]) -> None:
-    """Copy spans (start, end) of the open file `fd` to `path`; they are safe from a power cut when this returns.
-
-    Without a span nothing is made.
-
-    Raises:
-        OutputError: they cannot be written, or `path` is no regular file.
-    """
-    spans = list(spans)
-    if not spans:
-        return
-    try:
-        # The copies would be written into whatever a link leads to.
-        beside = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, follows_links=False)
-        with os.fdopen(beside, "r+b", buffering=0) as file:
-            known = {_digest(line) for line in file}
-            for start, end in spans:
-                for text in _lines(fd, start, end):
-                    if _digest(text) not in known:
-                        known.add(_digest(text))
-                        write_all(file.fileno(), text)
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise output_error(path, error) from error
-
-
-def _lines(fd: int, start: int, end: int) -> Iterator[bytes]:
-    """Yield the lines of a span, the last with a newline too; pieces of it where it is long."""
-    is_long = end - start > _WHOLE_LIMIT_BYTES
-    for at in range(start, end, _PIECE_BYTES if is_long else end - start):
-        text = read_at(fd, min(_PIECE_BYTES, end - at) if is_long else end - start, at)
-        if is_long:
-            yield text
-        else:
-            yield from (line + b"\n" for line in text.removesuffix(b"\n").split(b"\n"))
-
-
-def _digest(line: bytes) -> bytes:
-    return hashlib.sha256(line).digest()[:16]
-
-
-def line_number(fd: int, offset: int) -> int:
-    """Return the number of the line that begins at `offset` of an open file, from 1."""
-    parts = range(0, offset, _PIECE_BYTES)
-    return 1 + sum(read_at(fd, min(_PIECE_BYTES, offset - at), at).count(b"\n") for at in parts)

@@ -18,11 +18,11 @@ from md3cli.errors import Md3Error
 from md3cli.finished.failures import Failure, NamedFailures
 from md3cli.images.pool import PicturePool
 from md3cli.records import RecordDict, Request, SourceRow
+from md3cli.run.damage import damage_words
 from md3cli.run.drive import drive
 from md3cli.run.feed import Feed, make_pool, rows_ahead
 from md3cli.run.finish import STATUS_FAILED_RECORDS, exit_status, summarize, tell_how_to_resume
 from md3cli.run.journal import Journal
-from md3cli.run.journal_scan import damage_words
 from md3cli.run.model_handle import LazyEngine, Model
 from md3cli.run.order import OrderedRecords
 from md3cli.run.output import TABLE, Output, publish, written_paths
@@ -57,7 +57,7 @@ class LocalRun:
         self.failures = NamedFailures()
         self.num_damage_told = len(output.journal.damaged) if output.journal is not None else 0
         self.started_at = time.monotonic()
-        self.records = OrderedRecords(model.identity, self._write, self.summary, output.early, self._on_flush)
+        self.records = OrderedRecords(model.identity, self._write, self.summary, output.waiting, self._on_flush)
         self.timeline = Timeline(output.document.timeline if output.document is not None else ())
 
     def to_the_end(self) -> int:
@@ -88,8 +88,8 @@ class LocalRun:
         with make_pool(self.config, self.model.crop_config) as pool, self.console.progress(total) as self.progress:
             self.feed = self._make_feed(pool)
             drive(self.feed, self.engine, self.records, self.stop.check)
-        if self.output.early is not None:
-            self.output.early.remove()
+        if self.output.waiting is not None:
+            self.output.waiting.remove()
 
     def _make_feed(self, pool: PicturePool) -> Feed:
         journal, retry_failed = self.output.journal, self.config.output.retry_failed

@@ -26,10 +26,9 @@ from md3cli.finished.own_files import RUN, marker_format, write_marker
 from md3cli.finished.own_files import written_paths as listed_paths
 from md3cli.finished.run_json import read_facts
 from md3cli.records import RecordDict, RunIdentity, Task, printable
+from md3cli.run.damage import damage_words, damaged_path
 from md3cli.run.journal import Journal, encode_record
-from md3cli.run.journal_scan import damage_words, damaged_path
-from md3cli.run.order import SUFFIX as EARLY_SUFFIX
-from md3cli.run.order import EarlyRecords
+from md3cli.run.order import WAITING_SUFFIX, WaitingRecords
 from md3cli.run.run_info import RUN_SCHEMA, OutputPaths, RunDocument, check_first_record, identity_of, output_paths
 from md3cli.source.source import Source
 
@@ -157,12 +156,12 @@ def own_paths(plan: OutputPlan) -> tuple[Path, ...]:
     if plan.files is None:
         return ()
     files = plan.files
-    early = files.journal.with_name(files.journal.name + EARLY_SUFFIX)
+    waiting = files.journal.with_name(files.journal.name + WAITING_SUFFIX)
     return (
         files.journal,
         files.run_info,
         files.lock,
-        early,
+        waiting,
         damaged_path(files.journal),
         *(d.path for d in plan.documents),
     )
@@ -176,7 +175,7 @@ class Output:
     write: Callable[[Sequence[RecordDict]], None]
     journal: Journal | None = None
     document: RunDocument | None = None
-    early: EarlyRecords | None = None
+    waiting: WaitingRecords | None = None
 
     @property
     def is_replacing(self) -> bool:
@@ -185,8 +184,8 @@ class Output:
 
     def close(self) -> None:
         """Sync and unlock what stays."""
-        if self.early is not None:
-            self.early.close()
+        if self.waiting is not None:
+            self.waiting.close()
         if self.journal is not None:
             self.journal.close()
 
@@ -247,13 +246,13 @@ def open_output(
             f"{printable(str(journal.path))} was changed by something else: {change}; its whole records are kept as "
             "they are, and md3 verify goes on to say so until the run writes to it again"
         )
-    early = EarlyRecords(
+    waiting = WaitingRecords(
         journal.path,
         is_done=lambda record_id: journal.state(record_id) == "ok",
         is_fresh=options.overwrite or not is_there,
     )
     write = _Replacement(plan, journal, document).write if document.is_held else journal.append
-    return Output(plan, write, journal, document, early)
+    return Output(plan, write, journal, document, waiting)
 
 
 class _Replacement:

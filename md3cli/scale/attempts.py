@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 
 from md3cli.files import output_error
 from md3cli.finished.record_shape import read_json, read_record
-from md3cli.run.journal_scan import DamagedLines, repair_words
+from md3cli.run.damage import DamagedLines, repair_words
+from md3cli.run.log import AppendLog, SyncAfter
 from md3cli.scale.folder import WIP, RunFolder, damaged_name, journal_name, new_attempt, shard_name
 from md3cli.scale.store import LocalStore
-from md3cli.system import KILL_SIGNAL, STOP_SIGNALS, is_alive, open_at_once, sync_data
+from md3cli.system import KILL_SIGNAL, STOP_SIGNALS, is_alive
 
 Clock = Callable[[], float]
 
@@ -91,7 +92,7 @@ class Teller:
         self._due_s, self._step_s = self._first_after_s, self._interval_s
 
 
-SYNC_RECORDS, SYNC_INTERVAL_S = 64, 2.0
+SYNC_AFTER = SyncAfter(records=64, seconds=2.0)
 ADOPTED = "adopted-"  # what a journal's attempt is called that was no attempt: records taken over from elsewhere
 TOUCH_INTERVAL_S = 5.0  # how often a journal shows that its attempt is alive
 STALE_AFTER_S = 60.0  # without such a sign
@@ -108,59 +109,42 @@ class AttemptJournal:
     def __init__(self, folder: RunFolder, shard: int, attempt: str) -> None:
         """Raises OutputError: it cannot be made."""
         self.attempt = attempt
-        self._path = folder.wip.path(journal_name(shard, attempt))
-        self._num_unsynced = 0
-        self._synced_at = self._touched_at = time.monotonic()
+        self._touched_at = time.monotonic()
+        path = folder.wip.path(journal_name(shard, attempt))
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = open_at_once(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+            path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise output_error(self._path, error) from error
+            raise output_error(path, error) from error
+        self._log = AppendLog(path, is_new=True, sync_after=SYNC_AFTER)
 
     def begin(self, record_id: str, *, is_alone: bool) -> None:
         """Note that a request goes to the model now."""
-        self._append(_line({"begin": record_id, "alone": True} if is_alone else {"begin": record_id}))
+        self._log.append(_line({"begin": record_id, "alone": True} if is_alone else {"begin": record_id}))
 
     def finish(self, lines: Sequence[bytes]) -> None:
         """Append records, each with its newline."""
-        self._append(b"".join(lines))
-        self._num_unsynced += len(lines)
-        if self._num_unsynced >= SYNC_RECORDS or time.monotonic() - self._synced_at >= SYNC_INTERVAL_S:
-            self.sync()
+        self._log.append(b"".join(lines), len(lines))
+        self._log.sync_in_time()
 
     def stop(self) -> None:
         """The attempt ends here on purpose: what is under way has killed nobody."""
-        self._append(_line({"stopped": True}))
-        self.sync()
+        self._log.append(_line({"stopped": True}))
+        self._log.sync()
 
     def touch(self) -> None:
         """Show others that this attempt is alive; cheap to call often."""
         if time.monotonic() - self._touched_at >= TOUCH_INTERVAL_S:
             self._touched_at = time.monotonic()
             with contextlib.suppress(OSError):
-                os.utime(self._path)
+                os.utime(self._log.path)
 
     def sync(self) -> None:
         """Raises OutputError: the disk refuses."""
-        try:
-            sync_data(self._fd)
-        except OSError as error:
-            raise output_error(self._path, error) from error
-        self._num_unsynced, self._synced_at = 0, time.monotonic()
-
-    def _append(self, data: bytes) -> None:
-        rest = memoryview(data)
-        try:
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-        except OSError as error:
-            raise output_error(self._path, error) from error
+        self._log.sync()
 
     def close(self) -> None:
         """Let go of the file and leave it there; a second call does nothing."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._log.close()
 
 
 def _line(value: dict[str, Any]) -> bytes:

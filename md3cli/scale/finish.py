@@ -22,7 +22,7 @@ from md3cli.finished.digest import RecordsDigest
 from md3cli.finished.failures import Failure, NamedFailures
 from md3cli.records import OK_TAIL, printable
 from md3cli.run.finish import exit_status, summarize, tell_how_to_resume
-from md3cli.run.order import SUFFIX as EARLY_SUFFIX
+from md3cli.run.order import WAITING_SUFFIX
 from md3cli.run.output import publish, remove_temps
 from md3cli.run.run_info import RunDocument, Timeline
 from md3cli.scale.attempts import Teller
@@ -93,7 +93,7 @@ class Finish:
             deliveries.deliver(journal)
             note_exported(self._folder, exported)
             collect(self._folder, older_than_s=0.0)  # what a kill between a commit and its end has left
-            journal.with_name(journal.name + EARLY_SUFFIX).unlink(missing_ok=True)  # of a single process, taken over
+            journal.with_name(journal.name + WAITING_SUFFIX).unlink(missing_ok=True)  # of a single process, taken over
         if self._document is None:
             self._document = self._start.begin_document(self._plan.root)
         if (noted := read_exported(self._folder)) is not None:

@@ -24,19 +24,11 @@ from md3cli.files import output_error
 from md3cli.finished.digest import digest_of
 from md3cli.finished.record_shape import read_record
 from md3cli.records import OK_TAIL, Request, SourceRow
+from md3cli.run.damage import DamagedLines, damage_words, keep_damaged
 from md3cli.run.journal import encode_record
-from md3cli.run.journal_scan import (
-    DamagedLines,
-    damage_words,
-    damaged_path,
-    first_record,
-    journal_lines,
-    keep_damaged,
-    line_number,
-)
+from md3cli.run.journal_scan import first_record, journal_lines
 from md3cli.run.model_handle import Model
-from md3cli.run.order import SUFFIX as EARLY_SUFFIX
-from md3cli.run.order import early_records
+from md3cli.run.order import WAITING_SUFFIX, waiting_records
 from md3cli.run.output import OutputPlan
 from md3cli.run.record_index import FoundRecords
 from md3cli.run.run_info import RunDocument, check_first_record, identity_of
@@ -77,32 +69,32 @@ def adopt(folder: RunFolder, plan: Plan, journal: Path, *, with_failed: bool, wa
     """
     if not journal.is_file() or not journal.stat().st_size:
         return 0
-    early = {record["id"]: encode_record(record) for record in early_records(journal)}
+    waiting = {record["id"]: encode_record(record) for record in waiting_records(journal)}
     num_adopted, reader = 0, PlanReader(folder, plan)
     with open(journal, "rb") as file:
         index = _Index(file, with_failed)
         for shard in range(plan.shards):
-            found = [_line_of(*one, index, early) for one in asked(reader.shard(shard))]
+            found = [_line_of(*one, index, waiting) for one in asked(reader.shard(shard))]
             if lines := [line for line in found if line is not None]:
                 keep_lines(folder, shard, lines)
             num_adopted += len(lines)
         _keep_others(folder, index)
         index.damaged.sort()
-        keep_damaged(damaged_path(journal), file.fileno(), [(lines.start, lines.end) for lines in index.damaged])
+        keep_damaged(journal, file.fileno(), index.damaged)
     if words := damage_words(journal, index.damaged):
         warn(words)
     return num_adopted
 
 
 def _line_of(
-    record_id: str, row: SourceRow, request: Request, index: _Index, early: Mapping[str, bytes]
+    record_id: str, row: SourceRow, request: Request, index: _Index, waiting: Mapping[str, bytes]
 ) -> bytes | None:
     """The line of a request; none that is another's, nor the failure of a row that can be read now."""
     found = index.line_of(record_id)
     if found is not None and not is_line_of(found, record_id, row, request):
         index.drop_damaged(record_id)
         found = None
-    for line in (found, early.get(record_id)):
+    for line in (found, waiting.get(record_id)):
         if line is not None and is_line_of(line, record_id, row, request) and not _is_mended(line, row):
             return line
     return None
@@ -159,8 +151,7 @@ class _Index:
         place = self._found.place_of(digest_of(record_id))
         assert place is not None
         start = self._found.start_of(place)
-        number = line_number(self._file.fileno(), start)
-        self.damaged.append(DamagedLines(number, number, start, start + len(self._line_at(start)), True))
+        self.damaged.append(DamagedLines.at(self._file.fileno(), start, start + len(self._line_at(start))))
 
     def _line_at(self, start: int) -> bytes:
         self._file.seek(start)
@@ -380,7 +371,7 @@ class FormerRun:
         if document is not None:
             document.release()
             deliveries.deliver(files.run_info)
-        for path in (files.journal, files.journal.with_name(files.journal.name + EARLY_SUFFIX)):
+        for path in (files.journal, files.journal.with_name(files.journal.name + WAITING_SUFFIX)):
             deliveries.remove(path)
 
     def _rename(self, source: Path, target: Path) -> None:

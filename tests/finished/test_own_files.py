@@ -11,7 +11,7 @@ import pytest
 from program import Program, beside_pictures, records_of, start
 
 from md3cli.finished.own_files import foreign_file, remove_written, written_paths
-from md3cli.run.order import EarlyRecords
+from md3cli.run.order import WaitingRecords
 
 
 @pytest.fixture
@@ -250,10 +250,10 @@ def test_answers_kept_ahead_are_not_written_through_links(tmp_path: Path) -> Non
     journal.touch()
     for name in ("o.jsonl.early", "o.jsonl.early.new"):
         (tmp_path / name).symlink_to(victim)
-    early = EarlyRecords(journal, is_done=lambda _: False)
+    waiting = WaitingRecords(journal, is_done=lambda _: False)
     record = {"schema": "md3/1", "id": "x", "error": None}
-    early.keep([record], lambda: [record])  # type: ignore[list-item]
-    early.close()
+    waiting.keep([record], lambda: [record])  # type: ignore[list-item]
+    waiting.close()
     assert victim.read_text() == "mine"
 
 

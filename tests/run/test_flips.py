@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from program import Program, isolate, make_pictures
 
-from md3cli.run.journal_scan import damaged_path
+from md3cli.run.damage import damaged_path
 
 NUM_PICTURES = 6
 

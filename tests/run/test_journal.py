@@ -141,7 +141,7 @@ def test_zeros_from_a_power_cut_lose_only_the_lines_they_hit(tmp_path: Path, sta
         end += len(line)
     with Journal.open(path, is_ours=True) as journal:
         assert journal.num_ok == len(untouched)
-        journal.rewrite()
+        journal.settle()
     assert path.read_bytes() == b"".join(untouched)
 
 
@@ -181,7 +181,7 @@ def test_damage_costs_its_line_only_and_is_copied(tmp_path: Path, damage: Callab
         with Journal.open(path) as journal:
             assert journal.num_ok == (5 if is_glued else 4)
             assert [(lines.first, lines.last) for lines in journal.damaged] == [(at + 1, at + 1)]
-            assert journal.has(record_of(f"ä{at}.jpg")["id"]) == is_glued
+            assert (journal.state(record_of(f"ä{at}.jpg")["id"]) == "ok") == is_glued
     copied = (tmp_path / "out.jsonl.damaged").read_bytes()
     assert copied == (bad[:60] + b"\n" if is_glued else bad), "once"
     with Journal.open(path) as journal:
@@ -359,11 +359,11 @@ def test_after_a_retry_each_request_stands_once_in_input_order(
             if journal.state(final[i]["id"]) == "failed":
                 final[i] = attempt(name, data.draw(st.sampled_from(["ok", "io", "timeout"])), "second")
                 journal.append([final[i]])
-        assert journal.has_superseded == any(outcome != "ok" for outcome in first)
+        assert journal.found.has_superseded == any(outcome != "ok" for outcome in first)
     with Journal.open(path) as journal:  # killed before the rewrite: the next start knows
-        assert journal.has_superseded == any(outcome != "ok" for outcome in first)
-        journal.rewrite()
-        assert not journal.has_superseded
+        assert journal.found.has_superseded == any(outcome != "ok" for outcome in first)
+        journal.settle()
+        assert not journal.found.has_superseded
         assert journal.num_ok == sum(record["error"] is None for record in final)
         assert sum(journal.num_failed.values()) == sum(record["error"] is not None for record in final)
         journal.append([record_of("last.jpg")])
