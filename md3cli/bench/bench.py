@@ -168,7 +168,7 @@ def model_source(
     if model is None:
         return ModelSource(place, lambda: random_model(CONFIGS[config], dtype=kind, device=place, seed=seed), threads)
     files = resolve_model(model)
-    return ModelSource(place, lambda: load_model(files.path, dtype=kind, device=place).model, threads)
+    return ModelSource(place, lambda: load_model(files.path, dtype=kind, device=place), threads)
 
 
 def run_bench(

@@ -134,10 +134,10 @@ def collect_importance(
         CheckpointError: the model cannot be loaded.
         InputError: no picture could be read.
     """
-    loaded = load_model(files.path, dtype=dtype, device=device)
-    tokenizer = Tokenizer.load(files.tokenizer_file, loaded.config)
-    engine = make_engine(loaded.model, tokenizer, files.name, RunIdentity(files.identity), MemoryPlan(slots=1))
-    moments = InputMoments(loaded.model)
+    model = load_model(files.path, dtype=dtype, device=device)
+    tokenizer = Tokenizer.load(files.tokenizer_file, model.config)
+    engine = make_engine(model, tokenizer, files.name, RunIdentity(files.identity), MemoryPlan(slots=1))
+    moments = InputMoments(model)
     try:
         jobs = _jobs(rows, engine.crop_config, progress, prepare)
         num_answers = sum(answer.failure is None for answer in engine.run(jobs))

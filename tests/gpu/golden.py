@@ -25,6 +25,7 @@ from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.moe import MoeMlp
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.region import SIZE_OCTAVES
+from md3cli.model.weights.plan import plan_checkpoint
 from md3cli.model.weights.random_weights import random_model
 from md3cli.records import Answer, Task
 
@@ -78,7 +79,7 @@ def stored_model(run: Run, name: str, dtype: torch.dtype) -> Moondream3:
     """The case's checkpoint with its codes kept in the bits they have in the file; activations in `dtype`."""
     folder = CASES[name][0]
     options = ModelOptions(model=str(folder), quant="stored", cache=False)
-    return load_weights(options, folder, dtype=dtype, device=run.device).model
+    return load_weights(options, plan_checkpoint(folder), dtype=dtype, device=run.device)
 
 
 def prepared(run: Run, model: Moondream3) -> Moondream3:

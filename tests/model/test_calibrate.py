@@ -83,7 +83,7 @@ def test_experts_see_their_own_tokens_and_lean_on_all_of_them() -> None:
 def test_every_matrix_that_becomes_codes_was_watched(tiny: ModelFiles) -> None:
     requests = (*CAPTION, Request(Task.DETECT, "circle", max_objects=2))
     found = collect(tiny, rows(1, requests=requests))
-    model = load_model(tiny.path, dtype=torch.float32).model
+    model = load_model(tiny.path, dtype=torch.float32)
     wanted = {name for name in model.state_dict() if is_portable(name) or is_int8_vision(name)}
     assert found.keys() == wanted
     for name, importance in found.items():
@@ -96,7 +96,7 @@ def test_every_matrix_that_becomes_codes_was_watched(tiny: ModelFiles) -> None:
 def test_error_of_products_falls_on_pictures_that_were_not_looked_at(tiny: ModelFiles) -> None:
     """Over the vision tower; measured on 12 scenes after 64: by 8 %, of experts' products by 13 %."""
     found = collect(tiny, rows(0, 1, 2, 3))
-    model = load_model(tiny.path, dtype=torch.float32).model
+    model = load_model(tiny.path, dtype=torch.float32)
     inputs: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if is_int8_vision(f"{name}.weight"):

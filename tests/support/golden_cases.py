@@ -114,15 +114,15 @@ def prepare_as_recorded(path: Path, crop_config: CropConfig) -> PreparedImage:
 def load_case(name: str, dtype: torch.dtype = torch.float32) -> GoldenCase:
     """Read a case; kept for the session."""
     folder, image_folder, expected_file = CASES[name]
-    loaded = load_model(folder, dtype=dtype)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json", loaded.config)
+    model = load_model(folder, dtype=dtype)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", model.config)
     expected = json.loads(expected_file.read_text())
-    crop_config = loaded.config.vision.crop_config
+    crop_config = model.config.vision.crop_config
     prepared = [prepare_as_recorded(image_folder / facts["file"], crop_config) for facts in expected["images"]]
     return GoldenCase(
-        model=loaded.model,
+        model=model,
         tokenizer=tokenizer,
-        prompts=Prompts(loaded.config, tokenizer),
+        prompts=Prompts(model.config, tokenizer),
         image_facts=expected["images"],
         images=prepared,
         requests=[read_request(entry["request"]) for entry in expected["requests"]],

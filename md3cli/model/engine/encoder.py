@@ -208,7 +208,10 @@ class ImageEncoder:
                     count, image = coming.popleft()
                     embeddings.append(self._embed(rest_NPE[:count], image))
                     rest_NPE = rest_NPE[count:]
-        self._keep(images, embeddings)
+        for image, embedding in zip(images, embeddings, strict=True):
+            self._remember(image.sha256, embedding)
+        if self.store is not None and self._start_saving(images, embeddings) is None:
+            self.save_encoded()
         self.num_images += len(images)
         self.num_crops += sum(map(len, batches))
         self.seconds += time.perf_counter() - started
@@ -222,17 +225,12 @@ class ImageEncoder:
             part.copy_(batch)
         return send_staged(staged, self.model.device)
 
-    def _keep(self, images: Sequence[PreparedImage], embeddings: Sequence[Tensor]) -> None:
-        """Remember embeddings, and begin to bring them to the store."""
-        for image, embedding in zip(images, embeddings, strict=True):
-            self._remember(image.sha256, embedding)
-        if self.store is None:
-            return
+    def _start_saving(self, images: Sequence[PreparedImage], embeddings: Sequence[Tensor]) -> Callable[[], None] | None:
+        """Begin to bring embeddings to the host; return what waits for them, None where they are there already."""
         coming = {i.sha256: start_download(e) for i, e in zip(images, embeddings, strict=True)}
         wait = milestone(self.model.device)
         self._unsaved.append((coming, wait))
-        if wait is None:
-            self.save_encoded()
+        return wait
 
     def save_encoded(self) -> None:
         """Write to the store what was encoded since the last call; on CUDA wait until that has arrived.

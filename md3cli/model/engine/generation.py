@@ -56,6 +56,7 @@ class Generation:
     job: Job
     prompt: Prompt
     config: ModelConfig
+    start: int  # position of the prompt's first id: behind the picture's prefix, or 0
     reasoning: Decisions | None = None
     answer: Decisions = field(default_factory=Decisions)
     choices: tuple[tuple[int, ...], ...] = ()  # ids of the only answers allowed
@@ -74,6 +75,7 @@ class Generation:
             job,
             prompts.build(job.request, has_image=job.image is not None),
             config,
+            start=config.prefix_len if job.image is not None else 0,
             choices=prompts.encode_choices(job.request),
         )
         length = generation.prompt_end + max(map(len, generation.choices), default=0)
@@ -93,11 +95,6 @@ class Generation:
     def image_key(self) -> str | None:
         """The key that generations about the same picture share; None without a picture."""
         return self.job.image.sha256 if self.job.image is not None else None
-
-    @property
-    def start(self) -> int:
-        """Position of the prompt's first id: behind the picture's prefix, or 0."""
-        return self.config.prefix_len if self.job.image is not None else 0
 
     @property
     def prompt_end(self) -> int:

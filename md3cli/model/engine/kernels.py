@@ -60,7 +60,8 @@ def optimise(model: Moondream3, *, for_compiling: bool = False) -> None:
     for layer in [m for m in model.modules() if isinstance(m, MoeMlp) and isinstance(m.fc1, ExpertMatrices)]:
         _optimise_experts(layer, is_packed, for_compiling)
     if is_packed:
-        _pack_children(model)
+        for module in model.modules():  # goes down as it is asked: into the forms, not into what they replaced
+            _pack_children(module)
         for module in model.modules():
             if isinstance(module, (VisionAttention, TextAttention)):
                 module.attend = blocked_attention
@@ -86,7 +87,7 @@ def _optimise_experts(layer: MoeMlp, is_packed: bool, for_compiling: bool) -> No
 
 
 def _pack_children(module: nn.Module) -> None:
-    for name, child in module.named_children():
+    for name, child in list(module.named_children()):
         if isinstance(child, Mlp) and isinstance(child.fc1, Linear) and isinstance(child.fc2, Linear):
             setattr(module, name, PackedMlp(child))
         elif isinstance(child, Tau):
@@ -94,8 +95,6 @@ def _pack_children(module: nn.Module) -> None:
             del child.wq, child.wv  # the plain copies
         elif isinstance(child, Linear):
             setattr(module, name, PackedLinear(child.weight, child.bias))
-        else:
-            _pack_children(child)
 
 
 # -- dense products --------------------------------------------------------------------------------

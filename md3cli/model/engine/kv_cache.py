@@ -187,8 +187,9 @@ class PromptStore(SlotStore):
     def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> None:
         stored_SHCK[self._slots_B[:, None], :, self.position_BT] = new_BHTK.transpose(1, 2)
 
-    def _read(self, stored_SHCK: Tensor) -> Tensor:
-        return stored_SHCK[:, :, : self.length].index_select(0, self._slots_B)
+    def attended(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = (t[layer][:, :, : self.length] for t in (self.keys, self.values))
+        return keys.index_select(0, self._slots_B), values.index_select(0, self._slots_B)
 
 
 class DecodeStore(SlotStore):
@@ -208,5 +209,6 @@ class DecodeStore(SlotStore):
             self._rows_N = torch.arange(self.position_N.shape[0], device=self.position_N.device)
         stored_SHCK[self._rows_N, :, self.position_N] = new_NH1K[:, :, 0]
 
-    def _read(self, stored_SHCK: Tensor) -> Tensor:
-        return stored_SHCK[: self.position_N.shape[0]]
+    def attended(self, layer: int, k_NH1K: Tensor, v_NH1K: Tensor) -> tuple[Tensor, Tensor]:
+        num_rows = self.position_N.shape[0]
+        return self.keys[layer][:num_rows], self.values[layer][:num_rows]

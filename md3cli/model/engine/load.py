@@ -45,11 +45,10 @@ from md3cli.model.quant.matrices import has_int8_products
 from md3cli.model.quant.search import CodeCache
 from md3cli.model.weights.adapters import base_of, merge_adapter
 from md3cli.model.weights.codes import LowBit
-from md3cli.model.weights.files import find_weight_files
 from md3cli.model.weights.hub import is_repo_id, repo_of, resolve_model
 from md3cli.model.weights.names import INT4_GROUP, Slot
 from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
-from md3cli.model.weights.read import LoadedModel, load_model
+from md3cli.model.weights.read import CheckpointReader, build_model
 from md3cli.records import RunIdentity
 from md3cli.settings import user_cache_dir
 
@@ -144,24 +143,25 @@ def load_engine(options: ModelOptions) -> Engine:
     files = resolve_model(
         options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline
     )
-    num_bytes = sum(file.stat().st_size for file in find_weight_files(files.path).files)
+    checkpoint = plan_checkpoint(files.path)
+    num_bytes = checkpoint.files.num_bytes
     vision_threads = torch.get_num_threads()
     if device.type == "cpu" and num_bytes < ONE_THREAD_BYTES:
         torch.set_num_threads(1)
     dtype = choose_dtype(options.dtype, device, num_bytes)
-    loaded = load_weights(options, files.path, dtype=dtype, device=device)
+    model = load_weights(options, checkpoint, dtype=dtype, device=device)
     if options.adapter:
         warn_of_another_base(Path(options.adapter).expanduser(), options.model)
-    store = open_cache(options, loaded.model)  # before kernels take the weights over: its keys cover them
+    store = open_cache(options, model)  # before kernels take the weights over: its keys cover them
     if options.quant_vision != "none":
-        quantise_vision_for(options, loaded.model)
+        quantise_vision_for(options, model)
     keep_freed_memory()  # from here on: what loading takes and frees is of other sizes
-    tokenizer = Tokenizer.load(files.tokenizer_file, loaded.config)
-    max_context = choose_max_context(options.max_context, loaded.config)
-    optimise(loaded.model, for_compiling=bool(options.compile))
-    plan = plan_memory(options.batch_size, loaded.config, dtype, device, max_context)
+    tokenizer = Tokenizer.load(files.tokenizer_file, model.config)
+    max_context = choose_max_context(options.max_context, model.config)
+    optimise(model, for_compiling=bool(options.compile))
+    plan = plan_memory(options.batch_size, model.config, dtype, device, max_context)
     engine = make_engine(
-        loaded.model,
+        model,
         tokenizer,
         files.name,
         options.identity(files.identity),
@@ -208,15 +208,16 @@ def make_engine(
     )
 
 
-def load_weights(options: ModelOptions, path: Path, *, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """Read the network of the checkpoint at `path`, its adapter merged, in as many bits as the options say.
+def load_weights(
+    options: ModelOptions, plan: CheckpointPlan, *, dtype: torch.dtype, device: torch.device
+) -> Moondream3:
+    """Read the network of a checkpoint, its adapter merged, in as many bits as the options say.
 
     With `--dtype fp32` low bits are what values are rounded to, not how they are computed: the plain
     float32 network of the values that the codes stand for.
     """
     if options.quant not in QUANTS:
         raise ConfigError(f"--quant {options.quant:.80}: use {', '.join(QUANTS)}")
-    plan = plan_checkpoint(path)
     quant = options.quant
     if device.type == "cuda":  # elsewhere the system pages, or says so itself
         context, free = choose_max_context(options.max_context, plan.config), free_bytes(device)
@@ -231,10 +232,11 @@ def load_weights(options: ModelOptions, path: Path, *, dtype: torch.dtype, devic
         return load_low_bit(
             plan, quant=quant, dtype=dtype, device=device, adapter=adapter, cache=cache, for_kernels=is_cuda
         )
-    loaded = load_model(path, dtype=dtype, device=device)
+    with CheckpointReader(plan, dtype=dtype, device=device) as weights:
+        model = build_model(plan, weights)
     if adapter is not None:
-        merge_adapter(loaded.model, adapter)
-    return loaded
+        merge_adapter(model, adapter)
+    return model
 
 
 def warn_of_another_base(adapter: Path, model: str) -> None:

@@ -88,7 +88,7 @@ class VisionConfig:
     @property
     def num_patches(self) -> int:
         """Patches of one crop = embeddings of one image."""
-        return self.grid_size**2
+        return (self.crop_size // self.enc_patch_size) ** 2
 
     @property
     def patch_dim(self) -> int:

@@ -46,11 +46,6 @@ class SlotStore(ABC):
         """Return the keys and values of a layer."""
         return self.keys[layer], self.values[layer]
 
-    def attended(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values to attend to, once the new ones are stored."""
-        keys, values = self.cache_of(layer)
-        return self._read(keys), self._read(values)
-
     def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values, and return those to attend to."""
         for stored, new_BHTK in zip(self.cache_of(layer), (k_BHTK, v_BHTK), strict=True):
@@ -61,9 +56,9 @@ class SlotStore(ABC):
     def _write(self, stored: Tensor, new_BHTK: Tensor) -> None:
         """Put new keys or values into the slots."""
 
-    def _read(self, stored: Tensor) -> Tensor:
-        """Return keys or values [B, H, S, K] of the slots; a store that attends to the new ones alone needs none."""
-        return stored
+    @abstractmethod
+    def attended(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [B, H, S, K] to attend to, once the new ones are stored."""
 
 
 def rotary_table(position_BT: Tensor, theta: float) -> Tensor:

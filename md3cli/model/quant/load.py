@@ -27,7 +27,7 @@ from md3cli.model.weights.adapters import LowRank, merged, read_adapter
 from md3cli.model.weights.codes import LowBit, QuantisedWeight, quantise
 from md3cli.model.weights.names import Slot, is_experts, is_portable
 from md3cli.model.weights.plan import CheckpointPlan
-from md3cli.model.weights.read import SCHEMES, CheckpointReader, LoadedModel, build_model, read_quantised
+from md3cli.model.weights.read import SCHEMES, CheckpointReader, build_model, read_quantised
 
 STORED, NONE = "stored", "none"
 
@@ -106,7 +106,7 @@ class LowBitReader:
 
 def load_dequantised(
     plan: CheckpointPlan, *, quant: str, device: torch.device, adapter: Path | None = None
-) -> LoadedModel:
+) -> Moondream3:
     """Load the plain network of the values that low-bit codes stand for, in float32.
 
     Raises:
@@ -115,7 +115,7 @@ def load_dequantised(
     with CheckpointReader(plan, dtype=torch.float32, device=device) as reader:
         weights = LowBitReader(plan, reader, quant, adapter)
         state = {name: weights.plain_of_codes(name) for name in weights.slots}
-    return LoadedModel(build_model(plan.config, state, has_region_ln=plan.has_region_ln), plan.config, plan)
+    return build_model(plan, state)
 
 
 def load_low_bit(
@@ -127,7 +127,7 @@ def load_low_bit(
     adapter: Path | None = None,
     cache: CodeCache | None = None,
     for_kernels: bool = False,
-) -> LoadedModel:
+) -> Moondream3:
     """Load the network with its low-bit matrices packed for `device`; activations and the rest in `dtype`.
 
     Codes that have to be made are taken from `cache` and left there. `for_kernels` keeps every scheme's
@@ -155,7 +155,7 @@ def load_low_bit(
         from md3cli.model.kernels.forms import place_forms
 
         place_forms(model)  # nothing else computes with this layout
-    return LoadedModel(model.requires_grad_(False).eval(), plan.config, plan)
+    return model.requires_grad_(False).eval()
 
 
 def _packed_with(name: str, shape: tuple[int, ...]) -> list[str]:

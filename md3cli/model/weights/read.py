@@ -11,14 +11,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from md3cli.errors import CheckpointError
-from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights.codes import LowBit, QuantisedWeight, pack_nibbles, quantise, unpack_nibbles
 from md3cli.model.weights.names import Recipe, Slot
@@ -94,14 +93,6 @@ def read_quantised(slot: Slot, read: Callable[[str], Tensor]) -> QuantisedWeight
     return QuantisedWeight(SCHEMES[slot.recipe], slot.shape, codes, scales[0].view(slot.shape[:-1]))
 
 
-class LoadedModel(NamedTuple):
-    """A network with its weights, ready for inference, and what it was read from."""
-
-    model: Moondream3
-    config: ModelConfig
-    plan: CheckpointPlan
-
-
 class CheckpointReader(Mapping[str, Tensor]):
     """The canonical tensors of a checkpoint, each made when it is asked for and not kept.
 
@@ -172,14 +163,14 @@ def stored_dtype(plan: CheckpointPlan) -> torch.dtype:
     return functools.reduce(torch.promote_types, (TORCH_DTYPES[plan.files.entries[name].dtype] for name in plain))
 
 
-def build_model(config: ModelConfig, weights: Mapping[str, Tensor], *, has_region_ln: bool) -> Moondream3:
-    """Build a network for inference, with these canonical tensors assigned, not copied.
+def build_model(plan: CheckpointPlan, weights: Mapping[str, Tensor]) -> Moondream3:
+    """Build the network of a plan for inference, with these canonical tensors assigned, not copied.
 
     Raises:
         CheckpointError: the names are not exactly those of the network.
     """
     with torch.device("meta"):
-        model = Moondream3(config, has_region_ln=has_region_ln)
+        model = Moondream3(plan.config, has_region_ln=plan.has_region_ln)
     try:
         model.load_state_dict(dict(weights), strict=True, assign=True)
     except RuntimeError as error:
@@ -187,7 +178,7 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], *, has_regio
     return model.requires_grad_(False).eval()
 
 
-def load_model(path: Path | str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> LoadedModel:
+def load_model(path: Path | str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Moondream3:
     """Load the checkpoint at `path` (a folder or a .safetensors file) in any known layout.
 
     8-bit and 4-bit weights are widened to `dtype`. On the CPU, weights stored in `dtype` stay
@@ -198,5 +189,4 @@ def load_model(path: Path | str, *, dtype: torch.dtype, device: torch.device | s
     """
     plan = plan_checkpoint(Path(path))
     with CheckpointReader(plan, dtype=dtype, device=device) as weights:
-        model = build_model(plan.config, weights, has_region_ln=plan.has_region_ln)
-    return LoadedModel(model, plan.config, plan)
+        return build_model(plan, weights)

@@ -68,7 +68,7 @@ def test_the_real_models_sizes(layout: Format, quant: str, dtype: torch.dtype, g
 @pytest.mark.parametrize(("quant", "within"), [("stored", 0.0), ("int8", 0.03), ("int4", 0.03)])
 def test_sizes_are_those_of_a_model_that_was_loaded(quant: str, within: float) -> None:
     options = ModelOptions(model="tiny", quant=quant, cache=False)
-    model = load_weights(options, TINY, dtype=BF16, device=CPU).model
+    model = load_weights(options, plan_checkpoint(TINY), dtype=BF16, device=CPU)
     packed = sum(matrix.num_bytes for matrix in low_bit_matrices(model))
     size = packed + sum(tensor.nbytes for tensor in model.state_dict().values())
     assert weight_bytes(plan_checkpoint(TINY), quant, BF16) == pytest.approx(size, rel=within, abs=0)
@@ -123,9 +123,9 @@ def test_weights_are_weighed_before_any_is_read(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(load, "free_bytes", lambda device: 1 << 20)
     options = ModelOptions(model="tiny", device="cuda", cache=False)
     with pytest.raises(ConfigError, match=r"tiny in 16 bits takes 0\.0 GB .* cuda:0 has 0\.0 GB free"):
-        load_weights(options, TINY, dtype=BF16, device=CUDA)
+        load_weights(options, plan_checkpoint(TINY), dtype=BF16, device=CUDA)
     with pytest.raises(ConfigError, match="--max-context 1"):
-        load_weights(replace(options, max_context=1), TINY, dtype=BF16, device=CUDA)
+        load_weights(replace(options, max_context=1), plan_checkpoint(TINY), dtype=BF16, device=CUDA)
 
 
 # -- devices and dtypes ----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Proces
 from md3cli.model.hf.loading import PARTS, lora_targets
 from md3cli.model.network.loss import SIGMA_SHARE, near_bins_loss
 from md3cli.model.network.region import size_bin
+from md3cli.model.weights.plan import plan_checkpoint
 
 CASE = "c"
 FOLDER = CASES[CASE][0]
@@ -231,7 +232,9 @@ def test_lora_trains_merges_reloads_and_serves_the_commands(tmp_path: Path) -> N
     # The same folder, read without peft by `--adapter`.
     served = Moondream.load(str(FOLDER), adapter=str(folder), dtype="fp32")
     options = ModelOptions(model=str(FOLDER), adapter=str(folder), dtype="fp32", cache=False)
-    weights = load_weights(options, FOLDER, dtype=torch.float32, device=torch.device("cpu")).model.state_dict()
+    weights = load_weights(
+        options, plan_checkpoint(FOLDER), dtype=torch.float32, device=torch.device("cpu")
+    ).state_dict()
     for name, weight in merged.model.state_dict().items():
         assert torch.allclose(weights[name], weight, atol=1e-5)
     image, settings = picture(CASE, 0), {"max_objects": 2}
@@ -273,7 +276,9 @@ def test_adapters_that_changed_the_base_are_refused_until_they_are_converted(tmp
     again = PeftModel.from_pretrained(fresh_model(), tmp_path / "raw", is_trainable=True)
     again.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     options = ModelOptions(model=str(FOLDER), adapter=str(tmp_path / "converted"), dtype="fp32", cache=False)
-    weights = load_weights(options, FOLDER, dtype=torch.float32, device=torch.device("cpu")).model.state_dict()
+    weights = load_weights(
+        options, plan_checkpoint(FOLDER), dtype=torch.float32, device=torch.device("cpu")
+    ).state_dict()
     for name, weight in wanted.items():
         assert torch.allclose(weights[name], weight, atol=1e-4), name
 
@@ -300,7 +305,9 @@ def test_what_is_merged_is_what_peft_merges(tmp_path: Path, settings: dict[str, 
     model.eval().save_pretrained(tmp_path)
     wanted = model.merge_and_unload().model.state_dict()
     options = ModelOptions(model=str(FOLDER), adapter=str(tmp_path), dtype="fp32", cache=False)
-    weights = load_weights(options, FOLDER, dtype=torch.float32, device=torch.device("cpu")).model.state_dict()
+    weights = load_weights(
+        options, plan_checkpoint(FOLDER), dtype=torch.float32, device=torch.device("cpu")
+    ).state_dict()
     for name, weight in wanted.items():
         assert torch.allclose(weights[name], weight, atol=1e-6), name
 

@@ -112,12 +112,12 @@ def test_copies_of_a_model_stay_apart() -> None:
 @pytest.mark.process
 def test_float8_experts_stay_float8_and_answer_as_their_values() -> None:
     plan = plan_checkpoint(GOLDEN / "case-c-formats/raw-fp8")
-    loaded = load_low_bit(plan, quant="stored", dtype=torch.float32, device=CPU, for_kernels=True)
+    model = load_low_bit(plan, quant="stored", dtype=torch.float32, device=CPU, for_kernels=True)
     plain = load_dequantised(plan, quant="stored", device=CPU)
-    assert has_packed_weights(loaded.model)
-    assert {matrix.form for matrix in low_bit_matrices(loaded.model)} == {WeightForm.FP8}
-    expected = passes(plain.model)
-    for part, found in passes(loaded.model).items():
+    assert has_packed_weights(model)
+    assert {matrix.form for matrix in low_bit_matrices(model)} == {WeightForm.FP8}
+    expected = passes(plain)
+    for part, found in passes(model).items():
         assert relative_error(found, expected[part]) < 1e-5, part
 
 
@@ -125,8 +125,8 @@ def test_float8_experts_stay_float8_and_answer_as_their_values() -> None:
 @pytest.mark.parametrize("quant", ["int4", "int8"])
 def test_dense_layers_and_experts_stay_in_few_bits(quant: str) -> None:
     plan = plan_checkpoint(model_path("tiny"))
-    loaded = load_low_bit(plan, quant=quant, dtype=torch.float16, device=CPU, for_kernels=True).model
-    plain = load_dequantised(plan, quant=quant, device=CPU).model
+    loaded = load_low_bit(plan, quant=quant, dtype=torch.float16, device=CPU, for_kernels=True)
+    plain = load_dequantised(plan, quant=quant, device=CPU)
     block = loaded.text.blocks[-1]
     assert isinstance(block.attn.qkv, KernelLinear)
     assert isinstance(block.mlp.fc1, KernelExperts)

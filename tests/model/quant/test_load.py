@@ -37,7 +37,7 @@ def loaded(path: Path, quant: str, dtype: str = "auto", adapter: Path | None = N
     options = ModelOptions(
         model=str(path), quant=quant, dtype=dtype, adapter=str(adapter) if adapter else None, cache=False
     )
-    return load_weights(options, path, dtype=torch.float32, device=CPU).model
+    return load_weights(options, plan_checkpoint(path), dtype=torch.float32, device=CPU)
 
 
 def hidden_of(model: Moondream3, length: int) -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_the_decoders_matrices_are_packed_and_nothing_else(quant: str) -> None:
     leaves = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert packed == {f"text.blocks.{layer}.{leaf}" for layer in layers for leaf in leaves}
     assert {type(m) for m in low_bit_matrices(model)} == {Int8Matrix if quant == "int8" else Int4Matrix}
-    plain = load_model(TINY, dtype=torch.float32).model.state_dict()
+    plain = load_model(TINY, dtype=torch.float32).state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, plain[name]), name
 
@@ -81,7 +81,7 @@ def test_stored_codes_run_as_they_are(name: str) -> None:
     plan = plan_checkpoint(folder)
     assert has_low_bits(plan, "stored")
     assert not has_low_bits(plan, "none")
-    model, plain = loaded(folder, "stored"), load_model(folder, dtype=torch.float32).model
+    model, plain = loaded(folder, "stored"), load_model(folder, dtype=torch.float32)
     assert list(low_bit_matrices(model))
     assert error(hidden_of(model, 7), hidden_of(plain, 7)) < (0.06 if name == "raw-fp8" else 1e-4)
     assert not list(low_bit_matrices(loaded(folder, "none")))

@@ -306,6 +306,6 @@ def test_codes_are_stored_once_and_read_as_codes(tmp_path: Path) -> None:
 @pytest.mark.process
 def test_what_is_written_answers(tmp_path: Path) -> None:
     quantise_checkpoint(TINY, tmp_path / "out", QuantiseSettings(LowBit.INT4, has_int8_vision=True))
-    loaded = load_model(tmp_path / "out", dtype=torch.float32)
-    hidden = loaded.model.text(loaded.model.text.embed(torch.tensor([[1, 2, 3]])), torch.arange(3)[None])
+    model = load_model(tmp_path / "out", dtype=torch.float32)
+    hidden = model.text(model.text.embed(torch.tensor([[1, 2, 3]])), torch.arange(3)[None])
     assert hidden.isfinite().all()

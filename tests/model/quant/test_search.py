@@ -21,6 +21,7 @@ from md3cli.model.quant.search import CodeCache, search, squared_error
 from md3cli.model.weights.codes import LowBit, quantise
 from md3cli.model.weights.files import WeightFiles, find_weight_files
 from md3cli.model.weights.hub import model_path
+from md3cli.model.weights.plan import plan_checkpoint
 
 ROUNDING = 1e-5  # of float32 sums taken in another order
 
@@ -207,7 +208,7 @@ def test_a_second_start_searches_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     options = ModelOptions(model=str(TINY), quant="int4", cache_dir=tmp_path)
 
     def start() -> Moondream3:
-        return load_weights(options, TINY, dtype=torch.float32, device=CPU).model
+        return load_weights(options, plan_checkpoint(TINY), dtype=torch.float32, device=CPU)
 
     first = start()
 

@@ -23,7 +23,7 @@ CASE, RANK = "a", 4
 
 
 def fresh_model() -> Moondream3:
-    return load_model(CASES[CASE][0], dtype=torch.float32).model
+    return load_model(CASES[CASE][0], dtype=torch.float32)
 
 
 def random(*shape: int) -> Tensor:
@@ -94,7 +94,7 @@ def test_vendor_layout_is_the_sum_the_specification_writes(tmp_path: Path) -> No
 def test_the_file_behind_the_weights_stays_as_it_is(tmp_path: Path) -> None:
     save_file(vendor_tensors("any.prefix."), tmp_path / "adapter.safetensors")
     before = {name: value.clone() for name, value in fresh_model().state_dict().items()}
-    merge_adapter(load_model(CASES[CASE][0], dtype=torch.bfloat16).model, tmp_path / "adapter.safetensors")
+    merge_adapter(load_model(CASES[CASE][0], dtype=torch.bfloat16), tmp_path / "adapter.safetensors")
     assert all(torch.equal(value, before[name]) for name, value in fresh_model().state_dict().items())
 
 

@@ -67,9 +67,8 @@ def change(folder: Path, tensors: Mapping[str, Tensor | None]) -> None:
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
 def test_golden_checkpoints_load_as_the_reference_reads_them(folder: Path) -> None:
-    loaded = load_model(folder, dtype=torch.float32)
-    assert loaded.plan.layout is CASES[folder]
-    assert_same_tensors(loaded.model.state_dict(), read_network(folder).tensors)
+    assert plan_checkpoint(folder).layout is CASES[folder]
+    assert_same_tensors(load_model(folder, dtype=torch.float32).state_dict(), read_network(folder).tensors)
 
 
 @pytest.mark.process
@@ -77,7 +76,7 @@ def test_golden_checkpoints_load_as_the_reference_reads_them(folder: Path) -> No
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_checkpoints_load_as_the_reference_reads_them(tmp_path: Path, form: str, seed: int) -> None:
     folder = write_checkpoint(draw_network(seed), tmp_path / form, form, seed)
-    assert_same_tensors(load_model(folder, dtype=torch.float32).model.state_dict(), read_network(folder).tensors)
+    assert_same_tensors(load_model(folder, dtype=torch.float32).state_dict(), read_network(folder).tensors)
 
 
 @pytest.mark.process
@@ -85,12 +84,12 @@ def test_dense_models_load_in_every_layout_that_holds_them(tmp_path: Path) -> No
     network = draw_network(3, dense=True)
     for form in formats_of(network.config):
         folder = write_checkpoint(network, tmp_path / form, form)
-        assert_same_tensors(load_model(folder, dtype=torch.float32).model.state_dict(), read_network(folder).tensors)
+        assert_same_tensors(load_model(folder, dtype=torch.float32).state_dict(), read_network(folder).tensors)
 
 
 def test_weights_are_mapped_not_copied() -> None:
     folder = GOLDEN / "case-a" / "checkpoint"
-    model = load_model(folder, dtype=torch.bfloat16).model
+    model = load_model(folder, dtype=torch.bfloat16)
     ranges = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if str(folder.resolve()) in line:
@@ -102,7 +101,7 @@ def test_weights_are_mapped_not_copied() -> None:
 
 
 def test_models_are_for_inference() -> None:
-    model = load_model(GOLDEN / "case-a" / "checkpoint", dtype=torch.bfloat16).model
+    model = load_model(GOLDEN / "case-a" / "checkpoint", dtype=torch.bfloat16)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -153,7 +152,7 @@ def test_half_a_layer_norm_is_a_missing_tensor(single: Path) -> None:
 
 def test_without_region_ln_the_network_has_none(single: Path) -> None:
     change(single, {"region_model.ln.bias": None, "region_model.ln.weight": None})
-    assert load_model(single, dtype=torch.float32).model.region.ln is None
+    assert load_model(single, dtype=torch.float32).region.ln is None
 
 
 def test_unscaled_experts_are_not_read(single: Path) -> None:
@@ -301,7 +300,7 @@ def write_sparse(tensors: Mapping[str, Tensor], file: Path) -> None:
 )
 def test_the_real_models_names_load_strictly(tmp_path: Path, form: str, gigabytes: float) -> None:
     write_sparse(full_size_tensors(form), tmp_path / "model.safetensors")
-    model = load_model(tmp_path, dtype=torch.bfloat16, device="meta").model
+    model = load_model(tmp_path, dtype=torch.bfloat16, device="meta")
     assert sum(p.numel() for p in model.parameters()) == 9_268_626_928 - (4096 if form == "hf-port" else 0)
     summary = inspect_checkpoint(tmp_path)
     assert summary.num_bytes / 1e9 == pytest.approx(gigabytes, abs=0.001)

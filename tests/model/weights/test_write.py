@@ -53,10 +53,10 @@ def test_what_is_written_is_read_by_us_and_by_the_reference(tmp_path: Path, layo
     network = network_of(5, dense)
     weights = weights_of(network, layout)
     write_checkpoint(weights, config_of(network), tmp_path / "out", layout, shard_limit_bytes=300_000)
-    loaded = load_model(tmp_path / "out", dtype=torch.bfloat16)
-    assert loaded.plan.layout is layout
+    model = load_model(tmp_path / "out", dtype=torch.bfloat16)
+    assert plan_checkpoint(tmp_path / "out").layout is layout
     theirs = read_network(tmp_path / "out").tensors
-    ours = loaded.model.state_dict()
+    ours = model.state_dict()
     assert ours.keys() == theirs.keys() == weights.keys()
     for name, tensor in weights.items():
         assert torch.equal(ours[name], tensor), name
@@ -69,12 +69,12 @@ def test_packed_layouts_keep_their_precision(tmp_path: Path, layout: Format) -> 
     network = network_of(5)
     weights = weights_of(network, layout)
     write_checkpoint(weights, config_of(network), tmp_path / "out", layout)
-    loaded = load_model(tmp_path / "out", dtype=torch.float32)
-    assert loaded.plan.layout is layout
+    plan = plan_checkpoint(tmp_path / "out")
+    assert plan.layout is layout
     theirs = read_network(tmp_path / "out").tensors
-    packed = {slot.name for slot in loaded.plan.slots if slot.recipe in (Recipe.FP8, Recipe.INT4)}
+    packed = {slot.name for slot in plan.slots if slot.recipe in (Recipe.FP8, Recipe.INT4)}
     assert packed
-    for name, tensor in loaded.model.state_dict().items():
+    for name, tensor in load_model(tmp_path / "out", dtype=torch.float32).state_dict().items():
         assert torch.equal(tensor, theirs[name]), name
         largest_error = (tensor - weights[name].float()).abs().max()
         assert (largest_error > 0) == (name in packed), name
@@ -198,7 +198,7 @@ def test_converting_changes_no_value(tmp_path: Path, source: str, layout: Format
     plan = convert_checkpoint(folder, tmp_path / "out", layout, progress=written.append)
     assert plan.layout is layout
     assert sum(written) == sum(entry.num_bytes for entry in plan.files.entries.values())
-    before, after = (load_model(path, dtype=torch.bfloat16).model.state_dict() for path in (folder, tmp_path / "out"))
+    before, after = (load_model(path, dtype=torch.bfloat16).state_dict() for path in (folder, tmp_path / "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert plan.config.tokenizer == plan_checkpoint(folder).config.tokenizer
