@@ -27,7 +27,7 @@ from world_text import matching
 
 from md3cli import model_path
 from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor
-from md3cli.model.hf.loading import PARTS, lora_targets
+from md3cli.model.hf.config import PARTS, lora_targets
 
 ALL_KINDS = (*KINDS, NEW_KIND)
 TRAIN_SEED, HELD_OUT_SEED = 41, 42  # the embedded model's own scenes have others

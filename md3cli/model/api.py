@@ -1,7 +1,7 @@
 """The Python face: `Moondream`, with the names, arguments and results of the original model's class.
 
 Scripts written for the original run unchanged. One difference is on purpose: the default temperature is 0 (the
-original's 0.5), so that the same picture gives the same labels. What a caller hands in is read in `api_requests.py`.
+original's is 0.5), so that the same picture gives the same labels. `api_requests.py` reads what a caller hands in.
 """
 
 from __future__ import annotations
@@ -44,9 +44,8 @@ _CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x2F800, 0x2FA1F))
 class TextStream:
     """Text that grows token by token, cut where it can be shown: at spaces, line ends and CJK characters.
 
-    A piece is never taken back: what could still change with the next token (an unfinished word, half
-    of a multi-byte character) is held until it cannot. The pieces joined are the text, up to the
-    decoding starting over after a line end.
+    A piece is never taken back: text that the next token could change (an unfinished word, half of a multi-byte
+    character) is held back. The pieces joined are the text, except that decoding starts over after a line end.
     Source: Moondream 3 specification, section 12; the rule is that of transformers' TextIteratorStreamer.
     """
 
@@ -70,27 +69,27 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """Return what was held back; the stream is empty afterwards."""
+        """Return the text that was held back; the stream is empty afterwards."""
         piece = self._decode(self._ids)[self._num_shown :]
         self._ids, self._num_shown = [], 0
         return piece
 
 
 class Skills:
-    """The original class's methods; `_face` names the `Moondream` that answers them."""
+    """The original class's methods; `_face` gives the `Moondream` that answers them."""
 
     def _face(self) -> Moondream:
         raise NotImplementedError
 
     def encode_image(self, image: ImageLike, settings: Settings = None) -> EncodedImage:
-        """Encode once, ask often: the result can be given wherever an image can."""
+        """Encode an image once, to ask about it often; the result can be given wherever an image can."""
         read_settings(settings)
         return self._face()._encode(image)
 
     def caption(
         self, image: ImageLike, length: str = "normal", stream: bool = False, settings: Settings = None
     ) -> dict[str, Any]:
-        """Return `{"caption": text}`; with `stream` the text is a generator of pieces."""
+        """Return `{"caption": text}`; with `stream` the text comes as a generator of pieces."""
         wanted = read_argument("length", length)
         request = Request(Task.CAPTION, length=wanted, **read_settings(settings))
         return self._face()._text(image, request, "caption", stream)
@@ -106,7 +105,7 @@ class Skills:
     ) -> dict[str, Any]:
         """Return `{"answer": text}`, and with `reasoning` `"reasoning": {"text", "grounding", …}`.
 
-        Without an image the question is answered from text alone.
+        Without an image the model answers from the text alone.
         """
         refs, words = read_refs(spatial_refs), read_prompt("question", question)
         thinks = read_flag("reasoning", reasoning)
@@ -147,9 +146,9 @@ def _option(name: str, value: object) -> str | None:
 class Moondream(Skills):
     """A loaded model that answers one question at a time, or many through `annotate`.
 
-    A PIL image is used as it is (no rotation by EXIF; alpha dropped); a path is opened like the
+    A PIL image is used as it is (no rotation by EXIF, alpha dropped); a path is opened as the
     commands open it. `settings` takes temperature, top_p, max_tokens, max_objects and seed.
-    Every method raises `RequestError` for a request that makes no sense and `ImageError` for a
+    Every method raises `RequestError` for a request that makes no sense, and `ImageError` for a
     picture that cannot be read.
     """
 
@@ -175,8 +174,8 @@ class Moondream(Skills):
         """Load weights by alias (`moondream3`, `moondream3.1`, `tiny`), repository id or local path.
 
         Raises:
-            CheckpointError: they cannot be had or do not fit.
-            ConfigError: a device, dtype or setting that is not to be had here.
+            CheckpointError: the weights cannot be had, or do not fit.
+            ConfigError: this machine has no such device, dtype or setting.
         """
         options = ModelOptions(
             model=_option("model", model) or "",
@@ -218,10 +217,9 @@ class Moondream(Skills):
         yield from finished()  # failures that no answer came after
 
     def compile(self) -> None:
-        """Compile the forward passes; worth it for long runs on a GPU. Without a compiler it warns and goes on.
+        """Compile the forward passes, which pays for long runs on a GPU; without a compiler it warns and goes on.
 
-        Weights are read again: those of an eager engine may lie in a form no compiler can follow. What was begun,
-        as streams that are still read, is answered first.
+        Requests that were begun, as streams that are still read, are answered first. The weights are read again.
 
         Raises:
             EngineError: the model was not made by `Moondream.load`.
@@ -234,7 +232,7 @@ class Moondream(Skills):
             self._step()
         self._options = replace(self._options, compile=True)
         del self.engine  # most GPUs hold one model, not two
-        self.engine = load_engine(self._options)
+        self.engine = load_engine(self._options)  # an eager engine's weights may lie in a form no compiler can follow
 
     def _face(self) -> Moondream:
         return self
@@ -315,7 +313,7 @@ class Moondream(Skills):
     # -- many requests ----------------------------------------------------------------------------
 
     def _jobs(self, rows: Iterable[Mapping[str, Any]], open_requests: dict[int, ApiRequest]) -> Iterator[Job]:
-        """Note every request in `open_requests`; yield the jobs of those that make sense, fail the others."""
+        """Note every request in `open_requests`; yield the jobs of those that make sense, and fail the others."""
         for row in rows:
             key = next(self._keys)
             entry = open_requests[key] = ApiRequest.of(row)

@@ -1,7 +1,7 @@
-"""What a Python caller hands in, read and checked: pictures, settings, request mappings.
+"""What a Python caller hands in, read and checked: pictures, settings, mappings of requests.
 
-What makes no sense is a RequestError that names the value in few words, whatever it is; a picture that cannot be read
-is an ImageError. No address is fetched, and nothing here runs a model.
+A value that makes no sense is a RequestError that names it in few words, whatever it is; a picture that cannot be read
+is an ImageError. Fetches no address, and knows no model.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class ApiRequest:
 
     @classmethod
     def of(cls, given: object) -> ApiRequest:
-        """Read no more than an error record needs.
+        """Read no more of `given` than an error record needs.
 
-        Keys of a mapping that mean nothing here come back in the record's `meta`, as a manifest's columns do.
+        Keys that mean nothing here come back in the record's `meta`, as a manifest's columns do.
         """
         row = given if isinstance(given, Mapping) else {}
         image, name, meta = row.get("image"), row.get("name"), row.get("meta")
@@ -71,7 +71,7 @@ class ApiRequest:
         return cls(item, refused_request(asked, Request(Task.QUERY)), others)
 
     def record(self, answer: Answer, run: RunIdentity, repeats: Counter[str]) -> RecordDict:
-        """Return the record of `answer`; `repeats` counts requests seen, so that a repeated one has its own id."""
+        """Return the record of `answer`; `repeats` counts equal requests, so that each has an id of its own."""
         name = self.item.name if self.item is not None else None
         first_id = request_id(name, self.request, run)
         record_id = request_id(name, self.request, run, repeats[first_id])
@@ -83,6 +83,10 @@ def prepare_picture(image: ImageLike, config: CropConfig, background: str | None
     """Prepare a picture: a path, the bytes of a file, a PIL image, or an array uint8 [H, W, 3] or [H, W].
 
     `background` is a colour to lay transparent files on; None drops alpha.
+
+    Raises:
+        RequestError: `image` is nothing of these, or an address.
+        ImageError: the picture cannot be read.
     """
     if isinstance(image, np.ndarray):
         image = _image_of(image)
@@ -113,7 +117,7 @@ def _image_of(array: np.ndarray) -> Image.Image:
 
 
 def describe_picture(image: object) -> str:
-    """Describe a picture for a message: a path as it is, of anything else its kind and size, never its contents."""
+    """Describe a picture for a message: a path as it is, anything else by kind and size, never by its contents."""
     if isinstance(image, str | os.PathLike):
         path = os.fsdecode(image)
         if len(path) > _PATH_CHARS:  # a picture as base64 text, most likely
@@ -130,7 +134,7 @@ def describe_picture(image: object) -> str:
 
 
 def prepare_pil(image: Image.Image, config: CropConfig) -> PreparedImage:
-    """Prepare a picture in memory, as it is; its digest is of the pixels."""
+    """Prepare a picture in memory, as it is; its digest is that of the pixels."""
     rgb = image.convert("RGB")
     crops = cut_crops(rgb, config)
     digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
@@ -138,7 +142,11 @@ def prepare_pil(image: Image.Image, config: CropConfig) -> PreparedImage:
 
 
 def read_settings(settings: Settings) -> dict[str, Any]:
-    """Read settings as `Request` fields."""
+    """Read settings as fields of a `Request`.
+
+    Raises:
+        RequestError: a name is unknown, or a value makes no sense.
+    """
     if settings is None:
         return {}
     if not isinstance(settings, Mapping):
@@ -151,7 +159,7 @@ def read_settings(settings: Settings) -> dict[str, Any]:
 
 
 def read_refs(refs: SpatialRefs | None) -> tuple[tuple[float, ...], ...]:
-    """Read points and boxes, 0-1, from any numbers that can be iterated over."""
+    """Read points and boxes, 0-1, from any series of series of numbers."""
     try:
         given = () if refs is None else refs
         numbers = [[n if isinstance(n, bool) else float(n) for n in ref] for ref in given]
@@ -161,7 +169,7 @@ def read_refs(refs: SpatialRefs | None) -> tuple[tuple[float, ...], ...]:
 
 
 def read_prompt(name: str, prompt: object) -> str | None:
-    """Return a question or the name of an object; `name` is what the caller calls the argument."""
+    """Return a question or the name of an object; `name` is the argument's name, for the message."""
     if prompt is not None and not isinstance(prompt, str):
         raise RequestError(f"{name} is {describe_value(prompt)}, expected text")
     return prompt
@@ -181,7 +189,11 @@ def describe_value(value: object) -> str:
 
 
 def read_request(row: Mapping[str, Any]) -> Request:
-    """Read a request mapping of `annotate`; None and empty text stand for the default."""
+    """Read a mapping of `annotate`; None and empty text stand for the default.
+
+    Raises:
+        RequestError: it makes no sense.
+    """
     if not isinstance(row, Mapping):
         raise RequestError(f"a request is {describe_value(row)}, expected a mapping with image, task and prompt")
     given = {
@@ -209,7 +221,7 @@ def read_request(row: Mapping[str, Any]) -> Request:
 
 
 def read_argument(name: str, value: Any) -> Any:
-    """Read a value of the setting `name`, as manifests' cells are read; numpy's numbers are numbers."""
+    """Read a value of the setting `name` as cells of manifests are read; numpy's numbers are numbers, too."""
     plain = value.item() if isinstance(value, np.generic) else value
     if not isinstance(plain, bool | int | float | str) and name != "spatial_refs":
         raise RequestError(f"{name} is {describe_value(value)}, which no setting takes")

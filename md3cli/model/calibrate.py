@@ -1,9 +1,9 @@
-"""What the large matrices are fed on the user's own pictures: the mean square of each input column.
+"""What the large matrices are multiplied with on the user's own pictures: the mean square of each input column.
 
 The network answers ordinary requests while hooks add up squares; `quant/search.py` weights errors with them. An expert
 sees only the tokens routed to it, so rare experts lean on what all tokens of their layer look like. To first order the
-mean squares are the diagonal of the Hessian that GPTQ inverts whole (Frantar et al., 2022, arXiv:2210.17323); like
-there, a hundredth of the mean is added to every column. Only `md3 models quantize` asks for it.
+mean squares are the diagonal of the Hessian that GPTQ inverts whole (Frantar et al., 2022, arXiv:2210.17323).
+`md3 models quantize` alone asks for them. The file is apart from `quant/` because it runs the engine, a room above.
 
 Measured on the embedded model, 64 pictures, squared error of products on 12 others against scales by
 extremes: int4 experts 0.76 (searched scales without: 0.87), vision 0.81, dense 0.86; int8 experts 0.95 (0.99).
@@ -42,14 +42,14 @@ REQUESTS = (
     Request(Task.DETECT, "object", max_objects=8),
     Request(Task.POINT, "object", max_objects=8),
 )
-DAMPING = 0.01  # of the mean column, added to all: no column is free of charge
+DAMPING = 0.01  # of the mean column, added to every column, as GPTQ does: errors in no column are free
 PRIOR_TOKENS = 64.0  # of the layer's average token, added to what each expert saw
 
 
 class InputMoments:
-    """Adds up the squares of what the matrices of a plain network are multiplied with, until `close`.
+    """Adds up the squares of what a network's matrices are multiplied with, until `close`.
 
-    Only the plain parts of the network call the hooks (`kernels.optimise` puts others in their place).
+    Only the plain parts of a network call the hooks; `kernels.optimise` puts others in their place.
     """
 
     def __init__(self, model: Moondream3) -> None:
@@ -70,12 +70,12 @@ class InputMoments:
         self._handles.append(module.register_forward_pre_hook(lambda module, inputs: add(*inputs)))
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop adding up."""
         for handle in self._handles:
             handle.remove()
 
     def importance(self) -> Importance:
-        """Return mean squares by weight name, float32 [in] or [experts, in]; without matrices that were never used."""
+        """Return mean squares by weight name, float32 [in] or [experts, in], of all matrices that were used."""
         found = {name: sums.means()[0] for name, sums in self._dense.items() if sums.num_seen}
         return found | {name: sums.means() for name, sums in self._experts.items() if sums.num_seen}
 
@@ -89,7 +89,7 @@ class _Sums:
 
     @property
     def num_seen(self) -> int:
-        """Tokens over all matrices."""
+        """The number of tokens of all matrices."""
         return int(self.counts.sum())
 
     def add(self, x: Tensor) -> None:
@@ -125,10 +125,9 @@ def collect_importance(
     progress: Callable[[int], None] = lambda num_images: None,
     prepare: Callable[[ImageItem, CropConfig], PreparedImage] = prepare_local,
 ) -> Importance:
-    """Run `rows` (as `source.open_source` gives them) through the model and say what its matrices were fed.
+    """Run `rows` (as `source.open_source` gives them) through the model; return what its matrices were multiplied with.
 
-    Pictures that cannot be read are skipped with one warning. Requests run one at a time, so that no
-    padding is counted. `prepare` opens a picture.
+    Pictures that cannot be read are skipped with one warning. `prepare` opens a picture.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -136,7 +135,8 @@ def collect_importance(
     """
     model = load_model(files.path, dtype=dtype, device=device)
     tokenizer = Tokenizer.load(files.tokenizer_file, model.config)
-    engine = make_engine(model, tokenizer, files.name, RunIdentity(files.identity), MemoryPlan(slots=1))
+    plan = MemoryPlan(slots=1)  # one request at a time, so that no padding is counted
+    engine = make_engine(model, tokenizer, files.name, RunIdentity(files.identity), plan)
     moments = InputMoments(model)
     try:
         jobs = _jobs(rows, engine.crop_config, progress, prepare)

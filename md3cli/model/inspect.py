@@ -1,8 +1,7 @@
-"""What a checkpoint holds and would load as, from its headers, and whether its files are whole, from their digests.
+"""What a checkpoint holds and would load as, by its headers, and whether its files are whole, by their digests.
 
-`inspect_checkpoint` and `verify_checkpoint` make the same judgement as loading does: what they describe loads. Digests
-to compare with come from `SHA256SUMS` beside the weights (written with every checkpoint that `md3` writes) or, for a
-repository from the hub, from the cache, which names each file after its digest. Only `md3 models` asks. No torch.
+`inspect_checkpoint` and `verify_checkpoint` judge as loading does: what they describe loads. `md3 models` alone asks.
+The file is apart from `weights/plan.py` because it asks the tokenizer and the prompts, which stand above. No torch.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _READ_BYTES = 1 << 23
 
 @dataclass(frozen=True, slots=True)
 class FileDigest:
-    """A weight file; `known_from` says where its digest was to be compared with, None where there is none."""
+    """A weight file; `known_from` says where the digest to compare with came from, None where there was none."""
 
     name: str
     num_bytes: int
@@ -59,7 +58,7 @@ def verify_checkpoint(path: Path, *, progress: Callable[[int], None] = lambda nu
     """Judge headers and the tokenizer as loading does, then read every weight file once.
 
     Raises:
-        CheckpointError: it would not load, or files are not what their digests say; all are named.
+        CheckpointError: it would not load, or files are not what their digests say; the message names all of them.
     """
     plan = plan_checkpoint(path)
     if plan.files.tokenizer_file is not None:
@@ -80,7 +79,7 @@ def verify_checkpoint(path: Path, *, progress: Callable[[int], None] = lambda nu
 def _known_digest(file: Path, listed: str | None) -> tuple[str | None, str | None]:
     if listed is not None:
         return listed, CHECKSUMS_NAME
-    blob = file.resolve().name
+    blob = file.resolve().name  # the hub's cache names a file after its digest, and links to it
     return (blob, "the hub") if file.is_symlink() and _SHA256.fullmatch(blob) else (None, None)
 
 
@@ -98,9 +97,9 @@ def _sha256(file: Path, progress: Callable[[int], None]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PartSize:
-    """One part of the network: parameters as loaded, bytes as stored, also by how weights are stored.
+    """One part of the network: parameters as loaded, and bytes as stored.
 
-    `formats` has int4, int8 and fp8 with their scales, and plain weights by dtype, largest first.
+    `formats` has the bytes by kind, largest first: int4, int8 and fp8 with their scales, plain weights by dtype.
     """
 
     part: Part

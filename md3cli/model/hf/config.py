@@ -1,39 +1,40 @@
-"""`Moondream3Config`: a network's sizes in the form transformers keeps them.
+"""`Moondream3Config`: a network's sizes as transformers keeps them, and which of its parts a LoRA adapts.
 
-The four sections of a config.json stand under `config`, as in the original's files; whatever layout the file has (see
-`formats.normalise_config`), this one is kept and written. Knows nothing of weights.
+The four sections of a config.json stand under `config`, as in the original's files. A file may have any layout (see
+`formats.normalise_config`); this one is kept and written. Knows no weights, only their names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from md3cli.errors import ConfigError
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.weights.formats import SECTIONS, normalise_config
 
 IMAGE_TOKEN_ID = 8  # stands where an image's embeddings go; no prompt contains it (specification, section 3)
 PAD_TOKEN_ID = 10  # reserved; not the end of text, or collators would hide that from the loss
+PARTS = ("attention", "dense", "experts", "region", "projection", "vision")  # that a LoRA may adapt
 _LAYOUT_KEYS = ("config", *SECTIONS, "text_config", "vision_config", "region_config")
 
 
 def _size(key: str) -> property:
-    """Make a property of a size of the text decoder."""
     return property(lambda config: int(config.config["text"][key]))
 
 
 class Moondream3Config(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Sizes, prompt templates and control ids of a Moondream 3 network.
 
-    `config` holds the four sections `text vision region tokenizer`; anything missing is the real model's.
+    `config` holds the four sections `text vision region tokenizer`; a missing size is the real model's.
     `has_region_ln` says whether the weights have a LayerNorm before the region heads (newer ones do). Further
     arguments are those of every transformers config; sections may also stand among them, in any layout.
 
     Raises:
-        CheckpointError: sizes out of range or that do not fit together.
+        CheckpointError: sizes are out of range, or do not fit together.
     """
 
     model_type = "moondream3"
@@ -81,3 +82,37 @@ class Moondream3Config(PreTrainedConfig):  # type: ignore[no-untyped-call]
     def from_network(cls, network: ModelConfig, **kwargs: Any) -> Moondream3Config:
         """Make the config of a network's sizes."""
         return cls(asdict(network), **kwargs)
+
+
+def lora_targets(config: ModelConfig, parts: Collection[str] = ("attention", "dense", "experts")) -> dict[str, Any]:
+    """Return keyword arguments for `peft.LoraConfig` that adapt some parts of the network.
+
+    The parts are `attention`, `dense` and `experts` of the text decoder, the `region` heads, the blocks of the
+    `vision` encoder and its `projection` into the text width. Routers, norms, embeddings and head are left alone.
+
+    Raises:
+        ConfigError: there is no such part.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise ConfigError(f"no part {', '.join(unknown)} of the network; there are {', '.join(PARTS)}")
+    # Names are given in full, because dense and expert matrices share theirs. peft adapts modules by name, and bare
+    # parameters, such as a stack of expert matrices, by the parameter's name.
+    modules: list[str] = []
+    parameters: list[str] = []
+    for layer in range(config.text.n_layers):
+        block = f"model.text.blocks.{layer}"
+        if "attention" in parts:
+            modules += [f"{block}.attn.qkv", f"{block}.attn.proj"]
+        if config.text.is_moe_layer(layer):
+            parameters += [f"{block}.mlp.{name}.weight" for name in ("fc1", "fc2") if "experts" in parts]
+        elif "dense" in parts:
+            modules += [f"{block}.mlp.fc1", f"{block}.mlp.fc2"]
+    if "region" in parts:
+        modules += [f"model.region.{kind}_{side}" for kind in ("coord", "size") for side in ("encoder", "decoder")]
+    if "projection" in parts:
+        modules += ["model.vision.proj_mlp.fc1", "model.vision.proj_mlp.fc2"]
+    if "vision" in parts:
+        leaves = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        modules += [f"model.vision.blocks.{n}.{leaf}" for n in range(config.vision.enc_n_layers) for leaf in leaves]
+    return {"target_modules": modules, "target_parameters": parameters}

@@ -1,9 +1,9 @@
 """`generate`: transformers' own entry, with a loop that also reads coordinates and sizes.
 
 transformers prepares a generation (config, logits processors, stopping criteria, cache, streamer) and then calls
-`_sample`. The loop here is the engine's state machine (`state.advance`) over the model's forward pass, so rows of all
-skills may stand in one batch, and ids and values are those of the commands. What is decided is collected on the host,
-one decision a step.
+`_sample`. Its loop here leads the engine's state machine (`state.advance`) with the model's forward pass, so that rows
+of all skills may stand in one batch, and ids and values are those of the commands. The host collects the decisions, one
+of each row a step.
 
 `max_new_tokens` bounds text: with reasoning, the reasoning and the answer each. `max_objects` (150) bounds detect and
 point. Beams are for captions and plain answers; they run in transformers' own loop.
@@ -43,10 +43,10 @@ _OWN_ARGUMENTS = ("max_objects",)  # of generate, beyond transformers' own
 class Moondream3Generation(ModelOutput):
     """What `generate` returns with `return_dict_in_generate`.
 
-    `sequences` [B, T]: the inputs' ids and what was decided, padded behind; a coordinate or size shows
-    as its id. `region_values` [B, S, 2]: the values behind the decided ids, NaN elsewhere. `objects`: for
-    each row of detect boxes [n, 4], of point points [n, 2], None otherwise. `finish_reasons`: `stop`
-    or `length` for each row.
+    `sequences` [B, T]: the inputs' ids and the decided ones, padded behind; a coordinate or size shows
+    as its id. `region_values` [B, S, 2]: the values behind the decided ids, NaN elsewhere. `objects`: boxes [n, 4]
+    of each row of detect, points [n, 2] of each row of point, None for other rows. `finish_reasons`: `stop` or
+    `length` for each row.
     """
 
     sequences: Tensor | None = None
@@ -59,7 +59,7 @@ class Moondream3Generation(ModelOutput):
 
 
 class DecidedRows:
-    """The rows of a batch as they grow: what each decided, and how it ended. Nothing here runs the network."""
+    """The rows of a batch as they grow: what each row decided, and how it ended. Knows no network."""
 
     def __init__(self, config: ModelConfig, pad_id: int, num_rows: int, dtype: torch.dtype) -> None:
         self.config, self.pad_id, self.dtype = config, pad_id, dtype
@@ -71,7 +71,7 @@ class DecidedRows:
         """Note one step's events [B, len(Event)]; return the id that each row decided on, padding for idle ones.
 
         Raises:
-            RequestError: of type `model`, a row's decision was taken from values that are not finite.
+            RequestError: of type `model`, where a row decided by values that are not finite.
         """
         parsed = [Event(*values) for values in events.tolist()]
         bad = [row for row, event in enumerate(parsed) if event.mode != Mode.IDLE and not event.is_finite]
@@ -105,7 +105,7 @@ class DecidedRows:
         return token, NO_VALUE
 
     def values(self) -> Tensor:
-        """Return the values behind the decided ids [B, S, 2], NaN where there is none."""
+        """Return the values behind the decided ids, [B, S, 2], NaN where an id has none."""
         padded = [[*row.values, *[NO_VALUE] * (self._num_steps - len(row.values))] for row in self.rows]
         return torch.tensor(padded, dtype=torch.float32)
 
@@ -126,8 +126,8 @@ class DecidedRows:
     ) -> Tensor | list[Tensor]:
         """Return ids [B, T], boxes [B, most, 4] or points [B, most, 2]; a list where rows differ in kind.
 
-        Rows with fewer objects are padded with zeros. In a list each row has its own length: ids are the
-        inputs' and the row's decisions.
+        Rows with fewer objects are padded with zeros. In a list each row has its own length, and ids are those of
+        its inputs and decisions.
         """
         found = [entry for entry in objects if entry is not None]
         if not found:
@@ -141,7 +141,7 @@ class DecidedRows:
 
 
 def default_generation_config(config: Moondream3Config) -> GenerationConfig:
-    """Return greedy search, 768 new tokens, the end of text stops."""
+    """Return a config of greedy search: 768 new tokens at most, and the end of text stops."""
     return GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -152,7 +152,7 @@ def default_generation_config(config: Moondream3Config) -> GenerationConfig:
 
 
 class BatchRun:
-    """The inputs of a batch so far and the forward pass over them, with a cache or without; each row has a task."""
+    """The inputs of a batch so far, with the task of each row, and the forward pass over them; a cache is optional."""
 
     def __init__(self, owner: GenerationMethods, ids_BT: Tensor, given: dict[str, Any]) -> None:
         cache: Cache | None = given.get("past_key_values") if given.get("use_cache", True) else None
@@ -176,7 +176,7 @@ class BatchRun:
         self.x = owner.embed_inputs(self.batch, self.valid[:, past:])
 
     def new_rows(self, limit: int, max_objects: int) -> Rows:
-        """Return the state of the rows when their inputs have just been run.
+        """Return the state of the rows as it is when their inputs have just been run.
 
         Raises:
             RequestError: the inputs do not fit the context.
@@ -204,7 +204,7 @@ class BatchRun:
         return hidden_BTD[torch.arange(len(hidden_BTD), device=hidden_BTD.device), last_B]
 
     def step(self, x_BD: Tensor, position_B: Tensor, is_active_B: Tensor) -> Tensor:
-        """Feed every row one more input; return hidden states [B, D]. Rows that are done are stepped along, unseen."""
+        """Feed every row one more input, those that are done too; return hidden states [B, D]."""
         self.valid = torch.cat([self.valid, is_active_B[:, None]], dim=1)
         self.positions = torch.cat([self.positions, position_B[:, None]], dim=1)
         if self.batch.past_key_values is None:
@@ -241,7 +241,7 @@ class GenerationMethods(GenerationMixin):
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> Tensor | list[Tensor] | Moondream3Generation:
-        """Search greedily or sample; transformers' `generate` calls this."""
+        """Search greedily or sample, as transformers' `generate` asks."""
         config = self.config.network
         run = BatchRun(self, input_ids.to(self.model.device), model_kwargs)
         limits = [criterion.max_length for criterion in stopping_criteria if isinstance(criterion, MaxLengthCriteria)]
@@ -282,7 +282,7 @@ class GenerationMethods(GenerationMixin):
         )
 
     def _stops(self, criteria: StoppingCriteriaList, ids_BT: Tensor, scores: list[Tensor], modes_B: Tensor) -> Tensor:
-        """Return which rows the caller's criteria end; `Rows` counts lengths, and only text ends by its ids."""
+        """Return which rows the caller's criteria end: `Rows` counts lengths itself, and only text ends by its ids."""
         stops_B = torch.zeros(len(ids_BT), dtype=torch.bool, device=ids_BT.device)
         for criterion in criteria:
             if isinstance(criterion, MaxLengthCriteria):
@@ -293,7 +293,7 @@ class GenerationMethods(GenerationMixin):
 
 
 class Draw:
-    """`state.Draw` by transformers' logits processors; rows that do not write text stay greedy."""
+    """A `state.Draw` that asks transformers' logits processors; rows that write no text stay greedy."""
 
     def __init__(self, processors: LogitsProcessorList, config: GenerationConfig) -> None:
         self.processors, self.config = processors, config

@@ -1,4 +1,4 @@
-"""What the model is given: rows of ids before they are tensors, batches, and what the decoder makes of them.
+"""What the model is given: rows of ids, batches of them, and their masks, positions and embeddings.
 
 A row with a picture begins, behind its padding, with BOS and one placeholder for each image embedding;
 the prompt follows. A row's `tiling` says whether it has a picture: (rows, cols), or (0, 0) for none.
@@ -29,7 +29,7 @@ NO_VALUE: Value = (float("nan"), float("nan"))
 
 @dataclass(slots=True)
 class Row:
-    """Ids with, position by position, the value behind each, its label, and the value to predict."""
+    """The ids of a row; at each position also the value behind the id, its label, and the value to predict."""
 
     ids: list[int] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Row:
     targets: list[Value] = field(default_factory=list)
 
     def add(self, token: int, value: Value = NO_VALUE, label: int = IGNORE, target: Value = NO_VALUE) -> None:
-        """Append one position; without a label it is not learned."""
+        """Append one position; without a label nothing is learned there."""
         self.ids.append(token)
         self.values.append(value)
         self.labels.append(label)
@@ -86,12 +86,12 @@ class Batch:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Batch:
-        """Take what belongs to a batch out of a mapping of arguments."""
+        """Make a batch of the arguments in `given` that belong to one."""
         return cls(**{item.name: given[item.name] for item in fields(cls) if item.name in given})
 
     @property
     def num_past(self) -> int:
-        """Positions that the cache holds already."""
+        """The number of positions that the cache holds already."""
         return self.past_key_values.get_seq_length() if self.past_key_values is not None else 0
 
 
@@ -122,8 +122,8 @@ def read_positions(valid_BS: Tensor, num_new: int) -> Tensor:
 def make_mask(valid_BS: Tensor, position_BT: Tensor, has_image_B: Tensor, prefix_len: int, width: int) -> Tensor:
     """Return what each new position may attend to, bool [B, 1, T, width].
 
-    That is earlier positions that are no padding, and itself; positions of a picture's prefix see all of it.
-    `width` is S, or more where a cache of fixed size has room behind.
+    A position sees earlier positions that are no padding, and itself; positions of a picture's prefix see all of the
+    prefix. `width` is S, or more where a cache of fixed size has room behind.
     """
     num_new, num_all = position_BT.shape[1], valid_BS.shape[1]
     index_S = torch.arange(num_all, device=valid_BS.device)
@@ -148,12 +148,11 @@ def image_columns(valid_BT: Tensor, has_image_B: Tensor, num_patches: int) -> tu
 def encode_images(model: Moondream3, pixels_BNCSS: Tensor, tilings: Tensor) -> Tensor:
     """Return the image embeddings [pictures, P, D] of the rows that have a picture.
 
-    Crops of all rows are encoded together; the only tile of an untiled picture equals its global crop and is
-    encoded once.
+    Crops of all rows are encoded together.
     """
     whole = [(row, Tiling(*tiling)) for row, tiling in enumerate(tilings.tolist()) if min(tiling) > 0]
     num_tiles = [tiling.rows * tiling.cols for _, tiling in whole]
-    distinct = [1 if tiles == 1 else 1 + tiles for tiles in num_tiles]
+    distinct = [1 if tiles == 1 else 1 + tiles for tiles in num_tiles]  # an only tile equals the global crop
     crops = [pixels_BNCSS[row, :count] for (row, _), count in zip(whole, distinct, strict=True)]
     chunks = torch.cat(crops).to(model.device, model.dtype).split(crops_per_batch(model))
     features = torch.cat([model.vision.encode(chunk) for chunk in chunks]).split(distinct)
@@ -165,9 +164,9 @@ def encode_images(model: Moondream3, pixels_BNCSS: Tensor, tilings: Tensor) -> T
 
 
 def embed_tokens(model: Moondream3, ids_BT: Tensor, region_values: Tensor | None) -> Tensor:
-    """Return embeddings [B, T, D]; a coordinate's or size's id is replaced by its value's encoding where one is given.
+    """Return embeddings [B, T, D]; where a coordinate's or size's id has a value, that of the value.
 
-    `region_values` [B, T, 2]: (coordinate, anything) or (width, height), NaN where there is none.
+    `region_values` [B, T, 2] are (coordinate, anything) or (width, height), NaN where there is no value.
     """
     x_BTD = model.text.embed(ids_BT)
     if region_values is None:

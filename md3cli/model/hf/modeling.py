@@ -1,27 +1,31 @@
 """`Moondream3ForConditionalGeneration`: the network under the roof of transformers.
 
 `self.model` is the network, so that parameter names are those of the original checkpoint, `model.` included. This file
-holds the forward pass, what transformers, peft and Trainer ask of a model, and the original class's methods; loading
-and saving stand in `loading.py`, `generate` in `generate.py`. It is reached through the package alone.
+holds the forward pass, what transformers, peft and Trainer ask of a model, loading and saving, and the original class's
+methods; `generate` has a file of its own. Checkpoints of any layout go in: `weights/read.py` reads the weights under
+the original's names, and transformers' own machinery (dtype, device_map, quantisation) does the rest. Users reach the
+class through the package, which alone imports this file.
 
 Shape suffixes: B rows, T new positions, S all positions, N crops of a row, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from md3cli.errors import EngineError, RequestError
+from md3cli.errors import CheckpointError, EngineError, RequestError
 from md3cli.model.api import Moondream, Skills
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.load import make_engine
@@ -39,17 +43,24 @@ from md3cli.model.hf.inputs import (
     make_mask,
     read_positions,
 )
-from md3cli.model.hf.loading import LoadingMethods
 from md3cli.model.network.loss import IGNORE, batch_loss
 from md3cli.model.network.moondream import Moondream3
-from md3cli.model.weights.files import TOKENIZER_NAME
-from md3cli.model.weights.hub import resolve_model
+from md3cli.model.weights.adapters import PEFT_CONFIG, base_of, check_start
+from md3cli.model.weights.files import TOKENIZER_NAME, read_json
+from md3cli.model.weights.formats import Format
+from md3cli.model.weights.hub import fetch_model, model_path, repo_of, resolve_model
+from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
+from md3cli.model.weights.read import CheckpointReader, stored_dtype
+from md3cli.model.weights.write import write_checkpoint
 from md3cli.records import RunIdentity
+
+GENERATION_CONFIG = "generation_config.json"
+_LAYOUTS = (Format.ORIGINAL, Format.HF, Format.RAW)
 
 
 @dataclass
 class Moondream3Output(ModelOutput):
-    """What `forward` returns; the three partial losses are there when `loss` is."""
+    """What `forward` returns; the three partial losses are there when `loss` is there."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -61,7 +72,7 @@ class Moondream3Output(ModelOutput):
 
 
 class Backbone:
-    """The model up to what its head reads: called with a batch, it returns `last_hidden_state` behind the last norm."""
+    """The model without its head: called with a batch, it returns `last_hidden_state` behind the last norm."""
 
     def __init__(self, owner: Moondream3ForConditionalGeneration) -> None:
         self._owner = owner
@@ -77,9 +88,7 @@ class Backbone:
 class OriginalMethods(Skills):
     """The original class's own methods, over the network as it is now.
 
-    Scripts written for the original's remote code run unchanged; arguments and results are `Moondream`'s. After a
-    training step or a change of adapter a new engine is made: the old one remembers pictures as the old weights saw
-    them.
+    Scripts written for the original's remote code run unchanged; arguments and results are `Moondream`'s.
     """
 
     model: Moondream3
@@ -89,7 +98,7 @@ class OriginalMethods(Skills):
     _moondream_state: tuple[Any, ...] = ()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the engine's passes, as the original's `compile` does; for `torch.compile` call that on the model."""
+        """Compile the engine's passes, as the original's `compile` does; `torch.compile` compiles the model itself."""
         self.moondream().compile()
 
     def moondream(self) -> Moondream:
@@ -97,8 +106,10 @@ class OriginalMethods(Skills):
 
         Raises:
             CheckpointError: the tokenizer cannot be had.
-            EngineError: a network that was not loaded from anywhere, so that no tokenizer is known.
+            EngineError: the network was not loaded from anywhere, so that no tokenizer is known.
         """
+        # After a training step or a change of adapter a new engine is made: the old one remembers pictures as the old
+        # weights saw them.
         state = self._weights_state()
         if self._moondream is None or state != self._moondream_state:
             self._moondream = None  # a GPU has no room for the slots of two engines
@@ -131,7 +142,7 @@ class OriginalMethods(Skills):
 
 
 class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
-    LoadingMethods, OriginalMethods, GenerationMethods, PreTrainedModel, GenerationMixin
+    OriginalMethods, GenerationMethods, PreTrainedModel, GenerationMixin
 ):
     """Moondream 3 with `generate`, Trainer, PEFT, and the original's own `query`, `caption`, `detect`, ….
 
@@ -158,7 +169,6 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         self.generation_config = default_generation_config(config)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Fill a new network's weights (a loaded one has none to fill)."""
         for name, parameter in module.named_parameters(recurse=False):
             if name == "weight" and parameter.dim() == 1:
                 nn.init.ones_(parameter)
@@ -167,6 +177,89 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             else:
                 is_frequency = name.endswith("_features")
                 nn.init.normal_(parameter, std=1.0 if is_frequency else 0.02)
+
+    # -- files ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # transformers names its keyword arguments one by one
+        cls, pretrained_model_name_or_path: str | Path | None = None, *args: Any, **kwargs: Any
+    ) -> Self:
+        """Load a checkpoint folder or file in any layout `md3` reads, an alias, or a hub repository.
+
+        Of a folder that PEFT saved, the model it names is loaded, with the adapter on top. The keyword arguments are
+        transformers'; `dtype` is as stored unless given. With `output_loading_info` the result is a pair.
+
+        Raises:
+            CheckpointError: the weights cannot be had or do not fit, or the adapter was made for changed ones.
+            EngineError: a quantisation whose library is not installed.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        name = str(pretrained_model_name_or_path)
+        if (Path(name) / PEFT_CONFIG).is_file():
+            return cls._load_with_adapter(Path(name), **kwargs)
+        folder = find_weights(name, kwargs)
+        plan = plan_checkpoint(folder)
+        kwargs["config"] = _config_of(plan, kwargs.get("config"))
+        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
+        kwargs["dtype"] = read_dtype(dtype, plan)
+        with CheckpointReader(plan, dtype=kwargs["dtype"]) as weights:
+            kwargs["state_dict"] = {f"model.{key}": weights[key] for key in weights}
+        try:
+            loaded: Any = super().from_pretrained(None, *args, **kwargs)
+        except ImportError as error:
+            raise EngineError(f"{name} cannot be loaded in the way asked for: {error}") from error
+        model: Self = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = repo_of(name) or str(folder)  # adapters keep it as their base
+        model._take_generation_config(plan)
+        return loaded  # type: ignore[no-any-return]
+
+    @classmethod
+    def _load_with_adapter(cls, folder: Path, **kwargs: Any) -> Self:
+        check_start(folder / PEFT_CONFIG, read_json(folder / PEFT_CONFIG))  # transformers takes the true base for it
+        base = base_of(folder)
+        if base is None:
+            raise CheckpointError(f"{folder / PEFT_CONFIG} names no base model; load that first, then the adapter")
+        model: Any = cls.from_pretrained(base, **kwargs)
+        model.load_adapter(str(folder))
+        return model  # type: ignore[no-any-return]
+
+    def _take_generation_config(self, plan: CheckpointPlan) -> None:
+        if (plan.files.folder / GENERATION_CONFIG).is_file():
+            self.generation_config = GenerationConfig.from_pretrained(str(plan.files.folder))
+        else:
+            self.generation_config = default_generation_config(self.config)
+
+    def save_pretrained(  # type: ignore[override]  # as above
+        self, save_directory: str | Path, *args: Any, layout: str = Format.ORIGINAL, **kwargs: Any
+    ) -> None:
+        """Write a folder that loads again here and in `md3`, with the tokenizer where it is known.
+
+        The layout `original` is what transformers writes, under the original's names; `hf` has the names of the
+        Hugging Face port, and `raw` the vendor's. These two make new folders of merged weights only.
+
+        Raises:
+            CheckpointError: the layout has no place for these weights (the port has none for `region.ln`).
+            OutputError: the folder cannot be written.
+        """
+        target = Path(save_directory)
+        if layout not in _LAYOUTS:
+            raise CheckpointError(f"layout {layout!r} is not one of {', '.join(_LAYOUTS)}")
+        tokenizer = self._tokenizer_beside_weights()
+        if layout == Format.ORIGINAL:
+            super().save_pretrained(target, *args, **kwargs)
+            if tokenizer is not None and not (target / TOKENIZER_NAME).exists():
+                shutil.copyfile(tokenizer, target / TOKENIZER_NAME)
+            return
+        state, dtype = self.model.state_dict(), self.model.dtype
+        write_checkpoint(state, self.config.network, target, Format(layout), dtype=dtype, tokenizer_file=tokenizer)
+
+    def _tokenizer_beside_weights(self) -> Path | None:
+        if not self.name_or_path or repo_of(self.name_or_path) is not None:
+            return None
+        path = model_path(self.name_or_path)
+        file = (path if path.is_dir() else path.parent) / TOKENIZER_NAME
+        return file if file.is_file() else None
 
     # -- the forward pass -------------------------------------------------------------------------
 
@@ -281,7 +374,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
     # -- what trainers ask ------------------------------------------------------------------------
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """Return the token table as a module that shares its weight; the network does not call that module."""
+        """Return the token table as a module that shares its weight; the network never calls that module."""
         wte = self.model.text.wte
         table: nn.Embedding = nn.Embedding.from_pretrained(wte, freeze=not wte.requires_grad)
         return table
@@ -319,3 +412,35 @@ def _checkpointed(recompute: Callable[..., Any], block: nn.Module, *inputs: Any)
     """Run a block; it is run again later where a gradient will be asked for."""
     forward = partial(type(block).forward, block)
     return recompute(forward, *inputs) if block.training and torch.is_grad_enabled() else forward(*inputs)
+
+
+# -- weights -----------------------------------------------------------------------------------------
+
+
+def find_weights(name: str, kwargs: dict[str, Any]) -> Path:
+    """Find the folder or file of a model, and fetch a repository; take the arguments about that out of `kwargs`."""
+    revision, is_offline = kwargs.pop("revision", None), bool(kwargs.pop("local_files_only", False))
+    for key in ("trust_remote_code", "cache_dir", "force_download", "token", "use_safetensors", "proxies"):
+        kwargs.pop(key, None)  # nothing here runs remote code or reads pickles; the hub's cache and login are used
+    repo = repo_of(name)
+    return model_path(name) if repo is None else fetch_model(repo, revision, offline=is_offline)
+
+
+def _config_of(plan: CheckpointPlan, given: object) -> Moondream3Config:
+    if isinstance(given, Moondream3Config):
+        config = deepcopy(given)
+    else:
+        file = plan.files.config_file
+        config = Moondream3Config() if file is None else Moondream3Config.from_json_file(str(file))
+    config.has_region_ln = plan.has_region_ln  # the weights know, whatever a config says
+    return config
+
+
+def read_dtype(given: object, plan: CheckpointPlan) -> torch.dtype:
+    """Read a dtype by any of the names transformers takes; `auto` is as stored."""
+    if isinstance(given, torch.dtype):
+        return given
+    found = stored_dtype(plan) if given == "auto" else getattr(torch, str(given).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"dtype {given!r}: no such dtype; use auto, bfloat16, float16 or float32")
+    return found

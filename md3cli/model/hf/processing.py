@@ -2,9 +2,10 @@
 
 The chat template turns a string or messages into one line in the model's own words (Moondream 3 specification,
 section 9). `read_prompt` turns such a line back into a request, so that its ids come from `prompts.Prompts` and its
-pixels from `images`, as in the commands, and what a user typed never becomes a control token. `training_row` continues
+pixels from `images`, as in the commands, and a user's text never becomes a control token. `training_row` continues
 a prompt with the answer of a record (`md3`'s own JSON Lines): finished, corrected records are training data as they
-are. Of reasoning the text is learned, not what it points at. The file is reached through the package alone.
+are. Of reasoning the text is learned, not what it points at. Users reach the processor through the package, which
+alone imports this file.
 
 Shape suffixes: B rows, T positions.
 """
@@ -43,8 +44,8 @@ END = "<|endoftext|>"
 _OPEN, _SEPARATOR = "<|md_reserved_0|>", "<|md_reserved_1|>"
 _ANSWER, _THINK = "<|md_reserved_2|>", "<|md_reserved_3|>"
 
-# Modes are prefixes of the user's text: query: reason: caption: detect: point: segment:. Nothing at all is a
-# normal caption, text without a mode a query. Of the space behind a mode's colon one is dropped.
+# A mode is a prefix of the user's text: query: reason: caption: detect: point: segment:. An empty text is a normal
+# caption, and text without a mode is a query. One space behind a mode's colon is dropped.
 CHAT_TEMPLATE = """
 {%- for message in messages -%}
 {%- if message['content'] is string -%}
@@ -91,22 +92,22 @@ _RENDERED = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ReadPrompt:
-    """A request, and the answer behind it where the text has one (reasoning and answer parted by the answer token)."""
+    """A request, and the answer behind it where the text has one; the answer token parts reasoning from answer."""
 
     request: Request
     answer: str | None = None
 
 
 def is_rendered(text: str) -> bool:
-    """Return True for a text that has been through the chat template."""
+    """Return whether a text has been through the chat template."""
     return text.startswith(END + _OPEN)
 
 
 def read_prompt(text: str) -> ReadPrompt:
-    """Return what a rendered prompt asks; an answer ends with the end of text.
+    """Return what a rendered prompt asks, and its answer, which ends with the end of text.
 
     Raises:
-        RequestError: no such skill, or not in the template's form.
+        RequestError: there is no such skill, or the text has not the template's form.
     """
     body, has_answer = (text[: -len(END)], True) if text.endswith(END) and text != END else (text, False)
     match = _RENDERED.fullmatch(body)
@@ -123,7 +124,7 @@ def read_prompt(text: str) -> ReadPrompt:
 
 
 def split_reasoning(answer: str) -> list[str]:
-    """Return thoughts and answer; one part where nothing was thought."""
+    """Return thoughts and answer, or the answer alone where nothing was thought."""
     return answer.split(_ANSWER, 1)
 
 
@@ -156,10 +157,10 @@ def prompt_row(prompt: Prompt, config: ModelConfig, *, has_image: bool) -> Row:
 def training_row(
     record: Mapping[str, Any], request: Request, prompts: Prompts, tokenizer: Tokenizer, config: ModelConfig
 ) -> Row:
-    """Return a record's request and its result, the result to be learned.
+    """Return the row of a record's request and of its result, which is to be learned.
 
     Raises:
-        RequestError: the record has no result, or its task cannot be learned from records.
+        RequestError: the record has no result, or nobody can learn its task from records.
     """
     if request.task is Task.SEGMENT:
         raise RequestError("segment records keep the path's numbers and not its ids; they cannot be learned from")
@@ -180,7 +181,7 @@ def training_row(
 
 
 def answered_row(row: Row, answer: str, tokenizer: Tokenizer, config: ModelConfig) -> Row:
-    """Continue a prompt's row by an answer in words (and thoughts before it), to be learned."""
+    """Continue a prompt's row with an answer in words, and thoughts before it, to be learned."""
     *thoughts, text = split_reasoning(answer)
     for thought in thoughts:
         _learn(row, [*tokenizer.encode(thought), config.tokenizer.answer_id])
@@ -200,7 +201,7 @@ def _result(record: Mapping[str, Any], key: str) -> Any:
 
 
 def _learn_object(row: Row, item: Mapping[str, float], config: ModelConfig) -> None:
-    """Append a box or point: its being there is a decision, its numbers follow (specification, section 11)."""
+    """Append a box or point: the first id decides that there is one, numbers follow (specification, section 11)."""
     tokens = config.tokenizer
     if "x_min" in item:
         x, y = (item["x_min"] + item["x_max"]) / 2, (item["y_min"] + item["y_max"]) / 2
@@ -214,10 +215,10 @@ def _learn_object(row: Row, item: Mapping[str, float], config: ModelConfig) -> N
 
 
 class Moondream3Processor(ProcessorMixin):
-    """Inputs for `Moondream3ForConditionalGeneration`.
+    """Makes the inputs of `Moondream3ForConditionalGeneration`, and texts of its ids.
 
     `tokenizer` is the model's, as transformers wraps it. `chat_template` may be another Jinja template, whose output
-    must have the form of the default's. `model_name` decides whether a config that is silent about segment can do it.
+    must have the form of the default's. `model_name` decides about segment where the config says nothing about it.
     """
 
     def __init__(
@@ -233,7 +234,7 @@ class Moondream3Processor(ProcessorMixin):
         self.model_name = model_name
         self.image_token_id = IMAGE_TOKEN_ID
         self.image_token = tokenizer.convert_ids_to_tokens(IMAGE_TOKEN_ID)
-        # A backend of its own: it encodes the names of control tokens as text.
+        # A backend of its own, which encodes the names of control tokens as text.
         self.words = Tokenizer(type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str()))
         self.prompts = Prompts(config, self.words, model_name)
 
@@ -244,7 +245,7 @@ class Moondream3Processor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """The keys of a batch."""
+        """The keys that a batch may have."""
         return ["input_ids", "attention_mask", "pixel_values", "tilings", "region_values"]
 
     # -- files ------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ class Moondream3Processor(ProcessorMixin):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> Self:
-        """Load from a checkpoint (folder, alias or repository), or a folder that `save_pretrained` wrote.
+        """Load a processor from a checkpoint (folder, alias or repository), or a folder that `save_pretrained` wrote.
 
         Raises:
             CheckpointError: the tokenizer cannot be had, or does not belong to the model.
@@ -274,7 +275,11 @@ class Moondream3Processor(ProcessorMixin):
         return cls(wrap_tokenizer(file, config), config, kwargs.get("chat_template") or template, name)
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Write the tokenizer and what else a processor is made of; the folder loads again here."""
+        """Write the tokenizer, template and sizes to a folder that loads again here; return the files' paths.
+
+        Raises:
+            RequestError: `push_to_hub` is asked for.
+        """
         if push_to_hub:
             raise RequestError("save the processor to a folder and upload that; it does not push by itself")
         folder = Path(save_directory)
@@ -296,7 +301,7 @@ class Moondream3Processor(ProcessorMixin):
     ) -> Any:
         """Make a prompt from a string (`"detect: car"`, `""` for a caption) or from messages.
 
-        Text unless `tokenize`; arguments are those of transformers.
+        The prompt is text unless `tokenize` is set; arguments are those of transformers.
         """
         if isinstance(conversation, str):
             conversation = [{"role": "user", "content": conversation}]
@@ -332,13 +337,13 @@ class Moondream3Processor(ProcessorMixin):
         return_tensors: str | None = "pt",
         **ignored: Any,
     ) -> BatchFeature:
-        """Make a batch of prompts of any skills about pictures of any sizes; None among `images` is a row without one.
+        """Make a batch of prompts of any skills about pictures of any sizes; a None in `images` stands for no picture.
 
         Args:
             images: one for each text; a list of lists of at most one is taken too.
             text: outputs of `apply_chat_template`, or what it takes.
             spatial_refs: for each row points [x, y] and boxes [x_min, y_min, x_max, y_max], 0-1.
-            max_length: with `truncation`, the most ids of a row; the picture's own are never cut.
+            max_length: with `truncation`, the most ids of a row; those of the picture are never cut.
 
         Raises:
             RequestError: a prompt that makes no sense, or pictures and texts that do not go together.
@@ -368,7 +373,7 @@ class Moondream3Processor(ProcessorMixin):
 
     @property
     def pad_token_id(self) -> int:
-        """What stands beside short rows."""
+        """The id that stands beside short rows."""
         return int(self.tokenizer.pad_token_id)
 
     def _row(self, text: str, refs: Any, *, has_image: bool) -> Row:
