@@ -2,8 +2,8 @@
 
 A child is a fresh interpreter that runs one function, not a fork of a process with threads and a CUDA context. The
 wire is a Unix socketpair that carries JSON messages behind a 4-byte length, and raw bytes; nothing is pickled.
-A child leaves stopping to its parent and dies with it. This file imports the standard library alone, so that a decode
-worker starts in 0.2 s, and knows nothing of what children do.
+A child leaves stopping to its parent, and dies with it. This file imports the standard library alone, so that a decode
+worker starts in 0.2 s. Knows nothing of what children do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NO_CHILDREN_HERE = (
 class Channel:
     """JSON messages and raw bytes over a blocking Unix socket, with a deadline for each receive.
 
-    Every receive raises TimeoutError, and EOFError when the other side is gone or makes no sense.
+    Every receive raises TimeoutError after its deadline, and EOFError when the other side is gone or makes no sense.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -50,12 +50,21 @@ class Channel:
         return self._socket.fileno()
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send a JSON object; raises OSError when the other side is gone."""
+        """Send a JSON object.
+
+        Raises:
+            OSError: the other side is gone.
+        """
         text = json.dumps(message).encode()  # ASCII: lone surrogates of odd file names survive as \udcNN
         self.send_bytes(memoryview(len(text).to_bytes(4) + text))
 
     def send_bytes(self, data: memoryview, timeout_s: float | None = None) -> None:
-        """Send `data`; raises TimeoutError when the other side does not take it."""
+        """Send `data`.
+
+        Raises:
+            TimeoutError: the other side does not take it in time.
+            OSError: the other side is gone.
+        """
         waited_s = 0.0
         while data.nbytes:
             try:
@@ -116,7 +125,7 @@ class Child:
         """Start an interpreter that calls `entry` ("module:function"), which begins with `connect`.
 
         The child dies when the thread that calls this does. With `may_print` its stdout and stderr go to a temporary
-        file; without, its stdout goes nowhere, and stderr into a pipe, which a child that writes much would fill.
+        file; without, its stdout goes nowhere and its stderr into a pipe, which a child that writes much would fill.
 
         Raises:
             EngineError: the system cannot hand a socket to a child (Windows); says what to do.
@@ -163,7 +172,7 @@ class Child:
         self.process.wait()
 
     def last_words(self) -> str:
-        """Return the last line that the child, which has ended, wrote to stderr; an empty text where there is none."""
+        """Return the last line that the child, which has ended, wrote to stderr; empty where it wrote nothing."""
         if self._said.seekable():
             end = self._said.seek(0, os.SEEK_END)
             self._said.seek(max(0, end - _TAIL_BYTES))
@@ -178,12 +187,12 @@ class Child:
 
 
 def code_of(entry: str) -> str:
-    """Return what a child's interpreter is told with -c: take over the parent's sys.path, call `entry`."""
+    """Return the program for a child's `-c`: it takes over the parent's sys.path and calls `entry`."""
     module, function = entry.split(":")
     return f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import {function}; {function}()"
 
 
 def connect() -> Channel:
-    """Return the wire to the parent: what a child does first. From then on the child dies with its parent."""
+    """Return the wire to the parent; a child does this first, and from then on dies with its parent."""
     leave_stopping_to(parent_pid=int(sys.argv[3]))
     return Channel(socket.socket(fileno=int(sys.argv[2])))

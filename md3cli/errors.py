@@ -35,7 +35,7 @@ class UsageError(Md3Error):
 
 
 class OutputMismatchError(UsageError):
-    """OUTPUT was begun with another task, model or settings; names the difference."""
+    """OUTPUT was begun with another task, model or settings; the message names the difference."""
 
 
 class ConfigError(Md3Error):
@@ -43,19 +43,19 @@ class ConfigError(Md3Error):
 
 
 class InputError(Md3Error):
-    """INPUT as a whole cannot be read (a single bad row or file is a record instead)."""
+    """INPUT as a whole cannot be read; a single bad row or file is an error record instead."""
 
 
 class OutputError(Md3Error):
-    """OUTPUT cannot be written; everything already reported is on disk."""
+    """OUTPUT cannot be written; records that were counted as done are on disk."""
 
 
 class DamagedPartError(OutputError):
-    """The records of a shard are not what its marker says, or are missing; a start does the shard again once."""
+    """A shard's records are missing, or are not what its marker says; the next start does the shard again, once."""
 
 
 class OutputHeldError(OutputError):
-    """Another run writes OUTPUT; names its process."""
+    """Another run writes OUTPUT; the message names its process."""
 
 
 class CheckpointError(Md3Error):
@@ -83,7 +83,7 @@ class MissingExtraError(Md3Error):
 
 
 class RowError(Md3Error):
-    """One request failed; it becomes an error record of type `type` and the run goes on."""
+    """One request failed: it becomes an error record of type `type`, and the run goes on."""
 
     def __init__(self, type: str, message: str) -> None:
         super().__init__(message)
@@ -98,7 +98,7 @@ class ImageError(RowError):
 
 
 class RequestError(RowError):
-    """The task, prompt or settings of a request make no sense (`bad_request`)."""
+    """The task, prompt or settings of one request make no sense (`bad_request`)."""
 
     def __init__(self, message: str, type: str = "bad_request") -> None:
         super().__init__(type, message)

@@ -1,10 +1,9 @@
 """A folder of small checksummed files under a size limit: what the encoding cache keeps on disk.
 
-Any number of processes may read and write one folder at once without locks: a file appears whole, by
-rename; equal keys hold equal content, so it does not matter who wins. A checksum covers key and content:
-what does not carry the right one (a damaged file, one copied or renamed to another key) is removed and
-counts as absent. The least recently read files go first when the folder is over its limit. Knows nothing
-of tensors; no torch, no pickle.
+Any number of processes may read and write one folder at once without locks: a file appears whole, by a rename, and
+equal keys hold equal content, so it does not matter who wins. A checksum covers key and content: a file without the
+right one (damaged, or copied or renamed to another key) is removed and counts as absent. The least recently read files
+go first when the folder is over its limit. Our own, because the libraries for this pickle. Knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class FileCache:
             )
 
     def get(self, key: str) -> bytes | None:
-        """Return the bytes of `key`; None when absent, damaged or another key's (then it is removed)."""
+        """Return the bytes of `key`; None where they are absent, damaged or another key's."""
         path = self._path(key)
         try:
             content = path.read_bytes()
@@ -84,7 +83,7 @@ class FileCache:
         """Keep `payload` under `key`.
 
         Raises:
-            OSError: it could not be written; nothing is left behind.
+            OSError: the file could not be written; nothing is left behind.
         """
         path = self._path(key)
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -109,7 +108,7 @@ class FileCache:
         return CacheInfo(self.root, len(sizes), sum(sizes))
 
     def prune(self, limit_bytes: int) -> CacheInfo:
-        """Remove the least recently read files until the rest is well under the limit; return what was removed."""
+        """Remove the least recently read files until the rest is well under the limit; say what was removed."""
         files = sorted(self._files(), key=lambda entry: entry[1].st_mtime_ns)
         total = sum(facts.st_size for _, facts in files)
         num_removed = num_removed_bytes = 0
@@ -123,11 +122,11 @@ class FileCache:
         return CacheInfo(self.root, num_removed, num_removed_bytes)
 
     def clear(self) -> CacheInfo:
-        """Remove all files of the cache; return what was removed."""
+        """Remove all files of the cache; say what was removed."""
         return self.prune(-1)
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Yield finished files; remove unfinished ones that nobody can be writing any more."""
+        """Yield finished files; remove unfinished ones that no living process can be writing."""
         for folder in self._folders():
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:

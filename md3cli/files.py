@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, the lock that keeps two runs off one output, and scratch folders.
+"""Files that appear whole or not at all, the lock that keeps two runs off one output, copies and scratch folders.
 
 A published file is written under a temporary name in the same folder, synced and renamed, so that a reader never sees
 half of it, whatever kills the writer. Knows nothing of records.
@@ -21,7 +21,7 @@ from md3cli.records import printable
 from md3cli.settings import user_cache_dir
 from md3cli.system import lock, open_at_once, share_blocks, sync_folder, write_all
 
-STAGED = "staged"  # what a folder's files are temporarily called together, inside it, before they are added to it
+STAGED = "staged"  # the folder inside an output where new files wait until all of them are there
 TEMP_NAME_LIMIT_BYTES = 200  # of the name, so that the temporary name stays under the 255 of file systems
 
 
@@ -42,9 +42,9 @@ def output_error(path: Path, error: OSError) -> OutputError:
 
 @contextlib.contextmanager
 def atomic_publish(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; on leaving it becomes `path` at once, on an exception it is removed.
+    """Yield a temporary path to write: the file becomes `path` at the end, and is removed on an exception.
 
-    A link is followed: what it points to is replaced, the link stays.
+    A link is followed: the file that it points to is replaced, and the link stays.
 
     Raises:
         OutputError: the file cannot be written, synced or renamed.
@@ -66,7 +66,7 @@ def atomic_publish(path: Path) -> Iterator[Path]:
 
 
 def temp_beside(target: Path) -> Path:
-    """Return a new temporary name in the folder of `target`, of the kind that `remove_stale_temps` removes."""
+    """Return a new temporary name beside `target`, of the kind that `remove_stale_temps` removes."""
     return target.with_name(f"{_temp_stem(target)}{secrets.randbelow(10**12)}")
 
 
@@ -93,11 +93,11 @@ def remove_stale_temps(target: Path) -> None:
 
 
 class OutputLock:
-    """A lock on a file that holds the holder's pid and host as text: exclusive, or shared by the ranks of a run.
+    """A lock on a file with the holder's pid and host as text: exclusive, or shared by the ranks of a run.
 
-    The file is kept, for a removed one could be locked by two. The system frees the lock when the process dies, so
-    no lock is stale. `is_held` is False where the file system has no locks (some network mounts): the run goes on
-    unguarded.
+    The file stays, because two processes could each lock a file that was removed. The system frees the lock when the
+    process dies, so no lock is stale. `is_held` is False where the file system has no locks (some network mounts):
+    there the run goes on unguarded.
     """
 
     def __init__(self, fd: int, is_held: bool) -> None:
@@ -109,7 +109,7 @@ class OutputLock:
         """Lock `path` on behalf of `output`, at once or not at all.
 
         Raises:
-            OutputHeldError: another process holds the lock (named by pid and host).
+            OutputHeldError: another process holds the lock; the message names its pid and host.
             OutputError: the lock's file cannot be made.
         """
         try:
@@ -150,13 +150,13 @@ def _held_error(fd: int, output: Path | str) -> OutputHeldError:
 
 
 def copy_file(source: Path | str, target: Path, *, is_linked: bool = False) -> None:
-    """Make `target`, which must not be there or be empty, a copy of what `source` leads to.
+    """Make `target`, which must be absent or empty, a copy of the file that `source` leads to.
 
-    The copy costs nothing where the file system can share blocks. `is_linked` makes `target` the same file (a hard
-    link): who writes to one writes to both. Where the file system cannot, it is a copy all the same.
+    The copy costs nothing where the file system can share blocks. With `is_linked`, `target` becomes the same file (a
+    hard link), so that who writes to one writes to both; where the file system has no such links, it is a copy.
 
     Raises:
-        OSError: `source` cannot be read, or `target` not written.
+        OSError: `source` cannot be read, or `target` cannot be written.
     """
     source = os.path.realpath(source)
     if is_linked and _linked(source, target):
@@ -178,12 +178,12 @@ def _linked(source: str, target: Path) -> bool:
 
 
 def scratch_folder() -> Path:
-    """Return a folder for files that are gone when the program ends; the cache folder, which seldom is memory, first.
+    """Return a folder for files that are gone when the program ends.
 
     Raises:
         OutputError: no such folder can be written to.
     """
-    folder = user_cache_dir()
+    folder = user_cache_dir()  # before the system's, which may lie in memory
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):

@@ -1,8 +1,8 @@
-"""The words every layer shares: task, request, image, source row, record.
+"""The words that every room shares: task, request, picture, source row, job, answer, record.
 
-Stdlib only; knows nothing of models, files or formats. A record is a plain dict that goes to
-JSON as it is; `make_record` and `make_error_record` are the only places
-that build one, so that the order of keys is decided here. A `Job` goes into the model's engine, an `Answer` comes out.
+A `Job` goes into the model's engine, an `Answer` comes out. A record is a plain dict that goes to JSON as it is;
+`make_record` and `make_error_record` alone build one, so that the order of its keys is decided here. Standard library
+only; knows nothing of models, files or formats.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Request:
     """One question to one image, with every setting that can change the answer.
 
     `spatial_refs` holds points (x, y) and boxes (x_min, y_min, x_max, y_max), 0-1.
-    `temperature` 0 is greedy. `length` counts for captions, `reasoning` and `choices` (the only
-    answers allowed; empty allows all) for queries only.
+    `temperature` 0 is greedy. `length` counts for captions only; `reasoning` and `choices` (the only
+    answers allowed; none allow all) count for queries only.
     """
 
     task: Task
@@ -70,11 +70,10 @@ class ImageItem:
     """A picture to open: a file, or `size` bytes at `offset` of one (a member of a tar).
 
     With `row_group` it is the cell of a Parquet file's column `image`, at row `offset` of that row group. `path` may
-    be an address (`s3://...`), which has to be fetched.
+    be an address (`s3://...`), which has to be fetched, and may carry surrogate escapes, as `os.fsdecode` makes them.
 
-    `name` is what the record's `image` says: relative to INPUT's root, with `/`, always valid
-    UTF-8. `name_b64` holds the exact bytes where the real name is not UTF-8. `path` may carry
-    surrogate escapes, as `os.fsdecode` makes them.
+    `name` is the record's `image`: relative to INPUT's root, with `/`, always valid UTF-8. `name_b64` holds the exact
+    bytes where the real name is not UTF-8.
     """
 
     name: str
@@ -87,7 +86,7 @@ class ImageItem:
 
 @dataclass(frozen=True, slots=True)
 class RowFailure:
-    """Why there is no answer: a record's `error`."""
+    """Why there is no answer: the `error` of a record."""
 
     type: str
     message: str
@@ -98,9 +97,9 @@ class RowFailure:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request to run; jobs whose images have the same `sha256` share one encoding.
+    """One request for the engine; jobs whose images have the same `sha256` share one encoding.
 
-    `image` None is a text-only query. `key` is the caller's and comes back with the answer.
+    `image` None is a text-only query. `key` is the caller's, and comes back with the answer.
     """
 
     key: int
@@ -110,7 +109,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of a job: `result` holds the record's result keys, or `failure` says why there are none."""
+    """What the engine made of a job: `result` holds the record's result keys, or `failure` says why there are none."""
 
     key: int
     result: dict[str, Any] | None = None
@@ -124,8 +123,8 @@ class Answer:
 class SourceRow:
     """One picture of INPUT with all that is asked of it, in input order.
 
-    `image` None is a text-only query. With `failure` the row is a finding of its own (a manifest
-    line that cannot be read, a path outside the root): one error record, nothing is opened.
+    `image` None is a text-only query. A row with `failure` (a manifest line that cannot be read, a path outside the
+    root) becomes one error record, and nothing is opened.
     """
 
     image: ImageItem | None
@@ -135,22 +134,20 @@ class SourceRow:
 
     @property
     def id_name(self) -> str | None:
-        """What the picture is called in ids; None is a text-only query."""
+        """The picture's name in ids; None is a text-only query."""
         return id_name(self.image.name, self.image.name_b64) if self.image is not None else None
 
 
 def id_name(name: str, name_b64: object = None) -> str:
-    """Return what ids call the picture that a record calls `name`, with `name_b64` as its `image_b64`.
-
-    A name that is not UTF-8 is shown with escapes, which may be another file's real name: there the exact bytes are
-    part of it, behind a half character, which no real name holds.
-    """
+    """Return what ids call the picture that a record calls `name`, with `name_b64` as its `image_b64`."""
+    # A name that is not UTF-8 is shown with escapes, which may be another file's real name. So the exact bytes are
+    # part of it there, behind a half character, which no real name holds.
     return name if name_b64 is None else f"{name}\udc00{name_b64}"
 
 
 @dataclass(frozen=True, slots=True)
 class RunIdentity:
-    """What of a run is part of every record's id, as given (`auto` stays `auto`)."""
+    """The settings of a run that are part of every record's id, as they were given (`auto` stays `auto`)."""
 
     model: str  # "moondream/moondream3-preview@<revision>", as the record shows it
     dtype: str = "auto"
@@ -159,18 +156,18 @@ class RunIdentity:
     background: str = "none"
 
     def id_parts(self) -> dict[str, str]:
-        """What ids depend on; of the model its revision alone, since the same weights may lie under any name."""
-        return asdict(self) | {"model": self.model.rpartition("@")[2]}
+        """Return what ids depend on."""
+        return asdict(self) | {"model": self.model.rpartition("@")[2]}  # the same weights may lie under any name
 
 
 ID_SCHEME = 1  # rises when `request_id` gives a request another id: records of two schemes must not be mixed
 
 
 def request_id(image: str | None, request: Request, run: RunIdentity, repeat: int = 0) -> str:
-    """Stable id of a request: 32 hex digits of a SHA-256.
+    """Return the stable id of a request: 32 hex digits of a SHA-256.
 
-    `image` is what `id_name` gives: the record's `image`, wherever that is UTF-8. None is a text-only query.
-    `repeat` is k for the k-th repeat of the same request in a run, from 0.
+    `image` is what `id_name` returns; None is a text-only query. `repeat` is k for the k-th repeat of the same request
+    in a run, from 0.
     """
     parts = [image, asdict(request), run.id_parts(), repeat]
     text = json.dumps(parts, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
@@ -179,7 +176,7 @@ def request_id(image: str | None, request: Request, run: RunIdentity, repeat: in
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What is known of a decoded picture: upright size in pixels and the file's digest."""
+    """What is known of a decoded picture: its upright size in pixels, and the file's digest."""
 
     width: int
     height: int
@@ -209,7 +206,7 @@ def make_record(
     output_tokens: int,
     meta: Mapping[str, Any],
 ) -> RecordDict:
-    """The record of an answered request; `result` holds the task's keys in their order."""
+    """Return the record of an answered request; `result` holds the task's keys in their order."""
     record = _record_head(record_id, image, facts, request)
     if request.task is Task.CAPTION:
         record["length"] = request.length
@@ -234,7 +231,7 @@ def make_error_record(
     failure: RowFailure,
     meta: Mapping[str, Any],
 ) -> RecordDict:
-    """The record of a request that failed: no result keys, `error` says why."""
+    """Return the record of a request that failed: it has no result keys, and `error` says why."""
     record = _record_head(record_id, image, facts, request)
     if facts is not None:
         record["sha256"] = facts.sha256
@@ -257,7 +254,7 @@ def answered_record(
     answer: Answer,
     meta: Mapping[str, Any],
 ) -> RecordDict:
-    """Return the record of a request that the model answered, or failed on."""
+    """Return the record of `answer`, be it a result or a failure."""
     if answer.failure is not None or answer.result is None:
         failure = answer.failure or RowFailure("model", "the model gave no answer")
         return make_error_record(record_id, image, facts, request, run, failure=failure, meta=meta)
@@ -276,7 +273,7 @@ def answered_record(
 
 
 def is_printable(char: str) -> bool:
-    """False for what must not reach a terminal raw: C0, DEL, C1, surrogates, bidi and line controls."""
+    """Return False for a character that must not reach a terminal: C0, DEL, C1, surrogates, bidi and line controls."""
     code = ord(char)
     if code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code <= 0xDFFF:
         return False
@@ -286,10 +283,8 @@ def is_printable(char: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """`text` with everything that could steer a terminal shown as `\\xNN` or `\\uNNNN`.
-
-    Zero-width joiners inside emoji are shown escaped too: rather ugly than steered.
-    """
+    """Return `text` with everything that could steer a terminal shown as `\\xNN` or `\\uNNNN`."""
+    # Zero-width joiners inside emoji are escaped too: rather ugly than steered.
     if all(map(is_printable, text)):
         return text
     return "".join(c if is_printable(c) else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" for c in text)

@@ -1,8 +1,8 @@
 """What the operating system does for a run beyond Python's own calls: locks, limits, signals, the end of processes.
 
-This is the one file that asks whether a system has a call. Where it has not (Windows knows no `fcntl`, no `resource`,
-no `O_NONBLOCK`), each function does the next best thing, which its docstring names. Standard library only; it knows
-nothing of runs, pictures or md3's errors.
+This file alone asks whether a system has a call. Where it has none (Windows knows no `fcntl`, no `resource`, no
+`O_NONBLOCK`), each function does the next best thing, which its docstring names. Standard library only; knows nothing
+of runs, pictures or md3's errors.
 
 Locks are our own and not filelock's, which has no lock that several ranks share, and on Windows locks the first byte
 of the file, where the holder's name stands: nobody could read who holds it.
@@ -82,12 +82,12 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def sync_data(fd: int) -> None:
-    """Have an open file's bytes on the disk; its times too where the system knows no difference."""
+    """Bring an open file's bytes to the disk, and its times, too, where the system makes no difference."""
     getattr(os, "fdatasync", os.fsync)(fd)
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk; nothing where the system opens no folders."""
+    """Bring the names in a folder to the disk; do nothing where the system opens no folders."""
     if _HAS_OPEN_FOLDERS:
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -97,7 +97,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Let two folders change places at once, so that at no time there is neither; False where that is not possible."""
+    """Let two folders change places at once, so that neither is ever absent; return False where that is impossible."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
@@ -106,7 +106,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def drop_cache(fd: int) -> None:
-    """Ask the system to read a file from the disk next time; nothing where it takes no advice."""
+    """Ask the system to read a file from the disk next time; do nothing where it takes no advice."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -141,7 +141,7 @@ else:
         fcntl.flock(fd, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
     def share_blocks(source: int, target: int) -> bool:
-        """Make an open file a copy of another at no cost (Btrfs, XFS, bcachefs, ZFS); False where that cannot be."""
+        """Make an open file a copy of another at no cost (Btrfs, XFS, bcachefs, ZFS); return False elsewhere."""
         if sys.platform != "linux":
             return False
         try:
@@ -152,7 +152,7 @@ else:
 
 
 def lock(fd: int, *, is_shared: bool = False) -> bool:
-    """Lock an open file or folder at once, until it is closed; False where there are no locks (network mounts).
+    """Lock an open file or folder until it is closed; return False where there are no locks (network mounts).
 
     A shared lock leaves room for other shared ones; Windows has none.
 
@@ -172,7 +172,7 @@ def lock(fd: int, *, is_shared: bool = False) -> bool:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; nothing is held where there are none, or where the system opens no folders.
+    """Hold a folder's lock; hold nothing where there are no locks, or where the system opens no folders.
 
     Raises:
         BlockingIOError: another process holds the lock.
@@ -223,7 +223,7 @@ else:
     def most_memory_used() -> int:
         """Return the most bytes that this process ever held; 0 where the system does not say."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others kilobytes
 
 
 def num_cores() -> int:
@@ -232,7 +232,7 @@ def num_cores() -> int:
 
 
 def be_expendable() -> None:
-    """Leave no core dump, and be the first process to be ended when memory runs out, where the system can (Linux)."""
+    """Leave no core dump; on Linux also be the first process that the kernel ends when memory runs out."""
     _leave_no_core_dump()
     if sys.platform == "linux":
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
@@ -243,7 +243,7 @@ def be_expendable() -> None:
 
 
 def leave_stopping_to(parent_pid: int) -> None:
-    """Ignore the signals that stop a run, and end with the parent (on Linux: whenever it ends)."""
+    """Ignore the signals that stop a run, and end when the parent has ended; on Linux, whenever it ends."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # sent to a whole service, they would make bad records of good pictures
     if sys.platform == "linux":
@@ -253,7 +253,7 @@ def leave_stopping_to(parent_pid: int) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process of this machine is there; True where asking would end it (Windows)."""
+    """Return whether a process of this machine is there; return True where asking would end it (Windows)."""
     if not hasattr(os, "getpgid"):
         return True
     try:
