@@ -316,7 +316,7 @@ def _run(engine: LazyEngine, model: Model, sample: Sequence[SampledUnit], pool: 
     records = OrderedRecords(model.identity, written.extend, Summary())
     feed = _PatientFeed(
         (row for one in sample for row in one.unit.rows),
-        ids=RequestIds(model.identity),
+        next_id=RequestIds(model.identity).next_id,
         is_done=lambda record_id, row, request: False,
         pool=pool,
         num_ahead=rows_ahead(model.crop_config),

@@ -21,7 +21,6 @@ from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage
 from md3cli.images.pool import PicturePool
 from md3cli.records import ImageFacts, ImageItem, Request, RowFailure, SourceRow
 from md3cli.remote.hosts import FetchOptions, HostRules
-from md3cli.run.record_index import Ids
 from md3cli.system import num_cores
 
 AHEAD_BYTES = 256 * 2**20  # of crops decoded ahead
@@ -91,7 +90,7 @@ class Feed:
     """Requests of `rows` that are still to do, as they become ready.
 
     Args:
-        ids: makes the ids, in input order.
+        next_id: gives the id of the next request in input order, of a picture's name and the request.
         is_done: whether a request's record stands in OUTPUT, asked by its id, row and request before anything is
             opened.
         pool: decodes the pictures.
@@ -106,7 +105,7 @@ class Feed:
         self,
         rows: Iterator[SourceRow | None],
         *,
-        ids: Ids,
+        next_id: Callable[[str | None, Request], str],
         is_done: Callable[[str, SourceRow, Request], bool],
         pool: PicturePool,
         num_ahead: int,
@@ -115,7 +114,7 @@ class Feed:
         reading: Callable[[], AbstractContextManager[None]],
         wait_for_row: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._rows, self._ids, self._is_done, self._pool = rows, ids, is_done, pool
+        self._rows, self._next_id, self._is_done, self._pool = rows, next_id, is_done, pool
         self._num_ahead, self._fail, self._recall, self._reading = num_ahead, fail, recall, reading
         self._wait_for_row = wait_for_row
         self._decoded: SimpleQueue[_AheadRow] = SimpleQueue()  # filled by the pool's threads
@@ -189,7 +188,7 @@ class Feed:
     def _tickets(self, row: SourceRow) -> list[Ticket]:
         tickets: list[Ticket] = []
         for request in row.requests:
-            record_id = self._ids.next_id(row.id_name, request)
+            record_id = self._next_id(row.id_name, request)
             if self._is_done(record_id, row, request):
                 self.num_done_before += 1
                 continue

@@ -102,7 +102,7 @@ class LocalRun:
 
         return Feed(
             self.source.rows_so_far(),
-            ids=RequestIds(self.model.identity, journal.found if journal is not None else None),
+            next_id=RequestIds(self.model.identity, journal.found if journal is not None else None).next_id,
             is_done=is_done,
             pool=pool,
             num_ahead=rows_ahead(self.model.crop_config),

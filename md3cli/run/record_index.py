@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -261,14 +260,6 @@ def _has_repeats(digests: bytes | bytearray, order: NDArray[np.int64]) -> bool:
     if not (keys[1:] == keys[:-1]).any():
         return False
     return len(latest_lines(_halves(digests))) < len(order)
-
-
-class Ids(Protocol):
-    """Where the ids of requests come from."""
-
-    def next_id(self, image: str | None, request: Request) -> str:
-        """The id of the next request in input order."""
-        ...
 
 
 class RequestIds:

@@ -24,10 +24,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
-from types import TracebackType
 from typing import NamedTuple, Self, cast
 
-from md3cli.config import DecodeOptions, ModelOptions
+from md3cli.config import ModelOptions
 from md3cli.errors import EngineError
 from md3cli.finished.record_shape import is_record_of
 from md3cli.images.pool import PicturePool
@@ -39,28 +38,18 @@ from md3cli.run.model_handle import LazyEngine, Model
 from md3cli.run.order import error_of, record_of
 from md3cli.scale.attempts import AttemptJournal, ShardHistory, forget_attempts, keep_damaged_lines, read_history
 from md3cli.scale.folder import METRICS, RunFolder, host_name, new_attempt, open_run_folder, part_name
-from md3cli.scale.markers import Commit, put_commit, read_commit, read_run_options
+from md3cli.scale.markers import Commit, RunOptions, put_commit, read_commit, read_run_options
 from md3cli.scale.plan import PlannedRow, PlanReader
 
 BLAME = RowFailure("model", "the worker process died twice on this request")
 
 
 class ShardStopped(Exception):
-    """The shard was left on request; not a failure."""
-
-
-class _PlannedIds:
-    """The ids of rows that are fed, in the order in which the feed asks for them."""
-
-    def __init__(self, asked: Iterable[PlannedRow]) -> None:
-        self._ids = deque(record_id for row in asked for record_id in row.ids)
-
-    def next_id(self, image: str | None, request: Request) -> str:
-        return self._ids.popleft()
+    """The shard was left because that was asked for; not a failure."""
 
 
 class ShardAttempt:
-    """One attempt at a shard; `lines` are the finished records by id, each with its newline."""
+    """One attempt at a shard, the sink of its loop; `lines` are the finished records by id, each with its newline."""
 
     def __init__(
         self,
@@ -76,7 +65,6 @@ class ShardAttempt:
         self._should_stop, self._on_progress = should_stop, on_progress
         self._left_open, self._blamed = history.left_open, history.blamed
         self.lines = dict(history.records)
-        self.num_reused = len(self.lines)
         self._num_failed = sum(not line.endswith(OK_TAIL) for line in self.lines.values())
         self._new: list[tuple[str, RecordDict]] = []
         self._in_flight: dict[int, Ticket] = {}
@@ -86,9 +74,9 @@ class ShardAttempt:
         """Ask all that is not finished.
 
         Raises:
-            ShardStopped: it was asked to stop; what was finished is synced.
+            ShardStopped: `should_stop` said so; what was finished is synced.
         """
-        self._told()
+        self._tell_progress()
         suspects = [one for row in rows for one in _singly(row, self._left_open)]
         for one in suspects:
             if one.ids[0] in self._blamed:
@@ -103,9 +91,10 @@ class ShardAttempt:
         if all(record_id in self.lines for row in rows for record_id in row.ids):
             return
         self._is_alone = is_alone
+        ids = deque(record_id for row in rows for record_id in row.ids)  # in the order in which the feed asks
         feed = Feed(
             iter([row.row for row in rows]),
-            ids=_PlannedIds(rows),
+            next_id=lambda image, request: ids.popleft(),
             is_done=lambda record_id, row, request: record_id in self.lines,
             pool=self._pool,
             num_ahead=rows_ahead(self._model.crop_config),
@@ -121,11 +110,11 @@ class ShardAttempt:
             raise ShardStopped
 
     def has_room(self, batch_size: int) -> bool:
-        """Answers are written as they come, so none waits for another."""
+        """Return True: answers are written as they come, so that none waits for another."""
         return True
 
     def expect(self, ticket: Ticket) -> None:
-        """Note that a request is begun, before the model sees it."""
+        """Note in the journal that a request is begun, before the model sees it."""
         self._journal.begin(ticket.record_id, is_alone=self._is_alone)
         self._in_flight[ticket.key] = ticket
 
@@ -147,14 +136,16 @@ class ShardAttempt:
         self._num_failed += sum(record["error"] is not None for _, record in self._new)
         self.lines |= dict(lines)
         self._new.clear()
-        self._told()
+        self._tell_progress()
 
-    def _told(self) -> None:
+    def _tell_progress(self) -> None:
         self._on_progress(len(self.lines) - self._num_failed, self._num_failed)
 
 
 def history_of(folder: RunFolder, shard: int, rows: Sequence[PlannedRow]) -> ShardHistory:
-    """What attempts at the shard of `rows` left; what is damaged, or another request's record, is copied and left out.
+    """Return what attempts at the shard of `rows` left, without damaged lines and records of other requests.
+
+    Those are copied to the folder's `damaged/`.
 
     Raises:
         OutputError: the copies cannot be written.
@@ -183,7 +174,7 @@ def is_line_of(line: bytes, record_id: str, row: SourceRow, request: Request) ->
 
 
 def _singly(asked: PlannedRow, wanted: set[str]) -> list[PlannedRow]:
-    """The wanted requests of a row, each as a row of its own."""
+    """Return the wanted requests of a row, each as a row of its own."""
     row = asked.row
     return [
         PlannedRow(SourceRow(row.image, (request,), row.meta, row.failure), (record_id,))
@@ -191,8 +182,6 @@ def _singly(asked: PlannedRow, wanted: set[str]) -> list[PlannedRow]:
         if record_id in wanted
     ]
 
-
-__all__ = ["FINDER", "ShardResult", "ShardRunner", "ShardStopped"]
 
 ModelFinder = Callable[[ModelOptions], Model]
 FINDER = "md3cli.run.model_handle:find_model"  # `module:function`, ModelOptions -> Model; tests name another
@@ -204,14 +193,6 @@ class ShardResult(NamedTuple):
     shard: int
     commit: Commit
     is_ours: bool
-
-
-def _never() -> bool:
-    return False
-
-
-def no_op(*facts: int | str) -> None:
-    pass
 
 
 class ShardRunner:
@@ -228,11 +209,10 @@ class ShardRunner:
         run_uri: str,
         *,
         finder: str | ModelFinder = FINDER,
-        model: ModelOptions | None = None,
-        decode: DecodeOptions | None = None,
+        options: RunOptions | None = None,
         while_loading: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
-        """`model` and `decode` default to what run.json of the folder says; `while_loading` is as for LazyEngine.
+        """`options` default to those in the folder's run.json; `while_loading` is as for LazyEngine.
 
         Raises:
             InputError: no plan there, or run.json is missing.
@@ -242,11 +222,9 @@ class ShardRunner:
         self.folder = open_run_folder(run_uri)
         self._reader = PlanReader(self.folder)
         self.plan = self._reader.plan
-        if model is None or decode is None:
-            options = read_run_options(self.folder)
-            model, decode = model or options.model, decode or options.decode
-        self._decode = decode
-        self._model = _find(finder, model)
+        options = options or read_run_options(self.folder)
+        self._decode = options.decode
+        self._model = _find(finder, options.model)
         self._engine = LazyEngine(self._model, while_loading)
         if self._model.identity != self.plan.identity:
             raise EngineError(
@@ -260,13 +238,8 @@ class ShardRunner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the decode workers; a second call does nothing."""
+    def __exit__(self, *exc_info: object) -> None:
+        """End the decode workers."""
         if self._pool is not None:
             self._pool.close()
             self._pool = None
@@ -275,9 +248,9 @@ class ShardRunner:
         self,
         shard: int,
         *,
-        should_stop: Callable[[], bool] = _never,
-        on_start: Callable[[int, str], None] = no_op,
-        on_progress: Callable[[int, int], None] = no_op,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_start: Callable[[int, str], None] = lambda shard, attempt: None,
+        on_progress: Callable[[int, int], None] = lambda ok, failed: None,
     ) -> ShardResult:
         """Run a shard to its commit.
 
@@ -291,8 +264,7 @@ class ShardRunner:
                 spent: its model still has requests under way.
             Md3Error: the run cannot go on here.
         """
-        committed = read_commit(self.folder, shard)
-        if committed is not None:
+        if (committed := read_commit(self.folder, shard)) is not None:
             forget_attempts(self.folder, shard)
             return ShardResult(shard, committed, False)
         started = time.monotonic()
@@ -312,13 +284,12 @@ class ShardRunner:
 
     @property
     def is_loading(self) -> bool:
-        """True while the model is being loaded; asked from another thread."""
+        """Whether the model is being loaded; another thread may ask."""
         return self._engine.is_loading
 
     def _pool_of_run(self) -> PicturePool:
         if self._pool is None:
-            background = self.plan.identity.background
-            self._pool = make_decode_pool(self._decode, background, self._model.crop_config)
+            self._pool = make_decode_pool(self._decode, self.plan.identity.background, self._model.crop_config)
         return self._pool
 
     def _commit(
@@ -357,7 +328,7 @@ class ShardRunner:
         return ShardResult(shard, commit, is_ours)
 
     def _note_metrics(self, shard: int, commit: Commit, is_ours: bool) -> None:
-        """A line a shard in this worker's file; a disk that refuses it is no failure."""
+        """Append a line about the shard to this worker's file; a disk that refuses it is no failure."""
         if self.folder.store is not self.folder.wip:  # object stores take no appending; the marker has the times
             return
         line = {
@@ -376,7 +347,7 @@ class ShardRunner:
 
 
 class Counts(NamedTuple):
-    """What records say, summed up."""
+    """Records by outcome, and their tokens."""
 
     ok: int
     error_types: dict[str, int]
@@ -389,7 +360,7 @@ class Counts(NamedTuple):
 
     @classmethod
     def of(cls, lines: Iterable[bytes]) -> Counts:
-        """The counts of records as lines."""
+        """Count `lines`, which are whole records."""
         ok = prompt = output = 0
         errors = Counter[str]()
         for line in lines:

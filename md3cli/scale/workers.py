@@ -182,8 +182,7 @@ class LocalDriver(Driver):
         with ShardRunner(
             self._uri,
             finder=lambda _: self._model,
-            model=self._options.model,
-            decode=self._options.decode,
+            options=self._options,
             while_loading=self._while_loading,
         ) as runner:
             while not (should_stop() or self._queue.is_finished):
@@ -450,9 +449,7 @@ class _Served:
         threading.Thread(target=self._listen, daemon=True).start()
         options = RunOptions.from_json(setup["options"])
         try:
-            with ShardRunner(
-                setup["uri"], finder=setup["finder"], model=options.model, decode=options.decode
-            ) as self._runner:
+            with ShardRunner(setup["uri"], finder=setup["finder"], options=options) as self._runner:
                 self._channel.send({"ready": True})
                 while (shard := self._shards.get()) is not None:
                     self._run(self._runner, shard)

@@ -53,7 +53,7 @@ class Rig:
         self.pool, self.failed, self.num_read = HandPool(), [], 0
         self.feed = Feed(
             self._count(rows),
-            ids=RequestIds(RUN),
+            next_id=RequestIds(RUN).next_id,
             is_done=lambda record_id, row, request: record_id in done,
             pool=self.pool,
             num_ahead=num_ahead,

@@ -200,7 +200,7 @@ def test_many_requests_of_an_image_decode_it_once(tmp_path: Path, pictures: Path
 
 def test_another_model_is_refused(run: tuple[RunFolder, Plan]) -> None:
     with pytest.raises(EngineError, match="the plan was made for"):
-        ShardRunner(run[0].uri, finder=StubModel, model=ModelOptions("other"), decode=DecodeOptions())
+        ShardRunner(run[0].uri, finder=StubModel, options=RunOptions(ModelOptions("other"), DecodeOptions()))
 
 
 def test_a_folder_without_a_plan_is_refused(tmp_path: Path) -> None:

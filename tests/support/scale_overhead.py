@@ -18,6 +18,7 @@ from run_folders import planned, rows_of
 from stub_engine import StubModel
 
 from md3cli.config import DecodeOptions, ModelOptions
+from md3cli.scale.markers import RunOptions
 from md3cli.scale.shard_runner import ShardRunner
 
 BATCH_SIZE = 4
@@ -29,9 +30,9 @@ def overhead_s(folder: Path, num_shards: int, num_rows: int, step_s: float) -> f
     pictures = make_pictures(folder / "pictures", num_rows)
     rows = rows_of(pictures, [f"p{i}.png" for i in range(num_rows)] * (num_shards + 1))
     run, plan = planned(str(folder / "run"), rows, shard_size=num_rows)
-    options = ModelOptions(batch_size=BATCH_SIZE)
-    model = StubModel(options, step_s)
-    with ShardRunner(run.uri, finder=lambda _: model, model=options, decode=DecodeOptions(workers=1)) as runner:
+    options = RunOptions(ModelOptions(batch_size=BATCH_SIZE), DecodeOptions(workers=1))
+    model = StubModel(options.model, step_s)
+    with ShardRunner(run.uri, finder=lambda _: model, options=options) as runner:
         runner.run(0)
         started = time.monotonic()
         for shard in range(1, plan.shards):
