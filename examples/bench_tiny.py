@@ -37,7 +37,7 @@ from world_draw import Picture, make_picture
 from world_text import all_questions, count_question, matching, names_of, random_name
 
 from md3cli import Moondream
-from md3cli.model.network.moe import MoeMlp
+from md3cli.model.network.layers import MoeMlp
 
 HELD_OUT_SEED = 1000
 FIRST_HELD_OUT_SEED = 2  # seed 1 is the training collection

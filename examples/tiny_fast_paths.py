@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from md3cli.model.network.layers import bmm_attention
-from md3cli.model.network.moe import MoeMlp, Routing, gate
+from md3cli.model.network.layers import MoeMlp, Routing, bmm_attention, gate
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.text import TextAttention
 from md3cli.model.network.vision import VisionAttention

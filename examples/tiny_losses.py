@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from world import COLOURS, KINDS, MAX_SHAPES
 
 from md3cli.images.crops import Tiling
-from md3cli.model.network.moe import MoeMlp
-from md3cli.model.network.moondream import Moondream3
-from md3cli.model.network.region import size_bin
+from md3cli.model.network.layers import MoeMlp
+from md3cli.model.network.moondream import Moondream3, size_bin
 from md3cli.model.network.vision import normalise_crops
 
 BIN_SIGMA = 6.0  # bins; wider while training is young

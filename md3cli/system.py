@@ -1,4 +1,4 @@
-"""What the operating system does for a run beyond Python's own calls: locks, limits, signals, the end of processes.
+"""What the operating system does for a run beyond Python's own calls: locks, limits, the heap, signals, processes.
 
 This file alone asks whether a system has a call. Where it has none (Windows knows no `fcntl`, no `resource`, no
 `O_NONBLOCK`), each function does the next best thing, which its docstring names. Standard library only; knows nothing
@@ -33,6 +33,9 @@ _BEHIND_TEXT = 1 << 30  # where Windows locks a byte, which others then cannot r
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT_BYTES = 1 << 30  # of freed memory at the end of the heap
+_LARGEST_HEAP_BLOCK = 32 << 20  # glibc allows no more; larger blocks are mapped, and faulted in, each time
 
 # -- files -----------------------------------------------------------------------------------------
 
@@ -237,6 +240,37 @@ def be_expendable() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
             score.write("500")
+
+
+# -- the C library's heap --------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep what it frees for its next tensors; return False where the C library is not glibc.
+
+    glibc returns freed blocks to the kernel when they are large or lie at the end of the heap, and takes them again,
+    zeroed page by page, for the next tensor of the same size. A forward pass on the CPU frees and takes the same few
+    sizes hundreds of times: without these page faults a crop of the real vision encoder takes a fifth less time and a
+    prefix a seventh (two Zen 4 cores under a hypervisor, 2026-11). Peak memory does not grow: what is kept was in use.
+    """
+    libc = _glibc()
+    if libc is None:
+        return False
+    return bool(libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES) and libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK))
+
+
+def return_freed_memory() -> None:
+    """Give what is free back to the kernel, once: after weights were exchanged, whose sizes do not come again."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
 # -- processes -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -102,3 +103,36 @@ def test_asking_for_a_process_ends_none_where_signals_do(monkeypatch: pytest.Mon
 def test_signals_that_stop_a_run() -> None:
     assert system.STOP_SIGNALS == (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     assert -system.KILL_SIGNAL == -signal.SIGKILL
+
+
+# -- the heap --------------------------------------------------------------------------------------
+
+COUNT_FAULTS = """
+import resource, sys
+import torch
+from md3cli.system import keep_freed_memory
+
+def faults_of_reuse():
+    block = torch.ones(4 << 20)  # 16 MiB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        del block
+        block = torch.ones(4 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+    faults_of_reuse()
+print(faults_of_reuse())
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_reused_memory_is_not_faulted_in_again() -> None:
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", COUNT_FAULTS, how], check=True, capture_output=True).stdout)
+        for how in ("keep", "return")
+    )
+    assert kept < 64
+    assert returned > 4096  # so that the number above means something

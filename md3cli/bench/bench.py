@@ -44,11 +44,11 @@ from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import optimise
 from md3cli.model.engine.load import ONE_THREAD_BYTES, choose_device, choose_dtype, prepare_device
 from md3cli.model.engine.memory import is_out_of_memory, release, shortage
-from md3cli.model.network.allocator import keep_freed_memory
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights.hub import resolve_model
 from md3cli.model.weights.random_weights import CONFIGS, forbid_end, random_model
 from md3cli.model.weights.read import load_model
+from md3cli.system import keep_freed_memory
 
 CACHE_BYTES = 1 << 30  # of the second run's encodings
 HOST_WORKLOAD, HOST_BATCH = "captions", 16

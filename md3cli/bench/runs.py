@@ -30,10 +30,10 @@ from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import resident_tensors
 from md3cli.model.engine.memory import MemoryPlan, free_bytes, peak_rss, plan_cuda, reset_peak_rss
 from md3cli.model.engine.prompts import Prompt
-from md3cli.model.network.allocator import return_freed_memory
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights.random_weights import forbid_end
 from md3cli.records import ImageItem, Job, Request, RunIdentity, Task
+from md3cli.system import return_freed_memory
 
 SIZE = (1920, 1080)  # 2 megapixels; the real model cuts them into nine crops
 NUM_SCENES = 4  # with different pixels; files of one scene differ in a comment, and so in their digest

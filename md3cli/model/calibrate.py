@@ -26,8 +26,7 @@ from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, prepare_
 from md3cli.model.engine.load import make_engine
 from md3cli.model.engine.memory import MemoryPlan
 from md3cli.model.engine.prompts import Tokenizer
-from md3cli.model.network.layers import Linear
-from md3cli.model.network.moe import ExpertMatrices
+from md3cli.model.network.layers import ExpertMatrices, Linear
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.quant.quantise import Importance
 from md3cli.model.weights.hub import ModelFiles

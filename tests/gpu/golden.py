@@ -22,9 +22,8 @@ from md3cli.model.engine.generation import Decisions, Generation
 from md3cli.model.engine.kv_cache import KVCache, PrefixStore
 from md3cli.model.engine.load import load_weights
 from md3cli.model.network.config import ModelConfig
-from md3cli.model.network.moe import MoeMlp
-from md3cli.model.network.moondream import Moondream3
-from md3cli.model.network.region import SIZE_OCTAVES
+from md3cli.model.network.layers import MoeMlp
+from md3cli.model.network.moondream import SIZE_OCTAVES, Moondream3
 from md3cli.model.weights.plan import plan_checkpoint
 from md3cli.model.weights.random_weights import random_model
 from md3cli.records import Answer, Task

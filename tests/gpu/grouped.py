@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from md3cli.model.engine.kernels import GroupedExperts
-from md3cli.model.network.moe import MoeMlp
+from md3cli.model.network.layers import MoeMlp
 from md3cli.model.weights.random_weights import random_model
 
 from .child import Run

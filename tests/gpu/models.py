@@ -9,7 +9,7 @@ import torch
 from md3cli.bench.runs import weight_bytes
 from md3cli.model.engine.kernels import GroupedExperts, optimise
 from md3cli.model.network.config import ModelConfig
-from md3cli.model.network.moe import ExpertMatrices, MoeMlp
+from md3cli.model.network.layers import ExpertMatrices, MoeMlp
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.text import TextAttention
 from md3cli.model.quant.layers import low_bit_matrices

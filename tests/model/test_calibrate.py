@@ -13,8 +13,7 @@ from md3cli.errors import InputError
 from md3cli.images.crops import ImageLimits, prepare_image
 from md3cli.model.calibrate import DAMPING, PRIOR_TOKENS, InputMoments, collect_importance
 from md3cli.model.engine.plain import encode_image
-from md3cli.model.network.layers import Linear
-from md3cli.model.network.moe import ExpertMatrices
+from md3cli.model.network.layers import ExpertMatrices, Linear
 from md3cli.model.quant.search import search
 from md3cli.model.weights.codes import LowBit
 from md3cli.model.weights.hub import ModelFiles, model_path, resolve_model

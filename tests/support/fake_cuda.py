@@ -37,8 +37,7 @@ from md3cli.model.engine.state import Event, Finish, Mode
 from md3cli.model.kernels.tiles import WeightForm
 from md3cli.model.kernels.weights import KernelWeight
 from md3cli.model.network.config import ModelConfig
-from md3cli.model.network.layers import Linear
-from md3cli.model.network.moe import ExpertMatrices
+from md3cli.model.network.layers import ExpertMatrices, Linear
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.quant.load import _place
 from md3cli.model.weights.names import INT4_GROUP, is_portable

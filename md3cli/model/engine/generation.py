@@ -13,7 +13,7 @@ from md3cli.errors import RequestError
 from md3cli.model.engine.prompts import Prompt, Prompts
 from md3cli.model.engine.state import Event, Finish, Mode
 from md3cli.model.network.config import ModelConfig
-from md3cli.model.network.region import SIZE_OCTAVES
+from md3cli.model.network.moondream import SIZE_OCTAVES
 from md3cli.records import Job, Task
 
 FINISH_REASONS = {Finish.STOP: "stop", Finish.LENGTH: "length"}

@@ -28,12 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from md3cli.model.network.allocator import return_freed_memory
-from md3cli.model.network.layers import Linear, Mlp, bmm_attention
-from md3cli.model.network.moe import ExpertMatrices, MoeMlp, Routing, gate, usual_size
+from md3cli.model.network.layers import ExpertMatrices, Linear, Mlp, MoeMlp, Routing, bmm_attention, gate, usual_size
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.text import Tau, TextAttention
 from md3cli.model.network.vision import VisionAttention
+from md3cli.system import return_freed_memory
 
 SCORES_IN_CACHE = 1 << 20  # attention scores of a block: 2 MiB in bf16, two heads of the vision encoder
 SMALL_EXPERTS = 1 << 20  # elements of a layer's experts; above it, computing all for every token costs more

@@ -36,7 +36,6 @@ from md3cli.model.kernels.availability import (
     require_kernels,
     triton_version,
 )
-from md3cli.model.network.allocator import keep_freed_memory
 from md3cli.model.network.config import MAX_CONTEXT_LIMIT, ModelConfig
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.quant.layers import has_packed_weights, quantise_vision
@@ -51,6 +50,7 @@ from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
 from md3cli.model.weights.read import CheckpointReader, build_model
 from md3cli.records import RunIdentity
 from md3cli.settings import user_cache_dir
+from md3cli.system import keep_freed_memory
 
 _SCALE_BYTES = 4  # scales and zero points are float32
 

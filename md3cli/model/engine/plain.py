@@ -16,8 +16,7 @@ from torch import Tensor
 from md3cli.errors import RequestError
 from md3cli.images.crops import PreparedImage
 from md3cli.model.engine.prompts import Prompt
-from md3cli.model.network.moondream import Moondream3, not_finite, prefix_mask
-from md3cli.model.network.region import coord_value, size_value
+from md3cli.model.network.moondream import Moondream3, coord_value, not_finite, prefix_mask, size_value
 from md3cli.model.network.vision import normalise_crops
 from md3cli.records import Task
 

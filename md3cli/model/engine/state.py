@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from md3cli.model.network.moondream import Moondream3
-from md3cli.model.network.region import coord_value, size_value
+from md3cli.model.network.moondream import Moondream3, coord_value, size_value
 
 LEAST_TEMPERATURE = 1e-30  # less is greedy: logits divided by it would leave the range of float32
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64

@@ -31,8 +31,7 @@ from md3cli.model.engine.state import Event, Finish, Mode, Rows, advance, idle_r
 from md3cli.model.hf.config import Moondream3Config
 from md3cli.model.hf.inputs import NO_VALUE, Batch, Row, Value, has_images, read_positions, read_task
 from md3cli.model.network.config import ModelConfig
-from md3cli.model.network.moondream import Moondream3, not_finite
-from md3cli.model.network.region import coord_value, size_value
+from md3cli.model.network.moondream import Moondream3, coord_value, not_finite, size_value
 from md3cli.records import Task
 
 MAX_NEW_TOKENS, MAX_OBJECTS = 768, 150

@@ -13,7 +13,7 @@ All sizes and strides are compile-time constants (`tl.constexpr`): with run-time
 scalar and the kernel spills (255 registers, compiled for sm_90).
 
 Knows nothing of torch. Only `operators.py` imports and launches these kernels: Triton is imported where a GPU is, and
-nowhere else. Their plain twin is `moe.MoeMlp.run_experts`.
+nowhere else. Their plain twin is `layers.MoeMlp.run_experts`.
 Ideas: blocks that share an expert and blocks marked unused are vLLM's (`moe_align_block_size`).
 Source: Moondream 3 specification, sections 7, 19.2 and 19.3.
 

@@ -1,7 +1,7 @@
 """The text decoder's parts as the kernels compute them, put in place of the plain ones of a loaded model.
 
 `place_forms` is called once, when an engine on CUDA is built. Each form computes what its plain twin
-does: `FusedExperts` is `moe.MoeMlp.run_experts` with the router's choice and the block's sums,
+does: `FusedExperts` is `layers.MoeMlp.run_experts` with the router's choice and the block's sums,
 `FusedProjection` is `text.TextAttention.plain_projection`.
 
 Shape suffixes: B sequences, T new positions, N = B * T tokens, D width, X experts, H heads, K head width.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from md3cli.model.kernels import operators
 from md3cli.model.kernels.tiles import PassKind, Product, WeightForm, tile_of
 from md3cli.model.kernels.weights import KernelExperts, KernelWeight
-from md3cli.model.network.moe import ExpertMatrices, MoeMlp
+from md3cli.model.network.layers import ExpertMatrices, MoeMlp
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.text import KeyValueStore, SlotStore, TextAttention
 

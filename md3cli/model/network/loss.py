@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from md3cli.model.network.moondream import Moondream3
-from md3cli.model.network.region import size_bin
+from md3cli.model.network.moondream import Moondream3, size_bin
 
 IGNORE = -100  # label of a position that is no target
 SIGMA_SHARE = 6 / 1024  # the Gaussian's standard deviation, as a share of all bins; the embedded model learned with it

@@ -1,18 +1,96 @@
-"""Moondream 3: vision encoder, text decoder and region heads in one module.
+"""Moondream 3: vision encoder, text decoder and the region heads between words and places, in one module.
 
-Parameter names are those of the original checkpoint without its `model.` prefix. This file holds
-the network only: no tokenizer, no batching of requests, no decoding.
+The region heads turn coordinates and sizes into embeddings and back (Moondream 3 specification, section 8). Values are
+0-1 of the upright picture: coordinates are centres, `bin / bins`; sizes are logarithmic, `2 ** (bin / (bins - 1) * 10 -
+10)`, width before height. Hidden states are the decoder's output *before* its last LayerNorm; `ln` exists only in newer
+weights and is left out, not faked, when the checkpoint has none.
+
+Parameter names are those of the original checkpoint without its `model.` prefix. This file holds the network only: no
+tokenizer, no batching of requests, no decoding.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from md3cli.model.network.config import ModelConfig
-from md3cli.model.network.region import RegionHeads
+from md3cli.model.network.config import ModelConfig, RegionConfig
+from md3cli.model.network.layers import LayerNorm, Linear
 from md3cli.model.network.text import TextDecoder
 from md3cli.model.network.vision import VisionEncoder
+
+SIZE_OCTAVES = 10.0  # sizes reach from 2**-10 to 1
+
+
+def fourier_features(values: Tensor, frequencies: Tensor) -> Tensor:
+    """Return `[cos(2π v·F), sin(2π v·F)]`: values [..., n], frequencies [n, F] -> [..., 2F].
+
+    The value is rounded to the model's dtype, as the original feeds it back; the angle is float32.
+    """
+    values = values.to(frequencies.dtype).float()
+    # Sums of one or two products: as a matrix product they could round differently in another batch.
+    angle = 2 * math.pi * (values[..., None] * frequencies.float()).sum(-2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).to(frequencies.dtype)
+
+
+def coord_value(bins: Tensor, num_bins: int) -> Tensor:
+    """Turn bin numbers into coordinates 0 … (n-1)/n, float32."""
+    return bins.float() / num_bins
+
+
+def size_value(bins: Tensor, num_bins: int) -> Tensor:
+    """Turn bin numbers into sizes 2**-10 … 1, float32."""
+    return torch.exp2(bins.float() / (num_bins - 1) * SIZE_OCTAVES - SIZE_OCTAVES)
+
+
+def size_bin(sizes: Tensor, num_bins: int) -> Tensor:
+    """Turn sizes into bin numbers, not rounded: the inverse of `size_value`."""
+    return (sizes.clamp_min(2.0**-SIZE_OCTAVES).log2() + SIZE_OCTAVES) / SIZE_OCTAVES * (num_bins - 1)
+
+
+class RegionHeads(nn.Module):
+    """Encoders value -> embedding and decoders hidden state -> bin logits."""
+
+    def __init__(self, config: RegionConfig, *, has_ln: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.coord_features = nn.Parameter(torch.empty(1, config.coord_feat_dim // 2))
+        self.coord_encoder = Linear(config.coord_feat_dim, config.dim)
+        self.coord_decoder = Linear(config.dim, config.coord_out_dim)
+        self.size_features = nn.Parameter(torch.empty(2, config.size_feat_dim // 2))
+        self.size_encoder = Linear(config.size_feat_dim, config.dim)
+        self.size_decoder = Linear(config.dim, config.size_out_dim)
+        self.ln = LayerNorm(config.dim) if has_ln else None
+
+    @property
+    def num_coord_bins(self) -> int:
+        return self.config.coord_out_dim
+
+    @property
+    def num_size_bins(self) -> int:
+        return self.config.size_out_dim // 2
+
+    def encode_coord(self, coords: Tensor) -> Tensor:
+        """Encode coordinates [...] as embeddings [..., D]."""
+        return self.coord_encoder(fourier_features(coords[..., None], self.coord_features))  # type: ignore[no-any-return]
+
+    def encode_size(self, size_wh: Tensor) -> Tensor:
+        """Encode sizes [..., 2] (width, height) as embeddings [..., D]."""
+        return self.size_encoder(fourier_features(size_wh, self.size_features))  # type: ignore[no-any-return]
+
+    def coord_logits(self, hidden: Tensor) -> Tensor:
+        """Read logits over the coordinate bins [..., bins] from hidden states [..., D]."""
+        return self.coord_decoder(self._norm(hidden))  # type: ignore[no-any-return]
+
+    def size_logits(self, hidden: Tensor) -> Tensor:
+        """Read logits over the size bins [..., 2, bins], width first, from hidden states [..., D]."""
+        logits = self.size_decoder(self._norm(hidden))
+        return logits.unflatten(-1, (2, self.num_size_bins))  # type: ignore[no-any-return]
+
+    def _norm(self, hidden: Tensor) -> Tensor:
+        return hidden if self.ln is None else self.ln(hidden)
 
 
 class Moondream3(nn.Module):

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from md3cli.model.network.config import HEAD_DIM, ROTARY_DIM, TextConfig
-from md3cli.model.network.layers import Attend, LayerNorm, Linear, Mlp, attention, merge_heads, split_heads
-from md3cli.model.network.moe import MoeMlp
+from md3cli.model.network.layers import Attend, LayerNorm, Linear, Mlp, MoeMlp, attention, merge_heads, split_heads
 
 
 class KeyValueStore(Protocol):

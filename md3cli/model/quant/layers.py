@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from md3cli.model.kernels.weights import KernelExperts, KernelLinear, KernelWeight
-from md3cli.model.network.layers import Linear, Mlp
-from md3cli.model.network.moe import MoeMlp, Routing, gate
+from md3cli.model.network.layers import Linear, Mlp, MoeMlp, Routing, gate
 from md3cli.model.network.vision import VisionBlock, VisionEncoder
 from md3cli.model.quant.matrices import Int8Matrix, LowBitLinear, Matrix, OneDnnMatrix, has_onednn_products, peaks
 from md3cli.model.quant.search import search
@@ -149,7 +148,7 @@ class Int8Experts(LowBitExperts):
 
 
 def gate_(up_NI2: Tensor) -> Tensor:
-    """Compute `moe.gate` over its input: [N, 2I] -> [N, I]."""
+    """Compute `layers.gate` over its input: [N, 2I] -> [N, I]."""
     activated, scale = up_NI2.chunk(2, dim=-1)
     return F.gelu(activated).mul_(scale.add_(1))
 

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from md3cli.model.kernels import weights as kernel_weights
 from md3cli.model.kernels.weights import KernelExperts, KernelLinear, KernelWeight
-from md3cli.model.network.allocator import return_freed_memory
-from md3cli.model.network.layers import Linear
-from md3cli.model.network.moe import ExpertMatrices, MoeMlp
+from md3cli.model.network.layers import ExpertMatrices, Linear, MoeMlp
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.quant.layers import place_experts
 from md3cli.model.quant.matrices import LowBitLinear, Matrix, TextPass, can_hold, pack
@@ -28,6 +26,7 @@ from md3cli.model.weights.codes import LowBit, QuantisedWeight, quantise
 from md3cli.model.weights.names import Slot, is_experts, is_portable
 from md3cli.model.weights.plan import CheckpointPlan
 from md3cli.model.weights.read import SCHEMES, CheckpointReader, build_model, read_quantised
+from md3cli.system import return_freed_memory
 
 STORED, NONE = "stored", "none"
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from md3cli.model.network.moe import usual_size
+from md3cli.model.network.layers import usual_size
 from md3cli.model.weights.codes import INT4_MAX, INT8_MAX, LowBit, QuantisedWeight, quantise_int8
 from md3cli.model.weights.names import INT4_GROUP
 

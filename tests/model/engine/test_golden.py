@@ -12,8 +12,7 @@ from golden_cases import CASES, GOLDEN, assert_answer, load_case
 
 from md3cli.model.engine import plain
 from md3cli.model.engine.state import top_p_probabilities
-from md3cli.model.network.moondream import prefix_mask
-from md3cli.model.network.region import size_bin, size_value
+from md3cli.model.network.moondream import prefix_mask, size_bin, size_value
 from md3cli.model.network.vision import normalise_crops
 
 TOLERANCE = 1e-4  # float32; two right implementations differ by 3e-5 at logits of 30

@@ -10,8 +10,7 @@ import torch
 
 from md3cli.model.engine import kernels
 from md3cli.model.network.config import MoeConfig
-from md3cli.model.network.layers import Linear, Mlp, attention, bmm_attention
-from md3cli.model.network.moe import MoeMlp, Routing
+from md3cli.model.network.layers import Linear, Mlp, MoeMlp, Routing, attention, bmm_attention
 
 DIM, NUM_TOKENS = 128, 37
 

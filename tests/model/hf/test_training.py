@@ -21,7 +21,7 @@ from md3cli.model.engine.load import load_weights
 from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor
 from md3cli.model.hf.config import PARTS, lora_targets
 from md3cli.model.network.loss import SIGMA_SHARE, near_bins_loss
-from md3cli.model.network.region import size_bin
+from md3cli.model.network.moondream import size_bin
 from md3cli.model.weights.plan import plan_checkpoint
 
 CASE = "c"

@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from md3cli.model.network.config import MoeConfig
-from md3cli.model.network.layers import Linear
-from md3cli.model.network.moe import MoeMlp
+from md3cli.model.network.layers import Linear, MoeMlp
 from md3cli.model.quant import matrices
 from md3cli.model.quant.layers import Int8Experts, LowBitExperts, PackedMatrices, low_bit_matrices, place_experts
 from md3cli.model.quant.matrices import LowBitLinear, Matrix, TextPass, TileMatrix, pack

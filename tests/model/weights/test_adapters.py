@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from md3cli import Moondream
 from md3cli.errors import CheckpointError
-from md3cli.model.network.moe import gate
+from md3cli.model.network.layers import gate
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights.adapters import merge_adapter, read_adapter
 from md3cli.model.weights.read import load_model

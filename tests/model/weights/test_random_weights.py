@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from md3cli.model.network.config import ModelConfig, MoeConfig
-from md3cli.model.network.moe import ExpertMatrices
+from md3cli.model.network.layers import ExpertMatrices
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights import random_weights
 from md3cli.model.weights.random_weights import BLOCK, CONFIGS, UNTHINKABLE, forbid_end, random_model
