@@ -52,6 +52,7 @@ COMMANDS: Mapping[str, str] = {  # name -> help in the list
 MODULES: Mapping[str, str] = {
     **dict.fromkeys(("caption", "query", "detect", "point", "segment", "run", "estimate"), "annotate"),
     **dict.fromkeys(("verify", "runs"), "status"),
+    "report": "export",
 }
 DOCTOR = "doctor"
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})

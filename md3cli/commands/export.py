@@ -1,10 +1,11 @@
-"""`md3 export`: other formats from finished records; no model, no GPU, no torch import."""
+"""`md3 export` and `md3 report`: other formats and a page from finished records; no model, no GPU, no torch import."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,8 +13,13 @@ from md3cli.commands.parse import MAX_FILE_SIZE, MAX_PIXELS, Format, checked, pa
 from md3cli.console import print_document
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport, export_records, format_of
+from md3cli.finished.guards import check_not_input, files_of_run
+from md3cli.finished.run_json import find_records
 from md3cli.records import printable
 from md3cli.signals import StopSignals, check_stdout
+
+if TYPE_CHECKING:
+    from md3cli.evaluate import Section
 
 app = typer.Typer(add_completion=False)
 
@@ -103,8 +109,7 @@ def export(
     chosen = format or (None if output is None else _format_of(output))
     if chosen is None:
         raise UsageError("say what to write: --format coco, or -o with a suffix: .json .jsonl .parquet .csv .html")
-    if root is not None and not root.exists():
-        raise UsageError(f"--root {printable(str(root))} is not there; name the folder the pictures are in")
+    _check_root(root)
     options = ExportOptions(
         root=root,
         overwrite=overwrite,
@@ -122,7 +127,7 @@ def export(
     )
     with StopSignals() as stop, stop.interruptible():  # nothing is lost: OUT appears at the end
         if chosen == "html":
-            _write_page(records, output, options)
+            report(records, output or Path("report.html"), root=root, overwrite=overwrite)
         elif output is None and not (beside and chosen == "txt"):
             _print(records, chosen, options)
         else:
@@ -133,12 +138,6 @@ def _format_of(output: Path) -> str | None:
     return "html" if output.suffix.lower() in (".html", ".htm") else format_of(output)
 
 
-def _write_page(records: Path, output: Path | None, options: ExportOptions) -> None:
-    from md3cli.commands.report import report
-
-    report(records, output or Path("report.html"), root=options.root, overwrite=options.overwrite)
-
-
 def _print(records: Path, format: str, options: ExportOptions) -> None:
     """Print the document, once it is complete."""
     if format not in PRINTABLE:
@@ -146,16 +145,67 @@ def _print(records: Path, format: str, options: ExportOptions) -> None:
     check_stdout()
     with tempfile.TemporaryDirectory(prefix="md3-export-") as folder:
         document = Path(folder, "document")
-        report = export_records(records, format, document, options)
+        done = export_records(records, format, document, options)
         print_document(document)
-    for note in report.notes:
+    _note(done.notes)
+
+
+def _tell(done: ExportReport) -> None:
+    images = f", {done.num_images:,} images" if done.num_images else ""
+    failures = f", {done.num_failures:,} failed ones left out" if done.num_failures else ""
+    typer.echo(f"{printable(str(done.out))}: {done.format}, {done.num_records:,} records{images}{failures}", err=True)
+    _note(done.notes)
+
+
+def _note(notes: Iterable[str]) -> None:
+    for note in notes:
         typer.echo(f"note: {printable(note)}", err=True)
 
 
-def _tell(report: ExportReport) -> None:
-    images = f", {report.num_images:,} images" if report.num_images else ""
-    failures = f", {report.num_failures:,} failed ones left out" if report.num_failures else ""
-    where = printable(str(report.out))
-    typer.echo(f"{where}: {report.format}, {report.num_records:,} records{images}{failures}", err=True)
-    for note in report.notes:
-        typer.echo(f"note: {printable(note)}", err=True)
+def _check_root(root: Path | None) -> None:
+    if root is not None and not root.exists():
+        raise UsageError(f"--root {printable(str(root))} is not there; name the folder the pictures are in")
+
+
+@app.command(epilog="Example: md3 report run/records.jsonl -o report.html")
+def report(
+    records: Annotated[Path, typer.Argument(help="Finished records (.jsonl), or a run folder.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page (.html), or a folder for it.")] = Path(
+        "report.html"
+    ),
+    gt: Annotated[
+        list[Path] | None, typer.Option(help="Ground truth as for md3 eval: show scores, what is wrong and missed.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the pictures are.  [default: what run.json says]")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="The page's title.  [default: the run's name]")] = None,
+    thumbnail_size: Annotated[int, typer.Option(min=32, max=2048, help="Long side of a thumbnail in pixels.")] = 320,
+    images_per_page: Annotated[
+        int, typer.Option(min=1, help="More pictures than this go to pages in a folder beside the overview.")
+    ] = 2000,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
+) -> None:
+    """A page to look through: thumbnails with boxes, points and masks, filters, counts, marks right and wrong."""
+    from md3cli.report.build import ReportOptions, write_report
+
+    if output.suffix and output.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"{printable(str(output))} is no name for a page; end it in .html, or name a folder")
+    _check_root(root)
+    found = find_records(records)
+    page = output if output.suffix else output / "index.html"
+    check_not_input([page], [*files_of_run(found), *(gt or ())])
+    sections: tuple[Section, ...] = ()
+    if gt:
+        from md3cli.evaluate import evaluate, load_truth
+
+        sections = evaluate(found, [load_truth(path) for path in gt]).sections
+    options = ReportOptions(
+        root=root, overwrite=overwrite, title=title, thumbnail_px=thumbnail_size, images_per_page=images_per_page
+    )
+    made = write_report(found, output, options, sections)
+    pages = f" and {made.num_pages} pages beside it" if made.num_pages > 1 else ""
+    where = printable(str(made.page))
+    typer.echo(f"{where}{pages}: {made.num_images:,} images, {made.num_records:,} records", err=True)
+    unopened = f"{made.num_missing:,} {'picture' if made.num_missing == 1 else 'pictures'} cannot be opened"
+    _note([*made.notes, *([f"{unopened}; is --root right?"] if made.num_missing else [])])

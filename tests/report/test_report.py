@@ -18,7 +18,7 @@ from PIL import Image
 from report_runs import BOXES, HOSTILE, SIZES, found, picture, record, write_run
 from typer.testing import CliRunner
 
-from md3cli.commands.report import app
+from md3cli.commands.export import app
 from md3cli.errors import InputError, MissingExtraError, UsageError
 from md3cli.finished.run_json import RunInfo
 from md3cli.report.build import ReportOptions, _template, render, write_report
@@ -295,7 +295,7 @@ def test_a_picture_outside_the_root_is_not_opened(run_folder, tmp_path):
 
 def test_the_command_s_options_reach_the_page(run_folder, tmp_path):
     arguments = [str(run_folder), "-o", str(tmp_path / "out"), "--title", "<My> run", "--thumbnail-size", "64"]
-    result = CliRunner().invoke(app, [*arguments, "--images-per-page", "6"])
+    result = CliRunner().invoke(app, ["report", *arguments, "--images-per-page", "6"])
     assert result.exit_code == 0, result.output
     assert "index.html and 2 pages beside it: 11 images" in result.stderr
     assert "note: 8 pictures cannot be opened" in result.stderr
@@ -320,7 +320,7 @@ def test_the_command_scores_by_ground_truth_and_draws_what_was_missed(tmp_path):
     }
     (tmp_path / "gt.json").write_text(json.dumps(truth))
     arguments = [str(tmp_path / "records.jsonl"), "-o", str(tmp_path / "r.html"), "--root", str(tmp_path)]
-    result = CliRunner().invoke(app, [*arguments, "--gt", str(tmp_path / "gt.json")])
+    result = CliRunner().invoke(app, ["report", *arguments, "--gt", str(tmp_path / "gt.json")])
     assert result.exit_code == 0, result.output
     assert result.stderr.endswith("r.html: 1 images, 1 records\n")
     page = Elements((tmp_path / "r.html").read_text())
@@ -329,8 +329,8 @@ def test_the_command_scores_by_ground_truth_and_draws_what_was_missed(tmp_path):
     assert page.data()["records"][0]["verdict"] == "wrong"
     assert "Boxes by ground truth" in "".join(page.text)
     assert {"name": "verdict", "value": "wrong", "type": "checkbox"} in page.of("input")
-    assert isinstance(CliRunner().invoke(app, arguments).exception, UsageError)  # r.html is there
-    assert isinstance(CliRunner().invoke(app, [arguments[0], "-o", "x.pdf"]).exception, UsageError)
+    assert isinstance(CliRunner().invoke(app, ["report", *arguments]).exception, UsageError)  # r.html is there
+    assert isinstance(CliRunner().invoke(app, ["report", arguments[0], "-o", "x.pdf"]).exception, UsageError)
 
 
 # ---- counts and plots ----------------------------------------------------------------------------
