@@ -10,9 +10,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from md3cli.records import Request, RunIdentity
-from md3cli.source.source import SourceSpec
 
 DEFAULT_MODEL = "moondream3"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSpec:
+    """Which pictures: INPUT as typed (none for a text-only query) and what narrows it.
+
+    `shard` (i, n) keeps the images whose name hashes to i modulo n. `limit` counts rows. `root` is a folder or an
+    address; `remote` lets manifests on the disk name addresses. `own_files` are the files that the command writes
+    (links followed), which a walk passes over.
+    """
+
+    inputs: tuple[str, ...] = ()
+    recursive: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    limit: int | None = None
+    shard: tuple[int, int] | None = None
+    root: Path | str | None = None
+    remote: bool = False
+    offline: bool = False
+    follow_links: bool = False
+    own_files: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

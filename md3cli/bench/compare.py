@@ -26,7 +26,7 @@ import torch
 from md3cli.bench.runs import PHOTO, WORKLOADS, make_images
 from md3cli.bench.stages import bench_decode, bench_prefill, bench_vision
 from md3cli.child import Child, connect
-from md3cli.config import ModelOptions
+from md3cli.config import ModelOptions, SourceSpec
 from md3cli.errors import EngineError, ImageError, InputError, UsageError
 from md3cli.evaluate import evaluate, load_truth
 from md3cli.images.crops import ImageLimits, PreparedImage, prepare_image
@@ -42,7 +42,7 @@ from md3cli.model.weights.hub import TINY, model_path, present_path
 from md3cli.model.weights.plan import plan_checkpoint
 from md3cli.records import ImageItem, Request, Task
 from md3cli.remote.address import is_address
-from md3cli.source.source import SourceSpec, open_source
+from md3cli.source.source import open_source
 
 VARIANTS = ("none", "int8", "int4")
 # What is compared of each section of a score sheet: shares of one.

@@ -156,12 +156,13 @@ def quantize(
 
 
 def _calibrated(model: str, pictures: str, limit: int, device: str) -> Importance:
+    from md3cli.config import SourceSpec
     from md3cli.images.pool import PicturePool
     from md3cli.model.calibrate import REQUESTS, collect_importance
     from md3cli.model.engine.load import choose_device, choose_dtype
     from md3cli.model.weights.files import find_weight_files
     from md3cli.model.weights.hub import resolve_model
-    from md3cli.source.source import SourceSpec, open_source
+    from md3cli.source.source import open_source
 
     files = resolve_model(model, offline=True)
     place = choose_device(device)

@@ -45,12 +45,12 @@ from md3cli.config import (
     OutputOptions,
     RunConfig,
     ScaleOptions,
+    SourceSpec,
 )
 from md3cli.errors import UsageError
 from md3cli.records import Request, Task
 from md3cli.remote.address import checked_output_address, is_address, named_hosts, path_of, shown_argument
 from md3cli.source.requests import SEED_LIMIT, TEMPERATURE_LIMIT, TOKENS_LIMIT
-from md3cli.source.source import SourceSpec
 
 _output = functools.partial(typer.Option, rich_help_panel="Output")
 _input = functools.partial(typer.Option, rich_help_panel="Input")

@@ -18,10 +18,9 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
+from md3cli.config import SourceSpec
 from md3cli.errors import InputError, MissingExtraError, RowError, UsageError
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task, printable
 from md3cli.remote.address import is_address, shown
@@ -41,28 +40,6 @@ from md3cli.source.manifest import LiveLines, ManifestRow, manifest_rows, open_r
 from md3cli.source.requests import ROW_COLUMNS, check_request, refuse_address, refused_request, row_image, row_requests
 from md3cli.source.tar import tar_members
 from md3cli.source.walk import Walk
-
-
-@dataclass(frozen=True, slots=True)
-class SourceSpec:
-    """Which pictures: INPUT as typed (none for a text-only query) and what narrows it.
-
-    `shard` (i, n) keeps the images whose name hashes to i modulo n. `limit` counts rows. `root` is a folder or an
-    address; `remote` lets manifests on the disk name addresses. `own_files` are the files that the command writes
-    (links followed), which a walk passes over.
-    """
-
-    inputs: tuple[str, ...] = ()
-    recursive: bool = True
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    limit: int | None = None
-    shard: tuple[int, int] | None = None
-    root: Path | str | None = None
-    remote: bool = False
-    offline: bool = False
-    follow_links: bool = False
-    own_files: frozenset[str] = frozenset()
 
 
 def open_source(

@@ -139,11 +139,11 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 
 PLAN_SCRIPT = """
 import sys, time, resource
-from md3cli.config import RunConfig
+from md3cli.config import RunConfig, SourceSpec
 from md3cli.records import Request, Task
 from md3cli.scale.folder import open_run_folder
 from md3cli.scale.make_plan import make_plan
-from md3cli.source.source import SourceSpec, open_source
+from md3cli.source.source import open_source
 from stub_engine import StubModel
 requests = (Request(Task.CAPTION),)
 source = open_source(SourceSpec((sys.argv[1],)), requests)

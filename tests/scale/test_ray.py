@@ -23,7 +23,7 @@ import stub_scale
 from program import Program, clean_environment, isolate, make_pictures
 from stub_scale import FINDER
 
-from md3cli.config import DecodeOptions, ModelOptions, ScaleOptions
+from md3cli.config import DecodeOptions, ModelOptions, ScaleOptions, SourceSpec
 from md3cli.errors import EngineError, Md3Error, MissingExtraError
 from md3cli.records import Request, Task
 from md3cli.scale.folder import RunFolder, open_run_folder
@@ -34,7 +34,7 @@ from md3cli.scale.ray import GO_ON, STOP, RayDriver, ShardAnswer, ShardWorker, W
 from md3cli.scale.ray_cluster import Placement, _own_sigterm, check_installed, connected, place
 from md3cli.scale.shard_runner import ShardRunner
 from md3cli.scale.workers import ShardQueue
-from md3cli.source.source import SourceSpec, open_source
+from md3cli.source.source import open_source
 
 TESTS = Path(__file__).parents[1]
 SCENES = TESTS.parent / "examples" / "scenes"

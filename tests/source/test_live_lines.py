@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from program import isolate, make_pictures, records_of, start
 
+from md3cli.config import SourceSpec
 from md3cli.records import Request, Task
 from md3cli.source.manifest import LiveLines
-from md3cli.source.source import SourceSpec, open_source
+from md3cli.source.source import open_source
 
 SOON_S = 60  # of a process that starts meanwhile; the machine may be busy
 

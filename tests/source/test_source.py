@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from md3cli.config import SourceSpec
 from md3cli.errors import InputError, MissingExtraError, UsageError
 from md3cli.records import Request, SourceRow, Task
-from md3cli.source.source import Source, SourceSpec, image_item, open_source
+from md3cli.source.source import Source, image_item, open_source
 
 ASKED = (Request(Task.QUERY, "why?"), Request(Task.CAPTION))
 
