@@ -1,8 +1,7 @@
 """What a run would do, without doing it: `md3 estimate`, from a sample run through the real engine, and `--dry-run`.
 
 sample.py    counts the rows of INPUT, draws pictures evenly, and runs up to 16 of each number of crops, warm
-forecast.py  makes of both the time, tokens and bytes for all of INPUT, with a spread
-show.py      says the forecast as lines or one JSON object, with money
+forecast.py  makes of both the time, tokens and bytes for all of INPUT, with a spread, and says them with money
 
 A dry run counts images, requests, crops and bad files, and needs no model. Neither writes a file.
 """
@@ -21,9 +20,8 @@ from typing import Any
 from md3cli.config import ModelOptions, RunConfig, ScaleOptions
 from md3cli.console import RunConsole
 from md3cli.errors import ImageError, InputError
-from md3cli.estimate.forecast import forecast
+from md3cli.estimate.forecast import as_json, as_lines, forecast
 from md3cli.estimate.sample import count_and_draw, measure, open_drawn
-from md3cli.estimate.show import as_json, as_lines
 from md3cli.images.crops import PreparedImage
 from md3cli.run.feed import make_pool, rows_ahead
 from md3cli.run.model_handle import Model, crop_config_without_network

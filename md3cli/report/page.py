@@ -13,8 +13,7 @@ from typing import Any
 from md3cli.finished.run_json import RunInfo
 from md3cli.records import is_printable, printable
 from md3cli.report.items import Entry, Item
-from md3cli.report.plots import Plot, duration, short_number
-from md3cli.report.stats import RunStats
+from md3cli.report.plots import Plot, RunStats, duration, short_number
 
 NUM_COLOURS = 10
 MAX_LABEL_CHIPS = 60
