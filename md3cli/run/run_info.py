@@ -4,7 +4,7 @@ The document's keys: `schema`, `identity` (what must be equal for a resume), `ve
 that record images are relative to), `seal` (that this user's md3 wrote the root), `arguments` of the last start,
 `counts`, `stages` (seconds by stage, of all starts), `records` (size and SHA-256 of the records file when the run was
 last finished), `timeline` (seconds and records done, of all starts) and `starts` (when, where, how it ended). It is
-written whole by rename, so a reader never sees half of it. Nothing here knows how records are made.
+written whole by rename, so a reader never sees half of it. This file knows nothing of how records are made.
 
 An earlier run.json may have been written by anybody: whatever is not of the form that a run writes is compared leaf by
 leaf, and the difference is told in words. A timeline has a few hundred points at most, about evenly spaced: when there
@@ -60,13 +60,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def change(before: Any, now: Any) -> str:
-    """`0, now 0.3`; of long texts the places in which they differ."""
+    """Return `0, now 0.3`; of long texts only the places in which they differ."""
     before, now = _text(before), _text(now)
     return f"{_cut(before, [now])}, now {_cut(now, [before])}"
 
 
 def asked_otherwise(before: Sequence[str], now: Sequence[str]) -> str:
-    """`it has detect circle; you now ask detect star as well`, of the names of requests, which differ."""
+    """Return `it has detect circle; you now ask detect star as well`, of the names of requests, which differ."""
     more, less = list((Counter(now) - Counter(before)).elements()), list((Counter(before) - Counter(now)).elements())
     has = f"it has {_listed(before, now)}"
     if not more and not less:
@@ -91,7 +91,6 @@ def _are_requests(value: Any) -> TypeGuard[list[dict[str, Any]]]:
 
 
 def _of_requests(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which are asked otherwise, and with which settings."""
     names_before, names_now = [name_of(request) for request in before], [name_of(request) for request in now]
     found = [] if names_before == names_now else [asked_otherwise(names_before, names_now)]
     earlier = dict(zip(names_before, before, strict=True))
@@ -117,7 +116,7 @@ def _option(key: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as a person would write it."""
+    """Return a value as a person would write it."""
     if value is None or value == "" or value == []:
         return "none"
     if isinstance(value, bool):
@@ -128,7 +127,7 @@ def _text(value: Any) -> str:
 
 
 def _cut(text: str, others: Sequence[str]) -> str:
-    """`text`, or of a long one the part that tells it from `others`."""
+    """Return `text`, or of a long one the part that tells it from `others`."""
     if len(text) <= SHOWN_LIMIT_CHARS:
         return text
     start = max((_same_chars(text, other) for other in others if other != text), default=0) - SHOWN_BEFORE_CHARS
@@ -138,12 +137,11 @@ def _cut(text: str, others: Sequence[str]) -> str:
 
 
 def _same_chars(one: str, other: str) -> int:
-    """How many characters both begin with."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _listed(names: Sequence[str], others: Sequence[str]) -> str:
-    """`a, b and c`; of many the first few. Each is cut so that it differs from `others`, and from its neighbours."""
+    """Return `a, b and c`; of many the first few. Each is cut so that it differs from `others` and its neighbours."""
     if not names:
         return "what the rows of a manifest say"
     unlike = [*others[: 2 * MOST_REQUESTS_SHOWN], *names[: 2 * MOST_REQUESTS_SHOWN]]
@@ -167,7 +165,7 @@ class Timeline:
 
     @property
     def points(self) -> list[tuple[float, int]]:
-        """All points, the latest last."""
+        """A copy of all points, the latest last."""
         return list(self._points)
 
     def note(self, elapsed_s: float, num_done: int, *, is_last: bool = False) -> None:
@@ -211,7 +209,7 @@ class OutputPaths:
 
 
 def output_paths(output: Path, *, is_folder: bool, is_journal: bool) -> OutputPaths:
-    """Where a run's own files stand for OUTPUT.
+    """Return where a run's own files stand for OUTPUT.
 
     `is_folder`: OUTPUT is a run folder. `is_journal`: OUTPUT is the records file itself.
     """
@@ -225,18 +223,18 @@ def output_paths(output: Path, *, is_folder: bool, is_journal: bool) -> OutputPa
 
 
 def identity_of(requests: Sequence[Request], run: RunIdentity, root: str) -> dict[str, Any]:
-    """What two runs must share for the second to resume the first, as JSON."""
+    """Return what two runs must share for the second to resume the first, as JSON."""
     asked = [asdict(request) for request in requests]
     return _as_json({"ids": ID_SCHEME, "requests": asked, **asdict(run), "root": _exact(root)})
 
 
 def _exact(path: str) -> str:
-    """A path that must still open when it is read back; only bytes that are not UTF-8 are shown as escapes."""
+    """Return a path that still opens when it is read back; only bytes that are not UTF-8 become escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
-    """`value` as it comes back from a file: tuples are lists, task names are strings."""
+    """Return `value` as it comes back from a file: tuples are lists, task names are strings."""
     document: dict[str, Any] = json.loads(json.dumps(value))
     return document
 
@@ -285,7 +283,7 @@ class RunDocument:
         if "identity" in earlier:
             _refuse_other(shown or str(path), earlier["identity"], _as_json(identity))
         start = {
-            "started": _now(),
+            "started": utc_now(),
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "arguments": [printable(argument) for argument in arguments],
@@ -316,16 +314,16 @@ class RunDocument:
 
     @property
     def timeline(self) -> list[tuple[float, int]]:
-        """What earlier starts left: seconds and records done."""
+        """Points of earlier starts: seconds and records done."""
         return timeline_of({"timeline": [list(point) for point in self._document["timeline"]]})
 
     def note_records(self, digest: RecordsDigest) -> None:
-        """Keep what the records file is at the end of a run; `finish` writes it."""
+        """Keep the digest that the records file has at the end of a run; `finish` writes it."""
         self._document["records"] = asdict(digest)
 
     @property
     def has_records(self) -> bool:
-        """Whether it is kept what the records file was when the run was last finished."""
+        """Whether a digest of the records file is kept, of when the run was last finished."""
         return "records" in self._document
 
     def forget_records(self) -> None:
@@ -361,7 +359,7 @@ class RunDocument:
         self._document["stages"] = stages
         self._document["timeline"] = [list(point) for point in timeline]
         elapsed_s = round(time.monotonic() - self._started_at, 3)
-        ending = {"ended": _now(), "elapsed_s": elapsed_s, "exit_status": exit_status}
+        ending = {"ended": utc_now(), "elapsed_s": elapsed_s, "exit_status": exit_status}
         self._document["starts"][-1] |= {**ending, "batch_sizes": list(batch_sizes)}
         self._write()
 
@@ -382,7 +380,8 @@ class RunDocument:
             temp.write_text(text + "\n", encoding="utf-8")
 
 
-def _now() -> str:
+def utc_now() -> str:
+    """Return the time as 2026-11-27T07:49:51+00:00."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -406,20 +405,18 @@ def _refuse_other(shown: str, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _rename_hint(old: str, new: str) -> str:
-    """For a checkpoint that may only have been renamed.
-
-    Its name must count: the revision is of headers and sizes, so that two steps of one training share it.
-    """
+    """Return what to do about a checkpoint that may only have been renamed."""
+    # A name must count: the revision is of headers and sizes, so that two steps of one training share it.
     if old == new or old.rpartition("@")[2] != new.rpartition("@")[2]:
         return ""
     return f"If it is the same checkpoint, give it its earlier name, {printable(old.rpartition('@')[0])}. "
 
 
 def check_first_record(record: RecordDict, requests: Sequence[Request], run: RunIdentity) -> None:
-    """Whether records without a run.json can come from this command; `record` is any first one of them.
+    """Refuse records without a run.json that cannot come from this command; `record` is any first one of them.
 
-    Compared: the model, then for a command that names its requests (`requests` empty: a manifest
-    does) task and prompt, then all settings by the record's id.
+    Compares the model; then task and prompt, unless `requests` is empty because a manifest names them; then all
+    settings, by the record's id.
 
     Raises:
         OutputMismatchError: they cannot; names the difference.

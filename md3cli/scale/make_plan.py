@@ -21,9 +21,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -37,6 +35,7 @@ from md3cli.files import output_error
 from md3cli.records import Request, RunIdentity, SourceRow, printable
 from md3cli.remote.address import is_address, shown
 from md3cli.run.record_index import RequestIds
+from md3cli.run.run_info import utc_now
 from md3cli.scale.attempts import Clock, Signs, Teller
 from md3cli.scale.folder import MANIFEST, PLAN, REPEATS, RunFolder, host_name
 from md3cli.scale.plan import FINGERPRINT_KEY, PLAN_SCHEMA, Plan, RowColumns, columns_of, hash_of, read_plan, row_of
@@ -62,9 +61,7 @@ class PlannerMark:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._is_over.set()
         self._thread.join()
         self._folder.store.remove(PLANNER)
@@ -95,10 +92,9 @@ class Planner(NamedTuple):
     @classmethod
     def of(cls, mark: bytes) -> Planner:
         """Read a mark, which anybody may have written."""
-        try:
-            document: Any = json.loads(mark)
-        except (ValueError, RecursionError):
-            document = None
+        document: Any = {}
+        with contextlib.suppress(ValueError, RecursionError):
+            document = json.loads(mark)
         document = document if isinstance(document, dict) else {}
         pid, rank = document.get("pid"), document.get("rank")
         return cls(
@@ -109,7 +105,7 @@ class Planner(NamedTuple):
 
     @property
     def is_dead(self) -> bool:
-        """Whether its process is known to be gone; of another machine's nobody knows."""
+        """Whether its process is known to be gone; on another machine nobody knows."""
         return self.host == host_name() and self.pid > 0 and not is_alive(self.pid)
 
     def __str__(self) -> str:
@@ -126,10 +122,10 @@ def wait_for_plan(
     clock: Clock = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Plan | None:
-    """Return what another rank plans, once it has; None where nobody does any more, and this rank is to.
+    """Wait for another rank's plan and return it; None where this rank has to make the plan.
 
     Says every 30 s who is waited for. A planner whose process on this machine is gone is given up at once, one
-    elsewhere after 20 s without a beat, and nobody is waited for 10 s.
+    elsewhere after 20 s without a beat. A rank that should begin and does not is waited for 10 s.
     """
     signs, teller = Signs(clock), Teller(say, clock=clock)
     turn_s = min(max(rank - 1, 0), MOST_TURNS) * TURN_S
@@ -170,7 +166,7 @@ class PlanOvertakenError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What is known of the rows once all are written; `suspects` are the hashes that came more than once, sorted."""
+    """The rows once all are written; `suspects` are the hashes that came more than once, sorted."""
 
     rows: int
     requests: int
@@ -180,7 +176,7 @@ class Manifest:
 
 
 def shard_size_for(num_rows: int) -> int:
-    """Rows a shard: enough shards to share out, each with enough rows to keep a batch full, never too many files."""
+    """Return rows a shard: enough shards to share out, enough rows to keep a batch full, and never too many files."""
     size = min(SHARD_ROWS, max(FEWEST_SHARD_ROWS, num_rows // WANTED_SHARDS))
     return max(size, -(-num_rows // MAX_SHARDS))
 
@@ -223,13 +219,13 @@ def make_plan(
         has_repeats=has_repeats,
         config_hash=hash_of(config),
         config=config,
-        made=f"{datetime.now(UTC).isoformat(timespec='seconds')} on {socket.gethostname()}",
+        made=f"{utc_now()} on {socket.gethostname()}",
         skipped=dict(skipped or {}),
     )
 
 
 def put_plan(folder: RunFolder, plan: Plan) -> Plan:
-    """Make `plan` the one that counts, unless one is there; returns the one that does."""
+    """Make `plan` the one that counts, unless one is there; return the one that counts."""
     data = json.dumps(asdict(plan), indent=1).encode()
     if folder.store.put_if_absent(PLAN, data):
         return plan
@@ -251,7 +247,7 @@ def _write_checked(
 def write_manifest(
     path: Path, rows: Iterable[SourceRow], requests: tuple[Request, ...], shard_size: int | None = None
 ) -> Manifest:
-    """Write `rows` to a Parquet file with a row group a shard."""
+    """Write `rows` to a Parquet file with one row group for each shard."""
     stream = iter(rows)
     if shard_size is None:
         head = list(itertools.islice(stream, SHARD_ROWS * WANTED_SHARDS))
@@ -261,7 +257,7 @@ def write_manifest(
     fingerprint, hashes, num_rows, has_secrets = Fingerprint(), array("q"), 0, False
     hashes_of_usual = tuple(map(hash, requests))
     with _seldom_collecting(), pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_statistics=False) as writer:
-        for group in _groups(stream, shard_size):
+        while group := list(itertools.islice(stream, shard_size)):
             columns = [columns_of(row, requests) for row in group]
             for row in group:
                 hashes.extend(_hashes_of(row, requests, hashes_of_usual))
@@ -276,13 +272,13 @@ def write_manifest(
 
 
 def _has_secret(row: SourceRow) -> bool:
-    """Whether the address of a row's picture is signed or holds a password."""
+    """Return whether the address of a row's picture is signed or holds a password."""
     return row.image is not None and is_address(row.image.path) and shown(row.image.path) != row.image.path
 
 
 @contextlib.contextmanager
 def _seldom_collecting() -> Iterator[None]:
-    """Look for garbage in circles seldom: rows have none, and looking takes 40 % of the time of a plan."""
+    # Rows have no circles, and looking for garbage in circles takes 40 % of the time of a plan.
     before = gc.get_threshold()
     gc.set_threshold(_ALLOCATIONS_A_COLLECTION, *before[1:])
     try:
@@ -291,13 +287,8 @@ def _seldom_collecting() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _groups(rows: Iterator[SourceRow], size: int) -> Iterator[list[SourceRow]]:
-    while group := list(itertools.islice(rows, size)):
-        yield group
-
-
 def _hashes_of(row: SourceRow, requests: tuple[Request, ...], usual: Sequence[int]) -> list[int]:
-    """8 bytes for each request of a row, equal where the request is; of this process alone."""
+    """Return 8 bytes for each request of a row, equal where the request is; they hold in this process alone."""
     asked = usual if row.requests is requests else map(hash, row.requests)
     return [hash((row.id_name, request_hash)) for request_hash in asked]
 
@@ -311,15 +302,12 @@ class Fingerprint:
     def note(self, columns: Sequence[RowColumns]) -> None:
         """Take more rows in."""
         images, paths, more = zip(*columns, strict=True)
-        self._note(0, b"".join(b"\1\0" if image is None else image.encode() + b"\0" for image in images))
-        self._note(1, b"".join(b"\1\0" if path is None else path + b"\0" for path in paths))
-        self._note(2, b"".join(b"\1\0" if text is None else text.encode() + b"\0" for text in more))
-
-    def _note(self, column: int, data: bytes) -> None:
-        self._digests[column].update(data)
+        self._digests[0].update(b"".join(b"\1\0" if image is None else image.encode() + b"\0" for image in images))
+        self._digests[1].update(b"".join(b"\1\0" if path is None else path + b"\0" for path in paths))
+        self._digests[2].update(b"".join(b"\1\0" if text is None else text.encode() + b"\0" for text in more))
 
     def hexdigest(self) -> str:
-        """32 hex digits."""
+        """Return 32 hex digits."""
         return hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest()[:32]
 
 
@@ -329,7 +317,7 @@ def _write_group(writer: pq.ParquetWriter, columns: Sequence[RowColumns]) -> Non
 
 
 def _regroup(path: Path, manifest: Manifest) -> Manifest:
-    """The manifest with fewer, larger row groups: that there are so many rows was not known before."""
+    """Rewrite the manifest with fewer, larger row groups: that there are so many rows was not known before."""
     size = SHARD_ROWS * -(-shard_size_for(manifest.rows) // SHARD_ROWS)
     old = path.with_name(path.name + ".small")
     path.rename(old)
@@ -348,7 +336,7 @@ def _regroup(path: Path, manifest: Manifest) -> Manifest:
 
 
 def _write_repeats(folder: RunFolder, manifest: Manifest, requests: tuple[Request, ...], identity: RunIdentity) -> bool:
-    """Find the requests that were asked before and write their k; whether there are any."""
+    """Find the requests that were asked before, write the k of each, and return whether there are any."""
     if not len(manifest.suspects):
         return False
     found = _repeats(folder, requests, RequestIds(identity), manifest.suspects)
@@ -363,7 +351,7 @@ def _write_repeats(folder: RunFolder, manifest: Manifest, requests: tuple[Reques
 
 
 def _twice(hashes: array[int]) -> NDArray[np.int64]:
-    """The values that occur more than once, sorted; `hashes` is sorted in place."""
+    """Return the values that occur more than once, sorted; `hashes` is sorted in place."""
     ordered = np.frombuffer(hashes, dtype=np.int64)
     ordered.sort()
     return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
@@ -372,7 +360,7 @@ def _twice(hashes: array[int]) -> NDArray[np.int64]:
 def _repeats(
     folder: RunFolder, requests: tuple[Request, ...], ids: RequestIds, suspects: NDArray[np.int64]
 ) -> Iterator[dict[str, int]]:
-    """Where the repeats are, in input order; memory is 21 bytes a suspect and some more for each repeat."""
+    """Yield where the repeats are, in input order; memory is 21 bytes a suspect and some more for each repeat."""
     number, usual = 0, tuple(map(hash, requests))
     with folder.store.open(MANIFEST) as file, pq.ParquetFile(file) as reader:
         for group in range(reader.num_row_groups):

@@ -16,7 +16,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from md3cli import __version__
 from md3cli.config import DecodeOptions, ModelOptions
 from md3cli.errors import InputError
 from md3cli.records import printable
-from md3cli.run.run_info import RunCounts
+from md3cli.run.run_info import RunCounts, utc_now
 from md3cli.scale.folder import (
     COMMITS,
     EXPORTED,
@@ -50,6 +49,7 @@ class RunOptions:
     decode: DecodeOptions
 
     def to_json(self) -> dict[str, Any]:
+        """Return the options as JSON, with a cache folder that is the same from any working folder."""
         model = asdict(self.model)
         model["cache_dir"] = None if self.model.cache_dir is None else os.path.abspath(self.model.cache_dir)
         return {"model": model, "decode": asdict(self.decode)}
@@ -90,23 +90,20 @@ def read_run_options(folder: RunFolder) -> RunOptions:
 
 
 class StartNote:
-    """A file of its own for every start, so that processes on many machines never write the same one."""
+    """What one start leaves in a file of its own, so that processes on many machines never write the same one."""
 
     def __init__(self, folder: RunFolder, facts: Mapping[str, Any]) -> None:
         self._folder, self._name = folder, f"{STARTS}/{new_attempt()}.json"
-        self._document = {"started": _now(), "host": host_name(), "pid": os.getpid(), **facts}
+        self._document = {"started": utc_now(), "host": host_name(), "pid": os.getpid(), **facts}
         self._put()
 
     def end(self, status: int, facts: Mapping[str, Any]) -> None:
-        self._document |= {"ended": _now(), "exit_status": status, **facts}
+        """Note with which exit status the start ended, and `facts` about what it did."""
+        self._document |= {"ended": utc_now(), "exit_status": status, **facts}
         self._put()
 
     def _put(self) -> None:
         self._folder.store.put(self._name, (json.dumps(self._document, indent=1) + "\n").encode())
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 _PART = re.compile(rf"{PARTS}/part-\d{{5,}}-[A-Za-z0-9-]+\.jsonl")
@@ -114,11 +111,11 @@ _PART = re.compile(rf"{PARTS}/part-\d{{5,}}-[A-Za-z0-9-]+\.jsonl")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """What a marker says: `part` has the records of `rows` rows, `ok` and `errors` of them by outcome.
+    """What a marker says: `part` has the records of `rows` rows; `ok` of them are good and `errors` failed.
 
-    `bytes` and `sha256` are the part's. Of the records `reused` were taken from journals of earlier attempts, with
-    `reused_errors` failures by type and all that is asked of `reused_images`.
-    `ended` is in seconds since 1970.
+    `bytes` and `sha256` are the part's. `reused` of the records came from journals of earlier attempts: with
+    `reused_errors` failures by type, and everything that is asked of `reused_images` images. `ended` is in seconds
+    since 1970.
     """
 
     part: str
