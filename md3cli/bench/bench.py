@@ -43,7 +43,7 @@ from md3cli.model.engine.encoder import EncodingCache
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import optimise
 from md3cli.model.engine.load import ONE_THREAD_BYTES, choose_device, choose_dtype, prepare_device
-from md3cli.model.engine.memory import is_out_of_memory, release, shortage
+from md3cli.model.engine.machine import is_out_of_memory, release, shortage
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights.hub import resolve_model
 from md3cli.model.weights.random_weights import CONFIGS, forbid_end, random_model

@@ -33,7 +33,7 @@ from md3cli.images.crops import ImageLimits, PreparedImage, prepare_image
 from md3cli.model.api import Moondream
 from md3cli.model.engine import plain
 from md3cli.model.engine.load import load_engine
-from md3cli.model.engine.memory import peak_rss
+from md3cli.model.engine.machine import peak_rss
 from md3cli.model.engine.prompts import Prompts
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.quant.quantise import QuantiseSettings, stored_bytes

@@ -28,7 +28,7 @@ from md3cli.model.engine import plain
 from md3cli.model.engine.encoder import EncodingCache, ImageEncoder
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import resident_tensors
-from md3cli.model.engine.memory import MemoryPlan, free_bytes, peak_rss, plan_cuda, reset_peak_rss
+from md3cli.model.engine.machine import MemoryPlan, free_bytes, peak_rss, plan_cuda, reset_peak_rss
 from md3cli.model.engine.prompts import Prompt
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights.random_weights import forbid_end

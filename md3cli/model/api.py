@@ -31,9 +31,8 @@ from md3cli.model.api_requests import (
     read_request,
     read_settings,
 )
-from md3cli.model.engine.answers import reasoning_result
 from md3cli.model.engine.engine import Engine
-from md3cli.model.engine.generation import EncodedImage, Generation
+from md3cli.model.engine.generation import EncodedImage, Generation, reasoning_result
 from md3cli.model.engine.load import load_engine
 from md3cli.records import Answer, ImageFacts, Job, RecordDict, Request, RowFailure, Task
 from md3cli.source.requests import check_request

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from md3cli.errors import ImageError, InputError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, prepare_image
 from md3cli.model.engine.load import make_engine
-from md3cli.model.engine.memory import MemoryPlan
+from md3cli.model.engine.machine import MemoryPlan
 from md3cli.model.engine.prompts import Tokenizer
 from md3cli.model.network.layers import ExpertMatrices, Linear
 from md3cli.model.network.moondream import Moondream3

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from md3cli.model.engine.load import prepare_device
-from md3cli.model.engine.memory import is_out_of_memory
+from md3cli.model.engine.machine import is_out_of_memory
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.weights.random_weights import CONFIGS
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from md3cli.model.engine.memory import free_bytes
+from md3cli.model.engine.machine import free_bytes
 
 from .child import Run
 from .timing import median_ms

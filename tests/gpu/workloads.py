@@ -12,7 +12,7 @@ from md3cli.bench.bench import busy_seconds, gpu_memory, gpu_workload, reset_gpu
 from md3cli.bench.runs import PHOTO, Workload, make_engine, make_images, make_jobs, time_run
 from md3cli.images.crops import PreparedImage
 from md3cli.model.engine.engine import Engine
-from md3cli.model.engine.memory import peak_rss, reset_peak_rss
+from md3cli.model.engine.machine import peak_rss, reset_peak_rss
 from md3cli.model.network.moondream import Moondream3
 
 from .child import Run

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from md3cli.model.engine.generation import Generation
-from md3cli.model.engine.host_block import send
 from md3cli.model.engine.kv_cache import KVCache, PromptStore
+from md3cli.model.engine.machine import send
 from md3cli.model.network.moondream import Moondream3
 
 

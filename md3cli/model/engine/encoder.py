@@ -28,8 +28,7 @@ from torch.nn import functional as F
 from md3cli.file_cache import FileCache
 from md3cli.images.crops import PREPROCESSING_VERSION, PreparedImage
 from md3cli.model.engine.generation import EncodedImage
-from md3cli.model.engine.host_block import milestone, send_staged, staging, start_download, upload
-from md3cli.model.engine.memory import cpu_threads
+from md3cli.model.engine.machine import cpu_threads, milestone, send_staged, staging, start_download, upload
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.vision import normalise_crops
 

@@ -7,7 +7,7 @@ free again. Rows of all tasks mix. An answer depends on its picture, its prompt 
 at one another.
 
 The device does everything in one order, on one stream. The host sends what an admission needs in one block
-(`host_block`) and reads back one small tensor an admission and one a step; nothing else waits. Knows nothing of files,
+(`machine`) and reads back one small tensor an admission and one a step; nothing else waits. Knows nothing of files,
 ids or records.
 """
 
@@ -26,12 +26,11 @@ from torch import Tensor
 
 from md3cli.errors import EngineError, RequestError
 from md3cli.images.crops import CropConfig
-from md3cli.model.engine.answers import build_answer
 from md3cli.model.engine.choices import ChoiceRow, choice_probabilities
 from md3cli.model.engine.encoder import AnyImage, ImageEncoder
-from md3cli.model.engine.generation import Generation
+from md3cli.model.engine.generation import Generation, build_answer
 from md3cli.model.engine.kv_cache import KVCache, SlotsTooLargeError, SlotTable
-from md3cli.model.engine.memory import is_out_of_memory, shortage
+from md3cli.model.engine.machine import is_out_of_memory, shortage
 from md3cli.model.engine.passes import Group, Passes, PromptInputs, embed_prompts
 from md3cli.model.engine.prompts import Prompts, Tokenizer
 from md3cli.model.engine.state import Event, Mode, Step, advance, idle_rows
@@ -61,7 +60,7 @@ class EngineStats:
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384, "mps": 4096}  # of one prefill pass, padding included
 # Positions behind the prefix that slots start with. A CUDA device's plan has no more room for compiled ones: with the
-# real model's prefix these are `memory.SLOT_POSITIONS`.
+# real model's prefix these are `machine.SLOT_POSITIONS`.
 EAGER_ROOM, COMPILED_ROOM = 32, 806
 IDLE_WAIT_S = 0.0005  # between two looks at a source that has nothing ready
 

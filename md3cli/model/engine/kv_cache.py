@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from md3cli.model.engine.generation import Generation
-from md3cli.model.engine.memory import is_out_of_memory, shortage
+from md3cli.model.engine.machine import is_out_of_memory, shortage
 from md3cli.model.network.config import HEAD_DIM, ModelConfig
 from md3cli.model.network.text import SlotStore
 

@@ -27,7 +27,7 @@ from md3cli.file_cache import FileCache
 from md3cli.model.engine.encoder import EncodingCache, ImageEncoder
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import optimise
-from md3cli.model.engine.memory import MemoryPlan, free_bytes, least_room, plan_memory
+from md3cli.model.engine.machine import MemoryPlan, free_bytes, least_room, plan_memory
 from md3cli.model.engine.prompts import Prompts, Tokenizer
 from md3cli.model.kernels.availability import (
     cuda_fault,

@@ -1,7 +1,7 @@
 """The engine's forward passes: pictures' prefixes, prompts, one decode step.
 
 Three functions of tensors do the work and can be compiled: `run_prefixes`, `run_prompts`, `decode_step`. `Passes`
-prepares their inputs and sends all that a batch of prompts needs to the device at once (`host_block`). Eager passes
+prepares their inputs and sends all that a batch of prompts needs to the device at once (`machine`). Eager passes
 take the sizes as they come; compiled ones pad rows and lengths to a few fixed sizes, so that after each size was seen
 once nothing is compiled again. Padding repeats a row that is there anyway or writes where nothing has been attended to
 yet, so it changes no answer. Which generation goes into which slot is the engine's business.
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from md3cli.model.engine.generation import Generation
-from md3cli.model.engine.host_block import send
 from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore, round_up
+from md3cli.model.engine.machine import send
 from md3cli.model.engine.state import Mode, Rows, Step, advance
 from md3cli.model.kernels.tiles import PassKind
 from md3cli.model.network.moondream import Moondream3

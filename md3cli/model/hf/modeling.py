@@ -29,7 +29,7 @@ from md3cli.errors import CheckpointError, EngineError, RequestError
 from md3cli.model.api import Moondream, Skills
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.load import make_engine
-from md3cli.model.engine.memory import plan_memory
+from md3cli.model.engine.machine import plan_memory
 from md3cli.model.engine.prompts import Tokenizer
 from md3cli.model.hf.config import Moondream3Config
 from md3cli.model.hf.generate import GenerationMethods, default_generation_config

@@ -15,7 +15,7 @@ from md3cli.errors import EngineError
 from md3cli.images.crops import Tiling
 from md3cli.model.engine import choices as choices_module
 from md3cli.model.engine import engine as engine_module
-from md3cli.model.engine import memory
+from md3cli.model.engine import machine
 from md3cli.model.engine.engine import Engine, Sizes
 from md3cli.model.engine.generation import EncodedImage
 from md3cli.model.engine.kv_cache import KVCache
@@ -453,4 +453,4 @@ def test_compiling_lets_go_of_the_slots_before_it_makes_others() -> None:
 
 
 def test_compiled_slots_are_no_larger_than_a_device_is_planned_for() -> None:
-    assert ModelConfig().prefix_len + engine_module.COMPILED_ROOM == memory.SLOT_POSITIONS
+    assert ModelConfig().prefix_len + engine_module.COMPILED_ROOM == machine.SLOT_POSITIONS

@@ -28,7 +28,7 @@ from md3cli.model.engine.load import (
     warn_of_another_base,
     weight_bytes,
 )
-from md3cli.model.engine.memory import MemoryPlan, least_room
+from md3cli.model.engine.machine import MemoryPlan, least_room
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.quant.layers import low_bit_matrices
 from md3cli.model.weights.formats import Format

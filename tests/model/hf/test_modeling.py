@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from md3cli.errors import RequestError
 from md3cli.model.engine import plain
-from md3cli.model.engine.memory import MemoryPlan
+from md3cli.model.engine.machine import MemoryPlan
 from md3cli.model.hf import modeling
 from md3cli.records import Task
 

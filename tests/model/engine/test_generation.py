@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from md3cli.model.engine.answers import parse_path
+from md3cli.model.engine.generation import parse_path
 from md3cli.model.engine.prompts import Tokenizer
 
 GOLDEN = Path(__file__).parents[2] / "golden"
