@@ -93,10 +93,6 @@ class PicturePool:
         self._turns = _Turns()
         self._has_warned = False
         self._fetching = fetching or FetchOptions(limits.max_file_size)
-        self._budget = ByteBudget(AHEAD_BYTES)
-        self._cells = CellReader(open_regular)
-        self._fetch_threads = ThreadPoolExecutor(NUM_FETCHERS, "fetch")
-        self._cell_thread = ThreadPoolExecutor(1, "cells")
 
     def __enter__(self) -> Self:
         return self
@@ -111,19 +107,15 @@ class PicturePool:
         can be started, which ends the run.
         """
         if data is None and item.row_group is not None:
-            return self._decode_after(self._read_cell, item, self._cell_thread)
+            return self._decode_after(self._loader.read_cell, item, self._loader.cell_thread)
         if data is None and is_address(item.path):
-            return self._decode_after(self._fetcher.fetch, item, self._fetch_threads)
+            return self._decode_after(self._loader.fetcher.fetch, item, self._loader.fetch_threads)
         return self._decode(item, data)
 
     def close(self) -> None:
         """End the workers at once, and cancel what was not finished; a second call does no harm."""
-        self._budget.close()
-        if "_fetcher" in vars(self):  # something was fetched
-            self._fetcher.close()
-        self._fetch_threads.shutdown(wait=False, cancel_futures=True)  # a store without asyncio may keep one waiting
-        self._cell_thread.shutdown(cancel_futures=True)
-        self._cells.close()
+        if "_loader" in vars(self):  # something was loaded
+            self._loader.close()
         with self._lock:
             self._is_closed = True
             workers = list(self._workers)
@@ -142,15 +134,8 @@ class PicturePool:
     # -- loading -------------------------------------------------------------------------------------
 
     @cached_property
-    def _fetcher(self) -> Fetcher:
-        from md3cli.remote.reader import Fetcher  # needs the extra `remote`
-
-        return Fetcher(self._fetching, self._budget)
-
-    def _read_cell(self, item: ImageItem, number: int) -> bytes:
-        data = self._cells.read(item, self._fetching.limit_bytes)
-        self._budget.take(number, len(data))
-        return data
+    def _loader(self) -> _Loader:
+        return _Loader(self._fetching)
 
     def _decode_after(
         self, load: Callable[[ImageItem, int], bytes], item: ImageItem, threads: ThreadPoolExecutor
@@ -163,14 +148,15 @@ class PicturePool:
     def _load_and_decode(
         self, load: Callable[[ImageItem, int], bytes], item: ImageItem, done: Future[PreparedImage]
     ) -> None:
-        number = self._budget.open()
+        budget = self._loader.budget
+        number = budget.open()
         with contextlib.ExitStack() as undo:
-            undo.callback(self._budget.give_back, number)
+            undo.callback(budget.give_back, number)
             decoding = self._decode(item, load(item, number))
             undo.pop_all()
 
         def pass_on(decoded: Future[PreparedImage]) -> None:
-            self._budget.give_back(number)
+            budget.give_back(number)
             if not _pass_failure(decoded, done):
                 done.set_result(decoded.result())
 
@@ -260,6 +246,38 @@ def _pass_failure(ended: Future[Any], done: Future[PreparedImage]) -> bool:
     elif error is not None:
         done.set_exception(error)
     return done.done()
+
+
+class _Loader:
+    """Loads the bytes of pictures that no worker can open: remote ones, and those inside Parquet files."""
+
+    def __init__(self, options: FetchOptions) -> None:
+        self._options = options
+        self._cells = CellReader(open_regular)
+        self.budget = ByteBudget(AHEAD_BYTES)
+        self.fetch_threads = ThreadPoolExecutor(NUM_FETCHERS, "fetch")
+        self.cell_thread = ThreadPoolExecutor(1, "cells")
+
+    @cached_property
+    def fetcher(self) -> Fetcher:
+        from md3cli.remote.reader import Fetcher  # needs the extra `remote`
+
+        return Fetcher(self._options, self.budget)
+
+    def read_cell(self, item: ImageItem, number: int) -> bytes:
+        """Return the bytes of a picture inside a Parquet file, taken from the budget under `number`."""
+        data = self._cells.read(item, self._options.limit_bytes)
+        self.budget.take(number, len(data))
+        return data
+
+    def close(self) -> None:
+        """Cancel what is under way."""
+        self.budget.close()
+        if "fetcher" in vars(self):
+            self.fetcher.close()
+        self.fetch_threads.shutdown(wait=False, cancel_futures=True)  # a store without asyncio may keep one waiting
+        self.cell_thread.shutdown(cancel_futures=True)
+        self._cells.close()
 
 
 class _Turns:
