@@ -15,9 +15,8 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
-from md3cli.finished.failures import Failure
 from md3cli.records import RecordDict, is_printable, printable
 
 if TYPE_CHECKING:
@@ -130,6 +129,14 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Failure(NamedTuple):
+    """A picture (the prompt, where there is none) and why there is no answer; as the record has them."""
+
+    name: str
+    type: str
+    message: str
 
 
 @dataclass(slots=True)

@@ -1,21 +1,57 @@
-"""How a run ends, in one process or in many: its exit status, its summary, and the command that goes on.
+"""How a run ends, in one process or in many: its exit status, its summary, and the commands that a user may want next.
 
-Knows counts and the command line, and nothing of where the records lie or how they came there.
+Knows counts, records and the command line, and nothing of where the records lie or how they came there.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from md3cli.config import RunConfig
-from md3cli.console import RunConsole, Summary
-from md3cli.finished.failures import command_for_all
-from md3cli.records import RETRYABLE
+from md3cli.console import Failure, RunConsole, Summary
+from md3cli.records import OK_TAIL, RETRYABLE
 from md3cli.run.output import OutputPlan
 from md3cli.run.run_info import RunCounts
 from md3cli.source.source import empty_words
 
 STATUS_FAILED_RECORDS = 3
+MOST_FAILURES_NAMED = 5
+
+
+class NamedFailures:
+    """Collects the first `MOST_FAILURES_NAMED` different failures of the records it is shown."""
+
+    def __init__(self) -> None:
+        self.found: list[Failure] = []
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.found) >= MOST_FAILURES_NAMED
+
+    def note(self, record: Mapping[str, Any]) -> None:
+        """Take `record` in, where it failed; several requests of one picture that fail alike are one failure."""
+        if self.is_full or not record["error"]:
+            return
+        name = record["image"] if record["image"] is not None else record["prompt"] or "-"
+        failure = Failure(str(name), str(record["error"]["type"]), str(record["error"]["message"]))
+        if failure not in self.found:
+            self.found.append(failure)
+
+    def note_lines(self, lines: Iterable[bytes]) -> None:
+        """Take in the records of a records file, as far as it takes; lines that are no records are passed over."""
+        for line in lines:
+            if self.is_full:
+                return
+            if not line.endswith(OK_TAIL):
+                try:
+                    self.note(json.loads(line))
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    continue
 
 
 def exit_status(config: RunConfig, counts: RunCounts) -> int:
@@ -36,7 +72,7 @@ def summarize(
     if plan.files is not None and plan.stdout is None:
         summary.next_command = _next_command(config, plan, counts)
         if config.output.address is None:  # grep reads no bucket
-            summary.failures_command = command_for_all(plan.files.journal)
+            summary.failures_command = _command_for_all(plan.files.journal)
     if is_empty:
         console.warn(empty_words(config.source))
     console.summarize(summary)
@@ -61,3 +97,10 @@ def tell_how_to_resume(config: RunConfig, console: RunConsole, reason: str, num_
 def _resuming(config: RunConfig) -> list[str]:
     """Return the command that goes on where this one stopped."""
     return [argument for argument in config.argv if argument != "--overwrite"]
+
+
+def _command_for_all(records: Path) -> str:
+    """Return the command that prints every failed record of a records file of ours, whose last key is `error`."""
+    if os.name == "nt":
+        return f'findstr /v /e /l /c:"\\"error\\":null}}" "{records}"'
+    return shlex.join(["grep", "-v", '"error":null}$', str(records)])

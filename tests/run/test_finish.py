@@ -11,8 +11,8 @@ import pytest
 from program import Program, isolate, make_pictures, records_of
 from rich.cells import cell_len
 
-from md3cli.console import Summary, summary_lines
-from md3cli.finished.failures import Failure, NamedFailures
+from md3cli.console import Failure, Summary, summary_lines
+from md3cli.run.finish import NamedFailures
 
 WAYS = {"one process": ("-o", "out.jsonl"), "a run folder": ("-o", "out", "--shard-size", "2")}
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
