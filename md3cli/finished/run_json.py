@@ -1,26 +1,23 @@
-"""A run on disk, read back: where its records are and what its run.json says.
+"""A finished or an interrupted run read back: where its records are, what its run.json says, and whether to believe it.
 
-For everything that works from finished records (`md3 export`, `report`, `eval`): no model, no
-torch. Reads only; run_info.py is what writes. A key that is missing or of another shape is as good
-as none: records may come from elsewhere.
+The folder may come from a stranger, from an editor or from a failing disk: a value that is missing or of another type
+is as good as absent, and nothing is read without a limit. run/run_info.py writes what is read here.
 
-Whether a run.json was written by this user's own md3, or only says so.
+What the folder of the pictures opens, or writes, is the user's own disk. So a run seals that root with a key that never
+leaves the user's cache folder, and a root without its seal is only a claim. What a claim may do is not known here.
 
-A run folder may come from a stranger, and its run.json names the folder that the pictures are in. What
-that opens, or writes, is the user's own disk; so a run seals the root with a key that never leaves the
-user's cache folder, and a root without its seal is only a claim. Knows nothing of what a claim may do.
-
-What an earlier start left in run.json, read back: each value of its type, or as good as absent.
-
-The file may come from a stranger, from an editor or from a failing disk. Nothing here writes.
+The records' size and SHA-256 at the end of a run tell a change inside a value, which leaves a whole record. A start
+that goes on appends: what was there when the run was finished before is still the beginning of the file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,8 +28,15 @@ from md3cli.errors import InputError, OutputMismatchError
 from md3cli.records import printable
 from md3cli.settings import user_cache_dir
 
+RECORDS_NAME = "records.jsonl"
+SIZE_LIMIT_BYTES = 64 * 2**20  # of a run.json
 KEY_NAME = "own-runs.key"
 _KEY_BYTES = 32
+_DEPTH_LIMIT = 20  # a manifest's requests are nested four deep
+_STAGES_LIMIT = 100
+_POINTS_LIMIT = 10_000
+_BLOCK_BYTES = 1 << 20
+_FINISHED = (0, 3)
 
 
 def seal_of(root: str) -> str | None:
@@ -72,12 +76,6 @@ def _make(path: Path) -> None:
         return
     with open(descriptor, "wb") as file:
         file.write(secrets.token_bytes(_KEY_BYTES))
-
-
-SIZE_LIMIT_BYTES = 1 << 26
-_DEPTH_LIMIT = 20  # a manifest's requests are nested four deep
-_STAGES_LIMIT = 100
-_POINTS_LIMIT = 10_000
 
 
 def read_facts(path: Path, schema: str) -> dict[str, Any]:
@@ -169,10 +167,6 @@ def counts_of(document: dict[str, Any]) -> dict[str, Any] | None:
     return counts if all(_number(value) is not None for value in values) else None
 
 
-RECORDS_NAME = "records.jsonl"
-RUN_INFO_LIMIT_BYTES = 64 * 2**20
-
-
 def find_records(path: Path) -> Path:
     """The records file that `path` names: itself, the one inside a run folder, or the journal beside a document.
 
@@ -247,7 +241,7 @@ def load_run_info(records_path: Path) -> RunInfo:
         if path.is_file():
             try:
                 with path.open("rb") as file:
-                    document = json.loads(file.read(RUN_INFO_LIMIT_BYTES))  # of a longer one half is no JSON
+                    document = json.loads(file.read(SIZE_LIMIT_BYTES))  # of a longer one half is no JSON
             except OSError as error:
                 raise InputError(f"cannot read {printable(str(path))}: {error.strerror or error}") from error
             except (ValueError, RecursionError) as error:
@@ -267,3 +261,63 @@ def run_info_paths(records_path: Path) -> Iterator[Path]:
     yield records_path.with_name("run.json" if name == RECORDS_NAME else f"{name}.run.json")
     if name.endswith(f".{RECORDS_NAME}"):
         yield records_path.with_name(name.removesuffix(f".{RECORDS_NAME}") + ".run.json")
+
+
+@dataclass(frozen=True, slots=True)
+class RecordsDigest:
+    """What a finished run left; `bytes` is the size of its records file."""
+
+    bytes: int
+    sha256: str
+
+
+def digest_of_file(path: Path, limit: int | None = None) -> RecordsDigest:
+    """Read a records file, or its first `limit` bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest, num_bytes = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES if limit is None else min(_BLOCK_BYTES, limit - num_bytes)):
+            digest.update(block)
+            num_bytes += len(block)
+    return RecordsDigest(num_bytes, digest.hexdigest())
+
+
+def kept_digest(document: dict[str, Any]) -> RecordsDigest | None:
+    """Return what run.json says; None where it says nothing, or nothing sensible."""
+    kept = document.get("records")
+    if not isinstance(kept, dict):
+        return None
+    size, sha256 = kept.get("bytes"), kept.get("sha256")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63:
+        return None
+    if not isinstance(sha256, str) or re.fullmatch("[0-9a-f]{64}", sha256) is None:
+        return None
+    return RecordsDigest(size, sha256)
+
+
+def is_finished(document: dict[str, Any]) -> bool:
+    """Return whether the last start that run.json tells of came to the end of its work."""
+    starts = document.get("starts")
+    last = starts[-1] if isinstance(starts, list) and starts else None
+    status = last.get("exit_status") if isinstance(last, dict) else None
+    return isinstance(status, int) and status in _FINISHED
+
+
+def change_since(document: dict[str, Any], records: Path) -> str | None:
+    """Return in words how a records file is not what its finished run left; None where nothing is known of a change.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    kept = kept_digest(document)
+    if kept is None:
+        return None
+    size = os.stat(records).st_size
+    if size < kept.bytes or (size > kept.bytes and is_finished(document)):
+        return f"it had {kept.bytes:,} bytes when the run was finished and has {size:,}"
+    if digest_of_file(records, kept.bytes) != kept:
+        return "its bytes are not those of when the run was finished"
+    return None

@@ -24,8 +24,9 @@ from typing import Literal
 
 from md3cli.errors import OutputError, OutputMismatchError
 from md3cli.files import OutputLock, output_error, remove_stale_temps
-from md3cli.finished.digest import RecordsDigest, digest_of, digest_of_file
+from md3cli.finished.digest import digest_of
 from md3cli.finished.record_shape import is_record_of, read_json, read_record
+from md3cli.finished.run_json import RecordsDigest, digest_of_file
 from md3cli.records import SCHEMA, RecordDict, Request, SourceRow, printable
 from md3cli.run.damage import DamagedLines, keep_damaged
 from md3cli.run.journal_scan import HEAD, LineIndex, copy_spans, first_record, order_of, scan_journal

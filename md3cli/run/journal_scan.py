@@ -20,9 +20,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from md3cli.errors import InputError
-from md3cli.finished.digest import DIGEST_BYTES, change_since, is_finished, kept_digest
+from md3cli.finished.digest import DIGEST_BYTES
 from md3cli.finished.record_shape import WHOLE_LINES, read_json, read_record
-from md3cli.finished.run_json import counts_of, load_run_info
+from md3cli.finished.run_json import change_since, counts_of, is_finished, kept_digest, load_run_info
 from md3cli.records import OK_TAIL, SCHEMA, RecordDict, printable
 from md3cli.run.damage import DamagedLines
 from md3cli.run.log import LINE_LIMIT_BYTES

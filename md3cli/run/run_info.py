@@ -28,8 +28,16 @@ from typing import Any, TypeGuard
 
 from md3cli.errors import OutputMismatchError
 from md3cli.files import atomic_publish
-from md3cli.finished.digest import RecordsDigest, kept_digest
-from md3cli.finished.run_json import counts_of, read_facts, seal_of, stages_of, starts_of, timeline_of
+from md3cli.finished.run_json import (
+    RecordsDigest,
+    counts_of,
+    kept_digest,
+    read_facts,
+    seal_of,
+    stages_of,
+    starts_of,
+    timeline_of,
+)
 from md3cli.records import ID_SCHEME, RecordDict, Request, RunIdentity, Task, id_name, printable, request_id
 
 SHOWN_LIMIT_CHARS = 60

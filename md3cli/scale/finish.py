@@ -18,7 +18,7 @@ from md3cli.console import Failure, Summary
 from md3cli.console import clock as duration
 from md3cli.errors import DamagedPartError, OutputHeldError
 from md3cli.files import OutputLock, atomic_publish, output_error
-from md3cli.finished.digest import RecordsDigest
+from md3cli.finished.run_json import RecordsDigest
 from md3cli.records import OK_TAIL, printable
 from md3cli.run.finish import NamedFailures, exit_status, summarize, tell_how_to_resume
 from md3cli.run.order import WAITING_SUFFIX
