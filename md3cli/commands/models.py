@@ -95,8 +95,8 @@ def convert(
     to: Annotated[Literal["original", "raw", "hf"], typer.Option("--to", help="The layout to write.")],
 ) -> None:
     """Write a checkpoint in another layout, tensor by tensor, and compare the copy with the source."""
-    from md3cli.model.weights.formats import Format
     from md3cli.model.weights.hub import present_path
+    from md3cli.model.weights.names import Format
     from md3cli.model.weights.write import convert_checkpoint
 
     with moving_bar("writing") as advance:

@@ -19,9 +19,8 @@ from md3cli.errors import CheckpointError
 from md3cli.model.engine.prompts import Tokenizer, templates_of
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.weights.files import CHECKSUMS_NAME, checkpoint_revision, read_checksums
-from md3cli.model.weights.formats import Format
 from md3cli.model.weights.hub import shown_name, terms_of
-from md3cli.model.weights.names import Part, Recipe, Slot, part_of
+from md3cli.model.weights.names import Format, Part, Recipe, Slot, part_of
 from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from md3cli import Moondream, model_path
 from md3cli.config import ModelOptions
 from md3cli.model.engine.load import load_engine
-from md3cli.model.weights.formats import Format
+from md3cli.model.weights.names import Format
 from md3cli.model.weights.write import convert_checkpoint
 
 SCENES = Path(__file__).parents[2] / "examples" / "scenes"

@@ -1,7 +1,7 @@
 """`Moondream3Config`: a network's sizes as transformers keeps them, and which of its parts a LoRA adapts.
 
 The four sections of a config.json stand under `config`, as in the original's files. A file may have any layout (see
-`formats.normalise_config`); this one is kept and written. Knows no weights, only their names.
+`plan.normalise_config`); this one is kept and written. Knows no weights, only their names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from md3cli.errors import ConfigError
 from md3cli.model.network.config import ModelConfig
-from md3cli.model.weights.formats import SECTIONS, normalise_config
+from md3cli.model.weights.plan import SECTIONS, normalise_config
 
 IMAGE_TOKEN_ID = 8  # stands where an image's embeddings go; no prompt contains it (specification, section 3)
 PAD_TOKEN_ID = 10  # reserved; not the end of text, or collators would hide that from the loss

@@ -47,8 +47,8 @@ from md3cli.model.network.loss import IGNORE, batch_loss
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights.adapters import PEFT_CONFIG, base_of, check_start
 from md3cli.model.weights.files import TOKENIZER_NAME, read_json
-from md3cli.model.weights.formats import Format
 from md3cli.model.weights.hub import fetch_model, model_path, repo_of, resolve_model
+from md3cli.model.weights.names import Format
 from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
 from md3cli.model.weights.read import CheckpointReader, stored_dtype
 from md3cli.model.weights.write import write_checkpoint

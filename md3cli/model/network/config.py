@@ -1,7 +1,7 @@
 """The sizes of a Moondream 3 network, read from config.json (Moondream 3 specification, section 2).
 
 Frozen dataclasses whose field names are the file's own. `ModelConfig.from_sections` takes the four sections `text
-vision region tokenizer`; `formats.normalise_config` brings other layouts of the file to that form. Every number is
+vision region tokenizer`; `plan.normalise_config` brings other layouts of the file to that form. Every number is
 checked against a closed range before anything is allocated from it: a config.json is input like any other. No torch.
 """
 

@@ -20,8 +20,7 @@ from md3cli.errors import CheckpointError
 from md3cli.model.quant.search import search
 from md3cli.model.weights.codes import LowBit, QuantisedWeight, quantise_int4
 from md3cli.model.weights.files import checkpoint_revision
-from md3cli.model.weights.formats import INT8_SCALE, Format
-from md3cli.model.weights.names import Slot, is_int8_vision, is_portable, slots
+from md3cli.model.weights.names import INT8_SCALE, Format, Slot, is_int8_vision, is_portable, slots
 from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
 from md3cli.model.weights.read import SCHEMES, CheckpointReader, assemble, read_quantised, stored_dtype
 from md3cli.model.weights.write import DTYPE_CODES, Progress, StoredDtypes, lay_out, write_checkpoint

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from md3cli.errors import CheckpointError
-from md3cli.model.weights.formats import JsonObject, plain_name
+from md3cli.model.weights.names import plain_name
 
+JsonObject = dict[str, Any]
 HEADER_LIMIT_BYTES = 10_000_000  # the real model's largest header is under 1 MB
 DTYPE_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),

@@ -4,7 +4,7 @@ Canonical names are the original checkpoint's without the leading `model.`, and 
 `Moondream3.state_dict()`. They and their shapes follow from the configuration alone, so a file's header can be
 judged before a byte of its data is mapped. A `Slot` is one canonical tensor with its recipe: the stored tensors it is
 made of and the way they are put together. Reading follows the recipe forwards, writing backwards (`read.py`).
-All names here are plain: without `model.` (`formats.plain_name`); `stored_name` puts it back. No torch, no files.
+All names here are plain: without `model.` (`plain_name`); `stored_name` puts it back. No torch, no files.
 Source: Moondream 3 specification, sections 1 and 19.
 """
 
@@ -18,7 +18,6 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from md3cli.errors import CheckpointError
-from md3cli.model.weights.formats import INT8_SCALE, Format
 
 if TYPE_CHECKING:
     from md3cli.model.network.config import ModelConfig, RegionConfig, TextConfig, VisionConfig
@@ -26,6 +25,23 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 _Entries = Iterator[tuple[str, Shape]]
+
+
+class Format(StrEnum):
+    """A checkpoint layout, by the name the user sees."""
+
+    ORIGINAL = "original"
+    ORIGINAL_FP8 = "original-fp8"
+    RAW = "raw"
+    RAW_FP8 = "raw-fp8"
+    HF = "hf"
+    INT4 = "int4"
+    INT8 = "int8"
+
+    @property
+    def has_fp8_experts(self) -> bool:
+        """True where experts are in 8 bits with one scale per row."""
+        return self in (Format.ORIGINAL_FP8, Format.RAW_FP8)
 
 
 class Part(StrEnum):
@@ -142,6 +158,7 @@ def part_of(name: str, shape: Shape) -> Part:
     return Part.NORMS_HEAD
 
 
+INT8_SCALE = "_scale"  # behind the name of a matrix stored in int8: `X.weight_scale`, as compressed-tensors has it
 INT4_GROUP = 128  # the original scheme knows no other
 FLOATS = frozenset({"BF16", "F16", "F32"})
 FP8 = frozenset({"F8_E4M3"})
@@ -403,6 +420,11 @@ def is_ignorable(plain: str) -> bool:
 def has_region_ln(present: Collection[str]) -> bool:
     """Return True where a file with these plain names brings the region heads' LayerNorm, in either naming."""
     return any(name in present or _RAW_NAMES[name] in present for name in REGION_LN)
+
+
+def plain_name(stored: str) -> str:
+    """Remove what carries no meaning from a stored name: a compiler's `._orig_mod`, the leading `model.`."""
+    return stored.replace("._orig_mod.", ".").removeprefix("_orig_mod.").removeprefix("model.")
 
 
 def stored_name(plain: str, layout: Format) -> str:

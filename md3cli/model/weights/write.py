@@ -36,12 +36,13 @@ from md3cli.model.weights.files import (
     DTYPE_BYTES,
     TOKENIZER_NAME,
     WEIGHTS_NAME,
+    JsonObject,
     misfit,
 )
-from md3cli.model.weights.formats import Format, JsonObject, hf_config
 from md3cli.model.weights.names import (
     INT4_GROUP,
     REGION_LN,
+    Format,
     Recipe,
     Shape,
     Slot,
@@ -50,7 +51,7 @@ from md3cli.model.weights.names import (
     slots,
     stored_name,
 )
-from md3cli.model.weights.plan import INT8_WEIGHTS, QUANT_METHOD, CheckpointPlan, plan_checkpoint
+from md3cli.model.weights.plan import INT8_WEIGHTS, QUANT_METHOD, CheckpointPlan, hf_config, plan_checkpoint
 from md3cli.model.weights.read import TORCH_DTYPES, CheckpointReader, disassemble, stored_dtype
 from md3cli.system import drop_cache, locked_folder, sync_folder
 

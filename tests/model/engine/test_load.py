@@ -31,9 +31,8 @@ from md3cli.model.engine.load import (
 from md3cli.model.engine.machine import MemoryPlan, least_room
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.quant.layers import low_bit_matrices
-from md3cli.model.weights.formats import Format
 from md3cli.model.weights.hub import model_path
-from md3cli.model.weights.names import expected_tensors, slots
+from md3cli.model.weights.names import Format, expected_tensors, slots
 from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
 
 CPU, CUDA, BF16 = torch.device("cpu"), torch.device("cuda", 0), torch.bfloat16

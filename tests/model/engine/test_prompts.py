@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from md3cli.errors import CheckpointError, RequestError
 from md3cli.model.engine.prompts import Prompt, Prompts, Tokenizer, read_spatial_ref
 from md3cli.model.network.config import SEGMENT_TEMPLATE, ModelConfig
-from md3cli.model.weights.formats import normalise_config
+from md3cli.model.weights.plan import normalise_config
 from md3cli.records import Request, Task
 
 GOLDEN = Path(__file__).parents[2] / "golden"

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from md3cli import Moondream
 from md3cli.errors import CheckpointError, EngineError
 from md3cli.model.hf import Moondream3Config, Moondream3ForConditionalGeneration, Moondream3Processor
-from md3cli.model.weights.formats import Format
+from md3cli.model.weights.names import Format
 from md3cli.model.weights.plan import plan_checkpoint
 
 

@@ -24,9 +24,8 @@ from md3cli.model.quant import quantise as module
 from md3cli.model.quant.quantise import QuantiseSettings, quantise_checkpoint
 from md3cli.model.weights import write
 from md3cli.model.weights.codes import LowBit, quantise
-from md3cli.model.weights.formats import Format
 from md3cli.model.weights.hub import model_path
-from md3cli.model.weights.names import Recipe, is_int8_vision, is_portable
+from md3cli.model.weights.names import Format, Recipe, is_int8_vision, is_portable
 from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
 from md3cli.model.weights.read import CheckpointReader, load_model, read_quantised
 

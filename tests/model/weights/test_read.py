@@ -29,8 +29,7 @@ from md3cli.errors import CheckpointError
 from md3cli.model.inspect import inspect_checkpoint
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.moondream import Moondream3
-from md3cli.model.weights.formats import Format
-from md3cli.model.weights.names import expected_tensors
+from md3cli.model.weights.names import Format, expected_tensors
 from md3cli.model.weights.plan import plan_checkpoint
 from md3cli.model.weights.read import CheckpointReader, load_model, stored_dtype
 

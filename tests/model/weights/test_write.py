@@ -19,8 +19,7 @@ from md3cli.errors import CheckpointError, OutputError
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.weights import write
 from md3cli.model.weights.codes import LowBit, pack_nibbles, quantise, quantise_fp8, quantise_int4
-from md3cli.model.weights.formats import Format
-from md3cli.model.weights.names import Recipe
+from md3cli.model.weights.names import Format, Recipe
 from md3cli.model.weights.plan import plan_checkpoint
 from md3cli.model.weights.read import load_model
 from md3cli.model.weights.write import convert_checkpoint, write_checkpoint

@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 
 from md3cli.errors import CheckpointError
 from md3cli.model.network.config import ModelConfig
-from md3cli.model.weights.formats import Format, detect_format, hf_config, normalise_config, plain_name
 from md3cli.model.weights.names import (
+    Format,
     Part,
     Recipe,
     expected_tensors,
     has_region_ln,
     part_of,
+    plain_name,
     slots,
     stored_name,
 )
+from md3cli.model.weights.plan import detect_format, hf_config, normalise_config
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
