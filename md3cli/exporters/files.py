@@ -27,12 +27,12 @@ from md3cli.errors import ExportError, UsageError
 from md3cli.exporters import RUN_FOLDER_NAMES
 from md3cli.exporters.pictures import PICTURE_SUFFIXES
 from md3cli.files import STAGED, atomic_publish, output_error, temp_beside
-from md3cli.finished.guards import is_of_older_run
-from md3cli.finished.own_files import (
+from md3cli.finished.guards import (
     RUN,
     check_not_foreign,
     files_below,
     has_marker,
+    is_of_older_run,
     listed_in,
     marker_format,
     remove_written,

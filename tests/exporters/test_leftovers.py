@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from md3cli.exporters.files import adopt_older, remove_leftovers
-from md3cli.finished.own_files import files_below, has_marker, write_marker
+from md3cli.finished.guards import files_below, has_marker, write_marker
 
 
 def write(folder: Path, *names: str) -> None:
