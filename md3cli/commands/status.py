@@ -74,9 +74,9 @@ def _verify_one(run: str, missing: InputError) -> None:
 
 
 def _verify_many(folder: RunFolder) -> None:
-    from md3cli.scale.inspect import Verification
+    from md3cli.scale.inspect import FolderVerification
 
-    verification = Verification(folder)
+    verification = FolderVerification(folder)
     _tell(verification.findings())
     typer.echo(
         f"ok: {verification.num_records:,} records of {verification.num_rows:,} images in {verification.num_shards:,} "

@@ -24,16 +24,17 @@ from md3cli.scale.store import LocalStore, ObjectStore
 
 @contextlib.contextmanager
 def in_local_folder(output: OutputOptions) -> Iterator[OutputOptions]:
-    """OUTPUT with a path of this machine, for as long as the program writes it."""
-    if output.address is None or output.path is None:
-        yield output
-        return
+    """Give an OUTPUT at an address a path on this machine, for as long as the program writes it."""
+    assert output.path is not None
     with tempfile.TemporaryDirectory(prefix="output-", dir=scratch_folder()) as made:
         yield replace(output, path=Path(made) / output.path.name)
 
 
 class Deliveries:
-    """What of OUTPUT stands where. For an OUTPUT on this machine nothing needs to be carried anywhere."""
+    """Carries OUTPUT's files between this machine and a bucket; for an OUTPUT on this machine it carries nothing.
+
+    `lock` is the file to lock for a run, `output` how a user names what is locked.
+    """
 
     def __init__(self, output: OutputOptions, files: OutputPaths, folder: RunFolder) -> None:
         """`files` are OUTPUT's on this machine, `folder` is the run folder."""
@@ -52,20 +53,20 @@ class Deliveries:
         return path.relative_to(self._here).as_posix()
 
     def address_of(self, path: Path) -> str:
-        """How a user names one of OUTPUT's files."""
+        """Return how a user names one of OUTPUT's files."""
         return str(path) if self._bucket is None else f"{self._bucket.uri}/{self._name(path)}"
 
     def has(self, path: Path) -> bool:
-        """Whether OUTPUT has such a file."""
+        """Return whether OUTPUT has such a file."""
         return path.is_file() if self._bucket is None else self._bucket.has(self._name(path))
 
     def fetch(self, path: Path) -> None:
-        """Have a file of OUTPUT on this machine, if it is there at all."""
+        """Copy a file of OUTPUT to this machine, unless it is here already or nowhere."""
         if self._bucket is not None and not path.exists():
             self._bucket.download(self._name(path), path)
 
     def deliver(self, path: Path) -> None:
-        """Have a file or folder that was made here stand in OUTPUT as it is here."""
+        """Copy a file or folder that was made here to OUTPUT, and remove there what is not in the folder here."""
         if self._bucket is None or not path.exists():
             return
         if not path.is_dir():
@@ -79,13 +80,13 @@ class Deliveries:
                 self._bucket.remove(name)
 
     def remove(self, path: Path) -> None:
-        """Take a file out of OUTPUT."""
+        """Remove a file of OUTPUT, here and there."""
         path.unlink(missing_ok=True)
         if self._bucket is not None:
             self._bucket.remove(self._name(path))
 
     def written(self, outputs: OutputPlan) -> list[str]:
-        """What a finished run has written, for people."""
+        """Return what a finished run has written, as a user names it."""
         if self._bucket is None or outputs.files is None:
             return written_paths(outputs)
         made = [document.path for document in outputs.documents if document.path.exists()]

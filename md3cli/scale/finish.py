@@ -1,7 +1,8 @@
 """The end of a start: the export once every shard is committed, and what is told and noted either way.
 
 The export copies the parts, one behind the other, into one file in input order. A part holds the very lines of a single
-process's journal, so the export is the same bytes however the run went.
+process's journal, so the export is the same bytes however the run went. Apart from run.py, because it knows nothing of
+drivers and signals.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ Commits = Mapping[int, Commit]
 
 
 class Finish:
-    """What a start leaves. `document` is run.json beside OUTPUT; None for a rank: the one that exports writes it."""
+    """Ends one start. `document` is run.json beside OUTPUT; None for a rank: the one that exports writes it."""
 
     def __init__(self, start: Start, plan: Plan, document: RunDocument | None, commits: Commits) -> None:
-        """`commits` is what is committed, now and later; all of it now is from before this start."""
+        """`commits` grows while the run goes on; what is in it now is from before this start."""
         self._start, self._plan, self._document, self._commits = start, plan, document, commits
         self._config, self._console, self._folder = start.config, start.console, start.folder
         self._started_at = time.monotonic()
@@ -59,7 +60,7 @@ class Finish:
         self._before = {shard: commit for shard, commit in self._before.items() if shard not in set(shards)}
 
     def note_progress(self, num_under_way: int, *, is_last: bool = False) -> None:
-        """A point of the timeline."""
+        """Note a point of the timeline; `num_under_way` requests are finished in shards that are not committed."""
         self._num_under_way = num_under_way
         elapsed_s = time.monotonic() - self._started_at
         self._timeline.note(elapsed_s, self._num_new() + num_under_way, is_last=is_last)
@@ -67,10 +68,8 @@ class Finish:
     def _num_new(self) -> int:
         return sum(commit.num_records for shard, commit in self._commits.items() if shard not in self._before)
 
-    # -- the export --------------------------------------------------------------------------------
-
     def export(self) -> int:
-        """Make OUTPUT's files of the committed records; the exit status.
+        """Make OUTPUT's files of the committed records, and return the exit status.
 
         Raises:
             DamagedPartError: a part is not what its marker says; nothing was changed.
@@ -107,7 +106,7 @@ class Finish:
 
     @contextlib.contextmanager
     def _export_lock(self) -> Iterator[bool]:
-        """Whether this process is the one to export."""
+        """Give whether this process is the one to export; on this machine it holds a lock meanwhile."""
         if self._start.is_alone:
             yield True
             return
@@ -125,13 +124,13 @@ class Finish:
             lock.release()
 
     def _is_first(self) -> bool:
-        """In a bucket there are no locks: rank 0 exports, and whoever committed last; both write the same bytes."""
+        # In a bucket there are no locks: rank 0 exports, and whoever committed last; both write the same bytes.
         last = max(self._commits.values(), key=lambda commit: commit.ended, default=None)
         is_last = last is not None and last.attempt.startswith(attempts_prefix())
         return self._config.scale.rank == 0 or is_last
 
     def _is_exported_within(self, patience_s: float) -> bool:
-        """Wait for the others' export; False where none came."""
+        """Wait for the export of another rank, and return whether it came."""
         teller = Teller(self._console.say)
         while self._folder.store.read(EXPORTED) is None:
             teller.tell(f"waiting for another rank's export, at most {duration(patience_s)}")
@@ -144,8 +143,6 @@ class Finish:
         """Return how long an export may take, generously."""
         return EXPORT_WAIT_S + sum(commit.bytes for commit in self._commits.values()) / SLOW_EXPORT_BYTES_S
 
-    # -- what is told and noted ----------------------------------------------------------------------
-
     def note(self, status: int) -> None:
         """Note how this start ended, in run.json and in the run folder."""
         self.note_progress(self._num_under_way if status >= STOPPED else 0, is_last=True)
@@ -156,7 +153,7 @@ class Finish:
             self._start.deliveries.deliver(self._start.files.run_info)
 
     def summarize(self) -> None:
-        """What was done, on stderr."""
+        """Print the summary: what this start has done, and what earlier ones had."""
         new = [commit for shard, commit in self._commits.items() if shard not in self._before]
         before = [commit for shard, commit in self._commits.items() if shard in self._before]
         summary = Summary(
@@ -177,7 +174,7 @@ class Finish:
         summarize(self._config, self._console, summary, outputs, counts, is_empty=not self._plan.rows)
 
     def _named_failures(self) -> list[Failure]:
-        """Some of this start's failures, then of earlier ones."""
+        """Return some of this start's failures, then of earlier ones."""
         named = NamedFailures()
         for shard in sorted(self._commits, key=lambda shard: (shard in self._before, shard)):
             if self._commits[shard].errors and not named.is_full:
@@ -185,18 +182,16 @@ class Finish:
         return named.found
 
     def tell_how_to_resume(self, reason: str) -> None:
-        """Say that `reason`, a signal, stopped the run, what it has, and which command goes on."""
+        """Say that the signal `reason` stopped the run, what it has, and which command goes on."""
         num_new = self._num_new() + self._num_under_way
         tell_how_to_resume(self._config, self._console, reason, num_new, self._folder.uri)
 
 
 def export_parts(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], out: Path) -> Exported:
-    """Write all records to `out`, whole or not at all; the failed ones to errors.jsonl of the folder too.
-
-    `note_exported` comes once they stand where they belong.
+    """Write all records to `out`, whole or not at all, and the failed ones to errors.jsonl of the folder as well.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: `out` cannot be written.
         DamagedPartError: a part is not what its marker says.
     """
     with folder.store.put_file(ERRORS) as errors_path, atomic_publish(out) as temp:

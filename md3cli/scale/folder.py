@@ -57,7 +57,7 @@ class RunFolder:
 
 
 def open_run_folder(uri: str) -> RunFolder:
-    """The run folder at `uri`, a path or a URL; it need not be there yet.
+    """Open the run folder at `uri`, a path or a URL; it need not be there yet.
 
     Raises:
         MissingExtraError: a URL without the `remote` extra.
@@ -70,12 +70,12 @@ def open_run_folder(uri: str) -> RunFolder:
 
 
 def run_folder_uri(output: str, *, is_folder: bool) -> str:
-    """Where the run folder of OUTPUT is."""
+    """Return where the run folder of OUTPUT is."""
     return f"{output.rstrip('/')}/{RUN_FOLDER}" if is_folder else f"{output}{RUN_FOLDER}"
 
 
 def find_run_folder(typed: str) -> RunFolder:
-    """The run folder that a user names by itself, by the OUTPUT it belongs to, or by its records file.
+    """Open the run folder that a user names by itself, by the OUTPUT it belongs to, or by its records file.
 
     Raises:
         InputError: there is none.
@@ -98,12 +98,12 @@ def find_run_folder(typed: str) -> RunFolder:
 
 
 def shard_name(shard: int) -> str:
-    """`00012`: sorts as the number does up to 99,999 shards."""
+    """Return `00012`, which sorts as the number does up to 99,999 shards."""
     return f"{shard:05d}"
 
 
 def shard_of(name: str) -> int | None:
-    """The shard that a file of `wip`, `parts` or `commits` belongs to; None for a name that is none of ours."""
+    """Return the shard that a file of `wip`, `parts` or `commits` belongs to; None for a name that is none of ours."""
     found = re.fullmatch(r"(?:part-)?(\d{5,})(?:[.-].*)", name)
     return int(found[1]) if found else None
 
@@ -126,22 +126,22 @@ def damaged_name(shard: int) -> str:
 
 
 def host_name() -> str:
-    """This machine's name, as far as file names can hold it."""
+    """Return this machine's name, as far as file names can hold it."""
     return re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40] or "host"
 
 
 def attempts_prefix() -> str:
-    """What the names of this process's attempts begin with."""
+    """Return what the names of this process's attempts begin with."""
     return f"{host_name()}-{getpid()}-"
 
 
 def new_attempt() -> str:
-    """A name no other attempt has: `host-pid-random`."""
+    """Return a name that no other attempt has: `host-pid-random`."""
     return f"{attempts_prefix()}{secrets.token_hex(4)}"
 
 
 def run_folder_of(outputs: OutputPlan, config: RunConfig) -> RunFolder | None:
-    """Where the run folder of OUTPUT is, or would be; None where nothing stays on disk.
+    """Return the run folder of OUTPUT, whether it is there or not; None where nothing stays on disk.
 
     Raises:
         UsageError: many processes are asked for, and there is no OUTPUT.
@@ -155,7 +155,7 @@ def run_folder_of(outputs: OutputPlan, config: RunConfig) -> RunFolder | None:
 
 
 def is_run_there(folder: RunFolder, files: OutputPaths, config: RunConfig) -> bool:
-    """Whether this command runs in its run folder; in a bucket all do, for nothing can be appended to there."""
+    """Return whether this command runs in its run folder; in a bucket all do, for nothing can be appended to there."""
     if config.output.address is not None or config.scale.needs_run_folder:
         return True
     if config.output.overwrite:
@@ -165,14 +165,14 @@ def is_run_there(folder: RunFolder, files: OutputPaths, config: RunConfig) -> bo
 
 
 def is_unfinished(folder: RunFolder, *, has_records: bool) -> bool:
-    """Whether a run folder has what OUTPUT's records file, if there is one, does not have yet."""
+    """Return whether a run folder has what OUTPUT's records file, if there is one, does not have yet."""
     if folder.store.read(PLAN) is None:
         return False
     return folder.store.read(EXPORTED) is None or not has_records
 
 
 def records_of(folder: RunFolder) -> tuple[Store, str]:
-    """The records file that a run folder is exported to: where it lies, and its name there."""
+    """Return the store that holds the records file of a run folder, and the file's name there."""
     parent, _, name = folder.uri.rpartition("/")
     store = open_store(parent)
     if name == RUN_FOLDER:
@@ -189,7 +189,7 @@ def former_of(folder: RunFolder) -> Path | None:
 
 
 def discard(folder: RunFolder) -> None:
-    """Remove a run folder and its journals, and what a start over set aside; for who holds OUTPUT's lock."""
+    """Remove a run folder, its journals, and what a start over set aside; for the process that holds OUTPUT's lock."""
     remove_run(folder)
     if (former := former_of(folder)) is not None:
         shutil.rmtree(former, ignore_errors=True)
@@ -217,14 +217,12 @@ def remove_run(folder: RunFolder) -> None:
 
 
 def take_place(following: RunFolder, folder: RunFolder) -> None:
-    """Make a run folder that has a plan, and nothing committed yet, the one of OUTPUT.
-
-    In a bucket, where nothing can be renamed, the plan goes last: without it all is taken over again from the records.
-    """
+    """Put a run folder that has a plan, and nothing committed yet, in the place of `folder`."""
     discard(folder)
     if isinstance(following.store, LocalStore) and isinstance(folder.store, LocalStore):
         following.store.root.rename(folder.store.root)
         return
+    # In a bucket nothing can be renamed. The plan goes last: without it all is taken over again from the records.
     for name in (MANIFEST, REPEATS, KEPT, PLAN):
         with contextlib.suppress(FileNotFoundError):  # a plan need not have repeats
             _copy(name, following.store, folder.store)

@@ -118,10 +118,10 @@ def _bounded(words: Sequence[str], what: str) -> Iterator[str]:
 _MOST_NAMED = 20  # damaged lines of a file
 
 
-class Verification:
-    """Tells whether a run folder has each request exactly once, every part as its marker says, and nothing astray.
+class FolderVerification:
+    """Finds out whether a run folder has each request once, every part as its marker says, and nothing astray.
 
-    `num_shards` and `num_rows` are the plan's, `num_records` those of committed shards.
+    `num_shards` and `num_rows` are the plan's, `num_records` is of the committed shards.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -255,7 +255,7 @@ def collect(folder: RunFolder, *, older_than_s: float = YOUNGEST_S, with_damaged
     commits = dict(CommitLog(folder).refresh())
     reopened: list[int] = []
     if with_damaged:
-        verification = Verification(folder)
+        verification = FolderVerification(folder)
         damaged = (shard for shard, commit in commits.items() if any(verification.shard_findings(shard, commit)))
         reopened = sorted(damaged)
     for shard in reopened:
@@ -273,7 +273,7 @@ def collect(folder: RunFolder, *, older_than_s: float = YOUNGEST_S, with_damaged
     return Collected(removed, reopened)
 
 
-RECENT_S = 600.0  # what the rate is reckoned from
+RECENT_S = 600.0  # before the last commit: what the rate is reckoned from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,7 +43,7 @@ class RowColumns(NamedTuple):
 
 
 def columns_of(row: SourceRow, requests: tuple[Request, ...]) -> RowColumns:
-    """`row` as columns; `requests` is what the run asks of every picture."""
+    """Return `row` as columns; `requests` is what the run asks of every picture."""
     item = row.image
     is_usual = row.requests is requests and not row.meta and row.failure is None
     if item is None:
@@ -69,7 +69,7 @@ def _more(row: SourceRow, requests: tuple[Request, ...]) -> str | None:
 
 
 def row_of(columns: RowColumns, requests: tuple[Request, ...]) -> SourceRow:
-    """The row that `columns_of` was given."""
+    """Return the row that `columns_of` was given."""
     more = json.loads(columns.more) if columns.more is not None else {}
     item = None
     if columns.image is not None:
@@ -82,7 +82,7 @@ def row_of(columns: RowColumns, requests: tuple[Request, ...]) -> SourceRow:
 
 
 def request_of(document: Mapping[str, Any]) -> Request:
-    """A request from its JSON."""
+    """Return a request of what `asdict` made of it."""
     tuples = {"spatial_refs": tuple(map(tuple, document["spatial_refs"])), "choices": tuple(document["choices"])}
     return Request(**{**document, "task": Task(document["task"]), **tuples})
 
@@ -119,7 +119,7 @@ class Plan:
         return str(self.config["identity"]["root"])
 
     def num_rows_of(self, shard: int) -> int:
-        """How many rows a shard has; all but the last have `shard_size`."""
+        """Return how many rows a shard has: `shard_size`, and the last one the rest."""
         return min(self.shard_size, self.rows - shard * self.shard_size)
 
 
@@ -131,7 +131,7 @@ class PlannedRow(NamedTuple):
 
 
 def plan_config(config: RunConfig, identity: RunIdentity, root: str) -> dict[str, Any]:
-    """What two starts must share for the second to go on with the first one's plan, as JSON without secrets."""
+    """Return what two starts must share for the second to go on with the first one's plan: JSON without secrets."""
     document: dict[str, Any] = {"identity": identity_of(config.requests, identity, root)}
     source = config.source
     document["input"] = asdict(source) | {
@@ -145,21 +145,20 @@ def plan_config(config: RunConfig, identity: RunIdentity, root: str) -> dict[str
 
 
 def _without_secrets(typed: str) -> str:
-    """INPUT as anybody may read it. One that is signed anew counts as another: the plan's rows have the old signature.
-
-    Sixteen bits of a digest tell the two apart, and are too few to try passwords on.
-    """
+    """Return INPUT as anybody may read it."""
     bare = shown(typed)
+    # An INPUT that is signed anew counts as another: the plan's rows have the old signature.
+    # Sixteen bits of a digest tell two signatures apart, and are too few to try passwords on.
     return bare if bare == typed else f"{bare} ({hashlib.sha256(typed.encode()).hexdigest()[:4]})"
 
 
 def hash_of(config: Mapping[str, Any]) -> str:
-    """A digest of a plan's config."""
+    """Return a digest of a plan's config: 16 hex digits."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_plan(folder: RunFolder) -> Plan | None:
-    """The plan of a run folder; None while there is none.
+    """Return the plan of a run folder; None while there is none.
 
     Raises:
         OutputError: what is there is no plan of this version.
@@ -181,10 +180,10 @@ def _unreadable(folder: RunFolder, what: str) -> OutputError:
 
 
 def check_config(plan: Plan, config: Mapping[str, Any]) -> None:
-    """Whether a start with `config` may go on with `plan`.
+    """Refuse to go on with `plan` in a start with another `config`.
 
     Raises:
-        OutputMismatchError: it may not; names the differences.
+        OutputMismatchError: names the differences.
     """
     if found := differences(plan.config, config):
         raise OutputMismatchError(
@@ -194,10 +193,10 @@ def check_config(plan: Plan, config: Mapping[str, Any]) -> None:
 
 
 class PlanReader:
-    """Reads rows of a plan by shard; keeps the manifest open."""
+    """Reads the rows of a plan by shard; keeps the manifest open."""
 
     def __init__(self, folder: RunFolder, plan: Plan | None = None) -> None:
-        """Open the plan of `folder`; `plan` where it is not put yet.
+        """Open the plan of `folder`, or `plan` where it is not put yet.
 
         Raises:
             InputError: there is none: not a run folder, or not on storage that this machine shares.
@@ -207,7 +206,7 @@ class PlanReader:
         if plan is None:
             raise InputError(f"no plan at {printable(folder.uri)}; is it on storage that this machine shares?")
         self.plan, self._folder = plan, folder
-        with self._told_of(MANIFEST):
+        with self._translate_errors(MANIFEST):
             # A thread of Arrow that holds a Python file while the process ends aborts it (1 of 10 md3 verify: 134).
             self._manifest = pq.ParquetFile(folder.store.open(MANIFEST), pre_buffer=False)
         metadata = self._manifest.metadata.metadata or {}
@@ -217,23 +216,23 @@ class PlanReader:
         self._ids = RequestIds(plan.identity)
 
     def shard(self, shard: int) -> list[PlannedRow]:
-        """The rows of a shard, in input order."""
+        """Return the rows of a shard in input order, with the ids of their requests."""
         repeats = self._repeats(shard)
         return [self._planned(number, columns, repeats) for number, columns in enumerate(self.columns(shard))]
 
     def columns(self, shard: int) -> Iterator[RowColumns]:
-        """The rows of a shard as the manifest holds them.
+        """Return the rows of a shard as the manifest holds them.
 
         Raises:
             OutputError: the manifest cannot be read.
         """
-        with self._told_of(MANIFEST):
+        with self._translate_errors(MANIFEST):
             table = self._manifest.read_row_group(shard, use_threads=False)
         return map(RowColumns, *(table.column(name).to_pylist() for name in RowColumns._fields))
 
     @contextlib.contextmanager
-    def _told_of(self, name: str) -> Iterator[None]:
-        """What goes wrong with a Parquet file of the plan as OutputError."""
+    def _translate_errors(self, name: str) -> Iterator[None]:
+        """Raise what goes wrong with a Parquet file of the plan as OutputError."""
         try:
             yield
         except FileNotFoundError as error:
@@ -250,11 +249,11 @@ class PlanReader:
         return PlannedRow(row, tuple(ids))
 
     def _repeats(self, shard: int) -> dict[tuple[int, int], int]:
-        """k of each request that is a repeat, by row of the shard and place in the row."""
+        """Return the k of each request that is a repeat, by row of the shard and place in the row."""
         if not self.plan.has_repeats:
             return {}
         first = shard * self.plan.shard_size
         rows = [("row", ">=", first), ("row", "<", first + self.plan.shard_size)]
-        with self._told_of(REPEATS), self._folder.store.open(REPEATS) as file:
+        with self._translate_errors(REPEATS), self._folder.store.open(REPEATS) as file:
             found = pq.read_table(file, filters=rows).to_pylist()
         return {(entry["row"] - first, entry["request"]): entry["repeat"] for entry in found}

@@ -1,4 +1,4 @@
-"""A run in its run folder, as the commands call it: plan it or go on with its plan, run its shards, export.
+"""A run in its run folder: plan it or go on with its plan, run its shards, export. Loaded only where one is asked for.
 
 However many processes run it and in whichever form it began, the files that OUTPUT names come out the same.
 The records file of a run that is exported is as good as a single process's journal, and back: a plain command
@@ -142,7 +142,7 @@ class _ScaledRun:
         self._num_seen = -1  # records at the last look
 
     def to_the_end(self) -> int:
-        """Run what is left, export, and note in run.json how it ended; returns the exit status.
+        """Run what is left, export, note in run.json how it ended, and return the exit status.
 
         Raises:
             EngineError: shards are left that this start could not do.
@@ -193,7 +193,7 @@ class _ScaledRun:
             return self._finish.export()
 
     def _reopen_damaged(self) -> None:
-        """Put shards whose parts are damaged back into the queue; the user is told."""
+        """Put shards whose parts are damaged back into the queue, and tell the user."""
         sound = dict(self._queue.commits)
         for words in reopen_damaged(self._folder, self._plan, sound):
             self._console.warn(words)

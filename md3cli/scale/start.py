@@ -58,11 +58,11 @@ _NEXT_SUFFIX = "-next"
 
 
 def adopt(folder: RunFolder, plan: Plan, journal: Path, *, with_failed: bool, warn: Callable[[str], None]) -> int:
-    """Copy the records in `journal`, and those waiting beside it, to the shards of `plan`; returns how many.
+    """Copy the records in `journal`, and those waiting beside it, to the shards of `plan`; return how many.
 
-    Records of requests that are not in the plan are kept for the export. `with_failed` False leaves the failed ones
-    behind, to be done again. Damaged lines are copied to OUT.damaged, and `warn` is told. A crash in the middle loses
-    copies only.
+    Records of requests that are not in the plan are kept for the export. `with_failed` False leaves failed records
+    behind, so that their requests are done again. Damaged lines are copied to OUT.damaged, and `warn` is told. A crash
+    in the middle loses copies only.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -89,7 +89,7 @@ def adopt(folder: RunFolder, plan: Plan, journal: Path, *, with_failed: bool, wa
 def _line_of(
     record_id: str, row: SourceRow, request: Request, index: _Index, waiting: Mapping[str, bytes]
 ) -> bytes | None:
-    """The line of a request; none that is another's, nor the failure of a row that can be read now."""
+    """Return the record of a request; None for another request's, and for the failure of a row that is mended."""
     found = index.line_of(record_id)
     if found is not None and not is_line_of(found, record_id, row, request):
         index.drop_damaged(record_id)
@@ -165,9 +165,9 @@ class _Index:
 
 
 def reopen_failed(folder: RunFolder, plan: Plan, commits: dict[int, Commit]) -> None:
-    """Have all failed requests done again: shards that have any are no longer committed, their good records stay.
+    """Have all failed requests done again: shards that have any are taken out of `commits`; their good records stay.
 
-    For one process that holds the output's lock. The old export keeps the failed records until it is replaced.
+    For the process that holds OUTPUT's lock. The old export keeps the failed records until it is replaced.
     """
     for shard in range(plan.shards):
         commit = commits.get(shard)
@@ -240,7 +240,7 @@ class Start:
         )
 
     def plan(self) -> Plan:
-        """The plan to go on with, made now where there is none.
+        """Return the plan to go on with, made now where there is none.
 
         Raises:
             OutputMismatchError: there is an unfinished one of another run; names the differences.
@@ -273,12 +273,12 @@ class Start:
         return plan
 
     def _is_for_others(self) -> bool:
-        """Whether another rank seems to make the plan, or is the one to; whoever is alone does not look."""
+        """Return whether another rank seems to make the plan, or should."""
         scale = self.config.scale
         return scale.rank > 0 or (not self.is_alone and self.folder.store.read(PLANNER) is not None)
 
     def _made_in(self, folder: RunFolder) -> Plan:
-        """A plan of INPUT as it is now; not put yet.
+        """Make a plan of INPUT as it is now; it is not put yet.
 
         Raises:
             InputError: INPUT cannot be read, or there is nothing to annotate in it and that is not allowed.
@@ -297,13 +297,13 @@ class Start:
         return plan
 
     def _adopt(self, folder: RunFolder, plan: Plan) -> None:
-        """Take the records that are there over."""
+        """Copy the records that stand in OUTPUT to the shards of `plan`."""
         self.deliveries.fetch(self.files.journal)
         with_failed = not self.config.output.retry_failed
         self.num_adopted = adopt(folder, plan, self.files.journal, with_failed=with_failed, warn=self.console.warn)
 
     def _plan_after(self, finished: Plan) -> Plan:
-        """The finished plan, or one of what INPUT has become, which takes over the finished records."""
+        """Return the finished plan, or a new one of what INPUT has become, with the finished records taken over."""
         following = open_run_folder(self.folder.uri + _NEXT_SUFFIX)
         discard(following)
         plan = self._made_in(following)
@@ -316,7 +316,7 @@ class Start:
         return plan
 
     def reopen(self, plan: Plan) -> None:
-        """For --retry-failed."""
+        """Have the failed requests of `plan` done again, as --retry-failed asks."""
         commits: dict[int, Commit] = dict(CommitLog(self.folder, plan.shards).refresh())
         if any(commit.errors for commit in commits.values()) or len(commits) < plan.shards:
             self.folder.store.remove(EXPORTED)
@@ -324,7 +324,7 @@ class Start:
 
 
 class FormerRun:
-    """The run that was in OUTPUT before; for the one process that holds OUTPUT's lock."""
+    """The run that --overwrite replaces, kept until there are new records; for the process that holds OUTPUT's lock."""
 
     def __init__(self, start: Start) -> None:
         self._start, self._folder, self._aside = start, start.folder, former_of(start.folder)
@@ -346,7 +346,7 @@ class FormerRun:
             self._aside.mkdir(parents=True)
 
     def put_back(self) -> None:
-        """Take what was set aside back in its place, unless it has given way; the new folder goes."""
+        """Remove the new folder and move the former run back to its place, unless it has given way."""
         if self._is_waiting or (self._aside is not None and self._aside.is_dir()):
             self._is_waiting = False
             remove_run(self._folder)
