@@ -1,13 +1,13 @@
-"""Addresses: what is one, how relative paths are joined to it, and what of it may be shown.
+"""Addresses: what is one, how relative paths are joined to it, and what of it may be shown. Pure.
 
-Pure. An address stays text, as it was typed: `http(s)` ones are URLs with all
-their rules; of `s3 gs hf` ones everything behind `://` is a bucket and a key, taken literally.
+An address stays text, as it was typed. An `http(s)` address is a URL with all its rules; of an `s3 gs hf` address
+everything behind `://` is a bucket and a key, taken literally.
 
 What may be shown is decided here and nowhere else. `shown` drops whatever lets its reader in: the user and
 password before an `@`, and the parameters that sign a query. It drops these only where one of the known
 signatures is complete, so that a picture keeps its name, and its record's id, when the address is signed anew.
-Of any other parameter that sounds like a secret (`key`, `session`) the value is replaced by a digest: it may be
-all that tells two pictures apart.
+Of any other parameter that sounds like a secret (`key`, `session`) it replaces the value by a digest, because the
+value may be all that tells two pictures apart.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ _SECRET_PARAMETERS = frozenset(
     | {"auth_token", "id_token", "refresh_token", "ossaccesskeyid", "x-api-key"}
 )
 _SECRET_PREFIXES = ("x-amz-", "x-goog-", "x-oss-", "x-cos-")
+_AZURE_OTHERS = frozenset(
+    {"se", "st", "sp", "sr", "si", "ss", "srt", "spr", "sip", "skoid", "sktid", "skt", "ske", "sks", "skv"}
+    | {"saoid", "suoid", "scid", "sdd", "ses"}
+)
 _SIGNED_HEADERS = ("algorithm", "credential", "date", "expires", "signedheaders", "signature", "security-token")
 
 
@@ -61,34 +65,7 @@ _SIGNATURES = (
     ),
     _Signature(frozenset({"signature", "keyname", "expires"})),  # Google Cloud CDN
     *(  # Azure: shared access signatures
-        _Signature(
-            frozenset({"sig", "sv", until}),
-            frozenset(
-                [
-                    "se",
-                    "st",
-                    "sp",
-                    "sr",
-                    "si",
-                    "ss",
-                    "srt",
-                    "spr",
-                    "sip",
-                    "skoid",
-                    "sktid",
-                    "skt",
-                    "ske",
-                    "sks",
-                    "skv",
-                    "saoid",
-                    "suoid",
-                    "scid",
-                    "sdd",
-                    "ses",
-                ]
-            ),
-        )
-        for until in ("se", "si")
+        _Signature(frozenset({"sig", "sv", until}), _AZURE_OTHERS) for until in ("se", "si")
     ),
     _Signature(  # Tencent Cloud COS
         frozenset({"q-signature", "q-ak", "q-sign-time"}),
@@ -102,23 +79,23 @@ _USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
 
 
 def scheme_of(text: str) -> str:
-    """The scheme of an address in lower case; empty where `text` is none."""
+    """Return the scheme of an address in lower case; empty where `text` is none."""
     match = _ADDRESS.match(text)
     return match[1].lower() if match else ""
 
 
 def is_address(text: str) -> bool:
-    """Whether `text` is an address that can be fetched, rather than a path."""
+    """Return whether `text` is an address that can be fetched, rather than a path."""
     return ":" in text and _ADDRESS.match(text) is not None
 
 
 def is_web(address: str) -> bool:
-    """Whether it is http or https."""
+    """Return whether an address is http or https."""
     return scheme_of(address) in ("http", "https")
 
 
 def path_of(address: str) -> str:
-    """The path of an address without host or query: what its suffix and its folders are read from."""
+    """Return the path of an address, without host and query; suffix and folders are read from it."""
     if is_web(address):
         try:
             return urlsplit(address).path
@@ -128,7 +105,7 @@ def path_of(address: str) -> str:
 
 
 def suffix_of(address: str) -> str:
-    """`.jpg` and the like, in lower case; empty where there is none."""
+    """Return the suffix of an address in lower case, such as `.jpg`; empty where there is none."""
     return os.path.splitext(path_of(address))[1].lower()
 
 
@@ -143,12 +120,12 @@ def host_of(address: str) -> str:
 
 
 def named_hosts(typed: Iterable[str]) -> tuple[str, ...]:
-    """The hosts of those web addresses that are among what the user typed."""
+    """Return the hosts of the web addresses among what the user typed, each once."""
     return tuple(dict.fromkeys(host_of(text) for text in typed if is_web(text)))
 
 
 def has_userinfo(address: str) -> bool:
-    """Whether a user or a password stands before the host; behind `hf://` an `@` names a revision."""
+    """Return whether a user or a password stands before the host; behind `hf://` an `@` names a revision."""
     return scheme_of(address) != "hf" and _USERINFO.search(address) is not None
 
 
@@ -156,17 +133,17 @@ def has_userinfo(address: str) -> bool:
 
 
 def folder_of(address: str) -> str:
-    """The folder an address lies in, without a slash at its end and without query."""
+    """Return the folder that an address lies in, without a slash at its end and without query."""
     bare = re.split("[?#]", address, maxsplit=1)[0] if is_web(address) else address
     head, _, rest = bare.partition("://")
     return f"{head}://{rest.rpartition('/')[0] or rest}"
 
 
 def join(folder: str, relative: str) -> str:
-    """The address of a path that is relative to `folder`; one with a slash in front starts at the host or bucket.
+    """Return the address of a path relative to `folder`; a path with a slash in front starts at the host or bucket.
 
-    Never leads to another host or bucket, however many `..` there are. A web path is taken as a link on a page
-    would be: `?` starts a query, percent signs are escapes; `#` is part of the name.
+    The result is never at another host or bucket, however many `..` there are. A web path is taken as a link on a
+    page would be: `?` starts a query, percent signs are escapes. But `#` is part of the name.
     """
     if is_web(folder):
         reference = relative.replace("#", "%23")
@@ -184,7 +161,7 @@ def join(folder: str, relative: str) -> str:
 
 
 def is_within(address: str, folder: str) -> bool:
-    """Whether an address lies in `folder` or below it, whatever `..` it holds, escaped or not."""
+    """Return whether an address lies in `folder` or below it, whatever `..` it holds, escaped or not."""
     if (scheme_of(address), _place_of(address)) != (scheme_of(folder), _place_of(folder)):
         return False
     wanted, found = _parts_of(folder), _parts_of(address)
@@ -209,10 +186,10 @@ def _parts_of(address: str) -> list[str]:
 
 
 def checked_output_address(typed: str) -> str:
-    """An address that can be written to, without a slash at its end.
+    """Return an address that can be written to, without a slash at its end.
 
     Raises:
-        UsageError: there is no such OUTPUT.
+        UsageError: nothing can be written there.
     """
     bare = printable(shown(typed))
     if scheme_of(typed) not in OUTPUT_SCHEMES:
@@ -228,7 +205,7 @@ def checked_output_address(typed: str) -> str:
 
 
 def shown(address: str) -> str:
-    """An address as records, messages and logs may show it: nothing in it lets a reader in. A path stays a path."""
+    """Return an address as records, messages and logs may show it: nothing in it lets its reader in. A path stays."""
     if not is_address(address):
         return address
     if not is_web(address):
@@ -247,7 +224,7 @@ def shown(address: str) -> str:
 
 
 def shown_name(address: str) -> str:
-    """What the picture at an address is called: `shown`, and told apart from what another user would get there."""
+    """Return the name of the picture at an address: as `shown`, with a digest of the user, who may get another one."""
     if not has_userinfo(address):
         return shown(address)
     user = _USERINFO.search(address)
@@ -255,7 +232,7 @@ def shown_name(address: str) -> str:
 
 
 def _signing_parameters(parts: Iterable[str]) -> set[str]:
-    """The names of the parameters that only sign a query: those of the services whose signature is complete."""
+    """Return the names of the parameters that only sign a query: of each service whose signature is complete."""
     names = {_parameter_name(part) for part in parts}
     tokens = {_parameter_name(part) for part in parts if _AKAMAI_TOKEN.match(unquote(part.partition("=")[2]))}
     signing = tokens & _AKAMAI_NAMES
@@ -270,7 +247,7 @@ def _parameter_name(parameter: str) -> str:
 
 
 def _without_secret(parameter: str, bare: str) -> str:
-    """A parameter with a digest in the place of a value that may be a secret."""
+    """Return a parameter, with a digest in the place of a value that may be a secret."""
     name, equals, value = parameter.partition("=")
     plain = _parameter_name(parameter)
     is_secret = plain in _SECRET_PARAMETERS or plain.startswith(_SECRET_PREFIXES)
@@ -283,7 +260,7 @@ def _digest(*texts: str) -> str:
 
 
 def shown_argument(argument: str) -> str:
-    """An argument of the command line as run.json may keep it."""
+    """Return an argument of the command line as run.json may keep it."""
     option, equals, value = argument.partition("=")
     if equals and option.startswith("--") and is_address(value):
         return f"{option}={shown(value)}"

@@ -1,10 +1,12 @@
 """Which hosts may be spoken to, so that a manifest of unknown origin cannot point into the user's own network.
 
-*Public* addresses may always be fetched. *Private* ones (loopback, the ranges of local networks, whatever else is not
-routed in public) may be fetched where the user has named the host: as INPUT or --root, or for all URLs of a manifest
-by --remote. A server may send on to a private address only if it is private itself. *Forbidden* ones never: link-local
-addresses, where clouds keep the credentials of their machines, and a few others. The address that is connected to is
-the one that was judged, because a name is judged when it is resolved. Imports no store and no client.
+*Public* addresses may always be fetched. *Private* addresses (loopback, the ranges of local networks, whatever else is
+not routed in public) may be fetched where the user has named the host, as INPUT or --root, or where --remote allows
+all URLs of a manifest. A server may send on to a private address only if it is private itself. *Forbidden* addresses
+may never be fetched: the link-local ones, where clouds keep the credentials of their machines, and a few others. A name
+is judged when it is resolved, so that the address which is connected to is the one that was judged.
+
+Imports no store and no client: `require_extra` says whether they are installed before anything imports them.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class Zone(IntEnum):
 
 
 def zone_of(host: str) -> Zone | None:
-    """The zone of an IP address written out; None for a name."""
+    """Return the zone of an IP address that is written out; None for a name."""
     try:
         ip = ipaddress.ip_address(host.strip("[]").partition("%")[0])
     except ValueError:
@@ -69,16 +71,16 @@ class HostRules:
     root: str = ""
 
     def may_send_to(self, address: str) -> bool:
-        """Return whether a server may send on to an address; from http to https it may, too."""
+        """Return whether a server may send on to `address`, also from http to https."""
         safe = self.root.startswith("http:") and address.startswith("https:")
         return not self.root or is_within(address.replace("https:", "http:", 1) if safe else address, self.root)
 
     def farthest(self, host: str) -> Zone:
-        """The zone up to which `host` may lie."""
+        """Return the zone up to which `host` may lie."""
         return Zone.PRIVATE if self.any_private or host in self.named else Zone.PUBLIC
 
     def farthest_after(self, host: str, sender: Zone) -> Zone:
-        """The same for a host that a server in the zone `sender` sends on to."""
+        """Return the zone up to which `host` may lie where a server in the zone `sender` sends on to it."""
         return self.farthest(host) if host in self.named else min(self.farthest(host), sender)
 
 
@@ -94,7 +96,7 @@ _MODULES = {
 
 @dataclass(frozen=True, slots=True)
 class FetchOptions:
-    """`limit_bytes` a file, `timeout_s` an attempt (see `Patience`), whom to speak to, how often to try."""
+    """How to fetch: bytes of a file, seconds of an attempt (see `Patience`), from which hosts, how often to try."""
 
     limit_bytes: int = 2**30
     timeout_s: float = DEFAULT_TIMEOUT_S
@@ -110,5 +112,5 @@ def require_extra(address: str) -> None:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a top-level module can be imported."""
+    """Return whether a top-level module can be imported."""
     return importlib.util.find_spec(module) is not None

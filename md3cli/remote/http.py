@@ -1,7 +1,8 @@
 """http(s) over aiohttp, read piece by piece from ordinary threads.
 
-fsspec's own http file system reads bodies whole, whatever their size, and follows redirects anywhere; here every
-step is looked at: which host is spoken to (hosts.py), where it sends on to, how much it sends.
+fsspec's own http file system reads bodies whole, whatever their size, and follows redirects anywhere. Here every step
+is looked at: which host is spoken to (hosts.py), where it sends on to, how much it sends. Apart from reader.py, its
+only user, because what a server may do to its client is a question of its own.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class _KnownZones:
             self._zones.popitem(last=False)
 
     def of(self, host: str) -> Zone:
-        """The zone of a host; one that is not known (any more) counts as public, which allows least."""
+        """Return the zone of a host; an unknown one counts as public, which allows least."""
         return zone_of(host) or self._zones.get(host, Zone.PUBLIC)
 
 
@@ -84,12 +85,13 @@ class _ZonedResolver(AbstractResolver):
 
 
 class Body:
-    """An answer whose body is read piece by piece.
+    """A server's answer, whose body is read piece by piece.
 
     Attributes:
         num_bytes: how long the body says it is; None where it does not.
         is_partial: whether it is the range that was asked for, not the whole file.
-        total: the size of the whole file; None where it is not said.
+        total: the bytes of the whole file; None where it is not said.
+        first: the offset in the file at which a partial body begins.
         is_page: whether it is HTML.
     """
 
@@ -104,7 +106,7 @@ class Body:
         self.is_page = response.content_type == "text/html"
 
     def read(self, timeout_s: float) -> bytes:
-        """The next piece; empty at the end.
+        """Return the next piece; empty at the end.
 
         Raises:
             FetchError: the body ended too early.
@@ -116,13 +118,13 @@ class Body:
             raise truncated(self.num_bytes) from error
 
     def close(self) -> None:
-        """Let go of the connection: it is used again if the body was read to its end."""
+        """Let go of the connection, which is used again if the body was read to its end."""
         with contextlib.suppress(RuntimeError):  # the loop is gone at the end of the process
             get_loop().call_soon_threadsafe(self._response.close)
 
 
 def _number(text: str) -> int | None:
-    """A size in bytes as a server says it; None where it says none, or none that any file has."""
+    """Return a size in bytes as a server says it; None where it says none, or none that any file has."""
     return int(text) if text.isdecimal() and len(text) <= MAX_SIZE_DIGITS else None
 
 
@@ -138,7 +140,7 @@ class Web:
     def get(
         self, address: str, calls: Calls, timeout_s: float, *, start: int | None = None, end: int | None = None
     ) -> Body:
-        """The answer to a GET, of bytes `start` to `end` (exclusive) where given.
+        """Return the answer to a GET, of bytes `start` to `end` (exclusive) where given.
 
         Raises:
             FetchError: the server says no, or sends to where nothing may be fetched from.
@@ -197,7 +199,7 @@ class Web:
             raise FetchError("bad_request", "the URL makes no sense") from error
 
     def _session(self, farthest: Zone | None) -> aiohttp.ClientSession:
-        """The session for hosts up to a zone; None: through a proxy, which resolves names itself."""
+        """Return the session for hosts up to a zone; None: through a proxy, which resolves names itself."""
         if farthest not in self._sessions:
             resolver = None if farthest is None else _ZonedResolver(farthest, self._known)
             self._sessions[farthest] = aiohttp.ClientSession(
@@ -231,7 +233,7 @@ def _refused(zone: Zone) -> FetchError:
 
 
 def _proxy_for(url: URL) -> str | None:
-    """The proxy that the environment names for a URL."""
+    """Return the proxy that the environment names for a URL."""
     proxies: dict[str, Any] = urllib.request.getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")
     if not proxy or urllib.request.proxy_bypass(url.host or ""):

@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from functools import cache
-from typing import IO, NamedTuple
+from typing import IO
 from urllib.parse import unquote, urljoin, urlsplit
 
 from md3cli.errors import ImageError, InputError
@@ -26,19 +26,11 @@ from md3cli.remote.address import is_web, shown
 from md3cli.remote.hosts import FetchOptions
 from md3cli.remote.http import Web
 from md3cli.remote.retry import ByteBudget, FetchError, Patience, RangeError, of_exception, truncated
-from md3cli.remote.stores import Calls, Entry
+from md3cli.remote.stores import Calls, Entry, Facts
 
 PIECE_BYTES = 8 << 20  # of an object store, in one request; most pictures are smaller
 PAGE_LIMIT_BYTES = 64 << 20
 _web = cache(Web)  # connections are shared by all who follow the same rules
-
-
-class Facts(NamedTuple):
-    """What stands at an address. `size` None: not said; `has_ranges`: parts of it can be read."""
-
-    is_folder: bool
-    size: int | None
-    has_ranges: bool
 
 
 class Reader:
@@ -54,14 +46,13 @@ class Reader:
         self._calls.close()
 
     def facts(self, address: str) -> Facts:
-        """What stands at an address; an HTML page is taken for a folder.
+        """Return what stands at an address; an HTML page is taken for a folder.
 
         Raises:
             FetchError: it cannot be looked at; tried several times.
         """
         if not is_web(address):
-            found = self.retries.run(lambda: stores.facts(address))
-            return Facts(found.is_folder, found.size, True)
+            return self.retries.run(lambda: stores.facts(address))
         return self.retries.run(lambda: self._web_facts(address))
 
     def _web_facts(self, address: str) -> Facts:
@@ -73,7 +64,7 @@ class Reader:
             return Facts(body.is_page, body.total, body.is_partial)
 
     def entries(self, folder: str) -> list[Entry]:
-        """The names in a folder, in any order; of a web server, those that its page links to.
+        """Return the names in a folder, in any order; on a web server, the names that its page links to.
 
         Raises:
             FetchError: it cannot be listed; tried several times.
@@ -83,7 +74,7 @@ class Reader:
         return self.retries.run(lambda: list(stores.entries(folder)))
 
     def read(self, address: str, limit_bytes: int, *, start: int = 0, end: int | None = None) -> bytes:
-        """A file, or bytes `start` to `end` (exclusive) of it.
+        """Return a file, or bytes `start` to `end` (exclusive) of it.
 
         Raises:
             FetchError: it cannot be read; tried several times.
@@ -98,11 +89,11 @@ class Reader:
     def pieces(
         self, address: str, patience: Patience, limit_bytes: int, *, start: int = 0, end: int | None = None
     ) -> Iterator[bytes]:
-        """A file, or a part of it, piece by piece, in one attempt.
+        """Yield a file, or a part of it, piece by piece, in one attempt.
 
         Raises:
             ImageError: `too_large`, as soon as more than `limit_bytes` are announced or came.
-            FetchError, and whatever stores and aiohttp raise: see `failures.of_exception`.
+            FetchError, and whatever stores and aiohttp raise: see `retry.of_exception`.
         """
         num_bytes = 0
         source = self._web_pieces if is_web(address) else self._store_pieces
@@ -164,7 +155,7 @@ class _Links(html.parser.HTMLParser):
 
 
 def _linked_entries(folder: str, page: bytes) -> list[Entry]:
-    """What lies directly in `folder` among the links of its page; a slash at the end says it is a folder."""
+    """Return what lies directly in `folder` among the links of its page; one with a slash at its end is a folder."""
     links = _Links()
     links.feed(page.decode("utf-8", "replace"))
     base = urlsplit(folder.rstrip("/") + "/")
@@ -183,7 +174,7 @@ def _linked_entries(folder: str, page: bytes) -> list[Entry]:
 
 
 def explain(address: str, error: ImageError) -> str:
-    """For a message to the user: which address, what is wrong with it."""
+    """Return for a message which address could not be read, and why."""
     return f"{shown(address)}: {error}"
 
 
@@ -224,7 +215,7 @@ class RangedFile(io.RawIOBase):
 
 
 def open_remote(address: str, reader: Reader) -> IO[bytes]:
-    """The file at `address`.
+    """Open the file at `address`, to be read and sought in.
 
     Raises:
         ImageError: it cannot be opened.
@@ -256,7 +247,7 @@ def _downloaded(address: str, reader: Reader) -> IO[bytes]:
 
 
 class Fetcher:
-    """Fetches pictures, from any number of threads."""
+    """Fetches whole pictures, for any number of threads."""
 
     def __init__(self, options: FetchOptions, budget: ByteBudget) -> None:
         self._options, self._budget = options, budget
@@ -264,7 +255,7 @@ class Fetcher:
         self._stopped = threading.Event()
 
     def fetch(self, item: ImageItem, number: int) -> bytes:
-        """The bytes of `item`, taken from the budget under `number`.
+        """Return the bytes of `item`, taken from the budget under `number`.
 
         Raises:
             FetchError: as its record says it; what may pass was tried again.

@@ -45,18 +45,18 @@ class RangeError(FetchError):
 
 
 def truncated(expected: int | None = None) -> FetchError:
-    """The body ended too early."""
+    """Return the failure of a body that ended too early."""
     size = f"all {expected:,} bytes" if expected is not None else "the end of the file"
     return FetchError("io", f"the connection ended before {size} came", may_pass=True)
 
 
 def too_slow(num_bytes: int) -> FetchError:
-    """The fetch took longer than --fetch-timeout."""
+    """Return the failure of a fetch that took longer than --fetch-timeout."""
     return FetchError("timeout", f"not fetched in time; {num_bytes:,} bytes came (--fetch-timeout)", may_pass=True)
 
 
 def of_status(status: int, retry_after: str = "") -> FetchError:
-    """The failure that an HTTP status means."""
+    """Return the failure that an HTTP status means."""
     said = f"the server answered {status}"
     if status in _ABSENT:
         return FetchError("not_found", said)
@@ -69,7 +69,7 @@ def of_status(status: int, retry_after: str = "") -> FetchError:
 
 
 def of_exception(error: BaseException) -> FetchError:
-    """The failure that a store's or aiohttp's exception means."""
+    """Return the failure that a store's or aiohttp's exception means."""
     if isinstance(error, FetchError):
         return error
     for cause in _chain(error):
@@ -91,7 +91,7 @@ def of_exception(error: BaseException) -> FetchError:
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
-    """An exception and what it was raised from, the outermost first."""
+    """Return an exception and what it was raised from, the outermost first."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)
@@ -100,7 +100,7 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _status_of(error: BaseException) -> int | None:
-    """The HTTP status inside an exception of botocore, gcsfs, aiohttp or huggingface_hub."""
+    """Return the HTTP status inside an exception of botocore, gcsfs, aiohttp or huggingface_hub."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore's
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -119,7 +119,7 @@ _T = TypeVar("_T")
 class Patience:
     """The time that one attempt has: `timeout_s`, and a second more for every 64 KiB that came.
 
-    A file of any size may thus be fetched, and a server that sends a byte now and then is given up.
+    So a file of any size may be fetched, and a server that sends a byte now and then is given up.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -127,10 +127,10 @@ class Patience:
         self._num_bytes = 0
 
     def left_s(self) -> float:
-        """Seconds left.
+        """Return the seconds that are left.
 
         Raises:
-            FetchError: none is.
+            FetchError: none are.
         """
         left = self._ends_at - time.monotonic()
         if left <= 0:
@@ -138,12 +138,12 @@ class Patience:
         return left
 
     def came(self, num_bytes: int) -> None:
-        """Note that so many bytes came."""
+        """Note that so many bytes came, which earn more time."""
         self._num_bytes += num_bytes
         self._ends_at += num_bytes / SLOWEST_BYTES_PER_S
 
     def paused(self, seconds: float) -> None:
-        """Note that the delay was ours."""
+        """Note a delay of our own, which costs the attempt nothing."""
         self._ends_at += seconds
 
 
@@ -161,10 +161,10 @@ class Retries:
     total_s: float = 90.0
 
     def run(self, attempt: Callable[[], _T], *, stopped: threading.Event | None = None) -> _T:
-        """What `attempt` returns in the end.
+        """Call `attempt` until it succeeds, and return what it returns.
 
         Raises:
-            FetchError: the last failure, in all its tries or one that will not pass.
+            FetchError: a failure that will not pass, or the one of the last try.
         """
         started = time.monotonic()
         for num_failed in range(1, self.num_tries + 1):
@@ -190,10 +190,10 @@ class Retries:
 
 
 class ByteBudget:
-    """Bytes shared by threads that each fill one picture; whoever would take too many waits.
+    """A bound in bytes for threads that each load one picture; whoever would take too many waits.
 
-    The oldest picture never waits, so that there is always one that can be finished: the bound may be exceeded
-    by the size of one picture.
+    The oldest picture never waits, so that there is always one that can be finished: the size of one picture may
+    come on top of the bound.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -210,14 +210,14 @@ class ByteBudget:
         return self._num_taken
 
     def open(self) -> int:
-        """The number of a new picture."""
+        """Return the number of a new picture."""
         with self._changed:
             self._next_number += 1
             self._taken[self._next_number] = 0
             return self._next_number
 
     def take(self, number: int, num_bytes: int) -> float:
-        """Take so many bytes more; returns the seconds it had to wait.
+        """Take so many bytes more for a picture, and return the seconds that this had to wait.
 
         Raises:
             CancelledError: the budget was closed.
@@ -233,14 +233,14 @@ class ByteBudget:
         return time.monotonic() - started
 
     def start_over(self, number: int) -> None:
-        """Give back what a picture took; it is fetched once more."""
+        """Give back what a picture took, because it is fetched once more."""
         with self._changed:
             self._num_taken -= self._taken[number]
             self._taken[number] = 0
             self._changed.notify_all()
 
     def give_back(self, number: int) -> None:
-        """The picture is decoded, or has failed."""
+        """Give back what a picture took, because it is decoded or has failed."""
         with self._changed:
             self._num_taken -= self._taken.pop(number)
             self._changed.notify_all()

@@ -31,7 +31,7 @@ class Calls:
         self._is_closed = False
 
     def run(self, coroutine: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
-        """What `coroutine` returns.
+        """Return what `coroutine` returns.
 
         Raises:
             TimeoutError: it took longer; it is cancelled.
@@ -51,7 +51,7 @@ class Calls:
                 self._under_way.discard(future)
 
     def close(self) -> None:
-        """Cancel what is under way, and whatever comes."""
+        """Cancel what is under way, and whatever is still asked for."""
         with self._lock:
             self._is_closed = True
             under_way = list(self._under_way)
@@ -59,7 +59,6 @@ class Calls:
             future.cancel()
 
 
-PROTOCOLS = {"s3": "s3", "gs": "gs", "hf": "hf"}  # scheme -> fsspec's name for what serves it
 _OPTIONS: dict[str, dict[str, Any]] = {
     # We try again ourselves, within one image's time: botocore's own tries would multiply with ours.
     "s3": {"config_kwargs": {"max_pool_connections": 32, "retries": {"mode": "standard", "total_max_attempts": 1}}},
@@ -75,22 +74,26 @@ class Entry(NamedTuple):
     is_folder: bool
 
 
-class StoreFacts(NamedTuple):
-    """What stands at an address; `size` in bytes, None for a folder."""
+class Facts(NamedTuple):
+    """What stands at an address.
+
+    `size` is in bytes, None for a folder or where nobody says it; `has_ranges` says whether parts can be read.
+    """
 
     is_folder: bool
     size: int | None
+    has_ranges: bool
 
 
-def facts(address: str) -> StoreFacts:
-    """What stands at an address; raises what the store raises."""
+def facts(address: str) -> Facts:
+    """Return what stands at an address; raises what the store raises."""
     found = store_for(address).info(_key(address).rstrip("/"))
     is_folder = found.get("type") == "directory"
-    return StoreFacts(is_folder, None if is_folder else int(found.get("size") or 0))
+    return Facts(is_folder, None if is_folder else int(found.get("size") or 0), True)
 
 
 def read(address: str, calls: Calls, timeout_s: float, start: int, end: int) -> bytes:
-    """Bytes `start` to `end` (exclusive), fewer where the file ends before; raises what the store raises."""
+    """Return bytes `start` to `end` (exclusive), fewer where the file ends before; raises what the store raises."""
     store, key = store_for(address), _key(address)
     if store.async_impl:
         data = calls.run(store._cat_file(key, start=start, end=end), timeout_s)
@@ -100,7 +103,7 @@ def read(address: str, calls: Calls, timeout_s: float, start: int, end: int) -> 
 
 
 def entries(address: str) -> Iterator[Entry]:
-    """The names in a folder, in any order; raises what the store raises."""
+    """Yield the names in a folder, in any order; raises what the store raises."""
     store, key = store_for(address), _key(address).rstrip("/")
     if "s3" in store.protocol:
         yield from _s3_entries(store, key)
@@ -112,9 +115,9 @@ def entries(address: str) -> Iterator[Entry]:
 
 
 def _s3_entries(store: Any, key: str) -> Iterator[Entry]:
-    """Page by page: `ls` would hold a kilobyte for each of what may be millions of objects in one folder."""
     bucket, _, folder = key.partition("/")
     prefix = f"{folder}/" if folder else ""
+    # Page by page: `ls` would hold a kilobyte for each of what may be millions of objects in one folder.
     query = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/", **store.req_kw}
     while True:
         page = store.call_s3("list_objects_v2", **query)
@@ -128,9 +131,9 @@ def _s3_entries(store: Any, key: str) -> Iterator[Entry]:
 
 
 def store_for(address: str) -> Any:
-    """fsspec's file system for an address; one for each kind and process."""
+    """Return fsspec's file system for an address; there is one of each kind in a process."""
     require_extra(address)
-    protocol = PROTOCOLS[scheme_of(address)]
+    protocol = scheme_of(address)  # fsspec calls its file systems as we call the schemes
     with _lock:
         if protocol not in _open_stores:
             options = _OPTIONS.get(protocol, {})
@@ -140,5 +143,5 @@ def store_for(address: str) -> Any:
 
 
 def _key(address: str) -> str:
-    """Bucket and key, as fsspec's methods want them."""
+    """Return bucket and key in one, as fsspec's methods want them."""
     return address.partition("://")[2]
