@@ -1,4 +1,4 @@
-"""Which file an export opens: never one that a stranger's records or run.json lead to."""
+"""Which file an export opens: never one that a stranger's records or run.json lead to, under any spelling of a name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tarfile
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -211,3 +212,20 @@ def test_of_two_members_of_one_name_the_record_s_is_taken(run: Run) -> None:
         assert found is not None
         assert pictures.read_bytes(found) == content
     assert pictures.find({"image": "a.tar/x.png", "sha256": "0" * 64}) is None
+
+
+# ---- names as lists from elsewhere spell them ----------------------------------------------------
+
+
+def test_an_export_finds_what_a_list_spelled_otherwise(tmp_path: Path) -> None:
+    decomposed = unicodedata.normalize("NFD", "m\u00fc.png")
+    for name in ("sub/a.png", decomposed):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "r.jsonl").touch()
+    pictures = Pictures(tmp_path / "r.jsonl", ExportOptions(root=tmp_path))
+    for name, path in (("sub\\a.png", "sub/a.png"), (unicodedata.normalize("NFC", decomposed), decomposed)):
+        found = pictures.find({"image": name, "sha256": None})
+        assert found is not None
+        assert found.path == str(tmp_path / path)
+    assert pictures.find({"image": "..\\sub\\gone.png"}) is None

@@ -1,7 +1,8 @@
-"""The Python face with what callers get wrong: an error each, and the object goes on."""
+"""The Python face with what callers get wrong: an error each, and the object goes on; text streams."""
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,13 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from md3cli import Moondream
 from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError, RequestError
 from md3cli.model import api
+from md3cli.model.api import TextStream
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.load import load_engine
+from md3cli.model.engine.prompts import Tokenizer
 
 SCENE = str(Path(__file__).parents[2] / "examples" / "scenes" / "scene_00002.png")
 GOOD = {"image": SCENE, "task": "detect", "prompt": "red circle"}
@@ -166,3 +172,46 @@ def test_options_of_the_wrong_type_are_named(name: str) -> None:
         Moondream.load("tiny", **{name: 5})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="model is list"):
         Moondream.load([])  # type: ignore[arg-type]
+
+
+# ---- text streams: the golden pieces, nothing taken back, nothing lost ---------------------------
+
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TOKENIZER = Tokenizer(tokenizers.Tokenizer.from_file(str(GOLDEN / "case-a" / "checkpoint" / "tokenizer.json")))
+UNITS = json.loads((GOLDEN / "units.json").read_text())["stream"]["cases"]
+ANSWERS = [
+    (entry["result"]["token_ids"], entry["stream"])
+    for expected in sorted(GOLDEN.glob("**/expected*.json"))
+    for entry in json.loads(expected.read_text())["requests"]
+    if "stream" in entry
+]
+
+
+def pieces_of(ids: list[int]) -> list[str]:
+    stream = TextStream(TOKENIZER.decode)
+    return [piece for piece in [*map(stream.push, ids), stream.finish()] if piece]
+
+
+@pytest.mark.parametrize("case", UNITS, ids=lambda case: "".join(case["pieces"])[:12] or "empty")
+def test_unit_cases(case: dict[str, list]) -> None:
+    assert pieces_of(case["ids"]) == case["pieces"]
+
+
+def test_golden_answers() -> None:
+    assert len(ANSWERS) > 50
+    for ids, pieces in ANSWERS:
+        assert pieces_of(ids) == pieces
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_pieces_make_the_text(text: str) -> None:
+    assert "".join(pieces_of(TOKENIZER.encode(text))) == text
+
+
+def test_a_word_is_held_until_it_ends() -> None:
+    stream = TextStream(TOKENIZER.decode)
+    shown = [stream.push(token) for token in TOKENIZER.encode("one two")]
+    assert "".join(shown) == "one "
+    assert stream.finish() == "two"
+    assert stream.finish() == ""

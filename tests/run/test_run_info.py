@@ -1,16 +1,27 @@
-"""run.json, and whether OUTPUT is this command's to resume."""
+"""run.json: whether OUTPUT is this command's to resume, how a difference is told, and the timeline."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from md3cli.errors import OutputMismatchError
 from md3cli.records import ImageItem, Request, RunIdentity, Task, make_record, request_id
-from md3cli.run.run_info import RunCounts, RunDocument, check_first_record, identity_of, output_paths
+from md3cli.run.run_info import (
+    MAX_POINTS,
+    RunCounts,
+    RunDocument,
+    Timeline,
+    check_first_record,
+    differences,
+    identity_of,
+    output_paths,
+)
 
 RUN = RunIdentity(model="tiny@0")
 DETECT = Request(Task.DETECT, "car", spatial_refs=((0.5, 0.5),))
@@ -132,3 +143,169 @@ def test_where_the_files_of_a_run_stand() -> None:
     assert str(document.lock) == "d/out.json.lock"
     folder = output_paths(Path("d"), is_folder=True, is_journal=False)
     assert [str(path) for path in (folder.journal, folder.run_info)] == ["d/records.jsonl", "d/run.json"]
+
+
+# ---- how the difference between two runs is told -------------------------------------------------
+
+
+CIRCLE, STAR = Request(Task.DETECT, "circle"), Request(Task.DETECT, "star")
+SHORT, LONG = Request(Task.CAPTION, length="short"), Request(Task.CAPTION, length="long")
+WHY = Request(Task.QUERY, "Why?")
+SAME = "word " * 40
+
+
+def told(before: list[Request], now: list[Request]) -> list[str]:
+    return differences(identity_of(before, RUN, "/a"), identity_of(now, RUN, "/a"))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        ([CIRCLE], [CIRCLE], []),
+        ([CIRCLE], [CIRCLE, STAR], ["it has detect circle; you now ask detect star as well"]),
+        ([CIRCLE, STAR], [CIRCLE], ["it has detect circle and detect star; you now ask only detect circle"]),
+        ([CIRCLE], [STAR], ["it has detect circle; you now ask detect star"]),
+        (
+            [CIRCLE, STAR],
+            [STAR, CIRCLE],
+            [
+                "it has detect circle and detect star; you now ask the same in another order: "
+                "detect star and detect circle"
+            ],
+        ),
+        ([SHORT], [LONG], ["it has caption short; you now ask caption long"]),
+        ([SHORT], [SHORT, WHY, LONG], ['it has caption short; you now ask query "Why?" and caption long as well']),
+        ([WHY], [WHY, WHY], ['it has query "Why?"; you now ask query "Why?" as well']),
+        ([], [CIRCLE], ["it has what the rows of a manifest say; you now ask detect circle"]),
+        ([CIRCLE], [], ["it has detect circle; you now ask what the rows of a manifest say"]),
+        ([CIRCLE, STAR], [replace(r, temperature=0.3) for r in (CIRCLE, STAR)], ["temperature 0, now 0.3"]),
+        ([CIRCLE, STAR], [CIRCLE, replace(STAR, max_objects=3)], ["max-objects 150, now 3 for detect star"]),
+        ([WHY], [replace(WHY, reasoning=False)], ["reasoning on, now off"]),
+        ([WHY], [replace(WHY, choices=("yes", "no"))], ['choices none, now ["yes", "no"]']),
+        (
+            [CIRCLE],
+            [replace(CIRCLE, seed=4), STAR],
+            ["it has detect circle; you now ask detect star as well", "seed 0, now 4 for detect circle"],
+        ),
+    ],
+)
+def test_requests_in_words(before: list[Request], now: list[Request], words: list[str]) -> None:
+    assert told(before, now) == words
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": "big@1"}, "model tiny@0, now big@1"),
+        ({"adapter": "lora"}, "adapter none, now lora"),
+        ({"background": "white"}, "background none, now white"),
+        ({"root": "/b"}, "the folder of INPUT /a, now /b"),
+        ({"ids": "md3/9"}, "the way in which ids are made"),
+    ],
+)
+def test_the_rest_in_words(change: dict[str, Any], words: str) -> None:
+    before = identity_of([CIRCLE], RUN, "/a")
+    (told,) = differences(before, before | change)
+    assert told.startswith(words)
+
+
+def test_a_plan_tells_of_its_input() -> None:
+    identity = identity_of([CIRCLE], RUN, "/a")
+    before = {"identity": identity, "input": {"inputs": ["photos"], "limit": None, "follow_links": False}}
+    now = {"identity": identity, "input": {"inputs": ["pics"], "limit": 5, "follow_links": True}}
+    assert differences(before, now) == [
+        'INPUT ["photos"], now ["pics"]',
+        "limit none, now 5",
+        "follow-links off, now on",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ([WHY], [replace(WHY, prompt=SAME + "one"), replace(WHY, prompt=SAME + "two")]),
+        ([replace(WHY, prompt=SAME + "one")], [replace(WHY, prompt=SAME + "two")]),
+        ([replace(WHY, prompt=SAME + "one")], [replace(WHY, prompt=SAME + "one"), replace(WHY, prompt=SAME + "two")]),
+    ],
+)
+def test_long_texts_are_told_apart(before: list[Request], now: list[Request]) -> None:
+    (words,) = told(before, now)
+    has, _, ask = words.partition("; you now ask ")
+    assert has.removeprefix("it has ") != ask.removesuffix(" as well")
+    assert "two" in ask
+    assert len(words) < 300
+
+
+def test_long_values_are_told_apart() -> None:
+    run = identity_of([CIRCLE], RUN, "/a")
+    (words,) = differences(run | {"root": "/data" * 50 + "x"}, run | {"root": "/data" * 50 + "y"})
+    assert words == "the folder of INPUT …/data/data/data/datax, now …/data/data/data/datay"
+
+
+def test_many_requests_are_not_all_named() -> None:
+    many = [replace(CIRCLE, prompt=f"thing {number}") for number in range(2000)]
+    (words,) = told([CIRCLE], [CIRCLE, *many])
+    assert words.endswith("detect thing 5 and 1,994 more as well")
+
+
+@pytest.mark.parametrize("requests", [None, 3, "x", [3], [None], [{}], [{"task": {}, "prompt": []}], {"a": 1}, [[[]]]])
+def test_an_identity_that_anybody_wrote_is_told_too(requests: object) -> None:
+    run = identity_of([CIRCLE], RUN, "/a")
+    (words,) = differences(run | {"requests": requests}, run)[:1]
+    assert words
+    assert "\x1b" not in "".join(differences(run | {"\x1b[2J": "\x1b"}, run))
+
+
+# ---- the timeline has few points, whatever the run's length --------------------------------------
+
+
+@pytest.mark.parametrize("num_notes", [0, 10, 10_000])
+def test_a_timeline_is_short_even_and_ends_with_the_run(num_notes):
+    timeline = Timeline()
+    for number in range(1, num_notes + 1):
+        timeline.note(number, 3 * number, is_last=number == num_notes)
+    points = timeline.points
+    assert len(points) == min(num_notes, len(points)) <= MAX_POINTS
+    assert all(earlier < later for earlier, later in pairwise(points))
+    assert all(done == 3 * at_s for at_s, done in points)
+    if points:
+        assert points[-1] == (num_notes, 3 * num_notes)
+    gaps = [later[0] - earlier[0] for earlier, later in pairwise(points[:-1])]
+    assert not gaps or max(gaps) <= 2.1 * min(gaps)
+
+
+def test_points_closer_than_the_spacing_are_left_out():
+    timeline = Timeline()
+    for number in range(100):
+        timeline.note(number / 100, number)
+    assert timeline.points == [(0.0, 0), (0.5, 50)]
+
+
+def test_what_comes_after_the_last_record_does_not_count():
+    timeline = Timeline()
+    timeline.note(1.0, 10)
+    timeline.note(1.1, 12, is_last=True)
+    timeline.note(60.0, 12, is_last=True)
+    assert timeline.points == [(1.0, 10), (1.1, 12)]
+
+
+def test_a_later_start_goes_on_where_the_earlier_ended():
+    timeline = Timeline([(0.0, 0), (10.0, 40)])
+    timeline.note(5.0, 20)
+    assert timeline.points[-1] == (15.0, 60)
+
+
+@pytest.mark.parametrize("damage", [None, "x", [[1]], [["a", 2]]])
+def test_run_json_hands_the_timeline_on_to_the_next_start(tmp_path, damage):
+    path = tmp_path / "run.json"
+
+    def begin():
+        return RunDocument.begin(path, identity={"model": "m"}, arguments=[], root=".", is_resume=True)
+
+    run = begin()
+    assert run.timeline == []
+    run.finish(RunCounts(ok=3), {"decode": 1.0}, None, [(1.5, 3)])
+    assert begin().timeline == [(1.5, 3)]
+    if damage is not None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"timeline": damage}))
+        assert begin().timeline == []

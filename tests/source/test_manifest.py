@@ -8,6 +8,9 @@ import csv
 import io
 import json
 import os
+import signal
+import subprocess
+import time
 import tracemalloc
 from collections.abc import Iterator
 from datetime import datetime
@@ -20,11 +23,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from program import Program, isolate, make_pictures, records_of, start
 
+from md3cli.config import SourceSpec
 from md3cli.errors import InputError
-from md3cli.records import ImageItem
-from md3cli.source.manifest import LINE_LIMIT_BYTES, ManifestRow, manifest_rows, open_regular, path_rows
+from md3cli.records import ImageItem, Request, Task
+from md3cli.source.manifest import LINE_LIMIT_BYTES, LiveLines, ManifestRow, manifest_rows, open_regular, path_rows
 from md3cli.source.parquet import CellReader
+from md3cli.source.source import open_source
 
 some_examples = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -457,3 +463,148 @@ def test_a_manifest_that_would_block_is_refused(tmp_path: Path) -> None:
         list(manifest_rows(str(tmp_path / "m.jsonl")))
     with pytest.raises(InputError, match="cannot open"):
         list(manifest_rows(str(tmp_path / "none.jsonl")))
+
+
+# ---- stdin that stays open: nothing waits for the next line --------------------------------------
+
+
+SOON_S = 60  # of a process that starts meanwhile; the machine may be busy
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[LiveLines, int]]:
+    """Lines that are not waited for, and where to write them."""
+    out, into = os.pipe()
+    with open(out, "rb") as file:
+        yield LiveLines(file, may_wait=False), into
+
+
+def test_what_has_not_come_is_not_waited_for(pipe: tuple[LiveLines, int]) -> None:
+    lines, into = pipe
+    assert lines.readline(99) is None
+    os.write(into, b"a\nb\nhal")
+    assert [lines.readline(99) for _ in range(4)] == [b"a\n", b"b\n", None, None]
+    assert not lines.wait(0)
+    os.write(into, b"f\nend")
+    os.close(into)
+    assert lines.wait(0)
+    assert [lines.readline(99) for _ in range(4)] == [b"half\n", b"end", b"", b""]
+
+
+@given(st.lists(st.sampled_from([b"", b"x", b"\n", b"yy\n", b"z\r\n\n"]) | st.binary(max_size=9)), st.integers(1, 9))
+def test_the_lines_are_those_of_a_file(written: list[bytes], limit: int) -> None:
+    out, into = os.pipe()
+    found = []
+    with open(out, "rb") as file:
+        lines = LiveLines(file, may_wait=False)
+        for part in written:
+            os.write(into, part)
+            while line := lines.readline(limit):
+                found.append(line)
+        os.close(into)
+        while line := lines.readline(limit):
+            found.append(line)
+    plain = io.BytesIO(b"".join(written))
+    assert found == list(iter(lambda: plain.readline(limit), b""))
+    in_memory = LiveLines(io.BytesIO(b"".join(written)), may_wait=False)
+    assert found == list(iter(lambda: in_memory.readline(limit), b""))
+
+
+@pytest.mark.parametrize(("limit", "shard"), [(None, None), (3, None), (None, (0, 1))])
+def test_rows_so_far(limit: int | None, shard: tuple[int, int] | None) -> None:
+    out, into = os.pipe()
+    with open(out, "rb") as file:
+        source = open_source(SourceSpec(("-",), limit=limit, shard=shard), (Request(Task.CAPTION),), stdin=file)
+        rows = source.rows_so_far()
+        assert next(rows) is None
+        os.write(into, b'a.jpg\n\n{"image":"b.jpg"}\n' + b"x" * 20)
+        found = [next(rows) for _ in range(4)]
+        assert [row and row.image and row.image.name for row in found] == ["a.jpg", "b.jpg", None, None]
+        os.write(into, b".jpg\nlast.jpg")
+        os.close(into)
+        rest = [row and row.image and row.image.name for row in rows]
+        assert rest == ["x" * 20 + ".jpg", "last.jpg"][: None if limit is None else limit - 2]
+
+
+def wait_for_lines(path: Path, count: int) -> None:
+    started = time.monotonic()
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert time.monotonic() - started < SOON_S, f"{count} records did not come"
+        time.sleep(0.02)
+
+
+@pytest.mark.process
+def test_each_line_of_an_open_pipe_becomes_a_record_as_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isolate(monkeypatch, tmp_path / "home")
+    pictures, out = make_pictures(tmp_path / "pictures", 9), tmp_path / "out.jsonl"
+    process = start("caption", "-", "-o", out, "--root", pictures, "--workers", 1, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    parts = ["p0.png\n", "p1.png\np2.png\n", "\n\np3.png\nha", 'lf.png\n{"image":"p4.png"}\n']
+    for text, count in zip(parts, [1, 3, 4, 6], strict=True):
+        process.stdin.write(text.encode())
+        process.stdin.flush()
+        wait_for_lines(out, count)
+    process.stdin.write(b"p5.png")
+    process.stdin.close()
+    assert process.wait(SOON_S) == 3
+    images = [record["image"] for record in records_of(out)]
+    assert images == ["p0.png", "p1.png", "p2.png", "p3.png", "half.png", "p4.png", "p5.png"]
+
+
+@pytest.mark.process
+def test_a_signal_while_nothing_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    isolate(monkeypatch, tmp_path / "home")
+    pictures, out = make_pictures(tmp_path / "pictures", 1), tmp_path / "out.jsonl"
+    process = start("caption", "-", "-o", out, "--root", pictures, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(b"p0.png\n")
+    process.stdin.flush()
+    wait_for_lines(out, 1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(SOON_S) == 130
+    _, stderr = process.communicate()
+    assert b"stopped by SIGINT: 1 new records are in" in stderr
+    assert b"Traceback" not in stderr
+
+
+# ---- a row that has been mended ------------------------------------------------------------------
+
+
+@pytest.fixture
+def md3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+    isolate(monkeypatch, tmp_path / "home")
+    monkeypatch.chdir(tmp_path)
+    make_pictures(tmp_path / "pictures", 4)
+    return Program(monkeypatch)
+
+
+def rows_with_broken(*broken: int) -> str:
+    names = [f'{{"image":"pictures/p{i}.png"' for i in range(4)]
+    return "".join(name + ("\n" if number in broken else "}\n") for number, name in enumerate(names, start=1))
+
+
+COMMAND = ("run", "m.jsonl", "--task", "caption:short", "-o", "r.jsonl", "--no-progress")
+
+
+def test_only_the_failure_of_a_mended_row_goes(md3: Program) -> None:
+    Path("m.jsonl").write_text(rows_with_broken(2, 4))
+    assert md3(*COMMAND).exit_code == 3
+    Path("m.jsonl").write_text(rows_with_broken(4))
+    assert md3(*COMMAND).exit_code == 3, "one is still broken"
+    records = records_of(Path("r.jsonl"))
+    assert [record["image"] for record in records] == [f"pictures/p{i}.png" for i in range(3)] + [None]
+    assert records[3]["error"]["message"].startswith("line 4: ")
+    Path("m.jsonl").write_text(rows_with_broken())
+    assert md3(*COMMAND).exit_code == 0
+    assert [record["error"] for record in records_of(Path("r.jsonl"))] == [None] * 4
+
+
+def test_a_broken_row_that_is_gone_keeps_its_failure(md3: Program) -> None:
+    Path("m.jsonl").write_text(rows_with_broken(4))
+    assert md3(*COMMAND).exit_code == 3
+    Path("m.jsonl").write_text("".join(rows_with_broken().splitlines(keepends=True)[:2]))
+    assert md3(*COMMAND).exit_code == 3
+    assert len(records_of(Path("r.jsonl"))) == 4

@@ -1,4 +1,4 @@
-"""The examples about exports run as they stand; a stub takes the model's place."""
+"""The examples run as they stand; a stub takes the model's place."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import sys
 from pathlib import Path
 
 import pytest
+from report_runs import found, record
 
 pytestmark = pytest.mark.process
 
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
 EXAMPLES = TESTS.parent / "examples"
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """An environment whose `md3` is the program with a stub for the model."""
-    bin_folder = tmp_path / "bin"
-    bin_folder.mkdir()
-    program = bin_folder / "md3"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{TESTS}/support/stub_md3.py" "$@"\n')
-    program.chmod(0o755)
-    return {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "md3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{TESTS}/support/stub_md3.py" "$@"\n')
+    (folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    for program in folder.iterdir():
+        program.chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
 
 
 def start(environment: dict[str, str], name: str, *arguments: object) -> str:
@@ -108,3 +110,47 @@ def test_score_with_pycocotools(environment: dict[str, str], tmp_path: Path, rec
     subprocess.run(["md3", "export", records, "-o", tmp_path / "gt.json"], env=environment, check=True)
     said = start(environment, "score_with_pycocotools.py", records, tmp_path / "gt.json")
     assert "| area=   all | maxDets=100 ] = 1.000" in said
+
+
+# ---- scoring and reviewing ----------------------------------------------------------------------
+
+
+def test_score(environment, tmp_path):
+    printed = start(environment, "score.sh", tmp_path / "scores")
+    assert printed.startswith("boxes: 24 images, 72 requests, 0 failed")
+    assert json.loads((tmp_path / "scores/eval/eval.json").read_text())["sections"][0]["name"] == "boxes"
+    assert (tmp_path / "scores/eval/boxes-pr.png").is_file()
+    assert "Boxes by ground truth" in (tmp_path / "scores/report.html").read_text()
+
+
+def test_compare_runs(environment, tmp_path):
+    assert start(environment, "compare_runs.sh", tmp_path / "out").startswith("compared: ")
+
+
+@pytest.fixture
+def scored(tmp_path):
+    path = tmp_path / "records.jsonl"
+    scores = {"a.jpg": 0.9, "b.jpg": 0.2, "c.jpg": 0.5}
+    boxes = {name: [found("car", (0, 0, 0.5, 0.5), score)] for name, score in scores.items()}
+    lines = [record(name, "detect", "car", objects=objects) for name, objects in boxes.items()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_least_sure(environment, scored):
+    assert start(environment, "least_sure.py", scored, "--count", 2) == "0.200  car  b.jpg\n0.500  car  c.jpg\n"
+
+
+def test_apply_marks(environment, scored, tmp_path):
+    ids = [json.loads(line)["id"] for line in scored.read_text().splitlines()]
+    marks = tmp_path / "run.marks.jsonl"
+    marks.write_text(json.dumps({"id": ids[0], "mark": "right"}) + "\n" + json.dumps({"id": ids[1], "mark": "wrong"}))
+
+    def kept(*options):
+        return [
+            json.loads(line)["id"]
+            for line in start(environment, "apply_marks.py", scored, marks, *options).splitlines()
+        ]
+
+    assert kept() == [ids[0], ids[2]]
+    assert kept("--only-right") == [ids[0]]

@@ -1,4 +1,4 @@
-"""The decode pool: same pictures as the plain path, and nothing that happens to a worker is lost or shared."""
+"""The picture pool: same pictures as the plain path, and nothing that happens to a worker is lost or shared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import sys
 import textwrap
 import time
 import warnings
-from concurrent.futures import CancelledError
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,9 @@ from PIL import Image
 from md3cli import child
 from md3cli.errors import ImageError, InputError, UsageError
 from md3cli.images import pool as pool_module
-from md3cli.images.crops import CropConfig, ImageLimits
+from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, prepare_image
 from md3cli.images.pool import PicturePool
 from md3cli.records import ImageItem
-
-pytestmark = pytest.mark.process
 
 CFG = CropConfig(crop_size=42, patch_size=6, overlap_margin=2, max_crops=12)
 LIMITS = ImageLimits()
@@ -124,6 +124,7 @@ def is_gone(pid: int) -> bool:
 # --- the same as the plain path ---------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("background", [None, "teal"])
 def test_workers_give_what_the_plain_path_gives(files, background):
     plain = PicturePool(0, CFG, LIMITS, background=background)
@@ -133,6 +134,7 @@ def test_workers_give_what_the_plain_path_gives(files, background):
             assert [outcome(future) for future in [pool.submit(item) for item in files]] == expected
 
 
+@pytest.mark.process
 def test_results_belong_to_the_caller(good, files):
     with PicturePool(1, CFG, LIMITS) as pool:
         first = pool.submit(good).result(PATIENCE_S)
@@ -143,6 +145,7 @@ def test_results_belong_to_the_caller(good, files):
     assert first.crops.flags.writeable
 
 
+@pytest.mark.process
 def test_odd_names_and_members_of_archives_reach_the_worker(tmp_path, good):
     data = Path(good.path).read_bytes()
     odd = tmp_path / os.fsdecode(b"line\nfeed \xff\xed\xa0\x80.jpg")
@@ -152,6 +155,7 @@ def test_odd_names_and_members_of_archives_reach_the_worker(tmp_path, good):
         assert outcome(member) == outcome(pool.submit(good))
 
 
+@pytest.mark.process
 def test_workers_start_one_by_one(good):
     with PicturePool(4, CFG, LIMITS) as pool:
         assert pool.worker_pids() == []
@@ -160,6 +164,7 @@ def test_workers_start_one_by_one(good):
         assert len(pool.worker_pids()) == 1
 
 
+@pytest.mark.process
 def test_a_background_that_is_no_colour_is_refused_at_once():
     with pytest.raises(UsageError):
         PicturePool(1, CFG, LIMITS, background="nonsense")
@@ -168,6 +173,7 @@ def test_a_background_that_is_no_colour_is_refused_at_once():
 # --- what happens to a worker costs one picture -------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("deed", "message"), [("crash", "signal 11"), ("exit", "status 7")])
 def test_a_decoder_that_dies_costs_one_picture(obedient, good, deed, message):
     with PicturePool(2, CFG, LIMITS) as pool:
@@ -181,6 +187,7 @@ def test_a_decoder_that_dies_costs_one_picture(obedient, good, deed, message):
                 assert outcome(future) == whole
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_picture_whose_worker_is_killed_gets_a_second_try(obedient, good, signum):
     with warnings.catch_warnings(record=True, action="always") as told_words, PicturePool(1, CFG, LIMITS) as pool:
@@ -198,6 +205,7 @@ def test_a_picture_whose_worker_is_killed_gets_a_second_try(obedient, good, sign
     assert "tried once more" in str(words.message)
 
 
+@pytest.mark.process
 def test_the_second_try_is_alone(monkeypatch, tmp_path, good):
     """A picture that kills its worker while another one is decoded is decoded when it is alone."""
     busy = tmp_path / "busy"
@@ -218,6 +226,7 @@ def test_the_second_try_is_alone(monkeypatch, tmp_path, good):
         assert [outcome(future) for future in [pool.submit(told(good, name)) for name in names]] == [whole] * 12
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("num_workers", [1, 4])
 def test_a_picture_that_kills_twice_fails_and_the_pool_goes_on(obedient, good, num_workers):
     with warnings.catch_warnings(action="ignore"), PicturePool(num_workers, CFG, LIMITS) as pool:
@@ -230,6 +239,7 @@ def test_a_picture_that_kills_twice_fails_and_the_pool_goes_on(obedient, good, n
                 assert outcome(future) == whole
 
 
+@pytest.mark.process
 def test_a_worker_that_is_stopped_is_replaced_and_its_picture_times_out(obedient, good):
     with PicturePool(1, CFG, LIMITS, timeout_s=2.0) as pool:
         whole = outcome(pool.submit(good))
@@ -242,6 +252,7 @@ def test_a_worker_that_is_stopped_is_replaced_and_its_picture_times_out(obedient
         assert is_gone(pid)
 
 
+@pytest.mark.process
 def test_a_decoder_that_never_ends_is_stopped_in_time(obedient, good):
     with PicturePool(1, CFG, LIMITS, timeout_s=1.0) as pool:
         whole = outcome(pool.submit(good))
@@ -253,6 +264,7 @@ def test_a_decoder_that_never_ends_is_stopped_in_time(obedient, good):
         assert outcome(pool.submit(good)) == whole
 
 
+@pytest.mark.process
 def test_an_idle_worker_that_dies_costs_nothing(good):
     with PicturePool(1, CFG, LIMITS) as pool:
         whole = outcome(pool.submit(good))
@@ -262,6 +274,7 @@ def test_an_idle_worker_that_dies_costs_nothing(good):
         assert outcome(pool.submit(good)) == whole
 
 
+@pytest.mark.process
 def test_running_out_of_memory_is_too_large_and_no_crash(obedient, tmp_path, good):
     big = tmp_path / "big.png"
     big.write_bytes(encode(Image.new("1", (9000, 9000)), "PNG"))
@@ -270,6 +283,7 @@ def test_running_out_of_memory_is_too_large_and_no_crash(obedient, tmp_path, goo
         assert pool.submit(good).result(PATIENCE_S).width == 200
 
 
+@pytest.mark.process
 def test_nothing_of_a_decoder_reaches_stderr(obedient, tmp_path, good, capfd):
     broken = tmp_path / "broken.tif"
     broken.write_bytes(tiff(40, 40, 8, bytes(20)))
@@ -279,6 +293,7 @@ def test_nothing_of_a_decoder_reaches_stderr(obedient, tmp_path, good, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "answer",
     [
@@ -302,6 +317,7 @@ def test_a_worker_that_talks_nonsense_is_not_believed(monkeypatch, good, answer)
         assert error_type(pool.submit(good)) == "decoder_crash"
 
 
+@pytest.mark.process
 def test_many_replacements_leave_nothing_open(obedient, good):
     def num_open() -> int:
         return len(os.listdir("/proc/self/fd"))
@@ -319,6 +335,7 @@ def test_many_replacements_leave_nothing_open(obedient, good):
 # --- one huge picture at a time -----------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_huge_pictures_wait_for_each_other_without_losing_their_time(obedient, files):
     huge, small = files[0], files[3]  # OBEDIENT calls more than 2000 pixels huge
     with PicturePool(3, CFG, LIMITS, timeout_s=1.0) as pool:
@@ -330,6 +347,7 @@ def test_huge_pictures_wait_for_each_other_without_losing_their_time(obedient, f
         assert [future.result(PATIENCE_S).width for future in waiting] == [200, 200]
 
 
+@pytest.mark.process
 def test_a_huge_picture_that_kills_its_decoder_lets_the_next_one_in(monkeypatch, good):
     late = "if item.name == 'late': kwargs['on_header'](9999); os._exit(1)"
     dies_late = OBEDIENT.replace("    return real(item", f"    {late}\n    return real(item")
@@ -342,6 +360,7 @@ def test_a_huge_picture_that_kills_its_decoder_lets_the_next_one_in(monkeypatch,
 # --- beginning and end ----------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_close_ends_what_is_running_and_cancels_the_rest(obedient, good):
     pool = PicturePool(2, CFG, LIMITS)
     futures = [pool.submit(told(good, "sleep")) for _ in range(6)]
@@ -355,6 +374,7 @@ def test_close_ends_what_is_running_and_cancels_the_rest(obedient, good):
             future.result(timeout=0)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_workers_leave_stopping_to_the_run(good, signum):
     with PicturePool(1, CFG, LIMITS) as pool:
@@ -366,12 +386,14 @@ def test_workers_leave_stopping_to_the_run(good, signum):
         assert pool.worker_pids() == pids
 
 
+@pytest.mark.process
 def test_a_signal_to_the_terminals_group_does_not_reach_workers(good):
     with PicturePool(1, CFG, LIMITS) as pool:
         pool.submit(good).result(PATIENCE_S)
         assert os.getpgid(pool.worker_pids()[0]) != os.getpgid(0)
 
 
+@pytest.mark.process
 def test_no_worker_outlives_a_run_that_was_killed(good):
     script = f"""
         import time
@@ -395,6 +417,7 @@ def test_no_worker_outlives_a_run_that_was_killed(good):
     wait_until(lambda: all(map(is_gone, pids)), timeout_s=5.0)
 
 
+@pytest.mark.process
 def test_a_worker_that_is_killed_while_it_starts_is_started_again(monkeypatch, tmp_path, good):
     first = tmp_path / "first"
     dies = f"import os, pathlib, signal\nif not pathlib.Path({str(first)!r}).exists():\n"
@@ -405,6 +428,7 @@ def test_a_worker_that_is_killed_while_it_starts_is_started_again(monkeypatch, t
     assert first.exists()
 
 
+@pytest.mark.process
 def test_where_no_worker_starts_the_run_is_told_why(monkeypatch, good):
     run_instead(monkeypatch, "raise SystemExit('no such thing as numpy')")
     with PicturePool(1, CFG, LIMITS) as pool:
@@ -413,6 +437,7 @@ def test_where_no_worker_starts_the_run_is_told_why(monkeypatch, good):
                 pool.submit(good).result(PATIENCE_S)
 
 
+@pytest.mark.process
 def test_files_in_the_working_folder_are_not_imported(tmp_path, good, monkeypatch):
     (tmp_path / "numpy.py").write_text("raise SystemExit('imported from the pictures folder')")
     (tmp_path / "PIL.py").write_text("raise SystemExit('imported from the pictures folder')")
@@ -422,6 +447,7 @@ def test_files_in_the_working_folder_are_not_imported(tmp_path, good, monkeypatc
         assert pool.submit(good).result(PATIENCE_S).width == 200
 
 
+@pytest.mark.process
 def test_a_file_size_limit_of_the_run_does_not_touch_pictures(good):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
@@ -430,3 +456,68 @@ def test_a_file_size_limit_of_the_run_does_not_touch_pictures(good):
             assert pool.submit(good).result(PATIENCE_S).crops.nbytes > 1000
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# ---- what decoding in processes costs ------------------------------------------------------------
+
+
+REAL_CFG = CropConfig(crop_size=378, patch_size=14, overlap_margin=4, max_crops=12)
+PHOTO = Path(__file__).parents[2] / "examples" / "images" / "china.jpg"
+NUM_WORKERS = 2
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # user and system
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def drain(submit: Callable[[ImageItem], Future[PreparedImage]], items: list[ImageItem]) -> None:
+    waiting: deque[Future[PreparedImage]] = deque()
+    for item in items:
+        waiting.append(submit(item))
+        if len(waiting) > 4 * NUM_WORKERS:
+            waiting.popleft().result()
+    for future in waiting:
+        future.result()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "count"), [((640, 427), 60), ((1920, 1280), 20), ((4000, 3000), 6)])
+def test_processes_cost_at_most_15_percent_more_than_threads(tmp_path, size, count):
+    """In processor time, which other work on the machine disturbs less than the clock."""
+    path = tmp_path / "photo.jpg"
+    Image.open(PHOTO).resize(size, Image.Resampling.BICUBIC).save(path, quality=88)
+    items = [ImageItem("photo.jpg", str(path))] * count
+    best = {"threads": float("inf"), "processes": float("inf")}
+    with (
+        PicturePool(NUM_WORKERS, REAL_CFG, LIMITS) as pool,
+        ThreadPoolExecutor(NUM_WORKERS) as threads,
+    ):
+        ways = {
+            "threads": lambda item: threads.submit(prepare_image, item, REAL_CFG, LIMITS, None),
+            "processes": pool.submit,
+        }
+        for submit in ways.values():
+            drain(submit, items[: 4 * NUM_WORKERS])
+        for _ in range(5):
+            for name, submit in ways.items():
+                before = cpu_seconds(pool.worker_pids())
+                drain(submit, items)
+                best[name] = min(best[name], cpu_seconds(pool.worker_pids()) - before)
+    assert best["processes"] <= 1.15 * best["threads"], best
+
+
+@pytest.mark.slow
+def test_a_200_megapixel_photograph_on_its_side_takes_less_than_1_5_gb(tmp_path):
+    path = tmp_path / "huge.jpg"
+    Image.new("RGB", (16320, 12240), "teal").save(path, exif=turned_exif(6))
+    with PicturePool(1, REAL_CFG, LIMITS, timeout_s=120) as pool:
+        got = pool.submit(ImageItem("huge.jpg", str(path))).result()
+        assert (got.width, got.height) == (12240, 16320)
+        status = Path(f"/proc/{pool.worker_pids()[0]}/status").read_text()
+        peak, now = (int(status.split(kind)[1].split()[0]) * 1024 for kind in ("VmHWM:", "VmRSS:"))
+        assert peak < 1.5e9
+        assert now < 0.2e9
