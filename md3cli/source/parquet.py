@@ -64,7 +64,7 @@ class CellReader:
             raise ImageError("io", str(error)) from error
         except (pa.ArrowException, OSError, MemoryError, ValueError) as error:
             self.close()
-            raise ImageError("decode", f"the Parquet file is damaged: {_brief(error)}") from error
+            raise ImageError("decode", f"the Parquet file is damaged: {_brief(error)[:100]}") from error
         if cell is None or not cell.is_valid:
             raise ImageError("not_found", "this row of the Parquet file holds no picture")
         content = cell.as_buffer()
@@ -101,10 +101,6 @@ class CellReader:
             if self._next_row > row:
                 return cell
         return None
-
-
-def _shortened(error: BaseException) -> str:
-    return printable(str(error).partition("\n")[0])[:100] or type(error).__name__
 
 
 def cell_name(row: int, path: str | None) -> str:
