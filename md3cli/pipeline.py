@@ -28,8 +28,8 @@ from md3cli.run.output import (
 )
 from md3cli.settings import CONFIG_FILE, user_config_dir
 from md3cli.signals import StopSignals, check_stdout
-from md3cli.source.kinds import is_glob
 from md3cli.source.source import check_not_empty, open_source
+from md3cli.source.walk import is_glob
 
 if TYPE_CHECKING:
     from md3cli.scale.folder import RunFolder

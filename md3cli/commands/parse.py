@@ -19,7 +19,7 @@ from md3cli.config import FailOn
 from md3cli.errors import UsageError
 from md3cli.records import CAPTION_LENGTHS, Task, printable
 from md3cli.remote.address import is_address
-from md3cli.source.kinds import IMAGE_SUFFIXES, MANIFEST_SUFFIXES, STDIN
+from md3cli.source.walk import IMAGE_SUFFIXES, MANIFEST_SUFFIXES, STDIN
 
 T = TypeVar("T")
 Format = Literal["jsonl", "coco", "parquet", "csv", "yolo", "voc", "labelstudio", "hf", "overlay", "txt", "html"]

@@ -28,7 +28,7 @@ from md3cli.finished.digest import DIGEST_BYTES, DigestSet
 from md3cli.finished.run_json import RECORDS_NAME, read_document, run_info_paths
 from md3cli.records import SCHEMA, is_printable, printable
 from md3cli.remote.address import is_address
-from md3cli.source.kinds import Glob, has_image_suffix, is_glob
+from md3cli.source.walk import Glob, has_image_suffix, is_glob
 from md3cli.system import open_at_once
 
 _HEAD_BYTES = 1 << 20

@@ -22,10 +22,10 @@ from md3cli.errors import InputError, RowError
 from md3cli.records import ImageItem, RowFailure, printable
 from md3cli.remote.address import folder_of, is_address, is_within, join, shown, shown_name
 from md3cli.remote.hosts import require_extra
-from md3cli.source.kinds import ARCHIVES, MANIFEST_SUFFIXES, SPREADSHEETS, STDIN, Glob, Kind, is_glob
 from md3cli.source.manifest import manifest_rows, open_regular
 from md3cli.source.requests import EmbeddedImage
 from md3cli.source.tar import tar_members
+from md3cli.source.walk import ARCHIVES, MANIFEST_SUFFIXES, SPREADSHEETS, STDIN, Glob, Kind, is_glob
 
 _BRACES = re.compile(r"\{[^{}]*(?:\.\.|,)[^{}]*\}")  # {00000..00009}, {a,b}
 _QUOTES = ('"', "'")

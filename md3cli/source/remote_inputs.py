@@ -17,16 +17,17 @@ from md3cli.records import printable
 from md3cli.remote.address import has_userinfo, host_of, is_web, path_of, shown, suffix_of
 from md3cli.remote.hosts import FetchOptions, HostRules
 from md3cli.remote.reader import Reader, explain, open_remote
-from md3cli.source.kinds import (
+from md3cli.source.walk import (
     ARCHIVES,
     IMAGE_SUFFIXES,
     MANIFEST_SUFFIXES,
+    Entry,
     Kind,
     PathFilter,
+    Walk,
     is_glob,
     natural_sorted,
 )
-from md3cli.source.walk import Entry, Walk
 
 MOST_LEVELS = 200  # of folders: a web server whose pages lead in a circle shows ever deeper ones
 

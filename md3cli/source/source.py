@@ -35,11 +35,10 @@ from md3cli.source.inputs import (
     is_of_windows,
     root_of,
 )
-from md3cli.source.kinds import STDIN, Glob, Kind, PathFilter, has_image_suffix, is_glob
 from md3cli.source.manifest import LiveLines, ManifestRow, manifest_rows, open_regular, path_rows
 from md3cli.source.requests import ROW_COLUMNS, check_request, refuse_address, refused_request, row_image, row_requests
 from md3cli.source.tar import tar_members
-from md3cli.source.walk import Walk
+from md3cli.source.walk import STDIN, Glob, Kind, PathFilter, Walk, has_image_suffix, is_glob
 
 
 def open_source(

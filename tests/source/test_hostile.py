@@ -17,7 +17,7 @@ from hostile_manifests import GOOD, Manifest, write_manifests
 from program import STUB_MD3, Program, isolate, make_pictures, records_of, start
 
 from md3cli.records import is_printable
-from md3cli.source.kinds import has_image_suffix
+from md3cli.source.walk import has_image_suffix
 
 pytestmark = pytest.mark.process
 

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from md3cli.source.kinds import Glob, PathFilter, natural_sorted
-from md3cli.source.walk import Walk
+from md3cli.source.walk import Glob, PathFilter, Walk, natural_sorted
 
 
 @pytest.fixture
