@@ -1,9 +1,9 @@
-"""A run, from INPUT to OUTPUT: rows, pictures decoded ahead, engine, records in input order, files.
+"""A run in this process, from INPUT to OUTPUT: rows, pictures decoded ahead, engine, records in input order, files.
 
-`run` chains the stages in one thread (only pictures are decoded elsewhere, in worker processes) and
-owns what happens at the end, whichever way it comes. Memory does not grow with the number of images:
-rows are read as they are needed, a fixed number of pictures is decoded ahead, and records are
-written as soon as all before them are.
+`LocalRun` chains the stages in one thread, while worker processes decode pictures, and says how the run ended, whichever
+way that was. Memory does not grow with the number of images: rows are read as they are needed, a fixed number of
+pictures is decoded ahead, and a record is written as soon as all before it are. Apart from pipeline.py, because that
+only chooses a kind of run.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class LocalRun:
         self.timeline = Timeline(output.document.timeline if output.document is not None else ())
 
     def to_the_end(self) -> int:
-        """Run, publish, tell; the exit status."""
+        """Run, publish, tell how it went, and return the exit status."""
         status = 1
         try:
             self._drive()
@@ -152,8 +152,6 @@ class LocalRun:
                 if record["error"] is not None:
                     self.console.warn(f"{record['image']}: {record['error']['type']}: {record['error']['message']}")
 
-    # -- the end -----------------------------------------------------------------------------------
-
     def _publish(self) -> None:
         journal = self.output.journal
         if journal is None:
@@ -168,7 +166,7 @@ class LocalRun:
                 print_document(document.path)
 
     def _unasked(self) -> Unasked:
-        """What becomes of the records in OUTPUT that INPUT does not name."""
+        """Return what decides about the records in OUTPUT that INPUT does not name."""
         source = self.source
         return Unasked(
             self.config.requests or (self.config.defaults,),
@@ -191,7 +189,7 @@ class LocalRun:
         self.num_damage_told = len(journal.damaged)
 
     def _counts(self) -> RunCounts:
-        """Requests by outcome in all of OUTPUT."""
+        """Count the requests in all of OUTPUT by outcome."""
         journal = self.output.journal
         if journal is None:
             return RunCounts(self.summary.num_ok, self.summary.num_failed, self.summary.failed)
@@ -235,7 +233,7 @@ class LocalRun:
         summarize(self.config, self.console, summary, self.output.plan, self._counts(), is_empty=is_empty)
 
     def _named_failures(self) -> list[Failure]:
-        """Some of this start's failures; of earlier ones only where it has none."""
+        """Return some of this start's failures, or of earlier starts' where it has none."""
         if self.output.journal is not None and not self.failures.found and self._counts().failed:
             # The run is over and its counts are told: a file that cannot be read now costs the names alone.
             with contextlib.suppress(OSError), open(self.output.journal.path, "rb") as lines:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -170,7 +170,7 @@ class Output:
     """Where the records go: the journal of a run on disk, or stdout."""
 
     plan: OutputPlan
-    write: Callable[[Sequence[RecordDict]], None]
+    console: RunConsole
     journal: Journal | None = None
     document: RunDocument | None = None
     waiting: WaitingRecords | None = None
@@ -179,6 +179,26 @@ class Output:
     def is_replacing(self) -> bool:
         """Whether a former run's records still stand there, which the first new one replaces."""
         return self.document is not None and self.document.is_held
+
+    def write(self, records: Sequence[RecordDict]) -> None:
+        """Write a batch of records; the first one takes the place of a former run that stands there."""
+        if self.journal is None:
+            self._print(records)
+            return
+        is_first = self.is_replacing and bool(records)
+        self.journal.append(records)
+        if is_first:
+            assert self.plan.files is not None
+            assert self.document is not None
+            remove_leftovers(self.plan.files.run_info, [document.path for document in self.plan.documents])
+            self.document.release()
+
+    def _print(self, records: Sequence[RecordDict]) -> None:
+        if self.plan.stdout == JSONL:
+            print_bytes(b"".join(map(encode_record, records)))
+            return
+        for record in records:
+            self.console.show_record(record)
 
     def close(self) -> None:
         """Sync and unlock what stays."""
@@ -189,7 +209,7 @@ class Output:
 
 
 def with_journal_aside(plan: OutputPlan, stack: contextlib.ExitStack) -> OutputPlan:
-    """A document for stdout is made from a journal like any other, which is gone at the end."""
+    """Have a document for stdout made in a temporary folder, from a journal like any other; `stack` removes it."""
     aside = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="print-", dir=scratch_folder())))
     assert plan.stdout is not None
     files = output_paths(aside, is_folder=True, is_journal=False)
@@ -214,11 +234,10 @@ def open_output(
         OutputError: it cannot be written, or another process writes it.
     """
     if plan.files is None:
-        return Output(plan, _print_lines if plan.stdout == JSONL else _printer(console))
+        return Output(plan, console)
     options = config.output
     earlier = {} if options.overwrite else read_facts(plan.files.run_info, RUN_SCHEMA)
-    is_there = plan.files.journal.is_file()
-    is_new_folder = _is_new_folder(plan.files)
+    is_there, is_new_folder = plan.files.journal.is_file(), _is_new_folder(plan.files)
     journal = Journal.open(
         plan.files.journal,
         mode="overwrite" if options.overwrite else "resume",
@@ -249,28 +268,11 @@ def open_output(
         is_done=lambda record_id: journal.state(record_id) == "ok",
         is_fresh=options.overwrite or not is_there,
     )
-    write = _Replacement(plan, journal, document).write if document.is_held else journal.append
-    return Output(plan, write, journal, document, waiting)
-
-
-class _Replacement:
-    """Writes the first records of a run that starts over; until then all is as the former run left it."""
-
-    def __init__(self, plan: OutputPlan, journal: Journal, document: RunDocument) -> None:
-        self._plan, self._journal, self._document = plan, journal, document
-
-    def write(self, records: Sequence[RecordDict]) -> None:
-        """Write a batch of records; the first one takes the place of the former run."""
-        is_first = self._document.is_held and bool(records)
-        self._journal.append(records)
-        if is_first:
-            assert self._plan.files is not None
-            remove_leftovers(self._plan.files.run_info, [document.path for document in self._plan.documents])
-            self._document.release()
+    return Output(plan, console, journal, document, waiting)
 
 
 def _is_new_folder(files: OutputPaths) -> bool:
-    """Whether OUTPUT is a run folder that is not there or empty, so that all in it will be md3's."""
+    """Return whether OUTPUT is a run folder that is not there or empty, so that all in it will be md3's."""
     folder = files.run_info.parent
     is_run_folder = files.run_info.name == RUN_INFO_NAME
     return is_run_folder and not (folder.is_dir() and any(folder.iterdir()))
@@ -316,27 +318,15 @@ def _begin(
     )
 
 
-def _print_lines(records: Sequence[RecordDict]) -> None:
-    print_bytes(b"".join(map(encode_record, records)))
-
-
-def _printer(console: RunConsole) -> Callable[[Sequence[RecordDict]], None]:
-    def show(records: Sequence[RecordDict]) -> None:
-        for record in records:
-            console.show_record(record)
-
-    return show
-
-
 def written_paths(plan: OutputPlan) -> list[str]:
-    """What a finished run has written, for people; a document that had nothing to hold is not there."""
+    """Return what a finished run has written, for people; a document that had nothing to hold is not there."""
     assert plan.files is not None
     paths = [*(document.path for document in plan.documents), plan.files.journal]
     return [printable(str(path)) for path in paths if path.exists()]
 
 
 def publish(document: Document, records: Path, config: RunConfig, root: str) -> tuple[str, ...]:
-    """Make a document from the records, whole or not at all; returns what the user should know about it.
+    """Make a document from the records, whole or not at all, and return what the user should know about it.
 
     Raises:
         ExportError, OutputError: it cannot be made; the records are untouched.
