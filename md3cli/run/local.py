@@ -1,8 +1,8 @@
 """A run in this process, from INPUT to OUTPUT: rows, pictures decoded ahead, engine, records in input order, files.
 
-`LocalRun` chains the stages in one thread, while worker processes decode pictures, and says how the run ended, whichever
-way that was. Memory does not grow with the number of images: rows are read as they are needed, a fixed number of
-pictures is decoded ahead, and a record is written as soon as all before it are. Apart from pipeline.py, because that
+`LocalRun` chains the stages in one thread, while worker processes decode pictures, and says how the run ended,
+whichever way that was. Memory does not grow with the number of images: rows are read as they are needed, a fixed number
+of pictures is decoded ahead, and a record is written as soon as all before it are. Apart from pipeline.py, because that
 only chooses a kind of run.
 """
 
