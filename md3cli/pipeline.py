@@ -45,8 +45,7 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_mode
         Interrupted: a signal stopped it, in order.
         BrokenPipeError: the reader of stdout has left.
     """
-    if config.model.background != "none":
-        parse_background(config.model.background)
+    parse_background(config.model.background)
     with contextlib.ExitStack() as stack:
         if config.output.address is not None:
             from md3cli.scale.bucket import in_local_folder

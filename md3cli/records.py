@@ -27,6 +27,8 @@ ERROR_TYPES = frozenset(f"{_FILE_ERRORS} {_OTHER_ERRORS}".split())
 RETRYABLE = frozenset({"io", "timeout", "permission", "model"})  # may pass later
 MESSAGE_LIMIT_CHARS = 200
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False, allow_nan=False)
+
 RecordDict = dict[str, Any]
 
 
@@ -270,6 +272,17 @@ def answered_record(
         output_tokens=answer.output_tokens,
         meta=meta,
     )
+
+
+def compact_json(value: Any) -> bytes:
+    """Return `value` as JSON in UTF-8, without blanks.
+
+    A lone surrogate has no UTF-8; it becomes `?` rather than a line that other readers refuse.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON does not have.
+    """
+    return _ENCODER.encode(value).encode("utf-8", "replace")
 
 
 def is_printable(char: str) -> bool:

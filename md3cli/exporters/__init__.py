@@ -6,18 +6,15 @@ the format is asked for. Every format can be made again from the records at any 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from md3cli.errors import UsageError
 from md3cli.finished.guards import check_not_input, files_of_run
 from md3cli.finished.run_json import find_records
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False, allow_nan=False)
 FORMATS = ("jsonl", "coco", "parquet", "csv", "yolo", "voc", "labelstudio", "hf", "overlay", "txt")
 _MODULES = {"csv": "csv_flat"}  # the others are in the modules of their own names
 
@@ -66,15 +63,6 @@ class ExportOptions:
     is_confined: bool = True
     max_pixels: int = 2**28
     max_file_size: int = 2**30
-
-
-def compact_json(value: Any) -> bytes:
-    """Return `value` as JSON in UTF-8, without blanks.
-
-    Raises:
-        ValueError: it holds NaN or infinity, which JSON does not have.
-    """
-    return _ENCODER.encode(value).encode()
 
 
 @dataclass(frozen=True, slots=True)

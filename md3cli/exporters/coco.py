@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from md3cli.errors import ExportError, InputError
-from md3cli.exporters import ExportOptions, ExportReport, compact_json
+from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment
 from md3cli.finished.names import NAMES_SHOWN, Matches, ambiguity_notes, match_images, match_labels
-from md3cli.records import printable
+from md3cli.records import compact_json, printable
 
 
 class CocoIds:

@@ -17,11 +17,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from md3cli.errors import ImageError
-from md3cli.exporters import ExportOptions, ExportReport, compact_json
+from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import StagedFolder, candidates, portable, relative_name, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.objects import flat
 from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures, pillow_decodes
+from md3cli.records import compact_json
 
 METADATA = "metadata.jsonl"
 _NOT_LOADED = frozenset({".avif", ".heic", ".heif"})  # by ImageFolder of datasets 5.2: written as PNG instead

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from md3cli.exporters import ExportOptions, ExportReport, compact_json
+from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file
 from md3cli.finished.records_file import read_records
+from md3cli.records import compact_json
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:

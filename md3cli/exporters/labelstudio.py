@@ -17,12 +17,12 @@ from typing import Any
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
-from md3cli.exporters import ExportOptions, ExportReport, compact_json
+from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.objects import colour_of, joined_ring
 from md3cli.exporters.pictures import Pictures
-from md3cli.records import printable
+from md3cli.records import compact_json, printable
 
 LOCAL_FILES = "/data/local-files/?d="
 POINT_SIZE_PERCENT = 0.75

@@ -15,7 +15,6 @@ record more during the rewrite.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,7 +26,7 @@ from md3cli.files import OutputLock, output_error, remove_stale_temps
 from md3cli.finished.digest import digest_of
 from md3cli.finished.record_shape import is_record_of, read_json, read_record
 from md3cli.finished.run_json import RecordsDigest, digest_of_file
-from md3cli.records import SCHEMA, RecordDict, Request, SourceRow, printable
+from md3cli.records import SCHEMA, RecordDict, Request, SourceRow, compact_json, printable
 from md3cli.run.damage import DamagedLines, keep_damaged
 from md3cli.run.journal_scan import HEAD, LineIndex, copy_spans, first_record, order_of, scan_journal
 from md3cli.run.log import AppendLog, SyncAfter
@@ -39,12 +38,8 @@ _MOST_CHANGED = 2  # bytes of a head that still is ours
 
 
 def encode_record(record: RecordDict) -> bytes:
-    """A record as its line: UTF-8, no spaces, newline at the end.
-
-    A lone surrogate has no UTF-8; it becomes `?` rather than a line that other readers refuse.
-    """
-    text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace") + b"\n"
+    """Return a record as its line: `compact_json` with a newline at the end."""
+    return compact_json(record) + b"\n"
 
 
 class Journal:

@@ -145,11 +145,11 @@ class LocalRun:
         first_write, self.first_write = self.first_write, contextlib.nullcontext()
         with first_write:
             self.output.write(records)
+        is_told = self.console.is_verbose and self.output.plan.stdout != TABLE
         for record in records:
-            self.failures.note(record)
-        if self.console.is_verbose and self.output.plan.stdout != TABLE:
-            for record in records:
-                if record["error"] is not None:
+            if record["error"] is not None:
+                self.failures.note(record)
+                if is_told:
                     self.console.warn(f"{record['image']}: {record['error']['type']}: {record['error']['message']}")
 
     def _publish(self) -> None:
