@@ -3,7 +3,7 @@
 A list may spell a name as other systems do: with `\\` between folders (Windows), decomposed where the disk has it
 composed (Macs), in quotes, or with a blank behind it. The name as it is written always comes first.
 
-Opens no picture; follows links to see where they lead.
+Opens no picture, but follows links to see where they lead.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ class Input(NamedTuple):
 def input_of(typed: str, is_alone: bool) -> Input:
     """Find out what an INPUT is, and what the names of its pictures start with.
 
-    They start with nothing where it is alone, with the INPUT as typed where there are several, and with the whole
-    address where it is remote; but the members of a tar and the rows of a manifest have names of their own.
+    The names start with nothing where the INPUT is alone, with the INPUT as typed where there are several, and with
+    the whole address where it is remote. The members of a lone tar and the rows of a lone manifest have names of their
+    own.
 
     Raises:
         InputError: it does not exist (one among several is a picture that is not there), or is compressed.
@@ -184,8 +185,8 @@ class Confinement(NamedTuple):
 class RowPlaces(NamedTuple):
     """Where the pictures are that the rows of one manifest name.
 
-    `folder` is what relative paths start from, `prefix` what their names start with, `may_fetch` whether rows may
-    name addresses. Pictures inside the manifest itself are called below `cells`.
+    `folder` is what relative paths start from, and `prefix` what their names start with; `may_fetch` says whether rows
+    may name addresses. The names of pictures inside the manifest itself start with `cells`.
     """
 
     manifest: str
@@ -240,12 +241,12 @@ def _in_folder(folder: str, name: str) -> str:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name can be spelled in one way only, as nearly all are: no file is looked for then."""
+    """Return whether a name can be spelled in one way only, as nearly all can: then no file is looked for."""
     return name.isascii() and "\\" not in name and name[:1] not in ("~", *_QUOTES) and name.strip() == name
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """Other spellings of a name, the most likely first."""
+    """Yield other spellings of a name, the most likely first."""
     bare = name.strip()
     if len(bare) > 2 and bare[0] == bare[-1] and bare[0] in _QUOTES:
         bare = bare[1:-1]
@@ -258,7 +259,7 @@ def _spellings(name: str) -> Iterator[str]:
 
 
 def _normalised(path: str) -> str | None:
-    """`path` with each part composed or decomposed as it is on the disk; None where there is no such file."""
+    """Return `path` with each part composed or decomposed as on the disk; None where there is no such file."""
     if os.path.lexists(path):
         return path
     if path.isascii():

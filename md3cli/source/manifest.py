@@ -217,7 +217,7 @@ class LiveLines:
 
 
 def _csv_rows(lines: Iterator[Line], name: str, delimiter: str) -> Iterator[ManifestRow]:
-    """The rows that hold anything; where the header has no column `image` by `delimiter`, others are tried.
+    """Yield the rows that hold anything; where `delimiter` gives no column `image`, others are tried.
 
     Raises:
         InputError: there is no header with a column `image`, a column comes twice, or the first row fills a column
@@ -242,8 +242,8 @@ def _csv_rows(lines: Iterator[Line], name: str, delimiter: str) -> Iterator[Mani
 class _CsvLines:
     """Text lines for `csv.reader` that can be taken back to the one behind the start of a broken row.
 
-    An unclosed quote swallows all lines up to the limit of a row; rewound, it costs its own
-    line only. Bytes that are not UTF-8 come as surrogates, found again in the finished row.
+    An unclosed quote swallows all lines up to the limit of a row; where they are taken back it costs its own line only.
+    Bytes that are not UTF-8 come as surrogates, which `_columns` finds in the finished row.
     """
 
     def __init__(self, lines: Iterator[Line]) -> None:
@@ -273,7 +273,7 @@ class _CsvLines:
         self._num_bytes = 0
 
     def rewind(self, first: int = 1) -> None:
-        """Give the row's lines from `first` on again; not for ever, where row after row has no end."""
+        """Give the row's lines from `first` on again; but not for ever, where row after row has no end."""
         if self._num_overlong <= _MOST_OVERLONG_ROWS:
             self._again.extendleft(reversed(self._taken[first:]))
 
@@ -302,7 +302,7 @@ def _all_cells(lines: _CsvLines, delimiter: str) -> Iterator[_Cells]:
 
 
 def _found_header(lines: _CsvLines, delimiter: str, name: str) -> tuple[list[str], str]:
-    """The names of the columns, and what stands between the cells."""
+    """Return the names of the columns, and what stands between the cells."""
     first = None
     for tried in dict.fromkeys([delimiter, *_DELIMITERS]):
         row = next(_all_cells(lines, tried), None)
@@ -328,7 +328,7 @@ def _header(row: _Cells | None, name: str) -> list[str]:
 
 
 def _unnamed_content(header: Sequence[str], cells: Sequence[str]) -> str:
-    """What is wrong where a column without a name holds something; empty where none does."""
+    """Return what is wrong where a column without a name holds something; empty where none does."""
     for place, (column, cell) in enumerate(zip(header, cells, strict=False), start=1):
         if not column and cell.strip():
             return f"column {place} has no name and holds '{printable(cell)[:40]}'"
@@ -336,7 +336,7 @@ def _unnamed_content(header: Sequence[str], cells: Sequence[str]) -> str:
 
 
 def _columns(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
-    """The cells by the names of their columns; those behind the last column may be there as long as they are empty."""
+    """Return the cells by the names of their columns; empty cells may follow the last column."""
     if len(cells) < len(header) or any(map(str.strip, cells[len(header) :])):
         raise ValueError(f"{len(cells)} columns where the header has {len(header)}")
     if unnamed := _unnamed_content(header, cells):
@@ -349,7 +349,7 @@ def _columns(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
 
 
 def _typed(column: str, cell: str) -> Any:
-    """A cell of a column with a type as that type where it can be read so; an empty one is null."""
+    """Return a cell as a value of its column's type where it can be read so; an empty one is null."""
     text = cell.strip()
     if column in _NUMBERS:
         return _number(text) if text else None
@@ -378,7 +378,7 @@ def _json_value(text: str) -> Any:
 
 
 def _json_row(line: Line) -> Iterator[ManifestRow]:
-    """The row of a line; nothing for a blank one."""
+    """Yield the row of a line; nothing for a blank one."""
     number, data = line
     if data is None:
         yield ManifestRow(number, None, TOO_LONG)
@@ -396,7 +396,7 @@ def _json_row(line: Line) -> Iterator[ManifestRow]:
 
 
 def _json_columns(data: bytes) -> dict[str, Any]:
-    """The object a line holds.
+    """Return the object that a line holds.
 
     Raises:
         ValueError, RecursionError: it cannot be read, or could not be written again as it is.
@@ -414,7 +414,7 @@ def _json_columns(data: bytes) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; of a key that comes twice nobody knows which value is meant."""
+    """Return an object of JSON; raises ValueError for a key that comes twice, for nobody knows which value counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -427,7 +427,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _depth(value: Any) -> int:
-    """How deep lists and objects are nested, counted level by level, so that nothing recurses."""
+    """Return how deep lists and objects are nested, counted level by level, so that nothing recurses."""
     depth, level = 0, [value]
     while level:
         depth += 1

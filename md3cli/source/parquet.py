@@ -1,12 +1,12 @@
 """Parquet manifests, row by row, and pictures inside Parquet files. Only this file imports pyarrow's reader.
 
-The footer is never believed: `read_table` on one that claims 10^12 rows asks for 2 TiB, so row groups are read in small
-batches and yield what is really there. Nor is the file's size: a text that comes a thousand times stands there once, so
-it is kept once (`_much_repeated`). A damaged row group costs one row.
+The footer is never believed: `read_table` on one that claims 10^12 rows asks for 2 TiB. So row groups are read in small
+batches, and yield what is really there. Nor is the file's size believed: a text that comes a thousand times stands
+there once, so it is kept once (`_much_repeated`). A damaged row group costs one row.
 
 A row says where its picture stands (`EmbeddedImage`, in the layout of Hugging Face `datasets`). A cell cannot be read
 by itself, only its row group from the start: one thread reads the cells in the order of the rows, a few at a time, and
-goes back to the start only for a row that lies behind it.
+goes back to the start only for an earlier row.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CellReader:
         self._file = contextlib.ExitStack()
 
     def read(self, item: ImageItem, limit_bytes: int) -> bytes:
-        """The bytes of a cell.
+        """Return the bytes of the picture in a cell.
 
         Raises:
             ImageError: the file cannot be opened, is damaged, or has no picture there.
@@ -95,7 +95,7 @@ class CellReader:
         self._place, self._next_row = place, 0
 
     def _cell(self, row: int) -> Any:
-        """The cell at `row`; None where the row group ends before it."""
+        """Return the cell at `row`; None where the row group ends before it."""
         for cell in self._cells:
             self._next_row += 1
             if self._next_row > row:
@@ -104,7 +104,7 @@ class CellReader:
 
 
 def cell_name(row: int, path: str | None) -> str:
-    """What the picture of row `row` (from 1) is called: `datasets` keeps base names only, which may come twice."""
+    """Return the name of the picture of row `row` (from 1); `datasets` keeps base names only, which may come twice."""
     base = (path or "").replace("\\", "/").rpartition("/")[2].replace("\0", "")
     return f"{row:07d}-{base}" if base else f"{row:07d}"
 
@@ -119,7 +119,7 @@ _UNREADABLE_VALUES = (ValueError, ArithmeticError, RecursionError, LookupError)
 
 
 def parquet_rows(file: IO[bytes], name: str) -> Iterator[dict[str, Any] | str]:
-    """Each row as JSON-able columns, or as the text of the problem that kept it from being read.
+    """Yield each row as columns of JSON values, or as the text of the problem that kept it from being read.
 
     Raises:
         InputError: on the first step, when it is not Parquet or has no column `image` of text or pictures; `name` is
@@ -155,7 +155,7 @@ def parquet_rows(file: IO[bytes], name: str) -> Iterator[dict[str, Any] | str]:
 
 
 def _much_repeated(metadata: Any) -> set[str]:
-    """The columns of text whose few values may come again and again: 200 KB of them can be gigabytes when repeated."""
+    """Return the columns whose few texts may come again and again: 200 KB of them can be gigabytes when repeated."""
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     columns = (group.column(k) for group in groups for k in range(group.num_columns))
     return {
@@ -169,7 +169,7 @@ def _much_repeated(metadata: Any) -> set[str]:
 
 
 def _chunks_read(group: Any, is_embedded: bool) -> list[Any]:
-    """The columns of a row group but for the pictures in it."""
+    """Return the columns of a row group but for its pictures."""
     chunks = map(group.column, range(group.num_columns))
     return [chunk for chunk in chunks if not (is_embedded and chunk.path_in_schema == IMAGE_BYTES)]
 
@@ -187,13 +187,13 @@ def _refuse_bomb(chunks: list[Any]) -> None:
 
 
 def _rows_at_a_time(chunks: list[Any], num_rows: int) -> int:
-    """How many rows of a row group to read at once; from what the file says of its size, which may be a lie."""
+    """Return how many rows of a row group to read at once, as the file says its size, which may be a lie."""
     size: int = sum(chunk.total_uncompressed_size for chunk in chunks)
     return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(1, size)))
 
 
 def _check_schema(schema: Any, name: str) -> bool:
-    """Whether the pictures themselves are in the column `image`, rather than their paths."""
+    """Return whether the pictures themselves are in the column `image`, rather than their paths."""
     import pyarrow.types as kinds
 
     refuse_doubles(schema.names, name)
@@ -228,12 +228,12 @@ class _EmbeddedCells:
         self._is_empty = all(_is_all_null(column) for column in columns if column.path_in_schema == IMAGE_BYTES)
 
     def columns_to_read(self, names: list[str]) -> list[str]:
-        """All but the pictures' bytes, unless there is nothing else to count rows by."""
+        """Return the names of all columns but the pictures' bytes, unless there is nothing else to count rows by."""
         others = [name for name in names if name != "image"] + ([IMAGE_PATH] if self._has_paths else [])
         return others or [IMAGE_BYTES]
 
     def next_value(self, cell: Any, row: int) -> EmbeddedImage | str | None:
-        """What stands for the picture of row `row` (from 1): the next one of this group."""
+        """Return what stands for the picture of row `row` (from 1), the next one of this group."""
         offset, self._next_offset = self._next_offset, self._next_offset + 1
         if cell is not None and not cell.is_valid:
             return None
@@ -245,7 +245,7 @@ class _EmbeddedCells:
 
 
 def _is_all_null(column: Any) -> bool:
-    """Whether the statistics of a column of a row group say that it holds nothing."""
+    """Return whether the statistics of a column of a row group say that it holds nothing."""
     statistics = column.statistics
     has_null_count = statistics is not None and statistics.has_null_count
     return has_null_count and statistics.null_count >= column.num_values > 0
@@ -263,11 +263,7 @@ def _batch_rows(batch: Any, cells: _EmbeddedCells | None, num_before: int) -> It
 
 
 def _bounded(name: str, value: Any) -> Any:
-    """`value`, which stands in column `name`.
-
-    Raises:
-        ValueError: it is a text that is too long.
-    """
+    """Return `value` of the column `name`; raises ValueError for a text that is too long."""
     if isinstance(value, str) and len(value) > CELL_LIMIT_CHARS:
         raise ValueError(f"column '{name}' is longer than {CELL_LIMIT_CHARS >> 20} Mi characters")
     return value
@@ -278,7 +274,7 @@ def _brief(error: BaseException) -> str:
 
 
 def json_able(value: Any) -> Any:
-    """A Parquet value as JSON: bytes as base64, NaN and infinities as null, dates and decimals as text."""
+    """Return a Parquet value as JSON: bytes as base64, NaN and infinities as null, dates and decimals as text."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):

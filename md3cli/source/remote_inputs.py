@@ -1,8 +1,8 @@
 """INPUT that is an address: what it is, whether it is there, and how it is opened and walked.
 
-Whoever types an address names its host: what lies there may be in a private network.
-
-Walking a remote folder: the same order, suffixes and globs as on a disk.
+A remote folder is walked in the same order as one on a disk, with the same suffixes and patterns. Whoever types an
+address names its host, so that the host may lie in a private network. Apart from the other files of this room, which
+import it inside functions, because it needs the extra `remote`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class RemoteWalk(Walk):
     reader: Reader = field(kw_only=True)
 
     def entries(self, path: str) -> list[Entry]:
-        """The entries of a folder in natural order.
+        """Return the entries of a folder in natural order.
 
         Raises:
-            InputError: it cannot be listed; tried several times. Or it lies deeper than any folder can be meant to.
+            InputError: it cannot be listed, which was tried several times, or lies deeper than anybody can mean.
         """
         if path_of(path).count("/") > MOST_LEVELS:
             raise InputError(
@@ -71,7 +71,7 @@ class RemoteWalk(Walk):
 
 
 def kind_of_address(typed: str, is_alone: bool) -> Kind:
-    """What the address `typed` is: by its suffix, else by looking there.
+    """Return what the address `typed` is: as its suffix says, else as a look there says.
 
     Raises:
         InputError: it is not there (one picture among several INPUTs is a record instead), or cannot be read.
@@ -97,7 +97,7 @@ def kind_of_address(typed: str, is_alone: bool) -> Kind:
 
 
 def _is_pattern(typed: str) -> bool:
-    """Whether it holds `*`, `?` or `[`, and nothing of exactly this name is there. In a URL `?` starts a query."""
+    """Return whether `typed` holds `*`, `?` (in a URL it starts a query) or `[`, and nothing of this name is there."""
     if is_web(typed):
         return is_glob(typed.replace("?", "")) and "?" not in typed
     if not is_glob(path_of(typed)):
@@ -112,7 +112,7 @@ def _is_pattern(typed: str) -> bool:
 
 
 def _kind_by_looking(typed: str, *, may_fail: bool) -> Kind:
-    """`may_fail`: it is called like a picture, so that what is wrong with it belongs into its record."""
+    """Look at an address; `may_fail` where it is named like a picture, whose failure then belongs into its record."""
     try:
         return Kind.FOLDER if reader(typed).facts(typed).is_folder else Kind.FILE
     except ImageError as error:
@@ -134,7 +134,7 @@ def check_folder(folder: str) -> None:
 
 
 def open_input(address: str) -> IO[bytes]:
-    """The file at an address, open and seekable.
+    """Open the file at an address, to be read and sought in.
 
     Raises:
         InputError: it cannot be opened.
@@ -146,12 +146,12 @@ def open_input(address: str) -> IO[bytes]:
 
 
 def walk_of(folder: str, filter: PathFilter, skipped: Counter[str], *, is_recursive: bool) -> Walk:
-    """The walk through the folder at an address."""
+    """Return the walk through the folder at an address."""
     return RemoteWalk(is_recursive, False, filter, skipped, reader=reader(folder))
 
 
 def reader(address: str) -> Reader:
-    """The reader for what the user typed."""
+    """Return the reader of an address that the user typed."""
     return _reader(host_of(address))
 
 

@@ -1,7 +1,7 @@
-"""What a manifest row asks: its columns laid over the command's own requests.
+"""What a manifest row asks: its columns laid over the command's own requests. Pure: values in, requests out.
 
-Pure: values in, requests out. A value of the wrong type is a row that cannot be read (`bad_row`);
-a value of the right type that makes no sense is a `bad_request`.
+A value of the wrong type is a row that cannot be read (`bad_row`). A value of the right type that makes no sense is a
+`bad_request`. Knows nothing of files and formats.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TASKS_WITH_REFS = frozenset({Task.QUERY, Task.POINT, Task.SEGMENT})
 
 
 class EmbeddedImage(NamedTuple):
-    """A picture that stands in the manifest itself: where, and what its row calls it."""
+    """A picture that stands in the manifest itself: what its row calls it, and where it stands."""
 
     name: str
     row_group: int
@@ -34,7 +34,7 @@ class EmbeddedImage(NamedTuple):
 
 
 def refuse_doubles(columns: Iterable[str], name: str) -> None:
-    """Raise InputError where the manifest `name` has a column twice: which of the two counts cannot be told."""
+    """Raise InputError where the manifest `name` has a column twice: nobody can tell which of the two counts."""
     seen = set()
     for column in columns:
         if column in seen:
@@ -43,7 +43,7 @@ def refuse_doubles(columns: Iterable[str], name: str) -> None:
 
 
 def row_image(columns: Mapping[str, Any]) -> str | EmbeddedImage:
-    """The path a row names, as it is written, or the picture it holds; empty for a text-only query.
+    """Return the path that a row names, as it is written, or the picture that it holds; empty for a text-only query.
 
     Raises:
         RowError: there is no such column, or it holds no path.
@@ -63,17 +63,17 @@ def row_image(columns: Mapping[str, Any]) -> str | EmbeddedImage:
 
 
 def refuse_address(name: str, *, may_fetch: bool = False) -> None:
-    """Raise RequestError where a row's image is a URL: nothing is fetched because a manifest alone says so."""
+    """Raise RequestError where a row's image is a URL: that a manifest alone names one is no reason to fetch it."""
     if ":" in name and (match := _ADDRESS.match(name)) and not (may_fetch and is_address(name)):
         advice = "add --remote to fetch them" if is_address(name) else "name a local file"
         raise RequestError(f"{match[0].lower()} addresses in a manifest are not fetched; {advice}")
 
 
 def row_requests(columns: Mapping[str, Any], requests: Sequence[Request], defaults: Request) -> tuple[Request, ...]:
-    """The requests of a row, at least one.
+    """Return the requests of a row, at least one.
 
-    With a task or a prompt of its own a row makes one request (or the command's of that task, when
-    it leaves the prompt open), else all of the command's; its settings override theirs. `defaults`
+    A row with a task or a prompt of its own makes one request, or those of the command with that task where it leaves
+    the prompt open. Any other row makes all requests of the command. The row's settings override theirs. `defaults`
     gives the settings where the command makes no request of its own.
 
     Raises:
@@ -93,7 +93,7 @@ def row_requests(columns: Mapping[str, Any], requests: Sequence[Request], defaul
 
 
 def refused_request(columns: Mapping[str, Any], base: Request) -> Request:
-    """What the error record of a refused row says was asked: its task and prompt, `base` where they cannot be read."""
+    """Return what the error record of a refused row says was asked: `base`, with what can be read of the row."""
     task = base.task
     with suppress(RowError):
         task = _task(columns["task"]) if _is_given(columns, "task") else base.task
@@ -104,11 +104,7 @@ def refused_request(columns: Mapping[str, Any], base: Request) -> Request:
 
 
 def check_request(request: Request, *, has_image: bool) -> None:
-    """Whether a request makes sense.
-
-    Raises:
-        RequestError: it does not; says why.
-    """
+    """Raise RequestError, which says why, where a request makes no sense."""
     task = request.task
     if task is Task.CAPTION and request.prompt is not None:
         raise RequestError("caption takes no prompt; the task 'query' does")
@@ -225,7 +221,7 @@ _SETTINGS: Mapping[str, Callable[[str, Any], Any]] = {
 
 
 def read_setting(name: str, value: Any) -> Any:
-    """A setting's value (`length` … `seed`), checked.
+    """Return the value of a setting (`length` … `seed`), checked.
 
     Raises:
         RowError: `bad_row` for the wrong type.

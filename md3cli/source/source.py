@@ -1,11 +1,10 @@
 """INPUT as the user typed it, turned into a lazy stream of rows: a picture and what is asked of it.
 
-Opens no picture and decides nothing about its content. Rows come in input order; memory is bounded
-by one folder's names a level, one manifest line, or one tar header.
+Opens no picture and decides nothing about its content. Rows come in input order; memory is bounded by one folder's
+names a level, one manifest line, or one tar header.
 
-An INPUT without anything to annotate: an error, for most often it is the wrong folder or too narrow a filter.
-
-A part of INPUT that happens to be empty is none: a shard, or a limit of 0.
+An INPUT without anything to annotate is an error, for most often it is the wrong folder or too narrow a filter. A part
+of INPUT that happens to be empty, a shard or a limit of 0, is no error.
 """
 
 from __future__ import annotations
@@ -48,10 +47,10 @@ def open_source(
     defaults: Request | None = None,
     stdin: IO[bytes] | None = None,
 ) -> Source:
-    """The rows of `spec`, each asked `requests` unless a manifest row says otherwise.
+    """Return the rows of `spec`, each asked `requests` unless a manifest row says otherwise.
 
-    `defaults` holds the settings for manifest rows where the command makes no request of its own.
-    `stdin` is read for INPUT `-`, by default the process's own.
+    `defaults` holds the settings for manifest rows where the command makes no request of its own. `stdin` is read for
+    INPUT `-`; None: the process's own.
 
     Raises:
         InputError: an INPUT does not exist, cannot be opened, or is of a kind that is not read.
@@ -123,15 +122,15 @@ class Source:
         self.root = self._find_root()
 
     def __iter__(self) -> Iterator[SourceRow]:
-        """The rows; the first step raises InputError where INPUT cannot be read."""
+        """Yield the rows; the first step raises InputError where INPUT cannot be read."""
         return filter(None, self._all_rows(may_wait=True))
 
     def rows_so_far(self) -> Iterator[SourceRow | None]:
-        """The rows, as they come on stdin: None where the next has not come yet; `wait` for it and go on."""
+        """Yield the rows, and None where the next one has not come on stdin yet: `wait` for it, and go on."""
         return self._all_rows(may_wait=False)
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until more comes on stdin, at most so long."""
+        """Wait until more comes on stdin, at most `timeout_s` seconds."""
         self._stdin.wait(timeout_s)
 
     def _all_rows(self, *, may_wait: bool) -> Iterator[SourceRow | None]:
@@ -157,7 +156,7 @@ class Source:
         return not is_narrowed and kinds <= {Kind.FOLDER, Kind.GLOB, Kind.FILE, Kind.TAR}
 
     def count_rows(self, budget_s: float = 1.0) -> int | None:
-        """How many rows there are, for a progress bar; None for stdin, for what is remote, and after `budget_s`."""
+        """Count the rows for a progress bar; None for stdin, for what is remote, and after `budget_s` seconds."""
         if any(given.kind is Kind.STDIN or is_address(given.typed) for given in self._inputs):
             return None
         deadline = time.monotonic() + budget_s
@@ -224,7 +223,7 @@ class Source:
         return walk_of(folder, self._filter, skipped, is_recursive=self._spec.recursive)
 
     def _tar_members(self, path: str, prefix: str, skipped: Counter[str]) -> Iterator[_Found]:
-        """Pictures inside a tar, by suffix, as byte ranges of it; damage is one more row."""
+        """Yield the pictures inside a tar, by suffix, as byte ranges of it; damage is one more row."""
         try:
             with open_regular(path) as file:
                 for member in tar_members(file, shown(path)):
@@ -243,7 +242,7 @@ class Source:
             yield (image.name, SourceRow(image, self._requests, failure=failure))
 
     def _why_not(self, member: tarfile.TarInfo, name: str) -> str:
-        """Why a tar's member is left out; empty where it is not, and for folders."""
+        """Return why a tar's member is left out; empty where it is not, and for folders."""
         if member.isdir():
             return ""
         if any(part.startswith(".") for part in name.split("/")):
@@ -279,7 +278,7 @@ class Source:
                 yield name or f"{given.typed} {entry.where}", row
 
     def _note_watched(self, number: int, row: SourceRow) -> None:
-        """A line is readable where every manifest of INPUT that has it can be read there."""
+        """Note whether a watched line can be read: it can where every manifest of INPUT can be read at that line."""
         if row.failure is not None and row.failure.type == "bad_row":
             self.watched_lines -= {number}
             self.readable_lines.discard(number)
@@ -287,7 +286,7 @@ class Source:
             self.readable_lines.add(number)
 
     def _manifest_row(self, entry: ManifestRow, places: RowPlaces) -> SourceRow:
-        """What a manifest's row asks; a failure keeps as much of the row as could be read."""
+        """Return what a manifest's row asks; a failure keeps as much of the row as could be read."""
         columns = entry.columns or {}
         image: ImageItem | None = None
         is_bare = False
@@ -316,7 +315,7 @@ class Source:
 
 
 def _is_comment(image: ImageItem | None) -> bool:
-    """Whether a line of a list is a remark: it starts with `#`, and no file of that name is there."""
+    """Return whether a line of a list is a remark: it starts with `#`, and no file of that name is there."""
     if image is None or not image.name.startswith("#"):
         return False
     return is_address(image.path) or not os.path.lexists(image.path)
@@ -333,7 +332,7 @@ def _in_shard(found: Iterator[_Found], shard: tuple[int, int], skipped: Counter[
 
 
 def _up_to(limit: int, found: Iterator[_Found]) -> Iterator[_Found]:
-    """The first `limit` of them; the one behind is not even looked for."""
+    """Yield the first `limit` rows; the one behind them is not even looked for."""
     for item in found if limit else ():
         yield item
         limit -= item is not None
@@ -342,7 +341,7 @@ def _up_to(limit: int, found: Iterator[_Found]) -> Iterator[_Found]:
 
 
 def _are_fit_for_pictures(requests: Sequence[Request]) -> bool:
-    """Whether a row that only names a picture makes all of them, which need then not be checked for each row."""
+    """Return whether a row that only names a picture makes all requests, so that none need be checked for each row."""
     try:
         for request in requests:
             check_request(request, has_image=True)
@@ -358,7 +357,7 @@ def check_not_empty(source: Source, spec: SourceSpec, *, is_allowed: bool) -> No
     """Look for a first row before anything slow, such as a model, is loaded; stdin and buckets are not looked into.
 
     Raises:
-        InputError: there is none in the whole of INPUT, whatever the shard, and it is not allowed.
+        InputError: the whole of INPUT, whatever the shard, has no row, and that is not allowed.
     """
     if is_allowed or spec.limit == 0 or any(typed == STDIN or is_address(typed) for typed in spec.inputs):
         return
@@ -367,17 +366,17 @@ def check_not_empty(source: Source, spec: SourceSpec, *, is_allowed: bool) -> No
 
 
 def check_found(source: Source, spec: SourceSpec, *, is_allowed: bool) -> None:
-    """For a source that was read to its end without a row, or with rows of other shards alone.
+    """Refuse a source that was read to its end and gave no row.
 
     Raises:
-        InputError: there is none in the whole of INPUT, and it is not allowed.
+        InputError: the whole of INPUT, whatever the shard, has no row, and that is not allowed.
     """
     if not (is_allowed or spec.limit == 0 or source.skipped[OTHER_SHARDS]):
         raise _error(spec, source.skipped)
 
 
 def empty_words(spec: SourceSpec) -> str:
-    """Return what was looked at without finding anything."""
+    """Say in words where nothing to annotate was found."""
     more = f" and {len(spec.inputs) - MOST_INPUTS_SHOWN} more" if len(spec.inputs) > MOST_INPUTS_SHOWN else ""
     inputs = ", ".join(
         "stdin" if typed == STDIN else printable(shown(typed)) for typed in spec.inputs[:MOST_INPUTS_SHOWN]

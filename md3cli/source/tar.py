@@ -1,10 +1,8 @@
 """Where the members of a plain tar lie: one walk over its headers, nothing unpacked, nothing held.
 
-A tar without compression is a list of byte ranges, so its pictures are opened like files, in any
-order and by several workers (the WebDataset layout).
-
-Headers are of unknown origin: what tarfile reads of them at a time is bounded, since a long name or a pax block
-says itself how long it is.
+A tar without compression is a list of byte ranges, so its pictures are opened like files, in any order and by several
+workers (the WebDataset layout). Headers are of unknown origin, and a long name or a pax block says itself how long it
+is: what tarfile reads of the headers of one member is bounded.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ _UNREADABLE = (tarfile.TarError, OSError, ValueError, RecursionError, Arithmetic
 
 
 class _HeaderReader:
-    """`file` as tarfile reads the headers of a member from it: not more of them than HEADER_LIMIT_BYTES."""
+    """A file for tarfile to read headers from: of one member not more than HEADER_LIMIT_BYTES."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.seek, self.tell = file.seek, file.tell
@@ -46,11 +44,11 @@ class _HeaderReader:
 
 
 def tar_members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:
-    """The members in their order. `name` is how the tar is called.
+    """Yield the members of a tar, which messages call `name`, in their order.
 
     Raises:
         InputError: on the first step, when it is no plain tar.
-        RowError: `decode`, it is damaged behind the members that came so far.
+        RowError: `decode`, the tar is damaged behind the members that came so far.
     """
     headers = _HeaderReader(file)
     try:
@@ -83,7 +81,7 @@ def _words(error: Exception) -> str:
 
 
 def _check_end(file: IO[bytes], offset: int) -> None:
-    """tarfile takes a damaged header for the end: only zeros or the end of the file are one."""
+    # tarfile takes a damaged header for the end; only zeros, or the end of the file, are one.
     file.seek(offset)
     if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
         raise tarfile.ReadError("no valid header")

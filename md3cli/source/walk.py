@@ -45,7 +45,7 @@ def has_image_suffix(name: str) -> bool:
 
 
 def natural_sorted(names: list[str]) -> list[str]:
-    """Sort `img2` before `img10`, upper and lower case alike; names that differ in nothing else by their characters."""
+    """Return names with `img2` before `img10`, upper and lower case alike; equal ones go by their characters."""
 
     def key(name: str) -> str:  # each number is preceded by its length
         return _DIGITS.sub(lambda match: f"{len(match[0].lstrip('0')):03d}{match[0].lstrip('0')}", name.casefold())
@@ -58,7 +58,7 @@ def is_glob(text: str) -> bool:
 
 
 def _component_regex(part: str) -> str:
-    """A regular expression for one path component with `*`, `?`, `[abc]` and `[!abc]`."""
+    """Return the regular expression of one path component with `*`, `?`, `[abc]` and `[!abc]`."""
     out, i = [], 0
     while i < len(part):
         close = part.find("]", i + 2) if part[i] == "[" else -1
@@ -77,7 +77,7 @@ def _component_regex(part: str) -> str:
 
 
 def _path_regex(parts: tuple[str, ...]) -> re.Pattern[str]:
-    """Matches whole relative paths; a `**` among the parts stands for any number of folders."""
+    """Compile a pattern of whole relative paths; a `**` among the parts stands for any number of folders."""
     out = [".*" if part == "**" else _component_regex(part) for part in parts[-1:]]
     for part in reversed(parts[:-1]):
         out.append("(?:[^/]+/)*" if part == "**" else f"{_component_regex(part)}/")
@@ -135,8 +135,8 @@ class Glob:
 class PathFilter:
     """`--include` and `--exclude`: a pattern without `/` is about a name, one with `/` about the whole path.
 
-    A file stays when no exclude pattern matches it or a folder above it, and, where there are
-    include patterns, one of them matches it.
+    A file stays when no exclude pattern matches it or a folder above it. Where there are include patterns, one of them
+    must match it, too.
     """
 
     include: tuple[re.Pattern[str], ...]
@@ -170,10 +170,11 @@ def _filter_regex(pattern: str) -> re.Pattern[str]:
 
 @dataclass(slots=True)
 class Walk:
-    """How to walk, and in `skipped` how many entries were left out, by reason.
+    """How to walk; `skipped` counts the entries that were left out, by reason.
 
-    What md3 wrote itself is left out: what has a path, links followed, in `own_files`, and all below a folder
-    that has a file `.md3` or is a format's folder beside a run.json of md3; but never the folder walked itself.
+    What md3 wrote itself is left out: each file whose path, links followed, is in `own_files`, and all below a folder
+    that has a file `.md3`, or that is a format's folder beside a run.json of md3. The folder that is walked is never
+    left out.
     """
 
     recursive: bool = True
@@ -183,9 +184,9 @@ class Walk:
     own_files: frozenset[str] = frozenset()
 
     def files(self, root: str, glob: Glob | None = None) -> Iterator[str]:
-        """Paths under `root`, in natural order folder by folder: those that `glob` matches, else pictures by suffix.
+        """Yield paths under `root` in natural order, folder by folder: what `glob` matches, else pictures by suffix.
 
-        An empty folder named like a picture is among them: somebody meant a file.
+        An empty folder that is named like a picture is among them, because somebody meant a file.
         """
         seen = {_identity(root)}
         levels = [_Level("", iter(self.entries(root)), False, False, self.is_run_folder(root))]
@@ -237,7 +238,7 @@ class Walk:
         return not reason
 
     def _is_new(self, folder: str, seen: set[tuple[int, int]], is_linked: bool) -> bool:
-        """Whether to enter: what links lead to once, what stands in the tree itself always."""
+        """Return whether to enter: what links lead to is entered once, what stands in the tree itself always."""
         identity = _identity(folder)
         if is_linked and identity in seen:
             self.skipped["directory links"] += 1
@@ -246,7 +247,7 @@ class Walk:
         return True
 
     def entries(self, path: str) -> Iterable[Entry]:
-        """The entries of a folder in natural order; none, and counted, where it cannot be read."""
+        """Yield the entries of a folder in natural order; a folder that cannot be read is counted, and has none."""
         folders: dict[str, bool] = {}
         try:
             with os.scandir(path) as entries:
@@ -277,7 +278,7 @@ class Walk:
             return False
 
     def is_meant_as_file(self, root: str, path: str, entry: Entry) -> bool:
-        """Whether a folder is named like a picture and is empty."""
+        """Return whether a folder is named like a picture and is empty."""
         if entry.is_link or not has_image_suffix(entry.name):
             return False
         try:
