@@ -127,7 +127,9 @@ class FileCache:
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         """Yield finished files; remove unfinished ones that no living process can be writing."""
-        for folder in self._folders():
+        with os.scandir(self.root) as entries:
+            folders = [e.path for e in entries if e.is_dir(follow_symlinks=False) and len(e.name) == 2]
+        for folder in folders:
             with contextlib.suppress(OSError), os.scandir(folder) as entries:
                 for entry in entries:
                     with contextlib.suppress(OSError):
@@ -136,10 +138,6 @@ class FileCache:
                             yield Path(entry.path), facts
                         elif entry.name.startswith(".tmp-") and time.time() - facts.st_mtime > TEMPORARY_AGE_S:
                             os.unlink(entry.path)
-
-    def _folders(self) -> list[str]:
-        with os.scandir(self.root) as entries:
-            return [entry.path for entry in entries if entry.is_dir(follow_symlinks=False) and len(entry.name) == 2]
 
     def _path(self, key: str) -> Path:
         assert key.isalnum(), key

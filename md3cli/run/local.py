@@ -63,7 +63,12 @@ class LocalRun:
         """Run, publish, tell how it went, and return the exit status."""
         status = 1
         try:
-            self._drive()
+            total = self.source.count_rows() if self.console.has_progress else None
+            with make_pool(self.config, self.model.crop_config) as pool, self.console.progress(total) as self.progress:
+                self.feed = self._make_feed(pool)
+                drive(self.feed, self.engine, self.records, self.stop.check)
+            if self.output.waiting is not None:
+                self.output.waiting.remove()
             if not self._num_requests:
                 check_found(self.source, self.config.source, is_allowed=self.config.allow_empty)
             with self.stop.interruptible():
@@ -81,14 +86,6 @@ class LocalRun:
         self._note_end(status)
         self._summarize()
         return status
-
-    def _drive(self) -> None:
-        total = self.source.count_rows() if self.console.has_progress else None
-        with make_pool(self.config, self.model.crop_config) as pool, self.console.progress(total) as self.progress:
-            self.feed = self._make_feed(pool)
-            drive(self.feed, self.engine, self.records, self.stop.check)
-        if self.output.waiting is not None:
-            self.output.waiting.remove()
 
     def _make_feed(self, pool: PicturePool) -> Feed:
         journal, retry_failed = self.output.journal, self.config.output.retry_failed

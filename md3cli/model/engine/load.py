@@ -47,7 +47,7 @@ from md3cli.model.weights.codes import LowBit
 from md3cli.model.weights.hub import is_repo_id, repo_of, resolve_model
 from md3cli.model.weights.names import INT4_GROUP, Slot
 from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
-from md3cli.model.weights.read import CheckpointReader, build_model
+from md3cli.model.weights.read import CheckpointReader, assign_weights
 from md3cli.records import RunIdentity
 from md3cli.settings import user_cache_dir
 from md3cli.system import keep_freed_memory
@@ -223,19 +223,21 @@ def load_weights(
         context, free = choose_max_context(options.max_context, plan.config), free_bytes(device)
         check_weights_fit(plan, options.model, quant=quant, dtype=dtype, max_context=context, device=device, free=free)
     adapter = Path(options.adapter) if options.adapter else None
-    if has_low_bits(plan, quant):
-        if options.dtype == "fp32":
-            return load_dequantised(plan, quant=quant, device=device, adapter=adapter)
-        files = open_files(options)
+    with torch.device("meta"):
+        model = Moondream3(plan.config, has_region_ln=plan.has_region_ln)
+    if not has_low_bits(plan, quant):
+        with CheckpointReader(plan, dtype=dtype, device=device) as weights:
+            assign_weights(model, weights)
+        if adapter is not None:
+            merge_adapter(model, adapter)
+    elif options.dtype == "fp32":
+        load_dequantised(model, plan, quant=quant, device=device, adapter=adapter)
+    else:
+        files, is_cuda = open_files(options), device.type == "cuda"
         cache = CodeCache(files, plan.files, dtype, device) if files is not None else None
-        is_cuda = device.type == "cuda"
-        return load_low_bit(
-            plan, quant=quant, dtype=dtype, device=device, adapter=adapter, cache=cache, for_kernels=is_cuda
+        load_low_bit(
+            model, plan, quant=quant, dtype=dtype, device=device, adapter=adapter, cache=cache, for_kernels=is_cuda
         )
-    with CheckpointReader(plan, dtype=dtype, device=device) as weights:
-        model = build_model(plan, weights)
-    if adapter is not None:
-        merge_adapter(model, adapter)
     return model
 
 

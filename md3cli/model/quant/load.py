@@ -25,7 +25,7 @@ from md3cli.model.weights.adapters import LowRank, merged, read_adapter
 from md3cli.model.weights.codes import LowBit, QuantisedWeight, quantise
 from md3cli.model.weights.names import Slot, is_experts, is_portable
 from md3cli.model.weights.plan import CheckpointPlan
-from md3cli.model.weights.read import SCHEMES, CheckpointReader, build_model, read_quantised
+from md3cli.model.weights.read import SCHEMES, CheckpointReader, assign_weights, read_quantised
 from md3cli.system import return_freed_memory
 
 STORED, NONE = "stored", "none"
@@ -104,9 +104,9 @@ class LowBitReader:
 
 
 def load_dequantised(
-    plan: CheckpointPlan, *, quant: str, device: torch.device, adapter: Path | None = None
-) -> Moondream3:
-    """Load the plain network of the values that low-bit codes stand for, in float32.
+    model: Moondream3, plan: CheckpointPlan, *, quant: str, device: torch.device, adapter: Path | None = None
+) -> None:
+    """Give an empty network the values that low-bit codes stand for, in float32.
 
     Raises:
         CheckpointError: the files or the adapter cannot be read.
@@ -114,10 +114,11 @@ def load_dequantised(
     with CheckpointReader(plan, dtype=torch.float32, device=device) as reader:
         weights = LowBitReader(plan, reader, quant, adapter)
         state = {name: weights.plain_of_codes(name) for name in weights.slots}
-    return build_model(plan, state)
+    assign_weights(model, state)
 
 
 def load_low_bit(
+    model: Moondream3,
     plan: CheckpointPlan,
     *,
     quant: str,
@@ -126,8 +127,8 @@ def load_low_bit(
     adapter: Path | None = None,
     cache: CodeCache | None = None,
     for_kernels: bool = False,
-) -> Moondream3:
-    """Load the network with its low-bit matrices packed for `device`; activations and the rest in `dtype`.
+) -> None:
+    """Give an empty network its low-bit matrices packed for `device`, and the rest in `dtype`, that of activations.
 
     Codes that have to be made are taken from `cache` and left there. `for_kernels` keeps every scheme's
     codes in the layout of the GPU's kernels and puts these in place.
@@ -135,8 +136,6 @@ def load_low_bit(
     Raises:
         CheckpointError: the files or the adapter cannot be read.
     """
-    with torch.device("meta"):
-        model = Moondream3(plan.config, has_region_ln=plan.has_region_ln)
     text_pass = _follow_pass(model)
     rest: dict[str, Tensor] = {}
     with CheckpointReader(plan, dtype=dtype, device=device, keeps_open=False) as reader:
@@ -154,7 +153,7 @@ def load_low_bit(
         from md3cli.model.kernels.forms import place_forms
 
         place_forms(model)  # nothing else computes with this layout
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
 
 
 def _packed_with(name: str, shape: tuple[int, ...]) -> list[str]:

@@ -163,19 +163,17 @@ def stored_dtype(plan: CheckpointPlan) -> torch.dtype:
     return functools.reduce(torch.promote_types, (TORCH_DTYPES[plan.files.entries[name].dtype] for name in plain))
 
 
-def build_model(plan: CheckpointPlan, weights: Mapping[str, Tensor]) -> Moondream3:
-    """Build the network of a plan for inference, with these canonical tensors assigned, not copied.
+def assign_weights(model: Moondream3, weights: Mapping[str, Tensor]) -> None:
+    """Give an empty network these canonical tensors, assigned, not copied.
 
     Raises:
         CheckpointError: the names are not exactly those of the network.
     """
-    with torch.device("meta"):
-        model = Moondream3(plan.config, has_region_ln=plan.has_region_ln)
     try:
         model.load_state_dict(dict(weights), strict=True, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"the weights do not fit the network: {error}") from error
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
 
 
 def load_model(path: Path | str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Moondream3:
@@ -188,5 +186,8 @@ def load_model(path: Path | str, *, dtype: torch.dtype, device: torch.device | s
         CheckpointError: anything that keeps the model from loading; the message names it.
     """
     plan = plan_checkpoint(Path(path))
+    with torch.device("meta"):
+        model = Moondream3(plan.config, has_region_ln=plan.has_region_ln)
     with CheckpointReader(plan, dtype=dtype, device=device) as weights:
-        return build_model(plan, weights)
+        assign_weights(model, weights)
+    return model

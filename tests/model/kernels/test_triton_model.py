@@ -26,7 +26,7 @@ from md3cli.model.network.text import rotary_table
 from md3cli.model.quant.layers import has_packed_weights, low_bit_matrices
 from md3cli.model.quant.load import load_dequantised, load_low_bit
 from md3cli.model.weights.hub import model_path
-from md3cli.model.weights.plan import plan_checkpoint
+from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -109,11 +109,17 @@ def test_copies_of_a_model_stay_apart() -> None:
 # -- low bits --------------------------------------------------------------------------------------
 
 
+def empty(plan: CheckpointPlan) -> Moondream3:
+    with torch.device("meta"):
+        return Moondream3(plan.config, has_region_ln=plan.has_region_ln)
+
+
 @pytest.mark.process
 def test_float8_experts_stay_float8_and_answer_as_their_values() -> None:
     plan = plan_checkpoint(GOLDEN / "case-c-formats/raw-fp8")
-    model = load_low_bit(plan, quant="stored", dtype=torch.float32, device=CPU, for_kernels=True)
-    plain = load_dequantised(plan, quant="stored", device=CPU)
+    model, plain = empty(plan), empty(plan)
+    load_low_bit(model, plan, quant="stored", dtype=torch.float32, device=CPU, for_kernels=True)
+    load_dequantised(plain, plan, quant="stored", device=CPU)
     assert has_packed_weights(model)
     assert {matrix.form for matrix in low_bit_matrices(model)} == {WeightForm.FP8}
     expected = passes(plain)
@@ -125,8 +131,9 @@ def test_float8_experts_stay_float8_and_answer_as_their_values() -> None:
 @pytest.mark.parametrize("quant", ["int4", "int8"])
 def test_dense_layers_and_experts_stay_in_few_bits(quant: str) -> None:
     plan = plan_checkpoint(model_path("tiny"))
-    loaded = load_low_bit(plan, quant=quant, dtype=torch.float16, device=CPU, for_kernels=True)
-    plain = load_dequantised(plan, quant=quant, device=CPU)
+    loaded, plain = empty(plan), empty(plan)
+    load_low_bit(loaded, plan, quant=quant, dtype=torch.float16, device=CPU, for_kernels=True)
+    load_dequantised(plain, plan, quant=quant, device=CPU)
     block = loaded.text.blocks[-1]
     assert isinstance(block.attn.qkv, KernelLinear)
     assert isinstance(block.mlp.fc1, KernelExperts)
