@@ -356,9 +356,8 @@ def _number(key: str, value: Any, limit: float = math.inf) -> float:
     raise Damage(f"{key} is")
 
 
-def _coordinate(key: str, value: Any) -> float:
-    """A share of the picture's side; what is far outside is damage, and sums and products stay finite."""
-    return _number(key, value, COORDINATE_LIMIT)
+# A share of the picture's side; what is far outside is damage, and sums and products stay finite.
+_coordinate = partial(_number, limit=COORDINATE_LIMIT)
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:
