@@ -13,8 +13,9 @@ import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from gpu.triton_cases import ExpertInputs, normal, random_weight
-from md3cli.model.kernels.tiles import PassKind, Product, Tile, WeightForm, tile_of
+from md3cli.model.kernels.tiles import Product, Tile, WeightForm, tile_of
 from md3cli.model.kernels.weights import KernelWeight
+from md3cli.model.network.text import PassKind
 
 from .child import Run
 from .timing import flusher, median_ms

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from md3cli.model.kernels import operators
-from md3cli.model.kernels.tiles import PassKind, Product, WeightForm, tile_of
+from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
 from md3cli.model.kernels.weights import KernelWeight
 from md3cli.model.network.config import HEAD_DIM, ModelConfig, MoeConfig
-from md3cli.model.network.text import rotary_table
+from md3cli.model.network.text import PassKind, rotary_table
 from md3cli.model.weights.codes import LowBit, quantise
 
 OPS = torch.ops.md3

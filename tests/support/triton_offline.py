@@ -28,7 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from md3cli.model.kernels import attention_kernels, expert_kernels, operators
-from md3cli.model.kernels.tiles import PassKind, Product, Tile, WeightForm, tile_for
+from md3cli.model.kernels.tiles import Product, Tile, WeightForm, tile_for
+from md3cli.model.network.text import PassKind
 
 TARGETS = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 DIM, INNER, EXPERTS, CHOICES, HEADS = 2048, 1024, 64, 8, 32

@@ -25,8 +25,8 @@ from md3cli.model.engine.generation import Generation
 from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore, round_up
 from md3cli.model.engine.machine import send
 from md3cli.model.engine.state import Mode, Rows, Step, advance
-from md3cli.model.kernels.tiles import PassKind
 from md3cli.model.network.moondream import Moondream3
+from md3cli.model.network.text import PassKind
 from md3cli.records import Task
 
 IDLE = int(Mode.IDLE)

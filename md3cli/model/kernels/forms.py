@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from md3cli.model.kernels import operators
-from md3cli.model.kernels.tiles import PassKind, Product, WeightForm, tile_of
+from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
 from md3cli.model.kernels.weights import KernelExperts, KernelWeight
 from md3cli.model.network.layers import ExpertMatrices, MoeMlp
 from md3cli.model.network.moondream import Moondream3
-from md3cli.model.network.text import KeyValueStore, SlotStore, TextAttention
+from md3cli.model.network.text import KeyValueStore, PassKind, SlotStore, TextAttention
 
 OPS = torch.ops.md3
 

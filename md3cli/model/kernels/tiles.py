@@ -15,20 +15,7 @@ from enum import IntEnum, StrEnum
 
 import torch
 
-
-class PassKind(StrEnum):
-    """What the decoder is doing."""
-
-    STEP = "step"
-    PROMPT = "prompt"
-    PREFIX = "prefix"
-
-    @classmethod
-    def of(cls, num_positions: int, prefix_len: int) -> PassKind:
-        """Tell the kind from the positions of each sequence; a prefix, or a text as long, brings `prefix_len`."""
-        if num_positions == 1:
-            return cls.STEP
-        return cls.PREFIX if num_positions >= prefix_len else cls.PROMPT
+from md3cli.model.network.text import PassKind
 
 
 class Product(StrEnum):

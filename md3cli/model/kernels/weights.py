@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from md3cli.errors import CheckpointError
-from md3cli.model.kernels.tiles import PassKind, Product, WeightForm, tile_of
+from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
+from md3cli.model.network.text import PassKind
 from md3cli.model.weights.codes import INT4_MAX, LowBit, QuantisedWeight
 from md3cli.model.weights.names import INT4_GROUP
 

@@ -74,7 +74,8 @@ class RegionHeads(nn.Module):
 
     def encode_coord(self, coords: Tensor) -> Tensor:
         """Encode coordinates [...] as embeddings [..., D]."""
-        return self.coord_encoder(fourier_features(coords[..., None], self.coord_features))  # type: ignore[no-any-return]
+        embedding: Tensor = self.coord_encoder(fourier_features(coords[..., None], self.coord_features))
+        return embedding
 
     def encode_size(self, size_wh: Tensor) -> Tensor:
         """Encode sizes [..., 2] (width, height) as embeddings [..., D]."""

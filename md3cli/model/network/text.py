@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from typing import Protocol
 
 import torch
@@ -19,6 +20,21 @@ from torch.nn import functional as F
 
 from md3cli.model.network.config import HEAD_DIM, ROTARY_DIM, TextConfig
 from md3cli.model.network.layers import Attend, LayerNorm, Linear, Mlp, MoeMlp, attention, merge_heads, split_heads
+
+
+class PassKind(StrEnum):
+    """What the decoder is doing: products are tiled, and rounded, by the kind of a pass and never by its rows."""
+
+    STEP = "step"
+    PROMPT = "prompt"
+    PREFIX = "prefix"
+
+    @classmethod
+    def of(cls, num_positions: int, prefix_len: int) -> PassKind:
+        """Tell the kind from the positions of each sequence; a prefix, or a text as long, brings `prefix_len`."""
+        if num_positions == 1:
+            return cls.STEP
+        return cls.PREFIX if num_positions >= prefix_len else cls.PROMPT
 
 
 class KeyValueStore(Protocol):

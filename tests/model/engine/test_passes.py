@@ -14,7 +14,7 @@ from md3cli.model.engine.generation import Generation
 from md3cli.model.engine.kv_cache import KVCache, PrefixStore
 from md3cli.model.engine.passes import Group, Passes, PromptInputs, embed_prompts, run_prefixes
 from md3cli.model.engine.state import Mode
-from md3cli.model.kernels.tiles import PassKind
+from md3cli.model.network.text import PassKind
 from md3cli.records import Job, Request, Task
 
 CPU = torch.device("cpu")

@@ -28,10 +28,11 @@ from gpu.triton_cases import (
 
 from md3cli.errors import CheckpointError
 from md3cli.model.kernels.forms import FusedExperts
-from md3cli.model.kernels.tiles import PassKind, WeightForm
+from md3cli.model.kernels.tiles import WeightForm
 from md3cli.model.kernels.weights import KernelExperts, KernelLinear, KernelWeight, can_hold, fp8_values
 from md3cli.model.network.config import ModelConfig, MoeConfig, TextConfig
 from md3cli.model.network.layers import MoeMlp
+from md3cli.model.network.text import PassKind
 from md3cli.model.weights.codes import INT4_MAX, LowBit, QuantisedWeight, quantise
 
 CPU = torch.device("cpu")

@@ -18,11 +18,11 @@ from gpu.triton_cases import OPS, distinct_logits, normal, random_weight, relati
 from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore
 from md3cli.model.kernels import operators
 from md3cli.model.kernels.forms import place_forms
-from md3cli.model.kernels.tiles import PassKind, Product, WeightForm, tile_of
+from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
 from md3cli.model.kernels.weights import KernelExperts, KernelLinear
 from md3cli.model.network.config import HEAD_DIM
 from md3cli.model.network.moondream import Moondream3
-from md3cli.model.network.text import rotary_table
+from md3cli.model.network.text import PassKind, rotary_table
 from md3cli.model.quant.layers import has_packed_weights, low_bit_matrices
 from md3cli.model.quant.load import load_dequantised, load_low_bit
 from md3cli.model.weights.hub import model_path
