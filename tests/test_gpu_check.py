@@ -90,6 +90,7 @@ def test_every_part_is_ok(whole: Ran) -> None:
     assert whole.status == 0
 
 
+@pytest.mark.process
 def test_results_say_on_what_and_every_figure_has_its_prediction(whole: Ran) -> None:
     assert whole.results["torch"] == torch.__version__
     assert whole.results["card"] not in ("", "unknown")
@@ -116,6 +117,7 @@ def clear_decisions(names: tuple[str, ...], form: str) -> int:
     return count
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("what", ["float32", "bf16", "low bits, bf16"])
 def test_golden_decisions_agree_all_that_are_clear(whole: Ran, what: str, batch: int) -> None:
@@ -130,6 +132,7 @@ def test_golden_predictions_are_what_the_reference_holds() -> None:
     assert GOLDEN["clear decisions, low bits, float32, batch 1"][0] == clear_decisions(LOW_BIT_CASES, "float32")
 
 
+@pytest.mark.process
 def test_figures_are_named_by_workload_batch_and_form(whole: Ran) -> None:
     assert {"decode step, 1 row, bf16", "decode step, 64 rows, bf16"} <= set(whole.figures("stages"))
     assert {"query 3 tokens, batch 8, bf16", "query 3 tokens, batch 1, bf16"} <= set(whole.figures("engine"))
@@ -137,6 +140,7 @@ def test_figures_are_named_by_workload_batch_and_form(whole: Ran) -> None:
     assert whole.figures("lowbits")["weights, int4"]["value"] < whole.figures("lowbits")["weights, bf16"]["value"]
 
 
+@pytest.mark.process
 def test_the_table_shows_every_figure_in_100_columns(whole: Ran) -> None:
     lines = whole.stdout.splitlines()
     assert max(map(len, lines[:-1])) <= WIDTH  # the last is the path
@@ -279,6 +283,7 @@ def test_what_goes_wrong_costs_its_part_and_no_other(faulty: Ran) -> None:
     assert faulty.figures("well")["fine"]["value"] == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("part", "figures", "says"),
     [
@@ -297,6 +302,7 @@ def test_a_failed_part_keeps_its_figures_and_says_why(
     assert says in faulty.stdout
 
 
+@pytest.mark.process
 def test_a_part_that_hangs_leaves_no_process_behind(faulty: Ran) -> None:
     assert not any(map(is_running, faulty.results["parts"]["hangs"]["pids"]))
 
@@ -385,6 +391,7 @@ def test_predictions_have_the_names_that_the_parts_give() -> None:
     assert set(TABLES["files"]) == files
 
 
+@pytest.mark.process
 def test_lowbits_and_golden_are_predicted_by_the_names_they_have_on_a_cpu(whole: Ran) -> None:
     on_cpu = {name.replace("batch 8", "batch 64") for name in whole.figures("lowbits")}
     steps = {name for name in on_cpu if name.startswith("decode step")}
