@@ -32,6 +32,7 @@ TOLERANCE_PX = 2
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.process,
     pytest.mark.skipif(
         IS_MISSING and os.environ.get("CI") != "true", reason="needs Debian's chromium and chromium-driver"
     ),

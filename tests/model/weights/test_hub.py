@@ -193,7 +193,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]) ->
     """Repositories of a hub on this machine, and an empty cache."""
     files = {REPO: repo_files(CASE_A)}
     server = QuietServer(("127.0.0.1", 0), partial(FakeHub, files, asked))
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(
