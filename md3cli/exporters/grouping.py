@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 from md3cli.errors import ExportError
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, boxes, label_of, points, segments
-from md3cli.finished.records_file import LINE_LIMIT_BYTES, Line, RecordsFile, disk_trouble_in_words, open_records
+from md3cli.finished.record_shape import LINE_LIMIT_BYTES
+from md3cli.finished.records_file import Line, RecordsFile, disk_trouble_in_words, open_records
 from md3cli.records import RecordDict, printable
 
 CHOICE_PREFIX = "choice_"  # of the columns that hold the scores of choices

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from md3cli.records import CAPTION_LENGTHS, ERROR_TYPES, SCHEMA, RecordDict, Request, Task
 
+LINE_LIMIT_BYTES = 1 << 26  # a line is read whole: this bounds it, and a longer one is no record
 _CORNERS, _CENTRE = ("x_min", "y_min", "x_max", "y_max"), ("x", "y")
 
 # -- what values are, as md3 writes them and as the contract allows them ---------------------------------

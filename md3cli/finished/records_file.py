@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from md3cli.errors import ExportError, InputError
-from md3cli.finished.record_shape import NotJson, tidied_record
+from md3cli.finished.record_shape import LINE_LIMIT_BYTES, NotJson, tidied_record
 from md3cli.finished.run_json import has_run_info
 from md3cli.records import RecordDict, printable
 
-LINE_LIMIT_BYTES = 64 * 2**20  # a line is read whole: this bounds it
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # How md3 begins a line; any other is parsed, and a last line that may be torn. Without backslashes a text is its own
 # bytes.

@@ -36,7 +36,7 @@ from md3cli.records import ERROR_TYPES, ImageItem
 from md3cli.remote.address import is_address
 from md3cli.remote.hosts import FetchOptions
 from md3cli.remote.retry import ByteBudget
-from md3cli.source.manifest import open_regular
+from md3cli.source.manifest import open_input
 from md3cli.source.parquet import CellReader
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ class _Loader:
 
     def __init__(self, options: FetchOptions) -> None:
         self._options = options
-        self._cells = CellReader(open_regular)
+        self._cells = CellReader(open_input)
         self.budget = ByteBudget(AHEAD_BYTES)
         self.fetch_threads = ThreadPoolExecutor(NUM_FETCHERS, "fetch")
         self.cell_thread = ThreadPoolExecutor(1, "cells")

@@ -22,7 +22,6 @@ from urllib.parse import unquote, urljoin, urlsplit
 from md3cli.errors import UsageError
 from md3cli.records import printable
 
-SCHEMES = ("http", "https", "s3", "gs", "hf")
 OUTPUT_SCHEMES = ("s3", "gs")  # those whose stores put an object only where there is none
 _ADDRESS = re.compile(r"(https?|s3|gs|hf)://", re.IGNORECASE)
 _SECRET_PARAMETERS = frozenset(

@@ -26,7 +26,7 @@ from md3cli.remote.address import is_web, shown
 from md3cli.remote.hosts import FetchOptions
 from md3cli.remote.http import Web
 from md3cli.remote.retry import ByteBudget, FetchError, Patience, RangeError, of_exception, truncated
-from md3cli.remote.stores import Calls, Entry, Facts
+from md3cli.remote.stores import Calls, Facts, ListedName
 
 PIECE_BYTES = 8 << 20  # of an object store, in one request; most pictures are smaller
 PAGE_LIMIT_BYTES = 64 << 20
@@ -63,7 +63,7 @@ class Reader:
         with contextlib.closing(body):
             return Facts(body.is_page, body.total, body.is_partial)
 
-    def entries(self, folder: str) -> list[Entry]:
+    def entries(self, folder: str) -> list[ListedName]:
         """Return the names in a folder, in any order; on a web server, the names that its page links to.
 
         Raises:
@@ -154,12 +154,12 @@ class _Links(html.parser.HTMLParser):
         self.found += [value for name, value in attrs if tag == "a" and name == "href" and value]
 
 
-def _linked_entries(folder: str, page: bytes) -> list[Entry]:
+def _linked_entries(folder: str, page: bytes) -> list[ListedName]:
     """Return what lies directly in `folder` among the links of its page; one with a slash at its end is a folder."""
     links = _Links()
     links.feed(page.decode("utf-8", "replace"))
     base = urlsplit(folder.rstrip("/") + "/")
-    names: dict[str, Entry] = {}
+    names: dict[str, ListedName] = {}
     for link in links.found:
         try:
             target = urlsplit(urljoin(base.geturl(), link))
@@ -169,7 +169,7 @@ def _linked_entries(folder: str, page: bytes) -> list[Entry]:
         is_below = target.path.startswith(base.path) and target.netloc == base.netloc and not target.query
         name = inside.removesuffix("/")
         if is_below and name and "/" not in name and unquote(name) not in (".", ".."):
-            names[name] = Entry(name, inside.endswith("/"))
+            names[name] = ListedName(name, inside.endswith("/"))
     return list(names.values())
 
 

@@ -67,7 +67,7 @@ _lock = threading.Lock()
 _open_stores: dict[str, Any] = {}
 
 
-class Entry(NamedTuple):
+class ListedName(NamedTuple):
     """A name in a folder."""
 
     name: str
@@ -102,7 +102,7 @@ def read(address: str, calls: Calls, timeout_s: float, start: int, end: int) -> 
     return bytes(data)
 
 
-def entries(address: str) -> Iterator[Entry]:
+def entries(address: str) -> Iterator[ListedName]:
     """Yield the names in a folder, in any order; raises what the store raises."""
     store, key = store_for(address), _key(address).rstrip("/")
     if "s3" in store.protocol:
@@ -111,10 +111,10 @@ def entries(address: str) -> Iterator[Entry]:
     for found in store.ls(key, detail=True, refresh=True):
         name = found["name"].rstrip("/").rpartition("/")[2]
         if found["name"].strip("/") != key.strip("/"):
-            yield Entry(name, found.get("type") == "directory")
+            yield ListedName(name, found.get("type") == "directory")
 
 
-def _s3_entries(store: Any, key: str) -> Iterator[Entry]:
+def _s3_entries(store: Any, key: str) -> Iterator[ListedName]:
     bucket, _, folder = key.partition("/")
     prefix = f"{folder}/" if folder else ""
     # Page by page: `ls` would hold a kilobyte for each of what may be millions of objects in one folder.
@@ -122,9 +122,9 @@ def _s3_entries(store: Any, key: str) -> Iterator[Entry]:
     while True:
         page = store.call_s3("list_objects_v2", **query)
         for found in page.get("CommonPrefixes", ()):
-            yield Entry(found["Prefix"][len(prefix) : -1], True)
+            yield ListedName(found["Prefix"][len(prefix) : -1], True)
         for found in page.get("Contents", ()):
-            yield Entry(found["Key"][len(prefix) :], False)
+            yield ListedName(found["Key"][len(prefix) :], False)
         if not page.get("IsTruncated"):
             return
         query["ContinuationToken"] = page["NextContinuationToken"]

@@ -16,7 +16,7 @@ from md3cli.files import output_error
 from md3cli.records import printable
 from md3cli.system import open_regular, read_at, write_all
 
-SUFFIX = ".damaged"
+_SUFFIX = ".damaged"
 _MOST_NAMED = 5
 _WHOLE_LIMIT_BYTES = 1 << 26  # what is longer is copied in pieces
 _PIECE_BYTES = 1 << 20
@@ -44,7 +44,7 @@ class DamagedLines(NamedTuple):
 
 def damaged_path(journal: Path) -> Path:
     """Return where the copies of a journal's damaged lines stand."""
-    return journal.with_name(journal.name + SUFFIX)
+    return journal.with_name(journal.name + _SUFFIX)
 
 
 def damage_words(journal: Path, damaged: Sequence[DamagedLines]) -> str | None:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from md3cli.files import atomic_publish, output_error
+from md3cli.finished.record_shape import LINE_LIMIT_BYTES
 from md3cli.system import open_regular, read_at, sync_data, write_all
 
-LINE_LIMIT_BYTES = 1 << 26  # a longer line is no record of ours
 _FEW_BYTES, _MANY_BYTES = 1 << 12, 1 << 18  # read at a time: of one line, and of lines in order
 
 

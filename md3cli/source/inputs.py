@@ -22,7 +22,7 @@ from md3cli.errors import InputError, RowError
 from md3cli.records import ImageItem, RowFailure, printable
 from md3cli.remote.address import folder_of, is_address, is_within, join, shown, shown_name
 from md3cli.remote.hosts import require_extra
-from md3cli.source.manifest import manifest_rows, open_regular
+from md3cli.source.manifest import manifest_rows, open_input
 from md3cli.source.requests import EmbeddedImage
 from md3cli.source.tar import tar_members
 from md3cli.source.walk import ARCHIVES, MANIFEST_SUFFIXES, SPREADSHEETS, STDIN, Glob, Kind, is_glob
@@ -105,7 +105,7 @@ def check_readable(given: Input, is_alone: bool) -> None:
     if given.kind is Kind.MANIFEST:
         next(manifest_rows(given.typed), None)
     elif given.kind is Kind.TAR and is_alone:
-        with open_regular(given.typed) as file, contextlib.suppress(RowError):
+        with open_input(given.typed) as file, contextlib.suppress(RowError):
             next(tar_members(file, shown(given.typed)), None)
     elif given.kind in (Kind.FOLDER, Kind.GLOB):
         folder = given.typed if given.kind is Kind.FOLDER else Glob.parse(given.typed).base or "."

@@ -22,16 +22,16 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
-from md3cli import system
 from md3cli.errors import InputError
 from md3cli.records import printable
 from md3cli.remote.address import is_address, shown, suffix_of
 from md3cli.source.parquet import parquet_rows
 from md3cli.source.requests import refuse_doubles
+from md3cli.system import NotRegularError, open_regular
 
 _CHUNK_BYTES = 1 << 16
-LINE_LIMIT_BYTES = 1 << 24  # of a line, and of a row of CSV
-TOO_LONG = f"longer than {LINE_LIMIT_BYTES >> 20} MiB"
+ROW_LIMIT_BYTES = 1 << 24  # of a line, and of a row of CSV
+TOO_LONG = f"longer than {ROW_LIMIT_BYTES >> 20} MiB"
 DEPTH_LIMIT = 64  # of nested lists and objects; deeper ones could not be written again
 
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -45,7 +45,7 @@ _FOREIGN = (  # how files start that are called like a list and are none
     (b"PAR1", "Parquet, not text; call it .parquet"),
 )
 _TOO_DEEP = f"nested deeper than {DEPTH_LIMIT} levels"
-_MOST_OVERLONG_ROWS = 16  # that are gone back behind: each costs a second pass over LINE_LIMIT_BYTES
+_MOST_OVERLONG_ROWS = 16  # that are gone back behind: each costs a second pass over ROW_LIMIT_BYTES
 _LINE_COST_BYTES = 64  # of a line that may have to be taken back
 _DELIMITERS = ",;\t"
 _SEPARATOR_LINE = re.compile(r"sep=([,;\t|])", re.IGNORECASE)  # Excel's, above the header
@@ -77,7 +77,7 @@ def manifest_rows(path: str) -> Iterator[ManifestRow]:
     """
     suffix = suffix_of(path) if is_address(path) else os.path.splitext(path)[1].lower()
     name = printable(shown(path))
-    with open_regular(path) as file:
+    with open_input(path) as file:
         if suffix == ".parquet":
             for number, row in enumerate(parquet_rows(file, name), start=1):
                 problem = row if isinstance(row, str) else ""
@@ -125,19 +125,19 @@ def path_rows(file: IO[bytes] | LiveLines, *, has_json: bool = False) -> Iterato
             yield ManifestRow(number, {"image": os.fsdecode(data)})
 
 
-def open_regular(path: str) -> IO[bytes]:
+def open_input(path: str) -> IO[bytes]:
     """Open an INPUT that is read as a whole, here or at an address, without ever blocking on a FIFO.
 
     Raises:
         InputError: it cannot be opened, or is no regular file.
     """
     if is_address(path):
-        from md3cli.source.remote_inputs import open_input
+        from md3cli.source.remote_inputs import open_address
 
-        return open_input(path)
+        return open_address(path)
     try:
-        return os.fdopen(system.open_regular(path), "rb")
-    except system.NotRegularError as error:
+        return os.fdopen(open_regular(path), "rb")
+    except NotRegularError as error:
         advice = "pipe a list of paths to INPUT - instead"
         raise InputError(f"{printable(path)} is not a regular file; {advice}") from error
     except OSError as error:
@@ -150,7 +150,7 @@ def _lines(file: IO[bytes]) -> Iterator[Line]:
 
 def _lines_so_far(file: IO[bytes] | LiveLines) -> Iterator[Line | None]:
     number, is_too_long = 0, False
-    while (data := file.readline(LINE_LIMIT_BYTES)) != b"":
+    while (data := file.readline(ROW_LIMIT_BYTES)) != b"":
         if data is None:
             yield None
             continue
@@ -159,7 +159,7 @@ def _lines_so_far(file: IO[bytes] | LiveLines) -> Iterator[Line | None]:
             if data.startswith(_UTF16_BOMS):  # of stdin, which cannot be looked at before
                 raise InputError("the list is UTF-16; save it as UTF-8 and try again")
             data = data.removeprefix(_UTF8_BOM)
-        if len(data) < LINE_LIMIT_BYTES and not is_too_long:
+        if len(data) < ROW_LIMIT_BYTES and not is_too_long:
             yield number, data.removesuffix(b"\n").removesuffix(b"\r")
             continue
         is_too_long = not data.endswith(b"\n")
@@ -223,7 +223,7 @@ def _csv_rows(lines: Iterator[Line], name: str, delimiter: str) -> Iterator[Mani
         InputError: there is no header with a column `image`, a column comes twice, or the first row fills a column
             that has no name.
     """
-    csv.field_size_limit(LINE_LIMIT_BYTES)  # of the process; Python's own, 131,072, is less than a sound cell may have
+    csv.field_size_limit(ROW_LIMIT_BYTES)  # of the process; Python's own, 131,072, is less than a sound cell may have
     text = _CsvLines(lines)
     header, delimiter = _found_header(text, delimiter, name)
     is_first = True
@@ -263,9 +263,9 @@ class _CsvLines:
         if data is None:
             raise csv.Error(TOO_LONG)
         self._num_bytes += len(data) + _LINE_COST_BYTES
-        if self._num_bytes > LINE_LIMIT_BYTES:
+        if self._num_bytes > ROW_LIMIT_BYTES:
             self._num_overlong += 1
-            raise csv.Error(f"a quoted cell that does not end within {LINE_LIMIT_BYTES >> 20} MiB")
+            raise csv.Error(f"a quoted cell that does not end within {ROW_LIMIT_BYTES >> 20} MiB")
         return data.decode("utf-8", "surrogateescape") + "\n"
 
     def start_row(self) -> None:

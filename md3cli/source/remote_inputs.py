@@ -21,7 +21,7 @@ from md3cli.source.walk import (
     ARCHIVES,
     IMAGE_SUFFIXES,
     MANIFEST_SUFFIXES,
-    Entry,
+    FolderEntry,
     Kind,
     PathFilter,
     Walk,
@@ -38,7 +38,7 @@ class RemoteWalk(Walk):
 
     reader: Reader = field(kw_only=True)
 
-    def entries(self, path: str) -> list[Entry]:
+    def entries(self, path: str) -> list[FolderEntry]:
         """Return the entries of a folder in natural order.
 
         Raises:
@@ -58,7 +58,7 @@ class RemoteWalk(Walk):
             kinds.setdefault(entry.name, set()).add(entry.is_folder)
         kinds.pop("", None)  # the object that stands for the folder itself, or one below `//`
         names = natural_sorted(list(kinds))
-        return [Entry(name, is_folder, False) for name in names for is_folder in sorted(kinds[name])]
+        return [FolderEntry(name, is_folder, False) for name in names for is_folder in sorted(kinds[name])]
 
     def is_own(self, folder: str) -> bool:
         return False  # md3 makes no exports in buckets
@@ -66,7 +66,7 @@ class RemoteWalk(Walk):
     def is_run_folder(self, folder: str) -> bool:
         return False
 
-    def is_meant_as_file(self, root: str, path: str, entry: Entry) -> bool:
+    def is_meant_as_file(self, root: str, path: str, entry: FolderEntry) -> bool:
         return False
 
 
@@ -133,7 +133,7 @@ def check_folder(folder: str) -> None:
         raise InputError(f"{printable(shown(folder))} is not a folder{page}")
 
 
-def open_input(address: str) -> IO[bytes]:
+def open_address(address: str) -> IO[bytes]:
     """Open the file at an address, to be read and sought in.
 
     Raises:

@@ -34,7 +34,7 @@ from md3cli.source.inputs import (
     is_of_windows,
     root_of,
 )
-from md3cli.source.manifest import LiveLines, ManifestRow, manifest_rows, open_regular, path_rows
+from md3cli.source.manifest import LiveLines, ManifestRow, manifest_rows, open_input, path_rows
 from md3cli.source.requests import ROW_COLUMNS, check_request, refuse_address, refused_request, row_image, row_requests
 from md3cli.source.tar import tar_members
 from md3cli.source.walk import STDIN, Glob, Kind, PathFilter, Walk, has_image_suffix, is_glob
@@ -225,7 +225,7 @@ class Source:
     def _tar_members(self, path: str, prefix: str, skipped: Counter[str]) -> Iterator[_Found]:
         """Yield the pictures inside a tar, by suffix, as byte ranges of it; damage is one more row."""
         try:
-            with open_regular(path) as file:
+            with open_input(path) as file:
                 for member in tar_members(file, shown(path)):
                     name = member.name.removeprefix("./")
                     if reason := self._why_not(member, name):

@@ -14,22 +14,22 @@ from typing import IO, cast
 from md3cli.errors import InputError, RowError
 from md3cli.records import printable
 
-HEADER_LIMIT_BYTES = 1 << 20  # of all the blocks that describe one member; names of 100 KB are met
+MEMBER_LIMIT_BYTES = 1 << 20  # of all the blocks that describe one member; names of 100 KB are met
 # All that tarfile raises on headers that make no sense; OverflowError is of a size that no file can have.
 _UNREADABLE = (tarfile.TarError, OSError, ValueError, RecursionError, ArithmeticError, LookupError)
 
 
 class _HeaderReader:
-    """A file for tarfile to read headers from: of one member not more than HEADER_LIMIT_BYTES."""
+    """A file for tarfile to read headers from: of one member not more than MEMBER_LIMIT_BYTES."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.seek, self.tell = file.seek, file.tell
         self._read = file.read
-        self._left = HEADER_LIMIT_BYTES
+        self._left = MEMBER_LIMIT_BYTES
 
     def start_member(self) -> None:
         """Begin the headers of another member."""
-        self._left = HEADER_LIMIT_BYTES
+        self._left = MEMBER_LIMIT_BYTES
 
     def read(self, size: int) -> bytes:
         """Return the next `size` bytes.
@@ -39,7 +39,7 @@ class _HeaderReader:
         """
         self._left -= size
         if size < 0 or self._left < 0:
-            raise tarfile.ReadError(f"a header that claims {size:,} bytes, more than {HEADER_LIMIT_BYTES >> 20} MiB")
+            raise tarfile.ReadError(f"a header that claims {size:,} bytes, more than {MEMBER_LIMIT_BYTES >> 20} MiB")
         return self._read(size)
 
 
@@ -65,7 +65,7 @@ def tar_members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:
                 return
             if member.size < 0 or tar.offset <= position:
                 raise tarfile.ReadError("a member of negative size")  # would lead back for ever
-            if sum(map(len, tar.pax_headers.values())) > HEADER_LIMIT_BYTES:  # those for all members behind
+            if sum(map(len, tar.pax_headers.values())) > MEMBER_LIMIT_BYTES:  # those for all members behind
                 raise tarfile.ReadError("global headers without end")
         except _UNREADABLE as error:
             raise RowError("decode", f"the tar is damaged at byte {position}: {_words(error)}") from error

@@ -227,7 +227,7 @@ class Walk:
             return False
         return True
 
-    def _may_enter(self, path: str, entry: Entry, glob: Glob | None) -> bool:
+    def _may_enter(self, path: str, entry: FolderEntry, glob: Glob | None) -> bool:
         if glob is not None and not glob.may_enter(path):
             return False
         reason = "directory links" if entry.is_link and not self.follow_links else ""
@@ -246,7 +246,7 @@ class Walk:
         seen.add(identity)
         return True
 
-    def entries(self, path: str) -> Iterable[Entry]:
+    def entries(self, path: str) -> Iterable[FolderEntry]:
         """Yield the entries of a folder in natural order; a folder that cannot be read is counted, and has none."""
         folders: dict[str, bool] = {}
         try:
@@ -260,7 +260,7 @@ class Walk:
             self.skipped["unreadable folders"] += 1
             return
         for name in natural_sorted(names):
-            yield Entry(name, name in folders, folders.get(name, False))
+            yield FolderEntry(name, name in folders, folders.get(name, False))
 
     def _is_own_path(self, path: str) -> bool:
         return bool(self.own_files) and os.path.realpath(path) in self.own_files
@@ -277,7 +277,7 @@ class Walk:
         except OSError:
             return False
 
-    def is_meant_as_file(self, root: str, path: str, entry: Entry) -> bool:
+    def is_meant_as_file(self, root: str, path: str, entry: FolderEntry) -> bool:
         """Return whether a folder is named like a picture and is empty."""
         if entry.is_link or not has_image_suffix(entry.name):
             return False
@@ -288,7 +288,7 @@ class Walk:
             return False
 
 
-class Entry(NamedTuple):
+class FolderEntry(NamedTuple):
     """What stands in a folder; `is_link` counts for folders only."""
 
     name: str
@@ -298,7 +298,7 @@ class Entry(NamedTuple):
 
 class _Level(NamedTuple):
     folder: str
-    entries: Iterator[Entry]
+    entries: Iterator[FolderEntry]
     is_linked: bool
     is_own: bool
     is_run: bool

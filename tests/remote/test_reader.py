@@ -20,7 +20,7 @@ from md3cli.remote.retry import ByteBudget, Patience, Retries
 pytest.importorskip("aiohttp", reason="needs the extra: pip install 'md3cli[remote]'")
 from md3cli.remote import http as web_module
 from md3cli.remote.reader import Fetcher
-from md3cli.remote.stores import Entry
+from md3cli.remote.stores import ListedName
 from md3cli.source.remote_inputs import MOST_LEVELS, RemoteWalk
 
 QUICK = Retries(first_wait_s=0.01)
@@ -312,9 +312,9 @@ def test_what_a_server_says_of_a_part(said: str, first: int, total: int | None) 
 def test_folders_that_lead_in_a_circle_end() -> None:
     asked: list[str] = []
 
-    def entries(folder: str) -> list[Entry]:
+    def entries(folder: str) -> list[ListedName]:
         asked.append(folder)
-        return [Entry("again", True)]
+        return [ListedName("again", True)]
 
     reader: Any = SimpleNamespace(entries=entries)
     with pytest.raises(InputError, match=rf"https://h/again/.* more than {MOST_LEVELS} folders deep.*--exclude"):

@@ -28,7 +28,7 @@ from program import Program, isolate, make_pictures, records_of, start
 from md3cli.config import SourceSpec
 from md3cli.errors import InputError
 from md3cli.records import ImageItem, Request, Task
-from md3cli.source.manifest import LINE_LIMIT_BYTES, LiveLines, ManifestRow, manifest_rows, open_regular, path_rows
+from md3cli.source.manifest import ROW_LIMIT_BYTES, LiveLines, ManifestRow, manifest_rows, open_input, path_rows
 from md3cli.source.parquet import CellReader
 from md3cli.source.source import open_source
 
@@ -86,7 +86,7 @@ def test_each_bad_csv_line_is_one_row_with_its_number(tmp_path: Path) -> None:
         b"8.jpg," + b"x" * 200_000,
         b'9.jpg,"two',
         b'lines"',
-        b"12.jpg," + b"x" * LINE_LIMIT_BYTES,
+        b"12.jpg," + b"x" * ROW_LIMIT_BYTES,
         b"13.jpg,ok",
     ]
     assert columns(rows(tmp_path, ".csv", b"\n".join(lines) + b"\n")) == [
@@ -211,7 +211,7 @@ def test_a_flat_column_called_like_the_pictures_is_a_column(tmp_path: Path, orde
     assert [row and (row["n"], row["image.bytes"]) for row in found] == [(1, "ZmxhdA=="), (2, "ZmxhdA==")]
     places = [row["image"] for row in found if row]
     assert [place.name for place in places] == ["0000001-p.png", "0000002"]
-    reader = CellReader(open_regular)
+    reader = CellReader(open_input)
     items = [ImageItem(place.name, path, offset=place.offset, row_group=place.row_group) for place in places]
     assert [reader.read(item, 100) for item in items] == [b"1", b"2"]
     reader.close()
