@@ -101,7 +101,7 @@ class OutputOptions:
 
     @property
     def shown(self) -> str:
-        """OUTPUT as the user knows it; empty for stdout."""
+        """Return OUTPUT as the user knows it; empty for stdout."""
         return self.address or str(self.path or "")
 
 

@@ -187,7 +187,7 @@ class RunConsole:
 
     @property
     def is_stdout_terminal(self) -> bool:
-        """Whether a person, not a program, reads stdout."""
+        """Return whether a person, not a program, reads stdout."""
         return sys.stdout.isatty()
 
     @contextlib.contextmanager
@@ -369,7 +369,7 @@ def summary_lines(summary: Summary, *, is_verbose: bool = False, width: int | No
 
 
 def _failure_line(failure: Failure, width: int | None) -> str:
-    """`  a/b.jpg: decode: message`; where it is too long, the end of the name and the beginning of the message stay."""
+    """Return `  a/b.jpg: decode: message`, cut so that the end of the name and the beginning of the message stay."""
     name, rest = printable(failure.name), printable(f"{failure.type}: {failure.message}")
     if width is None:
         return f"  {name}: {rest}"

@@ -80,7 +80,7 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_mode
 
 
 def _run_folder(config: RunConfig, plan: OutputPlan) -> RunFolder | None:
-    """The folder in which many processes do this run; None where this process does it alone."""
+    """Return the folder in which many processes do this run; None where this process does it alone."""
     files = plan.files
     is_there = files is not None and files.has_run_folder
     if not (is_there or config.scale.needs_run_folder or config.output.address is not None):
@@ -104,7 +104,7 @@ def _replaced_run(config: RunConfig, plan: OutputPlan) -> Iterator[None]:
 
 
 def _files_read(config: RunConfig, plan: OutputPlan) -> Iterator[str]:
-    """What a run reads, however it was named: flags, environment, settings files.
+    """Yield what a run reads, however it was named: flags, environment, settings files.
 
     A glob names no file of an OUTPUT that an earlier start began: a walk leaves those out.
     """

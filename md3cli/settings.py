@@ -53,7 +53,7 @@ def _user_dir(environ: Mapping[str, str] | None, xdg: str, unix: str, mac: str, 
 
 
 def _home() -> Path:
-    """The user's home folder; for a user without one a place that all find unwritable."""
+    """Return the user's home folder; for a user without one a place that all find unwritable."""
     try:
         return Path.home()
     except RuntimeError:
@@ -120,7 +120,7 @@ def _environment_keys(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _read_file(path: Path, *, is_of_folder: bool = False) -> list[Layer]:
-    """The layer that a file is; none where there is no file."""
+    """Return the layer that a file is; none where there is no file."""
     try:
         document = tomllib.loads(_text_of(path))
     except (FileNotFoundError, NotADirectoryError):
@@ -135,7 +135,7 @@ def _read_file(path: Path, *, is_of_folder: bool = False) -> list[Layer]:
 
 
 def _text_of(path: Path) -> str:
-    """The text of a settings file; a FIFO does not block, and nothing large is read."""
+    """Return the text of a settings file; a FIFO does not block, and nothing large is read."""
     try:
         fd = open_regular(path)
     except NotRegularError as error:
@@ -201,7 +201,7 @@ def _suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def _as_typed(value: Any, option: OptionName, place: str) -> Any:
-    """`value` as if it had been typed: text, or a list of texts, or a bool for a flag."""
+    """Return `value` as if it had been typed: text, or a list of texts, or a bool for a flag."""
     if isinstance(value, list):
         if not option.is_list or not all(isinstance(item, str | int | float) for item in value):
             raise ConfigError(f"{place}: a list does not fit here")

@@ -121,7 +121,7 @@ class Interrupted(BaseException):
 
     @property
     def exit_status(self) -> int:
-        """The status that a shell reports for a program which this signal ended."""
+        """Return the status that a shell reports for a program which this signal ended."""
         return STATUS_BASE + self.signum
 
 

@@ -136,7 +136,7 @@ def _run_row(run: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _gpu_lines(result: Mapping[str, Any]) -> list[str]:
-    """What the tables leave open: memory that tensors do not take, what did not fit, the plain path."""
+    """Return what the tables leave open: memory that tensors do not take, what did not fit, the plain path."""
     lines = []
     if runs := result["runs"]:
         held, outside = (max(run[key] for run in runs) / 1e9 for key in ("gpu_reserved_bytes", "gpu_outside_bytes"))
@@ -151,7 +151,6 @@ def _gpu_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _host_lines(result: Mapping[str, Any]) -> list[str]:
-    """Engine, memory of the process, and what it is compared with."""
     engine, memory = result["engine"], result["memory"]
     lines = [
         f"engine: {engine['seconds']:.1f} s, {engine['requests_per_second']:.2f} requests/s; a forward pass was "

@@ -70,7 +70,7 @@ def eval_(
 
 
 def _limit(text: str) -> tuple[str | None, float]:
-    """`0.5` or `AP50=0.5` as (score or None for each main score, number)."""
+    """Return `0.5` or `AP50=0.5` as (score, or None for each main score; number)."""
     name, has_name, value = text.rpartition("=")
     try:
         return (name if has_name else None), float(value)
@@ -81,7 +81,7 @@ def _limit(text: str) -> tuple[str | None, float]:
 
 
 def _below(sections: Sequence[Section], name: str | None, least: float) -> list[str]:
-    """What is below the limit, in sentences; a score without a value is below it as well."""
+    """Return in sentences what is below the limit; a score without a value is below it as well."""
     lines, is_known = [], False
     for section in sections:
         score = name or section.main

@@ -65,14 +65,14 @@ def _keys(layer: Layer) -> Iterator[tuple[str | None, str, object]]:
 
 
 def _own_limits(layers: Sequence[Layer], key: str) -> list[float]:
-    """What the user's own file says of a limit, for whichever command."""
+    """Return what the user's own file says of a limit, for whichever command."""
     own = (entry for layer in layers if not layer.is_of_folder for entry in _keys(layer))
     limits = (_limit(key, value) for _, name, value in own if name == key)
     return [limit for limit in limits if limit is not None]
 
 
 def _limit(key: str, value: object) -> float | None:
-    """A limit as a number; None where it is not one, which the command's parser tells."""
+    """Return a limit as a number; None where it is not one, which the command's parser tells."""
     try:
         return _LIMITS[key][0](str(value))
     except (KeyError, ValueError, OverflowError):
@@ -97,7 +97,7 @@ def _elsewhere(key: str) -> str:
 
 
 def _check_presence(settings: Mapping[str, Setting], typed: Sequence[str]) -> None:
-    """Whether model, adapter and tokenizer, where the working folder's file names them, are on this machine."""
+    """Refuse a model, adapter or tokenizer that the folder's file names and that is not on this machine."""
     asked = {name: _typed(typed, f"--{name}") for name in ("model", "adapter", "tokenizer", "revision")}
     asked["model"] = asked["model"] or _typed(typed, "-m")
     texts = {name: asked[name] or (str(settings[name].value) if name in settings else None) for name in asked}
@@ -115,7 +115,6 @@ def _check_presence(settings: Mapping[str, Setting], typed: Sequence[str]) -> No
 
 
 def _check_present(name: str, value: str, revision: str | None, tokenizer: str | None) -> None:
-    """Raises Md3Error: what `name` means by `value` is not on this machine, or is no such thing."""
     if value.startswith(("//", "\\\\")):
         raise ConfigError(f"{printable(value)} is on another machine")
     if name == "adapter":
@@ -132,7 +131,7 @@ def _check_present(name: str, value: str, revision: str | None, tokenizer: str |
 
 
 def _typed(arguments: Sequence[str], option: str) -> str | None:
-    """What stands behind `option` in the arguments; None where it is not typed."""
+    """Return what stands behind `option` in the arguments; None where it is not typed."""
     for number, argument in enumerate(arguments):
         name, is_joined, value = argument.partition("=")
         if name == option:

@@ -201,7 +201,6 @@ def verify(model: Model, revision: Revision = None, as_json: AsJson = False) -> 
 
 
 def _summary_lines(summary: CheckpointSummary) -> Iterable[str]:
-    """What a table by part does not say."""
     config = summary.config
     text, vision = config.text, config.vision
     moe = f", {text.moe.num_experts} experts from layer {text.moe.start_layer}" if text.moe else ""
@@ -217,7 +216,7 @@ def _summary_lines(summary: CheckpointSummary) -> Iterable[str]:
 
 
 def _by_format(formats: Mapping[str, int]) -> str:
-    """`int4`, or with sizes where a part is stored in several ways."""
+    """Return `int4`, or formats with their sizes where a part is stored in several ways."""
     if len(formats) == 1:
         return next(iter(formats))
     return ", ".join(f"{name} {_size(size)}" for name, size in formats.items())
@@ -228,7 +227,6 @@ def _print(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def _size(num_bytes: int | None) -> str:
-    """Bytes as people read them, in powers of ten: 18.5 GB."""
     if num_bytes is None:
         return ""
     size = float(num_bytes)

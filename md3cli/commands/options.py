@@ -381,7 +381,7 @@ def _shared_parameters() -> tuple[inspect.Parameter, ...]:
 
 
 def _for_typer(annotation: Any) -> Any:
-    """The annotation of an option with a parser as that of a text: typer would take apart a tuple, for one."""
+    """Return the annotation of an option with a parser as that of a text: typer would take apart a tuple, for one."""
     kind, info = get_args(annotation)
     if info.parser is None:
         return annotation

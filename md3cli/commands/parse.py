@@ -175,12 +175,12 @@ def starting(*names: str) -> Callable[[str], list[str]]:
 
 
 def may_carry_rows(text: str) -> bool:
-    """Whether INPUT is of a kind whose rows can say what to ask."""
+    """Return whether INPUT is of a kind whose rows can say what to ask."""
     return text == STDIN or PurePath(text).suffix.lower() in MANIFEST_SUFFIXES - {".txt"}
 
 
 def looks_like_input(text: str) -> bool:
-    """Whether `text` is a path, glob, URL or `-`, rather than a question."""
+    """Return whether `text` is a path, glob, URL or `-`, rather than a question."""
     if text == STDIN or is_address(text) or os.path.lexists(text):
         return True
     if PurePath(text).suffix.lower() in MANIFEST_SUFFIXES | _PICTURES_OR_TARS:

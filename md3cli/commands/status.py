@@ -60,7 +60,7 @@ def verify(run: AnyRun) -> None:
 
 
 def _verify_one(run: str, missing: InputError) -> None:
-    """Verify the records of one process; raises `missing` where there are none either."""
+    """Verify the records of one process, or raise `missing` where there are none either."""
     from md3cli.finished.run_json import find_records
     from md3cli.run.journal_scan import RecordsVerification
 

@@ -82,7 +82,7 @@ class Forecast:
 
 
 def forecast(drawn: Drawn, opened: Opened, measured: Measured, *, num_devices: int) -> Forecast:
-    """All of INPUT from its sample; `num_devices` share the model's work, not the opening of pictures."""
+    """Forecast all of INPUT from its sample; `num_devices` share the model's work, not the opening of pictures."""
     rows_of: dict[int, list[list[float]]] = {crops: [] for crops in opened.buckets}
     for cost in measured.costs:
         rows_of[cost.crops].append([float(getattr(cost, column)) for column in _COLUMNS])
@@ -121,13 +121,13 @@ def forecast(drawn: Drawn, opened: Opened, measured: Measured, *, num_devices: i
 
 
 def _totals(tables: dict[int, Table], counts: NDArray[Any]) -> Table:
-    """[columns] of all units, `counts` of each bucket."""
+    """Return [columns] of all units, `counts` of each bucket."""
     means = np.array([table.mean(axis=0) for table in tables.values()])
     return np.asarray(counts @ means, dtype=np.float64)
 
 
 def _resampled(tables: dict[int, Table], num_opened: NDArray[np.int64], num_bad: int, scale: float) -> Table:
-    """[2, columns]: the low and the high end."""
+    """Return [2, columns]: the low and the high end."""
     chance = np.random.default_rng(SEED)
     drawn = int(num_opened.sum()) + num_bad
     shares = np.array([*num_opened, num_bad]) / drawn
@@ -140,7 +140,7 @@ def _resampled(tables: dict[int, Table], num_opened: NDArray[np.int64], num_bad:
 
 
 def as_json(found: Forecast, config: RunConfig) -> dict[str, Any]:
-    """One object; every range is `{"value", "low", "high"}`, money without a currency."""
+    """Return one object; every range is `{"value", "low", "high"}`, money is without a currency."""
     asked, measured = _asked(config), found.measured
     seconds = found.seconds
     num_good = _num_good(found)
@@ -190,7 +190,7 @@ def as_json(found: Forecast, config: RunConfig) -> dict[str, Any]:
 
 
 def as_lines(found: Forecast, config: RunConfig) -> list[str]:
-    """A line a fact."""
+    """Return a line for each fact."""
     lines = [
         ("images", f"{found.num_images:,}{_bad(found)}"),
         ("requests", f"{found.num_requests:,}"),

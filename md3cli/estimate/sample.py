@@ -90,7 +90,7 @@ class Opened:
         return self.bad.total()
 
     def sample(self, per_bucket: int) -> list[SampledUnit]:
-        """Up to `per_bucket` units of each bucket, buckets mixed as in a run."""
+        """Return up to `per_bucket` units of each bucket, buckets mixed as in a run."""
         taken = [
             [SampledUnit(unit, crops, self.tilings.get(crops)) for unit in units[:: -(-len(units) // per_bucket)]]
             for crops, units in sorted(self.buckets.items())
@@ -108,7 +108,7 @@ class SampledUnit:
 
 
 def count_and_draw(source: Source, size: int) -> Drawn:
-    """One pass over INPUT; memory holds `size` units.
+    """Count all of INPUT in one pass and draw `size` units, which is all that memory holds.
 
     Raises:
         InputError: INPUT cannot be read.
@@ -128,7 +128,7 @@ def count_and_draw(source: Source, size: int) -> Drawn:
 
 
 def _counted(source: Source, drawn: Drawn) -> Iterator[SourceRow]:
-    """The rows that can be asked; all are counted."""
+    """Yield the rows that can be asked; all rows are counted."""
     for row in source:
         drawn.num_requests += len(row.requests)
         drawn.num_images += row.image is not None
@@ -184,7 +184,7 @@ def _decoded(
 
 
 def _pace(times: list[float]) -> float:
-    """Seconds a picture, from the start and each one's end; the first is left out: it waits for workers to start."""
+    """Return seconds a picture, from the end of each but the first, which waits for workers to start."""
     if len(times) > 2:
         return (times[-1] - times[1]) / (len(times) - 2)
     return times[-1] - times[0]
@@ -230,7 +230,7 @@ def measure(
     stop: StopSignals,
     clock: Callable[[], float],
 ) -> Measured:
-    """Load, warm up, run the sample.
+    """Load the model, warm it up and run the sample.
 
     Raises:
         Md3Error: the model cannot be loaded or cannot run.
@@ -260,7 +260,7 @@ def measure(
 
 
 def _warm_up(engine: Engine, model: Model, sample: Sequence[SampledUnit]) -> None:
-    """Every tiling and every kind of request once, with grey pictures: nothing of the sample's is encoded early."""
+    """Ask each tiling and kind of request once, with grey pictures: nothing of the sample's is encoded early."""
     jobs: dict[Hashable, tuple[SampledUnit, Request]] = {}
     for one in sample:
         for request in (request for row in one.unit.rows for request in row.requests):
@@ -331,7 +331,7 @@ def _run(engine: LazyEngine, model: Model, sample: Sequence[SampledUnit], pool: 
 def _costs(
     sample: Sequence[SampledUnit], records: Sequence[RecordDict], stages_s: Mapping[str, float], engine_s: float
 ) -> list[UnitCost]:
-    """The engine's time shared out; the shares sum to `engine_s`."""
+    """Share out the engine's time; the shares sum to `engine_s`."""
     remaining = iter(records)
     of_units = [[next(remaining) for _ in range(one.unit.num_requests)] for one in sample]
     tokens = np.array(

@@ -59,11 +59,11 @@ class CocoIds:
             self.categories.append({"id": number, "name": label, "supercategory": ""})
 
     def known_image(self, name: str) -> Any:
-        """The other file's id of an image, None where it has none."""
+        """Return the other file's id of an image, None where it has none."""
         return self._known_images.get(name)
 
     def image(self, name: str) -> Any:
-        """The id of an image, each asked for once: known, else the next number."""
+        """Return the id of an image, each asked for once: the known one, else the next number."""
         known = self._known_images.get(name)
         if known is not None:
             return known
@@ -122,7 +122,7 @@ Annotation = dict[str, Any]
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
-    """One document of all images that have an answered record."""
+    """Write one document of all images that have an answered record."""
     with closing(ImageIndex(records)) as index:
         names = (group.distinct_name for group in index.images())
         writer = _Writer(index.survey, options, names)
@@ -150,7 +150,7 @@ class _Writer:
         self._first_unknown = ""
 
     def write_document(self, index: ImageIndex, file: BinaryIO) -> None:
-        """The whole document; annotations wait in a temporary file, since all images come before them."""
+        """Write the whole document; annotations wait in a temporary file, since all images come before them."""
         info = {"description": f"annotated by {self._model}", "version": "1.0", "year": 0}
         info |= dict.fromkeys(("contributor", "url", "date_created"), "")
         file.write(b'{"info":' + compact_json(info) + b',"licenses":[],"images":[')
@@ -172,7 +172,7 @@ class _Writer:
         file.write(b"}\n")
 
     def write_results(self, index: ImageIndex, file: BinaryIO) -> None:
-        """The bare list that `COCO.loadRes` takes; images the ground truth lacks are left out."""
+        """Write the bare list that `COCO.loadRes` takes; images the ground truth lacks are left out."""
         file.write(b"[")
         for group in index.images():
             id_of = self._ids.known_image if self._options.coco_ids_from else self._ids.image
@@ -211,13 +211,13 @@ class _Writer:
         return {**entry, "captions": captions} if captions else entry
 
     def _categories(self) -> list[dict[str, Any]]:
-        """The categories; those that were pointed at are skeletons of one joint."""
+        """Return the categories; those that were pointed at are skeletons of one joint."""
         names = map(self._ids.category_name, self._point_labels)
         joints = {name: {"keypoints": [name], "skeleton": []} for name in names}
         return [category | joints.get(category["name"], {}) for category in self._ids.categories]
 
     def _annotations(self, group: ImageGroup, image_id: Any) -> Iterator[Annotation]:
-        """An image's annotations, without ids."""
+        """Yield an image's annotations, without ids."""
         for box in group.boxes():
             yield self._box(box, image_id, [box.corners], box.width * box.height)
         for segment in group.segments():
@@ -266,7 +266,7 @@ class _Writer:
 
 
 def _as_result(annotation: Annotation, *, is_box: bool) -> Annotation:
-    """What scoring reads of an annotation; a box's rectangle says nothing that `bbox` does not."""
+    """Return what scoring reads of an annotation; a box's rectangle says nothing that `bbox` does not."""
     if "caption" in annotation:
         return annotation
     keys = ["keypoints"] if "keypoints" in annotation else ["bbox"] if is_box else ["bbox", "segmentation"]

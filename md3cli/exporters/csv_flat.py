@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
-    """One table of all records; columns for the choices of restricted answers come last."""
+    """Write one table of all records; columns for the choices of restricted answers come last."""
     choices = find_choices(records)
     columns = [*COLUMNS, *(CHOICE_PREFIX + choice for choice in choices)]
     num_records, num_long, notes = 0, 0, list[str]()
@@ -65,7 +65,7 @@ class _LineFeeds(NamedTuple):
 
 
 def _safe(value: Any) -> Any:
-    """Texts that begin like a formula are disarmed; numbers stay numbers."""
+    """Put an apostrophe before a text that begins like a formula; numbers stay numbers."""
     if isinstance(value, str) and value.startswith(_FORMULA_STARTS):
         return "'" + value
     return value
@@ -84,7 +84,7 @@ def _rows(record: RecordDict) -> Iterator[Row]:
 
 
 def _found(record: RecordDict) -> Iterator[Row]:
-    """The record's boxes, masks and points as columns, in pixels rounded to a thousandth."""
+    """Yield the record's boxes, masks and points as columns, in pixels rounded to a thousandth."""
     size = (int(record["width"]), int(record["height"]))
     for box in boxes(record, *size):
         yield {"label": box.label, **_corner_and_size(box.x, box.y, box.width, box.height), "score": box.score}

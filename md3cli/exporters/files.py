@@ -110,7 +110,7 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]) *(\.|$)
 
 
 def relative_name(image: str) -> PurePosixPath:
-    """`image` as a path below a folder: no scheme, no root, no `.` and `..`; never empty; portable on Windows."""
+    """Return `image` as a path below a folder: no scheme, root, `.` or `..`; never empty; portable on Windows."""
     _, _, after_scheme = image.partition("://")
     parts = [part.replace("\0", "_") for part in (after_scheme or image).split("/") if part not in ("", ".", "..")]
     name = PurePosixPath(*parts) if parts else PurePosixPath("image")
@@ -118,7 +118,7 @@ def relative_name(image: str) -> PurePosixPath:
 
 
 def portable(name: PurePosixPath) -> PurePosixPath:
-    """`name` as every common file system takes it: odd characters, ends and reserved names replaced."""
+    """Return `name` as every common file system takes it: odd characters, ends and reserved names replaced."""
     return PurePosixPath(*map(_portable_part, name.parts))
 
 
@@ -130,7 +130,7 @@ def _portable_part(part: str) -> str:
 
 
 def candidates(image: str, suffix: str, *, keep_suffix: bool = False) -> Iterator[PurePosixPath]:
-    """Names for a file about `image`, best first: `a/photo.txt`, `a/photo.jpg.txt`, then with a digest.
+    """Yield names for a file about `image`, best first: `a/photo.txt`, `a/photo.jpg.txt`, then with a digest.
 
     With `keep_suffix` the image's own suffix always stays: `a/photo.jpg.txt`. The digest is of
     the whole name, so the last candidates belong to this image alone.
@@ -147,7 +147,7 @@ def candidates(image: str, suffix: str, *, keep_suffix: bool = False) -> Iterato
 
 
 def shortened(stem: str, suffix: str, digest: str, limit_bytes: int = NAME_LIMIT_BYTES) -> str:
-    """`stem + suffix`, or where that is too long the stem's beginning, a digest and the suffix."""
+    """Return `stem + suffix`, or where that is too long the stem's beginning, a digest and the suffix."""
     encoded = stem.encode("utf-8", "surrogateescape")
     if len(encoded) + len(suffix.encode()) <= limit_bytes:
         return stem + suffix
@@ -166,7 +166,7 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def translated(out: Path) -> Iterator[None]:
-    """Turn what the file system refuses into OutputError."""
+    """Raise OutputError for what the file system refuses."""
     try:
         yield
     except OSError as error:
@@ -175,7 +175,7 @@ def translated(out: Path) -> Iterator[None]:
 
 @contextmanager
 def replaced_file(out: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
-    """A binary file that becomes `out` when the block ends well.
+    """Open a binary file that becomes `out` when the block ends well.
 
     Raises:
         UsageError: `out` exists and may not be replaced, or is a folder.
@@ -198,7 +198,7 @@ class StagedFolder:
         self.path = path
 
     def create(self, candidates: Iterable[PurePosixPath]) -> tuple[BinaryIO, PurePosixPath]:
-        """The first candidate that is free, created, and its name inside the folder.
+        """Create the first candidate that is free; return it open, with its name inside the folder.
 
         The file system is asked, so that names which only it takes for equal (case, Unicode
         form) are told apart as well, and no table of names grows in memory.
@@ -216,7 +216,7 @@ class StagedFolder:
 
 @contextmanager
 def staged_folder(out: Path, *, overwrite: bool, format: str) -> Iterator[StagedFolder]:
-    """A folder that becomes `out` when the block ends well; an empty `out` is as good as none.
+    """Make a folder that becomes `out` when the block ends well; an empty `out` is as good as none.
 
     It gets a list of its files, `.md3`. An existing folder that holds anything which its list does not name is
     somebody's work and is not replaced even with `overwrite`; what trainers keep there (`labels.cache`) stays.
@@ -248,7 +248,7 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def merged_folder(out: Path, *, overwrite: bool, format: str | None) -> Iterator[StagedFolder]:
-    """A folder whose files are added to `out` when the block ends well, beside what stands there.
+    """Make a folder whose files are added to `out` when the block ends well, beside what stands there.
 
     Where `out` is new or empty, or has a list of its files, they are on it. With `overwrite` a file of the same name
     is replaced only if it is on the list. `format` None makes and asks no list: the user has said that files go
@@ -290,13 +290,13 @@ def merged_folder(out: Path, *, overwrite: bool, format: str | None) -> Iterator
 
 
 def _added(out: Path, aside: Path) -> Iterator[str]:
-    """What the list of `out` names, and then what is new on it."""
+    """Yield what the list of `out` names, and then what is new on it."""
     yield from (path for path in written_paths(out) if not os.path.lexists(aside / path))
     yield from files_below(aside)
 
 
 def _moves(aside: Path, out: Path) -> Iterator[tuple[Path, Path]]:
-    """(file in the staged folder, its place in `out`)."""
+    """Yield each file in the staged folder with its place in `out`."""
     for folder, _, names in os.walk(aside):
         for name in names:
             source = Path(folder, name)

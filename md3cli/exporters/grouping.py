@@ -72,7 +72,7 @@ class Survey:
                 labels[label_of(found, record)] = None
 
     def categories(self, first: Iterable[str]) -> list[str]:
-        """The labels of boxes and masks, those in `first` before the others; what was only pointed at is none."""
+        """Return the labels of boxes and masks, those in `first` before the others; but no label of points alone."""
         only_points = self.point_labels.keys() - self.labels.keys()
         return [label for label in dict.fromkeys((*first, *self.labels)) if label not in only_points]
 
@@ -96,12 +96,12 @@ class ImageGroup(NamedTuple):
 
     @property
     def distinct_name(self) -> str:
-        """The name, numbered from the second image of this name on: `a/b.png#2`."""
+        """Return the name, numbered from the second image of this name on: `a/b.png#2`."""
         return f"{self.name}#{self.twin + 1}" if self.twin else self.name
 
     @property
     def file_name(self) -> str:
-        """What files about it are named after: `a/b~2.png` for `a/b.png#2`."""
+        """Return what files about the image are named after: `a/b~2.png` for `a/b.png#2`."""
         stem, dot, suffix = self.name.rpartition(".")
         if not self.twin:
             return self.name
@@ -109,7 +109,7 @@ class ImageGroup(NamedTuple):
 
     @property
     def picture_record(self) -> RecordDict:
-        """The record to find the picture by: one with its digest, where there is one."""
+        """Return the record to find the picture by: one with its digest, where there is one."""
         return next((record for record in self.records if record.get("sha256")), self.records[0])
 
     def boxes(self) -> Iterator[PixelBox]:
@@ -128,7 +128,7 @@ class ImageGroup(NamedTuple):
         return [str(record["caption"]) for record in self.records if record.get("caption") is not None]
 
     def answers(self) -> list[tuple[str, str]]:
-        """(question, answer) pairs."""
+        """Return (question, answer) pairs."""
         answered = (record for record in self.records if record.get("answer") is not None)
         return [(str(record.get("prompt") or ""), str(record["answer"])) for record in answered]
 
@@ -181,7 +181,7 @@ class ImageIndex:
                 yield ImageGroup(sized["image"], sized.get("image_b64"), *size, answered, twin, bool(has_twins))
 
     def _stretches(self, placed: Iterator[tuple[Line, RecordDict]]) -> Iterator[tuple[bytes, bytes, bytes, int, int]]:
-        """(the three keys, offset of the first line, number of lines) for each run of lines about one image."""
+        """Yield (the three keys, offset of the first line, number of lines) for each run of lines about one image."""
         for keys, lines in groupby(placed, key=lambda line_and_record: _keys(line_and_record[1])):
             count, offset = 0, -1
             for line, record in lines:
@@ -193,7 +193,7 @@ class ImageIndex:
 
 
 def _keys(record: RecordDict) -> tuple[bytes, bytes, bytes]:
-    """Keys of the name as it is shown, of the exact name, of the picture; empty where there is no answer about one."""
+    """Return keys of the shown name, the exact name and the picture; empty where there is no answer about a picture."""
     exact = image_key(record)
     if not exact or record.get("error") is not None:
         return b"", b"", b""
@@ -202,7 +202,7 @@ def _keys(record: RecordDict) -> tuple[bytes, bytes, bytes]:
 
 
 def image_key(record: RecordDict) -> bytes:
-    """16 bytes that stand for the record's image; empty for a text-only query.
+    """Return 16 bytes that stand for the record's image; empty for a text-only query.
 
     A name that is not UTF-8 is told apart by its exact bytes, not by how it is shown.
     """

@@ -33,7 +33,7 @@ _READ = str.maketrans("[]{}$%", "______")  # as patterns, and as variables of th
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
-    """A folder that `datasets` loads; images whose picture cannot be read are left out."""
+    """Write a folder that `datasets` loads; images whose picture cannot be read are left out."""
     pictures = Pictures(records, options)
     pictures.require_root("hf")
     num_images = 0
@@ -81,7 +81,7 @@ def _add_picture(folder: StagedFolder, group: ImageGroup, pictures: Pictures) ->
 
 
 def _names(image: str) -> Iterator[PurePosixPath]:
-    """Names that end in a suffix `datasets` loads; which one it is does not matter, it looks at the content."""
+    """Yield names that end in a suffix `datasets` loads; any will do, since it looks at the content."""
     suffix = relative_name(image).suffix
     if suffix.lower() in _NOT_LOADED:
         return candidates(image, ".png", keep_suffix=True)
@@ -91,14 +91,14 @@ def _names(image: str) -> Iterator[PurePosixPath]:
 
 
 def _plain(name: PurePosixPath) -> PurePosixPath:
-    """`name` without what `datasets` takes for a pattern, variable, chain (`::`), folder (`\\`), hidden or a split."""
+    r"""Return `name` without what `datasets` reads as pattern, variable, chain (`::`), folder (`\`), split, hidden."""
     parts = [part.translate(_READ) for part in portable(name).parts]
     parts = [f"_{part.lstrip('._')}" if part.startswith((".", "__")) else part for part in parts]
     return PurePosixPath(*(_SPLIT.sub(r"\1~", part) for part in parts[:-1]), parts[-1])
 
 
 def _columns(group: ImageGroup, survey: Survey, classes: Mapping[str, int]) -> dict[str, Any]:
-    """The row's columns; which ones depends on the tasks of the whole file, never on the row."""
+    """Return the row's columns; which ones depends on the tasks of the whole file, never on the row."""
     row: dict[str, Any] = {"width": group.width, "height": group.height}
     if "caption" in survey.tasks:
         captions = group.captions()

@@ -31,7 +31,7 @@ Result = dict[str, Any]
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
-    """All images as tasks of one project."""
+    """Write all images as tasks of one project."""
     with closing(ImageIndex(records)) as index, ExitStack() as outputs:
         if out.suffix.lower() == ".json":
             files = [replaced_file(path, overwrite=options.overwrite) for path in (out.with_suffix(".xml"), out)]
@@ -58,7 +58,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
 
 
 def _setup_notes(root: Path | None) -> Iterator[str]:
-    """What has to be set in Label Studio before it shows local pictures, in words."""
+    """Return in words what has to be set in Label Studio before it shows local pictures."""
     if root is None or not root.is_dir():
         yield "Label Studio will not find the pictures: their folder is not known; add --root DIR or --url-prefix URL"
         return
@@ -141,7 +141,7 @@ def _texts(group: ImageGroup) -> Iterator[Result]:
 
 
 def _interface(survey: Survey, first_labels: Iterable[str]) -> str:
-    """The labelling interface: one control for each kind of result that the records can hold."""
+    """Return the labelling interface: one control for each kind of result that the records can hold."""
     labels = survey.categories(first_labels)
     controls = [
         ("detect", _labels_control("RectangleLabels", labels)),

@@ -44,7 +44,7 @@ class Mask(NamedTuple):
 
     @property
     def area(self) -> int:
-        """Number of pixels."""
+        """Return the number of pixels."""
         return int((self.borders[1::2] - self.borders[::2]).sum())
 
     def run_lengths(self) -> dict[str, Any]:
@@ -81,12 +81,12 @@ def fill(rings: list[Ring], width: int, height: int) -> Mask:
 
 
 def segmentation(rings: list[Ring], mask: Mask) -> list[list[float]] | dict[str, Any]:
-    """COCO's `segmentation` of `mask`, which fills `rings`: polygons, or run lengths where it has holes."""
+    """Return COCO's `segmentation` of `mask`, which fills `rings`: polygons, or run lengths where it has holes."""
     return mask.run_lengths() if mask.has_holes else [flat(ring) for ring in rings]
 
 
 def packed(counts: list[int]) -> str:
-    """Counts as COCO's text: from the fourth on the difference to the one before last, five bits a character."""
+    """Return counts as COCO's text: from the fourth on the difference to the one before last, five bits a character."""
     text: list[str] = []
     for index, count in enumerate(counts):
         value = count - counts[index - 2] if index > 2 else count
@@ -100,7 +100,7 @@ def packed(counts: list[int]) -> str:
 
 
 def _borders(ring: Ring, width: int, height: int) -> np.ndarray:
-    """Where the ring's runs begin and end in turn; of the ring as it is written, to a hundredth of a pixel."""
+    """Return where the ring's runs begin and end in turn; of the ring as it is written, to a hundredth of a pixel."""
     corners = np.trunc(_STEPS * np.array(flat(ring)).reshape(-1, 2) + 0.5).astype(np.int64)
     following = np.roll(corners, -1, axis=0)
     found, edges_at_once = np.zeros(0, np.int64), max(1, _CROSSINGS_AT_ONCE // width)
@@ -113,7 +113,7 @@ def _borders(ring: Ring, width: int, height: int) -> np.ndarray:
 
 
 def _crossings(start: np.ndarray, end: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Places in the image at which the edges from `start` to `end` [N, 2] cross the columns' middles."""
+    """Return places in the image at which the edges from `start` to `end` [N, 2] cross the columns' middles."""
     size = np.abs(end - start)
     is_flat = size[:, 0] >= size[:, 1]
     axis = np.where(is_flat, 0, 1)
@@ -137,7 +137,7 @@ def _crossings(start: np.ndarray, end: np.ndarray, width: int, height: int) -> n
 
 
 def _flat_heights(start: np.ndarray, end: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The upper of an edge's heights at steps `x` and `x + 1`; the edge is as wide as high or wider."""
+    """Return the upper of an edge's heights at steps `x` and `x + 1`; the edge is as wide as high or wider."""
     slope = (end[:, 1] - start[:, 1]) / (end[:, 0] - start[:, 0])
     step = x - start[:, 0]
     heights = [(start[:, 1] + slope * at + 0.5).astype(np.int64) for at in (step, step + 1)]
@@ -146,7 +146,7 @@ def _flat_heights(start: np.ndarray, end: np.ndarray, x: np.ndarray) -> np.ndarr
 
 
 def _steep_heights(start: np.ndarray, end: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The height of the last step before an edge, walked downwards, goes from one side of `x` to the other."""
+    """Return the height of the last step before an edge, walked downwards, goes from one side of `x` to the other."""
     slope = (end[:, 0] - start[:, 0]) / (end[:, 1] - start[:, 1])
 
     def is_beyond(step: np.ndarray) -> np.ndarray:

@@ -30,13 +30,13 @@ class PixelBox(NamedTuple):
 
     @property
     def ring(self) -> Ring:
-        """The four corners, clockwise from the top left."""
+        """Return the four corners, clockwise from the top left."""
         right, bottom = self.x + self.width, self.y + self.height
         return [(self.x, self.y), (right, self.y), (right, bottom), (self.x, bottom)]
 
     @property
     def corners(self) -> list[float]:
-        """`flat(ring)`, with a third of the rounding: there may be millions."""
+        """Return `flat(ring)`, with a third of the rounding: there may be millions."""
         left, top = round(self.x, 2), round(self.y, 2)
         right, bottom = round(self.x + self.width, 2), round(self.y + self.height, 2)
         return [left, top, right, top, right, bottom, left, bottom]
@@ -64,12 +64,12 @@ class PixelPoint(NamedTuple):
 
 
 def label_of(found: Mapping[str, Any], record: RecordDict) -> str:
-    """The label of an object, point or segment: its own, else the record's prompt."""
+    """Return the label of an object, point or segment: its own, else the record's prompt."""
     return str(found.get("label") or record.get("prompt") or "object")
 
 
 def boxes(record: RecordDict, width: int, height: int) -> Iterator[PixelBox]:
-    """The boxes of a detect record."""
+    """Yield the boxes of a detect record."""
     for found in record.get("objects") or ():
         box = clamped_box(found, label_of(found, record), found.get("score"), width, height)
         if box is not None:
@@ -79,7 +79,7 @@ def boxes(record: RecordDict, width: int, height: int) -> Iterator[PixelBox]:
 def clamped_box(
     corners: Mapping[str, Any], label: str, score: float | None, width: int, height: int
 ) -> PixelBox | None:
-    """`corners` (x_min ... y_max, 0-1) cut to the image; None where nothing of it is inside."""
+    """Return `corners` (x_min ... y_max, 0-1) cut to the image; None where nothing of it is inside."""
     left, top, right, bottom = corners["x_min"], corners["y_min"], corners["x_max"], corners["y_max"]
     x_min, y_min, x_max, y_max = _clamped(left), _clamped(top), _clamped(right), _clamped(bottom)
     box_width, box_height = (x_max - x_min) * width, (y_max - y_min) * height
@@ -94,7 +94,7 @@ def _clamped(share: float) -> float:
 
 
 def segments(record: RecordDict, width: int, height: int) -> Iterator[PixelSegment]:
-    """The masks of a segment record; rings are cut to the image."""
+    """Yield the masks of a segment record; rings are cut to the image."""
     for found in record.get("segments") or ():
         box = clamped_box(found["bbox"], label_of(found, record), found.get("score"), width, height)
         if box is None:
@@ -105,7 +105,7 @@ def segments(record: RecordDict, width: int, height: int) -> Iterator[PixelSegme
 
 
 def points(record: RecordDict, width: int, height: int) -> Iterator[PixelPoint]:
-    """The points of a point record, moved to the border where they lie outside."""
+    """Yield the points of a point record, moved to the border where they lie outside."""
     for found in record.get("points") or ():
         x, y = _clamped(found["x"]), _clamped(found["y"])
         if x == x and y == y:  # not NaN
@@ -113,18 +113,18 @@ def points(record: RecordDict, width: int, height: int) -> Iterator[PixelPoint]:
 
 
 def signed_area(ring: Ring) -> float:
-    """Area by the shoelace formula, positive for a ring that runs clockwise on the screen."""
+    """Return the area by the shoelace formula, positive for a ring that runs clockwise on the screen."""
     following = ring[1:] + ring[:1]
     return sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(ring, following, strict=True)) / 2
 
 
 def flat(ring: Ring) -> list[float]:
-    """`x1, y1, x2, y2, …` to a hundredth of a pixel, as COCO writes polygons."""
+    """Return `x1, y1, x2, y2, …` to a hundredth of a pixel, as COCO writes polygons."""
     return [round(value, 2) for point in ring for value in point]
 
 
 def clip_ring(ring: Ring, width: float, height: float) -> Ring:
-    """`ring` cut to the image, one side after the other (Sutherland and Hodgman, 1974)."""
+    """Cut `ring` to the image, one side after the other (Sutherland and Hodgman, 1974)."""
     for axis, limit, keeps_below in ((0, 0.0, False), (0, width, True), (1, 0.0, False), (1, height, True)):
         if all((point[axis] <= limit) if keeps_below else (point[axis] >= limit) for point in ring):
             continue
@@ -147,7 +147,7 @@ def _clip_side(ring: Ring, axis: int, limit: float, keeps_below: bool) -> Ring:
 
 
 def joined_ring(rings: list[Ring]) -> Ring:
-    """All rings as one polygon, tied by bridges without width, for formats that know one polygon an object.
+    """Join all rings to one polygon, tied by bridges without width, for formats that know one polygon an object.
 
     Filled, it covers what the rings cover: a bridge is walked once each way.
     """
@@ -173,7 +173,7 @@ class Colour(NamedTuple):
 
     @property
     def is_dark(self) -> bool:
-        """True where white text reads better on it than black (WCAG 2 relative luminance)."""
+        """Return whether white text reads better on it than black (WCAG 2 relative luminance)."""
         linear = [(channel / 255) ** 2.2 for channel in self]
         return bool(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] < 0.179)
 

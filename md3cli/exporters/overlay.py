@@ -36,12 +36,12 @@ _UNASSIGNED = "\uffff"  # no font has it: drawn as the glyph for "missing"
 
 @lru_cache(maxsize=64)
 def font_of(size_px: int) -> ImageFont.FreeTypeFont:
-    """The bundled font."""
+    """Load the bundled font."""
     return ImageFont.truetype(FONT_FILE, size_px, layout_engine=ImageFont.Layout.BASIC)
 
 
 def shown(text: str) -> str:
-    """`text` on one line, every character visible in the bundled font."""
+    """Return `text` on one line, every character visible in the bundled font."""
     one_line = printable(" ".join(text.split()))
     return "".join(char if _is_in_font(char) else f"[{ord(char):04X}]" for char in one_line)
 
@@ -53,7 +53,7 @@ def _is_in_font(char: str) -> bool:
 
 
 def fitted(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> str:
-    """`text`, its end replaced by an ellipsis where it is wider than `width_px`."""
+    """Return `text`, its end replaced by an ellipsis where it is wider than `width_px`."""
     if font.getlength(text) <= width_px:
         return text
     low, high = 0, len(text)
@@ -80,7 +80,7 @@ class Plate(NamedTuple):
     bottom: float
 
     def covers(self, other: Plate) -> bool:
-        """True where the two share a pixel."""
+        """Return whether the two plates share a pixel."""
         return (
             self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
         )
@@ -103,14 +103,14 @@ class Canvas:
         self.font = font_of(max(9, round(scale / 36)))
 
     def outline(self, ring: Ring, colour: Colour) -> None:
-        """A closed line: colour within a casing of the opposite brightness, within a thin dark one."""
+        """Draw a closed line: colour within a casing of the opposite brightness, within a thin dark one."""
         casing = WHITE if colour.is_dark else BLACK
         closed = [*ring, ring[0], ring[1]]  # past the start, so that the corner there is joined too
         for width, ink in ((3 * self.line_px, BLACK), (2 * self.line_px + 1, casing), (self.line_px, colour)):
             self.draw.line(closed, fill=ink, width=width, joint="curve")
 
     def box(self, box: PixelBox, colour: Colour) -> None:
-        """A rectangle whose lines stay inside the picture."""
+        """Draw a rectangle whose lines stay inside the picture."""
         casing = WHITE if colour.is_dark else BLACK
         left, top = round(box.x), round(box.y)
         right = max(left, min(round(box.x + box.width), self.image.width) - 1)
@@ -124,7 +124,7 @@ class Canvas:
         self.draw.rectangle((left, top, right, bottom), outline=colour, width=inner)
 
     def mask(self, segment: PixelSegment, colour: Colour) -> None:
-        """A tinted area with its outline."""
+        """Draw a tinted area with its outline."""
         patch = fill(segment.rings, *self.image.size).patch()
         alpha = Image.fromarray((patch.pixels * round(255 * MASK_OPACITY)).astype("uint8"))
         self.image.paste(colour, (patch.left, patch.top), alpha)
@@ -132,14 +132,14 @@ class Canvas:
             self.outline(ring, colour)
 
     def dot(self, point: PixelPoint, colour: Colour) -> None:
-        """A dot in a white and a black ring."""
+        """Draw a dot in a white and a black ring."""
         ring = max(1, round(self.line_px / 2))
         x, y, radius = round(point.x), round(point.y), 2 * self.line_px
         for reach, ink in ((radius + 2 * ring, BLACK), (radius + ring, WHITE), (radius, colour)):
             self.draw.ellipse((x - reach, y - reach, x + reach, y + reach), fill=ink)
 
     def label(self, text: str, x: float, y: float, below: float, colour: Colour) -> None:
-        """`text` on a plate above `y`, or where that is taken at the next free place down to `below`."""
+        """Write `text` on a plate above `y`, or where that is taken at the next free place down to `below`."""
         pad = max(1, self.font.size // 6)
         text = fitted(text, self.font, self.image.width - 2 * pad)
         width = self.font.getlength(text) + 2 * pad
@@ -153,7 +153,7 @@ class Canvas:
         self.draw.text((plate.left + pad, plate.top + pad / 2), text, fill=ink, font=self.font)
 
     def _free_plate(self, left: float, y: float, below: float, width: float, height: float) -> Plate:
-        """Above the object, else inside from its top down, else under it; the first place if all are taken."""
+        """Find a place above the object, else inside from its top down, else under it; the first if all are taken."""
         tops = [y - height, *(y + step * height for step in range(_PLACES_TRIED)), below]
         lowest = max(0.0, self.image.height - height)
         plates = [Plate(left, top, left + width, top + height) for top in tops if 0 <= top <= lowest]
@@ -189,7 +189,7 @@ _JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
-    """One picture for each image that has an answered record."""
+    """Draw one picture for each image that has an answered record."""
     pictures = Pictures(records, options)
     pictures.require_root("overlay")
     num_images = 0

@@ -62,7 +62,7 @@ _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def schema_of(choices: list[str], *, embed_images: bool) -> pa.Schema:
-    """The file's schema; each choice of restricted answers adds a column with its score."""
+    """Return the file's schema; each choice of restricted answers adds a column with its score."""
     columns = [(name, _PICTURE if embed_images and name == "image" else kind) for name, kind in _COLUMNS]
     columns += [(CHOICE_PREFIX + choice, pa.float32()) for choice in choices]
     features = {name: _feature(kind) for name, kind in columns}
@@ -72,7 +72,7 @@ def schema_of(choices: list[str], *, embed_images: bool) -> pa.Schema:
 
 
 def _feature(kind: pa.DataType) -> Any:
-    """An Arrow type as `datasets` writes it in its metadata."""
+    """Return an Arrow type as `datasets` writes it in its metadata."""
     if pa.types.is_struct(kind):
         return {field.name: _feature(field.type) for field in kind}
     if pa.types.is_list(kind):
@@ -82,7 +82,7 @@ def _feature(kind: pa.DataType) -> Any:
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
-    """One file of all records."""
+    """Write one file of all records."""
     pictures = Pictures(records, options)
     if options.embed_images:
         pictures.require_root("--embed-images")

@@ -90,7 +90,7 @@ class Pictures:
             )
 
     def find(self, record: RecordDict, *, has_twins: bool = False) -> FoundPicture | None:
-        """The picture of a record; None, and counted, where it is not there. One of twins is known by its digest."""
+        """Find the picture of a record, one of twins by its digest; None, and counted, where it is not there."""
         name = str(record["image"])
         item = self._look_up(record)
         self.num_found += item is not None
@@ -116,7 +116,7 @@ class Pictures:
             raise UsageError(f"{printable(str(out))} holds the pictures themselves; name another -o")
 
     def read(self, picture: FoundPicture) -> Image:
-        """The upright RGB picture.
+        """Read the upright RGB picture.
 
         Raises:
             ImageError: it cannot be read any more, or is not the record's.
@@ -129,7 +129,7 @@ class Pictures:
         return image
 
     def read_bytes(self, picture: FoundPicture) -> bytes:
-        """The file as it is, for formats that carry pictures.
+        """Read the file as it is, for formats that carry pictures.
 
         Raises:
             ImageError: it is too large, cannot be read, is no picture, or is not the record's.
@@ -151,7 +151,7 @@ class Pictures:
         copy_file(picture.path, target, is_linked=self._options.is_linked)
 
     def missing_note(self) -> tuple[str, ...]:
-        """The sentence about pictures that are not there, if any.
+        """Return the sentence about pictures that are not there, if any.
 
         Raises:
             ExportError: not one is there, so the root must be wrong.
@@ -188,14 +188,14 @@ class Pictures:
         return ImageItem(name, path, name_b64) if path is not None and os.path.isfile(path) else None
 
     def _inside(self, name: str) -> str | None:
-        """The path of `name` below the root; None where it leads out of there."""
+        """Return the path of `name` below the root; None where it leads out of there."""
         assert self.root is not None
         # A link inside the root is the user's own doing; a name that climbs out need not be.
         path = os.path.normpath(self.root / name)
         return path if not self._options.is_confined or Path(path).is_relative_to(self.root) else None
 
     def _member(self, tar: Path, name: str, record: RecordDict) -> ImageItem | None:
-        """A picture inside a tar, by its name there; of several of one name the one with the record's digest."""
+        """Find a picture inside a tar by its name there; of several of one name the one with the record's digest."""
         if self._open_tar is None or self._open_tar[0] != tar:
             self._open_tar = (tar, _members(tar))
         found = self._open_tar[1].get(name, [])
@@ -218,7 +218,7 @@ def _check_digest(picture: FoundPicture, sha256: str) -> None:
 
 
 def _members(tar: Path) -> dict[str, list[ImageItem]]:
-    """The files of a tar by name; the one table here that grows with the pictures (300 bytes each)."""
+    """Return the files of a tar by name; the one table here that grows with the pictures (300 bytes each)."""
     found: dict[str, list[ImageItem]] = {}
     try:
         with tar.open("rb") as file:

@@ -26,7 +26,7 @@ _NUMBERS_OF_COMMAND = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Q": 4, "
 
 
 def segment_polygons(segment: Mapping[str, Any]) -> list[Polygon]:
-    """The polygons of a record's segment, in 0-1 coordinates of the image.
+    """Return the polygons of a record's segment, in 0-1 coordinates of the image.
 
     The path is in unit coordinates of the segment's box (Moondream 3 specification, section 11).
     """
@@ -37,7 +37,7 @@ def segment_polygons(segment: Mapping[str, Any]) -> list[Polygon]:
 
 
 def flatten(path: str) -> list[Polygon]:
-    """The closed polygons of `path`, one for each subpath that has at least three points."""
+    """Return the closed polygons of `path`, one for each subpath that has at least three points."""
     pen = _Pen()
     for command, numbers in _commands(path):
         if not pen.draw(command, numbers):
@@ -47,7 +47,7 @@ def flatten(path: str) -> list[Polygon]:
 
 
 def _commands(path: str) -> Iterator[tuple[str, list[float]]]:
-    """(command letter, its numbers), one for each repetition; ends at the first error."""
+    """Yield (command letter, its numbers), one for each repetition; end at the first error."""
     command, numbers, end = "", list[float](), 0
     while match := _TOKEN.match(path, end):
         end = match.end()
@@ -101,7 +101,7 @@ class _Pen:
         self.at = point
 
     def mirrored(self, after: str) -> Point:
-        """The last control point mirrored at the pen, or the pen where the last command was another."""
+        """Return the last control point mirrored at the pen, or the pen where the last command was another."""
         if self.control is None or self.previous not in after:
             return self.at
         return (2 * self.at[0] - self.control[0], 2 * self.at[1] - self.control[1])
@@ -135,7 +135,7 @@ def _vertical(pen: _Pen, numbers: list[float], origin: Point) -> None:
 
 
 def _bezier(pen: _Pen, *controls: Point) -> None:
-    """A Bézier curve of any degree from the pen through `controls` (de Casteljau's way)."""
+    """Draw a Bézier curve of any degree from the pen through `controls` (de Casteljau's way)."""
     points = (pen.at, *controls)
     for step in range(1, CURVE_STEPS + 1):
         t, left = step / CURVE_STEPS, list(points)
@@ -162,7 +162,7 @@ def _smooth_quadratic(pen: _Pen, numbers: list[float], origin: Point) -> None:
 
 
 def _arc(pen: _Pen, numbers: list[float], origin: Point) -> None:
-    """An elliptical arc: end points to centre as in SVG 1.1, appendix F.6.5 and F.6.6."""
+    """Draw an elliptical arc: end points to centre as in SVG 1.1, appendix F.6.5 and F.6.6."""
     rx, ry, tilt = abs(numbers[0]), abs(numbers[1]), math.radians(numbers[2])
     is_large, is_sweep = numbers[3] != 0, numbers[4] != 0
     end = (origin[0] + numbers[5], origin[1] + numbers[6])

@@ -19,7 +19,7 @@ from md3cli.records import RecordDict
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
-    """One text file for each answered caption or query record that has an image."""
+    """Write one text file for each answered caption or query record that has an image."""
     if options.beside:
         pictures = Pictures(records, options)
         pictures.require_root("txt beside the pictures")

@@ -18,7 +18,7 @@ from md3cli.records import printable
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
-    """One XML file an image."""
+    """Write one XML file for each image."""
     num_images = num_points = 0
     with (
         closing(ImageIndex(records)) as index,
@@ -68,7 +68,7 @@ def _add_object(root: ET.Element, box: PixelBox, width: int, height: int) -> Non
 
 
 def _pixels(start: float, end: float, size: int) -> tuple[int, int]:
-    """First and last pixel of a stretch, counted from 1; a stretch thinner than a pixel keeps one."""
+    """Return first and last pixel of a stretch, counted from 1; a stretch thinner than a pixel keeps one."""
     first = min(round(start), size - 1)
     return first + 1, max(round(end), first + 1)
 

@@ -28,7 +28,7 @@ _NOT_TAKEN = frozenset({".gif", ".avif", ".heic", ".heif"})  # written as PNG in
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
-    """A data set that `yolo train data=OUT/data.yaml` takes as it is, if the pictures are found."""
+    """Write a data set that `yolo train data=OUT/data.yaml` takes as it is, if the pictures are found."""
     pictures = Pictures(records, options)
     num_images = num_points = 0
     with (
@@ -90,7 +90,7 @@ def _add_image(folder: StagedFolder, group: ImageGroup, lines: Iterator[str], pi
 
 
 def _names(image: str) -> Iterator[PurePosixPath]:
-    """Names of a label file, best first; none is in a folder called `images`, or hidden: trainers pass those over.
+    """Yield names of a label file, best first, none hidden or in a folder `images`: trainers pass those over.
 
     Nor is one in a folder called as a picture: in a tar or a bucket `b.jpg` and `b.jpg/c.jpg` both exist.
     """
@@ -128,7 +128,7 @@ def _data_yaml(labels: list[str]) -> str:
 
 
 def _yaml_string(text: str) -> str:
-    """`text` in double quotes, anything a YAML reader may refuse escaped (YAML 1.2, section 5.7)."""
+    """Return `text` in double quotes, anything a YAML reader may refuse escaped (YAML 1.2, section 5.7)."""
 
     def escaped(char: str) -> str:
         if char in '"\\':

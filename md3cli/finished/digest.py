@@ -9,7 +9,7 @@ DIGEST_BYTES = 16
 
 
 def digest_of(record_id: str | bytes) -> bytes:
-    """16 bytes that stand for a record's id: its 32 hex digits, else a hash of it."""
+    """Return 16 bytes that stand for a record's id: its 32 hex digits, else a hash of it."""
     try:
         digest = binascii.unhexlify(record_id)
     except (binascii.Error, ValueError):

@@ -105,7 +105,6 @@ def _is_same(output: Path, path: str) -> bool:
 
 
 def _is_matched(output: Path, text: str) -> bool:
-    """Whether a glob names a file."""
     glob = Glob.parse(text)
     relative = os.path.relpath(os.path.realpath(output), os.path.realpath(glob.base or "."))
     return not relative.startswith("..") and glob.matches(relative) and glob.names_suffix
@@ -183,7 +182,7 @@ def check_documents(documents: Iterable[tuple[str, Path]], run_info: Path, *, is
 
 
 def is_of_older_run(run_info: Path, format: str) -> bool:
-    """Whether run.json says that an earlier start, perhaps from before there were lists, was asked for this format."""
+    """Return whether an earlier start, perhaps older than `.md3` lists, was asked for this format, by run.json."""
     if not has_run_schema(run_info):
         return False
     starts = read_document(run_info).get("starts")
@@ -289,7 +288,7 @@ def _as_line(path: str) -> str:
 
 
 def _as_path(line: str) -> str | None:
-    """The path that a line means; None where it is none, or leads out of the folder."""
+    """Return the path that a line means; None where it is none, or leads out of the folder."""
     try:
         path = json.loads(line) if line.startswith('"') else line
         os.fsencode(path)

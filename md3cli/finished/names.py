@@ -74,7 +74,7 @@ def match_labels(labels: Iterable[str], categories: Iterable[str]) -> Matches:
 
 
 def folded(text: str) -> str:
-    """`text` as labels and questions are compared: whatever its case, blanks and normal form."""
+    """Return `text` as labels and questions are compared: whatever its case, blanks and normal form."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
@@ -116,7 +116,6 @@ def _match_clear(
 
 
 def _pairs(names: list[str], truths: list[str], key: Callable[[str], Hashable]) -> Iterator[tuple[str, str]]:
-    """All (name, truth) with equal keys."""
     by_key: dict[Hashable, list[str]] = {}
     for truth in truths:
         by_key.setdefault(key(truth), []).append(truth)
@@ -125,7 +124,7 @@ def _pairs(names: list[str], truths: list[str], key: Callable[[str], Hashable]) 
 
 
 def _same_tail(names: list[str], truths: list[str]) -> Iterator[tuple[str, str]]:
-    """All (name, truth) of which one ends with the whole of the other, folder by folder."""
+    """Yield (name, truth) where one ends with the whole of the other, folder by folder."""
 
     def key(name: str) -> tuple[str, ...]:
         return plain_path(unquote(name))

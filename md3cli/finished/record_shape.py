@@ -46,7 +46,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_count(value: Any) -> bool:
-    """A whole number from 0; other tools write 160.0 for 160."""
+    """Return whether it is a whole number from 0; other tools write 160.0 for 160."""
     return _is_number(value) and value >= 0 and value == int(value)
 
 
@@ -68,13 +68,13 @@ _Members = Mapping[str, _Kind]
 
 
 def _members(needed: _Members, optional: _Members) -> str:
-    """The pattern of an object's members; those without a pattern are left to `read_record`."""
+    """Return the pattern of an object's members; those without a pattern are left to `read_record`."""
     parts = [f'"{key}":{kind.pattern}' for key, kind in needed.items()]
     return ",".join(parts) + "".join(f'(?:,"{key}":{kind.pattern})?+' for key, kind in optional.items() if kind.pattern)
 
 
 def _object_of(needed: _Members, optional: _Members | None = None) -> _Kind:
-    """An object with all that is needed and nothing unknown; null counts as absent where a key is optional."""
+    """Read an object with all keys that are needed and none unknown; null counts as absent where a key is optional."""
     known = {**needed, **(optional or {})}
 
     def fits(value: Any) -> bool:
@@ -231,7 +231,6 @@ def _task_and_prompt(task: Task, prompt: str | None) -> bytes:
 
 
 def _as_written(value: str | None) -> bytes:
-    """A text as `journal.encode_record` puts it on disk."""
     return b"null" if value is None else encode_basestring(value).encode("utf-8", "replace")
 
 
@@ -315,7 +314,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def _words(key: str, value: Any) -> str:
-    """A text that a tool may have taken for a number: an answer "3" comes back as 3 or 3.0."""
+    """Read a text that a tool may have taken for a number: an answer "3" comes back as 3 or 3.0."""
     if isinstance(value, str):
         return value
     if isinstance(value, float) and value.is_integer():
@@ -334,12 +333,12 @@ def _base64(key: str, value: Any) -> str:
 
 
 def _digest(key: str, value: Any) -> str | None:
-    """A digest; one of decimal digits only may have become a number, which cannot be turned back."""
+    """Read a digest; one of decimal digits only may have become a number, which cannot be turned back."""
     return None if type(value) in (int, float) else _text(key, value)
 
 
 def _count(key: str, value: Any, lowest: int = 0) -> int:
-    """A whole number from `lowest`, also as `160.0`."""
+    """Read a whole number from `lowest`, also as `160.0`."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not int or not lowest <= value <= _COUNT_LIMIT:
@@ -348,7 +347,7 @@ def _count(key: str, value: Any, lowest: int = 0) -> int:
 
 
 def _number(key: str, value: Any, limit: float = math.inf) -> float:
-    """A finite number that a float can hold, as it is."""
+    """Read a finite number that a float can hold, as it is."""
     try:
         if type(value) in (int, float) and math.isfinite(value) and abs(value) <= limit:
             return float(value) if abs(value) > _EXACT_LIMIT else value
@@ -368,7 +367,7 @@ def _object(value: Any, what: str) -> dict[str, Any]:
 
 
 def _found(key: str, value: Any, coordinates: tuple[str, ...]) -> list[dict[str, Any]]:
-    """A list of what was found; null stands for an absent key there, too."""
+    """Read a list of what was found; null stands for an absent key there, too."""
     if not isinstance(value, list) or not all(isinstance(thing, dict) for thing in value):
         raise Damage(f"{key} are")
     tidied: list[dict[str, Any]] = []
@@ -441,7 +440,7 @@ def _grounded(key: str, part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _carried(key: str, value: Any, depth: int = 0) -> Any:
-    """What md3 only passes on, without numbers that JSON does not have (they become null)."""
+    """Return what md3 only passes on, without numbers that JSON does not have (they become null)."""
     if depth > DEPTH_LIMIT:
         raise Damage(f"{key} is")
     if isinstance(value, dict):

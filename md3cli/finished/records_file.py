@@ -74,7 +74,7 @@ def record_identity(record: RecordDict) -> str:
 
 @contextmanager
 def disk_trouble_in_words() -> Iterator[None]:
-    """Turn what SQLite says where its temporary file finds no room into ExportError."""
+    """Raise ExportError where SQLite finds no room for its temporary file."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -211,7 +211,7 @@ class RecordsFile:
 
 
 def _key_of(line: bytes) -> int | None:
-    """A number that stands for the record's `record_identity`; None where the record has no id."""
+    """Return a number that stands for the record's `record_identity`; None where the record has no id."""
     if line.endswith(b"}\n") and (head := _HEAD.match(line)):
         identity = b"\0".join(part or b"" for part in head.groups())
         has_id = bool(head[1])
@@ -232,5 +232,5 @@ def _two_pictures(path: Path, first: Line, second: Line, record: RecordDict) -> 
 
 
 def _without_mark(text: bytes, offset: int) -> bytes:
-    """A line without the byte order mark that Windows programs put at the beginning of a file."""
+    """Return a line without the byte order mark that Windows programs put at the beginning of a file."""
     return text.removeprefix(_BYTE_ORDER_MARK) if offset == 0 else text

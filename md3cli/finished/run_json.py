@@ -110,7 +110,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def _is_flat(value: Any) -> bool:
-    """Whether lists and objects are nested no deeper than ours; level by level, so that nothing recurses."""
+    """Return whether lists and objects are nested no deeper than ours; level by level, so that nothing recurses."""
     level = [value]
     for _ in range(_DEPTH_LIMIT):
         nested = [item for item in level if isinstance(item, dict | list)]
@@ -121,7 +121,7 @@ def _is_flat(value: Any) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number from 0 that is no flag; None for anything else."""
+    """Return a finite number from 0 that is no flag; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -131,14 +131,14 @@ def _number(value: Any) -> float | None:
 
 
 def stages_of(document: dict[str, Any]) -> dict[str, float]:
-    """Seconds by stage."""
+    """Return the seconds of each stage."""
     stages = document.get("stages")
     found = {name: _number(value) for name, value in stages.items()} if isinstance(stages, dict) else {}
     return {name: value for name, value in list(found.items())[:_STAGES_LIMIT] if value is not None}
 
 
 def timeline_of(document: dict[str, Any]) -> list[tuple[float, int]]:
-    """Seconds and records done, as far as both are numbers."""
+    """Return pairs of seconds and records done, as far as both are numbers."""
     timeline = document.get("timeline")
     pairs = timeline[-_POINTS_LIMIT:] if isinstance(timeline, list) else []
     numbers = [tuple(map(_number, pair)) for pair in pairs if isinstance(pair, list) and len(pair) == 2]
@@ -146,7 +146,7 @@ def timeline_of(document: dict[str, Any]) -> list[tuple[float, int]]:
 
 
 def starts_of(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """Notes of earlier starts: of each what is a text, a number, null, or a list of such."""
+    """Return the notes of earlier starts: of each note what is a text, a number, null, or a list of such."""
     starts = document.get("starts")
     notes = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
     return [{key: value for key, value in note.items() if _is_plain(value)} for note in notes]
@@ -159,7 +159,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def counts_of(document: dict[str, Any]) -> dict[str, Any] | None:
-    """Requests by outcome; None where they are not counts."""
+    """Return the requests by outcome; None where they are not counts."""
     counts = document.get("counts")
     if not isinstance(counts, dict) or not isinstance(counts.get("errors"), dict):
         return None
@@ -168,7 +168,7 @@ def counts_of(document: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def find_records(path: Path) -> Path:
-    """The records file that `path` names: itself, the one inside a run folder, or the journal beside a document.
+    """Return the records file that `path` names: itself, the one in a run folder, or the journal beside a document.
 
     Raises:
         InputError: there is none.
@@ -188,31 +188,31 @@ class RunInfo:
 
     @property
     def root(self) -> Path | None:
-        """The folder (or tar) that record images are relative to; an address is none."""
+        """Return the folder (or tar) that record images are relative to; an address is none."""
         root = self.document.get("root")
         is_path = isinstance(root, str) and root and "://" not in root and "\0" not in root
         return Path(str(root)) if is_path else None
 
     @property
     def is_own(self) -> bool:
-        """Whether this user's md3 wrote the root; else it is only claimed, perhaps by a stranger."""
+        """Return whether this user's md3 wrote the root; else it is only claimed, perhaps by a stranger."""
         return is_own(str(self.document.get("root")), self.document.get("seal"))
 
     @property
     def elapsed_s(self) -> float | None:
-        """Seconds the run took, all starts together; None while they are not known."""
+        """Return the seconds that all starts together took; None while they are not known."""
         spans = [_whole_number(start.get("elapsed_s")) for start in self._list("starts") if isinstance(start, dict)]
         return sum(spans) or None
 
     @property
     def stages_s(self) -> dict[str, float]:
-        """Seconds by stage, all starts together."""
+        """Return the seconds of each stage, all starts together."""
         stages = self.document.get("stages")
         return {str(stage): _whole_number(value) for stage, value in stages.items()} if isinstance(stages, dict) else {}
 
     @property
     def timeline(self) -> list[tuple[float, float]]:
-        """(seconds since the start, records done) pairs in order; empty where the run kept none."""
+        """Return (seconds since the start, records done) pairs in order; empty where the run kept none."""
         pairs = [pair for pair in self._list("timeline") if isinstance(pair, list) and len(pair) == 2]
         return [(_whole_number(seconds), _whole_number(done)) for seconds, done in pairs]
 
@@ -229,7 +229,7 @@ def _whole_number(value: object) -> float:
 
 
 def load_run_info(records_path: Path) -> RunInfo:
-    """run.json of the run that wrote `records_path`.
+    """Read run.json of the run that wrote `records_path`.
 
     Beside `records.jsonl` it is `run.json`; beside `OUT` it is `OUT.run.json`, and beside the
     journal `OUT.records.jsonl` as well.

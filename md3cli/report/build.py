@@ -51,7 +51,7 @@ _one_large = Lock()
 
 
 def with_thumbnails(items: Iterable[Item], pictures: Pictures, long_side_px: int) -> Iterator[Item]:
-    """The same items, each with its `thumbnail` or the reason why it is `missing`; a few in flight."""
+    """Yield the same items, each with its `thumbnail` or the reason why it is `missing`; a few are in flight."""
     num_threads = min(MAX_THREADS, os.cpu_count() or 1)
     todo = iter(items)
     with ThreadPoolExecutor(num_threads) as pool:
@@ -88,7 +88,7 @@ def _fill(item: Item, picture: FoundPicture | None, pictures: Pictures, long_sid
 
 
 def data_uri(image: Image.Image, long_side_px: int) -> str:
-    """`image` (RGB; changed in place) as a JPEG no larger than `long_side_px`; never enlarged."""
+    """Return `image` (RGB; changed in place) as a JPEG no larger than `long_side_px`; never enlarged."""
     image.thumbnail((long_side_px, long_side_px), Image.Resampling.LANCZOS, reducing_gap=2.0)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
@@ -100,12 +100,12 @@ ROWS_SHOWN = 30
 
 
 def verdicts_of(sections: Sequence[Section]) -> dict[str, Verdict]:
-    """All verdicts by record id."""
+    """Return all verdicts by record id."""
     return {record: verdict for section in sections for record, verdict in section.verdicts.items()}
 
 
 def with_verdicts(items: Iterable[Item], verdicts: Mapping[str, Verdict]) -> Iterator[Item]:
-    """The same items; records the ground truth knows carry its verdict."""
+    """Yield the same items; records that the ground truth knows carry its verdict."""
     for item in items:
         for place, entry in enumerate(item.entries):
             verdict = verdicts.get(entry.record.get("id", ""))
@@ -124,7 +124,7 @@ def _judged(entry: Entry, verdict: Verdict, frame: tuple[float, float]) -> Entry
 
 
 def score_table(section: Section) -> Table:
-    """A section's scores, with a row for each label or question."""
+    """Return a section's scores, with a row for each label or question."""
     names = [name for name, value in section.scores.items() if value is not None]
     rows = [("all", *(number(section.scores[name]) for name in names))]
     if len(section.by_name) > 1:
@@ -136,7 +136,7 @@ def score_table(section: Section) -> Table:
 
 
 def score_plots(section: Section) -> list[Lines]:
-    """Precision over recall and reliability, where the section has them."""
+    """Return precision over recall and reliability, where the section has them."""
     curves = section.curves
     if curves is None:
         return []
@@ -265,7 +265,7 @@ def _overview(records: Path, stats: RunStats, options: ReportOptions, sections: 
 
 
 def _run_key(records: Path) -> str:
-    """The same for the same first record: marks survive a report made again, and runs do not share them."""
+    """Return a key of the first record: marks survive a report made again, and runs do not share them."""
     first = next(read_records(records))
     return hashlib.sha256(f"{records.name}\n{first.get('id')}".encode("utf-8", "replace")).hexdigest()[:16]
 
@@ -273,7 +273,7 @@ def _run_key(records: Path) -> str:
 def _write_pages(
     page: Path, overview: Page, shown: Iterator[Item], num_items: int, options: ReportOptions
 ) -> tuple[Page, int]:
-    """Pages into `STEM_pages/`; the overview that links to them, and the number of missing pictures."""
+    """Write pages into `STEM_pages/`; return the overview that links to them, and the number of missing pictures."""
     folder, size = page.with_name(f"{page.stem}_pages"), options.images_per_page
     names = [f"page-{number:04d}.html" for number in range(1, -(-num_items // size) + 1)]
     bare, num_missing = replace(overview, tiles=(), plots=(), tables=()), 0
@@ -293,7 +293,7 @@ def _page_links(names: list[str], current: int | None, prefix: str) -> list[Link
 
 
 def render(page: Page) -> Iterator[bytes]:
-    """The page's HTML in pieces, UTF-8."""
+    """Yield the page's HTML in pieces, UTF-8."""
     from markupsafe import Markup
 
     style, script = _part("report.css"), _part("report.js")
@@ -309,7 +309,7 @@ def render(page: Page) -> Iterator[bytes]:
 
 
 def content_policy(style: str, script: str) -> str:
-    """The Content Security Policy that allows this style, this script and data: pictures, and nothing else."""
+    """Return the Content Security Policy that allows this style, this script and data: pictures, and nothing else."""
     return (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
@@ -326,7 +326,7 @@ def _part(name: str) -> str:
 
 
 def _legible_text(value: object) -> object:
-    """What the template prints: text from records made legible; what is markup already (ours) as it is."""
+    """Make text from records legible; leave what is markup already, which is ours."""
     return legible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 

@@ -67,13 +67,13 @@ class Entry:
 
     @property
     def scores(self) -> list[float]:
-        """What sorting and the score filter go by: the objects' scores, or that of the choice taken."""
+        """Return what sorting and the score filter go by: the objects' scores, or that of the choice taken."""
         scores = [shape.score for shape in self.shapes if shape.score is not None]
         return scores or ([max(self.choices.values())] if self.choices else [])
 
     @property
     def choices(self) -> dict[str, float]:
-        """The score of each allowed answer, where the answer was not free."""
+        """Return the score of each allowed answer, where the answer was not free."""
         choices = self.record.get("choices")
         scores = {str(name): as_score(value) for name, value in choices.items()} if isinstance(choices, dict) else {}
         return {name: score for name, score in scores.items() if score is not None}
@@ -93,17 +93,17 @@ class Item:
 
     @property
     def first(self) -> RecordDict:
-        """The first record, which says which picture this is."""
+        """Return the first record, which says which picture this is."""
         return self.entries[0].record
 
     @property
     def num_shapes(self) -> int:
-        """How full the picture gets; names are shown on demand where there are many."""
+        """Count what is drawn on the picture; names are shown on demand where there are many."""
         return sum(len(entry.shapes) + len(entry.missed) for entry in self.entries)
 
 
 def items(records: Iterable[RecordDict]) -> Iterator[Item]:
-    """Items in input order; neighbouring records of one picture share an item.
+    """Yield items in input order; neighbouring records of one picture share an item.
 
     Raises:
         InputError: a record lacks what its task promises.
@@ -124,7 +124,7 @@ def items(records: Iterable[RecordDict]) -> Iterator[Item]:
 
 
 def _is_same(record: RecordDict, other: RecordDict) -> bool:
-    """Whether two records are about one picture, as far as they say."""
+    """Return whether two records are about one picture, as far as they say."""
     digests = {digest for one in (record, other) if (digest := one.get("sha256"))}
     return len(digests) < 2 and image_key(record) == image_key(other)
 
@@ -144,7 +144,7 @@ def _size(record: RecordDict) -> tuple[int | None, int | None, tuple[float, floa
 
 
 def entry_of(record: RecordDict, frame: tuple[float, float]) -> Entry:
-    """What the page shows of one record; raises as `items`."""
+    """Return what the page shows of one record; raises as `items`."""
     try:
         if (error := record.get("error")) is not None:
             return Entry(record, "failed", note=f"{error['type']}: {error.get('message', '')}")
@@ -173,12 +173,12 @@ def _answered(record: RecordDict, frame: tuple[float, float]) -> Entry:
 
 
 def as_score(value: object) -> float | None:
-    """A score of a record, or None where it holds none that can be used."""
+    """Return a score of a record, or None where it holds none that can be used."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _coordinate(value: Any, extent: float) -> float:
-    """A 0-1 coordinate in drawing units; a box may leave the picture, but not by far."""
+    """Return a 0-1 coordinate in drawing units; a box may leave the picture, but not by far."""
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"coordinate {value} is not finite")
@@ -208,7 +208,7 @@ def _segment(thing: Mapping[str, Any], frame: tuple[float, float]) -> Shape:
 
 
 def missed_shape(label: str, box: tuple[float, float, float, float], frame: tuple[float, float]) -> Shape:
-    """An object of the ground truth that nothing found; `box` is x_min, y_min, x_max, y_max, 0-1."""
+    """Return an object of the ground truth that nothing found; `box` is x_min, y_min, x_max, y_max, 0-1."""
     thing = dict(zip(("x_min", "y_min", "x_max", "y_max"), box, strict=True))
     return replace(_box({"label": label, **thing}, frame), verdict="missed")
 
@@ -230,7 +230,7 @@ def _path_data(polygon: Polygon, frame: tuple[float, float]) -> str:
 
 
 def _passages(reasoning: Mapping[str, Any], frame: tuple[float, float]) -> Iterator[Passage]:
-    """The reasoning cut where its grounding starts and ends (character offsets of the record)."""
+    """Yield the reasoning cut where its grounding starts and ends (character offsets of the record)."""
     text, done = str(reasoning.get("text") or "")[:TEXT_LIMIT], 0
     for grounding in sorted(reasoning.get("grounding") or [], key=lambda g: int(g["start_idx"])):
         start = min(max(int(grounding["start_idx"]), done), len(text))

@@ -65,7 +65,7 @@ class Palette:
     numbers: Mapping[str, int]
 
     def colour_of(self, label: str) -> str:
-        """The style sheet's class for a label."""
+        """Return the style sheet's class for a label."""
         return f"c{self.numbers.get(label, 0) % NUM_COLOURS}"
 
 
@@ -90,45 +90,45 @@ class Page:
         self._firsts.extend(accumulate((len(item.entries) for item in self.items), initial=0))
 
     def colour_of(self, label: str) -> str:
-        """The style sheet's class for a label."""
+        """Return the style sheet's class for a label."""
         return self.palette.colour_of(label)
 
     def first_entry(self, n: int) -> int:
-        """Number on the page of the first record of item `n`."""
+        """Return the number on the page of the first record of item `n`."""
         return self._firsts[n]
 
     @property
     def entries(self) -> list[Entry]:
-        """All records of the page in order."""
+        """Return all records of the page in order."""
         return [entry for item in self.items for entry in item.entries]
 
     @property
     def tasks(self) -> list[Option]:
-        """Check boxes for the tasks, where there is more than one."""
+        """Return check boxes for the tasks, where there is more than one."""
         counts = Counter(entry.task for entry in self.entries)
         return [Option(task, task, count) for task, count in counts.items()] if len(counts) > 1 else []
 
     @property
     def statuses(self) -> list[Option]:
-        """Check boxes for how records ended."""
+        """Return check boxes for how records ended."""
         names = {"ok": "answered", "empty": "nothing found", "failed": "failed"}
         counts = Counter(entry.status for entry in self.entries)
         return [Option(s, name, counts[s]) for s, name in names.items() if s in counts] if len(counts) > 1 else []
 
     @property
     def marks(self) -> list[Option]:
-        """Check boxes for the reader's marks."""
+        """Return check boxes for the reader's marks."""
         return [Option("none", "unmarked"), Option("right", "right"), Option("wrong", "wrong")]
 
     @property
     def verdicts(self) -> list[Option]:
-        """Check boxes for what the ground truth says."""
+        """Return check boxes for what the ground truth says."""
         counts = Counter(entry.verdict for entry in self.entries if entry.verdict)
         return [Option(verdict, verdict, counts[verdict]) for verdict in ("right", "wrong") if verdict in counts]
 
     @property
     def labels(self) -> list[Option]:
-        """Check boxes for the labels used most, where there is more than one."""
+        """Return check boxes for the labels used most, where there is more than one."""
         counts = Counter(shape.label for entry in self.entries for shape in entry.shapes)
         chosen = counts.most_common(MAX_LABEL_CHIPS)
         if len(counts) < 2:
@@ -137,11 +137,11 @@ class Page:
 
     @property
     def has_scores(self) -> bool:
-        """Whether a score filter makes sense."""
+        """Return whether a score filter makes sense."""
         return any(entry.scores for entry in self.entries)
 
     def data(self) -> str:
-        """What the script needs, as JSON that is safe inside a script element."""
+        """Return what the script needs, as JSON that is safe inside a script element."""
         document = {
             "run": self.run_key,
             "name": self.name,
@@ -153,7 +153,7 @@ class Page:
 
 
 def legible(text: str) -> str:
-    """`text` with everything that could turn or hide what a reader sees shown as `\\xNN` or `\\uNNNN`.
+    """Return `text` with all that could turn or hide what a reader sees shown as `\\xNN` or `\\uNNNN`.
 
     Line ends, tabs and the joiners that scripts and emoji need stay.
     """
@@ -177,7 +177,7 @@ def _facts(entry: Entry, palette: Palette) -> dict[str, Any]:
 
 
 def overview_tiles(stats: RunStats, run: RunInfo) -> list[Tile]:
-    """The run in numbers."""
+    """Return the run in numbers."""
     failed, empty = stats.statuses["failed"], stats.statuses["empty"]
     tiles = [Tile("Images", f"{stats.num_images:,}"), Tile("Records", f"{stats.num_records:,}")]
     if stats.objects_per_image:
@@ -193,7 +193,7 @@ def overview_tiles(stats: RunStats, run: RunInfo) -> list[Tile]:
 
 
 def run_facts(stats: RunStats) -> list[str]:
-    """One line under the title: tasks and models."""
+    """Return tasks and models, for the line under the title."""
     tasks = [f"{task} {count:,}" for task, count in stats.tasks.most_common()]
     return tasks + [model for model, _ in stats.models.most_common(3)]
 
@@ -203,10 +203,10 @@ def _percent(count: int, total: int) -> str:
 
 
 def today() -> str:
-    """The date the page says it was made on (UTC)."""
+    """Return the date the page says it was made on (UTC)."""
     return datetime.now(UTC).date().isoformat()
 
 
 def palette_of(labels: Iterable[str]) -> Palette:
-    """Colours for `labels` in their order."""
+    """Return colours for `labels` in their order."""
     return Palette({label: number for number, label in enumerate(labels)})

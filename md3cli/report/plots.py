@@ -163,7 +163,7 @@ Plot = Columns | Bars | Lines
 
 
 def run_plots(stats: RunStats, run: RunInfo) -> list[Plot]:
-    """The plots that the run has numbers for, in reading order."""
+    """Return the plots that the run has numbers for, in reading order."""
     plots: list[Plot | None] = [
         _histogram("Objects per image", "images by number of objects", stats.objects_per_image, "object", "image"),
         _scores(stats.score_bins),
@@ -178,7 +178,7 @@ def run_plots(stats: RunStats, run: RunInfo) -> list[Plot]:
 
 
 def _histogram(title: str, about: str, counts: Mapping[int, int], over: str, what: str) -> Columns | None:
-    """Counts over whole numbers; neighbours share a column where there are too many."""
+    """Plot counts over whole numbers; neighbours share a column where there are too many."""
     if not counts:
         return None
     low, high = min(counts), max(counts)
@@ -242,7 +242,7 @@ def _bars(
 
 
 def _answers(answers: Mapping[str, Counter[str]]) -> Iterable[Bars | None]:
-    """Answers of the questions asked most, where answers repeat (one each tells nothing)."""
+    """Yield answers of the questions asked most, where answers repeat (one each tells nothing)."""
     asked = sorted(answers.items(), key=lambda pair: -pair[1].total())
     repeating = [(question, counts) for question, counts in asked if counts.most_common(1)[0][1] > 1]
     for question, counts in repeating[:MAX_QUESTIONS]:
@@ -250,7 +250,7 @@ def _answers(answers: Mapping[str, Counter[str]]) -> Iterable[Bars | None]:
 
 
 def _throughput(timeline: Sequence[tuple[float, float]]) -> Lines | None:
-    """Records a second over the run, from (seconds since the start, records done) pairs."""
+    """Plot records a second over the run, from (seconds since the start, records done) pairs."""
     rates = []
     for (start, done_before), (end, done) in pairwise(timeline):
         if end > start:
@@ -276,17 +276,17 @@ def _stages(stages_s: Mapping[str, float]) -> Bars | None:
 
 
 def unit_path(points: Iterable[tuple[float, float]]) -> str:
-    """An SVG path through `points`, both coordinates 0-1 of the plot's area, y upwards."""
+    """Return an SVG path through `points`, both coordinates 0-1 of the plot's area, y upwards."""
     return "M" + "L".join(f"{_along(x):g},{_y(y * (HEIGHT - TOP - BOTTOM)):g}" for x, y in points)
 
 
 def unit_dot(x: float, y: float, title: str) -> Column:
-    """A dot on a curve, at coordinates as of `unit_path`."""
+    """Return a dot on a curve, at coordinates as of `unit_path`."""
     return Column(_along(x), _y(y * (HEIGHT - TOP - BOTTOM)), DOT_RADIUS, 0.0, title)
 
 
 def share_ticks() -> tuple[tuple[Tick, ...], tuple[Tick, ...]]:
-    """Both axes from 0 to 1."""
+    """Return both axes from 0 to 1."""
     return tuple(Tick(_along(n / 5), f"{n / 5:.1f}") for n in range(6)), _y_ticks(1.0)
 
 
@@ -295,13 +295,13 @@ def _along(share: float) -> float:
 
 
 def nice_ceiling(value: float) -> float:
-    """A round top for an axis: the next of a few steps times a power of ten."""
+    """Return a round top for an axis: the next of a few steps times a power of ten."""
     power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
     return next(step * power for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * power >= value * (1 - 1e-9))
 
 
 def short_number(value: float) -> str:
-    """1200 -> 1.2k, as an axis has room for."""
+    """Return a number as an axis has room for: 1200 is `1.2k`."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{letter}"
@@ -309,7 +309,7 @@ def short_number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """0.51 -> 0.5 s, 12.3 -> 12 s, 90 -> 1:30, 4000 -> 1:06:40."""
+    """Return 0.51 seconds as `0.5 s`, 12.3 as `12 s`, 90 as `1:30`, 4000 as `1:06:40`."""
     if seconds < 9.95:
         return f"{float(f'{seconds:.1f}'):g} s"
     minutes, rest = divmod(round(seconds), 60)
