@@ -150,8 +150,6 @@ def load_engine(options: ModelOptions) -> Engine:
         torch.set_num_threads(1)
     dtype = choose_dtype(options.dtype, device, num_bytes)
     model = load_weights(options, checkpoint, dtype=dtype, device=device)
-    if options.adapter:
-        warn_of_another_base(Path(options.adapter).expanduser(), options.model)
     store = open_cache(options, model)  # before kernels take the weights over: its keys cover them
     if options.quant_vision != "none":
         quantise_vision_for(options, model)
@@ -173,11 +171,8 @@ def load_engine(options: ModelOptions) -> Engine:
     if options.compile:
         compile_engine(engine, options.cache_dir)
     if engine.batch_size < plan.slots:
-        warnings.warn(
-            f"memory was free for a batch of {plan.slots} and then held {engine.batch_size}: something else runs on "
-            f"{device}",
-            stacklevel=2,
-        )
+        found = f"memory was free for a batch of {plan.slots} and then held {engine.batch_size}"
+        warnings.warn(f"{found}: something else runs on {device}", stacklevel=2)
     return engine
 
 
@@ -238,6 +233,8 @@ def load_weights(
         load_low_bit(
             model, plan, quant=quant, dtype=dtype, device=device, adapter=adapter, cache=cache, for_kernels=is_cuda
         )
+    if adapter is not None:
+        warn_of_another_base(adapter.expanduser(), options.model)
     return model
 
 

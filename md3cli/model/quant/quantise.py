@@ -20,7 +20,7 @@ from md3cli.errors import CheckpointError
 from md3cli.model.quant.search import search
 from md3cli.model.weights.codes import LowBit, QuantisedWeight, quantise_int4
 from md3cli.model.weights.files import checkpoint_revision
-from md3cli.model.weights.names import INT8_SCALE, Format, Slot, is_int8_vision, is_portable, slots
+from md3cli.model.weights.names import INT8_SCALE, Format, is_int8_vision, is_portable, slots
 from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
 from md3cli.model.weights.read import SCHEMES, CheckpointReader, assemble, read_quantised, stored_dtype
 from md3cli.model.weights.write import DTYPE_CODES, Progress, StoredDtypes, lay_out, write_checkpoint
@@ -67,21 +67,17 @@ def quantise_checkpoint(
     plan = plan_checkpoint(source)
     if settings.kind is LowBit.FP8 and plan.config.text.moe is None:
         raise CheckpointError(f"{source} has no experts, and fp8 is for experts only; use int8 or int4")
-    importance = importance or {}
-    dtype = stored_dtype(plan)
-    layout = _LAYOUTS[settings.kind]
-    expected = {slot.name: slot.shape for slot in plan.slots}
-    marks = _marks(expected, settings)
-    table = {slot.name: slot for slot in slots(expected, layout, marks)}
+    importance, dtype = importance or {}, stored_dtype(plan)
     with CheckpointReader(plan, dtype=dtype) as weights:
+        made = _Quantising(weights, settings, importance)
         write_checkpoint(
-            _Quantising(weights, table, importance, settings.int4_scale_dtype),
+            made,
             plan.config,
             target,
-            layout,
+            _LAYOUTS[settings.kind],
             dtype=dtype,
             int4_scale_dtype=settings.int4_scale_dtype,
-            marks=marks,
+            marks=made.marks,
             tokenizer_file=plan.files.tokenizer_file or tokenizer_file,
             shard_limit_bytes=shard_limit_bytes,
             made_from=_fingerprint(plan, settings, importance, shard_limit_bytes),
@@ -116,28 +112,24 @@ def _marks(names: Mapping[str, object], settings: QuantiseSettings) -> frozenset
 
 
 class _Quantising(Mapping[str, Tensor | QuantisedWeight]):
-    """The tensors of a checkpoint, as codes where `table` stores codes, each made when it is asked for."""
+    """The tensors of a checkpoint, some as codes as `settings` say, each made when it is asked for."""
 
-    def __init__(
-        self,
-        weights: CheckpointReader,
-        table: Mapping[str, Slot],
-        importance: Importance,
-        int4_scale_dtype: torch.dtype,
-    ) -> None:
-        self._weights, self._table, self._importance = weights, table, importance
-        self._int4_scale_dtype = int4_scale_dtype
+    def __init__(self, weights: CheckpointReader, settings: QuantiseSettings, importance: Importance) -> None:
+        self._weights, self._importance, self._int4_scale_dtype = weights, importance, settings.int4_scale_dtype
         self._stored = {slot.name: slot for slot in weights.plan.slots}
+        shapes = {name: slot.shape for name, slot in self._stored.items()}
+        self.marks = _marks(shapes, settings)
+        self._recipes = {slot.name: slot.recipe for slot in slots(shapes, _LAYOUTS[settings.kind], self.marks)}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._table)
+        return iter(self._recipes)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._recipes)
 
     def __getitem__(self, name: str) -> Tensor | QuantisedWeight:
         self._weights.close()  # maps of files count as memory: none outlives its tensor
-        recipe, stored = self._table[name].recipe, self._stored[name]
+        recipe, stored = self._recipes[name], self._stored[name]
         if not recipe.is_low_bit:
             return self._weights[name]
         if stored.recipe is recipe:

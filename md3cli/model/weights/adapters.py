@@ -1,9 +1,12 @@
 """LoRA adapters merged into a loaded network: the vendor's layout and folders that peft saved.
 
 Both are read from safetensors, without peft, as low-rank changes of canonical weights, and added to them in float32
-before any kernel takes the weights over; afterwards the network computes as if it had been trained so. peft has many
-kinds of LoRA that are stored in the same two factors and mean something else, and more with each release. So there is a
-list of what is known to change nothing (peft 0.21's `LoraConfig`); everything else is refused by name.
+before any kernel takes the weights over; afterwards the network computes as if it had been trained so.
+
+peft stores many kinds of LoRA in the same two factors, although they mean something else, and adds more with each
+release. So this file lists the settings that are known to change nothing (peft 0.21's `LoraConfig`) and refuses every
+other setting by name.
+
 Sources: Moondream 3 specification, section 16; peft's LoRA layout (`lora_A`, `lora_B`, alpha / r; a stack of expert
 matrices keeps its factors interleaved).
 
@@ -32,8 +35,8 @@ from md3cli.model.weights.names import Shape, expected_tensors
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Where the adapter came from, what it was trained on and how, which weights it has: whatever these say, the factors'
-# names and shapes say it again, or it is over.
+# Where the adapter came from, how it was trained, which weights it has. What of this still matters is said again by
+# the names and shapes of the factors.
 _HARMLESS = frozenset({
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size"),
@@ -41,8 +44,8 @@ _HARMLESS = frozenset({
     *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),  # of initialisations, see `init_lora_weights`
 })  # fmt: skip
 _READ = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "bias"})
-# Initialisations that leave the base weights alone. `pissa`, `olora`, `corda`, `loftq` and `lora_ga` take their start
-# out of the base weights: what is saved belongs to weights that exist nowhere.
+# Initialisations that leave the base weights alone. `pissa`, `olora`, `corda`, `loftq` and `lora_ga` subtract their
+# start from the base weights: the saved factors belong to changed weights, which no file holds.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _DEFAULT_RANK = _DEFAULT_ALPHA = 8  # peft's, for settings that are not there
 V = TypeVar("V")
@@ -141,7 +144,7 @@ def base_of(adapter: Path) -> str | None:
 
 
 def _is_off(key: str, value: object) -> bool:
-    """True where a setting that is not known says no. An empty `..._config` says yes, with all its defaults."""
+    # An empty `..._config` says yes, with all its defaults.
     if value == {}:
         return not key.startswith("use_") and not key.endswith("_config")
     return value is None or value is False or value == []
@@ -153,7 +156,7 @@ def _check_bias(file: Path, raw: Mapping[str, Any]) -> None:
 
 
 def _pattern(file: Path, raw: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
-    """The entries of `rank_pattern` or `alpha_pattern`; regular expressions may run away and are refused."""
+    """Return the entries of `rank_pattern` or `alpha_pattern`; refuse regular expressions, which may run for ever."""
     pattern = raw.get(key)
     if pattern is None:
         return []
@@ -172,7 +175,7 @@ def _texts(value: object) -> tuple[str, ...]:
 
 
 def _means(key: str, name: str) -> bool:
-    """True where a key of peft's means `name`: its whole, or its last parts; behind `^` the whole alone."""
+    """Return True where a key of peft's means `name`: all of it, or its last parts; behind `^` all of it alone."""
     return name == key.removeprefix("^") or (key[:1] != "^" and name.endswith(f".{key}"))
 
 

@@ -122,22 +122,21 @@ def open_partial(target: Path, made_from: str | None) -> Iterator[PartialFolder]
     `made_from` names source and settings; None never continues what an earlier writer left.
 
     Raises:
-        OutputError: another process is writing the same target, or the folder cannot be made.
+        OutputError: another process is writing the same target, or something in the folder cannot be written.
     """
     path = target.with_name(f".{target.name}.partial")
-    with contextlib.ExitStack() as stack:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked_folder(path))
-        except BlockingIOError as error:
-            raise OutputError(f"{target} is being written by another process") from error
-        except OSError as error:
-            raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
-        try:
-            yield PartialFolder(path, made_from)
-        except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
-            raise
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with locked_folder(path):
+            try:
+                yield PartialFolder(path, made_from)
+            except BaseException:
+                shutil.rmtree(path, ignore_errors=True)
+                raise
+    except BlockingIOError as error:
+        raise OutputError(f"{target} is being written by another process") from error
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
 def _write_synced(file: Path, text: str) -> None:
@@ -317,30 +316,30 @@ def write_checkpoint(
         CheckpointError: `state` is not the model of `config`, or the layout cannot hold it.
         OutputError: `target` is in the way, cannot be written, or reads back different.
     """
-    names = set(state)  # `name in state` would make the tensor
-    expected = expected_tensors(config, has_region_ln=not names.isdisjoint(REGION_LN))
-    if expected.keys() != names:
-        odd = sorted(expected.keys() ^ names)
-        raise CheckpointError(f"the weights are not a model of this configuration: {', '.join(odd[:5])}")
     limit = shard_limit_bytes if layout not in (Format.RAW, Format.RAW_FP8) else None  # raw is always one file
-    table = list(slots(expected, layout, marks))
+    table = list(slots(_shapes(set(state), config), layout, marks))
     dtypes = StoredDtypes(DTYPE_CODES[dtype], DTYPE_CODES[int4_scale_dtype])
     files = _named(list(lay_out(table, dtypes, limit)))
     _check_target(target)
     if tokenizer_file is not None and (fault := misfit(tokenizer_file)) is not None:
         raise CheckpointError(fault)
-    try:
-        with open_partial(target, made_from) as partial:
-            missing = sum(shard.num_bytes for name, shard in files.items() if not partial.has(name))
-            _check_room(target, partial.path, missing)
-            _write_files(partial, files, state, layout, progress)
-            document = config_document(config, layout, dtype, table)
-            _write_synced(partial.path / CONFIG_NAME, json.dumps(document, indent=1))
-            if tokenizer_file is not None:
-                shutil.copyfile(tokenizer_file, partial.path / TOKENIZER_NAME)
-            partial.publish(target)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    with open_partial(target, made_from) as partial:
+        missing = sum(shard.num_bytes for name, shard in files.items() if not partial.has(name))
+        _check_room(target, partial.path, missing)
+        _write_files(partial, files, state, layout, progress)
+        document = config_document(config, layout, dtype, table)
+        _write_synced(partial.path / CONFIG_NAME, json.dumps(document, indent=1))
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, partial.path / TOKENIZER_NAME)
+        partial.publish(target)
+
+
+def _shapes(names: set[str], config: ModelConfig) -> dict[str, Shape]:
+    """Return the shapes of the tensors with these names, which must be exactly those of the model of `config`."""
+    expected = expected_tensors(config, has_region_ln=any(name in names for name in REGION_LN))
+    if odd := sorted(expected.keys() ^ names):
+        raise CheckpointError(f"the weights are not a model of this configuration: {', '.join(odd[:5])}")
+    return expected
 
 
 def _check_target(target: Path) -> None:
