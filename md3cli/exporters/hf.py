@@ -1,10 +1,9 @@
 """Hugging Face ImageFolder: pictures under `train/` and what was found in `train/metadata.jsonl`.
 
-`load_dataset("imagefolder", data_dir=OUT)` guesses splits from names, so everything lies under
-`train/`: a picture called `test_a.jpg` would otherwise take the rest away. Every row has the
-same keys, those that the records' tasks can fill. Pixels are of the upright picture, as `datasets`
-decodes it. A picture that only md3 reads (no end marker, another format than the suffix says) becomes PNG.
-Other pictures are copied; kinds that `datasets` does not load become PNG.
+`load_dataset("imagefolder", data_dir=OUT)` guesses splits from names, so everything lies under `train/`: a picture
+called `test_a.jpg` would otherwise take the rest away. Every row has the same keys, those that the records' tasks can
+fill. Pixels are of the upright picture, as `datasets` decodes it. A picture that only md3 reads (no end marker, another
+format than the suffix says) becomes PNG. Other pictures are copied; kinds that `datasets` does not load become PNG.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Parquet: one row for each record, failures included, in one fixed schema.
 
-Coordinates are exact, as the records have them. The file's `huggingface` metadata names the
-features, so that `datasets` knows them; with `embed_images` the `image` column holds the
-pictures' bytes and `datasets` decodes them. Row groups are bounded in rows and bytes, and the file
-appears by rename: one cut short could not be read at all.
+Coordinates are exact, as the records have them. The file's `huggingface` metadata names the features, so that
+`datasets` knows them; with `embed_images` the `image` column holds the pictures' bytes and `datasets` decodes them. Row
+groups are bounded in rows and bytes, and the file appears by rename: one cut short could not be read at all.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """Where the pictures of finished records are.
 
-A record names its picture relative to INPUT; `run.json` beside the records says where INPUT was (a
-folder, or a tar), `--root` overrules it. Records and run.json may come from a stranger, and some formats
-carry whole files. So a name that leads out of the root is not followed, a name inside a tar is looked up in
-that tar only, and a file is carried only if it is a picture. A root that nobody typed and that this user's
-md3 did not write is a claim: below it a file counts as a record's picture only if its bytes have the
-record's SHA-256. Pictures are opened only through `md3cli.images.crops`.
+A record names its picture relative to INPUT; `run.json` beside the records says where INPUT was (a folder, or a tar),
+`--root` overrules it. Records and run.json may come from a stranger, and some formats carry whole files. So a name that
+leads out of the root is not followed, a name inside a tar is looked up in that tar only, and a file is carried only if
+it is a picture. A root that nobody typed and that this user's md3 did not write is a claim: below it a file counts as a
+record's picture only if its bytes have the record's SHA-256. Pictures are opened only through `md3cli.images.crops`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Sidecar texts: `photo.txt` for `photo.jpg`, as training scripts for captions want them.
 
-One file for each caption or answer, in a folder that mirrors the pictures' or beside the pictures.
-Files are added to OUT; one that stands there already is replaced only with `overwrite`. Where a
-name is taken within the run (`a.jpg` and `a.png`, or two captions of one image), the second text
-gets a longer one: `a.png.txt`, then with a digest.
+One file for each caption or answer, in a folder that mirrors the pictures' or beside the pictures. Files are added to
+OUT; one that stands there already is replaced only with `overwrite`. Where a name is taken within the run (`a.jpg` and
+`a.png`, or two captions of one image), the second text gets a longer one: `a.png.txt`, then with a digest.
 """
 
 from __future__ import annotations

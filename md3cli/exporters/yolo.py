@@ -1,13 +1,12 @@
 """YOLO: `data.yaml`, `labels/<image>.txt`, and copies of the pictures under `images/`.
 
-A line is `class x-centre y-centre width height` in 0-1, or a polygon; where masks were asked for
-every line of the data set is a polygon, since trainers take a mixed file for damaged. No score is
-written: a sixth column makes trainers refuse a file. An image without objects has an empty file.
-A label's name is its image's with the suffix exchanged; where `a.jpg` and `a.png` would share
-one, the second is `a.png.txt` and its picture `a.png.png`, so that trainers still find
-them together. Trainers look for a picture's label where the LAST `/images/` of its path is `/labels/`,
-while other readers take the two trees to mirror each other: so no folder below is called `images`
-(it becomes `images_`). Pictures whose suffix or kind trainers skip get one that they take.
+A line is `class x-centre y-centre width height` in 0-1, or a polygon; where masks were asked for every line of the data
+set is a polygon, since trainers take a mixed file for damaged. No score is written: a sixth column makes trainers
+refuse a file. An image without objects has an empty file. A label's name is its image's with the suffix exchanged;
+where `a.jpg` and `a.png` would share one, the second is `a.png.txt` and its picture `a.png.png`, so that trainers still
+find them together. Trainers look for a picture's label where the LAST `/images/` of its path is `/labels/`, while other
+readers take the two trees to mirror each other: so no folder below is called `images` (it becomes `images_`). Pictures
+whose suffix or kind trainers skip get one that they take.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Records on disk -> the report on disk: one page, or an overview with pages beside it.
+"""Records on disk become the report on disk: one page, or an overview with pages beside it.
 
 The first pass over the records counts, the second makes thumbnails and pages, so memory holds one page at most. Each
 page is one file that asks nothing of the network: its own Content Security Policy allows data: pictures and, by hash,
@@ -42,8 +42,10 @@ from md3cli.report.plots import Column, Line, Lines, RunStats, run_plots, share_
 if TYPE_CHECKING:
     from jinja2 import Template
 
-
+IMAGES_PER_PAGE = 2000  # about 40 MB of thumbnails: what a browser still opens at once
 JPEG_QUALITY = 78
+LABELS_DRAWN = 9
+ROWS_SHOWN = 30
 MAX_THREADS = 4  # Pillow decodes outside the interpreter's lock; more threads only hold more pictures
 LARGE_PIXELS = 50_000_000  # pictures of this size (150 MB decoded) are opened one at a time
 
@@ -93,10 +95,6 @@ def data_uri(image: Image.Image, long_side_px: int) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-LABELS_DRAWN = 9
-ROWS_SHOWN = 30
 
 
 def verdicts_of(sections: Sequence[Section]) -> dict[str, Verdict]:
@@ -167,9 +165,6 @@ def _reliability(name: str, curves: Curves) -> Lines:
     return Lines(f"Is the score right? {name}", "share right over score", lines, *share_ticks(), dots=tuple(dots))
 
 
-IMAGES_PER_PAGE = 2000  # about 40 MB of thumbnails: what a browser still opens at once
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportOptions:
     """How to make a report. `root` and `is_confined` are as for every export (`ExportOptions`)."""
@@ -186,7 +181,7 @@ class ReportOptions:
 
 @dataclass(frozen=True, slots=True)
 class ReportSummary:
-    """What was written: `page` is the file to open."""
+    """What was written; `page` is the file to open."""
 
     page: Path
     num_images: int

@@ -1,4 +1,7 @@
-"""What the template gets: one page's words, numbers, filters and items."""
+"""What the template gets: one page's words, numbers, filters and items.
+
+Apart from build.py, which alone knows files: nothing here opens a picture or writes a page.
+"""
 
 from __future__ import annotations
 
