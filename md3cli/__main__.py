@@ -1,7 +1,6 @@
 """The program's first lines: until the run installs its own handlers, a signal ends it silently.
 
-Ctrl-C during an import would otherwise be a traceback and status 1. `SIGHUP` stays ignored where
-`nohup` asked for that.
+Ctrl-C during an import would otherwise be a traceback and status 1. `SIGHUP` stays ignored where `nohup` asked for it.
 """
 
 from __future__ import annotations

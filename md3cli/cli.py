@@ -1,7 +1,8 @@
 """The `md3` program: its commands, loaded when they are called, and the one place that ends it.
 
 Every `Md3Error` becomes one line and an exit status here and nowhere else. Settings of `md3.toml` and the environment
-become defaults of the commands' options. What a command does is not known here.
+become defaults of the commands' options. What a command does is not known here. Apart from
+__main__.py, whose first lines must come before anything slow is imported.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""One file per command: options in, RunConfig out."""
+"""The commands: typed words in, one call, one exit status."""

@@ -1,7 +1,8 @@
 """The options that all annotating commands share, each declared once beside the parser of its value.
 
 `AnnotateOptions` holds the typed values and makes a `RunConfig` of them; `annotating` makes a command of a function
-that takes them. What a text may mean is parse.py's business, and what is asked of an image is annotate.py's.
+that takes them. What a text may mean is parse.py's business. Apart from annotate.py, where what is asked of an
+image stands, because sixty options would hide it.
 """
 
 from __future__ import annotations

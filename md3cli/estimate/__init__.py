@@ -3,6 +3,8 @@
 sample.py    counts the rows of INPUT, draws pictures evenly, and runs up to 16 of each number of crops, warm
 forecast.py  makes of both the time, tokens and bytes for all of INPUT, with a spread, and says them with money
 
+Forecast and sample are apart because one is arithmetic, tested with made-up costs, and the other runs the engine.
+
 A dry run counts images, requests, crops and bad files, and needs no model. Neither writes a file.
 """
 

@@ -41,6 +41,7 @@ from md3cli.source.source import Source
 if TYPE_CHECKING:
     from md3cli.model.engine.engine import Engine
 
+STAGES_OF_MODEL = ("vision", "prefill", "decode")
 MOST_ROWS_A_UNIT = 256  # so that one picture with a million questions does not have to fit memory
 NO_PICTURE = 0  # the bucket of questions without one
 SEED = 0  # two estimates draw the same pictures
@@ -192,7 +193,6 @@ def _pace(times: list[float]) -> float:
 
 WARM_UP_TOKENS = 4  # an answer's length does not matter there
 UNTILED_CROPS = 2  # the only tile equals the global crop and is encoded once
-STAGES_OF_MODEL = ("vision", "prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True)

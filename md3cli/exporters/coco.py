@@ -30,9 +30,11 @@ from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment
 from md3cli.finished.names import NAMES_SHOWN, Matches, ambiguity_notes, match_images, match_labels
 from md3cli.records import compact_json, printable
 
+Annotation = dict[str, Any]
+
 
 class CocoIds:
-    """Hands out ids; `categories` is the list for the document, in order.
+    """The ids of a document; `categories` is the list for the document, in order.
 
     `images` are the names that will be asked for; they are read only where another file is known.
 
@@ -116,9 +118,6 @@ def _load(path: Path) -> dict[str, Any]:
             f"{printable(doubled[0])}), so their ids cannot be told; make the file names unique"
         )
     return {"images": images, "categories": categories}
-
-
-Annotation = dict[str, Any]
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:

@@ -55,7 +55,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
 
 
 class _LineFeeds(NamedTuple):
-    """Ends rows with a line feed, of a writer that ends them with CR LF: only such a one quotes both in a cell."""
+    """A file whose rows end with LF, for a writer that ends them with CR LF: only such a one quotes both in a cell."""
 
     file: TextIO
 

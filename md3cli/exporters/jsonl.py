@@ -11,7 +11,7 @@ from md3cli.records import compact_json
 
 
 def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
-    """Copy every record, failures included."""
+    """Write every record, failures included."""
     num_records, notes = 0, list[str]()
     with replaced_file(out, overwrite=options.overwrite) as file:
         for record in read_records(records, notes):

@@ -1,7 +1,7 @@
-"""Records -> what the page shows: one item per picture, one entry per record, shapes to draw.
+"""What the page shows of records: one item per picture, one entry per record, shapes to draw.
 
-Everything that leaves here is plain data: numbers are finite, coordinates are in the units of the drawing (a picture
-fits in `FRAME`), text is text. The template escapes it, so nothing a model or a file name says can become markup.
+All that leaves here is plain data: numbers are finite, coordinates are in the units of the drawing (a picture fits in
+`FRAME`), text is text. The template escapes text, so that nothing of a model or a file name can become markup.
 """
 
 from __future__ import annotations

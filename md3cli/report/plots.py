@@ -29,7 +29,7 @@ MAX_QUESTIONS = 4
 
 @dataclass(slots=True)
 class RunStats:
-    """Filled item by item, then read by the plots."""
+    """The counts, filled item by item and then read by the plots."""
 
     num_images: int = 0
     num_records: int = 0
