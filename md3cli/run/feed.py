@@ -1,8 +1,8 @@
 """From source rows to requests that are ready to run: ids, what is done already, pictures decoded ahead.
 
-Every request still to do gets a key, counted up in input order. Pictures are decoded ahead within a
-fixed number of rows, and requests become ready as their pictures do, whatever their order; the keys
-restore it (order.py). What cannot be run becomes a failure here, without the engine.
+Every request that is still to do gets a key, counted up in input order. Pictures are decoded ahead within a fixed
+number of rows, and requests become ready as their pictures do, in any order; by the keys order.py restores the order.
+What cannot be run fails here, without the engine. Knows nothing of records and journals but what its callbacks say.
 """
 
 from __future__ import annotations
@@ -58,23 +58,23 @@ class _AheadRow:
 
 
 def rows_ahead(crop_config: CropConfig) -> int:
-    """How many pictures may be decoded and waiting, from the bytes of the largest common one."""
+    """Return how many pictures may be decoded and waiting, by the bytes of the largest common one."""
     largest = (1 + crop_config.max_crops) * crop_config.crop_size**2 * CHANNELS
     return max(MIN_AHEAD, min(MAX_AHEAD, AHEAD_BYTES // largest))
 
 
 def num_auto_workers() -> int:
-    """A decode worker for each core this process may use, within reason."""
+    """Return a decode worker for each core that this process may use, and at most MAX_AUTO_WORKERS."""
     return min(MAX_AUTO_WORKERS, num_cores())
 
 
 def make_pool(config: RunConfig, crop_config: CropConfig) -> PicturePool:
-    """The decode workers of a run."""
+    """Make the picture pool of a run."""
     return make_decode_pool(config.decode, config.model.background, crop_config)
 
 
 def make_decode_pool(options: DecodeOptions, background: str, crop_config: CropConfig) -> PicturePool:
-    """Decode workers as `options` say, and whoever fetches pictures for them."""
+    """Make a picture pool as `options` say."""
     hosts = HostRules(frozenset(options.named_hosts), options.may_fetch_private, options.root)
     return PicturePool(
         options.workers or num_auto_workers(),
@@ -91,14 +91,14 @@ class Feed:
 
     Args:
         next_id: gives the id of the next request in input order, of a picture's name and the request.
-        is_done: whether a request's record stands in OUTPUT, asked by its id, row and request before anything is
-            opened.
+        is_done: says whether a request's record stands in OUTPUT; asked by its id, row and request before anything
+            is opened.
         pool: decodes the pictures.
         num_ahead: rows in decoding or decoded at a time.
         fail: called with each ticket that fails before the engine sees it.
-        recall: whether the record of a ticket is there already and only waits for its turn.
+        recall: says whether the record of a ticket is there already and only waits to be written.
         reading: entered while rows are read, which may wait for a slow disk.
-        wait_for_row: waits until the next row may have come, at most so many seconds, after `rows` gave None.
+        wait_for_row: waits until the next row may have come, at most the seconds it is given, after `rows` gave None.
     """
 
     def __init__(
@@ -129,18 +129,18 @@ class Feed:
 
     @property
     def is_exhausted(self) -> bool:
-        """True when nothing will become ready any more."""
+        """Return whether nothing will become ready any more."""
         return self._is_source_exhausted and not self._num_decoding and not self._ready
 
     def poll(self) -> ReadyRequest | None:
-        """The next request that is ready; None when none is at the moment."""
+        """Return the next request that is ready; None when none is at the moment."""
         if not self._ready:
             self._fill()
             self._collect()
         return self._ready.popleft() if self._ready else None
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until a picture is decoded or a row has come, at most `timeout_s`; not while there are rows to read."""
+        """Wait until a picture is decoded or a row has come, at most `timeout_s`; not where rows are to be read."""
         if self._ready or (self._wants_rows and not self._is_row_late):
             return
         if self._num_decoding:
@@ -153,13 +153,10 @@ class Feed:
         return not self._is_source_exhausted and self._num_decoding < self._num_ahead and not self._ready
 
     def _fill(self) -> None:
-        """Read rows until enough pictures are in decoding.
-
-        No more than so many at a time: those that fail here, or came early, wait to be written.
-        """
+        """Read rows until enough pictures are in decoding."""
         self._is_row_late = False
         with self._reading():
-            for _ in range(ROWS_AT_A_TIME):
+            for _ in range(ROWS_AT_A_TIME):  # no more, because rows that fail here, or came early, wait to be written
                 if not self._wants_rows:
                     return
                 try:
@@ -199,7 +196,7 @@ class Feed:
         return tickets
 
     def _decode(self, tickets: list[Ticket], image: ImageItem) -> None:
-        """Have the picture decoded; the same one as a row before it (many questions an image) only once."""
+        """Have a picture decoded; once only where the row before has the same one (many questions of an image)."""
         if self._newest is not None and self._newest.tickets[0].image == image:
             future = self._newest.future
         else:
@@ -210,7 +207,7 @@ class Feed:
         future.add_done_callback(lambda done: self._decoded.put(_AheadRow(tickets, done)))
 
     def _collect(self, timeout_s: float = 0.0) -> None:
-        """Move all rows whose pictures are decoded to the ready ones; wait for the first so long."""
+        """Move all rows whose pictures are decoded to the ready ones; wait for the first one at most `timeout_s`."""
         try:
             self._settle(self._decoded.get(timeout=timeout_s) if timeout_s else self._decoded.get_nowait())
             while True:

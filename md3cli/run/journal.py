@@ -1,16 +1,13 @@
-"""The journal: one JSON Lines file of records, the only state a run has.
+"""The journal: one JSON Lines file of records, the only state of a run.
 
-One writer under a lock appends whole lines, one `write` a batch, with O_APPEND. Whatever kills the process, what was
-appended is there; the next start cuts a torn tail, and the requests of that tail are simply not done. A damaged line
-costs itself only: it is copied to OUT.damaged at once, its request is done again, and the rewrite at the end leaves
-it out. A crash loses nothing for a killed process, at most the last 5 s or 256 records for a power cut.
-
-The rewrite puts one whole record a request in input order, in two passes: an index of 33 bytes a line, then a copy of
-the byte ranges that stay. `Visits` holds that order as runs of neighbours, of which a resumed run has two however
-long it is.
+One writer under a lock appends whole lines, one `write` a batch. Whatever kills the process, what was appended is
+there; a power cut takes at most the last 5 s or 256 records. The next start cuts a torn end, and the requests of that
+end are simply not done. A damaged line costs itself only: it is copied to OUT.damaged at once, its request is done
+again, and the rewrite at the end leaves it out. The rewrite puts one whole record a request in input order, in two
+passes: an index of 33 bytes a line, then a copy of the byte ranges that stay.
 
 Memory: 37 bytes a record found at the start (10 million: 370 MB), nothing for those appended later, and 100 bytes a
-record more during the rewrite.
+record more during the rewrite. Knows nothing of formats, and of INPUT only what is asked of it.
 """
 
 from __future__ import annotations
@@ -30,11 +27,11 @@ from md3cli.records import SCHEMA, RecordDict, Request, SourceRow, compact_json,
 from md3cli.run.damage import DamagedLines, keep_damaged
 from md3cli.run.journal_scan import HEAD, LineIndex, copy_spans, first_record, order_of, scan_journal
 from md3cli.run.log import AppendLog, SyncAfter
-from md3cli.run.record_index import Fate, FoundRecords, Unasked, Visits, line_of_bad_row
+from md3cli.run.record_index import Fate, RecordIndex, Unasked, Visits, line_of_bad_row
 from md3cli.system import read_at
 
 SYNC_AFTER = SyncAfter(records=256, seconds=5.0)
-_MOST_CHANGED = 2  # bytes of a head that still is ours
+_MOST_CHANGED = 2  # bytes of the first line's head, which is ours all the same
 
 
 def encode_record(record: RecordDict) -> bytes:
@@ -43,16 +40,16 @@ def encode_record(record: RecordDict) -> bytes:
 
 
 class Journal:
-    """An open journal; a context manager. See the module's text for what it promises.
+    """An open journal; as a context manager it is closed in the end.
 
     Attributes:
         path: the file.
-        cut_bytes: what was cut from its end on opening because it was torn.
-        damaged: what is damaged, found on opening and since; all of it is in OUT.damaged.
+        cut_bytes: how much of a torn end was cut off on opening.
+        damaged: the lines found damaged on opening and since; all of them are in OUT.damaged.
         is_replacing: whether the file still holds what the first append replaces.
         has_changed: whether this process has changed the file.
         found: the records found on opening, and what became of them since.
-        first_record: the first of them, to compare an old run with this one.
+        first_record: the first of those, to compare an old run with this one.
         is_locked: False where the file system has no locks.
     """
 
@@ -62,7 +59,7 @@ class Journal:
         self.first_record: RecordDict | None = None
         self.is_locked = lock.is_held
         self._log, self._lock = log, lock
-        self.found = FoundRecords()
+        self.found = RecordIndex()
         self.damaged: list[DamagedLines] = []
         self.has_changed = False
         self.is_replacing = False
@@ -82,11 +79,11 @@ class Journal:
     ) -> Journal:
         """Lock, repair and read the journal at `path`, made with its folder where it is not there.
 
-        `lock_path` defaults to `path` + `.lock`. `overwrite`: the first records that are appended take the place of
-        all that is there. `is_ours`: it is known that md3 wrote it, however damaged it may be.
+        `lock_path` defaults to `path` + `.lock`. With `overwrite` the first records that are appended take the place of
+        all that is there. `is_ours` where md3 is known to have written the file, however damaged it may be.
 
         Raises:
-            OutputError: held by another process (named), not a regular file, or not writable.
+            OutputError: another process (named) holds it, or it is no regular file or cannot be written.
             OutputMismatchError: it holds something that is not md3 records; nothing was changed.
         """
         path = Path(os.path.realpath(path))  # two names of one file share the lock
@@ -139,15 +136,15 @@ class Journal:
     # -- what is done --------------------------------------------------------------------------------
 
     def is_done(self, record_id: str, row: SourceRow, request: Request, *, retry_failed: bool = False) -> bool:
-        """Whether the next request in input order stands in the file since before this run; called once for each.
+        """Return whether the next request in input order was done before this run; called once for each request.
 
-        Not done is what failed, with `retry_failed`; a row that could not be read and can now; and a record that is
-        not this request's, whatever its id says.
+        A failed request is not done with `retry_failed`, or where its row could not be read and can be now. A record
+        that is not this request's, whatever its id says, is dropped as damaged.
 
         Raises:
-            OutputError: its line cannot be copied to OUT.damaged.
+            OutputError: the record's line cannot be copied to OUT.damaged.
         """
-        place = self.found.place_of(digest_of(record_id))
+        place = self.found.find(digest_of(record_id))
         self._visits.note(place)
         if place is None:
             return False
@@ -162,7 +159,7 @@ class Journal:
         return not self.found.is_failed_with(place, "bad_row") or self._is_still_bad(line, row)
 
     def _is_still_bad(self, line: bytes, row: SourceRow) -> bool:
-        """Whether the failure of a row that could not be read is what it would be now."""
+        """Return whether a row that could not be read fails now as its record says."""
         if row.failure is None or row.failure.type != "bad_row":
             return False
         number = line_of_bad_row(row.failure.message)
@@ -174,7 +171,7 @@ class Journal:
         start = self.found.start_of(place)
         lines = DamagedLines.at(self._log.fileno(), start, start + len(line))
         keep_damaged(self.path, self._log.fileno(), [lines])
-        self.found.supersede(place)
+        self.found.mark_replaced(place)
         self.damaged.append(lines)
 
     def lines_of_bad_rows(self) -> set[int]:
@@ -186,7 +183,7 @@ class Journal:
 
     def state(self, record_id: str) -> Literal["ok", "failed"] | None:
         """Return how a request stands in the file since before this run; None: it is still to do."""
-        place = self.found.place_of(digest_of(record_id))
+        place = self.found.find(digest_of(record_id))
         if place is None or not (self.found.is_ok(place) or self.found.is_failed(place)):
             return None
         return "ok" if self.found.is_ok(place) else "failed"
@@ -224,9 +221,9 @@ class Journal:
         self._log.sync_in_time()
 
     def _note(self, record: RecordDict) -> None:
-        place = self.found.place_of(digest_of(record["id"]))
+        place = self.found.find(digest_of(record["id"]))
         if place is not None and self.found.is_failed(place):
-            self.found.supersede(place)
+            self.found.mark_replaced(place)
         error_type = record["error"]["type"] if record["error"] else None
         self._num_added[error_type] = self._num_added.get(error_type, 0) + 1
 
@@ -240,19 +237,20 @@ class Journal:
 
     @property
     def is_rewrite_due(self) -> bool:
-        """Whether the file has more than one whole record of each request."""
-        return self.found.has_superseded or bool(self.damaged)
+        """Return whether the file holds anything but one whole record of each request."""
+        return self.found.has_replaced or bool(self.damaged)
 
     @property
     def has_unasked(self) -> bool:
-        """Whether records stand there that no request of this run has."""
+        """Return whether records stand there that no request of this run has."""
         return bool(len(self._visits.not_visited()))
 
     def settle(self, unasked: Unasked | None = None, before_rewrite: Callable[[], None] = lambda: None) -> None:
-        """Bring the file in order at the end of a run that came through INPUT; leaves it alone where it is.
+        """Bring the file in order at the end of a run that came through INPUT; a file in order is left alone.
 
-        Each request has one record then, the last one made, in input order. What INPUT does not name stays, behind
-        what it stood behind, unless `unasked` says otherwise. `before_rewrite` is called before the file is replaced.
+        Each request has one record then, the last one made, in input order. A record that INPUT does not name stays,
+        behind the one it stood behind, unless `unasked` says otherwise. `before_rewrite` is called before the file is
+        replaced.
 
         Raises:
             OutputError: no space for the copy, or not writable; the file is as before.
@@ -272,17 +270,17 @@ class Journal:
         except OSError as error:
             raise output_error(self.path, error) from error
         self._digest = None
-        self.has_changed, self.found.has_superseded, self._visits = True, False, Visits(0)
+        self.has_changed, self.found.has_replaced, self._visits = True, False, Visits(0)
 
     def _gone(self, index: LineIndex, unasked: Unasked) -> set[int]:
-        """Where the records begin that no request of this run has and that do not stay; damaged ones are copied."""
+        """Return where the records begin that no request of this run has and that go; damaged ones are copied."""
         places = self._visits.not_visited()
         gone, damaged = set(), []
         for place, has_twin in zip(places.tolist(), index.resembling(places).tolist(), strict=True):
             fate = self._fate(int(index.starts[place]), unasked, has_twin)
             if fate is not Fate.KEPT:
                 gone.add(int(index.starts[place]))
-                self.found.supersede(place)
+                self.found.mark_replaced(place)
             if fate is Fate.DAMAGED:
                 start, end = int(index.starts[place]), int(index.ends[place])
                 damaged.append(DamagedLines.at(self._log.fileno(), start, end))
@@ -297,7 +295,7 @@ class Journal:
         return Fate.DAMAGED if record is None else unasked.fate_of(record, self._recorded_bad_rows, has_twin)
 
     def digest(self) -> RecordsDigest:
-        """Return what the file is now; it is read unless nothing has been written since the last call.
+        """Return the digest of the file; the file is read unless nothing was written since the last call.
 
         Raises:
             OutputError: it cannot be read.
@@ -330,7 +328,7 @@ class Journal:
 
 
 def _may_be_ours(start: bytes) -> bool:
-    """Whether a file without one whole record can be what a kill, a power cut (zeros) or damage left of ours."""
+    """Return whether a file without a whole record can be what a kill, a power cut (zeros) or damage left of ours."""
     line = start.partition(b"\n")[0]
     changed = sum(found not in (0, ours) for found, ours in zip(line, HEAD, strict=False))
     try:

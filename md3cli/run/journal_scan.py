@@ -25,7 +25,7 @@ from md3cli.finished.record_shape import LINE_LIMIT_BYTES, WHOLE_LINES, read_jso
 from md3cli.finished.run_json import change_since, counts_of, is_finished, kept_digest, load_run_info
 from md3cli.records import OK_TAIL, SCHEMA, RecordDict, printable
 from md3cli.run.damage import DamagedLines
-from md3cli.run.record_index import FoundRecords, Visits, latest_lines, outcome_code
+from md3cli.run.record_index import RecordIndex, Visits, latest_lines, outcome_code
 from md3cli.system import read_at
 
 BLOCK_BYTES = 1 << 20
@@ -97,7 +97,10 @@ def _whole_lines(file: IO[bytes]) -> Iterator[_Block]:
 def _read_block(
     text: bytes, ends: NDArray[np.int64], offset: int, number: int
 ) -> Iterator[JournalLines | DamagedLines]:
-    """Yield the lines of `text`; `ends` are theirs in it, `offset` is its place in the file, `number` the first's."""
+    """Yield the lines of `text`, which end at `ends` in it.
+
+    `offset` is the place of `text` in the file, and `number` that of its first line among the lines.
+    """
     starts = np.concatenate(([0], ends[:-1]))
     is_readable = _readable(text, starts, ends)
     line = 0
@@ -114,7 +117,7 @@ def _read_block(
 
 
 def _readable(text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """For each line whether it is UTF-8."""
+    """Return for each line whether it is UTF-8."""
     if text.isascii() or _is_utf8(text):
         return np.ones(len(ends), bool)
     lines = zip(starts.tolist(), ends.tolist(), strict=True)
@@ -130,7 +133,7 @@ def _is_utf8(text: bytes) -> bool:
 
 
 def _whole(text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64], offset: int) -> JournalLines:
-    """Lines that WHOLE_LINES has matched: ids and tails stand where md3 puts them."""
+    """Read lines that WHOLE_LINES has matched, so that ids and tails stand where md3 puts them."""
     codes = np.frombuffer(text, np.uint8)
     nibbles = _NIBBLES[sliding_window_view(codes, _ID.stop - _ID.start)[starts + _ID.start]]
     digests = nibbles[:, ::2] << np.uint8(4) | nibbles[:, 1::2]
@@ -144,7 +147,7 @@ def _whole(text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64], offs
 
 
 def _nibble_table() -> NDArray[np.uint8]:
-    """The value of each hexadecimal digit by its character; 255 for all others."""
+    """Return the value of each hexadecimal digit by its character; 255 for all other characters."""
     table = np.full(256, 255, np.uint8)
     for value, digit in enumerate("0123456789abcdef"):
         table[ord(digit)] = value
@@ -188,9 +191,9 @@ def _is_json(line: bytes) -> bool:
 
 
 class ScannedJournal(NamedTuple):
-    """What a journal says; `end` is the offset behind its last line, without a torn one. `damaged`: in its order."""
+    """What a journal says; `end` is the offset behind its last line that is not torn."""
 
-    found: FoundRecords
+    found: RecordIndex
     end: int
     damaged: list[DamagedLines]
 
@@ -198,7 +201,7 @@ class ScannedJournal(NamedTuple):
 def scan_journal(file: IO[bytes]) -> ScannedJournal:
     """Read a whole journal: one million records of 420 bytes in 1.5 s.
 
-    A last line that does not parse is torn like one without a newline: it stands behind `end`.
+    A last line that does not parse is torn, as one without a newline is: it stands behind `end`.
     """
     starts, digests, outcomes, end = bytearray(), bytearray(), bytearray(), 0
     damaged: list[DamagedLines] = []
@@ -213,11 +216,11 @@ def scan_journal(file: IO[bytes]) -> ScannedJournal:
         end = int(lines.ends[-1])
     if damaged and damaged[-1].end == end and not damaged[-1].is_json and damaged[-1].first == damaged[-1].last:
         end = damaged.pop().start
-    return ScannedJournal(FoundRecords(digests, outcomes, starts), end, damaged)
+    return ScannedJournal(RecordIndex(digests, outcomes, starts), end, damaged)
 
 
 def _join(damaged: list[DamagedLines], lines: DamagedLines) -> None:
-    """Add lines to what is damaged; neighbours are one entry, however many."""
+    """Add lines to what is damaged, as one entry with damaged neighbours of their kind."""
     if damaged and damaged[-1].end == lines.start and damaged[-1].is_json == lines.is_json:
         lines = lines._replace(first=damaged[-1].first, start=damaged.pop().start)
     damaged.append(lines)
@@ -282,9 +285,9 @@ class LineIndex:
 
 
 def order_of(index: LineIndex, visits: Visits, gone: Collection[int]) -> Spans:
-    """Return the lines that stay, in input order; what no request of this run has stays behind what it stood behind.
+    """Return the lines that stay, in input order; `gone` are the offsets of lines that do not stay.
 
-    `gone` are offsets of lines that do not stay.
+    A line that no request of this run has stays behind the line it stood behind.
     """
     num_lines = len(index.starts)
     visited = visits.places()
@@ -300,7 +303,7 @@ def order_of(index: LineIndex, visits: Visits, gone: Collection[int]) -> Spans:
 
 
 def _joined(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Spans:
-    """Neighbours as one."""
+    """Return spans with neighbours joined to one, so that they are copied together."""
     is_first = np.ones(len(starts), bool)
     is_first[1:] = starts[1:] != ends[:-1]
     return Spans(starts[is_first], ends[np.roll(is_first, -1)])
@@ -361,11 +364,11 @@ class RecordsVerification:
             yield f"{len(scanned.damaged) - _MOST_DAMAGE_NAMED:,} more places are damaged"
         if size > scanned.end:
             yield f"a torn end of {size - scanned.end:,} bytes; the same command repairs it"
-        if scanned.found.has_superseded:
+        if scanned.found.has_replaced:
             yield "some requests have more than one record; the same command puts them in order"
 
     def _count_findings(self) -> Iterator[str]:
-        """For a run of before digests were kept."""
+        """Compare the counts of a run of before run.json kept digests."""
         counts = counts_of(self._document)
         if counts is not None and counts["ok"] + counts["failed"] != self.num_records:
             noted = counts["ok"] + counts["failed"]

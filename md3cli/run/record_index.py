@@ -1,12 +1,11 @@
 """Which requests a run found in its journal, and how each ended; ids of requests; records that no request has.
 
 The index is two arrays in the order of the file and a table over them: 37 bytes a record (10 million: 370 MB), less
-than twice that while it is made. INPUT is read in the order in which the records were written, so a request is looked
-for behind the one found last, and only then by search. `RequestIds` gives what `records.request_id` gives, ten times
-as fast: a run that resumes behind a million records makes a million ids first.
+than twice that while it is made. `RequestIds` gives what `records.request_id` gives, ten times as fast: a run that
+resumes behind a million records makes a million ids first.
 
-Records that INPUT does not name any more stay, for INPUT may have been narrowed. Two kinds go: one whose id was
-changed by damage, and that of a manifest's row that could not be read and has been mended.
+Records that INPUT does not name any more stay, for INPUT may have been narrowed. Two kinds go: a record whose id was
+changed by damage, and that of a manifest's row that could not be read and has been mended. Knows nothing of files.
 """
 
 from __future__ import annotations
@@ -50,8 +49,9 @@ def line_of_bad_row(message: str) -> int | None:
 class Unasked:
     """Decides about records that INPUT does not name.
 
-    `requests` are what the command asks, of every picture and with nothing else where `asks_nothing_else`.
-    `readable_lines` are lines of the manifest that could not be read before and can now.
+    `requests` are what the command asks; `asks_nothing_else` where it asks all of them of every picture, and no more.
+    `readable_lines` are lines of the manifest that could not be read before and can now, `has_mended` says whether
+    there are any.
     """
 
     requests: Sequence[Request]
@@ -62,14 +62,14 @@ class Unasked:
 
     @property
     def is_parsing_worth_it(self) -> bool:
-        """Whether a record can have to go that resembles no other."""
+        """Return whether a record may have to go although its id resembles no other."""
         return self.asks_nothing_else or self.has_mended
 
     def fate_of(self, record: RecordDict, recorded_lines: Container[int], has_twin: bool) -> Fate:
         """Decide about a whole record.
 
-        `recorded_lines` are lines of the manifest that cannot be read now either and have their own record.
-        `has_twin`: another record's id resembles its id as no two hashes do.
+        `recorded_lines` are lines of the manifest that cannot be read now either and have their own record;
+        `has_twin` says whether another record's id resembles this one's as no two hashes do.
         """
         if record["error"] is not None and record["error"]["type"] == "bad_row":
             number = line_of_bad_row(record["error"]["message"])
@@ -79,7 +79,7 @@ class Unasked:
         return Fate.DAMAGED if is_suspect and not self._has_its_id(record) else Fate.KEPT
 
     def _has_its_id(self, record: RecordDict) -> bool:
-        """Whether a record's id is that of its image, task and prompt with the command's settings."""
+        """Return whether a record's id is that of its image, task and prompt with the command's settings."""
         asked = [_as_in(record, request) for request in self.requests]
         name = id_name(record["image"], record.get("image_b64")) if record["image"] is not None else None
         return any(
@@ -101,28 +101,27 @@ _KEY_BYTES = 8  # of a digest, by which it is searched
 
 
 def outcome_code(error_type: str | None) -> int:
-    """How a record ended as one byte; None is a success."""
+    """Return how a record ended as one byte; None is a success."""
     return _CODES[error_type]
 
 
-class FoundRecords:
-    """The requests of a journal, each once, in its order.
+class RecordIndex:
+    """The records of a journal by id: one a request, counted from 0 in the journal's order.
 
     Attributes:
-        has_superseded: some request stood there more than once; the last record counts, in the first one's place.
+        has_replaced: whether some request has more than one record; the last one counts, in the first one's place.
     """
 
     def __init__(
         self, digests: bytes | bytearray = b"", outcomes: bytes | bytearray = b"", starts: bytes | bytearray = b""
     ) -> None:
-        """Take all lines, one behind the other.
+        """Index lines: 16 bytes of `digests` and one of `outcomes` (see `outcome_code`) for each.
 
-        `digests` are 16 bytes a line, `outcomes` one byte (see `outcome_code`), `starts` the lines' offsets in the
-        file, eight bytes each; these may be left out.
+        `starts` are the offsets of the lines in the file, eight bytes each; without them `start_of` has no answer.
         """
         order = _order_of(digests)
-        self.has_superseded = _has_repeats(digests, order)
-        if self.has_superseded:
+        self.has_replaced = _has_repeats(digests, order)
+        if self.has_replaced:
             latest = latest_lines(_halves(digests))
             digests, outcomes = _halves(digests)[latest].tobytes(), np.frombuffer(outcomes, np.uint8)[latest].tobytes()
             starts = np.frombuffer(starts, np.int64)[latest].tobytes() if starts else b""
@@ -137,10 +136,11 @@ class FoundRecords:
     def __len__(self) -> int:
         return len(self._outcomes)
 
-    def place_of(self, digest: bytes) -> int | None:
-        """Which record it is, counted from 0; None: it is not there."""
+    def find(self, digest: bytes) -> int | None:
+        """Return the place of the record with an id's digest; None: there is none."""
         if digest == self._last_digest:
             return self._last_place
+        # INPUT is mostly read in the order in which the records were written: the next one is behind the last one.
         place: int | None = self._last_place + 1
         if self._digest_at(self._last_place + 1) != digest:
             place = self._search(digest)
@@ -161,7 +161,7 @@ class FoundRecords:
         return None
 
     def start_of(self, place: int) -> int:
-        """Return where in the file its line begins."""
+        """Return where in the file the line of a record begins."""
         return self._starts[place]
 
     def failures_of(self, error_type: str) -> list[int]:
@@ -170,22 +170,22 @@ class FoundRecords:
         return [int(place) for place in np.flatnonzero(found)]
 
     def is_failed_with(self, place: int, error_type: str) -> bool:
-        """Return whether it is a failure of that type, which has not been done again."""
+        """Return whether a record is a failure of one type that has not been done again."""
         return self._outcomes[place] == _CODES[error_type]
 
     def is_ok(self, place: int) -> bool:
-        """Whether it is a success; else it is a failure, or was one and has been done again."""
+        """Return whether a record is a success; else it is a failure, or was one and has been done again."""
         return self._outcomes[place] == 0
 
     def is_failed(self, place: int) -> bool:
-        """Whether it is a failure that has not been done again."""
+        """Return whether a record is a failure that has not been done again."""
         return 0 < self._outcomes[place] < _REDONE
 
-    def supersede(self, place: int) -> None:
-        """The record there counts no more: its request was, or will be, done again."""
+    def mark_replaced(self, place: int) -> None:
+        """Count a record no more: its request was done again, or will be."""
         self._counts[self._outcomes[place]] -= 1
         self._outcomes[place] = _REDONE
-        self.has_superseded = True
+        self.has_replaced = True
 
     @property
     def num_ok(self) -> int:
@@ -198,9 +198,13 @@ class FoundRecords:
 
 
 class Visits:
-    """The places visited, in order."""
+    """The places of records in the order in which INPUT asks for them, for the rewrite at the end.
+
+    They are held as runs of neighbours, of which a resumed run has two, however long it is.
+    """
 
     def __init__(self, num_found: int) -> None:
+        """Begin with `num_found` places; new records are counted on from there."""
         self._num_found = self._next_new = num_found
         self._firsts, self._counts = array("q"), array("q")
         self._last = -1
@@ -218,7 +222,7 @@ class Visits:
         self._last = place
 
     def places(self) -> NDArray[np.int64]:
-        """Return all of them, in the order of the visits."""
+        """Return all places, in the order of the visits."""
         runs = [np.arange(first, first + count) for first, count in zip(self._firsts, self._counts, strict=True)]
         return np.concatenate(runs) if runs else np.empty(0, np.int64)
 
@@ -231,7 +235,7 @@ class Visits:
 
 
 def latest_lines(digests: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """For digests [lines, 2 halves]: the last line of each, ordered by the first line of each."""
+    """Return for digests [lines, 2 halves] the last line of each digest, ordered by the first line of each."""
     order = np.lexsort((digests[:, 0], digests[:, 1]))  # stable: within an id in file order
     is_first = np.ones(len(order), dtype=bool)
     is_first[1:] = False
@@ -255,9 +259,9 @@ def _order_of(digests: bytes | bytearray) -> NDArray[np.int64]:
 
 
 def _has_repeats(digests: bytes | bytearray, order: NDArray[np.int64]) -> bool:
-    """Whether a digest stands there twice; by its first half, as good as only then are two of those equal."""
+    """Return whether a digest stands there twice; `order` sorts their first halves."""
     keys = _keys(digests)[order]
-    if not (keys[1:] == keys[:-1]).any():
+    if not (keys[1:] == keys[:-1]).any():  # first halves are as good as only equal where the digests are
         return False
     return len(latest_lines(_halves(digests))) < len(order)
 
@@ -265,13 +269,13 @@ def _has_repeats(digests: bytes | bytearray, order: NDArray[np.int64]) -> bool:
 class RequestIds:
     """`records.request_id` with the parts that repeat encoded once, and repeats counted.
 
-    The k-th repeat of a request gets k. Memory is 21 bytes a request, and one for those in `found`: what
-    stands in OUTPUT already.
+    The k-th repeat of a request gets k. Memory is 21 bytes a request, and one byte for a request in `found`.
     """
 
-    def __init__(self, run: RunIdentity, found: FoundRecords | None = None) -> None:
+    def __init__(self, run: RunIdentity, found: RecordIndex | None = None) -> None:
+        """Begin at the first request of INPUT; `found` are the records that stand in OUTPUT already."""
         self._run = _compact(run.id_parts())
-        self._found = found or FoundRecords()
+        self._found = found or RecordIndex()
         self._is_seen = bytearray(len(self._found))  # of the found ones
         self._seen = DigestSet()  # the others
         self._repeats: dict[bytes, int] = {}
@@ -279,21 +283,21 @@ class RequestIds:
         self._last: tuple[Request | None, str] = (None, "")  # most rows ask what the row before asked
 
     def next_id(self, image: str | None, request: Request) -> str:
-        """The id of the next request of this kind in input order."""
+        """Return the id of the next request in input order, and count it."""
         first = self._digest(image, request, 0)
         repeat = self._count(first)
         return self.id_of(image, request, repeat) if repeat else first.hex()
 
     def next_repeat(self, image: str | None, request: Request) -> int:
-        """The k of the next request of this kind: how many there were before."""
+        """Return how often the next request was asked before in input order, and count it."""
         return self._count(self._digest(image, request, 0))
 
     def id_of(self, image: str | None, request: Request, repeat: int) -> str:
-        """The id of the k-th repeat of a request; counts nothing."""
+        """Return the id of the k-th repeat of a request; counts nothing."""
         return self._digest(image, request, repeat).hex()
 
     def _count(self, first: bytes) -> int:
-        place = self._found.place_of(first)
+        place = self._found.find(first)
         if place is not None and not self._is_seen[place]:
             self._is_seen[place] = True
             return 0

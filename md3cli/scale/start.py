@@ -30,7 +30,7 @@ from md3cli.run.journal_scan import first_record, journal_lines
 from md3cli.run.model_handle import Model
 from md3cli.run.order import WAITING_SUFFIX, waiting_records
 from md3cli.run.output import OutputPlan
-from md3cli.run.record_index import FoundRecords
+from md3cli.run.record_index import RecordIndex
 from md3cli.run.run_info import RunDocument, check_first_record, identity_of
 from md3cli.scale.attempts import attempt_files, keep_lines, read_history
 from md3cli.scale.bucket import Deliveries
@@ -135,12 +135,12 @@ class _Index:
             digests += lines.digests.tobytes()
             outcomes += lines.outcomes.tobytes()
             starts += lines.starts.tobytes()
-        self._found = FoundRecords(digests, outcomes, starts)
+        self._found = RecordIndex(digests, outcomes, starts)
         self._is_asked = bytearray(len(self._found))
 
     def line_of(self, record_id: str) -> bytes | None:
         """Return the line of an id; None where there is none, or a failure that is not wanted."""
-        place = self._found.place_of(digest_of(record_id))
+        place = self._found.find(digest_of(record_id))
         if place is None:
             return None
         self._is_asked[place] = 1
@@ -148,7 +148,7 @@ class _Index:
 
     def drop_damaged(self, record_id: str) -> None:
         """Count the line of an id among what is damaged: it says something else than its id."""
-        place = self._found.place_of(digest_of(record_id))
+        place = self._found.find(digest_of(record_id))
         assert place is not None
         start = self._found.start_of(place)
         self.damaged.append(DamagedLines.at(self._file.fileno(), start, start + len(self._line_at(start))))

@@ -359,11 +359,11 @@ def test_after_a_retry_each_request_stands_once_in_input_order(
             if journal.state(final[i]["id"]) == "failed":
                 final[i] = attempt(name, data.draw(st.sampled_from(["ok", "io", "timeout"])), "second")
                 journal.append([final[i]])
-        assert journal.found.has_superseded == any(outcome != "ok" for outcome in first)
+        assert journal.found.has_replaced == any(outcome != "ok" for outcome in first)
     with Journal.open(path) as journal:  # killed before the rewrite: the next start knows
-        assert journal.found.has_superseded == any(outcome != "ok" for outcome in first)
+        assert journal.found.has_replaced == any(outcome != "ok" for outcome in first)
         journal.settle()
-        assert not journal.found.has_superseded
+        assert not journal.found.has_replaced
         assert journal.num_ok == sum(record["error"] is None for record in final)
         assert sum(journal.num_failed.values()) == sum(record["error"] is not None for record in final)
         journal.append([record_of("last.jpg")])

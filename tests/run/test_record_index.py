@@ -21,26 +21,26 @@ from program import Program, isolate, make_pictures, records_of
 
 from md3cli.finished.digest import digest_of
 from md3cli.records import ImageItem, Request, RunIdentity, SourceRow, Task, request_id
-from md3cli.run.record_index import FoundRecords, RequestIds, outcome_code
+from md3cli.run.record_index import RecordIndex, RequestIds, outcome_code
 
 # Few of them, some alike in their first eight bytes or in their last.
 digests = st.builds(lambda first, second: first * 8 + second * 8, *[st.sampled_from([b"a", b"b", b"\0", b"\xff"])] * 2)
 outcomes = st.sampled_from([None, "io", "decode"])
 
 
-def found_in(lines: list[tuple[bytes, str | None]]) -> FoundRecords:
-    return FoundRecords(b"".join(digest for digest, _ in lines), bytes(outcome_code(outcome) for _, outcome in lines))
+def found_in(lines: list[tuple[bytes, str | None]]) -> RecordIndex:
+    return RecordIndex(b"".join(digest for digest, _ in lines), bytes(outcome_code(outcome) for _, outcome in lines))
 
 
 @given(st.lists(st.tuples(digests, outcomes)), st.lists(digests))
 def test_the_last_record_of_a_request_counts(lines: list[tuple[bytes, str | None]], asked: list[bytes]) -> None:
     found, plain = found_in(lines), dict(lines)
     assert len(found) == len(plain)
-    assert found.has_superseded == (len(plain) < len(lines))
+    assert found.has_replaced == (len(plain) < len(lines))
     assert found.num_ok == sum(outcome is None for outcome in plain.values())
     assert found.num_failed == Counter(outcome for outcome in plain.values() if outcome is not None)
     for digest in [*asked, *plain, *reversed(plain), *asked]:
-        place = found.place_of(digest)
+        place = found.find(digest)
         assert place == (list(plain).index(digest) if digest in plain else None)
         if place is not None:
             assert found.is_ok(place) == (plain[digest] is None)
@@ -52,10 +52,10 @@ def test_what_is_done_again_counts_no_more(lines: list[tuple[bytes, str | None]]
     plain = dict(lines)
     found = found_in(list(plain.items()))
     redone = data.draw(st.sampled_from(list(plain)))
-    place = found.place_of(redone)
+    place = found.find(redone)
     assert place is not None
-    found.supersede(place)
-    assert found.has_superseded
+    found.mark_replaced(place)
+    assert found.has_replaced
     assert not found.is_ok(place)
     assert not found.is_failed(place)
     assert found.num_ok + sum(found.num_failed.values()) == len(plain) - 1
@@ -67,9 +67,9 @@ def test_ten_million_records_fit() -> None:
     chooser = np.random.default_rng(1)
     digests, codes = chooser.bytes(16 * count), bytes(count)
     before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = FoundRecords(digests, codes)
+    found = RecordIndex(digests, codes)
     peak_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb) / 1024
-    assert found.place_of(digests[-16:]) == count - 1
+    assert found.find(digests[-16:]) == count - 1
     assert peak_mb + len(digests) / 2**20 < 600
 
 
@@ -106,7 +106,7 @@ def test_fast_ids_are_the_ids_of_the_record(asked: list[tuple[str | None, Reques
     stored = data.draw(st.lists(st.sampled_from(expected), unique=True) if expected else st.just([]))
     in_order = [record_id for record_id in expected if record_id in stored]
     for found_ids in ([], stored, in_order, expected):
-        found = FoundRecords(b"".join(map(digest_of, found_ids)), bytes(len(found_ids)))
+        found = RecordIndex(b"".join(map(digest_of, found_ids)), bytes(len(found_ids)))
         ids = RequestIds(RUN, found)
         assert [ids.next_id(*each) for each in asked] == expected
         counter = RequestIds(RUN, found)
