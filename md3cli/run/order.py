@@ -26,6 +26,7 @@ from md3cli.records import (
     RowFailure,
     RunIdentity,
     answered_record,
+    compact_json,
     make_error_record,
 )
 from md3cli.run.feed import Ticket
@@ -128,7 +129,7 @@ def _head_of(journal_path: Path, num_bytes: int | None = None) -> bytes:
         size = os.fstat(file.fileno()).st_size if num_bytes is None else num_bytes
         end = read_at(file.fileno(), min(size, _END_BYTES), max(0, size - _END_BYTES))
     head = {"early": SCHEMA, "journal": {"bytes": size, "end": hashlib.sha256(end).hexdigest()}}
-    return json.dumps(head, separators=(",", ":")).encode() + b"\n"
+    return compact_json(head) + b"\n"
 
 
 def waiting_records(journal_path: Path) -> Iterator[RecordDict]:

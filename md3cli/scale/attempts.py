@@ -1,13 +1,13 @@
 """Journals of attempts at a shard: what was begun, what was finished, what may have killed its worker.
 
 Every attempt appends to a file of its own, so that a torn end never glues two records together; a damaged line costs
-itself only. Lines: `{"begin": ID}` before a request goes to the model, with `"alone":true` where nothing else is under
-way; its record after; `{"stopped":true}` when the attempt was ended in order. Beside a journal, `ATTEMPT.died` says
-with which status its process ended, where somebody saw that. A crash loses nothing for a killed process, at most 2 s or
-64 records for a power cut.
+itself only. The lines are `{"begin": ID}` before a request goes to the model, with `"alone":true` where nothing else is
+under way, the request's record after that, and `{"stopped":true}` where the attempt was ended in order. Beside a
+journal `ATTEMPT.died` says with which status its process ended, where somebody saw that. A killed process loses nothing
+that was appended, a power cut takes at most 2 s or 64 records.
 
 Other processes are waited for by signs of life. The clocks of two machines are never compared: a sign of life is a
-value that changes, and only how long it has stood still, by the clock of the process that looks, counts.
+value that changes, and all that counts is how long the value has stood still by the clock of the process that looks.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from md3cli.files import output_error
 from md3cli.finished.record_shape import read_json, read_record
+from md3cli.records import compact_json
 from md3cli.run.damage import DamagedLines, repair_words
 from md3cli.run.log import AppendLog, SyncAfter
 from md3cli.scale.folder import WIP, RunFolder, damaged_name, journal_name, new_attempt, shard_name
@@ -40,7 +41,7 @@ class Signs:
     """The signs of life of others, each by its name, and how long they have stood still here."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
-        """`clock` gives seconds from any beginning."""
+        """Know nobody yet; `clock` gives seconds from any beginning."""
         self._clock = clock
         self._seen: dict[str, tuple[Any, float]] = {}
 
@@ -55,7 +56,7 @@ class Signs:
 
 
 class Teller:
-    """Says what is waited for, first after a little while and then now and then; `forget` ends the wait."""
+    """Tells a user what is waited for: after a little while, and then now and then; `forget` ends the wait."""
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class Teller:
         growth: float = 1.0,
         clock: Clock = time.monotonic,
     ) -> None:
-        """`growth`: the factor from one interval to the next."""
+        """Begin without a wait; `growth` is the factor from one interval to the next."""
         self._say, self._clock = say, clock
         self._first_after_s, self._interval_s, self._growth = first_after_s, interval_s, growth
         self._began: float | None = None
@@ -74,11 +75,11 @@ class Teller:
 
     @property
     def waited_s(self) -> float:
-        """How long this wait has taken; 0 before the first `tell`."""
+        """Return how long this wait has taken, in seconds; 0 before the first `tell`."""
         return 0.0 if self._began is None else self._clock() - self._began
 
     def tell(self, words: Callable[[], str] | str) -> None:
-        """The wait goes on; `words` says for what, and is asked only when it is time to say it."""
+        """Note that the wait goes on; `words` say for what, and are asked only when it is time to tell."""
         if self._began is None:
             self._began = self._clock()
         if self.waited_s >= self._due_s:
@@ -93,7 +94,7 @@ class Teller:
 
 
 SYNC_AFTER = SyncAfter(records=64, seconds=2.0)
-ADOPTED = "adopted-"  # what a journal's attempt is called that was no attempt: records taken over from elsewhere
+ADOPTED = "adopted-"  # how the attempt of a journal is called that was none: its records were taken over
 TOUCH_INTERVAL_S = 5.0  # how often a journal shows that its attempt is alive
 STALE_AFTER_S = 60.0  # without such a sign
 # A request is blamed for what happened to its workers after two crashes, the latest alone with it. A kill
@@ -107,7 +108,7 @@ class AttemptJournal:
     """The journal of one attempt, open for appending; used by one thread."""
 
     def __init__(self, folder: RunFolder, shard: int, attempt: str) -> None:
-        """Raises OutputError: it cannot be made."""
+        """Make the journal; raises OutputError where that is not possible."""
         self.attempt = attempt
         self._touched_at = time.monotonic()
         path = folder.wip.path(journal_name(shard, attempt))
@@ -119,7 +120,8 @@ class AttemptJournal:
 
     def begin(self, record_id: str, *, is_alone: bool) -> None:
         """Note that a request goes to the model now."""
-        self._log.append(_line({"begin": record_id, "alone": True} if is_alone else {"begin": record_id}))
+        note = {"begin": record_id, "alone": True} if is_alone else {"begin": record_id}
+        self._log.append(compact_json(note) + b"\n")
 
     def finish(self, lines: Sequence[bytes]) -> None:
         """Append records, each with its newline."""
@@ -127,8 +129,8 @@ class AttemptJournal:
         self._log.sync_in_time()
 
     def stop(self) -> None:
-        """The attempt ends here on purpose: what is under way has killed nobody."""
-        self._log.append(_line({"stopped": True}))
+        """Note that the attempt ends here on purpose, so that what is under way has killed nobody."""
+        self._log.append(compact_json({"stopped": True}) + b"\n")
         self._log.sync()
 
     def touch(self) -> None:
@@ -139,16 +141,12 @@ class AttemptJournal:
                 os.utime(self._log.path)
 
     def sync(self) -> None:
-        """Raises OutputError: the disk refuses."""
+        """Make what was appended safe from a power cut; raises OutputError where the disk refuses."""
         self._log.sync()
 
     def close(self) -> None:
-        """Let go of the file and leave it there; a second call does nothing."""
+        """Sync what waits for it, and leave the file there; a second call does nothing."""
         self._log.close()
-
-
-def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
 class Place(NamedTuple):
@@ -162,8 +160,9 @@ class Place(NamedTuple):
 class ShardHistory:
     """What all attempts at a shard have left.
 
-    `records` holds finished lines by id, `places` where they stand. `left_open` are ids that were under way when a
-    process died; those also in `blamed` have killed it and are not tried again. `damaged` are lines that say nothing.
+    `records` holds finished lines by id, and `places` where these stand. `left_open` are the ids of requests that were
+    under way when a process died; those that are also in `blamed` have killed it, and are not tried again. `damaged`
+    are lines that say nothing.
     """
 
     records: dict[str, bytes] = field(default_factory=dict)
@@ -174,7 +173,7 @@ class ShardHistory:
 
 
 def read_history(folder: RunFolder, shard: int) -> ShardHistory:
-    """The journals of every attempt at `shard`, merged."""
+    """Read the journals of all attempts at `shard`, and say what they have left together."""
     history = ShardHistory()
     crashes, deaths_alone, crashes_alone = Counter[str](), Counter[str](), Counter[str]()
     for name in attempt_files(folder.wip, shard):
@@ -206,10 +205,10 @@ def read_history(folder: RunFolder, shard: int) -> ShardHistory:
 
 @dataclass(slots=True)
 class JournalContent:
-    """What a journal says.
+    """What the journal of one attempt says.
 
-    `numbers` has the line of each record, from 1; `begun` says of each id whether it was alone; `damaged` are lines,
-    by number, that say nothing.
+    `numbers` has the line of each record, from 1. `begun` says of each id whether its request was alone. `damaged` are
+    the lines that say nothing, by number.
     """
 
     records: dict[str, bytes] = field(default_factory=dict)
@@ -232,13 +231,13 @@ def read_journal(data: bytes) -> JournalContent:
 
 
 def _id_of(line: bytes) -> str | None:
-    """The id of a whole record; None for anything else."""
+    """Return the id of a whole record; None for anything else."""
     record = read_record(line)
     return record["id"] if record is not None else None
 
 
 def _take_note(content: JournalContent, line: bytes) -> bool:
-    """Take a line that is no record; False where it says nothing."""
+    """Take note of a line that is no record; return False where the line says nothing."""
     try:
         value = read_json(line)
     except (ValueError, RecursionError):
@@ -258,7 +257,7 @@ def keep_lines(folder: RunFolder, shard: int, lines: list[bytes]) -> None:
 
 
 def keep_damaged_lines(folder: RunFolder, shard: int, lines: Sequence[bytes]) -> None:
-    """Copy what is damaged to a file of the shard that outlives its journals; once, however often it is read.
+    """Copy damaged lines to a file of the shard that outlives its journals; each once, however often it is found.
 
     Raises:
         OutputError: it cannot be written.
@@ -270,7 +269,7 @@ def keep_damaged_lines(folder: RunFolder, shard: int, lines: Sequence[bytes]) ->
 
 
 def damage_of(folder: RunFolder, shard: int, damaged: Sequence[tuple[Place, bytes]]) -> list[str]:
-    """What a user should know of damaged lines of a shard, in words: one text a file, the first few lines by number."""
+    """Return what a user should know of a shard's damaged lines: a text a file, with the first few lines by number."""
     numbers: dict[str, list[DamagedLines]] = {}
     for (file, number), _ in damaged:
         numbers.setdefault(file, []).append(DamagedLines(number, number, 0, 0, False))
@@ -279,7 +278,7 @@ def damage_of(folder: RunFolder, shard: int, damaged: Sequence[tuple[Place, byte
 
 
 def _is_crash(died: bytes | None) -> bool:
-    """Whether a process ended by its own doing, as far as somebody saw it end."""
+    """Return whether a process ended by its own doing, as far as somebody saw it end."""
     try:
         status: Any = json.loads(died or b"null")
     except ValueError:
@@ -288,26 +287,26 @@ def _is_crash(died: bytes | None) -> bool:
 
 
 def note_death(folder: RunFolder, shard: int, attempt: str, status: int) -> None:
-    """Leave word of how the process of an attempt ended; `status` as `subprocess` gives it."""
+    """Leave a note of how the process of an attempt ended; `status` is as `subprocess` gives it."""
     folder.wip.put(journal_name(shard, attempt).removesuffix(".jsonl") + ".died", json.dumps(status).encode())
 
 
 def attempt_files(wip: LocalStore, shard: int) -> list[str]:
-    """The names of what attempts at `shard` left in the folder of journals."""
+    """Return the names of the files that attempts at `shard` left in the folder of journals."""
     prefix = f"{shard_name(shard)}."
     return [name for name in wip.names(WIP) if name.startswith(prefix)]
 
 
 def forget_attempts(folder: RunFolder, shard: int) -> None:
-    """Remove what attempts at a committed shard left."""
+    """Remove the files that attempts at a committed shard left."""
     for name in attempt_files(folder.wip, shard):
         folder.wip.remove(f"{WIP}/{name}")
 
 
 def who_runs(folder: RunFolder, shard: int, own_host: str, signs: Signs) -> str | None:
-    """Return the attempt that seems to work on `shard`: its journal has changed lately, and it is not known dead.
+    """Return whose attempt seems to work on `shard`: its journal has changed lately, and it is not known to be dead.
 
-    `signs` must have been asked before: a journal that is seen for the first time counts as alive.
+    A journal that `signs` see for the first time counts as changed, so they must have been asked some time before.
     """
     for name in attempt_files(folder.wip, shard):
         owner = re.fullmatch(r"\d+\.(.+)-(\d+)-[0-9a-f]+\.jsonl", name)
