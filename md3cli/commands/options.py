@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -52,6 +52,8 @@ from md3cli.errors import UsageError
 from md3cli.records import Request, Task
 from md3cli.remote.address import checked_output_address, is_address, named_hosts, path_of, shown_argument
 from md3cli.source.requests import SEED_LIMIT, TEMPERATURE_LIMIT, TOKENS_LIMIT
+
+Part = TypeVar("Part", SourceSpec, ModelOptions, DecodeOptions, ScaleOptions)
 
 _output = functools.partial(typer.Option, rich_help_panel="Output")
 _input = functools.partial(typer.Option, rich_help_panel="Input")
@@ -269,45 +271,37 @@ class AnnotateOptions:
         """
         return RunConfig(
             command=command,
-            source=self._source_spec(inputs),
+            source=self._filled(
+                SourceSpec,
+                inputs=tuple(inputs),
+                include=tuple(self.include or ()),
+                exclude=tuple(self.exclude or ()),
+                own_files=frozenset(),
+            ),
             requests=tuple(requests),
             defaults=self.request(Task.QUERY),
-            model=ModelOptions(**{field.name: getattr(self, field.name) for field in fields(ModelOptions)}),
-            decode=self._decode_options(inputs),
+            model=self._filled(ModelOptions),
+            decode=self._filled(
+                DecodeOptions,
+                timeout_s=self.decode_timeout,
+                fetch_timeout_s=self.fetch_timeout,
+                named_hosts=named_hosts([*inputs, self.root or ""]),
+                may_fetch_private=self.remote,
+                root=self.root if self.root and is_address(self.root) else "",
+            ),
             output=self._output_options(),
             fail_on=self.fail_on,
-            scale=self._scale_options(),
+            scale=self._filled(ScaleOptions, devices=self.devices or (), rank=self.worker_rank),
             allow_empty=self.allow_empty,
             is_dry_run=self.dry_run,
             estimate=estimate or (self.estimate_options() if self.estimate else None),
             argv=("md3", *map(shown_argument, sys.argv[1:])),
         )
 
-    def _source_spec(self, inputs: Sequence[str]) -> SourceSpec:
-        return SourceSpec(
-            inputs=tuple(inputs),
-            recursive=self.recursive,
-            include=tuple(self.include or ()),
-            exclude=tuple(self.exclude or ()),
-            limit=self.limit,
-            shard=self.shard,
-            root=self.root,
-            remote=self.remote,
-            offline=self.offline,
-            follow_links=self.follow_links,
-        )
-
-    def _decode_options(self, inputs: Sequence[str]) -> DecodeOptions:
-        return DecodeOptions(
-            max_pixels=self.max_pixels,
-            max_file_size=self.max_file_size,
-            timeout_s=self.decode_timeout,
-            fetch_timeout_s=self.fetch_timeout,
-            named_hosts=named_hosts([*inputs, self.root or ""]),
-            may_fetch_private=self.remote,
-            root=self.root if self.root and is_address(self.root) else "",
-            workers=self.workers,
-        )
+    def _filled(self, kind: type[Part], **given: Any) -> Part:
+        """Make a part of the run's config from what is given and, for its other fields, the options of their names."""
+        names = {field.name for field in fields(kind)} - given.keys()
+        return kind(**{name: getattr(self, name) for name in names}, **given)
 
     def _output_options(self) -> OutputOptions:
         if self.output == "":  # such as -o "$OUT" without an OUT
@@ -323,17 +317,6 @@ class AnnotateOptions:
             formats=tuple(self.format or ()),
             overwrite=not self.resume,
             retry_failed=self.retry_failed,
-        )
-
-    def _scale_options(self) -> ScaleOptions:
-        return ScaleOptions(
-            devices=self.devices or (),
-            workers_per_device=self.workers_per_device,
-            rank=self.worker_rank,
-            world_size=self.world_size,
-            engine=self.engine,
-            shard_size=self.shard_size,
-            ray_address=self.ray_address,
         )
 
 
