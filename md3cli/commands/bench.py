@@ -70,23 +70,20 @@ def bench(
     """
     check_stdout()
     if compare:
-        if model is None:
-            raise UsageError("--compare-quant needs weights; name them with -m (-m tiny is always there)")
-        from md3cli.bench.compare import compare_quant
-
-        compared = compare_quant(model, against or (), images, device=device, dtype=dtype, threads=threads)
+        found = _compare(model, against or (), images, device=device, dtype=dtype, threads=threads)
         if as_json:
-            typer.echo(json.dumps(compared))
+            typer.echo(json.dumps(found))
         else:
-            _show_compared(compared["variants"])
+            _show_compared(found["variants"])
         return
     if against or images:
         raise UsageError("--against and --images are for --compare-quant; add it, or leave them out")
     from md3cli.bench.bench import model_source, run_bench
     from md3cli.run.feed import num_auto_workers
 
+    source = model_source(model, config, device=device, dtype=dtype, threads=threads, seed=seed)
     result = run_bench(
-        model_source(model, config, device=device, dtype=dtype, threads=threads, seed=seed),
+        source,
         workload=workload,
         batch_size=batch_size,
         has_baseline=baseline,
@@ -98,6 +95,14 @@ def bench(
         typer.echo(json.dumps(result))
     else:
         _show(result)
+
+
+def _compare(model: str | None, against: Sequence[str], images: str | None, **place: Any) -> dict[str, Any]:
+    if model is None:
+        raise UsageError("--compare-quant needs weights; name them with -m (-m tiny is always there)")
+    from md3cli.bench.compare import compare_quant
+
+    return compare_quant(model, against, images, **place)
 
 
 def _show(result: Mapping[str, Any]) -> None:
