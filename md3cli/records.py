@@ -1,8 +1,8 @@
 """The words that every room shares: task, request, picture, source row, job, answer, record.
 
 A `Job` goes into the model's engine, an `Answer` comes out. A record is a plain dict that goes to JSON as it is;
-`make_record` and `make_error_record` alone build one, so that the order of its keys is decided here. Standard library
-only; knows nothing of models, files or formats.
+`make_record` alone builds one, so that the order of its keys is decided here. Standard library only; knows nothing of
+models, files or formats.
 """
 
 from __future__ import annotations
@@ -185,69 +185,7 @@ class ImageFacts:
     sha256: str
 
 
-def _record_head(record_id: str, image: ImageItem | None, facts: ImageFacts | None, request: Request) -> RecordDict:
-    head: RecordDict = {"schema": SCHEMA, "id": record_id, "image": image.name if image else None}
-    if image is not None and image.name_b64 is not None:
-        head["image_b64"] = image.name_b64
-    if facts is not None:
-        head["width"], head["height"] = facts.width, facts.height
-    head["task"], head["prompt"] = str(request.task), request.prompt
-    return head
-
-
 def make_record(
-    record_id: str,
-    image: ImageItem | None,
-    facts: ImageFacts | None,
-    request: Request,
-    run: RunIdentity,
-    *,
-    result: Mapping[str, Any],
-    finish_reason: str,
-    prompt_tokens: int,
-    output_tokens: int,
-    meta: Mapping[str, Any],
-) -> RecordDict:
-    """Return the record of an answered request; `result` holds the task's keys in their order."""
-    record = _record_head(record_id, image, facts, request)
-    if request.task is Task.CAPTION:
-        record["length"] = request.length
-    record.update(result)
-    if facts is not None:
-        record["sha256"] = facts.sha256
-    record["finish_reason"] = finish_reason
-    record["tokens"] = {"prompt": prompt_tokens, "output": output_tokens}
-    record["model"] = run.model
-    record["meta"] = dict(meta)
-    record["error"] = None
-    return record
-
-
-def make_error_record(
-    record_id: str,
-    image: ImageItem | None,
-    facts: ImageFacts | None,
-    request: Request,
-    run: RunIdentity,
-    *,
-    failure: RowFailure,
-    meta: Mapping[str, Any],
-) -> RecordDict:
-    """Return the record of a request that failed: it has no result keys, and `error` says why."""
-    record = _record_head(record_id, image, facts, request)
-    if facts is not None:
-        record["sha256"] = facts.sha256
-    record["model"] = run.model
-    record["meta"] = dict(meta)
-    record["error"] = {
-        "type": failure.type,
-        "message": printable(failure.message)[:MESSAGE_LIMIT_CHARS],
-        "retry": failure.type in RETRYABLE,
-    }
-    return record
-
-
-def answered_record(
     record_id: str,
     image: ImageItem | None,
     facts: ImageFacts | None,
@@ -256,22 +194,37 @@ def answered_record(
     answer: Answer,
     meta: Mapping[str, Any],
 ) -> RecordDict:
-    """Return the record of `answer`, be it a result or a failure."""
-    if answer.failure is not None or answer.result is None:
-        failure = answer.failure or RowFailure("model", "the model gave no answer")
-        return make_error_record(record_id, image, facts, request, run, failure=failure, meta=meta)
-    return make_record(
-        record_id,
-        image,
-        facts,
-        request,
-        run,
-        result=answer.result,
-        finish_reason=answer.finish_reason,
-        prompt_tokens=answer.prompt_tokens,
-        output_tokens=answer.output_tokens,
-        meta=meta,
-    )
+    """Return the record of `answer`; one that failed has no result keys, and `error` says why.
+
+    `facts` None means that no picture was decoded.
+    """
+    result = answer.result or {}
+    failure = answer.failure
+    if failure is None and answer.result is None:
+        failure = RowFailure("model", "the model gave no answer")
+    record: RecordDict = {"schema": SCHEMA, "id": record_id, "image": image.name if image else None}
+    if image is not None and image.name_b64 is not None:
+        record["image_b64"] = image.name_b64
+    if facts is not None:
+        record["width"], record["height"] = facts.width, facts.height
+    record["task"], record["prompt"] = str(request.task), request.prompt
+    if failure is None:
+        record |= {"length": request.length} if request.task is Task.CAPTION else {}
+        record |= result
+    if facts is not None:
+        record["sha256"] = facts.sha256
+    if failure is None:
+        record["finish_reason"] = answer.finish_reason
+        record["tokens"] = {"prompt": answer.prompt_tokens, "output": answer.output_tokens}
+    record["model"] = run.model
+    record["meta"] = dict(meta)
+    record["error"] = None if failure is None else _error_of(failure)
+    return record
+
+
+def _error_of(failure: RowFailure) -> dict[str, Any]:
+    message = printable(failure.message)[:MESSAGE_LIMIT_CHARS]
+    return {"type": failure.type, "message": message, "retry": failure.type in RETRYABLE}
 
 
 def compact_json(value: Any) -> bytes:

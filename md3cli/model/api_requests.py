@@ -29,7 +29,7 @@ from md3cli.records import (
     Request,
     RunIdentity,
     Task,
-    answered_record,
+    make_record,
     printable,
     request_id,
 )
@@ -76,7 +76,7 @@ class ApiRequest:
         first_id = request_id(name, self.request, run)
         record_id = request_id(name, self.request, run, repeats[first_id])
         repeats[first_id] += 1
-        return answered_record(record_id, self.item, self.facts, self.request, run, answer, self.meta)
+        return make_record(record_id, self.item, self.facts, self.request, run, answer, self.meta)
 
 
 def prepare_picture(image: ImageLike, config: CropConfig, background: str | None) -> PreparedImage:

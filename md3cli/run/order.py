@@ -25,9 +25,8 @@ from md3cli.records import (
     Request,
     RowFailure,
     RunIdentity,
-    answered_record,
     compact_json,
-    make_error_record,
+    make_record,
 )
 from md3cli.run.feed import Ticket
 from md3cli.run.journal import encode_record
@@ -157,17 +156,8 @@ def _is_of(head: bytes, journal_path: Path) -> bool:
 
 
 def record_of(ticket: Ticket, answer: Answer, run: RunIdentity) -> RecordDict:
-    """Make the record of a request that the model answered, or failed on."""
-    return answered_record(
-        ticket.record_id, ticket.image, ticket.facts, ticket.request, run, answer, meta=ticket.row.meta
-    )
-
-
-def error_of(ticket: Ticket, failure: RowFailure, run: RunIdentity) -> RecordDict:
-    """Make the record of a request that has no answer."""
-    return make_error_record(
-        ticket.record_id, ticket.image, ticket.facts, ticket.request, run, failure=failure, meta=ticket.row.meta
-    )
+    """Make the record of an answered request, or of one that failed."""
+    return make_record(ticket.record_id, ticket.image, ticket.facts, ticket.request, run, answer, ticket.row.meta)
 
 
 class OrderedRecords:
@@ -225,7 +215,7 @@ class OrderedRecords:
 
     def fail(self, ticket: Ticket, failure: RowFailure) -> None:
         """Make an error record of a request that has no answer."""
-        self._finished[ticket.key] = (ticket, error_of(ticket, failure, self._run))
+        self._finished[ticket.key] = (ticket, record_of(ticket, Answer(ticket.key, failure=failure), self._run))
 
     def flush(self) -> None:
         """Write every record that is next in order, keep the others safe, and count what was written."""

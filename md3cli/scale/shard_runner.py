@@ -35,7 +35,7 @@ from md3cli.run.drive import drive
 from md3cli.run.feed import Feed, Ticket, make_decode_pool, rows_ahead
 from md3cli.run.journal import encode_record
 from md3cli.run.model_handle import LazyEngine, Model
-from md3cli.run.order import error_of, record_of
+from md3cli.run.order import record_of
 from md3cli.scale.attempts import AttemptJournal, ShardHistory, forget_attempts, keep_damaged_lines, read_history
 from md3cli.scale.folder import METRICS, RunFolder, host_name, new_attempt, open_run_folder, part_name
 from md3cli.scale.markers import Commit, RunOptions, put_commit, read_commit, read_run_options
@@ -124,7 +124,8 @@ class ShardAttempt:
         self._new.append((ticket.record_id, record_of(ticket, answer, self._model.identity)))
 
     def _fail(self, ticket: Ticket, failure: RowFailure) -> None:
-        self._new.append((ticket.record_id, error_of(ticket, failure, self._model.identity)))
+        answer = Answer(ticket.key, failure=failure)
+        self._new.append((ticket.record_id, record_of(ticket, answer, self._model.identity)))
 
     def flush(self) -> None:
         """Write the new records to the attempt's journal, and show that the attempt is alive."""

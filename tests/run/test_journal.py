@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from md3cli.errors import OutputError, OutputMismatchError
 from md3cli.records import (
+    Answer,
     ImageFacts,
     ImageItem,
     RecordDict,
@@ -26,7 +27,6 @@ from md3cli.records import (
     RowFailure,
     RunIdentity,
     Task,
-    make_error_record,
     make_record,
     request_id,
 )
@@ -43,21 +43,10 @@ def record_of(name: str, answer: str = "größer 東京 🦊", failure: str | No
     record_id = request_id(name, QUERY, RUN)
     image = ImageItem(name, name)
     if failure is not None:
-        return make_error_record(
-            record_id, image, None, QUERY, RUN, failure=RowFailure(failure, "no \x1b luck"), meta={}
-        )
-    return make_record(
-        record_id,
-        image,
-        FACTS,
-        QUERY,
-        RUN,
-        result={"answer": answer},
-        finish_reason="stop",
-        prompt_tokens=9,
-        output_tokens=2,
-        meta={"schema": "md3/1", "id": "in meta"},
-    )
+        failed = Answer(0, failure=RowFailure(failure, "no \x1b luck"))
+        return make_record(record_id, image, None, QUERY, RUN, failed, {})
+    answered = Answer(0, {"answer": answer}, "stop", 9, 2)
+    return make_record(record_id, image, FACTS, QUERY, RUN, answered, {"schema": "md3/1", "id": "in meta"})
 
 
 def lines_of(count: int) -> list[bytes]:

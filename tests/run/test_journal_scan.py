@@ -17,6 +17,7 @@ from md3cli.finished.digest import digest_of
 from md3cli.finished.record_shape import read_record
 from md3cli.records import (
     ERROR_TYPES,
+    Answer,
     ImageFacts,
     ImageItem,
     RecordDict,
@@ -24,7 +25,6 @@ from md3cli.records import (
     RowFailure,
     RunIdentity,
     Task,
-    make_error_record,
     make_record,
     request_id,
 )
@@ -41,11 +41,10 @@ Facts = list[tuple[int, bytes, int]]  # offset behind the line, digest, outcome
 def record_of(name: str, answer: str, failure: str | None) -> RecordDict:
     image, record_id = ImageItem(name, name), request_id(name, QUERY, RUN)
     if failure is not None:
-        return make_error_record(record_id, image, None, QUERY, RUN, failure=RowFailure(failure, answer), meta={})
+        return make_record(record_id, image, None, QUERY, RUN, Answer(0, failure=RowFailure(failure, answer)), {})
     return make_record(
-        record_id, image, FACTS, QUERY, RUN,
-        result={"answer": answer}, finish_reason="stop", prompt_tokens=9, output_tokens=2, meta={"error": None},
-    )  # fmt: skip
+        record_id, image, FACTS, QUERY, RUN, Answer(0, {"answer": answer}, "stop", 9, 2), {"error": None}
+    )
 
 
 def read_plainly(data: bytes) -> Facts:

@@ -18,7 +18,7 @@ from stub_engine import StubEngine, StubModel, answer
 
 from md3cli.errors import CheckpointError, OutputError
 from md3cli.images.crops import PreparedImage
-from md3cli.records import ImageFacts, ImageItem, Request, Task, make_record
+from md3cli.records import Answer, ImageFacts, ImageItem, Request, Task, make_record
 from md3cli.run.journal import Journal, encode_record
 from md3cli.run.record_index import RequestIds
 
@@ -460,11 +460,8 @@ def write_journal(path: Path, names: list[str]) -> None:
     identity = StubModel().identity
     ids = RequestIds(identity)
     picture = PreparedImage(None, None, 24, 24, "0" * 64)  # type: ignore[arg-type]
-    result = answer(0, picture, CAPTION).result
-    record = make_record(
-        "<id>", ImageItem("<name>", ""), ImageFacts(24, 24, "0" * 64), CAPTION, identity,
-        result=result or {}, finish_reason="stop", prompt_tokens=10, output_tokens=3, meta={},
-    )  # fmt: skip
+    answered = Answer(0, answer(0, picture, CAPTION).result, "stop", 10, 3)
+    record = make_record("<id>", ImageItem("<name>", ""), ImageFacts(24, 24, "0" * 64), CAPTION, identity, answered, {})
     head, middle, tail = encode_record(record).decode().replace("<name>", "<id>").split("<id>")
     with open(path, "w") as file:
         file.writelines(f"{head}{ids.next_id(name, CAPTION)}{middle}{name}{tail}" for name in names)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from md3cli.errors import OutputMismatchError
-from md3cli.records import ImageItem, Request, RunIdentity, Task, make_record, request_id
+from md3cli.records import Answer, ImageItem, Request, RunIdentity, Task, make_record, request_id
 from md3cli.run.run_info import (
     MAX_POINTS,
     RunCounts,
@@ -107,17 +107,9 @@ def test_a_damaged_run_json_is_written_anew(tmp_path: Path, content: str) -> Non
 
 def test_records_alone_tell_whether_they_are_ours() -> None:
     request = replace(DETECT, temperature=0.5)
+    answered = Answer(0, {"objects": []}, "stop", 1, 1)
     record = make_record(
-        request_id("a.jpg", request, RUN),
-        ImageItem("a.jpg", "a.jpg"),
-        None,
-        request,
-        RUN,
-        result={"objects": []},
-        finish_reason="stop",
-        prompt_tokens=1,
-        output_tokens=1,
-        meta={},
+        request_id("a.jpg", request, RUN), ImageItem("a.jpg", "a.jpg"), None, request, RUN, answered, {}
     )
     check_first_record(record, [CAPTION, request], RUN)
     check_first_record(record, [], RUN)  # a manifest may have asked anything
