@@ -205,7 +205,9 @@ class ImageEncoder:
                 rest_NPE = found_NPE if rest_NPE is None else torch.cat([rest_NPE, found_NPE])
                 while coming and coming[0][0] <= len(rest_NPE):
                     count, image = coming.popleft()
-                    embeddings.append(self._embed(rest_NPE[:count], image))
+                    # The only tile of an untiled picture is its global crop.
+                    features_NPE = rest_NPE[:count] if count > 1 else rest_NPE[:1].expand(2, -1, -1)
+                    embeddings.append(self.model.vision.embed(features_NPE, image.tiling))
                     rest_NPE = rest_NPE[count:]
         for image, embedding in zip(images, embeddings, strict=True):
             self._remember(image.sha256, embedding)
@@ -243,11 +245,6 @@ class ImageEncoder:
             assert self.store is not None
             for image_key, embeddings in coming.items():
                 self.store.save(image_key, embeddings)
-
-    def _embed(self, features_NPE: Tensor, image: PreparedImage) -> Tensor:
-        if features_NPE.shape[0] == 1:
-            features_NPE = features_NPE.expand(2, -1, -1)
-        return self.model.vision.embed(features_NPE, image.tiling)
 
     def _remember(self, key: str, embeddings_PD: Tensor) -> None:
         if key in self._memory:

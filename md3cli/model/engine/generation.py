@@ -231,7 +231,11 @@ def parse_path(ids: Sequence[int], tokenizer: Tokenizer) -> SegmentPath:
 
 
 def _join(words: Sequence[str]) -> str:
-    """Join words to path data. ValueError: a word that is no number, or stands where none may."""
+    """Join words to path data.
+
+    Raises:
+        ValueError: a word is no number, or stands where no number may.
+    """
     pieces: list[str] = []
     at = 0
     while at < len(words):

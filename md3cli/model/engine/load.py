@@ -408,7 +408,7 @@ class DeviceFacts:
 
 
 def device_facts(device: str = "auto") -> DeviceFacts:
-    """Look at `device`."""
+    """Return what this machine offers on `device`, a name as `choose_device` takes it."""
     chosen = choose_device(device)
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type
     dtype = str(choose_dtype("auto", chosen, LARGE_MODEL_BYTES)).removeprefix("torch.")

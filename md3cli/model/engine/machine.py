@@ -273,7 +273,7 @@ def start_download(tensor: Tensor) -> Tensor:
 def milestone(device: torch.device) -> Callable[[], None] | None:
     """Return a function that waits until `device` has done everything it was told before this call.
 
-    None: it has done so already, as a device other than CUDA.
+    Return None for a device other than CUDA, which has done it all already.
     """
     if device.type != "cuda":
         return None

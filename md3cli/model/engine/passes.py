@@ -216,11 +216,11 @@ class PromptInputs(NamedTuple):
 def _columns(group: Group, num_rows: int) -> tuple[PromptInts[list[int]], PromptReals[list[float]]]:
     """Return a group as lists; the pass gets `num_rows` rows, the last one repeated."""
     generations, requests = group.generations, [generation.job.request for generation in group.generations]
-    passed = _repeat_last(generations, num_rows)
+    passed, eos_id = _repeat_last(generations, num_rows), generations[0].config.tokenizer.eos_id
     coords = [(row * group.width + i, value) for row, s in enumerate(passed) for i, value in s.prompt.coords]
     sizes = [(row * group.width + i, size_wh) for row, s in enumerate(passed) for i, size_wh in s.prompt.sizes]
     ints = PromptInts(
-        ids=[id for generation in passed for id in _padded(generation, group.width)],
+        ids=[id for s in passed for id in (*s.prompt.ids, *[eos_id] * (group.width - len(s.prompt.ids)))],
         slots=_repeat_last(group.slots, num_rows),
         start=[generation.start for generation in passed],
         last=[len(generation.prompt.ids) - 1 for generation in passed],
@@ -239,11 +239,6 @@ def _columns(group: Group, num_rows: int) -> tuple[PromptInts[list[int]], Prompt
         top_p=[request.top_p for request in requests],
     )
     return ints, reals
-
-
-def _padded(generation: Generation, width: int) -> list[int]:
-    ids = generation.prompt.ids
-    return ids + [generation.config.tokenizer.eos_id] * (width - len(ids))
 
 
 def embed_prompts(model: Moondream3, inputs: PromptInputs) -> Tensor:

@@ -63,7 +63,7 @@ class Tokenizer:
             with silenced_stderr():
                 tokenizer = cls(tokenizers.Tokenizer.from_file(str(file)))
         except BaseException as error:
-            if not _is_the_librarys(error):
+            if not _is_library_error(error):
                 raise
             raise CheckpointError(
                 misfit(file) or f"{file} is no tokenizer.json that can be read: {error!s:.200}"
@@ -103,7 +103,7 @@ class Tokenizer:
         except (UnicodeError, TypeError) as error:
             raise RequestError("the prompt is no valid Unicode text") from error
         except BaseException as error:
-            if not _is_the_librarys(error):
+            if not _is_library_error(error):
                 raise
             raise RequestError(
                 f"the tokenizer fails on this prompt ({error!s:.120}); word it otherwise, or give the model's own "
@@ -124,7 +124,7 @@ class Tokenizer:
             with self._quiet():
                 return self._backend.decode(list(ids), skip_special_tokens=True)
         except BaseException as error:
-            if not _is_the_librarys(error):
+            if not _is_library_error(error):
                 raise
             raise RequestError(f"the tokenizer cannot put the answer into words ({error!s:.120})", "model") from error
 
@@ -132,8 +132,8 @@ class Tokenizer:
         return silenced_stderr() if self._can_run_away else nullcontext()
 
 
-def _is_the_librarys(error: BaseException) -> bool:
-    """Return True for what the library raises: plain exceptions, and panics of Rust, which are no `Exception`."""
+def _is_library_error(error: BaseException) -> bool:
+    """Return True for what the library raises: exceptions, and panics of Rust, which are no `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

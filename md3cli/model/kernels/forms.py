@@ -42,7 +42,7 @@ class FusedExperts:
     def __call__(
         self, h_BTD: Tensor, live_BT: Tensor | None, residual_BTD: Tensor | None, branch_BTD: Tensor | None
     ) -> Tensor:
-        """`residual + branch + experts(h)` [B, T, D]; without the first two the experts' sum alone."""
+        """Return `residual + branch + experts(h)` [B, T, D]; without the first two summands the experts' sum alone."""
         kind = PassKind.of(h_BTD.shape[1], self.prefix_len)
         h_ND = h_BTD.reshape(-1, h_BTD.shape[-1])
         live_N = live_BT.reshape(-1) if live_BT is not None else None
@@ -60,7 +60,7 @@ class FusedExperts:
         *,
         kind: PassKind,
     ) -> Tensor:
-        """The same for rows and the router's logits."""
+        """Return what `__call__` does, [N, D], for rows whose router logits are known."""
         up = tile_of(Product.UP_GATE, kind, self.fc1.form, h_ND.dtype, h_ND.device)
         out = tile_of(Product.DOWN, kind, self.fc2.form, h_ND.dtype, h_ND.device)
         assert up.rows == out.rows, "both products walk the same blocks"
@@ -83,7 +83,7 @@ class FusedProjection:
     def __call__(
         self, h_BTD: Tensor, position_BT: Tensor, table: Tensor, store: KeyValueStore | None, layer: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `TextAttention.plain_projection`; new keys and values go straight into a slot store's cache."""
+        """Return what `TextAttention.plain_projection` does; new keys and values go straight into a slot store."""
         qkv_N3D = self.owner.qkv(h_BTD).flatten(0, 1)
         kind = PassKind.of(h_BTD.shape[1], self.prefix_len)
         tile = tile_of(Product.TAU, kind, WeightForm.PLAIN, h_BTD.dtype, h_BTD.device)
@@ -101,7 +101,7 @@ class FusedProjection:
 
 
 def expert_weight(stack: nn.Module) -> KernelWeight:
-    """The weight of a stack of experts, plain or in codes."""
+    """Return the weight of a stack of experts, plain or in codes, as the kernels read it."""
     if isinstance(stack, ExpertMatrices):
         return KernelWeight.of_plain(stack.weight)
     assert isinstance(stack, KernelExperts), type(stack)

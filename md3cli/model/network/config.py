@@ -30,7 +30,7 @@ SEGMENT_TEMPLATE: Mapping[str, Any] = {"prefix": [1, 17374, 2], "suffix": [3]}
 
 
 def _sized(default: float | None, least: float, most: float) -> Any:
-    """Declare a number of the file; one outside is a damaged or hostile file, not a model."""
+    """Declare a number with its range; a file with a number outside the range is damaged or hostile, not a model."""
     return field(default=default, metadata={"range": (least, most)})
 
 

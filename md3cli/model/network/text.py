@@ -180,10 +180,6 @@ class TextBlock(nn.Module):
             return self.mlp.fused(h_BTD, live_BT, x_BTD, attended)
         return x_BTD + attended + self.mlp(h_BTD)  # type: ignore[no-any-return]
 
-    def store_only(self, x_BTD: Tensor, position_BT: Tensor, table: Tensor, store: KeyValueStore) -> None:
-        """Store the keys and values of new positions, and compute nothing that only a next layer would read."""
-        self.attn.project(self.ln(x_BTD), position_BT, table, store, self.layer)
-
 
 class TextDecoder(nn.Module):
     """Token table, blocks, last LayerNorm and head."""
@@ -225,7 +221,7 @@ class TextDecoder(nn.Module):
         if only_stores:
             assert store is not None
             assert isinstance(last, TextBlock)
-            last.store_only(x_BTD, position_BT, table, store)
+            last.attn.project(last.ln(x_BTD), position_BT, table, store, last.layer)
         else:
             x_BTD = last(x_BTD, position_BT, table, mask, store, live_BT)
         return x_BTD

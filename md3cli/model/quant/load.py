@@ -3,6 +3,7 @@
 Which matrices: those the 4-bit port packs in the decoder (attention, dense MLPs, experts). Vision, routers, tau, norms,
 embedding, head and region heads stay in 16 bits, also where a file stores them in fewer. Nothing stays mapped: each
 file is let go after each tensor, so that memory holds the packed model and one tensor, never the full model beside it.
+Only the loader of engines imports this file, which is apart from it because nothing here knows a run's options.
 """
 
 from __future__ import annotations

@@ -78,14 +78,6 @@ def search(
     return quantise_fp8(weight, _search_rows(weight, importance, FP8_MAX, _to_fp8))
 
 
-def squared_error(weight: Tensor, made: QuantisedWeight, importance: Tensor | None = None) -> Tensor:
-    """Return what `search` minimises, summed over the columns: float32 [..., out]."""
-    error = made.dequantise(torch.float32).sub_(weight).square_()
-    if importance is not None:
-        error *= importance.unsqueeze(-2)
-    return error.sum(dim=-1)
-
-
 # -- one scale per row -----------------------------------------------------------------------------
 
 
@@ -143,7 +135,7 @@ def _search_groups(weight: Tensor, importance: Tensor | None) -> tuple[Tensor, T
 def _best_of_groups(w_RC: Tensor, h_RC: Tensor | None) -> _Best:
     low_R1, high_R1 = w_RC.amin(dim=1, keepdim=True), w_RC.amax(dim=1, keepdim=True)
     mean_R1 = w_RC.mean(dim=1, keepdim=True)
-    best = _Best(*_constant(low_R1))
+    best = _Best(_positive(low_R1.abs()), -low_R1.sign())  # holds a group of one value exactly, as code 0
     is_constant = high_R1 - low_R1 < INT4_MAX * _TINY
     for ratio in GROUP_RATIOS:
         low = mean_R1 + (low_R1 - mean_R1) * ratio
@@ -161,11 +153,6 @@ def _best_of_groups(w_RC: Tensor, h_RC: Tensor | None) -> _Best:
         scale, zero_point = _line(w_RC, h_RC, _to_int4(w_RC, scale, zero_point), best)
         best.offer(scale, zero_point, w_RC, h_RC, _to_int4)
     return best
-
-
-def _constant(value_R1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a scale and zero point that hold one value exactly: code 0, zero point its sign turned round."""
-    return _positive(value_R1.abs()), -value_R1.sign()
 
 
 def _line(w_RC: Tensor, h_RC: Tensor | None, codes_RC: Tensor, best: _Best) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,8 @@ class PeftSettings:
         if raw.get("peft_type") != "LORA":
             raise CheckpointError(f"{file}: an adapter of type {_shown(raw.get('peft_type'))}; only LORA can be merged")
         check_start(file, raw)
-        _check_bias(file, raw)
+        if raw.get("bias") not in ("none", None):
+            raise CheckpointError(f"{file}: bias {_shown(raw['bias'])} trains biases as well, which md3 does not merge")
         unknown = [key for key in raw if key not in _HARMLESS | _READ and not _is_off(key, raw[key])]
         if unknown:
             listed = ", ".join(f"{key[:40]} {_shown(raw[key])}" for key in unknown[:5])
@@ -148,11 +149,6 @@ def _is_off(key: str, value: object) -> bool:
     if value == {}:
         return not key.startswith("use_") and not key.endswith("_config")
     return value is None or value is False or value == []
-
-
-def _check_bias(file: Path, raw: Mapping[str, Any]) -> None:
-    if raw.get("bias") not in ("none", None):
-        raise CheckpointError(f"{file}: bias {_shown(raw['bias'])} trains biases as well, which md3 does not merge")
 
 
 def _pattern(file: Path, raw: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
@@ -394,11 +390,8 @@ def _read_peft(file: Path, tensors: Mapping[str, Tensor], settings: PeftSettings
         down, up = _pair(file, weight, found, "A", "B")
         shape = shapes.get(weight, ())
         if len(shape) == 3 and down.dim() == up.dim() == 2 and len(down) % shape[0] == up.shape[1] % shape[0] == 0:
-            down, up = _unstack(down, up, shape[0])
+            # From peft's factors of a stack, [X * R, in] and [out, R * X], to [X, R, in] and [X, out, R].
+            down = down.view(shape[0], -1, down.shape[-1])
+            up = up.view(up.shape[0], -1, shape[0]).permute(2, 0, 1)
         changes.append(LowRank(weight, up, down, settings.scale(f"model.{module}", down.shape[-2])))
     return changes
-
-
-def _unstack(down: Tensor, up: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Turn peft's factors of a stack, [X · R, in] and [out, R · X], to [X, R, in] and [X, out, R]."""
-    return down.view(num_experts, -1, down.shape[-1]), up.view(up.shape[0], -1, num_experts).permute(2, 0, 1)

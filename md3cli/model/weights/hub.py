@@ -277,7 +277,9 @@ def resolve_model(
     if repo is not None:
         path = fetch_model(repo, revision, offline=offline)
         tokenizer_file = find_tokenizer(path, tokenizer, offline)
-        return ModelFiles(path, tokenizer_file, repo, path.name + _tokenizer_mark(tokenizer, tokenizer_file))
+        # A tokenizer of the user's choice changes answers, so the revision names it.
+        mark = f"+{hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()[:8]}" if tokenizer is not None else ""
+        return ModelFiles(path, tokenizer_file, repo, path.name + mark)
     if revision is not None:
         raise UsageError(f"--revision is for repositories on the hub; {name} is on this machine")
     path = _local_path(name)
@@ -379,11 +381,6 @@ def stored_tokenizer() -> Path | None:
     folder = cached(TOKENIZER_REPO, None, TOKENIZER_FILES)
     file = folder / TOKENIZER_NAME if folder else None
     return file if file is not None and file.is_file() else None
-
-
-def _tokenizer_mark(tokenizer: str | None, file: Path) -> str:
-    # A tokenizer of the user's choice changes answers, so a repository's revision names it.
-    return "" if tokenizer is None else f"+{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, slots=True)

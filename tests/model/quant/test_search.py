@@ -17,13 +17,21 @@ from md3cli.model.engine.load import load_weights
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.quant import load
 from md3cli.model.quant import search as search_module
-from md3cli.model.quant.search import CodeCache, search, squared_error
-from md3cli.model.weights.codes import LowBit, quantise
+from md3cli.model.quant.search import CodeCache, search
+from md3cli.model.weights.codes import LowBit, QuantisedWeight, quantise
 from md3cli.model.weights.files import WeightFiles, find_weight_files
 from md3cli.model.weights.hub import model_path
 from md3cli.model.weights.plan import plan_checkpoint
 
 ROUNDING = 1e-5  # of float32 sums taken in another order
+
+
+def squared_error(weight: Tensor, made: QuantisedWeight, importance: Tensor | None = None) -> Tensor:
+    """What `search` minimises, summed over the columns: float32 [..., out]."""
+    error = made.dequantise(torch.float32).sub_(weight).square_()
+    if importance is not None:
+        error *= importance.unsqueeze(-2)
+    return error.sum(dim=-1)
 
 
 def draw(kind: str, *shape: int, seed: int = 0) -> Tensor:
