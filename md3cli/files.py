@@ -37,6 +37,15 @@ def output_error(path: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write {printable(str(path))}: {error.strerror or error}; {hint}")
 
 
+@contextlib.contextmanager
+def translate_errors(path: Path) -> Iterator[None]:
+    """Raise what the file system refuses about `path` as OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
 # -- publishing ------------------------------------------------------------------------------------
 
 

@@ -120,12 +120,10 @@ def _is_written_name(name: str) -> bool:
 
 def _write(evaluation: Evaluation, folder: Path) -> None:
     from md3cli.evaluate.scores import draw_figures
-    from md3cli.files import atomic_publish, output_error
+    from md3cli.files import atomic_publish, translate_errors
 
-    try:
+    with translate_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise output_error(folder, error) from error
     with atomic_publish(folder / "eval.json") as partial:
         partial.write_text(_document(evaluation) + "\n", encoding="utf-8", errors="replace")
     written = [

@@ -26,7 +26,7 @@ from typing import BinaryIO
 from md3cli.errors import ExportError, UsageError
 from md3cli.exporters import RUN_FOLDER_NAMES
 from md3cli.exporters.pictures import PICTURE_SUFFIXES
-from md3cli.files import STAGED, atomic_publish, output_error, temp_beside
+from md3cli.files import STAGED, atomic_publish, temp_beside, translate_errors
 from md3cli.finished.guards import (
     RUN,
     check_not_foreign,
@@ -165,15 +165,6 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def translated(out: Path) -> Iterator[None]:
-    """Raise OutputError for what the file system refuses."""
-    try:
-        yield
-    except OSError as error:
-        raise output_error(out, error) from error
-
-
-@contextmanager
 def replaced_file(out: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     """Open a binary file that becomes `out` when the block ends well.
 
@@ -185,7 +176,7 @@ def replaced_file(out: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
         raise UsageError(f"{printable(str(out))} is a folder; name a file for this format")
     if out.exists():
         _refuse_existing(out, overwrite)
-    with translated(out):
+    with translate_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_publish(out) as aside, aside.open("wb") as file:
         yield file
@@ -224,7 +215,7 @@ def staged_folder(out: Path, *, overwrite: bool, format: str) -> Iterator[Staged
     out = Path(os.path.realpath(out))  # a link stays, and what it leads to is replaced
     check_replaceable(out, overwrite=overwrite)
     aside = temp_beside(out)
-    with translated(out):
+    with translate_errors(out):
         aside.mkdir(parents=True)
         try:
             yield StagedFolder(aside)
@@ -261,7 +252,7 @@ def merged_folder(out: Path, *, overwrite: bool, format: str | None) -> Iterator
         raise UsageError(f"{printable(str(out))} is a file; this format writes a folder")
     is_new = not out.exists()
     has_list = format is not None and (is_new or next(out.iterdir(), None) is None or has_marker(out))
-    with translated(out):
+    with translate_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         aside = temp_beside(out / STAGED)
         try:

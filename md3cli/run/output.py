@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from md3cli.config import OutputOptions, RunConfig
 from md3cli.console import RunConsole, print_bytes
 from md3cli.errors import MissingExtraError, OutputMismatchError, UsageError
 from md3cli.exporters import RUN_FOLDER_NAMES, ExportOptions, export_records, format_of
 from md3cli.exporters.files import REPORT_NAME, RUN_INFO_NAME, adopt_older, remove_leftovers
-from md3cli.files import STAGED, output_error, remove_stale_temps, scratch_folder
+from md3cli.files import STAGED, remove_stale_temps, scratch_folder, translate_errors
 from md3cli.finished.guards import RUN, check_documents, check_not_foreign_run, marker_format, write_marker
 from md3cli.finished.guards import written_paths as listed_paths
 from md3cli.finished.run_json import change_since, read_facts
@@ -247,7 +246,8 @@ def open_output(
     remove_temps(plan)
     try:
         _list_own_files(plan, is_new_folder=is_new_folder)
-        change = _change_since(earlier, journal)
+        with translate_errors(journal.path):
+            change = change_since(earlier, journal.path)
         document = _begin(plan.files, journal, config, source, identity, is_known=bool(earlier))
     except BaseException:
         journal.close()
@@ -288,17 +288,8 @@ def _list_own_files(plan: OutputPlan, *, is_new_folder: bool) -> None:
     new = {path.name for path in own_paths(plan)}
     if not is_new_folder and new <= earlier:
         return
-    try:
+    with translate_errors(folder):
         write_marker(folder, RUN, iter(sorted(earlier | new)))
-    except OSError as error:
-        raise output_error(folder, error) from error
-
-
-def _change_since(earlier: dict[str, Any], journal: Journal) -> str | None:
-    try:
-        return change_since(earlier, journal.path)
-    except OSError as error:
-        raise output_error(journal.path, error) from error
 
 
 def _begin(

@@ -164,7 +164,7 @@ FIRST_SPACING_S = 0.5
 
 
 class Timeline:
-    """Points (seconds since the run began, records done), later starts behind earlier ones."""
+    """Points (seconds since the run began, records done); those of later starts stand behind those of earlier ones."""
 
     def __init__(self, earlier: Sequence[tuple[float, int]] = ()) -> None:
         self._points = list(earlier)

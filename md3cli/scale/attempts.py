@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from md3cli.files import output_error
+from md3cli.files import translate_errors
 from md3cli.finished.record_shape import read_json, read_record
 from md3cli.records import compact_json
 from md3cli.run.damage import DamagedLines, repair_words
@@ -112,10 +112,8 @@ class AttemptJournal:
         self.attempt = attempt
         self._touched_at = time.monotonic()
         path = folder.wip.path(journal_name(shard, attempt))
-        try:
+        with translate_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise output_error(path, error) from error
         self._log = AppendLog(path, is_new=True, sync_after=SYNC_AFTER)
 
     def begin(self, record_id: str, *, is_alone: bool) -> None:

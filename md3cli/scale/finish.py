@@ -18,7 +18,7 @@ from typing import IO
 from md3cli.console import Failure, Summary
 from md3cli.console import clock as duration
 from md3cli.errors import DamagedPartError, OutputHeldError
-from md3cli.files import OutputLock, atomic_publish, output_error
+from md3cli.files import OutputLock, atomic_publish, translate_errors
 from md3cli.finished.run_json import RecordsDigest
 from md3cli.records import OK_TAIL, printable
 from md3cli.run.finish import NamedFailures, exit_status, summarize, tell_how_to_resume
@@ -194,13 +194,14 @@ def export_parts(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], o
         OutputError: `out` cannot be written.
         DamagedPartError: a part is not what its marker says.
     """
-    with folder.store.put_file(ERRORS) as errors_path, atomic_publish(out) as temp:
-        try:
-            with open(temp, "wb") as file, open(errors_path, "wb") as errors:
-                exported = _copy(folder, plan, commits, file, errors)
-        except OSError as error:
-            raise output_error(out, error) from error
-    return exported
+    with (
+        folder.store.put_file(ERRORS) as errors_path,
+        atomic_publish(out) as temp,
+        translate_errors(out),
+        open(temp, "wb") as file,
+        open(errors_path, "wb") as errors,
+    ):
+        return _copy(folder, plan, commits, file, errors)
 
 
 def _copy(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], file: IO[bytes], errors: IO[bytes]) -> Exported:

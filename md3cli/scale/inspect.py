@@ -35,7 +35,7 @@ _MOST_TOLD = 5
 
 
 def damaged_journals(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit]) -> Iterator[str]:
-    """Yield in words which lines of attempts at open shards are damaged, once they are copied; of many only the first.
+    """Copy the damaged lines of attempts at open shards, and yield in words which they are; of many only the first.
 
     Raises:
         OutputError: the copies cannot be written.
@@ -87,10 +87,10 @@ def _reopen(folder: RunFolder, shard: int, commit: Commit, data: bytes | None, r
 
 
 def sort_part(data: bytes, rows: Sequence[PlannedRow]) -> tuple[list[bytes], dict[int, bytes]]:
-    """Sort the lines of a part.
+    """Separate the records of a part from its damaged lines.
 
     Returns:
-        The records of the requests of `rows`, one of each, and by number, from 1, all other lines.
+        The records of the requests of `rows`, one of each; and all other lines by number, from 1.
     """
     planned = {record_id: (record_id, row, request) for record_id, row, request in asked(rows)}
     good: dict[str, bytes] = {}

@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import Progress, RunConsole
 from md3cli.console import clock as duration
 from md3cli.errors import DamagedPartError, EngineError, Md3Error, OutputError, UsageError
-from md3cli.files import OutputLock, output_error
+from md3cli.files import OutputLock, translate_errors
 from md3cli.records import printable
 from md3cli.run.model_handle import Model, check_skills
 from md3cli.run.output import OutputPlan
@@ -61,7 +60,8 @@ def run_scaled(
         start = Start(config, console, source, outputs, folder, model)
         files, deliveries, former = start.files, start.deliveries, FormerRun(start)
         for path in (files.journal, deliveries.lock):
-            _make_folder(path.parent)
+            with translate_errors(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
         lock = OutputLock.acquire(deliveries.lock, deliveries.output, is_shared=not start.is_alone)
         stack.callback(lock.release)
         if start.is_alone:
@@ -89,14 +89,6 @@ def run_scaled(
         return _ScaledRun(start, plan, stop, former, document).to_the_end()
 
 
-def _make_folder(folder: Path) -> None:
-    """Raises OutputError: it cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise output_error(folder, error) from error
-
-
 def _check_options(config: RunConfig) -> None:
     """Raises UsageError: options that cannot go together; MissingExtraError: Ray is asked for and not installed."""
     scale = config.scale
@@ -112,7 +104,7 @@ def _check_options(config: RunConfig) -> None:
 
 
 def _check_store(folder: RunFolder, config: RunConfig, console: RunConsole) -> None:
-    """Try whether of two who put the same marker one is refused, which all rests on.
+    """Try whether the store refuses the second of two who put the same marker: on that exactly-once rests.
 
     Raises:
         OutputError: none is, and many processes would need it; or the store cannot be written at all.
@@ -214,7 +206,7 @@ class _ScaledRun:
         return LocalDriver(self._folder.uri, self._queue, options, self._start.model, self._stop.interruptible)
 
     def _on_step(self, driver: Driver, progress: Progress | None) -> None:
-        """Between any two steps: look for a signal and for what others did, and tell how far the run is."""
+        """Look for a signal and for what others did, and tell how far the run is; called between any two steps."""
         if self._stop.received is not None:
             driver.stop()
         num_ok, num_failed = driver.under_way()

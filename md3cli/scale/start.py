@@ -20,7 +20,7 @@ import numpy as np
 from md3cli.config import RunConfig
 from md3cli.console import RunConsole
 from md3cli.exporters.files import remove_leftovers
-from md3cli.files import output_error
+from md3cli.files import translate_errors
 from md3cli.finished.digest import digest_of
 from md3cli.finished.record_shape import read_record
 from md3cli.records import OK_TAIL, Request, SourceRow
@@ -375,7 +375,5 @@ class FormerRun:
             deliveries.remove(path)
 
     def _rename(self, source: Path, target: Path) -> None:
-        try:
+        with translate_errors(target):
             source.rename(target)
-        except OSError as error:
-            raise output_error(target, error) from error

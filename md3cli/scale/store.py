@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from md3cli.errors import ImageError, MissingExtraError, OutputError
-from md3cli.files import atomic_publish, output_error, temp_beside
+from md3cli.files import atomic_publish, temp_beside, translate_errors
 from md3cli.records import printable
 from md3cli.remote.address import is_address
 from md3cli.system import open_at_once, sync_folder, write_all
@@ -114,13 +114,13 @@ class LocalStore(Store):
     def names(self, folder: str) -> list[str]:
         path = self.path(folder)
         missing = (FileNotFoundError, NotADirectoryError)
-        with _translate_errors(path), contextlib.suppress(*missing), os.scandir(path) as found:
+        with translate_errors(path), contextlib.suppress(*missing), os.scandir(path) as found:
             return sorted(entry.name for entry in found if TEMP_MARK not in entry.name and entry.is_file())
         return []
 
     def read(self, name: str) -> bytes | None:
         path = self.path(name)
-        with _translate_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with translate_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return path.read_bytes()
         return None
 
@@ -137,7 +137,7 @@ class LocalStore(Store):
         path = self._in_folder(name)
         temp = temp_beside(path)
         try:
-            with _translate_errors(path):
+            with translate_errors(path):
                 _write_synced(temp, data)
                 return self._link(temp, path, data)
         finally:
@@ -161,11 +161,11 @@ class LocalStore(Store):
 
     def remove(self, name: str) -> None:
         path = self.path(name)
-        with _translate_errors(path):
+        with translate_errors(path):
             path.unlink(missing_ok=True)
 
     def remove_all(self) -> None:
-        with _translate_errors(self.root), contextlib.suppress(FileNotFoundError):
+        with translate_errors(self.root), contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.root)
 
     def remove_temps(self) -> None:
@@ -196,17 +196,9 @@ class LocalStore(Store):
     def _in_folder(self, name: str) -> Path:
         """Return where a file lies, in a folder that is there."""
         path = self.path(name)
-        with _translate_errors(path.parent):
+        with translate_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
-
-
-@contextlib.contextmanager
-def _translate_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise output_error(path, error) from error
 
 
 def _write_synced(path: Path, data: bytes) -> None:
