@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from md3cli.evaluate import Evaluation, Section
 
 app = typer.Typer(add_completion=False)
+_WRITTEN = ("eval.json", "-pr.png", "-reliability.png")  # how the names of the files that are written end
 
 
 @app.command(
@@ -109,13 +110,9 @@ def _check_written(folder: Path, read: Sequence[Path]) -> None:
     check_not_input([document, *(path for path in figures if path.is_symlink())], read)
     if read_document(document).get("schema") == EVAL_SCHEMA:
         return
-    foreign = next((path for path in (document, *figures) if path.exists() and _is_written_name(path.name)), None)
+    foreign = next((path for path in (document, *figures) if path.exists() and path.name.endswith(_WRITTEN)), None)
     if foreign is not None:
         raise UsageError(f"{printable(str(foreign))} was not written by md3 eval, so it stays; name another -o")
-
-
-def _is_written_name(name: str) -> bool:
-    return name.endswith(("eval.json", "-pr.png", "-reliability.png"))
 
 
 def _write(evaluation: Evaluation, folder: Path) -> None:

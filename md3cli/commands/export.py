@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 
+PAGE_SUFFIXES = (".html", ".htm")
 PRINTABLE = frozenset({"jsonl", "coco", "csv"})
 
 OUTPUT, COCO, PICTURES = "Output", "COCO", "Pictures"
@@ -106,7 +107,8 @@ def export(
     max_file_size: MaxFileSize = MAX_FILE_SIZE,
 ) -> None:
     """Other formats from finished records; no model is needed."""
-    chosen = format or (None if output is None else _format_of(output))
+    is_page = output is not None and output.suffix.lower() in PAGE_SUFFIXES
+    chosen = format or ("html" if is_page else None if output is None else format_of(output))
     if chosen is None:
         raise UsageError("say what to write: --format coco, or -o with a suffix: .json .jsonl .parquet .csv .html")
     _check_root(root)
@@ -132,10 +134,6 @@ def export(
             _print(records, chosen, options)
         else:
             _tell(export_records(records, chosen, output or Path(), options))
-
-
-def _format_of(output: Path) -> str | None:
-    return "html" if output.suffix.lower() in (".html", ".htm") else format_of(output)
 
 
 def _print(records: Path, format: str, options: ExportOptions) -> None:
@@ -189,7 +187,7 @@ def report(
     """A page to look through: thumbnails with boxes, points and masks, filters, counts, marks right and wrong."""
     from md3cli.report.build import ReportOptions, write_report
 
-    if output.suffix and output.suffix.lower() not in (".html", ".htm"):
+    if output.suffix and output.suffix.lower() not in PAGE_SUFFIXES:
         raise UsageError(f"{printable(str(output))} is no name for a page; end it in .html, or name a folder")
     _check_root(root)
     found = find_records(records)

@@ -199,7 +199,7 @@ def as_lines(found: Forecast, config: RunConfig) -> list[str]:
         ("time", _time(found)),
         ("speed", _speed(found)),
         ("tokens", f"{_count(found.prompt_tokens)} prompt, {_count(found.output_tokens)} output"),
-        ("disk", f"{_bytes(found.record_bytes)} of records; {_cache(found, config)}"),
+        ("disk", f"{_size(found.record_bytes.value)} of records; {_cache(found, config)}"),
         *_money(found, _asked(config)),
         ("not in it", "; ".join(NOT_INCLUDED)),
     ]
@@ -305,10 +305,6 @@ def _count(found: Range) -> str:
     if found.high - found.low < 1:
         return f"{found.value:,.0f}"
     return f"{found.value:,.0f} ({found.low:,.0f} to {found.high:,.0f})"
-
-
-def _bytes(found: Range) -> str:
-    return _size(found.value)
 
 
 def _cache(found: Forecast, config: RunConfig) -> str:
