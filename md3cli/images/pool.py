@@ -178,30 +178,23 @@ class PicturePool:
     def _decode_in_worker(self, item: ImageItem, data: bytes | None) -> PreparedImage:
         try:
             with self._turns.beside_others():
-                return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge)
+                return self._decode_once(item, data)
         except ImageError as error:
-            if error.type != "decoder_crash" or self._is_closed:
-                self._raise_cancelled_if_closed()
+            if error.type != "decoder_crash":
                 raise
             self._warn_once(error)
-        except Exception:
-            self._raise_cancelled_if_closed()
-            raise
-        return self._try_again(item, data)
+        with self._turns.alone():
+            return self._decode_once(item, data)
 
-    def _try_again(self, item: ImageItem, data: bytes | None) -> PreparedImage:
-        try:
-            with self._turns.alone():
-                self._raise_cancelled_if_closed()
-                return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge)
-        except Exception:
-            self._raise_cancelled_if_closed()
-            raise
-
-    def _raise_cancelled_if_closed(self) -> None:
-        """Raise CancelledError where close() killed the worker, which is no fault of the picture."""
+    def _decode_once(self, item: ImageItem, data: bytes | None) -> PreparedImage:
         if self._is_closed:
-            raise CancelledError from None
+            raise CancelledError
+        try:
+            return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge)
+        except Exception:
+            if self._is_closed:  # close() killed the worker, which is no fault of the picture
+                raise CancelledError from None
+            raise
 
     def _warn_once(self, error: ImageError) -> None:
         with self._lock:
