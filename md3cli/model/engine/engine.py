@@ -26,12 +26,11 @@ from torch import Tensor
 
 from md3cli.errors import EngineError, RequestError
 from md3cli.images.crops import CropConfig
-from md3cli.model.engine.choices import ChoiceRow, choice_probabilities
 from md3cli.model.engine.encoder import AnyImage, ImageEncoder
 from md3cli.model.engine.generation import Generation, build_answer
 from md3cli.model.engine.kv_cache import KVCache, SlotsTooLargeError, SlotTable
 from md3cli.model.engine.machine import is_out_of_memory, shortage
-from md3cli.model.engine.passes import Group, Passes, PromptInputs, embed_prompts
+from md3cli.model.engine.passes import ChoiceRow, Group, Passes, PromptInputs, choice_probabilities, embed_prompts
 from md3cli.model.engine.prompts import Prompts, Tokenizer
 from md3cli.model.engine.state import Event, Mode, Step, advance, idle_rows
 from md3cli.model.network.moondream import Moondream3, not_finite
