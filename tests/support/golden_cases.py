@@ -93,15 +93,20 @@ def read_request(raw: dict[str, Any]) -> Request:
 
 
 def resized_as_recorded() -> AbstractContextManager[object]:
-    """Within it, pictures are resized in one call, as the cases were made: with Pillow 13, some height first.
+    """Within it, pictures are resized as the cases were made, with Pillow 13: some of them height first.
 
     The original resizes width first, and so does the package; a case's answers belong to its own crops.
     """
-    return patch.object(images, "_resize", _in_one_call)
+    return patch.object(images, "_resize", _smaller_between_first)
 
 
-def _in_one_call(image: Image.Image, width: int, height: int) -> np.ndarray:
-    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+def _smaller_between_first(image: Image.Image, width: int, height: int) -> np.ndarray:
+    """Resize to the bytes that one call of Pillow 13 gives for the cases' pictures, on every version of Pillow."""
+    is_height_first = image.height > max(image.width, height) and image.width * height < width * image.height
+    between = (image.width, height) if is_height_first else (width, image.height)
+    for size in (between, (width, height)):
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    return np.asarray(image)
 
 
 def prepare_as_recorded(path: Path, crop_config: CropConfig) -> PreparedImage:
