@@ -73,7 +73,7 @@ def product_variants(capability: tuple[int, int]) -> Iterator[Variant]:
             for kind in PassKind:
                 weight = {"w": CODES.get(form, pointer), "scale": "*fp32", "zero": "*fp32"}
                 name = f"{str(dtype).removeprefix('torch.')} {form.name.lower()} {kind}"
-                shared = {"FORM": int(form), "EVEN": True}
+                shared = {"FORM": operators.kernel_form(form, capability), "EVEN": True}
                 experts = {"K": INNER, "OUT": DIM, "IS_DENSE": False, "HAS_BIAS": False}
                 dense = {"K": DIM, "OUT": 3 * DIM, "IS_DENSE": True, "HAS_BIAS": True}
                 of = {"has_products": dtype is not torch.float32}
@@ -124,7 +124,7 @@ def other_variants(capability: tuple[int, int]) -> Iterator[Variant]:
         )  # fmt: skip
         for kind in PassKind:
             tile = tile_for(Product.TAU, kind, WeightForm.PLAIN, dtype, capability)
-            sizes = {"BM": tile.rows, "BJ": 2 * HEADS, "BK": tile.depth, "PART": 512}
+            sizes = {"BM": tile.rows, "BJ": 2 * HEADS, "BK": tile.depth, "PART": 128 if tile.rows == 16 else 2048}
             yield Variant(
                 f"tau_products {name} {kind}", attention_kernels.tau_products,
                 {"qkv": pointer, "w": pointer, "parts": "*fp32"},
@@ -136,7 +136,7 @@ def other_variants(capability: tuple[int, int]) -> Iterator[Variant]:
                 f"tau_rope_store {name}{' returning' if returns_kv else ''}", attention_kernels.tau_rope_store,
                 dict.fromkeys(("qkv", "alpha", "q_out", "k_out", "v_out", "keys", "values"), pointer)
                 | {"parts": "*fp32", "table": "*fp32", "position": "*i64", "slots": "*i64"},
-                {"H": HEADS, "J": 2 * HEADS, "S": 12, "BH": 32,
+                {"H": HEADS, "J": 2 * HEADS, "S": 48, "BH": 32,
                  "HAS_SLOTS": True, "RETURNS_KV": returns_kv, "STORES": True}, 2,
             )  # fmt: skip
     yield Variant("plan_tiles", expert_kernels.plan_tiles, lists,

@@ -25,11 +25,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Forms of a weight; `tiles.WeightForm` has the same numbers.
+# Forms of a weight; `tiles.WeightForm` has the same numbers, but for the last.
 PLAIN = tl.constexpr(0)  # the dtype of the rows
 FP8 = tl.constexpr(1)  # float8 e4m3fn codes as uint8, float32 scale of each output
 INT8 = tl.constexpr(2)  # int8 codes, float32 scale of each output
 INT4 = tl.constexpr(3)  # two codes in a byte, float32 scale and zero point of each output and group of 128
+FP8_BY_HARDWARE = tl.constexpr(4)  # FP8 where the card has an instruction that converts it
 
 INT4_GROUP = tl.constexpr(128)
 INT4_HALF = tl.constexpr(64)  # byte j of a group holds codes j (low bits) and j + 64: no shuffle when unpacked
@@ -176,10 +177,11 @@ def place_tiles(
 def decoded(codes, FORM: tl.constexpr, dtype: tl.constexpr):
     """Codes of one element each as numbers of `dtype`; exact for every finite code, scales not applied.
 
-    A float8 code's bits are put where float32 has sign, the low bits of its exponent, and mantissa; times
-    2**120 that is the code's value, denormal codes included. A `float8e4nv` pointer would compile for
-    sm_90 only.
+    Without an instruction for it, a float8 code's bits are put where float32 has sign, the low bits of its
+    exponent, and mantissa; times 2**120 that is the code's value, denormal codes included.
     """
+    if FORM == FP8_BY_HARDWARE:
+        return codes.to(tl.float8e4nv, bitcast=True).to(dtype)
     if FORM == FP8:
         bits = codes.to(tl.int32)
         as_float = (((bits & 128) << 24) | ((bits & 127) << 20)).to(tl.float32, bitcast=True)

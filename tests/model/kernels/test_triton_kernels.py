@@ -27,6 +27,7 @@ from gpu.triton_cases import (
 )
 
 from md3cli.errors import CheckpointError
+from md3cli.model.kernels import operators
 from md3cli.model.kernels.forms import FusedExperts
 from md3cli.model.kernels.tiles import WeightForm
 from md3cli.model.kernels.weights import KernelExperts, KernelLinear, KernelWeight, can_hold, fp8_values
@@ -239,6 +240,17 @@ def test_every_float8_code_is_read_exactly(dtype: torch.dtype) -> None:
     assert torch.equal(expected, codes.view(torch.float8_e4m3fn).float())
     assert torch.equal(decoded(weight, dtype).float(), expected)
     assert torch.equal(weight.dequantise(torch.float32)[0], expected)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_float8_codes_are_read_alike_by_the_instruction(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight = KernelWeight.of_quantised(quantise(torch.randn(128, 128) * 0.05, LowBit.FP8))
+    by_bits = decoded(weight, dtype)
+    monkeypatch.setattr(operators, "capability_of", lambda device: (8, 9))
+    assert operators.kernel_form(WeightForm.FP8, (8, 9)) != operators.kernel_form(WeightForm.FP8, (8, 6))
+    assert torch.equal(decoded(weight, dtype), by_bits)
 
 
 @pytest.mark.process
