@@ -24,9 +24,8 @@ from md3cli.finished.digest import digest_of
 from md3cli.finished.record_shape import is_record_of, read_json, read_record
 from md3cli.finished.run_json import RecordsDigest, digest_of_file
 from md3cli.records import SCHEMA, RecordDict, Request, SourceRow, compact_json, printable
-from md3cli.run.damage import DamagedLines, keep_damaged
 from md3cli.run.journal_scan import HEAD, LineIndex, copy_spans, first_record, order_of, scan_journal
-from md3cli.run.log import AppendLog, SyncAfter
+from md3cli.run.log import AppendLog, DamagedLines, SyncAfter, keep_damaged
 from md3cli.run.record_index import Fate, RecordIndex, Unasked, Visits, line_of_bad_row
 from md3cli.system import read_at
 

@@ -24,7 +24,7 @@ from md3cli.finished.digest import DIGEST_BYTES
 from md3cli.finished.record_shape import LINE_LIMIT_BYTES, WHOLE_LINES, read_json, read_record
 from md3cli.finished.run_json import change_since, counts_of, is_finished, kept_digest, load_run_info
 from md3cli.records import OK_TAIL, SCHEMA, RecordDict, printable
-from md3cli.run.damage import DamagedLines
+from md3cli.run.log import DamagedLines
 from md3cli.run.record_index import RecordIndex, Visits, latest_lines, outcome_code
 from md3cli.system import read_at
 

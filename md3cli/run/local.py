@@ -17,11 +17,11 @@ from md3cli.console import Failure, Progress, RunConsole, Summary, loading, prin
 from md3cli.errors import Md3Error
 from md3cli.images.pool import PicturePool
 from md3cli.records import RecordDict, Request, SourceRow
-from md3cli.run.damage import damage_words
 from md3cli.run.drive import drive
 from md3cli.run.feed import Feed, make_pool, rows_ahead
 from md3cli.run.finish import STATUS_FAILED_RECORDS, NamedFailures, exit_status, summarize, tell_how_to_resume
 from md3cli.run.journal import Journal
+from md3cli.run.log import damage_words
 from md3cli.run.model_handle import LazyEngine, Model
 from md3cli.run.order import OrderedRecords
 from md3cli.run.output import TABLE, Output, publish, written_paths

@@ -1,24 +1,33 @@
-"""An append log: a file of whole lines that one process appends to, and of which a failed append leaves nothing.
+"""An append log: a file of whole lines that one process appends to; and what becomes of lines that were damaged.
 
-The journal of a run, the journal of an attempt at a shard and the file of waiting records are such logs. They differ in
-what a power cut may take (`SyncAfter`), and in what becomes of an end that a kill has torn: the journal cuts it off,
-the others are never opened again to append, and their readers pass over it. Whatever kills the process, what was
-appended is in the file. Knows nothing of what the lines say.
+The journal of a run, the journal of an attempt at a shard, the file of waiting records and OUT.damaged are such logs.
+Of a failed append they keep nothing. They differ in what a power cut may take (`SyncAfter`), and in what becomes of an
+end that a kill has torn: the journal cuts it off, the others are never opened again to append, and their readers pass
+over it. Whatever kills the process, what was appended is in the file.
+
+Nothing that was written is thrown away: a damaged line is copied to OUT.damaged before it is taken out of the journal.
+Knows nothing of what the lines say.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from md3cli.files import atomic_publish, output_error
 from md3cli.finished.record_shape import LINE_LIMIT_BYTES
+from md3cli.records import printable
 from md3cli.system import open_regular, read_at, sync_data, write_all
 
+_SUFFIX = ".damaged"
+_MOST_NAMED = 5
+_WHOLE_LIMIT_BYTES = 1 << 26  # what is longer is copied in pieces
+_PIECE_BYTES = 1 << 20
 _FEW_BYTES, _MANY_BYTES = 1 << 12, 1 << 18  # read at a time: of one line, and of lines in order
 
 
@@ -37,21 +46,23 @@ class AppendLog:
         size: the bytes of all that was appended, or cut to.
     """
 
-    def __init__(self, path: Path, *, is_new: bool = False, sync_after: SyncAfter | None = None) -> None:
-        """Open the file at `path`, made where it is not there; `sync_after` None: it is never synced.
+    def __init__(
+        self, path: Path, *, is_new: bool = False, follows_links: bool = True, sync_after: SyncAfter | None = None
+    ) -> None:
+        """Open the file at `path`, made where it is not there; `sync_after` None: it is synced only when asked to.
 
         Raises:
             OutputError: it cannot be opened, is no regular file, or is there though it should be new.
         """
         self.path, self._sync_after = path, sync_after
         self._fd = -1
-        self._open(os.O_EXCL if is_new else 0)
+        self._open(os.O_EXCL if is_new else 0, follows_links=follows_links)
         self._num_unsynced, self._synced_at = 0, time.monotonic()
         self._buffer, self._buffer_start = b"", 0
 
-    def _open(self, flags: int) -> None:
+    def _open(self, flags: int = 0, *, follows_links: bool = True) -> None:
         try:
-            fd = open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | flags)
+            fd = open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | flags, follows_links=follows_links)
             self.size = os.fstat(fd).st_size
         except OSError as error:
             raise output_error(self.path, error) from error
@@ -116,7 +127,7 @@ class AppendLog:
         """
         with atomic_publish(self.path) as temp, open(temp, "wb") as new:
             yield new
-        self._open(0)
+        self._open()
         self._num_unsynced = 0
         self._buffer, self._buffer_start = b"", 0
 
@@ -156,3 +167,89 @@ class AppendLog:
         finally:
             os.close(self._fd)
             self._fd = -1
+
+
+# -- damaged lines -------------------------------------------------------------------------------------
+
+
+class DamagedLines(NamedTuple):
+    """Bytes from `start` to `end` that are no record: lines `first` to `last`, counted from 1.
+
+    `is_json`: each of them parses, so that no kill has torn it.
+    """
+
+    first: int
+    last: int
+    start: int
+    end: int
+    is_json: bool
+
+    @classmethod
+    def at(cls, fd: int, start: int, end: int) -> DamagedLines:
+        """Return the one line of an open file from `start` to `end`, which parses but is not what it should be."""
+        parts = range(0, start, _PIECE_BYTES)
+        number = 1 + sum(read_at(fd, min(_PIECE_BYTES, start - at), at).count(b"\n") for at in parts)
+        return cls(number, number, start, end, True)
+
+
+def damaged_path(journal: Path) -> Path:
+    """Return where the copies of a journal's damaged lines stand."""
+    return journal.with_name(journal.name + _SUFFIX)
+
+
+def damage_words(journal: Path, damaged: Sequence[DamagedLines]) -> str | None:
+    """Return what a user should know of damaged lines of a journal, the first few by number; None where none are."""
+    return repair_words(str(journal), damaged, str(damaged_path(journal))) if damaged else None
+
+
+def repair_words(file: str, damaged: Sequence[DamagedLines], copies: str) -> str:
+    """Return in words which lines of `file` were damaged, the first few by number, and that `copies` has them."""
+    count = sum(lines.last - lines.first + 1 for lines in damaged)
+    named = [str(lines.first) if lines.first == lines.last else f"{lines.first} to {lines.last}" for lines in damaged]
+    more = f" and {len(named) - _MOST_NAMED:,} more places" if len(named) > _MOST_NAMED else ""
+    places = f"{', '.join(named[:_MOST_NAMED])}{more}"
+    where, they = (f"line {places} was", "it") if count == 1 else (f"lines {places} were", "they")
+    return (
+        f"repaired {printable(file)}: {where} damaged, copied to {printable(copies)}; "
+        f"what {they} answered is done again"
+    )
+
+
+def keep_damaged(journal: Path, fd: int, damaged: Sequence[DamagedLines]) -> None:
+    """Copy damaged lines of the journal, open as `fd`, to OUT.damaged; without any no file is made.
+
+    A line that stands there already is not copied again. The copies are safe from a power cut when this returns.
+
+    Raises:
+        OutputError: they cannot be written, or OUT.damaged is no regular file.
+    """
+    if not damaged:
+        return
+    # Links are not followed: the copies would be written into whatever they lead to.
+    with contextlib.closing(AppendLog(damaged_path(journal), follows_links=False)) as copies:
+        try:
+            with open(copies.fileno(), "rb", closefd=False) as file:
+                known = set(map(_digest, file))
+            texts = (text for lines in damaged for text in _texts(fd, lines.start, lines.end))
+            for text in texts:
+                if (digest := _digest(text)) not in known:
+                    known.add(digest)
+                    copies.append(text)
+        except OSError as error:
+            raise output_error(copies.path, error) from error
+        copies.sync()
+
+
+def _texts(fd: int, start: int, end: int) -> Iterator[bytes]:
+    """Yield the lines from `start` to `end`, the last with a newline, too; pieces where they are long together."""
+    is_long = end - start > _WHOLE_LIMIT_BYTES
+    for at in range(start, end, _PIECE_BYTES if is_long else end - start):
+        text = read_at(fd, min(_PIECE_BYTES, end - at) if is_long else end - start, at)
+        if is_long:
+            yield text
+        else:
+            yield from (line + b"\n" for line in text.removesuffix(b"\n").split(b"\n"))
+
+
+def _digest(line: bytes) -> bytes:
+    return hashlib.sha256(line).digest()[:16]

@@ -23,8 +23,8 @@ from md3cli.finished.guards import RUN, check_documents, check_not_foreign_run, 
 from md3cli.finished.guards import written_paths as listed_paths
 from md3cli.finished.run_json import change_since, read_facts
 from md3cli.records import RecordDict, RunIdentity, Task, printable
-from md3cli.run.damage import damage_words, damaged_path
 from md3cli.run.journal import Journal, encode_record
+from md3cli.run.log import damage_words, damaged_path
 from md3cli.run.order import WAITING_SUFFIX, WaitingRecords
 from md3cli.run.run_info import RUN_SCHEMA, OutputPaths, RunDocument, check_first_record, identity_of, output_paths
 from md3cli.source.source import Source

@@ -25,8 +25,7 @@ from typing import Any, NamedTuple
 from md3cli.files import translate_errors
 from md3cli.finished.record_shape import read_json, read_record
 from md3cli.records import compact_json
-from md3cli.run.damage import DamagedLines, repair_words
-from md3cli.run.log import AppendLog, SyncAfter
+from md3cli.run.log import AppendLog, DamagedLines, SyncAfter, repair_words
 from md3cli.scale.folder import WIP, RunFolder, damaged_name, journal_name, new_attempt, shard_name
 from md3cli.scale.store import LocalStore
 from md3cli.system import KILL_SIGNAL, STOP_SIGNALS, is_alive

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, cast
 from md3cli.console import clock
 from md3cli.finished.record_shape import read_record
 from md3cli.records import printable
-from md3cli.run.damage import DamagedLines
 from md3cli.run.journal_scan import journal_lines
+from md3cli.run.log import DamagedLines
 from md3cli.scale.attempts import Place, attempt_files, damage_of, keep_damaged_lines, keep_lines
 from md3cli.scale.folder import DAMAGED, EXPORTED, PARTS, WIP, RunFolder, commit_name, records_of, shard_of
 from md3cli.scale.make_plan import Fingerprint

@@ -24,9 +24,9 @@ from md3cli.files import translate_errors
 from md3cli.finished.digest import digest_of
 from md3cli.finished.record_shape import read_record
 from md3cli.records import OK_TAIL, Request, SourceRow
-from md3cli.run.damage import DamagedLines, damage_words, keep_damaged
 from md3cli.run.journal import encode_record
 from md3cli.run.journal_scan import first_record, journal_lines
+from md3cli.run.log import DamagedLines, damage_words, keep_damaged
 from md3cli.run.model_handle import Model
 from md3cli.run.order import WAITING_SUFFIX, waiting_records
 from md3cli.run.output import OutputPlan

@@ -17,6 +17,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import IO
 
 from md3cli.config import SourceSpec
@@ -116,7 +117,7 @@ class Source:
         self._defaults = defaults
         self._base = requests[0] if requests else defaults
         self._is_fit_for_pictures = bool(requests) and _are_fit_for_pictures(requests)
-        self._stdin = LiveLines(stdin)
+        self._stdin_file, self._may_wait = stdin, True
         self._filter = PathFilter.of(spec.include, spec.exclude)
         self._outside = Confinement.to(spec.root).failure_of
         self.root = self._find_root()
@@ -133,9 +134,13 @@ class Source:
         """Wait until more comes on stdin, at most `timeout_s` seconds."""
         self._stdin.wait(timeout_s)
 
+    @cached_property
+    def _stdin(self) -> LiveLines:
+        return LiveLines(self._stdin_file)
+
     def _all_rows(self, *, may_wait: bool) -> Iterator[SourceRow | None]:
         self.skipped = Counter()
-        self._stdin.may_wait = may_wait
+        self._may_wait = may_wait
         return self._rows(self.skipped)
 
     def is_empty(self) -> bool:
@@ -259,6 +264,7 @@ class Source:
         is_stdin = given.kind is Kind.STDIN
         rows: Iterator[ManifestRow | None] = manifest_rows(given.typed)
         if is_stdin:
+            self._stdin.may_wait = self._may_wait
             rows = path_rows(self._stdin, has_json=True)
         is_list = is_stdin or given.typed.lower().endswith(".txt")
         is_unfiltered = not (self._spec.include or self._spec.exclude)

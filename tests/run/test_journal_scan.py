@@ -28,9 +28,9 @@ from md3cli.records import (
     make_record,
     request_id,
 )
-from md3cli.run.damage import DamagedLines
 from md3cli.run.journal import encode_record
 from md3cli.run.journal_scan import HEAD, RecordsVerification, journal_lines, scan_journal
+from md3cli.run.log import DamagedLines
 from md3cli.run.record_index import outcome_code
 
 RUN, QUERY = RunIdentity("m@1"), Request(Task.QUERY, "größer? 🦊")
