@@ -42,10 +42,15 @@ from md3cli.records import ID_SCHEME, RecordDict, Request, RunIdentity, Task, id
 
 SHOWN_LIMIT_CHARS = 60
 SHOWN_BEFORE_CHARS = 20  # of a long text, before the first character in which it differs from another
-MOST_REQUESTS_SHOWN = 6
+MOST_REQUESTS_SHOWN = 6  # in one message
 RUN_FOLDER, FORMER = ".md3run", "-former"
 _WHAT_IS_ASKED = frozenset({"task", "prompt"})
 _NAMES = {"ids": "the way in which ids are made", "root": "the folder of INPUT", "inputs": "INPUT"}
+MAX_POINTS, FIRST_SPACING_S = 240, 0.5  # of a timeline
+RUN_SCHEMA = "md3-run/1"
+STARTS_KEPT = 1000
+RECORDS_NAME = "records.jsonl"
+_PACKAGES = ("md3cli", "torch", "tokenizers", "safetensors", "numpy", "pillow", "pyarrow")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -159,10 +164,6 @@ def _listed(names: Sequence[str], others: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
-MAX_POINTS = 240
-FIRST_SPACING_S = 0.5
-
-
 class Timeline:
     """Points (seconds since the run began, records done); those of later starts stand behind those of earlier ones."""
 
@@ -192,12 +193,6 @@ class Timeline:
             last = self._points[-1]
             self._points = [*self._points[:-1:2], last]
             self._spacing_s = max(2 * self._spacing_s, last[0] / MAX_POINTS)
-
-
-RUN_SCHEMA = "md3-run/1"
-STARTS_KEPT = 1000
-RECORDS_NAME = "records.jsonl"
-_PACKAGES = ("md3cli", "torch", "tokenizers", "safetensors", "numpy", "pillow", "pyarrow")
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from md3cli.scale.start import Start
 from md3cli.scale.store import LocalStore
 
 STOPPED = 128  # exit statuses from here on are of signals
-EXPORT_WAIT_S, EXPORT_POLL_S = 60.0, 1.0
+EXPORT_WAIT_S, EXPORT_POLL_S = 60.0, 1.0  # for another rank's export; and longer by what a slow one takes:
 SLOW_EXPORT_BYTES_S = 5e6  # a second
 _EXPORT_LOCK = "export.lock"
 

@@ -32,6 +32,9 @@ from md3cli.scale.plan import Plan, PlannedRow, PlanReader
 from md3cli.scale.shard_runner import asked, history_of, is_line_of
 
 _MOST_TOLD = 5
+_MOST_NAMED = 20  # damaged lines of a file
+YOUNGEST_S = 3600.0  # a younger part may be about to be committed
+RECENT_S = 600.0  # before the last commit: what the rate is reckoned from
 
 
 def damaged_journals(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit]) -> Iterator[str]:
@@ -113,9 +116,6 @@ def _bounded(words: Sequence[str], what: str) -> Iterator[str]:
     yield from words[:_MOST_TOLD]
     if len(words) > _MOST_TOLD:
         yield f"{len(words) - _MOST_TOLD:,} more {what} were damaged, and are repaired in the same way"
-
-
-_MOST_NAMED = 20  # damaged lines of a file
 
 
 class FolderVerification:
@@ -233,9 +233,6 @@ def orphans_of(folder: RunFolder, commits: Mapping[int, Commit]) -> list[str]:
     return [part for part in parts if part not in named] + left
 
 
-YOUNGEST_S = 3600.0  # a younger part may be about to be committed
-
-
 class Collected(NamedTuple):
     """Names of files that were removed, and shards that are to be done again."""
 
@@ -271,9 +268,6 @@ def collect(folder: RunFolder, *, older_than_s: float = YOUNGEST_S, with_damaged
             store.remove(name)
             removed.append(name)
     return Collected(removed, reopened)
-
-
-RECENT_S = 600.0  # before the last commit: what the rate is reckoned from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

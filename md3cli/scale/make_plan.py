@@ -46,6 +46,13 @@ BEAT_S = 2.0
 NOBODY_PLANS_S, STANDSTILL_S = 10.0, 20.0  # without a planner, and without a beat of one, before another rank plans
 POLL_S = 0.2
 TURN_S, MOST_TURNS = 0.5, 40  # so that of many ranks that take over the first is seen by the others
+SHARD_ROWS, FEWEST_SHARD_ROWS = 1024, 64  # the most, and so few that a batch is still full
+WANTED_SHARDS, MAX_SHARDS = 64, 25_000  # to share out, and of files in one folder
+_SCHEMA = pa.schema([("image", pa.string()), ("path", pa.binary()), ("more", pa.string())])
+_REPEATS_SCHEMA = pa.schema([("row", pa.int64()), ("request", pa.int32()), ("repeat", pa.int64())])
+OWNER_ONLY = 0o600  # the mode of a manifest that lets its reader in somewhere
+_REPEATS_AT_A_TIME = 1 << 16
+_ALLOCATIONS_A_COLLECTION = 100_000
 
 
 class PlannerMark:
@@ -145,15 +152,6 @@ def wait_for_plan(
             teller.tell(f"waiting for {planner} to make the plan, {duration(teller.waited_s)} so far")
         sleep(POLL_S)
     return plan
-
-
-SHARD_ROWS, FEWEST_SHARD_ROWS = 1024, 64
-WANTED_SHARDS, MAX_SHARDS = 64, 25_000
-_SCHEMA = pa.schema([("image", pa.string()), ("path", pa.binary()), ("more", pa.string())])
-_REPEATS_SCHEMA = pa.schema([("row", pa.int64()), ("request", pa.int32()), ("repeat", pa.int64())])
-OWNER_ONLY = 0o600  # the mode of a manifest that lets its reader in somewhere
-_REPEATS_AT_A_TIME = 1 << 16
-_ALLOCATIONS_A_COLLECTION = 100_000
 
 
 class PlanOvertakenError(Exception):

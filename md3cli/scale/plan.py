@@ -32,6 +32,9 @@ _ITEM_DEFAULTS: Mapping[str, Any] = {
 }
 _other_fields = attrgetter(*_ITEM_DEFAULTS)
 _USUAL = tuple(_ITEM_DEFAULTS.values())
+PLAN_SCHEMA = "md3-plan/1"
+FINGERPRINT_KEY = "md3_fingerprint"
+_IDENTITY_KEYS = ("model", "dtype", "quant", "adapter", "background")
 
 
 class RowColumns(NamedTuple):
@@ -85,11 +88,6 @@ def request_of(document: Mapping[str, Any]) -> Request:
     """Return a request of what `asdict` made of it."""
     tuples = {"spatial_refs": tuple(map(tuple, document["spatial_refs"])), "choices": tuple(document["choices"])}
     return Request(**{**document, "task": Task(document["task"]), **tuples})
-
-
-PLAN_SCHEMA = "md3-plan/1"
-FINGERPRINT_KEY = "md3_fingerprint"
-_IDENTITY_KEYS = ("model", "dtype", "quant", "adapter", "background")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

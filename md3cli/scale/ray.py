@@ -9,6 +9,8 @@ wrong is a column of the answer, and the driver decides. Actors that die are sta
 arguments are kept for that, so they are small. `map_batches(**ray_remote_args)` is deprecated, so only named
 parameters are passed. The only operator is the actor pool, fed from the driver: nothing else waits for CPUs, and a
 small cluster cannot block itself.
+
+Apart from workers.py, because only --engine ray loads it.
 """
 
 from __future__ import annotations
@@ -36,6 +38,12 @@ from md3cli.scale.workers import Driver, ShardQueue
 
 GO_ON, STOP = b"go on\n", b"stop\n"  # what the session's file says
 STOP_POLL_S = 2.0  # between two looks at it: on an object store each is a request
+SESSIONS = "sessions"  # folder of the drivers' files, see WorkerSetup
+MOST_BLOCKS = 20_000
+SHARDS_AHEAD = 2  # handed to an actor at a time, so that it need not wait for the driver between two
+LOOK_INTERVAL_S = 0.2  # between two looks for a wish to stop
+STOP_WAIT_S = 20.0  # for actors to end a step and write what they have
+_END = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +148,6 @@ def _open_runner(setup: WorkerSetup) -> ShardRunner:
 
 def _in_words(error: Exception) -> str:
     return str(error) if isinstance(error, Md3Error) else f"unexpected {type(error).__name__}: {error}"
-
-
-SESSIONS = "sessions"  # folder of the drivers' files, see WorkerSetup
-MOST_BLOCKS = 20_000
-SHARDS_AHEAD = 2  # handed to an actor at a time, so that it need not wait for the driver between two
-LOOK_INTERVAL_S = 0.2
-STOP_WAIT_S = 20.0  # for actors to end a step and write what they have
-
-_END = object()
 
 
 class RayDriver(Driver):

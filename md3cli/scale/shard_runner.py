@@ -42,6 +42,7 @@ from md3cli.scale.markers import Commit, RunOptions, put_commit, read_commit, re
 from md3cli.scale.plan import PlannedRow, PlanReader
 
 BLAME = RowFailure("model", "the worker process died twice on this request")
+FINDER = "md3cli.run.model_handle:find_model"  # `module:function`, ModelOptions -> Model; tests name another
 
 
 class ShardStopped(Exception):
@@ -185,7 +186,6 @@ def _singly(asked: PlannedRow, wanted: set[str]) -> list[PlannedRow]:
 
 
 ModelFinder = Callable[[ModelOptions], Model]
-FINDER = "md3cli.run.model_handle:find_model"  # `module:function`, ModelOptions -> Model; tests name another
 
 
 class ShardResult(NamedTuple):

@@ -38,6 +38,15 @@ from md3cli.scale.folder import RunFolder, host_name
 from md3cli.scale.markers import Commit, CommitLog, RunOptions, read_commit
 from md3cli.scale.shard_runner import ShardRunner, ShardStopped
 
+WAIT_S = 0.5  # for others, before looking again
+DEATHS_TO_GIVE_UP = 5  # of workers on one shard without a new record
+POLL_S = 0.2  # so that a signal is seen soon
+END_WAIT_S = 30.0  # for a worker that has said its last word
+STOP_WAIT_S = 120.0  # for workers to finish the step they are in; what they finished before is on disk
+TELL_INTERVAL_S = 0.25  # between two words of a worker on how far its shard is
+_MESSAGE_TIMEOUT_S = 30.0  # for the rest of a message that has begun to come
+_WORKER = "md3cli.scale.workers:serve"
+
 
 class ShardQueue:
     """Hands out open shards; `owners` are the attempts at the shards that it waits for.
@@ -128,9 +137,6 @@ class ShardQueue:
         return self.num_open <= len(self.given_up - self.commits.keys())
 
 
-WAIT_S = 0.5  # for others, before looking again
-
-
 class Driver(ABC):
     """What runs the shards of a queue: this process, worker processes, or a cluster."""
 
@@ -199,16 +205,6 @@ class LocalDriver(Driver):
 
     def _note(self, ok: int, failed: int) -> None:
         self._under_way = ok, failed
-
-
-DEATHS_TO_GIVE_UP = 5
-POLL_S = 0.2  # so that a signal is seen soon
-REFRESH_S = 2.0  # between two looks at what other ranks have committed
-END_WAIT_S = 30.0  # for a worker that has said its last word
-STOP_WAIT_S = 120.0  # for workers to finish the step they are in; what they finished before is on disk
-TELL_INTERVAL_S = 0.25  # between two words of a worker on how far its shard is
-_MESSAGE_TIMEOUT_S = 30.0  # for the rest of a message that has begun to come
-_WORKER = "md3cli.scale.workers:serve"
 
 
 @dataclass(frozen=True, slots=True)
