@@ -113,14 +113,6 @@ class GpuRun:
 
 
 @dataclass(slots=True)
-class GpuRuns:
-    """What was measured; `notes` say what did not fit."""
-
-    runs: list[GpuRun] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass(slots=True)
 class GpuBenchResult:
     """Numbers of one benchmark on CUDA; `notes` say what did not fit, `baseline` is the plain path by workload."""
 
@@ -270,8 +262,7 @@ def _bench_gpu(
                 if not is_out_of_memory(error):
                     raise
                 result.notes.append(f"{name}: {shortage(error)}")
-    found = run_workloads(model, names, batch_sizes, num_workers=num_workers, seed=seed)
-    result.runs, result.notes = found.runs, result.notes + found.notes
+    run_workloads(result, model, names, batch_sizes, num_workers=num_workers, seed=seed)
     return result
 
 
@@ -300,15 +291,22 @@ def gpu_workload(name: str, batch_size: int) -> Workload:
 
 
 def run_workloads(
-    model: Moondream3, names: Iterable[str], batch_sizes: Sequence[int], *, num_workers: int, seed: int
-) -> GpuRuns:
-    """Run every workload at every batch size, and note what does not fit; `num_workers` processes decode files.
+    found: GpuBenchResult,
+    model: Moondream3,
+    names: Iterable[str],
+    batch_sizes: Sequence[int],
+    *,
+    num_workers: int,
+    seed: int,
+) -> None:
+    """Run every workload at every batch size; note in `found` each run, and what does not fit.
+
+    `num_workers` processes decode files.
 
     Raises:
         ConfigError: there is no room for one picture at a time.
         EngineError: a request failed for another reason than memory.
     """
-    found = GpuRuns()
     for name in names:
         largest = gpu_workload(name, max(batch_sizes))
         with ExitStack() as stack:
@@ -320,11 +318,15 @@ def run_workloads(
                     if not is_out_of_memory(error):
                         raise
                     found.notes.append(f"{name}, batch {batch_size}: {shortage(error)}")
-    return found
 
 
 def _run_batch(
-    found: GpuRuns, model: Moondream3, name: str, asked: int, images: Sequence[PreparedImage], files: PhotoFiles | None
+    found: GpuBenchResult,
+    model: Moondream3,
+    name: str,
+    asked: int,
+    images: Sequence[PreparedImage],
+    files: PhotoFiles | None,
 ) -> None:
     engine = make_engine(model, asked)
     fitting = engine.batch_size

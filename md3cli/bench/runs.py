@@ -135,7 +135,7 @@ class Workload:
 
     @property
     def request(self) -> Request:
-        """What is asked of each picture, without its prompt."""
+        """The question to each picture, without its prompt."""
         return Request(self.task, reasoning=self.reasoning, max_tokens=self.max_tokens, max_objects=self.max_objects)
 
 

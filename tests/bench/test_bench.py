@@ -21,7 +21,7 @@ import torch
 from typer.testing import CliRunner
 
 from md3cli.bench import bench, runs, stages
-from md3cli.bench.bench import GpuMemory, GpuRun, GpuRuns, busy_seconds, covered, gpu_workload, run_workloads
+from md3cli.bench.bench import GpuBenchResult, GpuMemory, GpuRun, busy_seconds, covered, gpu_workload, run_workloads
 from md3cli.bench.runs import PHOTO, WORKLOADS, Workload, make_engine, make_images, make_jobs, time_run
 from md3cli.commands import bench as command
 from md3cli.errors import EngineError
@@ -73,8 +73,10 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "READ_BYTES", 1 << 16)
 
 
-def run_gpu(*names: str, batch_sizes: tuple[int, ...] = (1, 2)) -> GpuRuns:
-    return run_workloads(mini(), names, batch_sizes, num_workers=2, seed=0)
+def run_gpu(*names: str, batch_sizes: tuple[int, ...] = (1, 2)) -> GpuBenchResult:
+    found = GpuBenchResult("", {})
+    run_workloads(found, mini(), names, batch_sizes, num_workers=2, seed=0)
+    return found
 
 
 # -- workloads -------------------------------------------------------------------------------------

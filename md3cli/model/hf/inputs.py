@@ -102,7 +102,7 @@ class CacheStore:
         self.cache = cache
 
     def update(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """See `text.KeyValueStore`."""
+        """Keep the keys and values of new positions; return those of all positions, as `text.KeyValueStore` says."""
         return self.cache.update(k_BHTK, v_BHTK, layer)
 
 
