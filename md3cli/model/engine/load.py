@@ -52,6 +52,14 @@ from md3cli.records import RunIdentity
 from md3cli.settings import user_cache_dir
 from md3cli.system import keep_freed_memory
 
+DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+QUANTS = ("stored", "none", "int8", "int4")
+# Products of a model below this are too small to share: a second thread waits (and spins) more than it
+# computes, ten times over when the machine has other work. Process-wide, as torch has it.
+ONE_THREAD_BYTES = 64 << 20
+SMALL_MODEL_BYTES = 1 << 30  # on CPU, models below it gain nothing from 16 bits
+FULL_CAPABILITY = (8, 0)  # bf16 units, and matrix units that Triton knows how to use
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _SCALE_BYTES = 4  # scales and zero points are float32
 
 
@@ -118,16 +126,6 @@ def _other_forms(plan: CheckpointPlan, quant: str, dtype: torch.dtype) -> Iterat
         flags = " ".join(filter(None, (shorter, f"--quant {other}" if other != quant else "")))
         if flags:
             yield flags, weight_bytes(plan, other, half), half
-
-
-DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-QUANTS = ("stored", "none", "int8", "int4")
-# Products of a model below this are too small to share: a second thread waits (and spins) more than it
-# computes, ten times over when the machine has other work. Process-wide, as torch has it.
-ONE_THREAD_BYTES = 64 << 20
-SMALL_MODEL_BYTES = 1 << 30  # on CPU, models below it gain nothing from 16 bits
-FULL_CAPABILITY = (8, 0)  # bf16 units, and matrix units that Triton knows how to use
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 def load_engine(options: ModelOptions) -> Engine:
