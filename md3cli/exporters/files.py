@@ -25,7 +25,6 @@ from typing import BinaryIO
 
 from md3cli.errors import ExportError, UsageError
 from md3cli.exporters import RUN_FOLDER_NAMES
-from md3cli.exporters.pictures import PICTURE_SUFFIXES
 from md3cli.files import STAGED, atomic_publish, temp_beside, translate_errors
 from md3cli.finished.guards import (
     RUN,
@@ -39,21 +38,22 @@ from md3cli.finished.guards import (
     write_marker,
     written_paths,
 )
+from md3cli.finished.run_json import RUN_INFO_NAME
 from md3cli.records import printable
+from md3cli.source.walk import IMAGE_SUFFIXES
 from md3cli.system import exchange
 
-RUN_INFO_NAME = "run.json"
 REPORT_NAME = "report.html"
 REPORT_PAGES_NAME = "report_pages"
 _MOST_LISTED = 1000  # files in a run folder; a longer list is not ours
 
 _FORMATS: Mapping[str, str] = {**RUN_FOLDER_NAMES, "html": REPORT_NAME}
 _SUFFIXES: Mapping[str, frozenset[str]] = {  # of the files in a format's folder
-    "yolo": PICTURE_SUFFIXES | {".txt", ".yaml", ".cache"},
+    "yolo": IMAGE_SUFFIXES | {".txt", ".yaml", ".cache"},
     "voc": frozenset({".xml"}),
     "labelstudio": frozenset({".json", ".xml"}),
-    "hf": PICTURE_SUFFIXES | {".jsonl"},
-    "overlay": PICTURE_SUFFIXES,
+    "hf": IMAGE_SUFFIXES | {".jsonl"},
+    "overlay": IMAGE_SUFFIXES,
     "txt": frozenset({".txt"}),
 }
 

@@ -20,8 +20,9 @@ from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import StagedFolder, candidates, portable, relative_name, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.objects import flat
-from md3cli.exporters.pictures import PICTURE_SUFFIXES, Pictures, pillow_decodes
+from md3cli.exporters.pictures import Pictures, pillow_decodes
 from md3cli.records import compact_json
+from md3cli.source.walk import IMAGE_SUFFIXES
 
 METADATA = "metadata.jsonl"
 _NOT_LOADED = frozenset({".avif", ".heic", ".heif"})  # by ImageFolder of datasets 5.2: written as PNG instead
@@ -84,7 +85,7 @@ def _names(image: str) -> Iterator[PurePosixPath]:
     suffix = relative_name(image).suffix
     if suffix.lower() in _NOT_LOADED:
         return candidates(image, ".png", keep_suffix=True)
-    if suffix.lower() in PICTURE_SUFFIXES:
+    if suffix.lower() in IMAGE_SUFFIXES:
         return candidates(image, suffix)
     return candidates(image, ".jpg", keep_suffix=True)
 

@@ -30,10 +30,6 @@ from md3cli.source.tar import tar_members
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PICTURE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif", ".heic", ".heif"]
-)  # what a folder INPUT is searched for
-
 _TAR = re.compile(r"\.tar(/)", re.IGNORECASE)  # in the name of a member: what is before is the tar's own
 
 

@@ -20,7 +20,8 @@ from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import StagedFolder, candidates, portable, relative_name, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.objects import Ring, joined_ring
-from md3cli.exporters.pictures import PICTURE_SUFFIXES, FoundPicture, Pictures
+from md3cli.exporters.pictures import FoundPicture, Pictures
+from md3cli.source.walk import IMAGE_SUFFIXES
 
 _TAKEN = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})  # by Ultralytics 8.3 and all after it
 _NOT_TAKEN = frozenset({".gif", ".avif", ".heic", ".heif"})  # written as PNG instead; others are called .jpg
@@ -101,7 +102,7 @@ def _names(image: str) -> Iterator[PurePosixPath]:
 
 
 def _is_picture_name(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _picture_suffix(image: str) -> str:

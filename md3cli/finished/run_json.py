@@ -28,7 +28,7 @@ from md3cli.errors import InputError, OutputMismatchError
 from md3cli.records import printable
 from md3cli.settings import user_cache_dir
 
-RECORDS_NAME = "records.jsonl"
+RECORDS_NAME, RUN_INFO_NAME = "records.jsonl", "run.json"  # in a run folder
 SIZE_LIMIT_BYTES = 64 * 2**20  # of a run.json
 KEY_NAME = "own-runs.key"
 _KEY_BYTES = 32
@@ -258,9 +258,9 @@ def has_run_info(records_path: Path) -> bool:
 def run_info_paths(records_path: Path) -> Iterator[Path]:
     """Yield the places of the run.json of a records file, the likelier first."""
     name = records_path.name
-    yield records_path.with_name("run.json" if name == RECORDS_NAME else f"{name}.run.json")
+    yield records_path.with_name(RUN_INFO_NAME if name == RECORDS_NAME else f"{name}.{RUN_INFO_NAME}")
     if name.endswith(f".{RECORDS_NAME}"):
-        yield records_path.with_name(name.removesuffix(f".{RECORDS_NAME}") + ".run.json")
+        yield records_path.with_name(name.removesuffix(RECORDS_NAME) + RUN_INFO_NAME)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,11 @@ from md3cli.config import OutputOptions, RunConfig
 from md3cli.console import RunConsole, print_bytes
 from md3cli.errors import MissingExtraError, OutputMismatchError, UsageError
 from md3cli.exporters import RUN_FOLDER_NAMES, ExportOptions, export_records, format_of
-from md3cli.exporters.files import REPORT_NAME, RUN_INFO_NAME, adopt_older, remove_leftovers
+from md3cli.exporters.files import REPORT_NAME, adopt_older, remove_leftovers
 from md3cli.files import STAGED, remove_stale_temps, scratch_folder, translate_errors
 from md3cli.finished.guards import RUN, check_documents, check_not_foreign_run, marker_format, write_marker
 from md3cli.finished.guards import written_paths as listed_paths
-from md3cli.finished.run_json import change_since, read_facts
+from md3cli.finished.run_json import RUN_INFO_NAME, change_since, read_facts
 from md3cli.records import RecordDict, RunIdentity, Task, printable
 from md3cli.run.journal import Journal, encode_record
 from md3cli.run.log import damage_words, damaged_path

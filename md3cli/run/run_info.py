@@ -29,6 +29,8 @@ from typing import Any, TypeGuard
 from md3cli.errors import OutputMismatchError
 from md3cli.files import atomic_publish
 from md3cli.finished.run_json import (
+    RECORDS_NAME,
+    RUN_INFO_NAME,
     RecordsDigest,
     counts_of,
     kept_digest,
@@ -49,7 +51,6 @@ _NAMES = {"ids": "the way in which ids are made", "root": "the folder of INPUT",
 MAX_POINTS, FIRST_SPACING_S = 240, 0.5  # of a timeline
 RUN_SCHEMA = "md3-run/1"
 STARTS_KEPT = 1000
-RECORDS_NAME = "records.jsonl"
 _PACKAGES = ("md3cli", "torch", "tokenizers", "safetensors", "numpy", "pillow", "pyarrow")
 
 
@@ -218,8 +219,8 @@ def output_paths(output: Path, *, is_folder: bool, is_journal: bool) -> OutputPa
     """
     if is_folder:
         lock = output / f"{RECORDS_NAME}.lock"
-        return OutputPaths(output / RECORDS_NAME, output / "run.json", lock, output / RUN_FOLDER)
-    names = (RECORDS_NAME, "run.json", "lock")
+        return OutputPaths(output / RECORDS_NAME, output / RUN_INFO_NAME, lock, output / RUN_FOLDER)
+    names = (RECORDS_NAME, RUN_INFO_NAME, "lock")
     beside, run_info, lock = (output.with_name(f"{output.name}.{name}") for name in names)
     run_folder = output.with_name(output.name + RUN_FOLDER)
     return OutputPaths(output if is_journal else beside, run_info, lock, run_folder)

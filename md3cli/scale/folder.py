@@ -32,10 +32,11 @@ from pathlib import Path
 
 from md3cli.config import RunConfig
 from md3cli.errors import InputError, UsageError
+from md3cli.finished.run_json import RECORDS_NAME
 from md3cli.records import printable
 from md3cli.remote.address import folder_of, host_of, is_address
 from md3cli.run.output import OutputPlan
-from md3cli.run.run_info import FORMER, RECORDS_NAME, RUN_FOLDER, OutputPaths
+from md3cli.run.run_info import FORMER, RUN_FOLDER, OutputPaths
 from md3cli.scale.store import LocalStore, Store, open_store
 from md3cli.settings import user_cache_dir
 

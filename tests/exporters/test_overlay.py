@@ -19,7 +19,7 @@ from md3cli.errors import UsageError
 from md3cli.exporters.grouping import ImageGroup
 from md3cli.exporters.objects import colour_of
 from md3cli.exporters.overlay import FONT_FILE, draw_records, fitted, font_of, shown
-from md3cli.exporters.pictures import PICTURE_SUFFIXES
+from md3cli.source.walk import IMAGE_SUFFIXES
 
 
 def names_in(out: Path) -> set[str]:
@@ -120,7 +120,7 @@ def test_other_kinds_become_png_beside_equal_names(run: Run) -> None:
     _, out = run.export("overlay", "out")
     assert len(names_in(out)) == 4
     assert {"photo.webp.png", "photo.gif.png", "photo.PNG"} <= names_in(out)
-    assert {Path(name).suffix.lower() for name in names_in(out)} <= PICTURE_SUFFIXES
+    assert {Path(name).suffix.lower() for name in names_in(out)} <= IMAGE_SUFFIXES
 
 
 def test_names_that_climb_out_are_not_opened(run: Run) -> None:
