@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 SCENES = EXAMPLES / "scenes"
 SCENES_SEED, NUM_SCENES = 2201, 12
 
