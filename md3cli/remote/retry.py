@@ -50,11 +50,6 @@ def truncated(expected: int | None = None) -> FetchError:
     return FetchError("io", f"the connection ended before {size} came", may_pass=True)
 
 
-def too_slow(num_bytes: int) -> FetchError:
-    """Return the failure of a fetch that took longer than --fetch-timeout."""
-    return FetchError("timeout", f"not fetched in time; {num_bytes:,} bytes came (--fetch-timeout)", may_pass=True)
-
-
 def of_status(status: int, retry_after: str = "") -> FetchError:
     """Return the failure that an HTTP status means."""
     said = f"the server answered {status}"
@@ -134,7 +129,8 @@ class Patience:
         """
         left = self._ends_at - time.monotonic()
         if left <= 0:
-            raise too_slow(self._num_bytes)
+            told = f"not fetched in time; {self._num_bytes:,} bytes came (--fetch-timeout)"
+            raise FetchError("timeout", told, may_pass=True)
         return left
 
     def came(self, num_bytes: int) -> None:

@@ -59,10 +59,8 @@ class Calls:
             future.cancel()
 
 
-_OPTIONS: dict[str, dict[str, Any]] = {
-    # We try again ourselves, within one image's time: botocore's own tries would multiply with ours.
-    "s3": {"config_kwargs": {"max_pool_connections": 32, "retries": {"mode": "standard", "total_max_attempts": 1}}},
-}
+# We try again ourselves, within one image's time: botocore's own tries, and s3fs's, would multiply with ours.
+_S3_OPTIONS = {"config_kwargs": {"max_pool_connections": 32, "retries": {"mode": "standard", "total_max_attempts": 1}}}
 _lock = threading.Lock()
 _open_stores: dict[str, Any] = {}
 
@@ -136,9 +134,9 @@ def store_for(address: str) -> Any:
     protocol = scheme_of(address)  # fsspec calls its file systems as we call the schemes
     with _lock:
         if protocol not in _open_stores:
-            options = _OPTIONS.get(protocol, {})
+            options = _S3_OPTIONS if protocol == "s3" else {}
             store = _open_stores[protocol] = fsspec.filesystem(protocol, use_listings_cache=False, **options)
-            store.retries = 1  # of s3fs: see _OPTIONS
+            store.retries = 1  # of s3fs: see _S3_OPTIONS
         return _open_stores[protocol]
 
 

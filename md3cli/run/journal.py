@@ -189,12 +189,12 @@ class Journal:
 
     @property
     def num_ok(self) -> int:
-        """Requests answered, in this run and before."""
+        """Return how many requests were answered, in this run and before."""
         return self.found.num_ok + self._num_added.get(None, 0)
 
     @property
     def num_failed(self) -> dict[str, int]:
-        """Requests failed, in this run and before, by error type."""
+        """Return how many requests failed, in this run and before, by error type."""
         before = self.found.num_failed
         types = sorted(before.keys() | {name for name in self._num_added if name is not None})
         counts = {name: before.get(name, 0) + self._num_added.get(name, 0) for name in types}

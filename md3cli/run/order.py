@@ -81,7 +81,7 @@ class WaitingRecords:
 
     @property
     def _has_left_empty(self) -> bool:
-        """Whether the file says that the journal is empty, as any journal once was, and it is so no more."""
+        """Return whether the file says that the journal is empty, as any journal once was, and it no longer is."""
         return self._says_empty and os.stat(self._journal_path).st_size > 0
 
     def _rewrite(self, waiting: Sequence[RecordDict]) -> None:

@@ -193,7 +193,7 @@ class RecordIndex:
 
     @property
     def num_failed(self) -> dict[str, int]:
-        """Failures by error type."""
+        """Return how many records are failures that have not been done again, by error type."""
         return {name: int(self._counts[code]) for name, code in _CODES.items() if name and self._counts[code]}
 
 

@@ -170,11 +170,11 @@ def _lines_so_far(file: IO[bytes] | LiveLines) -> Iterator[Line | None]:
 
 
 class LiveLines:
-    """The lines of `file`, from which nothing was read before, without waiting for one that has not come yet.
+    """The lines of a file from which nothing was read before, without waiting for one that has not come yet.
 
-    A pipe that stays open for hours (`tail -f list | md3 caption -`) gives a line now and then. A `readline` of
-    Python's would be blocked in between, while pictures are ready to be run. So lines are taken from the descriptor,
-    where there is one; with `may_wait` they are waited for, as of a file on a disk.
+    A pipe that stays open for hours (`tail -f list | md3 caption -`) gives a line now and then. Python's `readline`
+    would block in between, while pictures are ready to be run. So lines are taken from the descriptor, where there is
+    one. With `may_wait` a line is waited for, as with a file on a disk.
     """
 
     def __init__(self, file: IO[bytes], *, may_wait: bool = True) -> None:
@@ -209,7 +209,7 @@ class LiveLines:
         return line
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until there is something to read, or the end, at most so long; return whether there is."""
+        """Wait until there is something to read, or the end, at most `timeout_s`; return whether there is."""
         return self._fd is None or bool(select.select([self._fd], [], [], timeout_s)[0])
 
 

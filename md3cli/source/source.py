@@ -91,7 +91,7 @@ _Found = tuple[str, SourceRow] | None
 
 
 class Source:
-    """Iterable over the rows of INPUT, again and again (but for stdin).
+    """The rows of INPUT, to be iterated over again and again (but for stdin).
 
     Attributes:
         skipped: entries left out by the last iteration so far, by reason.
@@ -154,7 +154,7 @@ class Source:
 
     @property
     def asks_nothing_else(self) -> bool:
-        """Whether the requests follow from the command alone, and INPUT is all of it: no manifest, nothing narrowed."""
+        """Return whether the command alone says what is asked of all of INPUT: no manifest, and nothing narrowed."""
         spec = self._spec
         is_narrowed = bool(spec.include or spec.exclude or spec.limit is not None or spec.shard)
         kinds = {given.kind for given in self._inputs}
