@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import RunConsole
 from md3cli.finished.guards import check_not_input, files_in, has_run_schema
-from md3cli.images.pixels import parse_background
+from md3cli.images.crops import parse_background
 from md3cli.run.local import LocalRun
 from md3cli.run.model_handle import Model, check_skills, find_model
 from md3cli.run.output import (

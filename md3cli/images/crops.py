@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 
-from md3cli.errors import ImageError
-from md3cli.images.pixels import TOO_LITTLE_MEMORY, OnHeader, decode_rgb, parse_background
-from md3cli.records import ImageItem
+from md3cli.errors import ImageError, UsageError
+from md3cli.images.pixels import TOO_LITTLE_MEMORY, Colour, OnHeader, decode_rgb
+from md3cli.records import ImageItem, printable
 from md3cli.system import open_at_once
 
 PREPROCESSING_VERSION = 2  # rises when the same file would give other crops; part of the encoding cache's key
@@ -157,6 +157,22 @@ def prepare_image(
     except MemoryError as error:
         raise ImageError("too_large", TOO_LITTLE_MEMORY) from error
     return PreparedImage(crops.pixels, crops.tiling, image.width, image.height, sha256)
+
+
+def parse_background(background: str | None) -> Colour | None:
+    """Return the colour that `--background` names; None, as for "none", drops alpha, which is the original's way.
+
+    Raises:
+        UsageError: it is no colour.
+    """
+    if background is None or background == "none":
+        return None
+    try:
+        red, green, blue = ImageColor.getrgb(background)[:3]
+    except ValueError as error:
+        message = f"background {background!r} is not a colour; use none, a name (white) or #rrggbb"
+        raise UsageError(printable(message)) from error
+    return red, green, blue
 
 
 def read_image(

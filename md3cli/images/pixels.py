@@ -15,10 +15,10 @@ from contextlib import suppress
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageColor, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
-from md3cli.errors import ImageError, UsageError
+from md3cli.errors import ImageError
 from md3cli.images.formats import bare_jpeg, is_apples_png, refusal, without_metadata
 from md3cli.images.jpeg import load_jpeg
 from md3cli.records import MESSAGE_LIMIT_CHARS, printable
@@ -43,22 +43,6 @@ def start_pillow() -> tuple[str, ...]:
 
         pillow_heif.register_heif_opener()
     return tuple(name for name in _WANTED if name in Image.OPEN)
-
-
-def parse_background(background: str | None) -> Colour | None:
-    """Return the colour that `--background` names; None, as for "none", drops alpha, which is the original's way.
-
-    Raises:
-        UsageError: it is no colour.
-    """
-    if background is None or background == "none":
-        return None
-    try:
-        red, green, blue = ImageColor.getrgb(background)[:3]
-    except ValueError as error:
-        message = f"background {background!r} is not a colour; use none, a name (white) or #rrggbb"
-        raise UsageError(printable(message)) from error
-    return red, green, blue
 
 
 def check_kind(data: bytes) -> None:

@@ -29,8 +29,7 @@ import numpy as np
 
 from md3cli.child import Child
 from md3cli.errors import ImageError, InputError
-from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, prepare_image, select_tiling
-from md3cli.images.pixels import parse_background
+from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, parse_background, prepare_image, select_tiling
 from md3cli.images.worker import Setup
 from md3cli.records import ERROR_TYPES, ImageItem
 from md3cli.remote.address import is_address
