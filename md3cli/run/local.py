@@ -20,13 +20,12 @@ from md3cli.records import RecordDict, Request, SourceRow
 from md3cli.run.drive import drive
 from md3cli.run.feed import Feed, make_pool, rows_ahead
 from md3cli.run.finish import STATUS_FAILED_RECORDS, NamedFailures, exit_status, summarize, tell_how_to_resume
-from md3cli.run.journal import Journal
 from md3cli.run.log import damage_words
 from md3cli.run.model_handle import LazyEngine, Model
 from md3cli.run.order import OrderedRecords
 from md3cli.run.output import TABLE, Output, publish, written_paths
 from md3cli.run.record_index import RequestIds, Unasked
-from md3cli.run.run_info import RunCounts, RunDocument, Timeline
+from md3cli.run.run_info import RunCounts, Timeline
 from md3cli.signals import Interrupted, StopSignals
 from md3cli.source.source import Source, check_found
 
@@ -205,17 +204,12 @@ class LocalRun:
             self._tell_damage()
             self.output.journal.sync()
             if self.output.document is not None:
-                if status in (None, 0, STATUS_FAILED_RECORDS):
-                    self._note_records(self.output.journal, self.output.document)
+                document, journal = self.output.document, self.output.journal
+                is_over = status in (None, 0, STATUS_FAILED_RECORDS)
+                if is_over and (journal.has_changed or not document.has_records):  # else an earlier digest still holds
+                    document.note_records(journal.digest())
                 stages_s = {"load": self.engine.load_s, **self.engine.stage_seconds()}
-                self.output.document.finish(
-                    self._counts(), stages_s, status, self.timeline.points, self.engine.batch_sizes
-                )
-
-    def _note_records(self, journal: Journal, document: RunDocument) -> None:
-        """Keep the records file's digest, unless this start has left alone what an earlier one kept it of."""
-        if journal.has_changed or not document.has_records:
-            document.note_records(journal.digest())
+                document.finish(self._counts(), stages_s, status, self.timeline.points, self.engine.batch_sizes)
 
     def _summarize(self) -> None:
         summary = self.summary

@@ -76,8 +76,9 @@ def plan_output(options: OutputOptions, *, is_terminal: bool) -> OutputPlan:
         format = formats[0] if formats else _format_of(options.path, options.shown)
         files = output_paths(options.path, is_folder=False, is_journal=format == JSONL)
         plan = OutputPlan(files, () if format == JSONL else (Document(format, options.path),))
-    if HTML in (plan.stdout, *(document.format for document in plan.documents)):
-        _require_jinja()
+    has_page = HTML in (plan.stdout, *(document.format for document in plan.documents))
+    if has_page and importlib.util.find_spec("jinja2") is None:
+        raise MissingExtraError("the HTML report", "report")
     return plan
 
 
@@ -116,11 +117,6 @@ def _format_of(path: Path, shown: str) -> str:
 
 def _listing(formats: Sequence[str]) -> str:
     return " and ".join(formats)
-
-
-def _require_jinja() -> None:
-    if importlib.util.find_spec("jinja2") is None:
-        raise MissingExtraError("the HTML report", "report")
 
 
 def check_replaceable(plan: OutputPlan, *, may_overwrite: bool) -> None:

@@ -38,13 +38,11 @@ EXPORT_WAIT_S, EXPORT_POLL_S = 60.0, 1.0  # for another rank's export; and longe
 SLOW_EXPORT_BYTES_S = 5e6  # a second
 _EXPORT_LOCK = "export.lock"
 
-Commits = Mapping[int, Commit]
-
 
 class Finish:
     """Ends one start. `document` is run.json beside OUTPUT; None for a rank: the one that exports writes it."""
 
-    def __init__(self, start: Start, plan: Plan, document: RunDocument | None, commits: Commits) -> None:
+    def __init__(self, start: Start, plan: Plan, document: RunDocument | None, commits: Mapping[int, Commit]) -> None:
         """`commits` grows while the run goes on; what is in it now is from before this start."""
         self._start, self._plan, self._document, self._commits = start, plan, document, commits
         self._config, self._console, self._folder = start.config, start.console, start.folder
@@ -111,7 +109,7 @@ class Finish:
             yield True
             return
         if not isinstance(self._folder.store, LocalStore):
-            yield self._is_first() or not self._is_exported_within(self._patience_s())
+            yield self._is_first() or not self._is_exported_soon()
             return
         try:
             lock = OutputLock.acquire(self._folder.store.path(_EXPORT_LOCK), self._start.files.journal)
@@ -129,8 +127,9 @@ class Finish:
         is_last = last is not None and last.attempt.startswith(attempts_prefix())
         return self._config.scale.rank == 0 or is_last
 
-    def _is_exported_within(self, patience_s: float) -> bool:
+    def _is_exported_soon(self) -> bool:
         """Wait for the export of another rank, and return whether it came."""
+        patience_s = EXPORT_WAIT_S + sum(commit.bytes for commit in self._commits.values()) / SLOW_EXPORT_BYTES_S
         teller = Teller(self._console.say)
         while self._folder.store.read(EXPORTED) is None:
             teller.tell(f"waiting for another rank's export, at most {duration(patience_s)}")
@@ -138,10 +137,6 @@ class Finish:
                 return False
             time.sleep(EXPORT_POLL_S)
         return True
-
-    def _patience_s(self) -> float:
-        """Return how long an export may take, generously."""
-        return EXPORT_WAIT_S + sum(commit.bytes for commit in self._commits.values()) / SLOW_EXPORT_BYTES_S
 
     def note(self, status: int) -> None:
         """Note how this start ended, in run.json and in the run folder."""

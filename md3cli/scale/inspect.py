@@ -139,7 +139,8 @@ class FolderVerification:
             yield f"{num_open:,} of {self.num_shards:,} shards are not done; the same command goes on"
         for shard, commit in sorted(self._commits.items()):
             yield from (f"shard {shard}: {finding}" for finding in self.shard_findings(shard, commit))
-        yield from self._orphans()
+        if orphans := orphans_of(self._folder, self._commits):
+            yield f"{len(orphans):,} files that belong to nothing, such as {orphans[0]}; `md3 runs gc` removes them"
         if not num_open:
             yield from self._export_findings()
 
@@ -174,10 +175,6 @@ class FolderVerification:
             yield f"{commit.part} {_difference(planned, found)}"
         elif (len(found), sum(commit.error_types.values())) != (commit.num_records, commit.errors):
             yield "its marker's counts are wrong"
-
-    def _orphans(self) -> Iterator[str]:
-        if orphans := orphans_of(self._folder, self._commits):
-            yield f"{len(orphans):,} files that belong to nothing, such as {orphans[0]}; `md3 runs gc` removes them"
 
     def _export_findings(self) -> Iterator[str]:
         if (exported := read_exported(self._folder)) is None:

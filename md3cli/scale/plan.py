@@ -116,10 +116,6 @@ class Plan:
         """The folder that names of pictures are relative to."""
         return str(self.config["identity"]["root"])
 
-    def num_rows_of(self, shard: int) -> int:
-        """Return how many rows a shard has: `shard_size`, and the last one the rest."""
-        return min(self.shard_size, self.rows - shard * self.shard_size)
-
 
 class PlannedRow(NamedTuple):
     """A row and the ids of its requests, in their order."""

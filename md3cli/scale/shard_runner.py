@@ -191,7 +191,6 @@ ModelFinder = Callable[[ModelOptions], Model]
 class ShardResult(NamedTuple):
     """`commit` is the shard's marker; `is_ours` is False where another attempt had put it."""
 
-    shard: int
     commit: Commit
     is_ours: bool
 
@@ -267,7 +266,7 @@ class ShardRunner:
         """
         if (committed := read_commit(self.folder, shard)) is not None:
             forget_attempts(self.folder, shard)
-            return ShardResult(shard, committed, False)
+            return ShardResult(committed, False)
         started = time.monotonic()
         rows = self._reader.shard(shard)
         self.attempt = new_attempt()
@@ -326,7 +325,7 @@ class ShardRunner:
             commit = read_commit(self.folder, shard) or commit
         forget_attempts(self.folder, shard)
         self._note_metrics(shard, commit, is_ours)
-        return ShardResult(shard, commit, is_ours)
+        return ShardResult(commit, is_ours)
 
     def _note_metrics(self, shard: int, commit: Commit, is_ours: bool) -> None:
         """Append a line about the shard to this worker's file; a disk that refuses it is no failure."""

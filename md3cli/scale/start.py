@@ -47,7 +47,7 @@ from md3cli.scale.folder import (
     take_place,
 )
 from md3cli.scale.make_plan import PLANNER, PlannerMark, PlanOvertakenError, make_plan, put_plan, wait_for_plan
-from md3cli.scale.markers import Commit, CommitLog, RunOptions, remove_commit
+from md3cli.scale.markers import CommitLog, RunOptions, remove_commit
 from md3cli.scale.plan import Plan, PlanReader, check_config, plan_config, read_plan
 from md3cli.scale.shard_runner import asked, is_line_of
 from md3cli.scale.store import LocalStore
@@ -95,14 +95,11 @@ def _line_of(
         index.drop_damaged(record_id)
         found = None
     for line in (found, waiting.get(record_id)):
-        if line is not None and is_line_of(line, record_id, row, request) and not _is_mended(line, row):
-            return line
+        if line is not None and is_line_of(line, record_id, row, request):
+            is_mended = row.failure is None and _failure_in(line) == "bad_row"
+            if not is_mended:
+                return line
     return None
-
-
-def _is_mended(line: bytes, row: SourceRow) -> bool:
-    """Return whether `line` is the failure to read a row that can be read now."""
-    return row.failure is None and _failure_in(line) == "bad_row"
 
 
 def _failure_in(line: bytes) -> str | None:
@@ -162,25 +159,6 @@ class _Index:
         places = np.flatnonzero(np.frombuffer(self._is_asked, np.uint8) == 0)
         starts = np.fromiter((self._found.start_of(place) for place in places.tolist()), np.int64, len(places))
         return map(self._line_at, np.sort(starts).tolist())
-
-
-def reopen_failed(folder: RunFolder, plan: Plan, commits: dict[int, Commit]) -> None:
-    """Have all failed requests done again: shards that have any are taken out of `commits`; their good records stay.
-
-    For the process that holds OUTPUT's lock. The old export keeps the failed records until it is replaced.
-    """
-    for shard in range(plan.shards):
-        commit = commits.get(shard)
-        if commit is not None and commit.errors:
-            lines = (folder.store.read(commit.part) or b"").splitlines(keepends=True)
-            keep_lines(folder, shard, [line for line in lines if _failure_in(line) is None])
-            remove_commit(folder, shard, commit)
-            del commits[shard]
-        elif commit is None and (names := attempt_files(folder.wip, shard)):
-            records = read_history(folder, shard).records.values()
-            keep_lines(folder, shard, [line for line in records if line.endswith(OK_TAIL)])
-            for name in names:
-                folder.wip.remove(f"{WIP}/{name}")
 
 
 class Start:
@@ -316,11 +294,25 @@ class Start:
         return plan
 
     def reopen(self, plan: Plan) -> None:
-        """Have the failed requests of `plan` done again, as --retry-failed asks."""
-        commits: dict[int, Commit] = dict(CommitLog(self.folder, plan.shards).refresh())
-        if any(commit.errors for commit in commits.values()) or len(commits) < plan.shards:
-            self.folder.store.remove(EXPORTED)
-            reopen_failed(self.folder, plan, commits)
+        """Have all failed requests of `plan` done again, as --retry-failed asks; good records stay.
+
+        A shard that has any is no longer committed. The old export keeps the failed records until it is replaced.
+        """
+        folder, commits = self.folder, CommitLog(self.folder, plan.shards).refresh()
+        if len(commits) == plan.shards and not any(commit.errors for commit in commits.values()):
+            return
+        folder.store.remove(EXPORTED)
+        for shard in range(plan.shards):
+            commit = commits.get(shard)
+            if commit is not None and commit.errors:
+                lines = (folder.store.read(commit.part) or b"").splitlines(keepends=True)
+                keep_lines(folder, shard, [line for line in lines if _failure_in(line) is None])
+                remove_commit(folder, shard, commit)
+            elif commit is None and (names := attempt_files(folder.wip, shard)):
+                records = read_history(folder, shard).records.values()
+                keep_lines(folder, shard, [line for line in records if line.endswith(OK_TAIL)])
+                for name in names:
+                    folder.wip.remove(f"{WIP}/{name}")
 
 
 class FormerRun:

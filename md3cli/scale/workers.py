@@ -329,13 +329,10 @@ class Supervisor(Driver):
             self._hand_out(worker)
         num_starting = sum(not worker.is_ready for worker in self._workers.values())
         while self._waiting_seats and num_starting < self._queue.num_waiting:
-            self._start(self._waiting_seats.pop(0))
+            worker = _Worker(self._waiting_seats.pop(0), self._folder.uri, self._options)
+            self._workers[worker.channel.fileno()] = worker
+            self._selector.register(worker.channel, selectors.EVENT_READ)
             num_starting += 1
-
-    def _start(self, seat: Seat) -> None:
-        worker = _Worker(seat, self._folder.uri, self._options)
-        self._workers[worker.channel.fileno()] = worker
-        self._selector.register(worker.channel, selectors.EVENT_READ)
 
     def _hand_out(self, worker: _Worker) -> None:
         shard = self._queue.take()
@@ -343,13 +340,10 @@ class Supervisor(Driver):
             worker.shard, worker.attempt = shard, ""
             worker.send({"shard": shard})
         elif self._queue.is_finished:
-            self._dismiss(worker)
-
-    def _dismiss(self, worker: _Worker) -> None:
-        self._forget(worker)
-        worker.send({"stop": True})
-        worker.end()
-        worker.close()
+            self._forget(worker)
+            worker.send({"stop": True})
+            worker.end()
+            worker.close()
 
     def _forget(self, worker: _Worker) -> None:
         self._selector.unregister(worker.channel)
