@@ -132,7 +132,7 @@ def clock(seconds: float) -> str:
 
 
 class Failure(NamedTuple):
-    """A picture (the prompt, where there is none) and why there is no answer; as the record has them."""
+    """A picture (or the prompt, where there is no picture) and why there is no answer, as the record has them."""
 
     name: str
     type: str

@@ -1,4 +1,4 @@
-"""Rings of a mask -> COCO's two ways of writing it: polygons, or run lengths where it has holes.
+"""The pixels of a mask's rings, and COCO's two ways of writing it: polygons, or run lengths where it has holes.
 
 Which pixels a ring covers is COCO's own answer (`rleFrPoly` of cocoapi's maskApi.c, by P. Dollár and
 T.-Y. Lin, 2014; pycocotools and faster-coco-eval have the same), computed here again because an

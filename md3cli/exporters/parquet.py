@@ -100,7 +100,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
 
 
 class _Rows:
-    """Turns records into record batches of bounded size."""
+    """The rows of a file, made of records in batches of bounded size."""
 
     def __init__(self, schema: pa.Schema, choices: list[str], pictures: Pictures | None) -> None:
         self._schema = schema

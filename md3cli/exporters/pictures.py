@@ -53,7 +53,7 @@ def pillow_decodes(content: bytes, formats: tuple[str, ...] | None = None) -> bo
 
 
 class Pictures:
-    """Finds and opens the pictures of one export, and counts those that are not there.
+    """The pictures of one export: found, opened, and counted where they are not there.
 
     `root` is the folder or tar, None where nothing says it or it is gone. `is_trusted`: the user typed it, or
     this user's md3 wrote it.

@@ -1,8 +1,8 @@
-"""SVG path data -> polygons: what a segment's `svg_path` covers.
+"""The polygons of SVG path data: what a segment's `svg_path` covers.
 
 Knows the whole path grammar (SVG 1.1, section 8.3) with the standard's own rule for damage: what stands before the
-first error is drawn, the rest is not. A model writes these paths, so nothing here raises. In: a record's segment. Out:
-closed polygons in 0-1 image coordinates, ready for a COCO file, a mask or a page; no text of the model is passed on.
+first error is drawn, the rest is not. A model writes these paths, so nothing here raises. Polygons are closed and in
+0-1 image coordinates, ready for a COCO file, a mask or a page; no text of the model is passed on.
 """
 
 from __future__ import annotations

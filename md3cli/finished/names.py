@@ -1,4 +1,4 @@
-"""Names of records -> names of a ground truth: the one answer to "are these the same?" for images and labels.
+"""Names of records beside names of a ground truth: the one answer to "are these the same?" for images and labels.
 
 Other tools write the same picture as `a.png`, `./a.png`, `val2017/a.png`, `val2017\\a.png`, `a%20b.png`, or
 with its accents in another normal form. Names are compared from strict to loose; a looser way never undoes a
@@ -9,8 +9,10 @@ Knows nothing of files and formats.
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from urllib.parse import unquote
 
 from md3cli.errors import InputError
@@ -18,10 +20,12 @@ from md3cli.records import printable
 
 NAMES_SHOWN = 5
 
+_Way = Callable[[list[str], list[str]], Iterator[tuple[str, str]]]  # names and truths to pairs that may be the same
+
 
 @dataclass(frozen=True, slots=True)
 class Matches:
-    """`found`: name of the records -> name of the ground truth; `ambiguous`: names that fit several or share one."""
+    """`found` maps names of the records to names of the ground truth; `ambiguous` names fit several or share one."""
 
     found: dict[str, str] = field(default_factory=dict)
     ambiguous: tuple[str, ...] = ()
@@ -38,17 +42,11 @@ def match_images(asked: Iterable[str], known: Iterable[str]) -> Matches:
     names, truths = list(dict.fromkeys(asked)), list(dict.fromkeys(known))
     found = {name: name for name in set(names).intersection(truths)}
     unclear: dict[str, None] = {}
-    ways: list[Callable[[list[str], list[str]], Iterator[tuple[str, str]]]] = [
-        lambda left, right: _pairs(left, right, plain_path),
-        lambda left, right: _pairs(left, right, lambda name: plain_path(unquote(name))),
-        _same_tail,
-    ]
+    ways: list[_Way] = [partial(_pairs, key=plain_path), partial(_pairs, key=_decoded_path), _same_tail]
     for way in ways:
         _match_clear(way, names, truths, found, unclear)
     if not found:
-        _match_clear(
-            lambda a, b: _pairs(a, b, lambda name: plain_path(unquote(name))[-1:]), names, truths, found, unclear
-        )
+        _match_clear(partial(_pairs, key=lambda name: _decoded_path(name)[-1:]), names, truths, found, unclear)
     if names and not found:
         why = "each fits several" if unclear else "are both about the same folder?"
         raise InputError(
@@ -84,6 +82,10 @@ def plain_path(name: str) -> tuple[str, ...]:
     return tuple(part for part in text.partition("://")[2 * ("://" in text)].split("/") if part not in ("", "."))
 
 
+def _decoded_path(name: str) -> tuple[str, ...]:
+    return plain_path(unquote(name))
+
+
 def ambiguity_notes(what: str, matches: Matches) -> Iterator[str]:
     """Yield what was not matched because it could be several, in a sentence; `what` is the noun."""
     if matches.ambiguous:
@@ -93,7 +95,7 @@ def ambiguity_notes(what: str, matches: Matches) -> Iterator[str]:
 
 
 def _match_clear(
-    way: Callable[[list[str], list[str]], Iterator[tuple[str, str]]],
+    way: _Way,
     names: list[str],
     truths: list[str],
     found: dict[str, str],
@@ -103,11 +105,7 @@ def _match_clear(
     taken = set(found.values())
     free = [name for name in names if name not in found and name not in unclear]
     pairs = list(dict.fromkeys(way(free, [truth for truth in truths if truth not in taken])))
-    num_left: dict[str, int] = {}
-    num_right: dict[str, int] = {}
-    for name, truth in pairs:
-        num_left[name] = num_left.get(name, 0) + 1
-        num_right[truth] = num_right.get(truth, 0) + 1
+    num_left, num_right = Counter(name for name, _ in pairs), Counter(truth for _, truth in pairs)
     for name, truth in pairs:
         if num_left[name] == num_right[truth] == 1:
             found[name] = truth
@@ -125,16 +123,12 @@ def _pairs(names: list[str], truths: list[str], key: Callable[[str], Hashable]) 
 
 def _same_tail(names: list[str], truths: list[str]) -> Iterator[tuple[str, str]]:
     """Yield (name, truth) where one ends with the whole of the other, folder by folder."""
-
-    def key(name: str) -> tuple[str, ...]:
-        return plain_path(unquote(name))
-
     for longer, shorter, is_turned in ((names, truths, False), (truths, names, True)):
         whole: dict[tuple[str, ...], list[str]] = {}
         for name in shorter:
-            whole.setdefault(key(name), []).append(name)
+            whole.setdefault(_decoded_path(name), []).append(name)
         for name in longer:
-            parts = key(name)
+            parts = _decoded_path(name)
             for start in range(1, len(parts)):
                 for other in whole.get(parts[start:], ()):
                     yield (other, name) if is_turned else (name, other)
