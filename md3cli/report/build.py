@@ -36,8 +36,19 @@ from md3cli.finished.records_file import read_records
 from md3cli.finished.run_json import load_run_info
 from md3cli.records import printable
 from md3cli.report.items import Entry, Item, Shape, items, missed_shape
-from md3cli.report.page import Link, Page, Table, legible, overview_tiles, palette_of, run_facts, today
-from md3cli.report.plots import Column, Line, Lines, RunStats, run_plots, share_ticks, unit_dot, unit_path
+from md3cli.report.page import Link, Page, Table, legible, palette_of, today
+from md3cli.report.plots import (
+    Column,
+    Line,
+    Lines,
+    RunStats,
+    overview_tiles,
+    run_facts,
+    run_plots,
+    share_ticks,
+    unit_dot,
+    unit_path,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -1,6 +1,6 @@
 """What the template gets: one page's words, numbers, filters and items.
 
-Apart from build.py, which alone knows files: nothing here opens a picture or writes a page.
+Nothing here opens a picture or writes a page: build.py does.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from md3cli.finished.run_json import RunInfo
 from md3cli.records import is_printable, printable
 from md3cli.report.items import Entry, Item
-from md3cli.report.plots import Plot, RunStats, duration, short_number
+
+if TYPE_CHECKING:
+    from md3cli.report.plots import Plot
 
 NUM_COLOURS = 10
 MAX_LABEL_CHIPS = 60
@@ -177,32 +178,6 @@ def _facts(entry: Entry, palette: Palette) -> dict[str, Any]:
     facts |= {"status": entry.status, "labels": [palette.numbers.get(shape.label, 0) for shape in entry.shapes]}
     facts["scores"] = [shape.score for shape in entry.shapes] if entry.shapes else entry.scores
     return facts | ({"verdict": entry.verdict} if entry.verdict else {})
-
-
-def overview_tiles(stats: RunStats, run: RunInfo) -> list[Tile]:
-    """Return the run in numbers."""
-    failed, empty = stats.statuses["failed"], stats.statuses["empty"]
-    tiles = [Tile("Images", f"{stats.num_images:,}"), Tile("Records", f"{stats.num_records:,}")]
-    if stats.objects_per_image:
-        per_image = stats.num_objects / stats.objects_per_image.total()
-        tiles.append(Tile("Objects", f"{stats.num_objects:,}", f"{per_image:.1f} an image"))
-        tiles.append(Tile("Nothing found", f"{empty:,}", "records"))
-    tiles.append(Tile("Failed", f"{failed:,}", _percent(failed, stats.num_records), is_bad=failed > 0))
-    if stats.output_tokens:
-        tiles.append(Tile("Tokens", short_number(stats.output_tokens), "generated"))
-    if run.elapsed_s:
-        tiles.append(Tile("Time", duration(run.elapsed_s), f"{stats.num_images / run.elapsed_s:.3g} images/s"))
-    return tiles
-
-
-def run_facts(stats: RunStats) -> list[str]:
-    """Return tasks and models, for the line under the title."""
-    tasks = [f"{task} {count:,}" for task, count in stats.tasks.most_common()]
-    return tasks + [model for model, _ in stats.models.most_common(3)]
-
-
-def _percent(count: int, total: int) -> str:
-    return f"{100 * count / total:.1f} % of the records" if total and count else ""
 
 
 def today() -> str:

@@ -1,4 +1,4 @@
-"""Counts over all records of a run, and the plots of them: geometry for the template's SVG, nothing is drawn here.
+"""Counts over all records of a run, and the tiles and plots of them: geometry for the template's SVG, nothing drawn.
 
 Memory does not grow with the records. `Columns` are histograms, `Bars` are counts of named things, `Lines` are curves;
 all geometry is in drawing units of the plot's viewBox (`WIDTH` x `HEIGHT`).
@@ -15,6 +15,7 @@ from itertools import pairwise
 from md3cli.finished.run_json import RunInfo
 from md3cli.records import printable
 from md3cli.report.items import Item
+from md3cli.report.page import Tile
 
 NUM_SCORE_BINS = 20
 MAX_DISTINCT = 5000  # labels, questions and answers remembered; what comes later is in none of these counts
@@ -160,6 +161,32 @@ class Lines:
 
 
 Plot = Columns | Bars | Lines
+
+
+def overview_tiles(stats: RunStats, run: RunInfo) -> list[Tile]:
+    """Return the run in numbers."""
+    failed, empty = stats.statuses["failed"], stats.statuses["empty"]
+    tiles = [Tile("Images", f"{stats.num_images:,}"), Tile("Records", f"{stats.num_records:,}")]
+    if stats.objects_per_image:
+        per_image = stats.num_objects / stats.objects_per_image.total()
+        tiles.append(Tile("Objects", f"{stats.num_objects:,}", f"{per_image:.1f} an image"))
+        tiles.append(Tile("Nothing found", f"{empty:,}", "records"))
+    tiles.append(Tile("Failed", f"{failed:,}", _percent(failed, stats.num_records), is_bad=failed > 0))
+    if stats.output_tokens:
+        tiles.append(Tile("Tokens", short_number(stats.output_tokens), "generated"))
+    if run.elapsed_s:
+        tiles.append(Tile("Time", duration(run.elapsed_s), f"{stats.num_images / run.elapsed_s:.3g} images/s"))
+    return tiles
+
+
+def run_facts(stats: RunStats) -> list[str]:
+    """Return tasks and models, for the line under the title."""
+    tasks = [f"{task} {count:,}" for task, count in stats.tasks.most_common()]
+    return tasks + [model for model, _ in stats.models.most_common(3)]
+
+
+def _percent(count: int, total: int) -> str:
+    return f"{100 * count / total:.1f} % of the records" if total and count else ""
 
 
 def run_plots(stats: RunStats, run: RunInfo) -> list[Plot]:

@@ -23,8 +23,8 @@ from md3cli.errors import InputError, MissingExtraError, UsageError
 from md3cli.finished.run_json import RunInfo
 from md3cli.report.build import ReportOptions, _template, render, write_report
 from md3cli.report.items import FRAME, entry_of, items
-from md3cli.report.page import Page, legible, palette_of, run_facts
-from md3cli.report.plots import RunStats, duration, nice_ceiling, run_plots, short_number
+from md3cli.report.page import Page, legible, palette_of
+from md3cli.report.plots import RunStats, duration, nice_ceiling, run_facts, run_plots, short_number
 
 
 class Elements(HTMLParser):
