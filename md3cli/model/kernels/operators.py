@@ -280,7 +280,8 @@ def _fake_tau_products(qkv: Tensor, weight: Tensor, tile: list[int]) -> Tensor:
 def _tau_part(width: int, tile: list[int]) -> int:
     """Return how many of a row's `width` values a program adds up: the kind of pass decides, as it does the tile."""
     part = _TAU_PART if Tile.of_list(tile).rows == _FEW_ROWS else _LONG_TAU_PART
-    return min(part, triton.cdiv(width, _TAU_PART) * _TAU_PART)
+    whole: int = triton.cdiv(width, _TAU_PART) * _TAU_PART
+    return min(part, whole)
 
 
 @_operator("tau_products(Tensor qkv, Tensor weight, int[] tile) -> Tensor", 1, _fake_tau_products)
