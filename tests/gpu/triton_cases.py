@@ -349,7 +349,7 @@ def _stored(cache_SHCK: Tensor, slots: Tensor, position: Tensor) -> Tensor:
 def tau_rope_twin(
     qkv_R3D: Tensor, parts_SRJ: Tensor, alpha_H: Tensor, position_BT: Tensor, table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [B, T, H, 64] in float64, as `text.TextAttention.queries_keys_values` computes them."""
+    """q, k, v [B, T, H, 64] in float64, as `text.TextAttention.plain_projection` computes them."""
     batch, length = position_BT.shape
     products = parts_SRJ.double().sum(0).view(batch, length, 2, -1)
     log_position = (position_BT.double() + 1).log()[..., None]

@@ -250,7 +250,7 @@ def make_model(form: str) -> Moondream3:
 
 
 def is_held_in_bits(name: str) -> bool:
-    """What `low_bit_loading.low_bit_of` says of a matrix."""
+    """What `quant.load.low_bit_of` says of a matrix."""
     return is_portable(name) and name.startswith("text.")
 
 
