@@ -179,6 +179,8 @@ class LocalDriver(Driver):
         return self._under_way
 
     def run(self, on_step: Callable[[], None]) -> None:
+        """Work on the run's shards in this process until none is left, or the run is to stop."""
+
         def should_stop() -> bool:
             on_step()
             return self.is_stopping
@@ -293,6 +295,7 @@ class Supervisor(Driver):
         return sum(worker.num_ok for worker in workers), sum(worker.num_failed for worker in workers)
 
     def run(self, on_step: Callable[[], None]) -> None:
+        """Start workers, hand them shards and take their news until all shards are finished, or the run is to stop."""
         try:
             while not self._queue.is_finished or self._workers:
                 on_step()

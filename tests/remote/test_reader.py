@@ -88,6 +88,7 @@ def test_what_passes_is_tried_again(web: WebServer, fetch: Fetch) -> None:
     assert fetch(f"{web.url}/cut.png") == b"y" * 1000
 
 
+@pytest.mark.process
 def test_the_server_says_when_to_come_back(web: WebServer, fetch: Fetch) -> None:
     web.files["/x.png"] = b"x"
     web.faults["/x.png"] = Fault(429, {"Retry-After": "1"}, times=1)
@@ -119,6 +120,7 @@ def test_a_length_that_is_not_told_does_not_help(web: WebServer, fetch: Fetch) -
     assert failure(fetch, f"{web.url}/x.png", limit_bytes=5000)[0] == "too_large"
 
 
+@pytest.mark.process
 def test_a_slow_server_is_given_up(web: WebServer, fetch: Fetch) -> None:
     web.files["/x.png"] = b"x" * 1000
     web.faults["/x.png"] = Fault(pause_s=0.05)

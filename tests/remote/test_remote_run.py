@@ -20,6 +20,8 @@ from typer.testing import Result
 from md3cli.remote.address import shown
 from md3cli.scale.store import open_store
 
+pytestmark = pytest.mark.process  # of whole runs over servers: long
+
 Put = Callable[[str, bytes], None]
 
 
