@@ -11,7 +11,6 @@ of the file, where the holder's name stands: nobody could read who holds it.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import importlib
 import os
@@ -20,6 +19,10 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ctypes
 
 # In this order wherever all are named; SIGHUP does not exist on Windows.
 STOP_SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -101,7 +104,7 @@ def sync_folder(folder: Path) -> None:
 
 def exchange(first: Path, second: Path) -> bool:
     """Let two folders change places at once, so that neither is ever absent; return False where that is impossible."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    rename = getattr(_library(), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
     is_done: bool = rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
@@ -269,8 +272,14 @@ def return_freed_memory() -> None:
 def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None
-    libc = ctypes.CDLL(None)
+    libc = _library()
     return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
+def _library() -> ctypes.CDLL:
+    import ctypes  # 3 ms, which `md3 --version` need not wait for
+
+    return ctypes.CDLL(None, use_errno=True)
 
 
 # -- processes -------------------------------------------------------------------------------------
@@ -281,7 +290,7 @@ def leave_stopping_to(parent_pid: int) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # sent to a whole service, they would make bad records of good pictures
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, KILL_SIGNAL)  # of the *thread* that started this process
+        _library().prctl(_PARENT_DEATH_SIGNAL, KILL_SIGNAL)  # of the *thread* that started this process
     if os.getppid() != parent_pid:  # it died before the lines above
         os._exit(0)
 
