@@ -335,6 +335,7 @@ def annotating(command: Callable[..., RunConfig]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
+        """Run what the command returns for its options; end the program where the status is not 0."""
         from md3cli.console import RunConsole
         from md3cli.pipeline import run
 

@@ -438,6 +438,7 @@ class _Served:
         self._told_at = 0.0
 
     def to_the_end(self) -> None:
+        """Run the shards that the supervisor names, until it names no more or asks for an end; send what ended it."""
         setup = self._channel.receive(None)["run"]
         threading.Thread(target=self._listen, daemon=True).start()
         options = RunOptions.from_json(setup["options"])

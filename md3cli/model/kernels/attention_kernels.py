@@ -4,7 +4,8 @@
 applies these scales and the rotation, and writes keys and values straight into the cache. Two kernels
 where the plain path (`text.Tau`, `text.rotate`, a store's `update`) runs 45.
 
-Each row is computed alone; sums over the width are cut into parts of one fixed size and added in order.
+Each row is computed alone; sums over the width are cut into parts and added in order. The kind of pass decides how
+large a part is, never the rows at hand.
 Knows nothing of torch. Only `operators.py` imports and launches these kernels: Triton is imported where a GPU is, and
 nowhere else.
 Source: Moondream 3 specification, section 7.
