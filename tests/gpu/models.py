@@ -25,6 +25,7 @@ WEIGHT_FORMS = (BF16, FP8, INT4)  # 3.1 is stored in the second, the 4-bit port 
 # Kernels, as part `kernels` calls them, without which a form of `md3cli.model.kernels.forms` is not used.
 EXPERT_KERNELS = {"plan", "up_gate plain", "down plain", "combine"}
 PROJECTION_KERNELS = {"tau_products", "tau_rope_store"}
+ATTENTION_KERNELS = {"slot_attention_step", "slot_attention_block"}
 
 
 def model_in(run: Run, form: str, config: ModelConfig | None = None) -> Moondream3:
@@ -53,6 +54,8 @@ def apply_forms(run: Run, model: Moondream3) -> None:
             module.run = GroupedExperts(module) if module.fc1.weight.dtype is torch.bfloat16 else module.run_experts
         elif isinstance(module, TextAttention) and failed & PROJECTION_KERNELS:
             module.project = module.plain_projection
+        if isinstance(module, TextAttention) and failed & (PROJECTION_KERNELS | ATTENTION_KERNELS):
+            module.heads = module.plain_heads
     if failed:
         run.note("twins", sorted(failed))
 

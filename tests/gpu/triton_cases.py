@@ -19,6 +19,7 @@ from md3cli.model.kernels import operators
 from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
 from md3cli.model.kernels.weights import KernelWeight
 from md3cli.model.network.config import HEAD_DIM, ModelConfig, MoeConfig
+from md3cli.model.network.layers import attention
 from md3cli.model.network.text import PassKind, rotary_table
 from md3cli.model.weights.codes import LowBit, quantise
 
@@ -76,6 +77,7 @@ def _cases_of(
         words = " ".join(filter(None, (kernel, form, name)))
         return KernelCase(f"{words}, {count} rows", kernel, name, count, tolerance, make)
 
+    on_card = device.type == "cuda"
     kinds = dict.fromkeys(STEP_ROWS, PassKind.STEP) | {PROMPT_ROWS: PassKind.PROMPT}
     for count in rows:
         kind = kinds.get(count, PassKind.PREFIX)
@@ -90,6 +92,10 @@ def _cases_of(
         yield case("combine", count, partial(combine_case, text.dim, moe, count, dtype, device))
         yield case("tau_products", count, partial(tau_products_case, text.n_heads, count, kind, dtype, device))
         yield case("tau_rope_store", count, partial(tau_rope_store_case, text.n_heads, count, dtype, device))
+        if kind is PassKind.STEP:
+            yield case("slot_attention_step", count, partial(step_case, text.n_heads, count, dtype, device))
+        elif kind is PassKind.PROMPT or not on_card:
+            yield case("slot_attention_block", count, partial(block_case, text.n_heads, count, dtype, device))
 
 
 # -- inputs ----------------------------------------------------------------------------------------
@@ -361,6 +367,56 @@ def tau_rope_twin(
     wide = table.double()
     q, k = (rotated(part.transpose(1, 2), wide).transpose(1, 2) for part in (q * scale_q, k))
     return q, k, v * scale_v
+
+
+CAPACITY = 1536  # of a slot, in positions
+BLOCK = 16  # queries of one sequence in a pass of prompts
+
+
+def step_case(num_heads: int, num_rows: int, dtype: torch.dtype, device: torch.device) -> Prepared:
+    """One query of each row, some 750 positions on; every third row of several is idle."""
+    is_live = torch.arange(num_rows, device=device) % 3 != 1
+    position = 730 + torch.randint(0, 40, (num_rows, 1), device=device)
+    return slots_case(OPS.slot_attention_step, num_heads, is_live, position, dtype)
+
+
+def block_case(num_heads: int, num_rows: int, dtype: torch.dtype, device: torch.device) -> Prepared:
+    """Prompts behind a picture, in blocks; the last block of several is idle."""
+    batch = max(1, num_rows // BLOCK)
+    is_live = torch.arange(batch, device=device) + 1 < max(batch, 2)
+    position = 730 + torch.randint(0, 20, (batch, 1), device=device) + torch.arange(BLOCK, device=device)
+    return slots_case(OPS.slot_attention_block, num_heads, is_live, position, dtype)
+
+
+def slots_case(
+    attend: Callable[..., Tensor], num_heads: int, live_B: Tensor, position_BT: Tensor, dtype: torch.dtype
+) -> Prepared:
+    """Attention over shuffled slots that hold NaN behind what is stored."""
+    device, (batch, length) = position_BT.device, position_BT.shape
+    q = normal(batch, length, num_heads, HEAD_DIM, dtype=dtype, device=device)
+    keys, values = (normal(batch, num_heads, CAPACITY, HEAD_DIM, dtype=dtype, device=device) for _ in range(2))
+    slots = torch.randperm(batch, device=device)
+    behind = torch.arange(CAPACITY, device=device) > position_BT[slots.argsort()].amax(1, keepdim=True)  # [slot, C]
+    for tensor in (keys, values):
+        tensor.masked_fill_(behind[:, None, :, None], float("nan"))
+    slots = slots.masked_fill(~live_B, -1)
+    read = float((position_BT.amax(1)[live_B] + 1).sum()) * num_heads * HEAD_DIM
+    moved = 2 * read * q.element_size() + 2 * q.nbytes
+    run = partial(attend, q, keys, values, slots, position_BT)
+    twin = partial(slot_attention_twin, q, keys, values, slots, position_BT)
+    return Prepared(lambda: (run(),), lambda: (twin(),), 4 * read * length, moved)
+
+
+def slot_attention_twin(q_BTHK: Tensor, keys: Tensor, values: Tensor, slots_B: Tensor, position_BT: Tensor) -> Tensor:
+    """Plain attention of each sequence over its slot, float64 [B, T, H, 64]; zeros for idle ones."""
+    out = torch.zeros(q_BTHK.shape, dtype=torch.float64, device=q_BTHK.device)
+    for row, slot in enumerate(slots_B.tolist()):
+        if slot >= 0:
+            end = int(position_BT[row].max()) + 1
+            mask = torch.arange(end, device=q_BTHK.device) <= position_BT[row][:, None]
+            k, v = (tensor[slot, :, :end].double() for tensor in (keys, values))
+            out[row] = attention(q_BTHK[row].double().transpose(0, 1), k, v, mask).transpose(0, 1)
+    return out
 
 
 def rotated(x_BHTK: Tensor, table: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from md3cli.model.kernels import attention_kernels, expert_kernels, operators
+from md3cli.model.kernels import attention_kernels, expert_kernels, operators, slot_kernels
 from md3cli.model.kernels.tiles import Product, Tile, WeightForm, tile_for
 from md3cli.model.network.text import PassKind
 
@@ -136,9 +136,22 @@ def other_variants(capability: tuple[int, int]) -> Iterator[Variant]:
                 f"tau_rope_store {name}{' returning' if returns_kv else ''}", attention_kernels.tau_rope_store,
                 dict.fromkeys(("qkv", "alpha", "q_out", "k_out", "v_out", "keys", "values"), pointer)
                 | {"parts": "*fp32", "table": "*fp32", "position": "*i64", "slots": "*i64"},
-                {"H": HEADS, "J": 2 * HEADS, "S": 48, "BH": 32,
-                 "HAS_SLOTS": True, "RETURNS_KV": returns_kv, "STORES": True}, 2,
+                {"H": HEADS, "J": 2 * HEADS, "S": 48, "BH": 32, "RETURNS_KV": returns_kv, "STORES": True}, 2,
             )  # fmt: skip
+        over_slots = dict.fromkeys(("q", "keys", "values", "out"), pointer)
+        over_slots |= {"parts": "*fp32", "stats": "*fp32", "slots": "*i64", "position": "*i64"}
+        of_slots = {"H": HEADS, "SPLIT": operators.SPLIT}
+        yield Variant(f"attend_split {name}", slot_kernels.attend_split, over_slots, of_slots, operators.SPLIT_WARPS)
+        for splits in (1, 6, 16):
+            yield Variant(
+                f"join_splits {name} {splits}", slot_kernels.join_splits,
+                over_slots, of_slots | {"BH": 8, "S": splits}, 4,
+            )  # fmt: skip
+        yield Variant(
+            f"attend_block {name}", slot_kernels.attend_block, over_slots,
+            {"H": HEADS, "BM": operators.BLOCK_QUERIES, "BC": operators.block_positions(dtype)},
+            has_products=dtype is not torch.float32,
+        )  # fmt: skip
     yield Variant("plan_tiles", expert_kernels.plan_tiles, lists,
                   {"X": EXPERTS, "XP": EXPERTS, "BM": 128, "TP": 128, "BP": 128}, 8, **plain)  # fmt: skip
 

@@ -160,29 +160,49 @@ class KVCache:
 
 
 class PrefixStore(SlotStore):
-    """Prefill of image prefixes: rows start at position 0 and attend to nothing but themselves."""
+    """Prefill of image prefixes: rows start at position 0 and attend to nothing but themselves.
+
+    Where kernels run, slot -1 marks a row that fills up a pass.
+    """
 
     attends_new = True
 
     def __init__(self, cache: KVCache, slots_B: Tensor) -> None:
-        super().__init__(cache.keys, cache.values, slots_B)
+        super().__init__(cache.keys, cache.values)
+        self._slots_B = slots_B
+
+    def slots(self) -> Tensor:
+        return self._slots_B
+
+    def mask(self) -> None:
+        return None
 
     def attended(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         return k_BHTK, v_BHTK
 
     def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> None:
-        stored_SHCK[self.slots_B, :, : new_BHTK.shape[2]] = new_BHTK
+        stored_SHCK[self._slots_B, :, : new_BHTK.shape[2]] = new_BHTK
 
 
 class PromptStore(SlotStore):
     """Prefill of prompts: each row writes behind what its slot holds and attends to all of it.
 
-    `position_BT` are the absolute positions of the new entries, `length` bounds what is attended to.
+    Where kernels run, a long prompt may be several rows of one slot, and slot -1 marks a row that fills up a pass.
+    `position_BT` are the absolute positions of the new entries, `length` bounds what the plain path attends to.
     """
 
     def __init__(self, cache: KVCache, slots_B: Tensor, position_BT: Tensor, length: int) -> None:
-        super().__init__(cache.keys, cache.values, slots_B)
+        super().__init__(cache.keys, cache.values)
         self._slots_B, self.position_BT, self.length = slots_B, position_BT, length
+        self._mask: Tensor | None = None  # made when first asked for: kernels need none
+
+    def slots(self) -> Tensor:
+        return self._slots_B
+
+    def mask(self) -> Tensor:
+        if self._mask is None:
+            self._mask = up_to(self.position_BT, self.length)
+        return self._mask
 
     def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> None:
         stored_SHCK[self._slots_B[:, None], :, self.position_BT] = new_BHTK.transpose(1, 2)
@@ -193,22 +213,44 @@ class PromptStore(SlotStore):
 
 
 class DecodeStore(SlotStore):
-    """One decode step of slots 0 … n-1: one new position each, read in place.
+    """One decode step of slots 0 … n-1: one new position each, read in place; rows that are not `live_N` are idle.
 
-    All of the capacity is attended to (under a mask): a shorter view would not be contiguous, and
-    the matrix products of a CPU copy such views whole, at every step.
+    The plain path attends to all of the capacity (under a mask): a shorter view would not be contiguous, and
+    the matrix products of a CPU copy such views whole, at every step. There an idle row writes at its position, which
+    lies right behind the prefix; kernels skip it.
     """
 
-    def __init__(self, cache: KVCache, position_N: Tensor) -> None:
-        super().__init__(cache.keys, cache.values, None)
-        self.position_N = position_N
-        self._rows_N: Tensor | None = None  # made when first written: kernels that write themselves need none
+    def __init__(self, cache: KVCache, position_N: Tensor, live_N: Tensor) -> None:
+        super().__init__(cache.keys, cache.values)
+        self.position_N, self.live_N, self.capacity = position_N, live_N, cache.capacity
+        # Made when first asked for: each path needs its own.
+        self._rows_N: Tensor | None = None
+        self._slots_N: Tensor | None = None
+        self._mask: Tensor | None = None
 
-    def _write(self, stored_SHCK: Tensor, new_NH1K: Tensor) -> None:
+    def slots(self) -> Tensor:
+        if self._slots_N is None:
+            self._slots_N = torch.where(self.live_N, self._rows(), -1)
+        return self._slots_N
+
+    def mask(self) -> Tensor:
+        if self._mask is None:
+            self._mask = up_to(self.position_N[:, None], self.capacity)
+        return self._mask
+
+    def _rows(self) -> Tensor:
         if self._rows_N is None:
             self._rows_N = torch.arange(self.position_N.shape[0], device=self.position_N.device)
-        stored_SHCK[self._rows_N, :, self.position_N] = new_NH1K[:, :, 0]
+        return self._rows_N
+
+    def _write(self, stored_SHCK: Tensor, new_NH1K: Tensor) -> None:
+        stored_SHCK[self._rows(), :, self.position_N] = new_NH1K[:, :, 0]
 
     def attended(self, layer: int, k_NH1K: Tensor, v_NH1K: Tensor) -> tuple[Tensor, Tensor]:
         num_rows = self.position_N.shape[0]
         return self.keys[layer][:num_rows], self.values[layer][:num_rows]
+
+
+def up_to(position_BT: Tensor, length: int) -> Tensor:
+    """Return the mask [B, 1, T, length] under which each new position sees itself and all before it."""
+    return (torch.arange(length, device=position_BT.device) <= position_BT[:, :, None])[:, None]

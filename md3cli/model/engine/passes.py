@@ -50,10 +50,9 @@ def run_prompts(
     """Run prompts into slots behind position `start_B`; return the hidden state at index `last_B` of each [B, D]."""
     device = x_BTD.device
     position_BT = start_B[:, None] + torch.arange(x_BTD.shape[1], device=device)
-    mask = (torch.arange(total, device=device) <= position_BT[:, :, None])[:, None]
     is_real_BT = torch.arange(x_BTD.shape[1], device=device) <= last_B[:, None]  # not padding behind a short prompt
     store = PromptStore(cache, slots_B, position_BT, total)
-    hidden_BTD = model.text(x_BTD, position_BT, mask, store, is_real_BT)
+    hidden_BTD = model.text(x_BTD, position_BT, None, store, is_real_BT)
     return hidden_BTD[torch.arange(x_BTD.shape[0], device=device), last_B]  # type: ignore[no-any-return]
 
 
@@ -62,10 +61,9 @@ def decode_step(
 ) -> Step:
     """Feed slots 0 … N-1 their next inputs and take their next decisions."""
     position_N1 = rows.position[:, None]
-    mask = (torch.arange(cache.capacity, device=next_ND.device) <= position_N1[:, :, None])[:, None]
-    store = DecodeStore(cache, rows.position)
     is_live_N = rows.mode != IDLE
-    hidden_ND = model.text(next_ND[:, None], position_N1, mask, store, is_live_N[:, None])[:, 0]
+    store = DecodeStore(cache, rows.position, is_live_N)
+    hidden_ND = model.text(next_ND[:, None], position_N1, None, store, is_live_N[:, None])[:, 0]
     moved = rows._replace(position=rows.position + is_live_N)
     return advance(model, moved, hidden_ND, max_context, is_sampled=is_sampled)
 
@@ -339,10 +337,9 @@ def _log_probabilities(model: Moondream3, cache: KVCache, ints: ChoiceInts[Tenso
     fed_BT, wanted_BT = (ids.unflatten(0, (len(ints.slots), -1)) for ids in (ints.fed, ints.wanted))
     index_T = torch.arange(fed_BT.shape[1], device=fed_BT.device)
     position_BT = ints.positions[:, None] + index_T
-    mask = (torch.arange(total, device=fed_BT.device) <= position_BT[:, :, None])[:, None]
     is_real_BT = index_T < ints.lengths[:, None]
     store = PromptStore(cache, ints.slots, position_BT, total)
-    hidden = model.text(model.text.embed(fed_BT), position_BT, mask, store, is_real_BT)
+    hidden = model.text(model.text.embed(fed_BT), position_BT, None, store, is_real_BT)
     chosen_BT = _log_softmax(model, hidden).gather(2, wanted_BT[..., None])[..., 0]
     return chosen_BT.masked_fill(~is_real_BT, 0.0).sum(1)
 

@@ -95,13 +95,13 @@ def tau_rope_store(
     qkv, parts, alpha, position, table, slots, q_out, k_out, v_out, keys, values, num_rows,
     T, position_stride_b, position_stride_t, CAPACITY,
     H: tl.constexpr, J: tl.constexpr, S: tl.constexpr, BH: tl.constexpr,
-    HAS_SLOTS: tl.constexpr, RETURNS_KV: tl.constexpr, STORES: tl.constexpr,
+    RETURNS_KV: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
     """Scale q and v, rotate q and k of one row and BH heads; write q, and k and v where they are wanted.
 
     Grid (rows, blocks of heads). qkv [R, 3, H, 64]; q_out, k_out, v_out [R, H, 64]; table float32
     [2, R, 16] cosines and sines; position [R / T, T] by its strides. keys and values are the cache's
-    [slots, H, CAPACITY, 64]: row r goes to slot `slots[r // T]` (without HAS_SLOTS: slot r // T).
+    [slots, H, CAPACITY, 64]: row r goes to slot `slots[r // T]`, and nowhere where that is -1.
     """
     row = tl.program_id(0)
     head = tl.program_id(1) * BH + tl.arange(0, BH)
@@ -134,10 +134,9 @@ def tau_rope_store(
         _store_head(k_out + offset, HEAD, head, is_head, ROTATED, k_kept, KEPT)
         _store_head(v_out + offset, HEAD, head, is_head, 0, v_all, HEAD)
     if STORES:
-        slot = sequence.to(tl.int64)
-        if HAS_SLOTS:
-            slot = tl.load(slots + sequence).to(tl.int64)
-        has_room = is_head & (tl.zeros_like(head) < CAPACITY - at)  # behind a slot's end lies its neighbour
+        slot = tl.load(slots + sequence).to(tl.int64)
+        # Behind a slot's end lies its neighbour.
+        has_room = is_head & (tl.zeros_like(head) < CAPACITY - at) & (tl.zeros_like(head) <= slot)
         offset = (slot * H * CAPACITY + at.to(tl.int64)) * HEAD
         _store_head(keys + offset, CAPACITY * HEAD, head, has_room, 0, k_rotated, ROTATED)
         _store_head(keys + offset, CAPACITY * HEAD, head, has_room, ROTATED, k_kept, KEPT)

@@ -2,7 +2,7 @@
 
 `place_forms` is called once, when an engine on CUDA is built. Each form computes what its plain twin
 does: `FusedExperts` is `layers.MoeMlp.run_experts` with the router's choice and the block's sums,
-`FusedProjection` is `text.TextAttention.plain_projection`.
+`FusedProjection` is `text.TextAttention.plain_projection`, `FusedHeads` is `text.TextAttention.plain_heads`.
 
 Shape suffixes: B sequences, T new positions, N = B * T tokens, D width, X experts, H heads, K head width.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from md3cli.model.kernels import operators
 from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
 from md3cli.model.kernels.weights import KernelExperts, KernelWeight
-from md3cli.model.network.layers import ExpertMatrices, MoeMlp
+from md3cli.model.network.layers import ExpertMatrices, MoeMlp, merge_heads
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.text import KeyValueStore, PassKind, SlotStore, TextAttention
 
@@ -23,13 +23,14 @@ OPS = torch.ops.md3
 
 
 def place_forms(model: Moondream3) -> None:
-    """Exchange the experts and the projections of every text layer for the kernels' forms, in place."""
+    """Exchange the experts and the attention of every text layer for the kernels' forms, in place."""
     prefix_len = model.config.prefix_len
     for module in list(model.text.modules()):
         if isinstance(module, MoeMlp) and module.fused is None:
             module.fused = FusedExperts(module, prefix_len)
         elif isinstance(module, TextAttention) and not isinstance(module.project, FusedProjection):
             module.project = FusedProjection(module, prefix_len)
+            module.heads = FusedHeads(module.project)
 
 
 class FusedExperts:
@@ -83,21 +84,59 @@ class FusedProjection:
     def __call__(
         self, h_BTD: Tensor, position_BT: Tensor, table: Tensor, store: KeyValueStore | None, layer: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `TextAttention.plain_projection` does; new keys and values go straight into a slot store."""
+        """Return what `TextAttention.plain_projection` does."""
+        q_BHTK, k_BHTK, v_BHTK = (
+            part.transpose(1, 2) if part.numel() else part
+            for part in self.stored(h_BTD, position_BT, table, store, layer)
+        )
+        if isinstance(store, SlotStore):
+            k_BHTK, v_BHTK = store.attended(layer, k_BHTK, v_BHTK)
+        elif store is not None:
+            k_BHTK, v_BHTK = store.update(layer, k_BHTK, v_BHTK)
+        return q_BHTK, k_BHTK, v_BHTK
+
+    def stored(
+        self, h_BTD: Tensor, position_BT: Tensor, table: Tensor, store: KeyValueStore | None, layer: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k, v [B, T, H, 64] of the new positions; keys and values go straight into a slot store.
+
+        They are returned where nobody stored them, or they alone are attended to; else both are empty.
+        """
         qkv_N3D = self.owner.qkv(h_BTD).flatten(0, 1)
         kind = PassKind.of(h_BTD.shape[1], self.prefix_len)
         tile = tile_of(Product.TAU, kind, WeightForm.PLAIN, h_BTD.dtype, h_BTD.device)
         parts = OPS.tau_products(qkv_N3D, self.tau_weight, tile.as_list())
         slots = store if isinstance(store, SlotStore) else None
         returns_kv = slots is None or slots.attends_new
-        cache = (slots.slots_B, *slots.cache_of(layer)) if slots is not None else (None, None, None)
-        q, k, v = OPS.tau_rope_store(qkv_N3D, parts, self.alpha, position_BT, table, *cache, returns_kv)
-        q_BHTK, k_BHTK, v_BHTK = (part.transpose(1, 2) if part.numel() else part for part in (q, k, v))
-        if slots is not None:
-            k_BHTK, v_BHTK = slots.attended(layer, k_BHTK, v_BHTK)
-        elif store is not None:
-            k_BHTK, v_BHTK = store.update(layer, k_BHTK, v_BHTK)
-        return q_BHTK, k_BHTK, v_BHTK
+        cache = (slots.slots(), *slots.cache_of(layer)) if slots is not None else (None, None, None)
+        return OPS.tau_rope_store(qkv_N3D, parts, self.alpha, position_BT, table, *cache, returns_kv)  # type: ignore[no-any-return]
+
+
+class FusedHeads:
+    """Attention of a text layer up to its last product; over slots it reads what each row has, and needs no mask."""
+
+    def __init__(self, projection: FusedProjection) -> None:
+        self.projection = projection
+
+    def __call__(
+        self,
+        h_BTD: Tensor,
+        position_BT: Tensor,
+        table: Tensor,
+        mask: Tensor | None,
+        store: KeyValueStore | None,
+        layer: int,
+    ) -> Tensor:
+        """Return what `TextAttention.plain_heads` does, [B, T, D]; zeros for idle rows of a slot store."""
+        if not isinstance(store, SlotStore):
+            q, k, v = self.projection(h_BTD, position_BT, table, store, layer)
+            return merge_heads(self.projection.owner.attend(q, k, v, mask))
+        q, k, v = self.projection.stored(h_BTD, position_BT, table, store, layer)
+        if store.attends_new:
+            q_BHTK, k_BHTK, v_BHTK = (part.transpose(1, 2) for part in (q, k, v))
+            return merge_heads(self.projection.owner.attend(q_BHTK, k_BHTK, v_BHTK, None))
+        attend = OPS.slot_attention_step if q.shape[1] == 1 else OPS.slot_attention_block
+        return attend(q, *store.cache_of(layer), store.slots(), position_BT).flatten(2)  # type: ignore[no-any-return]
 
 
 def expert_weight(stack: nn.Module) -> KernelWeight:

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from md3cli.model.kernels import attention_kernels, expert_kernels
+from md3cli.model.kernels import attention_kernels, expert_kernels, slot_kernels
 from md3cli.model.kernels.tiles import Tile, WeightForm, capability_of
 from md3cli.model.network.config import HEAD_DIM
 
@@ -34,6 +34,10 @@ _FEW_ROWS = 16  # of a tile of tau's products in a step or a prompt
 _TAU_PART = 128  # values of a sum of which a program takes one part: one row waits 7 us, 24 us with parts of 512 (H200)
 _LONG_TAU_PART = 2048  # where rows are many, and so are programs: fewer parts to write and read again
 _COMBINED_COLUMNS = 512
+SPLIT = 256  # positions of a slot that one program of a step reads; a fixed size, so that a row's sums know no other
+SPLIT_WARPS = 16  # 40 registers a thread, three programs on a multiprocessor; with 8 warps some cards spill
+_JOINED_HEADS = 8
+BLOCK_QUERIES = 16  # of a prompt that one program computes: the least that matrix units take
 
 LAUNCHES: dict[str, int] = {}  # kernels that an operator launches, by its name
 # For compilers: the fake forms hold, and what the kernels are given must keep its layout.
@@ -320,9 +324,11 @@ def _tau_rope_store(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Scaled and rotated q, k, v [B, T, H, 64], k and v also (or only) in the cache [slots, H, capacity, 64].
 
-    `position` [B, T] may be an expanded view; `table` is `text.rotary_table`'s. Without `returns_kv` the
-    last two are empty.
+    `position` [B, T] may be an expanded view; `table` is `text.rotary_table`'s. `slots` [B], of which -1 stores
+    nothing, is there where the cache is. Without `returns_kv` the last two are empty.
     """
+    assert (slots is None) == (keys is None) == (values is None)
+    assert all(part is None or part.is_contiguous() for part in (qkv, keys, values, slots))
     q, k, v = _fake_tau_rope_store(qkv, parts, alpha, position, table, slots, keys, values, returns_kv)
     num_heads, num_rows = alpha.shape[0], qkv.shape[0]
     block = min(32, triton.next_power_of_2(num_heads))
@@ -331,6 +337,70 @@ def _tau_rope_store(
         qkv, parts, alpha, position, table, slots, q, k, v, keys, values, num_rows,
         position.shape[1], *position.stride(), keys.shape[2] if keys is not None else 0,
         H=num_heads, J=2 * num_heads, S=parts.shape[0], BH=block,
-        HAS_SLOTS=slots is not None, RETURNS_KV=returns_kv, STORES=keys is not None, warps=2,
+        RETURNS_KV=returns_kv, STORES=keys is not None, warps=2,
     )  # fmt: skip
     return q, k, v
+
+
+# -- attention over slots --------------------------------------------------------------------------
+
+
+def _fake_slot_attention(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, position: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+_SLOT_ATTENTION = "(Tensor q, Tensor keys, Tensor values, Tensor slots, Tensor position) -> Tensor"
+
+
+@_operator(f"slot_attention_step{_SLOT_ATTENTION}", 2, _fake_slot_attention)
+def _slot_attention_step(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, position: Tensor) -> Tensor:
+    """Attend with one query of each sequence, q [N, 1, H, 64]; the rest is as in `slot_attention_block`."""
+    _check_slots(q, keys, values, slots)
+    (num_rows, length, num_heads, _), capacity = q.shape, keys.shape[2]
+    assert length == 1, q.shape
+    num_splits = triton.cdiv(capacity, SPLIT)
+    parts = q.new_empty((num_splits, num_rows, num_heads, HEAD_DIM), dtype=torch.float32)
+    stats = q.new_empty((2, num_splits, num_rows, num_heads), dtype=torch.float32)
+    where = slots, position
+    sizes = num_rows, position.stride(0), capacity
+    _launch(
+        slot_kernels.attend_split, (num_rows, num_heads, num_splits),
+        q, keys, values, *where, parts, stats, *sizes, H=num_heads, SPLIT=SPLIT, warps=SPLIT_WARPS,
+    )  # fmt: skip
+    out = torch.empty_like(q)
+    heads = min(_JOINED_HEADS, triton.next_power_of_2(num_heads))
+    _launch(
+        slot_kernels.join_splits, (num_rows, triton.cdiv(num_heads, heads)),
+        parts, stats, *where, out, *sizes, H=num_heads, BH=heads, SPLIT=SPLIT, S=num_splits, warps=4,
+    )  # fmt: skip
+    return out
+
+
+@_operator(f"slot_attention_block{_SLOT_ATTENTION}", 1, _fake_slot_attention)
+def _slot_attention_block(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, position: Tensor) -> Tensor:
+    """Attend with T queries of each sequence, q [B, T, H, 64]: each reads positions 0 to its own of its slot.
+
+    keys, values [slots, H, capacity, 64], the new ones stored; `slots` int64 [B], several sequences may have one, and
+    -1 reads nothing and gives zeros; `position` int64 [B, T] may be an expanded view.
+    """
+    _check_slots(q, keys, values, slots)
+    batch, length, num_heads, _ = q.shape
+    out = torch.empty_like(q)
+    _launch(
+        slot_kernels.attend_block, (triton.cdiv(length, BLOCK_QUERIES), num_heads, batch),
+        q, keys, values, slots, position, out, length, *position.stride(), keys.shape[2],
+        H=num_heads, BM=BLOCK_QUERIES, BC=block_positions(q.dtype), warps=4,
+    )  # fmt: skip
+    return out
+
+
+def block_positions(dtype: torch.dtype) -> int:
+    """Return how many positions a block of queries reads at a time."""
+    return 32 if dtype is torch.float32 else 64
+
+
+def _check_slots(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    assert all(part.is_contiguous() for part in (q, keys, values, slots))
+    assert keys.shape == values.shape
+    assert q.dtype is keys.dtype is values.dtype
+    assert slots.dtype is torch.int64

@@ -46,16 +46,25 @@ class KeyValueStore(Protocol):
 
 
 class SlotStore(ABC):
-    """A `KeyValueStore` over slots of a cache: row b of a pass has the slot `slots_B[b]`, without `slots_B` slot b.
+    """A `KeyValueStore` over slots of a cache: each row of a pass has one of them, and knows what it may attend to.
 
-    `keys` and `values` have a tensor [slots, H, capacity, K] for each layer. A pass stores its new ones in two ways:
-    `update` is the plain one; a kernel that has them in hand writes to `cache_of` and then asks `attended`.
+    `keys` and `values` have a tensor [slots, H, capacity, K] for each layer. There are two ways through a pass. The
+    plain one stores by `update` and attends under `mask`. Kernels write to `cache_of` at `slots`, of which -1 marks
+    an idle row, and read there up to each row's own position; they never ask for the mask.
     """
 
     attends_new = False  # True: new keys and values are all that is attended to
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], slots_B: Tensor | None) -> None:
-        self.keys, self.values, self.slots_B = keys, values, slots_B
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        self.keys, self.values = keys, values
+
+    @abstractmethod
+    def slots(self) -> Tensor:
+        """Return the slot of each row, int64 [B]; -1: the row stores nothing, and nobody reads its result."""
+
+    @abstractmethod
+    def mask(self) -> Tensor | None:
+        """Return which of the `attended` each row may attend to, bool [B, 1, T, S]; None: all."""
 
     def cache_of(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a layer."""
@@ -123,6 +132,8 @@ class Tau(nn.Module):
 
 # Hidden states, positions, rotary table, store, layer -> queries of the new positions, keys and values of all.
 Project = Callable[[Tensor, Tensor, Tensor, KeyValueStore | None, int], tuple[Tensor, Tensor, Tensor]]
+# Hidden states, positions, rotary table, mask, store, layer -> what the heads attended to, joined [B, T, D].
+Heads = Callable[[Tensor, Tensor, Tensor, Tensor | None, KeyValueStore | None, int], Tensor]
 
 
 class TextAttention(nn.Module):
@@ -133,6 +144,7 @@ class TextAttention(nn.Module):
         self.num_heads = config.n_heads
         self.attend: Attend = attention  # `kernels.optimise` may choose another
         self.project: Project = self.plain_projection  # and here
+        self.heads: Heads = self.plain_heads  # and here
         self.qkv = Linear(config.dim, 3 * config.dim)
         self.proj = Linear(config.dim, config.dim)
         self.tau = Tau(config.dim, config.n_heads)
@@ -148,6 +160,20 @@ class TextAttention(nn.Module):
         if store is not None:
             k, v = store.update(layer, k, v)
         return q, k, v
+
+    def plain_heads(
+        self,
+        h_BTD: Tensor,
+        position_BT: Tensor,
+        table: Tensor,
+        mask: Tensor | None,
+        store: KeyValueStore | None,
+        layer: int,
+    ) -> Tensor:
+        """Project, store and attend: joined heads [B, T, D], before the last product."""
+        q, k, v = self.project(h_BTD, position_BT, table, store, layer)
+        allowed = store.mask() if isinstance(store, SlotStore) else mask
+        return merge_heads(self.attend(q, k, v, allowed))
 
 
 class TextBlock(nn.Module):
@@ -174,8 +200,7 @@ class TextBlock(nn.Module):
     ) -> Tensor:
         """Return the block's output [B, T, D]; new keys and values go to `store`."""
         h_BTD = self.ln(x_BTD)
-        q, k, v = self.attn.project(h_BTD, position_BT, table, store, self.layer)
-        attended = self.attn.proj(merge_heads(self.attn.attend(q, k, v, mask)))
+        attended = self.attn.proj(self.attn.heads(h_BTD, position_BT, table, mask, store, self.layer))
         if isinstance(self.mlp, MoeMlp) and self.mlp.fused is not None:
             return self.mlp.fused(h_BTD, live_BT, x_BTD, attended)
         return x_BTD + attended + self.mlp(h_BTD)  # type: ignore[no-any-return]
@@ -209,11 +234,12 @@ class TextDecoder(nn.Module):
     ) -> Tensor:
         """Turn embeddings at absolute positions into hidden states [B, T, D] before the last LayerNorm.
 
-        `mask` is bool, broadcastable to [B, 1, T, S], True where a position may be attended to;
-        None attends to everything. Without `store` S is T. `live_BT` is False for positions whose result
-        nobody reads: fast forms may leave experts out for them. `only_stores` is for passes that fill
-        `store` and nothing else: the last layer stops at its keys and values, and what is returned is its input.
+        `mask` is bool, broadcastable to [B, 1, T, S], True where a position may be attended to; None attends to
+        everything, and a slot store brings its own. Without `store` S is T. `live_BT` is False for positions whose
+        result nobody reads: fast forms may leave experts out for them. `only_stores` is for passes that fill `store`
+        and nothing else: the last layer stops at its keys and values, and what is returned is its input.
         """
+        assert mask is None or not isinstance(store, SlotStore)
         table = rotary_table(position_BT, self.config.rope_theta)
         *blocks, last = self.blocks
         for block in blocks:

@@ -46,7 +46,7 @@ def test_copy_takes_the_prefix_and_nothing_else() -> None:
 
 def test_decode_reads_its_slots_in_place() -> None:
     cache = small_cache()
-    store = DecodeStore(cache, torch.tensor([3, 5]))
+    store = DecodeStore(cache, torch.tensor([3, 5]), torch.tensor([True, True]))
     k = torch.randn(2, cache.keys[0].shape[1], 1, 64)
     keys, values = store.update(1, k, 2 * k)
     assert keys.data_ptr() == cache.keys[1].data_ptr()

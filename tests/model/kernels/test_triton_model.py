@@ -49,12 +49,10 @@ def passes(model: Moondream3) -> dict[str, Tensor]:
         position = torch.arange(length)[None].expand(3, -1)
         found["prefix"] = model.text(prefixes, position, None, PrefixStore(cache, torch.tensor([2, 0, 3])))
         total, position = length + 9, torch.tensor([[length], [length + 2]]) + torch.arange(5)
-        mask = (torch.arange(total) <= position[:, :, None])[:, None]
         store = PromptStore(cache, torch.tensor([3, 2]), position, total)
-        found["prompt"] = model.text(prompts, position, mask, store)
+        found["prompt"] = model.text(prompts, position, None, store)
         live, position = torch.tensor([True, False, True, True]), torch.tensor([length, length, length + 7, length + 5])
-        mask = (torch.arange(cache.capacity) <= position[:, None, None])[:, None]
-        hidden = model.text(steps, position[:, None], mask, DecodeStore(cache, position), live[:, None])
+        hidden = model.text(steps, position[:, None], None, DecodeStore(cache, position, live), live[:, None])
         found["step"] = hidden[live]
         found["keys"], found["values"] = torch.stack(cache.keys)[:, live], torch.stack(cache.values)[:, live]
         found["no store"] = model.text(prompts, torch.arange(5)[None].expand(2, -1))
@@ -161,6 +159,7 @@ def operator_calls() -> dict[str, tuple]:
     tau = normal(2 * heads, 3 * dim, dtype=dtype, device=CPU)
     position = torch.arange(rows)[:, None]
     cache = [torch.zeros(rows, heads, 16, HEAD_DIM, dtype=dtype) for _ in range(2)]
+    slots, queries = torch.arange(rows), normal(rows, 1, heads, HEAD_DIM, dtype=dtype, device=CPU)
     parts, alpha = OPS.tau_products(qkv, tau, tile.as_list()), normal(heads, dtype=dtype, device=CPU)
     return {
         "plan_rows": (logits, live, choices, 16),
@@ -170,7 +169,9 @@ def operator_calls() -> dict[str, tuple]:
         "dense": (x, *dense.arguments, None, tile.as_list()),
         "combine": (z, place, weight, x, x),
         "tau_products": (qkv, tau, tile.as_list()),
-        "tau_rope_store": (qkv, parts, alpha, position, rotary_table(position, 1e4), None, *cache, True),
+        "tau_rope_store": (qkv, parts, alpha, position, rotary_table(position, 1e4), slots, *cache, True),
+        "slot_attention_step": (queries, *cache, slots, position),
+        "slot_attention_block": (queries.expand(-1, 3, -1, -1).contiguous(), *cache, slots, position.expand(-1, 3)),
     }
 
 
