@@ -2,13 +2,14 @@
 
 One life of a request: its prompt is built when it is taken in; when slots are free its picture is encoded (`encoder`),
 the picture's prefix is prefilled into a slot of the KV cache (or copied from a slot that holds it already), the prompt
-is prefilled behind it, and from then on the row takes one decision a step (`state`) until it is done and its slot is
+is prefilled behind it, and from then on the row takes one decision a step (`stepper`) until it is done and its slot is
 free again. Rows of all tasks mix. An answer depends on its picture, its prompt and its settings only: rows never look
 at one another.
 
 The device does everything in one order, on one stream. The host sends what an admission needs in one block
-(`machine`) and reads back one small tensor an admission and one a step; nothing else waits. Knows nothing of files,
-ids or records.
+(`machine`), and reads what a launch decided only after it has launched what comes next (`flight`): the device need not
+wait for the host. A row that has ended is idle on the device by itself, so a step that the host launches for it in
+ignorance changes nothing. Knows nothing of files, ids or records.
 """
 
 from __future__ import annotations
@@ -23,16 +24,27 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from md3cli.errors import EngineError, RequestError
 from md3cli.images.crops import CropConfig
 from md3cli.model.engine.encoder import AnyImage, ImageEncoder
+from md3cli.model.engine.flight import InFlight, Launch, Seat
 from md3cli.model.engine.generation import Generation, build_answer
-from md3cli.model.engine.kv_cache import KVCache, SlotsTooLargeError, SlotTable
-from md3cli.model.engine.machine import is_out_of_memory, shortage
-from md3cli.model.engine.passes import ChoiceRow, Group, Passes, PromptInputs, choice_probabilities, embed_prompts
+from md3cli.model.engine.kv_cache import GROWTH, KVCache, SlotsTooLargeError, SlotsTooShortError, SlotTable, round_up
+from md3cli.model.engine.machine import SLOT_POSITIONS, is_out_of_memory, shortage
+from md3cli.model.engine.passes import (
+    ChoiceRow,
+    Group,
+    Passes,
+    PromptInputs,
+    ShapePlan,
+    choice_probabilities,
+    embed_prompts,
+)
 from md3cli.model.engine.prompts import Prompts, Tokenizer
-from md3cli.model.engine.state import Event, Mode, Step, advance, idle_rows
+from md3cli.model.engine.state import Mode, advance
+from md3cli.model.engine.stepper import Stepper
 from md3cli.model.network.moondream import Moondream3, not_finite
 from md3cli.records import Answer, Job, RowFailure, RunIdentity
 
@@ -42,7 +54,7 @@ class EngineStats:
     """What an engine has done, and where the host's time went, in seconds.
 
     A CUDA device works behind the host: what it takes for pictures, prefixes and prompts is seen where the host reads
-    the rows' first decisions, in `prompt_seconds`.
+    the rows' first decisions, in `prompt_seconds`. `num_decisions` are those that generations absorbed.
     """
 
     prefix_seconds: float = 0.0
@@ -55,12 +67,14 @@ class EngineStats:
     num_decisions: int = 0
     batch_sizes: list[int] = field(default_factory=list)  # first the planned one, then after each halving
     num_smaller_passes: int = 0  # times that passes were made smaller for want of memory, the batch left as it was
+    num_captures: int = 0  # CUDA graphs: two when slots are made, none afterwards
 
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384, "mps": 4096}  # of one prefill pass, padding included
 # Positions behind the prefix that slots start with. A CUDA device's plan has no more room for compiled ones: with the
 # real model's prefix these are `machine.SLOT_POSITIONS`.
 EAGER_ROOM, COMPILED_ROOM = 32, 806
+DELAYS = {"cuda": 1}  # launches that results are read behind; elsewhere a launch is done when it returns
 IDLE_WAIT_S = 0.0005  # between two looks at a source that has nothing ready
 
 
@@ -104,14 +118,27 @@ class Engine:
         batch_size: int,
         max_context: int,
         prefill_tokens: int | None = None,
+        delay: int | None = None,
+        is_planned: bool | None = None,
     ) -> None:
-        """Allocate slots; `prefill_tokens` are the most of one prefill pass, padding included, None by the device."""
+        """Allocate slots; what is None follows from the device.
+
+        Args:
+            prefill_tokens: the most of one prefill pass, padding included.
+            delay: how many launches are under way before the results of the oldest are read.
+            is_planned: whether every pass has one size (`ShapePlan`) and slots do not grow, as on CUDA.
+        """
         self.model, self.tokenizer, self.prompts, self.encoder = model, tokenizer, prompts, encoder
         self.identity, self.max_context = identity, max_context
         self.config = model.config
         self.prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(model.device.type, PREFILL_TOKENS["cpu"])
         self._planned = Sizes(batch_size, self.prefill_tokens, encoder.max_crops)
         self.passes = Passes(model)
+        self.delay = DELAYS.get(model.device.type, 0) if delay is None else delay
+        self._is_planned = model.device.type == "cuda" if is_planned is None else is_planned
+        self._captures = False
+        self._slot_positions = SLOT_POSITIONS
+        self._in_flight = InFlight(model.device)
         self.stats = EngineStats()
         self._waiting: deque[Generation] = deque()
         self._finished: deque[Answer] = deque()
@@ -140,7 +167,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True while something is taken in and not answered."""
-        return bool(self._waiting or self._finished or self._slots.active)
+        return bool(self._waiting or self._finished or self._slots.active or self._in_flight)
 
     @property
     def wants_more(self) -> bool:
@@ -179,29 +206,45 @@ class Engine:
         return generation
 
     def step(self) -> list[Answer]:
-        """Admit what fits, decode one step, and return what finished."""
-        too_large, is_of_slots = None, False
+        """Admit what fits, launch a decode step, and return what is known to have finished."""
+        failure: Exception | None = None
         try:
             with torch.inference_mode():
-                if batch := self._next_batch():
-                    self.encoder.prepare(self._without_slot(batch), ahead=self._without_slot(self._waiting))
-                    self._prefill_prompts(*self._place(batch))
-                self._decode()
+                self._launch()
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not (is_out_of_memory(error) or isinstance(error, SlotsTooShortError)):
                 raise EngineError(f"the model failed on {self.model.device}: {error}") from error
-            too_large, is_of_slots = shortage(error), isinstance(error, SlotsTooLargeError)
-        if too_large is not None:  # out here: inside `except` the error's frames would hold the tensors of the pass
-            self._shrink(too_large, is_of_slots=is_of_slots)
+            failure = error.with_traceback(None)  # its frames would hold the tensors of the pass
+        if isinstance(failure, SlotsTooShortError):
+            self._lengthen()
+        elif failure is not None:
+            self._shrink(shortage(failure), is_of_slots=isinstance(failure, SlotsTooLargeError))
         answers = list(self._finished)
         self._finished.clear()
         return answers
+
+    def _launch(self) -> None:
+        """Launch what there is to do, then absorb what was launched before."""
+        num_before = len(self._in_flight)
+        if batch := self._next_batch():
+            self.encoder.prepare(self._without_slot(batch), ahead=self._without_slot(self._waiting))
+            self._prefill_prompts(*self._place(batch))
+            self._absorb_arrivals(self.delay)
+        self._decode()
+        is_waiting_only = len(self._in_flight) <= num_before
+        self._absorb_arrivals(0 if is_waiting_only else self.delay)
 
     def compile(self, backend: str = "inductor") -> None:
         """Compile vision, prefill and decode; slots are made large enough not to grow in ordinary runs."""
         self.encoder.compile(backend)
         self.passes.compile(backend)
-        del self.cache  # there may be no room for two
+        self._free_slots()  # there may be no room for two
+        self._allocate(self.batch_size)
+
+    def capture(self) -> None:
+        """Capture the decode step as CUDA graphs, now and whenever slots are made anew; before the first job."""
+        self._captures = True
+        self._free_slots()
         self._allocate(self.batch_size)
 
     # -- slots ------------------------------------------------------------------------------------
@@ -216,21 +259,60 @@ class Engine:
         self._slots = SlotTable(batch_size)
 
     def _try_to_allocate(self, batch_size: int) -> bool:
-        model = self.model
+        model, prefix_len = self.model, self.config.prefix_len
         room = COMPILED_ROOM if self.passes.is_compiled else EAGER_ROOM
-        capacity = max(min(self.max_context, self.config.prefix_len + room), self.config.prefix_len + 1)
+        wanted = self._slot_positions if self._is_planned else prefix_len + room
+        capacity = max(min(self.max_context, wanted), prefix_len + 1)
+        if self._is_planned:
+            self.passes.plan = ShapePlan.of(batch_size, self._images_per_pass)
         try:
             with torch.inference_mode():
-                self.cache = KVCache(self.config, batch_size, capacity, dtype=model.dtype, device=model.device)
-                self._rows = idle_rows(batch_size, model.device)
-                self._next_SD = torch.zeros(batch_size, self.config.text.dim, dtype=model.dtype, device=model.device)
+                self.cache = KVCache(
+                    self.config, batch_size, capacity, dtype=model.dtype, device=model.device, is_fixed=self._is_planned
+                )
+                self._stepper = Stepper(self.passes, self.cache, batch_size)
+                if self._captures:
+                    self.stats.num_captures += self._stepper.capture(self.max_context)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            self._free_slots()
             if batch_size == 1:
                 raise EngineError(f"{model.device} has no memory for one sequence: {shortage(error)}") from error
             return False
         return True
+
+    def _free_slots(self) -> None:
+        """Let go of the cache, and of the rows and graphs that point into it."""
+        self.__dict__.pop("_stepper", None)
+        self.__dict__.pop("cache", None)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def _images_per_pass(self) -> int:
+        return max(1, self.prefill_tokens // self.config.prefix_len)
+
+    def _start_again(self) -> None:
+        """Put every generation in flight back in front of those that wait, and let go of the slots.
+
+        A stream that is read meanwhile gets no token twice; where sizes change what comes behind may be another text.
+        """
+        self._in_flight.drop()
+        in_flight = [generation for generation in self._slots.generations if generation is not None]
+        for generation in in_flight:
+            generation.restart()
+        self._waiting.extendleft(reversed(in_flight))
+        self.encoder.save_encoded()
+        self.encoder.keep_ready(())
+        self._free_slots()
+
+    def _lengthen(self) -> None:
+        """Make slots of a fixed size as long as the context, and as many as the same memory holds."""
+        num_slots, capacity = self.cache.num_slots, self.cache.capacity
+        self._start_again()
+        self._slot_positions = self.max_context
+        self._allocate(max(1, num_slots * capacity // round_up(self.max_context, GROWTH)))
 
     def _shrink(self, reason: str, *, is_of_slots: bool) -> None:
         """Make passes or batch smaller and start what is in flight again (answers stay the same).
@@ -238,15 +320,7 @@ class Engine:
         Slots that are too large are made fewer; smaller passes would leave them as large. Where nothing can be made
         smaller the next generation is to blame: it fails, and the others go on as planned.
         """
-        in_flight = [generation for generation in self._slots.generations if generation is not None]
-        for generation in in_flight:
-            generation.restart()
-        self._waiting.extendleft(reversed(in_flight))
-        self.encoder.save_encoded()
-        self.encoder.keep_ready(())
-        del self.cache
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._start_again()
         now = Sizes(self.batch_size, self.prefill_tokens, self.encoder.max_crops)
         sizes = now.smaller(self._planned, self.config.prefix_len, self.model.device.type)
         if is_of_slots:
@@ -288,17 +362,17 @@ class Engine:
         """
         started = time.perf_counter()
         placement = self._slots.place(batch, wanted={generation.image_key for generation in self._waiting})
-        images_per_pass = max(1, self.prefill_tokens // self.config.prefix_len)
-        prefixes = self.passes.cut_prefixes(placement.to_prefill, images_per_pass)
+        prefixes = self.passes.cut_prefixes(placement.to_prefill, self._images_per_pass)
         groups = self.passes.group(batch, placement.slots, self.prefill_tokens)
         slots, inputs = self.passes.send([[slot for slot, _ in some] for some in prefixes], groups, self.batch_size)
         for some, slots_B in zip(prefixes, slots, strict=True):
             embeddings_BPD = torch.stack([self.encoder.take(key) for _, key in some])
-            self.passes.prefill_prefixes(self.cache, slots_B, embeddings_BPD)
+            padding = len(slots_B) - len(some)
+            self.passes.prefill_prefixes(self.cache, slots_B, F.pad(embeddings_BPD, (0, 0, 0, 0, 0, padding)))
         for donor, slot in placement.to_copy:
             self.cache.copy(donor, slot, self.config.prefix_len)
         for slot in placement.slots:
-            self._slots.generations[slot] = self._waiting.popleft()
+            self._slots.sit(slot, self._waiting.popleft())
         self.encoder.keep_ready({generation.image_key for generation in self._waiting})
         self.stats.num_prefixes += len(placement.to_prefill)
         self.stats.num_prefixes_shared += placement.num_found + len(placement.to_copy)
@@ -306,67 +380,79 @@ class Engine:
         return groups, inputs
 
     def _prefill_prompts(self, groups: Sequence[Group], inputs: Sequence[PromptInputs]) -> None:
-        """Run prompts into their slots, group by group, and take each row's first decision."""
+        """Run prompts into their slots, group by group, and launch each row's first decision."""
         started = time.perf_counter()
-        for group in groups:
-            for generation, slot in zip(group.generations, group.slots, strict=True):
-                self._slots.end[slot] = generation.prompt_end
-                self.stats.num_prompt_tokens += len(generation.prompt.ids)
-        self.cache.fit(max(*self._slots.end, *(group.total for group in groups)))
-        events = []
+        self.cache.fit(max(*self._slots.end, *(self._last_written(group) for group in groups)))
+        seats: list[Seat] = []
+        events: list[Tensor] = []
         for group, given in zip(groups, inputs, strict=True):
             # Padding behind a short prompt is overwritten by its answer before anything attends to it.
             x_BTD, ints = embed_prompts(self.model, given), given.ints
-            total = self.cache.capacity if self.passes.is_compiled else group.total
+            total = self.cache.capacity if self.passes.steps_all_slots else group.total
             hidden_BD = self.passes.prefill_prompts(self.cache, ints.slots, x_BTD, ints.start, ints.last, total)
-            hidden_ND = hidden_BD[: len(group.slots)]
+            ending = list(zip(group.slots, group.generations, strict=True))
+            if not ending:
+                continue
+            hidden_ND = hidden_BD.index_select(0, ints.ends_at)
             step = advance(self.model, given.rows(), hidden_ND, self.max_context, is_sampled=self._is_sampled())
-            self._put(ints.slots[: len(group.slots)], step)
+            self._stepper.seat(ints.seat, step)
+            first = sum(map(len, events))
+            seats += [Seat(first + row, *who, who[1].prompt_end) for row, who in enumerate(ending)]
             events.append(step.events)
-        self._absorb([slot for group in groups for slot in group.slots], torch.cat(events))
-        self._choose()
+            self.stats.num_prompt_tokens += sum(len(generation.prompt.ids) for _, generation in ending)
+        self._in_flight.add(torch.cat(events), seats, is_step=False)
         self.stats.prompt_seconds += time.perf_counter() - started
+
+    def _last_written(self, group: Group) -> int:
+        """One behind the last position that a pass writes; blocks write no padding."""
+        return max(block.generation.prompt_end for block in group.blocks) if self.passes.plan else group.total
 
     # -- decoding ---------------------------------------------------------------------------------
 
     def _decode(self) -> None:
-        """Take one decision for every row in flight."""
+        """Launch one decision for every row in flight, unless all of them are over for certain."""
         active = self._slots.active
-        if not active:
+        if not any(self._slots.may_go_on(slot) for slot in active):
             return
         started = time.perf_counter()
-        self.cache.fit(1 + max(self._slots.end))
-        window = slice(0, self.batch_size if self.passes.is_compiled else active[-1] + 1)
-        rows, next_ND = self._rows.pick(window), self._next_SD[window]
-        step = self.passes.decode(self.cache, rows, next_ND, self.max_context, is_sampled=self._is_sampled())
-        for slot in active:
-            self._slots.end[slot] += 1
-        self._put(window, step)
-        self._absorb(range(len(step.events)), step.events)
-        self._choose()
+        self.cache.fit(min(1 + max(self._slots.end), max(self.max_context, self.config.prefix_len + 1)))
+        num_rows = self.batch_size if self.passes.steps_all_slots else active[-1] + 1
+        events = self._stepper.step(num_rows, self.max_context, is_sampled=self._is_sampled())
+        self._in_flight.add(events, [self._slots.launch(slot) for slot in active], is_step=True)
         self.stats.num_steps += 1
-        self.stats.num_decisions += len(active)
         self.stats.decode_seconds += time.perf_counter() - started
 
-    def _put(self, index: Tensor | slice, step: Step) -> None:
-        self._rows.put(index, step.rows)
-        self._next_SD[index] = step.next_ND
+    def _absorb_arrivals(self, most_left: int) -> None:
+        """Absorb the oldest launches until no more than `most_left` are under way; reading one waits for the device."""
+        for launch in self._in_flight.arrivals(most_left):
+            started = time.perf_counter()
+            self.encoder.save_encoded()  # the device still has prefixes to run while files are written
+            self._choose(self._absorb(launch))
+            seconds = time.perf_counter() - started
+            if launch.is_step:
+                self.stats.decode_seconds += seconds
+            else:
+                self.stats.prompt_seconds += seconds
 
-    def _absorb(self, slots: Iterable[int], events: Tensor) -> None:
-        """Let the generation in each of `slots` absorb its event; reading the events waits for the device."""
-        self.encoder.save_encoded()  # the device still has prefixes to run while files are written
-        for slot, values in zip(slots, events.tolist(), strict=True):
-            generation = self._slots.generations[slot]
-            if generation is None:
+    def _absorb(self, launch: Launch) -> list[Seat]:
+        """Let the generations of a launch absorb its events; return those that have nothing left but a choice."""
+        choosing = []
+        for seat, event in launch.read():
+            generation = seat.generation
+            # Its row may have ended in a launch before, which the host learned after this one had gone out.
+            if generation.is_done or self._slots.generations[seat.slot] is not generation or event.mode == Mode.IDLE:
                 continue
-            event = Event(*values)
+            self.stats.num_decisions += 1
             if not event.is_finite:
-                self._fail(slot, generation)
+                self._fail(seat.slot, generation)
                 continue
             if not generation.is_choosing:
                 generation.absorb(event)
             if generation.is_done:
-                self._finish(slot, generation)
+                self._finish(seat.slot, generation)
+            elif generation.is_choosing:
+                choosing.append(seat)
+        return choosing
 
     def _finish(self, slot: int, generation: Generation) -> None:
         """Free a slot; its idle row is stepped over right behind the prefix, which it keeps."""
@@ -381,28 +467,25 @@ class Engine:
 
     def _fail(self, slot: int, generation: Generation) -> None:
         """Answer a generation with a failure because its numbers are not finite, and free its slot."""
-        self._rows.mode[slot] = int(Mode.IDLE)
-        self._rows.position[slot] = self.config.prefix_len
+        generation.is_done = True
         self.cache.clear(slot)  # under a mask NaN is not nothing: the slot's next generation would become NaN too
         self._slots.leave(slot, self.config.prefix_len)
         self._slots.held[slot] = None
         self._refuse(generation.job, "model", not_finite(self.model.dtype))
 
-    def _choose(self) -> None:
-        """Let the generations that have nothing left but a choice choose; their rows fall idle."""
-        choosing = [(slot, s) for slot, s in enumerate(self._slots.generations) if s is not None and s.is_choosing]
+    def _choose(self, choosing: Sequence[Seat]) -> None:
+        """Let generations that have nothing left but a choice choose; their rows are idle already."""
         if not choosing:
             return
-        rows = [ChoiceRow.of(generation, slot, self._slots.end[slot]) for slot, generation in choosing]
+        rows = [ChoiceRow.of(seat.generation, seat.slot, seat.end) for seat in choosing]
         slots_B, scores = choice_probabilities(self.model, self.cache, rows)
-        self._rows.mode.index_fill_(0, slots_B, int(Mode.IDLE))
-        self._rows.position.index_fill_(0, slots_B, self.config.prefix_len)
-        for (slot, generation), row, found in zip(choosing, rows, scores, strict=True):
+        self._stepper.rows.position.index_fill_(0, slots_B, self.config.prefix_len)
+        for seat, row, found in zip(choosing, rows, scores, strict=True):
             if any(map(math.isnan, found)):
-                self._fail(slot, generation)
+                self._fail(seat.slot, seat.generation)
                 continue
-            generation.choose(found, has_room=row.end <= self.max_context)
-            self._finish(slot, generation)
+            seat.generation.choose(found, has_room=row.end <= self.max_context)
+            self._finish(seat.slot, seat.generation)
 
     def _is_sampled(self) -> bool:
         return any(s is not None and s.job.request.temperature > 0 for s in self._slots.generations)

@@ -140,6 +140,13 @@ class Generation:
         request = self.job.request
         return request.max_objects if request.task in (Task.DETECT, Task.POINT) else request.max_tokens
 
+    @property
+    def most_decisions(self) -> int | None:
+        """The decisions after which the row is over for certain; None where nothing bounds them but the context."""
+        if self.choices and not self.reasons:
+            return 1
+        return self.limit if self.start_mode in (Mode.TEXT, Mode.SEGMENT) else None
+
     def absorb(self, event: Event) -> None:
         """Take in one decision of this generation's row; the last one ends the generation."""
         mode, token, finish = Mode(int(event.mode)), int(event.token), Finish(int(event.finish))

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from md3cli.model.engine.flight import Seat
 from md3cli.model.engine.generation import Generation
 from md3cli.model.engine.machine import is_out_of_memory, shortage
 from md3cli.model.network.config import HEAD_DIM, ModelConfig
@@ -42,7 +43,8 @@ class SlotTable:
     def __init__(self, num_slots: int) -> None:
         self.generations: list[Generation | None] = [None] * num_slots
         self.held: list[str | None] = [None] * num_slots
-        self.end: list[int] = [0] * num_slots  # next position of each slot, as the host counts
+        self.end: list[int] = [0] * num_slots  # next position of each slot, as the host counts its launches
+        self._num_launched = [0] * num_slots  # decisions of each slot's generation
 
     @property
     def free(self) -> list[int]:
@@ -51,6 +53,25 @@ class SlotTable:
     @property
     def active(self) -> list[int]:
         return [slot for slot, generation in enumerate(self.generations) if generation is not None]
+
+    def sit(self, slot: int, generation: Generation) -> None:
+        """Give a slot to a generation whose prompt, and with it its first decision, is launched next."""
+        self.generations[slot] = generation
+        self.end[slot], self._num_launched[slot] = generation.prompt_end, 1
+
+    def launch(self, slot: int) -> Seat:
+        """Count a step of the slot's generation, and return the generation's place in it."""
+        generation = self.generations[slot]
+        assert generation is not None
+        self.end[slot] += 1
+        self._num_launched[slot] += 1
+        return Seat(slot, slot, generation, self.end[slot])
+
+    def may_go_on(self, slot: int) -> bool:
+        """Return False where the decisions launched for a slot's generation are the most it can take."""
+        generation = self.generations[slot]
+        most = generation.most_decisions if generation is not None else 0
+        return most is None or self._num_launched[slot] < most
 
     def leave(self, slot: int, prefix_len: int) -> None:
         """Free the slot of a generation that is done; nothing behind the prefix is in use any more."""
@@ -102,18 +123,36 @@ class SlotsTooLargeError(MemoryError):
     """Memory does not hold so many slots of so many positions; it may hold fewer."""
 
 
+class SlotsTooShortError(RuntimeError):
+    """A generation needs more positions than slots of a fixed size have."""
+
+
 class KVCache:
-    """Slots of keys and values for every layer."""
+    """Slots of keys and values for every layer.
+
+    `is_fixed`: everything lies in one tensor that never moves, as a CUDA graph needs it, and a slot that becomes too
+    short is an error. Else a tensor for each layer's keys, and one for its values, that grow and shrink.
+    """
 
     def __init__(
-        self, config: ModelConfig, num_slots: int, capacity: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        num_slots: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        is_fixed: bool = False,
     ) -> None:
         self.num_slots = num_slots
         self.capacity = self._least_capacity = round_up(capacity, GROWTH)
-        self._shape = (num_slots, config.text.n_heads, self.capacity, HEAD_DIM)
-        layers = range(config.text.n_layers)
-        self.keys = [torch.zeros(self._shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(self._shape, dtype=dtype, device=device) for _ in layers]
+        num_layers, shape = config.text.n_layers, (num_slots, config.text.n_heads, self.capacity, HEAD_DIM)
+        self._whole = torch.zeros(num_layers, 2, *shape, dtype=dtype, device=device) if is_fixed else None
+        if self._whole is not None:
+            self.keys, self.values = list(self._whole[:, 0]), list(self._whole[:, 1])
+        else:
+            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
     @property
     def num_bytes(self) -> int:
@@ -125,9 +164,12 @@ class KVCache:
         Capacity never falls below what the cache was made with.
 
         Raises:
+            SlotsTooShortError: the cache is fixed, and holds fewer.
             SlotsTooLargeError: memory does not hold them; the cache is of no use any more.
         """
         needed = max(round_up(num_positions, GROWTH), self._least_capacity)
+        if self._whole is not None and needed > self.capacity:
+            raise SlotsTooShortError(f"slots of {self.capacity} positions, and {num_positions} are needed")
         if not self.capacity < needed and not needed <= self.capacity // 2:
             return
         if needed > self.capacity:
@@ -150,11 +192,17 @@ class KVCache:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot to another."""
+        if self._whole is not None:  # one kernel instead of one for each tensor
+            self._whole[:, :, target, :, :length] = self._whole[:, :, source, :, :length]
+            return
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
 
     def clear(self, slot: int) -> None:
         """Forget what a slot holds."""
+        if self._whole is not None:
+            self._whole[:, :, slot].zero_()
+            return
         for tensor in (*self.keys, *self.values):
             tensor[slot].zero_()
 

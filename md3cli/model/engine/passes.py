@@ -1,10 +1,14 @@
 """The engine's forward passes: pictures' prefixes, prompts, one decode step, and answers that are chosen from a list.
 
 Three functions of tensors do the work and can be compiled: `run_prefixes`, `run_prompts`, `decode_step`. `Passes`
-prepares their inputs and sends all that a batch of prompts needs to the device at once (`machine`). Eager passes
-take the sizes as they come; compiled ones pad rows and lengths to a few fixed sizes, so that after each size was seen
-once nothing is compiled again. Padding repeats a row that is there anyway or writes where nothing has been attended to
-yet, so it changes no answer. Which generation goes into which slot is the engine's business.
+prepares their inputs and sends all that a batch of prompts needs to the device at once (`machine`). Which generation
+goes into which slot is the engine's business.
+
+Eager passes take the sizes as they come. Compiled ones pad rows and lengths to a few fixed sizes, so that after each
+size was seen once nothing is compiled again; their padding repeats a row that is there anyway. On CUDA every pass has
+the one size that a `ShapePlan` gives it, because a library may compute a product of other sizes in another order: a row
+has the same bits alone and in company. There prompts are cut into blocks, and padding rows have no slot (`NO_SLOT`):
+nothing is read, computed by experts or stored for them. No padding changes an answer.
 
 Choosing is constrained decoding done exactly: instead of walking token by token along what is allowed, each choice is
 fed behind the prompt as it would have been written, up to the end of text, and its probability is the product of its
@@ -16,8 +20,8 @@ T new positions, D width, V vocabulary, C coordinates and Z sizes that prompts r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from typing import Generic, NamedTuple, TypeVar
@@ -35,19 +39,38 @@ from md3cli.records import Task
 
 IDLE = int(Mode.IDLE)
 PROMPT_STEP = 32  # compiled prompts are padded to a multiple of this
+BLOCK = 16  # positions of a prompt's block: what most prompts have, and the rows of a tile in attention
+NO_SLOT = -1  # of a padding row
+LEAST_THROUGHPUT_BATCH = 16  # engines of fewer slots answer single questions and should not wait for large passes
+
+
+class ShapePlan(NamedTuple):
+    """The size of every prefill pass of an engine on CUDA: pictures of one, and blocks of prompts of one."""
+
+    pictures: int
+    blocks: int
+
+    @classmethod
+    def of(cls, batch_size: int, pictures: int) -> ShapePlan:
+        """Return the plan of an engine of `batch_size` slots whose memory holds a pass of so many `pictures`."""
+        return cls(pictures, 64) if batch_size >= LEAST_THROUGHPUT_BATCH else cls(1, 8)
 
 
 def run_prefixes(model: Moondream3, cache: KVCache, slots_B: Tensor, embeddings_BPD: Tensor) -> None:
     """Run pictures' prefixes into their slots; a prefix attends to all of itself and to nothing else."""
     x_BTD = model.prefix_embeddings(embeddings_BPD)
     position = torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[0], -1)
-    model.text(x_BTD, position, None, PrefixStore(cache, slots_B), only_stores=True)
+    is_real_BT = (slots_B >= 0)[:, None].expand(position.shape)
+    model.text(x_BTD, position, None, PrefixStore(cache, slots_B), is_real_BT, only_stores=True)
 
 
 def run_prompts(
     model: Moondream3, cache: KVCache, slots_B: Tensor, x_BTD: Tensor, start_B: Tensor, last_B: Tensor, total: int
 ) -> Tensor:
-    """Run prompts into slots behind position `start_B`; return the hidden state at index `last_B` of each [B, D]."""
+    """Run prompts into slots behind position `start_B`; return the hidden state at index `last_B` of each [B, D].
+
+    A `last_B` of -1 marks a row that is padding.
+    """
     device = x_BTD.device
     position_BT = start_B[:, None] + torch.arange(x_BTD.shape[1], device=device)
     is_real_BT = torch.arange(x_BTD.shape[1], device=device) <= last_B[:, None]  # not padding behind a short prompt
@@ -74,11 +97,13 @@ class Passes:
     Attributes:
         prefill_prefixes, prefill_prompts, decode: `run_prefixes`, `run_prompts` and `decode_step` over the model.
         is_compiled: whether they are compiled, and their inputs must be of a few fixed sizes.
+        plan: the one size of each pass; None where passes take the sizes as they come.
     """
 
     def __init__(self, model: Moondream3) -> None:
         self.model = model
         self.is_compiled = False
+        self.plan: ShapePlan | None = None
         self.prefill_prefixes = partial(run_prefixes, model)
         self.prefill_prompts = partial(run_prompts, model)
         self.decode = partial(decode_step, model)
@@ -91,13 +116,24 @@ class Passes:
         self.prefill_prompts = partial(compiled(run_prompts), self.model)
         self.decode = partial(compiled(decode_step), self.model)
 
+    @property
+    def steps_all_slots(self) -> bool:
+        """Whether a step is of all slots, idle ones too, because its size is fixed."""
+        return self.is_compiled or self.plan is not None
+
     def cut_prefixes(self, to_prefill: Sequence[tuple[int, str]], size: int) -> list[Sequence[tuple[int, str]]]:
         """Cut slots and their pictures into passes of `size`; compiled passes are filled up with the last one."""
         cut = [to_prefill[first : first + size] for first in range(0, len(to_prefill), size)]
-        return [_repeat_last(some, size) for some in cut] if self.is_compiled else cut
+        return [_repeat_last(some, size) for some in cut] if self.is_compiled and self.plan is None else cut
 
     def group(self, batch: Sequence[Generation], slots: Sequence[int], max_tokens: int) -> list[Group]:
-        """Sort prompts into groups of similar length: of at most `max_tokens`, padding included, or of one prompt.
+        """Sort prompts into groups, each of which is run in one pass."""
+        if self.plan is not None:
+            return _cut_into_blocks(batch, slots, max(1, min(self.plan.blocks, max_tokens // BLOCK)))
+        return self._group_by_length(batch, slots, max_tokens)
+
+    def _group_by_length(self, batch: Sequence[Generation], slots: Sequence[int], max_tokens: int) -> list[Group]:
+        """Make groups of similar length: of at most `max_tokens`, padding included, or of one prompt.
 
         Prompts as long as a picture's prefix go apart: kernels compute them in other tiles (`PassKind`), and a
         short prompt padded to their width would round otherwise than alone.
@@ -111,7 +147,7 @@ class Passes:
                 groups.append([])
             groups[-1].append(i)
         return [
-            Group([batch[i] for i in group], [slots[i] for i in group], self._width(lengths[group[-1]]))
+            Group([Block(batch[i], slots[i]) for i in group], self._width(lengths[group[-1]]), len(group), len(group))
             for group in groups
         ]
 
@@ -125,7 +161,12 @@ class Passes:
 
         Return the slots of each pass of prefixes [B], and what each group's pass and first decision need.
         """
-        columns = [_columns(group, num_slots if self.is_compiled else len(group.slots)) for group in groups]
+        if self.plan is not None:
+            prefix_slots = [[*some, *[NO_SLOT] * (self.plan.pictures - len(some))] for some in prefix_slots]
+            columns = [_columns(group, num_slots) for group in groups]
+        else:
+            filled = [group.filled_up(num_slots) for group in groups] if self.is_compiled else groups
+            columns = [_columns(group, num_slots) for group in filled]
         ints, reals = send(
             self.model.device,
             [*prefix_slots, *chain.from_iterable(ints for ints, _ in columns)],
@@ -150,20 +191,66 @@ def _repeat_last(items: Sequence, size: int) -> list:  # type: ignore[type-arg]
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Generations whose prompts are run in one pass, their slots, and the width that prompts are padded to."""
+class Block:
+    """A generation's prompt from its id number `first` on: one row of a pass."""
 
-    generations: Sequence[Generation]
-    slots: Sequence[int]
+    generation: Generation
+    slot: int
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What is run in one pass: blocks of at most `width` ids.
+
+    The pass is padded with rows without a slot to `num_rows`, and takes `num_seats` rows' first decisions, padding
+    included.
+    """
+
+    blocks: Sequence[Block]
     width: int
+    num_rows: int
+    num_seats: int
+
+    @property
+    def ending(self) -> list[int]:
+        """The rows whose block ends its prompt."""
+        ends = (len(block.generation.prompt.ids) - block.first for block in self.blocks)
+        return [row for row, left in enumerate(ends) if left <= self.width][: self.num_seats]
+
+    @property
+    def generations(self) -> list[Generation]:
+        """Those whose prompt ends in this pass, in order."""
+        return [self.blocks[row].generation for row in self.ending]
+
+    @property
+    def slots(self) -> list[int]:
+        """The slots of `generations`."""
+        return [self.blocks[row].slot for row in self.ending]
 
     @property
     def total(self) -> int:
         """One behind the last position that is written, padding included."""
-        return self.width + max(generation.start for generation in self.generations)
+        return self.width + max(block.generation.start + block.first for block in self.blocks)
+
+    def filled_up(self, num_rows: int) -> Group:
+        """Return the group with its last block repeated; what repeats a prompt writes what that writes."""
+        return replace(self, blocks=_repeat_last(self.blocks, num_rows), num_rows=num_rows)
+
+
+def _cut_into_blocks(batch: Sequence[Generation], slots: Sequence[int], num_rows: int) -> list[Group]:
+    """Cut prompts into blocks and these, in order, into passes; a prompt may begin in one and end in a later one."""
+    blocks = [
+        Block(generation, slot, first)
+        for generation, slot in zip(batch, slots, strict=True)
+        for first in range(0, len(generation.prompt.ids), BLOCK)
+    ]
+    cut = [blocks[first : first + num_rows] for first in range(0, len(blocks), num_rows)]
+    return [Group(some, BLOCK, num_rows, num_seats=num_rows) for some in cut]
 
 
 V = TypeVar("V")
+N = TypeVar("N")
 
 
 class PromptInts(NamedTuple, Generic[V]):
@@ -175,8 +262,11 @@ class PromptInts(NamedTuple, Generic[V]):
     last: V  # [B] index of its last id
     coord_at: V  # [C] which of the B * T inputs are coordinates, and which are sizes
     size_at: V  # [Z]
+    ends_at: V  # [N] which of the B rows end a prompt
+    seat: V  # [N] where the state of these goes
     mode: V  # [N] this and what follows: `state.Rows`
     is_point: V
+    chooses: V
     limit: V
     position: V
     seed: V
@@ -205,6 +295,7 @@ class PromptInputs(NamedTuple):
             mode=ints.mode,
             is_first=torch.ones_like(ints.mode, dtype=torch.bool),
             is_point=ints.is_point.bool(),
+            chooses=ints.chooses.bool(),
             emitted=nothing_yet,
             limit=ints.limit,
             position=ints.position,
@@ -215,32 +306,50 @@ class PromptInputs(NamedTuple):
         )
 
 
-def _columns(group: Group, num_rows: int) -> tuple[PromptInts[list[int]], PromptReals[list[float]]]:
-    """Return a group as lists; the pass gets `num_rows` rows, the last one repeated."""
-    generations, requests = group.generations, [generation.job.request for generation in group.generations]
-    passed, eos_id = _repeat_last(generations, num_rows), generations[0].config.tokenizer.eos_id
-    coords = [(row * group.width + i, value) for row, s in enumerate(passed) for i, value in s.prompt.coords]
-    sizes = [(row * group.width + i, size_wh) for row, s in enumerate(passed) for i, size_wh in s.prompt.sizes]
+def _columns(group: Group, num_slots: int) -> tuple[PromptInts[list[int]], PromptReals[list[float]]]:
+    """Return a group as lists; rows that end no prompt, where there must be some, decide for a seat behind all slots."""
+    width, blocks, num_idle = group.width, group.blocks, group.num_rows - len(group.blocks)
+    generations, ending = group.generations, group.ending
+    eos_id, prefix_len = blocks[0].generation.config.tokenizer.eos_id, blocks[0].generation.config.prefix_len
+    fed = [block.generation.prompt.ids[block.first : block.first + width] for block in blocks]
+    coords = list(_placed(blocks, width, [block.generation.prompt.coords for block in blocks]))
+    sizes = list(_placed(blocks, width, [block.generation.prompt.sizes for block in blocks]))
+    requests = [generation.job.request for generation in generations]
+
+    def column(values: Iterable[N], idle: N) -> list[N]:
+        return [*values, *[idle] * (group.num_seats - len(ending))]
+
     ints = PromptInts(
-        ids=[id for s in passed for id in (*s.prompt.ids, *[eos_id] * (group.width - len(s.prompt.ids)))],
-        slots=_repeat_last(group.slots, num_rows),
-        start=[generation.start for generation in passed],
-        last=[len(generation.prompt.ids) - 1 for generation in passed],
+        ids=[id for ids in (*fed, *[[]] * num_idle) for id in (*ids, *[eos_id] * (width - len(ids)))],
+        slots=[*(block.slot for block in blocks), *[NO_SLOT] * num_idle],
+        start=[*(block.generation.start + block.first for block in blocks), *[prefix_len] * num_idle],
+        last=[*(len(ids) - 1 for ids in fed), *[-1] * num_idle],
         coord_at=[index for index, _ in coords],
         size_at=[index for index, _ in sizes],
-        mode=[int(generation.start_mode) for generation in generations],
-        is_point=[int(request.task is Task.POINT) for request in requests],
-        limit=[generation.limit for generation in generations],
-        position=[generation.prompt_end for generation in generations],
-        seed=[(request.seed + 2**63) % 2**64 - 2**63 for request in requests],  # of any size, as signed 64 bits
+        ends_at=column(ending, 0),
+        seat=column(group.slots, num_slots),
+        mode=column((int(generation.start_mode) for generation in generations), IDLE),
+        is_point=column((int(request.task is Task.POINT) for request in requests), 0),
+        chooses=column((int(bool(generation.choices)) for generation in generations), 0),
+        limit=column((generation.limit for generation in generations), 0),
+        position=column((generation.prompt_end for generation in generations), prefix_len),
+        seed=column(((request.seed + 2**63) % 2**64 - 2**63 for request in requests), 0),  # of any size, in 64 bits
     )
     reals = PromptReals(
         coords=[value for _, value in coords],
         sizes=[side for _, size_wh in sizes for side in size_wh],
-        temperature=[request.temperature for request in requests],
-        top_p=[request.top_p for request in requests],
+        temperature=column((request.temperature for request in requests), 0.0),
+        top_p=column((request.top_p for request in requests), 1.0),
     )
     return ints, reals
+
+
+def _placed(blocks: Sequence[Block], width: int, of_blocks: Sequence[Sequence[tuple[int, N]]]) -> Iterator[tuple[int, N]]:
+    """Yield what stands at an index of a prompt at its index among all inputs of the pass."""
+    for row, (block, found) in enumerate(zip(blocks, of_blocks, strict=True)):
+        for index, value in found:
+            if block.first <= index < block.first + width:
+                yield row * width + index - block.first, value
 
 
 def embed_prompts(model: Moondream3, inputs: PromptInputs) -> Tensor:

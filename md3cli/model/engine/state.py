@@ -105,9 +105,10 @@ class Rows(NamedTuple):
     mode: Tensor  # int64, Mode
     is_first: Tensor  # bool: the next decision is the first after a prefill, when nothing is banned
     is_point: Tensor  # bool: objects without a size
+    chooses: Tensor  # bool: its answer is chosen from a list, so the row falls idle where the answer would begin
     emitted: Tensor  # int64: tokens of this phase, or objects
     limit: Tensor  # int64: max_tokens or max_objects
-    position: Tensor  # int64: where the next input goes; of an idle row always behind its slot's prefix
+    position: Tensor  # int64: where the next input goes; of an idle row behind what its slot still needs
     temperature: Tensor  # float32
     top_p: Tensor  # float32
     seed: Tensor  # int64
@@ -127,7 +128,7 @@ def idle_rows(num_rows: int, device: torch.device) -> Rows:
     """Return rows without a generation."""
 
     whole, flag, real = torch.int64, torch.bool, torch.float32
-    kinds = (whole, flag, flag, whole, whole, whole, real, real, whole, whole)
+    kinds = (whole, flag, flag, flag, whole, whole, whole, real, real, whole, whole)
     return Rows(*(torch.zeros(num_rows, dtype=kind, device=device) for kind in kinds))
 
 
@@ -275,16 +276,20 @@ def advance(
     is_idle = mode == _IDLE
     finish = torch.where(ends, _STOP, torch.where(is_full, _LENGTH, _NO))
     finish = finish.masked_fill(is_idle, _NO)
-    is_over = is_idle | (finish != _NO)
+    waits_for_choice = rows.chooses & (turns_to_answer | writes)
+    # A row whose numbers are not finite ends, too: the host hears of it steps later.
+    is_over = is_idle | (finish != _NO) | waits_for_choice | continue_mass.isnan()
 
     new_rows = Rows(  # not `rows._replace(…)`: code that torch 2.11 compiles returns an empty tuple for it
         mode=torch.where(is_over, _IDLE, _next_mode(rows, token, ids.answer_id)),
         is_first=turns_to_answer,
         is_point=rows.is_point,
+        chooses=rows.chooses,
         emitted=emitted,
         limit=rows.limit,
-        # An idle row is stepped along, not skipped: what it writes must stay inside the cache and off the prefix.
-        position=rows.position.masked_fill(is_over, model.config.prefix_len),
+        # An idle row is stepped along, not skipped: what it writes must stay inside the cache and off the prefix, and
+        # off the prompt of a row that waits for its choice.
+        position=rows.position.masked_fill(is_over & ~waits_for_choice, model.config.prefix_len),
         temperature=rows.temperature,
         top_p=rows.top_p,
         seed=rows.seed,

@@ -277,9 +277,10 @@ def test_rows_that_ended_stand_right_behind_the_prefix() -> None:
     engine = case.engine(batch_size=5)
     chosen = Job(1000, None, Request(Task.QUERY, "Which?", reasoning=True, max_tokens=5, choices=("yes", "no")))
     answers_by_key(engine, [*(case.job(key) for key in certain_keys(case)[:12]), chosen])
-    assert engine._rows.mode.tolist() == [int(Mode.IDLE)] * 5
-    assert set(engine._rows.position.tolist()) <= {0, case.model.config.prefix_len}  # 0: never used
-    assert case.model.config.prefix_len in engine._rows.position.tolist()
+    rows = engine._stepper.rows.pick(slice(0, 5))
+    assert rows.mode.tolist() == [int(Mode.IDLE)] * 5
+    assert set(rows.position.tolist()) <= {0, case.model.config.prefix_len}  # 0: never used
+    assert case.model.config.prefix_len in rows.position.tolist()
 
 
 NAN = "the model computed NaN or infinity in float32: are its weights damaged?"
