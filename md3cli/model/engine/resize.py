@@ -22,11 +22,11 @@ from torch import Tensor
 
 from md3cli.images.crops import CropConfig, Tiling, cut_crops, select_tiling
 from md3cli.model.engine.machine import upload
+from md3cli.model.kernels.tiles import TAPS_STEP
 
 LOBES = 3.0  # of Lanczos' filter, on each side
 FRACTION_BITS = 22  # of a weight: 32 less 8 for a pixel's value and 2 for what the sum of weights may exceed 1 by
 NEAR_HALF = 1e-6  # in units of the last bit; numpy's sine differs from the C library's by 1e-8 of them
-TAPS_STEP = 4  # the kernel takes so many inputs of a sum at a time
 # The longest side that is cut here, a JPEG's longest. A table of weights has 6 numbers for each pixel of the longer of
 # both lengths: 1.6 MB. A row of 2^28 pixels would need 13 GB in float64.
 MAX_SIDE = 65_535

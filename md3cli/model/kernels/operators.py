@@ -20,8 +20,8 @@ import triton
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from md3cli.model.kernels import attention_kernels, expert_kernels, slot_kernels
-from md3cli.model.kernels.tiles import Tile, WeightForm, capability_of
+from md3cli.model.kernels import attention_kernels, expert_kernels, resize_kernels, slot_kernels
+from md3cli.model.kernels.tiles import HEIGHT_BLOCK, TAPS_STEP, WIDTH_BLOCK, Tile, WeightForm, capability_of
 from md3cli.model.network.config import HEAD_DIM
 
 NAMESPACE = "md3"
@@ -404,3 +404,35 @@ def _check_slots(q: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None
     assert keys.shape == values.shape
     assert q.dtype is keys.dtype is values.dtype
     assert slots.dtype is torch.int64
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def _fake_resize_axis(pixels: Tensor, table: Tensor, axis: int) -> Tensor:
+    shape = list(pixels.shape)
+    shape[axis] = table.shape[1]
+    return pixels.new_empty(shape)
+
+
+@_operator("resize_axis(Tensor pixels, Tensor table, int axis) -> Tensor", 1, _fake_resize_axis)
+def _resize_axis(pixels: Tensor, table: Tensor, axis: int) -> Tensor:
+    """Resize uint8 [H, W, 3] along axis 0 or 1 as `engine/resize.py` does; `table` is its `weight_table`."""
+    assert axis in (0, 1)
+    assert pixels.dtype is torch.uint8
+    assert pixels.shape[2] == resize_kernels.CHANNELS.value
+    assert pixels.is_contiguous(), pixels.stride()
+    assert table.is_contiguous(), table.stride()
+    out = _fake_resize_axis(pixels, table, axis)
+    (height, width, _), (num_rows, new) = pixels.shape, table.shape
+    is_width = axis == 1
+    lines, line_block, value_block = (height, *WIDTH_BLOCK) if is_width else (1, *HEIGHT_BLOCK)
+    row_values = pixels.shape[2] if is_width else width * pixels.shape[2]
+    num_taps = num_rows - 1
+    _launch(
+        resize_kernels.resize_axis, (triton.cdiv(new * row_values, value_block), triton.cdiv(lines, line_block)),
+        pixels, table, out, lines, pixels.shape[axis], new, row_values, num_taps,
+        IS_WIDTH=is_width, STEP=TAPS_STEP if num_taps % TAPS_STEP == 0 else 1,
+        BL=line_block, BV=value_block, warps=4, stages=1,
+    )  # fmt: skip
+    return out

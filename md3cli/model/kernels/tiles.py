@@ -17,6 +17,10 @@ import torch
 
 from md3cli.model.network.text import PassKind
 
+# Lines and values of a program that resizes a picture. A line's weights serve the others; heights have one line.
+WIDTH_BLOCK, HEIGHT_BLOCK = (8, 128), (1, 256)
+TAPS_STEP = 4  # inputs of a resized value that are loaded together; tables of weights are filled up to a multiple
+
 
 class Product(StrEnum):
     """The products that are tiled: both matrices of the experts, one dense matrix, and tau's (whose columns are 2H)."""

@@ -16,6 +16,7 @@ from golden_cases import GOLDEN, assert_answer, load_case
 from gpu.triton_cases import OPS, distinct_logits, normal, random_weight, relative_error
 
 from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore
+from md3cli.model.engine.resize import weight_table
 from md3cli.model.kernels import operators
 from md3cli.model.kernels.forms import place_forms
 from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
@@ -172,6 +173,7 @@ def operator_calls() -> dict[str, tuple]:
         "tau_rope_store": (qkv, parts, alpha, position, rotary_table(position, 1e4), slots, *cache, True),
         "slot_attention_step": (queries, *cache, slots, position),
         "slot_attention_block": (queries.expand(-1, 3, -1, -1).contiguous(), *cache, slots, position.expand(-1, 3)),
+        "resize_axis": (torch.zeros(5, 9, 3, dtype=torch.uint8), torch.from_numpy(weight_table(9, 4)), 1),
     }
 
 
