@@ -54,7 +54,8 @@ class GoldenCase:
     image_indices: list[int | None]
     expected: list[dict[str, Any]]
 
-    def engine(self, batch_size: int, model: Moondream3 | None = None) -> Engine:
+    def engine(self, batch_size: int, model: Moondream3 | None = None, **options: int) -> Engine:
+        """An engine over the case's model; `options` are the Engine's."""
         model = model or self.model
         return Engine(
             model,
@@ -64,6 +65,7 @@ class GoldenCase:
             identity=RunIdentity("golden"),
             batch_size=batch_size,
             max_context=model.config.text.max_context,
+            **options,  # type: ignore[arg-type]  # delay, is_planned
         )
 
     def job(self, key: int) -> Job:

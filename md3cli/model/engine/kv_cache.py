@@ -144,7 +144,7 @@ class KVCache:
         device: torch.device,
         is_fixed: bool = False,
     ) -> None:
-        self.num_slots = num_slots
+        self.num_slots, self.is_fixed = num_slots, is_fixed
         self.capacity = self._least_capacity = round_up(capacity, GROWTH)
         num_layers, shape = config.text.n_layers, (num_slots, config.text.n_heads, self.capacity, HEAD_DIM)
         self._whole = torch.zeros(num_layers, 2, *shape, dtype=dtype, device=device) if is_fixed else None
@@ -210,14 +210,14 @@ class KVCache:
 class PrefixStore(SlotStore):
     """Prefill of image prefixes: rows start at position 0 and attend to nothing but themselves.
 
-    Where kernels run, slot -1 marks a row that fills up a pass.
+    Slot -1 marks a row that fills up a pass over a fixed cache.
     """
 
     attends_new = True
 
     def __init__(self, cache: KVCache, slots_B: Tensor) -> None:
         super().__init__(cache.keys, cache.values)
-        self._slots_B = slots_B
+        self._slots_B, self._may_pad = slots_B, cache.is_fixed
 
     def slots(self) -> Tensor:
         return self._slots_B
@@ -229,19 +229,25 @@ class PrefixStore(SlotStore):
         return k_BHTK, v_BHTK
 
     def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> None:
-        stored_SHCK[self._slots_B, :, : new_BHTK.shape[2]] = new_BHTK
+        slots_B = self._slots_B
+        if self._may_pad:
+            is_real_B = slots_B >= 0
+            slots_B, new_BHTK = slots_B[is_real_B], new_BHTK[is_real_B]
+        stored_SHCK[slots_B, :, : new_BHTK.shape[2]] = new_BHTK
 
 
 class PromptStore(SlotStore):
     """Prefill of prompts: each row writes behind what its slot holds and attends to all of it.
 
-    Where kernels run, a long prompt may be several rows of one slot, and slot -1 marks a row that fills up a pass.
+    Over a fixed cache a long prompt may be several rows of one slot, slot -1 marks a row that fills up a pass, and
+    padding behind a prompt may reach behind the slot's end: neither is stored.
     `position_BT` are the absolute positions of the new entries, `length` bounds what the plain path attends to.
     """
 
     def __init__(self, cache: KVCache, slots_B: Tensor, position_BT: Tensor, length: int) -> None:
         super().__init__(cache.keys, cache.values)
         self._slots_B, self.position_BT, self.length = slots_B, position_BT, length
+        self._may_pad, self._capacity = cache.is_fixed, cache.capacity
         self._mask: Tensor | None = None  # made when first asked for: kernels need none
 
     def slots(self) -> Tensor:
@@ -253,11 +259,17 @@ class PromptStore(SlotStore):
         return self._mask
 
     def _write(self, stored_SHCK: Tensor, new_BHTK: Tensor) -> None:
-        stored_SHCK[self._slots_B[:, None], :, self.position_BT] = new_BHTK.transpose(1, 2)
+        slots_BT, new_BTHK = self._slots_B[:, None].expand_as(self.position_BT), new_BHTK.transpose(1, 2)
+        if self._may_pad:
+            is_stored_BT = (slots_BT >= 0) & (self.position_BT < self._capacity)
+            stored_SHCK[slots_BT[is_stored_BT], :, self.position_BT[is_stored_BT]] = new_BTHK[is_stored_BT]
+        else:
+            stored_SHCK[slots_BT, :, self.position_BT] = new_BTHK
 
     def attended(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        slots_B = self._slots_B.clamp(min=0) if self._may_pad else self._slots_B
         keys, values = (t[layer][:, :, : self.length] for t in (self.keys, self.values))
-        return keys.index_select(0, self._slots_B), values.index_select(0, self._slots_B)
+        return keys.index_select(0, slots_B), values.index_select(0, slots_B)
 
 
 class DecodeStore(SlotStore):

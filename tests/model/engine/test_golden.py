@@ -94,13 +94,31 @@ def test_hidden_states_and_logits_after_the_prompt(name: str) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("delay", [0, 1, 2])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("name", CASES)
-def test_engine_in_any_order_at_any_batch_size(name: str, batch_size: int) -> None:
+def test_engine_in_any_order_at_any_batch_size(name: str, batch_size: int, delay: int) -> None:
+    """However many launches behind their results are read, too."""
     case = load_case(name)
     keys = [key for key in range(len(case.requests)) if case.is_certain(key)]
     random.Random(batch_size).shuffle(keys)
-    answers = list(case.engine(batch_size).run(case.job(key) for key in keys))
+    answers = list(case.engine(batch_size, delay=delay).run(case.job(key) for key in keys))
+    assert sorted(answer.key for answer in answers) == sorted(keys)
+    for answer in answers:
+        assert_answer(answer, case.expected[answer.key])
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize("batch_size", [2, 16])
+@pytest.mark.parametrize("name", CASES)
+def test_engine_whose_passes_have_one_size(name: str, batch_size: int, delay: int) -> None:
+    """As on CUDA: fixed slots, pictures and blocks of prompts padded to a plan, all slots in every step."""
+    case = load_case(name)
+    keys = [key for key in range(len(case.requests)) if case.is_certain(key)]
+    random.Random(delay).shuffle(keys)
+    engine = case.engine(batch_size, delay=delay, is_planned=True, prefill_tokens=4 * case.model.config.prefix_len)
+    answers = list(engine.run(case.job(key) for key in keys))
     assert sorted(answer.key for answer in answers) == sorted(keys)
     for answer in answers:
         assert_answer(answer, case.expected[answer.key])
