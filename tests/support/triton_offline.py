@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from md3cli.model.kernels import attention_kernels, expert_kernels, operators, resize_kernels, slot_kernels
-from md3cli.model.kernels.tiles import HEIGHT_BLOCK, TAPS_STEP, WIDTH_BLOCK, Product, Tile, WeightForm, tile_for
+from md3cli.model.kernels.tiles import RESIZED_VALUES, TAPS_STEP, Product, Tile, WeightForm, tile_for
 from md3cli.model.network.text import PassKind
 
 TARGETS = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
@@ -154,12 +154,11 @@ def other_variants(capability: tuple[int, int]) -> Iterator[Variant]:
         )  # fmt: skip
     yield Variant("plan_tiles", expert_kernels.plan_tiles, lists,
                   {"X": EXPERTS, "XP": EXPERTS, "BM": 128, "TP": 128, "BP": 128}, 8, **plain)  # fmt: skip
-    for axis, (lines, values) in {"width": WIDTH_BLOCK, "height": HEIGHT_BLOCK}.items():
+    for kernel in (resize_kernels.resize_width, resize_kernels.resize_height):
         for step in (TAPS_STEP, 1):
             yield Variant(
-                f"resize_axis {axis} {step}", resize_kernels.resize_axis,
-                {"pixels": "*u8", "table": "*i32", "out": "*u8"},
-                {"IS_WIDTH": axis == "width", "STEP": step, "BL": lines, "BV": values}, stages=1, **plain,
+                f"{kernel.__name__} {step}", kernel, {"pixels": "*u8", "table": "*i32", "out": "*u8"},
+                {"STEP": step, "BV": RESIZED_VALUES}, RESIZED_VALUES // 32, stages=1, **plain,
             )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from md3cli.model.kernels import attention_kernels, expert_kernels, resize_kernels, slot_kernels
-from md3cli.model.kernels.tiles import HEIGHT_BLOCK, TAPS_STEP, WIDTH_BLOCK, Tile, WeightForm, capability_of
+from md3cli.model.kernels.tiles import RESIZED_VALUES, TAPS_STEP, Tile, WeightForm, capability_of
 from md3cli.model.network.config import HEAD_DIM
 
 NAMESPACE = "md3"
@@ -424,15 +424,20 @@ def _resize_axis(pixels: Tensor, table: Tensor, axis: int) -> Tensor:
     assert pixels.is_contiguous(), pixels.stride()
     assert table.is_contiguous(), table.stride()
     out = _fake_resize_axis(pixels, table, axis)
-    (height, width, _), (num_rows, new) = pixels.shape, table.shape
-    is_width = axis == 1
-    lines, line_block, value_block = (height, *WIDTH_BLOCK) if is_width else (1, *HEIGHT_BLOCK)
-    row_values = pixels.shape[2] if is_width else width * pixels.shape[2]
+    (height, width, channels), (num_rows, new) = pixels.shape, table.shape
     num_taps = num_rows - 1
-    _launch(
-        resize_kernels.resize_axis, (triton.cdiv(new * row_values, value_block), triton.cdiv(lines, line_block)),
-        pixels, table, out, lines, pixels.shape[axis], new, row_values, num_taps,
-        IS_WIDTH=is_width, STEP=TAPS_STEP if num_taps % TAPS_STEP == 0 else 1,
-        BL=line_block, BV=value_block, warps=4, stages=1,
-    )  # fmt: skip
+    constants = {"STEP": TAPS_STEP if num_taps % TAPS_STEP == 0 else 1, "BV": RESIZED_VALUES}
+    warps = RESIZED_VALUES // 32
+    if axis == 1:
+        grid = triton.cdiv(new * channels, RESIZED_VALUES), triton.cdiv(height, resize_kernels.ROWS.value)
+        _launch(
+            resize_kernels.resize_width, grid, pixels, table, out, height, width, new, num_taps,
+            **constants, warps=warps, stages=1,
+        )  # fmt: skip
+    else:
+        row_values = width * channels
+        _launch(
+            resize_kernels.resize_height, (new, triton.cdiv(row_values, RESIZED_VALUES)),
+            pixels, table, out, row_values, new, num_taps, **constants, warps=warps, stages=1,
+        )  # fmt: skip
     return out

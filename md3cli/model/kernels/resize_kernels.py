@@ -1,10 +1,12 @@
-"""The Triton kernel that resizes a picture along one axis in Pillow's whole numbers.
+"""Triton kernels that resize a picture along its width or its height in Pillow's whole numbers.
 
-Every output is a sum of 32 bits of pixels times weights with 22 bits behind the point, rounded once: no order of the
-sum, card or compiler can change a bit. A picture is seen as [A, L, B]: A lines that are resized alone, the length L,
-and B values side by side: [H, W, 3] for its width, [1, H, 3 W] for its height.
+Every value is a sum of 32 bits of pixels times weights with 22 bits behind the point, rounded once: no order of the
+sum, card or compiler can change a bit. A table int32 [1 + taps, new] says in row 0 where the inputs of an output begin,
+and below what each weighs; all of them exist. `STEP` of them are loaded together, and divides `num_taps`.
 
-Knows nothing of torch, nor of how weights come about (`engine/resize.py`). Only `operators.py` imports and launches it.
+Tiles have one axis: where no two values of a tile are neighbours in memory, Triton 3.6 lays a warp along its first axis
+and Triton 3.9 along its last. Knows nothing of torch, nor of how weights come about (`engine/resize.py`). Only
+`operators.py` imports and launches these kernels.
 Source: the resampling in whole numbers of Pillow's Resample.c.
 """
 
@@ -16,37 +18,69 @@ import triton.language as tl
 CHANNELS = tl.constexpr(3)
 FRACTION_BITS = tl.constexpr(22)
 HALF = tl.constexpr(1 << 21)
+ROWS = tl.constexpr(4)  # of a program that resizes widths: a weight is loaded once for all of them
 
 
-@triton.jit(do_not_specialize=["num_lines", "old", "new", "row_values", "num_taps"])
-def resize_axis(
-    pixels, table, out, num_lines, old, new, row_values, num_taps,
-    IS_WIDTH: tl.constexpr, STEP: tl.constexpr, BL: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """`out[a, o, b] = sum over t of table[1 + t, o] * pixels[a, table[0, o] + t, b]`, in 2^-22, rounded, 0 to 255.
+@triton.jit(do_not_specialize=["height", "old", "new", "num_taps"])
+def resize_width(pixels, table, out, height, old, new, num_taps, STEP: tl.constexpr, BV: tl.constexpr):
+    """`out[y, x, c] = sum over t of table[1 + t, x] * pixels[y, table[0, x] + t, c]`, uint8 [height, new, 3].
 
-    pixels uint8 [A, old, B], out uint8 [A, new, B]; table int32 [1 + num_taps, new] reads inputs that exist. B is
-    `row_values`, or 3 where IS_WIDTH. STEP divides `num_taps`. Grid (blocks of BV of the new * B values, of BL lines).
+    pixels uint8 [height, old, 3]. Grid (blocks of BV of a row's 3 * new values, blocks of ROWS rows).
     """
-    inner = CHANNELS if IS_WIDTH else row_values
     column = tl.program_id(0) * BV + tl.arange(0, BV)
-    line = tl.program_id(1) * BL + tl.arange(0, BL)
+    row = tl.program_id(1) * ROWS
     # What stands beyond the end is computed again from the last value, and not stored: no load needs a mask.
-    last_column = tl.minimum(column, new * inner - 1)
-    last_line = tl.minimum(line, num_lines - 1).to(tl.int64)
-    output = last_column // inner
-    first = tl.load(table + output).to(tl.int64)
-    # Values come first in a tile: lanes of a warp lie along its first axis, so that a weight serves all lines of a
-    # thread and the lanes read one line. With lines first, a warp read eight lines at a time.
-    source = pixels + (first * inner + (last_column - output * inner))[:, None] + last_line[None, :] * old * inner
-    weights = table + new + output
-    total = tl.full((BV, BL), HALF, tl.int32)
+    value = tl.minimum(column, CHANNELS * new - 1)
+    x = value // CHANNELS
+    at = tl.load(table + x) * CHANNELS + value % CHANNELS
+    weights = table + new + x
+    row_0 = pixels + row.to(tl.int64) * old * CHANNELS
+    row_1 = pixels + tl.minimum(row + 1, height - 1).to(tl.int64) * old * CHANNELS
+    row_2 = pixels + tl.minimum(row + 2, height - 1).to(tl.int64) * old * CHANNELS
+    row_3 = pixels + tl.minimum(row + 3, height - 1).to(tl.int64) * old * CHANNELS
+    total_0 = tl.full((BV,), HALF, tl.int32)
+    total_1, total_2, total_3 = total_0, total_0, total_0
     for _ in range(0, num_taps, STEP):
         for i in tl.static_range(STEP):
             weight = tl.load(weights + i * new)
-            total += tl.load(source + i * inner).to(tl.int32) * weight[:, None]
+            total_0 += weight * tl.load(row_0 + at + i * CHANNELS).to(tl.int32)
+            total_1 += weight * tl.load(row_1 + at + i * CHANNELS).to(tl.int32)
+            total_2 += weight * tl.load(row_2 + at + i * CHANNELS).to(tl.int32)
+            total_3 += weight * tl.load(row_3 + at + i * CHANNELS).to(tl.int32)
         weights += STEP * new
-        source += STEP * inner
+        at += STEP * CHANNELS
+    row_values = new * CHANNELS
+    _store(out, total_0, row, column, row_values)
+    if row + 1 < height:
+        _store(out, total_1, row + 1, column, row_values)
+    if row + 2 < height:
+        _store(out, total_2, row + 2, column, row_values)
+    if row + 3 < height:
+        _store(out, total_3, row + 3, column, row_values)
+
+
+@triton.jit(do_not_specialize=["row_values", "new", "num_taps"])
+def resize_height(pixels, table, out, row_values, new, num_taps, STEP: tl.constexpr, BV: tl.constexpr):
+    """`out[y, v] = sum over t of table[1 + t, y] * pixels[table[0, y] + t, v]`, uint8 [new, row_values].
+
+    pixels uint8 [old height, row_values]: a row's 3 * width values. Grid (outputs `new`, blocks of BV values).
+    """
+    y = tl.program_id(0)
+    column = tl.program_id(1) * BV + tl.arange(0, BV)
+    value = tl.minimum(column, row_values - 1)
+    source = pixels + tl.load(table + y).to(tl.int64) * row_values
+    weights = table + new + y
+    total = tl.full((BV,), HALF, tl.int32)
+    for _ in range(0, num_taps, STEP):
+        for i in tl.static_range(STEP):
+            total += tl.load(weights + i * new) * tl.load(source + i * row_values + value).to(tl.int32)
+        weights += STEP * new
+        source += STEP * row_values
+    _store(out, total, y, column, row_values)
+
+
+@triton.jit
+def _store(out, total, row, column, row_values):
+    """Bring sums, which began with a half, to 8 bits and write them to a row."""
     value = tl.minimum(tl.maximum(total >> FRACTION_BITS, 0), 255).to(tl.uint8)
-    target = out + column[:, None] + line[None, :].to(tl.int64) * new * inner
-    tl.store(target, value, mask=(column < new * inner)[:, None] & (line < num_lines)[None, :])
+    tl.store(out + row.to(tl.int64) * row_values + column, value, mask=column < row_values)

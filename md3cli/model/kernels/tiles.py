@@ -17,8 +17,7 @@ import torch
 
 from md3cli.model.network.text import PassKind
 
-# Lines and values of a program that resizes a picture. A line's weights serve the others; heights have one line.
-WIDTH_BLOCK, HEIGHT_BLOCK = (8, 128), (1, 256)
+RESIZED_VALUES = 128  # of a row of a picture that one program resizes, one for each thread
 TAPS_STEP = 4  # inputs of a resized value that are loaded together; tables of weights are filled up to a multiple
 
 
