@@ -213,7 +213,7 @@ def make_engine(model: Moondream3, batch_size: int, store: EncodingCache | None 
     plan = MemoryPlan(batch_size)
     if model.device.type == "cuda":
         plan = plan_cuda(free_bytes(model.device), model.config, model.dtype, max_context, asked=batch_size)
-    return Engine(
+    engine = Engine(
         model,
         SilentTokenizer(),  # type: ignore[arg-type]  # a stand-in
         FixedPrompts(),  # type: ignore[arg-type]  # a stand-in
@@ -223,6 +223,9 @@ def make_engine(model: Moondream3, batch_size: int, store: EncodingCache | None 
         max_context=max_context,
         prefill_tokens=plan.prefill_tokens,
     )
+    if model.device.type == "cuda":
+        engine.capture()
+    return engine
 
 
 def time_run(engine: Engine, jobs: Iterable[Job | None], workload: Workload) -> tuple[float, int]:

@@ -135,7 +135,7 @@ def collect_importance(
     model = load_model(files.path, dtype=dtype, device=device)
     tokenizer = Tokenizer.load(files.tokenizer_file, model.config)
     plan = MemoryPlan(slots=1)  # one request at a time, so that no padding is counted
-    engine = make_engine(model, tokenizer, files.name, RunIdentity(files.identity), plan)
+    engine = make_engine(model, tokenizer, files.name, RunIdentity(files.identity), plan, is_planned=False)
     moments = InputMoments(model)
     try:
         jobs = _jobs(rows, engine.crop_config, progress, prepare)

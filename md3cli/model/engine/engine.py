@@ -28,20 +28,13 @@ from torch.nn import functional as F
 
 from md3cli.errors import EngineError, RequestError
 from md3cli.images.crops import CropConfig
+from md3cli.model.engine.choices import ChoiceRow, choice_probabilities
 from md3cli.model.engine.encoder import AnyImage, ImageEncoder
 from md3cli.model.engine.flight import InFlight, Launch, Seat
 from md3cli.model.engine.generation import Generation, build_answer
 from md3cli.model.engine.kv_cache import GROWTH, KVCache, SlotsTooLargeError, SlotsTooShortError, SlotTable, round_up
 from md3cli.model.engine.machine import SLOT_POSITIONS, is_out_of_memory, shortage
-from md3cli.model.engine.passes import (
-    ChoiceRow,
-    Group,
-    Passes,
-    PromptInputs,
-    ShapePlan,
-    choice_probabilities,
-    embed_prompts,
-)
+from md3cli.model.engine.passes import Group, Passes, PromptInputs, ShapePlan, embed_prompts
 from md3cli.model.engine.prompts import Prompts, Tokenizer
 from md3cli.model.engine.state import Mode, advance
 from md3cli.model.engine.stepper import Stepper
@@ -348,7 +341,18 @@ class Engine:
         """
         num_free = len(self._slots.free)
         is_worth_it = num_free == self.batch_size or num_free >= min(len(self._waiting), self.batch_size // 4)
-        return list(islice(self._waiting, num_free)) if is_worth_it else []
+        return self._whole_passes(list(islice(self._waiting, num_free))) if is_worth_it else []
+
+    def _whole_passes(self, batch: list[Generation]) -> list[Generation]:
+        """Leave for later what would begin a planned pass of pictures without filling it, where others are filled."""
+        if self.passes.plan is None:
+            return batch
+        new = list(dict.fromkeys(picture.sha256 for picture in self._without_slot(batch)))
+        num_filling = len(new) // self.passes.plan.pictures * self.passes.plan.pictures
+        if num_filling in (0, len(new)):
+            return batch
+        keys = [generation.image_key for generation in batch]
+        return batch[: keys.index(new[num_filling])]
 
     def _without_slot(self, generations: Iterable[Generation]) -> list[AnyImage]:
         """Return the pictures of `generations` whose prefix no slot holds."""
@@ -478,7 +482,7 @@ class Engine:
         if not choosing:
             return
         rows = [ChoiceRow.of(seat.generation, seat.slot, seat.end) for seat in choosing]
-        slots_B, scores = choice_probabilities(self.model, self.cache, rows)
+        slots_B, scores = choice_probabilities(self.model, self.cache, rows, self.max_context, self.passes.plan)
         self._stepper.rows.position.index_fill_(0, slots_B, self.config.prefix_len)
         for seat, row, found in zip(choosing, rows, scores, strict=True):
             if any(map(math.isnan, found)):

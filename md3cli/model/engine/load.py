@@ -168,6 +168,8 @@ def load_engine(options: ModelOptions) -> Engine:
     )
     if options.compile:
         compile_engine(engine, options.cache_dir)
+    if device.type == "cuda":
+        engine.capture()
     if engine.batch_size < plan.slots:
         found = f"memory was free for a batch of {plan.slots} and then held {engine.batch_size}"
         warnings.warn(f"{found}: something else runs on {device}", stacklevel=2)
@@ -184,10 +186,11 @@ def make_engine(
     max_context: int | None = None,
     store: EncodingCache | None = None,
     threads: int | None = None,
+    is_planned: bool | None = None,
 ) -> Engine:
     """Build an engine of the sizes in `plan`; `name` is the model's, for `Prompts`, `threads` are the vision encoder's.
 
-    `max_context` None is the config's.
+    `max_context` None is the config's, `is_planned` None what the device asks for (`Engine`).
     """
     return Engine(
         model,
@@ -198,6 +201,7 @@ def make_engine(
         batch_size=plan.slots,
         max_context=max_context or model.config.text.max_context,
         prefill_tokens=plan.prefill_tokens,
+        is_planned=is_planned,
     )
 
 

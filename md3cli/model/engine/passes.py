@@ -1,4 +1,4 @@
-"""The engine's forward passes: pictures' prefixes, prompts, one decode step, and answers that are chosen from a list.
+"""The engine's forward passes: pictures' prefixes, prompts, one decode step.
 
 Three functions of tensors do the work and can be compiled: `run_prefixes`, `run_prompts`, `decode_step`. `Passes`
 prepares their inputs and sends all that a batch of prompts needs to the device at once (`machine`). Which generation
@@ -9,10 +9,6 @@ size was seen once nothing is compiled again; their padding repeats a row that i
 the one size that a `ShapePlan` gives it, because a library may compute a product of other sizes in another order: a row
 has the same bits alone and in company. There prompts are cut into blocks, and padding rows have no slot (`NO_SLOT`):
 nothing is read, computed by experts or stored for them. No padding changes an answer.
-
-Choosing is constrained decoding done exactly: instead of walking token by token along what is allowed, each choice is
-fed behind the prompt as it would have been written, up to the end of text, and its probability is the product of its
-tokens'. Scores are those probabilities, brought to a sum of 1; the most probable choice is the answer.
 
 Shape suffixes: B rows of a prefill, N rows of a decode step or of a group's prompts, P image positions,
 T new positions, D width, V vocabulary, C coordinates and Z sizes that prompts refer to.
@@ -307,7 +303,7 @@ class PromptInputs(NamedTuple):
 
 
 def _columns(group: Group, num_slots: int) -> tuple[PromptInts[list[int]], PromptReals[list[float]]]:
-    """Return a group as lists; rows that end no prompt, where there must be some, decide for a seat behind all slots."""
+    """Return a group as lists; decisions that are padding are for a seat behind all slots."""
     width, blocks, num_idle = group.width, group.blocks, group.num_rows - len(group.blocks)
     generations, ending = group.generations, group.ending
     eos_id, prefix_len = blocks[0].generation.config.tokenizer.eos_id, blocks[0].generation.config.prefix_len
@@ -344,7 +340,9 @@ def _columns(group: Group, num_slots: int) -> tuple[PromptInts[list[int]], Promp
     return ints, reals
 
 
-def _placed(blocks: Sequence[Block], width: int, of_blocks: Sequence[Sequence[tuple[int, N]]]) -> Iterator[tuple[int, N]]:
+def _placed(
+    blocks: Sequence[Block], width: int, of_blocks: Sequence[Sequence[tuple[int, N]]]
+) -> Iterator[tuple[int, N]]:
     """Yield what stands at an index of a prompt at its index among all inputs of the pass."""
     for row, (block, found) in enumerate(zip(blocks, of_blocks, strict=True)):
         for index, value in found:
@@ -361,99 +359,3 @@ def embed_prompts(model: Moondream3, inputs: PromptInputs) -> Tensor:
     if len(ints.size_at):
         x_TD.index_copy_(0, ints.size_at, model.region.encode_size(reals.sizes.view(-1, 2)))
     return x_TD.view(len(ints.slots), -1, x_TD.shape[1])
-
-
-# -- choices ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceRow:
-    """A generation about to choose: its slot, the position where the answer id goes, its choices' ids."""
-
-    slot: int
-    position: int
-    choices: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def of(cls, generation: Generation, slot: int, end: int) -> ChoiceRow:
-        """Note where the answer id goes: it ends the prompt, or is fed next behind reasoning; `end` is the slot's."""
-        return cls(slot, end if generation.reasons else end - 1, generation.choices)
-
-    @property
-    def end(self) -> int:
-        """One behind the last position that any choice takes."""
-        return self.position + 1 + max(map(len, self.choices))
-
-
-class ChoiceInts(NamedTuple, Generic[V]):
-    """What one pass is given: lists on the host, int64 tensors on the device."""
-
-    fed: V  # [B * T] the answer id and a choice, padded
-    wanted: V  # [B * T] what is to come of each: the choice and the end of text, padded
-    lengths: V  # [B] without padding
-    slots: V  # [B]
-    positions: V  # [B] of what is fed first
-
-
-@torch.inference_mode()
-def choice_probabilities(
-    model: Moondream3, cache: KVCache, rows: Sequence[ChoiceRow]
-) -> tuple[Tensor, list[list[float]]]:
-    """Score every choice of every row.
-
-    One pass for the first choice of all rows, one for the second, and so on: the choices of a row
-    are written to the same positions of its slot one after another, each seeing only itself. All
-    passes are sent to the device at once, and read back at once.
-
-    Return the rows' slots [B] on the device, and for each row the probability of each of its choices, sum 1.
-    """
-    numbers = range(max(len(row.choices) for row in rows))
-    asked = [[index for index, row in enumerate(rows) if number < len(row.choices)] for number in numbers]
-    passes = [
-        _choice_columns(model, [rows[i] for i in some], number) for number, some in zip(numbers, asked, strict=True)
-    ]
-    # One behind the last position that a pass writes, padding included.
-    totals = [max(columns.positions) + max(columns.lengths) for columns in passes]
-    cache.fit(max(cache.capacity, *totals))
-    sent = iter(send(model.device, [column for columns in passes for column in columns])[0])
-    on_device = [ChoiceInts(*islice(sent, len(ChoiceInts._fields))) for _ in passes]
-    found = [_log_probabilities(model, cache, *both) for both in zip(on_device, totals, strict=True)]
-    scores: list[list[float]] = [[] for _ in rows]
-    for index, value in zip((i for some in asked for i in some), torch.cat(found).tolist(), strict=True):
-        scores[index].append(value)
-    # Every row has choices, so the first pass is of all rows.
-    return on_device[0].slots, [torch.tensor(values, dtype=torch.float64).softmax(0).tolist() for values in scores]
-
-
-def _choice_columns(model: Moondream3, rows: Sequence[ChoiceRow], number: int) -> ChoiceInts[list[int]]:
-    ids, choices = model.config.tokenizer, [row.choices[number] for row in rows]
-    width = 1 + max(map(len, choices))
-
-    def padded(lists: Iterable[tuple[int, ...]]) -> list[int]:
-        return [id for some in lists for id in (*some, *[ids.eos_id] * (width - len(some)))]
-
-    return ChoiceInts(
-        fed=padded((ids.answer_id, *choice) for choice in choices),
-        wanted=padded((*choice, ids.eos_id) for choice in choices),
-        lengths=[1 + len(choice) for choice in choices],
-        slots=[row.slot for row in rows],
-        positions=[row.position for row in rows],
-    )
-
-
-def _log_probabilities(model: Moondream3, cache: KVCache, ints: ChoiceInts[Tensor], total: int) -> Tensor:
-    """Return the log-probability [B] of a choice a row, its end of text included; NaN where a logit is not finite."""
-    fed_BT, wanted_BT = (ids.unflatten(0, (len(ints.slots), -1)) for ids in (ints.fed, ints.wanted))
-    index_T = torch.arange(fed_BT.shape[1], device=fed_BT.device)
-    position_BT = ints.positions[:, None] + index_T
-    is_real_BT = index_T < ints.lengths[:, None]
-    store = PromptStore(cache, ints.slots, position_BT, total)
-    hidden = model.text(model.text.embed(fed_BT), position_BT, None, store, is_real_BT)
-    chosen_BT = _log_softmax(model, hidden).gather(2, wanted_BT[..., None])[..., 0]
-    return chosen_BT.masked_fill(~is_real_BT, 0.0).sum(1)
-
-
-def _log_softmax(model: Moondream3, hidden_BTD: Tensor) -> Tensor:
-    logits = model.text.logits(hidden_BTD).float()
-    is_finite = logits.isfinite().all(-1, keepdim=True)  # the softmax of minus infinity is a number
-    return logits.log_softmax(-1).masked_fill(~is_finite, torch.nan)

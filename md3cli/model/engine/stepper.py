@@ -1,4 +1,4 @@
-"""The rows in flight on the device, and the step that takes one decision of each: launched, or replayed as a CUDA graph.
+"""The rows in flight on the device, and the step that takes a decision of each: launched, or replayed as a CUDA graph.
 
 State lies in buffers that are made once and written in place, so that a graph finds it where it was captured. A step of
 an engine on CUDA is one graph: its 300 to 600 kernels take 2.5 ms for one row, and the host 19 to 33 ms to launch them

@@ -138,7 +138,8 @@ class OriginalMethods(Skills):
         model, config = self.model, self.model.config
         tokenizer = Tokenizer.load(file, config)
         plan = plan_memory(None, config, model.dtype, model.device, config.text.max_context)
-        return make_engine(model, tokenizer, name, RunIdentity(identity), plan)
+        # Not planned: a network that may be trained has its plain parts, which read all of a slot.
+        return make_engine(model, tokenizer, name, RunIdentity(identity), plan, is_planned=False)
 
 
 class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]

@@ -13,9 +13,9 @@ from golden_cases import GoldenCase, assert_answer, load_case
 
 from md3cli.errors import EngineError
 from md3cli.images.crops import Tiling
+from md3cli.model.engine import choices as choices_module
 from md3cli.model.engine import engine as engine_module
 from md3cli.model.engine import machine
-from md3cli.model.engine import passes as passes_module
 from md3cli.model.engine.engine import Engine, Sizes
 from md3cli.model.engine.generation import EncodedImage
 from md3cli.model.engine.kv_cache import KVCache
@@ -312,8 +312,8 @@ def test_a_picture_that_becomes_nan_fails_and_its_slot_serves_the_next(temperatu
 
 def test_choices_without_a_number_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     case = load_case("a")
-    log_softmax = passes_module._log_softmax
-    monkeypatch.setattr(passes_module, "_log_softmax", lambda *both: log_softmax(*both) * torch.nan)
+    log_softmax = choices_module._log_softmax
+    monkeypatch.setattr(choices_module, "_log_softmax", lambda *both: log_softmax(*both) * torch.nan)
     request = Request(Task.QUERY, "Which?", reasoning=False, choices=("yes", "no"))
     (answer,) = case.engine(batch_size=1).run([Job(0, None, request)])
     assert answer.failure is not None
