@@ -32,7 +32,15 @@ from md3cli.model.engine.choices import ChoiceRow, choice_probabilities
 from md3cli.model.engine.encoder import AnyImage, ImageEncoder
 from md3cli.model.engine.flight import InFlight, Launch, Seat
 from md3cli.model.engine.generation import Generation, build_answer
-from md3cli.model.engine.kv_cache import GROWTH, KVCache, SlotsTooLargeError, SlotsTooShortError, SlotTable, round_up
+from md3cli.model.engine.kv_cache import (
+    GROWTH,
+    KVCache,
+    Placement,
+    SlotsTooLargeError,
+    SlotsTooShortError,
+    SlotTable,
+    round_up,
+)
 from md3cli.model.engine.machine import SLOT_POSITIONS, is_out_of_memory, shortage
 from md3cli.model.engine.passes import Group, Passes, PromptInputs, ShapePlan, embed_prompts
 from md3cli.model.engine.prompts import Prompts, Tokenizer
@@ -221,7 +229,7 @@ class Engine:
         num_before = len(self._in_flight)
         if batch := self._next_batch():
             self.encoder.prepare(self._without_slot(batch), ahead=self._without_slot(self._waiting))
-            self._prefill_prompts(*self._place(batch))
+            self._admit(batch)
             self._absorb_arrivals(self.delay)
         self._decode()
         is_waiting_only = len(self._in_flight) <= num_before
@@ -359,53 +367,62 @@ class Engine:
         pictures = (generation.job.image for generation in generations)
         return [picture for picture in pictures if picture is not None and picture.sha256 not in self._slots.held]
 
-    def _place(self, batch: Sequence[Generation]) -> tuple[list[Group], list[PromptInputs]]:
-        """Give each generation a slot with its picture's prefix in it: found there, copied, or prefilled.
-
-        Return the passes that the prompts take, and what those are given, on the device already.
-        """
+    def _admit(self, batch: Sequence[Generation]) -> None:
+        """Give each generation a slot, run prefixes and prompts there, and launch each row's first decision."""
         started = time.perf_counter()
         placement = self._slots.place(batch, wanted={generation.image_key for generation in self._waiting})
         prefixes = self.passes.cut_prefixes(placement.to_prefill, self._images_per_pass)
-        groups = self.passes.group(batch, placement.slots, self.prefill_tokens)
+        groups = self.passes.group(batch, placement.slots, self.prefill_tokens, placement.to_prefill)
         slots, inputs = self.passes.send([[slot for slot, _ in some] for some in prefixes], groups, self.batch_size)
+        self.cache.fit(max(*self._slots.end, *map(self._last_written, groups)))
         for some, slots_B in zip(prefixes, slots, strict=True):
             embeddings_BPD = torch.stack([self.encoder.take(key) for _, key in some])
             padding = len(slots_B) - len(some)
             self.passes.prefill_prefixes(self.cache, slots_B, F.pad(embeddings_BPD, (0, 0, 0, 0, 0, padding)))
-        for donor, slot in placement.to_copy:
+        self.stats.prefix_seconds += time.perf_counter() - started
+        self._prefill_prompts(list(zip(groups, inputs, strict=True)), placement)
+        self.stats.num_prefixes += len(placement.to_prefill)
+        self.stats.num_prefixes_shared += placement.num_found + len(placement.to_copy)
+
+    def _prefill_prompts(self, passes: Sequence[tuple[Group, PromptInputs]], placement: Placement) -> None:
+        """Run prompts into their slots, those first that have their picture's prefix before them."""
+        started = time.perf_counter()
+        with_prefix = [one for one in passes if one[0].picture is not None]
+        decided = [self._prefill_group(*one) for one in with_prefix]
+        for donor, slot in placement.to_copy:  # of prefixes that are there by now
             self.cache.copy(donor, slot, self.config.prefix_len)
+        decided += [self._prefill_group(*one) for one in passes[len(with_prefix) :]]
         for slot in placement.slots:
             self._slots.sit(slot, self._waiting.popleft())
         self.encoder.keep_ready({generation.image_key for generation in self._waiting})
-        self.stats.num_prefixes += len(placement.to_prefill)
-        self.stats.num_prefixes_shared += placement.num_found + len(placement.to_copy)
-        self.stats.prefix_seconds += time.perf_counter() - started
-        return groups, inputs
-
-    def _prefill_prompts(self, groups: Sequence[Group], inputs: Sequence[PromptInputs]) -> None:
-        """Run prompts into their slots, group by group, and launch each row's first decision."""
-        started = time.perf_counter()
-        self.cache.fit(max(*self._slots.end, *(self._last_written(group) for group in groups)))
         seats: list[Seat] = []
-        events: list[Tensor] = []
-        for group, given in zip(groups, inputs, strict=True):
-            # Padding behind a short prompt is overwritten by its answer before anything attends to it.
-            x_BTD, ints = embed_prompts(self.model, given), given.ints
+        num_rows = 0
+        for (group, _), events in zip(passes, decided, strict=True):
+            who = zip(group.slots, group.generations, strict=True)
+            seats += [
+                Seat(num_rows + row, slot, generation, generation.prompt_end)
+                for row, (slot, generation) in enumerate(who)
+            ]
+            num_rows += len(events)
+        self._in_flight.add(torch.cat(decided), seats, is_step=False)
+        self.stats.num_prompt_tokens += sum(len(seat.generation.prompt.ids) for seat in seats)
+        self.stats.prompt_seconds += time.perf_counter() - started
+
+    def _prefill_group(self, group: Group, given: PromptInputs) -> Tensor:
+        """Run one pass of prompts, and take the first decision of each that ends in it: events [N, len(Event)]."""
+        # Padding behind a short prompt is overwritten by its answer before anything attends to it.
+        x_BTD, ints = embed_prompts(self.model, given), given.ints
+        if group.picture is not None:
+            embeddings_1PD = self.encoder.take(group.picture)[None]
+            hidden_BD = self.passes.prefill_picture(self.cache, ints.slots, embeddings_1PD, x_BTD, ints.last)
+        else:
             total = self.cache.capacity if self.passes.steps_all_slots else group.total
             hidden_BD = self.passes.prefill_prompts(self.cache, ints.slots, x_BTD, ints.start, ints.last, total)
-            ending = list(zip(group.slots, group.generations, strict=True))
-            if not ending:
-                continue
-            hidden_ND = hidden_BD.index_select(0, ints.ends_at)
-            step = advance(self.model, given.rows(), hidden_ND, self.max_context, is_sampled=self._is_sampled())
-            self._stepper.seat(ints.seat, step)
-            first = sum(map(len, events))
-            seats += [Seat(first + row, *who, who[1].prompt_end) for row, who in enumerate(ending)]
-            events.append(step.events)
-            self.stats.num_prompt_tokens += sum(len(generation.prompt.ids) for _, generation in ending)
-        self._in_flight.add(torch.cat(events), seats, is_step=False)
-        self.stats.prompt_seconds += time.perf_counter() - started
+        is_sampled = any(generation.job.request.temperature > 0 for generation in group.generations)
+        hidden_ND = hidden_BD.index_select(0, ints.ends_at)
+        step = advance(self.model, given.rows(), hidden_ND, self.max_context, is_sampled=is_sampled)
+        self._stepper.seat(ints.seat, step)
+        return step.events
 
     def _last_written(self, group: Group) -> int:
         """One behind the last position that a pass writes; blocks write no padding."""

@@ -24,6 +24,7 @@ from md3cli.model.engine.flight import Seat
 from md3cli.model.engine.generation import Generation
 from md3cli.model.engine.machine import is_out_of_memory, shortage
 from md3cli.model.network.config import HEAD_DIM, ModelConfig
+from md3cli.model.network.moondream import prefix_mask
 from md3cli.model.network.text import SlotStore
 
 
@@ -222,7 +223,7 @@ class PrefixStore(SlotStore):
     def slots(self) -> Tensor:
         return self._slots_B
 
-    def mask(self) -> None:
+    def mask(self) -> Tensor | None:
         return None
 
     def attended(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,6 +235,19 @@ class PrefixStore(SlotStore):
             is_real_B = slots_B >= 0
             slots_B, new_BHTK = slots_B[is_real_B], new_BHTK[is_real_B]
         stored_SHCK[slots_B, :, : new_BHTK.shape[2]] = new_BHTK
+
+
+class PictureStore(PrefixStore):
+    """Prefill of one picture's prefix and of the beginning of a prompt behind it, which attends to both."""
+
+    num_prefix: int
+
+    def __init__(self, cache: KVCache, slots_1: Tensor, num_prefix: int, length: int) -> None:
+        super().__init__(cache, slots_1)
+        self.num_prefix, self._length = num_prefix, length
+
+    def mask(self) -> Tensor:
+        return prefix_mask(self._length, self.num_prefix, self._slots_B.device)[None, None]
 
 
 class PromptStore(SlotStore):

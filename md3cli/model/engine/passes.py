@@ -16,7 +16,7 @@ T new positions, D width, V vocabulary, C coordinates and Z sizes that prompts r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from md3cli.model.engine.generation import Generation
-from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore, round_up
+from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PictureStore, PrefixStore, PromptStore, round_up
 from md3cli.model.engine.machine import send
 from md3cli.model.engine.state import Mode, Rows, Step, advance
 from md3cli.model.network.moondream import Moondream3
@@ -41,15 +41,23 @@ LEAST_THROUGHPUT_BATCH = 16  # engines of fewer slots answer single questions an
 
 
 class ShapePlan(NamedTuple):
-    """The size of every prefill pass of an engine on CUDA: pictures of one, and blocks of prompts of one."""
+    """The size of every prefill pass of an engine on CUDA.
+
+    Attributes:
+        pictures: of a pass of prefixes.
+        blocks: of a pass of prompts.
+        blocks_behind: of a prompt, in one pass with its picture's prefix, so that the experts are read once; where
+            there are any, pictures have no passes of their own. Large passes would gain nothing.
+    """
 
     pictures: int
     blocks: int
+    blocks_behind: int = 0
 
     @classmethod
     def of(cls, batch_size: int, pictures: int) -> ShapePlan:
         """Return the plan of an engine of `batch_size` slots whose memory holds a pass of so many `pictures`."""
-        return cls(pictures, 64) if batch_size >= LEAST_THROUGHPUT_BATCH else cls(1, 8)
+        return cls(pictures, 64) if batch_size >= LEAST_THROUGHPUT_BATCH else cls(1, 8, blocks_behind=2)
 
 
 def run_prefixes(model: Moondream3, cache: KVCache, slots_B: Tensor, embeddings_BPD: Tensor) -> None:
@@ -58,6 +66,18 @@ def run_prefixes(model: Moondream3, cache: KVCache, slots_B: Tensor, embeddings_
     position = torch.arange(x_BTD.shape[1], device=x_BTD.device).expand(x_BTD.shape[0], -1)
     is_real_BT = (slots_B >= 0)[:, None].expand(position.shape)
     model.text(x_BTD, position, None, PrefixStore(cache, slots_B), is_real_BT, only_stores=True)
+
+
+def run_picture(
+    model: Moondream3, cache: KVCache, slots_1: Tensor, embeddings_1PD: Tensor, x_1TD: Tensor, last_1: Tensor
+) -> Tensor:
+    """Run one picture's prefix and the beginning of a prompt behind it; return the hidden state at `last_1` [1, D]."""
+    prefix_len = model.config.prefix_len
+    x_1SD = torch.cat([model.prefix_embeddings(embeddings_1PD), x_1TD], dim=1)
+    position_1S = torch.arange(x_1SD.shape[1], device=x_1SD.device)[None]
+    store = PictureStore(cache, slots_1, prefix_len, x_1SD.shape[1])
+    hidden_1SD = model.text(x_1SD, position_1S, None, store, position_1S <= prefix_len + last_1)
+    return hidden_1SD[0].index_select(0, prefix_len + last_1)
 
 
 def run_prompts(
@@ -91,7 +111,8 @@ class Passes:
     """The three passes over one model, eager until `compile` is called.
 
     Attributes:
-        prefill_prefixes, prefill_prompts, decode: `run_prefixes`, `run_prompts` and `decode_step` over the model.
+        prefill_prefixes, prefill_picture, prefill_prompts, decode: `run_prefixes`, `run_picture`, `run_prompts` and
+            `decode_step` over the model.
         is_compiled: whether they are compiled, and their inputs must be of a few fixed sizes.
         plan: the one size of each pass; None where passes take the sizes as they come.
     """
@@ -101,6 +122,7 @@ class Passes:
         self.is_compiled = False
         self.plan: ShapePlan | None = None
         self.prefill_prefixes = partial(run_prefixes, model)
+        self.prefill_picture = partial(run_picture, model)
         self.prefill_prompts = partial(run_prompts, model)
         self.decode = partial(decode_step, model)
 
@@ -109,6 +131,7 @@ class Passes:
         self.is_compiled = True
         compiled = partial(torch.compile, dynamic=False, backend=backend)
         self.prefill_prefixes = partial(compiled(run_prefixes), self.model)
+        self.prefill_picture = partial(compiled(run_picture), self.model)
         self.prefill_prompts = partial(compiled(run_prompts), self.model)
         self.decode = partial(compiled(decode_step), self.model)
 
@@ -118,15 +141,34 @@ class Passes:
         return self.is_compiled or self.plan is not None
 
     def cut_prefixes(self, to_prefill: Sequence[tuple[int, str]], size: int) -> list[Sequence[tuple[int, str]]]:
-        """Cut slots and their pictures into passes of `size`; compiled passes are filled up with the last one."""
+        """Cut slots and their pictures into passes of `size`; compiled passes are filled up with the last one.
+
+        None where the plan runs prefixes with the prompts behind them.
+        """
+        if self.plan is not None and self.plan.blocks_behind:
+            return []
         cut = [to_prefill[first : first + size] for first in range(0, len(to_prefill), size)]
         return [_repeat_last(some, size) for some in cut] if self.is_compiled and self.plan is None else cut
 
-    def group(self, batch: Sequence[Generation], slots: Sequence[int], max_tokens: int) -> list[Group]:
-        """Sort prompts into groups, each of which is run in one pass."""
-        if self.plan is not None:
-            return _cut_into_blocks(batch, slots, max(1, min(self.plan.blocks, max_tokens // BLOCK)))
-        return self._group_by_length(batch, slots, max_tokens)
+    def group(
+        self,
+        batch: Sequence[Generation],
+        slots: Sequence[int],
+        max_tokens: int,
+        to_prefill: Sequence[tuple[int, str]] = (),
+    ) -> list[Group]:
+        """Sort prompts into groups, each of which is run in one pass.
+
+        Where the plan runs prompts behind their prefixes, those come first, one for each picture of `to_prefill`.
+        """
+        if self.plan is None:
+            return self._group_by_length(batch, slots, max_tokens)
+        seated = dict(zip(slots, batch, strict=True))
+        width = self.plan.blocks_behind * BLOCK
+        behind = [Group([Block(seated[slot], slot)], width, 1, 1, picture) for slot, picture in to_prefill if width]
+        num_rows = max(1, min(self.plan.blocks, max_tokens // BLOCK))
+        first = {group.blocks[0].slot: width for group in behind}
+        return [*behind, *_cut_into_blocks(batch, slots, first, num_rows)]
 
     def _group_by_length(self, batch: Sequence[Generation], slots: Sequence[int], max_tokens: int) -> list[Group]:
         """Make groups of similar length: of at most `max_tokens`, padding included, or of one prompt.
@@ -200,13 +242,14 @@ class Group:
     """What is run in one pass: blocks of at most `width` ids.
 
     The pass is padded with rows without a slot to `num_rows`, and takes `num_seats` rows' first decisions, padding
-    included.
+    included. With a `picture` its prefix is run in the same pass.
     """
 
     blocks: Sequence[Block]
     width: int
     num_rows: int
     num_seats: int
+    picture: str | None = None
 
     @property
     def ending(self) -> list[int]:
@@ -234,12 +277,17 @@ class Group:
         return replace(self, blocks=_repeat_last(self.blocks, num_rows), num_rows=num_rows)
 
 
-def _cut_into_blocks(batch: Sequence[Generation], slots: Sequence[int], num_rows: int) -> list[Group]:
-    """Cut prompts into blocks and these, in order, into passes; a prompt may begin in one and end in a later one."""
+def _cut_into_blocks(
+    batch: Sequence[Generation], slots: Sequence[int], first_of: Mapping[int, int], num_rows: int
+) -> list[Group]:
+    """Cut prompts into blocks and these, in order, into passes; a prompt may begin in one and end in a later one.
+
+    `first_of` a slot is the prompt's first id that is not run yet.
+    """
     blocks = [
         Block(generation, slot, first)
         for generation, slot in zip(batch, slots, strict=True)
-        for first in range(0, len(generation.prompt.ids), BLOCK)
+        for first in range(first_of.get(slot, 0), len(generation.prompt.ids), BLOCK)
     ]
     cut = [blocks[first : first + num_rows] for first in range(0, len(blocks), num_rows)]
     return [Group(some, BLOCK, num_rows, num_seats=num_rows) for some in cut]

@@ -133,8 +133,14 @@ class FusedHeads:
             return merge_heads(self.projection.owner.attend(q, k, v, mask))
         q, k, v = self.projection.stored(h_BTD, position_BT, table, store, layer)
         if store.attends_new:
-            q_BHTK, k_BHTK, v_BHTK = (part.transpose(1, 2) for part in (q, k, v))
-            return merge_heads(self.projection.owner.attend(q_BHTK, k_BHTK, v_BHTK, None))
+            num_own = store.num_prefix or q.shape[1]
+            q_BHTK, k_BHTK, v_BHTK = (part[:, :num_own].transpose(1, 2) for part in (q, k, v))
+            own_BTD = merge_heads(self.projection.owner.attend(q_BHTK, k_BHTK, v_BHTK, None))
+            if store.num_prefix is None:
+                return own_BTD
+            # The one prompt behind the one prefix reads both from the slot, where they are by now.
+            behind = q[:, num_own:], *store.cache_of(layer), store.slots(), position_BT[:, num_own:]
+            return torch.cat([own_BTD, OPS.slot_attention_block(*behind).flatten(2)], dim=1)
         attend = OPS.slot_attention_step if q.shape[1] == 1 else OPS.slot_attention_block
         return attend(q, *store.cache_of(layer), store.slots(), position_BT).flatten(2)  # type: ignore[no-any-return]
 

@@ -54,6 +54,7 @@ class SlotStore(ABC):
     """
 
     attends_new = False  # True: new keys and values are all that is attended to
+    num_prefix: int | None = None  # where these are a prefix and what follows it: positions of the prefix
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         self.keys, self.values = keys, values
