@@ -25,7 +25,7 @@ from md3cli.errors import EngineError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, Tiling
 from md3cli.images.pool import PicturePool
 from md3cli.model.engine import plain
-from md3cli.model.engine.encoder import EncodingCache, ImageEncoder
+from md3cli.model.engine.encoder import EncodingCache, ImageEncoder, crop_sizes
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import resident_tensors
 from md3cli.model.engine.machine import MemoryPlan, free_bytes, peak_rss, plan_cuda, reset_peak_rss
@@ -217,7 +217,7 @@ def make_engine(model: Moondream3, batch_size: int, store: EncodingCache | None 
         model,
         SilentTokenizer(),  # type: ignore[arg-type]  # a stand-in
         FixedPrompts(),  # type: ignore[arg-type]  # a stand-in
-        ImageEncoder(model, store=store, max_crops=plan.max_crops),
+        ImageEncoder(model, store=store, max_crops=plan.max_crops, sizes=crop_sizes(plan.max_crops, model.device)),
         identity=RunIdentity("bench"),
         batch_size=plan.slots,
         max_context=max_context,

@@ -196,14 +196,14 @@ def test_memory_that_runs_out_at_the_start_is_said(engines: list[Engine], monkey
 
 @pytest.mark.process
 def test_memory_that_runs_out_on_the_way_is_said(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    encode, calls = mini().vision.encode, iter(range(10**6))
+    encode, calls = mini().vision.encode_rows, iter(range(10**6))
 
     def encode_once_too_much(crops: torch.Tensor) -> torch.Tensor:
         if next(calls) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return encode(crops)
 
-    monkeypatch.setattr(mini().vision, "encode", encode_once_too_much)
+    monkeypatch.setattr(mini().vision, "encode_rows", encode_once_too_much)
     found = run_gpu("query", batch_sizes=(4,))
     assert len(found.runs) == 1
     (note,) = found.notes
@@ -215,7 +215,7 @@ def test_other_faults_are_not_taken_for_memory(engines: list[Engine], monkeypatc
     def fail(crops: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(mini().vision, "encode", fail)
+    monkeypatch.setattr(mini().vision, "encode_rows", fail)
     with pytest.raises(EngineError, match="illegal memory access"):
         run_gpu("query")
 

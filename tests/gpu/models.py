@@ -26,6 +26,7 @@ WEIGHT_FORMS = (BF16, FP8, INT4)  # 3.1 is stored in the second, the 4-bit port 
 EXPERT_KERNELS = {"plan", "up_gate plain", "down plain", "combine"}
 PROJECTION_KERNELS = {"tau_products", "tau_rope_store"}
 ATTENTION_KERNELS = {"slot_attention_step", "slot_attention_block"}
+VISION_KERNELS = {"add_layer_norm", "patch_rows"}
 
 
 def model_in(run: Run, form: str, config: ModelConfig | None = None) -> Moondream3:
@@ -48,6 +49,11 @@ def apply_forms(run: Run, model: Moondream3) -> None:
     """
     optimise(model)
     failed = set(run.known.get("twins", ()))
+    if failed & VISION_KERNELS:
+        model.vision.patch_rows, model.vision.encode_rows = (
+            model.vision.plain_patch_rows,
+            model.vision.plain_encode_rows,
+        )
     for module in model.text.modules():
         if isinstance(module, MoeMlp) and failed & EXPERT_KERNELS and isinstance(module.fc1, ExpertMatrices):
             module.fused = None

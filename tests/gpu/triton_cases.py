@@ -18,9 +18,10 @@ from torch import Tensor
 from md3cli.model.kernels import operators
 from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
 from md3cli.model.kernels.weights import KernelWeight
-from md3cli.model.network.config import HEAD_DIM, ModelConfig, MoeConfig
+from md3cli.model.network.config import HEAD_DIM, LAYER_NORM_EPS, ModelConfig, MoeConfig, VisionConfig
 from md3cli.model.network.layers import attention
 from md3cli.model.network.text import PassKind, rotary_table
+from md3cli.model.network.vision import normalise_crops
 from md3cli.model.weights.codes import LowBit, quantise
 
 OPS = torch.ops.md3
@@ -96,6 +97,10 @@ def _cases_of(
             yield case("slot_attention_step", count, partial(step_case, text.n_heads, count, dtype, device))
         elif kind is PassKind.PROMPT or not on_card:
             yield case("slot_attention_block", count, partial(block_case, text.n_heads, count, dtype, device))
+    crops = (1, 9, 36) if device.type == "cuda" else (1, 2)
+    for count in (number * config.vision.num_patches for number in crops):
+        yield case("add_layer_norm", count, partial(add_layer_norm_case, config.vision.enc_dim, count, dtype, device))
+        yield case("patch_rows", count, partial(patch_rows_case, config.vision, count, dtype, device))
 
 
 # -- inputs ----------------------------------------------------------------------------------------
@@ -424,6 +429,41 @@ def rotated(x_BHTK: Tensor, table: Tensor) -> Tensor:
     a, b = x_BHTK[..., :32].chunk(2, dim=-1)
     pairs = torch.stack([a * table[0] - b * table[1], a * table[1] + b * table[0]], dim=-1).flatten(-2)
     return torch.cat([pairs, x_BHTK[..., 32:]], dim=-1)
+
+
+# -- vision ----------------------------------------------------------------------------------------
+
+
+def add_layer_norm_case(dim: int, num_rows: int, dtype: torch.dtype, device: torch.device) -> Prepared:
+    """A sum far from zero with its norm; the norm is of the rounded sum."""
+    x, branch = (normal(num_rows, dim, dtype=dtype, device=device) + 2 for _ in range(2))
+    weight, bias = (normal(dim, dtype=dtype, device=device) for _ in range(2))
+
+    def expected() -> tuple[Tensor, ...]:
+        total = (x + branch).double()
+        norm = torch.nn.functional.layer_norm(total, (dim,), weight.double(), bias.double(), LAYER_NORM_EPS)
+        return total, norm
+
+    run = partial(OPS.add_layer_norm, x, branch, weight, bias, LAYER_NORM_EPS)
+    return Prepared(run, expected, 0.0, float(4 * x.nbytes))
+
+
+def patch_rows_case(config: VisionConfig, num_rows: int, dtype: torch.dtype, device: torch.device) -> Prepared:
+    """Crops of random bytes; the twin cuts them on the host and puts zeros behind each patch."""
+    num_crops, side, width = num_rows // config.num_patches, config.crop_size, -(-config.patch_dim // 8) * 8
+    crops = torch.randint(256, (num_crops, side, side, 3), dtype=torch.uint8, device=device)
+    every_byte = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1)
+    values = normalise_crops(every_byte, dtype).flatten().to(device)
+
+    def expected() -> tuple[Tensor, ...]:
+        patch, grid = config.enc_patch_size, config.grid_size
+        cells = normalise_crops(crops.cpu(), dtype).view(num_crops, 3, grid, patch, grid, patch)
+        rows = cells.permute(0, 2, 4, 1, 3, 5).reshape(num_crops, grid * grid, -1)
+        return (torch.nn.functional.pad(rows, (0, width - rows.shape[2])).to(device),)
+
+    run = partial(OPS.patch_rows, crops, values, config.enc_patch_size, width)
+    moved = crops.numel() + num_rows * width * dtype.itemsize
+    return Prepared(lambda: (run(),), expected, 0.0, float(moved), run)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -29,11 +29,12 @@ from torch.utils._pytree import tree_leaves
 from md3cli.bench.runs import SilentTokenizer
 from md3cli.images.crops import PreparedImage, Tiling
 from md3cli.model.engine import encoder as encoder_module
-from md3cli.model.engine.encoder import ImageEncoder
+from md3cli.model.engine.encoder import ImageEncoder, crop_sizes
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import optimise
 from md3cli.model.engine.prompts import Prompt
 from md3cli.model.engine.state import Event, Finish, Mode
+from md3cli.model.kernels import vision_forms
 from md3cli.model.kernels.tiles import WeightForm
 from md3cli.model.kernels.weights import KernelWeight
 from md3cli.model.network.config import ModelConfig
@@ -175,6 +176,8 @@ class FakeDevice:
             patch.object(FakeTensor, "tolist", self._tolist()),
             patch.object(encoder_module, "milestone", lambda device: self._wait),
             patch.object(torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
+            # Whether cuDNN can serve an attention is asked of the driver.
+            patch.object(vision_forms, "sdpa_kernel", lambda order, *, set_priority: nullcontext()),
         ):
             yield
 
@@ -322,6 +325,28 @@ class Counting:
         engine = self._filled(NUM_ROWS, requests=REQUESTS)
         engine.prefill_tokens = engine.config.prefix_len
         return self._count_admission(engine)
+
+    def encoding(self) -> Counts:
+        """A micro-batch of 36 crops, from bytes on the device to features."""
+        vision = self.model.vision
+        crops = torch.empty(36, *[vision.config.crop_size] * 2, 3, dtype=torch.uint8, device=DEVICE)
+        return self._count(lambda: vision.encode_rows(vision.patch_rows(crops)))
+
+    def embedding(self) -> Counts:
+        """Four pictures of nine crops, from their features to their embeddings, for the second time."""
+        encoder, vision = self._planned_encoder(), self.model.vision
+        features = torch.empty(4, 9, vision.config.num_patches, vision.config.enc_dim, device=DEVICE).bfloat16()
+        vision.gather(features, TILING)  # keeps a map of the tiling on the device
+        return self._count(lambda: list(encoder._project([*vision.gather(features, TILING)])))
+
+    def pictures(self) -> Counts:
+        """Ten pictures of nine crops, as an engine of many slots encodes them: three micro-batches, three projections."""
+        encoder = self._planned_encoder()
+        images = [picture(self.model.config, number) for number in range(10)]
+        return self._count(lambda: encoder.encode(images))
+
+    def _planned_encoder(self) -> ImageEncoder:
+        return ImageEncoder(self.model, max_crops=36, sizes=crop_sizes(36, DEVICE))
 
     def step_1(self) -> Counts:
         """A decode step with one row in flight."""

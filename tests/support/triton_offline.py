@@ -27,7 +27,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from md3cli.model.kernels import attention_kernels, expert_kernels, operators, resize_kernels, slot_kernels
+from md3cli.model.kernels import (
+    attention_kernels,
+    expert_kernels,
+    operators,
+    resize_kernels,
+    slot_kernels,
+    vision_kernels,
+)
 from md3cli.model.kernels.tiles import RESIZED_VALUES, TAPS_STEP, Product, Tile, WeightForm, tile_for
 from md3cli.model.network.text import PassKind
 
@@ -162,11 +169,28 @@ def other_variants(capability: tuple[int, int]) -> Iterator[Variant]:
             )  # fmt: skip
 
 
+def vision_variants() -> Iterator[Variant]:
+    """What stands between the vision encoder's products, at the width of either tower."""
+    for dtype, pointer in FLOATS.items():
+        name = str(dtype).removeprefix("torch.")
+        arguments = ("x", "branch", "weight", "bias", "total_out", "norm_out")
+        for width in (1152, DIM):
+            yield Variant(
+                f"add_layer_norm {name} {width}", vision_kernels.add_layer_norm, dict.fromkeys(arguments, pointer),
+                {"D": width, "BD": 2048, "BM": operators._NORM_ROWS, "EPS": 1e-5},
+            )  # fmt: skip
+        yield Variant(
+            f"patch_rows {name}", vision_kernels.patch_rows, {"crops": "*u8", "values": pointer, "out": pointer},
+            {"S": 378, "PATCH": 14, "GRID": 27, "WIDTH": 592, "BLOCK": operators._PATCH_VALUES}, wide_loads=False,
+        )  # fmt: skip
+
+
 def variants(target: str) -> Iterator[Variant]:
     """All kernels as a card launches them."""
     capability = divmod(TARGETS[target], 10)
     yield from product_variants(capability)
     yield from other_variants(capability)
+    yield from vision_variants()
 
 
 def compiled(variant: Variant, target: str) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """From crops to image embeddings, several pictures at a time, each picture once.
 
-Crops are independent of one another, so a vision micro-batch is cut from the crops of all pictures in hand, whatever
-their tilings; features are then stitched picture by picture. The only tile of an untiled picture equals its global
-crop: it is encoded once and used twice.
+Crops are independent of one another, so a vision micro-batch may be cut from the crops of all pictures in hand,
+whatever their tilings; features are then stitched for each run of pictures of one tiling. The only tile of an untiled
+picture equals its global crop: it is encoded once and used twice.
+
+A product may round otherwise when it has more rows. On CUDA, micro-batches and projections therefore have a few fixed
+sizes, padded with zeros (`micro_batches`), so that a picture's bits do not depend on its company.
 
 Nothing here waits for a CUDA device: pictures that are encoded together go up in one pinned block, and what a store
 is to keep comes down to pinned memory, to be written when it has arrived (`save_encoded`). Finished embeddings stay
@@ -16,8 +19,9 @@ import itertools
 import json
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -26,17 +30,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from md3cli.file_cache import FileCache
-from md3cli.images.crops import PREPROCESSING_VERSION, PreparedImage
+from md3cli.images.crops import PREPROCESSING_VERSION, PreparedImage, Tiling
 from md3cli.model.engine.generation import EncodedImage
 from md3cli.model.engine.machine import cpu_threads, milestone, send_staged, staging, start_download, upload
 from md3cli.model.network.moondream import Moondream3
-from md3cli.model.network.vision import normalise_crops
 
 TENSOR_NAME = "embeddings"
 MEMORY_BYTES = 256 * 2**20  # of embeddings kept in memory: 90 pictures of the real model
 CROP_FLOP_TARGET = {"cpu": 2e10, "cuda": 4e13, "mps": 4e12}  # of one vision micro-batch
+# Crops of a micro-batch that holds one picture alone: untiled, and the tilings of nearly all pictures.
+SIZES_OF_ONE = (1, 4, 9, 13)
+CROPS_OF_A_PICTURE = 9  # a usual one's; a micro-batch of 36 brings four pictures to their projection
 
-EncodeCrops = Callable[[Tensor], Tensor]
+EncodeRows = Callable[[Tensor], Tensor]
 AnyImage = PreparedImage | EncodedImage
 
 
@@ -109,6 +115,46 @@ def vision_digest(model: Moondream3) -> str:
     return digest.hexdigest()
 
 
+class MicroBatch(NamedTuple):
+    """Crops `first` to `first + count - 1` of those in hand, with zeros behind them up to `size`."""
+
+    first: int
+    count: int
+    size: int
+
+
+def micro_batches(counts: Sequence[int], most: int, sizes: Sequence[int] | None) -> Iterator[MicroBatch]:
+    """Cut the crops of pictures, `counts` of each, into micro-batches of at most `most` crops, in order.
+
+    `sizes` None cuts them as they come, without padding; one size cuts them as they come, all of that size. Of several
+    (ascending) each picture gets its own: the smallest that holds what is left of it, and before that the largest.
+    Sizes above `most` are left out; where none is left, `most` is the only one.
+    """
+    allowed = None if sizes is None else [size for size in sizes if size <= most] or [most]
+    if allowed is None or len(allowed) == 1:
+        counts = (sum(counts),)
+    first = 0
+    for count in counts:
+        end = first + count
+        while first < end:
+            left = end - first
+            size = min(left, most) if allowed is None else next((s for s in allowed if s >= left), allowed[-1])
+            yield MicroBatch(first, min(left, size), size)
+            first += min(left, size)
+
+
+def crop_sizes(max_crops: int | None, device: torch.device) -> tuple[int, ...] | None:
+    """Return the fixed sizes of micro-batches of up to `max_crops`: one for many pictures, some for one at a time.
+
+    Elsewhere than on CUDA there are none: rows round alike in any number, and padding would take time.
+    """
+    if device.type != "cuda" or max_crops is None:
+        return None
+    if max_crops > SIZES_OF_ONE[-1]:
+        return (max_crops,)
+    return (*(size for size in SIZES_OF_ONE if size < max_crops), max_crops)
+
+
 class ImageEncoder:
     """Turns prepared pictures into embeddings [P, D] on the model's device."""
 
@@ -119,15 +165,21 @@ class ImageEncoder:
         store: EncodingCache | None = None,
         memory_bytes: int = MEMORY_BYTES,
         max_crops: int | None = None,
+        sizes: Sequence[int] | None = None,
         threads: int | None = None,
     ) -> None:
-        """Use `threads` for this stage alone: a micro-batch of a small model feeds more of them than a decode step."""
+        """Cut micro-batches of up to `max_crops`, of fixed `sizes` where they are given (`micro_batches`).
+
+        Use `threads` for this stage alone: a micro-batch of a small model feeds more of them than a decode step.
+        """
         self.model = model
         self.store = store
         self.max_crops = max_crops or crops_per_batch(model)
-        self.encode_crops: EncodeCrops = model.vision.encode
+        self.sizes = sizes
+        # Pictures of one projection: a fixed number where sizes are, and the host can hand over many at once.
+        self.projected = 1 if sizes is None else max(1, self.max_crops // CROPS_OF_A_PICTURE)
+        self.encode_rows: EncodeRows = model.vision.encode_rows
         self._threads = threads
-        self._pads = False  # compiled code wants every micro-batch of one size
         self._ready: dict[str, Tensor] = {}  # of pictures that are about to be asked something
         self._memory: OrderedDict[str, Tensor] = OrderedDict()  # of pictures that may come again
         self._memory_bytes, self._used_bytes = memory_bytes, 0
@@ -139,9 +191,10 @@ class ImageEncoder:
         self.seconds = 0.0  # of the host: on CUDA it launches encoding in that time and does not wait for it
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile the encoder for micro-batches of one fixed size."""
-        self._pads = True
-        self.encode_crops = torch.compile(self.model.vision.encode, dynamic=False, backend=backend)
+        """Compile the encoder for micro-batches of its fixed sizes, or of one where it has none."""
+        if self.sizes is None:
+            self.sizes = (self.max_crops,)
+        self.encode_rows = torch.compile(self.model.vision.encode_rows, dynamic=False, backend=backend)
 
     def find(self, image: AnyImage) -> Tensor | None:
         """Return embeddings that are at hand already: given, in memory, or on disk."""
@@ -189,26 +242,14 @@ class ImageEncoder:
     def encode(self, images: Sequence[PreparedImage]) -> list[Tensor]:
         """Encode pictures that are not at hand, in order, and remember their embeddings.
 
-        Micro-batches are cut from the crops of all pictures. Of patch features no more are kept than those of a
-        micro-batch and a picture: 128 pictures of 9 crops would hold 3.9 GB. On CUDA the embeddings are still being
+        Of patch features no more are kept than those of a micro-batch and a picture: 128 pictures of 9 crops would
+        hold 3.9 GB. On CUDA the embeddings are still being
         computed when this returns, and a store has them after `save_encoded`.
         """
         started = time.perf_counter()
         batches = [crop_batch(image) for image in images]
-        coming, embeddings = deque(zip(map(len, batches), images, strict=True)), []
-        rest_NPE = None  # features of crops whose pictures lack some
         with cpu_threads(self._threads):
-            for chunk in self._send_crops(batches).split(self.max_crops):
-                padding = (0, 0, 0, 0, 0, 0, 0, self.max_crops - len(chunk))
-                crops_NCSS = normalise_crops(F.pad(chunk, padding) if self._pads else chunk, self.model.dtype)
-                found_NPE = self.encode_crops(crops_NCSS)[: len(chunk)]
-                rest_NPE = found_NPE if rest_NPE is None else torch.cat([rest_NPE, found_NPE])
-                while coming and coming[0][0] <= len(rest_NPE):
-                    count, image = coming.popleft()
-                    # The only tile of an untiled picture is its global crop.
-                    features_NPE = rest_NPE[:count] if count > 1 else rest_NPE[:1].expand(2, -1, -1)
-                    embeddings.append(self.model.vision.embed(features_NPE, image.tiling))
-                    rest_NPE = rest_NPE[count:]
+            embeddings = list(self._embeddings(self._send_crops(batches), batches, [i.tiling for i in images]))
         for image, embedding in zip(images, embeddings, strict=True):
             self._remember(image.sha256, embedding)
         if self.store is not None and self._start_saving(images, embeddings) is None:
@@ -217,6 +258,49 @@ class ImageEncoder:
         self.num_crops += sum(map(len, batches))
         self.seconds += time.perf_counter() - started
         return embeddings
+
+    def _embeddings(self, crops_NSSC: Tensor, batches: Sequence[Tensor], tilings: Sequence[Tiling]) -> Iterator[Tensor]:
+        """Yield each picture's embeddings [P, D]; `crops_NSSC` are those of all `batches`, on the device."""
+        counts = list(map(len, batches))
+        coming = deque(zip(counts, tilings, strict=True))
+        rest_NPE = None  # features of crops whose pictures lack some
+        gathered: list[Tensor] = []  # of pictures that wait for their projection
+        for batch in micro_batches(counts, self.max_crops, self.sizes):
+            found_NPE = self._features(crops_NSSC[batch.first : batch.first + batch.count], batch.size)
+            rest_NPE = found_NPE if rest_NPE is None else torch.cat([rest_NPE, found_NPE])
+            complete = []
+            num_crops = 0
+            while coming and num_crops + coming[0][0] <= len(rest_NPE):
+                complete.append(coming.popleft())
+                num_crops += complete[-1][0]
+            for (count, tiling), pictures in itertools.groupby(complete):
+                taken = count * len(list(pictures))
+                features_BNPE = rest_NPE[:taken].unflatten(0, (-1, count))
+                if count == 1:  # the only tile of an untiled picture is its global crop
+                    features_BNPE = features_BNPE.expand(-1, 2, -1, -1)
+                gathered += self.model.vision.gather(features_BNPE, tiling)
+                rest_NPE = rest_NPE[taken:]
+            while len(gathered) >= self.projected or (gathered and not coming):
+                yield from self._project(gathered[: self.projected])
+                del gathered[: self.projected]
+
+    def _features(self, crops_NSSC: Tensor, size: int) -> Tensor:
+        """Return the features [N, P, E] of crops, encoded as a micro-batch of `size`."""
+        count = len(crops_NSSC)
+        if count < size:
+            crops_NSSC = F.pad(crops_NSSC, (0, 0, 0, 0, 0, 0, 0, size - count))
+        return self.encode_rows(self.model.vision.patch_rows(crops_NSSC))[:count]
+
+    def _project(self, gathered: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the embeddings of pictures, projected in one product of `projected` pictures."""
+        if self.projected == 1:
+            (features,) = gathered
+            yield self.model.vision.proj_mlp(features)
+            return
+        missing = [torch.zeros_like(gathered[0])] * (self.projected - len(gathered))
+        embeddings_BPD = self.model.vision.proj_mlp(torch.stack([*gathered, *missing]))
+        for embeddings_PD in embeddings_BPD[: len(gathered)]:
+            yield embeddings_PD.clone()  # memory of its own, which goes when the picture goes
 
     def _send_crops(self, batches: Sequence[Tensor]) -> Tensor:
         """Copy the crops of all pictures to the device in one block: uint8 [N, S, S, 3]."""

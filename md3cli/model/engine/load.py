@@ -24,7 +24,7 @@ import torch
 from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError, OutputError
 from md3cli.file_cache import FileCache
-from md3cli.model.engine.encoder import EncodingCache, ImageEncoder
+from md3cli.model.engine.encoder import EncodingCache, ImageEncoder, crop_sizes
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import optimise
 from md3cli.model.engine.machine import MemoryPlan, free_bytes, least_room, plan_memory
@@ -196,7 +196,13 @@ def make_engine(
         model,
         tokenizer,
         Prompts(model.config, tokenizer, name),
-        ImageEncoder(model, store=store, max_crops=plan.max_crops, threads=threads),
+        ImageEncoder(
+            model,
+            store=store,
+            max_crops=plan.max_crops,
+            sizes=crop_sizes(plan.max_crops, model.device),
+            threads=threads,
+        ),
         identity=identity,
         batch_size=plan.slots,
         max_context=max_context or model.config.text.max_context,

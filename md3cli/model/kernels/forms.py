@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from md3cli.model.kernels import operators
 from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
+from md3cli.model.kernels.vision_forms import place_vision_forms
 from md3cli.model.kernels.weights import KernelExperts, KernelWeight
 from md3cli.model.network.layers import ExpertMatrices, MoeMlp, merge_heads
 from md3cli.model.network.moondream import Moondream3
@@ -23,7 +24,8 @@ OPS = torch.ops.md3
 
 
 def place_forms(model: Moondream3) -> None:
-    """Exchange the experts and the attention of every text layer for the kernels' forms, in place."""
+    """Exchange the experts and the attention of every text layer, and the vision encoder's parts, in place."""
+    place_vision_forms(model.vision)
     prefix_len = model.config.prefix_len
     for module in list(model.text.modules()):
         if isinstance(module, MoeMlp) and module.fused is None:

@@ -4,10 +4,13 @@ Each crop goes through the transformer on its own; the features of the tiles are
 map, averaged down to the grid of a single crop, put beside the global crop's features and projected
 into the text width. Knows nothing of files, tokens or batches of requests.
 
-Shape suffixes: N crops, P patches of a crop (grid²), E encoder width, D text width, S crop side in pixels.
+Shape suffixes: N crops, P patches of a crop (grid²), K values of a patch, E encoder width, D text width, S crop side
+in pixels, B pictures.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +68,14 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.enc_n_layers))
         self.post_ln = LayerNorm(config.enc_dim)
         self.proj_mlp = Mlp(2 * config.enc_dim, config.proj_inner_dim, config.proj_out_dim)
+        # `kernels.optimise` may choose others; both together turn bytes to features.
+        self.patch_rows: Callable[[Tensor], Tensor] = self.plain_patch_rows
+        self.encode_rows: Callable[[Tensor], Tensor] = self.plain_encode_rows
+        self._places: dict[tuple[Tiling, torch.device], Tensor] = {}
+
+    def plain_patch_rows(self, crops_NSSC: Tensor) -> Tensor:
+        """Turn uint8 [N, S, S, 3] into normalised patches [N, P, K] of the weights' dtype."""
+        return self.patchify(normalise_crops(crops_NSSC, self.pos_emb.dtype))
 
     def patchify(self, crops_NCSS: Tensor) -> Tensor:
         """Cut [N, C, S, S] into [N, P, C * patch * patch]: patches row by row, inside a patch channel, row, column."""
@@ -76,7 +87,11 @@ class VisionEncoder(nn.Module):
 
     def encode(self, crops_NCSS: Tensor) -> Tensor:
         """Turn normalised crops [N, 3, S, S] into patch features [N, P, E], each crop on its own."""
-        x_NPE = self.patch_emb(self.patchify(crops_NCSS)) + self.pos_emb
+        return self.encode_rows(self.patchify(crops_NCSS))
+
+    def plain_encode_rows(self, rows_NPK: Tensor) -> Tensor:
+        """Turn patches [N, P, K] into their features [N, P, E]."""
+        x_NPE = self.patch_emb(rows_NPK) + self.pos_emb
         for block in self.blocks:
             x_NPE = block(x_NPE)
         return self.post_ln(x_NPE)  # type: ignore[no-any-return]
@@ -116,3 +131,38 @@ class VisionEncoder(nn.Module):
         num_crops = 1 + tiling.rows * tiling.cols
         assert features_NPE.shape[0] == num_crops, f"{features_NPE.shape[0]} crops for tiling {tiling}"
         return self.project(features_NPE[0], self.pool(self.stitch(features_NPE[1:], tiling)))
+
+    # -- many pictures of one tiling ---------------------------------------------------------------
+
+    def gather(self, features_BNPE: Tensor, tiling: Tiling) -> Tensor:
+        """Put global and pooled features of B pictures side by side: [B, P, 2E], the input of `proj_mlp`.
+
+        Values are those that `embed` makes by `stitch` and `pool`, picture by picture.
+        """
+        global_BPE, tiles_BPE = features_BNPE[:, 0], features_BNPE[:, 1:].flatten(1, 2)
+        if tiling == (1, 1):  # a map of one crop's size is its own average
+            return torch.cat([global_BPE, tiles_BPE], dim=-1)
+        grid, places_HW = self.config.grid_size, self._stitched_places(tiling, features_BNPE.device)
+        map_BHWE = tiles_BPE.index_select(1, places_HW.flatten()).unflatten(1, places_HW.shape)
+        # torch adds up a window in another order where channels lie last, which it does not see in a single picture.
+        channels_first = map_BHWE.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        pooled = F.adaptive_avg_pool2d(channels_first, (grid, grid)).to(map_BHWE.dtype)
+        return torch.cat([global_BPE, pooled.permute(0, 2, 3, 1).flatten(1, 2)], dim=-1)
+
+    def _stitched_places(self, tiling: Tiling, device: torch.device) -> Tensor:
+        """Return which patch of all tiles' stands where in the stitched map: int64 [H, W]; made once a tiling."""
+        found = self._places.get((tiling, device))
+        if found is None:
+            # Reckoned on the device: a copy from the host would wait for all that it was told before.
+            (row_H, y_H), (col_W, x_W) = (self._stitched_axis(number, device) for number in tiling)
+            grid = self.config.grid_size
+            tile_HW = row_H[:, None] * tiling.cols + col_W
+            found = self._places[tiling, device] = (tile_HW * grid + y_H[:, None]) * grid + x_W
+        return found
+
+    def _stitched_axis(self, num_tiles: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return, for each line of the stitched map, its tile and the line in the tile that `stitch` takes."""
+        margin, own = self.config.overlap_margin, self.config.grid_size - 2 * self.config.overlap_margin
+        line = torch.arange(num_tiles * own + 2 * margin, device=device)
+        tile = (line - margin).div(own, rounding_mode="floor").clamp(0, num_tiles - 1)
+        return tile, line - tile * own

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from golden_cases import assert_answer, load_case
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from md3cli.file_cache import FileCache
-from md3cli.images.crops import PreparedImage
+from md3cli.images.crops import PreparedImage, Tiling
 from md3cli.model.api import Moondream
 from md3cli.model.engine import encoder, plain
-from md3cli.model.engine.encoder import EncodingCache, vision_digest
+from md3cli.model.engine.encoder import EncodingCache, ImageEncoder, crop_sizes, micro_batches, vision_digest
 from md3cli.records import Job, Request, Task
 
 
@@ -176,3 +178,72 @@ def test_an_image_encoded_for_a_caller_is_kept(tmp_path: Path, monkeypatch: pyte
     found = cache_for("a", tmp_path).load(encoded.sha256)
     assert found is not None
     assert torch.equal(found, encoded.embeddings)
+
+
+# -- micro-batches ---------------------------------------------------------------------------------
+
+
+def test_crops_come_as_they_are_where_no_sizes_are_fixed() -> None:
+    assert list(micro_batches([3, 1, 5], 4, None)) == [(0, 4, 4), (4, 4, 4), (8, 1, 1)]
+
+
+def test_one_size_is_cut_from_the_crops_of_all_pictures() -> None:
+    assert list(micro_batches([3, 1, 5], 4, (4,))) == [(0, 4, 4), (4, 4, 4), (8, 1, 4)]
+
+
+def test_several_sizes_keep_pictures_apart() -> None:
+    found = list(micro_batches([1, 3, 9, 5, 13, 14], 13, (1, 4, 9, 13)))
+    assert found == [(0, 1, 1), (1, 3, 4), (4, 9, 9), (13, 5, 9), (18, 13, 13), (31, 13, 13), (44, 1, 1)]
+
+
+def test_sizes_that_memory_no_longer_holds_are_left_out() -> None:
+    assert list(micro_batches([5], 4, (1, 4, 9))) == [(0, 4, 4), (4, 1, 1)]
+    assert list(micro_batches([30, 5], 18, (36,))) == [(0, 18, 18), (18, 17, 18)]
+
+
+@given(st.lists(st.integers(1, 30), max_size=8), st.integers(1, 40), st.sampled_from([None, (36,), (1, 4, 9, 13)]))
+def test_every_crop_is_in_one_micro_batch(counts: list[int], most: int, sizes: tuple[int, ...] | None) -> None:
+    batches = list(micro_batches(counts, most, sizes))
+    assert [crop for batch in batches for crop in range(batch.first, batch.first + batch.count)] == [
+        *range(sum(counts))
+    ]
+    for batch in batches:
+        assert 1 <= batch.count <= batch.size <= most
+
+
+@pytest.mark.parametrize(
+    ("max_crops", "expected"), [(36, (36,)), (13, (1, 4, 9, 13)), (9, (1, 4, 9)), (3, (1, 3)), (1, (1,))]
+)
+def test_sizes_follow_the_memory_plan(max_crops: int, expected: tuple[int, ...]) -> None:
+    assert crop_sizes(max_crops, torch.device("cuda", 0)) == expected
+    assert crop_sizes(max_crops, torch.device("cpu")) is None
+    assert crop_sizes(None, torch.device("cuda", 0)) is None
+
+
+@pytest.mark.parametrize("max_crops", [36, 9, 3])
+def test_fixed_sizes_give_the_same_embeddings_and_see_no_others(max_crops: int) -> None:
+    case = load_case("a")
+    fixed = ImageEncoder(case.model, max_crops=max_crops, sizes=crop_sizes(max_crops, torch.device("cuda", 0)))
+    encode_rows, seen = fixed.encode_rows, set()
+
+    def encoding(rows: torch.Tensor) -> torch.Tensor:
+        seen.add(len(rows))
+        return encode_rows(rows)
+
+    fixed.encode_rows = encoding
+    images = [*case.images, *case.images[:1]]
+    for image, found in zip(images, fixed.encode(images), strict=True):
+        assert torch.allclose(found, plain.encode_image(case.model, image), atol=1e-5)
+        assert found.untyped_storage().nbytes() == found.nbytes  # no other picture's memory lives as long
+    assert fixed.sizes is not None
+    assert seen <= set(fixed.sizes)
+
+
+@pytest.mark.parametrize("tiling", [(1, 1), (2, 2), (1, 3), (3, 2), (4, 3)])
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_pictures_gathered_together_are_embedded_bit_for_bit(name: str, tiling: tuple[int, int]) -> None:
+    vision, tiles = load_case(name).model.vision, Tiling(*tiling)
+    features = torch.randn(3, 1 + tiles.rows * tiles.cols, vision.config.num_patches, vision.config.enc_dim)
+    with torch.inference_mode():
+        for picture, gathered in zip(features, vision.gather(features, tiles), strict=True):
+            assert torch.equal(vision.proj_mlp(gathered), vision.embed(picture, tiles))

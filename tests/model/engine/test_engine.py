@@ -108,21 +108,21 @@ def test_features_are_let_go_picture_by_picture(monkeypatch: pytest.MonkeyPatch)
     engine = case.engine(batch_size=1)
     encoder = engine.encoder
     encoder.max_crops = 4
-    encode_crops, embed, num_held, most = encoder.encode_crops, case.model.vision.embed, 0, 0
+    encode_rows, gather, num_held, most = encoder.encode_rows, case.model.vision.gather, 0, 0
 
-    def encoding(crops: torch.Tensor) -> torch.Tensor:
+    def encoding(rows: torch.Tensor) -> torch.Tensor:
         nonlocal num_held, most
-        num_held += len(crops)
+        num_held += len(rows)
         most = max(most, num_held)
-        return encode_crops(crops)
+        return encode_rows(rows)
 
-    def embedding(features: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+    def gathering(features: torch.Tensor, tiling: Tiling) -> torch.Tensor:
         nonlocal num_held
-        num_held -= len(features) if tiling != (1, 1) else 1
-        return embed(features, tiling)
+        num_held -= len(features) * (features.shape[1] if tiling != (1, 1) else 1)
+        return gather(features, tiling)
 
-    encoder.encode_crops = encoding
-    monkeypatch.setattr(case.model.vision, "embed", embedding)
+    encoder.encode_rows = encoding
+    monkeypatch.setattr(case.model.vision, "gather", gathering)
     encoder.encode([replace(image, sha256=f"{image.sha256} {i}") for i in range(5) for image in case.images])
     assert num_held == 0
     assert most <= encoder.max_crops + max(len(image.crops) for image in case.images)

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from fake_cuda import FORMS, NUM_ROWS
 
+from md3cli.model.network.config import ModelConfig
+
 ROOT = Path(__file__).parents[3]
 MOST_LAUNCHES = 700  # of a decode step; a floor of 300 kernels is what its layers need
 
@@ -49,6 +51,25 @@ def test_keeping_embeddings_adds_copies_that_nothing_waits_for_before_the_last(f
     assert saving["host_to_device"] <= 3
     assert saving["device_to_host"] == NUM_ROWS + 1
     assert saving["waits"] == 2  # for the last of them, and for the first decisions
+
+
+def test_vision_takes_eight_launches_a_block_and_a_handful(found: Found) -> None:
+    """A block: a product before and after attention, two of the feed-forward, two sums with their norms."""
+    encoding = found["encoding"]
+    assert 0 < encoding["launches"] <= 8 * ModelConfig().vision.enc_n_layers + 5
+    assert encoding["host_to_device"] == encoding["device_to_host"] == encoding["waits"] == 0
+
+
+def test_four_pictures_are_embedded_in_a_dozen_launches(found: Found) -> None:
+    embedding = found["embedding"]
+    assert 0 < embedding["launches"] <= 14
+    assert embedding["host_to_device"] == embedding["device_to_host"] == embedding["waits"] == 0
+
+
+def test_pictures_go_up_in_one_copy_and_nothing_waits(found: Found) -> None:
+    pictures = found["pictures"]
+    assert pictures["host_to_device"] == 1
+    assert pictures["device_to_host"] == pictures["waits"] == 0
 
 
 @pytest.mark.parametrize("name", ["step_1", "step_64"])

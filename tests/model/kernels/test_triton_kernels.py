@@ -31,7 +31,7 @@ from md3cli.model.kernels import operators
 from md3cli.model.kernels.forms import FusedExperts
 from md3cli.model.kernels.tiles import WeightForm
 from md3cli.model.kernels.weights import KernelExperts, KernelLinear, KernelWeight, can_hold, fp8_values
-from md3cli.model.network.config import ModelConfig, MoeConfig, TextConfig
+from md3cli.model.network.config import ModelConfig, MoeConfig, TextConfig, VisionConfig
 from md3cli.model.network.layers import MoeMlp
 from md3cli.model.network.text import PassKind
 from md3cli.model.weights.codes import INT4_MAX, LowBit, QuantisedWeight, quantise
@@ -42,6 +42,7 @@ SMALL = replace(
     text=TextConfig(
         dim=128, n_heads=2, moe=MoeConfig(num_experts=6, start_layer=0, experts_per_token=3, expert_inner_dim=128)
     ),
+    vision=VisionConfig(enc_dim=36, crop_size=70),
 )
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3}
 
