@@ -340,7 +340,7 @@ class Counting:
         return self._count(lambda: list(encoder._project([*vision.gather(features, TILING)])))
 
     def pictures(self) -> Counts:
-        """Ten pictures of nine crops, as an engine of many slots encodes them: three micro-batches, three projections."""
+        """Ten pictures of nine crops, as an engine of many slots encodes them: 3 micro-batches, 3 projections."""
         encoder = self._planned_encoder()
         images = [picture(self.model.config, number) for number in range(10)]
         return self._count(lambda: encoder.encode(images))
