@@ -37,6 +37,7 @@ PARTS = (
     Part("limits", "gpu.limits", 8, 40, runs_kernels=False),
     Part("golden", "gpu.golden", 15, 100),
     Part("kernels", "gpu.kernels", 8, 40, is_by_kernel=True),
+    Part("resizing", "gpu.resizing", 12, 40),
     Part("stages", "gpu.stages", 15, 90),
     Part("engine", "gpu.workloads", 20, 100),
     Part("lowbits", "gpu.lowbits", 20, 100),

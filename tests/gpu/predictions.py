@@ -182,6 +182,23 @@ FILES: Table = {
     "12 megapixels, from files, batch 64, bf16: of cut before": Prediction(0.88, 0.88, "share", _WORKERS),
 }
 
+_RESIZED = "570 M products, 10 a clock and multiprocessor: single bytes, loaded from L1 in 2 to 4 lines a warp"
+_RESIZED_2 = "120 M products at the same rate, 6 kernels"
+_LAUNCHED = "4 launches of ours at 30 us and 2 of torch's; what the device needs beyond that"
+RESIZING: Table = {
+    "faults found at load": Prediction(0, 0, "count", "every byte is Pillow's"),
+    "pictures compared, random sizes": Prediction(500, 500, "count", "sides from 1 to 1,500"),
+    "pictures that differ from Pillow's, random sizes": Prediction(0, 0, "count", "whole numbers"),
+    "pictures that differ from Pillow's, examples": Prediction(0, 0, "count", "whole numbers"),
+    "axes of a huge picture that differ from the twin's": Prediction(0, 0, "count", "rows are found in 64 bits"),
+    "cut, 12 megapixels": Prediction(0.27, 0.27, "ms", _LAUNCHED),
+    "cut, 12 megapixels, replayed": Prediction(0.25, 0.25, "ms", _RESIZED),
+    "cut, 12 megapixels, size not met before": Prediction(3.5, 3.5, "ms", "four tables at 0.6 to 1 ms of numpy"),
+    "cut, 2 megapixels": Prediction(0.14, 0.14, "ms", _LAUNCHED),
+    "cut, 2 megapixels, replayed": Prediction(0.05, 0.05, "ms", _RESIZED_2),
+    "cut, 2 megapixels, size not met before": Prediction(2.0, 2.0, "ms", "four tables of 0.5 ms of numpy"),
+}
+
 _GROUPED = "products at 75 %, 694 kB of small operations a row, 24 launches"
 KERNELS: Table = {
     "experts of a layer, 730 rows, bf16, own kernels": Prediction(380, 300, "us", "0.8 GB of weights, tiles half full"),
@@ -228,6 +245,7 @@ TABLES: Mapping[str, Table] = {
     "limits": LIMITS,
     "golden": BLOCKS,
     "kernels": KERNELS,
+    "resizing": RESIZING,
     "stages": STAGES,
     "engine": ENGINE,
     "lowbits": LOWBITS,

@@ -27,12 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from md3cli.bench.runs import SilentTokenizer
-from md3cli.images.crops import PreparedImage, Tiling
+from md3cli.images.crops import PreparedImage, Tiling, select_tiling
 from md3cli.model.engine import encoder as encoder_module
 from md3cli.model.engine.encoder import ImageEncoder, crop_sizes
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import optimise
 from md3cli.model.engine.prompts import Prompt
+from md3cli.model.engine.resize import PictureCutter
 from md3cli.model.engine.state import Event, Finish, Mode
 from md3cli.model.kernels import vision_forms
 from md3cli.model.kernels.tiles import WeightForm
@@ -385,6 +386,21 @@ class Counting:
         """A prefix is copied to another slot."""
         engine = make_engine(self.model)
         return self._count(lambda: engine.cache.copy(0, 1, engine.config.prefix_len))
+
+    def cut(self) -> Counts:
+        """A picture of 12 megapixels is cut whose size was not met before."""
+        return self._count(self._cutter())
+
+    def cut_again(self) -> Counts:
+        """The next picture of that size is cut."""
+        cut = self._cutter()
+        cut()
+        return self._count(cut)
+
+    def _cutter(self) -> Callable[[], object]:
+        crops = self.model.config.vision.crop_config
+        cutter, pixels = PictureCutter(DEVICE, crops), torch.empty(3024, 4032, 3, dtype=torch.uint8, device=DEVICE)
+        return lambda: cutter.cut(pixels, select_tiling(4032, 3024, crops))
 
     def _filled(
         self, num_rows: int, requests: tuple[Request, ...] = (CAPTION,), store: KeptEmbeddings | None = None

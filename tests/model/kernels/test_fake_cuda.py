@@ -93,3 +93,9 @@ def test_choices_go_up_once_and_come_back_once(found: Found) -> None:
 def test_the_cache_is_moved_on_the_device(found: Found, name: str) -> None:
     assert found[name]["host_to_device"] == found[name]["device_to_host"] == found[name]["waits"] == 0
     assert found[name]["launches"] > 0
+
+
+@pytest.mark.parametrize(("name", "num_tables"), [("cut", 4), ("cut_again", 0)])
+def test_a_picture_is_cut_with_few_launches_and_no_wait(found: Found, name: str, num_tables: int) -> None:
+    """Two axes for the global crop, two for the tiles, and both put in their places; weights go up once a size."""
+    assert found[name] == {"host_to_device": num_tables, "device_to_host": 0, "waits": 0, "launches": 6}
