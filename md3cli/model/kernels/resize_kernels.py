@@ -21,7 +21,8 @@ HALF = tl.constexpr(1 << 21)
 ROWS = tl.constexpr(4)  # of a program that resizes widths: a weight is loaded once for all of them
 
 
-@triton.jit(do_not_specialize=["height", "old", "new", "num_taps"])
+# Bytes are loaded one by one: a picture may begin anywhere in a block of several, and nothing is compiled anew for it.
+@triton.jit(do_not_specialize=["height", "old", "new", "num_taps"], do_not_specialize_on_alignment=["pixels"])
 def resize_width(pixels, table, out, height, old, new, num_taps, STEP: tl.constexpr, BV: tl.constexpr):
     """`out[y, x, c] = sum over t of table[1 + t, x] * pixels[y, table[0, x] + t, c]`, uint8 [height, new, 3].
 
@@ -59,7 +60,7 @@ def resize_width(pixels, table, out, height, old, new, num_taps, STEP: tl.conste
         _store(out, total_3, row + 3, column, row_values)
 
 
-@triton.jit(do_not_specialize=["row_values", "new", "num_taps"])
+@triton.jit(do_not_specialize=["row_values", "new", "num_taps"], do_not_specialize_on_alignment=["pixels"])
 def resize_height(pixels, table, out, row_values, new, num_taps, STEP: tl.constexpr, BV: tl.constexpr):
     """`out[y, v] = sum over t of table[1 + t, y] * pixels[table[0, y] + t, v]`, uint8 [new, row_values].
 
