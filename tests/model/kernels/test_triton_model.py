@@ -69,12 +69,12 @@ def test_every_pass_equals_the_plain_one(name: str) -> None:
         assert relative_error(fast[part], expected) < 1e-5, part
 
 
-def assert_golden(name: str, batch_size: int, most: int | None) -> None:
+def assert_golden(name: str, batch_size: int, most: int | None, *, is_planned: bool) -> None:
     """An engine with the kernels gives the certain answers of a case, or the shortest of them."""
     case = load_case(name)
     keys = [key for key in range(len(case.requests)) if case.is_certain(key)]
     keys.sort(key=lambda key: len(case.expected[key]["token_ids"]))
-    engine = case.engine(batch_size, with_kernels(case.model))
+    engine = case.engine(batch_size, with_kernels(case.model), is_planned=is_planned, delay=int(is_planned))
     answers = list(engine.run(case.job(key) for key in keys[:most]))
     assert len(answers) == len(keys[:most])
     for answer in answers:
@@ -83,15 +83,17 @@ def assert_golden(name: str, batch_size: int, most: int | None) -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize(("name", "batch_size"), [("a", 3), ("c", 1)])
-def test_golden_answers_come_out_of_the_kernels(name: str, batch_size: int) -> None:
-    assert_golden(name, batch_size, most=3)
+@pytest.mark.parametrize("is_planned", [False, True])
+def test_golden_answers_come_out_of_the_kernels(name: str, batch_size: int, is_planned: bool) -> None:
+    assert_golden(name, batch_size, most=3, is_planned=is_planned)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["a", "b", "c"])
-def test_all_golden_answers_come_out_of_the_kernels(name: str) -> None:
-    assert_golden(name, batch_size=8, most=None)
+@pytest.mark.parametrize(("batch_size", "is_planned"), [(8, False), (8, True), (16, True)])
+def test_all_golden_answers_come_out_of_the_kernels(name: str, batch_size: int, is_planned: bool) -> None:
+    assert_golden(name, batch_size, most=None, is_planned=is_planned)
 
 
 def test_copies_of_a_model_stay_apart() -> None:
