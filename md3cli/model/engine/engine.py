@@ -461,7 +461,8 @@ class Engine:
         for seat, event in launch.read():
             generation = seat.generation
             # Its row may have ended in a launch before, which the host learned after this one had gone out.
-            if generation.is_done or self._slots.generations[seat.slot] is not generation or event.mode == Mode.IDLE:
+            had_ended = generation.is_done or event.mode == Mode.IDLE
+            if had_ended or self._slots.generations[seat.slot] is not generation:
                 continue
             self.stats.num_decisions += 1
             if not event.is_finite:

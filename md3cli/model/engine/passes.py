@@ -76,7 +76,7 @@ def run_picture(
     x_1SD = torch.cat([model.prefix_embeddings(embeddings_1PD), x_1TD], dim=1)
     position_1S = torch.arange(x_1SD.shape[1], device=x_1SD.device)[None]
     store = PictureStore(cache, slots_1, prefix_len, x_1SD.shape[1])
-    hidden_1SD = model.text(x_1SD, position_1S, None, store, position_1S <= prefix_len + last_1)
+    hidden_1SD: Tensor = model.text(x_1SD, position_1S, None, store, position_1S <= prefix_len + last_1)
     return hidden_1SD[0].index_select(0, prefix_len + last_1)
 
 
