@@ -55,8 +55,8 @@ def jobs(run: Run) -> Iterator[tuple[str, Job]]:
             yield f"low bits of case {name}, {dtype}", partial(run_golden, run, name, golden.stored_model, dtype)
     for case in all_cases(run):
         yield case.name, partial(run_case, case)
-    for product, _, form, tile in tile_sweep.tiles(run):
-        yield f"{product} {form}, {tile}", partial(tile_sweep.compile_tile, run, product, form, tile)
+    for candidate in tile_sweep.candidates(run):
+        yield str(candidate), partial(tile_sweep.compile_tile, run, candidate)
 
 
 def two_layers(config: ModelConfig) -> ModelConfig:

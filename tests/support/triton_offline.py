@@ -80,7 +80,7 @@ def product_variants(capability: tuple[int, int]) -> Iterator[Variant]:
             for kind in PassKind:
                 weight = {"w": CODES.get(form, pointer), "scale": "*fp32", "zero": "*fp32"}
                 name = f"{str(dtype).removeprefix('torch.')} {form.name.lower()} {kind}"
-                shared = {"FORM": operators.kernel_form(form, capability), "EVEN": True}
+                shared = {"FORM": operators.kernel_form(form, dtype, capability), "EVEN": True}
                 experts = {"K": INNER, "OUT": DIM, "IS_DENSE": False, "HAS_BIAS": False}
                 dense = {"K": DIM, "OUT": 3 * DIM, "IS_DENSE": True, "HAS_BIAS": True}
                 of = {"has_products": dtype is not torch.float32}

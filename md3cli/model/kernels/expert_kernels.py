@@ -25,15 +25,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Forms of a weight; `tiles.WeightForm` has the same numbers, but for the last.
+from md3cli.model.kernels.packed_codes import CODE_OFFSET_BF16, CODE_OFFSET_FP16, packed_fp8, packed_int4
+
+# Forms of a weight; `tiles.WeightForm` has the same numbers, but for those behind INT4.
 PLAIN = tl.constexpr(0)  # the dtype of the rows
 FP8 = tl.constexpr(1)  # float8 e4m3fn codes as uint8, float32 scale of each output
 INT8 = tl.constexpr(2)  # int8 codes, float32 scale of each output
 INT4 = tl.constexpr(3)  # two codes in a byte, float32 scale and zero point of each output and group of 128
-FP8_BY_HARDWARE = tl.constexpr(4)  # FP8 where the card has an instruction that converts it
+FP8_BY_HARDWARE = tl.constexpr(4)  # FP8 where the card has an instruction that converts it to the rows' dtype
+FP8_PACKED = tl.constexpr(5)  # FP8 and INT4 decoded two numbers at a time (`packed_codes.py`)
+INT4_PACKED = tl.constexpr(6)
 
 INT4_GROUP = tl.constexpr(128)
 INT4_HALF = tl.constexpr(64)  # byte j of a group holds codes j (low bits) and j + 64: no shuffle when unpacked
+FEW_ROWS = tl.constexpr(16)  # of a tile of a step
 FP8_SHIFT = tl.constexpr(2.0**120)  # what an e4m3 code read as float32 bits is too small by
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -180,6 +185,8 @@ def decoded(codes, FORM: tl.constexpr, dtype: tl.constexpr):
     Without an instruction for it, a float8 code's bits are put where float32 has sign, the low bits of its
     exponent, and mantissa; times 2**120 that is the code's value, denormal codes included.
     """
+    if FORM == FP8_PACKED:
+        return packed_fp8(codes)
     if FORM == FP8_BY_HARDWARE:
         return codes.to(tl.float8e4nv, bitcast=True).to(dtype)
     if FORM == FP8:
@@ -218,19 +225,24 @@ def _two_products(
     a = tl.zeros((BM, BN), tl.float32)
     b = tl.zeros((BM, BN), tl.float32)
     x_row = x + row[:, None].to(tl.int64) * K
-    if FORM == INT4:
+    if (FORM == INT4) | (FORM == INT4_PACKED):
         byte = tl.arange(0, INT4_HALF)
         w_a = w + column[None, :] * (K // 2) + byte[:, None]
+        if BM == FEW_ROWS:
+            return _few_rows_in_4_bits(
+                x_row, is_row, w_a, scale, zero, column, second, OUT, K, FORM, IS_PAIR, BM, BN
+            )  # fmt: skip
         w_b = w_a + second * (K // 2)
         for group in range(K // INT4_GROUP):
-            k = group * INT4_GROUP + byte
-            low = tl.load(x_row + k[None, :], mask=is_row[:, None], other=0.0)
-            high = tl.load(x_row + (k + INT4_HALF)[None, :], mask=is_row[:, None], other=0.0)
+            low, high = _group_rows(x_row, is_row, group)
             total = tl.sum(low.to(tl.float32), axis=1) + tl.sum(high.to(tl.float32), axis=1)
-            at = group * OUT + column
-            a += _group(low, high, total, tl.load(w_a + group * INT4_HALF), scale + at, zero + at)
+            low_codes, high_codes, _ = _nibbles(tl.load(w_a + group * INT4_HALF), FORM, low.dtype)
+            factors = _factors(scale, zero, group, column, OUT, K)
+            a += _group(low, high, total[:, None], low_codes, high_codes, factors, FORM)
             if IS_PAIR:
-                b += _group(low, high, total, tl.load(w_b + group * INT4_HALF), scale + at + second, zero + at + second)
+                low_codes, high_codes, _ = _nibbles(tl.load(w_b + group * INT4_HALF), FORM, low.dtype)
+                factors = _factors(scale, zero, group, column + second, OUT, K)
+                b += _group(low, high, total[:, None], low_codes, high_codes, factors, FORM)
     else:
         depth = tl.arange(0, BK)
         w_a = w + column[None, :] * K + depth[:, None]
@@ -253,11 +265,91 @@ def _two_products(
 
 
 @triton.jit
-def _group(low, high, total, codes, scale, zero):
+def _few_rows_in_4_bits(
+    x_row, is_row, w_a, scale, zero, column, second,
+    OUT: tl.constexpr, K: tl.constexpr, FORM: tl.constexpr, IS_PAIR: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """`_two_products` of a step in 4 bits: all that is read comes ahead of its use, and threads exchange nothing.
+
+    Codes and rows feed the matrix units, so Triton has their loads run ahead. Scales and zero points do not: those of
+    the next PER groups are loaded here before the present ones are multiplied, which takes as long as memory does.
+    (By one turn of the loop, not by more: loops that hand a value on over two turns are not pipelined at all.)
+    """
+    a = tl.zeros((BM, BN), tl.float32)
+    b = tl.zeros((BM, BN), tl.float32)
+    w_b = w_a + second * (K // 2)
+    other = column + second
+    PER: tl.constexpr = 2 if (K // INT4_GROUP) % 2 == 0 else 1
+    first_a, last_a = _factors(scale, zero, 0, column, OUT, K), _factors(scale, zero, PER - 1, column, OUT, K)
+    first_b, last_b = _factors(scale, zero, 0, other, OUT, K), _factors(scale, zero, PER - 1, other, OUT, K)
+    for group in range(0, K // INT4_GROUP, PER):
+        after = group + PER
+        next_first_a = _factors(scale, zero, after, column, OUT, K)
+        next_last_a = _factors(scale, zero, after + PER - 1, column, OUT, K)
+        if IS_PAIR:
+            next_first_b = _factors(scale, zero, after, other, OUT, K)
+            next_last_b = _factors(scale, zero, after + PER - 1, other, OUT, K)
+        else:
+            next_first_b, next_last_b = first_b, last_b
+        a, b = _few_rows_of_group(x_row, is_row, w_a, w_b, group, first_a, first_b, a, b, FORM, IS_PAIR)
+        if PER == 2:
+            a, b = _few_rows_of_group(x_row, is_row, w_a, w_b, group + 1, last_a, last_b, a, b, FORM, IS_PAIR)
+        first_a, last_a = next_first_a, next_last_a
+        first_b, last_b = next_first_b, next_last_b
+    if IS_PAIR:
+        return a, b
+    return a, a
+
+
+@triton.jit
+def _few_rows_of_group(
+    x_row, is_row, w_a, w_b, group, factors_a, factors_b, a, b, FORM: tl.constexpr, IS_PAIR: tl.constexpr
+):  # fmt: skip
+    """Add one group to both sums; the sum of x comes from the matrix units, too: a product with ones."""
+    low, high = _group_rows(x_row, is_row, group)
+    low_codes, high_codes, ones = _nibbles(tl.load(w_a + group * INT4_HALF), FORM, low.dtype)
+    total = tl.dot(high, ones, tl.dot(low, ones, input_precision="ieee"), input_precision="ieee")
+    a += _group(low, high, total, low_codes, high_codes, factors_a, FORM)
+    if IS_PAIR:
+        low_codes, high_codes, _ = _nibbles(tl.load(w_b + group * INT4_HALF), FORM, low.dtype)
+        b += _group(low, high, total, low_codes, high_codes, factors_b, FORM)
+    return a, b
+
+
+@triton.jit
+def _group_rows(x_row, is_row, group):
+    """Both halves of a group of the rows' values, each [BM, 64]; rows that are not there are zero."""
+    k = group * INT4_GROUP + tl.arange(0, INT4_HALF)
+    low = tl.load(x_row + k[None, :], mask=is_row[:, None], other=0.0)
+    high = tl.load(x_row + (k + INT4_HALF)[None, :], mask=is_row[:, None], other=0.0)
+    return low, high
+
+
+@triton.jit
+def _factors(scale, zero, group, column, OUT: tl.constexpr, K: tl.constexpr):
+    """Scales and zero points of a group of 4-bit codes; behind the last group the last one's, which nobody uses."""
+    at = tl.minimum(group, K // INT4_GROUP - 1) * OUT + column
+    return tl.load(scale + at), tl.load(zero + at)
+
+
+@triton.jit
+def _nibbles(codes, FORM: tl.constexpr, dtype: tl.constexpr):
+    """Low codes and high codes of bytes as numbers of `dtype`, `_offset` too large, and ones beside them."""
+    if FORM == INT4_PACKED:
+        return packed_int4(codes, dtype)
+    return (codes & 15).to(dtype), (codes >> 4).to(dtype), tl.full(codes.shape, 1.0, dtype)
+
+
+@triton.jit
+def _group(low, high, total, low_codes, high_codes, factors, FORM: tl.constexpr):
     """One group of 128 inputs in 4 bits: `scale * (x . codes - zero * sum of x)`; codes are exact in any dtype."""
-    product = tl.dot(low, (codes & 15).to(low.dtype), input_precision="ieee")
-    product = tl.dot(high, (codes >> 4).to(low.dtype), product, input_precision="ieee")
-    return tl.load(scale)[None, :] * (product - total[:, None] * tl.load(zero)[None, :])
+    scale, zero = factors
+    product = tl.dot(low, low_codes, input_precision="ieee")
+    product = tl.dot(high, high_codes, product, input_precision="ieee")
+    if FORM == INT4_PACKED:
+        zero += CODE_OFFSET_BF16 if low.dtype == tl.bfloat16 else CODE_OFFSET_FP16
+    return scale[None, :] * (product - total * zero[None, :])
 
 
 @triton.jit
@@ -279,7 +371,7 @@ def up_gate(
         token = tl.load(pair_token + pair, mask=is_pair, other=0)
         column = tl.program_id(0) * BN + tl.arange(0, BN)
         e = expert.to(tl.int64)
-        width: tl.constexpr = D // 2 if FORM == INT4 else D
+        width: tl.constexpr = D // 2 if (FORM == INT4) | (FORM == INT4_PACKED) else D
         up, gate = _two_products(
             x, w + e * (2 * INNER * width), scale + e * (GROUPS * 2 * INNER), zero + e * (GROUPS * 2 * INNER),
             token, is_pair, column, INNER, 2 * INNER, D, FORM, EVEN, True, BM, BN, BK,
@@ -314,7 +406,7 @@ def down(
     if expert >= 0:
         is_pair = pair < end
         column = tl.program_id(0) * BN + tl.arange(0, BN)
-        width: tl.constexpr = K // 2 if FORM == INT4 else K
+        width: tl.constexpr = K // 2 if (FORM == INT4) | (FORM == INT4_PACKED) else K
         e = tl.cast(expert, tl.int64)
         out, _ = _two_products(
             y, w + e * (OUT * width), scale + e * (GROUPS * OUT), zero + e * (GROUPS * OUT),

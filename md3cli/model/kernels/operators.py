@@ -147,13 +147,21 @@ def _plan_tiles(logits_NX: Tensor, live_N: Tensor | None, num_choices: int, bloc
 # -- products --------------------------------------------------------------------------------------
 
 
-def kernel_form(form: int, capability: tuple[int, int] | None) -> int:
+def kernel_form(form: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> int:
     """Return the form as a kernel is told it on a card of this compute capability; None is the interpreter.
 
-    The instruction made a step of 64 rows 1.3 times as fast, and a prefix 1.25 times (H200).
+    No card converts float8 to bfloat16, or 4 bits to anything, at the rate of plain arithmetic: these are decoded two
+    at a time. To float16 there is an instruction, on newer cards.
     """
-    has_instruction = capability is not None and capability >= (8, 9)
-    return expert_kernels.FP8_BY_HARDWARE.value if form == WeightForm.FP8 and has_instruction else form
+    if capability is None or dtype is torch.float32:
+        return form
+    if form == WeightForm.INT4:
+        return int(expert_kernels.INT4_PACKED.value)
+    if form == WeightForm.FP8 and dtype is torch.bfloat16:
+        return int(expert_kernels.FP8_PACKED.value)
+    if form == WeightForm.FP8 and capability >= (8, 9):
+        return int(expert_kernels.FP8_BY_HARDWARE.value)
+    return form
 
 
 def _groups(zero: Tensor | None) -> int:
@@ -182,7 +190,7 @@ def _up_gate(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | None
     _launch(
         expert_kernels.up_gate, (triton.cdiv(inner, cut.columns), len(block_expert)),
         x, codes, _pointer(scale, codes), _pointer(zero, codes), y_PI, pair_token, block_expert, block_first, ends,
-        D=x.shape[1], INNER=inner, GROUPS=_groups(zero), FORM=kernel_form(form, capability_of(x.device)),
+        D=x.shape[1], INNER=inner, GROUPS=_groups(zero), FORM=kernel_form(form, x.dtype, capability_of(x.device)),
         EVEN=form == WeightForm.INT4 or _is_even(inner, x.shape[1], cut),
         BM=cut.rows, BN=cut.columns, BK=cut.depth, warps=cut.warps, stages=cut.stages,
     )  # fmt: skip
@@ -236,7 +244,7 @@ def _launch_down(x: Tensor, codes: Tensor, scale: Tensor | None, zero: Tensor | 
         expert_kernels.down, (triton.cdiv(num_outputs, cut.columns), num_blocks),
         x, codes, _pointer(scale, codes), _pointer(zero, codes), _pointer(bias, x), out,
         *(blocks or (None, None, None)), num_rows,
-        K=num_inputs, OUT=num_outputs, GROUPS=_groups(zero), FORM=kernel_form(form, capability_of(x.device)),
+        K=num_inputs, OUT=num_outputs, GROUPS=_groups(zero), FORM=kernel_form(form, x.dtype, capability_of(x.device)),
         EVEN=form == WeightForm.INT4 or _is_even(num_outputs, num_inputs, cut),
         IS_DENSE=blocks is None, HAS_BIAS=bias is not None,
         BM=cut.rows, BN=cut.columns, BK=cut.depth, warps=cut.warps, stages=cut.stages,

@@ -74,9 +74,10 @@ _HALF = {
     (Product.DENSE, PassKind.PREFIX): Tile(128, 128, 64, 8, 3),
     (Product.TAU, PassKind.PREFIX): Tile(64, 64, 64, 4, 3),
 }
-# A group of 4-bit codes is unpacked in registers, beside both accumulators.
+# A group of 4-bit codes is unpacked in registers, beside both accumulators; a tile's depth is that group. A step takes
+# two groups in a turn (`expert_kernels._few_rows_in_4_bits`), of which stages - 1 turns are under way.
 _INT4 = _HALF | {
-    (Product.UP_GATE, PassKind.STEP): Tile(16, 64, 128, 4, 4),
+    (Product.UP_GATE, PassKind.STEP): Tile(16, 32, 128, 4, 4),
     (Product.UP_GATE, PassKind.PROMPT): Tile(32, 32, 128, 8, 3),
     (Product.DOWN, PassKind.PROMPT): Tile(32, 64, 128, 8, 3),
     (Product.UP_GATE, PassKind.PREFIX): Tile(64, 32, 128, 8, 2),

@@ -249,8 +249,9 @@ def test_float8_codes_are_read_alike_by_the_instruction(dtype: torch.dtype, monk
     torch.manual_seed(0)
     weight = KernelWeight.of_quantised(quantise(torch.randn(128, 128) * 0.05, LowBit.FP8))
     by_bits = decoded(weight, dtype)
-    monkeypatch.setattr(operators, "capability_of", lambda device: (8, 9))
-    assert operators.kernel_form(WeightForm.FP8, (8, 9)) != operators.kernel_form(WeightForm.FP8, (8, 6))
+    by_instruction = operators.kernel_form(WeightForm.FP8, torch.float16, (8, 9))
+    assert by_instruction not in WeightForm.__members__.values()
+    monkeypatch.setattr(operators, "kernel_form", lambda *_: by_instruction)
     assert torch.equal(decoded(weight, dtype), by_bits)
 
 
