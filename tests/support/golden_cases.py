@@ -57,6 +57,7 @@ class GoldenCase:
     def engine(self, batch_size: int, model: Moondream3 | None = None, **options: int) -> Engine:
         """An engine over the case's model; `options` are the Engine's."""
         model = model or self.model
+        settings = {"max_context": model.config.text.max_context, **options}
         return Engine(
             model,
             self.tokenizer,
@@ -64,8 +65,7 @@ class GoldenCase:
             ImageEncoder(model),
             identity=RunIdentity("golden"),
             batch_size=batch_size,
-            max_context=model.config.text.max_context,
-            **options,  # type: ignore[arg-type]  # delay, is_planned
+            **settings,  # type: ignore[arg-type]  # delay, is_planned
         )
 
     def job(self, key: int) -> Job:

@@ -374,7 +374,7 @@ class Engine:
         prefixes = self.passes.cut_prefixes(placement.to_prefill, self._images_per_pass)
         groups = self.passes.group(batch, placement.slots, self.prefill_tokens, placement.to_prefill)
         slots, inputs = self.passes.send([[slot for slot, _ in some] for some in prefixes], groups, self.batch_size)
-        self.cache.fit(max(*self._slots.end, *map(self._last_written, groups)))
+        self.cache.fit(max(self._furthest(), *map(self._last_written, groups)))
         for some, slots_B in zip(prefixes, slots, strict=True):
             embeddings_BPD = torch.stack([self.encoder.take(key) for _, key in some])
             padding = len(slots_B) - len(some)
@@ -424,6 +424,13 @@ class Engine:
         self._stepper.seat(ints.seat, step)
         return step.events
 
+    def _furthest(self, ahead: int = 0) -> int:
+        """Positions that slots must have for the rows in flight, and for `ahead` more of each; none leaves the context.
+
+        A row ends there on the device, however many steps are launched for it before the host hears of that.
+        """
+        return min(max(self._slots.end) + ahead, max(self.max_context, self.config.prefix_len + 1))
+
     def _last_written(self, group: Group) -> int:
         """One behind the last position that a pass writes; blocks write no padding."""
         return max(block.generation.prompt_end for block in group.blocks) if self.passes.plan else group.total
@@ -436,7 +443,7 @@ class Engine:
         if not any(self._slots.may_go_on(slot) for slot in active):
             return
         started = time.perf_counter()
-        self.cache.fit(min(1 + max(self._slots.end), max(self.max_context, self.config.prefix_len + 1)))
+        self.cache.fit(self._furthest(ahead=1))
         num_rows = self.batch_size if self.passes.steps_all_slots else active[-1] + 1
         events = self._stepper.step(num_rows, self.max_context, is_sampled=self._is_sampled())
         self._in_flight.add(events, [self._slots.launch(slot) for slot in active], is_step=True)

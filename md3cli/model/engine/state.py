@@ -272,13 +272,15 @@ def advance(
     turns_to_answer = reasons & (token == ids.answer_id)
     emits = ((writes | segments) & ~ends) | (reasons & ~turns_to_answer) | is_size | (is_y & rows.is_point)
     emitted = torch.where(turns_to_answer, 0, rows.emitted + emits.long())
-    is_full = (emits & ~reasons & (emitted >= rows.limit)) | (rows.position >= max_context)
+    has_room = rows.position < max_context
+    is_full = (emits & ~reasons & (emitted >= rows.limit)) | ~has_room
     is_idle = mode == _IDLE
     finish = torch.where(ends, _STOP, torch.where(is_full, _LENGTH, _NO))
     finish = finish.masked_fill(is_idle, _NO)
-    waits_for_choice = rows.chooses & (turns_to_answer | writes)
+    is_broken = continue_mass.isnan()
+    waits_for_choice = rows.chooses & (turns_to_answer | writes) & has_room & ~is_broken
     # A row whose numbers are not finite ends, too: the host hears of it steps later.
-    is_over = is_idle | (finish != _NO) | waits_for_choice | continue_mass.isnan()
+    is_over = is_idle | (finish != _NO) | waits_for_choice | is_broken
 
     new_rows = Rows(  # not `rows._replace(…)`: code that torch 2.11 compiles returns an empty tuple for it
         mode=torch.where(is_over, _IDLE, _next_mode(rows, token, ids.answer_id)),
@@ -287,9 +289,9 @@ def advance(
         chooses=rows.chooses,
         emitted=emitted,
         limit=rows.limit,
-        # An idle row is stepped along, not skipped: what it writes must stay inside the cache and off the prefix, and
-        # off the prompt of a row that waits for its choice.
-        position=rows.position.masked_fill(is_over & ~waits_for_choice, model.config.prefix_len),
+        # An idle row is stepped along, not skipped: what it writes must stay inside the cache and off the prefix. One
+        # that waits for its choice stands behind its prompt, however many steps are launched until it has chosen.
+        position=rows.position.masked_fill(is_over & ~(is_idle | waits_for_choice), model.config.prefix_len),
         temperature=rows.temperature,
         top_p=rows.top_p,
         seed=rows.seed,

@@ -1,0 +1,220 @@
+"""Results that are read behind the launches: the same answers, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from golden_cases import GoldenCase, load_case
+from late_device import LateDevice
+
+from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.flight import Seat
+from md3cli.records import Answer, Job, Request, Task
+
+pytestmark = pytest.mark.process
+
+DELAYS = (0, 1, 2)
+every_loop = pytest.mark.parametrize(
+    ("delay", "is_planned"),
+    [
+        pytest.param(delay, planned, id=f"{delay}{' planned' * planned}")
+        for planned in (False, True)
+        for delay in DELAYS
+    ],
+)
+NAN = "the model computed NaN or infinity in float32: are its weights damaged?"
+
+
+# -- what is asked ---------------------------------------------------------------------------------
+
+WHICH = Request(Task.QUERY, "Which?", reasoning=False)
+MIXED = (
+    replace(WHICH, choices=("yes", "no", "a red square")),
+    replace(WHICH, reasoning=True, max_tokens=8, choices=("left", "right")),
+    replace(WHICH, reasoning=True, max_tokens=3, choices=("up", "down, or beside it")),
+    replace(WHICH, reasoning=True, max_tokens=6),
+    replace(WHICH, spatial_refs=((0.25, 0.5), (0.1, 0.2, 0.6, 0.8)), max_tokens=12),
+    replace(WHICH, prompt="What is it, and where, and what is beside it?", max_tokens=12),
+    replace(WHICH, temperature=1.0, seed=3, max_tokens=12),
+    replace(WHICH, temperature=1.5, seed=2**70 + 1, reasoning=True, max_tokens=5),
+    Request(Task.CAPTION, length="short", max_tokens=7),
+    Request(Task.CAPTION, max_tokens=1),
+    Request(Task.POINT, "square", spatial_refs=((0.5, 0.5),), max_objects=3),
+    Request(Task.DETECT, "cat", max_objects=2),
+    Request(Task.SEGMENT, "cat", max_tokens=24),
+)
+
+
+@cache
+def mixed_jobs(name: str) -> list[Job]:
+    """A job of every kind, most of them with a picture, one behind another that it shares its slot with."""
+    case = load_case(name)
+    jobs = [Job(i, case.images[i % 3], request) for i, request in enumerate(MIXED)]
+    texts = [request for request in MIXED if request.task is Task.QUERY and not request.spatial_refs]
+    jobs += [Job(100 + i, None, request) for i, request in enumerate(texts)]
+    random.Random(1).shuffle(jobs)
+    return jobs
+
+
+@cache
+def alone(name: str, key: int) -> Answer:
+    """What a job of `mixed_jobs` is answered with when nothing else is in flight and nothing is read late."""
+    (job,) = (job for job in mixed_jobs(name) if job.key == key)
+    (answer,) = load_case(name).engine(1, delay=0, is_planned=False).run([job])
+    assert answer.failure is None
+    return answer
+
+
+def assert_as_alone(name: str, found: list[Answer]) -> None:
+    """Each job is answered once, and as it is alone."""
+    assert sorted(answer.key for answer in found) == sorted(job.key for job in mixed_jobs(name))
+    for answer in found:
+        assert_same(answer, alone(name, answer.key))
+
+
+def assert_same(found: Answer, expected: Answer) -> None:
+    assert replace(found, result=None) == replace(expected, result=None)
+    assert is_same(found.result, expected.result), (found.result, expected.result)
+
+
+def is_same(found: Any, expected: Any) -> bool:
+    """Equal but for probabilities, which other sums may round otherwise."""
+    if isinstance(found, dict) and found.keys() == expected.keys():
+        return all(
+            found[name] == pytest.approx(expected[name], abs=2e-3)
+            if name in ("score", "choices")
+            else is_same(found[name], expected[name])
+            for name in found
+        )
+    if isinstance(found, list) and len(found) == len(expected):
+        return all(map(is_same, found, expected))
+    return bool(found == expected)
+
+
+def certain_keys(case: GoldenCase) -> list[int]:
+    return [key for key in range(len(case.requests)) if case.is_certain(key)]
+
+
+# -- company ---------------------------------------------------------------------------------------
+
+
+@every_loop
+@pytest.mark.parametrize("batch_size", [2, 5, 32])
+def test_a_mixed_batch_answers_as_each_alone(
+    batch_size: int, delay: int, is_planned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that is late: at any delay only what was waited for has arrived."""
+    device = LateDevice().install(monkeypatch)
+    engine = load_case("a").engine(batch_size, delay=delay, is_planned=is_planned)
+    assert_as_alone("a", list(engine.run(mixed_jobs("a"))))
+    assert device.most_under_way == 1 + delay
+    assert not engine._in_flight
+    assert not engine.has_work
+
+
+Held = dict[int, torch.Tensor]  # key -> keys and values [layers * 2, heads, positions, width]
+
+
+def held_when_choosing(engine: Engine, jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> tuple[Held, list[Answer]]:
+    """What the slot of each job holds before the place of its answer, at the moment when it chooses."""
+    choose, held = engine._choose, Held()
+
+    def watching(choosing: list[Seat]) -> None:
+        for seat in choosing:
+            end = seat.end if seat.generation.reasons else seat.end - 1
+            held[seat.generation.job.key] = torch.stack(
+                [tensor[seat.slot, :, :end] for tensor in (*engine.cache.keys, *engine.cache.values)]
+            )
+        choose(choosing)
+
+    monkeypatch.setattr(engine, "_choose", watching)
+    return held, list(engine.run(jobs))
+
+
+@every_loop
+def test_a_row_that_waits_for_its_choice_is_left_alone(
+    delay: int, is_planned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is idle on the device and stepped over while its neighbours go on, once for each launch under way."""
+    case, jobs = load_case("a"), mixed_jobs("a")
+    choosing = {job.key for job in jobs if job.request.choices}
+    engine = case.engine(32, delay=delay, is_planned=is_planned)
+    held, answers = held_when_choosing(engine, jobs, monkeypatch)
+    assert held.keys() == choosing
+    assert_as_alone("a", answers)
+    for job in jobs:
+        if job.key in choosing:
+            expected, _ = held_when_choosing(case.engine(1, delay=0), [job], monkeypatch)
+            assert held[job.key].shape == expected[job.key].shape
+            assert torch.allclose(held[job.key], expected[job.key], atol=1e-3)
+
+
+# -- the end of the context, and slots that are too short ------------------------------------------
+
+
+def leaving_room(case: GoldenCase, request: Request, room: int, max_context: int) -> Request:
+    """The request with a prompt so long that behind it `room` positions of the context are left, or one or two more."""
+    while True:
+        longer = replace(request, prompt=f"{request.prompt} a")
+        prompt = case.prompts.build(longer, has_image=True)
+        if case.model.config.prefix_len + len(prompt.ids) > max_context - room:
+            return request
+        request = longer
+
+
+def long_jobs(case: GoldenCase, max_context: int) -> list[Job]:
+    """Jobs that fill the context; some have no room to choose when they have thought."""
+    endless = [Request(Task.CAPTION, max_tokens=10_000)] * 3
+    endless += [
+        leaving_room(case, replace(WHICH, max_tokens=10_000), room, max_context) for room in (1, 1, 2, 3, 4, 5, 6, 20)
+    ]
+    thinks = replace(WHICH, reasoning=True, choices=("yes", "no, or a red square"))
+    longest = max(map(len, case.prompts.encode_choices(thinks)))
+    for room in range(longest, longest + 12):
+        # Whoever has thought for n tokens writes that it answers at n, and its choice behind that.
+        endless.append(replace(leaving_room(case, thinks, room, max_context), max_tokens=2 + room % 4 * 3))
+    return [Job(key, case.images[key % 3], request) for key, request in enumerate(endless)]
+
+
+@every_loop
+def test_rows_fill_the_context_while_others_come_and_go(delay: int, is_planned: bool) -> None:
+    case = load_case("a")
+    max_context = 96  # a multiple of what slots grow by: behind it there is nothing
+    jobs = long_jobs(case, max_context)
+    expected = {}
+    for job in jobs:
+        (expected[job.key],) = case.engine(1, max_context=max_context, delay=0).run([job])
+    assert all(answer.failure is None for answer in expected.values())
+    have_chosen = ["choices" in (expected[job.key].result or {}) for job in jobs if job.request.choices]
+    assert set(have_chosen) == {False, True}
+    assert [answer.finish_reason for answer in expected.values()].count("length") > have_chosen.count(False) + 2
+    for batch_size in (3, 8):
+        engine = case.engine(batch_size, max_context=max_context, delay=delay, is_planned=is_planned)
+        answers = list(engine.run(jobs))
+        assert sorted(answer.key for answer in answers) == sorted(expected)
+        for answer in answers:
+            assert_same(answer, expected[answer.key])
+        assert engine.stats.batch_sizes == [batch_size]
+
+
+@every_loop
+def test_a_row_past_the_context_does_not_make_slots_longer(
+    delay: int, is_planned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host counts steps that were launched before it heard that a row is over; others are admitted meanwhile."""
+    monkeypatch.setattr(Engine, "_start_again", lambda engine: pytest.fail("rows were started again"))
+    case, max_context = load_case("a"), 96
+    room = 4
+    full = Job(0, case.images[0], leaving_room(case, replace(WHICH, max_tokens=10_000), room, max_context))
+    for num_tokens in range(1, 2 + room):
+        short = [Job(i, case.images[0], Request(Task.CAPTION, max_tokens=num_tokens)) for i in (1, 2)]
+        engine = case.engine(2, max_context=max_context, delay=delay, is_planned=is_planned)
+        answers = {answer.key: answer for answer in engine.run([full, *short])}
+        assert [answers[key].finish_reason for key in range(3)] == ["length"] * 3
+        assert [answers[key].output_tokens for key in range(3)] == [room + 1, num_tokens, num_tokens]
+        assert engine.cache.capacity <= max_context + 16
