@@ -64,7 +64,8 @@ class Stepper:
         """
         for is_sampled in (False, True):
             try:
-                self._graphs[is_sampled] = StepGraph(partial(self._run, self._num_slots, max_context, is_sampled))
+                run = partial(self._run, self._num_slots, max_context, is_sampled)
+                self._graphs[is_sampled] = StepGraph(run, self.next_SD.device)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
@@ -76,20 +77,23 @@ class Stepper:
 class StepGraph:
     """A function of fixed buffers as one CUDA graph; its result lies at one place for ever."""
 
-    def __init__(self, run: Callable[[], Tensor]) -> None:
-        """Run the function a few times beside the current stream, then capture it."""
-        current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-        beside.wait_stream(current)
-        with torch.cuda.stream(beside):
-            for _ in range(CAPTURE_WARM_UPS):
-                run()
-        current.wait_stream(beside)
-        self._graph = torch.cuda.CUDAGraph()
-        # "thread_local": another thread may allocate pinned memory meanwhile, which would end any other capture.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._result = run()
+    def __init__(self, run: Callable[[], Tensor], device: torch.device) -> None:
+        """Run the function a few times beside the current stream of `device`, then capture it."""
+        self._device = device
+        with torch.cuda.device(device):
+            current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+            beside.wait_stream(current)
+            with torch.cuda.stream(beside):
+                for _ in range(CAPTURE_WARM_UPS):
+                    run()
+            current.wait_stream(beside)
+            self._graph = torch.cuda.CUDAGraph()
+            # "thread_local": another thread may allocate pinned memory meanwhile, which would end any other capture.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._result = run()
 
     def replay(self) -> Tensor:
-        """Launch the whole graph."""
-        self._graph.replay()
+        """Launch the whole graph on the current stream of its device, which need not be the current device."""
+        with torch.cuda.device(self._device):
+            self._graph.replay()
         return self._result
