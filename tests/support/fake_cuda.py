@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from md3cli.bench.runs import SilentTokenizer
 from md3cli.images.crops import PreparedImage, Tiling, select_tiling
 from md3cli.model.engine import encoder as encoder_module
+from md3cli.model.engine import flight
 from md3cli.model.engine.encoder import ImageEncoder, crop_sizes
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import optimise
@@ -47,6 +48,7 @@ from md3cli.records import Job, Request, RunIdentity, Task
 
 FORMS = ("bf16", "float8", "int4")
 NUM_ROWS = 64
+NUM_ADMITTED = 44  # of these, in one go: an engine fills its passes of 22 pictures, and leaves the others for later
 TILING = Tiling(2, 4)  # nine crops with the global one
 DEVICE, CAPABILITY = torch.device("cuda", 0), (9, 0)  # of the card that is pretended
 
@@ -176,6 +178,7 @@ class FakeDevice:
             FakeTensorMode(allow_non_fake_inputs=True),
             patch.object(FakeTensor, "tolist", self._tolist()),
             patch.object(encoder_module, "milestone", lambda device: self._wait),
+            patch.object(flight, "milestone", lambda device: self._wait),
             patch.object(torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
             # Whether cuDNN can serve an attention is asked of the driver.
             patch.object(vision_forms, "sdpa_kernel", lambda order, *, set_priority: nullcontext()),
@@ -309,16 +312,16 @@ class Counting:
         self.model, self.counter, self.device = model, counter, device
 
     def admission(self) -> Counts:
-        """Encode 64 pictures of nine crops, run their prefixes and prompts, take the first decisions."""
-        engine = self._filled(NUM_ROWS)
+        """Encode 44 pictures of nine crops, run their prefixes and prompts, take the first decisions."""
+        engine = self._filled(NUM_ADMITTED)
         return self._count_admission(engine)
 
     def admission_saving(self) -> Counts:
         """The same, with embeddings kept on disk."""
         store = KeptEmbeddings()
-        engine = self._filled(NUM_ROWS, store=store)
+        engine = self._filled(NUM_ADMITTED, store=store)
         counts = self._count_admission(engine)
-        assert len(store.saved) == NUM_ROWS
+        assert len(store.saved) == NUM_ADMITTED
         return counts
 
     def admission_mixed(self) -> Counts:
@@ -351,29 +354,36 @@ class Counting:
 
     def step_1(self) -> Counts:
         """A decode step with one row in flight."""
-        return self._count(self._admitted(1)._decode)
+        return self._count_step(self._admitted(1))
 
     def step_64(self) -> Counts:
         """A decode step with 64 rows in flight."""
-        return self._count(self._admitted(NUM_ROWS)._decode)
+        return self._count_step(self._admitted(NUM_ROWS))
 
     def finish(self) -> Counts:
         """64 rows end in one step: what that adds to reading the step's events."""
         engine = self._admitted(NUM_ROWS)
         self.device.finish = Finish.STOP
         events = torch.zeros(NUM_ROWS, len(Event._fields), device=DEVICE)
-        counts = self._count(lambda: engine._absorb(range(NUM_ROWS), events))
+        seats = [engine._slots.launch(slot) for slot in engine._slots.active]
+
+        def read_a_step() -> None:
+            engine._in_flight.add(events, seats, is_step=True)
+            engine._absorb_arrivals(0)
+
+        counts = self._count(read_a_step)
         self.device.finish = Finish.NO
         assert not engine._slots.active
         return counts
 
     def choices(self) -> Counts:
-        """64 rows choose between three answers."""
+        """44 rows choose between three answers."""
         request = Request(Task.QUERY, "which?", reasoning=False, choices=("a", "b", "c"))
-        engine = self._filled(NUM_ROWS, requests=(request,))
-        with patch.object(engine, "_choose"):
+        engine = self._filled(NUM_ADMITTED, requests=(request,))
+        with patch.object(engine, "_choose") as choose:
             self._count_admission(engine)
-        counts = self._count(engine._choose)
+        (choosing,) = choose.call_args.args
+        counts = self._count(lambda: engine._choose(choosing))
         assert not engine._slots.active
         return counts
 
@@ -415,13 +425,25 @@ class Counting:
 
     def _admitted(self, num_rows: int) -> Engine:
         engine = self._filled(num_rows)
-        self._count_admission(engine)
+        while engine._waiting:
+            self._count_admission(engine)
         assert len(engine._slots.active) == num_rows
         return engine
 
     def _count_admission(self, engine: Engine) -> Counts:
-        with patch.object(engine, "_decode"):
-            return self._count(engine.step)
+        def admit() -> None:
+            with patch.object(engine, "_decode"):
+                engine.step()
+            engine._absorb_arrivals(0)
+
+        return self._count(admit)
+
+    def _count_step(self, engine: Engine) -> Counts:
+        def step() -> None:
+            engine._decode()
+            engine._absorb_arrivals(0)
+
+        return self._count(step)
 
     def _count(self, run: Callable[[], object]) -> Counts:
         with self.counter.around() as counts:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_cuda import FORMS, NUM_ROWS
+from fake_cuda import FORMS, NUM_ADMITTED
 
 from md3cli.model.network.config import ModelConfig
 
@@ -49,7 +49,7 @@ def test_an_admission_is_three_copies_and_one_wait(found: Found) -> None:
 def test_keeping_embeddings_adds_copies_that_nothing_waits_for_before_the_last(found: Found) -> None:
     saving = found["admission_saving"]
     assert saving["host_to_device"] <= 3
-    assert saving["device_to_host"] == NUM_ROWS + 1
+    assert saving["device_to_host"] == NUM_ADMITTED + 1
     assert saving["waits"] == 2  # for the last of them, and for the first decisions
 
 
