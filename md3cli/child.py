@@ -121,11 +121,19 @@ class Child:
     `process` is the process, `channel` the wire.
     """
 
-    def __init__(self, entry: str, *, environment: Mapping[str, str] | None = None, may_print: bool = False) -> None:
+    def __init__(
+        self,
+        entry: str,
+        *,
+        environment: Mapping[str, str] | None = None,
+        may_print: bool = False,
+        fds: tuple[int, ...] = (),
+    ) -> None:
         """Start an interpreter that calls `entry` ("module:function"), which begins with `connect`.
 
-        The child dies when the thread that calls this does. With `may_print` its stdout and stderr go to a temporary
-        file; without, its stdout goes nowhere and its stderr into a pipe, which a child that writes much would fill.
+        It has the open files `fds` under the same numbers. The child dies when the thread that calls this does. With
+        `may_print` its stdout and stderr go to a temporary file; without, its stdout goes nowhere and its stderr into a
+        pipe, which a child that writes much would fill.
 
         Raises:
             EngineError: the system cannot hand a socket to a child (Windows); says what to do.
@@ -143,7 +151,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log or subprocess.DEVNULL,
                 stderr=log or subprocess.PIPE,
-                pass_fds=(number,),
+                pass_fds=(number, *fds),
                 env=os.environ | (environment or {}),
                 process_group=0,  # Ctrl-C and Ctrl-Z at the terminal are for the parent to handle
             )

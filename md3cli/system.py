@@ -35,6 +35,7 @@ _NO_LOCKS_HERE = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP})
 _BEHIND_TEXT = 1 << 30  # where Windows locks a byte, which others then cannot read
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
+_CONTAINER = "/sys/fs/cgroup"  # of this process, as a container shows it
 _PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT_BYTES = 1 << 30  # of freed memory at the end of the heap
@@ -230,6 +231,42 @@ else:
         """Return the most bytes that this process ever held; 0 where the system does not say."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others kilobytes
+
+
+def available_memory() -> int | None:
+    """Return the bytes that this process can still take without harm, a container's limit included; None if unknown."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # macOS, Windows
+        return None
+    with contextlib.suppress(OSError, ValueError):  # no version 2 of control groups; "max": no limit
+        most, used = (int(Path(_CONTAINER, f"memory.{name}").read_text()) for name in ("max", "current"))
+        with open(f"{_CONTAINER}/memory.stat", encoding="ascii") as lines:  # files that were read once cost nothing
+            used -= sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        available = min(available, max(0, most - used))
+    return available
+
+
+def shared_memory(num_bytes: int) -> int | None:
+    """Return a descriptor of new memory that processes can map and none can resize; None where there is no such memory.
+
+    It has no name, and is gone when nobody has it open or mapped. Linux alone has it, and a limit on the size of files
+    (RLIMIT_FSIZE) may forbid it.
+    """
+    if not hasattr(os, "memfd_create"):
+        return None
+    try:
+        fd = os.memfd_create("md3", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError:
+        return None
+    try:
+        os.ftruncate(fd, num_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
 
 
 def num_cores() -> int:

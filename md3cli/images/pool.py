@@ -6,14 +6,17 @@ no fault of its picture (by the kernel, when memory runs out): the picture gets 
 it, and only a picture that ends two workers is a `decoder_crash`.
 
 Each thread of an executor owns one worker process (worker.py), tells it what to open, and receives the crops straight
-into the array that the caller gets. A picture on the disk goes straight to a worker. The bytes of any other picture are
-loaded first, by threads of this process, ahead of the decoder: remote ones by many threads, since they wait for the
-network; those inside Parquet files by one, since they are read in order. Knows nothing of models or records.
+into the array that the caller gets. An engine that cuts pictures itself (`serve_gpu`) gets them whole, through memory
+that the worker shares (arena.py); sockets carry everything else. A picture on the disk goes straight to a worker. The
+bytes of any other picture are loaded first, by threads of this process, ahead of the decoder: remote ones by many
+threads, since they wait for the network; those inside Parquet files by one, since they are read in order. Knows nothing
+of models or records.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import signal
 import subprocess
@@ -23,13 +26,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
 from md3cli.child import Child
 from md3cli.errors import ImageError, InputError
-from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, parse_background, prepare_image, select_tiling
+from md3cli.images.arena import arena_bytes, make_arena
+from md3cli.images.crops import (
+    CropConfig,
+    ImageLimits,
+    PreparedImage,
+    Tiling,
+    UncutImage,
+    copy_pixels,
+    parse_background,
+    prepare_image,
+    read_image,
+    select_tiling,
+)
 from md3cli.images.worker import Setup
 from md3cli.records import ERROR_TYPES, ImageItem
 from md3cli.remote.address import is_address
@@ -41,8 +56,13 @@ from md3cli.source.parquet import CellReader
 if TYPE_CHECKING:
     from md3cli.remote.reader import Fetcher
 
+CHANNELS = 3
 NUM_FETCHERS = 16
 AHEAD_BYTES = 256 * 2**20  # of files loaded, or being loaded, and not decoded yet
+Picture = PreparedImage | UncutImage
+# How long a decoded picture waits for a place in its worker's memory while the engine takes others. Then it is cut by
+# the worker, so nobody can wait in a circle.
+ROOM_TIMEOUT_S = 2.0
 _START_TIMEOUT_S = 60.0  # a worker needs 0.2 s here, many seconds where Python lies on a cold network disk
 _WORKER = "md3cli.images.worker:serve"
 _WORKER_ENVIRONMENT = {
@@ -71,11 +91,13 @@ class PicturePool:
         background: str | None = None,
         timeout_s: float = 20.0,
         fetching: FetchOptions | None = None,
+        num_beside_gpu: int | None = None,
     ) -> None:
         """Start no worker yet.
 
         `timeout_s` is for decoding one picture; its wait for another huge one does not count. `fetching` says how, and
-        from which hosts, remote pictures are fetched.
+        from which hosts, remote pictures are fetched. `num_beside_gpu` are the most that decode at once after
+        `serve_gpu`.
 
         Raises:
             UsageError: `background` is no colour.
@@ -90,6 +112,9 @@ class PicturePool:
         self._is_closed = False
         self._huge = threading.Lock()  # held while a huge picture has its pixels in memory
         self._turns = _Turns()
+        self._num_beside_gpu = num_beside_gpu or max(1, num_workers)
+        self._longest_whole = 0  # side of a picture that is sent whole
+        self._arena_bytes = arena_bytes(num_workers) if num_workers > 0 else 0
         self._has_warned = False
         self._fetching = fetching or FetchOptions(limits.max_file_size)
 
@@ -99,7 +124,7 @@ class PicturePool:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def submit(self, item: ImageItem, data: bytes | None = None) -> Future[PreparedImage]:
+    def submit(self, item: ImageItem, data: bytes | None = None) -> Future[Picture]:
         """Return the future of a picture, wherever it is; with `data`, which are its bytes, nothing is opened.
 
         The future raises ImageError; CancelledError when the pool was closed first; InputError when no worker
@@ -111,6 +136,15 @@ class PicturePool:
             return self._decode_after(self._loader.fetcher.fetch, item, self._loader.fetch_threads)
         return self._decode(item, data)
 
+    def serve_gpu(self, longest_whole: int) -> None:
+        """From now on serve an engine on a GPU: leave it cores, and send pictures whole whose sides are not longer.
+
+        Such a picture is an `UncutImage`, where there is room for it in the memory shared with its worker; it takes
+        that room until it is dropped. 0 has every picture cut by the workers. A second call changes the length.
+        """
+        self._longest_whole = longest_whole
+        self._turns.limit(self._num_beside_gpu)
+
     def close(self) -> None:
         """End the workers at once, and cancel what was not finished; a second call does no harm."""
         if "_loader" in vars(self):  # something was loaded
@@ -119,7 +153,7 @@ class PicturePool:
             self._is_closed = True
             workers = list(self._workers)
         for worker in workers:
-            worker.kill()
+            worker.stop()
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
         for worker in workers:  # only now: a thread may have been reading
@@ -138,15 +172,13 @@ class PicturePool:
 
     def _decode_after(
         self, load: Callable[[ImageItem, int], bytes], item: ImageItem, threads: ThreadPoolExecutor
-    ) -> Future[PreparedImage]:
-        done: Future[PreparedImage] = Future()
+    ) -> Future[Picture]:
+        done: Future[Picture] = Future()
         loading = threads.submit(self._load_and_decode, load, item, done)
         loading.add_done_callback(lambda ended: _pass_failure(ended, done))
         return done
 
-    def _load_and_decode(
-        self, load: Callable[[ImageItem, int], bytes], item: ImageItem, done: Future[PreparedImage]
-    ) -> None:
+    def _load_and_decode(self, load: Callable[[ImageItem, int], bytes], item: ImageItem, done: Future[Picture]) -> None:
         budget = self._loader.budget
         number = budget.open()
         with contextlib.ExitStack() as undo:
@@ -154,7 +186,7 @@ class PicturePool:
             decoding = self._decode(item, load(item, number))
             undo.pop_all()
 
-        def pass_on(decoded: Future[PreparedImage]) -> None:
+        def pass_on(decoded: Future[Picture]) -> None:
             budget.give_back(number)
             if not _pass_failure(decoded, done):
                 done.set_result(decoded.result())
@@ -163,33 +195,41 @@ class PicturePool:
 
     # -- decoding ------------------------------------------------------------------------------------
 
-    def _decode(self, item: ImageItem, data: bytes | None) -> Future[PreparedImage]:
+    def _decode(self, item: ImageItem, data: bytes | None) -> Future[Picture]:
         if self._threads is not None:
             return self._threads.submit(self._decode_in_worker, item, data)
-        done: Future[PreparedImage] = Future()
-        setup = self._setup
+        done: Future[Picture] = Future()
         try:
-            done.set_result(prepare_image(item, setup.crop_config, setup.limits, setup.background, data=data))
+            done.set_result(self._decode_here(item, data))
         except ImageError as error:
             done.set_exception(error)
         return done
 
-    def _decode_in_worker(self, item: ImageItem, data: bytes | None) -> PreparedImage:
+    def _decode_here(self, item: ImageItem, data: bytes | None) -> Picture:
+        setup = self._setup
+        if not self._longest_whole:
+            return prepare_image(item, setup.crop_config, setup.limits, setup.background, data=data)
+        image, sha256 = read_image(item, setup.limits, setup.background, data=data)
+        pixels = np.empty((image.height, image.width, 3), np.uint8)
+        copy_pixels(image, pixels)
+        return UncutImage(pixels, select_tiling(*image.size, setup.crop_config), *image.size, sha256)
+
+    def _decode_in_worker(self, item: ImageItem, data: bytes | None) -> Picture:
         try:
             with self._turns.beside_others():
-                return self._decode_once(item, data)
+                return self._decode_once(item, data, self._longest_whole)
         except ImageError as error:
             if error.type != "decoder_crash":
                 raise
             self._warn_once(error)
         with self._turns.alone():
-            return self._decode_once(item, data)
+            return self._decode_once(item, data, longest_whole=0)  # memory may be what ran out
 
-    def _decode_once(self, item: ImageItem, data: bytes | None) -> PreparedImage:
+    def _decode_once(self, item: ImageItem, data: bytes | None, longest_whole: int) -> Picture:
         if self._is_closed:
             raise CancelledError
         try:
-            return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge)
+            return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge, longest_whole)
         except Exception:
             if self._is_closed:  # close() killed the worker, which is no fault of the picture
                 raise CancelledError from None
@@ -218,17 +258,17 @@ class PicturePool:
             return self._start_worker()  # killed from outside before it could do any harm
 
     def _start_worker(self) -> _Worker:
-        worker = self._of_thread.worker = _Worker(self._setup)
+        worker = self._of_thread.worker = _Worker(self._setup, self._arena_bytes)
         with self._lock:
             self._workers.add(worker)
             is_closed = self._is_closed
         if is_closed:  # close() did not see this one
-            worker.kill()
+            worker.stop()
         worker.wait_until_ready()
         return worker
 
 
-def _pass_failure(ended: Future[Any], done: Future[PreparedImage]) -> bool:
+def _pass_failure(ended: Future[Any], done: Future[Picture]) -> bool:
     """Make `done` fail as `ended` did; return whether it did."""
     error = None if ended.cancelled() else ended.exception()
     if ended.cancelled() or isinstance(error, CancelledError):
@@ -278,13 +318,20 @@ class _Turns:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._num_running = 0
+        self._most: float = math.inf  # running at a time
         self._num_alone = 0  # at work or waiting
+
+    def limit(self, most: int) -> None:
+        """From now on let no more than so many begin while others are at it."""
+        with self._changed:
+            self._most = most
+            self._changed.notify_all()
 
     @contextlib.contextmanager
     def beside_others(self) -> Iterator[None]:
-        """Wait until nobody is, or wants to be, alone."""
+        """Wait until nobody is, or wants to be, alone, and there are not too many others."""
         with self._changed:
-            self._changed.wait_for(lambda: self._num_alone == 0)
+            self._changed.wait_for(lambda: self._num_alone == 0 and self._num_running < self._most)
             self._num_running += 1
         yield from self._run()
 
@@ -314,11 +361,24 @@ class _Turns:
 class _Worker(Child):
     """The parent's end of one worker process; used by one thread, killed from any."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, arena_bytes: int) -> None:
         """Start the process; it dies when the thread that calls this does."""
-        super().__init__(_WORKER, environment=_WORKER_ENVIRONMENT)
+        self._arena = make_arena(arena_bytes)
+        super().__init__(_WORKER, environment=_WORKER_ENVIRONMENT, fds=(self._arena.fd,) if self._arena else ())
         self._setup = setup
         self.was_killed = False  # by a signal, before it was ready
+
+    def stop(self) -> None:
+        """End the process at once, and whatever waits for it; any thread may say so."""
+        if self._arena is not None:
+            self._arena.give_up()
+        self.kill()
+
+    def close(self) -> None:
+        super().close()
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
 
     def wait_until_ready(self) -> None:
         """Tell the worker how to cut, and wait for its answer.
@@ -327,7 +387,8 @@ class _Worker(Child):
             InputError: nothing can be decoded on this machine, which is no picture's fault.
         """
         try:
-            self.channel.send(asdict(self._setup))
+            arena = (self._arena.fd, self._arena.num_bytes) if self._arena is not None else (-1, 0)
+            self.channel.send(asdict(self._setup) | {"arena": arena})
             self.channel.receive(_START_TIMEOUT_S)
         except (OSError, EOFError) as error:  # TimeoutError is an OSError
             self.was_killed = not isinstance(error, TimeoutError) and self._ended_by_signal()
@@ -335,50 +396,64 @@ class _Worker(Child):
             said = self.last_words() or "it said nothing"
             raise InputError(f"a decode worker could not start ({said}); try md3 doctor") from error
 
-    def decode(self, item: ImageItem, data: bytes | None, timeout_s: float, huge: threading.Lock) -> PreparedImage:
-        """Have the worker decode one picture.
+    def decode(
+        self, item: ImageItem, data: bytes | None, timeout_s: float, huge: threading.Lock, longest_whole: int
+    ) -> Picture:
+        """Have the worker decode one picture; it comes whole where no side is longer than `longest_whole`.
 
         Raises:
             ImageError: as the worker reports it, or of type `timeout` or `decoder_crash`, which end the worker.
         """
         try:
-            self._send(item, data, timeout_s)
+            self._send(item, data, timeout_s, is_whole=longest_whole > 0 and self._arena is not None)
             answer = self.channel.receive(timeout_s)
             if "num_pixels" not in answer:
-                return self._receive_picture(answer, timeout_s)
+                return self._receive_picture(answer, timeout_s, longest_whole)
             with huge:
                 self.channel.send({})
-                return self._receive_picture(self.channel.receive(timeout_s), timeout_s)
+                return self._receive_picture(self.channel.receive(timeout_s), timeout_s, longest_whole)
         except TimeoutError as error:
             self.kill()
             raise ImageError("timeout", f"not decoded within {timeout_s:g} s (--decode-timeout)") from error
         except (OSError, EOFError, LookupError, TypeError, ValueError) as error:
             raise ImageError("decoder_crash", self._how_it_ended()) from error
 
-    def _send(self, item: ImageItem, data: bytes | None, timeout_s: float) -> None:
+    def _send(self, item: ImageItem, data: bytes | None, timeout_s: float, *, is_whole: bool) -> None:
         if data is None:
-            self.channel.send({"name": item.name, "path": item.path, "offset": item.offset, "size": item.size})
+            place = {"path": item.path, "offset": item.offset, "size": item.size}
         else:
-            self.channel.send({"name": item.name, "path": "", "num_bytes": len(data)})
+            place = {"path": "", "num_bytes": len(data)}
+        self.channel.send({"name": item.name, **place, "is_whole": is_whole})
+        if data is not None:
             self.channel.send_bytes(memoryview(data), timeout_s)
 
-    def _receive_picture(self, answer: dict[str, Any], timeout_s: float) -> PreparedImage:
-        if "type" in answer:
-            if answer["type"] not in ERROR_TYPES:
-                raise ValueError
-            raise ImageError(answer["type"], str(answer["message"]))
-        # Nothing that a worker says is trusted further than its size: the crops' number follows from it, here.
-        width, height, sha256 = int(answer["width"]), int(answer["height"]), str(answer["sha256"])
-        is_size = width > 0 and height > 0 and width * height <= self._setup.limits.max_pixels
-        if not (is_size and re.fullmatch("[0-9a-f]{64}", sha256)):
-            raise ValueError
-        tiling = select_tiling(width, height, self._setup.crop_config)
+    def _receive_picture(self, answer: dict[str, Any], timeout_s: float, longest_whole: int) -> Picture:
+        if "is_whole" in answer:
+            whole = self._receive_whole(_Facts.of(answer, self._setup), timeout_s, longest_whole)
+            if whole is not None:
+                return whole
+            answer = self.channel.receive(timeout_s)
+        facts = _Facts.of(answer, self._setup)
         side = self._setup.crop_config.crop_size
-        crops = np.empty((1 + tiling.rows * tiling.cols, side, side, 3), np.uint8)
-        # A socket costs 2 ms a picture; a file in shared memory would cost 1 ms less, but falls under the run's file
-        # size limit (RLIMIT_FSIZE), which is there to stop outputs.
+        crops = np.empty((facts.tiling.num_crops, side, side, 3), np.uint8)
+        # 4 MB cost 0.7 ms of processor time here and 0.2 ms in shared memory (Zen 4): nothing beside decoding, so that
+        # crops need no bound on bytes held elsewhere. A whole photograph of 37 MB would cost 13 ms, and 3 ms there.
         self.channel.receive_into(crops.data.cast("B"), timeout_s)
-        return PreparedImage(crops, tiling, width, height, sha256)
+        return PreparedImage(crops, *facts)
+
+    def _receive_whole(self, facts: _Facts, timeout_s: float, longest_whole: int) -> UncutImage | None:
+        """Let the worker copy a picture to a place of our choice; return None where it has to cut it."""
+        if longest_whole == 0 or self._arena is None:  # it was not asked for
+            raise ValueError
+        size = facts.width * facts.height * CHANNELS
+        is_short = max(facts.width, facts.height) <= longest_whole
+        lent = self._arena.lend(size, ROOM_TIMEOUT_S) if is_short else None
+        self.channel.send({"offset": lent[0] if lent is not None else None})
+        if lent is None:
+            return None
+        self.channel.receive(timeout_s)  # it is there
+        pixels = lent[1].reshape(facts.height, facts.width, CHANNELS)
+        return UncutImage(pixels, *facts, arena=self._arena)
 
     def _ended_by_signal(self) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -394,3 +469,30 @@ class _Worker(Child):
         if status >= 0:
             return f"the decoder ended with status {status}"
         return f"the decoder died of signal {-status} ({signal.strsignal(-status)})"
+
+
+class _Facts(NamedTuple):
+    """What a worker says of a picture it has decoded, as far as it is believed: in the order of `PreparedImage`."""
+
+    tiling: Tiling
+    width: int
+    height: int
+    sha256: str
+
+    @classmethod
+    def of(cls, answer: dict[str, Any], setup: Setup) -> _Facts:
+        """Read a worker's answer; nothing of it is trusted further than a size within the limits.
+
+        Raises:
+            ImageError: as the worker reports it.
+            LookupError, TypeError, ValueError: it makes no sense.
+        """
+        if "type" in answer:
+            if answer["type"] not in ERROR_TYPES:
+                raise ValueError
+            raise ImageError(answer["type"], str(answer["message"]))
+        width, height, sha256 = int(answer["width"]), int(answer["height"]), str(answer["sha256"])
+        is_size = width > 0 and height > 0 and width * height <= setup.limits.max_pixels
+        if not (is_size and re.fullmatch("[0-9a-f]{64}", sha256)):
+            raise ValueError
+        return cls(select_tiling(width, height, setup.crop_config), width, height, sha256)

@@ -1,20 +1,25 @@
 """The worker's side of the picture pool.
 
-A worker is a child interpreter (child.py). The pool tells it once how to cut; then each message names a picture (a
-path, or bytes that follow it), and the worker answers with a message and the raw crops, until the pool is gone. Apart
-from the pool, so that a worker imports numpy and Pillow alone and starts in 0.2 s. Knows nothing of deadlines.
+A worker is a child interpreter (child.py). The pool tells it once how to cut, and which memory they share; then each
+message names a picture (a path, or bytes that follow it), and the worker answers with a message and the raw crops,
+until the pool is gone. Where the pool asks for whole pictures, the worker tells a picture's size first, hears where in
+the shared memory it goes, and copies it there; a picture that is given no place is cut after all. Apart from the pool,
+so that a worker imports numpy and Pillow alone and starts in 0.2 s. Knows nothing of deadlines.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from dataclasses import dataclass
 
+import numpy as np
+
 from md3cli.child import Channel, connect
 from md3cli.errors import ImageError
-from md3cli.images.crops import CropConfig, ImageLimits, prepare_image
-from md3cli.images.pixels import HUGE_PIXELS, start_pillow
+from md3cli.images.crops import CropConfig, DecodedImage, ImageLimits, copy_pixels, cut_crops, read_image
+from md3cli.images.pixels import HUGE_PIXELS, TOO_LITTLE_MEMORY, start_pillow
 from md3cli.records import ImageItem
 from md3cli.system import be_expendable, limit_memory
 
@@ -29,23 +34,25 @@ class Setup:
 
 
 def serve() -> None:
-    """Set up, say so, and answer each message with a picture's crops until the pool is gone."""
+    """Set up, say so, and answer each message with a picture until the pool is gone."""
     channel = connect()
     be_expendable()
     message = channel.receive(None)
     setup = Setup(CropConfig(**message["crop_config"]), ImageLimits(**message["limits"]), message["background"])
     start_pillow()
+    arena_fd, arena_bytes = message["arena"]
     # The file, four pictures of 4 bytes a pixel (WebP's canvases, one turned, one RGB), and the interpreter.
-    limit_memory(setup.limits.max_file_size + 16 * setup.limits.max_pixels + (1 << 30))
+    limit_memory(setup.limits.max_file_size + 16 * setup.limits.max_pixels + arena_bytes + (1 << 30))
+    arena = mmap.mmap(arena_fd, arena_bytes) if arena_bytes else None
     channel.send({})
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # libtiff and libjpeg write there at will
     with contextlib.suppress(EOFError, OSError):
         while True:
             message = channel.receive(None)
-            num_bytes = message.pop("num_bytes", None)
+            num_bytes, is_whole = message.pop("num_bytes", None), message.pop("is_whole", False)
             data = None if num_bytes is None else _received(channel, num_bytes)
-            _serve_one(channel, ImageItem(**message), data, setup)
+            _serve_one(channel, ImageItem(**message), data, setup, arena if is_whole else None)
 
 
 def _received(channel: Channel, num_bytes: int) -> bytes:
@@ -54,18 +61,38 @@ def _received(channel: Channel, num_bytes: int) -> bytes:
     return bytes(data)
 
 
-def _serve_one(channel: Channel, item: ImageItem, data: bytes | None, setup: Setup) -> None:
+def _serve_one(channel: Channel, item: ImageItem, data: bytes | None, setup: Setup, arena: mmap.mmap | None) -> None:
+    """Answer with a picture's crops, or where `arena` is given with the whole picture if it gets a place there."""
+
     def wait_if_huge(num_pixels: int) -> None:
         if num_pixels > HUGE_PIXELS:
             channel.send({"num_pixels": num_pixels})
             channel.receive(None)
 
     try:
-        picture = prepare_image(
-            item, setup.crop_config, setup.limits, setup.background, on_header=wait_if_huge, data=data
-        )
+        picture = read_image(item, setup.limits, setup.background, on_header=wait_if_huge, data=data)
+        if arena is None or not _put_whole(channel, picture, arena):
+            crops = cut_crops(picture.image, setup.crop_config).pixels
+            channel.send(_facts(picture))
+            channel.send_bytes(crops.data.cast("B"))
     except ImageError as error:
         channel.send({"type": error.type, "message": str(error)})
-        return
-    channel.send({"width": picture.width, "height": picture.height, "sha256": picture.sha256})
-    channel.send_bytes(picture.crops.data.cast("B"))
+    except MemoryError:
+        channel.send({"type": "too_large", "message": TOO_LITTLE_MEMORY})
+
+
+def _facts(picture: DecodedImage) -> dict[str, int | str]:
+    return {"width": picture.image.width, "height": picture.image.height, "sha256": picture.sha256}
+
+
+def _put_whole(channel: Channel, picture: DecodedImage, arena: mmap.mmap) -> bool:
+    """Copy a picture to the place in `arena` that the pool names; return False where it names none."""
+    channel.send({**_facts(picture), "is_whole": True})
+    offset = channel.receive(None)["offset"]
+    if offset is None:
+        return False
+    width, height = picture.image.size
+    target = np.frombuffer(arena, np.uint8, height * width * 3, offset).reshape(height, width, 3)
+    copy_pixels(picture.image, target)
+    channel.send({})
+    return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import resource
 import signal
@@ -23,7 +25,7 @@ from PIL import Image
 from md3cli import child
 from md3cli.errors import ImageError, InputError, UsageError
 from md3cli.images import pool as pool_module
-from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, prepare_image
+from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, UncutImage, cut_crops, prepare_image
 from md3cli.images.pool import PicturePool
 from md3cli.records import ImageItem
 
@@ -36,7 +38,7 @@ OBEDIENT = """
 import json, sys; sys.path[:] = json.loads(sys.argv[1])
 import os, resource, signal, time
 from md3cli.images import worker
-real = worker.prepare_image
+real = worker.read_image
 def obey(item, *args, **kwargs):
     if item.name == "sleep": time.sleep(999)
     if item.name == f"sleep-in-{os.getpid()}": time.sleep(999)
@@ -45,7 +47,7 @@ def obey(item, *args, **kwargs):
     if item.name == "starve": resource.setrlimit(resource.RLIMIT_AS, (1 << 28, -1))
     if item.name == "write": os.write(2, b"a decoder's own words")
     return real(item, *args, **kwargs)
-worker.prepare_image = obey
+worker.read_image = obey
 worker.HUGE_PIXELS = 2000
 worker.serve()
 """
@@ -311,7 +313,7 @@ def test_nothing_of_a_decoder_reaches_stderr(obedient, tmp_path, good, capfd):
 )
 def test_a_worker_that_talks_nonsense_is_not_believed(monkeypatch, good, answer):
     code = WORKER.replace("serve()", "")
-    code += f"\nimport md3cli.images.worker as w\nw._serve_one = lambda channel, item, setup: channel.{answer}\nserve()"
+    code += f"\nimport md3cli.images.worker as w\nw._serve_one = lambda channel, *told: channel.{answer}\nserve()"
     run_instead(monkeypatch, code)
     with PicturePool(1, CFG, LIMITS) as pool:
         assert error_type(pool.submit(good)) == "decoder_crash"
@@ -521,3 +523,226 @@ def test_a_200_megapixel_photograph_on_its_side_takes_less_than_1_5_gb(tmp_path)
         peak, now = (int(status.split(kind)[1].split()[0]) * 1024 for kind in ("VmHWM:", "VmRSS:"))
         assert peak < 1.5e9
         assert now < 0.2e9
+
+
+# --- pictures sent whole --------------------------------------------------------------------------------
+
+
+def crops_of(got) -> bytes:
+    """The crops of either kind of result."""
+    if isinstance(got, PreparedImage):
+        return got.crops.tobytes()
+    return cut_crops(Image.fromarray(got.pixels), CFG).pixels.tobytes()
+
+
+def facts_of(future):
+    got = future.result(PATIENCE_S)
+    return got.width, got.height, got.tiling, got.sha256, crops_of(got)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("background", [None, "teal"])
+def test_whole_pictures_are_what_would_have_been_cut(files, background, num_workers):
+    plain = PicturePool(0, CFG, LIMITS, background=background)
+    expected = {item.name: plain.submit(item) for item in files}
+    with PicturePool(num_workers, CFG, LIMITS, background=background) as pool:
+        cut_before = [pool.submit(item) for item in files]
+        assert [outcome(future) for future in cut_before] == [outcome(future) for future in expected.values()]
+        pool.serve_gpu(longest_whole=65_535)
+        for item, future in [(item, pool.submit(item)) for item in files]:
+            if future.exception(PATIENCE_S) is not None:
+                assert outcome(future) == outcome(expected[item.name])
+                continue
+            assert isinstance(future.result(), UncutImage)
+            assert (future.result().arena is None) == (num_workers == 0)
+            assert facts_of(future) == facts_of(expected[item.name])
+        pool.serve_gpu(longest_whole=0)
+        assert outcome(pool.submit(files[0])) == outcome(expected[files[0].name])
+
+
+@pytest.mark.process
+def test_a_picture_that_is_too_long_or_too_large_is_cut_by_the_worker(monkeypatch, files):
+    monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 8192)
+    with PicturePool(1, CFG, LIMITS) as pool:
+        pool.serve_gpu(longest_whole=80)
+        kinds = {item.name: type(pool.submit(item).result(PATIENCE_S)) for item in files[:4]}
+    # 200 x 300 is too large and too long, 64 x 48 does not fit (9,216 bytes), 500 x 40 is too long
+    assert {name for name, kind in kinds.items() if kind is UncutImage} == {"d.webp"}
+
+
+@pytest.mark.process
+def test_without_shared_memory_pictures_are_cut_by_the_worker(monkeypatch, files):
+    monkeypatch.setattr(pool_module, "make_arena", lambda num_bytes: None)
+    plain = PicturePool(0, CFG, LIMITS)
+    with PicturePool(1, CFG, LIMITS) as pool:
+        pool.serve_gpu(longest_whole=65_535)
+        assert [outcome(pool.submit(item)) for item in files] == [outcome(plain.submit(item)) for item in files]
+
+
+@pytest.mark.process
+def test_where_nothing_is_taken_pictures_are_cut_by_the_worker(monkeypatch, good):
+    """Whoever waits for room waits a while only, so that no circle of waiting can last."""
+    monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 400_000)
+    monkeypatch.setattr(pool_module, "ROOM_TIMEOUT_S", 0.2)
+    with PicturePool(1, CFG, LIMITS) as pool:
+        pool.serve_gpu(longest_whole=65_535)
+        held = [pool.submit(good).result(PATIENCE_S) for _ in range(4)]  # 180,000 bytes each
+        assert [type(each) for each in held] == [UncutImage] * 2 + [PreparedImage] * 2
+        assert len({crops_of(each) for each in held}) == 1
+        held[0] = held[2]
+        assert isinstance(pool.submit(good).result(PATIENCE_S), UncutImage)
+
+
+@pytest.mark.process
+def test_pictures_wait_until_others_are_taken(monkeypatch, good):
+    monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 400_000)
+    monkeypatch.setattr(pool_module, "ROOM_TIMEOUT_S", 60.0)
+    with PicturePool(2, CFG, LIMITS) as pool:
+        pool.serve_gpu(longest_whole=65_535)
+        futures = deque(pool.submit(good) for _ in range(40))
+        while futures:
+            assert isinstance(futures.popleft().result(PATIENCE_S), UncutImage)
+
+
+@pytest.mark.process
+def test_close_does_not_wait_for_room(monkeypatch, good):
+    monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 200_000)
+    monkeypatch.setattr(pool_module, "ROOM_TIMEOUT_S", 600.0)
+    with PicturePool(1, CFG, LIMITS) as pool:
+        pool.serve_gpu(longest_whole=65_535)
+        held = pool.submit(good).result(PATIENCE_S)
+        waiting = pool.submit(good)
+        time.sleep(0.5)
+        started = time.monotonic()
+    assert time.monotonic() - started < 30
+    with pytest.raises(CancelledError):
+        waiting.result(timeout=0)
+    assert held.pixels.shape == (300, 200, 3)
+
+
+# A worker that says in a file that it is in the middle of writing a picture; the first one to do so ends there.
+TORN = OBEDIENT.replace(
+    "worker.serve()",
+    """
+copy = worker.copy_pixels
+def torn(image, target):
+    target[: len(target) // 2] = 99
+    open(os.path.join(FOLDER, str(os.getpid())), "w").close()
+    if os.environ.get("TORN") == "sleep": time.sleep(999)
+    if len(os.listdir(FOLDER)) == 1: os.kill(os.getpid(), signal.SIGKILL)
+    copy(image, target)
+worker.copy_pixels = torn
+worker.serve()
+""",
+)
+
+
+def processes_sharing() -> set[str]:
+    """The processes that have memory of ours mapped."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if "memfd:md3" in (process / "maps").read_text():
+                found.add(process.name)
+    return found
+
+
+@pytest.mark.process
+def test_a_worker_that_is_killed_while_it_writes_costs_nothing(monkeypatch, tmp_path, good):
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    run_instead(monkeypatch, TORN.replace("FOLDER", repr(str(torn))))
+    expected = facts_of(PicturePool(0, CFG, LIMITS).submit(good))
+    num_open = len(os.listdir("/proc/self/fd"))
+    with warnings.catch_warnings(action="ignore"), PicturePool(1, CFG, LIMITS) as pool:
+        pool.serve_gpu(longest_whole=65_535)
+        again = pool.submit(good)
+        assert isinstance(again.result(PATIENCE_S), PreparedImage), "memory may be what ran out"
+        assert facts_of(again) == expected
+        later = pool.submit(good)
+        # the first file is still there: this one is written whole
+        assert isinstance(later.result(PATIENCE_S), UncutImage)
+        assert facts_of(later) == expected
+    del later, pool
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= num_open
+    assert str(os.getpid()) not in processes_sharing()
+
+
+@pytest.mark.process
+def test_a_picture_outlives_the_pool_and_then_its_memory_goes(good):
+    with PicturePool(1, CFG, LIMITS) as pool:
+        pool.serve_gpu(longest_whole=65_535)
+        got = pool.submit(good).result(PATIENCE_S)
+        copy = got.pixels.copy()
+    np.testing.assert_array_equal(got.pixels, copy)
+    assert str(os.getpid()) in processes_sharing()
+    del got, pool
+    gc.collect()
+    assert str(os.getpid()) not in processes_sharing()
+
+
+@pytest.mark.process
+def test_a_run_that_is_killed_while_a_worker_writes_leaves_no_memory(tmp_path, good):
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    script = f"""
+        import time
+        from md3cli import child
+        from md3cli.images import pool as decode
+        from md3cli.records import ImageItem
+        from md3cli.images.crops import CropConfig, ImageLimits
+        child.code_of = lambda entry: {TORN.replace("FOLDER", repr(str(torn)))!r}
+        pool = decode.PicturePool(1, CropConfig(42, 6, 2, 12), ImageLimits())
+        pool.serve_gpu(longest_whole=65_535)
+        future = pool.submit(ImageItem("x", {good.path!r}))
+        time.sleep(999)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, env=os.environ | {"TORN": "sleep"}) as run:
+        wait_until(lambda: any(torn.iterdir()))
+        [worker] = [path.name for path in torn.iterdir()]
+        assert {worker, str(run.pid)} <= processes_sharing()
+        run.kill()
+    wait_until(lambda: not {worker, str(run.pid)} & processes_sharing(), timeout_s=5.0)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("longest", "answers"),
+    [
+        (9, ['{"width": 9, "height": 9, "sha256": "0" * 64, "is_whole": True}', "[]"]),
+        (8, ['{"width": 9, "height": 9, "sha256": "0" * 64, "is_whole": True}', '{"type": "made up", "message": ""}']),
+        (9, ['{"width": 10**9, "height": 10**9, "sha256": "0" * 64, "is_whole": True}']),
+        (9, ['{"width": 9, "height": -9, "sha256": "0" * 64, "is_whole": True}']),
+        (0, ['{"width": 9, "height": 9, "sha256": "0" * 64, "is_whole": True}']),
+    ],
+)
+def test_a_worker_that_talks_nonsense_of_whole_pictures_is_not_believed(monkeypatch, good, longest, answers):
+    code = WORKER.replace("serve()", "")
+    code += "\nimport md3cli.images.worker as w\ndef lie(channel, *told):\n"
+    code += "".join(f"    channel.send({answer})\n" for answer in answers) + "w._serve_one = lie\nserve()"
+    run_instead(monkeypatch, code)
+    with warnings.catch_warnings(action="ignore"), PicturePool(1, CFG, LIMITS) as pool:
+        if longest:
+            pool.serve_gpu(longest_whole=longest)
+        assert error_type(pool.submit(good)) == "decoder_crash"
+
+
+@pytest.mark.process
+def test_beside_a_gpu_fewer_decode_at_once(monkeypatch, tmp_path, good):
+    busy = tmp_path / "busy"
+    busy.mkdir()
+    deeds = f"""    mine = {str(busy)!r} + f"/{{os.getpid()}}"
+    open(mine, "w").close()
+    time.sleep(0.1)
+    open({str(tmp_path / "most")!r}, "a").write(str(len(os.listdir({str(busy)!r}))))
+    os.unlink(mine)
+"""
+    run_instead(monkeypatch, OBEDIENT.replace("    return real(item", f"{deeds}    return real(item"))
+    with PicturePool(3, CFG, LIMITS, num_beside_gpu=1) as pool:
+        pool.serve_gpu(longest_whole=0)
+        for future in [pool.submit(good) for _ in range(6)]:
+            future.result(PATIENCE_S)
+    assert (tmp_path / "most").read_text() == "111111"
