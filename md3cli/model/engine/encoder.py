@@ -212,23 +212,35 @@ class ImageEncoder:
         self.num_reused += found is not None
         return found
 
-    def prepare(self, needed: Iterable[AnyImage], ahead: Iterable[AnyImage]) -> None:
-        """Make the embeddings of `needed` ready to `take`, and of pictures `ahead` while the micro-batch has room."""
+    def prepare(self, needed: Iterable[AnyImage], ahead: Iterable[AnyImage], *, most_ready: int = 0) -> None:
+        """Make the embeddings of `needed` ready to `take`, and of pictures `ahead` while the micro-batch has room.
+
+        Looking ahead fills a micro-batch; it starts one only while fewer than `most_ready` pictures are ready.
+        """
         missing: dict[str, PreparedImage] = {}
         num_crops = 0
         for image, is_needed in itertools.chain(((i, True) for i in needed), ((i, False) for i in ahead)):
             if image.sha256 in self._ready or image.sha256 in missing:
                 continue
-            if not is_needed and (not missing or num_crops >= self.max_crops):
-                break  # looking ahead fills a micro-batch, it never starts one
+            if not is_needed and not missing and len(self._ready) >= most_ready:
+                break
+            count = num_distinct_crops(image.tiling) if isinstance(image, PreparedImage) else 0
+            if not is_needed and missing and count > self._room_behind(num_crops):
+                break
             found = self.find(image)
             if found is not None:
                 self._ready[image.sha256] = found
             elif isinstance(image, PreparedImage):
                 missing[image.sha256] = image
-                num_crops += len(image.crops)
+                num_crops += count
         if missing:
             self._ready.update(zip(missing, self.encode(list(missing.values())), strict=True))
+
+    def _room_behind(self, num_crops: int) -> int:
+        """Return the crops for which there is room in the last micro-batch behind so many; where it would be padded."""
+        if self.sizes is not None and len(self.sizes) == 1:
+            return -num_crops % self.max_crops
+        return max(0, self.max_crops - num_crops)
 
     def take(self, image_key: str) -> Tensor:
         """Return the embeddings [P, D] that `prepare` made ready."""
@@ -342,8 +354,13 @@ class ImageEncoder:
 
 def crop_batch(image: PreparedImage) -> Tensor:
     """Return the distinct crops of a picture, uint8 [N, S, S, 3]: one where the only tile equals the global crop."""
-    crops = torch.from_numpy(image.crops)
-    return crops[:1] if image.tiling.rows * image.tiling.cols == 1 else crops
+    return torch.from_numpy(image.crops)[: num_distinct_crops(image.tiling)]
+
+
+def num_distinct_crops(tiling: Tiling) -> int:
+    """Return how many crops of a picture go through the encoder: the only tile of an untiled one is its global crop."""
+    tiles = tiling.rows * tiling.cols
+    return 1 + tiles if tiles > 1 else 1
 
 
 def crop_flops(model: Moondream3) -> float:

@@ -232,6 +232,7 @@ class Engine:
             self._admit(batch)
             self._absorb_arrivals(self.delay)
         self._decode()
+        self._look_ahead()
         is_waiting_only = len(self._in_flight) <= num_before
         self._absorb_arrivals(0 if is_waiting_only else self.delay)
 
@@ -350,6 +351,15 @@ class Engine:
         num_free = len(self._slots.free)
         is_worth_it = num_free == self.batch_size or num_free >= min(len(self._waiting), self.batch_size // 4)
         return self._whole_passes(list(islice(self._waiting, num_free))) if is_worth_it else []
+
+    def _look_ahead(self) -> None:
+        """Launch the encoding of a few pictures that are asked next, where the device works behind the host.
+
+        It has them to do while the host reads what the others decided, and turns answers into records.
+        """
+        if self.passes.plan is not None and self._in_flight:
+            waiting = self._without_slot(self._waiting)
+            self.encoder.prepare((), ahead=waiting, most_ready=self.passes.plan.pictures)
 
     def _whole_passes(self, batch: list[Generation]) -> list[Generation]:
         """Leave for later what would begin a planned pass of pictures without filling it, where others are filled."""
