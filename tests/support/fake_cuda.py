@@ -37,12 +37,18 @@ from md3cli.model.engine.prompts import Prompt
 from md3cli.model.engine.resize import PictureCutter
 from md3cli.model.engine.state import Event, Finish, Mode
 from md3cli.model.kernels import vision_forms
+from md3cli.model.kernels.float8_products import Float8Linear
 from md3cli.model.kernels.tiles import WeightForm
+from md3cli.model.kernels.vision_forms import place_vision_forms
 from md3cli.model.kernels.weights import KernelWeight
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.layers import ExpertMatrices, Linear
 from md3cli.model.network.moondream import Moondream3
+from md3cli.model.network.vision import VisionEncoder
+from md3cli.model.quant import layers as quant_layers
+from md3cli.model.quant.layers import quantise_vision
 from md3cli.model.quant.load import _place
+from md3cli.model.weights.codes import LowBit
 from md3cli.model.weights.names import INT4_GROUP, is_portable
 from md3cli.records import Job, Request, RunIdentity, Task
 
@@ -238,14 +244,19 @@ class KeptEmbeddings:
         self.saved[image_key] = embeddings_PD
 
 
+def fill(network: nn.Module) -> None:
+    """Give the parameters of a network on no device memory on the pretended one, in bfloat16."""
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=DEVICE)
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
 def make_model(form: str) -> Moondream3:
     """The real model's sizes in bfloat16, in the forms of CUDA; its matrices in codes where `form` says so."""
     with torch.device("meta"):
         model = Moondream3(ModelConfig()).eval()
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=DEVICE)
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
+    fill(model)
     for name, module in list(model.named_modules()):
         is_experts = isinstance(module, ExpertMatrices)
         if form == "float8" and is_experts:
@@ -254,6 +265,17 @@ def make_model(form: str) -> Moondream3:
             _place(model, f"{name}.weight", coded(WeightForm.INT4, module))
     optimise(model)
     return model
+
+
+def quantise_with_codes(encoder: VisionEncoder) -> None:
+    """Float8 products in every block, as `quant.layers.quantise_vision` puts them, without a search for scales."""
+
+    def quantised(plain: nn.Module) -> Float8Linear:
+        assert isinstance(plain, Linear)
+        return Float8Linear(coded(WeightForm.FP8, plain), plain.bias)
+
+    with patch.object(quant_layers, "_float8_linear", quantised):
+        quantise_vision(encoder, LowBit.FP8)
 
 
 def is_held_in_bits(name: str) -> bool:
@@ -335,6 +357,16 @@ class Counting:
         vision = self.model.vision
         crops = torch.empty(36, *[vision.config.crop_size] * 2, 3, dtype=torch.uint8, device=DEVICE)
         return self._count(lambda: vision.encode_rows(vision.patch_rows(crops)))
+
+    def encoding_float8(self) -> Counts:
+        """The same with the vision encoder's products in float8."""
+        with torch.device("meta"):
+            encoder = VisionEncoder(self.model.config.vision)
+        fill(encoder)
+        quantise_with_codes(encoder)
+        place_vision_forms(encoder)
+        crops = torch.empty(36, *[encoder.config.crop_size] * 2, 3, dtype=torch.uint8, device=DEVICE)
+        return self._count(lambda: encoder.encode_rows(encoder.patch_rows(crops)))
 
     def embedding(self) -> Counts:
         """Four pictures of nine crops, from their features to their embeddings, for the second time."""

@@ -179,6 +179,12 @@ def vision_variants() -> Iterator[Variant]:
                 f"add_layer_norm {name} {width}", vision_kernels.add_layer_norm, dict.fromkeys(arguments, pointer),
                 {"D": width, "BD": 2048, "BM": operators._NORM_ROWS, "EPS": 1e-5},
             )  # fmt: skip
+        for width, gelu, warps in ((1152, False, 4), (4304, True, 8)):
+            yield Variant(
+                f"scale_rows {name} {width}", vision_kernels.scale_rows,
+                {"x": pointer, "codes": "*u8", "scales": "*fp32"},
+                {"K": width, "BK": triton.next_power_of_2(width), "GELU": gelu}, warps,
+            )  # fmt: skip
         yield Variant(
             f"patch_rows {name}", vision_kernels.patch_rows, {"crops": "*u8", "values": pointer, "out": pointer},
             {"S": 378, "PATCH": 14, "GRID": 27, "WIDTH": 592, "BLOCK": operators._PATCH_VALUES}, wide_loads=False,

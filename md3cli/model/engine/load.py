@@ -36,6 +36,7 @@ from md3cli.model.kernels.availability import (
     require_kernels,
     triton_version,
 )
+from md3cli.model.kernels.float8_products import float8_fault
 from md3cli.model.network.config import MAX_CONTEXT_LIMIT, ModelConfig
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.quant.layers import has_packed_weights, quantise_vision
@@ -254,15 +255,20 @@ def warn_of_another_base(adapter: Path, model: str) -> None:
 
 
 def quantise_vision_for(options: ModelOptions, model: Moondream3) -> None:
-    """Put the vision encoder's products into int8, as `--quant-vision` asks."""
-    said = f"--quant-vision {options.quant_vision:.80}"
-    if options.quant_vision != "int8":
-        raise ConfigError(f"{said}: use none or int8")
+    """Put the vision encoder's products into the bits that `--quant-vision` asks for."""
+    said, vision = f"--quant-vision {options.quant_vision:.80}", model.config.vision
+    if options.quant_vision not in (LowBit.INT8, LowBit.FP8):
+        raise ConfigError(f"{said}: use none, int8 or fp8")
+    kind = LowBit(options.quant_vision)
     if options.dtype == "fp32":
         raise ConfigError(f"{said} is not computed in float32; leave --dtype fp32 out")
-    if model.device.type != "cpu" or not has_int8_products():
+    if kind is LowBit.FP8:
+        fault = float8_fault(model.device, model.dtype, (vision.enc_dim, vision.enc_ff_dim))
+        if fault is not None:
+            raise ConfigError(f"{said} {fault}; leave it out")
+    elif model.device.type != "cpu" or not has_int8_products():
         raise ConfigError(f"{said} needs a CPU with torch's int8 engine (x86); leave it out")
-    quantise_vision(model.vision)
+    quantise_vision(model.vision, kind)
 
 
 def compile_engine(engine: Engine, cache_dir: Path | None) -> None:

@@ -331,6 +331,23 @@ def _add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps
     return total, norm
 
 
+def _fake_scale_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+@_operator("scale_rows(Tensor x, bool gelu) -> (Tensor, Tensor)", 1, _fake_scale_rows)
+def _scale_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    """Turn rows [R, K], or their GELU, into float8 codes (uint8 [R, K]) and scales [R, 1]."""
+    assert x.is_contiguous(), x.stride()
+    codes, scale = _fake_scale_rows(x, gelu)
+    num_rows, width = x.shape
+    _launch(
+        vision_kernels.scale_rows, (num_rows,),
+        x, codes, scale, K=width, BK=triton.next_power_of_2(width), GELU=gelu, warps=4 if width <= 2048 else 8,
+    )  # fmt: skip
+    return codes, scale
+
+
 # -- attention -------------------------------------------------------------------------------------
 
 

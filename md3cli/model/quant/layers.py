@@ -1,4 +1,4 @@
-"""Layers of the network over packed matrices: a layer's experts, and the vision encoder's products in int8.
+"""Layers of the network over packed matrices: a layer's experts, and the vision encoder's products in 8 bits.
 
 A row's result does not depend on the rows beside it, and a token's is the same alone and in company: sums over its
 experts are float32, added in order of the expert's number. Knows no files and no schemes.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from md3cli.model.kernels.float8_products import Float8Linear, Float8Mlp
 from md3cli.model.kernels.weights import KernelExperts, KernelLinear, KernelWeight
 from md3cli.model.network.layers import Linear, Mlp, MoeMlp, Routing, gate
 from md3cli.model.network.vision import VisionBlock, VisionEncoder
@@ -49,18 +50,29 @@ def gelu_tanh_(x: Tensor) -> Tensor:
     return x.mul_(inner.sigmoid_())
 
 
-def quantise_vision(encoder: VisionEncoder) -> None:
-    """Exchange the products of every block for int8 ones, in place; patch embedding and projection stay.
+def quantise_vision(encoder: VisionEncoder, kind: LowBit = LowBit.INT8) -> None:
+    """Exchange the products of every block for int8 or fp8 ones, in place; patch embedding and projection stay.
 
-    Block by block: full weights go as their codes come. Needs `matrices.has_int8_products`. A crop of the real encoder
-    takes 0.84 s where bf16 takes 1.04 (two Zen 5 cores, torch 2.13, 2026-11): attention stays as it is.
+    Block by block: full weights go as their codes come. int8 needs `matrices.has_int8_products`; a crop of the real
+    encoder takes 0.84 s where bf16 takes 1.04 (two Zen 5 cores, torch 2.13, 2026-11), since attention stays as it is.
+    fp8 is for GPUs (`float8_products.float8_fault`); elsewhere it computes the same, slowly.
     """
+    assert kind in (LowBit.INT8, LowBit.FP8), kind
     for block in encoder.blocks:
         assert isinstance(block, VisionBlock)
         for name in ("qkv", "proj"):
             plain = getattr(block.attn, name)
-            setattr(block.attn, name, LowBitLinear(_int8_matrix(plain), plain.bias))
-        block.register_module("mlp", Int8Mlp(block.mlp))
+            is_int8 = kind is LowBit.INT8
+            setattr(
+                block.attn, name, LowBitLinear(_int8_matrix(plain), plain.bias) if is_int8 else _float8_linear(plain)
+            )
+        mlp = block.mlp
+        low_bit = Int8Mlp(mlp) if kind is LowBit.INT8 else Float8Mlp(_float8_linear(mlp.fc1), _float8_linear(mlp.fc2))
+        block.register_module("mlp", low_bit)
+
+
+def _float8_linear(plain: Linear) -> Float8Linear:
+    return Float8Linear(KernelWeight.of_quantised(search(plain.weight, LowBit.FP8)), plain.bias)
 
 
 def _int8_matrix(plain: Linear) -> Matrix:
@@ -173,7 +185,7 @@ class PackedMatrices(nn.Module):
 def low_bit_matrices(model: nn.Module) -> Iterator[Matrix | KernelWeight]:
     """Yield every packed weight of a model, those of its experts included."""
     for module in model.modules():
-        if isinstance(module, (LowBitLinear, KernelLinear, KernelExperts)):
+        if isinstance(module, (LowBitLinear, KernelLinear, KernelExperts, Float8Linear)):
             yield module.matrix
         elif isinstance(module, PackedMatrices):
             yield from module.matrices

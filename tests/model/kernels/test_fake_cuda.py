@@ -60,6 +60,13 @@ def test_vision_takes_eight_launches_a_block_and_a_handful(found: Found) -> None
     assert encoding["host_to_device"] == encoding["device_to_host"] == encoding["waits"] == 0
 
 
+def test_float8_vision_takes_three_launches_more_a_block(found: Found) -> None:
+    """Rows are brought to codes before each product; the fourth time the activation is taken on the way."""
+    encoding = found["encoding_float8"]
+    assert 0 < encoding["launches"] <= found["encoding"]["launches"] + 4 * ModelConfig().vision.enc_n_layers
+    assert encoding["host_to_device"] == encoding["device_to_host"] == encoding["waits"] == 0
+
+
 def test_four_pictures_are_embedded_in_a_dozen_launches(found: Found) -> None:
     embedding = found["embedding"]
     assert 0 < embedding["launches"] <= 14

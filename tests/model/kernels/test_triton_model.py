@@ -177,6 +177,7 @@ def operator_calls() -> dict[str, tuple]:
         "slot_attention_block": (queries.expand(-1, 3, -1, -1).contiguous(), *cache, slots, position.expand(-1, 3)),
         "resize_axis": (torch.zeros(5, 9, 3, dtype=torch.uint8), torch.from_numpy(weight_table(9, 4)), 1),
         "add_layer_norm": (x, x[:1], x[0], x[1], 1e-5),
+        "scale_rows": (x, True),
         "patch_rows": (torch.zeros(2, 28, 28, 3, dtype=torch.uint8), torch.arange(256).to(dtype), 14, 592),
     }
 

@@ -17,6 +17,7 @@ from gpu.triton_cases import OPS, normal, relative_error
 
 from md3cli.model.engine.encoder import ImageEncoder
 from md3cli.model.kernels import vision_forms
+from md3cli.model.kernels.float8_products import plain_scale_rows
 from md3cli.model.kernels.forms import place_forms
 from md3cli.model.kernels.vision_forms import FusedMlp, attention_order
 from md3cli.model.network.config import LAYER_NORM_EPS, VisionConfig
@@ -148,3 +149,46 @@ def test_what_was_measured_last_holds_for_a_newer_torch(monkeypatch: pytest.Monk
     monkeypatch.setitem(vision_forms.ATTENTION_BY_CARD, (9, 0), later)
     assert attention_order((9, 0), "2.13.0")[0] == SDPBackend.CUDNN_ATTENTION
     assert attention_order((9, 0), "2.15.0")[0] == SDPBackend.FLASH_ATTENTION
+
+
+# -- float8 ----------------------------------------------------------------------------------------
+
+
+def test_every_value_between_codes_is_rounded_as_by_torch() -> None:
+    """The codes, the middles between them, and what lies beside those; a row's largest value is 448, its scale 1."""
+    codes = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (codes[1:] + codes[:-1]) / 2
+    beside = [torch.nextafter(middles, torch.full_like(middles, end)) for end in (0.0, torch.inf)]
+    values = torch.cat([codes, middles, *beside])
+    rows = torch.cat([values, -values])[None]
+    found, scale = OPS.scale_rows(rows, False)
+    assert scale.tolist() == [[1.0]]
+    assert torch.equal(found, rows.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_any_size_are_scaled_as_by_torch(dtype: torch.dtype, gelu: bool) -> None:
+    x = (torch.randn(20, 144) * torch.logspace(-4, 2, 20)[:, None]).to(dtype)
+    x[3] = 0
+    codes, scale = OPS.scale_rows(x, gelu)
+    expected, expected_scale = plain_scale_rows(x, gelu=gelu)
+    assert torch.allclose(scale, expected_scale, rtol=1e-5)
+    assert (codes.view(torch.float8_e4m3fn).float() - expected.float()).abs().max() <= 32  # the largest two codes
+    assert (codes != expected.view(torch.uint8)).sum() < 10
+    assert not codes[3].any()
+
+
+def test_a_row_with_a_value_that_is_no_number_stays_so() -> None:
+    x = torch.randn(2, 32)
+    x[1, 5] = torch.nan
+    codes, scale = OPS.scale_rows(x, False)
+    values = codes.view(torch.float8_e4m3fn).float() * scale
+    assert values.isnan().nonzero().tolist() == [[1, 5]]
+
+
+def test_a_scaled_row_is_the_same_alone_and_in_company() -> None:
+    x = torch.randn(5, 4304)
+    together = OPS.scale_rows(x, True)
+    alone = OPS.scale_rows(x[3:4], True)
+    assert all(torch.equal(all_[3], one[0]) for one, all_ in zip(alone, together, strict=True))

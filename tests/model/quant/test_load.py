@@ -17,12 +17,22 @@ from md3cli.file_cache import FileCache
 from md3cli.model.engine.encoder import EncodingCache
 from md3cli.model.engine.kernels import optimise
 from md3cli.model.engine.load import load_engine, load_weights
-from md3cli.model.kernels.weights import KernelExperts, KernelLinear
+from md3cli.model.kernels.float8_products import Float8Linear, Float8Mlp, float8_fault, scale_rows
+from md3cli.model.kernels.weights import KernelExperts, KernelLinear, KernelWeight
+from md3cli.model.network.layers import Linear, Mlp
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.vision import VisionEncoder
-from md3cli.model.quant.layers import Int8Mlp, PackedMatrices, gelu_tanh_, low_bit_matrices, quantise_vision
+from md3cli.model.quant.layers import (
+    Int8Mlp,
+    PackedMatrices,
+    gelu_tanh_,
+    has_packed_weights,
+    low_bit_matrices,
+    quantise_vision,
+)
 from md3cli.model.quant.load import has_low_bits, low_bit_of, quantise_decoder
 from md3cli.model.quant.matrices import Int4Matrix, Int8Matrix, LowBitLinear
+from md3cli.model.quant.search import search
 from md3cli.model.weights.codes import LowBit
 from md3cli.model.weights.hub import model_path
 from md3cli.model.weights.plan import plan_checkpoint
@@ -239,6 +249,84 @@ def test_int8_vision_is_an_option_and_part_of_ids() -> None:
             load_engine(wrong)
 
 
+def test_float8_vision_stays_close_and_does_not_see_other_crops() -> None:
+    plain, model = loaded(TINY, "none").vision, loaded(TINY, "none").vision
+    quantise_vision(model, LowBit.FP8)
+    assert not any(isinstance(module, Linear) for module in model.blocks.modules())
+    side = model.config.crop_size
+    crops = torch.rand(5, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        found = model.encode(crops)
+        assert 1e-3 < error(found, plain.encode(crops)) < 0.1  # three bits of mantissa
+        crops[1:] = 1
+        assert error(model.encode(crops)[0], found[0]) < 1e-3
+
+
+def test_a_float8_product_is_that_of_the_values_its_codes_stand_for() -> None:
+    plain = Linear(48, 32)
+    torch.nn.init.normal_(plain.weight)
+    torch.nn.init.normal_(plain.bias)
+    matrix = KernelWeight.of_quantised(search(plain.weight, LowBit.FP8))
+    product = Float8Linear(matrix, plain.bias)
+    x = torch.randn(2, 3, 48) * 5
+    codes, scale = scale_rows(x.view(6, 48))
+    rows = codes.double() * scale.double()
+    expected = rows @ matrix.dequantise(torch.float32)[0].double().T + plain.bias.double()
+    assert error(product(x).view(6, 32), expected) < 1e-6
+    assert error(rows, x.view(6, 48)) < 0.04
+
+
+def test_a_float8_feed_forward_is_close_to_the_plain_one() -> None:
+    plain = Mlp(48, 64, 32)
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    layers = [
+        Float8Linear(KernelWeight.of_quantised(search(layer.weight, LowBit.FP8)), layer.bias)
+        for layer in (plain.fc1, plain.fc2)
+    ]
+    x = torch.randn(2, 3, 48)
+    assert 1e-4 < error(Float8Mlp(*layers)(x), plain(x)) < 0.06
+
+
+def test_float8_vision_is_counted_among_weights_of_few_bits() -> None:
+    model = loaded(TINY, "none")
+    held = sum(
+        p.numel() for name, p in model.vision.blocks.named_parameters() if ".ln" not in name and "bias" not in name
+    )
+    quantise_vision(model.vision, LowBit.FP8)
+    assert has_packed_weights(model)
+    found = sum(matrix.num_bytes for matrix in low_bit_matrices(model))
+    assert held <= found <= 1.1 * held
+
+
+FULL_WIDTHS = (1152, 4304)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "widths", "word"),
+    [
+        ("cpu", (9, 0), torch.bfloat16, FULL_WIDTHS, "GPU of compute capability 8.9"),
+        ("cuda", (8, 6), torch.bfloat16, FULL_WIDTHS, "GPU of compute capability 8.9"),
+        ("cuda", (8, 9), torch.float16, FULL_WIDTHS, "bf16"),
+        ("cuda", (9, 0), torch.bfloat16, (36, 48), "multiples of 16"),
+        ("cuda", (8, 9), torch.bfloat16, FULL_WIDTHS, None),
+        ("cuda", (12, 0), torch.bfloat16, FULL_WIDTHS, None),
+    ],
+)
+def test_float8_vision_is_refused_where_it_is_not_to_be_had(
+    device: str, capability: tuple[int, int], dtype: torch.dtype, widths: tuple[int, ...], word: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    fault = float8_fault(torch.device(device), dtype, widths)
+    assert fault is None if word is None else word in str(fault)
+
+
+def test_float8_vision_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^--quant-vision fp8 needs a GPU .*; leave it out$"):
+        load_engine(ModelOptions(model="tiny", device="cpu", quant_vision="fp8", cache=False))
+
+
 def test_encodings_of_other_vision_weights_or_bits_are_not_taken(tmp_path: Path) -> None:
     files, plain = FileCache(tmp_path, 1 << 20), loaded(TINY, "none")
     other = loaded(TINY, "none")
@@ -246,7 +334,8 @@ def test_encodings_of_other_vision_weights_or_bits_are_not_taken(tmp_path: Path)
     saved = EncodingCache(files, plain, background="none")
     saved.save("picture", torch.zeros(saved.shape))
     assert EncodingCache(files, plain, background="none").load("picture") is not None
-    assert EncodingCache(files, plain, background="none", quant_vision="int8").load("picture") is None
+    for bits in ("int8", "fp8"):
+        assert EncodingCache(files, plain, background="none", quant_vision=bits).load("picture") is None
     assert EncodingCache(files, other, background="none").load("picture") is None
 
 
