@@ -298,13 +298,18 @@ class Moondream(Skills):
     def _pieces(self, key: int, generation: Generation) -> Iterator[str]:
         text, num_shown = TextStream(self.engine.tokenizer.decode), 0
         is_done = False
-        while not is_done:
-            is_done = key in self._answers
-            new = generation.answer.token_ids[num_shown:]  # none while a row that was started again catches up
-            num_shown += len(new)  # before the pieces go out: other calls may step the engine meanwhile
-            yield from filter(None, map(text.push, new))
-            if not is_done:
-                self._step()
+        try:
+            while not is_done:
+                is_done = key in self._answers
+                new = generation.answer.token_ids[num_shown:]  # none while a row that was started again catches up
+                num_shown += len(new)  # before the pieces go out: other calls may step the engine meanwhile
+                yield from filter(None, map(text.push, new))
+                if not is_done:
+                    self._step()
+        except GeneratorExit:  # nobody reads on
+            if not self.engine.cancel(key):
+                self._answers.pop(key, None)
+            raise
         self._result(key)
         if piece := text.finish():
             yield piece

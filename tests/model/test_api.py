@@ -100,6 +100,22 @@ def test_wrong_settings_are_refused(tiny: Moondream, settings: dict[str, Any]) -
     assert tiny.caption(SCENE, settings={"max_tokens": 3})["caption"]
 
 
+def test_a_stream_that_nobody_reads_on_is_cancelled() -> None:
+    model = Moondream.load("tiny", device="cpu")
+    expected = model.caption(SCENE)["caption"]
+    stream = model.caption(SCENE, stream=True)["caption"]
+    next(stream)
+    assert model.engine.has_work
+    stream.close()
+    assert not model.engine._slots.active
+    ended = model.caption(SCENE, stream=True)["caption"]
+    first = next(ended)
+    assert model.caption(SCENE)["caption"] == expected  # steps the stream to its end, too
+    ended.close()
+    assert expected.startswith(first)
+    assert not model._answers
+
+
 @pytest.mark.process
 def test_compiling_drops_the_model_first_and_answers_open_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Moondream.load("tiny", device="cpu", dtype="fp32")

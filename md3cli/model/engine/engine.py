@@ -206,6 +206,25 @@ class Engine:
         self._waiting.append(generation)
         return generation
 
+    @torch.inference_mode()
+    def cancel(self, key: int) -> bool:
+        """Stop what was taken in under a job's key: it is not answered, and its slot serves the next.
+
+        Return False where nothing is under way under this key.
+        """
+        for place, generation in enumerate(self._waiting):
+            if generation.job.key == key:
+                del self._waiting[place]
+                return True
+        for slot in self._slots.active:
+            generation = self._slots.generations[slot]
+            if generation is not None and generation.job.key == key:
+                generation.is_done = True  # launches that are under way are absorbed without it
+                self._stepper.fall_idle(slot, self.config.prefix_len)
+                self._slots.leave(slot, self.config.prefix_len)
+                return True
+        return False
+
     def step(self) -> list[Answer]:
         """Admit what fits, launch a decode step, and return what is known to have finished."""
         failure: Exception | None = None

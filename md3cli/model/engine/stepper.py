@@ -18,7 +18,7 @@ from torch import Tensor
 
 from md3cli.model.engine.kv_cache import KVCache
 from md3cli.model.engine.machine import is_out_of_memory, shortage
-from md3cli.model.engine.passes import Passes
+from md3cli.model.engine.passes import IDLE, Passes
 from md3cli.model.engine.state import Step, idle_rows
 
 CAPTURE_WARM_UPS = 2  # steps before a capture: kernels are compiled, libraries choose algorithms and workspaces
@@ -38,6 +38,11 @@ class Stepper:
         """Write the state of rows, and what they are fed next."""
         self.rows.put(index, step.rows)
         self.next_SD[index] = step.next_ND
+
+    def fall_idle(self, row: int, position: int) -> None:
+        """Let a row end before it decides to, its next input going to `position`."""
+        self.rows.mode[row] = IDLE
+        self.rows.position[row] = position
 
     def step(self, num_rows: int, max_context: int, *, is_sampled: bool) -> Tensor:
         """Take the next decision of the first `num_rows` rows; return their events, which the next step may overwrite.

@@ -455,3 +455,23 @@ def test_compiling_lets_go_of_the_slots_before_it_makes_others() -> None:
 
 def test_compiled_slots_are_no_larger_than_a_device_is_planned_for() -> None:
     assert ModelConfig().prefix_len + engine_module.COMPILED_ROOM == machine.SLOT_POSITIONS
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize("is_planned", [False, True])
+def test_what_is_cancelled_is_not_answered_and_its_slot_serves_the_next(delay: int, is_planned: bool) -> None:
+    """In flight and waiting; launches under way when a row is cancelled are absorbed without it."""
+    case = load_case("a")
+    keys = certain_keys(case)
+    engine = case.engine(3, delay=delay, is_planned=is_planned)
+    endless = Request(Task.CAPTION, max_tokens=1000)
+    for key in (1000, 1001, 1002, 1003):
+        engine.add(Job(key, case.images[0], endless))
+    for _ in range(4):
+        assert engine.step() == []
+    assert all(engine.cancel(key) for key in (1001, 1003, 1000))  # two in flight, and one that waits
+    assert not engine.cancel(1001)
+    answers = answers_by_key(engine, [case.job(key) for key in keys])
+    assert sorted(answers) == [*keys, 1002]
+    for key in keys:
+        assert_answer(answers[key], case.expected[key])
