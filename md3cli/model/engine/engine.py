@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ from md3cli.model.engine.kv_cache import (
     SlotTable,
     round_up,
 )
-from md3cli.model.engine.machine import SLOT_POSITIONS, is_out_of_memory, shortage
+from md3cli.model.engine.machine import SLOT_POSITIONS, Sizes, is_out_of_memory, shortage
 from md3cli.model.engine.passes import Group, Passes, PromptInputs, ShapePlan, embed_prompts
 from md3cli.model.engine.prompts import Prompts, Tokenizer
 from md3cli.model.engine.state import Mode, advance
@@ -77,32 +76,6 @@ PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384, "mps": 4096}  # of one prefill pas
 EAGER_ROOM, COMPILED_ROOM = 32, 806
 DELAYS = {"cuda": 1}  # launches that results are read behind; elsewhere a launch is done when it returns
 IDLE_WAIT_S = 0.0005  # between two looks at a source that has nothing ready
-
-
-class Sizes(NamedTuple):
-    """The sizes of an engine that can be made smaller when memory runs out."""
-
-    batch_size: int
-    prefill_tokens: int
-    max_crops: int
-
-    def fewer(self, planned: Sizes) -> Sizes | None:
-        """Return half the batch, which makes room for passes as `planned`; None where one generation is all of it."""
-        return planned._replace(batch_size=self.batch_size // 2) if self.batch_size > 1 else None
-
-    def smaller(self, planned: Sizes, prefix_len: int, device_type: str) -> Sizes | None:
-        """Return what to try next after running out of memory; None where nothing is left to give up.
-
-        The passes of a GPU are large, and halving them costs little: they go down to one picture's prefix and one
-        crop before the batch is halved. Elsewhere first the batch is halved, then the vision micro-batch.
-        """
-        if device_type == "cuda":
-            tokens = min(self.prefill_tokens, max(prefix_len, self.prefill_tokens // 2))
-            halved = Sizes(self.batch_size, tokens, max(1, self.max_crops // 2))
-            return halved if halved != self else self.fewer(planned)
-        if self.batch_size > 1:
-            return self._replace(batch_size=self.batch_size // 2)
-        return self._replace(max_crops=self.max_crops // 2) if self.max_crops > 1 else None
 
 
 class Engine:

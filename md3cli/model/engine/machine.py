@@ -86,6 +86,32 @@ class MemoryPlan:
     prefill_tokens: int | None = None
 
 
+class Sizes(NamedTuple):
+    """The sizes of an engine that can be made smaller when memory runs out."""
+
+    batch_size: int
+    prefill_tokens: int
+    max_crops: int
+
+    def fewer(self, planned: Sizes) -> Sizes | None:
+        """Return half the batch, which makes room for passes as `planned`; None where one generation is all of it."""
+        return planned._replace(batch_size=self.batch_size // 2) if self.batch_size > 1 else None
+
+    def smaller(self, planned: Sizes, prefix_len: int, device_type: str) -> Sizes | None:
+        """Return what to try next after running out of memory; None where nothing is left to give up.
+
+        The passes of a GPU are large, and halving them costs little: they go down to one picture's prefix and one
+        crop before the batch is halved. Elsewhere first the batch is halved, then the vision micro-batch.
+        """
+        if device_type == "cuda":
+            tokens = min(self.prefill_tokens, max(prefix_len, self.prefill_tokens // 2))
+            halved = Sizes(self.batch_size, tokens, max(1, self.max_crops // 2))
+            return halved if halved != self else self.fewer(planned)
+        if self.batch_size > 1:
+            return self._replace(batch_size=self.batch_size // 2)
+        return self._replace(max_crops=self.max_crops // 2) if self.max_crops > 1 else None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True for an allocation that failed, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

@@ -16,9 +16,10 @@ from md3cli.images.crops import Tiling
 from md3cli.model.engine import choices as choices_module
 from md3cli.model.engine import engine as engine_module
 from md3cli.model.engine import machine
-from md3cli.model.engine.engine import Engine, Sizes
+from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.generation import EncodedImage
 from md3cli.model.engine.kv_cache import KVCache
+from md3cli.model.engine.machine import Sizes
 from md3cli.model.engine.passes import Passes
 from md3cli.model.engine.state import Mode
 from md3cli.model.network.config import ModelConfig
