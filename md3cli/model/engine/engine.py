@@ -200,18 +200,19 @@ class Engine:
 
     def step(self) -> list[Answer]:
         """Admit what fits, launch a decode step, and return what is known to have finished."""
-        failure: Exception | None = None
+        kind, reason = None, ""
         try:
             with torch.inference_mode():
                 self._launch()
         except (RuntimeError, MemoryError) as error:
             if not (is_out_of_memory(error) or isinstance(error, SlotsTooShortError)):
                 raise EngineError(f"the model failed on {self.model.device}: {error}") from error
-            failure = error.with_traceback(None)  # its frames would hold the tensors of the pass
-        if isinstance(failure, SlotsTooShortError):
+            kind, reason = type(error), shortage(error)
+        # Out here: the error's frames, and those of what caused it, would hold the cache and the tensors of the pass.
+        if kind is SlotsTooShortError:
             self._lengthen()
-        elif failure is not None:
-            self._shrink(shortage(failure), is_of_slots=isinstance(failure, SlotsTooLargeError))
+        elif kind is not None:
+            self._shrink(reason, is_of_slots=kind is SlotsTooLargeError)
         answers = list(self._finished)
         self._finished.clear()
         return answers
