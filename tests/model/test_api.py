@@ -231,3 +231,10 @@ def test_a_word_is_held_until_it_ends() -> None:
     assert "".join(shown) == "one "
     assert stream.finish() == "two"
     assert stream.finish() == ""
+
+
+def test_the_batch_size_is_the_engines() -> None:
+    assert Moondream.load("tiny", device="cpu", batch_size=3).engine.batch_size == 3
+    for wrong in (0, True, "8"):
+        with pytest.raises(ConfigError, match=r"batch_size is .*expected a whole number"):
+            Moondream.load("tiny", device="cpu", batch_size=wrong)  # type: ignore[arg-type]
