@@ -185,14 +185,13 @@ class Engine:
 
         Return False where nothing is under way under this key.
         """
-        for place, generation in enumerate(self._waiting):
-            if generation.job.key == key:
+        for place, waiting in enumerate(self._waiting):
+            if waiting.job.key == key:
                 del self._waiting[place]
                 return True
-        for slot in self._slots.active:
-            generation = self._slots.generations[slot]
-            if generation is not None and generation.job.key == key:
-                generation.is_done = True  # launches that are under way are absorbed without it
+        for slot, seated in enumerate(self._slots.generations):
+            if seated is not None and seated.job.key == key:
+                seated.is_done = True  # launches that are under way are absorbed without it
                 self._stepper.fall_idle(slot, self.config.prefix_len)
                 self._slots.leave(slot, self.config.prefix_len)
                 return True
