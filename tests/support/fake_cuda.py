@@ -150,7 +150,7 @@ class Counter(TorchDispatchMode):
 
     def _launches(self, func: OpOverload, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         if func.namespace == "md3":
-            from md3cli.model.kernels.operators import LAUNCHES
+            from md3cli.model.kernels.registry import LAUNCHES
 
             return LAUNCHES[f"md3::{name}"]
         if name == "scaled_dot_product_attention":

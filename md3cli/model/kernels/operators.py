@@ -12,19 +12,16 @@ O outputs, R rows, H heads, K head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
-from torch.library import Library, register_fake
 
 from md3cli.model.kernels import attention_kernels, expert_kernels, resize_kernels, slot_kernels, vision_kernels
+from md3cli.model.kernels.registry import launch as _launch
+from md3cli.model.kernels.registry import operator as _operator
 from md3cli.model.kernels.tiles import RESIZED_VALUES, TAPS_STEP, Tile, WeightForm, capability_of
 from md3cli.model.network.config import HEAD_DIM
 
-NAMESPACE = "md3"
 PLAN_HEIGHTS = (8, 64)  # rows of the one program that plans few; each is compiled when it is first met
 PLAN_ROWS = PLAN_HEIGHTS[-1]  # more rows take three kernels
 _BLOCK_CHUNK = 128  # blocks, and tiles of rows, that the planning program looks at together
@@ -40,35 +37,6 @@ SPLIT = 256  # positions of a slot that one program of a step reads; a fixed siz
 SPLIT_WARPS = 16  # 40 registers a thread, three programs on a multiprocessor; with 8 warps some cards spill
 _JOINED_HEADS = 8
 BLOCK_QUERIES = 16  # of a prompt that one program computes: the least that matrix units take
-
-LAUNCHES: dict[str, int] = {}  # kernels that an operator launches, by its name
-# For compilers: the fake forms hold, and what the kernels are given must keep its layout.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_library = Library(NAMESPACE, "DEF")  # lives as long as the process: torch forgets the operators with it
-
-
-def _operator(schema: str, launches: int, fake: Callable[..., object]) -> Callable[[Callable[..., object]], None]:
-    """Register the decorated function as the operator of `schema` on CUDA and on the CPU (the interpreter)."""
-    name = schema.partition("(")[0]
-
-    def register(launch: Callable[..., object]) -> None:
-        _library.define(schema, tags=_TAGS)
-        _library.impl(name, launch, "CompositeExplicitAutograd")
-        register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-        LAUNCHES[f"{NAMESPACE}::{name}"] = launches
-
-    return register
-
-
-def _launch(
-    kernel: Any, grid: tuple[int, ...], first: Tensor, *others: object, warps: int, stages: int = 3, **constants: int
-) -> None:
-    """Launch a kernel on the current stream of the device that its first argument is on.
-
-    Products and sums are fused as in every release of Triton up to 3.9.
-    """
-    with torch.cuda.device_of(first):  # Triton asks for the current device; a process may have engines on two
-        kernel[grid](first, *others, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 # -- the plan --------------------------------------------------------------------------------------

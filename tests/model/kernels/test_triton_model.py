@@ -17,7 +17,7 @@ from gpu.triton_cases import OPS, distinct_logits, normal, random_weight, relati
 
 from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore
 from md3cli.model.engine.resize import weight_table
-from md3cli.model.kernels import operators
+from md3cli.model.kernels import registry
 from md3cli.model.kernels.forms import place_forms
 from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
 from md3cli.model.kernels.weights import KernelExperts, KernelLinear
@@ -206,14 +206,14 @@ def test_a_kernel_is_launched_on_the_device_of_its_arguments(monkeypatch: pytest
             return lambda *arguments, **constants: launched.append((grid, current[0]))
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        operators._launch(Kernel(), (3,), torch.empty(2, device="cuda:1"), None, 7, warps=4, X=2)
-    operators._launch(Kernel(), (4,), torch.empty(2), warps=4)
+        registry.launch(Kernel(), (3,), torch.empty(2, device="cuda:1"), None, 7, warps=4, X=2)
+    registry.launch(Kernel(), (4,), torch.empty(2), warps=4)
     assert launched == [((3,), 1), ((4,), 0)]
     assert current == [0]
 
 
 def test_every_operator_is_checked_and_says_its_launches() -> None:
-    assert set(operators.LAUNCHES) == {f"md3::{name}" for name in operator_calls()}
+    assert set(registry.LAUNCHES) == {f"md3::{name}" for name in operator_calls()}
 
 
 def test_a_position_behind_the_slots_end_is_not_written_into_the_next() -> None:
