@@ -1,7 +1,7 @@
-"""Prove and measure md3's GPU path on the card at hand: one script, at most 6.5 minutes, from the source tree.
+"""Prove and measure md3's GPU path on the card at hand: one script, 370 seconds, from the source tree.
 
     python tests/gpu_check.py                                 # the first CUDA device, real sizes
-    python tests/gpu_check.py --only limits,golden,kernels --budget 210
+    python tests/gpu_check.py --only limits,tiles             # which tiles suit a new card
     python tests/gpu_check.py --device cpu --config mini      # all of it, small, without a GPU
 
 It needs torch 2.11 or newer, triton (on CUDA) and md3's other dependencies; md3 itself need not be
@@ -28,7 +28,8 @@ from gpu.table import table_of
 
 def main(arguments: Sequence[str], parts: Sequence[Part] = PARTS) -> int:
     """Run the check; its exit status."""
-    options = read_options(arguments, [part.name for part in parts])
+    extra = [part.name for part in parts if part.is_extra]
+    options = read_options(arguments, [part.name for part in parts], extra)
     signal.signal(signal.SIGTERM, _leave)  # so that no child outlives a run that is ended
     check = Check(options, parts)
     status = check.run()

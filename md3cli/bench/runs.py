@@ -203,8 +203,18 @@ def make_jobs(workload: Workload, images: Sequence[PreparedImage]) -> list[Job]:
     return [Job(key, *pair) for key, pair in enumerate(product(images, requests))]
 
 
-def make_engine(model: Moondream3, batch_size: int, store: EncodingCache | None = None) -> Engine:
+def make_engine(
+    model: Moondream3,
+    batch_size: int,
+    store: EncodingCache | None = None,
+    *,
+    delay: int | None = None,
+    captures: bool = True,
+    is_planned: bool | None = None,
+) -> Engine:
     """Make an engine without texts. On CUDA its sizes are planned as for a run, so the batch may come out smaller.
+
+    There its step is captured as a graph, too, unless `captures` is False. `delay` and `is_planned` are `Engine`'s.
 
     Raises:
         ConfigError: a CUDA device has no room for one picture at a time.
@@ -222,8 +232,10 @@ def make_engine(model: Moondream3, batch_size: int, store: EncodingCache | None 
         batch_size=plan.slots,
         max_context=max_context,
         prefill_tokens=plan.prefill_tokens,
+        delay=delay,
+        is_planned=is_planned,
     )
-    if model.device.type == "cuda":
+    if captures and model.device.type == "cuda":
         engine.capture()
     return engine
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from .children import Child, Line
 from .options import Options, leave
-from .parts import FACTS, WARM_UP, Part
+from .parts import FACTS, STEP_MS, TILES, WARM_UP, Part
 from .results import FAILED, NOT_MEASURED, OK, Results
 
 RESERVE_S = 2.0  # of the budget, to kill what runs and to write
@@ -74,6 +74,10 @@ class Check:
         self._folder = options.out / "children"
 
     @property
+    def _is_cuda(self) -> bool:
+        return self.options.device == "cuda"
+
+    @property
     def left_s(self) -> float:
         """Seconds of the budget that may still be spent."""
         return self._ends_at - RESERVE_S - time.monotonic()
@@ -111,7 +115,7 @@ class Check:
     def _warm_up(self) -> None:
         """Compile every kernel, several at a time, so that no part waits for it and no time counts it."""
         is_wanted = any(part.runs_kernels and part.name in self.options.names for part in self.parts)
-        if self.options.device != "cuda" or not is_wanted or self.left_s < WARM_UP.least_s:
+        if not self._is_cuda or not is_wanted or self.left_s < WARM_UP.least_s:
             return
         started = time.monotonic()
         children = self._start_warm_up()
@@ -128,7 +132,8 @@ class Check:
         """As many processes as cores and the card's memory have room for."""
         fitting = int(self.results.data.get("free_bytes", 0) / BYTES_PER_WARM_UP)
         count = max(1, min(WARM_UP_CHILDREN, os.cpu_count() or 1, fitting))
-        children = [self._start(Unit(WARM_UP, f"{number}-{count}")) for number in range(count)]
+        also = f"-{TILES}" if TILES in self.options.names else ""
+        children = [self._start(Unit(WARM_UP, f"{number}-{count}{also}")) for number in range(count)]
         for child in children:
             child.go({})
         return children
@@ -139,11 +144,51 @@ class Check:
         units = {part: self._units_of(part) for part in self.parts if part.name in self.options.names}
         ahead = Ahead(itertools.chain.from_iterable(units.values()), self._start)
         for part, of_part in units.items():
+            if part.needs_cuda and not self._is_cuda:
+                self.results.add_error(part.name, "needs CUDA")
+                self.results.end(part.name, NOT_MEASURED, 0.0)
+                continue
             started = time.monotonic()
-            statuses = [self._run_unit(unit, ahead, started) for unit in of_part] or [self._without_kernels(part)]
+            run = self._run_together if self._at_once(part) > 1 else self._run_in_turn
+            statuses = run(of_part, ahead, started) or [self._without_kernels(part)]
             status = next((status for status in (FAILED, NOT_MEASURED) if status in statuses), OK)
             self.results.end(part.name, status, time.monotonic() - started)
             print(f"{part.name:10} {time.monotonic() - started:6.1f} s  {status}", flush=True)
+
+    def _run_in_turn(self, units: Sequence[Unit], ahead: Ahead, started: float) -> list[str]:
+        return [self._run_unit(unit, ahead, started) for unit in units]
+
+    def _run_together(self, units: Sequence[Unit], ahead: Ahead, started: float) -> list[str]:
+        """Let several processes of one part share the device, all started at once; their statuses."""
+        if not units:
+            return []
+        part = units[0].part
+        if self._may_take(part, started) < part.least(self.options.device):
+            for _ in units:
+                ahead.skip()
+            return [NOT_MEASURED] * len(units)
+        waiting = [(unit, ahead.take()) for unit in units]
+        ahead.start_next()
+        at_once, statuses = self._at_once(part), []
+        for first in range(0, len(waiting), at_once):
+            some = waiting[first : first + at_once]
+            for _, child in some:
+                child.go(self._known())
+            may_take_s = self._may_take(part, started)
+            deadline = time.monotonic() + may_take_s
+            statuses += [self._ended(unit, child, deadline, may_take_s) for unit, child in some]
+        return statuses
+
+    def _at_once(self, part: Part) -> int:
+        """How many processes of a part run together: on a card as many as its memory has room for."""
+        if not self._is_cuda:
+            return 1
+        return max(1, min(part.at_once, int(self.results.data.get("free_bytes", 0) / BYTES_PER_WARM_UP)))
+
+    def _may_take(self, part: Part, part_started: float) -> float:
+        own_s = part.most(self.options.device)
+        of_part_s = part.most_all_s - (time.monotonic() - part_started) if part.is_by_kernel else own_s
+        return min(own_s, of_part_s, self.left_s)
 
     def _without_kernels(self, part: Part) -> str:
         """The status of a part that found no kernels: a CPU may be without triton, but not with one that fails."""
@@ -152,24 +197,30 @@ class Check:
         return FAILED if problem else NOT_MEASURED
 
     def _units_of(self, part: Part) -> list[Unit]:
-        """One process of a part, or one for each kernel; none where there are no kernels here."""
+        """One process of a part, or one for each kernel; none where there are no kernels here, or no card."""
+        if part.needs_cuda and not self._is_cuda:
+            return []
         if not part.is_by_kernel:
             return [Unit(part)]
-        return [Unit(part, kernel) for kernel in self.results.data.get("kernels", ())]
+        kernels = list(self.results.data.get("kernels", ()))
+        return [Unit(part, name) for name in (*kernels, *(part.also if kernels else ()))]
 
     def _run_unit(self, unit: Unit, ahead: Ahead, part_started: float) -> str:
         """Let a child measure; its status. What the budget's end cuts off has not failed."""
-        part, own_s = unit.part, unit.part.most(self.options.device)
-        of_part_s = part.most_all_s - (time.monotonic() - part_started) if part.is_by_kernel else own_s
-        may_take_s = min(own_s, of_part_s, self.left_s)
-        if may_take_s < part.least(self.options.device):
+        may_take_s = self._may_take(unit.part, part_started)
+        if may_take_s < unit.part.least(self.options.device):
             ahead.skip()
             return NOT_MEASURED
         child = ahead.take()
         child.go(self._known())
         ahead.start_next()
+        return self._ended(unit, child, time.monotonic() + may_take_s, may_take_s)
+
+    def _ended(self, unit: Unit, child: Child, deadline: float, may_take_s: float) -> str:
+        """Hear a child until it has ended or must; its status."""
         errors: list[str] = []
-        ending = child.wait(time.monotonic() + may_take_s, functools.partial(self._take, part, errors))
+        ending = child.wait(deadline, functools.partial(self._take, unit.part, errors))
+        own_s = unit.part.most(self.options.device)
         if ending.is_late and may_take_s == own_s:
             errors.append(f"{unit.label}: not done within {own_s:.0f} s")
         elif ending.error:
@@ -194,7 +245,7 @@ class Check:
         """Once more, kernel by kernel, after a CUDA error: they are reported late, at whatever comes next."""
         note = "with CUDA_LAUNCH_BLOCKING=1"
         is_cuda_error = any(sign in error for sign in CUDA_SIGNS) or "died of signal" in error
-        if self.options.device != "cuda" or not is_cuda_error or note in self.results.parts[unit.part.name]:
+        if not self._is_cuda or not is_cuda_error or note in self.results.parts[unit.part.name]:
             return
         if self.left_s < 2 * unit.part.least_s:
             return
@@ -209,12 +260,14 @@ class Check:
         """What a child should know of those before it."""
         parts = self.results.parts
         limits = parts.get("limits", {})
-        rates = {name: limits[name] for name in ("product_rate", "copy_rate") if name in limits}
-        return rates | {"twins": parts.get("kernels", {}).get(FAILED_KERNELS, [])}
+        known = {name: limits[name] for name in ("product_rate", "copy_rate") if name in limits}
+        if STEP_MS in parts.get("stages", {}):
+            known[STEP_MS] = parts["stages"][STEP_MS]
+        return known | {"twins": parts.get("kernels", {}).get(FAILED_KERNELS, [])}
 
     def _start(self, unit: Unit, suffix: str = "", extra: dict[str, str] | None = None) -> Child:
         options, environment = self.options, dict(extra or {})
-        if options.device == "cuda":
+        if self._is_cuda:
             environment["TRITON_CACHE_DIR"] = str((options.out / "triton_cache").resolve())
             environment["TRITON_INTERPRET"] = "0"  # whatever the shell says: a card runs what was compiled
         elif unit.part.is_by_kernel or unit.part is FACTS:

@@ -1,8 +1,9 @@
 """Part `golden`: the reference cases of tests/golden on the device, and one layer of each kind at real size.
 
-The cases run through the engine with the device's own forms. In float32 every decision must be the
-reference's; in bf16 they are compared up to the first close one (tests/golden/README.md says which are),
-because these random models leave the reference early. Crops are cut on the CPU, from the files.
+The cases run through the engine with the device's own forms, on CUDA with its step as a graph. In float32
+every decision must be the reference's; in bf16 they are compared up to the first close one
+(tests/golden/README.md says which are), because these random models leave the reference early. Crops are cut
+on the CPU, from the files.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .child import Run
 from .models import apply_forms
 
 LOW_BIT_CASES = ("raw-fp8", "int4")
-BATCHES = (1, 8)
+BATCHES = (1, 16)  # of each plan of sizes: an engine for single questions, and one for many
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 # A decision with less of either is close: golden/README.md, "Tolerances".
 MARGINS = {"float32": (LEAST_MARGIN, LEAST_MOE_MARGIN), "bf16": (1.5, 0.05)}
@@ -112,6 +113,8 @@ def answered(
 ) -> dict[int, tuple[Generation | None, Answer]]:
     """All requests of a case, or the first `count`, each with the row that decided (None: it was refused)."""
     engine = case.engine(batch, model)
+    if model.device.type == "cuda":
+        engine.capture()
     generations = {key: engine.add(case.job(key)) for key in range(len(case.requests))[:count]}
     answers: dict[int, Answer] = {}
     while engine.has_work:

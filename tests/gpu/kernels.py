@@ -1,32 +1,27 @@
-"""Part `kernels`: each own kernel against its twin in float64, at real sizes, and its time.
+"""Part `kernels`: each own kernel against its twin in float64, at real sizes.
 
 The cases are those of tests/gpu/triton_cases.py. Outputs lie in memory that was filled with NaN (integers:
 their largest value), so that a value nobody wrote is seen. One process for each kernel and, on a card, form
-of weight: the first that reads beyond its tensors takes no other with it. On a CPU, Triton's interpreter
-runs a few rows; more of them are the interpreter's tests' business.
+of weight, several at a time: the first that reads beyond its tensors takes no other with it. On a CPU, Triton's
+interpreter runs a few rows; more of them are the interpreter's tests' business.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from .child import Run
-from .limits import Limits, limits_of
-from .timing import flusher, median_ms
 
-GROUPED = "grouped_mm"  # torch's own product of experts, timed beside ours
-TILES = "tiles"  # our products with other tiles
 MOST_INTERPRETED_ROWS = 8
 
 
 def kernel_names(run: Run) -> list[str]:
     """One argument for each child of this part: a kernel, and its form of weight where it has several."""
-    names = list(dict.fromkeys(kernel_of(run, case) for case in all_cases(run)))
-    return [*names, GROUPED, TILES] if run.is_cuda else names
+    return list(dict.fromkeys(kernel_of(run, case) for case in all_cases(run)))
 
 
 def all_cases(run: Run) -> list[Any]:
@@ -44,23 +39,14 @@ def kernel_of(run: Run, case: Any) -> str:
 
 def measure(run: Run) -> None:
     """All cases of the kernel that the argument names."""
-    if run.argument == GROUPED:
-        from .grouped import compare_with_grouped
+    for case in cases_of(run):
+        with run.if_it_fits(case.name):
+            check_case(run, case)
 
-        compare_with_grouped(run)
-        return
-    if run.argument == TILES:
-        from .tile_sweep import compare_tiles
 
-        compare_tiles(run)
-        return
-    limits, flush = limits_of(run) if run.is_cuda else None, flusher(run.device)
-    for case in all_cases(run):
-        if kernel_of(run, case) == run.argument:
-            with run.if_it_fits(case.name):
-                check_case(run, case)
-                if limits is not None:
-                    time_case(run, case, limits, flush)
+def cases_of(run: Run) -> list[Any]:
+    """The cases of the kernel that the argument names."""
+    return [case for case in all_cases(run) if kernel_of(run, case) == run.argument]
 
 
 @torch.inference_mode()
@@ -74,16 +60,6 @@ def check_case(run: Run, case: Any) -> None:
     run.figure(f"{case.name}: error", error, "relative", dtype=case.dtype)
     if not error <= case.tolerance:
         run.fail(f"{case.name}: relative error {error:.3g}, allowed {case.tolerance:g}")
-
-
-@torch.inference_mode()
-def time_case(run: Run, case: Any, limits: Limits, flush: Callable[[], object] | None) -> None:
-    """Median of 20, and the share of the limit that binds the case."""
-    prepared = case.make()
-    ms = median_ms(prepared.launch or prepared.run, run.device, repeats=20, between=flush)
-    floor_ms = 1e3 * max(prepared.flops / limits.product, prepared.bytes / limits.copy)
-    run.figure(case.name, 1e3 * ms, "us", flops=prepared.flops, bytes=prepared.bytes)
-    run.figure(f"{case.name}: share of the limit", floor_ms / ms, "share", flops=prepared.flops, bytes=prepared.bytes)
 
 
 class poisoned:

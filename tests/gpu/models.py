@@ -12,7 +12,7 @@ from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.layers import ExpertMatrices, MoeMlp
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.text import TextAttention
-from md3cli.model.quant.layers import low_bit_matrices
+from md3cli.model.quant.layers import low_bit_matrices, quantise_vision
 from md3cli.model.quant.load import quantise_decoder
 from md3cli.model.weights.codes import LowBit
 from md3cli.model.weights.random_weights import forbid_end, random_model
@@ -22,6 +22,7 @@ from .child import Run
 SEED = 13
 BF16, FP8, INT4 = "bf16", "float8 experts", "int4"
 WEIGHT_FORMS = (BF16, FP8, INT4)  # 3.1 is stored in the second, the 4-bit port in the third
+FP8_VISION = "all float8"  # the experts, and the products of the vision encoder
 # Kernels, as part `kernels` calls them, without which a form of `md3cli.model.kernels.forms` is not used.
 EXPERT_KERNELS = {"plan", "up_gate plain", "down plain", "combine"}
 PROJECTION_KERNELS = {"tau_products", "tau_rope_store"}
@@ -33,10 +34,12 @@ def model_in(run: Run, form: str, config: ModelConfig | None = None) -> Moondrea
     """A network in one of the weight forms that never ends a text, as the engine runs it."""
     model = random_model(config or run.config, dtype=torch.bfloat16, device=run.device, seed=SEED)
     forbid_end(model)
-    if form == FP8:
+    if form in (FP8, FP8_VISION):
         quantise_decoder(model, LowBit.FP8, experts_only=True, for_kernels=run.is_cuda)
     elif form == INT4:
         quantise_decoder(model, LowBit.INT4, for_kernels=run.is_cuda)
+    if form == FP8_VISION:
+        quantise_vision(model.vision, LowBit.FP8)
     apply_forms(run, model)
     free_memory(run)
     return model

@@ -1,19 +1,19 @@
-"""What each figure should be, said before any card ran the check, and how that was reckoned.
+"""What each figure should be, said before any card ran the code as it is, and how that was reckoned.
 
 For an H100 (SXM: 790 TFLOP/s in bf16, 3.0 TB/s) and an H200 (the same, 4.3 TB/s) at full size. On other
 cards, other sizes and a CPU there is no prediction (null), except where a count is the same everywhere.
-Sources: sections 2, 4 and 5 of the design of the CUDA path and section 4 of what was counted for it.
 
-These are predictions for what the code does today. It launches its kernels one by one: a decode step is
-512 launches (counted on fake tensors), 128 of our own kernels at 22 us of the host's time (8 us of torch's
-dispatch were timed, 14 are reckoned for Triton's launcher) and the rest at 5, 4.7 ms, whatever it reads.
-`GOALS` are what it must reach, some of them only when steps are replayed as graphs.
+An H200 has run the part before: steps launched one by one, attention under a mask, GELU and norms of their own
+(examples/gpu). `SEEN` are its figures. What a graph, fused passes and new kernels change is reckoned on top of
+them, in `Card`; an H100 reads slower by the ratio of both copy rates, and computes alike. What was predicted
+before that run stands in examples/gpu/predicted-2026-11-26.json.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 Table = Mapping[str, "Prediction"]
 
@@ -28,27 +28,148 @@ class Prediction:
     source: str
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What a figure must not exceed, and what it would be good to reach; at least one of them."""
-
-    at_most: float | None
-    aim: float | None = None
-
-
-_FLOAT8_64, _FLOAT8_1 = Goal(0.8), Goal(0.9)
-_INT4_1 = Goal(None, 0.6)
-GOALS: Mapping[str, Goal] = {
-    "prefix, 16 pictures, bf16: over its product time": Goal(1.7, 1.45),
-    "decode step, 64 rows, bf16: over its read time": Goal(1.35, 1.2),
-    # A step as the engine launches it, and what the device needs for it: at one row launching hides what codes save.
-    "decode step, 1 row, float8 experts: over bf16's": _FLOAT8_1,
-    "decode step, 1 row, float8 experts, replayed: over bf16's": _FLOAT8_1,
-    "decode step, 64 rows, float8 experts: over bf16's": _FLOAT8_64,
-    "decode step, 64 rows, float8 experts, replayed: over bf16's": _FLOAT8_64,
-    "decode step, 1 row, int4: over bf16's": _INT4_1,
-    "decode step, 1 row, int4, replayed: over bf16's": _INT4_1,
+# What an H200 showed on 2026-11-27, in milliseconds.
+SEEN = {
+    "vision, 9 crops": 95.3 / 7,
+    "prefix, one of 16 pictures": 78.9 / 16,
+    "prefix in float8, one of 16 pictures": 97.2 / 16,
+    "step of 64 rows, replayed": 8.23,
+    "step of 128 rows, replayed": 11.23,
+    "step of 1 row, replayed": 2.52,
 }
+HOST = 1.02  # times the device's time, where the host only keeps it fed: 0.96 of the time was busy with eager steps
+
+
+@dataclass(frozen=True)
+class Card:
+    """Milliseconds of each stage on a card that copies at `copy` bytes/s (times 1e-12)."""
+
+    copy: float
+
+    def slower(self, gigabytes: float) -> float:
+        """What reading or writing so much takes longer than on an H200."""
+        return gigabytes / self.copy - gigabytes / 4.3
+
+    @cached_property
+    def vision(self) -> float:
+        """Nine crops: GELU no longer written and read (3.05 GB), a sum and its norm in three passes of five (1.66)."""
+        return SEEN["vision, 9 crops"] - (3.05 + 1.66) / 4.3 + self.slower(7.2 - 3.05 - 1.66)
+
+    @cached_property
+    def vision_float8(self) -> float:
+        """Linear products (two thirds of the time) take 0.65 of it, rows turned into codes included."""
+        return self.vision * (1 / 3 + 0.65 * 2 / 3)
+
+    @cached_property
+    def prefix(self) -> float:
+        """One of 16 pictures: as seen; 90 kB of small operations a token and layer."""
+        return SEEN["prefix, one of 16 pictures"] + self.slower(1.58)
+
+    @cached_property
+    def prefix_float8(self) -> float:
+        """Codes are widened by moving bits, not by converting: half of what they cost before."""
+        extra = SEEN["prefix in float8, one of 16 pictures"] - SEEN["prefix, one of 16 pictures"]
+        return self.prefix + extra / 2
+
+    @cached_property
+    def prompt(self) -> float:
+        """One of 64 prompts of a block: experts read once in a pass, 64 rows of attention over 750 positions."""
+        return (5.0 + self.slower(17.4 + 9.4)) / 64
+
+    @cached_property
+    def step_64(self) -> float:
+        """17.4 GB of weights and 9.4 of slots; fifty kernels less, and no mask."""
+        return SEEN["step of 64 rows, replayed"] - 0.45 + self.slower(26.8)
+
+    @cached_property
+    def step_128(self) -> float:
+        """17.5 GB of weights and 18.9 of slots."""
+        return SEEN["step of 128 rows, replayed"] - 0.5 + self.slower(36.4)
+
+    @property
+    def float8_saves(self) -> float:
+        """In a step that reads all experts: a third of a layer's time in the kernels of 20, 8 GB less to read."""
+        return 1.3 + self.slower(8.05) * 0.9
+
+    @cached_property
+    def step_1(self) -> float:
+        """3.5 GB to read, hidden in part by 500 kernels of 2.2 us one after another."""
+        return SEEN["step of 1 row, replayed"] - 0.15 + self.slower(3.5) * 0.6
+
+    @cached_property
+    def step_1_float8(self) -> float:
+        """1.6 GB less: up-gate and down take 33 us of 43 in a layer."""
+        return self.step_1 - 0.2 - self.slower(1.0) * 0.6
+
+    @cached_property
+    def step_1_int4(self) -> float:
+        """Products at 40 % of the copy rate (a fifth before): 0.8 ms beside 1.1 of all else."""
+        return 1.95 + self.slower(0.9) * 0.4
+
+    @cached_property
+    def alone(self) -> float:
+        """One question: vision, then a pass of 762 rows whose launches the host is busy with for 12 ms, two steps."""
+        return self.vision + 12 + self.prompt + 2 * (self.step_1 + 0.3) + 2.5
+
+    def rate(self, vision: float, prefix: float, step: float = 0.0, steps: int = 0, rows: int = 64) -> float:
+        """Requests a second; `step` is of `rows` rows."""
+        return 1e3 / HOST / (vision + prefix + self.prompt + steps * step / rows)
+
+    def query(self, *, float8: bool = False, float8_vision: bool = False) -> float:
+        """Three tokens: the prompt's pass gives the first, and two steps the others."""
+        step = self.step_64 - (self.float8_saves if float8 else 0)
+        prefix = self.prefix_float8 if float8 else self.prefix
+        return self.rate(self.vision_float8 if float8_vision else self.vision, prefix, step, 2)
+
+    def reasoning(self, *, float8: bool = False) -> float:
+        """30 tokens, the answer's id and what ends both: 31 steps."""
+        step = self.step_64 - (self.float8_saves if float8 else 0)
+        return self.rate(self.vision, self.prefix_float8 if float8 else self.prefix, step, 31)
+
+    @property
+    def caption_float8(self) -> float:
+        """149 steps of 128 rows."""
+        return self.rate(self.vision, self.prefix_float8, self.step_128 - self.float8_saves, 149, rows=128)
+
+    @property
+    def detect(self) -> float:
+        """Objects a second, 32 a picture in 96 steps."""
+        return 32 * self.rate(self.vision, self.prefix, self.step_64, 96)
+
+    @property
+    def detect_replayed(self) -> float:
+        """The same at one row whose results are read at once: 0.3 ms of the host's time between two steps."""
+        return 32e3 / (96 * (self.step_1 + 0.3) + self.alone)
+
+    @property
+    def again(self) -> float:
+        """Requests a second without vision; the host reads an encoding in 1.5 ms, which hides behind prefixes but for
+        a fifth."""
+        return 1e3 / HOST / (self.prefix + self.prompt + 2 * self.step_64 / 64 + 0.2 * 1.5 + 0.5)
+
+
+H100, H200 = Card(3.0), Card(4.3)
+
+
+def _both(unit: str, source: str, h100: float, h200: float) -> Prediction:
+    """Three digits of each."""
+    return Prediction(float(f"{h100:.3g}"), float(f"{h200:.3g}"), unit, source)
+
+
+def _doc(name: str) -> str:
+    """How a stage of `Card` was reckoned, from its docstring."""
+    found = getattr(Card, name)
+    return " ".join(str(found.__doc__).split())
+
+
+def _of(name: str, unit: str = "ms", factor: float = 1.0) -> Prediction:
+    """A stage of `Card`, times `factor`."""
+    return _both(unit, _doc(name), factor * getattr(H100, name), factor * getattr(H200, name))
+
+
+def _none(source: str) -> Prediction:
+    return Prediction(0, 0, "count", source)
+
 
 _SEEN = "seen on such cards"
 LIMITS: Table = {
@@ -61,136 +182,196 @@ LIMITS: Table = {
     "smallest operation, launched by torch": Prediction(5.0, 5.0, "us", "5 to 6 us a launch"),
 }
 
-_VISION = "765 us a layer of 13 crops, eager, as the vendor measured: 14.3 ms for 9 crops"
-_PREFIX = "2.376 TFLOP a picture at the product rate, times 1.55"
-_FEW = "all experts are read once (5.8 ms), beside 3.0 ms of products a picture"
-_STEP = "weights at 75 to 80 % of the copy rate, slots at 60 % (all of their capacity is read, under a mask)"
-_LAUNCHES = "the host's 512 launches; what is read meanwhile takes less"
 _SHARE = "the limit's time over the time predicted"
-_COUNTED = "counted on fake tensors"
-_REPLAYED = "some 520 kernels of at least 2.2 us one after another, and what of the reading they do not hide"
+_ENGINE = "the device's time, and 2 % where the host keeps it fed; one row: 0.2 ms of the host's"
+_NEVER = "nothing in a step asks the host, and nothing is captured twice"
+_PRODUCT = 790.0  # TFLOP/s
+_VISION_FLOPS, _PREFIX_FLOPS = 6.05, 2.376  # TFLOP of a picture of nine crops
+_READ_64 = {"h100": 26.9 / 3.0, "h200": 26.9 / 4.3}  # ms
+_READ_1 = {"h100": 3.49 / 3.0, "h200": 3.49 / 4.3}
+
+
+def _vision_share(name: str = "vision") -> Prediction:
+    floor = 1e3 * _VISION_FLOPS / _PRODUCT
+    return _both("share", _SHARE, floor / getattr(H100, name), floor / getattr(H200, name))
+
+
+def _prefix_ratio(inverse: bool = False) -> Prediction:
+    floor = 1e3 * _PREFIX_FLOPS / _PRODUCT
+    values = [floor / card.prefix if inverse else card.prefix / floor for card in (H100, H200)]
+    return _both("share" if inverse else "ratio", _SHARE, *values)
+
+
 STAGES: Table = {
-    "vision, 9 crops, bf16": Prediction(14.3, 14.3, "ms", _VISION),
-    "vision, 9 crops, bf16: share of the limit": Prediction(0.53, 0.53, "share", _SHARE),
-    "vision, 63 crops, bf16": Prediction(100, 100, "ms", _VISION),
-    "vision, 63 crops, bf16: share of the limit": Prediction(0.53, 0.53, "share", _SHARE),
-    "vision, 9 crops, bf16, cuDNN attention": Prediction(13.9, 13.9, "ms", "cuDNN does not pad 72 wide heads to 96"),
-    "vision, 9 crops, bf16, flash attention": Prediction(14.3, 14.3, "ms", "what torch takes by itself"),
-    "vision, 9 crops, bf16, efficient attention": Prediction(16.5, 16.5, "ms", "half of flash's rate"),
-    "vision, 63 crops, bf16, cuDNN attention": Prediction(97, 97, "ms", "cuDNN does not pad 72 wide heads to 96"),
-    "vision, 63 crops, bf16, flash attention": Prediction(100, 100, "ms", "what torch takes by itself"),
-    "vision, 63 crops, bf16, efficient attention": Prediction(115, 115, "ms", "half of flash's rate"),
-    "prefix, 1 picture, bf16": Prediction(8.5, 7.5, "ms", _FEW),
-    "prefix, 1 picture, bf16: share of the limit": Prediction(0.35, 0.40, "share", _SHARE),
-    "prefix, 8 pictures, bf16": Prediction(38.5, 38.5, "ms", "2.376 TFLOP a picture at the product rate, times 1.6"),
-    "prefix, 8 pictures, bf16: share of the limit": Prediction(0.62, 0.62, "share", _SHARE),
-    "prefix, 16 pictures, bf16": Prediction(74.6, 74.6, "ms", _PREFIX),
-    "prefix, 16 pictures, bf16: share of the limit": Prediction(0.645, 0.645, "share", _SHARE),
-    "prefix, 16 pictures, bf16: over its product time": Prediction(1.55, 1.55, "ratio", "between goal and aim"),
-    "prefix, 22 pictures, bf16": Prediction(102, 102, "ms", _PREFIX),
-    "prefix, 22 pictures, bf16: share of the limit": Prediction(0.65, 0.65, "share", _SHARE),
-    "decode step, 1 row, bf16": Prediction(4.7, 4.7, "ms", _LAUNCHES),
-    "decode step, 1 row, bf16: share of the limit": Prediction(0.25, 0.17, "share", _SHARE),
-    "decode step, 8 rows, bf16": Prediction(5.9, 4.7, "ms", f"{_STEP}; H200: launches"),
-    "decode step, 8 rows, bf16: share of the limit": Prediction(0.74, 0.65, "share", _SHARE),
-    "decode step, 16 rows, bf16": Prediction(8.0, 5.6, "ms", _STEP),
-    "decode step, 16 rows, bf16: share of the limit": Prediction(0.75, 0.75, "share", _SHARE),
-    "decode step, 64 rows, bf16": Prediction(12.5, 8.7, "ms", _STEP),
-    "decode step, 64 rows, bf16: share of the limit": Prediction(0.72, 0.72, "share", _SHARE),
-    "decode step, 64 rows, bf16: over its read time": Prediction(1.39, 1.39, "ratio", _STEP),
-    "decode step, 128 rows, bf16": Prediction(17.9, 12.5, "ms", _STEP),
-    "decode step, 128 rows, bf16: share of the limit": Prediction(0.68, 0.68, "share", _SHARE),
-    "decode step, 1 row, bf16, replayed": Prediction(2.4, 2.2, "ms", _REPLAYED),
-    "decode step, 8 rows, bf16, replayed": Prediction(5.9, 4.3, "ms", _STEP),
-    "decode step, 16 rows, bf16, replayed": Prediction(7.9, 5.6, "ms", _STEP),
-    "decode step, 64 rows, bf16, replayed": Prediction(12.4, 8.7, "ms", _STEP),
-    "decode step, 128 rows, bf16, replayed": Prediction(17.8, 12.5, "ms", _STEP),
-    "launches, decode step, 1 row, bf16": Prediction(512, 512, "count", _COUNTED),
-    "launches, decode step, 64 rows, bf16": Prediction(512, 512, "count", _COUNTED),
-    "launches, prefix, 16 pictures, bf16": Prediction(340, 340, "count", _COUNTED),
-    "copies to the device, decode step, 1 row, bf16": Prediction(0, 0, "count", "all of a step lies on the device"),
-    "copies to the device, decode step, 64 rows, bf16": Prediction(0, 0, "count", "all of a step lies on the device"),
-    "copies to the device, prefix, 16 pictures, bf16": Prediction(0, 0, "count", "slots are on the device already"),
-    "copies to the host, decode step, 1 row, bf16": Prediction(0, 0, "count", "the engine reads events, not the step"),
-    "copies to the host, decode step, 64 rows, bf16": Prediction(
-        0, 0, "count", "the engine reads events, not the step"
-    ),
-    "copies to the host, prefix, 16 pictures, bf16": Prediction(0, 0, "count", "nothing is asked of the host"),
-}
-
-_PICTURE = "vision 14.5, prefix 4.7, prompt 0.3, host 1.0 ms a request"
-ENGINE: Table = {
-    "query 3 tokens, batch 64, bf16": Prediction(47, 48, "req/s", f"{_PICTURE}, 3 steps over 64"),
-    "query 3 tokens, batch 64, bf16: peak memory": Prediction(31, 31, "GB", "weights 18.5, slots 9.8, passes 2.5"),
-    "query 3 tokens, batch 64, bf16: device busy": Prediction(0.93, 0.92, "share", "host 1.0 and 0.5 of waiting of 21"),
-    "query 3 tokens, batch 1, bf16: device busy": Prediction(0.69, 0.65, "share", "prompt and steps wait for launches"),
-    "query 3 tokens, batch 1, bf16": Prediction(
-        23, 24, "req/s", "vision 14.5, prefix 8.5, prompt 4.7, 3 steps, host 1"
-    ),
-    "query 3 tokens, batch 1, bf16: peak memory": Prediction(20, 20, "GB", "weights 18.5, one slot, one pass"),
-    "reasoning 30 tokens, batch 64, bf16": Prediction(38, 40, "req/s", f"{_PICTURE}, 31 steps over 64"),
-    "reasoning 30 tokens, batch 64, bf16: peak memory": Prediction(32, 32, "GB", "as the query, slots of 790"),
-    "caption 150 tokens, batch 64, bf16": Prediction(19.5, 24, "req/s", f"{_PICTURE}, 150 steps of 13 ms over 64"),
-    "caption 150 tokens, batch 64, bf16: peak memory": Prediction(34, 34, "GB", "as the query, slots of 900"),
-    "caption 150 tokens, batch 128, bf16": Prediction(23.5, 27.5, "req/s", f"{_PICTURE}, 150 steps of 19 ms over 128"),
-    "caption 150 tokens, batch 128, bf16: peak memory": Prediction(46, 46, "GB", "weights 18.5, slots 23, passes 4"),
-}
-
-_READ = "weights at 75 % (int4: 60 %) of the copy rate, slots at 60 %"
-_WIDENED = "bf16's time and what widening codes to bf16 adds"
-_BOUND = "one row is bound by launches in every form until steps are graphs"
-LOWBITS: Table = {
-    "decode step, 1 row, bf16": STAGES["decode step, 1 row, bf16"],
-    "decode step, 64 rows, bf16": STAGES["decode step, 64 rows, bf16"],
-    "prefix, 16 pictures, bf16": STAGES["prefix, 16 pictures, bf16"],
     "weights, bf16": Prediction(18.5, 18.5, "GB", "9.27 billion values"),
-    "weights, float8 experts": Prediction(10.5, 10.5, "GB", "8.05 of experts in a byte each, the rest in 16 bits"),
-    "decode step, 1 row, float8 experts": Prediction(4.7, 4.7, "ms", _BOUND),
-    "decode step, 1 row, float8 experts: over bf16's": Prediction(1.0, 1.0, "ratio", _BOUND),
-    "decode step, 1 row, bf16, replayed": STAGES["decode step, 1 row, bf16, replayed"],
-    "decode step, 64 rows, bf16, replayed": STAGES["decode step, 64 rows, bf16, replayed"],
-    "decode step, 1 row, float8 experts, replayed": Prediction(2.0, 1.9, "ms", _REPLAYED),
-    "decode step, 1 row, float8 experts, replayed: over bf16's": Prediction(0.85, 0.87, "ratio", _REPLAYED),
-    "decode step, 64 rows, float8 experts, replayed": Prediction(9.3, 6.6, "ms", _READ),
-    "decode step, 64 rows, float8 experts, replayed: over bf16's": Prediction(0.75, 0.76, "ratio", _READ),
-    "decode step, 1 row, int4, replayed": Prediction(1.8, 1.8, "ms", _REPLAYED),
-    "decode step, 1 row, int4, replayed: over bf16's": Prediction(0.77, 0.8, "ratio", _REPLAYED),
-    "decode step, 64 rows, int4, replayed": Prediction(7.8, 5.6, "ms", _READ),
-    "decode step, 64 rows, int4, replayed: over bf16's": Prediction(0.63, 0.64, "ratio", _READ),
-    "decode step, 64 rows, float8 experts": Prediction(9.4, 6.6, "ms", _READ),
-    "decode step, 64 rows, float8 experts: over bf16's": Prediction(0.75, 0.76, "ratio", _READ),
-    "prefix, 16 pictures, float8 experts": Prediction(86, 86, "ms", f"{_WIDENED}: a sixth"),
-    "query 3 tokens, batch 64, float8 experts": Prediction(46, 46, "req/s", "as bf16, 0.7 ms more of a prefix"),
-    "query 3 tokens, batch 64, float8 experts: peak memory": Prediction(23, 23, "GB", "as bf16, weights of 10.5"),
-    "weights, int4": Prediction(6.2, 6.2, "GB", "codes 4.3, scales and zero points 0.5, the rest in 16 bits"),
-    "decode step, 1 row, int4": Prediction(5.7, 5.7, "ms", f"{_BOUND}; 56 dense layers more by our kernels"),
-    "decode step, 1 row, int4: over bf16's": Prediction(1.2, 1.2, "ratio", _BOUND),
-    "decode step, 64 rows, int4": Prediction(7.9, 5.7, "ms", f"{_READ}; H200: launches"),
-    "decode step, 64 rows, int4: over bf16's": Prediction(0.63, 0.66, "ratio", _READ),
-    "prefix, 16 pictures, int4": Prediction(100, 100, "ms", f"{_WIDENED}, a product for each group: a third"),
+    "vision, 9 crops, bf16": _of("vision"),
+    "vision, 9 crops, bf16: share of the limit": _vision_share(),
+    "vision, 36 crops, bf16": _of("vision", factor=4),
+    "vision, 36 crops, bf16: share of the limit": _vision_share(),
+    "prefix, 1 picture, bf16": Prediction(12, 12, "ms", "some 300 launches at 40 us of a slow host"),
+    "prefix, 1 picture, bf16: share of the limit": Prediction(0.25, 0.25, "share", _SHARE),
+    "prefix, 16 pictures, bf16": _of("prefix", factor=16),
+    "prefix, 16 pictures, bf16: share of the limit": _prefix_ratio(inverse=True),
+    "prefix, 16 pictures, bf16: over its product time": _prefix_ratio(),
+    "decode step, 64 rows, bf16": _of("step_64"),
+    "decode step, 64 rows, bf16: through the engine": _both("ms", _ENGINE, 1.02 * H100.step_64, 1.02 * H200.step_64),
+    "decode step, 64 rows, bf16: over its read time": _both(
+        "ratio", _doc("step_64"), H100.step_64 / _READ_64["h100"], H200.step_64 / _READ_64["h200"]
+    ),
+    "decode step, 1 row of 8, bf16": _both(
+        "ms", "as one row; idle rows read nothing", H100.step_1 + 0.1, H200.step_1 + 0.1
+    ),
+    "decode step, 1 row of 8, bf16: through the engine": _both("ms", _ENGINE, H100.step_1 + 0.3, H200.step_1 + 0.3),
+    "decode step, 1 row of 8, bf16: over its read time": _both(
+        "ratio", _doc("step_1"), (H100.step_1 + 0.1) / _READ_1["h100"], (H200.step_1 + 0.1) / _READ_1["h200"]
+    ),
+    "decode step, 1 row, bf16": _of("step_1"),
+    "decode step, 1 row, bf16: through the engine": _both("ms", _ENGINE, H100.step_1 + 0.2, H200.step_1 + 0.2),
+    "decode step, 1 row, bf16: over its read time": _both(
+        "ratio", _doc("step_1"), H100.step_1 / _READ_1["h100"], H200.step_1 / _READ_1["h200"]
+    ),
+    "host syncs, 16 steps of 64 rows, bf16": _none(_NEVER),
+    "steps with other bits than launched one by one, bf16": _none("the same kernels on the same buffers"),
+    "launches, decode step, 64 rows, bf16": Prediction(515, 515, "count", "500 on fake tensors, and the rows' columns"),
+    "copies to the device, decode step, 64 rows, bf16": _none("all of a step lies on the device"),
+    "copies to the host, decode step, 64 rows, bf16": _none("the engine reads events, not the step"),
+    "launches, prefix, 16 pictures, bf16": Prediction(300, 300, "count", "308 seen, less what masks took"),
+    "copies to the device, prefix, 16 pictures, bf16": _none("slots are on the device already"),
+    "copies to the host, prefix, 16 pictures, bf16": _none("nothing is asked of the host"),
 }
 
-_WORKERS = "16 cores cut 355 of 2 and 71 of 12 megapixels a second"
-FILES: Table = {
-    "2 megapixels, cut before, batch 64, bf16": Prediction(47, 48, "img/s", "as the query of part engine"),
-    "2 megapixels, crops of a picture": Prediction(9, 9, "count", "1920 x 1080: 2 x 4 tiles"),
-    "2 megapixels, from files, batch 64, bf16": Prediction(44, 45, "img/s", f"{_WORKERS}; the engine binds"),
-    "2 megapixels, from files, batch 64, bf16: of cut before": Prediction(0.94, 0.94, "share", _WORKERS),
-    "12 megapixels, cut before, batch 64, bf16": Prediction(47, 48, "img/s", "as the query of part engine"),
-    "12 megapixels, crops of a picture": Prediction(9, 9, "count", "4032 x 3024: 2 x 4 tiles"),
-    "12 megapixels, from files, batch 64, bf16": Prediction(41, 42, "img/s", f"{_WORKERS}; cores are shared"),
-    "12 megapixels, from files, batch 64, bf16: of cut before": Prediction(0.88, 0.88, "share", _WORKERS),
+_SLOTS = "weights, slots of 1,536 positions at 302 MB each, 2.5 GB of passes"
+_CARD = "the peak and 3 % of it that torch holds for later, 0.6 GB of context"
+
+
+def _memory(name: str, weights: float, slots: int, passes: float) -> Table:
+    peak = weights + 0.302 * slots + passes
+    return {
+        f"{name}: peak memory": _both("GB", _SLOTS, peak, peak),
+        f"{name}: card's memory": _both("GB", _CARD, 1.03 * peak + 0.6, 1.03 * peak + 0.6),
+    }
+
+
+_ALONE_BUSY = "the pass behind vision waits for its launches"
+ENGINE: Table = {
+    "query 3 tokens, batch 64, bf16": _both("req/s", _doc("query"), H100.query(), H200.query()),
+    **_memory("query 3 tokens, batch 64, bf16", 18.5, 64, 2.8),
+    "query 3 tokens, batch 64, bf16: device busy": Prediction(0.98, 0.98, "share", "2 % of waiting"),
+    "reasoning 30 tokens, batch 64, bf16": _both("req/s", _doc("reasoning"), H100.reasoning(), H200.reasoning()),
+    **_memory("reasoning 30 tokens, batch 64, bf16", 18.5, 64, 2.8),
+    "query 3 tokens, batch 1, bf16": _both("req/s", _doc("alone"), 1e3 / H100.alone, 1e3 / H200.alone),
+    **_memory("query 3 tokens, batch 1, bf16", 18.5, 1, 0.4),
+    "query 3 tokens, batch 1, bf16: device busy": Prediction(0.75, 0.72, "share", _ALONE_BUSY),
+    "query 3 tokens, batch 8, bf16": _both(
+        "req/s", "as one question, without waiting for each answer", 1e3 / (H100.alone - 6), 1e3 / (H200.alone - 6)
+    ),
+    **_memory("query 3 tokens, batch 8, bf16", 18.5, 8, 0.5),
+    "query 3 tokens, batch 64, bf16, encodings kept": _both(
+        "req/s", "as the first time: a thread writes", 0.97 * H100.query(), 0.97 * H200.query()
+    ),
+    "query 3 tokens, batch 64, bf16, asked again": _of("again", "req/s"),
+    "query 3 tokens, batch 64, bf16, asked again: of the first": _both(
+        "ratio", _doc("again"), H100.again / H100.query(), H200.again / H200.query()
+    ),
+    "detect, batch 64, bf16": _of("detect", "obj/s"),
+    "detect, one row, eager, bf16": Prediction(13, 13, "obj/s", "steps of 25 ms, as one row's eager ones were"),
+    "detect, batch 64, bf16: over one row, eager": _both("ratio", "both", H100.detect / 13, H200.detect / 13),
+    "detect, one row, replayed, bf16": _of("detect_replayed", "obj/s"),
+    "detect, batch 64, bf16: over one row, replayed": _both(
+        "ratio", "both", H100.detect / H100.detect_replayed, H200.detect / H200.detect_replayed
+    ),
+    "captures after the start": _none(_NEVER),
+}
+
+_RATIO = "both steps"
+
+
+def _step(rows: str, form: str, h100: float, h200: float, of: tuple[float, float], source: str) -> Table:
+    name, extra = f"decode step, {rows}, {form}", 0.2
+    return {
+        name: _both("ms", source, h100, h200),
+        f"{name}: through the engine": _both("ms", _ENGINE, h100 + extra, h200 + extra),
+        f"{name}: over bf16's": _both("ratio", _RATIO, h100 / of[0], h200 / of[1]),
+    }
+
+
+_BF16_64, _BF16_1 = (H100.step_64, H200.step_64), (H100.step_1, H200.step_1)
+LOWBITS: Table = {
+    "weights, float8 experts": Prediction(10.5, 10.5, "GB", "8.05 of experts in a byte each, the rest in 16 bits"),
+    **_step(
+        "64 rows", "float8 experts", H100.step_64 - H100.float8_saves, H200.step_64 - H200.float8_saves,
+        _BF16_64, _doc("float8_saves"),
+    ),
+    **_step(
+        "1 row", "float8 experts", H100.step_1_float8, H200.step_1_float8, _BF16_1, _doc("step_1_float8")
+    ),
+    "prefix, 16 pictures, float8 experts": _of("prefix_float8", factor=16),
+    "query 3 tokens, batch 1, float8 experts": _both(
+        "req/s", "as bf16: the pass waits for its launches", 1e3 / (H100.alone - 0.5), 1e3 / (H200.alone - 0.4)
+    ),
+    **_memory("query 3 tokens, batch 1, float8 experts", 10.5, 1, 0.4),
+    "reasoning 30 tokens, batch 64, float8 experts": _both(
+        "req/s", _doc("reasoning"), H100.reasoning(float8=True), H200.reasoning(float8=True)
+    ),
+    **_memory("reasoning 30 tokens, batch 64, float8 experts", 10.5, 64, 2.8),
+    "caption 150 tokens, batch 128, float8 experts": _of("caption_float8", "req/s"),
+    **_memory("caption 150 tokens, batch 128, float8 experts", 10.5, 128, 2.8),
+    "query 3 tokens, batch 64, float8 experts": _both(
+        "req/s", _doc("query"), H100.query(float8=True), H200.query(float8=True)
+    ),
+    **_memory("query 3 tokens, batch 64, float8 experts", 10.5, 64, 2.8),
+    "weights, all float8": Prediction(10.1, 10.1, "GB", "0.4 GB of the encoder's products less"),
+    "vision, 36 crops, all float8": _of("vision_float8", factor=4),
+    "vision, 36 crops, all float8: share of the limit": _vision_share("vision_float8"),
+    "query 3 tokens, batch 64, all float8": _both(
+        "req/s", _doc("vision_float8"),
+        H100.query(float8=True, float8_vision=True), H200.query(float8=True, float8_vision=True),
+    ),
+    **_memory("query 3 tokens, batch 64, all float8", 10.1, 64, 2.8),
+    "weights, int4": Prediction(6.2, 6.2, "GB", "codes 4.3, scales and zero points 0.5, the rest in 16 bits"),
+    **_step("1 row", "int4", H100.step_1_int4, H200.step_1_int4, _BF16_1, _doc("step_1_int4")),
+    **_step("64 rows", "int4", 8.6, 7.4, _BF16_64, "codes at 40 % of the copy rate, slots as in bf16"),
+    "prefix, 16 pictures, int4": Prediction(140, 140, "ms", "234 seen; half of what widening cost"),
+    "query 3 tokens, batch 1, int4": _both(
+        "req/s", "as bf16: the pass waits for its launches, and widens", 1e3 / (H100.alone + 2), 1e3 / (H200.alone + 2)
+    ),
+    **_memory("query 3 tokens, batch 1, int4", 6.2, 1, 0.4),
+}  # fmt: skip
+
+_RING = "decoders alone on 14 cores, 200 a second and more; what is left is the card's time for the pictures"
+_TWELVE = "37 MB of a picture copied in 0.7 ms, cut in 0.3, and cores shared with the engine's own thread"
+
+
+def _files(size: str, share: float, source: str) -> Table:
+    of_files = [share * card.query() for card in (H100, H200)]
+    return {
+        f"{size}, cut before, batch 64, bf16": _both("img/s", _doc("query"), H100.query(), H200.query()),
+        f"{size}, crops of a picture": Prediction(9, 9, "count", "2 x 4 tiles"),
+        f"{size}, from files, batch 64, bf16": _both("img/s", source, *of_files),
+        f"{size}, from files, batch 64, bf16: of cut before": _both("share", source, share, share),
+    }
+
+
+FILES: Table = _files("2 megapixels", 0.94, _RING) | _files("12 megapixels", 0.85, _TWELVE)
+
+_SAME = "sizes of passes are fixed, no kernel adds in an order of the moment"
+SAMENESS: Table = {
+    "crops with other bits, in another place": _none(_SAME),
+    "pictures with other bits, in another place": _none(_SAME),
+    "rows with other bits, in another order": _none(_SAME),
+    "rows with other bits, alone": _none(_SAME),
+    "captures after the start": _none(_NEVER),
 }
 
 _RESIZED = "570 M products, 10 a clock and multiprocessor: single bytes, loaded from L1 in 2 to 4 lines a warp"
 _RESIZED_2 = "120 M products at the same rate, 6 kernels"
 _LAUNCHED = "4 launches of ours at 30 us and 2 of torch's; what the device needs beyond that"
 RESIZING: Table = {
-    "faults found at load": Prediction(0, 0, "count", "every byte is Pillow's"),
+    "faults found at load": _none("every byte is Pillow's"),
     "pictures compared, random sizes": Prediction(500, 500, "count", "sides from 1 to 1,500"),
-    "pictures that differ from Pillow's, random sizes": Prediction(0, 0, "count", "whole numbers"),
-    "pictures that differ from Pillow's, examples": Prediction(0, 0, "count", "whole numbers"),
-    "axes of a huge picture that differ from the twin's": Prediction(0, 0, "count", "rows are found in 64 bits"),
+    "pictures that differ from Pillow's, random sizes": _none("whole numbers"),
+    "pictures that differ from Pillow's, examples": _none("whole numbers"),
+    "axes of a huge picture that differ from the twin's": _none("rows are found in 64 bits"),
     "cut, 12 megapixels": Prediction(0.27, 0.27, "ms", _LAUNCHED),
     "cut, 12 megapixels, replayed": Prediction(0.25, 0.25, "ms", _RESIZED),
     "cut, 12 megapixels, size not met before": Prediction(3.5, 3.5, "ms", "four tables at 0.6 to 1 ms of numpy"),
@@ -224,7 +405,7 @@ _CASES = {
 GOLDEN = {
     f"{figure}, {form}, batch {batch}": (float(value), unit)
     for form, (clear, share) in _CASES.items()
-    for batch in (1, 8)
+    for batch in (1, 16)
     for figure, value, unit in (
         ("clear decisions", clear, "count"),
         ("clear decisions that agree", clear, "count"),
@@ -243,13 +424,14 @@ BLOCKS: Table = {
 
 TABLES: Mapping[str, Table] = {
     "limits": LIMITS,
-    "golden": BLOCKS,
-    "kernels": KERNELS,
-    "resizing": RESIZING,
     "stages": STAGES,
     "engine": ENGINE,
     "lowbits": LOWBITS,
     "files": FILES,
+    "sameness": SAMENESS,
+    "golden": BLOCKS,
+    "resizing": RESIZING,
+    "speeds": KERNELS,
 }
 
 
@@ -277,7 +459,7 @@ def prediction_of(part: str, card: str, line: Mapping[str, object]) -> float | N
 
 
 def kernel_prediction(card: str, line: Mapping[str, object]) -> float | None:
-    """What a figure of part `kernels` should be, from the bytes and operations that its line names.
+    """What a figure of parts `kernels` and `speeds` should be, from the bytes and operations that its line names.
 
     A kernel takes its limit's time at 70 % of the product rate or 75 % of the copy rate, and 4 us to
     start and end; errors are a few roundings of the kind of number.

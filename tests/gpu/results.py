@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .children import Line
+from .goals import judged
 from .options import Options
 from .predictions import card_of, prediction_of, predictions
 
@@ -21,7 +22,8 @@ class Results:
     """results.json of one run.
 
     `data` is what is written: `card`, `torch`, whatever else the facts say, and for each part its status, its
-    figures `{value, prediction, unit}` (value null: predicted and not reached), and what it noted.
+    figures `{value, prediction, unit}` (value null: predicted and not reached), and what it noted. At full size on
+    CUDA `goals` says which of them were reached.
     """
 
     def __init__(self, options: Options, part_names: Sequence[str]) -> None:
@@ -81,6 +83,8 @@ class Results:
 
     def write(self) -> None:
         """Write results.json beside itself, then rename: whoever reads it finds a whole one."""
+        if self.options.device == "cuda" and self.options.config == "full":
+            self.data["goals"] = judged(self.parts)
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
         os.replace(new, self.path)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .predictions import GOALS, Goal
-
 WIDTH, NAME_WIDTH = 100, 60
 MOST_ERRORS = 8  # of a part that are printed; results.json has them all
+GOAL_WIDTH = 62
+_GOAL_LINE = f"{{:{GOAL_WIDTH}}}{{:>9}}{{:>6}}{{:>9}}  {{}}"
 _LINE = f"{{:9}}{{:{NAME_WIDTH}}}{{:>11}}{{:>11}} {{:8}}"
 
 
@@ -20,8 +20,7 @@ def table_of(data: dict[str, Any]) -> str:
         lines.append(_line(name, part["status"], "", "", ""))
         lines += [_figure_line(figure, entry) for figure, entry in part["figures"].items()]
         lines += _error_lines(part.get("errors", []))
-    goals = list(_goal_lines(data))
-    return "\n".join([*lines, "-" * WIDTH, *goals])
+    return "\n".join([*lines, "-" * WIDTH, *_goal_lines(data)])
 
 
 def _error_lines(errors: list[str]) -> Iterator[str]:
@@ -51,19 +50,17 @@ def _number(value: float | None) -> str:
 
 
 def _goal_lines(data: dict[str, Any]) -> Iterator[str]:
-    """What must be reached, where it was measured at full size on a GPU."""
-    if data["device"] != "cuda" or data["config"] != "full":
+    """Every goal of results.json: what was asked, what was found, and what that reaches."""
+    if not data.get("goals"):
         return
-    for part in data["parts"].values():
-        for name, entry in part["figures"].items():
-            if name in GOALS and entry["value"] is not None:
-                yield _goal_line(name, entry["value"], GOALS[name])
+    yield _GOAL_LINE.format("goal", "asked", "aim", "value", "reached")
+    for goal in data["goals"]:
+        is_most = "at_most" in goal
+        bound = f"{'<=' if is_most else '>='} {_number(goal['at_most' if is_most else 'at_least'])}"
+        yield _GOAL_LINE.format(
+            _cut(goal["figure"]), bound, _number(goal["aim"]), _number(goal["value"]), goal["reached"]
+        ).rstrip()
 
 
-def _goal_line(name: str, value: float, goal: Goal) -> str:
-    """Whether a goal, or where there is none an aim, was reached."""
-    bound = goal.at_most if goal.at_most is not None else goal.aim
-    assert bound is not None
-    words = f"{'goal' if bound == goal.at_most else 'aim'} {'reached' if value <= bound else 'missed'}"
-    aim = f", aim {goal.aim:g}" if goal.aim not in (None, bound) else ""
-    return f"{words}: {name} {value:.3g}, at most {bound:g}{aim}"
+def _cut(name: str) -> str:
+    return name if len(name) <= GOAL_WIDTH else name[: GOAL_WIDTH - 1] + "~"

@@ -110,7 +110,7 @@ def _of_kind(
 
 
 @torch.inference_mode()
-def compare_tiles(run: Run) -> None:
+def measure(run: Run) -> None:
     """Microseconds of each product with each tile."""
     flush = flusher(run.device)
     for candidate in candidates(run):

@@ -22,6 +22,11 @@ def median_ms(
     return statistics.median(take(run, repeats, between or (lambda: None)))
 
 
+def repeats(device: torch.device) -> int:
+    """How many times a pass is timed."""
+    return 20 if device.type == "cuda" else 2
+
+
 @torch.inference_mode()
 def replayed_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median time of `run` replayed as a CUDA graph: what the device needs when nobody launches kernel by kernel.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from support.golden_cases import CASES, load_case
 
+from md3cli.bench.runs import make_engine
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.moondream import Moondream3
 
@@ -24,17 +25,23 @@ from . import golden, tile_sweep
 from .child import Run, last_lines
 from .kernels import all_cases
 from .models import WEIGHT_FORMS, model_in
-from .stages import PICTURES, ROWS, decode_of, prefix_of
-from .workloads import CPU_LOADS, run_some
+from .stages import PICTURES, prefix_of
+from .workloads import CPU_LOADS, pictures_for, time_load
+
+ENGINES = (64, 8, 1)  # slots: a kernel is compiled once more for numbers that are no multiple of 16, and for 1
+REQUESTS = 2
 
 Job = Callable[[], object]
 Load = Callable[[Run, str, torch.dtype], Moondream3]
 
 
 def measure(run: Run) -> None:
-    """The share that the argument names: `number-of`. A job that fails is told, and will fail in its part."""
-    first, count = map(int, run.argument.split("-"))
-    for what, job in islice(jobs(run), first, None, count):
+    """The share that the argument names: `number-of`, with `-tiles` of other tiles, too.
+
+    A job that fails is told, and will fail in its part.
+    """
+    first, count, *also = run.argument.split("-")
+    for what, job in islice(jobs(run, has_tiles=bool(also)), int(first), None, int(count)):
         try:
             with run.if_it_fits(what):
                 job()
@@ -42,12 +49,12 @@ def measure(run: Run) -> None:
             run.fail(f"{what}: {last_lines(traceback.format_exc())}")
 
 
-def jobs(run: Run) -> Iterator[tuple[str, Job]]:
+def jobs(run: Run, *, has_tiles: bool) -> Iterator[tuple[str, Job]]:
     """Everything to compile; what belongs to one form stays together, so that no two compile the same."""
     for form in WEIGHT_FORMS:
-        yield f"steps, {form}", partial(run_steps, run, form)
         yield f"prefixes, {form}", partial(run_prefixes, run, form)
-        yield f"prompts, {form}", partial(run_prompts, run, form)
+        for batch in ENGINES:
+            yield f"an engine of {batch}, {form}", partial(run_engine, run, form, batch)
     for dtype in golden.DTYPES.values():
         for name in CASES:
             yield f"case {name}, {dtype}", partial(run_golden, run, name, golden.plain_model, dtype)
@@ -55,7 +62,7 @@ def jobs(run: Run) -> Iterator[tuple[str, Job]]:
             yield f"low bits of case {name}, {dtype}", partial(run_golden, run, name, golden.stored_model, dtype)
     for case in all_cases(run):
         yield case.name, partial(run_case, case)
-    for candidate in tile_sweep.candidates(run):
+    for candidate in tile_sweep.candidates(run) if has_tiles else ():
         yield str(candidate), partial(tile_sweep.compile_tile, run, candidate)
 
 
@@ -67,28 +74,24 @@ def two_layers(config: ModelConfig) -> ModelConfig:
 
 
 @torch.inference_mode()
-def run_steps(run: Run, form: str) -> None:
-    model = model_in(run, form, two_layers(run.config))
-    for rows in ROWS:
-        decode_of(model, rows)()
-
-
-@torch.inference_mode()
 def run_prefixes(run: Run, form: str) -> None:
     model = model_in(run, form, two_layers(run.config))
     for count in PICTURES:
         prefix_of(model, count)()
 
 
-def run_prompts(run: Run, form: str) -> None:
-    """Whole requests, for what a prompt launches."""
+def run_engine(run: Run, form: str, batch: int) -> None:
+    """Whole requests through an engine that captures its steps."""
     model = model_in(run, form, two_layers(run.config))
+    engine = make_engine(model, batch)
     for load in CPU_LOADS[:2]:
-        run_some(model, load, load.num_requests, load.workload.max_tokens)
+        time_load(engine, replace(load, batch=batch), pictures_for(model, REQUESTS))
 
 
 def run_golden(run: Run, name: str, load: Load, dtype: torch.dtype) -> None:
-    golden.answered(load_case(name), golden.prepared(run, load(run, name, dtype)), batch=8, count=8)
+    model = golden.prepared(run, load(run, name, dtype))
+    for batch in golden.BATCHES:
+        golden.answered(load_case(name), model, batch, count=8)
 
 
 @torch.inference_mode()
