@@ -116,10 +116,10 @@ def vision_digest(model: Moondream3) -> str:
 
 
 class MicroBatch(NamedTuple):
-    """Crops `first` to `first + count - 1` of those in hand, with zeros behind them up to `size`."""
+    """`num_crops` crops from `first` on, of those in hand, with zeros behind them up to `size`."""
 
     first: int
-    count: int
+    num_crops: int
     size: int
 
 
@@ -278,7 +278,7 @@ class ImageEncoder:
         rest_NPE = None  # features of crops whose pictures lack some
         gathered: list[Tensor] = []  # of pictures that wait for their projection
         for batch in micro_batches(counts, self.max_crops, self.sizes):
-            found_NPE = self._features(crops_NSSC[batch.first : batch.first + batch.count], batch.size)
+            found_NPE = self._features(crops_NSSC[batch.first : batch.first + batch.num_crops], batch.size)
             rest_NPE = found_NPE if rest_NPE is None else torch.cat([rest_NPE, found_NPE])
             complete = []
             num_crops = 0

@@ -33,7 +33,7 @@ def operator(schema: str, launches: int, fake: Callable[..., object]) -> Callabl
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], first: Tensor, *others: object, warps: int, stages: int = 3, **constants: int
+    kernel: Any, grid: tuple[int, ...], first: Tensor, *others: object, warps: int, stages: int = 3, **constants: float
 ) -> None:
     """Launch a kernel on the current stream of the device that its first argument is on.
 

@@ -204,11 +204,11 @@ def test_sizes_that_memory_no_longer_holds_are_left_out() -> None:
 @given(st.lists(st.integers(1, 30), max_size=8), st.integers(1, 40), st.sampled_from([None, (36,), (1, 4, 9, 13)]))
 def test_every_crop_is_in_one_micro_batch(counts: list[int], most: int, sizes: tuple[int, ...] | None) -> None:
     batches = list(micro_batches(counts, most, sizes))
-    assert [crop for batch in batches for crop in range(batch.first, batch.first + batch.count)] == [
+    assert [crop for batch in batches for crop in range(batch.first, batch.first + batch.num_crops)] == [
         *range(sum(counts))
     ]
     for batch in batches:
-        assert 1 <= batch.count <= batch.size <= most
+        assert 1 <= batch.num_crops <= batch.size <= most
 
 
 @pytest.mark.parametrize(
