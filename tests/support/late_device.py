@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -32,11 +33,11 @@ class LateDevice:
         """Be the device of every engine that is made from now on."""
         monkeypatch.setattr(flight, "start_download", self.start_download)
         monkeypatch.setattr(flight, "milestone", self.milestone)
-        run, buffers = Stepper._run, dict[int, Tensor]()
+        run, buffers = Stepper._run, WeakKeyDictionary[Stepper, Tensor]()
 
         def into_one_buffer(stepper: Stepper, *arguments: object) -> Tensor:
             events = run(stepper, *arguments)  # type: ignore[arg-type]
-            buffer = buffers.setdefault(id(stepper), torch.empty(len(stepper.rows.mode), events.shape[1]))
+            buffer = buffers.setdefault(stepper, torch.empty(len(stepper.rows.mode), events.shape[1]))
             buffer.fill_(torch.nan)
             return buffer[: len(events)].copy_(events)
 

@@ -9,11 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import GoldenCase, load_case
+from golden_cases import GoldenCase, assert_answer, load_case
 from late_device import LateDevice
 
-from md3cli.model.engine.engine import Engine
-from md3cli.model.engine.flight import Seat
+from md3cli.model.engine import engine as engine_module
+from md3cli.model.engine.engine import Engine, Sizes
+from md3cli.model.engine.flight import InFlight, Launch, Seat
+from md3cli.model.engine.generation import EncodedImage, Generation
+from md3cli.model.engine.kv_cache import SlotTable
+from md3cli.model.engine.passes import ShapePlan
+from md3cli.model.engine.state import Event
+from md3cli.model.engine.stepper import Stepper
 from md3cli.records import Answer, Job, Request, Task
 
 pytestmark = pytest.mark.process
@@ -218,3 +224,212 @@ def test_a_row_past_the_context_does_not_make_slots_longer(
         assert [answers[key].finish_reason for key in range(3)] == ["length"] * 3
         assert [answers[key].output_tokens for key in range(3)] == [room + 1, num_tokens, num_tokens]
         assert engine.cache.capacity <= max_context + 16
+
+
+@every_loop
+def test_slots_of_a_fixed_size_are_made_as_long_as_the_context(
+    delay: int, is_planned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And as many as the same memory holds; rows that grow to fit do without."""
+    case = load_case("b")
+    monkeypatch.setattr(engine_module, "SLOT_POSITIONS", 96)
+    keys = certain_keys(case)
+    long = Job(1000, None, Request(Task.QUERY, "word " * 60, reasoning=False, max_tokens=2))
+    jobs = [case.job(key) for key in keys]
+    jobs.insert(len(jobs) // 2, long)
+    engine = case.engine(8, delay=delay, is_planned=is_planned)
+    answers = list(engine.run(jobs))
+    assert sorted(answer.key for answer in answers) == sorted([*keys, 1000])
+    for answer in answers:
+        if answer.key == 1000:
+            assert answer.failure is None
+        else:
+            assert_answer(answer, case.expected[answer.key])
+    assert engine.stats.batch_sizes == ([8, 3] if is_planned else [8])
+    assert engine.cache.capacity == (256 if is_planned else engine.cache.capacity)
+
+
+# -- rows that break, and memory that runs out -----------------------------------------------------
+
+
+def broken_picture(case: GoldenCase, name: str) -> EncodedImage:
+    """A picture whose numbers are not finite, as float16 makes them of a model whose own are too large for it."""
+    shape = (case.model.config.vision.num_patches, case.model.config.text.dim)
+    return EncodedImage(torch.full(shape, torch.nan), 64, 48, name)
+
+
+@every_loop
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_row_that_breaks_ends_by_itself_and_its_slot_serves_the_next(
+    batch_size: int, delay: int, is_planned: bool
+) -> None:
+    """It is stepped over until the host hears of it, and every other request sits where one broke."""
+    case, jobs = load_case("a"), mixed_jobs("a")
+    bad = [Job(1000 + job.key, broken_picture(case, f"bad {job.key % 2}"), job.request) for job in jobs]
+    engine = case.engine(batch_size, delay=delay, is_planned=is_planned)
+    answers = list(engine.run(job for pair in zip(bad, jobs, strict=True) for job in pair))
+    failed = [answer for answer in answers if answer.key >= 1000]
+    assert sorted(answer.key for answer in failed) == sorted(job.key for job in bad)
+    assert {(answer.failure.type, answer.failure.message) for answer in failed if answer.failure} == {("model", NAN)}
+    assert all(answer.failure for answer in failed)
+    assert_as_alone("a", [answer for answer in answers if answer.key < 1000])
+
+
+def fail_once(owner: object, name: str, at_call: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let one call of a function run out of memory; returns what grows by one when it has."""
+    call, failed = getattr(owner, name), list[int]()
+    num_calls = 0
+
+    def failing(*arguments: Any, **more: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == at_call:
+            failed.append(num_calls)
+            raise torch.OutOfMemoryError("out of memory (made up)")
+        return call(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, failing)
+    return failed
+
+
+PLACES = {  # whose, and the name of what runs out of memory, where in a run of `mixed_jobs`
+    "first step": ("stepper", "_run", 1),
+    "step": ("stepper", "_run", 4),
+    "prefix": ("passes", "prefill_prefixes", 2),
+    "first prompts": ("engine", "_prefill_group", 1),
+    "prompts": ("engine", "_prefill_group", 6),
+    "encoding": ("engine", "_admit", 3),
+    "choices": ("choices", "choice_probabilities", 1),
+    "later choices": ("choices", "choice_probabilities", 2),
+    "reading": ("flight", "read", 5),
+}
+
+
+@every_loop
+@pytest.mark.parametrize("place", PLACES)
+def test_memory_that_runs_out_loses_no_row_and_answers_none_twice(
+    place: str, delay: int, is_planned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is under way then is forgotten, and its rows start again."""
+    LateDevice().install(monkeypatch)
+    whose, name, at_call = PLACES[place]
+    engine = load_case("a").engine(6, delay=delay, is_planned=is_planned)
+    owners = {"stepper": Stepper, "passes": engine.passes, "engine": engine, "choices": engine_module, "flight": Launch}
+    if is_planned and place == "prefix":
+        monkeypatch.setattr(engine.passes, "plan", ShapePlan(4, 64))
+    failed = fail_once(owners[whose], name, at_call, monkeypatch)
+    answers = list(engine.run(mixed_jobs("a")))
+    assert failed
+    assert_as_alone("a", answers)
+    assert engine.stats.batch_sizes == [6, 3]
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("delay", DELAYS)
+def test_smaller_passes_start_rows_again_as_a_smaller_batch_does(delay: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of CUDA, with launches under way each time."""
+    monkeypatch.setattr(Sizes, "smaller", lambda self, *rest, as_is=Sizes.smaller: as_is(self, *rest[:2], "cuda"))
+    LateDevice().install(monkeypatch)
+    engine = load_case("a").engine(6, delay=delay, is_planned=True, prefill_tokens=104)
+    run, num_calls, fails_at = Stepper._run, 0, range(3, 30, 4)
+
+    def failing(*arguments: Any) -> torch.Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls in fails_at:
+            raise torch.OutOfMemoryError("out of memory (made up)")
+        return run(*arguments)
+
+    monkeypatch.setattr(Stepper, "_run", failing)
+    assert_as_alone("a", list(engine.run(mixed_jobs("a"))))
+    assert num_calls > fails_at[-1]
+    assert engine.stats.num_smaller_passes == len(fails_at)
+    assert engine.stats.batch_sizes == [6]
+
+
+# -- no more steps than rows can take --------------------------------------------------------------
+
+
+@every_loop
+def test_captions_of_full_length_take_as_many_steps_as_tokens(delay: int, is_planned: bool) -> None:
+    """Each row's first token is decided with its prompt; nothing is launched for rows that are over for certain."""
+    case = load_case("a")
+    for num_tokens in range(1, 5):
+        request = Request(Task.CAPTION, max_tokens=num_tokens)
+        engine = case.engine(2, delay=delay, is_planned=is_planned)
+        (first, second) = engine.run([Job(i, case.images[0], request) for i in range(2)])
+        assert first.output_tokens == second.output_tokens == num_tokens
+        assert engine.stats.num_steps == num_tokens - 1
+        assert engine.stats.num_decisions == 2 * num_tokens
+
+
+@every_loop
+def test_a_choice_alone_takes_no_step(delay: int, is_planned: bool) -> None:
+    case = load_case("a")
+    engine = case.engine(2, delay=delay, is_planned=is_planned)
+    request = replace(WHICH, choices=("yes", "no"))
+    answers = list(engine.run([Job(i, case.images[i % 3], request) for i in range(6)]))
+    assert len(answers) == 6
+    assert engine.stats.num_steps == 0
+
+
+def test_what_may_go_on_is_bounded_by_what_was_launched() -> None:
+    case = load_case("a")
+    table = SlotTable(2)
+    caption = Job(0, case.images[0], Request(Task.CAPTION, max_tokens=3))
+    generation = Generation.of(caption, case.prompts, case.model.config, 256)
+    assert not table.may_go_on(0)
+    table.sit(0, generation)
+    for _ in range(2):
+        assert table.may_go_on(0)
+        table.launch(0)
+    assert not table.may_go_on(0)
+    assert table.end[0] == generation.prompt_end + 2
+
+
+# -- the queue itself ------------------------------------------------------------------------------
+
+
+def seats_of(case: GoldenCase, num_rows: int) -> list[Seat]:
+    jobs = [Job(i, None, WHICH) for i in range(num_rows)]
+    made = [Generation.of(job, case.prompts, case.model.config, 256) for job in jobs]
+    return [Seat(row, row, generation, generation.prompt_end) for row, generation in enumerate(made)]
+
+
+def events(value: float, num_rows: int = 2) -> torch.Tensor:
+    return torch.full((num_rows, len(Event._fields)), value)
+
+
+def test_launches_arrive_in_order_and_each_is_handed_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = LateDevice().install(monkeypatch)
+    queue, seats, buffer = InFlight(torch.device("cpu")), seats_of(load_case("a"), 2), events(0.0)
+    for number in range(3):
+        buffer.fill_(number)
+        queue.add(buffer, seats[: 1 + number % 2], is_step=number > 0)
+    buffer.fill_(9.0)
+    assert len(queue) == 3
+    found = [(launch.is_step, [event.token for _, event in launch.read()]) for launch in queue.arrivals(1)]
+    assert found == [(False, [0.0]), (True, [1.0, 1.0])]
+    assert device.num_waits == 2
+    (last,) = queue.arrivals(0)
+    assert [(seat.slot, event.token) for seat, event in last.read()] == [(0, 2.0)]
+    assert not queue
+
+
+def test_launches_that_are_dropped_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    LateDevice().install(monkeypatch)
+    queue, seats = InFlight(torch.device("cpu")), seats_of(load_case("a"), 1)
+    queue.add(events(1.0), seats, is_step=True)
+    queue.drop()
+    assert list(queue.arrivals(0)) == []
+
+
+def test_what_a_late_device_has_not_sent_reads_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the tests above: reading without waiting would be seen."""
+    LateDevice().install(monkeypatch)
+    queue, seats = InFlight(torch.device("cpu")), seats_of(load_case("a"), 1)
+    queue.add(events(1.0), seats, is_step=True)
+    (launch,) = queue.arrivals(0)
+    assert launch.events.isnan().all()
+    launch.read()
+    assert (launch.events == 1.0).all()

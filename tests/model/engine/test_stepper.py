@@ -1,0 +1,186 @@
+"""The decode step as a graph: captured at the start, replayed ever after, its state at fixed places.
+
+There is no CUDA here: `Recorded` stands in the place of a graph, keeps what it was made of, and calls that at a replay,
+into one buffer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from golden_cases import assert_answer, load_case
+from late_device import LateDevice
+from torch import Tensor
+
+from md3cli.errors import EngineError
+from md3cli.model.engine import engine as engine_module
+from md3cli.model.engine import stepper as stepper_module
+from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.state import Mode
+from md3cli.records import Job, Request, Task
+
+DELAYS = (0, 1, 2)
+
+
+class Recorded:
+    """A function as a graph would be: run when it is made, and at each replay into the same tensor."""
+
+    made: list[Recorded] = []  # noqa: RUF012  # of the test that runs
+
+    def __init__(self, run: Callable[[], Tensor]) -> None:
+        self._run, self.num_replays = run, 0
+        self._result = run().clone()
+        self.made.append(self)
+
+    def replay(self) -> Tensor:
+        self.num_replays += 1
+        return self._result.copy_(self._run())
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
+    """Graphs are `Recorded`, on a late device, for they overwrite their events; these are all that were made."""
+    LateDevice().install(monkeypatch)
+    monkeypatch.setattr(stepper_module, "StepGraph", Recorded)
+    monkeypatch.setattr(Recorded, "made", [])
+    return Recorded.made
+
+
+def captured(batch_size: int, delay: int) -> Engine:
+    engine = load_case("a").engine(batch_size, delay=delay, is_planned=True)
+    engine.capture()
+    return engine
+
+
+def run_all(engine: Engine) -> None:
+    """The certain requests of case a, greedy, and as many sampled ones beside them."""
+    case = load_case("a")
+    keys = [key for key in range(len(case.requests)) if case.is_certain(key)]
+    sampled = Request(Task.CAPTION, temperature=1.0, max_tokens=4)
+    jobs = [job for key in keys for job in (case.job(key), Job(1000 + key, case.images[key % 3], sampled))]
+    answers = list(engine.run(jobs))
+    assert len(answers) == len(jobs)
+    for answer in answers:
+        if answer.key < 1000:
+            assert_answer(answer, case.expected[answer.key])
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("delay", DELAYS)
+def test_two_graphs_are_captured_at_the_start_and_none_afterwards(delay: int, graphs: list[Recorded]) -> None:
+    engine = captured(5, delay)
+    assert engine.stats.num_captures == len(graphs) == 2
+    run_all(engine)
+    assert engine.stats.num_captures == len(graphs) == 2
+    assert sum(graph.num_replays for graph in graphs) == engine.stats.num_steps
+    assert all(graph.num_replays for graph in graphs)  # a greedy and a sampled one
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("delay", DELAYS)
+def test_graphs_are_captured_again_where_slots_are_made_anew(
+    delay: int, graphs: list[Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "SLOT_POSITIONS", 96)
+    engine = captured(5, delay)
+    long = Job(2000, None, Request(Task.QUERY, "word " * 60, reasoning=False, max_tokens=2))
+    (answer,) = engine.run([long])
+    assert answer.failure is None
+    assert engine.batch_size == 1
+    assert engine.stats.num_captures == len(graphs) == 4
+    run_all(engine)
+    assert engine.stats.num_captures == len(graphs) == 4
+    assert not any(graph.num_replays for graph in graphs[:2])
+
+
+@pytest.mark.process
+def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(run: Callable[[], Tensor]) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore\nlines")
+
+    monkeypatch.setattr(stepper_module, "StepGraph", broken)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine = captured(5, 1)
+    lines = [str(warning.message) for warning in caught]
+    assert len(set(lines)) == 1
+    assert "\n" not in lines[0]
+    assert "(operation not permitted when stream is capturing)" in lines[0]
+    assert engine.stats.num_captures == 0
+    run_all(engine)
+
+
+@pytest.mark.process
+def test_only_the_step_that_cannot_be_captured_is_launched(graphs: list[Recorded]) -> None:
+    make, num_made = stepper_module.StepGraph, 0
+
+    def second_fails(run: Callable[[], Tensor]) -> object:
+        nonlocal num_made
+        num_made += 1
+        if num_made == 2:
+            raise RuntimeError("not in a capture")
+        return make(run)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="cannot be captured") as caught:
+        patch.setattr(stepper_module, "StepGraph", second_fails)
+        engine = captured(5, 1)
+    assert len(caught) == 1
+    assert engine.stats.num_captures == len(graphs) == 1
+    run_all(engine)
+    assert 0 < graphs[0].num_replays < engine.stats.num_steps
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("num_fitting", [3, 0])
+def test_graphs_that_do_not_fit_halve_the_batch(
+    num_fitting: int, graphs: list[Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = load_case("a")
+    engine = case.engine(6, delay=1, is_planned=True)
+
+    def tight(run: Callable[[], Tensor]) -> Recorded:
+        if len(engine._stepper.rows.mode) - 1 > num_fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More words")
+        return Recorded(run)
+
+    monkeypatch.setattr(stepper_module, "StepGraph", tight)
+    if not num_fitting:
+        with pytest.raises(EngineError, match="no memory for one sequence: CUDA out of memory"):
+            engine.capture()
+        return
+    engine.capture()
+    assert engine.stats.batch_sizes == [6, 3]
+    assert engine.stats.num_captures == len(graphs) == 2
+    run_all(engine)
+    assert engine.stats.num_captures == 2
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("delay", DELAYS)
+def test_what_a_graph_points_at_stays_where_it_is(delay: int, graphs: list[Recorded]) -> None:
+    """Rows, inputs, keys and values, over all steps and admissions of a run."""
+    engine = captured(5, delay)
+    stepper, cache = engine._stepper, engine.cache
+
+    def places() -> list[int]:
+        tensors = [*stepper.rows, stepper.next_SD, *cache.keys, *cache.values]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    before, launch, num_seen = places(), engine._launch, 0
+
+    def watched() -> None:
+        nonlocal num_seen
+        launch()
+        num_seen += 1
+        assert places() == before
+
+    engine._launch = watched  # type: ignore[method-assign]
+    run_all(engine)
+    assert engine.stats.num_steps > 50
+    assert num_seen > 50
+    assert engine._stepper is stepper
+    assert engine.cache is cache
+    assert set(stepper.rows.mode.tolist()) == {int(Mode.IDLE)}
