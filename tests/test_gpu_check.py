@@ -389,7 +389,7 @@ def test_predictions_have_the_names_that_the_parts_give() -> None:
         "steps with other bits than launched one by one, bf16",
     }
     assert set(TABLES["stages"]) == steps | prefixes | vision | counts | others
-    files = {f"{size}, {what}" for size in SIZES for what in ("cut before, batch 64, bf16", "crops of a picture")}
+    files = {"cut before, batch 64, bf16", *(f"{size}, crops of a picture" for size in SIZES)}
     files |= names_with((f"{size}, from files, batch 64, bf16" for size in SIZES), ": of cut before")
     assert set(TABLES["files"]) == files
     cuts = {f"cut, {size}{more}" for size in SIZES for more in ("", ", replayed", ", size not met before")}

@@ -38,6 +38,8 @@ def measure(run: Run) -> None:
     """Each form: memory of its weights, steps as ratio to bf16's, a prefix pass, and the loads that goals speak of."""
     of_bf16 = steps_of_bf16(run)
     loads = LOADS if run.is_cuda else CPU_LOADS
+    most = max(load.num_requests for some in loads.values() for load in some)
+    pictures: list[PreparedImage] = []
     for form, steps in STEPS.items():
         if form == FP8_VISION and not run.is_cuda:
             run.note(form, "needs CUDA")
@@ -48,7 +50,7 @@ def measure(run: Run) -> None:
             with run.if_it_fits(f"decode step, {rows} rows, {form}"):
                 report_step(run, model, slots, rows, form, of_bf16)
         report_passes(run, model, form)
-        pictures = pictures_for(model, max(load.num_requests for load in loads[form]))
+        pictures = pictures or pictures_for(model, most)
         measure_loads(run, model, loads[form], pictures, form)
         del model
         free_memory(run)

@@ -31,18 +31,23 @@ ONE_CROP = Tiling(1, 1)
 
 
 class RunningEngine:
-    """An engine of `slots` slots with `rows` captions under way, all about one picture."""
+    """An engine of `slots` slots with `rows` captions under way, all about one picture.
+
+    Raises:
+        MemoryError: the device holds fewer slots.
+    """
 
     def __init__(self, model: Moondream3, slots: int, rows: int) -> None:
         self.model, self.slots, self.rows = model, slots, rows
         self.engine = make_engine(model, slots)
+        if self.engine.batch_size < slots:
+            raise MemoryError(f"out of memory: it holds {self.engine.batch_size} slots of {slots}")
         workload = Workload((ONE_CROP,), Task.CAPTION, rows, max_tokens=ANSWER_TOKENS, max_objects=1)
         for job in make_jobs(workload, make_images(model, workload, seed=0)):
             self.engine.add(job)
         self.engine.cache.fit(model.config.prefix_len + ROOM)  # slots that grow do so before a step, not in it
         for _ in range(3):  # all are admitted by the first, and their first steps are behind them
             self.engine.step()
-        assert self.engine.batch_size == slots, f"memory holds {self.engine.batch_size} slots of {slots}"
 
     @property
     def context(self) -> int:

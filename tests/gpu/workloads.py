@@ -168,6 +168,8 @@ def measure_again(
             store = EncodingCache(FileCache(Path(folder), STORE_BYTES), model, background="none")
             engine = make_engine(model, load.batch, store)
             warm_up(engine, load, pictures)
+            if not is_as_asked(run, engine, load.batch, f"{name}, {what}"):
+                return
             rates.append(len(images) / time_load(engine, load, images))
             run.figure(f"{name}, {what}", rates[-1], "req/s")
             del engine
@@ -186,7 +188,10 @@ def measure_objects(run: Run, model: Moondream3, pictures: Sequence[PreparedImag
     batch, count = (64, DETECTED) if run.is_cuda else (8, 8)
     name = f"detect, batch {batch}, {BF16}"
     run.note("objects of each picture", OBJECTS)
-    rate = objects_per_second(make_engine(model, batch), pictures[:count], pictures[:batch])
+    engine = make_engine(model, batch)
+    rate = objects_per_second(engine, pictures[:count], pictures[:batch])
+    if not is_as_asked(run, engine, batch, name):
+        return
     run.figure(name, rate, "obj/s")
     for what, captures in (("eager", False), ("replayed", True)):
         engine = make_engine(model, 1, delay=0, captures=captures)
