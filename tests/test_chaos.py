@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from chaos import KINDS, Chaos, run_chaos
+from faults import MOMENTS
 from program import STUB_MD3, clean_environment, make_pictures, records_of
 from record_equality import is_same
 from small_disk import has_small_disks
@@ -63,6 +64,29 @@ def test_500_interruptions(tmp_path: Path, format: str, count: int) -> None:
 @pytest.mark.timeout(7200)
 def test_50_interruptions_of_a_real_model(tmp_path: Path) -> None:
     run_chaos(Chaos(tmp_path, seed=50, model="tiny"), 50, MOST_KINDS)
+
+
+def interrupt_absorptions(chaos: Chaos, count: int, most_launches: int) -> None:
+    """Interrupt runs between a launch and its absorption, at launches drawn at random, and let the last one finish."""
+    moments = [(signum, moment) for moment in MOMENTS for signum in (signal.SIGKILL, signal.SIGINT)]
+    while sum(chaos.report.values()) < count:
+        signum, moment = moments[sum(chaos.report.values()) % len(moments)]
+        chaos.interrupt_at_absorption(signum, moment, chaos.chooser.randrange(1, most_launches))
+    chaos.finish()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("delay", [1, 2])
+def test_death_between_a_launch_and_its_absorption(tmp_path: Path, delay: int) -> None:
+    """Nothing is lost and nothing comes twice: a launch that nobody has read has never been."""
+    interrupt_absorptions(Chaos(tmp_path, seed=delay, model="tiny", delay=delay, num_pictures=12), 4, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("delay", [1, 2])
+def test_death_between_many_launches_and_their_absorptions(tmp_path: Path, delay: int) -> None:
+    interrupt_absorptions(Chaos(tmp_path, seed=10 + delay, model="tiny", delay=delay, num_pictures=40), 48, 60)
 
 
 @pytest.mark.slow

@@ -65,12 +65,16 @@ class Ending:
 
 @dataclass
 class Chaos:
-    """One command under attack. `report` counts interruptions by kind, and what else is worth knowing."""
+    """One command under attack. `report` counts interruptions by kind, and what else is worth knowing.
+
+    With a `delay` a real model's results are read so many launches late; the undisturbed run reads them at once.
+    """
 
     folder: Path
     seed: int = 0
     format: str = "jsonl"
     model: str | None = None
+    delay: int | None = None
     num_pictures: int = 240
     workers: int = 2
     report: Counter[str] = field(default_factory=Counter)
@@ -84,7 +88,7 @@ class Chaos:
             (self.pictures / f"p{i}.png").write_bytes(b"no picture")
         self.step_s = 0.0 if self.model else 0.01
         self._new_output()
-        ending = self._finish(self._start())
+        ending = self._finish(self._start(*([] if self.delay is None else ["--delay", "0"])))
         assert ending.status == 3, ending
         assert self.journal.read_bytes().count(b"\n") == 2 * self.num_pictures
         self.expected = self.journal.read_bytes().splitlines(keepends=True)
@@ -108,6 +112,7 @@ class Chaos:
 
     def command(self, *options: str) -> list[str]:
         model = ["--real"] if self.model else ["--step-seconds", str(self.step_s)]
+        model += [] if self.delay is None else ["--delay", str(self.delay)]
         asked = ["detect", str(self.pictures), "a", "b", "-o", str(self.output), "--batch-size", str(BATCH_SIZE)]
         settings = ["--format", self.format, "--workers", str(self.workers), "--max-objects", "3"]
         chosen = ["-m", self.model] if self.model else []
@@ -177,6 +182,18 @@ class Chaos:
         self.check(ending, num_before, {*statuses, *FINISHED}, is_disk_good=action == "kill")
         self.report[f"{action}-at-op"] += ending.status not in FINISHED
         return ending.status in FINISHED
+
+    def interrupt_at_absorption(self, signum: signal.Signals, moment: str, at: int) -> bool:
+        """Send a signal when the engine turns to its `at`-th launch; True when the program got through before."""
+        num_before = self._num_lines()
+        ending = self._finish(self._start("--absorb", f"{signum.name}:{moment}:{at}"))
+        self.check(ending, num_before, {-signum, 128 + signum, *FINISHED})
+        if ending.status in FINISHED:
+            self.check_finished(ending)
+            self._new_output()
+            return True
+        self.report[f"{signum.name} {moment}"] += 1
+        return False
 
     @contextlib.contextmanager
     def _cause(self, kind: str) -> Iterator[tuple[subprocess.Popen[bytes], set[int]]]:

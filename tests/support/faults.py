@@ -13,12 +13,13 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 AUDITED = {"open", "os.rename", "os.remove", "os.truncate", "os.mkdir", "os.rmdir"}
 WRAPPED = ("write", "fsync", "fdatasync")  # these raise no audit event
 ACTIONS = ("kill", "fail")  # SIGKILL before the operation, or ENOSPC from it
+MOMENTS = ("before", "after")
 
 
 def install(action: str, at: int, folder: str) -> None:
@@ -62,6 +63,30 @@ def _noted(call: Callable[..., Any], note: Callable[[object], None]) -> Callable
         return call(fd, *arguments)
 
     return noted
+
+
+def signal_at_absorption(signum: signal.Signals, moment: str, at: int) -> None:
+    """Send this process a signal when the engine turns to the results of its `at`-th launch.
+
+    `moment` "before": that launch still stands in the queue; "after": it has been taken out, and nobody has read it.
+    """
+    from md3cli.model.engine.flight import InFlight
+
+    assert moment in MOMENTS
+    arrivals, num_taken = InFlight.arrivals, 0
+
+    def watched(queue: InFlight, most_left: int) -> Iterator[Any]:
+        nonlocal num_taken
+        while len(queue) > most_left:
+            num_taken += 1
+            if moment == "before" and num_taken == at:
+                os.kill(os.getpid(), signum)
+            launch = next(arrivals(queue, len(queue) - 1))
+            if moment == "after" and num_taken == at:
+                os.kill(os.getpid(), signum)
+            yield launch
+
+    InFlight.arrivals = watched  # type: ignore[method-assign]
 
 
 class CountedModel:

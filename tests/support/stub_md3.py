@@ -1,9 +1,11 @@
 """The `md3` program as a process of its own for tests of signals, pipes and kills, with a stub in the model's place.
 
-python stub_md3.py [--step-seconds S] [--real] [--count FILE] [--fault ACTION:K:FOLDER] ARGUMENTS OF md3...
+python stub_md3.py [--step-seconds S] [--real] [--delay D] [--count FILE] [--fault ACTION:K:FOLDER]
+                   [--absorb SIGNAL:MOMENT:K] ARGUMENTS OF md3...
 
-`--real` takes the real model after all; `--count` and `--fault` are what tests/support/faults.py does. The file
-of `--count` is there as soon as the program has taken the signals over.
+`--real` takes the real model after all, and `--delay` lets its engine read results so many launches late; `--count`,
+`--fault` and `--absorb` are what tests/support/faults.py does. The file of `--count` is there as soon as the program
+has taken the signals over.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import md3cli.__main__  # isort: skip
 import argparse
 import functools
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ import md3cli.pipeline
 from md3cli.run.model_handle import find_model
 
 MANY = {"--devices", "--workers-per-device", "--engine"}  # options that start workers, which find their own stub
-OPTIONS = {"--step-seconds": float, "--count": str, "--fault": str}
+OPTIONS = {"--step-seconds": float, "--delay": int, "--count": str, "--fault": str, "--absorb": str}
 
 
 def main() -> None:
@@ -45,6 +48,13 @@ def main() -> None:
     if own.fault:
         action, at, folder = own.fault.split(":", 2)
         faults.install(action, int(at), folder)
+    if own.delay is not None:
+        from md3cli.model.engine import load
+
+        load.Engine = functools.partial(load.Engine, delay=own.delay)  # type: ignore[attr-defined, misc, assignment]
+    if own.absorb:
+        name, moment, at = own.absorb.split(":")
+        faults.signal_at_absorption(signal.Signals[name], moment, int(at))
     sys.argv[1:] = rest
     if MANY & set(rest):
         from md3cli.scale import shard_runner

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,12 +29,16 @@ from tokenizers import Tokenizer
 from md3cli import Moondream
 from md3cli.config import ModelOptions
 from md3cli.model.api_requests import prepare_pil
+from md3cli.model.engine import load as load_module
+from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.load import load_engine
 from md3cli.model.quant.quantise import QuantiseSettings, quantise_checkpoint
 from md3cli.model.weights.codes import LowBit
 from md3cli.records import Job, Request, Task
 
 pytestmark = pytest.mark.process
+
+LOOPS = [(delay, is_planned) for delay in (0, 1, 2) for is_planned in (False, True)]
 
 IMAGES_PER_MODEL = 2
 TEXT_ONLY_PER_MODEL = 2
@@ -85,11 +91,14 @@ def ask_reference(folder: Path, rng: random.Random) -> Drawn:
     return Drawn(folder, model, asked)
 
 
-def load(drawn: Drawn, dtype: str = "fp32", batch_size: int | None = None) -> Moondream:
-    if batch_size is None:
-        return Moondream.load(str(drawn.folder), device="cpu", dtype=dtype)
-    options = ModelOptions(model=str(drawn.folder), device="cpu", dtype=dtype, batch_size=batch_size, cache=False)
-    return Moondream(load_engine(options))
+def load(drawn: Drawn, dtype: str = "fp32", batch_size: int | None = None, loop: int | None = None) -> Moondream:
+    """The class over the model; `loop` counts among `LOOPS`, None is how this machine runs."""
+    delay, is_planned = (None, None) if loop is None else LOOPS[loop % len(LOOPS)]
+    with patch.object(load_module, "Engine", partial(Engine, delay=delay, is_planned=is_planned)):
+        if batch_size is None:
+            return Moondream.load(str(drawn.folder), device="cpu", dtype=dtype)
+        options = ModelOptions(model=str(drawn.folder), device="cpu", dtype=dtype, batch_size=batch_size, cache=False)
+        return Moondream(load_engine(options))
 
 
 def ask_alone(md: Moondream, asked: Asked) -> dict[str, Any]:
@@ -158,16 +167,17 @@ def assert_mostly_certain(drawn: Drawn) -> None:
 def test_one_request_at_a_time(seed: int, tmp_path: Path) -> None:
     drawn = draw(tmp_path / "model", seed, "original", dense=seed == 2)
     assert_mostly_certain(drawn)
-    md = load(drawn)
-    for asked in drawn.asked:
-        comparing.assert_agrees(drawn.model, asked.request, asked.answer, ask_alone(md, asked), FLOAT32)
+    for loop in (None, 2 * seed + 1):
+        md = load(drawn, loop=loop)
+        for asked in drawn.asked:
+            comparing.assert_agrees(drawn.model, asked.request, asked.answer, ask_alone(md, asked), FLOAT32)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_in_mixed_batches(form: str, tmp_path: Path) -> None:
     drawn = draw(tmp_path / "model", 100 + FORMATS.index(form), form)
     assert_mostly_certain(drawn)
-    assert_batch_agrees(load(drawn), drawn, FLOAT32)
+    assert_batch_agrees(load(drawn, loop=FORMATS.index(form)), drawn, FLOAT32)
 
 
 QUANTISED = {
@@ -186,7 +196,7 @@ def test_what_md3_quantised_means_the_same_to_the_reference(name: str, tmp_path:
     form = ("original", "raw-fused", "raw-fp8", "int4", "original", "raw")[number]
     drawn = draw_quantised(tmp_path, 301 + 3 * number, form, QUANTISED[name])
     assert_mostly_certain(drawn)
-    assert_batch_agrees(load(drawn), drawn, FLOAT32)
+    assert_batch_agrees(load(drawn, loop=number), drawn, FLOAT32)
 
 
 @pytest.mark.slow
@@ -194,21 +204,32 @@ def test_what_md3_quantised_means_the_same_to_the_reference(name: str, tmp_path:
 def test_many_quantised_models(seed: int, tmp_path: Path) -> None:
     for name, settings in QUANTISED.items():
         drawn = draw_quantised(tmp_path / name, seed, FORMATS[seed % len(FORMATS)], settings)
-        assert_batch_agrees(load(drawn, batch_size=1 + seed % 5), drawn, FLOAT32)
+        assert_batch_agrees(load(drawn, batch_size=1 + seed % 5, loop=seed), drawn, FLOAT32)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
 def test_batch_size_changes_nothing(batch_size: int, tmp_path: Path) -> None:
     drawn = draw(tmp_path / "model", 4, "original-single")
-    for order_seed in range(3):
-        assert_batch_agrees(load(drawn, batch_size=batch_size), drawn, FLOAT32, order_seed)
+    for order_seed in range(3):  # as this machine runs, and of the other loops half for each batch size
+        loop = [None, batch_size, batch_size + 3][order_seed]
+        assert_batch_agrees(load(drawn, batch_size=batch_size, loop=loop), drawn, FLOAT32, order_seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", range(len(LOOPS)), ids=map(str, LOOPS))
+@pytest.mark.parametrize("seed", range(500, 504))
+def test_every_loop_at_every_batch_size(seed: int, loop: int, tmp_path: Path) -> None:
+    """However far behind the launches results are read, and whether passes have one size or not."""
+    drawn = draw(tmp_path / "model", seed, FORMATS[seed % len(FORMATS)], dense=seed % 4 == 3)
+    for batch_size in (1, 2, 5, 20):
+        assert_batch_agrees(load(drawn, batch_size=batch_size, loop=loop), drawn, FLOAT32, batch_size)
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
 def test_pictures_that_arrive_late_change_nothing(batch_size: int, tmp_path: Path) -> None:
     """Decoding is slower than the model at times: the engine then goes on with what it has."""
     drawn = draw(tmp_path / "model", 4, "hf-port")
-    engine = load(drawn, batch_size=batch_size).engine
+    engine = load(drawn, batch_size=batch_size, loop=batch_size).engine
     prepared = [None if asked.image is None else prepare_pil(asked.image, engine.crop_config) for asked in drawn.asked]
     jobs = [Job(key, prepared[key], request_of(asked)) for key, asked in enumerate(drawn.asked)]
     rng = random.Random(batch_size)
@@ -224,7 +245,8 @@ def test_pictures_that_arrive_late_change_nothing(batch_size: int, tmp_path: Pat
 def test_bfloat16_agrees_where_margins_are_wide(tmp_path: Path) -> None:
     drawn = draw(tmp_path / "model", 9, "raw", dense=True)  # experts are nearly always too close to call
     assert sum(comparing.num_sure(asked.answer, BFLOAT16) for asked in drawn.asked) >= len(drawn.asked)
-    assert_batch_agrees(load(drawn, dtype="bf16"), drawn, BFLOAT16)
+    for loop in (None, 3):
+        assert_batch_agrees(load(drawn, dtype="bf16", loop=loop), drawn, BFLOAT16)
 
 
 @pytest.mark.slow
@@ -233,7 +255,7 @@ def test_many_models_in_every_format(seed: int, tmp_path: Path) -> None:
     dense = seed % 5 == 0
     for form in formats_of(draw_network(seed, dense).config):
         drawn = draw(tmp_path / form, seed, form, dense)
-        md = load(drawn, batch_size=1 + seed % 9)
+        md = load(drawn, batch_size=1 + seed % 9, loop=seed)
         for order_seed in range(2):
             assert_batch_agrees(md, drawn, FLOAT32, order_seed)
         assert_batch_agrees(load(drawn, dtype="bf16"), drawn, BFLOAT16)

@@ -114,7 +114,9 @@ def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel(monkeypatch: pytes
 
 
 @pytest.mark.process
-def test_only_the_step_that_cannot_be_captured_is_launched(graphs: list[Recorded]) -> None:
+def test_only_the_step_that_cannot_be_captured_is_launched(
+    graphs: list[Recorded], monkeypatch: pytest.MonkeyPatch
+) -> None:
     make, num_made = stepper_module.StepGraph, 0
 
     def second_fails(run: Callable[[], Tensor]) -> object:
@@ -124,8 +126,8 @@ def test_only_the_step_that_cannot_be_captured_is_launched(graphs: list[Recorded
             raise RuntimeError("not in a capture")
         return make(run)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="cannot be captured") as caught:
-        patch.setattr(stepper_module, "StepGraph", second_fails)
+    monkeypatch.setattr(stepper_module, "StepGraph", second_fails)
+    with pytest.warns(UserWarning, match="cannot be captured") as caught:
         engine = captured(5, 1)
     assert len(caught) == 1
     assert engine.stats.num_captures == len(graphs) == 1
