@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from md3cli.images.crops import PreparedImage
+    from md3cli.images.crops import PreparedImage, UncutImage
     from md3cli.model.engine.generation import EncodedImage
 
 SCHEMA = "md3/1"
@@ -105,7 +105,7 @@ class Job:
     """
 
     key: int
-    image: PreparedImage | EncodedImage | None
+    image: PreparedImage | UncutImage | EncodedImage | None
     request: Request
 
 

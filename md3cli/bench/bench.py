@@ -328,7 +328,7 @@ def _run_batch(
     images: Sequence[PreparedImage],
     files: PhotoFiles | None,
 ) -> None:
-    engine = make_engine(model, asked)
+    engine = make_engine(model, asked, cuts=files is not None)
     fitting = engine.batch_size
     if fitting < asked:
         found.notes.append(f"{name}, batch {asked}: memory holds a batch of {fitting}")
@@ -378,6 +378,7 @@ def measure(engine: Engine, name: str, workload: Workload, images: Sequence[Prep
 def measure_files(engine: Engine, cut: GpuRun, workload: Workload, files: PhotoFiles) -> GpuRun:
     """Run the same requests with pictures that are decoded meanwhile; the GPU has the same work as in the run `cut`."""
     reset_gpu_peak(engine.model.device)
+    files.serve(engine)
     seconds, num_tokens = time_run(engine, files.jobs(workload.request, workload.num_requests), workload)
     return replace(cut, seconds=seconds, output_tokens=num_tokens, memory=gpu_memory(engine.model.device))
 

@@ -23,11 +23,12 @@ from PIL import Image, ImageDraw
 
 from md3cli.errors import EngineError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, Tiling
-from md3cli.images.pool import PicturePool
+from md3cli.images.pool import Picture, PicturePool, num_beside_gpu
 from md3cli.model.engine import plain
 from md3cli.model.engine.encoder import EncodingCache, ImageEncoder, crop_sizes
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import resident_tensors
+from md3cli.model.engine.load import make_cutter
 from md3cli.model.engine.machine import MemoryPlan, free_bytes, peak_rss, plan_cuda, reset_peak_rss
 from md3cli.model.engine.prompts import Prompt
 from md3cli.model.network.moondream import Moondream3
@@ -51,13 +52,19 @@ class PhotoFiles:
         self._pool, self._num_ahead = pool, num_ahead
 
     def decode_all(self) -> list[PreparedImage]:
-        """Return all pictures, cut, in order; afterwards every worker has been started."""
-        return [future.result() for future in [self._pool.submit(item) for item in self._items]]
+        """Return all pictures, cut, in order, before `serve`; afterwards every worker has been started."""
+        pictures = [future.result() for future in [self._pool.submit(item) for item in self._items]]
+        return [picture for picture in pictures if isinstance(picture, PreparedImage)]
+
+    def serve(self, engine: Engine) -> None:
+        """Have pictures made as `engine` wants them, as a run does; on a CPU nothing changes."""
+        if engine.device.startswith("cuda"):
+            self._pool.serve_gpu(engine.encoder.uploads.longest_whole)
 
     def jobs(self, request: Request, count: int) -> Iterator[Job | None]:
         """Yield a request for each of the first `count` files, in order; None while the next is not decoded."""
         items = iter(self._items[:count])
-        decoding: deque[Future[PreparedImage]] = deque()
+        decoding: deque[Future[Picture]] = deque()
         for key in range(count):
             decoding.extend(self._pool.submit(item) for item in islice(items, self._num_ahead - len(decoding)))
             while not decoding[0].done():
@@ -72,7 +79,7 @@ def photo_files(
     """Make `count` photographs of `size` (width, height) in a temporary folder, and `num_workers` to decode them."""
     with (
         tempfile.TemporaryDirectory(prefix="md3-bench-") as folder,
-        PicturePool(num_workers, crop_config, ImageLimits()) as pool,
+        PicturePool(num_workers, crop_config, ImageLimits(), num_beside_gpu=num_beside_gpu(num_workers)) as pool,
     ):
         yield PhotoFiles(write_photos(Path(folder), count, seed, size), pool, AHEAD_PER_WORKER * num_workers)
 
@@ -211,10 +218,12 @@ def make_engine(
     delay: int | None = None,
     captures: bool = True,
     is_planned: bool | None = None,
+    cuts: bool = False,
 ) -> Engine:
     """Make an engine without texts. On CUDA its sizes are planned as for a run, so the batch may come out smaller.
 
     There its step is captured as a graph, too, unless `captures` is False. `delay` and `is_planned` are `Engine`'s.
+    With `cuts` it cuts whole pictures there (`PhotoFiles.serve`).
 
     Raises:
         ConfigError: a CUDA device has no room for one picture at a time.
@@ -227,7 +236,13 @@ def make_engine(
         model,
         SilentTokenizer(),  # type: ignore[arg-type]  # a stand-in
         FixedPrompts(),  # type: ignore[arg-type]  # a stand-in
-        ImageEncoder(model, store=store, max_crops=plan.max_crops, sizes=crop_sizes(plan.max_crops, model.device)),
+        ImageEncoder(
+            model,
+            store=store,
+            max_crops=plan.max_crops,
+            sizes=crop_sizes(plan.max_crops, model.device),
+            cutter=make_cutter(model.device, model.config) if cuts else None,
+        ),
         identity=RunIdentity("bench"),
         batch_size=plan.slots,
         max_context=max_context,

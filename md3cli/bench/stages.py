@@ -12,10 +12,11 @@ from collections.abc import Callable
 import torch
 
 from md3cli.images.crops import PreparedImage
-from md3cli.model.engine.encoder import ImageEncoder, crop_batch, crop_flops, crops_per_batch
+from md3cli.model.engine.encoder import ImageEncoder, crop_flops, crops_per_batch
 from md3cli.model.engine.kv_cache import KVCache
 from md3cli.model.engine.passes import decode_step
 from md3cli.model.engine.state import Mode, Rows, idle_rows
+from md3cli.model.engine.uploads import num_distinct_crops
 from md3cli.model.network.moondream import Moondream3
 
 GEMM_SIDES = {"cuda": 8192}
@@ -94,7 +95,7 @@ def bench_vision(model: Moondream3, images: list[PreparedImage], limits: dict[st
         if num_crops >= least:
             break
         chosen.append(image)
-        num_crops += len(crop_batch(image))
+        num_crops += num_distinct_crops(image.tiling)
     if is_cuda:  # the first run of a size takes memory from the driver and chooses algorithms
         seconds = best_seconds(lambda: encoder.encode(chosen), model.device)
     else:  # a second run of these would take a minute

@@ -125,7 +125,7 @@ def dry_run(config: RunConfig, source: Source, console: RunConsole) -> int:
     counts = DryRun()
     for future in _decoded(config, source, counts):
         try:
-            counts.crops[len(future.result().crops)] += 1
+            counts.crops[future.result().tiling.num_crops] += 1
         except ImageError as error:
             counts.bad[error.type] += 1
     counts.skipped = source.skipped

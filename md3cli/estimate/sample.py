@@ -166,8 +166,8 @@ def open_drawn(drawn: Drawn, pool: PicturePool, *, num_ahead: int, clock: Callab
         except ImageError as error:
             bad[error.type] += 1
         else:
-            buckets.setdefault(len(picture.crops), []).append(unit)
-            tilings[len(picture.crops)] = picture.tiling
+            buckets.setdefault(picture.tiling.num_crops, []).append(unit)
+            tilings[picture.tiling.num_crops] = picture.tiling
         times.append(clock())
     return Opened(buckets, tilings, bad, _pace(times))
 

@@ -52,11 +52,13 @@ from md3cli.remote.hosts import FetchOptions
 from md3cli.remote.retry import ByteBudget
 from md3cli.source.manifest import open_input
 from md3cli.source.parquet import CellReader
+from md3cli.system import num_cores
 
 if TYPE_CHECKING:
     from md3cli.remote.reader import Fetcher
 
 CHANNELS = 3
+CORES_BESIDE_GPU = 2  # left to the thread that launches the engine's work, and to the one that keeps encodings
 NUM_FETCHERS = 16
 AHEAD_BYTES = 256 * 2**20  # of files loaded, or being loaded, and not decoded yet
 Picture = PreparedImage | UncutImage
@@ -72,6 +74,11 @@ _WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "MALLOC_MMAP_THRESHOLD_": str(12 << 20),
 }
+
+
+def num_beside_gpu(num_workers: int) -> int:
+    """Return how many of so many workers decode at once where a GPU's engine needs cores, too."""
+    return max(1, min(num_workers, num_cores() - CORES_BESIDE_GPU))
 
 
 class PicturePool:

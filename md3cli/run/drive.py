@@ -32,6 +32,7 @@ def drive(feed: Feed, engine: LazyEngine, sink: Sink, stop: Callable[[], None]) 
             if (ready := feed.poll()) is None:
                 break
             engine.load()  # before `expect`: a death while the model loads is no request's fault
+            feed.serve(engine.longest_whole)
             sink.expect(ready.ticket)
             engine.add(Job(ready.ticket.key, ready.picture, ready.ticket.request))
         if engine.has_work:

@@ -17,8 +17,8 @@ from queue import Empty, SimpleQueue
 
 from md3cli.config import DecodeOptions, RunConfig
 from md3cli.errors import ImageError
-from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage
-from md3cli.images.pool import PicturePool
+from md3cli.images.crops import CropConfig, ImageLimits
+from md3cli.images.pool import Picture, PicturePool, num_beside_gpu
 from md3cli.records import ImageFacts, ImageItem, Request, RowFailure, SourceRow
 from md3cli.remote.hosts import FetchOptions, HostRules
 from md3cli.system import num_cores
@@ -48,17 +48,20 @@ class ReadyRequest:
     """A ticket the engine can run; `picture` None for a question without one."""
 
     ticket: Ticket
-    picture: PreparedImage | None
+    picture: Picture | None
 
 
 @dataclass(slots=True)
 class _AheadRow:
     tickets: list[Ticket]
-    future: Future[PreparedImage]
+    future: Future[Picture]
 
 
 def rows_ahead(crop_config: CropConfig) -> int:
-    """Return how many pictures may be decoded and waiting, by the bytes of the largest common one."""
+    """Return how many pictures may be decoded and waiting, by the bytes of the largest common one.
+
+    Whole pictures are larger; of those the memory that decoders share bounds the bytes.
+    """
     largest = (1 + crop_config.max_crops) * crop_config.crop_size**2 * CHANNELS
     return max(MIN_AHEAD, min(MAX_AHEAD, AHEAD_BYTES // largest))
 
@@ -83,6 +86,7 @@ def make_decode_pool(options: DecodeOptions, background: str, crop_config: CropC
         background=background,
         timeout_s=options.timeout_s,
         fetching=FetchOptions(options.max_file_size, options.fetch_timeout_s, hosts),
+        num_beside_gpu=options.workers or num_beside_gpu(num_auto_workers()),
     )
 
 
@@ -122,6 +126,7 @@ class Feed:
         self._num_decoding = 0
         self._ready: deque[ReadyRequest] = deque()
         self._next_key = 0
+        self._longest_whole: int | None = None
         self._is_source_exhausted = False
         self._is_row_late = False  # the next has not come yet: it is not waited for while there is something to do
         self.num_done_before = 0
@@ -131,6 +136,12 @@ class Feed:
     def is_exhausted(self) -> bool:
         """Return whether nothing will become ready any more."""
         return self._is_source_exhausted and not self._num_decoding and not self._ready
+
+    def serve(self, longest_whole: int | None) -> None:
+        """Have pictures made as the engine wants them from now on (`PicturePool.serve_gpu`); None: it is on no GPU."""
+        if longest_whole is not None and longest_whole != self._longest_whole:
+            self._longest_whole = longest_whole
+            self._pool.serve_gpu(longest_whole)
 
     def poll(self) -> ReadyRequest | None:
         """Return the next request that is ready; None when none is at the moment."""

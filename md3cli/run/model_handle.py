@@ -103,6 +103,13 @@ class LazyEngine:
         return self.batch_sizes[-1] if self.batch_sizes else 0
 
     @property
+    def longest_whole(self) -> int | None:
+        """The longest side of a picture that it takes whole; None where it runs on no GPU, or is not loaded."""
+        if self.loaded is None or not self.loaded.device.startswith("cuda"):
+            return None
+        return self.loaded.encoder.uploads.longest_whole
+
+    @property
     def wants_more(self) -> bool:
         """Whether taking in more helps to fill the next batches."""
         return self.loaded is None or self.loaded.wants_more

@@ -49,8 +49,8 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
     """Every engine that is made, in order; a GPU's memory and profiler are stood in for."""
     made: list[Engine] = []
 
-    def make(model: Moondream3, batch_size: int) -> Engine:
-        made.append(make_engine(model, batch_size))
+    def make(model: Moondream3, batch_size: int, *, cuts: bool = False) -> Engine:
+        made.append(make_engine(model, batch_size, cuts=cuts))
         return made[-1]
 
     def busy(run: Any) -> float:
@@ -171,7 +171,7 @@ def test_files_stand_beside_the_same_pictures_cut_before(engines: list[Engine]) 
 @pytest.mark.process
 def test_a_batch_that_memory_does_not_hold_is_said(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     make = bench.make_engine
-    monkeypatch.setattr(bench, "make_engine", lambda model, asked: make(model, min(asked, 3)))
+    monkeypatch.setattr(bench, "make_engine", lambda model, asked, **more: make(model, min(asked, 3), **more))
     found = run_gpu("query", batch_sizes=(1, 2, 4, 8))
     assert [run.batch_size for run in found.runs] == [1, 2, 3]  # what fits is measured once
     assert found.notes == [f"query, batch {asked}: memory holds a batch of 3" for asked in (4, 8)]
@@ -181,10 +181,10 @@ def test_a_batch_that_memory_does_not_hold_is_said(engines: list[Engine], monkey
 def test_memory_that_runs_out_at_the_start_is_said(engines: list[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     make = bench.make_engine
 
-    def make_small(model: Moondream3, asked: int) -> Engine:
+    def make_small(model: Moondream3, asked: int, **options: bool) -> Engine:
         if asked > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
-        return make(model, asked)
+        return make(model, asked, **options)
 
     monkeypatch.setattr(bench, "make_engine", make_small)
     found = run_gpu("query", "captions")

@@ -7,9 +7,10 @@ picture equals its global crop: it is encoded once and used twice.
 A product may round otherwise when it has more rows. On CUDA, micro-batches and projections therefore have a few fixed
 sizes, padded with zeros (`micro_batches`), so that a picture's bits do not depend on its company.
 
-Nothing here waits for a CUDA device: pictures that are encoded together go up in one pinned block, and what a store
-is to keep comes down to pinned memory, to be written when it has arrived (`save_encoded`). Finished embeddings stay
-in memory while there is room (least recently used leave first), and between runs in an `EncodingCache`.
+Nothing here waits for a CUDA device: pictures go up as uploads.py says, and what a store is to keep comes down to
+pinned memory, and is written by a thread when it has arrived (keeper.py). Finished embeddings stay in memory while
+there is room (least recently used leave first), and between runs in an `EncodingCache`. A picture that came whole gives
+its pixels back as soon as it is encoded; as long as somebody holds it, its embeddings stay on the host.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import itertools
 import json
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -30,9 +33,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from md3cli.file_cache import FileCache
-from md3cli.images.crops import PREPROCESSING_VERSION, PreparedImage, Tiling
+from md3cli.images.crops import PREPROCESSING_VERSION, PreparedImage, Tiling, UncutImage
 from md3cli.model.engine.generation import EncodedImage
-from md3cli.model.engine.machine import cpu_threads, milestone, send_staged, staging, start_download, upload
+from md3cli.model.engine.keeper import Keeper
+from md3cli.model.engine.machine import cpu_threads, milestone, send_staged, start_download, upload
+from md3cli.model.engine.resize import PictureCutter
+from md3cli.model.engine.uploads import Uploads, num_distinct_crops
 from md3cli.model.network.moondream import Moondream3
 
 TENSOR_NAME = "embeddings"
@@ -43,7 +49,7 @@ SIZES_OF_ONE = (1, 4, 9, 13)
 CROPS_OF_A_PICTURE = 9  # a usual one's; a micro-batch of 36 brings four pictures to their projection
 
 EncodeRows = Callable[[Tensor], Tensor]
-AnyImage = PreparedImage | EncodedImage
+AnyImage = PreparedImage | UncutImage | EncodedImage
 
 
 class EncodingCache:
@@ -167,9 +173,11 @@ class ImageEncoder:
         max_crops: int | None = None,
         sizes: Sequence[int] | None = None,
         threads: int | None = None,
+        cutter: PictureCutter | None = None,
     ) -> None:
         """Cut micro-batches of up to `max_crops`, of fixed `sizes` where they are given (`micro_batches`).
 
+        With `cutter` pictures may come whole, up to `uploads.longest_whole`.
         Use `threads` for this stage alone: a micro-batch of a small model feeds more of them than a decode step.
         """
         self.model = model
@@ -183,8 +191,11 @@ class ImageEncoder:
         self._ready: dict[str, Tensor] = {}  # of pictures that are about to be asked something
         self._memory: OrderedDict[str, Tensor] = OrderedDict()  # of pictures that may come again
         self._memory_bytes, self._used_bytes = memory_bytes, 0
-        # Embeddings on their way to the host, and what waits for them.
-        self._unsaved: list[tuple[dict[str, Tensor], Callable[[], None] | None]] = []
+        self.uploads = Uploads(model.device, cutter)
+        self._keeper = Keeper()
+        # Copies on the host of pictures that came whole, while somebody holds them: their pixels are gone, and a
+        # generation may have to start again when the device has run out of memory.
+        self._host_copies: WeakKeyDictionary[UncutImage, Tensor] = WeakKeyDictionary()
         self.num_images = 0  # pictures that went through the encoder
         self.num_crops = 0
         self.num_reused = 0  # pictures found in memory or on disk
@@ -204,12 +215,16 @@ class ImageEncoder:
         found = self._memory.get(image.sha256)
         if found is not None:
             self._memory.move_to_end(image.sha256)
+        elif isinstance(image, UncutImage) and image in self._host_copies:
+            found = send_staged(self._host_copies[image], self.model.device)
         elif self.store is not None:
             found = self.store.load(image.sha256)
             if found is not None:
                 found = upload(found.to(self.model.dtype), self.model.device)
                 self._remember(image.sha256, found)
         self.num_reused += found is not None
+        if found is not None and isinstance(image, UncutImage) and image.pixels is not None:
+            self._drop_pixels(image, start_download(found))
         return found
 
     def prepare(self, needed: Iterable[AnyImage], ahead: Iterable[AnyImage], *, most_ready: int = 0) -> None:
@@ -217,24 +232,28 @@ class ImageEncoder:
 
         Looking ahead fills a micro-batch; it starts one only while fewer than `most_ready` pictures are ready.
         """
-        missing: dict[str, PreparedImage] = {}
+        missing: dict[str, PreparedImage | UncutImage] = {}
         num_crops = 0
+        needed = list(needed)
         for image, is_needed in itertools.chain(((i, True) for i in needed), ((i, False) for i in ahead)):
             if image.sha256 in self._ready or image.sha256 in missing:
                 continue
             if not is_needed and not missing and len(self._ready) >= most_ready:
                 break
-            count = num_distinct_crops(image.tiling) if isinstance(image, PreparedImage) else 0
+            count = 0 if isinstance(image, EncodedImage) else num_distinct_crops(image.tiling)
             if not is_needed and missing and count > self._room_behind(num_crops):
                 break
             found = self.find(image)
             if found is not None:
                 self._ready[image.sha256] = found
-            elif isinstance(image, PreparedImage):
+            elif not isinstance(image, EncodedImage):
                 missing[image.sha256] = image
                 num_crops += count
         if missing:
             self._ready.update(zip(missing, self.encode(list(missing.values())), strict=True))
+        for image in needed:
+            if isinstance(image, UncutImage) and image.pixels is not None:  # another one of a picture that is ready
+                self._drop_pixels(image, start_download(self._ready[image.sha256]))
 
     def _room_behind(self, num_crops: int) -> int:
         """Return the crops for which there is room in the last micro-batch behind so many; where it would be padded."""
@@ -251,7 +270,7 @@ class ImageEncoder:
         self._ready = {key: embeddings for key, embeddings in self._ready.items() if key in image_keys}
 
     @torch.inference_mode()
-    def encode(self, images: Sequence[PreparedImage]) -> list[Tensor]:
+    def encode(self, images: Sequence[PreparedImage | UncutImage]) -> list[Tensor]:
         """Encode pictures that are not at hand, in order, and remember their embeddings.
 
         Of patch features no more are kept than those of a micro-batch and a picture: 128 pictures of 9 crops would
@@ -259,21 +278,19 @@ class ImageEncoder:
         computed when this returns, and a store has them after `save_encoded`.
         """
         started = time.perf_counter()
-        batches = [crop_batch(image) for image in images]
+        counts = [num_distinct_crops(image.tiling) for image in images]
         with cpu_threads(self._threads):
-            embeddings = list(self._embeddings(self._send_crops(batches), batches, [i.tiling for i in images]))
+            embeddings = list(self._embeddings(self.uploads.crops_of(images), counts, [i.tiling for i in images]))
         for image, embedding in zip(images, embeddings, strict=True):
             self._remember(image.sha256, embedding)
-        if self.store is not None and self._start_saving(images, embeddings) is None:
-            self.save_encoded()
+        self._start_keeping(images, embeddings)
         self.num_images += len(images)
-        self.num_crops += sum(map(len, batches))
+        self.num_crops += sum(counts)
         self.seconds += time.perf_counter() - started
         return embeddings
 
-    def _embeddings(self, crops_NSSC: Tensor, batches: Sequence[Tensor], tilings: Sequence[Tiling]) -> Iterator[Tensor]:
-        """Yield each picture's embeddings [P, D]; `crops_NSSC` are those of all `batches`, on the device."""
-        counts = list(map(len, batches))
+    def _embeddings(self, crops_NSSC: Tensor, counts: Sequence[int], tilings: Sequence[Tiling]) -> Iterator[Tensor]:
+        """Yield each picture's embeddings [P, D]; `crops_NSSC` are those of all pictures, `counts` of each."""
         coming = deque(zip(counts, tilings, strict=True))
         rest_NPE = None  # features of crops whose pictures lack some
         gathered: list[Tensor] = []  # of pictures that wait for their projection
@@ -314,33 +331,35 @@ class ImageEncoder:
         for embeddings_PD in embeddings_BPD[: len(gathered)]:
             yield embeddings_PD.clone()  # memory of its own, which goes when the picture goes
 
-    def _send_crops(self, batches: Sequence[Tensor]) -> Tensor:
-        """Copy the crops of all pictures to the device in one block: uint8 [N, S, S, 3]."""
-        counts = list(map(len, batches))
-        staged = staging((sum(counts), *batches[0].shape[1:]), torch.uint8, self.model.device)
-        for part, batch in zip(staged.split(counts), batches, strict=True):
-            part.copy_(batch)
-        return send_staged(staged, self.model.device)
-
-    def _start_saving(self, images: Sequence[PreparedImage], embeddings: Sequence[Tensor]) -> Callable[[], None] | None:
-        """Begin to bring embeddings to the host; return what waits for them, None where they are there already."""
-        coming = {i.sha256: start_download(e) for i, e in zip(images, embeddings, strict=True)}
+    def _start_keeping(self, images: Sequence[PreparedImage | UncutImage], embeddings: Sequence[Tensor]) -> None:
+        """Begin to bring to the host what is to be kept there: for the store, and of pictures that came whole."""
+        coming = {}
+        for image, embeddings_PD in zip(images, embeddings, strict=True):
+            if self.store is not None or isinstance(image, UncutImage):
+                coming[image.sha256] = start_download(embeddings_PD)
+            if isinstance(image, UncutImage):
+                self._drop_pixels(image, coming[image.sha256])
+        if self.store is None:
+            return
         wait = milestone(self.model.device)
-        self._unsaved.append((coming, wait))
-        return wait
+        save = partial(_save, self.store, coming, wait)
+        if wait is None:
+            save()  # there is nothing to wait for, and a thread that writes would take a core from those that compute
+        else:
+            self._keeper.add(save, sum(tensor.nbytes for tensor in coming.values()))
+
+    def _drop_pixels(self, image: UncutImage, host_copy: Tensor) -> None:
+        self._host_copies[image] = host_copy
+        image.pixels = image.arena = None
+
+    def settle(self) -> None:
+        """Let go of what pictures were sent from, as far as they have arrived; call it often, it waits for nothing."""
+        self.uploads.settle()
 
     def save_encoded(self) -> None:
-        """Write to the store what was encoded since the last call; on CUDA wait until that has arrived.
-
-        Whoever calls `encode` with a store calls this too; the engine does so before it reads a step's answers.
-        """
-        unsaved, self._unsaved = self._unsaved, []
-        for coming, wait in unsaved:
-            if wait is not None:
-                wait()
-            assert self.store is not None
-            for image_key, embeddings in coming.items():
-                self.store.save(image_key, embeddings)
+        """Wait until the store has what was encoded so far: before an engine is dropped, and when it has no work."""
+        self.settle()
+        self._keeper.flush()
 
     def _remember(self, key: str, embeddings_PD: Tensor) -> None:
         if key in self._memory:
@@ -352,15 +371,12 @@ class ImageEncoder:
             self._used_bytes -= dropped.nbytes
 
 
-def crop_batch(image: PreparedImage) -> Tensor:
-    """Return the distinct crops of a picture, uint8 [N, S, S, 3]: one where the only tile equals the global crop."""
-    return torch.from_numpy(image.crops)[: num_distinct_crops(image.tiling)]
-
-
-def num_distinct_crops(tiling: Tiling) -> int:
-    """Return how many crops of a picture go through the encoder: the only tile of an untiled one is its global crop."""
-    tiles = tiling.rows * tiling.cols
-    return 1 + tiles if tiles > 1 else 1
+def _save(store: EncodingCache, coming: Mapping[str, Tensor], wait: Callable[[], None] | None) -> None:
+    """Save embeddings that are on their way to the host, once `wait` has seen them arrive."""
+    if wait is not None:
+        wait()
+    for image_key, embeddings in coming.items():
+        store.save(image_key, embeddings)
 
 
 def crop_flops(model: Moondream3) -> float:

@@ -214,6 +214,8 @@ class Engine:
             self._shrink(reason, is_of_slots=kind is SlotsTooLargeError)
         answers = list(self._finished)
         self._finished.clear()
+        if not self.has_work:
+            self.encoder.save_encoded()
         return answers
 
     def _launch(self) -> None:
@@ -456,7 +458,7 @@ class Engine:
         """Absorb the oldest launches until no more than `most_left` are under way; reading one waits for the device."""
         for launch in self._in_flight.arrivals(most_left):
             started = time.perf_counter()
-            self.encoder.save_encoded()  # the device still has prefixes to run while files are written
+            self.encoder.settle()
             self._choose(self._absorb(launch))
             seconds = time.perf_counter() - started
             if launch.is_step:

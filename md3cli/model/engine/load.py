@@ -29,6 +29,7 @@ from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import optimise
 from md3cli.model.engine.machine import MemoryPlan, free_bytes, least_room, plan_memory
 from md3cli.model.engine.prompts import Prompts, Tokenizer
+from md3cli.model.engine.resize import PictureCutter
 from md3cli.model.kernels.availability import (
     cuda_fault,
     is_cuda_available,
@@ -166,6 +167,7 @@ def load_engine(options: ModelOptions) -> Engine:
         max_context=max_context,
         store=store,
         threads=vision_threads,
+        cutter=make_cutter(device, model.config),
     )
     if options.compile:
         compile_engine(engine, options.cache_dir)
@@ -188,10 +190,12 @@ def make_engine(
     store: EncodingCache | None = None,
     threads: int | None = None,
     is_planned: bool | None = None,
+    cutter: PictureCutter | None = None,
 ) -> Engine:
     """Build an engine of the sizes in `plan`; `name` is the model's, for `Prompts`, `threads` are the vision encoder's.
 
-    `max_context` None is the config's, `is_planned` None what the device asks for (`Engine`).
+    With `cutter` pictures may come whole (`make_cutter`). `max_context` None is the config's, `is_planned` None what
+    the device asks for (`Engine`).
     """
     return Engine(
         model,
@@ -203,6 +207,7 @@ def make_engine(
             max_crops=plan.max_crops,
             sizes=crop_sizes(plan.max_crops, model.device),
             threads=threads,
+            cutter=cutter,
         ),
         identity=identity,
         batch_size=plan.slots,
@@ -210,6 +215,18 @@ def make_engine(
         prefill_tokens=plan.prefill_tokens,
         is_planned=is_planned,
     )
+
+
+def make_cutter(device: torch.device, config: ModelConfig) -> PictureCutter | None:
+    """Return what cuts pictures on a CUDA device, as Pillow would; or None, with a warning where it differs."""
+    if device.type != "cuda":
+        return None
+    cutter = PictureCutter(device, config.vision.crop_config)
+    fault = cutter.fault()
+    if fault is None:
+        return cutter
+    warnings.warn(f"pictures are cut on the CPU, not on {device}: {fault}", stacklevel=2)
+    return None
 
 
 def load_weights(

@@ -78,7 +78,7 @@ class PictureCutter:
 
     @torch.inference_mode()
     def cut(self, pixels: Tensor, tiling: Tiling) -> Tensor:
-        """Return the distinct crops of a picture, uint8 [N, S, S, 3] on the device, as `encoder.crop_batch` does.
+        """Return the distinct crops of a picture, uint8 [N, S, S, 3] on the device, as the encoder wants them.
 
         That is the global crop and then the tiles in row-major order; of a picture with one tile, which equals
         the global crop, the global crop alone.
