@@ -32,6 +32,7 @@ from md3cli.model.kernels import (
     expert_kernels,
     operators,
     resize_kernels,
+    row_kernels,
     slot_kernels,
     vision_kernels,
 )
@@ -41,12 +42,16 @@ from md3cli.model.network.text import PassKind
 TARGETS = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 DIM, INNER, EXPERTS, CHOICES, HEADS = 2048, 1024, 64, 8, 32
 FLOATS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+COSINE = 32
 CODES = {WeightForm.FP8: "*u8", WeightForm.INT8: "*i8", WeightForm.INT4: "*u8"}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel with its types and constants. `has_products`: matrix instructions are expected in it."""
+    """One kernel with its types and constants. `has_products`: matrix instructions are expected in it.
+
+    `stack`: bytes of local memory that it may have: cosines of angles over 100,000, which never come, need 32.
+    """
 
     name: str
     kernel: Any
@@ -56,6 +61,7 @@ class Variant:
     stages: int = 3
     has_products: bool = False
     wide_loads: bool = True
+    stack: int = 0
     nothing: tuple[str, ...] = field(default=())  # arguments that are None
 
     def source(self) -> ASTSource:
@@ -145,6 +151,17 @@ def other_variants(capability: tuple[int, int]) -> Iterator[Variant]:
                 | {"parts": "*fp32", "table": "*fp32", "position": "*i64", "slots": "*i64"},
                 {"H": HEADS, "J": 2 * HEADS, "S": 48, "BH": 32, "RETURNS_KV": returns_kv, "STORES": True}, 2,
             )  # fmt: skip
+        yield Variant(
+            f"read_bins {name}", row_kernels.read_bins,
+            {"logits": pointer, "bins": "*i64", "masses": "*fp32", "are_finite": "*i1"},
+            {"N": 1024, "BN": 1024, "REACH": 16}, **plain,
+        )  # fmt: skip
+        for count, width in ((1, 128), (2, 256)):
+            yield Variant(
+                f"fourier_features {name} {count}", row_kernels.fourier_features,
+                {"values": "*fp32", "frequencies": pointer, "out": pointer},
+                {"N": count, "F": width, "BF": width, "BR": 4}, stack=COSINE, **plain,
+            )  # fmt: skip
         over_slots = dict.fromkeys(("q", "keys", "values", "out"), pointer)
         over_slots |= {"parts": "*fp32", "stats": "*fp32", "slots": "*i64", "position": "*i64"}
         of_slots = {"H": HEADS, "SPLIT": operators.SPLIT}
@@ -159,6 +176,9 @@ def other_variants(capability: tuple[int, int]) -> Iterator[Variant]:
             {"H": HEADS, "BM": operators.BLOCK_QUERIES, "BC": operators.block_positions(dtype)},
             has_products=dtype is not torch.float32,
         )  # fmt: skip
+    yield Variant("rotary_angles", row_kernels.rotary_angles,
+                  {"position": "*i64", "frequency": "*fp32", "table": "*fp32"}, {"F": 16, "BR": 16},
+                  stack=COSINE, **plain)  # fmt: skip
     yield Variant("plan_tiles", expert_kernels.plan_tiles, lists,
                   {"X": EXPERTS, "XP": EXPERTS, "BM": 128, "TP": 128, "BP": 128}, 8, **plain)  # fmt: skip
     for kernel in (resize_kernels.resize_width, resize_kernels.resize_height):
@@ -202,7 +222,7 @@ def variants(target: str) -> Iterator[Variant]:
 def compiled(variant: Variant, target: str) -> dict[str, Any]:
     """Compile one variant for one card; registers, memory and the instructions that matter, or the error."""
     row: dict[str, Any] = {"kernel": variant.name, "target": target, "has_products": variant.has_products,
-                           "wide_loads_wanted": variant.wide_loads}  # fmt: skip
+                           "wide_loads_wanted": variant.wide_loads, "stack_allowed": variant.stack}  # fmt: skip
     options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True}
     try:
         found = triton.compile(variant.source(), target=GPUTarget("cuda", TARGETS[target], 32), options=options)

@@ -295,7 +295,7 @@ def score(masses: Sequence[float]) -> float:
     """Return how sure the model was of an object, as records show it.
 
     P(an object here rather than the end) × the geometric mean of the softmax mass near each chosen
-    bin: x and y, for boxes width and height too (`state.near_mass`).
+    bin: x and y, for boxes width and height too (`moondream.near_mass`).
     """
     continue_mass, *parts = masses
     return rounded_score(continue_mass * math.prod(parts) ** (1 / len(parts)))

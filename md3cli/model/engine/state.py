@@ -139,8 +139,8 @@ class Event(NamedTuple):
     """One row's decision, as the host reads it (columns of the events tensor, in this order).
 
     Masses are probabilities from the model's own distributions: going on rather than stopping, and
-    the softmax mass near the chosen bin (`NEAR_FRACTION` of all bins to each side). `continue_mass` is
-    NaN where the decision is taken from values that are not finite, whichever head they come from.
+    the softmax mass near the chosen bin (`moondream.NEAR_FRACTION`). `continue_mass` is NaN where the decision is taken
+    from values that are not finite, whichever head they come from.
     """
 
     mode: int
@@ -166,18 +166,6 @@ class Step(NamedTuple):
     rows: Rows
     next_ND: Tensor
     events: Tensor
-
-
-NEAR_FRACTION = 64  # bins / 64 to each side: 1.6 % of the picture for a coordinate
-
-
-def near_mass(logits: Tensor, bins: Tensor) -> Tensor:
-    """Return the softmax mass within `n / NEAR_FRACTION` of the chosen bin: logits [..., n], bins [...] -> [...]."""
-    num_bins = logits.shape[-1]
-    reach = max(1, num_bins // NEAR_FRACTION)
-    near = bins[..., None] + torch.arange(-reach, reach + 1, device=logits.device)
-    mass = logits.softmax(dim=-1).gather(-1, near.clamp(0, num_bins - 1))
-    return mass.masked_fill((near < 0) | (near >= num_bins), 0.0).sum(dim=-1)
 
 
 def _banned_logits(model: Moondream3, logits_NV: Tensor, rows: Rows) -> Tensor:
@@ -250,13 +238,11 @@ def advance(
     draw = draw or (draw_sampled if is_sampled else draw_greedy)
     ids, region, mode = model.config.tokenizer, model.region, rows.mode
     logits_NV = model.text.logits(hidden_ND).float()
-    coord_logits, size_logits = region.coord_logits(hidden_ND).float(), region.size_logits(hidden_ND).float()
+    coord, size = region.read_bins(region.coord_logits(hidden_ND)), region.read_bins(region.size_logits(hidden_ND))
     continue_mass = torch.sigmoid(logits_NV[:, ids.coord_id] - logits_NV[:, ids.eos_id])
-    are_finite = [part.isfinite().flatten(1).all(dim=1) for part in (logits_NV, coord_logits, size_logits)]
+    are_finite = [logits_NV.isfinite().all(dim=1), coord.are_finite, size.are_finite.all(dim=1)]
     token = _choose_tokens(model, logits_NV, rows, draw)  # bans ids, with minus infinity, in place
     continue_mass = continue_mass.masked_fill(~_is_finite(rows, token, ids.coord_id, are_finite), float("nan"))
-
-    coord_bin, size_bins = coord_logits.argmax(dim=-1), size_logits.argmax(dim=-1)
 
     writes, reasons, segments = mode == _TEXT, mode == _REASON, mode == _SEGMENT
     starts_object, is_y, is_size = mode == _X, mode == _Y, mode == _SIZE
@@ -264,8 +250,8 @@ def advance(
     feeds_coord = is_y | (starts_object & ~ends) | ((reasons | segments) & (token == ids.coord_id))
     feeds_size = is_size | (segments & (token == ids.size_id))
 
-    coord_ND = region.encode_coord(coord_value(coord_bin, region.num_coord_bins))
-    size_ND = region.encode_size(size_value(size_bins, region.num_size_bins))
+    coord_ND = region.encode_coord(coord_value(coord.bins, region.num_coord_bins))
+    size_ND = region.encode_size(size_value(size.bins, region.num_size_bins))
     next_ND = torch.where(feeds_coord[:, None], coord_ND, model.text.embed(token))
     next_ND = torch.where(feeds_size[:, None], size_ND, next_ND)
 
@@ -297,7 +283,6 @@ def advance(
         seed=rows.seed,
         draws=rows.draws + 1,
     )
-    bins = (coord_bin, size_bins[:, 0], size_bins[:, 1])
-    masses = (continue_mass, near_mass(coord_logits, coord_bin), *near_mass(size_logits, size_bins).unbind(-1))
-    events = torch.stack([mode, token, *bins, finish, *masses], dim=-1).float()
+    bins, masses = (coord.bins, *size.bins.unbind(-1)), (coord.masses, *size.masses.unbind(-1))
+    events = torch.stack([mode, token, *bins, finish, continue_mass, *masses], dim=-1).float()
     return Step(new_rows, next_ND, events)

@@ -17,15 +17,17 @@ from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
 from md3cli.model.kernels.vision_forms import place_vision_forms
 from md3cli.model.kernels.weights import KernelExperts, KernelWeight
 from md3cli.model.network.layers import ExpertMatrices, MoeMlp, merge_heads
-from md3cli.model.network.moondream import Moondream3
-from md3cli.model.network.text import KeyValueStore, PassKind, SlotStore, TextAttention
+from md3cli.model.network.moondream import BinReading, Moondream3, reach_of
+from md3cli.model.network.text import KeyValueStore, PassKind, SlotStore, TextAttention, rotary_frequencies
 
 OPS = torch.ops.md3
 
 
 def place_forms(model: Moondream3) -> None:
-    """Exchange the experts and the attention of every text layer, and the vision encoder's parts, in place."""
+    """Exchange experts and attention of every text layer, what a step has beside them, and vision's parts, in place."""
     place_vision_forms(model.vision)
+    model.text.rotary_table = RotaryAngles(model.config.text.rope_theta, model.device)
+    model.region.read_bins, model.region.features = fused_bins, fused_features
     prefix_len = model.config.prefix_len
     for module in list(model.text.modules()):
         if isinstance(module, MoeMlp) and module.fused is None:
@@ -33,6 +35,27 @@ def place_forms(model: Moondream3) -> None:
         elif isinstance(module, TextAttention) and not isinstance(module.project, FusedProjection):
             module.project = FusedProjection(module, prefix_len)
             module.heads = FusedHeads(module.project)
+
+
+class RotaryAngles:
+    """`text.rotary_table` in one kernel."""
+
+    def __init__(self, theta: float, device: torch.device) -> None:
+        self.frequency = rotary_frequencies(theta, device)
+
+    def __call__(self, position_BT: Tensor) -> Tensor:
+        """Return cosines and sines [2, B, 1, T, 16]."""
+        return OPS.rotary_angles(position_BT, self.frequency)  # type: ignore[no-any-return]
+
+
+def fused_bins(logits: Tensor) -> BinReading:
+    """Do what `moondream.read_bins` does in one kernel."""
+    return BinReading(*OPS.read_bins(logits, reach_of(logits.shape[-1])))
+
+
+def fused_features(values: Tensor, frequencies: Tensor) -> Tensor:
+    """Do what `moondream.fourier_features` does in one kernel."""
+    return OPS.fourier_features(values, frequencies)  # type: ignore[no-any-return]
 
 
 class FusedExperts:

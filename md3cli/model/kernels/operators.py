@@ -16,7 +16,14 @@ import torch
 import triton
 from torch import Tensor
 
-from md3cli.model.kernels import attention_kernels, expert_kernels, resize_kernels, slot_kernels, vision_kernels
+from md3cli.model.kernels import (
+    attention_kernels,
+    expert_kernels,
+    resize_kernels,
+    row_kernels,
+    slot_kernels,
+    vision_kernels,
+)
 from md3cli.model.kernels.registry import launch as _launch
 from md3cli.model.kernels.registry import operator as _operator
 from md3cli.model.kernels.tiles import RESIZED_VALUES, TAPS_STEP, Tile, WeightForm, capability_of
@@ -36,6 +43,8 @@ _PATCH_VALUES = 1024  # of a program: one 16-byte store of each thread
 SPLIT = 256  # positions of a slot that one program of a step reads; a fixed size, so that a row's sums know no other
 SPLIT_WARPS = 16  # 40 registers a thread, three programs on a multiprocessor; with 8 warps some cards spill
 _JOINED_HEADS = 8
+_ANGLE_ROWS = 16
+_FEATURE_ROWS = 4
 BLOCK_QUERIES = 16  # of a prompt that one program computes: the least that matrix units take
 
 
@@ -483,4 +492,66 @@ def _resize_axis(pixels: Tensor, table: Tensor, axis: int) -> Tensor:
             resize_kernels.resize_height, (new, triton.cdiv(row_values, RESIZED_VALUES)),
             pixels, table, out, row_values, new, num_taps, **constants, warps=warps, stages=1,
         )  # fmt: skip
+    return out
+
+
+# -- what a step computes beside its layers --------------------------------------------------------
+
+
+def _fake_rotary_angles(position: Tensor, frequency: Tensor) -> Tensor:
+    return frequency.new_empty(2, position.shape[0], 1, position.shape[1], len(frequency))
+
+
+@_operator("rotary_angles(Tensor position, Tensor frequency) -> Tensor", 1, _fake_rotary_angles)
+def _rotary_angles(position: Tensor, frequency: Tensor) -> Tensor:
+    """Cosines and sines [2, B, 1, T, F] of positions [B, T], which may be an expanded view; frequency float32 [F]."""
+    table = _fake_rotary_angles(position, frequency)
+    num_rows, count = position.numel(), len(frequency)
+    assert count == triton.next_power_of_2(count), count
+    _launch(
+        row_kernels.rotary_angles, (triton.cdiv(num_rows, _ANGLE_ROWS),),
+        position, frequency, table, num_rows, position.shape[1], *position.stride(),
+        F=count, BR=_ANGLE_ROWS, warps=4,
+    )  # fmt: skip
+    return table
+
+
+def _fake_read_bins(logits: Tensor, reach: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[:-1]
+    return (
+        logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.bool),
+    )
+
+
+@_operator("read_bins(Tensor logits, int reach) -> (Tensor, Tensor, Tensor)", 1, _fake_read_bins)
+def _read_bins(logits: Tensor, reach: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the chosen bins int64, the mass near them float32, and whether all logits are finite, each [...]."""
+    assert logits.is_contiguous(), logits.stride()
+    found, width = _fake_read_bins(logits, reach), logits.shape[-1]
+    columns = triton.next_power_of_2(width)
+    _launch(
+        row_kernels.read_bins, (logits.numel() // width,), logits, *found,
+        N=width, BN=columns, REACH=reach, warps=4,
+    )  # fmt: skip
+    return found
+
+
+def _fake_fourier_features(values: Tensor, frequencies: Tensor) -> Tensor:
+    return frequencies.new_empty(*values.shape[:-1], 2 * frequencies.shape[1])
+
+
+@_operator("fourier_features(Tensor values, Tensor frequencies) -> Tensor", 1, _fake_fourier_features)
+def _fourier_features(values: Tensor, frequencies: Tensor) -> Tensor:
+    """Return `[cos(2 pi v . f), sin(2 pi v . f)]` [..., 2F] of values float32 [..., n]; frequencies [n, F]."""
+    values = values.contiguous()
+    count, width = frequencies.shape
+    assert values.shape[-1] == count, values.shape
+    assert frequencies.is_contiguous(), frequencies.stride()
+    out, num_rows = _fake_fourier_features(values, frequencies), values.numel() // count
+    _launch(
+        row_kernels.fourier_features, (triton.cdiv(num_rows, _FEATURE_ROWS),), values, frequencies, out, num_rows,
+        N=count, F=width, BF=triton.next_power_of_2(width), BR=_FEATURE_ROWS, warps=4,
+    )  # fmt: skip
     return out

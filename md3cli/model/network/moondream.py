@@ -12,6 +12,8 @@ tokenizer, no batching of requests, no decoding.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,44 @@ def fourier_features(values: Tensor, frequencies: Tensor) -> Tensor:
     # Sums of one or two products: as a matrix product they could round differently in another batch.
     angle = 2 * math.pi * (values[..., None] * frequencies.float()).sum(-2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1).to(frequencies.dtype)
+
+
+NEAR_FRACTION = 64  # bins / 64 to each side: 1.6 % of the picture for a coordinate
+
+
+class BinReading(NamedTuple):
+    """What is read from logits over bins [..., n]; each [...].
+
+    Attributes:
+        bins: the most probable one, int64.
+        masses: the softmax mass within `n / NEAR_FRACTION` of it, float32.
+        are_finite: whether all logits are.
+    """
+
+    bins: Tensor
+    masses: Tensor
+    are_finite: Tensor
+
+
+def reach_of(num_bins: int) -> int:
+    """Return how many bins to each side of one are near it."""
+    return max(1, num_bins // NEAR_FRACTION)
+
+
+def read_bins(logits: Tensor) -> BinReading:
+    """Read the most probable bin of logits [..., n], in float32."""
+    wide = logits.float()
+    bins = wide.argmax(dim=-1)
+    return BinReading(bins, near_mass(wide, bins), wide.isfinite().all(dim=-1))
+
+
+def near_mass(logits: Tensor, bins: Tensor) -> Tensor:
+    """Return the softmax mass near the chosen bin: logits float32 [..., n], bins [...] -> [...]."""
+    num_bins = logits.shape[-1]
+    reach = reach_of(num_bins)
+    near = bins[..., None] + torch.arange(-reach, reach + 1, device=logits.device)
+    mass = logits.softmax(dim=-1).gather(-1, near.clamp(0, num_bins - 1))
+    return mass.masked_fill((near < 0) | (near >= num_bins), 0.0).sum(dim=-1)
 
 
 def coord_value(bins: Tensor, num_bins: int) -> Tensor:
@@ -63,6 +103,9 @@ class RegionHeads(nn.Module):
         self.size_encoder = Linear(config.size_feat_dim, config.dim)
         self.size_decoder = Linear(config.dim, config.size_out_dim)
         self.ln = LayerNorm(config.dim) if has_ln else None
+        # `kernels.optimise` may choose others.
+        self.read_bins: Callable[[Tensor], BinReading] = read_bins
+        self.features: Callable[[Tensor, Tensor], Tensor] = fourier_features
 
     @property
     def num_coord_bins(self) -> int:
@@ -74,12 +117,12 @@ class RegionHeads(nn.Module):
 
     def encode_coord(self, coords: Tensor) -> Tensor:
         """Encode coordinates [...] as embeddings [..., D]."""
-        embedding: Tensor = self.coord_encoder(fourier_features(coords[..., None], self.coord_features))
+        embedding: Tensor = self.coord_encoder(self.features(coords[..., None], self.coord_features))
         return embedding
 
     def encode_size(self, size_wh: Tensor) -> Tensor:
         """Encode sizes [..., 2] (width, height) as embeddings [..., D]."""
-        return self.size_encoder(fourier_features(size_wh, self.size_features))  # type: ignore[no-any-return]
+        return self.size_encoder(self.features(size_wh, self.size_features))  # type: ignore[no-any-return]
 
     def coord_logits(self, hidden: Tensor) -> Tensor:
         """Read logits over the coordinate bins [..., bins] from hidden states [..., D]."""

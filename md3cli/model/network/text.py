@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -86,11 +87,15 @@ class SlotStore(ABC):
         """Return keys and values [B, H, S, K] to attend to, once the new ones are stored."""
 
 
+def rotary_frequencies(theta: float, device: torch.device) -> Tensor:
+    """Return what positions are multiplied with, float32 [16]."""
+    steps = torch.arange(0, ROTARY_DIM, 2, dtype=torch.float32, device=device)
+    return 1.0 / theta ** (steps / ROTARY_DIM)
+
+
 def rotary_table(position_BT: Tensor, theta: float) -> Tensor:
     """Return the angles' cosines and sines [2, B, 1, T, 16], float32."""
-    steps = torch.arange(0, ROTARY_DIM, 2, dtype=torch.float32, device=position_BT.device)
-    frequency = 1.0 / theta ** (steps / ROTARY_DIM)
-    angle_BTF = position_BT[..., None].float() * frequency
+    angle_BTF = position_BT[..., None].float() * rotary_frequencies(theta, position_BT.device)
     return torch.stack([angle_BTF.cos(), angle_BTF.sin()])[:, :, None]
 
 
@@ -218,6 +223,8 @@ class TextDecoder(nn.Module):
         self.blocks = nn.ModuleList(TextBlock(config, layer) for layer in range(config.n_layers))
         self.post_ln = LayerNorm(config.dim)
         self.lm_head = Linear(config.dim, config.vocab_size)
+        # `kernels.optimise` may choose another.
+        self.rotary_table: Callable[[Tensor], Tensor] = partial(rotary_table, theta=config.rope_theta)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Look token ids [...] up in the table [..., D]."""
@@ -241,7 +248,7 @@ class TextDecoder(nn.Module):
         and nothing else: the last layer stops at its keys and values, and what is returned is its input.
         """
         assert mask is None or not isinstance(store, SlotStore)
-        table = rotary_table(position_BT, self.config.rope_theta)
+        table = self.rotary_table(position_BT)
         *blocks, last = self.blocks
         for block in blocks:
             x_BTD = block(x_BTD, position_BT, table, mask, store, live_BT)

@@ -32,7 +32,7 @@ def faults(row: dict) -> list[str]:
     if "error" in row:
         return [row["error"]]
     found = []
-    if row["stack"] or row["local"]:
+    if row["stack"] > row["stack_allowed"] or (row["local"] and not row["stack_allowed"]):
         found.append(f"{row['stack']} bytes of local memory")
     if row["shared"] > SHARED_KIB[row["target"]] * 1024:
         found.append(f"{row['shared']} bytes of shared memory")

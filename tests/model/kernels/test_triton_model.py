@@ -23,7 +23,7 @@ from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
 from md3cli.model.kernels.weights import KernelExperts, KernelLinear
 from md3cli.model.network.config import HEAD_DIM
 from md3cli.model.network.moondream import Moondream3
-from md3cli.model.network.text import PassKind, rotary_table
+from md3cli.model.network.text import PassKind, rotary_frequencies, rotary_table
 from md3cli.model.quant.layers import has_packed_weights, low_bit_matrices
 from md3cli.model.quant.load import load_dequantised, load_low_bit
 from md3cli.model.weights.hub import model_path
@@ -173,6 +173,9 @@ def operator_calls() -> dict[str, tuple]:
         "combine": (z, place, weight, x, x),
         "tau_products": (qkv, tau, tile.as_list()),
         "tau_rope_store": (qkv, parts, alpha, position, rotary_table(position, 1e4), slots, *cache, True),
+        "rotary_angles": (position.expand(-1, 3), rotary_frequencies(1e4, CPU)),
+        "read_bins": (normal(rows, 2, 40, dtype=dtype, device=CPU), 2),
+        "fourier_features": (torch.rand(rows, 2), normal(2, 24, dtype=dtype, device=CPU)),
         "slot_attention_step": (queries, *cache, slots, position),
         "slot_attention_block": (queries.expand(-1, 3, -1, -1).contiguous(), *cache, slots, position.expand(-1, 3)),
         "resize_axis": (torch.zeros(5, 9, 3, dtype=torch.uint8), torch.from_numpy(weight_table(9, 4)), 1),
