@@ -14,8 +14,9 @@ import torch
 from md3cli.images.crops import PreparedImage
 from md3cli.model.engine.encoder import ImageEncoder, crop_flops, crops_per_batch
 from md3cli.model.engine.kv_cache import KVCache
-from md3cli.model.engine.passes import decode_step
+from md3cli.model.engine.passes import Passes
 from md3cli.model.engine.state import Mode, Rows, idle_rows
+from md3cli.model.engine.stepper import Stepper
 from md3cli.model.engine.uploads import num_distinct_crops
 from md3cli.model.network.moondream import Moondream3
 
@@ -134,17 +135,23 @@ def bench_prefill(model: Moondream3, limits: dict[str, float], num_images: int =
 
 
 def bench_decode(model: Moondream3, batch_size: int, limits: dict[str, float]) -> dict[str, float]:
-    """Run decode steps right behind a picture's prefix; return time and rates.
+    """Run decode steps right behind a picture's prefix, as an engine takes them; return time and rates.
 
     Their limit is a bare copy on CUDA and a bare read elsewhere.
     """
     device, start = model.device, model.config.prefix_len + 8
-    cache = KVCache(model.config, batch_size, start + DECODE_STEPS, dtype=model.dtype, device=device)
-    rows = text_rows(batch_size, start, device)
-    inputs = torch.randn(batch_size, model.config.text.dim, device=device).to(model.dtype)
+    is_cuda = device.type == "cuda"
+    cache = KVCache(
+        model.config, batch_size, start + DECODE_STEPS + 2, dtype=model.dtype, device=device, is_fixed=is_cuda
+    )
+    stepper = Stepper(Passes(model), cache, batch_size)
+    if is_cuda:
+        stepper.capture(cache.capacity)
+    stepper.rows.put(slice(0, batch_size), text_rows(batch_size, start, device))
+    stepper.next_SD.normal_()
 
     def step() -> None:
-        decode_step(model, cache, rows, inputs, cache.capacity, is_sampled=False)
+        stepper.step(batch_size, cache.capacity, is_sampled=False)
 
     seconds = best_seconds(step, device, repeats=DECODE_STEPS)
     rate = decode_bytes(model, batch_size, start) / seconds / 1e9
