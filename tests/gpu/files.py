@@ -28,7 +28,8 @@ def measure(run: Run) -> None:
     config, workers = model.config.vision.crop_config, num_auto_workers()
     name, pictures = f"batch {load.batch}, {BF16}", pictures_for(model, load.num_requests)
     run.note("decode workers", workers)
-    engine = make_engine(model, load.batch)
+    engine = make_engine(model, load.batch, cuts=run.is_cuda)
+    run.note("pictures are cut by", "the card" if engine.encoder.uploads.longest_whole else "the decode workers")
     warm_up(engine, load, pictures)
     cut_rate = steady_rate(engine, make_jobs(load.workload, pictures), load.batch)
     if not is_as_asked(run, engine, load.batch, name):
@@ -38,6 +39,7 @@ def measure(run: Run) -> None:
     for what, size in (SIZES if run.is_cuda else CPU_SIZES).items():
         run.figure(f"{what}, crops of a picture", select_tiling(*size, config).num_crops, "count")
         with photo_files(load.num_requests, config, workers, seed=0, size=size) as files:
+            files.serve(engine)
             rate = steady_rate(engine, files.jobs(load.workload.request, load.num_requests), load.batch)
         run.figure(f"{what}, from files, {name}", rate, "img/s")
         run.figure(f"{what}, from files, {name}: of cut before", rate / cut_rate, "share")

@@ -172,6 +172,7 @@ def measure_again(
                 return
             rates.append(len(images) / time_load(engine, load, images))
             run.figure(f"{name}, {what}", rates[-1], "req/s")
+            engine.encoder.save_encoded()  # a thread may still be writing
             del engine
     if first_rate is not None:
         run.figure(f"{name}, {AGAIN}: of the first", rates[-1] / first_rate, "ratio")
