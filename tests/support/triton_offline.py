@@ -35,6 +35,7 @@ from md3cli.model.kernels import (
     row_kernels,
     slot_kernels,
     vision_kernels,
+    vision_operators,
 )
 from md3cli.model.kernels.tiles import RESIZED_VALUES, TAPS_STEP, Product, Tile, WeightForm, tile_for
 from md3cli.model.network.text import PassKind
@@ -197,7 +198,7 @@ def vision_variants() -> Iterator[Variant]:
         for width in (1152, DIM):
             yield Variant(
                 f"add_layer_norm {name} {width}", vision_kernels.add_layer_norm, dict.fromkeys(arguments, pointer),
-                {"D": width, "BD": 2048, "BM": operators._NORM_ROWS, "EPS": 1e-5},
+                {"D": width, "BD": 2048, "BM": vision_operators.NORM_ROWS, "EPS": 1e-5},
             )  # fmt: skip
         for width, gelu, warps in ((1152, False, 4), (4304, True, 8)):
             yield Variant(
@@ -207,7 +208,7 @@ def vision_variants() -> Iterator[Variant]:
             )  # fmt: skip
         yield Variant(
             f"patch_rows {name}", vision_kernels.patch_rows, {"crops": "*u8", "values": pointer, "out": pointer},
-            {"S": 378, "PATCH": 14, "GRID": 27, "WIDTH": 592, "BLOCK": operators._PATCH_VALUES}, wide_loads=False,
+            {"S": 378, "PATCH": 14, "GRID": 27, "WIDTH": 592, "BLOCK": vision_operators.PATCH_VALUES}, wide_loads=False,
         )  # fmt: skip
 
 

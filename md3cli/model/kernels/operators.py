@@ -1,4 +1,4 @@
-"""The kernels as operators of torch: what is launched for given tensors, and the shapes that come of it.
+"""The decoder's kernels as operators of torch: what is launched for given tensors, and the shapes that come of it.
 
 Each operator has a fake form, so that the whole engine runs on fake tensors of a device that is not
 there (shapes, devices and launches are checked that way) and compilers can follow it. The same code runs
@@ -16,14 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from md3cli.model.kernels import (
-    attention_kernels,
-    expert_kernels,
-    resize_kernels,
-    row_kernels,
-    slot_kernels,
-    vision_kernels,
-)
+from md3cli.model.kernels import attention_kernels, expert_kernels, resize_kernels, row_kernels, slot_kernels
 from md3cli.model.kernels.registry import launch as _launch
 from md3cli.model.kernels.registry import operator as _operator
 from md3cli.model.kernels.tiles import RESIZED_VALUES, TAPS_STEP, Tile, WeightForm, capability_of
@@ -38,8 +31,6 @@ _FEW_ROWS = 16  # of a tile of tau's products in a step or a prompt
 _TAU_PART = 128  # values of a sum of which a program takes one part: one row waits 7 us, 24 us with parts of 512 (H200)
 _LONG_TAU_PART = 2048  # where rows are many, and so are programs: fewer parts to write and read again
 _COMBINED_COLUMNS = 512
-_NORM_ROWS = 4  # of a program: four programs on a multiprocessor have 74 kB of loads on their way, more than it needs
-_PATCH_VALUES = 1024  # of a program: one 16-byte store of each thread
 SPLIT = 256  # positions of a slot that one program of a step reads; a fixed size, so that a row's sums know no other
 SPLIT_WARPS = 16  # 40 registers a thread, three programs on a multiprocessor; with 8 warps some cards spill
 _JOINED_HEADS = 8
@@ -258,71 +249,6 @@ def _combine(z: Tensor, place: Tensor, weight: Tensor, residual: Tensor | None, 
         D=width, A=place.shape[1], HAS_RESIDUAL=residual is not None, BN=columns, warps=2,
     )  # fmt: skip
     return out_ND
-
-
-# -- vision ----------------------------------------------------------------------------------------
-
-
-def _fake_patch_rows(crops: Tensor, values: Tensor, patch: int, width: int) -> Tensor:
-    return values.new_empty(crops.shape[0], (crops.shape[1] // patch) ** 2, width)
-
-
-@_operator("patch_rows(Tensor crops, Tensor values, int patch, int width) -> Tensor", 1, _fake_patch_rows)
-def _patch_rows(crops: Tensor, values: Tensor, patch: int, width: int) -> Tensor:
-    """Cut uint8 crops [N, S, S, 3] to patches [N, P, width]; `values` [256] has what each byte becomes."""
-    num_crops, side, _, channels = crops.shape
-    assert crops.is_contiguous(), crops.stride()
-    assert channels == vision_kernels.CHANNELS.value
-    assert values.shape == (vision_kernels.BYTES.value,), values.shape
-    out = _fake_patch_rows(crops, values, patch, width)
-    _launch(
-        vision_kernels.patch_rows, (triton.cdiv(out[0].numel(), _PATCH_VALUES), num_crops),
-        crops, values, out,
-        S=side, PATCH=patch, GRID=side // patch, WIDTH=width, BLOCK=_PATCH_VALUES, warps=4,
-    )  # fmt: skip
-    return out
-
-
-def _fake_add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
-
-
-@_operator(
-    "add_layer_norm(Tensor x, Tensor branch, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
-    1,
-    _fake_add_layer_norm,
-)
-def _add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return `x + branch` and its LayerNorm, both [..., D]; a branch of fewer rows is repeated."""
-    assert x.is_contiguous(), x.stride()
-    assert branch.is_contiguous(), branch.stride()
-    width = x.shape[-1]
-    num_rows, branch_rows = x.numel() // width, branch.numel() // width
-    assert num_rows % branch_rows == 0, (x.shape, branch.shape)
-    total, norm = _fake_add_layer_norm(x, branch, weight, bias, eps)
-    _launch(
-        vision_kernels.add_layer_norm, (triton.cdiv(num_rows, _NORM_ROWS),),
-        x, branch, weight, bias, total, norm, num_rows, branch_rows,
-        D=width, BD=triton.next_power_of_2(width), BM=_NORM_ROWS, EPS=eps, warps=4,
-    )  # fmt: skip
-    return total, norm
-
-
-def _fake_scale_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
-
-
-@_operator("scale_rows(Tensor x, bool gelu) -> (Tensor, Tensor)", 1, _fake_scale_rows)
-def _scale_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    """Turn rows [R, K], or their GELU, into float8 codes (uint8 [R, K]) and scales [R, 1]."""
-    assert x.is_contiguous(), x.stride()
-    codes, scale = _fake_scale_rows(x, gelu)
-    num_rows, width = x.shape
-    _launch(
-        vision_kernels.scale_rows, (num_rows,),
-        x, codes, scale, K=width, BK=triton.next_power_of_2(width), GELU=gelu, warps=4 if width <= 2048 else 8,
-    )  # fmt: skip
-    return codes, scale
 
 
 # -- attention -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from md3cli.model.kernels import vision_operators  # noqa: F401  # importing it makes the operators
 from md3cli.model.kernels.tiles import capability_of
 from md3cli.model.network.layers import LayerNorm, Mlp
 from md3cli.model.network.vision import VisionBlock, VisionEncoder, normalise_crops

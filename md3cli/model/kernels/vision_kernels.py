@@ -5,8 +5,8 @@ residual and a branch once and writes both their sum and its norm, where torch's
 `scale_rows` brings rows to float8 codes with a scale each, where they wish after an activation.
 
 Each row is computed alone, and its sums are added in an order that only the width decides.
-Knows nothing of torch. Only `operators.py` imports and launches these kernels: Triton is imported where a GPU is, and
-nowhere else.
+Knows nothing of torch. Only `vision_operators.py` imports and launches these kernels: Triton is imported where a GPU
+is, and nowhere else.
 Source: Moondream 3 specification, section 5.
 
 Shape suffixes: N crops, S crop side in pixels, P patches of a crop, R rows, D width, K values of a row.
