@@ -136,10 +136,10 @@ def dry_run(config: RunConfig, source: Source, console: RunConsole) -> int:
     return 0
 
 
-def _decoded(config: RunConfig, source: Source, counts: DryRun) -> Iterator[Future[PreparedImage]]:
+def _decoded(config: RunConfig, source: Source, counts: DryRun) -> Iterator[Future[Picture]]:
     """Yield the pictures in order, a bounded number of them in decoding; `counts` takes the rows on the way."""
     crop_config = crop_config_without_network(config.model)
-    ahead: deque[Future[PreparedImage]] = deque()
+    ahead: deque[Future[Picture]] = deque()
     with make_pool(config, crop_config) as pool:
         for row in source:
             counts.num_requests += len(row.requests)

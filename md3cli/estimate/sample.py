@@ -27,7 +27,7 @@ import numpy as np
 from md3cli.console import Summary
 from md3cli.errors import ImageError
 from md3cli.images.crops import PreparedImage, Tiling
-from md3cli.images.pool import PicturePool
+from md3cli.images.pool import Picture, PicturePool
 from md3cli.records import Answer, ImageItem, Job, RecordDict, Request, SourceRow
 from md3cli.run.drive import WAIT_SLICE_S, drive
 from md3cli.run.feed import CHANNELS, Feed, ReadyRequest, rows_ahead
@@ -174,8 +174,8 @@ def open_drawn(drawn: Drawn, pool: PicturePool, *, num_ahead: int, clock: Callab
 
 def _decoded(
     units: Iterable[Unit], pool: PicturePool, num_ahead: int
-) -> Iterator[tuple[Unit, Future[PreparedImage] | None]]:
-    ahead: deque[tuple[Unit, Future[PreparedImage] | None]] = deque()
+) -> Iterator[tuple[Unit, Future[Picture] | None]]:
+    ahead: deque[tuple[Unit, Future[Picture] | None]] = deque()
     for unit in units:
         ahead.append((unit, pool.submit(unit.image) if unit.image is not None else None))
         if len(ahead) >= num_ahead:

@@ -1,0 +1,85 @@
+"""A whole run of the embedded model whose engine cuts pictures itself: the same records, byte for byte.
+
+The cutter's plain twin stands in for a GPU's; workers, memory shared with them, feed and engine are the real ones.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from corpus import encode, picture
+from PIL import Image
+from program import isolate
+from typer.testing import CliRunner
+
+from md3cli.cli import app
+from md3cli.images import pool as pool_module
+from md3cli.images.crops import PreparedImage, UncutImage
+from md3cli.images.pool import PicturePool
+from md3cli.model.engine import encoder, load
+from md3cli.model.engine.resize import MAX_SIDE, PictureCutter
+from md3cli.run.model_handle import LazyEngine
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for source in sorted((EXAMPLES / "scenes").glob("*[0-9].*"))[:3]:
+        shutil.copy(source, folder)
+    shutil.copy(EXAMPLES / "images" / "china.jpg", folder)
+    Image.open(EXAMPLES / "images" / "china.jpg").transpose(Image.Transpose.ROTATE_90).save(folder / "tall.png")
+    (folder / "torn.jpg").write_bytes(encode(picture(), "JPEG")[:200])
+    (folder / "empty.jpg").write_bytes(b"")
+    Image.new("1", (3000, 3000)).save(folder / "huge.png")
+    (folder / "again.jpg").write_bytes((folder / "china.jpg").read_bytes())
+    return folder
+
+
+def run(folder: Path, output: Path) -> bytes:
+    words = ["detect", str(folder), "shape", "circle", "-o", str(output), "--model", "tiny", "--device", "cpu"]
+    limits = ["--workers", "2", "--max-pixels", "5000000", "--no-cache", "--batch-size", "3"]
+    result = CliRunner().invoke(app, [*words, *limits], prog_name="md3")
+    assert result.exit_code == 3, result.output  # some records failed
+    return output.read_bytes()
+
+
+def test_records_are_the_same_when_the_engine_cuts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pictures: Path
+) -> None:
+    isolate(monkeypatch, tmp_path / "home")
+    expected = run(pictures, tmp_path / "cut.jsonl")
+    assert expected.count(b"\n") == 2 * len(list(pictures.iterdir()))
+    assert expected.count(b'"too_large"') == 2
+    monkeypatch.setattr(load, "make_cutter", lambda device, config: PictureCutter(device, config.vision.crop_config))
+    monkeypatch.setattr(LazyEngine, "longest_whole", MAX_SIDE)
+    monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 1 << 19)  # smaller than the photographs
+    kinds = set()
+    encode_whole = encoder.ImageEncoder.encode
+
+    def see(self: encoder.ImageEncoder, images: list[PreparedImage | UncutImage]) -> list[torch.Tensor]:
+        kinds.update((type(image), getattr(image, "arena", None) is not None) for image in images)
+        return encode_whole(self, images)
+
+    monkeypatch.setattr(encoder.ImageEncoder, "encode", see)
+    assert run(pictures, tmp_path / "mixed.jsonl") == expected
+    # The first pictures were cut before the model was there.
+    assert kinds >= {(PreparedImage, False)}
+    monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 8 << 20)
+    prepare = PicturePool.__init__
+
+    def from_the_start(self: PicturePool, *given: object, **named: object) -> None:
+        prepare(self, *given, **named)  # type: ignore[arg-type]  # whatever it is given
+        self.serve_gpu(MAX_SIDE)
+
+    monkeypatch.setattr(PicturePool, "__init__", from_the_start)
+    kinds.clear()
+    assert run(pictures, tmp_path / "whole.jsonl") == expected
+    assert kinds == {(UncutImage, True)}
