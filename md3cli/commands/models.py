@@ -13,8 +13,8 @@ import typer
 
 from md3cli.console import moving_bar, print_table
 from md3cli.errors import OutputError
-from md3cli.images.crops import CropConfig, ImageLimits
-from md3cli.records import printable
+from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage
+from md3cli.records import ImageItem, printable
 
 if TYPE_CHECKING:
     from md3cli.model.inspect import CheckpointSummary
@@ -174,13 +174,18 @@ def _calibrated(model: str, pictures: str, limit: int, device: str) -> Importanc
         def pool(config: CropConfig) -> PicturePool:
             return stack.enter_context(PicturePool(1, config, ImageLimits()))
 
+        def prepare(item: ImageItem, config: CropConfig) -> PreparedImage:
+            picture = pool(config).submit(item).result()
+            assert isinstance(picture, PreparedImage)  # this pool serves no engine that cuts
+            return picture
+
         return collect_importance(
             files,
             rows,
             device=place,
             dtype=choose_dtype("auto", place, find_weight_files(files.path).num_bytes),
             progress=advance,
-            prepare=lambda item, config: pool(config).submit(item).result(),
+            prepare=prepare,
         )
 
 

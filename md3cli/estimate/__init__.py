@@ -24,7 +24,7 @@ from md3cli.console import RunConsole
 from md3cli.errors import ImageError, InputError
 from md3cli.estimate.forecast import as_json, as_lines, forecast
 from md3cli.estimate.sample import count_and_draw, measure, open_drawn
-from md3cli.images.crops import PreparedImage
+from md3cli.images.pool import Picture
 from md3cli.run.feed import make_pool, rows_ahead
 from md3cli.run.model_handle import Model, crop_config_without_network
 from md3cli.signals import StopSignals

@@ -172,9 +172,7 @@ def open_drawn(drawn: Drawn, pool: PicturePool, *, num_ahead: int, clock: Callab
     return Opened(buckets, tilings, bad, _pace(times))
 
 
-def _decoded(
-    units: Iterable[Unit], pool: PicturePool, num_ahead: int
-) -> Iterator[tuple[Unit, Future[Picture] | None]]:
+def _decoded(units: Iterable[Unit], pool: PicturePool, num_ahead: int) -> Iterator[tuple[Unit, Future[Picture] | None]]:
     ahead: deque[tuple[Unit, Future[Picture] | None]] = deque()
     for unit in units:
         ahead.append((unit, pool.submit(unit.image) if unit.image is not None else None))

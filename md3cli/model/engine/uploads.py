@@ -1,7 +1,7 @@
 """Pictures on their way to the device that encodes them: crops go up as they are, whole pictures are cut there.
 
-Nothing here waits for a CUDA device. Crops go through pinned memory that torch keeps for its next user, picture by
-picture: pieces of a few sizes, which come again. A whole picture goes up from the memory where its decoder wrote it, on
+Nothing here waits for a CUDA device. Crops of pictures that stand together go up in one piece of pinned memory, which
+torch keeps for the next one of its power of two. A whole picture goes up from the memory where its decoder wrote it, on
 a stream of its own, while the device still computes; two buffers on the device take turns, so that 64 photographs need
 no more room there than two. On every other device the same calls copy plainly. Apart from encoder.py, which knows
 nothing of streams and of memory shared with decoders.
@@ -13,6 +13,7 @@ import contextlib
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -45,11 +46,12 @@ class Uploads:
         counts = [num_distinct_crops(image.tiling) for image in images]
         side = self._side(images[0])
         block = torch.empty((sum(counts), side, side, 3), dtype=torch.uint8, device=self.device)
-        for part, image in zip(block.split(counts), images, strict=True):
-            if isinstance(image, UncutImage):
-                self._cut(part, image)
-            else:
-                self._copy(part, torch.from_numpy(image.crops)[: len(part)])
+        first = 0
+        for is_whole, group in groupby(images, key=lambda image: isinstance(image, UncutImage)):
+            some = list(group)
+            end = first + sum(num_distinct_crops(image.tiling) for image in some)
+            (self._cut if is_whole else self._copy)(block[first:end], some)
+            first = end
         return block
 
     def settle(self) -> None:
@@ -63,22 +65,33 @@ class Uploads:
         assert self.cutter is not None, "a whole picture for an engine that cuts none"
         return self.cutter.config.crop_size
 
-    def _copy(self, target: Tensor, source: Tensor) -> None:
-        if self.device.type != "cuda":
-            target.copy_(source)
-            return
-        target.copy_(staging(source.shape, source.dtype, self.device).copy_(source), non_blocking=True)
+    def _copy(self, target: Tensor, images: Sequence[PreparedImage | UncutImage]) -> None:
+        """Copy pictures that were cut before to `target`, in one piece."""
+        is_cuda = self.device.type == "cuda"
+        staged = staging(target.shape, target.dtype, self.device) if is_cuda else target
+        for part, image in zip(_parts(staged, images), images, strict=True):
+            assert isinstance(image, PreparedImage)
+            part.copy_(torch.from_numpy(image.crops)[: len(part)])
+        if is_cuda:
+            target.copy_(staged, non_blocking=True)
 
-    def _cut(self, target: Tensor, image: UncutImage) -> None:
+    def _cut(self, target: Tensor, images: Sequence[PreparedImage | UncutImage]) -> None:
+        """Cut whole pictures into `target`."""
         assert self.cutter is not None, "a whole picture for an engine that cuts none"
-        assert image.pixels is not None
-        pixels = torch.from_numpy(image.pixels)
-        if self.device.type != "cuda":
-            target.copy_(self.cutter.cut(pixels.to(self.device), image.tiling))
-            return
-        self._lane = self._lane or _CopyLane(self.device)
-        target.copy_(self.cutter.cut(self._lane.bring(pixels, image.arena), image.tiling))
-        self._lane.is_read()
+        for part, image in zip(_parts(target, images), images, strict=True):
+            assert isinstance(image, UncutImage)
+            assert image.pixels is not None
+            pixels = torch.from_numpy(image.pixels)
+            if self.device.type != "cuda":
+                part.copy_(self.cutter.cut(pixels.to(self.device), image.tiling))
+                continue
+            self._lane = self._lane or _CopyLane(self.device)
+            part.copy_(self.cutter.cut(self._lane.bring(pixels, image.arena), image.tiling))
+            self._lane.is_read()
+
+
+def _parts(block: Tensor, images: Sequence[PreparedImage | UncutImage]) -> Sequence[Tensor]:
+    return block.split([num_distinct_crops(image.tiling) for image in images])
 
 
 class _CopyLane:
