@@ -91,7 +91,8 @@ class Uploads:
 
 
 def _parts(block: Tensor, images: Sequence[PreparedImage | UncutImage]) -> Sequence[Tensor]:
-    return block.split([num_distinct_crops(image.tiling) for image in images])
+    parts: Sequence[Tensor] = block.split([num_distinct_crops(image.tiling) for image in images])
+    return parts
 
 
 class _CopyLane:
