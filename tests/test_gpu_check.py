@@ -312,6 +312,23 @@ def test_a_part_that_hangs_leaves_no_process_behind(faulty: Ran) -> None:
 
 
 @pytest.mark.process
+def test_kernels_that_run_together_fail_alone(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "fault_together.py").write_text(
+        "import os, signal\n\ndef measure(run):\n    run.figure(run.argument, 1, 'count')\n"
+        "    if run.argument == 'down':\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    script = fault_script(tmp_path, f"{fault('together')[:-1]}, is_by_kernel=True), {fault('well')}")
+    text = script.read_text()
+    several = "from gpu.check import Check\nCheck._at_once = lambda self, part: 3 if part.is_by_kernel else 1\n"
+    script.write_text(text.replace("sys.exit(", f"{several}sys.exit(", 1))
+    ran = check(tmp_path / "out", *CPU, script=script)
+    assert ran.statuses == {"together": "failed", "well": "ok"}
+    assert set(ran.figures("together")) == set(ran.results["kernels"])
+    assert ran.results["parts"]["together"]["failed kernels"] == ["down"]
+
+
+@pytest.mark.process
 def test_the_end_of_the_budget_is_no_part_s_fault(tmp_path: Path) -> None:
     script = fault_script(tmp_path, ", ".join([fault("well"), fault("hangs", most_s=300), fault("killed")]))
     ran = check(tmp_path / "out", *CPU, "--budget", "20", script=script)

@@ -9,6 +9,7 @@ are shown.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -424,6 +425,8 @@ def busy_seconds(run: Callable[[], object]) -> float | None:
 
     The profiler makes `run` itself slower, but hardly what it sees of the device.
     """
+    # Where steps were captured as graphs a profiler that lets go of the device and comes back may crash (CUDA 12).
+    os.environ |= {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
     with profile(
         activities=[ProfilerActivity.CUDA], acc_events=True
     ) as profiler:  # torch 2.11 warns without acc_events

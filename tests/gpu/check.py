@@ -19,7 +19,10 @@ RESERVE_S = 2.0  # of the budget, to kill what runs and to write
 FACTS_LEAST_S = 10.0  # what this machine is, is asked however small the budget
 WARM_UP_CHILDREN = 12
 BYTES_PER_WARM_UP = 5e9  # of the card: a context, a layer and the largest pass
+BYTES_PER_CHECK = 12e9  # of the card: a kernel's largest case, and its twin's numbers in float64
 FAILED_KERNELS = "failed kernels"
+# Where graphs were captured a profiler that lets go of the device and comes back may crash (CUDA 12).
+PROFILER_ENVIRONMENT = {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
 CUDA_SIGNS = ("CUDA error", "illegal memory access", "device-side assert", "misaligned address", "cudaError")
 
 
@@ -183,7 +186,7 @@ class Check:
         """How many processes of a part run together: on a card as many as its memory has room for."""
         if not self._is_cuda:
             return 1
-        return max(1, min(part.at_once, int(self.results.data.get("free_bytes", 0) / BYTES_PER_WARM_UP)))
+        return max(1, min(part.at_once, int(self.results.data.get("free_bytes", 0) / BYTES_PER_CHECK)))
 
     def _may_take(self, part: Part, part_started: float) -> float:
         own_s = part.most(self.options.device)
@@ -270,6 +273,7 @@ class Check:
         if self._is_cuda:
             environment["TRITON_CACHE_DIR"] = str((options.out / "triton_cache").resolve())
             environment["TRITON_INTERPRET"] = "0"  # whatever the shell says: a card runs what was compiled
+            environment |= PROFILER_ENVIRONMENT
         elif unit.part.is_by_kernel or unit.part is FACTS:
             environment["TRITON_INTERPRET"] = "1"
         child = Child(

@@ -25,6 +25,7 @@ from .timing import median_ms, repeats
 
 ANSWER_TOKENS = 400  # more than is ever stepped
 LOOKED_AT = 16  # steps
+SYNC_SIGN = "called a synchronizing CUDA operation"  # as torch warns of one; it also warns that it may miss some
 TWIN_STEPS = 8
 ROOM = 96  # positions behind the prefix
 ONE_CROP = Tiling(1, 1)
@@ -103,7 +104,7 @@ def report_syncs(run: Run, running: RunningEngine, form: str) -> None:
                 running.engine.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    said = [str(warning.message) for warning in found if "synchroniz" in str(warning.message)]
+    said = [str(warning.message) for warning in found if SYNC_SIGN in str(warning.message)]
     run.figure(f"host syncs, {LOOKED_AT} steps of {running.rows} rows, {form}", len(said), "count")
     if said:
         run.fail(f"a step makes the host wait: {said[0].splitlines()[0]}")
