@@ -142,6 +142,9 @@ except ImportError:  # Windows
     def share_blocks(source: int, target: int) -> bool:
         return False
 
+    def shared_memory(num_bytes: int) -> int | None:
+        return None
+
 else:
 
     def _lock(fd: int, is_shared: bool) -> None:
@@ -156,6 +159,26 @@ else:
         except OSError:
             return False
         return True
+
+    def shared_memory(num_bytes: int) -> int | None:
+        """Return a descriptor of new memory that processes can map and none can resize; None where there is no such memory.
+
+        It has no name, and is gone when nobody has it open or mapped. Linux alone has it, and a limit on the size of files
+        (RLIMIT_FSIZE) may forbid it.
+        """
+        if not hasattr(os, "memfd_create"):
+            return None
+        try:
+            fd = os.memfd_create("md3", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError:
+            return None
+        try:
+            os.ftruncate(fd, num_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        except OSError:
+            os.close(fd)
+            return None
+        return fd
 
 
 def lock(fd: int, *, is_shared: bool = False) -> bool:
@@ -246,27 +269,6 @@ def available_memory() -> int | None:
             used -= sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
         available = min(available, max(0, most - used))
     return available
-
-
-def shared_memory(num_bytes: int) -> int | None:
-    """Return a descriptor of new memory that processes can map and none can resize; None where there is no such memory.
-
-    It has no name, and is gone when nobody has it open or mapped. Linux alone has it, and a limit on the size of files
-    (RLIMIT_FSIZE) may forbid it.
-    """
-    if not hasattr(os, "memfd_create"):
-        return None
-    try:
-        fd = os.memfd_create("md3", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    except OSError:
-        return None
-    try:
-        os.ftruncate(fd, num_bytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
 
 
 def num_cores() -> int:
