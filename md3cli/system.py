@@ -161,10 +161,10 @@ else:
         return True
 
     def shared_memory(num_bytes: int) -> int | None:
-        """Return a descriptor of new memory that processes can map and none can resize; None where there is no such memory.
+        """Return a descriptor of new memory that processes can map and none can resize; None where there is none.
 
-        It has no name, and is gone when nobody has it open or mapped. Linux alone has it, and a limit on the size of files
-        (RLIMIT_FSIZE) may forbid it.
+        It has no name, and is gone when nobody has it open or mapped. Linux alone has it, and a limit on the size of
+        files (RLIMIT_FSIZE) may forbid it.
         """
         if not hasattr(os, "memfd_create"):
             return None
