@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +24,7 @@ from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError, RequestError
 from md3cli.model import api
 from md3cli.model.api import TextStream
+from md3cli.model.engine import load as load_module
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.load import load_engine
 from md3cli.model.engine.prompts import Tokenizer
@@ -134,6 +139,101 @@ def test_compiling_drops_the_model_first_and_answers_open_streams(monkeypatch: p
     model.compile()
     assert begun + "".join(stream) == expected
     assert model.caption(SCENE, settings=settings)["caption"] == expected
+
+
+def late_model(delay: int, is_planned: bool) -> Moondream:
+    """The tiny model, its results read late or its passes of one size."""
+    options = ModelOptions(model="tiny", device="cpu", dtype="fp32", batch_size=4, cache=False)
+    with patch.object(load_module, "Engine", partial(Engine, delay=delay, is_planned=is_planned)):
+        return Moondream(load_engine(options), options)
+
+
+@pytest.fixture(scope="module", params=[(0, True), (1, False), (1, True), (2, False), (2, True)], ids=str)
+def late(request: pytest.FixtureRequest) -> Moondream:
+    return late_model(*request.param)
+
+
+STREAMED = ({"max_tokens": 24}, {"max_tokens": 9}, {"max_tokens": 17})
+LENGTHS = ("short", "normal", "long")
+
+
+def open_streams(model: Moondream) -> list[Iterator[str]]:
+    return [
+        model.caption(SCENE, length, stream=True, settings=settings)["caption"]
+        for length, settings in zip(LENGTHS, STREAMED, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def captions(tiny: Moondream) -> list[str]:
+    """What the streams say, asked for whole and one at a time."""
+    pairs = zip(LENGTHS, STREAMED, strict=True)
+    return [tiny.caption(SCENE, length, settings=settings)["caption"] for length, settings in pairs]
+
+
+@pytest.mark.process
+def test_streams_beside_other_calls_say_the_same_however_late_results_are(
+    late: Moondream, tiny: Moondream, captions: list[str]
+) -> None:
+    few = {"max_objects": 2}
+    found = tiny.detect(SCENE, "red circle", settings=few)["objects"]
+    streams = open_streams(late)
+    texts = [""] * len(streams)
+    for round in itertools.zip_longest(*streams, fillvalue=""):
+        texts = [text + piece for text, piece in zip(texts, round, strict=True)]
+        objects = late.detect(SCENE, "red circle", settings=few)["objects"]
+        assert [box["x_min"] for box in objects] == [box["x_min"] for box in found]
+    assert texts == captions
+    assert not late._answers
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("num_read", [1, 2, 4])
+def test_a_stream_dropped_half_read_disturbs_no_other(late: Moondream, captions: list[str], num_read: int) -> None:
+    dropped, *kept = open_streams(late)
+    begun = [next(dropped) for _ in range(num_read)]
+    assert captions[0].startswith("".join(begun))
+    first = next(kept[0])
+    del dropped
+    assert first + "".join(kept[0]) == captions[1]
+    assert "".join(kept[1]) == captions[2]
+    assert not late._answers
+    assert not late.engine._slots.active
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize("at_step", [2, 5, 9])
+def test_a_row_started_again_gives_its_stream_no_piece_twice(delay: int, at_step: int, captions: list[str]) -> None:
+    """Memory runs out while streams are read; half of what is in flight then waits for a slot."""
+    model = late_model(delay, is_planned=True)
+    decode, num_calls = model.engine._decode, 0
+
+    def failing() -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == at_step:
+            raise torch.OutOfMemoryError("out of memory (made up)")
+        decode()
+
+    model.engine._decode = failing  # type: ignore[method-assign]
+    streams = open_streams(model)
+    texts = ["".join(column) for column in zip(*itertools.zip_longest(*streams, fillvalue=""), strict=True)]
+    assert model.engine.stats.batch_sizes == [4, 2]
+    assert texts == captions
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("delay", [1, 2])
+def test_compiling_answers_streams_whose_results_are_under_way(
+    delay: int, captions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = late_model(delay, is_planned=False)
+    monkeypatch.setattr(api, "load_engine", lambda options: load_engine(replace(options, compile=False)))
+    streams = open_streams(model)
+    begun = [next(stream) for stream in streams]
+    model.compile()
+    assert [first + "".join(stream) for first, stream in zip(begun, streams, strict=True)] == captions
 
 
 class Evil:

@@ -347,6 +347,37 @@ def test_smaller_passes_start_rows_again_as_a_smaller_batch_does(delay: int, mon
     assert engine.stats.batch_sizes == [6]
 
 
+# -- generations that nobody wants any more --------------------------------------------------------
+
+
+@every_loop
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_a_row_cancelled_in_flight_leaves_its_slot_to_the_next(
+    batch_size: int, delay: int, is_planned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was launched for it says nothing to whoever sits there by then."""
+    LateDevice().install(monkeypatch)
+    case, jobs, rng = load_case("a"), mixed_jobs("a"), random.Random(delay)
+    unwanted = Request(Task.QUERY, "Why?", reasoning=True, max_tokens=40)
+    doomed = [Job(1000 + i, case.images[i % 3] if i % 4 else None, unwanted) for i in range(len(jobs))]
+    engine = case.engine(batch_size, delay=delay, is_planned=is_planned)
+    for pair in zip(doomed, jobs, strict=True):
+        for job in pair:
+            engine.add(job)
+    answers, to_cancel, num_seated = [], {job.key for job in doomed}, 0
+    while engine.has_work:
+        answers += engine.step()
+        for seated in [generation for generation in engine._slots.generations if generation is not None]:
+            if seated.job.key in to_cancel and rng.random() < 0.5:
+                assert engine.cancel(seated.job.key)
+                assert not engine.cancel(seated.job.key)
+                to_cancel.remove(seated.job.key)
+                num_seated += 1
+    assert num_seated > 5
+    assert {answer.key for answer in answers if answer.key >= 1000} == to_cancel
+    assert_as_alone("a", [answer for answer in answers if answer.key < 1000])
+
+
 # -- no more steps than rows can take --------------------------------------------------------------
 
 
