@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from golden_cases import assert_answer, load_case
 from late_device import LateDevice
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from md3cli.errors import EngineError
 from md3cli.model.engine import engine as engine_module
 from md3cli.model.engine import stepper as stepper_module
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.state import Mode
+from md3cli.model.network.layers import MoeMlp
 from md3cli.records import Job, Request, Task
 
 DELAYS = (0, 1, 2)
@@ -186,3 +190,56 @@ def test_what_a_graph_points_at_stays_where_it_is(delay: int, graphs: list[Recor
     assert engine._stepper is stepper
     assert engine.cache is cache
     assert set(stepper.rows.mode.tolist()) == {int(Mode.IDLE)}
+
+
+# -- what no step may do ---------------------------------------------------------------------------
+
+# The host would wait for their values, or a tensor would be made on the host and sent: neither can be captured.
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal"}
+SENDS = {"lift_fresh", "_to_copy", "scalar_tensor", "_pin_memory"}
+INDEXES = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+class Lint(TorchDispatchMode):
+    """Notes what is called that a captured step must not call; a mask as an index is as bad as `nonzero`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.num_counts = 0  # of rows by expert, which the plain experts need and kernels do not
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.__name__.split(".")[0]
+        self.num_counts += name == "bincount"
+        is_dtype_alone = name == "_to_copy" and (kwargs or {}).get("device") is None
+        if name in READS or (name in SENDS and not is_dtype_alone):
+            self.found.append(name)
+        if name in INDEXES and any(index is not None and index.dtype is torch.bool for index in args[1]):
+            self.found.append(f"{name} by a mask")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_sampled", [False, True])
+def test_a_step_asks_the_host_nothing_and_is_sent_nothing(is_sampled: bool) -> None:
+    case = load_case("a")
+    engine = case.engine(4, is_planned=True)
+    tasks = (Task.CAPTION, Task.DETECT, Task.SEGMENT, Task.POINT)
+    for key, task in enumerate(tasks):
+        engine.add(Job(key, case.images[key % 3], Request(task, None if task is Task.CAPTION else "cat")))
+    engine.step()
+    with torch.inference_mode(), Lint() as lint:
+        engine._stepper.step(4, engine.max_context, is_sampled=is_sampled)
+    assert lint.found == []
+    num_plain = sum(isinstance(module, MoeMlp) for module in case.model.modules())
+    assert lint.num_counts == num_plain > 0
+
+
+def test_the_lint_sees_what_it_is_for() -> None:
+    x, mask = torch.arange(4.0), torch.tensor([True, False, True, False])
+    with Lint() as lint:
+        x.masked_select(mask), x[mask], x[0].item(), torch.tensor([1.0]), mask.nonzero(), bool(x[1] > 0)
+        x[mask] = 1.0
+    assert {"masked_select", "index by a mask", "_local_scalar_dense", "lift_fresh", "nonzero"} <= set(lint.found)
+    assert "index_put_ by a mask" in lint.found
