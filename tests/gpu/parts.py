@@ -53,8 +53,8 @@ PARTS = (
     Part("lowbits", "gpu.lowbits", 15, 100),
     Part("files", "gpu.files", 20, 80),
     Part("sameness", "gpu.sameness", 12, 60),
-    Part("golden", "gpu.golden", 12, 80),
     Part("resizing", "gpu.resizing", 8, 40),
+    Part("golden", "gpu.golden", 12, 80),
     Part("speeds", "gpu.speeds", 6, 40, is_by_kernel=True, also=(GROUPED,), needs_cuda=True),
     Part(TILES, "gpu.tile_sweep", 30, 240, needs_cuda=True, is_extra=True),
 )

@@ -432,8 +432,8 @@ TABLES: Mapping[str, Table] = {
     "lowbits": LOWBITS,
     "files": FILES,
     "sameness": SAMENESS,
-    "golden": BLOCKS,
     "resizing": RESIZING,
+    "golden": BLOCKS,
     "speeds": KERNELS,
 }
 
