@@ -526,3 +526,17 @@ def test_benchmarks_show_every_goal_with_its_prediction() -> None:
         row = TABLES[part][figure]
         assert [float(value) for value in predicted] == [row.h100, row.h200], figure
         assert measured == "not measured"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_passes_of_a_card_run_on_fake_tensors(cuda_python: str) -> None:
+    """Of those that are timed, none makes the host wait."""
+    paths = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "support")))
+    command = [cuda_python, TESTS / "support" / "fake_gpu_check.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr[-3000:]
+    waits: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    timed = {name: count for name, count in waits.items() if name.startswith(("vision", "prefix", "step"))}
+    assert timed == dict.fromkeys(timed, 0)
+    assert len(timed) == len(MICRO_BATCHES) + len(PICTURES) + len(STEPS)

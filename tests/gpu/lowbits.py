@@ -19,18 +19,18 @@ from .workloads import CAPTION, QUERY, REASONING, Load, measure_load, pictures_f
 STEPS = {FP8: ((64, 64), (1, 1)), FP8_VISION: (), INT4: ((1, 1), (64, 64))}  # slots and rows
 LOADS = {
     FP8: (
-        Load(QUERY, "query", 1, 32),
+        Load(QUERY, "query", 1, 32, is_alone=True),
         Load(REASONING, "reasoning", 64, 128),
         Load(CAPTION, "captions", 128, 256),
         Load(QUERY, "query", 64, 256),
     ),
     FP8_VISION: (Load(QUERY, "query", 64, 256),),
-    INT4: (Load(QUERY, "query", 1, 16),),
+    INT4: (Load(QUERY, "query", 1, 16, is_alone=True),),
 }
 CPU_LOADS = {
-    FP8: (Load(QUERY, "query", 8, 8), Load(QUERY, "query", 1, 2)),
+    FP8: (Load(QUERY, "query", 8, 8), Load(QUERY, "query", 1, 2, is_alone=True)),
     FP8_VISION: (),
-    INT4: (Load(QUERY, "query", 1, 2),),
+    INT4: (Load(QUERY, "query", 1, 2, is_alone=True),),
 }
 
 
