@@ -29,6 +29,8 @@ from triton.compiler import ASTSource
 
 from md3cli.model.kernels import (
     attention_kernels,
+    decision_kernels,
+    decision_operators,
     expert_kernels,
     operators,
     resize_kernels,
@@ -212,12 +214,48 @@ def vision_variants() -> Iterator[Variant]:
         )  # fmt: skip
 
 
+def decision_variants() -> Iterator[Variant]:
+    """From logits to the next input: of a greedy step, and of a sampled one or first decisions."""
+    whole, flags = (
+        ("mode", "emitted", "limit", "position", "draws", "index", "drawn"),
+        ("is_first", "is_point", "chooses"),
+    )
+    lists = dict.fromkeys(whole, "*i64") | dict.fromkeys(flags, "*i1")
+    lists |= dict.fromkeys(("best_at", "is_finite", "best_at_out", "is_finite_out", "source"), "*i32")
+    lists |= dict.fromkeys(("best", "best_out", "sizes", "events"), "*fp32")
+    ids, parts = {"ANSWER": 3, "EOS": 0, "SIZE_ID": 6, "V": 51200}, -(-51200 // decision_operators.SCANNED)
+    bins = {"C": 1024, "BC": 1024, "Z": 1024, "BZ": 1024, "F": 256, "BF": 256, "COORD": 5, "P": parts, "BP": 32}
+    for dtype, pointer in FLOATS.items():
+        of_dtype = ("logits", "coord_logits", "size_logits", "frequencies", "features")
+        types = lists | dict.fromkeys((*of_dtype, "tokens", "coords", "size_embeddings", "next_inputs"), pointer)
+        for is_step in (True, False):
+            name, indexed = (
+                f"{str(dtype).removeprefix('torch.')}{'' if is_step else ' at index'}",
+                {"HAS_INDEX": not is_step},
+            )
+            nothing = ("index",) if is_step else ()
+            yield Variant(
+                f"scan_vocabulary {name}", decision_kernels.scan_vocabulary, types,
+                ids | indexed | {"PART": decision_operators.SCANNED}, decision_operators.SCAN_WARPS, nothing=nothing,
+            )  # fmt: skip
+            yield Variant(
+                f"decide {name}", decision_kernels.decide, types,
+                ids | bins | indexed | {"HAS_DRAWN": not is_step, "WAS_FED": is_step},
+                decision_operators.DECIDE_WARPS, nothing=(*nothing, "drawn") if is_step else (),
+            )  # fmt: skip
+            yield Variant(
+                f"feed {name}", decision_kernels.feed, types,
+                indexed | {"D": DIM, "BD": decision_operators.FED_COLUMNS}, 2, nothing=nothing,
+            )  # fmt: skip
+
+
 def variants(target: str) -> Iterator[Variant]:
     """All kernels as a card launches them."""
     capability = divmod(TARGETS[target], 10)
     yield from product_variants(capability)
     yield from other_variants(capability)
     yield from vision_variants()
+    yield from decision_variants()
 
 
 def compiled(variant: Variant, target: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from md3cli.model.engine.kv_cache import (
 from md3cli.model.engine.machine import SLOT_POSITIONS, Sizes, is_out_of_memory, shortage
 from md3cli.model.engine.passes import Group, Passes, PromptInputs, ShapePlan, embed_prompts
 from md3cli.model.engine.prompts import Prompts, Tokenizer
-from md3cli.model.engine.state import Mode, advance
+from md3cli.model.engine.state import Mode
 from md3cli.model.engine.stepper import Stepper
 from md3cli.model.network.moondream import Moondream3, not_finite
 from md3cli.records import Answer, Job, RowFailure, RunIdentity
@@ -424,9 +424,7 @@ class Engine:
             hidden_BD = self.passes.prefill_prompts(self.cache, ints.slots, x_BTD, ints.start, ints.last, total)
         is_sampled = any(generation.job.request.temperature > 0 for generation in group.generations)
         hidden_ND = hidden_BD.index_select(0, ints.ends_at)
-        step = advance(self.model, given.rows(), hidden_ND, self.max_context, is_sampled=is_sampled)
-        self._stepper.seat(ints.seat, step)
-        return step.events
+        return self._stepper.seat(ints.seat, given.rows(), hidden_ND, self.max_context, is_sampled=is_sampled)
 
     def _furthest(self, ahead: int = 0) -> int:
         """Positions that slots must have for the rows in flight, and for `ahead` more of each; none leaves the context.

@@ -25,10 +25,11 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from md3cli.model.engine.decisions import decide
 from md3cli.model.engine.generation import Generation
 from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PictureStore, PrefixStore, PromptStore, round_up
 from md3cli.model.engine.machine import send
-from md3cli.model.engine.state import Mode, Rows, Step, advance
+from md3cli.model.engine.state import Mode, Rows
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.text import PassKind
 from md3cli.records import Task
@@ -97,14 +98,16 @@ def run_prompts(
 
 def decode_step(
     model: Moondream3, cache: KVCache, rows: Rows, next_ND: Tensor, max_context: int, *, is_sampled: bool
-) -> Step:
-    """Feed slots 0 … N-1 their next inputs and take their next decisions."""
+) -> Tensor:
+    """Feed slots 0 … N-1 their next inputs and take their next decisions; return the events [N, len(Event)].
+
+    The new state is written into `rows`, and what to feed next into `next_ND`.
+    """
     position_N1 = rows.position[:, None]
     is_live_N = rows.mode != IDLE
     store = DecodeStore(cache, rows.position, is_live_N)
     hidden_ND = model.text(next_ND[:, None], position_N1, None, store, is_live_N[:, None])[:, 0]
-    moved = rows._replace(position=rows.position + is_live_N)
-    return advance(model, moved, hidden_ND, max_context, is_sampled=is_sampled)
+    return decide(model, rows, next_ND, hidden_ND, max_context, is_sampled=is_sampled, was_fed=True)
 
 
 class Passes:

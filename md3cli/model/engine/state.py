@@ -168,7 +168,7 @@ class Step(NamedTuple):
     events: Tensor
 
 
-def _banned_logits(model: Moondream3, logits_NV: Tensor, rows: Rows) -> Tensor:
+def banned_logits(model: Moondream3, logits_NV: Tensor, rows: Rows) -> Tensor:
     """Set the ids that a phase never emits to minus infinity, in place; the first decision bans nothing."""
     ids = model.config.tokenizer
     later = ~rows.is_first
@@ -204,7 +204,7 @@ def _choose_tokens(model: Moondream3, logits_NV: Tensor, rows: Rows, draw: Draw)
     """Return every row's token [N]; for objects after the first, coord or eos, whichever scores higher."""
     ids = model.config.tokenizer
     goes_on = logits_NV[:, ids.coord_id] >= logits_NV[:, ids.eos_id]
-    logits_NV = _banned_logits(model, logits_NV, rows)
+    logits_NV = banned_logits(model, logits_NV, rows)
     token = draw(logits_NV, rows)
     either = torch.where(goes_on, ids.coord_id, ids.eos_id)
     token = torch.where((rows.mode == _X) & ~rows.is_first, either, token)

@@ -16,10 +16,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from md3cli.model.engine.decisions import decide
 from md3cli.model.engine.kv_cache import KVCache
 from md3cli.model.engine.machine import is_out_of_memory, shortage
 from md3cli.model.engine.passes import IDLE, Passes
-from md3cli.model.engine.state import Step, idle_rows
+from md3cli.model.engine.state import Rows, idle_rows
 
 CAPTURE_WARM_UPS = 2  # steps before a capture: kernels are compiled, libraries choose algorithms and workspaces
 
@@ -34,10 +35,15 @@ class Stepper:
         self.next_SD = torch.zeros(num_slots + 1, model.config.text.dim, dtype=model.dtype, device=model.device)
         self._graphs: dict[bool, StepGraph] = {}  # by whether any row is sampled
 
-    def seat(self, index: Tensor | slice, step: Step) -> None:
-        """Write the state of rows, and what they are fed next."""
-        self.rows.put(index, step.rows)
-        self.next_SD[index] = step.next_ND
+    def seat(self, index: Tensor, rows: Rows, hidden_ND: Tensor, max_context: int, *, is_sampled: bool) -> Tensor:
+        """Give slots `index` [N] the state of rows whose prompts have just been run, and take their first decisions.
+
+        `hidden_ND` is what came of the prompts' last positions. Return the events [N, len(Event)].
+        """
+        self.rows.put(index, rows)
+        return decide(
+            self._passes.model, self.rows, self.next_SD, hidden_ND, max_context, is_sampled=is_sampled, index=index
+        )
 
     def fall_idle(self, row: int, position: int) -> None:
         """Let a row end before it decides to, its next input going to `position`."""
@@ -55,9 +61,7 @@ class Stepper:
     def _run(self, num_rows: int, max_context: int, is_sampled: bool) -> Tensor:
         window = slice(0, num_rows)
         rows, next_ND = self.rows.pick(window), self.next_SD[window]
-        step = self._passes.decode(self._cache, rows, next_ND, max_context, is_sampled=is_sampled)
-        self.seat(window, step)
-        return step.events
+        return self._passes.decode(self._cache, rows, next_ND, max_context, is_sampled=is_sampled)
 
     def capture(self, max_context: int) -> int:
         """Capture the greedy and the sampled step while all rows are idle; return how many could be captured.

@@ -12,22 +12,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import md3cli.model.kernels.decision_operators  # noqa: F401 - importing them registers them
 from md3cli.model.kernels import operators
 from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
 from md3cli.model.kernels.vision_forms import place_vision_forms
 from md3cli.model.kernels.weights import KernelExperts, KernelWeight
 from md3cli.model.network.layers import ExpertMatrices, MoeMlp, merge_heads
-from md3cli.model.network.moondream import BinReading, Moondream3, reach_of
+from md3cli.model.network.moondream import (
+    BinReading,
+    BinTables,
+    Moondream3,
+    RegionHeads,
+    coord_value,
+    reach_of,
+    size_value,
+)
 from md3cli.model.network.text import KeyValueStore, PassKind, SlotStore, TextAttention, rotary_frequencies
 
 OPS = torch.ops.md3
 
 
 def place_forms(model: Moondream3) -> None:
-    """Exchange experts and attention of every text layer, what a step has beside them, and vision's parts, in place."""
+    """Exchange experts and attention of every text layer, what a step has beside them, and vision's parts, in place.
+
+    Decisions are taken by kernels from then on, too (`engine/decisions.py`).
+    """
     place_vision_forms(model.vision)
     model.text.rotary_table = RotaryAngles(model.config.text.rope_theta, model.device)
     model.region.read_bins, model.region.features = fused_bins, fused_features
+    if model.region.tables is None:
+        model.region.tables = bin_tables(model.region)
     prefix_len = model.config.prefix_len
     for module in list(model.text.modules()):
         if isinstance(module, MoeMlp) and module.fused is None:
@@ -56,6 +70,16 @@ def fused_bins(logits: Tensor) -> BinReading:
 def fused_features(values: Tensor, frequencies: Tensor) -> Tensor:
     """Do what `moondream.fourier_features` does in one kernel."""
     return OPS.fourier_features(values, frequencies)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def bin_tables(region: RegionHeads) -> BinTables:
+    """Encode every coordinate bin, and round every size bin's value as the size encoder does."""
+    dtype, device = region.coord_features.dtype, region.coord_features.device
+    # Sizes on the host: a GPU's powers of two may be rounded otherwise.
+    sizes_Z = size_value(torch.arange(region.num_size_bins), region.num_size_bins).to(dtype).float()
+    coords_C = coord_value(torch.arange(region.num_coord_bins, device=device), region.num_coord_bins)
+    return BinTables(region.encode_coord(coords_C).contiguous(), sizes_Z.to(device))
 
 
 class FusedExperts:

@@ -90,6 +90,16 @@ def size_bin(sizes: Tensor, num_bins: int) -> Tensor:
     return (sizes.clamp_min(2.0**-SIZE_OCTAVES).log2() + SIZE_OCTAVES) / SIZE_OCTAVES * (num_bins - 1)
 
 
+class BinTables(NamedTuple):
+    """What every bin stands for: embeddings of coordinates [C, D], and sizes float32 [Z] as the size encoder sees them.
+
+    A value is rounded to the model's dtype before it is encoded. C coordinate bins, Z size bins, D width.
+    """
+
+    coords_CD: Tensor
+    sizes_Z: Tensor
+
+
 class RegionHeads(nn.Module):
     """Encoders value -> embedding and decoders hidden state -> bin logits."""
 
@@ -106,6 +116,7 @@ class RegionHeads(nn.Module):
         # `kernels.optimise` may choose others.
         self.read_bins: Callable[[Tensor], BinReading] = read_bins
         self.features: Callable[[Tensor, Tensor], Tensor] = fourier_features
+        self.tables: BinTables | None = None  # where decisions are taken by kernels: `kernels.forms` makes them
 
     @property
     def num_coord_bins(self) -> int:
@@ -123,6 +134,11 @@ class RegionHeads(nn.Module):
     def encode_size(self, size_wh: Tensor) -> Tensor:
         """Encode sizes [..., 2] (width, height) as embeddings [..., D]."""
         return self.size_encoder(self.features(size_wh, self.size_features))  # type: ignore[no-any-return]
+
+    def bin_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Read logits over the coordinate bins [..., bins] and over the size bins [..., 2, bins], width first."""
+        normed = self._norm(hidden)
+        return self.coord_decoder(normed), self.size_decoder(normed).unflatten(-1, (2, self.num_size_bins))
 
     def coord_logits(self, hidden: Tensor) -> Tensor:
         """Read logits over the coordinate bins [..., bins] from hidden states [..., D]."""

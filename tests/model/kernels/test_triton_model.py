@@ -17,6 +17,7 @@ from gpu.triton_cases import OPS, distinct_logits, normal, random_weight, relati
 
 from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore
 from md3cli.model.engine.resize import weight_table
+from md3cli.model.engine.state import idle_rows
 from md3cli.model.kernels import registry
 from md3cli.model.kernels.forms import place_forms
 from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
@@ -164,6 +165,11 @@ def operator_calls() -> dict[str, tuple]:
     cache = [torch.zeros(rows, heads, 16, HEAD_DIM, dtype=dtype) for _ in range(2)]
     slots, queries = torch.arange(rows), normal(rows, 1, heads, HEAD_DIM, dtype=dtype, device=CPU)
     parts, alpha = OPS.tau_products(qkv, tau, tile.as_list()), normal(heads, dtype=dtype, device=CPU)
+    coord_logits, size_logits = (normal(rows, *shape, dtype=dtype, device=CPU) for shape in ((20,), (2, 12)))
+    state, ids = idle_rows(rows, CPU), (3, 0, 5)
+    scanned = OPS.scan_vocabulary(logits, state.mode, state.is_first, None, 3, 0, 5)
+    counted = state.emitted, state.limit, state.position, state.draws
+    sizes, frequencies = torch.ones(12), normal(2, 7, dtype=dtype, device=CPU)
     return {
         "plan_rows": (logits, live, choices, 16),
         "plan_tiles": (logits, None, choices, 16),
@@ -178,6 +184,28 @@ def operator_calls() -> dict[str, tuple]:
         "fourier_features": (torch.rand(rows, 2), normal(2, 24, dtype=dtype, device=CPU)),
         "slot_attention_step": (queries, *cache, slots, position),
         "slot_attention_block": (queries.expand(-1, 3, -1, -1).contiguous(), *cache, slots, position.expand(-1, 3)),
+        "scan_vocabulary": (logits, state.mode, state.is_first, slots, *ids),
+        "decide": (
+            logits,
+            *scanned,
+            coord_logits,
+            size_logits,
+            None,
+            sizes,
+            frequencies,
+            slots,
+            state.mode,
+            state.is_first,
+            state.is_point,
+            state.chooses,
+            *counted,
+            9,
+            90,
+            *ids,
+            4,
+            True,
+        ),
+        "feed": (torch.zeros(rows, 2, dtype=torch.int32), x, x, x, slots, torch.zeros_like(x)),
         "resize_axis": (torch.zeros(5, 9, 3, dtype=torch.uint8), torch.from_numpy(weight_table(9, 4)), 1),
         "add_layer_norm": (x, x[:1], x[0], x[1], 1e-5),
         "scale_rows": (x, True),
