@@ -18,7 +18,7 @@ from fake_cuda import FORMS, NUM_ADMITTED
 from md3cli.model.network.config import ModelConfig
 
 ROOT = Path(__file__).parents[3]
-MOST_LAUNCHES = 480  # of a decode step; its layers need 290
+MOST_LAUNCHES = 310  # of a decode step of 24 layers; the state machine has 9 of them
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
