@@ -112,6 +112,7 @@ class Engine:
         self._is_planned = model.device.type == "cuda" if is_planned is None else is_planned
         self._captures = False
         self._slot_positions = SLOT_POSITIONS
+        self._is_torn = False  # in the middle of a step, or for ever after one that did not come to its end
         self._in_flight = InFlight(model.device)
         self.stats = EngineStats()
         self._waiting: deque[Generation] = deque()
@@ -198,7 +199,14 @@ class Engine:
         return False
 
     def step(self) -> list[Answer]:
-        """Admit what fits, launch a decode step, and return what is known to have finished."""
+        """Admit what fits, launch a decode step, and return what is known to have finished.
+
+        After a step that Ctrl-C or an error ended half-way, what is in flight starts again.
+        """
+        if self._is_torn:
+            self._start_again()
+            self._allocate(self.batch_size)
+        self._is_torn = True
         kind, reason = None, ""
         try:
             with torch.inference_mode():
@@ -216,6 +224,7 @@ class Engine:
         self._finished.clear()
         if not self.has_work:
             self.encoder.save_encoded()
+        self._is_torn = False
         return answers
 
     def _launch(self) -> None:
@@ -299,6 +308,7 @@ class Engine:
         for generation in in_flight:
             generation.restart()
         self._waiting.extendleft(reversed(in_flight))
+        self._slots = SlotTable(self.batch_size)  # nobody sits in two places if this ends half-way
         self.encoder.save_encoded()
         self.encoder.keep_ready(())
         self._free_slots()

@@ -347,6 +347,49 @@ def test_smaller_passes_start_rows_again_as_a_smaller_batch_does(delay: int, mon
     assert engine.stats.batch_sizes == [6]
 
 
+INTERRUPTED = {  # whose call does its work and is then ended by Ctrl-C
+    "admission": ("engine", "_prefill_group"),
+    "step": ("stepper", "_run"),
+    "reading": ("launch", "read"),
+    "absorbing": ("engine", "_absorb"),
+}
+
+
+@pytest.mark.parametrize("place", INTERRUPTED)
+@pytest.mark.parametrize("delay", DELAYS)
+def test_an_engine_interrupted_in_a_step_goes_on(place: str, delay: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a notebook, and the next question: decisions that were lost are taken again."""
+    LateDevice().install(monkeypatch)
+    whose, name = INTERRUPTED[place]
+    engine = load_case("a").engine(5, delay=delay, is_planned=delay == 1)
+    owner = {"engine": engine, "stepper": Stepper, "launch": Launch}[whose]
+    call, num_calls, interrupted_at = getattr(owner, name), 0, (1, 4, 6)
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal num_calls
+        result = call(*arguments)
+        num_calls += 1
+        if num_calls in interrupted_at:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(owner, name, interrupted)
+    for job in mixed_jobs("a"):
+        engine.add(job)
+    answers: list[Answer] = []
+
+    def go_on() -> None:
+        while engine.has_work:
+            answers.extend(engine.step())
+
+    for _ in interrupted_at:
+        with pytest.raises(KeyboardInterrupt):
+            go_on()
+    go_on()
+    assert_as_alone("a", answers)
+    assert engine.stats.batch_sizes == [5]
+
+
 # -- generations that nobody wants any more --------------------------------------------------------
 
 

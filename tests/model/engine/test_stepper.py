@@ -34,7 +34,7 @@ class Recorded:
 
     made: list[Recorded] = []  # noqa: RUF012  # of the test that runs
 
-    def __init__(self, run: Callable[[], Tensor]) -> None:
+    def __init__(self, run: Callable[[], Tensor], device: torch.device) -> None:
         self._run, self.num_replays = run, 0
         self._result = run().clone()
         self.made.append(self)
@@ -102,7 +102,7 @@ def test_graphs_are_captured_again_where_slots_are_made_anew(
 
 @pytest.mark.process
 def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(run: Callable[[], Tensor]) -> None:
+    def broken(run: Callable[[], Tensor], device: torch.device) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore\nlines")
 
     monkeypatch.setattr(stepper_module, "StepGraph", broken)
@@ -123,12 +123,12 @@ def test_only_the_step_that_cannot_be_captured_is_launched(
 ) -> None:
     make, num_made = stepper_module.StepGraph, 0
 
-    def second_fails(run: Callable[[], Tensor]) -> object:
+    def second_fails(run: Callable[[], Tensor], device: torch.device) -> object:
         nonlocal num_made
         num_made += 1
         if num_made == 2:
             raise RuntimeError("not in a capture")
-        return make(run)
+        return make(run, device)
 
     monkeypatch.setattr(stepper_module, "StepGraph", second_fails)
     with pytest.warns(UserWarning, match="cannot be captured") as caught:
@@ -147,10 +147,10 @@ def test_graphs_that_do_not_fit_halve_the_batch(
     case = load_case("a")
     engine = case.engine(6, delay=1, is_planned=True)
 
-    def tight(run: Callable[[], Tensor]) -> Recorded:
+    def tight(run: Callable[[], Tensor], device: torch.device) -> Recorded:
         if len(engine._stepper.rows.mode) - 1 > num_fitting:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More words")
-        return Recorded(run)
+        return Recorded(run, device)
 
     monkeypatch.setattr(stepper_module, "StepGraph", tight)
     if not num_fitting:
