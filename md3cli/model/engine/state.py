@@ -233,6 +233,7 @@ def advance(
 ) -> Step:
     """Take every row's next decision from its hidden state (before the last LayerNorm).
 
+    The plain twin of what kernels do on CUDA (`decisions.decide`).
     `draw` chooses ids from logits whose banned ids are at minus infinity; by default as `is_sampled` says.
     """
     draw = draw or (draw_sampled if is_sampled else draw_greedy)

@@ -92,7 +92,8 @@ def _cos_sin(angle):
     return tl.where((turn == 1) | (turn == 2), -cos_out, cos_out), tl.where(turn >= 2, -sin_out, sin_out)
 
 
-@triton.jit
+# Wherever an index begins in the block that an admission sends up: nothing is compiled anew for it.
+@triton.jit(do_not_specialize_on_alignment=["index"])
 def scan_vocabulary(
     logits, mode, is_first, index, best_out, best_at_out, is_finite_out,
     V: tl.constexpr, PART: tl.constexpr,
@@ -119,7 +120,7 @@ def scan_vocabulary(
     tl.store(is_finite_out + out, is_fine)
 
 
-@triton.jit(do_not_specialize=["prefix_len", "max_context"])
+@triton.jit(do_not_specialize=["prefix_len", "max_context"], do_not_specialize_on_alignment=["index"])
 def decide(
     logits, best, best_at, is_finite, coord_logits, size_logits, drawn, sizes, frequencies, index,
     mode, is_first, is_point, chooses, emitted, limit, position, draws, events, features, source,
@@ -225,7 +226,7 @@ def decide(
     tl.store(out + F, sine.to(features.dtype.element_ty), mask=is_frequency)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["index"])
 def feed(
     source, tokens, coords, size_embeddings, index, next_inputs,
     D: tl.constexpr, BD: tl.constexpr, HAS_INDEX: tl.constexpr,
