@@ -33,6 +33,7 @@ from md3cli.model.engine import flight
 from md3cli.model.engine.encoder import ImageEncoder, crop_sizes
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import optimise
+from md3cli.model.engine.kv_cache import KVCache
 from md3cli.model.engine.prompts import Prompt
 from md3cli.model.engine.resize import PictureCutter
 from md3cli.model.engine.state import Event, Finish, Mode
@@ -420,9 +421,9 @@ class Counting:
         return counts
 
     def growth(self) -> Counts:
-        """The cache grows to 900 positions."""
-        engine = make_engine(self.model)
-        return self._count(lambda: engine.cache.fit(900))
+        """A cache that is not fixed, as a network with plain parts has it, grows to 900 positions."""
+        cache = KVCache(self.model.config, 4, 800, dtype=torch.bfloat16, device=DEVICE)
+        return self._count(lambda: cache.fit(900))
 
     def copy(self) -> Counts:
         """A prefix is copied to another slot."""
@@ -464,7 +465,7 @@ class Counting:
 
     def _count_admission(self, engine: Engine) -> Counts:
         def admit() -> None:
-            with patch.object(engine, "_decode"):
+            with patch.object(engine, "_decode"), patch.object(engine, "_look_ahead"):  # neither is of an admission
                 engine.step()
             engine._absorb_arrivals(0)
 
