@@ -69,13 +69,17 @@ class Run:
 
     @contextlib.contextmanager
     def if_it_fits(self, what: str) -> Iterator[None]:
-        """Around a measurement that a small card has no memory for: noted, and the part goes on."""
+        """Around a measurement, so that the part goes on behind it.
+
+        What a small card has no memory for is noted; any other error is a failure.
+        """
         try:
             yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self.note(f"does not fit: {what}", str(error).splitlines()[0])
+        except Exception as error:  # noqa: BLE001  what it is, is told; the next measurement may have none
+            if is_out_of_memory(error):
+                self.note(f"does not fit: {what}", str(error).splitlines()[0])
+            else:
+                self.fail(f"{what}: {last_lines(traceback.format_exc())}")
         finally:
             if self.is_cuda:
                 torch.cuda.empty_cache()

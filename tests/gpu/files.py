@@ -38,11 +38,14 @@ def measure(run: Run) -> None:
     del pictures
     for what, size in (SIZES if run.is_cuda else CPU_SIZES).items():
         run.figure(f"{what}, crops of a picture", select_tiling(*size, config).num_crops, "count")
-        with photo_files(load.num_requests, config, workers, seed=0, size=size) as files:
+        with (
+            run.if_it_fits(f"{what}, from files"),
+            photo_files(load.num_requests, config, workers, seed=0, size=size) as files,
+        ):
             files.serve(engine)
             rate = steady_rate(engine, files.jobs(load.workload.request, load.num_requests), load.batch)
-        run.figure(f"{what}, from files, {name}", rate, "img/s")
-        run.figure(f"{what}, from files, {name}: of cut before", rate / cut_rate, "share")
+            run.figure(f"{what}, from files, {name}", rate, "img/s")
+            run.figure(f"{what}, from files, {name}: of cut before", rate / cut_rate, "share")
 
 
 def steady_rate(engine: Engine, jobs: Iterable[Job | None], num_first: int) -> float:

@@ -75,7 +75,8 @@ class Traces:
 def measure(run: Run) -> None:
     """Rows with other bits than together, crops and pictures with other bits in another place; captures on the way."""
     model = model_in(run, BF16)
-    measure_vision_places(run, model)
+    with run.if_it_fits("places of crops and pictures"):
+        measure_vision_places(run, model)
     engine = make_engine(model, 64 if run.is_cuda else CPU_BATCH, is_planned=True)
     engine.prompts = MixedPrompts()  # type: ignore[assignment]  # a stand-in
     captures, jobs = engine.stats.num_captures, mixed_jobs(model, engine.batch_size)

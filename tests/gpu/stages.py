@@ -50,8 +50,9 @@ def measure_steps(run: Run, model: Moondream3, limits: Limits) -> None:
             step_ms[f"{rows} of {slots}"] = measure_step(run, engine, BF16, limits)
             run.note(STEP_MS, step_ms)  # for the parts that come later
             if slots == rows > 1:
-                report_syncs(run, engine, BF16)
-                report_twin(run, engine, BF16)
+                for report_more in (report_syncs, report_twin):
+                    with run.if_it_fits(report_more.__name__):
+                        report_more(run, engine, BF16)
                 report_launches(run, f"decode step, {plural(rows, 'row')}, {BF16}", engine.step)
             del engine
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from md3cli.bench.runs import Workload, make_engine, make_images, make_jobs
 from md3cli.bench.stages import decode_bytes
 from md3cli.images.crops import Tiling
-from md3cli.model.engine.state import Rows, Step
+from md3cli.model.engine.state import Rows
 from md3cli.model.network.moondream import Moondream3
 from md3cli.records import Task
 
@@ -119,7 +119,8 @@ def report_twin(run: Run, running: RunningEngine, form: str) -> None:
     stepper = running.engine._stepper
     rows, inputs = Rows(*(column.clone() for column in stepper.rows)), stepper.next_SD.clone()
     by_graph = [_copied(running) for _ in range(TWIN_STEPS)]
-    stepper.seat(slice(None), Step(rows, inputs, inputs))
+    stepper.rows.put(slice(None), rows)
+    stepper.next_SD.copy_(inputs)
     graphs, stepper._graphs = stepper._graphs, {}
     try:
         one_by_one = [_copied(running) for _ in range(TWIN_STEPS)]

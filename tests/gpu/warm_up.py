@@ -7,7 +7,6 @@ what Triton compiles for it lands in the cache that all children share. Nothing 
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -22,7 +21,7 @@ from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.moondream import Moondream3
 
 from . import golden, tile_sweep
-from .child import Run, last_lines
+from .child import Run
 from .kernels import all_cases
 from .models import WEIGHT_FORMS, model_in
 from .stages import PICTURES, prefix_of
@@ -42,11 +41,8 @@ def measure(run: Run) -> None:
     """
     first, count, *also = run.argument.split("-")
     for what, job in islice(jobs(run, has_tiles=bool(also)), int(first), None, int(count)):
-        try:
-            with run.if_it_fits(what):
-                job()
-        except Exception:  # noqa: BLE001
-            run.fail(f"{what}: {last_lines(traceback.format_exc())}")
+        with run.if_it_fits(what):
+            job()
 
 
 def jobs(run: Run, *, has_tiles: bool) -> Iterator[tuple[str, Job]]:

@@ -152,8 +152,8 @@ def micro_batches(counts: Sequence[int], most: int, sizes: Sequence[int] | None)
 def crop_sizes(max_crops: int | None, device: torch.device) -> tuple[int, ...] | None:
     """Return the fixed sizes of micro-batches of up to `max_crops`: one for many pictures, some for one at a time.
 
-    Elsewhere than on CUDA there are none: padding would take time. (In bf16 one crop of a small model may round otherwise
-    alone than beside others on a CPU, too.)
+    Elsewhere than on CUDA there are none: padding would take time. (On a CPU, too, one crop of a small model in bf16
+    may round otherwise alone than beside others.)
     """
     if device.type != "cuda" or max_crops is None:
         return None
