@@ -154,11 +154,6 @@ def other_variants(capability: tuple[int, int]) -> Iterator[Variant]:
                 | {"parts": "*fp32", "table": "*fp32", "position": "*i64", "slots": "*i64"},
                 {"H": HEADS, "J": 2 * HEADS, "S": 48, "BH": 32, "RETURNS_KV": returns_kv, "STORES": True}, 2,
             )  # fmt: skip
-        yield Variant(
-            f"read_bins {name}", row_kernels.read_bins,
-            {"logits": pointer, "bins": "*i64", "masses": "*fp32", "are_finite": "*i1"},
-            {"N": 1024, "BN": 1024, "REACH": 16}, **plain,
-        )  # fmt: skip
         for count, width in ((1, 128), (2, 256)):
             yield Variant(
                 f"fourier_features {name} {count}", row_kernels.fourier_features,

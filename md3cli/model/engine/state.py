@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from md3cli.model.network.moondream import Moondream3, coord_value, size_value
+from md3cli.model.network.moondream import Moondream3, coord_value, read_bins, size_value
 
 LEAST_TEMPERATURE = 1e-30  # less is greedy: logits divided by it would leave the range of float32
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
@@ -239,7 +239,7 @@ def advance(
     draw = draw or (draw_sampled if is_sampled else draw_greedy)
     ids, region, mode = model.config.tokenizer, model.region, rows.mode
     logits_NV = model.text.logits(hidden_ND).float()
-    coord, size = region.read_bins(region.coord_logits(hidden_ND)), region.read_bins(region.size_logits(hidden_ND))
+    coord, size = read_bins(region.coord_logits(hidden_ND)), read_bins(region.size_logits(hidden_ND))
     continue_mass = torch.sigmoid(logits_NV[:, ids.coord_id] - logits_NV[:, ids.eos_id])
     are_finite = [logits_NV.isfinite().all(dim=1), coord.are_finite, size.are_finite.all(dim=1)]
     token = _choose_tokens(model, logits_NV, rows, draw)  # bans ids, with minus infinity, in place

@@ -19,12 +19,10 @@ from md3cli.model.kernels.vision_forms import place_vision_forms
 from md3cli.model.kernels.weights import KernelExperts, KernelWeight
 from md3cli.model.network.layers import ExpertMatrices, MoeMlp, merge_heads
 from md3cli.model.network.moondream import (
-    BinReading,
     BinTables,
     Moondream3,
     RegionHeads,
     coord_value,
-    reach_of,
     size_value,
 )
 from md3cli.model.network.text import KeyValueStore, PassKind, SlotStore, TextAttention, rotary_frequencies
@@ -39,7 +37,7 @@ def place_forms(model: Moondream3) -> None:
     """
     place_vision_forms(model.vision)
     model.text.rotary_table = RotaryAngles(model.config.text.rope_theta, model.device)
-    model.region.read_bins, model.region.features = fused_bins, fused_features
+    model.region.features = fused_features
     if model.region.tables is None:
         model.region.tables = bin_tables(model.region)
     prefix_len = model.config.prefix_len
@@ -60,11 +58,6 @@ class RotaryAngles:
     def __call__(self, position_BT: Tensor) -> Tensor:
         """Return cosines and sines [2, B, 1, T, 16]."""
         return OPS.rotary_angles(position_BT, self.frequency)  # type: ignore[no-any-return]
-
-
-def fused_bins(logits: Tensor) -> BinReading:
-    """Do what `moondream.read_bins` does in one kernel."""
-    return BinReading(*OPS.read_bins(logits, reach_of(logits.shape[-1])))
 
 
 def fused_features(values: Tensor, frequencies: Tensor) -> Tensor:

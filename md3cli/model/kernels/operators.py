@@ -442,28 +442,6 @@ def _rotary_angles(position: Tensor, frequency: Tensor) -> Tensor:
     return table
 
 
-def _fake_read_bins(logits: Tensor, reach: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows = logits.shape[:-1]
-    return (
-        logits.new_empty(rows, dtype=torch.int64),
-        logits.new_empty(rows, dtype=torch.float32),
-        logits.new_empty(rows, dtype=torch.bool),
-    )
-
-
-@_operator("read_bins(Tensor logits, int reach) -> (Tensor, Tensor, Tensor)", 1, _fake_read_bins)
-def _read_bins(logits: Tensor, reach: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the chosen bins int64, the mass near them float32, and whether all logits are finite, each [...]."""
-    assert logits.is_contiguous(), logits.stride()
-    found, width = _fake_read_bins(logits, reach), logits.shape[-1]
-    columns = triton.next_power_of_2(width)
-    _launch(
-        row_kernels.read_bins, (logits.numel() // width,), logits, *found,
-        N=width, BN=columns, REACH=reach, warps=4,
-    )  # fmt: skip
-    return found
-
-
 def _fake_fourier_features(values: Tensor, frequencies: Tensor) -> Tensor:
     return frequencies.new_empty(*values.shape[:-1], 2 * frequencies.shape[1])
 

@@ -1,13 +1,13 @@
-"""Triton kernels of what a step computes beside its layers: angles, bins that heads read, features of what is fed back.
+"""Triton kernels of what a pass computes beside its layers: angles, and features of places that a prompt names.
 
 Each is one launch where torch has ten to twenty, of a few hundred numbers each: in a replayed step every launch takes a
 microsecond, whatever it computes. Rows are computed alone, sums in an order that the width alone fixes.
 
 Knows nothing of torch. Only `operators.py` imports and launches these kernels: Triton is imported where a GPU is, and
-nowhere else. Their plain twins are `text.rotary_table`, `moondream.read_bins` and `moondream.fourier_features`.
-Source: Moondream 3 specification, sections 7, 10 and 11.
+nowhere else. Their plain twins are `text.rotary_table` and `moondream.fourier_features`.
+Source: Moondream 3 specification, sections 7 and 8.
 
-Shape suffixes: R rows, B sequences, T positions, F frequencies, n bins or values of a row.
+Shape suffixes: R rows, B sequences, T positions, F frequencies, n values of a row.
 """
 
 from __future__ import annotations
@@ -32,26 +32,6 @@ def rotary_angles(
     target = table + row[:, None] * F + column[None, :]
     tl.store(target, tl.cos(angle), mask=is_row[:, None])
     tl.store(target + num_rows * F, tl.sin(angle), mask=is_row[:, None])
-
-
-@triton.jit
-def read_bins(logits, bins, masses, are_finite, N: tl.constexpr, BN: tl.constexpr, REACH: tl.constexpr):
-    """Of each row of logits [R, N] the largest's bin, the softmax mass within REACH of it, and whether all are finite.
-
-    Grid (rows). The first of equal ones is chosen; NaN is larger than every number, as it is for torch.
-    """
-    row = tl.program_id(0)
-    column = tl.arange(0, BN)
-    is_bin = column < N
-    value = tl.load(logits + row * N + column, mask=is_bin, other=float("-inf")).to(tl.float32)
-    ranked = tl.where(value == value, value, float("inf"))
-    chosen = tl.argmax(ranked, axis=0)
-    weight = tl.exp(value - tl.max(value, axis=0))
-    is_near = (column >= chosen - REACH) & (column <= chosen + REACH)
-    tl.store(bins + row, chosen.to(tl.int64))
-    tl.store(masses + row, tl.sum(tl.where(is_near, weight, 0.0), axis=0) / tl.sum(weight, axis=0))
-    is_finite = (tl.abs(value) < float("inf")) | (column >= N)
-    tl.store(are_finite + row, tl.min(is_finite.to(tl.int32), axis=0) != 0)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

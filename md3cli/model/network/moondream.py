@@ -113,9 +113,7 @@ class RegionHeads(nn.Module):
         self.size_encoder = Linear(config.size_feat_dim, config.dim)
         self.size_decoder = Linear(config.dim, config.size_out_dim)
         self.ln = LayerNorm(config.dim) if has_ln else None
-        # `kernels.optimise` may choose others.
-        self.read_bins: Callable[[Tensor], BinReading] = read_bins
-        self.features: Callable[[Tensor, Tensor], Tensor] = fourier_features
+        self.features: Callable[[Tensor, Tensor], Tensor] = fourier_features  # `kernels.optimise` may choose another
         self.tables: BinTables | None = None  # where decisions are taken by kernels: `kernels.forms` makes them
 
     @property

@@ -180,7 +180,6 @@ def operator_calls() -> dict[str, tuple]:
         "tau_products": (qkv, tau, tile.as_list()),
         "tau_rope_store": (qkv, parts, alpha, position, rotary_table(position, 1e4), slots, *cache, True),
         "rotary_angles": (position.expand(-1, 3), rotary_frequencies(1e4, CPU)),
-        "read_bins": (normal(rows, 2, 40, dtype=dtype, device=CPU), 2),
         "fourier_features": (torch.rand(rows, 2), normal(2, 24, dtype=dtype, device=CPU)),
         "slot_attention_step": (queries, *cache, slots, position),
         "slot_attention_block": (queries.expand(-1, 3, -1, -1).contiguous(), *cache, slots, position.expand(-1, 3)),
