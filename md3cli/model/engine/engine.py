@@ -67,7 +67,7 @@ class EngineStats:
     num_decisions: int = 0
     batch_sizes: list[int] = field(default_factory=list)  # first the planned one, then after each halving
     num_smaller_passes: int = 0  # times that passes were made smaller for want of memory, the batch left as it was
-    num_captures: int = 0  # CUDA graphs: two when slots are made, none afterwards
+    num_captures: int = 0  # CUDA graphs: two or three when slots are made, none afterwards
 
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384, "mps": 4096}  # of one prefill pass, padding included
@@ -428,7 +428,7 @@ class Engine:
         x_BTD, ints = embed_prompts(self.model, given), given.ints
         if group.picture is not None:
             embeddings_1PD = self.encoder.take(group.picture)[None]
-            hidden_BD = self.passes.prefill_picture(self.cache, ints.slots, embeddings_1PD, x_BTD, ints.last)
+            hidden_BD = self._stepper.prefill_picture(ints.slots, embeddings_1PD, x_BTD, ints.last)
         else:
             total = self.cache.capacity if self.passes.steps_all_slots else group.total
             hidden_BD = self.passes.prefill_prompts(self.cache, ints.slots, x_BTD, ints.start, ints.last, total)

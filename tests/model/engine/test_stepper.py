@@ -48,7 +48,7 @@ class Recorded:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
     """Graphs are `Recorded`, on a late device, for they overwrite their events; these are all that were made."""
     LateDevice().install(monkeypatch)
-    monkeypatch.setattr(stepper_module, "StepGraph", Recorded)
+    monkeypatch.setattr(stepper_module, "FixedGraph", Recorded)
     monkeypatch.setattr(Recorded, "made", [])
     return Recorded.made
 
@@ -74,13 +74,17 @@ def run_all(engine: Engine) -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize("delay", DELAYS)
-def test_two_graphs_are_captured_at_the_start_and_none_afterwards(delay: int, graphs: list[Recorded]) -> None:
-    engine = captured(5, delay)
-    assert engine.stats.num_captures == len(graphs) == 2
+@pytest.mark.parametrize(("batch_size", "num_graphs"), [(5, 3), (16, 2)])
+def test_graphs_are_captured_at_the_start_and_none_afterwards(
+    batch_size: int, num_graphs: int, delay: int, graphs: list[Recorded]
+) -> None:
+    engine = captured(batch_size, delay)
+    assert engine.stats.num_captures == len(graphs) == num_graphs
     run_all(engine)
-    assert engine.stats.num_captures == len(graphs) == 2
-    assert sum(graph.num_replays for graph in graphs) == engine.stats.num_steps
-    assert all(graph.num_replays for graph in graphs)  # a greedy and a sampled one
+    assert engine.stats.num_captures == len(graphs) == num_graphs
+    assert sum(graph.num_replays for graph in graphs[:2]) == engine.stats.num_steps
+    assert all(graph.num_replays for graph in graphs)  # a greedy and a sampled step, a picture with its prompt
+    assert [graph.num_replays for graph in graphs[2:]] == [engine.stats.num_prefixes] * (num_graphs - 2)
 
 
 @pytest.mark.process
@@ -94,10 +98,10 @@ def test_graphs_are_captured_again_where_slots_are_made_anew(
     (answer,) = engine.run([long])
     assert answer.failure is None
     assert engine.batch_size == 1
-    assert engine.stats.num_captures == len(graphs) == 4
+    assert engine.stats.num_captures == len(graphs) == 6
     run_all(engine)
-    assert engine.stats.num_captures == len(graphs) == 4
-    assert not any(graph.num_replays for graph in graphs[:2])
+    assert engine.stats.num_captures == len(graphs) == 6
+    assert not any(graph.num_replays for graph in graphs[:3])
 
 
 @pytest.mark.process
@@ -105,14 +109,15 @@ def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel(monkeypatch: pytes
     def broken(run: Callable[[], Tensor], device: torch.device) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore\nlines")
 
-    monkeypatch.setattr(stepper_module, "StepGraph", broken)
+    monkeypatch.setattr(stepper_module, "FixedGraph", broken)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         engine = captured(5, 1)
     lines = [str(warning.message) for warning in caught]
-    assert len(set(lines)) == 1
-    assert "\n" not in lines[0]
-    assert "(operation not permitted when stream is capturing)" in lines[0]
+    assert len(set(lines)) == 2  # of steps, and of pictures with their prompts
+    for line in lines:
+        assert "\n" not in line
+        assert "(operation not permitted when stream is capturing)" in line
     assert engine.stats.num_captures == 0
     run_all(engine)
 
@@ -121,7 +126,7 @@ def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel(monkeypatch: pytes
 def test_only_the_step_that_cannot_be_captured_is_launched(
     graphs: list[Recorded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, num_made = stepper_module.StepGraph, 0
+    make, num_made = stepper_module.FixedGraph, 0
 
     def second_fails(run: Callable[[], Tensor], device: torch.device) -> object:
         nonlocal num_made
@@ -130,11 +135,11 @@ def test_only_the_step_that_cannot_be_captured_is_launched(
             raise RuntimeError("not in a capture")
         return make(run, device)
 
-    monkeypatch.setattr(stepper_module, "StepGraph", second_fails)
+    monkeypatch.setattr(stepper_module, "FixedGraph", second_fails)
     with pytest.warns(UserWarning, match="cannot be captured") as caught:
         engine = captured(5, 1)
     assert len(caught) == 1
-    assert engine.stats.num_captures == len(graphs) == 1
+    assert engine.stats.num_captures == len(graphs) == 2
     run_all(engine)
     assert 0 < graphs[0].num_replays < engine.stats.num_steps
 
@@ -152,16 +157,16 @@ def test_graphs_that_do_not_fit_halve_the_batch(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. More words")
         return Recorded(run, device)
 
-    monkeypatch.setattr(stepper_module, "StepGraph", tight)
+    monkeypatch.setattr(stepper_module, "FixedGraph", tight)
     if not num_fitting:
         with pytest.raises(EngineError, match="no memory for one sequence: CUDA out of memory"):
             engine.capture()
         return
     engine.capture()
     assert engine.stats.batch_sizes == [6, 3]
-    assert engine.stats.num_captures == len(graphs) == 2
+    assert engine.stats.num_captures == len(graphs) == 3
     run_all(engine)
-    assert engine.stats.num_captures == 2
+    assert engine.stats.num_captures == 3
 
 
 @pytest.mark.process
