@@ -88,7 +88,8 @@ class FusedExperts:
         """Return `residual + branch + experts(h)` [B, T, D]; without the first two summands the experts' sum alone."""
         kind = PassKind.of(h_BTD.shape[1], self.prefix_len)
         h_ND = h_BTD.reshape(-1, h_BTD.shape[-1])
-        live_N = live_BT.reshape(-1) if live_BT is not None else None
+        # Contiguous: one picture's, expanded from its slot, is a single value under a stride of 0.
+        live_N = live_BT.reshape(-1).contiguous() if live_BT is not None else None
         summands = [s.reshape_as(h_ND) if s is not None else None for s in (residual_BTD, branch_BTD)]
         out_ND: Tensor = self.of_rows(h_ND, self.router(h_ND), live_N, *summands, kind=kind)
         return out_ND.view(h_BTD.shape)

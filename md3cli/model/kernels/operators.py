@@ -74,6 +74,7 @@ _PLAN = (
 @_operator(f"plan_rows{_PLAN}", 1, _empty_plan)
 def _plan_rows(logits_NX: Tensor, live_N: Tensor | None, num_choices: int, block_rows: int) -> tuple[Tensor, ...]:
     """Plan up to PLAN_ROWS rows."""
+    assert live_N is None or live_N.is_contiguous(), live_N.stride()
     plan = pair_token, place, weight, block_expert, block_first, ends = _empty_plan(
         logits_NX, live_N, num_choices, block_rows
     )
@@ -92,6 +93,7 @@ def _plan_rows(logits_NX: Tensor, live_N: Tensor | None, num_choices: int, block
 @_operator(f"plan_tiles{_PLAN}", 3, _empty_plan)
 def _plan_tiles(logits_NX: Tensor, live_N: Tensor | None, num_choices: int, block_rows: int) -> tuple[Tensor, ...]:
     """Plan any number of rows."""
+    assert live_N is None or live_N.is_contiguous(), live_N.stride()
     plan = pair_token, place, weight, block_expert, block_first, ends = _empty_plan(
         logits_NX, live_N, num_choices, block_rows
     )

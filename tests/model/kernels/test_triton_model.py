@@ -16,6 +16,7 @@ from golden_cases import GOLDEN, assert_answer, load_case
 from gpu.triton_cases import OPS, distinct_logits, normal, random_weight, relative_error
 
 from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PrefixStore, PromptStore
+from md3cli.model.engine.passes import run_prefixes
 from md3cli.model.engine.resize import weight_table
 from md3cli.model.engine.state import idle_rows
 from md3cli.model.kernels import registry
@@ -95,6 +96,22 @@ def test_golden_answers_come_out_of_the_kernels(name: str, batch_size: int, is_p
 @pytest.mark.parametrize(("batch_size", "is_planned"), [(8, False), (8, True), (16, True)])
 def test_all_golden_answers_come_out_of_the_kernels(name: str, batch_size: int, is_planned: bool) -> None:
     assert_golden(name, batch_size, most=None, is_planned=is_planned)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("num_pictures", [1, 2])
+def test_prefixes_of_any_number_of_pictures_equal_the_plain_ones(num_pictures: int) -> None:
+    """One picture's mask of live rows is a single value under a stride of 0, which a kernel must not walk along."""
+    case = load_case("c")
+    placed, slots = with_kernels(case.model), torch.arange(num_pictures) + 1
+    embeddings = torch.randn(num_pictures, case.model.config.vision.num_patches, case.model.config.text.dim)
+    found = []
+    for model in (case.model, placed):
+        cache = KVCache(model.config, num_pictures + 1, 64, dtype=torch.float32, device=CPU)
+        with torch.inference_mode():
+            run_prefixes(model, cache, slots, embeddings)
+        found.append(torch.stack([*cache.keys, *cache.values]))
+    assert (found[0] - found[1]).abs().max() < 1e-4
 
 
 def test_copies_of_a_model_stay_apart() -> None:
