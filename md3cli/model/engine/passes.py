@@ -256,18 +256,18 @@ class Group:
 
     @property
     def ending(self) -> list[int]:
-        """The rows whose block ends its prompt."""
+        """Return the rows whose block ends its prompt."""
         ends = (len(block.generation.prompt.ids) - block.first for block in self.blocks)
         return [row for row, left in enumerate(ends) if left <= self.width][: self.num_seats]
 
     @property
     def generations(self) -> list[Generation]:
-        """Those whose prompt ends in this pass, in order."""
+        """Return the generations whose prompt ends in this pass, in order."""
         return [self.blocks[row].generation for row in self.ending]
 
     @property
     def slots(self) -> list[int]:
-        """The slots of `generations`."""
+        """Return the slots of `generations`."""
         return [self.blocks[row].slot for row in self.ending]
 
     @property
