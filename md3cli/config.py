@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from md3cli.records import Request, RunIdentity
+from md3cli.refine.refinement import Refinement
 
 DEFAULT_MODEL = "moondream3"
 
@@ -89,7 +90,8 @@ class DecodeOptions:
 class OutputOptions:
     """Where records go. `formats` empty leaves the choice to `path`'s suffix; `is_folder`: typed with a slash.
 
-    `address` is OUTPUT in a bucket; then `path` is where its files are made on this machine.
+    `address` is OUTPUT in a bucket; then `path` is where its files are made on this machine. `add`: what is asked joins
+    what OUTPUT has.
     """
 
     path: Path | None = None
@@ -97,6 +99,7 @@ class OutputOptions:
     formats: tuple[str, ...] = ()
     overwrite: bool = False
     retry_failed: bool = False
+    add: bool = False
     address: str | None = None
 
     @property
@@ -158,6 +161,7 @@ class RunConfig:
     on; `requests` is what is asked of every image; a manifest may override it row by row, with the
     settings of `defaults` where the command makes no request of its own. With `estimate` nothing is
     written: the run's time and size are told instead. `allow_empty`: an INPUT without anything in it is no error.
+    `refinement` names what is found and says what of it is shown; no id depends on it.
     """
 
     command: str
@@ -172,4 +176,5 @@ class RunConfig:
     allow_empty: bool = False
     is_dry_run: bool = False
     estimate: EstimateOptions | None = None
+    refinement: Refinement = field(default_factory=Refinement)
     argv: tuple[str, ...] = ()

@@ -5,7 +5,8 @@ A command reads its own words and returns what the run is to do; `annotating` ad
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +25,8 @@ from md3cli.commands.parse import (
 from md3cli.config import RunConfig
 from md3cli.errors import UsageError
 from md3cli.records import Request, Task, printable
+from md3cli.refine.labels import Labels, labels_with, prompts_of
+from md3cli.refine.refinement import FOUND_BY_TASK
 from md3cli.source.requests import TOKENS_LIMIT
 
 app = typer.Typer(add_completion=False)
@@ -32,7 +35,10 @@ PROMPTED = (Task.QUERY, Task.DETECT, Task.POINT, Task.SEGMENT)
 OneInput = Annotated[
     str, typer.Argument(metavar="INPUT", help="Image, folder, quoted glob, manifest, tar, URL, or - for stdin.")
 ]
-Objects = Annotated[list[str], typer.Argument(metavar="OBJECT", help="What to look for.")]
+Objects = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="OBJECT", help="What to look for, or NAME=PROMPT; with --labels they may be left out."),
+]
 MaxObjects = Annotated[
     int, typer.Option("--max-objects", min=1, max=TOKENS_LIMIT - 1, help="Stop after so many in one image.")
 ]
@@ -122,7 +128,9 @@ def query(
 
 @app.command()
 @annotating
-def detect(input: OneInput, objects: Objects, max_objects: MaxObjects = 150, *, options: AnnotateOptions) -> RunConfig:
+def detect(
+    input: OneInput, objects: Objects = None, max_objects: MaxObjects = 150, *, options: AnnotateOptions
+) -> RunConfig:
     """Find objects and draw boxes around them.
 
     Examples:
@@ -131,16 +139,14 @@ def detect(input: OneInput, objects: Objects, max_objects: MaxObjects = 150, *, 
 
         md3 detect 'photos/**/*.jpg' "red car" -o coco.json
     """
-    check_objects(objects)
-    requests = [options.request(Task.DETECT, name, max_objects=max_objects) for name in objects]
-    return options.config("detect", [input], requests)
+    return _run_of_objects(Task.DETECT, input, objects, options, max_objects=max_objects)
 
 
 @app.command()
 @annotating
 def point(
     input: OneInput,
-    objects: Objects,
+    objects: Objects = None,
     max_objects: MaxObjects = 150,
     spatial_ref: SpatialRefs = None,
     *,
@@ -154,15 +160,14 @@ def point(
 
         md3 point photos/ person -o people.csv
     """
-    check_objects(objects)
     settings = {"max_objects": max_objects, "spatial_refs": tuple(spatial_ref or ())}
-    return options.config("point", [input], [options.request(Task.POINT, name, **settings) for name in objects])
+    return _run_of_objects(Task.POINT, input, objects, options, **settings)
 
 
 @app.command()
 @annotating
 def segment(
-    input: OneInput, objects: Objects, spatial_ref: SpatialRefs = None, *, options: AnnotateOptions
+    input: OneInput, objects: Objects = None, spatial_ref: SpatialRefs = None, *, options: AnnotateOptions
 ) -> RunConfig:
     """Outline an object.
 
@@ -172,9 +177,7 @@ def segment(
 
         md3 segment photos/ dog -f coco -f overlay -o dogs/
     """
-    check_objects(objects)
-    requests = [options.request(Task.SEGMENT, name, spatial_refs=tuple(spatial_ref or ())) for name in objects]
-    return options.config("segment", [input], requests)
+    return _run_of_objects(Task.SEGMENT, input, objects, options, spatial_refs=tuple(spatial_ref or ()))
 
 
 @app.command()
@@ -188,7 +191,8 @@ def run(input: OneInput, task: TaskSpecs = None, *, options: AnnotateOptions) ->
 
         md3 run requests.csv -o answers.jsonl
     """
-    return options.config("run", [input], _requests_to_run(input, task, options))
+    requests, labels = _asked_of_run(input, task, options)
+    return options.config("run", [input], requests, labels=labels)
 
 
 @app.command()
@@ -209,22 +213,47 @@ def estimate(
         md3 estimate requests.csv --price-per-1000 5 --json
     """
     estimate = options.estimate_options(is_json=as_json)
-    return options.config("run", [input], _requests_to_run(input, task, options), estimate)
+    requests, labels = _asked_of_run(input, task, options)
+    return options.config("run", [input], requests, estimate, labels)
 
 
-def _requests_to_run(input: str, specs: TaskSpecs, options: AnnotateOptions) -> list[Request]:
-    """Return what is asked of every image of `input`, in the order typed.
+def _run_of_objects(
+    task: Task, input: str, objects: Sequence[str] | None, options: AnnotateOptions, **settings: Any
+) -> RunConfig:
+    """Return a run that looks for OBJECTs, or for what `--labels` lists.
+
+    Raises:
+        UsageError: neither says anything, or an OBJECT is a file.
+    """
+    objects, listed = objects or (), options.listed_labels()
+    check_objects(objects)
+    if not objects and not listed.labels:
+        raise UsageError(f"no OBJECT; say what to look for: md3 {task} {printable(input)} car, or --labels FILE")
+    labels = labels_with(objects, listed)
+    requests = options.look_for(task, prompts_of(objects, listed), labels, **settings)
+    return options.config(str(task), [input], requests, labels=labels)
+
+
+def _asked_of_run(input: str, specs: TaskSpecs, options: AnnotateOptions) -> tuple[list[Request], Labels]:
+    """Return what is asked of every image of `input`, in the order typed, and how what is found is called.
 
     Raises:
         UsageError: nothing, and `input` cannot say it either.
     """
-    requests = [_request(spec, options) for parts in specs or () for spec in parts]
+    flat, listed = [spec for parts in specs or () for spec in parts], options.listed_labels()
+    labels = labels_with((spec.argument for spec in flat if spec.task in FOUND_BY_TASK and spec.argument), listed)
+    requests = [request for spec in flat for request in _requests_of(spec, options, listed, labels)]
     if not requests and not may_carry_rows(input):
         raise UsageError(f"nothing to do for {printable(input)}; say what with --task, like --task caption:long")
-    return requests
+    return requests, labels
 
 
-def _request(spec: TaskSpec, options: AnnotateOptions) -> Request:
+def _requests_of(spec: TaskSpec, options: AnnotateOptions, listed: Labels, labels: Labels) -> list[Request]:
     if spec.task is Task.CAPTION:
-        return options.request(Task.CAPTION, length=spec.argument or "normal")
-    return options.request(spec.task, spec.argument)
+        return [options.request(Task.CAPTION, length=spec.argument or "normal")]
+    if spec.task is Task.QUERY:
+        return [options.request(Task.QUERY, spec.argument)]
+    objects = [] if spec.argument is None else [spec.argument]
+    if not objects and not listed.labels:
+        raise UsageError(f"an object is missing; write it like --task {spec.task}:car,person, or name --labels FILE")
+    return options.look_for(spec.task, prompts_of(objects, listed), labels)

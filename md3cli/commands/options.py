@@ -50,6 +50,8 @@ from md3cli.config import (
 )
 from md3cli.errors import UsageError
 from md3cli.records import Request, Task
+from md3cli.refine.labels import Labels, read_labels
+from md3cli.refine.refinement import Refinement
 from md3cli.remote.address import checked_output_address, is_address, named_hosts, path_of, shown_argument
 from md3cli.source.requests import SEED_LIMIT, TEMPERATURE_LIMIT, TOKENS_LIMIT
 
@@ -57,6 +59,7 @@ Part = TypeVar("Part", SourceSpec, ModelOptions, DecodeOptions, ScaleOptions)
 
 _output = functools.partial(typer.Option, rich_help_panel="Output")
 _input = functools.partial(typer.Option, rich_help_panel="Input")
+_labels = functools.partial(typer.Option, rich_help_panel="Labels")
 _estimate = functools.partial(typer.Option, rich_help_panel="Estimate")
 _model = functools.partial(typer.Option, rich_help_panel="Model")
 _answers = functools.partial(typer.Option, rich_help_panel="Answers")
@@ -94,12 +97,34 @@ class AnnotateOptions:
         bool, _output("--resume/--overwrite", help="Go on with what stands in OUTPUT, or start over.")
     ] = True
     retry_failed: Annotated[bool, _output("--retry-failed", help="Do the failed records of OUTPUT again.")] = False
+    add: Annotated[bool, _output("--add", help="Ask what is new, and keep what OUTPUT has.")] = False
     fail_on: Annotated[
         FailOn,
         _output(
             metavar="none|any|N%", parser=checked(parse_fail_on), help="When failed records make the exit status 3."
         ),
     ] = ANY_FAILURE
+
+    labels: Annotated[
+        Path | None,
+        _labels(
+            "--labels",
+            metavar="FILE",
+            help="Names, prompts and thresholds of classes, in order: .toml, .txt or YOLO's .yaml.",
+        ),
+    ] = None
+    min_score: Annotated[
+        float | None, _labels(metavar="X", min=0, max=1, help="Show no object with a score below X; records keep all.")
+    ] = None
+    nms: Annotated[
+        float | None,
+        _labels(
+            metavar="IOU",
+            min=0,
+            max=1,
+            help="Of boxes of one name that overlap more, show the surest; 1 is off.  [default: 0.7 for shared names]",
+        ),
+    ] = None
 
     recursive: Annotated[bool, _input(help="Look into sub-folders.")] = True
     include: Annotated[list[str] | None, _input(metavar="GLOB", help="Only images whose name matches.")] = None
@@ -252,6 +277,16 @@ class AnnotateOptions:
         shared = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
         return Request(task=task, prompt=prompt, **(shared | settings))
 
+    def listed_labels(self) -> Labels:
+        """Return the labels of `--labels`; none without it."""
+        return Labels() if self.labels is None else read_labels(self.labels)
+
+    def look_for(self, task: Task, prompts: Sequence[str], labels: Labels, **settings: Any) -> list[Request]:
+        """Return a request for each prompt, with the most objects that its label allows."""
+        most = {prompt: label.max_objects for prompt, label in labels.by_prompt.items() if label.max_objects}
+        limits = [{"max_objects": most[p]} if p in most and task is not Task.SEGMENT else {} for p in prompts]
+        return [self.request(task, p, **settings | limit) for p, limit in zip(prompts, limits, strict=True)]
+
     def estimate_options(self, *, is_json: bool = False) -> EstimateOptions:
         """Return how to estimate, whether or not `--estimate` asks for it."""
         return EstimateOptions(
@@ -263,9 +298,16 @@ class AnnotateOptions:
         )
 
     def config(
-        self, command: str, inputs: Sequence[str], requests: Sequence[Request], estimate: EstimateOptions | None = None
+        self,
+        command: str,
+        inputs: Sequence[str],
+        requests: Sequence[Request],
+        estimate: EstimateOptions | None = None,
+        labels: Labels | None = None,
     ) -> RunConfig:
         """Return a run that asks `requests` of every image of `inputs`, or an estimate of that run.
+
+        `labels` names what is asked and what the rows of a manifest ask; None: as `--labels` says.
 
         Raises:
             UsageError: OUTPUT is no name or address that could be written to.
@@ -296,6 +338,7 @@ class AnnotateOptions:
             allow_empty=self.allow_empty,
             is_dry_run=self.dry_run,
             estimate=estimate or (self.estimate_options() if self.estimate else None),
+            refinement=Refinement(self.listed_labels() if labels is None else labels, self.min_score, self.nms),
             argv=("md3", *map(shown_argument, sys.argv[1:])),
         )
 
@@ -318,6 +361,7 @@ class AnnotateOptions:
             formats=tuple(self.format or ()),
             overwrite=not self.resume,
             retry_failed=self.retry_failed,
+            add=self.add,
         )
 
 

@@ -47,7 +47,7 @@ class QueryArguments(NamedTuple):
 
 
 class TaskSpec(NamedTuple):
-    """One request of a `--task`: `argument` is a caption's length, a question or an object."""
+    """A part of a `--task`: a caption's length, a question or an OBJECT; None is the usual length, or all listed."""
 
     task: Task
     argument: str | None
@@ -253,7 +253,10 @@ def _refuse_file(text: str, wanted: str) -> None:
 
 
 def parse_task(spec: str) -> list[TaskSpec]:
-    """Read `caption:long`, `detect:car,person` (two requests), `query:Is it raining?`, `point:nose`, `segment:dog`."""
+    """Read `caption:long`, `detect:car,person` (two requests), `query:Is it raining?`, `point:nose`, `segment:dog`.
+
+    `detect`, `point` and `segment` alone have no argument: what `--labels` lists.
+    """
     name, colon, rest = spec.partition(":")
     if name not in tuple(Task):
         raise ValueError(f"{printable(spec)!r}: no task {printable(name)!r}; one of {', '.join(Task)}")
@@ -266,6 +269,8 @@ def parse_task(spec: str) -> list[TaskSpec]:
         if not rest.strip():
             raise ValueError("a question is missing; write it like query:Is it raining?")
         return [TaskSpec(task, rest)]
+    if not colon:  # all that --labels lists
+        return [TaskSpec(task, None)]
     objects = [part.strip() for part in rest.split(",")]
     if not all(objects):
         raise ValueError(f"{printable(spec)!r}: an object is missing; write it like {name}:car,person")

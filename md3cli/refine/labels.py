@@ -1,0 +1,337 @@
+"""Names for what is asked: `NAME=PROMPT` as typed, and the files of `--labels`.
+
+A label is a name that exports and reports show, with the prompts that are asked for it and the limits of its own.
+Files may come from a stranger: they are small (1 MB), hold plain values only, and what cannot be read in full is
+refused. Knows nothing of records. Source: product contract, section 8.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from md3cli.errors import UsageError
+from md3cli.records import printable
+
+FILE_LIMIT_BYTES = 10**6
+COUNT_LIMIT = 2**31 - 1  # of ids and of objects
+SUFFIXES = (".toml", ".txt", ".yaml", ".yml")
+_KEYS = frozenset({"name", "prompts", "min_score", "nms", "max_objects", "id"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Label:
+    """A name, the prompts asked for it, and its own limits; None leaves a limit to the command's option.
+
+    `min_score` and `nms` are 0-1, `id` is the class's number in COCO files.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    min_score: float | None = None
+    nms: float | None = None
+    max_objects: int | None = None
+    id: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the label as the table of a labels file: its name, its prompts, and the limits that it has."""
+        limits = {key: getattr(self, key) for key in ("min_score", "nms", "max_objects", "id")}
+        return {"name": self.name, "prompts": list(self.prompts)} | {k: v for k, v in limits.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels in the order that all exports keep; no name and no prompt comes twice."""
+
+    labels: tuple[Label, ...] = field(default=())
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names, in order."""
+        return tuple(label.name for label in self.labels)
+
+    @cached_property
+    def by_prompt(self) -> Mapping[str, Label]:
+        """The label of each prompt."""
+        return {prompt: label for label in self.labels for prompt in label.prompts}
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Label]:
+        """The label of each name."""
+        return {label.name: label for label in self.labels}
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """Everything that is asked, in order."""
+        return tuple(self.by_prompt)
+
+    def name_of(self, prompt: str) -> str:
+        """Return the name given for a prompt, else the prompt."""
+        label = self.by_prompt.get(prompt)
+        return prompt if label is None else label.name
+
+    def followed_by(self, others: Labels) -> Labels:
+        """Return these labels, and behind them what `others` say of prompts that are not named here.
+
+        A prompt of `others` joins the label of its name where that is here; ids are kept only where all have one.
+        """
+        merged = {label.name: label for label in self.labels}
+        for label in others.labels:
+            prompts = tuple(prompt for prompt in label.prompts if prompt not in self.by_prompt)
+            known = merged.get(label.name)
+            if prompts and known is not None:
+                merged[label.name] = _changed(known, prompts=(*known.prompts, *prompts))
+            elif prompts:
+                merged[label.name] = _changed(label, prompts=prompts)
+        return Labels(_with_ids_of_all(tuple(merged.values())))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return the tables of a labels file that says the same."""
+        return [label.to_json() for label in self.labels]
+
+
+def _changed(label: Label, **values: Any) -> Label:
+    known = {key: getattr(label, key) for key in ("name", "prompts", "min_score", "nms", "max_objects", "id")}
+    return Label(**(known | values))
+
+
+def _with_ids_of_all(labels: tuple[Label, ...]) -> tuple[Label, ...]:
+    """Give labels that follow those of a file ids behind the file's, where the file gives any."""
+    given = [label.id for label in labels if label.id is not None]
+    if not given or len(given) == len(labels) == len(set(given)):
+        return labels
+    numbers = iter(range(max(given) + 1, max(given) + 1 + len(labels)))
+    seen: set[int] = set()
+    whole = []
+    for label in labels:
+        is_free = label.id is not None and label.id not in seen
+        number = label.id if is_free and label.id is not None else next(numbers)
+        seen.add(number)
+        whole.append(_changed(label, id=number))
+    return tuple(whole)
+
+
+def parse_object(text: str) -> tuple[str, str]:
+    """Read an OBJECT: return (name, prompt) of `NAME=PROMPT`, of `=PROMPT`, which is taken as it is, or of a prompt.
+
+    Raises:
+        UsageError: the prompt is empty.
+    """
+    name, has_name, prompt = text.partition("=")
+    name, prompt = (name.strip(), prompt.strip()) if has_name else ("", text.strip())
+    if not prompt:
+        example = f" after {printable(name)}=" if name else ""
+        raise UsageError(f"an OBJECT is empty{example}; name what to look for")
+    return name or prompt, prompt
+
+
+def prompts_of(objects: Sequence[str], listed: Labels) -> list[str]:
+    """Return what OBJECTs ask: of one that is a listed name all its prompts; without OBJECTs all that is listed.
+
+    Raises:
+        UsageError: an OBJECT is empty.
+    """
+    if not objects:
+        return list(listed.prompts)
+    return [prompt for text in objects for prompt in _prompts_of(text, listed)]
+
+
+def _prompts_of(text: str, listed: Labels) -> tuple[str, ...]:
+    _, prompt = parse_object(text)
+    label = listed.by_name.get(prompt) if "=" not in text else None
+    return (prompt,) if label is None else label.prompts
+
+
+def labels_with(objects: Iterable[str], listed: Labels) -> Labels:
+    """Return the listed labels, and behind them those of OBJECTs as typed; several of one name are one label.
+
+    Raises:
+        UsageError: an OBJECT is empty, or its prompt has two names.
+    """
+    typed = []
+    for text in objects:
+        name, prompt = parse_object(text)
+        known = listed.by_prompt.get(prompt)
+        if "=" not in text and (known is not None or prompt in listed.by_name):
+            continue
+        if known is not None and known.name != name:
+            raise UsageError(
+                f"{printable(prompt)!r} is asked as {printable(name)!r}, and --labels calls it "
+                f"{printable(known.name)!r}; give it one name"
+            )
+        typed.append((name, prompt))
+    return listed.followed_by(_gathered(typed, "OBJECTs"))
+
+
+def _gathered(pairs: Iterable[tuple[str, str]], where: str) -> Labels:
+    prompts: dict[str, dict[str, None]] = {}
+    for name, prompt in pairs:
+        prompts.setdefault(name, {})[prompt] = None
+    return _checked([Label(name=name, prompts=tuple(asked)) for name, asked in prompts.items()], where)
+
+
+def _checked(labels: Sequence[Label], where: str) -> Labels:
+    """Return `labels`, or refuse what comes twice; `where` they stand is for the message.
+
+    Raises:
+        UsageError: a name, a prompt or an id comes twice, or some have an id and others none.
+    """
+    for what, values in (
+        ("name", [label.name for label in labels]),
+        ("prompt", [prompt for label in labels for prompt in label.prompts]),
+        ("id", [str(label.id) for label in labels if label.id is not None]),
+    ):
+        twice = next((value for value, count in Counter(values).items() if count > 1), None)
+        if twice is not None:
+            names = [label.name for label in labels if twice in label.prompts]
+            under = f" (as {' and '.join(map(printable, names))})" if what == "prompt" and len(names) > 1 else ""
+            raise UsageError(f"{where}: the {what} {printable(twice)!r} comes twice{under}; leave one out")
+    if 0 < sum(label.id is not None for label in labels) < len(labels):
+        bare = next(label.name for label in labels if label.id is None)
+        raise UsageError(f"{where}: {printable(bare)!r} has no id and others have; give all an id, or none")
+    return Labels(tuple(labels))
+
+
+def read_labels(path: Path) -> Labels:
+    """Read a labels file: `.toml` with tables `[[label]]`, `.txt` with an OBJECT a line, or the `names` of a YOLO file.
+
+    Raises:
+        UsageError: it cannot be read in full; says where and why.
+    """
+    where = printable(str(path))
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UsageError(f"--labels {where}: a labels file ends in .toml, .txt or .yaml")
+    text = read_text(path, "--labels")
+    if suffix == ".toml":
+        labels = _of_toml(text, where)
+    elif suffix == ".txt":
+        labels = _gathered((parse_object(line) for line in lines_of(text)), where)
+    else:
+        labels = _of_yaml(text, where)
+    if not labels.labels:
+        raise UsageError(f"--labels {where} names no label")
+    return labels
+
+
+def read_text(path: Path, option: str, limit_bytes: int = FILE_LIMIT_BYTES) -> str:
+    """Return the text of a small file that `option` names: UTF-8, with a byte order mark or without.
+
+    Raises:
+        UsageError: it is not there, no regular file, larger, or not UTF-8.
+    """
+    where = printable(str(path))
+    try:
+        if not path.is_file():
+            raise UsageError(f"{option} {where}: no such file")
+        with path.open("rb") as file:
+            content = file.read(limit_bytes + 1)
+        if len(content) > limit_bytes:
+            raise UsageError(f"{option} {where} has more than {limit_bytes:,} bytes")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{option} {where} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{option} {where} is not UTF-8 (byte {error.start:,}); save it as UTF-8") from error
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines that say something: without blanks around, blank lines and lines that begin with `#`."""
+    lines = (line.strip() for line in text.split("\n"))
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _of_toml(text: str, where: str) -> Labels:
+    try:
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"--labels {where} is not TOML: {printable(str(error))}") from error
+    tables = document.get("label")
+    unknown = next((key for key in document if key != "label"), None)
+    if unknown is not None:
+        raise UsageError(f"--labels {where}: unknown key {printable(unknown)!r}; labels are tables [[label]]")
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"--labels {where} has no tables [[label]]")
+    return labels_of_tables(tables, f"--labels {where}")
+
+
+def labels_of_tables(tables: Sequence[Mapping[str, Any]], where: str) -> Labels:
+    """Return the labels of tables as a `.toml` file has them, whoever wrote them; `where` begins each message.
+
+    Raises:
+        UsageError: a key that is not known, a value that is not of its kind, or something that comes twice.
+    """
+    return _checked([_of_table(table, f"{where}, label {n}") for n, table in enumerate(tables, 1)], where)
+
+
+def _of_table(table: Mapping[str, Any], where: str) -> Label:
+    unknown = next((key for key in table if key not in _KEYS), None)
+    if unknown is not None:
+        raise UsageError(f"{where}: unknown key {printable(str(unknown))!r}; one of {', '.join(sorted(_KEYS))}")
+    name = table.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise UsageError(f"{where}: a name is missing")
+    prompts = table.get("prompts", [name.strip()])
+    is_list = isinstance(prompts, list) and all(isinstance(prompt, str) and prompt.strip() for prompt in prompts)
+    if not is_list or not prompts:
+        raise UsageError(f"{where} ({printable(name)}): prompts is a list of texts")
+    shares = {
+        key: _share(table[key], f"{where} ({printable(name)}): {key}") for key in ("min_score", "nms") & table.keys()
+    }
+    counts = {
+        key: _count(table[key], f"{where} ({printable(name)}): {key}") for key in ("max_objects", "id") & table.keys()
+    }
+    if counts.get("max_objects") == 0:
+        raise UsageError(f"{where} ({printable(name)}): max_objects is at least 1")
+    return Label(name=name.strip(), prompts=tuple(prompt.strip() for prompt in prompts), **shares, **counts)
+
+
+def _share(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and 0 <= value <= 1):
+        raise UsageError(f"{where} is a number from 0 to 1")
+    return float(value)
+
+
+def _count(value: object, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= COUNT_LIMIT:
+        raise UsageError(f"{where} is a whole number from 0")
+    return value
+
+
+def _of_yaml(text: str, where: str) -> Labels:
+    """Read the `names` of a YOLO file: a list, or a map from numbers, which is put in their order."""
+    names = _yaml_document(text, where).get("names")
+    if isinstance(names, dict):
+        odd = next((key for key in names if not (key.isascii() and key.isdecimal())), None)
+        if odd is not None:
+            raise UsageError(f"--labels {where}: {printable(odd)!r} in names is not the number of a class")
+        names = [names[key] for key in sorted(names, key=int)]
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise UsageError(f"--labels {where} has no names of classes (names: a list, or a map from numbers)")
+    return _checked([Label(name=name.strip(), prompts=(name.strip(),)) for name in names], f"--labels {where}")
+
+
+def _yaml_document(text: str, where: str) -> dict[str, Any]:
+    """Parse YAML in which each scalar is a text; an alias, which could make a small file a huge one, is refused."""
+    import yaml
+
+    class PlainLoader(yaml.BaseLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases (*name) are not read")
+            return super().compose_node(parent, index)
+
+    try:
+        document = yaml.load(text, Loader=PlainLoader)  # noqa: S506 - a BaseLoader makes texts, lists and maps only
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = printable(" ".join(str(error).split()))
+        raise UsageError(f"--labels {where} is not YAML that can be read: {reason}") from error
+    if not isinstance(document, dict):
+        raise UsageError(f"--labels {where} has no names of classes")
+    return document
