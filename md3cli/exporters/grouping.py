@@ -47,6 +47,7 @@ class Survey:
 
     labels: dict[str, None] = field(default_factory=dict)  # of boxes and masks
     point_labels: dict[str, None] = field(default_factory=dict)
+    all_labels: dict[str, None] = field(default_factory=dict)  # of both
     tasks: set[str] = field(default_factory=set)
     num_records: int = 0
     num_failures: int = 0
@@ -65,16 +66,18 @@ class Survey:
         self.has_meta = self.has_meta or bool(record.get("meta"))
         self.model = self.model or str(record.get("model") or "")
         if task in _RESULT_OF:
-            labels = self.point_labels if task == "point" else self.labels
-            if record.get("prompt"):
-                labels[str(record["prompt"])] = None
-            for found in record.get(_RESULT_OF[task]) or ():
-                labels[label_of(found, record)] = None
+            labels = dict.fromkeys(asked_and_found(record))
+            (self.point_labels if task == "point" else self.labels).update(labels)
+            self.all_labels.update(labels)
 
     def categories(self, first: Iterable[str]) -> list[str]:
         """Return the labels of boxes and masks, those in `first` before the others; but no label of points alone."""
         only_points = self.point_labels.keys() - self.labels.keys()
         return [label for label in dict.fromkeys((*first, *self.labels)) if label not in only_points]
+
+    def in_order(self, first: Iterable[str]) -> list[str]:
+        """Return all labels, points' too, those in `first` before the others: the order of the palette."""
+        return list(dict.fromkeys((*first, *self.all_labels)))
 
     def notes(self) -> Iterator[str]:
         """Yield what was left out of the file, and what no format made of images can hold."""
@@ -190,6 +193,17 @@ class ImageIndex:
                 count += 1
             if keys[0]:
                 yield *keys, offset, count
+
+
+def asked_and_found(record: RecordDict) -> Iterator[str]:
+    """Yield the label that a record asked for, then those of what it found; nothing for captions and answers."""
+    result = _RESULT_OF.get(str(record.get("task")))
+    if result is None:
+        return
+    if record.get("prompt"):
+        yield str(record["prompt"])
+    for found in record.get(result) or ():
+        yield label_of(found, record)
 
 
 def _keys(record: RecordDict) -> tuple[bytes, bytes, bytes]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from xml.sax.saxutils import quoteattr
 from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
-from md3cli.exporters.objects import colour_of, joined_ring
+from md3cli.exporters.objects import joined_ring
+from md3cli.exporters.palette import Style, palette
 from md3cli.exporters.pictures import Pictures
 from md3cli.records import compact_json, printable
 
@@ -143,10 +144,11 @@ def _texts(group: ImageGroup) -> Iterator[Result]:
 def _interface(survey: Survey, first_labels: Iterable[str]) -> str:
     """Return the labelling interface: one control for each kind of result that the records can hold."""
     labels = survey.categories(first_labels)
+    styles = palette(survey.in_order(first_labels))
     controls = [
-        ("detect", _labels_control("RectangleLabels", labels)),
-        ("segment", _labels_control("PolygonLabels", labels)),
-        ("point", _labels_control("KeyPointLabels", survey.point_labels)),
+        ("detect", _labels_control("RectangleLabels", labels, styles)),
+        ("segment", _labels_control("PolygonLabels", labels, styles)),
+        ("point", _labels_control("KeyPointLabels", survey.point_labels, styles)),
         ("caption", '  <TextArea name="caption" toName="image" editable="true" rows="4"/>\n'),
         ("query", '  <TextArea name="answer" toName="image" editable="true" rows="4"/>\n'),
     ]
@@ -154,10 +156,11 @@ def _interface(survey: Survey, first_labels: Iterable[str]) -> str:
     return f'<View>\n  <Image name="image" value="$image" zoom="true"/>\n{chosen}</View>\n'
 
 
-def _labels_control(tag: str, labels: Iterable[str]) -> str:
+def _labels_control(tag: str, labels: Iterable[str], styles: Mapping[str, Style]) -> str:
     lines = []
     for number, label in enumerate(labels):
         # Its COCO export stops at keypoints whose label has no place of its own.
         place = f' model_index="{number}"' if tag == "KeyPointLabels" else ""
-        lines.append(f'    <Label value={quoteattr(printable(label))} background="{colour_of(label).hex}"{place}/>\n')
+        colour = styles[label].colour.hex
+        lines.append(f'    <Label value={quoteattr(printable(label))} background="{colour}"{place}/>\n')
     return f'  <{tag} name="{tag.lower()}" toName="image">\n{"".join(lines)}  </{tag}>\n'

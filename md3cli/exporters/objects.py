@@ -1,4 +1,4 @@
-"""What a record found, in pixels of the upright image (boxes, masks, points), and the colour of its label.
+"""What a record found, in pixels of the upright image: boxes, masks and points.
 
 Records hold 0-1 floats as the model gave them; here, and only here, they become pixels, clamped to the image. A box
 without extent after that is dropped: no reader takes one. Pure functions; knows nothing of files or formats.
@@ -6,8 +6,6 @@ without extent after that is dropped: no reader takes one. Pure functions; knows
 
 from __future__ import annotations
 
-import colorsys
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -158,30 +156,3 @@ def joined_ring(rings: list[Ring]) -> Ring:
     for ring in rings[1:]:
         joined += [*ring, ring[0], first[0]]
     return joined
-
-
-class Colour(NamedTuple):
-    """8-bit sRGB."""
-
-    red: int
-    green: int
-    blue: int
-
-    @property
-    def hex(self) -> str:
-        return f"#{self.red:02x}{self.green:02x}{self.blue:02x}"
-
-    @property
-    def is_dark(self) -> bool:
-        """Return whether white text reads better on it than black (WCAG 2 relative luminance)."""
-        linear = [(channel / 255) ** 2.2 for channel in self]
-        return bool(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] < 0.179)
-
-
-def colour_of(label: str) -> Colour:
-    """Return a strong colour drawn from the label's digest: the same in every run and format."""
-    digest = hashlib.blake2b(label.encode("utf-8", "replace"), digest_size=2).digest()
-    # 24 hues in three shades.
-    lightness, saturation = ((0.5, 0.95), (0.38, 0.9), (0.66, 0.95))[digest[1] % 3]
-    channels = colorsys.hls_to_rgb(digest[0] % 24 / 24, lightness, saturation)
-    return Colour(*(round(channel * 255) for channel in channels))

@@ -12,9 +12,12 @@ cut down to Latin, Greek, Cyrillic, punctuation, arrows and shapes. Any other ch
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -25,7 +28,8 @@ from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import StagedFolder, candidates, relative_name, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.masks import fill
-from md3cli.exporters.objects import Colour, PixelBox, PixelPoint, PixelSegment, Ring, colour_of
+from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, Ring
+from md3cli.exporters.palette import Colour, Style, palette
 from md3cli.exporters.pictures import Pictures
 from md3cli.records import printable
 
@@ -102,16 +106,25 @@ class Canvas:
         self.line_px = max(1, round(scale / 250))
         self.font = font_of(max(9, round(scale / 36)))
 
-    def outline(self, ring: Ring, colour: Colour) -> None:
+    def outline(self, ring: Ring, style: Style) -> None:
         """Draw a closed line: colour within a casing of the opposite brightness, within a thin dark one."""
-        casing = WHITE if colour.is_dark else BLACK
         closed = [*ring, ring[0], ring[1]]  # past the start, so that the corner there is joined too
-        for width, ink in ((3 * self.line_px, BLACK), (2 * self.line_px + 1, casing), (self.line_px, colour)):
+        for width, ink in ((3 * self.line_px, BLACK), (2 * self.line_px + 1, _casing(style.colour))):
             self.draw.line(closed, fill=ink, width=width, joint="curve")
+        if style.dash is None:
+            self.draw.line(closed, fill=style.colour, width=self.line_px, joint="curve")
+            return
+        for stroke in strokes([*ring, ring[0]], self._lengths(style.dash)):
+            self.draw.line(stroke, fill=style.colour, width=self.line_px)
 
-    def box(self, box: PixelBox, colour: Colour) -> None:
+    def _lengths(self, dash: tuple[float, float]) -> tuple[int, int]:
+        """Return stroke and gap in pixels; less than two pixels of either would melt into a paler line."""
+        stroke, gap = (max(2, round(part * self.line_px)) for part in dash)
+        return stroke, gap
+
+    def box(self, box: PixelBox, style: Style) -> None:
         """Draw a rectangle whose lines stay inside the picture."""
-        casing = WHITE if colour.is_dark else BLACK
+        casing = _casing(style.colour)
         left, top = round(box.x), round(box.y)
         right = max(left, min(round(box.x + box.width), self.image.width) - 1)
         bottom = max(top, min(round(box.y + box.height), self.image.height) - 1)
@@ -121,15 +134,27 @@ class Canvas:
         if right - left > 2 * (inner + edge) and bottom - top > 2 * (inner + edge):
             inside = (left + inner, top + inner, right - inner, bottom - inner)
             self.draw.rectangle(inside, outline=casing, width=edge)
-        self.draw.rectangle((left, top, right, bottom), outline=colour, width=inner)
+        self.draw.rectangle((left, top, right, bottom), outline=style.colour, width=inner)
+        if style.dash is not None:
+            self._cut_gaps((left, top, right, bottom), self._lengths(style.dash), casing)
 
-    def mask(self, segment: PixelSegment, colour: Colour) -> None:
+    def _cut_gaps(self, sides: tuple[int, int, int, int], lengths: tuple[int, int], casing: Colour) -> None:
+        """Cut gaps into the four sides of a box; its corners stay, so that its extent can be read."""
+        (left, top, right, bottom), inner, (stroke, gap) = sides, self.line_px, lengths
+        for x in range(left + stroke, right - stroke - gap + 2, stroke + gap):
+            for y in (top, bottom - inner + 1):
+                self.draw.rectangle((x, y, x + gap - 1, y + inner - 1), fill=casing)
+        for y in range(top + stroke, bottom - stroke - gap + 2, stroke + gap):
+            for x in (left, right - inner + 1):
+                self.draw.rectangle((x, y, x + inner - 1, y + gap - 1), fill=casing)
+
+    def mask(self, segment: PixelSegment, style: Style) -> None:
         """Draw a tinted area with its outline."""
         patch = fill(segment.rings, *self.image.size).patch()
         alpha = Image.fromarray((patch.pixels * round(255 * MASK_OPACITY)).astype("uint8"))
-        self.image.paste(colour, (patch.left, patch.top), alpha)
+        self.image.paste(style.colour, (patch.left, patch.top), alpha)
         for ring in segment.rings:
-            self.outline(ring, colour)
+            self.outline(ring, style)
 
     def dot(self, point: PixelPoint, colour: Colour) -> None:
         """Draw a dot in a white and a black ring."""
@@ -148,7 +173,7 @@ class Canvas:
         left = min(max(x, 0.0), max(0.0, self.image.width - width))
         plate = self._free_plate(left, y, below, width, height)
         self.plates.append(plate)
-        ink = WHITE if colour.is_dark else BLACK
+        ink = _casing(colour)
         self.draw.rectangle(plate, fill=colour, outline=ink, width=1)
         self.draw.text((plate.left + pad, plate.top + pad / 2), text, fill=ink, font=self.font)
 
@@ -162,21 +187,54 @@ class Canvas:
         return next(free, Plate(left, fallback, left + width, fallback + height))
 
 
-def draw_records(image: Image.Image, group: ImageGroup) -> None:
-    """Draw all that the records of one image found; shapes first, labels on top of everything."""
+def _casing(colour: Colour) -> Colour:
+    return WHITE if colour.is_dark else BLACK
+
+
+def strokes(line: Ring, lengths: tuple[int, int]) -> Iterator[Ring]:
+    """Yield the strokes of a dashed line as lines of their own, which bend where it does.
+
+    Args:
+        lengths: of a stroke and of a gap, in pixels, both above 0.
+    """
+    is_stroke, left, stroke = True, float(lengths[0]), [line[0]]
+    turns = cycle(((False, lengths[1]), (True, lengths[0])))
+    for (x0, y0), (x1, y1) in pairwise(line):
+        length = math.hypot(x1 - x0, y1 - y0)
+        done = 0.0
+        while length - done > left:
+            done += left
+            share = done / length
+            corner = (x0 + (x1 - x0) * share, y0 + (y1 - y0) * share)
+            if is_stroke:
+                yield [*stroke, corner]
+            (is_stroke, left), stroke = next(turns), [corner]
+        left -= length - done
+        stroke.append((x1, y1))
+    if is_stroke:
+        yield stroke
+
+
+def draw_records(image: Image.Image, group: ImageGroup, styles: Mapping[str, Style]) -> None:
+    """Draw all that the records of one image found; shapes first, labels on top of everything.
+
+    Args:
+        image: RGB, drawn upon.
+        styles: of all labels of `group`.
+    """
     canvas = Canvas(image)
     segments, boxes, points = list(group.segments()), list(group.boxes()), list(group.points())
     for segment in segments:
-        canvas.mask(segment, colour_of(segment.box.label))
+        canvas.mask(segment, styles[segment.box.label])
     for box in sorted(boxes, key=lambda box: -box.width * box.height):
-        canvas.box(box, colour_of(box.label))
+        canvas.box(box, styles[box.label])
     for point in points:
-        canvas.dot(point, colour_of(point.label))
+        canvas.dot(point, styles[point.label].colour)
     for box in (*(segment.box for segment in segments), *boxes):
-        canvas.label(_text(box), box.x, box.y, box.y + box.height, colour_of(box.label))
+        canvas.label(_text(box), box.x, box.y, box.y + box.height, styles[box.label].colour)
     reach = 4 * canvas.line_px
     for point in points:
-        canvas.label(_text(point), point.x + reach, point.y - reach, point.y + reach, colour_of(point.label))
+        canvas.label(_text(point), point.x + reach, point.y - reach, point.y + reach, styles[point.label].colour)
 
 
 def _text(found: PixelBox | PixelPoint) -> str:
@@ -197,9 +255,10 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         closing(ImageIndex(records)) as index,
         staged_folder(out, overwrite=options.overwrite, format="overlay") as folder,
     ):
+        styles = palette(index.survey.in_order(options.labels))
         for group in index.images():
             pictures.refuse_inside(out, group)
-            image = _drawn(group, pictures)
+            image = _drawn(group, pictures, styles)
             if image is not None:
                 _save(folder, group.file_name, image)
                 num_images += 1
@@ -208,7 +267,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     return ExportReport("overlay", out, survey.num_records, num_images, survey.num_failures, notes)
 
 
-def _drawn(group: ImageGroup, pictures: Pictures) -> Image.Image | None:
+def _drawn(group: ImageGroup, pictures: Pictures, styles: Mapping[str, Style]) -> Image.Image | None:
     item = pictures.find(group.picture_record, has_twins=group.has_twins)
     if item is None:
         return None
@@ -219,7 +278,7 @@ def _drawn(group: ImageGroup, pictures: Pictures) -> Image.Image | None:
         return None
     if image.size != (group.width, group.height):  # another file stands there now: boxes scale with it
         group = group._replace(width=image.width, height=image.height)
-    draw_records(image, group)
+    draw_records(image, group, styles)
     return image
 
 

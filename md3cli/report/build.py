@@ -260,7 +260,7 @@ def _overview(records: Path, stats: RunStats, options: ReportOptions, sections: 
     return Page(
         title=options.title or name,
         facts=run_facts(stats),
-        palette=palette_of(stats.labels),
+        palette=palette_of(stats.palette_labels),
         run_key=_run_key(records),
         name=name,
         tiles=overview_tiles(stats, run),

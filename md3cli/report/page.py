@@ -13,13 +13,13 @@ from datetime import UTC, datetime
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from md3cli.exporters.palette import style_at
 from md3cli.records import is_printable, printable
 from md3cli.report.items import Entry, Item
 
 if TYPE_CHECKING:
     from md3cli.report.plots import Plot
 
-NUM_COLOURS = 10
 MAX_LABEL_CHIPS = 60
 
 
@@ -64,13 +64,14 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Palette:
-    """Labels with their colours, in order of first appearance: the same on every page of a report."""
+    """Labels with their colours, in the order of the run: the same on every page of a report, and in overlays."""
 
     numbers: Mapping[str, int]
 
     def colour_of(self, label: str) -> str:
-        """Return the style sheet's class for a label."""
-        return f"c{self.numbers.get(label, 0) % NUM_COLOURS}"
+        """Return the style sheet's classes for a label: colour and dash."""
+        style = style_at(self.numbers.get(label, 0))
+        return f"c{style.colour_place} d{style.dash_place}"
 
 
 @dataclass(frozen=True, slots=True)

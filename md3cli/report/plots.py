@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from md3cli.exporters.grouping import asked_and_found
 from md3cli.finished.run_json import RunInfo
 from md3cli.records import printable
 from md3cli.report.items import Item
@@ -39,6 +40,7 @@ class RunStats:
     statuses: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)  # objects by label, in order of first appearance
+    palette_labels: dict[str, None] = field(default_factory=dict)  # asked or found, in the order of the overlays
     images_of_label: Counter[str] = field(default_factory=Counter)
     objects_per_image: Counter[int] = field(default_factory=Counter)  # images that were asked for objects
     score_bins: list[int] = field(default_factory=lambda: [0] * NUM_SCORE_BINS)
@@ -59,6 +61,8 @@ class RunStats:
             self.objects_per_image[labels.total()] += 1
         self.num_objects += labels.total()
         for entry in item.entries:
+            if len(self.palette_labels) < MAX_DISTINCT:
+                self.palette_labels.update(dict.fromkeys(asked_and_found(entry.record)))
             self.num_records += 1
             self.tasks[entry.task] += 1
             self.statuses[entry.status] += 1

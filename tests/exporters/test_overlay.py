@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import os
 import tarfile
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-from finished_runs import CAR, HEIGHT, NAMES, WIDTH, Run, detect_records, draw_pictures, record
+from finished_runs import CAR, DOG, HEIGHT, NAMES, WIDTH, Run, detect_records, draw_pictures, record
 from fontTools.ttLib import TTFont
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,8 +18,8 @@ from PIL import Image
 
 from md3cli.errors import UsageError
 from md3cli.exporters.grouping import ImageGroup
-from md3cli.exporters.objects import colour_of
-from md3cli.exporters.overlay import FONT_FILE, draw_records, fitted, font_of, shown
+from md3cli.exporters.overlay import FONT_FILE, draw_records, fitted, font_of, shown, strokes
+from md3cli.exporters.palette import COLOURS, Style, style_at
 from md3cli.source.walk import IMAGE_SUFFIXES
 
 
@@ -26,8 +27,10 @@ def names_in(out: Path) -> set[str]:
     return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} - {".md3"}
 
 
-def drawn(base: Image.Image, *records: dict[str, object]) -> np.ndarray:
-    draw_records(base, ImageGroup("x", None, base.width, base.height, list(records)))
+def drawn(base: Image.Image, *records: dict[str, object], place: int = 0) -> np.ndarray:
+    """What records look like on a picture, all labels in the style of `place`."""
+    styles: dict[str, Style] = defaultdict(lambda: style_at(place))
+    draw_records(base, ImageGroup("x", None, base.width, base.height, list(records)), styles)
     return np.asarray(base)
 
 
@@ -45,7 +48,7 @@ def test_boxes_are_drawn_where_they_are(run: Run) -> None:
     run.write([record("empty.png", "detect", "car", objects=[CAR])])
     _, out = run.export("overlay", "out")
     pixels = np.asarray(Image.open(out / "empty.png"))
-    colour = colour_of("car")
+    colour = COLOURS[0]
     for x, y in ((12, 40), (59, 40), (30, 20), (30, 59)):
         near = pixels[y - 2 : y + 3, x - 2 : x + 3].reshape(-1, 3)
         assert (near == colour).all(axis=1).any(), (x, y)
@@ -55,13 +58,14 @@ def test_boxes_are_drawn_where_they_are(run: Run) -> None:
 
 
 @pytest.mark.parametrize("background", ["white", "black", "grey", (0, 0, 255), (255, 0, 0)])
-@pytest.mark.parametrize("label", ["car", "dog", "red circle"])
-def test_lines_stand_out_on_any_background(background: str, label: str) -> None:
+@pytest.mark.parametrize("place", range(12))
+def test_lines_stand_out_on_any_background(background: str, place: int) -> None:
     size = (640, 480)
-    pixels = drawn(Image.new("RGB", size, background), record("x", "detect", label, objects=[{**CAR, "label": label}]))
+    pixels = drawn(Image.new("RGB", size, background), record("x", "detect", "car", objects=[CAR]), place=place)
     plain = np.asarray(Image.new("RGB", size, background))
-    row = pixels[240, 50:80].astype(int)  # across the left side of the box
-    assert np.abs(row - plain[240, 50:80].astype(int)).max() >= 100
+    rows = pixels[240:300, 50:80].astype(int)  # across the left side of the box, strokes and gaps
+    is_seen = np.abs(rows - plain[240:300, 50:80].astype(int)).max(axis=(1, 2)) >= 100
+    assert is_seen.mean() >= (1 if style_at(place).dash is None else 0.5)  # a gap may be as the background is
 
 
 def test_a_mask_tints_its_area_and_leaves_its_hole() -> None:
@@ -77,14 +81,14 @@ def test_a_mask_tints_its_area_and_leaves_its_hole() -> None:
 def test_a_point_is_a_dot_of_its_labels_colour() -> None:
     point = {"label": "nose", "x": 0.5, "y": 0.5, "score": 0.5}
     pixels = drawn(Image.new("RGB", (400, 400), "black"), record("x", "point", "nose", points=[point]))
-    assert tuple(pixels[200, 200]) == colour_of("nose")
+    assert tuple(pixels[200, 200]) == COLOURS[0]
 
 
 def test_lines_and_letters_grow_with_the_picture() -> None:
     def coloured(scale: int) -> int:
         size = (160 * scale, 120 * scale)
         pixels = drawn(Image.new("RGB", size, "white"), record("x", "detect", "car", objects=[CAR]))
-        return int((pixels == colour_of("car")).all(axis=2).sum())
+        return int((pixels == COLOURS[0]).all(axis=2).sum())
 
     assert coloured(16) > 8 * 4 * coloured(4) / 5  # area grows with the square: lines of the same width would give 4
 
@@ -190,6 +194,47 @@ def test_a_fitted_text_is_no_wider_than_allowed(text: str) -> None:
     assert font.getlength(fitted(shown(text), font, 60)) <= 60
 
 
-def test_colours_are_stable_and_differ() -> None:
-    assert colour_of("car") == colour_of("car") == (6, 67, 249)
-    assert len({colour_of(str(n)) for n in range(60)}) > 40
+def test_labels_have_the_colours_of_their_order(run: Run) -> None:
+    half = {**DOG, "x_max": 0.9}
+    run.write([record("empty.png", "detect", "car", objects=[]), record("empty.png", "detect", "dog", objects=[half])])
+    for labels, place in (((), 1), (("dog",), 0)):
+        _, out = run.export("overlay", f"out{place}", labels=labels)
+        pixels = np.asarray(Image.open(out / "empty.png"))
+        counts = [(pixels == colour).all(axis=2).sum() for colour in COLOURS[:2]]
+        assert counts[place] > 50 > counts[1 - place]
+
+
+@pytest.mark.parametrize("place", [4, 8])
+def test_dashes_have_gaps_and_keep_the_corners(place: int) -> None:
+    pixels = drawn(Image.new("RGB", (640, 480)), record("x", "detect", "car", objects=[CAR]), place=place)
+    is_ink = (pixels == style_at(place).colour).all(axis=2)
+    line = is_ink[359, 64:320]  # the lower side; the label's plate lies above the upper one
+    assert 0.4 < line.mean() < 0.75
+    assert line[:2].all()
+    assert line[-2:].all()
+    assert is_ink[120:360, 64].sum() < is_ink[120:360, 64].size
+
+
+def test_a_mask_is_outlined_with_its_dash() -> None:
+    box = {"x_min": 0.25, "y_min": 0.25, "x_max": 0.75, "y_max": 0.75}
+    segment = {"label": "ring", "svg_path": "M 0 0 L 1 0 L 1 1 L 0 1 Z", "bbox": box, "score": 0.5}
+    shares = [
+        (
+            drawn(Image.new("RGB", (800, 800)), record("x", "segment", "ring", segments=[segment]), place=place)[
+                600, 200:600
+            ]
+            == style_at(place).colour
+        )
+        .all(axis=1)
+        .mean()
+        for place in (0, 4, 8)
+    ]
+    assert shares[0] == 1
+    assert 0.4 < shares[2] < shares[1] < 0.75
+
+
+def test_strokes_bend_with_the_line_and_keep_their_length() -> None:
+    line = [(0.0, 0.0), (10.0, 0.0), (10.0, 10.0)]
+    assert list(strokes(line, (8, 4))) == [[(0.0, 0.0), (8.0, 0.0)], [(10.0, 2.0), (10.0, 10.0)]]
+    assert list(strokes(line, (12, 2))) == [[(0.0, 0.0), (10.0, 0.0), (10.0, 2.0)], [(10.0, 4.0), (10.0, 10.0)]]
+    assert list(strokes([(0.0, 0.0), (0.0, 0.0)], (2, 2))) == [[(0.0, 0.0), (0.0, 0.0)]]

@@ -10,6 +10,7 @@ import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from md3cli.commands.export import app
 from md3cli.errors import InputError, MissingExtraError, UsageError
+from md3cli.exporters.grouping import Survey
 from md3cli.finished.run_json import RunInfo
 from md3cli.report.build import ReportOptions, _template, render, write_report
 from md3cli.report.items import FRAME, entry_of, items
@@ -406,3 +408,22 @@ def test_names_that_only_look_equal_are_two_pictures():
     first = record("\\xff.png", "caption", length="short", caption="a")
     second = record("\\xff.png", "caption", length="short", caption="b") | {"image_b64": "/y5wbmc="}
     assert [len(item.entries) for item in items([first, second])] == [1, 1]
+
+
+def test_labels_have_the_colours_of_the_overlay(tmp_path: Path) -> None:
+    """One that was asked for and never found has its place, and questions have none."""
+    facts = {"image": "a.png", "width": 8, "height": 8, "error": None}
+    box = {"x_min": 0.1, "y_min": 0.1, "x_max": 0.5, "y_max": 0.5, "score": 0.9}
+    records = [
+        {**facts, "id": "0", "task": "query", "prompt": "why?", "answer": "so"},
+        {**facts, "id": "1", "task": "detect", "prompt": "car", "objects": []},
+        {**facts, "id": "2", "task": "point", "prompt": "nose", "points": [{"label": "tip", "x": 0.5, "y": 0.5}]},
+        {**facts, "id": "3", "task": "detect", "prompt": "dog", "objects": [{**box, "label": "dog"}]},
+    ]
+    stats, survey = RunStats(), Survey()
+    for item in items(records):
+        stats.add(item)
+    for one in records:
+        survey.add(one)
+    assert list(stats.palette_labels) == survey.in_order(()) == ["car", "nose", "tip", "dog"]
+    assert palette_of(stats.palette_labels).colour_of("dog") == "c3 d0"
