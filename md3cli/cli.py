@@ -21,33 +21,44 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.main
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperOption
 
 from md3cli import __version__
+from md3cli.commands.help import SHORT, WHOLE, App, HelpCommand, HelpGroup
 from md3cli.errors import ConfigError, Md3Error
 from md3cli.records import printable
 from md3cli.settings import OptionName, Options, Setting, read_layers, resolve_settings
 from md3cli.signals import STDOUT_CLOSED, Interrupted, is_closed
 
-COMMANDS: Mapping[str, str] = {  # name -> help in the list
-    "caption": "Describe every image.",
-    "query": "Ask questions of every image, or of the model alone.",
-    "detect": "Find objects and draw boxes around them.",
-    "point": "Point at objects.",
-    "segment": "Outline an object.",
-    "run": "Several tasks in one pass, or a manifest of mixed requests.",
-    "estimate": "What a run would take: time, tokens, disk, money, from a sample of it.",
-    "export": "Other formats from finished records.",
-    "report": "A page to look through, from finished records.",
-    "eval": "Scores against ground truth, and what changed between two runs.",
-    "status": "How far a run of many processes is; also while it runs elsewhere.",
-    "verify": "Check that a run has each request exactly once, and its files are whole.",
-    "runs": "Run folders of many processes: remove what they need no more.",
-    "models": "Weights: what is there, fetch, look into, other layouts.",
-    "bench": "This machine's throughput by stage, beside its limits.",
-    "cache": "The encoding cache: look at it, shrink it, empty it.",
-    "doctor": "What works here, and what to do about the rest.",
+# title -> name -> help in the list
+GROUPS: Mapping[str, Mapping[str, str]] = {
+    "Annotate": {
+        "caption": "Describe every image.",
+        "query": "Ask questions of every image, or of the model alone.",
+        "detect": "Find objects and draw boxes around them.",
+        "point": "Point at objects.",
+        "segment": "Outline an object.",
+        "run": "Several tasks in one pass, or a manifest of mixed requests.",
+        "estimate": "What a run would take: time, tokens, disk, money.",
+    },
+    "Look at and export": {
+        "export": "Other formats from finished records.",
+        "report": "A page to look through, from finished records.",
+        "eval": "Scores against ground truth; what changed between two runs.",
+    },
+    "Runs": {
+        "status": "How far a run is; also while it runs elsewhere.",
+        "verify": "Check that a run has each request exactly once.",
+        "runs": "Remove what a run of many processes needs no more.",
+    },
+    "Machine": {
+        "models": "Weights: what is there, fetch, look into, other layouts.",
+        "bench": "This machine's throughput by stage, beside its limits.",
+        "cache": "The encoding cache: look at it, shrink it, empty it.",
+        "doctor": "What works here, and what to do about the rest.",
+    },
 }
+COMMANDS: Mapping[str, str] = {name: text for group in GROUPS.values() for name, text in group.items()}
 
 # The others are in the modules of their own names.
 MODULES: Mapping[str, str] = {
@@ -59,12 +70,16 @@ DOCTOR = "doctor"
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
-class LazyGroup(TyperGroup):
+class LazyGroup(HelpGroup):
     """Commands as named stubs until one is called; then its module is imported in the stub's place."""
 
     def __init__(self, **attrs: Any) -> None:
         super().__init__(**attrs)
-        self.commands = {name: TyperCommand(name=name, help=help) for name, help in COMMANDS.items()}
+        self.commands = {
+            name: HelpCommand(name=name, help=text, rich_help_panel=title)
+            for title, group in GROUPS.items()
+            for name, text in group.items()
+        }
         self._settings: dict[str, Setting] = {}
         self._is_debug = False
 
@@ -73,7 +88,7 @@ class LazyGroup(TyperGroup):
         if args and args[0] in COMMANDS:
             self._is_debug = "--debug" in args or bool(ctx.params.get("debug"))
             self.commands[args[0]] = load_command(args[0])
-            if not ctx.resilient_parsing and not {"-h", "--help"} & set(args):
+            if not ctx.resilient_parsing and not {SHORT, WHOLE} & set(args):
                 self._use_settings(ctx, args[0], args[1:])
         return super().resolve_command(ctx, args)
 
@@ -216,8 +231,6 @@ def load_command(name: str) -> Any:
         command = typer.main.get_command(app)
         command = getattr(command, "commands", {}).get(name, command)
     command.name = name
-    command.params = [param for param in command.params if param.name not in ("install_completion", "show_completion")]
-    command.context_settings = {**command.context_settings, "help_option_names": ["-h", "--help"]}
     return command
 
 
@@ -242,13 +255,14 @@ def _option_names(option: TyperOption) -> dict[str, OptionName]:
     return names
 
 
-app = typer.Typer(
+app = App(
     cls=LazyGroup,
     no_args_is_help=True,
-    rich_markup_mode=None,  # plain help starts in half the time; the commands' long ones are set in panels
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # errors in plain text, without rich
+    add_completion=True,
     pretty_exceptions_enable=False,
-    epilog="Every option can also be set as MD3_NAME in the environment or in your own md3.toml; "
+    epilog="`md3 COMMAND -h` is the short help of a command, `--help` the whole one. "
+    "Every option can also be set as MD3_NAME in the environment or in your own md3.toml; "
     "one in the working folder may set what is harmless.",
 )
 
@@ -268,5 +282,6 @@ def md3(
 ) -> None:
     """Annotate image collections with Moondream 3: captions, answers, boxes, points and outlines.
 
-    Begin with: md3 detect examples/scenes "red circle" --model tiny
+    Examples:
+        md3 detect examples/scenes "red circle" --model tiny
     """

@@ -6,11 +6,13 @@ A command reads its own words and returns what the run is to do; `annotating` ad
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import typer
 
-from md3cli.commands.options import AnnotateOptions, annotating
+from md3cli.commands.help import App
+from md3cli.commands.options import NOT_ESTIMATED, AnnotateOptions, annotating
 from md3cli.commands.parse import (
     TaskSpec,
     check_objects,
@@ -29,7 +31,7 @@ from md3cli.refine.labels import Labels, labels_with, prompts_of
 from md3cli.refine.refinement import FOUND_BY_TASK
 from md3cli.source.requests import TOKENS_LIMIT
 
-app = typer.Typer(add_completion=False)
+app = App()
 PROMPTED = (Task.QUERY, Task.DETECT, Task.POINT, Task.SEGMENT)
 
 OneInput = Annotated[
@@ -40,7 +42,8 @@ Objects = Annotated[
     typer.Argument(metavar="OBJECT", help="What to look for, or NAME=PROMPT; with --labels they may be left out."),
 ]
 MaxObjects = Annotated[
-    int, typer.Option("--max-objects", min=1, max=TOKENS_LIMIT - 1, help="Stop after so many in one image.")
+    int,
+    typer.Option("--max-objects", metavar="N", min=1, max=TOKENS_LIMIT - 1, help="Stop after so many in one image."),
 ]
 SpatialRefs = Annotated[
     list[tuple[float, ...]] | None,
@@ -76,11 +79,8 @@ def caption(
     """Describe every image.
 
     Examples:
-
         md3 caption photo.jpg
-
         md3 caption photos/ --length long -o captions.jsonl
-
         find . -name '*.png' | md3 caption - > captions.jsonl
     """
     return options.config("caption", inputs, [options.request(Task.CAPTION, length=length)])
@@ -90,15 +90,20 @@ def caption(
 @annotating
 def query(
     positional: Annotated[
-        list[str] | None, typer.Argument(metavar="INPUT QUESTION", help="INPUT, then questions; or -q alone.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[INPUT] [QUESTION...]", help="What to look at, and what to ask; -q alone asks without a picture."
+        ),
     ] = None,
-    question: Annotated[list[str] | None, typer.Option("--question", "-q", help="A question; may be repeated.")] = None,
+    question: Annotated[
+        list[str] | None, typer.Option("--question", "-q", metavar="QUESTION", help="A question; may be repeated.")
+    ] = None,
     reasoning: Annotated[bool, typer.Option("--reasoning/--no-reasoning", help="Think first, or be fast.")] = True,
     choices: Annotated[
         tuple[str, ...] | None,
         typer.Option(
             "--choices",
-            metavar="A,B,…",
+            metavar="A,B,...",
             parser=checked(parse_choices),
             help="The only answers allowed; each gets a score.",
         ),
@@ -110,14 +115,9 @@ def query(
     """Ask questions of every image, or of the model alone.
 
     Examples:
-
         md3 query photo.jpg "How many people are there?"
-
         md3 query photos/ -q "Is it raining?" -q "Is it night?" --no-reasoning -o answers.csv
-
         md3 query photos/ -q "Is it raining?" --choices yes,no,unsure -o answers.csv
-
-        md3 query -q "What is an encoder?"
     """
     asked = parse_query(positional or [], question or [])
     questions = asked.questions or (None,)  # the rows of a manifest bring their own
@@ -134,10 +134,9 @@ def detect(
     """Find objects and draw boxes around them.
 
     Examples:
-
         md3 detect photos/ car person -o boxes.jsonl
-
         md3 detect 'photos/**/*.jpg' "red car" -o coco.json
+        md3 detect examples/scenes "red circle" star --model tiny
     """
     return _run_of_objects(Task.DETECT, input, objects, options, max_objects=max_objects)
 
@@ -155,10 +154,9 @@ def point(
     """Point at objects.
 
     Examples:
-
         md3 point photo.jpg nose
-
         md3 point photos/ person -o people.csv
+        md3 point photo.jpg "coat button" --spatial-ref 0.1,0.2,0.5,0.9
     """
     settings = {"max_objects": max_objects, "spatial_refs": tuple(spatial_ref or ())}
     return _run_of_objects(Task.POINT, input, objects, options, **settings)
@@ -172,9 +170,8 @@ def segment(
     """Outline an object.
 
     Examples:
-
         md3 segment photo.jpg dog
-
+        md3 segment photos/ dog -o dogs.json
         md3 segment photos/ dog -f coco -f overlay -o dogs/
     """
     return _run_of_objects(Task.SEGMENT, input, objects, options, spatial_refs=tuple(spatial_ref or ()))
@@ -186,9 +183,8 @@ def run(input: OneInput, task: TaskSpecs = None, *, options: AnnotateOptions) ->
     """Several tasks in one pass, each image encoded once; or a manifest whose rows carry their own.
 
     Examples:
-
         md3 run photos/ --task caption:long --task detect:car,person -o out/
-
+        md3 run photos/ --task "query:Is it raining?" --task segment:dog -o out/
         md3 run requests.csv -o answers.jsonl
     """
     requests, labels = _asked_of_run(input, task, options)
@@ -196,7 +192,7 @@ def run(input: OneInput, task: TaskSpecs = None, *, options: AnnotateOptions) ->
 
 
 @app.command()
-@annotating
+@partial(annotating, without=NOT_ESTIMATED)
 def estimate(
     input: OneInput,
     task: TaskSpecs = None,
@@ -207,9 +203,8 @@ def estimate(
     """What `md3 run` with the same words would take: time, tokens, disk, money; from a sample, nothing is written.
 
     Examples:
-
         md3 estimate photos/ --task caption:long --price-per-gpu-hour 2.50
-
+        md3 estimate photos/ --task detect:car --devices cuda:0,cuda:1
         md3 estimate requests.csv --price-per-1000 5 --json
     """
     estimate = options.estimate_options(is_json=as_json)

@@ -10,22 +10,24 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from md3cli.commands.help import App
 from md3cli.console import print_table, print_wrapped
 from md3cli.errors import UsageError
 from md3cli.records import printable
 from md3cli.signals import check_stdout
 
-app = typer.Typer(add_completion=False)
+app = App()
 
 COMPARED_STAGES = {"vision": "a photo", "prefill": "a picture", "decode": "a token", "decode_16": "16 tokens"}
 
 
-@app.command(
-    epilog="Example: md3 bench --config mid --baseline --json",
-)
+@app.command()
 def bench(
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Weights to measure with; without it random ones are used.")
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="Weights to measure with; without it random ones are used."
+        ),
     ] = None,
     config: Annotated[
         Literal["mini", "mid", "full"],
@@ -36,19 +38,23 @@ def bench(
     ] = "mid",
     workload: Annotated[
         Literal["query", "reasoning", "captions", "photos", "files"] | None,
-        typer.Option(help="What the engine is given to do; default: captions, on CUDA all but photos."),
+        typer.Option(
+            metavar="WORK",
+            help="query, reasoning, captions, photos or files; by default captions, on CUDA all but photos.",
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="bf16, fp32 or fp16.")] = "bf16",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help="bf16, fp32 or fp16.")] = "bf16",
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Sequences in flight; default: 16, on CUDA 1, 8, 64 and 128 in turn.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Sequences in flight; default: 16, on CUDA 1, 8, 64 and 128 in turn."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; default: torch's choice, 1 for a small model.")
+        int | None, typer.Option(metavar="N", min=1, help="CPU threads; default: torch's choice, 1 for a small model.")
     ] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Run the plain one-at-a-time path beside it.")] = False,
     baseline_images: Annotated[
-        int | None, typer.Option(min=1, help="Run the baseline on so many pictures and scale up.")
+        int | None, typer.Option(metavar="N", min=1, help="Run the baseline on so many pictures and scale up.")
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare-quant", help="The model in full, 8 and 4 bits: size, memory, speed, quality.")
@@ -59,7 +65,7 @@ def bench(
     images: Annotated[
         str | None, typer.Option(metavar="INPUT", help="With --compare-quant: pictures to compare decisions on.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random weights and pictures.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the random weights and pictures.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
 ) -> None:
     """This machine's throughput by stage, beside what a bare matrix product and a bare read reach here.
@@ -67,6 +73,11 @@ def bench(
     Queries have 3 tokens, reasoning 15 and its answer 15, captions 32 (150 on
     CUDA); files are JPEGs, decoded while the engine runs. On CUDA memory is
     the GPU's, not the process's.
+
+    Examples:
+        md3 bench --model tiny
+        md3 bench --config mid --baseline --json
+        md3 bench --model tiny --compare-quant
     """
     check_stdout()
     if compare:

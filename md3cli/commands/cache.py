@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 
+from md3cli.commands.help import App
 from md3cli.commands.parse import checked, parse_bytes, parse_folder
 from md3cli.file_cache import CacheInfo, FileCache
 from md3cli.records import printable
 from md3cli.settings import user_cache_dir
 
-app = typer.Typer(
+app = App(
     help="The encoding cache: image embeddings kept on disk, so that other prompts to the same pictures are cheap.",
     no_args_is_help=True,
 )
@@ -34,7 +35,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object instead of
 def info(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
     """Where the cache is and how much it holds.
 
-    Example: md3 cache info
+    Examples:
+        md3 cache info
     """
     _tell("holds", _open(cache_dir).info(), as_json)
 
@@ -47,7 +49,8 @@ def prune(
 ) -> None:
     """Remove what was not used for the longest time.
 
-    Example: md3 cache prune --size 5G
+    Examples:
+        md3 cache prune --size 5G
     """
     _tell("removed", _open(cache_dir).prune(size), as_json)
 
@@ -56,7 +59,8 @@ def prune(
 def clear(cache_dir: CacheDir = None, as_json: AsJson = False) -> None:
     """Remove everything.
 
-    Example: md3 cache clear
+    Examples:
+        md3 cache clear
     """
     _tell("removed", _open(cache_dir).clear(), as_json)
 

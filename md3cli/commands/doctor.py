@@ -20,10 +20,11 @@ from typing import Annotated
 import typer
 
 from md3cli import __version__
+from md3cli.commands.help import App
 from md3cli.errors import ConfigError, EngineError, ImageError, Md3Error
 from md3cli.settings import CONFIG_FILE, ENV_PREFIX, read_layers, user_cache_dir
 
-app = typer.Typer(add_completion=False)
+app = App()
 
 EXTRAS = {"report": ("jinja2",), "eval": ("faster_coco_eval", "matplotlib"), "heif": ("pillow_heif",)}
 LOW_DISK_BYTES = 25 * 10**9  # the real model and a little cache
@@ -170,7 +171,7 @@ def _settings(error: ConfigError | None) -> Finding:
 def doctor(
     ctx: typer.Context,
     device: Annotated[
-        str, typer.Option("--device", help="The device to look at: auto, cpu, cuda, cuda:1, mps.")
+        str, typer.Option("--device", metavar="DEVICE", help="The device to look at: auto, cpu, cuda, cuda:1, mps.")
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line instead of text.")] = False,
     no_color: Annotated[bool, typer.Option("--no-color", help="No colours; so does NO_COLOR=1.")] = False,
@@ -178,9 +179,7 @@ def doctor(
     """What works here, and what to do about the rest; status 1 where a run could not work.
 
     Examples:
-
         md3 doctor
-
         md3 doctor --device cuda --json
     """
     from md3cli.console import show_finding

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from md3cli.commands.help import App
 from md3cli.console import say
 from md3cli.errors import UsageError
 from md3cli.finished.guards import check_none_is_read, check_not_input, files_of_run
@@ -19,31 +20,42 @@ from md3cli.signals import check_stdout
 if TYPE_CHECKING:
     from md3cli.evaluate import Evaluation, Section
 
-app = typer.Typer(add_completion=False)
+app = App()
 _WRITTEN = ("eval.json", "-pr.png", "-reliability.png")  # how the names of the files that are written end
 
 
-@app.command(
-    "eval",
-    epilog="Example: md3 eval run/records.jsonl --gt instances.json --fail-under AP50=0.6",
-)
+@app.command("eval")
 def eval_(
-    records: Annotated[Path, typer.Argument(help="The records (.jsonl) or the folder of a run.", show_default=False)],
+    records: Annotated[
+        Path, typer.Argument(metavar="RECORDS", help="Finished records (.jsonl), or a run folder.", show_default=False)
+    ],
     gt: Annotated[
         list[Path] | None,
-        typer.Option(help="COCO instances, COCO captions, or {image, question, answer} rows; may be repeated."),
+        typer.Option(
+            metavar="FILE", help="COCO instances, COCO captions, or {image, question, answer} rows; may be repeated."
+        ),
     ] = None,
-    compare: Annotated[Path | None, typer.Option(help="Another run: say what changed since.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="RECORDS", help="Another run: say what changed since.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A folder for eval.json and the curves as PNG.")
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="A folder for eval.json and the curves as PNG.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
     fail_under: Annotated[
         list[str] | None,
-        typer.Option(help="Exit with 1 below this: a number for each section's main score, or NAME=NUMBER."),
+        typer.Option(
+            metavar="[NAME=]X", help="Exit with 1 below this: a number for each section's main score, or NAME=NUMBER."
+        ),
     ] = None,
 ) -> None:
-    """Scores against ground truth: boxes, masks, points, captions, answers."""
+    """Scores against ground truth: boxes, masks, points, captions, answers.
+
+    Examples:
+        md3 eval run/ --gt instances.json
+        md3 eval run/records.jsonl --gt instances.json --fail-under AP50=0.6
+        md3 eval run/ --compare older/ -o scores/
+    """
     from md3cli.evaluate import compare_runs, evaluate, load_truth
     from md3cli.evaluate.scores import table
     from md3cli.finished.run_json import find_records

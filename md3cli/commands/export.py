@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from md3cli.commands.parse import MAX_FILE_SIZE, MAX_PIXELS, Format, checked, parse_bytes, parse_count
+from md3cli.commands.help import App
+from md3cli.commands.parse import FORMATS, MAX_FILE_SIZE, MAX_PIXELS, Format, checked, parse_bytes, parse_count
 from md3cli.console import print_document
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport, export_records, format_of
@@ -21,7 +22,7 @@ from md3cli.signals import StopSignals, check_stdout
 if TYPE_CHECKING:
     from md3cli.evaluate import Section
 
-app = typer.Typer(add_completion=False)
+app = App()
 
 PAGE_SUFFIXES = (".html", ".htm")
 PRINTABLE = frozenset({"jsonl", "coco", "csv"})
@@ -41,12 +42,24 @@ Output = Annotated[
     _option("--output", "-o", panel=OUTPUT, metavar="OUT", help="File or folder; else coco, csv, jsonl are printed."),
 ]
 FormatName = Annotated[
-    Format | None, _option("--format", "-f", panel=OUTPUT, help="What to write; by default what OUT's suffix says.")
+    Format | None,
+    _option(
+        "--format",
+        "-f",
+        panel=OUTPUT,
+        metavar="FORMAT",
+        help=f"{', '.join(FORMATS)}; by default what OUT's suffix says.",
+    ),
 ]
 Overwrite = Annotated[bool, _option("--overwrite", panel=OUTPUT, help="Replace what stands in OUT.")]
 Labels = Annotated[
     list[str] | None,
-    _option("--label", panel=OUTPUT, help="Order of the categories, one option each; the rest follows as first seen."),
+    _option(
+        "--label",
+        panel=OUTPUT,
+        metavar="LABEL",
+        help="Order of the categories, one option each; the rest follows as first seen.",
+    ),
 ]
 Beside = Annotated[bool, _option("--beside", panel=OUTPUT, help="txt: each text beside its picture, not under OUT.")]
 EmbedImages = Annotated[bool, _option("--embed-images", panel=OUTPUT, help="parquet: the pictures' bytes too.")]
@@ -77,7 +90,14 @@ Background = Annotated[
 ]
 MaxPixels = Annotated[
     int,
-    _option("--max-pixels", panel=PICTURES, metavar="N", parser=checked(parse_count), help="Refuse larger pictures."),
+    _option(
+        "--max-pixels",
+        panel=PICTURES,
+        metavar="N",
+        parser=checked(parse_count),
+        help="Refuse larger pictures.",
+        show_default="268M",
+    ),
 ]
 MaxFileSize = Annotated[
     int,
@@ -87,7 +107,7 @@ MaxFileSize = Annotated[
 ]
 
 
-@app.command(epilog="Example: md3 export run/records.jsonl --format yolo -o dataset/")
+@app.command()
 def export(
     records: Records,
     format: FormatName = None,
@@ -106,7 +126,13 @@ def export(
     max_pixels: MaxPixels = MAX_PIXELS,
     max_file_size: MaxFileSize = MAX_FILE_SIZE,
 ) -> None:
-    """Other formats from finished records; no model is needed."""
+    """Other formats from finished records; no model is needed.
+
+    Examples:
+        md3 export run/ -o boxes.json
+        md3 export run/records.jsonl --format yolo -o dataset/
+        md3 export run/ --format csv > answers.csv
+    """
     is_page = output is not None and output.suffix.lower() in PAGE_SUFFIXES
     chosen = format or ("html" if is_page else None if output is None else format_of(output))
     if chosen is None:
@@ -165,26 +191,38 @@ def _check_root(root: Path | None) -> None:
         raise UsageError(f"--root {printable(str(root))} is not there; name the folder the pictures are in")
 
 
-@app.command(epilog="Example: md3 report run/records.jsonl -o report.html")
+@app.command()
 def report(
-    records: Annotated[Path, typer.Argument(help="Finished records (.jsonl), or a run folder.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page (.html), or a folder for it.")] = Path(
-        "report.html"
-    ),
+    records: Records,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="The page (.html), or a folder for it.")
+    ] = Path("report.html"),
     gt: Annotated[
-        list[Path] | None, typer.Option(help="Ground truth as for md3 eval: show scores, what is wrong and missed.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Ground truth as for md3 eval: show scores, what is wrong and missed."),
     ] = None,
     root: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the pictures are.  [default: what run.json says]")
+        Path | None, typer.Option(metavar="DIR", help="Where the pictures are; by default what run.json says.")
     ] = None,
-    title: Annotated[str | None, typer.Option(help="The page's title.  [default: the run's name]")] = None,
-    thumbnail_size: Annotated[int, typer.Option(min=32, max=2048, help="Long side of a thumbnail in pixels.")] = 320,
+    title: Annotated[
+        str | None, typer.Option(metavar="TITLE", help="The page's title; by default the run's name.")
+    ] = None,
+    thumbnail_size: Annotated[
+        int, typer.Option(metavar="N", min=32, max=2048, help="Long side of a thumbnail in pixels.")
+    ] = 320,
     images_per_page: Annotated[
-        int, typer.Option(min=1, help="More pictures than this go to pages in a folder beside the overview.")
+        int,
+        typer.Option(metavar="N", min=1, help="More pictures than this go to pages in a folder beside the overview."),
     ] = 2000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
 ) -> None:
-    """A page to look through: thumbnails with boxes, points and masks, filters, counts, marks right and wrong."""
+    """A page to look through: thumbnails with boxes, points and masks, filters, counts, marks right and wrong.
+
+    Examples:
+        md3 report run/ -o report.html
+        md3 report run/ --gt instances.json -o report.html
+        md3 report boxes.json --root photos/ -o report.html
+    """
     from md3cli.report.build import ReportOptions, write_report
 
     if output.suffix and output.suffix.lower() not in PAGE_SUFFIXES:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from md3cli.commands.help import App
 from md3cli.console import moving_bar, print_table
 from md3cli.errors import OutputError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from md3cli.model.inspect import CheckpointSummary
     from md3cli.model.quant.quantise import Importance
 
-app = typer.Typer(no_args_is_help=True, help="Weights: what is there, fetch, look into, fewer bits, other layouts.")
+app = App(no_args_is_help=True, help="Weights: what is there, fetch, look into, fewer bits, other layouts.")
 
 _SEGMENTS = (
     "masks are as the model draws them; published mask scores use a second network behind it, a refiner, that is not "
@@ -29,15 +30,19 @@ _SEGMENTS = (
 _SEGMENTS_NOT = "segment is refused: config.json has no template for it (moondream3.1 segments)"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Alias, repository id, folder or .safetensors file.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")]
+Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a repository.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Source = Annotated[str, typer.Argument(metavar="SRC", help="Alias, repository id, folder or .safetensors file.")]
 Target = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; must not exist yet.")]
 
 
-@app.command("list", epilog="Example: md3 models list")
+@app.command("list")
 def list_models(as_json: AsJson = False) -> None:
-    """The models that have a short name, and whether they are here."""
+    """The models that have a short name, and whether they are here.
+
+    Examples:
+        md3 models list
+    """
     from md3cli.model.weights.hub import known_models
 
     models = known_models()
@@ -50,9 +55,13 @@ def list_models(as_json: AsJson = False) -> None:
         typer.echo("Fetch one with: md3 models pull NAME", err=True)
 
 
-@app.command(epilog="Example: md3 models pull moondream3")
+@app.command()
 def pull(model: Model, revision: Revision = None) -> None:
-    """Fetch a model into the hub's cache, with its tokenizer; continues where an earlier try broke off."""
+    """Fetch a model into the hub's cache, with its tokenizer; continues where an earlier try broke off.
+
+    Examples:
+        md3 models pull moondream3
+    """
     from md3cli.model.weights import hub
 
     repo = hub.required_repo(model)
@@ -68,9 +77,13 @@ def pull(model: Model, revision: Revision = None) -> None:
     typer.echo(hub.resolve_model(model, revision=revision).identity)
 
 
-@app.command(epilog="Example: md3 models info ./checkpoint")
+@app.command()
 def info(model: Model, revision: Revision = None, as_json: AsJson = False) -> None:
-    """Format, sizes by part and what would load. Reads headers only; fetches nothing."""
+    """Format, sizes by part and what would load. Reads headers only; fetches nothing.
+
+    Examples:
+        md3 models info ./checkpoint
+    """
     from md3cli.model.inspect import inspect_checkpoint
     from md3cli.model.weights.hub import present_path
 
@@ -88,13 +101,17 @@ def info(model: Model, revision: Revision = None, as_json: AsJson = False) -> No
     _print(("part", "parameters", "bytes", "stored as"), [*rows, total])
 
 
-@app.command(epilog="Example: md3 models convert ./checkpoint ./checkpoint-raw --to raw")
+@app.command()
 def convert(
     source: Source,
     target: Target,
     to: Annotated[Literal["original", "raw", "hf"], typer.Option("--to", help="The layout to write.")],
 ) -> None:
-    """Write a checkpoint in another layout, tensor by tensor, and compare the copy with the source."""
+    """Write a checkpoint in another layout, tensor by tensor, and compare the copy with the source.
+
+    Examples:
+        md3 models convert ./checkpoint ./checkpoint-raw --to raw
+    """
     from md3cli.model.weights.hub import present_path
     from md3cli.model.weights.names import Format
     from md3cli.model.weights.write import convert_checkpoint
@@ -104,7 +121,7 @@ def convert(
     typer.echo(f"{target}: {plan.layout}, {_size(plan.files.num_bytes)} in {len(plan.files.files)} files, compared")
 
 
-@app.command(epilog="Example: md3 models quantize ./checkpoint ./checkpoint-int4 --quant int4 --calibrate photos/")
+@app.command()
 def quantize(
     source: Source,
     target: Target,
@@ -123,13 +140,16 @@ def quantize(
         str | None,
         typer.Option(metavar="INPUT", help="Pictures (or a manifest with questions) whose answers count most."),
     ] = None,
-    calibrate_limit: Annotated[int, typer.Option(min=1, help="Pictures of INPUT to look at.")] = 64,
-    device: Annotated[str, typer.Option(help="Where to calibrate: auto, cpu, cuda, mps.")] = "auto",
+    calibrate_limit: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures of INPUT to look at.")] = 64,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where to calibrate: auto, cpu, cuda, mps.")] = "auto",
 ) -> None:
     """Write a checkpoint in 8 or 4 bits, tensor by tensor; a killed run is continued by the same command.
 
     The large matrices of the text decoder and the region heads become codes with searched scales;
     vision, routers, tau, norms, embedding and head stay as they are.
+
+    Examples:
+        md3 models quantize ./checkpoint ./checkpoint-int4 --quant int4 --calibrate photos/
     """
     from md3cli.model.engine.load import DTYPES
     from md3cli.model.quant.quantise import QuantiseSettings, quantise_checkpoint
@@ -189,9 +209,13 @@ def _calibrated(model: str, pictures: str, limit: int, device: str) -> Importanc
         )
 
 
-@app.command(epilog="Example: md3 models verify ./checkpoint-int4")
+@app.command()
 def verify(model: Model, revision: Revision = None, as_json: AsJson = False) -> None:
-    """Compare names and shapes with what the config asks for, and each file with its digest; reads every byte."""
+    """Compare names and shapes with what the config asks for, and each file with its digest; reads every byte.
+
+    Examples:
+        md3 models verify ./checkpoint-int4
+    """
     from md3cli.model.inspect import verify_checkpoint
     from md3cli.model.weights.hub import present_path
 

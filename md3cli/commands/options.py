@@ -68,6 +68,12 @@ _scale = functools.partial(typer.Option, rich_help_panel="Many processes")
 _display = functools.partial(typer.Option, rich_help_panel="Display")
 
 MODEL_NAMES = ("moondream3", "moondream3.1", "tiny")
+# Fields that an estimate has no use for: it writes nothing, and one process runs its sample.
+NOT_ESTIMATED = frozenset(
+    {"output", "format", "resume", "retry_failed", "fail_on", "dry_run", "estimate", "cache_dir", "workers_per_device"}
+    | {"worker_rank", "engine", "ray_address", "shard_size", "verbose", "no_progress", "no_color", "add"}
+    | {"min_score", "nms"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +86,10 @@ class AnnotateOptions:
     output: Annotated[
         str | None,
         _output(
-            "--output", "-o", help="File or folder to write, also s3:// or gs://; without it a table or JSON Lines."
+            "--output",
+            "-o",
+            metavar="OUTPUT",
+            help="File, whose suffix says the format, or folder, or s3://, gs://; without it a table or JSON Lines.",
         ),
     ] = None
     format: Annotated[
@@ -88,9 +97,10 @@ class AnnotateOptions:
         _output(
             "--format",
             "-f",
+            metavar="FORMAT",
             parser=checked(parse_format),
             autocompletion=starting(*FORMATS),
-            help="Format of OUTPUT where its suffix does not say; several make a run folder.",
+            help=f"{', '.join(FORMATS)}; several make a run folder.",
         ),
     ] = None
     resume: Annotated[
@@ -169,24 +179,31 @@ class AnnotateOptions:
         _model(
             "--model",
             "-m",
+            metavar="MODEL",
             autocompletion=starting(*MODEL_NAMES),
             help="moondream3, moondream3.1, tiny, a Hugging Face repo id, or a local folder or file.",
         ),
     ] = DEFAULT_MODEL
-    revision: Annotated[str | None, _model(help="Revision of the repo.")] = None
-    tokenizer: Annotated[str | None, _model(help="Folder or file of another tokenizer.")] = None
-    adapter: Annotated[str | None, _model(help="Folder of a LoRA adapter.")] = None
-    device: Annotated[str, _model(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto"
+    revision: Annotated[str | None, _model(metavar="REV", help="Branch, tag or commit of a Hugging Face repo.")] = None
+    tokenizer: Annotated[
+        str | None, _model(metavar="FILE|DIR", help="Another tokenizer.json, or the folder or repo id it is in.")
+    ] = None
+    adapter: Annotated[str | None, _model(metavar="DIR", help="Folder of a LoRA adapter.")] = None
+    device: Annotated[str, _model(metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps.")] = "auto"
     dtype: Annotated[
-        Literal["auto", "bf16", "fp32", "fp16"], _model(help="auto: bf16, or fp32 where the device is slow at bf16.")
+        Literal["auto", "bf16", "fp32", "fp16"],
+        _model(metavar="TYPE", help="bf16, fp32, fp16, or auto: bf16, or fp32 where the device is slow at bf16."),
     ] = "auto"
     quant: Annotated[
         Literal["stored", "none", "int8", "int4"],
-        _model(help="Bits of the weights; stored: as the checkpoint has them."),
+        _model(metavar="BITS", help="Of the weights: none, int8, int4, or stored: as the checkpoint has them."),
     ] = "stored"
     quant_vision: Annotated[
         Literal["none", "int8", "fp8"],
-        _model(help="Bits of the vision encoder's products; int8: on a CPU, fp8: on a GPU from H100, L40S, RTX 40 on."),
+        _model(
+            metavar="BITS",
+            help="Of the vision encoder: none, int8 on a CPU, fp8 on a GPU from H100, L40S, RTX 40 on.",
+        ),
     ] = "none"
     batch_size: Annotated[
         int | None,
@@ -195,7 +212,9 @@ class AnnotateOptions:
     compile: Annotated[bool | None, _model(help="Compiled steps; by default where they pay.")] = None
     max_context: Annotated[
         int | None,
-        _model(metavar="N", min=1, max=32768, help="Tokens a sequence may have; by default the model's own."),
+        _model(
+            metavar="N", min=1, max=32768, help="Tokens a sequence may have, up to 32768; by default as the model says."
+        ),
     ] = None
     cache: Annotated[bool, _model(help="Keep image encodings on disk.")] = True
     cache_dir: Annotated[
@@ -206,17 +225,17 @@ class AnnotateOptions:
     offline: Annotated[bool, _model("--offline", help="No network at all.")] = False
 
     temperature: Annotated[
-        float, _answers(min=0, max=TEMPERATURE_LIMIT, help="0 is greedy: a rerun gives the same.")
+        float, _answers(metavar="T", min=0, max=TEMPERATURE_LIMIT, help="0 is greedy: a rerun gives the same.")
     ] = 0.0
-    top_p: Annotated[float, _answers(max=1, callback=above_zero, help="Share of the probability to draw from.")] = 0.9
-    max_tokens: Annotated[int, _answers(min=1, max=TOKENS_LIMIT - 1, help="Longest answer.")] = 768
-    seed: Annotated[int, _answers(min=0, max=SEED_LIMIT - 1, help="Of the draws.")] = 0
+    top_p: Annotated[
+        float, _answers(metavar="P", max=1, callback=above_zero, help="Share of the probability to draw from.")
+    ] = 0.9
+    max_tokens: Annotated[int, _answers(metavar="N", min=1, max=TOKENS_LIMIT - 1, help="Longest answer.")] = 768
+    seed: Annotated[int, _answers(metavar="N", min=0, max=SEED_LIMIT - 1, help="Of the draws.")] = 0
 
     max_pixels: Annotated[
         int,
-        _limits(
-            metavar="N", parser=checked(parse_count), help="Larger pictures are refused; 268M.", show_default=False
-        ),
+        _limits(metavar="N", parser=checked(parse_count), help="Larger pictures are refused.", show_default="268M"),
     ] = MAX_PIXELS
     max_file_size: Annotated[
         int, _limits(metavar="SIZE", parser=checked(parse_bytes), help="Larger files are refused.")
@@ -233,7 +252,7 @@ class AnnotateOptions:
     background: Annotated[
         str,
         _limits(
-            metavar="COLOUR", help="Colour to lay transparent pictures on; none drops alpha, as the original does."
+            metavar="COLOUR", help="What transparent pictures are laid on; none drops alpha, as the original does."
         ),
     ] = "none"
 
@@ -365,10 +384,11 @@ class AnnotateOptions:
         )
 
 
-def annotating(command: Callable[..., RunConfig]) -> Callable[..., None]:
+def annotating(command: Callable[..., RunConfig], *, without: frozenset[str] = frozenset()) -> Callable[..., None]:
     """Make a command of a function from words and `options` to a run, which the command then does.
 
-    typer sees the fields of `AnnotateOptions` in place of the parameter `options`.
+    typer sees the fields of `AnnotateOptions` in place of the parameter `options`, but for those `without`, which have
+    no meaning for the command and keep their defaults.
     """
     hints = get_type_hints(command, include_extras=True)
     own = [
@@ -376,7 +396,7 @@ def annotating(command: Callable[..., RunConfig]) -> Callable[..., None]:
         for name, parameter in inspect.signature(command).parameters.items()
         if name != "options"
     ]
-    shared = _shared_parameters()
+    shared = tuple(parameter for parameter in _shared_parameters() if parameter.name not in without)
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:

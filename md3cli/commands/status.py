@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from md3cli.commands.help import App
 from md3cli.console import say
 from md3cli.errors import InputError
 from md3cli.records import printable
@@ -16,8 +17,8 @@ from md3cli.records import printable
 if TYPE_CHECKING:
     from md3cli.scale.folder import RunFolder
 
-app = typer.Typer(add_completion=False)
-runs = typer.Typer(help="Run folders of many processes: remove what they need no more.", no_args_is_help=True)
+app = App()
+runs = App(help="Run folders of many processes: remove what they need no more.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
 
 ScaledRun = Annotated[
@@ -26,12 +27,17 @@ ScaledRun = Annotated[
 AnyRun = Annotated[str, typer.Argument(metavar="RUN", help="What stood after -o: a file, a folder or an address.")]
 
 
-@app.command("status", epilog="Example: md3 status run/")
+@app.command("status")
 def show_status(
     run: ScaledRun,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines of text.")] = False,
 ) -> None:
-    """How far a run of many processes is; also while it runs elsewhere."""
+    """How far a run of many processes is; also while it runs elsewhere.
+
+    Examples:
+        md3 status run/
+        md3 status run/ --json
+    """
     from md3cli.scale.folder import find_run_folder
     from md3cli.scale.inspect import status_of
     from md3cli.scale.plan import read_plan
@@ -43,9 +49,13 @@ def show_status(
     say(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
 
 
-@app.command("verify", epilog="Example: md3 verify run/")
+@app.command("verify")
 def verify(run: AnyRun) -> None:
-    """Check that a run has each request exactly once, its lines whole and as it left them; status 1 where not."""
+    """Check that a run has each request exactly once, its lines whole and as it left them; status 1 where not.
+
+    Examples:
+        md3 verify run/
+    """
     from md3cli.remote.address import is_address
     from md3cli.scale.folder import find_run_folder
 
@@ -98,7 +108,7 @@ def _tell(findings: Iterable[str]) -> None:
 def collect_garbage(
     run: ScaledRun,
     older_than: Annotated[
-        float, typer.Option("--older-than", metavar="S", min=0, help="Leave what was written in the last S seconds.")
+        float, typer.Option("--older-than", metavar="SECONDS", min=0, help="Leave what was written in so many seconds.")
     ] = 3600.0,
     damaged: Annotated[
         bool, typer.Option("--damaged", help="Also have shards done again whose records are missing or damaged.")
@@ -106,7 +116,8 @@ def collect_garbage(
 ) -> None:
     """Remove parts that no marker names, and journals of finished shards.
 
-    Example: md3 runs gc run/
+    Examples:
+        md3 runs gc run/
     """
     from md3cli.scale.folder import find_run_folder
     from md3cli.scale.inspect import collect
