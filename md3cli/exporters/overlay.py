@@ -4,16 +4,17 @@ A picture keeps its name and place: JPEG stays JPEG (quality 90), PNG stays PNG,
 Nothing of the original's metadata (EXIF, GPS, XMP, comments, profiles) is carried over. Images whose picture is not
 there any more are left out and counted.
 
-Drawings are legible on any background: every coloured line and dot lies on a wider dark and a light one, every label
-on a plate of its colour; widths and letters grow with the picture. The font is DejaVu Sans Bold (licence beside it),
-cut down to Latin, Greek, Cyrillic, punctuation, arrows and shapes. Any other character is shown by its code point,
-`[6C7D]`, so that two labels never look alike and nothing vanishes.
+Drawings are legible on any background: every coloured line and dot lies on a wider dark and a light one, every name
+on a plate of its colour; widths and letters grow with the picture, and shrink where it is crowded. Where there is no
+room for all names, each label is named once before any is named twice. The font is DejaVu Sans Bold (licence beside
+it), cut down to Latin, Greek, Cyrillic, punctuation, arrows and shapes. Any other character is shown by its code
+point, `[6C7D]`, so that two labels never look alike and nothing vanishes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,6 +32,7 @@ from md3cli.exporters.masks import fill
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, Ring
 from md3cli.exporters.palette import Colour, Style, palette
 from md3cli.exporters.pictures import Pictures
+from md3cli.exporters.plates import Plates, Rect
 from md3cli.records import printable
 
 FONT_FILE = Path(__file__).with_name("DejaVuSans-Bold.ttf")
@@ -72,39 +74,43 @@ def fitted(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> str:
 
 BLACK, WHITE = Colour(0, 0, 0), Colour(255, 255, 255)
 MASK_OPACITY = 0.45
-_PLACES_TRIED = 12
+# How much of all things a plate may hide, in things: a label's only name is worth more, for it explains the colour.
+HIDDEN_BY_PLATE, HIDDEN_BY_ONLY_NAME = 0.4, 1.5
+MOST_NAMED = 1000  # things of a picture; more find no room, and the search takes the square of their number
+CROWD = 12  # things from which on lines and letters become smaller
+LEAST_FONT_PX = 9
 
 
-class Plate(NamedTuple):
-    """A label's rectangle in pixels."""
+class Named(NamedTuple):
+    """Something that was found, with what its plate may say; `rect` is what the plate should not hide."""
 
-    left: float
-    top: float
-    right: float
-    bottom: float
+    label: str
+    score: float | None
+    rect: Rect
 
-    def covers(self, other: Plate) -> bool:
-        """Return whether the two plates share a pixel."""
-        return (
-            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
-        )
+    @property
+    def texts(self) -> list[str]:
+        """Return what may be written, the most telling first."""
+        name = shown(self.label)
+        return [name] if self.score is None else [f"{name} {self.score:.2f}", name]
 
 
 @dataclass
 class Canvas:
-    """A picture being drawn upon, the sizes that suit it, and the labels placed so far."""
+    """A picture being drawn upon, and the sizes that suit it and the number of things on it."""
 
     image: Image.Image
+    num_things: int
     draw: ImageDraw.ImageDraw = field(init=False)
     line_px: int = field(init=False)
     font: ImageFont.FreeTypeFont = field(init=False)
-    plates: list[Plate] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.draw = ImageDraw.Draw(self.image)
-        scale = (self.image.width * self.image.height) ** 0.5
+        crowd = min(max(self.num_things / CROWD, 1.0), 4.0) ** 0.5
+        scale = (self.image.width * self.image.height) ** 0.5 / crowd
         self.line_px = max(1, round(scale / 250))
-        self.font = font_of(max(9, round(scale / 36)))
+        self.font = font_of(max(LEAST_FONT_PX, round(scale / 36)))
 
     def outline(self, ring: Ring, style: Style) -> None:
         """Draw a closed line: colour within a casing of the opposite brightness, within a thin dark one."""
@@ -163,28 +169,36 @@ class Canvas:
         for reach, ink in ((radius + 2 * ring, BLACK), (radius + ring, WHITE), (radius, colour)):
             self.draw.ellipse((x - reach, y - reach, x + reach, y + reach), fill=ink)
 
-    def label(self, text: str, x: float, y: float, below: float, colour: Colour) -> None:
-        """Write `text` on a plate above `y`, or where that is taken at the next free place down to `below`."""
-        pad = max(1, self.font.size // 6)
-        text = fitted(text, self.font, self.image.width - 2 * pad)
-        width = self.font.getlength(text) + 2 * pad
-        ascent, descent = self.font.getmetrics()
-        height = ascent + descent + pad
-        left = min(max(x, 0.0), max(0.0, self.image.width - width))
-        plate = self._free_plate(left, y, below, width, height)
-        self.plates.append(plate)
-        ink = _casing(colour)
-        self.draw.rectangle(plate, fill=colour, outline=ink, width=1)
-        self.draw.text((plate.left + pad, plate.top + pad / 2), text, fill=ink, font=self.font)
+    def reach(self, point: PixelPoint) -> Rect:
+        """Return the square that a dot fills."""
+        x, y, reach = round(point.x), round(point.y), 4 * self.line_px
+        return Rect(x - reach, y - reach, x + reach, y + reach)
 
-    def _free_plate(self, left: float, y: float, below: float, width: float, height: float) -> Plate:
-        """Find a place above the object, else inside from its top down, else under it; the first if all are taken."""
-        tops = [y - height, *(y + step * height for step in range(_PLACES_TRIED)), below]
-        lowest = max(0.0, self.image.height - height)
-        plates = [Plate(left, top, left + width, top + height) for top in tops if 0 <= top <= lowest]
-        free = (plate for plate in plates if not any(plate.covers(taken) for taken in self.plates))
-        fallback = min(max(y - height, 0.0), lowest)
-        return next(free, Plate(left, fallback, left + width, fallback + height))
+    def name(self, thing: Named, colour: Colour, plates: Plates, *, is_only: bool) -> bool:
+        """Write the name of a thing with its score, or the name alone; return whether there was room for either.
+
+        Args:
+            is_only: no thing of its label has a name yet, so that it may hide more.
+        """
+        *longer, bare = thing.texts
+        tries = [(text, HIDDEN_BY_PLATE) for text in longer]
+        tries.append((bare, HIDDEN_BY_ONLY_NAME if is_only else HIDDEN_BY_PLATE))
+        return any(self._write(text, thing.rect, colour, plates, most) for text, most in tries)
+
+    def _write(self, text: str, near: Rect, colour: Colour, plates: Plates, most_hidden: float) -> bool:
+        pad = max(1, self.font.size // 6)
+        text = fitted(text, self.font, self.image.width - 2 * pad - 2)
+        # "Ay" reaches as high and as low as most letters do: plates of one picture are of one height.
+        _, top, _, bottom = self.font.getbbox(f"Ay{text}")
+        inside = math.ceil(self.font.getlength(text)), math.ceil(bottom - top)
+        width, height = (side + 2 * pad + 2 for side in inside)  # the outline is one pixel more
+        plate = plates.take(near, width, height, most_hidden)
+        if plate is None:
+            return False
+        ink = _casing(colour)
+        self.draw.rectangle((plate.left, plate.top, plate.right - 1, plate.bottom - 1), fill=colour, outline=ink)
+        self.draw.text((plate.left + pad + 1, plate.top + pad + 1 - top), text, fill=ink, font=self.font)
+        return True
 
 
 def _casing(colour: Colour) -> Colour:
@@ -216,30 +230,42 @@ def strokes(line: Ring, lengths: tuple[int, int]) -> Iterator[Ring]:
 
 
 def draw_records(image: Image.Image, group: ImageGroup, styles: Mapping[str, Style]) -> None:
-    """Draw all that the records of one image found; shapes first, labels on top of everything.
+    """Draw all that the records of one image found; shapes first, names on top of everything.
 
     Args:
         image: RGB, drawn upon.
         styles: of all labels of `group`.
     """
-    canvas = Canvas(image)
     segments, boxes, points = list(group.segments()), list(group.boxes()), list(group.points())
+    canvas = Canvas(image, len(segments) + len(boxes) + len(points))
     for segment in segments:
         canvas.mask(segment, styles[segment.box.label])
     for box in sorted(boxes, key=lambda box: -box.width * box.height):
         canvas.box(box, styles[box.label])
     for point in points:
         canvas.dot(point, styles[point.label].colour)
-    for box in (*(segment.box for segment in segments), *boxes):
-        canvas.label(_text(box), box.x, box.y, box.y + box.height, styles[box.label].colour)
-    reach = 4 * canvas.line_px
-    for point in points:
-        canvas.label(_text(point), point.x + reach, point.y - reach, point.y + reach, styles[point.label].colour)
+    framed = [
+        Named(box.label, box.score, Rect(*map(round, (box.x, box.y, box.x + box.width, box.y + box.height))))
+        for box in (*(segment.box for segment in segments), *boxes)
+    ]
+    dotted = [Named(point.label, point.score, canvas.reach(point)) for point in points]
+    _name_all(canvas, [*framed, *dotted], styles)
 
 
-def _text(found: PixelBox | PixelPoint) -> str:
-    label = shown(found.label)
-    return label if found.score is None else f"{label} {found.score:.2f}"
+def _name_all(canvas: Canvas, things: Sequence[Named], styles: Mapping[str, Style]) -> None:
+    """Name the surest thing of each label, then the others from the surest down, as long as there is room."""
+    plates = Plates(*canvas.image.size, [thing.rect for thing in things])
+    named = set[str]()
+    later = list[Named]()
+    by_score = sorted(things, key=lambda thing: -(1.0 if thing.score is None else thing.score))
+    for thing in by_score[:MOST_NAMED]:
+        is_only = thing.label not in named
+        if is_only and canvas.name(thing, styles[thing.label].colour, plates, is_only=True):
+            named.add(thing.label)
+        else:
+            later.append(thing)
+    for thing in later:
+        canvas.name(thing, styles[thing.label].colour, plates, is_only=False)
 
 
 JPEG_QUALITY = 90

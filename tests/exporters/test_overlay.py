@@ -7,6 +7,7 @@ import os
 import tarfile
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from md3cli.errors import UsageError
 from md3cli.exporters.grouping import ImageGroup
 from md3cli.exporters.overlay import FONT_FILE, draw_records, fitted, font_of, shown, strokes
 from md3cli.exporters.palette import COLOURS, Style, style_at
+from md3cli.exporters.plates import Plates, Rect
 from md3cli.source.walk import IMAGE_SUFFIXES
 
 
@@ -238,3 +240,34 @@ def test_strokes_bend_with_the_line_and_keep_their_length() -> None:
     assert list(strokes(line, (8, 4))) == [[(0.0, 0.0), (8.0, 0.0)], [(10.0, 2.0), (10.0, 10.0)]]
     assert list(strokes(line, (12, 2))) == [[(0.0, 0.0), (10.0, 0.0), (10.0, 2.0)], [(10.0, 4.0), (10.0, 10.0)]]
     assert list(strokes([(0.0, 0.0), (0.0, 0.0)], (2, 2))) == [[(0.0, 0.0), (0.0, 0.0)]]
+
+
+def test_each_label_is_named_before_any_is_named_twice() -> None:
+    """On a picture of 64 pixels there is no room for four names."""
+    many = [{**CAR, "x_min": x, "x_max": x + 0.3, "y_min": 0.3, "y_max": 0.7, "score": 0.9} for x in (0.05, 0.35, 0.65)]
+    truck = {**many[1], "label": "bus", "score": 0.2}
+    image = Image.new("RGB", (64, 48))
+    records = [record("x", "detect", "car", objects=many), record("x", "detect", "bus", objects=[truck])]
+    draw_records(image, ImageGroup("x", None, 64, 48, list(records)), {"car": style_at(0), "bus": style_at(1)})
+    plates = [(np.asarray(image) == style_at(place).colour).all(axis=2).sum() for place in (0, 1)]
+    assert plates[1] > 9 * 12  # far more than the lines of the box
+
+
+@pytest.mark.parametrize("size", [(64, 48), (640, 480), (4000, 3000)])
+def test_a_name_has_whole_letters_on_its_plate(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the letters and the plate's outline lies a pixel of its colour at least, on all sides."""
+    taken: list[Rect] = []
+    take = Plates.take
+
+    def noted(*args: Any) -> Rect | None:
+        place = take(*args)
+        taken.extend([place] if place is not None else [])
+        return place
+
+    monkeypatch.setattr(Plates, "take", noted)
+    pixels = drawn(Image.new("RGB", size, "white"), record("x", "detect", "car", objects=[CAR]))
+    ((left, top, right, bottom),) = taken
+    plate = pixels[round(top) + 1 : round(bottom) - 1, round(left) + 1 : round(right) - 1]
+    for side in (plate[0], plate[-1], plate[:, 0], plate[:, -1]):
+        assert (side == COLOURS[0]).all()
+    assert (plate != COLOURS[0]).any(axis=2).mean() > 0.15  # letters
