@@ -192,7 +192,7 @@ def run(input: OneInput, task: TaskSpecs = None, *, options: AnnotateOptions) ->
 
 
 @app.command()
-@partial(annotating, without=NOT_ESTIMATED)
+@partial(annotating, hidden=NOT_ESTIMATED)
 def estimate(
     input: OneInput,
     task: TaskSpecs = None,
@@ -200,7 +200,9 @@ def estimate(
     *,
     options: AnnotateOptions,
 ) -> RunConfig:
-    """What `md3 run` with the same words would take: time, tokens, disk, money; from a sample, nothing is written.
+    """What `md3 run` with the same words would take: time, tokens, disk, money; from a sample.
+
+    Nothing is written: options of the run that say where and how (such as -o) may stay in the line and change nothing.
 
     Examples:
         md3 estimate photos/ --task caption:long --price-per-gpu-hour 2.50

@@ -7,6 +7,7 @@ image stands, because sixty options would hide it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
@@ -68,7 +69,7 @@ _scale = functools.partial(typer.Option, rich_help_panel="Many processes")
 _display = functools.partial(typer.Option, rich_help_panel="Display")
 
 MODEL_NAMES = ("moondream3", "moondream3.1", "tiny")
-# Fields that an estimate has no use for: it writes nothing, and one process runs its sample.
+# Fields that an estimate takes, since they may stand in the line of the run, and has no use for.
 NOT_ESTIMATED = frozenset(
     {"output", "format", "resume", "retry_failed", "fail_on", "dry_run", "estimate", "cache_dir", "workers_per_device"}
     | {"worker_rank", "engine", "ray_address", "shard_size", "verbose", "no_progress", "no_color", "add"}
@@ -384,11 +385,11 @@ class AnnotateOptions:
         )
 
 
-def annotating(command: Callable[..., RunConfig], *, without: frozenset[str] = frozenset()) -> Callable[..., None]:
+def annotating(command: Callable[..., RunConfig], *, hidden: frozenset[str] = frozenset()) -> Callable[..., None]:
     """Make a command of a function from words and `options` to a run, which the command then does.
 
-    typer sees the fields of `AnnotateOptions` in place of the parameter `options`, but for those `without`, which have
-    no meaning for the command and keep their defaults.
+    typer sees the fields of `AnnotateOptions` in place of the parameter `options`. Those `hidden` can be typed, change
+    nothing and are not in the command's help.
     """
     hints = get_type_hints(command, include_extras=True)
     own = [
@@ -396,7 +397,7 @@ def annotating(command: Callable[..., RunConfig], *, without: frozenset[str] = f
         for name, parameter in inspect.signature(command).parameters.items()
         if name != "options"
     ]
-    shared = tuple(parameter for parameter in _shared_parameters() if parameter.name not in without)
+    shared = [_hidden(parameter) if parameter.name in hidden else parameter for parameter in _shared_parameters()]
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:
@@ -428,6 +429,14 @@ def _shared_parameters() -> tuple[inspect.Parameter, ...]:
         inspect.Parameter(field.name, keyword, default=field.default, annotation=_for_typer(declared[field.name]))
         for field in fields(AnnotateOptions)
     )
+
+
+def _hidden(parameter: inspect.Parameter) -> inspect.Parameter:
+    kind, info = get_args(parameter.annotation)
+    info = copy.copy(info)
+    info.hidden = True
+    annotated: Any = Annotated
+    return parameter.replace(annotation=annotated[kind, info])
 
 
 def _for_typer(annotation: Any) -> Any:
