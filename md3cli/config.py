@@ -8,11 +8,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from md3cli.records import Request, RunIdentity
 from md3cli.refine.refinement import Refinement
 
 DEFAULT_MODEL = "moondream3"
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnOptions:
+    """What is made of a row's columns: `--map`, `--const` and `--template`, the values as typed.
+
+    `renamed` has (COLUMN, NAME): the manifest's NAME is known as COLUMN. `constants` has (COLUMN, VALUE).
+    `is_template`: the command's prompts are filled from the row.
+    """
+
+    renamed: tuple[tuple[str, str], ...] = ()
+    constants: tuple[tuple[str, str], ...] = ()
+    is_template: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a resume must share, by the options' names; nothing of an option that is not used."""
+        parts = {
+            "map": [f"{column}={name}" for column, name in self.renamed],
+            "const": [f"{column}={value}" for column, value in self.constants],
+            "template": self.is_template,
+        }
+        return {name: value for name, value in parts.items() if value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +58,7 @@ class SourceSpec:
     offline: bool = False
     follow_links: bool = False
     own_files: frozenset[str] = frozenset()
+    columns: ColumnOptions = ColumnOptions()
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,8 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_mode
         plan = plan_output(config.output, is_terminal=console.is_stdout_terminal)
         own_files = frozenset(os.path.realpath(path) for path in own_paths(plan))
         source = open_source(replace(config.source, own_files=own_files), config.requests, defaults=config.defaults)
+        for note in source.first_look():
+            console.warn(note)
         if plan.files is None or config.estimate is not None or config.is_dry_run:
             check_stdout()
         if config.estimate is not None or config.is_dry_run:

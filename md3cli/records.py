@@ -71,7 +71,7 @@ class Request:
 class ImageItem:
     """A picture to open: a file, or `size` bytes at `offset` of one (a member of a tar).
 
-    With `row_group` it is the cell of a Parquet file's column `image`, at row `offset` of that row group. `path` may
+    With `row_group` it is the cell of a Parquet file's column `column`, at row `offset` of that row group. `path` may
     be an address (`s3://...`), which has to be fetched, and may carry surrogate escapes, as `os.fsdecode` makes them.
 
     `name` is the record's `image`: relative to INPUT's root, with `/`, always valid UTF-8. `name_b64` holds the exact
@@ -84,6 +84,7 @@ class ImageItem:
     offset: int = 0
     size: int | None = None
     row_group: int | None = None
+    column: str = "image"
 
 
 @dataclass(frozen=True, slots=True)

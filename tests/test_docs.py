@@ -116,6 +116,7 @@ def test_options_keep_their_names() -> None:
     shared |= {"recursive", "no-recursive", "include", "exclude", "limit", "shard", "dry-run", "root", "remote"}
     shared |= {"allow-empty", "follow-links", "max-pixels", "max-file-size", "decode-timeout", "fetch-timeout"}
     shared |= {"devices", "workers-per-device", "worker-rank", "world-size", "engine", "ray-address", "shard-size"}
+    shared |= {"labels", "min-score", "nms", "add", "prompts", "template", "map", "const"}
     shared |= {"estimate", "estimate-sample", "estimate-open", "price-per-gpu-hour", "price-per-1000"}
     own = {
         "caption": {"length"},

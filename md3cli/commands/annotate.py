@@ -5,7 +5,7 @@ A command reads its own words and returns what the run is to do; `annotating` ad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -30,6 +30,7 @@ from md3cli.records import Request, Task, printable
 from md3cli.refine.labels import Labels, labels_with, prompts_of
 from md3cli.refine.refinement import FOUND_BY_TASK
 from md3cli.source.requests import TOKENS_LIMIT
+from md3cli.source.walk import STDIN
 
 app = App()
 PROMPTED = (Task.QUERY, Task.DETECT, Task.POINT, Task.SEGMENT)
@@ -39,7 +40,9 @@ OneInput = Annotated[
 ]
 Objects = Annotated[
     list[str] | None,
-    typer.Argument(metavar="OBJECT", help="What to look for, or NAME=PROMPT; with --labels they may be left out."),
+    typer.Argument(
+        metavar="OBJECT", help="What to look for, or NAME=PROMPT; with --labels or --prompts none is needed."
+    ),
 ]
 MaxObjects = Annotated[
     int,
@@ -83,6 +86,8 @@ def caption(
         md3 caption photos/ --length long -o captions.jsonl
         find . -name '*.png' | md3 caption - > captions.jsonl
     """
+    if options.prompts is not None:
+        raise UsageError("captions take no prompts, so --prompts is of no use here; md3 query asks questions")
     return options.config("caption", inputs, [options.request(Task.CAPTION, length=length)])
 
 
@@ -119,7 +124,7 @@ def query(
         md3 query photos/ -q "Is it raining?" -q "Is it night?" --no-reasoning -o answers.csv
         md3 query photos/ -q "Is it raining?" --choices yes,no,unsure -o answers.csv
     """
-    asked = parse_query(positional or [], question or [])
+    asked = parse_query(positional or [], question or [], options.listed_prompts())
     questions = asked.questions or (None,)  # the rows of a manifest bring their own
     settings = {"reasoning": reasoning, "spatial_refs": tuple(spatial_ref or ()), "choices": choices or ()}
     requests = [options.request(Task.QUERY, text, **settings) for text in questions]
@@ -217,15 +222,19 @@ def estimate(
 def _run_of_objects(
     task: Task, input: str, objects: Sequence[str] | None, options: AnnotateOptions, **settings: Any
 ) -> RunConfig:
-    """Return a run that looks for OBJECTs, or for what `--labels` lists.
+    """Return a run that looks for OBJECTs and those of `--prompts`, else for what `--labels` lists or rows bring.
 
     Raises:
-        UsageError: neither says anything, or an OBJECT is a file.
+        UsageError: none says anything, or an OBJECT is a file.
     """
-    objects, listed = objects or (), options.listed_labels()
-    check_objects(objects)
+    check_objects(objects or ())
+    objects, listed = [*(objects or ()), *options.listed_prompts()], options.listed_labels()
     if not objects and not listed.labels:
-        raise UsageError(f"no OBJECT; say what to look for: md3 {task} {printable(input)} car, or --labels FILE")
+        if input == STDIN or not may_carry_rows(input):
+            raise UsageError(
+                f"no OBJECT; say what to look for: md3 {task} {printable(input)} car, --prompts FILE or --labels FILE"
+            )
+        return options.config(str(task), [input], [options.request(task, **settings)], labels=listed)
     labels = labels_with(objects, listed)
     requests = options.look_for(task, prompts_of(objects, listed), labels, **settings)
     return options.config(str(task), [input], requests, labels=labels)
@@ -237,12 +246,22 @@ def _asked_of_run(input: str, specs: TaskSpecs, options: AnnotateOptions) -> tup
     Raises:
         UsageError: nothing, and `input` cannot say it either.
     """
-    flat, listed = [spec for parts in specs or () for spec in parts], options.listed_labels()
+    flat = [spec for parts in (*(specs or ()), *_listed_specs(options)) for spec in parts]
+    listed = options.listed_labels()
     labels = labels_with((spec.argument for spec in flat if spec.task in FOUND_BY_TASK and spec.argument), listed)
     requests = [request for spec in flat for request in _requests_of(spec, options, listed, labels)]
     if not requests and not may_carry_rows(input):
         raise UsageError(f"nothing to do for {printable(input)}; say what with --task, like --task caption:long")
     return requests, labels
+
+
+def _listed_specs(options: AnnotateOptions) -> Iterator[list[TaskSpec]]:
+    """Read the lines of `--prompts`, each as a `--task` would be."""
+    for line in options.listed_prompts():
+        try:
+            yield parse_task(line)
+        except ValueError as error:
+            raise UsageError(f"--prompts {printable(str(options.prompts))}: {error}") from error
 
 
 def _requests_of(spec: TaskSpec, options: AnnotateOptions, listed: Labels, labels: Labels) -> list[Request]:

@@ -35,11 +35,13 @@ from md3cli.commands.parse import (
     parse_fail_on,
     parse_folder,
     parse_format,
+    parse_pair,
     parse_shard,
     starting,
 )
 from md3cli.config import (
     DEFAULT_MODEL,
+    ColumnOptions,
     DecodeOptions,
     EstimateOptions,
     FailOn,
@@ -50,8 +52,8 @@ from md3cli.config import (
     SourceSpec,
 )
 from md3cli.errors import UsageError
-from md3cli.records import Request, Task
-from md3cli.refine.labels import Labels, read_labels
+from md3cli.records import Request, Task, printable
+from md3cli.refine.labels import Labels, lines_of, read_labels, read_text
 from md3cli.refine.refinement import Refinement
 from md3cli.remote.address import checked_output_address, is_address, named_hosts, path_of, shown_argument
 from md3cli.source.requests import SEED_LIMIT, TEMPERATURE_LIMIT, TOKENS_LIMIT
@@ -61,6 +63,7 @@ Part = TypeVar("Part", SourceSpec, ModelOptions, DecodeOptions, ScaleOptions)
 _output = functools.partial(typer.Option, rich_help_panel="Output")
 _input = functools.partial(typer.Option, rich_help_panel="Input")
 _labels = functools.partial(typer.Option, rich_help_panel="Labels")
+_prompts = functools.partial(typer.Option, rich_help_panel="Prompts and columns")
 _estimate = functools.partial(typer.Option, rich_help_panel="Estimate")
 _model = functools.partial(typer.Option, rich_help_panel="Model")
 _answers = functools.partial(typer.Option, rich_help_panel="Answers")
@@ -134,6 +137,32 @@ class AnnotateOptions:
             min=0,
             max=1,
             help="Of boxes of one name that overlap more, show the surest; 1 is off.  [default: 0.7 for shared names]",
+        ),
+    ] = None
+
+    prompts: Annotated[
+        Path | None,
+        _prompts("--prompts", metavar="FILE", help="Also ask what a file lists, one a line; for `md3 run` SPECs."),
+    ] = None
+    template: Annotated[
+        bool, _prompts("--template", help="Fill {column}, {stem}, {name} and {folder} in prompts from the row.")
+    ] = False
+    map_columns: Annotated[
+        list[tuple[str, str]] | None,
+        _prompts(
+            "--map",
+            metavar="COLUMN=NAME",
+            parser=checked(parse_pair),
+            help="Take a manifest's column NAME for COLUMN: prompt=question.",
+        ),
+    ] = None
+    const: Annotated[
+        list[tuple[str, str]] | None,
+        _prompts(
+            "--const",
+            metavar="COLUMN=VALUE",
+            parser=checked(parse_pair),
+            help="Set a column for rows that leave it empty.",
         ),
     ] = None
 
@@ -301,6 +330,18 @@ class AnnotateOptions:
         """Return the labels of `--labels`; none without it."""
         return Labels() if self.labels is None else read_labels(self.labels)
 
+    def listed_prompts(self) -> list[str]:
+        """Return the lines of `--prompts`; none without it.
+
+        Raises:
+            UsageError: it cannot be read in full, or lists nothing.
+        """
+        if self.prompts is None:
+            return []
+        if lines := lines_of(read_text(self.prompts, "--prompts")):
+            return lines
+        raise UsageError(f"--prompts {printable(str(self.prompts))} has no prompt; write one a line")
+
     def look_for(self, task: Task, prompts: Sequence[str], labels: Labels, **settings: Any) -> list[Request]:
         """Return a request for each prompt, with the most objects that its label allows."""
         most = {prompt: label.max_objects for prompt, label in labels.by_prompt.items() if label.max_objects}
@@ -340,6 +381,7 @@ class AnnotateOptions:
                 include=tuple(self.include or ()),
                 exclude=tuple(self.exclude or ()),
                 own_files=frozenset(),
+                columns=ColumnOptions(tuple(self.map_columns or ()), tuple(self.const or ()), self.template),
             ),
             requests=tuple(requests),
             defaults=self.request(Task.QUERY),

@@ -109,6 +109,14 @@ def parse_spatial_ref(text: str) -> tuple[float, ...]:
     return values
 
 
+def parse_pair(text: str) -> tuple[str, str]:
+    """Read `COLUMN=NAME` or `COLUMN=VALUE`, split at the first `=`."""
+    column, sign, value = text.partition("=")
+    if not (sign and column.strip() and value.strip()):
+        raise ValueError(f"{printable(text)!r} is not two names with = between, like prompt=question")
+    return column.strip(), value.strip()
+
+
 def parse_choices(text: str) -> tuple[str, ...]:
     """Read the answers of `yes,no,unsure`, in the order typed."""
     choices = tuple(part.strip() for part in text.split(","))
@@ -189,8 +197,8 @@ def looks_like_input(text: str) -> bool:
     return not has_space and (any(char in text for char in "*[/") or (os.sep in text))
 
 
-def parse_query(positional: Sequence[str], options: Sequence[str]) -> QueryArguments:
-    """Read `[INPUT] [QUESTION...]` and the questions of `-q`.
+def parse_query(positional: Sequence[str], options: Sequence[str], listed: Sequence[str] = ()) -> QueryArguments:
+    """Read `[INPUT] [QUESTION...]`, the questions of `-q` and, behind them, those of `--prompts`.
 
     Raises:
         UsageError: no question, a lone positional that is no INPUT, or a question that is a file: the shell has
@@ -198,16 +206,18 @@ def parse_query(positional: Sequence[str], options: Sequence[str]) -> QueryArgum
     """
     if any(not question.strip() for question in (*positional[1:], *options)):
         raise UsageError("a question is empty; write it after -q")
+    for text in options:
+        _refuse_at(text, "a question", "--prompts FILE")
     if not positional:
-        if not options:
+        if not options and not listed:
             raise UsageError('no question; ask one with -q: md3 query photo.jpg -q "What is this?"')
-        return QueryArguments(None, tuple(options))
+        return QueryArguments(None, (*options, *listed))
     first = positional[0]
     if not looks_like_input(first):
         raise UsageError(_not_an_input(first, is_alone=len(positional) == 1))
     for text in positional[1:]:
-        _refuse_file(text, "a question")
-    questions = (*positional[1:], *options)
+        _refuse_file(text, "a question", "--prompts FILE")
+    questions = (*positional[1:], *options, *listed)
     if not questions and not may_carry_rows(first):
         raise UsageError(f'no question about {printable(first)}; ask one with -q: -q "What is this?"')
     return QueryArguments(first, questions)
@@ -230,16 +240,12 @@ def check_objects(objects: Sequence[str]) -> None:
     for name in objects:
         if not name.strip():
             raise UsageError("an OBJECT is empty; name what to look for")
-        _refuse_file(name, "an OBJECT")
+        _refuse_file(name, "an OBJECT", "--labels FILE or --prompts FILE")
 
 
-def _refuse_file(text: str, wanted: str) -> None:
+def _refuse_file(text: str, wanted: str, options: str) -> None:
     """Refuse a file where text is wanted: a picture that the shell has put in a glob's place, or a list of texts."""
-    if text.startswith("@") and not any(map(str.isspace, text)):
-        raise UsageError(
-            f"{printable(text)!r} is not {wanted}; files are not read with @: write the texts out, or put them into "
-            "the column 'prompt' of a manifest"
-        )
+    _refuse_at(text, wanted, options)
     if not os.path.isfile(text):
         return
     if PurePath(text).suffix.lower() in _PICTURES_OR_TARS:
@@ -247,9 +253,16 @@ def _refuse_file(text: str, wanted: str) -> None:
             f"{printable(text)!r} is a file, not {wanted}; quote the glob so that the shell leaves it alone: '*.jpg'"
         )
     raise UsageError(
-        f"{printable(text)!r} is a file, not {wanted}; write its texts out, or put them into the column 'prompt' of a "
-        "manifest; a glob is quoted so that the shell leaves it alone: '*.jpg'"
+        f"{printable(text)!r} is a file, not {wanted}; where it lists what to ask, name it with {options}; "
+        "a glob is quoted so that the shell leaves it alone: '*.jpg'"
     )
+
+
+def _refuse_at(text: str, wanted: str, options: str) -> None:
+    if text.startswith("@") and not any(map(str.isspace, text)):
+        raise UsageError(
+            f"{printable(text)!r} is not {wanted}; files are not read with @: name the file with {options}"
+        )
 
 
 def parse_task(spec: str) -> list[TaskSpec]:

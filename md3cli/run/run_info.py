@@ -226,10 +226,15 @@ def output_paths(output: Path, *, is_folder: bool, is_journal: bool) -> OutputPa
     return OutputPaths(output if is_journal else beside, run_info, lock, run_folder)
 
 
-def identity_of(requests: Sequence[Request], run: RunIdentity, root: str) -> dict[str, Any]:
-    """Return what two runs must share for the second to resume the first, as JSON."""
+def identity_of(
+    requests: Sequence[Request], run: RunIdentity, root: str, columns: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what two runs must share for the second to resume the first, as JSON.
+
+    `columns` is what is made of the rows' columns (`ColumnOptions.identity`).
+    """
     asked = [asdict(request) for request in requests]
-    return _as_json({"ids": ID_SCHEME, "requests": asked, **asdict(run), "root": _exact(root)})
+    return _as_json({"ids": ID_SCHEME, "requests": asked, **asdict(run), "root": _exact(root), **(columns or {})})
 
 
 def _exact(path: str) -> str:

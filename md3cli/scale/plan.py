@@ -126,13 +126,15 @@ class PlannedRow(NamedTuple):
 
 def plan_config(config: RunConfig, identity: RunIdentity, root: str) -> dict[str, Any]:
     """Return what two starts must share for the second to go on with the first one's plan: JSON without secrets."""
-    document: dict[str, Any] = {"identity": identity_of(config.requests, identity, root)}
+    document: dict[str, Any] = {
+        "identity": identity_of(config.requests, identity, root, config.source.columns.identity())
+    }
     source = config.source
     document["input"] = asdict(source) | {
         "inputs": [_without_secrets(typed) for typed in source.inputs],
         "root": None if source.root is None else _without_secrets(str(source.root)),
     }
-    del document["input"]["own_files"]  # follow from OUTPUT
+    del document["input"]["own_files"], document["input"]["columns"]  # follow from OUTPUT; are in the identity
     if not config.requests:
         document["defaults"] = asdict(config.defaults)
     return dict(json.loads(json.dumps(document)))

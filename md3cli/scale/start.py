@@ -198,7 +198,8 @@ class Start:
         with open(journal, "rb") as file:
             record = first_record(file)
         if record is not None:
-            check_first_record(record, self.config.requests, self.model.identity)
+            is_filled = self.config.source.columns.is_template  # then a record's prompt is none of the command's
+            check_first_record(record, () if is_filled else self.config.requests, self.model.identity)
 
     def begin_document(self, root: str) -> RunDocument:
         """Begin run.json beside OUTPUT; `root` is the folder that names of pictures are relative to.
@@ -209,7 +210,9 @@ class Start:
         is_over = self.config.output.overwrite
         return RunDocument.begin(
             self.files.run_info,
-            identity=identity_of(self.config.requests, self.model.identity, root),
+            identity=identity_of(
+                self.config.requests, self.model.identity, root, self.config.source.columns.identity()
+            ),
             arguments=self.config.argv,
             root=root,
             is_resume=not is_over,

@@ -13,7 +13,7 @@ import contextlib
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -96,14 +96,14 @@ def _kind_of_absent(typed: str, is_needed: bool) -> Kind:
     return Kind.FILE
 
 
-def check_readable(given: Input, is_alone: bool) -> None:
+def check_readable(given: Input, is_alone: bool, renamed: Mapping[str, str]) -> None:
     """Take the first step into INPUT now, before anything slow such as a model is loaded.
 
     Raises:
         InputError: there is no such step.
     """
     if given.kind is Kind.MANIFEST:
-        next(manifest_rows(given.typed), None)
+        next(manifest_rows(given.typed, renamed), None)
     elif given.kind is Kind.TAR and is_alone:
         with open_input(given.typed) as file, contextlib.suppress(RowError):
             next(tar_members(file, shown(given.typed)), None)
@@ -206,7 +206,8 @@ class RowPlaces(NamedTuple):
         """Return the picture that a row's `image` means."""
         if type(image) is EmbeddedImage:
             name = os.path.join(self.cells, image.name)
-            return replace(image_item(name, self.manifest, image.offset), row_group=image.row_group)
+            item = image_item(name, self.manifest, image.offset)
+            return replace(item, row_group=image.row_group, column=image.column)
         assert type(image) is str
         if is_address(image):
             return image_item(shown_name(image), image)

@@ -19,14 +19,15 @@ import os
 import re
 import select
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
-from md3cli.errors import InputError
+from md3cli.errors import InputError, UsageError
 from md3cli.records import printable
 from md3cli.remote.address import is_address, shown, suffix_of
+from md3cli.source.columns import clash_of, image_column, renamed_columns
 from md3cli.source.parquet import parquet_rows
-from md3cli.source.requests import refuse_doubles
+from md3cli.source.requests import refuse_doubles, typed_cell
 from md3cli.system import NotRegularError, open_regular
 
 _CHUNK_BYTES = 1 << 16
@@ -50,9 +51,6 @@ _LINE_COST_BYTES = 64  # of a line that may have to be taken back
 _DELIMITERS = ",;\t"
 _SEPARATOR_LINE = re.compile(r"sep=([,;\t|])", re.IGNORECASE)  # Excel's, above the header
 
-_NUMBERS = frozenset({"max_tokens", "max_objects", "temperature", "top_p", "seed"})
-_FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
 Line = tuple[int, bytes | None]  # its number; its bytes without the line end, or None where it is too long
 
 
@@ -69,17 +67,19 @@ class ManifestRow(NamedTuple):
         return f"{self.unit} {self.number}"
 
 
-def manifest_rows(path: str) -> Iterator[ManifestRow]:
+def manifest_rows(path: str, renamed: Mapping[str, str] | None = None) -> Iterator[ManifestRow]:
     """Yield the rows of the manifest at `path`, which its suffix says how to read.
+
+    The manifest's column NAME is called COLUMN where `renamed` has NAME -> COLUMN.
 
     Raises:
         InputError: on the first step, when it cannot be opened, is no regular file, or has no usable header.
     """
     suffix = suffix_of(path) if is_address(path) else os.path.splitext(path)[1].lower()
-    name = printable(shown(path))
+    name, renamed = printable(shown(path)), renamed or {}
     with open_input(path) as file:
         if suffix == ".parquet":
-            for number, row in enumerate(parquet_rows(file, name), start=1):
+            for number, row in enumerate(parquet_rows(file, name, renamed), start=1):
                 problem = row if isinstance(row, str) else ""
                 yield ManifestRow(number, None if isinstance(row, str) else row, problem, "row")
             return
@@ -88,9 +88,9 @@ def manifest_rows(path: str) -> Iterator[ManifestRow]:
             yield from filter(None, path_rows(file))
         elif suffix == ".jsonl":
             for line in _lines(file):
-                yield from _json_row(line)
+                yield from _json_row(line, renamed)
         else:
-            yield from _csv_rows(_lines(file), name, "\t" if suffix == ".tsv" else ",")
+            yield from _csv_rows(_lines(file), name, "\t" if suffix == ".tsv" else ",", renamed)
 
 
 def _refuse_foreign_text(file: IO[bytes], name: str) -> None:
@@ -107,10 +107,12 @@ def _refuse_foreign_text(file: IO[bytes], name: str) -> None:
         )
 
 
-def path_rows(file: IO[bytes] | LiveLines, *, has_json: bool = False) -> Iterator[ManifestRow | None]:
+def path_rows(
+    file: IO[bytes] | LiveLines, *, has_json: bool = False, renamed: Mapping[str, str] | None = None
+) -> Iterator[ManifestRow | None]:
     """Yield a row for each line, which is a path in any encoding; None where the next line has not come yet.
 
-    With `has_json` (stdin) a line may be a JSON object instead.
+    With `has_json` (stdin) a line may be a JSON object instead, of which `renamed` is as in `manifest_rows`.
     """
     for line in _lines_so_far(file):
         if line is None:
@@ -118,7 +120,7 @@ def path_rows(file: IO[bytes] | LiveLines, *, has_json: bool = False) -> Iterato
             continue
         number, data = line
         if has_json and data is not None and data.lstrip().startswith(b"{"):
-            yield from _json_row(line)
+            yield from _json_row(line, renamed or {})
         elif data is None:
             yield ManifestRow(number, None, TOO_LONG)
         elif data.strip():
@@ -216,7 +218,7 @@ class LiveLines:
 # -- CSV -----------------------------------------------------------------------------------------
 
 
-def _csv_rows(lines: Iterator[Line], name: str, delimiter: str) -> Iterator[ManifestRow]:
+def _csv_rows(lines: Iterator[Line], name: str, delimiter: str, renamed: Mapping[str, str]) -> Iterator[ManifestRow]:
     """Yield the rows that hold anything; where `delimiter` gives no column `image`, others are tried.
 
     Raises:
@@ -225,7 +227,8 @@ def _csv_rows(lines: Iterator[Line], name: str, delimiter: str) -> Iterator[Mani
     """
     csv.field_size_limit(ROW_LIMIT_BYTES)  # of the process; Python's own, 131,072, is less than a sound cell may have
     text = _CsvLines(lines)
-    header, delimiter = _found_header(text, delimiter, name)
+    header, delimiter = _found_header(text, delimiter, name, image_column(renamed))
+    header = [renamed.get(column, column) for column in _unclashing(header, renamed, name)]
     is_first = True
     for number, cells, problem in _all_cells(text, delimiter):
         if not problem and not any(map(str.strip, cells)):
@@ -301,28 +304,37 @@ def _all_cells(lines: _CsvLines, delimiter: str) -> Iterator[_Cells]:
             yield lines.row_number, cells, ""
 
 
-def _found_header(lines: _CsvLines, delimiter: str, name: str) -> tuple[list[str], str]:
-    """Return the names of the columns, and what stands between the cells."""
+def _unclashing(header: list[str], renamed: Mapping[str, str], name: str) -> list[str]:
+    if clash := clash_of(header, renamed):
+        raise UsageError(f"{clash} (in {name})")
+    return header
+
+
+def _found_header(lines: _CsvLines, delimiter: str, name: str, image: str) -> tuple[list[str], str]:
+    """Return the names of the columns, one of them `image`, and what stands between the cells."""
     first = None
     for tried in dict.fromkeys([delimiter, *_DELIMITERS]):
         row = next(_all_cells(lines, tried), None)
         first = first or row
         if row is not None and not row[2] and (found := _SEPARATOR_LINE.fullmatch(tried.join(row[1]))):
-            return _header(next(_all_cells(lines, found[1]), None), name), found[1]
-        if row is None or "image" in map(str.strip, row[1]):
-            return _header(row, name), tried
+            return _header(next(_all_cells(lines, found[1]), None), name, image), found[1]
+        if row is None or image in map(str.strip, row[1]):
+            return _header(row, name, image), tried
         lines.rewind(first=0)
-    return _header(first, name), delimiter
+    return _header(first, name, image), delimiter
 
 
-def _header(row: _Cells | None, name: str) -> list[str]:
+def _header(row: _Cells | None, name: str, image: str) -> list[str]:
     if row is None:
         raise InputError(f"the manifest {name} is empty; its first line names the columns (image, prompt, ...)")
     _, cells, problem = row
     header = [cell.strip() for cell in cells]
-    if problem or "image" not in header:
+    if problem or image not in header:
         found = problem or f"its first line is: {printable(', '.join(header))[:200]}"
-        raise InputError(f"the manifest {name} has no column 'image' ({found}); name the columns in its first line")
+        raise InputError(
+            f"the manifest {name} has no column '{printable(image)}' ({found}); name the columns in its first line, "
+            "or say which one has the images: --map image=NAME"
+        )
     refuse_doubles(filter(None, header), name)
     return header
 
@@ -345,46 +357,20 @@ def _columns(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
         "".join(cells).encode()
     except UnicodeEncodeError:
         raise ValueError("not valid UTF-8") from None
-    return {column: _typed(column, cell) for column, cell in zip(header, cells, strict=False) if column}
-
-
-def _typed(column: str, cell: str) -> Any:
-    """Return a cell as a value of its column's type where it can be read so; an empty one is null."""
-    text = cell.strip()
-    if column in _NUMBERS:
-        return _number(text) if text else None
-    if column == "reasoning":
-        return _FLAGS.get(text.lower(), cell) if text else None
-    if column == "spatial_refs":
-        return _json_value(text) if text else None
-    return cell
-
-
-def _number(text: str) -> int | float | str:
-    for parse in (int, float):
-        with contextlib.suppress(ValueError):
-            return parse(text)
-    return text
-
-
-def _json_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    return {column: typed_cell(column, cell) for column, cell in zip(header, cells, strict=False) if column}
 
 
 # -- JSON Lines ----------------------------------------------------------------------------------
 
 
-def _json_row(line: Line) -> Iterator[ManifestRow]:
+def _json_row(line: Line, renamed: Mapping[str, str]) -> Iterator[ManifestRow]:
     """Yield the row of a line; nothing for a blank one."""
     number, data = line
     if data is None:
         yield ManifestRow(number, None, TOO_LONG)
     elif data.strip():
         try:
-            yield ManifestRow(number, _json_columns(data))
+            yield ManifestRow(number, renamed_columns(_json_columns(data), renamed))
         except UnicodeDecodeError:
             yield ManifestRow(number, None, "not valid UTF-8")
         except json.JSONDecodeError as error:

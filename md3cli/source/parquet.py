@@ -14,14 +14,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
-from md3cli.errors import ImageError, InputError
+from md3cli.errors import ImageError, InputError, UsageError
 from md3cli.records import ImageItem, printable
+from md3cli.source.columns import clash_of, image_column, renamed_columns
 from md3cli.source.requests import EmbeddedImage, refuse_doubles
 
-IMAGE_BYTES, IMAGE_PATH = "image.bytes", "image.path"
 CELLS_AT_A_TIME = 8
 _BUFFER_BYTES = 1 << 20
 
@@ -29,6 +29,7 @@ _BUFFER_BYTES = 1 << 20
 class _Place(NamedTuple):
     path: str
     row_group: int
+    column: str
 
 
 class CellReader:
@@ -54,7 +55,7 @@ class CellReader:
         import pyarrow as pa
 
         assert item.row_group is not None
-        place = _Place(item.path, item.row_group)
+        place = _Place(item.path, item.row_group, item.column)
         try:
             if place != self._place or item.offset < self._next_row:
                 self._start(place)
@@ -89,9 +90,9 @@ class CellReader:
                 self._file.enter_context(self._open_file(place.path)), pre_buffer=False, buffer_size=_BUFFER_BYTES
             )
         batches = self._parquet.iter_batches(
-            CELLS_AT_A_TIME, row_groups=[place.row_group], columns=[IMAGE_BYTES], use_threads=False
+            CELLS_AT_A_TIME, row_groups=[place.row_group], columns=[f"{place.column}.bytes"], use_threads=False
         )
-        self._cells = (cell for batch in batches for cell in batch.column("image").flatten()[0])
+        self._cells = (cell for batch in batches for cell in batch.column(place.column).flatten()[0])
         self._place, self._next_row = place, 0
 
     def _cell(self, row: int) -> Any:
@@ -118,12 +119,15 @@ _REPEATED_BYTES = 1 << 20  # of a column's row group, from which on its texts ar
 _UNREADABLE_VALUES = (ValueError, ArithmeticError, RecursionError, LookupError)
 
 
-def parquet_rows(file: IO[bytes], name: str) -> Iterator[dict[str, Any] | str]:
+def parquet_rows(file: IO[bytes], name: str, renamed: Mapping[str, str]) -> Iterator[dict[str, Any] | str]:
     """Yield each row as columns of JSON values, or as the text of the problem that kept it from being read.
+
+    Columns are called as `renamed` (NAME -> COLUMN) says.
 
     Raises:
         InputError: on the first step, when it is not Parquet or has no column `image` of text or pictures; `name` is
             how it is called.
+        UsageError: on the first step, when it has a column of a new name already.
     """
     import pyarrow as pa  # 0.2 s that other inputs need not wait for
     import pyarrow.parquet as pq
@@ -131,30 +135,34 @@ def parquet_rows(file: IO[bytes], name: str) -> Iterator[dict[str, Any] | str]:
     unreadable = (pa.ArrowException, OSError, MemoryError, ValueError)
     try:
         parquet = pq.ParquetFile(file, pre_buffer=False)
-        if repeated := _much_repeated(parquet.metadata):
+        image = image_column(renamed)
+        if repeated := _much_repeated(parquet.metadata, f"{image}.bytes"):
             parquet = pq.ParquetFile(
                 file, pre_buffer=False, metadata=parquet.metadata, read_dictionary=sorted(repeated)
             )
         schema = parquet.schema_arrow
     except unreadable as error:
         raise InputError(f"cannot read the manifest {name} as Parquet: {_brief(error)}") from error
-    is_embedded = _check_schema(schema, name)
+    is_embedded = _check_schema(schema, name, image)
+    if clash := clash_of(schema.names, renamed):
+        raise UsageError(f"{clash} (in {name})")
     num_rows = 0
     for group in range(parquet.num_row_groups):
-        cells = _EmbeddedCells(parquet, group) if is_embedded else None
+        cells = _EmbeddedCells(parquet, group, image) if is_embedded else None
         columns = cells.columns_to_read(schema.names) if cells is not None else None
         try:
-            chunks = _chunks_read(parquet.metadata.row_group(group), is_embedded)
+            chunks = _chunks_read(parquet.metadata.row_group(group), f"{image}.bytes" if is_embedded else "")
             _refuse_bomb(chunks)
             num_at_a_time = _rows_at_a_time(chunks, parquet.metadata.row_group(group).num_rows)
             for batch in parquet.iter_batches(num_at_a_time, row_groups=[group], columns=columns, use_threads=False):
-                yield from _batch_rows(batch, cells, num_rows)
+                for row in _batch_rows(batch, cells, num_rows, image):
+                    yield row if isinstance(row, str) else renamed_columns(row, renamed)
                 num_rows += batch.num_rows
         except unreadable as error:
             yield f"row group {group + 1} cannot be read from here on: {_brief(error)}"
 
 
-def _much_repeated(metadata: Any) -> set[str]:
+def _much_repeated(metadata: Any, pictures: str) -> set[str]:
     """Return the columns whose few texts may come again and again: 200 KB of them can be gigabytes when repeated."""
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     columns = (group.column(k) for group in groups for k in range(group.num_columns))
@@ -164,14 +172,14 @@ def _much_repeated(metadata: Any) -> set[str]:
         if column.physical_type == "BYTE_ARRAY"
         and column.has_dictionary_page
         and column.total_uncompressed_size > _REPEATED_BYTES
-        and column.path_in_schema != IMAGE_BYTES
+        and column.path_in_schema != pictures
     }
 
 
-def _chunks_read(group: Any, is_embedded: bool) -> list[Any]:
+def _chunks_read(group: Any, pictures: str) -> list[Any]:
     """Return the columns of a row group but for its pictures."""
     chunks = map(group.column, range(group.num_columns))
-    return [chunk for chunk in chunks if not (is_embedded and chunk.path_in_schema == IMAGE_BYTES)]
+    return [chunk for chunk in chunks if chunk.path_in_schema != pictures]
 
 
 def _refuse_bomb(chunks: list[Any]) -> None:
@@ -192,16 +200,17 @@ def _rows_at_a_time(chunks: list[Any], num_rows: int) -> int:
     return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(1, size)))
 
 
-def _check_schema(schema: Any, name: str) -> bool:
-    """Return whether the pictures themselves are in the column `image`, rather than their paths."""
+def _check_schema(schema: Any, name: str, image: str) -> bool:
+    """Return whether the pictures themselves are in the column called `image`, rather than their paths."""
     import pyarrow.types as kinds
 
     refuse_doubles(schema.names, name)
-    if "image" not in schema.names:
+    if image not in schema.names:
         raise InputError(
-            f"the manifest {name} has no column 'image'; it has: {printable(', '.join(schema.names))[:200]}"
+            f"the manifest {name} has no column '{printable(image)}'; it has: "
+            f"{printable(', '.join(schema.names))[:200]}; --map image=NAME says which one has the images"
         )
-    kind = schema.field("image").type
+    kind = schema.field(image).type
     kind = kind.value_type if kinds.is_dictionary(kind) else kind
     if kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         inside = kind.field("bytes").type
@@ -209,7 +218,7 @@ def _check_schema(schema: Any, name: str) -> bool:
             return True
     if not (kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind) or kinds.is_null(kind)):
         raise InputError(
-            f"the column 'image' of {name} holds {printable(str(kind))[:100]}; "
+            f"the column '{printable(image)}' of {name} holds {printable(str(kind))[:100]}; "
             "it must hold paths as text, or pictures as a struct of bytes and path"
         )
     return False
@@ -218,19 +227,20 @@ def _check_schema(schema: Any, name: str) -> bool:
 class _EmbeddedCells:
     """The pictures of one row group, named without being read."""
 
-    def __init__(self, parquet: Any, group: int) -> None:
-        self._group = group
+    def __init__(self, parquet: Any, group: int, image: str) -> None:
+        self._group, self._image = group, image
         self._next_offset = 0
         columns = [parquet.metadata.row_group(group).column(k) for k in range(parquet.metadata.num_columns)]
-        self._has_paths = parquet.schema_arrow.field("image").type.get_field_index("path") >= 0
+        self._has_paths = parquet.schema_arrow.field(image).type.get_field_index("path") >= 0
         # `datasets` that only refer to files: every `bytes` is null, which the statistics say. A flat column may
         # have the same path as the one inside the struct: then both must be empty.
-        self._is_empty = all(_is_all_null(column) for column in columns if column.path_in_schema == IMAGE_BYTES)
+        self._is_empty = all(_is_all_null(column) for column in columns if column.path_in_schema == f"{image}.bytes")
 
     def columns_to_read(self, names: list[str]) -> list[str]:
         """Return the names of all columns but the pictures' bytes, unless there is nothing else to count rows by."""
-        others = [name for name in names if name != "image"] + ([IMAGE_PATH] if self._has_paths else [])
-        return others or [IMAGE_BYTES]
+        others = [name for name in names if name != self._image]
+        others += [f"{self._image}.path"] if self._has_paths else []
+        return others or [f"{self._image}.bytes"]
 
     def next_value(self, cell: Any, row: int) -> EmbeddedImage | str | None:
         """Return what stands for the picture of row `row` (from 1), the next one of this group."""
@@ -241,7 +251,7 @@ class _EmbeddedCells:
         path = path if isinstance(path, str) else None
         if self._is_empty:
             return path
-        return EmbeddedImage(cell_name(row, path), self._group, offset)
+        return EmbeddedImage(cell_name(row, path), self._group, offset, self._image)
 
 
 def _is_all_null(column: Any) -> bool:
@@ -251,12 +261,14 @@ def _is_all_null(column: Any) -> bool:
     return has_null_count and statistics.null_count >= column.num_values > 0
 
 
-def _batch_rows(batch: Any, cells: _EmbeddedCells | None, num_before: int) -> Iterator[dict[str, Any] | str]:
+def _batch_rows(
+    batch: Any, cells: _EmbeddedCells | None, num_before: int, image_name: str
+) -> Iterator[dict[str, Any] | str]:
     names = batch.schema.names
     for i in range(batch.num_rows):
         try:
             values = {name: batch.column(k)[i] for k, name in enumerate(names)}
-            image = {"image": cells.next_value(values.pop("image", None), num_before + i + 1)} if cells else {}
+            image = {image_name: cells.next_value(values.pop(image_name, None), num_before + i + 1)} if cells else {}
             yield image | {name: _bounded(name, json_able(value.as_py())) for name, value in values.items()}
         except _UNREADABLE_VALUES as error:
             yield _brief(error)

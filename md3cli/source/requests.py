@@ -6,6 +6,7 @@ A value of the wrong type is a row that cannot be read (`bad_row`). A value of t
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ class EmbeddedImage(NamedTuple):
     name: str
     row_group: int
     offset: int
+    column: str
 
 
 def refuse_doubles(columns: Iterable[str], name: str) -> None:
@@ -83,7 +85,7 @@ def row_requests(columns: Mapping[str, Any], requests: Sequence[Request], defaul
     image = columns.get("image")
     result = tuple(requests)
     if len(columns) > 1 or not requests:  # else a bare list of pictures, which may be long
-        given = [name for name in columns if name in _SETTINGS and _is_given(columns, name)]
+        given = [name for name in columns if name in _SETTINGS and is_given(columns, name)]
         settings = {name: _SETTINGS[name](name, columns[name]) for name in given}
         own = _own_requests(columns, requests, requests[0] if requests else defaults)
         result = tuple(replace(request, **settings) for request in own) if settings else tuple(own)
@@ -96,10 +98,10 @@ def refused_request(columns: Mapping[str, Any], base: Request) -> Request:
     """Return what the error record of a refused row says was asked: `base`, with what can be read of the row."""
     task = base.task
     with suppress(RowError):
-        task = _task(columns["task"]) if _is_given(columns, "task") else base.task
+        task = _task(columns["task"]) if is_given(columns, "task") else base.task
     prompt = base.prompt if task is base.task else None
     with suppress(RowError):
-        prompt = _text("prompt", columns["prompt"]) if _is_given(columns, "prompt") else prompt
+        prompt = _text("prompt", columns["prompt"]) if is_given(columns, "prompt") else prompt
     return replace(base, task=task, prompt=prompt)
 
 
@@ -116,13 +118,14 @@ def check_request(request: Request, *, has_image: bool) -> None:
         raise RequestError(f"{task} takes no spatial_refs")
 
 
-def _is_given(columns: Mapping[str, Any], name: str) -> bool:
+def is_given(columns: Mapping[str, Any], name: str) -> bool:
+    """Return whether a row has a column that is not empty."""
     return columns.get(name) not in (None, "")
 
 
 def _own_requests(columns: Mapping[str, Any], requests: Sequence[Request], base: Request) -> Sequence[Request]:
-    task = _task(columns["task"]) if _is_given(columns, "task") else None
-    prompt = _text("prompt", columns["prompt"]) if _is_given(columns, "prompt") else None
+    task = _task(columns["task"]) if is_given(columns, "task") else None
+    prompt = _text("prompt", columns["prompt"]) if is_given(columns, "prompt") else None
     if task is None and prompt is None:
         if not requests:
             raise RequestError("no task: name one in the column 'task' or on the command line")
@@ -231,3 +234,43 @@ def read_setting(name: str, value: Any) -> Any:
 
 
 ROW_COLUMNS = frozenset({"image", "task", "prompt", *_SETTINGS})
+_FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_NUMBERS = frozenset({"max_tokens", "max_objects", "temperature", "top_p", "seed"})
+
+
+def check_value(column: str, value: Any) -> None:
+    """Check the value of one column by itself, as `row_requests` does; a column without a meaning may hold anything.
+
+    Raises:
+        RowError: `bad_row` for the wrong type, `bad_request` for a value that makes no sense.
+    """
+    if column == "task":
+        _task(value)
+    elif column in _SETTINGS:
+        read_setting(column, value)
+
+
+def typed_cell(column: str, cell: str) -> Any:
+    """Return a cell of text as a value of its column's type where it can be read so; an empty one is null."""
+    text = cell.strip()
+    if column in _NUMBERS:
+        return _number(text) if text else None
+    if column == "reasoning":
+        return _FLAGS.get(text.lower(), cell) if text else None
+    if column == "spatial_refs":
+        return _json_value(text) if text else None
+    return cell
+
+
+def _number(text: str) -> int | float | str:
+    for parse in (int, float):
+        with suppress(ValueError):
+            return parse(text)
+    return text
+
+
+def _json_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text

@@ -18,13 +18,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import IO
+from typing import IO, Any
 
-from md3cli.config import SourceSpec
+from md3cli.config import ColumnOptions, SourceSpec
 from md3cli.errors import InputError, MissingExtraError, RowError, UsageError
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task, printable
 from md3cli.remote.address import is_address, shown
 from md3cli.remote.hosts import is_installed, require_extra
+from md3cli.source.columns import ColumnRules
 from md3cli.source.inputs import (
     Confinement,
     Input,
@@ -35,6 +36,7 @@ from md3cli.source.inputs import (
     is_of_windows,
     root_of,
 )
+from md3cli.source.look import FirstRows, check_asked, check_columns, notes_on
 from md3cli.source.manifest import LiveLines, ManifestRow, manifest_rows, open_input, path_rows
 from md3cli.source.requests import ROW_COLUMNS, check_request, refuse_address, refused_request, row_image, row_requests
 from md3cli.source.tar import tar_members
@@ -55,20 +57,24 @@ def open_source(
 
     Raises:
         InputError: an INPUT does not exist, cannot be opened, or is of a kind that is not read.
-        UsageError: `--root` is no folder, or something is remote and `offline` forbids it.
+        UsageError: `--root` is no folder, something is remote and `offline` forbids it, or what is to be made of the
+            columns makes no sense.
         MissingExtraError: something is remote, and what fetches it is not installed.
     """
     _check_remote(spec)
+    rules = ColumnRules(spec.columns, requests)
+    if not spec.inputs and spec.columns.identity():
+        raise UsageError("--map, --const and --template are about the rows of INPUT, and there is no INPUT")
     is_alone = len(spec.inputs) == 1
     inputs = tuple(input_of(typed, is_alone) for typed in spec.inputs)
     for given in inputs:
-        check_readable(given, is_alone)
+        check_readable(given, is_alone, rules.renamed)
     defaults = requests[0] if requests else defaults or Request(Task.QUERY)
     if stdin is None and STDIN in spec.inputs:
         if sys.stdin is None:
             raise InputError("stdin is closed, so there is nothing to read for INPUT -; pipe a list of paths to it")
         stdin = sys.stdin.buffer
-    return Source(spec, inputs, requests, defaults, stdin or io.BytesIO())
+    return Source(spec, inputs, requests, defaults, rules, stdin or io.BytesIO())
 
 
 def _check_remote(spec: SourceSpec) -> None:
@@ -106,17 +112,19 @@ class Source:
         inputs: tuple[Input, ...],
         requests: tuple[Request, ...],
         defaults: Request,
+        rules: ColumnRules,
         stdin: IO[bytes],
     ) -> None:
         self.skipped: Counter[str] = Counter()
         self.watched_lines: frozenset[int] = frozenset()
         self.readable_lines: set[int] = set()
-        self._spec = spec
+        self._spec, self._rules = spec, rules
         self._inputs = inputs
         self._requests = requests
         self._defaults = defaults
         self._base = requests[0] if requests else defaults
-        self._is_fit_for_pictures = bool(requests) and _are_fit_for_pictures(requests)
+        is_asked_alike = bool(requests) and not rules.changes_pictures
+        self._is_fit_for_pictures = is_asked_alike and _are_fit_for_pictures(requests)
         self._stdin_file, self._may_wait = stdin, True
         self._filter = PathFilter.of(spec.include, spec.exclude)
         self._outside = Confinement.to(spec.root).failure_of
@@ -154,11 +162,48 @@ class Source:
 
     @property
     def asks_nothing_else(self) -> bool:
-        """Return whether the command alone says what is asked of all of INPUT: no manifest, and nothing narrowed."""
+        """Return whether the command alone says what is asked of all of INPUT: no manifest, and nothing narrowed.
+
+        A record of a template's is known by its own prompt; constants may be settings, of which a record tells nothing.
+        """
         spec = self._spec
-        is_narrowed = bool(spec.include or spec.exclude or spec.limit is not None or spec.shard)
+        is_narrowed = bool(
+            spec.include or spec.exclude or spec.limit is not None or spec.shard or spec.columns.constants
+        )
         kinds = {given.kind for given in self._inputs}
         return not is_narrowed and kinds <= {Kind.FOLDER, Kind.GLOB, Kind.FILE, Kind.TAR}
+
+    def first_look(self) -> list[str]:
+        """Look at the first rows before anything slow; return what the user should know of the columns, a line each.
+
+        stdin is not looked at; its first row decides when it comes.
+
+        Raises:
+            InputError: INPUT cannot be read.
+            UsageError: a column that --map or a prompt names is not there, or nothing says what to ask.
+        """
+        rows, options = FirstRows(), self._spec.columns
+        needs_columns = bool(options.renamed or set(self._rules.placeholders) - self._rules.constants.keys())
+        for given in self._inputs:
+            if (manifest := self._first_manifest(given, is_walked=needs_columns)) is not None:
+                rows.take(manifest_rows(manifest, self._rules.renamed), self._rules, self._requests)
+        if any(given.kind is Kind.STDIN for given in self._inputs):
+            return []
+        where = printable(shown(self._inputs[0].typed)) if len(self._inputs) == 1 else "INPUT"
+        check_columns(rows, options, self._rules, where)
+        if all(given.kind is Kind.MANIFEST for given in self._inputs):
+            check_asked(rows, self._requests, self._rules, where)
+        return list(notes_on(rows, self._requests, self._rules, where))
+
+    def _first_manifest(self, given: Input, *, is_walked: bool) -> str | None:
+        """Return INPUT where it is a manifest, or the Parquet file that a glob finds first."""
+        if given.kind is Kind.MANIFEST:
+            return given.typed
+        if not is_walked or given.kind is not Kind.GLOB:
+            return None
+        folder, glob = _walk_of(given)
+        first = next(self._walk(folder, Counter()).files(folder, glob), "")
+        return os.path.join(folder, first) if first.lower().endswith(".parquet") else None
 
     def count_rows(self, budget_s: float = 1.0) -> int | None:
         """Count the rows for a progress bar; None for stdin, for what is remote, and after `budget_s` seconds."""
@@ -201,14 +246,27 @@ class Source:
                 yield from self._manifest(given, skipped)
 
     def _picture(self, name: str, path: str) -> _Found:
-        image = image_item(name, path)
-        return (image.name, SourceRow(image, self._requests, failure=self._outside(path)))
+        return self._picture_row(image_item(name, path))
+
+    def _picture_row(self, image: ImageItem) -> _Found:
+        failure = self._outside(image.path)
+        if not self._rules.changes_pictures:
+            return (image.name, SourceRow(image, self._requests, failure=failure))
+        columns = self._rules.with_constants({"image": image.name})
+        try:
+            asked = self._asked(columns, image)
+        except RowError as error:
+            asked, failure = (refused_request(columns, self._base),), RowFailure(error.type, str(error))
+        return (image.name, SourceRow(image, asked, _meta_of(columns), failure))
+
+    def _asked(self, columns: dict[str, Any], image: ImageItem | None) -> tuple[Request, ...]:
+        """Return what a row asks; raises RowError."""
+        return self._rules.filled(row_requests(columns, self._requests, self._defaults), columns, image)
 
     def _walked(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
-        glob = Glob.parse(given.typed) if given.kind is Kind.GLOB else None
-        folder = given.typed if glob is None else glob.base or "."
+        folder, glob = _walk_of(given)
         prefix = given.prefix if glob is None or not given.prefix else shown(glob.base)
-        walk = self._walk_of(folder, skipped)
+        walk = self._walk(folder, skipped)
         path_head, name_head = os.path.join(folder, ""), os.path.join(prefix, "")
         for relative in walk.files(folder, glob):
             path, name = path_head + relative, name_head + relative
@@ -220,7 +278,7 @@ class Source:
             else:
                 yield self._picture(name, path)
 
-    def _walk_of(self, folder: str, skipped: Counter[str]) -> Walk:
+    def _walk(self, folder: str, skipped: Counter[str]) -> Walk:
         if not is_address(folder):
             return Walk(self._spec.recursive, self._spec.follow_links, self._filter, skipped, self._spec.own_files)
         from md3cli.source.remote_inputs import walk_of
@@ -237,8 +295,7 @@ class Source:
                         skipped[reason] += 1
                     elif not member.isdir():
                         whole = f"{prefix}/{name}" if prefix else name  # an absolute name stays inside the tar, too
-                        image = image_item(whole, path, member.offset_data, member.size)
-                        yield (image.name, SourceRow(image, self._requests, failure=self._outside(path)))
+                        yield self._picture_row(image_item(whole, path, member.offset_data, member.size))
         except (InputError, RowError) as error:
             if isinstance(error, InputError) and (not prefix or is_address(path)):
                 raise
@@ -262,10 +319,10 @@ class Source:
         is_alone = len(self._inputs) == 1 and given.kind is self._inputs[0].kind
         places = RowPlaces.of(given, self._spec.root, is_alone=is_alone, may_fetch=self._spec.remote)
         is_stdin = given.kind is Kind.STDIN
-        rows: Iterator[ManifestRow | None] = manifest_rows(given.typed)
+        rows: Iterator[ManifestRow | None] = manifest_rows(given.typed, self._rules.renamed)
         if is_stdin:
             self._stdin.may_wait = self._may_wait
-            rows = path_rows(self._stdin, has_json=True)
+            rows = self._refuse_first(path_rows(self._stdin, has_json=True, renamed=self._rules.renamed))
         is_list = is_stdin or given.typed.lower().endswith(".txt")
         is_unfiltered = not (self._spec.include or self._spec.exclude)
         for entry in rows:
@@ -283,6 +340,16 @@ class Source:
             else:
                 yield name or f"{given.typed} {entry.where}", row
 
+    def _refuse_first(self, rows: Iterator[ManifestRow | None]) -> Iterator[ManifestRow | None]:
+        """Yield the rows of stdin; the first one has to have what prompts are filled from, as a manifest has."""
+        is_first = bool(self._rules.placeholders)
+        for row in rows:
+            if is_first and row is not None and row.columns is not None:
+                found = FirstRows(dict.fromkeys(row.columns))
+                check_columns(found, ColumnOptions(), self._rules, f"stdin, {row.where},")
+                is_first = False
+            yield row
+
     def _note_watched(self, number: int, row: SourceRow) -> None:
         """Note whether a watched line can be read: it can where every manifest of INPUT can be read at that line."""
         if row.failure is not None and row.failure.type == "bad_row":
@@ -293,7 +360,7 @@ class Source:
 
     def _manifest_row(self, entry: ManifestRow, places: RowPlaces) -> SourceRow:
         """Return what a manifest's row asks; a failure keeps as much of the row as could be read."""
-        columns = entry.columns or {}
+        columns = self._rules.with_constants(entry.columns or {})
         image: ImageItem | None = None
         is_bare = False
         try:
@@ -304,10 +371,7 @@ class Source:
                 if isinstance(name, str):
                     refuse_address(name, may_fetch=places.may_fetch)
             is_bare = image is not None and len(columns) == 1
-            if is_bare and self._is_fit_for_pictures:
-                asked = self._requests
-            else:
-                asked = row_requests(columns, self._requests, self._defaults)
+            asked = self._requests if is_bare and self._is_fit_for_pictures else self._asked(columns, image)
             failure = self._outside(image.path) if image else None
             if image and is_of_windows(image.name) and not is_address(image.path) and not os.path.lexists(image.path):
                 raise RowError(
@@ -316,8 +380,19 @@ class Source:
         except RowError as error:
             asked = (refused_request(columns, self._base),)
             failure = RowFailure(error.type, f"{entry.where}: {error}")
-        meta = {} if is_bare else {column: value for column, value in columns.items() if column not in ROW_COLUMNS}
-        return SourceRow(image, asked, meta, failure)
+        return SourceRow(image, asked, {} if is_bare else _meta_of(columns), failure)
+
+
+def _walk_of(given: Input) -> tuple[str, Glob | None]:
+    """Return the folder that a walk of a folder or a glob begins in, and the glob."""
+    if given.kind is not Kind.GLOB:
+        return given.typed, None
+    glob = Glob.parse(given.typed)
+    return glob.base or ".", glob
+
+
+def _meta_of(columns: Mapping[str, Any]) -> dict[str, Any]:
+    return {column: value for column, value in columns.items() if column not in ROW_COLUMNS}
 
 
 def _is_comment(image: ImageItem | None) -> bool:

@@ -19,6 +19,7 @@ from md3cli.commands.parse import (
     parse_choices,
     parse_count,
     parse_fail_on,
+    parse_pair,
     parse_query,
     parse_shard,
     parse_spatial_ref,
@@ -159,6 +160,7 @@ def test_questions(text: str) -> None:
     [
         ([], ["Why?"], (None, ("Why?",))),
         (["photo.jpg"], ["Why?"], ("photo.jpg", ("Why?",))),
+        (["photo.jpg"], ["what is this"], ("photo.jpg", ("what is this",))),  # -q is a question, whatever is there
         (["photo.jpg", "Why?", "How?"], ["Who?"], ("photo.jpg", ("Why?", "How?", "Who?"))),
         (["rows.jsonl"], [], ("rows.jsonl", ())),
         (["-"], [], ("-", ())),
@@ -181,6 +183,16 @@ def test_query(positional: list[str], options: list[str], expected: tuple[str | 
         (["photo.jpg", " "], [], "a question is empty"),
         (["list.txt", "photo.jpg"], ["Why?"], "'photo.jpg' is a file, not a question; quote the glob"),
         ([], [""], "a question is empty"),
+        (
+            [],
+            ["@questions.txt"],
+            "'@questions.txt' is not a question; files are not read with @: name the file with --pr",
+        ),
+        (
+            ["photo.jpg", "what is this"],
+            [],
+            "'what is this' is a file, not a question; where it lists what to ask, name ",
+        ),
     ],
 )
 def test_query_that_makes_no_sense(positional: list[str], options: list[str], message: str) -> None:
@@ -194,13 +206,41 @@ def test_objects() -> None:
     check_objects(["car", "pictures"])  # a folder of that name may be there: people name folders after things
     with pytest.raises(UsageError, match=r"'photo\.jpg' is a file, not an OBJECT; quote the glob"):
         check_objects(["car", "photo.jpg"])
-    with pytest.raises(UsageError, match="'what is this' is a file, not an OBJECT; write its texts out"):
+    with pytest.raises(
+        UsageError, match=r"'what is this' is a file, not an OBJECT; .* --labels FILE or --prompts FILE"
+    ):
         check_objects(["what is this"])
     for name in ("@labels.txt", "@gone"):
-        with pytest.raises(UsageError, match=f"'{name}' is not an OBJECT; files are not read with @"):
+        with pytest.raises(
+            UsageError, match=f"'{name}' is not an OBJECT; files are not read with @.* --labels FILE or --prompts"
+        ):
             check_objects([name])
     with pytest.raises(UsageError, match="an OBJECT is empty"):
         check_objects([" "])
+
+
+def test_listed_questions() -> None:
+    assert parse_query([], ["Why?"], ["How?"]) == (None, ("Why?", "How?"))
+    assert parse_query([], [], ["@x stands in the file, so it is meant"])[1]
+    assert parse_query(["-", "Who?"], ["Why?"], ["How?"]) == ("-", ("Who?", "Why?", "How?"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prompt=question", ("prompt", "question")),
+        (" a b = c ", ("a b", "c")),
+        ("note=1=2", ("note", "1=2")),
+    ],
+)
+def test_pairs(text: str, expected: tuple[str, str]) -> None:
+    assert parse_pair(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "prompt", "=question", "prompt=", " = ", "="])
+def test_no_pairs(text: str) -> None:
+    with pytest.raises(ValueError, match="is not two names with = between"):
+        parse_pair(text)
 
 
 @pytest.mark.usefixtures("folder")

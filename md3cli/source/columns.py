@@ -1,0 +1,221 @@
+"""What `--map`, `--const` and `--template` make of a row: columns renamed, constants, prompts filled. Pure.
+
+A template is what the user typed. It is taken apart once, before anything slow, and filled for each row; what a column
+holds is put in as it is and never looked at for placeholders, nor is a prompt that a row brings itself. A placeholder
+is the plain name of a column: nothing is evaluated. Knows nothing of files and formats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from md3cli.config import ColumnOptions
+from md3cli.errors import RequestError, RowError, UsageError
+from md3cli.records import ImageItem, Request, printable
+from md3cli.remote.address import is_address
+from md3cli.source.requests import EmbeddedImage, check_value, is_given, typed_cell
+
+OF_THE_PICTURE = ("stem", "name", "folder")  # placeholders that are no columns
+PROMPT_LIMIT_CHARS = 1 << 20  # of a filled prompt; no model's context holds a tenth of it
+NEAR_MISS = 0.8  # of difflib: `promt`, `lenght` and `tasks` are near, `score` and `class` are not
+SHOWN_CHARS = 60
+_BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_PLAIN_NAME = re.compile(r"[^\s.:!\[\]](?:[^.:!\[\]]*[^\s.:!\[\]])?")
+
+
+def near_miss(name: str, known: Sequence[str]) -> str | None:
+    """Return the one of `known` that `name` is most likely a misspelling of; None where it resembles none."""
+    found = get_close_matches(name.strip().lower(), known, n=1, cutoff=NEAR_MISS)
+    return found[0] if found else None
+
+
+def quoted(name: str) -> str:
+    """Return the name of a column, or what stands in its place, for a message."""
+    return f"'{printable(name)[:SHOWN_CHARS]}'"
+
+
+class Template(NamedTuple):
+    """A prompt taken apart: `texts` and, behind each but the last, one of the `names` of what is put in."""
+
+    texts: tuple[str, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, prompt: str) -> Template:
+        """Take apart what was typed: `{name}` is a placeholder, `{{` and `}}` are braces.
+
+        Raises:
+            UsageError: a brace without its other half, or a placeholder that is more than a plain name.
+        """
+        texts, names, end = [""], list[str](), 0
+        for found in _BRACES.finditer(prompt):
+            texts[-1] += prompt[end : found.start()]
+            end = found.end()
+            if found[0] in ("{{", "}}"):
+                texts[-1] += found[0][0]
+            elif found[1] is None:
+                raise UsageError(f"{quoted(prompt)} has a lone '{found[0]}'; write {found[0] * 2} for a brace")
+            elif not _PLAIN_NAME.fullmatch(found[1]):
+                raise UsageError(
+                    f"{quoted(prompt)}: {{{printable(found[1])[:SHOWN_CHARS]}}} is not the plain name of a column; "
+                    "--map NEW=COLUMN gives a column a plain one, and {{ }} are braces"
+                )
+            else:
+                names.append(found[1])
+                texts.append("")
+        texts[-1] += prompt[end:]
+        return cls(tuple(texts), tuple(names))
+
+    def filled(self, values: Mapping[str, str]) -> str:
+        """Return the prompt with `values` in place of its names.
+
+        Raises:
+            RequestError: it becomes longer than PROMPT_LIMIT_CHARS.
+        """
+        if sum(map(len, self.texts)) + sum(len(values[name]) for name in self.names) > PROMPT_LIMIT_CHARS:
+            raise RequestError(f"the filled prompt is longer than {PROMPT_LIMIT_CHARS >> 20} Mi characters")
+        head = "".join(text + values[name] for text, name in zip(self.texts, self.names, strict=False))
+        return head + self.texts[-1]
+
+
+class ColumnRules:
+    """What one run makes of the columns of its rows.
+
+    Attributes:
+        renamed: NAME in a manifest -> COLUMN that it stands for.
+        constants: COLUMN -> value for rows that leave it empty.
+        named: what templates name, each once; `placeholders` are those that are columns.
+    """
+
+    def __init__(self, options: ColumnOptions, requests: Sequence[Request]) -> None:
+        """Raises UsageError: an option contradicts itself, or a prompt is no template."""
+        self.renamed = _by_name(options.renamed)
+        self.constants = {column: _constant(column, value) for column, value in options.constants}
+        if len(self.constants) < len(options.constants):
+            raise UsageError("--const sets a column twice; give each column one value")
+        prompts = {request.prompt for request in requests if request.prompt is not None} if options.is_template else ()
+        self._templates = {prompt: Template.parse(prompt) for prompt in prompts}
+        self.named = tuple({name: None for template in self._templates.values() for name in template.names})
+        self.placeholders = tuple(name for name in self.named if name not in OF_THE_PICTURE)
+        self.is_template = options.is_template
+
+    @property
+    def changes_pictures(self) -> bool:
+        """Whether a row that is no more than a picture is asked otherwise than the command alone says."""
+        return bool(self.constants or self._templates)
+
+    def with_constants(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """Return `columns` with constants where they are missing or empty."""
+        if not self.constants:
+            return columns
+        return columns | {name: value for name, value in self.constants.items() if not is_given(columns, name)}
+
+    def filled(
+        self, requests: tuple[Request, ...], columns: Mapping[str, Any], image: ImageItem | None
+    ) -> tuple[Request, ...]:
+        """Return the command's `requests` as they are asked of a row; a prompt that the row brings stays as it is.
+
+        Raises:
+            RequestError: a placeholder's column is missing, empty, or neither text nor a number.
+        """
+        if not self._templates or is_given(columns, "prompt"):
+            return requests
+        templates = [self._templates.get(request.prompt or "") for request in requests]
+        names = dict.fromkeys(name for template in templates if template is not None for name in template.names)
+        values = {name: _value(name, columns, image) for name in names}
+        return tuple(
+            request if template is None else replace(request, prompt=template.filled(values))
+            for request, template in zip(requests, templates, strict=True)
+        )
+
+
+def _by_name(renamed: Sequence[tuple[str, str]]) -> dict[str, str]:
+    names = {name: column for column, name in renamed}
+    if len(names) < len(renamed) or len(set(names.values())) < len(renamed):
+        raise UsageError("--map names a column twice; each column has one other name")
+    return names
+
+
+def _constant(column: str, text: str) -> Any:
+    """Return the value of a --const as that of a cell, checked as a row's would be."""
+    value = typed_cell(column, text)
+    if not is_given({column: value}, column):
+        raise UsageError(f"--const {printable(column)}= has no value")
+    try:
+        check_value(column, value)
+    except RowError as error:
+        raise UsageError(f"--const {printable(column)}={printable(text)[:SHOWN_CHARS]}: {error}") from error
+    return value
+
+
+def image_column(renamed: Mapping[str, str]) -> str:
+    """Return what the manifest calls its column `image`."""
+    return next((name for name, column in renamed.items() if column == "image"), "image")
+
+
+def renamed_columns(columns: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Return a row under the names that `renamed` (NAME -> COLUMN) gives its columns.
+
+    Raises:
+        ValueError: it has a column of such a name already.
+    """
+    if not renamed:
+        return columns
+    if clash := clash_of(columns, renamed):
+        raise ValueError(clash)
+    return {renamed.get(name, name): value for name, value in columns.items()}
+
+
+def clash_of(columns: Sequence[str] | Mapping[str, Any], renamed: Mapping[str, str]) -> str:
+    """Return what is wrong where a column is called as another one is to be; empty where none is."""
+    for name, column in renamed.items():
+        if column in columns and column not in renamed:
+            what = f"--map {printable(column)}={printable(name)}, and there is a column {quoted(column)}, too"
+            return f"{what}; give that one another name: --map other={printable(column)}"
+    return ""
+
+
+def _value(name: str, columns: Mapping[str, Any], image: ImageItem | None) -> str:
+    """Return what is put in for a placeholder."""
+    if name in OF_THE_PICTURE:
+        text = _of_picture(name, image)
+    elif name not in columns:
+        raise RequestError(f"no column {quoted(name)} for {{{printable(name)[:SHOWN_CHARS]}}}")
+    else:
+        text = _text_of(name, columns[name])
+    if not text.strip():
+        what = "the picture has none" if name in OF_THE_PICTURE else f"the column {quoted(name)} is empty"
+        raise RequestError(f"{{{printable(name)[:SHOWN_CHARS]}}} has no value: {what}")
+    return text
+
+
+def _text_of(name: str, value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, EmbeddedImage):
+        return value.name
+    if isinstance(value, list | dict):
+        kind = "a list" if isinstance(value, list) else "an object"
+        raise RequestError(f"the column {quoted(name)} holds {kind}, which fills no prompt")
+    return json.dumps(value)
+
+
+def _of_picture(name: str, image: ImageItem | None) -> str:
+    """Return a picture's file name, its stem, or the folder it lies in; empty where there is none."""
+    if image is None:
+        return ""
+    folder, _, base = image.name.rpartition("/")
+    if name != "folder":
+        return base if name == "name" else os.path.splitext(base)[0]
+    last = folder.rpartition("/")[2]
+    is_inside_file = image.size is not None or image.row_group is not None  # of a tar, or a cell
+    if last in ("", ".", "..") and not (is_inside_file or is_address(image.path)):
+        above = os.path.basename(os.path.dirname(os.path.abspath(image.path)))
+        return os.fsencode(above).decode("utf-8", "backslashreplace")
+    return last
