@@ -8,6 +8,7 @@ __main__.py, whose first lines must come before anything slow is imported.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import os
 import sys
@@ -126,12 +127,14 @@ class LazyGroup(HelpGroup):
         except BrokenPipeError:
             _end_quietly()
         except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # pydantic's own beginning
             setting = self._settings.get(getattr(error.param, "name", None) or "")
             if setting is None or not _is_from_settings(error):
                 raise
             self._end(ConfigError(f"{setting.place}: {error.message}"))
         except Exception as error:
             if hasattr(error, "format_message"):  # the parser's own: usage, told by the parser
+                _ask_what_was_meant(error)
                 raise
             self._end(error)
 
@@ -192,6 +195,15 @@ def _is_from_settings(error: typer.BadParameter) -> bool:
         return False
     source = error.ctx.get_parameter_source(error.param.name)
     return source is not None and source.name == "DEFAULT_MAP"
+
+
+def _ask_what_was_meant(error: Any) -> None:
+    """Suggest options in the words in which the parser suggests commands, and none that is far from what was typed."""
+    if possible := getattr(error, "possibilities", None):
+        typed = error.option_name.strip("-")
+        near = difflib.get_close_matches(typed, [name.strip("-") for name in possible], n=2, cutoff=0.7)
+        error.possibilities = None
+        error.message += f". Did you mean {' or '.join(repr(f'--{name}') for name in near)}?" if near else "."
 
 
 def _message_of(error: Exception) -> tuple[str, int]:

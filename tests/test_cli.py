@@ -83,6 +83,24 @@ def test_unknown_command_suggests(md3: Program) -> None:
     assert "No such command 'detct'. Did you mean 'detect'?" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("detect x y --lables z", "'--labels'"),
+        ("detect x y --minscore 0.5", "'--min-score'"),
+        ("models list --jsn", "'--json'"),
+        ("query x --no-reasonin", "'--no-reasoning' or '--reasoning'"),
+        ("detect x y --foobar", None),
+    ],
+)
+def test_unknown_option_suggests(md3: Program, typed: str, meant: str | None) -> None:
+    result = md3(*typed.split())
+    assert result.exit_code == 2
+    option = next(word for word in typed.split() if word.startswith("--"))
+    suggestion = "" if meant is None else f" Did you mean {meant}?"
+    assert result.stderr.endswith(f"Error: No such option: {option}.{suggestion}\n")
+
+
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("typed", "offered"),
