@@ -15,6 +15,7 @@ from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import RunConsole
 from md3cli.finished.guards import check_not_input, files_in, has_run_schema
 from md3cli.images.crops import parse_background
+from md3cli.run.adding import check_may_add, grown
 from md3cli.run.local import LocalRun
 from md3cli.run.model_handle import Model, check_skills, find_model
 from md3cli.run.output import (
@@ -52,6 +53,7 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_mode
 
             config = replace(config, output=stack.enter_context(in_local_folder(config.output)))
         plan = plan_output(config.output, is_terminal=console.is_stdout_terminal)
+        config = _grown(config, plan, console)
         own_files = frozenset(os.path.realpath(path) for path in own_paths(plan))
         source = open_source(replace(config.source, own_files=own_files), config.requests, defaults=config.defaults)
         for note in source.first_look():
@@ -79,6 +81,14 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_mode
         output = open_output(plan, config, console, source, model.identity)
         stack.callback(output.close)
         return LocalRun(config, console, source, model, output, stop, _replaced_run(config, plan)).to_the_end()
+
+
+def _grown(config: RunConfig, plan: OutputPlan, console: RunConsole) -> RunConfig:
+    """Return `config` with the requests of OUTPUT in front of its own where --add asks for it, and OUTPUT is written."""
+    if not config.output.add or config.estimate is not None or config.is_dry_run:
+        return config
+    check_may_add(config, plan)
+    return grown(config, plan, (), console.say)
 
 
 def _run_folder(config: RunConfig, plan: OutputPlan) -> RunFolder | None:

@@ -244,23 +244,30 @@ class Journal:
         """Return whether records stand there that no request of this run has."""
         return bool(len(self._visits.not_visited()))
 
-    def settle(self, unasked: Unasked | None = None, before_rewrite: Callable[[], None] = lambda: None) -> None:
+    def settle(
+        self,
+        unasked: Unasked | None = None,
+        before_rewrite: Callable[[], None] = lambda: None,
+        *,
+        has_grown: bool = False,
+    ) -> None:
         """Bring the file in order at the end of a run that came through INPUT; a file in order is left alone.
 
         Each request has one record then, the last one made, in input order. A record that INPUT does not name stays,
         behind the one it stood behind, unless `unasked` says otherwise. `before_rewrite` is called before the file is
-        replaced.
+        replaced. `has_grown`: new requests stand behind all old ones, which is no order to leave; new pictures may.
 
         Raises:
             OutputError: no space for the copy, or not writable; the file is as before.
         """
-        if unasked is None and not self.is_rewrite_due:
+        is_due = self.is_rewrite_due or (has_grown and not self._visits.is_in_order)
+        if unasked is None and not is_due:
             return
         try:
             with open(self.path, "rb", buffering=0) as old:
                 index = LineIndex(old)
                 gone = self._gone(index, unasked) if unasked is not None else set()
-                if not gone and not self.is_rewrite_due:
+                if not gone and not (is_due or self.is_rewrite_due):
                     return
                 spans = order_of(index, self._visits, gone | {lines.start for lines in self.damaged})
                 before_rewrite()

@@ -152,7 +152,12 @@ class LocalRun:
         journal = self.output.journal
         if journal is None:
             return
-        journal.settle(self._unasked() if journal.has_unasked else None, self._before_rewrite)
+        document = self.output.document
+        journal.settle(
+            self._unasked() if journal.has_unasked else None,
+            self._before_rewrite,
+            has_grown=document is not None and document.has_grown,
+        )
         self._tell_damage()
         self._note_end(None)  # a report made below tells of this run
         for document in self.output.plan.documents:

@@ -303,6 +303,7 @@ def _begin(
         is_resume=not config.output.overwrite,
         num_records_found=journal.num_ok + sum(journal.num_failed.values()),
         is_held=journal.is_replacing,
+        may_add=config.output.add,
     )
 
 

@@ -200,7 +200,11 @@ class RecordIndex:
 class Visits:
     """The places of records in the order in which INPUT asks for them, for the rewrite at the end.
 
-    They are held as runs of neighbours, of which a resumed run has two, however long it is.
+    They are held as runs of neighbours, 16 bytes each. A resumed run has two, however long it is; one that grows has
+    two a picture until its file is in order.
+
+    Attributes:
+        is_in_order: whether each place so far stands behind the one before.
     """
 
     def __init__(self, num_found: int) -> None:
@@ -208,12 +212,14 @@ class Visits:
         self._num_found = self._next_new = num_found
         self._firsts, self._counts = array("q"), array("q")
         self._last = -1
+        self.is_in_order = True
 
     def note(self, place: int | None) -> None:
         """Note that the next request in input order stands at `place`; None: it is new."""
         if place is None:
             place = self._next_new
             self._next_new += 1
+        self.is_in_order &= place > self._last
         if place == self._last + 1 and self._counts:
             self._counts[-1] += 1
         else:
@@ -223,14 +229,14 @@ class Visits:
 
     def places(self) -> NDArray[np.int64]:
         """Return all places, in the order of the visits."""
-        runs = [np.arange(first, first + count) for first, count in zip(self._firsts, self._counts, strict=True)]
-        return np.concatenate(runs) if runs else np.empty(0, np.int64)
+        firsts, counts = np.frombuffer(self._firsts, np.int64), np.frombuffer(self._counts, np.int64)
+        ends = np.cumsum(counts)
+        return np.arange(counts.sum()) + np.repeat(firsts - (ends - counts), counts)
 
     def not_visited(self) -> NDArray[np.int64]:
         """Return the places found at the start that no request of this run has, in their order."""
-        is_left = np.ones(self._num_found, bool)
-        for first, count in zip(self._firsts, self._counts, strict=True):
-            is_left[first : first + count] = False
+        is_left, places = np.ones(self._num_found, bool), self.places()
+        is_left[places[places < self._num_found]] = False
         return np.flatnonzero(is_left)
 
 

@@ -3,12 +3,12 @@
 The document's keys: `schema`, `identity` (what must be equal for a resume), `versions`, `model`, `root` (the folder
 that record images are relative to), `seal` (that this user's md3 wrote the root), `arguments` of the last start,
 `counts`, `stages` (seconds by stage, of all starts), `records` (size and SHA-256 of the records file when the run was
-last finished), `timeline` (seconds and records done, of all starts) and `starts` (when, where, how it ended). It is
-written whole by rename, so a reader never sees half of it. This file knows nothing of how records are made.
+last finished), `timeline` (seconds and records done, of all starts), `starts` (when, where, how it ended) and, where
+requests were added to the first ones, `grown`. It is written whole by rename, so a reader never sees half of it. This
+file knows nothing of how records are made.
 
-An earlier run.json may have been written by anybody: whatever is not of the form that a run writes is compared leaf by
-leaf, and the difference is told in words. A timeline has a few hundred points at most, about evenly spaced: when there
-are too many, every second one goes and the spacing doubles.
+A timeline has a few hundred points at most, about evenly spaced: when there are too many, every second one goes and the
+spacing doubles.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ import os
 import platform
 import socket
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from md3cli.errors import OutputMismatchError
 from md3cli.files import atomic_publish
@@ -40,129 +39,14 @@ from md3cli.finished.run_json import (
     starts_of,
     timeline_of,
 )
-from md3cli.records import ID_SCHEME, RecordDict, Request, RunIdentity, Task, id_name, printable, request_id
+from md3cli.records import ID_SCHEME, RecordDict, Request, RunIdentity, id_name, printable, request_id
+from md3cli.run.asked import asked_otherwise, change, differences, is_grown, name_of, way_on
 
-SHOWN_LIMIT_CHARS = 60
-SHOWN_BEFORE_CHARS = 20  # of a long text, before the first character in which it differs from another
-MOST_REQUESTS_SHOWN = 6  # in one message
 RUN_FOLDER, FORMER = ".md3run", "-former"
-_WHAT_IS_ASKED = frozenset({"task", "prompt"})
-_NAMES = {"ids": "the way in which ids are made", "root": "the folder of INPUT", "inputs": "INPUT"}
 MAX_POINTS, FIRST_SPACING_S = 240, 0.5  # of a timeline
 RUN_SCHEMA = "md3-run/1"
 STARTS_KEPT = 1000
 _PACKAGES = ("md3cli", "torch", "tokenizers", "safetensors", "numpy", "pillow", "pyarrow")
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return how two runs differ, a phrase each: `temperature 0, now 0.3`; empty where they do not.
-
-    `old` and `new` are identities (run_info.py) or configurations of plans (scale/plan.py), which hold one.
-    """
-    found = []
-    for key in [*old, *(key for key in new if key not in old)]:
-        before, now = old.get(key), new.get(key)
-        if before == now:
-            continue
-        if key == "requests" and _are_requests(before) and _are_requests(now):
-            found += _of_requests(before, now)
-        elif isinstance(before, dict) and isinstance(now, dict):
-            found += differences(before, now)
-        else:
-            found.append(f"{_NAMES.get(key, _option(key))} {change(before, now)}")
-    return found
-
-
-def change(before: Any, now: Any) -> str:
-    """Return `0, now 0.3`; of long texts only the places in which they differ."""
-    before, now = _text(before), _text(now)
-    return f"{_cut(before, [now])}, now {_cut(now, [before])}"
-
-
-def asked_otherwise(before: Sequence[str], now: Sequence[str]) -> str:
-    """Return `it has detect circle; you now ask detect star as well`, of the names of requests, which differ."""
-    more, less = list((Counter(now) - Counter(before)).elements()), list((Counter(before) - Counter(now)).elements())
-    has = f"it has {_listed(before, now)}"
-    if not more and not less:
-        return f"{has}; you now ask the same in another order: {_listed(now, before)}"
-    if before and not less:
-        return f"{has}; you now ask {_listed(more, before)} as well"
-    if not more:
-        return f"{has}; you now ask {'only ' if now else ''}{_listed(now, before)}"
-    return f"{has}; you now ask {_listed(now, before)}"
-
-
-def name_of(request: Mapping[str, Any]) -> str:
-    """Return how a request is called: `detect circle`, `caption short`, `query "How many?"`."""
-    task, prompt = _text(request.get("task")), request.get("prompt")
-    if task == Task.CAPTION:
-        return f"{task} {_text(request.get('length'))}"
-    return f'{task} "{_text(prompt)}"' if task == Task.QUERY else f"{task} {_text(prompt)}"
-
-
-def _are_requests(value: Any) -> TypeGuard[list[dict[str, Any]]]:
-    return isinstance(value, list) and all(isinstance(request, dict) for request in value)
-
-
-def _of_requests(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
-    names_before, names_now = [name_of(request) for request in before], [name_of(request) for request in now]
-    found = [] if names_before == names_now else [asked_otherwise(names_before, names_now)]
-    earlier = dict(zip(names_before, before, strict=True))
-    settings: dict[str, list[str]] = {}
-    for name, request in zip(names_now, now, strict=True):
-        for phrase in _of_settings(earlier.get(name, request), request):
-            settings.setdefault(phrase, []).append(name)
-    for phrase, names in settings.items():
-        is_of_all = len(names) == len(names_now)
-        found.append(phrase if is_of_all else f"{phrase} for {_listed(names, names)}")
-    return found
-
-
-def _of_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    keys = [key for key in now if key not in _WHAT_IS_ASKED and before.get(key) != now[key]]
-    if str(now.get("task")) == Task.CAPTION:
-        keys = [key for key in keys if key != "length"]  # it is in the name
-    return [f"{_option(key)} {change(before.get(key), now[key])}" for key in keys]
-
-
-def _option(key: str) -> str:
-    return printable(key.replace("_", "-"))
-
-
-def _text(value: Any) -> str:
-    """Return a value as a person would write it."""
-    if value is None or value == "" or value == []:
-        return "none"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def _cut(text: str, others: Sequence[str]) -> str:
-    """Return `text`, or of a long one the part that tells it from `others`."""
-    if len(text) <= SHOWN_LIMIT_CHARS:
-        return text
-    start = max((_same_chars(text, other) for other in others if other != text), default=0) - SHOWN_BEFORE_CHARS
-    start = start if start + SHOWN_BEFORE_CHARS >= SHOWN_LIMIT_CHARS - 1 else 0
-    part = text[start : start + SHOWN_LIMIT_CHARS]
-    return f"{'…' if start else ''}{part}{'…' if start + SHOWN_LIMIT_CHARS < len(text) else ''}"
-
-
-def _same_chars(one: str, other: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _listed(names: Sequence[str], others: Sequence[str]) -> str:
-    """Return `a, b and c`; of many the first few. Each is cut so that it differs from `others` and its neighbours."""
-    if not names:
-        return "what the rows of a manifest say"
-    unlike = [*others[: 2 * MOST_REQUESTS_SHOWN], *names[: 2 * MOST_REQUESTS_SHOWN]]
-    shown = [_cut(name, unlike) for name in names[:MOST_REQUESTS_SHOWN]]
-    if len(names) > MOST_REQUESTS_SHOWN:
-        return f"{', '.join(shown)} and {len(names) - MOST_REQUESTS_SHOWN:,} more"
-    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
 class Timeline:
@@ -279,18 +163,24 @@ class RunDocument:
         num_records_found: int = 0,
         shown: str | None = None,
         is_held: bool = False,
+        may_add: bool = False,
     ) -> RunDocument:
         """Note a start in `path`, on top of what an earlier start left there; a user knows it as `shown`.
 
-        `is_held`: nothing is written before `release`.
+        `is_held`: nothing is written before `release`. `may_add`: requests may have come behind those of the earlier
+        run, as --add asks.
 
         Raises:
             OutputMismatchError: `is_resume`, and the earlier run was another; names the differences.
             OutputError: it cannot be written.
         """
         earlier = read_facts(path, RUN_SCHEMA) if is_resume else {}
+        has_grown = False
         if "identity" in earlier:
-            _refuse_other(shown or str(path), earlier["identity"], _as_json(identity))
+            old, new = earlier["identity"], _as_json(identity)
+            if may_add and (has_grown := is_grown(old, new)):
+                old = {**old, "requests": new["requests"]}
+            _refuse_other(shown or str(path), old, new, arguments)
         start = {
             "started": utc_now(),
             "pid": os.getpid(),
@@ -314,6 +204,8 @@ class RunDocument:
             "timeline": timeline_of(earlier),
             "starts": [*starts_of(earlier), start][-STARTS_KEPT:],
         }
+        if has_grown or earlier.get("grown") is True:
+            document["grown"] = True
         if (records := kept_digest(earlier)) is not None:
             document["records"] = asdict(records)
         run = cls(path, document)
@@ -334,6 +226,11 @@ class RunDocument:
     def has_records(self) -> bool:
         """Whether a digest of the records file is kept, of when the run was last finished."""
         return "records" in self._document
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether requests were added to those that the run began with."""
+        return bool(self._document.get("grown"))
 
     def forget_records(self) -> None:
         """Write, before the records file is replaced, that nothing is known of it.
@@ -404,13 +301,20 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _refuse_other(shown: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _refuse_other(shown: str, old: dict[str, Any], new: dict[str, Any], argv: Sequence[str]) -> None:
     if found := differences(old, new):
         hint = _rename_hint(str(old.get("model")), str(new.get("model")))
+        on = way_on(old, new, argv, _output_of(shown))
         raise OutputMismatchError(
-            f"OUTPUT was begun by another run ({printable(shown)}): {'; '.join(found)}. {hint}"
-            "Choose another -o, repeat the earlier command, or --overwrite to start over"
+            f"OUTPUT was begun by another run ({printable(shown)}): {'; '.join(found)}. {hint}{on}"
+            f"{'Or choose' if on else 'Choose'} another -o, repeat the earlier command, or --overwrite to start over"
         )
+
+
+def _output_of(run_info: str) -> str:
+    """Return how OUTPUT is called beside which a run.json stands, or inside which."""
+    folder, name = os.path.split(run_info)
+    return folder or "." if name == RUN_INFO_NAME else run_info.removesuffix(f".{RUN_INFO_NAME}")
 
 
 def _rename_hint(old: str, new: str) -> str:

@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 
 from md3cli.config import RunConfig
 from md3cli.errors import InputError, OutputError, OutputMismatchError
-from md3cli.records import ImageItem, Request, RowFailure, RunIdentity, SourceRow, Task, printable
+from md3cli.records import ImageItem, Request, RowFailure, RunIdentity, SourceRow, printable
 from md3cli.remote.address import shown
+from md3cli.run.asked import differences, request_of
 from md3cli.run.record_index import RequestIds
-from md3cli.run.run_info import differences, identity_of
+from md3cli.run.run_info import identity_of
 from md3cli.scale.folder import MANIFEST, PLAN, REPEATS, RunFolder
 
 _ITEM_DEFAULTS: Mapping[str, Any] = {
@@ -82,12 +83,6 @@ def row_of(columns: RowColumns, requests: tuple[Request, ...]) -> SourceRow:
     asked = tuple(map(request_of, more["requests"])) if "requests" in more else requests
     failure = RowFailure(*more["failure"]) if "failure" in more else None
     return SourceRow(item, asked, more.get("meta", {}), failure)
-
-
-def request_of(document: Mapping[str, Any]) -> Request:
-    """Return a request of what `asdict` made of it."""
-    tuples = {"spatial_refs": tuple(map(tuple, document["spatial_refs"])), "choices": tuple(document["choices"])}
-    return Request(**{**document, "task": Task(document["task"]), **tuples})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,75 @@
+"""`--add`: a command whose requests join those that OUTPUT has been asked; decided before INPUT is opened.
+
+From then on the run is one that asks all of it: what OUTPUT has is done already, and the rest is new. Nothing is held
+here: whoever locks OUTPUT later compares once more. Apart from output.py, which knows OUTPUT as it is being written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from md3cli.config import RunConfig
+from md3cli.errors import OutputMismatchError, UsageError
+from md3cli.finished.run_json import read_facts
+from md3cli.records import Request, printable
+from md3cli.run.asked import listed, new_in, requests_in, together
+from md3cli.run.output import OutputPlan
+from md3cli.run.run_info import RUN_SCHEMA
+
+
+def check_may_add(config: RunConfig, plan: OutputPlan) -> None:
+    """Refuse --add where it cannot mean anything.
+
+    Raises:
+        UsageError: nothing stays on disk, it is to be started over, or the command itself makes no request.
+    """
+    if plan.files is None:
+        raise UsageError("--add adds to what stands in OUTPUT; name the file or folder with -o")
+    if config.output.overwrite:
+        raise UsageError("--add keeps what OUTPUT has and --overwrite does not; leave one of them out")
+    if not config.requests:
+        raise UsageError(
+            "--add adds what the command asks, and here the rows of the manifest ask; write new rows into the manifest "
+            "and run the same command without --add, or say with --task what to ask of all rows"
+        )
+
+
+def grown(
+    config: RunConfig, plan: OutputPlan, planned: Sequence[Request] = (), say: Callable[[str], None] = lambda text: None
+) -> RunConfig:
+    """Return `config` with the requests of OUTPUT in front of its own; as it is where OUTPUT is not there.
+
+    `planned` are the requests of plans of many processes; `say` is told what is new.
+
+    Raises:
+        OutputMismatchError: OUTPUT has records, and nothing tells what was asked; or it was asked otherwise.
+    """
+    assert plan.files is not None
+    facts = read_facts(plan.files.run_info, RUN_SCHEMA)
+    if not facts and not planned:
+        _refuse_unknown(plan)
+        return config
+    noted = requests_in(facts["identity"]) if facts else ()
+    if noted is None:  # somebody has changed it: the comparison to come tells what
+        return config
+    held = together(noted, planned)
+    if not held:
+        raise OutputMismatchError(
+            "OUTPUT was asked what the rows of a manifest say, and --add cannot add to rows: write new rows into the "
+            "manifest and run the same command without --add, or choose another -o"
+        )
+    requests = together(held, config.requests)
+    new = new_in(config.requests, held)
+    say(f"OUTPUT has {listed(held)}; " + (f"{listed(new)} is added" if new else "nothing new is asked"))
+    return replace(config, requests=requests)
+
+
+def _refuse_unknown(plan: OutputPlan) -> None:
+    assert plan.files is not None
+    journal = plan.files.journal
+    if journal.is_file() and journal.stat().st_size:
+        raise OutputMismatchError(
+            f"no run.json beside {printable(str(journal))} tells what was asked, so nothing can be added; repeat the "
+            "earlier command without --add, which writes it, or choose another -o"
+        )

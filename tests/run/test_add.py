@@ -1,0 +1,304 @@
+"""A run that grows: `--add` in one process, resumed, refused, killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from program import STUB_MD3, Program, clean_environment, isolate, make_pictures, records_of
+
+NUM_PICTURES = 5
+
+
+@pytest.fixture
+def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
+    monkeypatch.chdir(tmp_path)
+    isolate(monkeypatch, tmp_path / "home")
+    return Program(monkeypatch)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return make_pictures(tmp_path / "pictures", NUM_PICTURES)
+
+
+def asked_in(records: Path) -> list[tuple[str, str, str | None]]:
+    return [(record["image"], record["task"], record["prompt"]) for record in records_of(records)]
+
+
+def requests_of(run_info: Path) -> list[str]:
+    return [
+        request["prompt"] or request["task"] for request in json.loads(run_info.read_bytes())["identity"]["requests"]
+    ]
+
+
+@pytest.mark.parametrize("now", [("star",), ("circle", "star"), ("star", "circle")])
+def test_a_class_is_added_and_what_is_there_is_kept(md3: Program, pictures: Path, now: tuple[str, ...]) -> None:
+    md3("detect", pictures, "circle", "star", "-o", "whole.jsonl")
+    md3("detect", pictures, "circle", "-o", "o.jsonl")
+    before = Path("o.jsonl").read_bytes().splitlines()
+    done = md3("detect", pictures, *now, "-o", "o.jsonl", "--add")
+    assert (done.exit_code, md3.num_answered) == (0, NUM_PICTURES), done.output
+    assert "OUTPUT has detect circle; detect star is added" in done.stderr
+    assert Path("o.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert set(before) <= set(Path("o.jsonl").read_bytes().splitlines())
+    assert requests_of(Path("o.jsonl.run.json")) == ["circle", "star"]
+    assert md3("verify", "o.jsonl").exit_code == 0
+
+
+def test_questions_captions_and_tasks_join_a_run_folder(md3: Program, pictures: Path) -> None:
+    md3("detect", pictures, "circle", "-o", "run/", "-f", "coco")
+    for words in (
+        ("caption", pictures, "--length", "short"),
+        ("query", pictures, "-q", "How many?", "-q", "Why?"),
+        ("run", pictures, "--task", "point:nose", "--task", "caption:short"),
+    ):
+        assert md3(*words, "-o", "run/", "-f", "coco", "--add").exit_code == 0
+    added = [("caption", None), ("query", "How many?"), ("query", "Why?"), ("point", "nose")]
+    whole = [(f"p{i}.png", *what) for i in range(NUM_PICTURES) for what in [("detect", "circle"), *added]]
+    assert asked_in(Path("run/records.jsonl")) == whole
+    again = md3("detect", pictures, "circle", "-o", "run/", "--add")
+    assert (again.exit_code, md3.num_answered) == (0, 0)
+    assert "nothing new is asked" in again.stderr
+
+
+def test_documents_are_made_again_from_the_whole(md3: Program, pictures: Path) -> None:
+    md3("detect", pictures, "circle", "star", "-o", "whole.json")
+    md3("detect", pictures, "circle", "-o", "o.json")
+    assert md3("detect", pictures, "star", "-o", "o.json", "--add").exit_code == 0
+    whole, grown = (json.loads(Path(name).read_bytes()) for name in ("whole.json", "o.json"))
+    assert [category["name"] for category in grown["categories"]] == ["circle", "star"]
+    assert {key: value for key, value in grown.items() if key != "info"} == {
+        key: value for key, value in whole.items() if key != "info"
+    }
+    journals = [Path(f"{name}.records.jsonl").read_bytes() for name in ("whole.json", "o.json")]
+    assert journals[0] == journals[1]
+
+
+def test_without_an_output_it_is_an_ordinary_run(md3: Program, pictures: Path) -> None:
+    md3("detect", pictures, "circle", "-o", "whole.jsonl")
+    assert md3("detect", pictures, "circle", "-o", "o.jsonl", "--add").exit_code == 0
+    assert Path("o.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert "grown" not in json.loads(Path("o.jsonl.run.json").read_bytes())
+
+
+def test_questions_without_a_picture_grow_too(md3: Program, pictures: Path) -> None:
+    md3("query", "-q", "one?", "-o", "o.jsonl")
+    assert md3("query", "-q", "two?", "-o", "o.jsonl", "--add").exit_code == 0
+    assert [record["prompt"] for record in records_of(Path("o.jsonl"))] == ["one?", "two?"]
+
+
+def test_a_part_of_input_is_asked_first_and_the_rest_later(md3: Program, pictures: Path) -> None:
+    md3("detect", pictures, "circle", "star", "-o", "whole.jsonl")
+    md3("detect", pictures, "circle", "-o", "o.jsonl")
+    for part in (("--limit", 2), ("--shard", "0/2"), ("--shard", "1/2", "--limit", 1)):
+        assert md3("detect", pictures, "star", "-o", "o.jsonl", "--add", *part).exit_code == 0
+    assert asked_in(Path("o.jsonl"))[:2] == [("p0.png", "detect", "circle"), ("p0.png", "detect", "star")]
+    rest = md3("detect", pictures, "circle", "star", "-o", "o.jsonl")
+    assert (rest.exit_code, Path("o.jsonl").read_bytes()) == (0, Path("whole.jsonl").read_bytes())
+
+
+def test_what_was_not_finished_is_finished(md3: Program, pictures: Path) -> None:
+    md3("detect", pictures, "circle", "star", "-o", "whole.jsonl")
+    md3("detect", pictures, "circle", "-o", "o.jsonl", "--limit", 2)
+    assert md3("detect", pictures, "star", "-o", "o.jsonl", "--add").exit_code == 0
+    assert md3.num_answered == 2 * NUM_PICTURES - 2
+    assert Path("o.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+def test_failures_are_done_again_while_it_grows(md3: Program, pictures: Path) -> None:
+    good = (pictures / "p2.png").read_bytes()
+    (pictures / "p2.png").write_bytes(b"no picture")
+    assert md3("detect", pictures, "circle", "-o", "o.jsonl").exit_code == 3
+    (pictures / "p2.png").write_bytes(good)
+    kept = md3("detect", pictures, "star", "-o", "kept.jsonl")
+    assert kept.exit_code == 0
+    assert md3("detect", pictures, "star", "-o", "o.jsonl", "--add", "--retry-failed").exit_code == 0
+    assert md3.num_answered == NUM_PICTURES + 1
+    md3("detect", pictures, "circle", "star", "-o", "whole.jsonl")
+    assert Path("o.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+def test_failures_stay_where_they_are_not_asked_again(md3: Program, pictures: Path) -> None:
+    (pictures / "p2.png").write_bytes(b"no picture")
+    assert md3("detect", pictures, "circle", "-o", "o.jsonl").exit_code == 3
+    assert md3("detect", pictures, "star", "-o", "o.jsonl", "--add").exit_code == 3
+    failed = [(record["image"], record["prompt"]) for record in records_of(Path("o.jsonl")) if record["error"]]
+    assert failed == [("p2.png", "circle"), ("p2.png", "star")]
+
+
+# -- manifests -------------------------------------------------------------------------------------------
+
+
+def test_rows_with_their_own_requests_stay_as_they_are(md3: Program, pictures: Path) -> None:
+    rows = [
+        {"image": "p0.png"},
+        {"image": "p1.png", "task": "query", "prompt": "Why?"},
+        {"image": "p2.png", "max_objects": 7, "tag": 1},
+        {"image": "p0.png"},
+    ]
+    (pictures / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    md3("detect", pictures / "rows.jsonl", "circle", "-o", "o.jsonl")
+    before = Path("o.jsonl").read_bytes().splitlines()
+    assert md3("detect", pictures / "rows.jsonl", "star", "-o", "o.jsonl", "--add").exit_code == 0
+    assert md3.num_answered == 3
+    assert [prompt for _, _, prompt in asked_in(Path("o.jsonl"))] == ["circle", "star", "Why?", *["circle", "star"] * 2]
+    assert set(before) <= set(Path("o.jsonl").read_bytes().splitlines())
+    md3("detect", pictures / "rows.jsonl", "circle", "star", "-o", "whole.jsonl")
+    assert Path("o.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+def test_rows_that_ask_for_themselves_cannot_be_added_to(md3: Program, pictures: Path) -> None:
+    (pictures / "rows.jsonl").write_text(json.dumps({"image": "p0.png", "task": "detect", "prompt": "circle"}) + "\n")
+    md3("run", pictures / "rows.jsonl", "-o", "o.jsonl")
+    refused = md3("run", pictures / "rows.jsonl", "-o", "o.jsonl", "--add")
+    assert (refused.exit_code, "write new rows into the manifest" in refused.stderr) == (2, True)
+    refused = md3("detect", pictures / "rows.jsonl", "star", "-o", "o.jsonl", "--add")
+    assert (refused.exit_code, "--add cannot add to rows" in refused.stderr) == (2, True)
+    assert len(records_of(Path("o.jsonl"))) == 1
+
+
+# -- what is refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("-o", "o.jsonl", "--add", "--overwrite"), "leave one of them out"),
+        (("--add",), "name the file or folder with -o"),
+        (("-o", "o.jsonl", "--add", "-m", "other"), "model stub@moondream3, now stub@other"),
+        (("-o", "o.jsonl", "--add", "--dtype", "bf16"), "dtype auto, now bf16"),
+        (("-o", "o.jsonl", "--add", "--max-tokens", "5"), "detect circle with other settings: max-tokens 768, now 5"),
+        (("-o", "o.jsonl"), "it has detect circle; you now ask detect star as well. To keep what is there and ask"),
+    ],
+)
+def test_what_cannot_be_added_is_refused(md3: Program, pictures: Path, options: tuple[str, ...], said: str) -> None:
+    md3("detect", pictures, "circle", "-o", "o.jsonl")
+    before = {path: path.read_bytes() for path in Path().glob("o.jsonl*")}
+    refused = md3("detect", pictures, "circle", "star", *options)
+    assert (refused.exit_code, said in refused.stderr) == (2, True), refused.stderr
+    assert {path: path.read_bytes() for path in Path().glob("o.jsonl*")} == before
+
+
+def test_who_asks_less_is_shown_the_way_to_a_part(
+    md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    md3("detect", pictures, "circle", "star", "-o", "run/")
+    refused = md3("detect", pictures, "star", "-o", "run/")
+    assert refused.exit_code == 2
+    assert "it has detect circle and detect star; you now ask only detect star" in refused.stderr
+    assert "`md3 select run --prompt star -o PART.jsonl`" in refused.stderr
+
+
+def test_the_command_that_is_offered_can_be_typed(
+    md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    md3("detect", pictures, "circle", "-o", "o.jsonl")
+    typed = ("detect", str(pictures), "two words", "-o", "o.jsonl")
+    monkeypatch.setattr(sys, "argv", ["md3", *typed])
+    offered = md3(*typed).stderr.partition("type `md3 ")[2].partition("`")[0]
+    assert md3(*shlex.split(offered)).exit_code == 0
+    assert [prompt for _, _, prompt in asked_in(Path("o.jsonl"))] == ["circle", "two words"] * NUM_PICTURES
+
+
+def test_records_alone_do_not_say_what_was_asked(md3: Program, pictures: Path) -> None:
+    md3("detect", pictures, "circle", "-o", "o.jsonl")
+    Path("o.jsonl.run.json").unlink()
+    refused = md3("detect", pictures, "star", "-o", "o.jsonl", "--add")
+    assert (refused.exit_code, "no run.json beside o.jsonl tells what was asked" in refused.stderr) == (2, True)
+    assert md3("detect", pictures, "circle", "-o", "o.jsonl").exit_code == 0, "as the message says"
+    assert md3("detect", pictures, "star", "-o", "o.jsonl", "--add").exit_code == 0
+
+
+def test_a_run_json_that_somebody_changed_is_told(md3: Program, pictures: Path) -> None:
+    md3("detect", pictures, "circle", "-o", "o.jsonl")
+    path = Path("o.jsonl.run.json")
+    path.write_text(path.read_text().replace('"max_tokens": 768', '"max_tokens": "many"'))
+    refused = md3("detect", pictures, "star", "-o", "o.jsonl", "--add")
+    assert (refused.exit_code, "OUTPUT was begun by another run" in refused.stderr) == (2, True)
+
+
+# -- however it comes about ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_way_to_a_union_gives_its_records(md3: Program, pictures: Path, seed: int) -> None:
+    """Of runs that grow by parts, in any steps: what was asked first comes first, and no request is asked twice."""
+    chooser = random.Random(seed)
+    wanted, num_answered = list("abcdef"), 0
+    chooser.shuffle(wanted)
+    union: list[str] = []
+    while set(union) != set(wanted):
+        some = chooser.sample(wanted, chooser.randrange(1, 4))
+        union += [prompt for prompt in some if prompt not in union]
+        part = chooser.choice([(), ("--limit", 3), ("--shard", "1/2")])
+        assert md3("detect", pictures, *some, "-o", "o.jsonl", "--add", *part).exit_code == 0
+        num_answered += md3.num_answered
+    assert md3("detect", pictures, *union, "-o", "o.jsonl").exit_code == 0
+    num_answered += md3.num_answered
+    assert num_answered == NUM_PICTURES * len(union), "each was asked once"
+    md3("detect", pictures, *union, "-o", "whole.jsonl")
+    assert Path("o.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    """What stands in a folder by name; of what tells of starts the names alone."""
+    is_told = (".lock", ".run.json")
+    return {path.name: b"" if path.name.endswith(is_told) else path.read_bytes() for path in folder.iterdir()}
+
+
+def _isolated_md3(tmp_path: Path, pictures: Path, out: Path, *words: str, fault: str = "") -> int:
+    """Run the program with the stub in a process of its own, and return its exit status."""
+    own = ["--fault", fault] if fault else []
+    asked = ["detect", str(pictures), *words, "-o", str(out), "--batch-size", "2", "--workers", "1"]
+    command = [sys.executable, str(STUB_MD3), *own, *asked]
+    isolated = clean_environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=isolated, capture_output=True, timeout=120, check=False).returncode
+
+
+@pytest.mark.process
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["o.jsonl", pytest.param("o.json", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("count", "steps"), [(20, (1, 6)), pytest.param(200, (1, 2), marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_kills_while_it_grows(tmp_path: Path, name: str, count: int, steps: tuple[int, int]) -> None:
+    """Kills before file operations, some in a row; then the same command, or the whole union, goes on to the end."""
+    pictures, out = make_pictures(tmp_path / "pictures", 8), tmp_path / "out" / name
+    (pictures / "p3.png").write_bytes(b"no picture")
+    journal = out if name == "o.jsonl" else out.with_name("o.json.records.jsonl")
+    assert _isolated_md3(tmp_path, pictures, out, "b", "a") == 3
+    first = {path: path.read_bytes() for path in out.parent.iterdir()}
+    before = set(journal.read_bytes().splitlines())
+    whole = tmp_path / "whole" / name
+    assert _isolated_md3(tmp_path, pictures, whole, "b", "a", "c", "0") == 3
+    expected = _content(whole.parent)
+    chooser, num_killed, at, num_rounds = random.Random(count), 0, 0, 0
+    while num_killed < count:
+        at += chooser.randrange(*steps)
+        for path in out.parent.iterdir():
+            path.unlink()
+        for path, content in first.items():
+            path.write_bytes(content)
+        for _ in range(chooser.randrange(1, 4)):
+            status = _isolated_md3(tmp_path, pictures, out, "c", "0", "--add", fault=f"kill:{at}:{out.parent}")
+            assert status in (3, -signal.SIGKILL)
+            num_killed += status != 3
+            assert before <= set(journal.read_bytes().splitlines()), "a record was lost"
+            if status == 3:
+                assert at > steps[0], "there was nothing to interrupt"
+                at = 0
+                break
+        words = chooser.choice([("c", "0", "--add"), ("b", "a", "c", "0", "--add"), ("b", "a", "c", "0")])
+        asked = requests_of(out.with_name(f"{name}.run.json"))
+        words = words if asked == ["b", "a", "c", "0"] else ("c", "0", "--add")
+        assert _isolated_md3(tmp_path, pictures, out, *words) == 3
+        assert _content(out.parent) == expected
+        num_rounds += 1
+    assert num_rounds > 1
