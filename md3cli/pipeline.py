@@ -84,7 +84,7 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_mode
 
 
 def _grown(config: RunConfig, plan: OutputPlan, console: RunConsole) -> RunConfig:
-    """Return `config` with the requests of OUTPUT in front of its own where --add asks for it, and OUTPUT is written."""
+    """Return `config` with the requests of OUTPUT in front of its own, where --add asks for it in a real run."""
     if not config.output.add or config.estimate is not None or config.is_dry_run:
         return config
     check_may_add(config, plan)
