@@ -55,6 +55,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     "Machine": {
         "models": "Weights: what is there, fetch, look into, other layouts.",
         "bench": "This machine's throughput by stage, beside its limits.",
+        "config": "Settings: every one, its value and where it comes from.",
         "cache": "The encoding cache: look at it, shrink it, empty it.",
         "doctor": "What works here, and what to do about the rest.",
     },
@@ -66,6 +67,7 @@ MODULES: Mapping[str, str] = {
     **dict.fromkeys(("caption", "query", "detect", "point", "segment", "run", "estimate"), "annotate"),
     **dict.fromkeys(("verify", "runs"), "status"),
     "report": "export",
+    "config": "config_show",
 }
 DOCTOR = "doctor"
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
@@ -83,6 +85,14 @@ class LazyGroup(HelpGroup):
         }
         self._settings: dict[str, Setting] = {}
         self._is_debug = False
+
+    def load(self, name: str) -> Any:
+        """Return the parser of command `name`, as `load_command`."""
+        return load_command(name)
+
+    def options_of(self, name: str) -> Options:
+        """Return the options of command `name`, as the function of this name."""
+        return options_of(name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Put the command in its stub's place, with settings as its defaults, before its arguments are parsed."""

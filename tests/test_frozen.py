@@ -356,11 +356,12 @@ def test_manifest_of_mixed_rows_in_shards(md3: Program, folder: Path) -> None:
 
 COMMANDS = [
     *("caption", "query", "detect", "point", "segment", "run", "estimate", "export", "report"),
-    *("eval", "status", "verify", "runs", "models", "bench", "cache", "doctor"),
+    *("eval", "status", "verify", "runs", "models", "bench", "config", "cache", "doctor"),
 ]
 SUBCOMMANDS = {
     "runs": ["gc"],
     "models": ["list", "pull", "info", "convert", "quantize", "verify"],
+    "config": ["show"],
     "cache": ["info", "prune", "clear"],
 }
 HELP = ["", *COMMANDS, *(f"{name} {part}" for name, parts in SUBCOMMANDS.items() for part in parts)]
