@@ -400,9 +400,13 @@ class AnnotateOptions:
             allow_empty=self.allow_empty,
             is_dry_run=self.dry_run,
             estimate=estimate or (self.estimate_options() if self.estimate else None),
-            refinement=Refinement(self.listed_labels() if labels is None else labels, self.min_score, self.nms),
+            refinement=self._refinement(labels),
             argv=("md3", *map(shown_argument, sys.argv[1:])),
         )
+
+    def _refinement(self, labels: Labels | None) -> Refinement:
+        labels = self.listed_labels() if labels is None else labels
+        return Refinement(labels, self.min_score, self.nms, has_file=self.labels is not None)
 
     def _filled(self, kind: type[Part], **given: Any) -> Part:
         """Make a part of the run's config from what is given and, for its other fields, the options of their names."""

@@ -17,8 +17,8 @@ from md3cli.errors import InputError
 from md3cli.evaluate.located import RequestKey, final_records, has_failed, request_key
 from md3cli.evaluate.scores import Section, without_infinite
 from md3cli.evaluate.truth import Captions, Instances, Questions, Truth, load_truth
-from md3cli.finished.records_file import read_records
 from md3cli.records import RecordDict, printable
+from md3cli.refine.collection import Collection, as_collection, read
 
 __all__ = ["EVAL_SCHEMA", "Comparison", "Evaluation", "Section", "compare_runs", "evaluate", "load_truth"]
 
@@ -93,32 +93,33 @@ class Evaluation:
         return dict(without_infinite(document))
 
 
-def evaluate(records: Path, truths: Sequence[Truth]) -> Evaluation:
+def evaluate(records: Path | Collection, truths: Sequence[Truth]) -> Evaluation:
     """Score the records of a file.
 
     Raises:
         InputError: records and ground truth have nothing in common.
         MissingExtraError: objects are to be scored and faster-coco-eval is not installed.
     """
-    notes = list[str]()
-    sections = _sections(final_records(read_records(records, notes)), truths, records)
-    return Evaluation(records, tuple(truth.path for truth in truths), tuple(sections), notes=tuple(notes))
+    records, notes = as_collection(records), list[str]()
+    sections = _sections(final_records(read(records, notes)), truths, records.path)
+    return Evaluation(records.path, tuple(truth.path for truth in truths), tuple(sections), notes=tuple(notes))
 
 
-def compare_runs(records: Path, other: Path, truths: Sequence[Truth]) -> Evaluation:
+def compare_runs(records: Path | Collection, other: Path | Collection, truths: Sequence[Truth]) -> Evaluation:
     """Score the records of a file, and say what changed since the run `other`; without `truths` say the changes alone.
 
     Raises:
         InputError, MissingExtraError: as `evaluate` does.
     """
+    records, other = as_collection(records), as_collection(other)
     notes, earlier_notes = list[str](), list[str]()
-    after = final_records(read_records(records, notes))
-    before = final_records(read_records(other, earlier_notes))
-    notes += [f"{printable(str(other))}: {note}" for note in earlier_notes]
-    sections = _sections(after, truths, records) if truths else []
-    earlier = _sections(before, truths, other) if truths else []
+    after = final_records(read(records, notes))
+    before = final_records(read(other, earlier_notes))
+    notes += [f"{printable(str(other.path))}: {note}" for note in earlier_notes]
+    sections = _sections(after, truths, records.path) if truths else []
+    earlier = _sections(before, truths, other.path) if truths else []
     comparison = compare(before, after, earlier, sections)
-    return Evaluation(records, tuple(truth.path for truth in truths), tuple(sections), comparison, tuple(notes))
+    return Evaluation(records.path, tuple(truth.path for truth in truths), tuple(sections), comparison, tuple(notes))
 
 
 def _sections(records: Sequence[RecordDict], truths: Sequence[Truth], path: Path) -> list[Section]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from md3cli.errors import UsageError
 from md3cli.finished.guards import check_not_input, files_of_run
-from md3cli.finished.run_json import find_records
+from md3cli.refine.collection import Collection, as_collection
 
 FORMATS = ("jsonl", "coco", "parquet", "csv", "yolo", "voc", "labelstudio", "hf", "overlay", "txt")
 _MODULES = {"csv": "csv_flat"}  # the others are in the modules of their own names
@@ -41,7 +41,6 @@ class ExportOptions:
         root: the folder (or tar) that the pictures' names are relative to; None: run.json beside the records says it.
         is_confined: no picture outside `root` is opened, whatever the records say; to be switched off only for
             records that this very process made.
-        labels: the order of categories; the rest follows as first seen.
         url_prefix: what goes before a picture's name in Label Studio tasks.
         beside: sidecar texts stand next to the pictures.
         is_linked: pictures in `yolo` and `hf` are hard links, not copies.
@@ -51,7 +50,6 @@ class ExportOptions:
 
     root: Path | None = None
     overwrite: bool = False
-    labels: tuple[str, ...] = ()
     coco_results: bool = False
     coco_ids_from: Path | None = None
     keypoints: bool = False
@@ -85,8 +83,8 @@ def format_of(out: Path) -> str | None:
     return _SUFFIXES.get(out.suffix.lower())
 
 
-def export_records(records_path: Path, format: str, out: Path, options: ExportOptions) -> ExportReport:
-    """Write the finished records of a file (or run folder) as `format` to `out`.
+def export_records(records: Path | Collection, format: str, out: Path, options: ExportOptions) -> ExportReport:
+    """Write finished records, of a file or run folder or as a collection says, as `format` to `out`.
 
     Raises:
         UsageError: an unknown format, `out` exists (without `options.overwrite`), or a missing option.
@@ -96,8 +94,9 @@ def export_records(records_path: Path, format: str, out: Path, options: ExportOp
     """
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
-    records = find_records(records_path)
-    read = [*files_of_run(records), *([options.coco_ids_from] if options.coco_ids_from is not None else [])]
+    records = as_collection(records)
+    files = [file for source in records.sources for file in files_of_run(source.path)]
+    read = [*files, *([options.coco_ids_from] if options.coco_ids_from is not None else [])]
     check_not_input([out, out.with_suffix(".xml")] if format == "labelstudio" else [out], read)
     module = import_module(f"md3cli.exporters.{_MODULES.get(format, format)}")
     report: ExportReport = module.export(records, out, options)

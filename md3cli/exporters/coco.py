@@ -17,9 +17,11 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
+from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from md3cli.errors import ExportError, InputError
@@ -29,6 +31,7 @@ from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment
 from md3cli.finished.names import NAMES_SHOWN, Matches, ambiguity_notes, match_images, match_labels
 from md3cli.records import compact_json, printable
+from md3cli.refine.collection import Collection
 
 Annotation = dict[str, Any]
 
@@ -36,14 +39,21 @@ Annotation = dict[str, Any]
 class CocoIds:
     """The ids of a document; `categories` is the list for the document, in order.
 
-    `images` are the names that will be asked for; they are read only where another file is known.
+    `images` are the names that will be asked for; they are read only where another file is known. `given` are ids of
+    labels, which count where no other file is known.
 
     Raises:
         InputError: the other file cannot be read, or has not one of `images`.
         ExportError: the other file is no COCO file, or has two images of one name.
     """
 
-    def __init__(self, labels: Iterable[str], known: Path | None, images: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        labels: Iterable[str],
+        known: Path | None,
+        images: Iterable[str] = (),
+        given: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         labels = list(labels)
         document = _load(known) if known else {"images": [], "categories": []}
         by_name = {image["file_name"]: image["id"] for image in document["images"]}
@@ -56,7 +66,10 @@ class CocoIds:
         self._categories = {label: ids[name] for label, name in self._labels.found.items()}
         last = _highest(document["categories"])
         self._new_labels = [label for label in labels if label not in self._categories]
-        for number, label in enumerate(self._new_labels, start=last + 1):
+        taken = dict(given) if known is None else {}
+        numbers = (number for number in count(last + 1) if number not in taken.values())
+        for label in self._new_labels:
+            number = taken[label] if label in taken else next(numbers)
             self._categories[label] = number
             self.categories.append({"id": number, "name": label, "supercategory": ""})
 
@@ -120,11 +133,12 @@ def _load(path: Path) -> dict[str, Any]:
     return {"images": images, "categories": categories}
 
 
-def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
     """Write one document of all images that have an answered record."""
     with closing(ImageIndex(records)) as index:
         names = (group.distinct_name for group in index.images())
-        writer = _Writer(index.survey, options, names)
+        given = {label.name: label.id for label in records.refinement.labels.labels if label.id is not None}
+        writer = _Writer(index.survey, options, names, given)
         with replaced_file(out, overwrite=options.overwrite) as file:
             (writer.write_results if options.coco_results else writer.write_document)(index, file)
         survey = index.survey
@@ -133,13 +147,13 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
 
 
 class _Writer:
-    def __init__(self, survey: Survey, options: ExportOptions, images: Iterable[str]) -> None:
+    def __init__(self, survey: Survey, options: ExportOptions, images: Iterable[str], given: Mapping[str, int]) -> None:
         self._options = options
         has_objects = bool(survey.tasks & {"detect", "segment"}) or (options.keypoints and "point" in survey.tasks)
         self._is_of_captions = "caption" in survey.tasks and not has_objects
         self._point_labels = survey.point_labels if options.keypoints else {}
-        labels = dict.fromkeys((*survey.categories(options.labels), *self._point_labels))
-        self._ids = CocoIds(labels, options.coco_ids_from, images)
+        labels = dict.fromkeys((*survey.categories(), *self._point_labels))
+        self._ids = CocoIds(labels, options.coco_ids_from, images, given)
         self._has_masks = "segment" in survey.tasks
         self._model = survey.model
         self.num_images = 0

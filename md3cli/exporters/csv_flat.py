@@ -17,8 +17,8 @@ from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file
 from md3cli.exporters.grouping import CHOICE_PREFIX, choice_notes, choice_scores, find_choices
 from md3cli.exporters.objects import boxes, points, segments
-from md3cli.finished.records_file import read_records
 from md3cli.records import RecordDict
+from md3cli.refine.collection import Collection, read
 
 COLUMNS = (
     "image", "width", "height", "task", "prompt", "label", "x", "y", "w", "h", "score",
@@ -30,7 +30,7 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "�
 Row = dict[str, Any]
 
 
-def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
     """Write one table of all records; columns for the choices of restricted answers come last."""
     choices = find_choices(records)
     columns = [*COLUMNS, *(CHOICE_PREFIX + choice for choice in choices)]
@@ -39,7 +39,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         table = csv.writer(_LineFeeds(text), lineterminator="\r\n")
         table.writerow(map(_safe, columns))
-        for record in read_records(records, notes):
+        for record in read(records, notes):
             num_records += 1
             for row in _rows(record):
                 cells = [_safe(row.get(column)) for column in columns]

@@ -11,6 +11,7 @@ UTF-8) are told apart by their exact name and their `sha256`, and numbered: they
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sqlite3
@@ -18,22 +19,23 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
-from pathlib import Path
 from typing import NamedTuple
 
 from md3cli.errors import ExportError
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, boxes, label_of, points, segments
 from md3cli.finished.record_shape import LINE_LIMIT_BYTES
-from md3cli.finished.records_file import Line, RecordsFile, disk_trouble_in_words, open_records
+from md3cli.finished.records_file import disk_trouble_in_words, open_records
 from md3cli.records import RecordDict, printable
+from md3cli.refine.collection import Collection, read
+from md3cli.refine.labels import Labels
+from md3cli.refine.refinement import FOUND_BY_TASK, name_of
 
 CHOICE_PREFIX = "choice_"  # of the columns that hold the scores of choices
-_RESULT_OF = {"detect": "objects", "segment": "segments", "point": "points"}
 
 # Answered stretches in the order of their image's first one, with its number among its twins from 0 and whether
 # these have its exact name; the sorts spill to disk.
 _IN_ORDER = """
-SELECT offset, count, first, twin, min(first) OVER same != max(first) OVER same FROM (
+SELECT start, count, first, twin, min(first) OVER same != max(first) OVER same FROM (
   SELECT *, dense_rank() OVER (PARTITION BY shown ORDER BY first) - 1 AS twin FROM (
     SELECT *, min(seq) OVER (PARTITION BY image) AS first FROM stretch
   )
@@ -43,8 +45,14 @@ SELECT offset, count, first, twin, min(first) OVER same != max(first) OVER same 
 
 @dataclass(slots=True)
 class Survey:
-    """What the records hold as a whole; labels in the order they were first asked for or seen."""
+    """What the records hold as a whole; labels in the order they were first asked for or seen.
 
+    `named` are the labels whose names are known, of records that found nothing too; `classes` are always listed.
+    """
+
+    named: Labels = field(default=Labels())
+    classes: tuple[str, ...] = ()
+    is_listed: bool = False  # by a file, whose classes are all listed, whatever was asked
     labels: dict[str, None] = field(default_factory=dict)  # of boxes and masks
     point_labels: dict[str, None] = field(default_factory=dict)
     all_labels: dict[str, None] = field(default_factory=dict)  # of both
@@ -65,19 +73,19 @@ class Survey:
         self.tasks.add(task)
         self.has_meta = self.has_meta or bool(record.get("meta"))
         self.model = self.model or str(record.get("model") or "")
-        if task in _RESULT_OF:
-            labels = dict.fromkeys(asked_and_found(record))
+        if task in FOUND_BY_TASK:
+            labels = dict.fromkeys(asked_and_found(record, self.named))
             (self.point_labels if task == "point" else self.labels).update(labels)
             self.all_labels.update(labels)
 
-    def categories(self, first: Iterable[str]) -> list[str]:
-        """Return the labels of boxes and masks, those in `first` before the others; but no label of points alone."""
-        only_points = self.point_labels.keys() - self.labels.keys()
-        return [label for label in dict.fromkeys((*first, *self.labels)) if label not in only_points]
+    def categories(self) -> list[str]:
+        """Return the labels of boxes and masks, those of `classes` before the others; but no label of points alone."""
+        only_points = self.point_labels.keys() - self.labels.keys() - set(self.classes if self.is_listed else ())
+        return [label for label in dict.fromkeys((*self.classes, *self.labels)) if label not in only_points]
 
-    def in_order(self, first: Iterable[str]) -> list[str]:
-        """Return all labels, points' too, those in `first` before the others: the order of the palette."""
-        return list(dict.fromkeys((*first, *self.all_labels)))
+    def in_order(self) -> list[str]:
+        """Return all labels, points' too, those of `classes` before the others: the order of the palette."""
+        return list(dict.fromkeys((*self.classes, *self.all_labels)))
 
     def notes(self) -> Iterator[str]:
         """Yield what was left out of the file, and what no format made of images can hold."""
@@ -137,14 +145,15 @@ class ImageGroup(NamedTuple):
 
 
 class ImageIndex:
-    """The records of a file by image; made by one pass over the file. Close it."""
+    """The records of a collection by image; made by one pass over them. Close it."""
 
-    def __init__(self, path: Path) -> None:
-        self.survey = Survey()
-        self._file = RecordsFile(path)
+    def __init__(self, records: Collection) -> None:
+        self.survey = Survey(records.refinement.labels, records.classes, records.refinement.has_file)
+        self._records = records
+        self._file = records.open()
         self._database = sqlite3.connect("")  # a temporary file that SQLite removes by itself
         self._database.execute(
-            "CREATE TABLE stretch(seq INTEGER PRIMARY KEY, shown BLOB, exact BLOB, image BLOB, offset INT, count INT)"
+            "CREATE TABLE stretch(seq INTEGER PRIMARY KEY, shown BLOB, exact BLOB, image BLOB, start INT, count INT)"
         )
         try:
             with disk_trouble_in_words():
@@ -170,38 +179,38 @@ class ImageIndex:
             stretches: Iterable[tuple[int, ...]] = self._database.execute(_IN_ORDER)
         for (_, twin, has_twins), parts in groupby(stretches, key=lambda row: row[2:]):
             answered: list[RecordDict] = []
-            for offset, count, *_ in parts:
-                read = [record for _, record in islice(self._file.placed(offset), count)]
-                if len(read) < count:
-                    where = printable(str(self._file.path))
+            for start, count, *_ in parts:
+                found = [record for _, record in islice(self._file.placed(start), count)]
+                if len(found) < count:
+                    where = printable(str(self._records.path))
                     raise ExportError(
                         f"{where} became shorter while it was read; wait until the run that writes it is done"
                     )
-                answered += [record for record in read if record.get("error") is None]
+                answered += [record for record in found if record.get("error") is None]
             sized = next((record for record in answered if "width" in record), None)
             if sized is not None:
                 size = int(sized["width"]), int(sized["height"])
                 yield ImageGroup(sized["image"], sized.get("image_b64"), *size, answered, twin, bool(has_twins))
 
-    def _stretches(self, placed: Iterator[tuple[Line, RecordDict]]) -> Iterator[tuple[bytes, bytes, bytes, int, int]]:
-        """Yield (the three keys, offset of the first line, number of lines) for each run of lines about one image."""
-        for keys, lines in groupby(placed, key=lambda line_and_record: _keys(line_and_record[1])):
-            count, offset = 0, -1
-            for line, record in lines:
+    def _stretches(self, placed: Iterator[tuple[int, RecordDict]]) -> Iterator[tuple[bytes, bytes, bytes, int, int]]:
+        """Yield (the three keys, place of the first record, number of records) for each run of those of one image."""
+        for keys, records in groupby(placed, key=lambda placed_record: _keys(placed_record[1])):
+            count, start = 0, -1
+            for place, record in records:
                 self.survey.add(record)
-                offset = line.offset if offset < 0 else offset
+                start = place if start < 0 else start
                 count += 1
             if keys[0]:
-                yield *keys, offset, count
+                yield *keys, start, count
 
 
-def asked_and_found(record: RecordDict) -> Iterator[str]:
-    """Yield the label that a record asked for, then those of what it found; nothing for captions and answers."""
-    result = _RESULT_OF.get(str(record.get("task")))
+def asked_and_found(record: RecordDict, named: Labels) -> Iterator[str]:
+    """Yield the name that a record asked for, then those of what it found; nothing for captions and answers."""
+    result = FOUND_BY_TASK.get(str(record.get("task")))
     if result is None:
         return
     if record.get("prompt"):
-        yield str(record["prompt"])
+        yield str(name_of(record, named))
     for found in record.get(result) or ():
         yield label_of(found, record)
 
@@ -227,20 +236,26 @@ def image_key(record: RecordDict) -> bytes:
     return hashlib.blake2b(exact.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def find_choices(records: Path) -> list[str]:
+def find_choices(records: Collection) -> list[str]:
     """Return all choices of restricted answers (`md3 query --choices`), in the order in which they first occur.
 
     A table's columns must be known before its first row: this cheap look parses only lines that may hold a choice.
     """
     found: dict[str, None] = {}
-    with open_records(records) as file:
-        while line := file.readline(LINE_LIMIT_BYTES):
-            if b'"choices"' in line:
-                try:
-                    found.update(dict.fromkeys(choice_scores(json.loads(line))))
-                except (ValueError, RecursionError):
-                    continue  # the pass that writes refuses the line by its number
+    for record in _records_with_choices(records) if records.selection.takes_all else read(records):
+        found.update(dict.fromkeys(choice_scores(record)))
     return list(found)
+
+
+def _records_with_choices(records: Collection) -> Iterator[RecordDict]:
+    for source in records.sources:
+        with open_records(source.path) as file:
+            while line := file.readline(LINE_LIMIT_BYTES):
+                if b'"choices"' in line:
+                    with contextlib.suppress(
+                        ValueError, RecursionError
+                    ):  # the pass that writes refuses it by its number
+                        yield json.loads(line)
 
 
 def choice_scores(record: RecordDict) -> dict[str, float]:

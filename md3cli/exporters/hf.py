@@ -22,6 +22,7 @@ from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.objects import flat
 from md3cli.exporters.pictures import Pictures, pillow_decodes
 from md3cli.records import compact_json
+from md3cli.refine.collection import Collection
 from md3cli.source.walk import IMAGE_SUFFIXES
 
 METADATA = "metadata.jsonl"
@@ -32,7 +33,7 @@ _SPLIT = re.compile(r"(?<![^-._ 0-9])(validation|valid|dev|val|test|testing|eval
 _READ = str.maketrans("[]{}$%", "______")  # as patterns, and as variables of the environment ($HOME, %TEMP%)
 
 
-def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
     """Write a folder that `datasets` loads; images whose picture cannot be read are left out."""
     pictures = Pictures(records, options)
     pictures.require_root("hf")
@@ -42,7 +43,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         staged_folder(out, overwrite=options.overwrite, format="hf") as folder,
     ):
         survey = index.survey
-        classes = {label: number for number, label in enumerate(survey.categories(options.labels))}
+        classes = {label: number for number, label in enumerate(survey.categories())}
         (folder.path / "train").mkdir()
         with (folder.path / "train" / METADATA).open("xb") as metadata:
             for group in index.images():

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file
-from md3cli.finished.records_file import read_records
 from md3cli.records import compact_json
+from md3cli.refine.collection import Collection, read
 
 
-def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
     """Write every record, failures included."""
     num_records, notes = 0, list[str]()
     with replaced_file(out, overwrite=options.overwrite) as file:
-        for record in read_records(records, notes):
+        for record in read(records, notes):
             file.write(compact_json(record) + b"\n")
             num_records += 1
     return ExportReport("jsonl", out, num_records, notes=tuple(notes))

@@ -24,6 +24,7 @@ from md3cli.exporters.objects import joined_ring
 from md3cli.exporters.palette import Style, palette
 from md3cli.exporters.pictures import Pictures
 from md3cli.records import compact_json, printable
+from md3cli.refine.collection import Collection
 
 LOCAL_FILES = "/data/local-files/?d="
 POINT_SIZE_PERCENT = 0.75
@@ -31,7 +32,7 @@ POINT_SIZE_PERCENT = 0.75
 Result = dict[str, Any]
 
 
-def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
     """Write all images as tasks of one project."""
     with closing(ImageIndex(records)) as index, ExitStack() as outputs:
         if out.suffix.lower() == ".json":
@@ -42,7 +43,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
             interface = outputs.enter_context((folder / "interface.xml").open("wb"))
             tasks = outputs.enter_context((folder / "tasks.json").open("wb"))
         survey = index.survey
-        interface.write(_interface(survey, options.labels).encode())
+        interface.write(_interface(survey).encode())
         root = Pictures(records, options).root if options.url_prefix is None else None
         prefix = options.url_prefix
         if prefix is None:
@@ -141,10 +142,10 @@ def _texts(group: ImageGroup) -> Iterator[Result]:
             yield {"type": "textarea", "from_name": name, "value": {"text": texts}}
 
 
-def _interface(survey: Survey, first_labels: Iterable[str]) -> str:
+def _interface(survey: Survey) -> str:
     """Return the labelling interface: one control for each kind of result that the records can hold."""
-    labels = survey.categories(first_labels)
-    styles = palette(survey.in_order(first_labels))
+    labels = survey.categories()
+    styles = palette(survey.in_order())
     controls = [
         ("detect", _labels_control("RectangleLabels", labels, styles)),
         ("segment", _labels_control("PolygonLabels", labels, styles)),

@@ -34,6 +34,7 @@ from md3cli.exporters.palette import Colour, Style, palette
 from md3cli.exporters.pictures import Pictures
 from md3cli.exporters.plates import Plates, Rect
 from md3cli.records import printable
+from md3cli.refine.collection import Collection
 
 FONT_FILE = Path(__file__).with_name("DejaVuSans-Bold.ttf")
 _PROBE_SIZE_PX = 12
@@ -272,7 +273,7 @@ JPEG_QUALITY = 90
 _JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
 
 
-def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
     """Draw one picture for each image that has an answered record."""
     pictures = Pictures(records, options)
     pictures.require_root("overlay")
@@ -281,7 +282,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         closing(ImageIndex(records)) as index,
         staged_folder(out, overwrite=options.overwrite, format="overlay") as folder,
     ):
-        styles = palette(index.survey.in_order(options.labels))
+        styles = palette(index.survey.in_order())
         for group in index.images():
             pictures.refuse_inside(out, group)
             image = _drawn(group, pictures, styles)

@@ -20,8 +20,8 @@ from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file
 from md3cli.exporters.grouping import CHOICE_PREFIX, choice_notes, choice_scores, find_choices
 from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_decodes
-from md3cli.finished.records_file import read_records
 from md3cli.records import RecordDict
+from md3cli.refine.collection import Collection, read
 
 GROUP_ROWS = 4096
 GROUP_BYTES = 64 * 2**20  # of embedded pictures
@@ -80,7 +80,7 @@ def _feature(kind: pa.DataType) -> Any:
     return {"dtype": name, "_type": "Value"}
 
 
-def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
     """Write one file of all records."""
     pictures = Pictures(records, options)
     if options.embed_images:
@@ -93,7 +93,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         replaced_file(out, overwrite=options.overwrite) as file,
         pq.ParquetWriter(file, schema, compression="zstd", write_page_index=True) as writer,
     ):
-        for batch in rows.batches(read_records(records, reading_notes)):
+        for batch in rows.batches(read(records, reading_notes)):
             writer.write_batch(batch)
     notes = (f"{rows.num_missing} pictures could not be read; their `image` is null",) if rows.num_missing else ()
     return ExportReport("parquet", out, rows.num_records, notes=(*reading_notes, *notes, *choice_notes(choices)))

@@ -1,7 +1,8 @@
 """Where the pictures of finished records are.
 
 A record names its picture relative to INPUT; `run.json` beside the records says where INPUT was (a folder, or a tar),
-`--root` overrules it. Records and run.json may come from a stranger, and some formats carry whole files. So a name that
+`--root` overrules it. Records of several runs have a root each; of files of one name the one with the record's SHA-256
+is taken. Records and run.json may come from a stranger, and some formats carry whole files. So a name that
 leads out of the root is not followed, a name inside a tar is looked up in that tar only, and a file is carried only if
 it is a picture. A root that nobody typed and that this user's md3 did not write is a claim: below it a file counts as a
 record's picture only if its bytes have the record's SHA-256. Pictures are opened only through `md3cli.images.crops`.
@@ -22,8 +23,9 @@ from md3cli.errors import ExportError, ImageError, InputError, RowError, UsageEr
 from md3cli.exporters import ExportOptions
 from md3cli.exporters.grouping import ImageGroup
 from md3cli.files import copy_file
-from md3cli.finished.run_json import load_run_info
+from md3cli.finished.run_json import KnownRoot
 from md3cli.records import ImageItem, RecordDict, printable
+from md3cli.refine.collection import Collection
 from md3cli.source.inputs import existing_path
 from md3cli.source.tar import tar_members
 
@@ -52,19 +54,40 @@ def pillow_decodes(content: bytes, formats: tuple[str, ...] | None = None) -> bo
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class Root:
+    """Where pictures whose names begin with `prefix` are: a folder or a tar.
+
+    `is_trusted`: the user typed it, or this user's md3 wrote it.
+    """
+
+    path: Path
+    is_trusted: bool
+    prefix: str = ""
+
+
+def roots_of(records: Collection, typed: Path | None) -> list[Root]:
+    """Return the roots of a collection that are there: as `typed`, else as each run says."""
+    found: dict[Root, None] = {}
+    for source, info in zip(records.sources, records.infos(), strict=True):
+        known = info.roots if typed is None else [KnownRoot(typed, True, prefix) for prefix in info.prefixes]
+        for root in known:
+            if os.path.exists(root.path):
+                found[Root(Path(os.path.realpath(root.path)), root.is_own, source.prefix + root.prefix)] = None
+    return list(found)
+
+
 class Pictures:
     """The pictures of one export: found, opened, and counted where they are not there.
 
-    `root` is the folder or tar, None where nothing says it or it is gone. `is_trusted`: the user typed it, or
-    this user's md3 wrote it.
+    `root` is the folder or tar of the first run, None where nothing says it or it is gone; `is_trusted` as there.
     """
 
-    def __init__(self, records: Path, options: ExportOptions) -> None:
+    def __init__(self, records: Collection, options: ExportOptions) -> None:
         self._options = options
-        info = load_run_info(records)
-        root = options.root or info.root
-        self.is_trusted = options.root is not None or info.is_own
-        self.root = Path(os.path.realpath(root)) if root is not None and os.path.exists(root) else None
+        self.roots = roots_of(records, options.root)
+        self.root = self.roots[0].path if self.roots else None
+        self.is_trusted = all(root.is_trusted for root in self.roots)
         self._open_tar: tuple[Path, dict[str, list[ImageItem]]] | None = None  # records of one tar stand together
         self.num_found = 0
         self.num_missing = 0
@@ -86,15 +109,14 @@ class Pictures:
 
     def find(self, record: RecordDict, *, has_twins: bool = False) -> FoundPicture | None:
         """Find the picture of a record, one of twins by its digest; None, and counted, where it is not there."""
-        name = str(record["image"])
-        item = self._look_up(record)
+        root, item = self._look_up(record)
         self.num_found += item is not None
         self.num_missing += item is None
-        if item is None:
-            self._first_missing = self._first_missing or name
+        if item is None or root is None:
+            self._first_missing = self._first_missing or str(record["image"])
             return None
-        sha256 = record.get("sha256") if self.is_trusted else str(record.get("sha256"))
-        sha256 = sha256 if has_twins or not self.is_trusted else None
+        sha256 = record.get("sha256") if root.is_trusted else str(record.get("sha256"))
+        sha256 = sha256 if has_twins or not root.is_trusted else None
         return FoundPicture(item.name, item.path, item.name_b64, item.offset, item.size, sha256=sha256)
 
     def note_unreadable(self, name: str) -> None:
@@ -105,10 +127,10 @@ class Pictures:
 
     def refuse_inside(self, out: Path, group: ImageGroup) -> None:
         """Raise if replacing `out` would delete the image's picture."""
-        if self.root is not None and Path(os.path.normpath(self.root / group.name)).is_relative_to(
-            os.path.realpath(out)
-        ):
-            raise UsageError(f"{printable(str(out))} holds the pictures themselves; name another -o")
+        for root in self.roots:
+            path = os.path.normpath(root.path / group.name.removeprefix(root.prefix))
+            if Path(path).is_relative_to(os.path.realpath(out)):
+                raise UsageError(f"{printable(str(out))} holds the pictures themselves; name another -o")
 
     def read(self, picture: FoundPicture) -> Image:
         """Read the upright RGB picture.
@@ -165,29 +187,36 @@ class Pictures:
             f"{self.num_missing} pictures cannot be read below {where}{claim}, they are left out (first: {example})",
         )
 
-    def _look_up(self, record: RecordDict) -> ImageItem | None:
+    def _look_up(self, record: RecordDict) -> tuple[Root | None, ImageItem | None]:
+        """Return the record's picture and the root it was found below; of several the one with its digest."""
+        found = [(root, item) for root in self.roots if (item := self._below(root, record)) is not None]
+        if len(found) > 1:
+            found.sort(key=lambda root_item: self._digest(root_item[1]) != record.get("sha256"))
+        return found[0] if found else (None, None)
+
+    def _below(self, root: Root, record: RecordDict) -> ImageItem | None:
         name, name_b64 = str(record["image"]), record.get("image_b64")
-        if self.root is None or "\0" in name:
+        if "\0" in name or not name.startswith(root.prefix):
             return None
         try:
             exact = os.fsdecode(base64.b64decode(name_b64, validate=True)) if name_b64 else name
         except ValueError:
             return None
-        if self.root.is_file():
-            return self._member(self.root, exact, record)
+        exact = exact.removeprefix(root.prefix)
+        if root.path.is_file():
+            return self._member(root.path, exact, record)
         for cut in _TAR.finditer(exact):
-            tar = self._inside(exact[: cut.start(1)])
+            tar = self._inside(root.path, exact[: cut.start(1)])
             if tar is not None and os.path.isfile(tar):  # a member's name leads to no other file, whatever it says
                 return self._member(Path(tar), exact[cut.end() :], record)
-        path = self._inside(existing_path(str(self.root), exact))  # the record keeps a list's own spelling
+        path = self._inside(root.path, existing_path(str(root.path), exact))  # the record keeps a list's own spelling
         return ImageItem(name, path, name_b64) if path is not None and os.path.isfile(path) else None
 
-    def _inside(self, name: str) -> str | None:
+    def _inside(self, root: Path, name: str) -> str | None:
         """Return the path of `name` below the root; None where it leads out of there."""
-        assert self.root is not None
         # A link inside the root is the user's own doing; a name that climbs out need not be.
-        path = os.path.normpath(self.root / name)
-        return path if not self._options.is_confined or Path(path).is_relative_to(self.root) else None
+        path = os.path.normpath(root / name)
+        return path if not self._options.is_confined or Path(path).is_relative_to(root) else None
 
     def _member(self, tar: Path, name: str, record: RecordDict) -> ImageItem | None:
         """Find a picture inside a tar by its name there; of several of one name the one with the record's digest."""

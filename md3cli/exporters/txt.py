@@ -13,11 +13,11 @@ from pathlib import Path, PurePosixPath
 from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import StagedFolder, candidates, merged_folder
 from md3cli.exporters.pictures import Pictures
-from md3cli.finished.records_file import read_records
 from md3cli.records import RecordDict
+from md3cli.refine.collection import Collection, read
 
 
-def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
     """Write one text file for each answered caption or query record that has an image."""
     if options.beside:
         pictures = Pictures(records, options)
@@ -28,7 +28,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
     reading_notes = list[str]()
     num_records = num_written = num_failures = num_renamed = 0
     with merged_folder(out, overwrite=options.overwrite, format=None if options.beside else "txt") as folder:
-        for record in read_records(records, reading_notes):
+        for record in read(records, reading_notes):
             num_records += 1
             num_failures += record.get("error") is not None
             text = text_of(record)

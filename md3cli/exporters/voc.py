@@ -15,9 +15,10 @@ from md3cli.exporters.files import candidates, relative_name, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.objects import PixelBox
 from md3cli.records import printable
+from md3cli.refine.collection import Collection
 
 
-def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
     """Write one XML file for each image."""
     num_images = num_points = 0
     with (

@@ -21,13 +21,14 @@ from md3cli.exporters.files import StagedFolder, candidates, portable, relative_
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.objects import Ring, joined_ring
 from md3cli.exporters.pictures import FoundPicture, Pictures
+from md3cli.refine.collection import Collection
 from md3cli.source.walk import IMAGE_SUFFIXES
 
 _TAKEN = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})  # by Ultralytics 8.3 and all after it
 _NOT_TAKEN = frozenset({".gif", ".avif", ".heic", ".heif"})  # written as PNG instead; others are called .jpg
 
 
-def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
+def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
     """Write a data set that `yolo train data=OUT/data.yaml` takes as it is, if the pictures are found."""
     pictures = Pictures(records, options)
     num_images = num_points = 0
@@ -36,7 +37,7 @@ def export(records: Path, out: Path, options: ExportOptions) -> ExportReport:
         staged_folder(out, overwrite=options.overwrite, format="yolo") as folder,
     ):
         survey = index.survey
-        classes = {label: number for number, label in enumerate(survey.categories(options.labels))}
+        classes = {label: number for number, label in enumerate(survey.categories())}
         (folder.path / "images").mkdir()
         (folder.path / "labels").mkdir()
         for group in index.images():

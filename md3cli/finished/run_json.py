@@ -22,7 +22,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from md3cli.errors import InputError, OutputMismatchError
 from md3cli.records import printable
@@ -35,6 +35,7 @@ _KEY_BYTES = 32
 _DEPTH_LIMIT = 20  # a manifest's requests are nested four deep
 _STAGES_LIMIT = 100
 _POINTS_LIMIT = 10_000
+_ROOTS_LIMIT = 1000
 _BLOCK_BYTES = 1 << 20
 _FINISHED = (0, 3)
 
@@ -180,6 +181,17 @@ def find_records(path: Path) -> Path:
     return found
 
 
+class KnownRoot(NamedTuple):
+    """The folder (or tar) that names of pictures which begin with `prefix` are relative to, behind it.
+
+    `is_own`: this user's md3 wrote it; else it is only claimed, perhaps by a stranger.
+    """
+
+    path: Path
+    is_own: bool
+    prefix: str
+
+
 @dataclass(frozen=True, slots=True)
 class RunInfo:
     """What stands in run.json; empty where there is none (records made elsewhere)."""
@@ -189,14 +201,23 @@ class RunInfo:
     @property
     def root(self) -> Path | None:
         """Return the folder (or tar) that record images are relative to; an address is none."""
-        root = self.document.get("root")
-        is_path = isinstance(root, str) and root and "://" not in root and "\0" not in root
-        return Path(str(root)) if is_path else None
+        return next((root.path for root in self.roots), None)
 
     @property
     def is_own(self) -> bool:
         """Return whether this user's md3 wrote the root; else it is only claimed, perhaps by a stranger."""
-        return is_own(str(self.document.get("root")), self.document.get("seal"))
+        return all(root.is_own for root in self.roots)
+
+    @property
+    def roots(self) -> list[KnownRoot]:
+        """Return where the pictures are; records that were selected from several runs have several roots."""
+        entries = [entry for entry in self._list("roots")[:_ROOTS_LIMIT] if isinstance(entry, dict)]
+        return [known for entry in [self.document, *entries] if (known := _known_root(entry)) is not None]
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Return what stands before the names of pictures; the empty text where nothing does."""
+        return list(dict.fromkeys(root.prefix for root in self.roots)) or [""]
 
     @property
     def elapsed_s(self) -> float | None:
@@ -219,6 +240,13 @@ class RunInfo:
     def _list(self, key: str) -> list[Any]:
         value = self.document.get(key)
         return value if isinstance(value, list) else []
+
+
+def _known_root(entry: dict[str, Any]) -> KnownRoot | None:
+    root, prefix = entry.get("root"), entry.get("prefix", "")
+    if not isinstance(root, str) or not root or "://" in root or "\0" in root or not isinstance(prefix, str):
+        return None
+    return KnownRoot(Path(root), is_own(root, entry.get("seal")), prefix)
 
 
 def _whole_number(value: object) -> float:
@@ -252,7 +280,7 @@ def load_run_info(records_path: Path) -> RunInfo:
 
 def has_run_info(records_path: Path) -> bool:
     """Return whether the records' own run.json stands beside them, as md3 writes it. Raises as `load_run_info`."""
-    return str(load_run_info(records_path).document.get("schema", "")).startswith("md3-run/")
+    return str(load_run_info(records_path).document.get("schema", "")).startswith(("md3-run/", "md3-selection/"))
 
 
 def run_info_paths(records_path: Path) -> Iterator[Path]:

@@ -91,6 +91,11 @@ class Labels:
                 merged[label.name] = _changed(label, prompts=prompts)
         return Labels(_with_ids_of_all(tuple(merged.values())))
 
+    def in_order_of(self, others: Labels) -> Labels:
+        """Return these labels, first those that `others` have, in their order."""
+        places = {name: place for place, name in enumerate(others.names)}
+        return Labels(tuple(sorted(self.labels, key=lambda label: places.get(label.name, len(places)))))
+
     def to_json(self) -> list[dict[str, Any]]:
         """Return the tables of a labels file that says the same."""
         return [label.to_json() for label in self.labels]
@@ -281,12 +286,9 @@ def _of_table(table: Mapping[str, Any], where: str) -> Label:
     is_list = isinstance(prompts, list) and all(isinstance(prompt, str) and prompt.strip() for prompt in prompts)
     if not is_list or not prompts:
         raise UsageError(f"{where} ({printable(name)}): prompts is a list of texts")
-    shares = {
-        key: _share(table[key], f"{where} ({printable(name)}): {key}") for key in ("min_score", "nms") & table.keys()
-    }
-    counts = {
-        key: _count(table[key], f"{where} ({printable(name)}): {key}") for key in ("max_objects", "id") & table.keys()
-    }
+    here = f"{where} ({printable(name)})"
+    shares = {key: _share(table[key], f"{here}: {key}") for key in ("min_score", "nms") if key in table}
+    counts = {key: _count(table[key], f"{here}: {key}") for key in ("max_objects", "id") if key in table}
     if counts.get("max_objects") == 0:
         raise UsageError(f"{where} ({printable(name)}): max_objects is at least 1")
     return Label(name=name.strip(), prompts=tuple(prompt.strip() for prompt in prompts), **shares, **counts)

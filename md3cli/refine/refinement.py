@@ -1,11 +1,13 @@
 """What is shown of what the model said: names, thresholds and doubles, by one pure function.
 
 Tables, exports, reports and scores all show records that went through `refined`; the journal keeps what the model said.
-Source: product contract, section 8. Doubles go by non-maximum suppression, best score first (Felzenszwalb et al., 2010).
+Source: product contract, section 8. Of doubles the best score stays (non-maximum suppression,
+Felzenszwalb et al., 2010).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,13 +32,19 @@ class Refinement:
     labels: Labels = field(default=Labels())
     min_score: float | None = None
     nms: float | None = None
+    has_file: bool = False  # the labels are those of a file, whose order counts
 
     def over(self, earlier: Refinement) -> Refinement:
-        """Return this choice, and what `earlier` chose where this one says nothing."""
+        """Return this choice, and what `earlier` chose where this one says nothing.
+
+        Labels keep the order of a file; those that were typed come behind those that were there before.
+        """
+        labels = self.labels.followed_by(earlier.labels)
         return Refinement(
-            self.labels.followed_by(earlier.labels),
+            labels if self.has_file else labels.in_order_of(earlier.labels),
             earlier.min_score if self.min_score is None else self.min_score,
             earlier.nms if self.nms is None else self.nms,
+            self.has_file or earlier.has_file,
         )
 
     def min_score_of(self, name: str) -> float:
@@ -46,7 +54,7 @@ class Refinement:
         return own if own is not None else self.min_score or 0.0
 
     def nms_of(self, name: str, *, is_shared: bool) -> float | None:
-        """Return the IoU above which a double goes; None compares nothing. `is_shared`: several prompts have the name."""
+        """Return the IoU above which a double goes; None: none does. `is_shared`: several prompts have the name."""
         label = self.labels.by_name.get(name)
         own = label.nms if label is not None and label.nms is not None else self.nms
         is_shared = is_shared or (label is not None and len(label.prompts) > 1)
@@ -66,7 +74,8 @@ class Refinement:
 
     def to_json(self) -> dict[str, Any]:
         """Return the choice as run.json keeps it."""
-        return {"labels": self.labels.to_json(), "min_score": self.min_score, "nms": self.nms}
+        thresholds = {"min_score": self.min_score, "nms": self.nms}
+        return {"labels": self.labels.to_json(), **thresholds, "has_file": self.has_file}
 
     @classmethod
     def from_json(cls, document: object) -> Refinement:
@@ -77,11 +86,10 @@ class Refinement:
         is_list = isinstance(tables, list) and len(tables) <= _MOST_LABELS
         labels = Labels()
         if is_list and all(isinstance(table, dict) for table in tables):
-            try:
+            with contextlib.suppress(UsageError):
                 labels = labels_of_tables(tables, "run.json")
-            except UsageError:
-                pass
-        return cls(labels, _share(document.get("min_score")), _share(document.get("nms")))
+        has_file = document.get("has_file") is True
+        return cls(labels, _share(document.get("min_score")), _share(document.get("nms")), has_file)
 
 
 def _share(value: object) -> float | None:
@@ -124,19 +132,18 @@ def refined(records: Sequence[RecordDict], refinement: Refinement) -> list[Recor
     Boxes are compared as the model gave them, unclamped, and only where the picture's bytes are the same (`sha256`).
     A record whose objects all go stays, with none.
     """
-    named = [_named(record, refinement.labels) for record in records]
-    doubles = set(_doubles(named, refinement))
-    return [_without(record, refinement, place, doubles) for place, record in enumerate(named)]
+    shown = [named(record, refinement.labels) for record in records]
+    doubles = set(_doubles(shown, refinement))
+    return [_without(record, refinement, place, doubles) for place, record in enumerate(shown)]
 
 
-def _named(record: RecordDict, labels: Labels) -> RecordDict:
+def named(record: RecordDict, labels: Labels) -> RecordDict:
+    """Return the record with the name that `labels` gives its prompt on all that was found."""
     label: Label | None = labels.by_prompt.get(str(record.get("prompt")))
     key = FOUND_BY_TASK.get(str(record.get("task")))
     if label is None or key is None or not record.get(key):
         return record
-    return record | {
-        key: [thing if thing.get("label") == label.name else thing | {"label": label.name} for thing in record[key]]
-    }
+    return record | {key: [thing | {"label": label.name} for thing in record[key]]}
 
 
 def _without(record: RecordDict, refinement: Refinement, place: int, doubles: set[tuple[int, int]]) -> RecordDict:
@@ -195,7 +202,7 @@ def _suppressed(boxes: Sequence[_Box], limit: float) -> Iterator[_Box]:
 
 
 def iou(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> float:
-    """Return the intersection of two boxes (x_min, y_min, x_max, y_max) over their union, 0-1; 0 for what has no area."""
+    """Return the intersection of two boxes (x_min, y_min, x_max, y_max) over their union; 0 where one has no area."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     if not (width > 0 and height > 0):  # written so that NaN overlaps nothing

@@ -32,9 +32,10 @@ from md3cli.evaluate.scores import Curves, Section, Verdict, number
 from md3cli.exporters import ExportOptions
 from md3cli.exporters.files import replaced_file, staged_folder
 from md3cli.exporters.pictures import FoundPicture, Pictures
-from md3cli.finished.records_file import read_records
-from md3cli.finished.run_json import load_run_info
+from md3cli.finished.run_json import RunInfo
 from md3cli.records import printable
+from md3cli.refine.collection import Collection, as_collection, read
+from md3cli.refine.selection import Selection
 from md3cli.report.items import Entry, Item, Shape, items, missed_shape
 from md3cli.report.page import Link, Page, Table, legible, palette_of, today
 from md3cli.report.plots import (
@@ -203,7 +204,7 @@ class ReportSummary:
 
 
 def write_report(
-    records: Path, output: Path, options: ReportOptions, sections: Sequence[Section] = ()
+    records: Path | Collection, output: Path, options: ReportOptions, sections: Sequence[Section] = ()
 ) -> ReportSummary:
     """Write the report of `records` to `output` (an .html file, or a folder for its index.html).
 
@@ -218,12 +219,12 @@ def write_report(
     """
     _template()  # what is missing is said before the work
     page = output if output.suffix.lower() in (".html", ".htm") else output / "index.html"
-    notes = list[str]()
-    stats, num_items = _count(items(read_records(records, notes)))
-    if num_items == 0:
-        raise InputError(f"{printable(str(records))} holds no records; nothing to show")
+    records, notes = as_collection(records), list[str]()
+    stats, num_items = _count(items(read(records, notes)), records)
+    if num_items == 0 and records.selection.takes_all:
+        raise InputError(f"{printable(str(records.path))} holds no records; nothing to show")
     pictures = Pictures(records, _picture_options(options))
-    judged = with_verdicts(items(read_records(records)), verdicts_of(sections))
+    judged = with_verdicts(items(read(records)), verdicts_of(sections))
     shown = with_thumbnails(judged, pictures, options.thumbnail_px)
     overview = _overview(records, stats, options, sections)
     with replaced_file(page, overwrite=options.overwrite) as file:
@@ -246,17 +247,19 @@ def _picture_options(options: ReportOptions) -> ExportOptions:
     )
 
 
-def _count(shown: Iterable[Item]) -> tuple[RunStats, int]:
-    stats, num_items = RunStats(), 0
+def _count(shown: Iterable[Item], records: Collection) -> tuple[RunStats, int]:
+    stats, num_items = RunStats(records.refinement.labels), 0
+    stats.palette_labels.update(dict.fromkeys(records.classes))
     for item in shown:
         stats.add(item)
         num_items += 1
     return stats, num_items
 
 
-def _overview(records: Path, stats: RunStats, options: ReportOptions, sections: Sequence[Section]) -> Page:
-    run = load_run_info(records)
-    name = printable(records.parent.resolve().name if records.stem == "records" else records.stem)
+def _overview(records: Collection, stats: RunStats, options: ReportOptions, sections: Sequence[Section]) -> Page:
+    infos, path = records.infos(), records.path
+    run = infos[0] if len(infos) == 1 else RunInfo({})  # the times of several runs say nothing together
+    name = printable(path.parent.resolve().name if path.stem == "records" else path.stem)
     return Page(
         title=options.title or name,
         facts=run_facts(stats),
@@ -270,10 +273,10 @@ def _overview(records: Path, stats: RunStats, options: ReportOptions, sections: 
     )
 
 
-def _run_key(records: Path) -> str:
+def _run_key(records: Collection) -> str:
     """Return a key of the first record: marks survive a report made again, and runs do not share them."""
-    first = next(read_records(records))
-    return hashlib.sha256(f"{records.name}\n{first.get('id')}".encode("utf-8", "replace")).hexdigest()[:16]
+    first = next(read(replace(records, selection=Selection())), {})
+    return hashlib.sha256(f"{records.path.name}\n{first.get('id')}".encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def _write_pages(

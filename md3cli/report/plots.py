@@ -15,6 +15,7 @@ from itertools import pairwise
 from md3cli.exporters.grouping import asked_and_found
 from md3cli.finished.run_json import RunInfo
 from md3cli.records import printable
+from md3cli.refine.labels import Labels
 from md3cli.report.items import Item
 from md3cli.report.page import Tile
 
@@ -33,6 +34,7 @@ MAX_QUESTIONS = 4
 class RunStats:
     """The counts, filled item by item and then read by the plots."""
 
+    named: Labels = field(default=Labels())  # how prompts are called
     num_images: int = 0
     num_records: int = 0
     num_objects: int = 0
@@ -62,7 +64,7 @@ class RunStats:
         self.num_objects += labels.total()
         for entry in item.entries:
             if len(self.palette_labels) < MAX_DISTINCT:
-                self.palette_labels.update(dict.fromkeys(asked_and_found(entry.record)))
+                self.palette_labels.update(dict.fromkeys(asked_and_found(entry.record, self.named)))
             self.num_records += 1
             self.tasks[entry.task] += 1
             self.statuses[entry.status] += 1

@@ -55,7 +55,9 @@ class LocalRun:
         self.failures = NamedFailures()
         self.num_damage_told = len(output.journal.damaged) if output.journal is not None else 0
         self.started_at = time.monotonic()
-        self.records = OrderedRecords(model.identity, self._write, self.summary, output.waiting, self._on_flush)
+        self.records = OrderedRecords(
+            model.identity, self._write, self.summary, output.waiting, self._on_flush, config.refinement.labels
+        )
         self.timeline = Timeline(output.document.timeline if output.document is not None else ())
 
     def to_the_end(self) -> int:
@@ -75,6 +77,7 @@ class LocalRun:
             status = exit_status(self.config, self._counts())
         except Interrupted as interrupt:
             status = interrupt.exit_status
+            self.output.print_rest()
             self._note_end(status)
             self._tell_how_to_resume(interrupt)
             raise
@@ -151,6 +154,7 @@ class LocalRun:
     def _publish(self) -> None:
         journal = self.output.journal
         if journal is None:
+            self.output.print_rest()
             return
         document = self.output.document
         journal.settle(

@@ -28,6 +28,8 @@ from md3cli.records import (
     compact_json,
     make_record,
 )
+from md3cli.refine.labels import Labels
+from md3cli.refine.refinement import named
 from md3cli.run.feed import Ticket
 from md3cli.run.journal import encode_record
 from md3cli.run.log import AppendLog
@@ -155,9 +157,11 @@ def _is_of(head: bytes, journal_path: Path) -> bool:
     return is_size and head == _head_of(journal_path, num_bytes)
 
 
-def record_of(ticket: Ticket, answer: Answer, run: RunIdentity) -> RecordDict:
-    """Make the record of an answered request, or of one that failed."""
-    return make_record(ticket.record_id, ticket.image, ticket.facts, ticket.request, run, answer, ticket.row.meta)
+def record_of(ticket: Ticket, answer: Answer, run: RunIdentity, labels: Labels) -> RecordDict:
+    """Make the record of an answered request, or of one that failed; what it found gets the name of its prompt."""
+    facts, request = ticket.facts, ticket.request
+    record = make_record(ticket.record_id, ticket.image, facts, request, run, answer, ticket.row.meta)
+    return named(record, labels)
 
 
 class OrderedRecords:
@@ -170,6 +174,7 @@ class OrderedRecords:
         summary: Summary,
         waiting: WaitingRecords | None = None,
         on_flush: Callable[[], None] = lambda: None,
+        labels: Labels | None = None,
     ) -> None:
         """Make an empty buffer.
 
@@ -179,8 +184,9 @@ class OrderedRecords:
             summary: kept up to date with what was written.
             waiting: keeps the records that wait; None: a kill loses them.
             on_flush: called at the end of each `flush`.
+            labels: how what is found is called.
         """
-        self._run, self._write, self._summary = run, write, summary
+        self._run, self._write, self._summary, self._labels = run, write, summary, labels or Labels()
         self._waiting, self._on_flush = waiting, on_flush
         self._in_flight: dict[int, Ticket] = {}
         self._finished: dict[int, tuple[Ticket, RecordDict]] = {}
@@ -209,13 +215,14 @@ class OrderedRecords:
     def answer(self, answer: Answer) -> None:
         """Make a record of an answer of the engine."""
         ticket = self._in_flight.pop(answer.key)
-        self._finished[ticket.key] = (ticket, record_of(ticket, answer, self._run))
+        self._finished[ticket.key] = (ticket, record_of(ticket, answer, self._run, self._labels))
         if answer.failure is None and answer.result is not None:
             self._answered.append(ticket.key)
 
     def fail(self, ticket: Ticket, failure: RowFailure) -> None:
         """Make an error record of a request that has no answer."""
-        self._finished[ticket.key] = (ticket, record_of(ticket, Answer(ticket.key, failure=failure), self._run))
+        answer = Answer(ticket.key, failure=failure)
+        self._finished[ticket.key] = (ticket, record_of(ticket, answer, self._run, self._labels))
 
     def flush(self) -> None:
         """Write every record that is next in order, keep the others safe, and count what was written."""

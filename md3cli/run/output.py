@@ -9,7 +9,7 @@ import contextlib
 import importlib.util
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from md3cli.files import STAGED, remove_stale_temps, scratch_folder, translate_e
 from md3cli.finished.guards import RUN, check_documents, check_not_foreign_run, marker_format, write_marker
 from md3cli.finished.guards import written_paths as listed_paths
 from md3cli.finished.run_json import RUN_INFO_NAME, change_since, read_facts
-from md3cli.records import RecordDict, RunIdentity, Task, printable
+from md3cli.records import RecordDict, RunIdentity, printable
+from md3cli.refine.refinement import RefinedStream, Refinement
 from md3cli.run.journal import Journal, encode_record
 from md3cli.run.log import damage_words, damaged_path
 from md3cli.run.order import WAITING_SUFFIX, WaitingRecords
@@ -33,7 +34,6 @@ TABLE, JSONL, HTML = "table", "jsonl", "html"
 FOLDER_FORMATS = frozenset({"yolo", "voc", "labelstudio", "hf", "overlay", "txt"})
 PRINTABLE_FORMATS = frozenset({"coco", "csv", HTML})  # one text, so that stdout can take it
 _MOST_OWN_FILES = 1000  # on the list of a run folder; one that is longer is not ours
-LABELLED_TASKS = frozenset({Task.DETECT, Task.POINT, Task.SEGMENT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +169,7 @@ class Output:
     journal: Journal | None = None
     document: RunDocument | None = None
     waiting: WaitingRecords | None = None
+    stream: RefinedStream = field(default_factory=lambda: RefinedStream(Refinement()))  # of what is printed
 
     @property
     def is_replacing(self) -> bool:
@@ -178,7 +179,7 @@ class Output:
     def write(self, records: Sequence[RecordDict]) -> None:
         """Write a batch of records; the first one takes the place of a former run that stands there."""
         if self.journal is None:
-            self._print(records)
+            self._print(self.stream.add(records))
             return
         is_first = self.is_replacing and bool(records)
         self.journal.append(records)
@@ -187,6 +188,10 @@ class Output:
             assert self.document is not None
             remove_leftovers(self.plan.files.run_info, [document.path for document in self.plan.documents])
             self.document.release()
+
+    def print_rest(self) -> None:
+        """Print the records that waited for more of their picture."""
+        self._print(self.stream.rest())
 
     def _print(self, records: Sequence[RecordDict]) -> None:
         if self.plan.stdout == JSONL:
@@ -229,7 +234,7 @@ def open_output(
         OutputError: it cannot be written, or another process writes it.
     """
     if plan.files is None:
-        return Output(plan, console)
+        return Output(plan, console, stream=RefinedStream(config.refinement))
     options = config.output
     earlier = {} if options.overwrite else read_facts(plan.files.run_info, RUN_SCHEMA)
     is_there, is_new_folder = plan.files.journal.is_file(), _is_new_folder(plan.files)
@@ -304,6 +309,7 @@ def _begin(
         num_records_found=journal.num_ok + sum(journal.num_failed.values()),
         is_held=journal.is_replacing,
         may_add=config.output.add,
+        refinement=config.refinement,
     )
 
 
@@ -327,12 +333,10 @@ def publish(document: Document, records: Path, config: RunConfig, root: str) -> 
 
 
 def _export_options(config: RunConfig, root: str) -> ExportOptions:
-    labels = [r.prompt for r in config.requests if r.task in LABELLED_TASKS and r.prompt is not None]
     return ExportOptions(
         root=Path(root),
         overwrite=True,  # what stands there came from an earlier start of this run
         is_confined=config.source.root is not None,
-        labels=tuple(dict.fromkeys(labels)),
         background=config.model.background,
         max_pixels=config.decode.max_pixels,
         max_file_size=config.decode.max_file_size,

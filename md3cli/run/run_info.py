@@ -1,11 +1,11 @@
 """run.json: what a run was asked, with what, how it went; and whether OUTPUT is this run's to resume.
 
-The document's keys: `schema`, `identity` (what must be equal for a resume), `versions`, `model`, `root` (the folder
-that record images are relative to), `seal` (that this user's md3 wrote the root), `arguments` of the last start,
-`counts`, `stages` (seconds by stage, of all starts), `records` (size and SHA-256 of the records file when the run was
-last finished), `timeline` (seconds and records done, of all starts), `starts` (when, where, how it ended) and, where
-requests were added to the first ones, `grown`. It is written whole by rename, so a reader never sees half of it. This
-file knows nothing of how records are made.
+The document's keys: `schema`, `identity` (what must be equal for a resume), `versions`, `model`, `refinement` (names
+and thresholds, which later commands use), `root` (the folder that record images are relative to), `seal` (that this
+user's md3 wrote the root), `arguments` of the last start, `counts`, `stages` (seconds by stage, of all starts),
+`records` (size and SHA-256 of the records file when the run was last finished), `timeline` (seconds and records done,
+of all starts), `starts` (when, where, how it ended) and, where requests were added to the first ones, `grown`. It is
+written whole by rename, so a reader never sees half of it. This file knows nothing of how records are made.
 
 A timeline has a few hundred points at most, about evenly spaced: when there are too many, every second one goes and the
 spacing doubles.
@@ -40,6 +40,7 @@ from md3cli.finished.run_json import (
     timeline_of,
 )
 from md3cli.records import ID_SCHEME, RecordDict, Request, RunIdentity, id_name, printable, request_id
+from md3cli.refine.refinement import Refinement
 from md3cli.run.asked import asked_otherwise, change, differences, is_grown, name_of, way_on
 
 RUN_FOLDER, FORMER = ".md3run", "-former"
@@ -164,11 +165,12 @@ class RunDocument:
         shown: str | None = None,
         is_held: bool = False,
         may_add: bool = False,
+        refinement: Refinement | None = None,
     ) -> RunDocument:
         """Note a start in `path`, on top of what an earlier start left there; a user knows it as `shown`.
 
         `is_held`: nothing is written before `release`. `may_add`: requests may have come behind those of the earlier
-        run, as --add asks.
+        run, as --add asks. `refinement`: what was chosen now; what it leaves open stays as an earlier start chose it.
 
         Raises:
             OutputMismatchError: `is_resume`, and the earlier run was another; names the differences.
@@ -196,6 +198,7 @@ class RunDocument:
             "identity": _as_json(identity),
             "versions": _versions(),
             "model": identity.get("model"),
+            "refinement": (refinement or Refinement()).over(Refinement.from_json(earlier.get("refinement"))).to_json(),
             "root": _exact(root),
             "seal": seal_of(_exact(root)),
             "arguments": start["arguments"],

@@ -24,6 +24,7 @@ from md3cli import __version__
 from md3cli.config import DecodeOptions, ModelOptions
 from md3cli.errors import InputError
 from md3cli.records import printable
+from md3cli.refine.labels import Label, Labels
 from md3cli.run.run_info import RunCounts, utc_now
 from md3cli.scale.folder import (
     COMMITS,
@@ -47,12 +48,13 @@ class RunOptions:
 
     model: ModelOptions
     decode: DecodeOptions
+    labels: Labels = field(default=Labels())  # names under which records are written
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON, with a cache folder that is the same from any working folder."""
         model = asdict(self.model)
         model["cache_dir"] = None if self.model.cache_dir is None else os.path.abspath(self.model.cache_dir)
-        return {"model": model, "decode": asdict(self.decode)}
+        return {"model": model, "decode": asdict(self.decode), "labels": self.labels.to_json()}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> RunOptions:
@@ -62,7 +64,10 @@ class RunOptions:
             model["cache_dir"] = Path(model["cache_dir"])
         decode: dict[str, Any] = dict(document["decode"])
         decode |= {name: tuple(value) for name, value in decode.items() if isinstance(value, list)}
-        return cls(ModelOptions(**model), DecodeOptions(**decode))
+        labels = Labels(
+            tuple(Label(**table | {"prompts": tuple(table["prompts"])}) for table in document.get("labels", ()))
+        )
+        return cls(ModelOptions(**model), DecodeOptions(**decode), labels)
 
 
 def write_run_options(folder: RunFolder, options: RunOptions, argv: tuple[str, ...]) -> None:

@@ -30,7 +30,7 @@ from md3cli.errors import EngineError, InputError, Md3Error
 from md3cli.records import printable
 from md3cli.scale import shard_runner
 from md3cli.scale.folder import RunFolder, host_name, new_attempt, open_run_folder
-from md3cli.scale.markers import RunOptions, read_commit, read_run_options
+from md3cli.scale.markers import read_commit, read_run_options
 from md3cli.scale.plan import Plan
 from md3cli.scale.ray_cluster import Placement, connected, place
 from md3cli.scale.shard_runner import ShardRunner, ShardStopped
@@ -140,7 +140,7 @@ def _open_runner(setup: WorkerSetup) -> ShardRunner:
     options = read_run_options(folder)
     model = replace(options.model, device=setup.device)
     decode = replace(options.decode, workers=options.decode.workers or setup.decode_workers)
-    runner = ShardRunner(setup.run_uri, finder=setup.finder, options=RunOptions(model, decode))
+    runner = ShardRunner(setup.run_uri, finder=setup.finder, options=replace(options, model=model, decode=decode))
     if runner.plan.fingerprint != setup.fingerprint:
         raise InputError(f"the run folder {printable(setup.run_uri)} has another plan on {host_name()}")
     return runner

@@ -31,6 +31,7 @@ from md3cli.errors import EngineError
 from md3cli.finished.record_shape import is_record_of
 from md3cli.images.pool import PicturePool
 from md3cli.records import OK_TAIL, Answer, RecordDict, Request, RowFailure, SourceRow
+from md3cli.refine.labels import Labels
 from md3cli.run.drive import drive
 from md3cli.run.feed import Feed, Ticket, make_decode_pool, rows_ahead
 from md3cli.run.journal import encode_record
@@ -61,9 +62,10 @@ class ShardAttempt:
         engine: LazyEngine,
         should_stop: Callable[[], bool],
         on_progress: Callable[[int, int], None],
+        labels: Labels,
     ) -> None:
         self._journal, self._pool, self._model, self._engine = journal, pool, model, engine
-        self._should_stop, self._on_progress = should_stop, on_progress
+        self._should_stop, self._on_progress, self._labels = should_stop, on_progress, labels
         self._left_open, self._blamed = history.left_open, history.blamed
         self.lines = dict(history.records)
         self._num_failed = sum(not line.endswith(OK_TAIL) for line in self.lines.values())
@@ -122,11 +124,11 @@ class ShardAttempt:
     def answer(self, answer: Answer) -> None:
         """Make an answer a record, to be written by the next `flush`."""
         ticket = self._in_flight.pop(answer.key)
-        self._new.append((ticket.record_id, record_of(ticket, answer, self._model.identity)))
+        self._new.append((ticket.record_id, record_of(ticket, answer, self._model.identity, self._labels)))
 
     def _fail(self, ticket: Ticket, failure: RowFailure) -> None:
         answer = Answer(ticket.key, failure=failure)
-        self._new.append((ticket.record_id, record_of(ticket, answer, self._model.identity)))
+        self._new.append((ticket.record_id, record_of(ticket, answer, self._model.identity, self._labels)))
 
     def flush(self) -> None:
         """Write the new records to the attempt's journal, and show that the attempt is alive."""
@@ -223,7 +225,7 @@ class ShardRunner:
         self._reader = PlanReader(self.folder)
         self.plan = self._reader.plan
         options = options or read_run_options(self.folder)
-        self._decode = options.decode
+        self._decode, self._labels = options.decode, options.labels
         self._model = _find(finder, options.model)
         self._engine = LazyEngine(self._model, while_loading)
         if self._model.identity != self.plan.identity:
@@ -275,7 +277,14 @@ class ShardRunner:
         on_start(shard, self.attempt)
         try:
             attempt = ShardAttempt(
-                history, journal, self._pool_of_run(), self._model, self._engine, should_stop, on_progress
+                history,
+                journal,
+                self._pool_of_run(),
+                self._model,
+                self._engine,
+                should_stop,
+                on_progress,
+                self._labels,
             )
             attempt.to_the_end(rows)
         finally:

@@ -177,7 +177,7 @@ class Start:
         self.config, self.console, self.outputs, self.files = config, console, outputs, outputs.files
         self.folder, self.model, self._source = folder, model, source
         self.deliveries = Deliveries(config.output, outputs.files, folder)
-        self.run_options = RunOptions(config.model, config.decode)
+        self.run_options = RunOptions(config.model, config.decode, config.refinement.labels)
         self.is_alone = config.scale.world_size == 1
         self.num_adopted = 0
 
@@ -218,6 +218,7 @@ class Start:
             is_resume=not is_over,
             shown=self.deliveries.address_of(self.files.run_info),
             is_held=is_over,
+            refinement=self.config.refinement,
         )
 
     def plan(self) -> Plan:
