@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from md3cli.commands.help import App
+from md3cli.commands.options import spread
+from md3cli.commands.reading import ReadOptions, Records
 from md3cli.console import say
 from md3cli.errors import UsageError
-from md3cli.finished.guards import check_none_is_read, check_not_input, files_of_run
+from md3cli.finished.guards import check_none_is_read, check_not_input
 from md3cli.finished.run_json import read_document
 from md3cli.records import printable
+from md3cli.refine.collection import as_collection
 from md3cli.signals import check_stdout
 
 if TYPE_CHECKING:
@@ -25,16 +28,9 @@ _WRITTEN = ("eval.json", "-pr.png", "-reliability.png")  # how the names of the 
 
 
 @app.command("eval")
+@spread(ReadOptions)
 def eval_(
-    records: Annotated[
-        Path, typer.Argument(metavar="RECORDS", help="Finished records (.jsonl), or a run folder.", show_default=False)
-    ],
-    gt: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE", help="COCO instances, COCO captions, or {image, question, answer} rows; may be repeated."
-        ),
-    ] = None,
+    records: Records = None,
     compare: Annotated[
         Path | None, typer.Option(metavar="RECORDS", help="Another run: say what changed since.")
     ] = None,
@@ -48,6 +44,8 @@ def eval_(
             metavar="[NAME=]X", help="Exit with 1 below this: a number for each section's main score, or NAME=NUMBER."
         ),
     ] = None,
+    *,
+    options: ReadOptions,
 ) -> None:
     """Scores against ground truth: boxes, masks, points, captions, answers.
 
@@ -58,16 +56,16 @@ def eval_(
     """
     from md3cli.evaluate import compare_runs, evaluate, load_truth
     from md3cli.evaluate.scores import table
-    from md3cli.finished.run_json import find_records
 
+    gt = options.gt
     if not gt and compare is None:
         raise UsageError("nothing to compare with; give --gt FILE, or --compare OTHER.jsonl")
     check_stdout()
     limits = [_limit(text) for text in fail_under or ()]
-    found = find_records(records)
-    other = None if compare is None else find_records(compare)
+    found = options.collection(records or (), uses_gt=True)
+    other = None if compare is None else as_collection(compare)
     if output is not None:
-        _check_written(output, [*files_of_run(found), *(files_of_run(other) if other else ()), *(gt or ())])
+        _check_written(output, [*options.files_read(found), *(options.files_read(other) if other else ())])
     truths = [load_truth(path) for path in gt or ()]
     evaluation = compare_runs(found, other, truths) if other else evaluate(found, truths)
     say(_document(evaluation) if as_json else table(evaluation))

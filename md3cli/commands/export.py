@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from md3cli.commands.help import App
+from md3cli.commands.options import spread
 from md3cli.commands.parse import FORMATS, MAX_FILE_SIZE, MAX_PIXELS, Format, checked, parse_bytes, parse_count
+from md3cli.commands.reading import ReadOptions, Records
 from md3cli.console import print_document
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport, export_records, format_of
-from md3cli.finished.guards import check_not_input, files_of_run
-from md3cli.finished.run_json import find_records
+from md3cli.finished.guards import check_not_input
 from md3cli.records import printable
+from md3cli.refine.collection import Collection
 from md3cli.signals import StopSignals, check_stdout
 
 if TYPE_CHECKING:
     from md3cli.evaluate import Section
+    from md3cli.report.build import ReportOptions
 
 app = App()
 
@@ -34,9 +37,6 @@ def _option(*names: str, panel: str, help: str, **settings: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
 
 
-Records = Annotated[
-    Path, typer.Argument(metavar="RECORDS", help="Finished records (.jsonl), or a run folder.", show_default=False)
-]
 Output = Annotated[
     Path | None,
     _option("--output", "-o", panel=OUTPUT, metavar="OUT", help="File or folder; else coco, csv, jsonl are printed."),
@@ -52,15 +52,6 @@ FormatName = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, _option("--overwrite", panel=OUTPUT, help="Replace what stands in OUT.")]
-Labels = Annotated[
-    list[str] | None,
-    _option(
-        "--label",
-        panel=OUTPUT,
-        metavar="LABEL",
-        help="Order of the categories, one option each; the rest follows as first seen.",
-    ),
-]
 Beside = Annotated[bool, _option("--beside", panel=OUTPUT, help="txt: each text beside its picture, not under OUT.")]
 EmbedImages = Annotated[bool, _option("--embed-images", panel=OUTPUT, help="parquet: the pictures' bytes too.")]
 UrlPrefix = Annotated[
@@ -108,12 +99,12 @@ MaxFileSize = Annotated[
 
 
 @app.command()
+@spread(ReadOptions)
 def export(
-    records: Records,
+    records: Records = None,
     format: FormatName = None,
     output: Output = None,
     overwrite: Overwrite = False,
-    label: Labels = None,
     beside: Beside = False,
     embed_images: EmbedImages = False,
     url_prefix: UrlPrefix = None,
@@ -125,23 +116,25 @@ def export(
     background: Background = "none",
     max_pixels: MaxPixels = MAX_PIXELS,
     max_file_size: MaxFileSize = MAX_FILE_SIZE,
+    *,
+    options: ReadOptions,
 ) -> None:
     """Other formats from finished records; no model is needed.
 
     Examples:
         md3 export run/ -o boxes.json
         md3 export run/records.jsonl --format yolo -o dataset/
-        md3 export run/ --format csv > answers.csv
+        md3 export run/ --format csv --min-score 0.4 > boxes.csv
     """
+    collection = options.collection(records or ())
     is_page = output is not None and output.suffix.lower() in PAGE_SUFFIXES
     chosen = format or ("html" if is_page else None if output is None else format_of(output))
     if chosen is None:
         raise UsageError("say what to write: --format coco, or -o with a suffix: .json .jsonl .parquet .csv .html")
     _check_root(root)
-    options = ExportOptions(
+    choices = ExportOptions(
         root=root,
         overwrite=overwrite,
-        labels=tuple(label or ()),
         coco_results=coco_results,
         coco_ids_from=coco_ids_from,
         keypoints=keypoints,
@@ -155,14 +148,17 @@ def export(
     )
     with StopSignals() as stop, stop.interruptible():  # nothing is lost: OUT appears at the end
         if chosen == "html":
-            report(records, output or Path("report.html"), root=root, overwrite=overwrite)
+            from md3cli.report.build import ReportOptions
+
+            report_options = ReportOptions(root=root, overwrite=overwrite)
+            _write_report(collection, output or Path("report.html"), report_options, options)
         elif output is None and not (beside and chosen == "txt"):
-            _print(records, chosen, options)
+            _print(collection, chosen, choices)
         else:
-            _tell(export_records(records, chosen, output or Path(), options))
+            _tell(export_records(collection, chosen, output or Path(), choices))
 
 
-def _print(records: Path, format: str, options: ExportOptions) -> None:
+def _print(records: Collection, format: str, options: ExportOptions) -> None:
     """Print the document, once it is complete."""
     if format not in PRINTABLE:
         raise UsageError(f"{format} cannot be printed; name a file or folder with -o")
@@ -192,15 +188,12 @@ def _check_root(root: Path | None) -> None:
 
 
 @app.command()
+@spread(ReadOptions)
 def report(
-    records: Records,
+    records: Records = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="The page (.html), or a folder for it.")
     ] = Path("report.html"),
-    gt: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Ground truth as for md3 eval: show scores, what is wrong and missed."),
-    ] = None,
     root: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the pictures are; by default what run.json says.")
     ] = None,
@@ -215,31 +208,39 @@ def report(
         typer.Option(metavar="N", min=1, help="More pictures than this go to pages in a folder beside the overview."),
     ] = 2000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
+    *,
+    options: ReadOptions,
 ) -> None:
     """A page to look through: thumbnails with boxes, points and masks, filters, counts, marks right and wrong.
 
     Examples:
         md3 report run/ -o report.html
         md3 report run/ --gt instances.json -o report.html
-        md3 report boxes.json --root photos/ -o report.html
+        md3 report run/ other/ --sort least-sure --limit 50 -o doubtful.html
     """
-    from md3cli.report.build import ReportOptions, write_report
+    from md3cli.report.build import ReportOptions
 
     if output.suffix and output.suffix.lower() not in PAGE_SUFFIXES:
         raise UsageError(f"{printable(str(output))} is no name for a page; end it in .html, or name a folder")
     _check_root(root)
-    found = find_records(records)
-    page = output if output.suffix else output / "index.html"
-    check_not_input([page], [*files_of_run(found), *(gt or ())])
-    sections: tuple[Section, ...] = ()
-    if gt:
-        from md3cli.evaluate import evaluate, load_truth
-
-        sections = evaluate(found, [load_truth(path) for path in gt]).sections
-    options = ReportOptions(
+    choices = ReportOptions(
         root=root, overwrite=overwrite, title=title, thumbnail_px=thumbnail_size, images_per_page=images_per_page
     )
-    made = write_report(found, output, options, sections)
+    _write_report(options.collection(records or (), uses_gt=True), output, choices, options)
+
+
+def _write_report(records: Collection, output: Path, choices: ReportOptions, options: ReadOptions) -> None:
+    """Write the page of `records`, with scores where a ground truth is given, and tell where it is."""
+    from md3cli.report.build import write_report
+
+    page = output if output.suffix else output / "index.html"
+    check_not_input([page], options.files_read(records))
+    sections: tuple[Section, ...] = ()
+    if options.gt:
+        from md3cli.evaluate import evaluate, load_truth
+
+        sections = evaluate(records, [load_truth(path) for path in options.gt]).sections
+    made = write_report(records, output, choices, sections)
     pages = f" and {made.num_pages} pages beside it" if made.num_pages > 1 else ""
     where = printable(str(made.page))
     typer.echo(f"{where}{pages}: {made.num_images:,} images, {made.num_records:,} records", err=True)

@@ -432,26 +432,17 @@ class AnnotateOptions:
 
 
 def annotating(command: Callable[..., RunConfig], *, hidden: frozenset[str] = frozenset()) -> Callable[..., None]:
-    """Make a command of a function from words and `options` to a run, which the command then does.
+    """Make a command of a function from words and `options` (AnnotateOptions) to a run, which the command then does.
 
-    typer sees the fields of `AnnotateOptions` in place of the parameter `options`. Those `hidden` can be typed, change
-    nothing and are not in the command's help.
+    Options that are `hidden` can be typed, change nothing and are not in the command's help.
     """
-    hints = get_type_hints(command, include_extras=True)
-    own = [
-        parameter.replace(annotation=_for_typer(hints[name]), kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in inspect.signature(command).parameters.items()
-        if name != "options"
-    ]
-    shared = [_hidden(parameter) if parameter.name in hidden else parameter for parameter in _shared_parameters()]
 
     @functools.wraps(command)
-    def wrapper(**values: Any) -> None:
+    def wrapper(*, options: AnnotateOptions, **values: Any) -> None:
         """Run what the command returns for its options; end the program where the status is not 0."""
         from md3cli.console import RunConsole
         from md3cli.pipeline import run
 
-        options = AnnotateOptions(**{parameter.name: values.pop(parameter.name) for parameter in shared})
         config = command(options=options, **values)
         console = RunConsole(
             is_quiet=options.quiet,
@@ -462,18 +453,44 @@ def annotating(command: Callable[..., RunConfig], *, hidden: frozenset[str] = fr
         if status := run(config, console):
             raise typer.Exit(status)  # 3: too many records failed
 
-    wrapper.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
-    del wrapper.__wrapped__
-    return wrapper
+    return spread(AnnotateOptions, hidden=hidden)(wrapper)
 
 
-@functools.cache  # seven commands share them, and typer's hints take a millisecond to read
-def _shared_parameters() -> tuple[inspect.Parameter, ...]:
-    keyword, declared = inspect.Parameter.KEYWORD_ONLY, get_type_hints(AnnotateOptions, include_extras=True)
+def spread(
+    kind: type[Any], *, hidden: frozenset[str] = frozenset()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Have typer see the fields of the dataclass `kind` in place of a command's parameter `options`.
+
+    Those that are `hidden` can be typed, and are not in the command's help.
+    """
+
+    def make(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        own = [
+            parameter.replace(annotation=_for_typer(hints[name]), kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in inspect.signature(command).parameters.items()
+            if name != "options"
+        ]
+        shared = [_hidden(one) if one.name in hidden else one for one in _shared_parameters(kind)]
+
+        @functools.wraps(command)
+        def wrapper(**values: Any) -> None:
+            command(options=kind(**{parameter.name: values.pop(parameter.name) for parameter in shared}), **values)
+
+        wrapper.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
+        del wrapper.__wrapped__
+        return wrapper
+
+    return make
+
+
+@functools.cache  # many commands share them, and typer's hints take a millisecond to read
+def _shared_parameters(kind: type[Any]) -> tuple[inspect.Parameter, ...]:
+    keyword, declared = inspect.Parameter.KEYWORD_ONLY, get_type_hints(kind, include_extras=True)
     return tuple(
         inspect.Parameter(field.name, keyword, default=field.default, annotation=_for_typer(declared[field.name]))
-        for field in fields(AnnotateOptions)
+        for field in fields(kind)
     )
 
 

@@ -24,7 +24,7 @@ from md3cli import __version__
 from md3cli.config import DecodeOptions, ModelOptions
 from md3cli.errors import InputError
 from md3cli.records import printable
-from md3cli.refine.labels import Label, Labels
+from md3cli.refine.labels import Labels, labels_of_tables
 from md3cli.run.run_info import RunCounts, utc_now
 from md3cli.scale.folder import (
     COMMITS,
@@ -64,9 +64,7 @@ class RunOptions:
             model["cache_dir"] = Path(model["cache_dir"])
         decode: dict[str, Any] = dict(document["decode"])
         decode |= {name: tuple(value) for name, value in decode.items() if isinstance(value, list)}
-        labels = Labels(
-            tuple(Label(**table | {"prompts": tuple(table["prompts"])}) for table in document.get("labels", ()))
-        )
+        labels = labels_of_tables(document.get("labels", ()), RUN)
         return cls(ModelOptions(**model), DecodeOptions(**decode), labels)
 
 

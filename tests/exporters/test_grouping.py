@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from md3cli.errors import ExportError, InputError
 from md3cli.exporters.grouping import ImageIndex
 from md3cli.finished.records_file import read_records
+from md3cli.refine.collection import as_collection
 
 
 def groups(path: Path) -> list[tuple[str, list[str]]]:
-    with closing(ImageIndex(path)) as index:
+    with closing(ImageIndex(as_collection(path))) as index:
         return [(group.name, [line["id"] for line in group.records]) for group in index.images()]
 
 
@@ -46,7 +47,7 @@ def test_failures_and_text_only_queries_make_no_image(tmp_path: Path) -> None:
     ]
     path = write_records(tmp_path / "records.jsonl", lines)
     assert groups(path) == [("half.jpg", ["1"])]
-    with closing(ImageIndex(path)) as index:
+    with closing(ImageIndex(as_collection(path))) as index:
         assert (index.survey.num_records, index.survey.num_failures, index.survey.num_without_image) == (4, 2, 1)
 
 
@@ -66,7 +67,7 @@ def test_pictures_of_one_name_are_told_apart_by_their_digest(tmp_path: Path) -> 
     ]
     path = write_records(tmp_path / "records.jsonl", lines)
     assert groups(path) == [("d/a.png", ["1", "3"]), ("d/a.png", ["2"])]
-    with closing(ImageIndex(path)) as index:
+    with closing(ImageIndex(as_collection(path))) as index:
         assert [group.distinct_name for group in index.images()] == ["d/a.png", "d/a.png#2"]
         assert [group.file_name for group in index.images()] == ["d/a.png", "d/a~2.png"]
 
@@ -128,7 +129,7 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing"):
-        ImageIndex(tmp_path / "nothing.jsonl")
+        ImageIndex(as_collection(tmp_path / "nothing.jsonl"))
 
 
 def test_no_room_for_sorting_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +143,7 @@ def test_no_room_for_sorting_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sqlite3, "connect", connect_to_little)
     path = write_records(tmp_path / "records.jsonl", (record(str(n), "caption", caption="x") for n in range(1000)))
     with pytest.raises(ExportError, match="TMPDIR"):
-        ImageIndex(path)
+        ImageIndex(as_collection(path))
 
 
 MEASURE = r"""

@@ -20,6 +20,7 @@ from md3cli.cli import app
 from md3cli.exporters import ExportOptions
 from md3cli.exporters.pictures import Pictures
 from md3cli.finished.run_json import seal_of
+from md3cli.refine.collection import as_collection
 
 SECRET = b"-----BEGIN PRIVATE KEY-----"
 CARRYING = ["hf", "yolo", "overlay", "parquet", "html"]
@@ -83,7 +84,7 @@ def test_below_a_claimed_root_only_the_record_s_own_picture_is_taken(tmp_path: P
     folder = strangers_run(tmp_path, str(home), [ours, wrong])
     result = export(folder, format, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    found = Pictures(folder / "records.jsonl", ExportOptions())
+    found = Pictures(as_collection(folder / "records.jsonl"), ExportOptions())
     assert not found.is_trusted
     carried = bytes_under(tmp_path / "out")
     if format in ("hf", "yolo"):
@@ -95,7 +96,7 @@ def test_below_a_claimed_root_only_the_record_s_own_picture_is_taken(tmp_path: P
 @pytest.mark.parametrize("root", ["x" * 5000, "\ud800", "\0", "nowhere/" * 600, "http://h.example/x", 7, ["/"], None])
 def test_a_root_that_no_folder_can_have_is_none(tmp_path: Path, home: Path, root: object) -> None:
     folder = strangers_run(tmp_path, root, [of(home / "p.png", "p.png")], seal="\ud800")
-    assert Pictures(folder / "records.jsonl", ExportOptions()).root is None
+    assert Pictures(as_collection(folder / "records.jsonl"), ExportOptions()).root is None
     result = export(folder, "hf", "-o", tmp_path / "out")
     assert (result.exit_code, "add --root DIR" in result.stderr) == (2, True)
 
@@ -112,12 +113,12 @@ def test_a_run_json_that_is_none_is_named(tmp_path: Path, home: Path, text: str)
 @pytest.mark.parametrize("seal", [None, 7, "", "0" * 64, "ü"])
 def test_a_seal_cannot_be_guessed(tmp_path: Path, home: Path, seal: object) -> None:
     folder = strangers_run(tmp_path, str(home), [of(home / "p.png", "p.png")], seal=seal)
-    assert not Pictures(folder / "records.jsonl", ExportOptions()).is_trusted
+    assert not Pictures(as_collection(folder / "records.jsonl"), ExportOptions()).is_trusted
 
 
 def test_a_seal_is_of_one_root(tmp_path: Path, home: Path) -> None:
     folder = strangers_run(tmp_path, str(home), [of(home / "p.png", "p.png")], seal=seal_of(str(tmp_path)))
-    assert not Pictures(folder / "records.jsonl", ExportOptions()).is_trusted
+    assert not Pictures(as_collection(folder / "records.jsonl"), ExportOptions()).is_trusted
 
 
 @pytest.mark.parametrize("root", ["home", "/", ".", ".."])
@@ -150,7 +151,7 @@ def test_an_address_is_no_folder(tmp_path: Path, home: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     draw_pictures(tmp_path / "http:/h.example", ["p.png"])
     folder = strangers_run(tmp_path, "http://h.example", [of(home / "p.png", "p.png")])
-    assert Pictures(folder / "records.jsonl", ExportOptions()).root is None
+    assert Pictures(as_collection(folder / "records.jsonl"), ExportOptions()).root is None
 
 
 # --- tars ----------------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def test_a_member_is_found_in_its_tar_only(run: Run, is_confined: bool, tar: str
     members = {"n/x.png": (1, 2, 3), str(secret): (4, 5, 6), "./d.png": (7, 8, 9), outside: (9, 9, 9)}
     write_tar(run.root / tar, members)
     run.write([record("x", "caption", caption="x")])
-    pictures = Pictures(run.records, ExportOptions(root=run.root, is_confined=is_confined))
+    pictures = Pictures(as_collection(run.records), ExportOptions(root=run.root, is_confined=is_confined))
     for name, colour in members.items():
         found = pictures.find({"image": f"{tar}/{name.removeprefix('./')}"})
         assert found is not None
@@ -190,7 +191,7 @@ def test_a_member_is_found_in_its_tar_only(run: Run, is_confined: bool, tar: str
 def test_a_folder_that_is_called_a_tar_is_a_folder(run: Run) -> None:
     draw_pictures(run.root, ["a.tar/b.png"])
     run.write([record("a.tar/b.png", "caption", caption="x")])
-    found = Pictures(run.records, ExportOptions()).find({"image": "a.tar/b.png"})
+    found = Pictures(as_collection(run.records), ExportOptions()).find({"image": "a.tar/b.png"})
     assert found is not None
     assert found.path == str(run.root.resolve() / "a.tar/b.png")
 
@@ -206,7 +207,7 @@ def test_of_two_members_of_one_name_the_record_s_is_taken(run: Run) -> None:
             info.size = len(contents[-1])
             tar.addfile(info, io.BytesIO(contents[-1]))
     run.write([record("x", "caption", caption="x")])
-    pictures = Pictures(run.records, ExportOptions())
+    pictures = Pictures(as_collection(run.records), ExportOptions())
     for content in contents:
         found = pictures.find({"image": "a.tar/x.png", "sha256": hashlib.sha256(content).hexdigest()})
         assert found is not None
@@ -223,7 +224,7 @@ def test_an_export_finds_what_a_list_spelled_otherwise(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "r.jsonl").touch()
-    pictures = Pictures(tmp_path / "r.jsonl", ExportOptions(root=tmp_path))
+    pictures = Pictures(as_collection(tmp_path / "r.jsonl"), ExportOptions(root=tmp_path))
     for name, path in (("sub\\a.png", "sub/a.png"), (unicodedata.normalize("NFC", decomposed), decomposed)):
         found = pictures.find({"image": name, "sha256": None})
         assert found is not None

@@ -13,6 +13,9 @@ from PIL import Image
 
 from md3cli.exporters import ExportOptions, ExportReport, export_records
 from md3cli.finished.run_json import seal_of
+from md3cli.refine.collection import Collection
+from md3cli.refine.labels import Labels, labels_with
+from md3cli.refine.refinement import Refinement
 
 Record = dict[str, Any]
 
@@ -78,10 +81,11 @@ class Run:
     def write(self, records: Iterable[Record]) -> Path:
         return write_records(self.records, records)
 
-    def export(self, format: str, out: str, **options: Any) -> tuple[ExportReport, Path]:
-        """Export the run's records to `out` in its folder."""
-        target = self.folder / out
-        return export_records(self.records, format, target, ExportOptions(**options)), target
+    def export(self, format: str, out: str, labels: Iterable[str] = (), **options: Any) -> tuple[ExportReport, Path]:
+        """Export the run's records to `out` in its folder, under `labels` as OBJECTs are typed."""
+        target, chosen = self.folder / out, Refinement(labels_with(labels, Labels()))
+        records = Collection.of([self.records], chosen=chosen)
+        return export_records(records, format, target, ExportOptions(**options)), target
 
 
 def draw_pictures(root: Path, names: Iterable[str] = NAMES) -> None:
