@@ -56,7 +56,7 @@ class ReadOptions:
         list[Task] | None, _select(metavar="TASK", help="Only records of this task; each of these may be repeated.")
     ] = None
     label: Annotated[list[str] | None, _select(metavar="NAME", help="Only records of this name.")] = None
-    prompt: Annotated[list[str] | None, _select(metavar="TEXT", help="Only records of this prompt.")] = None
+    prompt: Annotated[list[str] | None, _select(metavar="PROMPT", help="Only records of this prompt.")] = None
     image: Annotated[list[str] | None, _select(metavar="GLOB", help="Only pictures whose name matches.")] = None
     score_from: Annotated[
         float | None, _select(metavar="X", min=0, max=1, help="Only with an object of at least this score,")

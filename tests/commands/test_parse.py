@@ -257,6 +257,7 @@ def test_row_manifests() -> None:
         ("detect:car, red person", [(Task.DETECT, "car"), (Task.DETECT, "red person")]),
         ("point:nose", [(Task.POINT, "nose")]),
         ("segment:dog", [(Task.SEGMENT, "dog")]),
+        ("segment", [(Task.SEGMENT, None)]),
         ("query:Is it a, b: or c?", [(Task.QUERY, "Is it a, b: or c?")]),
     ],
 )
@@ -264,9 +265,7 @@ def test_tasks(spec: str, expected: list[tuple[Task, str | None]]) -> None:
     assert parse_task(spec) == expected
 
 
-@pytest.mark.parametrize(
-    "spec", ["", "caption:", "caption:huge", "detect", "detect:", "detect:,", "query", "query: ", "x:y"]
-)
+@pytest.mark.parametrize("spec", ["", "caption:", "caption:huge", "detect:", "detect:,", "query", "query: ", "x:y"])
 def test_tasks_that_make_no_sense(spec: str) -> None:
     with pytest.raises(ValueError, match=r"one of|missing"):
         parse_task(spec)

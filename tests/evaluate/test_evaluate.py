@@ -35,10 +35,10 @@ def record(image, task, prompt=None, **result):
     return head | {"width": WIDTH, "height": HEIGHT} | result | {"finish_reason": "stop", "error": None}
 
 
-def box(x, y, width, height, score=0.9):
+def box(x, y, width, height, score=0.9, label="thing"):
     """A found box, given in pixels."""
     edges = {"x_min": x / WIDTH, "y_min": y / HEIGHT, "x_max": (x + width) / WIDTH, "y_max": (y + height) / HEIGHT}
-    return {"label": "thing", **edges, "score": score}
+    return {"label": label, **edges, "score": score}
 
 
 def instances(objects, images=None, categories=("car", "dog")):
@@ -106,9 +106,11 @@ def noisy_scene(seed, num_images=12):
                 there.append((f"{n}.jpg", category, bbox, {"iscrowd": int(rng.random() < 0.1)}))
                 if rng.random() < 0.8:
                     moved = [value + rng.gauss(0, 3) for value in bbox]
-                    found.append(box(*moved, score=round(rng.random(), 3)))
+                    found.append(box(*moved, score=round(rng.random(), 3), label=category))
             if rng.random() < 0.4:
-                found.append(box(rng.randint(0, 100), rng.randint(0, 50), 30, 30, score=round(rng.random(), 3)))
+                found.append(
+                    box(rng.randint(0, 100), rng.randint(0, 50), 30, 30, score=round(rng.random(), 3), label=category)
+                )
             records.append(record(f"{n}.jpg", "detect", category, objects=found))
     return instances(there, images=[f"{n}.jpg" for n in range(num_images)]), records
 
