@@ -40,6 +40,16 @@ def say(text: str, *, err: bool = False) -> None:
     print(harmless(text.encode("utf-8", "replace")).decode() if stream.isatty() else text, file=stream, flush=True)
 
 
+def size_words(num_bytes: float) -> str:
+    """Return a size as a person reads it: `512 bytes`, `6.6 MB`, `18.5 GB`."""
+    size = float(num_bytes)
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
+
+
 def print_bytes(text: bytes) -> None:
     """Print UTF-8 as it is, harmless where stdout is a terminal."""
     sys.stdout.buffer.write(harmless(text) if sys.stdout.isatty() else text)

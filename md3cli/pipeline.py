@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from md3cli.config import ModelOptions, RunConfig
@@ -38,14 +39,15 @@ if TYPE_CHECKING:
 ModelFinder = Callable[[ModelOptions], Model]
 
 
-def run(config: RunConfig, console: RunConsole, *, find: ModelFinder = find_model) -> int:
-    """Do what `config` says; returns the exit status, 0 or 3.
+def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = None) -> int:
+    """Do what `config` says; returns the exit status, 0 or 3. The model is looked for where `find` does not say how.
 
     Raises:
         Md3Error: the run could not be done; what was reported is on disk.
         Interrupted: a signal stopped it, in order.
         BrokenPipeError: the reader of stdout has left.
     """
+    find = find or partial(find_model, tell=console.say)
     parse_background(config.model.background)
     with contextlib.ExitStack() as stack:
         if config.output.address is not None:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from md3cli.commands.help import App
-from md3cli.console import moving_bar, print_table
-from md3cli.errors import OutputError
+from md3cli.console import moving_bar, print_table, say, size_words
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage
 from md3cli.records import ImageItem, printable
 
@@ -49,7 +48,10 @@ def list_models(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([model.as_json() for model in models], indent=1))
         return
-    rows = [(m.alias, m.source, _size(m.num_bytes), str(m.path or "not here")) for m in models]
+    rows = [
+        (m.alias, m.source, "" if m.num_bytes is None else size_words(m.num_bytes), str(m.path or "not here"))
+        for m in models
+    ]
     _print(("name", "from", "size", "where"), rows)
     if any(model.path is None for model in models):
         typer.echo("Fetch one with: md3 models pull NAME", err=True)
@@ -64,16 +66,12 @@ def pull(model: Model, revision: Revision = None) -> None:
     """
     from md3cli.model.weights import hub
 
-    repo = hub.required_repo(model)
-    plan = hub.plan_download(repo, revision)
-    typer.echo(
-        f"{repo}@{plan.revision}: {_size(plan.num_bytes)}, {_size(plan.missing_bytes)} to fetch into "
-        f"{plan.cache_folder}, {_size(plan.free_bytes)} free; terms of use: {hub.terms_of(repo)}",
-        err=True,
-    )
-    if plan.missing_bytes > plan.free_bytes:
-        raise OutputError(f"{plan.cache_folder} has too little room; free some, or set HF_HUB_CACHE to another folder")
-    hub.download(repo, revision)
+    if model == hub.TINY:
+        say(f"{model} is in this package, in {hub.model_path(model)}; there is nothing to fetch", err=True)
+    else:
+        repo = hub.required_repo(model)
+        hub.plan_download(repo, revision).announce(functools.partial(say, err=True))
+        hub.download(repo, revision)
     typer.echo(hub.resolve_model(model, revision=revision).identity)
 
 
@@ -94,10 +92,10 @@ def info(model: Model, revision: Revision = None, as_json: AsJson = False) -> No
     for line in _summary_lines(summary):
         typer.echo(printable(line))
     rows = [
-        (str(part.part), f"{part.num_parameters:,}", _size(part.num_bytes), _by_format(part.formats))
+        (str(part.part), f"{part.num_parameters:,}", size_words(part.num_bytes), _by_format(part.formats))
         for part in summary.parts
     ]
-    total = ("total", f"{summary.num_parameters:,}", _size(summary.num_bytes), "")
+    total = ("total", f"{summary.num_parameters:,}", size_words(summary.num_bytes), "")
     _print(("part", "parameters", "bytes", "stored as"), [*rows, total])
 
 
@@ -118,7 +116,9 @@ def convert(
 
     with moving_bar("writing") as advance:
         plan = convert_checkpoint(present_path(source), target, Format(to), progress=advance)
-    typer.echo(f"{target}: {plan.layout}, {_size(plan.files.num_bytes)} in {len(plan.files.files)} files, compared")
+    typer.echo(
+        f"{target}: {plan.layout}, {size_words(plan.files.num_bytes)} in {len(plan.files.files)} files, compared"
+    )
 
 
 @app.command()
@@ -172,7 +172,9 @@ def quantize(
             tokenizer_file=stored_tokenizer(),
             progress=advance,
         )
-    typer.echo(f"{target}: {plan.layout}, {_size(plan.files.num_bytes)} in {len(plan.files.files)} files, read back")
+    typer.echo(
+        f"{target}: {plan.layout}, {size_words(plan.files.num_bytes)} in {len(plan.files.files)} files, read back"
+    )
 
 
 def _calibrated(model: str, pictures: str, limit: int, device: str) -> Importance:
@@ -224,7 +226,9 @@ def verify(model: Model, revision: Revision = None, as_json: AsJson = False) -> 
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=1))
         return
-    rows = [(f.name, _size(f.num_bytes), f"{f.sha256[:16]}…", f.known_from or "no digest known") for f in found.files]
+    rows = [
+        (f.name, size_words(f.num_bytes), f"{f.sha256[:16]}…", f.known_from or "no digest known") for f in found.files
+    ]
     _print(("file", "size", "SHA-256", "same as"), rows)
     typer.echo(f"{found.plan.layout}: {len(found.plan.files.entries)} tensors, names and shapes as the config asks for")
 
@@ -241,26 +245,15 @@ def _summary_lines(summary: CheckpointSummary) -> Iterable[str]:
     yield f"  region LayerNorm: {has_ln}; tokenizer: {has_tokenizer}"
     yield f"  {_SEGMENTS if 'segment' in summary.skills else _SEGMENTS_NOT}"
     yield f"  terms of use: {summary.terms}"
-    yield "  stored as " + ", ".join(f"{dtype} {_size(size)}" for dtype, size in summary.dtypes.items())
+    yield "  stored as " + ", ".join(f"{dtype} {size_words(size)}" for dtype, size in summary.dtypes.items())
 
 
 def _by_format(formats: Mapping[str, int]) -> str:
     """Return `int4`, or formats with their sizes where a part is stored in several ways."""
     if len(formats) == 1:
         return next(iter(formats))
-    return ", ".join(f"{name} {_size(size)}" for name, size in formats.items())
+    return ", ".join(f"{name} {size_words(size)}" for name, size in formats.items())
 
 
 def _print(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     print_table(columns, rows, right=("parameters", "bytes", "size"), is_ruled=True)
-
-
-def _size(num_bytes: int | None) -> str:
-    if num_bytes is None:
-        return ""
-    size = float(num_bytes)
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:,.1f} GB"

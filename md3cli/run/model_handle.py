@@ -136,17 +136,18 @@ class LazyEngine:
         return self.loaded.stage_seconds() if self.loaded is not None else {}
 
 
-def find_model(options: ModelOptions) -> Model:
-    """Find the model named by `options`, fetched where that is needed and allowed.
+def find_model(options: ModelOptions, tell: Callable[[str], None] | None = None) -> Model:
+    """Find the model named by `options`, fetched where that is needed and allowed; `tell` hears of that before it is.
 
     Raises:
         CheckpointError: there is none, or its headers make no model.
+        OutputError: there is too little room for it.
     """
     from md3cli.model.weights.hub import resolve_model
     from md3cli.model.weights.plan import plan_checkpoint
 
     files = resolve_model(
-        options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline
+        options.model, revision=options.revision, tokenizer=options.tokenizer, offline=options.offline, tell=tell
     )
     identity = options.identity(files.identity)
     return Model(options, identity, plan_checkpoint(files.path).config, files)

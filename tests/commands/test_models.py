@@ -247,6 +247,14 @@ def test_pull_of_a_local_model_is_a_usage_error() -> None:
     assert "nothing to fetch" in run("pull", CASE_A, fails_with=UsageError)
 
 
+def test_the_model_of_the_package_is_pulled_already() -> None:
+    result = CliRunner().invoke(models.app, ["pull", "tiny"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("tiny@")
+    assert "tiny is in this package" in result.stderr
+    assert "nothing to fetch" in result.stderr
+
+
 def test_pull_says_sizes_first_and_refuses_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def plan(repo: str, revision: str | None) -> DownloadPlan:
         return DownloadPlan(repo, "abc", 18_500_000_000, 18_500_000_000, tmp_path, 5_000_000_000)

@@ -9,16 +9,18 @@ that was used. `huggingface_hub` is imported when a repository is asked for, not
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from md3cli.errors import CheckpointError, UsageError
+from md3cli.console import size_words
+from md3cli.errors import CheckpointError, OutputError, UsageError
 from md3cli.model.weights.files import (
     CONFIG_NAME,
     INDEX_SUFFIX,
@@ -61,15 +63,43 @@ class DownloadPlan:
     cache_folder: Path
     free_bytes: int
 
+    def announce(self, tell: Callable[[str], None]) -> None:
+        """Tell sizes, room and terms of use, before anything is fetched.
 
-def fetch_model(repo: str, revision: str | None = None, *, offline: bool = False) -> Path:
-    """Return the folder of a model repository's files, named after its commit.
+        Raises:
+            OutputError: there is too little room.
+        """
+        missing, free = size_words(self.missing_bytes), size_words(self.free_bytes)
+        tell(
+            f"{self.repo}@{self.revision}: {size_words(self.num_bytes)}, {missing} to fetch into {self.cache_folder}, "
+            f"{free} free; terms of use: {terms_of(self.repo)}"
+        )
+        if self.missing_bytes > self.free_bytes:
+            raise OutputError(
+                f"{self.cache_folder} has too little room: {missing} are to come and {free} are free; free some, or "
+                "set HF_HUB_CACHE to another folder"
+            )
+
+
+def fetch_model(
+    repo: str, revision: str | None = None, *, offline: bool = False, tell: Callable[[str], None] | None = None
+) -> Path:
+    """Return the folder of a model repository's files, named after its commit; `tell` hears what is to be fetched.
 
     Raises:
         CheckpointError: the files cannot be had, or the repository holds no safetensors.
+        OutputError: there is too little room for them.
     """
-    folder = cached(repo, revision) or Path(_snapshot(repo, revision, MODEL_FILES, offline=offline))
+    folder = cached(repo, revision)
+    if folder is None:
+        if not offline:
+            plan_download(repo, revision).announce(tell or _tell_nobody)
+        folder = Path(_snapshot(repo, revision, MODEL_FILES, offline=offline))
     return _with_weights(repo, folder)
+
+
+def _tell_nobody(words: str) -> None:
+    pass
 
 
 def _fetch_tokenizer(repo: str, *, offline: bool, looked_in: Path | None = None) -> Path:
@@ -92,7 +122,8 @@ def plan_download(repo: str, revision: str | None = None) -> DownloadPlan:
     Raises:
         CheckpointError: the hub cannot be asked, or there is no such repository.
     """
-    files = _snapshot(repo, revision, MODEL_FILES, dry_run=True)
+    with _no_bars():
+        files = _snapshot(repo, revision, MODEL_FILES, dry_run=True)
     cache = cache_folder()
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     return DownloadPlan(
@@ -103,6 +134,20 @@ def plan_download(repo: str, revision: str | None = None) -> DownloadPlan:
         cache_folder=cache,
         free_bytes=shutil.disk_usage(existing).free,
     )
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep the library from drawing a bar for its second of asking."""
+    utils = _import_hub().utils
+    is_silent = utils.are_progress_bars_disabled()
+    if not is_silent:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not is_silent:
+            utils.enable_progress_bars()
 
 
 def download(repo: str, revision: str | None = None) -> Path:
@@ -158,6 +203,7 @@ def _import_hub() -> Any:
     import huggingface_hub.constants
     import huggingface_hub.errors
     import huggingface_hub.file_download
+    import huggingface_hub.utils
 
     return huggingface_hub
 
@@ -171,9 +217,14 @@ def _snapshot(
     wanted = f"{repo}@{revision}" if revision else repo
     _check_revision(repo, revision)
     try:
-        return hub.snapshot_download(
-            repo, revision=revision, local_files_only=offline, dry_run=dry_run, **_selection(patterns)
-        )
+        try:
+            return hub.snapshot_download(
+                repo, revision=revision, local_files_only=offline, dry_run=dry_run, **_selection(patterns)
+            )
+        except errors.DryRunError as error:  # hides what a fetch would have raised
+            if isinstance(error.__cause__, errors.RepositoryNotFoundError):
+                raise error.__cause__ from None
+            raise errors.LocalEntryNotFoundError(str(error)) from error
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{wanted} is gated: accept its terms at https://huggingface.co/{repo}, then run `hf auth login` "
@@ -262,20 +313,27 @@ def present_path(name: str, revision: str | None = None) -> Path:
 
 
 def resolve_model(
-    name: str, *, revision: str | None = None, tokenizer: str | None = None, offline: bool = False
+    name: str,
+    *,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    offline: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> ModelFiles:
     """Find the files of a model: an alias, repository id, folder or .safetensors file.
 
     `revision` is a branch, tag or commit of a repository; `offline` looks into the cache only. `tokenizer` is a
-    file, folder or repository id; the default is the one beside the weights, else `TOKENIZER_REPO`.
+    file, folder or repository id; the default is the one beside the weights, else `TOKENIZER_REPO`. `tell` hears
+    what is fetched, before it is.
 
     Raises:
         CheckpointError: no such model, or its files cannot be had.
+        OutputError: there is too little room for them.
         UsageError: a revision of a local path.
     """
     repo = repo_of(name)
     if repo is not None:
-        path = fetch_model(repo, revision, offline=offline)
+        path = fetch_model(repo, revision, offline=offline, tell=tell)
         tokenizer_file = find_tokenizer(path, tokenizer, offline)
         # A tokenizer of the user's choice changes answers, so the revision names it.
         mark = f"+{hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()[:8]}" if tokenizer is not None else ""

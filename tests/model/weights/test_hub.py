@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
+from program import isolate, make_pictures
 from quiet_server import QuietServer
+from typer.testing import CliRunner
 
-from md3cli.errors import CheckpointError, UsageError
+from md3cli.cli import app
+from md3cli.errors import CheckpointError, OutputError, UsageError
 from md3cli.model.weights import hub
 from md3cli.model.weights.files import find_weight_files
 from md3cli.model.weights.hub import (
@@ -287,6 +291,50 @@ def test_sizes_are_known_before_anything_is_fetched(served: dict[str, dict[str, 
     assert not list((tmp_path / "cache").glob("**/*.safetensors"))
     download(REPO)
     assert plan_download(REPO).missing_bytes == 0
+
+
+def test_a_fetch_is_told_before_it_begins_and_once(served: dict[str, dict[str, bytes]], asked: list[str]) -> None:
+    told: list[str] = []
+
+    def tell(words: str) -> None:
+        told.append(words)
+        assert not any("resolve/" in path for path in asked), "no byte was fetched yet"
+
+    resolve_model(REPO, tell=tell)
+    (words,) = told
+    assert re.fullmatch(rf"{REPO}@{COMMIT}: (.*B), \1 to fetch into .*, .* free; terms of use: read them at .*", words)
+    resolve_model(REPO, tell=tell)
+    assert len(told) == 1, "it is here"
+    with pytest.raises(CheckpointError, match="forbids to fetch"):
+        resolve_model("someone/else", offline=True, tell=tell)
+    assert len(told) == 1
+
+
+@pytest.mark.process
+def test_an_annotating_command_tells_what_it_fetches(
+    served: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isolate(monkeypatch, tmp_path)
+    picture = make_pictures(tmp_path / "pictures", 1) / "p0.png"
+    ask = ["query", str(picture), "-q", "why?", "--model", REPO, "--max-tokens", "1", "--device", "cpu", "--no-cache"]
+    result = CliRunner().invoke(app, ask)
+    assert result.exit_code == 0, result.stderr
+    assert f"{REPO}@{COMMIT}: " in result.stderr.splitlines()[0]
+    assert "terms of use: read them at" in result.stderr.splitlines()[0]
+    assert "to fetch" not in CliRunner().invoke(app, ask).stderr
+
+
+def test_nothing_is_fetched_where_the_disk_is_too_small(
+    served: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    told: list[str] = []
+    with pytest.raises(
+        OutputError, match=r"too little room: .*B are to come and 1\.0 kB are free; free some, or set HF"
+    ):
+        resolve_model(REPO, tell=told.append)
+    assert "1.0 kB free" in told[0]
+    assert not list(tmp_path.glob("cache/**/*.safetensors"))
 
 
 def test_an_incomplete_snapshot_is_completed(served: dict[str, dict[str, bytes]]) -> None:
