@@ -19,6 +19,7 @@ from md3cli.evaluate.scores import Section, without_infinite
 from md3cli.evaluate.truth import Captions, Instances, Questions, Truth, load_truth
 from md3cli.records import RecordDict, printable
 from md3cli.refine.collection import Collection, as_collection, read
+from md3cli.refine.labels import Labels
 
 __all__ = ["EVAL_SCHEMA", "Comparison", "Evaluation", "Section", "compare_runs", "evaluate", "load_truth"]
 
@@ -101,7 +102,7 @@ def evaluate(records: Path | Collection, truths: Sequence[Truth]) -> Evaluation:
         MissingExtraError: objects are to be scored and faster-coco-eval is not installed.
     """
     records, notes = as_collection(records), list[str]()
-    sections = _sections(final_records(read(records, notes)), truths, records.path)
+    sections = _sections(final_records(read(records, notes)), truths, records)
     return Evaluation(records.path, tuple(truth.path for truth in truths), tuple(sections), notes=tuple(notes))
 
 
@@ -116,24 +117,25 @@ def compare_runs(records: Path | Collection, other: Path | Collection, truths: S
     after = final_records(read(records, notes))
     before = final_records(read(other, earlier_notes))
     notes += [f"{printable(str(other.path))}: {note}" for note in earlier_notes]
-    sections = _sections(after, truths, records.path) if truths else []
-    earlier = _sections(before, truths, other.path) if truths else []
+    sections = _sections(after, truths, records) if truths else []
+    earlier = _sections(before, truths, other) if truths else []
     comparison = compare(before, after, earlier, sections)
     return Evaluation(records.path, tuple(truth.path for truth in truths), tuple(sections), comparison, tuple(notes))
 
 
-def _sections(records: Sequence[RecordDict], truths: Sequence[Truth], path: Path) -> list[Section]:
-    sections = [section for truth in truths for section in _score(records, truth)]
+def _sections(records: Sequence[RecordDict], truths: Sequence[Truth], collection: Collection) -> list[Section]:
+    labels = collection.refinement.labels
+    sections = [section for truth in truths for section in _score(records, truth, labels)]
     if not sections:
         tasks = ", ".join(dict.fromkeys(str(record["task"]) for record in records)) or "nothing"
         raise InputError(
-            f"nothing to score: {printable(str(path))} holds {tasks}; COCO instances score detect, segment and "
-            "point, COCO captions score caption, questions score query"
+            f"nothing to score: {printable(str(collection.path))} holds {tasks}; COCO instances score detect, segment "
+            "and point, COCO captions score caption, questions score query"
         )
     return sections
 
 
-def _score(records: Sequence[RecordDict], truth: Truth) -> list[Section]:
+def _score(records: Sequence[RecordDict], truth: Truth, labels: Labels) -> list[Section]:
     by_task: dict[str, list[RecordDict]] = {}
     for record in records:
         by_task.setdefault(str(record["task"]), []).append(record)
@@ -142,7 +144,7 @@ def _score(records: Sequence[RecordDict], truth: Truth) -> list[Section]:
             from md3cli.evaluate.boxes import score_boxes, score_masks, score_points
 
             scorers = {"detect": score_boxes, "segment": score_masks, "point": score_points}
-            return [score(by_task[task], truth) for task, score in scorers.items() if task in by_task]
+            return [score(by_task[task], truth, labels) for task, score in scorers.items() if task in by_task]
         case Captions():
             from md3cli.evaluate.texts import score_captions
 

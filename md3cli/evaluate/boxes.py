@@ -8,7 +8,8 @@ A point is right when it lies on an object of its name: on the object's mask whe
 box. `hit_rate` asks only whether a point is on some object; precision and recall pair points and objects one to one, so
 two points on one object are one too many. `count_error` is the mean distance between the two counts.
 
-`md3cli.evaluate` alone imports this file, when a run has objects to score: numpy and the masks' code come with it.
+What the records of one name found in a picture is matched together, and each record gets the verdicts of its own.
+This file is imported when a run has objects to score: numpy and the masks' code come with it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from md3cli.evaluate.truth import Instances, TruthObject
 from md3cli.exporters.masks import fill
 from md3cli.exporters.objects import clamped_box, points, segments
 from md3cli.records import RecordDict
+from md3cli.refine.labels import Labels
+from md3cli.refine.selection import found_in
 
 IOU_THRESHOLD = 0.5
 NUM_RELIABILITY_BINS = 10
@@ -34,9 +37,12 @@ ALL_AREAS, MOST_OBJECTS = 0, -1  # places in the library's arrays: every size, 1
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One object that a record found, in pixels. `mask` is COCO run lengths, `number` the place in the record."""
+    """One object that a record found, in pixels; the box of a point has no extent. `mask` is COCO run lengths.
 
-    number: int
+    `place` says which record of the pair found it, and where in that record it stands.
+    """
+
+    place: tuple[int, int]
     bbox: tuple[float, float, float, float]  # x, y, width, height
     score: float
     mask: dict[str, Any] | None = None
@@ -52,11 +58,11 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A pair with how its predictions matched. Points have no `predictions`; `num_hits` of them lie on an object."""
+    """A pair with how its predictions matched; `num_hits` of its points lie on an object."""
 
     pair: Pair
+    predictions: tuple[Prediction, ...]
     match: Match
-    predictions: tuple[Prediction, ...] = ()
     num_hits: int = 0
 
     @property
@@ -70,24 +76,24 @@ class Judged:
         return sum(verdict is not None for verdict in self.match.is_right)
 
 
-def score_boxes(records: Sequence[RecordDict], truth: Instances) -> Section:
-    """Score `detect` records.
+def score_boxes(records: Sequence[RecordDict], truth: Instances, labels: Labels) -> Section:
+    """Score `detect` records, under the names that `labels` give their prompts.
 
     Raises:
         InputError: the records are about other images.
         MissingExtraError: faster-coco-eval is not installed.
     """
-    return _score("boxes", "bbox", records, truth)
+    located = locate(records, truth, labels)
+    return _score("boxes", "bbox", located, [judge_boxes(pair) for pair in located.pairs])
 
 
-def score_masks(records: Sequence[RecordDict], truth: Instances) -> Section:
-    """Score `segment` records by their masks; raises as `score_boxes`."""
-    return _score("masks", "segm", records, truth)
+def score_masks(records: Sequence[RecordDict], truth: Instances, labels: Labels) -> Section:
+    """Score `segment` records by their masks, as `score_boxes`."""
+    located = locate(records, truth, labels)
+    return _score("masks", "segm", located, [judge_masks(pair) for pair in located.pairs])
 
 
-def _score(name: str, iou_type: str, records: Sequence[RecordDict], truth: Instances) -> Section:
-    located = locate(records, truth)
-    judged = [_judge(pair, iou_type) for pair in located.pairs]
+def _score(name: str, iou_type: str, located: Located, judged: Sequence[Judged]) -> Section:
     evaluated = _coco_eval(located, judged, iou_type)
     by_name = {
         category: _average(evaluated, k) | _at_half(_of_category(judged, category))
@@ -99,15 +105,15 @@ def _score(name: str, iou_type: str, records: Sequence[RecordDict], truth: Insta
     return _section(name, "AP", located, judged, scores, by_name, curves)
 
 
-def score_points(records: Sequence[RecordDict], truth: Instances) -> Section:
-    """Score `point` records.
+def score_points(records: Sequence[RecordDict], truth: Instances, labels: Labels) -> Section:
+    """Score `point` records, under the names that `labels` give their prompts.
 
     Raises:
         InputError: the records are about other images.
         MissingExtraError: the ground truth has masks and faster-coco-eval is not installed.
     """
-    located = locate(records, truth)
-    judged = [_judge_points(pair) for pair in located.pairs]
+    located = locate(records, truth, labels)
+    judged = [judge_points(pair) for pair in located.pairs]
     by_name = {category: _point_scores(_of_category(judged, category)) for category in located.categories}
     return _section("points", "F1", located, judged, _point_scores(judged), by_name)
 
@@ -125,14 +131,15 @@ def _section(
     by_name: Mapping[str, Scores],
     curves: Curves | None = None,
 ) -> Section:
+    records = [record for pair in located.pairs for record in pair.records]
     counts = {
         "images": len(located.images),
-        "requests": len(judged),
-        "failed": sum(has_failed(pair.record) for pair in located.pairs),
+        "requests": len(records),
+        "failed": sum(map(has_failed, records)),
         "objects": sum(one.num_objects for one in judged),
         "predictions": sum(len(one.match.is_right) for one in judged),
     }
-    verdicts = {one.pair.record["id"]: _verdict(one) for one in judged if not has_failed(one.pair.record)}
+    verdicts = {record: verdict for one in judged for record, verdict in _verdicts(one)}
     return Section(name, main, scores, counts, by_name, located.notes, curves, verdicts)
 
 
@@ -186,37 +193,80 @@ def match_points(is_inside: np.ndarray, is_crowd: Sequence[bool]) -> Match:
 # ---- from records and truth to pixels ------------------------------------------------------------
 
 
-def _judge(pair: Pair, iou_type: str) -> Judged:
-    predictions = tuple(_boxes(pair) if iou_type == "bbox" else _masks(pair))
-    if iou_type == "bbox":
-        found: list[Any] = [list(prediction.bbox) for prediction in predictions]
-        there: list[Any] = [list(thing.bbox) for thing in pair.objects]
-    else:
-        found = [prediction.mask for prediction in predictions]
-        there = [_truth_mask(thing, *pair.size_wh) for thing in pair.objects]
+def judge_boxes(pair: Pair) -> Judged:
+    """Match the boxes of a pair, those of all its records together.
+
+    Raises:
+        MissingExtraError: faster-coco-eval is not installed.
+    """
+    predictions = tuple(_boxes(pair))
+    return _judge(pair, predictions, [list(one.bbox) for one in predictions], [list(one.bbox) for one in pair.objects])
+
+
+def judge_masks(pair: Pair) -> Judged:
+    """Match the masks of a pair, as `judge_boxes`."""
+    predictions = tuple(_masks(pair))
+    there = [_truth_mask(thing, *pair.size_wh) for thing in pair.objects]
+    return _judge(pair, predictions, [one.mask for one in predictions], there)
+
+
+def _judge(pair: Pair, predictions: tuple[Prediction, ...], found: Sequence[Any], there: Sequence[Any]) -> Judged:
     crowds = [thing.is_crowd for thing in pair.objects]
     overlap = np.zeros((len(found), len(there)))
     if found and there:
         overlap = np.asarray(_library().mask.iou(found, there, [int(crowd) for crowd in crowds]))
-    match = match_by_overlap(overlap, [one.score for one in predictions], crowds)
-    return Judged(pair, match, predictions)
+    return Judged(pair, predictions, match_by_overlap(overlap, [one.score for one in predictions], crowds))
+
+
+def judge_points(pair: Pair) -> Judged:
+    """Match the points of a pair, those of all its records together.
+
+    Raises:
+        MissingExtraError: the ground truth has masks and faster-coco-eval is not installed.
+    """
+    predictions = tuple(_points(pair))
+    is_inside = inside_points(pair, predictions)
+    crowds = [thing.is_crowd for thing in pair.objects]
+    hits = is_inside[:, [not crowd for crowd in crowds]].any(axis=1)
+    return Judged(pair, predictions, match_points(is_inside, crowds), num_hits=int(hits.sum()))
+
+
+def inside_points(pair: Pair, predictions: Sequence[Prediction]) -> np.ndarray:
+    """Return which points [P] lie on which of the pair's objects [O], as booleans [P, O]."""
+    is_inside = np.zeros((len(predictions), len(pair.objects)), dtype=bool)
+    for column, thing in enumerate(pair.objects):
+        is_inside[:, column] = _inside(thing, [one.bbox[:2] for one in predictions], pair.size_wh)
+    return is_inside
+
+
+def _found(pair: Pair) -> Iterator[tuple[tuple[int, int], Mapping[str, Any]]]:
+    """Yield all that the pair's records found, each with its place: record, and number in the record."""
+    for record, answer in enumerate(pair.records):
+        for number, found in enumerate(found_in(answer)):
+            yield (record, number), found
 
 
 def _boxes(pair: Pair) -> Iterator[Prediction]:
-    for number, found in enumerate(pair.record.get("objects") or ()):
+    for place, found in _found(pair):
         box = clamped_box(found, pair.category, found.get("score"), *pair.size_wh)
         if box is not None:
-            yield Prediction(number, (box.x, box.y, box.width, box.height), _score_of(box.score))
+            yield Prediction(place, (box.x, box.y, box.width, box.height), _score_of(box.score))
 
 
 def _masks(pair: Pair) -> Iterator[Prediction]:
     width, height = pair.size_wh
-    for number, found in enumerate(pair.record.get("segments") or ()):
+    for place, found in _found(pair):
         for segment in segments({"segments": [found]}, width, height):
             box = segment.box
             mask = fill(segment.rings, width, height).run_lengths()
             mask["counts"] = mask["counts"].encode()
-            yield Prediction(number, (box.x, box.y, box.width, box.height), _score_of(box.score), mask)
+            yield Prediction(place, (box.x, box.y, box.width, box.height), _score_of(box.score), mask)
+
+
+def _points(pair: Pair) -> Iterator[Prediction]:
+    for place, found in _found(pair):
+        for point in points({"points": [found]}, *pair.size_wh):
+            yield Prediction(place, (point.x, point.y, 0.0, 0.0), _score_of(point.score))
 
 
 def _score_of(score: float | None) -> float:
@@ -226,17 +276,6 @@ def _score_of(score: float | None) -> float:
 def _truth_mask(thing: TruthObject, width: int, height: int) -> dict[str, Any]:
     mask: dict[str, Any] = _library().mask.segmToRle(thing.segmentation, width, height)
     return mask
-
-
-def _judge_points(pair: Pair) -> Judged:
-    found = list(points(pair.record, *pair.size_wh))
-    is_inside = np.zeros((len(found), len(pair.objects)), dtype=bool)
-    for column, thing in enumerate(pair.objects):
-        is_inside[:, column] = _inside(thing, [(point.x, point.y) for point in found], pair.size_wh)
-    crowds = [thing.is_crowd for thing in pair.objects]
-    match = match_points(is_inside, crowds)
-    hits = is_inside[:, [not crowd for crowd in crowds]].any(axis=1)
-    return Judged(pair, match, num_hits=int(hits.sum()))
 
 
 def _inside(thing: TruthObject, at: Sequence[tuple[float, float]], size_wh: tuple[int, int]) -> list[bool]:
@@ -365,20 +404,20 @@ def _calibration_error(bins: Sequence[ReliabilityBin]) -> float | None:
     return ratio(sum(b.count * abs(b.mean_score - b.share_right) for b in bins), sum(b.count for b in bins))
 
 
-def _verdict(one: Judged) -> Verdict:
-    objects = _marks(one)
-    missed = tuple(_unit_box(one.pair.objects[index], one.pair.size_wh) for index in one.match.missed)
-    return Verdict(not missed and False not in objects, objects, missed)
+def _verdicts(one: Judged) -> Iterator[tuple[str, Verdict]]:
+    """Yield each record's id and verdict, without those that failed; what nobody found stands at the first of them.
 
-
-def _marks(one: Judged) -> tuple[bool | None, ...]:
-    found = one.pair.record.get("objects") or one.pair.record.get("segments")
-    if not found:
-        return one.match.is_right
-    marks: list[bool | None] = [False] * len(found)  # an object without extent was dropped before matching: wrong
+    An object without extent was dropped before matching: it is wrong.
+    """
+    marks: list[list[bool | None]] = [[False] * len(found_in(record)) for record in one.pair.records]
     for prediction, verdict in zip(one.predictions, one.match.is_right, strict=True):
-        marks[prediction.number] = verdict
-    return tuple(marks)
+        record, number = prediction.place
+        marks[record][number] = verdict
+    missed = tuple(_unit_box(one.pair.objects[index], one.pair.size_wh) for index in one.match.missed)
+    for record, objects in zip(one.pair.records, marks, strict=True):
+        if not has_failed(record):
+            yield record["id"], Verdict(not missed and False not in objects, tuple(objects), missed)
+            missed = ()
 
 
 def _unit_box(thing: TruthObject, size_wh: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -1,7 +1,8 @@
 """What the records answer, beside what the ground truth knows of the same question; objects are pairs in pixels.
 
 Only what was asked is scored: an image or a category that no record asks about is no miss. A request that failed is
-one. `md3cli.finished.names` says which names are the same. Knows no scores.
+one. Several prompts of one name ask one question, so their records are one pair. `md3cli.finished.names` says which
+names are the same. Knows no scores.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from md3cli.evaluate.truth import Instances, TruthObject
 from md3cli.finished.names import NAMES_SHOWN, Matches, ambiguity_notes, match_images, match_labels
 from md3cli.finished.records_file import record_identity
 from md3cli.records import RecordDict, printable
+from md3cli.refine.labels import Labels
+from md3cli.refine.refinement import name_of
 
 NO_SIZE = (1, 1)
 RequestKey = tuple[str | None, str, str, str]  # image, task, prompt, length
@@ -74,9 +77,10 @@ def has_failed(record: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One question "where is CATEGORY in IMAGE?": the record that answers it, and what is there."""
+    """One question "where is CATEGORY in IMAGE?": the records of one name that answer it, and what is there."""
 
-    record: RecordDict
+    records: tuple[RecordDict, ...]
+    name: str
     image: str
     category: str
     size_wh: tuple[int, int]
@@ -101,33 +105,37 @@ class Located:
         return list(dict.fromkeys(pair.category for pair in self.pairs))
 
 
-def locate(records: Sequence[RecordDict], truth: Instances) -> Located:
-    """Match records of one task to the ground truth.
+def locate(records: Sequence[RecordDict], truth: Instances, labels: Labels) -> Located:
+    """Match records of one task to the ground truth, by the names that `labels` give their prompts.
 
-    The ground truth's image size counts where it says one, because its boxes are in those pixels; record coordinates
-    are 0-1 and fit any size.
+    Of two names that match one category the first asked of a picture counts. The ground truth's image size counts where
+    it says one, because its boxes are in those pixels; record coordinates are 0-1 and fit any size.
 
     Raises:
         InputError: not one image of the records is in the ground truth.
     """
     pictured = [record for record in records if record["image"] is not None]
     names = [record["image"] for record in pictured]
-    labels = [str(record.get("prompt") or "") for record in pictured]
-    matches, named = match_images(names, truth.images), match_labels(labels, truth.categories)
+    asked = [name_of(record, labels) or "" for record in pictured]
+    matches, named = match_images(names, truth.images), match_labels(asked, truth.categories)
     images, categories = matches.found, named.found
+    answers: dict[tuple[str, str], tuple[str, list[RecordDict]]] = {}
+    for record, image, name in zip(pictured, names, asked, strict=True):
+        if image in images and name in categories:
+            first, found = answers.setdefault((images[image], categories[name]), (name, []))
+            if name == first:
+                found.append(record)
     sizes = dict(_sizes(pictured, images, truth))
-    pairs: dict[tuple[str, str], Pair] = {}
-    for record, name, label in zip(pictured, names, labels, strict=True):
-        if name in images and label in categories:
-            image, category = images[name], categories[label]
-            found = truth.objects.get((image, category), ())
-            pairs.setdefault((image, category), Pair(record, image, category, sizes.get(image, NO_SIZE), found))
+    pairs = (
+        Pair(tuple(found), name, image, category, sizes.get(image, NO_SIZE), truth.objects.get((image, category), ()))
+        for (image, category), (name, found) in answers.items()
+    )
     notes = (
         *coverage_notes("image", names, truth.images, matches),
-        *coverage_notes("label", labels, truth.categories, named),
+        *coverage_notes("label", asked, truth.categories, named),
         *_size_notes(pictured, images, truth),
     )
-    return Located(tuple(pairs.values()), notes)
+    return Located(tuple(pairs), notes)
 
 
 def _sizes(

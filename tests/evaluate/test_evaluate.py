@@ -32,13 +32,16 @@ def record(image, task, prompt=None, **result):
     head = {"schema": "md3/1", "id": f"r{next(_ids)}", "image": image, "task": task, "prompt": prompt}
     if error := result.pop("error", None):
         return head | {"error": {"type": error, "message": "no", "retry": False}}
+    found = next((result[key] for key in ("objects", "points", "segments") if key in result), [])
+    for thing in found:
+        thing.setdefault("label", prompt)
     return head | {"width": WIDTH, "height": HEIGHT} | result | {"finish_reason": "stop", "error": None}
 
 
-def box(x, y, width, height, score=0.9, label="thing"):
+def box(x, y, width, height, score=0.9):
     """A found box, given in pixels."""
     edges = {"x_min": x / WIDTH, "y_min": y / HEIGHT, "x_max": (x + width) / WIDTH, "y_max": (y + height) / HEIGHT}
-    return {"label": label, **edges, "score": score}
+    return {**edges, "score": score}
 
 
 def instances(objects, images=None, categories=("car", "dog")):
@@ -106,11 +109,9 @@ def noisy_scene(seed, num_images=12):
                 there.append((f"{n}.jpg", category, bbox, {"iscrowd": int(rng.random() < 0.1)}))
                 if rng.random() < 0.8:
                     moved = [value + rng.gauss(0, 3) for value in bbox]
-                    found.append(box(*moved, score=round(rng.random(), 3), label=category))
+                    found.append(box(*moved, score=round(rng.random(), 3)))
             if rng.random() < 0.4:
-                found.append(
-                    box(rng.randint(0, 100), rng.randint(0, 50), 30, 30, score=round(rng.random(), 3), label=category)
-                )
+                found.append(box(rng.randint(0, 100), rng.randint(0, 50), 30, 30, score=round(rng.random(), 3)))
             records.append(record(f"{n}.jpg", "detect", category, objects=found))
     return instances(there, images=[f"{n}.jpg" for n in range(num_images)]), records
 
@@ -213,7 +214,7 @@ def test_the_last_record_of_an_id_counts_and_repeats_do_not(score):
 def segment(svg_path, x, y, width, height, score=0.9):
     edges = box(x, y, width, height)
     bbox = {key: edges[key] for key in ("x_min", "y_min", "x_max", "y_max")}
-    return {"label": "car", "svg_path": svg_path, "bbox": bbox, "score": score}
+    return {"svg_path": svg_path, "bbox": bbox, "score": score}
 
 
 def test_masks_are_scored_by_their_shape_not_their_box(score):
@@ -281,7 +282,7 @@ def test_points_are_paired_with_as_many_objects_as_possible():
 
 
 def points(*at):
-    return [{"label": "car", "x": x / WIDTH, "y": y / HEIGHT, "score": 0.9} for x, y in at]
+    return [{"x": x / WIDTH, "y": y / HEIGHT, "score": 0.9} for x, y in at]
 
 
 def test_points_are_right_on_the_mask_not_only_in_the_box(score):
