@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import json
 import random
 import sys
@@ -15,71 +14,20 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from truths import HEIGHT, WIDTH, box, instances, points, record, sections_of, segment
 from typer.testing import CliRunner
 
 from md3cli.commands.eval import app
 from md3cli.errors import InputError, MissingExtraError, OutputError
-from md3cli.evaluate import Evaluation, Section, compare, evaluate, kind_of_change, load_truth
+from md3cli.evaluate import Evaluation, Section, compare, kind_of_change, load_truth
 from md3cli.evaluate.boxes import match_by_overlap, match_points
 from md3cli.evaluate.texts import bleu, cider_d, judge, words
-
-WIDTH, HEIGHT = 200, 100
-_ids = itertools.count()
-
-
-def record(image, task, prompt=None, **result):
-    """A record; an `error` type stands for a failure."""
-    head = {"schema": "md3/1", "id": f"r{next(_ids)}", "image": image, "task": task, "prompt": prompt}
-    if error := result.pop("error", None):
-        return head | {"error": {"type": error, "message": "no", "retry": False}}
-    found = next((result[key] for key in ("objects", "points", "segments") if key in result), [])
-    for thing in found:
-        thing.setdefault("label", prompt)
-    return head | {"width": WIDTH, "height": HEIGHT} | result | {"finish_reason": "stop", "error": None}
-
-
-def box(x, y, width, height, score=0.9):
-    """A found box, given in pixels."""
-    edges = {"x_min": x / WIDTH, "y_min": y / HEIGHT, "x_max": (x + width) / WIDTH, "y_max": (y + height) / HEIGHT}
-    return {**edges, "score": score}
-
-
-def instances(objects, images=None, categories=("car", "dog")):
-    """COCO instances from (image, category, bbox, extras) rows."""
-    names = list(dict.fromkeys(images or [image for image, *_ in objects]))
-    annotations = []
-    for image, category, bbox, *extra in objects:
-        ids = {
-            "id": len(annotations) + 1,
-            "image_id": names.index(image) + 7,
-            "category_id": categories.index(category) + 3,
-        }
-        annotations.append({**ids, "bbox": bbox, "area": bbox[2] * bbox[3], "iscrowd": 0} | (extra[0] if extra else {}))
-    return {
-        "images": [{"id": n + 7, "file_name": name, "width": WIDTH, "height": HEIGHT} for n, name in enumerate(names)],
-        "categories": [{"id": n + 3, "name": name} for n, name in enumerate(categories)],
-        "annotations": annotations,
-    }
 
 
 @pytest.fixture
 def score(tmp_path):
-    """Score records (dicts) against a ground truth document; sections by name."""
-
-    def run(records, *documents):
-        return {section.name: section for section in sheet(records, *documents).sections}
-
-    def sheet(records, *documents):
-        path = tmp_path / "records.jsonl"
-        path.write_text("".join(json.dumps(one) + "\n" for one in records))
-        truths = []
-        for number, document in enumerate(documents):
-            truth = tmp_path / f"truth{number}.json"
-            truth.write_text(document if isinstance(document, str) else json.dumps(document))
-            truths.append(load_truth(truth))
-        return evaluate(path, truths)
-
-    return run
+    """Score records (dicts) against ground truth documents; sections by name."""
+    return lambda records, *documents: sections_of(tmp_path, records, *documents)
 
 
 # ---- boxes and masks -----------------------------------------------------------------------------
@@ -211,12 +159,6 @@ def test_the_last_record_of_an_id_counts_and_repeats_do_not(score):
     assert boxes.counts["requests"] == 1
 
 
-def segment(svg_path, x, y, width, height, score=0.9):
-    edges = box(x, y, width, height)
-    bbox = {key: edges[key] for key in ("x_min", "y_min", "x_max", "y_max")}
-    return {"svg_path": svg_path, "bbox": bbox, "score": score}
-
-
 def test_masks_are_scored_by_their_shape_not_their_box(score):
     triangle = {"segmentation": [[20, 80, 60, 20, 100, 80]], "area": 2400}
     truth = instances([("a.jpg", "car", [20, 20, 80, 60], triangle)])
@@ -279,10 +221,6 @@ def test_points_are_paired_with_as_many_objects_as_possible():
 
 
 # ---- points --------------------------------------------------------------------------------------
-
-
-def points(*at):
-    return [{"x": x / WIDTH, "y": y / HEIGHT, "score": 0.9} for x, y in at]
 
 
 def test_points_are_right_on_the_mask_not_only_in_the_box(score):
