@@ -18,7 +18,7 @@ from md3cli.finished.guards import check_not_input, files_in, has_run_schema
 from md3cli.images.crops import parse_background
 from md3cli.run.adding import check_may_add, grown
 from md3cli.run.local import LocalRun
-from md3cli.run.model_handle import Model, check_skills, find_model
+from md3cli.run.model_handle import Model, check_skills, find_model, words_beyond
 from md3cli.run.output import (
     PRINTABLE_FORMATS,
     OutputPlan,
@@ -69,6 +69,8 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
         check_not_input(own_paths(plan), _files_read(config, plan))
         check_replaceable(plan, may_overwrite=config.output.overwrite)
         check_not_empty(source, config.source, is_allowed=config.allow_empty)
+        if beyond := words_beyond(config.model, config.requests):
+            console.warn(beyond)
         folder = _run_folder(config, plan)
         if folder is not None:
             from md3cli.scale.run import run_scaled

@@ -6,6 +6,7 @@ Knows nothing of pictures, journals or shards.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
     from md3cli.model.engine.prompts import Prompts
     from md3cli.model.network.config import ModelConfig
     from md3cli.model.weights.hub import ModelFiles
+
+TINY_KINDS = "circle, square, triangle, star, cross, heart, moon, diamond"
+_TINY_WORDS = f"""{TINY_KINDS}, shape, circles, squares, triangles, stars, crosses, hearts, moons, diamonds, shapes
+    red yellow green cyan blue purple black white coloured colored colour color colours colors
+    a an and any are at does do have how in is it know many of on or the there these this that what where which who you
+    above below left leftmost right rightmost box corner corners point points side sides image picture background
+"""  # all that the embedded model was asked in its training, and small words
+_WORD, _PLACEHOLDER = re.compile(r"[^\W\d_]+"), re.compile(r"\{\w*\}")
 
 REAL_CROP_CONFIG = CropConfig(crop_size=378, patch_size=14, overlap_margin=4, max_crops=12)
 
@@ -163,6 +172,25 @@ def check_skills(model: Model, requests: Sequence[Request]) -> None:
         refusal = model.refusal_of(request)
         if refusal is not None:
             raise CheckpointError(f"{refusal}; choose another --model")
+
+
+def words_beyond(options: ModelOptions, requests: Sequence[Request]) -> str | None:
+    """Say which words of the `requests` the embedded model cannot know; None for other models, and where it may."""
+    from md3cli.model.weights.hub import DEFAULT_MODEL, TINY
+
+    if options.model != TINY:
+        return None
+    prompts = (_PLACEHOLDER.sub("", request.prompt or "") for request in requests)
+    words = dict.fromkeys(word for prompt in prompts for word in _WORD.findall(prompt.lower()))
+    known = frozenset(_WORD.findall(_TINY_WORDS))
+    unknown = [f"'{word}'" for word in words if word not in known]
+    if not unknown:
+        return None
+    more = f" and {len(unknown) - 3} more words" if len(unknown) > 3 else ""
+    return (
+        f"{TINY} knows coloured shapes ({TINY_KINDS}), not {', '.join(unknown[:3])}{more}; "
+        f"real pictures need --model {DEFAULT_MODEL}"
+    )
 
 
 def crop_config_without_network(options: ModelOptions) -> CropConfig:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ from program import clean_environment, records_of
 
 from md3cli.config import ModelOptions
 from md3cli.errors import CheckpointError
-from md3cli.run.model_handle import REAL_CROP_CONFIG, crop_config_without_network, find_model
+from md3cli.records import Request, Task
+from md3cli.run.model_handle import REAL_CROP_CONFIG, crop_config_without_network, find_model, words_beyond
 
 pytestmark = pytest.mark.process
 
 CHECKPOINT = Path(__file__).parents[1] / "golden/case-a/checkpoint"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PICTURES = Path(__file__).parents[1] / "golden/case-a/images"
 
 
@@ -111,3 +114,41 @@ def test_a_prompt_the_tokenizer_fails_on_is_a_record_and_the_run_goes_on(tmp_pat
     errors = [record["error"] and record["error"]["type"] for record in records_of(done.stdout)]
     assert errors == ["bad_request", None] * 2
     assert "panicked" not in done.stderr
+
+
+# -- what the embedded model knows ------------------------------------------------------------------
+
+
+def beyond(*prompts: str | None, model: str = "tiny") -> str | None:
+    return words_beyond(ModelOptions(model), [Request(Task.QUERY, prompt) for prompt in prompts])
+
+
+def test_nothing_is_told_of_what_the_embedded_model_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    world, text = import_module("world"), import_module("world_text")
+    questions = json.loads((EXAMPLES / "scenes" / "questions.json").read_text())
+    asked = [row["question"] for row in questions] + [question for question, _ in text.FACTS]
+    names = [*world.KINDS, "shape", *(f"{colour} {kind}" for colour in world.COLOURS for kind in world.KINDS)]
+    asked += [*names, *map(text.plural, names), "Red Circle", "a star, or a moon?", "{column} {stem}", None]
+    assert beyond(*asked) is None
+
+
+def test_words_that_the_embedded_model_does_not_know_are_told_in_a_line() -> None:
+    told = beyond("red circle", "car", "red car", "Is it raining?", "a dog with a hat")
+    assert told is not None
+    assert told.startswith("tiny knows coloured shapes (circle, square, triangle, ")
+    assert told.endswith("), not 'car', 'raining', 'dog' and 2 more words; real pictures need --model moondream3")
+    assert beyond("car", model="moondream3") is None
+
+
+def test_the_line_stands_before_the_run(tmp_path: Path) -> None:
+    done = md3(tmp_path, "detect", EXAMPLES / "scenes" / "scene_00000.png", "car", "--model", "tiny")
+    assert done.returncode == 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("warning: tiny knows coloured shapes")]
+    assert len(told) == 1
+    assert (
+        "warning"
+        not in md3(
+            tmp_path, "detect", EXAMPLES / "scenes" / "scene_00000.png", "car", "--model", "tiny", "--quiet"
+        ).stderr
+    )
