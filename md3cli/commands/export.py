@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import webbrowser
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ from md3cli.commands.help import App
 from md3cli.commands.options import spread
 from md3cli.commands.parse import FORMATS, MAX_FILE_SIZE, MAX_PIXELS, Format, checked, parse_bytes, parse_count
 from md3cli.commands.reading import ReadOptions, Records
-from md3cli.console import print_document
+from md3cli.console import moving_bar, print_document
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport, export_records, format_of
 from md3cli.finished.guards import check_not_input
@@ -205,9 +206,12 @@ def report(
     ] = 320,
     images_per_page: Annotated[
         int,
-        typer.Option(metavar="N", min=1, help="More pictures than this go to pages in a folder beside the overview."),
-    ] = 2000,
+        typer.Option(
+            metavar="N", min=1, help="Pictures shown at a time; those of over 2,000 lie in a folder beside the page."
+        ),
+    ] = 100,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     *,
     options: ReadOptions,
 ) -> None:
@@ -226,11 +230,13 @@ def report(
     choices = ReportOptions(
         root=root, overwrite=overwrite, title=title, thumbnail_px=thumbnail_size, images_per_page=images_per_page
     )
-    _write_report(options.collection(records or (), uses_gt=True), output, choices, options)
+    page = _write_report(options.collection(records or (), uses_gt=True), output, choices, options)
+    if open_page and not webbrowser.open(page.resolve().as_uri()):
+        _note([f"no browser could be started; open {page} yourself"])
 
 
-def _write_report(records: Collection, output: Path, choices: ReportOptions, options: ReadOptions) -> None:
-    """Write the page of `records`, with scores where a ground truth is given, and tell where it is."""
+def _write_report(records: Collection, output: Path, choices: ReportOptions, options: ReadOptions) -> Path:
+    """Write the page of `records`, with scores where a ground truth is given; tell where it is, and return it."""
     from md3cli.report.build import write_report
 
     page = output if output.suffix else output / "index.html"
@@ -240,9 +246,11 @@ def _write_report(records: Collection, output: Path, choices: ReportOptions, opt
         from md3cli.evaluate import evaluate, load_truth
 
         sections = evaluate(records, [load_truth(path) for path in options.gt]).sections
-    made = write_report(records, output, choices, sections)
-    pages = f" and {made.num_pages} pages beside it" if made.num_pages > 1 else ""
+    with moving_bar("report", unit="img") as advance:
+        made = write_report(records, output, choices, sections, advance)
+    beside = f" (keep {printable(made.folder.name)} beside it)" if made.folder else ""
     where = printable(str(made.page))
-    typer.echo(f"{where}{pages}: {made.num_images:,} images, {made.num_records:,} records", err=True)
+    typer.echo(f"{where}{beside}: {made.num_images:,} images, {made.num_records:,} records", err=True)
     unopened = f"{made.num_missing:,} {'picture' if made.num_missing == 1 else 'pictures'} cannot be opened"
     _note([*made.notes, *([f"{unopened}; is --root right?"] if made.num_missing else [])])
+    return made.page

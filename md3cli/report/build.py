@@ -1,9 +1,10 @@
-"""Records on disk become the report on disk: one page, or an overview with pages beside it.
+"""Records on disk become the report on disk: one page, and where there are many pictures a folder of data beside it.
 
-The first pass over the records counts, the second makes thumbnails and pages, so memory holds one page at most. Each
-page is one file that asks nothing of the network: its own Content Security Policy allows data: pictures and, by hash,
-exactly the style and script inside it. Thumbnails are JPEG data URIs of pictures that came through `read_image`, as
-everywhere. Ground truth adds verdicts on shapes, missed objects, scores and curves.
+The first pass over the records counts, the second makes thumbnails and writes index and cards piece by piece, so memory
+holds the pictures of one file at most. The page asks nothing of the network: its own Content Security Policy allows
+data: pictures and, by hash, exactly the style and script inside it; script files beside it are loaded under a nonce.
+Thumbnails are JPEG data URIs of pictures that came through `read_image`, as everywhere. Ground truth adds verdicts on
+shapes, missed objects, scores and curves.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import base64
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from importlib import resources
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from PIL import Image
@@ -32,12 +34,13 @@ from md3cli.evaluate.scores import Curves, Section, Verdict, number
 from md3cli.exporters import ExportOptions
 from md3cli.exporters.files import replaced_file, staged_folder
 from md3cli.exporters.pictures import FoundPicture, Pictures
+from md3cli.finished.guards import marker_format, remove_written
 from md3cli.finished.run_json import RunInfo
 from md3cli.records import printable
 from md3cli.refine.collection import Collection, as_collection, read
-from md3cli.refine.selection import Selection
+from md3cli.report.index import CARDS_SIZE, WORDS_LIMIT, in_pieces, safe_json, script_of
 from md3cli.report.items import Entry, Item, Shape, items, missed_shape
-from md3cli.report.page import Link, Page, Table, legible, palette_of, today
+from md3cli.report.page import Page, Table, facets_of, legible, palette_of, signs_of, today
 from md3cli.report.plots import (
     Column,
     Line,
@@ -54,7 +57,9 @@ from md3cli.report.plots import (
 if TYPE_CHECKING:
     from jinja2 import Template
 
-IMAGES_PER_PAGE = 2000  # about 40 MB of thumbnails: what a browser still opens at once
+IMAGES_IN_FILE = 2000  # about 40 MB of thumbnails: what a browser still opens at once, and a mail still carries
+IMAGES_PER_PAGE = 100  # cards that a browser lays out in 50 ms
+SCRIPTS = ("index.js", "cards.js", "report.js")  # in the order of their first lines
 JPEG_QUALITY = 78
 LABELS_DRAWN = 9
 ROWS_SHOWN = 30
@@ -179,7 +184,10 @@ def _reliability(name: str, curves: Curves) -> Lines:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportOptions:
-    """How to make a report. `root` and `is_confined` are as for every export (`ExportOptions`)."""
+    """How to make a report. `root` and `is_confined` are as for every export (`ExportOptions`).
+
+    `images_per_page` are shown at a time; a report of more than these and than `images_in_file` has a folder beside it.
+    """
 
     root: Path | None = None
     is_confined: bool = True
@@ -187,29 +195,33 @@ class ReportOptions:
     title: str | None = None
     thumbnail_px: int = 320
     images_per_page: int = IMAGES_PER_PAGE
+    images_in_file: int = IMAGES_IN_FILE
     max_pixels: int = 2**28
     max_file_size: int = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class ReportSummary:
-    """What was written; `page` is the file to open."""
+    """What was written; `page` is the file to open, `folder` what must stay beside it, if anything."""
 
     page: Path
+    folder: Path | None
     num_images: int
     num_records: int
-    num_pages: int
     num_missing: int  # pictures that could not be opened
     notes: tuple[str, ...] = ()  # what of the records file was left out
 
 
 def write_report(
-    records: Path | Collection, output: Path, options: ReportOptions, sections: Sequence[Section] = ()
+    records: Path | Collection,
+    output: Path,
+    options: ReportOptions,
+    sections: Sequence[Section] = (),
+    advance: Callable[[int], object] = lambda number: None,
 ) -> ReportSummary:
     """Write the report of `records` to `output` (an .html file, or a folder for its index.html).
 
-    More than `options.images_per_page` pictures go to pages in a folder beside the overview.
-    `sections` are scores by ground truth, to be shown and drawn.
+    `sections` are scores by ground truth, to be shown and drawn; `advance` is called with so many pictures more.
 
     Raises:
         InputError: no records, or a damaged one.
@@ -219,23 +231,30 @@ def write_report(
     """
     _template()  # what is missing is said before the work
     page = output if output.suffix.lower() in (".html", ".htm") else output / "index.html"
-    records, notes = as_collection(records), list[str]()
-    stats, num_items = _count(items(read(records, notes)), records)
+    records, notes, verdicts = as_collection(records), list[str](), verdicts_of(sections)
+    stats, num_items = _count(with_verdicts(items(read(records, notes)), verdicts), records)
     if num_items == 0 and records.selection.takes_all:
         raise InputError(f"{printable(str(records.path))} holds no records; nothing to show")
     pictures = Pictures(records, _picture_options(options))
-    judged = with_verdicts(items(read(records)), verdicts_of(sections))
+    judged = with_verdicts(items(read(records)), verdicts)
     shown = with_thumbnails(judged, pictures, options.thumbnail_px)
-    overview = _overview(records, stats, options, sections)
+    path, infos = records.path, records.infos()
+    name = printable(path.parent.resolve().name if path.stem == "records" else path.stem)
+    head = {"run": run_key(infos, stats), "name": name, "perPage": options.images_per_page, "cardsSize": CARDS_SIZE}
+    overview, palette = _overview(options.title or name, stats, infos, sections), palette_of(stats.palette_labels)
+    head["labels"] = palette.document()
+    is_one_file = num_items <= max(options.images_in_file, options.images_per_page)
+    folder = page.with_name(f"{page.stem}_pages")
     with replaced_file(page, overwrite=options.overwrite) as file:
-        if num_items <= options.images_per_page:
-            parts, num_pages = replace(overview, items=list(shown)), 1
-            num_missing = sum(item.missing is not None for item in parts.items)
+        if is_one_file:
+            pieces, num_missing = _kept_pieces(shown, advance)
         else:
-            parts, num_missing = _write_pages(page, overview, shown, num_items, options)
-            num_pages = len(parts.links)
-        file.writelines(render(parts))
-    return ReportSummary(page, stats.num_images, stats.num_records, num_pages, num_missing, tuple(notes))
+            pieces, num_missing = _written_pieces(shown, folder, options, advance)
+        file.writelines(render(overview, head | pieces))
+    if is_one_file and options.overwrite and marker_format(folder) == "html":
+        remove_written(folder)  # of the larger report that stood here
+    beside = None if is_one_file else folder
+    return ReportSummary(page, beside, stats.num_images, stats.num_records, num_missing, tuple(notes))
 
 
 def _picture_options(options: ReportOptions) -> ExportOptions:
@@ -256,71 +275,93 @@ def _count(shown: Iterable[Item], records: Collection) -> tuple[RunStats, int]:
     return stats, num_items
 
 
-def _overview(records: Collection, stats: RunStats, options: ReportOptions, sections: Sequence[Section]) -> Page:
-    infos, path = records.infos(), records.path
+def _overview(title: str, stats: RunStats, infos: Sequence[RunInfo], sections: Sequence[Section]) -> Page:
     run = infos[0] if len(infos) == 1 else RunInfo({})  # the times of several runs say nothing together
-    name = printable(path.parent.resolve().name if path.stem == "records" else path.stem)
     return Page(
-        title=options.title or name,
+        title=title,
         facts=run_facts(stats),
-        palette=palette_of(stats.palette_labels),
-        run_key=_run_key(records),
-        name=name,
         tiles=overview_tiles(stats, run),
         tables=[score_table(section) for section in sections],
         plots=[*(plot for section in sections for plot in score_plots(section)), *run_plots(stats, run)],
+        facets=facets_of(stats, palette_of(stats.palette_labels)),
+        signs=signs_of(stats.kinds),
+        has_scores=any(stats.score_bins),
         made=today(),
     )
 
 
-def _run_key(records: Collection) -> str:
-    """Return a key of the first record: marks survive a report made again, and runs do not share them."""
-    first = next(read(replace(records, selection=Selection())), {})
-    return hashlib.sha256(f"{records.path.name}\n{first.get('id')}".encode("utf-8", "replace")).hexdigest()[:16]
+def run_key(infos: Sequence[RunInfo], stats: RunStats) -> str:
+    """Return what the browser keeps marks under: one key for all reports of the same pictures, a selection's too.
+
+    Marks count by record id, and another question, model or picture has another id.
+    """
+    roots = sorted({str(info.root) for info in infos if info.root is not None}) or [str(stats.first_id)]
+    return hashlib.sha256("\n".join(roots).encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def _write_pages(
-    page: Path, overview: Page, shown: Iterator[Item], num_items: int, options: ReportOptions
-) -> tuple[Page, int]:
-    """Write pages into `STEM_pages/`; return the overview that links to them, and the number of missing pictures."""
-    folder, size = page.with_name(f"{page.stem}_pages"), options.images_per_page
-    names = [f"page-{number:04d}.html" for number in range(1, -(-num_items // size) + 1)]
-    bare, num_missing = replace(overview, tiles=(), plots=(), tables=()), 0
+def _kept_pieces(shown: Iterable[Item], advance: Callable[[int], object]) -> tuple[dict[str, Any], int]:
+    """Return index and cards for a page that holds them, and the number of missing pictures."""
+    pieces: dict[str, Any] = {"index": [], "cards": []}
+
+    def keep(kind: str, number: int, document: object) -> None:
+        pieces[kind].append(document)
+
+    return pieces, _num_missing(in_pieces(shown, keep), advance)
+
+
+def _written_pieces(
+    shown: Iterable[Item], folder: Path, options: ReportOptions, advance: Callable[[int], object]
+) -> tuple[dict[str, Any], int]:
+    """Write index and cards into `folder`; return where they are, and the number of missing pictures.
+
+    Thumbnails are in script files, too: picture files would need `img-src file:`, which is every file of the disk. The
+    stamp tells them from the files of another report, and is the nonce, which nobody can know who wrote the records.
+    """
+    stamp, counts = secrets.token_urlsafe(16), {"index": 0, "cards": 0}
     with staged_folder(folder, overwrite=options.overwrite, format="html") as stage:
-        for number, name in enumerate(names):
-            part = list(islice(shown, size))
-            num_missing += sum(item.missing is not None for item in part)
-            links = [Link("overview", f"../{quote(page.name)}"), *_page_links(names, number, "")]
-            title = f"{overview.title}, {number * size + 1:,} to {number * size + len(part):,} of {num_items:,}"
-            with (stage.path / name).open("wb") as file:
-                file.writelines(render(replace(bare, title=title, items=part, links=links)))
-    return replace(overview, links=_page_links(names, None, f"{quote(folder.name)}/")), num_missing
+
+        def write(kind: str, number: int, document: object) -> None:
+            name = f"{kind}-{number + 1:05d}"
+            (stage.path / f"{name}.js").write_text(script_of(stamp, name, document), encoding="ascii")
+            counts[kind] += 1
+
+        num_missing = _num_missing(in_pieces(shown, write), advance)
+    return {"files": {"folder": quote(folder.name), "stamp": stamp, **counts}}, num_missing
 
 
-def _page_links(names: list[str], current: int | None, prefix: str) -> list[Link]:
-    return [Link(str(n + 1), None if n == current else prefix + name) for n, name in enumerate(names)]
+def _num_missing(shown: Iterable[Item], advance: Callable[[int], object]) -> int:
+    num_missing = 0
+    for item in shown:
+        num_missing += item.missing is not None
+        advance(1)
+    return num_missing
 
 
-def render(page: Page) -> Iterator[bytes]:
-    """Yield the page's HTML in pieces, UTF-8."""
+def render(page: Page, data: Mapping[str, Any]) -> Iterator[bytes]:
+    """Yield the page's HTML in pieces, UTF-8; `data` is what the script gets (see index.py)."""
     from markupsafe import Markup
 
-    style, script = _part("report.css"), _part("report.js")
+    style, script = _part("report.css"), "\n".join(map(_part, SCRIPTS))
     pieces = _template().generate(
         page=page,
-        policy=content_policy(style, script),
+        policy=content_policy(style, script, data.get("files", {}).get("stamp")),
         style=Markup(style),  # our own files, not text from records
         script=Markup(script),
-        data=Markup(page.data()),  # JSON with <, > and & as \u escapes
+        data=Markup(safe_json(data)),
+        words_limit=WORDS_LIMIT,
         version=__version__,
     )
     return (piece.encode("utf-8", "replace") for piece in pieces)
 
 
-def content_policy(style: str, script: str) -> str:
-    """Return the Content Security Policy that allows this style, this script and data: pictures, and nothing else."""
+def content_policy(style: str, script: str, nonce: str | None = None) -> str:
+    """Return the Content Security Policy that allows this style, this script and data: pictures, and nothing else.
+
+    With `nonce`, also the script files that this script asks for.
+    """
+    beside = f" 'nonce-{nonce}'" if nonce else ""
     return (
-        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'{beside}; "
         "base-uri 'none'; form-action 'none'"
     )
 

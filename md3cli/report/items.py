@@ -15,6 +15,7 @@ from md3cli.errors import InputError
 from md3cli.exporters.grouping import image_key
 from md3cli.exporters.svg_path import Polygon, segment_polygons
 from md3cli.records import RecordDict, printable
+from md3cli.refine.quality import qualities_of
 
 FRAME = (320.0, 240.0)  # drawing units of a picture's frame: about one CSS pixel on a card
 NAME_CHAR = 6.0  # width of a name's letter, about
@@ -71,6 +72,11 @@ class Entry:
         return scores or ([max(self.choices.values())] if self.choices else [])
 
     @property
+    def qualities(self) -> tuple[str, ...]:
+        """Return what is wrong with the text as a text: loop, refusal, cut."""
+        return qualities_of(self.record)
+
+    @property
     def choices(self) -> dict[str, float]:
         """Return the score of each allowed answer, where the answer was not free."""
         choices = self.record.get("choices")
@@ -94,11 +100,6 @@ class Item:
     def first(self) -> RecordDict:
         """Return the first record, which says which picture this is."""
         return self.entries[0].record
-
-    @property
-    def num_shapes(self) -> int:
-        """Count what is drawn on the picture; names are shown on demand where there are many."""
-        return sum(len(entry.shapes) + len(entry.missed) for entry in self.entries)
 
 
 def items(records: Iterable[RecordDict]) -> Iterator[Item]:

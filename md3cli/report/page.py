@@ -1,26 +1,23 @@
-"""What the template gets: one page's words, numbers, filters and items.
+"""What the template gets: the words, numbers and filters of the page.
 
-Nothing here opens a picture or writes a page: build.py does.
+Nothing here opens a picture or writes a page: build.py does; the pictures themselves go to the script (index.py).
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from md3cli.exporters.palette import style_at
 from md3cli.records import is_printable, printable
-from md3cli.report.items import Entry, Item
 
 if TYPE_CHECKING:
-    from md3cli.report.plots import Plot
+    from md3cli.report.plots import Plot, RunStats
 
 MAX_LABEL_CHIPS = 60
+QUALITY_TEXTS = {"loop": "repeats itself", "refusal": "refuses", "cut": "cut off"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +28,7 @@ class Tile:
     value: str
     about: str = ""
     is_bad: bool = False
+    pick: str | None = None  # what the page filters by on a click: a facet's name, a colon, the value
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +42,6 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
-    """To another page of the report; without `href` it is this one."""
-
-    text: str
-    href: str | None
-    about: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Option:
     """One check box of a filter."""
 
@@ -60,6 +49,24 @@ class Option:
     text: str
     count: int | None = None
     colour: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Facet:
+    """The check boxes of one filter; `num_more` values did not fit, and the search finds them."""
+
+    legend: str
+    name: str
+    options: Sequence[Option]
+    num_more: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """A line of the legend: `kind` names the drawing in the template, `text` says what it stands for."""
+
+    kind: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,88 +80,59 @@ class Palette:
         style = style_at(self.numbers.get(label, 0))
         return f"c{style.colour_place} d{style.dash_place}"
 
+    def document(self) -> list[tuple[str, str]]:
+        """Return each label as it is shown with its class, for the script."""
+        return [(legible(label), self.colour_of(label)) for label in self.numbers]
+
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One HTML file. Lists that are empty are left out of it."""
+    """The HTML file. Lists that are empty are left out of it."""
 
     title: str
     facts: Sequence[str]
-    palette: Palette
-    run_key: str  # what marks are kept under in the browser
-    name: str  # what the marks' file is called after
-    links: Sequence[Link] = ()
     tiles: Sequence[Tile] = ()
     tables: Sequence[Table] = ()
     plots: Sequence[Plot] = ()
-    items: Sequence[Item] = ()
+    facets: Sequence[Facet] = ()
+    signs: Sequence[Sign] = ()
+    has_scores: bool = False
     made: str = ""
-    _firsts: list[int] = field(init=False, default_factory=list)
 
-    def __post_init__(self) -> None:
-        self._firsts.extend(accumulate((len(item.entries) for item in self.items), initial=0))
 
-    def colour_of(self, label: str) -> str:
-        """Return the style sheet's class for a label."""
-        return self.palette.colour_of(label)
+def facets_of(stats: RunStats, palette: Palette) -> list[Facet]:
+    """Return the filters that can tell records of this run apart."""
+    statuses = {"ok": "answered", "empty": "nothing found", "failed": "failed"}
+    marks = [Option("none", "unmarked"), Option("right", "right"), Option("wrong", "wrong")]
+    chips = [
+        Option(legible(label), label, count, palette.colour_of(label))
+        for label, count in stats.labels.most_common(MAX_LABEL_CHIPS)
+    ]
+    facets = [
+        Facet("Task", "task", [Option(task, task, count) for task, count in stats.tasks.items()]),
+        Facet("Status", "status", [Option(s, name, n) for s, name in statuses.items() if (n := stats.statuses[s])]),
+        Facet("By ground truth", "verdict", [Option(v, v, n) for v in ("right", "wrong") if (n := stats.verdicts[v])]),
+        Facet(
+            "Text", "quality", [Option(q, name, n) for q, name in QUALITY_TEXTS.items() if (n := stats.qualities[q])]
+        ),
+        Facet("Label", "label", chips, len(stats.labels) - len(chips)),
+    ]
+    telling = [facet for facet in facets if len(facet.options) > 1 or (facet.options and facet.name == "quality")]
+    return [Facet("Mark", "mark", marks), *telling]
 
-    def first_entry(self, n: int) -> int:
-        """Return the number on the page of the first record of item `n`."""
-        return self._firsts[n]
 
-    @property
-    def entries(self) -> list[Entry]:
-        """Return all records of the page in order."""
-        return [entry for item in self.items for entry in item.entries]
-
-    @property
-    def tasks(self) -> list[Option]:
-        """Return check boxes for the tasks, where there is more than one."""
-        counts = Counter(entry.task for entry in self.entries)
-        return [Option(task, task, count) for task, count in counts.items()] if len(counts) > 1 else []
-
-    @property
-    def statuses(self) -> list[Option]:
-        """Return check boxes for how records ended."""
-        names = {"ok": "answered", "empty": "nothing found", "failed": "failed"}
-        counts = Counter(entry.status for entry in self.entries)
-        return [Option(s, name, counts[s]) for s, name in names.items() if s in counts] if len(counts) > 1 else []
-
-    @property
-    def marks(self) -> list[Option]:
-        """Return check boxes for the reader's marks."""
-        return [Option("none", "unmarked"), Option("right", "right"), Option("wrong", "wrong")]
-
-    @property
-    def verdicts(self) -> list[Option]:
-        """Return check boxes for what the ground truth says."""
-        counts = Counter(entry.verdict for entry in self.entries if entry.verdict)
-        return [Option(verdict, verdict, counts[verdict]) for verdict in ("right", "wrong") if verdict in counts]
-
-    @property
-    def labels(self) -> list[Option]:
-        """Return check boxes for the labels used most, where there is more than one."""
-        counts = Counter(shape.label for entry in self.entries for shape in entry.shapes)
-        chosen = counts.most_common(MAX_LABEL_CHIPS)
-        if len(counts) < 2:
-            return []
-        return [Option(str(self.palette.numbers.get(x, 0)), x, n, self.colour_of(x)) for x, n in chosen]
-
-    @property
-    def has_scores(self) -> bool:
-        """Return whether a score filter makes sense."""
-        return any(entry.scores for entry in self.entries)
-
-    def data(self) -> str:
-        """Return what the script needs, as JSON that is safe inside a script element."""
-        document = {
-            "run": self.run_key,
-            "name": self.name,
-            "labels": list(map(legible, self.palette.numbers)),  # as the bars of a plot have them
-            "records": [_facts(entry, self.palette) for entry in self.entries],
-        }
-        text = json.dumps(document, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-        return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+def signs_of(kinds: Collection[str]) -> list[Sign]:
+    """Return the legend of what is drawn somewhere in this report; `kinds` as in `RunStats`."""
+    is_judged = not {"right", "wrong", "missed"}.isdisjoint(kinds)
+    words = {
+        "box": "solid: right" if is_judged else "box: found here",
+        "wrong": "dashed: wrong by ground truth",
+        "missed": "white, dashed: missed, in the ground truth only",
+        "mask": "filled: the mask of what was found",
+        "point": "dot: a point",
+        "ground": "white ring: what a passage of the reasoning is about",
+    }
+    return [Sign(kind, text) for kind, text in words.items() if kind in kinds]
 
 
 def legible(text: str) -> str:
@@ -169,16 +147,6 @@ def legible(text: str) -> str:
 
 def _is_legible(char: str) -> bool:
     return is_printable(char) or char in "\n\t\u200c\u200d"
-
-
-def _facts(entry: Entry, palette: Palette) -> dict[str, Any]:
-    record = entry.record
-    facts: dict[str, Any] = {
-        key: record.get(key) for key in ("id", "image", "image_b64", "task", "prompt") if key in record
-    }
-    facts |= {"status": entry.status, "labels": [palette.numbers.get(shape.label, 0) for shape in entry.shapes]}
-    facts["scores"] = [shape.score for shape in entry.shapes] if entry.shapes else entry.scores
-    return facts | ({"verdict": entry.verdict} if entry.verdict else {})
 
 
 def today() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -16,7 +16,7 @@ from md3cli.exporters.grouping import asked_and_found
 from md3cli.finished.run_json import RunInfo
 from md3cli.records import printable
 from md3cli.refine.labels import Labels
-from md3cli.report.items import Item
+from md3cli.report.items import Entry, Item
 from md3cli.report.page import Tile
 
 NUM_SCORE_BINS = 20
@@ -35,6 +35,7 @@ class RunStats:
     """The counts, filled item by item and then read by the plots."""
 
     named: Labels = field(default=Labels())  # how prompts are called
+    first_id: str | None = None
     num_images: int = 0
     num_records: int = 0
     num_objects: int = 0
@@ -49,10 +50,14 @@ class RunStats:
     caption_words: Counter[int] = field(default_factory=Counter)
     answers: dict[str, Counter[str]] = field(default_factory=dict)  # by question
     models: Counter[str] = field(default_factory=Counter)
+    verdicts: Counter[str] = field(default_factory=Counter)  # by ground truth, of records
+    qualities: Counter[str] = field(default_factory=Counter)  # of texts
+    kinds: set[str] = field(default_factory=set)  # what is drawn: box, mask, point, ground, wrong, missed
     output_tokens: int = 0
 
     def add(self, item: Item) -> None:
         """Count one picture with its records."""
+        self.first_id = self.first_id or str(item.first.get("id"))
         self.num_images += item.first["image"] is not None
         labels = Counter(shape.label for entry in item.entries for shape in entry.shapes)
         for label, count in labels.items():
@@ -70,6 +75,9 @@ class RunStats:
             self.statuses[entry.status] += 1
             self.models[str(entry.record.get("model") or "unknown")] += 1
             self._add_scores(entry.scores)
+            self.verdicts[entry.verdict or "none"] += 1
+            self.qualities.update(entry.qualities)
+            self.kinds.update(kinds_of(entry))
             if entry.status == "failed":
                 self.errors[str(entry.record["error"]["type"])] += 1
             elif entry.text is not None:
@@ -91,6 +99,16 @@ class RunStats:
                 answers[answer] += 1
 
 
+def kinds_of(entry: Entry) -> Iterator[str]:
+    """Yield the kinds of things that are drawn for a record, for the legend."""
+    for shape in (*entry.shapes, *entry.missed):
+        yield "mask" if shape.path else "box" if shape.rect else "point"
+        if shape.verdict is not None:
+            yield shape.verdict
+    if any(passage.points for passage in entry.reasoning):
+        yield "ground"
+
+
 @dataclass(frozen=True, slots=True)
 class Tick:
     """A word on an axis, `at` drawing units along it."""
@@ -108,6 +126,7 @@ class Column:
     width: float
     height: float
     title: str
+    pick: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +195,9 @@ def overview_tiles(stats: RunStats, run: RunInfo) -> list[Tile]:
     if stats.objects_per_image:
         per_image = stats.num_objects / stats.objects_per_image.total()
         tiles.append(Tile("Objects", f"{stats.num_objects:,}", f"{per_image:.1f} an image"))
-        tiles.append(Tile("Nothing found", f"{empty:,}", "records"))
-    tiles.append(Tile("Failed", f"{failed:,}", _percent(failed, stats.num_records), is_bad=failed > 0))
+        tiles.append(Tile("Nothing found", f"{empty:,}", "records", pick="status:empty" if empty else None))
+    about, pick = _percent(failed, stats.num_records), "status:failed" if failed else None
+    tiles.append(Tile("Failed", f"{failed:,}", about, is_bad=failed > 0, pick=pick))
     if stats.output_tokens:
         tiles.append(Tile("Tokens", short_number(stats.output_tokens), "generated"))
     if run.elapsed_s:
@@ -234,10 +254,13 @@ def _scores(bins: list[int]) -> Columns | None:
         for edge, count in zip(edges, bins, strict=True)
     ]
     labels = [f"{edge:.1f}" if index % 4 == 0 else "" for index, edge in enumerate(edges)]
-    return _columns("Scores", "objects by score", bins, titles, labels)
+    picks = [f"score:{edge:.2f}:{edge + 1 / NUM_SCORE_BINS:.2f}" for edge in edges]
+    return _columns("Scores", "objects by score", bins, titles, labels, picks)
 
 
-def _columns(title: str, about: str, heights: list[int], titles: list[str], labels: list[str]) -> Columns:
+def _columns(
+    title: str, about: str, heights: list[int], titles: list[str], labels: list[str], picks: Sequence[str] = ()
+) -> Columns:
     top = nice_ceiling(max(heights))
     step = (WIDTH - LEFT - RIGHT) / len(heights)
     plot_height = HEIGHT - TOP - BOTTOM
@@ -245,7 +268,8 @@ def _columns(title: str, about: str, heights: list[int], titles: list[str], labe
     for index, (height, name, label) in enumerate(zip(heights, titles, labels, strict=True)):
         tall = max(height / top * plot_height, 1.0 if height else 0.0)
         x = LEFT + index * step
-        columns.append(Column(round(x + step * 0.06, 2), _y(tall), round(step * 0.88, 2), round(tall, 2), name))
+        pick = picks[index] if picks and height else None
+        columns.append(Column(round(x + step * 0.06, 2), _y(tall), round(step * 0.88, 2), round(tall, 2), name, pick))
         if label:
             ticks.append(Tick(round(x + step / 2, 2), label))
     return Columns(title, about, tuple(columns), tuple(ticks), _y_ticks(top, num=2 if top % 2 == 0 else 1))

@@ -1,135 +1,325 @@
-/* The page's behaviour: filter, sort, move, mark, look closer. Plain JavaScript, no dependencies.
-   Text from records is only ever read from the page or written as text, never as markup. */
+/* The page's behaviour: load, filter, sort, page, move, mark, look closer. Plain JavaScript, no dependencies.
+   Only the cards of one page are elements; all else is columns (index.js). The address (#...) holds what is shown. */
 "use strict";
 (() => {
   const $ = (selector, root = document) => root.querySelector(selector);
   const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
   const data = JSON.parse($("#data").textContent);
   const form = $("#filters");
+  const colours = new Map(data.labels);
+  const colourOf = (label) => colours.get(label) ?? "c0";
+  const written = (number) => number.toLocaleString("en");
   document.documentElement.classList.add("js");
-  if (!form) return; // the overview of many pages has no cards
 
-  // What is known of each record: facts from the page's data, and its elements.
-  const cards = $$(".card").map((element) => ({ element, records: [] }));
-  const records = data.records.map((facts, k) => {
-    const element = $(`#r${k}`);
-    const card = cards[Number(element.closest(".card").dataset.n)];
-    const record = { ...facts, k, element, card, shown: true, drawing: $(`.overlay [data-k="${k}"]`, card.element) };
-    card.records.push(record);
-    return record;
-  });
-  const searchText = (record) => (record.words ??= `${record.image ?? ""}\n${record.element.textContent}`.toLowerCase());
+  // ---- script files beside the page ----------------------------------------------------------
 
-  // ---- filters -------------------------------------------------------------------------------
+  const arrived = new Map();
+  globalThis.md3 = (stamp, name, text) => arrived.set(name, stamp === data.files?.stamp ? text : null);
 
-  const FACETS = ["task", "status", "mark", "verdict", "label"];
+  // A script element is the one way to read a file beside a page that was opened from a disk.
+  function load(kind, number) {
+    const name = `${kind}-${String(number + 1).padStart(5, "0")}`;
+    const path = `${data.files.folder}/${name}.js`;
+    return new Promise((resolve, reject) => {
+      const script = make("script", { src: path });
+      script.nonce = data.files.stamp;
+      script.onload = () => {
+        const text = arrived.get(name);
+        arrived.delete(name);
+        script.remove();
+        if (text) resolve(JSON.parse(text));
+        else reject(new Error(`${decodeURI(path)} is of another report than this page: make the report again.`));
+      };
+      script.onerror = () => reject(new Error(`${decodeURI(path)} cannot be read: keep the folder beside this page.`));
+      document.head.append(script);
+    });
+  }
+
+  const loadIndex = () =>
+    data.files ? Promise.all([...Array(data.files.index).keys()].map((n) => load("index", n))) : data.index;
+
+  const PIECES_KEPT = 50; // of cards, 20 MB: a page in the run's order needs six, and going back needs none again
+  const pieces = new Map();
+
+  function loadCards(number) {
+    if (!data.files) return data.cards[number];
+    if (!pieces.has(number)) {
+      pieces.set(number, load("cards", number));
+      if (pieces.size > PIECES_KEPT) pieces.delete(pieces.keys().next().value);
+    }
+    return pieces.get(number);
+  }
+
+  function tell(text) {
+    $("#nothing").textContent = text;
+    $("#nothing").hidden = text === "";
+  }
+
+  // ---- marks ---------------------------------------------------------------------------------
+
+  const STORE = `md3-marks:${data.run}`;
+  const marks = new Map(); // record id to right or wrong; ids of other reports of these pictures stay in it
+  let numMarked = 0; // in this report
+
+  function readMarks() {
+    marks.clear();
+    try {
+      for (const [mark, ids] of Object.entries(JSON.parse(localStorage.getItem(STORE) ?? "{}"))) {
+        for (const id of ids) marks.set(id, mark);
+      }
+    } catch { /* no storage here: marks last as long as the page */ }
+    numMarked = marks.size === 0 ? 0 : index.ids.reduce((sum, id) => sum + marks.has(id), 0);
+  }
+
+  function keepMarks() {
+    const ids = { right: [], wrong: [] };
+    for (const [id, mark] of marks) ids[mark]?.push(id);
+    try {
+      localStorage.setItem(STORE, JSON.stringify(ids));
+    } catch {
+      tell("This browser keeps no more marks. They last as long as this page: save them now.");
+    }
+  }
+
+  function setMark(r, mark) {
+    const id = index.ids[r];
+    numMarked += (mark ? 1 : 0) - (marks.has(id) ? 1 : 0);
+    if (mark) marks.set(id, mark);
+    else marks.delete(id);
+    keepMarks();
+    showMark(r, document);
+    countMarks();
+  }
+
+  function showMark(r, root) {
+    const mark = marks.get(index.ids[r]) ?? "unmarked";
+    for (const button of $$(`.entry[data-k="${r}"] .mark`, root)) {
+      button.setAttribute("aria-pressed", String(button.classList.contains(mark)));
+    }
+  }
+
+  function countMarks() {
+    $("#download").disabled = numMarked === 0;
+    $("#download").textContent = numMarked ? `Save ${written(numMarked)} mark${numMarked === 1 ? "" : "s"}` : "Save marks";
+  }
+
+  function* markLines() {
+    for (let p = 0; p < numPictures(); p++) {
+      for (let r = index.firstRecord[p]; r < index.firstRecord[p + 1]; r++) {
+        const [id, mark, image_b64] = [index.ids[r], marks.get(index.ids[r]), index.imagesB64.get(p)];
+        const prompt = index.words[index.prompts[r]] ?? null;
+        const record = { id, image: index.images[p], ...(image_b64 && { image_b64 }), task: index.words[index.tasks[r]] };
+        if (mark) yield `${JSON.stringify({ ...record, prompt, mark })}\n`;
+      }
+    }
+  }
+
+  function download() {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([...markLines()], { type: "application/x-ndjson" }));
+    link.download = `${data.name}.marks.jsonl`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+  }
+  $("#download").addEventListener("click", download);
+
+  async function upload(event) {
+    const text = await event.target.files[0]?.text();
+    event.target.value = "";
+    try {
+      for (const line of (text ?? "").split("\n").filter((one) => one.trim() !== "")) {
+        const { id, mark } = JSON.parse(line);
+        if (typeof id === "string" && ["right", "wrong"].includes(mark)) marks.set(id, mark);
+      }
+    } catch {
+      tell("That file holds no marks: it has lines that are not JSON.");
+    }
+    keepMarks();
+    refreshMarks();
+  }
+  $("#upload").addEventListener("change", upload);
+
+  function refreshMarks() {
+    readMarks();
+    countMarks();
+    for (const r of onPage) showMark(r, document);
+  }
+  addEventListener("storage", (event) => { if (event.key === STORE) refreshMarks(); }); // marked in another tab
+
+  // ---- what is asked for: the form, and the address ------------------------------------------
+
+  const DEFAULTS = { text: "", sort: "input", "score-from": "0", "score-to": "1" };
+  let page = 1;
 
   function readFilters() {
     const values = new FormData(form);
-    const number = (name, otherwise) => (values.has(name) ? Number(values.get(name)) : otherwise);
+    const number = (name) => Number(values.get(name) ?? DEFAULTS[name]);
+    const facets = ["task", "status", "mark", "verdict", "quality", "label"];
+    const chosen = Object.fromEntries(facets.map((name) => [name, new Set(values.getAll(name))]));
+    const numbers = (names) => new Set([...names].map((name) => index.numbers.get(name)));
     return {
-      words: (values.get("text") ?? "").toLowerCase().split(/\s+/).filter(Boolean),
-      chosen: Object.fromEntries(FACETS.map((name) => [name, new Set(values.getAll(name))])),
-      min: number("min", 0),
-      max: number("max", 1),
+      words: values.get("text").toLowerCase().split(WORDS_BY_SPACE).filter(Boolean),
+      chosen,
+      tasks: numbers(chosen.task),
+      labels: numbers(chosen.label),
+      from: number("score-from"),
+      to: number("score-to"),
       sort: values.get("sort"),
     };
   }
 
-  const isAny = (chosen, values) => chosen.size === 0 || values.some((value) => chosen.has(String(value)));
-  const isObjectShown = (record, o, { min, max, chosen }) => {
-    const score = record.scores[o] ?? null;
-    return (score === null || (score >= min && score <= max)) && isAny(chosen.label, [record.labels[o]]);
-  };
-
-  function isShown(record, filters) {
-    const { words, chosen, min, max } = filters;
-    if (!isAny(chosen.task, [record.task]) || !isAny(chosen.status, [record.status])) return false;
-    if (!isAny(chosen.mark, [marks.get(record.id)?.mark ?? "none"])) return false;
-    if (!isAny(chosen.verdict, [record.verdict ?? "none"])) return false;
-    const isWhole = min <= 0 && max >= 1;
-    if (record.labels.length === 0 && chosen.label.size > 0) return false;
-    if (record.labels.length > 0 && !record.labels.some((_, o) => isObjectShown(record, o, filters))) return false;
-    if (record.labels.length === 0 && !isWhole && !record.scores.some((s) => s >= min && s <= max)) return false;
-    return words.every((word) => searchText(record).includes(word));
+  function addressOf(number) {
+    const entries = [...new FormData(form)].filter(([name, value]) => value !== DEFAULTS[name]);
+    if (number > 1) entries.push(["page", String(number)]);
+    return `#${new URLSearchParams(entries)}`;
   }
 
-  function showObjects(record, filters, root) {
-    for (const element of $$("[data-o]", root)) {
-      if (element.dataset.o === "") continue; // what the ground truth has and the model missed
-      element.classList.toggle("off", !isObjectShown(record, Number(element.dataset.o), filters));
+  function readAddress() {
+    const wanted = new URLSearchParams(location.hash.slice(1));
+    for (const label of wanted.getAll("label")) if (!chipOf("label", label)) addChip(label);
+    for (const field of form.elements) {
+      if (field.type === "checkbox") field.checked = wanted.getAll(field.name).includes(field.value);
+      else if (field.name) field.value = wanted.get(field.name) ?? DEFAULTS[field.name];
     }
+    page = Math.max(1, Math.trunc(Number(wanted.get("page"))) || 1);
   }
 
-  const least = (card) => Math.min(...card.records.filter((r) => r.shown).flatMap((r) => r.scores));
-  const most = (card) => Math.max(...card.records.filter((r) => r.shown).flatMap((r) => r.scores));
-  const numObjects = (card) => card.records.filter((r) => r.shown).reduce((sum, r) => sum + r.labels.length, 0);
-  const ORDERS = {
-    unsure: (card) => least(card), // cards without scores: +Infinity, last
-    sure: (card) => -most(card),
-    many: (card) => -numObjects(card),
-    few: (card) => numObjects(card),
-  };
+  const chipOf = (name, value) => $$(`input[name="${name}"]`, form).find((input) => input.value === value);
 
-  function sorted(visible, order) {
-    if (order === "name") {
-      const names = new Intl.Collator(undefined, { numeric: true });
-      return visible.sort((a, b) => names.compare(a.records[0].image ?? "", b.records[0].image ?? ""));
-    }
-    if (!ORDERS[order]) return visible;
-    const keys = new Map(visible.map((card) => [card, ORDERS[order](card)]));
-    return visible.sort((a, b) => (keys.get(a) === keys.get(b) ? 0 : keys.get(a) - keys.get(b)));
+  // A label that is too rare for a chip of its own gets one when an address or a bar asks for it.
+  function addChip(label) {
+    const chip = make("label", { class: `chip ${colourOf(label)}` },
+      make("input", { type: "checkbox", name: "label", value: label }), make("span", {}, label));
+    $("#facets").append(chip);
+    return $("input", chip);
   }
 
-  let visibleRecords = records;
+  // ---- the pages -----------------------------------------------------------------------------
+
+  let filters = null;
+  let shown = { pictures: [], isShown: [], numRecords: 0, numObjects: 0 };
+  let onPage = []; // records shown on this page, in their order
+  const cards = new Map(); // picture to element, of this page
+
+  const numPages = () => Math.max(1, Math.ceil(shown.pictures.length / data.perPage));
 
   function apply() {
-    const filters = readFilters();
-    for (const record of records) {
-      record.shown = isShown(record, filters);
-      record.element.hidden = !record.shown;
-      record.drawing?.toggleAttribute("hidden", !record.shown);
-      if (record.shown) {
-        showObjects(record, filters, record.element);
-        if (record.drawing) showObjects(record, filters, record.drawing);
-      }
+    filters = readFilters();
+    shown = select(filters, (id) => marks.get(id));
+    showPage();
+    describe();
+  }
+
+  function showPage() {
+    page = Math.min(page, numPages());
+    const pictures = shown.pictures.slice((page - 1) * data.perPage, page * data.perPage);
+    onPage = pictures.flatMap(recordsOf).filter((r) => shown.isShown[r]);
+    cards.clear();
+    watcher.disconnect();
+    for (const p of pictures) cards.set(p, emptyCard(p, index.images[p]));
+    $("#cards").replaceChildren(...cards.values());
+    for (const [p, element] of cards) data.files ? watcher.observe(element) : fillNow(p, element, loadCards(pieceOf(p)));
+    for (const place of $$(".pages")) place.replaceChildren(...pageLinks());
+  }
+
+  const recordsOf = (p) => {
+    const first = index.firstRecord[p];
+    return Array.from({ length: index.firstRecord[p + 1] - first }, (_, i) => first + i);
+  };
+  const pieceOf = (p) => Math.floor(p / data.cardsSize);
+
+  const watcher = new IntersectionObserver((seen) => {
+    for (const { isIntersecting, target } of seen) if (isIntersecting) fill(Number(target.dataset.n));
+  }, { rootMargin: "800px" });
+
+  async function fill(p) {
+    const element = cards.get(p);
+    if (!element?.classList.contains("waiting")) return;
+    watcher.unobserve(element);
+    try {
+      const piece = await loadCards(pieceOf(p));
+      if (element.classList.contains("waiting")) fillNow(p, element, piece); // two may have waited for the piece
+    } catch (error) {
+      pieces.delete(pieceOf(p));
+      tell(error.message);
     }
-    const visible = sorted(cards.filter((card) => card.records.some((r) => r.shown)), filters.sort);
-    const isVisible = new Set(visible);
-    for (const card of cards) card.element.hidden = !isVisible.has(card);
-    $("#cards").append(...visible.map((card) => card.element));
-    visibleRecords = visible.flatMap((card) => card.records.filter((r) => r.shown));
-    describe(visible.length, filters);
   }
 
-  function describe(numVisible, { min, max }) {
-    const all = cards.length.toLocaleString("en");
-    $("#shown").value = numVisible === cards.length ? `${all} shown` : `${numVisible.toLocaleString("en")} of ${all}`;
-    $("#nothing").hidden = numVisible > 0;
-    if ($("#range")) $("#range").value = `${min.toFixed(2)} to ${max.toFixed(2)}`;
-  }
-
-  function rememberFilters() {
-    const entries = [...new FormData(form)].filter(([name, value]) => value !== "" && value !== { min: "0", max: "1" }[name]);
-    history.replaceState(null, "", entries.length ? `#${new URLSearchParams(entries)}` : location.pathname);
-  }
-
-  function recallFilters() {
-    for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {
-      for (const field of form.elements) {
-        if (field.name !== name) continue;
-        if (field.type !== "checkbox") field.value = value;
-        else if (field.value === value) field.checked = true;
+  function fillNow(p, element, piece) {
+    fillCard(element, piece[p % data.cardsSize], index.firstRecord[p], colourOf);
+    for (const r of recordsOf(p)) {
+      for (const part of $$(`[data-k="${r}"]`, element)) {
+        part.toggleAttribute("hidden", !shown.isShown[r]);
+        showObjects(r, part);
       }
+      showMark(r, element);
+    }
+    if (cursor !== null) $(`#r${cursor}`, element)?.classList.add("cursor");
+  }
+
+  function showObjects(r, root) {
+    if (!hasObjects(r)) return;
+    for (const element of $$("[data-o]", root)) {
+      if (element.dataset.o === "") continue; // what the ground truth has and the model missed
+      element.classList.toggle("off", !isObjectShown(index.firstObject[r] + Number(element.dataset.o), filters));
     }
   }
+
+  function describe() {
+    const all = written(numPictures());
+    const several = (count, what) => `${written(count)} ${what}${count === 1 ? "" : "s"}`;
+    const count = shown.pictures.length;
+    $("#shown").textContent = count === numPictures() ? `${all} shown` : `${written(count)} of ${all}`;
+    const objects = shown.numObjects ? `, ${several(shown.numObjects, "object")}` : "";
+    $("#counts").textContent = `${several(shown.numRecords, "record")}${objects}`;
+    if ($("#range")) $("#range").value = `${filters.from.toFixed(2)} to ${filters.to.toFixed(2)}`;
+    tell(count === 0 ? "Nothing matches these filters." : "");
+  }
+
+  function pageLinks() {
+    const last = numPages();
+    if (last === 1) return [];
+    const near = [1, page - 2, page - 1, page, page + 1, page + 2, last].filter((n) => n >= 1 && n <= last);
+    const links = [...new Set(near)].sort((a, b) => a - b).map(pageLink);
+    const step = (n, text, rel) => n >= 1 && n <= last ? make("a", { href: addressOf(n), rel }, text) : make("span", {}, text);
+    return [step(page - 1, "‹ Previous", "prev"), ...links, step(page + 1, "Next ›", "next")];
+  }
+
+  function pageLink(number) {
+    const first = (number - 1) * data.perPage + 1;
+    const range = `${written(first)}–${written(Math.min(first + data.perPage - 1, shown.pictures.length))}`;
+    return number === page ? make("b", { "aria-current": "page" }, range) : make("a", { href: addressOf(number) }, range);
+  }
+
+  function goToPage(number) {
+    if (number < 1 || number > numPages()) return false;
+    page = number;
+    history.pushState(null, "", addressOf(page));
+    showPage();
+    showTop();
+    return true;
+  }
+  const showTop = () => form.scrollIntoView({ block: "start" });
 
   let waiting = 0;
-  const change = () => {
+  function change() {
     clearTimeout(waiting);
     $("#cards").ariaBusy = "true";
-    waiting = setTimeout(() => { apply(); rememberFilters(); $("#cards").ariaBusy = "false"; }, 60);
-  };
+    waiting = setTimeout(() => {
+      page = 1;
+      history.replaceState(null, "", addressOf(page));
+      apply();
+      $("#cards").ariaBusy = "false";
+    }, 60);
+  }
+  addEventListener("hashchange", () => { // a link to a page, Back, or an address that was typed
+    const before = addressOf(1);
+    readAddress();
+    cursor = null;
+    if (addressOf(1) === before) showPage();
+    else apply();
+    showTop();
+  });
   form.addEventListener("input", change);
   form.addEventListener("change", change);
   form.addEventListener("reset", change);
@@ -140,106 +330,82 @@
   };
   $("#more").addEventListener("click", () => fold(!form.classList.contains("folded")));
 
-  // A bar of a plot picks what it counts.
-  for (const bar of $$("[data-pick]")) {
-    bar.addEventListener("click", () => {
-      const [kind, ...rest] = bar.dataset.pick.split(":");
-      const name = rest.join(":");
-      const label = kind === "label" ? data.labels.indexOf(name) : -1;
-      const chip = $$("input[name=label]", form).find((input) => input.value === String(label));
+  // A bar, a column or a number of the overview picks what it counts.
+  function pick(kind, values) {
+    if (kind === "score") [form.elements["score-from"].value, form.elements["score-to"].value] = values;
+    else if (kind === "label" || kind === "status") {
+      const chip = chipOf(kind, values.join(":")) ?? (kind === "label" ? addChip(values.join(":")) : null);
       if (chip) chip.checked = !chip.checked;
-      else form.elements.text.value = name;
-      change();
-      $("#cards").scrollIntoView({ block: "start" });
-    });
+    } else form.elements.text.value = values.join(":");
+    change();
+    showTop();
   }
-
-  // ---- marks ---------------------------------------------------------------------------------
-
-  const STORE = `md3-marks:${data.run}`;
-  const marks = new Map();
-  try {
-    for (const mark of JSON.parse(localStorage.getItem(STORE) ?? "[]")) marks.set(mark.id, mark);
-  } catch { /* no storage here: marks last as long as the page */ }
-
-  function setMark(record, mark) {
-    if (mark) {
-      const { id, image, image_b64, task, prompt } = record;
-      marks.set(id, { id, image, ...(image_b64 && { image_b64 }), task, prompt, mark });
-    } else marks.delete(record.id);
-    try {
-      localStorage.setItem(STORE, JSON.stringify([...marks.values()]));
-    } catch { /* full or forbidden: the download still holds them */ }
-    showMarks(record);
+  for (const bar of $$("[data-pick]")) {
+    const [kind, ...values] = bar.dataset.pick.split(":");
+    bar.addEventListener("click", () => pick(kind, values));
   }
-
-  function showMarks(record) {
-    const mark = marks.get(record.id)?.mark;
-    const places = [record.element, $(`.panel [data-k="${record.k}"]`)].filter(Boolean);
-    for (const button of places.flatMap((place) => $$(".mark", place))) {
-      button.setAttribute("aria-pressed", String(button.classList.contains(mark ?? "unmarked")));
-    }
-    countMarks();
-  }
-
-  function countMarks() {
-    $("#download").disabled = marks.size === 0;
-    $("#download").textContent = marks.size ? `Save ${marks.size} mark${marks.size === 1 ? "" : "s"}` : "Save marks";
-  }
-
-  function download() {
-    const lines = [...marks.values()].map((mark) => JSON.stringify(mark) + "\n");
-    const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob(lines, { type: "application/x-ndjson" }));
-    link.download = `${data.name}.marks.jsonl`;
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
-  }
-  $("#download").addEventListener("click", download);
 
   // ---- the cursor ----------------------------------------------------------------------------
 
-  let cursor = null;
+  let cursor = null; // a record
 
-  function moveTo(record) {
-    if (!record) return;
-    cursor?.element.classList.remove("cursor");
-    cursor = record;
-    cursor.element.classList.add("cursor");
-    cursor.element.focus({ preventScroll: true });
-    cursor.card.element.scrollIntoView({ block: "nearest" });
-    if (viewer.open) look(cursor);
+  async function moveTo(r) {
+    if (r === undefined) return;
+    for (const element of $$(".cards .cursor")) element.classList.remove("cursor");
+    cursor = r;
+    const p = pictureAt(r);
+    cards.get(p).scrollIntoView({ block: "nearest" });
+    await fill(p);
+    if (cursor !== r) return; // somebody went on while the card was read
+    $(`#r${r}`)?.classList.add("cursor");
+    $(`#r${r}`)?.focus({ preventScroll: true });
+    if (viewer.open) look(r);
+    const next = onPage[onPage.indexOf(r) + 1];
+    if (next !== undefined) fill(pictureAt(next)); // so that going on need not wait
+  }
+
+  // The picture of a record: the last one that begins at it or before.
+  function pictureAt(r) {
+    let [low, high] = [0, numPictures() - 1];
+    while (low < high) {
+      const middle = (low + high + 1) >> 1;
+      if (index.firstRecord[middle] <= r) low = middle;
+      else high = middle - 1;
+    }
+    return low;
   }
 
   function step(by) {
-    const at = visibleRecords.indexOf(cursor);
-    if (at < 0) moveTo(visibleRecords[0]);
-    else moveTo(visibleRecords[Math.min(Math.max(at + by, 0), visibleRecords.length - 1)]);
+    const at = onPage.indexOf(cursor);
+    if (at < 0) return moveTo(onPage[0]);
+    if (at + by >= 0 && at + by < onPage.length) return moveTo(onPage[at + by]);
+    if (goToPage(page + by)) return moveTo(by > 0 ? onPage[0] : onPage.at(-1));
+    return moveTo(cursor);
   }
 
   function markAndGoOn(mark) {
-    if (!cursor) return step(1);
+    if (cursor === null) return step(1);
     setMark(cursor, mark);
-    if (mark) step(1);
+    return mark ? step(1) : undefined;
   }
 
   // ---- the viewer ----------------------------------------------------------------------------
 
   const viewer = $("#viewer");
 
-  function look(record) {
-    const card = record.card.element;
+  function look(r) {
+    const card = cards.get(pictureAt(r));
     const picture = $(".picture", card)?.cloneNode(true);
     $(".stage").replaceChildren(...(picture ? [picture] : []));
     const parts = [...card.children].filter((part) => !part.classList.contains("picture")).map((part) => part.cloneNode(true));
     for (const part of parts) {
       part.removeAttribute("id");
-      part.classList.toggle("cursor", part.dataset.k === String(record.k));
+      part.classList.toggle("cursor", part.dataset.k === String(r));
       for (const details of $$("details", part)) details.open = true;
     }
     $(".panel").replaceChildren(...parts);
-    if (record.labels.length > 0) { // of several records on a picture, the one looked at stands out
-      for (const drawing of $$(".stage .overlay > g")) drawing.classList.toggle("dim", drawing.dataset.k !== String(record.k));
+    if (hasObjects(r)) { // of several records on a picture, the one looked at stands out
+      for (const drawing of $$(".stage .overlay > g")) drawing.classList.toggle("dim", drawing.dataset.k !== String(r));
     }
     if (!viewer.open) viewer.showModal();
     fitNames();
@@ -257,24 +423,24 @@
   }
   addEventListener("resize", fitNames);
   $(".close").addEventListener("click", () => viewer.close());
-  viewer.addEventListener("close", () => cursor?.element.focus({ preventScroll: true }));
+  viewer.addEventListener("close", () => $(`#r${cursor}`)?.focus({ preventScroll: true }));
   $("#help").addEventListener("click", () => $("#keys").showModal());
 
   // ---- pointing ------------------------------------------------------------------------------
 
-  document.addEventListener("click", (event) => {
+  document.addEventListener("click", async (event) => {
     const entry = event.target.closest(".entry");
-    const record = entry && records[Number(entry.dataset.k)];
+    const r = entry && Number(entry.dataset.k);
     const button = event.target.closest(".mark");
-    if (button && record) {
+    if (button && entry) {
       const mark = button.classList.contains("right") ? "right" : "wrong";
-      setMark(record, marks.get(record.id)?.mark === mark ? null : mark);
+      setMark(r, marks.get(index.ids[r]) === mark ? null : mark);
     }
-    if (record && !viewer.open) moveTo(record);
+    if (entry && !viewer.open) moveTo(r);
     if (event.target.closest(".stage") || event.target === viewer) viewer.close();
     else if (event.target.closest(".card .picture")) {
-      const card = cards[Number(event.target.closest(".card").dataset.n)];
-      moveTo(card.records.find((r) => r.shown));
+      const p = Number(event.target.closest(".card").dataset.n);
+      await moveTo(recordsOf(p).find((one) => shown.isShown[one]));
       look(cursor);
     }
   });
@@ -295,10 +461,23 @@
 
   // ---- keys ----------------------------------------------------------------------------------
 
+  async function openCursor() {
+    if (cursor === null) await step(1);
+    else await moveTo(cursor);
+    if (cursor !== null && !viewer.open) look(cursor);
+  }
+
+  function turn(by) {
+    if (!goToPage(page + by)) return;
+    cursor = null;
+    if (viewer.open) step(1);
+  }
+
   const KEYS = {
     j: () => step(1), ArrowRight: () => step(1), k: () => step(-1), ArrowLeft: () => step(-1),
+    n: () => turn(1), p: () => turn(-1),
     r: () => markAndGoOn("right"), w: () => markAndGoOn("wrong"), u: () => markAndGoOn(null),
-    Enter: () => (cursor && !viewer.open ? look(cursor) : step(0)),
+    Enter: openCursor,
     b: () => document.body.classList.toggle("boxless"),
     "/": () => { viewer.close(); form.elements.text.focus(); },
     "?": () => $("#keys").showModal(),
@@ -322,9 +501,22 @@
     document.documentElement.style.scrollPaddingTop = `${form.offsetHeight + 10}px`;
   }).observe(form);
 
-  fold(matchMedia("(max-width: 720px)").matches);
-  recallFilters();
-  records.filter((record) => marks.has(record.id)).forEach(showMarks);
-  countMarks();
-  apply();
+  // ---- the start -----------------------------------------------------------------------------
+
+  async function start() {
+    fold(matchMedia("(max-width: 720px)").matches);
+    tell(data.files ? "Reading the index…" : "");
+    try {
+      for (const piece of await loadIndex()) addPiece(piece);
+    } catch (error) {
+      tell(error.message);
+      return;
+    }
+    readMarks();
+    readAddress();
+    countMarks();
+    apply();
+    $("#cards").ariaBusy = "false";
+  }
+  start();
 })();

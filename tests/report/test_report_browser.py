@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -44,6 +45,7 @@ def report(tmp_path_factory):
     folder = write_run(tmp_path_factory.mktemp("browser") / "my run")
     write_report(folder / "records.jsonl", folder / "report.html", ReportOptions())
     write_report(folder / "records.jsonl", folder / "paged.html", ReportOptions(images_per_page=5))
+    write_report(folder / "records.jsonl", folder / "beside.html", ReportOptions(images_per_page=5, images_in_file=5))
     return folder
 
 
@@ -80,9 +82,12 @@ def page(chromium, report):
 
 def requests_of(driver):
     """Schemes of all requests since the log was last read; about: is no request."""
+    return {url.partition(":")[0] for url in urls_of(driver)}
+
+
+def urls_of(driver):
     messages = (json.loads(entry["message"])["message"] for entry in driver.get_log("performance"))
-    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return {url.partition(":")[0] for url in urls}
+    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
 
 def size_to(driver, width, height, *, is_mobile=False):
@@ -192,7 +197,7 @@ def test_labels_and_scores_choose_objects(page):
     settle(page, chip(page, "label", "red").click)
     assert shown_cards(page) == ["0", "1", "2"]
 
-    slider = page.find_element(By.NAME, "min")
+    slider = page.find_element(By.NAME, "score-from")
     settle(page, lambda: slider.send_keys(*[Keys.ARROW_RIGHT] * 50))
     assert page.find_element(By.ID, "range").text == "0.50 to 1.00"
     assert shown_cards(page) == ["0", "2"]  # picture 1 has nothing as sure as that
@@ -208,11 +213,11 @@ def test_a_filter_survives_in_the_address(page, report):
 
 @pytest.mark.parametrize(
     ("order", "expected"),
-    [("", ["0", "1", "2"]), ("unsure", ["1", "2", "0"]), ("sure", ["0", "2", "1"]), ("many", ["2", "1", "0"]),
-     ("few", ["0", "1", "2"]), ("name", ["0", "1", "2"])],
+    [("input", ["0", "1", "2"]), ("least-sure", ["1", "2", "0"]), ("most-sure", ["0", "1", "2"]),
+     ("most-objects", ["2", "1", "0"]), ("fewest-objects", ["0", "1", "2"]), ("name", ["0", "1", "2"])],
 )  # fmt: skip
 def test_sorting_orders_the_cards(page, order, expected):
-    """By what is shown: here the boxes of `red`, one on picture 0, two on 1, three on 2, of which 0.1 is the least."""
+    """By what is shown: here the boxes of `red`, one on picture 0, two on 1, three on 2; 0.1 is the least on 1 and 2."""
     settle(page, chip(page, "task", "detect").click)
     settle(page, chip(page, "label", "red").click)
     settle(page, page.find_element(By.CSS_SELECTOR, f"[name=sort] option[value='{order}']").click)
@@ -345,17 +350,130 @@ def test_dark_and_print_change_the_page(page):
 
 
 @pytest.mark.process
-def test_pages_link_to_each_other_and_share_marks(chromium, report):
+@pytest.mark.parametrize("name", ["paged.html", "beside.html"])
+def test_pages_link_to_each_other_and_share_marks(chromium, report, name):
     size_to(chromium, 1400, 1000)
-    chromium.get((report / "paged.html").as_uri())
-    chromium.execute_script("localStorage.clear()")
-    links = all_of(chromium, ".pages a")
-    assert [link.text for link in links] == ["1", "2", "3"]
-    links[1].click()
-    assert len(shown_cards(chromium)) == 5
+    open_afresh(chromium, report / name)
+    last = 5 + len(HOSTILE)
+    assert page_texts(chromium) == ["‹ Previous", "1–5", "6–10", f"11–{last}", "Next ›"]
+    settle(chromium, link_to(chromium, "6–10").click)
+    assert shown_cards(chromium) == ["5", "6", "7", "8", "9"]
+    assert chromium.current_url.endswith("#page=2")
     press(chromium, "j", "r")
-    next(link for link in all_of(chromium, ".pages a") if link.text == "3").click()
+    settle(chromium, link_to(chromium, "Next").click)
+    assert shown_cards(chromium) == ["10", "11"]
     assert chromium.find_element(By.ID, "download").text == "Save 1 mark"
-    all_of(chromium, ".pages a")[0].click()
-    assert chromium.current_url == (report / "paged.html").as_uri()
-    assert chromium.get_log("browser") == []
+    chromium.back()
+    assert shown_cards(chromium) == ["5", "6", "7", "8", "9"]
+    press(chromium, "p")
+    assert shown_cards(chromium)[0] == "0"
+    assert_quiet(chromium, report)
+
+
+def open_afresh(driver, path):
+    """The page without marks; the log starts with it."""
+    driver.get(path.as_uri())
+    driver.execute_script("localStorage.clear()")
+    driver.get("about:blank")
+    for kind in ("browser", "performance"):
+        driver.get_log(kind)
+    driver.get(path.as_uri())
+    settle(driver, lambda: None)
+
+
+def assert_quiet(driver, folder):
+    """No console line, nothing ran, and nothing was asked for but the page's own files."""
+    assert driver.get_log("browser") == []
+    assert driver.execute_script("return window.pwned") is None
+    own = re.compile(re.escape(folder.as_uri()) + r"/beside(\.html|_pages/(index|cards)-\d{5}\.js)$")
+    for url in urls_of(driver):
+        assert url.startswith("data:") or own.match(url.partition("#")[0]) or "/paged.html" in url, url
+
+
+def page_texts(driver):
+    return [element.text for element in all_of(driver, ".above .pages > *")]
+
+
+def link_to(driver, text):
+    return next(link for link in all_of(driver, ".above .pages a") if link.text.startswith(text))
+
+
+def loaded_cards(driver):
+    """Wait until the cards in view have come."""
+    deadline = time.monotonic() + 5
+    while driver.execute_script("return document.querySelector('.card.waiting') !== null"):
+        assert time.monotonic() < deadline, "a card did not come"
+        time.sleep(0.02)
+    return all_of(driver, ".card")
+
+
+CARDS = (
+    "return [...document.querySelectorAll('.card')].map((card) => "
+    "card.outerHTML.replace(/data:image[^\"]*/, 'a picture'))"
+)
+
+
+def test_cards_from_files_beside_the_page_are_those_of_one_file(chromium, report):
+    """The same elements, however the data comes; and with hostile names, texts and labels nothing runs."""
+    size_to(chromium, 1400, 1000)
+    cards = {}
+    for name in ("paged.html", "beside.html"):
+        open_afresh(chromium, report / name)
+        for number in (1, 2, 3):
+            chromium.get((report / name).as_uri() + f"#page={number}")
+            chromium.refresh()
+            settle(chromium, lambda: None)
+            loaded_cards(chromium)
+            cards.setdefault(name, []).extend(chromium.execute_script(CARDS))
+    assert cards["paged.html"] == cards["beside.html"]
+    assert len(cards["beside.html"]) == 5 + len(HOSTILE)
+    assert_quiet(chromium, report)
+
+
+def test_filters_and_orders_reach_over_all_pages(chromium, report):
+    size_to(chromium, 1400, 1000)
+    open_afresh(chromium, report / "beside.html")
+    settle(chromium, lambda: chromium.find_element(By.NAME, "text").send_keys("four"))
+    assert shown_cards(chromium) == ["4"]
+    settle(chromium, chromium.find_element(By.CSS_SELECTOR, "button[type=reset]").click)
+    settle(chromium, lambda: chromium.find_element(By.NAME, "text").send_keys("onerror"))
+    assert shown_cards(chromium) == ["5"]
+    assert chromium.find_element(By.ID, "counts").text == "4 records, 2 objects"
+    settle(chromium, chromium.find_element(By.CSS_SELECTOR, "button[type=reset]").click)
+    settle(chromium, chromium.find_element(By.CSS_SELECTOR, "[name=sort] option[value=least-sure]").click)
+    assert shown_cards(chromium) == ["1", "2", "0", "5", "6"]
+    assert chromium.current_url.endswith("#sort=least-sure")
+    assert page_texts(chromium)[2] == "6–10"
+    assert_quiet(chromium, report)
+
+
+def test_keys_go_on_over_the_end_of_a_page(chromium, report):
+    size_to(chromium, 1400, 1000)
+    open_afresh(chromium, report / "beside.html")
+    settle(chromium, chip(chromium, "task", "caption").click)
+    assert shown_cards(chromium) == ["0", "5", "6", "7", "8"]
+    press(chromium, *"jrwrwr")  # five marks; the last of them turns the page
+    assert wait_until(lambda: shown_cards(chromium) == ["9", "10", "11"])
+    assert wait_until(lambda: len(all_of(chromium, ".cards .cursor")) == 1)
+    assert all_of(chromium, ".cards .cursor")[0].get_attribute("data-k") == "28"  # the caption of picture 9
+    assert chromium.find_element(By.ID, "download").text == "Save 5 marks"
+    press(chromium, "k")
+    assert wait_until(lambda: shown_cards(chromium) == ["0", "5", "6", "7", "8"])
+    press(chromium, Keys.ENTER)
+    assert wait_until(lambda: panel_name(chromium) == legible(HOSTILE[3]))
+    press(chromium, Keys.ARROW_RIGHT)  # the viewer goes over the end of the page, too
+    assert wait_until(lambda: panel_name(chromium) == legible(HOSTILE[4]))
+    press(chromium, Keys.ESCAPE)
+    assert_quiet(chromium, report)
+
+
+def panel_name(driver):
+    return driver.execute_script("return document.querySelector('.panel bdi')?.textContent")
+
+
+def wait_until(is_so):
+    deadline = time.monotonic() + 5
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import random
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -93,3 +95,38 @@ def write_run(folder: Path) -> Path:
     }
     (folder / "run.json").write_text(json.dumps(run | {"stages": {"decode": 3.0, "generate": 14.0}}))
     return folder
+
+
+LABELS = ("car", "person", "dog", "bicycle", "traffic light", "bus", "bench", "bird", "cat", "truck", "boat", "sign")
+
+
+def write_large_run(folder: Path, num_pictures: int) -> Path:
+    """A run of many tiny pictures (links to fifty files), each with a detection and a caption; one in a hundred fails."""
+    draws = random.Random(17)
+    root = folder / "pictures"
+    for n in range(50):
+        picture(folder / "seeds" / f"{n}.png", (0.01 * n, 0.1, 0.01 * n + 0.4, 0.6), (64, 48))
+    with (folder / "records.jsonl").open("w") as lines:
+        for n in range(num_pictures):
+            name = f"day {n // 1000:03d}/IMG_{n:06d}.png"
+            if n % 1000 == 0:
+                (root / name).parent.mkdir(parents=True)
+            os.link(folder / "seeds" / f"{n % 50}.png", root / name)
+            lines.writelines(json.dumps(one) + "\n" for one in _large_records(name, n, draws))
+    run = {"schema": "md3-run/1", "root": str(root), "seal": seal_of(str(root))}
+    (folder / "run.json").write_text(json.dumps(run))
+    return folder
+
+
+def _large_records(name: str, n: int, draws: random.Random) -> list[dict]:
+    if n % 100 == 99:
+        return [record(name, "detect", "car", (64, 48), error="decode")]
+    objects = [
+        found(draws.choice(LABELS), (x, y, x + 0.3, y + 0.3), round(draws.uniform(0.001, 0.999), 3))
+        for x, y in ((draws.uniform(0, 0.7), draws.uniform(0, 0.7)) for _ in range(n % 7))
+    ]
+    caption = " ".join(draws.choice(LABELS) for _ in range(25)) + f", picture number {n}."
+    return [
+        record(name, "detect", "car", (64, 48), objects=objects),
+        record(name, "caption", size=(64, 48), length="normal", caption=caption),
+    ]
