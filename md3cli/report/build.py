@@ -240,9 +240,8 @@ def write_report(
     shown = with_thumbnails(judged, pictures, options.thumbnail_px)
     path, infos = records.path, records.infos()
     name = printable(path.parent.resolve().name if path.stem == "records" else path.stem)
-    head = {"run": run_key(infos, stats), "name": name, "perPage": options.images_per_page, "cardsSize": CARDS_SIZE}
-    overview, palette = _overview(options.title or name, stats, infos, sections), palette_of(stats.palette_labels)
-    head["labels"] = palette.document()
+    head: dict[str, Any] = {"run": run_key(infos, stats), "name": name, "perPage": options.images_per_page}
+    head |= {"cardsSize": CARDS_SIZE, "labels": palette_of(stats.palette_labels).document()}
     is_one_file = num_items <= max(options.images_in_file, options.images_per_page)
     folder = page.with_name(f"{page.stem}_pages")
     with replaced_file(page, overwrite=options.overwrite) as file:
@@ -250,7 +249,7 @@ def write_report(
             pieces, num_missing = _kept_pieces(shown, advance)
         else:
             pieces, num_missing = _written_pieces(shown, folder, options, advance)
-        file.writelines(render(overview, head | pieces))
+        file.writelines(render(_overview(options.title or name, stats, infos, sections), head | pieces))
     if is_one_file and options.overwrite and marker_format(folder) == "html":
         remove_written(folder)  # of the larger report that stood here
     beside = None if is_one_file else folder
@@ -284,7 +283,7 @@ def _overview(title: str, stats: RunStats, infos: Sequence[RunInfo], sections: S
         tables=[score_table(section) for section in sections],
         plots=[*(plot for section in sections for plot in score_plots(section)), *run_plots(stats, run)],
         facets=facets_of(stats, palette_of(stats.palette_labels)),
-        signs=signs_of(stats.kinds),
+        signs=signs_of(stats.kinds, len(stats.palette_labels)),
         has_scores=any(stats.score_bins),
         made=today(),
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from md3cli.exporters.palette import style_at
+from md3cli.exporters.palette import LABELS_PER_DASH, style_at
 from md3cli.records import is_printable, printable
 
 if TYPE_CHECKING:
@@ -104,10 +104,8 @@ def facets_of(stats: RunStats, palette: Palette) -> list[Facet]:
     """Return the filters that can tell records of this run apart."""
     statuses = {"ok": "answered", "empty": "nothing found", "failed": "failed"}
     marks = [Option("none", "unmarked"), Option("right", "right"), Option("wrong", "wrong")]
-    chips = [
-        Option(legible(label), label, count, palette.colour_of(label))
-        for label, count in stats.labels.most_common(MAX_LABEL_CHIPS)
-    ]
+    counts = sorted(((stats.labels[label], label) for label in palette.numbers), key=lambda pair: -pair[0])
+    chips = [Option(legible(label), label, n, palette.colour_of(label)) for n, label in counts[:MAX_LABEL_CHIPS]]
     facets = [
         Facet("Task", "task", [Option(task, task, count) for task, count in stats.tasks.items()]),
         Facet("Status", "status", [Option(s, name, n) for s, name in statuses.items() if (n := stats.statuses[s])]),
@@ -115,13 +113,13 @@ def facets_of(stats: RunStats, palette: Palette) -> list[Facet]:
         Facet(
             "Text", "quality", [Option(q, name, n) for q, name in QUALITY_TEXTS.items() if (n := stats.qualities[q])]
         ),
-        Facet("Label", "label", chips, len(stats.labels) - len(chips)),
+        Facet("Label", "label", chips, len(counts) - len(chips)),
     ]
     telling = [facet for facet in facets if len(facet.options) > 1 or (facet.options and facet.name == "quality")]
     return [Facet("Mark", "mark", marks), *telling]
 
 
-def signs_of(kinds: Collection[str]) -> list[Sign]:
+def signs_of(kinds: Collection[str], num_labels: int) -> list[Sign]:
     """Return the legend of what is drawn somewhere in this report; `kinds` as in `RunStats`."""
     is_judged = not {"right", "wrong", "missed"}.isdisjoint(kinds)
     words = {
@@ -132,7 +130,11 @@ def signs_of(kinds: Collection[str]) -> list[Sign]:
         "point": "dot: a point",
         "ground": "white ring: what a passage of the reasoning is about",
     }
-    return [Sign(kind, text) for kind, text in words.items() if kind in kinds]
+    signs = [Sign(kind, text) for kind, text in words.items() if kind in kinds]
+    if num_labels < 2 or not signs:
+        return signs
+    is_dashed = num_labels > LABELS_PER_DASH and not is_judged  # with ground truth, dashes are the verdict's
+    return [*signs, Sign("label", "colour and dash: the label" if is_dashed else "colour: the label")]
 
 
 def legible(text: str) -> str:

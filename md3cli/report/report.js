@@ -7,7 +7,7 @@
   const data = JSON.parse($("#data").textContent);
   const form = $("#filters");
   const colours = new Map(data.labels);
-  const colourOf = (label) => colours.get(label) ?? "c0";
+  const colourOf = (label) => colours.get(label) ?? "c0 d0";
   const written = (number) => number.toLocaleString("en");
   document.documentElement.classList.add("js");
 

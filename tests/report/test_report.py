@@ -8,6 +8,7 @@ import io
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,8 +25,9 @@ from md3cli.errors import InputError, MissingExtraError, UsageError
 from md3cli.exporters.grouping import Survey
 from md3cli.finished.run_json import RunInfo
 from md3cli.report.build import ReportOptions, _template, render, write_report
+from md3cli.report.index import in_pieces, script_of
 from md3cli.report.items import FRAME, entry_of, items
-from md3cli.report.page import Page, legible, palette_of
+from md3cli.report.page import Page, facets_of, legible, palette_of, signs_of
 from md3cli.report.plots import RunStats, duration, nice_ceiling, run_facts, run_plots, short_number
 
 
@@ -64,6 +66,24 @@ class Elements(HTMLParser):
     def data(self):
         return json.loads(next(text for tag, attrs, text in self.raw if attrs.get("id") == "data"))
 
+    def cards(self):
+        return [card for piece in self.data()["cards"] for card in piece]
+
+    def shapes(self):
+        return [(card, shape) for card in self.cards() for one in card["records"] for shape in one.get("shapes", ())]
+
+
+def texts_in(value) -> Iterator[str]:
+    """All strings of a document but thumbnails."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from () if key == "thumbnail" else texts_in(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from texts_in(one)
+
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
@@ -74,7 +94,7 @@ def run_folder(tmp_path_factory):
 def page(run_folder):
     output = run_folder / "report.html"
     summary = write_report(run_folder / "records.jsonl", output, ReportOptions())
-    assert (summary.num_images, summary.num_missing, summary.num_pages) == (4 + len(HOSTILE), 1 + len(HOSTILE), 1)
+    assert (summary.num_images, summary.num_missing, summary.folder) == (4 + len(HOSTILE), 1 + len(HOSTILE), None)
     return Elements(output.read_text())
 
 
@@ -99,41 +119,52 @@ def test_nothing_leads_outside_and_nothing_is_inline(page):
             if name in ("src", "href"):
                 assert value.startswith("data:")
     assert not re.search(r"https?://|url\(|@import", page.raw[0][2])
-    assert not re.search(r"https?://|fetch\(|innerHTML|insertAdjacentHTML|eval\(", page.raw[2][2])
+    script = page.raw[2][2].replace('const SVG = "http://www.w3.org/2000/svg";', "")  # a name, never asked for
+    assert not re.search(
+        r"https?://|fetch\(|innerHTML|outerHTML|insertAdjacentHTML|DOMParser|eval\(|Function\(", script
+    )
 
 
 def test_hostile_text_stays_text(page):
     assert len(page.of("script")) == 2
     assert not page.of("svg", onload="window.pwned=1")
-    assert all(a["src"].startswith("data:image/jpeg;base64,") for a in page.of("img"))
-    visible = "".join(page.text)
+    assert all(card["thumbnail"].startswith("data:image/jpeg;base64,") for card in page.cards() if "thumbnail" in card)
+    written = list(texts_in(page.cards()))
     for text in HOSTILE:
-        assert text.replace("\u2028", "\\u2028").replace("\u202e", "\\u202e").replace("\x07", "\\x07") in visible
-    assert not {"\u2028", "\u202e", "\x07"} & set(visible)
-    assert "{{ 7 * 7 }}" in visible
-    stored = [facts for facts in page.data()["records"] if facts["image"] in HOSTILE]
-    assert len(stored) == 4 * len(HOSTILE)
-    assert {facts["image"] for facts in stored} == set(HOSTILE)  # exact: the marks' file needs it
+        assert text.replace("\u2028", "\\u2028").replace("\u202e", "\\u202e").replace("\x07", "\\x07") in written
+    assert not {"\u2028", "\u202e", "\x07"} & set("".join((*page.text, *written)))
+    assert any("{{ 7 * 7 }}" in text for text in written)
+    (index,) = page.data()["index"]
+    assert set(HOSTILE) < set(index["images"])  # exact: the marks' file needs it
+    assert index["records"][5:] == [4] * len(HOSTILE)
 
 
-def tags_with(text: str) -> list[tuple[str, list[str]]]:
-    """Tags and attribute names of a page on which everything that can be text is `text`."""
+def html_of(text: str) -> str:
+    """A page on which everything that can be text is `text`."""
     grounding = [{"start_idx": 0, "end_idx": 1, "points": [[0.5, 0.5]]}]
     records = [
         record(text, "caption", length=text, caption=text),
         record(text, "query", text, answer=text, reasoning={"text": "x" + text, "grounding": grounding}),
-        record(text, "detect", text, objects=[found(text, (0.1, 0.1, 0.5, 0.5))]),
+        record(text, "detect", text, objects=[found(text, (0.1, 0.1, 0.5, 0.5)), found("b", (0.1, 0.1, 0.5, 0.5))]),
         record(text, "detect", text, error="io") | {"error": {"type": text, "message": text, "retry": True}},
     ]
     for one in records:
         one["model"] = text
-    stats, shown = RunStats(), list(items(records))
+    stats, pieces = RunStats(), []
+    shown = list(items(records))
     for item in shown:
         stats.add(item)
         item.missing = text
-    page = Page(text, run_facts(stats), palette_of(stats.labels), "key", text, items=shown)
-    html = b"".join(render(replace(page, plots=run_plots(stats, RunInfo({}))))).decode()
-    return [(tag, sorted(attributes)) for tag, attributes in Elements(html).tags]
+    palette = palette_of(stats.palette_labels)
+    overview = Page(text, run_facts(stats), facets=facets_of(stats, palette), signs=signs_of(stats.kinds, 2))
+    assert list(in_pieces(shown, lambda kind, number, document: pieces.append(document))) == shown
+    data = {"pieces": pieces, "labels": palette.document(), "name": text}
+    return b"".join(render(replace(overview, plots=run_plots(stats, RunInfo({}))), data)).decode()
+
+
+def tags_with(text: str) -> list[tuple[str, list[str]]]:
+    """Tags and attribute names of that page."""
+    return [(tag, sorted(attributes)) for tag, attributes in Elements(html_of(text)).tags]
 
 
 @pytest.mark.process
@@ -143,27 +174,42 @@ def test_no_text_changes_the_markup(text):
     assert tags_with("#" + text) == tags_with("#x")
 
 
+@given(st.text(min_size=1))
+def test_no_text_leaves_the_string_of_a_script_file(text):
+    """What the page parses is what was written, and the file's one raw string has no end but its own."""
+    script = script_of("stamp", "cards-00001", [text, {text: "`${x}\\"}])
+    assert script.isascii()
+    match = re.fullmatch(r'md3\("stamp","cards-00001",String\.raw`([^`$<>&]*)`\);\n', script)
+    assert json.loads(match[1]) == [text, {text: "`${x}\\"}]
+
+
 def test_file_names_cannot_steer_the_reader(page):
-    assert len(page.names) == len(SIZES) + len(HOSTILE) + 2
-    assert "]]>\\u2028\\u202eevil\\x07" in page.names
+    names = [card["name"] for card in page.cards()]
+    assert len(names) == len(SIZES) + len(HOSTILE) + 2
+    assert "]]>\\u2028\\u202eevil\\x07" in names
 
 
 def test_every_record_is_on_the_page_and_in_its_data(page, run_folder):
     lines = (run_folder / "records.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    data = page.data()
-    assert [facts["id"] for facts in data["records"]] == [one["id"] for one in records]
-    assert [a["id"] for a in page.of("section") if "data-k" in a] == [f"r{k}" for k in range(len(records))]
-    first = data["records"][0]
-    assert (first["task"], first["prompt"], first["status"], first["scores"]) == ("detect", "red", "ok", [0.9])
-    assert [data["labels"][n] for n in first["labels"]] == ["red"]
-    assert data["records"][1]["status"] == "empty"
-    failed = next(facts for facts in data["records"] if facts["image"] == "gone.png")
-    assert failed["status"] == "failed"
+    (index,) = page.data()["index"]
+    assert index["ids"] == [one["id"] for one in records]
+    assert [one["status"] for card in page.cards() for one in card["records"]] == [
+        ("ok", "empty", "failed")[status] for status in index["statuses"]
+    ]
+    assert sum(index["records"]) == len(records) == len(index["texts"])
+    word = index["words"].__getitem__
+    assert (word(index["tasks"][0]), word(index["prompts"][0]), index["statuses"][0]) == ("detect", "red", 0)
+    assert (index["objects"][0], word(index["labels"][0]), index["scores"][0]) == (1, "red", 0.9)
+    assert index["statuses"][1] == 1
+    gone = sum(index["records"][: index["images"].index("gone.png")])
+    assert index["statuses"][gone] == 2
+    assert index["texts"][gone] == "not_found: it did not work"
+    assert sum(index["objects"]) == len(index["labels"]) == len(index["scores"])
 
 
 def test_thumbnails_are_small_upright_jpegs(page):
-    sources = [a["src"] for a in page.of("img")]
+    sources = [card["thumbnail"] for card in page.cards() if "thumbnail" in card]
     assert len(sources) == len(SIZES)
     for source, (width, height) in zip(sources, SIZES, strict=True):
         with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as thumbnail:
@@ -173,19 +219,18 @@ def test_thumbnails_are_small_upright_jpegs(page):
 
 
 def test_boxes_are_drawn_in_the_picture_s_own_units(page):
-    frames = [list(map(float, a["viewbox"].split())) for a in page.of("svg") if "overlay" in (a.get("class") or "")]
-    rects = page.of("rect")
+    frames = [[0, 0, *card["frame"]] for card in page.cards()]
+    rects = [shape["rect"] for _, shape in page.shapes() if "rect" in shape]
     for frame, box, size in zip(frames, BOXES, SIZES, strict=False):
         scale = min(FRAME[0] / size[0], FRAME[1] / size[1])
         assert frame[2:] == pytest.approx([size[0] * scale, size[1] * scale], abs=0.01)
         x, y = box[0] * frame[2], box[1] * frame[3]
         wide, tall = (box[2] - box[0]) * frame[2], (box[3] - box[1]) * frame[3]
-        drawn = [[float(a.get(key, -1)) for key in ("x", "y", "width", "height")] for a in rects if "x" in a]
-        assert any(one == pytest.approx([x, y, wide, tall], abs=0.02) for one in drawn)
+        assert any(one == pytest.approx([x, y, wide, tall], abs=0.02) for one in rects)
 
 
 def test_a_mask_is_drawn_from_numbers_only(page):
-    paths = [a["d"] for a in page.of("path")]
+    paths = [shape["path"] for _, shape in page.shapes() if "path" in shape]
     assert "M80,80 240,80 240,160Z" in paths
     assert all(re.fullmatch(r"[MLZ0-9,. -]+", path) for path in paths)
 
@@ -236,9 +281,11 @@ def test_an_answer_among_choices_shows_the_score_of_each(tmp_path):
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (one, two)))
     write_report(tmp_path / "records.jsonl", tmp_path / "r.html", ReportOptions())
     page = Elements((tmp_path / "r.html").read_text())
-    assert "yes 0.910 · no 0.090" in page.text
-    assert "(empty)" in page.text
-    assert [facts["scores"] for facts in page.data()["records"]] == [[0.91], []]
+    first, second = page.cards()[0]["records"]
+    assert first["choices"] == [["yes", 0.91], ["no", 0.09]]
+    assert second["text"] == ""
+    (index,) = page.data()["index"]
+    assert (index["objects"], index["labels"], index["scores"]) == ([1, 0], [-1], [0.91])
 
 
 def test_neighbouring_records_of_one_picture_share_a_card():
@@ -247,26 +294,71 @@ def test_neighbouring_records_of_one_picture_share_a_card():
     assert [len(item.entries) for item in shown] == [2, 1, 1, 1, 1]
 
 
-def test_many_pictures_go_to_pages_beside_the_overview(run_folder, tmp_path):
+def parsed(path):
+    """What a script file hands to the page: stamp, name, document."""
+    match = re.fullmatch(r'md3\("([^"]+)","([^"]+)",String\.raw`([^`]*)`\);\n', path.read_text())
+    return match[1], match[2], json.loads(match[3])
+
+
+def test_many_pictures_go_to_script_files_beside_the_page(run_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("md3cli.report.index.CARDS_SIZE", 3)
+    monkeypatch.setattr("md3cli.report.index.INDEX_SIZE", 5)
     output = tmp_path / "out folder" / "look here.html"
-    options = ReportOptions(images_per_page=3)
-    summary = write_report(run_folder / "records.jsonl", output, options)
-    overview = Elements(output.read_text())
-    pages = sorted((output.parent / "look here_pages").glob("*.html"))
-    assert summary.num_pages == len(pages) == 4
-    assert [a["href"] for a in overview.of("a")] == [f"look%20here_pages/{path.name}" for path in pages]
-    assert not overview.of("article")
-    inside = [Elements(path.read_text()) for path in pages]
-    assert [len(one.of("article")) for one in inside] == [3, 3, 3, 3]
-    assert inside[1].of("a")[0]["href"] == "../look%20here.html"
-    ids = [facts["id"] for one in inside for facts in one.data()["records"]]
-    assert len(ids) == len((run_folder / "records.jsonl").read_text().splitlines())
-    assert len({one.data()["run"] for one in inside}) == 1  # marks are kept for the whole run
+    options, ticks = ReportOptions(images_per_page=3, images_in_file=10), []
+    summary = write_report(run_folder / "records.jsonl", output, options, advance=ticks.append)
+    folder = output.parent / "look here_pages"
+    assert summary.folder == folder
+    assert sum(ticks) == 12
+    page = Elements(output.read_text())
+    files = page.data()["files"]
+    assert (files["folder"], files["index"], files["cards"]) == ("look%20here_pages", 3, 4)
+    assert f" 'nonce-{files['stamp']}';" in page.of("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"]
+    assert len(files["stamp"]) >= 22  # 128 bits that nobody can know
+    assert page.data().keys() & {"index", "cards"} == set()
+    names = [f"{kind}-{number:05d}" for kind, count in (("cards", 4), ("index", 3)) for number in range(1, count + 1)]
+    assert sorted(path.name for path in folder.glob("*")) == sorted([*(f"{name}.js" for name in names), ".md3"])
+    read = {name: parsed(folder / f"{name}.js") for name in names}
+    assert all((stamp, said) == (files["stamp"], name) for name, (stamp, said, _) in read.items())
+    whole = tmp_path / "whole.html"
+    write_report(run_folder / "records.jsonl", whole, ReportOptions())
+    cards = [card for name in names if name.startswith("cards") for card in read[name][2]]
+    assert cards == Elements(whole.read_text()).cards()
+    ids = [record for name in names if name.startswith("index") for record in read[name][2]["ids"]]
+    assert ids == [record for piece in Elements(whole.read_text()).data()["index"] for record in piece["ids"]]
+
+
+def test_a_folder_beside_the_page_is_replaced_only_where_it_is_ours(run_folder, tmp_path):
+    output, folder = tmp_path / "r.html", tmp_path / "r_pages"
+    records, large = run_folder / "records.jsonl", ReportOptions(images_per_page=3, images_in_file=3)
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError):
+        write_report(records, output, replace(large, overwrite=True))
+    assert (folder / "thesis.txt").read_text() == "mine"
+    write_report(records, output, ReportOptions(overwrite=True))  # needs no folder, and leaves it alone
+    assert (folder / "thesis.txt").exists()
+    (folder / "thesis.txt").unlink()
+    write_report(records, output, replace(large, overwrite=True))
+    first = Elements(output.read_text()).data()["files"]["stamp"]
     with pytest.raises(UsageError, match="--overwrite"):
-        write_report(run_folder / "records.jsonl", output, options)
-    again = ReportOptions(images_per_page=4, overwrite=True)
-    assert write_report(run_folder / "records.jsonl", output, again).num_pages == 3
-    assert len(list((output.parent / "look here_pages").glob("*.html"))) == 3
+        write_report(records, output, large)
+    write_report(records, output, replace(large, overwrite=True))
+    assert parsed(folder / "index-00001.js")[0] == Elements(output.read_text()).data()["files"]["stamp"] != first
+    write_report(records, output, ReportOptions(overwrite=True))
+    assert not folder.exists()  # what a report of one file does not need is gone
+
+
+def test_marks_are_kept_for_all_reports_of_the_same_pictures(run_folder, tmp_path):
+    lines = (run_folder / "records.jsonl").read_text().splitlines(keepends=True)
+    run = json.loads((run_folder / "run.json").read_text())
+    keys = []
+    for name, chosen, root in (("all", lines, run["root"]), ("few", lines[3:6], run["root"]), ("x", lines, "/else")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "records.jsonl").write_text("".join(chosen))
+        (tmp_path / name / "run.json").write_text(json.dumps(run | {"root": root}))
+        write_report(tmp_path / name / "records.jsonl", tmp_path / name / "r.html", ReportOptions())
+        keys.append(Elements((tmp_path / name / "r.html").read_text()).data()["run"])
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_a_report_of_nothing_is_told(tmp_path):
@@ -298,13 +390,29 @@ def test_the_command_s_options_reach_the_page(run_folder, tmp_path):
     arguments = [str(run_folder), "-o", str(tmp_path / "out"), "--title", "<My> run", "--thumbnail-size", "64"]
     result = CliRunner().invoke(app, ["report", *arguments, "--images-per-page", "6"])
     assert result.exit_code == 0, result.output
-    assert "index.html and 2 pages beside it: 11 images" in result.stderr
+    assert "index.html: 11 images, 40 records" in result.stderr
     assert "note: 8 pictures cannot be opened" in result.stderr
     overview = Elements((tmp_path / "out" / "index.html").read_text())
     assert "<My> run" in overview.text
-    first = Elements((tmp_path / "out" / "index_pages" / "page-0001.html").read_text())
-    with Image.open(io.BytesIO(base64.b64decode(first.of("img")[0]["src"].partition(",")[2]))) as thumbnail:
+    assert overview.data()["perPage"] == 6
+    with Image.open(io.BytesIO(base64.b64decode(overview.cards()[0]["thumbnail"].partition(",")[2]))) as thumbnail:
         assert max(thumbnail.size) == 64
+
+
+def test_the_page_is_opened_only_when_it_is_written_and_asked_for(run_folder, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or len(opened) < 2)
+    page = tmp_path / "a b.html"
+    assert CliRunner().invoke(app, ["report", str(run_folder), "-o", str(page)]).exit_code == 0
+    assert opened == []
+    again = CliRunner().invoke(app, ["report", str(run_folder), "-o", str(page), "--open"])
+    assert isinstance(again.exception, UsageError)
+    assert opened == []
+    result = CliRunner().invoke(app, ["report", str(run_folder), "-o", str(page), "--open", "--overwrite"])
+    assert opened == [page.resolve().as_uri()]
+    assert "no browser" not in result.stderr
+    result = CliRunner().invoke(app, ["report", str(run_folder), "-o", str(page), "--open", "--overwrite"])
+    assert f"note: no browser could be started; open {page} yourself" in result.stderr
 
 
 def test_the_command_scores_by_ground_truth_and_draws_what_was_missed(tmp_path):
@@ -325,11 +433,14 @@ def test_the_command_scores_by_ground_truth_and_draws_what_was_missed(tmp_path):
     assert result.exit_code == 0, result.output
     assert result.stderr.endswith("r.html: 1 images, 1 records\n")
     page = Elements((tmp_path / "r.html").read_text())
-    shapes = [a["class"].split()[-1] for a in page.of("g") if (a.get("class") or "").startswith("shape")]
-    assert shapes == ["right", "wrong", "missed"]
-    assert page.data()["records"][0]["verdict"] == "wrong"
-    assert "Boxes by ground truth" in "".join(page.text)
-    assert {"name": "verdict", "value": "wrong", "type": "checkbox"} in page.of("input")
+    (judged,) = page.cards()[0]["records"]
+    assert [shape["verdict"] for shape in (*judged["shapes"], *judged["missed"])] == ["right", "wrong", "missed"]
+    assert judged["verdict"] == "wrong"
+    assert page.data()["index"][0]["verdicts"] == [2]
+    visible = "".join(page.text)
+    assert "Boxes by ground truth" in visible
+    for sign in ("solid: right", "dashed: wrong", "white, dashed: missed"):
+        assert sign in visible
     assert isinstance(CliRunner().invoke(app, ["report", *arguments]).exception, UsageError)  # r.html is there
     assert isinstance(CliRunner().invoke(app, ["report", arguments[0], "-o", "x.pdf"]).exception, UsageError)
 

@@ -45,7 +45,11 @@ def report(tmp_path_factory):
     folder = write_run(tmp_path_factory.mktemp("browser") / "my run")
     write_report(folder / "records.jsonl", folder / "report.html", ReportOptions())
     write_report(folder / "records.jsonl", folder / "paged.html", ReportOptions(images_per_page=5))
-    write_report(folder / "records.jsonl", folder / "beside.html", ReportOptions(images_per_page=5, images_in_file=5))
+    with pytest.MonkeyPatch.context() as patch:  # so that even these few pictures come in several pieces
+        for name, size in (("index.CARDS_SIZE", 3), ("build.CARDS_SIZE", 3), ("index.INDEX_SIZE", 4)):
+            patch.setattr(f"md3cli.report.{name}", size)
+        options = ReportOptions(images_per_page=5, images_in_file=5)
+        write_report(folder / "records.jsonl", folder / "beside.html", options)
     return folder
 
 
@@ -217,7 +221,7 @@ def test_a_filter_survives_in_the_address(page, report):
      ("most-objects", ["2", "1", "0"]), ("fewest-objects", ["0", "1", "2"]), ("name", ["0", "1", "2"])],
 )  # fmt: skip
 def test_sorting_orders_the_cards(page, order, expected):
-    """By what is shown: here the boxes of `red`, one on picture 0, two on 1, three on 2; 0.1 is the least on 1 and 2."""
+    """By what is shown: here the boxes of `red`, one on picture 0, two on 1, three on 2; 0.1 is least on 1, 2."""
     settle(page, chip(page, "task", "detect").click)
     settle(page, chip(page, "label", "red").click)
     settle(page, page.find_element(By.CSS_SELECTOR, f"[name=sort] option[value='{order}']").click)
