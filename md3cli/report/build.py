@@ -40,7 +40,7 @@ from md3cli.records import printable
 from md3cli.refine.collection import Collection, as_collection, read
 from md3cli.report.index import CARDS_SIZE, WORDS_LIMIT, in_pieces, safe_json, script_of
 from md3cli.report.items import Entry, Item, Shape, items, missed_shape
-from md3cli.report.page import Page, Table, facets_of, legible, palette_of, signs_of, today
+from md3cli.report.page import Page, Table, facets_of, is_judged, legible, palette_of, signs_of, today
 from md3cli.report.plots import (
     Column,
     Line,
@@ -285,6 +285,7 @@ def _overview(title: str, stats: RunStats, infos: Sequence[RunInfo], sections: S
         facets=facets_of(stats, palette_of(stats.palette_labels)),
         signs=signs_of(stats.kinds, len(stats.palette_labels)),
         has_scores=any(stats.score_bins),
+        is_judged=is_judged(stats.kinds),
         made=today(),
     )
 

@@ -97,6 +97,7 @@ class Page:
     facets: Sequence[Facet] = ()
     signs: Sequence[Sign] = ()
     has_scores: bool = False
+    is_judged: bool = False
     made: str = ""
 
 
@@ -121,9 +122,10 @@ def facets_of(stats: RunStats, palette: Palette) -> list[Facet]:
 
 def signs_of(kinds: Collection[str], num_labels: int) -> list[Sign]:
     """Return the legend of what is drawn somewhere in this report; `kinds` as in `RunStats`."""
-    is_judged = not {"right", "wrong", "missed"}.isdisjoint(kinds)
+    judged = is_judged(kinds)
+    solid = "solid: right" if "plain" not in kinds else "solid: right, or not in the ground truth"
     words = {
-        "box": "solid: right" if is_judged else "box: found here",
+        "box": solid if judged else "box: found here",
         "wrong": "dashed: wrong by ground truth",
         "missed": "white, dashed: missed, in the ground truth only",
         "mask": "filled: the mask of what was found",
@@ -133,8 +135,13 @@ def signs_of(kinds: Collection[str], num_labels: int) -> list[Sign]:
     signs = [Sign(kind, text) for kind, text in words.items() if kind in kinds]
     if num_labels < 2 or not signs:
         return signs
-    is_dashed = num_labels > LABELS_PER_DASH and not is_judged  # with ground truth, dashes are the verdict's
-    return [*signs, Sign("label", "colour and dash: the label" if is_dashed else "colour: the label")]
+    is_dashed = num_labels > LABELS_PER_DASH and not judged  # with ground truth, dashes are the verdict's
+    return [*signs, Sign("dash", "colour and dash: the label") if is_dashed else Sign("label", "colour: the label")]
+
+
+def is_judged(kinds: Collection[str]) -> bool:
+    """Return whether a ground truth says of something that is drawn what it is worth."""
+    return not {"right", "wrong", "missed"}.isdisjoint(kinds)
 
 
 def legible(text: str) -> str:

@@ -52,7 +52,7 @@ class RunStats:
     models: Counter[str] = field(default_factory=Counter)
     verdicts: Counter[str] = field(default_factory=Counter)  # by ground truth, of records
     qualities: Counter[str] = field(default_factory=Counter)  # of texts
-    kinds: set[str] = field(default_factory=set)  # what is drawn: box, mask, point, ground, wrong, missed
+    kinds: set[str] = field(default_factory=set)  # of what is drawn, see kinds_of
     output_tokens: int = 0
 
     def add(self, item: Item) -> None:
@@ -100,11 +100,10 @@ class RunStats:
 
 
 def kinds_of(entry: Entry) -> Iterator[str]:
-    """Yield the kinds of things that are drawn for a record, for the legend."""
+    """Yield what is drawn for a record: box, mask, point, ground; by ground truth right, wrong, missed, else plain."""
     for shape in (*entry.shapes, *entry.missed):
         yield "mask" if shape.path else "box" if shape.rect else "point"
-        if shape.verdict is not None:
-            yield shape.verdict
+        yield shape.verdict or "plain"
     if any(passage.points for passage in entry.reasoning):
         yield "ground"
 

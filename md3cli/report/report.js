@@ -299,7 +299,7 @@
     showTop();
     return true;
   }
-  const showTop = () => form.scrollIntoView({ block: "start" });
+  const showTop = () => $(".above").scrollIntoView({ block: "start" });
 
   let waiting = 0;
   function change() {
@@ -407,6 +407,7 @@
     if (hasObjects(r)) { // of several records on a picture, the one looked at stands out
       for (const drawing of $$(".stage .overlay > g")) drawing.classList.toggle("dim", drawing.dataset.k !== String(r));
     }
+    $("#place").value = `${written((page - 1) * data.perPage + [...cards.keys()].indexOf(pictureAt(r)) + 1)} of ${written(shown.pictures.length)}`;
     if (!viewer.open) viewer.showModal();
     fitNames();
     $(".panel .cursor")?.scrollIntoView({ block: "nearest" });
@@ -422,6 +423,8 @@
     if (scale > 0) overlay.style.setProperty("--u", String(1.25 / scale));
   }
   addEventListener("resize", fitNames);
+  $("#before").addEventListener("click", () => step(-1));
+  $("#after").addEventListener("click", () => step(1));
   $(".close").addEventListener("click", () => viewer.close());
   viewer.addEventListener("close", () => $(`#r${cursor}`)?.focus({ preventScroll: true }));
   $("#help").addEventListener("click", () => $("#keys").showModal());
