@@ -23,7 +23,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from md3cli.bench.runs import (
     PHOTO,
-    WORD_ID,
     WORKLOADS,
     PhotoFiles,
     Workload,
@@ -37,7 +36,7 @@ from md3cli.bench.runs import (
     weight_bytes,
 )
 from md3cli.bench.stages import bench_decode, bench_prefill, bench_vision, measure_limits
-from md3cli.errors import ConfigError, EngineError
+from md3cli.errors import EngineError
 from md3cli.file_cache import FileCache
 from md3cli.images.crops import PreparedImage
 from md3cli.model.engine.encoder import EncodingCache
@@ -183,7 +182,7 @@ def run_bench(
         baseline_images: run the baseline on the first so many pictures and scale up.
 
     Raises:
-        ConfigError: the model is too small to hold the workload's prompts, or the device to hold one picture.
+        ConfigError: the device is too small to hold one picture.
         EngineError: the model cannot run here.
     """
     if source.device.type == "cuda":
@@ -203,8 +202,6 @@ def run_bench(
 
 def _model_to_measure(source: ModelSource) -> Moondream3:
     model = source.make()
-    if model.config.text.vocab_size <= WORD_ID:
-        raise ConfigError("bench needs a vocabulary of more than 1,000 ids; use --config mid")
     if source.device.type == "cpu" and source.threads is None and weight_bytes(model) < ONE_THREAD_BYTES:
         torch.set_num_threads(1)  # as `load_engine` does
     forbid_end(model)  # so that every answer has the length that its workload speaks of

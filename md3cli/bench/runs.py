@@ -38,7 +38,7 @@ from md3cli.system import return_freed_memory
 
 SIZE = (1920, 1080)  # 2 megapixels; the real model cuts them into nine crops
 NUM_SCENES = 4  # with different pixels; files of one scene differ in a comment, and so in their digest
-WORD_ID = 1000
+WORD_ID = 1000  # of every word of a prompt, or the last id of a model that has fewer
 ANSWER_ID, THINKING_ID = 3, 4  # what a prompt ends with
 PHOTO = Tiling(2, 4)  # nine crops: what most photographs are cut into
 AHEAD_PER_WORKER = 4  # pictures being decoded, or decoded and not taken
@@ -172,9 +172,12 @@ class SilentTokenizer:
 class FixedPrompts:
     """A stand-in for `Prompts`: prompts of a typical length, made without a tokenizer."""
 
+    def __init__(self, model: Moondream3) -> None:
+        self._word_id = min(WORD_ID, model.config.text.vocab_size - 1)
+
     def build(self, request: Request, has_image: bool) -> Prompt:
         reasons = request.task is Task.QUERY and request.reasoning
-        return Prompt([1, *([WORD_ID] * 4), THINKING_ID if reasons else ANSWER_ID])
+        return Prompt([1, *([self._word_id] * 4), THINKING_ID if reasons else ANSWER_ID])
 
     def encode_choices(self, request: Request) -> tuple[tuple[int, ...], ...]:
         return ()
@@ -235,7 +238,7 @@ def make_engine(
     engine = Engine(
         model,
         SilentTokenizer(),  # type: ignore[arg-type]  # a stand-in
-        FixedPrompts(),  # type: ignore[arg-type]  # a stand-in
+        FixedPrompts(model),  # type: ignore[arg-type]  # a stand-in
         ImageEncoder(
             model,
             store=store,
@@ -334,7 +337,7 @@ def run_baseline(
             model,
             job.image,
             job.request.task,
-            FixedPrompts().build(job.request, has_image=True),
+            FixedPrompts(model).build(job.request, has_image=True),
             max_tokens=job.request.max_tokens,
             max_objects=job.request.max_objects,
         )

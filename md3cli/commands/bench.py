@@ -168,12 +168,13 @@ def _gpu_lines(result: Mapping[str, Any]) -> list[str]:
 
 def _host_lines(result: Mapping[str, Any]) -> list[str]:
     engine, memory = result["engine"], result["memory"]
+    parts = [memory[f"{part}_bytes"] / 1e9 for part in ("weights", "kv", "activation")]
+    peak = memory["peak_rss_bytes"] / 1e9
     lines = [
         f"engine: {engine['seconds']:.1f} s, {engine['requests_per_second']:.2f} requests/s; a forward pass was "
         f"running {engine['forward_share']:.0%} of the time",
-        f"memory: peak {memory['peak_rss_bytes'] / 1e9:.2f} GB = weights {memory['weights_bytes'] / 1e9:.2f} "
-        f"+ keys and values {memory['kv_bytes'] / 1e9:.2f} + activations {memory['activation_bytes'] / 1e9:.2f}, "
-        f"and {memory['ratio'] - 1:.0%} more",
+        f"memory: peak {peak:.2f} GB = weights {parts[0]:.2f} + keys and values {parts[1]:.2f} "
+        f"+ activations {parts[2]:.2f} + the rest {peak - sum(parts):.2f}",
     ]
     seconds = result["cached"]["seconds"]
     lines.append(f"again, encodings cached: {seconds:.1f} s, {engine['seconds'] / seconds:.1f} times as fast")

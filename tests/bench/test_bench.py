@@ -425,6 +425,17 @@ def test_the_command_prints_numbers_or_tables() -> None:
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.process
+@pytest.mark.usefixtures("small_limits")
+def test_the_model_of_the_package_is_measured() -> None:
+    """Its vocabulary of 608 ids is smaller than the word that prompts are made of for others."""
+    text = run_command(
+        "--model", "tiny", "--device", "cpu", "--workload", "query", "--baseline", "--baseline-images", "1"
+    )
+    assert "plain path: " in text
+    assert "+ the rest 0." in " ".join(text.split())
+
+
 def gpu_result() -> dict[str, Any]:
     run = GpuRun("files, cut before", 128, 512, 8.0, 1536, 7.2, 18 * 10**9, 30 * 10**9, MEMORY)
     runs = [run, replace(run, workload="query", batch_size=1, seconds=123.456, busy_seconds=None)]
