@@ -44,6 +44,8 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     },
     "Look at and export": {
         "export": "Other formats from finished records.",
+        "select": "Some of the records, or several runs as one.",
+        "stats": "Counts, scores, failures, tokens and rates of any run.",
         "report": "A page to look through, from finished records.",
         "eval": "Scores against ground truth; what changed between two runs.",
     },
@@ -67,6 +69,7 @@ MODULES: Mapping[str, str] = {
     **dict.fromkeys(("caption", "query", "detect", "point", "segment", "run", "estimate"), "annotate"),
     **dict.fromkeys(("verify", "runs"), "status"),
     "report": "export",
+    "stats": "select",
     "config": "config_show",
 }
 DOCTOR = "doctor"

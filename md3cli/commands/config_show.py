@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,14 +98,14 @@ class _Settings:
         """Yield the settings that commands share, by panel, then what is one command's own or differs for it."""
         from md3cli.commands.options import AnnotateOptions
 
-        shared = AnnotateOptions.__dataclass_fields__
+        shared = {field.name for field in fields(AnnotateOptions)} - {"typed"}
         common = self._found("run", table="")
         for option in _shown_options(self._parsers["run"]):
             if option.name in shared:
                 yield self._row(option.rich_help_panel or OWN_PANEL, None, option, common)
         for name, parser in self._parsers.items():
             found = self._found(name)
-            is_annotating = shared.keys() <= {option.name for option in _options(parser)}
+            is_annotating = shared <= {option.name for option in _options(parser)}
             for option in _shown_options(parser):
                 is_shared = is_annotating and option.name in shared
                 if not is_shared or found.get(option.name or "") != common.get(option.name or ""):

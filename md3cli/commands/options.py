@@ -28,6 +28,7 @@ from md3cli.commands.parse import (
     MAX_PIXELS,
     above_zero,
     checked,
+    may_carry_rows,
     number_or_auto,
     parse_bytes,
     parse_count,
@@ -54,7 +55,7 @@ from md3cli.config import (
 from md3cli.errors import UsageError
 from md3cli.records import Request, Task, printable
 from md3cli.refine.labels import Labels, lines_of, read_labels, read_text
-from md3cli.refine.refinement import Refinement
+from md3cli.refine.refinement import FOUND_BY_TASK, Refinement
 from md3cli.remote.address import checked_output_address, is_address, named_hosts, path_of, shown_argument
 from md3cli.source.requests import SEED_LIMIT, TEMPERATURE_LIMIT, TOKENS_LIMIT
 
@@ -321,6 +322,8 @@ class AnnotateOptions:
     no_color: Annotated[bool, _display("--no-color", help="No colours; so does NO_COLOR=1.")] = False
     debug: Annotated[bool, _display("--debug", help="Show where an error comes from.")] = False
 
+    typed: frozenset[str] = frozenset()  # names of the fields that stood in the command line
+
     def request(self, task: Task, prompt: str | None = None, **settings: Any) -> Request:
         """Return a request of this task with the settings that all tasks share."""
         shared = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
@@ -400,11 +403,21 @@ class AnnotateOptions:
             allow_empty=self.allow_empty,
             is_dry_run=self.dry_run,
             estimate=estimate or (self.estimate_options() if self.estimate else None),
-            refinement=self._refinement(labels),
+            refinement=self._refinement(command, inputs, requests, labels),
             argv=("md3", *map(shown_argument, sys.argv[1:])),
         )
 
-    def _refinement(self, labels: Labels | None) -> Refinement:
+    def _refinement(
+        self, command: str, inputs: Sequence[str], requests: Sequence[Request], labels: Labels | None
+    ) -> Refinement:
+        """Return what was chosen to be shown of what is found; refuse a choice about nothing."""
+        may_find = self.add or any(map(may_carry_rows, inputs)) or any(r.task in FOUND_BY_TASK for r in requests)
+        typed = next((name for name in ("labels", "min_score", "nms") if name in self.typed), None)
+        if typed is not None and not may_find:
+            raise UsageError(
+                f"--{typed.replace('_', '-')} is about what detect, point and segment find, and md3 {command} asks for "
+                "none; leave it out"
+            )
         labels = self.listed_labels() if labels is None else labels
         return Refinement(labels, self.min_score, self.nms, has_file=self.labels is not None)
 
@@ -475,10 +488,13 @@ def spread(
 
         @functools.wraps(command)
         def wrapper(**values: Any) -> None:
-            command(options=kind(**{parameter.name: values.pop(parameter.name) for parameter in shared}), **values)
+            ctx: typer.Context = values.pop("ctx")
+            typed = frozenset(name for name in values if _is_typed(ctx, name))
+            command(options=kind(**{one.name: values.pop(one.name) for one in shared}, typed=typed), **values)
 
-        wrapper.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
+        parameters = [*own, *shared, inspect.Parameter("ctx", own[0].kind, annotation=typer.Context)]
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         del wrapper.__wrapped__
         return wrapper
 
@@ -491,7 +507,14 @@ def _shared_parameters(kind: type[Any]) -> tuple[inspect.Parameter, ...]:
     return tuple(
         inspect.Parameter(field.name, keyword, default=field.default, annotation=_for_typer(declared[field.name]))
         for field in fields(kind)
+        if field.name != "typed"
     )
+
+
+def _is_typed(ctx: typer.Context, name: str) -> bool:
+    """Return whether a parameter was typed, rather than set in a file or the environment."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _hidden(parameter: inspect.Parameter) -> inspect.Parameter:

@@ -108,6 +108,8 @@ class ReadOptions:
         _labels(metavar="IOU", min=0, max=1, help="Hide the less sure of two boxes that overlap more; 1 is off."),
     ] = None
 
+    typed: frozenset[str] = frozenset()  # names of the fields that stood in the command line
+
     def collection(self, records: Sequence[Path], *, uses_gt: bool = False) -> Collection:
         """Return the records that are taken, as they are shown; `uses_gt`: the command scores by `--gt` itself.
 

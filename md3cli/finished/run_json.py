@@ -29,6 +29,7 @@ from md3cli.records import printable
 from md3cli.settings import user_cache_dir
 
 RECORDS_NAME, RUN_INFO_NAME = "records.jsonl", "run.json"  # in a run folder
+SELECTION_SCHEMA = "md3-selection/1"  # of the run.json beside what `md3 select` wrote
 SIZE_LIMIT_BYTES = 64 * 2**20  # of a run.json
 KEY_NAME = "own-runs.key"
 _KEY_BYTES = 32
@@ -280,7 +281,7 @@ def load_run_info(records_path: Path) -> RunInfo:
 
 def has_run_info(records_path: Path) -> bool:
     """Return whether the records' own run.json stands beside them, as md3 writes it. Raises as `load_run_info`."""
-    return str(load_run_info(records_path).document.get("schema", "")).startswith(("md3-run/", "md3-selection/"))
+    return str(load_run_info(records_path).document.get("schema", "")).startswith(("md3-run/", SELECTION_SCHEMA))
 
 
 def run_info_paths(records_path: Path) -> Iterator[Path]:

@@ -138,14 +138,19 @@ class ShownRecords:
         self._database.close()
         self._files.close()
 
-    def placed(self, start: int = 0) -> Iterator[tuple[int, RecordDict]]:
-        """Yield the records from the place `start` on, each with a place from which reading can go on."""
+    def placed(self, start: int = 0, *, is_raw: bool = False) -> Iterator[tuple[int, RecordDict]]:
+        """Yield the records from the place `start` on, each with a place from which reading can go on.
+
+        `is_raw`: as they stand in their files, without names and thresholds.
+        """
         if self._is_chosen:
             for rank, place in self._database.execute(_CHOSEN, (start,)):
-                yield rank, self._shown_at(place)
+                yield rank, self._files.record_at(place) if is_raw else self._shown_at(place)
             return
         for place, record in self._files.placed(start):
-            if self._is_compared:
+            if is_raw:
+                yield place, record
+            elif self._is_compared:
                 yield place, self._shown_at(place, record)
             else:
                 yield place, refined([record], self._refinement)[0]

@@ -29,7 +29,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from md3cli import __version__
-from md3cli.errors import ImageError, InputError, MissingExtraError
+from md3cli.errors import ImageError, MissingExtraError
 from md3cli.evaluate.scores import Curves, Section, Verdict, number
 from md3cli.exporters import ExportOptions
 from md3cli.exporters.files import replaced_file, staged_folder
@@ -224,7 +224,7 @@ def write_report(
     `sections` are scores by ground truth, to be shown and drawn; `advance` is called with so many pictures more.
 
     Raises:
-        InputError: no records, or a damaged one.
+        InputError: no records file, or a damaged record.
         UsageError: `output` exists and may not be overwritten.
         OutputError: it cannot be written.
         MissingExtraError: jinja2 is not installed.
@@ -233,8 +233,6 @@ def write_report(
     page = output if output.suffix.lower() in (".html", ".htm") else output / "index.html"
     records, notes, verdicts = as_collection(records), list[str](), verdicts_of(sections)
     stats, num_items = _count(with_verdicts(items(read(records, notes)), verdicts), records)
-    if num_items == 0 and records.selection.takes_all:
-        raise InputError(f"{printable(str(records.path))} holds no records; nothing to show")
     pictures = Pictures(records, _picture_options(options))
     judged = with_verdicts(items(read(records)), verdicts)
     shown = with_thumbnails(judged, pictures, options.thumbnail_px)

@@ -1,0 +1,137 @@
+"""`md3 select` and `md3 stats`: some of the records, or several runs as one; and what records hold, in numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from md3cli.commands.help import App
+from md3cli.commands.options import spread
+from md3cli.commands.reading import ReadOptions, Records
+from md3cli.console import print_bytes, say
+from md3cli.errors import UsageError
+from md3cli.finished.run_json import RunInfo
+from md3cli.records import compact_json, printable
+from md3cli.refine.collection import Collection, read
+from md3cli.refine.stats import RecordStats
+from md3cli.remote.address import shown_argument
+from md3cli.signals import StopSignals, check_stdout
+
+app = App()
+
+
+@app.command()
+@spread(ReadOptions)
+def select(
+    records: Records = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT.jsonl", help="File to write; else they are printed.")
+    ] = None,
+    refined: Annotated[
+        bool, typer.Option("--refined", help="Write what is shown: names and thresholds applied.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    *,
+    options: ReadOptions,
+) -> None:
+    """Some of the records, or the records of several runs as one.
+
+    Examples:
+        md3 select run/ --sort least-sure --limit 50 -o doubtful.jsonl
+        md3 select day/ night/ --label car --score-to 0.5 -o cars.jsonl
+        md3 select --as day=run1/ --as night=run2/ -o both.jsonl
+    """
+    from md3cli.exporters.selected import write_selected
+
+    if output is not None and output.suffix.lower() != ".jsonl":
+        raise UsageError(f"{printable(str(output))}: records are JSON Lines; end it in .jsonl, or use md3 export")
+    collection = options.collection(records or ())
+    with StopSignals() as stop, stop.interruptible():
+        if output is None:
+            _print(collection, is_refined=refined)
+            return
+        arguments = ("md3", *map(shown_argument, sys.argv[1:]))
+        written = write_selected(
+            collection,
+            output,
+            is_refined=refined,
+            overwrite=overwrite,
+            arguments=arguments,
+            read=options.files_read(collection),
+        )
+        say(f"{printable(str(output))}: {written.num_records:,} records", err=True)
+        for note in written.notes:
+            say(f"note: {printable(note)}", err=True)
+
+
+def _print(records: Collection, *, is_refined: bool) -> None:
+    check_stdout()
+    with closing(records.open()) as shown:
+        for _, record in shown.placed(is_raw=not is_refined):
+            print_bytes(compact_json(record) + b"\n")
+        for note in shown.notes:
+            say(f"note: {printable(note)}", err=True)
+
+
+@app.command()
+@spread(ReadOptions)
+def stats(
+    records: Records = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines of text.")] = False,
+    *,
+    options: ReadOptions,
+) -> None:
+    """Counts, scores, failures, tokens and rates of any run.
+
+    Examples:
+        md3 stats run/
+        md3 stats run/ --task detect --min-score 0.5
+        md3 stats day/ night/ --json
+    """
+    check_stdout()
+    collection, notes = options.collection(records or ()), list[str]()
+    counted = RecordStats(collection.refinement.labels)
+    for record in read(collection, notes):
+        counted.add(record)
+    say(json.dumps(counted.to_json(), ensure_ascii=False) if as_json else "\n".join(_lines(counted, collection)))
+    for note in notes:
+        say(f"note: {printable(note)}", err=True)
+
+
+def _lines(counted: RecordStats, records: Collection) -> Iterator[str]:
+    found = counted.to_json()
+    failed = f", {found['failed']:,} failed ({_listed(found['errors'])})" if found["failed"] else ""
+    yield f"records   {found['records']:,}: {found['ok']:,} ok{failed}"
+    yield f"tasks     {_listed(found['tasks']) or 'none'}"
+    if found["labels"]:
+        most_first = dict(sorted(found["labels"].items(), key=lambda item: -item[1]))
+        yield f"objects   {sum(found['labels'].values()):,}: {_listed(most_first)}"
+    if found["scores"]["median"] is not None:
+        scores = found["scores"]
+        yield f"scores    {scores['min']:.3f} to {scores['max']:.3f}, median {scores['median']:.3f}"
+    if any(found["quality"].values()):
+        yield f"texts     {_listed({name: n for name, n in found['quality'].items() if n})}"
+    yield f"tokens    {found['tokens']['prompt']:,} prompt, {found['tokens']['output']:,} output"
+    for info in records.infos() if records.selection.takes_all else ():
+        if (rate := _rate(info, found["records"] if len(records.sources) == 1 else None)) is not None:
+            yield rate
+
+
+def _rate(info: RunInfo, num_records: int | None) -> str | None:
+    counts = info.document.get("counts")
+    done = num_records
+    if isinstance(counts, dict) and isinstance(counts.get("ok"), int) and isinstance(counts.get("failed"), int):
+        done = counts["ok"] + counts["failed"]
+    if not info.elapsed_s or not done:
+        return None
+    return f"rate      {done / info.elapsed_s:.1f} records/s over {info.elapsed_s:,.0f} s of all starts"
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{printable(name)} {count:,}" for name, count in counts.items())

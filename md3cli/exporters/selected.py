@@ -1,0 +1,80 @@
+"""The records file of `md3 select`: records as they stand in their runs, in the order chosen, with a run.json beside.
+
+run.json (`md3-selection/1`) keeps where the pictures of each run are, sealed where this user's md3 knew it, and the
+names and thresholds of the runs, so that export, report and eval show of the file what they show of the runs.
+Apart from jsonl.py, which writes records as they are shown and knows of no run.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from md3cli import __version__
+from md3cli.exporters import ExportReport
+from md3cli.exporters.files import replaced_file
+from md3cli.exporters.pictures import roots_of
+from md3cli.files import atomic_publish
+from md3cli.finished.guards import check_not_input
+from md3cli.finished.run_json import RUN_INFO_NAME, SELECTION_SCHEMA, digest_of_file, seal_of
+from md3cli.records import compact_json, printable
+from md3cli.refine.collection import Collection
+
+
+def write_selected(
+    records: Collection,
+    out: Path,
+    *,
+    is_refined: bool = False,
+    overwrite: bool = False,
+    arguments: Sequence[str] = (),
+    read: Sequence[Path] = (),
+) -> ExportReport:
+    """Write the records of a collection to `out`, and its run.json.
+
+    Args:
+        is_refined: with names and thresholds applied; else as the model gave them.
+        arguments: the command line, for run.json.
+        read: files that must not be written to.
+
+    Raises:
+        UsageError: `out` exists (without `overwrite`), or is read by this command.
+        InputError: the records cannot be read.
+        OutputError: `out` cannot be written; what stood there is as it was.
+    """
+    run_info = out.with_name(f"{out.name}.{RUN_INFO_NAME}")
+    check_not_input([out, run_info], read)
+    errors: Counter[str] = Counter()
+    num_records = 0
+    with replaced_file(out, overwrite=overwrite) as file, closing(records.open()) as shown:
+        notes = tuple(shown.notes)
+        for _, record in shown.placed(is_raw=not is_refined):
+            file.write(compact_json(record) + b"\n")
+            num_records += 1
+            errors[record["error"]["type"] if record["error"] else ""] += 1
+    num_ok = errors.pop("", 0)
+    counts = {"ok": num_ok, "failed": errors.total(), "errors": dict(sorted(errors.items()))}
+    document = _document(records, arguments) | {"counts": counts, "records": asdict(digest_of_file(out))}
+    with atomic_publish(run_info) as temp:
+        temp.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors="replace")
+    return ExportReport("jsonl", out, num_records, num_failures=errors.total(), notes=notes)
+
+
+def _document(records: Collection, arguments: Sequence[str]) -> dict[str, Any]:
+    roots = [
+        {"root": str(root.path), "prefix": root.prefix, "seal": seal_of(str(root.path)) if root.is_trusted else None}
+        for root in roots_of(records, None)
+    ]
+    return {
+        "schema": SELECTION_SCHEMA,
+        "versions": {"md3cli": __version__},
+        "arguments": [printable(argument) for argument in arguments],
+        "sources": [printable(str(source.path)) for source in records.sources],
+        "roots": roots,
+        "refinement": records.refinement.to_json(),
+    }
