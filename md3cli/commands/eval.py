@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,11 +19,13 @@ from md3cli.errors import UsageError
 from md3cli.finished.guards import check_none_is_read, check_not_input
 from md3cli.finished.run_json import read_document
 from md3cli.records import printable
-from md3cli.refine.collection import as_collection
+from md3cli.refine.collection import Collection
+from md3cli.refine.labels import toml_of
 from md3cli.signals import check_stdout
 
 if TYPE_CHECKING:
-    from md3cli.evaluate import Evaluation, Section
+    from md3cli.evaluate import Evaluation, Section, Truth
+    from md3cli.evaluate.scores import BestThresholds
 
 app = App()
 _WRITTEN = ("eval.json", "-pr.png", "-reliability.png")  # how the names of the files that are written end
@@ -44,6 +48,14 @@ def eval_(
             metavar="[NAME=]X", help="Exit with 1 below this: a number for each section's main score, or NAME=NUMBER."
         ),
     ] = None,
+    best_thresholds: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A labels file (.toml) to write: for each label the min_score of the best F1 (IoU 0.5).",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the FILE of --best-thresholds.")] = False,
     *,
     options: ReadOptions,
 ) -> None:
@@ -53,24 +65,30 @@ def eval_(
         md3 eval run/ --gt instances.json
         md3 eval run/records.jsonl --gt instances.json --fail-under AP50=0.6
         md3 eval run/ --compare older/ -o scores/
+        md3 eval run/ --gt instances.json --best-thresholds labels.toml
     """
     from md3cli.evaluate import compare_runs, evaluate, load_truth
     from md3cli.evaluate.scores import table
 
-    gt = options.gt
-    if not gt and compare is None:
+    if not options.gt and compare is None:
         raise UsageError("nothing to compare with; give --gt FILE, or --compare OTHER.jsonl")
     check_stdout()
     limits = [_limit(text) for text in fail_under or ()]
     found = options.collection(records or (), uses_gt=True)
-    other = None if compare is None else as_collection(compare)
+    other = None if compare is None else Collection.of([compare], chosen=options.chosen())
+    read = [*options.files_read(found), *(options.files_read(other) if other else ())]
     if output is not None:
-        _check_written(output, [*options.files_read(found), *(options.files_read(other) if other else ())])
-    truths = [load_truth(path) for path in gt or ()]
+        _check_written(output, read)
+    _check_labels_file(best_thresholds, read, overwrites=overwrite, has_truth=bool(options.gt))
+    truths = [load_truth(path) for path in options.gt or ()]
     evaluation = compare_runs(found, other, truths) if other else evaluate(found, truths)
+    if best_thresholds is not None:
+        evaluation = replace(evaluation, best=_write_best(best_thresholds, found, truths))
     say(_document(evaluation) if as_json else table(evaluation))
     for note in evaluation.notes:
         say(f"note: {note}", err=True)
+    if best_thresholds is not None:
+        say(f"written: {printable(str(best_thresholds))}", err=True)
     if output is not None:
         _write(evaluation, output)
     below = [line for limit in limits for line in _below(evaluation.sections, *limit)]
@@ -138,3 +156,32 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
         *(path for section in evaluation.sections for path in draw_figures(section, folder)),
     ]
     say("written: " + ", ".join(map(str, written)), err=True)
+
+
+def _check_labels_file(file: Path | None, read: Sequence[Path], *, overwrites: bool, has_truth: bool) -> None:
+    """Refuse a FILE of --best-thresholds that is read, is no name for a labels file, or is there already."""
+    if file is None:
+        if overwrites:
+            raise UsageError("--overwrite is for the FILE of --best-thresholds; give it, or leave --overwrite out")
+        return
+    shown = printable(str(file))
+    if not has_truth:
+        raise UsageError("--best-thresholds needs a ground truth; give --gt with COCO instances")
+    if file.suffix.lower() != ".toml":
+        raise UsageError(f"--best-thresholds {shown}: a labels file with thresholds ends in .toml")
+    check_not_input([file], read)
+    if os.path.lexists(file) and not (overwrites and file.is_file()):
+        advice = "--overwrite replaces it" if file.is_file() else "name another"
+        raise UsageError(f"--best-thresholds {shown} is there already; {advice}")
+
+
+def _write_best(file: Path, records: Collection, truths: Sequence[Truth]) -> BestThresholds:
+    """Write the labels file with the best thresholds of `records`, and return how good they are."""
+    from md3cli.evaluate.thresholds import best_thresholds
+    from md3cli.files import atomic_publish
+
+    labels, best = best_thresholds(records, truths)
+    about = "min_score: the score of the best F1 at IoU 0.5, by md3 eval --best-thresholds"
+    with atomic_publish(file) as partial:
+        partial.write_text(f"# {about}\n\n{toml_of(labels)}", encoding="utf-8", newline="\n")
+    return best

@@ -123,10 +123,17 @@ class ReadOptions:
             raise UsageError("--wrong needs a ground truth to say what is wrong; give --gt FILE")
         if self.gt and not (self.wrong or uses_gt):
             raise UsageError("--gt is for --wrong here; md3 eval scores, md3 report shows what is wrong")
-        listed = Labels() if self.labels is None else read_labels(self.labels)
-        chosen = Refinement(listed, self.min_score, self.nms, has_file=self.labels is not None)
-        whole = Collection.of(records, self.as_ or (), chosen=chosen)
+        whole = Collection.of(records, self.as_ or (), chosen=self.chosen())
         return replace(whole, selection=self._selection(whole))
+
+    def chosen(self) -> Refinement:
+        """Return the names and thresholds as typed.
+
+        Raises:
+            UsageError: the labels file cannot be read.
+        """
+        listed = Labels() if self.labels is None else read_labels(self.labels)
+        return Refinement(listed, self.min_score, self.nms, has_file=self.labels is not None)
 
     def files_read(self, records: Collection) -> list[Path]:
         """Return what a command reads that must not be written to."""

@@ -15,13 +15,13 @@ from typing import Any
 
 from md3cli.errors import InputError
 from md3cli.evaluate.located import RequestKey, final_records, has_failed, request_key
-from md3cli.evaluate.scores import Section, without_infinite
+from md3cli.evaluate.scores import BestThresholds, Section, without_infinite
 from md3cli.evaluate.truth import Captions, Instances, Questions, Truth, load_truth
 from md3cli.records import RecordDict, printable
 from md3cli.refine.collection import Collection, as_collection, read
 from md3cli.refine.labels import Labels
 
-__all__ = ["EVAL_SCHEMA", "Comparison", "Evaluation", "Section", "compare_runs", "evaluate", "load_truth"]
+__all__ = ["EVAL_SCHEMA", "Comparison", "Evaluation", "Section", "Truth", "compare_runs", "evaluate", "load_truth"]
 
 EVAL_SCHEMA = "md3-eval/1"
 SCORE_TOLERANCE = 0.002  # what the same model, weights and picture promise
@@ -83,12 +83,15 @@ class Evaluation:
     sections: tuple[Section, ...]
     comparison: Comparison | None = None
     notes: tuple[str, ...] = ()  # what of the records files was left out
+    best: BestThresholds | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the document of `md3 eval --json`; a figure that is not finite is null, as JSON has no other word."""
         document: dict[str, Any] = {"schema": EVAL_SCHEMA, "records": printable(str(self.records))}
         document["ground_truth"] = [printable(str(path)) for path in self.truths]
         document["sections"] = [section.to_json() for section in self.sections]
+        if self.best is not None:
+            document["best_thresholds"] = self.best.to_json()
         if self.comparison is not None:
             document["comparison"] = self.comparison.to_json()
         return dict(without_infinite(document))
@@ -109,6 +112,8 @@ def evaluate(records: Path | Collection, truths: Sequence[Truth]) -> Evaluation:
 def compare_runs(records: Path | Collection, other: Path | Collection, truths: Sequence[Truth]) -> Evaluation:
     """Score the records of a file, and say what changed since the run `other`; without `truths` say the changes alone.
 
+    Where `records` are a selection, only their requests are looked at in `other`.
+
     Raises:
         InputError, MissingExtraError: as `evaluate` does.
     """
@@ -117,6 +122,9 @@ def compare_runs(records: Path | Collection, other: Path | Collection, truths: S
     after = final_records(read(records, notes))
     before = final_records(read(other, earlier_notes))
     notes += [f"{printable(str(other.path))}: {note}" for note in earlier_notes]
+    if not records.selection.takes_all:  # what was not selected is no difference
+        selected = set(map(request_key, after))
+        before = [record for record in before if request_key(record) in selected]
     sections = _sections(after, truths, records) if truths else []
     earlier = _sections(before, truths, other) if truths else []
     comparison = compare(before, after, earlier, sections)

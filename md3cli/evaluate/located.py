@@ -13,9 +13,9 @@ from typing import Any
 
 from md3cli.errors import InputError
 from md3cli.evaluate.truth import Instances, TruthObject
-from md3cli.finished.names import NAMES_SHOWN, Matches, ambiguity_notes, match_images, match_labels
+from md3cli.finished.names import Matches, ambiguity_notes, match_images, match_labels, some_of
 from md3cli.finished.records_file import record_identity
-from md3cli.records import RecordDict, printable
+from md3cli.records import RecordDict
 from md3cli.refine.labels import Labels
 from md3cli.refine.refinement import name_of
 
@@ -53,21 +53,16 @@ def coverage_notes(what: str, asked: Iterable[str], known: Iterable[str], matche
     unasked = [name for name in dict.fromkeys(known) if name not in found]
     if unknown:
         who, be = _many(unknown, what)
-        yield f"{who} of the records {be} not in the ground truth and not scored: {_some(unknown)}"
+        yield f"{who} of the records {be} not in the ground truth and not scored: {some_of(unknown)}"
     if unasked:
         who, be = _many(unasked, what, is_past=True)
-        yield f"{who} of the ground truth {be} not asked about: {_some(unasked)}"
+        yield f"{who} of the ground truth {be} not asked about: {some_of(unasked)}"
 
 
 def _many(names: list[str], what: str, *, is_past: bool = False) -> tuple[str, str]:
     if len(names) == 1:
         return f"1 {what}", "was" if is_past else "is"
     return f"{len(names):,} {what}s", "were" if is_past else "are"
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(printable(name) for name in names[:NAMES_SHOWN])
-    return shown + (", …" if len(names) > NAMES_SHOWN else "")
 
 
 def has_failed(record: Mapping[str, Any]) -> bool:

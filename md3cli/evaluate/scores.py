@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from md3cli.errors import MissingExtraError
 from md3cli.files import atomic_publish
+from md3cli.finished.names import some_of
 from md3cli.records import printable
 
 if TYPE_CHECKING:
@@ -75,6 +76,40 @@ class Section:
         return document
 
 
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """The `min_score` that a label gets, F1 (IoU 0.5) with it and as it was; `why` it has no new one, in words."""
+
+    name: str
+    min_score: float | None
+    f1: float | None
+    f1_before: float | None
+    num_objects: int
+    why: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the threshold in plain types."""
+        document: dict[str, Any] = {"name": self.name, "min_score": self.min_score, "F1": self.f1}
+        document |= {"F1_before": self.f1_before, "objects": self.num_objects}
+        return document if self.why is None else document | {"note": f"{self.name} {self.why}"}
+
+
+@dataclass(frozen=True, slots=True)
+class BestThresholds:
+    """A threshold a label, and F1 of all together, with them and as it was."""
+
+    thresholds: tuple[Threshold, ...]
+    f1: float | None
+    f1_before: float | None
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all in plain types."""
+        document: dict[str, Any] = {"F1": self.f1, "F1_before": self.f1_before}
+        document["labels"] = [threshold.to_json() for threshold in self.thresholds]
+        return document | {"notes": list(self.notes)}
+
+
 def without_infinite(value: Any) -> Any:
     """Return a JSON value in which each number that is not finite is None."""
     if isinstance(value, Mapping):
@@ -104,6 +139,8 @@ NAME_CHARS = 40
 def table(evaluation: Evaluation) -> str:
     """Return all of a score sheet as lines of text, sections first."""
     blocks = ["\n".join(_section(section)) for section in evaluation.sections]
+    if evaluation.best is not None:
+        blocks.append("\n".join(_best(evaluation.best)))
     if evaluation.comparison is not None:
         blocks.append("\n".join(_comparison(evaluation.comparison)))
     return "\n\n".join(blocks)
@@ -121,6 +158,25 @@ def _section(section: Section) -> Iterator[str]:
     if len(shown) < len(section.by_name):
         yield f"  and {len(section.by_name) - len(shown):,} more; --json has all"
     for note in section.notes:
+        yield f"  note: {note}"
+
+
+def _best(best: BestThresholds) -> Iterator[str]:
+    chosen = [one for one in best.thresholds if one.why is None]
+    yield f"best thresholds, by F1 at IoU 0.5: {len(chosen):,} of {len(best.thresholds):,} labels"
+    rows = [("", "min_score", "F1", "F1 before"), ("all", "-", number(best.f1), number(best.f1_before))]
+    for one in chosen[:NAMES_SHOWN]:
+        rows.append((_short(one.name), number(one.min_score), number(one.f1), number(one.f1_before)))
+    yield from aligned(rows)
+    if len(chosen) > NAMES_SHOWN:
+        yield f"  and {len(chosen) - NAMES_SHOWN:,} more; --json has all"
+    by_reason: dict[str, list[str]] = {}
+    for one in best.thresholds:
+        if one.why is not None:
+            by_reason.setdefault(one.why, []).append(one.name)
+    for why, names in by_reason.items():
+        yield f"  note: {some_of(names)} {why}: no new min_score"
+    for note in best.notes:
         yield f"  note: {note}"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from urllib.parse import unquote
@@ -89,9 +89,14 @@ def _decoded_path(name: str) -> tuple[str, ...]:
 def ambiguity_notes(what: str, matches: Matches) -> Iterator[str]:
     """Yield what was not matched because it could be several, in a sentence; `what` is the noun."""
     if matches.ambiguous:
-        shown = ", ".join(printable(name) for name in matches.ambiguous[:NAMES_SHOWN])
-        more = ", …" if len(matches.ambiguous) > NAMES_SHOWN else ""
-        yield f"{len(matches.ambiguous):,} {what}s could each be several of the ground truth's: {shown}{more}"
+        shown = some_of(matches.ambiguous)
+        yield f"{len(matches.ambiguous):,} {what}s could each be several of the ground truth's: {shown}"
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return the first names, made printable, for a sentence."""
+    shown = ", ".join(printable(name) for name in names[:NAMES_SHOWN])
+    return shown + (", …" if len(names) > NAMES_SHOWN else "")
 
 
 def _match_clear(

@@ -7,6 +7,7 @@ refused. Knows nothing of records. Source: product contract, section 8.
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from collections import Counter
@@ -134,6 +135,29 @@ def parse_object(text: str) -> tuple[str, str]:
         example = f" after {printable(name)}=" if name else ""
         raise UsageError(f"an OBJECT is empty{example}; name what to look for")
     return name or prompt, prompt
+
+
+def fits_in_file(label: Label) -> bool:
+    """Return whether a labels file can say a label: it takes blanks around a text away."""
+    return all(text and text == text.strip() for text in (label.name, *label.prompts))
+
+
+def toml_of(labels: Labels) -> str:
+    """Return the text of a labels file (`.toml`) that `read_labels` reads as these labels, which must fit in one.
+
+    Raises:
+        UsageError: it would be too long to be read.
+    """
+    tables = ("\n".join(f"{key} = {_toml(value)}" for key, value in table.items()) for table in labels.to_json())
+    text = "\n".join(f"[[label]]\n{table}\n" for table in tables)
+    if len(text.encode()) > FILE_LIMIT_BYTES:
+        raise UsageError(f"{len(labels.labels):,} labels do not fit in the {FILE_LIMIT_BYTES:,} bytes of a labels file")
+    return text
+
+
+def _toml(value: Any) -> str:
+    """Return a text, a number or a list in TOML: JSON but for the one character that TOML forbids in a text."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def prompts_of(objects: Sequence[str], listed: Labels) -> list[str]:
