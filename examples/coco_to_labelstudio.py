@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from md3cli.exporters import ExportOptions, export_records
+from md3cli.refine.collection import Collection
+from md3cli.refine.labels import Label, Labels
+from md3cli.refine.refinement import Refinement
 
 
 def records_of(coco: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -47,8 +50,9 @@ def main() -> None:
     coco = json.loads(args.coco.read_bytes())
     records = args.coco.with_suffix(".records.jsonl")
     records.write_text("".join(f"{json.dumps(record)}\n" for record in records_of(coco)), encoding="utf-8")
-    labels = tuple(category["name"] for category in coco["categories"])
-    report = export_records(records, "labelstudio", args.out, ExportOptions(overwrite=True, labels=labels))
+    labels = Labels(tuple(Label(name=one["name"], prompts=(one["name"],)) for one in coco["categories"]))
+    collection = Collection.of([records], chosen=Refinement(labels, has_file=True))
+    report = export_records(collection, "labelstudio", args.out, ExportOptions(overwrite=True))
     print(f"{report.num_images} tasks in {report.out}")
 
 

@@ -502,7 +502,7 @@ def spread(
 
 
 @functools.cache  # many commands share them, and typer's hints take a millisecond to read
-def _shared_parameters(kind: type[Any]) -> tuple[inspect.Parameter, ...]:
+def _shared_parameters(kind: Any) -> tuple[inspect.Parameter, ...]:
     keyword, declared = inspect.Parameter.KEYWORD_ONLY, get_type_hints(kind, include_extras=True)
     return tuple(
         inspect.Parameter(field.name, keyword, default=field.default, annotation=_for_typer(declared[field.name]))

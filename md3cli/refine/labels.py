@@ -311,11 +311,11 @@ def _of_table(table: Mapping[str, Any], where: str) -> Label:
     if not is_list or not prompts:
         raise UsageError(f"{where} ({printable(name)}): prompts is a list of texts")
     here = f"{where} ({printable(name)})"
-    shares = {key: _share(table[key], f"{here}: {key}") for key in ("min_score", "nms") if key in table}
-    counts = {key: _count(table[key], f"{here}: {key}") for key in ("max_objects", "id") if key in table}
-    if counts.get("max_objects") == 0:
-        raise UsageError(f"{where} ({printable(name)}): max_objects is at least 1")
-    return Label(name=name.strip(), prompts=tuple(prompt.strip() for prompt in prompts), **shares, **counts)
+    limits: dict[str, Any] = {key: _share(table[key], f"{here}: {key}") for key in ("min_score", "nms") if key in table}
+    limits |= {key: _count(table[key], f"{here}: {key}") for key in ("max_objects", "id") if key in table}
+    if limits.get("max_objects") == 0:
+        raise UsageError(f"{here}: max_objects is at least 1")
+    return Label(name=name.strip(), prompts=tuple(prompt.strip() for prompt in prompts), **limits)
 
 
 def _share(value: object, where: str) -> float:
@@ -347,14 +347,11 @@ def _yaml_document(text: str, where: str) -> dict[str, Any]:
     """Parse YAML in which each scalar is a text; an alias, which could make a small file a huge one, is refused."""
     import yaml
 
-    class PlainLoader(yaml.BaseLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("aliases (*name) are not read")
-            return super().compose_node(parent, index)
-
+    loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
     try:
-        document = yaml.load(text, Loader=PlainLoader)  # noqa: S506 - a BaseLoader makes texts, lists and maps only
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
+            raise UsageError(f"--labels {where}: aliases (*name) are not read; write the names out")
+        document = yaml.load(text, Loader=loader)  # noqa: S506 - a BaseLoader makes texts, lists and maps only
     except (yaml.YAMLError, RecursionError) as error:
         reason = printable(" ".join(str(error).split()))
         raise UsageError(f"--labels {where} is not YAML that can be read: {reason}") from error

@@ -82,10 +82,9 @@ class Refinement:
         """Read what run.json says, whoever wrote it: what is not of its kind is as good as absent."""
         if not isinstance(document, dict):
             return cls()
-        tables = document.get("labels")
-        is_list = isinstance(tables, list) and len(tables) <= _MOST_LABELS
-        labels = Labels()
-        if is_list and all(isinstance(table, dict) for table in tables):
+        tables, labels = document.get("labels"), Labels()
+        is_short = isinstance(tables, list) and len(tables) <= _MOST_LABELS
+        if isinstance(tables, list) and is_short and all(isinstance(table, dict) for table in tables):
             with contextlib.suppress(UsageError):
                 labels = labels_of_tables(tables, "run.json")
         has_file = document.get("has_file") is True
@@ -115,10 +114,10 @@ def name_of(record: RecordDict, labels: Labels) -> str | None:
 
 
 class _Box(NamedTuple):
-    """A box of a detect record: where it stands (record, object), and what is compared."""
+    """A box of a detect record: where it stands (record, number there), and what is compared."""
 
     record: int
-    index: int
+    number: int
     score: float
     asked: int
     corners: tuple[float, float, float, float]
@@ -188,13 +187,13 @@ def _doubles(records: Sequence[RecordDict], refinement: Refinement) -> Iterator[
     for (_, name), boxes in groups.items():
         limit = refinement.nms_of(name, is_shared=len(prompts[name]) > 1)
         if limit is not None and len(boxes) > 1:
-            yield from ((box.record, box.index) for box in _suppressed(boxes, limit))
+            yield from ((box.record, box.number) for box in _suppressed(boxes, limit))
 
 
 def _suppressed(boxes: Sequence[_Box], limit: float) -> Iterator[_Box]:
     """Yield the boxes that overlap one that stays by more than `limit`, the best score first."""
     kept: list[_Box] = []
-    for box in sorted(boxes, key=lambda box: (-box.score, box.asked, box.index)):
+    for box in sorted(boxes, key=lambda box: (-box.score, box.asked, box.number)):
         if any(iou(box.corners, other.corners) > limit for other in kept):
             yield box
         else:
