@@ -179,6 +179,62 @@ class Summary:
         return sum(self.failed.values())
 
 
+class LiveText:
+    """An answer on stdout as it comes, and on stderr, dim, the thoughts before it.
+
+    `has_thoughts` and `has_waiting` say whether stderr shows thoughts, and what is waited for before any text.
+    """
+
+    def __init__(self, *, has_thoughts: bool, has_waiting: bool) -> None:
+        self._has_thoughts, self._has_waiting = has_thoughts, has_waiting
+        self._is_waiting = self._is_thinking = self._is_answering = False
+
+    def wait(self, text: str) -> None:
+        """Say what is waited for; the next text takes its place."""
+        if self._has_waiting:
+            sys.stderr.write(f"\r\x1b[K{text}\r")  # the cursor stays before it, so that a warning lies over it
+            sys.stderr.flush()
+            self._is_waiting = True
+
+    def think(self, text: str) -> None:
+        """Print the next piece of what the model thinks."""
+        if text and self._has_thoughts:
+            self._stop_waiting()
+            self._is_thinking = True
+            sys.stderr.write(f"\x1b[2m{harmless(text.encode('utf-8', 'replace')).decode()}\x1b[22m")
+            sys.stderr.flush()
+
+    def answer(self, text: str) -> None:
+        """Print the next piece of the answer."""
+        if text:
+            self._stop_waiting()
+            self._stop_thinking()
+            self._is_answering = True
+            sys.stdout.write(harmless(text.encode("utf-8", "replace")).decode())
+            sys.stdout.flush()
+
+    def end(self) -> None:
+        """End the line that was begun, if any was; a second call does nothing."""
+        self._stop_waiting()
+        self._stop_thinking()
+        if self._is_answering:
+            self._is_answering = False
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+    def _stop_waiting(self) -> None:
+        if self._is_waiting:
+            self._is_waiting = False
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def _stop_thinking(self) -> None:
+        if self._is_thinking:
+            self._is_thinking = False
+            sys.stderr.write("\n")
+            sys.stderr.flush()
+
+
 class RunConsole:
     """The terminal of one run; streams are looked at when they are used, so that tests may replace them."""
 
@@ -199,6 +255,12 @@ class RunConsole:
     def is_stdout_terminal(self) -> bool:
         """Return whether a person, not a program, reads stdout."""
         return sys.stdout.isatty()
+
+    def live_text(self) -> LiveText:
+        """Return what prints a single answer while it grows; without colours thoughts could not be told from it."""
+        is_capable = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not self.is_quiet
+        has_thoughts = is_capable and self._has_color and not os.environ.get("NO_COLOR")
+        return LiveText(has_thoughts=has_thoughts, has_waiting=is_capable and self.has_progress)
 
     @contextlib.contextmanager
     def progress(self, total: int | None) -> Iterator[Progress | None]:

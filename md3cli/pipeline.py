@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,11 +16,14 @@ from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import RunConsole
 from md3cli.finished.guards import check_not_input, files_in, has_run_schema
 from md3cli.images.crops import parse_background
+from md3cli.records import Request, Task
 from md3cli.run.adding import check_may_add, grown
 from md3cli.run.local import LocalRun
 from md3cli.run.model_handle import Model, check_skills, find_model, words_beyond
 from md3cli.run.output import (
+    ANSWER,
     PRINTABLE_FORMATS,
+    TABLE,
     OutputPlan,
     check_replaceable,
     open_output,
@@ -80,6 +83,8 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
         with stop.interruptible():
             model = find(config.model)
             check_skills(model, config.requests)
+        if plan.stdout == TABLE and source.has_one_row and _is_one_question(config.requests):
+            plan = replace(plan, stdout=ANSWER)
         if plan.stdout in PRINTABLE_FORMATS:
             plan = with_journal_aside(plan, stack)
         output = open_output(plan, config, console, source, model.identity)
@@ -93,6 +98,11 @@ def _grown(config: RunConfig, plan: OutputPlan, console: RunConsole) -> RunConfi
         return config
     check_may_add(config, plan)
     return grown(config, plan, (), console.say)
+
+
+def _is_one_question(requests: Sequence[Request]) -> bool:
+    """Return whether a single text is asked for that has no scores beside it, which the table shows."""
+    return [request.task for request in requests] == [Task.QUERY] and not requests[0].choices
 
 
 def _run_folder(config: RunConfig, plan: OutputPlan) -> RunFolder | None:

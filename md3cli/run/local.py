@@ -20,10 +20,11 @@ from md3cli.records import RecordDict, Request, SourceRow
 from md3cli.run.drive import drive
 from md3cli.run.feed import Feed, make_pool, rows_ahead
 from md3cli.run.finish import STATUS_FAILED_RECORDS, NamedFailures, exit_status, summarize, tell_how_to_resume
+from md3cli.run.live import LiveEngine
 from md3cli.run.log import damage_words
 from md3cli.run.model_handle import LazyEngine, Model
 from md3cli.run.order import OrderedRecords
-from md3cli.run.output import TABLE, Output, publish, written_paths
+from md3cli.run.output import ANSWER, TABLE, Output, publish, written_paths
 from md3cli.run.record_index import RequestIds, Unasked
 from md3cli.run.run_info import RunCounts, Timeline
 from md3cli.signals import Interrupted, StopSignals
@@ -48,7 +49,9 @@ class LocalRun:
         self.model, self.output, self.stop = model, output, stop
         self.first_write = first_write
         self.summary = Summary()
-        self.engine = LazyEngine(model, self._while_loading)
+        self.live = console.live_text() if output.plan.stdout == ANSWER else None
+        load = self._while_loading
+        self.engine = LazyEngine(model, load) if self.live is None else LiveEngine(model, load, self.live)
         self.feed: Feed | None = None
         self.progress: Progress | None = None
         self.is_memory_told = False
@@ -65,7 +68,7 @@ class LocalRun:
         status = 1
         try:
             total = self.source.count_rows() if self.console.has_progress else None
-            with make_pool(self.config, self.model.crop_config) as pool, self.console.progress(total) as self.progress:
+            with make_pool(self.config, self.model.crop_config) as pool, self._shown(total):
                 self.feed = self._make_feed(pool)
                 drive(self.feed, self.engine, self.records, self.stop.check)
             if self.output.waiting is not None:
@@ -111,7 +114,21 @@ class LocalRun:
         )
 
     @contextlib.contextmanager
+    def _shown(self, total: int | None) -> Iterator[None]:
+        """Show progress while the run goes on; a single answer has its line ended instead, however that goes."""
+        if self.live is None:
+            with self.console.progress(total) as self.progress:
+                yield
+            return
+        try:
+            yield
+        finally:
+            self.live.end()
+
+    @contextlib.contextmanager
     def _while_loading(self) -> Iterator[None]:
+        if self.live is not None:
+            self.live.wait("loading the model")
         with self.stop.interruptible(), loading(self.progress):
             yield
 
@@ -229,6 +246,8 @@ class LocalRun:
         if self.output.plan.files is not None and self.output.plan.stdout is None:
             summary.outputs = written_paths(self.output.plan)
         summary.failures = self._named_failures()
+        if self.live is not None and summary.num_ok and not self.console.is_verbose:
+            return  # the answer is all that was asked for
         is_empty = not self._num_requests
         summarize(self.config, self.console, summary, self.output.plan, self._counts(), is_empty=is_empty)
 
@@ -241,6 +260,9 @@ class LocalRun:
         return self.failures.found
 
     def _tell_how_to_resume(self, interrupt: Interrupted) -> None:
+        if self.live is not None:
+            self.console.say(f"stopped by {interrupt}")
+            return
         done = self.summary.num_ok + self.summary.num_failed
         if self.output.journal is None or self.output.plan.stdout is not None:
             self.console.say(f"stopped by {interrupt} after {done:,} records; with -o OUTPUT a run can be resumed")

@@ -30,7 +30,7 @@ from md3cli.run.order import WAITING_SUFFIX, WaitingRecords
 from md3cli.run.run_info import RUN_SCHEMA, OutputPaths, RunDocument, check_first_record, identity_of, output_paths
 from md3cli.source.source import Source
 
-TABLE, JSONL, HTML = "table", "jsonl", "html"
+TABLE, ANSWER, JSONL, HTML = "table", "answer", "jsonl", "html"
 FOLDER_FORMATS = frozenset({"yolo", "voc", "labelstudio", "hf", "overlay", "txt"})
 PRINTABLE_FORMATS = frozenset({"coco", "csv", HTML})  # one text, so that stdout can take it
 _MOST_OWN_FILES = 1000  # on the list of a run folder; one that is longer is not ours
@@ -48,8 +48,8 @@ class Document:
 class OutputPlan:
     """What a run writes.
 
-    `files` None: nothing stays on disk, `stdout` says what is printed: `table`, `jsonl` or, once the
-    run is complete, one of PRINTABLE_FORMATS.
+    `files` None: nothing stays on disk, `stdout` says what is printed: `table`, `jsonl`, `answer` (one
+    answer, while it grows; a failure is a table) or, once the run is complete, one of PRINTABLE_FORMATS.
     """
 
     files: OutputPaths | None
@@ -198,7 +198,8 @@ class Output:
             print_bytes(b"".join(map(encode_record, records)))
             return
         for record in records:
-            self.console.show_record(record)
+            if self.plan.stdout != ANSWER or record["error"] is not None:
+                self.console.show_record(record)
 
     def close(self) -> None:
         """Sync and unlock what stays."""

@@ -173,6 +173,11 @@ class Source:
         kinds = {given.kind for given in self._inputs}
         return not is_narrowed and kinds <= {Kind.FOLDER, Kind.GLOB, Kind.FILE, Kind.TAR}
 
+    @property
+    def has_one_row(self) -> bool:
+        """Return whether INPUT is a single picture, or there is none."""
+        return [given.kind for given in self._inputs] in ([], [Kind.FILE])
+
     def first_look(self) -> list[str]:
         """Look at the first rows before anything slow; return what the user should know of the columns, a line each.
 
