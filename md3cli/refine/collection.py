@@ -217,15 +217,21 @@ def _chosen_by(infos: Sequence[RunInfo], typed: Refinement) -> tuple[Refinement,
 def _labels_in(sources: Iterable[NamedRecords]) -> Labels:
     """Return the names that records themselves give prompts, for those that no run.json tells of."""
     name_of: dict[str, str] = {}  # of prompts with a name of their own
+    themselves: set[str] = set()  # prompts that are their own name; one that is asked shares it with others
     for source in sources:
         with open_records(source.path) as file:
             while (line := file.readline(LINE_LIMIT_BYTES)) and len(name_of) < _MOST_NAMES:
                 name, prompt = _name_in(line) if b'"label"' in line else (None, None)
-                if name is not None and prompt is not None and name != prompt:
+                if name is None or prompt is None:
+                    continue
+                if name != prompt:
                     name_of.setdefault(prompt, name)
+                elif len(themselves) < _MOST_NAMES:
+                    themselves.add(name)
+    themselves -= name_of.keys()
     prompts: dict[str, list[str]] = {}
     for prompt, name in name_of.items():
-        prompts.setdefault(name, [] if name in name_of else [name]).append(prompt)
+        prompts.setdefault(name, [name] if name in themselves else []).append(prompt)
     return Labels(tuple(Label(name=name, prompts=tuple(asked)) for name, asked in prompts.items()))
 
 

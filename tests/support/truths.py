@@ -16,9 +16,8 @@ def record(image, task, prompt=None, **result):
     head = {"schema": "md3/1", "id": f"r{next(_ids)}", "image": image, "task": task, "prompt": prompt}
     if error := result.pop("error", None):
         return head | {"error": {"type": error, "message": "no", "retry": False}}
-    found = next((result[key] for key in ("objects", "points", "segments") if key in result), [])
-    for thing in found:
-        thing.setdefault("label", prompt)
+    for key in {"objects", "points", "segments"} & result.keys():
+        result[key] = [{"label": prompt} | thing for thing in result[key]]
     return head | {"width": WIDTH, "height": HEIGHT} | result | {"finish_reason": "stop", "error": None}
 
 

@@ -1,0 +1,126 @@
+"""`md3 eval --best-thresholds`: a labels file that later commands use, and what it is never written over."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+
+import pytest
+from truths import box, instances, record, write_records
+from typer.testing import CliRunner
+
+from md3cli.commands.eval import app
+from md3cli.errors import InputError, OutputError, UsageError
+from md3cli.refine.labels import read_labels
+
+THERE = [("a.jpg", "car", [0, 0, 40, 40]), ("b.jpg", "car", [100, 0, 40, 40])]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Records of cars with a wrong one among them, their ground truth and a labels file."""
+    found = [box(0, 0, 40, 40, 0.9), box(150, 60, 30, 30, 0.3)]
+    records = [record("a.jpg", "detect", "car", objects=found)]
+    records.append(record("b.jpg", "detect", "car", objects=[box(100, 0, 40, 40, 0.7)]))
+    write_records(tmp_path / "run.jsonl", records)
+    (tmp_path / "gt.json").write_text(json.dumps(instances(THERE)))
+    (tmp_path / "labels.toml").write_text('[[label]]\nname = "vehicle"\nprompts = ["car"]\nmin_score = 0.95\nid = 3\n')
+    return tmp_path
+
+
+def run(folder, line):
+    with contextlib.chdir(folder):
+        return CliRunner().invoke(app, shlex.split(line))
+
+
+def test_the_file_written_gives_the_scores_promised(folder):
+    result = run(folder, "run.jsonl --gt gt.json --best-thresholds best.toml --json")
+    assert result.exit_code == 0
+    promised = json.loads(result.stdout)["best_thresholds"]
+    car = {"name": "car", "min_score": 0.5, "F1": 1.0, "F1_before": pytest.approx(0.8), "objects": 2}
+    assert promised == {"F1": 1.0, "F1_before": pytest.approx(0.8), "labels": [car], "notes": []}
+    assert "written: best.toml" in result.stderr
+    (label,) = read_labels(folder / "best.toml").labels
+    assert (label.name, label.prompts, label.min_score) == ("car", ("car",), 0.5)
+    measured = json.loads(run(folder, "run.jsonl --gt gt.json --labels best.toml --json").stdout)
+    assert measured["sections"][0]["by_name"]["car"]["F1"] == 1.0
+    assert "best_thresholds" not in measured
+
+
+def test_the_table_tells_what_each_label_wins(folder):
+    result = run(folder, "run.jsonl --gt gt.json --best-thresholds best.toml")
+    lines = result.stdout.splitlines()
+    start = lines.index("best thresholds, by F1 at IoU 0.5: 1 of 1 labels")
+    assert [line.split() for line in lines[start + 1 :]] == [
+        ["min_score", "F1", "F1", "before"],
+        ["all", "-", "1.000", "0.800"],
+        ["car", "0.500", "1.000", "0.800"],
+    ]
+
+
+def test_names_are_carried_over_and_what_cannot_be_judged_is_told(folder):
+    result = run(folder, "run.jsonl --gt gt.json --labels labels.toml --best-thresholds best.toml")
+    assert "note: vehicle is not in the ground truth: no new min_score" in result.stdout
+    assert read_labels(folder / "best.toml") == read_labels(folder / "labels.toml")
+
+
+def test_a_file_that_is_there_is_replaced_on_request_alone(folder):
+    (folder / "best.toml").write_text("mine")
+    result = run(folder, "run.jsonl --gt gt.json --best-thresholds best.toml")
+    assert isinstance(result.exception, UsageError)
+    assert "--overwrite" in str(result.exception)
+    assert (folder / "best.toml").read_text() == "mine"
+    assert run(folder, "run.jsonl --gt gt.json --best-thresholds best.toml --overwrite").exit_code == 0
+    assert read_labels(folder / "best.toml").names == ("car",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ("--gt gt.json --labels labels.toml --best-thresholds labels.toml --overwrite", "is an input"),
+        ("--gt gt.json --labels labels.toml --best-thresholds link.toml --overwrite", "is an input"),
+        ("--gt gt.toml --best-thresholds gt.toml --overwrite", "is an input"),
+        ("--gt gt.json --compare other.toml --best-thresholds other.toml --overwrite", "is an input"),
+        ("--gt gt.json --best-thresholds picture.toml --overwrite", "is a picture"),
+        ("--gt gt.json --best-thresholds folder.toml --overwrite", "there already"),
+        ("--gt gt.json --best-thresholds dangling.toml", "there already"),
+        ("--gt gt.json --best-thresholds best.json", "ends in .toml"),
+        ("--compare run.jsonl --best-thresholds best.toml", "--gt"),
+        ("--gt gt.json --overwrite", "--best-thresholds"),
+    ],
+)
+def test_what_it_is_never_written_over(folder, arguments, why):
+    (folder / "link.toml").symlink_to("labels.toml")
+    (folder / "dangling.toml").symlink_to("nowhere.toml")
+    (folder / "gt.toml").write_text((folder / "gt.json").read_text())
+    (folder / "other.toml").write_text((folder / "run.jsonl").read_text())
+    (folder / "picture.toml").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "folder.toml").mkdir()
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    result = run(folder, f"run.jsonl {arguments}")
+    assert isinstance(result.exception, UsageError)
+    assert why in str(result.exception)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert not (folder / "best.toml").exists()
+
+
+def test_nothing_is_written_where_nothing_can_be_judged_or_there_is_no_folder(folder):
+    (folder / "captions.json").write_text('{"images": [], "annotations": [{"caption": "a"}]}')
+    with pytest.raises(InputError):
+        raise run(folder, "run.jsonl --gt captions.json --best-thresholds best.toml").exception
+    result = run(folder, "run.jsonl --gt gt.json --best-thresholds no/such/best.toml")
+    assert isinstance(result.exception, OutputError)
+    assert sorted(path.suffix for path in folder.iterdir() if path.name.startswith("best")) == []
+
+
+def test_the_other_run_is_read_under_the_same_names_and_thresholds(folder):
+    records = [json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines()]
+    records[0]["objects"].pop()
+    write_records(folder / "older.jsonl", [one | {"id": one["id"] + "o"} for one in records])
+    plain = run(folder, "run.jsonl --compare older.jsonl")
+    assert plain.stdout.splitlines()[0].startswith("compared: 1 the same, 1 changed (1 count)")
+    refined = run(folder, "run.jsonl --compare older.jsonl --min-score 0.5")
+    assert refined.stdout.splitlines()[0].startswith("compared: 2 the same, 0 changed")
+    selected = run(folder, "run.jsonl --compare older.jsonl --image a.jpg")
+    assert selected.stdout.splitlines()[0] == "compared: 0 the same, 1 changed (1 count), 0 only before, 0 only now"
