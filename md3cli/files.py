@@ -13,15 +13,26 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from md3cli.errors import OutputError, OutputHeldError
 from md3cli.records import printable
 from md3cli.settings import user_cache_dir
-from md3cli.system import lock, open_at_once, share_blocks, sync_folder, write_all
+from md3cli.system import (
+    NotRegularError,
+    lock,
+    open_at_once,
+    open_regular,
+    share_blocks,
+    sync_folder,
+    write_all,
+)
 
 STAGED = "staged"  # the folder inside an output where new files wait until all of them are there
+_SECOND_LOOK_S = 0.02
 TEMP_NAME_LIMIT_BYTES = 200  # of the name, so that the temporary name stays under the 255 of file systems
 
 
@@ -148,11 +159,41 @@ class OutputLock:
 
 def _held_error(fd: int, output: Path | str) -> OutputHeldError:
     with open(fd, "rb") as file:  # which closes it
-        pid, _, host = file.read(300).decode("utf-8", "replace").strip().partition(" ")
+        holder = _holder(file)
     return OutputHeldError(
-        f"{printable(str(output))} is being written by another run: process {printable(pid or 'unknown')} "
-        f"on {printable(host or 'this machine')}; wait for it, stop it, or choose another -o"
+        f"{printable(str(output))} is being written by another run: {holder}; "
+        "wait for it, stop it, or choose another -o"
     )
+
+
+def _holder(file: IO[bytes]) -> str:
+    pid, _, host = file.read(300).decode("utf-8", "replace").strip().partition(" ")
+    return f"process {printable(pid or 'unknown')} on {printable(host or 'this machine')}"
+
+
+def lock_holder(path: Path) -> str | None:
+    """Return who holds the lock at `path`, as `process 12 on host`; None where nobody does, or nobody can tell.
+
+    The lock is taken for some microseconds to find that out, twice, so that two who ask do not take each other for a
+    holder. A start that comes just then is refused as if another run had the lock.
+    """
+    for is_last in (False, True):
+        try:
+            fd = open_regular(path, follows_links=False)
+        except (OSError, NotRegularError):
+            return None
+        with open(fd, "rb") as file:
+            try:
+                lock(fd)
+            except BlockingIOError:
+                if is_last:
+                    return _holder(file)
+                time.sleep(_SECOND_LOOK_S)
+                continue
+            except OSError:  # a network mount that locks what is opened to be written
+                pass
+            return None
+    return None
 
 
 # -- copies and scratch ----------------------------------------------------------------------------

@@ -15,7 +15,9 @@ from md3cli.errors import InputError
 from md3cli.records import printable
 
 if TYPE_CHECKING:
+    from md3cli.run.status import Standing
     from md3cli.scale.folder import RunFolder
+    from md3cli.scale.inspect import RunStatus
 
 app = App()
 runs = App(help="Run folders of many processes: remove what they need no more.", no_args_is_help=True)
@@ -29,24 +31,37 @@ AnyRun = Annotated[str, typer.Argument(metavar="RUN", help="What stood after -o:
 
 @app.command("status")
 def show_status(
-    run: ScaledRun,
+    run: AnyRun,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines of text.")] = False,
 ) -> None:
-    """How far a run of many processes is; also while it runs elsewhere.
+    """How far a run is, of one process or many, and how to go on; also while it runs elsewhere.
 
     Examples:
         md3 status run/
         md3 status run/ --json
     """
+    found = _status_of(run)
+    say(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
+
+
+def _status_of(run: str) -> RunStatus | Standing:
+    from md3cli.remote.address import is_address
     from md3cli.scale.folder import find_run_folder
+
+    try:
+        folder = find_run_folder(run)
+    except InputError:
+        if is_address(run):
+            raise
+        from md3cli.run.status import standing_of
+
+        return standing_of(run)
     from md3cli.scale.inspect import status_of
     from md3cli.scale.plan import read_plan
 
-    folder = find_run_folder(run)
     plan = read_plan(folder)
     assert plan is not None  # that is how it was found
-    found = status_of(folder, plan)
-    say(json.dumps(found.to_json()) if as_json else "\n".join(found.lines()))
+    return status_of(folder, plan, run)
 
 
 @app.command("verify")
@@ -61,26 +76,23 @@ def verify(run: AnyRun) -> None:
 
     try:
         folder = find_run_folder(run)
-    except InputError as error:
+    except InputError:
         if is_address(run):
             raise
-        _verify_one(run, error)
+        _verify_one(run)
     else:
         _verify_many(folder)
 
 
-def _verify_one(run: str, missing: InputError) -> None:
-    """Verify the records of one process, or raise `missing` where there are none either."""
+def _verify_one(run: str) -> None:
+    """Verify the records of one process."""
     from md3cli.finished.run_json import find_records
     from md3cli.run.journal_scan import RecordsVerification
 
-    try:
-        records = find_records(Path(run))
-    except InputError:
-        raise missing from None
-    verification = RecordsVerification(records)
+    verification = RecordsVerification(find_records(Path(run)))
     _tell(verification.findings())
     typer.echo(f"ok: {verification.num_records:,} records, each request exactly once")
+    typer.echo(f"sha256 of the records: {verification.digest()}")
 
 
 def _verify_many(folder: RunFolder) -> None:
@@ -92,6 +104,7 @@ def _verify_many(folder: RunFolder) -> None:
         f"ok: {verification.num_records:,} records of {verification.num_rows:,} images in {verification.num_shards:,} "
         "shards, each request exactly once"
     )
+    typer.echo(f"sha256 of the records: {verification.digest}")
 
 
 def _tell(findings: Iterable[str]) -> None:

@@ -122,7 +122,7 @@ def _is_flat(value: Any) -> bool:
     return False
 
 
-def _number(value: Any) -> float | None:
+def number_of(value: Any) -> float | None:
     """Return a finite number from 0 that is no flag; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -135,7 +135,7 @@ def _number(value: Any) -> float | None:
 def stages_of(document: dict[str, Any]) -> dict[str, float]:
     """Return the seconds of each stage."""
     stages = document.get("stages")
-    found = {name: _number(value) for name, value in stages.items()} if isinstance(stages, dict) else {}
+    found = {name: number_of(value) for name, value in stages.items()} if isinstance(stages, dict) else {}
     return {name: value for name, value in list(found.items())[:_STAGES_LIMIT] if value is not None}
 
 
@@ -143,7 +143,7 @@ def timeline_of(document: dict[str, Any]) -> list[tuple[float, int]]:
     """Return pairs of seconds and records done, as far as both are numbers."""
     timeline = document.get("timeline")
     pairs = timeline[-_POINTS_LIMIT:] if isinstance(timeline, list) else []
-    numbers = [tuple(map(_number, pair)) for pair in pairs if isinstance(pair, list) and len(pair) == 2]
+    numbers = [tuple(map(number_of, pair)) for pair in pairs if isinstance(pair, list) and len(pair) == 2]
     return [(at_s, int(done)) for at_s, done in numbers if at_s is not None and done is not None]
 
 
@@ -156,8 +156,8 @@ def starts_of(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list):
-        return all(item is None or isinstance(item, str) or _number(item) is not None for item in value)
-    return value is None or isinstance(value, str) or _number(value) is not None
+        return all(item is None or isinstance(item, str) or number_of(item) is not None for item in value)
+    return value is None or isinstance(value, str) or number_of(value) is not None
 
 
 def counts_of(document: dict[str, Any]) -> dict[str, Any] | None:
@@ -166,7 +166,7 @@ def counts_of(document: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(counts, dict) or not isinstance(counts.get("errors"), dict):
         return None
     values = [counts.get("ok"), counts.get("failed"), *counts["errors"].values()]
-    return counts if all(_number(value) is not None for value in values) else None
+    return counts if all(number_of(value) is not None for value in values) else None
 
 
 def find_records(path: Path) -> Path:

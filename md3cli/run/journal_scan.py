@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 from md3cli.errors import InputError
 from md3cli.finished.digest import DIGEST_BYTES
 from md3cli.finished.record_shape import LINE_LIMIT_BYTES, WHOLE_LINES, read_json, read_record
-from md3cli.finished.run_json import change_since, counts_of, is_finished, kept_digest, load_run_info
+from md3cli.finished.run_json import (
+    change_since,
+    counts_of,
+    digest_of_file,
+    is_finished,
+    kept_digest,
+    load_run_info,
+)
 from md3cli.records import OK_TAIL, SCHEMA, RecordDict, printable
 from md3cli.run.log import DamagedLines
 from md3cli.run.record_index import RecordIndex, Visits, latest_lines, outcome_code
@@ -352,6 +359,11 @@ class RecordsVerification:
             yield f"the run is not finished ({self.num_records:,} records so far); the same command goes on"
         elif kept_digest(self._document) is None:
             yield from self._count_findings()
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the records, of a run without findings as run.json keeps it."""
+        kept = kept_digest(self._document)
+        return digest_of_file(self._records).sha256 if kept is None else kept.sha256
 
     def _line_findings(self) -> Iterator[str]:
         with open(self._records, "rb", buffering=0) as file:

@@ -67,7 +67,7 @@ class LocalRun:
         """Run, publish, tell how it went, and return the exit status."""
         status = 1
         try:
-            total = self.source.count_rows() if self.console.has_progress else None
+            total = self._count_input()
             with make_pool(self.config, self.model.crop_config) as pool, self._shown(total):
                 self.feed = self._make_feed(pool)
                 drive(self.feed, self.engine, self.records, self.stop.check)
@@ -91,6 +91,16 @@ class LocalRun:
         self._note_end(status)
         self._summarize()
         return status
+
+    def _count_input(self) -> int | None:
+        """Return how many rows INPUT has, where somebody wants to know and it is soon counted; note the requests."""
+        document = self.output.document
+        if document is None and not self.console.has_progress:
+            return None
+        counted = self.source.count()
+        if document is not None:
+            document.note_requests(None if counted is None else counted.requests)
+        return None if counted is None else counted.rows
 
     def _make_feed(self, pool: PicturePool) -> Feed:
         journal, retry_failed = self.output.journal, self.config.output.retry_failed

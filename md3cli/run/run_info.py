@@ -2,10 +2,11 @@
 
 The document's keys: `schema`, `identity` (what must be equal for a resume), `versions`, `model`, `refinement` (names
 and thresholds, which later commands use), `root` (the folder that record images are relative to), `seal` (that this
-user's md3 wrote the root), `arguments` of the last start, `counts`, `stages` (seconds by stage, of all starts),
-`records` (size and SHA-256 of the records file when the run was last finished), `timeline` (seconds and records done,
-of all starts), `starts` (when, where, how it ended) and, where requests were added to the first ones, `grown`. It is
-written whole by rename, so a reader never sees half of it. This file knows nothing of how records are made.
+user's md3 wrote the root), `arguments` of the last start, `requests` (how many INPUT has for this command, where it was
+counted), `counts`, `stages` (seconds by stage, of all starts), `records` (size and SHA-256 of the records file when the
+run was last finished), `timeline` (seconds and records done, of all starts), `starts` (when, where, how it ended) and,
+where requests were added to the first ones, `grown`. It is written whole by rename, so a reader never sees half of it.
+This file knows nothing of how records are made.
 
 A timeline has a few hundred points at most, about evenly spaced: when there are too many, every second one goes and the
 spacing doubles.
@@ -220,6 +221,14 @@ class RunDocument:
     def timeline(self) -> list[tuple[float, int]]:
         """Points of earlier starts: seconds and records done."""
         return timeline_of({"timeline": [list(point) for point in self._document["timeline"]]})
+
+    def note_requests(self, total: int | None) -> None:
+        """Write how many requests INPUT has for this command, for those who ask how the run is; None: not known."""
+        if total is None:
+            self._document.pop("requests", None)
+        else:
+            self._document["requests"] = total
+        self._write()
 
     def note_records(self, digest: RecordsDigest) -> None:
         """Keep the digest that the records file has at the end of a run; `finish` writes it."""

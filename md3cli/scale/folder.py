@@ -32,7 +32,7 @@ from pathlib import Path
 
 from md3cli.config import RunConfig
 from md3cli.errors import InputError, UsageError
-from md3cli.finished.run_json import RECORDS_NAME
+from md3cli.finished.run_json import RECORDS_NAME, RUN_INFO_NAME
 from md3cli.records import printable
 from md3cli.remote.address import folder_of, host_of, is_address
 from md3cli.run.output import OutputPlan
@@ -84,7 +84,9 @@ def find_run_folder(typed: str) -> RunFolder:
     is_remote = is_address(typed)
     bare = typed.rstrip("/") if is_remote else typed
     beside = folder_of(bare) if is_remote else str(Path(typed).parent)
-    candidates = [bare, run_folder_uri(bare, is_folder=True), f"{bare}{RUN_FOLDER}", f"{beside}/{RUN_FOLDER}"]
+    candidates = [bare, run_folder_uri(bare, is_folder=True), f"{bare}{RUN_FOLDER}"]
+    if is_remote or not Path(f"{bare}.{RUN_INFO_NAME}").is_file():  # else it is a run of its own inside a run folder
+        candidates.append(f"{beside}/{RUN_FOLDER}")
     for candidate in candidates:
         if is_remote and host_of(candidate) != host_of(typed):  # another's bucket
             continue
@@ -92,9 +94,8 @@ def find_run_folder(typed: str) -> RunFolder:
         if folder.store.read(PLAN) is not None:
             return folder
     raise InputError(
-        f"no run folder at {printable(typed)} (one process on a local OUTPUT makes none: its counts are in run.json, "
-        "and the same command says what is left); give what stood after -o of a run with --devices, "
-        "--workers-per-device, --world-size or --engine"
+        f"no run folder at {printable(typed)} (one process on a local OUTPUT makes none); give what stood after -o of "
+        "a run with --devices, --workers-per-device, --world-size or --engine"
     )
 
 
@@ -181,6 +182,15 @@ def records_of(folder: RunFolder) -> tuple[Store, str]:
     output = name.removesuffix(RUN_FOLDER)
     aside = f"{output}.{RECORDS_NAME}"
     return store, aside if store.modified_at(aside) is not None else output
+
+
+def lock_path(folder: RunFolder) -> Path:
+    """Return the file that a run in this folder locks; of one in a bucket it tells about this machine only."""
+    if not isinstance(folder.store, LocalStore):
+        return folder.wip.root.with_name(f"{folder.wip.root.name}.lock")
+    root = folder.store.root
+    output = RECORDS_NAME if root.name == RUN_FOLDER else root.name.removesuffix(RUN_FOLDER)
+    return root.with_name(f"{output}.lock")
 
 
 def former_of(folder: RunFolder) -> Path | None:

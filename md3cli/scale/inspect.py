@@ -20,16 +20,49 @@ from itertools import islice
 from typing import Any, NamedTuple, cast
 
 from md3cli.console import clock
+from md3cli.files import lock_holder
 from md3cli.finished.record_shape import read_record
-from md3cli.records import printable
+from md3cli.records import OK_TAIL, printable
 from md3cli.run.journal_scan import journal_lines
 from md3cli.run.log import DamagedLines
-from md3cli.scale.attempts import Place, attempt_files, damage_of, keep_damaged_lines, keep_lines
-from md3cli.scale.folder import DAMAGED, EXPORTED, PARTS, WIP, RunFolder, commit_name, records_of, shard_of
+from md3cli.run.run_info import RunCounts
+from md3cli.run.status import Standing, State
+from md3cli.scale.attempts import (
+    Place,
+    attempt_files,
+    damage_of,
+    keep_damaged_lines,
+    keep_lines,
+    read_history,
+)
+from md3cli.scale.folder import (
+    DAMAGED,
+    EXPORTED,
+    PARTS,
+    WIP,
+    RunFolder,
+    commit_name,
+    host_name,
+    lock_path,
+    records_of,
+    shard_of,
+)
 from md3cli.scale.make_plan import Fingerprint
-from md3cli.scale.markers import Commit, CommitLog, counts_of, read_commit, read_exported, read_part, remove_commit
+from md3cli.scale.markers import (
+    Commit,
+    CommitLog,
+    counts_of,
+    last_command,
+    open_starts,
+    read_commit,
+    read_exported,
+    read_part,
+    remove_commit,
+)
 from md3cli.scale.plan import Plan, PlannedRow, PlanReader
 from md3cli.scale.shard_runner import asked, history_of, is_line_of
+from md3cli.scale.store import LocalStore
+from md3cli.system import is_alive
 
 _MOST_TOLD = 5
 _MOST_NAMED = 20  # damaged lines of a file
@@ -121,7 +154,8 @@ def _bounded(words: Sequence[str], what: str) -> Iterator[str]:
 class FolderVerification:
     """Finds out whether a run folder has each request once, every part as its marker says, and nothing astray.
 
-    `num_shards` and `num_rows` are the plan's, `num_records` is of the committed shards.
+    `num_shards` and `num_rows` are the plan's, `num_records` is of the committed shards. `digest` is the SHA-256 of the
+    exported records, once `findings` have found them to be what was exported.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -130,6 +164,7 @@ class FolderVerification:
         self._reader = PlanReader(folder)
         self._commits = CommitLog(folder).refresh()
         self.num_shards, self.num_rows = self._reader.plan.shards, self._reader.plan.rows
+        self.digest = ""
         self.num_records = sum(commit.num_records for commit in self._commits.values())
 
     def findings(self) -> Iterator[str]:
@@ -185,6 +220,7 @@ class FolderVerification:
         try:
             with store.open(name) as file:
                 if hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest() == exported.sha256:
+                    self.digest = exported.sha256
                     return
                 file.seek(0)
                 damaged = (lines for lines in journal_lines(file) if isinstance(lines, DamagedLines))
@@ -269,21 +305,20 @@ def collect(folder: RunFolder, *, older_than_s: float = YOUNGEST_S, with_damaged
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatus:
-    """How far a run is, as its markers say; the fields are the keys of --json.
+    """How far a run of many processes is, as its markers and journals say.
 
-    `shards_started` have journals and no marker. `rows_per_second` is that of the last ten minutes in which anything
-    was committed, 0 where it is not known.
+    `standing` is what every run has; the other fields are keys of --json beside its own. `shards_started` have journals
+    and no marker. `rows_per_second` is that of the last ten minutes in which anything was committed, 0 where it is not
+    known.
     """
 
+    standing: Standing
     run: str
     shards: int
     shards_done: int
     shards_started: int
     rows: int
     rows_done: int
-    ok: int
-    failed: int
-    error_types: Mapping[str, int]
     hosts: Mapping[str, int]
     rows_per_second: float
     seconds_since_commit: float | None
@@ -294,26 +329,27 @@ class RunStatus:
         return self.shards_done == self.shards
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"rows_per_second": round(self.rows_per_second, 3)}
+        """Return what `--json` prints: the keys of every run, and those of many processes."""
+        own = asdict(self) | {"rows_per_second": round(self.rows_per_second, 3)}
+        del own["standing"]
+        return self.standing.to_json() | own
 
     def lines(self) -> list[str]:
         """Return the status for people."""
         share = self.rows_done / self.rows if self.rows else 1.0
-        failed = ", ".join(f"{kind} {count:,}" for kind, count in self.error_types.items())
-        counts = f"{self.ok:,} ok" + (f", {self.failed:,} failed ({failed})" if failed else "")
+        first, *others = self.standing.lines()
         lines = [
-            f"{printable(self.run)}",
+            first,
             f"{self.rows_done:,} of {self.rows:,} images in {self.shards_done:,} of {self.shards:,} shards "
             f"({share:.1%}), {self.shards_started:,} more begun",
-            f"requests: {counts}",
         ]
         if self.seconds_since_commit is not None:
             lines.append(f"last shard {clock(self.seconds_since_commit)} ago{self._speed()}")
         if self.hosts:
             lines.append("shards by host: " + ", ".join(f"{printable(host)} {n:,}" for host, n in self.hosts.items()))
-        if self.is_done:
-            lines.append("exported" if self.exported else "done; the same command exports it")
-        return lines
+        if self.is_done and not self.exported:
+            lines.append("all shards are done; the same command exports their records")
+        return [*lines[:1], *others[:1], *lines[1:], *others[1:]]
 
     def _speed(self) -> str:
         if not self.rows_per_second:
@@ -322,11 +358,12 @@ class RunStatus:
         return f", {self.rows_per_second:.1f} img/s" + (f", {clock(left_s)} left" if not self.is_done else "")
 
 
-def status_of(folder: RunFolder, plan: Plan) -> RunStatus:
-    """Return how far the run of `plan` is."""
+def status_of(folder: RunFolder, plan: Plan, typed: str) -> RunStatus:
+    """Return how far the run of `plan` is, whose OUTPUT a user names as `typed`."""
     commits = CommitLog(folder, plan.shards).refresh()
-    counts = counts_of(commits)
-    started = {shard_of(name) for name in folder.wip.names(WIP)} - {None, *commits}
+    in_work = {shard_of(name) for name in folder.wip.names(WIP)} - commits.keys()
+    started = [shard for shard in in_work if shard is not None]
+    is_exported = folder.store.read(EXPORTED) is not None
     last = max((commit.ended for commit in commits.values()), default=None)
     recent = [commit for commit in commits.values() if last is not None and commit.ended > last - RECENT_S]
     begun = min((commit.ended - commit.seconds for commit in recent), default=0.0)
@@ -338,11 +375,60 @@ def status_of(folder: RunFolder, plan: Plan) -> RunStatus:
         shards_started=len(started),
         rows=plan.rows,
         rows_done=sum(commit.rows for commit in commits.values()),
-        ok=counts.ok,
-        failed=counts.failed,
-        error_types=counts.errors,
         hosts=dict(Counter(commit.host for commit in commits.values()).most_common()),
         rows_per_second=sum(commit.rows for commit in recent) / span_s if span_s > 0 else 0.0,
         seconds_since_commit=None if last is None else max(0.0, round(time.time() - last, 1)),
-        exported=folder.store.read(EXPORTED) is not None,
+        exported=is_exported,
+        standing=_standing_of(folder, plan, typed, commits, started, is_exported),
     )
+
+
+def _standing_of(
+    folder: RunFolder,
+    plan: Plan,
+    typed: str,
+    commits: Mapping[int, Commit],
+    started: Sequence[int],
+    is_exported: bool,
+) -> Standing:
+    counts = counts_of(commits)
+    errors, ok, last = (
+        Counter(counts.errors),
+        counts.ok,
+        max((commit.ended for commit in commits.values()), default=0.0),
+    )
+    for shard in started:
+        under_way = read_history(folder, shard).records.values()
+        failed = Counter(str(json.loads(line)["error"]["type"]) for line in under_way if not line.endswith(OK_TAIL))
+        errors, ok = errors + failed, ok + len(under_way) - failed.total()
+        files = (folder.wip.modified_at(f"{WIP}/{name}") for name in attempt_files(folder.wip, shard))
+        last = max([last, *filter(None, files)])
+    holder = _holder_of(folder, last)
+    is_over = is_exported and len(commits) == plan.shards
+    state = State.RUNNING if holder else State.FINISHED if is_over else State.STOPPED
+    return Standing(
+        run=typed,
+        requests=plan.requests,
+        counts=RunCounts(ok, errors.total(), dict(sorted(errors.items()))),
+        state=state,
+        seconds_since_record=max(0.0, time.time() - last) if last and started else None,  # else the last shard's
+        holder=holder,
+        command=last_command(folder),
+    )
+
+
+def _holder_of(folder: RunFolder, last: float) -> str:
+    """Return who is at the run: who holds OUTPUT's lock; in a bucket also a start that seems to go on.
+
+    `last` is when the last record came, in seconds since 1970. A bucket has no locks, so a start on another machine
+    counts for as long as it may be expected to give signs of life.
+    """
+    if (holder := lock_holder(lock_path(folder))) is not None:
+        return holder
+    if isinstance(folder.store, LocalStore):
+        return ""
+    for start in open_starts(folder):
+        is_here = start.host == host_name()
+        if is_alive(start.pid) if is_here else time.time() - max(start.started, last) < RECENT_S:
+            return f"process {start.pid} on {printable(start.host)}"
+    return ""

@@ -8,6 +8,7 @@ how a shard is run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,9 +17,10 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from md3cli import __version__
 from md3cli.config import DecodeOptions, ModelOptions
@@ -26,6 +28,7 @@ from md3cli.errors import InputError
 from md3cli.records import printable
 from md3cli.refine.labels import Labels, labels_of_tables
 from md3cli.run.run_info import RunCounts, utc_now
+from md3cli.run.status import typed_command
 from md3cli.scale.folder import (
     COMMITS,
     EXPORTED,
@@ -107,6 +110,35 @@ class StartNote:
 
     def _put(self) -> None:
         self._folder.store.put(self._name, (json.dumps(self._document, indent=1) + "\n").encode())
+
+
+class OpenStart(NamedTuple):
+    """A start that has not noted its end: `started` in seconds since 1970."""
+
+    host: str
+    pid: int
+    started: float
+
+
+def open_starts(folder: RunFolder) -> list[OpenStart]:
+    """Return the starts that go on, or were killed."""
+    names = [f"{STARTS}/{name}" for name in folder.store.names(STARTS)]
+    found = []
+    for _, data in folder.store.read_all(names):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+            note = json.loads(data)
+            if not note.get("ended"):
+                began = datetime.fromisoformat(str(note["started"])).timestamp()
+                found.append(OpenStart(str(note["host"]), int(note["pid"]), began))
+    return found
+
+
+def last_command(folder: RunFolder) -> tuple[str, ...]:
+    """Return what was typed to start the run the last time; empty where its run.json does not say."""
+    try:
+        return typed_command(json.loads(folder.store.read(RUN) or b"").get("arguments"))
+    except (ValueError, AttributeError, RecursionError):
+        return ()
 
 
 _PART = re.compile(rf"{PARTS}/part-\d{{5,}}-[A-Za-z0-9-]+\.jsonl")

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from md3cli.config import ColumnOptions, SourceSpec
 from md3cli.errors import InputError, MissingExtraError, RowError, UsageError
@@ -94,6 +94,13 @@ OTHER_SHARDS = "other shards"  # in `Source.skipped`
 
 # What a row's shard is computed from, and the row, before shards and limits; None: the next has not come yet.
 _Found = tuple[str, SourceRow] | None
+
+
+class RowCount(NamedTuple):
+    """How many rows INPUT has, and how many requests they are asked in all."""
+
+    rows: int
+    requests: int
 
 
 class Source:
@@ -210,17 +217,18 @@ class Source:
         first = next(self._walk(folder, Counter()).files(folder, glob), "")
         return os.path.join(folder, first) if first.lower().endswith(".parquet") else None
 
-    def count_rows(self, budget_s: float = 1.0) -> int | None:
-        """Count the rows for a progress bar; None for stdin, for what is remote, and after `budget_s` seconds."""
+    def count(self, budget_s: float = 1.0) -> RowCount | None:
+        """Count rows and requests beforehand; None for stdin, for what is remote, and after `budget_s` seconds."""
         if any(given.kind is Kind.STDIN or is_address(given.typed) for given in self._inputs):
             return None
         deadline = time.monotonic() + budget_s
-        num_rows = 0
-        for _ in self._rows(Counter()):
+        num_rows = num_requests = 0
+        for row in filter(None, self._rows(Counter())):
             num_rows += 1
+            num_requests += len(row.requests)
             if num_rows % 64 == 0 and time.monotonic() > deadline:
                 return None
-        return num_rows
+        return RowCount(num_rows, num_requests)
 
     def _find_root(self) -> str:
         if len(self._inputs) != 1:

@@ -76,7 +76,7 @@ def test_a_folder(folder: Path) -> None:
     assert all(row.requests == ASKED and not row.meta and row.failure is None for row in found)
     assert rows.skipped == {"other suffix": 1}
     assert rows.root == str(folder / "photos")
-    assert rows.count_rows() == 3
+    assert rows.count() == (3, 6)
     assert list(rows) == found  # again, with counts from the start
     assert rows.skipped == {"other suffix": 1}
 
@@ -136,7 +136,7 @@ def test_a_folder_of_tars_says_how_they_are_read(tmp_path: Path) -> None:
 
 def test_an_empty_folder_gives_nothing(tmp_path: Path) -> None:
     assert list(source(str(tmp_path))) == []
-    assert source(str(tmp_path)).count_rows() == 0
+    assert source(str(tmp_path)).count() == (0, 0)
 
 
 def test_a_tar(folder: Path) -> None:
@@ -266,7 +266,7 @@ def test_rows_of_one_column(folder: Path) -> None:
 
 def test_stdin_is_paths_and_objects(folder: Path) -> None:
     rows = source("-", stdin=b'photos/a9.jpg\n{"image":"photos/a10.jpg","note":1}\n')
-    assert rows.count_rows() is None
+    assert rows.count() is None
     assert [(row.image and row.image.path, dict(row.meta)) for row in rows] == [
         ("photos/a9.jpg", {}),
         ("photos/a10.jpg", {"note": 1}),
@@ -323,7 +323,7 @@ def test_include_exclude_and_limit(folder: Path) -> None:
     assert names(source("photos", include=("*.jpg",))) == ["a9.jpg", "a10.jpg"]
     assert names(source("photos", exclude=("sub", "a10*"))) == ["a9.jpg"]
     assert names(source("photos", limit=2)) == ["a9.jpg", "a10.jpg"]
-    assert source("photos", limit=2).count_rows() == 2
+    assert source("photos", limit=2).count() == (2, 4)
     assert names(source("photos", limit=0)) == []
     rows = source("-", stdin=b"x/a.jpg\nx/b.png\n", exclude=("*.png",))
     assert names(rows) == ["x/a.jpg"]
@@ -404,8 +404,8 @@ def test_a_large_folder_is_walked_in_bounded_memory(tmp_path: Path) -> None:
 
 def test_counting_gives_up_in_time(folder: Path) -> None:
     (folder / "m.txt").write_text("a.jpg\n" * 20_000)
-    assert source("m.txt").count_rows(budget_s=0.0) is None
-    assert source("m.txt").count_rows(budget_s=60) == 20_000
+    assert source("m.txt").count(budget_s=0.0) is None
+    assert source("m.txt").count(budget_s=60) == (20_000, 40_000)
 
 
 def test_an_absolute_name_in_a_tar_stays_inside_it(tmp_path: Path) -> None:
