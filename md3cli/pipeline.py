@@ -97,7 +97,12 @@ def _grown(config: RunConfig, plan: OutputPlan, console: RunConsole) -> RunConfi
     if not config.output.add or config.estimate is not None or config.is_dry_run:
         return config
     check_may_add(config, plan)
-    return grown(config, plan, (), console.say)
+    planned: tuple[Request, ...] = ()
+    if config.output.address is not None or (plan.files is not None and plan.files.has_run_folder):
+        from md3cli.scale.start import planned_requests
+
+        planned = planned_requests(config, plan)
+    return grown(config, plan, planned, console.say)
 
 
 def _is_one_question(requests: Sequence[Request]) -> bool:

@@ -6,7 +6,7 @@ here: whoever locks OUTPUT later compares once more. Apart from output.py, which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 from md3cli.config import RunConfig
@@ -36,11 +36,15 @@ def check_may_add(config: RunConfig, plan: OutputPlan) -> None:
 
 
 def grown(
-    config: RunConfig, plan: OutputPlan, planned: Sequence[Request] = (), say: Callable[[str], None] = lambda text: None
+    config: RunConfig,
+    plan: OutputPlan,
+    planned: tuple[Request, ...] = (),
+    say: Callable[[str], None] = lambda text: None,
 ) -> RunConfig:
     """Return `config` with the requests of OUTPUT in front of its own; as it is where OUTPUT is not there.
 
-    `planned` are the requests of plans of many processes; `say` is told what is new.
+    `planned` are the requests of an unfinished plan of many processes, which counts more than run.json; `say` is told
+    what is new.
 
     Raises:
         OutputMismatchError: OUTPUT has records, and nothing tells what was asked; or it was asked otherwise.
@@ -50,10 +54,9 @@ def grown(
     if not facts and not planned:
         _refuse_unknown(plan)
         return config
-    noted = requests_in(facts["identity"]) if facts else ()
-    if noted is None:  # somebody has changed it: the comparison to come tells what
+    held = planned or requests_in(facts["identity"])
+    if held is None:  # somebody has changed it: the comparison to come tells what
         return config
-    held = together(noted, planned)
     if not held:
         raise OutputMismatchError(
             "OUTPUT was asked what the rows of a manifest say, and --add cannot add to rows: write new rows into the "

@@ -166,12 +166,14 @@ class RunDocument:
         shown: str | None = None,
         is_held: bool = False,
         may_add: bool = False,
+        is_planned: bool = False,
         refinement: Refinement | None = None,
     ) -> RunDocument:
         """Note a start in `path`, on top of what an earlier start left there; a user knows it as `shown`.
 
         `is_held`: nothing is written before `release`. `may_add`: requests may have come behind those of the earlier
-        run, as --add asks. `refinement`: what was chosen now; what it leaves open stays as an earlier start chose it.
+        run, as --add asks. `is_planned`: a plan asks just these, and run.json may say more of what never came about.
+        `refinement`: what was chosen now; what it leaves open stays as an earlier start chose it.
 
         Raises:
             OutputMismatchError: `is_resume`, and the earlier run was another; names the differences.
@@ -181,7 +183,8 @@ class RunDocument:
         has_grown = False
         if "identity" in earlier:
             old, new = earlier["identity"], _as_json(identity)
-            if may_add and (has_grown := is_grown(old, new)):
+            has_grown = may_add and is_grown(old, new)
+            if has_grown or is_planned:
                 old = {**old, "requests": new["requests"]}
             _refuse_other(shown or str(path), old, new, arguments)
         start = {
@@ -291,11 +294,28 @@ class RunDocument:
         self._write()
 
     def _write(self) -> None:
-        if self.is_held:
-            return
-        text = json.dumps(self._document, ensure_ascii=False, indent=1)
-        with atomic_publish(self._path) as temp:
-            temp.write_text(text + "\n", encoding="utf-8")
+        if not self.is_held:
+            _write(self._path, self._document)
+
+
+def note_grown(path: Path, requests: Sequence[Request]) -> None:
+    """Note in a run.json that is there, before the first new record, that `requests` are asked now: old ones first.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    document = read_facts(path, RUN_SCHEMA)
+    asked = _as_json({"requests": [asdict(request) for request in requests]})
+    if document and is_grown(document["identity"], asked):
+        document["identity"] |= asked
+        document["grown"] = True
+        _write(path, document)
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    text = json.dumps(document, ensure_ascii=False, indent=1)
+    with atomic_publish(path) as temp:
+        temp.write_text(text + "\n", encoding="utf-8")
 
 
 def utc_now() -> str:

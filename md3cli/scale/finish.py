@@ -1,6 +1,7 @@
 """The end of a start: the export once every shard is committed, and what is told and noted either way.
 
-The export copies the parts, one behind the other, into one file in input order. A part holds the very lines of a single
+The export copies the parts, one behind the other, into one file in input order; records of what was added go behind
+those of their rows. A part holds the very lines of a single
 process's journal, so the export is the same bytes however the run went. Apart from run.py, because it knows nothing of
 drivers and signals.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,11 +27,12 @@ from md3cli.run.finish import NamedFailures, exit_status, summarize, tell_how_to
 from md3cli.run.order import WAITING_SUFFIX
 from md3cli.run.output import publish, remove_temps
 from md3cli.run.run_info import RunDocument, Timeline
+from md3cli.scale.added import merged
 from md3cli.scale.attempts import Teller
-from md3cli.scale.folder import ERRORS, EXPORTED, KEPT, RunFolder, attempts_prefix, is_unfinished
+from md3cli.scale.folder import ERRORS, KEPT, RunFolder, attempts_prefix, is_unfinished
 from md3cli.scale.inspect import collect
 from md3cli.scale.markers import Commit, Exported, StartNote, counts_of, note_exported, read_exported, read_part
-from md3cli.scale.plan import Plan
+from md3cli.scale.plan import Plan, PlanReader
 from md3cli.scale.start import Start
 from md3cli.scale.store import LocalStore
 
@@ -131,7 +134,7 @@ class Finish:
         """Wait for the export of another rank, and return whether it came."""
         patience_s = EXPORT_WAIT_S + sum(commit.bytes for commit in self._commits.values()) / SLOW_EXPORT_BYTES_S
         teller = Teller(self._console.say)
-        while self._folder.store.read(EXPORTED) is None:
+        while is_unfinished(self._folder, has_records=True):
             teller.tell(f"waiting for another rank's export, at most {duration(patience_s)}")
             if teller.waited_s > patience_s:
                 return False
@@ -152,7 +155,7 @@ class Finish:
         new = [commit for shard, commit in self._commits.items() if shard not in self._before]
         before = [commit for shard, commit in self._commits.items() if shard in self._before]
         summary = Summary(
-            num_images=sum(commit.images - commit.reused_images for commit in new),
+            num_images=self._num_new_images(),
             num_ok=sum(commit.new_ok for commit in new),
             failed=dict(sum((commit.new_errors for commit in new), Counter[str]())),
             num_done_before=sum(commit.num_records for commit in before) + sum(commit.reused for commit in new),
@@ -167,6 +170,15 @@ class Finish:
         )
         counts, outputs = counts_of(self._commits), self._start.outputs
         summarize(self._config, self._console, summary, outputs, counts, is_empty=not self._plan.rows)
+
+    def _num_new_images(self) -> int:
+        """Count the images that something was asked of now; one that more was added to is one image."""
+        images: dict[int, int] = {}
+        for shard, commit in self._commits.items():
+            if shard not in self._before:
+                place = shard % self._plan.shards_of_rows
+                images[place] = max(images.get(place, 0), commit.images - commit.reused_images)
+        return sum(images.values())
 
     def _named_failures(self) -> list[Failure]:
         """Return some of this start's failures, then of earlier ones."""
@@ -201,15 +213,27 @@ def export_parts(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], o
 
 def _copy(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], file: IO[bytes], errors: IO[bytes]) -> Exported:
     digest, num_bytes, num_records = hashlib.sha256(), 0, 0
-    for shard in range(-1, plan.shards):
-        data = _sound_part(folder, commits[shard]) if shard >= 0 else folder.store.read(KEPT) or b""
+    kept = folder.store.read(KEPT) or b""
+    for data, has_errors in itertools.chain([(kept, True)], _shards(folder, plan, commits)):
         digest.update(data)
         file.write(data)
         num_bytes += len(data)
         num_records += data.count(b"\n")
-        if shard < 0 or commits[shard].errors:
+        if has_errors:
             errors.writelines(line for line in data.splitlines(keepends=True) if not line.endswith(OK_TAIL))
-    return Exported(num_records, num_bytes, digest.hexdigest())
+    return Exported(num_records, num_bytes, digest.hexdigest(), len(plan.each))
+
+
+def _shards(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit]) -> Iterator[tuple[bytes, bool]]:
+    """Yield the records of each shard of rows, with what was added to them, and whether any failed."""
+    reader = PlanReader(folder, plan) if plan.parts else None
+    for first in range(plan.shards_of_rows):
+        shards = range(first, plan.shards, plan.shards_of_rows)
+        parts = [_sound_part(folder, commits[shard]) for shard in shards]
+        if reader is not None:
+            counts = [[len(row.requests) for row in reader.rows(shard)] for shard in shards]
+            parts = [b"".join(merged(parts, counts))]
+        yield parts[0], any(commits[shard].errors for shard in shards)
 
 
 def _sound_part(folder: RunFolder, commit: Commit) -> bytes:

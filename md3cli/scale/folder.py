@@ -3,6 +3,7 @@
     plan/plan.json             what the run is: counts, fingerprint, config; put if absent, never rewritten
     plan/manifest.parquet      the rows of INPUT, row group k = shard k; for its owner alone where addresses are signed
     plan/repeats.parquet       which requests ask again what was asked before, where there are any
+    plan/added-1.json ...      the same three of what --add asked of the same rows later; its shards are counted on
     run.json                   how to run it: model and decode options of the latest start
     wip/00012.ATTEMPT.jsonl    journal of one attempt at shard 12 (on the machine itself for an object store)
     parts/part-00012-ATTEMPT.jsonl    the records of a shard, in input order
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 import secrets
 import shutil
@@ -29,6 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from os import getpid
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from md3cli.config import RunConfig
 from md3cli.errors import InputError, UsageError
@@ -43,6 +46,21 @@ from md3cli.settings import user_cache_dir
 PLAN, MANIFEST, REPEATS = "plan/plan.json", "plan/manifest.parquet", "plan/repeats.parquet"
 RUN, KEPT, ERRORS, EXPORTED = "run.json", "kept.jsonl", "errors.jsonl", "exported.json"
 WIP, PARTS, COMMITS, STARTS, METRICS, DAMAGED = "wip", "parts", "commits", "starts", "metrics", "damaged"
+
+
+class PlanNames(NamedTuple):
+    """The files of one plan of a run folder."""
+
+    plan: str
+    manifest: str
+    repeats: str
+
+
+def plan_names(number: int) -> PlanNames:
+    """Return where a plan stands: 0 is the first one, n what was added to it for the n-th time."""
+    if number == 0:
+        return PlanNames(PLAN, MANIFEST, REPEATS)
+    return PlanNames(*(f"plan/added-{number}{suffix}" for suffix in (".json", ".parquet", "-repeats.parquet")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +188,16 @@ def is_unfinished(folder: RunFolder, *, has_records: bool) -> bool:
     """Return whether a run folder has what OUTPUT's records file, if there is one, does not have yet."""
     if folder.store.read(PLAN) is None:
         return False
-    return folder.store.read(EXPORTED) is None or not has_records
+    return not has_records or folder.store.read(plan_names(_num_plans_exported(folder)).plan) is not None
+
+
+def _num_plans_exported(folder: RunFolder) -> int:
+    """Return how many plans' records the last export wrote; 0 while there was none, or nobody knows."""
+    exported: Any = None
+    with contextlib.suppress(ValueError):
+        exported = json.loads(folder.store.read(EXPORTED) or b"null")
+    num_plans = exported.get("plans", 1) if isinstance(exported, dict) else 0
+    return num_plans if type(num_plans) is int and num_plans > 0 else 0
 
 
 def records_of(folder: RunFolder) -> tuple[Store, str]:

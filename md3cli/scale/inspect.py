@@ -43,7 +43,9 @@ from md3cli.scale.folder import (
     RunFolder,
     commit_name,
     host_name,
+    is_unfinished,
     lock_path,
+    plan_names,
     records_of,
     shard_of,
 )
@@ -180,15 +182,21 @@ class FolderVerification:
             yield from self._export_findings()
 
     def _plan_findings(self) -> Iterator[str]:
+        for number, plan in enumerate(self._reader.plan.each):
+            shards = range(number * plan.shards, (number + 1) * plan.shards)
+            yield from self._findings_of(plan, shards, plan_names(number).manifest.rpartition("/")[2])
+
+    def _findings_of(self, plan: Plan, shards: range, manifest: str) -> Iterator[str]:
+        """Yield in what the rows of one of the plans are not those that `manifest` should have."""
         fingerprint, num_rows = Fingerprint(), 0
-        for shard in range(self.num_shards):
+        for shard in shards:
             if columns := list(self._reader.columns(shard)):
                 fingerprint.note(columns)
                 num_rows += len(columns)
         if num_rows != self.num_rows:
-            yield f"the manifest has {num_rows:,} rows, the plan says {self.num_rows:,}"
-        if fingerprint.hexdigest() != self._reader.plan.fingerprint:
-            yield "the manifest's rows are not those of the plan"
+            yield f"{manifest} has {num_rows:,} rows, the plan says {self.num_rows:,}"
+        if fingerprint.hexdigest() != plan.fingerprint:
+            yield f"the rows of {manifest} are not those of the plan"
 
     def shard_findings(self, shard: int, commit: Commit) -> Iterator[str]:
         """Yield what is wrong with the records of one shard."""
@@ -212,7 +220,8 @@ class FolderVerification:
             yield "its marker's counts are wrong"
 
     def _export_findings(self) -> Iterator[str]:
-        if (exported := read_exported(self._folder)) is None:
+        exported = read_exported(self._folder)
+        if exported is None or is_unfinished(self._folder, has_records=True):
             yield "the records are not exported yet; the same command does it"
             return
         store, name = records_of(self._folder)
@@ -307,9 +316,9 @@ def collect(folder: RunFolder, *, older_than_s: float = YOUNGEST_S, with_damaged
 class RunStatus:
     """How far a run of many processes is, as its markers and journals say.
 
-    `standing` is what every run has; the other fields are keys of --json beside its own. `shards_started` have journals
-    and no marker. `rows_per_second` is that of the last ten minutes in which anything was committed, 0 where it is not
-    known.
+    `standing` is what every run has; the other fields are keys of --json beside its own. A row to which more was added
+    is done in parts. `shards_started` have journals and no marker. `rows_per_second` is that of the last ten minutes in
+    which anything was committed, 0 where it is not known.
     """
 
     standing: Standing
@@ -363,7 +372,7 @@ def status_of(folder: RunFolder, plan: Plan, typed: str) -> RunStatus:
     commits = CommitLog(folder, plan.shards).refresh()
     in_work = {shard_of(name) for name in folder.wip.names(WIP)} - commits.keys()
     started = [shard for shard in in_work if shard is not None]
-    is_exported = folder.store.read(EXPORTED) is not None
+    is_exported = not is_unfinished(folder, has_records=True)
     last = max((commit.ended for commit in commits.values()), default=None)
     recent = [commit for commit in commits.values() if last is not None and commit.ended > last - RECENT_S]
     begun = min((commit.ended - commit.seconds for commit in recent), default=0.0)
@@ -374,9 +383,9 @@ def status_of(folder: RunFolder, plan: Plan, typed: str) -> RunStatus:
         shards_done=len(commits),
         shards_started=len(started),
         rows=plan.rows,
-        rows_done=sum(commit.rows for commit in commits.values()),
+        rows_done=sum(commit.rows for commit in commits.values()) // len(plan.each),
         hosts=dict(Counter(commit.host for commit in commits.values()).most_common()),
-        rows_per_second=sum(commit.rows for commit in recent) / span_s if span_s > 0 else 0.0,
+        rows_per_second=sum(commit.rows for commit in recent) / len(plan.each) / span_s if span_s > 0 else 0.0,
         seconds_since_commit=None if last is None else max(0.0, round(time.time() - last, 1)),
         exported=is_exported,
         standing=_standing_of(folder, plan, typed, commits, started, is_exported),

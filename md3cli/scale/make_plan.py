@@ -1,7 +1,8 @@
 """Making the plan: INPUT is read once and streamed into the manifest. Nothing counts until plan.json is there.
 
 Memory is a row group and 8 bytes a request. Those 8 bytes are a hash: only requests whose hash comes twice can be
-repeats of each other, and only those are compared exactly, in a second pass over the manifest. Of many ranks one makes
+repeats of each other, and only those are compared exactly, in a second pass over the manifest. What is added to a plan
+counts on: its repeats are of all that was asked before. Of many ranks one makes
 the plan; the others wait for it, and take over where it has died. `plan/planner.json` says who makes it, with a counter
 that a thread of the planner raises every other second.
 """
@@ -37,8 +38,18 @@ from md3cli.remote.address import is_address, shown
 from md3cli.run.record_index import RequestIds
 from md3cli.run.run_info import utc_now
 from md3cli.scale.attempts import Clock, Signs, Teller
-from md3cli.scale.folder import MANIFEST, PLAN, REPEATS, RunFolder, host_name
-from md3cli.scale.plan import FINGERPRINT_KEY, PLAN_SCHEMA, Plan, RowColumns, columns_of, hash_of, read_plan, row_of
+from md3cli.scale.folder import RunFolder, host_name, plan_names
+from md3cli.scale.plan import (
+    FINGERPRINT_KEY,
+    PLAN_SCHEMA,
+    Plan,
+    PlanReader,
+    RowColumns,
+    columns_of,
+    hash_of,
+    read_one_plan,
+    row_of,
+)
 from md3cli.system import is_alive
 
 PLANNER = "plan/planner.json"  # there while a rank makes the plan
@@ -126,17 +137,18 @@ def wait_for_plan(
     rank: int,
     say: Callable[[str], None],
     *,
+    number: int = 0,
     clock: Clock = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Plan | None:
-    """Wait for another rank's plan and return it; None where this rank has to make the plan.
+    """Wait for another rank's plan of a number and return it; None where this rank has to make the plan.
 
     Says every 30 s who is waited for. A planner whose process on this machine is gone is given up at once, one
     elsewhere after 20 s without a beat. A rank that should begin and does not is waited for 10 s.
     """
     signs, teller = Signs(clock), Teller(say, clock=clock)
     turn_s = min(max(rank - 1, 0), MOST_TURNS) * TURN_S
-    while (plan := read_plan(folder)) is None:
+    while (plan := read_one_plan(folder, number)) is None:
         mark = folder.store.read(PLANNER)
         still_s = signs.still_for(PLANNER, mark)
         planner = None if mark is None else Planner.of(mark)
@@ -164,7 +176,7 @@ class PlanOvertakenError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The rows once all are written; `suspects` are the hashes that came more than once, sorted."""
+    """The rows once all are written; `suspects` are the hashes that came more than once, also before, sorted."""
 
     rows: int
     requests: int
@@ -188,6 +200,7 @@ def make_plan(
     *,
     shard_size: int | None = None,
     skipped: Mapping[str, int] | None = None,
+    before: Plan | None = None,
 ) -> Plan:
     """Write the manifest of `rows` and return the plan, which counts only once `put_plan` has put it.
 
@@ -196,17 +209,19 @@ def make_plan(
         config: what must be equal for a resume.
         shard_size: rows a shard; None chooses.
         skipped: filled while `rows` is read.
+        before: the plan of `folder` to which this one is added; None makes a first plan.
 
     Raises:
         InputError: INPUT cannot be read.
         OutputError: the folder cannot be written.
         PlanOvertakenError: another process has put a plan meanwhile.
     """
-    with folder.store.put_file(MANIFEST) as path:
-        manifest = _write_checked(path, rows, requests, shard_size)
-        if (plan := read_plan(folder)) is not None:
+    number = len(before.each) if before is not None else 0
+    with folder.store.put_file(plan_names(number).manifest) as path:
+        manifest = _write_checked(path, rows, requests, shard_size, _rows_of(folder, before))
+        if (plan := read_one_plan(folder, number)) is not None:
             raise PlanOvertakenError(plan)  # whose manifest must stay
-    has_repeats = _write_repeats(folder, manifest, requests, identity)
+    has_repeats = _write_repeats(folder, manifest, requests, identity, before)
     return Plan(
         schema=PLAN_SCHEMA,
         rows=manifest.rows,
@@ -222,19 +237,32 @@ def make_plan(
     )
 
 
-def put_plan(folder: RunFolder, plan: Plan) -> Plan:
-    """Make `plan` the one that counts, unless one is there; return the one that counts."""
-    data = json.dumps(asdict(plan), indent=1).encode()
-    if folder.store.put_if_absent(PLAN, data):
+def put_plan(folder: RunFolder, plan: Plan, number: int = 0) -> Plan:
+    """Make `plan` the one of its number that counts, unless one is there; return the one that counts."""
+    document = asdict(plan)
+    del document["parts"]  # it is one of them
+    if folder.store.put_if_absent(plan_names(number).plan, json.dumps(document, indent=1).encode()):
         return plan
-    return read_plan(folder) or plan
+    return read_one_plan(folder, number) or plan
+
+
+def _rows_of(folder: RunFolder, plan: Plan | None) -> Iterator[SourceRow]:
+    """Yield the rows of all shards of `plan`; None has none."""
+    if plan is not None:
+        reader = PlanReader(folder, plan)
+        for shard in range(plan.shards):
+            yield from reader.rows(shard)
 
 
 def _write_checked(
-    path: Path, rows: Iterable[SourceRow], requests: tuple[Request, ...], shard_size: int | None
+    path: Path,
+    rows: Iterable[SourceRow],
+    requests: tuple[Request, ...],
+    shard_size: int | None,
+    before: Iterable[SourceRow],
 ) -> Manifest:
     try:
-        manifest = write_manifest(path, rows, requests, shard_size)
+        manifest = write_manifest(path, rows, requests, shard_size, before)
         if shard_size is None and manifest.rows > SHARD_ROWS * MAX_SHARDS:
             manifest = _regroup(path, manifest)
     except (OSError, pa.ArrowInvalid) as error:
@@ -243,9 +271,13 @@ def _write_checked(
 
 
 def write_manifest(
-    path: Path, rows: Iterable[SourceRow], requests: tuple[Request, ...], shard_size: int | None = None
+    path: Path,
+    rows: Iterable[SourceRow],
+    requests: tuple[Request, ...],
+    shard_size: int | None = None,
+    before: Iterable[SourceRow] = (),
 ) -> Manifest:
-    """Write `rows` to a Parquet file with one row group for each shard."""
+    """Write `rows` to a Parquet file with one row group for each shard; those `before` have been asked already."""
     stream = iter(rows)
     if shard_size is None:
         head = list(itertools.islice(stream, SHARD_ROWS * WANTED_SHARDS))
@@ -266,7 +298,10 @@ def write_manifest(
                 path.chmod(OWNER_ONLY)
             _write_group(writer, columns)
         writer.add_key_value_metadata({FINGERPRINT_KEY: fingerprint.hexdigest()})
-    return Manifest(num_rows, len(hashes), shard_size, fingerprint.hexdigest(), _twice(hashes))
+    num_requests = len(hashes)
+    for row in before:
+        hashes.extend(_hashes_of(row, (), ()))
+    return Manifest(num_rows, num_requests, shard_size, fingerprint.hexdigest(), _twice(hashes))
 
 
 def _has_secret(row: SourceRow) -> bool:
@@ -333,16 +368,21 @@ def _regroup(path: Path, manifest: Manifest) -> Manifest:
     return replace(manifest, shard_size=size)
 
 
-def _write_repeats(folder: RunFolder, manifest: Manifest, requests: tuple[Request, ...], identity: RunIdentity) -> bool:
+def _write_repeats(
+    folder: RunFolder, manifest: Manifest, requests: tuple[Request, ...], identity: RunIdentity, before: Plan | None
+) -> bool:
     """Find the requests that were asked before, write the k of each, and return whether there are any."""
     if not len(manifest.suspects):
         return False
-    found = _repeats(folder, requests, RequestIds(identity), manifest.suspects)
+    names, ids = plan_names(len(before.each) if before is not None else 0), RequestIds(identity)
+    for _ in _repeats(_rows_of(folder, before), ids, manifest.suspects):
+        pass  # counted, so that what is added counts on
+    found = _repeats(_manifest_rows(folder, names.manifest, requests), ids, manifest.suspects)
     first = next(found, None)
     if first is None:
         return False
     entries = itertools.chain([first], found)
-    with folder.store.put_file(REPEATS) as path, pq.ParquetWriter(path, _REPEATS_SCHEMA) as writer:
+    with folder.store.put_file(names.repeats) as path, pq.ParquetWriter(path, _REPEATS_SCHEMA) as writer:
         while group := list(itertools.islice(entries, _REPEATS_AT_A_TIME)):
             writer.write_table(pa.Table.from_pylist(group, schema=_REPEATS_SCHEMA))
     return True
@@ -355,20 +395,23 @@ def _twice(hashes: array[int]) -> NDArray[np.int64]:
     return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
 
 
-def _repeats(
-    folder: RunFolder, requests: tuple[Request, ...], ids: RequestIds, suspects: NDArray[np.int64]
-) -> Iterator[dict[str, int]]:
+def _repeats(rows: Iterable[SourceRow], ids: RequestIds, suspects: NDArray[np.int64]) -> Iterator[dict[str, int]]:
     """Yield where the repeats are, in input order; memory is 21 bytes a suspect and some more for each repeat."""
-    number, usual = 0, tuple(map(hash, requests))
-    with folder.store.open(MANIFEST) as file, pq.ParquetFile(file) as reader:
+    stream, number = iter(rows), 0
+    while group := list(itertools.islice(stream, SHARD_ROWS)):
+        hashes = [each for row in group for each in _hashes_of(row, (), ())]
+        is_suspect = iter(np.isin(hashes, suspects).tolist())
+        for row in group:
+            for index, request in enumerate(row.requests):
+                if next(is_suspect) and (repeat := ids.next_repeat(row.id_name, request)):
+                    yield {"row": number, "request": index, "repeat": repeat}
+            number += 1
+
+
+def _manifest_rows(folder: RunFolder, manifest: str, requests: tuple[Request, ...]) -> Iterator[SourceRow]:
+    """Yield the rows of a manifest whose plan is not put yet."""
+    with folder.store.open(manifest) as file, pq.ParquetFile(file) as reader:
         for group in range(reader.num_row_groups):
             table = reader.read_row_group(group)
             columns = map(RowColumns, *(column.to_pylist() for column in table.columns))
-            rows = [row_of(row, requests) for row in columns]
-            hashes = [each for row in rows for each in _hashes_of(row, requests, usual)]
-            is_suspect = iter(np.isin(hashes, suspects).tolist())
-            for row in rows:
-                for index, request in enumerate(row.requests):
-                    if next(is_suspect) and (repeat := ids.next_repeat(row.id_name, request)):
-                        yield {"row": number, "request": index, "repeat": repeat}
-                number += 1
+            yield from (row_of(row, requests) for row in columns)

@@ -269,11 +269,12 @@ class CommitLog:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The records file that the last export wrote."""
+    """The records file that the last export wrote, of so many plans."""
 
     records: int
     bytes: int
     sha256: str
+    plans: int = 1
 
 
 def read_exported(folder: RunFolder) -> Exported | None:
@@ -286,4 +287,5 @@ def read_exported(folder: RunFolder) -> Exported | None:
 
 def note_exported(folder: RunFolder, exported: Exported) -> None:
     """Note that OUTPUT has the records of all shards."""
-    folder.store.put(EXPORTED, json.dumps(asdict(exported)).encode())
+    document = {key: value for key, value in asdict(exported).items() if (key, value) != ("plans", 1)}
+    folder.store.put(EXPORTED, json.dumps(document).encode())

@@ -1,9 +1,13 @@
 """The frozen plan: which rows a run has, cut into shards, and what is asked; read by every process of the run.
 
+What --add asks later is a plan of its own beside the first, of the same rows in the same shards, with the new requests
+alone. Read back, all plans of a run are one: its shards are those of the first, then those of the next.
+
 A shard is a contiguous range of rows and a row group of the manifest, so whoever runs it reads no other. The id of
 every request follows from the plan alone: the k of the k-th repeat is frozen in it too. The manifest has a row as three
 columns. `more` is null for a picture that is asked what the run asks of all; else it holds `item` (the other fields of
-the picture: a place inside a tar), `requests`, `meta` and `failure`, each where it is not the usual.
+the picture: a place inside a tar), `requests`, `meta` and `failure`, each where it is not the usual. A row of its own
+requests is asked nothing by what is added: its `requests` are an empty list.
 """
 
 from __future__ import annotations
@@ -11,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -23,10 +27,10 @@ from md3cli.config import RunConfig
 from md3cli.errors import InputError, OutputError, OutputMismatchError
 from md3cli.records import ImageItem, Request, RowFailure, RunIdentity, SourceRow, printable
 from md3cli.remote.address import shown
-from md3cli.run.asked import differences, request_of
+from md3cli.run.asked import differences, request_of, way_on
 from md3cli.run.record_index import RequestIds
 from md3cli.run.run_info import identity_of
-from md3cli.scale.folder import MANIFEST, PLAN, REPEATS, RunFolder
+from md3cli.scale.folder import RunFolder, plan_names
 
 _ITEM_DEFAULTS: Mapping[str, Any] = {
     field.name: field.default for field in fields(ImageItem) if field.default is not MISSING
@@ -68,7 +72,7 @@ def _more(row: SourceRow, requests: tuple[Request, ...]) -> str | None:
         more["meta"] = dict(row.meta)
     if row.failure is not None:
         more["failure"] = [row.failure.type, row.failure.message]
-    more = {key: value for key, value in more.items() if value}
+    more = {key: value for key, value in more.items() if value or key == "requests"}
     return json.dumps(more, separators=(",", ":")) if more else None
 
 
@@ -87,7 +91,10 @@ def row_of(columns: RowColumns, requests: tuple[Request, ...]) -> SourceRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """plan.json. `fingerprint` is a digest of all rows; `config` is what must be equal for a resume."""
+    """plan.json. `fingerprint` is a digest of all rows; `config` is what must be equal for a resume.
+
+    `parts` are the plans of which one that has grown is put together, in their order; none of one that has not.
+    """
 
     schema: str
     rows: int
@@ -100,6 +107,22 @@ class Plan:
     config: Mapping[str, Any]
     made: str
     skipped: Mapping[str, int]
+    parts: tuple[Plan, ...] = ()
+
+    @property
+    def each(self) -> tuple[Plan, ...]:
+        """The plans as they stand in the folder: this one alone, where nothing was added."""
+        return self.parts or (self,)
+
+    @property
+    def shards_of_rows(self) -> int:
+        """Into how many shards the rows are cut; shard k + n * `shards_of_rows` has the rows of shard k."""
+        return self.each[0].shards
+
+    @property
+    def asked(self) -> tuple[Request, ...]:
+        """What the run asks of every row that asks nothing else."""
+        return tuple(map(request_of, self.config["identity"]["requests"]))
 
     @property
     def identity(self) -> RunIdentity:
@@ -148,19 +171,52 @@ def hash_of(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def with_requests(config: Mapping[str, Any], requests: Sequence[Request]) -> dict[str, Any]:
+    """Return the config of a plan that asks something else."""
+    asked = json.loads(json.dumps([asdict(request) for request in requests]))
+    return {**config, "identity": {**config["identity"], "requests": asked}}
+
+
 def read_plan(folder: RunFolder) -> Plan | None:
-    """Return the plan of a run folder; None while there is none.
+    """Return the plan of a run folder, with what was added to it; None while there is none.
 
     Raises:
         OutputError: what is there is no plan of this version.
     """
-    data = folder.store.read(PLAN)
+    found: list[Plan] = []
+    while (plan := read_one_plan(folder, len(found))) is not None:
+        found.append(plan)
+    return whole(found) if found else None
+
+
+def whole(plans: Sequence[Plan]) -> Plan:
+    """Put a first plan and what was added to it together."""
+    first, *added = plans
+    if not added:
+        return first
+    config = with_requests(first.config, [request for plan in plans for request in plan.asked])
+    return replace(
+        first,
+        requests=sum(plan.requests for plan in plans),
+        shards=sum(plan.shards for plan in plans),
+        fingerprint="+".join(plan.fingerprint for plan in plans),
+        has_repeats=any(plan.has_repeats for plan in plans),
+        config_hash=hash_of(config),
+        config=config,
+        parts=tuple(plans),
+    )
+
+
+def read_one_plan(folder: RunFolder, number: int) -> Plan | None:
+    """Return the plan of a number (`folder.plan_names`) by itself; raises as `read_plan`."""
+    name = plan_names(number).plan
+    data = folder.store.read(name)
     if data is None:
         return None
     try:
         plan = Plan(**json.loads(data))
     except (ValueError, TypeError) as error:
-        raise _unreadable(folder, "plan.json is damaged") from error
+        raise _unreadable(folder, f"{name.rpartition('/')[2]} is damaged") from error
     if plan.schema != PLAN_SCHEMA:
         raise _unreadable(folder, f"its plan is of another version ({printable(str(plan.schema))})")
     return plan
@@ -170,46 +226,60 @@ def _unreadable(folder: RunFolder, what: str) -> OutputError:
     return OutputError(f"{printable(folder.uri)}: {what}; choose another -o, or --overwrite to start over")
 
 
-def check_config(plan: Plan, config: Mapping[str, Any]) -> None:
-    """Refuse to go on with `plan` in a start with another `config`.
+def check_config(
+    plan: Plan, config: Mapping[str, Any], *, argv: Sequence[str] = ("md3",), output: str = "OUTPUT"
+) -> None:
+    """Refuse to go on with `plan` in a start with another `config`; `argv` is its command, `output` its OUTPUT.
 
     Raises:
         OutputMismatchError: names the differences.
     """
     if found := differences(plan.config, config):
+        on = way_on(plan.config, config, argv, output)
         raise OutputMismatchError(
-            f"OUTPUT was begun by another run, which is not finished: {'; '.join(found)}. "
-            "Repeat the earlier command, choose another -o, or --overwrite to start over"
+            f"OUTPUT was begun by another run, which is not finished: {'; '.join(found)}. {on}"
+            f"{'Or repeat' if on else 'Repeat'} the earlier command, choose another -o, or --overwrite to start over"
         )
 
 
 class PlanReader:
-    """Reads the rows of a plan by shard; keeps the manifest open."""
+    """Reads the rows of a plan by shard; keeps the manifests open."""
 
     def __init__(self, folder: RunFolder, plan: Plan | None = None) -> None:
         """Open the plan of `folder`, or `plan` where it is not put yet.
 
         Raises:
             InputError: there is none: not a run folder, or not on storage that this machine shares.
-            OutputError: plan and manifest do not belong together, or the manifest cannot be read.
+            OutputError: plan and manifest do not belong together, or a manifest cannot be read.
         """
         plan = plan or read_plan(folder)
         if plan is None:
             raise InputError(f"no plan at {printable(folder.uri)}; is it on storage that this machine shares?")
         self.plan, self._folder = plan, folder
-        with self._translate_errors(MANIFEST):
-            # A thread of Arrow that holds a Python file while the process ends aborts it (1 of 10 md3 verify: 134).
-            self._manifest = pq.ParquetFile(folder.store.open(MANIFEST), pre_buffer=False)
-        metadata = self._manifest.metadata.metadata or {}
-        if metadata.get(FINGERPRINT_KEY.encode(), b"").decode() != plan.fingerprint:
-            raise _unreadable(folder, "plan.json and manifest.parquet are of two plans")
-        self._requests = tuple(map(request_of, plan.config["identity"]["requests"]))
         self._ids = RequestIds(plan.identity)
+        self._manifests = [self._opened(number) for number in range(len(plan.each))]
+        self._requests = [part.asked for part in plan.each]
+
+    def _opened(self, number: int) -> pq.ParquetFile:
+        names = plan_names(number)
+        with self._translate_errors(names.manifest):
+            # A thread of Arrow that holds a Python file while the process ends aborts it (1 of 10 md3 verify: 134).
+            manifest = pq.ParquetFile(self._folder.store.open(names.manifest), pre_buffer=False)
+        metadata = manifest.metadata.metadata or {}
+        if metadata.get(FINGERPRINT_KEY.encode(), b"").decode() != self.plan.each[number].fingerprint:
+            what = " and ".join(name.rpartition("/")[2] for name in (names.plan, names.manifest))
+            raise _unreadable(self._folder, f"{what} are of two plans")
+        return manifest
 
     def shard(self, shard: int) -> list[PlannedRow]:
         """Return the rows of a shard in input order, with the ids of their requests."""
         repeats = self._repeats(shard)
-        return [self._planned(number, columns, repeats) for number, columns in enumerate(self.columns(shard))]
+        return [self._planned(number, row, repeats) for number, row in enumerate(self.rows(shard))]
+
+    def rows(self, shard: int) -> Iterator[SourceRow]:
+        """Return the rows of a shard in input order; raises as `columns`."""
+        requests = self._requests[self._place(shard)[0]]
+        return (row_of(columns, requests) for columns in self.columns(shard))
 
     def columns(self, shard: int) -> Iterator[RowColumns]:
         """Return the rows of a shard as the manifest holds them.
@@ -217,9 +287,14 @@ class PlanReader:
         Raises:
             OutputError: the manifest cannot be read.
         """
-        with self._translate_errors(MANIFEST):
-            table = self._manifest.read_row_group(shard, use_threads=False)
+        number, group = self._place(shard)
+        with self._translate_errors(plan_names(number).manifest):
+            table = self._manifests[number].read_row_group(group, use_threads=False)
         return map(RowColumns, *(table.column(name).to_pylist() for name in RowColumns._fields))
+
+    def _place(self, shard: int) -> tuple[int, int]:
+        """Return the number of the plan that has a shard, and the shard's number in it."""
+        return divmod(shard, max(self.plan.shards_of_rows, 1))
 
     @contextlib.contextmanager
     def _translate_errors(self, name: str) -> Iterator[None]:
@@ -231,8 +306,7 @@ class PlanReader:
         except (OSError, IndexError, pa.ArrowException) as error:
             raise _unreadable(self._folder, f"{name} cannot be read ({printable(str(error))})") from error
 
-    def _planned(self, number: int, columns: RowColumns, repeats: Mapping[tuple[int, int], int]) -> PlannedRow:
-        row = row_of(columns, self._requests)
+    def _planned(self, number: int, row: SourceRow, repeats: Mapping[tuple[int, int], int]) -> PlannedRow:
         ids = (
             self._ids.id_of(row.id_name, request, repeats.get((number, index), 0))
             for index, request in enumerate(row.requests)
@@ -241,10 +315,11 @@ class PlanReader:
 
     def _repeats(self, shard: int) -> dict[tuple[int, int], int]:
         """Return the k of each request that is a repeat, by row of the shard and place in the row."""
-        if not self.plan.has_repeats:
+        number, group = self._place(shard)
+        if not self.plan.each[number].has_repeats:
             return {}
-        first = shard * self.plan.shard_size
+        first, name = group * self.plan.shard_size, plan_names(number).repeats
         rows = [("row", ">=", first), ("row", "<", first + self.plan.shard_size)]
-        with self._translate_errors(REPEATS), self._folder.store.open(REPEATS) as file:
+        with self._translate_errors(name), self._folder.store.open(name) as file:
             found = pq.read_table(file, filters=rows).to_pylist()
         return {(entry["row"] - first, entry["request"]): entry["repeat"] for entry in found}

@@ -223,7 +223,7 @@ class _ScaledRun:
             self._tell_of_waiting(num_ok + num_failed)
             self._finish.note_progress(num_ok + num_failed)
             if progress is not None:
-                rows = sum(commit.rows for commit in commits)
+                rows = sum(commit.rows for commit in commits) // len(self._plan.each)
                 rows += (num_ok + num_failed) * self._plan.rows // max(self._plan.requests, 1)
                 progress.update_to(rows, sum(commit.errors for commit in commits) + num_failed)
 

@@ -306,7 +306,7 @@ class ShardRunner:
     ) -> ShardResult:
         lines = [attempt.lines[record_id] for row in rows for record_id in row.ids]
         data, counts, before = b"".join(lines), Counts.of(lines), Counts.of(history.records.values())
-        pictured = [row for row in rows if row.row.image is not None]
+        pictured = [row for row in rows if row.row.image is not None and row.ids]
         part = part_name(shard, self.attempt)
         commit = Commit(
             part=part,

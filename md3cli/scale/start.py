@@ -19,11 +19,13 @@ import numpy as np
 
 from md3cli.config import RunConfig
 from md3cli.console import RunConsole
+from md3cli.errors import OutputMismatchError
 from md3cli.exporters.files import remove_leftovers
 from md3cli.files import translate_errors
 from md3cli.finished.digest import digest_of
 from md3cli.finished.record_shape import read_record
 from md3cli.records import OK_TAIL, Request, SourceRow
+from md3cli.run.asked import differences, is_grown
 from md3cli.run.journal import encode_record
 from md3cli.run.journal_scan import first_record, journal_lines
 from md3cli.run.log import DamagedLines, damage_words, keep_damaged
@@ -31,7 +33,8 @@ from md3cli.run.model_handle import Model
 from md3cli.run.order import WAITING_SUFFIX, waiting_records
 from md3cli.run.output import OutputPlan
 from md3cli.run.record_index import RecordIndex
-from md3cli.run.run_info import RunDocument, check_first_record, identity_of
+from md3cli.run.run_info import RunDocument, check_first_record, identity_of, note_grown
+from md3cli.scale.added import RowsDifferError, added_rows, fingerprint_of, whole_rows
 from md3cli.scale.attempts import attempt_files, keep_lines, read_history
 from md3cli.scale.bucket import Deliveries
 from md3cli.scale.folder import (
@@ -44,11 +47,12 @@ from md3cli.scale.folder import (
     is_unfinished,
     open_run_folder,
     remove_run,
+    run_folder_of,
     take_place,
 )
 from md3cli.scale.make_plan import PLANNER, PlannerMark, PlanOvertakenError, make_plan, put_plan, wait_for_plan
 from md3cli.scale.markers import CommitLog, RunOptions, remove_commit
-from md3cli.scale.plan import Plan, PlanReader, check_config, plan_config, read_plan
+from md3cli.scale.plan import Plan, PlanReader, check_config, plan_config, read_plan, with_requests
 from md3cli.scale.shard_runner import asked, is_line_of
 from md3cli.scale.store import LocalStore
 from md3cli.source.source import Source, check_found
@@ -218,11 +222,25 @@ class Start:
             is_resume=not is_over,
             shown=self.deliveries.address_of(self.files.run_info),
             is_held=is_over,
+            may_add=self.config.output.add,
+            is_planned=self._is_planned,
             refinement=self.config.refinement,
         )
 
+    @property
+    def _is_planned(self) -> bool:
+        """Whether the plan that is gone on with asks just what this start does: then run.json says nothing better."""
+        plan = read_plan(self.folder)
+        if plan is None or plan.asked != self.config.requests:
+            return False
+        return self._is_unfinished or not self.is_alone  # ranks go by plans alone
+
+    @property
+    def _is_unfinished(self) -> bool:
+        return is_unfinished(self.folder, has_records=self.deliveries.has(self.files.journal))
+
     def plan(self) -> Plan:
-        """Return the plan to go on with, made now where there is none.
+        """Return the plan to go on with, made or added to now where that is needed.
 
         Raises:
             OutputMismatchError: there is an unfinished one of another run; names the differences.
@@ -231,33 +249,96 @@ class Start:
         found = read_plan(self.folder)
         if found is None:
             return self._first_plan()
-        if self.is_alone and not is_unfinished(self.folder, has_records=self.deliveries.has(self.files.journal)):
+        if self.is_alone and not self._is_unfinished:
             return self._plan_after(found)
-        check_config(found, self._wanted)
+        if self._is_added_to(found):
+            try:
+                return self._added(found, iter(self._source))
+            except RowsDifferError as difference:
+                raise OutputMismatchError(
+                    f"INPUT is not what it was when the plan was made: its row {difference.number:,} is another one. "
+                    "Finish with the earlier command first; then --add takes in what is new there, too"
+                ) from None
+        self._check(found)
         return found
 
+    def _check(self, plan: Plan, wanted: Mapping[str, Any] | None = None) -> None:
+        """Refuse to go on with another plan than is `wanted`, which is this start's unless another one is given."""
+        check_config(plan, wanted or self._wanted, argv=self.config.argv, output=self.config.output.shown)
+
     def _first_plan(self) -> Plan:
+        def make() -> Plan:
+            discard(open_run_folder(self.folder.uri + _NEXT_SUFFIX))
+            made = self._made_in(self.folder)
+            if not self.config.output.overwrite:
+                self._adopt(self.folder, made)
+            return made
+
+        self._put(0, make)
+        plan = read_plan(self.folder)
+        assert plan is not None
+        self._check(plan)
+        return plan
+
+    def _put(self, number: int, make: Callable[[], Plan]) -> Plan:
+        """Put a plan of a number that `make` makes, or return another rank's."""
         rank = self.config.scale.rank
-        if self._is_for_others() and (found := wait_for_plan(self.folder, rank, self.console.say)) is not None:
-            check_config(found, self._wanted)
-            return found
-        discard(open_run_folder(self.folder.uri + _NEXT_SUFFIX))
+        if self._is_for_others():
+            found = wait_for_plan(self.folder, rank, self.console.say, number=number)
+            if found is not None:
+                return found
         with PlannerMark(self.folder, rank):
             try:
-                made = self._made_in(self.folder)
+                return put_plan(self.folder, make(), number)
             except PlanOvertakenError as overtaken:
-                plan = overtaken.plan
-            else:
-                if not self.config.output.overwrite:
-                    self._adopt(self.folder, made)
-                plan = put_plan(self.folder, made)
-        check_config(plan, self._wanted)
-        return plan
+                return overtaken.plan
 
     def _is_for_others(self) -> bool:
         """Return whether another rank seems to make the plan, or should."""
         scale = self.config.scale
         return scale.rank > 0 or (not self.is_alone and self.folder.store.read(PLANNER) is not None)
+
+    def _is_added_to(self, plan: Plan) -> bool:
+        """Return whether this start asks what `plan` does and more, as --add does.
+
+        Raises:
+            OutputMismatchError: something else differs as well.
+        """
+        if not (self.config.output.add and is_grown(plan.config["identity"], self._wanted["identity"])):
+            return False
+        self._check(plan, with_requests(self._wanted, plan.asked))
+        return True
+
+    def _added(self, plan: Plan, rows: Iterator[SourceRow]) -> Plan:
+        """Return `plan` with what is new added to it; `rows` are INPUT's now, each with all that is asked of it.
+
+        Raises:
+            RowsDifferError: they are not the plan's rows.
+            OutputMismatchError: another rank has added something else.
+        """
+        new = self.config.requests[len(plan.asked) :]
+
+        def make() -> Plan:
+            made = make_plan(
+                self.folder,
+                added_rows(rows, whole_rows(self.folder, plan), new),
+                new,
+                self.model.identity,
+                with_requests(self._wanted, new),
+                shard_size=plan.shard_size,
+                skipped=self._source.skipped,
+                before=plan,
+            )
+            if not self.is_alone:  # else it is noted already
+                note_grown(self.files.run_info, self.config.requests)
+                self.deliveries.deliver(self.files.run_info)
+            return made
+
+        self._put(len(plan.each), make)
+        grown = read_plan(self.folder)
+        assert grown is not None
+        self._check(grown)
+        return grown
 
     def _made_in(self, folder: RunFolder) -> Plan:
         """Make a plan of INPUT as it is now; it is not put yet.
@@ -285,17 +366,28 @@ class Start:
         self.num_adopted = adopt(folder, plan, self.files.journal, with_failed=with_failed, warn=self.console.warn)
 
     def _plan_after(self, finished: Plan) -> Plan:
-        """Return the finished plan, or a new one of what INPUT has become, with the finished records taken over."""
+        """Return the finished plan, added to where --add asks; a new one with all records where INPUT has changed."""
         following = open_run_folder(self.folder.uri + _NEXT_SUFFIX)
         discard(following)
         plan = self._made_in(following)
-        if (plan.fingerprint, plan.config_hash) == (finished.fingerprint, finished.config_hash):
+        found = self._if_same(finished, following, plan)
+        if found is not None:
             discard(following)
-            return finished
+            return found
         self._adopt(following, plan)
         put_plan(following, plan)
         take_place(following, self.folder)
         return plan
+
+    def _if_same(self, finished: Plan, following: RunFolder, plan: Plan) -> Plan | None:
+        """Return the finished plan, with what is new added, if `plan`, made in `following` now, has the same rows."""
+        if not differences(finished.config, plan.config):
+            return finished if fingerprint_of(self.folder, finished) == plan.fingerprint else None
+        if differences(finished.config, with_requests(plan.config, finished.asked)) or not self._is_added_to(finished):
+            return None
+        with contextlib.suppress(RowsDifferError):
+            return self._added(finished, whole_rows(following, plan))
+        return None
 
     def reopen(self, plan: Plan) -> None:
         """Have all failed requests of `plan` done again, as --retry-failed asks; good records stay.
@@ -317,6 +409,28 @@ class Start:
                 keep_lines(folder, shard, [line for line in records if line.endswith(OK_TAIL)])
                 for name in names:
                     folder.wip.remove(f"{WIP}/{name}")
+
+
+def planned_requests(config: RunConfig, outputs: OutputPlan) -> tuple[Request, ...]:
+    """Return what an unfinished plan in OUTPUT's run folder asks, and have run.json on this machine.
+
+    A finished one says nothing where run.json does, for one process may have added to the records since.
+
+    Raises:
+        OutputError: the folder holds no plan of this version, or cannot be read.
+    """
+    folder = run_folder_of(outputs, config)
+    assert folder is not None
+    files = outputs.files
+    assert files is not None
+    deliveries = Deliveries(config.output, files, folder)
+    deliveries.fetch(files.run_info)
+    former = former_of(folder)
+    if former is not None and former.is_dir() and config.scale.world_size == 1:  # it comes back
+        folder = open_run_folder(str(former))
+    plan = read_plan(folder)
+    is_over = not is_unfinished(folder, has_records=deliveries.has(files.journal))
+    return () if plan is None or (is_over and files.run_info.is_file()) else plan.asked
 
 
 class FormerRun:
