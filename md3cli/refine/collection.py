@@ -21,7 +21,7 @@ from md3cli.finished.records_file import NamedRecords, RecordsFiles, disk_troubl
 from md3cli.finished.run_json import RunInfo, find_records, load_run_info
 from md3cli.records import RecordDict, printable
 from md3cli.refine.labels import Label, Labels
-from md3cli.refine.refinement import FOUND_BY_TASK, Refinement, refined
+from md3cli.refine.refinement import FOUND_BY_TASK, Refinement, named, refined
 from md3cli.refine.selection import Selection
 
 _TEXT = rb'"((?:[^"\\]|\\.)*+)"'
@@ -181,9 +181,9 @@ class ShownRecords:
         self._database.execute(f"INSERT INTO chosen(place) {ordered}", (limit,))
 
     def _taken(self) -> Iterator[tuple[int, int, float, float]]:
-        selection = self._selection
+        selection, labels = self._selection, self._refinement.labels
         for place, record in self._files.placed():
-            if selection.takes(record, self._refinement.labels):
+            if selection.takes(named(record, labels), labels):
                 is_ranked = selection.sort != "input"
                 rank = selection.rank_of(self._shown_at(place, record)) if is_ranked else ()
                 first, second = (*rank, 0.0, 0.0)[:2]
