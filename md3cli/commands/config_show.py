@@ -87,10 +87,10 @@ def show(
 class _Settings:
     """The layers, and what they mean to each command."""
 
-    def __init__(self, root: typer.Context, layers: Sequence[Layer]) -> None:
+    def __init__(self, root: Any, layers: Sequence[Layer]) -> None:
         """`root` is the context of `md3`, whose command knows all others."""
         self._root, self._layers = root, layers
-        program: Any = root.command
+        program = root.command
         self._parsers: Mapping[str, Any] = {name: program.load(name) for name in program.commands}
         self._options: Mapping[str, Options] = {name: program.options_of(name) for name in program.commands}
 

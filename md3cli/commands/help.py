@@ -39,15 +39,15 @@ class _TwoPages:
 
     _whole_option: TyperOption | None = None  # one object: the parser compares it
 
-    def get_usage(self, ctx: typer.Context) -> str:
+    def get_usage(self, ctx: Any) -> str:
         """Return the usage line, which errors of usage show as well."""
         return usage_line(ctx)
 
-    def get_help(self, ctx: typer.Context) -> str:
+    def get_help(self, ctx: Any) -> str:
         """Return what `-h` prints."""
         return short_page(ctx)
 
-    def get_params(self, ctx: typer.Context) -> list[Any]:
+    def get_params(self, ctx: Any) -> list[Any]:
         """Return the declared parameters and the two options for help."""
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]  # of the class that this is mixed into
         if self._whole_option is None:
@@ -63,7 +63,7 @@ class HelpCommand(_TwoPages, TyperCommand):
 class HelpGroup(_TwoPages, TyperGroup):
     """A group of commands, whose one page lists them, panel by panel."""
 
-    def get_help(self, ctx: typer.Context) -> str:
+    def get_help(self, ctx: Any) -> str:
         """Return what `-h` prints."""
         return whole_page(ctx)
 
@@ -72,21 +72,21 @@ class App(typer.Typer):
     """A typer app whose commands and groups have two pages of help."""
 
     def __init__(self, **settings: Any) -> None:
-        settings = {"context_settings": {"help_option_names": [SHORT]}, "add_completion": False} | settings
-        super().__init__(**({"cls": HelpGroup} | settings))
+        usual: dict[str, Any] = {"cls": HelpGroup, "add_completion": False}
+        super().__init__(**(usual | {"context_settings": {"help_option_names": [SHORT]}} | settings))
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         """Return what makes a command of a function, as typer's method does."""
         return super().command(name, cls=HelpCommand, **settings)
 
 
-def _print_whole_page(ctx: typer.Context, option: TyperOption, is_asked: bool) -> None:
+def _print_whole_page(ctx: Any, option: TyperOption, is_asked: bool) -> None:
     if is_asked and not ctx.resilient_parsing:
         typer.echo(whole_page(ctx))
         ctx.exit()
 
 
-def short_page(ctx: typer.Context) -> str:
+def short_page(ctx: Any) -> str:
     """Return usage, examples, the command's own options and those of `ALWAYS_SHORT`."""
     panels = _panels(ctx)
     own = panels.pop(OWN_PANEL, [])
@@ -99,7 +99,7 @@ def short_page(ctx: typer.Context) -> str:
     return "\n".join(lines)
 
 
-def whole_page(ctx: typer.Context) -> str:
+def whole_page(ctx: Any) -> str:
     """Return usage, the whole description, every command of a group and every option."""
     panels = {title: _entries(options) for title, options in _panels(ctx).items()}
     lines = [*_beginning(ctx, is_short=False), *_sections({"Arguments": _arguments(ctx)} | _commands(ctx) | panels)]
@@ -108,7 +108,7 @@ def whole_page(ctx: typer.Context) -> str:
     return "\n".join(lines)
 
 
-def usage_line(ctx: typer.Context) -> str:
+def usage_line(ctx: Any) -> str:
     """Return `Usage: md3 detect INPUT OBJECT... [OPTIONS]`."""
     words = [_argument_name(param) for param in ctx.command.params if not isinstance(param, TyperOption)]
     if isinstance(ctx.command, TyperGroup):
@@ -124,7 +124,7 @@ def _argument_name(argument: Any) -> str:
     return name if argument.required else f"[{name}]"
 
 
-def _beginning(ctx: typer.Context, *, is_short: bool) -> list[str]:
+def _beginning(ctx: Any, *, is_short: bool) -> list[str]:
     """Return usage, description and examples; a short one has the first paragraph of the description."""
     paragraphs, examples = _description(inspect.cleandoc(ctx.command.help or ""))
     lines = textwrap.wrap(usage_line(ctx), _width(), subsequent_indent=" " * 7)
@@ -135,7 +135,7 @@ def _beginning(ctx: typer.Context, *, is_short: bool) -> list[str]:
     return lines
 
 
-def _arguments(ctx: typer.Context) -> list[Entry]:
+def _arguments(ctx: Any) -> list[Entry]:
     arguments = (param for param in ctx.command.params if not isinstance(param, TyperOption))
     return [Entry(_argument_name(argument), argument.help or "") for argument in arguments]
 
@@ -147,7 +147,7 @@ def _description(text: str) -> tuple[list[str], list[str]]:
     return paragraphs, [line.strip() for line in examples.splitlines() if line.strip()]
 
 
-def _panels(ctx: typer.Context) -> Mapping[str, list[TyperOption]]:
+def _panels(ctx: Any) -> dict[str, list[TyperOption]]:
     """Return the options by panel, the command's own first, those for help last among them."""
     panels: dict[str, list[TyperOption]] = {OWN_PANEL: []}
     for param in ctx.command.get_params(ctx):
@@ -156,12 +156,12 @@ def _panels(ctx: typer.Context) -> Mapping[str, list[TyperOption]]:
     return panels
 
 
-def _commands(ctx: typer.Context) -> dict[str, list[Entry]]:
+def _commands(ctx: Any) -> dict[str, list[Entry]]:
     panels: dict[str, list[Entry]] = {}
-    if isinstance(ctx.command, TyperGroup):
-        for name, command in ctx.command.commands.items():
-            (text, *_), _ = _description(inspect.cleandoc(command.help or ""))
-            panels.setdefault(command.rich_help_panel or "Commands", []).append(Entry(name, text))
+    commands: Mapping[str, Any] = getattr(ctx.command, "commands", {})
+    for name, command in commands.items():
+        (text, *_), _ = _description(inspect.cleandoc(command.help or ""))
+        panels.setdefault(command.rich_help_panel or "Commands", []).append(Entry(name, text))
     return panels
 
 
