@@ -127,7 +127,7 @@ def test_detect_asks_each_object_of_each_image(md3: Program, pictures: Path) -> 
     assert result.exit_code == 0
     asked = [(record["image"], record["prompt"]) for record in records_of(result.stdout)]
     assert asked == [(f"p{i}.png", prompt) for i in range(3) for prompt in ("car", "person")]
-    assert "6 requests of 3 images: 6 ok" in result.stderr
+    assert "6 of 6 ok, 3 images in " in result.stderr
 
 
 def test_caption_of_several_inputs_names_them_as_typed(md3: Program, pictures: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_folder_of_broken_files_is_status_3(md3: Program, tmp_path: Path) -> N
     assert result.exit_code == 3
     assert [record["error"]["type"] for record in records_of(result.stdout)] == ["empty", "not_an_image", "decode"]
     assert md3.num_answered == 0
-    assert "3 requests of 3 images: 0 ok, 3 failed (decode 1, empty 1, not_an_image 1)" in result.stderr
+    assert "0 of 3 ok, 3 failed (decode 1, empty 1, not_an_image 1), 3 images in " in result.stderr
 
 
 @pytest.mark.parametrize(("fail_on", "status"), [("any", 3), ("none", 0), ("20%", 3), ("25%", 0), ("0%", 3)])

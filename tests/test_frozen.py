@@ -63,6 +63,8 @@ MASKS: Mapping[str, tuple[str, str]] = {
     "version of a page": (r"\b(md3|md3cli) \d+\.\d+\.\d[\w.]*", r"\1 <VERSION>"),
     "seal": (r'("seal": )"[0-9a-f]{64}"', r'\1"<SEAL>"'),
     "speed": (r"[\d.,]+ (s\b|img/s|images/s)", r"<NUMBER> \1"),
+    # Told where there was time enough.
+    "parts of a summary": (r" \([\d.,]+/s\)|, (?:files written|model loaded) in <NUMBER> s", ""),
     "machines": (r'("hosts": )\{[^}]*\}', r"\1{<HOSTS>}"),
     "speed as JSON": (r'("(?:rows_per_second|seconds_since_commit)": )[\d.]+', r"\1<NUMBER>"),
     "package": (r'"<PACKAGE>[^"]*"', '"<PACKAGE>"'),

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from md3cli.config import EstimateOptions, RunConfig
-from md3cli.console import clock
+from md3cli.console.progress import clock
 from md3cli.estimate.sample import NO_PICTURE, Drawn, Measured, Opened
 from md3cli.records import printable
 

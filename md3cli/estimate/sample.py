@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from md3cli.console import Summary
+from md3cli.console.summary import Summary
 from md3cli.errors import ImageError
 from md3cli.images.crops import PreparedImage, Tiling
 from md3cli.images.pool import Picture, PicturePool

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from md3cli.config import RunConfig
-from md3cli.console import Failure, RunConsole, Summary
+from md3cli.console import RunConsole
+from md3cli.console.summary import Failure, Summary
 from md3cli.records import OK_TAIL, RETRYABLE
 from md3cli.run.output import OutputPlan
 from md3cli.run.run_info import RunCounts

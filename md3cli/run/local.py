@@ -13,7 +13,9 @@ import time
 from collections.abc import Iterator, Sequence
 
 from md3cli.config import RunConfig
-from md3cli.console import Failure, Progress, RunConsole, Summary, loading, print_document
+from md3cli.console import RunConsole, print_document
+from md3cli.console.progress import Progress, loading
+from md3cli.console.summary import Failure, Summary
 from md3cli.errors import Md3Error
 from md3cli.images.pool import PicturePool
 from md3cli.records import RecordDict, Request, SourceRow
@@ -70,7 +72,9 @@ class LocalRun:
             total = self._count_input()
             with make_pool(self.config, self.model.crop_config) as pool, self._shown(total):
                 self.feed = self._make_feed(pool)
+                self._expect_what_is_done()
                 drive(self.feed, self.engine, self.records, self.stop.check)
+                self.summary.answering_s = time.monotonic() - self.started_at
             if self.output.waiting is not None:
                 self.output.waiting.remove()
             if not self._num_requests:
@@ -123,6 +127,18 @@ class LocalRun:
             wait_for_row=self.source.wait,
         )
 
+    def _expect_what_is_done(self) -> None:
+        """Tell the bar how many rows an earlier start finished, before the feed comes by them."""
+        journal = self.output.journal
+        if self.progress is None or journal is None:
+            return
+        num_done = journal.num_ok + (0 if self.config.output.retry_failed else sum(journal.num_failed.values()))
+        self.progress.expect(num_before=num_done // self._requests_a_row)
+
+    @property
+    def _requests_a_row(self) -> int:
+        return max(1, len(self.config.requests))
+
     @contextlib.contextmanager
     def _shown(self, total: int | None) -> Iterator[None]:
         """Show progress while the run goes on; a single answer has its line ended instead, however that goes."""
@@ -147,7 +163,9 @@ class LocalRun:
         self._tell_memory()
         self._note_progress()
         if self.progress is not None:
-            self.progress.update_to(self.summary.num_images + self.feed.num_rows_done_before, self.summary.num_failed)
+            before, summary = self.feed.num_rows_done_before, self.summary
+            self.progress.expect(at_once=self.engine.batch_size // self._requests_a_row)
+            self.progress.update_to(summary.num_rows + before, summary.num_rows_failed, before)
         self.summary.num_done_before = self.feed.num_done_before
 
     def _tell_memory(self) -> None:
@@ -249,7 +267,7 @@ class LocalRun:
 
     def _summarize(self) -> None:
         summary = self.summary
-        summary.elapsed_s = time.monotonic() - self.started_at
+        summary.writing_s = time.monotonic() - self.started_at - summary.answering_s
         summary.load_s, summary.stages_s = self.engine.load_s, self.engine.stage_seconds()
         summary.skipped = self.source.skipped
         summary.num_failed_before = self._counts().failed - summary.num_failed

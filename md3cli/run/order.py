@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from md3cli.console import Summary
+from md3cli.console.summary import Summary
 from md3cli.errors import OutputError
 from md3cli.finished.record_shape import is_record_of, read_record
 from md3cli.records import (
@@ -192,6 +192,7 @@ class OrderedRecords:
         self._finished: dict[int, tuple[Ticket, RecordDict]] = {}
         self._answered: list[int] = []  # keys since the last flush
         self._next_key = self._newest_key = 0
+        self._has_row_failed = False  # a request of the row that is being written
 
     def has_room(self, batch_size: int) -> bool:
         """Return False while the oldest missing answer is so late that new requests should wait for it."""
@@ -247,7 +248,12 @@ class OrderedRecords:
 
     def _count(self, ticket: Ticket, record: RecordDict) -> None:
         summary = self._summary
-        summary.num_images += ticket.is_last_of_row and ticket.image is not None
+        self._has_row_failed = self._has_row_failed or record["error"] is not None
+        if ticket.is_last_of_row:
+            summary.num_rows += 1
+            summary.num_rows_failed += self._has_row_failed
+            summary.num_images += ticket.image is not None
+            self._has_row_failed = False
         if record["error"] is None:
             summary.num_ok += 1
             summary.prompt_tokens += record["tokens"]["prompt"]

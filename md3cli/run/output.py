@@ -235,6 +235,7 @@ def open_output(
         OutputError: it cannot be written, or another process writes it.
     """
     if plan.files is None:
+        console.begin_table(config.requests)
         return Output(plan, console, stream=RefinedStream(config.refinement))
     options = config.output
     earlier = {} if options.overwrite else read_facts(plan.files.run_info, RUN_SCHEMA)

@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from md3cli.console import clock
+from md3cli.console.progress import clock
 from md3cli.errors import InputError
 from md3cli.files import lock_holder
 from md3cli.finished.run_json import (

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from md3cli.console import Failure, Summary
-from md3cli.console import clock as duration
+from md3cli.console.progress import clock as duration
+from md3cli.console.summary import Failure, Summary
 from md3cli.errors import DamagedPartError, OutputHeldError
 from md3cli.files import OutputLock, atomic_publish, translate_errors
 from md3cli.finished.run_json import RecordsDigest
@@ -163,7 +163,7 @@ class Finish:
             + sum(sum(commit.reused_errors.values()) for commit in new),
             prompt_tokens=sum(commit.prompt_tokens for commit in new),
             output_tokens=sum(commit.output_tokens for commit in new),
-            elapsed_s=time.monotonic() - self._started_at,
+            answering_s=time.monotonic() - self._started_at,
             skipped=self._plan.skipped,
             failures=self._named_failures(),
             outputs=self._start.deliveries.written(self._start.outputs),

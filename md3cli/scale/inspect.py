@@ -19,7 +19,7 @@ from io import BufferedReader
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
-from md3cli.console import clock
+from md3cli.console.progress import clock
 from md3cli.files import lock_holder
 from md3cli.finished.record_shape import read_record
 from md3cli.records import OK_TAIL, printable

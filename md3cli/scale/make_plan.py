@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from md3cli.console import clock as duration
+from md3cli.console.progress import clock as duration
 from md3cli.errors import OutputError
 from md3cli.files import output_error
 from md3cli.records import Request, RunIdentity, SourceRow, printable

@@ -8,12 +8,14 @@ goes on from it, and a run folder takes it over where INPUT has grown.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 
 from md3cli.config import ModelOptions, RunConfig
-from md3cli.console import Progress, RunConsole
-from md3cli.console import clock as duration
+from md3cli.console import RunConsole
+from md3cli.console.progress import Progress
+from md3cli.console.progress import clock as duration
 from md3cli.errors import DamagedPartError, EngineError, Md3Error, OutputError, UsageError
 from md3cli.files import OutputLock, translate_errors
 from md3cli.records import printable
@@ -34,6 +36,7 @@ from md3cli.source.source import Source
 
 LOOK_INTERVAL_S = 2.0  # between two looks at what others have committed
 TELL_INTERVAL_S = 0.2
+ROWS_AT_ONCE = 64  # that may come from workers together, as far as time left goes
 MOST_OWNERS_SHOWN = 3
 SILENCE_S = 120.0  # without a new record, before a word on it; then after twice as long, and so on
 
@@ -129,6 +132,7 @@ class _ScaledRun:
         self._queue = ShardQueue(self._folder, plan.shards, self._config.scale.rank, self._config.scale.world_size)
         self._finish = Finish(start, plan, document, self._queue.commits)
         self._looked_at = self._told_at = time.monotonic()
+        self._rows_before = 0  # of shards that were committed when this start began
         self._others = Teller(self._console.say)
         self._silence = Teller(self._console.say, first_after_s=SILENCE_S, interval_s=SILENCE_S, growth=2.0)
         self._num_seen = -1  # records at the last look
@@ -165,6 +169,11 @@ class _ScaledRun:
     def _run_shards(self) -> None:
         try:
             with self._console.progress(self._plan.rows) as progress:
+                self._rows_before = self._rows_committed()
+                if progress is not None:
+                    # Shards that others run are seen when they are done; how many rows workers hold is their matter.
+                    at_once = ROWS_AT_ONCE if self._start.is_alone else self._plan.rows // max(self._plan.shards, 1)
+                    progress.expect(at_once=at_once, num_before=self._rows_before)
                 driver = self._driver()
                 driver.run(lambda: self._on_step(driver, progress))
         except Exception as error:
@@ -223,9 +232,14 @@ class _ScaledRun:
             self._tell_of_waiting(num_ok + num_failed)
             self._finish.note_progress(num_ok + num_failed)
             if progress is not None:
-                rows = sum(commit.rows for commit in commits) // len(self._plan.each)
-                rows += (num_ok + num_failed) * self._plan.rows // max(self._plan.requests, 1)
-                progress.update_to(rows, sum(commit.errors for commit in commits) + num_failed)
+                # Requests are counted, and of an unfinished shard nothing else: a bad picture fails all its requests.
+                requests_a_row = max(self._plan.requests / max(self._plan.rows, 1), 1)
+                failed = sum(commit.errors for commit in commits) + num_failed
+                rows = self._rows_committed() + int((num_ok + num_failed) / requests_a_row)
+                progress.update_to(rows, math.ceil(failed / requests_a_row), self._rows_before)
+
+    def _rows_committed(self) -> int:
+        return sum(commit.rows for commit in self._queue.commits.values()) // len(self._plan.each)
 
     def _tell_of_waiting(self, num_under_way: int) -> None:
         """Say, now and then, that nothing comes, and whose fault that is."""

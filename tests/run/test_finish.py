@@ -11,7 +11,7 @@ import pytest
 from program import Program, isolate, make_pictures, records_of
 from rich.cells import cell_len
 
-from md3cli.console import Failure, Summary, summary_lines
+from md3cli.console.summary import Failure, Summary, summary_lines
 from md3cli.run.finish import NamedFailures
 
 WAYS = {"one process": ("-o", "out.jsonl"), "a run folder": ("-o", "out", "--shard-size", "2")}

@@ -100,7 +100,7 @@ def test_what_is_done_is_not_even_opened(md3: Program, pictures: Path) -> None:
     result = md3(*command)
     assert result.exit_code == 0
     assert md3.models[-1].engine is None
-    assert "11 requests done before" in result.stderr
+    assert "nothing to do: all 11 were done before" in result.stderr
 
 
 def test_overwrite_starts_over(md3: Program, pictures: Path) -> None:

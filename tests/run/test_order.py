@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tickets import ticket
 
-from md3cli.console import Summary
+from md3cli.console.summary import Summary
 from md3cli.records import Answer, RecordDict, RowFailure, RunIdentity
 from md3cli.run.journal import encode_record
 from md3cli.run.order import SLACK_LINES, OrderedRecords, WaitingRecords

@@ -272,7 +272,7 @@ def test_the_command_writes_what_it_writes_without_ray(
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "ray.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
     assert result.stdout == ""
-    assert "24 requests of 12 images: 24 ok" in result.stderr
+    assert "24 of 24 ok, 12 images in " in result.stderr
 
 
 @pytest.mark.process

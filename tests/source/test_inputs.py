@@ -84,7 +84,7 @@ def test_stdin_without_a_line(md3: Program, way: tuple[str, ...]) -> None:
     assert "nothing to annotate in stdin (it is empty)" in result.stderr
     again = md3("caption", "-", "--no-progress", *way, stdin="in/p0.png\n")
     assert again.exit_code == 0, "the empty list has not become the plan"
-    assert "1 request of 1 image: 1 ok" in again.stderr
+    assert "1 of 1 ok, 1 image in " in again.stderr
 
 
 def test_a_limit_of_0_is_what_was_asked_for(md3: Program) -> None:
@@ -94,7 +94,7 @@ def test_a_limit_of_0_is_what_was_asked_for(md3: Program) -> None:
 
 
 def test_a_finished_run_with_nothing_left_to_do_is_status_0(md3: Program) -> None:
-    for expected in ("2 requests of 2 images: 2 ok", "2 requests done before"):
+    for expected in ("2 of 2 ok, 2 images in ", "nothing to do: all 2 were done before"):
         result = md3("caption", "in", "-o", "out.jsonl", "--no-progress")
         assert result.exit_code == 0
         assert expected in result.stderr

@@ -87,8 +87,8 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {  # library -> files and folders that 
     "transformers": ("model/hf/",),
     "peft": ("model/hf/",),
     "typer": ("commands/", "cli.py"),
-    "rich": ("console.py",),
-    "tqdm": ("console.py",),
+    "rich": ("console/",),
+    "tqdm": ("console/",),
 }
 COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")  # frames of their own up to Python 3.11
 
