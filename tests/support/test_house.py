@@ -214,7 +214,7 @@ def test_shims(checkout: Write) -> None:
 
 
 def test_libraries_in_their_places(checkout: Write) -> None:
-    allowed = {"model__a": "torch", "bench__a": "torch", "model__hf__a": "peft", "cli": "typer", "console": "rich"}
+    allowed = {"model__a": "torch", "bench__a": "torch", "model__hf__a": "peft", "cli": "typer", "console__a": "rich"}
     texts = {name: f"import {library}\n" for name, library in allowed.items()}
     root = checkout(**texts, typed="from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n")
     assert counted(root, "third-party imports out of place") == []
