@@ -127,13 +127,15 @@ class SourceRow:
     """One picture of INPUT with all that is asked of it, in input order.
 
     `image` None is a text-only query. A row with `failure` (a manifest line that cannot be read, a path outside the
-    root) becomes one error record, and nothing is opened.
+    root) becomes one error record, and nothing is opened. `typed` has the template of each prompt that was filled from
+    the row and that names depend on.
     """
 
     image: ImageItem | None
     requests: tuple[Request, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
     failure: RowFailure | None = None
+    typed: Mapping[str, str] | None = None
 
     @property
     def id_name(self) -> str | None:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "md3cli"
 ROOMS = (
     ("md3cli",),  # the version, and lazy names
     ("md3cli.records", "md3cli.errors"),
-    ("md3cli.system",),
+    ("md3cli.system", "md3cli.refine.template"),
     ("md3cli.child",),
     ("md3cli.refine.labels",),
     ("md3cli.refine.refinement",),

@@ -419,6 +419,7 @@ class AnnotateOptions:
                 "none; leave it out"
             )
         labels = self.listed_labels() if labels is None else labels
+        labels = labels.as_templates() if self.template else labels
         return Refinement(labels, self.min_score, self.nms, has_file=self.labels is not None)
 
     def _filled(self, kind: type[Part], **given: Any) -> Part:

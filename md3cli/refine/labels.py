@@ -12,13 +12,14 @@ import math
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from md3cli.errors import UsageError
 from md3cli.records import printable
+from md3cli.refine.template import Template
 
 FILE_LIMIT_BYTES = 10**6
 COUNT_LIMIT = 2**31 - 1  # of ids and of objects
@@ -30,7 +31,8 @@ _KEYS = frozenset({"name", "prompts", "min_score", "nms", "max_objects", "id"})
 class Label:
     """A name, the prompts asked for it, and its own limits; None leaves a limit to the command's option.
 
-    `min_score` and `nms` are 0-1, `id` is the class's number in COCO files.
+    `min_score` and `nms` are 0-1, `id` is the class's number in COCO files. `templates` are further prompts, which are
+    filled from each row before they are asked.
     """
 
     name: str
@@ -39,11 +41,18 @@ class Label:
     nms: float | None = None
     max_objects: int | None = None
     id: int | None = None
+    templates: tuple[str, ...] = ()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several prompts have the name."""
+        return len(self.prompts) + len(self.templates) > 1
 
     def to_json(self) -> dict[str, Any]:
         """Return the label as the table of a labels file: its name, its prompts, and the limits that it has."""
         limits = {key: getattr(self, key) for key in ("min_score", "nms", "max_objects", "id")}
-        return {"name": self.name, "prompts": list(self.prompts)} | {k: v for k, v in limits.items() if v is not None}
+        found = {"name": self.name, "prompts": list(self.prompts)} | {k: v for k, v in limits.items() if v is not None}
+        return found | {"templates": list(self.templates)} if self.templates else found
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,27 @@ class Labels:
         """Everything that is asked, in order."""
         return tuple(self.by_prompt)
 
+    @cached_property
+    def by_template(self) -> Mapping[str, Label]:
+        """The label of each template."""
+        return {text: label for label in self.labels for text in label.templates}
+
+    @cached_property
+    def _templates(self) -> tuple[tuple[Template, Label], ...]:
+        return tuple((Template.parse(text), label) for text, label in self.by_template.items())
+
+    def may_be_of(self, prompt: str) -> Label | None:
+        """Return the label of the first template that a prompt can have come of; None where there is none."""
+        return next((label for template, label in self._templates if template.may_be(prompt)), None)
+
+    def as_templates(self) -> Labels:
+        """Return the labels of prompts that are filled from rows; one that has only its template for a name goes.
+
+        Raises:
+            UsageError: a prompt is no template.
+        """
+        return Labels(tuple(filled for label in self.labels if (filled := _as_template(label)) is not None))
+
     def name_of(self, prompt: str) -> str:
         """Return the name given for a prompt, else the prompt."""
         label = self.by_prompt.get(prompt)
@@ -85,11 +115,12 @@ class Labels:
         merged = {label.name: label for label in self.labels}
         for label in others.labels:
             prompts = tuple(prompt for prompt in label.prompts if prompt not in self.by_prompt)
+            templates = tuple(text for text in label.templates if text not in self.by_template)
             known = merged.get(label.name)
-            if prompts and known is not None:
-                merged[label.name] = _changed(known, prompts=(*known.prompts, *prompts))
-            elif prompts:
-                merged[label.name] = _changed(label, prompts=prompts)
+            if known is not None:
+                prompts, templates = (*known.prompts, *prompts), (*known.templates, *templates)
+            if prompts or templates:
+                merged[label.name] = _changed(known or label, prompts=prompts, templates=templates)
         return Labels(_with_ids_of_all(tuple(merged.values())))
 
     def in_order_of(self, others: Labels) -> Labels:
@@ -103,8 +134,18 @@ class Labels:
 
 
 def _changed(label: Label, **values: Any) -> Label:
-    known = {key: getattr(label, key) for key in ("name", "prompts", "min_score", "nms", "max_objects", "id")}
+    known = {field.name: getattr(label, field.name) for field in fields(Label)}
     return Label(**(known | values))
+
+
+def _as_template(label: Label) -> Label | None:
+    parsed = {prompt: Template.parse(prompt) for prompt in label.prompts}
+    texts = {prompt: template.filled({}) for prompt, template in parsed.items() if not template.names}
+    name = texts.get(label.name, label.name) if label.prompts == (label.name,) else label.name
+    templates = tuple(prompt for prompt in parsed if prompt not in texts and prompt != label.name)
+    if not texts and not templates:
+        return None
+    return _changed(label, name=name, prompts=tuple(texts.values()), templates=templates)
 
 
 def _with_ids_of_all(labels: tuple[Label, ...]) -> tuple[Label, ...]:
@@ -290,32 +331,41 @@ def _of_toml(text: str, where: str) -> Labels:
     return labels_of_tables(tables, f"--labels {where}")
 
 
-def labels_of_tables(tables: Sequence[Mapping[str, Any]], where: str) -> Labels:
+def labels_of_tables(tables: Sequence[Mapping[str, Any]], where: str, *, may_fill: bool = False) -> Labels:
     """Return the labels of tables as a `.toml` file has them, whoever wrote them; `where` begins each message.
+
+    `may_fill`: the tables are those of a run, which may have templates as well.
 
     Raises:
         UsageError: a key that is not known, a value that is not of its kind, or something that comes twice.
     """
-    return _checked([_of_table(table, f"{where}, label {n}") for n, table in enumerate(tables, 1)], where)
+    keys = _KEYS | {"templates"} if may_fill else _KEYS
+    return _checked([_of_table(table, f"{where}, label {n}", keys) for n, table in enumerate(tables, 1)], where)
 
 
-def _of_table(table: Mapping[str, Any], where: str) -> Label:
-    unknown = next((key for key in table if key not in _KEYS), None)
+def _of_table(table: Mapping[str, Any], where: str, keys: frozenset[str]) -> Label:
+    unknown = next((key for key in table if key not in keys), None)
     if unknown is not None:
-        raise UsageError(f"{where}: unknown key {printable(str(unknown))!r}; one of {', '.join(sorted(_KEYS))}")
+        raise UsageError(f"{where}: unknown key {printable(str(unknown))!r}; one of {', '.join(sorted(keys))}")
     name = table.get("name")
     if not isinstance(name, str) or not name.strip():
         raise UsageError(f"{where}: a name is missing")
-    prompts = table.get("prompts", [name.strip()])
-    is_list = isinstance(prompts, list) and all(isinstance(prompt, str) and prompt.strip() for prompt in prompts)
-    if not is_list or not prompts:
-        raise UsageError(f"{where} ({printable(name)}): prompts is a list of texts")
     here = f"{where} ({printable(name)})"
+    prompts, templates = table.get("prompts", [name.strip()]), table.get("templates", [])
+    if not _is_texts(prompts) or not _is_texts(templates) or not (prompts or templates):
+        raise UsageError(f"{here}: prompts is a list of texts")
+    for text in templates:
+        Template.parse(text)
     limits: dict[str, Any] = {key: _share(table[key], f"{here}: {key}") for key in ("min_score", "nms") if key in table}
     limits |= {key: _count(table[key], f"{here}: {key}") for key in ("max_objects", "id") if key in table}
     if limits.get("max_objects") == 0:
         raise UsageError(f"{here}: max_objects is at least 1")
-    return Label(name=name.strip(), prompts=tuple(prompt.strip() for prompt in prompts), **limits)
+    prompts = tuple(prompt.strip() for prompt in prompts)
+    return Label(name=name.strip(), prompts=prompts, templates=tuple(templates), **limits)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
 
 
 def _share(value: object, where: str) -> float:

@@ -57,7 +57,7 @@ class Refinement:
         """Return the IoU above which a double goes; None: none does. `is_shared`: several prompts have the name."""
         label = self.labels.by_name.get(name)
         own = label.nms if label is not None and label.nms is not None else self.nms
-        is_shared = is_shared or (label is not None and len(label.prompts) > 1)
+        is_shared = is_shared or (label is not None and label.is_shared)
         chosen = own if own is not None else SHARED_NAME_NMS if is_shared else None
         return None if chosen is None or chosen >= 1 else chosen
 
@@ -70,7 +70,7 @@ class Refinement:
     def may_compare(self) -> bool:
         """Whether boxes of a picture may be compared, so that its records must be read together."""
         labels = self.labels.labels
-        return self.nms is not None or any(label.nms is not None or len(label.prompts) > 1 for label in labels)
+        return self.nms is not None or any(label.nms is not None or label.is_shared for label in labels)
 
     def to_json(self) -> dict[str, Any]:
         """Return the choice as run.json keeps it."""
@@ -86,7 +86,7 @@ class Refinement:
         is_short = isinstance(tables, list) and len(tables) <= _MOST_LABELS
         if isinstance(tables, list) and is_short and all(isinstance(table, dict) for table in tables):
             with contextlib.suppress(UsageError):
-                labels = labels_of_tables(tables, "run.json")
+                labels = labels_of_tables(tables, "run.json", may_fill=True)
         has_file = document.get("has_file") is True
         return cls(labels, _share(document.get("min_score")), _share(document.get("nms")), has_file)
 
@@ -100,7 +100,8 @@ def _share(value: object) -> float | None:
 def name_of(record: RecordDict, labels: Labels) -> str | None:
     """Return the name under which a record's objects are shown; None for a caption, a question, and what has no prompt.
 
-    It is the name given for the prompt, else that under which it was asked, else the prompt.
+    It is the name given for the prompt, else that under which it was asked, else the prompt. Where nothing was found,
+    a template tells under which name a prompt was asked that it was filled to.
     """
     key, prompt = FOUND_BY_TASK.get(str(record.get("task"))), record.get("prompt")
     if key is None:
@@ -109,7 +110,10 @@ def name_of(record: RecordDict, labels: Labels) -> str | None:
     if label is not None:
         return label.name
     found: Iterable[Mapping[str, Any]] = record.get(key) or ()
-    asked_as = next((thing["label"] for thing in found if thing.get("label")), prompt)
+    asked_as = next((thing["label"] for thing in found if thing.get("label")), None)
+    if asked_as is None and prompt is not None:
+        template = labels.may_be_of(str(prompt))
+        asked_as = prompt if template is None else template.name
     return None if asked_as is None else str(asked_as)
 
 
@@ -136,9 +140,10 @@ def refined(records: Sequence[RecordDict], refinement: Refinement) -> list[Recor
     return [_without(record, refinement, place, doubles) for place, record in enumerate(shown)]
 
 
-def named(record: RecordDict, labels: Labels) -> RecordDict:
-    """Return the record with the name that `labels` gives its prompt on all that was found."""
-    label: Label | None = labels.by_prompt.get(str(record.get("prompt")))
+def named(record: RecordDict, labels: Labels, template: str | None = None) -> RecordDict:
+    """Return the record with the name that `labels` gives its prompt, or its `template`, on all that was found."""
+    known = labels.by_prompt.get(str(record.get("prompt")))
+    label: Label | None = known if template is None else labels.by_template.get(template)
     key = FOUND_BY_TASK.get(str(record.get("task")))
     if label is None or key is None or not record.get(key):
         return record

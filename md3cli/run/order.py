@@ -161,7 +161,7 @@ def record_of(ticket: Ticket, answer: Answer, run: RunIdentity, labels: Labels) 
     """Make the record of an answered request, or of one that failed; what it found gets the name of its prompt."""
     facts, request = ticket.facts, ticket.request
     record = make_record(ticket.record_id, ticket.image, facts, request, run, answer, ticket.row.meta)
-    return named(record, labels)
+    return named(record, labels, (ticket.row.typed or {}).get(request.prompt or ""))
 
 
 class OrderedRecords:

@@ -32,11 +32,13 @@ def whole_rows(folder: RunFolder, plan: Plan) -> Iterator[SourceRow]:
     for shard in range(num_shards):
         each = [reader.rows(shard + number * num_shards) for number in range(len(plan.each))]
         for row, *added in zip(*each, strict=True):
-            yield SourceRow(row.image, _joined([row, *added]), row.meta, row.failure) if added else row
+            yield _joined([row, *added]) if added else row
 
 
-def _joined(rows: Sequence[SourceRow]) -> tuple[Request, ...]:
-    return tuple(chain.from_iterable(row.requests for row in rows))
+def _joined(rows: Sequence[SourceRow]) -> SourceRow:
+    requests = tuple(chain.from_iterable(row.requests for row in rows))
+    typed = {prompt: template for row in rows for prompt, template in (row.typed or {}).items()}
+    return SourceRow(rows[0].image, requests, rows[0].meta, rows[0].failure, typed or None)
 
 
 def fingerprint_of(folder: RunFolder, plan: Plan) -> str:
@@ -59,7 +61,8 @@ def added_rows(now: Iterable[SourceRow], before: Iterable[SourceRow], new: tuple
         if row is None or old is None or not _is_same(row, old):
             raise RowsDifferError(number)
         added = row.requests[len(old.requests) :]
-        yield SourceRow(row.image, new if added == new else added, row.meta, row.failure)
+        typed = {r.prompt: row.typed[r.prompt] for r in added if r.prompt in row.typed} if row.typed else None
+        yield SourceRow(row.image, new if added == new else added, row.meta, row.failure, typed)
 
 
 def _is_same(row: SourceRow, old: SourceRow) -> bool:
@@ -70,7 +73,7 @@ def _is_same(row: SourceRow, old: SourceRow) -> bool:
     if (row.image, row.meta, row.failure) == (old.image, old.meta, old.failure):
         return True
     # A value may come back from the manifest in another form: a tuple as a list, a NaN as another one.
-    return columns_of(SourceRow(row.image, asked, row.meta, row.failure), ()) == columns_of(old, ())
+    return columns_of(SourceRow(row.image, asked, row.meta, row.failure, old.typed), ()) == columns_of(old, ())
 
 
 def merged(parts: Sequence[bytes], counts: Sequence[Sequence[int]]) -> Iterator[bytes]:

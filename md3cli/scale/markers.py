@@ -67,7 +67,7 @@ class RunOptions:
             model["cache_dir"] = Path(model["cache_dir"])
         decode: dict[str, Any] = dict(document["decode"])
         decode |= {name: tuple(value) for name, value in decode.items() if isinstance(value, list)}
-        labels = labels_of_tables(document.get("labels", ()), RUN)
+        labels = labels_of_tables(document.get("labels", ()), RUN, may_fill=True)
         return cls(ModelOptions(**model), DecodeOptions(**decode), labels)
 
 

@@ -181,7 +181,7 @@ def _singly(asked: PlannedRow, wanted: set[str]) -> list[PlannedRow]:
     """Return the wanted requests of a row, each as a row of its own."""
     row = asked.row
     return [
-        PlannedRow(SourceRow(row.image, (request,), row.meta, row.failure), (record_id,))
+        PlannedRow(SourceRow(row.image, (request,), row.meta, row.failure, row.typed), (record_id,))
         for request, record_id in zip(row.requests, asked.ids, strict=True)
         if record_id in wanted
     ]

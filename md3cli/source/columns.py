@@ -9,79 +9,27 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any
 
 from md3cli.config import ColumnOptions
 from md3cli.errors import RequestError, RowError, UsageError
-from md3cli.records import ImageItem, Request, printable
+from md3cli.records import ImageItem, Request, Task, printable
+from md3cli.refine.template import SHOWN_CHARS, Template, quoted
 from md3cli.remote.address import is_address
 from md3cli.source.requests import EmbeddedImage, check_value, is_given, typed_cell
 
 OF_THE_PICTURE = ("stem", "name", "folder")  # placeholders that are no columns
-PROMPT_LIMIT_CHARS = 1 << 20  # of a filled prompt; no model's context holds a tenth of it
+_NAMED_TASKS = frozenset({Task.DETECT, Task.POINT, Task.SEGMENT})  # whose answers have labels
 NEAR_MISS = 0.8  # of difflib: `promt`, `lenght` and `tasks` are near, `score` and `class` are not
-SHOWN_CHARS = 60
-_BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
-_PLAIN_NAME = re.compile(r"[^\s.:!\[\]](?:[^.:!\[\]]*[^\s.:!\[\]])?")
 
 
 def near_miss(name: str, known: Sequence[str]) -> str | None:
     """Return the one of `known` that `name` is most likely a misspelling of; None where it resembles none."""
     found = get_close_matches(name.strip().lower(), known, n=1, cutoff=NEAR_MISS)
     return found[0] if found else None
-
-
-def quoted(name: str) -> str:
-    """Return the name of a column, or what stands in its place, for a message."""
-    return f"'{printable(name)[:SHOWN_CHARS]}'"
-
-
-class Template(NamedTuple):
-    """A prompt taken apart: `texts` and, behind each but the last, one of the `names` of what is put in."""
-
-    texts: tuple[str, ...]
-    names: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, prompt: str) -> Template:
-        """Take apart what was typed: `{name}` is a placeholder, `{{` and `}}` are braces.
-
-        Raises:
-            UsageError: a brace without its other half, or a placeholder that is more than a plain name.
-        """
-        texts, names, end = [""], list[str](), 0
-        for found in _BRACES.finditer(prompt):
-            texts[-1] += prompt[end : found.start()]
-            end = found.end()
-            if found[0] in ("{{", "}}"):
-                texts[-1] += found[0][0]
-            elif found[1] is None:
-                raise UsageError(f"{quoted(prompt)} has a lone '{found[0]}'; write {found[0] * 2} for a brace")
-            elif not _PLAIN_NAME.fullmatch(found[1]):
-                raise UsageError(
-                    f"{quoted(prompt)}: {{{printable(found[1])[:SHOWN_CHARS]}}} is not the plain name of a column; "
-                    "--map NEW=COLUMN gives a column a plain one, and {{ }} are braces"
-                )
-            else:
-                names.append(found[1])
-                texts.append("")
-        texts[-1] += prompt[end:]
-        return cls(tuple(texts), tuple(names))
-
-    def filled(self, values: Mapping[str, str]) -> str:
-        """Return the prompt with `values` in place of its names.
-
-        Raises:
-            RequestError: it becomes longer than PROMPT_LIMIT_CHARS.
-        """
-        if sum(map(len, self.texts)) + sum(len(values[name]) for name in self.names) > PROMPT_LIMIT_CHARS:
-            raise RequestError(f"the filled prompt is longer than {PROMPT_LIMIT_CHARS >> 20} Mi characters")
-        head = "".join(text + values[name] for text, name in zip(self.texts, self.names, strict=False))
-        return head + self.texts[-1]
 
 
 class ColumnRules:
@@ -115,6 +63,14 @@ class ColumnRules:
         if not self.constants:
             return columns
         return columns | {name: value for name, value in self.constants.items() if not is_given(columns, name)}
+
+    def typed(self, asked: Sequence[Request], filled: Sequence[Request]) -> dict[str, str] | None:
+        """Return the template of each filled prompt of a task that names what it finds; None where none was filled."""
+        if asked is filled:
+            return None
+        changed = (pair for pair in zip(filled, asked, strict=True) if pair[0] is not pair[1])
+        pairs = ((str(new.prompt), str(old.prompt)) for new, old in changed if new.task in _NAMED_TASKS)
+        return {prompt: template for prompt, template in pairs if self._templates[template].names} or None
 
     def filled(
         self, requests: tuple[Request, ...], columns: Mapping[str, Any], image: ImageItem | None

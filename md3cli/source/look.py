@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from md3cli.config import ColumnOptions
 from md3cli.errors import UsageError
 from md3cli.records import Request, Task, printable
-from md3cli.source.columns import OF_THE_PICTURE, ColumnRules, near_miss, quoted
+from md3cli.refine.template import quoted
+from md3cli.source.columns import OF_THE_PICTURE, ColumnRules, near_miss
 from md3cli.source.manifest import ManifestRow
 from md3cli.source.requests import ROW_COLUMNS, is_given
 

@@ -266,15 +266,20 @@ class Source:
         if not self._rules.changes_pictures:
             return (image.name, SourceRow(image, self._requests, failure=failure))
         columns = self._rules.with_constants({"image": image.name})
+        typed = None
         try:
-            asked = self._asked(columns, image)
+            asked, typed = self._asked(columns, image)
         except RowError as error:
             asked, failure = (refused_request(columns, self._base),), RowFailure(error.type, str(error))
-        return (image.name, SourceRow(image, asked, _meta_of(columns), failure))
+        return (image.name, SourceRow(image, asked, _meta_of(columns), failure, typed))
 
-    def _asked(self, columns: dict[str, Any], image: ImageItem | None) -> tuple[Request, ...]:
-        """Return what a row asks; raises RowError."""
-        return self._rules.filled(row_requests(columns, self._requests, self._defaults), columns, image)
+    def _asked(
+        self, columns: dict[str, Any], image: ImageItem | None
+    ) -> tuple[tuple[Request, ...], Mapping[str, str] | None]:
+        """Return what a row asks, and the templates of prompts that were filled; raises RowError."""
+        asked = row_requests(columns, self._requests, self._defaults)
+        filled = self._rules.filled(asked, columns, image)
+        return filled, self._rules.typed(asked, filled)
 
     def _walked(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
         folder, glob = _walk_of(given)
@@ -375,7 +380,7 @@ class Source:
         """Return what a manifest's row asks; a failure keeps as much of the row as could be read."""
         columns = self._rules.with_constants(entry.columns or {})
         image: ImageItem | None = None
-        is_bare = False
+        asked, typed, is_bare = self._requests, None, False
         try:
             if entry.columns is None:
                 raise RowError("bad_row", entry.problem)
@@ -384,7 +389,8 @@ class Source:
                 if isinstance(name, str):
                     refuse_address(name, may_fetch=places.may_fetch)
             is_bare = image is not None and len(columns) == 1
-            asked = self._requests if is_bare and self._is_fit_for_pictures else self._asked(columns, image)
+            if not (is_bare and self._is_fit_for_pictures):
+                asked, typed = self._asked(columns, image)
             failure = self._outside(image.path) if image else None
             if image and is_of_windows(image.name) and not is_address(image.path) and not os.path.lexists(image.path):
                 raise RowError(
@@ -393,7 +399,7 @@ class Source:
         except RowError as error:
             asked = (refused_request(columns, self._base),)
             failure = RowFailure(error.type, f"{entry.where}: {error}")
-        return SourceRow(image, asked, {} if is_bare else _meta_of(columns), failure)
+        return SourceRow(image, asked, {} if is_bare else _meta_of(columns), failure, typed)
 
 
 def _walk_of(given: Input) -> tuple[str, Glob | None]:

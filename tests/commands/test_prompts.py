@@ -191,3 +191,36 @@ def test_a_folder_with_constant_settings_is_resumed(md3: Program) -> None:
     Path("out.jsonl.run.json").unlink()  # records alone say too little to refuse a template
     assert md3(*command).exit_code == 0
     assert md3.num_answered == 0
+
+
+@pytest.mark.parametrize("many", [(), ("--engine", "local", "--shard-size", 2)])
+def test_a_filled_prompt_keeps_its_name(md3: Program, many: tuple[object, ...]) -> None:
+    """Also in every format, and where nothing was found; a template without a name is no class."""
+    options = ("--template", "--map", "image=img", "--prompts", "o.txt", "-o", "out/", "-f", "coco")
+    Path("o.txt").write_text("thing={color} dog\n{stem}\nstar\nbrace={{x}}\n")
+    md3("detect", "m.csv", *options, *many)
+    records = records_of(Path("out/records.jsonl"))
+    named = {
+        record["prompt"]: {found["label"] for found in record["objects"]}
+        for record in records
+        if record["error"] is None
+    }
+    assert named == {
+        "red dog": {"thing"},
+        "p0": {"p0"},
+        "star": {"star"},
+        "{x}": {"brace"},
+        "{stem} dog": {"thing"},
+        "p2": {"p2"},
+    }
+    expected = ["thing", "star", "brace", "p0", "p2"]
+    assert categories(Path("out/coco.json")) == expected
+    bare = [record | {"objects": []} if "objects" in record else record for record in records]
+    Path("out/records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in bare))
+    result = md3("export", "out", "-f", "coco", "-o", "again.json")
+    assert result.exit_code == 0, result.stderr
+    assert categories(Path("again.json")) == expected
+
+
+def categories(path: Path) -> list[str]:
+    return [category["name"] for category in json.loads(path.read_bytes())["categories"]]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from md3cli.config import ColumnOptions
 from md3cli.errors import RequestError, UsageError
 from md3cli.records import ImageItem, Request, Task
-from md3cli.source.columns import PROMPT_LIMIT_CHARS, ColumnRules, Template, near_miss, renamed_columns
+from md3cli.refine.template import PROMPT_LIMIT_CHARS, Template
+from md3cli.source.columns import ColumnRules, near_miss, renamed_columns
 from md3cli.source.requests import EmbeddedImage
 
 PICTURE = ImageItem("cats/sub/a.b.jpg", "/data/cats/sub/a.b.jpg")
