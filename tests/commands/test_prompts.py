@@ -224,3 +224,18 @@ def test_a_filled_prompt_keeps_its_name(md3: Program, many: tuple[object, ...]) 
 
 def categories(path: Path) -> list[str]:
     return [category["name"] for category in json.loads(path.read_bytes())["categories"]]
+
+
+@pytest.mark.parametrize("many", [(), ("--engine", "local", "--shard-size", 2)])
+def test_a_template_is_added(md3: Program, many: tuple[object, ...]) -> None:
+    """The file is that of a run which asked both at once."""
+    options = ("--template", "--map", "image=img")
+    first, second = "thing={color} dog", "word={color} cat in {folder}"
+    md3("detect", "m.csv", first, second, *options, "-o", "once.jsonl")
+    md3("detect", "m.csv", first, *options, "-o", "out.jsonl", *many)
+    result = md3("detect", "m.csv", second, *options, "-o", "out.jsonl", *many, "--add")
+    assert result.exit_code == 3, result.stderr
+    assert Path("out.jsonl").read_bytes() == Path("once.jsonl").read_bytes()
+    assert md3("verify", "out.jsonl").exit_code == 0
+    result = md3("detect", "m.csv", second, *options[1:], "-o", "out.jsonl", *many, "--add")
+    assert (result.exit_code, "template" in result.stderr) == (2, True)
