@@ -1,10 +1,10 @@
 """Records on disk become the report on disk: one page, and where there are many pictures a folder of data beside it.
 
-The first pass over the records counts, the second makes thumbnails and writes index and cards piece by piece, so memory
-holds the pictures of one file at most. The page asks nothing of the network: its own Content Security Policy allows
-data: pictures and, by hash, exactly the style and script inside it; script files beside it are loaded under a nonce.
-Thumbnails are JPEG data URIs of pictures that came through `read_image`, as everywhere. Ground truth adds verdicts on
-shapes, missed objects, scores and curves.
+One pass over the records counts, makes thumbnails and writes index and cards piece by piece, so memory holds the
+pictures of one file at most; the page, which has the counts, comes last. It asks nothing of the network: its own
+Content Security Policy allows data: pictures and, by hash, exactly the style and script inside it; script files beside
+it are loaded under a nonce. Thumbnails are JPEG data URIs of pictures that came through `read_image`, as everywhere.
+Ground truth adds verdicts on shapes, missed objects, scores and curves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -231,27 +231,79 @@ def write_report(
     """
     _template()  # what is missing is said before the work
     page = output if output.suffix.lower() in (".html", ".htm") else output / "index.html"
-    records, notes, verdicts = as_collection(records), list[str](), verdicts_of(sections)
-    stats, num_items = _count(with_verdicts(items(read(records, notes)), verdicts), records)
-    pictures = Pictures(records, _picture_options(options))
-    judged = with_verdicts(items(read(records)), verdicts)
-    shown = with_thumbnails(judged, pictures, options.thumbnail_px)
-    path, infos = records.path, records.infos()
-    name = printable(path.parent.resolve().name if path.stem == "records" else path.stem)
-    head: dict[str, Any] = {"run": run_key(infos, stats), "name": name, "perPage": options.images_per_page}
-    head |= {"cardsSize": CARDS_SIZE, "labels": palette_of(stats.palette_labels).document()}
-    is_one_file = num_items <= max(options.images_in_file, options.images_per_page)
-    folder = page.with_name(f"{page.stem}_pages")
-    with replaced_file(page, overwrite=options.overwrite) as file:
-        if is_one_file:
-            pieces, num_missing = _kept_pieces(shown, advance)
-        else:
-            pieces, num_missing = _written_pieces(shown, folder, options, advance)
-        file.writelines(render(_overview(options.title or name, stats, infos, sections), head | pieces))
-    if is_one_file and options.overwrite and marker_format(folder) == "html":
-        remove_written(folder)  # of the larger report that stood here
-    beside = None if is_one_file else folder
-    return ReportSummary(page, beside, stats.num_images, stats.num_records, num_missing, tuple(notes))
+    records, notes, num_missing = as_collection(records), list[str](), 0
+    pictures, stats = Pictures(records, _picture_options(options)), _new_stats(records)
+    judged = with_verdicts(items(read(records, notes)), verdicts_of(sections))
+    with replaced_file(page, overwrite=options.overwrite) as file, ExitStack() as stack:
+        pieces = Pieces(page.with_name(f"{page.stem}_pages"), options, stack)
+        for item in in_pieces(with_thumbnails(judged, pictures, options.thumbnail_px), pieces.write):
+            stats.add(item)
+            num_missing += item.missing is not None
+            advance(1)
+        stack.close()  # the folder first: a page without its folder shows nothing
+        file.writelines(render(*_page_of(records, stats, options, sections, pieces)))
+    pieces.remove_former()
+    return ReportSummary(page, pieces.folder, stats.num_images, stats.num_records, num_missing, tuple(notes))
+
+
+def _new_stats(records: Collection) -> RunStats:
+    stats = RunStats(records.refinement.labels)
+    stats.palette_labels.update(dict.fromkeys(records.classes))
+    return stats
+
+
+class Pieces:
+    """Index and cards of a report: kept while its pictures fit in one file, then in script files in `beside`.
+
+    The thumbnails are in script files, too: picture files would need `img-src file:`, which is every file of the disk.
+    `stamp` tells the files from another report's, and is the nonce, which nobody who wrote the records can know.
+    """
+
+    def __init__(self, beside: Path, options: ReportOptions, stack: ExitStack) -> None:
+        self._beside, self._overwrite, self._stack = beside, options.overwrite, stack
+        self._most_kept = max(options.images_in_file, options.images_per_page)
+        self._kept: dict[str, list[Any]] = {"index": [], "cards": []}
+        self._num_kept = 0
+        self._counts = {"index": 0, "cards": 0}
+        self._stage: Path | None = None
+        self.stamp = secrets.token_urlsafe(16)
+
+    def write(self, kind: str, number: int, document: Sequence[Any] | Mapping[str, Any]) -> None:
+        """Take over a piece, `number` of its kind."""
+        self._counts[kind] += 1
+        if self._stage is not None:
+            self._write_file(kind, number, document)
+            return
+        self._kept[kind].append(document)
+        self._num_kept += len(document) if kind == "cards" else 0
+        if self._num_kept > self._most_kept:
+            stage = self._stack.enter_context(staged_folder(self._beside, overwrite=self._overwrite, format="html"))
+            self._stage = stage.path
+            for kept, documents in self._kept.items():
+                for place, one in enumerate(documents):
+                    self._write_file(kept, place, one)
+            self._kept.clear()
+
+    def _write_file(self, kind: str, number: int, document: object) -> None:
+        assert self._stage is not None
+        name = f"{kind}-{number + 1:05d}"
+        (self._stage / f"{name}.js").write_text(script_of(self.stamp, name, document), encoding="ascii")
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that the page needs beside it."""
+        return None if self._stage is None else self._beside
+
+    def data(self) -> dict[str, Any]:
+        """Return what the page's script gets of them: themselves, or where they are."""
+        if self._stage is None:
+            return self._kept
+        return {"files": {"folder": quote(self._beside.name), "stamp": self.stamp, **self._counts}}
+
+    def remove_former(self) -> None:
+        """Remove the folder of a larger report that stood here, where this one needs none."""
+        if self._stage is None and self._overwrite and marker_format(self._beside) == "html":
+            remove_written(self._beside)
 
 
 def _picture_options(options: ReportOptions) -> ExportOptions:
@@ -263,29 +315,27 @@ def _picture_options(options: ReportOptions) -> ExportOptions:
     )
 
 
-def _count(shown: Iterable[Item], records: Collection) -> tuple[RunStats, int]:
-    stats, num_items = RunStats(records.refinement.labels), 0
-    stats.palette_labels.update(dict.fromkeys(records.classes))
-    for item in shown:
-        stats.add(item)
-        num_items += 1
-    return stats, num_items
-
-
-def _overview(title: str, stats: RunStats, infos: Sequence[RunInfo], sections: Sequence[Section]) -> Page:
+def _page_of(
+    records: Collection, stats: RunStats, options: ReportOptions, sections: Sequence[Section], pieces: Pieces
+) -> tuple[Page, dict[str, Any]]:
+    """Return what the template gets and what the script gets."""
+    path, infos, palette = records.path, records.infos(), palette_of(stats.palette_labels)
     run = infos[0] if len(infos) == 1 else RunInfo({})  # the times of several runs say nothing together
-    return Page(
-        title=title,
+    name = printable(path.parent.resolve().name if path.stem == "records" else path.stem)
+    page = Page(
+        title=options.title or name,
         facts=run_facts(stats),
         tiles=overview_tiles(stats, run),
         tables=[score_table(section) for section in sections],
         plots=[*(plot for section in sections for plot in score_plots(section)), *run_plots(stats, run)],
-        facets=facets_of(stats, palette_of(stats.palette_labels)),
-        signs=signs_of(stats.kinds, len(stats.palette_labels)),
+        facets=facets_of(stats, palette),
+        signs=signs_of(stats.kinds, len(palette.numbers)),
         has_scores=any(stats.score_bins),
         is_judged=is_judged(stats.kinds),
         made=today(),
     )
+    data: dict[str, Any] = {"run": run_key(infos, stats), "name": name, "labels": palette.document()}
+    return page, data | {"perPage": options.images_per_page, "cardsSize": CARDS_SIZE} | pieces.data()
 
 
 def run_key(infos: Sequence[RunInfo], stats: RunStats) -> str:
@@ -295,44 +345,6 @@ def run_key(infos: Sequence[RunInfo], stats: RunStats) -> str:
     """
     roots = sorted({str(info.root) for info in infos if info.root is not None}) or [str(stats.first_id)]
     return hashlib.sha256("\n".join(roots).encode("utf-8", "replace")).hexdigest()[:16]
-
-
-def _kept_pieces(shown: Iterable[Item], advance: Callable[[int], object]) -> tuple[dict[str, Any], int]:
-    """Return index and cards for a page that holds them, and the number of missing pictures."""
-    pieces: dict[str, Any] = {"index": [], "cards": []}
-
-    def keep(kind: str, number: int, document: object) -> None:
-        pieces[kind].append(document)
-
-    return pieces, _num_missing(in_pieces(shown, keep), advance)
-
-
-def _written_pieces(
-    shown: Iterable[Item], folder: Path, options: ReportOptions, advance: Callable[[int], object]
-) -> tuple[dict[str, Any], int]:
-    """Write index and cards into `folder`; return where they are, and the number of missing pictures.
-
-    Thumbnails are in script files, too: picture files would need `img-src file:`, which is every file of the disk. The
-    stamp tells them from the files of another report, and is the nonce, which nobody can know who wrote the records.
-    """
-    stamp, counts = secrets.token_urlsafe(16), {"index": 0, "cards": 0}
-    with staged_folder(folder, overwrite=options.overwrite, format="html") as stage:
-
-        def write(kind: str, number: int, document: object) -> None:
-            name = f"{kind}-{number + 1:05d}"
-            (stage.path / f"{name}.js").write_text(script_of(stamp, name, document), encoding="ascii")
-            counts[kind] += 1
-
-        num_missing = _num_missing(in_pieces(shown, write), advance)
-    return {"files": {"folder": quote(folder.name), "stamp": stamp, **counts}}, num_missing
-
-
-def _num_missing(shown: Iterable[Item], advance: Callable[[int], object]) -> int:
-    num_missing = 0
-    for item in shown:
-        num_missing += item.missing is not None
-        advance(1)
-    return num_missing
 
 
 def render(page: Page, data: Mapping[str, Any]) -> Iterator[bytes]:

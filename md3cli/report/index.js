@@ -59,7 +59,7 @@ const hasObjects = (r) => index.firstObject[r] < index.firstObject[r + 1] && ind
 
 /* ---- filters: sets of values, empty for all; scores from and to; words that must all be there ---- */
 
-const isWhole = (filters) => filters.from <= 0 && filters.to >= 1;
+const OBJECT_TASKS = ["detect", "point", "segment"];
 
 function isObjectShown(o, filters) {
   const score = index.scores[o];
@@ -67,36 +67,23 @@ function isObjectShown(o, filters) {
   return filters.labels.size === 0 || filters.labels.has(index.labels[o]);
 }
 
-function isRecordShown(r, filters, markOf) {
-  const { task, status, verdict, quality, mark } = filters.chosen;
+function isChosen(r, filters, markOf) {
+  const { status, verdict, quality, mark } = filters.chosen;
   if (filters.tasks.size > 0 && !filters.tasks.has(index.tasks[r])) return false;
   if (status.size > 0 && !status.has(STATUSES[index.statuses[r]])) return false;
   if (verdict.size > 0 && !verdict.has(VERDICTS[index.verdicts[r]])) return false;
   if (quality.size > 0 && !QUALITIES.some((name, bit) => (index.qualities[r] >> bit) & 1 && quality.has(name))) return false;
-  if (mark.size > 0 && !mark.has(markOf(index.ids[r]) ?? "none")) return false;
-  if (hasObjects(r)) return hasShownObject(r, filters);
-  if (filters.labels.size > 0 && !isAskedFor(r, filters)) return false;
-  return isWhole(filters) || hasScoreInRange(r, filters);
+  return mark.size === 0 || mark.has(markOf(index.ids[r]) ?? "none");
 }
 
-function hasShownObject(r, filters) {
-  for (let o = index.firstObject[r]; o < index.firstObject[r + 1]; o++) if (isObjectShown(o, filters)) return true;
-  return false;
-}
-
-function hasScoreInRange(r, filters) {
-  for (let o = index.firstObject[r]; o < index.firstObject[r + 1]; o++) {
-    if (index.scores[o] >= filters.from && index.scores[o] <= filters.to) return true;
-  }
-  return false;
-}
-
-/* Who picks a label wants to see it; with "nothing found" or "failed", where it was looked for in vain. */
-function isAskedFor(r, filters) {
-  if (filters.chosen.status.size === 0 || index.prompts[r] < 0) return false;
-  if (filters.labels.has(index.prompts[r])) return true;
-  for (const label of index.labelsOfPrompt.get(index.prompts[r]) ?? []) if (filters.labels.has(label)) return true;
-  return false;
+/* Whether a record that found nothing is shown. Who picks a label wants to see it; with "nothing found" or "failed",
+   where it was looked for in vain. */
+function isEmptyShown(r, filters) {
+  if (filters.from > 0 || filters.to < 1) return false;
+  if (filters.labels.size === 0) return true;
+  const prompt = index.prompts[r];
+  if (filters.chosen.status.size === 0 || !OBJECT_TASKS.includes(index.words[index.tasks[r]])) return false;
+  return filters.labels.has(prompt) || [...(index.labelsOfPrompt.get(prompt) ?? [])].some((label) => filters.labels.has(label));
 }
 
 /* A search for words: each word must be in the name, or in the record's task, prompt, labels or text. */
@@ -112,67 +99,49 @@ function searcher(words) {
   return (p, r) => words.every((_, n) => isIn(p, r, n));
 }
 
-/* Returns what is shown: pictures in their order, of each record whether it is, and counts. `markOf(id)` is its mark. */
+/* Returns what is shown: `pictures` in their order, of each record whether it is, and counts; `markOf(id)` is a mark.
+   One pass over the columns: it counts objects and finds the lowest score, by which pictures are ordered. */
 function select(filters, markOf) {
-  const isShown = new Uint8Array(numRecords());
+  const { firstRecord, firstObject, labels, scores } = index;
   const isFound = filters.words.length > 0 ? searcher(filters.words) : () => true;
+  const isShown = new Uint8Array(numRecords());
+  const least = new Float64Array(numPictures()).fill(Infinity); // how sure a picture's answers are
+  const objects = new Int32Array(numPictures());
   const pictures = [];
-  let count = 0;
+  let [numShown, numObjects] = [0, 0];
   for (let p = 0; p < numPictures(); p++) {
-    const before = count;
-    for (let r = index.firstRecord[p]; r < index.firstRecord[p + 1]; r++) {
-      if (isRecordShown(r, filters, markOf) && isFound(p, r)) count += isShown[r] = 1;
+    const before = numShown;
+    for (let r = firstRecord[p]; r < firstRecord[p + 1]; r++) {
+      if (!isChosen(r, filters, markOf) || !isFound(p, r)) continue;
+      let fitting = 0;
+      for (let o = firstObject[r]; o < firstObject[r + 1]; o++) {
+        if (!isObjectShown(o, filters)) continue;
+        fitting++;
+        if (labels[o] >= 0) objects[p]++;
+        if (scores[o] < least[p]) least[p] = scores[o];
+      }
+      if (fitting === 0 && (firstObject[r] < firstObject[r + 1] || !isEmptyShown(r, filters))) continue;
+      isShown[r] = 1;
+      numShown++;
     }
-    if (count > before) pictures.push(p);
+    if (numShown > before) pictures.push(p);
+    numObjects += objects[p];
   }
-  const objects = countObjects(pictures, isShown, filters);
-  return { pictures: ordered(pictures, isShown, filters), isShown, numRecords: count, numObjects: objects };
+  return { pictures: ordered(pictures, ORDERS[filters.sort]?.(least, objects)), isShown, numRecords: numShown, numObjects };
 }
 
-function eachShownObject(p, isShown, filters, act) {
-  for (let r = index.firstRecord[p]; r < index.firstRecord[p + 1]; r++) {
-    if (!isShown[r]) continue;
-    for (let o = index.firstObject[r]; o < index.firstObject[r + 1]; o++) if (isObjectShown(o, filters)) act(o);
-  }
-}
+/* ---- orders: by what is shown of a picture, the smallest first; equal ones stay in the order of the run ---- */
 
-function countObjects(pictures, isShown, filters) {
-  return pictures.reduce((sum, p) => sum + objectsOf(p, isShown, filters), 0);
-}
-
-/* ---- orders: by what is shown of a picture; equal ones stay in the order of the run ---- */
-
-/* The lowest score: how sure the answers about a picture are. Infinity without scores. */
-function sureness(p, isShown, filters) {
-  let least = Infinity;
-  eachShownObject(p, isShown, filters, (o) => { if (index.scores[o] < least) least = index.scores[o]; });
-  return least;
-}
-
-function objectsOf(p, isShown, filters) {
-  let count = 0;
-  eachShownObject(p, isShown, filters, (o) => { count += index.labels[o] >= 0; });
-  return count;
-}
-
-const ORDERS = { // the smallest first
-  "least-sure": sureness,
-  "most-sure": (p, isShown, filters) => {
-    const sure = sureness(p, isShown, filters);
-    return sure === Infinity ? sure : -sure; // without scores: last here, too
-  },
-  "most-objects": (p, isShown, filters) => -objectsOf(p, isShown, filters),
-  "fewest-objects": objectsOf,
-  name: (p) => nameRanks()[p],
+const ORDERS = {
+  "least-sure": (least) => least,
+  "most-sure": (least) => least.map((score) => (score === Infinity ? score : -score)), // without scores: last here, too
+  "most-objects": (_, objects) => objects.map((count) => -count),
+  "fewest-objects": (_, objects) => objects,
+  name: () => nameRanks(),
 };
 
-function ordered(pictures, isShown, filters) {
-  const keyOf = ORDERS[filters.sort];
-  if (!keyOf) return pictures;
-  const keys = new Float64Array(numPictures());
-  for (const p of pictures) keys[p] = keyOf(p, isShown, filters);
-  return pictures.sort((a, b) => (keys[a] === keys[b] ? a - b : keys[a] - keys[b]));
-}
+const ordered = (pictures, keys) =>
+  keys ? pictures.sort((a, b) => (keys[a] === keys[b] ? a - b : keys[a] - keys[b])) : pictures;
 
 let ranks = null;
 

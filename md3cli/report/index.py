@@ -140,7 +140,7 @@ def _without_nothing(document: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if value is not None}
 
 
-def in_pieces(items: Iterable[Item], write: Callable[[str, int, object], None]) -> Iterator[Item]:
+def in_pieces(items: Iterable[Item], write: Callable[[str, int, Any], None]) -> Iterator[Item]:
     """Call `write(kind, number, document)` with pieces of index and cards; yield each item once its card is made."""
     index, cards = IndexPiece(), list[dict[str, Any]]()
     num_index = num_cards = 0

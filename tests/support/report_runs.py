@@ -101,7 +101,7 @@ LABELS = ("car", "person", "dog", "bicycle", "traffic light", "bus", "bench", "b
 
 
 def write_large_run(folder: Path, num_pictures: int) -> Path:
-    """A run of many tiny pictures (links to fifty files), each with a detection and a caption; one in a hundred fails."""
+    """A run of many tiny pictures (links to fifty files), each with a detection and a caption; one in 100 fails."""
     draws = random.Random(17)
     root = folder / "pictures"
     for n in range(50):
@@ -119,14 +119,15 @@ def write_large_run(folder: Path, num_pictures: int) -> Path:
 
 
 def _large_records(name: str, n: int, draws: random.Random) -> list[dict]:
+    label = LABELS[n % len(LABELS)]
     if n % 100 == 99:
-        return [record(name, "detect", "car", (64, 48), error="decode")]
+        return [record(name, "detect", label, (64, 48), error="decode")]
     objects = [
-        found(draws.choice(LABELS), (x, y, x + 0.3, y + 0.3), round(draws.uniform(0.001, 0.999), 3))
+        found(label, (x, y, x + 0.3, y + 0.3), round(draws.uniform(0.001, 0.999), 3))
         for x, y in ((draws.uniform(0, 0.7), draws.uniform(0, 0.7)) for _ in range(n % 7))
     ]
     caption = " ".join(draws.choice(LABELS) for _ in range(25)) + f", picture number {n}."
     return [
-        record(name, "detect", "car", (64, 48), objects=objects),
+        record(name, "detect", label, (64, 48), objects=objects),
         record(name, "caption", size=(64, 48), length="normal", caption=caption),
     ]
