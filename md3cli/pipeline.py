@@ -97,11 +97,11 @@ def _grown(config: RunConfig, plan: OutputPlan, console: RunConsole) -> RunConfi
     if not config.output.add or config.estimate is not None or config.is_dry_run:
         return config
     check_may_add(config, plan)
-    planned: tuple[Request, ...] = ()
+    planned = None
     if config.output.address is not None or (plan.files is not None and plan.files.has_run_folder):
-        from md3cli.scale.start import planned_requests
+        from md3cli.scale.start import planned_in
 
-        planned = planned_requests(config, plan)
+        planned = planned_in(config, plan)
     return grown(config, plan, planned, console.say)
 
 

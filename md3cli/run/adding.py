@@ -8,14 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 from md3cli.config import RunConfig
 from md3cli.errors import OutputMismatchError, UsageError
 from md3cli.finished.run_json import read_facts
 from md3cli.records import Request, printable
+from md3cli.refine.labels import Labels
+from md3cli.refine.refinement import Refinement
 from md3cli.run.asked import listed, new_in, requests_in, together
 from md3cli.run.output import OutputPlan
 from md3cli.run.run_info import RUN_SCHEMA
+
+
+class Held(NamedTuple):
+    """What OUTPUT has been asked, and how what is found is called."""
+
+    requests: tuple[Request, ...]
+    labels: Labels
 
 
 def check_may_add(config: RunConfig, plan: OutputPlan) -> None:
@@ -38,23 +48,23 @@ def check_may_add(config: RunConfig, plan: OutputPlan) -> None:
 def grown(
     config: RunConfig,
     plan: OutputPlan,
-    planned: tuple[Request, ...] = (),
+    planned: Held | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> RunConfig:
     """Return `config` with the requests of OUTPUT in front of its own; as it is where OUTPUT is not there.
 
-    `planned` are the requests of an unfinished plan of many processes, which counts more than run.json; `say` is told
-    what is new.
+    Names that OUTPUT has given stay, for requests of it may still be open. `planned` is of an unfinished plan of many
+    processes, which counts more than run.json; `say` is told what is new.
 
     Raises:
         OutputMismatchError: OUTPUT has records, and nothing tells what was asked; or it was asked otherwise.
     """
     assert plan.files is not None
     facts = read_facts(plan.files.run_info, RUN_SCHEMA)
-    if not facts and not planned:
+    if not facts and planned is None:
         _refuse_unknown(plan)
         return config
-    held = planned or requests_in(facts["identity"])
+    held = planned.requests if planned is not None else requests_in(facts["identity"])
     if held is None:  # somebody has changed it: the comparison to come tells what
         return config
     if not held:
@@ -65,7 +75,9 @@ def grown(
     requests = together(held, config.requests)
     new = new_in(config.requests, held)
     say(f"OUTPUT has {listed(held)}; " + (f"{listed(new)} is added" if new else "nothing new is asked"))
-    return replace(config, requests=requests)
+    named = Refinement(planned.labels) if planned is not None else Refinement()
+    refinement = config.refinement.over(Refinement.from_json(facts.get("refinement")).over(named))
+    return replace(config, requests=requests, refinement=refinement)
 
 
 def _refuse_unknown(plan: OutputPlan) -> None:

@@ -19,12 +19,14 @@ import numpy as np
 
 from md3cli.config import RunConfig
 from md3cli.console import RunConsole
-from md3cli.errors import OutputMismatchError
+from md3cli.errors import InputError, OutputMismatchError
 from md3cli.exporters.files import remove_leftovers
 from md3cli.files import translate_errors
 from md3cli.finished.digest import digest_of
 from md3cli.finished.record_shape import read_record
 from md3cli.records import OK_TAIL, Request, SourceRow
+from md3cli.refine.labels import Labels
+from md3cli.run.adding import Held
 from md3cli.run.asked import differences, is_grown
 from md3cli.run.journal import encode_record
 from md3cli.run.journal_scan import first_record, journal_lines
@@ -51,7 +53,7 @@ from md3cli.scale.folder import (
     take_place,
 )
 from md3cli.scale.make_plan import PLANNER, PlannerMark, PlanOvertakenError, make_plan, put_plan, wait_for_plan
-from md3cli.scale.markers import CommitLog, RunOptions, remove_commit
+from md3cli.scale.markers import CommitLog, RunOptions, read_run_options, remove_commit
 from md3cli.scale.plan import Plan, PlanReader, check_config, plan_config, read_plan, with_requests
 from md3cli.scale.shard_runner import asked, is_line_of
 from md3cli.scale.store import LocalStore
@@ -411,8 +413,8 @@ class Start:
                     folder.wip.remove(f"{WIP}/{name}")
 
 
-def planned_requests(config: RunConfig, outputs: OutputPlan) -> tuple[Request, ...]:
-    """Return what an unfinished plan in OUTPUT's run folder asks, and have run.json on this machine.
+def planned_in(config: RunConfig, outputs: OutputPlan) -> Held | None:
+    """Return what an unfinished plan in OUTPUT's run folder asks, and have run.json on this machine; None without one.
 
     A finished one says nothing where run.json does, for one process may have added to the records since.
 
@@ -430,7 +432,12 @@ def planned_requests(config: RunConfig, outputs: OutputPlan) -> tuple[Request, .
         folder = open_run_folder(str(former))
     plan = read_plan(folder)
     is_over = not is_unfinished(folder, has_records=deliveries.has(files.journal))
-    return () if plan is None or (is_over and files.run_info.is_file()) else plan.asked
+    if plan is None or (is_over and files.run_info.is_file()):
+        return None
+    labels = Labels()
+    with contextlib.suppress(InputError):  # nobody has begun with it yet
+        labels = read_run_options(folder).labels
+    return Held(plan.asked, labels)
 
 
 class FormerRun:

@@ -133,6 +133,15 @@ def test_failures_stay_where_they_are_not_asked_again(md3: Program, pictures: Pa
     assert failed == [("p2.png", "circle"), ("p2.png", "star")]
 
 
+def test_names_that_were_given_stay(md3: Program, pictures: Path) -> None:
+    """Also of requests that were still open when more was added; and two prompts of a name are one class."""
+    md3("detect", pictures, "mark=circle", "-o", "o.json", "--limit", 2)
+    assert md3("detect", pictures, "star", "mark=disc", "-o", "o.json", "--add").exit_code == 0
+    found = [record["objects"][0]["label"] for record in records_of(Path("o.json.records.jsonl"))]
+    assert found == ["mark", "star", "mark"] * NUM_PICTURES
+    assert [category["name"] for category in json.loads(Path("o.json").read_bytes())["categories"]] == ["mark", "star"]
+
+
 # -- manifests -------------------------------------------------------------------------------------------
 
 

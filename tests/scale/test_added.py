@@ -178,6 +178,20 @@ def test_failures_are_done_again_while_it_grows(
     assert out.read_bytes() == whole(md3, pictures, tmp_path, "b", "a", "c")
 
 
+@pytest.mark.parametrize("form", [MANY, (), ("--world-size", 2)])
+def test_names_that_were_given_stay(md3: Program, pictures: Path, tmp_path: Path, form: tuple[str, ...]) -> None:
+    out = tmp_path / "o.jsonl"
+    md3("detect", pictures, "mark=circle", "-o", out, *MANY)
+    (run_of(out) / "exported.json").unlink()
+    commit = run_of(out) / "commits/00001.json"
+    (run_of(out) / json.loads(commit.read_bytes())["part"]).unlink()
+    commit.unlink()
+    Path(f"{out}.run.json").unlink()  # ranks have none until they export
+    assert md3("detect", pictures, "star", "-o", out, "--add", *form).exit_code == 3
+    found = {(r["prompt"], r["objects"][0]["label"]) for r in records_of(out) if r["error"] is None}
+    assert found == {("circle", "mark"), ("star", "star")}
+
+
 # -- what INPUT has become -------------------------------------------------------------------------------
 
 
