@@ -26,7 +26,7 @@ from md3cli.run.live import LiveEngine
 from md3cli.run.log import damage_words
 from md3cli.run.model_handle import LazyEngine, Model
 from md3cli.run.order import OrderedRecords
-from md3cli.run.output import ANSWER, TABLE, Output, publish, written_paths
+from md3cli.run.output import ANSWER, TABLE, Output, publish, words_of_others, written_paths
 from md3cli.run.record_index import RequestIds, Unasked
 from md3cli.run.run_info import RunCounts, Timeline
 from md3cli.signals import Interrupted, StopSignals
@@ -201,11 +201,11 @@ class LocalRun:
         if journal is None:
             self.output.print_rest()
             return
-        document = self.output.document
+        run_info = self.output.document
         journal.settle(
             self._unasked() if journal.has_unasked else None,
             self._before_rewrite,
-            has_grown=document is not None and document.has_grown,
+            has_grown=run_info is not None and run_info.has_grown,
         )
         self._tell_damage()
         self._note_end(None)  # a report made below tells of this run
@@ -214,6 +214,8 @@ class LocalRun:
                 self.console.say(f"{document.format}: {note}")
             if self.output.plan.stdout is not None:
                 print_document(document.path)
+        if self.config.output.add and journal.has_changed and (words := words_of_others(self.output.plan)):
+            self.console.warn(words)
 
     def _unasked(self) -> Unasked:
         """Return what decides about the records in OUTPUT that INPUT does not name."""

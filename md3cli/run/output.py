@@ -33,6 +33,7 @@ from md3cli.source.source import Source
 TABLE, ANSWER, JSONL, HTML = "table", "answer", "jsonl", "html"
 FOLDER_FORMATS = frozenset({"yolo", "voc", "labelstudio", "hf", "overlay", "txt"})
 PRINTABLE_FORMATS = frozenset({"coco", "csv", HTML})  # one text, so that stdout can take it
+_FOLDER_NAMES = {**RUN_FOLDER_NAMES, HTML: REPORT_NAME}
 _MOST_OWN_FILES = 1000  # on the list of a run folder; one that is longer is not ours
 
 
@@ -100,8 +101,7 @@ def _is_run_folder(options: OutputOptions, formats: Sequence[str]) -> bool:
 
 
 def _folder_plan(folder: Path, formats: Sequence[str]) -> OutputPlan:
-    names = {**RUN_FOLDER_NAMES, HTML: REPORT_NAME}
-    documents = tuple(Document(format, folder / names[format]) for format in formats if format != JSONL)
+    documents = tuple(Document(format, folder / _FOLDER_NAMES[format]) for format in formats if format != JSONL)
     return OutputPlan(output_paths(folder, is_folder=True, is_journal=False), documents)
 
 
@@ -320,6 +320,22 @@ def written_paths(plan: OutputPlan) -> list[str]:
     assert plan.files is not None
     paths = [*(document.path for document in plan.documents), plan.files.journal]
     return [printable(str(path)) for path in paths if path.exists()]
+
+
+def words_of_others(plan: OutputPlan) -> str | None:
+    """Say which formats of earlier starts stand in a run folder and are not made now; None where none do."""
+    assert plan.files is not None
+    folder, made = plan.files.run_info.parent, {document.path for document in plan.documents}
+    if plan.files.run_info.name != RUN_INFO_NAME:
+        return None
+    ours = set(islice(listed_paths(folder), _MOST_OWN_FILES)) or set(_FOLDER_NAMES.values())  # many keep no list
+    formats = [format for format, name in _FOLDER_NAMES.items() if name in ours and (folder / name).exists()]
+    if not (others := [format for format in formats if folder / _FOLDER_NAMES[format] not in made]):
+        return None
+    again = " ".join(f"-f {format}" for format in others)
+    paths = " and ".join(printable(str(folder / _FOLDER_NAMES[format])) for format in others)
+    them = "it" if len(others) == 1 else "them"
+    return f"without what is new: {paths}; the same command with {again} makes {them} again"
 
 
 def publish(document: Document, records: Path, config: RunConfig, root: str) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from md3cli.finished.run_json import RecordsDigest
 from md3cli.records import OK_TAIL, printable
 from md3cli.run.finish import NamedFailures, exit_status, summarize, tell_how_to_resume
 from md3cli.run.order import WAITING_SUFFIX
-from md3cli.run.output import publish, remove_temps
+from md3cli.run.output import publish, remove_temps, words_of_others
 from md3cli.run.run_info import RunDocument, Timeline
 from md3cli.scale.added import merged
 from md3cli.scale.attempts import Teller
@@ -104,6 +104,8 @@ class Finish:
             for note in publish(document, journal, self._config, self._plan.root):
                 self._console.say(f"{document.format}: {note}")
             deliveries.deliver(document.path)
+        if self._config.output.add and self._num_new() and (words := words_of_others(self._start.outputs)):
+            self._console.warn(words)
 
     @contextlib.contextmanager
     def _export_lock(self) -> Iterator[bool]:

@@ -81,6 +81,21 @@ def test_documents_are_made_again_from_the_whole(md3: Program, pictures: Path) -
     assert journals[0] == journals[1]
 
 
+@pytest.mark.parametrize("many", [(), ("--engine", "local")])
+def test_formats_of_before_that_are_not_made_again_are_told(
+    md3: Program, pictures: Path, many: tuple[str, ...]
+) -> None:
+    md3("detect", pictures, "circle", "-o", "run/", "-f", "csv", "-f", "coco", *many)
+    if not many:
+        Path("run/yolo").mkdir()  # somebody else's
+    told = md3("detect", pictures, "star", "-o", "run/", "-f", "csv", "--add", *many)
+    assert "without what is new: run/coco.json; the same command with -f coco makes it again" in told.stderr
+    again = md3("detect", pictures, "star", "-o", "run/", "-f", "csv", "-f", "coco", "--add", *many)
+    assert "without what is new" not in again.stderr
+    names = [category["name"] for category in json.loads(Path("run/coco.json").read_bytes())["categories"]]
+    assert names == ["circle", "star"]
+
+
 def test_without_an_output_it_is_an_ordinary_run(md3: Program, pictures: Path) -> None:
     md3("detect", pictures, "circle", "-o", "whole.jsonl")
     assert md3("detect", pictures, "circle", "-o", "o.jsonl", "--add").exit_code == 0
