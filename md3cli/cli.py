@@ -26,7 +26,7 @@ from typer.core import TyperOption
 
 from md3cli import __version__
 from md3cli.commands.help import SHORT, WHOLE, App, HelpCommand, HelpGroup
-from md3cli.errors import ConfigError, Md3Error
+from md3cli.errors import ConfigError, Md3Error, UsageError
 from md3cli.records import printable
 from md3cli.settings import OptionName, Options, Setting, read_layers, resolve_settings
 from md3cli.signals import STDOUT_CLOSED, Interrupted, is_closed
@@ -39,15 +39,15 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "detect": "Find objects and draw boxes around them.",
         "point": "Point at objects.",
         "segment": "Outline an object.",
-        "run": "Several tasks in one pass, or a manifest of mixed requests.",
+        "run": "Several tasks in one pass, or a manifest of them.",
         "estimate": "What a run would take: time, tokens, disk, money.",
     },
     "Look at and export": {
         "export": "Other formats from finished records.",
         "select": "Some of the records, or several runs as one.",
-        "stats": "Counts, scores, failures, tokens and rates of any run.",
+        "stats": "Counts, scores, failures, tokens and rates of runs.",
         "report": "A page to look through, from finished records.",
-        "eval": "Scores against ground truth; what changed between two runs.",
+        "eval": "Scores against ground truth; two runs compared.",
     },
     "Runs": {
         "status": "How far a run is; also while it runs elsewhere.",
@@ -55,9 +55,9 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "runs": "Remove what a run of many processes needs no more.",
     },
     "Machine": {
-        "models": "Weights: what is there, fetch, look into, other layouts.",
-        "bench": "This machine's throughput by stage, beside its limits.",
-        "config": "Settings: every one, its value and where it comes from.",
+        "models": "Weights: what is there, fetch, look into, convert.",
+        "bench": "This machine's throughput, beside its limits.",
+        "config": "Every setting, its value and where it comes from.",
         "cache": "The encoding cache: look at it, shrink it, empty it.",
         "doctor": "What works here, and what to do about the rest.",
     },
@@ -104,7 +104,22 @@ class LazyGroup(HelpGroup):
             self.commands[args[0]] = load_command(args[0])
             if not ctx.resilient_parsing and not {SHORT, WHOLE} & set(args):
                 self._use_settings(ctx, args[0], args[1:])
+        elif args and os.path.lexists(args[0]) and not ctx.resilient_parsing:
+            name = printable(args[0])
+            raise UsageError(
+                f"{name} is no command; say what to do with it, like md3 caption {name} (md3 -h lists all)"
+            )
         return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the program's own options; a command's, before its name, are told where they belong."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if hasattr(error, "option_name"):
+                _ask_what_was_meant(error)
+                error.message += " A command's options stand behind its name."
+            raise
 
     def _use_settings(self, ctx: Any, name: str, typed: Sequence[str]) -> None:
         try:
@@ -212,9 +227,9 @@ def _is_from_settings(error: typer.BadParameter) -> bool:
 
 def _ask_what_was_meant(error: Any) -> None:
     """Suggest options in the words in which the parser suggests commands, and none that is far from what was typed."""
-    if possible := getattr(error, "possibilities", None):
-        typed = error.option_name.strip("-")
-        near = difflib.get_close_matches(typed, [name.strip("-") for name in possible], n=2, cutoff=0.7)
+    if hasattr(error, "possibilities"):
+        typed, possible = error.option_name.strip("-"), [name.strip("-") for name in error.possibilities or ()]
+        near = difflib.get_close_matches(typed, possible, n=2, cutoff=0.7)
         error.possibilities = None
         error.message += f". Did you mean {' or '.join(repr(f'--{name}') for name in near)}?" if near else "."
 

@@ -59,14 +59,14 @@ def test_help_is_light() -> None:
 
 
 @pytest.mark.process
-def test_no_command_imports_torch_for_its_help() -> None:
+def test_no_command_imports_torch_or_rich_for_its_help() -> None:
     check = (
         "import sys\n"
         "from md3cli.cli import COMMANDS, app\n"
         "for name in COMMANDS:\n"
         "    try: app([name, '-h'])\n"
         "    except SystemExit as end: assert end.code == 0, (name, end.code)\n"
-        "    assert 'torch' not in sys.modules, name\n"
+        "    assert not {'torch', 'rich'} & sys.modules.keys(), name\n"
     )
     subprocess.run([sys.executable, "-c", check], check=True, stdout=subprocess.DEVNULL)
 
@@ -81,6 +81,21 @@ def test_unknown_command_suggests(md3: Program) -> None:
     result = md3("detct", "x")
     assert result.exit_code == 2
     assert "No such command 'detct'. Did you mean 'detect'?" in result.stderr
+
+
+def test_a_command_that_was_forgotten_is_asked_for(md3: Program, pictures: Path) -> None:
+    result = md3(pictures)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"error: {pictures} is no command; say what to do with it, like md3 caption {pictures} (md3 -h lists all)\n"
+    )
+
+
+def test_an_option_before_the_command_is_told_where_it_belongs(md3: Program) -> None:
+    result = md3("--model", "tiny", "detect", "x", "y")
+    assert result.exit_code == 2
+    assert result.stderr.endswith("Error: No such option: --model. A command's options stand behind its name.\n")
+    assert "Did you mean '--version'? A command" in md3("--verson").stderr
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ TESTS = Path(__file__).parent
 FROZEN = TESTS / "golden" / "frozen"
 SCENES = TESTS.parent / "examples" / "scenes"
 IS_UPDATE = bool(os.environ.get("UPDATE_FROZEN"))
-# Whose words and frames help is made of; other versions set it otherwise.
-HELP_MADE_BY = {"typer": "0.29.2", "rich": "15.0.0"}
+# Whose words help and errors are made of; other versions word them otherwise.
+HELP_MADE_BY = {"typer": "0.29.2"}
 
 HOST = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())
 MASKS: Mapping[str, tuple[str, str]] = {

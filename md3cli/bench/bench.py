@@ -36,6 +36,7 @@ from md3cli.bench.runs import (
     weight_bytes,
 )
 from md3cli.bench.stages import bench_decode, bench_prefill, bench_vision, measure_limits
+from md3cli.console import say
 from md3cli.errors import EngineError
 from md3cli.file_cache import FileCache
 from md3cli.images.crops import PreparedImage
@@ -159,7 +160,7 @@ def model_source(
     kind = choose_dtype(dtype, place, 1 << 40)
     if model is None:
         return ModelSource(place, lambda: random_model(CONFIGS[config], dtype=kind, device=place, seed=seed), threads)
-    files = resolve_model(model)
+    files = resolve_model(model, tell=partial(say, err=True))
     return ModelSource(place, lambda: load_model(files.path, dtype=kind, device=place), threads)
 
 
