@@ -88,7 +88,7 @@ def test_nothing_but_the_answer_where_that_is_wanted(home: Path) -> None:
     for plain in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
         status, stdout, stderr = on_terminal(*line, "--no-progress", **plain)
         assert (status, stdout, ESCAPES.findall(stderr)) == (0, answer_line, [])
-    assert "1 request of 1 image: 1 ok" in on_terminal(*line, "-v")[2]
+    assert "1 of 1 ok, 1 image in " in on_terminal(*line, "-v")[2]
 
 
 # -- everything around it, with a stub that shows its words -----------------------------------------
@@ -204,7 +204,7 @@ def test_all_else_is_a_table(monkeypatch: pytest.MonkeyPatch, home: Path, line: 
     Program(monkeypatch)
     status, stdout, stderr = on_terminal(*line)
     assert status == 0
-    assert "asked" in stdout.splitlines()[0]
+    assert "answer" in stdout.splitlines()[1]  # below what was asked
     assert " ok" in stderr
 
 
