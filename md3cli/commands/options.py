@@ -471,7 +471,7 @@ def annotating(command: Callable[..., RunConfig], *, hidden: frozenset[str] = fr
 
 
 def spread(
-    kind: type[Any], *, hidden: frozenset[str] = frozenset()
+    kind: Any, *, hidden: frozenset[str] = frozenset()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Have typer see the fields of the dataclass `kind` in place of a command's parameter `options`.
 
