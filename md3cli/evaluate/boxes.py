@@ -411,8 +411,8 @@ def _verdicts(one: Judged) -> Iterator[tuple[str, Verdict]]:
     """
     marks: list[list[bool | None]] = [[False] * len(found_in(record)) for record in one.pair.records]
     for prediction, verdict in zip(one.predictions, one.match.is_right, strict=True):
-        record, number = prediction.place
-        marks[record][number] = verdict
+        place, number = prediction.place
+        marks[place][number] = verdict
     missed = tuple(_unit_box(one.pair.objects[index], one.pair.size_wh) for index in one.match.missed)
     for record, objects in zip(one.pair.records, marks, strict=True):
         if not has_failed(record):

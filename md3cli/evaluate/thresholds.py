@@ -192,7 +192,7 @@ def _task_notes(records: Sequence[RecordDict], found: Mapping[str, _Found], labe
     others: dict[tuple[str, str], dict[str, None]] = {}
     for record in records:
         name, task = name_of(record, labels), str(record["task"])
-        if name in found and task != found[name].task:
+        if name is not None and name in found and task != found[name].task:
             others.setdefault((found[name].task, task), {})[name] = None
     for (chosen, other), names in others.items():
         yield f"{chosen} alone chose the min_score of what {other} was asked, too: {some_of(tuple(names))}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from md3cli.refine.collection import Collection
 from md3cli.refine.labels import Label, Labels, read_labels, toml_of
 from md3cli.refine.refinement import Refinement
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SQUARE = "M 0 0 H 1 V 1 H 0 Z"
 
 
@@ -284,3 +287,19 @@ def test_captions_alone_choose_nothing(tmp_path):
     case = Case(tmp_path, [record("a.jpg", "caption", length="short", caption="a car")], truth)
     with pytest.raises(InputError, match="COCO instances"):
         case.best()
+
+
+# ---- on the little world -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_several_prompts_find_more_and_chosen_thresholds_hold_on_other_scenes(tmp_path, monkeypatch):
+    """`tiny`, 60 scenes to choose on and 60 others, through the real commands; see examples/benchmarks.md."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    bench = importlib.import_module("bench_labels")
+    bench.ask(tmp_path, 5000, 60)
+    single, _, doubled, several, chosen = bench.results(tmp_path)
+    assert several["AP"] >= single["AP"] > doubled["AP"]
+    assert several["recall"] > single["recall"]
+    assert chosen["F1"] > several["F1"] + 0.01
