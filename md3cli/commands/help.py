@@ -209,7 +209,7 @@ def _default_words(option: TyperOption) -> str:
 def _sections(sections: Mapping[str, Sequence[Entry]]) -> Iterator[str]:
     """Yield the lines of a page's sections; the texts of all of them begin in the same column."""
     longest = max(len(entry.name) for entries in sections.values() for entry in entries)
-    columns = min(longest, MOST_NAME_COLUMNS)
+    columns = min(longest, MOST_NAME_COLUMNS, _width() // 2 - 6)
     for title, entries in sections.items():
         if entries:
             yield from ("", _title(title))

@@ -69,7 +69,7 @@ def test_the_short_page_of_a_task_is_short(name: str) -> None:
     assert "--batch-size" not in text
 
 
-@pytest.mark.parametrize("columns", [80, 100, 200])
+@pytest.mark.parametrize("columns", [50, 80, 100, 200])
 @pytest.mark.parametrize("option", ["-h", "--help"])
 @pytest.mark.parametrize("name", ALL)
 def test_no_line_is_wider_than_the_terminal(name: str, option: str, columns: int) -> None:
