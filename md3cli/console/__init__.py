@@ -146,7 +146,8 @@ class RunConsole:
 
     def live_text(self) -> LiveText:
         """Return what prints a single answer while it grows; without colours thoughts could not be told from it."""
-        is_capable = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not self.is_quiet
+        has_escapes = os.environ.get("TERM") != "dumb" and (os.name != "nt" or "WT_SESSION" in os.environ)
+        is_capable = sys.stderr.isatty() and has_escapes and not self.is_quiet
         has_thoughts = is_capable and self._has_color and not os.environ.get("NO_COLOR")
         return LiveText(has_thoughts=has_thoughts, has_waiting=is_capable and self.has_progress)
 
