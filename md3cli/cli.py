@@ -113,6 +113,9 @@ class LazyGroup(HelpGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the program's own options; a command's, before its name, are told where they belong."""
+        for param in self.params:
+            if getattr(param, "is_flag", False) and param.default is None:
+                param.default = False  # as for the options for help
         try:
             return super().parse_args(ctx, args)
         except Exception as error:

@@ -51,6 +51,7 @@ class _TwoPages:
         """Return the declared parameters and the two options for help."""
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]  # of the class that this is mixed into
         if self._whole_option is None:
+            params[-1].default = False  # to make a bool of None typer imports pydantic: half the time of a page
             self._whole_option = option = copy.copy(params[-1])
             option.name, option.opts, option.callback = WHOLE.strip("-"), [WHOLE], _print_whole_page
         return [*params, self._whole_option]
