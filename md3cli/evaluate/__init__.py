@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from md3cli.errors import InputError
 from md3cli.evaluate.located import RequestKey, final_records, has_failed, request_key
-from md3cli.evaluate.scores import BestThresholds, Section, without_infinite
+from md3cli.evaluate.scores import BestThresholds, Section, Verdict, without_infinite
 from md3cli.evaluate.truth import Captions, Instances, Questions, Truth, load_truth
 from md3cli.records import RecordDict, printable
 from md3cli.refine.collection import Collection, as_collection, read
 from md3cli.refine.labels import Labels
+from md3cli.refine.selection import Selection
 
 __all__ = ["EVAL_SCHEMA", "Comparison", "Evaluation", "Section", "Truth", "compare_runs", "evaluate", "load_truth"]
 
@@ -98,7 +99,9 @@ class Evaluation:
 
 
 def evaluate(records: Path | Collection, truths: Sequence[Truth]) -> Evaluation:
-    """Score the records of a file.
+    """Score the records of a file, or those that are selected of a collection.
+
+    A verdict is about all of a collection, selected or not: what another prompt of the name found is not missed.
 
     Raises:
         InputError: records and ground truth have nothing in common.
@@ -106,6 +109,14 @@ def evaluate(records: Path | Collection, truths: Sequence[Truth]) -> Evaluation:
     """
     records, notes = as_collection(records), list[str]()
     sections = _sections(final_records(read(records, notes)), truths, records)
+    is_shared = any(len(label.prompts) > 1 for label in records.refinement.labels.labels)
+    if is_shared and not records.selection.takes_all:
+        whole = replace(records, selection=Selection())
+        verdicts = _verdicts(_sections(final_records(read(whole)), truths, whole))
+        sections = [
+            replace(one, verdicts={key: verdicts.get(key, own) for key, own in one.verdicts.items()})
+            for one in sections
+        ]
     return Evaluation(records.path, tuple(truth.path for truth in truths), tuple(sections), notes=tuple(notes))
 
 
@@ -192,8 +203,12 @@ def compare(
     )
 
 
+def _verdicts(sections: Sequence[Section]) -> dict[str, Verdict]:
+    return {record: verdict for section in sections for record, verdict in section.verdicts.items()}
+
+
 def _rights(sections: Sequence[Section]) -> dict[str, bool]:
-    return {record: verdict.is_right for section in sections for record, verdict in section.verdicts.items()}
+    return {record: verdict.is_right for record, verdict in _verdicts(sections).items()}
 
 
 def _verdict(before: bool | None, after: bool | None) -> str | None:

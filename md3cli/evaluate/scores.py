@@ -91,7 +91,7 @@ class Threshold:
         """Return the threshold in plain types."""
         document: dict[str, Any] = {"name": self.name, "min_score": self.min_score, "F1": self.f1}
         document |= {"F1_before": self.f1_before, "objects": self.num_objects}
-        return document if self.why is None else document | {"note": f"{self.name} {self.why}"}
+        return document if self.why is None else document | {"why": self.why}
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ def _best(best: BestThresholds) -> Iterator[str]:
         if one.why is not None:
             by_reason.setdefault(one.why, []).append(one.name)
     for why, names in by_reason.items():
-        yield f"  note: {some_of(names)} {why}: no new min_score"
+        yield f"  note: no new min_score ({why}): {some_of(names)}"
     for note in best.notes:
         yield f"  note: {note}"
 

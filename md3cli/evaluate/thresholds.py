@@ -2,7 +2,8 @@
 
 Looks at what the model said, under the names and without the doubles as they are in force, but before any `min_score`:
 else a lower one could never be chosen. Thresholds apply after doubles are gone, so one matching of all that was said
-tells the counts at every threshold. What it writes is a labels file. Source: product contract, section 8.
+tells the counts at every threshold. Apart from the scores, which need no labels file and are asked for far more often.
+Source: product contract, section 8.
 """
 
 from __future__ import annotations
@@ -134,17 +135,17 @@ def _point_steps(judged: Judged) -> Iterator[Step]:
 def _threshold(label: Label, found: _Found | None, asked: Labels, refinement: Refinement) -> Threshold:
     before = None if found is None else found.f1_at(refinement.min_score_of(label.name))
     if not fits_in_file(label):
-        why = "has blanks around it or its prompts, which a labels file cannot hold"
+        why = "blanks around it or its prompts, which no labels file can hold"
     elif label.name not in asked.by_name:
-        why = "was not asked"
+        why = "not asked here"
     elif found is None:
-        why = "is not in the ground truth"
+        why = "not in the ground truth"
     elif not found.num_objects:
-        why = "is in none of these pictures"
+        why = "in none of these pictures"
     elif not found.steps:
-        why = "was never found"
+        why = "never found"
     elif (min_score := best_min_score(found.steps, found.num_objects)) is None:
-        why = "was never found where it is"
+        why = "never found where it is"
     else:
         return Threshold(label.name, min_score, found.f1_at(min_score), before, found.num_objects)
     return Threshold(label.name, label.min_score, before, before, 0 if found is None else found.num_objects, why)

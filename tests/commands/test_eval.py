@@ -61,7 +61,7 @@ def test_the_table_tells_what_each_label_wins(folder):
 
 def test_names_are_carried_over_and_what_cannot_be_judged_is_told(folder):
     result = run(folder, "run.jsonl --gt gt.json --labels labels.toml --best-thresholds best.toml")
-    assert "note: vehicle is not in the ground truth: no new min_score" in result.stdout
+    assert "note: no new min_score (not in the ground truth): vehicle" in result.stdout
     assert read_labels(folder / "best.toml") == read_labels(folder / "labels.toml")
 
 

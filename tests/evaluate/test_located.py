@@ -8,9 +8,11 @@ import pytest
 from truths import box, instances, points, record, sections_of, segment, write_records
 
 from md3cli.evaluate import evaluate, load_truth
+from md3cli.evaluate.scores import Verdict
 from md3cli.refine.collection import Collection
 from md3cli.refine.labels import Label, Labels
 from md3cli.refine.refinement import Refinement
+from md3cli.refine.selection import Selection
 
 CAR = Labels((Label(name="car", prompts=("saloon", "estate")),))
 THERE = [("a.jpg", "car", [0, 0, 40, 40]), ("a.jpg", "car", [100, 0, 40, 40]), ("a.jpg", "car", [50, 50, 40, 40])]
@@ -102,3 +104,16 @@ def test_of_two_names_that_match_one_category_the_first_counts(tmp_path):
     truth = instances([("a.jpg", "CAR", [0, 0, 40, 40])], categories=("CAR",))
     boxes = scored(tmp_path, [saloon, estate], truth, labels)["boxes"]
     assert (boxes.counts["requests"], boxes.scores["recall"]) == (1, 0.0)
+
+
+def test_a_selection_does_not_miss_what_another_prompt_of_the_name_found(tmp_path):
+    saloon = record("a.jpg", "detect", "saloon", objects=[box(0, 0, 40, 40), box(150, 60, 30, 30)])
+    estate = record("a.jpg", "detect", "estate", objects=[box(100, 0, 40, 40)])
+    path = write_records(tmp_path / "records.jsonl", [saloon, estate])
+    (tmp_path / "truth.json").write_text(json.dumps(instances(THERE[:2])))
+    chosen = Refinement(CAR, has_file=True)
+    selection = Selection(prompts=("saloon",))
+    selected = Collection.of([path], chosen=chosen, selection=selection)
+    (boxes,) = evaluate(selected, [load_truth(tmp_path / "truth.json")]).sections
+    assert (boxes.counts["requests"], boxes.scores["recall"]) == (1, 0.5)
+    assert boxes.verdicts == {saloon["id"]: Verdict(is_right=False, objects=(True, False), missed=())}

@@ -219,10 +219,10 @@ def test_the_file_keeps_names_prompts_order_and_limits(tmp_path):
     assert (zebra.prompts, zebra.min_score, zebra.id) == (("zebra",), None, 10)
     reasons = {one.name: one.why for one in found.thresholds}
     assert reasons == {
-        "dog": "was never found",
+        "dog": "never found",
         "car": None,
-        labels.names[2]: "was not asked",
-        "zebra": "is not in the ground truth",
+        labels.names[2]: "not asked here",
+        "zebra": "not in the ground truth",
     }
 
 
@@ -235,8 +235,8 @@ def test_why_a_label_gets_no_threshold(tmp_path):
     ]
     best, found = Case(tmp_path, records, instances(TWO)).best()
     assert [(one.name, one.min_score, one.why) for one in found.thresholds] == [
-        ("car", None, "was never found where it is"),
-        ("dog", None, "is in none of these pictures"),
+        ("car", None, "never found where it is"),
+        ("dog", None, "in none of these pictures"),
     ]
     assert best.names == ("car", "dog")
     assert (found.f1, found.f1_before) == (0.0, 0.0)
@@ -247,7 +247,7 @@ def test_labels_that_no_file_can_hold_are_left_out_and_told(tmp_path):
     best, found = Case(tmp_path, records, instances(TWO, images=["a.jpg", "b.jpg"])).best()
     assert best.names == ("car",)
     (told,) = [one for one in found.thresholds if one.name == " car"]
-    assert told.why.startswith("has blanks around it")
+    assert told.why.startswith("blanks around it")
 
 
 def test_without_a_file_labels_come_as_they_were_asked(tmp_path):
