@@ -131,7 +131,7 @@ def query(
     return options.config("query", [] if asked.input is None else [asked.input], requests)
 
 
-@app.command()
+@app.command(shows=["--labels", "--min-score"])
 @annotating
 def detect(
     input: OneInput, objects: Objects = None, max_objects: MaxObjects = 150, *, options: AnnotateOptions
@@ -146,7 +146,7 @@ def detect(
     return _run_of_objects(Task.DETECT, input, objects, options, max_objects=max_objects)
 
 
-@app.command()
+@app.command(shows=["--labels", "--min-score"])
 @annotating
 def point(
     input: OneInput,
@@ -167,7 +167,7 @@ def point(
     return _run_of_objects(Task.POINT, input, objects, options, **settings)
 
 
-@app.command()
+@app.command(shows=["--labels", "--min-score"])
 @annotating
 def segment(
     input: OneInput, objects: Objects = None, spatial_ref: SpatialRefs = None, *, options: AnnotateOptions

@@ -31,7 +31,7 @@ app = App()
 _WRITTEN = ("eval.json", "-pr.png", "-reliability.png")  # how the names of the files that are written end
 
 
-@app.command("eval")
+@app.command("eval", shows=["--gt"])
 @spread(ReadOptions)
 def eval_(
     records: Records = None,

@@ -188,7 +188,7 @@ def _check_root(root: Path | None) -> None:
         raise UsageError(f"--root {printable(str(root))} is not there; name the folder the pictures are in")
 
 
-@app.command()
+@app.command(shows=["--gt"])
 @spread(ReadOptions)
 def report(
     records: Records = None,

@@ -20,8 +20,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 SHORT, WHOLE = "-h", "--help"
-ALWAYS_SHORT = frozenset({"--output", "--format", "--model"})  # on the short page, whatever their panel
 OWN_PANEL = "Options"
+ALWAYS_SHORT = frozenset({OWN_PANEL, "--output", "--format", "--model"})  # what is on every short page
 MOST_COLUMNS, LEAST_COLUMNS = 100, 40  # of a page
 MOST_NAME_COLUMNS = 30  # a longer name has a line of its own
 _NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -58,7 +58,9 @@ class _TwoPages:
 
 
 class HelpCommand(_TwoPages, TyperCommand):
-    """A command with two pages of help."""
+    """A command with two pages of help; `shown` are panels and options that its short page has besides its own."""
+
+    shown: frozenset[str] = frozenset()
 
 
 class HelpGroup(_TwoPages, TyperGroup):
@@ -76,9 +78,10 @@ class App(typer.Typer):
         usual: dict[str, Any] = {"cls": HelpGroup, "add_completion": False}
         super().__init__(**(usual | {"context_settings": {"help_option_names": [SHORT]}} | settings))
 
-    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
-        """Return what makes a command of a function, as typer's method does."""
-        return super().command(name, cls=HelpCommand, **settings)
+    def command(self, name: str | None = None, *, shows: Sequence[str] = (), **settings: Any) -> Callable[[Any], Any]:
+        """Return what makes a command of a function, as typer's method does; `shows` are its `HelpCommand.shown`."""
+        kind = type("HelpCommand", (HelpCommand,), {"shown": frozenset(shows)})
+        return super().command(name, cls=kind, **settings)
 
 
 def _print_whole_page(ctx: Any, option: TyperOption, is_asked: bool) -> None:
@@ -89,13 +92,12 @@ def _print_whole_page(ctx: Any, option: TyperOption, is_asked: bool) -> None:
 
 def short_page(ctx: Any) -> str:
     """Return usage, examples, the command's own options and those of `ALWAYS_SHORT`."""
-    panels = _panels(ctx)
-    own = panels.pop(OWN_PANEL, [])
-    others = [option for options in panels.values() for option in options]
-    shown = [*own, *(option for option in others if ALWAYS_SHORT & set(option.opts))]
+    options = [option for panel in _panels(ctx).values() for option in panel]
+    short = ALWAYS_SHORT | getattr(ctx.command, "shown", frozenset())
+    shown = [option for option in options if not short.isdisjoint((option.rich_help_panel or OWN_PANEL, *option.opts))]
     shown.sort(key=_is_for_help)
     lines = [*_beginning(ctx, is_short=True), *_sections({"Arguments": _arguments(ctx), OWN_PANEL: _entries(shown)})]
-    if num_hidden := len(own) + len(others) - len(shown):
+    if num_hidden := len(options) - len(shown):
         lines += ["", f"`{ctx.command_path} {WHOLE}` shows the other {num_hidden} options."]
     return "\n".join(lines)
 

@@ -470,9 +470,7 @@ def annotating(command: Callable[..., RunConfig], *, hidden: frozenset[str] = fr
     return spread(AnnotateOptions, hidden=hidden)(wrapper)
 
 
-def spread(
-    kind: Any, *, hidden: frozenset[str] = frozenset()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def spread(kind: Any, *, hidden: frozenset[str] = frozenset()) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Have typer see the fields of the dataclass `kind` in place of a command's parameter `options`.
 
     Those that are `hidden` can be typed, and are not in the command's help.

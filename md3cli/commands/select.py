@@ -26,7 +26,7 @@ from md3cli.signals import StopSignals, check_stdout
 app = App()
 
 
-@app.command()
+@app.command(shows=["Selection"])
 @spread(ReadOptions)
 def select(
     records: Records = None,
@@ -79,7 +79,7 @@ def _print(records: Collection, *, is_refined: bool) -> None:
             say(f"note: {printable(note)}", err=True)
 
 
-@app.command()
+@app.command(shows=["Selection"])
 @spread(ReadOptions)
 def stats(
     records: Records = None,

@@ -56,10 +56,33 @@ def entries(lines: list[str]) -> dict[str, list[str]]:
     return {first: block for first, block in found.items() if block}
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_the_short_page_of_a_task_is_short(name: str) -> None:
+@pytest.mark.parametrize("name", LEAVES)
+def test_a_short_page_is_short(name: str) -> None:
     lines = page(name, "-h")
     assert len(lines) <= MOST_SHORT_LINES
+    told = [re.fullmatch(rf"`md3 {name} --help` shows the other (\d+) options\.", line) for line in lines]
+    num_hidden = sum(int(match[1]) for match in told if match)
+    num_shown = len(entries(lines[lines.index("Options:") :])) - 1  # without the options for help
+    assert num_shown + num_hidden == len(options(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("select", "--label --sort --sample"),
+        ("stats", "--task"),
+        ("eval", "--gt"),
+        ("report", "--gt"),
+        ("detect", "--labels"),
+    ],
+)
+def test_a_short_page_has_what_a_command_is_about(name: str, wanted: str) -> None:
+    assert set(wanted.split()) <= set(" ".join(page(name, "-h")).split())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_short_page_of_a_task_has_its_own_options(name: str) -> None:
+    lines = page(name, "-h")
     assert len([line for line in lines if line.startswith("  md3 ") or "| md3 " in line]) == 3  # examples
     text = "\n".join(lines)
     assert f"`md3 {name} --help` shows the other " in text
