@@ -61,8 +61,9 @@ def added_rows(now: Iterable[SourceRow], before: Iterable[SourceRow], new: tuple
         if row is None or old is None or not _is_same(row, old):
             raise RowsDifferError(number)
         added = row.requests[len(old.requests) :]
-        typed = {r.prompt: row.typed[r.prompt] for r in added if r.prompt in row.typed} if row.typed else None
-        yield SourceRow(row.image, new if added == new else added, row.meta, row.failure, typed)
+        names = row.typed or {}
+        typed = {r.prompt: names[r.prompt] for r in added if r.prompt is not None and r.prompt in names}
+        yield SourceRow(row.image, new if added == new else added, row.meta, row.failure, typed or None)
 
 
 def _is_same(row: SourceRow, old: SourceRow) -> bool:
