@@ -142,7 +142,7 @@ def standing_of(typed: str) -> Standing:
     """
     records, document = _find(Path(typed))
     holder = lock_holder(lock_of(records))
-    has_schema = str(document.get("schema", "")).startswith("md3-run/")
+    has_schema = str(document.get("schema", "")).startswith(("md3-run/", "md3-selection/"))
     is_over = is_finished(document)
     idle = (State.FINISHED if is_over else State.STOPPED) if has_schema else State.UNKNOWN
     state = State.RUNNING if holder is not None else idle

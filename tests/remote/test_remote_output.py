@@ -92,6 +92,7 @@ def test_a_run_in_a_bucket_gives_the_bytes_of_one_on_this_machine(
     assert b"p4.png" in found["out/run/.md3run/errors.jsonl"]
     status = json.loads(md3("status", RUN, "--json").output)
     assert (status["shards_done"], status["exported"]) == (5, True)
+    assert (status["requests"], status["done"], status["failed"], status["state"]) == (30, 30, 1, "finished")
     checked = md3("verify", f"{RUN}/")
     assert (checked.exit_code, checked.stderr) == (0, ""), checked.output
     assert list(Path("home/cache/md3cli").glob("output-*")) == [], "nothing stays on this machine"

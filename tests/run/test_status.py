@@ -166,6 +166,12 @@ def test_a_run_of_its_own_inside_a_run_folder(md3: Program) -> None:
     assert (status(md3, "out/one.jsonl")["done"], status(md3, "out/records.jsonl")["done"]) == (1, 60)
 
 
+def test_selected_records_are_a_finished_run(md3: Program) -> None:
+    md3("detect", "pictures", "a", "-o", "out/")
+    md3("select", "out", "--limit", 3, "-o", "some.jsonl")
+    assert [status(md3, "some.jsonl")[key] for key in KEYS] == [3, 3, 3, 0, {}, 0, "finished"]
+
+
 def test_verify_tells_the_digest_of_a_finished_run(md3: Program) -> None:
     digests = []
     for output, many in (("one.jsonl", ()), ("many.jsonl", ("--engine", "local"))):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -256,6 +257,33 @@ def test_a_header_without_image_says_how_to_name_one() -> None:
         source(csv("img,x\na,b\n"))
     with pytest.raises(InputError, match="has no column 'pic'"):
         source(csv("img,x\na,b\n"), renamed=(("image", "pic"),))
+
+
+@pytest.mark.parametrize(
+    ("make", "suffix"),
+    [
+        (lambda: Path("m.tsv").write_text("image\tcolor\nx/a.jpg\tred\n"), "m.tsv"),
+        (lambda: parquet({"image": ["x/a.jpg"], "color": ["red"]}), "m.parquet"),
+        (lambda: parquet({"image": ["x/a.jpg"], "color": ["red"]}), "*.parquet"),
+    ],
+)
+def test_templates_over_manifests_of_every_kind(make: Any, suffix: str) -> None:
+    make()
+    asked = (Request(Task.DETECT, "{color} thing in {folder}"), Request(Task.CAPTION), Request(Task.QUERY, "{{"))
+    rows = source(suffix, asked, is_template=True)
+    assert rows.first_look() == []
+    (row,) = rows
+    assert [request.prompt for request in row.requests] == ["red thing in x", None, "{"]
+    assert row.typed == {"red thing in x": "{color} thing in {folder}"}
+
+
+def test_a_template_over_a_tar(tmp_path: Path) -> None:
+    with tarfile.open("t.tar", "w") as tar:
+        tar.add("photos", "photos")
+    rows = source("t.tar", (Request(Task.QUERY, "{folder}/{stem}"),), is_template=True)
+    assert (rows.first_look(), prompts(rows)) == ([], [["photos/a"], ["photos/b"]])
+    with pytest.raises(UsageError, match="no column 'color'"):
+        source("t.tar", FILLED, is_template=True).first_look()
 
 
 # -- constants ---------------------------------------------------------------------------------------
