@@ -91,7 +91,7 @@ def _print_whole_page(ctx: Any, option: TyperOption, is_asked: bool) -> None:
 
 
 def short_page(ctx: Any) -> str:
-    """Return usage, examples, the command's own options and those of `ALWAYS_SHORT`."""
+    """Return usage, examples, the command's own options, those of `ALWAYS_SHORT` and the command's `shown`."""
     options = [option for panel in _panels(ctx).values() for option in panel]
     short = ALWAYS_SHORT | getattr(ctx.command, "shown", frozenset())
     shown = [option for option in options if not short.isdisjoint((option.rich_help_panel or OWN_PANEL, *option.opts))]
