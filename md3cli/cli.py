@@ -119,9 +119,7 @@ class LazyGroup(HelpGroup):
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            if hasattr(error, "option_name"):
-                _ask_what_was_meant(error)
-                error.message += " A command's options stand behind its name."
+            _ask_what_was_meant(error, " A command's options stand behind its name.")
             raise
 
     def _use_settings(self, ctx: Any, name: str, typed: Sequence[str]) -> None:
@@ -228,13 +226,14 @@ def _is_from_settings(error: typer.BadParameter) -> bool:
     return source is not None and source.name == "DEFAULT_MAP"
 
 
-def _ask_what_was_meant(error: Any) -> None:
+def _ask_what_was_meant(error: Any, advice: str = "") -> None:
     """Suggest options in the words in which the parser suggests commands, and none that is far from what was typed."""
     if hasattr(error, "possibilities"):
         typed, possible = error.option_name.strip("-"), [name.strip("-") for name in error.possibilities or ()]
         near = difflib.get_close_matches(typed, possible, n=2, cutoff=0.7)
         error.possibilities = None
         error.message += f". Did you mean {' or '.join(repr(f'--{name}') for name in near)}?" if near else "."
+        error.message += advice
 
 
 def _message_of(error: Exception) -> tuple[str, int]:
