@@ -38,6 +38,7 @@ _DOUBLED = """
 SELECT key, place FROM line
 WHERE key IN (SELECT key FROM line GROUP BY key HAVING count(*) > 1) ORDER BY key, place
 """
+_LINES = "SELECT place, file, number, offset FROM line"
 _ID_DIGITS = 32
 
 _Parsed = TypeVar("_Parsed")
@@ -162,13 +163,18 @@ class RecordsFiles:
             for line, record in self._parsed(0, tidied_record, start):
                 yield line.offset, renamed(record, self.sources[0].prefix)
             return
-        for (place,) in self._database.execute("SELECT place FROM line WHERE place >= ? ORDER BY place", (start,)):
-            yield place, self.record_at(place)
+        for place, *line in self._database.execute(f"{_LINES} WHERE place >= ? ORDER BY place", (start,)):
+            yield place, self._record_at(Line(*line))
 
-    def places_of_picture(self, place: int) -> list[int]:
-        """Return the places of all records of the picture (by its exact name) that a record is about, in order."""
-        same = "SELECT place FROM line WHERE picture = (SELECT picture FROM line WHERE place = ?) ORDER BY place"
-        return [other for (other,) in self._database.execute(same, (place,))]
+    def places(self, start: int = 0) -> Iterator[int]:
+        """Yield the places of `placed` without reading what stands there; the lines must be kept."""
+        for (place,) in self._database.execute("SELECT place FROM line WHERE place >= ? ORDER BY place", (start,)):
+            yield place
+
+    def of_picture(self, place: int) -> dict[int, RecordDict]:
+        """Return, by place and in order, all records of the picture (by its exact name) that a record is about."""
+        same = f"{_LINES} WHERE picture = (SELECT picture FROM line WHERE place = ?) ORDER BY place"
+        return {other: self._record_at(Line(*line)) for other, *line in self._database.execute(same, (place,))}
 
     def record_at(self, place: int) -> RecordDict:
         """Return the record at a place."""

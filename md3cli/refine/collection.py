@@ -147,24 +147,20 @@ class ShownRecords:
             for rank, place in self._database.execute(_CHOSEN, (start,)):
                 yield rank, self._files.record_at(place) if is_raw else self._shown_at(place)
             return
+        if self._is_compared and not is_raw:
+            for place in self._files.places(start):
+                yield place, self._shown_at(place)
+            return
         for place, record in self._files.placed(start):
-            if is_raw:
-                yield place, record
-            elif self._is_compared:
-                yield place, self._shown_at(place, record)
-            else:
-                yield place, refined([record], self._refinement)[0]
+            yield place, record if is_raw else refined([record], self._refinement)[0]
 
-    def _shown_at(self, place: int, record: RecordDict | None = None) -> RecordDict:
-        """Return the record at a place as it is shown; `record` is what stands there, where that is known."""
+    def _shown_at(self, place: int) -> RecordDict:
+        """Return the record at a place as it is shown; a picture's records are read once, where they are compared."""
         if not self._is_compared:
             return refined([self._files.record_at(place)], self._refinement)[0]
         if place not in self._picture:
-            places = self._files.places_of_picture(place)
-            records = [
-                record if other == place and record is not None else self._files.record_at(other) for other in places
-            ]
-            self._picture = dict(zip(places, refined(records, self._refinement), strict=True))
+            records = self._files.of_picture(place)
+            self._picture = dict(zip(records, refined([*records.values()], self._refinement), strict=True))
         return self._picture[place]
 
     def _choose(self) -> None:
@@ -185,7 +181,7 @@ class ShownRecords:
         for place, record in self._files.placed():
             if selection.takes(named(record, labels), labels):
                 is_ranked = selection.sort != "input"
-                rank = selection.rank_of(self._shown_at(place, record)) if is_ranked else ()
+                rank = selection.rank_of(self._shown_at(place)) if is_ranked else ()
                 first, second = (*rank, 0.0, 0.0)[:2]
                 yield place, selection.draw_of(record), first, second
 

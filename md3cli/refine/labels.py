@@ -82,6 +82,11 @@ class Labels:
         return tuple(self.by_prompt)
 
     @cached_property
+    def place_of(self) -> Mapping[str, int]:
+        """The place of each prompt in the order in which all are asked, from 0."""
+        return {prompt: place for place, prompt in enumerate(self.by_prompt)}
+
+    @cached_property
     def by_template(self) -> Mapping[str, Label]:
         """The label of each template."""
         return {text: label for label in self.labels for text in label.templates}

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from md3cli.errors import UsageError
@@ -61,12 +62,12 @@ class Refinement:
         chosen = own if own is not None else SHARED_NAME_NMS if is_shared else None
         return None if chosen is None or chosen >= 1 else chosen
 
-    @property
+    @cached_property
     def has_thresholds(self) -> bool:
         """Whether a score can hide anything."""
         return bool(self.min_score) or any(label.min_score for label in self.labels.labels)
 
-    @property
+    @cached_property
     def may_compare(self) -> bool:
         """Whether boxes of a picture may be compared, so that its records must be read together."""
         labels = self.labels.labels
@@ -136,7 +137,8 @@ def refined(records: Sequence[RecordDict], refinement: Refinement) -> list[Recor
     A record whose objects all go stays, with none.
     """
     shown = [named(record, refinement.labels) for record in records]
-    doubles = set(_doubles(shown, refinement))
+    # A record alone has doubles only where its name's own limit says so.
+    doubles = set(_doubles(shown, refinement)) if len(records) > 1 or refinement.may_compare else set()
     return [_without(record, refinement, place, doubles) for place, record in enumerate(shown)]
 
 
@@ -177,7 +179,7 @@ def _doubles(records: Sequence[RecordDict], refinement: Refinement) -> Iterator[
     """Yield (record, object) of each box that another of its picture and name makes superfluous."""
     groups: dict[tuple[object, str], list[_Box]] = {}
     prompts: dict[str, set[object]] = {}
-    asked = {prompt: place for place, prompt in enumerate(refinement.labels.prompts)}
+    asked = refinement.labels.place_of
     for place, record in enumerate(records):
         if record.get("task") != Task.DETECT:
             continue
