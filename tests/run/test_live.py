@@ -53,6 +53,7 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 # -- the model that ships --------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "question",
     [
@@ -76,11 +77,13 @@ def test_what_is_printed_is_the_records_answer(home: Path, question: list[str]) 
     assert "request" not in shown, "no summary"
 
 
+@pytest.mark.process
 def test_a_question_without_a_picture(home: Path) -> None:
     line = ["query", "-q", "How many sides does a triangle have?", "--model", "tiny", "--device", "cpu"]
     assert on_terminal(*line)[:2] == (0, record_of(*line)["answer"] + "\n")
 
 
+@pytest.mark.process
 def test_nothing_but_the_answer_where_that_is_wanted(home: Path) -> None:
     line = ["query", SCENE, "How many shapes are there?", "--model", "tiny", "--device", "cpu"]
     answer_line = record_of(*line)["answer"] + "\n"
