@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import webbrowser
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,8 @@ from md3cli.commands.help import App
 from md3cli.commands.options import spread
 from md3cli.commands.parse import FORMATS, MAX_FILE_SIZE, MAX_PIXELS, Format, checked, parse_bytes, parse_count
 from md3cli.commands.reading import ReadOptions, Records
-from md3cli.console import moving_bar, print_document
+from md3cli.console import print_document
+from md3cli.console.progress import told_progress
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport, export_records, format_of
 from md3cli.finished.guards import check_not_input
@@ -156,7 +158,9 @@ def export(
         elif output is None and not (beside and chosen == "txt"):
             _print(collection, chosen, choices)
         else:
-            _tell(export_records(collection, chosen, output or Path(), choices))
+            with told_progress(chosen) as told:
+                done = export_records(collection, chosen, output or Path(), replace(choices, told=told))
+            _tell(done)
 
 
 def _print(records: Collection, format: str, options: ExportOptions) -> None:
@@ -246,8 +250,8 @@ def _write_report(records: Collection, output: Path, choices: ReportOptions, opt
         from md3cli.evaluate import evaluate, load_truth
 
         sections = evaluate(records, [load_truth(path) for path in options.gt]).sections
-    with moving_bar("report", unit="img") as advance:
-        made = write_report(records, output, choices, sections, advance)
+    with told_progress("report") as told:
+        made = write_report(replace(records, told=told), output, choices, sections)
     beside = f" (keep {printable(made.folder.name)} beside it)" if made.folder else ""
     where = printable(str(made.page))
     typer.echo(f"{where}{beside}: {made.num_images:,} images, {made.num_records:,} records", err=True)

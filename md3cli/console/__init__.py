@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
-from md3cli.console.progress import Progress, shown_progress
+from md3cli.console.progress import Progress, shown_progress, told_progress
 from md3cli.console.summary import Summary, summary_lines
 from md3cli.console.table import TableHead
 from md3cli.records import RecordDict, Request, is_printable, printable
@@ -159,6 +159,10 @@ class RunConsole:
             return
         with shown_progress(total, what) as display:
             yield display
+
+    def told_progress(self, what: str) -> contextlib.AbstractContextManager[Callable[[int, int | None], object]]:
+        """Return `progress.told_progress`, or what shows nothing where that is not wanted."""
+        return told_progress(what) if self.has_progress else contextlib.nullcontext(lambda done, total: None)
 
     def say(self, text: str, *, style: str = "") -> None:
         """Print a line on stderr, unless --quiet; a moving bar makes room for it."""

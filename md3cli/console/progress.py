@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 LEAST_DONE = 4  # pictures behind the first ones, and seconds, that a rate is made of
@@ -20,6 +20,7 @@ SETTLED_BATCHES = 4  # after which batches that come at once are evened out
 SURE_FACTOR = 4.0  # between a rate that is too low and one that is too high: their mean is wrong by half of it at most
 MOST_MARKS = 64
 REDRAW_S = 0.1
+BRIEF_DELAY_S = 1.0  # what is over sooner needs no bar
 # Between two lines where there is no terminal: until so many seconds have passed, and from then on.
 LINE_INTERVALS_S = ((60.0, 10.0), (600.0, 30.0))
 LAST_LINE_INTERVAL_S = 60.0
@@ -79,13 +80,22 @@ class Progress:
     """Pictures done of all, with rate and time left; call `update_to` as they are finished."""
 
     def __init__(
-        self, stream: IO[str], total: int | None, *, is_bar: bool, what: str = "", unit: str = "images"
+        self,
+        stream: IO[str],
+        total: int | None,
+        *,
+        is_bar: bool,
+        what: str = "",
+        unit: str = "images",
+        is_brief: bool = False,
     ) -> None:
+        """Begin. A bar that `is_brief` comes after a second and goes at the end."""
         self._stream, self._total, self._what, self._unit = stream, total, what, unit
         self._done = self._failed = self._before = self._expected_before = 0
         self._started_at = self._told_at = time.monotonic()
         self._day = time.localtime().tm_yday
         self._pace = Pace(self._started_at)
+        self._is_brief, self._is_drawn = is_brief, False
         self._bar: Any = None
         if is_bar:
             from tqdm import tqdm
@@ -93,7 +103,14 @@ class Progress:
             form = "{desc}{n_fmt} " + unit + "{postfix} [{elapsed}]"
             if total is not None:
                 form = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} " + unit + "{postfix} [{elapsed}]"
-            self._bar = tqdm(total=total, file=stream, dynamic_ncols=True, bar_format=form)
+            self._bar = tqdm(
+                total=total,
+                file=stream,
+                dynamic_ncols=True,
+                bar_format=form,
+                leave=not is_brief,
+                delay=BRIEF_DELAY_S if is_brief else 0.0,
+            )
             self.describe("")
 
     def expect(self, *, at_once: int | None = None, num_before: int | None = None) -> None:
@@ -120,6 +137,9 @@ class Progress:
             self._stream.flush()
 
     def _draw(self) -> None:
+        if self._is_brief and time.monotonic() - self._started_at < BRIEF_DELAY_S:
+            return
+        self._is_drawn = True
         self._bar.n = self._done
         self._bar.set_postfix_str(", ".join(self._facts()), refresh=False)
         self._bar.refresh()
@@ -132,7 +152,7 @@ class Progress:
         """Put what is going on before the bar; empty: what the bar is about."""
         text = text or self._what
         if self._bar is not None:
-            self._bar.set_description_str(f"{text}: " if text else "")
+            self._bar.set_description_str(f"{text}: " if text else "", refresh=not self._is_brief)
 
     def line(self) -> str:
         """Return the state as one line: `14:03:27 1,200/5,000 images, 24.1/s, 2:38 left, 3 failed`."""
@@ -157,10 +177,14 @@ class Progress:
         return facts
 
     def close(self) -> None:
-        """Leave the last state of the bar standing."""
-        if self._bar is not None:
+        """Leave the last state of the bar standing, or of a brief one nothing."""
+        if self._bar is None:
+            return
+        if not self._is_brief:
             self._draw()
-            self._bar.close()
+        elif self._is_drawn:
+            self._bar.clear()
+        self._bar.close()
 
 
 def _line_interval_s(elapsed_s: float) -> float:
@@ -169,11 +193,36 @@ def _line_interval_s(elapsed_s: float) -> float:
 
 
 @contextlib.contextmanager
-def shown_progress(total: int | None, what: str = "", unit: str = "images") -> Iterator[Progress]:
+def told_progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Show the progress of what is made of records as long as the block runs.
+
+    What is given is called with how many pictures are done and of how many, or with how many records are read and None.
+    """
+    shown: dict[bool, Progress] = {}
+    with contextlib.ExitStack() as stack:
+
+        def tell(num_done: int, total: int | None) -> None:
+            is_reading = total is None
+            if is_reading not in shown:
+                stack.close()
+                shown.clear()
+                display = _progress_of(total, what, "records" if is_reading else "images", is_brief=True)
+                shown[is_reading] = stack.enter_context(contextlib.closing(display))
+            shown[is_reading].update_to(num_done)
+
+        yield tell
+
+
+@contextlib.contextmanager
+def shown_progress(total: int | None, what: str = "") -> Iterator[Progress]:
     """Show progress on stderr as long as the block runs; `total` None: not known."""
-    is_bar = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    with contextlib.closing(Progress(sys.stderr, total, is_bar=is_bar, what=what, unit=unit)) as display:
+    with contextlib.closing(_progress_of(total, what)) as display:
         yield display
+
+
+def _progress_of(total: int | None, what: str, unit: str = "images", *, is_brief: bool = False) -> Progress:
+    is_bar = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return Progress(sys.stderr, total, is_bar=is_bar, what=what, unit=unit, is_brief=is_brief)
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ the format is asked for. Every format can be made again from the records at any 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -46,6 +46,7 @@ class ExportOptions:
         is_linked: pictures in `yolo` and `hf` are hard links, not copies.
         background: a colour that transparent pictures are laid on in overlays.
         max_pixels, max_file_size: what is refused unread, as everywhere.
+        told: called with how many pictures are done, of how many; with how many records are read, of None.
     """
 
     root: Path | None = None
@@ -61,6 +62,7 @@ class ExportOptions:
     is_confined: bool = True
     max_pixels: int = 2**28
     max_file_size: int = 2**30
+    told: Callable[[int, int | None], object] = lambda done, total: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ def export_records(records: Path | Collection, format: str, out: Path, options: 
     """
     if format not in FORMATS:
         raise UsageError(f"unknown format {format!r}; choose one of {', '.join(FORMATS)}")
-    records = as_collection(records)
+    records = replace(as_collection(records), told=options.told)
     files = [file for source in records.sources for file in files_of_run(source.path)]
     read = [*files, *([options.coco_ids_from] if options.coco_ids_from is not None else [])]
     check_not_input([out, out.with_suffix(".xml")] if format == "labelstudio" else [out], read)

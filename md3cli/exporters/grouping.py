@@ -26,7 +26,7 @@ from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, boxes, 
 from md3cli.finished.record_shape import LINE_LIMIT_BYTES
 from md3cli.finished.records_file import disk_trouble_in_words, open_records
 from md3cli.records import RecordDict, printable
-from md3cli.refine.collection import Collection, read
+from md3cli.refine.collection import RECORDS_TOLD, Collection, read
 from md3cli.refine.labels import Labels
 from md3cli.refine.refinement import FOUND_BY_TASK, name_of
 
@@ -177,7 +177,9 @@ class ImageIndex:
         """
         with disk_trouble_in_words():  # the first row comes once all are sorted
             stretches: Iterable[tuple[int, ...]] = self._database.execute(_IN_ORDER)
-        for (_, twin, has_twins), parts in groupby(stretches, key=lambda row: row[2:]):
+        (num_images,) = self._database.execute("SELECT count(DISTINCT image) FROM stretch").fetchone()
+        for number, ((_, twin, has_twins), parts) in enumerate(groupby(stretches, key=lambda row: row[2:])):
+            self._records.told(number, num_images)
             answered: list[RecordDict] = []
             for start, count, *_ in parts:
                 found = [record for _, record in islice(self._file.placed(start), count)]
@@ -197,6 +199,8 @@ class ImageIndex:
         for keys, records in groupby(placed, key=lambda placed_record: _keys(placed_record[1])):
             count, start = 0, -1
             for place, record in records:
+                if self.survey.num_records % RECORDS_TOLD == 0:
+                    self._records.told(self.survey.num_records, None)
                 self.survey.add(record)
                 start = place if start < 0 else start
                 count += 1

@@ -14,24 +14,26 @@ point, `[6C7D]`, so that two labels never look alike and nothing vanishes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
+from io import BytesIO
 from itertools import cycle, pairwise
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
 from md3cli.errors import ImageError
 from md3cli.exporters import ExportOptions, ExportReport
-from md3cli.exporters.files import StagedFolder, candidates, relative_name, staged_folder
+from md3cli.exporters.at_once import holding, in_order
+from md3cli.exporters.files import candidates, relative_name, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.masks import fill
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, Ring
 from md3cli.exporters.palette import Colour, Style, palette
-from md3cli.exporters.pictures import Pictures
+from md3cli.exporters.pictures import FoundPicture, Pictures
 from md3cli.exporters.plates import Plates, Rect
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
@@ -283,47 +285,57 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         staged_folder(out, overwrite=options.overwrite, format="overlay") as folder,
     ):
         styles = palette(index.survey.in_order())
-        for group in index.images():
-            pictures.refuse_inside(out, group)
-            image = _drawn(group, pictures, styles)
-            if image is not None:
-                _save(folder, group.file_name, image)
+        found = _found(index.images(), pictures, out)
+        for group, content in in_order(lambda pair: (pair[0], _drawn(*pair, pictures, styles)), found):
+            if content is None:
+                pictures.note_unreadable(group.name)
+            else:  # here, in order: of two pictures of one name the first has the plain one
+                file, _ = folder.create(_names(group.file_name))
+                with file:
+                    file.write(content)
                 num_images += 1
         survey = index.survey
         notes = (*survey.notes(), *pictures.missing_note())
     return ExportReport("overlay", out, survey.num_records, num_images, survey.num_failures, notes)
 
 
-def _drawn(group: ImageGroup, pictures: Pictures, styles: Mapping[str, Style]) -> Image.Image | None:
-    item = pictures.find(group.picture_record, has_twins=group.has_twins)
-    if item is None:
-        return None
-    try:
-        image = pictures.read(item)
-    except ImageError:
-        pictures.note_unreadable(group.name)
-        return None
-    if image.size != (group.width, group.height):  # another file stands there now: boxes scale with it
-        group = group._replace(width=image.width, height=image.height)
-    draw_records(image, group, styles)
-    return image
+def _found(groups: Iterable[ImageGroup], pictures: Pictures, out: Path) -> Iterator[tuple[ImageGroup, FoundPicture]]:
+    """Yield each image whose picture is there."""
+    for group in groups:
+        pictures.refuse_inside(out, group)
+        picture = pictures.find(group.picture_record, has_twins=group.has_twins)
+        if picture is not None:
+            yield group, picture
 
 
-def _save(folder: StagedFolder, name: str, image: Image.Image) -> None:
-    image.info.clear()  # EXIF, XMP, comment, profile: the writers would carry some of it over
+def _drawn(group: ImageGroup, picture: FoundPicture, pictures: Pictures, styles: Mapping[str, Style]) -> bytes | None:
+    """Return the file of a picture with all that was found on it; None where it cannot be read."""
+    with holding(group.width, group.height):
+        try:
+            image = pictures.read(picture)
+        except ImageError:
+            return None
+        if image.size != (group.width, group.height):  # another file stands there now: boxes scale with it
+            group = group._replace(width=image.width, height=image.height)
+        draw_records(image, group, styles)
+        image.info.clear()  # EXIF, XMP, comment, profile: the writers would carry some of it over
+        return _encoded(image, is_jpeg=_is_jpeg(group.file_name))
+
+
+def _is_jpeg(name: str) -> bool:
+    return relative_name(name).suffix.lower() in _JPEG_SUFFIXES
+
+
+def _names(name: str) -> Iterator[PurePosixPath]:
     suffix = relative_name(name).suffix
-    is_jpeg = suffix.lower() in _JPEG_SUFFIXES
-    if is_jpeg or suffix.lower() == ".png":
-        names = candidates(name, suffix)
-    else:
-        names = candidates(name, ".png", keep_suffix=True)
-    file, _ = folder.create(names)
-    with file:
-        _encode(image, file, is_jpeg)
+    is_kept = _is_jpeg(name) or suffix.lower() == ".png"
+    return candidates(name, suffix if is_kept else ".png", keep_suffix=not is_kept)
 
 
-def _encode(image: Image.Image, file: BinaryIO, is_jpeg: bool) -> None:
+def _encoded(image: Image.Image, *, is_jpeg: bool) -> bytes:
+    file = BytesIO()
     if is_jpeg:
         image.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)  # thin coloured lines smear at 4:2:0
     else:
         image.save(file, "PNG", compress_level=4)
+    return file.getvalue()

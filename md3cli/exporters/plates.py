@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 _STEP = 0.02  # what a less usual place must hide less, as a share of a thing
 
@@ -51,13 +52,15 @@ class Plates:
         Returns:
             None: no place is free, or all hide more.
         """
-        places = self._free_places(thing, width, height)
-        costs = [(self._hidden(place) + _STEP * rank, place) for rank, place in places]
-        best = min(costs, default=None)
-        if best is None or best[0] > most_hidden:
+        ranked = list(self._free_places(thing, width, height))
+        if not ranked:
             return None
-        self.taken.append(best[1])
-        return best[1]
+        costs_P = self._hidden([place for _, place in ranked]) + [_STEP * rank for rank, _ in ranked]
+        best = int(costs_P.argmin())
+        if costs_P[best] > most_hidden:
+            return None
+        self.taken.append(ranked[best][1])
+        return ranked[best][1]
 
     def _free_places(self, thing: Rect, width: float, height: float) -> Iterator[tuple[int, Rect]]:
         for rank, (left, top) in enumerate(_corners(thing, width, height)):
@@ -67,12 +70,13 @@ class Plates:
             if is_inside and not any(place.covers(other) for other in self.taken):
                 yield rank, place
 
-    def _hidden(self, place: Rect) -> float:
-        """Return how much of all things the place hides, as a sum of shares."""
-        low_N2 = np.maximum(self._things_N4[:, :2], place[:2])
-        high_N2 = np.minimum(self._things_N4[:, 2:], place[2:])
-        shared_N2 = np.maximum(high_N2 - low_N2, 0.0)
-        return float(np.sum(shared_N2[:, 0] * shared_N2[:, 1] / self._areas_N))
+    def _hidden(self, places: Sequence[Rect]) -> npt.NDArray[np.float64]:
+        """Return how much of all things each place hides, as a sum of shares: [P]."""
+        places_P14 = np.array(places)[:, None]
+        low_PN2 = np.maximum(self._things_N4[:, :2], places_P14[..., :2])
+        high_PN2 = np.minimum(self._things_N4[:, 2:], places_P14[..., 2:])
+        shared_PN2 = np.maximum(high_PN2 - low_PN2, 0.0)
+        return (shared_PN2[..., 0] * shared_PN2[..., 1] / self._areas_N).sum(axis=1)
 
 
 def _corners(thing: Rect, width: float, height: float) -> Iterator[tuple[float, float]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ _TEXT = rb'"((?:[^"\\]|\\.)*+)"'
 # A prompt and the name under which something was found for it, as md3 writes them.
 _NAMED = re.compile(rb'"prompt":' + _TEXT + rb',"(?:objects|points|segments)":\[\{"label":' + _TEXT)
 _SETTINGS = ("model", "dtype", "quant", "adapter", "background")
+RECORDS_TOLD = 1000  # between two words on how many were read
 _MOST_NAMES = 100_000  # of prompts with other names that are looked for
 _CHOSEN = "SELECT rank, place FROM chosen WHERE rank >= ? ORDER BY rank"
 
@@ -41,6 +42,8 @@ class Collection:
     selection: Selection = field(default=Selection())
     notes: tuple[str, ...] = ()
     is_order_known: bool = True  # else classes come as they are first seen
+    # Told how far reading is: records, or pictures of how many.
+    told: Callable[[int, int | None], object] = field(default=lambda done, total: None, compare=False)
 
     @classmethod
     def of(
@@ -106,7 +109,9 @@ def read(collection: Collection, notes: list[str] | None = None) -> Iterator[Rec
     with closing(collection.open()) as shown:
         if notes is not None:
             notes += shown.notes
-        for _, record in shown.placed():
+        for number, (_, record) in enumerate(shown.placed()):
+            if number % RECORDS_TOLD == 0:
+                collection.told(number, None)
             yield record
 
 

@@ -12,17 +12,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
-from itertools import islice
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -32,6 +28,7 @@ from md3cli import __version__
 from md3cli.errors import ImageError, MissingExtraError
 from md3cli.evaluate.scores import Curves, Section, Verdict, number
 from md3cli.exporters import ExportOptions
+from md3cli.exporters.at_once import holding, in_order
 from md3cli.exporters.files import replaced_file, staged_folder
 from md3cli.exporters.pictures import FoundPicture, Pictures
 from md3cli.finished.guards import marker_format, remove_written
@@ -63,26 +60,12 @@ SCRIPTS = ("index.js", "cards.js", "report.js")  # in the order of their first l
 JPEG_QUALITY = 78
 LABELS_DRAWN = 9
 ROWS_SHOWN = 30
-MAX_THREADS = 4  # Pillow decodes outside the interpreter's lock; more threads only hold more pictures
-LARGE_PIXELS = 50_000_000  # pictures of this size (150 MB decoded) are opened one at a time
-
-_one_large = Lock()
 
 
 def with_thumbnails(items: Iterable[Item], pictures: Pictures, long_side_px: int) -> Iterator[Item]:
     """Yield the same items, each with its `thumbnail` or the reason why it is `missing`; a few are in flight."""
-    num_threads = min(MAX_THREADS, os.cpu_count() or 1)
-    todo = iter(items)
-    with ThreadPoolExecutor(num_threads) as pool:
-
-        def submit(number: int) -> list[Future[Item]]:
-            found = ((item, _find(item, pictures)) for item in islice(todo, number))
-            return [pool.submit(_fill, item, picture, pictures, long_side_px) for item, picture in found]
-
-        in_flight = submit(2 * num_threads)
-        while in_flight:
-            yield in_flight.pop(0).result()
-            in_flight += submit(1)
+    found = ((item, _find(item, pictures)) for item in items)
+    return in_order(lambda pair: _fill(*pair, pictures, long_side_px), found)
 
 
 def _find(item: Item, pictures: Pictures) -> FoundPicture | None:
@@ -97,9 +80,8 @@ def _fill(item: Item, picture: FoundPicture | None, pictures: Pictures, long_sid
     if picture is None:
         item.missing = "the picture is not there"
         return item
-    is_large = (item.width or 0) * (item.height or 0) >= LARGE_PIXELS
     try:
-        with _one_large if is_large else nullcontext():
+        with holding(item.width, item.height):
             item.thumbnail = data_uri(pictures.read(picture), long_side_px)
     except ImageError as error:
         item.missing = str(error)
@@ -217,11 +199,10 @@ def write_report(
     output: Path,
     options: ReportOptions,
     sections: Sequence[Section] = (),
-    advance: Callable[[int], object] = lambda number: None,
 ) -> ReportSummary:
     """Write the report of `records` to `output` (an .html file, or a folder for its index.html).
 
-    `sections` are scores by ground truth, to be shown and drawn; `advance` is called with so many pictures more.
+    `sections` are scores by ground truth, to be shown and drawn.
 
     Raises:
         InputError: no records file, or a damaged record.
@@ -239,7 +220,6 @@ def write_report(
         for item in in_pieces(with_thumbnails(judged, pictures, options.thumbnail_px), pieces.write):
             stats.add(item)
             num_missing += item.missing is not None
-            advance(1)
         stack.close()  # the folder first: a page without its folder shows nothing
         file.writelines(render(*_page_of(records, stats, options, sections, pieces)))
     pieces.remove_former()

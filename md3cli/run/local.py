@@ -210,7 +210,7 @@ class LocalRun:
         self._tell_damage()
         self._note_end(None)  # a report made below tells of this run
         for document in self.output.plan.documents:
-            for note in publish(document, journal.path, self.config, self.source.root):
+            for note in publish(document, journal.path, self.config, self.source.root, self.console):
                 self.console.say(f"{document.format}: {note}")
             if self.output.plan.stdout is not None:
                 print_document(document.path)

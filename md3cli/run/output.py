@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from md3cli.finished.guards import RUN, check_documents, check_not_foreign_run, 
 from md3cli.finished.guards import written_paths as listed_paths
 from md3cli.finished.run_json import RUN_INFO_NAME, change_since, read_facts
 from md3cli.records import RecordDict, RunIdentity, printable
+from md3cli.refine.collection import as_collection
 from md3cli.refine.refinement import RefinedStream, Refinement
 from md3cli.run.journal import Journal, encode_record
 from md3cli.run.log import damage_words, damaged_path
@@ -338,16 +339,19 @@ def words_of_others(plan: OutputPlan) -> str | None:
     return f"without what is new: {paths}; the same command with {again} makes {them} again"
 
 
-def publish(document: Document, records: Path, config: RunConfig, root: str) -> tuple[str, ...]:
+def publish(document: Document, records: Path, config: RunConfig, root: str, console: RunConsole) -> tuple[str, ...]:
     """Make a document from the records, whole or not at all, and return what the user should know about it.
+
+    The console shows how far it is.
 
     Raises:
         ExportError, OutputError: it cannot be made; the records are untouched.
     """
-    if document.format == HTML:
-        return _write_report(document.path, records, config, root)
-    report = export_records(records, document.format, document.path, _export_options(config, root))
-    return report.notes
+    with console.told_progress(document.format) as told:
+        if document.format == HTML:
+            return _write_report(document.path, records, config, root, told)
+        options = replace(_export_options(config, root), told=told)
+        return export_records(records, document.format, document.path, options).notes
 
 
 def _export_options(config: RunConfig, root: str) -> ExportOptions:
@@ -361,14 +365,16 @@ def _export_options(config: RunConfig, root: str) -> ExportOptions:
     )
 
 
-def _write_report(path: Path, records: Path, config: RunConfig, root: str) -> tuple[str, ...]:
+def _write_report(
+    path: Path, records: Path, config: RunConfig, root: str, told: Callable[[int, int | None], object]
+) -> tuple[str, ...]:
     from md3cli.report.build import ReportOptions, write_report
 
     if records.stat().st_size == 0:
         return ("no records, so no page",)
     limits = config.decode
     write_report(
-        records,
+        replace(as_collection(records), told=told),
         path,
         ReportOptions(
             root=Path(root),

@@ -101,7 +101,7 @@ class Finish:
         deliveries.deliver(files.run_info)
         for document in self._start.outputs.documents:
             deliveries.fetch(journal)
-            for note in publish(document, journal, self._config, self._plan.root):
+            for note in publish(document, journal, self._config, self._plan.root, self._console):
                 self._console.say(f"{document.format}: {note}")
             deliveries.deliver(document.path)
         if self._config.output.add and self._num_new() and (words := words_of_others(self._start.outputs)):

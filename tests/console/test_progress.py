@@ -12,7 +12,7 @@ import pytest
 from terminal import terminal
 
 from md3cli.console import RunConsole
-from md3cli.console.progress import MOST_MARKS, Pace, Progress, clock, loading, shown_rate
+from md3cli.console.progress import MOST_MARKS, Pace, Progress, clock, loading, shown_rate, told_progress
 
 
 class Clock:
@@ -95,6 +95,30 @@ def test_what_was_done_before_counts_neither_into_the_rate_nor_into_what_is_left
     assert progress.line().endswith(" 530/1,000 images, 1.0/s, 1:10 left")
     progress.update_to(930, 0, 900)
     assert progress.line().endswith(" 930/1,000 images, 1.0/s, 1:10 left")
+
+
+def test_what_takes_long_shows_records_first_and_then_pictures(clocked: Clock) -> None:
+    with terminal() as stream, told_progress("coco") as told:
+        told(0, None)
+        clocked.now += 2
+        told(120_000, None)
+        told(0, 2000)
+        clocked.now += 2
+        told(480, 2000)
+    text = stream.getvalue()
+    assert "coco: 120000 records" in text
+    assert "coco:  24%" in text
+    assert text.endswith("\r")  # the bar goes at the end
+
+
+def test_what_is_soon_done_shows_nothing() -> None:
+    with terminal() as stream, told_progress("coco") as told:
+        told(0, None)
+        told(12, 12)
+    assert stream.getvalue().strip() == ""
+    with terminal() as stream, RunConsole(has_progress=False).told_progress("coco") as told:
+        told(0, None)
+    assert stream.getvalue() == ""
 
 
 def test_a_dumb_terminal_gets_no_bar() -> None:

@@ -271,3 +271,17 @@ def test_a_name_has_whole_letters_on_its_plate(size: tuple[int, int], monkeypatc
     for side in (plate[0], plate[-1], plate[:, 0], plate[:, -1]):
         assert (side == COLOURS[0]).all()
     assert (plate != COLOURS[0]).any(axis=2).mean() > 0.15  # letters
+
+
+def test_one_worker_and_several_write_the_same_files(detect_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (detect_run.root / NAMES[4]).write_bytes(b"no picture")
+    made = {}
+    for number in (1, 2, 7):
+        monkeypatch.setattr("md3cli.exporters.at_once.num_cores", lambda number=number: number)
+        far: list[tuple[int, int | None]] = []
+        report, out = detect_run.export("overlay", f"out{number}", told=lambda *now, far=far: far.append(now))
+        files = {name: (out / name).read_bytes() for name in names_in(out)}
+        made[number] = files, (out / ".md3").read_bytes(), report.notes, far
+    assert made[1] == made[2] == made[7]
+    assert len(made[1][0]) == len(NAMES) - 1
+    assert made[1][3] == [(0, None), *((number, len(NAMES)) for number in range(len(NAMES)))]

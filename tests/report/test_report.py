@@ -24,6 +24,7 @@ from md3cli.commands.export import app
 from md3cli.errors import InputError, MissingExtraError, UsageError
 from md3cli.exporters.grouping import Survey
 from md3cli.finished.run_json import RunInfo
+from md3cli.refine.collection import as_collection
 from md3cli.report.build import ReportOptions, _template, render, write_report
 from md3cli.report.index import in_pieces, script_of
 from md3cli.report.items import FRAME, entry_of, items
@@ -305,10 +306,12 @@ def test_many_pictures_go_to_script_files_beside_the_page(run_folder, tmp_path, 
     monkeypatch.setattr("md3cli.report.index.INDEX_SIZE", 5)
     output = tmp_path / "out folder" / "look here.html"
     options, ticks = ReportOptions(images_per_page=3, images_in_file=10), []
-    summary = write_report(run_folder / "records.jsonl", output, options, advance=ticks.append)
+    monkeypatch.setattr("md3cli.refine.collection.RECORDS_TOLD", 1)
+    told = replace(as_collection(run_folder / "records.jsonl"), told=lambda *far: ticks.append(far))
+    summary = write_report(told, output, options)
     folder = output.parent / "look here_pages"
     assert summary.folder == folder
-    assert sum(ticks) == 12
+    assert ticks == [(number, None) for number in range(summary.num_records)]
     page = Elements(output.read_text())
     files = page.data()["files"]
     assert (files["folder"], files["index"], files["cards"]) == ("look%20here_pages", 3, 4)
