@@ -169,7 +169,7 @@ def _check_labels_file(file: Path | None, read: Sequence[Path], *, overwrites: b
         raise UsageError("--best-thresholds needs a ground truth; give --gt with COCO instances")
     if file.suffix.lower() != ".toml":
         raise UsageError(f"--best-thresholds {shown}: a labels file with thresholds ends in .toml")
-    check_not_input([file], read)
+    check_not_input([file], read, "--best-thresholds")
     if os.path.lexists(file) and not (overwrites and file.is_file()):
         advice = "--overwrite replaces it" if file.is_file() else "name another"
         raise UsageError(f"--best-thresholds {shown} is there already; {advice}")

@@ -109,6 +109,8 @@ def evaluate(records: Path | Collection, truths: Sequence[Truth]) -> Evaluation:
     """
     records, notes = as_collection(records), list[str]()
     sections = _sections(final_records(read(records, notes)), truths, records)
+    if not sections:
+        notes.append("nothing is selected, so nothing is scored")
     is_shared = any(len(label.prompts) > 1 for label in records.refinement.labels.labels)
     if is_shared and not records.selection.takes_all:
         whole = replace(records, selection=Selection())
@@ -143,6 +145,8 @@ def compare_runs(records: Path | Collection, other: Path | Collection, truths: S
 
 
 def _sections(records: Sequence[RecordDict], truths: Sequence[Truth], collection: Collection) -> list[Section]:
+    if not records and not collection.selection.takes_all:
+        return []
     labels = collection.refinement.labels
     sections = [section for truth in truths for section in _score(records, truth, labels)]
     if not sections:

@@ -167,7 +167,8 @@ def _best(best: BestThresholds) -> Iterator[str]:
     rows = [("", "min_score", "F1", "F1 before"), ("all", "-", number(best.f1), number(best.f1_before))]
     for one in chosen[:NAMES_SHOWN]:
         rows.append((_short(one.name), number(one.min_score), number(one.f1), number(one.f1_before)))
-    yield from aligned(rows)
+    if chosen:
+        yield from aligned(rows)
     if len(chosen) > NAMES_SHOWN:
         yield f"  and {len(chosen) - NAMES_SHOWN:,} more; --json has all"
     by_reason: dict[str, list[str]] = {}

@@ -42,30 +42,34 @@ _TRAINERS_SUFFIX = ".cache"  # `labels.cache`, `labels/train.cache`: trainers le
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
 
 
-def check_not_input(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+def check_not_input(outputs: Iterable[Path], inputs: Iterable[str | Path], option: str = "-o") -> None:
     """Refuse to write to a file that is read, or that is a picture; --overwrite does not help.
 
     Args:
         outputs: every file that is written; those that are not there are harmless.
         inputs: what is read: paths, globs, and `-` for stdin; folders and addresses are passed over.
+        option: what named the outputs.
 
     Raises:
         UsageError: one is an input or a picture, under whatever name.
     """
     there = [output for output in outputs if output.is_file()]
-    check_none_is_read(there, inputs)
+    check_none_is_read(there, inputs, option)
     for output in there:
         if has_image_suffix(os.path.realpath(output)) or _begins_like_picture(output):
-            raise UsageError(f"{printable(str(output))} is a picture, so nothing is written to it; name another -o")
+            raise UsageError(
+                f"{printable(str(output))} is a picture, so nothing is written to it; name another {option}"
+            )
 
 
-def check_none_is_read(outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+def check_none_is_read(outputs: Iterable[Path], inputs: Iterable[str | Path], option: str = "-o") -> None:
     """Refuse to write to a file that is read, as `check_not_input`; pictures may be replaced."""
     read = [path for path in map(str, inputs) if not is_address(path)]
     for output in outputs:
         if output.is_file() and any(_is_same(output, path) for path in read):
             shown = printable(str(output))
-            raise UsageError(f"{shown} is an input of this command, so nothing is written to it; name another -o")
+            advice = f"name another {option}"
+            raise UsageError(f"{shown} is an input of this command, so nothing is written to it; {advice}")
 
 
 def files_of_run(records: Path) -> list[Path]:

@@ -101,6 +101,7 @@ def test_what_it_is_never_written_over(folder, arguments, why):
     result = run(folder, f"run.jsonl {arguments}")
     assert isinstance(result.exception, UsageError)
     assert why in str(result.exception)
+    assert "another -o" not in str(result.exception)
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     assert not (folder / "best.toml").exists()
 
@@ -124,3 +125,9 @@ def test_the_other_run_is_read_under_the_same_names_and_thresholds(folder):
     assert refined.stdout.splitlines()[0].startswith("compared: 2 the same, 0 changed")
     selected = run(folder, "run.jsonl --compare older.jsonl --image a.jpg")
     assert selected.stdout.splitlines()[0] == "compared: 0 the same, 1 changed (1 count), 0 only before, 0 only now"
+
+
+def test_an_empty_selection_is_no_error(folder):
+    result = run(folder, "run.jsonl --gt gt.json --label zebra")
+    assert (result.exit_code, result.stdout.strip()) == (0, "")
+    assert "note: nothing is selected, so nothing is scored" in result.stderr
