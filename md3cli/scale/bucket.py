@@ -63,6 +63,7 @@ class Deliveries:
     def fetch(self, path: Path) -> None:
         """Copy a file of OUTPUT to this machine, unless it is here already or nowhere."""
         if self._bucket is not None and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._bucket.download(self._name(path), path)
 
     def deliver(self, path: Path) -> None:

@@ -158,6 +158,31 @@ def test_another_run_is_refused_unless_it_may_overwrite(md3: Program, pictures: 
     assert b'"length":"short"' in objects()["out/run/records.jsonl"]
 
 
+@pytest.mark.parametrize("many", [(), ("--world-size", 2)])
+def test_a_run_in_a_bucket_grows(
+    md3: Program, pictures: Path, objects: Objects, tmp_path: Path, many: tuple[object, ...]
+) -> None:
+    """Finished and then added to by a start that is killed; another machine goes on with it."""
+    command = ("detect", pictures, "-o", f"{RUN}/", "-f", "csv", "--batch-size", 2)
+    assert md3(*command, "mark=a", "--shard-size", 6).exit_code == 3
+    refused = md3(*command, "a", "b")
+    assert (refused.exit_code, "you now ask detect b as well" in refused.stderr) == (2, True)
+    process = begin(tmp_path, *command, "b", "--add", *many, step_s=0.2)
+    wait_until(lambda: num_committed() >= 7 or process.poll() is not None, "nothing is committed")
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.communicate()
+    told = json.loads(objects()["out/run/run.json"])
+    assert [request["prompt"] for request in told["identity"]["requests"]] == ["a", "b"]
+    assert md3(*command, "b", "--add", *many).exit_code == 3
+    assert 0 < md3.num_answered < 29 - 2 * 6 + 6
+    assert md3("detect", pictures, "mark=a", "b", "-o", "plain/", "-f", "csv").exit_code == 3
+    found = objects()
+    assert found["out/run/records.jsonl"] == Path("plain/records.jsonl").read_bytes()
+    assert found["out/run/records.csv"] == Path("plain/records.csv").read_bytes()
+    assert "out/run/.md3run/plan/added-1.json" in found
+    assert md3("verify", RUN).exit_code == 0
+
+
 # -- many, and the dead ----------------------------------------------------------------------------
 
 

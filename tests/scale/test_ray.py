@@ -248,6 +248,28 @@ def test_a_worker_that_cannot_begin_ends_the_run_with_its_words(run: Run) -> Non
         run.on_ray()
 
 
+@pytest.mark.process
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_what_is_added_runs_on_ray_too(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a shard of the first plan still open: the actors know both plans."""
+    isolate(monkeypatch, tmp_path / "home")
+    monkeypatch.setattr("md3cli.scale.shard_runner.FINDER", FINDER)
+    md3, out = Program(monkeypatch), tmp_path / "ray.jsonl"
+    command = ("detect", pictures, "--limit", "8", "-o")
+    on_ray = ("--engine", "ray", "--shard-size", 2, "--workers-per-device", 2)
+    assert md3(*command, out, "car", "--engine", "local", "--shard-size", 2).exit_code == 0
+    run = Path(f"{out}.md3run")
+    (run / "commits/00002.json").unlink()
+    (run / "exported.json").unlink()
+    result = md3(*command, out, "dog", "--add", *on_ray)
+    assert result.exit_code == 0, result.stderr
+    assert (run / "plan/added-1.json").exists()
+    assert md3(*command, tmp_path / "plain.jsonl", "car", "dog").exit_code == 0
+    assert out.read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+    assert md3("verify", out).exit_code == 0
+
+
 def is_loopback(host: str) -> bool:
     address = ipaddress.ip_address(host)
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
