@@ -16,7 +16,7 @@ from md3cli.finished.run_json import read_facts
 from md3cli.records import Request, printable
 from md3cli.refine.labels import Labels
 from md3cli.refine.refinement import Refinement
-from md3cli.run.asked import listed, new_in, requests_in, together
+from md3cli.run.asked import ask_all, listed, new_in, requests_in, together
 from md3cli.run.output import OutputPlan
 from md3cli.run.run_info import RUN_SCHEMA
 
@@ -38,10 +38,10 @@ def check_may_add(config: RunConfig, plan: OutputPlan) -> None:
         raise UsageError("--add adds to what stands in OUTPUT; name the file or folder with -o")
     if config.output.overwrite:
         raise UsageError("--add keeps what OUTPUT has and --overwrite does not; leave one of them out")
-    if not config.requests:
+    if not ask_all(config.requests):
         raise UsageError(
             "--add adds what the command asks, and here the rows of the manifest ask; write new rows into the manifest "
-            "and run the same command without --add, or say with --task what to ask of all rows"
+            "and run the same command without --add, or say what to ask of all rows with -q or --task"
         )
 
 
@@ -67,7 +67,7 @@ def grown(
     held = planned.requests if planned is not None else requests_in(facts["identity"])
     if held is None:  # somebody has changed it: the comparison to come tells what
         return config
-    if not held:
+    if not ask_all(held):
         raise OutputMismatchError(
             "OUTPUT was asked what the rows of a manifest say, and --add cannot add to rows: write new rows into the "
             "manifest and run the same command without --add, or choose another -o"

@@ -80,6 +80,11 @@ def new_in(asked: Sequence[Request], held: Sequence[Request]) -> tuple[Request, 
     return tuple(request for request in asked if request not in known)
 
 
+def ask_all(requests: Sequence[Request]) -> bool:
+    """Return whether a command asks something of every row; else its rows have to bring what is asked."""
+    return any(request.prompt is not None or request.task is Task.CAPTION for request in requests)
+
+
 def is_grown(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Return whether the requests of the identity `now` are those of `before` and more behind them."""
     held, asked = requests_in(before), requests_in(now)
@@ -99,7 +104,9 @@ def way_on(before: Mapping[str, Any], now: Mapping[str, Any], argv: Sequence[str
     """
     held = requests_in(before.get("identity", before))
     asked = requests_in(now.get("identity", now))
-    if not held or not asked or differences(_without_requests(before), _without_requests(now)):
+    if not (held and asked and ask_all(held) and ask_all(asked)):
+        return ""
+    if differences(_without_requests(before), _without_requests(now)):
         return ""
     try:
         num_new = len(together(held, asked)) - len(held)

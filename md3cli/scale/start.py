@@ -24,10 +24,11 @@ from md3cli.exporters.files import remove_leftovers
 from md3cli.files import translate_errors
 from md3cli.finished.digest import digest_of
 from md3cli.finished.record_shape import read_record
+from md3cli.finished.run_json import read_facts
 from md3cli.records import OK_TAIL, Request, SourceRow
 from md3cli.refine.labels import Labels
 from md3cli.run.adding import Held
-from md3cli.run.asked import differences, is_grown
+from md3cli.run.asked import differences, is_grown, requests_in
 from md3cli.run.journal import encode_record
 from md3cli.run.journal_scan import first_record, journal_lines
 from md3cli.run.log import DamagedLines, damage_words, keep_damaged
@@ -35,7 +36,7 @@ from md3cli.run.model_handle import Model
 from md3cli.run.order import WAITING_SUFFIX, waiting_records
 from md3cli.run.output import OutputPlan
 from md3cli.run.record_index import RecordIndex
-from md3cli.run.run_info import RunDocument, check_first_record, identity_of, note_grown
+from md3cli.run.run_info import RUN_SCHEMA, RunDocument, check_first_record, identity_of, note_grown
 from md3cli.scale.added import RowsDifferError, added_rows, fingerprint_of, whole_rows
 from md3cli.scale.attempts import attempt_files, keep_lines, read_history
 from md3cli.scale.bucket import Deliveries
@@ -186,6 +187,7 @@ class Start:
         self.run_options = RunOptions(config.model, config.decode, config.refinement.labels)
         self.is_alone = config.scale.world_size == 1
         self.num_adopted = 0
+        self._may_add = config.output.add
 
     @cached_property
     def _wanted(self) -> dict[str, Any]:
@@ -214,6 +216,9 @@ class Start:
             OutputMismatchError: OUTPUT is another run's; names the differences.
         """
         is_over = self.config.output.overwrite
+        earlier = {} if is_over else read_facts(self.files.run_info, RUN_SCHEMA)
+        if earlier and requests_in(earlier["identity"]) == self.config.requests:
+            self._may_add = True  # where the plan lacks some of them, --add has begun with them
         return RunDocument.begin(
             self.files.run_info,
             identity=identity_of(
@@ -301,12 +306,12 @@ class Start:
         return scale.rank > 0 or (not self.is_alone and self.folder.store.read(PLANNER) is not None)
 
     def _is_added_to(self, plan: Plan) -> bool:
-        """Return whether this start asks what `plan` does and more, as --add does.
+        """Return whether this start asks what `plan` does and more, as --add does or has begun to.
 
         Raises:
             OutputMismatchError: something else differs as well.
         """
-        if not (self.config.output.add and is_grown(plan.config["identity"], self._wanted["identity"])):
+        if not (self._may_add and is_grown(plan.config["identity"], self._wanted["identity"])):
             return False
         self._check(plan, with_requests(self._wanted, plan.asked))
         return True

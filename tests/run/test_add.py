@@ -186,6 +186,11 @@ def test_rows_that_ask_for_themselves_cannot_be_added_to(md3: Program, pictures:
     refused = md3("detect", pictures / "rows.jsonl", "star", "-o", "o.jsonl", "--add")
     assert (refused.exit_code, "--add cannot add to rows" in refused.stderr) == (2, True)
     assert len(records_of(Path("o.jsonl"))) == 1
+    (pictures / "asked.jsonl").write_text(json.dumps({"image": "p0.png", "prompt": "Why?"}) + "\n")
+    md3("query", pictures / "asked.jsonl", "-o", "q.jsonl")
+    for more in ([], ["-q", "How many?"]):
+        assert md3("query", pictures / "asked.jsonl", *more, "-o", "q.jsonl", "--add").exit_code == 2
+    assert [record["error"] for record in records_of(Path("q.jsonl"))] == [None]
 
 
 # -- what is refused -------------------------------------------------------------------------------------

@@ -209,6 +209,7 @@ ADD = "To keep what is there and ask what is new as well, type `md3 detect 'my p
         ),
         ([CIRCLE], [replace(CIRCLE, seed=4), STAR], ""),
         ([], [STAR], ""),
+        ([Request(Task.QUERY)], [WHY], ""),
         ([STAR], [], ""),
     ],
 )

@@ -168,6 +168,20 @@ def test_run_json_knows_before_the_first_record_of_a_rank(
     assert set(seen) == {3}
 
 
+def test_the_whole_union_finishes_what_add_has_begun(
+    md3: Program, pictures: Path, tmp_path: Path, begun: Callable[..., Path]
+) -> None:
+    """Killed behind run.json and before the second plan."""
+    out = begun(1)
+    path = Path(f"{out}.run.json")
+    document = json.loads(path.read_bytes())
+    requests = document["identity"]["requests"]
+    requests.append({**requests[0], "prompt": "c"})
+    path.write_text(json.dumps(document))
+    assert md3("detect", pictures, "b", "a", "c", "-o", out, *MANY).exit_code == 3
+    assert out.read_bytes() == whole(md3, pictures, tmp_path, "b", "a", "c")
+
+
 def test_failures_are_done_again_while_it_grows(
     md3: Program, pictures: Path, tmp_path: Path, begun: Callable[..., Path]
 ) -> None:
