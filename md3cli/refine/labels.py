@@ -8,7 +8,7 @@ refused. Knows nothing of records. Source: product contract, section 8.
 from __future__ import annotations
 
 import json
-import math
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +24,10 @@ from md3cli.refine.template import Template
 FILE_LIMIT_BYTES = 10**6
 COUNT_LIMIT = 2**31 - 1  # of ids and of objects
 SUFFIXES = (".toml", ".txt", ".yaml", ".yml")
+_DEPTH_LIMIT = 20  # of lists and maps in YAML
+_MOST_DOTS = 100  # outside quotes, in a line of TOML: the time for a key grows with the square of its parts
+_QUOTED = re.compile(r""""(?:[^"\\\n]|\\.)*+"|'[^'\n]*+'""")
+_NUMBER = re.compile("[0-9]{1,10}")
 _KEYS = frozenset({"name", "prompts", "min_score", "nms", "max_objects", "id"})
 
 
@@ -323,9 +327,11 @@ def lines_of(text: str) -> list[str]:
 
 
 def _of_toml(text: str, where: str) -> Labels:
+    if any(line.count(".") > _MOST_DOTS for line in _QUOTED.sub("", text).split("\n")):
+        raise UsageError(f"--labels {where}: it is nested too deep; labels are tables [[label]]")
     try:
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with too many digits to be read
         raise UsageError(f"--labels {where} is not TOML: {printable(str(error))}") from error
     tables = document.get("label")
     unknown = next((key for key in document if key != "label"), None)
@@ -374,7 +380,7 @@ def _is_texts(value: object) -> bool:
 
 
 def _share(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and 0 <= value <= 1):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:  # NaN is not
         raise UsageError(f"{where} is a number from 0 to 1")
     return float(value)
 
@@ -389,10 +395,13 @@ def _of_yaml(text: str, where: str) -> Labels:
     """Read the `names` of a YOLO file: a list, or a map from numbers, which is put in their order."""
     names = _yaml_document(text, where).get("names")
     if isinstance(names, dict):
-        odd = next((key for key in names if not (key.isascii() and key.isdecimal())), None)
+        odd = next((key for key in names if not _NUMBER.fullmatch(key)), None)
         if odd is not None:
-            raise UsageError(f"--labels {where}: {printable(odd)!r} in names is not the number of a class")
-        names = [names[key] for key in sorted(names, key=int)]
+            raise UsageError(f"--labels {where}: {printable(odd[:50])!r} in names is not the number of a class")
+        by_number = {int(key): name for key, name in names.items()}
+        if len(by_number) < len(names):
+            raise UsageError(f"--labels {where}: the number of a class comes twice in names; leave one out")
+        names = [by_number[number] for number in sorted(by_number)]
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
         raise UsageError(f"--labels {where} has no names of classes (names: a list, or a map from numbers)")
     return _checked([Label(name=name.strip(), prompts=(name.strip(),)) for name in names], f"--labels {where}")
@@ -402,11 +411,24 @@ def _yaml_document(text: str, where: str) -> dict[str, Any]:
     """Parse YAML in which each scalar is a text; an alias, which could make a small file a huge one, is refused."""
     import yaml
 
-    loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+    base = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+
+    class OnceLoader(base):  # type: ignore[misc,valid-type]  # whichever of the two is there
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            found = super().construct_mapping(node, deep)
+            if len(found) < len(node.value):
+                raise yaml.YAMLError("a key comes twice")
+            return found
+
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=loader)):
-            raise UsageError(f"--labels {where}: aliases (*name) are not read; write the names out")
-        document = yaml.load(text, Loader=loader)  # noqa: S506 - a BaseLoader makes texts, lists and maps only
+        depth = 0
+        for event in yaml.parse(text, Loader=base):
+            if isinstance(event, yaml.AliasEvent):
+                raise UsageError(f"--labels {where}: aliases (*name) are not read; write the names out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEPTH_LIMIT:  # the parser takes minutes, and the stack of the C library is not guarded
+                raise yaml.YAMLError("it is nested too deep")
+        document = yaml.load(text, Loader=OnceLoader)  # noqa: S506 - a BaseLoader makes texts, lists and maps only
     except (yaml.YAMLError, RecursionError) as error:
         reason = printable(" ".join(str(error).split()))
         raise UsageError(f"--labels {where} is not YAML that can be read: {reason}") from error
