@@ -57,25 +57,28 @@
 
   // ---- marks ---------------------------------------------------------------------------------
 
-  const STORE = `md3-marks:${data.run}`;
+  // Kept in parts, by the first letter of the id: a mark writes 0.3 MB where 120,000 are there, all that a browser holds.
+  const STORE = `md3-marks:${data.run}:`;
   const marks = new Map(); // record id to right or wrong; ids of other reports of these pictures stay in it
   let numMarked = 0; // in this report
 
   function readMarks() {
     marks.clear();
     try {
-      for (const [mark, ids] of Object.entries(JSON.parse(localStorage.getItem(STORE) ?? "{}"))) {
-        for (const id of ids) marks.set(id, mark);
+      const parts = Object.keys(localStorage).filter((key) => key.startsWith(STORE));
+      for (const part of parts) {
+        for (const [mark, ids] of Object.entries(JSON.parse(localStorage.getItem(part)))) {
+          for (const id of ids) marks.set(id, mark);
+        }
       }
     } catch { /* no storage here: marks last as long as the page */ }
-    numMarked = marks.size === 0 ? 0 : index.ids.reduce((sum, id) => sum + marks.has(id), 0);
   }
 
-  function keepMarks() {
+  function keepMarks(letter) {
     const ids = { right: [], wrong: [] };
-    for (const [id, mark] of marks) ids[mark]?.push(id);
+    for (const [id, mark] of marks) if (id[0] === letter) ids[mark]?.push(id);
     try {
-      localStorage.setItem(STORE, JSON.stringify(ids));
+      localStorage.setItem(STORE + letter, JSON.stringify(ids));
     } catch {
       tell("This browser keeps no more marks. They last as long as this page: save them now.");
     }
@@ -86,7 +89,7 @@
     numMarked += (mark ? 1 : 0) - (marks.has(id) ? 1 : 0);
     if (mark) marks.set(id, mark);
     else marks.delete(id);
-    keepMarks();
+    keepMarks(id[0]);
     showMark(r, document);
     countMarks();
   }
@@ -129,22 +132,26 @@
     try {
       for (const line of (text ?? "").split("\n").filter((one) => one.trim() !== "")) {
         const { id, mark } = JSON.parse(line);
-        if (typeof id === "string" && ["right", "wrong"].includes(mark)) marks.set(id, mark);
+        if (typeof id === "string" && id !== "" && ["right", "wrong"].includes(mark)) marks.set(id, mark);
       }
     } catch {
       tell("That file holds no marks: it has lines that are not JSON.");
     }
-    keepMarks();
-    refreshMarks();
+    for (const letter of new Set([...marks.keys()].map((id) => id[0]))) keepMarks(letter);
+    showAllMarks();
   }
   $("#upload").addEventListener("change", upload);
 
-  function refreshMarks() {
-    readMarks();
+  function showAllMarks() {
+    numMarked = marks.size === 0 ? 0 : index.ids.reduce((sum, id) => sum + marks.has(id), 0);
     countMarks();
     for (const r of onPage) showMark(r, document);
   }
-  addEventListener("storage", (event) => { if (event.key === STORE) refreshMarks(); }); // marked in another tab
+  addEventListener("storage", (event) => { // marked in another tab
+    if (!event.key?.startsWith(STORE)) return;
+    readMarks();
+    showAllMarks();
+  });
 
   // ---- what is asked for: the form, and the address ------------------------------------------
 
@@ -190,7 +197,7 @@
   function addChip(label) {
     const chip = make("label", { class: `chip ${colourOf(label)}` },
       make("input", { type: "checkbox", name: "label", value: label }), make("span", {}, label));
-    $("#facets").append(chip);
+    ($('fieldset:has(input[name="label"])') ?? $("#facets")).append(chip);
     return $("input", chip);
   }
 
@@ -288,7 +295,8 @@
   function pageLink(number) {
     const first = (number - 1) * data.perPage + 1;
     const range = `${written(first)}–${written(Math.min(first + data.perPage - 1, shown.pictures.length))}`;
-    return number === page ? make("b", { "aria-current": "page" }, range) : make("a", { href: addressOf(number) }, range);
+    return number === page ? make("b", { "aria-current": "page" }, range) :
+      make("a", { href: addressOf(number), class: Math.abs(number - page) === 2 ? "far" : null }, range);
   }
 
   function goToPage(number) {
@@ -518,7 +526,7 @@
     }
     readMarks();
     readAddress();
-    countMarks();
+    showAllMarks();
     apply();
     $("#cards").ariaBusy = "false";
     globalThis.requestIdleCallback?.(nameRanks); // before somebody asks for that order: 0.1 s for 100,000 names

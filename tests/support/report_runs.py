@@ -26,7 +26,7 @@ _ids = itertools.count()
 
 def record(image: str | None, task: str, prompt: str | None = None, size=(400, 200), **result) -> dict:
     """A record; `error` is a failure's type."""
-    head = {"schema": "md3/1", "id": f"{next(_ids):032x}", "image": image, "width": size[0], "height": size[1]}
+    head = {"schema": "md3/1", "id": f"{next(_ids):032x}"[::-1], "image": image, "width": size[0], "height": size[1]}
     head |= {"task": task, "prompt": prompt}
     if error := result.pop("error", None):
         failure = {"type": error, "message": "it did not work", "retry": False}
