@@ -35,7 +35,7 @@ from md3cli.finished.guards import marker_format, remove_written
 from md3cli.finished.run_json import RunInfo
 from md3cli.records import printable
 from md3cli.refine.collection import Collection, as_collection, read
-from md3cli.report.index import CARDS_SIZE, WORDS_LIMIT, in_pieces, safe_json, script_of
+from md3cli.report.index import CARDS_SIZE, WORDS_LIMIT, in_pieces, joined_json, script_of
 from md3cli.report.items import Entry, Item, Shape, items, missed_shape
 from md3cli.report.page import Page, Table, facets_of, is_judged, legible, palette_of, signs_of, today
 from md3cli.report.plots import (
@@ -221,7 +221,9 @@ def write_report(
             stats.add(item)
             num_missing += item.missing is not None
         stack.close()  # the folder first: a page without its folder shows nothing
-        file.writelines(render(*_page_of(records, stats, options, sections, pieces)))
+        overview, head = _page_of(records, stats, options, sections)
+        nonce = None if pieces.folder is None else pieces.stamp
+        file.writelines(render(overview, pieces.data(head), nonce))
     pieces.remove_former()
     return ReportSummary(page, pieces.folder, stats.num_images, stats.num_records, num_missing, tuple(notes))
 
@@ -242,43 +244,44 @@ class Pieces:
     def __init__(self, beside: Path, options: ReportOptions, stack: ExitStack) -> None:
         self._beside, self._overwrite, self._stack = beside, options.overwrite, stack
         self._most_kept = max(options.images_in_file, options.images_per_page)
-        self._kept: dict[str, list[Any]] = {"index": [], "cards": []}
-        self._num_kept = 0
+        self._kept: dict[str, list[str]] = {"index": [], "cards": []}
+        self._num_kept = 0  # pictures with a card
         self._counts = {"index": 0, "cards": 0}
         self._stage: Path | None = None
         self.stamp = secrets.token_urlsafe(16)
 
-    def write(self, kind: str, number: int, document: Sequence[Any] | Mapping[str, Any]) -> None:
-        """Take over a piece, `number` of its kind."""
+    def write(self, kind: str, number: int, text: str, num_pictures: int) -> None:
+        """Take over a piece, `number` of its kind, as JSON."""
         self._counts[kind] += 1
         if self._stage is not None:
-            self._write_file(kind, number, document)
+            self._write_file(kind, number, text)
             return
-        self._kept[kind].append(document)
-        self._num_kept += len(document) if kind == "cards" else 0
+        self._kept[kind].append(text)
+        self._num_kept += num_pictures if kind == "cards" else 0
         if self._num_kept > self._most_kept:
             stage = self._stack.enter_context(staged_folder(self._beside, overwrite=self._overwrite, format="html"))
             self._stage = stage.path
-            for kept, documents in self._kept.items():
-                for place, one in enumerate(documents):
+            for kept, texts in self._kept.items():
+                for place, one in enumerate(texts):
                     self._write_file(kept, place, one)
             self._kept.clear()
 
-    def _write_file(self, kind: str, number: int, document: object) -> None:
+    def _write_file(self, kind: str, number: int, text: str) -> None:
         assert self._stage is not None
         name = f"{kind}-{number + 1:05d}"
-        (self._stage / f"{name}.js").write_text(script_of(self.stamp, name, document), encoding="ascii")
+        (self._stage / f"{name}.js").write_text(script_of(self.stamp, name, text), encoding="ascii")
 
     @property
     def folder(self) -> Path | None:
         """The folder that the page needs beside it."""
         return None if self._stage is None else self._beside
 
-    def data(self) -> dict[str, Any]:
-        """Return what the page's script gets of them: themselves, or where they are."""
+    def data(self, head: Mapping[str, Any]) -> Iterator[str]:
+        """Yield JSON for the page's script: `head`, and the pieces themselves or where they are."""
         if self._stage is None:
-            return self._kept
-        return {"files": {"folder": quote(self._beside.name), "stamp": self.stamp, **self._counts}}
+            return joined_json(head, self._kept)
+        files = {"folder": quote(self._beside.name), "stamp": self.stamp, **self._counts}
+        return joined_json({**head, "files": files}, {})
 
     def remove_former(self) -> None:
         """Remove the folder of a larger report that stood here, where this one needs none."""
@@ -296,9 +299,9 @@ def _picture_options(options: ReportOptions) -> ExportOptions:
 
 
 def _page_of(
-    records: Collection, stats: RunStats, options: ReportOptions, sections: Sequence[Section], pieces: Pieces
+    records: Collection, stats: RunStats, options: ReportOptions, sections: Sequence[Section]
 ) -> tuple[Page, dict[str, Any]]:
-    """Return what the template gets and what the script gets."""
+    """Return what the template gets, and what the script gets besides index and cards."""
     path, infos, palette = records.path, records.infos(), palette_of(stats.palette_labels)
     run = infos[0] if len(infos) == 1 else RunInfo({})  # the times of several runs say nothing together
     name = printable(path.parent.resolve().name if path.stem == "records" else path.stem)
@@ -315,7 +318,7 @@ def _page_of(
         made=today(),
     )
     data: dict[str, Any] = {"run": run_key(infos, stats), "name": name, "labels": palette.document()}
-    return page, data | {"perPage": options.images_per_page, "cardsSize": CARDS_SIZE} | pieces.data()
+    return page, data | {"perPage": options.images_per_page, "cardsSize": CARDS_SIZE}
 
 
 def run_key(infos: Sequence[RunInfo], stats: RunStats) -> str:
@@ -327,17 +330,17 @@ def run_key(infos: Sequence[RunInfo], stats: RunStats) -> str:
     return hashlib.sha256("\n".join(roots).encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def render(page: Page, data: Mapping[str, Any]) -> Iterator[bytes]:
-    """Yield the page's HTML in pieces, UTF-8; `data` is what the script gets (see index.py)."""
+def render(page: Page, data: Iterable[str], nonce: str | None = None) -> Iterator[bytes]:
+    """Yield the page's HTML in pieces, UTF-8; `data` is JSON for the script (see index.py), `nonce` of its files."""
     from markupsafe import Markup
 
     style, script = _part("report.css"), "\n".join(map(_part, SCRIPTS))
     pieces = _template().generate(
         page=page,
-        policy=content_policy(style, script, data.get("files", {}).get("stamp")),
+        policy=content_policy(style, script, nonce),
         style=Markup(style),  # our own files, not text from records
         script=Markup(script),
-        data=Markup(safe_json(data)),
+        data=map(Markup, data),  # of safe_json, which cannot end the element it stands in
         words_limit=WORDS_LIMIT,
         version=__version__,
     )

@@ -8,7 +8,7 @@ file beside it. A piece is bounded by its number of pictures; nothing here knows
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,8 +140,8 @@ def _without_nothing(document: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if value is not None}
 
 
-def in_pieces(items: Iterable[Item], write: Callable[[str, int, Any], None]) -> Iterator[Item]:
-    """Call `write(kind, number, document)` with pieces of index and cards; yield each item once its card is made."""
+def in_pieces(items: Iterable[Item], write: Callable[[str, int, str, int], None]) -> Iterator[Item]:
+    """Call `write(kind, number, JSON, pictures)` with pieces of index and cards; yield each item when its card is made."""
     index, cards = IndexPiece(), list[dict[str, Any]]()
     num_index = num_cards = 0
     for item in items:
@@ -149,15 +149,15 @@ def in_pieces(items: Iterable[Item], write: Callable[[str, int, Any], None]) -> 
         cards.append(card_of(item))
         yield item
         if len(cards) == CARDS_SIZE:
-            write("cards", num_cards, cards)
+            write("cards", num_cards, safe_json(cards), len(cards))
             cards, num_cards = [], num_cards + 1
         if len(index.images) == INDEX_SIZE:
-            write("index", num_index, index.document())
+            write("index", num_index, safe_json(index.document()), len(index.images))
             index, num_index = IndexPiece(), num_index + 1
     if cards:
-        write("cards", num_cards, cards)
+        write("cards", num_cards, safe_json(cards), len(cards))
     if index.images:
-        write("index", num_index, index.document())
+        write("index", num_index, safe_json(index.document()), len(index.images))
 
 
 def safe_json(document: object) -> str:
@@ -168,9 +168,20 @@ def safe_json(document: object) -> str:
     return text
 
 
-def script_of(stamp: str, name: str, document: object) -> str:
-    """Return a script file that hands `document` to the page whose `stamp` it has.
+def script_of(stamp: str, name: str, text: str) -> str:
+    """Return a script file that hands `text` (of `safe_json`) to the page whose `stamp` it has.
 
     It is one call with one raw string, which the page parses as JSON: whatever the data, nothing of it is code.
     """
-    return f'md3("{stamp}","{name}",String.raw`{safe_json(document)}`);\n'
+    return f'md3("{stamp}","{name}",String.raw`{text}`);\n'
+
+
+def joined_json(head: Mapping[str, Any], lists: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """Yield, piece by piece, the JSON of `head` with further keys whose lists hold what `safe_json` returned."""
+    yield safe_json(head).removesuffix("}")
+    for key, texts in lists.items():
+        yield f',"{key}":['
+        for place, text in enumerate(texts):
+            yield f",{text}" if place else text
+        yield "]"
+    yield "}"

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from md3cli.exporters.grouping import asked_and_found
+from md3cli.exporters.grouping import asked_and_found, image_key
+from md3cli.finished.digest import DigestSet
 from md3cli.finished.run_json import RunInfo
 from md3cli.records import printable
 from md3cli.refine.labels import Labels
@@ -36,7 +37,7 @@ class RunStats:
 
     named: Labels = field(default=Labels())  # how prompts are called
     first_id: str | None = None
-    num_images: int = 0
+    pictures: DigestSet = field(default_factory=DigestSet)  # of a sorted selection one may come several times
     num_records: int = 0
     num_objects: int = 0
     tasks: Counter[str] = field(default_factory=Counter)
@@ -55,10 +56,15 @@ class RunStats:
     kinds: set[str] = field(default_factory=set)  # of what is drawn, see kinds_of
     output_tokens: int = 0
 
+    @property
+    def num_images(self) -> int:
+        return len(self.pictures)
+
     def add(self, item: Item) -> None:
         """Count one picture with its records."""
         self.first_id = self.first_id or str(item.first.get("id"))
-        self.num_images += item.first["image"] is not None
+        if item.first["image"] is not None:
+            self.pictures.add(image_key(item.first))
         labels = Counter(shape.label for entry in item.entries for shape in entry.shapes)
         for label, count in labels.items():
             if label in self.labels or len(self.labels) < MAX_DISTINCT:

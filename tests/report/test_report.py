@@ -26,7 +26,7 @@ from md3cli.exporters.grouping import Survey
 from md3cli.finished.run_json import RunInfo
 from md3cli.refine.collection import as_collection
 from md3cli.report.build import ReportOptions, _template, render, write_report
-from md3cli.report.index import in_pieces, script_of
+from md3cli.report.index import in_pieces, joined_json, safe_json, script_of
 from md3cli.report.items import FRAME, entry_of, items
 from md3cli.report.page import Page, facets_of, legible, palette_of, signs_of
 from md3cli.report.plots import RunStats, duration, nice_ceiling, run_facts, run_plots, short_number
@@ -158,8 +158,8 @@ def html_of(text: str) -> str:
         item.missing = text
     palette = palette_of(stats.palette_labels)
     overview = Page(text, run_facts(stats), facets=facets_of(stats, palette), signs=signs_of(stats.kinds, 2))
-    assert list(in_pieces(shown, lambda kind, number, document: pieces.append(document))) == shown
-    data = {"pieces": pieces, "labels": palette.document(), "name": text}
+    assert list(in_pieces(shown, lambda kind, number, piece, size: pieces.append(piece))) == shown
+    data = joined_json({"labels": palette.document(), "name": text}, {"pieces": pieces})
     return b"".join(render(replace(overview, plots=run_plots(stats, RunInfo({}))), data)).decode()
 
 
@@ -178,7 +178,7 @@ def test_no_text_changes_the_markup(text):
 @given(st.text(min_size=1))
 def test_no_text_leaves_the_string_of_a_script_file(text):
     """What the page parses is what was written, and the file's one raw string has no end but its own."""
-    script = script_of("stamp", "cards-00001", [text, {text: "`${x}\\"}])
+    script = script_of("stamp", "cards-00001", safe_json([text, {text: "`${x}\\"}]))
     assert script.isascii()
     match = re.fullmatch(r'md3\("stamp","cards-00001",String\.raw`([^`$<>&]*)`\);\n', script)
     assert json.loads(match[1]) == [text, {text: "`${x}\\"}]
@@ -541,3 +541,11 @@ def test_labels_have_the_colours_of_the_overlay(tmp_path: Path) -> None:
         survey.add(one)
     assert list(stats.palette_labels) == survey.in_order() == ["car", "tip", "dog"]
     assert palette_of(stats.palette_labels).colour_of("dog") == "c2 d0"
+
+
+def test_a_picture_that_a_sorted_selection_brings_twice_is_one_image():
+    records = [record("a", "detect", "x", objects=[]), record("b", "detect", "x", objects=[])]
+    stats = RunStats()
+    for item in items([*records, record("a", "detect", "y", objects=[])]):
+        stats.add(item)
+    assert (stats.num_images, stats.num_records) == (2, 3)
