@@ -280,7 +280,7 @@ class Pieces:
         """Yield JSON for the page's script: `head`, and the pieces themselves or where they are."""
         if self._stage is None:
             return joined_json(head, self._kept)
-        files = {"folder": quote(self._beside.name), "stamp": self.stamp, **self._counts}
+        files = {"folder": quote(os.fsencode(self._beside.name)), "stamp": self.stamp, **self._counts}
         return joined_json({**head, "files": files}, {})
 
     def remove_former(self) -> None:

@@ -141,7 +141,7 @@ def _without_nothing(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_pieces(items: Iterable[Item], write: Callable[[str, int, str, int], None]) -> Iterator[Item]:
-    """Call `write(kind, number, JSON, pictures)` with pieces of index and cards; yield each item when its card is made."""
+    """Yield the items, each when its card is made; `write(kind, number, JSON, pictures)` gets index and cards."""
     index, cards = IndexPiece(), list[dict[str, Any]]()
     num_index = num_cards = 0
     for item in items:
