@@ -176,10 +176,16 @@ def replaced_file(out: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
         raise UsageError(f"{printable(str(out))} is a folder; name a file for this format")
     if out.exists():
         _refuse_existing(out, overwrite)
+    is_new = not out.parent.exists()
     with translate_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_publish(out) as aside, aside.open("wb") as file:
-        yield file
+    try:
+        with atomic_publish(out) as aside, aside.open("wb") as file:
+            yield file
+    finally:
+        if is_new and not out.exists():
+            with suppress(OSError):  # not empty: somebody else's files are there
+                out.parent.rmdir()
 
 
 class StagedFolder:
