@@ -47,6 +47,7 @@ class ExportOptions:
         background: a colour that transparent pictures are laid on in overlays.
         max_pixels, max_file_size: what is refused unread, as everywhere.
         told: called with how many pictures are done, of how many; with how many records are read, of None.
+        early: the folder of overlays that were drawn while the run went on (`early.EarlyDrawings`).
     """
 
     root: Path | None = None
@@ -63,6 +64,7 @@ class ExportOptions:
     max_pixels: int = 2**28
     max_file_size: int = 2**30
     told: Callable[[int, int | None], object] = lambda done, total: None
+    early: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,12 @@ point, `[6C7D]`, so that two labels never look alike and nothing vanishes.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
@@ -37,6 +40,7 @@ from md3cli.exporters.pictures import FoundPicture, Pictures
 from md3cli.exporters.plates import Plates, Rect
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
+from md3cli.refine.refinement import FOUND_BY_TASK
 
 FONT_FILE = Path(__file__).with_name("DejaVuSans-Bold.ttf")
 _PROBE_SIZE_PX = 12
@@ -286,7 +290,11 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     ):
         styles = palette(index.survey.in_order())
         found = _found(index.images(), pictures, out)
-        for group, content in in_order(lambda pair: (pair[0], _drawn(*pair, pictures, styles)), found):
+
+        def work(pair: tuple[ImageGroup, FoundPicture]) -> tuple[ImageGroup, bytes | None]:
+            return pair[0], _early_or_drawn(*pair, pictures, styles, options)
+
+        for group, content in in_order(work, found):
             if content is None:
                 pictures.note_unreadable(group.name)
             else:  # here, in order: of two pictures of one name the first has the plain one
@@ -308,7 +316,44 @@ def _found(groups: Iterable[ImageGroup], pictures: Pictures, out: Path) -> Itera
             yield group, picture
 
 
-def _drawn(group: ImageGroup, picture: FoundPicture, pictures: Pictures, styles: Mapping[str, Style]) -> bytes | None:
+def _early_or_drawn(
+    group: ImageGroup, picture: FoundPicture, pictures: Pictures, styles: Mapping[str, Style], options: ExportOptions
+) -> bytes | None:
+    """Return the drawing that a run made early, else a new one; None where the picture cannot be read."""
+    name = drawing_name(group, picture, styles, options.background) if options.early is not None else None
+    if options.early is not None and name is not None:
+        with suppress(OSError):
+            return (options.early / name).read_bytes()
+    return drawn_file(group, picture, pictures, styles)
+
+
+def drawing_name(
+    group: ImageGroup, picture: FoundPicture, styles: Mapping[str, Style], background: str | None
+) -> str | None:
+    """Return a digest of all that a drawing depends on, to find one that was made early.
+
+    That is what the records found, the styles of its labels, the picture's file (path, place in it, size, time of
+    change, inode), its kind, and what transparent pictures are laid on. None: a label has no style yet, or the file
+    is not there.
+    """
+    found = [[record.get(key) for key in ("task", "prompt", *FOUND_BY_TASK.values())] for record in group.records]
+    things = (*group.boxes(), *(segment.box for segment in group.segments()), *group.points())
+    labels = sorted({thing.label for thing in things})
+    try:
+        stat = os.stat(picture.path)
+    except OSError:
+        return None
+    if any(label not in styles for label in labels):
+        return None
+    file = [picture.path, picture.offset, picture.size, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
+    shown = [group.width, group.height, background, picture.sha256, _is_jpeg(group.file_name)]
+    facts = json.dumps([found, [[label, *styles[label]] for label in labels], file, shown], sort_keys=True)
+    return hashlib.blake2b(facts.encode(), digest_size=24).hexdigest()
+
+
+def drawn_file(
+    group: ImageGroup, picture: FoundPicture, pictures: Pictures, styles: Mapping[str, Style]
+) -> bytes | None:
     """Return the file of a picture with all that was found on it; None where it cannot be read."""
     with holding(group.width, group.height):
         try:

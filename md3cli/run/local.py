@@ -17,6 +17,7 @@ from md3cli.console import RunConsole, print_document
 from md3cli.console.progress import Progress, loading
 from md3cli.console.summary import Failure, Summary
 from md3cli.errors import Md3Error
+from md3cli.exporters.early import EarlyDrawings
 from md3cli.images.pool import PicturePool
 from md3cli.records import RecordDict, Request, SourceRow
 from md3cli.run.drive import drive
@@ -26,7 +27,7 @@ from md3cli.run.live import LiveEngine
 from md3cli.run.log import damage_words
 from md3cli.run.model_handle import LazyEngine, Model
 from md3cli.run.order import OrderedRecords
-from md3cli.run.output import ANSWER, TABLE, Output, publish, words_of_others, written_paths
+from md3cli.run.output import ANSWER, TABLE, Output, export_options, publish, words_of_others, written_paths
 from md3cli.run.record_index import RequestIds, Unasked
 from md3cli.run.run_info import RunCounts, Timeline
 from md3cli.signals import Interrupted, StopSignals
@@ -63,10 +64,15 @@ class LocalRun:
         self.records = OrderedRecords(
             model.identity, self._write, self.summary, output.waiting, self._on_flush, config.refinement.labels
         )
+        self.early = self._early_drawings()
         self.timeline = Timeline(output.document.timeline if output.document is not None else ())
 
     def to_the_end(self) -> int:
         """Run, publish, tell how it went, and return the exit status."""
+        with self.early or contextlib.nullcontext():
+            return self._to_the_end()
+
+    def _to_the_end(self) -> int:
         status = 1
         try:
             total = self._count_input()
@@ -75,6 +81,8 @@ class LocalRun:
                 self._expect_what_is_done()
                 drive(self.feed, self.engine, self.records, self.stop.check)
                 self.summary.answering_s = time.monotonic() - self.started_at
+            if self.early is not None:
+                self.early.stop()
             if self.output.waiting is not None:
                 self.output.waiting.remove()
             if not self._num_requests:
@@ -95,6 +103,14 @@ class LocalRun:
         self._note_end(status)
         self._summarize()
         return status
+
+    def _early_drawings(self) -> EarlyDrawings | None:
+        """Return what draws overlays while the run goes on, where it writes some and no picture has records already."""
+        output = self.config.output
+        overlay = next((document for document in self.output.plan.documents if document.format == "overlay"), None)
+        if overlay is None or self.output.journal is None or output.add or output.retry_failed:
+            return None
+        return EarlyDrawings(self.output.journal.path, overlay.path, export_options(self.config, self.source.root))
 
     def _count_input(self) -> int | None:
         """Return how many rows INPUT has, where somebody wants to know and it is soon counted; note the requests."""
@@ -189,6 +205,8 @@ class LocalRun:
         first_write, self.first_write = self.first_write, contextlib.nullcontext()
         with first_write:
             self.output.write(records)
+        if self.early is not None:
+            self.early.add(records)
         is_told = self.console.is_verbose and self.output.plan.stdout != TABLE
         for record in records:
             if record["error"] is not None:
@@ -210,7 +228,7 @@ class LocalRun:
         self._tell_damage()
         self._note_end(None)  # a report made below tells of this run
         for document in self.output.plan.documents:
-            for note in publish(document, journal.path, self.config, self.source.root, self.console):
+            for note in publish(document, journal.path, self.config, self.source.root, self.console, self.early):
                 self.console.say(f"{document.format}: {note}")
             if self.output.plan.stdout is not None:
                 print_document(document.path)

@@ -17,6 +17,7 @@ from md3cli.config import OutputOptions, RunConfig
 from md3cli.console import RunConsole, print_bytes
 from md3cli.errors import MissingExtraError, OutputMismatchError, UsageError
 from md3cli.exporters import RUN_FOLDER_NAMES, ExportOptions, export_records, format_of
+from md3cli.exporters.early import EarlyDrawings
 from md3cli.exporters.files import REPORT_NAME, adopt_older, remove_leftovers
 from md3cli.files import STAGED, remove_stale_temps, scratch_folder, translate_errors
 from md3cli.finished.guards import RUN, check_documents, check_not_foreign_run, marker_format, write_marker
@@ -339,10 +340,17 @@ def words_of_others(plan: OutputPlan) -> str | None:
     return f"without what is new: {paths}; the same command with {again} makes {them} again"
 
 
-def publish(document: Document, records: Path, config: RunConfig, root: str, console: RunConsole) -> tuple[str, ...]:
+def publish(
+    document: Document,
+    records: Path,
+    config: RunConfig,
+    root: str,
+    console: RunConsole,
+    early: EarlyDrawings | None = None,
+) -> tuple[str, ...]:
     """Make a document from the records, whole or not at all, and return what the user should know about it.
 
-    The console shows how far it is.
+    The console shows how far it is; `early` has overlays that were drawn already.
 
     Raises:
         ExportError, OutputError: it cannot be made; the records are untouched.
@@ -350,11 +358,13 @@ def publish(document: Document, records: Path, config: RunConfig, root: str, con
     with console.told_progress(document.format) as told:
         if document.format == HTML:
             return _write_report(document.path, records, config, root, told)
-        options = replace(_export_options(config, root), told=told)
+        drawn = None if early is None else early.folder
+        options = replace(export_options(config, root), told=told, early=drawn)
         return export_records(records, document.format, document.path, options).notes
 
 
-def _export_options(config: RunConfig, root: str) -> ExportOptions:
+def export_options(config: RunConfig, root: str) -> ExportOptions:
+    """Return how a run's documents are made."""
     return ExportOptions(
         root=Path(root),
         overwrite=True,  # what stands there came from an earlier start of this run
