@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from md3cli import __version__
+from md3cli.errors import UsageError
 from md3cli.exporters import ExportReport
 from md3cli.exporters.files import replaced_file
 from md3cli.exporters.pictures import roots_of
 from md3cli.files import atomic_publish
 from md3cli.finished.guards import check_not_input
-from md3cli.finished.run_json import RUN_INFO_NAME, SELECTION_SCHEMA, digest_of_file, seal_of
+from md3cli.finished.run_json import SELECTION_SCHEMA, digest_of_file, read_document, run_info_paths, seal_of
 from md3cli.records import compact_json, printable
 from md3cli.refine.collection import Collection
 
@@ -44,12 +45,14 @@ def write_selected(
         read: files that must not be written to.
 
     Raises:
-        UsageError: `out` exists (without `overwrite`), or is read by this command.
+        UsageError: `out` exists (without `overwrite`), is read by this command, or has a run's run.json beside it.
         InputError: the records cannot be read.
         OutputError: `out` cannot be written; what stood there is as it was.
     """
-    run_info = out.with_name(f"{out.name}.{RUN_INFO_NAME}")
+    run_info = next(run_info_paths(out))
     check_not_input([out, run_info], read)
+    if run_info.exists() and read_document(run_info).get("schema") != SELECTION_SCHEMA:
+        raise UsageError(f"{printable(str(run_info))} is that of a run, so it stays; name another -o")
     errors: Counter[str] = Counter()
     num_records = 0
     with replaced_file(out, overwrite=overwrite) as file, closing(records.open()) as shown:
