@@ -231,7 +231,8 @@ class Visits:
         """Return all places, in the order of the visits."""
         firsts, counts = np.frombuffer(self._firsts, np.int64), np.frombuffer(self._counts, np.int64)
         ends = np.cumsum(counts)
-        return np.arange(counts.sum()) + np.repeat(firsts - (ends - counts), counts)
+        places: NDArray[np.int64] = np.arange(counts.sum()) + np.repeat(firsts - (ends - counts), counts)
+        return places
 
     def not_visited(self) -> NDArray[np.int64]:
         """Return the places found at the start that no request of this run has, in their order."""

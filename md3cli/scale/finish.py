@@ -91,7 +91,8 @@ class Finish:
             exported = export_parts(self._folder, self._plan, self._commits, journal)
             deliveries.deliver(journal)
             note_exported(self._folder, exported)
-            collect(self._folder, older_than_s=0.0)  # what a kill between a commit and its end has left
+            if not is_unfinished(self._folder, has_records=True):  # else others add to it, and put parts
+                collect(self._folder, older_than_s=0.0)  # what a kill between a commit and its end has left
             journal.with_name(journal.name + WAITING_SUFFIX).unlink(missing_ok=True)  # of a single process, taken over
         if self._document is None:
             self._document = self._start.begin_document(self._plan.root)

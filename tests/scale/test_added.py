@@ -336,6 +336,24 @@ def test_a_rank_of_before_does_not_end_what_is_being_added(
     assert md3("verify", out).exit_code == 0
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_any_way_to_a_union_gives_its_records(md3: Program, pictures: Path, tmp_path: Path, seed: int) -> None:
+    """One process, a run folder and a rank in turn: what was asked first comes first, nothing is asked twice."""
+    chooser, out = random.Random(seed), tmp_path / "o.jsonl"
+    forms = [(), MANY, ("--world-size", 2, "--shard-size", 3), ("--engine", "local")]
+    union: list[str] = []
+    num_answered = 0
+    while len(union) < 6:
+        some = chooser.sample("abcdef", chooser.randrange(1, 4))
+        union += [prompt for prompt in some if prompt not in union]
+        assert md3("detect", pictures, *some, "-o", out, "--add", *chooser.choice(forms)).exit_code == 3
+        num_answered += md3.num_answered
+    assert md3("detect", pictures, *union, "-o", out, *chooser.choice(forms)).exit_code == 3
+    assert (md3.num_answered, num_answered) == (0, (NUM_PICTURES - 1) * len(union)), "each was asked once"
+    assert out.read_bytes() == whole(md3, pictures, tmp_path, *union)
+    assert md3("verify", out).exit_code == 0
+
+
 # -- kills -----------------------------------------------------------------------------------------------
 
 
@@ -376,6 +394,27 @@ def test_kills_while_it_grows(
         assert out.read_bytes() == expected
         if run_of(out).exists():
             assert md3("verify", out).exit_code == 0
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("num_left", [0, 2])
+def test_ranks_that_start_together_freeze_one_plan(
+    md3: Program, pictures: Path, tmp_path: Path, begun: Callable[..., Path], num_left: int
+) -> None:
+    out = begun(num_left)
+    started = [
+        start(tmp_path, out, "c", "--add", "--world-size", "3", "--worker-rank", str(rank), step_s=0.05)
+        for rank in range(3)
+    ]
+    assert [process.wait(120) for process in started] == [3, 3, 3], (tmp_path / "log").read_text()[-2000:]
+    assert sorted(path.name for path in (run_of(out) / "plan").iterdir()) == [
+        "added-1.json",
+        "added-1.parquet",
+        "manifest.parquet",
+        "plan.json",
+    ]
+    assert out.read_bytes() == whole(md3, pictures, tmp_path, "b", "a", "c")
+    assert md3("verify", out).exit_code == 0
 
 
 @pytest.mark.process
