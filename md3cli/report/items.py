@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from md3cli.errors import InputError
 from md3cli.exporters.grouping import image_key
@@ -18,7 +18,8 @@ from md3cli.records import RecordDict, printable
 from md3cli.refine.quality import qualities_of
 
 FRAME = (320.0, 240.0)  # drawing units of a picture's frame: about one CSS pixel on a card
-NAME_CHAR = 6.0  # width of a name's letter, about
+NAME_CHAR, NAME_HEIGHT = 6.0, 10.0  # of a name's letter, about
+NAME_LETTERS = 28  # of a name at most, as in cards.js
 TEXT_LIMIT = 20_000  # characters of an answer or a caption kept on the page
 
 
@@ -114,13 +115,49 @@ def items(records: Iterable[RecordDict]) -> Iterator[Item]:
             raise InputError(f"record {printable(str(record.get('id')))} is damaged: it has no image or no task")
         if item is None or record["image"] is None or not _is_same(record, item.first):
             if item is not None:
-                yield item
+                yield _with_names_apart(item)
             item = _new_item(record)
         elif item.width is None:
             item.width, item.height, item.frame = _size(record)
         item.entries.append(entry_of(record, item.frame))
     if item is not None:
-        yield item
+        yield _with_names_apart(item)
+
+
+def _with_names_apart(item: Item) -> Item:
+    """Move names that would be written over one another: below their boxes, or inside."""
+    taken: list[_Line] = []
+    if sum(len(entry.shapes) for entry in item.entries) > 1:
+        for place, entry in enumerate(item.entries):
+            shapes = tuple(_with_free_name(shape, taken, item.frame) for shape in entry.shapes)
+            item.entries[place] = replace(entry, shapes=shapes)
+    return item
+
+
+class _Line(NamedTuple):
+    """Where a name is written, in drawing units: from `left` to `right`, upwards from `base`."""
+
+    left: float
+    right: float
+    base: float
+
+    def overlaps(self, other: _Line) -> bool:
+        is_beside = self.right <= other.left or other.right <= self.left
+        return not is_beside and abs(self.base - other.base) < NAME_HEIGHT
+
+
+def _with_free_name(shape: Shape, taken: list[_Line], frame: tuple[float, float]) -> Shape:
+    """Return the shape with its name where none is `taken`, or where it was; its line is taken then."""
+    (x, usual), width = shape.name_at, name_width(shape.label)
+    left = x - width if shape.is_name_before else x
+    bases = [usual]
+    if shape.rect is not None:
+        top, bottom = shape.rect[1], shape.rect[1] + shape.rect[3]
+        bases += [base for base in (bottom + NAME_HEIGHT, top + NAME_HEIGHT, bottom - 3) if 0 < base <= frame[1]]
+    lines = [_Line(left, left + width, base) for base in bases]
+    line = next((line for line in lines if not any(line.overlaps(other) for other in taken)), lines[0])
+    taken.append(line)
+    return replace(shape, name_at=(x, round(line.base, 2)))
 
 
 def _is_same(record: RecordDict, other: RecordDict) -> bool:
@@ -220,9 +257,14 @@ def _named(
     where there is none beside."""
     label, score = str(thing["label"]), as_score(thing.get("score"))
     x, y = max(corner[0], 0.0) + 1.5, corner[1] - 3 if corner[1] > 12 else max(corner[1], 0.0) + 10
-    width = NAME_CHAR * (len(label) + 5)
+    width = name_width(label)
     is_before = x + width > frame[0] and min(right, frame[0]) - width > 0
     return Shape(label, score, (min(right, frame[0]) - 1.5 if is_before else x, y), is_before, **outline)
+
+
+def name_width(label: str) -> float:
+    """Return about how wide a label and its score are written, in drawing units."""
+    return NAME_CHAR * (min(len(label), NAME_LETTERS) + 5)
 
 
 def _path_data(polygon: Polygon, frame: tuple[float, float]) -> str:

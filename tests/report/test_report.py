@@ -549,3 +549,15 @@ def test_a_picture_that_a_sorted_selection_brings_twice_is_one_image():
     for item in items([*records, record("a", "detect", "y", objects=[])]):
         stats.add(item)
     assert (stats.num_images, stats.num_records) == (2, 3)
+
+
+def test_names_are_not_written_over_one_another():
+    """Two boxes of one place, in two records: below, then inside; where all is taken the usual place."""
+    box = (0.4, 0.4, 0.7, 0.8)
+    names = ["star", "yellow star", "shape", "thing", "last"]
+    (item,) = items(record("a", "detect", name, objects=[found(name, box)]) for name in names)
+    top, bottom = 0.4 * item.frame[1], 0.8 * item.frame[1]
+    heights = [entry.shapes[0].name_at[1] for entry in item.entries]
+    assert heights == pytest.approx([top - 3, bottom + 10, top + 10, bottom - 3, top - 3])
+    (alone,) = items([record("a", "detect", "x", objects=[found("x", box)])])
+    assert alone.entries[0].shapes[0].name_at[1] == pytest.approx(top - 3)
