@@ -128,7 +128,7 @@ class SourceRow:
 
     `image` None is a text-only query. A row with `failure` (a manifest line that cannot be read, a path outside the
     root) becomes one error record, and nothing is opened. `typed` has the template of each prompt that was filled from
-    the row and that names depend on.
+    the row and that names depend on; `refused` says of each prompt that could not be filled why.
     """
 
     image: ImageItem | None
@@ -136,6 +136,15 @@ class SourceRow:
     meta: Mapping[str, Any] = field(default_factory=dict)
     failure: RowFailure | None = None
     typed: Mapping[str, str] | None = None
+    refused: Mapping[str, str] | None = None
+
+    @property
+    def fit_requests(self) -> tuple[Request, ...]:
+        """The requests that can be asked; none of a row with a failure."""
+        if self.failure is not None:
+            return ()
+        refused = self.refused
+        return self.requests if not refused else tuple(r for r in self.requests if r.prompt not in refused)
 
     @property
     def id_name(self) -> str | None:

@@ -146,7 +146,11 @@ def _decoded(config: RunConfig, source: Source, counts: DryRun) -> Iterator[Futu
             counts.num_images += row.image is not None
             if row.failure is not None:
                 counts.bad[row.failure.type] += 1
-            elif row.image is not None:
+                continue
+            fit = row.fit_requests
+            if row.refused:
+                counts.bad["bad_request"] += len(row.requests) - len(fit)
+            if fit and row.image is not None:
                 ahead.append(pool.submit(row.image))
             while len(ahead) >= rows_ahead(crop_config):
                 yield ahead.popleft()

@@ -136,7 +136,11 @@ def _counted(source: Source, drawn: Drawn) -> Iterator[SourceRow]:
         if row.failure is not None:
             drawn.bad[row.failure.type] += 1
         else:
-            yield row
+            fit = row.fit_requests
+            if row.refused:
+                drawn.bad["bad_request"] += len(row.requests) - len(fit)
+            if fit:
+                yield row if fit is row.requests else replace(row, requests=fit, refused=None)
 
 
 def _units(rows: Iterable[SourceRow]) -> Iterator[Unit]:

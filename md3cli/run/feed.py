@@ -183,7 +183,7 @@ class Feed:
     def _take(self, row: SourceRow) -> None:
         tickets = self._tickets(row)
         self.num_rows_done_before += not tickets
-        tickets = [ticket for ticket in tickets if not self._recall(ticket)]
+        tickets = self._fit([ticket for ticket in tickets if not self._recall(ticket)], row)
         if not tickets:
             return
         if row.failure is not None:
@@ -192,6 +192,16 @@ class Feed:
             self._ready += [ReadyRequest(ticket, None) for ticket in tickets]
         else:
             self._decode(tickets, row.image)
+
+    def _fit(self, tickets: list[Ticket], row: SourceRow) -> list[Ticket]:
+        """Fail the tickets whose prompts the row cannot fill, and return the others."""
+        if not row.refused:
+            return tickets
+        refused = {ticket.key: why for ticket in tickets if (why := row.refused.get(ticket.request.prompt or ""))}
+        for ticket in tickets:
+            if ticket.key in refused:
+                self._fail(ticket, RowFailure("bad_request", refused[ticket.key]))
+        return [ticket for ticket in tickets if ticket.key not in refused]
 
     def _tickets(self, row: SourceRow) -> list[Ticket]:
         tickets: list[Ticket] = []

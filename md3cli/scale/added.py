@@ -8,6 +8,7 @@ where it has other rows by now, nothing can be added to the frozen ones. Memory 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice, zip_longest
 
 from md3cli.records import Request, SourceRow
@@ -37,8 +38,7 @@ def whole_rows(folder: RunFolder, plan: Plan) -> Iterator[SourceRow]:
 
 def _joined(rows: Sequence[SourceRow]) -> SourceRow:
     requests = tuple(chain.from_iterable(row.requests for row in rows))
-    typed = {prompt: template for row in rows for prompt, template in (row.typed or {}).items()}
-    return SourceRow(rows[0].image, requests, rows[0].meta, rows[0].failure, typed or None)
+    return replace(rows[-1], requests=requests)  # the last one was read when all of it was asked
 
 
 def fingerprint_of(folder: RunFolder, plan: Plan) -> str:
@@ -61,9 +61,7 @@ def added_rows(now: Iterable[SourceRow], before: Iterable[SourceRow], new: tuple
         if row is None or old is None or not _is_same(row, old):
             raise RowsDifferError(number)
         added = row.requests[len(old.requests) :]
-        names = row.typed or {}
-        typed = {r.prompt: names[r.prompt] for r in added if r.prompt is not None and r.prompt in names}
-        yield SourceRow(row.image, new if added == new else added, row.meta, row.failure, typed or None)
+        yield replace(row, requests=new if added == new else added)
 
 
 def _is_same(row: SourceRow, old: SourceRow) -> bool:
@@ -74,7 +72,8 @@ def _is_same(row: SourceRow, old: SourceRow) -> bool:
     if (row.image, row.meta, row.failure) == (old.image, old.meta, old.failure):
         return True
     # A value may come back from the manifest in another form: a tuple as a list, a NaN as another one.
-    return columns_of(SourceRow(row.image, asked, row.meta, row.failure, old.typed), ()) == columns_of(old, ())
+    same = replace(row, requests=asked, typed=old.typed, refused=old.refused)
+    return columns_of(same, ()) == columns_of(old, ())
 
 
 def merged(parts: Sequence[bytes], counts: Sequence[Sequence[int]]) -> Iterator[bytes]:

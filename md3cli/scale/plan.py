@@ -6,8 +6,8 @@ alone. Read back, all plans of a run are one: its shards are those of the first,
 A shard is a contiguous range of rows and a row group of the manifest, so whoever runs it reads no other. The id of
 every request follows from the plan alone: the k of the k-th repeat is frozen in it too. The manifest has a row as three
 columns. `more` is null for a picture that is asked what the run asks of all; else it holds `item` (the other fields of
-the picture: a place inside a tar), `requests`, `meta`, `typed` and `failure`, each where it is not the usual. A row of
-its own requests is asked nothing by what is added: its `requests` are an empty list.
+the picture: a place inside a tar), `requests`, `meta`, `typed`, `refused` and `failure`, each where it is not the
+usual. A row of its own requests is asked nothing by what is added: its `requests` are an empty list.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def _more(row: SourceRow, requests: tuple[Request, ...]) -> str | None:
         more["meta"] = dict(row.meta)
     if row.typed:
         more["typed"] = dict(row.typed)
+    if row.refused:
+        more["refused"] = dict(row.refused)
     if row.failure is not None:
         more["failure"] = [row.failure.type, row.failure.message]
     more = {key: value for key, value in more.items() if value or key == "requests"}
@@ -88,7 +90,7 @@ def row_of(columns: RowColumns, requests: tuple[Request, ...]) -> SourceRow:
         )
     asked = tuple(map(request_of, more["requests"])) if "requests" in more else requests
     failure = RowFailure(*more["failure"]) if "failure" in more else None
-    return SourceRow(item, asked, more.get("meta", {}), failure, more.get("typed"))
+    return SourceRow(item, asked, more.get("meta", {}), failure, more.get("typed"), more.get("refused"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

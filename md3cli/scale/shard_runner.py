@@ -23,6 +23,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from importlib import import_module
 from typing import NamedTuple, Self, cast
 
@@ -181,7 +182,7 @@ def _singly(asked: PlannedRow, wanted: set[str]) -> list[PlannedRow]:
     """Return the wanted requests of a row, each as a row of its own."""
     row = asked.row
     return [
-        PlannedRow(SourceRow(row.image, (request,), row.meta, row.failure, row.typed), (record_id,))
+        PlannedRow(replace(row, requests=(request,)), (record_id,))
         for request, record_id in zip(row.requests, asked.ids, strict=True)
         if record_id in wanted
     ]

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from md3cli.config import ColumnOptions
 from md3cli.errors import RequestError, RowError, UsageError
@@ -30,6 +30,18 @@ def near_miss(name: str, known: Sequence[str]) -> str | None:
     """Return the one of `known` that `name` is most likely a misspelling of; None where it resembles none."""
     found = get_close_matches(name.strip().lower(), known, n=1, cutoff=NEAR_MISS)
     return found[0] if found else None
+
+
+class Filled(NamedTuple):
+    """What a row asks.
+
+    `typed` has the template of each filled prompt of a task that names what it finds. `refused` says of each template
+    that the row cannot fill why; its request keeps the template.
+    """
+
+    requests: tuple[Request, ...]
+    typed: Mapping[str, str] | None = None
+    refused: Mapping[str, str] | None = None
 
 
 class ColumnRules:
@@ -64,31 +76,26 @@ class ColumnRules:
             return columns
         return columns | {name: value for name, value in self.constants.items() if not is_given(columns, name)}
 
-    def typed(self, asked: Sequence[Request], filled: Sequence[Request]) -> dict[str, str] | None:
-        """Return the template of each filled prompt of a task that names what it finds; None where none was filled."""
-        if asked is filled:
-            return None
-        changed = (pair for pair in zip(filled, asked, strict=True) if pair[0] is not pair[1])
-        pairs = ((str(new.prompt), str(old.prompt)) for new, old in changed if new.task in _NAMED_TASKS)
-        return {prompt: template for prompt, template in pairs if self._templates[template].names} or None
-
-    def filled(
-        self, requests: tuple[Request, ...], columns: Mapping[str, Any], image: ImageItem | None
-    ) -> tuple[Request, ...]:
-        """Return the command's `requests` as they are asked of a row; a prompt that the row brings stays as it is.
-
-        Raises:
-            RequestError: a placeholder's column is missing, empty, or neither text nor a number.
-        """
+    def filled(self, requests: tuple[Request, ...], columns: Mapping[str, Any], image: ImageItem | None) -> Filled:
+        """Return the command's `requests` as they are asked of a row; a prompt that the row brings stays as it is."""
         if not self._templates or is_given(columns, "prompt"):
-            return requests
-        templates = [self._templates.get(request.prompt or "") for request in requests]
-        names = dict.fromkeys(name for template in templates if template is not None for name in template.names)
-        values = {name: _value(name, columns, image) for name in names}
-        return tuple(
-            request if template is None else replace(request, prompt=template.filled(values))
-            for request, template in zip(requests, templates, strict=True)
-        )
+            return Filled(requests)
+        asked, typed, refused = [], dict[str, str](), dict[str, str]()
+        for request in requests:
+            template = self._templates.get(request.prompt or "")
+            if template is None:
+                asked.append(request)
+                continue
+            try:
+                prompt = template.filled({name: _value(name, columns, image) for name in template.names})
+            except RequestError as error:
+                refused[str(request.prompt)] = str(error)
+                asked.append(request)
+                continue
+            if template.names and request.task in _NAMED_TASKS:
+                typed[prompt] = str(request.prompt)
+            asked.append(replace(request, prompt=prompt))
+        return Filled(tuple(asked), typed or None, refused or None)
 
 
 def _by_name(renamed: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from md3cli.errors import InputError, MissingExtraError, RowError, UsageError
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task, printable
 from md3cli.remote.address import is_address, shown
 from md3cli.remote.hosts import is_installed, require_extra
-from md3cli.source.columns import ColumnRules
+from md3cli.source.columns import ColumnRules, Filled
 from md3cli.source.inputs import (
     Confinement,
     Input,
@@ -266,20 +266,18 @@ class Source:
         if not self._rules.changes_pictures:
             return (image.name, SourceRow(image, self._requests, failure=failure))
         columns = self._rules.with_constants({"image": image.name})
-        typed = None
         try:
-            asked, typed = self._asked(columns, image)
+            asked = self._asked(columns, image)
         except RowError as error:
-            asked, failure = (refused_request(columns, self._base),), RowFailure(error.type, str(error))
-        return (image.name, SourceRow(image, asked, _meta_of(columns), failure, typed))
+            asked, failure = Filled((refused_request(columns, self._base),)), RowFailure(error.type, str(error))
+        return (image.name, SourceRow(image, asked.requests, _meta_of(columns), failure, asked.typed, asked.refused))
 
-    def _asked(
-        self, columns: dict[str, Any], image: ImageItem | None
-    ) -> tuple[tuple[Request, ...], Mapping[str, str] | None]:
-        """Return what a row asks, and the templates of prompts that were filled; raises RowError."""
-        asked = row_requests(columns, self._requests, self._defaults)
-        filled = self._rules.filled(asked, columns, image)
-        return filled, self._rules.typed(asked, filled)
+    def _asked(self, columns: dict[str, Any], image: ImageItem | None, where: str = "") -> Filled:
+        """Return what a row asks; raises RowError. `where` begins the messages of what it cannot ask."""
+        asked = self._rules.filled(row_requests(columns, self._requests, self._defaults), columns, image)
+        if where and asked.refused:
+            return asked._replace(refused={prompt: f"{where}: {why}" for prompt, why in asked.refused.items()})
+        return asked
 
     def _walked(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
         folder, glob = _walk_of(given)
@@ -380,7 +378,7 @@ class Source:
         """Return what a manifest's row asks; a failure keeps as much of the row as could be read."""
         columns = self._rules.with_constants(entry.columns or {})
         image: ImageItem | None = None
-        asked, typed, is_bare = self._requests, None, False
+        asked, is_bare = Filled(self._requests), False
         try:
             if entry.columns is None:
                 raise RowError("bad_row", entry.problem)
@@ -390,16 +388,17 @@ class Source:
                     refuse_address(name, may_fetch=places.may_fetch)
             is_bare = image is not None and len(columns) == 1
             if not (is_bare and self._is_fit_for_pictures):
-                asked, typed = self._asked(columns, image)
+                asked = self._asked(columns, image, entry.where)
             failure = self._outside(image.path) if image else None
             if image and is_of_windows(image.name) and not is_address(image.path) and not os.path.lexists(image.path):
                 raise RowError(
                     "not_found", "a drive or server of Windows; make the paths relative to the list or --root"
                 )
         except RowError as error:
-            asked = (refused_request(columns, self._base),)
+            asked = Filled((refused_request(columns, self._base),))
             failure = RowFailure(error.type, f"{entry.where}: {error}")
-        return SourceRow(image, asked, {} if is_bare else _meta_of(columns), failure, typed)
+        meta = {} if is_bare else _meta_of(columns)
+        return SourceRow(image, asked.requests, meta, failure, asked.typed, asked.refused)
 
 
 def _walk_of(given: Input) -> tuple[str, Glob | None]:

@@ -53,6 +53,7 @@ def test_a_template_over_a_csv_with_a_misspelled_column(md3: Program) -> None:
         "Is it red?",
         "How many red things are in p0?",
         "Is it {color}?",
+        "How many {color} things are in {stem}?",
         "Is it {stem}?",  # what a column holds is put in as it is
         "How many {stem} things are in p2?",
     ]
@@ -148,7 +149,7 @@ def test_constants_reach_records_and_requests(md3: Program) -> None:
 def test_a_dry_run_and_an_estimate_fill_prompts_too(md3: Program) -> None:
     options = ("--template", "--map", "image=img", "--dry-run")
     counts = json.loads(md3("query", "m.csv", "-q", "Is it {color}?", "-q", "{stem}?", *options).stdout)
-    assert (counts["requests"], counts["bad"]) == (5, {"bad_request": 1})
+    assert (counts["requests"], counts["bad"], sum(counts["crops"].values())) == (6, {"bad_request": 1}, 3)
     for last in ("--dry-run", "--estimate"):
         result = md3("query", "m.csv", "-q", "{colr}", *options, last)
         assert (result.exit_code, "did you mean 'color'?" in result.stderr, md3.models) == (2, True, [])
@@ -170,7 +171,11 @@ def test_filled_prompts_in_shards(md3: Program) -> None:
     md3(*command, "-o", "one.jsonl")
     md3(*command, "-o", "many.jsonl", "--engine", "local", "--shard-size", 2)
     assert Path("many.jsonl").read_bytes() == Path("one.jsonl").read_bytes()
-    assert len(records_of(Path("one.jsonl"))) == 5
+    records = records_of(Path("one.jsonl"))
+    assert [record["error"] and record["error"]["type"] for record in records] == [None] * 2 + ["bad_request"] + [
+        None
+    ] * 3
+    assert (records[2]["prompt"], records[3]["prompt"], "sha256" in records[3]) == ("{color} dog", "p1", True)
     Path("many.jsonl").unlink()
     result = md3(*command[:2], "{color} cat", *command[3:], "-o", "many.jsonl", "--engine", "local")
     assert result.exit_code == 2
@@ -208,12 +213,13 @@ def test_a_filled_prompt_keeps_its_name(md3: Program, many: tuple[object, ...]) 
     assert named == {
         "red dog": {"thing"},
         "p0": {"p0"},
+        "p1": {"p1"},
         "star": {"star"},
         "{x}": {"brace"},
         "{stem} dog": {"thing"},
         "p2": {"p2"},
     }
-    expected = ["thing", "star", "brace", "p0", "p2"]
+    expected = ["thing", "star", "brace", "p0", "p1", "p2"]
     assert categories(Path("out/coco.json")) == expected
     bare = [record | {"objects": []} if "objects" in record else record for record in records]
     Path("out/records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in bare))

@@ -22,7 +22,10 @@ PICTURE = ImageItem("cats/sub/a.b.jpg", "/data/cats/sub/a.b.jpg")
 def filled(prompt: str, columns: dict[str, Any] | None = None, image: ImageItem | None = PICTURE) -> str | None:
     asked = (Request(Task.QUERY, prompt),)
     rules = ColumnRules(ColumnOptions(is_template=True), asked)
-    return rules.filled(asked, columns or {}, image)[0].prompt
+    found = rules.filled(asked, columns or {}, image)
+    if found.refused:
+        raise RequestError(found.refused[prompt])
+    return found.requests[0].prompt
 
 
 @pytest.mark.parametrize(
@@ -128,12 +131,21 @@ def test_a_prompt_of_the_row_stays_as_it_is() -> None:
     asked = (Request(Task.QUERY, "{color}"),)
     rules = ColumnRules(ColumnOptions(is_template=True), asked)
     own = (Request(Task.QUERY, "{size}"),)
-    assert rules.filled(own, {"prompt": "{size}", "size": "3"}, PICTURE) == own
+    assert rules.filled(own, {"prompt": "{size}", "size": "3"}, PICTURE).requests == own
+
+
+def test_what_can_be_filled_is_filled() -> None:
+    """The template that cannot stays as it is, with the reason; names are kept of what looks for something."""
+    asked = (Request(Task.DETECT, "{color} car"), Request(Task.DETECT, "{size}"), Request(Task.QUERY, "{size}?"))
+    found = ColumnRules(ColumnOptions(is_template=True), asked).filled(asked, {"size": "big"}, PICTURE)
+    assert [request.prompt for request in found.requests] == ["{color} car", "big", "big?"]
+    assert found.typed == {"big": "{size}"}
+    assert found.refused == {"{color} car": "no column 'color' for {color}"}
 
 
 def test_without_the_option_braces_are_braces() -> None:
     asked = (Request(Task.QUERY, "{color}"),)
-    assert ColumnRules(ColumnOptions(), asked).filled(asked, {"color": "red"}, PICTURE) is asked
+    assert ColumnRules(ColumnOptions(), asked).filled(asked, {"color": "red"}, PICTURE).requests is asked
 
 
 def test_constants() -> None:

@@ -149,7 +149,8 @@ def test_a_constant_is_a_column() -> None:
 def test_lines_of_json_need_a_column_in_some_row() -> None:
     rows = source(jsonl({"image": "a.jpg"}, {"image": "b.jpg", "color": "red"}), FILLED, is_template=True)
     assert rows.first_look() == []
-    assert [row.failure and row.failure.message for row in rows] == ["line 1: no column 'color' for {color}", None]
+    assert [row.refused for row in rows] == [{"{color} circle": "line 1: no column 'color' for {color}"}, None]
+    assert prompts(rows) == [["{color} circle", "a"], ["red circle", "b"]]
 
 
 def test_only_the_first_rows_are_looked_at() -> None:
@@ -184,7 +185,7 @@ def test_stdin_is_judged_by_its_first_row() -> None:
     lines = b'{"image":"a.jpg","color":"red"}\n{"image":"b.jpg"}\n'
     rows = source("-", FILLED, stdin=lines, is_template=True)
     assert rows.first_look() == []
-    assert [row.failure and row.failure.message for row in rows] == [None, "line 2: no column 'color' for {color}"]
+    assert [row.refused for row in rows] == [None, {"{color} circle": "line 2: no column 'color' for {color}"}]
     with pytest.raises(UsageError, match="stdin, line 1, has no column 'color'"):
         list(source("-", FILLED, stdin=b"a.jpg\n", is_template=True))
 
