@@ -180,26 +180,15 @@ class RunDocument:
             OutputError: it cannot be written.
         """
         earlier = read_facts(path, RUN_SCHEMA) if is_resume else {}
-        has_grown = False
-        if "identity" in earlier:
-            old, new = earlier["identity"], _as_json(identity)
-            has_grown = may_add and is_grown(old, new)
-            if has_grown or is_planned:
-                old = {**old, "requests": new["requests"]}
-            _refuse_other(shown or str(path), old, new, arguments)
-        start = {
-            "started": utc_now(),
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "arguments": [printable(argument) for argument in arguments],
-            "records_found": num_records_found,
-            "ended": None,
-            "elapsed_s": None,
-            "exit_status": None,
-        }
+        old, new = earlier.get("identity"), _as_json(identity)
+        has_grown = old is not None and may_add and is_grown(old, new)
+        if old is not None:
+            is_known = has_grown or is_planned
+            _refuse_other(shown or str(path), {**old, "requests": new["requests"]} if is_known else old, new, arguments)
+        start = _start_of(arguments, num_records_found)
         document = {
             "schema": RUN_SCHEMA,
-            "identity": _as_json(identity),
+            "identity": new,
             "versions": _versions(),
             "model": identity.get("model"),
             "refinement": (refinement or Refinement()).over(Refinement.from_json(earlier.get("refinement"))).to_json(),
@@ -310,6 +299,20 @@ def note_grown(path: Path, requests: Sequence[Request]) -> None:
         document["identity"] |= asked
         document["grown"] = True
         _write(path, document)
+
+
+def _start_of(arguments: Sequence[str], num_records_found: int) -> dict[str, Any]:
+    """Return the note of a start that has just begun."""
+    return {
+        "started": utc_now(),
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "arguments": [printable(argument) for argument in arguments],
+        "records_found": num_records_found,
+        "ended": None,
+        "elapsed_s": None,
+        "exit_status": None,
+    }
 
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ from md3cli.remote.address import shown
 from md3cli.run.asked import differences, request_of, way_on
 from md3cli.run.record_index import RequestIds
 from md3cli.run.run_info import identity_of
-from md3cli.scale.folder import RunFolder, plan_names
+from md3cli.scale.folder import PLAN, RunFolder, plan_names
 
 _ITEM_DEFAULTS: Mapping[str, Any] = {
     field.name: field.default for field in fields(ImageItem) if field.default is not MISSING
@@ -189,8 +189,15 @@ def read_plan(folder: RunFolder) -> Plan | None:
     """
     found: list[Plan] = []
     while (plan := read_one_plan(folder, len(found))) is not None:
+        if found and _of_rows(plan) != _of_rows(found[0]):
+            raise _unreadable(folder, f"{plan_names(len(found)).plan} and {PLAN} are of two runs")
         found.append(plan)
     return whole(found) if found else None
+
+
+def _of_rows(plan: Plan) -> tuple[Any, ...]:
+    """Return what is the same in all plans of a run."""
+    return plan.rows, plan.shards, plan.shard_size, with_requests(plan.config, [])
 
 
 def whole(plans: Sequence[Plan]) -> Plan:

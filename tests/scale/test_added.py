@@ -319,6 +319,8 @@ def test_damage_to_what_was_added_is_found_and_done_again(
     assert (md3.num_answered, out.read_bytes()) == (3, expected)
     (run / "plan/added-1.parquet").write_bytes((other / "plan/manifest.parquet").read_bytes())
     assert "added-1.json and added-1.parquet are of two plans" in md3("verify", out).stderr
+    (run / "plan/added-1.json").write_bytes((other / "plan/plan.json").read_bytes())
+    assert "plan/added-1.json and plan/plan.json are of two runs" in md3("verify", out).stderr
 
 
 def test_a_rank_of_before_does_not_end_what_is_being_added(
