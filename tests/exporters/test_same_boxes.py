@@ -291,13 +291,14 @@ def test_overlay(folder: Path, task: str) -> None:
     md3("export", ".", "-f", "overlay", "-o", "overlay")
     styles = palette(CATEGORIES)
     pixels = {name: np.asarray(Image.open(Path("overlay", name))) for name in PICTURES}
+    shares: list[float] = []
     for box in expected(task) if task == "detect" else ():  # outlines of masks lie under the tints of later ones
         is_colour = (pixels[box.image] == styles[box.label].colour).all(axis=2)
         around, inside = np.zeros((2, HEIGHT, WIDTH), bool)
         around[max(box.y - 3, 0) : box.y + box.height + 3, max(box.x - 3, 0) : box.x + box.width + 3] = True
         inside[box.y + 3 : box.y + box.height - 3, box.x + 3 : box.x + box.width - 3] = True
-        outline_px = 2 * (box.width + box.height)
-        assert (is_colour & around & ~inside).sum() > 0.15 * outline_px, box  # names and other boxes lie over some
+        shares.append((is_colour & around & ~inside).sum() / (2 * (box.width + box.height)))
+    assert not shares or (min(shares) > 0.05 and np.mean(shares) > 0.3), shares  # names and other boxes lie over some
     for name in PICTURES:
         colours = {tuple(map(int, one)) for one in pixels[name].reshape(-1, 3)}
         found = {label for label, style in styles.items() if tuple(style.colour) in colours}
