@@ -116,8 +116,8 @@ class Canvas:
         self.draw = ImageDraw.Draw(self.image)
         crowd = min(max(self.num_things / CROWD, 1.0), 4.0) ** 0.5
         scale = (self.image.width * self.image.height) ** 0.5 / crowd
-        self.line_px = max(1, round(scale / 250))
-        self.font = font_of(max(LEAST_FONT_PX, round(scale / 36)))
+        self.line_px = max(1, round(scale / 200))
+        self.font = font_of(max(LEAST_FONT_PX, round(scale / 30)))
 
     def outline(self, ring: Ring, style: Style) -> None:
         """Draw a closed line: colour within a casing of the opposite brightness, within a thin dark one."""

@@ -76,7 +76,8 @@ class Plates:
         low_PN2 = np.maximum(self._things_N4[:, :2], places_P14[..., :2])
         high_PN2 = np.minimum(self._things_N4[:, 2:], places_P14[..., 2:])
         shared_PN2 = np.maximum(high_PN2 - low_PN2, 0.0)
-        return (shared_PN2[..., 0] * shared_PN2[..., 1] / self._areas_N).sum(axis=1)
+        hidden_P: npt.NDArray[np.float64] = (shared_PN2[..., 0] * shared_PN2[..., 1] / self._areas_N).sum(axis=1)
+        return hidden_P
 
 
 def _corners(thing: Rect, width: float, height: float) -> Iterator[tuple[float, float]]:
