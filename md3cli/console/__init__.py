@@ -188,8 +188,9 @@ class RunConsole:
             width = max(console.width, LEAST_WIDTH)
             if not self._is_begun and head.title:
                 console.print(_text(head.title, "bold"))
-            if not record["error"] and (explanation := head.explain(str(record["task"]))):
-                console.print(_text(explanation, "dim"))
+            for task in [*head.tasks, *(() if record["error"] else [str(record["task"])])]:
+                if explanation := head.explain(task):
+                    console.print(_text(explanation, "dim"))
             table = Table(box=None, show_header=not self._is_begun, pad_edge=False, header_style="bold")
             for name, share in head.columns():
                 table.add_column(name, width=int(width * share) - 1, overflow="fold")

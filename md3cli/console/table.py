@@ -21,7 +21,7 @@ NUMBERS: Mapping[str, str] = {
     Task.POINT: "score (x y)",
     Task.SEGMENT: f"{BOX_NUMBERS} share of the picture",
 }
-WHERE = "0-1 from the top left"
+WHERE = "0-1 from top left"
 
 
 @dataclass(slots=True)
@@ -30,16 +30,17 @@ class TableHead:
 
     title: str = ""
     has_asked: bool = True
+    tasks: tuple[str, ...] = ()  # whose numbers are explained above the first row
     explained: set[str] = field(default_factory=set)  # tasks
 
     @classmethod
     def of(cls, requests: Sequence[Request]) -> TableHead:
         """Return the head for rows of these requests: the title is what they share, none where it is not known."""
         asked = {asked_words(str(request.task), request.prompt, request.length) for request in requests}
-        tasks = {str(request.task) for request in requests}
+        tasks = tuple(dict.fromkeys(str(request.task) for request in requests))
         if len(asked) == 1:
-            return cls(asked.pop(), has_asked=False)
-        return cls(tasks.pop() if len(tasks) == 1 else "")
+            return cls(asked.pop(), has_asked=False, tasks=tasks)
+        return cls(tasks[0] if len(tasks) == 1 else "", tasks=tasks)
 
     def columns(self) -> tuple[tuple[str, float], ...]:
         """Return each column's name with its share of the width."""

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from terminal import terminal
 
 from md3cli.console import RunConsole
-from md3cli.console.table import TableHead, describe, folded
+from md3cli.console.table import NUMBERS, TableHead, describe, folded
 from md3cli.records import Request, Task
 
 BOX = {"label": "car", "x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.625, "score": 0.931}
@@ -83,7 +83,7 @@ def test_describe(changes: dict[str, Any], text: str) -> None:
 def test_one_request_is_the_title_and_its_numbers_are_explained_once() -> None:
     assert shown([Request(Task.DETECT, "car")], detected(), detected(BOX), detected(BOX, BOX)) == [
         "detect car",
-        "score [x_min y_min x_max y_max], 0-1 from the top left",
+        "score [x_min y_min x_max y_max], 0-1 from top left",
         "image                 answer",
         "a/b.jpg               none",
         "a/b.jpg               1: 0.93 [0.10 0.20 0.50 0.62]",
@@ -101,12 +101,22 @@ def test_one_task_is_the_title_and_what_was_asked_a_column() -> None:
 def test_several_tasks_have_no_title() -> None:
     point = record(task="point", prompt="nose", points=[])
     lines = shown([Request(Task.CAPTION), Request(Task.POINT, "nose")], record(), point)
-    assert lines[0].split() == ["image", "asked", "answer"]
-    assert lines[1].split() == ["a/b.jpg", "caption", "short", "A", "dog."]
-    assert lines[2:] == [
-        "point: score (x y), 0-1 from the top left",
-        "a/b.jpg                point nose        none",
+    assert lines[0] == "point: score (x y), 0-1 from top left"
+    assert [line.split() for line in lines[1:]] == [
+        ["image", "asked", "answer"],
+        ["a/b.jpg", "caption", "short", "A", "dog."],
+        ["a/b.jpg", "point", "nose", "none"],
     ]
+
+
+def test_numbers_of_a_task_that_only_rows_bring_are_explained_before_them() -> None:
+    point = record(task="point", prompt="nose", points=[])
+    assert "point: score (x y), 0-1 from top left" in shown([Request(Task.CAPTION)], record(), point)[3]
+
+
+def test_explanations_fit_80_columns() -> None:
+    for task in NUMBERS:
+        assert len(TableHead().explain(task)) <= 80
 
 
 def test_a_row_that_asks_something_else_says_so() -> None:
