@@ -70,6 +70,7 @@ function isObjectShown(o, filters) {
 function isChosen(r, filters, markOf) {
   const { status, verdict, quality, mark } = filters.chosen;
   if (filters.tasks.size > 0 && !filters.tasks.has(index.tasks[r])) return false;
+  if (filters.prompts.size > 0 && !filters.prompts.has(index.prompts[r])) return false;
   if (status.size > 0 && !status.has(STATUSES[index.statuses[r]])) return false;
   if (verdict.size > 0 && !verdict.has(VERDICTS[index.verdicts[r]])) return false;
   if (quality.size > 0 && !QUALITIES.some((name, bit) => (index.qualities[r] >> bit) & 1 && quality.has(name))) return false;

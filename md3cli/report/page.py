@@ -16,7 +16,7 @@ from md3cli.records import is_printable, printable
 if TYPE_CHECKING:
     from md3cli.report.plots import Plot, RunStats
 
-MAX_LABEL_CHIPS = 60
+MAX_LABEL_CHIPS, MAX_QUESTION_CHIPS = 60, 20
 QUALITY_TEXTS = {"loop": "repeats itself", "refusal": "refuses", "cut": "cut off"}
 
 
@@ -107,6 +107,8 @@ def facets_of(stats: RunStats, palette: Palette) -> list[Facet]:
     marks = [Option("none", "unmarked"), Option("right", "right"), Option("wrong", "wrong")]
     counts = sorted(((stats.labels[label], label) for label in palette.numbers), key=lambda pair: -pair[0])
     chips = [Option(legible(label), label, n, palette.colour_of(label)) for n, label in counts[:MAX_LABEL_CHIPS]]
+    asked = sorted(stats.answers.items(), key=lambda pair: -pair[1].total())
+    questions = [Option(text, text, n.total()) for text, n in asked[:MAX_QUESTION_CHIPS] if legible(text) == text]
     facets = [
         Facet("Task", "task", [Option(task, task, count) for task, count in stats.tasks.items()]),
         Facet("Status", "status", [Option(s, name, n) for s, name in statuses.items() if (n := stats.statuses[s])]),
@@ -114,6 +116,7 @@ def facets_of(stats: RunStats, palette: Palette) -> list[Facet]:
         Facet(
             "Text", "quality", [Option(q, name, n) for q, name in QUALITY_TEXTS.items() if (n := stats.qualities[q])]
         ),
+        Facet("Question", "prompt", questions, len(asked) - len(questions)),
         Facet("Label", "label", chips, len(counts) - len(chips)),
     ]
     telling = [facet for facet in facets if len(facet.options) > 1 or (facet.options and facet.name == "quality")]

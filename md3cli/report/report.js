@@ -161,13 +161,14 @@
   function readFilters() {
     const values = new FormData(form);
     const number = (name) => Number(values.get(name) ?? DEFAULTS[name]);
-    const facets = ["task", "status", "mark", "verdict", "quality", "label"];
+    const facets = ["task", "status", "mark", "verdict", "quality", "prompt", "label"];
     const chosen = Object.fromEntries(facets.map((name) => [name, new Set(values.getAll(name))]));
     const numbers = (names) => new Set([...names].map((name) => index.numbers.get(name)));
     return {
       words: values.get("text").toLowerCase().split(WORDS_BY_SPACE).filter(Boolean),
       chosen,
       tasks: numbers(chosen.task),
+      prompts: numbers(chosen.prompt),
       labels: numbers(chosen.label),
       from: number("score-from"),
       to: number("score-to"),

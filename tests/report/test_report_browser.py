@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import pytest
 from PIL import Image
-from report_runs import BOXES, HOSTILE, SIZES, write_large_run, write_run
+from report_runs import BOXES, HOSTILE, SIZES, record, write_large_run, write_run
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
@@ -612,6 +612,32 @@ def test_the_viewer_turns_with_its_buttons(page):
     assert panel_name(page) == "sub/picture 1.png"
     page.find_element(By.ID, "before").click()
     assert panel_name(page) == "sub/picture 0.png"
+
+
+def test_texts_are_found_by_question_and_by_what_is_wrong_with_them(chromium, tmp_path):
+    loop = "a dog and a cat and " * 10
+    records = [
+        record("a.png", "query", "Is it wet?", answer="yes"),
+        record("a.png", "query", "Why?", answer="I'm sorry, I cannot say."),
+        record("b.png", "query", "Is it wet?", answer=loop),
+        record("c.png", "caption", length="short", caption="A dog") | {"finish_reason": "length"},
+    ]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    write_report(tmp_path / "records.jsonl", tmp_path / "texts.html", ReportOptions())
+    open_afresh(chromium, tmp_path / "texts.html")
+    for facet, text, expected in (
+        ("prompt", "Is it wet?", ["r0", "r2"]),
+        ("prompt", "Why?", ["r1"]),
+        ("quality", "repeats itself", ["r2"]),
+        ("quality", "refuses", ["r1"]),
+        ("quality", "cut off", ["r3"]),
+    ):
+        settle(chromium, chip(chromium, facet, text).click)
+        shown = [entry.get_attribute("id") for entry in all_of(chromium, ".entry") if entry.is_displayed()]
+        assert shown == expected, text
+        settle(chromium, chip(chromium, facet, text).click)
+    assert [badge.text for badge in all_of(chromium, ".verdict")] == ["refusal", "loop", "cut"]
+    assert chromium.get_log("browser") == []
 
 
 # ---- 100,000 pictures ----------------------------------------------------------------------------
