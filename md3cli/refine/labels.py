@@ -133,9 +133,17 @@ class Labels:
         return Labels(_with_ids_of_all(tuple(merged.values())))
 
     def in_order_of(self, others: Labels) -> Labels:
-        """Return these labels, first those that `others` have, in their order."""
+        """Return these labels in the order of `others`, those that are not there last.
+
+        A label with another name takes the place of the first whose prompts it has: a new name changes no number.
+        """
         places = {name: place for place, name in enumerate(others.names)}
-        return Labels(tuple(sorted(self.labels, key=lambda label: places.get(label.name, len(places)))))
+
+        def place_of(label: Label) -> int:
+            taken = (places[others.name_of(prompt)] for prompt in label.prompts if prompt in others.by_prompt)
+            return places.get(label.name, min(taken, default=len(places)))
+
+        return Labels(tuple(sorted(self.labels, key=place_of)))
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the tables of a labels file that says the same."""
