@@ -100,7 +100,8 @@ class Standing:
         failed = f", {self.counts.failed:,} failed{f' ({errors})' if errors else ''}" if self.counts.failed else ""
         total = "" if self.requests is None else f" of {self.requests:,}"
         share = f" ({self.done / self.requests:.1%})" if self.requests else ""
-        return f"{self.done:,}{total} requests done{share}: {self.counts.ok:,} ok{failed}"
+        requests = "request" if (self.done if self.requests is None else self.requests) == 1 else "requests"
+        return f"{self.done:,}{total} {requests} done{share}: {self.counts.ok:,} ok{failed}"
 
     def _speed(self) -> str:
         if not self.rate:

@@ -23,11 +23,14 @@ from md3cli.source.requests import EmbeddedImage, check_value, is_given, typed_c
 
 OF_THE_PICTURE = ("stem", "name", "folder")  # placeholders that are no columns
 _NAMED_TASKS = frozenset({Task.DETECT, Task.POINT, Task.SEGMENT})  # whose answers have labels
+LONGEST_MISSPELT_CHARS = 40  # difflib takes seconds for a name of megabytes
 NEAR_MISS = 0.8  # of difflib: `promt`, `lenght` and `tasks` are near, `score` and `class` are not
 
 
 def near_miss(name: str, known: Sequence[str]) -> str | None:
     """Return the one of `known` that `name` is most likely a misspelling of; None where it resembles none."""
+    if len(name) > LONGEST_MISSPELT_CHARS:
+        return None
     found = get_close_matches(name.strip().lower(), known, n=1, cutoff=NEAR_MISS)
     return found[0] if found else None
 

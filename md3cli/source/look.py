@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from md3cli.config import ColumnOptions
 from md3cli.errors import UsageError
@@ -22,6 +23,7 @@ from md3cli.source.requests import ROW_COLUMNS, is_given
 
 MOST_ROWS, BUDGET_S = 1000, 0.5
 MOST_NAMED = 8  # columns in one message
+MOST_COMPARED = 1000  # columns that may be misspelled: lines of JSON may have any number
 
 
 @dataclass(slots=True)
@@ -43,7 +45,7 @@ class FirstRows:
         """Take in the first of a manifest's `rows`, of a run that asks `asked`."""
         deadline, num_before = time.monotonic() + BUDGET_S, self.num_rows
         for number, row in enumerate(rows):
-            if number >= MOST_ROWS or time.monotonic() > deadline:
+            if number >= MOST_ROWS or (number and time.monotonic() > deadline):
                 break
             if row.columns is None:
                 continue
@@ -81,7 +83,7 @@ def check_columns(rows: FirstRows, options: ColumnOptions, rules: ColumnRules, w
         if name not in there:
             raise UsageError(
                 f"{{{printable(name)}}} in a prompt: {where} has no column {quoted(name)}"
-                f"{_but(name, [*there, *OF_THE_PICTURE])}"
+                f"{_but(name, [*there, *OF_THE_PICTURE], rules.renamed)}"
             )
 
 
@@ -110,10 +112,7 @@ def check_asked(rows: FirstRows, asked: Sequence[Request], rules: ColumnRules, w
 def notes_on(rows: FirstRows, asked: Sequence[Request], rules: ColumnRules, where: str) -> Iterator[str]:
     """Yield what a user should know about the columns before the run begins, a line each."""
     there = rows.columns.keys() | rules.constants
-    missing = sorted(ROW_COLUMNS - there)
-    for column in [*rows.columns, *rules.constants]:
-        if column not in ROW_COLUMNS and column not in rules.placeholders and (meant := near_miss(column, missing)):
-            yield f"column {quoted(column)} is carried to meta; did you mean {meant}?"
+    yield from islice(_misspelt([*rules.constants, *islice(rows.columns, MOST_COMPARED)], there, rules), MOST_NAMED)
     if rules.is_template and not rules.named:
         yield "--template: no prompt that you typed has a {column}; prompts that rows bring are asked as they stand"
     for name in OF_THE_PICTURE:
@@ -132,9 +131,18 @@ def notes_on(rows: FirstRows, asked: Sequence[Request], rules: ColumnRules, wher
         )
 
 
-def _but(name: str, there: Sequence[str]) -> str:
+def _misspelt(columns: Sequence[str], there: Collection[str], rules: ColumnRules) -> Iterator[str]:
+    missing = sorted(ROW_COLUMNS.difference(there))
+    for column in columns:
+        if column not in ROW_COLUMNS and column not in rules.placeholders and (meant := near_miss(column, missing)):
+            yield f"column {quoted(column)} is carried to meta; did you mean {meant}?"
+
+
+def _but(name: str, there: Sequence[str], renamed: Mapping[str, str] | None = None) -> str:
     """Return `; did you mean x?`, or which columns there are."""
-    if meant := near_miss(name, there):
+    if renamed and name in renamed:
+        return f"; --map calls it {quoted(renamed[name])}"
+    if meant := near_miss(name, there[:MOST_COMPARED]):
         return f"; did you mean {quoted(meant)}?"
     shown = [printable(column)[:40] for column in there][:MOST_NAMED]
     return f" (it has: {', '.join(shown)}{', ...' if len(there) > MOST_NAMED else ''})" if shown else ""

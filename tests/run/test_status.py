@@ -98,7 +98,7 @@ def test_a_list_on_stdin_is_not_counted(md3: Program) -> None:
         "children": 0,
         "state": "",
     }
-    assert md3("status", "out.jsonl").stdout.splitlines()[1] == "1 requests done: 1 ok"
+    assert md3("status", "out.jsonl").stdout.splitlines()[1] == "1 request done: 1 ok"
 
 
 def test_what_may_pass_later_is_offered_again(md3: Program) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from md3cli.config import ColumnOptions, SourceSpec
 from md3cli.errors import InputError, UsageError
 from md3cli.records import Request, Task
-from md3cli.source.look import MOST_ROWS
+from md3cli.source.look import MOST_NAMED, MOST_ROWS
 from md3cli.source.source import Source, open_source
 
 CIRCLE = (Request(Task.DETECT, "circle"),)
@@ -137,6 +138,22 @@ def test_a_column_that_is_not_there_is_refused(make: Any) -> None:
         source(make(made[make]), FILLED, is_template=True).first_look()
     with pytest.raises(UsageError, match=r"--map prompt=question: .* has no column 'question'"):
         source(make(made[make]), renamed=(("prompt", "question"),)).first_look()
+
+
+def test_a_column_goes_by_its_new_name() -> None:
+    rows = source(csv("img,color\na.jpg,red\n"), FILLED, is_template=True, renamed=(("image", "img"), ("hue", "color")))
+    with pytest.raises(UsageError, match="has no column 'color'; --map calls it 'hue'"):
+        rows.first_look()
+
+
+def test_any_number_of_columns_of_any_length_is_looked_at_soon() -> None:
+    began = time.monotonic()
+    rows = source(jsonl({"image": "a.jpg", "x" * 10**6: 1} | {f"prompt{number}": 1 for number in range(200_000)}))
+    assert rows.first_look()[0] == "column 'prompt0' is carried to meta; did you mean prompt?"
+    assert len(rows.first_look()) == MOST_NAMED
+    with pytest.raises(UsageError, match="no column 'color'"):
+        source("m.jsonl", FILLED, is_template=True).first_look()
+    assert time.monotonic() - began < 10
 
 
 def test_a_constant_is_a_column() -> None:
