@@ -337,8 +337,8 @@ def drawing_name(
     is not there.
     """
     found = [[record.get(key) for key in ("task", "prompt", *FOUND_BY_TASK.values())] for record in group.records]
-    things = (*group.boxes(), *(segment.box for segment in group.segments()), *group.points())
-    labels = sorted({thing.label for thing in things})
+    things: list[PixelBox | PixelPoint] = [*group.boxes(), *(segment.box for segment in group.segments())]
+    labels = sorted({thing.label for thing in (*things, *group.points())})
     try:
         stat = os.stat(picture.path)
     except OSError:

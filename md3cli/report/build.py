@@ -38,7 +38,7 @@ from md3cli.records import printable
 from md3cli.refine.collection import Collection, as_collection, read
 from md3cli.report.index import CARDS_SIZE, WORDS_LIMIT, in_pieces, joined_json, script_of
 from md3cli.report.items import Entry, Item, Shape, items, missed_shape
-from md3cli.report.page import Page, Table, facets_of, is_judged, legible, palette_of, signs_of, today
+from md3cli.report.page import Page, Palette, Table, facets_of, is_judged, legible, palette_of, signs_of, today
 from md3cli.report.plots import (
     Column,
     Line,
@@ -133,21 +133,21 @@ def score_table(section: Section) -> Table:
     return Table(title, counts, ("", *(name.replace("_", " ") for name in names)), tuple(rows))
 
 
-def score_plots(section: Section) -> list[Lines]:
-    """Return precision over recall and reliability, where the section has them."""
+def score_plots(section: Section, palette: Palette) -> list[Lines]:
+    """Return precision over recall and reliability, where the section has them; labels in their colours."""
     curves = section.curves
     if curves is None:
         return []
-    plots = [_precision_recall(section.name, curves)] if curves.precision else []
+    plots = [_precision_recall(section.name, curves, palette)] if curves.precision else []
     return plots + ([_reliability(section.name, curves)] if curves.reliability else [])
 
 
-def _precision_recall(name: str, curves: Curves) -> Lines:
+def _precision_recall(name: str, curves: Curves, palette: Palette) -> Lines:
     labels = [label for label in curves.precision if label != "all"][:LABELS_DRAWN]
     shown = ["all", *labels] if len(labels) > 1 else ["all"]
     lines = [
-        Line(label, unit_path(zip(curves.recall, curves.precision[label], strict=True)), f"c{place}")
-        for place, label in enumerate(shown)
+        Line(label, unit_path(zip(curves.recall, curves.precision[label], strict=True)), style)
+        for label, style in zip(shown, ["whole", *map(palette.colour_of, labels)], strict=False)
     ]
     return Lines(f"Precision over recall: {name}", "at IoU 0.5", tuple(lines), *share_ticks())
 
@@ -311,7 +311,7 @@ def _page_of(
         facts=run_facts(stats),
         tiles=overview_tiles(stats, run),
         tables=[score_table(section) for section in sections],
-        plots=[*(plot for section in sections for plot in score_plots(section)), *run_plots(stats, run)],
+        plots=[*(plot for section in sections for plot in score_plots(section, palette)), *run_plots(stats, run)],
         facets=facets_of(stats, palette),
         signs=signs_of(stats.kinds, len(palette.numbers)),
         has_scores=any(stats.score_bins),
