@@ -32,7 +32,7 @@ items = st.builds(
 source_rows = st.builds(
     SourceRow,
     st.none() | items,
-    st.sampled_from([(CAPTION,), (CAPTION, QUESTION), (QUESTION, QUESTION)]),
+    st.sampled_from([(CAPTION,), (CAPTION, QUESTION), (QUESTION, QUESTION), ()]),
     st.dictionaries(st.text(), st.none() | st.floats(allow_nan=False) | st.text() | st.lists(st.integers())),
     st.none() | st.builds(RowFailure, st.just("bad_row"), st.text()),
 )
