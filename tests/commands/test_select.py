@@ -83,6 +83,15 @@ def write_truth(path: Path, found: list[tuple[str, str, dict[str, Any]]]) -> Pat
     return path
 
 
+def test_label_selects_and_does_not_order(md3: Program, folder: Path) -> None:
+    assert md3("export", folder, "--label", "car", "--label", "dog", "-o", "o.json").exit_code == 0
+    assert [one["name"] for one in json.loads(Path("o.json").read_bytes())["categories"]] == ["dog", "car"]
+    Path("l.txt").write_text("car\ndog\n")
+    words = ("--labels", "l.txt", "--label", "dog", "--label", "car")
+    assert md3("export", folder, *words, "-o", "o.json", "--overwrite").exit_code == 0
+    assert [one["name"] for one in json.loads(Path("o.json").read_bytes())["categories"]] == ["car", "dog"]
+
+
 def test_wrong_is_what_the_truth_says(md3: Program, folder: Path) -> None:
     truth = write_truth(
         Path("gt.json"),
@@ -96,6 +105,8 @@ def test_wrong_is_what_the_truth_says(md3: Program, folder: Path) -> None:
     result = md3("select", folder, "--wrong", "--gt", truth, "--ok")
     wrong = {("a/photo.jpg", "car"), ("b/photo.jpg", "dog")}
     assert {one for one in of(result.stdout) if one[0] in ("a/photo.jpg", "b/photo.jpg")} == wrong
+    table = md3("export", folder, "-f", "csv", "--wrong", "--gt", truth, "--ok", "--image", "b/*").stdout
+    assert of_csv(table) == [("b/photo.jpg", "dog")]
     hidden = md3("select", folder, "--wrong", "--gt", truth, "--ok", "--min-score", "0.5")  # what is shown is judged
     assert ("a/photo.jpg", "dog") in of(hidden.stdout)
 

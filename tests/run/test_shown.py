@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,36 @@ def test_names_can_be_given_later_and_unlisted_prompts_come_last(md3: Program) -
     assert md3("export", "o", "--labels", "l.txt", "-f", "yolo", "-o", "yolo").exit_code == 0
     assert Path("yolo/labels/p0.txt").read_text().splitlines()[0].startswith("2 ")
     assert {path: path.read_bytes() for path in Path("o").iterdir()} == before
+
+
+@pytest.mark.parametrize("many", [LOCAL, MANY], ids=["local", "many"])
+def test_later_commands_show_what_the_run_chose(md3: Program, many: tuple[str, ...]) -> None:
+    words = ("vehicle=car", "dog", "--min-score", "0.95")
+    assert md3("detect", "img", *words, "-o", "o/", *many).exit_code == 0
+    truth = {
+        "images": [{"id": n, "file_name": f"p{n}.png", "width": 24 + n, "height": 24} for n in range(3)],
+        "categories": [{"id": 1, "name": "vehicle"}],
+        "annotations": [
+            {"id": n, "image_id": n, "category_id": 1, "iscrowd": 0, "area": 100}
+            | {"bbox": [0.1 * (24 + n), 0.2 * 24, 0.4 * (24 + n), 0.55 * 24]}
+            for n in range(3)
+        ],
+    }
+    Path("gt.json").write_text(json.dumps(truth))
+    for typed, num_shown in (((), 0), (("--min-score", "0.9"), 1)):
+        assert md3("export", "o", "-o", "o.json", "--overwrite", *typed).exit_code == 0
+        assert labels_in("o.json") == ["vehicle", "dog"] * 3 * num_shown
+        assert categories("o.json") == ["vehicle", "dog"]
+        rows = md3("export", "o", "-f", "csv", *typed).stdout.splitlines()[1:]
+        assert sum(",vehicle," in row for row in rows) == 3 * num_shown
+        refined = records_of(md3("select", "o", "--refined", *typed).stdout)
+        assert [len(one["objects"]) for one in refined] == [num_shown] * 6
+        scores = json.loads(md3("eval", "o", "--gt", "gt.json", "--json", *typed).stdout)["sections"][0]["scores"]
+        assert scores["recall"] == num_shown
+        assert md3("report", "o", "-o", "o.html", "--overwrite", *typed).exit_code == 0
+        page = re.search(r'<script[^>]*id="data"[^>]*>(.*?)</script>', Path("o.html").read_text(), re.DOTALL)
+        assert page is not None
+        records = [one for piece in json.loads(page[1])["cards"] for card in piece for one in card["records"]]
+        assert [len(one.get("shapes") or ()) for one in records] == [num_shown] * 6
+    raw = records_of(md3("select", "o").stdout)
+    assert [one["objects"][0]["label"] for one in raw] == ["vehicle", "dog"] * 3
