@@ -36,9 +36,10 @@ Records = Annotated[
 def _parse_as(text: str) -> tuple[str, Path]:
     """Read `NAME=RECORDS`."""
     name, _, path = text.partition("=")
-    if not name.strip("/") or not path:
+    name = name.strip("/")
+    if not path or not {"", ".", ".."}.isdisjoint(name.split("/")):
         raise ValueError(f"{text!r} is not NAME=RECORDS; write it like night=run2/")
-    return name.strip("/"), Path(path)
+    return name, Path(path)
 
 
 def _parse_quality(text: str) -> str:

@@ -62,9 +62,12 @@ class Collection:
 
         Raises:
             InputError: a path has no records, or a run.json is not JSON.
-            UsageError: none is given.
+            UsageError: none is given, or one gets two names.
         """
-        prefixes = {find_records(path).resolve(): f"{name}/" for name, path in named}
+        prefixes: dict[Path, str] = {}
+        for name, path in named:
+            if prefixes.setdefault(find_records(path).resolve(), f"{name}/") != f"{name}/":
+                raise UsageError(f"{printable(str(path))} has two names by --as; records are read once")
         paths = [find_records(path) for path in (*records, *(path for _, path in named))]
         sources = {path.resolve(): NamedRecords(path, prefixes.get(path.resolve(), "")) for path in paths}
         if not sources:

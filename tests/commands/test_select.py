@@ -124,6 +124,7 @@ def test_wrong_is_what_the_truth_says(md3: Program, folder: Path) -> None:
         (["--sort", "best"], "best"),
         (["--as", "night"], "'night' is not NAME=RECORDS"),
         (["--as", "=run"], "'=run' is not NAME=RECORDS"),
+        (["--as", "../day=run"], "'../day=run' is not NAME=RECORDS"),
         (["--labels", "l.txt"], "no such file"),
         (["-o", "out.csv"], "records are JSON Lines; end it in .jsonl, or use md3 export"),
     ],

@@ -89,6 +89,8 @@ def test_two_pictures_of_one_name_are_refused_and_told_apart(tmp_path: Path) -> 
         assert len({record["id"] for record in found}) == 4
     both = list(read(Collection.of([], [("day", one), ("night", two)])))
     assert [record["image"] for record in both] == ["day/a.png", "day/b.png", "night/c.png", "night/a.png"]
+    with pytest.raises(UsageError, match="has two names by --as"):
+        Collection.of([], [("day", one), ("night", one)])
     other = list(read(Collection.of([], [("x", one)])))
     assert not {record["id"] for record in both} & {record["id"] for record in other}  # ids are made of NAME, too
     assert all(len(str(record["id"])) == 32 for record in both)
