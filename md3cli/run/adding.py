@@ -74,7 +74,7 @@ def grown(
         )
     requests = together(held, config.requests)
     new = new_in(config.requests, held)
-    say(f"OUTPUT has {listed(held)}; " + (f"{listed(new)} is added" if new else "nothing new is asked"))
+    say(f"OUTPUT has {listed(held)}; " + (f"now added: {listed(new)}" if new else "nothing new is asked"))
     named = Refinement(planned.labels) if planned is not None else Refinement()
     refinement = config.refinement.over(Refinement.from_json(facts.get("refinement")).over(named))
     return replace(config, requests=requests, refinement=refinement)

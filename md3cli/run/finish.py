@@ -16,6 +16,7 @@ from md3cli.config import RunConfig
 from md3cli.console import RunConsole
 from md3cli.console.summary import Failure, Summary
 from md3cli.records import OK_TAIL, RETRYABLE
+from md3cli.run.asked import with_option
 from md3cli.run.output import OutputPlan
 from md3cli.run.run_info import RunCounts
 from md3cli.source.source import empty_words
@@ -83,7 +84,7 @@ def _next_command(config: RunConfig, plan: OutputPlan, counts: RunCounts) -> str
     assert plan.files is not None
     is_worth_a_retry = any(counts.errors.get(kind) for kind in RETRYABLE)
     if is_worth_a_retry and config.scale.world_size == 1:  # ranks refuse --retry-failed
-        return shlex.join([*_resuming(config), "--retry-failed"])
+        return shlex.join(with_option(_resuming(config), "--retry-failed"))
     if plan.documents or config.output.address is not None:
         return None
     return shlex.join(["md3", "report", str(plan.files.journal), "-o", "report.html"])

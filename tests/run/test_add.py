@@ -8,10 +8,14 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from program import STUB_MD3, Program, clean_environment, isolate, make_pictures, records_of
+
+from md3cli.records import RecordDict
+from md3cli.run.journal import Journal
 
 NUM_PICTURES = 5
 
@@ -45,7 +49,7 @@ def test_a_class_is_added_and_what_is_there_is_kept(md3: Program, pictures: Path
     before = Path("o.jsonl").read_bytes().splitlines()
     done = md3("detect", pictures, *now, "-o", "o.jsonl", "--add")
     assert (done.exit_code, md3.num_answered) == (0, NUM_PICTURES), done.output
-    assert "OUTPUT has detect circle; detect star is added" in done.stderr
+    assert "OUTPUT has detect circle; now added: detect star" in done.stderr
     assert Path("o.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     assert set(before) <= set(Path("o.jsonl").read_bytes().splitlines())
     assert requests_of(Path("o.jsonl.run.json")) == ["circle", "star"]
@@ -125,6 +129,22 @@ def test_what_was_not_finished_is_finished(md3: Program, pictures: Path) -> None
     assert md3("detect", pictures, "star", "-o", "o.jsonl", "--add").exit_code == 0
     assert md3.num_answered == 2 * NUM_PICTURES - 2
     assert Path("o.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+def test_run_json_knows_before_the_first_new_record(
+    md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    md3("detect", pictures, "circle", "-o", "o.jsonl")
+    append, seen = Journal.append, []
+
+    def look_and_append(journal: Journal, records: Sequence[RecordDict]) -> None:
+        seen.append(requests_of(Path("o.jsonl.run.json")))
+        append(journal, records)
+
+    monkeypatch.setattr(Journal, "append", look_and_append)
+    assert md3("detect", pictures, "star", "-o", "o.jsonl", "--add").exit_code == 0
+    assert seen
+    assert all(asked == ["circle", "star"] for asked in seen)
 
 
 def test_failures_are_done_again_while_it_grows(md3: Program, pictures: Path) -> None:
