@@ -14,9 +14,9 @@ import typer
 from md3cli.commands.help import App
 from md3cli.commands.options import spread
 from md3cli.commands.reading import ReadOptions, Records
-from md3cli.console import print_bytes, say
+from md3cli.console import clock, print_bytes, say
 from md3cli.errors import UsageError
-from md3cli.finished.run_json import RunInfo
+from md3cli.finished.run_json import RunInfo, counts_of
 from md3cli.records import compact_json, printable
 from md3cli.refine.collection import Collection, read
 from md3cli.refine.stats import RecordStats
@@ -118,19 +118,20 @@ def _lines(counted: RecordStats, records: Collection) -> Iterator[str]:
     if any(found["quality"].values()):
         yield f"texts     {_listed({name: n for name, n in found['quality'].items() if n})}"
     yield f"tokens    {found['tokens']['prompt']:,} prompt, {found['tokens']['output']:,} output"
-    for info in records.infos() if records.selection.takes_all else ():
-        if (rate := _rate(info, found["records"] if len(records.sources) == 1 else None)) is not None:
-            yield rate
+    if records.selection.takes_all:
+        for source, info in zip(records.sources, records.infos(), strict=True):
+            rate = _rate(info)
+            where = f" ({printable(str(source.path))})" if len(records.sources) > 1 else ""
+            yield from [f"rate      {rate}{where}"] if rate else []
 
 
-def _rate(info: RunInfo, num_records: int | None) -> str | None:
-    counts = info.document.get("counts")
-    done = num_records
-    if isinstance(counts, dict) and isinstance(counts.get("ok"), int) and isinstance(counts.get("failed"), int):
-        done = counts["ok"] + counts["failed"]
-    if not info.elapsed_s or not done:
-        return None
-    return f"rate      {done / info.elapsed_s:.1f} records/s over {info.elapsed_s:,.0f} s of all starts"
+def _rate(info: RunInfo) -> str:
+    """Return how fast a run was, all starts together; empty where its run.json does not say."""
+    counts = counts_of(info.document)
+    if counts is None or not info.elapsed_s:
+        return ""
+    done = counts["ok"] + counts["failed"]
+    return f"{done / info.elapsed_s:.1f} records/s over {clock(info.elapsed_s)} of all starts"
 
 
 def _listed(counts: dict[str, int]) -> str:
