@@ -6,8 +6,9 @@ end are simply not done. A damaged line costs itself only: it is copied to OUT.d
 again, and the rewrite at the end leaves it out. The rewrite puts one whole record a request in input order, in two
 passes: an index of 33 bytes a line, then a copy of the byte ranges that stay.
 
-Memory: 37 bytes a record found at the start (10 million: 370 MB), nothing for those appended later, and 100 bytes a
-record more during the rewrite. Knows nothing of formats, and of INPUT only what is asked of it.
+Memory: 37 bytes a record found at the start (10 million: 370 MB), nothing for those appended later (32 bytes a picture
+in a run that grows), and 100 bytes a record more during the rewrite. Knows nothing of formats, and of INPUT only what
+is asked of it.
 """
 
 from __future__ import annotations

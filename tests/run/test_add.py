@@ -198,6 +198,23 @@ def test_rows_with_their_own_requests_stay_as_they_are(md3: Program, pictures: P
     assert Path("o.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("many", [(), ("--engine", "local", "--shard-size", 2)])
+def test_templates_grow_too(md3: Program, pictures: Path, many: tuple[object, ...]) -> None:
+    lines = [f"p{i}.png,{'cat' if i % 2 else 'dog'}\n" for i in range(4)]
+    (pictures / "rows.csv").write_text("image,kind\n" + "".join(lines))
+    command = ("query", pictures / "rows.csv", "--template", "-q")
+    for name, words in (
+        ("whole.jsonl", ("Is it a {kind}?", "-q", "Is {stem} {kind}?")),
+        ("o.jsonl", ("Is it a {kind}?",)),
+    ):
+        assert md3(*command, *words, "-o", name, *many).exit_code == 0
+    assert md3(*command, "Is {stem} {kind}?", "-o", "o.jsonl", "--add", *many).exit_code == 0
+    assert md3.num_answered == 4
+    assert Path("o.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    plain = md3("query", pictures / "rows.csv", "-q", "Why?", "-o", "o.jsonl", "--add", *many)
+    assert (plain.exit_code, "template on, now none" in plain.stderr) == (2, True), plain.stderr
+
+
 def test_rows_that_ask_for_themselves_cannot_be_added_to(md3: Program, pictures: Path) -> None:
     (pictures / "rows.jsonl").write_text(json.dumps({"image": "p0.png", "task": "detect", "prompt": "circle"}) + "\n")
     md3("run", pictures / "rows.jsonl", "-o", "o.jsonl")
