@@ -14,7 +14,8 @@ import typer
 from md3cli.commands.help import App
 from md3cli.commands.options import spread
 from md3cli.commands.reading import ReadOptions, Records
-from md3cli.console import clock, print_bytes, say
+from md3cli.console import print_bytes, say
+from md3cli.console.progress import clock
 from md3cli.errors import UsageError
 from md3cli.finished.run_json import RunInfo, counts_of
 from md3cli.records import compact_json, printable
