@@ -145,7 +145,7 @@ def compare_runs(records: Path | Collection, other: Path | Collection, truths: S
 
 
 def _sections(records: Sequence[RecordDict], truths: Sequence[Truth], collection: Collection) -> list[Section]:
-    if not records and not collection.selection.takes_all:
+    if not records:  # of an empty selection, or of its file
         return []
     labels = collection.refinement.labels
     sections = [section for truth in truths for section in _score(records, truth, labels)]

@@ -21,6 +21,7 @@ NONE_COMMANDS = [
     ["stats", "--json"],
     ["select"],
     ["select", "-o", "y.jsonl"],
+    ["eval", "--gt", "gt.json"],
 ]
 
 
@@ -167,12 +168,14 @@ def test_records_on_disk_stay_untouched(md3: Program, folder: Path) -> None:
 
 @pytest.mark.parametrize("words", NONE_COMMANDS, ids=" ".join)
 def test_an_empty_selection_is_no_error(md3: Program, folder: Path, words: list[str]) -> None:
+    write_truth(Path("gt.json"), [("a/photo.jpg", "dog", DOG)])
     result = md3(words[0], folder, *words[1:], "--prompt", "nobody")
     assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("words", NONE_COMMANDS, ids=" ".join)
 def test_the_file_of_an_empty_selection_is_read_again(md3: Program, folder: Path, words: list[str]) -> None:
+    write_truth(Path("gt.json"), [("a/photo.jpg", "dog", DOG)])
     assert md3("select", folder, "--prompt", "nobody", "-o", "none.jsonl").exit_code == 0
     assert Path("none.jsonl").read_bytes() == b""
     assert json.loads(Path("none.jsonl.run.json").read_bytes())["schema"] == "md3-selection/1"
