@@ -170,7 +170,8 @@ def _print(records: Collection, format: str, options: ExportOptions) -> None:
     check_stdout()
     with tempfile.TemporaryDirectory(prefix="md3-export-") as folder:
         document = Path(folder, "document")
-        done = export_records(records, format, document, options)
+        with told_progress(format) as told:
+            done = export_records(records, format, document, replace(options, told=told))
         print_document(document)
     _note(done.notes)
 

@@ -1,6 +1,7 @@
 """Records as rows for people: what all rows share stands above them once, and the numbers are explained once.
 
-Rows come one by one while a run goes on, so widths follow from the terminal and not from what is in them.
+Rows come one by one while a run goes on, so widths follow from the terminal and not from what is in them. Apart from
+the console, its only user: what is said is tested without a terminal.
 """
 
 from __future__ import annotations

@@ -323,7 +323,9 @@ def _early_or_drawn(
     name = drawing_name(group, picture, styles, options.background) if options.early is not None else None
     if options.early is not None and name is not None:
         with suppress(OSError):
-            return (options.early / name).read_bytes()
+            content = (options.early / name).read_bytes()
+            (options.early / name).unlink()  # else the disk would hold all drawings twice
+            return content
     return drawn_file(group, picture, pictures, styles)
 
 
