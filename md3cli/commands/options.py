@@ -53,6 +53,7 @@ from md3cli.config import (
     SourceSpec,
 )
 from md3cli.errors import UsageError
+from md3cli.finished.guards import check_none_is_read
 from md3cli.records import Request, Task, printable
 from md3cli.refine.labels import Labels, lines_of, read_labels, read_text
 from md3cli.refine.refinement import FOUND_BY_TASK, Refinement
@@ -430,6 +431,8 @@ class AnnotateOptions:
     def _output_options(self) -> OutputOptions:
         if self.output == "":  # such as -o "$OUT" without an OUT
             raise UsageError("OUTPUT is empty; name a file or folder after -o, or leave -o out")
+        if self.output is not None:
+            check_none_is_read([Path(self.output)], [path for path in (self.labels, self.prompts) if path is not None])
         typed = self.output
         address = checked_output_address(typed) if typed is not None and is_address(typed) else None
         path = typed if address is None else address.rpartition("/")[2]

@@ -186,6 +186,19 @@ def test_the_file_of_an_empty_selection_is_read_again(md3: Program, folder: Path
     assert (result.exit_code, "holds no records of md3" in result.stderr) == (1, True)
 
 
+@pytest.mark.parametrize("words", [["export", "-f", "csv"], ["export", "-f", "jsonl"], ["eval", "--best-thresholds"]])
+@pytest.mark.parametrize("read", ["labels.toml", "gt.json"])
+def test_labels_and_truth_are_never_written(md3: Program, folder: Path, words: list[str], read: str) -> None:
+    truth = write_truth(Path("gt.json"), [("a/photo.jpg", "dog", DOG)])
+    Path("labels.toml").write_text("[[label]]\nname = 'dog'\n")
+    before = Path(read).read_bytes()
+    wrong = ["--wrong"] if words[0] == "export" else []
+    out = [read] if words[0] == "eval" else ["-o", read]
+    result = md3(*words, *out, folder, "--labels", "labels.toml", *wrong, "--gt", truth, "--overwrite")
+    assert result.exit_code == 2, result.output
+    assert Path(read).read_bytes() == before
+
+
 def test_a_selection_may_be_a_run_folder_and_spares_anothers(md3: Program, folder: Path) -> None:
     Path("some").mkdir()
     assert md3("select", folder, "--prompt", "nobody", "-o", "some/records.jsonl").exit_code == 0

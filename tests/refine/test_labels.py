@@ -325,6 +325,17 @@ def test_a_choice_about_objects_is_refused_where_none_are_asked(md3: Program, op
     assert not md3.models
 
 
+@pytest.mark.parametrize("option", ["--labels", "--prompts"])
+def test_a_file_that_says_what_is_asked_is_never_written(md3: Program, option: str) -> None:
+    write(Path("l.txt"), "car\n")
+    os.link("l.txt", "same.txt")
+    for out in ("l.txt", "./l.txt", "same.txt"):
+        result = md3("detect", "img", option, "l.txt", "-f", "csv", "-o", out, "--overwrite")
+        assert (result.exit_code, "is an input of this command" in " ".join(result.stderr.split())) == (2, True)
+        assert not md3.models
+    assert Path("l.txt").read_text() == "car\n"
+
+
 @given(first=label_sets(), second=label_sets())
 def test_labels_that_follow_keep_the_first_and_lose_no_prompt(first: Labels, second: Labels) -> None:
     joined = first.followed_by(second)
