@@ -249,6 +249,17 @@ def test_csv(folder: Path, task: str) -> None:
     assert points == [("nose", 0.4), ("nose", 0.5)] * len(PICTURES)
 
 
+def test_hf(folder: Path, task: str) -> None:
+    md3("export", ".", "-f", "hf", "-o", "hf")
+    shown = []
+    for row in map(json.loads, Path("hf/train/metadata.jsonl").read_text().splitlines()):
+        objects = row["objects"]
+        for label, place, box in zip(objects["labels"], objects["categories"], objects["bbox"], strict=True):
+            assert CATEGORIES[place] == label
+            shown.append(Shown(Path(row["file_name"]).name, label, *whole(*box)))
+    assert shown == expected(task)
+
+
 @pytest.mark.parametrize("format", ["parquet", "jsonl"])
 def test_records(folder: Path, task: str, format: str) -> None:
     md3("export", ".", "-f", format, "-o", f"r.{format}")
