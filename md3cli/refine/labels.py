@@ -27,6 +27,7 @@ SUFFIXES = (".toml", ".txt", ".yaml", ".yml")
 _DEPTH_LIMIT = 20  # of lists and maps in YAML
 _MOST_DOTS = 100  # outside quotes, in a line of TOML: the time for a key grows with the square of its parts
 _QUOTED = re.compile(r""""(?:[^"\\\n]|\\.)*+"|'[^'\n]*+'""")
+_SHOWN_CHARS = 80  # of a name or a prompt in a message
 _NUMBER = re.compile("[0-9]{1,10}")
 _KEYS = frozenset({"name", "prompts", "min_score", "nms", "max_objects", "id"})
 
@@ -181,6 +182,11 @@ def _with_ids_of_all(labels: tuple[Label, ...]) -> tuple[Label, ...]:
     return tuple(whole)
 
 
+def _shown(text: str) -> str:
+    """Return what a file says as a message can hold it."""
+    return printable(text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 1]}…")
+
+
 def parse_object(text: str) -> tuple[str, str]:
     """Read an OBJECT: return (name, prompt) of `NAME=PROMPT`, of `=PROMPT`, which is taken as it is, or of a prompt.
 
@@ -190,7 +196,7 @@ def parse_object(text: str) -> tuple[str, str]:
     name, has_name, prompt = text.partition("=")
     name, prompt = (name.strip(), prompt.strip()) if has_name else ("", text.strip())
     if not prompt:
-        example = f" after {printable(name)}=" if name else ""
+        example = f" after {_shown(name)}=" if name else ""
         raise UsageError(f"an OBJECT is empty{example}; name what to look for")
     return name or prompt, prompt
 
@@ -249,8 +255,8 @@ def labels_with(objects: Iterable[str], listed: Labels) -> Labels:
             continue
         if known is not None and known.name != name:
             raise UsageError(
-                f"{printable(prompt)!r} is asked as {printable(name)!r}, and --labels calls it "
-                f"{printable(known.name)!r}; give it one name"
+                f"{_shown(prompt)!r} is asked as {_shown(name)!r}, and --labels calls it "
+                f"{_shown(known.name)!r}; give it one name"
             )
         typed.append((name, prompt))
     return listed.followed_by(_gathered(typed, "OBJECTs"))
@@ -277,11 +283,11 @@ def _checked(labels: Sequence[Label], where: str) -> Labels:
         twice = next((value for value, count in Counter(values).items() if count > 1), None)
         if twice is not None:
             names = [label.name for label in labels if twice in label.prompts]
-            under = f" (as {' and '.join(map(printable, names))})" if what == "prompt" and len(names) > 1 else ""
-            raise UsageError(f"{where}: the {what} {printable(twice)!r} comes twice{under}; leave one out")
+            under = f" (as {' and '.join(map(_shown, names))})" if what == "prompt" and len(names) > 1 else ""
+            raise UsageError(f"{where}: the {what} {_shown(twice)!r} comes twice{under}; leave one out")
     if 0 < sum(label.id is not None for label in labels) < len(labels):
         bare = next(label.name for label in labels if label.id is None)
-        raise UsageError(f"{where}: {printable(bare)!r} has no id and others have; give all an id, or none")
+        raise UsageError(f"{where}: {_shown(bare)!r} has no id and others have; give all an id, or none")
     return Labels(tuple(labels))
 
 
@@ -299,7 +305,7 @@ def read_labels(path: Path) -> Labels:
     if suffix == ".toml":
         labels = _of_toml(text, where)
     elif suffix == ".txt":
-        labels = _gathered((parse_object(line) for line in lines_of(text)), where)
+        labels = _of_lines(lines_of(text), f"--labels {where}")
     else:
         labels = _of_yaml(text, where)
     if not labels.labels:
@@ -334,17 +340,25 @@ def lines_of(text: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def _of_lines(lines: Iterable[str], where: str) -> Labels:
+    try:
+        pairs = [parse_object(line) for line in lines]
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+    return _gathered(pairs, where)
+
+
 def _of_toml(text: str, where: str) -> Labels:
     if any(line.count(".") > _MOST_DOTS for line in _QUOTED.sub("", text).split("\n")):
         raise UsageError(f"--labels {where}: it is nested too deep; labels are tables [[label]]")
     try:
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also of a number with too many digits to be read
-        raise UsageError(f"--labels {where} is not TOML: {printable(str(error))}") from error
+        raise UsageError(f"--labels {where} is not TOML: {_shown(str(error))}") from error
     tables = document.get("label")
     unknown = next((key for key in document if key != "label"), None)
     if unknown is not None:
-        raise UsageError(f"--labels {where}: unknown key {printable(unknown)!r}; labels are tables [[label]]")
+        raise UsageError(f"--labels {where}: unknown key {_shown(unknown)!r}; labels are tables [[label]]")
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise UsageError(f"--labels {where} has no tables [[label]]")
     return labels_of_tables(tables, f"--labels {where}")
@@ -365,11 +379,11 @@ def labels_of_tables(tables: Sequence[Mapping[str, Any]], where: str, *, may_fil
 def _of_table(table: Mapping[str, Any], where: str, keys: frozenset[str]) -> Label:
     unknown = next((key for key in table if key not in keys), None)
     if unknown is not None:
-        raise UsageError(f"{where}: unknown key {printable(str(unknown))!r}; one of {', '.join(sorted(keys))}")
+        raise UsageError(f"{where}: unknown key {_shown(str(unknown))!r}; one of {', '.join(sorted(keys))}")
     name = table.get("name")
     if not isinstance(name, str) or not name.strip():
         raise UsageError(f"{where}: a name is missing")
-    here = f"{where} ({printable(name)})"
+    here = f"{where} ({_shown(name)})"
     prompts, templates = table.get("prompts", [name.strip()]), table.get("templates", [])
     if not _is_texts(prompts) or not _is_texts(templates) or not (prompts or templates):
         raise UsageError(f"{here}: prompts is a list of texts")
@@ -405,7 +419,7 @@ def _of_yaml(text: str, where: str) -> Labels:
     if isinstance(names, dict):
         odd = next((key for key in names if not _NUMBER.fullmatch(key)), None)
         if odd is not None:
-            raise UsageError(f"--labels {where}: {printable(odd[:50])!r} in names is not the number of a class")
+            raise UsageError(f"--labels {where}: {_shown(odd)!r} in names is not the number of a class")
         by_number = {int(key): name for key, name in names.items()}
         if len(by_number) < len(names):
             raise UsageError(f"--labels {where}: the number of a class comes twice in names; leave one out")
@@ -438,7 +452,7 @@ def _yaml_document(text: str, where: str) -> dict[str, Any]:
                 raise yaml.YAMLError("it is nested too deep")
         document = yaml.load(text, Loader=OnceLoader)  # noqa: S506 - a BaseLoader makes texts, lists and maps only
     except (yaml.YAMLError, RecursionError) as error:
-        reason = printable(" ".join(str(error).split()))
+        reason = _shown(" ".join(str(error).split()))
         raise UsageError(f"--labels {where} is not YAML that can be read: {reason}") from error
     if not isinstance(document, dict):
         raise UsageError(f"--labels {where} has no names of classes")

@@ -251,6 +251,10 @@ HOSTILE: dict[str, tuple[str, str | bytes | Callable[[Path], None], str]] = {
     ),
     "a prompt of two names": ("labels.txt", "a=car\nb=car\n", "the prompt 'car' comes twice (as a and b)"),
     "an empty prompt of a line": ("labels.txt", "car\na=\n", "an OBJECT is empty after a="),
+    "a long name": ("labels.toml", f"[[label]]\nname = '{'a' * 900_000}'\nnms = 2\n", "nms is a number from 0 to 1"),
+    "a long name twice": ("labels.txt", f"x={'a' * 400_000}\ny={'a' * 400_000}\n", "comes twice (as x and y)"),
+    "a long key": ("labels.toml", f"[[label]]\nname = 'a'\n{'b' * 900_000} = 1\n", "unknown key 'bbb"),
+    "a name that steers": ("labels.toml", '[[label]]\nname = "a\\u001b[1m"\nid = -1\n', "id is a whole number"),
     "not UTF-8": ("labels.txt", b"caf\xe9\n", "is not UTF-8 (byte 3)"),
     "UTF-16": ("labels.toml", "[[label]]\nname = 'a'\n".encode("utf-16"), "is not UTF-8 (byte 0)"),
     "a byte too many": ("labels.txt", b"#" * FILE_LIMIT_BYTES + b"\n", "has more than 1,000,000 bytes"),
@@ -274,7 +278,7 @@ def test_a_hostile_file_is_refused_before_the_model_is_loaded(
     assert not Path("out.jsonl").exists()
     said = " ".join(result.stderr.split())
     assert message in said
-    assert name in said or "an OBJECT is empty" in said
+    assert f"--labels {name}" in said
     assert len(said) < 400
     assert not any(ord(char) < 32 for char in said)
 
