@@ -184,6 +184,8 @@ class Output:
             self._print(self.stream.add(records))
             return
         is_first = self.is_replacing and bool(records)
+        if self.document is not None and records:
+            self.document.note_added()
         self.journal.append(records)
         if is_first:
             assert self.plan.files is not None

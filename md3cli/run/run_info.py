@@ -151,6 +151,7 @@ class RunDocument:
         self._document = document
         self._started_at = time.monotonic()
         self.is_held = False
+        self._added: dict[str, Any] | None = None  # the identity with what is added, until that is noted
         self._stages_before: dict[str, float] = dict(document["stages"])
 
     @classmethod
@@ -188,7 +189,7 @@ class RunDocument:
         start = _start_of(arguments, num_records_found)
         document = {
             "schema": RUN_SCHEMA,
-            "identity": new,
+            "identity": {**new, "requests": old["requests"]} if old is not None and has_grown else new,
             "versions": _versions(),
             "model": identity.get("model"),
             "refinement": (refinement or Refinement()).over(Refinement.from_json(earlier.get("refinement"))).to_json(),
@@ -200,12 +201,13 @@ class RunDocument:
             "timeline": timeline_of(earlier),
             "starts": [*starts_of(earlier), start][-STARTS_KEPT:],
         }
-        if has_grown or earlier.get("grown") is True:
+        if earlier.get("grown") is True:
             document["grown"] = True
         if (records := kept_digest(earlier)) is not None:
             document["records"] = asdict(records)
         run = cls(path, document)
         run.is_held = is_held
+        run._added = new if has_grown else None
         run._write()
         return run
 
@@ -213,6 +215,16 @@ class RunDocument:
     def timeline(self) -> list[tuple[float, int]]:
         """Points of earlier starts: seconds and records done."""
         return timeline_of({"timeline": [list(point) for point in self._document["timeline"]]})
+
+    def note_added(self) -> None:
+        """Write, before the first record of this start, that what --add adds is asked; a second call does nothing.
+
+        Not sooner, so that what was misspelled is forgotten where the run is stopped while the model is loaded.
+        """
+        if self._added is not None:
+            self._document |= {"identity": self._added, "grown": True}
+            self._added = None
+            self._write()
 
     def note_requests(self, total: int | None) -> None:
         """Write how many requests INPUT has for this command, for those who ask how the run is; None: not known."""

@@ -219,7 +219,7 @@ class Start:
         earlier = {} if is_over else read_facts(self.files.run_info, RUN_SCHEMA)
         if earlier and requests_in(earlier["identity"]) == self.config.requests:
             self._may_add = True  # where the plan lacks some of them, --add has begun with them
-        return RunDocument.begin(
+        document = RunDocument.begin(
             self.files.run_info,
             identity=identity_of(
                 self.config.requests, self.model.identity, root, self.config.source.columns.identity()
@@ -233,6 +233,8 @@ class Start:
             is_planned=self._is_planned,
             refinement=self.config.refinement,
         )
+        document.note_added()  # a plan of it comes now
+        return document
 
     @property
     def _is_planned(self) -> bool:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from program import STUB_MD3, Program, clean_environment, isolate, make_pictures, records_of
+from stub_engine import StubModel
 
+from md3cli.errors import CheckpointError
 from md3cli.records import RecordDict
 from md3cli.run.journal import Journal
 
@@ -145,6 +147,23 @@ def test_run_json_knows_before_the_first_new_record(
     assert md3("detect", pictures, "star", "-o", "o.jsonl", "--add").exit_code == 0
     assert seen
     assert all(asked == ["circle", "star"] for asked in seen)
+
+
+def test_what_was_misspelled_is_forgotten_before_its_first_record(
+    md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    md3("detect", pictures, "circle", "-o", "o.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(StubModel, "load", lambda model: _raise(CheckpointError("stopped while it is loaded")))
+        assert md3("detect", pictures, "stra", "-o", "o.jsonl", "--add").exit_code == 1
+    assert requests_of(Path("o.jsonl.run.json")) == ["circle"]
+    assert md3("detect", pictures, "star", "-o", "o.jsonl", "--add").exit_code == 0
+    assert requests_of(Path("o.jsonl.run.json")) == ["circle", "star"]
+    assert md3("verify", "o.jsonl").exit_code == 0
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def test_failures_are_done_again_while_it_grows(md3: Program, pictures: Path) -> None:
