@@ -123,6 +123,8 @@ def test_how_runs_differ_is_told(tmp_path: Path) -> None:
     assert "the runs differ in model: tiny@1, tiny@2" in notes
     assert len(notes) == 2
     assert Collection.of([one, two], chosen=Refinement(min_score=0.1)).notes == notes[1:]
+    shown = [Collection.of(runs).refinement.min_score for runs in ([one, two], [two, one])]
+    assert shown == [0.4, None]  # the first counts, also where it chose nothing
 
 
 def test_names_of_records_that_no_run_json_tells_of_are_read_from_them(tmp_path: Path) -> None:
