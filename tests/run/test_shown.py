@@ -182,3 +182,28 @@ def test_later_commands_show_what_the_run_chose(md3: Program, many: tuple[str, .
         assert [len(one.get("shapes") or ()) for one in records] == [num_shown] * 6
     raw = records_of(md3("select", "o").stdout)
     assert [one["objects"][0]["label"] for one in raw] == ["vehicle", "dog"] * 3
+
+
+def test_names_may_be_each_others_prompts(md3: Program) -> None:
+    assert md3("detect", "img", "dog=cat", "cat=dog", "-o", "o.jsonl").exit_code == 0
+    found = [(one["prompt"], one["objects"][0]["label"]) for one in records_of(Path("o.jsonl"))]
+    assert found == [("cat", "dog"), ("dog", "cat")] * 3
+    for path in ("o.jsonl", "alone.jsonl"):  # the second without a run.json
+        assert md3("export", path, "-o", f"{path}.coco.json").exit_code == 0
+        assert (categories(f"{path}.coco.json"), labels_in(f"{path}.coco.json")) == (["dog", "cat"], ["dog", "cat"] * 3)
+        Path("alone.jsonl").write_bytes(Path("o.jsonl").read_bytes())
+
+
+@pytest.mark.parametrize("many", [LOCAL, MANY], ids=["local", "many"])
+def test_names_are_for_what_the_rows_of_a_manifest_ask_too(md3: Program, many: tuple[str, ...]) -> None:
+    rows = [("p0", "detect", "car"), ("p1", "point", "car"), ("p0", "detect", "truck"), ("p2", "detect", "dog")]
+    lines = [f"img/{image}.png,{task},{prompt}" for image, task, prompt in rows]
+    Path("m.csv").write_text("\n".join(["image,task,prompt", *lines]) + "\n")
+    Path("l.txt").write_text("bus\nvehicle=car\nvehicle=truck\n")
+    assert md3("run", "m.csv", "--labels", "l.txt", "-o", "o/", "-f", "coco", *many).exit_code == 0
+    records = records_of(Path("o/records.jsonl"))
+    assert [(one["objects"] if "objects" in one else one["points"])[0]["label"] for one in records] == [
+        *("vehicle", "vehicle", "vehicle", "dog")
+    ]
+    assert categories("o/coco.json") == ["bus", "vehicle", "dog"]
+    assert labels_in("o/coco.json") == ["vehicle", "dog"]  # the truck is the car, though the rows stand apart
