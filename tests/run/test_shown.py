@@ -184,6 +184,26 @@ def test_later_commands_show_what_the_run_chose(md3: Program, many: tuple[str, .
     assert [one["objects"][0]["label"] for one in raw] == ["vehicle", "dog"] * 3
 
 
+def test_numbers_of_classes_are_as_given_in_coco_and_from_0_in_yolo(md3: Program) -> None:
+    assert md3("detect", "img", "cat", "dog", "car", "-o", "o/").exit_code == 0
+    tables = "[[label]]\nname='{}'\nid={}\n[[label]]\nname='{}'\nid={}\n"
+    for names, ids, expected in (
+        (("dog", "ghost"), (7, 0), [(7, "dog"), (0, "ghost"), (8, "cat"), (9, "car")]),
+        (("dog", "ghost"), (2**31 - 1, 4), None),
+    ):
+        Path("l.toml").write_text(tables.format(names[0], ids[0], names[1], ids[1]))
+        assert md3("export", "o", "--labels", "l.toml", "-o", "o.json", "--overwrite").exit_code == 0
+        document = json.loads(Path("o.json").read_bytes())
+        found = [(one["id"], one["name"]) for one in document["categories"]]
+        assert found[:2] == [(ids[0], names[0]), (ids[1], names[1])]
+        assert len({number for number, _ in found}) == 4
+        assert expected is None or found == expected
+        assert sorted(labels_in("o.json")) == sorted(["cat", "dog", "car"] * 3)
+    assert md3("export", "o", "--labels", "l.toml", "-f", "yolo", "-o", "yolo").exit_code == 0
+    classes = re.findall(r'(\d+): "(\w+)"', Path("yolo/data.yaml").read_text())
+    assert classes == [("0", "dog"), ("1", "ghost"), ("2", "cat"), ("3", "car")]
+
+
 def test_names_may_be_each_others_prompts(md3: Program) -> None:
     assert md3("detect", "img", "dog=cat", "cat=dog", "-o", "o.jsonl").exit_code == 0
     found = [(one["prompt"], one["objects"][0]["label"]) for one in records_of(Path("o.jsonl"))]
