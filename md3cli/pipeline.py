@@ -17,7 +17,7 @@ from md3cli.console import RunConsole
 from md3cli.finished.guards import check_not_input, files_in, has_run_schema
 from md3cli.images.crops import parse_background
 from md3cli.records import Request, Task
-from md3cli.run.adding import check_may_add, grown
+from md3cli.run.adding import check_may_add, grown, in_held_order
 from md3cli.run.local import LocalRun
 from md3cli.run.model_handle import Model, check_skills, find_model, words_beyond
 from md3cli.run.output import (
@@ -93,9 +93,11 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
 
 
 def _grown(config: RunConfig, plan: OutputPlan, console: RunConsole) -> RunConfig:
-    """Return `config` with the requests of OUTPUT in front of its own, where --add asks for it in a real run."""
-    if not config.output.add or config.estimate is not None or config.is_dry_run:
+    """Return `config` with what OUTPUT has been asked in front, where --add asks for it, or in its order."""
+    if config.estimate is not None or config.is_dry_run:
         return config
+    if not config.output.add:
+        return in_held_order(config, plan)
     check_may_add(config, plan)
     planned = None
     if config.output.address is not None or (plan.files is not None and plan.files.has_run_folder):

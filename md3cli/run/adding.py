@@ -6,6 +6,7 @@ here: whoever locks OUTPUT later compares once more. Apart from output.py, which
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -78,6 +79,18 @@ def grown(
     named = Refinement(planned.labels) if planned is not None else Refinement()
     refinement = config.refinement.over(Refinement.from_json(facts.get("refinement")).over(named))
     return replace(config, requests=requests, refinement=refinement)
+
+
+def in_held_order(config: RunConfig, plan: OutputPlan) -> RunConfig:
+    """Return `config` asking in the order of OUTPUT, where it asks the same and a labels file lists it otherwise.
+
+    The file's order is one of names: exports follow it, and no record depends on it.
+    """
+    if plan.files is None or not config.refinement.has_file or config.output.overwrite:
+        return config
+    facts = read_facts(plan.files.run_info, RUN_SCHEMA)
+    held = requests_in(facts["identity"]) if facts else None
+    return replace(config, requests=held) if held and Counter(held) == Counter(config.requests) else config
 
 
 def _refuse_unknown(plan: OutputPlan) -> None:
