@@ -233,9 +233,9 @@ def test_names_are_for_what_the_rows_of_a_manifest_ask_too(md3: Program, many: t
 def test_a_file_that_lists_the_same_otherwise_orders_the_exports(md3: Program, many: tuple[str, ...]) -> None:
     Path("one.txt").write_text("v=car\ndog\n")
     Path("other.txt").write_text("dog\nv=car\n")
-    assert md3("detect", "img", "--labels", "one.txt", "-o", "run", "-f", "coco", *many).exit_code == 0
+    assert md3("detect", "img", "--labels", "one.txt", "-o", "run/", "-f", "coco", *many).exit_code == 0
     before = Path("run/records.jsonl").read_bytes()
-    assert md3("detect", "img", "--labels", "other.txt", "-o", "run", "-f", "coco", *many).exit_code == 0
+    assert md3("detect", "img", "--labels", "other.txt", "-o", "run/", "-f", "coco", *many).exit_code == 0
     assert categories("run/coco.json") == ["dog", "v"]
     assert Path("run/records.jsonl").read_bytes() == before
-    assert md3("detect", "img", "dog", "v=car", "-o", "run").exit_code == 2, "what is typed is an order of requests"
+    assert md3("detect", "img", "dog", "v=car", "-o", "run/").exit_code == 2, "what is typed is an order of requests"
