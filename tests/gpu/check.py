@@ -190,7 +190,9 @@ class Check:
 
     def _may_take(self, part: Part, part_started: float) -> float:
         own_s = part.most(self.options.device)
-        of_part_s = part.most_all_s - (time.monotonic() - part_started) if part.is_by_kernel else own_s
+        of_part_s = (
+            part.most_all(self.options.device) - (time.monotonic() - part_started) if part.is_by_kernel else own_s
+        )
         return min(own_s, of_part_s, self.left_s)
 
     def _without_kernels(self, part: Part) -> str:

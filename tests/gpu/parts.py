@@ -15,7 +15,7 @@ class Part:
 
     With less than `least_s` seconds of the budget left a process is not started; after `most_s` it is killed
     and has failed; after `most_all_s` the part's other kernels are left out. Seconds are those on a GPU;
-    `least_cpu_s` and `most_cpu_s` are a CPU's. Without `runs_kernels` nothing need be compiled for it. `at_once` is
+    `least_cpu_s`, `most_cpu_s` and `most_all_cpu_s` are a CPU's. Without `runs_kernels` nothing need be compiled for it. `at_once` is
     how many processes of kernels may share the device: several, where nothing is timed. `also` are what a part
     by kernel measures behind the kernels. An extra part is run where `--only` names it.
     """
@@ -28,6 +28,7 @@ class Part:
     most_cpu_s: float = 180.0
     is_by_kernel: bool = False
     most_all_s: float = 120.0
+    most_all_cpu_s: float = 300.0
     runs_kernels: bool = True
     at_once: int = 1
     also: tuple[str, ...] = ()
@@ -39,6 +40,9 @@ class Part:
 
     def most(self, device: str) -> float:
         return self.most_s if device == "cuda" else self.most_cpu_s
+
+    def most_all(self, device: str) -> float:
+        return self.most_all_s if device == "cuda" else self.most_all_cpu_s
 
 
 FACTS = Part("facts", "gpu.facts", 5, 60)
