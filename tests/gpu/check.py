@@ -189,10 +189,10 @@ class Check:
         return max(1, min(part.at_once, int(self.results.data.get("free_bytes", 0) / BYTES_PER_CHECK)))
 
     def _may_take(self, part: Part, part_started: float) -> float:
-        own_s = part.most(self.options.device)
-        of_part_s = (
-            part.most_all(self.options.device) - (time.monotonic() - part_started) if part.is_by_kernel else own_s
-        )
+        device = self.options.device
+        own_s = part.most(device)
+        spent_s = time.monotonic() - part_started
+        of_part_s = part.most_all(device) - spent_s if part.is_by_kernel else own_s
         return min(own_s, of_part_s, self.left_s)
 
     def _without_kernels(self, part: Part) -> str:

@@ -15,8 +15,8 @@ class Part:
 
     With less than `least_s` seconds of the budget left a process is not started; after `most_s` it is killed
     and has failed; after `most_all_s` the part's other kernels are left out. Seconds are those on a GPU;
-    `least_cpu_s`, `most_cpu_s` and `most_all_cpu_s` are a CPU's. Without `runs_kernels` nothing need be compiled for it. `at_once` is
-    how many processes of kernels may share the device: several, where nothing is timed. `also` are what a part
+    those that end in `cpu_s` are a CPU's. Without `runs_kernels` nothing need be compiled for it. `at_once` is how
+    many processes of kernels may share the device: several, where nothing is timed. `also` are what a part
     by kernel measures behind the kernels. An extra part is run where `--only` names it.
     """
 
