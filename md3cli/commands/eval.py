@@ -75,7 +75,7 @@ def eval_(
     check_stdout()
     limits = [_limit(text) for text in fail_under or ()]
     found = options.collection(records or (), uses_gt=True)
-    other = None if compare is None else Collection.of([compare], chosen=options.chosen())
+    other = None if compare is None else _read_alike(compare, found)
     read = [*options.files_read(found), *(options.files_read(other) if other else ())]
     if output is not None:
         _check_written(output, read)
@@ -96,6 +96,12 @@ def eval_(
         say(line, err=True)
     if below:
         raise typer.Exit(1)
+
+
+def _read_alike(records: Path, found: Collection) -> Collection:
+    """Return another run under the names and thresholds in force for `found`, so that what differs is what was said."""
+    other, shown = Collection.of([records], chosen=found.refinement), found.refinement
+    return replace(other, refinement=replace(other.refinement, min_score=shown.min_score, nms=shown.nms))
 
 
 def _limit(text: str) -> tuple[str | None, float]:

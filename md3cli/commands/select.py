@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -20,11 +21,13 @@ from md3cli.errors import UsageError
 from md3cli.finished.run_json import RunInfo, counts_of
 from md3cli.records import compact_json, printable
 from md3cli.refine.collection import Collection, read
+from md3cli.refine.labels import shown_text
 from md3cli.refine.stats import RecordStats
 from md3cli.remote.address import shown_argument
 from md3cli.signals import StopSignals, check_stdout
 
 app = App()
+_MOST_SHOWN = 100  # of labels in a line of text
 
 
 @app.command(shows=["Selection"])
@@ -136,4 +139,6 @@ def _rate(info: RunInfo) -> str:
 
 
 def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{printable(name)} {count:,}" for name, count in counts.items())
+    shown = [f"{shown_text(name)} {count:,}" for name, count in islice(counts.items(), _MOST_SHOWN)]
+    more = len(counts) - len(shown)
+    return ", ".join([*shown, *([f"and {more:,} more (--json has all)"] if more else [])])

@@ -275,14 +275,26 @@ def tidied_record(line: bytes) -> RecordDict:
             tidy = None if _is_absent(value) else _TIDY.get(key, _carried)(key, value)
             if tidy is not None or key in _NULL_KEYS:
                 record[key] = tidy
-        for key, default in (("image", None), ("meta", {}), ("error", None)):
-            record.setdefault(key, default)
+        record.setdefault("image", None)
+        if "meta" not in record or "error" not in record:
+            ends = {"meta": record.pop("meta", {}), "error": record.pop("error", None)}  # the last keys of a record
+            record |= ends
         _check_completeness(record)
+        _name_what_was_found(record)
     except RecursionError as error:
         raise ValueError("a damaged record: it is nested too deep") from error
     except Damage as error:
         raise ValueError(f"a damaged record: its {error} not as md3 writes it") from error
     return record
+
+
+def _name_what_was_found(record: RecordDict) -> None:
+    """Give what a tool left without a label that of its prompt, as a run without names does."""
+    label = str(record.get("prompt") or "object")
+    for key in ("objects", "points", "segments"):
+        found = record.get(key) or ()
+        if not all("label" in thing for thing in found):
+            record[key] = [{"label": label} | thing for thing in found]
 
 
 def _check_completeness(record: RecordDict) -> None:

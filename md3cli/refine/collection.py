@@ -20,7 +20,7 @@ from md3cli.finished.record_shape import LINE_LIMIT_BYTES
 from md3cli.finished.records_file import NamedRecords, RecordsFiles, disk_trouble_in_words, open_records
 from md3cli.finished.run_json import RunInfo, find_records, load_run_info
 from md3cli.records import RecordDict, printable
-from md3cli.refine.labels import Label, Labels
+from md3cli.refine.labels import Label, Labels, shown_text
 from md3cli.refine.refinement import FOUND_BY_TASK, Refinement, named, refined
 from md3cli.refine.selection import Selection
 
@@ -204,6 +204,7 @@ def _chosen_by(infos: Sequence[RunInfo], typed: Refinement) -> tuple[Refinement,
             option = name.replace("_", "-")
             shown = ", ".join("none" if value is None else f"{value:g}" for value in values)
             notes.append(f"the runs chose --{option} {shown}; the first counts, type --{option} to say otherwise")
+    notes += _other_names(kept, typed.labels)
     identities = [info.document["identity"] for info in infos if isinstance(info.document.get("identity"), dict)]
     for name in _SETTINGS:
         found = list(dict.fromkeys(str(identity.get(name)) for identity in identities))
@@ -216,6 +217,21 @@ def _chosen_by(infos: Sequence[RunInfo], typed: Refinement) -> tuple[Refinement,
     min_score = first.min_score if typed.min_score is None else typed.min_score
     nms = first.nms if typed.nms is None else typed.nms
     return replace(refinement, min_score=min_score, nms=nms), tuple(notes)
+
+
+def _other_names(kept: Sequence[Refinement], typed: Labels) -> Iterator[str]:
+    """Yield a sentence where runs call what one prompt found by other names, and nothing typed says which."""
+    first: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for prompt, label in ((prompt, label) for one in kept for prompt, label in one.labels.by_prompt.items()):
+        if first.setdefault(prompt, label.name) != label.name and prompt not in typed.by_prompt:
+            others.setdefault(prompt, label.name)
+    for prompt, name in list(others.items())[:1]:
+        more = f" (and {len(others) - 1:,} more)" if len(others) > 1 else ""
+        yield (
+            f"the runs call {shown_text(prompt)!r} {shown_text(first[prompt])!r} and {shown_text(name)!r}{more}; "
+            "the first counts, --labels FILE says otherwise"
+        )
 
 
 def _labels_in(sources: Iterable[NamedRecords]) -> Labels:

@@ -182,7 +182,7 @@ def _with_ids_of_all(labels: tuple[Label, ...]) -> tuple[Label, ...]:
     return tuple(whole)
 
 
-def _shown(text: str) -> str:
+def shown_text(text: str) -> str:
     """Return what a file says as a message can hold it."""
     return printable(text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 1]}…")
 
@@ -196,7 +196,7 @@ def parse_object(text: str) -> tuple[str, str]:
     name, has_name, prompt = text.partition("=")
     name, prompt = (name.strip(), prompt.strip()) if has_name else ("", text.strip())
     if not prompt:
-        example = f" after {_shown(name)}=" if name else ""
+        example = f" after {shown_text(name)}=" if name else ""
         raise UsageError(f"an OBJECT is empty{example}; name what to look for")
     return name or prompt, prompt
 
@@ -255,8 +255,8 @@ def labels_with(objects: Iterable[str], listed: Labels) -> Labels:
             continue
         if known is not None and known.name != name:
             raise UsageError(
-                f"{_shown(prompt)!r} is asked as {_shown(name)!r}, and --labels calls it "
-                f"{_shown(known.name)!r}; give it one name"
+                f"{shown_text(prompt)!r} is asked as {shown_text(name)!r}, and --labels calls it "
+                f"{shown_text(known.name)!r}; give it one name"
             )
         typed.append((name, prompt))
     return listed.followed_by(_gathered(typed, "OBJECTs"))
@@ -283,11 +283,11 @@ def _checked(labels: Sequence[Label], where: str) -> Labels:
         twice = next((value for value, count in Counter(values).items() if count > 1), None)
         if twice is not None:
             names = [label.name for label in labels if twice in label.prompts]
-            under = f" (as {' and '.join(map(_shown, names))})" if what == "prompt" and len(names) > 1 else ""
-            raise UsageError(f"{where}: the {what} {_shown(twice)!r} comes twice{under}; leave one out")
+            under = f" (as {' and '.join(map(shown_text, names))})" if what == "prompt" and len(names) > 1 else ""
+            raise UsageError(f"{where}: the {what} {shown_text(twice)!r} comes twice{under}; leave one out")
     if 0 < sum(label.id is not None for label in labels) < len(labels):
         bare = next(label.name for label in labels if label.id is None)
-        raise UsageError(f"{where}: {_shown(bare)!r} has no id and others have; give all an id, or none")
+        raise UsageError(f"{where}: {shown_text(bare)!r} has no id and others have; give all an id, or none")
     return Labels(tuple(labels))
 
 
@@ -354,11 +354,11 @@ def _of_toml(text: str, where: str) -> Labels:
     try:
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also of a number with too many digits to be read
-        raise UsageError(f"--labels {where} is not TOML: {_shown(str(error))}") from error
+        raise UsageError(f"--labels {where} is not TOML: {shown_text(str(error))}") from error
     tables = document.get("label")
     unknown = next((key for key in document if key != "label"), None)
     if unknown is not None:
-        raise UsageError(f"--labels {where}: unknown key {_shown(unknown)!r}; labels are tables [[label]]")
+        raise UsageError(f"--labels {where}: unknown key {shown_text(unknown)!r}; labels are tables [[label]]")
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise UsageError(f"--labels {where} has no tables [[label]]")
     return labels_of_tables(tables, f"--labels {where}")
@@ -379,11 +379,11 @@ def labels_of_tables(tables: Sequence[Mapping[str, Any]], where: str, *, may_fil
 def _of_table(table: Mapping[str, Any], where: str, keys: frozenset[str]) -> Label:
     unknown = next((key for key in table if key not in keys), None)
     if unknown is not None:
-        raise UsageError(f"{where}: unknown key {_shown(str(unknown))!r}; one of {', '.join(sorted(keys))}")
+        raise UsageError(f"{where}: unknown key {shown_text(str(unknown))!r}; one of {', '.join(sorted(keys))}")
     name = table.get("name")
     if not isinstance(name, str) or not name.strip():
         raise UsageError(f"{where}: a name is missing")
-    here = f"{where} ({_shown(name)})"
+    here = f"{where} ({shown_text(name)})"
     prompts, templates = table.get("prompts", [name.strip()]), table.get("templates", [])
     if not _is_texts(prompts) or not _is_texts(templates) or not (prompts or templates):
         raise UsageError(f"{here}: prompts is a list of texts")
@@ -419,7 +419,7 @@ def _of_yaml(text: str, where: str) -> Labels:
     if isinstance(names, dict):
         odd = next((key for key in names if not _NUMBER.fullmatch(key)), None)
         if odd is not None:
-            raise UsageError(f"--labels {where}: {_shown(odd)!r} in names is not the number of a class")
+            raise UsageError(f"--labels {where}: {shown_text(odd)!r} in names is not the number of a class")
         by_number = {int(key): name for key, name in names.items()}
         if len(by_number) < len(names):
             raise UsageError(f"--labels {where}: the number of a class comes twice in names; leave one out")
@@ -452,7 +452,7 @@ def _yaml_document(text: str, where: str) -> dict[str, Any]:
                 raise yaml.YAMLError("it is nested too deep")
         document = yaml.load(text, Loader=OnceLoader)  # noqa: S506 - a BaseLoader makes texts, lists and maps only
     except (yaml.YAMLError, RecursionError) as error:
-        reason = _shown(" ".join(str(error).split()))
+        reason = shown_text(" ".join(str(error).split()))
         raise UsageError(f"--labels {where} is not YAML that can be read: {reason}") from error
     if not isinstance(document, dict):
         raise UsageError(f"--labels {where} has no names of classes")

@@ -131,3 +131,16 @@ def test_an_empty_selection_is_no_error(folder):
     result = run(folder, "run.jsonl --gt gt.json --label zebra")
     assert (result.exit_code, result.stdout.strip()) == (0, "")
     assert "note: nothing is selected, so nothing is scored" in result.stderr
+
+
+def test_the_names_of_the_other_run_are_no_change(folder):
+    refinement = {"labels": [{"name": "auto", "prompts": ["car"]}], "min_score": 0.8, "nms": None}
+    records = [json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines()]
+    for one in records:
+        one["objects"] = [found | {"label": "auto"} for found in one["objects"]]
+    write_records(folder / "older.jsonl", records)
+    (folder / "older.jsonl.run.json").write_text(json.dumps({"schema": "md3-run/1", "refinement": refinement}))
+    named = {"labels": [{"name": "vehicle", "prompts": ["car"]}], "min_score": None, "nms": None}
+    (folder / "run.jsonl.run.json").write_text(json.dumps({"schema": "md3-run/1", "refinement": named}))
+    result = run(folder, "run.jsonl --compare older.jsonl")
+    assert result.stdout.splitlines()[0].startswith("compared: 2 the same, 0 changed")

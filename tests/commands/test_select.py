@@ -273,3 +273,13 @@ def test_stdout_is_the_records_alone(md3: Program, folder: Path) -> None:
     assert len(records_of(result.stdout)) == len(text.splitlines())
     assert "1 line repeats a request" in result.stderr
     assert "the last, is cut off and was left out" in result.stderr
+
+
+def test_lines_of_text_stay_short_and_json_has_all(md3: Program, run: Run) -> None:
+    names = ["n" * 10_000, *(f"name {n}" for n in range(150))]
+    lines = [record("a.jpg", "detect", name, objects=[CAR | {"label": name}]) for name in names]
+    run.write([one | {"id": f"{n:032x}"} for n, one in enumerate(lines)])
+    (labels,) = [line for line in md3("stats", run.folder).stdout.splitlines() if line.startswith("objects")]
+    assert len(labels) < 3000
+    assert labels.endswith("and 51 more (--json has all)")
+    assert [*json.loads(md3("stats", run.folder, "--json").stdout)["labels"]] == names

@@ -132,6 +132,22 @@ def test_what_a_tool_changes_is_put_back(tmp_path: Path, change: dict[str, Any])
     assert [type(found[0]["width"]), type(found[0]["tokens"]["prompt"])] == [int, int]
 
 
+def test_what_has_no_label_is_called_as_it_was_asked(run: Run) -> None:
+    """Absent or null; a page needs a name as any other format does."""
+    bare = {key: value for key, value in CAR.items() if key != "label"}
+    lines = [record("a/photo.jpg", "detect", "car", objects=[bare, bare | {"label": None}, CAR | {"label": "auto"}])]
+    (found,) = read_records(write_records(run.records, lines))
+    assert [thing["label"] for thing in found["objects"]] == ["car", "car", "auto"]
+    assert CliRunner().invoke(app, ["report", str(run.records), "-o", str(run.folder / "page.html")]).exit_code == 0
+
+
+@pytest.mark.parametrize("absent", ["meta", "error"])
+def test_keys_that_were_absent_stand_where_they_belong(tmp_path: Path, absent: str) -> None:
+    line = {key: value for key, value in box_record().items() if key != absent}
+    (found,) = read(tmp_path / "records.jsonl", as_line(line))
+    assert [*found][-2:] == ["meta", "error"]
+
+
 def test_texts_that_became_numbers_are_texts_again(tmp_path: Path) -> None:
     """A column of digits alone is one of numbers for pandas; a digest cannot be turned back and is left out."""
     change = {"id": 12.0, "prompt": 7, "sha256": 0.0, "objects": [{**CAR, "label": 7.0}]}

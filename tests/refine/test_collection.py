@@ -127,6 +127,22 @@ def test_how_runs_differ_is_told(tmp_path: Path) -> None:
     assert shown == [0.4, None]  # the first counts, also where it chose nothing
 
 
+def test_other_names_of_a_prompt_are_told(tmp_path: Path) -> None:
+    runs = []
+    for number, objects in enumerate((["vehicle=car", "dog"], ["auto=car", "dog"], ["car", "hound=dog"])):
+        refinement = Refinement(labels_with(objects, Labels()))
+        runs.append(run(tmp_path / str(number), [line(f"{number}.png")], refinement=refinement.to_json()))
+    assert Collection.of([runs[0], runs[0]]).notes == ()
+    assert Collection.of(runs[:2]).notes == (
+        "the runs call 'car' 'vehicle' and 'auto'; the first counts, --labels FILE says otherwise",
+    )
+    assert "'vehicle' and 'auto' (and 1 more);" in Collection.of(runs).notes[0]
+    typed = Refinement(labels_with(["x=car", "y=dog"], Labels()), has_file=True)
+    assert Collection.of(runs, chosen=typed).notes == ()
+    shown = {thing["label"] for record in read(Collection.of(runs[:2])) for thing in record["objects"]}
+    assert shown == {"vehicle"}
+
+
 def test_names_of_records_that_no_run_json_tells_of_are_read_from_them(tmp_path: Path) -> None:
     cars = [line("a.png") | {"objects": [CAR | {"label": "vehicle"}]}, line("a.png", "truck") | {"objects": []}]
     trucks = [line("b.png", "truck") | {"objects": [CAR | {"label": "vehicle", "score": 0.8}]}]
