@@ -69,11 +69,12 @@ def print_document(path: Path) -> None:
 class LiveText:
     """An answer on stdout as it comes, and on stderr, dim, the thoughts before it.
 
-    `has_thoughts` and `has_waiting` say whether stderr shows thoughts, and what is waited for before any text.
+    `has_thoughts` and `has_waiting` say whether stderr shows thoughts, and what is waited for before any text;
+    `has_notes` whether it has a line about an answer that is not as it should be.
     """
 
-    def __init__(self, *, has_thoughts: bool, has_waiting: bool) -> None:
-        self._has_thoughts, self._has_waiting = has_thoughts, has_waiting
+    def __init__(self, *, has_thoughts: bool, has_waiting: bool, has_notes: bool = True) -> None:
+        self._has_thoughts, self._has_waiting, self._has_notes = has_thoughts, has_waiting, has_notes
         self._is_waiting = self._is_thinking = self._is_answering = False
 
     def wait(self, text: str) -> None:
@@ -108,6 +109,11 @@ class LiveText:
             self._is_answering = False
             sys.stdout.write("\n")
             sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        """Say something about the answer that has ended, on stderr."""
+        if self._has_notes:
+            say(f"note: {text}", err=True)
 
     def _stop_waiting(self) -> None:
         if self._is_waiting:
@@ -149,7 +155,9 @@ class RunConsole:
         has_escapes = os.environ.get("TERM") != "dumb" and (os.name != "nt" or "WT_SESSION" in os.environ)
         is_capable = sys.stderr.isatty() and has_escapes and not self.is_quiet
         has_thoughts = is_capable and self._has_color and not os.environ.get("NO_COLOR")
-        return LiveText(has_thoughts=has_thoughts, has_waiting=is_capable and self.has_progress)
+        return LiveText(
+            has_thoughts=has_thoughts, has_waiting=is_capable and self.has_progress, has_notes=not self.is_quiet
+        )
 
     @contextlib.contextmanager
     def progress(self, total: int | None, what: str = "") -> Iterator[Progress | None]:

@@ -322,7 +322,8 @@ def read_text(path: Path, option: str, limit_bytes: int = FILE_LIMIT_BYTES) -> s
     where = printable(str(path))
     try:
         if not path.is_file():
-            raise UsageError(f"{option} {where}: no such file")
+            what = "is a folder or a pipe, not a file" if path.exists() else "no such file"
+            raise UsageError(f"{option} {where}: {what}")
         with path.open("rb") as file:
             content = file.read(limit_bytes + 1)
         if len(content) > limit_bytes:

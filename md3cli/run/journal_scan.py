@@ -345,7 +345,7 @@ class RecordsVerification:
         """Yield what is wrong, in words; nothing where all is as it should be.
 
         Raises:
-            InputError: the records cannot be read.
+            InputError: the records cannot be read, or it is a file of something else.
         """
         try:
             yield from self._line_findings()
@@ -370,6 +370,8 @@ class RecordsVerification:
             scanned = scan_journal(file)
             size = self._records.stat().st_size
         self.num_records = len(scanned.found)
+        if not self.num_records and not self._document:
+            raise InputError(f"{printable(str(self._records))} holds no record of md3")
         for lines in scanned.damaged[:_MOST_DAMAGE_NAMED]:
             yield f"{_damage(lines, printable(str(self._records)))}; the same command mends it"
         if len(scanned.damaged) > _MOST_DAMAGE_NAMED:

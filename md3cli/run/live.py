@@ -64,6 +64,10 @@ class LiveEngine(LazyEngine):
             is_shown = self._answer.num_ids > 0
             self._text.answer(self._answer.rest() if is_shown else answer.result["answer"])
         self._text.end()
+        if answer.result is not None and answer.finish_reason == "length":
+            self._text.note("the answer was cut (finish_reason length); a greater --max-tokens makes room")
+        elif answer.result is not None and not answer.result["answer"]:
+            self._text.note("the model's answer is empty")
 
 
 class _Growing:

@@ -153,7 +153,7 @@ def standing_of(typed: str) -> Standing:
     except OSError as error:
         raise InputError(f"cannot read {printable(str(records))}: {error.strerror or error}") from error
     done = counts.ok + counts.failed
-    if stat is not None and stat.st_size and not done and not has_schema:
+    if stat is not None and not done and not has_schema and state is not State.RUNNING:
         raise InputError(f"{printable(str(records))} holds no record of md3")
     noted = number_of(document.get("requests"))
     total = done if state is State.FINISHED else None if noted is None else max(int(noted), done)

@@ -31,8 +31,11 @@ def near_miss(name: str, known: Sequence[str]) -> str | None:
     """Return the one of `known` that `name` is most likely a misspelling of; None where it resembles none."""
     if len(name) > LONGEST_MISSPELT_CHARS:
         return None
-    found = get_close_matches(name.strip().lower(), known, n=1, cutoff=NEAR_MISS)
-    return found[0] if found else None
+    name = name.strip().lower()
+    if found := get_close_matches(name, known, n=1, cutoff=NEAR_MISS):
+        return found[0]
+    letters = sorted(name)  # of `taks` difflib makes no more than of `mask`
+    return next((other for other in known if len(other) == len(name) and sorted(other) == letters), None)
 
 
 class Filled(NamedTuple):

@@ -357,12 +357,13 @@ class Source:
                 yield name or f"{given.typed} {entry.where}", row
 
     def _refuse_first(self, rows: Iterator[ManifestRow | None]) -> Iterator[ManifestRow | None]:
-        """Yield the rows of stdin; the first one has to have what prompts are filled from, as a manifest has."""
-        is_first = bool(self._rules.placeholders)
+        """Yield the rows of stdin; of the first that is no remark as much is demanded as of a manifest's columns."""
+        is_first = True
         for row in rows:
-            if is_first and row is not None and row.columns is not None:
-                found = FirstRows(dict.fromkeys(row.columns))
-                check_columns(found, ColumnOptions(), self._rules, f"stdin, {row.where},")
+            if is_first and row is not None and row.columns is not None and not _may_be_remark(row.columns):
+                found, where = FirstRows(dict.fromkeys(row.columns), num_rows=1), f"stdin, {row.where},"
+                check_columns(found, ColumnOptions(), self._rules, where)
+                check_asked(found, self._requests, self._rules, where)
                 is_first = False
             yield row
 
@@ -411,6 +412,10 @@ def _walk_of(given: Input) -> tuple[str, Glob | None]:
 
 def _meta_of(columns: Mapping[str, Any]) -> dict[str, Any]:
     return {column: value for column, value in columns.items() if column not in ROW_COLUMNS}
+
+
+def _may_be_remark(columns: Mapping[str, Any]) -> bool:
+    return len(columns) == 1 and str(columns.get("image", "")).startswith("#")
 
 
 def _is_comment(image: ImageItem | None) -> bool:

@@ -258,8 +258,8 @@ HOSTILE: dict[str, tuple[str, str | bytes | Callable[[Path], None], str]] = {
     "not UTF-8": ("labels.txt", b"caf\xe9\n", "is not UTF-8 (byte 3)"),
     "UTF-16": ("labels.toml", "[[label]]\nname = 'a'\n".encode("utf-16"), "is not UTF-8 (byte 0)"),
     "a byte too many": ("labels.txt", b"#" * FILE_LIMIT_BYTES + b"\n", "has more than 1,000,000 bytes"),
-    "a FIFO": ("labels.toml", os.mkfifo, "no such file"),
-    "a folder": ("labels.toml", Path.mkdir, "no such file"),
+    "a FIFO": ("labels.toml", os.mkfifo, "is a folder or a pipe"),
+    "a folder": ("labels.toml", Path.mkdir, "is a folder or a pipe"),
     "a link into nothing": ("labels.toml", lambda path: path.symlink_to("gone"), "no such file"),
     "no file": ("labels.toml", lambda path: None, "no such file"),
 }

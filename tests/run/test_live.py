@@ -75,12 +75,22 @@ def test_what_is_printed_is_the_records_answer(home: Path, question: list[str]) 
     else:
         assert "\x1b[2m" not in stderr
     assert "request" not in shown, "no summary"
+    assert ("note: the answer was cut" in shown) == (record["finish_reason"] == "length")
 
 
 @pytest.mark.process
 def test_a_question_without_a_picture(home: Path) -> None:
     line = ["query", "-q", "How many sides does a triangle have?", "--model", "tiny", "--device", "cpu"]
     assert on_terminal(*line)[:2] == (0, record_of(*line)["answer"] + "\n")
+
+
+@pytest.mark.process
+def test_an_empty_answer_is_told(home: Path) -> None:
+    line = ["query", "-q", "How many crosses?", "--no-reasoning", "--model", "tiny", "--device", "cpu"]
+    assert record_of(*line)["answer"] == ""
+    status, stdout, stderr = on_terminal(*line, "--no-progress")
+    assert (status, stdout, stderr) == (0, "", "note: the model's answer is empty\n")
+    assert on_terminal(*line, "--quiet") == (0, "", "")
 
 
 @pytest.mark.process

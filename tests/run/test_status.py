@@ -184,14 +184,18 @@ def test_verify_tells_the_digest_of_a_finished_run(md3: Program) -> None:
     assert md3("verify", "one.jsonl").exit_code == 1
 
 
-@pytest.mark.parametrize(("name", "content"), [("gone", None), ("notes.csv", b"a,b\n1,2\n"), ("empty/", None)])
-def test_there_is_no_run(md3: Program, name: str, content: bytes | None) -> None:
+@pytest.mark.parametrize("command", ["status", "verify"])
+@pytest.mark.parametrize(
+    ("name", "content"), [("gone", None), ("notes.csv", b"a,b\n1,2\n"), ("none.jsonl", b""), ("empty/", None)]
+)
+def test_there_is_no_run(md3: Program, name: str, content: bytes | None, command: str) -> None:
     Path("empty").mkdir()
     if content is not None:
         Path(name).write_bytes(content)
-    result = md3("status", name)
-    assert result.exit_code == 1
-    assert ("no run at" in result.stderr) != ("holds no record of md3" in result.stderr)
+    result = md3(command, name)
+    assert (result.exit_code, result.stdout) == (1, "")
+    missing = "no run at" if command == "status" else "no records at"
+    assert (missing in result.stderr) != ("holds no record of md3" in result.stderr)
 
 
 # -- the lock ----------------------------------------------------------------------------------------

@@ -187,7 +187,15 @@ def test_renamed_columns() -> None:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("promt", "prompt"), ("Prompt", "prompt"), ("lenght", "length"), ("tasks", "task"), ("class", None), ("q", None)],
+    [
+        ("promt", "prompt"),
+        ("Prompt", "prompt"),
+        ("lenght", "length"),
+        ("tasks", "task"),
+        ("taks", "task"),
+        ("class", None),
+        ("q", None),
+    ],
 )
 def test_near_misses(name: str, meant: str | None) -> None:
     assert near_miss(name, ["prompt", "length", "task"]) == meant

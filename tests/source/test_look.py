@@ -207,6 +207,24 @@ def test_stdin_is_judged_by_its_first_row() -> None:
         list(source("-", FILLED, stdin=b"a.jpg\n", is_template=True))
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            (Request(Task.QUERY),),
+            "no question: stdin, line 2, has no column 'prompt' (it has: image); type one",
+        ),
+        ((), "nothing to do: stdin, line 2, has no column 'task'"),
+    ],
+)
+def test_nothing_is_asked_of_the_lines_of_stdin(asked: tuple[Request, ...], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        list(source("-", asked, stdin=b"# pictures\na.jpg\n"))
+    assert message in str(error.value)
+    rows = b'# pictures\n{"image":"a.jpg","prompt":"why","task":"query"}\nb.jpg\n'
+    assert len(list(source("-", asked, stdin=rows))) == 2
+
+
 def test_without_input_there_is_nothing_to_fill_from() -> None:
     with pytest.raises(UsageError, match="there is no INPUT"):
         open_source(SourceSpec((), columns=ColumnOptions(is_template=True)), (Request(Task.QUERY, "{stem}"),))
