@@ -82,6 +82,7 @@ def eval_(
     _check_labels_file(best_thresholds, read, overwrites=overwrite, has_truth=bool(options.gt))
     truths = [load_truth(path) for path in options.gt or ()]
     evaluation = compare_runs(found, other, truths) if other else evaluate(found, truths)
+    below = [line for limit in limits for line in _below(evaluation.sections, *limit)]
     if best_thresholds is not None:
         evaluation = replace(evaluation, best=_write_best(best_thresholds, found, truths))
     say(_document(evaluation) if as_json else table(evaluation))
@@ -91,7 +92,6 @@ def eval_(
         say(f"written: {printable(str(best_thresholds))}", err=True)
     if output is not None:
         _write(evaluation, output)
-    below = [line for limit in limits for line in _below(evaluation.sections, *limit)]
     for line in below:
         say(line, err=True)
     if below:

@@ -144,3 +144,11 @@ def test_the_names_of_the_other_run_are_no_change(folder):
     (folder / "run.jsonl.run.json").write_text(json.dumps({"schema": "md3-run/1", "refinement": named}))
     result = run(folder, "run.jsonl --compare older.jsonl")
     assert result.stdout.splitlines()[0].startswith("compared: 2 the same, 0 changed")
+
+
+def test_a_score_that_is_not_there_is_refused_before_anything_is_written(folder):
+    result = run(folder, "run.jsonl --gt gt.json --best-thresholds best.toml -o scores --fail-under NO=1")
+    assert isinstance(result.exception, UsageError)
+    assert "no score NO here" in str(result.exception)
+    assert not result.stdout
+    assert not [path for path in folder.iterdir() if path.stem in ("best", "scores")]
