@@ -6,6 +6,7 @@ A command reads its own words and returns what the run is to do; `annotating` ad
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -48,6 +49,7 @@ MaxObjects = Annotated[
     int,
     typer.Option("--max-objects", metavar="N", min=1, max=TOKENS_LIMIT - 1, help="Stop after so many in one image."),
 ]
+Reasoning = Annotated[bool, typer.Option("--reasoning/--no-reasoning", help="Think first, or be fast.")]
 SpatialRefs = Annotated[
     list[tuple[float, ...]] | None,
     typer.Option(
@@ -103,7 +105,7 @@ def query(
     question: Annotated[
         list[str] | None, typer.Option("--question", "-q", metavar="QUESTION", help="A question; may be repeated.")
     ] = None,
-    reasoning: Annotated[bool, typer.Option("--reasoning/--no-reasoning", help="Think first, or be fast.")] = True,
+    reasoning: Reasoning = True,
     choices: Annotated[
         tuple[str, ...] | None,
         typer.Option(
@@ -184,7 +186,7 @@ def segment(
 
 @app.command()
 @annotating
-def run(input: OneInput, task: TaskSpecs = None, *, options: AnnotateOptions) -> RunConfig:
+def run(input: OneInput, task: TaskSpecs = None, reasoning: Reasoning = True, *, options: AnnotateOptions) -> RunConfig:
     """Several tasks in one pass, each image encoded once; or a manifest whose rows carry their own.
 
     Examples:
@@ -192,8 +194,8 @@ def run(input: OneInput, task: TaskSpecs = None, *, options: AnnotateOptions) ->
         md3 run photos/ --task "query:Is it raining?" --task segment:dog -o out/
         md3 run requests.csv -o answers.jsonl
     """
-    requests, labels = _asked_of_run(input, task, options)
-    return options.config("run", [input], requests, labels=labels)
+    requests, labels = _asked_of_run(input, task, options, reasoning)
+    return options.config("run", [input], requests, labels=labels, reasoning=reasoning)
 
 
 @app.command()
@@ -201,6 +203,7 @@ def run(input: OneInput, task: TaskSpecs = None, *, options: AnnotateOptions) ->
 def estimate(
     input: OneInput,
     task: TaskSpecs = None,
+    reasoning: Reasoning = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, also on a terminal.")] = False,
     *,
     options: AnnotateOptions,
@@ -215,8 +218,8 @@ def estimate(
         md3 estimate requests.csv --price-per-1000 5 --json
     """
     estimate = options.estimate_options(is_json=as_json)
-    requests, labels = _asked_of_run(input, task, options)
-    return options.config("run", [input], requests, estimate, labels)
+    requests, labels = _asked_of_run(input, task, options, reasoning)
+    return options.config("run", [input], requests, estimate, labels, reasoning)
 
 
 def _run_of_objects(
@@ -240,8 +243,12 @@ def _run_of_objects(
     return options.config(str(task), [input], requests, labels=labels)
 
 
-def _asked_of_run(input: str, specs: TaskSpecs, options: AnnotateOptions) -> tuple[list[Request], Labels]:
+def _asked_of_run(
+    input: str, specs: TaskSpecs, options: AnnotateOptions, reasoning: bool
+) -> tuple[list[Request], Labels]:
     """Return what is asked of every image of `input`, in the order typed, and how what is found is called.
+
+    Where rows may bring questions, all requests have `reasoning`, for a row takes its settings from the first.
 
     Raises:
         UsageError: nothing, and `input` cannot say it either.
@@ -250,7 +257,9 @@ def _asked_of_run(input: str, specs: TaskSpecs, options: AnnotateOptions) -> tup
     listed = options.listed_labels()
     labels = labels_with((spec.argument for spec in flat if spec.task in FOUND_BY_TASK and spec.argument), listed)
     requests = [request for spec in flat for request in _requests_of(spec, options, listed, labels)]
-    if not requests and not may_carry_rows(input):
+    has_rows = may_carry_rows(input)
+    requests = [replace(r, reasoning=reasoning) if has_rows or r.task is Task.QUERY else r for r in requests]
+    if not requests and not has_rows:
         raise UsageError(f"nothing to do for {printable(input)}; say what with --task, like --task caption:long")
     return requests, labels
 

@@ -369,10 +369,12 @@ class AnnotateOptions:
         requests: Sequence[Request],
         estimate: EstimateOptions | None = None,
         labels: Labels | None = None,
+        reasoning: bool = True,
     ) -> RunConfig:
         """Return a run that asks `requests` of every image of `inputs`, or an estimate of that run.
 
-        `labels` names what is asked and what the rows of a manifest ask; None: as `--labels` says.
+        `labels` names what is asked and what the rows of a manifest ask; None: as `--labels` says. `reasoning` is for
+        rows that bring their questions where there are no `requests`.
 
         Raises:
             UsageError: OUTPUT is no name or address that could be written to.
@@ -388,7 +390,7 @@ class AnnotateOptions:
                 columns=ColumnOptions(tuple(self.map_columns or ()), tuple(self.const or ()), self.template),
             ),
             requests=tuple(requests),
-            defaults=self.request(Task.QUERY),
+            defaults=self.request(Task.QUERY, reasoning=reasoning),
             model=self._filled(ModelOptions),
             decode=self._filled(
                 DecodeOptions,

@@ -47,6 +47,7 @@ from md3cli.run.asked import asked_otherwise, change, differences, is_grown, nam
 RUN_FOLDER, FORMER = ".md3run", "-former"
 MAX_POINTS, FIRST_SPACING_S = 240, 0.5  # of a timeline
 RUN_SCHEMA = "md3-run/1"
+_DEFAULTS = "defaults"  # in an identity: settings of rows that bring all that is asked
 STARTS_KEPT = 1000
 _PACKAGES = ("md3cli", "torch", "tokenizers", "safetensors", "numpy", "pillow", "pyarrow")
 
@@ -113,14 +114,21 @@ def output_paths(output: Path, *, is_folder: bool, is_journal: bool) -> OutputPa
 
 
 def identity_of(
-    requests: Sequence[Request], run: RunIdentity, root: str, columns: Mapping[str, Any] | None = None
+    requests: Sequence[Request],
+    run: RunIdentity,
+    root: str,
+    columns: Mapping[str, Any] | None = None,
+    defaults: Request | None = None,
 ) -> dict[str, Any]:
     """Return what two runs must share for the second to resume the first, as JSON.
 
-    `columns` is what is made of the rows' columns (`ColumnOptions.identity`).
+    `columns` is what is made of the rows' columns (`ColumnOptions.identity`). `defaults` has the settings of rows that
+    bring all that is asked; they count where the command makes no request.
     """
     asked = [asdict(request) for request in requests]
-    return _as_json({"ids": ID_SCHEME, "requests": asked, **asdict(run), "root": _exact(root), **(columns or {})})
+    settings = {} if requests or defaults is None else {_DEFAULTS: asdict(defaults)}
+    of_rows = {**(columns or {}), **settings}
+    return _as_json({"ids": ID_SCHEME, "requests": asked, **asdict(run), "root": _exact(root), **of_rows})
 
 
 def _exact(path: str) -> str:
@@ -185,7 +193,8 @@ class RunDocument:
         has_grown = old is not None and may_add and is_grown(old, new)
         if old is not None:
             is_known = has_grown or is_planned
-            _refuse_other(shown or str(path), {**old, "requests": new["requests"]} if is_known else old, new, arguments)
+            was = {**old, "requests": new["requests"]} if is_known else old
+            _refuse_other(shown or str(path), *_with_defaults_of_both(was, new), arguments)
         start = _start_of(arguments, num_records_found)
         document = {
             "schema": RUN_SCHEMA,
@@ -356,6 +365,13 @@ def _refuse_other(shown: str, old: dict[str, Any], new: dict[str, Any], argv: Se
             f"OUTPUT was begun by another run ({printable(shown)}): {'; '.join(found)}. {hint}{on}"
             f"{'Or choose' if on else 'Choose'} another -o, repeat the earlier command, or --overwrite to start over"
         )
+
+
+def _with_defaults_of_both(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return both without the settings of rows where one has none: it is older, or makes requests itself."""
+    if _DEFAULTS in old and _DEFAULTS in new:
+        return old, new
+    return {k: v for k, v in old.items() if k != _DEFAULTS}, {k: v for k, v in new.items() if k != _DEFAULTS}
 
 
 def _output_of(run_info: str) -> str:

@@ -222,7 +222,11 @@ class Start:
         document = RunDocument.begin(
             self.files.run_info,
             identity=identity_of(
-                self.config.requests, self.model.identity, root, self.config.source.columns.identity()
+                self.config.requests,
+                self.model.identity,
+                root,
+                self.config.source.columns.identity(),
+                self.config.defaults,
             ),
             arguments=self.config.argv,
             root=root,

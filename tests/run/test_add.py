@@ -387,3 +387,39 @@ def test_kills_while_it_grows(tmp_path: Path, name: str, count: int, steps: tupl
         assert _content(out.parent) == expected
         num_rounds += 1
     assert num_rounds > 1
+
+
+def test_settings_of_rows_that_ask_everything_count_too(md3: Program, pictures: Path) -> None:
+    Path("rows.csv").write_text(f"image,task,prompt\n{pictures / 'p0.png'},query,Why?\n")
+    for many in ((), ("--engine", "local")):
+        output = f"{len(many)}.jsonl"
+        assert md3("run", "rows.csv", "-o", output).exit_code == 0
+        for option, words in (
+            ("--temperature=0.5", "temperature 0, now 0.5"),
+            ("--no-reasoning", "reasoning on, now off"),
+        ):
+            other = md3("run", "rows.csv", "-o", output, option, *many)
+            assert (other.exit_code, words in other.stderr) == (2, True), other.output
+        run_info = Path(f"{output}.run.json")
+        document = json.loads(run_info.read_bytes())
+        del document["identity"]["defaults"]  # as an earlier version wrote it
+        run_info.write_text(json.dumps(document))
+        assert md3("run", "rows.csv", "-o", output).exit_code == 0
+        assert len(records_of(Path(output))) == 1
+
+
+def test_run_thinks_or_is_fast(md3: Program, pictures: Path) -> None:
+    Path("rows.csv").write_text(f"image,task,prompt\n{pictures / 'p0.png'},query,Why?\n{pictures / 'p1.png'},,\n")
+
+    def ids(*line: object) -> list[str]:
+        return [json.loads(record)["id"] for record in md3(*line).stdout.splitlines()]
+
+    fast = ids("query", "rows.csv", "-q", "How?", "--no-reasoning")
+    assert ids("run", "rows.csv", "--task", "query:How?", "--no-reasoning") == fast
+    assert ids("run", "rows.csv", "--task", "detect:a", "--no-reasoning")[0] == fast[0]
+    assert ids("run", "rows.csv", "--no-reasoning")[0] == fast[0]
+    assert ids("run", "rows.csv", "--task", "query:How?") == ids("query", "rows.csv", "-q", "How?") != fast
+    md3("detect", pictures, "a", "-o", "o.jsonl")
+    md3("run", pictures, "--task", "query:How?", "--no-reasoning", "-o", "o.jsonl", "--add")
+    whole = md3("run", pictures, "--task", "detect:a", "--task", "query:How?", "--no-reasoning", "-o", "o.jsonl")
+    assert (whole.exit_code, md3.num_answered) == (0, 0), whole.output
