@@ -124,7 +124,7 @@ def test_options_keep_their_names() -> None:
         "detect": {"max-objects"},
         "point": {"max-objects", "spatial-ref"},
         "segment": {"spatial-ref"},
-        "run": {"task"},
+        "run": {"task", "reasoning", "no-reasoning"},
     }
     for name, extra in own.items():
         assert options_of(name).keys() == shared | extra, name
