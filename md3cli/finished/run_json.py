@@ -222,7 +222,13 @@ class RunInfo:
 
     @property
     def elapsed_s(self) -> float | None:
-        """Return the seconds that all starts together took; None while they are not known."""
+        """Return the seconds that all starts together took; None while they are not known.
+
+        Of ranks that share a run, run.json tells only how long the last took to join their records.
+        """
+        timeline = self.timeline
+        if timeline and not timeline[-1][1]:
+            return None
         spans = [_whole_number(start.get("elapsed_s")) for start in self._list("starts") if isinstance(start, dict)]
         return sum(spans) or None
 

@@ -73,10 +73,11 @@ class Collection:
         if not sources:
             raise UsageError("no RECORDS; give the .jsonl file or the folder of a run")
         infos = [load_run_info(source.path) for source in sources.values()]
-        refinement, notes = _chosen_by(infos, chosen or Refinement())
+        kept = [Refinement.from_json(info.document.get("refinement")) for info in infos]
+        refinement, notes = _chosen_by(infos, kept, chosen or Refinement())
         is_order_known = bool(refinement.labels.labels)
-        if not is_order_known:
-            refinement = replace(refinement, labels=_labels_in(sources.values()))
+        nameless = [source for source, one in zip(sources.values(), kept, strict=True) if not one.labels.labels]
+        refinement = replace(refinement, labels=refinement.labels.followed_by(_labels_in(nameless)))
         return cls(tuple(sources.values()), refinement, selection or Selection(), notes, is_order_known)
 
     @property
@@ -194,9 +195,10 @@ class ShownRecords:
                 yield place, selection.draw_of(record), first, second
 
 
-def _chosen_by(infos: Sequence[RunInfo], typed: Refinement) -> tuple[Refinement, tuple[str, ...]]:
+def _chosen_by(
+    infos: Sequence[RunInfo], kept: Sequence[Refinement], typed: Refinement
+) -> tuple[Refinement, tuple[str, ...]]:
     """Return what is shown of several runs together, and sentences about where they differ."""
-    kept = [Refinement.from_json(info.document.get("refinement")) for info in infos]
     notes = []
     for name in ("min_score", "nms"):
         values = [getattr(refinement, name) for refinement in kept]

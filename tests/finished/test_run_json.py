@@ -55,6 +55,13 @@ def test_times_are_read_from_all_starts_and_damage_is_nothing(tmp_path):
     assert (run.elapsed_s, run.stages_s, run.timeline, run.root) == (None, {}, [], None)
 
 
+def test_the_time_of_joining_is_not_that_of_the_run(tmp_path):
+    """Ranks do the records; the last one's start has none of them, and a rate of it would be a thousandfold."""
+    document = {"starts": [{"elapsed_s": 0.02}], "counts": {"ok": 36, "failed": 0, "errors": {}}}
+    (tmp_path / "run.json").write_text(json.dumps(document | {"timeline": [[0.02, 0]]}))
+    assert load_run_info(tmp_path / "records.jsonl").elapsed_s is None
+
+
 # ---- each command says what rubbish says, or refuses it in words ---------------------------------
 
 

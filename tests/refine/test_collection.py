@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from md3cli.errors import InputError, UsageError
 from md3cli.refine.collection import Collection, as_collection, read
 from md3cli.refine.labels import Labels, labels_with
-from md3cli.refine.refinement import Refinement, refined
+from md3cli.refine.refinement import Refinement, name_of, refined
 from md3cli.refine.selection import Selection
 
 SHA = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(3)]
@@ -151,6 +151,18 @@ def test_names_of_records_that_no_run_json_tells_of_are_read_from_them(tmp_path:
     assert collection.refinement.labels.to_json() == [{"name": "vehicle", "prompts": ["car", "truck"]}]
     assert collection.classes == ()  # their order is that in which they are seen
     assert [len(record["objects"]) for record in read(collection)] == [1, 0, 0, 1]  # doubles go across the two prompts
+
+
+def test_names_that_only_records_tell_stay_beside_a_labels_file(tmp_path: Path) -> None:
+    """Of a prompt that is not in the file, also where nothing was found: no class is called by the bare prompt."""
+    lines = [line("a.png", "dog") | {"objects": [CAR | {"label": "pet"}]}, line("b.png", "dog") | {"objects": []}]
+    foreign = write_records(tmp_path / "r.jsonl", [*lines, line("a.png")])
+    typed = Refinement(labels_with(["vehicle=car"], Labels()), has_file=True)
+    named_run = run(tmp_path / "run", [line("c.png")], refinement=typed.to_json())
+    for collection in (Collection.of([foreign], chosen=typed), Collection.of([named_run, foreign])):
+        labels = collection.refinement.labels
+        assert {name_of(record, labels) for record in read(collection)} == {"vehicle", "pet"}
+        assert collection.classes == ("vehicle", "pet")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b'{"schema":"md3/1"'])
