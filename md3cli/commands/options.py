@@ -414,12 +414,15 @@ class AnnotateOptions:
         self, command: str, inputs: Sequence[str], requests: Sequence[Request], labels: Labels | None
     ) -> Refinement:
         """Return what was chosen to be shown of what is found; refuse a choice about nothing."""
-        may_find = self.add or any(map(may_carry_rows, inputs)) or any(r.task in FOUND_BY_TASK for r in requests)
-        typed = next((name for name in ("labels", "min_score", "nms") if name in self.typed), None)
-        if typed is not None and not may_find:
+        is_open = self.add or any(map(may_carry_rows, inputs))  # what is there already, or rows bring their own tasks
+        tasks = {request.task for request in requests}
+        needed = {"labels": FOUND_BY_TASK.keys(), "min_score": FOUND_BY_TASK.keys(), "nms": {Task.DETECT}}
+        typed = next((name for name, of in needed.items() if name in self.typed and tasks.isdisjoint(of)), None)
+        if typed is not None and not is_open:
+            may_find = not tasks.isdisjoint(FOUND_BY_TASK)
+            what = "boxes of detect" if may_find else "what detect, point and segment find"
             raise UsageError(
-                f"--{typed.replace('_', '-')} is about what detect, point and segment find, and md3 {command} asks for "
-                "none; leave it out"
+                f"--{typed.replace('_', '-')} is about {what}, and md3 {command} asks for none; leave it out"
             )
         labels = self.listed_labels() if labels is None else labels
         labels = labels.as_templates() if self.template else labels

@@ -13,6 +13,7 @@ from typing import Any
 from md3cli.exporters.objects import signed_area
 from md3cli.exporters.svg_path import segment_polygons
 from md3cli.records import RecordDict, Request, Task
+from md3cli.refine.labels import shown_text
 
 MOST_OBJECTS_SHOWN = 6
 CORNERS = ("x_min", "y_min", "x_max", "y_max")
@@ -106,7 +107,7 @@ def parts(record: RecordDict) -> list[str]:
 def _label(thing: Mapping[str, Any], record: RecordDict) -> str:
     """Return the name of a thing where it says more than the prompt."""
     label = thing.get("label")
-    return "" if label is None or label == record["prompt"] else f"{label} "
+    return "" if label is None or label == record["prompt"] else f"{shown_text(str(label))} "
 
 
 def _segment(segment: Mapping[str, Any]) -> str:

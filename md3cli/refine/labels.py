@@ -410,7 +410,7 @@ def _share(value: object, where: str) -> float:
 
 def _count(value: object, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= COUNT_LIMIT:
-        raise UsageError(f"{where} is a whole number from 0")
+        raise UsageError(f"{where} is a whole number from 0 to {COUNT_LIMIT:,}")
     return value
 
 

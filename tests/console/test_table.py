@@ -52,6 +52,7 @@ def shown(requests: list[Request], *records: dict[str, Any], columns: int = 80) 
         ({"task": "detect", "objects": []}, "none"),
         ({"task": "detect", "prompt": "car", "objects": [BOX]}, "1: 0.93 [0.10 0.20 0.50 0.62]"),
         ({"task": "detect", "prompt": "a red car", "objects": [BOX]}, "1: car 0.93 [0.10 0.20 0.50 0.62]"),
+        ({"task": "detect", "objects": [BOX | {"label": "n" * 9999}]}, f"1: {'n' * 79}… 0.93 [0.10 0.20 0.50 0.62]"),
         ({"task": "detect", "prompt": "car", "objects": [BOX | {"score": None}]}, "1: [0.10 0.20 0.50 0.62]"),
         (
             {"task": "detect", "prompt": "car", "objects": [BOX] * 8},

@@ -321,6 +321,13 @@ def test_a_name_is_on_what_is_found_and_not_in_the_id(md3: Program, task: str) -
     assert named["id"] == bare["id"] == in_spec["id"]
 
 
+@pytest.mark.parametrize("task", ["point", "segment"])
+def test_doubles_are_of_boxes_alone(md3: Program, task: str) -> None:
+    """What would be accepted and change nothing is refused."""
+    result = md3(task, "pictures", "dot", "--nms", "0.5", "--model", "none")
+    assert (result.exit_code, "--nms is about boxes of detect" in result.stderr) == (2, True)
+
+
 @pytest.mark.parametrize("option", [["--labels", "l.txt"], ["--min-score", "0.5"], ["--nms", "0.5"]])
 def test_a_choice_about_objects_is_refused_where_none_are_asked(md3: Program, option: list[str]) -> None:
     write(Path("l.txt"), "car\n")
