@@ -19,7 +19,7 @@ from md3cli.console import print_document
 from md3cli.console.progress import told_progress
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport, export_records, format_of
-from md3cli.finished.guards import check_none_is_read, check_not_input
+from md3cli.finished.guards import check_none_is_read, check_not_input, check_not_of_run
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
 from md3cli.signals import StopSignals, check_stdout
@@ -151,6 +151,7 @@ def export(
     )
     if output is not None:
         check_none_is_read([output], options.files_read(collection))
+        check_not_of_run(output)
     with StopSignals() as stop, stop.interruptible():  # nothing is lost: OUT appears at the end
         if chosen == "html":
             from md3cli.report.build import ReportOptions

@@ -49,10 +49,11 @@ def write_selected(
         InputError: the records cannot be read.
         OutputError: `out` cannot be written; what stood there is as it was.
     """
-    run_info = next(run_info_paths(out))
+    run_info, *others = run_info_paths(out)
     check_not_input([out, run_info], read)
-    if run_info.exists() and read_document(run_info).get("schema") != SELECTION_SCHEMA:
-        raise UsageError(f"{printable(str(run_info))} is that of a run, so it stays; name another -o")
+    for known in (run_info, *others):  # others: `out` is called like the journal of a document
+        if known.exists() and read_document(known).get("schema") != SELECTION_SCHEMA:
+            raise UsageError(f"{printable(str(known))} is that of a run, so it stays; name another -o")
     errors: Counter[str] = Counter()
     num_records = 0
     with replaced_file(out, overwrite=overwrite) as file, closing(records.open()) as shown:

@@ -25,7 +25,7 @@ from typing import IO
 from md3cli import __version__
 from md3cli.errors import OutputMismatchError, UsageError
 from md3cli.finished.digest import DIGEST_BYTES, DigestSet
-from md3cli.finished.run_json import RECORDS_NAME, read_document, run_info_paths
+from md3cli.finished.run_json import RECORDS_NAME, RUN_INFO_NAME, read_document, run_info_paths
 from md3cli.records import SCHEMA, is_printable, printable
 from md3cli.remote.address import is_address
 from md3cli.source.walk import Glob, has_image_suffix, is_glob
@@ -163,6 +163,24 @@ def begins_with_record(journal: Path) -> bool:
         if isinstance(record, dict) and str(record.get("schema")).startswith(SCHEMA.partition("/")[0] + "/"):
             return True
     return False
+
+
+def check_not_of_run(output: Path) -> None:
+    """Refuse to write over the records or the run.json of a run, which nothing can make again; --overwrite is no help.
+
+    Raises:
+        UsageError: it is one.
+        OutputMismatchError: as `has_run_schema`.
+    """
+    if not output.is_file():
+        return
+    is_records = any(map(has_run_schema, run_info_paths(output))) and begins_with_record(output)
+    is_run_info = output.name.endswith(RUN_INFO_NAME) and has_run_schema(
+        output
+    )  # documents may be larger than it reads
+    if is_records or is_run_info:
+        what = "the records" if is_records else "the run.json"
+        raise UsageError(f"{printable(str(output))} is {what} of a run, so nothing is written to it; name another -o")
 
 
 def check_documents(documents: Iterable[tuple[str, Path]], run_info: Path, *, is_run_folder: bool) -> None:

@@ -210,6 +210,23 @@ def test_a_selection_may_be_a_run_folder_and_spares_anothers(md3: Program, folde
     result = md3("select", "moved.jsonl", "-o", folder / "records.jsonl")
     assert (result.exit_code, "run.json" in result.stderr) == (2, True)
     assert (folder / "run.json").read_bytes() == before
+    (folder / "run.json").rename("boxes.json.run.json")
+    result = md3("select", "moved.jsonl", "-o", "boxes.json.records.jsonl")  # the journal's name of a document
+    assert (result.exit_code, "boxes.json.run.json" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("format", ["csv", "jsonl", "coco"])
+def test_no_export_goes_over_another_run(md3: Program, folder: Path, format: str) -> None:
+    md3("select", folder, "-o", "some.jsonl")
+    for name, run_info in (("one.jsonl", "one.jsonl.run.json"), ("a.json.records.jsonl", "a.json.run.json")):
+        Path(name).write_bytes((folder / "records.jsonl").read_bytes())
+        Path(run_info).write_bytes((folder / "run.json").read_bytes())
+        before = [Path(path).read_bytes() for path in (name, run_info)]
+        for out in (name, run_info):
+            result = md3("export", "some.jsonl", "-f", format, "-o", out, "--overwrite")
+            assert (result.exit_code, "of a run" in result.stderr) == (2, True)
+        assert [Path(path).read_bytes() for path in (name, run_info)] == before
+    assert md3("export", "one.jsonl", "-f", format, "-o", "some.jsonl", "--overwrite").exit_code == 0
 
 
 # -- several runs ----------------------------------------------------------------------------------------
