@@ -175,9 +175,8 @@ def check_not_of_run(output: Path) -> None:
     if not output.is_file():
         return
     is_records = any(map(has_run_schema, run_info_paths(output))) and begins_with_record(output)
-    is_run_info = output.name.endswith(RUN_INFO_NAME) and has_run_schema(
-        output
-    )  # documents may be larger than it reads
+    # By its name first: a document may be larger than what is read as a run.json.
+    is_run_info = output.name.endswith(RUN_INFO_NAME) and has_run_schema(output)
     if is_records or is_run_info:
         what = "the records" if is_records else "the run.json"
         raise UsageError(f"{printable(str(output))} is {what} of a run, so nothing is written to it; name another -o")
