@@ -10,7 +10,7 @@ Memory: 38 bytes a record of the old journal.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -35,7 +35,7 @@ from md3cli.run.log import DamagedLines, damage_words, keep_damaged
 from md3cli.run.model_handle import Model
 from md3cli.run.order import WAITING_SUFFIX, waiting_records
 from md3cli.run.output import OutputPlan
-from md3cli.run.record_index import RecordIndex
+from md3cli.run.record_index import RecordIndex, line_of_bad_row
 from md3cli.run.run_info import RUN_SCHEMA, RunDocument, check_first_record, identity_of, note_grown
 from md3cli.scale.added import RowsDifferError, added_rows, fingerprint_of, whole_rows
 from md3cli.scale.attempts import attempt_files, keep_lines, read_history
@@ -64,10 +64,19 @@ from md3cli.source.source import Source, check_found
 _NEXT_SUFFIX = "-next"
 
 
-def adopt(folder: RunFolder, plan: Plan, journal: Path, *, with_failed: bool, warn: Callable[[str], None]) -> int:
+def adopt(
+    folder: RunFolder,
+    plan: Plan,
+    journal: Path,
+    *,
+    with_failed: bool,
+    warn: Callable[[str], None],
+    readable_of: Callable[[frozenset[int]], Container[int]] = lambda lines: (),
+) -> int:
     """Copy the records in `journal`, and those waiting beside it, to the shards of `plan`; return how many.
 
-    Records of requests that are not in the plan are kept for the export. `with_failed` False leaves failed records
+    Records of requests that are not in the plan are kept for the export, but for those of lines of a manifest that
+    can be read now, which `readable_of` knows, or have another record now. `with_failed` False leaves failed records
     behind, so that their requests are done again. Damaged lines are copied to OUT.damaged, and `warn` is told. A crash
     in the middle loses copies only.
 
@@ -77,15 +86,17 @@ def adopt(folder: RunFolder, plan: Plan, journal: Path, *, with_failed: bool, wa
     if not journal.is_file() or not journal.stat().st_size:
         return 0
     waiting = {record["id"]: encode_record(record) for record in waiting_records(journal)}
-    num_adopted, reader = 0, PlanReader(folder, plan)
+    num_adopted, reader, bad_lines = 0, PlanReader(folder, plan), set[int | None]()
     with open(journal, "rb") as file:
         index = _Index(file, with_failed)
         for shard in range(plan.shards):
-            found = [_line_of(*one, index, waiting) for one in asked(reader.shard(shard))]
+            requests = list(asked(reader.shard(shard)))
+            bad_lines |= {_bad_line_of(row) for _, row, _ in requests}
+            found = [_line_of(*one, index, waiting) for one in requests]
             if lines := [line for line in found if line is not None]:
                 keep_lines(folder, shard, lines)
             num_adopted += len(lines)
-        _keep_others(folder, index)
+        _keep_others(folder, index, bad_lines, readable_of)
         index.damaged.sort()
         keep_damaged(journal, file.fileno(), index.damaged)
     if words := damage_words(journal, index.damaged):
@@ -103,20 +114,40 @@ def _line_of(
         found = None
     for line in (found, waiting.get(record_id)):
         if line is not None and is_line_of(line, record_id, row, request):
-            is_mended = row.failure is None and _failure_in(line) == "bad_row"
-            if not is_mended:
-                return line
+            message = _bad_row_in(line)
+            if message is None or (row.failure is not None and line_of_bad_row(message) == _bad_line_of(row)):
+                return line  # else of a line that is mended: ids of bad lines are counted, and the next one has its id
     return None
 
 
-def _failure_in(line: bytes) -> str | None:
-    """Return the type of a failure; None for a good record, and for a damaged line, so that it is found and told of."""
+def _bad_line_of(row: SourceRow) -> int | None:
+    """Return the number of a manifest's line that cannot be read; None for any other row."""
+    is_bad = row.failure is not None and row.failure.type == "bad_row"
+    return line_of_bad_row(row.failure.message) if row.failure is not None and is_bad else None
+
+
+def _error_in(line: bytes) -> Mapping[str, Any] | None:
+    """Return a failure; None for a good record, and for a damaged line, so that it is found and told of."""
     record = None if line.endswith(OK_TAIL) else read_record(line)
-    return record["error"]["type"] if record is not None and record["error"] is not None else None
+    return None if record is None else record["error"]
 
 
-def _keep_others(folder: RunFolder, index: _Index) -> None:
-    others = index.others()
+def _bad_row_in(line: bytes) -> str | None:
+    """Return the message of a `bad_row` record; None for any other line."""
+    error = _error_in(line)
+    return error["message"] if error is not None and error["type"] == "bad_row" else None
+
+
+def _keep_others(
+    folder: RunFolder,
+    index: _Index,
+    bad_lines: Container[int | None],
+    readable_of: Callable[[frozenset[int]], Container[int]],
+) -> None:
+    noted = frozenset(filter(None, (line_of_bad_row(_bad_row_in(line) or "") for line in index.others())))
+    readable = readable_of(noted) if noted else ()
+    gone = {number for number in noted if number in readable or number in bad_lines}
+    others = (line for line in index.others() if not gone or line_of_bad_row(_bad_row_in(line) or "") not in gone)
     if (first := next(others, None)) is None:
         folder.store.remove(KEPT)  # of a start that was killed before its plan was there
         return
@@ -376,7 +407,21 @@ class Start:
         """Copy the records that stand in OUTPUT to the shards of `plan`."""
         self.deliveries.fetch(self.files.journal)
         with_failed = not self.config.output.retry_failed
-        self.num_adopted = adopt(folder, plan, self.files.journal, with_failed=with_failed, warn=self.console.warn)
+        self.num_adopted = adopt(
+            folder,
+            plan,
+            self.files.journal,
+            with_failed=with_failed,
+            warn=self.console.warn,
+            readable_of=self._readable_of,
+        )
+
+    def _readable_of(self, lines: frozenset[int]) -> Container[int]:
+        """Return which of these lines of a manifest can be read now; reads INPUT once more, for few runs need it."""
+        self._source.watched_lines = lines
+        for _ in self._source:
+            pass
+        return self._source.readable_lines
 
     def _plan_after(self, finished: Plan) -> Plan:
         """Return the finished plan, added to where --add asks; a new one with all records where INPUT has changed."""
@@ -415,7 +460,7 @@ class Start:
             commit = commits.get(shard)
             if commit is not None and commit.errors:
                 lines = (folder.store.read(commit.part) or b"").splitlines(keepends=True)
-                keep_lines(folder, shard, [line for line in lines if _failure_in(line) is None])
+                keep_lines(folder, shard, [line for line in lines if _error_in(line) is None])
                 remove_commit(folder, shard, commit)
             elif commit is None and (names := attempt_files(folder.wip, shard)):
                 records = read_history(folder, shard).records.values()

@@ -121,3 +121,22 @@ def test_a_start_over_that_is_killed_leaves_old_or_new_records(finished: Path, a
     assert len(ids_of(finished)) == 3
     assert b"short" in (finished / "out/run.json").read_bytes()
     assert run(finished, *asked[: -1 - len(many)]).returncode == 0, "and it goes on like any run"
+
+
+def test_records_of_bad_lines_go_once_the_lines_are_mended(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", 5)
+    good = [json.dumps({"image": f"pictures/p{i}.png"}) for i in range(5)]
+    manifest, lines = tmp_path / "rows.jsonl", [good[0], "not json", good[2], "nor this", "nor that"]
+
+    def outcome(output: str, *options: str) -> tuple[int, str]:
+        manifest.write_text("".join(f"{line}\n" for line in lines))
+        status = run(tmp_path, "caption", "rows.jsonl", "-o", output, *options, *MANY).returncode
+        return status, (tmp_path / output).read_text()
+
+    assert outcome("grown.jsonl")[0] == 3
+    for number, line in ((1, good[1]), (4, good[4]), (3, good[3])):
+        lines[number] = line
+        assert outcome("grown.jsonl") == outcome(f"clean-{number}.jsonl")
+        assert outcome("grown.jsonl")[0] == (0 if number == 3 else 3)
+    lines[2] = "broken again"
+    assert outcome("grown.jsonl", "--limit", "1")[1].count("\n") == 5, "what INPUT does not reach stays"
