@@ -20,7 +20,7 @@ from md3cli.finished.guards import check_none_is_read, check_not_input
 from md3cli.finished.run_json import read_document
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
-from md3cli.refine.labels import toml_of
+from md3cli.refine.labels import read_labels, toml_of
 from md3cli.signals import check_stdout
 
 if TYPE_CHECKING:
@@ -74,9 +74,13 @@ def eval_(
         raise UsageError("nothing to compare with; give --gt FILE, or --compare OTHER.jsonl")
     check_stdout()
     limits = [_limit(text) for text in fail_under or ()]
+    if best_thresholds is not None and overwrite:
+        options = _with_names_of(best_thresholds, options)
     found = options.collection(records or (), uses_gt=True)
     other = None if compare is None else _read_alike(compare, found)
     read = [*options.files_read(found), *(options.files_read(other) if other else ())]
+    if overwrite:  # a labels file may be brought up to date: it is read before it is written
+        read = [path for path in read if path != best_thresholds or path != options.labels]
     if output is not None:
         _check_written(output, read)
     _check_labels_file(best_thresholds, read, overwrites=overwrite, has_truth=bool(options.gt))
@@ -96,6 +100,17 @@ def eval_(
         say(line, err=True)
     if below:
         raise typer.Exit(1)
+
+
+def _with_names_of(file: Path, options: ReadOptions) -> ReadOptions:
+    """Return `options` with the names of a labels file that is to be replaced, where no other is typed."""
+    if options.labels is not None or not file.is_file():
+        return options
+    try:
+        read_labels(file)
+    except UsageError:  # --overwrite takes the place of whatever stands there
+        return options
+    return replace(options, labels=file)
 
 
 def _read_alike(records: Path, found: Collection) -> Collection:

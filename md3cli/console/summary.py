@@ -102,7 +102,8 @@ def _done(summary: Summary) -> str:
 def _nothing(summary: Summary) -> str:
     if not summary.num_done_before:
         return "nothing to do"
-    return f"nothing to do: all {summary.num_done_before:,} were done before{_failed_before(summary)}"
+    done = "the one request was" if summary.num_done_before == 1 else f"all {summary.num_done_before:,} were"
+    return f"nothing to do: {done} done before{_failed_before(summary)}"
 
 
 def _failed_before(summary: Summary) -> str:

@@ -75,10 +75,21 @@ def test_a_file_that_is_there_is_replaced_on_request_alone(folder):
     assert read_labels(folder / "best.toml").names == ("car",)
 
 
+@pytest.mark.parametrize("typed", ["", "--labels labels.toml "])
+def test_a_labels_file_is_brought_up_to_date(folder, typed):
+    before = '[[label]]\nname = "auto"\nprompts = ["car"]\n[[label]]\nname = "ghost"\n'
+    (folder / "labels.toml").write_text(before)
+    refused = run(folder, f"run.jsonl --gt gt.json {typed}--best-thresholds labels.toml")
+    assert isinstance(refused.exception, UsageError)
+    assert (folder / "labels.toml").read_text() == before
+    done = run(folder, f"run.jsonl --gt gt.json {typed}--best-thresholds labels.toml --overwrite")
+    assert done.exit_code == 0
+    assert read_labels(folder / "labels.toml").names == ("auto", "ghost")
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ("--gt gt.json --labels labels.toml --best-thresholds labels.toml --overwrite", "is an input"),
         ("--gt gt.json --labels labels.toml --best-thresholds link.toml --overwrite", "is an input"),
         ("--gt gt.toml --best-thresholds gt.toml --overwrite", "is an input"),
         ("--gt gt.json --compare other.toml --best-thresholds other.toml --overwrite", "is an input"),
