@@ -81,11 +81,7 @@ def bench(
     """
     check_stdout()
     if compare:
-        found = _compare(model, against or (), images, device=device, dtype=dtype, threads=threads)
-        if as_json:
-            typer.echo(json.dumps(found))
-        else:
-            _show_compared(found["variants"])
+        _compare(model, against or (), images, as_json, device=device, dtype=dtype, threads=threads)
         return
     if against or images:
         raise UsageError("--against and --images are for --compare-quant; add it, or leave them out")
@@ -108,12 +104,16 @@ def bench(
         _show(result)
 
 
-def _compare(model: str | None, against: Sequence[str], images: str | None, **place: Any) -> dict[str, Any]:
+def _compare(model: str | None, against: Sequence[str], images: str | None, as_json: bool, **place: Any) -> None:
     if model is None:
         raise UsageError("--compare-quant needs weights; name them with -m (-m tiny is always there)")
     from md3cli.bench.compare import compare_quant
 
-    return compare_quant(model, against, images, **place)
+    found = compare_quant(model, against, images, **place)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        _show_compared(found["variants"])
 
 
 def _show(result: Mapping[str, Any]) -> None:

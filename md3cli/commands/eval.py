@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from md3cli.commands.help import App
-from md3cli.commands.options import spread
 from md3cli.commands.reading import ReadOptions, Records
+from md3cli.commands.shared import spread
 from md3cli.console import say
 from md3cli.errors import UsageError
 from md3cli.finished.guards import check_none_is_read, check_not_input

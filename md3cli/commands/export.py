@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from md3cli.commands.help import App
-from md3cli.commands.options import spread
 from md3cli.commands.parse import FORMATS, MAX_FILE_SIZE, MAX_PIXELS, Format, checked, parse_bytes, parse_count
 from md3cli.commands.reading import ReadOptions, Records
+from md3cli.commands.shared import spread
 from md3cli.console import print_document
 from md3cli.console.progress import told_progress
 from md3cli.errors import UsageError

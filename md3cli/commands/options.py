@@ -7,15 +7,13 @@ image stands, because sixty options would hide it.
 
 from __future__ import annotations
 
-import copy
 import functools
-import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -40,6 +38,7 @@ from md3cli.commands.parse import (
     parse_shard,
     starting,
 )
+from md3cli.commands.shared import LabelsFile, MinScore, Nms, spread
 from md3cli.config import (
     DEFAULT_MODEL,
     ColumnOptions,
@@ -64,7 +63,6 @@ Part = TypeVar("Part", SourceSpec, ModelOptions, DecodeOptions, ScaleOptions)
 
 _output = functools.partial(typer.Option, rich_help_panel="Output")
 _input = functools.partial(typer.Option, rich_help_panel="Input")
-_labels = functools.partial(typer.Option, rich_help_panel="Labels")
 _prompts = functools.partial(typer.Option, rich_help_panel="Prompts and columns")
 _estimate = functools.partial(typer.Option, rich_help_panel="Estimate")
 _model = functools.partial(typer.Option, rich_help_panel="Model")
@@ -121,26 +119,9 @@ class AnnotateOptions:
         ),
     ] = ANY_FAILURE
 
-    labels: Annotated[
-        Path | None,
-        _labels(
-            "--labels",
-            metavar="FILE",
-            help="Names, prompts and thresholds of classes, in order: .toml, .txt or YOLO's .yaml.",
-        ),
-    ] = None
-    min_score: Annotated[
-        float | None, _labels(metavar="X", min=0, max=1, help="Show no object with a score below X; records keep all.")
-    ] = None
-    nms: Annotated[
-        float | None,
-        _labels(
-            metavar="IOU",
-            min=0,
-            max=1,
-            help="Of boxes of one name that overlap more, show the surest; 1 is off.  [default: 0.7 for shared names]",
-        ),
-    ] = None
+    labels: LabelsFile = None
+    min_score: MinScore = None
+    nms: Nms = None
 
     prompts: Annotated[
         Path | None,
@@ -476,67 +457,3 @@ def annotating(command: Callable[..., RunConfig], *, hidden: frozenset[str] = fr
             raise typer.Exit(status)  # 3: too many records failed
 
     return spread(AnnotateOptions, hidden=hidden)(wrapper)
-
-
-def spread(kind: Any, *, hidden: frozenset[str] = frozenset()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Have typer see the fields of the dataclass `kind` in place of a command's parameter `options`.
-
-    Those that are `hidden` can be typed, and are not in the command's help.
-    """
-
-    def make(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(command, include_extras=True)
-        own = [
-            parameter.replace(annotation=_for_typer(hints[name]), kind=inspect.Parameter.KEYWORD_ONLY)
-            for name, parameter in inspect.signature(command).parameters.items()
-            if name != "options"
-        ]
-        shared = [_hidden(one) if one.name in hidden else one for one in _shared_parameters(kind)]
-
-        @functools.wraps(command)
-        def wrapper(**values: Any) -> None:
-            ctx: typer.Context = values.pop("ctx")
-            typed = frozenset(name for name in values if _is_typed(ctx, name))
-            command(options=kind(**{one.name: values.pop(one.name) for one in shared}, typed=typed), **values)
-
-        parameters = [*own, *shared, inspect.Parameter("ctx", own[0].kind, annotation=typer.Context)]
-        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        del wrapper.__wrapped__
-        return wrapper
-
-    return make
-
-
-@functools.cache  # many commands share them, and typer's hints take a millisecond to read
-def _shared_parameters(kind: Any) -> tuple[inspect.Parameter, ...]:
-    keyword, declared = inspect.Parameter.KEYWORD_ONLY, get_type_hints(kind, include_extras=True)
-    return tuple(
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=_for_typer(declared[field.name]))
-        for field in fields(kind)
-        if field.name != "typed"
-    )
-
-
-def _is_typed(ctx: typer.Context, name: str) -> bool:
-    """Return whether a parameter was typed, rather than set in a file or the environment."""
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _hidden(parameter: inspect.Parameter) -> inspect.Parameter:
-    kind, info = get_args(parameter.annotation)
-    info = copy.copy(info)
-    info.hidden = True
-    annotated: Any = Annotated
-    return parameter.replace(annotation=annotated[kind, info])
-
-
-def _for_typer(annotation: Any) -> Any:
-    """Return the annotation of an option with a parser as that of a text: typer would take apart a tuple, for one."""
-    kind, info = get_args(annotation)
-    if info.parser is None:
-        return annotation
-    is_list = any(get_origin(part) is list for part in (kind, *get_args(kind)))
-    annotated: Any = Annotated
-    return annotated[list[str] if is_list else str, info]

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from md3cli.commands.parse import checked
+from md3cli.commands.shared import LabelsFile, MinScore, Nms
 from md3cli.errors import UsageError
 from md3cli.finished.guards import files_of_run
 from md3cli.records import Task
@@ -25,7 +26,6 @@ from md3cli.refine.refinement import Refinement
 from md3cli.refine.selection import Order, Selection
 
 _select = functools.partial(typer.Option, rich_help_panel="Selection")
-_labels = functools.partial(typer.Option, rich_help_panel="Labels")
 
 Records = Annotated[
     list[Path] | None,  # --as may bring them all
@@ -96,19 +96,9 @@ class ReadOptions:
         ),
     ] = None
 
-    labels: Annotated[
-        Path | None,
-        _labels("--labels", metavar="FILE", help="Names, thresholds and order of classes: .toml, .txt, YOLO's .yaml."),
-    ] = None
-    min_score: Annotated[
-        float | None,
-        _labels(metavar="X", min=0, max=1, help="Hide objects with a score below X; else as the run did."),
-    ] = None
-    nms: Annotated[
-        float | None,
-        _labels(metavar="IOU", min=0, max=1, help="Hide the less sure of two boxes that overlap more; 1 is off."),
-    ] = None
-
+    labels: LabelsFile = None
+    min_score: MinScore = None
+    nms: Nms = None
     typed: frozenset[str] = frozenset()  # names of the fields that stood in the command line
 
     def collection(self, records: Sequence[Path], *, uses_gt: bool = False) -> Collection:

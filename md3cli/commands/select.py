@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 
 from md3cli.commands.help import App
-from md3cli.commands.options import spread
 from md3cli.commands.reading import ReadOptions, Records
+from md3cli.commands.shared import spread
 from md3cli.console import print_bytes, say
 from md3cli.console.progress import clock
 from md3cli.errors import UsageError

@@ -2,9 +2,7 @@
 
 In a start over, what stood in OUTPUT stays until the first new record, and comes back where there is none: the former
 run folder is renamed, so that the next start finds it even after a kill. In a bucket nothing can be renamed; there only
-a records file that was exported stays. Records of OUTPUT's journal are found by id, wherever they stand and whatever
-INPUT has become since, and copied line by line as journals of shards; the old file stays until the export replaces it.
-Memory: 38 bytes a record of the old journal.
+a records file that was exported stays.
 """
 
 from __future__ import annotations
@@ -13,36 +11,29 @@ import contextlib
 from collections.abc import Callable, Container, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
+from typing import Any
 
 from md3cli.config import RunConfig
 from md3cli.console import RunConsole
 from md3cli.errors import InputError, OutputMismatchError
 from md3cli.exporters.files import remove_leftovers
 from md3cli.files import translate_errors
-from md3cli.finished.digest import digest_of
-from md3cli.finished.record_shape import read_record
 from md3cli.finished.run_json import read_facts
-from md3cli.records import OK_TAIL, Request, SourceRow
+from md3cli.records import OK_TAIL, SourceRow
 from md3cli.refine.labels import Labels
 from md3cli.run.adding import Held
 from md3cli.run.asked import differences, is_grown, requests_in
-from md3cli.run.journal import encode_record
-from md3cli.run.journal_scan import first_record, journal_lines
-from md3cli.run.log import DamagedLines, damage_words, keep_damaged
+from md3cli.run.journal_scan import first_record
 from md3cli.run.model_handle import Model
-from md3cli.run.order import WAITING_SUFFIX, waiting_records
+from md3cli.run.order import WAITING_SUFFIX
 from md3cli.run.output import OutputPlan
-from md3cli.run.record_index import RecordIndex, line_of_bad_row
 from md3cli.run.run_info import RUN_SCHEMA, RunDocument, check_first_record, identity_of, note_grown
 from md3cli.scale.added import RowsDifferError, added_rows, fingerprint_of, whole_rows
+from md3cli.scale.adopt import adopt, error_in
 from md3cli.scale.attempts import attempt_files, keep_lines, read_history
 from md3cli.scale.bucket import Deliveries
 from md3cli.scale.folder import (
     EXPORTED,
-    KEPT,
     WIP,
     RunFolder,
     discard,
@@ -55,148 +46,12 @@ from md3cli.scale.folder import (
 )
 from md3cli.scale.make_plan import PLANNER, PlannerMark, PlanOvertakenError, make_plan, put_plan, wait_for_plan
 from md3cli.scale.markers import CommitLog, RunOptions, read_run_options, remove_commit
-from md3cli.scale.plan import Plan, PlanReader, check_config, plan_config, read_plan, with_requests
-from md3cli.scale.shard_runner import asked, is_line_of
+from md3cli.scale.plan import Plan, check_config, plan_config, read_plan, with_requests
 from md3cli.scale.store import LocalStore
 from md3cli.source.source import Source, check_found
 
 # Where the plan of an INPUT that has grown is made; what stands there is thrown away by any start.
 _NEXT_SUFFIX = "-next"
-
-
-def adopt(
-    folder: RunFolder,
-    plan: Plan,
-    journal: Path,
-    *,
-    with_failed: bool,
-    warn: Callable[[str], None],
-    readable_of: Callable[[frozenset[int]], Container[int]] = lambda lines: (),
-) -> int:
-    """Copy the records in `journal`, and those waiting beside it, to the shards of `plan`; return how many.
-
-    Records of requests that are not in the plan are kept for the export, but for those of lines of a manifest that
-    can be read now, which `readable_of` knows, or have another record now. `with_failed` False leaves failed records
-    behind, so that their requests are done again. Damaged lines are copied to OUT.damaged, and `warn` is told. A crash
-    in the middle loses copies only.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
-    if not journal.is_file() or not journal.stat().st_size:
-        return 0
-    waiting = {record["id"]: encode_record(record) for record in waiting_records(journal)}
-    num_adopted, reader, bad_lines = 0, PlanReader(folder, plan), set[int | None]()
-    with open(journal, "rb") as file:
-        index = _Index(file, with_failed)
-        for shard in range(plan.shards):
-            requests = list(asked(reader.shard(shard)))
-            bad_lines |= {_bad_line_of(row) for _, row, _ in requests}
-            found = [_line_of(*one, index, waiting) for one in requests]
-            if lines := [line for line in found if line is not None]:
-                keep_lines(folder, shard, lines)
-            num_adopted += len(lines)
-        _keep_others(folder, index, bad_lines, readable_of)
-        index.damaged.sort()
-        keep_damaged(journal, file.fileno(), index.damaged)
-    if words := damage_words(journal, index.damaged):
-        warn(words)
-    return num_adopted
-
-
-def _line_of(
-    record_id: str, row: SourceRow, request: Request, index: _Index, waiting: Mapping[str, bytes]
-) -> bytes | None:
-    """Return the record of a request; None for another request's, and for the failure of a row that is mended."""
-    found = index.line_of(record_id)
-    if found is not None and not is_line_of(found, record_id, row, request):
-        index.drop_damaged(record_id)
-        found = None
-    for line in (found, waiting.get(record_id)):
-        if line is not None and is_line_of(line, record_id, row, request):
-            message = _bad_row_in(line)
-            if message is None or (row.failure is not None and line_of_bad_row(message) == _bad_line_of(row)):
-                return line  # else of a line that is mended: ids of bad lines are counted, and the next one has its id
-    return None
-
-
-def _bad_line_of(row: SourceRow) -> int | None:
-    """Return the number of a manifest's line that cannot be read; None for any other row."""
-    is_bad = row.failure is not None and row.failure.type == "bad_row"
-    return line_of_bad_row(row.failure.message) if row.failure is not None and is_bad else None
-
-
-def _error_in(line: bytes) -> Mapping[str, Any] | None:
-    """Return a failure; None for a good record, and for a damaged line, so that it is found and told of."""
-    record = None if line.endswith(OK_TAIL) else read_record(line)
-    return None if record is None else record["error"]
-
-
-def _bad_row_in(line: bytes) -> str | None:
-    """Return the message of a `bad_row` record; None for any other line."""
-    error = _error_in(line)
-    return error["message"] if error is not None and error["type"] == "bad_row" else None
-
-
-def _keep_others(
-    folder: RunFolder,
-    index: _Index,
-    bad_lines: Container[int | None],
-    readable_of: Callable[[frozenset[int]], Container[int]],
-) -> None:
-    noted = frozenset(filter(None, (line_of_bad_row(_bad_row_in(line) or "") for line in index.others())))
-    readable = readable_of(noted) if noted else ()
-    gone = {number for number in noted if number in readable or number in bad_lines}
-    others = (line for line in index.others() if not gone or line_of_bad_row(_bad_row_in(line) or "") not in gone)
-    if (first := next(others, None)) is None:
-        folder.store.remove(KEPT)  # of a start that was killed before its plan was there
-        return
-    with folder.store.put_file(KEPT) as path, open(path, "wb") as file:
-        file.write(first)
-        file.writelines(others)
-
-
-class _Index:
-    """The records of a journal by id: the last line of an id counts. `damaged` grows by what turns out to be so."""
-
-    def __init__(self, file: IO[bytes], with_failed: bool) -> None:
-        self._file, self._with_failed = file, with_failed
-        self.damaged: list[DamagedLines] = []
-        digests, outcomes, starts = bytearray(), bytearray(), bytearray()
-        for lines in journal_lines(file):
-            if isinstance(lines, DamagedLines):
-                self.damaged.append(lines)
-                continue
-            digests += lines.digests.tobytes()
-            outcomes += lines.outcomes.tobytes()
-            starts += lines.starts.tobytes()
-        self._found = RecordIndex(digests, outcomes, starts)
-        self._is_asked = bytearray(len(self._found))
-
-    def line_of(self, record_id: str) -> bytes | None:
-        """Return the line of an id; None where there is none, or a failure that is not wanted."""
-        place = self._found.find(digest_of(record_id))
-        if place is None:
-            return None
-        self._is_asked[place] = 1
-        return self._line_at(self._found.start_of(place)) if self._with_failed or self._found.is_ok(place) else None
-
-    def drop_damaged(self, record_id: str) -> None:
-        """Count the line of an id among what is damaged: it says something else than its id."""
-        place = self._found.find(digest_of(record_id))
-        assert place is not None
-        start = self._found.start_of(place)
-        self.damaged.append(DamagedLines.at(self._file.fileno(), start, start + len(self._line_at(start))))
-
-    def _line_at(self, start: int) -> bytes:
-        self._file.seek(start)
-        return self._file.readline()
-
-    def others(self) -> Iterator[bytes]:
-        """Yield the lines that nobody asked for, in the file's order."""
-        places = np.flatnonzero(np.frombuffer(self._is_asked, np.uint8) == 0)
-        starts = np.fromiter((self._found.start_of(place) for place in places.tolist()), np.int64, len(places))
-        return map(self._line_at, np.sort(starts).tolist())
 
 
 class Start:
@@ -362,7 +217,7 @@ class Start:
         """
         new = self.config.requests[len(plan.asked) :]
 
-        def make() -> Plan:
+        def make_added() -> Plan:
             made = make_plan(
                 self.folder,
                 added_rows(rows, whole_rows(self.folder, plan), new),
@@ -378,7 +233,7 @@ class Start:
                 self.deliveries.deliver(self.files.run_info)
             return made
 
-        self._put(len(plan.each), make)
+        self._put(len(plan.each), make_added)
         grown = read_plan(self.folder)
         assert grown is not None
         self._check(grown)
@@ -460,7 +315,7 @@ class Start:
             commit = commits.get(shard)
             if commit is not None and commit.errors:
                 lines = (folder.store.read(commit.part) or b"").splitlines(keepends=True)
-                keep_lines(folder, shard, [line for line in lines if _error_in(line) is None])
+                keep_lines(folder, shard, [line for line in lines if error_in(line) is None])
                 remove_commit(folder, shard, commit)
             elif commit is None and (names := attempt_files(folder.wip, shard)):
                 records = read_history(folder, shard).records.values()
