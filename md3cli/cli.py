@@ -68,7 +68,6 @@ COMMANDS: Mapping[str, str] = {name: text for group in GROUPS.values() for name,
 MODULES: Mapping[str, str] = {
     **dict.fromkeys(("caption", "query", "detect", "point", "segment", "run", "estimate"), "annotate"),
     **dict.fromkeys(("verify", "runs"), "status"),
-    "report": "export",
     "stats": "select",
     "config": "config_show",
 }

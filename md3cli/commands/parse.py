@@ -6,6 +6,7 @@ it. What concerns several arguments raises UsageError with the line to type inst
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -22,7 +23,10 @@ from md3cli.remote.address import is_address
 from md3cli.source.walk import IMAGE_SUFFIXES, MANIFEST_SUFFIXES, STDIN
 
 T = TypeVar("T")
-Format = Literal["jsonl", "coco", "parquet", "csv", "yolo", "voc", "labelstudio", "hf", "overlay", "txt", "html"]
+Format = Literal[
+    "jsonl", "coco", "parquet", "csv", "yolo", "voc", "labelstudio", "labelme", "cvat", "hf", "overlay", "crops",
+    "redacted", "txt", "html",
+]  # fmt: skip
 FORMATS: tuple[str, ...] = get_args(Format)
 
 # Defaults of options with a parser, which reads them as if they had been typed; help shows them as they stand here.
@@ -31,11 +35,16 @@ ANY_FAILURE: Any = "any"
 CACHE_SIZE: Any = "20 GB"
 MAX_FILE_SIZE: Any = "1G"
 MAX_PIXELS: Any = str(2**28)
+EXTENSION: Any = ".txt"
 
 _PICTURES_OR_TARS = IMAGE_SUFFIXES | {".tar"}
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 _AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b)?\s*", re.IGNORECASE)
+_SET_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
+_SHARE = re.compile(r"[0-9]{1,9}(\.[0-9]{0,15})?|\.[0-9]{1,15}")
+_EXTENSION = re.compile(r"(\.[A-Za-z0-9_-]{1,20}){1,2}")
+MOST_PAD = 10.0
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -158,6 +167,40 @@ def parse_format(text: str) -> str:
     if text not in FORMATS:
         raise ValueError(f"{text!r} is not one of: {', '.join(FORMATS)}")
     return text
+
+
+def parse_split(text: str) -> tuple[tuple[str, float], ...]:
+    """Read `train=0.8,val=0.2`: names of sets and their shares, which add up to 1."""
+    shares = []
+    for part in text.split(","):
+        name, _, share = part.strip().partition("=")
+        if not _SET_NAME.fullmatch(name) or not _SHARE.fullmatch(share):
+            raise ValueError(f"{printable(part)!r} is no set and share; write them like train=0.8,val=0.2")
+        shares.append((name, float(share)))
+    if len({name.casefold() for name, _ in shares}) < len(shares):
+        raise ValueError("a set stands there twice; give each one share")
+    total = math.fsum(share for _, share in shares)
+    if abs(total - 1) > 1e-6:
+        raise ValueError(f"the shares add up to {total:g}, not to 1; write them like train=0.8,val=0.2")
+    return tuple(shares)
+
+
+def parse_pad(text: str) -> float:
+    """Read `10%` or `0.1`: room around a box, as a share of its own width and height."""
+    number, percent = (text[:-1], 0.01) if text.endswith("%") else (text, 1.0)
+    if not _SHARE.fullmatch(number.strip()) or (pad := float(number) * percent) > MOST_PAD:
+        raise ValueError(f"{printable(text)!r} is no share; write it like 10% or 0.1, {MOST_PAD:.0%} at most")
+    if percent == 1.0 and pad > 1:
+        raise ValueError(f"{text!r} is {pad:.0%} of a box; if that is meant, write it so, else {text}%")
+    return pad
+
+
+def parse_extension(text: str) -> str:
+    """Read `.caption`: how the names of text files end."""
+    extension = text if text.startswith(".") else f".{text}"
+    if not _EXTENSION.fullmatch(extension) or extension.lower() in _PICTURES_OR_TARS:
+        raise ValueError(f"{printable(text)!r} is no extension for a text; write it like .caption")
+    return extension
 
 
 def parse_devices(text: str) -> tuple[str, ...]:

@@ -39,27 +39,33 @@ Nms = Annotated[
 ]
 
 
-def spread(kind: Any, *, hidden: frozenset[str] = frozenset()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Have typer see the fields of the dataclass `kind` in place of a command's parameter `options`.
+def spread(*kinds: Any, hidden: frozenset[str] = frozenset()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Have typer see the fields of the dataclasses `kinds` in place of the parameters that hold them.
 
     Those that are `hidden` can be typed, and are not in the command's help.
     """
 
     def make(command: Callable[..., None]) -> Callable[..., None]:
-        """Return `command` with the options as parameters of their own; it is called with `kind` made of them."""
+        """Return `command` with the options as parameters of their own; it is called with `kinds` made of them."""
         hints = get_type_hints(command, include_extras=True)
+        held = {name: hints[name] for name in inspect.signature(command).parameters if hints[name] in kinds}
         own = [
             parameter.replace(annotation=_for_typer(hints[name]), kind=inspect.Parameter.KEYWORD_ONLY)
             for name, parameter in inspect.signature(command).parameters.items()
-            if name != "options"
+            if name not in held
         ]
-        shared = [_hidden(one) if one.name in hidden else one for one in _shared_parameters(kind)]
+        spread_out = {name: _shared_parameters(kind) for name, kind in held.items()}
+        shared = [_hidden(one) if one.name in hidden else one for found in spread_out.values() for one in found]
 
         @functools.wraps(command)
         def wrapper(**values: Any) -> None:
             ctx: typer.Context = values.pop("ctx")
             typed = frozenset(name for name in values if _is_typed(ctx, name))
-            command(options=kind(**{one.name: values.pop(one.name) for one in shared}, typed=typed), **values)
+            made = {
+                name: kind(**{one.name: values.pop(one.name) for one in spread_out[name]}, typed=typed)
+                for name, kind in held.items()
+            }
+            command(**made, **values)
 
         parameters = [*own, *shared, inspect.Parameter("ctx", own[0].kind, annotation=typer.Context)]
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -10,12 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Literal
 
 from md3cli.errors import UsageError
+from md3cli.exporters.splits import Splits
 from md3cli.finished.guards import check_not_input, files_of_run
 from md3cli.refine.collection import Collection, as_collection
 
-FORMATS = ("jsonl", "coco", "parquet", "csv", "yolo", "voc", "labelstudio", "hf", "overlay", "txt")
+FORMATS = (
+    "jsonl", "coco", "parquet", "csv", "yolo", "voc", "labelstudio", "labelme", "cvat", "hf", "overlay", "crops",
+    "redacted", "txt",
+)  # fmt: skip
 _MODULES = {"csv": "csv_flat"}  # the others are in the modules of their own names
 
 # What each format is called inside a run folder.
@@ -26,10 +31,16 @@ RUN_FOLDER_NAMES: Mapping[str, str] = {
     "yolo": "yolo",
     "voc": "voc",
     "labelstudio": "labelstudio",
+    "labelme": "labelme",
+    "cvat": "cvat",
     "hf": "hf",
     "overlay": "overlay",
+    "crops": "crops",
+    "redacted": "redacted",
     "txt": "txt",
 }
+Existing = Literal["refuse", "skip", "append", "prepend", "replace"]
+Redaction = Literal["box", "blur", "pixelate"]
 _SUFFIXES = {".jsonl": "jsonl", ".json": "coco", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -42,9 +53,17 @@ class ExportOptions:
         is_confined: no picture outside `root` is opened, whatever the records say; to be switched off only for
             records that this very process made.
         url_prefix: what goes before a picture's name in Label Studio tasks.
-        beside: sidecar texts stand next to the pictures.
-        is_linked: pictures in `yolo` and `hf` are hard links, not copies.
-        background: a colour that transparent pictures are laid on in overlays.
+        beside: files about a picture stand next to it; `existing`: what becomes of one that is there.
+        is_linked: pictures in data sets are hard links, not copies.
+        background: a colour that transparent pictures are laid on where they are drawn anew.
+        splits: the sets that pictures are parted into; None: one set.
+        is_flat: names of `[A-Za-z0-9._-]` in one folder, unique without suffix and case.
+        is_roboflow: `coco` is a folder of pictures with `_annotations.coco.json` beside them.
+        has_bom: `csv` begins with a byte order mark.
+        keeps_lines, prefix, suffix, join, extension: the texts of `txt`, and how their files are called.
+        redaction: how `redacted` covers a box.
+        pad: room around a box in `crops` and `redacted`, as a share of its width and height; None: the format's own.
+        hides_unsure: the user typed a least score in this very command, so that `redacted` may leave objects bare.
         max_pixels, max_file_size: what is refused unread, as everywhere.
         told: called with how many pictures are done, of how many; with how many records are read, of None.
         early: the folder of overlays that were drawn while the run went on (`early.EarlyDrawings`).
@@ -65,6 +84,19 @@ class ExportOptions:
     max_file_size: int = 2**30
     told: Callable[[int, int | None], object] = lambda done, total: None
     early: Path | None = None
+    existing: Existing = "refuse"
+    splits: Splits | None = None
+    is_flat: bool = False
+    is_roboflow: bool = False
+    has_bom: bool = False
+    keeps_lines: bool = False
+    prefix: str = ""
+    suffix: str = ""
+    join: str = ", "
+    extension: str = ".txt"
+    redaction: Redaction = "box"
+    pad: float | None = None
+    hides_unsure: bool = False
 
 
 @dataclass(frozen=True, slots=True)

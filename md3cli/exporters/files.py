@@ -50,7 +50,7 @@ _MOST_LISTED = 1000  # files in a run folder; a longer list is not ours
 _FORMATS: Mapping[str, str] = {**RUN_FOLDER_NAMES, "html": REPORT_NAME}
 _SUFFIXES: Mapping[str, frozenset[str]] = {  # of the files in a format's folder
     "yolo": IMAGE_SUFFIXES | {".txt", ".yaml", ".cache"},
-    "voc": frozenset({".xml"}),
+    "voc": IMAGE_SUFFIXES | {".xml", ".txt"},
     "labelstudio": frozenset({".json", ".xml"}),
     "hf": IMAGE_SUFFIXES | {".jsonl"},
     "overlay": IMAGE_SUFFIXES,

@@ -33,7 +33,9 @@ from md3cli.run.run_info import RUN_SCHEMA, OutputPaths, RunDocument, check_firs
 from md3cli.source.source import Source
 
 TABLE, ANSWER, JSONL, HTML = "table", "answer", "jsonl", "html"
-FOLDER_FORMATS = frozenset({"yolo", "voc", "labelstudio", "hf", "overlay", "txt"})
+FOLDER_FORMATS = frozenset(
+    {"yolo", "voc", "labelstudio", "labelme", "cvat", "hf", "overlay", "crops", "redacted", "txt"}
+)
 PRINTABLE_FORMATS = frozenset({"coco", "csv", HTML})  # one text, so that stdout can take it
 _FOLDER_NAMES = {**RUN_FOLDER_NAMES, HTML: REPORT_NAME}
 _MOST_OWN_FILES = 1000  # on the list of a run folder; one that is longer is not ours
@@ -374,6 +376,7 @@ def export_options(config: RunConfig, root: str) -> ExportOptions:
         background=config.model.background,
         max_pixels=config.decode.max_pixels,
         max_file_size=config.decode.max_file_size,
+        hides_unsure=config.refinement.min_score is not None,
     )
 
 

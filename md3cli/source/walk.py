@@ -24,7 +24,9 @@ ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z",
 SPREADSHEETS = frozenset({".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers"})
 _DIGITS = re.compile(r"[0-9]+")
 OWN_FILES = "of md3's own files"  # in `Walk.skipped`
-OWN_FOLDER_NAMES = frozenset({"yolo", "hf", "overlay"})  # of a run folder, those that hold pictures
+OWN_FOLDER_NAMES = frozenset(
+    {"yolo", "voc", "hf", "overlay", "labelme", "cvat", "crops", "redacted"}
+)  # of a run folder, those that hold pictures
 _RUN_HEAD_BYTES = 200  # `schema` is the first key
 
 _NAMED_ONLY = {  # what holds pictures, and is read where a pattern or its name says so: how skipped ones are called

@@ -20,7 +20,7 @@ from PIL import Image
 from report_runs import BOXES, HOSTILE, SIZES, found, picture, record, write_run
 from typer.testing import CliRunner
 
-from md3cli.commands.export import app
+from md3cli.commands.report import app
 from md3cli.errors import InputError, MissingExtraError, UsageError
 from md3cli.exporters.grouping import Survey
 from md3cli.finished.run_json import RunInfo

@@ -1,0 +1,90 @@
+"""Sets of a collection for training: which one a picture belongs to. Pure; the same in all formats.
+
+A picture's set follows from a hash of its name alone (or of its folder, or of a column's value), so it stays when
+pictures come or go, whatever their order, the format and the machine. Source: product contract, section 9.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FOLDER = "folder"
+_HASH_BYTES = 8
+ONE_SET = "all pictures are in one set; --split train=0.8,val=0.2 makes two"
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Names of sets with their shares, which add up to 1; `by`: what keeps pictures together, `folder` or a column."""
+
+    shares: tuple[tuple[str, float], ...]
+    by: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sets, as typed."""
+        return tuple(name for name, _ in self.shares)
+
+    def of(self, image: str, metas: Iterable[Mapping[str, Any]]) -> str:
+        """Return the set of a picture, from its name and the `meta` of its records."""
+        key = self.key_of(image, metas)
+        text = f"name:{image}" if key is None else f"group:{key}"
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:_HASH_BYTES]
+        place, end = int.from_bytes(digest) / 2 ** (8 * _HASH_BYTES), 0.0
+        for name, share in self.shares:
+            end += share
+            if place < end:
+                return name
+        return self._last
+
+    def key_of(self, image: str, metas: Iterable[Mapping[str, Any]]) -> str | None:
+        """Return what a picture shares with those it stays together with; None where nothing keeps it."""
+        if self.by is None:
+            return None
+        if self.by == FOLDER:
+            return image.rpartition("/")[0]
+        values = (meta.get(self.by) for meta in metas)
+        return next((str(value) for value in values if value not in (None, "")), None)
+
+    @property
+    def _last(self) -> str:
+        return next(name for name, share in reversed(self.shares) if share > 0)
+
+
+@dataclass
+class Sets:
+    """The sets of one export, counted. Without `splits` there is one, which has no name (`""`)."""
+
+    splits: Splits | None
+
+    def __post_init__(self) -> None:
+        self.counts: Counter[str] = Counter(dict.fromkeys(self.names, 0))
+        self._num_keyless = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sets, as typed; `("",)` where there is one."""
+        return ("",) if self.splits is None else self.splits.names
+
+    def add(self, image: str, records: Iterable[Mapping[str, Any]]) -> str:
+        """Count a picture in, and return its set."""
+        if self.splits is None:
+            return ""
+        metas = [record.get("meta") or {} for record in records]
+        self._num_keyless += self.splits.by is not None and self.splits.key_of(image, metas) is None
+        name = self.splits.of(image, metas)
+        self.counts[name] += 1
+        return name
+
+    def notes(self) -> Iterator[str]:
+        """Yield how many pictures each set has, and what could not be kept together, in sentences."""
+        if self.splits is None:
+            yield ONE_SET
+            return
+        yield "sets: " + ", ".join(f"{name} {count:,}" for name, count in self.counts.items())
+        if self._num_keyless:
+            yield f"{self._num_keyless:,} pictures have no {self.splits.by!r} to keep them together; each stands alone"
