@@ -2,18 +2,23 @@
 
 `load_dataset("imagefolder", data_dir=OUT)` guesses splits from names, so everything lies under `train/`: a picture
 called `test_a.jpg` would otherwise take the rest away. Every row has the same keys, those that the records' tasks can
-fill. Pixels are of the upright picture, as `datasets` decodes it. A picture that only md3 reads (no end marker, another
-format than the suffix says) becomes PNG. Other pictures are copied; kinds that `datasets` does not load become PNG.
+fill. `README.md` names the types, classes (`ClassLabel`) among them, for `load_dataset(OUT)`; with "imagefolder" it is
+not read, so that each object has its label as text, too. Pixels are of the upright picture, as `datasets` decodes it. A
+picture that only md3 reads (no end marker, another format than the suffix says) becomes PNG, and so do kinds that
+`datasets` does not load. Other pictures are copied.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import yaml
 
 from md3cli.errors import ImageError
 from md3cli.exporters import ExportOptions, ExportReport
@@ -25,7 +30,7 @@ from md3cli.records import compact_json
 from md3cli.refine.collection import Collection
 from md3cli.source.walk import IMAGE_SUFFIXES
 
-METADATA = "metadata.jsonl"
+METADATA, CARD = "metadata.jsonl", "README.md"
 _NOT_LOADED = frozenset({".avif", ".heic", ".heif"})  # by ImageFolder of datasets 5.2: written as PNG instead
 _LOADED = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")  # whatever the suffix says; MPO is opened as JPEG
 # What `datasets` takes for the name of another split in a folder's name, at any depth (data_files.py).
@@ -44,6 +49,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     ):
         survey = index.survey
         classes = {label: number for number, label in enumerate(survey.categories())}
+        (folder.path / CARD).write_text(_card(survey, list(classes)), encoding="utf-8")
         (folder.path / "train").mkdir()
         with (folder.path / "train" / METADATA).open("xb") as metadata:
             for group in index.images():
@@ -96,6 +102,39 @@ def _plain(name: PurePosixPath) -> PurePosixPath:
     parts = [part.translate(_READ) for part in portable(name).parts]
     parts = [f"_{part.lstrip('._')}" if part.startswith((".", "__")) else part for part in parts]
     return PurePosixPath(*(_SPLIT.sub(r"\1~", part) for part in parts[:-1]), parts[-1])
+
+
+def _card(survey: Survey, classes: Sequence[str]) -> str:
+    """Return the dataset card: what `datasets` reads at the top, a line for people below."""
+    head = {"configs": [{"config_name": "default", "features": _features(survey, classes)}]}
+    data = yaml.safe_dump(head, sort_keys=False, width=math.inf)  # ASCII; a name cannot begin a line of its own
+    return f"---\n{data}---\n\n`datasets.load_dataset` takes this folder; boxes are x, y, width, height in pixels.\n"
+
+
+def _features(survey: Survey, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the types of `_columns` as `datasets` writes them in a card (`Features._to_yaml_list`).
+
+    Without them a column whose first 10 MB hold nothing but null would have no type, and the file could not be read.
+    """
+    found = _typed({"image": "image", "width": "int64", "height": "int64"})
+    if "caption" in survey.tasks:
+        found += [*_typed({"text": "string"}), {"name": "captions", "list": "string"}]
+    if "query" in survey.tasks:
+        found += [{"name": "answers", "list": _typed({"question": "string", "answer": "string"})}]
+    if survey.tasks & {"detect", "segment"}:
+        kind: Any = {"class_label": {"names": {str(number): label for number, label in enumerate(classes)}}}
+        columns = {"bbox": {"list": "float64"}, "categories": kind if classes else "int64"}
+        columns |= {"labels": "string", "scores": "float64"}
+        columns |= {"segmentation": {"list": {"list": "float64"}}} if "segment" in survey.tasks else {}
+        found += [{"name": "objects", "struct": [{"name": name, "list": kind} for name, kind in columns.items()]}]
+    if "point" in survey.tasks:
+        point = {"x": "float64", "y": "float64", "label": "string", "score": "float64"}
+        found += [{"name": "points", "list": _typed(point)}]
+    return found + (_typed({"meta": "string"}) if survey.has_meta else [])
+
+
+def _typed(kinds: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"name": name, "dtype": kind} for name, kind in kinds.items()]
 
 
 def _columns(group: ImageGroup, survey: Survey, classes: Mapping[str, int]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from datasets import load_dataset
-from finished_runs import CAR, HEIGHT, NAMES, WIDTH, Run, detect_records, draw_pictures, record
+from finished_runs import CAR, HEIGHT, NAMES, WIDTH, Run, detect_records, draw_pictures, failure, record
 from PIL import Image
 
 from md3cli.errors import ExportError, UsageError
@@ -182,3 +182,47 @@ def test_pictures_of_one_name_never_share_a_row(run: Run, tmp_path: Path, is_tar
     rows = load(out, tmp_path / "cache")["train"]
     assert [row["image"].width for row in rows] == ([50, 60, 70] if is_tar else [70])
     assert all(row["objects"]["bbox"] == [[0.1 * row["image"].width, 10.0, 0.4 * row["width"], 20.0]] for row in rows)
+
+
+HOSTILE = ["dog", "a: b \"'\\ é\u2028\x07 😀\n---\n# x", "null", "1", "{{ a }}", "&a *a", " ", "l" * 500]
+
+
+def test_the_folder_itself_loads_with_the_names_of_its_classes(run: Run, tmp_path: Path) -> None:
+    draw_pictures(run.root, ["a::b.png", "c\\d.png", "test/e.png"])
+    box = {key: CAR[key] for key in ("x_min", "y_min", "x_max", "y_max")}
+    masks = [{"label": "ring", "svg_path": "M 0 0 L 1 0 L 1 1 Z", "bbox": box, "score": 0.7}]
+    run.write([
+        *(record("a::b.png", "detect", label, objects=[CAR | {"label": label}]) for label in HOSTILE),
+        record("a::b.png", "segment", "ring", segments=masks),
+        record("c\\d.png", "point", "nose", points=[{"label": "nose", "x": 0.5, "y": 0.25, "score": 0.8}]),
+        record("c\\d.png", "query", "How many?", answer="2", meta={"n": "one"}),
+        record("c\\d.png", "caption", length="short", caption="late"),
+        record("test/e.png", "detect", "dog", objects=[]),
+        failure("gone.png", "detect", "dog"),
+    ])  # fmt: skip
+    _, out = run.export("hf", "out")
+    data = load_dataset(str(out), cache_dir=str(tmp_path / "cache"))
+    classes = data["train"].features["objects"]["categories"].feature
+    assert classes.names == [*HOSTILE, "ring"]
+    rows = {row["text"] or len(row["objects"]["bbox"]): row for row in data["train"]}  # decodes each picture
+    assert set(rows) == {9, 0, "late"}
+    assert [classes.int2str(number) for number in rows[9]["objects"]["categories"]] == [*HOSTILE, "ring"]
+    assert rows[9]["objects"]["segmentation"][-1] == [[12.0, 20.0, 60.0, 20.0, 60.0, 60.0]]
+    assert rows["late"]["points"] == [{"x": 60.0, "y": 20.0, "label": "nose", "score": 0.8}]
+    assert rows["late"]["answers"] == [{"question": "How many?", "answer": "2"}]
+    by_pictures = load(out, tmp_path / "cache")["train"]
+    assert by_pictures.column_names == data["train"].column_names  # the card names each column
+    assert [row["objects"]["labels"] for row in by_pictures] == [row["objects"]["labels"] for row in data["train"]]
+
+
+def test_what_is_null_for_a_long_time_has_a_type(run: Run, tmp_path: Path) -> None:
+    draw_pictures(run.root, ["a.png", "b.png"])
+    long = "x" * (11 << 20)  # `datasets` infers types from the first 10 MB
+    run.write([
+        record("a.png", "query", "Why?", answer=long),
+        record("b.png", "caption", length="short", caption="a car"),
+        record("b.png", "detect", "car", objects=[]),
+    ])  # fmt: skip
+    _, out = run.export("hf", "out")
+    rows = load_dataset(str(out), cache_dir=str(tmp_path / "cache"))["train"]
+    assert [row["text"] for row in rows] == [None, "a car"]
