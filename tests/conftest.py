@@ -28,7 +28,7 @@ settings.register_profile("same", settings.get_profile("search"), derandomize=Tr
 settings.load_profile("same")
 
 
-FOR_TESTS = ("MD3_CUDA_PYTHON", "MD3_LABEL_STUDIO_ENV")  # what tests themselves are told
+FOR_TESTS = ("MD3_CUDA_PYTHON", "MD3_LABEL_STUDIO_ENV", "MD3_PROGRAMS")  # what tests themselves are told
 
 
 def leave_the_users_machine_out() -> None:
@@ -41,6 +41,7 @@ def leave_the_users_machine_out() -> None:
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("MPLCONFIGDIR", str(caches / "matplotlib"))  # its list of fonts takes long to make
+    os.environ.setdefault("MD3_PROGRAMS", str(caches / "md3-programs"))  # environments take minutes and gigabytes
     home = tempfile.mkdtemp(prefix="md3-tests-")
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     folders = {"XDG_CONFIG_HOME": "config", "XDG_CACHE_HOME": "cache", "HF_HOME": "huggingface"}
