@@ -66,8 +66,8 @@ class WriteOptions:
     existing: Annotated[
         Existing | None,
         _output(
-            metavar="refuse|skip|append|prepend|replace",
-            help="With --beside, what becomes of a file that is there. [default: refuse]",
+            metavar="HOW",
+            help="With --beside, a file that is there: refuse, skip, append, prepend or replace. [default: refuse]",
         ),
     ] = None
     embed_images: Annotated[bool, _output("--embed-images", help="parquet: the pictures' bytes too.")] = False
