@@ -13,6 +13,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,7 +218,7 @@ def copy_file(source: Path | str, target: Path, *, is_linked: bool = False) -> N
 
 
 def _linked(source: str, target: Path) -> bool:
-    temp = target.with_name(f".{os.getpid()}.link")
+    temp = target.with_name(f".{os.getpid()}-{threading.get_ident()}.link")
     try:
         os.link(source, temp)
         os.replace(temp, target)

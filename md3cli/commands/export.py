@@ -45,7 +45,7 @@ FormatName = Annotated[
         "-f",
         rich_help_panel="Output",
         metavar="FORMAT",
-        help=f"{', '.join(FORMATS)}; by default what OUT's suffix says.",
+        help=f"{' '.join(FORMATS)}; else what OUT's suffix says.",
     ),
 ]
 

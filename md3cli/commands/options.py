@@ -104,7 +104,7 @@ class AnnotateOptions:
             metavar="FORMAT",
             parser=checked(parse_format),
             autocompletion=starting(*FORMATS),
-            help=f"{', '.join(FORMATS)}; several make a run folder.",
+            help=f"{' '.join(FORMATS)}; several: a run folder.",
         ),
     ] = None
     resume: Annotated[

@@ -96,8 +96,8 @@ class WriteOptions:
     ] = False
 
     keep_lines: Annotated[bool, _captions("--keep-lines", help="Keep line breaks; else a text is one line.")] = False
-    prefix: Annotated[str, _captions(metavar="TEXT", help="What goes before each text, as typed.")] = ""
-    suffix: Annotated[str, _captions(metavar="TEXT", help="What goes behind each text, as typed.")] = ""
+    prefix: Annotated[str, _captions(metavar="WORDS", help="What goes before each text, as typed.")] = ""
+    suffix: Annotated[str, _captions(metavar="WORDS", help="What goes behind each text, as typed.")] = ""
     join: Annotated[
         str, _captions(metavar="SEP", help="What goes between several texts of a picture.", show_default="', '")
     ] = ", "

@@ -1,4 +1,4 @@
-"""Work on several pictures at once, with the results in order: for overlays and reports.
+"""Work on several pictures at once, with the results in order: for all that draws or copies pictures.
 
 Threads, because Pillow decodes and encodes outside the interpreter's lock and that is most of the work. Bounded: two
 pictures a thread are in flight, and of large ones a single one.
@@ -6,6 +6,7 @@ pictures a thread are in flight, and of large ones a single one.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +16,7 @@ from typing import TypeVar
 
 from md3cli.system import num_cores
 
-MAX_THREADS = 4  # more only hold more pictures: what is not Pillow's work waits for the interpreter's lock
+MAX_THREADS = 8  # more only hold more pictures: what is not Pillow's work waits for the interpreter's lock
 LARGE_PIXELS = 50_000_000  # pictures of this size (150 MB decoded) are opened one at a time
 
 _one_large = Lock()
@@ -23,20 +24,31 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-def in_order(work: Callable[[Given], Made], given: Iterable[Given]) -> Iterator[Made]:
+def in_order(
+    work: Callable[[Given], Made], given: Iterable[Given], *, is_quick: Callable[[Given], bool] = lambda thing: False
+) -> Iterator[Made]:
     """Yield `work` of each thing given, in order; `given` itself is read in the caller's thread.
 
-    What `work` raises is raised here, and the rest is given up.
+    What `is_quick` is worked on in that thread, too: a pool costs more than a small thing is worth. What `work` raises
+    is raised here, and the rest is given up.
     """
     num_threads = min(MAX_THREADS, num_cores())
     todo = iter(given)
+
+    def begun(thing: Given) -> Future[Made]:
+        if not is_quick(thing):
+            return pool.submit(work, thing)
+        future: Future[Made] = Future()
+        future.set_result(work(thing))
+        return future
+
     with ThreadPoolExecutor(num_threads) as pool:
-        in_flight: list[Future[Made]] = []
+        in_flight: deque[Future[Made]] = deque()
         try:
-            in_flight += [pool.submit(work, thing) for thing in islice(todo, 2 * num_threads)]
+            in_flight.extend(map(begun, islice(todo, 2 * num_threads)))
             while in_flight:
-                yield in_flight.pop(0).result()
-                in_flight += [pool.submit(work, thing) for thing in islice(todo, 1)]
+                yield in_flight.popleft().result()
+                in_flight.extend(map(begun, islice(todo, 1)))
         finally:
             for future in in_flight:
                 future.cancel()

@@ -22,8 +22,9 @@ import yaml
 
 from md3cli.errors import ImageError
 from md3cli.exporters import ExportOptions, ExportReport
-from md3cli.exporters.files import StagedFolder, candidates, portable, relative_name, staged_folder
+from md3cli.exporters.files import StagedFolder, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
+from md3cli.exporters.names import candidates, portable, relative_name
 from md3cli.exporters.objects import flat
 from md3cli.exporters.pictures import Pictures, pillow_decodes
 from md3cli.records import compact_json

@@ -31,9 +31,10 @@ from PIL import Image, ImageDraw, ImageFont
 from md3cli.errors import ImageError
 from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.at_once import holding, in_order
-from md3cli.exporters.files import candidates, relative_name, staged_folder
+from md3cli.exporters.files import staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.masks import fill
+from md3cli.exporters.names import candidates, relative_name
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, Ring
 from md3cli.exporters.palette import Colour, Style, palette
 from md3cli.exporters.pictures import FoundPicture, Pictures

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from md3cli.exporters import ExportOptions, ExportReport
-from md3cli.exporters.files import StagedFolder, candidates, merged_folder
+from md3cli.exporters.files import StagedFolder, merged_folder
+from md3cli.exporters.names import candidates
 from md3cli.exporters.pictures import Pictures
 from md3cli.records import RecordDict
 from md3cli.refine.collection import Collection, read

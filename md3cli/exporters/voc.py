@@ -1,47 +1,97 @@
-"""Pascal VOC: `Annotations/<image>.xml`, one for each image, sub-folders kept.
+"""Pascal VOC: `Annotations/<image>.xml`, `JPEGImages/<image>`, the sets' lists in `ImageSets/Main/`, `labelmap.txt`.
 
-Pixels count from 1 and both corners belong to the box, as in the VOC development kit: readers
-subtract 1 from the first corner only. A mask gives its box.
+Pixels count from 1 and both corners belong to the box, as in the VOC development kit: readers subtract 1 from the first
+corner only. A mask gives its box. CVAT and datumaro want the lists, of names without suffix (`default.txt` where there
+is one set), and the label map, whose lines are `name:red,green,blue::`; so a name has no colon and no `#` in front.
+FiftyOne reads the folder with `data_path="JPEGImages", labels_path="Annotations"`.
 """
 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path, PurePosixPath
 
 from md3cli.exporters import ExportOptions, ExportReport
-from md3cli.exporters.files import candidates, relative_name, staged_folder
+from md3cli.exporters.copies import USUAL, Copy, copied, missing_notes
+from md3cli.exporters.files import StagedFolder, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
+from md3cli.exporters.names import Names
 from md3cli.exporters.objects import PixelBox
+from md3cli.exporters.palette import palette
+from md3cli.exporters.pictures import Pictures
+from md3cli.exporters.splits import Sets
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
 
+_ONE_SET = "default"  # as CVAT calls it
+
 
 def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
-    """Write one XML file for each image."""
+    """Write one XML file for each image, and copy the picture if it is there."""
+    pictures, sets = Pictures(records, options), Sets(options.splits)
     num_images = num_points = 0
     with (
         closing(ImageIndex(records)) as index,
         staged_folder(out, overwrite=options.overwrite, format="voc") as folder,
+        ExitStack() as lists,
     ):
         survey = index.survey
-        (folder.path / "Annotations").mkdir()
-        for group in index.images():
-            names = (PurePosixPath("Annotations") / name for name in candidates(group.file_name, ".xml"))
-            file, _ = folder.create(names)
-            with file:
-                file.write(_document(group))
-            num_points += sum(1 for _ in group.points())
+        for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+            (folder.path / name).mkdir(parents=True)
+        main = folder.path / "ImageSets/Main"
+        listed = {
+            name: lists.enter_context((main / f"{name or _ONE_SET}.txt").open("x", encoding="utf-8", newline="\n"))
+            for name in sets.names
+        }
+        labels = {label: _label(label) for label in survey.categories()}
+        names = Names(is_flat=options.is_flat)
+
+        def annotated() -> Iterator[Copy]:
+            for group in index.images():
+                stem = _annotate(folder, group, names, labels)
+                listed[sets.add(group.name, group.records)].write(f"{stem}\n")
+                target = folder.path / "JPEGImages" / f"{stem}{USUAL.suffix_of(group.name)}"
+                yield Copy.of(group, target, pictures, out)
+
+        for copy, _ in copied(annotated(), pictures, USUAL):
+            num_points += sum(1 for _ in copy.group.points())
             num_images += 1
-    notes = [*survey.notes()]
+        (folder.path / "labelmap.txt").write_text(_label_map(labels), encoding="utf-8", newline="\n")
+    notes = [*survey.notes(), *missing_notes(pictures)]
     if num_points:
         notes.append(f"{num_points} points were left out: Pascal VOC has no place for them")
+    if changed := [printable(label) for label, name in labels.items() if label != name]:
+        notes.append(f"labels that a label map cannot hold were changed: {', '.join(changed)}")
+    notes += sets.notes()
     return ExportReport("voc", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
 
 
-def _document(group: ImageGroup) -> bytes:
-    name = relative_name(group.name)
+def _annotate(folder: StagedFolder, group: ImageGroup, names: Names, labels: dict[str, str]) -> str:
+    """Write the XML of an image, and return its name without suffix, as the lists have it."""
+    inside = (PurePosixPath("Annotations") / name for name in names.of(group.file_name, ".xml"))
+    file, path = folder.create(inside)
+    stem = path.relative_to("Annotations").with_suffix("")
+    with file:
+        file.write(_document(group, stem.with_name(stem.name + USUAL.suffix_of(group.name)), labels))
+    return str(stem)
+
+
+def _label(label: str) -> str:
+    """Return a label as a line of `labelmap.txt` can hold it."""
+    name = printable(label).replace(":", "_").strip()
+    return f"_{name[1:]}" if name.startswith("#") else name
+
+
+def _label_map(labels: dict[str, str]) -> str:
+    colours = palette(list(labels))
+    lines = [f"{name}:{','.join(map(str, colours[label].colour))}::" for label, name in labels.items()]
+    background = [] if "background" in labels.values() else ["background:0,0,0::"]
+    return "\n".join(["# label:color_rgb:parts:actions", *background, *dict.fromkeys(lines), ""])
+
+
+def _document(group: ImageGroup, name: PurePosixPath, labels: dict[str, str]) -> bytes:
     root = ET.Element("annotation")
     _add(root, "folder", "" if str(name.parent) == "." else str(name.parent))
     _add(root, "filename", name.name)
@@ -50,14 +100,14 @@ def _document(group: ImageGroup) -> bytes:
         _add(size, tag, str(pixels))
     _add(root, "segmented", "0")
     for box in (*group.boxes(), *(segment.box for segment in group.segments())):
-        _add_object(root, box, group.width, group.height)
+        _add_object(root, box, labels[box.label], group.width, group.height)
     ET.indent(root)
     return b'<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode").encode() + b"\n"
 
 
-def _add_object(root: ET.Element, box: PixelBox, width: int, height: int) -> None:
+def _add_object(root: ET.Element, box: PixelBox, label: str, width: int, height: int) -> None:
     found = _add(root, "object")
-    _add(found, "name", box.label)
+    _add(found, "name", label)
     _add(found, "pose", "Unspecified")
     _add(found, "truncated", str(int(box.is_truncated)))
     _add(found, "difficult", "0")

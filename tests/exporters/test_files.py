@@ -7,47 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from md3cli.errors import ExportError, UsageError
 from md3cli.exporters.files import (
-    NAME_LIMIT_BYTES,
     StagedFolder,
     adopt_older,
-    candidates,
-    portable,
-    relative_name,
     remove_leftovers,
     staged_folder,
 )
+from md3cli.exporters.names import candidates
 from md3cli.finished.guards import files_below, has_marker, write_marker
-
-AWKWARD = ["../../etc/passwd", "/etc/passwd", "a/../b.jpg", "https://h.example/a.jpg?x=../y", "", ".", "a//b", "a\0b"]
-names = st.text(st.characters(exclude_categories=["Cs"]), max_size=300) | st.sampled_from(AWKWARD)
-
-
-@given(name=names)
-def test_candidates_stay_inside_and_fit_the_file_system(name: str) -> None:
-    for keep_suffix in (False, True):
-        for candidate in candidates(name, ".txt", keep_suffix=keep_suffix):
-            assert not candidate.is_absolute()
-            assert not {"..", "."} & set(candidate.parts)
-            assert "\0" not in str(candidate)
-            assert candidate.name.endswith(".txt")
-            assert len(candidate.name.encode()) <= NAME_LIMIT_BYTES
-
-
-@given(name=names)
-def test_the_last_candidate_belongs_to_one_image(name: str) -> None:
-    assert list(candidates(name, ".txt"))[-1] != list(candidates(name + "x", ".txt"))[-1]
-
-
-def test_the_plain_name_comes_first() -> None:
-    assert next(candidates("a/photo.jpg", ".txt")) == PurePosixPath("a/photo.txt")
-    assert next(candidates("a/photo.jpg", ".txt", keep_suffix=True)) == PurePosixPath("a/photo.jpg.txt")
-    assert next(candidates("a/photo", ".txt")) == PurePosixPath("a/photo.txt")
-    assert relative_name("https://example.com/a/b.jpg") == PurePosixPath("example.com/a/b.jpg")
 
 
 def test_equal_names_are_told_apart(tmp_path: Path) -> None:
@@ -114,26 +83,6 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
         staged_folder(tmp_path / "out", overwrite=True, format="voc"),
     ):
         pass
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("a/b.jpg", "a/b.jpg"),
-        ("übung/日本語 ☃.png", "übung/日本語 ☃.png"),
-        ("train station.jpg", "train station.jpg"),
-        ("con/aux.jpg", "_con/_aux.jpg"),
-        ("COM1/lpt9.x.png", "_COM1/_lpt9.x.png"),
-        ("console/auxiliary.png", "console/auxiliary.png"),
-        ("trailing. /a.png", "trailing__/a.png"),
-        ("a\\..\\..\\b.png", "a_.._.._b.png"),
-        ("c:\\x.png", "c__x.png"),
-        ("a::b?.png", "a__b_.png"),
-        ("a\nb\x1b\x7f.png", "a_b__.png"),
-    ],
-)
-def test_portable_names(name: str, expected: str) -> None:
-    assert portable(PurePosixPath(name)) == PurePosixPath(expected)
 
 
 # ---- starting over in a run folder ---------------------------------------------------------------

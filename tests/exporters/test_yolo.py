@@ -6,6 +6,7 @@ import glob
 import hashlib
 import io
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from labelformat.formats.yolov8 import YOLOv8ObjectDetectionInput
 from PIL import Image
 
 from md3cli.errors import UsageError
+from md3cli.exporters.splits import Splits
 from md3cli.exporters.yolo import _yaml_string
 
 
@@ -216,3 +218,23 @@ def test_a_tar_may_have_a_folder_called_as_a_picture(run: Run, tmp_path: Path, n
     pictures = [path for path in (out / "images").rglob("*") if path.is_file()]
     assert len(pictures) == 2
     assert all(where_trainers_look(picture).is_file() for picture in pictures)
+
+
+def test_sets_are_folders_and_a_flat_set_has_plain_names(detect_run: Run) -> None:
+    splits = Splits((("train", 0.5), ("val", 0.5)))
+    _, out = detect_run.export("yolo", "out", splits=splits, is_flat=True)
+    data = yaml.safe_load((out / "data.yaml").read_text(encoding="utf-8"))
+    assert (data["train"], data["val"]) == ("images/train", "images/val")
+    labels = list((out / "labels").rglob("*.txt"))
+    assert len(labels) == len(NAMES)
+    assert len({path.stem.casefold() for path in labels}) == len(NAMES)
+    for label in labels:
+        assert re.fullmatch(r"(train|val)/[A-Za-z0-9._-]+\.txt", label.relative_to(out / "labels").as_posix())
+        (picture,) = (out / "images" / label.parent.name).glob(f"{glob.escape(label.stem)}.*")
+        assert picture.is_file()
+
+
+def test_a_set_that_is_missing_is_stood_for(detect_run: Run) -> None:
+    _, out = detect_run.export("yolo", "out", splits=Splits((("train", 1.0),)))
+    data = yaml.safe_load((out / "data.yaml").read_text(encoding="utf-8"))
+    assert (data["train"], data["val"]) == ("images/train", "images/train")

@@ -1,0 +1,112 @@
+"""Pictures of a data set: put where their names say, as they are where readers take them, else as PNG.
+
+Several at once, a bounded number in flight. What is no picture, or not the record's, is not carried; trainers rewrite
+files in place, through links too, so a picture is a copy unless the user asked for links. Knows no format's layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from md3cli.errors import ImageError
+from md3cli.exporters.at_once import holding, in_order
+from md3cli.exporters.grouping import ImageGroup
+from md3cli.exporters.names import relative_name
+from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_decodes
+
+
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    """Which pictures a format's readers take.
+
+    Attributes:
+        taken: suffixes that they look for; a picture with another one is called `.jpg`.
+        remade: suffixes of kinds that they cannot decode; these become PNG.
+        formats: Pillow's names of what a file must decode as, else it becomes PNG; None: they decode whatever we do.
+    """
+
+    taken: frozenset[str]
+    remade: frozenset[str]
+    formats: tuple[str, ...] | None = None
+
+    def suffix_of(self, image: str) -> str:
+        """Return the suffix that the picture called `image` gets."""
+        suffix = relative_name(image).suffix
+        if suffix.lower() in self.remade:
+            return ".png"
+        return suffix if suffix.lower() in self.taken else ".jpg"
+
+
+USUAL = Kinds(  # by Ultralytics 8.3 and all after it; supervision, CVAT and labelme take no fewer
+    taken=frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}),
+    remade=frozenset({".gif", ".avif", ".heic", ".heif"}),
+)
+
+
+class Copy(NamedTuple):
+    """A picture and its place; `picture` is None where it is not there."""
+
+    group: ImageGroup
+    target: Path
+    picture: FoundPicture | None
+
+    @classmethod
+    def of(cls, group: ImageGroup, target: Path, pictures: Pictures, out: Path) -> Copy:
+        """Find a group's picture, which belongs at `target`.
+
+        Raises:
+            UsageError: it lies in `out`, which is to be replaced.
+        """
+        pictures.refuse_inside(out, group)
+        return cls(group, target, pictures.find(group.picture_record, has_twins=group.has_twins))
+
+
+def copied(copies: Iterable[Copy], pictures: Pictures, kinds: Kinds) -> Iterator[tuple[Copy, bool]]:
+    """Put each picture in its place, and yield it, in order, with whether it is there; `pictures` counts the others.
+
+    Raises:
+        OSError: a picture cannot be written.
+    """
+
+    def put(copy: Copy) -> bool:
+        if copy.picture is None:
+            return False
+        try:
+            with holding(copy.group.width, copy.group.height):
+                _put(copy.picture, copy.target, pictures, kinds)
+        except ImageError:
+            copy.target.unlink(missing_ok=True)
+            return False
+        return True
+
+    def done(copy: Copy) -> tuple[Copy, bool]:
+        return copy, put(copy)
+
+    for copy, is_there in in_order(done, copies, is_quick=lambda copy: copy.picture is None):
+        if copy.picture is not None and not is_there:
+            pictures.note_unreadable(copy.group.name)
+        yield copy, is_there
+
+
+def missing_notes(pictures: Pictures) -> Iterator[str]:
+    """Yield how many pictures a data set lacks that can do without: its labels fit pictures put there later."""
+    if pictures.num_missing:
+        yield (
+            f"{pictures.num_missing} pictures were not found or not readable: add --root DIR, or put them under images/"
+        )
+
+
+def _put(picture: FoundPicture, target: Path, pictures: Pictures, kinds: Kinds) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = None
+    if relative_name(picture.name).suffix.lower() not in kinds.remade:
+        content = pictures.read_bytes(picture)
+    if content is None or not (kinds.formats is None or pillow_decodes(content, kinds.formats)):
+        pictures.read(picture).save(target, "PNG")
+    elif picture.size is not None:  # a member of a tar
+        target.write_bytes(content)
+    else:
+        pictures.copy(picture, target)
