@@ -28,20 +28,21 @@ settings.register_profile("same", settings.get_profile("search"), derandomize=Tr
 settings.load_profile("same")
 
 
-FOR_TESTS = ("MD3_CUDA_PYTHON", "MD3_LABEL_STUDIO_ENV", "MD3_PROGRAMS")  # what tests themselves are told
+FOR_TESTS = ("MD3_CUDA_PYTHON", "MD3_LABEL_STUDIO_ENV")  # what tests themselves are told
 
 
 def leave_the_users_machine_out() -> None:
     """Take settings of the person who runs the tests away, of md3 and of what it uses; their folders are left alone."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    programs = os.environ.get("MD3_PROGRAMS") or str(caches / "md3-programs")
+    os.environ.setdefault("TEST_PROGRAMS", programs)  # md3 refuses to start where it does not know an MD3_* name
     odd = ("NO_COLOR", "FORCE_COLOR", "PY_COLORS", "CLICOLOR_FORCE", "COLUMNS", "LINES", "RAY_ADDRESS")
     for name in list(os.environ):
         if name in odd or (name.startswith("MD3_") and name not in FOR_TESTS):
             del os.environ[name]
     for name in ("NO_PROXY", "no_proxy"):  # servers of the tests are on this machine
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("MPLCONFIGDIR", str(caches / "matplotlib"))  # its list of fonts takes long to make
-    os.environ.setdefault("MD3_PROGRAMS", str(caches / "md3-programs"))  # environments take minutes and gigabytes
     home = tempfile.mkdtemp(prefix="md3-tests-")
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     folders = {"XDG_CONFIG_HOME": "config", "XDG_CACHE_HOME": "cache", "HF_HOME": "huggingface"}

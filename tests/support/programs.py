@@ -30,7 +30,7 @@ import pytest
 from filelock import FileLock
 
 LISTS = Path(__file__).parents[1] / "programs"
-FOLDER = Path(os.environ["MD3_PROGRAMS"])  # read once: tests take MD3_* away; conftest.py has set its default
+FOLDER = Path(os.environ["TEST_PROGRAMS"])  # conftest.py takes it from MD3_PROGRAMS
 FINISHED = "finished"
 PIP_TIMEOUT_S = 1200
 MARKS = [pytest.mark.slow, pytest.mark.process, pytest.mark.timeout(PIP_TIMEOUT_S + 600)]
