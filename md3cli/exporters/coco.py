@@ -8,6 +8,9 @@ written: the same records give the same bytes.
 Results can only be scored with the ids of the ground truth: `--coco-ids-from gt.json` reuses its image ids by
 `file_name` and its category ids by `name`, matched as `md3 eval` matches them. What that file lacks gets fresh ids
 after its highest.
+
+With `--split` OUT is a folder with `instances_train.json` and its like; with `--roboflow` one of pictures, a folder for
+each set, with `_annotations.coco.json` beside them, as RF-DETR and other programs of that house want.
 """
 
 from __future__ import annotations
@@ -17,23 +20,31 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
-from md3cli.errors import ExportError, InputError
+from md3cli.errors import ExportError, InputError, UsageError
 from md3cli.exporters import ExportOptions, ExportReport
-from md3cli.exporters.files import replaced_file
+from md3cli.exporters.copies import USUAL, Copy, copied, named_copies
+from md3cli.exporters.files import StagedFolder, replaced_file, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
+from md3cli.exporters.names import Names
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment
+from md3cli.exporters.pictures import Pictures
+from md3cli.exporters.splits import Sets
 from md3cli.finished.names import NAMES_SHOWN, Matches, ambiguity_notes, match_images, match_labels
 from md3cli.records import compact_json, printable
 from md3cli.refine.collection import Collection
 
 Annotation = dict[str, Any]
+AddImage = Callable[[ImageGroup, str], None]
+_ROBOFLOW = "_annotations.coco.json"
+_ROBOFLOW_NAMES = {"val": "valid", "validation": "valid"}
 
 
 class CocoIds:
@@ -134,16 +145,67 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
-    """Write one document of all images that have an answered record."""
+    """Write one document of all images that have an answered record, or one for each set."""
+    is_folder = options.splits is not None or options.is_roboflow
+    if is_folder and out.suffix.lower() == ".json":
+        raise UsageError(f"{printable(str(out))}: with --split or --roboflow coco is a folder; name one with -o")
+    if options.is_flat and not options.is_roboflow:
+        raise UsageError("--flat is about copies of the pictures, which coco has with --roboflow; add it")
+    if options.is_linked and not options.is_roboflow:
+        raise UsageError("--link is about copies of the pictures, which coco has with --roboflow; add it")
     with closing(ImageIndex(records)) as index:
         names = (group.distinct_name for group in index.images())
         given = {label.name: label.id for label in records.refinement.labels.labels if label.id is not None}
         writer = _Writer(index.survey, options, names, given)
-        with replaced_file(out, overwrite=options.overwrite) as file:
-            (writer.write_results if options.coco_results else writer.write_document)(index, file)
+        more: Iterable[str] = ()
+        if is_folder:
+            with staged_folder(out, overwrite=options.overwrite, format="coco") as folder:
+                write = _write_roboflow if options.is_roboflow else _write_sets
+                more = tuple(write(records, out, options, index, writer, folder))
+        else:
+            with replaced_file(out, overwrite=options.overwrite) as file:
+                (writer.write_results if options.coco_results else writer.write_document)(index, file)
         survey = index.survey
-        notes = tuple(writer.notes(survey))
+        notes = (*writer.notes(survey), *more)
         return ExportReport("coco", out, survey.num_records, writer.num_images, survey.num_failures, notes)
+
+
+def _write_sets(
+    records: Collection, out: Path, options: ExportOptions, index: ImageIndex, writer: _Writer, folder: StagedFolder
+) -> Iterator[str]:
+    """Write a document for each set, and yield notes; ids are told apart over all of them."""
+    sets = Sets(options.splits)
+    paths = {name: folder.path / f"{writer.kind}_{name}.json" for name in sets.names}
+    with ExitStack() as stack:
+        documents = {name: stack.enter_context(writer.document(path)) for name, path in paths.items()}
+        for group in index.images():
+            documents[sets.add(group.name, group.records)](group, group.distinct_name)
+    yield from sets.notes()
+
+
+def _write_roboflow(
+    records: Collection, out: Path, options: ExportOptions, index: ImageIndex, writer: _Writer, folder: StagedFolder
+) -> Iterator[str]:
+    """Write each set as a folder of pictures with its document beside them, as Roboflow does; yield notes."""
+    pictures, sets = Pictures(records, options), Sets(options.splits)
+    pictures.require_root("coco with --roboflow")
+    folders = {name: _ROBOFLOW_NAMES.get(name, name) for name in sets.names}
+    if len(set(folders.values())) < len(folders):
+        raise UsageError("val and valid are one set for Roboflow; name it once in --split")
+    names = Names(is_flat=options.is_flat)
+    copies = named_copies(
+        index.images(), folder, folders, sets, names, USUAL, partial(Copy.of, pictures=pictures, out=out)
+    )
+    with ExitStack() as stack:
+        documents = {}
+        for part, name in folders.items():
+            (folder.path / name).mkdir(exist_ok=True)
+            documents[part] = stack.enter_context(writer.document(folder.path / name / _ROBOFLOW))
+        for copy, is_there in copied(copies, pictures, USUAL):
+            if is_there:
+                name = copy.target.relative_to(folder.path / folders[copy.part]).as_posix()
+                documents[copy.part](copy.group, name)
+    yield from (*pictures.missing_note(), *sets.notes())
 
 
 class _Writer:
@@ -162,20 +224,43 @@ class _Writer:
         self._num_unknown = 0
         self._first_unknown = ""
 
+    @property
+    def kind(self) -> str:
+        """What COCO calls a document of this kind."""
+        return "captions" if self._is_of_captions else "instances"
+
     def write_document(self, index: ImageIndex, file: BinaryIO) -> None:
-        """Write the whole document; annotations wait in a temporary file, since all images come before them."""
+        """Write the whole document."""
+        with self._document(file) as add:
+            for group in index.images():
+                add(group, group.distinct_name)
+
+    @contextmanager
+    def document(self, path: Path) -> Iterator[AddImage]:
+        """Begin a document, which is whole when the block ends well; yield what adds an image under a name."""
+        with path.open("xb") as file, self._document(file) as add:
+            yield add
+
+    @contextmanager
+    def _document(self, file: BinaryIO) -> Iterator[AddImage]:
+        """Write a document; annotations wait in a temporary file, since all images come before them."""
         info = {"description": f"annotated by {self._model}", "version": "1.0", "year": 0}
         info |= dict.fromkeys(("contributor", "url", "date_created"), "")
         file.write(b'{"info":' + compact_json(info) + b',"licenses":[],"images":[')
         with tempfile.TemporaryFile(dir=os.path.dirname(file.name)) as annotations:  # where there is room for OUT
-            for group in index.images():
+            images_start = file.tell()
+
+            def add(group: ImageGroup, name: str) -> None:
                 image_id = self._ids.image(group.distinct_name)
-                file.write((b",\n" if self.num_images else b"\n") + compact_json(self._image_entry(group, image_id)))
+                file.write(b",\n" if file.tell() > images_start else b"\n")
+                file.write(compact_json(self._image_entry(group, image_id, name)))
                 self.num_images += 1
                 for annotation in self._annotations(group, image_id):
                     self._num_annotations += 1
-                    annotations.write(b",\n" if self._num_annotations > 1 else b"\n")
+                    annotations.write(b",\n" if annotations.tell() else b"\n")
                     annotations.write(compact_json({"id": self._num_annotations, **annotation}))
+
+            yield add
             annotations.seek(0)
             file.write(b'],\n"annotations":[')
             shutil.copyfileobj(annotations, file)
@@ -217,9 +302,9 @@ class _Writer:
             known = self._options.coco_ids_from
             yield f"{self._num_unknown} images are not in {known} and were left out (first: {first})"
 
-    def _image_entry(self, group: ImageGroup, image_id: Any) -> dict[str, Any]:
+    def _image_entry(self, group: ImageGroup, image_id: Any, name: str) -> dict[str, Any]:
         size = {"width": group.width, "height": group.height}
-        entry = {"id": image_id, **size, "file_name": group.distinct_name}
+        entry = {"id": image_id, **size, "file_name": name}
         captions = [] if self._is_of_captions else group.captions()
         return {**entry, "captions": captions} if captions else entry
 

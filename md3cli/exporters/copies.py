@@ -6,16 +6,18 @@ files in place, through links too, so a picture is a copy unless the user asked 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from md3cli.errors import ImageError
 from md3cli.exporters.at_once import holding, in_order
+from md3cli.exporters.files import StagedFolder
 from md3cli.exporters.grouping import ImageGroup
-from md3cli.exporters.names import relative_name
+from md3cli.exporters.names import Names, relative_name
 from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_decodes
+from md3cli.exporters.splits import Sets
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +49,44 @@ USUAL = Kinds(  # by Ultralytics 8.3 and all after it; supervision, CVAT and lab
 
 
 class Copy(NamedTuple):
-    """A picture and its place; `picture` is None where it is not there."""
+    """A picture and its place; `picture` is None where it is not there, `part` is its set's name."""
 
     group: ImageGroup
     target: Path
     picture: FoundPicture | None
+    part: str
 
     @classmethod
-    def of(cls, group: ImageGroup, target: Path, pictures: Pictures, out: Path) -> Copy:
+    def of(cls, group: ImageGroup, target: Path, part: str = "", *, pictures: Pictures, out: Path) -> Copy:
         """Find a group's picture, which belongs at `target`.
 
         Raises:
             UsageError: it lies in `out`, which is to be replaced.
         """
         pictures.refuse_inside(out, group)
-        return cls(group, target, pictures.find(group.picture_record, has_twins=group.has_twins))
+        return cls(group, target, pictures.find(group.picture_record, has_twins=group.has_twins), part)
+
+
+def named_copies(
+    groups: Iterable[ImageGroup],
+    folder: StagedFolder,
+    folders: Mapping[str, str],
+    sets: Sets,
+    names: Names,
+    kinds: Kinds,
+    copy_of: Callable[[ImageGroup, Path, str], Copy],
+) -> Iterator[Copy]:
+    """Yield where each picture goes in a data set without label files: its name alone must be its own.
+
+    `folders` has the folder of each set. What stands at a place until the picture is put there is an empty file.
+    """
+    for group in groups:
+        part, suffix = sets.add(group.name, group.records), kinds.suffix_of(group.name)
+        is_kept = suffix.lower() == relative_name(group.name).suffix.lower()
+        found = names.of(group.file_name, suffix, keep_suffix=not is_kept)
+        file, name = folder.create(PurePosixPath(folders[part]) / one for one in found)
+        file.close()
+        yield copy_of(group, folder.path / name, part)
 
 
 def copied(copies: Iterable[Copy], pictures: Pictures, kinds: Kinds) -> Iterator[tuple[Copy, bool]]:
@@ -73,6 +98,7 @@ def copied(copies: Iterable[Copy], pictures: Pictures, kinds: Kinds) -> Iterator
 
     def put(copy: Copy) -> bool:
         if copy.picture is None:
+            copy.target.unlink(missing_ok=True)
             return False
         try:
             with holding(copy.group.width, copy.group.height):

@@ -1,4 +1,4 @@
-"""Hugging Face ImageFolder: pictures under `train/` and what was found in `train/metadata.jsonl`.
+"""Hugging Face ImageFolder: pictures under `train/` and what was found in `train/metadata.jsonl`; so for each set.
 
 `load_dataset("imagefolder", data_dir=OUT)` guesses splits from names, so everything lies under `train/`: a picture
 called `test_a.jpg` would otherwise take the rest away. Every row has the same keys, those that the records' tasks can
@@ -13,27 +13,35 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
-from md3cli.errors import ImageError
+from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport
-from md3cli.exporters.files import StagedFolder, staged_folder
+from md3cli.exporters.copies import Copy, Kinds, copied, named_copies
+from md3cli.exporters.files import staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
-from md3cli.exporters.names import candidates, portable, relative_name
+from md3cli.exporters.names import Names, portable
 from md3cli.exporters.objects import flat
-from md3cli.exporters.pictures import Pictures, pillow_decodes
+from md3cli.exporters.pictures import Pictures
+from md3cli.exporters.splits import Sets
 from md3cli.records import compact_json
 from md3cli.refine.collection import Collection
 from md3cli.source.walk import IMAGE_SUFFIXES
 
 METADATA, CARD = "metadata.jsonl", "README.md"
-_NOT_LOADED = frozenset({".avif", ".heic", ".heif"})  # by ImageFolder of datasets 5.2: written as PNG instead
-_LOADED = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")  # whatever the suffix says; MPO is opened as JPEG
+_KINDS = Kinds(  # of ImageFolder of datasets 5.2, which looks at the content, not at the suffix
+    taken=IMAGE_SUFFIXES,
+    remade=frozenset({".avif", ".heic", ".heif"}),
+    formats=("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"),  # MPO is opened as JPEG
+)
+_NAMES = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 # What `datasets` takes for the name of another split in a folder's name, at any depth (data_files.py).
 _SPLIT = re.compile(r"(?<![^-._ 0-9])(validation|valid|dev|val|test|testing|eval|evaluation)(?![^-._ 0-9])")
 _READ = str.maketrans("[]{}$%", "______")  # as patterns, and as variables of the environment ($HOME, %TEMP%)
@@ -41,61 +49,56 @@ _READ = str.maketrans("[]{}$%", "______")  # as patterns, and as variables of th
 
 def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
     """Write a folder that `datasets` loads; images whose picture cannot be read are left out."""
-    pictures = Pictures(records, options)
+    pictures, sets = Pictures(records, options), Sets(options.splits)
     pictures.require_root("hf")
+    folders = _folders(sets)
     num_images = 0
     with (
         closing(ImageIndex(records)) as index,
         staged_folder(out, overwrite=options.overwrite, format="hf") as folder,
+        ExitStack() as files,
     ):
         survey = index.survey
         classes = {label: number for number, label in enumerate(survey.categories())}
         (folder.path / CARD).write_text(_card(survey, list(classes)), encoding="utf-8")
-        (folder.path / "train").mkdir()
-        with (folder.path / "train" / METADATA).open("xb") as metadata:
-            for group in index.images():
-                pictures.refuse_inside(out, group)
-                name = _add_picture(folder, group, pictures)
-                if name is None:
-                    continue
-                row = {"file_name": str(name), **_columns(group, survey, classes)}
-                metadata.write(compact_json(row) + b"\n")
+        tables = {}
+        for part, name in folders.items():
+            (folder.path / name).mkdir()
+            tables[part] = files.enter_context((folder.path / name / METADATA).open("xb"))
+        names = Names(is_flat=options.is_flat, fitted=_plain)
+        copies = named_copies(
+            index.images(),
+            folder,
+            folders,
+            sets,
+            names,
+            _KINDS,
+            partial(Copy.of, pictures=pictures, out=out),
+        )
+        for copy, is_there in copied(copies, pictures, _KINDS):
+            if is_there:
+                name = copy.target.relative_to(folder.path / folders[copy.part]).as_posix()
+                row = {"file_name": name, **_columns(copy.group, survey, classes)}
+                tables[copy.part].write(compact_json(row) + b"\n")
                 num_images += 1
-        notes = (*survey.notes(), *pictures.missing_note())
+        files.close()
+        for name in folders.values():  # a set without rows stops `datasets`
+            if sets.splits is not None and not (folder.path / name / METADATA).stat().st_size:
+                shutil.rmtree(folder.path / name)
+        notes = (*survey.notes(), *pictures.missing_note(), *sets.notes())
     return ExportReport("hf", out, survey.num_records, num_images, survey.num_failures, notes)
 
 
-def _add_picture(folder: StagedFolder, group: ImageGroup, pictures: Pictures) -> PurePosixPath | None:
-    """Put the picture under `train/`; its name there, None where it cannot be read."""
-    source = pictures.find(group.picture_record, has_twins=group.has_twins)
-    if source is None:
-        return None
-    file, relative = folder.create(PurePosixPath("train") / _plain(name) for name in _names(group.file_name))
-    target = folder.path / relative
-    with file:
-        try:
-            content = pictures.read_bytes(source)  # what is no picture, or not the record's, is not carried
-            if relative_name(group.name).suffix.lower() in _NOT_LOADED or not pillow_decodes(content, _LOADED):
-                pictures.read(source).save(file, "PNG")
-            elif source.size is not None:  # a member of a tar
-                file.write(content)
-            else:
-                pictures.copy(source, target)
-        except ImageError:
-            pictures.note_unreadable(group.name)
-            target.unlink()
-            return None
-    return relative.relative_to("train")
-
-
-def _names(image: str) -> Iterator[PurePosixPath]:
-    """Yield names that end in a suffix `datasets` loads; any will do, since it looks at the content."""
-    suffix = relative_name(image).suffix
-    if suffix.lower() in _NOT_LOADED:
-        return candidates(image, ".png", keep_suffix=True)
-    if suffix.lower() in IMAGE_SUFFIXES:
-        return candidates(image, suffix)
-    return candidates(image, ".jpg", keep_suffix=True)
+def _folders(sets: Sets) -> dict[str, str]:
+    """Return what the folder of each set is called: as `datasets` knows it."""
+    if sets.splits is None:
+        return {"": "train"}
+    if unknown := [name for name in sets.names if name not in _NAMES]:
+        raise UsageError(f"hf has sets called train, val and test, not {unknown[0]}; name them so in --split")
+    folders = {name: _NAMES[name] for name in sets.names}
+    if len(set(folders.values())) < len(folders):
+        raise UsageError("val and validation are one set for hf; name it once in --split")
+    return folders
 
 
 def _plain(name: PurePosixPath) -> PurePosixPath:

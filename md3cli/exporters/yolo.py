@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from md3cli.exporters import ExportOptions, ExportReport
@@ -40,7 +41,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
             (folder.path / "images" / name).mkdir(parents=True)
             (folder.path / "labels" / name).mkdir(parents=True)
         names = Names(is_flat=options.is_flat, fitted=_fitted)
-        labelled = _labelled(index, folder, sets, names, lambda group, target: Copy.of(group, target, pictures, out))
+        labelled = _labelled(index, folder, sets, names, partial(Copy.of, pictures=pictures, out=out))
         for copy, _ in copied(labelled, pictures, USUAL):
             num_points += sum(1 for _ in copy.group.points())
             num_images += 1
