@@ -11,11 +11,13 @@ import pytest
 import supervision as sv
 from finished_runs import CAR, DOG, HEIGHT, NAMES, WIDTH, Record, Run, detect_records, record
 from labelformat.formats.coco import COCOObjectDetectionInput
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from md3cli.errors import ExportError, InputError, UsageError
 from md3cli.exporters import FORMATS
+from md3cli.exporters.splits import Splits
 
 DONUT = "M 0 0 L 1 0 L 1 1 L 0 1 Z M 0.25 0.25 L 0.25 0.75 L 0.75 0.75 L 0.75 0.25 Z"  # the inner ring turns back
 TRIANGLE = "M 0 0 L 1 0 L 0 1 Z"
@@ -269,3 +271,66 @@ def test_pictures_that_look_alike_are_two_images(run: Run, first: dict[str, str]
     document = json.loads(out.read_text(encoding="utf-8"))
     assert len({image["file_name"] for image in document["images"]}) == 2
     assert [(box["image_id"], box["bbox"][0]) for box in document["annotations"]] == [(1, 12.0), (2, 24.0)]
+
+
+HALVES = Splits((("train", 0.5), ("val", 0.5)))
+
+
+def test_sets_are_documents_whose_ids_are_told_apart(detect_run: Run) -> None:
+    report, out = detect_run.export("coco", "out", splits=HALVES)
+    documents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in out.glob("*.json")}
+    assert set(documents) == {"instances_train", "instances_val"}
+    images = [image for document in documents.values() for image in document["images"]]
+    annotations = [found for document in documents.values() for found in document["annotations"]]
+    assert sorted(image["file_name"] for image in images) == sorted(NAMES)
+    assert report.num_images == len({image["id"] for image in images}) == len(NAMES)
+    assert len({found["id"] for found in annotations}) == len(annotations) > 0
+    for stem, document in documents.items():
+        assert [category["name"] for category in document["categories"]] == ["dog", "car"]
+        known = {image["id"] for image in document["images"]}
+        assert {found["image_id"] for found in document["annotations"]} <= known
+        assert {HALVES.of(image["file_name"], []) for image in document["images"]} == {stem.rpartition("_")[2]}
+        COCO(str(out / f"{stem}.json"))
+
+
+def test_sets_of_captions_are_called_so(run: Run) -> None:
+    run.write([record(name, "caption", None, caption="A dog.") for name in ("test_a.jpg", "empty.png")])
+    _, out = run.export("coco", "out", splits=HALVES)
+    assert {path.name for path in out.glob("*.json")} == {"captions_train.json", "captions_val.json"}
+
+
+def test_a_folder_is_needed_for_sets(detect_run: Run) -> None:
+    with pytest.raises(UsageError, match="is a folder"):
+        detect_run.export("coco", "out.json", splits=HALVES)
+    for choice in ("is_flat", "is_linked"):
+        with pytest.raises(UsageError, match="--roboflow"):
+            detect_run.export("coco", "out2.json", **{choice: True})
+
+
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_roboflow_has_the_document_beside_the_pictures(detect_run: Run, is_flat: bool) -> None:
+    _, out = detect_run.export("coco", "out", splits=HALVES, is_roboflow=True, is_flat=is_flat)
+    num_images = 0
+    for name in ("train", "valid"):
+        document = json.loads((out / name / "_annotations.coco.json").read_text(encoding="utf-8"))
+        files = {path.relative_to(out / name).as_posix() for path in (out / name).rglob("*") if path.is_file()}
+        assert files == {"_annotations.coco.json", *(image["file_name"] for image in document["images"])}
+        assert not is_flat or not any("/" in image["file_name"] for image in document["images"])
+        num_images += len(document["images"])
+        for image in document["images"]:
+            with Image.open(out / name / image["file_name"]) as picture:
+                assert ImageOps.exif_transpose(picture).size == (image["width"], image["height"])
+    assert num_images == len(NAMES)
+
+
+def test_roboflow_in_one_set_leaves_out_what_is_not_there(detect_run: Run) -> None:
+    (detect_run.root / "test_a.jpg").unlink()
+    (detect_run.root / "empty.png").write_bytes(b"no picture")
+    report, out = detect_run.export("coco", "out", is_roboflow=True)
+    document = json.loads((out / "_annotations.coco.json").read_text(encoding="utf-8"))
+    names = {image["file_name"] for image in document["images"]}
+    assert len(names) == report.num_images == len(NAMES) - 2
+    assert names == {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} - {
+        "_annotations.coco.json",
+        ".md3",
+    }

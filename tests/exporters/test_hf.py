@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from finished_runs import CAR, HEIGHT, NAMES, WIDTH, Run, detect_records, draw_p
 from PIL import Image
 
 from md3cli.errors import ExportError, UsageError
+from md3cli.exporters.splits import Splits
 
 
 def load(folder: Path, cache: Path) -> Any:
@@ -226,3 +228,38 @@ def test_what_is_null_for_a_long_time_has_a_type(run: Run, tmp_path: Path) -> No
     _, out = run.export("hf", "out")
     rows = load_dataset(str(out), cache_dir=str(tmp_path / "cache"))["train"]
     assert [row["text"] for row in rows] == [None, "a car"]
+
+
+def test_sets_have_the_names_of_datasets(detect_run: Run) -> None:
+    splits = Splits((("train", 0.5), ("val", 0.5)))
+    report, out = detect_run.export("hf", "out", splits=splits)
+    loaded = load(out, out.parent / "cache")
+    assert set(loaded) == {"train", "validation"}
+    assert sum(len(rows) for rows in loaded.values()) == report.num_images == len(NAMES)
+    for folder, name in (("train", "train"), ("validation", "val")):
+        found = {row["file_name"] for row in rows_in(out / folder)}
+        assert found
+        assert {splits.of(one, []) for one in found & set(NAMES)} <= {name}
+
+
+def rows_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_an_empty_set_is_left_out_and_told(detect_run: Run) -> None:
+    report, out = detect_run.export("hf", "out", splits=Splits((("train", 1.0), ("test", 0.0))))
+    assert not (out / "test").exists()
+    assert any(note == f"sets: train {len(NAMES)}, test 0" for note in report.notes)
+
+
+def test_sets_that_datasets_does_not_know_are_refused(detect_run: Run) -> None:
+    for shares in ((("train", 0.5), ("holdout", 0.5)), (("val", 0.5), ("validation", 0.5))):
+        with pytest.raises(UsageError, match="--split"):
+            detect_run.export("hf", "out", splits=Splits(shares))
+
+
+def test_flat_names_lie_in_one_folder(detect_run: Run) -> None:
+    _, out = detect_run.export("hf", "out", is_flat=True)
+    names = [row["file_name"] for row in rows_in(out / "train")]
+    assert len(names) == len({name.rpartition(".")[0].casefold() for name in names}) == len(NAMES)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
