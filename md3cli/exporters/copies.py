@@ -16,7 +16,7 @@ from md3cli.exporters.at_once import holding, in_order
 from md3cli.exporters.files import StagedFolder
 from md3cli.exporters.grouping import ImageGroup
 from md3cli.exporters.names import Names, relative_name
-from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_decodes
+from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_opens
 from md3cli.exporters.splits import Sets
 
 
@@ -27,12 +27,14 @@ class Kinds:
     Attributes:
         taken: suffixes that they look for; a picture with another one is called `.jpg`.
         remade: suffixes of kinds that they cannot decode; these become PNG.
-        formats: Pillow's names of what a file must decode as, else it becomes PNG; None: they decode whatever we do.
+        formats: Pillow's names of what a file must be, whatever its suffix says, else it becomes PNG; None: anything.
+        are_whole: a file must decode to its end in plain Pillow, too.
     """
 
     taken: frozenset[str]
     remade: frozenset[str]
     formats: tuple[str, ...] | None = None
+    are_whole: bool = False
 
     def suffix_of(self, image: str) -> str:
         """Return the suffix that the picture called `image` gets."""
@@ -45,6 +47,7 @@ class Kinds:
 USUAL = Kinds(  # by Ultralytics 8.3 and all after it; supervision, CVAT and labelme take no fewer
     taken=frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}),
     remade=frozenset({".gif", ".avif", ".heic", ".heif"}),
+    formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF"),  # JPEG's opener gives MPO, too; others are "corrupt" to trainers
 )
 
 
@@ -130,9 +133,14 @@ def _put(picture: FoundPicture, target: Path, pictures: Pictures, kinds: Kinds) 
     content = None
     if relative_name(picture.name).suffix.lower() not in kinds.remade:
         content = pictures.read_bytes(picture)
-    if content is None or not (kinds.formats is None or pillow_decodes(content, kinds.formats)):
+    if content is None or not (kinds.formats is None or pillow_opens(content, kinds.formats, is_whole=kinds.are_whole)):
         pictures.read(picture).save(target, "PNG")
-    elif picture.size is not None:  # a member of a tar
+    elif picture.size is not None or _is_restored(content):  # a member of a tar, or not to be linked
         target.write_bytes(content)
     else:
         pictures.copy(picture, target)
+
+
+def _is_restored(content: bytes) -> bool:
+    """Return whether Ultralytics takes a JPEG for damaged: up to 8.3 it writes such a file anew, through hard links."""
+    return content.startswith(b"\xff\xd8") and not content.endswith(b"\xff\xd9")

@@ -40,6 +40,7 @@ _KINDS = Kinds(  # of ImageFolder of datasets 5.2, which looks at the content, n
     taken=IMAGE_SUFFIXES,
     remade=frozenset({".avif", ".heic", ".heif"}),
     formats=("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"),  # MPO is opened as JPEG
+    are_whole=True,  # one that does not decode stops the loop over the set
 )
 _NAMES = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 # What `datasets` takes for the name of another split in a folder's name, at any depth (data_files.py).

@@ -19,7 +19,7 @@ from md3cli.errors import ExportError, ImageError
 from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file
 from md3cli.exporters.grouping import CHOICE_PREFIX, choice_notes, choice_scores, find_choices
-from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_decodes
+from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_opens
 from md3cli.records import RecordDict
 from md3cli.refine.collection import Collection, read
 
@@ -161,4 +161,4 @@ def _readable_bytes(found: FoundPicture, pictures: Pictures) -> bytes | None:
         content = pictures.read_bytes(found)
     except ImageError:
         return None
-    return content if pillow_decodes(content) else None
+    return content if pillow_opens(content) else None

@@ -42,13 +42,17 @@ class FoundPicture(ImageItem):
     sha256: str | None = None
 
 
-def pillow_decodes(content: bytes, formats: tuple[str, ...] | None = None) -> bool:
-    """Return whether plain Pillow, and so `datasets`, decodes a file: one it cannot stops the loop over the set."""
+def pillow_opens(content: bytes, formats: tuple[str, ...] | None = None, *, is_whole: bool = True) -> bool:
+    """Return whether plain Pillow opens a file as one of its `formats`, and decodes it to its end where `is_whole`.
+
+    So does `datasets`, where a file that does not decode stops the loop over the set.
+    """
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(content), formats=formats) as image:
-            image.load()  # stricter than ours: a JPEG without its end marker is refused
+            if is_whole:
+                image.load()  # stricter than ours: a JPEG without its end marker is refused
     except Exception:  # noqa: BLE001 - decoders raise OSError, ValueError, SyntaxError, RuntimeError, struct.error, ...
         return False
     return True

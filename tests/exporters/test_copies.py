@@ -1,0 +1,41 @@
+"""Pictures put where trainers find them: kinds they do not take, and files they would write anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finished_runs import CAR, Run, record
+from PIL import Image
+
+
+def test_the_kind_decides_not_the_suffix(run: Run) -> None:
+    kinds = {"a.jpg": "GIF", "b.png": "AVIF", "c.jpg": "PNG", "d.webp": "JPEG", "e.gif": "GIF"}
+    for name, kind in kinds.items():
+        Image.new("RGB", (120, 80), "red").save(run.root / name, kind)
+    run.write(record(name, "detect", "car", objects=[CAR]) for name in kinds)
+    _, out = run.export("yolo", "out")
+    found = {}
+    for path in (out / "images").iterdir():
+        with Image.open(path) as image:
+            found[path.name] = image.format
+    assert found == {"a.jpg": "PNG", "b.png": "PNG", "c.jpg": "PNG", "d.webp": "JPEG", "e.png": "PNG"}
+    assert (out / "images/c.jpg").read_bytes() == (run.root / "c.jpg").read_bytes()
+
+
+def test_a_jpeg_that_trainers_would_restore_is_never_linked(run: Run) -> None:
+    """Ultralytics 8.3 writes to a JPEG that does not end in FF D9, and so to all names of that file."""
+    for name in ("whole.jpg", "more.jpg", "cut.jpg", "a.png"):
+        Image.new("RGB", (120, 80), "red").save(run.root / name)
+    more, cut = run.root / "more.jpg", run.root / "cut.jpg"
+    more.write_bytes(more.read_bytes() + b"\0")
+    cut.write_bytes(cut.read_bytes()[:-2])
+    names = ["whole.jpg", "more.jpg", "cut.jpg", "a.png"]
+    run.write(record(name, "detect", "car", objects=[CAR]) for name in names)
+    _, out = run.export("yolo", "out", is_linked=True)
+
+    def is_linked(name: str) -> bool:
+        copy: Path = out / "images" / name
+        assert copy.read_bytes() == (run.root / name).read_bytes()
+        return copy.samefile(run.root / name)
+
+    assert [name for name in names if is_linked(name)] == ["whole.jpg", "a.png"]
