@@ -120,12 +120,10 @@ def copied(copies: Iterable[Copy], pictures: Pictures, kinds: Kinds) -> Iterator
         yield copy, is_there
 
 
-def missing_notes(pictures: Pictures) -> Iterator[str]:
+def missing_notes(pictures: Pictures, place: str = "under images/") -> Iterator[str]:
     """Yield how many pictures a data set lacks that can do without: its labels fit pictures put there later."""
     if pictures.num_missing:
-        yield (
-            f"{pictures.num_missing} pictures were not found or not readable: add --root DIR, or put them under images/"
-        )
+        yield f"{pictures.num_missing} pictures were not found or not readable: add --root DIR, or put them {place}"
 
 
 def _put(picture: FoundPicture, target: Path, pictures: Pictures, kinds: Kinds) -> None:

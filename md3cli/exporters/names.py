@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from itertools import chain, count
 from pathlib import PurePosixPath
 
+from md3cli.errors import ExportError
 from md3cli.finished.digest import DIGEST_BYTES, DigestSet
+from md3cli.records import printable
 from md3cli.source.walk import IMAGE_SUFFIXES
 
 NAME_LIMIT_BYTES = 255  # of one path component on every common file system
@@ -46,6 +48,17 @@ def _portable_part(part: str) -> str:
     bare = plain.rstrip(". ")  # Windows drops these
     plain = bare + "_" * (len(plain) - len(bare))
     return f"_{plain}" if _RESERVED.match(plain) else plain
+
+
+def is_picture_name(name: str) -> bool:
+    """Return whether a file's name ends as a picture's."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def beside_pictures(name: PurePosixPath) -> PurePosixPath:
+    """Return `name`, portable, in no folder called as a picture: in a bucket `b.jpg` and `b.jpg/c.jpg` both exist."""
+    *folders, last = portable(name).parts
+    return PurePosixPath(*(f"{folder[:-1]}_" if is_picture_name(folder) else folder for folder in folders), last)
 
 
 def candidates(image: str, suffix: str, *, keep_suffix: bool = False) -> Iterator[PurePosixPath]:
@@ -106,6 +119,23 @@ class Names:
         else:
             yield from map(self._fitted, candidates(image, suffix, keep_suffix=keep_suffix))
 
+    def about(self, image: str, suffix: str) -> Iterator[PurePosixPath]:
+        """Yield names as `of`; of an image that is not called as a picture the whole name stays."""
+        return self.of(image, suffix, keep_suffix=not is_picture_name(relative_name(image).name))
+
+    def first_free(self, image: str, suffix: str) -> PurePosixPath:
+        """Return the first name `about` the image whose path without suffix was not given before, in any case.
+
+        For names that no folder keeps apart.
+
+        Raises:
+            ExportError: each of them was given.
+        """
+        for name in self.about(image, suffix):
+            if self.is_flat or self._claim(str(name.with_suffix(""))):
+                return name
+        raise ExportError(f"no file name is left for {printable(image)}")
+
     def claimed(self, text: str) -> str:
         """Return a flat name for `text` that was not given before: its letters, where taken with a digest."""
         short = plain(text)
@@ -117,10 +147,10 @@ class Names:
         return next(name for name in chain(told_apart, numbered) if self._claim(name))
 
     def _claim(self, name: str) -> bool:
-        return self._taken.add(hashlib.sha256(name.casefold().encode()).digest()[:DIGEST_BYTES])
+        return self._taken.add(hashlib.sha256(name.casefold().encode("utf-8", "surrogatepass")).digest()[:DIGEST_BYTES])
 
 
 def stem_of(image: str) -> str:
     """Return a picture's name as one text, folders joined by `_`, without the suffix of a picture."""
     name = relative_name(image)
-    return "_".join([*name.parts[:-1], name.stem if name.suffix.lower() in IMAGE_SUFFIXES else name.name])
+    return "_".join([*name.parts[:-1], name.stem if is_picture_name(name.name) else name.name])

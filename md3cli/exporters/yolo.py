@@ -20,12 +20,11 @@ from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.copies import USUAL, Copy, copied, missing_notes
 from md3cli.exporters.files import StagedFolder, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
-from md3cli.exporters.names import Names, portable, relative_name
+from md3cli.exporters.names import Names, beside_pictures
 from md3cli.exporters.objects import Ring, joined_ring
 from md3cli.exporters.pictures import Pictures
 from md3cli.exporters.splits import Sets
 from md3cli.refine.collection import Collection
-from md3cli.source.walk import IMAGE_SUFFIXES
 
 
 def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
@@ -60,7 +59,9 @@ def _labelled(
     classes = {label: number for number, label in enumerate(index.survey.categories())}
     for group in index.images():
         part = sets.add(group.name, group.records)
-        file, label = folder.create(PurePosixPath("labels", part) / name for name in _names(group.file_name, names))
+        file, label = folder.create(
+            PurePosixPath("labels", part) / name for name in names.about(group.file_name, ".txt")
+        )
         with file:
             lines = _lines(group, classes, are_polygons="segment" in index.survey.tasks)
             file.write("".join(f"{line}\n" for line in lines).encode())
@@ -86,23 +87,10 @@ def _polygon_line(number: int, ring: Ring, width: int, height: int) -> str:
     return " ".join([str(number), *(f"{x / width:.6f} {y / height:.6f}" for x, y in ring)])
 
 
-def _names(image: str, names: Names) -> Iterator[PurePosixPath]:
-    """Yield names of a label file, best first."""
-    return names.of(image, ".txt", keep_suffix=not _is_picture_name(relative_name(image).name))
-
-
 def _fitted(name: PurePosixPath) -> PurePosixPath:
-    """Return `name` neither hidden nor in a folder `images`, which trainers pass over.
-
-    Nor is it in a folder called as a picture: in a tar or a bucket `b.jpg` and `b.jpg/c.jpg` both exist.
-    """
-    parts = [f"_{part[1:]}" if part.startswith(".") else part for part in portable(name).parts]
-    folders = (f"{part}_" if part == "images" or _is_picture_name(part) else part for part in parts[:-1])
-    return PurePosixPath(*folders, parts[-1])
-
-
-def _is_picture_name(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+    """Return `name` neither hidden nor in a folder `images`, which trainers pass over."""
+    parts = [f"_{part[1:]}" if part.startswith(".") else part for part in beside_pictures(name).parts]
+    return PurePosixPath(*(f"{part}_" if part == "images" else part for part in parts[:-1]), parts[-1])
 
 
 def _data_yaml(labels: Iterable[str], sets: tuple[str, ...]) -> str:

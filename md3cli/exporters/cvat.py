@@ -1,0 +1,251 @@
+"""CVAT for images 1.1: `annotations.xml`, the pictures under `images/`, and `labels.json` for the task they go into.
+
+CVAT looks for an `<image>`'s picture by its path without suffix; one that it does not know it takes for the frame whose
+number is the `id`, silently. So no two names differ in suffix or case alone, and once one picture is there, those that
+are not are left out. Boxes are boxes, masks polygons, points points; each has its score as an attribute, which a task
+keeps if its labels declare it, as `labels.json` does. Captions and answers are tags of the image with a text.
+Source: CVAT's loader (`dataset_manager/formats/cvat.py`, `match_dm_item`), its limits from cvat-sdk 2.80.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+from md3cli.exporters import ExportOptions, ExportReport
+from md3cli.exporters.copies import USUAL, Copy, copied
+from md3cli.exporters.files import staged_folder
+from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
+from md3cli.exporters.names import Names, beside_pictures
+from md3cli.exporters.objects import Ring, joined_ring
+from md3cli.exporters.palette import palette
+from md3cli.exporters.pictures import Pictures
+from md3cli.records import printable
+from md3cli.refine.collection import Collection
+
+LABEL_CHARS = 64  # CVAT refuses a task with a longer label
+TEXT_CHARS = 4096  # and a longer value of an attribute
+_NOT_XML = re.compile("[\ud800-\udfff\ufffe\uffff]")  # of what may be left in a name (XML 1.0, section 2.2)
+_SCORE = {
+    "name": "score",
+    "mutable": False,
+    "input_type": "number",
+    "default_value": "1",  # of what a person draws
+    "values": ["0", "1", "0.001"],  # least, greatest, step
+}
+
+
+def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
+    """Write annotations that CVAT takes into a task made of OUT's pictures, or of the user's own."""
+    pictures = Pictures(records, options)
+    with (
+        closing(ImageIndex(records)) as index,
+        staged_folder(out, overwrite=options.overwrite, format="cvat") as folder,
+        TemporaryFile(dir=folder.path) as there,
+        TemporaryFile(dir=folder.path) as missing,
+    ):
+        survey, labels = index.survey, _Labels(index.survey)
+        images = folder.path / "images"
+        images.mkdir()
+        texts = _Elements(there, labels), _Elements(missing, labels)
+        for copy, is_there in copied(_placed(index, images, pictures, out), pictures, USUAL):
+            texts[not is_there].add(copy.group, copy.target.relative_to(images))
+        chosen = texts[not texts[0].num_images]
+        with (folder.path / "annotations.xml").open("wb") as file:
+            chosen.write(file, printable(out.name))
+        (folder.path / "labels.json").write_text(json.dumps(labels.to_json(), indent=1) + "\n", encoding="utf-8")
+    notes = (*survey.notes(), *_notes(pictures), *labels.notes(), *_setup_notes(out, pictures))
+    return ExportReport("cvat", out, survey.num_records, chosen.num_images, survey.num_failures, notes)
+
+
+def _placed(index: ImageIndex, images: Path, pictures: Pictures, out: Path) -> Iterator[Copy]:
+    names = Names(is_flat=False, fitted=_fitted)
+    for group in index.images():
+        name = names.first_free(group.file_name, USUAL.suffix_of(group.name))
+        yield Copy.of(group, images / name, pictures, out)
+
+
+def _fitted(name: PurePosixPath) -> PurePosixPath:
+    return beside_pictures(PurePosixPath(_NOT_XML.sub("_", str(name))))
+
+
+class _Labels:
+    """The labels of the task: trimmed and of at most 64 characters, as CVAT keeps them, each once; with their colours.
+
+    `of` has the name for each label of an object, `caption` and `answer` are the tags that hold texts.
+    """
+
+    def __init__(self, survey: Survey) -> None:
+        self.of: dict[str, str] = {}
+        self.num_cut_texts = 0
+        self._taken: set[str] = set()
+        styles = palette((*survey.in_order(), "caption", "answer"))
+        self._colours: dict[str, str] = {}
+        for label in survey.in_order():
+            self.of[label] = self._name(label)
+            self._colours[self.of[label]] = styles[label].colour.hex
+        self.tags: dict[str, tuple[str, ...]] = {}
+        self.caption, self.answer = (
+            self._tag(name, attributes) if task in survey.tasks else ""
+            for task, name, attributes in (("caption", "caption", ("text",)), ("query", "answer", ("question", "text")))
+        )
+        for name, label in ((self.caption, "caption"), (self.answer, "answer")):
+            self._colours |= {name: styles[label].colour.hex} if name else {}
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return the labels as CVAT's raw editor and `cvat-cli task create --labels` take them."""
+        objects = [self._entry(name, "any", [_SCORE]) for name in self.of.values()]
+        return objects + [self._entry(name, "tag", [*map(_text, texts)]) for name, texts in self.tags.items()]
+
+    def value(self, text: str) -> str:
+        """Return a text as an attribute can hold it; what is too long is cut and counted."""
+        shown = "\n".join(map(printable, text.splitlines()))
+        self.num_cut_texts += len(shown) > TEXT_CHARS
+        return shown[:TEXT_CHARS]
+
+    def notes(self) -> Iterator[str]:
+        """Yield what CVAT cannot hold as it is."""
+        changed = [f"{printable(label)} to {name}" for label, name in self.of.items() if printable(label) != name]
+        if changed:
+            yield f"labels that CVAT does not take were changed: {', '.join(changed)}"
+        if self.num_cut_texts:
+            yield f"{self.num_cut_texts} texts were cut to {TEXT_CHARS} characters, the most that CVAT takes"
+
+    def _entry(self, name: str, type: str, attributes: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"name": name, "color": self._colours[name], "type": type, "attributes": attributes}
+
+    def _tag(self, name: str, attributes: tuple[str, ...]) -> str:
+        own = self._name(name)
+        self.tags[own] = attributes
+        return own
+
+    def _name(self, label: str) -> str:
+        short = printable(label).strip()[:LABEL_CHARS].strip() or "object"
+        name, number = short, 1
+        while name in self._taken:
+            number += 1
+            name = f"{short[: LABEL_CHARS - len(str(number)) - 1]}~{number}"
+        self._taken.add(name)
+        return name
+
+
+def _text(name: str) -> dict[str, Any]:
+    return {"name": name, "mutable": False, "input_type": "text", "default_value": "", "values": [""]}
+
+
+class _Elements:
+    """The `<image>` elements of one document, numbered from 0, in a temporary file: their count stands before them."""
+
+    def __init__(self, file: IO[bytes], labels: _Labels) -> None:
+        self._file = file
+        self._labels = labels
+        self.num_images = 0
+
+    def add(self, group: ImageGroup, name: Path) -> None:
+        """Add an image whose picture is `name` below `images/`."""
+        size = {"width": str(group.width), "height": str(group.height)}
+        image = ET.Element("image", {"id": str(self.num_images), "name": name.as_posix(), **size})
+        for element in (*_shapes(group, self._labels), *_tags(group, self._labels)):
+            image.append(element)
+        ET.indent(image, level=1)
+        self._file.write(b"  " + ET.tostring(image, encoding="unicode").encode() + b"\n")
+        self.num_images += 1
+
+    def write(self, file: IO[bytes], name: str) -> None:
+        """Write the document, called `name`, with all that was added."""
+        head = ET.Element("annotations")
+        _add(head, "version", "1.1")
+        task = _add(_add(head, "meta"), "task")
+        for tag, text in (("name", name), ("size", str(self.num_images)), ("mode", "annotation")):
+            _add(task, tag, text)
+        labels = _add(task, "labels")
+        for entry in self._labels.to_json():
+            _add_label(labels, entry)
+        ET.indent(head)
+        text = ET.tostring(head, encoding="unicode").removesuffix("</annotations>")
+        file.write(b'<?xml version="1.0" encoding="utf-8"?>\n' + text.encode())
+        self._file.seek(0)
+        shutil.copyfileobj(self._file, file)
+        file.write(b"</annotations>\n")
+
+
+def _add_label(labels: ET.Element, entry: dict[str, Any]) -> None:
+    label = _add(labels, "label")
+    for key in ("name", "color", "type"):
+        _add(label, key, entry[key])
+    attributes = _add(label, "attributes")
+    for declared in entry["attributes"]:
+        attribute = _add(attributes, "attribute")
+        for key, value in declared.items():
+            _add(attribute, key, "\n".join(value) if key == "values" else str(value))
+
+
+def _shapes(group: ImageGroup, labels: _Labels) -> Iterator[ET.Element]:
+    for box in group.boxes():
+        corners = (box.x, box.y, box.x + box.width, box.y + box.height)
+        facts = {key: f"{value:.2f}" for key, value in zip(("xtl", "ytl", "xbr", "ybr"), corners, strict=True)}
+        yield _shape("box", labels.of[box.label], facts, box.score)
+    for segment in group.segments():
+        ring = joined_ring(segment.rings)
+        yield _shape("polygon", labels.of[segment.box.label], {"points": _pairs(ring)}, segment.box.score)
+    for point in group.points():
+        yield _shape("points", labels.of[point.label], {"points": _pairs([(point.x, point.y)])}, point.score)
+
+
+def _shape(tag: str, label: str, facts: dict[str, str], score: float | None) -> ET.Element:
+    element = ET.Element(tag, {"label": label, "source": "auto", "occluded": "0", **facts, "z_order": "0"})
+    if score is not None:
+        _add(element, "attribute", f"{score:.3f}", name="score")
+    return element
+
+
+def _pairs(ring: Ring) -> str:
+    return ";".join(f"{x:.2f},{y:.2f}" for x, y in ring)
+
+
+def _tags(group: ImageGroup, labels: _Labels) -> Iterator[ET.Element]:
+    for caption in group.captions():
+        yield _tag(labels, labels.caption, text=caption)
+    for question, answer in group.answers():
+        yield _tag(labels, labels.answer, question=question, text=answer)
+
+
+def _tag(labels: _Labels, label: str, **texts: str) -> ET.Element:
+    element = ET.Element("tag", {"label": label, "source": "auto"})
+    for name, text in texts.items():
+        _add(element, "attribute", labels.value(text), name=name)
+    return element
+
+
+def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: str) -> ET.Element:
+    child = ET.SubElement(parent, tag, attributes)
+    child.text = text
+    return child
+
+
+def _notes(pictures: Pictures) -> Iterator[str]:
+    """Yield what pictures are not there: CVAT takes no image that its task has no picture of."""
+    if pictures.num_missing and pictures.num_found:
+        yield from pictures.missing_note()
+    elif pictures.num_missing:
+        yield (
+            "no picture was found, so images/ is empty: add --root DIR, or make the task of pictures with the names in "
+            "annotations.xml"
+        )
+
+
+def _setup_notes(out: Path, pictures: Pictures) -> Iterator[str]:
+    """Yield in words how the files come into CVAT: names have to be those below `images/`, folders and all."""
+    if pictures.num_found:
+        shown = printable(str(out))
+        yield (
+            f"in CVAT: zip what is in {shown}/images (the pictures, not the folder), make a task of the zip with the "
+            f'labels of {shown}/labels.json (Raw), and upload {shown}/annotations.xml to it as "CVAT 1.1"'
+        )
