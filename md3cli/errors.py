@@ -5,6 +5,7 @@
         OutputMismatchError     OUTPUT was begun by another command (task, model, settings)
       ConfigError               md3.toml, MD3_* environment
       InputError                INPUT or a manifest as a whole cannot be read
+        NoImageColumnError      a list has no column with the pictures; has the columns that it has
       OutputError               OUTPUT cannot be written: disk full, permission
         OutputHeldError         another run holds it
       CheckpointError           weights, config or tokenizer are missing, damaged or not understood
@@ -20,6 +21,8 @@ Every message says what happened, where, and what to do.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class Md3Error(Exception):
@@ -44,6 +47,14 @@ class ConfigError(Md3Error):
 
 class InputError(Md3Error):
     """INPUT as a whole cannot be read; a single bad row or file is an error record instead."""
+
+
+class NoImageColumnError(InputError):
+    """A list with columns has none with the pictures; `columns` are those that it has."""
+
+    def __init__(self, message: str, columns: Sequence[str]) -> None:
+        super().__init__(message)
+        self.columns = tuple(columns)
 
 
 class OutputError(Md3Error):

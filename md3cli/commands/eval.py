@@ -16,6 +16,7 @@ from md3cli.commands.reading import ReadOptions, Records
 from md3cli.commands.shared import spread
 from md3cli.console import say
 from md3cli.errors import UsageError
+from md3cli.evaluate.metrics import Metric
 from md3cli.finished.guards import check_none_is_read, check_not_input
 from md3cli.finished.run_json import read_document
 from md3cli.records import printable
@@ -35,6 +36,20 @@ _WRITTEN = ("eval.json", "-pr.png", "-reliability.png")  # how the names of the 
 @spread(ReadOptions)
 def eval_(
     records: Records = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="Compare answers (or else captions) with this column of the records' meta."
+        ),
+    ] = None,
+    metric: Annotated[
+        list[Metric] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Put this score first: anls, relaxed, vqa, f1, accuracy, exact or numeric of answers, acc50 of "
+            "boxes, miou or ciou of masks.",
+        ),
+    ] = None,
     compare: Annotated[
         Path | None, typer.Option(metavar="RECORDS", help="Another run: say what changed since.")
     ] = None,
@@ -64,14 +79,19 @@ def eval_(
     Examples:
         md3 eval run/ --gt instances.json
         md3 eval run/records.jsonl --gt instances.json --fail-under AP50=0.6
+        md3 eval run/ --answer answers --metric anls --fail-under anls=0.8
         md3 eval run/ --compare older/ -o scores/
         md3 eval run/ --gt instances.json --best-thresholds labels.toml
     """
-    from md3cli.evaluate import compare_runs, evaluate, load_truth
+    from md3cli.evaluate import compare_runs, evaluate, load_truth, own_truths
     from md3cli.evaluate.scores import table
 
-    if not options.gt and compare is None:
-        raise UsageError("nothing to compare with; give --gt FILE, or --compare OTHER.jsonl")
+    metrics = list(dict.fromkeys(metric or ()))
+    if not options.gt and answer is None:
+        if metrics:
+            raise UsageError(f"--metric {metrics[0]} needs a ground truth; give --gt FILE, or --answer COLUMN")
+        if compare is None:
+            raise UsageError("nothing to compare with; give --gt FILE, --answer COLUMN, or --compare OTHER.jsonl")
     check_stdout()
     limits = [_limit(text) for text in fail_under or ()]
     if best_thresholds is not None and overwrite:
@@ -85,7 +105,8 @@ def eval_(
         _check_written(output, read)
     _check_labels_file(best_thresholds, read, overwrites=overwrite, has_truth=bool(options.gt))
     truths = [load_truth(path) for path in options.gt or ()]
-    evaluation = compare_runs(found, other, truths) if other else evaluate(found, truths)
+    truths += own_truths(found, answer) if answer is not None else ()
+    evaluation = compare_runs(found, other, truths, metrics) if other else evaluate(found, truths, metrics)
     below = [line for limit in limits for line in _below(evaluation.sections, *limit)]
     if best_thresholds is not None:
         evaluation = replace(evaluation, best=_write_best(best_thresholds, found, truths))

@@ -92,7 +92,9 @@ class ReadOptions:
     gt: Annotated[
         list[Path] | None,
         _select(
-            "--gt", metavar="FILE", help="Ground truth: COCO instances or captions, or {image, question, answer} rows."
+            "--gt",
+            metavar="FILE",
+            help="Ground truth: COCO, or rows (JSON, CSV, Parquet) of pictures' answers, captions or boxes.",
         ),
     ] = None
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from md3cli.errors import InputError
 from md3cli.evaluate.located import RequestKey, final_records, has_failed, request_key
+from md3cli.evaluate.metrics import Metric, check_met, led_by
 from md3cli.evaluate.scores import BestThresholds, Section, Verdict, without_infinite
 from md3cli.evaluate.truth import Captions, Instances, Questions, Truth, load_truth
 from md3cli.records import RecordDict, printable
@@ -22,7 +23,18 @@ from md3cli.refine.collection import Collection, as_collection, read
 from md3cli.refine.labels import Labels
 from md3cli.refine.selection import Selection
 
-__all__ = ["EVAL_SCHEMA", "Comparison", "Evaluation", "Section", "Truth", "compare_runs", "evaluate", "load_truth"]
+__all__ = [
+    "EVAL_SCHEMA",
+    "Comparison",
+    "Evaluation",
+    "Metric",
+    "Section",
+    "Truth",
+    "compare_runs",
+    "evaluate",
+    "load_truth",
+    "own_truths",
+]
 
 EVAL_SCHEMA = "md3-eval/1"
 SCORE_TOLERANCE = 0.002  # what the same model, weights and picture promise
@@ -98,23 +110,42 @@ class Evaluation:
         return dict(without_infinite(document))
 
 
-def evaluate(records: Path | Collection, truths: Sequence[Truth]) -> Evaluation:
+def own_truths(records: Path | Collection, column: str) -> tuple[Truth, ...]:
+    """Return the true answers, or captions, that the records of a collection have in `meta[column]`.
+
+    Raises:
+        UsageError: no record has the column, all leave it empty, or none is of query or caption.
+        InputError: a record has there what is no answer.
+    """
+    from md3cli.evaluate.truth_rows import truths_in_meta
+
+    return truths_in_meta(final_records(read(as_collection(records))), column)
+
+
+def evaluate(records: Path | Collection, truths: Sequence[Truth], metrics: Sequence[Metric] = ()) -> Evaluation:
     """Score the records of a file, or those that are selected of a collection.
 
     A verdict is about all of a collection, selected or not: what another prompt of the name found is not missed.
 
+    Args:
+        metrics: what the sections that have them are led by, the first one mainly.
+
     Raises:
         InputError: records and ground truth have nothing in common.
+        UsageError: a metric has nothing here that it could be of.
         MissingExtraError: objects are to be scored and faster-coco-eval is not installed.
     """
     records, notes = as_collection(records), list[str]()
-    sections = _sections(final_records(read(records, notes)), truths, records)
-    if not sections:
+    taken = final_records(read(records, notes))
+    sections = _sections(taken, truths, records, metrics)
+    if sections:
+        check_met(metrics, sections, (str(record["task"]) for record in taken))
+    else:
         notes.append("nothing is selected, so nothing is scored")
     is_shared = any(len(label.prompts) > 1 for label in records.refinement.labels.labels)
     if is_shared and not records.selection.takes_all:
         whole = replace(records, selection=Selection())
-        verdicts = _verdicts(_sections(final_records(read(whole)), truths, whole))
+        verdicts = _verdicts(_sections(final_records(read(whole)), truths, whole, metrics))
         sections = [
             replace(one, verdicts={key: verdicts.get(key, own) for key, own in one.verdicts.items()})
             for one in sections
@@ -122,13 +153,15 @@ def evaluate(records: Path | Collection, truths: Sequence[Truth]) -> Evaluation:
     return Evaluation(records.path, tuple(truth.path for truth in truths), tuple(sections), notes=tuple(notes))
 
 
-def compare_runs(records: Path | Collection, other: Path | Collection, truths: Sequence[Truth]) -> Evaluation:
+def compare_runs(
+    records: Path | Collection, other: Path | Collection, truths: Sequence[Truth], metrics: Sequence[Metric] = ()
+) -> Evaluation:
     """Score the records of a file, and say what changed since the run `other`; without `truths` say the changes alone.
 
     Where `records` are a selection, only their requests are looked at in `other`.
 
     Raises:
-        InputError, MissingExtraError: as `evaluate` does.
+        InputError, UsageError, MissingExtraError: as `evaluate` does.
     """
     records, other = as_collection(records), as_collection(other)
     notes, earlier_notes = list[str](), list[str]()
@@ -138,27 +171,31 @@ def compare_runs(records: Path | Collection, other: Path | Collection, truths: S
     if not records.selection.takes_all:  # what was not selected is no difference
         selected = set(map(request_key, after))
         before = [record for record in before if request_key(record) in selected]
-    sections = _sections(after, truths, records) if truths else []
-    earlier = _sections(before, truths, other) if truths else []
+    sections = _sections(after, truths, records, metrics) if truths else []
+    earlier = _sections(before, truths, other, metrics) if truths else []
+    if sections:
+        check_met(metrics, sections, (str(record["task"]) for record in after))
     comparison = compare(before, after, earlier, sections)
     return Evaluation(records.path, tuple(truth.path for truth in truths), tuple(sections), comparison, tuple(notes))
 
 
-def _sections(records: Sequence[RecordDict], truths: Sequence[Truth], collection: Collection) -> list[Section]:
+def _sections(
+    records: Sequence[RecordDict], truths: Sequence[Truth], collection: Collection, metrics: Sequence[Metric]
+) -> list[Section]:
     if not records:  # of an empty selection, or of its file
         return []
     labels = collection.refinement.labels
-    sections = [section for truth in truths for section in _score(records, truth, labels)]
+    sections = [led_by(section, metrics) for truth in truths for section in _score(records, truth, labels, metrics)]
     if not sections:
         tasks = ", ".join(dict.fromkeys(str(record["task"]) for record in records)) or "nothing"
         raise InputError(
-            f"nothing to score: {printable(str(collection.path))} holds {tasks}; COCO instances score detect, segment "
-            "and point, COCO captions score caption, questions score query"
+            f"nothing to score: {printable(str(collection.path))} holds {tasks}; boxes and masks score detect, segment "
+            "and point, captions score caption, questions score query"
         )
     return sections
 
 
-def _score(records: Sequence[RecordDict], truth: Truth, labels: Labels) -> list[Section]:
+def _score(records: Sequence[RecordDict], truth: Truth, labels: Labels, metrics: Sequence[Metric]) -> list[Section]:
     by_task: dict[str, list[RecordDict]] = {}
     for record in records:
         by_task.setdefault(str(record["task"]), []).append(record)
@@ -166,16 +203,22 @@ def _score(records: Sequence[RecordDict], truth: Truth, labels: Labels) -> list[
         case Instances():
             from md3cli.evaluate.boxes import score_boxes, score_masks, score_points
 
-            scorers = {"detect": score_boxes, "segment": score_masks, "point": score_points}
-            return [score(by_task[task], truth, labels) for task, score in scorers.items() if task in by_task]
+            sections = []
+            if "detect" in by_task:
+                sections.append(score_boxes(by_task["detect"], truth, labels, metrics))
+            if "segment" in by_task:
+                sections.append(score_masks(by_task["segment"], truth, labels, metrics))
+            if "point" in by_task:
+                sections.append(score_points(by_task["point"], truth, labels))
+            return sections
         case Captions():
-            from md3cli.evaluate.texts import score_captions
+            from md3cli.evaluate.captions import score_captions
 
             return list(score_captions(by_task.get("caption", []), truth))
         case Questions():
-            from md3cli.evaluate.texts import score_answers
+            from md3cli.evaluate.answers import score_answers
 
-            return [score_answers(by_task["query"], truth)] if "query" in by_task else []
+            return [score_answers(by_task["query"], truth, metrics)] if "query" in by_task else []
 
 
 # ---- two runs -------------------------------------------------------------------------------------

@@ -129,6 +129,7 @@ def locate(records: Sequence[RecordDict], truth: Instances, labels: Labels) -> L
         *coverage_notes("image", names, truth.images, matches),
         *coverage_notes("label", asked, truth.categories, named),
         *_size_notes(pictured, images, truth),
+        *truth.notes,
     )
     return Located(tuple(pairs), notes)
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from md3cli.errors import InputError
-from md3cli.evaluate.boxes import Judged, inside_points, judge_boxes, judge_masks, judge_points, match_points
 from md3cli.evaluate.located import Pair, final_records, locate
+from md3cli.evaluate.matching import Judged, inside_points, judge_boxes, judge_masks, judge_points, match_points
 from md3cli.evaluate.scores import BestThresholds, Threshold
 from md3cli.evaluate.truth import Instances, Truth
 from md3cli.finished.names import some_of

@@ -1,6 +1,7 @@
-"""Ground truth files: COCO instances, COCO captions, or questions with their answers.
+"""Ground truth files: COCO instances, COCO captions, or questions with their answers; and what a true text is.
 
-A file's content says which of the three it is. Images keep the names that the file gives them. Knows no records.
+The content of a JSON file says which of the three it is; truth_rows.py reads tables. Images keep the names that the
+file gives them. Knows no records.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 
 from md3cli.errors import InputError
 from md3cli.records import printable
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+MOST_TEXTS = 10_000  # that are true of one thing
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +45,13 @@ class TruthObject:
 
 @dataclass(frozen=True, slots=True)
 class Instances:
-    """COCO instances. `objects` by (image name, category name)."""
+    """Objects, as COCO has them. `objects` by (image name, category name)."""
 
     path: Path
     images: Mapping[str, TruthImage]
     categories: tuple[str, ...]
     objects: Mapping[tuple[str, str], tuple[TruthObject, ...]]
+    notes: tuple[str, ...] = ()  # sentences about what of the file is not scored; of the others, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class Captions:
 
     path: Path
     captions: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,7 @@ class Questions:
 
     path: Path
     answers: Mapping[tuple[str | None, str], tuple[str, ...]]
+    notes: tuple[str, ...] = ()
 
 
 Truth = Instances | Captions | Questions
@@ -74,10 +81,14 @@ def load_truth(path: Path) -> Truth:
     Raises:
         InputError: the file cannot be read, or is of no known kind; the message says which kinds there are.
     """
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        from md3cli.evaluate.truth_rows import read_table  # which loads pyarrow's world
+
+        return read_table(path)
     document = _read_json(path)
     try:
         if isinstance(document, list):
-            return Questions(path, _questions(document))
+            return _questions(path, document)
         annotations = document["annotations"]
         if annotations and "caption" in annotations[0]:
             return Captions(path, _captions(document["images"], annotations))
@@ -85,7 +96,8 @@ def load_truth(path: Path) -> Truth:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise InputError(
             f"{printable(str(path))} is no ground truth that md3 knows ({type(error).__name__}: {error}): it reads "
-            "COCO instances, COCO captions, or a list (JSON or JSON Lines) of {image, question, answer}"
+            "COCO instances, COCO captions, a list (JSON or JSON Lines) of {image, question, answer}, or a table (.csv "
+            ".tsv .parquet)"
         ) from error
 
 
@@ -105,17 +117,56 @@ def _read_json(path: Path) -> Any:
             raise InputError(f"{printable(str(path))} is neither JSON nor JSON Lines ({error})") from error
 
 
-def _questions(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str | None, str], tuple[str, ...]]:
-    answers: dict[tuple[str | None, str], tuple[str, ...]] = {}
+def _questions(path: Path, rows: Iterable[Mapping[str, Any]]) -> Questions:
+    answers: dict[tuple[str | None, str], list[str]] = {}
+    num_missing = 0
     for row in rows:
-        accepted = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-        key = (row["image"], str(row["question"]).strip())
-        answers[key] = answers.get(key, ()) + tuple(map(_answer_text, accepted))
-    return answers
+        if texts := true_texts(row["answer"]):
+            answers.setdefault((row["image"], str(row["question"]).strip()), []).extend(texts)
+        else:
+            num_missing += 1
+    missing = f"{num_missing:,} rows of {printable(str(path))} have no answer and are not scored"
+    found = {key: tuple(texts) for key, texts in answers.items()}
+    return Questions(path, found, (missing,) if num_missing else ())
 
 
-def _answer_text(answer: object) -> str:
-    return {True: "yes", False: "no"}[answer] if isinstance(answer, bool) else str(answer)
+def true_texts(value: object, *, reads_json: bool = False) -> tuple[str, ...]:
+    """Return the true texts that a value says: a text, a list of them, or VQA's list of {"answer": text}.
+
+    Numbers are written as people do (2.0 is "2"), truth values as yes and no; what is null or blank is left out.
+
+    Args:
+        reads_json: a text that is a JSON list is that list, as a table has no other way to say one.
+
+    Raises:
+        ValueError: it holds something else, or more than `MOST_TEXTS`.
+    """
+    if reads_json and isinstance(value, str) and value.strip().startswith("["):
+        value = _list_in(value)
+    texts = tuple(map(_true_text, value if isinstance(value, list | tuple) else [value]))
+    if len(texts) > MOST_TEXTS:
+        raise ValueError(f"{len(texts):,} true answers to one question; at most {MOST_TEXTS:,}")
+    return tuple(filter(str.strip, texts))
+
+
+def _list_in(text: str) -> object:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, list) else text
+
+
+def _true_text(value: object) -> str:
+    if isinstance(value, Mapping) and "answer" in value:
+        value = value["answer"]
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping | list):
+        raise ValueError(f"{'a list' if isinstance(value, list) else 'an object'} is no true answer")
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _captions(
@@ -142,7 +193,7 @@ def _instances(
     objects: dict[tuple[str, str], list[TruthObject]] = {}
     for annotation in annotations:
         key = (by_id[annotation["image_id"]].name, category_names[annotation["category_id"]])
-        objects.setdefault(key, []).append(_object(annotation))
+        objects.setdefault(key, []).append(truth_object(annotation))
     named = {image.name: image for image in by_id.values()}
     distinct = tuple(dict.fromkeys(category_names.values()))
     return Instances(path, named, distinct, {key: tuple(found) for key, found in objects.items()})
@@ -155,7 +206,8 @@ def _refuse_doubled(names: Iterable[str]) -> None:
         raise ValueError(f"{len(doubled)} file_names stand for several images each, first {printable(doubled[0])}")
 
 
-def _object(annotation: Mapping[str, Any]) -> TruthObject:
+def truth_object(annotation: Mapping[str, Any]) -> TruthObject:
+    """Return the object of a COCO annotation; raises KeyError, TypeError or ValueError where it has no box."""
     x, y, width, height = map(float, annotation["bbox"])
     corners = [x, y, x + width, y, x + width, y + height, x, y + height]
     area, mask = annotation.get("area"), annotation.get("segmentation")

@@ -71,6 +71,11 @@ def _safe(value: Any) -> Any:
     return value
 
 
+def without_guard(value: Any) -> Any:
+    """Return a cell of md3's table as it was before an apostrophe was put in front of what looked like a formula."""
+    return value[1:] if isinstance(value, str) and value[:1] == "'" and value[1:].startswith(_FORMULA_STARTS) else value
+
+
 def _rows(record: RecordDict) -> Iterator[Row]:
     error = record.get("error") or {}
     shared: Row = {key: record.get(key) for key in ("image", "width", "height", "task", "prompt", "caption", "answer")}

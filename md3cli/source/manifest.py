@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
-from md3cli.errors import InputError, UsageError
+from md3cli.errors import InputError, NoImageColumnError, UsageError
 from md3cli.records import printable
 from md3cli.remote.address import is_address, shown, suffix_of
 from md3cli.source.columns import clash_of, image_column, renamed_columns
@@ -331,9 +331,10 @@ def _header(row: _Cells | None, name: str, image: str) -> list[str]:
     header = [cell.strip() for cell in cells]
     if problem or image not in header:
         found = problem or f"its first line is: {printable(', '.join(header))[:200]}"
-        raise InputError(
+        raise NoImageColumnError(
             f"the manifest {name} has no column '{printable(image)}' ({found}); name the columns in its first line, "
-            "or say which one has the images: --map image=NAME"
+            "or say which one has the images: --map image=NAME",
+            header,
         )
     refuse_doubles(filter(None, header), name)
     return header

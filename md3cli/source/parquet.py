@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
-from md3cli.errors import ImageError, InputError, UsageError
+from md3cli.errors import ImageError, InputError, NoImageColumnError, UsageError
 from md3cli.records import ImageItem, printable
 from md3cli.source.columns import clash_of, image_column, renamed_columns
 from md3cli.source.requests import EmbeddedImage, refuse_doubles
@@ -206,9 +206,10 @@ def _check_schema(schema: Any, name: str, image: str) -> bool:
 
     refuse_doubles(schema.names, name)
     if image not in schema.names:
-        raise InputError(
+        raise NoImageColumnError(
             f"the manifest {name} has no column '{printable(image)}'; it has: "
-            f"{printable(', '.join(schema.names))[:200]}; --map image=NAME says which one has the images"
+            f"{printable(', '.join(schema.names))[:200]}; --map image=NAME says which one has the images",
+            schema.names,
         )
     kind = schema.field(image).type
     kind = kind.value_type if kinds.is_dictionary(kind) else kind

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 from md3cli.commands.eval import app
 from md3cli.errors import InputError, MissingExtraError, OutputError
 from md3cli.evaluate import Evaluation, Section, compare, kind_of_change, load_truth
-from md3cli.evaluate.boxes import match_by_overlap, match_points
-from md3cli.evaluate.texts import bleu, cider_d, judge, words
+from md3cli.evaluate.answers import judge
+from md3cli.evaluate.captions import bleu, cider_d, words
+from md3cli.evaluate.matching import match_by_overlap, match_points
 
 
 @pytest.fixture

@@ -1,0 +1,300 @@
+"""Ground truth made of rows: of a CSV, TSV or Parquet file, or of what the records' own rows brought (`--answer`).
+
+Rows of a file are of one kind, which their columns say: `image, question, answer` (an empty image: a question without
+one), `image, caption`, or `image, label, x, y, w, h` in pixels of the upright picture, as md3's own CSV has it; a row
+that names a picture alone says that nothing is there, and `width` and `height` are the picture's. In a table that md3
+wrote, the column `task` says the kind, and `prompt` is the question. Several true answers are a list in the column, a
+JSON list as its text, or several rows.
+
+Files are of strangers: they are read row by row as manifests are, within the limits of those, and what is kept of all
+rows is bounded here. A row without an answer is counted and told. A row that makes no sense is an error that names it:
+a ground truth that lacks rows would give other scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from md3cli.errors import InputError, NoImageColumnError, UsageError
+from md3cli.evaluate.truth import (
+    Captions,
+    Instances,
+    Questions,
+    Truth,
+    TruthImage,
+    TruthObject,
+    true_texts,
+    truth_object,
+)
+from md3cli.exporters.csv_flat import without_guard
+from md3cli.records import RecordDict, Task, printable
+from md3cli.source.columns import near_miss
+from md3cli.source.manifest import ManifestRow, manifest_rows
+from md3cli.source.requests import EmbeddedImage
+
+MOST_CHARS = 1 << 31  # of all that is kept of a table
+ROW_CHARS = 100  # that a row counts for besides its texts
+FARTHEST_PIXEL = 1e9
+MOST_COLUMNS_KNOWN = 1000  # of meta, for a hint
+_BOX = ("x", "y", "w", "h")
+_KNOWN = "image, question, answer; image, caption; or image, label, x, y, w, h (in pixels)"
+
+Columns = Mapping[str, Any]
+
+
+def read_table(path: Path) -> Truth:
+    """Read a ground truth from a table.
+
+    Raises:
+        InputError: it cannot be read, is of no known kind, or a row makes no sense; the message names the row.
+    """
+    name = printable(str(path))
+    if not path.is_file():
+        raise InputError(f"cannot read {name}: {'not a regular file' if path.exists() else 'no such file'}")
+    rows: _Collected | None = None
+    left = MOST_CHARS
+    for row in _rows(path):
+        try:
+            columns = _plain(row)
+            kind = _kind(columns)
+            rows = rows or kind()
+            if not isinstance(rows, kind):
+                raise ValueError(f"{kind.what} among {rows.what}; a ground truth is of one kind")
+            rows.add(columns)
+        except ValueError as error:
+            raise InputError(f"{name}, {row.where}: {printable(str(error))}") from error
+        left -= ROW_CHARS + sum(map(_num_chars, columns.values()))
+        if left < 0:
+            raise InputError(f"{name} holds more than md3 keeps of a ground truth ({MOST_CHARS >> 30} Gi characters)")
+    if rows is None:
+        raise InputError(f"{name} has no rows")
+    return rows.truth(path)
+
+
+def _rows(path: Path) -> Iterator[ManifestRow]:
+    try:
+        yield from manifest_rows(str(path))
+    except NoImageColumnError as error:
+        there = printable(", ".join(error.columns))[:200]
+        raise InputError(
+            f"{printable(str(path))} is no ground truth that md3 knows: it has no column 'image' but {there}; a table "
+            f"has the columns {_KNOWN}"
+        ) from error
+
+
+def _plain(row: ManifestRow) -> dict[str, Any]:
+    """Return the columns of a row: a picture that stands in it by its name, cells without md3's guard of formulas."""
+    if row.columns is None:
+        raise ValueError(row.problem)
+    is_text = row.unit == "line"  # of a CSV or TSV file
+    return {
+        name: value.name if isinstance(value, EmbeddedImage) else without_guard(value) if is_text else value
+        for name, value in row.columns.items()
+    }
+
+
+def _num_chars(value: Any) -> int:
+    return len(value) if isinstance(value, str) else sum(map(_num_chars, value)) if isinstance(value, list) else 1
+
+
+def _text(columns: Columns, name: str) -> str:
+    """Return the text in a column without blanks around it; empty where there is none."""
+    value = columns.get(name)
+    if value is None:
+        return ""
+    if isinstance(value, list | dict):
+        raise ValueError(f"{name} holds {'a list' if isinstance(value, list) else 'an object'}, not a text")
+    return str(value).strip()
+
+
+def _image(columns: Columns) -> str:
+    if not (image := _text(columns, "image")):
+        raise ValueError("no image")
+    return image
+
+
+class _Texts:
+    """True texts by what they are true of, each in the order of the rows; and what was not read as texts."""
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+        self.by_key: dict[Any, list[str]] = {}
+        self.num_missing = self.num_odd = 0
+
+    def add(self, key: Any, value: Any) -> None:
+        """Add what a cell says; raise ValueError where it says nothing that a text is."""
+        if not (texts := true_texts(value, reads_json=True)):
+            self.num_missing += 1
+            return
+        self.num_odd += len(texts) == 1 and texts[0].startswith("[") and texts[0].endswith("]")
+        self.by_key.setdefault(key, []).extend(texts)
+
+    def found(self) -> dict[Any, tuple[str, ...]]:
+        """Return the texts of each key."""
+        return {key: tuple(texts) for key, texts in self.by_key.items()}
+
+    def notes(self, what: str, where: str) -> Iterator[str]:
+        """Yield in sentences what is missing or odd; `what` are the rows."""
+        if self.num_missing:
+            yield f"{self.num_missing:,} {what} have no '{printable(self.column)}' in {where} and are not scored"
+        if self.num_odd:
+            yield f"{self.num_odd:,} '{printable(self.column)}' in {where} look like lists and are no JSON: a text each"
+
+
+class _QuestionRows:
+    what = "answers"
+
+    def __init__(self) -> None:
+        self._answers = _Texts("answer")
+
+    def add(self, columns: Columns) -> None:
+        question = _text(columns, "question") or _text(columns, "prompt")
+        if not question:
+            raise ValueError("no question")
+        self._answers.add((_text(columns, "image") or None, question), columns.get("answer"))
+
+    def truth(self, path: Path) -> Truth:
+        return Questions(path, self._answers.found(), tuple(self._answers.notes("rows", printable(str(path)))))
+
+
+class _CaptionRows:
+    what = "captions"
+
+    def __init__(self) -> None:
+        self._captions = _Texts("caption")
+
+    def add(self, columns: Columns) -> None:
+        self._captions.add(_image(columns), columns.get("caption"))
+
+    def truth(self, path: Path) -> Truth:
+        return Captions(path, self._captions.found(), tuple(self._captions.notes("rows", printable(str(path)))))
+
+
+class _BoxRows:
+    what = "boxes"
+
+    def __init__(self) -> None:
+        self._images: dict[str, TruthImage] = {}
+        self._objects: dict[tuple[str, str], list[TruthObject]] = {}
+        self._num_failed = 0
+
+    def add(self, columns: Columns) -> None:
+        if _text(columns, "error_type"):  # of md3's own table: nobody knows what is there
+            self._num_failed += 1
+            return
+        image, label = _image(columns), _text(columns, "label")
+        self._images.setdefault(image, TruthImage(image, _side(columns, "width"), _side(columns, "height")))
+        is_given = [columns.get(name) not in (None, "") for name in _BOX]
+        if not label and not any(is_given):
+            return  # a picture where nothing is
+        if not label:
+            raise ValueError("a box without a label")
+        x, y, width, height = (_number(columns, name) for name in _BOX)
+        if width <= 0 or height <= 0:
+            raise ValueError(f"a box of {width:g} x {height:g} pixels")
+        self._objects.setdefault((image, label), []).append(truth_object({"bbox": [x, y, width, height]}))
+
+    def truth(self, path: Path) -> Truth:
+        categories = tuple(dict.fromkeys(label for _, label in self._objects))
+        objects = {key: tuple(found) for key, found in self._objects.items()}
+        failed = f"{self._num_failed:,} rows of {printable(str(path))} are of requests that failed: no truth"
+        return Instances(path, self._images, categories, objects, (failed,) if self._num_failed else ())
+
+
+_Collected = _QuestionRows | _CaptionRows | _BoxRows
+_KIND_OF_TASK: Mapping[str, type[_Collected]] = {
+    Task.QUERY: _QuestionRows,
+    Task.CAPTION: _CaptionRows,
+    Task.DETECT: _BoxRows,
+    Task.SEGMENT: _BoxRows,
+}
+
+
+def _kind(columns: Columns) -> type[_Collected]:
+    """Return what a row becomes; raise ValueError where its columns say nothing true, or may say several things."""
+    if task := _text(columns, "task"):
+        if task not in _KIND_OF_TASK:
+            raise ValueError(f"a row of the task '{task[:40]}' says nothing that md3 scores by")
+        return _KIND_OF_TASK[task]
+    has = columns.keys()
+    kinds: dict[type[_Collected], bool] = {
+        _QuestionRows: "answer" in has and not {"question", "prompt"}.isdisjoint(has),
+        _CaptionRows: "caption" in has,
+        _BoxRows: {"label", *_BOX} <= has,
+    }
+    fitting = [kind for kind, fits in kinds.items() if fits]
+    if len(fitting) == 1:
+        return fitting[0]
+    found = " and ".join(kind.what for kind in fitting) or f"the columns {', '.join(has)[:200]}"
+    raise ValueError(f"it has {found}; a table has the columns {_KNOWN}")
+
+
+def _side(columns: Columns, name: str) -> int | None:
+    """Return a side of the picture in pixels; None where the row does not say it."""
+    if columns.get(name) in (None, ""):
+        return None
+    value = _number(columns, name)
+    if value <= 0 or not value.is_integer():
+        raise ValueError(f"{name} is {value:g}, not a number of pixels")
+    return int(value)
+
+
+def _number(columns: Columns, name: str) -> float:
+    value = columns.get(name)
+    try:
+        number = math.nan if isinstance(value, bool | list | dict) or value is None else float(value)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= FARTHEST_PIXEL:
+        raise ValueError(f"{name} is {str(value)[:40]!r}, not a number of pixels")
+    return number
+
+
+# ---- what the records' own rows brought --------------------------------------------------------------
+
+
+def truths_in_meta(records: Sequence[RecordDict], column: str) -> tuple[Truth, ...]:
+    """Return the true answers that stand in `meta[column]` of query records; where there are none, the true captions.
+
+    Raises:
+        UsageError: no record has the column, all leave it empty, or none is of such a task.
+        InputError: a record has there what is no answer.
+    """
+    task = Task.QUERY if any(record["task"] == Task.QUERY for record in records) else Task.CAPTION
+    asked = [record for record in records if record["task"] == task]
+    if records and not asked:
+        there = ", ".join(dict.fromkeys(str(record["task"]) for record in records))
+        raise UsageError(f"--answer is about records of query and caption; here are records of {there}")
+    texts, noun = _Texts(column), "queries" if task == Task.QUERY else "captions"
+    for record in asked:
+        key = (record["image"], str(record.get("prompt") or "").strip()) if task == Task.QUERY else record["image"]
+        try:
+            texts.add(key, record["meta"].get(column))
+        except ValueError as error:
+            where = f"meta.{printable(column)} of {printable(record['image'] or 'a query without a picture')}"
+            raise InputError(f"{where}: {printable(str(error))}") from error
+    if asked and not texts.by_key:
+        raise UsageError(_no_column(column, asked, noun))
+    path, notes = Path(f"meta.{column}"), list(texts.notes(noun, "meta"))
+    if task == Task.CAPTION:
+        return (Captions(path, texts.found(), tuple(notes)),) if asked else ()
+    if any(record["task"] == Task.CAPTION for record in records):
+        notes.append("--answer is about the queries here; --task caption has the captions compared with it")
+    return (Questions(path, texts.found(), tuple(notes)),)
+
+
+def _no_column(column: str, records: Sequence[RecordDict], noun: str) -> str:
+    known: dict[str, None] = {}
+    for record in records:
+        known.update(dict.fromkeys(record["meta"]))
+        if len(known) > MOST_COLUMNS_KNOWN:
+            break
+    what = f"--answer {printable(column)[:100]}"
+    if column in known:
+        return f"{what}: the column is empty in the meta of all {len(records):,} {noun}"
+    near = near_miss(column.removeprefix("meta."), list(known))
+    there = f"did you mean {printable(near)}?" if near else f"there are: {printable(', '.join(known))[:200] or 'none'}"
+    return f"{what}: no record has this column in its meta; {there}"
