@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from md3cli.errors import InputError
 
 ANLS_THRESHOLD = 0.5
-LONGEST_COMPARED_CHARS = 100_000  # of a text in `anls`: two of them take a second
+LONGEST_COMPARED_CHARS = 100_000  # of a text in `anls`: two of them take four seconds
 RELATIVE_TOLERANCE = 0.05  # of `relaxed`
 FULL_AGREEMENT = 3  # so many people who say the same make a VQA answer wholly right
 
