@@ -77,35 +77,35 @@ def score_answers(records: Sequence[RecordDict], truth: Questions, metrics: Sequ
     names = [record["image"] for record in records if record["image"] is not None]
     known = list(dict.fromkeys(image for image, _ in truth.answers if image is not None))
     matches = match_images(names, known) if names and known else Matches()
-    judged: dict[str, JudgedAnswer] = {}
-    verdicts: dict[str, Verdict] = {}
+    judged, asked = list[JudgedAnswer](), set[tuple[str | None, str]]()
+    num_failed, verdicts = 0, dict[str, Verdict]()
     for record in records:
         image, question = matches.found.get(record["image"], record["image"]), str(record.get("prompt") or "")
-        answers = expected.get((image, folded(question)))
-        if answers is None:
+        key = (image, folded(question))
+        if (answers := expected.get(key)) is None:
             continue
-        judged[record["id"]] = one = judge_record(record, question, answers, metrics)
-        if not has_failed(record):
-            verdicts[record["id"]] = Verdict(_is_right(one, metrics))
+        asked.add(key)
+        judged.append(judge_record(record, question, answers, metrics))
+        if has_failed(record):
+            num_failed += 1
+        else:
+            verdicts[record["id"]] = Verdict(_is_right(judged[-1], metrics))
     if records and not judged:
         raise InputError(
             f"no question of the records is in {printable(str(truth.path))}; are the questions worded alike?"
         )
+    counts = {"requests": len(judged), "failed": num_failed, "not_in_truth": len(records) - len(judged)}
+    counts["not_asked"] = len(expected) - len(asked)
+    notes = (*coverage_notes("image", names, known, matches), *truth.notes, *_metric_notes(judged, metrics))
+    scores, by_question = _answer_scores(judged, metrics), _by_question(judged, metrics)
+    return Section("answers", "normalised", scores, counts, by_question, notes, verdicts=verdicts)
+
+
+def _by_question(judged: Sequence[JudgedAnswer], metrics: Sequence[Metric]) -> dict[str, Scores]:
     by_question: dict[str, list[JudgedAnswer]] = {}
-    for one in judged.values():
+    for one in judged:
         by_question.setdefault(one.question, []).append(one)
-    by_name = {question: _answer_scores(some, metrics) for question, some in by_question.items()}
-    counts = {
-        "requests": len(judged),
-        "failed": sum(has_failed(record) for record in records if record["id"] in judged),
-        "not_in_truth": len(records) - len(judged),
-        "not_asked": len(expected) - len(judged),
-    }
-    everything = list(judged.values())
-    notes = (*coverage_notes("image", names, known, matches), *truth.notes, *_metric_notes(everything, metrics))
-    return Section(
-        "answers", "normalised", _answer_scores(everything, metrics), counts, by_name, notes, verdicts=verdicts
-    )
+    return {question: _answer_scores(answers, metrics) for question, answers in by_question.items()}
 
 
 def judge_record(
@@ -168,14 +168,14 @@ def _metric_notes(judged: Sequence[JudgedAnswer], metrics: Sequence[Metric]) -> 
     """Yield what a metric leaves out, and how it reads what may be read in two ways."""
     for metric in metrics:
         if num_left_out := sum(one.values[metric] is None for one in judged):
-            yield f"{metric} is not about {num_left_out:,} of {len(judged):,} answers: {_LEFT_OUT[metric]}"
+            yield f"{metric}: {num_left_out:,} of {len(judged):,} answers are left out: {_LEFT_OUT[metric]}"
     few = [one for one in judged if 1 < one.num_expected <= answer_metrics.FULL_AGREEMENT]
     if Metric.VQA in metrics and few:
-        yield f"{len(few):,} questions have fewer than 4 true answers, so that not even the best answer has 1 by vqa"
+        yield f"vqa: fewer than 4 true answers to {len(few):,} of {len(judged):,}, where not even the best answer has 1"
     unclear = [one.answer for one in judged if one.yes_no is not None and one.yes_no.says_neither]
     if unclear and not {Metric.F1, Metric.ACCURACY}.isdisjoint(metrics):
         shown = some_of(list(dict.fromkeys(text[:NEITHER_CHARS] for text in unclear)))
-        yield f"{len(unclear):,} answers say neither yes nor no, and count as yes (as POPE has it): {shown}"
+        yield f"neither yes nor no in {len(unclear):,} of {len(judged):,} answers, which count as yes (POPE): {shown}"
 
 
 _LEFT_OUT = {

@@ -119,13 +119,14 @@ def _read_json(path: Path) -> Any:
 
 def _questions(path: Path, rows: Iterable[Mapping[str, Any]]) -> Questions:
     answers: dict[tuple[str | None, str], list[str]] = {}
-    num_missing = 0
+    num_read = num_missing = 0
     for row in rows:
+        num_read += 1
         if texts := true_texts(row["answer"]):
             answers.setdefault((row["image"], str(row["question"]).strip()), []).extend(texts)
         else:
             num_missing += 1
-    missing = f"{num_missing:,} rows of {printable(str(path))} have no answer and are not scored"
+    missing = f"{num_missing:,} of {num_read:,} rows: no 'answer' in {printable(str(path))}, so not scored"
     found = {key: tuple(texts) for key, texts in answers.items()}
     return Questions(path, found, (missing,) if num_missing else ())
 

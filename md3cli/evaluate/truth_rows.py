@@ -122,14 +122,16 @@ class _Texts:
     def __init__(self, column: str) -> None:
         self.column = column
         self.by_key: dict[Any, list[str]] = {}
-        self.num_missing = self.num_odd = 0
+        self._num_added = self._num_missing = self._num_odd = 0
 
     def add(self, key: Any, value: Any) -> None:
         """Add what a cell says; raise ValueError where it says nothing that a text is."""
-        if not (texts := true_texts(value, reads_json=True)):
-            self.num_missing += 1
+        texts = true_texts(value, reads_json=True)
+        self._num_added += 1
+        if not texts:
+            self._num_missing += 1
             return
-        self.num_odd += len(texts) == 1 and texts[0].startswith("[") and texts[0].endswith("]")
+        self._num_odd += len(texts) == 1 and texts[0].startswith("[") and texts[0].endswith("]")
         self.by_key.setdefault(key, []).extend(texts)
 
     def found(self) -> dict[Any, tuple[str, ...]]:
@@ -138,10 +140,11 @@ class _Texts:
 
     def notes(self, what: str, where: str) -> Iterator[str]:
         """Yield in sentences what is missing or odd; `what` are the rows."""
-        if self.num_missing:
-            yield f"{self.num_missing:,} {what} have no '{printable(self.column)}' in {where} and are not scored"
-        if self.num_odd:
-            yield f"{self.num_odd:,} '{printable(self.column)}' in {where} look like lists and are no JSON: a text each"
+        column = f"'{printable(self.column)}' in {where}"
+        if self._num_missing:
+            yield f"{self._num_missing:,} of {self._num_added:,} {what}: no {column}, so not scored"
+        if self._num_odd:
+            yield f"{self._num_odd:,} of {self._num_added:,} {what}: {column} looks like a list and is no JSON: a text"
 
 
 class _QuestionRows:
@@ -200,7 +203,7 @@ class _BoxRows:
     def truth(self, path: Path) -> Truth:
         categories = tuple(dict.fromkeys(label for _, label in self._objects))
         objects = {key: tuple(found) for key, found in self._objects.items()}
-        failed = f"{self._num_failed:,} rows of {printable(str(path))} are of requests that failed: no truth"
+        failed = f"rows of {printable(str(path))} about requests that failed, which are no truth: {self._num_failed:,}"
         return Instances(path, self._images, categories, objects, (failed,) if self._num_failed else ())
 
 
