@@ -137,8 +137,12 @@ class WriteOptions:
         ),
     ] = None
     background: Annotated[
-        str, _pictures(metavar="COLOUR", help="overlay, crops, redacted: what transparent pictures lie on.")
-    ] = "none"
+        str | None,
+        _pictures(
+            metavar="COLOUR",
+            help="overlay, crops, redacted: what transparent pictures lie on; by default as in the run.",
+        ),
+    ] = None
     max_pixels: Annotated[
         int,
         _pictures(metavar="N", parser=checked(parse_count), help="Refuse larger pictures.", show_default="268M"),

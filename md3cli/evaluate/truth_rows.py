@@ -29,7 +29,7 @@ from md3cli.evaluate.truth import (
     true_texts,
     truth_object,
 )
-from md3cli.exporters.csv_flat import without_guard
+from md3cli.exporters.table import without_guard
 from md3cli.records import RecordDict, Task, printable
 from md3cli.source.columns import near_miss
 from md3cli.source.manifest import ManifestRow, manifest_rows

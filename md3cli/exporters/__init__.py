@@ -55,7 +55,8 @@ class ExportOptions:
         url_prefix: what goes before a picture's name in Label Studio tasks.
         beside: files about a picture stand next to it; `existing`: what becomes of one that is there.
         is_linked: pictures in data sets are hard links, not copies.
-        background: a colour that transparent pictures are laid on where they are drawn anew.
+        background: a colour that transparent pictures are laid on where they are drawn anew, `none` drops alpha;
+            None: as the run did.
         splits: the sets that pictures are parted into; None: one set.
         is_flat: names of `[A-Za-z0-9._-]` in one folder, unique without suffix and case.
         is_roboflow: `coco` is a folder of pictures with `_annotations.coco.json` beside them.

@@ -1,22 +1,20 @@
 """CSV: one row for each box, mask, point or text; one row too for a record that found nothing or failed.
 
 Boxes are clamped pixels of the upright image (x and y of the top left corner); a point has no width
-and height. A text that a spreadsheet would run as a formula gets an apostrophe in front, as OWASP
-advises; JSON Lines and Parquet hold texts as they are.
+and height. Texts are guarded against spreadsheets (table.py); JSON Lines and Parquet hold them as they are.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
 from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file
 from md3cli.exporters.grouping import CHOICE_PREFIX, choice_notes, choice_scores, find_choices
 from md3cli.exporters.objects import boxes, points, segments
+from md3cli.exporters.table import Table
 from md3cli.records import RecordDict
 from md3cli.refine.collection import Collection, read
 
@@ -25,7 +23,6 @@ COLUMNS = (
     "caption", "answer", "svg_path", "finish_reason", "error_type", "error_message", "id",
 )  # fmt: skip
 CELL_LIMIT = 32_767  # characters; Excel cuts what is longer, and Python's reader refuses 131,072
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # full-width ones too
 
 Row = dict[str, Any]
 
@@ -36,44 +33,19 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     columns = [*COLUMNS, *(CHOICE_PREFIX + choice for choice in choices)]
     num_records, num_long, notes = 0, 0, list[str]()
     with replaced_file(out, overwrite=options.overwrite) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        table = csv.writer(_LineFeeds(text), lineterminator="\r\n")
-        table.writerow(map(_safe, columns))
+        table = Table(file, columns)
         for record in read(records, notes):
             num_records += 1
             for row in _rows(record):
-                cells = [_safe(row.get(column)) for column in columns]
+                cells = table.write(row.get(column) for column in columns)
                 num_long += sum(isinstance(cell, str) and len(cell) > CELL_LIMIT for cell in cells)
-                table.writerow(cells)
-        text.detach()  # flushes; the file stays open for its owner
+        table.end()
     if num_long:
         cells_are = "1 cell is" if num_long == 1 else f"{num_long:,} cells are"
         notes.append(
             f"{cells_are} longer than the {CELL_LIMIT:,} characters a spreadsheet takes; the file has them whole"
         )
     return ExportReport("csv", out, num_records, notes=(*notes, *choice_notes(choices)))
-
-
-class _LineFeeds(NamedTuple):
-    """A file whose rows end with LF, for a writer that ends them with CR LF: only such a one quotes both in a cell."""
-
-    file: TextIO
-
-    def write(self, row: str) -> int:
-        """Write one row."""
-        return self.file.write(row.removesuffix("\r\n") + "\n")
-
-
-def _safe(value: Any) -> Any:
-    """Put an apostrophe before a text that begins like a formula; numbers stay numbers."""
-    if isinstance(value, str) and value.startswith(_FORMULA_STARTS):
-        return "'" + value
-    return value
-
-
-def without_guard(value: Any) -> Any:
-    """Return a cell of md3's table as it was before an apostrophe was put in front of what looked like a formula."""
-    return value[1:] if isinstance(value, str) and value[:1] == "'" and value[1:].startswith(_FORMULA_STARTS) else value
 
 
 def _rows(record: RecordDict) -> Iterator[Row]:

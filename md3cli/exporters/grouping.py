@@ -16,7 +16,7 @@ import hashlib
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import NamedTuple
@@ -145,11 +145,11 @@ class ImageGroup(NamedTuple):
 
 
 class ImageIndex:
-    """The records of a collection by image; made by one pass over them. Close it."""
+    """The records of a collection by image; made by one pass over them, which tells `watch` each. Close it."""
 
-    def __init__(self, records: Collection) -> None:
+    def __init__(self, records: Collection, watch: Callable[[RecordDict], object] = lambda record: None) -> None:
         self.survey = Survey(records.refinement.labels, records.classes, records.refinement.has_file)
-        self._records = records
+        self._records, self._watch = records, watch
         self._file = records.open()
         self._database = sqlite3.connect("")  # a temporary file that SQLite removes by itself
         self._database.execute(
@@ -202,6 +202,7 @@ class ImageIndex:
                 if self.survey.num_records % RECORDS_TOLD == 0:
                     self._records.told(self.survey.num_records, None)
                 self.survey.add(record)
+                self._watch(record)
                 start = place if start < 0 else start
                 count += 1
             if keys[0]:

@@ -1,8 +1,6 @@
 """Overlay: every picture with its boxes, masks and points drawn on it, in a folder of pictures only.
 
-A picture keeps its name and place: JPEG stays JPEG (quality 90), PNG stays PNG, any other becomes `name.webp.png`.
-Nothing of the original's metadata (EXIF, GPS, XMP, comments, profiles) is carried over. Images whose picture is not
-there any more are left out and counted.
+Names and files are those of redrawn.py. Images whose picture is not there any more are left out and counted.
 
 Drawings are legible on any background: every coloured line and dot lies on a wider dark and a light one, every name
 on a plate of its colour; widths and letters grow with the picture, and shrink where it is crowded. Where there is no
@@ -17,13 +15,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from io import BytesIO
 from itertools import cycle, pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
@@ -34,11 +31,11 @@ from md3cli.exporters.at_once import holding, in_order
 from md3cli.exporters.files import staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.masks import fill
-from md3cli.exporters.names import candidates, relative_name
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, Ring
 from md3cli.exporters.palette import Colour, Style, palette
 from md3cli.exporters.pictures import FoundPicture, Pictures
 from md3cli.exporters.plates import Plates, Rect
+from md3cli.exporters.redrawn import encoded, found_pictures, redrawn_names, stays_jpeg
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
 from md3cli.refine.refinement import FOUND_BY_TASK
@@ -277,7 +274,6 @@ def _name_all(canvas: Canvas, things: Sequence[Named], styles: Mapping[str, Styl
 
 
 JPEG_QUALITY = 90
-_JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
 
 
 def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
@@ -290,7 +286,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         staged_folder(out, overwrite=options.overwrite, format="overlay") as folder,
     ):
         styles = palette(index.survey.in_order())
-        found = _found(index.images(), pictures, out)
+        found = found_pictures(index.images(), pictures, out)
 
         def work(pair: tuple[ImageGroup, FoundPicture]) -> tuple[ImageGroup, bytes | None]:
             return pair[0], _early_or_drawn(*pair, pictures, styles, options)
@@ -299,22 +295,13 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
             if content is None:
                 pictures.note_unreadable(group.name)
             else:  # here, in order: of two pictures of one name the first has the plain one
-                file, _ = folder.create(_names(group.file_name))
+                file, _ = folder.create(redrawn_names(group.file_name))
                 with file:
                     file.write(content)
                 num_images += 1
         survey = index.survey
         notes = (*survey.notes(), *pictures.missing_note())
     return ExportReport("overlay", out, survey.num_records, num_images, survey.num_failures, notes)
-
-
-def _found(groups: Iterable[ImageGroup], pictures: Pictures, out: Path) -> Iterator[tuple[ImageGroup, FoundPicture]]:
-    """Yield each image whose picture is there."""
-    for group in groups:
-        pictures.refuse_inside(out, group)
-        picture = pictures.find(group.picture_record, has_twins=group.has_twins)
-        if picture is not None:
-            yield group, picture
 
 
 def _early_or_drawn(
@@ -349,7 +336,7 @@ def drawing_name(
     if any(label not in styles for label in labels):
         return None
     file = [picture.path, picture.offset, picture.size, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns]
-    shown = [group.width, group.height, background, picture.sha256, _is_jpeg(group.file_name)]
+    shown = [group.width, group.height, background, picture.sha256, stays_jpeg(group.file_name)]
     facts = json.dumps([found, [[label, *styles[label]] for label in labels], file, shown], sort_keys=True)
     return hashlib.blake2b(facts.encode(), digest_size=24).hexdigest()
 
@@ -366,24 +353,4 @@ def drawn_file(
         if image.size != (group.width, group.height):  # another file stands there now: boxes scale with it
             group = group._replace(width=image.width, height=image.height)
         draw_records(image, group, styles)
-        image.info.clear()  # EXIF, XMP, comment, profile: the writers would carry some of it over
-        return _encoded(image, is_jpeg=_is_jpeg(group.file_name))
-
-
-def _is_jpeg(name: str) -> bool:
-    return relative_name(name).suffix.lower() in _JPEG_SUFFIXES
-
-
-def _names(name: str) -> Iterator[PurePosixPath]:
-    suffix = relative_name(name).suffix
-    is_kept = _is_jpeg(name) or suffix.lower() == ".png"
-    return candidates(name, suffix if is_kept else ".png", keep_suffix=not is_kept)
-
-
-def _encoded(image: Image.Image, *, is_jpeg: bool) -> bytes:
-    file = BytesIO()
-    if is_jpeg:
-        image.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)  # thin coloured lines smear at 4:2:0
-    else:
-        image.save(file, "PNG", compress_level=4)
-    return file.getvalue()
+        return encoded(image, JPEG_QUALITY if stays_jpeg(group.file_name) else None)

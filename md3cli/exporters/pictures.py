@@ -15,7 +15,7 @@ import hashlib
 import io
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _TAR = re.compile(r"\.tar(/)", re.IGNORECASE)  # in the name of a member: what is before is the tar's own
+
+
+class OtherPictureError(ImageError):
+    """The file is there, and its bytes are not the ones that the model saw."""
 
 
 @dataclass(slots=True, unsafe_hash=True)
@@ -79,6 +83,30 @@ def roots_of(records: Collection, typed: Path | None) -> list[Root]:
             if os.path.exists(root.path):
                 found[Root(Path(os.path.realpath(root.path)), root.is_own, source.prefix + root.prefix)] = None
     return list(found)
+
+
+def backgrounds_of(records: Collection) -> tuple[str, ...]:
+    """Return what the runs laid transparent pictures on, each once; `none` dropped alpha."""
+    found: dict[str, None] = {}
+    for document in (info.document for info in records.infos()):
+        identity, selected = document.get("identity"), document.get("backgrounds")  # the latter: `md3 select` wrote it
+        of_run = [identity.get("background")] if isinstance(identity, dict) else []
+        known = [*of_run, *(selected if isinstance(selected, list) else [])]
+        found |= dict.fromkeys(colour for colour in known if isinstance(colour, str))
+    return tuple(found)
+
+
+def as_seen(records: Collection, options: ExportOptions) -> ExportOptions:
+    """Return options under which transparent pictures lie on what is typed, else on what the model saw them on.
+
+    Raises:
+        UsageError: nothing is typed, and the runs looked at pictures on different ones.
+    """
+    known = backgrounds_of(records)
+    if options.background is None and len(known) > 1:
+        colours = ", ".join(map(printable, known))
+        raise UsageError(f"the runs laid transparent pictures on {colours}; say on which they lie now: --background")
+    return options if options.background is not None else replace(options, background=next(iter(known), None))
 
 
 class Pictures:
@@ -242,7 +270,7 @@ class Pictures:
 
 def _check_digest(picture: FoundPicture, sha256: str) -> None:
     if picture.sha256 is not None and sha256 != picture.sha256:
-        raise ImageError("io", "the file there is not the record's picture (its sha256 differs)")
+        raise OtherPictureError("io", "the file there is not the record's picture (its sha256 differs)")
 
 
 def _members(tar: Path) -> dict[str, list[ImageItem]]:

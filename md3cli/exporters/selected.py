@@ -1,7 +1,7 @@
 """The records file of `md3 select`: records as they stand in their runs, in the order chosen, with a run.json beside.
 
 run.json (`md3-selection/1`) keeps where the pictures of each run are, sealed where this user's md3 knew it, and the
-names and thresholds of the runs, so that export, report and eval show of the file what they show of the runs.
+names, thresholds and backgrounds of the runs, so that export, report and eval show of the file what they show of those.
 Apart from jsonl.py, which writes records as they are shown and knows of no run.json.
 """
 
@@ -20,7 +20,7 @@ from md3cli import __version__
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportReport
 from md3cli.exporters.files import replaced_file
-from md3cli.exporters.pictures import roots_of
+from md3cli.exporters.pictures import backgrounds_of, roots_of
 from md3cli.files import atomic_publish
 from md3cli.finished.guards import check_not_input
 from md3cli.finished.run_json import SELECTION_SCHEMA, digest_of_file, read_document, run_info_paths, seal_of
@@ -84,4 +84,5 @@ def _document(records: Collection, arguments: Sequence[str]) -> dict[str, Any]:
         "sources": [printable(str(source.path)) for source in records.sources],
         "roots": roots,
         "refinement": records.refinement.to_json(),
+        "backgrounds": list(backgrounds_of(records)),
     }

@@ -21,7 +21,7 @@ from md3cli.finished.records_file import NamedRecords, RecordsFiles, disk_troubl
 from md3cli.finished.run_json import RunInfo, find_records, load_run_info
 from md3cli.records import RecordDict, printable
 from md3cli.refine.labels import Label, Labels, shown_text
-from md3cli.refine.refinement import FOUND_BY_TASK, Refinement, named, refined
+from md3cli.refine.refinement import FOUND_BY_TASK, Refinement, named, numbered, refined
 from md3cli.refine.selection import Selection
 
 _TEXT = rb'"((?:[^"\\]|\\.)*+)"'
@@ -42,6 +42,7 @@ class Collection:
     selection: Selection = field(default=Selection())
     notes: tuple[str, ...] = ()
     is_order_known: bool = True  # else classes come as they are first seen
+    is_numbered: bool = False  # what was found tells its `index` in the record as it is written
     # Told how far reading is: records, or pictures of how many.
     told: Callable[[int, int | None], object] = field(default=lambda done, total: None, compare=False)
 
@@ -161,16 +162,21 @@ class ShownRecords:
                 yield place, self._shown_at(place)
             return
         for place, record in self._files.placed(start):
-            yield place, record if is_raw else refined([record], self._refinement)[0]
+            yield place, record if is_raw else self._refined([record])[0]
 
     def _shown_at(self, place: int) -> RecordDict:
         """Return the record at a place as it is shown; a picture's records are read once, where they are compared."""
         if not self._is_compared:
-            return refined([self._files.record_at(place)], self._refinement)[0]
+            return self._refined([self._files.record_at(place)])[0]
         if place not in self._picture:
             records = self._files.of_picture(place)
-            self._picture = dict(zip(records, refined([*records.values()], self._refinement), strict=True))
+            self._picture = dict(zip(records, self._refined([*records.values()]), strict=True))
         return self._picture[place]
+
+    def _refined(self, records: Sequence[RecordDict]) -> list[RecordDict]:
+        if self.collection.is_numbered:
+            records = [numbered(record) for record in records]
+        return refined(records, self._refinement)
 
     def _choose(self) -> None:
         """Note the places of the records that are taken, in order."""

@@ -152,6 +152,14 @@ def named(record: RecordDict, labels: Labels, template: str | None = None) -> Re
     return record | {key: [thing | {"label": label.name} for thing in record[key]]}
 
 
+def numbered(record: RecordDict) -> RecordDict:
+    """Return the record with `index` on all that was found: its place in the record as it is written, from 0."""
+    key = FOUND_BY_TASK.get(str(record.get("task")))
+    if key is None or not record.get(key):
+        return record
+    return record | {key: [thing | {"index": index} for index, thing in enumerate(record[key])]}
+
+
 def _without(record: RecordDict, refinement: Refinement, place: int, doubles: set[tuple[int, int]]) -> RecordDict:
     key = FOUND_BY_TASK.get(str(record.get("task")))
     if key is None or not record.get(key) or not (doubles or refinement.has_thresholds):
