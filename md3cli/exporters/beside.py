@@ -52,7 +52,14 @@ class BesidePictures:
         UsageError: the pictures' folder is not known, or only a stranger's run.json names it.
     """
 
-    def __init__(self, records: Collection, options: ExportOptions, format: str, suffix: str, merge: Merge) -> None:
+    def __init__(
+        self,
+        records: Collection,
+        options: ExportOptions,
+        format: str,
+        suffix: str,
+        merge: Merge = lambda former, added: former,
+    ) -> None:
         self.pictures = Pictures(records, options)
         self.pictures.require_root(f"{format} beside the pictures")
         self.pictures.require_trusted(f"{format} beside the pictures")
@@ -83,8 +90,11 @@ class BesidePictures:
         assert self.pictures.root is not None  # checked at the start
         return self.pictures.root
 
-    def add(self, group: ImageGroup, content: bytes) -> None:
+    def add(self, group: ImageGroup, content: bytes | Callable[[str], bytes]) -> None:
         """Plan the file of a picture; one that is not there is counted by `pictures`.
+
+        Where `content` names the picture, it is a function of the picture's file name (surrogates for bytes that are no
+        UTF-8).
 
         Raises:
             UsageError: the picture lies in a tar, or beyond a link that leads out of the pictures' folder.
@@ -100,7 +110,8 @@ class BesidePictures:
             self.num_renamed += 1
             self._first_renamed = self._first_renamed or name
         with disk_trouble_in_words():
-            row = (os.fsencode(folder), os.fsencode(name), _alike(folder, name), content)
+            made = content if isinstance(content, bytes) else content(picture)
+            row = (os.fsencode(folder), os.fsencode(name), _alike(folder, name), made)
             self._database.execute("INSERT INTO file VALUES (NULL, ?, ?, ?, ?)", row)
 
     def write(self) -> None:
@@ -123,13 +134,13 @@ class BesidePictures:
                 self.num_written += 1
 
     def notes(self) -> Iterator[str]:
-        """Yield what became of files that were there, and which names a trainer will not look for."""
+        """Yield what became of files that were there, and which names other programs will not look for."""
         if self.num_kept:
             yield f"{self.num_kept:,} files that were there already stay as they are"
         if self.num_renamed:
             yield (
                 f"{self.num_renamed:,} files got a longer name, because the plain one is another picture's or too long "
-                f"(first: {printable(self._first_renamed)}); trainers read the plain one only, so rename such pictures"
+                f"(first: {printable(self._first_renamed)}); programs look for the plain one, so rename such pictures"
             )
         yield from self.pictures.missing_note()
 

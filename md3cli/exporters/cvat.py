@@ -69,7 +69,7 @@ def _placed(index: ImageIndex, images: Path, pictures: Pictures, out: Path) -> I
     names = Names(is_flat=False, fitted=_fitted)
     for group in index.images():
         name = names.first_free(group.file_name, USUAL.suffix_of(group.name))
-        yield Copy.of(group, images / name, pictures, out)
+        yield Copy.of(group, images / name, pictures=pictures, out=out)
 
 
 def _fitted(name: PurePosixPath) -> PurePosixPath:

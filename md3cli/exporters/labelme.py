@@ -4,32 +4,31 @@ Both programs take the JSON of a picture by its name without suffix. So where `a
 second is `a.png.json`, and its copy `a.png.png`. Beside the user's pictures nothing is renamed: such a JSON is opened
 itself. A box is a rectangle of two points, a mask a polygon, a point a point, in pixels of the upright picture, as
 labelme shows it. `score`, and of the image `description` and `chat_history`, are X-AnyLabeling's; labelme keeps them.
-Source: the loaders of labelme 5.11 and 6.3 and of X-AnyLabeling 3 (`label_file.py` in both, `shape.py`).
+Source: the loaders of labelme 5.11 and 6.3 and of X-AnyLabeling 4.2 (`label_file.py` in both, `shape.py`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from md3cli.errors import ImageError, UsageError
+from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport
+from md3cli.exporters.beside import BesidePictures
 from md3cli.exporters.copies import USUAL, Copy, copied, missing_notes
-from md3cli.exporters.files import StagedFolder, merged_folder, staged_folder
+from md3cli.exporters.files import StagedFolder, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
-from md3cli.exporters.names import Names, beside_pictures, is_picture_name
+from md3cli.exporters.names import Names, beside_pictures
 from md3cli.exporters.objects import Ring, joined_ring
 from md3cli.exporters.pictures import Pictures
-from md3cli.finished.guards import files_of_run
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
 
 VERSION = "5.11.4"  # of labelme, whose keys these are; 6 reads them, too
-_BESIDE = "labelme beside the pictures"
 
 
 def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
@@ -61,93 +60,22 @@ def _documented(index: ImageIndex, folder: StagedFolder, names: Names, pictures:
         image = name.with_name(name.stem + USUAL.suffix_of(group.name))
         with file:
             file.write(_document(group, image.name))
-        yield Copy.of(group, folder.path / image, pictures, out)
+        yield Copy.of(group, folder.path / image, pictures=pictures, out=out)
 
 
 def _export_beside(records: Collection, options: ExportOptions) -> ExportReport:
     """Write the JSON files next to the pictures, which stay as they are; nothing at all where one is refused."""
-    pictures = Pictures(records, options)
-    pictures.require_root(_BESIDE)
-    pictures.require_trusted(_BESIDE)
-    if len(pictures.roots) > 1:
-        raise UsageError(f"{_BESIDE} takes records of one folder; export each run by itself")
-    root = pictures.roots[0].path
     with (
         closing(ImageIndex(records)) as index,
-        merged_folder(root, overwrite=options.existing == "replace", format=None) as folder,
+        closing(BesidePictures(records, options, "labelme", ".json")) as beside,
     ):
-        written = _Beside(root, options, records)
         for group in index.images():
-            written.add(group, folder, pictures)
-    survey = index.survey
-    notes = (*survey.notes(), *pictures.missing_note(), *written.notes())
-    return ExportReport("labelme", root, survey.num_records, written.num_images, survey.num_failures, notes)
-
-
-class _Beside:
-    """The JSON files of one export next to the user's pictures, counted. Knows nothing of what is in them."""
-
-    def __init__(self, root: Path, options: ExportOptions, records: Collection) -> None:
-        self._root = root
-        self._existing = options.existing
-        self._read = {os.path.realpath(file) for source in records.sources for file in files_of_run(source.path)}
-        self._names = Names(is_flat=False, fitted=lambda name: name)  # the user's own names, as they are
-        self.num_images = self.num_kept = self.num_in_tars = self.num_renamed = self.num_odd = 0
-
-    def add(self, group: ImageGroup, folder: StagedFolder, pictures: Pictures) -> None:
-        """Write the JSON of one image, if its picture is there.
-
-        Raises:
-            UsageError: a file of that name stands there and is to be refused, or is one that this export reads.
-        """
-        picture = pictures.find(group.picture_record, has_twins=group.has_twins)
-        if picture is None:
-            return
-        if picture.size is not None:
-            self.num_in_tars += 1
-            return
-        if picture.sha256 is not None:  # one of several of this name
-            try:
-                pictures.read_bytes(picture)
-            except ImageError:
-                pictures.note_unreadable(group.name)
-                return
-        image = PurePosixPath(Path(os.path.relpath(picture.path, self._root)).as_posix())
-        name = self._names.first_free(str(image), ".json")
-        self.num_images += 1
-        if self._stays(self._root / name):
-            return
-        self.num_renamed += name != image.with_suffix(".json") and is_picture_name(image.name)
-        self.num_odd += "\\" in image.name
-        file, _ = folder.create([name])
-        with file:
-            file.write(_document(group, os.path.relpath(image, name.parent)))
-
-    def _stays(self, target: Path) -> bool:
-        """Return whether what stands at `target` is kept; count it."""
-        if not os.path.lexists(target):
-            return False
-        shown = printable(str(target))
-        if os.path.realpath(target) in self._read:
-            raise UsageError(f"{shown} belongs to the run that is exported; move the run out of the pictures' folder")
-        if self._existing == "refuse":
-            raise UsageError(f"{shown} exists already; say --existing skip or --existing replace")
-        self.num_kept += self._existing == "skip"
-        return self._existing == "skip"
-
-    def notes(self) -> Iterator[str]:
-        """Yield what is not as the user may expect it."""
-        if self.num_kept:
-            yield f"{self.num_kept} JSON files were there already and stay as they are"
-        if self.num_renamed:
-            yield (
-                f"{self.num_renamed} pictures share their name without suffix with another, so their JSON is called "
-                "after the whole name (a.png.json); open that file itself"
-            )
-        if self.num_odd:
-            yield f"{self.num_odd} pictures have a backslash in their name, which labelme takes for a folder"
-        if self.num_in_tars:
-            yield f"{self.num_in_tars} pictures are in tars, so nothing can stand beside them; leave --beside out"
+            beside.add(group, partial(_document, group))
+        beside.pictures.missing_note()  # raises where not one picture is there, before anything is written
+        beside.write()
+        survey, notes = index.survey, (*index.survey.notes(), *beside.notes())
+        num_images = beside.pictures.num_found
+        return ExportReport("labelme", beside.root, survey.num_records, num_images, survey.num_failures, notes)
 
 
 def _document(group: ImageGroup, image: str) -> bytes:
