@@ -33,6 +33,7 @@ from md3cli.run.output import (
 )
 from md3cli.settings import CONFIG_FILE, user_config_dir
 from md3cli.signals import StopSignals, check_stdout
+from md3cli.source.inputs import paths_of
 from md3cli.source.source import check_not_empty, open_source
 from md3cli.source.walk import is_glob
 
@@ -143,7 +144,8 @@ def _files_read(config: RunConfig, plan: OutputPlan) -> Iterator[str]:
     """
     model = config.model
     is_begun = plan.files is not None and has_run_schema(plan.files.run_info)
-    yield from (path for path in config.source.inputs if not (is_begun and is_glob(path)))
+    inputs = (path for typed in config.source.inputs for path in paths_of(typed))
+    yield from (path for path in inputs if not (is_begun and is_glob(path)))
     yield from files_in(
         (model.model, model.adapter, model.tokenizer, CONFIG_FILE, str(user_config_dir() / CONFIG_FILE))
     )

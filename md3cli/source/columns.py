@@ -19,7 +19,7 @@ from md3cli.errors import RequestError, RowError, UsageError
 from md3cli.records import ImageItem, Request, Task, printable
 from md3cli.refine.template import SHOWN_CHARS, Template, quoted
 from md3cli.remote.address import is_address
-from md3cli.source.requests import EmbeddedImage, check_value, is_given, typed_cell
+from md3cli.source.requests import ROW_COLUMNS, EmbeddedImage, check_value, is_given, typed_cell
 
 OF_THE_PICTURE = ("stem", "name", "folder")  # placeholders that are no columns
 _NAMED_TASKS = frozenset({Task.DETECT, Task.POINT, Task.SEGMENT})  # whose answers have labels
@@ -82,9 +82,27 @@ class ColumnRules:
             return columns
         return columns | {name: value for name, value in self.constants.items() if not is_given(columns, name)}
 
+    def of_sidecars(self, columns: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
+        """Return the known columns that a picture's sidecars bring, all others, and what is wrong with their names.
+
+        Known are those that --map names, and constants.
+        """
+        try:
+            found = renamed_columns(dict(columns), self.renamed)
+        except ValueError as error:
+            return {}, dict(columns), str(error)
+        mapped = ROW_COLUMNS.intersection(self.renamed.values())
+        known = {name: value for name, value in found.items() if name in mapped}
+        others = {name: value for name, value in found.items() if name not in mapped}
+        for name, value in self.constants.items():
+            part = known if name in ROW_COLUMNS else others
+            if not is_given(part, name):
+                part[name] = value
+        return known, others, ""
+
     def filled(self, requests: tuple[Request, ...], columns: Mapping[str, Any], image: ImageItem | None) -> Filled:
-        """Return the command's `requests` as they are asked of a row; a prompt that the row brings stays as it is."""
-        if not self._templates or is_given(columns, "prompt"):
+        """Return the command's `requests` as they are asked of a row, filled from `columns`."""
+        if not self._templates:
             return Filled(requests)
         asked, typed, refused = [], dict[str, str](), dict[str, str]()
         for request in requests:

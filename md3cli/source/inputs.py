@@ -22,41 +22,96 @@ from md3cli.errors import InputError, RowError
 from md3cli.records import ImageItem, RowFailure, printable
 from md3cli.remote.address import folder_of, is_address, is_within, join, shown, shown_name
 from md3cli.remote.hosts import require_extra
+from md3cli.source.braces import expanded, has_braces
 from md3cli.source.manifest import manifest_rows, open_input
 from md3cli.source.requests import EmbeddedImage
 from md3cli.source.tar import tar_members
 from md3cli.source.walk import ARCHIVES, MANIFEST_SUFFIXES, SPREADSHEETS, STDIN, Glob, Kind, is_glob
 
-_BRACES = re.compile(r"\{[^{}]*(?:\.\.|,)[^{}]*\}")  # {00000..00009}, {a,b}
+_INNERMOST_BRACES = re.compile(r"\{[^{}]*(?:\.\.|,)[^{}]*\}")
 _QUOTES = ('"', "'")
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\[^\\]")  # C:\ or \\server
 
 
 class Input(NamedTuple):
-    """One INPUT of the command line; `prefix` is what the names of its pictures start with."""
+    """One INPUT of the command line, or of those that braces name.
+
+    `prefix` is what the names of its pictures start with; `base`, where braces named it, the folder that they are
+    relative to.
+    """
 
     typed: str
     kind: Kind
     prefix: str
+    base: str | None = None
 
 
-def input_of(typed: str, is_alone: bool) -> Input:
-    """Find out what an INPUT is, and what the names of its pictures start with.
+def inputs_of(typed: str, is_alone: bool) -> Iterator[Input]:
+    """Yield what an INPUT is: one, or all that its braces name.
 
     The names start with nothing where the INPUT is alone, with the INPUT as typed where there are several, and with
     the whole address where it is remote. The members of a lone tar and the rows of a lone manifest have names of their
-    own.
+    own. Of braces names start with what is behind their folder, as those of a pattern: `shards/{0..7}.tar` and
+    `shards/*.tar` give the same.
 
     Raises:
         InputError: it does not exist (one among several is a picture that is not there), or is compressed.
         MissingExtraError: it is an address, and what fetches it is not installed.
     """
+    if is_braced(typed):
+        yield from _braced_inputs(typed, is_alone)
+        return
     kind = _kind_of(typed, is_alone)
     if is_address(typed) and kind is Kind.FOLDER:
         typed = typed.rstrip("/")
     has_own_names = kind in (Kind.TAR, Kind.MANIFEST, Kind.STDIN)
     is_left_out = is_alone and (has_own_names or not is_address(typed))
-    return Input(typed, kind, "" if is_left_out else shown(typed))
+    yield Input(typed, kind, "" if is_left_out else _start_of_names(typed, kind))
+
+
+def is_braced(typed: str) -> bool:
+    """Return whether braces in INPUT name several; a name that exists is never taken for a pattern."""
+    return "{" in typed and has_braces(typed) and (is_address(typed) or not os.path.lexists(typed))
+
+
+def paths_of(typed: str) -> Iterator[str]:
+    """Yield INPUT, or the paths that its braces name.
+
+    Raises:
+        InputError: they are too many.
+    """
+    yield from expanded(typed) if is_braced(typed) else (typed,)
+
+
+def _braced_inputs(typed: str, is_alone: bool) -> Iterator[Input]:
+    components = typed.split("/")
+    num_fixed = next(i for i, part in enumerate(components) if "{" in part or is_glob(part))
+    base = "/".join(components[:num_fixed]) or ("/" if num_fixed else "")
+    num_paths, missing = 0, list[str]()
+    for path in expanded(typed):
+        num_paths += 1
+        if not (is_address(path) or is_glob(path) or os.path.lexists(path)):
+            missing.append(path)
+            continue
+        kind = _kind_of(path, is_alone=False)
+        start = _start_of_names(path.rstrip("/") if kind is Kind.FOLDER else path, kind)
+        is_relative = is_alone and not is_address(typed)
+        yield Input(path, kind, below(start, base) if is_relative else start, base if is_alone else None)
+    if missing:
+        raise InputError(
+            f"there is no {printable(missing[0])}: {len(missing):,} of the {num_paths:,} that {printable(typed)} names "
+            f"are missing; a pattern takes those that are there: '{printable(_INNERMOST_BRACES.sub('*', typed))}'"
+        )
+
+
+def _start_of_names(typed: str, kind: Kind) -> str:
+    return shown(Glob.parse(typed).base if kind is Kind.GLOB else typed)
+
+
+def below(path: str, folder: str) -> str:
+    """Return `path` relative to a `folder` that it begins with; the empty folder is the working folder."""
+    head = os.path.join(folder, "")
+    return "" if path == folder else path.removeprefix(head)
 
 
 def _kind_of(typed: str, is_alone: bool) -> Kind:
@@ -86,11 +141,6 @@ def _kind_of(typed: str, is_alone: bool) -> Kind:
 def _kind_of_absent(typed: str, is_needed: bool) -> Kind:
     if is_glob(typed):
         return Kind.GLOB
-    if _BRACES.search(typed):
-        raise InputError(
-            f"there is no {printable(typed)}; braces are the shell's: leave the quotes out, or give a pattern: "
-            f"'{printable(_BRACES.sub('*', typed))}'"
-        )
     if is_needed:
         raise InputError(f"there is no {printable(typed)}; check the path (a pattern is quoted: 'photos/**/*.jpg')")
     return Kind.FILE
@@ -145,7 +195,9 @@ def row_folder(typed: str, root: Path | str | None) -> str:
 
 def root_of(given: Input, root: Path | str | None) -> str:
     """Return what the names of the pictures of a lone INPUT are relative to: a folder, a tar, or an address."""
-    if given.kind in (Kind.FOLDER, Kind.TAR):
+    if given.base is not None and not (root and given.kind is Kind.MANIFEST):
+        folder = given.base
+    elif given.kind in (Kind.FOLDER, Kind.TAR):
         folder = given.typed
     elif given.kind is Kind.GLOB:
         folder = Glob.parse(given.typed).base
@@ -200,6 +252,8 @@ class RowPlaces(NamedTuple):
         """Return the places of the rows of INPUT `given`; a remote one may name addresses, for its user named one."""
         folder = row_folder(given.typed, root)
         prefix = "" if is_alone else shown(folder)
+        if given.base is not None:
+            prefix = "" if root is not None else below(prefix, shown(given.base))
         return cls(given.typed, given.prefix, folder, prefix, may_fetch or is_address(given.typed))
 
     def item_of(self, image: str | EmbeddedImage) -> ImageItem:

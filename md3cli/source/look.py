@@ -17,7 +17,7 @@ from md3cli.config import ColumnOptions
 from md3cli.errors import UsageError
 from md3cli.records import Request, Task, printable
 from md3cli.refine.template import quoted
-from md3cli.source.columns import OF_THE_PICTURE, ColumnRules, near_miss
+from md3cli.source.columns import OF_THE_PICTURE, ColumnRules, clash_of, near_miss
 from md3cli.source.manifest import ManifestRow
 from md3cli.source.requests import ROW_COLUMNS, is_given
 
@@ -32,7 +32,7 @@ class FirstRows:
 
     `columns` are their names in order, `num_rows` could be read; `is_unknown`: of some manifest none could. `own`
     counts the tasks of rows that ask something else than the command, `unknown` holds tasks that are none, with the
-    place of the first row.
+    place of the first row. `of_sidecars` are columns that pictures of tars bring, which mean nothing by their names.
     """
 
     columns: dict[str, None] = field(default_factory=dict)
@@ -40,6 +40,23 @@ class FirstRows:
     own: Counter[str] = field(default_factory=Counter)
     unknown: dict[str, str] = field(default_factory=dict)
     is_unknown: bool = False
+    of_sidecars: dict[str, None] = field(default_factory=dict)
+
+    def take_sidecars(self, pictures: Iterator[Mapping[str, object]], rules: ColumnRules) -> None:
+        """Take in the columns of the first pictures of a tar.
+
+        Raises:
+            UsageError: `rules` name another picture than a member, or give a column the name of another.
+        """
+        if name := next((name for name, column in rules.renamed.items() if column == "image"), None):
+            raise UsageError(f"--map image={printable(name)}: the pictures of a tar are its members, not a column")
+        deadline = time.monotonic() + BUDGET_S
+        for columns in islice(pictures, MOST_ROWS):
+            if clash := clash_of(columns, rules.renamed):
+                raise UsageError(clash)
+            self.of_sidecars |= {rules.renamed.get(column, column): None for column in columns}
+            if time.monotonic() > deadline:
+                break
 
     def take(self, rows: Iterator[ManifestRow], rules: ColumnRules, asked: Sequence[Request]) -> None:
         """Take in the first of a manifest's `rows`, of a run that asks `asked`."""
@@ -72,13 +89,14 @@ def check_columns(rows: FirstRows, options: ColumnOptions, rules: ColumnRules, w
     """
     if rows.is_unknown:
         return
+    found = rows.columns | rows.of_sidecars
     for column, name in options.renamed:
-        if column not in rows.columns:
+        if column not in found:
             raise UsageError(
                 f"--map {printable(column)}={printable(name)}: {where} has no column {quoted(name)}"
-                f"{_but(name, list(rows.columns))}"
+                f"{_but(name, list(found))}"
             )
-    there = [*rows.columns, *(name for name in rules.constants if name not in rows.columns)]
+    there = list(found | rules.constants)
     for name in rules.placeholders:
         if name not in there:
             raise UsageError(

@@ -19,7 +19,7 @@ import os
 import re
 import select
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 from md3cli.errors import InputError, NoImageColumnError, UsageError
@@ -388,16 +388,35 @@ def _json_columns(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError, RecursionError: it cannot be read, or could not be written again as it is.
     """
-    columns = json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_unique)
+    columns = _json_value(data, _refuse_constant)
     if not isinstance(columns, dict):
         raise ValueError("not a JSON object")
-    if data.count(b"[") + data.count(b"{") > DEPTH_LIMIT and _depth(columns) > DEPTH_LIMIT:
+    return columns
+
+
+def json_value(data: bytes) -> Any:
+    """Return the JSON value that a file holds, with null for NaN and infinities, which many programs write.
+
+    Raises:
+        ValueError: it cannot be read, is nested deeper than DEPTH_LIMIT, or could not be written again as it is.
+    """
+    try:
+        return _json_value(data.removeprefix(_UTF8_BOM), lambda name: None)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at line {error.lineno}, column {error.colno}") from error
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+
+
+def _json_value(data: bytes, constant: Callable[[str], None]) -> Any:
+    value = json.loads(data.decode(), parse_constant=constant, object_pairs_hook=_unique)
+    if data.count(b"[") + data.count(b"{") > DEPTH_LIMIT and _depth(value) > DEPTH_LIMIT:
         raise ValueError(_TOO_DEEP)
     try:
-        json.dumps(columns, allow_nan=False, ensure_ascii=False).encode()
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("holds half of a surrogate pair, which is no character") from None
-    return columns
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from contextlib import suppress
+from functools import cache, cached_property
 from typing import IO, Any, NamedTuple
 
 from md3cli.config import ColumnOptions, SourceSpec
@@ -32,15 +33,23 @@ from md3cli.source.inputs import (
     RowPlaces,
     check_readable,
     image_item,
-    input_of,
+    inputs_of,
     is_of_windows,
     root_of,
 )
 from md3cli.source.look import FirstRows, check_asked, check_columns, notes_on
 from md3cli.source.manifest import LiveLines, ManifestRow, manifest_rows, open_input, path_rows
-from md3cli.source.requests import ROW_COLUMNS, check_request, refuse_address, refused_request, row_image, row_requests
-from md3cli.source.tar import tar_members
-from md3cli.source.walk import STDIN, Glob, Kind, PathFilter, Walk, has_image_suffix, is_glob
+from md3cli.source.requests import (
+    ROW_COLUMNS,
+    check_request,
+    is_given,
+    refuse_address,
+    refused_request,
+    row_image,
+    row_requests,
+)
+from md3cli.source.walk import STDIN, TAR, Glob, Kind, PathFilter, Walk, has_image_suffix, is_glob
+from md3cli.source.webdataset import NOTHING, tar_pictures
 
 
 def open_source(
@@ -66,9 +75,9 @@ def open_source(
     if not spec.inputs and spec.columns.identity():
         raise UsageError("--map, --const and --template are about the rows of INPUT, and there is no INPUT")
     is_alone = len(spec.inputs) == 1
-    inputs = tuple(input_of(typed, is_alone) for typed in spec.inputs)
+    inputs = tuple(given for typed in spec.inputs for given in inputs_of(typed, is_alone))
     for given in inputs:
-        check_readable(given, is_alone, rules.renamed)
+        check_readable(given, is_alone and given.base is None, rules.renamed)
     defaults = requests[0] if requests else defaults or Request(Task.QUERY)
     if stdin is None and STDIN in spec.inputs:
         if sys.stdin is None:
@@ -174,8 +183,8 @@ class Source:
         A record of a template's is known by its own prompt; constants may be settings, of which a record tells nothing.
         """
         spec = self._spec
-        is_narrowed = bool(
-            spec.include or spec.exclude or spec.limit is not None or spec.shard or spec.columns.constants
+        is_narrowed = bool(spec.include or spec.exclude or spec.limit is not None or spec.shard) or bool(
+            spec.columns.constants or spec.columns.renamed
         )
         kinds = {given.kind for given in self._inputs}
         return not is_narrowed and kinds <= {Kind.FOLDER, Kind.GLOB, Kind.FILE, Kind.TAR}
@@ -197,25 +206,32 @@ class Source:
         rows, options = FirstRows(), self._spec.columns
         needs_columns = bool(options.renamed or set(self._rules.placeholders) - self._rules.constants.keys())
         for given in self._inputs:
-            if (manifest := self._first_manifest(given, is_walked=needs_columns)) is not None:
-                rows.take(manifest_rows(manifest, self._rules.renamed), self._rules, self._requests)
+            path = self._first_file(given) if needs_columns or given.kind is Kind.MANIFEST else ""
+            if given.kind is Kind.MANIFEST or path.lower().endswith(".parquet"):
+                rows.take(manifest_rows(path, self._rules.renamed), self._rules, self._requests)
+            elif path.lower().endswith(TAR):
+                rows.take_sidecars(self._sidecars(path), self._rules)
         if any(given.kind is Kind.STDIN for given in self._inputs):
             return []
-        where = printable(shown(self._inputs[0].typed)) if len(self._inputs) == 1 else "INPUT"
+        where = printable(shown(self._spec.inputs[0])) if len(self._spec.inputs) == 1 else "INPUT"
         check_columns(rows, options, self._rules, where)
         if all(given.kind is Kind.MANIFEST for given in self._inputs):
             check_asked(rows, self._requests, self._rules, where)
         return list(notes_on(rows, self._requests, self._rules, where))
 
-    def _first_manifest(self, given: Input, *, is_walked: bool) -> str | None:
-        """Return INPUT where it is a manifest, or the Parquet file that a glob finds first."""
-        if given.kind is Kind.MANIFEST:
+    def _first_file(self, given: Input) -> str:
+        """Return INPUT where it is a file, or what its walk finds first; empty where that is nothing."""
+        if given.kind is not Kind.GLOB and given.kind is not Kind.FOLDER:
             return given.typed
-        if not is_walked or given.kind is not Kind.GLOB:
-            return None
         folder, glob = _walk_of(given)
         first = next(self._walk(folder, Counter()).files(folder, glob), "")
-        return os.path.join(folder, first) if first.lower().endswith(".parquet") else None
+        return os.path.join(folder, first)
+
+    def _sidecars(self, path: str) -> Iterator[Mapping[str, Any]]:
+        """Yield the columns of the pictures of a tar, as far as it can be read."""
+        with suppress(InputError, RowError), open_input(path) as file:
+            for picture in tar_pictures(file, shown(path), self._why_not, Counter()):
+                yield picture.columns
 
     def count(self, budget_s: float = 1.0) -> RowCount | None:
         """Count rows and requests beforehand; None for stdin, for what is remote, and after `budget_s` seconds."""
@@ -231,7 +247,7 @@ class Source:
         return RowCount(num_rows, num_requests)
 
     def _find_root(self) -> str:
-        if len(self._inputs) != 1:
+        if len(self._spec.inputs) != 1:
             return os.getcwd() if self._inputs else Confinement.to(self._spec.root).root or os.getcwd()
         return root_of(self._inputs[0], self._spec.root)
 
@@ -261,57 +277,74 @@ class Source:
     def _picture(self, name: str, path: str) -> _Found:
         return self._picture_row(image_item(name, path))
 
-    def _picture_row(self, image: ImageItem) -> _Found:
-        failure = self._outside(image.path)
-        if not self._rules.changes_pictures:
-            return (image.name, SourceRow(image, self._requests, failure=failure))
-        columns = self._rules.with_constants({"image": image.name})
-        try:
-            asked = self._asked(columns, image)
-        except RowError as error:
-            asked, failure = Filled((refused_request(columns, self._base),)), RowFailure(error.type, str(error))
-        return (image.name, SourceRow(image, asked.requests, _meta_of(columns), failure, asked.typed, asked.refused))
+    def _picture_row(self, image: ImageItem, data: Mapping[str, Any] = NOTHING) -> _Found:
+        """Return the row of a picture that no manifest names, with the columns of its sidecars, if any.
 
-    def _asked(self, columns: dict[str, Any], image: ImageItem | None, where: str = "") -> Filled:
-        """Return what a row asks; raises RowError. `where` begins the messages of what it cannot ask."""
-        asked = self._rules.filled(row_requests(columns, self._requests, self._defaults), columns, image)
+        Those mean nothing by their names: a set of generated pictures has a `prompt` and a `seed` that are not ours.
+        Only --map makes them known columns.
+        """
+        failure = self._outside(image.path)
+        if not (self._rules.changes_pictures or (data and self._rules.renamed)):
+            return (image.name, SourceRow(image, self._requests, data, failure))
+        known, others, problem = self._rules.of_sidecars(data)
+        known["image"] = image.name
+        try:
+            if problem:
+                raise RowError("bad_row", problem)
+            asked = self._asked(known, image, others=others)
+        except RowError as error:
+            asked, failure = Filled((refused_request(known, self._base),)), RowFailure(error.type, str(error))
+        return (image.name, SourceRow(image, asked.requests, others, failure, asked.typed, asked.refused))
+
+    def _asked(
+        self, columns: Mapping[str, Any], image: ImageItem | None, where: str = "", others: Mapping[str, Any] = NOTHING
+    ) -> Filled:
+        """Return what a row asks; raises RowError. `where` begins the messages of what it cannot ask.
+
+        A prompt that the row brings stays as it is; `others` are columns that only fill prompts.
+        """
+        requests = row_requests(columns, self._requests, self._defaults)
+        if is_given(columns, "prompt"):
+            return Filled(requests)
+        asked = self._rules.filled(requests, {**others, **columns} if others else columns, image)
         if where and asked.refused:
             return asked._replace(refused={prompt: f"{where}: {why}" for prompt, why in asked.refused.items()})
         return asked
 
     def _walked(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
         folder, glob = _walk_of(given)
-        prefix = given.prefix if glob is None or not given.prefix else shown(glob.base)
-        walk = self._walk(folder, skipped)
-        path_head, name_head = os.path.join(folder, ""), os.path.join(prefix, "")
-        for relative in walk.files(folder, glob):
+        path_head, name_head = os.path.join(folder, ""), os.path.join(given.prefix, "")
+        for relative in self._walk(folder, skipped).files(folder, glob):
             path, name = path_head + relative, name_head + relative
             suffix = relative[-8:].lower()
-            if suffix.endswith(".tar"):
+            if suffix.endswith(TAR):
                 yield from self._tar_members(path, name, skipped)
             elif suffix.endswith(".parquet"):
                 yield from self._manifest(Input(path, Kind.MANIFEST, name), skipped)
             else:
                 yield self._picture(name, path)
 
-    def _walk(self, folder: str, skipped: Counter[str]) -> Walk:
+    def _walk(self, folder: str, skipped: Counter[str], *, takes_tars: bool = True) -> Walk:
+        """Return the walk of a folder; tars are taken where it has no pictures, which is looked for when one is met."""
         if not is_address(folder):
-            return Walk(self._spec.recursive, self._spec.follow_links, self._filter, skipped, self._spec.own_files)
-        from md3cli.source.remote_inputs import walk_of
+            walk = Walk(self._spec.recursive, self._spec.follow_links, self._filter, skipped, self._spec.own_files)
+        else:
+            from md3cli.source.remote_inputs import walk_of
 
-        return walk_of(folder, self._filter, skipped, is_recursive=self._spec.recursive)
+            walk = walk_of(folder, self._filter, skipped, is_recursive=self._spec.recursive)
+        if takes_tars:
+            pictures_alone = self._walk(folder, Counter(), takes_tars=False)
+            walk.takes_tars = cache(lambda: next(pictures_alone.files(folder), None) is None)
+        return walk
 
     def _tar_members(self, path: str, prefix: str, skipped: Counter[str]) -> Iterator[_Found]:
         """Yield the pictures inside a tar, by suffix, as byte ranges of it; damage is one more row."""
         try:
             with open_input(path) as file:
-                for member in tar_members(file, shown(path)):
-                    name = member.name.removeprefix("./")
-                    if reason := self._why_not(member, name):
-                        skipped[reason] += 1
-                    elif not member.isdir():
-                        whole = f"{prefix}/{name}" if prefix else name  # an absolute name stays inside the tar, too
-                        yield self._picture_row(image_item(whole, path, member.offset_data, member.size))
+                for picture in tar_pictures(file, shown(path), self._why_not, skipped):
+                    # An absolute name stays inside the tar, too.
+                    name = f"{prefix}/{picture.name}" if prefix else picture.name
+                    yield self._picture_row(image_item(name, path, picture.offset, picture.size), picture.columns)
         except (InputError, RowError) as error:
             if isinstance(error, InputError) and (not prefix or is_address(path)):
                 raise
@@ -320,9 +353,7 @@ class Source:
             yield (image.name, SourceRow(image, self._requests, failure=failure))
 
     def _why_not(self, member: tarfile.TarInfo, name: str) -> str:
-        """Return why a tar's member is left out; empty where it is not, and for folders."""
-        if member.isdir():
-            return ""
+        """Return why a tar's member is left out; empty where it is not."""
         if any(part.startswith(".") for part in name.split("/")):
             return "hidden"
         if not has_image_suffix(name):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -29,8 +29,9 @@ OWN_FOLDER_NAMES = frozenset(
 )  # of a run folder, those that hold pictures
 _RUN_HEAD_BYTES = 200  # `schema` is the first key
 
+TAR = ".tar"
 _NAMED_ONLY = {  # what holds pictures, and is read where a pattern or its name says so: how skipped ones are called
-    ".tar": "tars (give 'FOLDER/*.tar' to read them)",
+    TAR: "tars beside pictures (give 'FOLDER/*.tar' to read them)",
     ".parquet": "Parquet files (give 'FOLDER/*.parquet' to read them)",
 }
 
@@ -153,11 +154,14 @@ class PathFilter:
         return any(pattern.fullmatch(path) for pattern in self.exclude)
 
     def keeps(self, path: str) -> bool:
-        if self.exclude:
-            places = [match.start() for match in re.finditer("/", path)]
-            if any(self.excludes(path[:place]) for place in [*places, len(path)]):
-                return False
-        return not self.include or any(pattern.fullmatch(path) for pattern in self.include)
+        return self.opens(path) and (not self.include or any(pattern.fullmatch(path) for pattern in self.include))
+
+    def opens(self, path: str) -> bool:
+        """Return whether no exclude pattern matches a path or a folder above it: of a tar, whose members may match."""
+        if not self.exclude:
+            return True
+        places = [match.start() for match in re.finditer("/", path)]
+        return not any(self.excludes(path[:place]) for place in [*places, len(path)])
 
 
 def _filter_regex(pattern: str) -> re.Pattern[str]:
@@ -177,6 +181,8 @@ class Walk:
     What md3 wrote itself is left out: each file whose path, links followed, is in `own_files`, and all below a folder
     that has a file `.md3`, or that is a format's folder beside a run.json of md3. The folder that is walked is never
     left out.
+
+    Without a glob, `takes_tars` is asked when a tar is met: whether tars are taken as pictures are.
     """
 
     recursive: bool = True
@@ -184,6 +190,7 @@ class Walk:
     filter: PathFilter = field(default_factory=lambda: PathFilter((), ()))
     skipped: Counter[str] = field(default_factory=Counter)
     own_files: frozenset[str] = frozenset()
+    takes_tars: Callable[[], bool] = lambda: False
 
     def files(self, root: str, glob: Glob | None = None) -> Iterator[str]:
         """Yield paths under `root` in natural order, folder by folder: what `glob` matches, else pictures by suffix.
@@ -220,11 +227,13 @@ class Walk:
     def _is_wanted(self, path: str, glob: Glob | None) -> bool:
         if glob is not None and not glob.matches(path):
             return False
-        if not has_image_suffix(path) and not (glob is not None and glob.names_suffix):
+        is_tar = path[-4:].lower() == TAR
+        is_named = glob.names_suffix if glob is not None else is_tar and self.takes_tars()
+        if not has_image_suffix(path) and not is_named:
             suffix = os.path.splitext(path)[1].lower()
             self.skipped[_NAMED_ONLY.get(suffix, "other suffix")] += 1
             return False
-        if not self.filter.keeps(path):
+        if not (self.filter.opens(path) if is_tar else self.filter.keeps(path)):
             self.skipped["excluded"] += 1
             return False
         return True

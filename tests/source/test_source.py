@@ -122,16 +122,106 @@ def test_no_input_is_a_question_alone() -> None:
     assert list(source(asked=ASKED[:1])) == [SourceRow(None, ASKED[:1])]
 
 
-def test_a_folder_of_tars_says_how_they_are_read(tmp_path: Path) -> None:
-    for name in ("00000.tar", "00001.TAR", "00000.parquet", "00000_stats.json"):
+def test_a_folder_of_pictures_says_how_its_tars_are_read(tmp_path: Path) -> None:
+    for name in ("00000.tar", "00001.TAR", "00000.parquet", "00000_stats.json", "deep/down/x.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     rows = source(str(tmp_path))
-    assert list(rows) == []
+    assert names(rows) == ["deep/down/x.jpg"]
     assert rows.skipped == {
-        "tars (give 'FOLDER/*.tar' to read them)": 2,
+        "tars beside pictures (give 'FOLDER/*.tar' to read them)": 2,
         "Parquet files (give 'FOLDER/*.parquet' to read them)": 1,
         "other suffix": 1,
     }
+
+
+def tar_up(path: Path, *members: str) -> None:
+    """Write a tar of members that hold their own names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(name.encode())
+            tar.addfile(member, io.BytesIO(name.encode()))
+
+
+@pytest.fixture
+def shards(folder: Path) -> Path:
+    for number in (2, 10):
+        tar_up(folder / "shards" / f"{number}.tar", f"{number}.jpg", f"{number}.txt", f"in/{number}.png")
+    tar_up(folder / "shards/sub/3.TAR", "3.jpg")
+    (folder / "shards/2_stats.json").touch()
+    return folder / "shards"
+
+
+def test_a_folder_of_tars_is_its_pictures(shards: Path) -> None:
+    rows = source("shards")
+    members = ["2.tar/2.jpg", "2.tar/in/2.png", "10.tar/10.jpg", "10.tar/in/10.png", "sub/3.TAR/3.jpg"]
+    assert names(rows) == members
+    assert rows.root == str(shards)
+    assert rows.skipped == {"other suffix": 1}
+    assert rows.count() == (5, 10)
+    assert names(source("shards", recursive=False)) == members[:4]
+    assert names(source("shards", "photos/sub"))[:2] == ["shards/2.tar/2.jpg", "shards/2.tar/in/2.png"]
+    assert names(source("shards", include=("*.png",))) == [members[1], members[3]]
+    assert names(source("shards", exclude=("10.*", "sub"))) == members[:2]
+    parts = [names(source("shards", shard=(i, 3))) for i in range(3)]
+    assert sorted(name or "" for part in parts for name in part) == sorted(members)
+
+
+def test_a_tar_that_is_none_is_one_row_of_its_folder(shards: Path) -> None:
+    (shards / "2.tar").write_bytes(b"")
+    rows = list(source("shards"))
+    assert [row.image and row.image.name for row in rows][:2] == ["2.tar", "10.tar/10.jpg"]
+    assert rows[0].failure is not None
+    assert rows[0].failure.type == "decode"
+
+
+# -- braces ----------------------------------------------------------------------------------------------
+
+
+def test_braces_name_tars_as_a_pattern_does(shards: Path) -> None:
+    rows = source("shards/{2,10}.tar")
+    assert names(rows) == names(source("shards/*.tar")) == names(source("shards"))[:4]
+    assert rows.root == source("shards/*.tar").root == str(shards)
+    (shards / "2.tar").rename(shards / "0009.tar")
+    (shards / "10.tar").rename(shards / "0010.tar")
+    assert names(source(f"{shards}/{{0009..0010}}.tar"))[::2] == ["0009.tar/2.jpg", "0010.tar/10.jpg"]
+    assert names(source("{shards,photos}/**/*.{tar,TAR,png}")) == [
+        "shards/0009.tar/2.jpg",
+        "shards/0009.tar/in/2.png",
+        "shards/0010.tar/10.jpg",
+        "shards/0010.tar/in/10.png",
+        "shards/sub/3.TAR/3.jpg",
+        "photos/sub/b.png",
+    ]
+    assert names(source("shards/{0009..0010}.tar", "photos/sub"))[0] == "shards/0009.tar/2.jpg"
+
+
+def test_braces_name_pictures_folders_and_manifests(folder: Path) -> None:
+    for kind in ("cats", "dogs"):
+        (folder / "photos" / kind).mkdir()
+        (folder / "photos" / kind / "x.jpg").touch()
+        (folder / "photos" / kind / "m.jsonl").write_text('{"image":"x.jpg"}\n')
+    pictures = ["cats/x.jpg", "dogs/x.jpg"]
+    for typed in ("photos/{cats,dogs}", "photos/{cats,dogs}/", "photos/{cats,dogs}/m.jsonl", "photos/{ca,do}*s/*.jpg"):
+        rows = source(typed)
+        assert (names(rows), rows.root) == (pictures, str(folder / "photos"))
+        assert [os.path.exists(row.image.path) for row in rows if row.image] == [True, True]
+    assert names(source("photos/a{9..10}.jpg")) == ["a9.jpg", "a10.jpg"]
+    assert names(source("photos/{cats,dogs}/m.jsonl", root=folder / "photos/sub")) == ["x.jpg", "x.jpg"]
+    (folder / "x{1,2}.jpg").touch()
+    assert names(source("x{1,2}.jpg")) == ["x{1,2}.jpg"]
+
+
+def test_what_braces_name_and_is_not_there(shards: Path) -> None:
+    missing = r"there is no shards/3\.tar: 8 of the 10 that shards/\{1\.\.10\}\.tar names are missing; a pattern"
+    with pytest.raises(InputError, match=missing.replace("/3", "/1")):
+        source("shards/{1..10}.tar")
+    with pytest.raises(InputError, match="paths, more than 262,144"):
+        source("shards/{0..99999999999}.tar")
+    (shards / "{3..4}.tar").write_bytes((shards / "2.tar").read_bytes())
+    assert names(source("shards/{3..4}.tar"))[0] == "2.jpg"  # what is there under this name is that file
 
 
 def test_an_empty_folder_gives_nothing(tmp_path: Path) -> None:
@@ -186,7 +276,7 @@ def test_a_lone_input_that_does_not_exist(folder: Path, typed: str) -> None:
 
 
 def test_braces_and_spreadsheets_are_explained(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"braces are the shell's: .* give a pattern: 'photos/\*\.tar'"):
+    with pytest.raises(InputError, match=r"there is no photos/00000\.tar: 2 of the 2 .* are there: 'photos/\*\.tar'"):
         source("photos/{00000..00001}.tar")
     (folder / "x{1,2}.jpg").touch()
     assert names(source("x{1,2}.jpg")) == ["x{1,2}.jpg"]
