@@ -251,11 +251,11 @@ def compact_json(value: Any) -> bytes:
 
 
 def is_printable(char: str) -> bool:
-    """Return False for a character that must not reach a terminal: C0, DEL, C1, surrogates, bidi and line controls."""
+    """Return False for what no terminal or XML may get: C0, DEL, C1, surrogates, bidi and line controls, U+FFFE/F."""
     code = ord(char)
     if code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code <= 0xDFFF:
         return False
-    if code in (0x061C, 0x180E, 0xFEFF) or 0xFFF9 <= code <= 0xFFFB:
+    if code in (0x061C, 0x180E, 0xFEFF, 0xFFFE, 0xFFFF) or 0xFFF9 <= code <= 0xFFFB:
         return False
     return not (0x200B <= code <= 0x200F or 0x2028 <= code <= 0x202E or 0x2060 <= code <= 0x206F)
 

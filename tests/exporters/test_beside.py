@@ -165,7 +165,7 @@ def test_pictures_of_one_stem_are_told(run: Run) -> None:
     for report in (first, again):
         told = [note for note in report.notes if "longer name" in note]
         assert len(told) == 1
-        assert "(first: photo.png.txt); trainers read the plain one only" in told[0]
+        assert "(first: photo.png.txt); programs look for the plain one" in told[0]
 
 
 def test_names_that_a_file_system_takes_for_one(three: Run, monkeypatch: pytest.MonkeyPatch) -> None:

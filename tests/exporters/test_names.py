@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from md3cli.exporters.names import NAME_LIMIT_BYTES, Names, candidates, portable, relative_name
+from md3cli.errors import ExportError
+from md3cli.exporters.names import NAME_LIMIT_BYTES, Names, beside_pictures, candidates, portable, relative_name
 
 AWKWARD = ["../../etc/passwd", "/etc/passwd", "a/../b.jpg", "https://h.example/a.jpg?x=../y", "", ".", "a//b", "a\0b"]
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=300) | st.sampled_from(AWKWARD)
@@ -96,3 +97,20 @@ def test_flat_names_keep_what_they_can() -> None:
 def test_a_name_given_often_stays_unique() -> None:
     made = Names(is_flat=True)
     assert len({made.claimed("cat") for _ in range(50)}) == 50
+
+
+def test_a_stem_is_given_once_whatever_suffix_and_case() -> None:
+    names = Names(is_flat=False, fitted=beside_pictures)
+    given = [str(names.first_free(image, ".png")) for image in ("d/a.jpg", "d/A.webp", "a.jpg", "d/a.jpg.png")]
+    assert given == ["d/a.png", "d/A.webp.png", "a.png", "d/a.jpg.png"]
+    assert str(names.first_free("frame 1.5", ".jpg")) == "frame 1.5.jpg"
+    for _ in range(3):
+        names.first_free("e.jpg", ".png")
+    assert names.first_free("e.jpg", ".png").parent == PurePosixPath(".")
+    with pytest.raises(ExportError, match="no file name is left"):
+        names.first_free("e.jpg", ".png")
+
+
+def test_no_folder_is_called_as_a_picture() -> None:
+    assert beside_pictures(PurePosixPath("b.jpg/c.jpg")) == PurePosixPath("b.jp_/c.jpg")
+    assert beside_pictures(PurePosixPath("b.d/c:d")) == PurePosixPath("b.d/c_d")

@@ -104,3 +104,10 @@ def test_sets_have_a_list_each(detect_run: Run) -> None:
     assert {path.stem for path in files_of(out / "JPEGImages")} == {*lists["train"], *lists["val"]}
     assert all("/" not in name for names in lists.values() for name in names)
     assert any(note.startswith("sets: train ") for note in report.notes)
+
+
+def test_a_label_of_any_characters_is_well_formed(run: Run) -> None:
+    label = "\x00<&\uffff\ufffe"
+    run.write([record(NAMES[0], "detect", "car", objects=[{**CAR, "label": label}])])
+    _, out = run.export("voc", "out")
+    assert ET.parse(out / "Annotations/a/photo.xml").findtext("object/name") == r"\x00<&\uffff\ufffe"

@@ -106,6 +106,19 @@ def detect_records(names: Iterable[str] = NAMES) -> list[Record]:
     return [*broken, *records]
 
 
+def mixed_records() -> list[Record]:
+    """The boxes of `detect_records`, and on the first picture a mask, a point, a caption and an answer."""
+    box = {key: CAR[key] for key in ("x_min", "y_min", "x_max", "y_max")}
+    path = "M 0 0 L 1 0 L 1 1 Z"  # of the box
+    return [
+        *detect_records(),
+        record(NAMES[0], "segment", "ring", segments=[{"label": "ring", "svg_path": path, "bbox": box, "score": 0.7}]),
+        record(NAMES[0], "point", "nose", points=[{"label": "nose", "x": 1.0, "y": 0.25, "score": 0.8}]),
+        record(NAMES[0], "caption", length="short", caption="a car,\na <dog>"),
+        record(NAMES[0], "query", "How many?", answer="2 & 3"),
+    ]
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """A run without records yet: its pictures, and run.json that says where they are."""
