@@ -119,7 +119,8 @@ _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(value) for value, word in enumerate(_NUMBERS)} | {"none": "0"}
-# The contractions of the script. Each of its entries is one of these with one apostrophe left out.
+# The contractions of the script: each of its entries is one of these with one apostrophe left out. (`somebody'd` it
+# turns the other way round, which compares the same.)
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've

@@ -297,7 +297,7 @@ def _no_column(column: str, records: Sequence[RecordDict], noun: str) -> str:
             break
     what = f"--answer {printable(column)[:100]}"
     if column in known:
-        return f"{what}: the column is empty in the meta of all {len(records):,} {noun}"
+        return f"{what}: the column is empty in the meta of all {noun} ({len(records):,})"
     near = near_miss(column.removeprefix("meta."), list(known))
     there = f"did you mean {printable(near)}?" if near else f"there are: {printable(', '.join(known))[:200] or 'none'}"
     return f"{what}: no record has this column in its meta; {there}"

@@ -1,4 +1,7 @@
-"""`md3 eval --best-thresholds`: a labels file that later commands use, and what it is never written over."""
+"""`md3 eval --best-thresholds`: a labels file that later commands use, and what it is never written over.
+
+And `--metric` and `--answer`: what they put into tables, JSON, limits and comparisons.
+"""
 
 from __future__ import annotations
 
@@ -163,3 +166,85 @@ def test_a_score_that_is_not_there_is_refused_before_anything_is_written(folder)
     assert "no score NO here" in str(result.exception)
     assert not result.stdout
     assert not [path for path in folder.iterdir() if path.stem in ("best", "scores")]
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Answers with the true ones in their own rows, an older run of them, and the same truth as tables."""
+    rows = [("a.jpg", "105", "100"), ("b.jpg", "Hello wrld", "hello world"), ("c.jpg", "yes", None)]
+    records = [record(image, "query", "Q?", answer=said) | {"meta": {"truth": true}} for image, said, true in rows]
+    write_records(tmp_path / "run.jsonl", records)
+    older = [one | {"answer": "nothing", "id": one["id"] + "o"} for one in records[:1]] + records[1:]
+    write_records(tmp_path / "older.jsonl", older)
+    (tmp_path / "gt.csv").write_text("image,question,answer\na.jpg,q?,100\nb.jpg,q?,hello world\n")
+    (tmp_path / "gt.tsv").write_text("image\tquestion\tanswer\na.jpg\tq?\t100\nb.jpg\tq?\thello world\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("truth", ["--answer truth", "--gt gt.csv", "--gt gt.tsv"])
+def test_a_metric_stands_first_in_table_and_json(asked, truth):
+    lines = run(asked, f"run.jsonl {truth} --metric anls --metric relaxed --metric anls").stdout.splitlines()
+    assert lines[0] == "answers: 2 requests, 0 failed, 1 not in truth, 0 not asked"
+    assert lines[1].split()[:3] == ["anls", "relaxed", "exact"]
+    assert lines[2].split()[:3] == ["all", "0.788", "0.500"]
+    document = json.loads(run(asked, f"run.jsonl {truth} --metric anls --json").stdout)
+    (section,) = document["sections"]
+    assert (section["main"], section["scores"]["anls"]) == ("anls", pytest.approx((2 / 3 + 10 / 11) / 2))
+    assert document["ground_truth"] == ["meta.truth" if "--answer" in truth else truth.split()[1]]
+
+
+@pytest.mark.parametrize(
+    ("limits", "exit_code"),
+    [("0.5", 0), ("0.51", 1), ("relaxed=0.5", 0), ("relaxed=0.51", 1), ("anls=0.7 --fail-under exact=0.1", 1)],
+)
+def test_a_metric_decides_the_exit_status(asked, limits, exit_code):
+    result = run(asked, f"run.jsonl --answer truth --metric relaxed --metric anls --fail-under {limits}")
+    assert result.exit_code == exit_code
+    assert ("is below" in result.stderr) == bool(exit_code)
+
+
+def test_a_metric_tells_what_became_better(asked):
+    lines = run(asked, "run.jsonl --compare older.jsonl --answer truth --metric relaxed").stdout.splitlines()
+    assert "compared: 2 the same, 1 changed (1 answer), 0 only before, 0 only now" in lines
+    assert "  by the ground truth: 1 better" in lines
+    assert any(line.startswith("  answers: relaxed +0.500, exact +0.000") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("run.jsonl --metric anls", "--metric anls needs a ground truth; give --gt FILE, or --answer COLUMN"),
+        ("run.jsonl --compare older.jsonl --metric anls", "needs a ground truth"),
+        ("run.jsonl --answer truht", "did you mean truth?"),
+        ("run.jsonl --answer truth --metric miou", "needs segment records"),
+        ("run.jsonl --answer truth --metric anls --fail-under acc50=1", "no score acc50 here; there are: anls, exact"),
+        ("run.jsonl", "--answer COLUMN"),
+    ],
+)
+def test_a_metric_that_cannot_be_is_a_usage_error(asked, line, why):
+    result = run(asked, line)
+    assert isinstance(result.exception, UsageError)
+    assert why in str(result.exception)
+    assert not result.stdout
+
+
+def test_a_metric_of_another_name_is_refused_with_all_names(asked):
+    result = run(asked, "run.jsonl --answer truth --metric bleu")
+    assert result.exit_code == 2
+    names = ["anls", "relaxed", "vqa", "f1", "accuracy", "exact", "numeric", "acc50", "miou", "ciou"]
+    assert [name for name in names if f"'{name}'" not in result.stderr] == []
+
+
+def test_a_selection_takes_its_own_truth(asked):
+    result = run(asked, "run.jsonl --answer truth --image a.jpg --metric relaxed")
+    assert result.stdout.splitlines()[0] == "answers: 1 requests, 0 failed, 0 not in truth, 0 not asked"
+    empty = run(asked, "run.jsonl --answer truth --image zebra.jpg --metric relaxed")
+    assert (empty.exit_code, empty.stdout.strip()) == (0, "")
+
+
+def test_boxes_of_expressions_in_a_table(folder):
+    (folder / "refs.csv").write_text("image,label,x,y,w,h\na.jpg,car,0,0,40,40\nb.jpg,car,100,0,40,20\n")
+    result = run(folder, "run.jsonl --gt refs.csv --metric acc50 -o scores --json")
+    (section,) = json.loads(result.stdout)["sections"]
+    assert (section["main"], section["scores"]["acc50"]) == ("acc50", 1.0)
+    assert [path.name for path in sorted((folder / "scores").iterdir())] == ["boxes-reliability.png", "eval.json"]

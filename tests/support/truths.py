@@ -61,7 +61,7 @@ def write_records(path, records):
     return path
 
 
-def sections_of(folder, records, *documents):
+def sections_of(folder, records, *documents, metrics=()):
     """Score records against ground truth documents, written into `folder`; sections by name."""
     path = write_records(folder / "records.jsonl", records)
     truths = []
@@ -69,4 +69,4 @@ def sections_of(folder, records, *documents):
         truth = folder / f"truth{number}.json"
         truth.write_text(document if isinstance(document, str) else json.dumps(document))
         truths.append(load_truth(truth))
-    return {section.name: section for section in evaluate(path, truths).sections}
+    return {section.name: section for section in evaluate(path, truths, metrics).sections}
