@@ -25,6 +25,7 @@ from md3cli.run.output import (
     PRINTABLE_FORMATS,
     TABLE,
     OutputPlan,
+    check_can_cover,
     check_replaceable,
     open_output,
     own_paths,
@@ -72,6 +73,7 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
             return estimate(config, source, console, find=find) if config.estimate else dry_run(config, source, console)
         check_not_input(own_paths(plan), _files_read(config, plan))
         check_replaceable(plan, may_overwrite=config.output.overwrite)
+        check_can_cover(plan, config.requests, config.refinement.labels)
         check_not_empty(source, config.source, is_allowed=config.allow_empty)
         if beyond := words_beyond(config.model, config.requests):
             console.warn(beyond)

@@ -106,7 +106,7 @@ class Questions:
             if prompt in prompts:
                 raise UsageError(
                     f"{shown_text(prompt)!r} is asked with md3 point alone, and a point has no extent that could be "
-                    "covered; ask md3 detect for it, or choose other labels with --label"
+                    "covered; ask md3 detect for it, or name with md3 export --label what can be"
                 )
             covering.add(Question(Task.DETECT, prompt))
         return tuple(sorted(covering))

@@ -75,8 +75,8 @@ class LeftOut:
         """Yield how many there are of each kind."""
         kinds = ", ".join(f"{kind} ({count:,})" for kind, count in self.counts.most_common())
         if self.counts:
-            which = f"{self.counts.total():,} pictures were" if num_written else "no picture was"
-            yield f"{which} not written: {kinds}; {LEFT_OUT} says which and why (first: {self.first})"
+            what = f"{self.counts.total():,} pictures were not written" if num_written else "no picture was written"
+            yield f"{what}: {kinds}; {LEFT_OUT} says which and why (first: {self.first})"
 
 
 def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
@@ -114,8 +114,8 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         for image, gap in coverage.unanswered():
             left_out.add(image, gap)
         left_out.table.end()
+        pictures.missing_note()  # raises where not one is there
         survey = index.survey
-    pictures.missing_note()  # raises where not one is there
     notes = (*survey.notes(), *left_out.notes(num_images), *_notes(records, coverage, options))
     return ExportReport("redacted", out, survey.num_records, num_images, survey.num_failures, notes)
 

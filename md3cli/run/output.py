@@ -23,8 +23,9 @@ from md3cli.files import STAGED, remove_stale_temps, scratch_folder, translate_e
 from md3cli.finished.guards import RUN, check_documents, check_not_foreign_run, marker_format, write_marker
 from md3cli.finished.guards import written_paths as listed_paths
 from md3cli.finished.run_json import RUN_INFO_NAME, change_since, read_facts
-from md3cli.records import RecordDict, RunIdentity, printable
+from md3cli.records import RecordDict, Request, RunIdentity, printable
 from md3cli.refine.collection import as_collection
+from md3cli.refine.labels import Labels
 from md3cli.refine.refinement import RefinedStream, Refinement
 from md3cli.run.journal import Journal, encode_record
 from md3cli.run.log import damage_words, damaged_path
@@ -146,6 +147,22 @@ def check_replaceable(plan: OutputPlan, *, may_overwrite: bool) -> None:
                 f"{printable(str(document.path))} is there already and no records of it beside it; "
                 "choose another -o, or --overwrite to replace it"
             )
+
+
+def check_can_cover(plan: OutputPlan, requests: Sequence[Request], labels: Labels) -> None:
+    """Refuse to write redacted pictures where what is asked has no extent; a manifest's rows are not known yet.
+
+    Raises:
+        UsageError: something is asked with point alone, or nothing is looked for.
+    """
+    if not requests or all(document.format != "redacted" for document in plan.documents):
+        return
+    from md3cli.exporters.coverage import Questions
+
+    questions = Questions(labels)
+    for request in requests:
+        questions.add({"task": str(request.task), "prompt": request.prompt})
+    questions.required(())
 
 
 def own_paths(plan: OutputPlan) -> tuple[Path, ...]:

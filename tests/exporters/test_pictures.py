@@ -23,7 +23,7 @@ from md3cli.finished.run_json import seal_of
 from md3cli.refine.collection import as_collection
 
 SECRET = b"-----BEGIN PRIVATE KEY-----"
-CARRYING = ["hf", "yolo", "overlay", "parquet", "html"]
+CARRYING = ["hf", "yolo", "overlay", "crops", "redacted", "parquet", "html"]
 
 
 def export(folder: Path, format: str, *options: object) -> Result:
