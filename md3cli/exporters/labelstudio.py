@@ -3,14 +3,16 @@
 `OUT.json` gets its interface beside it as `OUT.xml`; any other OUT is a folder with `tasks.json`
 and `interface.xml`. Coordinates are percent of the image. A picture's URL is Label Studio's own
 for local files, or `url_prefix` and the name. Label Studio refuses a storage that is the document root
-itself, so the root is the parent of the pictures' folder and URLs begin with the folder's name.
+itself, so the root is the parent of the pictures' folders and URLs begin with a folder's name.
+Tried in a server of version 1.23.2 (tests/programs/test_label_studio.py).
 """
 
 from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,14 @@ from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.objects import joined_ring
-from md3cli.exporters.palette import Style, palette
+from md3cli.exporters.palette import palette
 from md3cli.exporters.pictures import Pictures
 from md3cli.records import compact_json, printable
 from md3cli.refine.collection import Collection
 
 LOCAL_FILES = "/data/local-files/?d="
 POINT_SIZE_PERCENT = 0.75
+PERCENT_DECIMALS = 6  # both edges of a box in a picture of 100,000 pixels stay within 0.001 pixels
 
 Result = dict[str, Any]
 
@@ -44,57 +47,98 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
             tasks = outputs.enter_context((folder / "tasks.json").open("wb"))
         survey = index.survey
         interface.write(_interface(survey).encode())
-        root = Pictures(records, options).root if options.url_prefix is None else None
-        prefix = options.url_prefix
-        if prefix is None:
-            prefix = LOCAL_FILES + (f"{quote(os.fsencode(root.name))}/" if root is not None and root.name else "")
-        num_images = _write_tasks(index, tasks.write, prefix)
-        return ExportReport(
-            "labelstudio",
-            out,
-            survey.num_records,
-            num_images,
-            survey.num_failures,
-            (*survey.notes(), *(_setup_notes(root) if options.url_prefix is None else ())),
+        notes = [*survey.notes(), *_coco_notes(survey)]
+        if options.url_prefix is None:
+            urls = _LocalUrls(Pictures(records, options))
+            num_images = _write_tasks(index, tasks.write, urls.of)
+            notes += urls.notes()
+        else:
+            prefix = options.url_prefix
+            num_images = _write_tasks(index, tasks.write, lambda group: prefix + _quoted_name(group))
+        return ExportReport("labelstudio", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
+
+
+def _coco_notes(survey: Survey) -> Iterator[str]:
+    """Yield in words what Label Studio loses of points, and of boxes that share their labels, when it exports COCO."""
+    if "point" not in survey.tasks:
+        return
+    shared = [printable(label) for label in survey.categories() if label in survey.point_labels]
+    merged = (
+        f' and calls boxes and masks of labels that points have, too, "default" ({", ".join(shared)})' if shared else ""
+    )
+    yield f"Label Studio's COCO export keeps one point of a label in a picture{merged}; its JSON export keeps all"
+
+
+class _LocalUrls:
+    """Label Studio's URLs of pictures on this disk, below one document root; counts what its server cannot open."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self._pictures = pictures
+        self._folders = [root.path for root in pictures.roots if root.path.is_dir()]
+        self._document_root = _common_folder([folder.parent for folder in self._folders])
+        self._not_shown: Counter[str] = Counter()  # by reason
+        self._first: dict[str, str] = {}  # name, by reason
+
+    def of(self, group: ImageGroup) -> str:
+        """Return the URL of an image's picture, one that opens nothing where its server could not open the file."""
+        if self._document_root is None:
+            return LOCAL_FILES + _quoted_name(group)
+        picture = self._pictures.find(group.picture_record)
+        if picture is None:
+            self._note("are not there", group)
+            return f"{LOCAL_FILES}{quote(os.fsencode(self._folders[0].name))}/{_quoted_name(group)}"
+        if picture.size is not None:
+            self._note("are inside a tar", group)
+        elif picture.name_b64 is not None:
+            self._note("have names that are not UTF-8", group)
+        path = Path(os.path.relpath(picture.path, self._document_root))
+        return LOCAL_FILES + quote(os.fsencode(path.as_posix()))
+
+    def _note(self, reason: str, group: ImageGroup) -> None:
+        self._not_shown[reason] += 1
+        self._first.setdefault(reason, group.name)
+
+    def notes(self) -> Iterator[str]:
+        """Yield in words what has to be set in Label Studio before it shows the pictures, and which it will not."""
+        if self._document_root is None:
+            yield "Label Studio will not find the pictures: no folder is known; add --root DIR or --url-prefix URL"
+            return
+        for reason, count in self._not_shown.items():
+            yield f"Label Studio will not show {count} pictures that {reason} (first: {printable(self._first[reason])})"
+        yield (
+            "before Label Studio starts, set LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true and "
+            f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={printable(str(self._document_root))}"
+        )
+        folders = " and another with the path ".join(printable(str(folder)) for folder in self._folders)
+        yield (
+            "in the project: take the interface (.xml) as the labelling setup's code, add a Local Files source storage "
+            f"with the path {folders} (no sync needed), then import the tasks"
         )
 
 
-def _setup_notes(root: Path | None) -> Iterator[str]:
-    """Return in words what has to be set in Label Studio before it shows local pictures."""
-    if root is None or not root.is_dir():
-        yield "Label Studio will not find the pictures: their folder is not known; add --root DIR or --url-prefix URL"
-        return
-    yield (
-        "before Label Studio starts, set LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true and "
-        f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={printable(str(root.parent))}"
-    )
-    yield (
-        "in the project: take the interface (.xml) as the labelling setup's code, add a Local Files source storage "
-        f"with the path {printable(str(root))} (no sync needed), then import the tasks"
-    )
+def _common_folder(folders: list[Path]) -> Path | None:
+    """Return the folder that holds all; None without folders, and for folders on several drives."""
+    try:
+        return Path(os.path.commonpath(folders))
+    except ValueError:
+        return None
 
 
-def _write_tasks(index: ImageIndex, write: Callable[[bytes], object], url_prefix: str) -> int:
+def _quoted_name(group: ImageGroup) -> str:
+    return quote(base64.b64decode(group.name_b64) if group.name_b64 else group.name.encode())
+
+
+def _write_tasks(index: ImageIndex, write: Callable[[bytes], object], url_of: Callable[[ImageGroup], str]) -> int:
     """Write the array of tasks one by one; returns how many."""
     num_images = 0
     write(b"[")
     for group in index.images():
-        task = {
-            "data": {"image": image_url(group, url_prefix)},
-            "predictions": [_prediction(group, index.survey.model)],
-        }
+        url = group.name if "://" in group.name else url_of(group)
+        task = {"data": {"image": url}, "predictions": [_prediction(group, index.survey.model)]}
         write((b",\n" if num_images else b"\n") + compact_json(task))
         num_images += 1
     write(b"\n]\n")
     return num_images
-
-
-def image_url(group: ImageGroup, url_prefix: str) -> str:
-    """Return where Label Studio finds the picture."""
-    if "://" in group.name:
-        return group.name
-    exact = base64.b64decode(group.name_b64) if group.name_b64 else group.name.encode()
-    return url_prefix + quote(exact)
 
 
 def _prediction(group: ImageGroup, model: str) -> dict[str, Any]:
@@ -127,7 +171,8 @@ def _percent(values: dict[str, float]) -> dict[str, float]:
 
 
 def _limited(percent: float) -> float:
-    return round(min(max(percent, 0.0), 100.0), 4)  # a last-digit 100.00000000000001 is refused on import
+    # A last-digit 100.00000000000001 is refused on import.
+    return round(min(max(percent, 0.0), 100.0), PERCENT_DECIMALS)
 
 
 def _region(type: str, value: dict[str, Any], label: str, score: float | None) -> Result:
@@ -145,11 +190,12 @@ def _texts(group: ImageGroup) -> Iterator[Result]:
 def _interface(survey: Survey) -> str:
     """Return the labelling interface: one control for each kind of result that the records can hold."""
     labels = survey.categories()
-    styles = palette(survey.in_order())
+    # The first control with labels of boxes or masks gives them their numbers: said twice, COCO has them twice.
+    numbered = "detect" if "detect" in survey.tasks else "segment"
     controls = [
-        ("detect", _labels_control("RectangleLabels", labels, styles)),
-        ("segment", _labels_control("PolygonLabels", labels, styles)),
-        ("point", _labels_control("KeyPointLabels", survey.point_labels, styles)),
+        ("detect", _labels_control("RectangleLabels", labels, survey, "category" if numbered == "detect" else None)),
+        ("segment", _labels_control("PolygonLabels", labels, survey, "category" if numbered == "segment" else None)),
+        ("point", _labels_control("KeyPointLabels", survey.point_labels, survey, "model_index")),
         ("caption", '  <TextArea name="caption" toName="image" editable="true" rows="4"/>\n'),
         ("query", '  <TextArea name="answer" toName="image" editable="true" rows="4"/>\n'),
     ]
@@ -157,11 +203,16 @@ def _interface(survey: Survey) -> str:
     return f'<View>\n  <Image name="image" value="$image" zoom="true"/>\n{chosen}</View>\n'
 
 
-def _labels_control(tag: str, labels: Iterable[str], styles: Mapping[str, Style]) -> str:
+def _labels_control(tag: str, labels: Iterable[str], survey: Survey, place: str | None) -> str:
+    """Return a control of labels; `place` is the attribute that holds a label's number, counted from 0.
+
+    Without `category` its COCO and YOLO exports order labels by name, and without `model_index` they stop at points.
+    """
     lines = []
+    styles = palette(survey.in_order())
     for number, label in enumerate(labels):
-        # Its COCO export stops at keypoints whose label has no place of its own.
-        place = f' model_index="{number}"' if tag == "KeyPointLabels" else ""
-        colour = styles[label].colour.hex
-        lines.append(f'    <Label value={quoteattr(printable(label))} background="{colour}"{place}/>\n')
+        numbered = "" if place is None else f' {place}="{number}"'
+        lines.append(
+            f'    <Label value={quoteattr(printable(label))} background="{styles[label].colour.hex}"{numbered}/>\n'
+        )
     return f'  <{tag} name="{tag.lower()}" toName="image">\n{"".join(lines)}  </{tag}>\n'

@@ -6,13 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from finished_runs import CAR, NAMES, Run, detect_records, record
+from finished_runs import CAR, NAMES, Run, detect_records, draw_pictures, record
+
+from md3cli.exporters import ExportOptions, export_records
+from md3cli.finished.run_json import seal_of
+from md3cli.refine.collection import Collection
 
 SDK = "label-studio-sdk==2.0.19"
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
@@ -106,11 +111,79 @@ def test_the_setup_is_told_for_local_files_alone(mixed_run: Run) -> None:
     assert read(out)[1]["data"]["image"] == "/data/local-files/?d=my%20pictures%20%C3%A9/b/photo.jpg"
 
 
+def test_pictures_of_two_runs_are_below_one_document_root(run: Run, tmp_path: Path) -> None:
+    """Each run's folder is a storage; the name before the picture's is not part of its path."""
+    other = Run(tmp_path / "other run", tmp_path / "far/other pictures")
+    draw_pictures(other.root, ["empty.png"])
+    for one in (run, other):
+        one.write([record("empty.png", "detect", "car", objects=[])])
+        known = {"schema": "md3-run/1", "root": str(one.root), "seal": seal_of(str(one.root))}
+        one.folder.mkdir(exist_ok=True)
+        (one.folder / "run.json").write_text(json.dumps(known))
+    out = tmp_path / "both.json"
+    report = export_records(
+        Collection.of([], [("one", run.folder), ("two", other.folder)]), "labelstudio", out, ExportOptions()
+    )
+    paths = [task["data"]["image"].removeprefix("/data/local-files/?d=") for task in read(out)]
+    assert paths == ["pictures/empty.png", "far/other%20pictures/empty.png"]
+    assert report.notes[-2].endswith(f"DOCUMENT_ROOT={tmp_path.resolve()}")
+    assert f"the path {run.root.resolve()} and another with the path {other.root.resolve()} (" in report.notes[-1]
+
+
+def test_pictures_that_its_server_cannot_open_are_told(run: Run) -> None:
+    (run.root / os.fsdecode(b"\xff.png")).write_bytes((run.root / "empty.png").read_bytes())
+    with tarfile.open(run.root / "some.tar", "w") as tar:
+        tar.add(run.root / "empty.png", "inside.png")
+    names = ["empty.png", "gone.png", "gone too.png", "some.tar/inside.png"]
+    odd = record("\\xff.png", "detect", "car", objects=[], image_b64="/y5wbmc=")
+    run.write([*(record(name, "detect", "car", objects=[]) for name in names), odd])
+    report, out = run.export("labelstudio", "tasks.json")
+    assert len(read(out)) == 5
+    assert [note for note in report.notes if "not show" in note] == [
+        "Label Studio will not show 2 pictures that are not there (first: gone.png)",
+        "Label Studio will not show 1 pictures that are inside a tar (first: some.tar/inside.png)",
+        "Label Studio will not show 1 pictures that have names that are not UTF-8 (first: \\xff.png)",
+    ]
+
+
+def test_without_a_folder_the_pictures_are_not_found(run: Run) -> None:
+    run.write([record("empty.png", "detect", "car", objects=[])])
+    run.root.rename(run.root.with_name("moved"))
+    report, out = run.export("labelstudio", "tasks.json")
+    assert "not find the pictures" in report.notes[-1]
+    assert read(out)[0]["data"]["image"] == "/data/local-files/?d=empty.png"
+
+
 def test_keypoint_labels_have_their_place(run: Run) -> None:
     run.write([record("empty.png", "point", label, points=[]) for label in ("nose", "eye")])
     _, out = run.export("labelstudio", "tasks.json")
     places = {label.get("value"): label.get("model_index") for label in ET.parse(out.with_suffix(".xml")).iter("Label")}
     assert places == {"nose": "0", "eye": "1"}
+
+
+@pytest.mark.parametrize("tasks", [["detect"], ["segment"], ["detect", "segment"]])
+def test_labels_are_numbered_in_our_order_once(run: Run, tasks: list[str]) -> None:
+    """What stands in two controls would stand twice among the categories of its COCO export."""
+    results = {"detect": {"objects": []}, "segment": {"segments": []}}
+    run.write([record("empty.png", task, label, **results[task]) for task in tasks for label in ("zebra", "ant")])
+    _, out = run.export("labelstudio", "tasks.json")
+    labels = [(one.get("value"), one.get("category")) for one in ET.parse(out.with_suffix(".xml")).iter("Label")]
+    assert labels[:2] == [("zebra", "0"), ("ant", "1")]
+    assert [number for _, number in labels[2:]] == [None] * 2 * (len(tasks) - 1)
+
+
+def test_what_its_coco_export_loses_is_told_where_there_are_points(run: Run) -> None:
+    run.write([record("empty.png", "detect", label, objects=[]) for label in ("car", "dog")])
+    assert "COCO" not in "".join(run.export("labelstudio", "boxes.json")[0].notes)
+    run.write([
+        *(record("empty.png", "detect", label, objects=[]) for label in ("car", "dog")),
+        *(record("empty.png", "point", label, points=[]) for label in ("nose", "dog")),
+    ])  # fmt: skip
+    (note,) = (note for note in run.export("labelstudio", "all.json")[0].notes if "COCO" in note)
+    assert note == (
+        "Label Studio's COCO export keeps one point of a label in a picture and calls boxes and masks of labels that "
+        'points have, too, "default" (dog); its JSON export keeps all'
+    )
 
 
 VALIDATE = """
