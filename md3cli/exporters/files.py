@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from md3cli.exporters import RUN_FOLDER_NAMES
 from md3cli.files import STAGED, atomic_publish, temp_beside, translate_errors
 from md3cli.finished.guards import (
     RUN,
+    TRAINERS_SUFFIX,
     check_not_foreign,
     files_below,
     has_marker,
@@ -155,7 +157,8 @@ def staged_folder(out: Path, *, overwrite: bool, format: str) -> Iterator[Staged
     """Make a folder that becomes `out` when the block ends well; an empty `out` is as good as none.
 
     It gets a list of its files, `.md3`. An existing folder that holds anything which its list does not name is
-    somebody's work and is not replaced even with `overwrite`; what trainers keep there (`labels.cache`) stays.
+    somebody's work and is not replaced even with `overwrite`; what trainers keep there (`labels.cache`) stays
+    while its labels are the same.
     """
     out = Path(os.path.realpath(out))  # a link stays, and what it leads to is replaced
     check_replaceable(out, overwrite=overwrite)
@@ -249,9 +252,36 @@ def _swap(aside: Path, out: Path) -> None:
         old = temp_beside(out)
         os.rename(out, old)
         os.rename(aside, out)
+    for cache in [*_stale_caches(old, out)]:
+        (old / cache).unlink(missing_ok=True)
     remove_written(old)
     if old.exists():  # a trainer's cache, or what came while the export was made
         _bring_back(old, out)
+
+
+def _stale_caches(old: Path, new: Path) -> Iterator[str]:
+    """Yield the caches in `old` of labels that are others in `new`: `labels.cache` is of the folder `labels`.
+
+    Ultralytics up to 8.3, and all that share its loader, believe a cache whose labels have the same names and sizes.
+    """
+    for cache in files_below(old):
+        labels = cache.removesuffix(TRAINERS_SUFFIX)
+        if labels != cache and (old / labels).is_dir() and not _are_same(old / labels, new / labels):
+            yield cache
+
+
+def _are_same(old: Path, new: Path) -> bool:
+    """Return whether two folders hold the same labels; the caches of folders below are none."""
+    num_old = 0
+    for path in _labels_below(old):
+        num_old += 1
+        if not os.path.lexists(new / path) or not filecmp.cmp(old / path, new / path, shallow=False):
+            return False
+    return num_old == (sum(1 for _ in _labels_below(new)) if new.is_dir() else 0)
+
+
+def _labels_below(folder: Path) -> Iterator[str]:
+    return (path for path in files_below(folder) if not path.endswith(TRAINERS_SUFFIX))
 
 
 def _bring_back(old: Path, out: Path) -> None:

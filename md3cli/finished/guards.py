@@ -37,7 +37,7 @@ LIST_SCHEMA = "md3-files/1"
 RUN = "run"  # the format of a run folder
 _ASIDE = f"{MARKER}.tmp-"  # what becomes the list
 _LINE_LIMIT = 1 << 16  # characters; no file system has longer paths
-_TRAINERS_SUFFIX = ".cache"  # `labels.cache`, `labels/train.cache`: trainers leave these in data sets
+TRAINERS_SUFFIX = ".cache"  # `labels.cache`, `labels/train.cache`: trainers leave these in data sets
 # First bytes of the picture formats that md3 reads.
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
 
@@ -268,7 +268,7 @@ def files_below(folder: Path | str, relative: str = "") -> Iterator[str]:
 def foreign_file(folder: Path) -> str | None:
     """Return a file below `folder` that its list does not name, if any; a trainer's cache is nobody's work."""
     is_listed = listed_in(folder)
-    found = (path for path in files_below(folder) if not path.endswith(_TRAINERS_SUFFIX))
+    found = (path for path in files_below(folder) if not path.endswith(TRAINERS_SUFFIX))
     return next((path for path in found if not is_listed(path)), None)
 
 

@@ -76,6 +76,35 @@ def test_an_empty_folder_may_stand_there_and_a_full_one_only_when_told(tmp_path:
     assert len(list(out.iterdir())) == 3
 
 
+@pytest.mark.parametrize(
+    ("labels", "kept"),
+    [
+        ({"labels/train/a.txt": "0 1", "labels/val/b.txt": "0 2"}, ["train", "val"]),
+        ({"labels/train/a.txt": "1 1", "labels/val/b.txt": "0 2"}, ["val"]),  # as long as before
+        ({"labels/train/a.txt": "0 1", "labels/val/b.txt": "0 2", "labels/val/c.txt": ""}, ["train"]),
+        ({"labels/train/a.txt": "0 1", "labels/val/c.txt": "0 2"}, ["train"]),
+        ({"labels/a.txt": "0 1", "labels/b.txt": "0 2"}, []),
+    ],
+)
+def test_a_trainers_cache_goes_with_its_labels(tmp_path: Path, labels: dict[str, str], kept: list[str]) -> None:
+    out = tmp_path / "set"
+
+    def make(files: dict[str, str]) -> None:
+        with staged_folder(out, overwrite=True, format="yolo") as folder:
+            for name, text in files.items():
+                (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder.path / name).write_text(text)
+
+    make({"labels/train/a.txt": "0 1", "labels/val/b.txt": "0 2"})
+    for name in ("train", "val"):
+        (out / f"labels/{name}.cache").write_text(name)
+    (out / "labels.cache").write_text("all")
+    make(labels)
+    is_same = len(kept) == 2
+    assert sorted(path.stem for path in out.rglob("*.cache")) == (["labels"] if is_same else []) + kept
+    assert {name: (out / name).read_text() for name in labels} == labels
+
+
 def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with (

@@ -133,3 +133,22 @@ def test_one_epoch_and_the_export_again(drawn: Run, task: str, version: str, opt
         assert len(list(out.rglob("*.cache"))) == len(sets)
         export(drawn, "yolo", "set", *options, "--overwrite")
     assert 0 <= told["map"] <= 1
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("options", [(), ("--split", "train=0.6,val=0.4")], ids=" ".join)
+def test_an_old_cache_is_not_believed(run: Run, version: str, options: tuple[str, ...]) -> None:
+    """The classes change places: all files keep their sizes, which is what 8.3 looks at."""
+    make_run(run, "detect")
+    out = export(run, "yolo", "set", *options)
+    train(version, out, "detect")
+    turned = run.folder / "labels.txt"
+    turned.write_text("\n".join(reversed(LABELS)), encoding="utf-8")
+    export(run, "yolo", "set", *options, "--overwrite", "--labels", str(turned))
+    told = train(version, out, "detect")
+    assert told["names"] == list(reversed(LABELS))
+    sets = told["sets"] if options else {"train": told["sets"]["train"]}
+    pictures = [picture for one in sets.values() for picture in one["pictures"]]
+    for picture in pictures:
+        picture["boxes"] = [[1 - number, *box] for number, *box in picture["boxes"]]
+    check_pictures(run, "detect", pictures)
