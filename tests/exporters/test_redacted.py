@@ -404,6 +404,15 @@ def test_an_answer_about_a_part_is_covered_and_proves_nothing(pictures: Run) -> 
     assert left_out(out) == {"p1.png": "detect 'face' was not asked"}
 
 
+def test_what_another_record_calls_by_a_chosen_name_is_covered_too(pictures: Run) -> None:
+    others = [DOG | {"label": "people"}, FACE | {"x_min": 0.6, "x_max": 0.8}]
+    pictures.write([*everywhere(pictures), of(pictures, "p0.png", prompt="people", objects=others)])
+    _, out = redact(pictures, labels=["face"], pad=0.0)
+    black = (pixels_of(out / "p0.png") == 0).all(axis=2)
+    assert black[20:60, 72:96].all()
+    assert not black[10:18, 60:].any()  # the dog
+
+
 def test_a_box_without_extent_keeps_a_picture_back(pictures: Run) -> None:
     turned = FACE | {"x_min": 0.5, "x_max": 0.1}
     pictures.write([of(pictures, "p0.png", objects=[turned]), of(pictures, "p1.png")])

@@ -249,6 +249,19 @@ def test_csv(folder: Path, task: str) -> None:
     assert points == [("nose", 0.4), ("nose", 0.5)] * len(PICTURES)
 
 
+def test_crops(folder: Path, task: str) -> None:
+    md3("export", ".", "-f", "crops", "-o", "crops")
+    shown, written = [], {one["id"]: one for one in records_of_run(task)}
+    for row in csv.DictReader(Path("crops/crops.csv").read_text().splitlines()):
+        left, top, right, bottom = (int(row[key]) for key in ("x_min", "y_min", "x_max", "y_max"))
+        shown.append(Shown(row["image"], row["label"], left, top, right - left, bottom - top))
+        found = written[row["id"]].get("objects") or written[row["id"]]["segments"]
+        box = found[int(row["index"])].get("bbox") or found[int(row["index"])]  # as the model said it
+        assert [round(box["x_min"] * WIDTH), round(box["y_max"] * HEIGHT)] == [left, bottom]
+        assert Image.open(Path("crops", row["file"])).size == (right - left, bottom - top)
+    assert shown == expected(task)
+
+
 def test_hf(folder: Path, task: str) -> None:
     md3("export", ".", "-f", "hf", "-o", "hf")
     shown = []
