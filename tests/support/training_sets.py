@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from finished_runs import Record, Run, failure, record
 from PIL import Image
@@ -48,6 +50,7 @@ NAMES = (
 HALF_FAILED = "a.jpg"  # the second label was asked in vain
 BROKEN = "broken.jpg"  # both were
 KINDS = {".png": "PNG", ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP", ".tiff": "TIFF"}
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tiff"})  # of pictures in a set
 Box = tuple[str, float, float, float, float]
 
 
@@ -133,3 +136,31 @@ def export(run: Run, format: str, out: str, *options: str) -> Path:
 
 def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def names_of_pictures(run: Run, out: Path) -> dict[str, str]:
+    """The record's name of each picture below `out`, by its path there: copies have its bytes, others are PNG now."""
+    originals = {digest_of(run.root / name): name for name in NAMES if (run.root / name).exists()}
+    made_anew = {Path(name).stem: name for name in NAMES if "gif" in name or "avif" in name}
+    found = {}
+    for path in (path for path in out.rglob("*") if path.suffix.lower() in SUFFIXES):
+        name = originals.get(digest_of(path)) or made_anew[path.stem.replace("_", " ")]
+        found[path.relative_to(out).as_posix()] = name
+    return found
+
+
+def worst_edges(shown: Mapping[str, Sequence[Sequence[Any]]], names: Iterable[str]) -> tuple[float, ...]:
+    """How far the edges (left, top, right, bottom) that a reader shows are from the true ones at most, in pixels.
+
+    Fails unless it shows each of the pictures `names`, and as many boxes of each label as there are. A shown box is
+    compared with the nearest true one; where the picture's border cuts boxes there is no order to go by.
+    """
+    assert sorted(shown) == sorted(names)
+    worst = [0.0] * 4
+    for name, boxes in shown.items():
+        true = boxes_in_pixels(name)
+        assert Counter(label for label, *_ in boxes) == Counter(label for label, *_ in true), name
+        for label, *edges in boxes:
+            away = [[abs(a - b) for a, b in zip(edges, box[1:], strict=True)] for box in true if box[0] == label]
+            worst = list(map(max, worst, min(away, key=max)))
+    return tuple(worst)
