@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -23,6 +24,10 @@ from md3cli.source.requests import ROW_COLUMNS, EmbeddedImage, check_value, is_g
 
 OF_THE_PICTURE = ("stem", "name", "folder")  # placeholders that are no columns
 _NAMED_TASKS = frozenset({Task.DETECT, Task.POINT, Task.SEGMENT})  # whose answers have labels
+MOST_LOOKED_AT, MOST_SHOWN = 1000, 4  # columns
+_OF_IMAGES = re.compile(
+    r"(?<![a-z])(ima?ge?|img|photo|pic|picture|file_?(name|path)|path|jpe?g|png|webp|ur[il])s?(?![a-z])", re.IGNORECASE
+)
 LONGEST_MISSPELT_CHARS = 40  # difflib takes seconds for a name of megabytes
 NEAR_MISS = 0.8  # of difflib: `promt`, `lenght` and `tasks` are near, `score` and `class` are not
 
@@ -144,6 +149,18 @@ def _constant(column: str, text: str) -> Any:
 def image_column(renamed: Mapping[str, str]) -> str:
     """Return what the manifest calls its column `image`."""
     return next((name for name, column in renamed.items() if column == "image"), "image")
+
+
+def likely_images(columns: Sequence[str], known: Sequence[str] = ()) -> str:
+    """Return a hint in brackets: which columns have the images, as `known` or by their names; empty where none does.
+
+    Datasets call them `img`, `photo`, `file_name`, `jpg`, `image_path`, `url`.
+    """
+    likely = known or [name for name in columns[:MOST_LOOKED_AT] if _OF_IMAGES.search(name[:LONGEST_MISSPELT_CHARS])]
+    if not likely:
+        return ""
+    shown = ", ".join(quoted(name) for name in likely[:MOST_SHOWN])
+    return f" (by its look {shown}: --map image={printable(likely[0])[:LONGEST_MISSPELT_CHARS]})"
 
 
 def renamed_columns(columns: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:

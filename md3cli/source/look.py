@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from md3cli.config import ColumnOptions
-from md3cli.errors import UsageError
+from md3cli.errors import NoImageColumnError, UsageError
 from md3cli.records import Request, Task, printable
 from md3cli.refine.template import quoted
-from md3cli.source.columns import OF_THE_PICTURE, ColumnRules, clash_of, near_miss
+from md3cli.source.columns import OF_THE_PICTURE, ColumnRules, clash_of, likely_images, near_miss
 from md3cli.source.manifest import ManifestRow
 from md3cli.source.requests import ROW_COLUMNS, is_given
 
@@ -82,13 +82,20 @@ class FirstRows:
 
 
 def check_columns(rows: FirstRows, options: ColumnOptions, rules: ColumnRules, where: str) -> None:
-    """Refuse a --map of a column that no row has, and a placeholder that no row can fill.
+    """Refuse a --map of a column that no row has, a placeholder that no row can fill, and images under another name.
 
     Raises:
         UsageError: names what is not there, and what is.
+        NoImageColumnError: lines of JSON call their images otherwise.
     """
     if rows.is_unknown:
         return
+    if rows.columns and "image" not in rows.columns and (likely := likely_images(list(rows.columns))):
+        raise NoImageColumnError(
+            f"{where} has no column 'image'{_but('image', list(rows.columns))}; "
+            f"--map image=NAME says which one has the images{likely}",
+            list(rows.columns),
+        )
     found = rows.columns | rows.of_sidecars
     for column, name in options.renamed:
         if column not in found:

@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple
 from md3cli.errors import InputError, NoImageColumnError, UsageError
 from md3cli.records import printable
 from md3cli.remote.address import is_address, shown, suffix_of
-from md3cli.source.columns import clash_of, image_column, renamed_columns
+from md3cli.source.columns import clash_of, image_column, likely_images, renamed_columns
 from md3cli.source.parquet import parquet_rows
 from md3cli.source.requests import refuse_doubles, typed_cell
 from md3cli.system import NotRegularError, open_regular
@@ -333,7 +333,7 @@ def _header(row: _Cells | None, name: str, image: str) -> list[str]:
         found = problem or f"its first line is: {printable(', '.join(header))[:200]}"
         raise NoImageColumnError(
             f"the manifest {name} has no column '{printable(image)}' ({found}); name the columns in its first line, "
-            "or say which one has the images: --map image=NAME",
+            f"or say which one has the images: --map image=NAME{'' if problem else likely_images(header)}",
             header,
         )
     refuse_doubles(filter(None, header), name)

@@ -4,7 +4,8 @@ The footer is never believed: `read_table` on one that claims 10^12 rows asks fo
 batches, and yield what is really there. Nor is the file's size believed: a text that comes a thousand times stands
 there once, so it is kept once (`_much_repeated`). A damaged row group costs one row.
 
-A row says where its picture stands (`EmbeddedImage`, in the layout of Hugging Face `datasets`). A cell cannot be read
+A row says where its picture stands (`EmbeddedImage`): in a struct as Hugging Face `datasets` write it, or in a column
+of bytes as img2dataset does. A cell cannot be read
 by itself, only its row group from the start: one thread reads the cells in the order of the rows, a few at a time, and
 goes back to the start only for an earlier row.
 """
@@ -19,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 from md3cli.errors import ImageError, InputError, NoImageColumnError, UsageError
 from md3cli.records import ImageItem, printable
-from md3cli.source.columns import clash_of, image_column, renamed_columns
+from md3cli.source.columns import clash_of, image_column, likely_images, renamed_columns
 from md3cli.source.requests import EmbeddedImage, refuse_doubles
 
 CELLS_AT_A_TIME = 8
@@ -89,10 +90,13 @@ class CellReader:
             self._parquet = pq.ParquetFile(
                 self._file.enter_context(self._open_file(place.path)), pre_buffer=False, buffer_size=_BUFFER_BYTES
             )
+        pictures = _pictures_in(self._parquet.schema_arrow, place.column)
         batches = self._parquet.iter_batches(
-            CELLS_AT_A_TIME, row_groups=[place.row_group], columns=[f"{place.column}.bytes"], use_threads=False
+            CELLS_AT_A_TIME, row_groups=[place.row_group], columns=[pictures], use_threads=False
         )
-        self._cells = (cell for batch in batches for cell in batch.column(place.column).flatten()[0])
+        columns = (batch.column(place.column) for batch in batches)
+        in_structs = pictures != place.column
+        self._cells = (cell for column in columns for cell in (column.flatten()[0] if in_structs else column))
         self._place, self._next_row = place, 0
 
     def _cell(self, row: int) -> Any:
@@ -136,22 +140,23 @@ def parquet_rows(file: IO[bytes], name: str, renamed: Mapping[str, str]) -> Iter
     try:
         parquet = pq.ParquetFile(file, pre_buffer=False)
         image = image_column(renamed)
-        if repeated := _much_repeated(parquet.metadata, f"{image}.bytes"):
+        pictures = _pictures_in(parquet.schema_arrow, image)
+        if repeated := _much_repeated(parquet.metadata, pictures):
             parquet = pq.ParquetFile(
                 file, pre_buffer=False, metadata=parquet.metadata, read_dictionary=sorted(repeated)
             )
         schema = parquet.schema_arrow
     except unreadable as error:
         raise InputError(f"cannot read the manifest {name} as Parquet: {_brief(error)}") from error
-    is_embedded = _check_schema(schema, name, image)
+    _check_schema(schema, name, image)
     if clash := clash_of(schema.names, renamed):
         raise UsageError(f"{clash} (in {name})")
     num_rows = 0
     for group in range(parquet.num_row_groups):
-        cells = _EmbeddedCells(parquet, group, image) if is_embedded else None
+        cells = _EmbeddedCells(parquet, group, image) if pictures else None
         columns = cells.columns_to_read(schema.names) if cells is not None else None
         try:
-            chunks = _chunks_read(parquet.metadata.row_group(group), f"{image}.bytes" if is_embedded else "")
+            chunks = _chunks_read(parquet.metadata.row_group(group), pictures)
             _refuse_bomb(chunks)
             num_at_a_time = _rows_at_a_time(chunks, parquet.metadata.row_group(group).num_rows)
             for batch in parquet.iter_batches(num_at_a_time, row_groups=[group], columns=columns, use_threads=False):
@@ -200,29 +205,39 @@ def _rows_at_a_time(chunks: list[Any], num_rows: int) -> int:
     return max(1, min(BATCH_ROWS, BATCH_BYTES * num_rows // max(1, size)))
 
 
-def _check_schema(schema: Any, name: str, image: str) -> bool:
-    """Return whether the pictures themselves are in the column called `image`, rather than their paths."""
+def _pictures_in(schema: Any, image: str) -> str:
+    """Return the path of the bytes of pictures in the column `image`; empty where it holds paths, or is not there."""
+    import pyarrow.types as kinds
+
+    if schema.get_field_index(image) < 0:
+        return ""
+    kind, path = schema.field(image).type, image
+    if kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind, path = kind.field("bytes").type, f"{image}.bytes"
+    return path if kinds.is_binary(kind) or kinds.is_large_binary(kind) else ""
+
+
+def _check_schema(schema: Any, name: str, image: str) -> None:
+    """Refuse a schema without a column `image` of paths or pictures."""
     import pyarrow.types as kinds
 
     refuse_doubles(schema.names, name)
     if image not in schema.names:
+        known = [column for column in schema.names if _pictures_in(schema, column)]
         raise NoImageColumnError(
             f"the manifest {name} has no column '{printable(image)}'; it has: "
-            f"{printable(', '.join(schema.names))[:200]}; --map image=NAME says which one has the images",
+            f"{printable(', '.join(schema.names))[:200]}; --map image=NAME says which one has the images"
+            f"{likely_images(schema.names, known)}",
             schema.names,
         )
     kind = schema.field(image).type
     kind = kind.value_type if kinds.is_dictionary(kind) else kind
-    if kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        inside = kind.field("bytes").type
-        if kinds.is_binary(inside) or kinds.is_large_binary(inside):
-            return True
-    if not (kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind) or kinds.is_null(kind)):
+    is_text = kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)
+    if not (is_text or kinds.is_null(kind) or _pictures_in(schema, image)):
         raise InputError(
             f"the column '{printable(image)}' of {name} holds {printable(str(kind))[:100]}; "
-            "it must hold paths as text, or pictures as a struct of bytes and path"
+            "it must hold paths as text, or pictures as bytes or as a struct of bytes and path"
         )
-    return False
 
 
 class _EmbeddedCells:
@@ -232,16 +247,18 @@ class _EmbeddedCells:
         self._group, self._image = group, image
         self._next_offset = 0
         columns = [parquet.metadata.row_group(group).column(k) for k in range(parquet.metadata.num_columns)]
-        self._has_paths = parquet.schema_arrow.field(image).type.get_field_index("path") >= 0
+        self._pictures = _pictures_in(parquet.schema_arrow, image)
+        kind = parquet.schema_arrow.field(image).type
+        self._has_paths = self._pictures != image and kind.get_field_index("path") >= 0
         # `datasets` that only refer to files: every `bytes` is null, which the statistics say. A flat column may
         # have the same path as the one inside the struct: then both must be empty.
-        self._is_empty = all(_is_all_null(column) for column in columns if column.path_in_schema == f"{image}.bytes")
+        self._is_empty = all(_is_all_null(column) for column in columns if column.path_in_schema == self._pictures)
 
     def columns_to_read(self, names: list[str]) -> list[str]:
         """Return the names of all columns but the pictures' bytes, unless there is nothing else to count rows by."""
         others = [name for name in names if name != self._image]
         others += [f"{self._image}.path"] if self._has_paths else []
-        return others or [f"{self._image}.bytes"]
+        return others or [self._pictures]
 
     def next_value(self, cell: Any, row: int) -> EmbeddedImage | str | None:
         """Return what stands for the picture of row `row` (from 1), the next one of this group."""

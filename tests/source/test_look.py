@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from md3cli.config import ColumnOptions, SourceSpec
-from md3cli.errors import InputError, UsageError
+from md3cli.errors import ImageError, InputError, UsageError
 from md3cli.records import Request, Task
 from md3cli.source.look import MOST_NAMED, MOST_ROWS
 from md3cli.source.source import Source, open_source
@@ -271,6 +271,53 @@ def test_pictures_inside_parquet_under_another_name() -> None:
     reader = CellReader(open_input)
     assert [reader.read(item, 99) for item in items] == [b"one", b"two"]
     reader.close()
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.struct([("bytes", pa.binary())])])
+@pytest.mark.parametrize("others", [{}, {"label": ["a", "b", "c"]}])
+def test_pictures_as_plain_bytes(kind: pa.DataType, others: dict[str, list[str]]) -> None:
+    from md3cli.source.manifest import open_input
+    from md3cli.source.parquet import CellReader
+
+    cells: list[Any] = [b"one", None, b"three" * 1000]
+    if pa.types.is_struct(kind):
+        cells = [cell and {"bytes": cell} for cell in cells]
+    pq.write_table(pa.table({"jpg": pa.array(cells, kind), **others}), "m.parquet")
+    with pytest.raises(InputError, match=r"has no column 'image'; .* \(by its look 'jpg': --map image=jpg\)"):
+        source("m.parquet")
+    items = [row.image for row in source("m.parquet", renamed=(("image", "jpg"),)) if row.image is not None]
+    assert [item.name for item in items if item.offset != 1] == ["0000001", "0000003"]
+    reader = CellReader(open_input)
+    assert [reader.read(item, 9999) for item in items if item.offset != 1] == [b"one", b"three" * 1000]
+    for item in items:
+        if item.offset == 1:
+            with pytest.raises(ImageError, match="holds no picture"):
+                reader.read(item, 99)
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "hint"),
+    [
+        (lambda: csv("img,label\na.jpg,x\n"), "by its look 'img': --map image=img"),
+        (lambda: csv("label,file_name\nx,a.jpg\n"), "by its look 'file_name': --map image=file_name"),
+        (lambda: jsonl({"photo": "a.jpg", "x": 1}), "by its look 'photo': --map image=photo"),
+        (lambda: jsonl({"id": 1, "Image_Path": "a.jpg"}), "by its look 'Image_Path': --map image=Image_Path"),
+        (lambda: parquet({"jpg": [b"x"], "mask": [b"x"], "url": ["x"]}), "by its look 'jpg', 'mask': --map image=jpg"),
+        (lambda: parquet({"label": ["a"], "imgs": ["b"]}), "by its look 'imgs': --map image=imgs"),
+        (lambda: csv("imagine,profile,pathology\na,b,c\n"), ""),
+    ],
+)
+def test_images_under_another_name_are_named(make: Any, hint: str) -> None:
+    with pytest.raises(InputError, match=r"no column 'image'.*--map image=NAME") as caught:
+        source(make()).first_look()
+    assert ("(" + hint + ")" in str(caught.value)) if hint else ("by its look" not in str(caught.value))
+
+
+def test_lines_of_json_that_are_about_no_image_stay_bad_rows() -> None:
+    rows = source(jsonl({"prompt": "why?"}, {"image": None, "prompt": "how?"}), (Request(Task.QUERY),))
+    assert rows.first_look() == []
+    assert [row.failure and row.failure.type for row in rows] == ["bad_row", None]
 
 
 @pytest.mark.parametrize(

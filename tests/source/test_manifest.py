@@ -449,7 +449,7 @@ def test_what_is_no_parquet_is_an_input_error(tmp_path: Path, data: bytes) -> No
 
 
 @pytest.mark.parametrize(
-    "table", [pa.table({"picture": ["a"]}), pa.table({"image": [b"\x89PNG"]}), pa.table({"image": [{"path": "a"}]})]
+    "table", [pa.table({"picture": ["a"]}), pa.table({"image": [[b"\x89PNG"]]}), pa.table({"image": [{"path": "a"}]})]
 )
 def test_parquet_without_a_text_column_image_is_an_input_error(tmp_path: Path, table: pa.Table) -> None:
     pq.write_table(table, tmp_path / "m.parquet")
