@@ -22,7 +22,7 @@ from md3cli.exporters.beside import BesidePictures
 from md3cli.exporters.copies import USUAL, Copy, copied, missing_notes
 from md3cli.exporters.files import StagedFolder, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
-from md3cli.exporters.names import Names, beside_pictures
+from md3cli.exporters.names import Names, beside_pictures, relative_name
 from md3cli.exporters.objects import Ring, joined_ring
 from md3cli.exporters.pictures import Pictures
 from md3cli.records import printable
@@ -50,7 +50,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         num_images = sum(1 for _ in copied(documented, pictures, USUAL))
     survey = index.survey
     notes = (*survey.notes(), *missing_notes(pictures, "beside the JSON files"))
-    return ExportReport("labelme", out, survey.num_records, num_images, survey.num_failures, notes)
+    return ExportReport("labelme", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
 
 
 def _documented(index: ImageIndex, folder: StagedFolder, names: Names, pictures: Pictures, out: Path) -> Iterator[Copy]:
@@ -65,17 +65,23 @@ def _documented(index: ImageIndex, folder: StagedFolder, names: Names, pictures:
 
 def _export_beside(records: Collection, options: ExportOptions) -> ExportReport:
     """Write the JSON files next to the pictures, which stay as they are; nothing at all where one is refused."""
+    num_strange = 0
     with (
         closing(ImageIndex(records)) as index,
         closing(BesidePictures(records, options, "labelme", ".json")) as beside,
     ):
         for group in index.images():
             beside.add(group, partial(_document, group))
+            num_strange += relative_name(group.name).suffix.lower() in USUAL.remade
         beside.pictures.missing_note()  # raises where not one picture is there, before anything is written
         beside.write()
-        survey, notes = index.survey, (*index.survey.notes(), *beside.notes())
+        survey, notes = index.survey, [*index.survey.notes(), *beside.notes()]
+        if num_strange:
+            notes.append(
+                f"{num_strange} pictures are GIF, AVIF or HEIC, which labelme may not open; with -o they are PNG"
+            )
         num_images = beside.pictures.num_found
-        return ExportReport("labelme", beside.root, survey.num_records, num_images, survey.num_failures, notes)
+        return ExportReport("labelme", beside.root, survey.num_records, num_images, survey.num_failures, tuple(notes))
 
 
 def _document(group: ImageGroup, image: str) -> bytes:

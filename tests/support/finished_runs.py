@@ -106,12 +106,15 @@ def detect_records(names: Iterable[str] = NAMES) -> list[Record]:
     return [*broken, *records]
 
 
-def mixed_records() -> list[Record]:
-    """The boxes of `detect_records`, and on the first picture a mask, a point, a caption and an answer."""
+KINDS = ("kinds/turned.jpg", "kinds/moving.gif", "kinds/new.avif", "kinds/PHOTO.jfif")
+
+
+def mixed_records(names: Iterable[str] = NAMES) -> list[Record]:
+    """The boxes of `detect_records`, and on NAMES[0] a mask, a point, a caption and an answer."""
     box = {key: CAR[key] for key in ("x_min", "y_min", "x_max", "y_max")}
     path = "M 0 0 L 1 0 L 1 1 Z"  # of the box
     return [
-        *detect_records(),
+        *detect_records(names),
         record(NAMES[0], "segment", "ring", segments=[{"label": "ring", "svg_path": path, "bbox": box, "score": 0.7}]),
         record(NAMES[0], "point", "nose", points=[{"label": "nose", "x": 1.0, "y": 0.25, "score": 0.8}]),
         record(NAMES[0], "caption", length="short", caption="a car,\na <dog>"),
@@ -128,6 +131,20 @@ def run(tmp_path: Path) -> Run:
     root = str(made.root)
     (made.folder / "run.json").write_text(json.dumps({"schema": "md3-run/1", "root": root, "seal": seal_of(root)}))
     return made
+
+
+@pytest.fixture
+def mixed_run(run: Run) -> Run:
+    """The run with every task, and pictures of more kinds; one is turned by its EXIF, so that it is as the others."""
+    (run.root / "kinds").mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name, kind in zip(KINDS, ("JPEG", "GIF", "AVIF", "JPEG"), strict=True):
+        is_turned = "turned" in name
+        picture = Image.new("RGB", (HEIGHT, WIDTH) if is_turned else (WIDTH, HEIGHT))
+        picture.save(run.root / name, kind, **({"exif": turned} if is_turned else {}))
+    run.write(mixed_records((*NAMES, *KINDS)))
+    return run
 
 
 @pytest.fixture
