@@ -38,17 +38,11 @@ def eval_(
     records: Records = None,
     answer: Annotated[
         str | None,
-        typer.Option(
-            metavar="COLUMN", help="Compare answers (or else captions) with this column of the records' meta."
-        ),
+        typer.Option(metavar="COLUMN", help="Compare answers (or captions) with this column of the records' meta."),
     ] = None,
     metric: Annotated[
         list[Metric] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Put this score first: anls, relaxed, vqa, f1, accuracy, exact or numeric of answers, acc50 of "
-            "boxes, miou or ciou of masks.",
-        ),
+        typer.Option(metavar="NAME", help="Put first: anls relaxed vqa f1 accuracy exact numeric acc50 miou ciou."),
     ] = None,
     compare: Annotated[
         Path | None, typer.Option(metavar="RECORDS", help="Another run: say what changed since.")
@@ -83,15 +77,12 @@ def eval_(
         md3 eval run/ --compare older/ -o scores/
         md3 eval run/ --gt instances.json --best-thresholds labels.toml
     """
-    from md3cli.evaluate import compare_runs, evaluate, load_truth, own_truths
+    from md3cli.evaluate import compare_runs, evaluate, load_truth
     from md3cli.evaluate.scores import table
 
     metrics = list(dict.fromkeys(metric or ()))
     if not options.gt and answer is None:
-        if metrics:
-            raise UsageError(f"--metric {metrics[0]} needs a ground truth; give --gt FILE, or --answer COLUMN")
-        if compare is None:
-            raise UsageError("nothing to compare with; give --gt FILE, --answer COLUMN, or --compare OTHER.jsonl")
+        _check_needs_no_truth(metrics, compare)
     check_stdout()
     limits = [_limit(text) for text in fail_under or ()]
     if best_thresholds is not None and overwrite:
@@ -101,26 +92,33 @@ def eval_(
     read = [*options.files_read(found), *(options.files_read(other) if other else ())]
     if overwrite:  # a labels file may be brought up to date: it is read before it is written
         read = [path for path in read if path != best_thresholds or path != options.labels]
-    if output is not None:
-        _check_written(output, read)
+    _check_written(output, read)
     _check_labels_file(best_thresholds, read, overwrites=overwrite, has_truth=bool(options.gt))
     truths = [load_truth(path) for path in options.gt or ()]
-    truths += own_truths(found, answer) if answer is not None else ()
-    evaluation = compare_runs(found, other, truths, metrics) if other else evaluate(found, truths, metrics)
+    if other:
+        evaluation = compare_runs(found, other, truths, metrics, answer=answer)
+    else:
+        evaluation = evaluate(found, truths, metrics, answer=answer)
     below = [line for limit in limits for line in _below(evaluation.sections, *limit)]
     if best_thresholds is not None:
         evaluation = replace(evaluation, best=_write_best(best_thresholds, found, truths))
     say(_document(evaluation) if as_json else table(evaluation))
-    for note in evaluation.notes:
-        say(f"note: {note}", err=True)
-    if best_thresholds is not None:
-        say(f"written: {printable(str(best_thresholds))}", err=True)
+    written = [] if best_thresholds is None else [f"written: {printable(str(best_thresholds))}"]
+    for line in (*(f"note: {note}" for note in evaluation.notes), *written):
+        say(line, err=True)
     if output is not None:
         _write(evaluation, output)
     for line in below:
         say(line, err=True)
     if below:
         raise typer.Exit(1)
+
+
+def _check_needs_no_truth(metrics: Sequence[Metric], compare: Path | None) -> None:
+    if metrics:
+        raise UsageError(f"--metric {metrics[0]} needs a ground truth; give --gt FILE, or --answer COLUMN")
+    if compare is None:
+        raise UsageError("nothing to compare with; give --gt FILE, --answer COLUMN, or --compare OTHER.jsonl")
 
 
 def _with_names_of(file: Path, options: ReadOptions) -> ReadOptions:
@@ -171,10 +169,12 @@ def _document(evaluation: Evaluation) -> str:
     return json.dumps(evaluation.to_json(), ensure_ascii=False, indent=1, allow_nan=False)
 
 
-def _check_written(folder: Path, read: Sequence[Path]) -> None:
+def _check_written(folder: Path | None, read: Sequence[Path]) -> None:
     """Refuse a folder whose eval.json or figures are read, links to pictures, or somebody else's."""
     from md3cli.evaluate import EVAL_SCHEMA
 
+    if folder is None:
+        return
     document, figures = folder / "eval.json", list(folder.glob("*.png"))
     check_none_is_read(figures, read)
     check_not_input([document, *(path for path in figures if path.is_symlink())], read)

@@ -33,7 +33,6 @@ __all__ = [
     "compare_runs",
     "evaluate",
     "load_truth",
-    "own_truths",
 ]
 
 EVAL_SCHEMA = "md3-eval/1"
@@ -110,33 +109,25 @@ class Evaluation:
         return dict(without_infinite(document))
 
 
-def own_truths(records: Path | Collection, column: str) -> tuple[Truth, ...]:
-    """Return the true answers, or captions, that the records of a collection have in `meta[column]`.
-
-    Raises:
-        UsageError: no record has the column, all leave it empty, or none is of query or caption.
-        InputError: a record has there what is no answer.
-    """
-    from md3cli.evaluate.truth_rows import truths_in_meta
-
-    return truths_in_meta(final_records(read(as_collection(records))), column)
-
-
-def evaluate(records: Path | Collection, truths: Sequence[Truth], metrics: Sequence[Metric] = ()) -> Evaluation:
+def evaluate(
+    records: Path | Collection, truths: Sequence[Truth], metrics: Sequence[Metric] = (), *, answer: str | None = None
+) -> Evaluation:
     """Score the records of a file, or those that are selected of a collection.
 
     A verdict is about all of a collection, selected or not: what another prompt of the name found is not missed.
 
     Args:
         metrics: what the sections that have them are led by, the first one mainly.
+        answer: the column of the records' `meta` that holds true answers or captions.
 
     Raises:
         InputError: records and ground truth have nothing in common.
-        UsageError: a metric has nothing here that it could be of.
+        UsageError: a metric has nothing here that it could be of, or no record has the column.
         MissingExtraError: objects are to be scored and faster-coco-eval is not installed.
     """
     records, notes = as_collection(records), list[str]()
     taken = final_records(read(records, notes))
+    truths = [*truths, *_own_truths(taken, answer)]
     sections = _sections(taken, truths, records, metrics)
     if sections:
         check_met(metrics, sections, (str(record["task"]) for record in taken))
@@ -154,11 +145,17 @@ def evaluate(records: Path | Collection, truths: Sequence[Truth], metrics: Seque
 
 
 def compare_runs(
-    records: Path | Collection, other: Path | Collection, truths: Sequence[Truth], metrics: Sequence[Metric] = ()
+    records: Path | Collection,
+    other: Path | Collection,
+    truths: Sequence[Truth],
+    metrics: Sequence[Metric] = (),
+    *,
+    answer: str | None = None,
 ) -> Evaluation:
-    """Score the records of a file, and say what changed since the run `other`; without `truths` say the changes alone.
+    """Score the records of a file, and say what changed since the run `other`; without a truth say the changes alone.
 
-    Where `records` are a selection, only their requests are looked at in `other`.
+    Where `records` are a selection, only their requests are looked at in `other`. True answers in a column of `meta`
+    are those of `records`, for both.
 
     Raises:
         InputError, UsageError, MissingExtraError: as `evaluate` does.
@@ -167,6 +164,7 @@ def compare_runs(
     notes, earlier_notes = list[str](), list[str]()
     after = final_records(read(records, notes))
     before = final_records(read(other, earlier_notes))
+    truths = [*truths, *_own_truths(after, answer)]
     notes += [f"{printable(str(other.path))}: {note}" for note in earlier_notes]
     if not records.selection.takes_all:  # what was not selected is no difference
         selected = set(map(request_key, after))
@@ -177,6 +175,14 @@ def compare_runs(
         check_met(metrics, sections, (str(record["task"]) for record in after))
     comparison = compare(before, after, earlier, sections)
     return Evaluation(records.path, tuple(truth.path for truth in truths), tuple(sections), comparison, tuple(notes))
+
+
+def _own_truths(records: Sequence[RecordDict], column: str | None) -> Sequence[Truth]:
+    if column is None:
+        return ()
+    from md3cli.evaluate.truth_rows import truths_in_meta  # which brings readers of tables
+
+    return truths_in_meta(records, column)
 
 
 def _sections(

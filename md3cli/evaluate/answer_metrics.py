@@ -112,7 +112,7 @@ def _as_number(text: str) -> float | None:
 
 # ---- soft VQA accuracy -----------------------------------------------------------------------------
 
-_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_PUNCTUATION = frozenset(';/[]"{}()=+\\_-><@`,?!')
 _PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = 32  # the script means to pass re.UNICODE, which lands in the place of `count`
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -162,7 +162,7 @@ def vqa_text(text: str) -> str:
     text = text.replace("\n", " ").replace("\t", " ").strip()
     closes_up = _COMMA_IN_NUMBER.search(text) is not None
     plain = text
-    for sign in _PUNCTUATION:
+    for sign in _PUNCTUATION.intersection(text):
         is_beside_blank = f"{sign} " in text or f" {sign}" in text
         plain = plain.replace(sign, "" if closes_up or is_beside_blank else " ")
     plain = _PERIOD.sub("", plain, count=_MOST_PERIODS)

@@ -10,7 +10,7 @@ import pytest
 from truths import box, points, record, write_records
 
 from md3cli.errors import InputError, UsageError
-from md3cli.evaluate import evaluate, load_truth, own_truths, truth_rows
+from md3cli.evaluate import evaluate, load_truth, truth_rows
 from md3cli.evaluate.truth import Captions, Instances, Questions
 from md3cli.exporters import ExportOptions, csv_flat
 from md3cli.refine.collection import Collection
@@ -225,8 +225,7 @@ def test_a_list_that_is_nested_too_deep_is_a_text(tmp_path):
 
 def own(folder, records, column="answer"):
     path = write_records(folder / "records.jsonl", records)
-    truths = own_truths(path, column)
-    return evaluate(path, truths).sections
+    return evaluate(path, [], answer=column).sections
 
 
 def query(image, said, prompt="Q?", **meta):
