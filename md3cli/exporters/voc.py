@@ -8,6 +8,7 @@ FiftyOne reads the folder with `data_path="JPEGImages", labels_path="Annotations
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -119,8 +120,11 @@ def _add_object(root: ET.Element, box: PixelBox, label: str, width: int, height:
 
 
 def _pixels(start: float, end: float, size: int) -> tuple[int, int]:
-    """Return first and last pixel of a stretch, counted from 1; a stretch thinner than a pixel keeps one."""
-    first = min(round(start), size - 1)
+    """Return first and last pixel of a stretch, counted from 1; a stretch thinner than a pixel keeps one.
+
+    The first is rounded down: labelformat, globox and datumaro do not subtract 1 from it, and stay within a pixel so.
+    """
+    first = min(math.floor(start + 1e-6), size - 1)  # 0.1 * 120 is whole, whatever its last bits say
     return first + 1, max(round(end), first + 1)
 
 
