@@ -29,29 +29,27 @@ def in_order(
 ) -> Iterator[Made]:
     """Yield `work` of each thing given, in order; `given` itself is read in the caller's thread.
 
-    What `is_quick` is worked on in that thread, too: a pool costs more than a small thing is worth. What `work` raises
-    is raised here, and the rest is given up.
+    What `is_quick` is worked on in that thread, too: another one costs more than a small thing is worth. What `work`
+    raises is raised here, and the rest is given up.
     """
     num_threads = min(MAX_THREADS, num_cores())
     todo = iter(given)
 
-    def begun(thing: Given) -> Future[Made]:
-        if not is_quick(thing):
-            return pool.submit(work, thing)
-        future: Future[Made] = Future()
-        future.set_result(work(thing))
-        return future
+    def begun(thing: Given) -> Future[Made] | Made:
+        return work(thing) if is_quick(thing) else pool.submit(work, thing)
 
     with ThreadPoolExecutor(num_threads) as pool:
-        in_flight: deque[Future[Made]] = deque()
+        in_flight: deque[Future[Made] | Made] = deque()
         try:
             in_flight.extend(map(begun, islice(todo, 2 * num_threads)))
             while in_flight:
-                yield in_flight.popleft().result()
+                first = in_flight.popleft()
+                yield first.result() if isinstance(first, Future) else first
                 in_flight.extend(map(begun, islice(todo, 1)))
         finally:
-            for future in in_flight:
-                future.cancel()
+            for made in in_flight:
+                if isinstance(made, Future):
+                    made.cancel()
 
 
 def holding(width: int | None, height: int | None) -> AbstractContextManager[object]:

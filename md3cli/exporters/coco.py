@@ -203,8 +203,7 @@ def _write_roboflow(
             documents[part] = stack.enter_context(writer.document(folder.path / name / _ROBOFLOW))
         for copy, is_there in copied(copies, pictures, USUAL):
             if is_there:
-                name = copy.target.relative_to(folder.path / folders[copy.part]).as_posix()
-                documents[copy.part](copy.group, name)
+                documents[copy.part](copy.group, copy.name)
     yield from (*pictures.missing_note(), *sets.notes())
 
 

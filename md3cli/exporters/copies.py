@@ -6,16 +6,17 @@ files in place, through links too, so a picture is a copy unless the user asked 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from md3cli.errors import ImageError
 from md3cli.exporters.at_once import holding, in_order
 from md3cli.exporters.files import StagedFolder
 from md3cli.exporters.grouping import ImageGroup
-from md3cli.exporters.names import Names, relative_name
+from md3cli.exporters.names import Names, suffix_in
 from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_opens
 from md3cli.exporters.splits import Sets
 
@@ -38,7 +39,7 @@ class Kinds:
 
     def suffix_of(self, image: str) -> str:
         """Return the suffix that the picture called `image` gets."""
-        suffix = relative_name(image).suffix
+        suffix = suffix_in(image)
         if suffix.lower() in self.remade:
             return ".png"
         return suffix if suffix.lower() in self.taken else ".jpg"
@@ -52,22 +53,27 @@ USUAL = Kinds(  # by Ultralytics 8.3 and all after it; supervision, CVAT and lab
 
 
 class Copy(NamedTuple):
-    """A picture and its place; `picture` is None where it is not there, `part` is its set's name."""
+    """A picture and its place: the file `name` (with `/`) in `folder`.
+
+    `picture` is None where it is not there, and `part` is its set's name.
+    """
 
     group: ImageGroup
-    target: Path
+    folder: str
+    name: str
     picture: FoundPicture | None
     part: str
 
     @classmethod
-    def of(cls, group: ImageGroup, target: Path, part: str = "", *, pictures: Pictures, out: Path) -> Copy:
-        """Find a group's picture, which belongs at `target`.
+    def of(cls, group: ImageGroup, folder: str, name: str, part: str = "", *, pictures: Pictures, out: Path) -> Copy:
+        """Find a group's picture, which belongs at `name` in `folder`.
 
         Raises:
             UsageError: it lies in `out`, which is to be replaced.
         """
         pictures.refuse_inside(out, group)
-        return cls(group, target, pictures.find(group.picture_record, has_twins=group.has_twins), part)
+        picture = pictures.find(group.picture_record, has_twins=group.has_twins)
+        return cls(group, folder, name, picture, part)
 
 
 def named_copies(
@@ -77,7 +83,7 @@ def named_copies(
     sets: Sets,
     names: Names,
     kinds: Kinds,
-    copy_of: Callable[[ImageGroup, Path, str], Copy],
+    copy_of: Callable[[ImageGroup, str, str, str], Copy],
 ) -> Iterator[Copy]:
     """Yield where each picture goes in a data set without label files: its name alone must be its own.
 
@@ -85,11 +91,13 @@ def named_copies(
     """
     for group in groups:
         part, suffix = sets.add(group.name, group.records), kinds.suffix_of(group.name)
-        is_kept = suffix.lower() == relative_name(group.name).suffix.lower()
+        is_kept = suffix.lower() == suffix_in(group.name).lower()
         found = names.of(group.file_name, suffix, keep_suffix=not is_kept)
-        file, name = folder.create(PurePosixPath(folders[part]) / one for one in found)
-        file.close()
-        yield copy_of(group, folder.path / name, part)
+        name = folder.write(found, b"", inside=folders[part])
+        copy = copy_of(group, f"{folder.path}/{folders[part]}", str(name), part)
+        if copy.picture is None:
+            os.unlink(f"{copy.folder}/{name}")
+        yield copy
 
 
 def copied(copies: Iterable[Copy], pictures: Pictures, kinds: Kinds) -> Iterator[tuple[Copy, bool]]:
@@ -99,22 +107,19 @@ def copied(copies: Iterable[Copy], pictures: Pictures, kinds: Kinds) -> Iterator
         OSError: a picture cannot be written.
     """
 
-    def put(copy: Copy) -> bool:
+    def put(copy: Copy) -> tuple[Copy, bool]:
         if copy.picture is None:
-            copy.target.unlink(missing_ok=True)
-            return False
+            return copy, False
+        target = Path(copy.folder, copy.name)
         try:
             with holding(copy.group.width, copy.group.height):
-                _put(copy.picture, copy.target, pictures, kinds)
+                _put(copy.picture, target, pictures, kinds)
         except ImageError:
-            copy.target.unlink(missing_ok=True)
-            return False
-        return True
+            target.unlink(missing_ok=True)
+            return copy, False
+        return copy, True
 
-    def done(copy: Copy) -> tuple[Copy, bool]:
-        return copy, put(copy)
-
-    for copy, is_there in in_order(done, copies, is_quick=lambda copy: copy.picture is None):
+    for copy, is_there in in_order(put, copies, is_quick=lambda copy: copy.picture is None):
         if copy.picture is not None and not is_there:
             pictures.note_unreadable(copy.group.name)
         yield copy, is_there
@@ -129,7 +134,7 @@ def missing_notes(pictures: Pictures, place: str = "under images/") -> Iterator[
 def _put(picture: FoundPicture, target: Path, pictures: Pictures, kinds: Kinds) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     content = None
-    if relative_name(picture.name).suffix.lower() not in kinds.remade:
+    if suffix_in(picture.name).lower() not in kinds.remade:
         content = pictures.read_bytes(picture)
     if content is None or not (kinds.formats is None or pillow_opens(content, kinds.formats, is_whole=kinds.are_whole)):
         pictures.read(picture).save(target, "PNG")

@@ -56,7 +56,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         images.mkdir()
         texts = _Elements(there, labels), _Elements(missing, labels)
         for copy, is_there in copied(_placed(index, images, pictures, out), pictures, USUAL):
-            texts[not is_there].add(copy.group, copy.target.relative_to(images))
+            texts[not is_there].add(copy.group, PurePosixPath(copy.name))
         chosen = texts[not texts[0].num_images]
         with (folder.path / "annotations.xml").open("wb") as file:
             chosen.write(file, printable(out.name))
@@ -69,7 +69,7 @@ def _placed(index: ImageIndex, images: Path, pictures: Pictures, out: Path) -> I
     names = Names(is_flat=False, fitted=_fitted)
     for group in index.images():
         name = names.first_free(group.file_name, USUAL.suffix_of(group.name))
-        yield Copy.of(group, images / name, pictures=pictures, out=out)
+        yield Copy.of(group, str(images), str(name), pictures=pictures, out=out)
 
 
 def _fitted(name: PurePosixPath) -> PurePosixPath:

@@ -134,6 +134,7 @@ class StagedFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._last_made = ""  # a folder that is there
 
     def create(self, candidates: Iterable[PurePosixPath]) -> tuple[BinaryIO, PurePosixPath]:
         """Create the first candidate that is free; return it open, with its name inside the folder.
@@ -149,7 +150,37 @@ class StagedFolder:
             except OSError as error:
                 if error.errno not in _NAME_TROUBLE:
                     raise
-        raise ExportError(f"no file name is left for an image in {printable(str(self.path))}")
+        raise self._no_name_left()
+
+    def write(self, candidates: Iterable[PurePosixPath], content: bytes, *, inside: str = "") -> PurePosixPath:
+        """Write `content` to the first candidate that is free in the folder `inside`; return the candidate.
+
+        As `create` for what is small: a million files take a third of the time.
+        """
+        top = f"{self.path}/{inside}/" if inside else f"{self.path}/"
+        for relative in candidates:
+            path = f"{top}{relative}"
+            above = os.path.dirname(path)
+            try:
+                if above != self._last_made:
+                    os.makedirs(above, exist_ok=True)
+                    self._last_made = above
+                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+            except OSError as error:
+                if error.errno not in _NAME_TROUBLE:
+                    raise
+                continue
+            try:
+                rest = content
+                while rest:
+                    rest = rest[os.write(file, rest) :]
+            finally:
+                os.close(file)
+            return relative
+        raise self._no_name_left()
+
+    def _no_name_left(self) -> ExportError:
+        return ExportError(f"no file name is left for an image in {printable(str(self.path))}")
 
 
 @contextmanager

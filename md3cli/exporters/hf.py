@@ -78,8 +78,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         )
         for copy, is_there in copied(copies, pictures, _KINDS):
             if is_there:
-                name = copy.target.relative_to(folder.path / folders[copy.part]).as_posix()
-                row = {"file_name": name, **_columns(copy.group, survey, classes)}
+                row = {"file_name": copy.name, **_columns(copy.group, survey, classes)}
                 tables[copy.part].write(compact_json(row) + b"\n")
                 num_images += 1
         files.close()

@@ -60,7 +60,7 @@ def _documented(index: ImageIndex, folder: StagedFolder, names: Names, pictures:
         image = name.with_name(name.stem + USUAL.suffix_of(group.name))
         with file:
             file.write(_document(group, image.name))
-        yield Copy.of(group, folder.path / image, pictures=pictures, out=out)
+        yield Copy.of(group, str(folder.path), str(image), pictures=pictures, out=out)
 
 
 def _export_beside(records: Collection, options: ExportOptions) -> ExportReport:

@@ -52,7 +52,7 @@ def _portable_part(part: str) -> str:
 
 def is_picture_name(name: str) -> bool:
     """Return whether a file's name ends as a picture's."""
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+    return suffix_in(name).lower() in IMAGE_SUFFIXES
 
 
 def beside_pictures(name: PurePosixPath) -> PurePosixPath:
@@ -121,7 +121,7 @@ class Names:
 
     def about(self, image: str, suffix: str) -> Iterator[PurePosixPath]:
         """Yield names as `of`; of an image that is not called as a picture the whole name stays."""
-        return self.of(image, suffix, keep_suffix=not is_picture_name(relative_name(image).name))
+        return self.of(image, suffix, keep_suffix=not is_picture_name(image))
 
     def first_free(self, image: str, suffix: str) -> PurePosixPath:
         """Return the first name `about` the image whose path without suffix was not given before, in any case.
@@ -152,5 +152,17 @@ class Names:
 
 def stem_of(image: str) -> str:
     """Return a picture's name as one text, folders joined by `_`, without the suffix of a picture."""
-    name = relative_name(image)
-    return "_".join([*name.parts[:-1], name.stem if is_picture_name(name.name) else name.name])
+    _, _, after_scheme = image.partition("://")
+    parts = [part for part in (after_scheme or image).split("/") if part not in ("", ".", "..")]
+    suffix = suffix_in(image)
+    name = "_".join(parts)
+    return name.removesuffix(suffix) if suffix.lower() in IMAGE_SUFFIXES else name
+
+
+def suffix_in(image: str) -> str:
+    """Return the suffix in a picture's name, as it stands there; empty where there is none."""
+    last = image.rpartition("/")[2]
+    dot = last.rfind(".")
+    if last.strip(".") and os.name != "nt":
+        return last[dot:] if 0 < dot < len(last) - 1 else ""
+    return relative_name(image).suffix

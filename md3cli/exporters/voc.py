@@ -53,8 +53,8 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
             for group in index.images():
                 stem = _annotate(folder, group, names, labels)
                 listed[sets.add(group.name, group.records)].write(f"{stem}\n")
-                target = folder.path / "JPEGImages" / f"{stem}{USUAL.suffix_of(group.name)}"
-                yield Copy.of(group, target, pictures=pictures, out=out)
+                name = stem + USUAL.suffix_of(group.name)
+                yield Copy.of(group, f"{folder.path}/JPEGImages", name, pictures=pictures, out=out)
 
         for copy, _ in copied(annotated(), pictures, USUAL):
             num_points += sum(1 for _ in copy.group.points())

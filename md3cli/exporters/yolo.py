@@ -26,6 +26,8 @@ from md3cli.exporters.pictures import Pictures
 from md3cli.exporters.splits import Sets
 from md3cli.refine.collection import Collection
 
+_SUFFIX = ".txt"
+
 
 def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
     """Write a data set that `yolo train data=OUT/data.yaml` takes as it is, if the pictures are found."""
@@ -37,8 +39,8 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     ):
         survey = index.survey
         for name in sets.names:
-            (folder.path / "images" / name).mkdir(parents=True)
-            (folder.path / "labels" / name).mkdir(parents=True)
+            for kind in ("images", "labels"):
+                (folder.path / kind / name).mkdir(parents=True, exist_ok=True)
         names = Names(is_flat=options.is_flat, fitted=_fitted)
         labelled = _labelled(index, folder, sets, names, partial(Copy.of, pictures=pictures, out=out))
         for copy, _ in copied(labelled, pictures, USUAL):
@@ -53,21 +55,17 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
 
 
 def _labelled(
-    index: ImageIndex, folder: StagedFolder, sets: Sets, names: Names, copy_of: Callable[[ImageGroup, Path], Copy]
+    index: ImageIndex, folder: StagedFolder, sets: Sets, names: Names, copy_of: Callable[[ImageGroup, str, str], Copy]
 ) -> Iterator[Copy]:
     """Write the label file of each image, and yield where its picture belongs."""
     classes = {label: number for number, label in enumerate(index.survey.categories())}
+    are_polygons = "segment" in index.survey.tasks
     for group in index.images():
         part = sets.add(group.name, group.records)
-        file, label = folder.create(
-            PurePosixPath("labels", part) / name for name in names.about(group.file_name, ".txt")
-        )
-        with file:
-            lines = _lines(group, classes, are_polygons="segment" in index.survey.tasks)
-            file.write("".join(f"{line}\n" for line in lines).encode())
-        suffix = USUAL.suffix_of(group.name)
-        target = folder.path / "images" / label.relative_to("labels").with_name(label.stem + suffix)
-        yield copy_of(group, target)
+        lines = "".join(f"{line}\n" for line in _lines(group, classes, are_polygons=are_polygons))
+        label = folder.write(names.about(group.file_name, _SUFFIX), lines.encode(), inside=f"labels/{part}")
+        name = str(label).removesuffix(_SUFFIX) + USUAL.suffix_of(group.name)
+        yield copy_of(group, f"{folder.path}/images/{part}", name)
 
 
 def _lines(group: ImageGroup, classes: dict[str, int], *, are_polygons: bool) -> Iterator[str]:

@@ -145,6 +145,7 @@ _FAILED = (
 )
 # Matches at any place of a text of whole lines, as many lines from there on as are whole; perhaps none.
 WHOLE_LINES = re.compile(f"(?:{_WHOLE}|{_FAILED})*+".encode())
+_WHOLE_LINE = re.compile(_WHOLE.encode())  # one line with an answer
 
 # -- lines as the contract allows them -------------------------------------------------------------------
 
@@ -256,11 +257,34 @@ def tidied_record(line: bytes) -> RecordDict:
     """Return the record of a line with each value of the kind it must be.
 
     What other tools change is put back: `160.0` for 160, null or NaN for an absent key, a number for a text of digits.
+    An answer exactly as md3 writes it needs none of that, which takes a third of the time.
 
     Raises:
         NotJson: the line is no JSON.
         ValueError: not an object, not of this schema, or of a wrong shape; the message says which.
     """
+    if (match := _WHOLE_LINE.match(line)) and match.end() == len(line):
+        record: RecordDict = json.loads(line)
+        if _is_within_limits(record):
+            return record
+    return put_back(line)
+
+
+def _is_within_limits(record: RecordDict) -> bool:
+    """Return whether the numbers of a whole line are those that `put_back` takes."""
+    if not 0 < record.get("width", 1) * record.get("height", 1) <= SIZE_LIMIT_PIXELS:
+        return False
+    if any(count > _COUNT_LIMIT for count in record["tokens"].values()):
+        return False
+    found = record.get("objects") or record.get("points") or ()
+    if "segments" in record:
+        found = [segment["bbox"] for segment in record["segments"]]
+    numbers = (value for thing in found for value in thing.values() if value.__class__ is not str)
+    return "reasoning" not in record and all(-COORDINATE_LIMIT <= number <= COORDINATE_LIMIT for number in numbers)
+
+
+def put_back(line: bytes) -> RecordDict:
+    """Return the record of a line by the plain way of `tidied_record`, whoever wrote it."""
     try:
         found: Any = json.loads(line)
     except (ValueError, RecursionError) as error:

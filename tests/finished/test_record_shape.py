@@ -6,16 +6,19 @@ import copy
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from finished_runs import CAR, Run, failure, record, write_records
+from hypothesis import given
+from hypothesis import strategies as st
 
 from md3cli.errors import Md3Error
 from md3cli.evaluate import compare_runs
 from md3cli.exporters import FORMATS
+from md3cli.finished.record_shape import put_back, tidied_record
 from md3cli.report.build import ReportOptions, write_report
 
 pytestmark = pytest.mark.process
@@ -82,3 +85,59 @@ def test_a_hostile_value_is_read_or_named(run: Run, seed: int) -> None:
         except Md3Error:
             continue
     assert not [path for path in Path(run.folder.parent).rglob("passwd*") if not path.is_relative_to(run.folder)]
+
+
+def as_md3_writes(task: str, **result: Any) -> bytes:
+    size = {"width": 640, "height": 480}
+    asked = {"schema": "md3/1", "id": "0" * 32, "image": "a.jpg", **size, "task": task, "prompt": "car"}
+    used = {"sha256": "0" * 64, "finish_reason": "stop", "tokens": {"prompt": 738, "output": 31}}
+    ends = {"model": "m@1", "meta": {"a": 1.5}, "error": None}
+    return json.dumps(asked | result | used | ends, separators=(",", ":")).encode() + b"\n"
+
+
+ANSWERS = [as_md3_writes("detect", objects=[CAR, CAR]), as_md3_writes("query", answer="yes")]
+
+
+def made_of(read: Callable[[bytes], dict[str, Any]], line: bytes) -> str:
+    """What a reader makes of a line: the record with its keys in order, or the refusal."""
+    try:
+        return repr(read(line))  # tells 1 from 1.0 and True, as equality does not
+    except ValueError as error:
+        return f"refused: {error}"
+
+
+NUMBERS = st.one_of(
+    st.floats(), st.integers(), st.sampled_from([0, -0.0, 1e6, 1.0000001e6, 2**31 - 1, 2**31, 2**53 + 1, 10**14])
+)
+
+
+@given(number=NUMBERS, place=st.sampled_from(["width", "height", "x", "score", "prompt", "output", "meta"]))
+def test_a_whole_line_is_read_as_by_the_plain_way(number: float, place: str) -> None:
+    for good in map(json.loads, ANSWERS):
+        line = json.dumps(replaced(good, place, number), separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+        assert made_of(tidied_record, line) == made_of(put_back, line)
+
+
+def replaced(value: Any, key: str, new: Any) -> Any:
+    """`value` with what stands under a key called `key` (or `key_min`), at any depth, replaced."""
+    if isinstance(value, dict):
+        return {
+            name: new if name in (key, f"{key}_min") and not isinstance(part, (dict, str)) else replaced(part, key, new)
+            for name, part in value.items()
+        }
+    return [replaced(part, key, new) for part in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_hostile_line_is_read_as_by_the_plain_way(seed: int) -> None:
+    for value in with_hostile_value(random.Random(seed)):
+        for indent in (None, 0):
+            text = json.dumps(value, ensure_ascii=indent is None, separators=(",", ":")).encode("utf-8", "replace")
+            assert made_of(tidied_record, text + b"\n") == made_of(put_back, text + b"\n")
+
+
+@pytest.mark.parametrize("line", ANSWERS)
+def test_an_answer_of_md3_needs_no_putting_back(line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = put_back(line)
+    monkeypatch.setattr("md3cli.finished.record_shape.put_back", None)
+    assert repr(tidied_record(line)) == repr(plain)
