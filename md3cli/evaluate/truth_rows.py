@@ -35,8 +35,8 @@ from md3cli.source.columns import near_miss
 from md3cli.source.manifest import ManifestRow, manifest_rows
 from md3cli.source.requests import EmbeddedImage
 
-MOST_CHARS = 1 << 31  # of all that is kept of a table
-ROW_CHARS = 100  # that a row counts for besides its texts
+MOST_CHARS = 1 << 30  # of all rows of a table
+ROW_CHARS = 100  # that a row counts for besides its texts: it takes as much memory
 FARTHEST_PIXEL = 1e9
 MOST_COLUMNS_KNOWN = 1000  # of meta, for a hint
 _BOX = ("x", "y", "w", "h")
@@ -63,12 +63,12 @@ def read_table(path: Path) -> Truth:
             rows = rows or kind()
             if not isinstance(rows, kind):
                 raise ValueError(f"{kind.what} among {rows.what}; a ground truth is of one kind")
+            left -= ROW_CHARS + sum(map(_num_chars, columns.values()))
+            if left < 0:
+                raise ValueError(f"more than {MOST_CHARS:,} characters until here; give parts of it, each by a --gt")
             rows.add(columns)
         except ValueError as error:
             raise InputError(f"{name}, {row.where}: {printable(str(error))}") from error
-        left -= ROW_CHARS + sum(map(_num_chars, columns.values()))
-        if left < 0:
-            raise InputError(f"{name} holds more than md3 keeps of a ground truth ({MOST_CHARS >> 30} Gi characters)")
     if rows is None:
         raise InputError(f"{name} has no rows")
     return rows.truth(path)

@@ -7,11 +7,12 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hostile_manifests import write_manifests
 from truths import box, points, record, write_records
 
 from md3cli.errors import InputError, UsageError
 from md3cli.evaluate import evaluate, load_truth, truth_rows
-from md3cli.evaluate.truth import Captions, Instances, Questions
+from md3cli.evaluate.truth import TABLE_SUFFIXES, Captions, Instances, Questions
 from md3cli.exporters import ExportOptions, csv_flat
 from md3cli.refine.collection import Collection
 
@@ -196,6 +197,16 @@ def test_parquet_that_makes_no_sense_is_refused(tmp_path):
         load_truth(tmp_path / "gt.parquet")
 
 
+def test_manifests_in_every_state_are_refused_in_words(tmp_path):
+    tables = [one.name for one in write_manifests(tmp_path) if one.name.endswith(TABLE_SUFFIXES)]
+    assert len(tables) > 20
+    for name in tables:
+        with pytest.raises(InputError) as caught:
+            load_truth(tmp_path / name)
+        assert name in str(caught.value)
+        assert "--map" not in str(caught.value)
+
+
 def test_what_is_not_a_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         load_truth(tmp_path / "gt.csv")
@@ -207,10 +218,13 @@ def test_what_is_not_a_file_is_refused(tmp_path):
 def test_what_is_kept_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(truth_rows, "MOST_CHARS", 3000)
     assert load_truth(table(tmp_path, "image,caption\n" + "a,b\n" * 20)).captions["a"] == ("b",) * 20
-    with pytest.raises(InputError, match="more than md3 keeps"):
+    with pytest.raises(InputError, match="more than 3,000 characters until here"):
         load_truth(table(tmp_path, "image,caption\n" + "a,b\n" * 40))
-    with pytest.raises(InputError, match="more than md3 keeps"):
+    with pytest.raises(InputError, match="more than 3,000 characters until here"):
         load_truth(parquet(tmp_path, [{"image": "a", "caption": ["x" * 200] * 20}]))
+
+
+def test_what_is_true_of_one_thing_is_bounded(tmp_path):
     with pytest.raises(InputError, match="line 2: 10,001 true answers"):
         load_truth(table(tmp_path, 'image,caption\na,"[' + "1," * 10_000 + '1]"\n'))
 
