@@ -304,8 +304,8 @@ class _Writer:
     def _image_entry(self, group: ImageGroup, image_id: Any, name: str) -> dict[str, Any]:
         size = {"width": group.width, "height": group.height}
         entry = {"id": image_id, **size, "file_name": name}
-        captions = [] if self._is_of_captions else group.captions()
-        return {**entry, "captions": captions} if captions else entry
+        rest = {"captions": [] if self._is_of_captions else group.captions(), "meta": group.meta()}
+        return entry | {key: value for key, value in rest.items() if value}
 
     def _categories(self) -> list[dict[str, Any]]:
         """Return the categories; those that were pointed at are skeletons of one joint."""

@@ -1,26 +1,29 @@
 """CSV: one row for each box, mask, point or text; one row too for a record that found nothing or failed.
 
-Boxes are clamped pixels of the upright image (x and y of the top left corner); a point has no width
-and height. Texts are guarded against spreadsheets (table.py); JSON Lines and Parquet hold them as they are.
+Boxes are clamped pixels of the upright image (x and y of the top left corner); a point has no width and height. What
+records carry along has a column for each key, `meta.KEY`: a text or a number as it is, all else as JSON. Texts are
+guarded against spreadsheets (table.py); JSON Lines and Parquet hold them as they are.
 """
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file
-from md3cli.exporters.grouping import CHOICE_PREFIX, choice_notes, choice_scores, find_choices
+from md3cli.exporters.grouping import CHOICE_PREFIX, META_PREFIX, choice_scores, find_columns
 from md3cli.exporters.objects import boxes, points, segments
 from md3cli.exporters.table import Table
-from md3cli.records import RecordDict
+from md3cli.records import RecordDict, compact_json
 from md3cli.refine.collection import Collection, read
 
 COLUMNS = (
     "image", "width", "height", "task", "prompt", "label", "x", "y", "w", "h", "score",
     "caption", "answer", "svg_path", "finish_reason", "error_type", "error_message", "id",
+    "length", "reasoning",
 )  # fmt: skip
 CELL_LIMIT = 32_767  # characters; Excel cuts what is longer, and Python's reader refuses 131,072
 
@@ -28,11 +31,12 @@ Row = dict[str, Any]
 
 
 def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
-    """Write one table of all records; columns for the choices of restricted answers come last."""
-    choices = find_choices(records)
-    columns = [*COLUMNS, *(CHOICE_PREFIX + choice for choice in choices)]
+    """Write one table of all records; columns of `meta`, then those of restricted answers' choices come last."""
+    found = find_columns(records, has_meta=True)
+    columns = [*COLUMNS, *(META_PREFIX + key for key in found.meta), *(CHOICE_PREFIX + name for name in found.choices)]
     num_records, num_long, notes = 0, 0, list[str]()
     with replaced_file(out, overwrite=options.overwrite) as file:
+        file.write(codecs.BOM_UTF8 if options.has_bom else b"")
         table = Table(file, columns)
         for record in read(records, notes):
             num_records += 1
@@ -45,7 +49,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         notes.append(
             f"{cells_are} longer than the {CELL_LIMIT:,} characters a spreadsheet takes; the file has them whole"
         )
-    return ExportReport("csv", out, num_records, notes=(*notes, *choice_notes(choices)))
+    return ExportReport("csv", out, num_records, notes=(*notes, *found.notes()))
 
 
 def _rows(record: RecordDict) -> Iterator[Row]:
@@ -53,11 +57,19 @@ def _rows(record: RecordDict) -> Iterator[Row]:
     shared: Row = {key: record.get(key) for key in ("image", "width", "height", "task", "prompt", "caption", "answer")}
     shared |= {"finish_reason": record.get("finish_reason"), "id": record.get("id")}
     shared |= {"error_type": error.get("type"), "error_message": error.get("message")}
+    shared |= {"length": record.get("length"), "reasoning": (record.get("reasoning") or {}).get("text")}
+    shared |= {META_PREFIX + key: _cell(value) for key, value in (record.get("meta") or {}).items()}
     shared |= {CHOICE_PREFIX + choice: score for choice, score in choice_scores(record).items()}
     if record.get("answer") is not None:
         shared["score"] = choice_scores(record).get(record["answer"])
     found = list(_found(record)) if "width" in record and not error else []
     yield from ({**shared, **row} for row in found or [{}])
+
+
+def _cell(value: Any) -> Any:
+    """Return a value of `meta` as a cell: a text or a number as it is, all else as JSON."""
+    is_plain = value is None or isinstance(value, str | float) or type(value) is int
+    return value if is_plain else compact_json(value).decode()
 
 
 def _found(record: RecordDict) -> Iterator[Row]:

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from md3cli.errors import ExportError
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, boxes, label_of, points, segments
@@ -31,6 +31,10 @@ from md3cli.refine.labels import Labels
 from md3cli.refine.refinement import FOUND_BY_TASK, name_of
 
 CHOICE_PREFIX = "choice_"  # of the columns that hold the scores of choices
+META_PREFIX = "meta."  # of the columns that hold what records carry along
+META_COLUMNS_LIMIT = 1000  # each row has a cell in each column, so that keys of strangers would multiply
+_KEY_LIMIT_CHARS = 200
+_NO_META = b'"meta":{},"error":'  # as md3 writes it
 
 # Answered stretches in the order of their image's first one, with its number among its twins from 0 and whether
 # these have its exact name; the sorts spill to disk.
@@ -134,6 +138,10 @@ class ImageGroup(NamedTuple):
     def points(self) -> Iterator[PixelPoint]:
         for record in self.records:
             yield from points(record, self.width, self.height)
+
+    def meta(self) -> dict[str, Any]:
+        """Return what the records carry along; of one key the last record counts."""
+        return {key: value for record in self.records for key, value in (record.get("meta") or {}).items()}
 
     def captions(self) -> list[str]:
         return [str(record["caption"]) for record in self.records if record.get("caption") is not None]
@@ -241,37 +249,64 @@ def image_key(record: RecordDict) -> bytes:
     return hashlib.blake2b(exact.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def find_choices(records: Collection) -> list[str]:
-    """Return all choices of restricted answers (`md3 query --choices`), in the order in which they first occur.
+class TableColumns(NamedTuple):
+    """The columns of a table that depend on its records, in the order in which they first occur.
 
-    A table's columns must be known before its first row: this cheap look parses only lines that may hold a choice.
+    `choices` are those of restricted answers (`md3 query --choices`), `meta` the keys of `meta`. `is_whole` False:
+    `meta` has more keys, or longer ones, than a table takes.
     """
-    found: dict[str, None] = {}
-    for record in _records_with_choices(records) if records.selection.takes_all else read(records):
-        found.update(dict.fromkeys(choice_scores(record)))
-    return list(found)
+
+    choices: list[str]
+    meta: list[str]
+    is_whole: bool = True
+
+    def notes(self) -> Iterator[str]:
+        """Yield what a reader of the table should know: of names in other cases, and of keys without a column."""
+        columns = [*(META_PREFIX + key for key in self.meta), *(CHOICE_PREFIX + choice for choice in self.choices)]
+        counts = Counter(column.casefold() for column in columns)
+        if alike := [printable(column) for column in columns if counts[column.casefold()] > 1]:  # DuckDB, Spark
+            yield f"columns that differ in case alone, which some readers take for one: {', '.join(alike)}"
+        if not self.is_whole:
+            yield (
+                f"meta has more columns than a table takes; it has the first {len(self.meta):,} whose names are not "
+                f"longer than {_KEY_LIMIT_CHARS} characters, jsonl and parquet have all"
+            )
 
 
-def _records_with_choices(records: Collection) -> Iterator[RecordDict]:
+def find_columns(records: Collection, *, has_meta: bool) -> TableColumns:
+    """Return the columns that the records add to a table; those of `meta` only if `has_meta`.
+
+    They must be known before the first row: this cheap look parses only lines that may hold one.
+    """
+    choices, meta, is_whole = dict[str, None](), dict[str, None](), True
+    for record in _records_with_columns(records, has_meta) if records.selection.takes_all else read(records):
+        choices.update(dict.fromkeys(map(_shown, choice_scores(record))))
+        carried = record.get("meta") if has_meta and isinstance(record, dict) else None
+        for key in map(_shown, carried if isinstance(carried, dict) else ()):
+            if key not in meta:
+                is_taken = len(meta) < META_COLUMNS_LIMIT and len(key) <= _KEY_LIMIT_CHARS
+                meta |= {key: None} if is_taken else {}
+                is_whole = is_whole and is_taken
+    return TableColumns(list(choices), list(meta), is_whole)
+
+
+def _records_with_columns(records: Collection, has_meta: bool) -> Iterator[RecordDict]:
     for source in records.sources:
         with open_records(source.path) as file:
             while line := file.readline(LINE_LIMIT_BYTES):
-                if b'"choices"' in line:
+                if b'"choices"' in line or (has_meta and _NO_META not in line):
                     with contextlib.suppress(
                         ValueError, RecursionError
                     ):  # the pass that writes refuses it by its number
                         yield json.loads(line)
 
 
+def _shown(key: str) -> str:
+    """Return a key as a record that was read has it: half a surrogate pair became `?`."""
+    return key.encode("utf-8", "replace").decode()
+
+
 def choice_scores(record: RecordDict) -> dict[str, float]:
     """Return the record's score for each choice; empty where the answer was free."""
     choices = record.get("choices") if isinstance(record, dict) else None
     return choices if isinstance(choices, dict) else {}
-
-
-def choice_notes(choices: list[str]) -> Iterator[str]:
-    """Yield a sentence where columns differ in case alone: DuckDB and Spark take such names for one."""
-    counts = Counter(choice.casefold() for choice in choices)
-    alike = [printable(CHOICE_PREFIX + choice) for choice in choices if counts[choice.casefold()] > 1]
-    if alike:
-        yield f"columns that differ in case alone, which some readers take for one: {', '.join(alike)}"

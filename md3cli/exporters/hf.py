@@ -157,9 +157,7 @@ def _columns(group: ImageGroup, survey: Survey, classes: Mapping[str, int]) -> d
             for point in group.points()
         ]
     if survey.has_meta:  # as text: values of mixed types in a column make `datasets` refuse the file
-        metas = [record.get("meta") or {} for record in group.records]
-        merged = {key: value for meta in metas for key, value in meta.items()}
-        row["meta"] = json.dumps(merged, ensure_ascii=False, allow_nan=False)
+        row["meta"] = json.dumps(group.meta(), ensure_ascii=False, allow_nan=False)
     return row
 
 

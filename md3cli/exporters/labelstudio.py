@@ -1,9 +1,9 @@
 """Label Studio: tasks with predictions, and the labelling interface they fit.
 
-`OUT.json` gets its interface beside it as `OUT.xml`; any other OUT is a folder with `tasks.json`
-and `interface.xml`. Coordinates are percent of the image. A picture's URL is Label Studio's own
-for local files, or `url_prefix` and the name. Label Studio refuses a storage that is the document root
-itself, so the root is the parent of the pictures' folders and URLs begin with a folder's name.
+`OUT.json` gets its interface beside it as `OUT.xml`; any other OUT is a folder with `tasks.json` and `interface.xml`.
+Coordinates are percent of the image. A task's data hold the picture's URL, and as `meta` what the records carry along.
+The URL is Label Studio's own for local files, or `url_prefix` and the name. Label Studio refuses a storage that is the
+document root itself, so the root is the parent of the pictures' folders and URLs begin with a folder's name.
 Tried in a server of version 1.23.2 (tests/programs/test_label_studio.py).
 """
 
@@ -134,7 +134,8 @@ def _write_tasks(index: ImageIndex, write: Callable[[bytes], object], url_of: Ca
     write(b"[")
     for group in index.images():
         url = group.name if "://" in group.name else url_of(group)
-        task = {"data": {"image": url}, "predictions": [_prediction(group, index.survey.model)]}
+        data = {"image": url, **({"meta": meta} if (meta := group.meta()) else {})}
+        task = {"data": data, "predictions": [_prediction(group, index.survey.model)]}
         write((b",\n" if num_images else b"\n") + compact_json(task))
         num_images += 1
     write(b"\n]\n")

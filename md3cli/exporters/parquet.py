@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from md3cli.errors import ExportError, ImageError
 from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file
-from md3cli.exporters.grouping import CHOICE_PREFIX, choice_notes, choice_scores, find_choices
+from md3cli.exporters.grouping import CHOICE_PREFIX, choice_scores, find_columns
 from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_opens
 from md3cli.records import RecordDict
 from md3cli.refine.collection import Collection, read
@@ -85,7 +85,8 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     pictures = Pictures(records, options)
     if options.embed_images:
         pictures.require_root("--embed-images")
-    choices = find_choices(records)
+    columns = find_columns(records, has_meta=False)
+    choices = columns.choices
     schema = schema_of(choices, embed_images=options.embed_images)
     reading_notes = list[str]()
     rows = _Rows(schema, choices, pictures if options.embed_images else None)
@@ -96,7 +97,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         for batch in rows.batches(read(records, reading_notes)):
             writer.write_batch(batch)
     notes = (f"{rows.num_missing} pictures could not be read; their `image` is null",) if rows.num_missing else ()
-    return ExportReport("parquet", out, rows.num_records, notes=(*reading_notes, *notes, *choice_notes(choices)))
+    return ExportReport("parquet", out, rows.num_records, notes=(*reading_notes, *notes, *columns.notes()))
 
 
 class _Rows:

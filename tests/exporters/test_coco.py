@@ -334,3 +334,34 @@ def test_roboflow_in_one_set_leaves_out_what_is_not_there(detect_run: Run) -> No
         "_annotations.coco.json",
         ".md3",
     }
+
+
+NESTED: list[Any] = []
+for _ in range(40):
+    NESTED = [NESTED]
+STRANGE = {"id": "mine", "file_name": 3, "meta": {"image": None}, "captions": "x", "deep": NESTED, "big": 10**400}
+
+
+@pytest.mark.parametrize("format", ["coco", "labelstudio"])
+def test_what_records_carry_along_stands_under_meta(run: Run, format: str) -> None:
+    """Under a key of its own, so that no key of a stranger takes the place of ours."""
+    name = NAMES[0]
+    run.write([
+        record(name, "detect", "car", objects=[CAR], meta={"shop": "é", "price": 1}),
+        record(name, "caption", caption="a car", meta={"price": float("nan")}),
+        record(name, "query", "?", answer="x", meta=STRANGE),
+        record(NAMES[1], "detect", "car", objects=[CAR]),
+    ])  # fmt: skip
+    _, out = run.export(format, "out.json")
+    document = read(out)
+    meta = {"shop": "é", "price": None, **STRANGE}
+    if format == "labelstudio":
+        first, second = (task["data"] for task in document)
+        assert first == {"image": second["image"].replace(NAMES[1], NAMES[0]), "meta": meta}
+        assert second.keys() == {"image"}
+        return
+    first, second = document["images"]
+    assert first == {"id": 1, "width": WIDTH, "height": HEIGHT, "file_name": name, "captions": ["a car"], "meta": meta}
+    assert second == {"id": 2, "width": WIDTH, "height": HEIGHT, "file_name": NAMES[1]}
+    assert len(COCO(str(out)).anns) == 2
+    assert len(sv.DetectionDataset.from_coco(str(run.root), str(out))) == 2

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 from typing import Any
 
 import pandas as pd
 import pytest
-from finished_runs import CAR, NAMES, Run, detect_records, record
+from finished_runs import CAR, NAMES, Run, detect_records, failure, record
 
 from md3cli.exporters.csv_flat import COLUMNS
 
@@ -99,6 +100,48 @@ def test_a_carriage_return_ends_no_row(run: Run) -> None:
     assert [row["caption"] for row in rows_of(run, overwrite=True)] == texts
     assert pd.read_csv(out)["caption"].tolist() == texts
     assert not out.read_bytes().endswith(b"\r\n")
+
+
+def test_what_records_carry_along_has_columns(run: Run) -> None:
+    """The union over all records, failed ones too, in the order of first appearance."""
+    cells = {"price": 1.5, "=cmd": "+1", "meta": None, "image": "mine", "tags": ["a", {"b": None}], "sold": True}
+    run.write([
+        record("a", "caption", length="long", caption="x", meta={"shop": "é, ☃", "price": 10**30}),
+        record("b", "query", "?", answer="y", reasoning={"text": "as it\nis", "grounding": []}, meta=cells),
+        record("c", "query", "?", answer="z", choices={"z": 0.5}),
+        failure("d", "detect", "car") | {"meta": {"half@@": "@@", "shop": "s"}},
+    ])  # fmt: skip
+    run.records.write_text(run.records.read_text(encoding="utf-8").replace("@@", r"\ud800"), encoding="utf-8")
+    a, b, c, d = rows_of(run)
+    added = [f"meta.{key}" for key in ("shop", "price", "=cmd", "meta", "image", "tags", "sold", "half?")]
+    assert list(a) == [*COLUMNS, *added, "choice_z"]
+    assert [a[column] for column in added] == ["é, ☃", str(10**30), *[""] * 6]
+    assert [b[column] for column in added] == ["", "1.5", "'+1", "", "mine", '["a",{"b":null}]', "true", ""]
+    assert [d[column] for column in added] == ["s", *[""] * 6, "?"]
+    assert (b["image"], a["length"], b["reasoning"], c["choice_z"]) == ("b", "long", "as it\nis", "0.5")
+    spaced = [json.dumps(json.loads(line), indent=None) for line in run.records.read_text().splitlines()]
+    run.records.write_text("\n".join(spaced) + "\n")  # another program's blanks
+    assert rows_of(run, overwrite=True) == [a, b, c, d]
+
+
+def test_keys_of_strangers_do_not_multiply(run: Run) -> None:
+    long = "k" * 201
+    run.write([
+        record("a", "caption", caption="x", meta={long: 1, "first": 2}),
+        *(record(str(n), "caption", caption="x", meta={f"{n}.{key}": key for key in range(500)}) for n in range(5)),
+    ])  # fmt: skip
+    report, out = run.export("csv", "out.csv")
+    table = pd.read_csv(out)
+    columns = [column for column in table if column.startswith("meta.")]
+    assert columns == ["meta.first", *(f"meta.{n}.{key}" for n in range(2) for key in range(500))][:1000]
+    assert any("it has the first 1,000 whose names are not longer than 200 characters" in note for note in report.notes)
+
+
+def test_a_byte_order_mark_where_it_is_asked_for(run: Run) -> None:
+    run.write([record("a", "caption", caption="größer ☃")])
+    plain, marked = (run.export("csv", f"{has_bom}.csv", has_bom=has_bom)[1].read_bytes() for has_bom in (False, True))
+    assert marked == b"\xef\xbb\xbf" + plain
+    assert plain.startswith(b"image,")
 
 
 @pytest.mark.parametrize("format", ["csv", "parquet"])
