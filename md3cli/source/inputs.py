@@ -292,7 +292,9 @@ def is_of_windows(name: str) -> bool:
 
 
 def _in_folder(folder: str, name: str) -> str:
-    return name if name.startswith("/") or not folder else f"{folder}/{name}"
+    return (
+        name if name.startswith("/") or not folder else f"{folder.rstrip('/')}/{name}"
+    )  # the root has a slash already
 
 
 def _is_plain(name: str) -> bool:
