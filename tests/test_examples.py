@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from caption_trainers import kohya_set, onetrainer_concept
+from finished_runs import draw_pictures
 from report_runs import found, record
 
 pytestmark = pytest.mark.process
@@ -63,11 +65,26 @@ def test_folder_to_coco(environment: dict[str, str], tmp_path: Path) -> None:
     assert (out / "yolo/data.yaml").is_file()
 
 
-def test_captions_for_training(environment: dict[str, str], tmp_path: Path) -> None:
-    out = tmp_path / "captions"
-    start(environment, "captions_for_training.sh", out)
-    rows = (out / "imagefolder/train/metadata.jsonl").read_text().splitlines()
-    assert len(rows) == len(list((out / "sidecars").rglob("*.txt"))) > 3
+def test_lora_captions(environment: dict[str, str], tmp_path: Path) -> None:
+    """Both trainers find one caption for each picture, with the trigger word; another start changes nothing."""
+    pictures, out = tmp_path / "my pictures", tmp_path / "lora"
+    names = ["a.jpg", "a.png", "B c.JPG", "sub/a.jpg", "sub/ü.webp", "cat.v2.jpeg"]
+    draw_pictures(pictures, names)
+    (pictures / "notes.txt").write_text("mine")
+    for _ in range(2):
+        start(environment, "lora_captions.sh", pictures, "sks", "dog", out)
+        kohya = list(kohya_set(out / "kohya"))
+        concept = dict(onetrainer_concept(out / "onetrainer/sks"))
+        assert len(kohya) == len(concept) == len(names)
+        assert {path.parent.name for path, _, _ in kohya} == {"10_sks dog"}
+        for path, repeats, caption in kohya:
+            assert repeats == 10
+            assert caption.startswith("sks, a picture ")
+            assert concept[out / "onetrainer/sks" / path.name] == [caption]
+        assert len({caption for _, _, caption in kohya}) == len(names)
+        rows = (out / "imagefolder/train/metadata.jsonl").read_text().splitlines()
+        assert len(rows) == len(names)
+    assert sorted(path.name for path in pictures.rglob("*.txt")) == ["notes.txt"]
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
