@@ -1,0 +1,172 @@
+"""FiftyOne opens our COCO, YOLO and VOC folders: every picture, every box where the records have it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import programs
+import pytest
+from finished_runs import HEIGHT, NAMES, WIDTH, Record, Run, draw_pictures, failure, record
+from PIL import Image
+
+pytestmark = programs.MARKS
+
+TURNED = "turned.jpg"
+# No backslash: in COCO, FiftyOne takes it for a slash.
+PICTURES = (*NAMES, TURNED, "hash # 50% off.png", " lead/trail .png")
+LABELS = ("zebra", 'a "car" <b>é')  # not in the order of the alphabet
+POINT = {"label": "nose", "x": 1 / 3, "y": 0.9, "score": 0.5}
+RING = {"label": "ring", "svg_path": "M 0 0 L 1 0 L 1 1 Z", "score": 0.7}
+STARTS = "import fiftyone as fo; fo.Dataset(); print(1)"
+# What is loaded from folders, as JSON: for each a list of (digest of the picture, objects by field).
+LOAD = """
+import hashlib, json, sys
+from pathlib import Path
+import fiftyone as fo
+
+def shown(thing):
+    mask = None if getattr(thing, "mask", None) is None else int(thing.mask.sum())
+    numbers = thing.points[0] if isinstance(thing, fo.Keypoint) else thing.bounding_box
+    return [thing.label, [float(number) for number in numbers], mask]
+
+def objects(sample):
+    for name in sample.field_names:
+        for kind in ("detections", "keypoints"):
+            found = getattr(sample[name], kind, None) if isinstance(sample[name], fo.Label) else None
+            if found:
+                yield name, [shown(thing) for thing in found]
+
+loaded = []
+for kind, options in json.loads(sys.argv[1]):
+    dataset = fo.Dataset.from_dir(dataset_type=getattr(fo.types, kind), **options)
+    digests = {sample.id: hashlib.sha256(Path(sample.filepath).read_bytes()).hexdigest() for sample in dataset}
+    loaded.append([[digests[sample.id], dict(objects(sample))] for sample in dataset])
+print(json.dumps(loaded))
+"""
+
+Found = tuple[str, list[float]]
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[dict[str, str]]:
+    """Settings of a FiftyOne with a database of its own and without telemetry."""
+    with tempfile.TemporaryDirectory(prefix="md3-fiftyone-", ignore_cleanup_errors=True) as folder:
+        quiet = {"FIFTYONE_DO_NOT_TRACK": "true", "FIFTYONE_DATABASE_VALIDATION": "false"}
+        yield {"FIFTYONE_DATABASE_DIR": f"{folder}/database", "FIFTYONE_SHOW_PROGRESS_BARS": "false", **quiet}
+
+
+@pytest.fixture(scope="module")
+def fiftyone(database: dict[str, str]) -> programs.Program:
+    """FiftyOne, where its database starts."""
+    program = programs.program("fiftyone")
+    command = [program.python, "-c", STARTS]
+    done = subprocess.run(command, env=program.environment | database, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"FiftyOne's MongoDB does not start here: {done.stderr.strip().splitlines()[-1]}")
+    return program
+
+
+def boxes_of(name: str, label: str) -> list[tuple[float, float, float, float]]:
+    """Return what is on a picture: corners in 0-1; some leave the picture."""
+    draws = random.Random(name + label)
+    starts = [(draws.uniform(-0.1, 0.6), draws.uniform(-0.1, 0.6)) for _ in range(0 if name == "empty.png" else 3)]
+    return [(x, y, x + draws.uniform(0.1, 0.6), y + draws.uniform(0.1, 0.6)) for x, y in starts]
+
+
+def records_of(name: str) -> Iterator[Record]:
+    for label in LABELS:
+        edges = [dict(zip(("x_min", "y_min", "x_max", "y_max"), box, strict=True)) for box in boxes_of(name, label)]
+        yield record(name, "detect", label, objects=[{"label": label, **one, "score": 0.9} for one in edges])
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with boxes, exported in all layouts; one with masks and points too."""
+    folder = tmp_path_factory.mktemp("exported")
+    run = Run(folder / "run", folder / "pictures é #")
+    draw_pictures(run.root, PICTURES)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter turn to the right
+    Image.new("RGB", (HEIGHT, WIDTH), (1, 2, 3)).save(run.root / TURNED, exif=turned)
+    boxes = [line for name in PICTURES for line in records_of(name)]
+    run.write([failure("broken.jpg", "detect", LABELS[0]), *boxes, failure(PICTURES[0], "detect", "tail")])
+    run.export("coco", "coco.json", root=run.root)
+    for format in ("yolo", "voc"):
+        run.export(format, format, root=run.root)
+        run.export(format, f"{format} flat", root=run.root, is_flat=True)
+    bbox = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.9, "y_max": 0.7}
+    mixed = [record("empty.png", "segment", "ring", segments=[{**RING, "bbox": bbox}])]
+    run.write([*mixed, record("empty.png", "point", "nose", points=[POINT])])
+    run.export("coco", "mixed.json", root=run.root, keypoints=True)
+    return run
+
+
+@pytest.fixture(scope="module")
+def loaded(fiftyone: programs.Program, database: dict[str, str], exported: Run) -> dict[str, Any]:
+    """What FiftyOne made of each folder."""
+    folder, root = exported.folder, str(exported.root)
+    wanted: dict[str, tuple[str, dict[str, Any]]] = {}
+    for layout, kinds in (("coco", ["detections"]), ("mixed", ["detections", "segmentations", "keypoints"])):
+        labels = str(folder / f"{layout}.json")
+        wanted[layout] = "COCODetectionDataset", {"data_path": root, "labels_path": labels, "label_types": kinds}
+    for layout in ("yolo", "yolo flat"):
+        wanted[layout] = ("YOLOv5Dataset", {"yaml_path": str(folder / layout / "data.yaml"), "split": "train"})
+    for layout in ("voc", "voc flat"):
+        places = {"data_path": str(folder / layout / "JPEGImages"), "labels_path": str(folder / layout / "Annotations")}
+        wanted[layout] = ("VOCDetectionDataset", places)
+    answers = fiftyone.run(LOAD, json.dumps(list(wanted.values())), environment=database)
+    return dict(zip(wanted, answers, strict=True))
+
+
+def found_in(samples: list[tuple[str, dict[str, Any]]], exported: Run) -> dict[str, list[Found]]:
+    """Return the boxes of each picture: label, and left, top, right, bottom in pixels; told by the pictures' bytes."""
+    names = {hashlib.sha256((exported.root / name).read_bytes()).hexdigest(): name for name in PICTURES}
+    assert len(names) == len(PICTURES) == len(samples)
+    return {
+        names[digest]: [
+            (label, [x * WIDTH, y * HEIGHT, (x + width) * WIDTH, (y + height) * HEIGHT])
+            for one in fields.values()
+            for label, (x, y, width, height), _ in one
+        ]
+        for digest, fields in samples
+    }
+
+
+def expected(name: str) -> list[Found]:
+    edges = [(label, [min(max(edge, 0.0), 1.0) for edge in box]) for label in LABELS for box in boxes_of(name, label)]
+    sizes = (WIDTH, HEIGHT) * 2
+    return [(label, [edge * side for edge, side in zip(box, sizes, strict=True)]) for label, box in edges]
+
+
+def largest_difference(found: dict[str, list[Found]]) -> float:
+    """Return by how many pixels the boxes of all pictures differ from the records'."""
+    assert sorted(found) == sorted(PICTURES)
+    differences = [0.0]
+    for name, boxes in found.items():
+        assert [label for label, _ in boxes] == [label for label, _ in expected(name)], name
+        pairs = zip(boxes, expected(name), strict=True)
+        differences += [abs(a - b) for one, other in pairs for a, b in zip(one[1], other[1], strict=True)]
+    return max(differences)
+
+
+@pytest.mark.parametrize(
+    ("layout", "limit"),
+    [("coco", 0.001), ("yolo", 0.001), ("yolo flat", 0.001), ("voc", 1.00001), ("voc flat", 1.00001)],
+)
+def test_every_picture_and_every_box(loaded: dict[str, Any], exported: Run, layout: str, limit: float) -> None:
+    assert largest_difference(found_in(loaded[layout], exported)) <= limit
+
+
+def test_masks_and_keypoints(loaded: dict[str, Any]) -> None:
+    """The mask is half its box, the point is where the record has it; as a box a point has no size."""
+    ((_, fields),) = loaded["mixed"]
+    ring, no_size = ["ring", [0.1, 0.2, 0.8, 0.5]], ["nose", [pytest.approx(POINT["x"]), POINT["y"], 0, 0]]
+    assert fields["detections"] == [[*ring, None], [*no_size, None]]
+    assert fields["segmentations"] == [[*ring, 0.8 * WIDTH * 0.5 * HEIGHT / 2], [*no_size, 0]]
+    assert fields["keypoints"] == [["nose", no_size[1][:2], None]]
