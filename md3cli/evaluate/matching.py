@@ -202,7 +202,7 @@ def truth_mask(thing: TruthObject, width: int, height: int) -> dict[str, Any]:
 def _inside(thing: TruthObject, at: Sequence[tuple[float, float]], size_wh: tuple[int, int]) -> list[bool]:
     x, y, width, height = thing.bbox
     in_box = [x <= px <= x + width and y <= py <= y + height for px, py in at]
-    if not any(in_box) or not thing.has_mask:
+    if not any(in_box) or thing.mask is None:
         return in_box
     mask = coco_library().mask.decode(truth_mask(thing, *size_wh))
     rows, columns = mask.shape

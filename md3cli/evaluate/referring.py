@@ -118,13 +118,13 @@ def mask_overlap(judged: Judged) -> Overlap | None:
     """
     pair = judged.pair
     there = [thing for thing in pair.objects if not thing.is_crowd]
-    if not all(thing.has_mask for thing in there):
+    if not all(thing.mask for thing in there):
         return None
     if all(map(has_failed, pair.records)):  # its size may not be known, and no mask is drawn without one
         return Overlap(0.0, 0.0, sum(thing.area for thing in there))
     found = _merged([prediction.mask for prediction in judged.predictions], pair.size_wh)
     true = _merged([truth_mask(thing, *pair.size_wh) for thing in there], pair.size_wh)
-    crowds = [truth_mask(thing, *pair.size_wh) for thing in pair.objects if thing.is_crowd and thing.has_mask]
+    crowds = [truth_mask(thing, *pair.size_wh) for thing in pair.objects if thing.is_crowd and thing.mask]
     if any(mask["size"] != found["size"] for mask in (true, *crowds)):
         raise InputError(f"a mask of the ground truth is of another size than its picture {printable(pair.image)}")
     return mask_areas(found, true, _merged(crowds, pair.size_wh))

@@ -31,16 +31,18 @@ class TruthImage:
 
 @dataclass(frozen=True, slots=True)
 class TruthObject:
-    """One annotated object, in pixels. `segmentation` is COCO's: polygons, or run lengths.
-
-    Without a mask of its own (`has_mask`) the segmentation is the box's outline.
-    """
+    """One annotated object, in pixels. `mask` is COCO's: polygons, or run lengths; None where there is a box alone."""
 
     bbox: tuple[float, float, float, float]  # x, y, width, height
-    segmentation: list[list[float]] | dict[str, Any]
-    has_mask: bool
+    mask: list[list[float]] | dict[str, Any] | None
     area: float
     is_crowd: bool
+
+    @property
+    def segmentation(self) -> list[list[float]] | dict[str, Any]:
+        """The mask, else the box's outline."""
+        x, y, width, height = self.bbox
+        return self.mask or [[x, y, x + width, y, x + width, y + height, x, y + height]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,12 +212,10 @@ def _refuse_doubled(names: Iterable[str]) -> None:
 def truth_object(annotation: Mapping[str, Any]) -> TruthObject:
     """Return the object of a COCO annotation; raises KeyError, TypeError or ValueError where it has no box."""
     x, y, width, height = map(float, annotation["bbox"])
-    corners = [x, y, x + width, y, x + width, y + height, x, y + height]
-    area, mask = annotation.get("area"), annotation.get("segmentation")
+    area = annotation.get("area")
     return TruthObject(
         (x, y, width, height),
-        mask or [corners],
-        bool(mask),
+        annotation.get("segmentation") or None,
         float(width * height if area is None else area),
         bool(annotation.get("iscrowd", 0)),
     )

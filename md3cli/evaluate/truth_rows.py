@@ -36,7 +36,7 @@ from md3cli.source.manifest import ManifestRow, manifest_rows
 from md3cli.source.requests import EmbeddedImage
 
 MOST_CHARS = 1 << 30  # of all rows of a table
-ROW_CHARS = 100  # that a row counts for besides its texts: it takes as much memory
+ROW_CHARS = 100  # that a row counts for besides its texts
 FARTHEST_PIXEL = 1e9
 MOST_COLUMNS_KNOWN = 1000  # of meta, for a hint
 _BOX = ("x", "y", "w", "h")
@@ -65,7 +65,7 @@ def read_table(path: Path) -> Truth:
                 raise ValueError(f"{kind.what} among {rows.what}; a ground truth is of one kind")
             left -= ROW_CHARS + sum(map(_num_chars, columns.values()))
             if left < 0:
-                raise ValueError(f"more than {MOST_CHARS:,} characters until here; give parts of it, each by a --gt")
+                raise ValueError(f"more than {MOST_CHARS:,} characters until here, which is more than md3 reads")
             rows.add(columns)
         except ValueError as error:
             raise InputError(f"{name}, {row.where}: {printable(str(error))}") from error

@@ -111,7 +111,7 @@ def test_boxes_are_rows_of_pixels(tmp_path, suffix):
     truth = load_truth(path)
     assert isinstance(truth, Instances)
     assert [thing.bbox for thing in truth.objects["a.jpg", "car"]] == [(1, 2.5, 3, 4), (10, 20, 30, 40)]
-    assert not truth.objects["a.jpg", "car"][0].has_mask
+    assert truth.objects["a.jpg", "car"][0].mask is None
     assert list(truth.images) == ["a.jpg", "b.jpg"]
     assert (truth.images["a.jpg"].width, truth.images["b.jpg"].width) == (200, None)
     assert truth.categories == ("car",)
