@@ -13,7 +13,7 @@ import contextlib
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -87,21 +87,33 @@ def _braced_inputs(typed: str, is_alone: bool) -> Iterator[Input]:
     components = typed.split("/")
     num_fixed = next(i for i, part in enumerate(components) if "{" in part or is_glob(part))
     base = "/".join(components[:num_fixed]) or ("/" if num_fixed else "")
-    num_paths, missing = 0, list[str]()
+    missing, remote_tars = list[str](), list[str]()
     for path in expanded(typed):
-        num_paths += 1
         if not (is_address(path) or is_glob(path) or os.path.lexists(path)):
             missing.append(path)
             continue
         kind = _kind_of(path, is_alone=False)
-        start = _start_of_names(path.rstrip("/") if kind is Kind.FOLDER else path, kind)
+        if is_address(path):
+            path = path.rstrip("/") if kind is Kind.FOLDER else path
+            remote_tars += [path] if kind is Kind.TAR else []  # at which no look was taken
+        start = _start_of_names(path, kind)
         is_relative = is_alone and not is_address(typed)
-        yield Input(path, kind, below(start, base) if is_relative else start, base if is_alone else None)
+        yield Input(path, kind, below(start.rstrip("/"), base) if is_relative else start, base if is_alone else None)
+    if remote_tars:
+        from md3cli.source.remote_inputs import not_there
+
+        missing += not_there(remote_tars)
     if missing:
-        raise InputError(
-            f"there is no {printable(missing[0])}: {len(missing):,} of the {num_paths:,} that {printable(typed)} names "
-            f"are missing; a pattern takes those that are there: '{printable(_INNERMOST_BRACES.sub('*', typed))}'"
-        )
+        raise InputError(_missing_words(typed, missing))
+
+
+def _missing_words(typed: str, missing: Sequence[str]) -> str:
+    pattern = shown(typed)
+    there = _INNERMOST_BRACES.sub("*", pattern)
+    return (
+        f"there is no {printable(shown(missing[0]))}: {len(missing):,} of the {sum(1 for _ in expanded(typed)):,} that "
+        f"{printable(pattern)} names are missing; a pattern takes those that are there: '{printable(there)}'"
+    )
 
 
 def _start_of_names(typed: str, kind: Kind) -> str:

@@ -245,6 +245,25 @@ def test_a_tar_is_read_by_ranges(md3: Program, store: StoreDoor, web: WebServer,
     assert images(md3, "s3://pictures/*.tar", status=3) == names
 
 
+@pytest.mark.process
+def test_remote_shards_by_folder_and_by_braces(md3: Program, store: StoreDoor, web: WebServer, put: Put) -> None:
+    for number in (8, 9, 10):
+        shard = tar_of({"x.png": picture(number), "x.json": b'{"number": %d}' % number, "y.txt": b"stray"})
+        put(f"set/{number:02d}.tar", shard)
+        web.files[f"/set/{number:02d}.tar"] = shard
+    for folder in ("s3://pictures/set", f"{web.url}/set"):
+        names = [f"{folder}/{number:02d}.tar/x.png" for number in (8, 9, 10)]
+        assert images(md3, f"{folder}/{{08..10}}.tar") == names
+        said = refusal(md3, f"{folder}/{{07..10}}.tar")
+        assert f"there is no {folder}/07.tar: 1 of the 4 that {folder}/{{07..10}}.tar names are missing" in said
+    result = md3("caption", "s3://pictures/set")
+    assert [record["image"] for record in records_of(result.stdout)] == [
+        name.replace(folder, "s3://pictures/set") for name in names
+    ]
+    assert [record["meta"] for record in records_of(result.stdout)] == [{"number": number} for number in (8, 9, 10)]
+    assert "not taken: 3 sidecars without their picture beside them" in result.stderr
+
+
 def embedded(pictures: list[bytes | None], group: int = 3) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq

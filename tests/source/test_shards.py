@@ -1,4 +1,4 @@
-"""Runs over shards as they are typed: by folder, pattern and braces, resumed, in parts, exported with their pictures."""
+"""Runs over shards as typed: by folder, pattern and braces, resumed, in parts, exported with their pictures."""
 
 from __future__ import annotations
 
