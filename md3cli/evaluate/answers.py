@@ -27,10 +27,8 @@ from md3cli.evaluate.truth import Questions
 from md3cli.finished.names import Matches, folded, match_images, some_of
 from md3cli.records import RecordDict, printable
 
-ANSWER_METRICS = (
-    *(Metric.ANLS, Metric.RELAXED, Metric.VQA, Metric.F1),
-    *(Metric.ACCURACY, Metric.EXACT, Metric.NUMERIC),
-)
+ANSWER_METRICS = frozenset(Metric) - {Metric.ACC50, Metric.MIOU, Metric.CIOU}
+NEITHER_CHARS = 40  # shown of an answer that says neither yes nor no
 RIGHT_FROM = 0.5  # of a metric's value for one answer
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -114,12 +112,14 @@ def judge_record(
     """Compare the answer of a record with the accepted ones; a request that failed is wrong by every metric."""
     answer = str(record.get("answer") or "")
     one = judge(question, answer, expected)
-    true_yes = answer_metrics.true_yes(expected)
-    if true_yes is not None:
-        says_yes = answer_metrics.says_yes(answer)
-        yes_no = YesNo(true_yes, says_yes, answer_metrics.says_neither(answer))
-        one = replace(one, yes_no=YesNo(true_yes, not true_yes) if has_failed(record) else yes_no)
-    return replace(one, values={metric: _value(metric, one, expected) for metric in metrics})
+    if (is_yes := answer_metrics.true_yes(expected)) is not None:
+        yes_no = YesNo(is_yes, answer_metrics.says_yes(answer), answer_metrics.says_neither(answer))
+        one = replace(one, yes_no=YesNo(is_yes, not is_yes) if has_failed(record) else yes_no)
+    values = {metric: _value(metric, one, expected) for metric in metrics}
+    if has_failed(record):  # nothing said is what some texts are made: VQA drops articles and signs
+        one = replace(one, is_exact=False, is_right=False)
+        values = {metric: None if value is None else 0.0 for metric, value in values.items()}
+    return replace(one, values=values)
 
 
 def judge(question: str, answer: str, expected: Sequence[str]) -> JudgedAnswer:
@@ -183,7 +183,6 @@ _LEFT_OUT = {
     Metric.F1: "what is true is neither yes nor no",
     Metric.NUMERIC: "what is true is no number",
 }
-NEITHER_CHARS = 40
 
 
 def _says(answer: str, expected: str) -> bool:

@@ -97,7 +97,9 @@ def _plain(row: ManifestRow) -> dict[str, Any]:
 
 
 def _num_chars(value: Any) -> int:
-    return len(value) if isinstance(value, str) else sum(map(_num_chars, value)) if isinstance(value, list) else 1
+    if isinstance(value, list | dict):
+        return 1 + sum(map(_num_chars, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str) else 1
 
 
 def _text(columns: Columns, name: str) -> str:
@@ -267,13 +269,15 @@ def truths_in_meta(records: Sequence[RecordDict], column: str) -> tuple[Truth, .
         InputError: a record has there what is no answer.
     """
     task = Task.QUERY if any(record["task"] == Task.QUERY for record in records) else Task.CAPTION
-    asked = [record for record in records if record["task"] == task]
+    asked = [one for one in records if one["task"] == task and (task == Task.QUERY or one["image"] is not None)]
     if records and not asked:
         there = ", ".join(dict.fromkeys(str(record["task"]) for record in records))
         raise UsageError(f"--answer is about records of query and caption; here are records of {there}")
     texts, noun = _Texts(column), "queries" if task == Task.QUERY else "captions"
     for record in asked:
         key = (record["image"], str(record.get("prompt") or "").strip()) if task == Task.QUERY else record["image"]
+        if key in texts.by_key:  # captions of several lengths have one row
+            continue
         try:
             texts.add(key, record["meta"].get(column))
         except ValueError as error:
@@ -290,14 +294,14 @@ def truths_in_meta(records: Sequence[RecordDict], column: str) -> tuple[Truth, .
 
 
 def _no_column(column: str, records: Sequence[RecordDict], noun: str) -> str:
+    what = f"--answer {printable(column)[:100]}"
+    if any(column in record["meta"] for record in records):
+        return f"{what}: the column is empty in the meta of all {noun} ({len(records):,})"
     known: dict[str, None] = {}
     for record in records:
         known.update(dict.fromkeys(record["meta"]))
         if len(known) > MOST_COLUMNS_KNOWN:
             break
-    what = f"--answer {printable(column)[:100]}"
-    if column in known:
-        return f"{what}: the column is empty in the meta of all {noun} ({len(records):,})"
     near = near_miss(column.removeprefix("meta."), list(known))
     there = f"did you mean {printable(near)}?" if near else f"there are: {printable(', '.join(known))[:200] or 'none'}"
     return f"{what}: no record has this column in its meta; {there}"

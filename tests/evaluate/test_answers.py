@@ -78,6 +78,13 @@ def test_a_request_that_failed_is_wrong_whatever_is_true(answers, true, f1):
     assert not any("neither" in note for note in section.notes)
 
 
+def test_a_failure_is_no_empty_answer(answers):
+    metrics = (Metric.VQA, Metric.ANLS, Metric.RELAXED, Metric.ACCURACY, Metric.EXACT)
+    scores = answers({"a": None}, {"a": ["a", "the", "?", "."]}, *metrics).scores
+    assert {name: scores[name] for name in (*metrics, "normalised")} == dict.fromkeys((*metrics, "normalised"), 0.0)
+    assert answers({"a": ""}, {"a": ["a", "the", "?", "."]}, Metric.VQA).scores["vqa"] == 1.0
+
+
 def test_f1_is_of_yes_and_no_alone_and_accuracy_of_all(answers):
     section = answers({"a": "Yes", "b": "The red one."}, {"a": "yes", "b": "red one"}, Metric.F1, Metric.ACCURACY)
     assert (section.scores["f1"], section.scores["accuracy"]) == (1.0, 1.0)

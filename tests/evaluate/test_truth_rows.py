@@ -222,6 +222,8 @@ def test_what_is_kept_is_bounded(tmp_path, monkeypatch):
         load_truth(table(tmp_path, "image,caption\n" + "a,b\n" * 40))
     with pytest.raises(InputError, match="more than 3,000 characters until here"):
         load_truth(parquet(tmp_path, [{"image": "a", "caption": ["x" * 200] * 20}]))
+    with pytest.raises(InputError, match="more than 3,000 characters until here"):
+        load_truth(parquet(tmp_path, [{"image": "a", "caption": [{"answer": "x" * 200}] * 20}]))
 
 
 def test_what_is_true_of_one_thing_is_bounded(tmp_path):
@@ -276,6 +278,9 @@ def test_captions_are_compared_where_no_query_is(tmp_path):
     captions = [record("a.jpg", "caption", caption="A dog") | {"meta": {"answer": ["a dog", "one dog"]}}]
     (section,) = own(tmp_path, captions)
     assert (section.name, section.scores["exact"]) == ("captions (normal)", 1.0)
+    lengths = [one | {"length": length, "id": length} for length in ("short", "long") for one in captions]
+    lengths.append(record(None, "caption", error="bad_row") | {"meta": {"answer": "a dog"}})
+    assert [section.counts["references"] for section in own(tmp_path, lengths)] == [2, 2]
     (section,) = own(tmp_path, [*captions, query("a.jpg", "3", answer="3")])
     assert section.name == "answers"
     assert "--answer is about the queries here; --task caption has the captions compared with it" in section.notes
