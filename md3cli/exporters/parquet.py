@@ -7,6 +7,7 @@ groups are bounded in rows and bytes, and the file appears by rename: one cut sh
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_opens
 from md3cli.records import RecordDict
 from md3cli.refine.collection import Collection, read
 
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF")  # what plain Pillow decodes, with no plugin of ours
 GROUP_ROWS = 4096
 GROUP_BYTES = 64 * 2**20  # of embedded pictures
 
@@ -156,10 +158,14 @@ class _Rows:
 
 
 def _readable_bytes(found: FoundPicture, pictures: Pictures) -> bytes | None:
-    """Return the file of a picture that `datasets` can decode, else None: one that fails would end its loop."""
+    """Return a picture's file, as PNG where only md3 reads it: one that `datasets` cannot decode would end its loop."""
     try:
-        pictures.read(found)  # within the limits, and of a kind that is allowed
+        image = pictures.read(found)  # within the limits, and of a kind that is allowed
         content = pictures.read_bytes(found)
     except ImageError:
         return None
-    return content if pillow_opens(content) else None
+    if pillow_opens(content, _FORMATS):
+        return content
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return png.getvalue()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 from datasets import Image, load_dataset
@@ -95,6 +97,22 @@ def test_a_picture_that_cannot_be_decoded_does_not_stop_the_reader(run: Run, tmp
     report, out = run.export("parquet", "out.parquet", embed_images=True)
     assert [row["image"] is None for row in load(out, tmp_path)] == [False, True, True, True, True, False]
     assert report.notes == ("4 pictures could not be read; their `image` is null",)
+
+
+def test_what_only_md3_reads_is_embedded_as_png(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = io.BytesIO()
+    PIL.Image.new("RGB", (WIDTH, HEIGHT), "red").save(content, "JPEG")
+    (run.root / "no_end.jpg").write_bytes(content.getvalue()[:-2])
+    (run.root / "whole.jpg").write_bytes(content.getvalue())
+    run.write([record(name, "caption", caption="x") for name in ("no_end.jpg", "whole.jpg")])
+    report, out = run.export("parquet", "out.parquet", embed_images=True)
+    assert [row["image"].size for row in load(out, tmp_path)] == [(WIDTH, HEIGHT)] * 2
+    stored = pq.read_table(out).column("image").to_pylist()
+    assert [cell["bytes"][:4] for cell in stored] == [b"\x89PNG", content.getvalue()[:4]]
+    assert report.notes == ()
+    monkeypatch.setattr("md3cli.exporters.parquet._FORMATS", ("PNG",))  # as for HEIC, which needs a plugin of ours
+    _, out = run.export("parquet", "again.parquet", embed_images=True)
+    assert [cell["bytes"][:4] for cell in pq.read_table(out).column("image").to_pylist()] == [b"\x89PNG"] * 2
 
 
 def test_embedding_needs_the_pictures(detect_run: Run) -> None:
