@@ -6,6 +6,10 @@ own scan (`labels.cache`), and compared with the records box by box.
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from training_sets import LABELS, NAMES, digest_of, export, make_run, names_of_p
 __all__ = ["run"]
 pytestmark = programs.MARKS
 VERSIONS = ("ultralytics", "ultralytics_8_3")
+EXAMPLES = Path(programs.__file__).parents[2] / "examples"
 OPTIONS = (
     (),
     ("--link",),
@@ -139,3 +144,28 @@ def test_an_old_cache_is_not_believed(run: Run, version: str, options: tuple[str
     told = train(version, out, "detect")
     assert told["names"] == list(turned)
     check_pictures(names, "detect", told, turned)
+
+
+def test_folder_to_yolo_training(tmp_path: Path) -> None:
+    """The example as it stands, with the tiny model: it ends in a mAP, and goes on where it was stopped."""
+    program = programs.program("ultralytics", "--no-deps")
+    commands = {
+        "md3": f'"{sys.executable}" -m md3cli',
+        "python": f'"{program.python}"',
+        "yolo": f'"{program.python}" "{Path(programs.__file__).with_name("yolo_command.py")}"',
+    }
+    for name, command in commands.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    variables = program.environment | {"YOLO_OFFLINE": "true", "OMP_NUM_THREADS": "1"}
+    variables["PATH"] = f"{tmp_path}{os.pathsep}{variables['PATH']}"
+    for _ in range(2):
+        words = ["bash", EXAMPLES / "folder_to_yolo_training.sh", EXAMPLES / "scenes", "out"]
+        done = subprocess.run(words, env=variables, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert re.fullmatch(r"mAP50 [01]\.\d{3}, mAP50-95 [01]\.\d{3}", done.stdout.splitlines()[-1])
+        assert "0 corrupt" in done.stdout + done.stderr
+    assert (tmp_path / "out/detector/weights/best.pt").is_file()
+    labels = [path.read_text() for path in (tmp_path / "out/dataset/labels").rglob("*.txt")]
+    assert len(labels) == len(list((EXAMPLES / "scenes").glob("*.png")))
+    assert {line.split()[0] for text in labels for line in text.splitlines()} == {"0", "1", "2"}
