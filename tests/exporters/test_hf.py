@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from datasets import load_dataset
-from finished_runs import CAR, HEIGHT, NAMES, WIDTH, Run, detect_records, draw_pictures, failure, record
+from finished_runs import CAR, HEIGHT, NAMES, ODD_EXIF, WIDTH, Run, detect_records, draw_pictures, failure, record
 from PIL import Image
 
 from md3cli.errors import ExportError, UsageError
@@ -155,11 +155,12 @@ def test_a_picture_that_only_md3_reads_does_not_stop_the_loop(run: Run, tmp_path
     (run.root / "no_end.jpg").write_bytes(content.getvalue()[:-2])
     (run.root / "cut.jpg").write_bytes(content.getvalue()[:300])
     Image.new("RGB", (WIDTH, HEIGHT)).save(run.root / "named.jpg", "AVIF")
-    names = ["whole.png", "no_end.jpg", "cut.jpg", "named.jpg"]
+    Image.new("RGB", (HEIGHT, WIDTH)).save(run.root / "odd.jpg", exif=ODD_EXIF)
+    names = ["whole.png", "no_end.jpg", "cut.jpg", "named.jpg", "odd.jpg"]
     run.write([record(name, "caption", length="short", caption=name) for name in names])
     report, out = run.export("hf", "out")
     rows = load(out, tmp_path / "cache")["train"]
-    assert {row["text"] for row in rows} >= {"whole.png", "named.jpg"}
+    assert {row["text"] for row in rows} >= {"whole.png", "named.jpg", "odd.jpg"}
     assert all(row["image"].size == (WIDTH, HEIGHT) for row in rows)
     assert any("cut.jpg" in note for note in report.notes)
 

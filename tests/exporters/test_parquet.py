@@ -12,7 +12,7 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 from datasets import Image, load_dataset
-from finished_runs import CAR, DOG, HEIGHT, NAMES, WIDTH, Run, detect_records, record
+from finished_runs import CAR, DOG, HEIGHT, NAMES, ODD_EXIF, WIDTH, Run, detect_records, record
 
 from md3cli.errors import InputError, UsageError
 from md3cli.exporters import parquet
@@ -104,15 +104,16 @@ def test_what_only_md3_reads_is_embedded_as_png(run: Run, tmp_path: Path, monkey
     PIL.Image.new("RGB", (WIDTH, HEIGHT), "red").save(content, "JPEG")
     (run.root / "no_end.jpg").write_bytes(content.getvalue()[:-2])
     (run.root / "whole.jpg").write_bytes(content.getvalue())
-    run.write([record(name, "caption", caption="x") for name in ("no_end.jpg", "whole.jpg")])
+    PIL.Image.new("RGB", (HEIGHT, WIDTH)).save(run.root / "odd.jpg", exif=ODD_EXIF)
+    run.write([record(name, "caption", caption="x") for name in ("no_end.jpg", "odd.jpg", "whole.jpg")])
     report, out = run.export("parquet", "out.parquet", embed_images=True)
-    assert [row["image"].size for row in load(out, tmp_path)] == [(WIDTH, HEIGHT)] * 2
+    assert [row["image"].size for row in load(out, tmp_path)] == [(WIDTH, HEIGHT)] * 3
     stored = pq.read_table(out).column("image").to_pylist()
-    assert [cell["bytes"][:4] for cell in stored] == [b"\x89PNG", content.getvalue()[:4]]
+    assert [cell["bytes"][:4] for cell in stored] == [b"\x89PNG", b"\x89PNG", content.getvalue()[:4]]
     assert report.notes == ()
     monkeypatch.setattr("md3cli.exporters.parquet._FORMATS", ("PNG",))  # as for HEIC, which needs a plugin of ours
     _, out = run.export("parquet", "again.parquet", embed_images=True)
-    assert [cell["bytes"][:4] for cell in pq.read_table(out).column("image").to_pylist()] == [b"\x89PNG"] * 2
+    assert [cell["bytes"][:4] for cell in pq.read_table(out).column("image").to_pylist()] == [b"\x89PNG"] * 3
 
 
 def test_embedding_needs_the_pictures(detect_run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ NAMES = (
 )
 CAR = {"label": "car", "x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75, "score": 0.9}
 DOG = {"label": "dog", "x_min": 0.5, "y_min": 0.1, "x_max": 1.2, "y_max": 0.6, "score": 0.4}  # leaves the image
+
+
+# EXIF that says how to turn a picture, and whose maker is a number: Pillow reads it, and cannot write it again.
+ODD_EXIF = b"Exif\0\0II*\0" + struct.pack("<IH HHII HHII III", 8, 2, 0x010F, 5, 1, 38, 0x0112, 3, 1, 6, 0, 1, 2)
 
 
 def record(image: str | None, task: str, prompt: str | None = None, **fields: Any) -> Record:
