@@ -41,13 +41,13 @@ class Crop(NamedTuple):
     file: str
     label: str
     record: RecordDict
-    index: int
+    number: int
     rect: PixelRect
 
     @property
     def row(self) -> list[Any]:
         """Return what the table says of it."""
-        return [self.file, self.label, self.record["image"], self.record.get("id"), self.index, *self.rect]
+        return [self.file, self.label, self.record["image"], self.record.get("id"), self.number, *self.rect]
 
 
 class Cut(NamedTuple):

@@ -176,7 +176,7 @@ def cover(image: Image.Image, rect: PixelRect, redaction: Redaction, step: int =
         step: a black box goes on to the next multiple of so many pixels.
     """
     if redaction == "box":
-        image.paste(BLACK, tuple(rect.grown_to(step, *image.size)))
+        image.paste(BLACK, rect.grown_to(step, *image.size))
         return
     region, side = image.crop(rect), max(rect.width, rect.height)
     if redaction == "blur":
@@ -185,7 +185,7 @@ def cover(image: Image.Image, rect: PixelRect, redaction: Redaction, step: int =
         cell = max(side / CELLS, LEAST_PX)
         cells = (max(1, round(rect.width / cell)), max(1, round(rect.height / cell)))
         hidden = region.resize(cells, Image.Resampling.BOX).resize(region.size, Image.Resampling.NEAREST)
-    image.paste(hidden, tuple(rect))
+    image.paste(hidden, rect)
 
 
 def _notes(records: Collection, coverage: Coverage, options: ExportOptions) -> Iterator[str]:
