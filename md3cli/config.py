@@ -185,7 +185,8 @@ class RunConfig:
     on; `requests` is what is asked of every image; a manifest may override it row by row, with the
     settings of `defaults` where the command makes no request of its own. With `estimate` nothing is
     written: the run's time and size are told instead. `allow_empty`: an INPUT without anything in it is no error.
-    `refinement` names what is found and says what of it is shown; no id depends on it.
+    `refinement` names what is found and says what of it is shown; no id depends on it. `hides_unsure`: its least score
+    stood in the command line, so that redacted pictures may leave objects bare.
     """
 
     command: str
@@ -201,4 +202,5 @@ class RunConfig:
     is_dry_run: bool = False
     estimate: EstimateOptions | None = None
     refinement: Refinement = field(default_factory=Refinement)
+    hides_unsure: bool = False
     argv: tuple[str, ...] = ()

@@ -388,6 +388,7 @@ class AnnotateOptions:
             is_dry_run=self.dry_run,
             estimate=estimate or (self.estimate_options() if self.estimate else None),
             refinement=self._refinement(command, inputs, requests, labels),
+            hides_unsure="min_score" in self.typed,
             argv=("md3", *map(shown_argument, sys.argv[1:])),
         )
 

@@ -124,13 +124,23 @@ class Coverage:
     """
 
     def __init__(self, records: Collection, *, hides_unsure: bool) -> None:
-        """Begin; with `hides_unsure` what is below the collection's least score stays bare."""
+        """Begin; with `hides_unsure` what is below the collection's least score stays bare.
+
+        Raises:
+            UsageError: what thresholds hide is not in the records.
+        """
+        if any(info.document.get("is_thinned") for info in records.infos()):
+            raise UsageError(
+                "md3 select --refined wrote these records without what thresholds hide, so that could not be covered; "
+                "export from the run itself, or select without --refined"
+            )
         self._records, self._labels = records, records.refinement.labels
         self._least = (records.refinement.min_score or 0.0) if hides_unsure else 0.0
         self.questions = Questions(self._labels)
         for request in _asked_by_runs(records):
             self.questions.add(request)
         self.chosen: dict[str, tuple[Question, ...]] = {}
+        self._covers_all = not records.selection.labels
         self._has_failed = False
         pictures = replace(records.selection, labels=())  # `--label` chooses what is covered, other words pictures
         self._is_picked = not pictures.takes_all
@@ -224,7 +234,8 @@ class Coverage:
             name = None if found is None else found[0]
             for thing in (*(record.get("objects") or ()), *(record.get("segments") or ())):
                 label = str(thing.get("label"))
-                if not (name in self.chosen or label in self.chosen) or self._is_bare(thing, name or label):
+                is_chosen = self._covers_all or name in self.chosen or label in self.chosen
+                if not is_chosen or self._is_bare(thing, name or label):
                     continue
                 yield (thing["bbox"], _extent(thing)) if "bbox" in thing else (thing, None)
 

@@ -2,7 +2,8 @@
 
 run.json (`md3-selection/1`) keeps where the pictures of each run are, sealed where this user's md3 knew it, and the
 names, thresholds and backgrounds of the runs, so that export, report and eval show of the file what they show of those.
-Apart from jsonl.py, which writes records as they are shown and knows of no run.json.
+`is_thinned` says that thresholds may have taken objects away (`--refined`). Apart from jsonl.py, which writes records as
+they are shown and knows of no run.json.
 """
 
 from __future__ import annotations
@@ -65,6 +66,9 @@ def write_selected(
     num_ok = errors.pop("", 0)
     counts = {"ok": num_ok, "failed": errors.total(), "errors": dict(sorted(errors.items()))}
     document = _document(records, arguments) | {"counts": counts, "records": asdict(digest_of_file(out))}
+    may_hide = records.refinement.has_thresholds or records.refinement.may_compare
+    was_thinned = any(info.document.get("is_thinned") for info in records.infos())
+    document |= {"is_thinned": was_thinned or (is_refined and may_hide)}
     with atomic_publish(run_info) as temp:
         temp.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", errors="replace")
     return ExportReport("jsonl", out, num_records, num_failures=errors.total(), notes=notes)

@@ -393,7 +393,7 @@ def export_options(config: RunConfig, root: str) -> ExportOptions:
         background=config.model.background,
         max_pixels=config.decode.max_pixels,
         max_file_size=config.decode.max_file_size,
-        hides_unsure=config.refinement.min_score is not None,
+        hides_unsure=config.hides_unsure,
     )
 
 

@@ -26,6 +26,7 @@ from PIL import Image, PngImagePlugin
 from md3cli.errors import ExportError, UsageError
 from md3cli.exporters import ExportOptions, ExportReport, export_records
 from md3cli.exporters.redacted import cover
+from md3cli.exporters.selected import write_selected
 from md3cli.finished.run_json import seal_of
 from md3cli.images.rects import PixelRect
 from md3cli.refine.collection import Collection
@@ -411,6 +412,36 @@ def test_what_another_record_calls_by_a_chosen_name_is_covered_too(pictures: Run
     black = (pixels_of(out / "p0.png") == 0).all(axis=2)
     assert black[20:60, 72:96].all()
     assert not black[10:18, 60:].any()  # the dog
+
+
+def test_without_a_choice_all_is_covered_whatever_it_is_called(pictures: Run) -> None:
+    odd = of(pictures, "p0.png", prompt=None, objects=[FACE | {"x_min": 0.6, "x_max": 0.8, "label": ""}], id="odd")
+    pictures.write([*everywhere(pictures), odd])
+    _, out = redact(pictures, pad=0.0)
+    black = (pixels_of(out / "p0.png") == 0).all(axis=2)
+    assert black[20:60, 12:60].all()
+    assert black[20:60, 72:96].all()
+
+
+def test_records_without_what_a_threshold_hides_are_refused(pictures: Run) -> None:
+    pictures.write(everywhere(pictures))
+    for refinement, is_thinned in (
+        (Refinement(min_score=0.95), True),
+        (Refinement(nms=0.3), True),
+        (Refinement(), False),
+    ):
+        whole = Collection.of([pictures.records], chosen=refinement)
+        for is_refined in (True, False):
+            selected = pictures.folder / f"{is_thinned}{is_refined}.jsonl"
+            write_selected(whole, selected, is_refined=is_refined, overwrite=True)
+            if is_thinned and is_refined:
+                write_selected(Collection.of([selected]), pictures.folder / "again.jsonl", overwrite=True)
+                for records in (selected, pictures.folder / "again.jsonl"):
+                    with pytest.raises(UsageError, match="--refined"):
+                        export_records(records, "redacted", pictures.folder / "out", ExportOptions())
+                continue
+            export_records(selected, "redacted", pictures.folder / "out", ExportOptions(overwrite=True))
+            assert (pixels_of(pictures.folder / "out/p0.png")[30, 30] == 0).all()
 
 
 def test_a_box_without_extent_keeps_a_picture_back(pictures: Run) -> None:

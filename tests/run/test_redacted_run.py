@@ -55,13 +55,18 @@ def test_a_run_writes_crops_and_redacted_pictures(md3: Program, pictures: Path) 
         assert Path("again", name).read_bytes() == Path("out/redacted", name).read_bytes()
 
 
-def test_a_least_score_leaves_objects_bare_in_the_command_that_has_it(md3: Program, pictures: Path) -> None:
+def test_a_least_score_leaves_objects_bare_in_the_command_that_has_it(
+    md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     line = ("detect", pictures, "car", "-o", "out/", "-f", "redacted", "--fail-on", "none")
     assert md3(*line, "--min-score", "0.95").exit_code == 0  # the stub is sure by 0.9
     assert black(Path("out/redacted", LAST)) == 0
     resumed = md3(*line)
     assert resumed.exit_code == 0
     assert "covered whatever its score" in resumed.stderr
+    assert black(Path("out/redacted", LAST)) > 0
+    monkeypatch.setenv("MD3_MIN_SCORE", "0.95")  # of a file of settings or the environment, so not typed
+    assert md3(*line).exit_code == 0
     assert black(Path("out/redacted", LAST)) > 0
     assert md3("export", "out", "-f", "redacted", "-o", "kept").exit_code == 0
     assert black(Path("kept", LAST)) > 0
