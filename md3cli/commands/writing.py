@@ -166,6 +166,8 @@ class WriteOptions:
             raise UsageError("--split-by needs --split; add it: --split train=0.8,val=0.2")
         if self.existing is not None and not self.beside:
             raise UsageError("--existing is about files beside the pictures; add --beside, or use --overwrite")
+        if self.overwrite and self.existing not in (None, "replace"):
+            raise UsageError(f"--overwrite replaces, and --existing says {self.existing}; leave one out")
         if self.roboflow and self.coco_results:
             raise UsageError("--coco-results is a bare list, and --roboflow is a data set; leave one out")
         if self.split and self.coco_results:

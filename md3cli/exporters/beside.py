@@ -72,7 +72,7 @@ class BesidePictures:
         self._inputs = [file for source in records.sources for file in files_of_run(source.path)]
         self._roots = [str(root.path) for root in self.pictures.roots]
         self._check_folder = lru_cache(maxsize=1024)(self._check_folder_anew)
-        self.num_written = self.num_kept = self.num_renamed = 0
+        self.num_kept = self.num_renamed = 0
         self._first_renamed = ""
         self._database = sqlite3.connect("")  # a temporary file that SQLite removes by itself
         self._database.execute(
@@ -97,7 +97,8 @@ class BesidePictures:
         UTF-8).
 
         Raises:
-            UsageError: the picture lies in a tar, or beyond a link that leads out of the pictures' folder.
+            UsageError: the picture lies in a tar, or beyond a link that leads out of the pictures' folder; or what
+                stands in the file's place must stay.
         """
         found = self._picture(group)
         if found is None or found.path is None:
@@ -109,29 +110,28 @@ class BesidePictures:
         if name != os.path.splitext(picture)[0] + self._suffix:
             self.num_renamed += 1
             self._first_renamed = self._first_renamed or name
+        made = content if isinstance(content, bytes) else content(picture)
+        changed = self._content(Path(folder, name), made)
         with disk_trouble_in_words():
-            made = content if isinstance(content, bytes) else content(picture)
-            row = (os.fsencode(folder), os.fsencode(name), _alike(folder, name), made)
+            row = (os.fsencode(folder), os.fsencode(name), _alike(folder, name), None if changed is None else made)
             self._database.execute("INSERT INTO file VALUES (NULL, ?, ?, ?, ?)", row)
 
     def write(self) -> None:
         """Write the files that were planned.
 
         Raises:
-            UsageError: one must not be written; then none was.
             OutputError: one cannot be written; those before it are.
+            UsageError: what stands in a file's place has changed in the meantime, and must stay.
         """
-        for path, content in self._planned():
-            self._content(path, content)
         self._remove_leftovers()
-        self.num_kept = 0
-        (total,) = self._database.execute("SELECT count(*) FROM file").fetchone()
-        for number, (path, content) in enumerate(self._planned()):
+        (total,) = self._database.execute("SELECT count(content) FROM file").fetchone()
+        rows = self._database.execute("SELECT folder, name, content FROM file WHERE content NOTNULL ORDER BY seq")
+        for number, (folder, name, content) in enumerate(rows):
             self._told(number, total)
-            changed = self._content(path, content)
+            path = Path(os.fsdecode(folder), os.fsdecode(name))
+            changed = self._content(path, content)  # looked at again: what is there now is what is added to
             if changed is not None:
                 _put(path, changed)
-                self.num_written += 1
 
     def notes(self) -> Iterator[str]:
         """Yield what became of files that were there, and which names other programs will not look for."""
@@ -171,10 +171,6 @@ class BesidePictures:
         rows = self._database.execute("SELECT folder, name FROM file WHERE alike = ?", (_alike(folder, name),))
         others = rows.fetchall()
         return (os.fsencode(folder), os.fsencode(name)) in others or (bool(others) and _ignores_case(picture))
-
-    def _planned(self) -> Iterator[tuple[Path, bytes]]:
-        for folder, name, content in self._database.execute("SELECT folder, name, content FROM file ORDER BY seq"):
-            yield Path(os.fsdecode(folder), os.fsdecode(name)), content
 
     def _content(self, path: Path, added: bytes) -> bytes | None:
         """Return what is to stand at `path`; None where nothing is to be done, which is counted.

@@ -217,12 +217,11 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def merged_folder(out: Path, *, overwrite: bool, format: str | None) -> Iterator[StagedFolder]:
+def merged_folder(out: Path, *, overwrite: bool, format: str) -> Iterator[StagedFolder]:
     """Make a folder whose files are added to `out` when the block ends well, beside what stands there.
 
     Where `out` is new or empty, or has a list of its files, they are on it. With `overwrite` a file of the same name
-    is replaced only if it is on the list. `format` None makes and asks no list: the user has said that files go
-    beside others, and which may be replaced.
+    is replaced only if it is on the list.
 
     Raises:
         UsageError: a file of the same name stands there and may not be replaced; nothing was added.
@@ -230,24 +229,24 @@ def merged_folder(out: Path, *, overwrite: bool, format: str | None) -> Iterator
     if out.exists() and not out.is_dir():
         raise UsageError(f"{printable(str(out))} is a file; this format writes a folder")
     is_new = not out.exists()
-    has_list = format is not None and (is_new or next(out.iterdir(), None) is None or has_marker(out))
+    has_list = is_new or next(out.iterdir(), None) is None or has_marker(out)
     with translate_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         aside = temp_beside(out / STAGED)
         try:
             aside.mkdir()
             yield StagedFolder(aside)
-            is_listed = listed_in(out) if overwrite and format is not None else None
+            is_listed = listed_in(out)
             for _, target in _moves(aside, out):
                 if os.path.lexists(target):
                     _refuse_existing(target, overwrite)
-                    if is_listed is not None and not is_listed(target.relative_to(out).as_posix()):
+                    if not is_listed(target.relative_to(out).as_posix()):
                         raise UsageError(
                             f"{printable(str(target))} was not written by md3; move it away, or name another -o"
                         )
                 if not Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(out)):
                     raise UsageError(f"{printable(str(target.parent))} is a link that leads out of -o; name another -o")
-            if format is not None and has_list:
+            if has_list:
                 write_marker(out, marker_format(out) or format, _added(out, aside))
             for source, target in _moves(aside, out):
                 target.parent.mkdir(parents=True, exist_ok=True)

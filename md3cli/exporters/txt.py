@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -34,6 +35,8 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     """Write one text file for each picture that has an answered caption or query record with a text."""
     _check_typed(options)
     texts = _Texts(options)
+    if options.beside:  # whose pictures are told when they are written, not when that is planned
+        records = replace(records, told=lambda done, total: options.told(done, None) if total is None else None)
     with closing(ImageIndex(records)) as index:
         if options.beside:
             merge = partial(merged, join=options.join, is_prepended=options.existing == "prepend")

@@ -92,6 +92,11 @@ def read_only(path: Path) -> None:
     path.chmod(0o444)
 
 
+def huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 2**40)  # no byte of which is stored
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "link": (link, "is a link"),
     "dead-link": (lambda path: path.symlink_to("nowhere"), "is a link"),
@@ -101,7 +106,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "latin-1": (lambda path: path.write_bytes(b"gr\xf6\xdfer"), "is not text in UTF-8"),
     "utf-16": (lambda path: path.write_text("mine", encoding="utf-16-le"), "is not text in UTF-8"),
     "picture": (lambda path: shutil.copyfile(path.with_suffix(".png"), path), "is a picture"),
-    "huge": (lambda path: (path.touch(), os.truncate(path, 2**40)), "is larger than 64 MiB"),
+    "huge": (huge, "is larger than 64 MiB"),
 }
 
 
