@@ -1,0 +1,69 @@
+"""The options of `md3 export`: what they make, and where they would do nothing or contradict each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from program import Program, beside_pictures
+
+
+@pytest.fixture
+def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
+    """The program beside three pictures that have two texts each."""
+    program = beside_pictures(monkeypatch, tmp_path)
+    done = program("run", "img", "--task", "caption", "--task", "query:Which?", "-o", "out", "-f", "txt")
+    assert done.exit_code == 0, done.stderr
+    return program
+
+
+@pytest.fixture
+def texts(md3: Program) -> dict[str, str]:
+    """The two texts of each picture, joined; as the run's own folder of texts has them."""
+    records = [json.loads(line) for line in Path("out/records.jsonl").read_text().splitlines()]
+    found: dict[str, list[str]] = {}
+    for record in records:
+        found.setdefault(record["image"].replace(".png", ".txt"), []).append(record.get("caption") or record["answer"])
+    joined = {name: ", ".join(words) for name, words in found.items()}
+    assert joined == {path.name: path.read_text() for path in Path("out/txt").glob("*.txt")}
+    assert len(joined) == 3
+    return joined
+
+
+def test_captions_go_beside_the_pictures_as_typed(md3: Program, texts: dict[str, str]) -> None:
+    Path("img/p1.txt").write_text("mine\n")
+    export = ("export", "out", "-f", "txt", "--beside", "--prefix", "sks, ", "--suffix", " .")
+    refused = md3(*export)
+    assert (refused.exit_code, "p1.txt exists already, so nothing was written" in refused.stderr) == (2, True)
+    assert [path.name for path in Path("img").glob("*.txt")] == ["p1.txt"]
+
+    added = md3(*export, "--existing", "append", "--join", " | ")
+    assert added.exit_code == 0, added.stderr
+    wanted = {name: f"sks, {text.replace(', ', ' | ', 1)} ." for name, text in texts.items()}
+    wanted["p1.txt"] = f"mine | {wanted['p1.txt']}\n"
+    assert {path.name: path.read_text() for path in Path("img").glob("*.txt")} == wanted
+    again = md3(*export, "--existing", "append", "--join", " | ")
+    assert "3 files that were there already stay as they are" in again.stderr
+    assert {path.name: path.read_text() for path in Path("img").glob("*.txt")} == wanted
+
+    replaced = md3("export", "out", "-f", "txt", "--beside", "--overwrite", "--extension", "txt")
+    assert replaced.exit_code == 0, replaced.stderr
+    assert {path.name: path.read_text() for path in Path("img").glob("*.txt")} == texts
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("-f txt -o t --existing skip", "--existing is about files beside the pictures; add --beside"),
+        ("-f txt --beside --overwrite --existing append", "--overwrite replaces, and --existing says append"),
+        ("-f coco -o t.json --prefix x", "--prefix is for txt, not for coco"),
+        ("-f txt -o t --bom", "--bom is for csv, not for txt"),
+        ("-f txt -o t --extension .png", "'.png' is no extension for a text"),
+    ],
+)
+def test_options_that_do_nothing_or_contradict_are_refused(md3: Program, line: str, words: str) -> None:
+    refused = md3("export", "out", *line.split())
+    assert refused.exit_code == 2
+    assert words in " ".join(refused.stderr.split())
+    assert not list(Path("img").glob("*.txt"))
