@@ -6,6 +6,7 @@ own scan (`labels.cache`), and compared with the records box by box.
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
@@ -16,12 +17,23 @@ from typing import Any
 import programs
 import pytest
 from finished_runs import Run, run
-from training_sets import LABELS, NAMES, digest_of, export, make_run, names_of_pictures, size_of, worst_edges
+from training_sets import (
+    LABELS,
+    NAMES,
+    boxes_in_pixels,
+    digest_of,
+    export,
+    make_run,
+    names_of_pictures,
+    size_of,
+    worst_edges,
+)
 
 __all__ = ["run"]
 pytestmark = programs.MARKS
 VERSIONS = ("ultralytics", "ultralytics_8_3")
 EXAMPLES = Path(programs.__file__).parents[2] / "examples"
+OFFLINE = {"YOLO_OFFLINE": "true", "OMP_NUM_THREADS": "1"}
 OPTIONS = (
     (),
     ("--link",),
@@ -80,8 +92,7 @@ def train(version: str, out: Path, task: str) -> dict[str, Any]:
     program = programs.program(version, "--no-deps")
     support = Path(programs.__file__).parent
     runs = out.with_name("epochs")
-    offline = {"YOLO_OFFLINE": "true", "OMP_NUM_THREADS": "1"}
-    told: dict[str, Any] = program.run(TRAIN, support, out / "data.yaml", task, runs, environment=offline)
+    told: dict[str, Any] = program.run(TRAIN, support, out / "data.yaml", task, runs, environment=OFFLINE)
     return told
 
 
@@ -146,6 +157,37 @@ def test_an_old_cache_is_not_believed(run: Run, version: str, options: tuple[str
     check_pictures(names, "detect", told, turned)
 
 
+CLASSIFY = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from yolo_command import lend_nms
+lend_nms()
+from ultralytics import YOLO
+
+model = YOLO("yolo11n-cls.yaml")
+model.train(data=sys.argv[2], epochs=1, imgsz=64, batch=16, workers=0, device="cpu", amp=False, plots=False,
+            project=sys.argv[3], exist_ok=True)
+pictures = [Path(path) for loader in (model.trainer.train_loader, model.trainer.test_loader)
+            for path, *_ in loader.dataset.samples]
+print(json.dumps(sorted(f"{path.parent.name}/{path.name}" for path in pictures)))
+"""
+
+
+def test_crops_are_classified(run: Run) -> None:
+    """`yolo classify` parts them into sets of its own, and finds each one under its label."""
+    make_run(run, "detect")
+    out = export(run, "crops", "crops")
+    program = programs.program("ultralytics", "--no-deps")
+    support = Path(programs.__file__).parent
+    found = program.run(CLASSIFY, support, out, run.folder / "epochs", environment=OFFLINE)
+    with open(out / "crops.csv", encoding="utf-8", newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert len(listed) == sum(len(boxes_in_pixels(name)) for name in NAMES)
+    sides = {row["file"]: [int(row[f"{side}_max"]) - int(row[f"{side}_min"]) for side in "xy"] for row in listed}
+    assert found == sorted(file for file in sides if min(sides[file]) > 9)  # smaller ones are "corrupt" to it
+
+
 def test_folder_to_yolo_training(tmp_path: Path) -> None:
     """The example as it stands, with the tiny model: it ends in a mAP, and goes on where it was stopped."""
     program = programs.program("ultralytics", "--no-deps")
@@ -157,7 +199,7 @@ def test_folder_to_yolo_training(tmp_path: Path) -> None:
     for name, command in commands.items():
         (tmp_path / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (tmp_path / name).chmod(0o755)
-    variables = program.environment | {"YOLO_OFFLINE": "true", "OMP_NUM_THREADS": "1"}
+    variables = program.environment | OFFLINE
     variables["PATH"] = f"{tmp_path}{os.pathsep}{variables['PATH']}"
     for _ in range(2):
         words = ["bash", EXAMPLES / "folder_to_yolo_training.sh", EXAMPLES / "scenes", "out"]
