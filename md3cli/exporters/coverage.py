@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from md3cli.errors import UsageError
 from md3cli.exporters.grouping import ImageGroup, image_key
 from md3cli.exporters.svg_path import segment_polygons
+from md3cli.finished.records_file import disk_trouble_in_words
 from md3cli.records import RecordDict, Task
 from md3cli.refine.collection import Collection, read
 from md3cli.refine.labels import Labels, shown_text
@@ -150,7 +151,8 @@ class Coverage:
         self._database.execute("CREATE TABLE picked(key BLOB PRIMARY KEY)")
         if self._is_picked:
             keys = ((image_key(record),) for record in read(replace(records, selection=pictures)))
-            self._database.executemany("INSERT OR IGNORE INTO picked VALUES (?)", keys)
+            with disk_trouble_in_words():
+                self._database.executemany("INSERT OR IGNORE INTO picked VALUES (?)", keys)
 
     def close(self) -> None:
         """Forget what was noted."""

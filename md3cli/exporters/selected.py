@@ -2,8 +2,8 @@
 
 run.json (`md3-selection/1`) keeps where the pictures of each run are, sealed where this user's md3 knew it, and the
 names, thresholds and backgrounds of the runs, so that export, report and eval show of the file what they show of those.
-`is_thinned` says that thresholds may have taken objects away (`--refined`). Apart from jsonl.py, which writes records as
-they are shown and knows of no run.json.
+`is_thinned` says that thresholds may have taken objects away (`--refined`). Apart from jsonl.py, which writes records
+as they are shown and knows of no run.json.
 """
 
 from __future__ import annotations
