@@ -20,70 +20,77 @@ pytestmark = programs.MARKS
 HEAD = """
 import json, sys
 from pathlib import Path
-out = Path(sys.argv[1])
+out, format, labels, sets = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(","), sys.argv[4].split(",")
 """
 SUPERVISION = """
 import supervision
 load = supervision.DetectionDataset
-data = {
-    "yolo": lambda: load.from_yolo(str(out / "images"), str(out / "labels"), str(out / "data.yaml")),
-    "voc": lambda: load.from_pascal_voc(str(out / "JPEGImages"), str(out / "Annotations")),
-    "coco": lambda: load.from_coco(str(out), str(out / "_annotations.coco.json")),
-}[sys.argv[2]]()
-found = {Path(path).name: [[data.classes[int(number)], *map(float, box)]
-                           for number, box in zip(boxes.class_id, boxes.xyxy)] for path, _, boxes in data}
-print(json.dumps(found))
+read = {
+    "yolo": lambda name: load.from_yolo(str(out / "images" / name), str(out / "labels" / name), str(out / "data.yaml")),
+    "voc": lambda name: load.from_pascal_voc(str(out / "JPEGImages"), str(out / "Annotations")),
+    "coco": lambda name: load.from_coco(str(out / name), str(out / name / "_annotations.coco.json")),
+}[format]
+print(json.dumps([[Path(path).name, [[data.classes[int(number)], *map(float, box)]
+                                     for number, box in zip(boxes.class_id, boxes.xyxy)]]
+                  for data in map(read, sets) for path, _, boxes in data]))
 """
 LABELFORMAT = """
 from labelformat import formats
-data = {
-    "yolo": lambda: formats.YOLOv8ObjectDetectionInput(out / "data.yaml", "train"),
-    "voc": lambda: formats.PascalVOCObjectDetectionInput(out / "Annotations", sys.argv[3]),
-    "coco": lambda: formats.COCOObjectDetectionInput(out / "_annotations.coco.json"),
-}[sys.argv[2]]()
-print(json.dumps({one.image.filename: [[it.category.name, it.box.xmin, it.box.ymin, it.box.xmax, it.box.ymax]
-                                       for it in one.objects] for one in data.get_labels()}))
+read = {
+    "yolo": lambda name: formats.YOLOv8ObjectDetectionInput(out / "data.yaml", name or "train"),
+    "voc": lambda name: formats.PascalVOCObjectDetectionInput(out / "Annotations", ",".join(labels)),
+    "coco": lambda name: formats.COCOObjectDetectionInput(out / name / "_annotations.coco.json"),
+}[format]
+print(json.dumps([[one.image.filename, [[it.category.name, it.box.xmin, it.box.ymin, it.box.xmax, it.box.ymax]
+                                        for it in one.objects]] for name in sets for one in read(name).get_labels()]))
 """
 GLOBOX = """
 from globox import AnnotationSet
-data = {
-    "yolo": lambda: AnnotationSet.from_yolo_v5(out / "labels", image_folder=out / "images", image_extension=".jpg"),
-    "voc": lambda: AnnotationSet.from_pascal_voc(out / "Annotations"),
-    "coco": lambda: AnnotationSet.from_coco(out / "_annotations.coco.json"),
-}[sys.argv[2]]()
-names = sys.argv[3].split(",")
-print(json.dumps({one.image_id: [[names[int(it.label)] if sys.argv[2] == "yolo" else it.label,
-                                  it.xmin, it.ymin, it.xmax, it.ymax] for it in one.boxes] for one in data}))
+read = {
+    "yolo": lambda name: AnnotationSet.from_yolo_v5(
+        out / "labels" / name, image_folder=out / "images" / name, image_extension=".jpg"),
+    "voc": lambda name: AnnotationSet.from_pascal_voc(out / "Annotations"),
+    "coco": lambda name: AnnotationSet.from_coco(out / name / "_annotations.coco.json"),
+}[format]
+print(json.dumps([[one.image_id, [[labels[int(it.label)] if format == "yolo" else it.label,
+                                   it.xmin, it.ymin, it.xmax, it.ymax] for it in one.boxes]]
+                  for name in sets for one in read(name)]))
 """
 DATUMARO = """
 from datumaro import AnnotationType, Dataset
-format = {"yolo": "yolo", "voc": "voc_detection", "coco": "roboflow_coco"}[sys.argv[2]]
-data = Dataset.import_from(str(out), format)
+data = Dataset.import_from(str(out), {"yolo": "yolo", "voc": "voc_detection", "coco": "roboflow_coco"}[format])
 names = data.categories()[AnnotationType.label]
-print(json.dumps({Path(one.media.path).name: [[names[it.label].name, *map(float, it.points)] for it in one.annotations
-                                              if it.type == AnnotationType.bbox] for one in data}))
+print(json.dumps([[Path(one.media.path).name, [[names[it.label].name, *map(float, it.points)]
+                                               for it in one.annotations if it.type == AnnotationType.bbox]]
+                  for one in data]))
 """
 READERS = {"supervision": SUPERVISION, "labelformat": LABELFORMAT, "globox": GLOBOX, "datumaro": DATUMARO}
 NOT_TURNING = {"labelformat", "globox"}
 
 
-def read(reader: str, format: str, out: Path) -> dict[str, Any]:
-    """What a reader shows of a data set: label and edges of each box, by the picture's name there."""
+def read(reader: str, format: str, out: Path, sets: list[str]) -> list[tuple[str, list[list[Any]]]]:
+    """What a reader shows of a data set: each picture's name there, and label and edges of each box."""
     program = programs.program("flat_readers")
-    found: dict[str, Any] = program.run(HEAD + READERS[reader], out, format, ",".join(LABELS))
+    found: list[tuple[str, list[list[Any]]]] = program.run(
+        HEAD + READERS[reader], out, format, ",".join(LABELS), ",".join(sets)
+    )
     return found
 
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("format", ["yolo", "voc", "coco"])
-def test_every_picture_and_box(run: Run, reader: str, format: str) -> None:
+@pytest.mark.parametrize("split", [(), ("--split", "train=0.6,val=0.4")], ids=" ".join)
+def test_every_picture_and_box(run: Run, reader: str, format: str, split: tuple[str, ...]) -> None:
     # globox takes one suffix for all pictures of a YOLO set: those that have it are all there is
     is_one_suffix = (reader, format) == ("globox", "yolo")
     names = [name for name in NAMES if not is_one_suffix or name.endswith(".jpg")]
     make_run(run, "detect", names)
-    out = export(run, format, "set", "--flat", *(["--roboflow"] if format == "coco" else []))
+    out = export(run, format, "set", "--flat", *(["--roboflow"] if format == "coco" else []), *split)
+    sets = [""] if not split or format == "voc" else ["train", "valid" if format == "coco" else "val"]
     own = {Path(path).name: name for path, name in names_of_pictures(run, out).items()}
-    shown = {own[file]: boxes for file, boxes in read(reader, format, out).items()}
+    found = read(reader, format, out, sets)
+    shown = {own[file]: boxes for file, boxes in found}
+    assert len(shown) == len(found)
     if format == "yolo" and reader in NOT_TURNING:
         shown = {name: turned(boxes) if "turned" in name else boxes for name, boxes in shown.items()}
     left, top, right, bottom = worst_edges(shown, names)
