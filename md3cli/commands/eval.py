@@ -161,7 +161,8 @@ def _below(sections: Sequence[Section], name: str | None, least: float) -> list[
                 lines.append(f"{section.name}: {score} {shown} is below {least:g}")
     if not is_known:
         known = ", ".join(dict.fromkeys(score for section in sections for score in section.scores)) or "none"
-        raise UsageError(f"--fail-under: no score {name or ''} here; there are: {known}")
+        advice = f"; --metric {name} adds it" if name in list(Metric) else ""
+        raise UsageError(f"--fail-under: no score {name or ''} here; there are: {known}{advice}")
     return lines
 
 

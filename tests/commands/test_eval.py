@@ -218,6 +218,10 @@ def test_a_metric_tells_what_became_better(asked):
         ("run.jsonl --answer truht", "did you mean truth?"),
         ("run.jsonl --answer truth --metric miou", "needs segment records"),
         ("run.jsonl --answer truth --metric anls --fail-under acc50=1", "no score acc50 here; there are: anls, exact"),
+        (
+            "run.jsonl --answer truth --fail-under anls=1",
+            "numeric, numeric_error; --metric anls adds it",
+        ),
         ("run.jsonl", "--answer COLUMN"),
     ],
 )
