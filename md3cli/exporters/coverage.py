@@ -197,7 +197,8 @@ class Coverage:
                 continue
             asked = (record["task"], record["prompt"])
             if is_cut_off(record):
-                words = f"{_told(*asked)} was cut off, so more may be there; ask again with a greater --max-objects"
+                limit = "--max-objects" if record["task"] == Task.DETECT else "--max-tokens"
+                words = f"{_told(*asked)} was cut off, so more may be there; ask again with a greater {limit}"
                 cut[asked] = Gap(CUT_OFF, words)
             else:
                 answered.add(found[1])
@@ -253,8 +254,9 @@ def _asked_by_runs(records: Collection) -> Iterator[Mapping[str, Any]]:
     for identity in (info.document.get("identity") for info in records.infos()):
         requests = identity.get("requests") if isinstance(identity, dict) and not identity.get("template") else None
         for request in requests if isinstance(requests, list) else ():
-            if isinstance(request, dict) and request.get("task") in FOUND_BY_TASK:
-                yield {"task": request["task"], "prompt": request.get("prompt")}
+            asked = (request.get("task"), request.get("prompt")) if isinstance(request, dict) else (None, None)
+            if all(isinstance(text, str) for text in asked) and asked[0] in FOUND_BY_TASK:
+                yield {"task": asked[0], "prompt": asked[1]}
 
 
 def is_cut_off(record: RecordDict) -> bool:

@@ -370,7 +370,13 @@ def test_a_label_that_nobody_asks_is_refused(pictures: Run) -> None:
 def test_what_an_interrupted_run_was_to_ask_counts(pictures: Run) -> None:
     pictures.write(everywhere(pictures)[:2])
     document = json.loads((pictures.folder / "run.json").read_text())
-    requests = [{"task": "detect", "prompt": "face"}, {"task": "detect", "prompt": "plate"}, {"task": "caption"}, None]
+    requests: list[Any] = [
+        {"task": "detect", "prompt": "face"},
+        {"task": "detect", "prompt": "plate"},
+        {"task": "caption"},
+        None,
+    ]
+    requests += [{"task": [], "prompt": {}}, {"task": "detect", "prompt": 3}, "detect"]
     identity = {"requests": requests, "background": "none"}
     (pictures.folder / "run.json").write_text(json.dumps(document | {"identity": identity}))
     _, out = redact(pictures)
