@@ -260,9 +260,14 @@ def is_printable(char: str) -> bool:
     return not (0x200B <= code <= 0x200F or 0x2028 <= code <= 0x202E or 0x2060 <= code <= 0x206F)
 
 
+def are_printable(text: str) -> bool:
+    """Return whether all characters of a text are `is_printable`."""
+    return (text.isascii() and text.isprintable()) or all(map(is_printable, text))
+
+
 def printable(text: str) -> str:
     """Return `text` with everything that could steer a terminal shown as `\\xNN` or `\\uNNNN`."""
     # Zero-width joiners inside emoji are escaped too: rather ugly than steered.
-    if all(map(is_printable, text)):
+    if are_printable(text):
         return text
     return "".join(c if is_printable(c) else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" for c in text)

@@ -93,8 +93,9 @@ _PLAIN_CHARS = 120  # of a flat name; room for a digest, a number and a suffix
 
 def plain(text: str) -> str:
     """Return `text` in the letters `A-Za-z0-9._-`, accents dropped: never empty, hidden, reserved, or too long."""
-    letters = unicodedata.normalize("NFKD", text[: 8 * _PLAIN_CHARS])
-    bare = "".join(char for char in letters if not unicodedata.combining(char))
+    bare = text[: 8 * _PLAIN_CHARS]
+    if not bare.isascii():
+        bare = "".join(char for char in unicodedata.normalize("NFKD", bare) if not unicodedata.combining(char))
     name = _NOT_PLAIN.sub("_", bare)[:_PLAIN_CHARS].rstrip(".")
     name = f"_{name[1:]}" if name.startswith((".", "-")) else name
     return f"_{name}" if not name or _RESERVED.match(name) else name

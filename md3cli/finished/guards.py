@@ -26,7 +26,7 @@ from md3cli import __version__
 from md3cli.errors import OutputMismatchError, UsageError
 from md3cli.finished.digest import DIGEST_BYTES, DigestSet
 from md3cli.finished.run_json import RECORDS_NAME, RUN_INFO_NAME, read_document, run_info_paths
-from md3cli.records import SCHEMA, is_printable, printable
+from md3cli.records import SCHEMA, are_printable, printable
 from md3cli.remote.address import is_address
 from md3cli.source.walk import Glob, has_image_suffix, is_glob
 from md3cli.system import open_at_once
@@ -304,7 +304,7 @@ def _path_digest(path: str) -> bytes:
 
 
 def _as_line(path: str) -> str:
-    is_plain = not path.startswith('"') and all(map(is_printable, path))
+    is_plain = not path.startswith('"') and are_printable(path)
     return path if is_plain else json.dumps(path)
 
 

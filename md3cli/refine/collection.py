@@ -13,6 +13,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from md3cli.errors import UsageError
@@ -263,12 +264,18 @@ def _labels_in(sources: Iterable[NamedRecords]) -> Labels:
     return Labels(tuple(Label(name=name, prompts=tuple(asked)) for name, asked in prompts.items()))
 
 
+@lru_cache(maxsize=1024)  # a run has few prompts, and each stands in many lines
+def _text_of(inside: bytes) -> str:
+    """Return the text of what stands between the quotes of a JSON string."""
+    return str(json.loads(b'"' + inside + b'"'))
+
+
 def _name_in(line: bytes) -> tuple[str | None, str | None]:
     """Return the name and the prompt of the record of a line, where both are there."""
     try:
         if (found := _NAMED.search(line)) is not None:
             prompt, name = found.groups()
-            return (json.loads(b'"' + name + b'"'), json.loads(b'"' + prompt + b'"'))
+            return _text_of(name), _text_of(prompt)
         record = json.loads(line)
         key = FOUND_BY_TASK.get(record.get("task"), "")
         return (str(record[key][0]["label"]), str(record["prompt"]))
