@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 from typing import IO, Any
+from xml.sax.saxutils import escape, quoteattr
 
 from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.copies import USUAL, Copy, copied
@@ -56,7 +57,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         images.mkdir()
         texts = _Elements(there, labels), _Elements(missing, labels)
         for copy, is_there in copied(_placed(index, images, pictures, out), pictures, USUAL):
-            texts[not is_there].add(copy.group, PurePosixPath(copy.name))
+            texts[not is_there].add(copy.group, copy.name)
         chosen = texts[not texts[0].num_images]
         with (folder.path / "annotations.xml").open("wb") as file:
             chosen.write(file, printable(out.name))
@@ -148,14 +149,13 @@ class _Elements:
         self._labels = labels
         self.num_images = 0
 
-    def add(self, group: ImageGroup, name: Path) -> None:
+    def add(self, group: ImageGroup, name: str) -> None:
         """Add an image whose picture is `name` below `images/`."""
-        size = {"width": str(group.width), "height": str(group.height)}
-        image = ET.Element("image", {"id": str(self.num_images), "name": name.as_posix(), **size})
-        for element in (*_shapes(group, self._labels), *_tags(group, self._labels)):
-            image.append(element)
-        ET.indent(image, level=1)
-        self._file.write(b"  " + ET.tostring(image, encoding="unicode").encode() + b"\n")
+        # Written as text: trees of a million pictures took twice as long.
+        size = f'width="{group.width}" height="{group.height}"'
+        head = f'  <image id="{self.num_images}" name={quoteattr(name)} {size}>\n'
+        inside = "".join((*_shapes(group, self._labels), *_tags(group, self._labels)))
+        self._file.write(f"{head}{inside}  </image>\n".encode())
         self.num_images += 1
 
     def write(self, file: IO[bytes], name: str) -> None:
@@ -187,45 +187,43 @@ def _add_label(labels: ET.Element, entry: dict[str, Any]) -> None:
             _add(attribute, key, "\n".join(value) if key == "values" else str(value))
 
 
-def _shapes(group: ImageGroup, labels: _Labels) -> Iterator[ET.Element]:
+def _shapes(group: ImageGroup, labels: _Labels) -> Iterator[str]:
     for box in group.boxes():
-        corners = (box.x, box.y, box.x + box.width, box.y + box.height)
-        facts = {key: f"{value:.2f}" for key, value in zip(("xtl", "ytl", "xbr", "ybr"), corners, strict=True)}
-        yield _shape("box", labels.of[box.label], facts, box.score)
+        left, top, right, bottom = box.x, box.y, box.x + box.width, box.y + box.height
+        corners = f'xtl="{left:.2f}" ytl="{top:.2f}" xbr="{right:.2f}" ybr="{bottom:.2f}"'
+        yield _shape("box", labels.of[box.label], corners, box.score)
     for segment in group.segments():
-        ring = joined_ring(segment.rings)
-        yield _shape("polygon", labels.of[segment.box.label], {"points": _pairs(ring)}, segment.box.score)
+        yield _shape("polygon", labels.of[segment.box.label], _points(joined_ring(segment.rings)), segment.box.score)
     for point in group.points():
-        yield _shape("points", labels.of[point.label], {"points": _pairs([(point.x, point.y)])}, point.score)
+        yield _shape("points", labels.of[point.label], _points([(point.x, point.y)]), point.score)
 
 
-def _shape(tag: str, label: str, facts: dict[str, str], score: float | None) -> ET.Element:
-    element = ET.Element(tag, {"label": label, "source": "auto", "occluded": "0", **facts, "z_order": "0"})
-    if score is not None:
-        _add(element, "attribute", f"{score:.3f}", name="score")
-    return element
+def _shape(tag: str, label: str, place: str, score: float | None) -> str:
+    facts = f'label={quoteattr(label)} source="auto" occluded="0" {place} z_order="0"'
+    return _element(tag, facts, {} if score is None else {"score": f"{score:.3f}"})
 
 
-def _pairs(ring: Ring) -> str:
-    return ";".join(f"{x:.2f},{y:.2f}" for x, y in ring)
+def _points(ring: Ring) -> str:
+    return f'points="{";".join(f"{x:.2f},{y:.2f}" for x, y in ring)}"'
 
 
-def _tags(group: ImageGroup, labels: _Labels) -> Iterator[ET.Element]:
-    for caption in group.captions():
-        yield _tag(labels, labels.caption, text=caption)
-    for question, answer in group.answers():
-        yield _tag(labels, labels.answer, question=question, text=answer)
+def _tags(group: ImageGroup, labels: _Labels) -> Iterator[str]:
+    texts = [(labels.caption, {"text": caption}) for caption in group.captions()]
+    texts += [(labels.answer, {"question": question, "text": answer}) for question, answer in group.answers()]
+    for label, attributes in texts:
+        held = {name: labels.value(text) for name, text in attributes.items()}
+        yield _element("tag", f'label={quoteattr(label)} source="auto"', held)
 
 
-def _tag(labels: _Labels, label: str, **texts: str) -> ET.Element:
-    element = ET.Element("tag", {"label": label, "source": "auto"})
-    for name, text in texts.items():
-        _add(element, "attribute", labels.value(text), name=name)
-    return element
+def _element(tag: str, facts: str, attributes: dict[str, str]) -> str:
+    lines = [
+        f"      <attribute name={quoteattr(name)}>{escape(text)}</attribute>\n" for name, text in attributes.items()
+    ]
+    return f"    <{tag} {facts}>\n{''.join(lines)}    </{tag}>\n" if lines else f"    <{tag} {facts}/>\n"
 
 
-def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: str) -> ET.Element:
-    child = ET.SubElement(parent, tag, attributes)
+def _add(parent: ET.Element, tag: str, text: str | None = None) -> ET.Element:
+    child = ET.SubElement(parent, tag)
     child.text = text
     return child
 

@@ -133,7 +133,7 @@ class Names:
             ExportError: each of them was given.
         """
         for name in self.about(image, suffix):
-            if self.is_flat or self._claim(str(name.with_suffix(""))):
+            if self.is_flat or self._claim(os.path.splitext(name)[0]):
                 return name
         raise ExportError(f"no file name is left for {printable(image)}")
 
