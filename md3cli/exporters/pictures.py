@@ -1,11 +1,12 @@
 """Where the pictures of finished records are.
 
-A record names its picture relative to INPUT; `run.json` beside the records says where INPUT was (a folder, or a tar),
-`--root` overrules it. Records of several runs have a root each; of files of one name the one with the record's SHA-256
-is taken. Records and run.json may come from a stranger, and some formats carry whole files. So a name that
-leads out of the root is not followed, a name inside a tar is looked up in that tar only, and a file is carried only if
-it is a picture. A root that nobody typed and that this user's md3 did not write is a claim: below it a file counts as a
-record's picture only if its bytes have the record's SHA-256. Pictures are opened only through `md3cli.images.crops`.
+A record names its picture relative to INPUT; `run.json` beside the records says where INPUT was (a folder, perhaps of
+Parquet files that hold the pictures, or a tar), `--root` overrules it. Records of several runs have a root each; of
+files of one name the one with the record's SHA-256 is taken. Records and run.json may come from a stranger, and some
+formats carry whole files. So a name that leads out of the root is not followed, a name inside a tar is looked up in
+that tar only, and a file is carried only if it is a picture. A root that nobody typed and that this user's md3 did not
+write is a claim: below it a file counts as a record's picture only if its bytes have the record's SHA-256. Pictures are
+opened only through `md3cli.images.crops`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import hashlib
 import io
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from md3cli.errors import ExportError, ImageError, InputError, RowError, UsageError
 from md3cli.exporters import ExportOptions
+from md3cli.exporters.cells import PARQUET, Cells
 from md3cli.exporters.grouping import ImageGroup
 from md3cli.files import copy_file
 from md3cli.finished.run_json import KnownRoot
@@ -32,7 +34,8 @@ from md3cli.source.tar import tar_members
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_TAR = re.compile(r"\.tar(/)", re.IGNORECASE)  # in the name of a member: what is before is the tar's own
+# In the name of a member, or of a cell: what is before is the file's own.
+_INSIDE = re.compile(r"\.(?:tar|parquet)(/)", re.IGNORECASE)
 
 
 class OtherPictureError(ImageError):
@@ -41,9 +44,13 @@ class OtherPictureError(ImageError):
 
 @dataclass(slots=True, unsafe_hash=True)
 class FoundPicture(ImageItem):
-    """A picture of a record; its bytes must have the digest `sha256`, where that is not None."""
+    """A picture of a record; its bytes must have the digest `sha256`, where that is not None.
+
+    `content` has the bytes where they had to be read to find it: of a cell of a Parquet file.
+    """
 
     sha256: str | None = None
+    content: bytes | None = field(default=None, repr=False, hash=False, compare=False)
 
 
 def pillow_opens(content: bytes, formats: tuple[str, ...] | None = None, *, is_whole: bool = True) -> bool:
@@ -123,6 +130,7 @@ class Pictures:
         self.root = self.roots[0].path if self.roots else None
         self.is_trusted = all(root.is_trusted for root in self.roots)
         self._open_tar: tuple[Path, dict[str, list[ImageItem]]] | None = None  # records of one tar stand together
+        self._cells = Cells(options.max_file_size)
         self.num_found = 0
         self.num_missing = 0
         self._first_missing = ""
@@ -151,7 +159,8 @@ class Pictures:
             return None
         sha256 = record.get("sha256") if root.is_trusted else str(record.get("sha256"))
         sha256 = sha256 if has_twins or not root.is_trusted else None
-        return FoundPicture(item.name, item.path, item.name_b64, item.offset, item.size, sha256=sha256)
+        content = item.content if isinstance(item, FoundPicture) else None
+        return FoundPicture(item.name, item.path, item.name_b64, item.offset, item.size, sha256=sha256, content=content)
 
     def note_unreadable(self, name: str) -> None:
         """Count a picture that was found and cannot be read after all."""
@@ -175,7 +184,7 @@ class Pictures:
         from md3cli.images.crops import ImageLimits, read_image
 
         limits = ImageLimits(self._options.max_pixels, self._options.max_file_size)
-        image, sha256 = read_image(picture, limits, self._options.background)
+        image, sha256 = read_image(picture, limits, self._options.background, data=picture.content)
         _check_digest(picture, sha256)
         return image
 
@@ -188,7 +197,7 @@ class Pictures:
         from md3cli.images.crops import read_bytes
         from md3cli.images.pixels import check_kind
 
-        data = read_bytes(picture, self._options.max_file_size)
+        data = picture.content or read_bytes(picture, self._options.max_file_size)
         _check_digest(picture, hashlib.sha256(data).hexdigest() if picture.sha256 is not None else "")
         check_kind(data)
         return data
@@ -239,12 +248,15 @@ class Pictures:
         exact = exact.removeprefix(root.prefix)
         if root.path.is_file():
             return self._member(root.path, exact, record)
-        for cut in _TAR.finditer(exact):
-            tar = self._inside(root.path, exact[: cut.start(1)])
-            if tar is not None and os.path.isfile(tar):  # a member's name leads to no other file, whatever it says
-                return self._member(Path(tar), exact[cut.end() :], record)
+        for cut in _INSIDE.finditer(exact):
+            file = self._inside(root.path, exact[: cut.start(1)])
+            if file is not None and os.path.isfile(file):  # a member's name leads to no other file, whatever it says
+                return self._member(Path(file), exact[cut.end() :], record)
         path = self._inside(root.path, existing_path(str(root.path), exact))  # the record keeps a list's own spelling
-        return ImageItem(name, path, name_b64) if path is not None and os.path.isfile(path) else None
+        if path is not None and os.path.isfile(path):
+            return ImageItem(name, path, name_b64)
+        found = self._cells.lone(root.path, exact, record.get("sha256"))
+        return None if found is None else _of_cell(name, *found)
 
     def _inside(self, root: Path, name: str) -> str | None:
         """Return the path of `name` below the root; None where it leads out of there."""
@@ -254,6 +266,9 @@ class Pictures:
 
     def _member(self, tar: Path, name: str, record: RecordDict) -> ImageItem | None:
         """Find a picture inside a tar by its name there; of several of one name the one with the record's digest."""
+        if tar.suffix.lower() == PARQUET:
+            content = self._cells.read(str(tar), name, record.get("sha256"))
+            return None if content is None else _of_cell(name, str(tar), content)
         if self._open_tar is None or self._open_tar[0] != tar:
             self._open_tar = (tar, _members(tar))
         found = self._open_tar[1].get(name, [])
@@ -264,10 +279,15 @@ class Pictures:
     def _digest(self, item: ImageItem) -> str | None:
         from md3cli.images.crops import read_bytes
 
+        content = item.content if isinstance(item, FoundPicture) else None
         try:
-            return hashlib.sha256(read_bytes(item, self._options.max_file_size)).hexdigest()
+            return hashlib.sha256(content or read_bytes(item, self._options.max_file_size)).hexdigest()
         except ImageError:
             return None
+
+
+def _of_cell(name: str, path: str, content: bytes) -> FoundPicture:
+    return FoundPicture(name, path, size=len(content), content=content)
 
 
 def _check_digest(picture: FoundPicture, sha256: str) -> None:

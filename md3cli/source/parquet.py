@@ -217,13 +217,18 @@ def _pictures_in(schema: Any, image: str) -> str:
     return path if kinds.is_binary(kind) or kinds.is_large_binary(kind) else ""
 
 
+def picture_columns(schema: Any) -> list[str]:
+    """Return the columns of a schema that hold pictures, or other bytes."""
+    return [column for column in schema.names if _pictures_in(schema, column)]
+
+
 def _check_schema(schema: Any, name: str, image: str) -> None:
     """Refuse a schema without a column `image` of paths or pictures."""
     import pyarrow.types as kinds
 
     refuse_doubles(schema.names, name)
     if image not in schema.names:
-        known = [column for column in schema.names if _pictures_in(schema, column)]
+        known = picture_columns(schema)
         raise NoImageColumnError(
             f"the manifest {name} has no column '{printable(image)}'; it has: "
             f"{printable(', '.join(schema.names))[:200]}; --map image=NAME says which one has the images"
