@@ -18,7 +18,6 @@ from md3cli.commands.parse import (
     TaskSpec,
     check_objects,
     checked,
-    may_carry_rows,
     parse_choices,
     parse_query,
     parse_spatial_ref,
@@ -126,7 +125,7 @@ def query(
         md3 query photos/ -q "Is it raining?" -q "Is it night?" --no-reasoning -o answers.csv
         md3 query photos/ -q "Is it raining?" --choices yes,no,unsure -o answers.csv
     """
-    asked = parse_query(positional or [], question or [], options.listed_prompts())
+    asked = parse_query(positional or [], question or [], options.listed_prompts(), options.may_rows_ask)
     questions = asked.questions or (None,)  # the rows of a manifest bring their own
     settings = {"reasoning": reasoning, "spatial_refs": tuple(spatial_ref or ()), "choices": choices or ()}
     requests = [options.request(Task.QUERY, text, **settings) for text in questions]
@@ -233,7 +232,7 @@ def _run_of_objects(
     check_objects(objects or ())
     objects, listed = [*(objects or ()), *options.listed_prompts()], options.listed_labels()
     if not objects and not listed.labels:
-        if input == STDIN or not may_carry_rows(input):
+        if input == STDIN or not options.may_rows_ask(input):
             raise UsageError(
                 f"no OBJECT; say what to look for: md3 {task} {printable(input)} car, --prompts FILE or --labels FILE"
             )
@@ -257,7 +256,7 @@ def _asked_of_run(
     listed = options.listed_labels()
     labels = labels_with((spec.argument for spec in flat if spec.task in FOUND_BY_TASK and spec.argument), listed)
     requests = [request for spec in flat for request in _requests_of(spec, options, listed, labels)]
-    has_rows = may_carry_rows(input)
+    has_rows = options.may_rows_ask(input)
     requests = [replace(r, reasoning=reasoning) if has_rows or r.task is Task.QUERY else r for r in requests]
     if not requests and not has_rows:
         raise UsageError(f"nothing to do for {printable(input)}; say what with --task, like --task caption:long")

@@ -392,11 +392,17 @@ class AnnotateOptions:
             argv=("md3", *map(shown_argument, sys.argv[1:])),
         )
 
+    def may_rows_ask(self, input: str) -> bool:
+        """Return whether rows of INPUT can say what to ask; --map makes what stands beside pictures in tars say it."""
+        return may_carry_rows(input) or any(column in ("task", "prompt") for column, _ in self.map_columns or ())
+
     def _refinement(
         self, command: str, inputs: Sequence[str], requests: Sequence[Request], labels: Labels | None
     ) -> Refinement:
         """Return what was chosen to be shown of what is found; refuse a choice about nothing."""
-        is_open = self.add or any(map(may_carry_rows, inputs))  # what is there already, or rows bring their own tasks
+        is_open = self.add or any(
+            map(self.may_rows_ask, inputs)
+        )  # what is there already, or rows bring their own tasks
         tasks = {request.task for request in requests}
         needed = {"labels": FOUND_BY_TASK.keys(), "min_score": FOUND_BY_TASK.keys(), "nms": {Task.DETECT}}
         typed = next((name for name, of in needed.items() if name in self.typed and tasks.isdisjoint(of)), None)

@@ -240,7 +240,12 @@ def looks_like_input(text: str) -> bool:
     return not has_space and (any(char in text for char in "*[/") or (os.sep in text))
 
 
-def parse_query(positional: Sequence[str], options: Sequence[str], listed: Sequence[str] = ()) -> QueryArguments:
+def parse_query(
+    positional: Sequence[str],
+    options: Sequence[str],
+    listed: Sequence[str] = (),
+    may_rows_ask: Callable[[str], bool] = may_carry_rows,
+) -> QueryArguments:
     """Read `[INPUT] [QUESTION...]`, the questions of `-q` and, behind them, those of `--prompts`.
 
     Raises:
@@ -261,7 +266,7 @@ def parse_query(positional: Sequence[str], options: Sequence[str], listed: Seque
     for text in positional[1:]:
         _refuse_file(text, "a question", "--prompts FILE")
     questions = (*positional[1:], *options, *listed)
-    if not questions and not may_carry_rows(first):
+    if not questions and not may_rows_ask(first):
         raise UsageError(f'no question about {printable(first)}; ask one with -q: -q "What is this?"')
     return QueryArguments(first, questions)
 

@@ -237,6 +237,8 @@ def test_sets_have_the_names_of_datasets(detect_run: Run) -> None:
     loaded = load(out, out.parent / "cache")
     assert set(loaded) == {"train", "validation"}
     assert sum(len(rows) for rows in loaded.values()) == report.num_images == len(NAMES)
+    for rows in load_dataset(str(out), cache_dir=str(out.parent / "cache")).values():
+        assert rows.features["objects"]["categories"].feature.names == ["dog", "car"]
     for folder, name in (("train", "train"), ("validation", "val")):
         found = {row["file_name"] for row in rows_in(out / folder)}
         assert found

@@ -116,3 +116,9 @@ def test_a_prompt_of_each_sample(md3: Program) -> None:
     assert [record["image"] for record in records if record["error"]] == [NAMES[5]]
     result = md3("query", "shards/00000.tar", "--map", "prompt=caption", "-q", "What?")
     assert [record["prompt"] for record in records_of(result.stdout)] == [f"thing {number}" for number in range(4)]
+    for command in (("query", "shards"), ("detect", "shards/*.tar"), ("run", "shards", "--const", "task=query")):
+        result = md3(*command, "--map", "prompt=caption", "--exclude", "00001.tar")
+        assert [record["prompt"] for record in records_of(result.stdout)] == [f"thing {n}" for n in range(4)] * 2
+        result = md3(*command, "--map", "prompt=capton")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "has no column 'capton'; did you mean 'caption'?" in result.stderr
