@@ -24,10 +24,11 @@ from pathlib import Path
 
 from md3cli.errors import ImageError, UsageError
 from md3cli.exporters import ExportOptions
+from md3cli.exporters.at_once import in_order
 from md3cli.exporters.grouping import ImageGroup
 from md3cli.exporters.names import shortened
 from md3cli.exporters.pictures import FoundPicture, Pictures
-from md3cli.files import atomic_publish, temp_beside, translate_errors
+from md3cli.files import temp_beside, translate_errors
 from md3cli.finished.guards import check_not_input, files_of_run
 from md3cli.finished.record_shape import LINE_LIMIT_BYTES
 from md3cli.finished.records_file import disk_trouble_in_words
@@ -112,6 +113,7 @@ class BesidePictures:
             self._first_renamed = self._first_renamed or name
         made = content if isinstance(content, bytes) else content(picture)
         changed = self._content(Path(folder, name), made)
+        self.num_kept += changed is None
         with disk_trouble_in_words():
             row = (os.fsencode(folder), os.fsencode(name), _alike(folder, name), None if changed is None else made)
             self._database.execute("INSERT INTO file VALUES (NULL, ?, ?, ?, ?)", row)
@@ -126,12 +128,18 @@ class BesidePictures:
         self._remove_leftovers()
         (total,) = self._database.execute("SELECT count(content) FROM file").fetchone()
         rows = self._database.execute("SELECT folder, name, content FROM file WHERE content NOTNULL ORDER BY seq")
-        for number, (folder, name, content) in enumerate(rows):
+        for number, is_kept in enumerate(in_order(self._write_one, rows)):
             self._told(number, total)
-            path = Path(os.fsdecode(folder), os.fsdecode(name))
-            changed = self._content(path, content)  # looked at again: what is there now is what is added to
-            if changed is not None:
-                _put(path, changed)
+            self.num_kept += is_kept
+
+    def _write_one(self, row: tuple[bytes, bytes, bytes]) -> bool:
+        """Write one file; True where what is there by now stays."""
+        folder, name, added = row
+        path = Path(os.fsdecode(folder), os.fsdecode(name))
+        content = self._content(path, added)  # looked at again: what is there now is what is added to
+        if content is not None:
+            _put(path, content)
+        return content is None
 
     def notes(self) -> Iterator[str]:
         """Yield what became of files that were there, and which names other programs will not look for."""
@@ -173,7 +181,7 @@ class BesidePictures:
         return (os.fsencode(folder), os.fsencode(name)) in others or (bool(others) and _ignores_case(picture))
 
     def _content(self, path: Path, added: bytes) -> bytes | None:
-        """Return what is to stand at `path`; None where nothing is to be done, which is counted.
+        """Return what is to stand at `path`; None where nothing is to be done.
 
         Raises:
             UsageError: what stands there must stay.
@@ -184,14 +192,12 @@ class BesidePictures:
             return added
         if self._existing == "refuse":
             raise UsageError(f"{printable(str(path))} exists already, so nothing was written; {_ADVICE}")
-        changed = None
-        if self._existing != "skip":
-            self._check_changeable(path, facts)
-            former = _read(path)
-            changed = added if self._existing == "replace" else self._merged(path, former, added)
-            changed = None if changed == former else changed
-        self.num_kept += changed is None
-        return changed
+        if self._existing == "skip":
+            return None
+        self._check_changeable(path, facts)
+        former = _read(path)
+        changed = added if self._existing == "replace" else self._merged(path, former, added)
+        return None if changed == former else changed
 
     def _check_changeable(self, path: Path, facts: os.stat_result) -> None:
         """Refuse what is no plain file of this user's to change: a link's content may be anybody's."""
@@ -260,15 +266,15 @@ def _read(path: Path) -> bytes:
 
 def _put(path: Path, content: bytes) -> None:
     """Have `content` stand at `path`, whole or not at all, with the permissions of what stood there."""
-    if os.path.lexists(path):
-        with atomic_publish(path) as aside:
-            shutil.copymode(path, aside)
-            aside.write_bytes(content)
-        return
     aside = temp_beside(path)
     with translate_errors(path):
         try:
-            aside.write_bytes(content)
+            with aside.open("xb") as file:
+                file.write(content)
+                if path.exists():
+                    shutil.copymode(path, aside)
+                    file.flush()
+                    os.fsync(file.fileno())  # else a power cut might leave neither; what is new can be made again
             os.replace(aside, path)
         except BaseException:
             with contextlib.suppress(OSError):
