@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import secrets
+import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections import Counter
@@ -28,6 +31,7 @@ from md3cli.finished.run_json import seal_of
 
 pytestmark = programs.MARKS
 
+EXAMPLE = Path(__file__).parents[2] / "examples/label_studio_project.sh"
 START_TIMEOUT_S = 400  # 40 s for its migrations on two free cores
 TURNED = "turned.jpg"
 SIZES = {
@@ -137,6 +141,12 @@ def draw(root: Path) -> None:
         Image.new("RGB", stored, (number, 100, 200)).save(path, **extra)
 
 
+def say_root(run: Run) -> None:
+    """Write the run.json that says where the pictures are."""
+    known = {"schema": "md3-run/1", "root": str(run.root), "seal": seal_of(str(run.root))}
+    (run.folder / "run.json").write_text(json.dumps(known))
+
+
 @dataclass(frozen=True)
 class Server:
     """A running server, whose pictures may lie below `document_root`."""
@@ -244,7 +254,8 @@ def project(server: Server, folder: Path) -> Project:
     draw(run.root)
     expected = [line for number, name in enumerate(SIZES) for line in records_of(name, number)]
     run.write([failure("broken.jpg", "detect", "zebra"), *expected, failure("a/photo.jpg", "point", "tail")])
-    notes = exported(folder / "project", run.records, "--root", run.root)
+    say_root(run)
+    notes = exported(folder / "project", run.records)
     pictures = server.project(folder / "project", notes, folder / "back")
     tasks, coco = (json.loads((folder / "back" / name).read_bytes()) for name in ("project.json", "coco.json"))
     return Project(run.root, notes, pictures, tasks, coco, expected)
@@ -379,8 +390,7 @@ def test_two_runs_with_pictures_of_the_same_names(server: Server, folder: Path) 
         run = Run(folder / f"run {name}", picture.parent)
         found = record("a.png", "detect", "car", objects=[box("car", 0, 0, 0.5, 0.5)], width=97, height=53)
         run.write([found])
-        known = {"schema": "md3-run/1", "root": str(run.root), "seal": seal_of(str(run.root))}
-        (run.folder / "run.json").write_text(json.dumps(known))
+        say_root(run)
         typed += ["--as", f"{name}={run.folder}"]
     notes = exported(folder / "both", *typed)
     assert told(notes)[1] == [str(folder / "first"), str(folder / "second")]
@@ -397,3 +407,58 @@ def test_nothing_counts_twice(project: Project) -> None:
         "keypointlabels": full * 4,
         "textarea": (full + 1) * 2,
     }
+
+
+# ---- the example --------------------------------------------------------------------------------
+
+
+def example(program: programs.Program, folder: Path, *arguments: object, **settings: str) -> list[str]:
+    """Run label_studio_project.sh with this md3; return the lines of its stdout."""
+    (folder / "md3").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m md3cli "$@"\n')
+    (folder / "md3").chmod(0o755)
+    variables = program.environment | settings
+    variables["PATH"] = f"{folder}:{variables['PATH']}"
+    command = ["bash", EXAMPLE, *arguments]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=START_TIMEOUT_S)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def ask(method: str, url: str, token: str) -> Any:
+    """Return what the server answers; JSON, or bytes of a picture."""
+    request = urllib.request.Request(url, method=method, headers={"Authorization": f"Token {token}"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer) if answer.headers.get_content_type() == "application/json" else answer.read()
+
+
+def check_project(address: str, token: str, root: Path) -> None:
+    """Fail unless the project at an address has all pictures, with something on all but one."""
+    url, number = re.fullmatch(r"(http://[\w.:]+)/projects/(\d+)/data", address).groups()
+    tasks = ask("GET", f"{url}/api/tasks?project={number}&fields=all&page_size=100", token)["tasks"]
+    assert len(tasks) == len(SIZES)
+    assert all(task["predictions"][0]["result"] for task in tasks)
+    picture = ask("GET", url + tasks[0]["data"]["image"], token)
+    assert picture == (root / next(iter(SIZES))).read_bytes()
+
+
+def test_the_example_asks_a_server_that_runs(server: Server, project: Project, folder: Path, tmp_path: Path) -> None:
+    """A personal access token will do."""
+    known = ask("POST", f"{server.url}/api/token/", server.token)["token"]
+    settings = {"LABEL_STUDIO_URL": f"{server.url}/", "LABEL_STUDIO_API_KEY": known}
+    (address,) = example(server.program, tmp_path, folder / "run", tmp_path / "out", **settings)
+    assert address.startswith(server.url)
+    check_project(address, server.token, project.root)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["project"]
+
+
+def test_the_example_starts_a_server_once(project: Project, folder: Path, tmp_path: Path) -> None:
+    program, out = programs.program("label_studio"), tmp_path / "out"
+    try:
+        first = example(program, tmp_path, folder / "run", out)
+        token = (out / "server/token").read_text()
+        assert token in first[0]
+        check_project(first[-1], token, project.root)
+        second = example(program, tmp_path, folder / "run", out)
+        assert second == [first[0], first[1].replace("projects/1/", "projects/2/")]
+    finally:
+        os.kill(int((out / "server/pid").read_text()), signal.SIGKILL)
