@@ -30,12 +30,14 @@ class Kinds:
         remade: suffixes of kinds that they cannot decode; these become PNG.
         formats: Pillow's names of what a file must be, whatever its suffix says, else it becomes PNG; None: anything.
         are_whole: a file must decode to its end in plain Pillow, too.
+        not_opened: pairs of Pillow's format and mode that these readers stop at; such files become PNG.
     """
 
     taken: frozenset[str]
     remade: frozenset[str]
     formats: tuple[str, ...] | None = None
     are_whole: bool = False
+    not_opened: frozenset[tuple[str, str]] = frozenset()
 
     def suffix_of(self, image: str) -> str:
         """Return the suffix that the picture called `image` gets."""
@@ -136,12 +138,18 @@ def _put(picture: FoundPicture, target: Path, pictures: Pictures, kinds: Kinds) 
     content = None
     if suffix_in(picture.name).lower() not in kinds.remade:
         content = pictures.read_bytes(picture)
-    if content is None or not (kinds.formats is None or pillow_opens(content, kinds.formats, is_whole=kinds.are_whole)):
+    if content is None or not _is_taken(content, kinds):
         pictures.read(picture).save(target, "PNG")
     elif picture.size is not None or _is_restored(content):  # a member of a tar, or not to be linked
         target.write_bytes(content)
     else:
         pictures.copy(picture, target)
+
+
+def _is_taken(content: bytes, kinds: Kinds) -> bool:
+    if kinds.formats is None:
+        return True
+    return pillow_opens(content, kinds.formats, is_whole=kinds.are_whole, not_opened=kinds.not_opened)
 
 
 def _is_restored(content: bytes) -> bool:

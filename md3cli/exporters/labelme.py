@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from md3cli.exporters.pictures import Pictures
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
 
+KINDS = replace(  # labelme 6.3 stops at these
+    USUAL, not_opened=frozenset({("JPEG", "CMYK"), ("PNG", "I;16"), ("PNG", "I"), ("BMP", "P"), ("TIFF", "P")})
+)
 VERSION = "5.11.4"  # of labelme, whose keys these are; 6 reads them, too
 
 
@@ -47,7 +51,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         staged_folder(out, overwrite=options.overwrite, format="labelme") as folder,
     ):
         documented = _documented(index, folder, names, pictures, out)
-        num_images = sum(1 for _ in copied(documented, pictures, USUAL))
+        num_images = sum(1 for _ in copied(documented, pictures, KINDS))
     survey = index.survey
     notes = (*survey.notes(), *missing_notes(pictures, "beside the JSON files"))
     return ExportReport("labelme", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
@@ -57,7 +61,7 @@ def _documented(index: ImageIndex, folder: StagedFolder, names: Names, pictures:
     """Write the JSON of each image, and yield where its picture belongs."""
     for group in index.images():
         file, name = folder.create(names.about(group.file_name, ".json"))
-        image = name.with_name(name.stem + USUAL.suffix_of(group.name))
+        image = name.with_name(name.stem + KINDS.suffix_of(group.name))
         with file:
             file.write(_document(group, image.name))
         yield Copy.of(group, str(folder.path), str(image), pictures=pictures, out=out)
@@ -72,7 +76,7 @@ def _export_beside(records: Collection, options: ExportOptions) -> ExportReport:
     ):
         for group in index.images():
             beside.add(group, partial(_document, group))
-            num_strange += relative_name(group.name).suffix.lower() in USUAL.remade
+            num_strange += relative_name(group.name).suffix.lower() in KINDS.remade
         beside.pictures.missing_note()  # raises where not one picture is there, before anything is written
         beside.write()
         survey, notes = index.survey, [*index.survey.notes(), *beside.notes()]

@@ -53,16 +53,24 @@ class FoundPicture(ImageItem):
     content: bytes | None = field(default=None, repr=False, hash=False, compare=False)
 
 
-def pillow_opens(content: bytes, formats: tuple[str, ...] | None = None, *, is_whole: bool = True) -> bool:
+def pillow_opens(
+    content: bytes,
+    formats: tuple[str, ...] | None = None,
+    *,
+    is_whole: bool = True,
+    not_opened: frozenset[tuple[str, str]] = frozenset(),
+) -> bool:
     """Return whether plain Pillow opens a file as one of its `formats`, and where `is_whole` decodes it to its end.
 
     So does `datasets`, which turns it upright, too. A file that does not decode, or whose EXIF cannot be written again,
-    stops the loop over the set there.
+    stops the loop over the set there. Pairs of a format and a mode in `not_opened` do not count.
     """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(content), formats=formats) as image:
+            if (image.format, image.mode) in not_opened:
+                return False
             if is_whole:
                 image.load()  # stricter than ours: a JPEG without its end marker is refused
                 ImageOps.exif_transpose(image)  # this, too: of 5,800 files with changed EXIF it refused 3 %

@@ -11,10 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finished_runs import CAR, NAMES, Run, detect_records, draw_pictures, failure, mixed_records, record
+from finished_runs import (
+    CAR,
+    KINDS,
+    NAMES,
+    Run,
+    detect_records,
+    draw_pictures,
+    failure,
+    mixed_records,
+    mixed_run,
+    record,
+)
 from PIL import Image, ImageOps
 
 from md3cli.errors import ExportError, UsageError
+
+__all__ = ["mixed_run"]
 
 POINTS = {"rectangle": (2, 2), "point": (1, 1), "polygon": (3, 10_000)}
 
@@ -113,6 +126,15 @@ def test_kinds_that_the_programs_do_not_open_become_png(run: Run) -> None:
     for path in out.glob("*.png"):
         with Image.open(path) as image:
             assert image.format == "PNG"
+
+
+def test_modes_that_labelme_stops_at_become_png(mixed_run: Run) -> None:
+    _, out = mixed_run.export("labelme", "out")
+    assert len(documents(out)) == len((*NAMES, *KINDS))
+    for name, (_, mode) in KINDS.items():
+        written = (out / name).read_bytes() if (out / name).exists() else None
+        is_as_it_was = written == (mixed_run.root / name).read_bytes()
+        assert is_as_it_was == (mode == "RGB" and name.endswith(".jpg"))
 
 
 def test_without_pictures_the_files_are_written_and_told(run: Run) -> None:

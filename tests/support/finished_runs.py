@@ -111,7 +111,15 @@ def detect_records(names: Iterable[str] = NAMES) -> list[Record]:
     return [*broken, *records]
 
 
-KINDS = ("kinds/turned.jpg", "kinds/moving.gif", "kinds/new.avif", "kinds/PHOTO.jfif")
+KINDS = {  # name -> Pillow's format and mode; readers of labels stop at one or the other
+    "kinds/turned.jpg": ("JPEG", "RGB"),
+    "kinds/moving.gif": ("GIF", "P"),
+    "kinds/new.avif": ("AVIF", "RGB"),
+    "kinds/PHOTO.jfif": ("JPEG", "RGB"),
+    "kinds/print.jpg": ("JPEG", "CMYK"),
+    "kinds/deep.png": ("PNG", "I;16"),
+    "kinds/few.tif": ("TIFF", "P"),
+}
 
 
 def mixed_records(names: Iterable[str] = NAMES) -> list[Record]:
@@ -144,9 +152,11 @@ def mixed_run(run: Run) -> Run:
     (run.root / "kinds").mkdir()
     turned = Image.Exif()
     turned[0x0112] = 6
-    for name, kind in zip(KINDS, ("JPEG", "GIF", "AVIF", "JPEG"), strict=True):
+    for name, (kind, mode) in KINDS.items():
         is_turned = "turned" in name
-        picture = Image.new("RGB", (HEIGHT, WIDTH) if is_turned else (WIDTH, HEIGHT))
+        picture = Image.new(mode, (HEIGHT, WIDTH) if is_turned else (WIDTH, HEIGHT))
+        if mode == "P":
+            picture.putpalette([255, 0, 0, 0, 255, 0])
         picture.save(run.root / name, kind, **({"exif": turned} if is_turned else {}))
     run.write(mixed_records((*NAMES, *KINDS)))
     return run
