@@ -131,7 +131,10 @@ def _todo(
         if gap is None and not group.picture_record.get("sha256"):
             gap = Gap(CHANGED, "the records have no sha256, so the file may be another one than the model saw")
         picture = pictures.find(group.picture_record, has_twins=True) if gap is None else None
-        yield Todo(group, picture or gap or Gap(NOT_FOUND, NOT_FOUND), list(_regions(group, coverage, pad)))
+        if picture is None:
+            yield Todo(group, gap or Gap(NOT_FOUND, NOT_FOUND))
+        else:
+            yield Todo(group, picture, list(_regions(group, coverage, pad)))
 
 
 def _regions(group: ImageGroup, coverage: Coverage, pad: float) -> Iterator[PixelRect]:
