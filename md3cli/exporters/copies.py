@@ -17,7 +17,7 @@ from md3cli.exporters.at_once import holding, in_order
 from md3cli.exporters.files import StagedFolder
 from md3cli.exporters.grouping import ImageGroup
 from md3cli.exporters.names import Names, suffix_in
-from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_opens
+from md3cli.exporters.pictures import FoundPicture, Pictures, exif_turns, pillow_opens
 from md3cli.exporters.splits import Sets
 
 
@@ -31,6 +31,7 @@ class Kinds:
         formats: Pillow's names of what a file must be, whatever its suffix says, else it becomes PNG; None: anything.
         are_whole: a file must decode to its end in plain Pillow, too.
         not_opened: pairs of Pillow's format and mode that these readers stop at; such files become PNG.
+        are_turned: a reader turns pictures upright in place, as their EXIF says, and so through hard links, too.
     """
 
     taken: frozenset[str]
@@ -38,6 +39,7 @@ class Kinds:
     formats: tuple[str, ...] | None = None
     are_whole: bool = False
     not_opened: frozenset[tuple[str, str]] = frozenset()
+    are_turned: bool = False
 
     def suffix_of(self, image: str) -> str:
         """Return the suffix that the picture called `image` gets."""
@@ -140,7 +142,7 @@ def _put(picture: FoundPicture, target: Path, pictures: Pictures, kinds: Kinds) 
         content = pictures.read_bytes(picture)
     if content is None or not _is_taken(content, kinds):
         pictures.read(picture).save(target, "PNG")
-    elif picture.size is not None or _is_restored(content):  # a member of a tar, or not to be linked
+    elif picture.size is not None or _is_written_to(content, kinds):  # a member of a tar, or not to be linked
         target.write_bytes(content)
     else:
         pictures.copy(picture, target)
@@ -152,6 +154,10 @@ def _is_taken(content: bytes, kinds: Kinds) -> bool:
     return pillow_opens(content, kinds.formats, is_whole=kinds.are_whole, not_opened=kinds.not_opened)
 
 
-def _is_restored(content: bytes) -> bool:
-    """Return whether Ultralytics takes a JPEG for damaged: up to 8.3 it writes such a file anew, through hard links."""
-    return content.startswith(b"\xff\xd8") and not content.endswith(b"\xff\xd9")
+def _is_written_to(content: bytes, kinds: Kinds) -> bool:
+    """Return whether a reader writes to the file in place, and so to all names of a hard link.
+
+    Ultralytics up to 8.3 does so with a JPEG that it takes for damaged.
+    """
+    is_restored = content.startswith(b"\xff\xd8") and not content.endswith(b"\xff\xd9")
+    return is_restored or (kinds.are_turned and exif_turns(content))

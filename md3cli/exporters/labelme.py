@@ -29,8 +29,11 @@ from md3cli.exporters.pictures import Pictures
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
 
-KINDS = replace(  # labelme 6.3 stops at these
-    USUAL, not_opened=frozenset({("JPEG", "CMYK"), ("PNG", "I;16"), ("PNG", "I"), ("BMP", "P"), ("TIFF", "P")})
+KINDS = replace(
+    USUAL,
+    # labelme 6.3 stops at these.
+    not_opened=frozenset({("JPEG", "CMYK"), ("PNG", "I;16"), ("PNG", "I"), ("BMP", "P"), ("TIFF", "P")}),
+    are_turned=True,  # by X-AnyLabeling 4.2, if the user agrees
 )
 VERSION = "5.11.4"  # of labelme, whose keys these are; 6 reads them, too
 

@@ -79,6 +79,17 @@ def pillow_opens(
     return True
 
 
+def exif_turns(content: bytes) -> bool:
+    """Return whether a file's EXIF says that the picture is not upright as it lies; so too where it cannot be read."""
+    from PIL import ExifTags, Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return bool(image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
+    except Exception:  # noqa: BLE001 - EXIF is hostile input
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class Root:
     """Where pictures whose names begin with `prefix` are: a folder or a tar.

@@ -128,6 +128,13 @@ def test_kinds_that_the_programs_do_not_open_become_png(run: Run) -> None:
             assert image.format == "PNG"
 
 
+def test_a_picture_that_x_anylabeling_would_turn_in_place_is_never_linked(mixed_run: Run) -> None:
+    _, out = mixed_run.export("labelme", "out", is_linked=True)
+    names = ("kinds/turned.jpg", "a/photo.jpg")
+    assert [(out / name).samefile(mixed_run.root / name) for name in names] == [False, True]
+    assert all((out / name).read_bytes() == (mixed_run.root / name).read_bytes() for name in names)
+
+
 def test_modes_that_labelme_stops_at_become_png(mixed_run: Run) -> None:
     _, out = mixed_run.export("labelme", "out")
     assert len(documents(out)) == len((*NAMES, *KINDS))
