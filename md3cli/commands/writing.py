@@ -45,7 +45,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "bom": ("csv",),
     "redact": ("redacted",),
     "pad": ("redacted", "crops"),
-    "background": ("overlay", "crops", "redacted", "html"),
+    "background": ("overlay", "crops", "redacted"),
 }
 
 _output = functools.partial(typer.Option, rich_help_panel="Output")
