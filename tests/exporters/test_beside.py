@@ -101,7 +101,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "link": (link, "is a link"),
     "dead-link": (lambda path: path.symlink_to("nowhere"), "is a link"),
     "folder": (Path.mkdir, "is no file"),
-    "pipe": (os.mkfifo, "is no file"),
+    "pipe": (lambda path: os.mkfifo(path), "is no file"),
     "read-only": (read_only, "is read-only"),
     "latin-1": (lambda path: path.write_bytes(b"gr\xf6\xdfer"), "is not text in UTF-8"),
     "utf-16": (lambda path: path.write_text("mine", encoding="utf-16-le"), "is not text in UTF-8"),
