@@ -6,14 +6,19 @@ import hashlib
 import json
 import random
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import programs
 import pytest
 from finished_runs import HEIGHT, NAMES, WIDTH, Record, Run, draw_pictures, failure, record
 from PIL import Image
+
+from md3cli.exporters import ExportOptions, export_records
+from md3cli.finished.run_json import seal_of
 
 pytestmark = programs.MARKS
 
@@ -170,3 +175,81 @@ def test_masks_and_keypoints(loaded: dict[str, Any]) -> None:
     assert fields["detections"] == [[*ring, None], [*no_size, None]]
     assert fields["segmentations"] == [[*ring, 0.8 * WIDTH * 0.5 * HEIGHT / 2], [*no_size, 0]]
     assert fields["keypoints"] == [["nose", no_size[1][:2], None]]
+
+
+# ---- the example --------------------------------------------------------------------------------
+
+EXAMPLE = Path(__file__).parents[2] / "examples/fiftyone_review.py"
+TAG = """
+import json, sys
+import fiftyone as fo
+
+dataset = fo.load_dataset(sys.argv[1])
+first, second = (dataset.one(fo.ViewField("image") == name) for name in sys.argv[2:])
+first.tags.append("wrong")
+first.save()
+second.predictions.detections[0].tags.append("wrong")
+second.save()
+found = {sample.image: [sample.eval_tp, sample.eval_fp, sample.eval_fn] for sample in dataset}
+print(json.dumps([found, dataset.values("captions"), dataset.values("points.keypoints.label")]))
+"""
+
+
+def test_the_example_keeps_the_records_of_tagged_pictures(
+    fiftyone: programs.Program, database: dict[str, str], tmp_path: Path
+) -> None:
+    """The least sure comes first; another start goes on with the same data set; what is kept can be exported."""
+    run = Run(tmp_path / "my run", tmp_path / "pictures")
+    names = ["a/photo.jpg", "photo.jpg", "übung/日本語 ☃ [1].png"]
+    draw_pictures(run.root, names)
+    box = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6}
+    run.write([
+        *(
+            record(name, "detect", "car", objects=[{"label": "car", **box, "score": score}])
+            for name, score in zip(names, (0.9, 0.5, 0.7), strict=True)
+        ),
+        record(names[2], "caption", length="short", caption="a car"),
+        record(names[2], "point", "nose", points=[POINT | {"score": 0.2}]),
+        failure(names[1], "detect", "dog"),
+        failure("broken.jpg", "detect", "car"),
+        record("../outside.png", "detect", "car", objects=[]),
+    ])  # fmt: skip
+    known = {"schema": "md3-run/1", "root": str(run.root), "seal": seal_of(str(run.root))}
+    (run.folder / "run.json").write_text(json.dumps(known))
+    (tmp_path / "outside.png").write_bytes((run.root / names[0]).read_bytes())
+    truth = truth_of(tmp_path / "truth.json", names[:2], [0.1 * WIDTH, 0.2 * HEIGHT, 0.4 * WIDTH, 0.4 * HEIGHT])
+
+    said = example(fiftyone, tmp_path, run.folder, "--no-app", "--gt", truth, **database)
+    assert said[0] == "3 pictures, 1 are not there"
+    assert said[-3:] == [f"0.200  {names[2]}", f"0.500  {names[1]}", f"0.900  {names[0]}"]
+    counts, captions, labels = fiftyone.run(TAG, run.folder.name, *names[1:], environment=database)
+    assert counts == {names[0]: [1, 0, 0], names[1]: [1, 0, 0], names[2]: [0, 1, 0]}
+    assert (captions, labels) == ([[], [], ["a car"]], [[], [], ["nose"]])
+
+    out = tmp_path / "wrong.jsonl"
+    said = example(fiftyone, tmp_path, run.folder, "--no-app", "-o", out, **database)
+    assert said[-1] == "2 pictures are tagged wrong"
+    lines, kept = ([json.loads(line) for line in path.read_text().splitlines()] for path in (run.records, out))
+    assert kept == [line for line in lines if line["image"] in names[1:]]
+    report = export_records(out, "overlay", tmp_path / "drawn", ExportOptions())
+    assert (report.num_images, report.num_failures) == (2, 1)
+
+
+def truth_of(path: Path, names: list[str], bbox: list[float]) -> Path:
+    """Write a COCO file with one car on each picture."""
+    size = {"width": WIDTH, "height": HEIGHT}
+    images = [{"id": number, "file_name": name, **size} for number, name in enumerate(names, 1)]
+    boxes = [{"id": image["id"], "image_id": image["id"], "category_id": 1, "bbox": bbox} for image in images]
+    path.write_text(json.dumps({"images": images, "categories": [{"id": 1, "name": "car"}], "annotations": boxes}))
+    return path
+
+
+def example(program: programs.Program, folder: Path, *arguments: object, **settings: str) -> list[str]:
+    """Run fiftyone_review.py with this md3; return the lines of its stdout."""
+    (folder / "md3").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m md3cli "$@"\n')
+    (folder / "md3").chmod(0o755)
+    variables = program.environment | settings
+    variables["PATH"] = f"{folder}:{variables['PATH']}"
+    done = subprocess.run([program.python, EXAMPLE, *arguments], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
