@@ -27,9 +27,9 @@ md3 detect "$pictures" --labels "$out/labels.toml" --model tiny -o "$out/run" --
 # A picture stays in its part whatever is added to the folder. With --link the pictures are not copied.
 md3 export "$out/run" --format yolo --split train=0.8,val=0.2 -o "$out/dataset" --overwrite
 
-# From nothing and once over the pictures, to see that it works; its mAP is 0 then. 30 epochs over 120 scenes of shapes.py,
-# at 160 pixels, came to a mAP50 of 0.27 in 7 minutes of one core. To train in earnest take model=yolo11n.pt, which is
-# downloaded. The truth is what md3 found: `md3 report` and --min-score help to choose what is learnt from.
+# From nothing and once over the pictures, to see that it works; its mAP is 0 then. 30 epochs over 120 scenes of
+# shapes.py, at 160 pixels, came to a mAP50 of 0.27 in 7 minutes of one core. To train in earnest take model=yolo11n.pt,
+# which is downloaded. The truth is what md3 found: `md3 report` and --min-score help to choose what is learnt from.
 yolo detect train data="$out/dataset/data.yaml" model=yolo11n.yaml epochs="${EPOCHS:-1}" imgsz=320 batch=4 \
   amp=False plots=False project="$out" name=detector exist_ok=True
 

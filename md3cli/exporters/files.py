@@ -301,13 +301,16 @@ def _stale_caches(old: Path, new: Path) -> Iterator[str]:
 
 
 def _are_same(old: Path, new: Path) -> bool:
-    """Return whether two folders hold the same labels; the caches of folders below are none."""
+    """Return whether two folders hold the same labels, which can be read; the caches of folders below are none."""
     num_old = 0
-    for path in _labels_below(old):
-        num_old += 1
-        if not os.path.lexists(new / path) or not filecmp.cmp(old / path, new / path, shallow=False):
-            return False
-    return num_old == (sum(1 for _ in _labels_below(new)) if new.is_dir() else 0)
+    try:
+        for path in _labels_below(old):
+            num_old += 1
+            if not filecmp.cmp(old / path, new / path, shallow=False):
+                return False
+        return num_old == sum(1 for _ in _labels_below(new))
+    except OSError:  # one is not there
+        return False
 
 
 def _labels_below(folder: Path) -> Iterator[str]:
