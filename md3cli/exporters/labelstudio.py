@@ -76,6 +76,7 @@ class _LocalUrls:
         self._pictures = pictures
         self._folders = [root.path for root in pictures.roots if root.path.is_dir()]
         self._document_root = _common_folder([folder.parent for folder in self._folders])
+        self._starts = tuple(os.path.join(folder, "") for folder in self._folders)
         self._not_shown: Counter[str] = Counter()  # by reason
         self._first: dict[str, str] = {}  # name, by reason
 
@@ -87,8 +88,10 @@ class _LocalUrls:
         if picture is None:
             self._note("are not there", group)
             return f"{LOCAL_FILES}{quote(os.fsencode(self._folders[0].name))}/{_quoted_name(group)}"
-        if picture.size is not None:
-            self._note("are inside a tar", group)
+        if picture.size is not None or picture.row_group is not None:
+            self._note("are inside a tar or a Parquet file", group)
+        elif not picture.path.startswith(self._starts):
+            self._note("lie outside the folder", group)
         elif picture.name_b64 is not None:
             self._note("have names that are not UTF-8", group)
         path = Path(os.path.relpath(picture.path, self._document_root))

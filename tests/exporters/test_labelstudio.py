@@ -141,9 +141,19 @@ def test_pictures_that_its_server_cannot_open_are_told(run: Run) -> None:
     assert len(read(out)) == 5
     assert [note for note in report.notes if "not show" in note] == [
         "Label Studio will not show 2 pictures that are not there (first: gone.png)",
-        "Label Studio will not show 1 pictures that are inside a tar (first: some.tar/inside.png)",
+        "Label Studio will not show 1 pictures that are inside a tar or a Parquet file (first: some.tar/inside.png)",
         "Label Studio will not show 1 pictures that have names that are not UTF-8 (first: \\xff.png)",
     ]
+
+
+def test_pictures_outside_the_folder_are_told(run: Run, tmp_path: Path) -> None:
+    """A list in this very process may name them, wherever they are."""
+    outside = tmp_path / "outside.png"
+    outside.write_bytes((run.root / "empty.png").read_bytes())
+    run.write([record(name, "detect", "car", objects=[]) for name in ("empty.png", str(outside))])
+    report, _ = run.export("labelstudio", "tasks.json", is_confined=False)
+    told = f"Label Studio will not show 1 pictures that lie outside the folder (first: {outside})"
+    assert [note for note in report.notes if "not show" in note] == [told]
 
 
 def test_without_a_folder_the_pictures_are_not_found(run: Run) -> None:

@@ -55,6 +55,7 @@ SIZES = {
     "empty.png": (97, 53),  # nothing found on it
 }
 LABELS = ("zebra", "car", ' two  words "x" <b>&amp;', "$image", "日本")  # not in the order of the alphabet
+META = {"shop": 'Köln "<b>"', "shelf": 3, "seen": [True, None, {"by": "me"}]}
 TEXTS = ["a <b>caption</b>,\nof two lines", "How many?\n2 & more"]
 # The server lives until stdin ends, however the process that holds the other end ends; then its folder goes.
 KEEPER = """
@@ -127,7 +128,7 @@ def records_of(name: str, number: int) -> Iterator[Record]:
         yield record(name, "point", label, points=[] if is_empty else points, **size)
     yield record(name, "caption", length="short", caption=TEXTS[0], **size)
     question, answer = TEXTS[1].split("\n")
-    yield record(name, "query", question, answer=answer, **size)
+    yield record(name, "query", question, answer=answer, meta=META, **size)
 
 
 def draw(root: Path) -> None:
@@ -329,6 +330,7 @@ def test_json_brings_everything_back(project: Project) -> None:
     ]
     assert largest_difference(list(regions(project, "polygonlabels")), rings) < 0.001
     for task in project.tasks:
+        assert task["data"]["meta"] == META
         texts = [one["value"]["text"] for one in task["annotations"][0]["result"] if one["type"] == "textarea"]
         assert texts == [[text] for text in TEXTS]
 
