@@ -122,9 +122,11 @@ class BesidePictures:
         """Write the files that were planned.
 
         Raises:
+            ExportError: not one of the pictures is there.
             OutputError: one cannot be written; those before it are.
             UsageError: what stands in a file's place has changed in the meantime, and must stay.
         """
+        self.pictures.missing_note()  # raises
         self._remove_leftovers()
         (total,) = self._database.execute("SELECT count(content) FROM file").fetchone()
         rows = self._database.execute("SELECT folder, name, content FROM file WHERE content NOTNULL ORDER BY seq")

@@ -80,7 +80,6 @@ def _export_beside(records: Collection, options: ExportOptions) -> ExportReport:
         for group in index.images():
             beside.add(group, partial(_document, group))
             num_strange += relative_name(group.name).suffix.lower() in KINDS.remade
-        beside.pictures.missing_note()  # raises where not one picture is there, before anything is written
         beside.write()
         survey, notes = index.survey, [*index.survey.notes(), *beside.notes()]
         if num_strange:

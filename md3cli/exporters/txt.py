@@ -17,7 +17,6 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport
@@ -39,24 +38,12 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         records = replace(records, told=lambda done, total: options.told(done, None) if total is None else None)
     with closing(ImageIndex(records)) as index:
         if options.beside:
-            merge = partial(merged, join=options.join, is_prepended=options.existing == "prepend")
-            with closing(BesidePictures(records, options, "txt", options.extension, merge)) as beside:
-                for group, content in texts.of(index):
-                    beside.add(group, content)
-                beside.pictures.missing_note()  # raises where not one picture is there, before anything is written
-                beside.write()
-                out, notes = beside.root, list(beside.notes())
+            out, num_images, notes = _write_beside(records, texts.of(index), options)
         else:
-            notes = _write_below(out, texts.of(index), options)
+            num_images, notes = _write_below(out, texts.of(index), options)
         survey = index.survey
-        return ExportReport(
-            "txt",
-            out,
-            survey.num_records,
-            texts.num_written,
-            survey.num_failures,
-            (*survey.notes(), *texts.notes(), *notes),
-        )
+        notes = [*survey.notes(), *texts.notes(), *notes]
+    return ExportReport("txt", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
 
 
 def text_of(record: RecordDict, *, keeps_lines: bool = False) -> str:
@@ -142,15 +129,25 @@ class _Texts:
             yield "the records hold no captions or answers to write as text"
 
 
-def _write_below(out: Path, texts: Iterator[tuple[ImageGroup, bytes]], options: ExportOptions) -> list[str]:
-    """Add the texts to the folder OUT; returns what the user should know."""
-    num_renamed = 0
+def _write_beside(
+    records: Collection, texts: Iterator[tuple[ImageGroup, bytes]], options: ExportOptions
+) -> tuple[Path, int, list[str]]:
+    """Write the texts beside the pictures; returns their folder, how many there are, and what the user should know."""
+    merge = partial(merged, join=options.join, is_prepended=options.existing == "prepend")
+    with closing(BesidePictures(records, options, "txt", options.extension, merge)) as beside:
+        for group, content in texts:
+            beside.add(group, content)
+        beside.write()
+        return beside.root, beside.pictures.num_found, list(beside.notes())
+
+
+def _write_below(out: Path, texts: Iterator[tuple[ImageGroup, bytes]], options: ExportOptions) -> tuple[int, list[str]]:
+    """Add the texts to the folder OUT; returns how many there are, and what the user should know."""
+    num_written = num_renamed = 0
     with merged_folder(out, overwrite=options.overwrite, format="txt") as folder:
         for group, content in texts:
             names = list(candidates(group.file_name, options.extension))
-            file: BinaryIO
-            file, name = folder.create(names)
-            with file:
-                file.write(content)
-            num_renamed += name != names[0]
-    return [f"{num_renamed} texts got a longer name because another text has the plain one"] if num_renamed else []
+            num_renamed += folder.write(names, content) != names[0]
+            num_written += 1
+    note = f"{num_renamed} texts got a longer name because another text has the plain one"
+    return num_written, [note] if num_renamed else []

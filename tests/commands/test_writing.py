@@ -67,3 +67,12 @@ def test_options_that_do_nothing_or_contradict_are_refused(md3: Program, line: s
     assert refused.exit_code == 2
     assert words in " ".join(refused.stderr.split())
     assert not list(Path("img").glob("*.txt"))
+
+
+def test_a_run_that_grows_joins_its_texts_anew(md3: Program) -> None:
+    for words in (("caption", "img"), ("query", "img", "-q", "Which?", "--add")):
+        done = md3(*words, "-o", "grown", "-f", "txt")
+        assert done.exit_code == 0, done.stderr
+    assert {path.name: path.read_text() for path in Path("grown/txt").glob("*.txt")} == {
+        path.name: path.read_text() for path in Path("out/txt").glob("*.txt")
+    }
