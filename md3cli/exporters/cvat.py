@@ -39,7 +39,7 @@ _SCORE = {
     "mutable": False,
     "input_type": "number",
     "default_value": "1",  # of what a person draws
-    "values": ["0", "1", "0.001"],  # least, greatest, step
+    "values": ["0", "1", "0.001"],  # least, greatest, step; the raw editor refuses a number that comes twice
 }
 _TEXT = {"mutable": False, "input_type": "text", "default_value": "", "values": [""]}
 _TAGS = {"caption": ("caption", ("text",)), "query": ("answer", ("question", "text"))}  # task -> tag, its attributes
@@ -76,7 +76,7 @@ def _placed(index: ImageIndex, images: Path, pictures: Pictures, out: Path) -> I
 
 
 def _fitted(name: PurePosixPath) -> PurePosixPath:
-    return beside_pictures(PurePosixPath(_NOT_XML.sub("_", str(name))))
+    return beside_pictures(PurePosixPath(_NOT_XML.sub("_", text)) if _NOT_XML.search(text := str(name)) else name)
 
 
 class _Labels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ def images_of(out: Path) -> list[ET.Element]:
     entries = json.loads((out / "labels.json").read_bytes())
     assert {entry["name"] for entry in entries} == declared
     assert all(0 < len(entry["name"].strip()) == len(entry["name"]) <= 64 for entry in entries)
+    for entry in entries:  # by the rules of the raw editor (cvat-ui, labels-editor/common.ts)
+        assert re.fullmatch("#[0-9a-fA-F]{6}", entry["color"])
+        assert len({attribute["name"] for attribute in entry["attributes"]}) == len(entry["attributes"])
+        for attribute in entry["attributes"]:
+            assert 0 < len(attribute["values"]) == len({value.strip() for value in attribute["values"]})
     return images
 
 
