@@ -89,7 +89,8 @@ class WriteOptions:
         _sets(metavar="folder|COLUMN", help="Keep pictures of one folder, or of one value of a column, together."),
     ] = None
     flat: Annotated[
-        bool, _sets("--flat", help="yolo, voc, coco, hf: plain names in one folder, for readers that take no other.")
+        bool,
+        _sets("--flat", help="yolo, voc, coco, hf: plain names in one folder, and turned pictures upright."),
     ] = False
     roboflow: Annotated[
         bool, _sets("--roboflow", help="coco: _annotations.coco.json beside copies of the pictures.")

@@ -18,6 +18,7 @@ from md3cli.exporters.files import StagedFolder
 from md3cli.exporters.grouping import ImageGroup
 from md3cli.exporters.names import Names, suffix_in
 from md3cli.exporters.pictures import FoundPicture, Pictures, exif_turns, pillow_opens
+from md3cli.exporters.redrawn import encoded, stays_jpeg
 from md3cli.exporters.splits import Sets
 
 
@@ -54,6 +55,9 @@ USUAL = Kinds(  # by Ultralytics 8.3 and all after it; supervision, CVAT and lab
     remade=frozenset({".gif", ".avif", ".heic", ".heif"}),
     formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF"),  # JPEG's opener gives MPO, too; others are "corrupt" to trainers
 )
+
+
+JPEG_QUALITY = 95  # of pictures that are drawn anew
 
 
 class Copy(NamedTuple):
@@ -104,8 +108,13 @@ def named_copies(
         yield copy
 
 
-def copied(copies: Iterable[Copy], pictures: Pictures, kinds: Kinds) -> Iterator[tuple[Copy, bool]]:
+def copied(
+    copies: Iterable[Copy], pictures: Pictures, kinds: Kinds, *, is_flat: bool = False
+) -> Iterator[tuple[Copy, bool]]:
     """Put each picture in its place, and yield it, in order, with whether it is there; `pictures` counts the others.
+
+    With `is_flat` one that its EXIF turns is drawn anew, upright: some of the readers that want flat names look at no
+    EXIF (labelformat and globox do not), and would have its boxes somewhere else.
 
     Raises:
         OSError: a picture cannot be written.
@@ -117,7 +126,7 @@ def copied(copies: Iterable[Copy], pictures: Pictures, kinds: Kinds) -> Iterator
         target = Path(copy.folder, copy.name)
         try:
             with holding(copy.group.width, copy.group.height):
-                _put(copy.picture, target, pictures, kinds)
+                _put(copy.picture, target, pictures, kinds, is_flat=is_flat)
         except ImageError:
             target.unlink(missing_ok=True)
             return copy, False
@@ -135,13 +144,15 @@ def missing_notes(pictures: Pictures, place: str = "under images/") -> Iterator[
         yield f"{pictures.num_missing} pictures were not found or not readable: add --root DIR, or put them {place}"
 
 
-def _put(picture: FoundPicture, target: Path, pictures: Pictures, kinds: Kinds) -> None:
+def _put(picture: FoundPicture, target: Path, pictures: Pictures, kinds: Kinds, *, is_flat: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     content = None
     if suffix_in(picture.name).lower() not in kinds.remade:
         content = pictures.read_bytes(picture)
     if content is None or not _is_taken(content, kinds):
         pictures.read(picture).save(target, "PNG")
+    elif is_flat and exif_turns(content):
+        target.write_bytes(encoded(pictures.read(picture), JPEG_QUALITY if stays_jpeg(target.name) else None))
     elif picture.size is not None or _is_written_to(content, kinds):  # a member of a tar, or not to be linked
         target.write_bytes(content)
     else:

@@ -238,3 +238,22 @@ def test_a_set_that_is_missing_is_stood_for(detect_run: Run) -> None:
     _, out = detect_run.export("yolo", "out", splits=Splits((("train", 1.0),)))
     data = yaml.safe_load((out / "data.yaml").read_text(encoding="utf-8"))
     assert (data["train"], data["val"]) == ("images/train", "images/train")
+
+
+def test_a_flat_set_has_turned_pictures_upright(run: Run) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.new("RGB", (80, 120), "red")
+    stored.paste("blue", (0, 0, 80, 10))  # upright this is the right edge
+    for name, options in (("a.jpg", {"quality": 95}), ("a.png", {}), ("plain.jpg", {})):
+        stored.save(run.root / name, exif=exif.tobytes() if name.startswith("a") else b"", **options)
+    run.write([record(name, "detect", "car", objects=[CAR]) for name in ("a.jpg", "a.png")])
+    for is_flat in (False, True):
+        _, out = run.export("yolo", f"flat{is_flat}", is_flat=is_flat)
+        for path in (out / "images").iterdir():
+            with Image.open(path) as image:
+                assert image.size == ((120, 80) if is_flat else (80, 120))
+                assert bool(image.getexif()) is not is_flat
+                if is_flat:
+                    red, _, blue = image.convert("RGB").getpixel((115, 40))
+                    assert red < 40 < 200 < blue

@@ -1,8 +1,7 @@
 """Readers that skip sub-folders find every picture and box of `--flat`: supervision, labelformat, globox, datumaro.
 
 Within a pixel, also where a reader takes VOC's pixels, which count from 1, as if they counted from 0: labelformat,
-globox and datumaro do. Two do not know EXIF's orientation, and multiply YOLO's shares by the sides that a picture has
-before it is turned.
+globox and datumaro do. Two do not know EXIF's orientation, so a flat set has such pictures upright.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 import programs
 import pytest
 from finished_runs import Run, run
-from training_sets import LABELS, NAMES, SIDES, export, make_run, names_of_pictures, worst_edges
+from training_sets import LABELS, NAMES, export, make_run, names_of_pictures, worst_edges
 
 __all__ = ["run"]
 pytestmark = programs.MARKS
@@ -65,7 +64,6 @@ print(json.dumps([[Path(one.media.path).name, [[names[it.label].name, *map(float
                   for one in data]))
 """
 READERS = {"supervision": SUPERVISION, "labelformat": LABELFORMAT, "globox": GLOBOX, "datumaro": DATUMARO}
-NOT_TURNING = {"labelformat", "globox"}
 
 
 def read(reader: str, format: str, out: Path, sets: list[str]) -> list[tuple[str, list[list[Any]]]]:
@@ -91,13 +89,5 @@ def test_every_picture_and_box(run: Run, reader: str, format: str, split: tuple[
     found = read(reader, format, out, sets)
     shown = {own[file]: boxes for file, boxes in found}
     assert len(shown) == len(found)
-    if format == "yolo" and reader in NOT_TURNING:
-        shown = {name: turned(boxes) if "turned" in name else boxes for name, boxes in shown.items()}
     left, top, right, bottom = worst_edges(shown, names)
     assert max(left, top, right, bottom) <= (1 if format == "voc" else 0.01)  # VOC has whole pixels
-
-
-def turned(boxes: list[list[Any]]) -> list[list[Any]]:
-    """Boxes that were measured with a picture's sides exchanged."""
-    across, down = SIDES[1] / SIDES[0], SIDES[0] / SIDES[1]
-    return [[label, a * across, b * down, c * across, d * down] for label, a, b, c, d in boxes]

@@ -139,9 +139,10 @@ def digest_of(path: Path) -> str:
 
 
 def names_of_pictures(run: Run, out: Path) -> dict[str, str]:
-    """The record's name of each picture below `out`, by its path there: copies have its bytes, others are PNG now."""
+    """The record's name of each picture below `out`, by its path there: copies have its bytes, others are new files."""
     originals = {digest_of(run.root / name): name for name in NAMES if (run.root / name).exists()}
-    made_anew = {Path(name).stem: name for name in NAMES if "gif" in name or "avif" in name}
+    new = (name for name in NAMES if "gif" in name or "avif" in name or "turned" in name)
+    made_anew = {Path(name).with_suffix("").as_posix().replace("/", " "): name for name in new}
     found = {}
     for path in (path for path in out.rglob("*") if path.suffix.lower() in SUFFIXES):
         name = originals.get(digest_of(path)) or made_anew[path.stem.replace("_", " ")]
