@@ -99,6 +99,7 @@ exported = f"/api/projects/{project}/export?download_all_tasks=true&exportType="
 (out / "project.json").write_bytes(ask("GET", exported + "JSON").content)
 coco = zipfile.ZipFile(io.BytesIO(ask("GET", exported + "COCO").content))
 (out / "coco.json").write_bytes(coco.read("result.json"))
+zipfile.ZipFile(io.BytesIO(ask("GET", exported + "YOLO").content)).extractall(out / "yolo")
 print(json.dumps([[picture.status_code, hashlib.sha256(picture.content).hexdigest()] for picture in pictures]))
 """
 
@@ -329,6 +330,9 @@ def test_json_brings_everything_back(project: Project) -> None:
         for x0, y0, x1, y1 in [pixels(found["bbox"], SIZES[name])]
     ]
     assert largest_difference(list(regions(project, "polygonlabels")), rings) < 0.001
+    results = [one for task in project.tasks for one in task["annotations"][0]["result"]]
+    scores = [one["score"] for one in results if one["type"] == "rectanglelabels"]
+    assert scores == [found["score"] for _, _, found in wanted(project, "detect")]
     for task in project.tasks:
         assert task["data"]["meta"] == META
         texts = [one["value"]["text"] for one in task["annotations"][0]["result"] if one["type"] == "textarea"]
@@ -390,14 +394,18 @@ def test_two_runs_with_pictures_of_the_same_names(server: Server, folder: Path) 
         picture.parent.mkdir()
         Image.new("RGB", (97, 53), (number, 0, 0)).save(picture)
         run = Run(folder / f"run {name}", picture.parent)
-        found = record("a.png", "detect", "car", objects=[box("car", 0, 0, 0.5, 0.5)], width=97, height=53)
-        run.write([found])
+        size = {"width": 97, "height": 53}
+        none = record("a.png", "detect", "zebra", objects=[], **size)
+        run.write([none, record("a.png", "detect", "car", objects=[box("car", 0, 0, 0.5, 0.5)], **size)])
         say_root(run)
         typed += ["--as", f"{name}={run.folder}"]
     notes = exported(folder / "both", *typed)
     assert told(notes)[1] == [str(folder / "first"), str(folder / "second")]
     digests = [hashlib.sha256((folder / name / "a.png").read_bytes()).hexdigest() for name in ("first", "second")]
-    assert server.project(folder / "both", notes, folder / "both back") == [(200, digest) for digest in digests]
+    back = folder / "both back"
+    assert server.project(folder / "both", notes, back) == [(200, digest) for digest in digests]
+    assert (back / "yolo/classes.txt").read_text().splitlines() == ["zebra", "car"]  # our order, not the alphabet's
+    assert (back / "yolo/labels/a.txt").read_text().split() == ["1", "0.25", "0.25", "0.5", "0.5"]
 
 
 def test_nothing_counts_twice(project: Project) -> None:
