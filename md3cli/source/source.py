@@ -354,8 +354,6 @@ class Source:
 
     def _why_not(self, member: tarfile.TarInfo, name: str) -> str:
         """Return why a tar's member is left out; empty where it is not."""
-        if any(part.startswith(".") for part in name.split("/")):
-            return "hidden"
         if not has_image_suffix(name):
             return "other suffix"
         if not member.isreg() or member.issparse():

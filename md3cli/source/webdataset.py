@@ -48,6 +48,7 @@ class _Group:
     pictures: list[tuple[str, int, int]] = field(default_factory=list)
     sidecars: dict[str, bytes | str] = field(default_factory=dict)
     has_picture: bool = False  # it may have been left out, or be gone already
+    is_late: bool = False  # pictures are gone that a sidecar to come would belong to
 
 
 def tar_pictures(
@@ -56,7 +57,7 @@ def tar_pictures(
     """Yield the pictures of a tar, which messages call `name`, in their order.
 
     `why_not` says of a member, and of its name, why it is left out; empty where it is a picture to take. What is left
-    out is counted in `skipped`.
+    out is counted in `skipped`, with hidden members, which are never taken.
 
     Raises:
         InputError: on the first step, when it is no plain tar.
@@ -65,10 +66,13 @@ def tar_pictures(
     group = _Group("")
     try:
         for member in tar_members(file, name):
-            path = member.name.removeprefix("./")
             if member.isdir():
                 continue
+            path = member.name.removeprefix("./")
             key, extension = _key_of(path)
+            if not key:  # Macs put a hidden `._000.jpg` before each file
+                skipped["hidden"] += 1
+                continue
             if key != group.key:
                 yield from _flushed(group, skipped)
                 group = _Group(key)
@@ -81,6 +85,7 @@ def tar_pictures(
                 continue
             if len(group.pictures) == MOST_OF_A_KEY:
                 yield from _flushed(group, skipped)
+                group.is_late = True
             group.pictures.append((path, member.offset_data, member.size))
     except RowError:
         yield from _flushed(group, skipped)
@@ -89,21 +94,25 @@ def tar_pictures(
 
 
 def _key_of(path: str) -> tuple[str, str]:
-    """Return a member's key, and its extension in lower case; no key where it has no name before the first dot."""
+    """Return a member's key, and its extension in lower case; no key of what is hidden."""
     folder, slash, base = path.rpartition("/")
     stem, _, extension = base.partition(".")
-    hidden = any(part.startswith(".") for part in path.split("/"))
-    return (path, "") if hidden else (f"{folder}{slash}{stem}", extension.lower())
+    is_hidden = any(part.startswith(".") for part in path.split("/"))
+    return ("" if is_hidden else f"{folder}{slash}{stem}"), extension.lower()
 
 
 def _take_sidecar(group: _Group, kind: str, file: IO[bytes], member: TarInfo, skipped: Counter[str]) -> None:
-    if kind in group.sidecars:
-        skipped[DOUBLE] += 1
+    if kind in group.sidecars or group.is_late:
+        skipped[DOUBLE if kind in group.sidecars else STRAY] += 1
     elif member.size > ROW_LIMIT_BYTES:
         group.sidecars[kind] = TOO_LONG
     else:
-        file.seek(member.offset_data)
-        data = file.read(member.size)
+        try:
+            file.seek(member.offset_data)
+            data = file.read(member.size)
+        except OSError as error:  # the next header will tell how far it goes
+            group.sidecars[kind] = error.strerror or str(error)
+            return
         group.sidecars[kind] = data if len(data) == member.size else "cut short"
 
 

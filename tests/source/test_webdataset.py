@@ -120,6 +120,12 @@ def test_the_first_of_doubles_counts() -> None:
     assert (found, skipped) == ({"k.jpg": {"txt": "1"}}, {DOUBLE: 2})
 
 
+def test_hidden_members_stand_between_nothing() -> None:
+    mac = [("./._k.jpg", b"m"), ("./k.jpg", b"x"), ("./._k.json", b"m"), ("./k.json", b'{"a":1}'), (".git/x.jpg", b"")]
+    found, skipped = columns_of(*mac, ("k.txt", b"t"))
+    assert (found, skipped) == ({"k.jpg": {"a": 1, "txt": "t"}}, {"hidden": 3})
+
+
 def test_links_and_folders_are_no_sidecars() -> None:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
@@ -168,10 +174,27 @@ def test_a_tar_that_ends_in_a_sidecar_keeps_its_picture() -> None:
 
 def test_a_key_of_a_million_pictures_is_bounded() -> None:
     members = [("k.txt", b"t"), *((f"k.{i}.jpg", b"") for i in range(3 * MOST_OF_A_KEY))]
-    data = tar_of(members)
-    rows = tar_pictures(io.BytesIO(data), "t", lambda member, name: "", Counter())
+    data, skipped = tar_of([*members, ("k.json", b"{}")]), Counter[str]()
+    rows = tar_pictures(io.BytesIO(data), "t", lambda member, name: "", skipped)
     assert next(rows).columns == {"txt": "t"}  # long before the end of the key
-    assert sum(1 for _ in rows) == 3 * MOST_OF_A_KEY - 1
+    assert all(row.columns == {"txt": "t"} for row in rows)
+    assert skipped == {STRAY: 1}  # too late
+
+
+class BadDisk(io.BytesIO):
+    """A file of which 100 bytes at a time cannot be read."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size == 100:
+            raise OSError(5, "Input/output error")
+        return super().read(size)
+
+
+def test_a_sidecar_that_the_disk_does_not_give() -> None:
+    skipped, file = Counter[str](), BadDisk(tar_of([("k.txt", b"x" * 100), ("k.jpg", b"x"), ("l.jpg", b"x")]))
+    found = list(tar_pictures(file, "t", lambda member, name: "", skipped))
+    assert [dict(picture.columns) for picture in found] == [{ERRORS: {"txt": "Input/output error"}}, {}]
+    assert skipped == {DAMAGED: 1}
 
 
 KEYS = st.sampled_from(["a", "b", "d/a", "d.e/a", "ü", "-"])
