@@ -201,7 +201,7 @@ def _write_roboflow(
         for part, name in folders.items():
             (folder.path / name).mkdir(exist_ok=True)
             documents[part] = stack.enter_context(writer.document(folder.path / name / _ROBOFLOW))
-        for copy, is_there in copied(copies, pictures, USUAL, is_flat=options.is_flat):
+        for copy, is_there in copied(copies, pictures, USUAL, are_upright=options.is_flat):
             if is_there:
                 documents[copy.part](copy.group, copy.name)
     yield from (*pictures.missing_note(), *sets.notes())

@@ -32,7 +32,6 @@ class Kinds:
         formats: Pillow's names of what a file must be, whatever its suffix says, else it becomes PNG; None: anything.
         are_whole: a file must decode to its end in plain Pillow, too.
         not_opened: pairs of Pillow's format and mode that these readers stop at; such files become PNG.
-        are_turned: a reader turns pictures upright in place, as their EXIF says, and so through hard links, too.
     """
 
     taken: frozenset[str]
@@ -40,7 +39,6 @@ class Kinds:
     formats: tuple[str, ...] | None = None
     are_whole: bool = False
     not_opened: frozenset[tuple[str, str]] = frozenset()
-    are_turned: bool = False
 
     def suffix_of(self, image: str) -> str:
         """Return the suffix that the picture called `image` gets."""
@@ -109,12 +107,12 @@ def named_copies(
 
 
 def copied(
-    copies: Iterable[Copy], pictures: Pictures, kinds: Kinds, *, is_flat: bool = False
+    copies: Iterable[Copy], pictures: Pictures, kinds: Kinds, *, are_upright: bool = False
 ) -> Iterator[tuple[Copy, bool]]:
     """Put each picture in its place, and yield it, in order, with whether it is there; `pictures` counts the others.
 
-    With `is_flat` one that its EXIF turns is drawn anew, upright: some of the readers that want flat names look at no
-    EXIF (labelformat and globox do not), and would have its boxes somewhere else.
+    With `are_upright` one that its EXIF turns is drawn anew, for readers that look at no EXIF (labelformat, globox,
+    X-AnyLabeling) and would have its boxes somewhere else.
 
     Raises:
         OSError: a picture cannot be written.
@@ -126,7 +124,7 @@ def copied(
         target = Path(copy.folder, copy.name)
         try:
             with holding(copy.group.width, copy.group.height):
-                _put(copy.picture, target, pictures, kinds, is_flat=is_flat)
+                _put(copy.picture, target, pictures, kinds, are_upright=are_upright)
         except ImageError:
             target.unlink(missing_ok=True)
             return copy, False
@@ -144,16 +142,16 @@ def missing_notes(pictures: Pictures, place: str = "under images/") -> Iterator[
         yield f"{pictures.num_missing} pictures were not found or not readable: add --root DIR, or put them {place}"
 
 
-def _put(picture: FoundPicture, target: Path, pictures: Pictures, kinds: Kinds, *, is_flat: bool) -> None:
+def _put(picture: FoundPicture, target: Path, pictures: Pictures, kinds: Kinds, *, are_upright: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     content = None
     if suffix_in(picture.name).lower() not in kinds.remade:
         content = pictures.read_bytes(picture)
     if content is None or not _is_taken(content, kinds):
         pictures.read(picture).save(target, "PNG")
-    elif is_flat and exif_turns(content):
+    elif are_upright and exif_turns(content):
         target.write_bytes(encoded(pictures.read(picture), JPEG_QUALITY if stays_jpeg(target.name) else None))
-    elif picture.size is not None or _is_written_to(content, kinds):  # a member of a tar, or not to be linked
+    elif picture.size is not None or _is_restored(content):  # a member of a tar, or not to be linked
         target.write_bytes(content)
     else:
         pictures.copy(picture, target)
@@ -165,10 +163,6 @@ def _is_taken(content: bytes, kinds: Kinds) -> bool:
     return pillow_opens(content, kinds.formats, is_whole=kinds.are_whole, not_opened=kinds.not_opened)
 
 
-def _is_written_to(content: bytes, kinds: Kinds) -> bool:
-    """Return whether a reader writes to the file in place, and so to all names of a hard link.
-
-    Ultralytics up to 8.3 does so with a JPEG that it takes for damaged.
-    """
-    is_restored = content.startswith(b"\xff\xd8") and not content.endswith(b"\xff\xd9")
-    return is_restored or (kinds.are_turned and exif_turns(content))
+def _is_restored(content: bytes) -> bool:
+    """Return whether Ultralytics takes a JPEG for damaged: up to 8.3 it writes such a file anew, through hard links."""
+    return content.startswith(b"\xff\xd8") and not content.endswith(b"\xff\xd9")

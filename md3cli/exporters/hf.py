@@ -76,7 +76,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
             _KINDS,
             partial(Copy.of, pictures=pictures, out=out),
         )
-        for copy, is_there in copied(copies, pictures, _KINDS, is_flat=options.is_flat):
+        for copy, is_there in copied(copies, pictures, _KINDS, are_upright=options.is_flat):
             if is_there:
                 row = {"file_name": copy.name, **_columns(copy.group, survey, classes)}
                 tables[copy.part].write(compact_json(row) + b"\n")

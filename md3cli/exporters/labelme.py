@@ -3,7 +3,8 @@
 Both programs take the JSON of a picture by its name without suffix. So where `a.jpg` and `a.png` would share one, the
 second is `a.png.json`, and its copy `a.png.png`. Beside the user's pictures nothing is renamed: such a JSON is opened
 itself. A box is a rectangle of two points, a mask a polygon, a point a point, in pixels of the upright picture, as
-labelme shows it. `score`, and of the image `description` and `chat_history`, are X-AnyLabeling's; labelme keeps them.
+labelme shows it; X-AnyLabeling shows pictures as they are stored, so copies are stored upright. `score`, and of the
+image `description` and `chat_history`, are X-AnyLabeling's; labelme keeps them.
 Source: the loaders of labelme 5.11 and 6.3 and of X-AnyLabeling 4.2 (`label_file.py` in both, `shape.py`).
 """
 
@@ -29,11 +30,8 @@ from md3cli.exporters.pictures import Pictures
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
 
-KINDS = replace(
-    USUAL,
-    # labelme 6.3 stops at these.
-    not_opened=frozenset({("JPEG", "CMYK"), ("PNG", "I;16"), ("PNG", "I"), ("BMP", "P"), ("TIFF", "P")}),
-    are_turned=True,  # by X-AnyLabeling 4.2, if the user agrees
+KINDS = replace(  # labelme 6.3 stops at these
+    USUAL, not_opened=frozenset({("JPEG", "CMYK"), ("PNG", "I;16"), ("PNG", "I"), ("BMP", "P"), ("TIFF", "P")})
 )
 VERSION = "5.11.4"  # of labelme, whose keys these are; 6 reads them, too
 
@@ -54,7 +52,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         staged_folder(out, overwrite=options.overwrite, format="labelme") as folder,
     ):
         documented = _documented(index, folder, names, pictures, out)
-        num_images = sum(1 for _ in copied(documented, pictures, KINDS))
+        num_images = sum(1 for _ in copied(documented, pictures, KINDS, are_upright=True))
     survey = index.survey
     notes = (*survey.notes(), *missing_notes(pictures, "beside the JSON files"))
     return ExportReport("labelme", out, survey.num_records, num_images, survey.num_failures, tuple(notes))

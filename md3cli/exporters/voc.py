@@ -56,7 +56,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
                 name = stem + USUAL.suffix_of(group.name)
                 yield Copy.of(group, f"{folder.path}/JPEGImages", name, pictures=pictures, out=out)
 
-        for copy, _ in copied(annotated(), pictures, USUAL, is_flat=options.is_flat):
+        for copy, _ in copied(annotated(), pictures, USUAL, are_upright=options.is_flat):
             num_points += sum(1 for _ in copy.group.points())
             num_images += 1
         (folder.path / "labelmap.txt").write_text(_label_map(labels), encoding="utf-8", newline="\n")

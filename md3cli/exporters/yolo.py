@@ -43,7 +43,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
                 (folder.path / kind / name).mkdir(parents=True, exist_ok=True)
         names = Names(is_flat=options.is_flat, fitted=_fitted)
         labelled = _labelled(index, folder, sets, names, partial(Copy.of, pictures=pictures, out=out))
-        for copy, _ in copied(labelled, pictures, USUAL, is_flat=options.is_flat):
+        for copy, _ in copied(labelled, pictures, USUAL, are_upright=options.is_flat):
             num_points += sum(1 for _ in copy.group.points())
             num_images += 1
         (folder.path / "data.yaml").write_text(_data_yaml(survey.categories(), sets.names), encoding="utf-8")

@@ -12,6 +12,7 @@ LOAD = """
 import json, sys
 from pathlib import Path
 from anylabeling.views.labeling.label_file import LabelFile
+from anylabeling.views.labeling.utils import img_data_to_qimage
 
 found = {}
 for path in Path(sys.argv[1]).rglob("*.json"):
@@ -19,6 +20,8 @@ for path in Path(sys.argv[1]).rglob("*.json"):
     shapes = [[s.label, s.shape_type, [[p.x(), p.y()] for p in s.points], s.score] for s in file.shapes]
     picture = path.with_name(file.image_path)
     assert file.image_data == picture.read_bytes()
+    shown = img_data_to_qimage(file.image_data, str(picture))
+    assert (shown.width(), shown.height()) == (120, 80), picture
     found[path.relative_to(sys.argv[1]).as_posix()] = [shapes, file.other_data]
 print(json.dumps(found))
 """
