@@ -202,8 +202,10 @@ def test_the_folder_itself_loads_with_the_names_of_its_classes(run: Run, tmp_pat
         record("c\\d.png", "caption", length="short", caption="late"),
         record("test/e.png", "detect", "dog", objects=[]),
         failure("gone.png", "detect", "dog"),
+        record("missing.png", "detect", "dog", objects=[CAR | {"label": "dog"}]),
     ])  # fmt: skip
-    _, out = run.export("hf", "out")
+    report, out = run.export("hf", "out")
+    assert (report.num_images, report.num_failures) == (3, 1)
     data = load_dataset(str(out), cache_dir=str(tmp_path / "cache"))
     classes = data["train"].features["objects"]["categories"].feature
     assert classes.names == [*HOSTILE, "ring"]
