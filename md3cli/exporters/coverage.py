@@ -2,8 +2,9 @@
 
 A label is answered on a picture if everything that is asked for it, anywhere in the collection, was asked of the
 picture and answered: by detect and by segment where both were used, each prompt of its name, each template. What a
-run was to ask counts although no record came of it: an interrupted run proves nothing. Answers that were cut off, and
-those about a part of a picture, are none. When in doubt a picture is not complete. Opens no picture.
+run was to ask counts although no record came of it: an interrupted run proves nothing, and one that rows of a manifest
+ask is refused. Answers that were cut off, and those about a part of a picture, are none. When in doubt a picture is not
+complete. Opens no picture.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from md3cli.errors import UsageError
 from md3cli.exporters.grouping import ImageGroup, image_key
 from md3cli.exporters.svg_path import segment_polygons
 from md3cli.finished.records_file import disk_trouble_in_words
+from md3cli.finished.run_json import is_finished
 from md3cli.records import RecordDict, Task
 from md3cli.refine.collection import Collection, read
 from md3cli.refine.labels import Labels, shown_text
@@ -124,8 +126,12 @@ class Coverage:
     file, so that memory grows with the questions only.
     """
 
-    def __init__(self, records: Collection, *, hides_unsure: bool) -> None:
-        """Begin; with `hides_unsure` what is below the collection's least score stays bare.
+    def __init__(self, records: Collection, *, hides_unsure: bool, is_run_done: bool = False) -> None:
+        """Begin.
+
+        Args:
+            hides_unsure: what is below the collection's least score stays bare.
+            is_run_done: all is asked, although run.json does not say so yet.
 
         Raises:
             UsageError: what thresholds hide is not in the records.
@@ -138,8 +144,12 @@ class Coverage:
         self._records, self._labels = records, records.refinement.labels
         self._least = (records.refinement.min_score or 0.0) if hides_unsure else 0.0
         self.questions = Questions(self._labels)
-        for request in _asked_by_runs(records):
+        self._known = set[tuple[Any, Any]]()
+        for request in asked_by_runs(records):
             self.questions.add(request)
+            self._known.add((request["task"], request["prompt"]))
+        self._unfinished = [] if is_run_done else [run for run in _documents(records) if not is_finished(run)]
+        self._rows_ask = any(_is_asked_by_rows(run) for run in self._unfinished)
         self.chosen: dict[str, tuple[Question, ...]] = {}
         self._covers_all = not records.selection.labels
         self._has_failed = False
@@ -163,6 +173,8 @@ class Coverage:
         if record.get("image") is None:
             return
         self.questions.add(record)
+        if record.get("task") in COVERING and (record["task"], record.get("prompt")) not in self._known:
+            self._rows_ask = True
         if (error := record.get("error")) is not None:
             why = f"{error.get('type')}: {error.get('message')}"
             row = (image_key(record), record["image"], record.get("task"), record.get("prompt"), why)
@@ -170,7 +182,18 @@ class Coverage:
             self._has_failed = True
 
     def choose(self) -> None:
-        """Settle which labels must be covered, once all records are noted. Raises as `Questions.required`."""
+        """Settle which labels must be covered, once all records are noted.
+
+        Raises:
+            UsageError: as `Questions.required`; or rows of a manifest ask, and more of them may come.
+        """
+        is_filled = any(_identity(run).get("template") for run in self._unfinished)
+        if self._unfinished and (is_filled or (self._rows_ask and self._covers_all)):
+            label = "" if is_filled else ", or say with --label what must be covered"
+            raise UsageError(
+                "the run is not finished, and the rows of its manifest say what is asked, so more may be asked of a "
+                f"picture than its records tell; finish it with the same command{label}"
+            )
         self.chosen = self.questions.required(self._records.selection.labels)
         self._database.execute("CREATE INDEX of_picture ON failed(key)")
 
@@ -249,10 +272,25 @@ class Coverage:
         return score is not None and score < (self._least if own is None else min(own, self._least))
 
 
-def _asked_by_runs(records: Collection) -> Iterator[Mapping[str, Any]]:
+def _documents(records: Collection) -> Iterator[Mapping[str, Any]]:
+    """Yield the run.json of each run that tells of its starts."""
+    yield from (info.document for info in records.infos() if isinstance(info.document.get("starts"), list))
+
+
+def _identity(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    identity = document.get("identity")
+    return identity if isinstance(identity, dict) else {}
+
+
+def _is_asked_by_rows(document: Mapping[str, Any]) -> bool:
+    return bool(_identity(document).get("template")) or not _identity(document).get("requests")
+
+
+def asked_by_runs(records: Collection) -> Iterator[RecordDict]:
     """Yield what runs were to ask of every picture, as run.json says; not prompts that are filled from rows."""
-    for identity in (info.document.get("identity") for info in records.infos()):
-        requests = identity.get("requests") if isinstance(identity, dict) and not identity.get("template") else None
+    for document in (info.document for info in records.infos()):
+        identity, selected = _identity(document), document.get("asked")  # the latter: `md3 select` wrote it
+        requests = selected if identity.get("template") or not identity else identity.get("requests")
         for request in requests if isinstance(requests, list) else ():
             asked = (request.get("task"), request.get("prompt")) if isinstance(request, dict) else (None, None)
             if all(isinstance(text, str) for text in asked) and asked[0] in FOUND_BY_TASK:

@@ -23,7 +23,7 @@ from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.names import Names, stem_of
 from md3cli.exporters.objects import label_of
 from md3cli.exporters.pictures import FoundPicture, Pictures, as_seen
-from md3cli.exporters.redrawn import encoded, found_pictures
+from md3cli.exporters.redrawn import JPEG_SIDE_PX, encoded, found_pictures
 from md3cli.exporters.table import Table
 from md3cli.images.rects import PixelRect, padded_rect
 from md3cli.records import RecordDict
@@ -32,7 +32,6 @@ from md3cli.refine.collection import Collection
 TABLE = "crops.csv"
 COLUMNS = ("file", "label", "image", "id", "index", "x_min", "y_min", "x_max", "y_max")
 JPEG_QUALITY = 95
-JPEG_SIDE_PX = 65_500  # libjpeg writes no more
 
 
 class Crop(NamedTuple):

@@ -35,7 +35,7 @@ from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, Ring
 from md3cli.exporters.palette import Colour, Style, palette
 from md3cli.exporters.pictures import FoundPicture, Pictures
 from md3cli.exporters.plates import Plates, Rect
-from md3cli.exporters.redrawn import encoded, found_pictures, redrawn_names, stays_jpeg
+from md3cli.exporters.redrawn import JPEG_SIDE_PX, encoded, found_pictures, redrawn_names, stays_jpeg
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
 from md3cli.refine.refinement import FOUND_BY_TASK
@@ -344,7 +344,7 @@ def drawing_name(
 def drawn_file(
     group: ImageGroup, picture: FoundPicture, pictures: Pictures, styles: Mapping[str, Style]
 ) -> bytes | None:
-    """Return the file of a picture with all that was found on it; None where it cannot be read."""
+    """Return the file of a picture with all that was found on it; None where it cannot be read or written."""
     with holding(group.width, group.height):
         try:
             image = pictures.read(picture)
@@ -352,5 +352,8 @@ def drawn_file(
             return None
         if image.size != (group.width, group.height):  # another file stands there now: boxes scale with it
             group = group._replace(width=image.width, height=image.height)
+        is_jpeg = stays_jpeg(group.file_name)
+        if is_jpeg and max(image.size) > JPEG_SIDE_PX:
+            return None
         draw_records(image, group, styles)
-        return encoded(image, JPEG_QUALITY if stays_jpeg(group.file_name) else None)
+        return encoded(image, JPEG_QUALITY if is_jpeg else None)

@@ -26,15 +26,17 @@ from typing import NamedTuple
 
 from PIL import Image, ImageFilter
 
-from md3cli.errors import ImageError
+from md3cli.errors import ImageError, UsageError
 from md3cli.exporters import ExportOptions, ExportReport, Redaction
 from md3cli.exporters.at_once import holding, in_order
 from md3cli.exporters.coverage import Coverage, Gap
 from md3cli.exporters.files import staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
-from md3cli.exporters.pictures import FoundPicture, OtherPictureError, Pictures, as_seen
-from md3cli.exporters.redrawn import encoded, redrawn_names, stays_jpeg
+from md3cli.exporters.pictures import FoundPicture, OtherPictureError, Pictures, backgrounds_of
+from md3cli.exporters.redrawn import JPEG_SIDE_PX, encoded, redrawn_names, stays_jpeg
 from md3cli.exporters.table import Table
+from md3cli.finished.run_json import has_run_info
+from md3cli.images.crops import parse_background
 from md3cli.images.rects import PixelRect, padded_rect
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
@@ -46,7 +48,8 @@ LEFT_OUT, COLUMNS = "left_out.csv", ("image", "reason")
 DEFAULT_PAD = 0.1
 BLACK = (0, 0, 0)
 JPEG_QUALITY, JPEG_BLOCK_PX = 95, 8
-NOT_FOUND, CHANGED, UNREADABLE = "the picture is not there", "the picture has changed", "the picture cannot be read"
+NOT_FOUND, CHANGED = "the picture is not there", "the picture has changed"
+UNREADABLE = "the picture cannot be read or written"
 
 
 class Todo(NamedTuple):
@@ -85,14 +88,14 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     Raises:
         UsageError: what is chosen cannot be covered.
     """
-    options = as_seen(records, options)
+    options = _as_the_model_saw(records, options)
     pictures = Pictures(records, options)
     pictures.require_root("redacted")
     # As the model said it: what names, thresholds and doubles would hide is covered as well.
     whole = replace(records, refinement=Refinement(), selection=Selection())
     num_images = 0
     with (
-        closing(Coverage(records, hides_unsure=options.hides_unsure)) as coverage,
+        closing(Coverage(records, hides_unsure=options.hides_unsure, is_run_done=options.is_run_done)) as coverage,
         closing(ImageIndex(whole, coverage.note)) as index,
         staged_folder(out, overwrite=options.overwrite, format="redacted") as folder,
         folder.create([PurePosixPath(LEFT_OUT)])[0] as list_file,
@@ -118,6 +121,24 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         survey = index.survey
     notes = (*survey.notes(), *left_out.notes(num_images), *_notes(records, coverage, options))
     return ExportReport("redacted", out, survey.num_records, num_images, survey.num_failures, notes)
+
+
+def _as_the_model_saw(records: Collection, options: ExportOptions) -> ExportOptions:
+    """Return options under which transparent pictures lie on what the model saw them on: another shows what it did not.
+
+    Raises:
+        UsageError: something else is typed, or the runs saw them on different ones.
+    """
+    known = backgrounds_of(records)
+    shown = ", ".join(map(printable, known))
+    if len(known) > 1:
+        raise UsageError(f"the runs laid transparent pictures on {shown}, and saw other pixels; export them apart")
+    if options.background is not None and known and parse_background(options.background) != parse_background(known[0]):
+        raise UsageError(
+            f"the model saw transparent pictures with --background {shown}, and on another one something may show that "
+            "it did not see; leave --background out"
+        )
+    return replace(options, background=next(iter(known), options.background))
 
 
 def _todo(
@@ -162,6 +183,8 @@ def _made(todo: Todo, pictures: Pictures, redaction: Redaction) -> bytes | Gap:
             width, height = image.size
             return Gap(CHANGED, f"the picture has {width:,} x {height:,} pixels, and the records say otherwise")
         is_jpeg = stays_jpeg(group.file_name)
+        if is_jpeg and max(image.size) > JPEG_SIDE_PX:
+            return Gap(UNREADABLE, f"a JPEG has at most {JPEG_SIDE_PX:,} pixels a side")
         for rect in regions:
             cover(image, rect, redaction, step=JPEG_BLOCK_PX if is_jpeg else 1)
         return encoded(image, JPEG_QUALITY if is_jpeg else None)
@@ -201,6 +224,8 @@ def _notes(records: Collection, coverage: Coverage, options: ExportOptions) -> I
     if names := coverage.questions.segmented_only(coverage.chosen):
         shown = ", ".join(map(shown_text, names[:3]))
         yield f"md3 segment finds one object a picture at most ({shown}); others stay visible, ask md3 detect for them"
+    if bare := [printable(str(one.path)) for one in records.sources if not has_run_info(one.path)]:
+        yield f"no run.json of md3 is beside {bare[0]}: whether thresholds took something out of it is not known"
     if records.refinement.has_thresholds and not options.hides_unsure:
         yield "what was found is covered whatever its score; type --min-score here to leave the unsure bare"
     if records.refinement.nms is not None:

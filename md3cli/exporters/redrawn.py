@@ -16,6 +16,7 @@ from md3cli.exporters.grouping import ImageGroup
 from md3cli.exporters.names import candidates, relative_name
 from md3cli.exporters.pictures import FoundPicture, Pictures
 
+JPEG_SIDE_PX = 65_500  # libjpeg writes no more
 _JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
 
 

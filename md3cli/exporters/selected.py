@@ -2,7 +2,9 @@
 
 run.json (`md3-selection/1`) keeps where the pictures of each run are, sealed where this user's md3 knew it, and the
 names, thresholds and backgrounds of the runs, so that export, report and eval show of the file what they show of those.
-`is_thinned` says that thresholds may have taken objects away (`--refined`). Apart from jsonl.py, which writes records
+`asked` has what the runs were to ask, as far as the words for tasks, labels and prompts take it: what failed or found
+nothing may be left out, and `redacted` must know that it is not there. `is_thinned` says that thresholds may have taken
+objects away (`--refined`). Apart from jsonl.py, which writes records
 as they are shown and knows of no run.json.
 """
 
@@ -20,13 +22,15 @@ from typing import Any
 from md3cli import __version__
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportReport
+from md3cli.exporters.coverage import asked_by_runs
 from md3cli.exporters.files import replaced_file
 from md3cli.exporters.pictures import backgrounds_of, roots_of
 from md3cli.files import atomic_publish
 from md3cli.finished.guards import check_not_input
 from md3cli.finished.run_json import SELECTION_SCHEMA, digest_of_file, read_document, run_info_paths, seal_of
-from md3cli.records import compact_json, printable
+from md3cli.records import RecordDict, compact_json, printable
 from md3cli.refine.collection import Collection
+from md3cli.refine.selection import Selection
 
 
 def write_selected(
@@ -89,4 +93,12 @@ def _document(records: Collection, arguments: Sequence[str]) -> dict[str, Any]:
         "roots": roots,
         "refinement": records.refinement.to_json(),
         "backgrounds": list(backgrounds_of(records)),
+        "asked": _asked(records),
     }
+
+
+def _asked(records: Collection) -> list[RecordDict]:
+    """Return the requests of the runs that are of what is selected, each once."""
+    words = Selection(records.selection.tasks, records.selection.labels, records.selection.prompts)
+    taken = [request for request in asked_by_runs(records) if words.takes(request, records.refinement.labels)]
+    return [request for place, request in enumerate(taken) if request not in taken[:place]]

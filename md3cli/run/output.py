@@ -394,6 +394,7 @@ def export_options(config: RunConfig, root: str) -> ExportOptions:
         max_pixels=config.decode.max_pixels,
         max_file_size=config.decode.max_file_size,
         hides_unsure=config.hides_unsure,
+        is_run_done=True,
     )
 
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import shutil
 import struct
 import tarfile
 import zlib
@@ -386,6 +387,48 @@ def test_what_an_interrupted_run_was_to_ask_counts(pictures: Run) -> None:
     assert written(out) == {"p0.png", "p1.png"}
 
 
+@pytest.mark.parametrize("identity", [{"requests": []}, {"requests": [{"task": "detect", "prompt": "plate"}]}])
+def test_rows_that_may_still_come_prove_nothing(pictures: Run, identity: dict[str, Any]) -> None:
+    pictures.write([*everywhere(pictures), *everywhere(pictures, prompt="plate", objects=[])])
+    document = json.loads((pictures.folder / "run.json").read_text())
+    for starts in ([{"exit_status": 0}, {}], [{"exit_status": 130}]):
+        kept = {"identity": identity | {"background": "none"}, "starts": starts}
+        (pictures.folder / "run.json").write_text(json.dumps(document | kept))
+        with pytest.raises(UsageError, match="the run is not finished, and the rows of its manifest say what is asked"):
+            redact(pictures)
+        assert len(written(redact(pictures, labels=["face"], overwrite=True)[1])) == NUM_PICTURES
+        assert len(written(redact(pictures, is_run_done=True, overwrite=True)[1])) == NUM_PICTURES
+        shutil.rmtree(pictures.folder / "out")
+        (pictures.folder / "run.json").write_text(json.dumps(document | kept | {"identity": {"template": True}}))
+        with pytest.raises(UsageError, match="the run is not finished"):
+            redact(pictures, labels=["face"])
+    (pictures.folder / "run.json").write_text(json.dumps(document | kept | {"starts": [{"exit_status": 3}]}))
+    assert len(written(redact(pictures)[1])) == NUM_PICTURES
+
+
+def test_what_a_selection_left_out_was_asked_all_the_same(pictures: Run) -> None:
+    faces = everywhere(pictures, objects=[FACE | {"score": 0.1}])
+    pictures.write([*faces, *everywhere(pictures, prompt="car", objects=[CAR | {"score": 0.9}])])
+    document = json.loads((pictures.folder / "run.json").read_text())
+    requests = [{"task": "detect", "prompt": prompt} for prompt in ("face", "car")]
+    kept = {"identity": {"requests": requests, "background": "none"}, "starts": [{"exit_status": 0}]}
+    (pictures.folder / "run.json").write_text(json.dumps(document | kept))
+    for selection, num_written in ((Selection(score_from=0.5), 0), (Selection(labels=("car",)), NUM_PICTURES)):
+        once, twice = pictures.folder / "once.jsonl", pictures.folder / "twice.jsonl"
+        write_selected(Collection.of([pictures.records], selection=selection), once, overwrite=True)
+        write_selected(Collection.of([once]), twice, overwrite=True)
+        for file in (once, twice):
+            export_records(Collection.of([file]), "redacted", pictures.folder / "out", ExportOptions(overwrite=True))
+            assert len(written(pictures.folder / "out")) == num_written
+
+
+def test_records_without_their_run_are_told(pictures: Run) -> None:
+    pictures.write(everywhere(pictures))
+    (pictures.folder / "run.json").unlink()
+    report, _ = redact(pictures, root=pictures.root)
+    assert any("whether thresholds took something out of it is not known" in note for note in report.notes)
+
+
 def test_a_prompt_that_was_filled_from_the_row_answers_for_its_template(pictures: Run) -> None:
     person = Label(name="person", prompts=("face",), templates=("{name} of the team",))
     document = json.loads((pictures.folder / "run.json").read_text())
@@ -739,6 +782,31 @@ def test_what_was_transparent_stays_hidden_as_the_model_saw_it(run: Run) -> None
     _, out = redact(run)
     assert left_out(out) == {}
     assert (pixels_of(out / "clear.png") == 255).all()
+
+
+def test_transparent_pictures_lie_on_nothing_else(run: Run) -> None:
+    Image.new("RGBA", (WIDTH, HEIGHT), (10, 200, 30, 0)).save(run.root / "clear.png")
+    run.write([of(run, "clear.png", objects=[])])
+    document = json.loads((run.folder / "run.json").read_text())
+    (run.folder / "run.json").write_text(json.dumps(document | {"identity": {"background": "white"}}))
+    for colour in ("none", "black"):
+        with pytest.raises(UsageError, match="the model saw transparent pictures with --background white"):
+            redact(run, background=colour)
+    assert written(redact(run, background="#ffffff")[1]) == {"clear.png"}
+    (run.folder / "run.json").write_text(json.dumps(document | {"backgrounds": ["white", "black"]}))
+    with pytest.raises(UsageError, match="white, black"):
+        redact(run, background="white", overwrite=True)
+
+
+@pytest.mark.parametrize("format", ["redacted", "overlay"])
+def test_what_is_too_long_for_a_jpeg_stops_no_other(pictures: Run, format: str) -> None:
+    Image.new("RGB", (65_501, 1)).save(pictures.root / "long.jpg", "PNG")
+    pictures.write([of(pictures, "long.jpg"), *everywhere(pictures)])
+    out = pictures.folder / "out"
+    export_records(Collection.of([pictures.records]), format, out, ExportOptions())
+    assert written(out) == {f"p{number}.png" for number in range(NUM_PICTURES)}
+    if format == "redacted":
+        assert left_out(out) == {"long.jpg": "a JPEG has at most 65,500 pixels a side"}
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
