@@ -52,11 +52,12 @@ ask() {
   echo "$answer"
 }
 
-made=$(ask projects -F title="$(basename "$run")" -F label_config="<$out/project/interface.xml")
+name=$(basename "$run") # titles have 3 to 50 characters
+made=$(ask projects --form-string title="md3 ${name:0:40}" -F label_config="<$out/project/interface.xml")
 project=$(sed 's/^{"id": *\([0-9]*\).*/\1/' <<<"$made")
-sed 's/ and another with the path /\n/g' <<<"$folders" | while IFS= read -r folder; do
+while IFS= read -r folder; do # one for each run
   ask storages/localfiles -F project="$project" --form-string path="$folder" -F title=pictures -F use_blob_urls=true
-done >/dev/null
+done >/dev/null <<<"${folders// and another with the path /$'\n'}"
 ask "projects/$project/import" -F "file=@$out/project/tasks.json;type=application/json" >/dev/null
 
 # All of them are right? Select all, then Actions, "Create Annotations From Predictions"; then Export, as JSON.

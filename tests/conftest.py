@@ -28,7 +28,7 @@ settings.register_profile("same", settings.get_profile("search"), derandomize=Tr
 settings.load_profile("same")
 
 
-FOR_TESTS = ("MD3_CUDA_PYTHON", "MD3_LABEL_STUDIO_ENV")  # what tests themselves are told
+FOR_TESTS = ("MD3_CUDA_PYTHON",)  # what tests themselves are told
 
 
 def leave_the_users_machine_out() -> None:
