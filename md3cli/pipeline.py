@@ -34,8 +34,9 @@ from md3cli.run.output import (
 )
 from md3cli.settings import CONFIG_FILE, user_config_dir
 from md3cli.signals import StopSignals, check_stdout
+from md3cli.source.emptiness import check_not_empty
 from md3cli.source.inputs import paths_of
-from md3cli.source.source import check_not_empty, open_source
+from md3cli.source.source import open_source
 from md3cli.source.walk import is_glob
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from md3cli.images.pool import Picture
 from md3cli.run.feed import make_pool, rows_ahead
 from md3cli.run.model_handle import Model, crop_config_without_network
 from md3cli.signals import StopSignals
-from md3cli.source.source import Source, check_found, empty_words
+from md3cli.source.emptiness import check_found, empty_words
+from md3cli.source.source import Source
 
 Clock = Callable[[], float]
 

@@ -19,7 +19,7 @@ from md3cli.records import OK_TAIL, RETRYABLE
 from md3cli.run.asked import with_option
 from md3cli.run.output import OutputPlan
 from md3cli.run.run_info import RunCounts
-from md3cli.source.source import empty_words
+from md3cli.source.emptiness import empty_words
 
 STATUS_FAILED_RECORDS = 3
 MOST_FAILURES_NAMED = 5

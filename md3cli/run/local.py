@@ -31,7 +31,8 @@ from md3cli.run.output import ANSWER, TABLE, Output, export_options, publish, wo
 from md3cli.run.record_index import RequestIds, Unasked
 from md3cli.run.run_info import RunCounts, Timeline
 from md3cli.signals import Interrupted, StopSignals
-from md3cli.source.source import Source, check_found
+from md3cli.source.emptiness import check_found
+from md3cli.source.source import Source
 
 
 class LocalRun:

@@ -48,7 +48,8 @@ from md3cli.scale.make_plan import PLANNER, PlannerMark, PlanOvertakenError, mak
 from md3cli.scale.markers import CommitLog, RunOptions, read_run_options, remove_commit
 from md3cli.scale.plan import Plan, check_config, plan_config, read_plan, with_requests
 from md3cli.scale.store import LocalStore
-from md3cli.source.source import Source, check_found
+from md3cli.source.emptiness import check_found
+from md3cli.source.source import Source
 
 # Where the plan of an INPUT that has grown is made; what stands there is thrown away by any start.
 _NEXT_SUFFIX = "-next"
