@@ -30,6 +30,7 @@ else
     echo "http://127.0.0.1:$port" >"$server/url"
     LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT=$root \
       LABEL_STUDIO_BASE_DATA_DIR=$(cd "$server" && pwd) COLLECT_ANALYTICS=false LATEST_VERSION_CHECK=false \
+      DATA_UPLOAD_MAX_MEMORY_SIZE=4000000000 \
       nohup label-studio start --no-browser --internal-host 127.0.0.1 --port "$port" --username me@example.org \
       --password "$token" --user-token "$token" --enable-legacy-api-token >"$server/log" 2>&1 </dev/null &
     echo $! >"$server/pid"

@@ -29,6 +29,7 @@ from md3cli.records import compact_json, printable
 from md3cli.refine.collection import Collection
 
 LOCAL_FILES = "/data/local-files/?d="
+UPLOAD_LIMIT_BYTES = 250 * 2**20  # its DATA_UPLOAD_MAX_MEMORY_SIZE, unless its environment has another
 POINT_SIZE_PERCENT = 0.75
 PERCENT_DECIMALS = 6  # both edges of a box in a picture of 100,000 pixels stay within 0.001 pixels
 
@@ -55,7 +56,16 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         else:
             prefix = options.url_prefix
             num_images = _write_tasks(index, tasks.write, lambda group: prefix + _quoted_name(group))
+        notes += _size_notes(tasks.tell())
         return ExportReport("labelstudio", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
+
+
+def _size_notes(num_bytes: int) -> Iterator[str]:
+    """Yield in words what to set where Label Studio would refuse a file of tasks for its size."""
+    limit = num_bytes + 2**20  # with what goes around the file
+    if limit > UPLOAD_LIMIT_BYTES:
+        needed = f"DATA_UPLOAD_MAX_MEMORY_SIZE={limit}"
+        yield f"Label Studio will refuse the tasks ({num_bytes:,} bytes) unless it starts with {needed}"
 
 
 def _coco_notes(survey: Survey) -> Iterator[str]:

@@ -14,7 +14,7 @@ import programs
 import pytest
 from finished_runs import CAR, NAMES, Run, detect_records, draw_pictures, record
 
-from md3cli.exporters import ExportOptions, export_records
+from md3cli.exporters import ExportOptions, export_records, labelstudio
 from md3cli.finished.run_json import seal_of
 from md3cli.refine.collection import Collection
 
@@ -151,6 +151,16 @@ def test_pictures_outside_the_folder_are_told(run: Run, tmp_path: Path) -> None:
     report, _ = run.export("labelstudio", "tasks.json", is_confined=False)
     told = f"Label Studio will not show 1 pictures that lie outside the folder (first: {outside})"
     assert [note for note in report.notes if "not show" in note] == [told]
+
+
+def test_tasks_that_its_server_refuses_for_their_size_are_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.write([record("empty.png", "detect", "car", objects=[])])
+    assert "refuse" not in "".join(run.export("labelstudio", "tasks.json")[0].notes)
+    monkeypatch.setattr(labelstudio, "UPLOAD_LIMIT_BYTES", 2**20)
+    report, out = run.export("labelstudio", "large.json")
+    size = out.stat().st_size
+    setting = f"DATA_UPLOAD_MAX_MEMORY_SIZE={size + 2**20}"
+    assert report.notes[-1] == f"Label Studio will refuse the tasks ({size:,} bytes) unless it starts with {setting}"
 
 
 def test_without_a_folder_the_pictures_are_not_found(run: Run) -> None:
