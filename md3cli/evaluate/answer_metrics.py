@@ -77,37 +77,31 @@ def edit_distance(first: str, second: str) -> int:
 
 # ---- relaxed accuracy ------------------------------------------------------------------------------
 
-_NUMBER = re.compile(
-    r"([-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?)\s*(%?)", re.ASCII | re.IGNORECASE
-)
-
 
 def is_relaxed_right(answer: str, expected: Iterable[str]) -> bool:
     """Return whether an answer is a true one, or a number at most 5 % of it away.
 
     A text must be the same, whatever its case. `14%` is 0.14. ChartQA (Masry et al., ACL Findings 2022), as the script
-    of Pix2Struct (Lee et al., ICML 2023) reads it. Beyond that script, commas between thousands are read, blanks around
-    a text do not count, and all ways to write 0 are equal.
+    of Pix2Struct (Lee et al., ICML 2023) reads it: `1,000` is a text, and beside a true 0 texts count, not numbers.
+    Only blanks around a text do not count here, and what is no finite number is a text.
     """
     return any(_is_near(answer.strip(), text.strip()) for text in expected)
 
 
 def _is_near(said: str, wanted: str) -> bool:
     number, true_number = _as_number(said), _as_number(wanted)
-    if number is None or true_number is None:
+    if number is None or not true_number:
         return said.lower() == wanted.lower()
-    if true_number == 0:
-        return number == 0
     return abs(number - true_number) / abs(true_number) <= RELATIVE_TOLERANCE
 
 
 def _as_number(text: str) -> float | None:
-    """Return the number that all of a text is; None where it is something else, or too large for a float."""
-    match = _NUMBER.fullmatch(text)
-    if match is None:
+    """Return the number that all of a text is; None where it is something else, or not finite."""
+    try:
+        value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
         return None
-    value = float(match[1].replace(",", ""))
-    return (value / 100 if match[2] else value) if math.isfinite(value) else None
+    return value if math.isfinite(value) else None
 
 
 # ---- soft VQA accuracy -----------------------------------------------------------------------------
