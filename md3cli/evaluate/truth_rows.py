@@ -3,8 +3,8 @@
 Rows of a file are of one kind, which their columns say: `image, question, answer` (an empty image: a question without
 one), `image, caption`, or `image, label, x, y, w, h` in pixels of the upright picture, as md3's own CSV has it; a row
 that names a picture alone says that nothing is there, and `width` and `height` are the picture's. In a table that md3
-wrote, the column `task` says the kind, and `prompt` is the question. Several true answers are a list in the column, a
-JSON list as its text, or several rows.
+wrote, the column `task` says the kind, and `prompt` is the question; its Parquet has lists of objects for boxes.
+Several true answers are a list in the column, a JSON list as its text, or several rows.
 
 Files are of strangers: they are read row by row as manifests are, within the limits of those, and what is kept of all
 rows is bounded here. A row without an answer is counted and told. A row that makes no sense is an error that names it:
@@ -191,16 +191,23 @@ class _BoxRows:
             self._num_failed += 1
             return
         image, label = _image(columns), _text(columns, "label")
-        self._images.setdefault(image, TruthImage(image, _side(columns, "width"), _side(columns, "height")))
+        known = self._images.setdefault(image, TruthImage(image, _side(columns, "width"), _side(columns, "height")))
+        if not {"label", *_BOX} <= columns.keys():
+            for label, box in _boxes_in_lists(columns, known):
+                self._add(image, label, box)
+            return
         is_given = [columns.get(name) not in (None, "") for name in _BOX]
         if not label and not any(is_given):
             return  # a picture where nothing is
         if not label:
             raise ValueError("a box without a label")
-        x, y, width, height = (_number(columns, name) for name in _BOX)
+        self._add(image, label, [_number(columns, name) for name in _BOX])
+
+    def _add(self, image: str, label: str, box: Sequence[float]) -> None:
+        width, height = box[2:]
         if width <= 0 or height <= 0:
             raise ValueError(f"a box of {width:g} x {height:g} pixels")
-        self._objects.setdefault((image, label), []).append(truth_object({"bbox": [x, y, width, height]}))
+        self._objects.setdefault((image, label), []).append(truth_object({"bbox": box}))
 
     def truth(self, path: Path) -> Truth:
         categories = tuple(dict.fromkeys(label for _, label in self._objects))
@@ -235,6 +242,28 @@ def _kind(columns: Columns) -> type[_Collected]:
         return fitting[0]
     found = " and ".join(kind.what for kind in fitting) or f"the columns {', '.join(has)[:200]}"
     raise ValueError(f"it has {found}; a table has the columns {_KNOWN}")
+
+
+def _boxes_in_lists(columns: Columns, image: TruthImage) -> Iterator[tuple[str, list[float]]]:
+    """Yield (label, box in pixels) of a row of md3's own Parquet, where what was found is a list of shares."""
+    if {"objects", "segments"}.isdisjoint(columns):
+        raise ValueError(f"it has no boxes; a table has the columns {_KNOWN}")
+    for thing in [*_things(columns, "objects"), *_things(columns, "segments")]:
+        if not image.width or not image.height:
+            raise ValueError("boxes as shares of a picture without width and height")
+        box = thing.get("bbox", thing)
+        if not isinstance(box, dict) or not (label := _text(thing, "label")):
+            raise ValueError("what was found has no label or no box")
+        left, right = (_number(box, name) * image.width for name in ("x_min", "x_max"))
+        top, bottom = (_number(box, name) * image.height for name in ("y_min", "y_max"))
+        yield label, [left, top, right - left, bottom - top]
+
+
+def _things(columns: Columns, name: str) -> list[Columns]:
+    things = columns.get(name) or []
+    if not isinstance(things, list) or not all(isinstance(thing, dict) for thing in things):
+        raise ValueError(f"{name} holds no list of what was found")
+    return things
 
 
 def _side(columns: Columns, name: str) -> int | None:

@@ -306,3 +306,34 @@ def test_what_is_no_answer_or_of_no_query_is_refused(tmp_path):
         own(tmp_path, [query("a.jpg", "3", answer={"x": 1})])
     with pytest.raises(UsageError, match="here are records of point"):
         own(tmp_path, [record("a.jpg", "point", "car", points=points((9, 9))) | {"meta": {"answer": "3"}}])
+
+
+THING = {"label": "cat", "x_min": 0.1, "y_min": 0.2, "x_max": 0.3, "y_max": 0.7}
+OWN = {"image": "a.png", "width": 100, "height": 50, "task": "detect", "prompt": "cat"}
+
+
+def test_md3s_own_parquet_has_its_boxes(tmp_path):
+    segment = {"label": "dog", "svg_path": "", "bbox": {key: THING[key] for key in THING if key != "label"}}
+    rows = [OWN | {"objects": [THING], "segments": None}, OWN | {"task": "segment", "segments": [segment, segment]}]
+    truth = load_truth(parquet(tmp_path, [*rows, OWN | {"image": "b.png", "objects": []}]))
+    assert [*truth.images] == ["a.png", "b.png"]
+    assert {key: len(found) for key, found in truth.objects.items()} == {("a.png", "cat"): 1, ("a.png", "dog"): 2}
+    for found in truth.objects.values():
+        assert found[0].bbox == pytest.approx((10, 10, 20, 25))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (OWN, "it has no boxes"),
+        (OWN | {"width": None, "objects": [THING]}, "without width and height"),
+        (OWN | {"objects": [THING | {"label": ""}]}, "no label or no box"),
+        (OWN | {"objects": [THING | {"x_max": 0.1}]}, "a box of 0 x 25 pixels"),
+        (OWN | {"objects": [{"label": "cat"}]}, "x_min is 'None', not a number"),
+        (OWN | {"objects": "cat"}, "objects holds no list"),
+        (OWN | {"segments": [{"label": "cat", "bbox": "x"}]}, "no label or no box"),
+    ],
+)
+def test_lists_of_objects_that_make_no_sense_are_refused(tmp_path, row, words):
+    with pytest.raises(InputError, match=words):
+        load_truth(parquet(tmp_path, [row]))
