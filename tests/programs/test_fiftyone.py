@@ -18,6 +18,7 @@ from finished_runs import HEIGHT, NAMES, WIDTH, Record, Run, draw_pictures, fail
 from PIL import Image
 
 from md3cli.exporters import ExportOptions, export_records
+from md3cli.exporters.splits import Splits
 from md3cli.finished.run_json import seal_of
 
 pytestmark = programs.MARKS
@@ -105,6 +106,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Run:
     for format in ("yolo", "voc"):
         run.export(format, format, root=run.root)
         run.export(format, f"{format} flat", root=run.root, is_flat=True)
+    for format in ("yolo", "coco"):
+        run.export(format, f"{format} sets", root=run.root, splits=Splits((("train", 0.5), ("val", 0.5))))
     bbox = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.9, "y_max": 0.7}
     mixed = [record("empty.png", "segment", "ring", segments=[{**RING, "bbox": bbox}])]
     run.write([*mixed, record("empty.png", "point", "nose", points=[POINT])])
@@ -117,9 +120,17 @@ def loaded(fiftyone: programs.Program, database: dict[str, str], exported: Run) 
     """What FiftyOne made of each folder."""
     folder, root = exported.folder, str(exported.root)
     wanted: dict[str, tuple[str, dict[str, Any]]] = {}
-    for layout, kinds in (("coco", ["detections"]), ("mixed", ["detections", "segmentations", "keypoints"])):
-        labels = str(folder / f"{layout}.json")
-        wanted[layout] = "COCODetectionDataset", {"data_path": root, "labels_path": labels, "label_types": kinds}
+    boxes, all_kinds = ["detections"], ["detections", "segmentations", "keypoints"]
+    for layout, file, kinds in (
+        ("coco", "coco.json", boxes),
+        ("coco train", "coco sets/instances_train.json", boxes),
+        ("coco val", "coco sets/instances_val.json", boxes),
+        ("mixed", "mixed.json", all_kinds),
+    ):
+        places = {"data_path": root, "labels_path": str(folder / file)}
+        wanted[layout] = "COCODetectionDataset", {**places, "label_types": kinds}
+    for name in ("train", "val"):
+        wanted[f"yolo {name}"] = "YOLOv5Dataset", {"yaml_path": str(folder / "yolo sets/data.yaml"), "split": name}
     for layout in ("yolo", "yolo flat"):
         wanted[layout] = ("YOLOv5Dataset", {"yaml_path": str(folder / layout / "data.yaml"), "split": "train"})
     for layout in ("voc", "voc flat"):
@@ -134,7 +145,7 @@ def found_in(samples: list[tuple[str, dict[str, Any]]], exported: Run) -> dict[s
     names = {hashlib.sha256((exported.root / name).read_bytes()).hexdigest(): name for name in PICTURES}
     assert len(names) == len(PICTURES) == len(samples)
     return {
-        names[digest]: [
+        names.get(digest, TURNED): [  # a flat set has it upright, with bytes of its own
             (label, [x * WIDTH, y * HEIGHT, (x + width) * WIDTH, (y + height) * HEIGHT])
             for one in fields.values()
             for label, (x, y, width, height), _ in one
@@ -166,6 +177,14 @@ def largest_difference(found: dict[str, list[Found]]) -> float:
 )
 def test_every_picture_and_every_box(loaded: dict[str, Any], exported: Run, layout: str, limit: float) -> None:
     assert largest_difference(found_in(loaded[layout], exported)) <= limit
+
+
+@pytest.mark.parametrize("format", ["coco", "yolo"])
+def test_two_sets_are_all_pictures(loaded: dict[str, Any], exported: Run, format: str) -> None:
+    train, val = loaded[f"{format} train"], loaded[f"{format} val"]
+    assert train
+    assert val
+    assert largest_difference(found_in([*train, *val], exported)) <= 0.001
 
 
 def test_masks_and_keypoints(loaded: dict[str, Any]) -> None:
