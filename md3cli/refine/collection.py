@@ -162,8 +162,9 @@ class ShownRecords:
             for place in self._files.places(start):
                 yield place, self._shown_at(place)
             return
+        is_as_it_is = is_raw or (self._refinement.changes_nothing and not self.collection.is_numbered)
         for place, record in self._files.placed(start):
-            yield place, record if is_raw else self._refined([record])[0]
+            yield place, record if is_as_it_is else self._refined([record])[0]
 
     def _shown_at(self, place: int) -> RecordDict:
         """Return the record at a place as it is shown; a picture's records are read once, where they are compared."""

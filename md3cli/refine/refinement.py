@@ -73,6 +73,11 @@ class Refinement:
         labels = self.labels.labels
         return self.nms is not None or any(label.nms is not None or label.is_shared for label in labels)
 
+    @cached_property
+    def changes_nothing(self) -> bool:
+        """Whether a record that is read alone is shown as it is."""
+        return not (self.labels.labels or self.has_thresholds or self.may_compare)
+
     def to_json(self) -> dict[str, Any]:
         """Return the choice as run.json keeps it."""
         thresholds = {"min_score": self.min_score, "nms": self.nms}

@@ -136,6 +136,12 @@ def test_a_hostile_line_is_read_as_by_the_plain_way(seed: int) -> None:
             assert made_of(tidied_record, text + b"\n") == made_of(put_back, text + b"\n")
 
 
+@pytest.mark.parametrize("odd", [b"\xff", b"\xed\xa0\x80", "\u2028".encode(), b"\\u001f", b"\\ud800"])
+def test_odd_bytes_are_read_as_by_the_plain_way(odd: bytes) -> None:
+    for line in ANSWERS:
+        assert made_of(tidied_record, line.replace(b"car", odd)) == made_of(put_back, line.replace(b"car", odd))
+
+
 @pytest.mark.parametrize("line", ANSWERS)
 def test_an_answer_of_md3_needs_no_putting_back(line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = put_back(line)
