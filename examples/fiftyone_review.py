@@ -109,6 +109,17 @@ def made(fo: Any, name: str, run: Path, folder: Path, truth: Path | None) -> Any
     dataset.add_samples([sample_of(fo, path, pictures[image]) for image, path in found.items()])
     if truth is not None:
         add_truth(fo, dataset, truth)
+    dataset.info["run"] = str(run.resolve())
+    dataset.save()
+    return dataset
+
+
+def known(fo: Any, name: str, run: Path) -> Any:
+    """The data set that an earlier start made of this run."""
+    dataset = fo.load_dataset(name)
+    if dataset.info.get("run") != str(run.resolve()):
+        sys.exit(f"FiftyOne has a data set {name} of something else; give another --name")
+    print(f"going on with the data set {name}")
     return dataset
 
 
@@ -140,8 +151,10 @@ def main() -> None:
         sys.exit("this example needs FiftyOne: pip install fiftyone")
     name = args.name or args.run.resolve().name
     with tempfile.TemporaryDirectory() as folder:
-        is_there = fo.dataset_exists(name)
-        dataset = fo.load_dataset(name) if is_there else made(fo, name, args.run, Path(folder), args.gt)
+        if fo.dataset_exists(name):
+            dataset = known(fo, name, args.run)
+        else:
+            dataset = made(fo, name, args.run, Path(folder), args.gt)
         view = dataset.sort_by("least_sure")
         for sample in view.limit(5):
             print(f"{sample.least_sure:.3f}  {sample.image}")

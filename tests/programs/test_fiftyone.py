@@ -247,11 +247,15 @@ def test_the_example_keeps_the_records_of_tagged_pictures(
 
     out = tmp_path / "wrong.jsonl"
     said = example(fiftyone, tmp_path, run.folder, "--no-app", "-o", out, **database)
+    assert said[0] == "going on with the data set my run"
     assert said[-1] == "2 pictures are tagged wrong"
     lines, kept = ([json.loads(line) for line in path.read_text().splitlines()] for path in (run.records, out))
     assert kept == [line for line in lines if line["image"] in names[1:]]
     report = export_records(out, "overlay", tmp_path / "drawn", ExportOptions())
     assert (report.num_images, report.num_failures) == (2, 1)
+    with pytest.raises(AssertionError, match="data set my run of something else"):
+        example(fiftyone, tmp_path, out, "--no-app", "--name", "my run", **database)
+    assert example(fiftyone, tmp_path, out, "--no-app", **database)[0] == "2 pictures, 0 are not there"
 
 
 def truth_of(path: Path, names: list[str], bbox: list[float]) -> Path:
