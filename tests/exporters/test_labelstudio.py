@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tarfile
@@ -125,6 +126,22 @@ def test_pictures_of_two_runs_are_below_one_document_root(run: Run, tmp_path: Pa
     assert paths == ["pictures/empty.png", "far/other%20pictures/empty.png"]
     assert report.notes[-2].endswith(f"DOCUMENT_ROOT={tmp_path.resolve()}")
     assert f"the path {run.root.resolve()} and another with the path {other.root.resolve()} (" in report.notes[-1]
+
+
+def test_twins_of_two_runs_are_told_apart_by_their_bytes(run: Run, tmp_path: Path) -> None:
+    """Two runs, each with a picture of this name, joined without `--as`."""
+    other = Run(tmp_path / "other run", tmp_path / "far/other pictures")
+    draw_pictures(other.root, ["a.jpg", "empty.png"])
+    for one, task in ((run, "detect"), (other, "segment")):
+        sha256 = hashlib.sha256((one.root / "empty.png").read_bytes()).hexdigest()
+        result = {"detect": {"objects": []}, "segment": {"segments": []}}[task]
+        one.write([record("empty.png", task, "car", **result | {"sha256": sha256})])
+        known = {"schema": "md3-run/1", "root": str(one.root), "seal": seal_of(str(one.root))}
+        (one.folder / "run.json").write_text(json.dumps(known))
+    out = tmp_path / "both.json"
+    export_records(Collection.of([run.folder, other.folder]), "labelstudio", out, ExportOptions())
+    paths = [task["data"]["image"].removeprefix("/data/local-files/?d=") for task in read(out)]
+    assert paths == ["pictures/empty.png", "far/other%20pictures/empty.png"]
 
 
 def test_pictures_that_its_server_cannot_open_are_told(run: Run) -> None:
