@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import time
 
 import pytest
 from hypothesis import given
@@ -78,11 +77,9 @@ def test_any_text_ends(text: str) -> None:
     "text",
     ["{0..99999999999}", "{0..9}" * 6, "{a,b}" * 10_000, "{1..2}" * 19, f"{{0..{'9' * 100}}}", "{1,{0..999999}}"],
 )
-def test_what_names_too_many_is_refused_at_once(text: str) -> None:
-    start = time.monotonic()
+def test_what_names_too_many_is_refused_before_it_is_spelled_out(text: str) -> None:
     with pytest.raises(InputError, match=r"paths, more than 262,144; give a pattern instead"):
         next(expanded(text))
-    assert time.monotonic() - start < 2
 
 
 def test_braces_in_braces_have_a_bound() -> None:
@@ -92,8 +89,6 @@ def test_braces_in_braces_have_a_bound() -> None:
 
 
 @pytest.mark.parametrize("text", ["{" * 100_000, "{}" * 50_000, "{" * 50_000 + "}" * 50_000, "{1..1}" * 20_000])
-def test_a_flood_of_braces_takes_no_time(text: str) -> None:
-    start = time.monotonic()
+def test_a_flood_of_braces_ends(text: str) -> None:
     assert len(list(expanded(text))) == 1
     has_braces(text)
-    assert time.monotonic() - start < 5
