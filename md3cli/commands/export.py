@@ -72,7 +72,7 @@ def export(
     chosen = format or ("html" if is_page else None if output is None else format_of(output))
     if chosen is None:
         raise UsageError("say what to write: --format coco, or -o with a suffix: .json .jsonl .parquet .csv .html")
-    choices = write.for_format(chosen, has_typed_min_score="min_score" in options.typed)
+    choices = write.for_format(chosen, typed_reading=options.typed)
     if output is not None:
         check_none_is_read([output], options.files_read(collection))
         check_not_of_run(output)

@@ -153,8 +153,8 @@ class WriteOptions:
     ] = MAX_FILE_SIZE
     typed: frozenset[str] = frozenset()  # names of the fields that stood in the command line
 
-    def for_format(self, format: str, *, has_typed_min_score: bool) -> ExportOptions:
-        """Return how `format` is written.
+    def for_format(self, format: str, *, typed_reading: frozenset[str]) -> ExportOptions:
+        """Return how `format` is written; `typed_reading` are the fields of `ReadOptions` that were typed.
 
         Raises:
             UsageError: an option is for other formats, or needs another one.
@@ -199,7 +199,8 @@ class WriteOptions:
             extension=self.extension,
             redaction=self.redact or "box",
             pad=self.pad,
-            hides_unsure=has_typed_min_score,
+            hides_unsure="min_score" in typed_reading,
+            has_typed_labels="labels" in typed_reading,
         )
 
 

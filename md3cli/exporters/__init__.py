@@ -65,6 +65,7 @@ class ExportOptions:
         redaction: how `redacted` covers a box.
         pad: room around a box in `crops` and `redacted`, as a share of its width and height; None: the format's own.
         hides_unsure: the user typed a least score in this very command, so that `redacted` may leave objects bare.
+        has_typed_labels: the user named a labels file in this very command, so that `redacted` covers all its labels.
         is_run_done: the run of the records is over, though run.json does not say so yet.
         max_pixels, max_file_size: what is refused unread, as everywhere.
         told: called with how many pictures are done, of how many; with how many records are read, of None.
@@ -100,6 +101,7 @@ class ExportOptions:
     pad: float | None = None
     hides_unsure: bool = False
     is_run_done: bool = False
+    has_typed_labels: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from md3cli.errors import UsageError
+from md3cli.exporters import ExportOptions
 from md3cli.exporters.grouping import ImageGroup, image_key
 from md3cli.exporters.svg_path import segment_polygons
 from md3cli.finished.records_file import disk_trouble_in_words
@@ -73,17 +74,22 @@ class Questions:
         if (found := self.of(record)) is not None:
             self._by_name.setdefault(found[0], {})[found[1]] = None
 
-    def required(self, typed: Sequence[str]) -> dict[str, tuple[Question, ...]]:
+    def required(self, typed: Sequence[str], listed: Sequence[str] = ()) -> dict[str, tuple[Question, ...]]:
         """Return the names that are chosen, each with all questions that must be answered for it.
 
         Args:
-            typed: names, or prompts of them; none are all names that are asked.
+            typed: names, or prompts of them; none are all names that are asked, and those that are `listed`.
 
         Raises:
             UsageError: one is not asked at all, or only with point; or nothing is asked that has an extent.
         """
         chosen = {name: self._all_of(name) for name in map(self._name_of, typed)} if typed else {}
         if not typed:
+            if unasked := [shown_text(name) for name in listed if name not in self._by_name]:
+                raise UsageError(
+                    f"no record asks for {unasked[0]}, which the labels file has, so it would stay visible; ask md3 "
+                    "detect for it, or say with --label what must be covered"
+                )
             chosen = {name: self._all_of(name) for name in self._by_name}
         if not chosen:
             raise UsageError("nothing is asked here that could be covered; ask with md3 detect or md3 segment")
@@ -126,12 +132,8 @@ class Coverage:
     file, so that memory grows with the questions only.
     """
 
-    def __init__(self, records: Collection, *, hides_unsure: bool, is_run_done: bool = False) -> None:
+    def __init__(self, records: Collection, options: ExportOptions) -> None:
         """Begin.
-
-        Args:
-            hides_unsure: what is below the collection's least score stays bare.
-            is_run_done: all is asked, although run.json does not say so yet.
 
         Raises:
             UsageError: what thresholds hide is not in the records.
@@ -142,14 +144,15 @@ class Coverage:
                 "export from the run itself, or select without --refined"
             )
         self._records, self._labels = records, records.refinement.labels
-        self._least = (records.refinement.min_score or 0.0) if hides_unsure else 0.0
+        self._least = (records.refinement.min_score or 0.0) if options.hides_unsure else 0.0
         self.questions = Questions(self._labels)
         self._known = set[tuple[Any, Any]]()
         for request in asked_by_runs(records):
             self.questions.add(request)
             self._known.add((request["task"], request["prompt"]))
-        self._unfinished = [] if is_run_done else [run for run in _documents(records) if not is_finished(run)]
+        self._unfinished = [] if options.is_run_done else [run for run in _documents(records) if not is_finished(run)]
         self._rows_ask = any(_is_asked_by_rows(run) for run in self._unfinished)
+        self._listed = self._labels.names if options.has_typed_labels else ()
         self.chosen: dict[str, tuple[Question, ...]] = {}
         self._covers_all = not records.selection.labels
         self._has_failed = False
@@ -194,7 +197,7 @@ class Coverage:
                 "the run is not finished, and the rows of its manifest say what is asked, so more may be asked of a "
                 f"picture than its records tell; finish it with the same command{label}"
             )
-        self.chosen = self.questions.required(self._records.selection.labels)
+        self.chosen = self.questions.required(self._records.selection.labels, self._listed)
         self._database.execute("CREATE INDEX of_picture ON failed(key)")
 
     def is_picked(self, group: ImageGroup) -> bool:

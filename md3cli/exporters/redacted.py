@@ -95,7 +95,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     whole = replace(records, refinement=Refinement(), selection=Selection())
     num_images = 0
     with (
-        closing(Coverage(records, hides_unsure=options.hides_unsure, is_run_done=options.is_run_done)) as coverage,
+        closing(Coverage(records, options)) as coverage,
         closing(ImageIndex(whole, coverage.note)) as index,
         staged_folder(out, overwrite=options.overwrite, format="redacted") as folder,
         folder.create([PurePosixPath(LEFT_OUT)])[0] as list_file,

@@ -422,6 +422,15 @@ def test_what_a_selection_left_out_was_asked_all_the_same(pictures: Run) -> None
             assert len(written(pictures.folder / "out")) == num_written
 
 
+def test_a_label_of_the_typed_file_that_nobody_asks_is_refused(pictures: Run) -> None:
+    pictures.write(everywhere(pictures))
+    names = labels_with(["face", "plate"], Labels())
+    with pytest.raises(UsageError, match="no record asks for plate, which the labels file has"):
+        redact(pictures, names=names, has_typed_labels=True)
+    assert len(written(redact(pictures, names=names, has_typed_labels=True, labels=["face"])[1])) == NUM_PICTURES
+    assert len(written(redact(pictures, names=names, out="kept")[1])) == NUM_PICTURES
+
+
 def test_records_without_their_run_are_told(pictures: Run) -> None:
     pictures.write(everywhere(pictures))
     (pictures.folder / "run.json").unlink()

@@ -133,3 +133,16 @@ def test_options_as_typed(md3: Program, pictures: Path) -> None:
         assert int(row["x_max"]) - int(row["x_min"]) == pytest.approx(width * (1 + 2 * room), abs=2)
     assert md3("export", "out", "-f", "redacted", "-o", "x", "--label", "cart").exit_code == 2
     assert md3("export", "out", "-f", "crops", "-o", "x", "--redact", "blur").exit_code == 2
+
+
+def test_all_of_a_labels_file_that_is_typed_must_be_asked(md3: Program, pictures: Path) -> None:
+    md3("detect", pictures, "car", "-o", "out/")
+    Path("labels.txt").write_text("car\nplate\n")
+    refused = md3("export", "out", "-f", "redacted", "-o", "shown", "--labels", "labels.txt")
+    assert refused.exit_code == 2
+    assert "no record asks for plate" in refused.stderr
+    assert not Path("shown").exists()
+    assert (
+        md3("export", "out", "-f", "redacted", "-o", "shown", "--labels", "labels.txt", "--label", "car").exit_code == 0
+    )
+    assert len(written(Path("shown"))) == 10
