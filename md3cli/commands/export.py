@@ -80,7 +80,12 @@ def export(
         if chosen == "html":
             from md3cli.report.build import ReportOptions
 
-            report_options = ReportOptions(root=write.root, overwrite=write.overwrite)
+            report_options = ReportOptions(
+                root=write.root,
+                overwrite=write.overwrite,
+                max_pixels=write.max_pixels,
+                max_file_size=write.max_file_size,
+            )
             write_page(collection, output or Path("report.html"), report_options, options)
         elif output is None and not write.beside:
             _print(collection, chosen, choices)
@@ -88,12 +93,16 @@ def export(
             with told_progress(chosen) as told:
                 done = export_records(collection, chosen, output or Path(), replace(choices, told=told))
             _tell(done)
+            if write.beside and output is not None and output.resolve() != done.out.resolve():
+                tell_notes([f"the files are beside the pictures, as --beside says; nothing is in {output}"])
 
 
 def _print(records: Collection, format: str, options: ExportOptions) -> None:
     """Print the document, once it is complete."""
-    if format not in PRINTABLE:
-        raise UsageError(f"{format} cannot be printed; name a file or folder with -o")
+    is_folder = options.splits is not None or options.is_roboflow
+    if format not in PRINTABLE or is_folder:
+        what = f"{format} with --split or --roboflow" if is_folder else format
+        raise UsageError(f"{what} cannot be printed; name a {'folder' if is_folder else 'file or folder'} with -o")
     check_stdout()
     with tempfile.TemporaryDirectory(prefix="md3-export-") as folder:
         document = Path(folder, "document")

@@ -167,6 +167,8 @@ class WriteOptions:
             raise UsageError("--split-by needs --split; add it: --split train=0.8,val=0.2")
         if self.existing is not None and not self.beside:
             raise UsageError("--existing is about files beside the pictures; add --beside, or use --overwrite")
+        if self.link and self.beside:
+            raise UsageError("--link is about copies of the pictures, and --beside makes none; leave one out")
         if self.overwrite and self.existing not in (None, "replace"):
             raise UsageError(f"--overwrite replaces, and --existing says {self.existing}; leave one out")
         if self.roboflow and self.coco_results:

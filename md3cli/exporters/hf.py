@@ -44,7 +44,9 @@ _KINDS = Kinds(  # of ImageFolder of datasets 5.2, which looks at the content, n
 )
 _NAMES = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 # What `datasets` takes for the name of another split in a folder's name, at any depth (data_files.py).
-_SPLIT = re.compile(r"(?<![^-._ 0-9])(validation|valid|dev|val|test|testing|eval|evaluation)(?![^-._ 0-9])")
+_SPLIT = re.compile(
+    r"(?<![^-._ 0-9])(train(?:ing)?|val(?:id(?:ation)?)?|dev|test(?:ing)?|eval(?:uation)?)(?![^-._ 0-9])"
+)
 _READ = str.maketrans("[]{}$%", "______")  # as patterns, and as variables of the environment ($HOME, %TEMP%)
 
 

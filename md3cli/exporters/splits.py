@@ -12,9 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from md3cli.errors import UsageError
+from md3cli.records import printable
+
 FOLDER = "folder"
 _HASH_BYTES = 8
-ONE_SET = "all pictures are in one set; --split train=0.8,val=0.2 makes two"
+ONE_SET = "all pictures are in one set; md3 export --split train=0.8,val=0.2 makes two"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,10 @@ class Splits:
         if self.by == FOLDER:
             return image.rpartition("/")[0]
         values = (meta.get(self.by) for meta in metas)
-        return next((str(value) for value in values if value not in (None, "")), None)
+        value = next((value for value in values if value not in (None, "")), None)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # pandas writes a whole number as 160.0
+        return None if value is None else str(value)
 
     @property
     def _last(self) -> str:
@@ -81,10 +87,20 @@ class Sets:
         return name
 
     def notes(self) -> Iterator[str]:
-        """Yield how many pictures each set has, and what could not be kept together, in sentences."""
+        """Yield how many pictures each set has, and what could not be kept together, in sentences.
+
+        Raises:
+            UsageError: no picture has the column that keeps pictures together.
+        """
         if self.splits is None:
             yield ONE_SET
             return
+        column = printable(str(self.splits.by))
+        if 0 < self.counts.total() == self._num_keyless:
+            raise UsageError(f"no picture has a column {column} in its meta, so --split-by cannot keep any together")
         yield "sets: " + ", ".join(f"{name} {count:,}" for name, count in self.counts.items())
+        empty = [name for name, share in self.splits.shares if share > 0 and not self.counts[name]]
+        if empty and self.counts.total():
+            yield f"no picture fell to {' and '.join(empty)}, at which trainers stop; there are few, or few groups"
         if self._num_keyless:
-            yield f"{self._num_keyless:,} pictures have no {self.splits.by!r} to keep them together; each stands alone"
+            yield f"{self._num_keyless:,} pictures have no {column!r} to keep them together; each stands alone"

@@ -48,7 +48,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
 
 def text_of(record: RecordDict, *, keeps_lines: bool = False) -> str:
     """Return the text of a caption or query record, as one line unless `keeps_lines`; empty where it has none."""
-    text = str(record.get("caption") or record.get("answer") or "")
+    text = str(record.get("caption") or record.get("answer") or "").replace("\0", " ")  # no text file has it: `merged`
     if keeps_lines:
         return text.replace("\r\n", "\n").replace("\r", "\n").strip()
     return " ".join(line.strip() for line in text.splitlines() if line.strip())

@@ -60,12 +60,13 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
             num_points += sum(1 for _ in copy.group.points())
             num_images += 1
         (folder.path / "labelmap.txt").write_text(_label_map(labels), encoding="utf-8", newline="\n")
+        notes_of_sets = [*sets.notes()]  # refuses sets before they are OUT
     notes = [*survey.notes(), *missing_notes(pictures)]
     if num_points:
         notes.append(f"{num_points} points were left out: Pascal VOC has no place for them")
     if changed := [printable(label) for label, name in labels.items() if label != name]:
         notes.append(f"labels that a label map cannot hold were changed: {', '.join(changed)}")
-    notes += sets.notes()
+    notes += notes_of_sets
     return ExportReport("voc", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
 
 
@@ -87,9 +88,10 @@ def _label(label: str) -> str:
 
 def _label_map(labels: dict[str, str]) -> str:
     colours = palette(list(labels))
-    lines = [f"{name}:{','.join(map(str, colours[label].colour))}::" for label, name in labels.items()]
-    background = [] if "background" in labels.values() else ["background:0,0,0::"]
-    return "\n".join(["# label:color_rgb:parts:actions", *background, *dict.fromkeys(lines), ""])
+    shown = {name: colours[label].colour for label, name in labels.items()}  # a name twice is refused
+    lines = [f"{name}:{','.join(map(str, colour))}::" for name, colour in shown.items()]
+    background = [] if "background" in shown else ["background:0,0,0::"]
+    return "\n".join(["# label:color_rgb:parts:actions", *background, *lines, ""])
 
 
 def _document(group: ImageGroup, name: PurePosixPath, labels: dict[str, str]) -> bytes:

@@ -16,6 +16,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.copies import USUAL, Copy, copied, missing_notes
 from md3cli.exporters.files import StagedFolder, staged_folder
@@ -27,11 +28,15 @@ from md3cli.exporters.splits import Sets
 from md3cli.refine.collection import Collection
 
 _SUFFIX = ".txt"
+# Folders that readers look for in a path, and keys that mean something else in data.yaml (`download` runs a program).
+_TAKEN = frozenset({"images", "labels", "path", "names", "nc", "download", "channels", "kpt_shape", "flip_idx"})
 
 
 def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
     """Write a data set that `yolo train data=OUT/data.yaml` takes as it is, if the pictures are found."""
     pictures, sets = Pictures(records, options), Sets(options.splits)
+    if taken := [name for name in sets.names if name.lower() in _TAKEN]:
+        raise UsageError(f"{taken[0]} is a word of YOLO's own; name the set otherwise in --split")
     num_images = num_points = 0
     with (
         closing(ImageIndex(records)) as index,
@@ -46,11 +51,12 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         for copy, _ in copied(labelled, pictures, USUAL, are_upright=options.is_flat):
             num_points += sum(1 for _ in copy.group.points())
             num_images += 1
-        (folder.path / "data.yaml").write_text(_data_yaml(survey.categories(), sets.names), encoding="utf-8")
+        (folder.path / "data.yaml").write_text(_data_yaml(survey.categories(), sets), encoding="utf-8")
+        notes_of_sets = [*sets.notes()]  # refuses sets before they are OUT
     notes = [*survey.notes(), *missing_notes(pictures)]
     if num_points:
         notes.append(f"{num_points} points were left out: YOLO has no place for them")
-    notes += sets.notes()
+    notes += notes_of_sets
     return ExportReport("yolo", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
 
 
@@ -91,9 +97,13 @@ def _fitted(name: PurePosixPath) -> PurePosixPath:
     return PurePosixPath(*(f"{part}_" if part == "images" else part for part in parts[:-1]), parts[-1])
 
 
-def _data_yaml(labels: Iterable[str], sets: tuple[str, ...]) -> str:
-    """Return the document; trainers want both `train` and `val`, and where one is missing another stands for it."""
-    paths = {name: f"images/{name}" for name in sets} if any(sets) else {"train": "images"}
+def _data_yaml(labels: Iterable[str], sets: Sets) -> str:
+    """Return the document.
+
+    Trainers want both `train` and `val`, and stop at an empty folder: for one that is missing or empty another stands.
+    """
+    filled = [name for name in sets.names if sets.counts[name]] or sets.names
+    paths = {"train": "images"} if sets.splits is None else {name: f"images/{name}" for name in filled}
     first = next(iter(paths.values()))
     paths = {"train": paths.get("train", first), "val": paths.get("val", paths.get("test", first)), **paths}
     head = 'path: ""  # the folder of this file\n' + "".join(f"{name}: {path}\n" for name, path in paths.items())

@@ -27,7 +27,7 @@ from md3cli.run.live import LiveEngine
 from md3cli.run.log import damage_words
 from md3cli.run.model_handle import LazyEngine, Model
 from md3cli.run.order import OrderedRecords
-from md3cli.run.output import ANSWER, TABLE, Output, export_options, publish, words_of_others, written_paths
+from md3cli.run.output import ANSWER, TABLE, Output, export_options, publish, say_once, words_of_others, written_paths
 from md3cli.run.record_index import RequestIds, Unasked
 from md3cli.run.run_info import RunCounts, Timeline
 from md3cli.signals import Interrupted, StopSignals
@@ -228,11 +228,13 @@ class LocalRun:
         )
         self._tell_damage()
         self._note_end(None)  # a report made below tells of this run
+        notes: list[tuple[str, str]] = []
         for document in self.output.plan.documents:
-            for note in publish(document, journal.path, self.config, self.source.root, self.console, self.early):
-                self.console.say(f"{document.format}: {note}")
+            found = publish(document, journal.path, self.config, self.source.root, self.console, self.early)
+            notes += [(document.format, note) for note in found]
             if self.output.plan.stdout is not None:
                 print_document(document.path)
+        say_once(notes, self.console)
         if self.config.output.add and journal.has_changed and (words := words_of_others(self.output.plan)):
             self.console.warn(words)
 

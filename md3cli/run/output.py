@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -382,6 +382,15 @@ def publish(
         drawn = None if early is None else early.folder
         options = replace(export_options(config, root), told=told, early=drawn)
         return export_records(records, document.format, document.path, options).notes
+
+
+def say_once(notes: Iterable[tuple[str, str]], console: RunConsole) -> None:
+    """Print notes about documents, each once, behind the formats that it is about."""
+    formats: dict[str, list[str]] = {}
+    for format, note in notes:
+        formats.setdefault(note, []).append(format)
+    for note, about in formats.items():
+        console.say(f"{', '.join(about)}: {note}")
 
 
 def export_options(config: RunConfig, root: str) -> ExportOptions:

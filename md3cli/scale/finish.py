@@ -25,7 +25,7 @@ from md3cli.finished.run_json import RecordsDigest
 from md3cli.records import OK_TAIL, printable
 from md3cli.run.finish import NamedFailures, exit_status, summarize, tell_how_to_resume
 from md3cli.run.order import WAITING_SUFFIX
-from md3cli.run.output import publish, remove_temps, words_of_others
+from md3cli.run.output import publish, remove_temps, say_once, words_of_others
 from md3cli.run.run_info import RunDocument, Timeline
 from md3cli.scale.added import merged
 from md3cli.scale.attempts import Teller
@@ -100,11 +100,13 @@ class Finish:
             self._document.note_records(RecordsDigest(noted.bytes, noted.sha256))
         self._document.finish(counts_of(self._commits), {}, None, self._timeline.points)
         deliveries.deliver(files.run_info)
+        notes: list[tuple[str, str]] = []
         for document in self._start.outputs.documents:
             deliveries.fetch(journal)
-            for note in publish(document, journal, self._config, self._plan.root, self._console):
-                self._console.say(f"{document.format}: {note}")
+            found = publish(document, journal, self._config, self._plan.root, self._console)
+            notes += [(document.format, note) for note in found]
             deliveries.deliver(document.path)
+        say_once(notes, self._console)
         if self._config.output.add and self._num_new() and (words := words_of_others(self._start.outputs)):
             self._console.warn(words)
 

@@ -58,6 +58,9 @@ def test_captions_go_beside_the_pictures_as_typed(md3: Program, texts: dict[str,
         ("-f txt -o t --existing skip", "--existing is about files beside the pictures; add --beside"),
         ("-f txt --beside --overwrite --existing append", "--overwrite replaces, and --existing says append"),
         ("-f coco -o t.json --prefix x", "--prefix is for txt, not for coco"),
+        ("-f labelme --beside --link", "--link is about copies of the pictures, and --beside makes none"),
+        ("-f coco --split train=0.8,val=0.2", "coco with --split or --roboflow cannot be printed; name a folder"),
+        ("-f coco --roboflow", "coco with --split or --roboflow cannot be printed; name a folder"),
         ("-f txt -o t --bom", "--bom is for csv, not for txt"),
         ("-f txt -o t --extension .png", "'.png' is no extension for a text"),
     ],
@@ -66,7 +69,7 @@ def test_options_that_do_nothing_or_contradict_are_refused(md3: Program, line: s
     refused = md3("export", "out", *line.split())
     assert refused.exit_code == 2
     assert words in " ".join(refused.stderr.split())
-    assert not list(Path("img").glob("*.txt"))
+    assert not [*Path("img").glob("*.txt"), *Path("img").glob("*.json")]
 
 
 def test_a_run_that_grows_joins_its_texts_anew(md3: Program) -> None:
@@ -76,3 +79,18 @@ def test_a_run_that_grows_joins_its_texts_anew(md3: Program) -> None:
     assert {path.name: path.read_text() for path in Path("grown/txt").glob("*.txt")} == {
         path.name: path.read_text() for path in Path("out/txt").glob("*.txt")
     }
+
+
+@pytest.mark.parametrize(("out", "is_told"), [("elsewhere", True), ("img/", False)])
+def test_an_output_that_beside_does_not_use_is_told(md3: Program, out: str, is_told: bool) -> None:
+    done = md3("export", "out", "-f", "txt", "--beside", "-o", out)
+    assert done.exit_code == 0, done.stderr
+    assert ("as --beside says; nothing is in elsewhere" in done.stderr) == is_told
+    assert not Path("elsewhere").exists()
+
+
+def test_a_page_keeps_to_the_limits_of_pictures(md3: Program) -> None:
+    for typed, is_told in (("--max-pixels", True), ("--max-file-size", True), ("--root", False)):
+        done = md3("export", "out", "-o", "page.html", "--overwrite", typed, "1" if is_told else "img")
+        assert done.exit_code == 0, done.stderr
+        assert ("3 pictures cannot be opened" in done.stderr) == is_told

@@ -247,6 +247,18 @@ def test_sets_have_the_names_of_datasets(detect_run: Run) -> None:
         assert {splits.of(one, []) for one in found & set(NAMES)} <= {name}
 
 
+def test_a_folder_called_as_a_set_stays_in_its_own_set(run: Run, tmp_path: Path) -> None:
+    names = [f"{folder}/{number}.png" for folder in ("train", "training", "old-val", "test") for number in range(4)]
+    draw_pictures(run.root, names)
+    run.write([record(name, "caption", length="short", caption=name) for name in names])
+    splits = Splits((("train", 0.4), ("val", 0.3), ("test", 0.3)))
+    _, out = run.export("hf", "out", splits=splits)
+    loaded = load(out, tmp_path / "cache")
+    assert sorted(text for rows in loaded.values() for text in rows["text"]) == sorted(names)
+    for part, name in (("train", "train"), ("validation", "val"), ("test", "test")):
+        assert {splits.of(text, []) for text in loaded[part]["text"]} == {name}
+
+
 def rows_in(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from md3cli.errors import UsageError
 from md3cli.exporters.splits import ONE_SET, Sets, Splits
 
 HALF = (("train", 0.8), ("val", 0.15), ("test", 0.05))
@@ -58,6 +60,26 @@ def test_values_of_a_column_stay_together_and_what_has_none_is_told() -> None:
     notes = list(sets.notes())
     assert notes[0].startswith("sets: train ")
     assert "1 pictures have no 'patient'" in notes[1]
+
+
+def test_a_column_that_no_picture_has_is_refused() -> None:
+    sets = Sets(Splits((("train", 0.5), ("val", 0.5)), "pati\nent"))
+    assert list(sets.notes()) == ["sets: train 0, val 0"]  # no pictures, nothing to keep together
+    sets.add("a.png", [{"meta": {"other": 1}}])
+    with pytest.raises(UsageError, match=r"no picture has a column pati\\x0aent"):
+        list(sets.notes())
+
+
+def test_a_whole_number_is_one_value_however_it_is_written() -> None:
+    splits = Splits(HALF, "site")
+    for number in range(100):
+        assert splits.of("a.png", [{"site": number}]) == splits.of("b.png", [{"site": float(number)}])
+
+
+def test_a_set_that_no_picture_fell_to_is_told() -> None:
+    sets = Sets(Splits((("train", 1.0), ("val", 1e-9), ("test", 0.0))))
+    sets.add("a.png", [])
+    assert [note for note in sets.notes() if "no picture fell to val," in note]
 
 
 def test_without_splits_there_is_one_set_and_it_is_said() -> None:

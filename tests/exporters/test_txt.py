@@ -205,6 +205,13 @@ def test_a_text_is_one_line(run: Run) -> None:
     assert (out / "a.txt").read_bytes() == b"a dog runs fast over the green wide old field  here"
 
 
+def test_no_text_is_written_that_would_be_refused_the_next_time(run: Run) -> None:
+    run.write([record(NAMES[0], "caption", length="short", caption="a\0b")])
+    _, out = run.export("txt", "out")
+    written = (out / "a/photo.txt").read_bytes()
+    assert merged(written, written, join=", ", is_prepended=False) == written == b"a b"
+
+
 def test_boxes_alone_leave_an_empty_folder_and_a_note(detect_run: Run) -> None:
     report, out = detect_run.export("txt", "out")
     assert texts_of(out) == {}

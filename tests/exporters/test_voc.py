@@ -106,6 +106,15 @@ def test_sets_have_a_list_each(detect_run: Run) -> None:
     assert any(note.startswith("sets: train ") for note in report.notes)
 
 
+def test_labels_that_a_label_map_shows_alike_stand_there_once(run: Run) -> None:
+    found = [{**CAR, "label": label} for label in ("a:b", "a_b")]
+    run.write([record(NAMES[0], "detect", "a_b", objects=found)])
+    report, out = run.export("voc", "out")
+    lines = (out / "labelmap.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.partition(":")[0] for line in lines[1:]] == ["background", "a_b"]
+    assert any("a:b" in note for note in report.notes)
+
+
 def test_a_label_of_any_characters_is_well_formed(run: Run) -> None:
     label = "\x00<&\uffff\ufffe"
     run.write([record(NAMES[0], "detect", "car", objects=[{**CAR, "label": label}])])

@@ -234,8 +234,9 @@ def test_sets_are_folders_and_a_flat_set_has_plain_names(detect_run: Run) -> Non
         assert picture.is_file()
 
 
-def test_a_set_that_is_missing_is_stood_for(detect_run: Run) -> None:
-    _, out = detect_run.export("yolo", "out", splits=Splits((("train", 1.0),)))
+@pytest.mark.parametrize("shares", [(("train", 1.0),), (("train", 1.0), ("val", 0.0))])
+def test_a_set_that_is_missing_or_empty_is_stood_for(detect_run: Run, shares: tuple[tuple[str, float], ...]) -> None:
+    _, out = detect_run.export("yolo", "out", splits=Splits(shares))
     data = yaml.safe_load((out / "data.yaml").read_text(encoding="utf-8"))
     assert (data["train"], data["val"]) == ("images/train", "images/train")
 
@@ -257,3 +258,15 @@ def test_a_flat_set_has_turned_pictures_upright(run: Run) -> None:
                 if is_flat:
                     red, _, blue = image.convert("RGB").getpixel((115, 40))
                     assert red < 40 < 200 < blue
+
+
+@pytest.mark.parametrize("name", ["images", "Labels", "path", "names", "download"])
+def test_a_set_is_not_called_as_what_trainers_look_for(detect_run: Run, name: str) -> None:
+    with pytest.raises(UsageError, match="--split"):
+        detect_run.export("yolo", "out", splits=Splits(((name, 0.5), ("val", 0.5))))
+
+
+def test_sets_by_a_column_that_is_not_there_leave_nothing(detect_run: Run) -> None:
+    with pytest.raises(UsageError, match="patient"):
+        detect_run.export("yolo", "out", splits=Splits((("train", 0.5), ("val", 0.5)), "patient"))
+    assert not (detect_run.folder / "out").exists()
