@@ -391,7 +391,7 @@ def test_a_picture_outside_the_root_is_not_opened(run_folder, tmp_path):
 
 def test_the_command_s_options_reach_the_page(run_folder, tmp_path):
     arguments = [str(run_folder), "-o", str(tmp_path / "out"), "--title", "<My> run", "--thumbnail-size", "64"]
-    result = CliRunner().invoke(app, ["report", *arguments, "--images-per-page", "6"])
+    result = CliRunner().invoke(app, [*arguments, "--images-per-page", "6"])
     assert result.exit_code == 0, result.output
     assert "index.html: 11 images, 40 records" in result.stderr
     assert "note: 8 pictures cannot be opened" in result.stderr
@@ -406,15 +406,15 @@ def test_the_page_is_opened_only_when_it_is_written_and_asked_for(run_folder, tm
     opened = []
     monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or len(opened) < 2)
     page = tmp_path / "a b.html"
-    assert CliRunner().invoke(app, ["report", str(run_folder), "-o", str(page)]).exit_code == 0
+    assert CliRunner().invoke(app, [str(run_folder), "-o", str(page)]).exit_code == 0
     assert opened == []
-    again = CliRunner().invoke(app, ["report", str(run_folder), "-o", str(page), "--open"])
+    again = CliRunner().invoke(app, [str(run_folder), "-o", str(page), "--open"])
     assert isinstance(again.exception, UsageError)
     assert opened == []
-    result = CliRunner().invoke(app, ["report", str(run_folder), "-o", str(page), "--open", "--overwrite"])
+    result = CliRunner().invoke(app, [str(run_folder), "-o", str(page), "--open", "--overwrite"])
     assert opened == [page.resolve().as_uri()]
     assert "no browser" not in result.stderr
-    result = CliRunner().invoke(app, ["report", str(run_folder), "-o", str(page), "--open", "--overwrite"])
+    result = CliRunner().invoke(app, [str(run_folder), "-o", str(page), "--open", "--overwrite"])
     assert f"note: no browser could be started; open {page} yourself" in result.stderr
 
 
@@ -432,7 +432,7 @@ def test_the_command_scores_by_ground_truth_and_draws_what_was_missed(tmp_path):
     }
     (tmp_path / "gt.json").write_text(json.dumps(truth))
     arguments = [str(tmp_path / "records.jsonl"), "-o", str(tmp_path / "r.html"), "--root", str(tmp_path)]
-    result = CliRunner().invoke(app, ["report", *arguments, "--gt", str(tmp_path / "gt.json")])
+    result = CliRunner().invoke(app, [*arguments, "--gt", str(tmp_path / "gt.json")])
     assert result.exit_code == 0, result.output
     assert result.stderr.endswith("r.html: 1 images, 1 records\n")
     page = Elements((tmp_path / "r.html").read_text())
@@ -444,8 +444,8 @@ def test_the_command_scores_by_ground_truth_and_draws_what_was_missed(tmp_path):
     assert "Boxes by ground truth" in visible
     for sign in ("solid: right", "dashed: wrong", "white, dashed: missed"):
         assert sign in visible
-    assert isinstance(CliRunner().invoke(app, ["report", *arguments]).exception, UsageError)  # r.html is there
-    assert isinstance(CliRunner().invoke(app, ["report", arguments[0], "-o", "x.pdf"]).exception, UsageError)
+    assert isinstance(CliRunner().invoke(app, [*arguments]).exception, UsageError)  # r.html is there
+    assert isinstance(CliRunner().invoke(app, [arguments[0], "-o", "x.pdf"]).exception, UsageError)
 
 
 # ---- counts and plots ----------------------------------------------------------------------------
