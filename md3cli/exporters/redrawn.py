@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from md3cli.exporters.grouping import ImageGroup
 from md3cli.exporters.names import candidates, relative_name
 from md3cli.exporters.pictures import FoundPicture, Pictures
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 JPEG_SIDE_PX = 65_500  # libjpeg writes no more
 _JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
@@ -47,7 +49,7 @@ def redrawn_names(name: str) -> Iterator[PurePosixPath]:
     return candidates(name, suffix if is_kept else ".png", keep_suffix=not is_kept)
 
 
-def encoded(image: Image.Image, quality: int | None) -> bytes:
+def encoded(image: Image, quality: int | None) -> bytes:
     """Return the file of a picture, with nothing but its pixels in it: JPEG of a quality, or PNG where it is None."""
     image.info.clear()  # EXIF, XMP, comment, profile: the writers would carry some of it over
     file = BytesIO()
