@@ -275,7 +275,7 @@ class Coverage:
         return score is not None and score < (self._least if own is None else min(own, self._least))
 
 
-def _documents(records: Collection) -> Iterator[Mapping[str, Any]]:
+def _documents(records: Collection) -> Iterator[dict[str, Any]]:
     """Yield the run.json of each run that tells of its starts."""
     yield from (info.document for info in records.infos() if isinstance(info.document.get("starts"), list))
 

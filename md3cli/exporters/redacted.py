@@ -8,9 +8,10 @@ pictures: one is looked at if any of its records is taken, and then all its reco
 
 What was found is covered whatever its score, doubles too; only a least score that is typed in this very command leaves
 objects bare. Covered are boxes of detect and of segments, with `--pad` around them (10 %), and a mask where it leaves
-its box. `box` makes all pixels of a region black. In a JPEG black goes on to the next multiple of 8 pixels: a block of
-8 x 8 is coded as one, so black would run over a border within it, and the original's blocks hold traces of what was
-beside them. `blur` and `pixelate` are for looks: what is hidden so can be recognised, or computed back.
+its box. `box` makes all pixels of a region black. In a JPEG black goes on to the next multiple of 16 pixels: colour is
+coded in blocks of that size, so the original's hold traces of what was beside them (a red coat next to a box of 8 left
+124 of 255 levels), and black would run over a border within one.
+`blur` and `pixelate` are for looks: what is hidden so can be recognised, or computed back.
 
 Files are those of redrawn.py: one frame, encoded anew from the pixels that the model saw, and nothing else.
 """
@@ -47,7 +48,7 @@ from md3cli.refine.selection import Selection
 LEFT_OUT, COLUMNS = "left_out.csv", ("image", "reason")
 DEFAULT_PAD = 0.1
 BLACK = (0, 0, 0)
-JPEG_QUALITY, JPEG_BLOCK_PX = 95, 8
+JPEG_QUALITY, JPEG_BLOCK_PX = 95, 16
 NOT_FOUND, CHANGED = "the picture is not there", "the picture has changed"
 UNREADABLE = "the picture cannot be read or written"
 
