@@ -107,7 +107,7 @@ def exact_region(box: dict[str, Any], width: int, height: int, pad: str) -> tupl
     for low, high, size in (("x_min", "x_max", width), ("y_min", "y_max", height)):
         start, end = Fraction(str(box[low])), Fraction(str(box[high]))
         room = Fraction(pad) * (end - start)
-        sides.append((max(0, math.floor((start - room) * size)), min(size, math.ceil((end + room) * size))))
+        sides.append((max(0, math.floor((start - room) * size)), min(size, max(0, math.ceil((end + room) * size)))))
     (left, right), (top, bottom) = sides
     return left, top, right, bottom
 
