@@ -100,5 +100,5 @@ def _document(records: Collection, arguments: Sequence[str]) -> dict[str, Any]:
 def _asked(records: Collection) -> list[RecordDict]:
     """Return the requests of the runs that are of what is selected, each once."""
     words = Selection(records.selection.tasks, records.selection.labels, records.selection.prompts)
-    taken = [request for request in asked_by_runs(records) if words.takes(request, records.refinement.labels)]
-    return [request for place, request in enumerate(taken) if request not in taken[:place]]
+    taken = (request for request in asked_by_runs(records) if words.takes(request, records.refinement.labels))
+    return list({(request["task"], request["prompt"]): request for request in taken}.values())
