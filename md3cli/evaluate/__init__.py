@@ -17,7 +17,7 @@ from md3cli.errors import InputError
 from md3cli.evaluate.located import RequestKey, final_records, has_failed, request_key
 from md3cli.evaluate.metrics import Metric, check_met, led_by
 from md3cli.evaluate.scores import BestThresholds, Section, Verdict, without_infinite
-from md3cli.evaluate.truth import Captions, Instances, Questions, Truth, load_truth
+from md3cli.evaluate.truth import Captions, Instances, Questions, Truth, read_document
 from md3cli.records import RecordDict, printable
 from md3cli.refine.collection import Collection, as_collection, read
 from md3cli.refine.labels import Labels
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 EVAL_SCHEMA = "md3-eval/1"
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 SCORE_TOLERANCE = 0.002  # what the same model, weights and picture promise
 RESULT_KEYS = ("caption", "answer", "reasoning", "objects", "points", "segments")
 TEXT_SHOWN = 200
@@ -107,6 +108,19 @@ class Evaluation:
         if self.comparison is not None:
             document["comparison"] = self.comparison.to_json()
         return dict(without_infinite(document))
+
+
+def load_truth(path: Path) -> Truth:
+    """Read a ground truth file, a table or JSON.
+
+    Raises:
+        InputError: the file cannot be read, or is of no known kind; the message says which kinds there are.
+    """
+    if path.suffix.lower() not in TABLE_SUFFIXES:
+        return read_document(path)
+    from md3cli.evaluate.truth_rows import read_table  # which loads pyarrow's world
+
+    return read_table(path)
 
 
 def evaluate(

@@ -16,7 +16,6 @@ from typing import Any
 from md3cli.errors import InputError
 from md3cli.records import printable
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 MOST_TEXTS = 10_000  # that are true of one thing
 
 
@@ -77,16 +76,12 @@ class Questions:
 Truth = Instances | Captions | Questions
 
 
-def load_truth(path: Path) -> Truth:
-    """Read a ground truth file.
+def read_document(path: Path) -> Truth:
+    """Read a ground truth in JSON or JSON Lines.
 
     Raises:
         InputError: the file cannot be read, or is of no known kind; the message says which kinds there are.
     """
-    if path.suffix.lower() in TABLE_SUFFIXES:
-        from md3cli.evaluate.truth_rows import read_table  # which loads pyarrow's world
-
-        return read_table(path)
     document = _read_json(path)
     try:
         if isinstance(document, list):

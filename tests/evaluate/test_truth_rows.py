@@ -11,8 +11,8 @@ from hostile_manifests import write_manifests
 from truths import box, points, record, write_records
 
 from md3cli.errors import InputError, UsageError
-from md3cli.evaluate import evaluate, load_truth, truth_rows
-from md3cli.evaluate.truth import TABLE_SUFFIXES, Captions, Instances, Questions
+from md3cli.evaluate import TABLE_SUFFIXES, evaluate, load_truth, truth_rows
+from md3cli.evaluate.truth import Captions, Instances, Questions
 from md3cli.exporters import ExportOptions, csv_flat
 from md3cli.refine.collection import Collection
 
