@@ -29,6 +29,7 @@ from md3cli.refine.template import Template
 
 COVERING = (Task.DETECT, Task.SEGMENT)  # tasks whose answers have an extent
 NOT_ASKED, FAILED, CUT_OFF, DAMAGED = "a label was not asked", "a request failed", "an answer was cut off", "damaged"
+ROWS_MAY_ASK = "rows_may_ask"  # in the run.json of records that were selected
 _MOST_TOLD = 3  # of the reasons of a picture, and of names in a message
 
 Box = Mapping[str, float]
@@ -150,7 +151,7 @@ class Coverage:
         for request in asked_by_runs(records):
             self.questions.add(request)
             self._known.add((request["task"], request["prompt"]))
-        self._unfinished = [] if options.is_run_done else [run for run in _documents(records) if not is_finished(run)]
+        self._unfinished = [] if options.is_run_done else list(_unfinished(records))
         self._rows_ask = any(_is_asked_by_rows(run) for run in self._unfinished)
         self._listed = self._labels.names if options.has_typed_labels else ()
         self.chosen: dict[str, tuple[Question, ...]] = {}
@@ -275,9 +276,16 @@ class Coverage:
         return score is not None and score < (self._least if own is None else min(own, self._least))
 
 
-def _documents(records: Collection) -> Iterator[dict[str, Any]]:
-    """Yield the run.json of each run that tells of its starts."""
-    yield from (info.document for info in records.infos() if isinstance(info.document.get("starts"), list))
+def _unfinished(records: Collection) -> Iterator[dict[str, Any]]:
+    """Yield the run.json of each run that tells of its starts and that they did not come to the end."""
+    for document in (info.document for info in records.infos()):
+        if isinstance(document.get("starts"), list) and (not is_finished(document) or document.get(ROWS_MAY_ASK)):
+            yield document
+
+
+def rows_may_ask(records: Collection) -> bool:
+    """Return whether rows of a manifest that were not read yet may ask more of the pictures."""
+    return any(map(_is_asked_by_rows, _unfinished(records)))
 
 
 def _identity(document: Mapping[str, Any]) -> Mapping[str, Any]:

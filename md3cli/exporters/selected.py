@@ -22,7 +22,7 @@ from typing import Any
 from md3cli import __version__
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportReport
-from md3cli.exporters.coverage import asked_by_runs
+from md3cli.exporters.coverage import ROWS_MAY_ASK, asked_by_runs, rows_may_ask
 from md3cli.exporters.files import replaced_file
 from md3cli.exporters.pictures import backgrounds_of, roots_of
 from md3cli.files import atomic_publish
@@ -94,6 +94,7 @@ def _document(records: Collection, arguments: Sequence[str]) -> dict[str, Any]:
         "refinement": records.refinement.to_json(),
         "backgrounds": list(backgrounds_of(records)),
         "asked": _asked(records),
+        ROWS_MAY_ASK: rows_may_ask(records),
     }
 
 

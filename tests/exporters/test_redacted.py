@@ -408,6 +408,11 @@ def test_rows_that_may_still_come_prove_nothing(pictures: Run, identity: dict[st
         (pictures.folder / "run.json").write_text(json.dumps(document | kept))
         with pytest.raises(UsageError, match="the run is not finished, and the rows of its manifest say what is asked"):
             redact(pictures)
+        selected = pictures.folder / "selected.jsonl"
+        write_selected(Collection.of([pictures.records]), selected, overwrite=True)
+        if not identity["requests"]:
+            with pytest.raises(UsageError, match="the run is not finished"):
+                export_records(Collection.of([selected]), "redacted", pictures.folder / "out", ExportOptions())
         assert len(written(redact(pictures, labels=["face"], overwrite=True)[1])) == NUM_PICTURES
         assert len(written(redact(pictures, is_run_done=True, overwrite=True)[1])) == NUM_PICTURES
         shutil.rmtree(pictures.folder / "out")
