@@ -3,9 +3,9 @@
 run.json (`md3-selection/1`) keeps where the pictures of each run are, sealed where this user's md3 knew it, and the
 names, thresholds and backgrounds of the runs, so that export, report and eval show of the file what they show of those.
 `asked` has what the runs were to ask, as far as the words for tasks, labels and prompts take it: what failed or found
-nothing may be left out, and `redacted` must know that it is not there; `rows_may_ask`, that a run stopped before the rows
-of its manifest said all. `is_thinned` says that thresholds may have taken objects away (`--refined`). Apart from jsonl.py,
-which writes records as they are shown and knows of no run.json.
+nothing may be left out, and `redacted` must know that it is not there; `rows_may_ask`, that a run stopped before the
+rows of its manifest said all. `is_thinned` says that thresholds may have taken objects away (`--refined`). Apart from
+jsonl.py, which writes records as they are shown and knows of no run.json.
 """
 
 from __future__ import annotations
