@@ -200,21 +200,23 @@ def lock_holder(path: Path) -> str | None:
 # -- copies and scratch ----------------------------------------------------------------------------
 
 
-def copy_file(source: Path | str, target: Path, *, is_linked: bool = False) -> None:
+def copy_file(source: Path | str, target: Path, *, is_linked: bool = False) -> bool:
     """Make `target`, which must be absent or empty, a copy of the file that `source` leads to.
 
     The copy costs nothing where the file system can share blocks. With `is_linked`, `target` becomes the same file (a
-    hard link), so that who writes to one writes to both; where the file system has no such links, it is a copy.
+    hard link), so that who writes to one writes to both; where the file system has no such links, it is a copy. Return
+    whether it is a link.
 
     Raises:
         OSError: `source` cannot be read, or `target` cannot be written.
     """
     source = os.path.realpath(source)
     if is_linked and _linked(source, target):
-        return
+        return True
     with open(source, "rb") as old, open(target, "wb") as new:
         if not share_blocks(old.fileno(), new.fileno()):
             shutil.copyfileobj(old, new, 1 << 20)
+    return False
 
 
 def _linked(source: str, target: Path) -> bool:

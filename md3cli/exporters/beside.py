@@ -126,7 +126,7 @@ class BesidePictures:
             OutputError: one cannot be written; those before it are.
             UsageError: what stands in a file's place has changed in the meantime, and must stay.
         """
-        self.pictures.missing_note()  # raises
+        self.pictures.notes()  # raises
         self._remove_leftovers()
         (total,) = self._database.execute("SELECT count(content) FROM file").fetchone()
         rows = self._database.execute("SELECT folder, name, content FROM file WHERE content NOTNULL ORDER BY seq")
@@ -152,7 +152,7 @@ class BesidePictures:
                 f"{self.num_renamed:,} files got a longer name, because the plain one is another picture's or too long "
                 f"(first: {printable(self._first_renamed)}); programs look for the plain one, so rename such pictures"
             )
-        yield from self.pictures.missing_note()
+        yield from self.pictures.notes()
 
     def _picture(self, group: ImageGroup) -> FoundPicture | None:
         found = self.pictures.find(group.picture_record, has_twins=group.has_twins)

@@ -189,9 +189,7 @@ def _write_roboflow(
     """Write each set as a folder of pictures with its document beside them, as Roboflow does; yield notes."""
     pictures, sets = Pictures(records, options), Sets(options.splits)
     pictures.require_root("coco with --roboflow")
-    folders = {name: _ROBOFLOW_NAMES.get(name, name) for name in sets.names}
-    if len(set(folders.values())) < len(folders):
-        raise UsageError("val and valid are one set for Roboflow; name it once in --split")
+    folders = sets.folders(_ROBOFLOW_NAMES, "Roboflow")
     names = Names(is_flat=options.is_flat)
     copies = named_copies(
         index.images(), folder, folders, sets, names, USUAL, partial(Copy.of, pictures=pictures, out=out)
@@ -204,7 +202,7 @@ def _write_roboflow(
         for copy, is_there in copied(copies, pictures, USUAL, are_upright=options.is_flat):
             if is_there:
                 documents[copy.part](copy.group, copy.name)
-    yield from (*pictures.missing_note(), *sets.notes())
+    yield from (*pictures.notes(), *sets.notes())
 
 
 class _Writer:

@@ -137,7 +137,8 @@ def copied(
 
 
 def missing_notes(pictures: Pictures, place: str = "under images/") -> Iterator[str]:
-    """Yield how many pictures a data set lacks that can do without: its labels fit pictures put there later."""
+    """Yield sentences as `Pictures.notes`, where labels fit pictures that are put there later."""
+    yield from pictures.link_note()
     if pictures.num_missing:
         yield f"{pictures.num_missing} pictures were not found or not readable: add --root DIR, or put them {place}"
 

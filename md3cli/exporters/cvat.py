@@ -213,10 +213,10 @@ def _add(parent: ET.Element, tag: str, text: str | None = None) -> ET.Element:
 
 
 def _notes(pictures: Pictures) -> Iterator[str]:
-    """Yield what pictures are not there: CVAT takes no image that its task has no picture of."""
-    if pictures.num_missing and pictures.num_found:
-        yield from pictures.missing_note()
-    elif pictures.num_missing:
+    """Yield sentences as `Pictures.notes`: CVAT takes no image that its task has no picture of."""
+    if pictures.num_found or not pictures.num_missing:
+        yield from pictures.notes()
+    else:
         yield (
             "no picture was found, so images/ is empty: add --root DIR, or make the task of pictures with the names in "
             "annotations.xml"

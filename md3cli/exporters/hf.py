@@ -87,7 +87,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         for name in folders.values():  # a set without rows stops `datasets`
             if sets.splits is not None and not (folder.path / name / METADATA).stat().st_size:
                 shutil.rmtree(folder.path / name)
-        notes = (*survey.notes(), *pictures.missing_note(), *sets.notes())
+        notes = (*survey.notes(), *pictures.notes(), *sets.notes())
     return ExportReport("hf", out, survey.num_records, num_images, survey.num_failures, notes)
 
 
@@ -97,10 +97,7 @@ def _folders(sets: Sets) -> dict[str, str]:
         return {"": "train"}
     if unknown := [name for name in sets.names if name not in _NAMES]:
         raise UsageError(f"hf has sets called train, val and test, not {unknown[0]}; name them so in --split")
-    folders = {name: _NAMES[name] for name in sets.names}
-    if len(set(folders.values())) < len(folders):
-        raise UsageError("val and validation are one set for hf; name it once in --split")
-    return folders
+    return sets.folders(_NAMES, "hf")
 
 
 def _plain(name: PurePosixPath) -> PurePosixPath:

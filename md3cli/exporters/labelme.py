@@ -24,7 +24,7 @@ from md3cli.exporters.beside import BesidePictures
 from md3cli.exporters.copies import USUAL, Copy, copied, missing_notes
 from md3cli.exporters.files import StagedFolder, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
-from md3cli.exporters.names import Names, beside_pictures, relative_name
+from md3cli.exporters.names import Names, beside_pictures, suffix_in
 from md3cli.exporters.objects import Ring, joined_ring
 from md3cli.exporters.pictures import Pictures
 from md3cli.records import printable
@@ -77,7 +77,7 @@ def _export_beside(records: Collection, options: ExportOptions) -> ExportReport:
     ):
         for group in index.images():
             beside.add(group, partial(_document, group))
-            num_strange += relative_name(group.name).suffix.lower() in KINDS.remade
+            num_strange += suffix_in(group.name).lower() in KINDS.remade
         beside.write()
         survey, notes = index.survey, [*index.survey.notes(), *beside.notes()]
         if num_strange:

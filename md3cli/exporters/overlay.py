@@ -300,7 +300,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
                     file.write(content)
                 num_images += 1
         survey = index.survey
-        notes = (*survey.notes(), *pictures.missing_note())
+        notes = (*survey.notes(), *pictures.notes())
     return ExportReport("overlay", out, survey.num_records, num_images, survey.num_failures, notes)
 
 

@@ -16,6 +16,7 @@ import hashlib
 import io
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -153,6 +154,7 @@ class Pictures:
         self.num_found = 0
         self.num_missing = 0
         self._first_missing = ""
+        self.is_unlinked = False  # a copy was made where a link was asked for
 
     def require_root(self, format: str) -> None:
         """Raise where this export cannot know where the pictures are."""
@@ -227,16 +229,17 @@ class Pictures:
         Raises:
             OSError: it cannot be read or written.
         """
-        copy_file(picture.path, target, is_linked=self._options.is_linked)
+        if not copy_file(picture.path, target, is_linked=self._options.is_linked):
+            self.is_unlinked = self._options.is_linked  # a plain assignment: several threads copy
 
-    def missing_note(self) -> tuple[str, ...]:
-        """Return the sentence about pictures that are not there, if any.
+    def notes(self) -> tuple[str, ...]:
+        """Return sentences about links that are copies, and pictures that are not there.
 
         Raises:
             ExportError: not one is there, so the root must be wrong.
         """
         if not self.num_missing:
-            return ()
+            return (*self.link_note(),)
         where, example = printable(str(self.root)), printable(self._first_missing)
         claim = (
             "" if self.is_trusted else " (only run.json says so, and your own md3 did not write it: sha256 must agree)"
@@ -245,9 +248,13 @@ class Pictures:
             raise ExportError(
                 f"none of {self.num_missing} pictures is below {where}{claim} (first: {example}); set --root DIR"
             )
-        return (
-            f"{self.num_missing} pictures cannot be read below {where}{claim}, they are left out (first: {example})",
-        )
+        missing = f"{self.num_missing} pictures cannot be read below {where}{claim}, they are left out"
+        return (*self.link_note(), f"{missing} (first: {example})")
+
+    def link_note(self) -> Iterator[str]:
+        """Yield that pictures were copied in spite of `--link`, if so."""
+        if self.is_unlinked:
+            yield "pictures were copied, not linked: OUT is on another disk, or on one that has no hard links"
 
     def _look_up(self, record: RecordDict) -> tuple[Root | None, ImageItem | None]:
         """Return the record's picture and the root it was found below; of several the one with its digest."""

@@ -118,7 +118,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         for image, gap in coverage.unanswered():
             left_out.add(image, gap)
         left_out.table.end()
-        pictures.missing_note()  # raises where not one is there
+        pictures.notes()  # raises where not one is there
         survey = index.survey
     notes = (*survey.notes(), *left_out.notes(num_images), *_notes(records, coverage, options))
     return ExportReport("redacted", out, survey.num_records, num_images, survey.num_failures, notes)

@@ -86,6 +86,19 @@ class Sets:
         self.counts[name] += 1
         return name
 
+    def folders(self, called: Mapping[str, str], program: str) -> dict[str, str]:
+        """Return the folder of each set, where `program` has names of its own for some, `called`.
+
+        Raises:
+            UsageError: two sets would share one.
+        """
+        folders = {name: called.get(name, name) for name in self.names}
+        for name, folder in folders.items():
+            others = [other for other in folders if other != name and folders[other].casefold() == folder.casefold()]
+            if others:
+                raise UsageError(f"{name} and {others[0]} are one set for {program}; name it once in --split")
+        return folders
+
     def notes(self) -> Iterator[str]:
         """Yield how many pictures each set has, and what could not be kept together, in sentences.
 

@@ -26,7 +26,7 @@ from md3cli.exporters.splits import Sets
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
 
-_ONE_SET = "default"  # as CVAT calls it
+_DEFAULT_LIST = "default"  # as CVAT calls it
 
 
 def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
@@ -43,7 +43,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
             (folder.path / name).mkdir(parents=True)
         main = folder.path / "ImageSets/Main"
         listed = {
-            name: lists.enter_context((main / f"{name or _ONE_SET}.txt").open("x", encoding="utf-8", newline="\n"))
+            name: lists.enter_context((main / f"{name or _DEFAULT_LIST}.txt").open("x", encoding="utf-8", newline="\n"))
             for name in sets.names
         }
         labels = {label: _label(label) for label in survey.categories()}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
+import pytest
 from finished_runs import CAR, Run, record
 from PIL import Image
 
@@ -39,3 +42,22 @@ def test_a_jpeg_that_trainers_would_restore_is_never_linked(run: Run) -> None:
         return copy.samefile(run.root / name)
 
     assert [name for name in names if is_linked(name)] == ["whole.jpg", "a.png"]
+
+
+@pytest.mark.parametrize("format", ["yolo", "voc", "hf", "coco", "labelme", "cvat"])
+def test_links_that_the_disk_does_not_take_are_told(
+    detect_run: Run, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    options = {"is_roboflow": format == "coco"}
+    for is_linked in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "link", refused)
+            report, _ = detect_run.export(format, f"out{is_linked}", is_linked=is_linked, **options)
+        assert any("copied, not linked" in note for note in report.notes) == is_linked
+    report, _ = detect_run.export(format, "links", is_linked=True, **options)
+    assert not any("copied, not linked" in note for note in report.notes)
+
+
+def refused(source: str, target: Path) -> None:
+    """A hard link to another disk."""
+    raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))

@@ -82,6 +82,14 @@ def test_a_set_that_no_picture_fell_to_is_told() -> None:
     assert [note for note in sets.notes() if "no picture fell to val," in note]
 
 
+def test_two_sets_that_a_program_takes_for_one_are_refused() -> None:
+    called = {"val": "valid"}
+    assert Sets(Splits((("train", 0.5), ("val", 0.5)))).folders(called, "it") == {"train": "train", "val": "valid"}
+    assert Sets(None).folders(called, "it") == {"": ""}
+    with pytest.raises(UsageError, match="val and Valid are one set for it"):
+        Sets(Splits((("val", 0.5), ("Valid", 0.5)))).folders(called, "it")
+
+
 def test_without_splits_there_is_one_set_and_it_is_said() -> None:
     sets = Sets(None)
     assert (sets.add("a.jpg", []), sets.names, list(sets.notes())) == ("", ("",), [ONE_SET])
