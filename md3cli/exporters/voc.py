@@ -9,6 +9,7 @@ FiftyOne reads the folder with `data_path="JPEGImages", labels_path="Annotations
 from __future__ import annotations
 
 import math
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -18,7 +19,7 @@ from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.copies import USUAL, Copy, copied, missing_notes
 from md3cli.exporters.files import StagedFolder, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
-from md3cli.exporters.names import Names
+from md3cli.exporters.names import Names, portable
 from md3cli.exporters.objects import PixelBox
 from md3cli.exporters.palette import palette
 from md3cli.exporters.pictures import Pictures
@@ -27,6 +28,7 @@ from md3cli.records import printable
 from md3cli.refine.collection import Collection
 
 _DEFAULT_LIST = "default"  # as CVAT calls it
+_NOT_IN_LISTS = re.compile(r"\A[\s#]+|\s+(?=\.xml\Z)")
 
 
 def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
@@ -47,7 +49,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
             for name in sets.names
         }
         labels = {label: _label(label) for label in survey.categories()}
-        names = Names(is_flat=options.is_flat)
+        names = Names(is_flat=options.is_flat, fitted=_fitted)
 
         def annotated() -> Iterator[Copy]:
             for group in index.images():
@@ -78,6 +80,11 @@ def _annotate(folder: StagedFolder, group: ImageGroup, names: Names, labels: dic
     with file:
         file.write(_document(group, stem.with_name(stem.name + USUAL.suffix_of(group.name)), labels))
     return str(stem)
+
+
+def _fitted(name: PurePosixPath) -> PurePosixPath:
+    """Return `name` as a line of the lists can hold it: readers strip lines, and skip those that begin with `#`."""
+    return PurePosixPath(_NOT_IN_LISTS.sub(lambda found: "_" * len(found[0]), str(portable(name))))
 
 
 def _label(label: str) -> str:

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import supervision as sv
-from finished_runs import CAR, NAMES, Run, detect_records, record
+from finished_runs import CAR, NAMES, Run, detect_records, draw_pictures, record
 from hypothesis import given
 from hypothesis import strategies as st
 from labelformat.formats.pascalvoc import PascalVOCObjectDetectionInput
@@ -104,6 +104,18 @@ def test_sets_have_a_list_each(detect_run: Run) -> None:
     assert {path.stem for path in files_of(out / "JPEGImages")} == {*lists["train"], *lists["val"]}
     assert all("/" not in name for names in lists.values() for name in names)
     assert any(note.startswith("sets: train ") for note in report.notes)
+
+
+def test_names_are_in_the_lists_as_readers_take_them(run: Run) -> None:
+    names = ["#1.png", " b.png", "c/d .png", "e f.png"]
+    draw_pictures(run.root, names)
+    run.write(record(name, "detect", "car", objects=[CAR]) for name in names)
+    _, out = run.export("voc", "out")
+    lines = (out / "ImageSets/Main/default.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == ["_1", "_b", "c/d_", "e f"]
+    for line in lines:
+        assert (out / f"JPEGImages/{line}.png").is_file()
+        assert ET.parse(out / f"Annotations/{line}.xml").findtext("filename") == f"{Path(line).name}.png"
 
 
 def test_labels_that_a_label_map_shows_alike_stand_there_once(run: Run) -> None:
