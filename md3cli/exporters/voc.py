@@ -19,7 +19,7 @@ from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.copies import USUAL, Copy, copied, missing_notes
 from md3cli.exporters.files import StagedFolder, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
-from md3cli.exporters.names import Names, portable
+from md3cli.exporters.names import Names, beside_pictures
 from md3cli.exporters.objects import PixelBox
 from md3cli.exporters.palette import palette
 from md3cli.exporters.pictures import Pictures
@@ -84,7 +84,7 @@ def _annotate(folder: StagedFolder, group: ImageGroup, names: Names, labels: dic
 
 def _fitted(name: PurePosixPath) -> PurePosixPath:
     """Return `name` as a line of the lists can hold it: readers strip lines, and skip those that begin with `#`."""
-    return PurePosixPath(_NOT_IN_LISTS.sub(lambda found: "_" * len(found[0]), str(portable(name))))
+    return PurePosixPath(_NOT_IN_LISTS.sub(lambda found: "_" * len(found[0]), str(beside_pictures(name))))
 
 
 def _label(label: str) -> str:
