@@ -104,7 +104,8 @@ def _label_map(labels: dict[str, str]) -> str:
 def _document(group: ImageGroup, name: PurePosixPath, labels: dict[str, str]) -> bytes:
     root = ET.Element("annotation")
     _add(root, "folder", "" if str(name.parent) == "." else str(name.parent))
-    _add(root, "filename", name.name)
+    # With its folders, as CVAT writes it: datumaro looks for the last part alone on top, where another picture may be.
+    _add(root, "filename", str(name))
     size = _add(root, "size")
     for tag, pixels in (("width", group.width), ("height", group.height), ("depth", 3)):
         _add(size, tag, str(pixels))

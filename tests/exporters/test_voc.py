@@ -25,7 +25,7 @@ def test_each_image_has_one_file_in_its_sub_folder(detect_run: Run) -> None:
 def test_the_document_has_every_field(detect_run: Run) -> None:
     _, out = detect_run.export("voc", "out")
     root = ET.parse(out / "Annotations/a/photo.png.xml").getroot()
-    assert (root.findtext("folder"), root.findtext("filename")) == ("a", "photo.png.png")  # as the copy is called
+    assert (root.findtext("folder"), root.findtext("filename")) == ("a", "a/photo.png.png")  # as the copy is called
     assert [root.findtext(f"size/{tag}") for tag in ("width", "height", "depth")] == ["120", "80", "3"]
     dog, car = root.findall("object")
     assert [dog.findtext(tag) for tag in ("name", "pose", "truncated", "difficult")] == ["dog", "Unspecified", "1", "0"]
@@ -115,7 +115,7 @@ def test_names_are_in_the_lists_as_readers_take_them(run: Run) -> None:
     assert lines == ["_1", "_b", "c/d_", "e f", "g.jp_/h"]  # no folder that datumaro takes for a picture
     for line in lines:
         assert (out / f"JPEGImages/{line}.png").is_file()
-        assert ET.parse(out / f"Annotations/{line}.xml").findtext("filename") == f"{Path(line).name}.png"
+        assert ET.parse(out / f"Annotations/{line}.xml").findtext("filename") == f"{line}.png"
 
 
 def test_labels_that_a_label_map_shows_alike_stand_there_once(run: Run) -> None:
