@@ -100,11 +100,14 @@ def test_every_shape_of_every_picture_is_read(mixed_run: Run) -> None:
     assert (answer[:2], answer[4]) == (["label", "answer"], "2 & 3")
 
 
-def test_voc_is_found_with_boxes_within_a_pixel(mixed_run: Run) -> None:
-    _, out = mixed_run.export("voc", "out", is_flat=True)
+@pytest.mark.parametrize("is_flat", [True, False])
+def test_voc_is_found_with_boxes_within_a_pixel(mixed_run: Run, is_flat: bool) -> None:
+    _, out = mixed_run.export("voc", "out", is_flat=is_flat)
     found = read(out, "voc")
     assert len(found) == len((*NAMES, *KINDS))
-    for name, (_, shapes) in found.items():
+    for name, (path, shapes) in found.items():
+        assert Path(path).is_relative_to(out / "JPEGImages")
+        assert Path(path).relative_to(out / "JPEGImages").as_posix().rpartition(".")[0] == name
         boxes = {shape[1]: shape[2] for shape in shapes}
         assert (boxes == {}) == (name == "empty")
         if boxes:
