@@ -129,12 +129,15 @@ def replaced_file(out: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
                 out.parent.rmdir()
 
 
+_MOST_MADE = 1000  # folders that are kept in mind
+
+
 class StagedFolder:
     """A folder being built aside; it hands out names that nothing else has."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._last_made = ""  # a folder that is there
+        self._made: set[str] = set()  # folders that are there; some of them
 
     def create(self, candidates: Iterable[PurePosixPath]) -> tuple[BinaryIO, PurePosixPath]:
         """Create the first candidate that is free; return it open, with its name inside the folder.
@@ -162,9 +165,11 @@ class StagedFolder:
             path = f"{top}{relative}"
             above = os.path.dirname(path)
             try:
-                if above != self._last_made:
+                if above not in self._made:
                     os.makedirs(above, exist_ok=True)
-                    self._last_made = above
+                    if len(self._made) > _MOST_MADE:
+                        self._made.clear()
+                    self._made.add(above)
                 file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
             except OSError as error:
                 if error.errno not in _NAME_TROUBLE:

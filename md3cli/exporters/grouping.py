@@ -18,7 +18,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from md3cli.errors import ExportError
@@ -26,7 +26,7 @@ from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, boxes, 
 from md3cli.finished.record_shape import LINE_LIMIT_BYTES
 from md3cli.finished.records_file import disk_trouble_in_words, open_records
 from md3cli.records import RecordDict, printable
-from md3cli.refine.collection import RECORDS_TOLD, Collection, read
+from md3cli.refine.collection import RECORDS_TOLD, Collection, ShownRecords, read
 from md3cli.refine.labels import Labels
 from md3cli.refine.refinement import FOUND_BY_TASK, name_of
 
@@ -186,11 +186,12 @@ class ImageIndex:
         with disk_trouble_in_words():  # the first row comes once all are sorted
             stretches: Iterable[tuple[int, ...]] = self._database.execute(_IN_ORDER)
         (num_images,) = self._database.execute("SELECT count(DISTINCT image) FROM stretch").fetchone()
+        reader = _Stretches(self._file)
         for number, ((_, twin, has_twins), parts) in enumerate(groupby(stretches, key=lambda row: row[2:])):
             self._records.told(number, num_images)
             answered: list[RecordDict] = []
             for start, count, *_ in parts:
-                found = [record for _, record in islice(self._file.placed(start), count)]
+                found = reader.read(start, count)
                 if len(found) < count:
                     where = printable(str(self._records.path))
                     raise ExportError(
@@ -215,6 +216,26 @@ class ImageIndex:
                 count += 1
             if keys[0]:
                 yield *keys, start, count
+
+
+class _Stretches:
+    """Reads stretches of records; where one follows the last, as most do, reading goes on without a new start."""
+
+    def __init__(self, file: ShownRecords) -> None:
+        self._file = file
+        self._placed: Iterator[tuple[int, RecordDict]] = iter(())
+        self._ahead: tuple[int, RecordDict] | None = None
+
+    def read(self, start: int, count: int) -> list[RecordDict]:
+        """Return `count` records from the place `start` on; fewer where the file ends."""
+        if self._ahead is None or self._ahead[0] != start:
+            self._placed = self._file.placed(start)
+            self._ahead = next(self._placed, None)
+        found: list[RecordDict] = []
+        while self._ahead is not None and len(found) < count:
+            found.append(self._ahead[1])
+            self._ahead = next(self._placed, None)
+        return found
 
 
 def asked_and_found(record: RecordDict, named: Labels) -> Iterator[str]:

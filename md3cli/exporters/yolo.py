@@ -49,7 +49,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         names = Names(is_flat=options.is_flat, fitted=_fitted)
         labelled = _labelled(index, folder, sets, names, partial(Copy.of, pictures=pictures, out=out))
         for copy, _ in copied(labelled, pictures, USUAL, are_upright=options.is_flat):
-            num_points += sum(1 for _ in copy.group.points())
+            num_points += sum(1 for _ in copy.group.points()) if "point" in survey.tasks else 0
             num_images += 1
         (folder.path / "data.yaml").write_text(_data_yaml(survey.categories(), sets), encoding="utf-8")
         notes_of_sets = [*sets.notes()]  # refuses sets before they are OUT
@@ -80,9 +80,8 @@ def _lines(group: ImageGroup, classes: dict[str, int], *, are_polygons: bool) ->
         if are_polygons:
             yield _polygon_line(classes[box.label], box.ring, *size)
         else:
-            centre = ((box.x + box.width / 2) / size[0], (box.y + box.height / 2) / size[1])
-            extent = (box.width / size[0], box.height / size[1])
-            yield " ".join([str(classes[box.label]), *(f"{value:.6f}" for value in (*centre, *extent))])
+            x, y = (box.x + box.width / 2) / size[0], (box.y + box.height / 2) / size[1]
+            yield f"{classes[box.label]} {x:.6f} {y:.6f} {box.width / size[0]:.6f} {box.height / size[1]:.6f}"
     for segment in group.segments():
         yield _polygon_line(classes[segment.box.label], joined_ring(segment.rings), *size)
 

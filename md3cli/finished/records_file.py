@@ -233,8 +233,7 @@ class RecordsFiles:
         Torn is what comes after a record, begins like one and is cut off; all else that is no record is foreign.
         """
         number, has_record, file = 0, offset > 0, self._files[index]
-        file.seek(offset)
-        while text := file.readline(LINE_LIMIT_BYTES):
+        while file.seek(offset) == offset and (text := file.readline(LINE_LIMIT_BYTES)):  # others read it meanwhile
             number += 1
             line, is_last = Line(index, number, offset), not text.endswith(b"\n")
             bare = _without_mark(text, offset).strip()
