@@ -129,6 +129,27 @@ def replaced_file(out: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
                 out.parent.rmdir()
 
 
+def write_new(path: str, content: bytes | memoryview) -> None:
+    """Write a small file that is not there yet.
+
+    Raises:
+        OSError: it is there, or cannot be written.
+    """
+    _fill(_opened_new(path), content)
+
+
+def _opened_new(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+
+
+def _fill(file: int, content: bytes | memoryview) -> None:
+    try:
+        while content:
+            content = content[os.write(file, content) :]
+    finally:
+        os.close(file)
+
+
 _MOST_MADE = 1000  # folders that are kept in mind
 
 
@@ -170,17 +191,12 @@ class StagedFolder:
                     if len(self._made) > _MOST_MADE:
                         self._made.clear()
                     self._made.add(above)
-                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+                file = _opened_new(path)
             except OSError as error:
                 if error.errno not in _NAME_TROUBLE:
                     raise
                 continue
-            try:
-                rest = content
-                while rest:
-                    rest = rest[os.write(file, rest) :]
-            finally:
-                os.close(file)
+            _fill(file, content)
             return relative
         raise self._no_name_left()
 

@@ -19,11 +19,12 @@ from pathlib import Path, PurePosixPath
 from md3cli.errors import UsageError
 from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.copies import USUAL, Copy, copied, missing_notes
-from md3cli.exporters.files import StagedFolder, staged_folder
+from md3cli.exporters.files import staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.names import Names, beside_pictures
 from md3cli.exporters.objects import Ring, joined_ring
 from md3cli.exporters.pictures import Pictures
+from md3cli.exporters.small_files import SmallFiles
 from md3cli.exporters.splits import Sets
 from md3cli.refine.collection import Collection
 
@@ -41,13 +42,14 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     with (
         closing(ImageIndex(records)) as index,
         staged_folder(out, overwrite=options.overwrite, format="yolo") as folder,
+        SmallFiles(folder, are_unique=options.is_flat) as files,
     ):
         survey = index.survey
         for name in sets.names:
             for kind in ("images", "labels"):
                 (folder.path / kind / name).mkdir(parents=True, exist_ok=True)
         names = Names(is_flat=options.is_flat, fitted=_fitted)
-        labelled = _labelled(index, folder, sets, names, partial(Copy.of, pictures=pictures, out=out))
+        labelled = _labelled(index, files, sets, names, partial(Copy.of, pictures=pictures, out=out))
         for copy, _ in copied(labelled, pictures, USUAL, are_upright=options.is_flat):
             num_points += sum(1 for _ in copy.group.points()) if "point" in survey.tasks else 0
             num_images += 1
@@ -61,7 +63,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
 
 
 def _labelled(
-    index: ImageIndex, folder: StagedFolder, sets: Sets, names: Names, copy_of: Callable[[ImageGroup, str, str], Copy]
+    index: ImageIndex, files: SmallFiles, sets: Sets, names: Names, copy_of: Callable[[ImageGroup, str, str], Copy]
 ) -> Iterator[Copy]:
     """Write the label file of each image, and yield where its picture belongs."""
     classes = {label: number for number, label in enumerate(index.survey.categories())}
@@ -69,9 +71,9 @@ def _labelled(
     for group in index.images():
         part = sets.add(group.name, group.records)
         lines = "".join(f"{line}\n" for line in _lines(group, classes, are_polygons=are_polygons))
-        label = folder.write(names.about(group.file_name, _SUFFIX), lines.encode(), inside=f"labels/{part}")
+        label = files.write(names.about(group.file_name, _SUFFIX), lines.encode(), inside=f"labels/{part}")
         name = str(label).removesuffix(_SUFFIX) + USUAL.suffix_of(group.name)
-        yield copy_of(group, f"{folder.path}/images/{part}", name)
+        yield copy_of(group, f"{files.folder.path}/images/{part}", name)
 
 
 def _lines(group: ImageGroup, classes: dict[str, int], *, are_polygons: bool) -> Iterator[str]:
