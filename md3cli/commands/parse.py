@@ -188,10 +188,13 @@ def parse_split(text: str) -> tuple[tuple[str, float], ...]:
 def parse_pad(text: str) -> float:
     """Read `10%` or `0.1`: room around a box, as a share of its own width and height."""
     number, percent = (text[:-1], 0.01) if text.endswith("%") else (text, 1.0)
-    if not _SHARE.fullmatch(number.strip()) or (pad := float(number) * percent) > MOST_PAD:
-        raise ValueError(f"{printable(text)!r} is no share; write it like 10% or 0.1, {MOST_PAD:.0%} at most")
+    if not _SHARE.fullmatch(number.strip()):
+        raise ValueError(f"{printable(text)!r} is no share; write it like 10% or 0.1")
+    pad = float(number) * percent
     if percent == 1.0 and pad > 1:
-        raise ValueError(f"{text!r} is {pad:.0%} of a box; if that is meant, write it so, else {text}%")
+        raise ValueError(f"{text!r} would be {pad:.0%} of a box; write {text}% if that is meant")
+    if pad > MOST_PAD:
+        raise ValueError(f"{text!r} is more than {MOST_PAD:.0%} of a box")
     return pad
 
 

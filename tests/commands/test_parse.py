@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,14 @@ from md3cli.commands.parse import (
     parse_bytes,
     parse_choices,
     parse_count,
+    parse_extension,
     parse_fail_on,
+    parse_pad,
     parse_pair,
     parse_query,
     parse_shard,
     parse_spatial_ref,
+    parse_split,
     parse_task,
 )
 from md3cli.errors import UsageError
@@ -269,3 +273,49 @@ def test_tasks(spec: str, expected: list[tuple[Task, str | None]]) -> None:
 def test_tasks_that_make_no_sense(spec: str) -> None:
     with pytest.raises(ValueError, match=r"one of|missing"):
         parse_task(spec)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("10%", 0.1), ("0.1", 0.1), ("0", 0.0), ("1", 1.0), ("150 %", 1.5), (".5", 0.5), ("1000%", 10)],
+)
+def test_pads(text: str, expected: float) -> None:
+    assert parse_pad(text) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("20", "write 20% if that is meant"), ("1001%", "more than 1000%"), ("-1", "no share"), ("nan", "no share"),
+     ("1e3", "no share"), ("", "no share"), ("%", "no share"), ("10%%", "no share")],
+)  # fmt: skip
+def test_pads_that_are_none(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        parse_pad(text)
+
+
+def test_splits() -> None:
+    assert parse_split("train=0.8,val=0.2") == (("train", 0.8), ("val", 0.2))
+    assert parse_split("train=.7, val=.2, test=.1") == (("train", 0.7), ("val", 0.2), ("test", 0.1))
+    assert parse_split("all=1") == (("all", 1.0),)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("train=0.8", "add up to 0.8"), ("train=0.8,val=0.3", "add up to 1.1"), ("train=0.5,Train=0.5", "twice"),
+     ("../x=0.5,val=0.5", "no set and share"), ("train", "no set and share"), ("train=-1,val=2", "no set and share"),
+     ("train=nan,val=1", "no set and share"), ("", "no set and share"), ("a=1,", "no set and share")],
+)  # fmt: skip
+def test_splits_that_are_none(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        parse_split(text)
+
+
+@pytest.mark.parametrize(("text", "expected"), [(".caption", ".caption"), ("txt", ".txt"), (".en.txt", ".en.txt")])
+def test_extensions(text: str, expected: str) -> None:
+    assert parse_extension(text) == expected
+
+
+@pytest.mark.parametrize("text", [".jpg", "PNG", "", ".", "../x", "a/b", ".tar", "a b", ".x.y.z"])
+def test_extensions_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="no extension"):
+        parse_extension(text)
