@@ -10,6 +10,7 @@ picture that only md3 reads (no end marker, another format than the suffix says)
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -63,8 +64,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     ):
         survey = index.survey
         classes = {label: number for number, label in enumerate(survey.categories())}
-        (folder.path / CARD).write_text(_card(survey, list(classes)), encoding="utf-8")
-        tables = {}
+        tables, digest = {}, hashlib.sha256()
         for part, name in folders.items():
             (folder.path / name).mkdir()
             tables[part] = files.enter_context((folder.path / name / METADATA).open("xb"))
@@ -80,10 +80,13 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         )
         for copy, is_there in copied(copies, pictures, _KINDS, are_upright=options.is_flat):
             if is_there:
-                row = {"file_name": copy.name, **_columns(copy.group, survey, classes)}
-                tables[copy.part].write(compact_json(row) + b"\n")
+                row = compact_json({"file_name": copy.name, **_columns(copy.group, survey, classes)})
+                tables[copy.part].write(row + b"\n")
+                digest.update(compact_json(copy.part) + row)
                 num_images += 1
         files.close()
+        card = _card(survey, list(classes), f"{num_images} pictures, {digest.hexdigest()[:16]}")
+        (folder.path / CARD).write_text(card, encoding="utf-8")
         for name in folders.values():  # a set without rows stops `datasets`
             if sets.splits is not None and not (folder.path / name / METADATA).stat().st_size:
                 shutil.rmtree(folder.path / name)
@@ -107,9 +110,11 @@ def _plain(name: PurePosixPath) -> PurePosixPath:
     return PurePosixPath(*(_SPLIT.sub(r"\1~", part) for part in parts[:-1]), parts[-1])
 
 
-def _card(survey: Survey, classes: Sequence[str]) -> str:
-    """Return the dataset card: what `datasets` reads at the top, a line for people below."""
-    head = {"configs": [{"config_name": "default", "features": _features(survey, classes)}]}
+def _card(survey: Survey, classes: Sequence[str], rows: str) -> str:
+    """Return the dataset card: what `datasets` reads at the top, a line for people below; `rows` tells sets apart."""
+    # `datasets` 5.2 takes what it has in its cache for a folder of this name with these `configs`, whatever else is in
+    # the folder: without a word about the rows, a set that is exported again would load as it was before.
+    head = {"configs": [{"config_name": "default", "description": rows, "features": _features(survey, classes)}]}
     data = yaml.safe_dump(head, sort_keys=False, width=math.inf)  # ASCII; a name cannot begin a line of its own
     return f"---\n{data}---\n\n`datasets.load_dataset` takes this folder; boxes are x, y, width, height in pixels.\n"
 

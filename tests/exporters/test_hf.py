@@ -220,6 +220,23 @@ def test_the_folder_itself_loads_with_the_names_of_its_classes(run: Run, tmp_pat
     assert [row["objects"]["labels"] for row in by_pictures] == [row["objects"]["labels"] for row in data["train"]]
 
 
+def test_a_set_that_is_exported_again_does_not_come_from_the_cache(run: Run, tmp_path: Path) -> None:
+    draw_pictures(run.root, ["a.png", "b.png"])
+
+    def boxes(*records: dict[str, Any]) -> dict[str, list[Any]]:
+        run.write(list(records))
+        _, out = run.export("hf", "out", overwrite=True)
+        sets = load_dataset(str(out), cache_dir=str(tmp_path / "cache"))
+        return {name: [row["objects"]["bbox"] for row in rows] for name, rows in sets.items()}
+
+    car, none = (record("a.png", "detect", "car", objects=objects) for objects in ([CAR], []))
+    box = [[12.0, 20.0, 48.0, 40.0]]
+    assert boxes(car) == {"train": [box]}
+    assert boxes(none) == {"train": [[]]}
+    assert boxes(car, record("b.png", "detect", "car", objects=[])) == {"train": [box, []]}
+    assert boxes(car) == {"train": [box]}
+
+
 def test_what_is_null_for_a_long_time_has_a_type(run: Run, tmp_path: Path) -> None:
     draw_pictures(run.root, ["a.png", "b.png"])
     long = "x" * (11 << 20)  # `datasets` infers types from the first 10 MB
