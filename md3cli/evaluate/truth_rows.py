@@ -40,6 +40,7 @@ ROW_CHARS = 100  # that a row counts for besides its texts
 FARTHEST_PIXEL = 1e9
 MOST_COLUMNS_KNOWN = 1000  # of meta, for a hint
 _BOX = ("x", "y", "w", "h")
+_OWN = {"id", "task", "sha256", "meta"}  # columns of a table that md3 wrote
 _KNOWN = "image, question, answer; image, caption; or image, label, x, y, w, h (in pixels)"
 
 Columns = Mapping[str, Any]
@@ -90,10 +91,11 @@ def _plain(row: ManifestRow) -> dict[str, Any]:
     if row.columns is None:
         raise ValueError(row.problem)
     is_text = row.unit == "line"  # of a CSV or TSV file
-    return {
-        name: value.name if isinstance(value, EmbeddedImage) else without_guard(value) if is_text else value
-        for name, value in row.columns.items()
-    }
+    columns = {name: without_guard(value) if is_text else value for name, value in row.columns.items()}
+    if isinstance(picture := columns.get("image"), EmbeddedImage):
+        is_own = columns.keys() >= _OWN and picture.path is not None
+        columns["image"] = picture.path if is_own else picture.name  # another table is taken for the run's INPUT
+    return columns
 
 
 def _num_chars(value: Any) -> int:

@@ -274,7 +274,7 @@ class _EmbeddedCells:
         path = path if isinstance(path, str) else None
         if self._is_empty:
             return path
-        return EmbeddedImage(cell_name(row, path), self._group, offset, self._image)
+        return EmbeddedImage(cell_name(row, path), self._group, offset, self._image, path)
 
 
 def _is_all_null(column: Any) -> bool:

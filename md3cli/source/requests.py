@@ -27,12 +27,13 @@ _TASKS_WITH_REFS = frozenset({Task.QUERY, Task.POINT, Task.SEGMENT})
 
 
 class EmbeddedImage(NamedTuple):
-    """A picture that stands in the manifest itself: what its row calls it, and where it stands."""
+    """A picture that stands in the manifest itself: what md3 calls it, where it stands, what the cell calls it."""
 
     name: str
     row_group: int
     offset: int
     column: str
+    path: str | None = None
 
 
 def refuse_doubles(columns: Iterable[str], name: str) -> None:

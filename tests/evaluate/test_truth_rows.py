@@ -323,6 +323,15 @@ def test_md3s_own_parquet_has_its_boxes(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("columns", "name"),
+    [({"id": "1", "sha256": "2", "meta": "{}"}, "a/b.png"), ({"task": "detect"}, "0000001-b.png")],
+)
+def test_pictures_in_a_table_are_called_as_in_the_records(tmp_path, columns, name):
+    picture = {"image": {"bytes": b"x", "path": "a/b.png"}, "objects": [THING]}  # as --embed-images writes it
+    assert [*load_truth(parquet(tmp_path, [OWN | columns | picture])).images] == [name]
+
+
+@pytest.mark.parametrize(
     ("row", "words"),
     [
         (OWN, "it has no boxes"),
