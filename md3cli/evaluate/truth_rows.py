@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +57,28 @@ def read_table(path: Path) -> Truth:
     if not path.is_file():
         raise InputError(f"cannot read {name}: {'not a regular file' if path.exists() else 'no such file'}")
     rows: _Collected | None = None
-    left = MOST_CHARS
+    left, num_nameless = MOST_CHARS, 0
     for row in _rows(path):
         try:
             columns = _plain(row)
             kind = _kind(columns)
             rows = rows or kind()
             if not isinstance(rows, kind):
-                raise ValueError(f"{kind.what} among {rows.what}; a ground truth is of one kind")
+                hint = " (md3 export --task TASK writes one)" if columns.keys() >= _OWN else ""
+                raise ValueError(f"{kind.what} among {rows.what}; a ground truth is of one kind{hint}")
             left -= ROW_CHARS + sum(map(_num_chars, columns.values()))
             if left < 0:
                 raise ValueError(f"more than {MOST_CHARS:,} characters until here, which is more than md3 reads")
             rows.add(columns)
+        except _NamelessError:
+            num_nameless += 1
         except ValueError as error:
             raise InputError(f"{name}, {row.where}: {printable(str(error))}") from error
     if rows is None:
         raise InputError(f"{name} has no rows")
-    return rows.truth(path)
+    truth = rows.truth(path)
+    note = f"rows of {name} without their picture and its name, which are no truth: {num_nameless:,}"
+    return replace(truth, notes=(*truth.notes, note)) if num_nameless else truth
 
 
 def _rows(path: Path) -> Iterator[ManifestRow]:
@@ -114,9 +120,13 @@ def _text(columns: Columns, name: str) -> str:
     return str(value).strip()
 
 
+class _NamelessError(ValueError):
+    """A row of `md3 export --embed-images` whose picture could not be read: its name is null with it."""
+
+
 def _image(columns: Columns) -> str:
     if not (image := _text(columns, "image")):
-        raise ValueError("no image")
+        raise _NamelessError if columns.keys() >= _OWN else ValueError("no image")
     return image
 
 

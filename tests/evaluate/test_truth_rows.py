@@ -331,6 +331,28 @@ def test_pictures_in_a_table_are_called_as_in_the_records(tmp_path, columns, nam
     assert [*load_truth(parquet(tmp_path, [OWN | columns | picture])).images] == [name]
 
 
+def test_md3s_own_table_of_two_tasks_is_refused_with_a_hint(tmp_path):
+    own = OWN | {"id": "1", "sha256": "2", "meta": "{}", "objects": [THING], "answer": None}
+    rows = [own, own | {"task": "query", "prompt": "How many?", "answer": "1"}]
+    with pytest.raises(InputError, match=r"answers among boxes; .* \(md3 export --task TASK writes one\)"):
+        load_truth(parquet(tmp_path, rows))
+
+
+def test_a_picture_that_could_not_be_put_in_a_table_is_told(tmp_path):
+    own = OWN | {"id": "1", "sha256": "2", "meta": "{}", "objects": [THING], "error_type": None}
+    rows = [own | {"image": {"bytes": b"x", "path": "a.png"}}, own | {"image": None}]
+    failed = own | {"image": None, "error_type": "decode"}
+    truth = load_truth(parquet(tmp_path, [*rows, failed]))
+    assert [*truth.images] == ["a.png"]
+    told = " ".join(truth.notes)
+    assert "requests that failed, which are no truth: 1" in told
+    assert "without their picture and its name, which are no truth: 1" in told
+    caption = {key: own[key] for key in ("id", "sha256", "meta")} | {"task": "caption", "caption": "a", "image": None}
+    assert "no truth: 1" in " ".join(load_truth(parquet(tmp_path, [caption])).notes)
+    with pytest.raises(InputError, match="row 1: no image"):
+        load_truth(parquet(tmp_path, [{"image": None, "caption": "a"}]))
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
