@@ -41,7 +41,7 @@ ROW_CHARS = 100  # that a row counts for besides its texts
 FARTHEST_PIXEL = 1e9
 MOST_COLUMNS_KNOWN = 1000  # of meta, for a hint
 _BOX = ("x", "y", "w", "h")
-_OWN = {"id", "task", "sha256", "meta"}  # columns of a table that md3 wrote
+_OWN = {"id", "task", "error_type", "finish_reason"}  # columns of a table that md3 wrote
 _KNOWN = "image, question, answer; image, caption; or image, label, x, y, w, h (in pixels)"
 
 Columns = Mapping[str, Any]

@@ -310,6 +310,7 @@ def test_what_is_no_answer_or_of_no_query_is_refused(tmp_path):
 
 THING = {"label": "cat", "x_min": 0.1, "y_min": 0.2, "x_max": 0.3, "y_max": 0.7}
 OWN = {"image": "a.png", "width": 100, "height": 50, "task": "detect", "prompt": "cat"}
+FULL = {"id": "1", "finish_reason": "stop", "error_type": None}  # what all tables of md3 have
 
 
 def test_md3s_own_parquet_has_its_boxes(tmp_path):
@@ -324,7 +325,7 @@ def test_md3s_own_parquet_has_its_boxes(tmp_path):
 
 @pytest.mark.parametrize(
     ("columns", "name"),
-    [({"id": "1", "sha256": "2", "meta": "{}"}, "a/b.png"), ({"task": "detect"}, "0000001-b.png")],
+    [(FULL, "a/b.png"), ({"task": "detect"}, "0000001-b.png")],
 )
 def test_pictures_in_a_table_are_called_as_in_the_records(tmp_path, columns, name):
     picture = {"image": {"bytes": b"x", "path": "a/b.png"}, "objects": [THING]}  # as --embed-images writes it
@@ -332,14 +333,14 @@ def test_pictures_in_a_table_are_called_as_in_the_records(tmp_path, columns, nam
 
 
 def test_md3s_own_table_of_two_tasks_is_refused_with_a_hint(tmp_path):
-    own = OWN | {"id": "1", "sha256": "2", "meta": "{}", "objects": [THING], "answer": None}
+    own = OWN | FULL | {"objects": [THING], "answer": None}
     rows = [own, own | {"task": "query", "prompt": "How many?", "answer": "1"}]
     with pytest.raises(InputError, match=r"answers among boxes; .* \(md3 export --task TASK writes one\)"):
         load_truth(parquet(tmp_path, rows))
 
 
 def test_a_picture_that_could_not_be_put_in_a_table_is_told(tmp_path):
-    own = OWN | {"id": "1", "sha256": "2", "meta": "{}", "objects": [THING], "error_type": None}
+    own = OWN | FULL | {"objects": [THING]}
     rows = [own | {"image": {"bytes": b"x", "path": "a.png"}}, own | {"image": None}]
     failed = own | {"image": None, "error_type": "decode"}
     truth = load_truth(parquet(tmp_path, [*rows, failed]))
@@ -347,7 +348,7 @@ def test_a_picture_that_could_not_be_put_in_a_table_is_told(tmp_path):
     told = " ".join(truth.notes)
     assert "requests that failed, which are no truth: 1" in told
     assert "without their picture and its name, which are no truth: 1" in told
-    caption = {key: own[key] for key in ("id", "sha256", "meta")} | {"task": "caption", "caption": "a", "image": None}
+    caption = FULL | {"task": "caption", "caption": "a", "image": None}
     assert "no truth: 1" in " ".join(load_truth(parquet(tmp_path, [caption])).notes)
     with pytest.raises(InputError, match="row 1: no image"):
         load_truth(parquet(tmp_path, [{"image": None, "caption": "a"}]))
