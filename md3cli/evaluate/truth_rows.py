@@ -199,6 +199,11 @@ class _BoxRows:
         self._num_failed = 0
 
     def add(self, columns: Columns) -> None:
+        """Take the box of a row, or its list of boxes; a row may say that nothing is there.
+
+        Raises:
+            ValueError: a box lacks its label or a side, or has no size.
+        """
         if _text(columns, "error_type"):  # of md3's own table: nobody knows what is there
             self._num_failed += 1
             return
