@@ -68,6 +68,11 @@ class EarlyDrawings:
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    @property
+    def num_children(self) -> int:
+        """How many children draw now; 0 before there is enough to draw, and after `stop`."""
+        return len(self._threads)
+
     def add(self, records: Iterable[RecordDict]) -> None:
         """Take records that were written, in order; those of a picture are drawn once the next one's come."""
         for record in records:
