@@ -182,12 +182,11 @@ def prepare_image(
     limits: ImageLimits,
     background: str | None,
     *,
-    on_header: OnHeader | None = None,
     data: bytes | None = None,
 ) -> PreparedImage:
     """Read and cut the picture of `item`; arguments and errors are those of `read_image`."""
     try:
-        image, sha256 = read_image(item, limits, background, on_header=on_header, data=data)
+        image, sha256 = read_image(item, limits, background, data=data)
         crops = cut_crops(image, cfg)
     except MemoryError as error:
         raise ImageError("too_large", TOO_LITTLE_MEMORY) from error

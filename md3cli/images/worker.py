@@ -1,4 +1,4 @@
-"""The worker's side of the picture pool.
+"""The worker's side of the picture pool, and what both sides say: `Setup` goes to a worker, `Facts` come back.
 
 A worker is a child interpreter (child.py). The pool tells it once how to cut, and which memory they share; then each
 message names a picture (a path, or bytes that follow it), and the worker answers with a message and the raw crops,
@@ -12,15 +12,26 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import re
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from md3cli.child import Channel, connect
 from md3cli.errors import ImageError
-from md3cli.images.crops import CropConfig, DecodedImage, ImageLimits, copy_pixels, cut_crops, read_image
+from md3cli.images.crops import (
+    CropConfig,
+    DecodedImage,
+    ImageLimits,
+    Tiling,
+    copy_pixels,
+    cut_crops,
+    read_image,
+    select_tiling,
+)
 from md3cli.images.pixels import HUGE_PIXELS, TOO_LITTLE_MEMORY, start_pillow
-from md3cli.records import ImageItem
+from md3cli.records import ERROR_TYPES, ImageItem
 from md3cli.system import be_expendable, limit_memory
 
 
@@ -31,6 +42,33 @@ class Setup:
     crop_config: CropConfig
     limits: ImageLimits
     background: str | None
+
+
+class Facts(NamedTuple):
+    """What a worker says of a picture it has decoded, as far as it is believed: in the order of `PreparedImage`."""
+
+    tiling: Tiling
+    width: int
+    height: int
+    sha256: str
+
+    @classmethod
+    def of(cls, answer: dict[str, Any], setup: Setup) -> Facts:
+        """Read a worker's answer; nothing of it is trusted further than a size within the limits.
+
+        Raises:
+            ImageError: as the worker reports it.
+            LookupError, TypeError, ValueError: it makes no sense.
+        """
+        if "type" in answer:
+            if answer["type"] not in ERROR_TYPES:
+                raise ValueError
+            raise ImageError(answer["type"], str(answer["message"]))
+        width, height, sha256 = int(answer["width"]), int(answer["height"]), str(answer["sha256"])
+        is_size = width > 0 and height > 0 and width * height <= setup.limits.max_pixels
+        if not (is_size and re.fullmatch("[0-9a-f]{64}", sha256)):
+            raise ValueError
+        return cls(select_tiling(width, height, setup.crop_config), width, height, sha256)
 
 
 def serve() -> None:

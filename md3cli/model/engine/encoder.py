@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from md3cli.file_cache import FileCache
 from md3cli.images.crops import PREPROCESSING_VERSION, PreparedImage, Tiling, UncutImage
-from md3cli.model.engine.generation import EncodedImage
+from md3cli.model.engine.generation import AnyImage, EncodedImage
 from md3cli.model.engine.keeper import Keeper
 from md3cli.model.engine.machine import cpu_threads, milestone, send_staged, start_download, upload
 from md3cli.model.engine.resize import PictureCutter
@@ -49,7 +49,6 @@ SIZES_OF_ONE = (1, 4, 9, 13)
 CROPS_OF_A_PICTURE = 9  # a usual one's; a micro-batch of 36 brings four pictures to their projection
 
 EncodeRows = Callable[[Tensor], Tensor]
-AnyImage = PreparedImage | UncutImage | EncodedImage
 
 
 class EncodingCache:
@@ -66,16 +65,12 @@ class EncodingCache:
         self.shape = (model.config.vision.num_patches, model.config.text.dim)
         self.dtype = model.dtype
         self.is_writable = True
-        self.num_hits = self.num_misses = 0
         self._context = _context(model, background, quant_vision)
 
     def load(self, image_key: str) -> Tensor | None:
         """Return the embeddings [P, D] of a picture, on the CPU; None when they are not (rightly) there."""
         payload = self.files.get(self._key(image_key))
-        tensor = self._parse(payload) if payload is not None else None
-        self.num_hits += tensor is not None
-        self.num_misses += tensor is None
-        return tensor
+        return self._parse(payload) if payload is not None else None
 
     def save(self, image_key: str, embeddings_PD: Tensor) -> None:
         """Keep a picture's embeddings; a full disk ends keeping, not the run."""

@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 from md3cli.errors import EngineError, RequestError
 from md3cli.images.crops import CropConfig
 from md3cli.model.engine.choices import ChoiceRow, choice_probabilities
-from md3cli.model.engine.encoder import AnyImage, ImageEncoder
+from md3cli.model.engine.encoder import ImageEncoder
 from md3cli.model.engine.flight import InFlight, Launch, Seat
 from md3cli.model.engine.generation import Generation, build_answer
 from md3cli.model.engine.kv_cache import (
@@ -62,7 +61,6 @@ class EngineStats:
     decode_seconds: float = 0.0
     num_prefixes: int = 0
     num_prefixes_shared: int = 0
-    num_prompt_tokens: int = 0
     num_steps: int = 0
     num_decisions: int = 0
     batch_sizes: list[int] = field(default_factory=list)  # first the planned one, then after each halving
@@ -230,8 +228,8 @@ class Engine:
     def _launch(self) -> None:
         """Launch what there is to do, then absorb what was launched before."""
         num_before = len(self._in_flight)
-        if batch := self._next_batch():
-            self.encoder.prepare(self._without_slot(batch), ahead=self._without_slot(self._waiting))
+        if batch := self._slots.next_batch(self._waiting, self.passes.plan.pictures if self.passes.plan else 1):
+            self.encoder.prepare(self._slots.lacking(batch), ahead=self._slots.lacking(self._waiting))
             self._admit(batch)
             self._absorb_arrivals(self.delay)
         self._decode()
@@ -347,39 +345,14 @@ class Engine:
 
     # -- admission --------------------------------------------------------------------------------
 
-    def _next_batch(self) -> list[Generation]:
-        """Return the generations to admit now, once enough slots are free to make a batch worth while.
-
-        They wait on until they have their slots: an error on the way there loses none of them.
-        """
-        num_free = len(self._slots.free)
-        is_worth_it = num_free == self.batch_size or num_free >= min(len(self._waiting), self.batch_size // 4)
-        return self._whole_passes(list(islice(self._waiting, num_free))) if is_worth_it else []
-
     def _look_ahead(self) -> None:
         """Launch the encoding of a few pictures that are asked next, where the device works behind the host.
 
         It has them to do while the host reads what the others decided, and turns answers into records.
         """
         if self.passes.plan is not None and self._in_flight:
-            waiting = self._without_slot(self._waiting)
+            waiting = self._slots.lacking(self._waiting)
             self.encoder.prepare((), ahead=waiting, most_ready=self.passes.plan.pictures)
-
-    def _whole_passes(self, batch: list[Generation]) -> list[Generation]:
-        """Leave for later what would begin a planned pass of pictures without filling it, where others are filled."""
-        if self.passes.plan is None:
-            return batch
-        new = list(dict.fromkeys(picture.sha256 for picture in self._without_slot(batch)))
-        num_filling = len(new) // self.passes.plan.pictures * self.passes.plan.pictures
-        if num_filling in (0, len(new)):
-            return batch
-        keys = [generation.image_key for generation in batch]
-        return batch[: keys.index(new[num_filling])]
-
-    def _without_slot(self, generations: Iterable[Generation]) -> list[AnyImage]:
-        """Return the pictures of `generations` whose prefix no slot holds."""
-        pictures = (generation.job.image for generation in generations)
-        return [picture for picture in pictures if picture is not None and picture.sha256 not in self._slots.held]
 
     def _admit(self, batch: Sequence[Generation]) -> None:
         """Give each generation a slot, run prefixes and prompts there, and launch each row's first decision."""
@@ -388,7 +361,7 @@ class Engine:
         prefixes = self.passes.cut_prefixes(placement.to_prefill, self._images_per_pass)
         groups = self.passes.group(batch, placement.slots, self.prefill_tokens, placement.to_prefill)
         slots, inputs = self.passes.send([[slot for slot, _ in some] for some in prefixes], groups, self.batch_size)
-        self.cache.fit(max(self._furthest(), *map(self._last_written, groups)))
+        self.cache.fit(max(self._furthest(), *map(self.passes.last_written, groups)))
         for some, slots_B in zip(prefixes, slots, strict=True):
             embeddings_BPD = torch.stack([self.encoder.take(key) for _, key in some])
             padding = len(slots_B) - len(some)
@@ -412,14 +385,9 @@ class Engine:
         seats: list[Seat] = []
         num_rows = 0
         for (group, _), events in zip(passes, decided, strict=True):
-            who = zip(group.slots, group.generations, strict=True)
-            seats += [
-                Seat(num_rows + row, slot, generation, generation.prompt_end)
-                for row, (slot, generation) in enumerate(who)
-            ]
+            seats += group.seats(num_rows)
             num_rows += len(events)
         self._in_flight.add(torch.cat(decided), seats, is_step=False)
-        self.stats.num_prompt_tokens += sum(len(seat.generation.prompt.ids) for seat in seats)
         self.stats.prompt_seconds += time.perf_counter() - started
 
     def _prefill_group(self, group: Group, given: PromptInputs) -> Tensor:
@@ -442,10 +410,6 @@ class Engine:
         A row ends there on the device, however many steps are launched for it before the host hears of that.
         """
         return min(max(self._slots.end) + ahead, max(self.max_context, self.config.prefix_len + 1))
-
-    def _last_written(self, group: Group) -> int:
-        """One behind the last position that a pass writes; blocks write no padding."""
-        return max(block.generation.prompt_end for block in group.blocks) if self.passes.plan else group.total
 
     # -- decoding ---------------------------------------------------------------------------------
 

@@ -14,14 +14,15 @@ Shape suffixes: S slots, H heads, C capacity (positions), K head width, B rows o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from md3cli.model.engine.flight import Seat
-from md3cli.model.engine.generation import Generation
+from md3cli.model.engine.generation import AnyImage, Generation
 from md3cli.model.engine.machine import is_out_of_memory, shortage
 from md3cli.model.network.config import HEAD_DIM, ModelConfig
 from md3cli.model.network.moondream import prefix_mask
@@ -39,7 +40,7 @@ class Placement:
 
 
 class SlotTable:
-    """The book of slots: the generation in each, the positions in use, the picture whose prefix it holds."""
+    """The book of slots: who is in each and who is next, the positions in use, the picture whose prefix it holds."""
 
     def __init__(self, num_slots: int) -> None:
         self.generations: list[Generation | None] = [None] * num_slots
@@ -54,6 +55,28 @@ class SlotTable:
     @property
     def active(self) -> list[int]:
         return [slot for slot, generation in enumerate(self.generations) if generation is not None]
+
+    def next_batch(self, waiting: Sequence[Generation], num_pictures: int) -> list[Generation]:
+        """Return the first of `waiting` that are to get slots now, once enough are free to make a batch worth while.
+
+        What would begin a pass of `num_pictures` new pictures without filling it is left for later, where others are
+        filled. All wait on until they have their slots: an error on the way there loses none of them.
+        """
+        num_free, num_slots = len(self.free), len(self.generations)
+        if not (num_free == num_slots or num_free >= min(len(waiting), num_slots // 4)):
+            return []
+        batch = list(islice(waiting, num_free))
+        new = list(dict.fromkeys(picture.sha256 for picture in self.lacking(batch)))
+        num_filling = len(new) // num_pictures * num_pictures
+        if num_filling in (0, len(new)):
+            return batch
+        keys = [generation.image_key for generation in batch]
+        return batch[: keys.index(new[num_filling])]
+
+    def lacking(self, generations: Iterable[Generation]) -> list[AnyImage]:
+        """Return the pictures of `generations` whose prefix no slot holds."""
+        pictures = (generation.job.image for generation in generations)
+        return [picture for picture in pictures if picture is not None and picture.sha256 not in self.held]
 
     def sit(self, slot: int, generation: Generation) -> None:
         """Give a slot to a generation whose prompt, and with it its first decision, is launched next."""

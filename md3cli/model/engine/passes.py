@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from md3cli.model.engine.decisions import decide
+from md3cli.model.engine.flight import Seat
 from md3cli.model.engine.generation import Generation
 from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PictureStore, PrefixStore, PromptStore, round_up
 from md3cli.model.engine.machine import send
@@ -192,6 +193,10 @@ class Passes:
             for group in groups
         ]
 
+    def last_written(self, group: Group) -> int:
+        """Return one behind the last position that a pass writes; blocks write no padding."""
+        return max(block.generation.prompt_end for block in group.blocks) if self.plan else group.total
+
     def _width(self, length: int) -> int:
         return round_up(length, PROMPT_STEP) if self.is_compiled else length
 
@@ -269,6 +274,11 @@ class Group:
     def slots(self) -> list[int]:
         """Return the slots of `generations`."""
         return [self.blocks[row].slot for row in self.ending]
+
+    def seats(self, first_row: int) -> list[Seat]:
+        """Return the places of `generations` in a launch in which the rows of this pass begin at `first_row`."""
+        who = enumerate(zip(self.slots, self.generations, strict=True), first_row)
+        return [Seat(row, slot, generation, generation.prompt_end) for row, (slot, generation) in who]
 
     @property
     def total(self) -> int:

@@ -86,7 +86,6 @@ def test_a_tensor_of_another_shape_is_not_used(tmp_path: Path) -> None:
     cache = cache_for("a", tmp_path)
     cache.save("picture", torch.zeros(3, 3))
     assert cache.load("picture") is None
-    assert cache.num_misses == 1
 
 
 def test_a_full_disk_ends_keeping_not_the_run(tmp_path: Path) -> None:
