@@ -1,14 +1,16 @@
 """The words that every room shares: task, request, picture, source row, job, answer, record.
 
 A `Job` goes into the model's engine, an `Answer` comes out. A record is a plain dict that goes to JSON as it is;
-`make_record` alone builds one, so that the order of its keys is decided here. Standard library only; knows nothing of
-models, files or formats.
+`make_record` alone builds one, so that the order of its keys is decided here. At the end stand the ways to JSON and
+back, and what may be shown of a text. Standard library only; knows nothing of models, files or formats.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -248,6 +250,40 @@ def compact_json(value: Any) -> bytes:
         ValueError: it holds NaN or infinity, which JSON does not have.
     """
     return _ENCODER.encode(value).encode("utf-8", "replace")
+
+
+def strict_json(line: bytes) -> Any:
+    """Parse JSON strictly: UTF-8, no key twice, no NaN, no number that is infinite, no half character.
+
+    Raises:
+        ValueError, RecursionError: it is not that.
+    """
+    text = line.decode()
+    value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant, parse_float=_finite)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; raises ValueError for a key that comes twice, for nobody knows which value counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key '{printable(twice)[:100]}' comes twice")
+    return found
+
+
+def refuse_constant(name: str) -> None:
+    """Raise ValueError for NaN and infinities, which JSON does not have."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number too large")
+    return value
 
 
 def is_printable(char: str) -> bool:

@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
-from md3cli.records import CAPTION_LENGTHS, ERROR_TYPES, SCHEMA, RecordDict, Request, Task
+from md3cli.records import CAPTION_LENGTHS, ERROR_TYPES, SCHEMA, RecordDict, Request, Task, strict_json
 
 LINE_LIMIT_BYTES = 1 << 26  # a line is read whole: this bounds it, and a longer one is no record
 _CORNERS, _CENTRE = ("x_min", "y_min", "x_max", "y_max"), ("x", "y")
@@ -151,44 +151,13 @@ _WHOLE_LINE = re.compile(_WHOLE.encode())  # one line with an answer
 # -- lines as the contract allows them -------------------------------------------------------------------
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key comes twice")
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError("a number too large")
-    return value
-
-
-def read_json(line: bytes) -> Any:
-    """Parse a line strictly: UTF-8, no key twice, no NaN, no number that is infinite, no half character.
-
-    Raises:
-        ValueError, RecursionError: it is not that.
-    """
-    text = line.decode()
-    value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant, parse_float=_finite)
-    if "\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
-
-
 def read_record(line: bytes) -> RecordDict | None:
     """Return the record that a line holds; None where the record is not whole (product contract, section 3).
 
     Whole numbers as `160.0` and absent keys as null, as other tools write them, are taken as they are.
     """
     try:
-        record = read_json(line)
+        record = strict_json(line)
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and _is_whole(record) else None

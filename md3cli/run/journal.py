@@ -22,9 +22,9 @@ from typing import Literal
 from md3cli.errors import OutputError, OutputMismatchError
 from md3cli.files import OutputLock, output_error, remove_stale_temps
 from md3cli.finished.digest import digest_of
-from md3cli.finished.record_shape import is_record_of, read_json, read_record
+from md3cli.finished.record_shape import is_record_of, read_record
 from md3cli.finished.run_json import RecordsDigest, digest_of_file
-from md3cli.records import SCHEMA, RecordDict, Request, SourceRow, compact_json, printable
+from md3cli.records import SCHEMA, RecordDict, Request, SourceRow, compact_json, printable, strict_json
 from md3cli.run.journal_scan import HEAD, LineIndex, copy_spans, first_record, order_of, scan_journal
 from md3cli.run.log import AppendLog, DamagedLines, SyncAfter, keep_damaged
 from md3cli.run.record_index import Fate, RecordIndex, Unasked, Visits, line_of_bad_row
@@ -339,7 +339,7 @@ def _may_be_ours(start: bytes) -> bool:
     line = start.partition(b"\n")[0]
     changed = sum(found not in (0, ours) for found, ours in zip(line, HEAD, strict=False))
     try:
-        value = read_json(line)
+        value = strict_json(line)
     except (ValueError, RecursionError):
         return changed <= (_MOST_CHANGED if len(line) >= len(HEAD) else 0)
     return isinstance(value, dict) and value.get("schema") == SCHEMA

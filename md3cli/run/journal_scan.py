@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from md3cli.errors import InputError
 from md3cli.finished.digest import DIGEST_BYTES
-from md3cli.finished.record_shape import LINE_LIMIT_BYTES, WHOLE_LINES, read_json, read_record
+from md3cli.finished.record_shape import LINE_LIMIT_BYTES, WHOLE_LINES, read_record
 from md3cli.finished.run_json import (
     change_since,
     counts_of,
@@ -30,7 +30,7 @@ from md3cli.finished.run_json import (
     kept_digest,
     load_run_info,
 )
-from md3cli.records import OK_TAIL, SCHEMA, RecordDict, printable
+from md3cli.records import OK_TAIL, SCHEMA, RecordDict, printable, strict_json
 from md3cli.run.log import DamagedLines
 from md3cli.run.record_index import RecordIndex, Visits, latest_lines, outcome_code
 from md3cli.system import read_at
@@ -188,7 +188,7 @@ def _alone(record: RecordDict, start: int, end: int) -> JournalLines:
 
 def _is_json(line: bytes) -> bool:
     try:
-        read_json(line)
+        strict_json(line)
     except (ValueError, RecursionError):
         return False
     return True

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from md3cli.files import translate_errors
-from md3cli.finished.record_shape import read_json, read_record
-from md3cli.records import compact_json
+from md3cli.finished.record_shape import read_record
+from md3cli.records import compact_json, strict_json
 from md3cli.run.log import AppendLog, DamagedLines, SyncAfter, repair_words
 from md3cli.scale.folder import WIP, RunFolder, damaged_name, journal_name, new_attempt, shard_name
 from md3cli.scale.store import LocalStore
@@ -236,7 +236,7 @@ def _id_of(line: bytes) -> str | None:
 def _take_note(content: JournalContent, line: bytes) -> bool:
     """Take note of a line that is no record; return False where the line says nothing."""
     try:
-        value = read_json(line)
+        value = strict_json(line)
     except (ValueError, RecursionError):
         return False
     if not isinstance(value, dict):

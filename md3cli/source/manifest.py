@@ -18,12 +18,12 @@ import json
 import os
 import re
 import select
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 from md3cli.errors import InputError, NoImageColumnError, UsageError
-from md3cli.records import printable
+from md3cli.records import printable, refuse_constant, unique_keys
 from md3cli.remote.address import is_address, shown, suffix_of
 from md3cli.source.columns import clash_of, image_column, likely_images, renamed_columns
 from md3cli.source.parquet import parquet_rows
@@ -388,7 +388,7 @@ def _json_columns(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError, RecursionError: it cannot be read, or could not be written again as it is.
     """
-    columns = _json_value(data, _refuse_constant)
+    columns = _json_value(data, refuse_constant)
     if not isinstance(columns, dict):
         raise ValueError("not a JSON object")
     return columns
@@ -409,7 +409,7 @@ def json_value(data: bytes) -> Any:
 
 
 def _json_value(data: bytes, constant: Callable[[str], None]) -> Any:
-    value = json.loads(data.decode(), parse_constant=constant, object_pairs_hook=_unique)
+    value = json.loads(data.decode(), parse_constant=constant, object_pairs_hook=unique_keys)
     if data.count(b"[") + data.count(b"{") > DEPTH_LIMIT and _depth(value) > DEPTH_LIMIT:
         raise ValueError(_TOO_DEEP)
     try:
@@ -417,19 +417,6 @@ def _json_value(data: bytes, constant: Callable[[str], None]) -> Any:
     except UnicodeEncodeError:
         raise ValueError("holds half of a surrogate pair, which is no character") from None
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON; raises ValueError for a key that comes twice, for nobody knows which value counts."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key '{printable(twice)[:100]}' comes twice")
-    return found
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _depth(value: Any) -> int:

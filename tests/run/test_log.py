@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from program import Program, isolate, make_pictures
+from program import Program, make_pictures
 
 from md3cli.errors import OutputError
+from md3cli.records import unique_keys
 from md3cli.run.log import AppendLog, SyncAfter, damaged_path
 
 NUM_PICTURES = 6
@@ -106,29 +107,16 @@ def test_a_block_that_fails_replaces_nothing(tmp_path: Path) -> None:
 # -- damaged lines ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def md3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
-    isolate(monkeypatch, tmp_path / "home")
-    monkeypatch.chdir(tmp_path)
-    return Program(monkeypatch)
-
-
 def has_broken(good: bytes, flipped: bytes) -> bool:
     """Whether a line can no more be the record it was: judged by what it parses to, as a reader of JSON would."""
     was: Any = json.loads(good)
     try:
-        now: Any = json.loads(flipped.decode(), object_pairs_hook=_unique)
+        now: Any = json.loads(flipped.decode(), object_pairs_hook=unique_keys)
     except ValueError:
         return True
     return _shape(was) != _shape(now) or any(
         was[key] != now[key] for key in ("schema", "id", "image", "task", "prompt")
     )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError
-    return dict(pairs)
 
 
 def _shape(value: Any) -> Any:

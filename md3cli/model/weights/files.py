@@ -23,6 +23,7 @@ from typing import Any
 
 from md3cli.errors import CheckpointError
 from md3cli.model.weights.names import plain_name
+from md3cli.records import unique_keys
 
 JsonObject = dict[str, Any]
 HEADER_LIMIT_BYTES = 10_000_000  # the real model's largest header is under 1 MB
@@ -177,7 +178,7 @@ def read_header(file: Path) -> list[TensorEntry]:
     """
     raw = read_header_bytes(file)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
+        header = json.loads(raw, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: its header is no valid JSON ({first_line(error)}); fetch it again") from error
     if not isinstance(header, dict):
@@ -191,13 +192,6 @@ def read_header(file: Path) -> list[TensorEntry]:
         spans.append(span)
     _check_spans(file, spans, file.stat().st_size - 8 - len(raw))
     return entries
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name appears twice")
-    return result
 
 
 def _is_count(value: object) -> bool:

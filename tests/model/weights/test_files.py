@@ -116,7 +116,7 @@ def test_a_tensor_under_two_spellings_is_refused(tmp_path: Path) -> None:
         (b"\xff\xfe{}", b"", "no valid JSON"),
         (b"[" * 100_000, b"", "no valid JSON"),
         (b"[]", b"", "no JSON object"),
-        (b'{"a": {}, "a": {}}', b"", "a name appears twice"),
+        (b'{"a": {}, "a": {}}', b"", "the key 'a' comes twice"),
         ({"a": 3}, b"", "entry for 'a' is damaged"),
         ({"a": F32_PAIR | {"shape": [-2]}}, bytes(8), "entry for 'a' is damaged"),
         ({"a": F32_PAIR | {"shape": [True, 2]}}, bytes(8), "entry for 'a' is damaged"),
