@@ -12,9 +12,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from program import Program
 
 # Two cores are shared, and the models of the tests are too small for more than one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -80,6 +84,16 @@ def as_if_alone() -> Iterator[None]:
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)
+
+
+@pytest.fixture
+def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
+    """The program in an empty working folder, with a stub in the model's place and nobody's settings."""
+    from program import Program, isolate
+
+    isolate(monkeypatch, tmp_path / "home")
+    monkeypatch.chdir(tmp_path)
+    return Program(monkeypatch)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from program import Program, isolate, make_pictures, records_of
+from program import Program, make_pictures, records_of
 
 MANIFEST = """\
 img,color,promt,max_objects
@@ -18,13 +18,11 @@ QUESTIONS = "\ufeff# what is asked\r\n\r\nIs it {color}?\r\n  How many {color} t
 
 
 @pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    monkeypatch.chdir(tmp_path)
-    isolate(monkeypatch, tmp_path / "home")
+def md3(md3: Program, tmp_path: Path) -> Program:
     make_pictures(tmp_path / "pictures", 3)
     (tmp_path / "m.csv").write_text(MANIFEST)
     (tmp_path / "q.txt").write_bytes(QUESTIONS.encode())
-    return Program(monkeypatch)
+    return md3
 
 
 def prompts(text: str | bytes | Path) -> list[str]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from program import Program, isolate, make_pictures
+from program import Program, make_pictures
 
 from md3cli.errors import InputError
 from md3cli.finished.run_json import find_records, load_run_info
@@ -77,12 +77,6 @@ RUBBISH = {
     "wrong items": '{"schema":"md3-run/1","starts":[1,null,[]],"timeline":[1,[],[1]],"root":["/"],"seal":{}}',
     "no object": "[null]",
 }
-
-
-@pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    isolate(monkeypatch, tmp_path / "home")
-    return Program(monkeypatch)
 
 
 @pytest.mark.process

@@ -5,23 +5,20 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from faulty_servers import WITHOUT_EXTRA, StoreDoor, WebServer, serving
-from program import Program, isolate
+from program import Program
 
 BUCKET = "pictures"
 
 
 @pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    monkeypatch.chdir(tmp_path)
-    isolate(monkeypatch, tmp_path / "home")
+def md3(md3: Program, monkeypatch: pytest.MonkeyPatch) -> Program:
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    return Program(monkeypatch)
+    return md3
 
 
 @pytest.fixture(scope="session")

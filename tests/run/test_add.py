@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from program import STUB_MD3, Program, clean_environment, isolate, make_pictures, records_of
+from program import STUB_MD3, Program, clean_environment, make_pictures, records_of
 from stub_engine import StubModel
 
 from md3cli.errors import CheckpointError
@@ -20,13 +20,6 @@ from md3cli.records import RecordDict
 from md3cli.run.journal import Journal
 
 NUM_PICTURES = 5
-
-
-@pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    monkeypatch.chdir(tmp_path)
-    isolate(monkeypatch, tmp_path / "home")
-    return Program(monkeypatch)
 
 
 @pytest.fixture

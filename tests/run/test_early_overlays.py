@@ -9,19 +9,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from program import Program, clean_environment, isolate, make_pictures, start
+from program import Program, clean_environment, make_pictures, start
 
 from md3cli.exporters import overlay
 from md3cli.exporters.early import EarlyDrawings
 
 pytestmark = pytest.mark.process
-
-
-@pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    monkeypatch.chdir(tmp_path)
-    isolate(monkeypatch, tmp_path / "home")
-    return Program(monkeypatch)
 
 
 def pixels(out: Path) -> dict[str, bytes]:

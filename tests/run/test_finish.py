@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from program import Program, isolate, make_pictures, records_of
+from program import Program, make_pictures, records_of
 from rich.cells import cell_len
 
 from md3cli.console.summary import Failure, Summary, summary_lines
@@ -19,15 +19,13 @@ ways = pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
 
 
 @pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
+def md3(md3: Program, tmp_path: Path) -> Program:
     """The program in a folder with two good pictures and eight bad ones."""
-    isolate(monkeypatch, tmp_path / "home")
     folder = make_pictures(tmp_path / "in", 2)
     for number in range(7):
         (folder / f"bad{number}.png").write_text(f"no picture {number}")
     (folder / "bad\x1b[2J.png").write_bytes(b"")
-    monkeypatch.chdir(tmp_path)
-    return Program(monkeypatch)
+    return md3
 
 
 def named(stderr: str) -> list[str]:

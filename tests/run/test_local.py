@@ -24,13 +24,6 @@ from md3cli.run.record_index import RequestIds
 
 
 @pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    monkeypatch.chdir(tmp_path)
-    isolate(monkeypatch, tmp_path / "home")
-    return Program(monkeypatch)
-
-
-@pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     return make_pictures(tmp_path / "pictures", 11)
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from program import Program, isolate, make_pictures, records_of
+from program import Program, make_pictures, records_of
 
 from md3cli.finished.digest import digest_of
 from md3cli.records import ImageItem, Request, RunIdentity, SourceRow, Task, request_id
@@ -85,13 +85,6 @@ requests = st.builds(
     temperature=st.floats(0, 2),
     spatial_refs=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=2).map(tuple),
 )
-
-
-@pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    isolate(monkeypatch, tmp_path / "home")
-    monkeypatch.chdir(tmp_path)
-    return Program(monkeypatch)
 
 
 def plain_ids(asked: list[tuple[str | None, Request]]) -> list[str]:

@@ -8,16 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from program import Program, isolate, make_pictures, records_of
+from program import Program, make_pictures, records_of
 
 LAST = "p10.png"
-
-
-@pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    monkeypatch.chdir(tmp_path)
-    isolate(monkeypatch, tmp_path / "home")
-    return Program(monkeypatch)
 
 
 @pytest.fixture

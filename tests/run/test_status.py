@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from chaos import wait_until
-from program import Program, clean_environment, isolate, make_pictures, records_of, start
+from program import Program, clean_environment, make_pictures, records_of, start
 
 from md3cli.files import OutputLock, lock_holder
 
@@ -20,12 +20,10 @@ SLOW_S = 0.3  # a step of the stub, of four requests
 
 
 @pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    monkeypatch.chdir(tmp_path)
-    isolate(monkeypatch, tmp_path / "home")
+def md3(md3: Program, tmp_path: Path) -> Program:
     make_pictures(tmp_path / "pictures", 30)
     (tmp_path / "pictures/p4.png").write_bytes(b"no picture")
-    return Program(monkeypatch)
+    return md3
 
 
 def status(md3: Program, run: object) -> dict[str, Any]:

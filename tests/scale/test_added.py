@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from chaos import wait_until
 from marked_processes import MARK, marked_processes
-from program import STUB_MD3, Program, clean_environment, isolate, make_pictures, records_of
+from program import STUB_MD3, Program, clean_environment, make_pictures, records_of
 
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task
 from md3cli.scale.added import RowsDifferError, added_rows, merged
@@ -28,13 +28,6 @@ from md3cli.scale.workers import ShardQueue
 
 MANY = ("--engine", "local", "--shard-size", 4)
 NUM_PICTURES = 10
-
-
-@pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    monkeypatch.chdir(tmp_path)
-    isolate(monkeypatch, tmp_path / "home")
-    return Program(monkeypatch)
 
 
 @pytest.fixture

@@ -7,16 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from program import Program, isolate, make_pictures
+from program import Program, make_pictures
 
 MANY = ("--engine", "local", "--shard-size", 10)
 LINE = 4  # of a file of records, from 1, that is damaged
-
-
-@pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    isolate(monkeypatch, tmp_path / "home")
-    return Program(monkeypatch)
 
 
 @pytest.fixture

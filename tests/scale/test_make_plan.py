@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from program import Program, isolate, make_pictures, records_of
+from program import Program, make_pictures, records_of
 from run_folders import planned, rows_of
 
 from md3cli.scale.attempts import Signs, Teller
@@ -180,12 +180,6 @@ def test_a_planner_that_was_only_slow_leaves_the_others_plan_whole(folder: RunFo
 
 
 # -- through the program ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    isolate(monkeypatch, tmp_path / "home")
-    return Program(monkeypatch)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

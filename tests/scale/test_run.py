@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from chaos import wait_until
 from marked_processes import MARK, marked_processes
-from program import STUB_MD3, Program, clean_environment, isolate, make_pictures, records_of
+from program import STUB_MD3, Program, clean_environment, make_pictures, records_of
 from scale_chaos import UNHURRIED_S, ScaleChaos, run_scale_chaos
 
 from md3cli.errors import ExportError, OutputError
@@ -25,12 +25,6 @@ from md3cli.scale.workers import LocalDriver
 from md3cli.signals import StopSignals
 
 THREE = ("--devices", "cpu", "--workers-per-device", "3")
-
-
-@pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
-    isolate(monkeypatch, tmp_path / "home")
-    return Program(monkeypatch)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from program import Program, isolate, make_pictures, records_of
+from program import Program, make_pictures, records_of
 
 WAYS = {
     "one process": (),
@@ -20,16 +20,14 @@ ways = pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
 
 
 @pytest.fixture
-def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
+def md3(md3: Program, tmp_path: Path) -> Program:
     """The program in a folder with two pictures, a folder without any, and an empty list."""
-    isolate(monkeypatch, tmp_path / "home")
     make_pictures(tmp_path / "in", 2)
     (tmp_path / "none").mkdir()
     (tmp_path / "none/notes.txt").write_text("x")
     (tmp_path / "none/.hidden.png").write_text("x")
     (tmp_path / "list.csv").write_text("image\n")
-    monkeypatch.chdir(tmp_path)
-    return Program(monkeypatch)
+    return md3
 
 
 @ways

@@ -574,11 +574,9 @@ def test_a_signal_while_nothing_comes(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture
-def md3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
-    isolate(monkeypatch, tmp_path / "home")
-    monkeypatch.chdir(tmp_path)
+def md3(md3: Program, tmp_path: Path) -> Program:
     make_pictures(tmp_path / "pictures", 4)
-    return Program(monkeypatch)
+    return md3
 
 
 def rows_with_broken(*broken: int) -> str:

@@ -9,21 +9,19 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from program import Program, isolate, records_of
+from program import Program, records_of
 
 TYPED = ("shards", "shards/", "shards/*.tar", "shards/{00000..00002}.tar")
 NAMES = [f"{shard:05d}.tar/{number}.png" for shard in range(3) for number in range(4)]
 
 
 @pytest.fixture
-def md3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+def md3(md3: Program) -> Program:
     """The program beside `shards`: three tars of four pictures with sidecars, one of them damaged."""
-    isolate(monkeypatch, tmp_path / "home")
-    monkeypatch.chdir(tmp_path)
     Path("shards").mkdir()
     for shard in range(3):
         make_shard(Path(f"shards/{shard:05d}.tar"), shard)
-    return Program(monkeypatch)
+    return md3
 
 
 def make_shard(path: Path, shard: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -33,15 +32,7 @@ MAX_CONTEXT, COUNT = 900, 112
 NOTHING, INFINITY, NAN = float("-inf"), float("inf"), float("nan")
 WHOLE = ("mode", "token", "coord_bin", "width_bin", "height_bin", "finish")
 
-pytestmark = pytest.mark.process
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    """What a kernel forgets to write stays NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("unwritten_memory_shows")]
 
 
 class Heads:

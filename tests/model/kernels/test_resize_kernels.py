@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -21,13 +19,7 @@ from md3cli.model.kernels.tiles import RESIZED_VALUES
 CPU = torch.device("cpu")
 SMALL = CropConfig(crop_size=16, patch_size=2, overlap_margin=1, max_crops=12)  # 12 pixels from tile to tile
 
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_white() -> Iterator[None]:
-    """What a kernel forgets to write stays 255."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("unwritten_memory_shows")
 
 
 def dark_noise(height: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -22,15 +20,7 @@ LENGTHS = (0, 1, 33, SPLIT - 1, SPLIT, SPLIT + 1, 1000, CAPACITY)  # positions t
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3}
 NAN = float("nan")
 
-pytestmark = pytest.mark.process
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    """What a kernel forgets to write stays NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("unwritten_memory_shows")]
 
 
 def cache(num_slots: int, dtype: torch.dtype, capacity: int = CAPACITY) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -46,13 +45,7 @@ SMALL = replace(
 )
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3}
 
-
-@pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    """What a kernel forgets to write stays NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("unwritten_memory_shows")
 
 
 @pytest.mark.process
