@@ -17,7 +17,7 @@ import re
 import sqlite3
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -64,19 +64,6 @@ class _Keys(NamedTuple):
 
     request: int | None
     picture: int
-
-
-def read_records(path: Path, notes: list[str] | None = None) -> Iterator[RecordDict]:
-    """Yield the records of `path` in order, each request once; add to `notes` what a user should know.
-
-    Raises:
-        InputError: the file cannot be read, holds no record, a line is none, or two pictures share a name.
-    """
-    with closing(RecordsFiles([NamedRecords(path)])) as file:
-        if notes is not None:
-            notes += file.notes
-        for _, record in file.placed():
-            yield record
 
 
 def open_records(path: Path) -> BinaryIO:

@@ -313,7 +313,7 @@ def read_labels(path: Path) -> Labels:
     return labels
 
 
-def read_text(path: Path, option: str, limit_bytes: int = FILE_LIMIT_BYTES) -> str:
+def read_text(path: Path, option: str) -> str:
     """Return the text of a small file that `option` names: UTF-8, with a byte order mark or without.
 
     Raises:
@@ -325,9 +325,9 @@ def read_text(path: Path, option: str, limit_bytes: int = FILE_LIMIT_BYTES) -> s
             what = "is a folder or a pipe, not a file" if path.exists() else "no such file"
             raise UsageError(f"{option} {where}: {what}")
         with path.open("rb") as file:
-            content = file.read(limit_bytes + 1)
-        if len(content) > limit_bytes:
-            raise UsageError(f"{option} {where} has more than {limit_bytes:,} bytes")
+            content = file.read(FILE_LIMIT_BYTES + 1)
+        if len(content) > FILE_LIMIT_BYTES:
+            raise UsageError(f"{option} {where} has more than {FILE_LIMIT_BYTES:,} bytes")
         return content.decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{option} {where} cannot be read: {error.strerror or error}") from error

@@ -25,7 +25,6 @@ from md3cli.finished.run_json import seal_of
 from md3cli.refine.collection import Collection
 
 STEMS = ("one", "two", "three")
-POLICIES = ("refuse", "skip", "append", "prepend", "replace")
 
 
 @pytest.fixture

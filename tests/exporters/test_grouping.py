@@ -11,13 +11,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from finished_runs import CAR, failure, record, write_records
+from finished_runs import CAR, failure, read_records, record, write_records
 from hypothesis import given
 from hypothesis import strategies as st
 
 from md3cli.errors import ExportError, InputError
 from md3cli.exporters.grouping import ImageIndex
-from md3cli.finished.records_file import read_records
 from md3cli.refine.collection import as_collection
 
 

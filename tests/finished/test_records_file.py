@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finished_runs import CAR, Run, failure, record, write_records
+from finished_runs import CAR, Run, failure, read_records, record, write_records
 from typer.testing import CliRunner
 
 from md3cli.cli import app
 from md3cli.errors import InputError
 from md3cli.evaluate.located import final_records
-from md3cli.finished.records_file import read_records
 
 FORMATS = ["coco", "csv", "jsonl", "parquet", "yolo", "voc", "labelstudio", "hf", "overlay", "txt", "html"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from md3cli.exporters import ExportOptions, ExportReport, export_records
+from md3cli.finished.records_file import NamedRecords, RecordsFiles
 from md3cli.finished.run_json import seal_of
 from md3cli.refine.collection import Collection
 from md3cli.refine.labels import Labels, labels_with
@@ -38,6 +40,15 @@ DOG = {"label": "dog", "x_min": 0.5, "y_min": 0.1, "x_max": 1.2, "y_max": 0.6, "
 
 # EXIF that says how to turn a picture, and whose maker is a number: Pillow reads it, and cannot write it again.
 ODD_EXIF = b"Exif\0\0II*\0" + struct.pack("<IH HHII HHII III", 8, 2, 0x010F, 5, 1, 38, 0x0112, 3, 1, 6, 0, 1, 2)
+
+
+def read_records(path: Path, notes: list[str] | None = None) -> Iterator[Record]:
+    """The records of a file as commands read them, each request once; `notes` gets what a user should know."""
+    with closing(RecordsFiles([NamedRecords(path)])) as file:
+        if notes is not None:
+            notes += file.notes
+        for _, record in file.placed():
+            yield record
 
 
 def record(image: str | None, task: str, prompt: str | None = None, **fields: Any) -> Record:
