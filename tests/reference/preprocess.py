@@ -51,7 +51,10 @@ def crops_of(image: Image.Image, config: Config) -> tuple[np.ndarray, tuple[int,
 
 
 def resize(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Resize the width, then the height: what one call of Pillow 12 does unless a picture is 100 times as tall."""
-    return picture.resize((width, picture.height), Image.Resampling.LANCZOS).resize(
-        (width, height), Image.Resampling.LANCZOS
-    )
+    """Resize the width, then the height; the height first where it shrinks and is more than 100 times the width.
+
+    That is what one call of Pillow 12.2 or 12.3 does. Up to 12.1 the width always comes first; 13 has another rule.
+    """
+    is_thread = picture.height > 100 * picture.width and picture.height > height
+    between = (picture.width, height) if is_thread else (width, picture.height)
+    return picture.resize(between, Image.Resampling.LANCZOS).resize((width, height), Image.Resampling.LANCZOS)

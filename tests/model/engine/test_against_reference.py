@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import comparing
+from PIL.Image import Resampling
+from reference import comparing, preprocess
 from reference.cases import draw_image, draw_requests, draw_text_only
 from reference.comparing import BFLOAT16, FLOAT32, Margins
-from reference.random_models import draw_network
+from reference.network import Config
+from reference.random_models import draw_config, draw_network
 from reference.reading import read_network
 from reference.sequence import Model
 from reference.skills import Answer, answer
@@ -28,6 +31,7 @@ from tokenizers import Tokenizer
 
 from md3cli import Moondream
 from md3cli.config import ModelOptions
+from md3cli.images.crops import CropConfig
 from md3cli.model.api_requests import prepare_pil
 from md3cli.model.engine import load as load_module
 from md3cli.model.engine.engine import Engine
@@ -43,6 +47,7 @@ LOOPS = [(delay, is_planned) for delay in (0, 1, 2) for is_planned in (False, Tr
 IMAGES_PER_MODEL = 2
 TEXT_ONLY_PER_MODEL = 2
 SETTINGS = ("max_tokens", "max_objects")
+THREADS = ((2, 200), (2, 201), (2, 410), (3, 300), (3, 301), (5, 900), (410, 2))  # width and height
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ def ask_reference(folder: Path, rng: random.Random) -> Drawn:
     asked = []
     for _ in range(IMAGES_PER_MODEL):
         image = draw_image(rng, model.network.config)
+        assert_cut_alike(image, model.network.config)
         with torch.no_grad():
             encoded = model.encode_image(image)
         asked += [Asked(request, image, answer(model, request, encoded)) for request in draw_requests(rng)]
@@ -89,6 +95,21 @@ def ask_reference(folder: Path, rng: random.Random) -> Drawn:
         request = draw_text_only(rng)
         asked.append(Asked(request, None, answer(model, request, None)))
     return Drawn(folder, model, asked)
+
+
+def noise(size: tuple[int, int]) -> Image.Image:
+    """A picture whose every pixel says when it is resized otherwise."""
+    width, height = size
+    return Image.fromarray(np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def assert_cut_alike(image: Image.Image, config: Config) -> None:
+    """Both cut the same crops of a picture, byte for byte: few answers tell when a handful of pixels differ."""
+    sizes = {name: config["vision"][name] for name in ("crop_size", "overlap_margin", "max_crops")}
+    ours = prepare_pil(image, CropConfig(patch_size=config["vision"]["enc_patch_size"], **sizes))
+    crops, tiling = preprocess.crops_of(image, config)
+    assert ours.tiling == tiling
+    np.testing.assert_array_equal(ours.crops, crops, err_msg=f"{image.mode} {image.size}")
 
 
 def load(drawn: Drawn, dtype: str = "fp32", batch_size: int | None = None, loop: int | None = None) -> Moondream:
@@ -161,6 +182,25 @@ def assert_mostly_certain(drawn: Drawn) -> None:
     """Guards the tests themselves: in float32 nearly every answer must be compared in full."""
     certain = sum(comparing.is_certain(asked.answer, FLOAT32) for asked in drawn.asked)
     assert certain >= 0.8 * len(drawn.asked)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pictures_are_cut_alike(seed: int) -> None:
+    """Drawn ones, and threads around the width from which on the height comes first."""
+    config, rng = draw_config(seed), random.Random(seed)
+    for _ in range(20):
+        assert_cut_alike(draw_image(rng, config), config)
+    for size in THREADS:
+        assert_cut_alike(noise(size), config)
+
+
+@pytest.mark.parametrize("size", [size for size in THREADS if size[1] > 100 * size[0]], ids=str)
+def test_a_picture_cut_in_the_other_order_is_found(size: tuple[int, int]) -> None:
+    def width_first(picture: Image.Image, width: int, height: int) -> Image.Image:
+        return picture.resize((width, picture.height), Resampling.LANCZOS).resize((width, height), Resampling.LANCZOS)
+
+    with patch.object(preprocess, "resize", width_first), pytest.raises(AssertionError, match=f"RGB .{size[0]}, "):
+        assert_cut_alike(noise(size), draw_config(0))
 
 
 @pytest.mark.parametrize("seed", range(3))
