@@ -16,10 +16,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, cached_property
+from itertools import takewhile
 from typing import IO, Any, NamedTuple
 
 from md3cli.config import ColumnOptions, SourceSpec
-from md3cli.errors import InputError, MissingExtraError, RowError, UsageError
+from md3cli.errors import InputError, MissingExtraError, NoImageColumnError, RowError, UsageError
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task, printable
 from md3cli.remote.address import is_address, shown
 from md3cli.remote.hosts import is_installed, require_extra
@@ -45,7 +46,7 @@ from md3cli.source.requests import (
     row_image,
     row_requests,
 )
-from md3cli.source.walk import STDIN, TAR, Glob, Kind, PathFilter, Walk, has_image_suffix
+from md3cli.source.walk import PARQUET, SHARDS, STDIN, TAR, Glob, Kind, PathFilter, Walk, has_image_suffix
 from md3cli.source.webdataset import NOTHING, tar_pictures
 
 
@@ -139,6 +140,7 @@ class Source:
         is_asked_alike = bool(requests) and not rules.changes_pictures
         self._is_fit_for_pictures = is_asked_alike and _are_fit_for_pictures(requests)
         self._stdin_file, self._may_wait = stdin, True
+        self._has_walked_rows = False  # rows of Parquet files, which may ask what they like
         self._filter = PathFilter.of(spec.include, spec.exclude)
         self._outside = Confinement.to(spec.root).failure_of
         self.root = self._find_root()
@@ -175,7 +177,7 @@ class Source:
 
     @property
     def asks_nothing_else(self) -> bool:
-        """Return whether the command alone says what is asked of all of INPUT: no manifest, and nothing narrowed.
+        """Return whether the command alone says what is asked of INPUT, as far as it was read: nothing is narrowed.
 
         A record of a template's is known by its own prompt; constants may be settings, of which a record tells nothing.
         """
@@ -184,7 +186,7 @@ class Source:
             spec.columns.constants or spec.columns.renamed
         )
         kinds = {given.kind for given in self._inputs}
-        return not is_narrowed and kinds <= {Kind.FOLDER, Kind.GLOB, Kind.FILE, Kind.TAR}
+        return not (is_narrowed or self._has_walked_rows) and kinds <= {Kind.FOLDER, Kind.GLOB, Kind.FILE, Kind.TAR}
 
     @property
     def has_one_row(self) -> bool:
@@ -316,23 +318,33 @@ class Source:
             suffix = relative[-8:].lower()
             if suffix.endswith(TAR):
                 yield from self._tar_members(path, name, skipped)
-            elif suffix.endswith(".parquet"):
-                yield from self._manifest(Input(path, Kind.MANIFEST, name), skipped)
+            elif suffix == PARQUET:
+                yield from self._parquet_rows(path, name, skipped)
             else:
                 yield self._picture(name, path)
 
-    def _walk(self, folder: str, skipped: Counter[str], *, takes_tars: bool = True) -> Walk:
-        """Return the walk of a folder; tars are taken where it has no pictures, which is looked for when one is met."""
-        if not is_address(folder):
-            walk = Walk(self._spec.recursive, self._spec.follow_links, self._filter, skipped, self._spec.own_files)
-        else:
-            from md3cli.source.remote_inputs import walk_of
+    def _walk(self, folder: str, skipped: Counter[str]) -> Walk:
+        """Return the walk of a folder.
 
-            walk = walk_of(folder, self._filter, skipped, is_recursive=self._spec.recursive)
-        if takes_tars:
-            pictures_alone = self._walk(folder, Counter(), takes_tars=False)
-            walk.takes_tars = cache(lambda: next(pictures_alone.files(folder), None) is None)
+        Shards of a suffix are taken where the folder has no pictures, and no shards that come before them in SHARDS:
+        Parquet files beside tars are what img2dataset notes about those. It is looked for when the first one is met.
+        """
+        walk = self._plain_walk(folder, skipped)
+
+        def takes(suffix: str) -> bool:
+            before = self._plain_walk(folder, Counter())
+            before.takes = frozenset(takewhile(lambda other: other != suffix, SHARDS)).__contains__
+            return next(before.files(folder), None) is None
+
+        walk.takes = cache(takes)
         return walk
+
+    def _plain_walk(self, folder: str, skipped: Counter[str]) -> Walk:
+        if not is_address(folder):
+            return Walk(self._spec.recursive, self._spec.follow_links, self._filter, skipped, self._spec.own_files)
+        from md3cli.source.remote_inputs import walk_of
+
+        return walk_of(folder, self._filter, skipped, is_recursive=self._spec.recursive)
 
     def _tar_members(self, path: str, prefix: str, skipped: Counter[str]) -> Iterator[_Found]:
         """Yield the pictures inside a tar, by suffix, as byte ranges of it; damage is one more row."""
@@ -345,9 +357,27 @@ class Source:
         except (InputError, RowError) as error:
             if isinstance(error, InputError) and (not prefix or is_address(path)):
                 raise
-            failure = RowFailure("decode", str(error))
-            image = image_item(prefix or os.path.basename(path), path)
-            yield (image.name, SourceRow(image, self._requests, failure=failure))
+            yield self._damaged(prefix or os.path.basename(path), path, error)
+
+    def _parquet_rows(self, path: str, prefix: str, skipped: Counter[str]) -> Iterator[_Found]:
+        """Yield the rows of a Parquet file that a walk met; one that is damaged is one row, as a tar is.
+
+        Raises:
+            InputError: it is remote and cannot be opened, or it has no column of pictures.
+        """
+        self._has_walked_rows = True
+        try:
+            yield from self._manifest(Input(path, Kind.MANIFEST, prefix), skipped)
+        except NoImageColumnError:
+            raise
+        except InputError as error:
+            if is_address(path):
+                raise
+            yield self._damaged(prefix, path, error)
+
+    def _damaged(self, name: str, path: str, error: Exception) -> _Found:
+        image = image_item(name, path)
+        return (image.name, SourceRow(image, self._requests, failure=RowFailure("decode", str(error))))
 
     def _why_not(self, member: tarfile.TarInfo, name: str) -> str:
         """Return why a tar's member is left out; empty where it is not."""

@@ -7,6 +7,7 @@ is: what tarfile reads of the headers of one member is bounded.
 
 from __future__ import annotations
 
+import contextlib
 import tarfile
 from collections.abc import Iterator
 from typing import IO, cast
@@ -15,6 +16,13 @@ from md3cli.errors import InputError, RowError
 from md3cli.records import printable
 
 MEMBER_LIMIT_BYTES = 1 << 20  # of all the blocks that describe one member; names of 100 KB are met
+_COMPRESSED = (  # how files begin that are called .tar and are packed, and what unpacks them to stdout
+    (b"\x1f\x8b", "gzip -dc"),
+    (b"\x28\xb5\x2f\xfd", "zstd -dc"),
+    (b"\xfd7zXZ\0", "xz -dc"),
+    (b"BZh", "bzip2 -dc"),
+    (b"PK\x03\x04", "unzip -p"),
+)
 # All that tarfile raises on headers that make no sense; OverflowError is of a size that no file can have.
 _UNREADABLE = (tarfile.TarError, OSError, ValueError, RecursionError, ArithmeticError, LookupError)
 
@@ -54,7 +62,7 @@ def tar_members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:
     try:
         tar = tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:")  # noqa: SIM115 - closes nothing
     except _UNREADABLE as error:
-        raise InputError(f"cannot read {printable(name)} as a tar: {printable(str(error))}") from error
+        raise InputError(f"cannot read {printable(name)} as a tar: {_why_not(file, error)}") from error
     position = 0
     while True:
         headers.start_member()
@@ -72,6 +80,16 @@ def tar_members(file: IO[bytes], name: str) -> Iterator[tarfile.TarInfo]:
         position = tar.offset
         tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
         yield member
+
+
+def _why_not(file: IO[bytes], error: Exception) -> str:
+    """Return why the head of a file is not a tar's: it may be compressed."""
+    with contextlib.suppress(*_UNREADABLE):
+        file.seek(0)
+        head = file.read(8)
+        if command := next((command for start, command in _COMPRESSED if head.startswith(start)), None):
+            return f"it is compressed; unpack it: {command} OLD.tar > NEW.tar"
+    return printable(str(error))
 
 
 def _words(error: Exception) -> str:

@@ -24,15 +24,15 @@ ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z",
 SPREADSHEETS = frozenset({".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers"})
 _DIGITS = re.compile(r"[0-9]+")
 OWN_FILES = "of md3's own files"  # in `Walk.skipped`
-OWN_FOLDER_NAMES = frozenset(
-    {"yolo", "voc", "hf", "overlay", "labelme", "cvat", "crops", "redacted"}
-)  # of a run folder, those that hold pictures
+OWN_NAMES = frozenset(
+    {"yolo", "voc", "hf", "overlay", "labelme", "cvat", "crops", "redacted", "records.parquet"}
+)  # of a run folder, those that hold pictures or are taken for something that does
 _RUN_HEAD_BYTES = 200  # `schema` is the first key
 
-TAR = ".tar"
-_NAMED_ONLY = {  # what holds pictures, and is read where a pattern or its name says so: how skipped ones are called
+TAR, PARQUET = ".tar", ".parquet"
+SHARDS = {  # what holds pictures, and is left out of a folder that has pictures, or shards named here before
     TAR: "tars beside pictures (give 'FOLDER/*.tar' to read them)",
-    ".parquet": "Parquet files (give 'FOLDER/*.parquet' to read them)",
+    PARQUET: "Parquet files beside pictures or tars (give 'FOLDER/*.parquet' to read them)",
 }
 
 
@@ -157,7 +157,7 @@ class PathFilter:
         return self.opens(path) and (not self.include or any(pattern.fullmatch(path) for pattern in self.include))
 
     def opens(self, path: str) -> bool:
-        """Return whether no exclude pattern matches a path or a folder above it: of a tar, whose members may match."""
+        """Return whether no exclude pattern matches a path or a folder above it: pictures in a shard may match."""
         if not self.exclude:
             return True
         places = [match.start() for match in re.finditer("/", path)]
@@ -182,7 +182,7 @@ class Walk:
     that has a file `.md3`, or that is a format's folder beside a run.json of md3. The folder that is walked is never
     left out.
 
-    Without a glob, `takes_tars` is asked when a tar is met: whether tars are taken as pictures are.
+    Without a glob, `takes` is asked when a shard is met: whether those of its suffix are taken as pictures are.
     """
 
     recursive: bool = True
@@ -190,7 +190,7 @@ class Walk:
     filter: PathFilter = field(default_factory=lambda: PathFilter((), ()))
     skipped: Counter[str] = field(default_factory=Counter)
     own_files: frozenset[str] = frozenset()
-    takes_tars: Callable[[], bool] = lambda: False
+    takes: Callable[[str], bool] = lambda suffix: False
 
     def files(self, root: str, glob: Glob | None = None) -> Iterator[str]:
         """Yield paths under `root` in natural order, folder by folder: what `glob` matches, else pictures by suffix.
@@ -211,7 +211,8 @@ class Walk:
             elif not entry.is_folder or self.is_meant_as_file(root, path, entry):
                 if not self._is_wanted(path, glob):
                     continue
-                if level.is_own or self._is_own_path(f"{root}/{path}"):
+                is_document = level.is_run and glob is None and entry.name in OWN_NAMES
+                if level.is_own or is_document or self._is_own_path(f"{root}/{path}"):
                     self.skipped[OWN_FILES] += 1
                 else:
                     yield path
@@ -219,7 +220,7 @@ class Walk:
                 is_linked = level.is_linked or entry.is_link
                 if not self.follow_links or self._is_new(f"{root}/{path}", seen, is_linked):
                     folder = f"{root}/{path}"
-                    is_document = level.is_run and entry.name in OWN_FOLDER_NAMES
+                    is_document = level.is_run and entry.name in OWN_NAMES
                     is_own = level.is_own or self.is_own(folder) or is_document or self._is_own_path(folder)
                     entries = iter(self.entries(folder))
                     levels.append(_Level(path, entries, is_linked, is_own, self.is_run_folder(folder)))
@@ -227,13 +228,13 @@ class Walk:
     def _is_wanted(self, path: str, glob: Glob | None) -> bool:
         if glob is not None and not glob.matches(path):
             return False
-        is_tar = path[-4:].lower() == TAR
-        is_named = glob.names_suffix if glob is not None else is_tar and self.takes_tars()
-        if not has_image_suffix(path) and not is_named:
-            suffix = os.path.splitext(path)[1].lower()
-            self.skipped[_NAMED_ONLY.get(suffix, "other suffix")] += 1
+        suffix = path[path.rfind(".") :][:9].lower()
+        is_shard = suffix in SHARDS
+        is_named = glob.names_suffix if glob is not None else is_shard and self.takes(suffix)
+        if suffix not in IMAGE_SUFFIXES and not is_named:
+            self.skipped[SHARDS.get(suffix, "other suffix")] += 1
             return False
-        if not (self.filter.opens(path) if is_tar else self.filter.keeps(path)):
+        if not (self.filter.opens(path) if is_shard else self.filter.keeps(path)):
             self.skipped["excluded"] += 1
             return False
         return True

@@ -7,6 +7,8 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from program import Program, records_of
@@ -52,6 +54,27 @@ def test_every_way_to_type_them_gives_the_same_records(md3: Program) -> None:
     assert [record["meta"]["caption"] for record in records if record["meta"] is not damaged] == [
         f"thing {number}" for shard in range(3) for number in range(4) if (shard, number) != (1, 1)
     ]
+
+
+@pytest.mark.parametrize("typed", ["data", "data/*.parquet", "data/train-{00000..00002}-of-00003.parquet"])
+def test_a_run_over_parquet_goes_on_and_finds_its_pictures(md3: Program, typed: str) -> None:
+    Path("data").mkdir()
+    for shard in range(3):
+        with tarfile.open(f"shards/{shard:05d}.tar") as tar:
+            images = [tar.extractfile(f"{number}.png").read() for number in range(4)]  # type: ignore[union-attr]
+        table = pa.table({"image": [{"bytes": image, "path": "x.png"} for image in images], "text": list("abcd")})
+        pq.write_table(table, f"data/train-{shard:05d}-of-00003.parquet", row_group_size=3)
+    names = [f"train-{shard:05d}-of-00003.parquet/{row:07d}-x.png" for shard in range(3) for row in range(1, 5)]
+    assert md3("detect", typed, "car", "--dry-run").stdout.startswith('{"images": 12, "requests": 12')
+    assert md3("detect", typed, "car", "-o", "run", "--limit", 5).exit_code == 0
+    result = md3("detect", typed, "car", "-o", "run")
+    assert (result.exit_code, md3.num_answered) == (0, 7)
+    records = records_of(Path("run/records.jsonl"))
+    assert [record["image"] for record in records] == names
+    assert [record["meta"] for record in records] == [{"text": letter} for letter in "abcd"] * 3
+    assert md3("export", "run", "--format", "yolo", "-o", "yolo").exit_code == 0
+    sizes = [Image.open(Path("yolo/images", name)).size for name in names]
+    assert sizes == [(40 + number, 30 + shard) for shard in range(3) for number in range(4)]
 
 
 @pytest.mark.parametrize("typed", TYPED)

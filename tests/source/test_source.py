@@ -12,12 +12,14 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from md3cli.config import SourceSpec
-from md3cli.errors import InputError, MissingExtraError, UsageError
+from md3cli.errors import InputError, MissingExtraError, NoImageColumnError, UsageError
 from md3cli.records import Request, SourceRow, Task
 from md3cli.source.source import Source, image_item, open_source
 
@@ -130,7 +132,7 @@ def test_a_folder_of_pictures_says_how_its_tars_are_read(tmp_path: Path) -> None
     assert names(rows) == ["deep/down/x.jpg"]
     assert rows.skipped == {
         "tars beside pictures (give 'FOLDER/*.tar' to read them)": 2,
-        "Parquet files (give 'FOLDER/*.parquet' to read them)": 1,
+        "Parquet files beside pictures or tars (give 'FOLDER/*.parquet' to read them)": 1,
         "other suffix": 1,
     }
 
@@ -175,6 +177,62 @@ def test_a_tar_that_is_none_is_one_row_of_its_folder(shards: Path) -> None:
     assert [row.image and row.image.name for row in rows][:2] == ["2.tar", "10.tar/10.jpg"]
     assert rows[0].failure is not None
     assert rows[0].failure.type == "decode"
+
+
+def parquet(path: Path, *images: str) -> None:
+    """Write a Parquet file of pictures that hold their own names, as `datasets` does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": [{"bytes": name.encode(), "path": name} for name in images]}), path)
+
+
+def test_a_folder_of_parquet_files_is_their_pictures(folder: Path) -> None:
+    parquet(folder / "data/train-00002.parquet", "a.jpg", "b.png")
+    parquet(folder / "data/train-00010.parquet", "a.jpg")
+    parquet(folder / "data/valid/x.PARQUET", "c.png")
+    (folder / "data/dataset_info.json").touch()
+    rows = source("data")
+    pictures = [
+        "train-00002.parquet/0000001-a.jpg",
+        "train-00002.parquet/0000002-b.png",
+        "train-00010.parquet/0000001-a.jpg",
+        "valid/x.PARQUET/0000001-c.png",
+    ]
+    assert names(rows) == pictures
+    assert (rows.root, rows.skipped, rows.count()) == (str(folder / "data"), {"other suffix": 1}, (4, 8))
+    assert names(source("data", recursive=False)) == names(source("data/*.parquet")) == pictures[:3]
+    assert names(source("data/train-{00002..00010..8}.parquet")) == pictures[:3]
+    for typed in ("data", "data/**/*.[pP]*"):
+        assert names(source(typed, include=("*.png",))) == [pictures[1], pictures[3]]
+        assert names(source(typed, exclude=("train-00002.*", "valid"))) == pictures[2:3]
+        parts = [names(source(typed, shard=(i, 3))) for i in range(3)]
+        assert sorted(name or "" for part in parts for name in part) == sorted(pictures)
+    assert not rows.asks_nothing_else, "rows may ask what they like"
+    tar_up(folder / "data/00000.tar", "0.jpg")  # as img2dataset writes them: the Parquet files are about the tars
+    assert names(source("data")) == ["00000.tar/0.jpg"]
+
+
+def test_a_damaged_parquet_file_is_one_row_of_its_folder(folder: Path) -> None:
+    for number in range(3):
+        parquet(folder / f"data/{number}.parquet", "a.jpg")
+    (folder / "data/1.parquet").write_bytes(b"PAR1 no parquet")
+    for typed in ("data", "data/*.parquet"):
+        rows = source(typed)
+        assert names(rows) == ["0.parquet/0000001-a.jpg", "1.parquet", "2.parquet/0000001-a.jpg"]
+        ((kind, message),) = filter(None, failures(rows))
+        assert kind == "decode"
+        assert message.startswith("cannot read the manifest data/1.parquet as Parquet")
+    pq.write_table(pa.table({"jpg": [b"x"]}), folder / "data/0.parquet")
+    with pytest.raises(NoImageColumnError, match="--map image=NAME says which"):
+        names(source("data"))
+
+
+def test_the_table_of_a_run_is_not_its_input(folder: Path) -> None:
+    parquet(folder / "run/records.parquet", "a.jpg")
+    (folder / "run/run.json").write_text('{"schema":"md3-run/1"}')
+    rows = source("run")
+    assert names(rows) == []
+    assert rows.skipped["of md3's own files"] == 1
+    assert names(source("run/*.parquet")) == ["records.parquet/0000001-a.jpg"]
 
 
 # -- braces ----------------------------------------------------------------------------------------------

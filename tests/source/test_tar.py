@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import gzip
 import io
+import lzma
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,6 +47,13 @@ def test_an_empty_tar_has_no_members() -> None:
 def test_what_is_no_tar_is_an_input_error(data: bytes) -> None:
     with pytest.raises(InputError, match=r"t\.tar as a tar"):
         list(tar_members(io.BytesIO(data), "t.tar"))
+
+
+@pytest.mark.parametrize(("pack", "command"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")])
+def test_a_compressed_tar_is_told_from_a_damaged_one(pack: Callable[[bytes], bytes], command: str) -> None:
+    message = rf"cannot read t\.tar as a tar: it is compressed; unpack it: {command} -dc OLD\.tar > NEW\.tar"
+    with pytest.raises(InputError, match=message):
+        list(tar_members(io.BytesIO(pack(tar_of(CONTENTS))), "t.tar"))
 
 
 def test_a_damaged_header_is_not_the_end() -> None:
