@@ -138,7 +138,7 @@ def copied(
 
 def missing_notes(pictures: Pictures, place: str = "under images/") -> Iterator[str]:
     """Yield sentences as `Pictures.notes`, where labels fit pictures that are put there later."""
-    yield from pictures.link_note()
+    yield from pictures.file_notes()
     if pictures.num_missing:
         yield f"{pictures.num_missing} pictures were not found or not readable: add --root DIR, or put them {place}"
 

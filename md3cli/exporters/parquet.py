@@ -99,7 +99,8 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         for batch in rows.batches(read(records, reading_notes)):
             writer.write_batch(batch)
     notes = (f"{rows.num_missing} pictures could not be read; their `image` is null",) if rows.num_missing else ()
-    return ExportReport("parquet", out, rows.num_records, notes=(*reading_notes, *notes, *columns.notes()))
+    notes = (*reading_notes, *notes, *pictures.file_notes(), *columns.notes())
+    return ExportReport("parquet", out, rows.num_records, notes=notes)
 
 
 class _Rows:

@@ -16,6 +16,7 @@ import hashlib
 import io
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,10 +48,12 @@ class OtherPictureError(ImageError):
 class FoundPicture(ImageItem):
     """A picture of a record; its bytes must have the digest `sha256`, where that is not None.
 
-    `content` has the bytes where they had to be read to find it: of a cell of a Parquet file.
+    `content` has the bytes where they had to be read to find it: of a cell of a Parquet file. `size_wh` is the upright
+    picture's size in pixels as the record says it.
     """
 
     sha256: str | None = None
+    size_wh: tuple[object, object] | None = field(default=None, compare=False)
     content: bytes | None = field(default=None, repr=False, hash=False, compare=False)
 
 
@@ -154,6 +157,7 @@ class Pictures:
         self.num_found = 0
         self.num_missing = 0
         self._first_missing = ""
+        self._num_resized, self._first_resized, self._counting = 0, "", threading.Lock()
         self.is_unlinked = False  # a copy was made where a link was asked for
 
     def require_root(self, format: str) -> None:
@@ -181,7 +185,10 @@ class Pictures:
         sha256 = record.get("sha256") if root.is_trusted else str(record.get("sha256"))
         sha256 = sha256 if has_twins or not root.is_trusted else None
         content = item.content if isinstance(item, FoundPicture) else None
-        return FoundPicture(item.name, item.path, item.name_b64, item.offset, item.size, sha256=sha256, content=content)
+        size_wh = record.get("width"), record.get("height")
+        return FoundPicture(
+            item.name, item.path, item.name_b64, item.offset, item.size, sha256=sha256, size_wh=size_wh, content=content
+        )
 
     def note_unreadable(self, name: str) -> None:
         """Count a picture that was found and cannot be read after all."""
@@ -207,6 +214,7 @@ class Pictures:
         limits = ImageLimits(self._options.max_pixels, self._options.max_file_size)
         image, sha256 = read_image(picture, limits, self._options.background, data=picture.content)
         _check_digest(picture, sha256)
+        self._note_size(picture, image.size)
         return image
 
     def read_bytes(self, picture: FoundPicture) -> bytes:
@@ -220,7 +228,7 @@ class Pictures:
 
         data = picture.content or read_bytes(picture, self._options.max_file_size)
         _check_digest(picture, hashlib.sha256(data).hexdigest() if picture.sha256 is not None else "")
-        check_kind(data)
+        self._note_size(picture, check_kind(data))
         return data
 
     def copy(self, picture: FoundPicture, target: Path) -> None:
@@ -239,7 +247,7 @@ class Pictures:
             ExportError: not one is there, so the root must be wrong.
         """
         if not self.num_missing:
-            return (*self.link_note(),)
+            return (*self.file_notes(),)
         where, example = printable(str(self.root)), printable(self._first_missing)
         claim = (
             "" if self.is_trusted else " (only run.json says so, and your own md3 did not write it: sha256 must agree)"
@@ -249,12 +257,28 @@ class Pictures:
                 f"none of {self.num_missing} pictures is below {where}{claim} (first: {example}); set --root DIR"
             )
         missing = f"{self.num_missing} pictures cannot be read below {where}{claim}, they are left out"
-        return (*self.link_note(), f"{missing} (first: {example})")
+        return (*self.file_notes(), f"{missing} (first: {example})")
 
-    def link_note(self) -> Iterator[str]:
-        """Yield that pictures were copied in spite of `--link`, if so."""
+    def file_notes(self) -> Iterator[str]:
+        """Yield how many pictures are others than the model saw, and that they were copied in spite of `--link`."""
+        if self._num_resized:
+            count = f"{self._num_resized:,} {'picture has' if self._num_resized == 1 else 'pictures have'}"
+            yield (
+                f"{count} another size in pixels now than the records say, so what was found does not fit (first: "
+                f"{printable(self._first_resized)}); annotate again, or set --root DIR"
+            )
         if self.is_unlinked:
             yield "pictures were copied, not linked: OUT is on another disk, or on one that has no hard links"
+
+    def _note_size(self, picture: FoundPicture, size_wh: tuple[int, int]) -> None:
+        """Count a picture, once, whose size is not the record's; one that lies turned has its sides exchanged."""
+        known = picture.size_wh
+        if known is None or None in known or size_wh in (known, known[::-1]):
+            return
+        with self._counting:  # several threads read
+            self._first_resized = self._first_resized or picture.name
+            self._num_resized += 1
+        picture.size_wh = None
 
     def _look_up(self, record: RecordDict) -> tuple[Root | None, ImageItem | None]:
         """Return the record's picture and the root it was found below; of several the one with its digest."""

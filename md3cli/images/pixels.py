@@ -45,14 +45,18 @@ def start_pillow() -> tuple[str, ...]:
     return tuple(name for name in _WANTED if name in Image.OPEN)
 
 
-def check_kind(data: bytes) -> None:
+def check_kind(data: bytes) -> tuple[int, int]:
     """Check that `data` begins as a picture of a format read here; no pixel is decoded.
+
+    Returns:
+        Width and height in pixels as the header says them, before the picture is turned upright.
 
     Raises:
         ImageError: it does not.
     """
     try:
-        _open(without_metadata(data), start_pillow())[0].close()
+        with _open(without_metadata(data), start_pillow())[0] as image:
+            return image.size
     except ImageError:
         raise
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, RuntimeError, struct.error, ...

@@ -70,9 +70,7 @@ def with_thumbnails(items: Iterable[Item], pictures: Pictures, long_side_px: int
 
 
 def _find(item: Item, pictures: Pictures) -> FoundPicture | None:
-    records = (entry.record for entry in item.entries)
-    known = next((record for record in records if record.get("sha256")), item.first)
-    return None if item.first["image"] is None else pictures.find(known)
+    return None if item.first["image"] is None else pictures.find(item.picture_record)
 
 
 def _fill(item: Item, picture: FoundPicture | None, pictures: Pictures, long_side_px: int) -> Item:
@@ -226,7 +224,9 @@ def write_report(
         nonce = None if pieces.folder is None else pieces.stamp
         file.writelines(render(overview, pieces.data(head), nonce))
     pieces.remove_former()
-    return ReportSummary(page, pieces.folder, stats.num_images, stats.num_records, num_missing, tuple(notes))
+    return ReportSummary(
+        page, pieces.folder, stats.num_images, stats.num_records, num_missing, (*notes, *pictures.file_notes())
+    )
 
 
 def _new_stats(records: Collection) -> RunStats:

@@ -102,6 +102,11 @@ class Item:
         """Return the first record, which says which picture this is."""
         return self.entries[0].record
 
+    @property
+    def picture_record(self) -> RecordDict:
+        """Return a record with the picture's digest, where there is one."""
+        return next((entry.record for entry in self.entries if entry.record.get("sha256")), self.first)
+
 
 def items(records: Iterable[RecordDict]) -> Iterator[Item]:
     """Yield items in input order; neighbouring records of one picture share an item.

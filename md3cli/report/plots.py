@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from md3cli.exporters.grouping import asked_and_found, image_key
-from md3cli.finished.digest import DigestSet
+from md3cli.finished.digest import DigestSet, digest_of
 from md3cli.finished.run_json import RunInfo
 from md3cli.records import printable
 from md3cli.refine.labels import Labels
@@ -37,7 +37,7 @@ class RunStats:
 
     named: Labels = field(default=Labels())  # how prompts are called
     first_id: str | None = None
-    pictures: DigestSet = field(default_factory=DigestSet)  # of a sorted selection one may come several times
+    pictures: PictureCount = field(default_factory=lambda: PictureCount())
     num_records: int = 0
     num_objects: int = 0
     tasks: Counter[str] = field(default_factory=Counter)
@@ -58,13 +58,13 @@ class RunStats:
 
     @property
     def num_images(self) -> int:
-        return len(self.pictures)
+        return self.pictures.total
 
     def add(self, item: Item) -> None:
         """Count one picture with its records."""
         self.first_id = self.first_id or str(item.first.get("id"))
         if item.first["image"] is not None:
-            self.pictures.add(image_key(item.first))
+            self.pictures.add(image_key(item.first), item.picture_record.get("sha256"))
         labels = Counter(shape.label for entry in item.entries for shape in entry.shapes)
         for label, count in labels.items():
             if label in self.labels or len(self.labels) < MAX_DISTINCT:
@@ -103,6 +103,26 @@ class RunStats:
             answer = printable(" ".join(text.split()))[:ANSWER_CHARS]
             if answer in answers or len(answers) < MAX_DISTINCT:
                 answers[answer] += 1
+
+
+class PictureCount:
+    """Counts pictures, each once; of a sorted selection one may come several times. Takes 42 bytes a picture.
+
+    Of one name those with different digests are several. A record without a digest is about any of its name.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._seen = DigestSet()
+
+    def add(self, name: bytes, sha256: object) -> None:
+        """Count a picture of `name` (16 bytes, as of `image_key`); `sha256` None: nobody knows it."""
+        has_digest = digest_of(b"known:" + name)
+        if not sha256:
+            self.total += has_digest not in self._seen and self._seen.add(name)
+        elif self._seen.add(digest_of(b"%b:%b" % (name, str(sha256).encode("utf-8", "surrogatepass")))):
+            is_first = self._seen.add(has_digest)  # of its name: it may have been counted without a digest
+            self.total += not (is_first and name in self._seen)
 
 
 def kinds_of(entry: Entry) -> Iterator[str]:

@@ -11,6 +11,8 @@ import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from finished_runs import CAR, HEIGHT, WIDTH, Record, Run, draw_pictures, record, write_records
 from PIL import Image
@@ -157,12 +159,14 @@ def test_an_address_is_no_folder(tmp_path: Path, home: Path, monkeypatch: pytest
 # --- tars ----------------------------------------------------------------------------------------------
 
 
-def write_tar(path: Path, members: Mapping[str, tuple[int, int, int]]) -> None:
+def write_tar(
+    path: Path, members: Mapping[str, tuple[int, int, int]], size_wh: tuple[int, int] = (WIDTH, HEIGHT)
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, colour in members.items():
             content = io.BytesIO()
-            Image.new("RGB", (WIDTH, HEIGHT), colour).save(content, "PNG")
+            Image.new("RGB", size_wh, colour).save(content, "PNG")
             info = tarfile.TarInfo(name)
             info.size = len(content.getvalue())
             tar.addfile(info, io.BytesIO(content.getvalue()))
@@ -230,3 +234,28 @@ def test_an_export_finds_what_a_list_spelled_otherwise(tmp_path: Path) -> None:
         assert found is not None
         assert found.path == str(tmp_path / path)
     assert pictures.find({"image": "..\\sub\\gone.png"}) is None
+
+
+# --- pictures that were exchanged ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["hf", "yolo", "voc", "overlay", "crops", "parquet", "labelme", "cvat", "html"])
+@pytest.mark.parametrize("kind", ["file", "tar", "parquet"])
+def test_a_picture_of_another_size_than_the_record_says_is_told(
+    run: Run, tmp_path: Path, kind: str, format: str
+) -> None:
+    place = {"file": "a.png", "tar": "s.tar/a.png", "parquet": "s.parquet/0000001-a.png"}[kind]
+    content = io.BytesIO()
+    Image.new("RGB", (WIDTH + 1, HEIGHT)).save(content, "PNG")
+    draw_pictures(run.root, ["same.png"])
+    if kind == "file":
+        (run.root / "a.png").write_bytes(content.getvalue())
+    elif kind == "tar":
+        write_tar(run.root / "s.tar", {"a.png": (0, 0, 0)}, (WIDTH + 1, HEIGHT))
+    else:
+        pq.write_table(pa.table({"image": [{"bytes": content.getvalue(), "path": "a.png"}]}), run.root / "s.parquet")
+    run.write([record(name, "detect", "car", objects=[CAR]) for name in (place, "same.png")])
+    suffix = {"html": ".html", "parquet": ".parquet"}.get(format, "")
+    result = export(run.records, format, "-o", tmp_path / f"out{suffix}", "--root", run.root)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("1 picture has another size in pixels now than the records say") == 1

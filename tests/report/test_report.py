@@ -551,6 +551,17 @@ def test_a_picture_that_a_sorted_selection_brings_twice_is_one_image():
     assert (stats.num_images, stats.num_records) == (2, 3)
 
 
+def test_pictures_of_one_name_are_counted_by_what_is_in_them():
+    """In any order; a record that does not know its picture's digest is about one that is counted."""
+    known = [("a", "1"), ("a", "2"), ("a", "1"), ("b", None), ("b", "3"), ("c", "4"), ("c", None), ("b", None)]
+    for order in (known, known[::-1]):
+        stats = RunStats()
+        for name, sha256 in order:
+            for item in items([record(name, "detect", "x", objects=[]) | {"sha256": sha256}]):
+                stats.add(item)
+        assert (stats.num_images, stats.num_records) == (4, 8)
+
+
 def test_names_are_not_written_over_one_another():
     """Two boxes of one place, in two records: below, then inside; where all is taken the usual place."""
     box = (0.4, 0.4, 0.7, 0.8)
