@@ -87,7 +87,7 @@ def eval_(
     limits = [_limit(text) for text in fail_under or ()]
     if best_thresholds is not None and overwrite:
         options = _with_names_of(best_thresholds, options)
-    found = options.collection(records or (), uses_gt=True)
+    found = options.collection(records or (), uses_gt=True, answer=answer)
     other = None if compare is None else _read_alike(compare, found)
     read = [*options.files_read(found), *(options.files_read(other) if other else ())]
     if overwrite:  # a labels file may be brought up to date: it is read before it is written

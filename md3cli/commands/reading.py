@@ -67,7 +67,7 @@ class ReadOptions:
     ] = None
     ok: Annotated[bool, _select("--ok", help="Only what succeeded.")] = False
     failed: Annotated[bool, _select("--failed", help="Only what failed.")] = False
-    wrong: Annotated[bool, _select("--wrong", help="Only what the ground truth (--gt) calls wrong.")] = False
+    wrong: Annotated[bool, _select("--wrong", help="Only what the ground truth (--gt, --answer) calls wrong.")] = False
     quality: Annotated[
         list[str] | None,
         _select(
@@ -103,8 +103,12 @@ class ReadOptions:
     nms: Nms = None
     typed: frozenset[str] = frozenset()  # names of the fields that stood in the command line
 
-    def collection(self, records: Sequence[Path], *, uses_gt: bool = False) -> Collection:
-        """Return the records that are taken, as they are shown; `uses_gt`: the command scores by `--gt` itself.
+    def collection(self, records: Sequence[Path], *, uses_gt: bool = False, answer: str | None = None) -> Collection:
+        """Return the records that are taken, as they are shown.
+
+        Args:
+            uses_gt: the command scores by `--gt` itself.
+            answer: the column of `meta` that says what is wrong, with the ground truth or without one.
 
         Raises:
             UsageError: options contradict each other, or the labels file cannot be read.
@@ -112,12 +116,14 @@ class ReadOptions:
         """
         if self.ok and self.failed:
             raise UsageError("--ok and --failed leave nothing; give one of them")
-        if self.wrong and not self.gt:
-            raise UsageError("--wrong needs a ground truth to say what is wrong; give --gt FILE")
+        if self.wrong and not self.gt and answer is None:
+            raise UsageError(
+                "--wrong needs a ground truth to say what is wrong; give --gt FILE (or --answer COLUMN to md3 eval)"
+            )
         if self.gt and not (self.wrong or uses_gt):
             raise UsageError("--gt is for --wrong here; md3 eval scores, md3 report shows what is wrong")
         whole = Collection.of(records, self.as_ or (), chosen=self.chosen())
-        return replace(whole, selection=self._selection(whole))
+        return replace(whole, selection=self._selection(whole, answer))
 
     def chosen(self) -> Refinement:
         """Return the names and thresholds as typed.
@@ -133,7 +139,7 @@ class ReadOptions:
         files = [file for source in records.sources for file in files_of_run(source.path)]
         return [*files, *(self.gt or ()), *([self.labels] if self.labels is not None else [])]
 
-    def _selection(self, whole: Collection) -> Selection:
+    def _selection(self, whole: Collection, answer: str | None) -> Selection:
         return Selection(
             tasks=tuple(map(str, self.task or ())),
             labels=tuple(self.label or ()),
@@ -142,7 +148,7 @@ class ReadOptions:
             score_from=self.score_from,
             score_to=self.score_to,
             outcome="ok" if self.ok else "failed" if self.failed else None,
-            wrong=_wrong_ids(whole, self.gt or ()) if self.wrong else None,
+            wrong=_wrong_ids(whole, self.gt or (), answer) if self.wrong else None,
             qualities=tuple(self.quality or ()),
             sort=self.sort,
             sample=self.sample,
@@ -151,10 +157,10 @@ class ReadOptions:
         )
 
 
-def _wrong_ids(records: Collection, truths: Sequence[Path]) -> frozenset[str]:
+def _wrong_ids(records: Collection, truths: Sequence[Path], answer: str | None) -> frozenset[str]:
     from md3cli.evaluate import evaluate, load_truth
 
-    sections = evaluate(records, [load_truth(path) for path in truths]).sections
+    sections = evaluate(records, [load_truth(path) for path in truths], answer=answer).sections
     return frozenset(
         record for section in sections for record, verdict in section.verdicts.items() if verdict.is_right is False
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from md3cli.errors import InputError
-from md3cli.evaluate.located import RequestKey, final_records, has_failed, request_key
+from md3cli.evaluate.located import RequestKey, final_records, has_failed, request_key, under_names_of
 from md3cli.evaluate.metrics import Metric, check_met, led_by
 from md3cli.evaluate.scores import BestThresholds, Section, Verdict, without_infinite
 from md3cli.evaluate.truth import Captions, Instances, Questions, Truth, read_document
@@ -205,7 +205,11 @@ def _sections(
     if not records:  # of an empty selection, or of its file
         return []
     labels = collection.refinement.labels
-    sections = [led_by(section, metrics) for truth in truths for section in _score(records, truth, labels, metrics)]
+    sections = [
+        led_by(section, metrics)
+        for truth in truths
+        for section in _score(under_names_of(truth.rows, records), truth, labels, metrics)
+    ]
     if not sections:
         tasks = ", ".join(dict.fromkeys(str(record["task"]) for record in records)) or "nothing"
         raise InputError(

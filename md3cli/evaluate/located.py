@@ -45,6 +45,26 @@ def final_records(records: Iterable[RecordDict]) -> list[RecordDict]:
     return list(first.values())
 
 
+def under_names_of(rows: Mapping[str, str], records: Sequence[RecordDict]) -> Sequence[RecordDict]:
+    """Return the records under the ground truth's own names, where they are of a run over that very file.
+
+    Such a run calls a picture after its row, and a table has a row for each record: of several that ask the same of
+    one picture the first counts. `rows` are the ground truth's names by those of the rows.
+    """
+    names = set(rows.values())
+
+    def own(name: str | None) -> str | None:
+        return name if name is None or name in names else rows.get(name.rpartition("/")[2])
+
+    if not any(own(record["image"]) not in (None, record["image"]) for record in records):
+        return records
+    first: dict[RequestKey, RecordDict] = {}
+    for record in records:
+        named = {**record, "image": own(record["image"]) or record["image"]}
+        first.setdefault(request_key(named), named)
+    return list(first.values())
+
+
 def coverage_notes(what: str, asked: Iterable[str], known: Iterable[str], matches: Matches) -> Iterator[str]:
     """Yield sentences about names that are on one side only, or not clear; `what` is the noun ("image")."""
     yield from ambiguity_notes(what, matches)

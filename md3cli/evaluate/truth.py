@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Instances:
     categories: tuple[str, ...]
     objects: Mapping[tuple[str, str], tuple[TruthObject, ...]]
     notes: tuple[str, ...] = ()  # sentences about what of the file is not scored; of the others, too
+    # The names of images by what a run over this very file calls its rows; of the others, too.
+    rows: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Captions:
     path: Path
     captions: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...] = ()
+    rows: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class Questions:
     path: Path
     answers: Mapping[tuple[str | None, str], tuple[str, ...]]
     notes: tuple[str, ...] = ()
+    rows: Mapping[str, str] = field(default_factory=dict)
 
 
 Truth = Instances | Captions | Questions

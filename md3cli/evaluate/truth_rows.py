@@ -57,7 +57,7 @@ def read_table(path: Path) -> Truth:
     if not path.is_file():
         raise InputError(f"cannot read {name}: {'not a regular file' if path.exists() else 'no such file'}")
     rows: _Collected | None = None
-    left, num_nameless = MOST_CHARS, 0
+    left, num_nameless, names = MOST_CHARS, 0, dict[str, str]()
     for row in _rows(path):
         try:
             columns = _plain(row)
@@ -70,13 +70,15 @@ def read_table(path: Path) -> Truth:
             if left < 0:
                 raise ValueError(f"more than {MOST_CHARS:,} characters until here, which is more than md3 reads")
             rows.add(columns)
+            if isinstance(picture := (row.columns or {}).get("image"), EmbeddedImage):
+                names[picture.name] = columns["image"]
         except _NamelessError:
             num_nameless += 1
         except ValueError as error:
             raise InputError(f"{name}, {row.where}: {printable(str(error))}") from error
     if rows is None:
         raise InputError(f"{name} has no rows")
-    truth = rows.truth(path)
+    truth = replace(rows.truth(path), rows=names)
     note = f"rows of {name} without their picture and its name, which are no truth: {num_nameless:,}"
     return replace(truth, notes=(*truth.notes, note)) if num_nameless else truth
 

@@ -193,6 +193,17 @@ def test_a_metric_stands_first_in_table_and_json(asked, truth):
     assert document["ground_truth"] == ["meta.truth" if "--answer" in truth else truth.split()[1]]
 
 
+@pytest.mark.parametrize("truth", ["--answer truth", "--gt gt.csv"])
+def test_what_is_wrong_is_selected_by_either_truth(asked, truth):
+    lines = run(asked, f"run.jsonl {truth} --wrong").stdout.splitlines()
+    assert lines[0].startswith("answers: 2 requests")
+    records = (asked / "run.jsonl").read_text()
+    (asked / "run.jsonl").write_text(records.replace("Hello wrld", "hello world"))
+    assert run(asked, f"run.jsonl {truth} --wrong").stdout.startswith("answers: 1 request")
+    refused = run(asked, "run.jsonl --wrong --compare older.jsonl").exception
+    assert "give --gt FILE (or --answer COLUMN to md3 eval)" in str(refused)
+
+
 @pytest.mark.parametrize(
     ("limits", "exit_code"),
     [("0.5", 0), ("0.51", 1), ("relaxed=0.5", 0), ("relaxed=0.51", 1), ("anls=0.7 --fail-under exact=0.1", 1)],

@@ -332,6 +332,22 @@ def test_pictures_in_a_table_are_called_as_in_the_records(tmp_path, columns, nam
     assert [*load_truth(parquet(tmp_path, [OWN | columns | picture])).images] == [name]
 
 
+@pytest.mark.parametrize("folder", ["", "data/own.parquet/"])
+def test_a_run_over_md3s_own_table_is_scored_by_it(tmp_path, folder):
+    """Such a run calls pictures after rows, of which one picture may have several."""
+    asked = [("a/p.png", "cat", [THING]), ("a/p.png", "dog", []), ("b/p.png", "cat", [THING])]
+    rows = [
+        OWN | FULL | {"image": {"bytes": b"x", "path": path}, "prompt": prompt, "objects": objects}
+        for path, prompt, objects in asked
+    ]
+    found = [THING | {"score": 0.9}]
+    records = [record(f"{folder}{number:07d}-p.png", "detect", "cat", objects=found) for number in (1, 2, 3)]
+    path = write_records(tmp_path / "records.jsonl", records)
+    (section,) = evaluate(path, [load_truth(parquet(tmp_path, rows))]).sections
+    assert (section.scores["precision"], section.scores["recall"], section.counts["images"]) == (1, 1, 2)
+    assert section.verdicts.keys() == {records[0]["id"], records[2]["id"]}
+
+
 def test_md3s_own_table_of_two_tasks_is_refused_with_a_hint(tmp_path):
     own = OWN | FULL | {"objects": [THING], "answer": None}
     rows = [own, own | {"task": "query", "prompt": "How many?", "answer": "1"}]
