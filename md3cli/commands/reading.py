@@ -67,7 +67,7 @@ class ReadOptions:
     ] = None
     ok: Annotated[bool, _select("--ok", help="Only what succeeded.")] = False
     failed: Annotated[bool, _select("--failed", help="Only what failed.")] = False
-    wrong: Annotated[bool, _select("--wrong", help="Only what the ground truth (--gt, --answer) calls wrong.")] = False
+    wrong: Annotated[bool, _select("--wrong", help="Only what the ground truth (--gt) calls wrong.")] = False
     quality: Annotated[
         list[str] | None,
         _select(
