@@ -54,6 +54,7 @@ def test_no_recompilation_over_mixed_batches() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_generated_code_answers_like_eager() -> None:
     torch._dynamo.reset()
     case = load_case("c")
