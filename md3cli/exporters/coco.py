@@ -36,7 +36,7 @@ from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.names import Names
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment
 from md3cli.exporters.pictures import Pictures
-from md3cli.exporters.splits import Sets
+from md3cli.exporters.splits import Sets, one_set_notes
 from md3cli.finished.names import NAMES_SHOWN, Matches, ambiguity_notes, match_images, match_labels
 from md3cli.records import compact_json, printable
 from md3cli.refine.collection import Collection
@@ -165,6 +165,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         else:
             with replaced_file(out, overwrite=options.overwrite) as file:
                 (writer.write_results if options.coco_results else writer.write_document)(index, file)
+            more = () if options.coco_results else one_set_notes(writer.num_images)  # results are for scoring
         survey = index.survey
         notes = (*writer.notes(survey), *more)
         return ExportReport("coco", out, survey.num_records, writer.num_images, survey.num_failures, notes)
@@ -202,6 +203,7 @@ def _write_roboflow(
         for copy, is_there in copied(copies, pictures, USUAL, are_upright=options.is_flat):
             if is_there:
                 documents[copy.part](copy.group, copy.name)
+                sets.add(copy.group.name, copy.group.records)
     yield from (*pictures.notes(), *sets.notes())
 
 

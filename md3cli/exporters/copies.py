@@ -96,7 +96,7 @@ def named_copies(
     `folders` has the folder of each set. What stands at a place until the picture is put there is an empty file.
     """
     for group in groups:
-        part, suffix = sets.add(group.name, group.records), kinds.suffix_of(group.name)
+        part, suffix = sets.place(group.name, group.records), kinds.suffix_of(group.name)
         is_kept = suffix.lower() == suffix_in(group.name).lower()
         found = names.of(group.file_name, suffix, keep_suffix=not is_kept)
         name = folder.write(found, b"", inside=folders[part])

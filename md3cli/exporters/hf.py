@@ -56,7 +56,6 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     pictures, sets = Pictures(records, options), Sets(options.splits)
     pictures.require_root("hf")
     folders = _folders(sets)
-    num_images = 0
     with (
         closing(ImageIndex(records)) as index,
         staged_folder(out, overwrite=options.overwrite, format="hf") as folder,
@@ -83,15 +82,15 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
                 row = compact_json({"file_name": copy.name, **_columns(copy.group, survey, classes)})
                 tables[copy.part].write(row + b"\n")
                 digest.update(compact_json(copy.part) + row)
-                num_images += 1
+                sets.add(copy.group.name, copy.group.records)
         files.close()
-        card = _card(survey, list(classes), f"{num_images} pictures, {digest.hexdigest()[:16]}")
+        card = _card(survey, list(classes), f"{sets.counts.total()} pictures, {digest.hexdigest()[:16]}")
         (folder.path / CARD).write_text(card, encoding="utf-8")
         for name in folders.values():  # a set without rows stops `datasets`
             if sets.splits is not None and not (folder.path / name / METADATA).stat().st_size:
                 shutil.rmtree(folder.path / name)
         notes = (*survey.notes(), *pictures.notes(), *sets.notes())
-    return ExportReport("hf", out, survey.num_records, num_images, survey.num_failures, notes)
+    return ExportReport("hf", out, survey.num_records, sets.counts.total(), survey.num_failures, notes)
 
 
 def _folders(sets: Sets) -> dict[str, str]:

@@ -70,20 +70,27 @@ class Sets:
     def __post_init__(self) -> None:
         self.counts: Counter[str] = Counter(dict.fromkeys(self.names, 0))
         self._num_keyless = 0
+        self._has_keys = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """The sets, as typed; `("",)` where there is one."""
         return ("",) if self.splits is None else self.splits.names
 
-    def add(self, image: str, records: Iterable[Mapping[str, Any]]) -> str:
-        """Count a picture in, and return its set."""
+    def place(self, image: str, records: Iterable[Mapping[str, Any]]) -> str:
+        """Return the set of a picture that may be missing; `add` counts it in once it is written."""
         if self.splits is None:
             return ""
-        metas = [record.get("meta") or {} for record in records]
-        self._num_keyless += self.splits.by is not None and self.splits.key_of(image, metas) is None
-        name = self.splits.of(image, metas)
+        metas = _metas(records)
+        self._has_keys = self._has_keys or self.splits.key_of(image, metas) is not None
+        return self.splits.of(image, metas)
+
+    def add(self, image: str, records: Iterable[Mapping[str, Any]]) -> str:
+        """Count a picture in, and return its set."""
+        name = self.place(image, records)
         self.counts[name] += 1
+        if self.splits is not None and self.splits.by is not None:
+            self._num_keyless += self.splits.key_of(image, _metas(records)) is None
         return name
 
     def folders(self, called: Mapping[str, str], program: str) -> dict[str, str]:
@@ -100,16 +107,16 @@ class Sets:
         return folders
 
     def notes(self) -> Iterator[str]:
-        """Yield how many pictures each set has, and what could not be kept together, in sentences.
+        """Yield how many pictures each set has, or that there is one set, and what could not be kept together.
 
         Raises:
             UsageError: no picture has the column that keeps pictures together.
         """
         if self.splits is None:
-            yield ONE_SET
+            yield from one_set_notes(self.counts.total())
             return
         column = printable(str(self.splits.by))
-        if 0 < self.counts.total() == self._num_keyless:
+        if self._num_keyless and not self._has_keys:
             raise UsageError(f"no picture has a column {column} in its meta, so --split-by cannot keep any together")
         yield "sets: " + ", ".join(f"{name} {count:,}" for name, count in self.counts.items())
         empty = [name for name, share in self.splits.shares if share > 0 and not self.counts[name]]
@@ -117,3 +124,13 @@ class Sets:
             yield f"no picture fell to {' and '.join(empty)}, at which trainers stop; there are few, or few groups"
         if self._num_keyless:
             yield f"{self._num_keyless:,} pictures have no {column!r} to keep them together; each stands alone"
+
+
+def one_set_notes(num_pictures: int) -> Iterator[str]:
+    """Yield that all pictures are in one set, where there are several to part."""
+    if num_pictures > 1:
+        yield ONE_SET
+
+
+def _metas(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [record.get("meta") or {} for record in records]

@@ -34,7 +34,7 @@ _NOT_IN_LISTS = re.compile(r"\A[\s#]+|\s+(?=\.xml\Z)")
 def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
     """Write one XML file for each image, and copy the picture if it is there."""
     pictures, sets = Pictures(records, options), Sets(options.splits)
-    num_images = num_points = 0
+    num_points = 0
     with (
         closing(ImageIndex(records)) as index,
         staged_folder(out, overwrite=options.overwrite, format="voc") as folder,
@@ -60,7 +60,6 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
 
         for copy, _ in copied(annotated(), pictures, USUAL, are_upright=options.is_flat):
             num_points += sum(1 for _ in copy.group.points())
-            num_images += 1
         (folder.path / "labelmap.txt").write_text(_label_map(labels), encoding="utf-8", newline="\n")
         notes_of_sets = [*sets.notes()]  # refuses sets before they are OUT
     notes = [*survey.notes(), *missing_notes(pictures)]
@@ -69,7 +68,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     if changed := [printable(label) for label, name in labels.items() if label != name]:
         notes.append(f"labels that a label map cannot hold were changed: {', '.join(changed)}")
     notes += notes_of_sets
-    return ExportReport("voc", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
+    return ExportReport("voc", out, survey.num_records, sets.counts.total(), survey.num_failures, tuple(notes))
 
 
 def _annotate(folder: StagedFolder, group: ImageGroup, names: Names, labels: dict[str, str]) -> str:

@@ -38,7 +38,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     pictures, sets = Pictures(records, options), Sets(options.splits)
     if taken := [name for name in sets.names if name.lower() in _TAKEN]:
         raise UsageError(f"{taken[0]} is a word of YOLO's own; name the set otherwise in --split")
-    num_images = num_points = 0
+    num_points = 0
     with (
         closing(ImageIndex(records)) as index,
         staged_folder(out, overwrite=options.overwrite, format="yolo") as folder,
@@ -52,14 +52,13 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         labelled = _labelled(index, files, sets, names, partial(Copy.of, pictures=pictures, out=out))
         for copy, _ in copied(labelled, pictures, USUAL, are_upright=options.is_flat):
             num_points += sum(1 for _ in copy.group.points()) if "point" in survey.tasks else 0
-            num_images += 1
         (folder.path / "data.yaml").write_text(_data_yaml(survey.categories(), sets), encoding="utf-8")
         notes_of_sets = [*sets.notes()]  # refuses sets before they are OUT
     notes = [*survey.notes(), *missing_notes(pictures)]
     if num_points:
         notes.append(f"{num_points} points were left out: YOLO has no place for them")
     notes += notes_of_sets
-    return ExportReport("yolo", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
+    return ExportReport("yolo", out, survey.num_records, sets.counts.total(), survey.num_failures, tuple(notes))
 
 
 def _labelled(

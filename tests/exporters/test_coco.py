@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 
 from md3cli.errors import ExportError, InputError, UsageError
 from md3cli.exporters import FORMATS
-from md3cli.exporters.splits import Splits
+from md3cli.exporters.splits import ONE_SET, Splits
 
 DONUT = "M 0 0 L 1 0 L 1 1 L 0 1 Z M 0.25 0.25 L 0.25 0.75 L 0.75 0.75 L 0.75 0.25 Z"  # the inner ring turns back
 TRIANGLE = "M 0 0 L 1 0 L 0 1 Z"
@@ -334,6 +334,24 @@ def test_roboflow_in_one_set_leaves_out_what_is_not_there(detect_run: Run) -> No
         "_annotations.coco.json",
         ".md3",
     }
+
+
+def test_a_document_says_that_it_is_one_set_where_it_could_be_several(detect_run: Run) -> None:
+    assert ONE_SET in detect_run.export("coco", "out.json")[0].notes
+    assert ONE_SET not in detect_run.export("coco", "results.json", coco_results=True)[0].notes  # a list for scoring
+    detect_run.write(detect_records(["test_a.jpg"]))
+    assert ONE_SET not in detect_run.export("coco", "one.json")[0].notes
+
+
+@pytest.mark.parametrize(("format", "options"), [("hf", {}), ("coco", {"is_roboflow": True})])
+def test_the_sets_count_the_pictures_that_are_in_them(detect_run: Run, format: str, options: dict[str, bool]) -> None:
+    (detect_run.root / "test_a.jpg").unlink()
+    (detect_run.root / "empty.png").write_bytes(b"no picture")
+    report, out = detect_run.export(format, "out", splits=HALVES, **options)
+    folders = {"hf": ("train", "validation"), "coco": ("train", "valid")}[format]
+    train, val = (sum(1 for path in (out / name).rglob("*.[jp][pn]g")) for name in folders)
+    assert train + val == report.num_images == len(NAMES) - 2
+    assert f"sets: train {train}, val {val}" in report.notes
 
 
 NESTED: list[Any] = []

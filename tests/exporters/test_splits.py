@@ -92,4 +92,17 @@ def test_two_sets_that_a_program_takes_for_one_are_refused() -> None:
 
 def test_without_splits_there_is_one_set_and_it_is_said() -> None:
     sets = Sets(None)
-    assert (sets.add("a.jpg", []), sets.names, list(sets.notes())) == ("", ("",), [ONE_SET])
+    assert (sets.add("a.jpg", []), sets.names, list(sets.notes())) == ("", ("",), [])  # one cannot be parted
+    assert (sets.add("b.jpg", []), list(sets.notes())) == ("", [ONE_SET])
+
+
+def test_a_picture_that_was_not_written_is_in_no_set() -> None:
+    """Nor is it one that nothing keeps together; yet the column that it has is a column of the records."""
+    sets = Sets(Splits((("train", 0.5), ("val", 0.5)), "site"))
+    sets.place("missing.png", [{"meta": {"site": 7}}])
+    sets.place("missing too.png", [{"meta": {}}])
+    sets.add("alone.png", [{"meta": {}}])
+    assert (sets.counts.total(), list(sets.notes())[-1]) == (
+        1,
+        "1 pictures have no 'site' to keep them together; each stands alone",
+    )
