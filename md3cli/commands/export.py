@@ -88,7 +88,7 @@ def export(
             )
             write_page(collection, output or Path("report.html"), report_options, options)
         elif output is None and not write.beside:
-            _print(collection, chosen, choices)
+            _print(collection, chosen, choices, is_overwriting="overwrite" in write.typed)
         else:
             with told_progress(chosen) as told:
                 done = export_records(collection, chosen, output or Path(), replace(choices, told=told))
@@ -97,12 +97,14 @@ def export(
                 tell_notes([f"the files are beside the pictures, as --beside says; nothing is in {output}"])
 
 
-def _print(records: Collection, format: str, options: ExportOptions) -> None:
+def _print(records: Collection, format: str, options: ExportOptions, *, is_overwriting: bool) -> None:
     """Print the document, once it is complete."""
     is_folder = options.splits is not None or options.is_roboflow
     if format not in PRINTABLE or is_folder:
         what = f"{format} with --split or --roboflow" if is_folder else format
         raise UsageError(f"{what} cannot be printed; name a {'folder' if is_folder else 'file or folder'} with -o")
+    if is_overwriting:
+        raise UsageError("--overwrite replaces what stands in OUT, and nothing is written here; name OUT with -o")
     check_stdout()
     with tempfile.TemporaryDirectory(prefix="md3-export-") as folder:
         document = Path(folder, "document")

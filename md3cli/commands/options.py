@@ -381,7 +381,7 @@ class AnnotateOptions:
                 may_fetch_private=self.remote,
                 root=self.root if self.root and is_address(self.root) else "",
             ),
-            output=self._output_options(),
+            output=self._output_options(is_estimate=estimate is not None),
             fail_on=self.fail_on,
             scale=self._filled(ScaleOptions, devices=self.devices or (), rank=self.worker_rank),
             allow_empty=self.allow_empty,
@@ -421,11 +421,14 @@ class AnnotateOptions:
         names = {field.name for field in fields(kind)} - given.keys()
         return kind(**{name: getattr(self, name) for name in names}, **given)
 
-    def _output_options(self) -> OutputOptions:
+    def _output_options(self, *, is_estimate: bool) -> OutputOptions:
         if self.output == "":  # such as -o "$OUT" without an OUT
             raise UsageError("OUTPUT is empty; name a file or folder after -o, or leave -o out")
         if self.output is not None:
             check_none_is_read([Path(self.output)], [path for path in (self.labels, self.prompts) if path is not None])
+        elif not is_estimate and (about := self.typed & {"resume", "retry_failed"}):
+            option = "--retry-failed" if "retry_failed" in about else "--resume" if self.resume else "--overwrite"
+            raise UsageError(f"{option} is about what stands in OUTPUT; name it with -o, or leave {option} out")
         typed = self.output
         address = checked_output_address(typed) if typed is not None and is_address(typed) else None
         path = typed if address is None else address.rpartition("/")[2]

@@ -122,6 +122,8 @@ class ReadOptions:
             )
         if self.gt and not (self.wrong or uses_gt):
             raise UsageError("--gt is for --wrong here; md3 eval scores, md3 report shows what is wrong")
+        if "seed" in self.typed and self.sample is None:
+            raise UsageError("--seed is of a sample; add --sample N, or leave it out")
         whole = Collection.of(records, self.as_ or (), chosen=self.chosen())
         return replace(whole, selection=self._selection(whole, answer))
 

@@ -55,6 +55,8 @@ def select(
 
     if output is not None and output.suffix.lower() != ".jsonl":
         raise UsageError(f"{printable(str(output))}: records are JSON Lines; end it in .jsonl, or use md3 export")
+    if output is None and "overwrite" in options.typed:
+        raise UsageError("--overwrite replaces a file, and nothing is written here; name it with -o")
     collection = options.collection(records or ())
     with StopSignals() as stop, stop.interruptible():
         if output is None:

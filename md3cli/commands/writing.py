@@ -31,6 +31,9 @@ from md3cli.exporters import Existing, ExportOptions, Redaction
 from md3cli.exporters.splits import Splits
 from md3cli.records import printable
 
+# Formats that look for pictures, always or with an option (`_WITH`); most decode some of them, too.
+_DECODE = ("yolo", "hf", "voc", "coco", "labelme", "cvat", "overlay", "crops", "redacted", "parquet", "html")
+_FIND = (*_DECODE, "labelstudio", "txt")
 # Which formats an option is for, by the option's field; the others are for all.
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "beside": ("txt", "labelme"),
@@ -46,7 +49,13 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "redact": ("redacted",),
     "pad": ("redacted", "crops"),
     "background": ("overlay", "crops", "redacted"),
+    "root": _FIND,
+    "max_file_size": _FIND,
+    "max_pixels": _DECODE,
 }
+# Of these, what is about pictures needs another option where a format has pictures only with it.
+_OF_PICTURES = frozenset({"flat", "link", "root", "max_file_size", "max_pixels"})
+_WITH = {"coco": "roboflow", "parquet": "embed_images", "txt": "beside"}
 
 _output = functools.partial(typer.Option, rich_help_panel="Output")
 _captions = functools.partial(typer.Option, rich_help_panel="Captions (txt)")
@@ -161,14 +170,16 @@ class WriteOptions:
         """
         for name in sorted(self.typed & _ONLY_FOR.keys()):
             if format not in _ONLY_FOR[name]:
-                option, formats = f"--{name.replace('_', '-')}", ", ".join(_ONLY_FOR[name])
+                option, formats = _option(name), ", ".join(_ONLY_FOR[name])
                 raise UsageError(f"{option} is for {formats}, not for {format}; leave it out, or change --format")
+        self._check_pictures(format)
+        if format == "txt" and typed_reading.isdisjoint({"sort", "wrong"}):  # these ask what is shown of objects
+            for name in sorted(typed_reading & {"min_score", "nms"}):
+                raise UsageError(f"{_option(name)} is about objects, and txt holds captions and answers; leave it out")
         if self.split_by is not None and self.split is None:
             raise UsageError("--split-by needs --split; add it: --split train=0.8,val=0.2")
         if self.existing is not None and not self.beside:
             raise UsageError("--existing is about files beside the pictures; add --beside, or use --overwrite")
-        if self.link and self.beside:
-            raise UsageError("--link is about copies of the pictures, and --beside makes none; leave one out")
         if self.overwrite and self.existing not in (None, "replace"):
             raise UsageError(f"--overwrite replaces, and --existing says {self.existing}; leave one out")
         if self.roboflow and self.coco_results:
@@ -176,6 +187,22 @@ class WriteOptions:
         if self.split and self.coco_results:
             raise UsageError("--coco-results is one list for scoring; leave --split out")
         check_root(self.root)
+        return self._export_options(typed_reading)
+
+    def _check_pictures(self, format: str) -> None:
+        """Refuse what is about pictures where none is copied, drawn or looked for."""
+        needed = _WITH.get(format)
+        for name in sorted(self.typed & _OF_PICTURES):
+            option = _option(name)
+            if needed is not None and not getattr(self, needed):
+                alone = f"which {format} takes with {_option(needed)} alone"
+                raise UsageError(f"{option} is about pictures, {alone}; add it, or leave {option} out")
+            if self.beside and name in ("link", "max_pixels"):
+                raise UsageError(f"{option} is about copies of the pictures, and --beside makes none; leave one out")
+            if self.url_prefix is not None:
+                raise UsageError(f"{option} is of no use where --url-prefix says where the pictures are; leave one out")
+
+    def _export_options(self, typed_reading: frozenset[str]) -> ExportOptions:
         return ExportOptions(
             root=self.root,
             overwrite=self.overwrite,
@@ -204,6 +231,10 @@ class WriteOptions:
             hides_unsure="min_score" in typed_reading,
             has_typed_labels="labels" in typed_reading,
         )
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def check_root(root: Path | None) -> None:

@@ -149,10 +149,6 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     is_folder = options.splits is not None or options.is_roboflow
     if is_folder and out.suffix.lower() == ".json":
         raise UsageError(f"{printable(str(out))}: with --split or --roboflow coco is a folder; name one with -o")
-    if options.is_flat and not options.is_roboflow:
-        raise UsageError("--flat is about copies of the pictures, which coco has with --roboflow; add it")
-    if options.is_linked and not options.is_roboflow:
-        raise UsageError("--link is about copies of the pictures, which coco has with --roboflow; add it")
     with closing(ImageIndex(records)) as index:
         names = (group.distinct_name for group in index.images())
         given = {label.name: label.id for label in records.refinement.labels.labels if label.id is not None}

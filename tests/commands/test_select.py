@@ -138,6 +138,23 @@ def test_words_that_say_nothing_are_usage_errors(
     assert message in " ".join(result.stderr.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--overwrite",), "--overwrite replaces a file, and nothing is written here"),
+        (("--seed", "4"), "--seed is of a sample"),
+    ],
+)
+def test_what_changes_no_record_that_is_printed_is_refused(
+    md3: Program, folder: Path, words: tuple[str, ...], told: str
+) -> None:
+    refused = md3("select", folder, *words)
+    assert (refused.exit_code, told in refused.stderr, refused.stdout) == (2, True, "")
+    helping = {"--overwrite": ("-o", "some.jsonl"), "--seed": ("--sample", "3")}[words[0]]
+    done = md3("select", folder, *words, *helping)
+    assert done.exit_code == 0, done.stderr
+
+
 def test_no_records_is_a_usage_error(md3: Program) -> None:
     assert md3("select").exit_code == 2
 

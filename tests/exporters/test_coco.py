@@ -302,9 +302,6 @@ def test_sets_of_captions_are_called_so(run: Run) -> None:
 def test_a_folder_is_needed_for_sets(detect_run: Run) -> None:
     with pytest.raises(UsageError, match="is a folder"):
         detect_run.export("coco", "out.json", splits=HALVES)
-    for choice in ("is_flat", "is_linked"):
-        with pytest.raises(UsageError, match="--roboflow"):
-            detect_run.export("coco", "out2.json", **{choice: True})
 
 
 @pytest.mark.parametrize("is_flat", [False, True])
