@@ -1,13 +1,16 @@
-"""FiftyOne opens our COCO, YOLO and VOC folders: every picture, every box where the records have it."""
+"""FiftyOne opens our COCO, YOLO and VOC folders: every picture, every box where the records have it; and crops."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import random
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,6 @@ PICTURES = (*NAMES, TURNED, "hash # 50% off.png", " lead/trail .png")
 LABELS = ("zebra", 'a "car" <b>é')  # not in the order of the alphabet
 POINT = {"label": "nose", "x": 1 / 3, "y": 0.9, "score": 0.5}
 RING = {"label": "ring", "svg_path": "M 0 0 L 1 0 L 1 1 Z", "score": 0.7}
-STARTS = "import fiftyone as fo; fo.Dataset(); print(1)"
 # What is loaded from folders, as JSON: for each a list of (digest of the picture, objects by field).
 LOAD = """
 import hashlib, json, sys
@@ -60,22 +62,41 @@ Found = tuple[str, list[float]]
 
 
 @pytest.fixture(scope="module")
-def database() -> Iterator[dict[str, str]]:
-    """Settings of a FiftyOne with a database of its own and without telemetry."""
-    with tempfile.TemporaryDirectory(prefix="md3-fiftyone-", ignore_cleanup_errors=True) as folder:
-        quiet = {"FIFTYONE_DO_NOT_TRACK": "true", "FIFTYONE_DATABASE_VALIDATION": "false"}
-        yield {"FIFTYONE_DATABASE_DIR": f"{folder}/database", "FIFTYONE_SHOW_PROGRESS_BARS": "false", **quiet}
+def fiftyone() -> programs.Program:
+    return programs.program("fiftyone")
 
 
 @pytest.fixture(scope="module")
-def fiftyone(database: dict[str, str]) -> programs.Program:
-    """FiftyOne, where its database starts."""
-    program = programs.program("fiftyone")
-    command = [program.python, "-c", STARTS]
-    done = subprocess.run(command, env=program.environment | database, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"FiftyOne's MongoDB does not start here: {done.stderr.strip().splitlines()[-1]}")
-    return program
+def database(fiftyone: programs.Program) -> Iterator[dict[str, str]]:
+    """Settings of a FiftyOne without telemetry, whose database runs until the last test.
+
+    FiftyOne would start one for each script, and gives up after a minute: too soon on a busy machine.
+    """
+    quiet = {"FIFTYONE_DO_NOT_TRACK": "true", "FIFTYONE_DATABASE_VALIDATION": "false"}
+    with tempfile.TemporaryDirectory(prefix="md3-fiftyone-", ignore_cleanup_errors=True) as folder:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        (command,) = fiftyone.folder.rglob("fiftyone/db/bin/mongod*")
+        log = Path(folder, "log")
+        words = [command, "--dbpath", folder, "--bind_ip", "127.0.0.1", "--port", str(port), "--nounixsocket"]
+        with log.open("wb") as said, subprocess.Popen(words, stdout=said, stderr=said) as server:
+            try:
+                while not is_listening(port):
+                    if server.poll() is not None:
+                        pytest.skip(f"FiftyOne's MongoDB does not start here: {log.read_text()[-300:]}")
+                    time.sleep(0.1)
+                uri = f"mongodb://127.0.0.1:{port}"
+                yield {"FIFTYONE_DATABASE_URI": uri, "FIFTYONE_SHOW_PROGRESS_BARS": "false", **quiet}
+            finally:
+                server.terminate()
+
+
+def is_listening(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+    except OSError:
+        return False
 
 
 def boxes_of(name: str, label: str) -> list[tuple[float, float, float, float]]:
@@ -108,6 +129,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Run:
         run.export(format, f"{format} flat", root=run.root, is_flat=True)
     for format in ("yolo", "coco"):
         run.export(format, f"{format} sets", root=run.root, splits=Splits((("train", 0.5), ("val", 0.5))))
+    run.export("crops", "crops", root=run.root)
     bbox = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.9, "y_max": 0.7}
     mixed = [record("empty.png", "segment", "ring", segments=[{**RING, "bbox": bbox}])]
     run.write([*mixed, record("empty.png", "point", "nose", points=[POINT])])
@@ -194,6 +216,33 @@ def test_masks_and_keypoints(loaded: dict[str, Any]) -> None:
     assert fields["detections"] == [[*ring, None], [*no_size, None]]
     assert fields["segmentations"] == [[*ring, 0.8 * WIDTH * 0.5 * HEIGHT / 2], [*no_size, 0]]
     assert fields["keypoints"] == [["nose", no_size[1][:2], None]]
+
+
+CLASSES = """
+import json, sys
+import fiftyone as fo
+
+dataset = fo.Dataset.from_dir(dataset_type=fo.types.ImageClassificationDirectoryTree, dataset_dir=sys.argv[1])
+dataset.compute_metadata()
+sizes = [[one.width, one.height] for one in dataset.values("metadata")]
+print(json.dumps(list(zip(dataset.values("filepath"), dataset.values("ground_truth.label"), sizes))))
+"""
+
+
+def test_every_crop_is_in_its_class(fiftyone: programs.Program, database: dict[str, str], exported: Run) -> None:
+    out = exported.folder / "crops"
+    found = fiftyone.run(CLASSES, out, environment=database)
+    with open(out / "crops.csv", encoding="utf-8", newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert len(listed) == sum(len(boxes_of(name, label)) for name in PICTURES for label in LABELS)
+    folders = {row["label"]: row["file"].partition("/")[0] for row in listed}
+    assert sorted(folders) == sorted(LABELS)
+    sizes = {
+        row["file"]: [folders[row["label"]], [int(row[f"{side}_max"]) - int(row[f"{side}_min"]) for side in "xy"]]
+        for row in listed
+    }
+    shown = {Path(path).relative_to(out.resolve()).as_posix(): rest for path, *rest in found}
+    assert (len(found), shown) == (len(listed), sizes)
 
 
 # ---- the example --------------------------------------------------------------------------------
