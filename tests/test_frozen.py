@@ -250,10 +250,6 @@ EXPORTS = {  # name -> options; RECORDS is tests/golden/frozen/records.jsonl
     "stdout-coco": "-f coco",
     "stdout-csv": "-f csv",
 }
-WITH_PICTURES = {
-    *("yolo", "yolo-link", "voc", "hf", "parquet-images", "labelstudio", "labelme", "labelme-beside", "cvat"),
-    *("txt-beside", "overlay", "overlay-background", "html"),
-}
 GROUND_TRUTH = {
     "images": [{"id": 70, "file_name": "a.png"}, {"id": 7, "file_name": "b c.png"}],
     "categories": [{"id": 3, "name": "dog"}, {"id": 90, "name": "car"}],
@@ -267,8 +263,7 @@ def test_export(md3: Program, folder: Path, name: str) -> None:
         pytest.importorskip("jinja2")
     (folder / "records.jsonl").write_bytes((FROZEN / "records.jsonl").read_bytes())
     (folder / "gt.json").write_text(json.dumps(GROUND_TRUTH))
-    root = "--root img " if name in WITH_PICTURES else ""
-    line = f"export records.jsonl {root}{EXPORTS[name]}"
+    line = f"export records.jsonl --root img {EXPORTS[name]}"
     text = told(md3, line)
     if "-o" in line:
         text += shown_tree(Path(line.split()[-1]))

@@ -13,8 +13,8 @@ from md3cli.commands.help import App
 from md3cli.commands.parse import FORMATS, Format
 from md3cli.commands.reading import ReadOptions, Records
 from md3cli.commands.report import PAGE_SUFFIXES, write_page
-from md3cli.commands.shared import spread
-from md3cli.commands.writing import WriteOptions, tell_notes
+from md3cli.commands.shared import spread, tell_notes
+from md3cli.commands.writing import WriteOptions
 from md3cli.console import print_document
 from md3cli.console.progress import told_progress
 from md3cli.errors import UsageError
@@ -73,6 +73,8 @@ def export(
     if chosen is None:
         raise UsageError("say what to write: --format coco, or -o with a suffix: .json .jsonl .parquet .csv .html")
     choices = write.for_format(chosen, typed_reading=options.typed)
+    is_printed = output is None and not write.beside and chosen in PRINTABLE
+    tell_notes(write.unused(chosen, typed_reading=options.typed, is_printed=is_printed))
     if output is not None:
         check_none_is_read([output], options.files_read(collection))
         check_not_of_run(output)
@@ -88,7 +90,7 @@ def export(
             )
             write_page(collection, output or Path("report.html"), report_options, options)
         elif output is None and not write.beside:
-            _print(collection, chosen, choices, is_overwriting="overwrite" in write.typed)
+            _print(collection, chosen, choices)
         else:
             with told_progress(chosen) as told:
                 done = export_records(collection, chosen, output or Path(), replace(choices, told=told))
@@ -97,14 +99,12 @@ def export(
                 tell_notes([f"the files are beside the pictures, as --beside says; nothing is in {output}"])
 
 
-def _print(records: Collection, format: str, options: ExportOptions, *, is_overwriting: bool) -> None:
+def _print(records: Collection, format: str, options: ExportOptions) -> None:
     """Print the document, once it is complete."""
     is_folder = options.splits is not None or options.is_roboflow
     if format not in PRINTABLE or is_folder:
         what = f"{format} with --split or --roboflow" if is_folder else format
         raise UsageError(f"{what} cannot be printed; name a {'folder' if is_folder else 'file or folder'} with -o")
-    if is_overwriting:
-        raise UsageError("--overwrite replaces what stands in OUT, and nothing is written here; name OUT with -o")
     check_stdout()
     with tempfile.TemporaryDirectory(prefix="md3-export-") as folder:
         document = Path(folder, "document")

@@ -38,7 +38,7 @@ from md3cli.commands.parse import (
     parse_shard,
     starting,
 )
-from md3cli.commands.shared import LabelsFile, MinScore, Nms, spread
+from md3cli.commands.shared import LabelsFile, MinScore, Nms, spread, tell_notes
 from md3cli.config import (
     DEFAULT_MODEL,
     ColumnOptions,
@@ -426,9 +426,9 @@ class AnnotateOptions:
             raise UsageError("OUTPUT is empty; name a file or folder after -o, or leave -o out")
         if self.output is not None:
             check_none_is_read([Path(self.output)], [path for path in (self.labels, self.prompts) if path is not None])
-        elif not is_estimate and (about := self.typed & {"resume", "retry_failed"}):
+        elif not (is_estimate or self.quiet) and (about := self.typed & {"resume", "retry_failed"}):
             option = "--retry-failed" if "retry_failed" in about else "--resume" if self.resume else "--overwrite"
-            raise UsageError(f"{option} is about what stands in OUTPUT; name it with -o, or leave {option} out")
+            tell_notes([f"{option} changes nothing: it is about what stands in OUTPUT, and no -o names one"])
         typed = self.output
         address = checked_output_address(typed) if typed is not None and is_address(typed) else None
         path = typed if address is None else address.rpartition("/")[2]

@@ -11,8 +11,8 @@ import typer
 
 from md3cli.commands.help import App
 from md3cli.commands.reading import ReadOptions, Records
-from md3cli.commands.shared import spread
-from md3cli.commands.writing import check_root, tell_notes
+from md3cli.commands.shared import spread, tell_notes
+from md3cli.commands.writing import check_root
 from md3cli.console.progress import told_progress
 from md3cli.errors import UsageError
 from md3cli.finished.guards import check_not_input

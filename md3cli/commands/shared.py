@@ -1,4 +1,4 @@
-"""Options that several commands share: how a dataclass of them becomes a command's parameters, and those about labels.
+"""What several commands share: how a dataclass of options becomes parameters, options about labels, notes on stderr.
 
 What a command does with their values is not known here.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+
+from md3cli.records import printable
 
 _labels = functools.partial(typer.Option, rich_help_panel="Labels")
 
@@ -108,3 +110,9 @@ def _for_typer(annotation: Any) -> Any:
     is_list = any(get_origin(part) is list for part in (kind, *get_args(kind)))
     annotated: Any = Annotated
     return annotated[list[str] if is_list else str, info]
+
+
+def tell_notes(notes: Iterable[Any]) -> None:
+    """Print what the user should know besides, a line each."""
+    for note in notes:
+        typer.echo(f"note: {printable(note)}", err=True)

@@ -1,17 +1,16 @@
 """The options of `md3 export`: what a format is to look like, and which formats an option is for.
 
 `WriteOptions` holds the typed values and makes `ExportOptions` of them. An option that the chosen format does not know
-is refused, so that none is accepted and does nothing. Apart from reading.py, whose options five commands share.
-Source: product contract, section 9.
+is refused; a general one that changes nothing there, such as --root, is told. Apart from reading.py, whose options five
+commands share. Source: product contract, section 9.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -49,12 +48,9 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "redact": ("redacted",),
     "pad": ("redacted", "crops"),
     "background": ("overlay", "crops", "redacted"),
-    "root": _FIND,
-    "max_file_size": _FIND,
-    "max_pixels": _DECODE,
 }
-# Of these, what is about pictures needs another option where a format has pictures only with it.
-_OF_PICTURES = frozenset({"flat", "link", "root", "max_file_size", "max_pixels"})
+# Which formats look for pictures, where an option does no harm for others, and which have pictures with an option only.
+_ABOUT_PICTURES = {"root": _FIND, "max_file_size": _FIND, "max_pixels": _DECODE}
 _WITH = {"coco": "roboflow", "parquet": "embed_images", "txt": "beside"}
 
 _output = functools.partial(typer.Option, rich_help_panel="Output")
@@ -172,10 +168,13 @@ class WriteOptions:
             if format not in _ONLY_FOR[name]:
                 option, formats = _option(name), ", ".join(_ONLY_FOR[name])
                 raise UsageError(f"{option} is for {formats}, not for {format}; leave it out, or change --format")
-        self._check_pictures(format)
-        if format == "txt" and typed_reading.isdisjoint({"sort", "wrong"}):  # these ask what is shown of objects
-            for name in sorted(typed_reading & {"min_score", "nms"}):
-                raise UsageError(f"{_option(name)} is about objects, and txt holds captions and answers; leave it out")
+        for name in ("flat", "link"):
+            if format == "coco" and name in self.typed and not self.roboflow:
+                raise UsageError(
+                    f"{_option(name)} is about copies of the pictures, which coco has with --roboflow; add it"
+                )
+        if self.link and self.beside:
+            raise UsageError("--link is about copies of the pictures, and --beside makes none; leave one out")
         if self.split_by is not None and self.split is None:
             raise UsageError("--split-by needs --split; add it: --split train=0.8,val=0.2")
         if self.existing is not None and not self.beside:
@@ -187,22 +186,6 @@ class WriteOptions:
         if self.split and self.coco_results:
             raise UsageError("--coco-results is one list for scoring; leave --split out")
         check_root(self.root)
-        return self._export_options(typed_reading)
-
-    def _check_pictures(self, format: str) -> None:
-        """Refuse what is about pictures where none is copied, drawn or looked for."""
-        needed = _WITH.get(format)
-        for name in sorted(self.typed & _OF_PICTURES):
-            option = _option(name)
-            if needed is not None and not getattr(self, needed):
-                alone = f"which {format} takes with {_option(needed)} alone"
-                raise UsageError(f"{option} is about pictures, {alone}; add it, or leave {option} out")
-            if self.beside and name in ("link", "max_pixels"):
-                raise UsageError(f"{option} is about copies of the pictures, and --beside makes none; leave one out")
-            if self.url_prefix is not None:
-                raise UsageError(f"{option} is of no use where --url-prefix says where the pictures are; leave one out")
-
-    def _export_options(self, typed_reading: frozenset[str]) -> ExportOptions:
         return ExportOptions(
             root=self.root,
             overwrite=self.overwrite,
@@ -232,6 +215,28 @@ class WriteOptions:
             has_typed_labels="labels" in typed_reading,
         )
 
+    def unused(self, format: str, *, typed_reading: frozenset[str], is_printed: bool) -> list[str]:
+        """Return a note about each typed option that changes nothing in `format`, though it contradicts nothing.
+
+        A script may give the same options for all formats. `is_printed`: there is no file that may stand there already.
+        """
+        needed = _WITH.get(format)
+        has_pictures = self.url_prefix is None and (needed is None or bool(getattr(self, needed)))
+        known = {name for name, formats in _ABOUT_PICTURES.items() if format in formats and has_pictures}
+        known -= {"max_pixels"} if self.beside else set()
+        notes = []
+        for name in sorted(self.typed & _ABOUT_PICTURES.keys() - known):
+            verb = "decodes" if name == "max_pixels" else "looks for"
+            notes.append(f"{_option(name)} changes nothing: {format} {verb} no pictures")
+        if is_printed and "overwrite" in self.typed:
+            notes.append("--overwrite changes nothing: what is printed replaces no file")
+        if format == "txt" and typed_reading.isdisjoint({"sort", "wrong"}):  # these ask what is shown of objects
+            objects = sorted(typed_reading & {"min_score", "nms"})
+            notes += [
+                f"{_option(name)} changes nothing: txt holds captions and answers, not objects" for name in objects
+            ]
+        return notes
+
 
 def _option(field: str) -> str:
     return f"--{field.replace('_', '-')}"
@@ -241,9 +246,3 @@ def check_root(root: Path | None) -> None:
     """Refuse a --root that is not there."""
     if root is not None and not root.exists():
         raise UsageError(f"--root {printable(str(root))} is not there; name the folder the pictures are in")
-
-
-def tell_notes(notes: Iterable[Any]) -> None:
-    """Print what the user should know besides, a line each."""
-    for note in notes:
-        typer.echo(f"note: {printable(note)}", err=True)

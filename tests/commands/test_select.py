@@ -138,21 +138,11 @@ def test_words_that_say_nothing_are_usage_errors(
     assert message in " ".join(result.stderr.split())
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (("--overwrite",), "--overwrite replaces a file, and nothing is written here"),
-        (("--seed", "4"), "--seed is of a sample"),
-    ],
-)
-def test_what_changes_no_record_that_is_printed_is_refused(
-    md3: Program, folder: Path, words: tuple[str, ...], told: str
-) -> None:
-    refused = md3("select", folder, *words)
-    assert (refused.exit_code, told in refused.stderr, refused.stdout) == (2, True, "")
-    helping = {"--overwrite": ("-o", "some.jsonl"), "--seed": ("--sample", "3")}[words[0]]
-    done = md3("select", folder, *words, *helping)
-    assert done.exit_code == 0, done.stderr
+def test_what_changes_no_record_that_is_printed(md3: Program, folder: Path) -> None:
+    done = md3("select", folder, "--overwrite")
+    assert (done.exit_code, "note: --overwrite changes nothing" in done.stderr) == (0, True)
+    refused = md3("select", folder, "--seed", "4")
+    assert (refused.exit_code, "--seed is of a sample" in refused.stderr, refused.stdout) == (2, True, "")
 
 
 def test_no_records_is_a_usage_error(md3: Program) -> None:

@@ -62,22 +62,8 @@ def test_captions_go_beside_the_pictures_as_typed(md3: Program, texts: dict[str,
         ("-f coco --split train=0.8,val=0.2", "coco with --split or --roboflow cannot be printed; name a folder"),
         ("-f coco --roboflow", "coco with --split or --roboflow cannot be printed; name a folder"),
         ("-f txt -o t --bom", "--bom is for csv, not for txt"),
-        ("-f csv -o t.csv --root img", "not for csv"),
-        ("-f jsonl -o t.jsonl --max-file-size 1M", "not for jsonl"),
-        ("-f txt -o t --max-pixels 1M", "not for txt"),
-        ("-f labelstudio -o t --max-pixels 1M", "not for labelstudio"),
-        ("-f labelstudio -o t --url-prefix u --root img", "--root is of no use where --url-prefix says where"),
-        (
-            "-f labelme --beside --max-pixels 1M",
-            "--max-pixels is about copies of the pictures, and --beside makes none",
-        ),
-        ("-f txt -o t --root img", "which txt takes with --beside alone; add it, or leave --root out"),
-        ("-f coco -o t.json --max-pixels 1M", "which coco takes with --roboflow alone"),
-        ("-f coco -o t.json --flat", "which coco takes with --roboflow alone"),
-        ("-f coco -o t.json --link", "which coco takes with --roboflow alone"),
-        ("-f parquet -o t.parquet --root img", "which parquet takes with --embed-images alone"),
-        ("-f txt -o t --min-score 0.4", "--min-score is about objects, and txt holds captions and answers"),
-        ("-f csv --overwrite", "--overwrite replaces what stands in OUT, and nothing is written here"),
+        ("-f coco -o t.json --flat", "which coco has with --roboflow; add it"),
+        ("-f coco -o t.json --link", "which coco has with --roboflow; add it"),
         ("-f csv -o t.csv --seed 3", "--seed is of a sample; add --sample N"),
         ("-f txt -o t --extension .png", "'.png' is no extension for a text"),
     ],
@@ -89,6 +75,27 @@ def test_options_that_do_nothing_or_contradict_are_refused(md3: Program, line: s
     assert not [*Path("img").glob("*.txt"), *Path("img").glob("*.json")]
 
 
+@pytest.mark.parametrize(
+    ("line", "note"),
+    [
+        ("-f csv -o t.csv --root img", "--root changes nothing: csv looks for no pictures"),
+        ("-f jsonl -o t.jsonl --max-file-size 1M", "--max-file-size changes nothing: jsonl looks for no pictures"),
+        ("-f txt -o t --root img", "--root changes nothing: txt looks for no pictures"),
+        ("-f coco -o t.json --max-pixels 1M", "--max-pixels changes nothing: coco decodes no pictures"),
+        ("-f parquet -o t.parquet --root img", "--root changes nothing: parquet looks for no pictures"),
+        ("-f labelstudio -o t --max-pixels 1M", "--max-pixels changes nothing: labelstudio decodes no pictures"),
+        ("-f labelstudio -o t --url-prefix u --root img", "--root changes nothing: labelstudio looks for no pictures"),
+        ("-f labelme --beside --max-pixels 1M", "--max-pixels changes nothing: labelme decodes no pictures"),
+        ("-f txt -o t --min-score 0.4", "--min-score changes nothing: txt holds captions and answers, not objects"),
+        ("-f csv --overwrite", "--overwrite changes nothing: what is printed replaces no file"),
+    ],
+)
+def test_a_general_option_that_changes_nothing_is_told(md3: Program, line: str, note: str) -> None:
+    done = md3("export", "out", *line.split())
+    assert done.exit_code == 0, done.stderr
+    assert f"note: {note}\n" in done.stderr
+
+
 def test_settings_that_were_not_typed_do_nothing_where_they_are_of_no_use(md3: Program) -> None:
     settings = {"MD3_MAX_PIXELS": "1M", "MD3_MAX_FILE_SIZE": "1M", "MD3_SEED": "3", "MD3_MIN_SCORE": "0.4"}
     for line in ("-f csv", "-f txt -o t", "-f coco -o t.json"):
@@ -96,14 +103,14 @@ def test_settings_that_were_not_typed_do_nothing_where_they_are_of_no_use(md3: P
             for name, value in settings.items():
                 patch.setenv(name, value)
             done = md3("export", "out", *line.split())
-        assert done.exit_code == 0, done.stderr
+        assert (done.exit_code, "changes nothing" in done.stderr) == (0, False), done.stderr
 
 
 def test_pictures_are_looked_for_where_an_option_asks_for_them(md3: Program) -> None:
     limits = ("--root", "img", "--max-file-size", "1M", "--overwrite")
     for line in ("-f parquet -o t.parquet --embed-images", "-f coco -o t --roboflow", "-f txt --beside"):
         done = md3("export", "out", *line.split(), *limits)
-        assert done.exit_code == 0, done.stderr
+        assert (done.exit_code, "changes nothing" in done.stderr) == (0, False), done.stderr
 
 
 def test_a_run_that_grows_joins_its_texts_anew(md3: Program) -> None:
