@@ -152,8 +152,8 @@ def cut_crops(image: Image.Image, cfg: CropConfig) -> Crops:
 def _resize(image: Image.Image, width: int, height: int) -> np.ndarray:
     """Resize to the bytes that one call of Pillow 12.3, and so the original with it, gives, on every Pillow."""
     # The two passes round to 8 bits in between, so their order shows. Up to Pillow 12.1 the width comes first; in 12.2
-    # and 12.3 except for pictures more than 100 times as tall as wide; Pillow 13 begins with the height of any tall picture (a quarter of
-    # a 480 x 640 picture's global crop differed). One call for each pass costs what one call for both did.
+    # and 12.3 except for pictures more than 100 times as tall as wide; Pillow 13 begins with the height of any tall
+    # picture (a quarter of a 480 x 640 picture's global crop differed). One call for each pass costs what one did.
     is_height_first = image.height > 100 * image.width and image.height > height
     between = (image.width, height) if is_height_first else (width, image.height)
     for size in (between, (width, height)):
