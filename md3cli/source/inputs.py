@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from md3cli.errors import InputError, RowError
-from md3cli.records import ImageItem, RowFailure, printable
+from md3cli.records import ImageItem, RowFailure, SourceRow, printable
 from md3cli.remote.address import folder_of, is_address, is_within, join, shown, shown_name
 from md3cli.remote.hosts import require_extra
 from md3cli.source.braces import expanded, has_braces
@@ -170,7 +170,7 @@ def check_readable(given: Input, is_alone: bool, renamed: Mapping[str, str]) -> 
         with open_input(given.typed) as file, contextlib.suppress(RowError):
             next(tar_members(file, shown(given.typed)), None)
     elif given.kind in (Kind.FOLDER, Kind.GLOB):
-        folder = given.typed if given.kind is Kind.FOLDER else Glob.parse(given.typed).base or "."
+        folder, _ = start_of_walk(given)
         if is_address(folder):
             from md3cli.source.remote_inputs import check_folder
 
@@ -220,6 +220,14 @@ def root_of(given: Input, root: Path | str | None) -> str:
     return shown(folder) if is_address(folder) else os.path.realpath(folder or ".")
 
 
+def start_of_walk(given: Input) -> tuple[str, Glob | None]:
+    """Return the folder that a walk of a folder or a glob begins in, and the glob."""
+    if given.kind is not Kind.GLOB:
+        return given.typed, None
+    glob = Glob.parse(given.typed)
+    return glob.base or ".", glob
+
+
 class Confinement(NamedTuple):
     """`--root`: a folder with its links followed, or an address; None allows everything."""
 
@@ -244,6 +252,14 @@ class Confinement(NamedTuple):
             return is_address(path) and is_address(root) and is_within(path, root)
         real = os.path.realpath(path)
         return real == root or real.startswith(root.rstrip("/") + "/")
+
+
+def confined(row: SourceRow, folder: Confinement) -> SourceRow:
+    """Return a row of a Parquet file that lies in a folder, failed where its picture is outside of the folder."""
+    if row.failure is not None or row.image is None or folder.failure_of(row.image.path) is None:
+        return row
+    why = f"outside of {printable(shown(folder.typed))}; set --root, or name the Parquet file to trust its paths"
+    return replace(row, failure=RowFailure("outside_root", why))
 
 
 class RowPlaces(NamedTuple):

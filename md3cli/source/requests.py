@@ -275,3 +275,13 @@ def _json_value(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def are_fit_for_pictures(requests: Sequence[Request]) -> bool:
+    """Return whether a row that only names a picture makes all requests, so that none need be checked for each row."""
+    try:
+        for request in requests:
+            check_request(request, has_image=True)
+    except RowError:
+        return False
+    return True

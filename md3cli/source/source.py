@@ -13,7 +13,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache, cached_property
 from itertools import takewhile
@@ -30,23 +30,25 @@ from md3cli.source.inputs import (
     Input,
     RowPlaces,
     check_readable,
+    confined,
     image_item,
     inputs_of,
     is_of_windows,
     root_of,
+    start_of_walk,
 )
 from md3cli.source.look import FirstRows, check_asked, check_columns, notes_on
 from md3cli.source.manifest import LiveLines, ManifestRow, manifest_rows, open_input, path_rows
 from md3cli.source.requests import (
     ROW_COLUMNS,
-    check_request,
+    are_fit_for_pictures,
     is_given,
     refuse_address,
     refused_request,
     row_image,
     row_requests,
 )
-from md3cli.source.walk import PARQUET, SHARDS, STDIN, TAR, Glob, Kind, PathFilter, Walk, has_image_suffix
+from md3cli.source.walk import PARQUET, SHARDS, STDIN, TAR, Kind, PathFilter, Walk, has_image_suffix
 from md3cli.source.webdataset import NOTHING, tar_pictures
 
 
@@ -138,7 +140,7 @@ class Source:
         self._defaults = defaults
         self._base = requests[0] if requests else defaults
         is_asked_alike = bool(requests) and not rules.changes_pictures
-        self._is_fit_for_pictures = is_asked_alike and _are_fit_for_pictures(requests)
+        self._is_fit_for_pictures = is_asked_alike and are_fit_for_pictures(requests)
         self._stdin_file, self._may_wait = stdin, True
         self._has_walked_rows = False  # rows of Parquet files, which may ask what they like
         self._filter = PathFilter.of(spec.include, spec.exclude)
@@ -222,7 +224,7 @@ class Source:
         """Return INPUT where it is a file, or what its walk finds first; empty where that is nothing."""
         if given.kind is not Kind.GLOB and given.kind is not Kind.FOLDER:
             return given.typed
-        folder, glob = _walk_of(given)
+        folder, glob = start_of_walk(given)
         first = next(self._walk(folder, Counter()).files(folder, glob), "")
         return os.path.join(folder, first)
 
@@ -311,7 +313,7 @@ class Source:
         return asked
 
     def _walked(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
-        folder, glob = _walk_of(given)
+        folder, glob = start_of_walk(given)
         path_head, name_head = os.path.join(folder, ""), os.path.join(given.prefix, "")
         for relative in self._walk(folder, skipped).files(folder, glob):
             path, name = path_head + relative, name_head + relative
@@ -319,7 +321,7 @@ class Source:
             if suffix.endswith(TAR):
                 yield from self._tar_members(path, name, skipped)
             elif suffix == PARQUET:
-                yield from self._parquet_rows(path, name, skipped)
+                yield from self._parquet_rows(path, name, skipped, None if glob else folder)
             else:
                 yield self._picture(name, path)
 
@@ -359,15 +361,19 @@ class Source:
                 raise
             yield self._damaged(prefix or os.path.basename(path), path, error)
 
-    def _parquet_rows(self, path: str, prefix: str, skipped: Counter[str]) -> Iterator[_Found]:
+    def _parquet_rows(self, path: str, prefix: str, skipped: Counter[str], folder: str | None) -> Iterator[_Found]:
         """Yield the rows of a Parquet file that a walk met; one that is damaged is one row, as a tar is.
+
+        Where the user named `folder` and no Parquet file, its rows are not trusted to name pictures anywhere else.
 
         Raises:
             InputError: it is remote and cannot be opened, or it has no column of pictures.
         """
         self._has_walked_rows = True
         try:
-            yield from self._manifest(Input(path, Kind.MANIFEST, prefix), skipped)
+            confinement = Confinement.to(folder if self._spec.root is None else None)
+            for found in self._manifest(Input(path, Kind.MANIFEST, prefix), skipped):
+                yield found if found is None else (found[0], confined(found[1], confinement))
         except NoImageColumnError:
             raise
         except InputError as error:
@@ -458,14 +464,6 @@ class Source:
         return SourceRow(image, asked.requests, meta, failure, asked.typed, asked.refused)
 
 
-def _walk_of(given: Input) -> tuple[str, Glob | None]:
-    """Return the folder that a walk of a folder or a glob begins in, and the glob."""
-    if given.kind is not Kind.GLOB:
-        return given.typed, None
-    glob = Glob.parse(given.typed)
-    return glob.base or ".", glob
-
-
 def _meta_of(columns: Mapping[str, Any]) -> dict[str, Any]:
     return {column: value for column, value in columns.items() if column not in ROW_COLUMNS}
 
@@ -498,13 +496,3 @@ def _up_to(limit: int, found: Iterator[_Found]) -> Iterator[_Found]:
         limit -= item is not None
         if not limit:
             return
-
-
-def _are_fit_for_pictures(requests: Sequence[Request]) -> bool:
-    """Return whether a row that only names a picture makes all requests, so that none need be checked for each row."""
-    try:
-        for request in requests:
-            check_request(request, has_image=True)
-    except RowError:
-        return False
-    return True

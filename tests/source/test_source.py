@@ -211,6 +211,18 @@ def test_a_folder_of_parquet_files_is_their_pictures(folder: Path) -> None:
     assert names(source("data")) == ["00000.tar/0.jpg"]
 
 
+def test_parquet_that_nobody_named_names_no_picture_outside_of_its_folder(folder: Path) -> None:
+    (folder / "data/in").mkdir(parents=True)
+    (folder / "data/in/a.jpeg2").write_bytes(b"")  # by its suffix no picture, which would leave the Parquet file out
+    (folder / "private.jpg").write_bytes(b"")
+    table = pa.table({"image": ["in/a.jpeg2", "../private.jpg", str(folder / "private.jpg")]})
+    pq.write_table(table, folder / "data/0.parquet")
+    outside = ("outside_root", "outside of data; set --root, or name the Parquet file to trust its paths")
+    assert failures(source("data")) == [None, outside, outside]
+    assert failures(source("data/*.parquet")) == failures(source("data/0.parquet")) == [None] * 3
+    assert failures(source("data", root=folder))[2] is None
+
+
 def test_a_damaged_parquet_file_is_one_row_of_its_folder(folder: Path) -> None:
     for number in range(3):
         parquet(folder / f"data/{number}.parquet", "a.jpg")
