@@ -208,7 +208,7 @@ def _sections(
     sections = [
         led_by(section, metrics)
         for truth in truths
-        for section in _score(under_names_of(truth.rows, records), truth, labels, metrics)
+        for section in _score(under_names_of(truth.rows, truth.path.name, records), truth, labels, metrics)
     ]
     if not sections:
         tasks = ", ".join(dict.fromkeys(str(record["task"]) for record in records)) or "nothing"

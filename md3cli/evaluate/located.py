@@ -18,6 +18,7 @@ from md3cli.finished.records_file import record_identity
 from md3cli.records import RecordDict
 from md3cli.refine.labels import Labels
 from md3cli.refine.refinement import name_of
+from md3cli.source.walk import PARQUET
 
 NO_SIZE = (1, 1)
 RequestKey = tuple[str | None, str, str, str]  # image, task, prompt, length
@@ -45,16 +46,21 @@ def final_records(records: Iterable[RecordDict]) -> list[RecordDict]:
     return list(first.values())
 
 
-def under_names_of(rows: Mapping[str, str], records: Sequence[RecordDict]) -> Sequence[RecordDict]:
+def under_names_of(rows: Mapping[str, str], file: str, records: Sequence[RecordDict]) -> Sequence[RecordDict]:
     """Return the records under the ground truth's own names, where they are of a run over that very file.
 
     Such a run calls a picture after its row, and a table has a row for each record: of several that ask the same of
-    one picture the first counts. `rows` are the ground truth's names by those of the rows.
+    one picture the first counts. `rows` are the ground truth's names by those of the rows, and `file` is its file's
+    name. Rows of other Parquet files, of one folder or of several INPUTs, may be called the same, and stay as they are.
     """
     names = set(rows.values())
 
     def own(name: str | None) -> str | None:
-        return name if name is None or name in names else rows.get(name.rpartition("/")[2])
+        if name is None or name in names:
+            return name
+        folder, _, row = name.rpartition("/")
+        inside = folder.rpartition("/")[2]
+        return None if inside.lower().endswith(PARQUET) and inside != file else rows.get(row)
 
     if not any(own(record["image"]) not in (None, record["image"]) for record in records):
         return records

@@ -332,7 +332,7 @@ def test_pictures_in_a_table_are_called_as_in_the_records(tmp_path, columns, nam
     assert [*load_truth(parquet(tmp_path, [OWN | columns | picture])).images] == [name]
 
 
-@pytest.mark.parametrize("folder", ["", "data/own.parquet/"])
+@pytest.mark.parametrize("folder", ["", "data/gt.parquet/"])
 def test_a_run_over_md3s_own_table_is_scored_by_it(tmp_path, folder):
     """Such a run calls pictures after rows, of which one picture may have several."""
     asked = [("a/p.png", "cat", [THING]), ("a/p.png", "dog", []), ("b/p.png", "cat", [THING])]
@@ -346,6 +346,17 @@ def test_a_run_over_md3s_own_table_is_scored_by_it(tmp_path, folder):
     (section,) = evaluate(path, [load_truth(parquet(tmp_path, rows))]).sections
     assert (section.scores["precision"], section.scores["recall"], section.counts["images"]) == (1, 1, 2)
     assert section.verdicts.keys() == {records[0]["id"], records[2]["id"]}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_rows_of_another_parquet_file_are_no_rows_of_the_truth(tmp_path, order):
+    """`datasets` often keeps no names, so that rows of all files of a folder are called the same."""
+    truth = parquet(tmp_path, [{"image": {"bytes": b"x", "path": None}, "question": "Who?", "answer": "me"}])
+    answers = {"other.parquet": "you", "gt.parquet": "me"}
+    records = [record(f"{name}/0000001", "query", "Who?", answer=answer) for name, answer in answers.items()]
+    path = write_records(tmp_path / "records.jsonl", records[::order])
+    (section,) = evaluate(path, [load_truth(truth)]).sections
+    assert {record: verdict.is_right for record, verdict in section.verdicts.items()} == {records[1]["id"]: True}
 
 
 def test_md3s_own_table_of_two_tasks_is_refused_with_a_hint(tmp_path):
