@@ -27,6 +27,7 @@ from md3cli.exporters import ExportOptions
 from md3cli.exporters.cells import PARQUET, Cells
 from md3cli.exporters.grouping import ImageGroup
 from md3cli.files import copy_file
+from md3cli.finished.digest import DigestSet, digest_of
 from md3cli.finished.run_json import KnownRoot
 from md3cli.records import ImageItem, RecordDict, printable
 from md3cli.refine.collection import Collection
@@ -157,7 +158,7 @@ class Pictures:
         self.num_found = 0
         self.num_missing = 0
         self._first_missing = ""
-        self._num_resized, self._first_resized, self._counting = 0, "", threading.Lock()
+        self._resized, self._first_resized, self._counting = DigestSet(), "", threading.Lock()
         self.is_unlinked = False  # a copy was made where a link was asked for
 
     def require_root(self, format: str) -> None:
@@ -261,8 +262,8 @@ class Pictures:
 
     def file_notes(self) -> Iterator[str]:
         """Yield how many pictures are others than the model saw, and that they were copied in spite of `--link`."""
-        if self._num_resized:
-            count = f"{self._num_resized:,} {'picture has' if self._num_resized == 1 else 'pictures have'}"
+        if self._resized:
+            count = f"{len(self._resized):,} {'picture has' if len(self._resized) == 1 else 'pictures have'}"
             yield (
                 f"{count} another size in pixels now than the records say, so what was found does not fit (first: "
                 f"{printable(self._first_resized)}); annotate again, or set --root DIR"
@@ -275,10 +276,10 @@ class Pictures:
         known = picture.size_wh
         if known is None or None in known or size_wh in (known, known[::-1]):
             return
+        place = f"{picture.path}:{picture.offset}:{picture.name}"
         with self._counting:  # several threads read
             self._first_resized = self._first_resized or picture.name
-            self._num_resized += 1
-        picture.size_wh = None
+            self._resized.add(digest_of(place))
 
     def _look_up(self, record: RecordDict) -> tuple[Root | None, ImageItem | None]:
         """Return the record's picture and the root it was found below; of several the one with its digest."""

@@ -254,7 +254,8 @@ def test_a_picture_of_another_size_than_the_record_says_is_told(
         write_tar(run.root / "s.tar", {"a.png": (0, 0, 0)}, (WIDTH + 1, HEIGHT))
     else:
         pq.write_table(pa.table({"image": [{"bytes": content.getvalue(), "path": "a.png"}]}), run.root / "s.parquet")
-    run.write([record(name, "detect", "car", objects=[CAR]) for name in (place, "same.png")])
+    asked = [(place, "car"), (place, "dog"), ("same.png", "car")]
+    run.write([record(name, "detect", prompt, objects=[CAR]) for name, prompt in asked])
     suffix = {"html": ".html", "parquet": ".parquet"}.get(format, "")
     result = export(run.records, format, "-o", tmp_path / f"out{suffix}", "--root", run.root)
     assert result.exit_code == 0, result.output
