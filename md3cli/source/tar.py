@@ -21,7 +21,6 @@ _COMPRESSED = (  # how files begin that are called .tar and are packed, and what
     (b"\x28\xb5\x2f\xfd", "zstd -dc"),
     (b"\xfd7zXZ\0", "xz -dc"),
     (b"BZh", "bzip2 -dc"),
-    (b"PK\x03\x04", "unzip -p"),
 )
 # All that tarfile raises on headers that make no sense; OverflowError is of a size that no file can have.
 _UNREADABLE = (tarfile.TarError, OSError, ValueError, RecursionError, ArithmeticError, LookupError)
@@ -87,6 +86,8 @@ def _why_not(file: IO[bytes], error: Exception) -> str:
     with contextlib.suppress(*_UNREADABLE):
         file.seek(0)
         head = file.read(8)
+        if head.startswith(b"PK\x03\x04"):
+            return "it is a zip archive; unpack it, and give the folder"
         if command := next((command for start, command in _COMPRESSED if head.startswith(start)), None):
             return f"it is compressed; unpack it: {command} OLD.tar > NEW.tar"
     return printable(str(error))

@@ -8,6 +8,7 @@ import gzip
 import io
 import lzma
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,14 @@ def test_a_compressed_tar_is_told_from_a_damaged_one(pack: Callable[[bytes], byt
     message = rf"cannot read t\.tar as a tar: it is compressed; unpack it: {command} -dc OLD\.tar > NEW\.tar"
     with pytest.raises(InputError, match=message):
         list(tar_members(io.BytesIO(pack(tar_of(CONTENTS))), "t.tar"))
+
+
+def test_a_zip_archive_is_told_as_one() -> None:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("a.jpg", b"a")
+    with pytest.raises(InputError, match=r"t\.tar as a tar: it is a zip archive; unpack it, and give the folder"):
+        list(tar_members(io.BytesIO(data.getvalue()), "t.tar"))
 
 
 def test_a_damaged_header_is_not_the_end() -> None:
