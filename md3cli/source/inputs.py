@@ -254,9 +254,16 @@ class Confinement(NamedTuple):
         return real == root or real.startswith(root.rstrip("/") + "/")
 
 
-def confined(row: SourceRow, folder: Confinement) -> SourceRow:
-    """Return a row of a Parquet file that lies in a folder, failed where its picture is outside of the folder."""
-    if row.failure is not None or row.image is None or folder.failure_of(row.image.path) is None:
+def confined(row: SourceRow, folder: Confinement, *, may_fetch: bool) -> SourceRow:
+    """Return a row of a Parquet file that lies in a folder, failed where it names a picture outside of the folder.
+
+    A picture in a cell is the file's own, wherever a link to the file leads: the cache of Hugging Face is all links.
+    With `may_fetch` the user allowed addresses.
+    """
+    image = row.image
+    if row.failure is not None or image is None or image.row_group is not None:
+        return row
+    if (may_fetch and is_address(image.path)) or folder.failure_of(image.path) is None:
         return row
     why = f"outside of {printable(shown(folder.typed))}; set --root, or name the Parquet file to trust its paths"
     return replace(row, failure=RowFailure("outside_root", why))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from md3cli.config import ColumnOptions
-from md3cli.errors import NoImageColumnError, UsageError
+from md3cli.errors import InputError, NoImageColumnError, UsageError
 from md3cli.records import Request, Task, printable
 from md3cli.refine.template import quoted
 from md3cli.source.columns import OF_THE_PICTURE, ColumnRules, clash_of, likely_images, near_miss
@@ -58,17 +58,27 @@ class FirstRows:
             if time.monotonic() > deadline:
                 break
 
-    def take(self, rows: Iterator[ManifestRow], rules: ColumnRules, asked: Sequence[Request]) -> None:
-        """Take in the first of a manifest's `rows`, of a run that asks `asked`."""
+    def take(
+        self, rows: Iterator[ManifestRow], rules: ColumnRules, asked: Sequence[Request], *, may_fail: bool = False
+    ) -> None:
+        """Take in the first of a manifest's `rows`, of a run that asks `asked`.
+
+        Raises:
+            InputError: it cannot be read, unless it `may_fail`, as a record; or it has no column of pictures.
+        """
         deadline, num_before = time.monotonic() + BUDGET_S, self.num_rows
-        for number, row in enumerate(rows):
-            if number >= MOST_ROWS or (number and time.monotonic() > deadline):
-                break
-            if row.columns is None:
-                continue
-            self.num_rows += 1
-            self.columns |= dict.fromkeys(row.columns)
-            self._take_task(row, rules, asked)
+        try:
+            for number, row in enumerate(rows):
+                if number >= MOST_ROWS or (number and time.monotonic() > deadline):
+                    break
+                if row.columns is None:
+                    continue
+                self.num_rows += 1
+                self.columns |= dict.fromkeys(row.columns)
+                self._take_task(row, rules, asked)
+        except InputError as error:
+            if not may_fail or isinstance(error, NoImageColumnError):
+                raise
         self.is_unknown = self.is_unknown or self.num_rows == num_before
 
     def _take_task(self, row: ManifestRow, rules: ColumnRules, asked: Sequence[Request]) -> None:

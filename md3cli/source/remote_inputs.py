@@ -70,6 +70,9 @@ class RemoteWalk(Walk):
     def is_run_folder(self, folder: str) -> bool:
         return False
 
+    def is_document(self, path: str) -> bool:
+        return False
+
     def is_meant_as_file(self, root: str, path: str, entry: FolderEntry) -> bool:
         return False
 

@@ -208,8 +208,9 @@ class Source:
         needs_columns = bool(options.renamed or set(self._rules.placeholders) - self._rules.constants.keys())
         for given in self._inputs:
             path = self._first_file(given) if needs_columns or given.kind is Kind.MANIFEST else ""
-            if given.kind is Kind.MANIFEST or path.lower().endswith(".parquet"):
-                rows.take(manifest_rows(path, self._rules.renamed), self._rules, self._requests)
+            if given.kind is Kind.MANIFEST or path.lower().endswith(PARQUET):
+                may_fail = given.kind is not Kind.MANIFEST and not is_address(path)
+                rows.take(manifest_rows(path, self._rules.renamed), self._rules, self._requests, may_fail=may_fail)
             elif path.lower().endswith(TAR):
                 rows.take_sidecars(self._sidecars(path), self._rules)
         if any(given.kind is Kind.STDIN for given in self._inputs):
@@ -315,13 +316,14 @@ class Source:
     def _walked(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
         folder, glob = start_of_walk(given)
         path_head, name_head = os.path.join(folder, ""), os.path.join(given.prefix, "")
+        base = given.base if given.prefix else folder.rstrip("/") or "/"
         for relative in self._walk(folder, skipped).files(folder, glob):
             path, name = path_head + relative, name_head + relative
             suffix = relative[-8:].lower()
             if suffix.endswith(TAR):
                 yield from self._tar_members(path, name, skipped)
             elif suffix == PARQUET:
-                yield from self._parquet_rows(path, name, skipped, None if glob else folder)
+                yield from self._parquet_rows(Input(path, Kind.MANIFEST, name, base), skipped, None if glob else folder)
             else:
                 yield self._picture(name, path)
 
@@ -361,25 +363,23 @@ class Source:
                 raise
             yield self._damaged(prefix or os.path.basename(path), path, error)
 
-    def _parquet_rows(self, path: str, prefix: str, skipped: Counter[str], folder: str | None) -> Iterator[_Found]:
+    def _parquet_rows(self, given: Input, skipped: Counter[str], folder: str | None) -> Iterator[_Found]:
         """Yield the rows of a Parquet file that a walk met; one that is damaged is one row, as a tar is.
 
         Where the user named `folder` and no Parquet file, its rows are not trusted to name pictures anywhere else.
 
         Raises:
-            InputError: it is remote and cannot be opened, or it has no column of pictures.
+            InputError: it is remote and cannot be opened, or it has no column of pictures, nor had any before it.
         """
-        self._has_walked_rows = True
         try:
             confinement = Confinement.to(folder if self._spec.root is None else None)
-            for found in self._manifest(Input(path, Kind.MANIFEST, prefix), skipped):
-                yield found if found is None else (found[0], confined(found[1], confinement))
-        except NoImageColumnError:
-            raise
+            for name, row in filter(None, self._manifest(given, skipped)):
+                self._has_walked_rows = True
+                yield name, confined(row, confinement, may_fetch=self._spec.remote)
         except InputError as error:
-            if is_address(path):
-                raise
-            yield self._damaged(prefix, path, error)
+            if is_address(given.typed) or (isinstance(error, NoImageColumnError) and not self._has_walked_rows):
+                raise  # what suits none of them is told at once, what suits one of them stops no run
+            yield self._damaged(given.prefix, given.typed, error)
 
     def _damaged(self, name: str, path: str, error: Exception) -> _Found:
         image = image_item(name, path)

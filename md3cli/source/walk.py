@@ -179,8 +179,8 @@ class Walk:
     """How to walk; `skipped` counts the entries that were left out, by reason.
 
     What md3 wrote itself is left out: each file whose path, links followed, is in `own_files`, and all below a folder
-    that has a file `.md3`, or that is a format's folder beside a run.json of md3. The folder that is walked is never
-    left out.
+    that has a file `.md3`, or that is a format's folder beside a run.json of md3; without a glob tables of runs, too.
+    The folder that is walked is never left out.
 
     Without a glob, `takes` is asked when a shard is met: whether those of its suffix are taken as pictures are.
     """
@@ -211,7 +211,9 @@ class Walk:
             elif not entry.is_folder or self.is_meant_as_file(root, path, entry):
                 if not self._is_wanted(path, glob):
                     continue
-                is_document = level.is_run and glob is None and entry.name in OWN_NAMES
+                is_document = glob is None and (
+                    (level.is_run and entry.name in OWN_NAMES) or self.is_document(f"{root}/{path}")
+                )
                 if level.is_own or is_document or self._is_own_path(f"{root}/{path}"):
                     self.skipped[OWN_FILES] += 1
                 else:
@@ -283,11 +285,11 @@ class Walk:
 
     def is_run_folder(self, folder: str) -> bool:
         """Return whether a folder has a run.json of md3."""
-        try:
-            with open(f"{folder}/run.json", "rb") as file:
-                return b'"md3-run/' in file.read(_RUN_HEAD_BYTES)
-        except OSError:
-            return False
+        return _is_run_json(f"{folder}/run.json")
+
+    def is_document(self, path: str) -> bool:
+        """Return whether a file is the table that `-o NAME.parquet` wrote, as the run.json beside it says."""
+        return path[-len(PARQUET) :].lower() == PARQUET and _is_run_json(f"{path}.run.json")
 
     def is_meant_as_file(self, root: str, path: str, entry: FolderEntry) -> bool:
         """Return whether a folder is named like a picture and is empty."""
@@ -314,6 +316,14 @@ class _Level(NamedTuple):
     is_linked: bool
     is_own: bool
     is_run: bool
+
+
+def _is_run_json(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return b'"md3-run/' in file.read(_RUN_HEAD_BYTES)
+    except OSError:
+        return False
 
 
 def _identity(folder: str) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from md3cli.config import SourceSpec
+from md3cli.config import ColumnOptions, SourceSpec
 from md3cli.errors import InputError, MissingExtraError, NoImageColumnError, UsageError
 from md3cli.records import Request, SourceRow, Task
 from md3cli.source.source import Source, image_item, open_source
@@ -236,6 +236,62 @@ def test_a_damaged_parquet_file_is_one_row_of_its_folder(folder: Path) -> None:
     pq.write_table(pa.table({"jpg": [b"x"]}), folder / "data/0.parquet")
     with pytest.raises(NoImageColumnError, match="--map image=NAME says which"):
         names(source("data"))
+    pq.write_table(pa.table({"jpg": [b"x"]}), folder / "data/9.parquet")
+    parquet(folder / "data/0.parquet", "a.jpg")
+    rows = source("data")
+    assert rows.count() == (4, 8)
+    assert names(rows)[-1] == "9.parquet"
+    assert "--map image=NAME says which" in str(failures(rows)[-1])
+
+
+def test_parquet_in_a_folder_may_be_a_link(folder: Path) -> None:
+    parquet(folder / "blobs/0", "a.jpg")
+    (folder / "snapshot").mkdir()
+    (folder / "snapshot/0.parquet").symlink_to("../blobs/0")  # as Hugging Face's cache has them
+    assert names(source("snapshot")) == ["0.parquet/0000001-a.jpg"]
+    assert failures(source("snapshot")) == [None]
+
+
+def test_parquet_in_a_folder_names_addresses_where_the_user_allows_them(folder: Path) -> None:
+    (folder / "data").mkdir()
+    pq.write_table(pa.table({"image": ["https://example.org/a.jpg"]}), folder / "data/0.parquet")
+    ((kind, message),) = filter(None, failures(source("data")))
+    assert (kind, "add --remote" in message) == ("bad_request", True)
+    assert failures(source("data", remote=True)) == [None]
+
+
+@pytest.mark.parametrize("typed", ["data", "data/", "data/**/*.parquet", "data/{0,sub/1}.parquet"])
+def test_names_in_parquet_of_a_folder_are_relative_to_it(folder: Path, typed: str) -> None:
+    for place in ("data", "data/sub"):
+        (folder / place / "in").mkdir(parents=True)
+        (folder / place / "in/a").write_bytes(b"")
+    pq.write_table(pa.table({"image": ["in/a"]}), folder / "data/0.parquet")
+    pq.write_table(pa.table({"image": ["in/a", "../in/a"]}), folder / "data/sub/1.parquet")
+    rows = source(typed)
+    assert names(rows) == ["in/a", "sub/in/a", "sub/../in/a"]
+    assert all(os.path.samefile(Path(rows.root, row.image.name), row.image.path) for row in rows if row.image)
+    assert failures(rows) == [None] * 3
+
+
+def test_a_damaged_parquet_file_of_a_folder_stops_no_look_at_columns(folder: Path) -> None:
+    (folder / "data").mkdir()
+    pq.write_table(pa.table({"img": ["a.jpeg2"], "text": ["x"]}), folder / "data/1.parquet")
+    (folder / "data/0.parquet").write_bytes(b"PAR1 no parquet")
+    renamed = ColumnOptions(renamed=(("image", "img"),))
+    rows = source("data", columns=renamed)
+    rows.first_look()
+    assert names(rows) == ["0.parquet", "a.jpeg2"]
+    with pytest.raises(InputError):
+        source("data/0.parquet", columns=renamed)
+
+
+def test_a_table_that_a_run_wrote_is_not_its_input(folder: Path) -> None:
+    parquet(folder / "data/0.parquet", "a.jpg")
+    parquet(folder / "data/cars.parquet", "a.jpg")
+    (folder / "data/cars.parquet.run.json").write_text('{"schema":"md3-run/1"}')
+    rows = source("data")
+    assert (names(rows), rows.skipped["of md3's own files"]) == (["0.parquet/0000001-a.jpg"], 1)
+    assert names(source("data/cars.parquet")) == ["0000001-a.jpg"]
 
 
 def test_the_table_of_a_run_is_not_its_input(folder: Path) -> None:
