@@ -49,7 +49,8 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "pad": ("redacted", "crops"),
     "background": ("overlay", "crops", "redacted"),
 }
-# Which formats look for pictures, where an option does no harm for others, and which have pictures with an option only.
+# Options about pictures, with the formats for which they change something; others take them, too, and a note says so.
+# `_WITH` has the option without which a format has no pictures.
 _ABOUT_PICTURES = {"root": _FIND, "max_file_size": _FIND, "max_pixels": _DECODE}
 _WITH = {"coco": "roboflow", "parquet": "embed_images", "txt": "beside"}
 
