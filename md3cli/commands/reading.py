@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from md3cli.commands.parse import checked
-from md3cli.commands.shared import LabelsFile, MinScore, Nms
+from md3cli.commands.shared import LabelsFile, MinScore, Nms, tell_notes
 from md3cli.errors import UsageError
 from md3cli.finished.guards import files_of_run
 from md3cli.records import Task
@@ -123,7 +123,7 @@ class ReadOptions:
         if self.gt and not (self.wrong or uses_gt):
             raise UsageError("--gt is for --wrong here; md3 eval scores, md3 report shows what is wrong")
         if "seed" in self.typed and self.sample is None:
-            raise UsageError("--seed is of a sample; add --sample N, or leave it out")
+            tell_notes(["--seed changes nothing: it is of a sample, and there is no --sample"])
         whole = Collection.of(records, self.as_ or (), chosen=self.chosen())
         return replace(whole, selection=self._selection(whole, answer))
 

@@ -78,7 +78,7 @@ class Sets:
         return ("",) if self.splits is None else self.splits.names
 
     def place(self, image: str, records: Iterable[Mapping[str, Any]]) -> str:
-        """Return the set of a picture that may be missing; `add` counts it in once it is written."""
+        """Return the set of a picture without counting it: it may be missing. Call `add` once it is written."""
         if self.splits is None:
             return ""
         metas = _metas(records)

@@ -47,6 +47,8 @@ from md3cli.scale.plan import (
     RowColumns,
     columns_of,
     hash_of,
+    parquet_of,
+    read_group,
     read_one_plan,
     row_of,
 )
@@ -410,8 +412,7 @@ def _repeats(rows: Iterable[SourceRow], ids: RequestIds, suspects: NDArray[np.in
 
 def _manifest_rows(folder: RunFolder, manifest: str, requests: tuple[Request, ...]) -> Iterator[SourceRow]:
     """Yield the rows of a manifest whose plan is not put yet."""
-    with folder.store.open(manifest) as file, pq.ParquetFile(file) as reader:
+    with folder.store.open(manifest) as file, parquet_of(file) as reader:
         for group in range(reader.num_row_groups):
-            table = reader.read_row_group(group)
-            columns = map(RowColumns, *(column.to_pylist() for column in table.columns))
+            columns = map(RowColumns, *(column.to_pylist() for column in read_group(reader, group).columns))
             yield from (row_of(row, requests) for row in columns)

@@ -179,7 +179,7 @@ class Source:
 
     @property
     def asks_nothing_else(self) -> bool:
-        """Return whether the command alone says what is asked of INPUT, as far as it was read: nothing is narrowed.
+        """Return whether the command alone says what is asked, of all of INPUT; True may become False as rows are read.
 
         A record of a template's is known by its own prompt; constants may be settings, of which a record tells nothing.
         """

@@ -64,7 +64,6 @@ def test_captions_go_beside_the_pictures_as_typed(md3: Program, texts: dict[str,
         ("-f txt -o t --bom", "--bom is for csv, not for txt"),
         ("-f coco -o t.json --flat", "which coco has with --roboflow; add it"),
         ("-f coco -o t.json --link", "which coco has with --roboflow; add it"),
-        ("-f csv -o t.csv --seed 3", "--seed is of a sample; add --sample N"),
         ("-f txt -o t --extension .png", "'.png' is no extension for a text"),
     ],
 )
@@ -88,6 +87,7 @@ def test_options_that_do_nothing_or_contradict_are_refused(md3: Program, line: s
         ("-f labelme --beside --max-pixels 1M", "--max-pixels changes nothing: labelme decodes no pictures"),
         ("-f txt -o t --min-score 0.4", "--min-score changes nothing: txt holds captions and answers, not objects"),
         ("-f csv --overwrite", "--overwrite changes nothing: what is printed replaces no file"),
+        ("-f csv -o t.csv --seed 3", "--seed changes nothing: it is of a sample, and there is no --sample"),
     ],
 )
 def test_a_general_option_that_changes_nothing_is_told(md3: Program, line: str, note: str) -> None:

@@ -180,3 +180,26 @@ def test_a_plan_of_ten_million_rows(tmp_path: Path) -> None:
     seconds, peak_mb = plan_of(10_000_000, tmp_path)
     assert peak_mb < 300
     assert seconds < 60
+
+
+THREADS_AFTER = """
+import os, sys
+from md3cli.scale.folder import open_run_folder
+from md3cli.scale.plan import PlanReader
+
+reader = PlanReader(open_run_folder(sys.argv[1]))
+repeats = sum(len(set(row.ids)) for shard in range(reader.plan.shards) for row in reader.shard(shard))
+others = [task for task in os.listdir("/proc/self/task") if int(task) != os.getpid()]
+names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in others]
+print(repeats, [name for name in names if name != "jemalloc_bg_thd"])  # that one knows no Python
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
+def test_reading_a_plan_leaves_no_thread_that_could_meet_the_end_of_the_process(tmp_path: Path) -> None:
+    """A thread of Arrow that still holds a Python file then aborts the process, now and then."""
+    folder, plan = planned(str(tmp_path), rows_of(Path("/nowhere"), "abab", (CAPTION, CAPTION)), (CAPTION, CAPTION), 1)
+    assert plan.each[0].has_repeats
+    line = [sys.executable, "-c", THREADS_AFTER, folder.uri]
+    assert subprocess.run(line, capture_output=True, text=True, check=True).stdout == "8 []\n"
