@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -226,25 +226,25 @@ def test_a_class_list_from_a_yolo_file(work: Path) -> None:
     assert [name for _, name in categories("again.json")] == ["triangle", "circle", "heart", "square"]
 
 
-# -- 100,000 records -------------------------------------------------------------------------------------
+# -- 100,000 records, and a million ----------------------------------------------------------------------
 
 PROMPTS = ("car", "automobile", "dog", "person", "bicycle")
 MEMORY_LIMIT_KB = 100_000
 
 
-def write_large_run(path: Path, num_pictures: int) -> None:
+def write_large_run(path: Path, num_pictures: int, prompts: Sequence[str] = PROMPTS) -> None:
     draws = random.Random(17)
     facts = {"finish_reason": "stop", "tokens": {"prompt": 738, "output": 7}, "model": "tiny@1", "meta": {}}
     with path.open("w") as lines:
         for n in range(num_pictures):
-            for place, prompt in enumerate(PROMPTS):
+            for place, prompt in enumerate(prompts):
                 corners = [(draws.random() * 0.6, draws.random() * 0.6) for _ in range((n * 7 + place) % 4)]
                 objects = [
                     {"label": prompt, "x_min": x, "y_min": y, "x_max": x + 0.3, "y_max": y + 0.3}
                     | {"score": round(draws.uniform(0.001, 0.999), 3)}
                     for x, y in corners
                 ]
-                head = {"schema": "md3/1", "id": f"{n * len(PROMPTS) + place:032x}"}
+                head = {"schema": "md3/1", "id": f"{n * len(prompts) + place:032x}"}
                 head |= {"image": f"day {n // 1000}/IMG_{n:06d}.jpg", "width": 640, "height": 480}
                 line = head | {"task": "detect", "prompt": prompt, "objects": objects, "sha256": f"{n:064x}"}
                 lines.write(json.dumps(line | facts | {"error": None}, separators=(",", ":")) + "\n")
@@ -261,12 +261,13 @@ except SystemExit as end:
     assert not end.code, end.code
 usage = resource.getrusage(resource.RUSAGE_SELF)
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(time.monotonic() - begin, usage.ru_utime + usage.ru_stime, int(peak.split()[1]))
+children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # 0 without any
+print(time.monotonic() - begin, usage.ru_utime + usage.ru_stime, int(peak.split()[1]) + children)
 """
 
 
 def measured(*arguments: object) -> tuple[float, float, int]:
-    """Seconds by the clock and of the processor, and the most memory in kB, of one command."""
+    """Seconds by the clock and of the processor, and the most memory in kB with a child's, of one command."""
     environment = clean_environment(Path("home").absolute())
     command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
@@ -299,3 +300,27 @@ def test_thresholds_and_names_of_100_000_records_change_without_the_model(
                 print(f"\n{what}, {ratios}, {memory_kb / 1000:.0f} MB", end="")
             assert memory_kb <= MEMORY_LIMIT_KB
             assert Path(f"o.{suffix}").stat().st_size > 1_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(sys.platform != "linux", reason="the most memory of a program is read from /proc")
+def test_a_million_records_become_a_flat_set_in_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How long it takes is printed; a million small files are a matter of the file system as well."""
+    monkeypatch.chdir(tmp_path)
+    write_large_run(Path("r.jsonl"), 1_000_000, ["car"])
+    try:
+        line = ["export", "r.jsonl", "-f", "yolo", "--flat", "--split", "train=0.8,val=0.2", "-o", "set"]
+        seconds, cpu_s, memory_kb = measured(*line)
+        with capsys.disabled():
+            print(f"\n{seconds:.1f} s ({cpu_s:.1f} s of the processor), {memory_kb / 1000:.0f} MB")
+        counts = [len(os.listdir(f"set/labels/{name}")) for name in ("train", "val")]
+        assert sum(counts) == 1_000_000
+        assert counts[0] == pytest.approx(800_000, abs=2_000)  # five standard deviations
+        assert memory_kb <= 300_000
+    finally:
+        shutil.rmtree("set", ignore_errors=True)
+        Path("r.jsonl").unlink()
