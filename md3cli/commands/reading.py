@@ -104,7 +104,7 @@ class ReadOptions:
     typed: frozenset[str] = frozenset()  # names of the fields that stood in the command line
 
     def collection(self, records: Sequence[Path], *, uses_gt: bool = False, answer: str | None = None) -> Collection:
-        """Return the records that are taken, as they are shown.
+        """Return the records that are taken, as they are shown; tell of options that change nothing.
 
         Args:
             uses_gt: the command scores by `--gt` itself.

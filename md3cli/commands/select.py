@@ -14,7 +14,7 @@ import typer
 
 from md3cli.commands.help import App
 from md3cli.commands.reading import ReadOptions, Records
-from md3cli.commands.shared import spread, tell_notes
+from md3cli.commands.shared import OVERWRITES_NOTHING, spread, tell_notes
 from md3cli.console import print_bytes, say
 from md3cli.console.progress import clock
 from md3cli.errors import UsageError
@@ -56,7 +56,7 @@ def select(
     if output is not None and output.suffix.lower() != ".jsonl":
         raise UsageError(f"{printable(str(output))}: records are JSON Lines; end it in .jsonl, or use md3 export")
     if output is None and "overwrite" in options.typed:
-        tell_notes(["--overwrite changes nothing: what is printed replaces no file"])
+        tell_notes([OVERWRITES_NOTHING])
     collection = options.collection(records or ())
     with StopSignals() as stop, stop.interruptible():
         if output is None:

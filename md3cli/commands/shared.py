@@ -17,6 +17,7 @@ import typer
 
 from md3cli.records import printable
 
+OVERWRITES_NOTHING = "--overwrite changes nothing: what is printed replaces no file"
 _labels = functools.partial(typer.Option, rich_help_panel="Labels")
 
 LabelsFile = Annotated[

@@ -25,6 +25,7 @@ from md3cli.commands.parse import (
     parse_pad,
     parse_split,
 )
+from md3cli.commands.shared import OVERWRITES_NOTHING
 from md3cli.errors import UsageError
 from md3cli.exporters import Existing, ExportOptions, Redaction
 from md3cli.exporters.splits import Splits
@@ -230,7 +231,7 @@ class WriteOptions:
             verb = "decodes" if name == "max_pixels" else "looks for"
             notes.append(f"{_option(name)} changes nothing: {format} {verb} no pictures")
         if is_printed and "overwrite" in self.typed:
-            notes.append("--overwrite changes nothing: what is printed replaces no file")
+            notes.append(OVERWRITES_NOTHING)
         if format == "txt" and typed_reading.isdisjoint({"sort", "wrong"}):  # these ask what is shown of objects
             objects = sorted(typed_reading & {"min_score", "nms"})
             notes += [

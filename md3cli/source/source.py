@@ -48,7 +48,7 @@ from md3cli.source.requests import (
     row_image,
     row_requests,
 )
-from md3cli.source.walk import PARQUET, SHARDS, STDIN, TAR, Kind, PathFilter, Walk, has_image_suffix
+from md3cli.source.walk import PARQUET, SHARDS, STDIN, TAR, Kind, PathFilter, Walk, has_image_suffix, suffix_of
 from md3cli.source.webdataset import NOTHING, tar_pictures
 
 
@@ -319,8 +319,8 @@ class Source:
         base = given.base if given.prefix else folder.rstrip("/") or "/"
         for relative in self._walk(folder, skipped).files(folder, glob):
             path, name = path_head + relative, name_head + relative
-            suffix = relative[-8:].lower()
-            if suffix.endswith(TAR):
+            suffix = suffix_of(relative)
+            if suffix == TAR:
                 yield from self._tar_members(path, name, skipped)
             elif suffix == PARQUET:
                 yield from self._parquet_rows(Input(path, Kind.MANIFEST, name, base), skipped, None if glob else folder)

@@ -42,9 +42,14 @@ class Kind(Enum):
     FILE, FOLDER, GLOB, MANIFEST, STDIN, TAR = range(6)
 
 
+def suffix_of(name: str) -> str:
+    """Return what a name ends with from its last dot on, in lower case; a name without a dot has none of ours."""
+    return name[name.rfind(".") :].lower()
+
+
 def has_image_suffix(name: str) -> bool:
     """Return whether a file of this name is taken for a picture in a folder."""
-    return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES
+    return suffix_of(name) in IMAGE_SUFFIXES
 
 
 def natural_sorted(names: list[str]) -> list[str]:
@@ -230,7 +235,7 @@ class Walk:
     def _is_wanted(self, path: str, glob: Glob | None) -> bool:
         if glob is not None and not glob.matches(path):
             return False
-        suffix = path[path.rfind(".") :][:9].lower()
+        suffix = suffix_of(path)
         is_shard = suffix in SHARDS
         is_named = glob.names_suffix if glob is not None else is_shard and self.takes(suffix)
         if suffix not in IMAGE_SUFFIXES and not is_named:
@@ -289,7 +294,7 @@ class Walk:
 
     def is_document(self, path: str) -> bool:
         """Return whether a file is the table that `-o NAME.parquet` wrote, as the run.json beside it says."""
-        return path[-len(PARQUET) :].lower() == PARQUET and _is_run_json(f"{path}.run.json")
+        return suffix_of(path) == PARQUET and _is_run_json(f"{path}.run.json")
 
     def is_meant_as_file(self, root: str, path: str, entry: FolderEntry) -> bool:
         """Return whether a folder is named like a picture and is empty."""
