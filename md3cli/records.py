@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from md3cli.images.crops import PreparedImage, UncutImage
@@ -47,13 +47,47 @@ class Task(StrEnum):
 CAPTION_LENGTHS = ("short", "normal", "long")
 
 
+class Box(NamedTuple):
+    """A box of an upright picture: 0-1 from the top left, unclamped, as a record holds it."""
+
+    x_min: float
+    y_min: float
+    x_max: float
+    y_max: float
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of a picture that is asked about, in the words of what found it.
+
+    `box` is an object's as its record holds it, without room around it; `pad` is that room, as a share of the box's
+    own width and height. `of` is the id of the record, or of an annotation, and `index` the object's place in it, from
+    0. `label` is what the object is called.
+    """
+
+    box: Box
+    label: str
+    of: str
+    index: int
+    pad: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """A picture looked at in overlapping squares, too: `size` is a side in pixels or `auto`, `overlap` in [0, 1)."""
+
+    size: int | str
+    overlap: float
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One question to one image, with every setting that can change the answer.
 
     `spatial_refs` holds points (x, y) and boxes (x_min, y_min, x_max, y_max), 0-1.
     `temperature` 0 is greedy. `length` counts for captions only; `reasoning` and `choices` (the only
-    answers allowed; none allow all) count for queries only.
+    answers allowed; none allow all) count for queries only. `region` None asks about the whole picture; `tiles` count
+    for detect and point only.
     """
 
     task: Task
@@ -67,6 +101,28 @@ class Request:
     top_p: float = 0.9
     seed: int = 0
     choices: tuple[str, ...] = ()
+    tiles: Tiles | None = None
+    region: Region | None = None
+
+
+_SELDOM = ("tiles", "region")  # fields of a request that are left out where they are not used
+
+
+def request_fields(request: Request) -> dict[str, Any]:
+    """Return a request as JSON can hold it, without what it does not use."""
+    found = asdict(request)
+    for name in _SELDOM:
+        if found[name] is None:
+            del found[name]
+    return found
+
+
+def id_fields(request: Request) -> dict[str, Any]:
+    """Return what of a request its id depends on: how a part of a picture is called is not of it."""
+    found = request_fields(request)
+    if request.region is not None:
+        del found["region"]["label"]
+    return found
 
 
 @dataclass(slots=True, unsafe_hash=True)  # not frozen, though never changed: that takes four times as long to make
@@ -114,7 +170,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the engine made of a job: `result` holds the record's result keys, or `failure` says why there are none."""
+    """What the engine made of a job: `result` holds the record's result keys, or `failure` says why there are none.
+
+    `num_tiles` is how many tiles a picture was looked at in, without the whole picture.
+    """
 
     key: int
     result: dict[str, Any] | None = None
@@ -122,6 +181,7 @@ class Answer:
     prompt_tokens: int = 0
     output_tokens: int = 0
     failure: RowFailure | None = None
+    num_tiles: int | None = None
 
 
 @dataclass(slots=True, unsafe_hash=True)  # not frozen, though never changed: that takes four times as long to make
@@ -130,7 +190,8 @@ class SourceRow:
 
     `image` None is a text-only query. A row with `failure` (a manifest line that cannot be read, a path outside the
     root) becomes one error record, and nothing is opened. `typed` has the template of each prompt that was filled from
-    the row and that names depend on; `refused` says of each prompt that could not be filled why.
+    the row and that names depend on; `refused` says of each prompt that could not be filled why. `then` is asked about
+    each object that is found, its prompts with `{label}` in them.
     """
 
     image: ImageItem | None
@@ -139,6 +200,7 @@ class SourceRow:
     failure: RowFailure | None = None
     typed: Mapping[str, str] | None = None
     refused: Mapping[str, str] | None = None
+    then: tuple[Request, ...] = ()
 
     @property
     def fit_requests(self) -> tuple[Request, ...]:
@@ -185,7 +247,7 @@ def request_id(image: str | None, request: Request, run: RunIdentity, repeat: in
     `image` is what `id_name` returns; None is a text-only query. `repeat` is k for the k-th repeat of the same request
     in a run, from 0.
     """
-    parts = [image, asdict(request), run.id_parts(), repeat]
+    parts = [image, id_fields(request), run.id_parts(), repeat]
     text = json.dumps(parts, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -222,6 +284,8 @@ def make_record(
     if facts is not None:
         record["width"], record["height"] = facts.width, facts.height
     record["task"], record["prompt"] = str(request.task), request.prompt
+    if request.region is not None:
+        record["region"] = region_fields(request.region)
     if failure is None:
         record |= {"length": request.length} if request.task is Task.CAPTION else {}
         record |= result
@@ -230,10 +294,17 @@ def make_record(
     if failure is None:
         record["finish_reason"] = answer.finish_reason
         record["tokens"] = {"prompt": answer.prompt_tokens, "output": answer.output_tokens}
+        if answer.num_tiles is not None and request.tiles is not None:
+            record["tiles"] = asdict(request.tiles) | {"count": answer.num_tiles}
     record["model"] = run.model
     record["meta"] = dict(meta)
     record["error"] = None if failure is None else _error_of(failure)
     return record
+
+
+def region_fields(region: Region) -> dict[str, Any]:
+    """Return a part of a picture as its record holds it."""
+    return region.box._asdict() | {"label": region.label, "of": region.of, "index": region.index}
 
 
 def _error_of(failure: RowFailure) -> dict[str, Any]:

@@ -104,6 +104,9 @@ _POINT = _object_of({"label": _TEXT, "x": _NUMBER, "y": _NUMBER}, _SCORED)
 _SEGMENT = _object_of({"label": _TEXT, "svg_path": _TEXT, "bbox": _object_of(_BOX)}, {"parse_error": _TEXT, **_SCORED})
 _ERROR = _object_of({"type": _one_of(*sorted(ERROR_TYPES)), "message": _TEXT, "retry": _TRUTH})
 _USED = {"finish_reason": _FINISH, "tokens": _object_of({"prompt": _COUNT, "output": _COUNT})}
+_REGION = _object_of({**_BOX, "label": _TEXT, "of": _TEXT, "index": _COUNT})
+_SIDE = _Kind(f'(?:"auto"|{_COUNT.pattern})', lambda value: value == "auto" or _is_count(value))
+_TILES = {"tiles": _object_of({"size": _SIDE, "overlap": _NUMBER, "count": _COUNT})}
 # What an answer holds, by task: needed and optional members; the last needed one is the result itself.
 _RESULTS: Mapping[Task, tuple[_Members, _Members]] = {
     Task.CAPTION: ({"length": _one_of(*CAPTION_LENGTHS), "caption": _TEXT}, {}),
@@ -124,7 +127,7 @@ _ALWAYS: _Members = {
 
 # -- lines as md3 writes them ----------------------------------------------------------------------------
 
-_PROMPT = f'"prompt":{_TEXT_OR_NULL.pattern}'
+_PROMPT = f'"prompt":{_TEXT_OR_NULL.pattern}(?:,"region":{_REGION.pattern})?+'
 _ANSWERED = "|".join(f'"task":"{task}",{_PROMPT},{_members(*result)}' for task, result in _RESULTS.items())
 _ASKED = f'"task":{_ALWAYS["task"].pattern},{_PROMPT},'
 _SIZE = rf'"width":{_COUNT.pattern},"height":{_COUNT.pattern},'
@@ -138,7 +141,7 @@ _HEAD = rf'\{{"schema":"{re.escape(SCHEMA)}","id":{_ALWAYS["id"].pattern},'
 _TAIL = f'"model":{_TEXT.pattern},"meta":'
 _WHOLE = (
     f'{_HEAD}(?:"image":null,(?:{_ANSWERED}),|"image":{_TEXT.pattern},{_B64}{_SIZE}(?:{_ANSWERED}),{_SIGNED})'
-    rf'{_members(_USED, {})},{_TAIL}{_META},"error":null\}}\n'
+    rf'{_members(_USED, _TILES)},{_TAIL}{_META},"error":null\}}\n'
 )
 _FAILED = (
     f'{_HEAD}"image":{_TEXT_OR_NULL.pattern},{_B64}(?:{_SIZE}{_ASKED}{_SIGNED}|{_ASKED}){_TAIL}{_META_OF_FAILED},'
@@ -167,12 +170,12 @@ def _is_whole(record: RecordDict) -> bool:
     if not isinstance(record.get("task"), str) or record["task"] not in _RESULTS or "error" not in record:
         return False
     has_answer = record["error"] is None
-    needed, optional = dict(_ALWAYS), {"image_b64": _TEXT}
+    needed, optional = dict(_ALWAYS), {"image_b64": _TEXT, "region": _REGION}
     needed["error"] = _Kind("", lambda value: value is None) if has_answer else _ERROR
     if has_answer:
         result, rest = _RESULTS[Task(record["task"])]
         needed |= {**result, **_USED}
-        optional |= rest
+        optional |= {**rest, **_TILES}
     if record.get("image") is not None and (has_answer or record.get("width") is not None):
         needed |= {"width": _COUNT, "height": _COUNT, "sha256": _SHA256}
     present = {key: value for key, value in record.items() if value is not None or key in needed}
@@ -244,9 +247,12 @@ def tidied_record(line: bytes) -> RecordDict:
 _scan = json.JSONDecoder().raw_decode  # without `loads`, which looks for encodings and blanks
 
 
+_WITH_PARTS = frozenset({"reasoning", "region"})  # they hold numbers of their own
+
+
 def _is_within_limits(record: RecordDict) -> bool:
     """Return whether the numbers of a whole line are those that `put_back` takes."""
-    if not 0 < record.get("width", 1) * record.get("height", 1) <= SIZE_LIMIT_PIXELS or "reasoning" in record:
+    if not 0 < record.get("width", 1) * record.get("height", 1) <= SIZE_LIMIT_PIXELS or record.keys() & _WITH_PARTS:
         return False
     for count in record["tokens"].values():
         if count > _COUNT_LIMIT:
@@ -380,6 +386,10 @@ def _object(value: Any, what: str) -> dict[str, Any]:
     return value
 
 
+def _is_all_null(value: Mapping[str, Any]) -> bool:
+    return all(part is None for part in value.values())  # Arrow's way to say null
+
+
 def _found(key: str, value: Any, coordinates: tuple[str, ...]) -> list[dict[str, Any]]:
     """Read a list of what was found; null stands for an absent key there, too."""
     if not isinstance(value, list) or not all(isinstance(thing, dict) for thing in value):
@@ -408,6 +418,24 @@ def _segments(key: str, value: Any) -> list[dict[str, Any]]:
     return segments
 
 
+def _region(key: str, value: Any) -> dict[str, Any] | None:
+    region = _object(value, "region is")
+    if _is_all_null(region):
+        return None
+    box = {name: _coordinate(name, region.get(name)) for name in _CORNERS}
+    of = {"label": _words(key, region.get("label")), "of": _words(key, region.get("of"))}
+    return {**box, **of, "index": _count(key, region.get("index"))}
+
+
+def _tiles(key: str, value: Any) -> dict[str, Any] | None:
+    tiles = _object(value, "tiles are")
+    if _is_all_null(tiles):
+        return None
+    size = tiles.get("size")
+    size = "auto" if size == "auto" else _count(key, int(str(size)) if str(size).isdecimal() else size)
+    return {"size": size, "overlap": _number(key, tiles.get("overlap")), "count": _count(key, tiles.get("count"))}
+
+
 def _tokens(key: str, value: Any) -> dict[str, int]:
     counts = _object(value, "tokens are")
     return {name: _count(name, count) for name, count in counts.items() if not _is_absent(count)}
@@ -425,7 +453,7 @@ def _meta(key: str, value: Any) -> dict[str, Any]:
 
 
 def _error(key: str, value: Any) -> dict[str, Any] | None:
-    if all(part is None for part in _object(value, "error is").values()):  # Arrow's way to say null
+    if _is_all_null(_object(value, "error is")):
         return None
     error = {**value, "type": _text(key, value.get("type")), "message": _text(key, value.get("message") or "")}
     error["retry"] = value.get("retry") in (True, 1)
@@ -479,4 +507,6 @@ _TIDY: Mapping[str, Callable[[str, Any], Any]] = {
     "meta": _meta,
     "error": _error,
     "reasoning": _reasoning,
+    "region": _region,
+    "tiles": _tiles,
 }

@@ -13,11 +13,10 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, TypeGuard
 
 from md3cli.errors import OutputMismatchError, RowError
-from md3cli.records import Request, Task, printable
+from md3cli.records import Box, Region, Request, Task, Tiles, printable, request_fields
 from md3cli.source.requests import read_setting
 
 SHOWN_LIMIT_CHARS = 60
@@ -29,9 +28,14 @@ _NAMES = {"ids": "the way in which ids are made", "root": "the folder of INPUT",
 
 
 def request_of(document: Mapping[str, Any]) -> Request:
-    """Return a request of what `asdict` made of it, also by way of JSON."""
-    tuples = {"spatial_refs": tuple(map(tuple, document["spatial_refs"])), "choices": tuple(document["choices"])}
-    return Request(**{**document, "task": Task(document["task"]), **tuples})
+    """Return a request of what `request_fields` made of it, also by way of JSON."""
+    parts: dict[str, Any] = {"task": Task(document["task"]), "choices": tuple(document["choices"])}
+    parts["spatial_refs"] = tuple(map(tuple, document["spatial_refs"]))
+    if (tiles := document.get("tiles")) is not None:
+        parts["tiles"] = Tiles(**tiles)
+    if (region := document.get("region")) is not None:
+        parts["region"] = Region(**{**region, "box": Box(*region["box"])})
+    return Request(**{**document, **parts})
 
 
 def requests_in(identity: Mapping[str, Any]) -> tuple[Request, ...] | None:
@@ -43,7 +47,7 @@ def requests_in(identity: Mapping[str, Any]) -> tuple[Request, ...] | None:
         found = tuple(map(_checked_request, documents))
     except (KeyError, TypeError, ValueError, RowError):
         return None
-    return found if json.loads(json.dumps([asdict(request) for request in found])) == documents else None
+    return found if json.loads(json.dumps([request_fields(request) for request in found])) == documents else None
 
 
 def _checked_request(document: Mapping[str, Any]) -> Request:
@@ -51,7 +55,9 @@ def _checked_request(document: Mapping[str, Any]) -> Request:
     texts = [document["prompt"], *document["choices"]]
     if not all(text is None or isinstance(text, str) for text in texts):
         raise TypeError
-    settings = document.keys() - {*_WHAT_IS_ASKED, "choices"}
+    if "region" in document:  # a run asks about regions only what its rows or records bring
+        raise TypeError
+    settings = document.keys() - {*_WHAT_IS_ASKED, "choices", "tiles"}
     return request_of({**document, **{name: read_setting(name, document[name]) for name in settings}})
 
 
@@ -62,11 +68,11 @@ def together(held: Sequence[Request], asked: Sequence[Request]) -> tuple[Request
         OutputMismatchError: the same is asked with other settings than OUTPUT has it.
     """
     new = new_in(asked, held)
-    settings = {name_of(asdict(request)): asdict(request) for request in held}
+    settings = {name_of(request_fields(request)): request_fields(request) for request in held}
     for request in new:
-        name = name_of(asdict(request))
+        name = name_of(request_fields(request))
         if name in settings:
-            phrases = _of_settings(settings[name], asdict(request))
+            phrases = _of_settings(settings[name], request_fields(request))
             raise OutputMismatchError(
                 f"OUTPUT has {_cut(name, [])} with other settings: {', '.join(phrases)}. --add keeps what is there: "
                 "leave out what OUTPUT has been asked, give it the settings that it had, or choose another -o"
@@ -93,7 +99,7 @@ def is_grown(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 def listed(requests: Sequence[Request]) -> str:
     """Return requests as a person would name them; of many the first few."""
-    names = [name_of(asdict(request)) for request in requests]
+    names = [name_of(request_fields(request)) for request in requests]
     return _listed(names, names)
 
 

@@ -16,7 +16,7 @@ import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Container, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from md3cli.finished.digest import DIGEST_BYTES, DigestSet
-from md3cli.records import ERROR_TYPES, RecordDict, Request, RunIdentity, Task, id_name, request_id
+from md3cli.records import ERROR_TYPES, RecordDict, Request, RunIdentity, Task, id_fields, id_name, request_id
 
 _MOST_REPEATS = 256  # of one request, that are tried
 _WHERE = re.compile(r"(?:line|row) ([0-9]{1,15}): ")  # how the message of a `bad_row` begins
@@ -286,7 +286,7 @@ class RequestIds:
         self._is_seen = bytearray(len(self._found))  # of the found ones
         self._seen = DigestSet()  # the others
         self._repeats: dict[bytes, int] = {}
-        self._request = lru_cache(maxsize=4096)(lambda request: _compact(asdict(request)))
+        self._request = lru_cache(maxsize=4096)(lambda request: _compact(id_fields(request)))
         self._last: tuple[Request | None, str] = (None, "")  # most rows ask what the row before asked
 
     def next_id(self, image: str | None, request: Request) -> str:

@@ -40,7 +40,16 @@ from md3cli.finished.run_json import (
     starts_of,
     timeline_of,
 )
-from md3cli.records import ID_SCHEME, RecordDict, Request, RunIdentity, id_name, printable, request_id
+from md3cli.records import (
+    ID_SCHEME,
+    RecordDict,
+    Request,
+    RunIdentity,
+    id_name,
+    printable,
+    request_fields,
+    request_id,
+)
 from md3cli.refine.refinement import Refinement
 from md3cli.run.asked import asked_otherwise, change, differences, is_grown, name_of, way_on
 
@@ -125,8 +134,8 @@ def identity_of(
     `columns` is what is made of the rows' columns (`ColumnOptions.identity`). `defaults` has the settings of rows that
     bring all that is asked; they count where the command makes no request.
     """
-    asked = [asdict(request) for request in requests]
-    settings = {} if requests or defaults is None else {_DEFAULTS: asdict(defaults)}
+    asked = [request_fields(request) for request in requests]
+    settings = {} if requests or defaults is None else {_DEFAULTS: request_fields(defaults)}
     of_rows = {**(columns or {}), **settings}
     return _as_json({"ids": ID_SCHEME, "requests": asked, **asdict(run), "root": _exact(root), **of_rows})
 
@@ -315,7 +324,7 @@ def note_grown(path: Path, requests: Sequence[Request]) -> None:
         OutputError: it cannot be written.
     """
     document = read_facts(path, RUN_SCHEMA)
-    asked = _as_json({"requests": [asdict(request) for request in requests]})
+    asked = _as_json({"requests": [request_fields(request) for request in requests]})
     if document and is_grown(document["identity"], asked):
         document["identity"] |= asked
         document["grown"] = True
@@ -401,7 +410,7 @@ def check_first_record(record: RecordDict, requests: Sequence[Request], run: Run
         _refuse_record(f"model {change(record.get('model'), run.model)}")
     if not requests:
         return
-    asked, found = [name_of(asdict(request)) for request in requests], name_of(record)
+    asked, found = [name_of(request_fields(request)) for request in requests], name_of(record)
     if found not in asked:
         _refuse_record(asked_otherwise([found], asked))
     image = record.get("image")

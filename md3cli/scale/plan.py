@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from md3cli.config import RunConfig
 from md3cli.errors import InputError, OutputError, OutputMismatchError
-from md3cli.records import ImageItem, Request, RowFailure, RunIdentity, SourceRow, printable
+from md3cli.records import ImageItem, Request, RowFailure, RunIdentity, SourceRow, printable, request_fields
 from md3cli.remote.address import shown
 from md3cli.run.asked import differences, request_of, way_on
 from md3cli.run.record_index import RequestIds
@@ -67,7 +67,7 @@ def _more(row: SourceRow, requests: tuple[Request, ...]) -> str | None:
         values = zip(_ITEM_DEFAULTS.items(), _other_fields(row.image), strict=True)
         more["item"] = {name: value for (name, default), value in values if value != default}
     if row.requests != requests:
-        more["requests"] = [asdict(request) for request in row.requests]
+        more["requests"] = [request_fields(request) for request in row.requests]
     if row.meta:
         more["meta"] = dict(row.meta)
     if row.typed:
@@ -158,7 +158,7 @@ def plan_config(config: RunConfig, identity: RunIdentity, root: str) -> dict[str
     }
     del document["input"]["own_files"], document["input"]["columns"]  # follow from OUTPUT; are in the identity
     if not config.requests:
-        document["defaults"] = asdict(config.defaults)
+        document["defaults"] = request_fields(config.defaults)
     return dict(json.loads(json.dumps(document)))
 
 
@@ -177,7 +177,7 @@ def hash_of(config: Mapping[str, Any]) -> str:
 
 def with_requests(config: Mapping[str, Any], requests: Sequence[Request]) -> dict[str, Any]:
     """Return the config of a plan that asks something else."""
-    asked = json.loads(json.dumps([asdict(request) for request in requests]))
+    asked = json.loads(json.dumps([request_fields(request) for request in requests]))
     return {**config, "identity": {**config["identity"], "requests": asked}}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from md3cli.errors import OutputMismatchError
-from md3cli.records import Request, RunIdentity, Task
+from md3cli.records import Request, RunIdentity, Task, request_fields
 from md3cli.run.asked import differences, is_grown, new_in, requests_in, together, way_on, with_option
 from md3cli.run.run_info import identity_of
 
@@ -173,7 +173,7 @@ def test_requests_that_no_run_wrote_are_none(requests: object) -> None:
     ],
 )
 def test_a_changed_request_is_none(change: dict[str, Any]) -> None:
-    good = json.loads(json.dumps(asdict(CIRCLE)))
+    good = json.loads(json.dumps(request_fields(CIRCLE)))
     assert requests_in({"requests": [good]}) == (CIRCLE,)
     assert requests_in({"requests": [good | change]}) is None
     assert requests_in({"requests": [{key: value for key, value in good.items() if key != next(iter(change))}]}) in (

@@ -6,6 +6,7 @@ Answers finish out of order on purpose, several a step, as those of a real engin
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -53,17 +54,20 @@ class StubEngine:
 
 
 def answer(job: Job) -> Answer:
-    """What the stub says; the prompt `fail me` fails."""
+    """What the stub says; the prompt `fail me` fails, and `5 things` finds five."""
     key, picture, request = job.key, job.image, job.request
     if request.prompt == "fail me":
         return Answer(key, failure=RowFailure("model", "asked to fail"))
-    text = hashlib.sha256(f"{picture and picture.sha256} {request}".encode()).hexdigest()[:12]
+    asked = str(request).replace(", tiles=None, region=None", "")  # as it was before these
+    text = hashlib.sha256(f"{picture and picture.sha256} {asked}".encode()).hexdigest()[:12]
     box = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.75}
     found = {"label": request.prompt, **box, "score": 0.9}
+    count = re.fullmatch(r"(\d+) things", request.prompt or "")
+    many = [found | {"x_max": 0.5 + 0.01 * place} for place in range(int(count[1]))] if count else [found]
     result = {
         Task.CAPTION: {"caption": f"a picture {text}"},
         Task.QUERY: {"answer": text},
-        Task.DETECT: {"objects": [found]},
+        Task.DETECT: {"objects": many},
         Task.POINT: {"points": [{"label": request.prompt, "x": 0.25, "y": 0.5, "score": 0.8}]},
         Task.SEGMENT: {
             "segments": [{"label": request.prompt, "svg_path": "M 0 0 L 1 0 L 1 1 z", "bbox": box, "score": 0.7}]
