@@ -49,7 +49,8 @@ def test_parts_of_pictures_and_tiles_are_whole_for_all_judges(asked: Request, an
     record = record_of(asked, answer)
     line = encode_record(record)
     found = WHOLE_LINES.match(line)
-    assert found is not None and found.end() == len(line)
+    assert found is not None
+    assert found.end() == len(line)
     assert read_record(line) == tidied_record(line) == put_back(line) == record
     assert is_record_of(line, record["id"], "a.png", asked)
 
@@ -64,7 +65,8 @@ def test_what_arrow_makes_of_a_record_without_a_region_has_none() -> None:
     nothing = {"region": dict.fromkeys(("x_min", "of", "index")), "tiles": {"size": None}}
     record = record_of(PART, Answer(0, {"answer": "red"})) | nothing
     tidied = tidied_record(json.dumps(record).encode())
-    assert "region" not in tidied and "tiles" not in tidied
+    assert "region" not in tidied
+    assert "tiles" not in tidied
 
 
 @pytest.mark.parametrize(
