@@ -1,0 +1,185 @@
+"""What is found in a picture and its tiles becomes one list: each object once, in whatever order tiles come."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from md3cli.images.rects import PixelRect
+from md3cli.images.tiles import tile_rects
+from md3cli.refine.seams import View, join_tiles
+
+WIDTH, HEIGHT, SIZE, OVERLAP = 1000, 800, 400, 0.25
+TILES = tile_rects(WIDTH, HEIGHT, SIZE, OVERLAP)
+WHOLE = PixelRect(0, 0, WIDTH, HEIGHT)
+Box = tuple[float, float, float, float]
+Thing = dict[str, Any]
+
+places = st.tuples(st.integers(0, 960), st.integers(0, 760), st.integers(8, 100), st.integers(8, 100))
+
+
+def thing(box: Box, rect: PixelRect, score: float = 0.5) -> Thing:
+    """A box in pixels of the picture, as the model says it of a view."""
+    left, top, right, bottom = box
+    x = {"x_min": (left - rect.left) / rect.width, "x_max": (right - rect.left) / rect.width}
+    y = {"y_min": (top - rect.top) / rect.height, "y_max": (bottom - rect.top) / rect.height}
+    return {"label": "dot", "x_min": x["x_min"], **y, "x_max": x["x_max"], "score": score}
+
+
+def cut(box: Box, rect: PixelRect) -> Box:
+    return max(box[0], rect.left), max(box[1], rect.top), min(box[2], rect.right), min(box[3], rect.bottom)
+
+
+def seen_in(rect: PixelRect, boxes: Sequence[Box]) -> list[Thing]:
+    """What a perfect model says of a view: the part of each object that it shows."""
+    parts = [cut(box, rect) for box in boxes]
+    return [thing(part, rect) for part in parts if part[0] < part[2] and part[1] < part[3]]
+
+
+def views_of(boxes: Sequence[Box], tiles: Sequence[PixelRect] = TILES) -> list[View]:
+    return [View(rect, seen_in(rect, boxes)) for rect in tiles]
+
+
+def pixels(found: Sequence[Thing]) -> list[Box]:
+    keys = (("x_min", WIDTH), ("y_min", HEIGHT), ("x_max", WIDTH), ("y_max", HEIGHT))
+    return [tuple(round(one[key] * size, 6) for key, size in keys) for one in found]  # type: ignore[misc]
+
+
+def joined(whole: Sequence[Thing], views: Sequence[View], most: int = 150) -> list[Box]:
+    return pixels(join_tiles(whole, views, WIDTH, HEIGHT, most).found)
+
+
+def boxes_apart(drawn: Sequence[tuple[int, int, int, int]], gap: int = 4) -> list[Box]:
+    """Boxes inside the picture, those left out that come near an earlier one."""
+    kept: list[Box] = []
+    for left, top, width, height in drawn:
+        box = (float(left), float(top), float(min(WIDTH, left + width)), float(min(HEIGHT, top + height)))
+        near = (box[0] - gap, box[1] - gap, box[2] + gap, box[3] + gap)
+        if not any(near[0] < one[2] and one[0] < near[2] and near[1] < one[3] and one[1] < near[3] for one in kept):
+            kept.append(box)
+    return kept
+
+
+@given(st.lists(places, max_size=12), st.booleans())
+def test_objects_inside_a_tile_come_once(drawn: list[tuple[int, int, int, int]], is_seen_whole: bool) -> None:
+    boxes = boxes_apart(drawn)
+    found = joined(seen_in(WHOLE, boxes) if is_seen_whole else [], views_of(boxes))
+    assert sorted(found) == sorted(boxes)
+
+
+@given(places, st.integers(100, 900), st.integers(100, 700))
+def test_an_object_larger_than_the_overlap_is_joined(drawn: tuple[int, int, int, int], width: int, height: int) -> None:
+    box = (float(drawn[0]), float(drawn[1]), float(min(WIDTH, drawn[0] + width)), float(min(HEIGHT, drawn[1] + height)))
+    assert joined([], views_of([box])) == [box]
+
+
+@given(places, st.integers(100, 900), st.integers(100, 700), st.sampled_from([0.0, 0.02, 0.1, 0.6]))
+def test_so_it_is_with_any_overlap(drawn: tuple[int, int, int, int], width: int, height: int, overlap: float) -> None:
+    box = (float(drawn[0]), float(drawn[1]), float(min(WIDTH, drawn[0] + width)), float(min(HEIGHT, drawn[1] + height)))
+    assume(box[2] - box[0] > 20 and box[3] - box[1] > 20)
+    assert joined([], views_of([box], tile_rects(WIDTH, HEIGHT, SIZE, overlap))) == [box]
+
+
+noisy = st.tuples(st.sampled_from(range(len(TILES))), places, st.integers(1, 999))
+
+
+@given(st.lists(noisy, max_size=25), st.lists(st.tuples(places, st.integers(1, 999)), max_size=6), st.randoms())
+def test_the_order_of_the_tiles_says_nothing(
+    drawn: list[tuple[int, tuple[int, int, int, int], int]],
+    whole: list[tuple[tuple[int, int, int, int], int]],
+    rng: random.Random,
+) -> None:
+    found: dict[int, list[Thing]] = {}
+    for tile, (left, top, width, height), score in drawn:
+        rect = TILES[tile]
+        x, y = rect.left + left % rect.width, rect.top + top % rect.height
+        found.setdefault(tile, []).append(thing((x, y, x + width, y + height), rect, score / 1000))
+    of_whole = [thing((x, y, x + w, y + h), WHOLE, score / 1000) for (x, y, w, h), score in whole]
+    views = [View(rect, found.get(tile, [])) for tile, rect in enumerate(TILES)]
+    expected = join_tiles(of_whole, views, WIDTH, HEIGHT, 10)
+    rng.shuffle(views)
+    assert join_tiles(of_whole, views, WIDTH, HEIGHT, 10) == expected
+
+
+@given(st.lists(st.tuples(st.integers(30, 200), st.integers(30, 200), st.integers(8, 90)), max_size=8))
+def test_objects_of_one_tile_are_never_merged(drawn: list[tuple[int, int, int]]) -> None:
+    boxes = [(float(x), float(y), float(x + side), float(y + side)) for x, y, side in drawn]
+    found = joined([], [View(TILES[0], [thing(box, TILES[0]) for box in boxes]), *views_of([], TILES[1:])])
+    assert sorted(found) == sorted(boxes)
+
+
+def test_without_tiles_the_whole_pictures_objects_stay_as_they_are() -> None:
+    found = [thing((-3, 5, 80, 90), WHOLE, 0.7), thing((0, 5, 80, 90), WHOLE, 0.9)]
+    assert join_tiles(found, [], WIDTH, HEIGHT, 150).found == found
+
+
+def test_a_double_keeps_the_tiles_box_and_the_best_score() -> None:
+    whole = [thing((100, 100, 160, 160), WHOLE, 0.9)]
+    found = join_tiles(whole, [View(TILES[0], [thing((104, 102, 158, 156), TILES[0], 0.4)])], WIDTH, HEIGHT, 150).found
+    assert pixels(found) == [(104, 102, 158, 156)]
+    assert found[0]["score"] == 0.9
+
+
+def test_a_loose_box_around_a_small_object_is_its_double() -> None:
+    whole = [thing((95, 95, 165, 165), WHOLE)]  # IoU 0.33
+    assert joined(whole, [View(TILES[0], [thing((110, 110, 150, 150), TILES[0])])]) == [(110, 110, 150, 150)]
+
+
+def test_a_small_object_in_front_of_a_large_one_stays() -> None:
+    whole = [thing((50, 50, 300, 300), WHOLE)]
+    assert len(joined(whole, [View(TILES[0], [thing((100, 100, 140, 140), TILES[0])])])) == 2
+
+
+def test_a_piece_goes_where_another_tile_sees_its_place_whole() -> None:
+    piece = View(TILES[0], [thing((360, 100, 400, 150), TILES[0])])  # TILES[1] begins at 300, and sees nothing there
+    assert joined([], [piece, View(TILES[1], [])]) == []
+
+
+def test_a_piece_that_no_tile_sees_better_stays() -> None:
+    piece = View(TILES[0], [thing((280, 100, 400, 150), TILES[0])])
+    assert joined([], [piece, View(TILES[1], [])]) == [(280, 100, 400, 150)]
+
+
+def test_the_whole_pictures_box_counts_before_halves() -> None:
+    box = (250.0, 100.0, 480.0, 250.0)
+    found = joined([thing((252, 101, 481, 249), WHOLE)], views_of([box]))
+    assert found == [(252, 101, 481, 249)]
+
+
+def test_at_most_so_many_with_the_best_scores() -> None:
+    scores = [0.3, 0.9, 0.5, 0.9]
+    whole = [thing((20 + 100 * i, 20, 60 + 100 * i, 60), WHOLE, score) for i, score in enumerate(scores)]
+    some = join_tiles(whole, [], WIDTH, HEIGHT, 3)
+    assert [one["score"] for one in some.found] == [0.9, 0.5, 0.9]
+    assert some.is_short
+    assert not join_tiles(whole, [], WIDTH, HEIGHT, 4).is_short
+
+
+# -- points --------------------------------------------------------------------------------------
+
+
+def point(x: float, y: float, rect: PixelRect, score: float = 0.5) -> Thing:
+    return {"label": "dot", "x": (x - rect.left) / rect.width, "y": (y - rect.top) / rect.height, "score": score}
+
+
+@given(st.lists(places, max_size=10), st.booleans())
+def test_points_of_objects_inside_a_tile_come_once(drawn: list[tuple[int, int, int, int]], is_seen_whole: bool) -> None:
+    boxes = boxes_apart([(x, y, min(w, 60), min(h, 60)) for x, y, w, h in drawn], gap=50)
+    centres = sorted((round((b[0] + b[2]) / 2, 6), round((b[1] + b[3]) / 2, 6)) for b in boxes)
+
+    def points_in(rect: PixelRect) -> list[Thing]:
+        parts = [cut(box, rect) for box in boxes]
+        return [point((p[0] + p[2]) / 2, (p[1] + p[3]) / 2, rect) for p in parts if p[0] < p[2] and p[1] < p[3]]
+
+    whole = points_in(WHOLE) if is_seen_whole else []
+    found = join_tiles(whole, [View(rect, points_in(rect)) for rect in TILES], WIDTH, HEIGHT, 150).found
+    assert sorted((round(one["x"] * WIDTH, 6), round(one["y"] * HEIGHT, 6)) for one in found) == centres
+
+
+def test_points_of_one_tile_are_never_merged() -> None:
+    found = [point(100, 100, TILES[0]), point(101, 100, TILES[0])]
+    assert len(join_tiles([], [View(TILES[0], found)], WIDTH, HEIGHT, 150).found) == 2
