@@ -94,6 +94,21 @@ class PreparedImage:
     sha256: str
 
 
+class WholeImage(NamedTuple):
+    """A decoded picture of which parts may be asked: `pixels` uint8 [H, W, 3], upright, and the file's SHA-256."""
+
+    pixels: np.ndarray
+    sha256: str
+
+    @property
+    def width(self) -> int:
+        return int(self.pixels.shape[1])
+
+    @property
+    def height(self) -> int:
+        return int(self.pixels.shape[0])
+
+
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class UncutImage:
     """A decoded picture that is still to be cut, for an engine that does it itself: `pixels` uint8 [H, W, 3], upright.
@@ -108,6 +123,12 @@ class UncutImage:
     height: int
     sha256: str
     arena: Arena | None = None
+
+    @classmethod
+    def of(cls, whole: WholeImage, cfg: CropConfig) -> UncutImage:
+        """Return a picture to be cut as `cfg` says; it shares the pixels."""
+        size = whole.width, whole.height
+        return cls(whole.pixels, select_tiling(*size, cfg), *size, whole.sha256)
 
 
 # --- tiling and crops ---------------------------------------------------------------------------
@@ -191,6 +212,16 @@ def prepare_image(
     except MemoryError as error:
         raise ImageError("too_large", TOO_LITTLE_MEMORY) from error
     return PreparedImage(crops.pixels, crops.tiling, image.width, image.height, sha256)
+
+
+def read_whole(
+    item: ImageItem, limits: ImageLimits, background: str | None, *, data: bytes | None = None
+) -> WholeImage:
+    """Read the picture of `item` as an array; arguments and errors are those of `read_image`."""
+    image, sha256 = read_image(item, limits, background, data=data)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    copy_pixels(image, pixels)
+    return WholeImage(pixels, sha256)
 
 
 def parse_background(background: str | None) -> Colour | None:

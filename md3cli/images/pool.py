@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
@@ -37,13 +37,12 @@ from md3cli.images.crops import (
     ImageLimits,
     PreparedImage,
     UncutImage,
-    copy_pixels,
+    WholeImage,
     parse_background,
     prepare_image,
-    read_image,
-    select_tiling,
+    read_whole,
 )
-from md3cli.images.worker import Facts, Setup
+from md3cli.images.worker import CROPS, PIXELS, SHARED, Facts, Setup
 from md3cli.records import ImageItem
 from md3cli.remote.address import is_address
 from md3cli.remote.hosts import FetchOptions
@@ -60,6 +59,8 @@ CORES_BESIDE_GPU = 2  # left to the thread that launches the engine's work, and 
 NUM_FETCHERS = 16
 AHEAD_BYTES = 256 * 2**20  # of files loaded, or being loaded, and not decoded yet
 Picture = PreparedImage | UncutImage
+T = TypeVar("T")
+_Decode = Callable[[ImageItem, bytes | None], T]
 # How long a decoded picture waits for a place in its worker's memory while the engine takes others. Then it is cut by
 # the worker, so nobody can wait in a circle.
 ROOM_TIMEOUT_S = 2.0
@@ -110,6 +111,7 @@ class PicturePool:
         parse_background(background)
         self._setup = Setup(crop_config, limits, background)
         self._timeout_s = timeout_s
+        self.num_workers = num_workers
         self._threads = ThreadPoolExecutor(num_workers, "decode") if num_workers > 0 else None
         self._of_thread = threading.local()
         self._workers: set[_Worker] = set()
@@ -135,11 +137,11 @@ class PicturePool:
         The future raises ImageError; CancelledError when the pool was closed first; InputError when no worker
         can be started, which ends the run.
         """
-        if data is None and item.row_group is not None:
-            return self._decode_after(self._loader.read_cell, item, self._loader.cell_thread)
-        if data is None and is_address(item.path):
-            return self._decode_after(self._loader.fetcher.fetch, item, self._loader.fetch_threads)
-        return self._decode(item, data)
+        return self._load(item, data, self._decode_in_worker)
+
+    def whole(self, item: ImageItem) -> Future[WholeImage]:
+        """Return the future of a picture's own pixels; its errors are those of `submit`."""
+        return self._load(item, None, self._decode_whole)
 
     def serve_gpu(self, longest_whole: int) -> None:
         """From now on serve an engine on a GPU: leave it cores, and send pictures whole whose sides are not longer.
@@ -175,66 +177,89 @@ class PicturePool:
     def _loader(self) -> _Loader:
         return _Loader(self._fetching)
 
+    def _load(self, item: ImageItem, data: bytes | None, decode: _Decode[T]) -> Future[T]:
+        """Have the bytes of a picture loaded where no worker can open it, and then decoded."""
+        if data is None and item.row_group is not None:
+            return self._decode_after(self._loader.read_cell, item, self._loader.cell_thread, decode)
+        if data is None and is_address(item.path):
+            return self._decode_after(self._loader.fetcher.fetch, item, self._loader.fetch_threads, decode)
+        return self._decode(item, data, decode)
+
     def _decode_after(
-        self, load: Callable[[ImageItem, int], bytes], item: ImageItem, threads: ThreadPoolExecutor
-    ) -> Future[Picture]:
-        done: Future[Picture] = Future()
-        loading = threads.submit(self._load_and_decode, load, item, done)
-        loading.add_done_callback(lambda ended: _pass_failure(ended, done))
+        self, load: Callable[[ImageItem, int], bytes], item: ImageItem, threads: ThreadPoolExecutor, decode: _Decode[T]
+    ) -> Future[T]:
+        done: Future[T] = Future()
+        loading = threads.submit(self._load_and_decode, load, item, decode, done)
+        loading.add_done_callback(lambda ended: pass_failure(ended, done))
         return done
 
-    def _load_and_decode(self, load: Callable[[ImageItem, int], bytes], item: ImageItem, done: Future[Picture]) -> None:
+    def _load_and_decode(
+        self, load: Callable[[ImageItem, int], bytes], item: ImageItem, decode: _Decode[T], done: Future[T]
+    ) -> None:
         budget = self._loader.budget
         number = budget.open()
         with contextlib.ExitStack() as undo:
             undo.callback(budget.give_back, number)
-            decoding = self._decode(item, load(item, number))
+            decoding = self._decode(item, load(item, number), decode)
             undo.pop_all()
 
-        def pass_on(decoded: Future[Picture]) -> None:
+        def end(decoded: Future[T]) -> None:
             budget.give_back(number)
-            if not _pass_failure(decoded, done):
-                done.set_result(decoded.result())
+            pass_on(decoded, done)
 
-        decoding.add_done_callback(pass_on)
+        decoding.add_done_callback(end)
 
     # -- decoding ------------------------------------------------------------------------------------
 
-    def _decode(self, item: ImageItem, data: bytes | None) -> Future[Picture]:
+    def _decode(self, item: ImageItem, data: bytes | None, decode: _Decode[T]) -> Future[T]:
         if self._threads is not None:
-            return self._threads.submit(self._decode_in_worker, item, data)
-        done: Future[Picture] = Future()
+            return self._threads.submit(decode, item, data)
+        done: Future[T] = Future()
         try:
-            done.set_result(self._decode_here(item, data))
+            done.set_result(decode(item, data))
         except ImageError as error:
             done.set_exception(error)
         return done
+
+    def _decode_whole(self, item: ImageItem, data: bytes | None) -> WholeImage:
+        if self._threads is None:
+            return read_whole(item, self._setup.limits, self._setup.background, data=data)
+        whole = self._decode_twice(item, data, PIXELS, PIXELS)
+        assert isinstance(whole, WholeImage)
+        return whole
+
+    def _decode_in_worker(self, item: ImageItem, data: bytes | None) -> Picture:
+        if self._threads is None:
+            return self._decode_here(item, data)
+        picture = self._decode_twice(item, data, SHARED if self._longest_whole else CROPS, CROPS)
+        assert not isinstance(picture, WholeImage)
+        return picture
 
     def _decode_here(self, item: ImageItem, data: bytes | None) -> Picture:
         setup = self._setup
         if not self._longest_whole:
             return prepare_image(item, setup.crop_config, setup.limits, setup.background, data=data)
-        image, sha256 = read_image(item, setup.limits, setup.background, data=data)
-        pixels = np.empty((image.height, image.width, 3), np.uint8)
-        copy_pixels(image, pixels)
-        return UncutImage(pixels, select_tiling(*image.size, setup.crop_config), *image.size, sha256)
+        whole = read_whole(item, setup.limits, setup.background, data=data)
+        return UncutImage.of(whole, setup.crop_config)
 
-    def _decode_in_worker(self, item: ImageItem, data: bytes | None) -> Picture:
+    def _decode_twice(self, item: ImageItem, data: bytes | None, wanted: str, then_wanted: str) -> Picture | WholeImage:
+        """Have a picture decoded, and where its decoder crashes once more, with no other one beside it."""
         try:
             with self._turns.beside_others():
-                return self._decode_once(item, data, self._longest_whole)
+                return self._decode_once(item, data, wanted)
         except ImageError as error:
             if error.type != "decoder_crash":
                 raise
             self._warn_once(error)
         with self._turns.alone():
-            return self._decode_once(item, data, longest_whole=0)  # memory may be what ran out
+            return self._decode_once(item, data, then_wanted)  # memory may be what ran out
 
-    def _decode_once(self, item: ImageItem, data: bytes | None, longest_whole: int) -> Picture:
+    def _decode_once(self, item: ImageItem, data: bytes | None, wanted: str) -> Picture | WholeImage:
         if self._is_closed:
             raise CancelledError
         try:
-            return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge, longest_whole)
+            longest = self._longest_whole
+            return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge, wanted, longest)
         except Exception:
             if self._is_closed:  # close() killed the worker, which is no fault of the picture
                 raise CancelledError from None
@@ -273,7 +298,7 @@ class PicturePool:
         return worker
 
 
-def _pass_failure(ended: Future[Any], done: Future[Picture]) -> bool:
+def pass_failure(ended: Future[Any], done: Future[Any]) -> bool:
     """Make `done` fail as `ended` did; return whether it did."""
     error = None if ended.cancelled() else ended.exception()
     if ended.cancelled() or isinstance(error, CancelledError):
@@ -283,6 +308,12 @@ def _pass_failure(ended: Future[Any], done: Future[Picture]) -> bool:
     elif error is not None:
         done.set_exception(error)
     return done.done()
+
+
+def pass_on(ended: Future[T], done: Future[T]) -> None:
+    """Make `done` end as `ended` did."""
+    if not pass_failure(ended, done):
+        done.set_result(ended.result())
 
 
 class _Loader:
@@ -402,38 +433,54 @@ class _Worker(Child):
             raise InputError(f"a decode worker could not start ({said}); try md3 doctor") from error
 
     def decode(
-        self, item: ImageItem, data: bytes | None, timeout_s: float, huge: threading.Lock, longest_whole: int
-    ) -> Picture:
-        """Have the worker decode one picture; it comes whole where no side is longer than `longest_whole`.
+        self,
+        item: ImageItem,
+        data: bytes | None,
+        timeout_s: float,
+        huge: threading.Lock,
+        wanted: str,
+        longest_whole: int,
+    ) -> Picture | WholeImage:
+        """Have the worker decode one picture; one that is to be shared comes so if no side is over `longest_whole`.
 
         Raises:
             ImageError: as the worker reports it, or of type `timeout` or `decoder_crash`, which end the worker.
         """
         try:
-            self._send(item, data, timeout_s, is_whole=longest_whole > 0 and self._arena is not None)
+            wanted = CROPS if wanted == SHARED and self._arena is None else wanted
+            self._send(item, data, timeout_s, wanted)
             answer = self.channel.receive(timeout_s)
             if "num_pixels" not in answer:
-                return self._receive_picture(answer, timeout_s, longest_whole)
+                return self._receive(answer, timeout_s, wanted, longest_whole)
             with huge:
                 self.channel.send({})
-                return self._receive_picture(self.channel.receive(timeout_s), timeout_s, longest_whole)
+                return self._receive(self.channel.receive(timeout_s), timeout_s, wanted, longest_whole)
         except TimeoutError as error:
             self.kill()
             raise ImageError("timeout", f"not decoded within {timeout_s:g} s (--decode-timeout)") from error
         except (OSError, EOFError, LookupError, TypeError, ValueError) as error:
             raise ImageError("decoder_crash", self._how_it_ended()) from error
 
-    def _send(self, item: ImageItem, data: bytes | None, timeout_s: float, *, is_whole: bool) -> None:
+    def _send(self, item: ImageItem, data: bytes | None, timeout_s: float, wanted: str) -> None:
         if data is None:
             place = {"path": item.path, "offset": item.offset, "size": item.size}
         else:
             place = {"path": "", "num_bytes": len(data)}
-        self.channel.send({"name": item.name, **place, "is_whole": is_whole})
+        self.channel.send({"name": item.name, **place, "wanted": wanted})
         if data is not None:
             self.channel.send_bytes(memoryview(data), timeout_s)
 
-    def _receive_picture(self, answer: dict[str, Any], timeout_s: float, longest_whole: int) -> Picture:
+    def _receive(
+        self, answer: dict[str, Any], timeout_s: float, wanted: str, longest_whole: int
+    ) -> Picture | WholeImage:
+        if wanted == PIXELS:
+            facts = Facts.of(answer, self._setup)
+            pixels = np.empty((facts.height, facts.width, CHANNELS), np.uint8)
+            self.channel.receive_into(pixels.data.cast("B"), timeout_s)
+            return WholeImage(pixels, facts.sha256)
         if "is_whole" in answer:
+            if wanted != SHARED:
+                raise ValueError
             whole = self._receive_whole(Facts.of(answer, self._setup), timeout_s, longest_whole)
             if whole is not None:
                 return whole
@@ -448,8 +495,7 @@ class _Worker(Child):
 
     def _receive_whole(self, facts: Facts, timeout_s: float, longest_whole: int) -> UncutImage | None:
         """Let the worker copy a picture to a place of our choice; return None where it has to cut it."""
-        if longest_whole == 0 or self._arena is None:  # it was not asked for
-            raise ValueError
+        assert self._arena is not None
         size = facts.width * facts.height * CHANNELS
         is_short = max(facts.width, facts.height) <= longest_whole
         lent = self._arena.lend(size, ROOM_TIMEOUT_S) if is_short else None

@@ -2,8 +2,9 @@
 
 A worker is a child interpreter (child.py). The pool tells it once how to cut, and which memory they share; then each
 message names a picture (a path, or bytes that follow it), and the worker answers with a message and the raw crops,
-until the pool is gone. Where the pool asks for whole pictures, the worker tells a picture's size first, hears where in
-the shared memory it goes, and copies it there; a picture that is given no place is cut after all. Apart from the pool,
+until the pool is gone. Where the pool asks for a picture's pixels, they come in the place of crops. Where it asks for
+them in the memory that both share, the worker tells the size first, hears where they go, and copies them there; a
+picture that is given no place is cut after all. Apart from the pool,
 so that a worker imports numpy and Pillow alone and starts in 0.2 s. Knows nothing of deadlines.
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 from md3cli.child import Channel, connect
 from md3cli.errors import ImageError
 from md3cli.images.crops import (
+    BAND_ROWS,
     CropConfig,
     DecodedImage,
     ImageLimits,
@@ -33,6 +35,8 @@ from md3cli.images.crops import (
 from md3cli.images.pixels import HUGE_PIXELS, TOO_LITTLE_MEMORY, start_pillow
 from md3cli.records import ERROR_TYPES, ImageItem
 from md3cli.system import be_expendable, limit_memory
+
+CROPS, PIXELS, SHARED = "crops", "pixels", "shared"  # what a message wants of a picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +92,9 @@ def serve() -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             message = channel.receive(None)
-            num_bytes, is_whole = message.pop("num_bytes", None), message.pop("is_whole", False)
+            num_bytes, wanted = message.pop("num_bytes", None), message.pop("wanted")
             data = None if num_bytes is None else _received(channel, num_bytes)
-            _serve_one(channel, ImageItem(**message), data, setup, arena if is_whole else None)
+            _serve_one(channel, ImageItem(**message), data, setup, wanted, arena)
 
 
 def _received(channel: Channel, num_bytes: int) -> bytes:
@@ -99,8 +103,10 @@ def _received(channel: Channel, num_bytes: int) -> bytes:
     return bytes(data)
 
 
-def _serve_one(channel: Channel, item: ImageItem, data: bytes | None, setup: Setup, arena: mmap.mmap | None) -> None:
-    """Answer with a picture's crops, or where `arena` is given with the whole picture if it gets a place there."""
+def _serve_one(
+    channel: Channel, item: ImageItem, data: bytes | None, setup: Setup, wanted: str, arena: mmap.mmap | None
+) -> None:
+    """Answer with what is wanted of a picture: its crops, its pixels, or those in `arena` where they get a place."""
 
     def wait_if_huge(num_pixels: int) -> None:
         if num_pixels > HUGE_PIXELS:
@@ -109,7 +115,10 @@ def _serve_one(channel: Channel, item: ImageItem, data: bytes | None, setup: Set
 
     try:
         picture = read_image(item, setup.limits, setup.background, on_header=wait_if_huge, data=data)
-        if arena is None or not _put_whole(channel, picture, arena):
+        if wanted == PIXELS:
+            channel.send(_facts(picture))
+            _send_pixels(channel, picture)
+        elif wanted == CROPS or arena is None or not _put_whole(channel, picture, arena):
             crops = cut_crops(picture.image, setup.crop_config).pixels
             channel.send(_facts(picture))
             channel.send_bytes(crops.data.cast("B"))
@@ -117,6 +126,14 @@ def _serve_one(channel: Channel, item: ImageItem, data: bytes | None, setup: Set
         channel.send({"type": error.type, "message": str(error)})
     except MemoryError:
         channel.send({"type": "too_large", "message": TOO_LITTLE_MEMORY})
+
+
+def _send_pixels(channel: Channel, picture: DecodedImage) -> None:
+    """Send the pixels of a picture row by row from the top, some rows at a time."""
+    image = picture.image
+    for top in range(0, image.height, BAND_ROWS):
+        band = np.asarray(image.crop((0, top, image.width, min(top + BAND_ROWS, image.height))))
+        channel.send_bytes(np.ascontiguousarray(band).data.cast("B"))
 
 
 def _facts(picture: DecodedImage) -> dict[str, int | str]:
