@@ -8,8 +8,9 @@ import pytest
 from finished_runs import failure, record
 from hypothesis import given
 from hypothesis import strategies as st
+from made_texts import honest_texts, looping_texts
 
-from md3cli.refine.quality import QUALITIES, is_looping, is_refusal, qualities_of
+from md3cli.refine.quality import QUALITIES, is_looping, qualities_of
 
 STORY = (
     "The image shows a quiet street in the morning, with two bicycles leaning on a wall and a dog asleep in the shade. "
@@ -17,19 +18,45 @@ STORY = (
 )
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["cat " * 8, "a b c " * 4, STORY + " and so on" * 6, "I see a red car here. " * 3, "好 " * 9, "-- " * 10],
-)
+LOOPS = [
+    *(
+        "cat " * 8,
+        "a b c " * 4,
+        STORY + " and so on" * 6,
+        "I see a red car here. " * 3,
+        "好 " * 9,
+        "-- " * 10,
+        "!" * 200,
+    ),
+    *("这是一只猫，" * 4, "猫が寝ている。" * 5, "แมว" * 16, "<image>" * 10, "ha" * 50, '{"label": "car"}, ' * 5),
+    "\n".join(f"- Person {n}: red shirt" for n in range(9)),
+    "\n".join(f"{n}. a stop sign" for n in range(9)),
+    " ".join(f"The {nth} person wears a red shirt." for nth in ("first", "second", "third", "fourth") * 4),
+]
+NO_LOOPS = [
+    *("", "no", "no no no no", "1, 2, 3, 4, 5, 6, 7, 8", STORY, "A dog. A dog. A dog.", "cat " * 7),
+    *(f'A wall with "{"LOVE " * 9}" on it.', f"Chapter 1 {'.' * 40} 12", ", ".join(f"Room {n}" for n in range(12))),
+    "| | A | B | C |\n|---|---|---|---|\n| red | 1 | | |\n| blue | | 2 | 3 |",
+    "Monday 9-17, Tuesday 9-17, Wednesday 9-17, Thursday 9-17, Friday 9-15",
+]
+
+
+@pytest.mark.parametrize("text", LOOPS)
 def test_a_text_that_goes_round_is_a_loop(text: str) -> None:
     assert is_looping(text)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "no", "no no no no", "1, 2, 3, 4, 5, 6, 7, 8", STORY, "A dog. A dog. A dog.", "cat " * 7]
-)
+@pytest.mark.parametrize("text", NO_LOOPS)
 def test_a_text_that_goes_on_is_none(text: str) -> None:
     assert not is_looping(text)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_loops_are_told_from_honest_texts_in_six_languages(seed: int) -> None:
+    missed = [text for text in looping_texts(200, seed) if not is_looping(text)]
+    assert len(missed) <= 0.05 * 200, missed
+    alarms = [text for text in honest_texts(1000, seed) if is_looping(text)]
+    assert len(alarms) <= 0.0025 * 1000, alarms  # refusals have the other half of what is allowed
 
 
 @given(words=st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=12), before=st.integers(0, 20))
@@ -41,25 +68,6 @@ def test_whatever_comes_often_enough_is_a_loop(words: list[str], before: int) ->
 @given(st.text(max_size=300))
 def test_any_text_is_judged(text: str) -> None:
     assert set(qualities_of(record("a.png", "caption", caption=text))) <= set(QUALITIES)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "I'm sorry, but I can't help with that.",
-        "I\u2019m unable to say.",
-        "As an AI, I have no eyes.",
-        "I cannot answer.",
-        "I don't have the ability to see.",
-    ],
-)
-def test_a_text_that_declines_is_a_refusal(text: str) -> None:
-    assert is_refusal(text)
-
-
-@pytest.mark.parametrize("text", ["", STORY, "A sign says: sorry, closed.", STORY * 2 + "I cannot say."])
-def test_a_text_that_answers_is_none(text: str) -> None:
-    assert not is_refusal(text)
 
 
 @pytest.mark.parametrize(
@@ -83,3 +91,5 @@ def test_what_of_a_record_is_judged(one: dict[str, Any], found: tuple[str, ...])
 def test_a_long_text_is_judged_at_once() -> None:
     """A hundred thousand words take no longer than a second or two: no step looks at all pairs."""
     assert not is_looping(" ".join(f"w{n}" for n in range(100_000)))
+    assert is_looping("ab" * 500_000)
+    assert not is_looping("".join(chr(0x4E00 + n % 19_000) for n in range(50_000)))
