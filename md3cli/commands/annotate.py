@@ -15,13 +15,11 @@ import typer
 from md3cli.commands.help import App
 from md3cli.commands.options import NOT_ESTIMATED, AnnotateOptions, annotating
 from md3cli.commands.parse import (
-    TaskSpec,
     check_objects,
     checked,
     parse_choices,
     parse_query,
     parse_spatial_ref,
-    parse_task,
     starting,
 )
 from md3cli.config import RunConfig
@@ -30,6 +28,7 @@ from md3cli.records import Request, Task, printable
 from md3cli.refine.labels import Labels, labels_with, prompts_of
 from md3cli.refine.refinement import FOUND_BY_TASK
 from md3cli.source.requests import TOKENS_LIMIT
+from md3cli.source.specs import TaskSpec, parse_task
 from md3cli.source.walk import STDIN
 
 app = App()

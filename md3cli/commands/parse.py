@@ -1,4 +1,4 @@
-"""What is typed, as values: sizes, counts, shares, shards, places in an image, `--task`, INPUT and questions.
+"""What is typed, as values: sizes, counts, shares, shards, places in an image, INPUT and questions.
 
 Each parser of one option raises ValueError with the line to read; `checked` makes typer show
 it. What concerns several arguments raises UsageError with the line to type instead. Nothing is opened here.
@@ -18,7 +18,7 @@ import typer
 
 from md3cli.config import FailOn
 from md3cli.errors import UsageError
-from md3cli.records import CAPTION_LENGTHS, Task, printable
+from md3cli.records import printable
 from md3cli.remote.address import is_address
 from md3cli.source.walk import IMAGE_SUFFIXES, MANIFEST_SUFFIXES, STDIN
 
@@ -53,13 +53,6 @@ class QueryArguments(NamedTuple):
 
     input: str | None
     questions: tuple[str, ...]
-
-
-class TaskSpec(NamedTuple):
-    """A part of a `--task`: a caption's length, a question or an OBJECT; None is the usual length, or all listed."""
-
-    task: Task
-    argument: str | None
 
 
 def parse_bytes(text: str) -> int:
@@ -314,28 +307,3 @@ def _refuse_at(text: str, wanted: str, options: str) -> None:
         raise UsageError(
             f"{printable(text)!r} is not {wanted}; files are not read with @: name the file with {options}"
         )
-
-
-def parse_task(spec: str) -> list[TaskSpec]:
-    """Read `caption:long`, `detect:car,person` (two requests), `query:Is it raining?`, `point:nose`, `segment:dog`.
-
-    `detect`, `point` and `segment` alone have no argument: what `--labels` lists.
-    """
-    name, colon, rest = spec.partition(":")
-    if name not in tuple(Task):
-        raise ValueError(f"{printable(spec)!r}: no task {printable(name)!r}; one of {', '.join(Task)}")
-    task = Task(name)
-    if task is Task.CAPTION:
-        if colon and rest not in CAPTION_LENGTHS:
-            raise ValueError(f"{printable(spec)!r}: a caption is one of {', '.join(CAPTION_LENGTHS)}")
-        return [TaskSpec(task, rest if colon else None)]
-    if task is Task.QUERY:
-        if not rest.strip():
-            raise ValueError("a question is missing; write it like query:Is it raining?")
-        return [TaskSpec(task, rest)]
-    if not colon:  # all that --labels lists
-        return [TaskSpec(task, None)]
-    objects = [part.strip() for part in rest.split(",")]
-    if not all(objects):
-        raise ValueError(f"{printable(spec)!r}: an object is missing; write it like {name}:car,person")
-    return [TaskSpec(task, part) for part in objects]

@@ -34,7 +34,7 @@ from md3cli.records import (
     request_id,
 )
 from md3cli.remote.address import is_address
-from md3cli.source.requests import ROW_COLUMNS, read_setting, refused_request
+from md3cli.source.requests import ROW_COLUMNS, THEN, read_setting, refused_request
 
 ImageLike = Image.Image | EncodedImage | str | Path | bytes | np.ndarray
 SpatialRefs = Iterable[Iterable[float]]
@@ -42,7 +42,7 @@ Settings = Mapping[str, Any] | None
 SETTINGS = ("temperature", "top_p", "max_tokens", "max_objects", "seed")
 _SHOWN_CHARS = 80
 _PATH_CHARS = 1024  # what is longer is hardly a path
-KNOWN_KEYS = ROW_COLUMNS | {"name", "meta", "choices"}
+KNOWN_KEYS = (ROW_COLUMNS - {THEN}) | {"name", "meta", "choices"}
 
 
 @dataclass(slots=True)

@@ -6,8 +6,8 @@ alone. Read back, all plans of a run are one: its shards are those of the first,
 A shard is a contiguous range of rows and a row group of the manifest, so whoever runs it reads no other. The id of
 every request follows from the plan alone: the k of the k-th repeat is frozen in it too. The manifest has a row as three
 columns. `more` is null for a picture that is asked what the run asks of all; else it holds `item` (the other fields of
-the picture: a place inside a tar), `requests`, `meta`, `typed`, `refused` and `failure`, each where it is not the
-usual. A row of its own requests is asked nothing by what is added: its `requests` are an empty list.
+the picture: a place inside a tar), `requests`, `meta`, `typed`, `refused`, `failure` and `then`, each where it is not
+the usual. A row of its own requests is asked nothing by what is added: its `requests` are an empty list.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from md3cli.run.asked import differences, request_of, way_on
 from md3cli.run.record_index import RequestIds
 from md3cli.run.run_info import identity_of
 from md3cli.scale.folder import PLAN, RunFolder, plan_names
+from md3cli.source.specs import are_followed
 
 _ITEM_DEFAULTS: Mapping[str, Any] = {
     field.name: field.default for field in fields(ImageItem) if field.default is not MISSING
@@ -50,18 +51,24 @@ class RowColumns(NamedTuple):
     more: str | None
 
 
-def columns_of(row: SourceRow, requests: tuple[Request, ...]) -> RowColumns:
-    """Return `row` as columns; `requests` is what the run asks of every picture."""
+def columns_of(row: SourceRow, requests: tuple[Request, ...], then: tuple[Request, ...] = ()) -> RowColumns:
+    """Return `row` as columns; `requests` is what the run asks of every picture, `then` of each object found."""
     item = row.image
     is_usual = row.requests is requests and not row.meta and row.failure is None
+    is_usual = is_usual and row.then == _usual_then(requests, then)
     if item is None:
-        return RowColumns(None, None, None if is_usual else _more(row, requests))
+        return RowColumns(None, None, None if is_usual else _more(row, requests, then))
     is_usual = is_usual and _other_fields(item) == _USUAL
     path = item.path.encode("utf-8", "surrogateescape")
-    return RowColumns(item.name, path, None if is_usual else _more(row, requests))
+    return RowColumns(item.name, path, None if is_usual else _more(row, requests, then))
 
 
-def _more(row: SourceRow, requests: tuple[Request, ...]) -> str | None:
+def _usual_then(requests: Sequence[Request], then: tuple[Request, ...]) -> tuple[Request, ...]:
+    """Return what a row that asks `requests` asks of each object found, where it says nothing else."""
+    return then if then and are_followed(requests) else ()
+
+
+def _more(row: SourceRow, requests: tuple[Request, ...], then: tuple[Request, ...]) -> str | None:
     more: dict[str, Any] = {}
     if row.image is not None:
         values = zip(_ITEM_DEFAULTS.items(), _other_fields(row.image), strict=True)
@@ -76,11 +83,13 @@ def _more(row: SourceRow, requests: tuple[Request, ...]) -> str | None:
         more["refused"] = dict(row.refused)
     if row.failure is not None:
         more["failure"] = [row.failure.type, row.failure.message]
-    more = {key: value for key, value in more.items() if value or key == "requests"}
+    if row.then != _usual_then(row.requests, then):
+        more["then"] = [request_fields(request) for request in row.then]
+    more = {key: value for key, value in more.items() if value or key in ("requests", "then")}
     return json.dumps(more, separators=(",", ":")) if more else None
 
 
-def row_of(columns: RowColumns, requests: tuple[Request, ...]) -> SourceRow:
+def row_of(columns: RowColumns, requests: tuple[Request, ...], then: tuple[Request, ...] = ()) -> SourceRow:
     """Return the row that `columns_of` was given."""
     more = json.loads(columns.more) if columns.more is not None else {}
     item = None
@@ -90,7 +99,8 @@ def row_of(columns: RowColumns, requests: tuple[Request, ...]) -> SourceRow:
         )
     asked = tuple(map(request_of, more["requests"])) if "requests" in more else requests
     failure = RowFailure(*more["failure"]) if "failure" in more else None
-    return SourceRow(item, asked, more.get("meta", {}), failure, more.get("typed"), more.get("refused"))
+    follow = tuple(map(request_of, more["then"])) if "then" in more else _usual_then(asked, then)
+    return SourceRow(item, asked, more.get("meta", {}), failure, more.get("typed"), more.get("refused"), follow)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

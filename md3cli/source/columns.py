@@ -47,12 +47,13 @@ class Filled(NamedTuple):
     """What a row asks.
 
     `typed` has the template of each filled prompt of a task that names what it finds. `refused` says of each template
-    that the row cannot fill why; its request keeps the template.
+    that the row cannot fill why; its request keeps the template. `then` is asked about each object that is found.
     """
 
     requests: tuple[Request, ...]
     typed: Mapping[str, str] | None = None
     refused: Mapping[str, str] | None = None
+    then: tuple[Request, ...] = ()
 
 
 class ColumnRules:

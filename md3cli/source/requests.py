@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 from md3cli.errors import InputError, RequestError, RowError
 from md3cli.records import CAPTION_LENGTHS, Request, Task, printable
 from md3cli.remote.address import is_address
+from md3cli.source.specs import are_followed, then_requests
 
 PATH_LIMIT_BYTES = 4096
 SEED_LIMIT = 2**63
 TOKENS_LIMIT = 2**31
 TEMPERATURE_LIMIT = 1000
+THEN = "then"  # the column of what is asked about each object
 _ADDRESS = re.compile(r"(?:https?|s3|gs|hf)://|file:|data:", re.IGNORECASE)
 _TASKS_WITH_REFS = frozenset({Task.QUERY, Task.POINT, Task.SEGMENT})
 
@@ -86,13 +88,37 @@ def row_requests(columns: Mapping[str, Any], requests: Sequence[Request], defaul
     image = columns.get("image")
     result = tuple(requests)
     if len(columns) > 1 or not requests:  # else a bare list of pictures, which may be long
-        given = [name for name in columns if name in _SETTINGS and is_given(columns, name)]
-        settings = {name: _SETTINGS[name](name, columns[name]) for name in given}
+        settings = _settings_of(columns)
         own = _own_requests(columns, requests, requests[0] if requests else defaults)
         result = tuple(replace(request, **settings) for request in own) if settings else tuple(own)
     for request in result:
         check_request(request, has_image=bool(image))
     return result
+
+
+def row_then(columns: Mapping[str, Any], requests: Sequence[Request], then: tuple[Request, ...]) -> tuple[Request, ...]:
+    """Return the templates of what a row that asks `requests` asks about each object found: its own, else `then`.
+
+    Those of its own have the settings of its first request; the row's settings override those of `then`.
+
+    Raises:
+        RowError: `bad_row` for a value of the wrong type.
+        RequestError: `bad_request` for a `then` that makes no sense, or where the row finds no boxes.
+    """
+    is_followed = are_followed(requests)
+    if is_given(columns, THEN):
+        if not is_followed:
+            raise RequestError("then asks about what detect and segment find, and this row asks for neither")
+        return then_requests(columns[THEN], requests[0])
+    if not (is_followed and then):
+        return ()
+    settings = _settings_of(columns)
+    settings.pop("spatial_refs", None)  # a place in the whole picture
+    return tuple(replace(request, **settings) for request in then) if settings else then
+
+
+def _settings_of(columns: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: read(name, columns[name]) for name, read in _SETTINGS.items() if is_given(columns, name)}
 
 
 def refused_request(columns: Mapping[str, Any], base: Request) -> Request:
@@ -234,7 +260,7 @@ def read_setting(name: str, value: Any) -> Any:
     return _SETTINGS[name](name, value)
 
 
-ROW_COLUMNS = frozenset({"image", "task", "prompt", *_SETTINGS})
+ROW_COLUMNS = frozenset({"image", "task", "prompt", THEN, *_SETTINGS})
 _FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _NUMBERS = frozenset({"max_tokens", "max_objects", "temperature", "top_p", "seed"})
 
@@ -247,6 +273,8 @@ def check_value(column: str, value: Any) -> None:
     """
     if column == "task":
         _task(value)
+    elif column == THEN:
+        then_requests(value, Request(Task.DETECT))
     elif column in _SETTINGS:
         read_setting(column, value)
 
@@ -260,6 +288,8 @@ def typed_cell(column: str, cell: str) -> Any:
         return _FLAGS.get(text.lower(), cell) if text else None
     if column == "spatial_refs":
         return _json_value(text) if text else None
+    if column == THEN and text.startswith("["):
+        return _json_value(text)
     return cell
 
 

@@ -24,7 +24,7 @@ from md3cli.errors import InputError, MissingExtraError, NoImageColumnError, Row
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task, printable
 from md3cli.remote.address import is_address, shown
 from md3cli.remote.hosts import is_installed, require_extra
-from md3cli.source.columns import ColumnRules, Filled
+from md3cli.source.columns import ColumnRules
 from md3cli.source.inputs import (
     Confinement,
     Input,
@@ -33,36 +33,29 @@ from md3cli.source.inputs import (
     confined,
     image_item,
     inputs_of,
-    is_of_windows,
     root_of,
     start_of_walk,
 )
 from md3cli.source.look import FirstRows, check_asked, check_columns, notes_on
 from md3cli.source.manifest import LiveLines, ManifestRow, manifest_rows, open_input, path_rows
-from md3cli.source.requests import (
-    ROW_COLUMNS,
-    are_fit_for_pictures,
-    is_given,
-    refuse_address,
-    refused_request,
-    row_image,
-    row_requests,
-)
+from md3cli.source.rows import Asked, RowMaker
 from md3cli.source.walk import PARQUET, SHARDS, STDIN, TAR, Kind, PathFilter, Walk, has_image_suffix, suffix_of
-from md3cli.source.webdataset import NOTHING, tar_pictures
+from md3cli.source.webdataset import tar_pictures
 
 
 def open_source(
     spec: SourceSpec,
     requests: tuple[Request, ...],
     *,
+    then: tuple[Request, ...] = (),
     defaults: Request | None = None,
     stdin: IO[bytes] | None = None,
 ) -> Source:
     """Return the rows of `spec`, each asked `requests` unless a manifest row says otherwise.
 
-    `defaults` holds the settings for manifest rows where the command makes no request of its own. `stdin` is read for
-    INPUT `-`; None: the process's own.
+    `then` are templates of what is asked about each object that a row's detect and segment find, where the row says
+    nothing else. `defaults` holds the settings for manifest rows where the command makes no request of its own. `stdin`
+    is read for INPUT `-`; None: the process's own.
 
     Raises:
         InputError: an INPUT does not exist, cannot be opened, or is of a kind that is not read.
@@ -78,12 +71,12 @@ def open_source(
     inputs = tuple(given for typed in spec.inputs for given in inputs_of(typed, is_alone))
     for given in inputs:
         check_readable(given, is_alone and given.base is None, rules.renamed)
-    defaults = requests[0] if requests else defaults or Request(Task.QUERY)
     if stdin is None and STDIN in spec.inputs:
         if sys.stdin is None:
             raise InputError("stdin is closed, so there is nothing to read for INPUT -; pipe a list of paths to it")
         stdin = sys.stdin.buffer
-    return Source(spec, inputs, requests, defaults, rules, stdin or io.BytesIO())
+    defaults = requests[0] if requests else defaults or Request(Task.QUERY)
+    return Source(spec, inputs, Asked(requests, then, defaults), rules, stdin or io.BytesIO())
 
 
 def _check_remote(spec: SourceSpec) -> None:
@@ -126,8 +119,7 @@ class Source:
         self,
         spec: SourceSpec,
         inputs: tuple[Input, ...],
-        requests: tuple[Request, ...],
-        defaults: Request,
+        asked: Asked,
         rules: ColumnRules,
         stdin: IO[bytes],
     ) -> None:
@@ -136,15 +128,11 @@ class Source:
         self.readable_lines: set[int] = set()
         self._spec, self._rules = spec, rules
         self._inputs = inputs
-        self._requests = requests
-        self._defaults = defaults
-        self._base = requests[0] if requests else defaults
-        is_asked_alike = bool(requests) and not rules.changes_pictures
-        self._is_fit_for_pictures = is_asked_alike and are_fit_for_pictures(requests)
+        self._requests = asked.requests
         self._stdin_file, self._may_wait = stdin, True
         self._has_walked_rows = False  # rows of Parquet files, which may ask what they like
         self._filter = PathFilter.of(spec.include, spec.exclude)
-        self._outside = Confinement.to(spec.root).failure_of
+        self._made = RowMaker(asked, rules, Confinement.to(spec.root))
         self.root = self._find_root()
 
     def __iter__(self) -> Iterator[SourceRow]:
@@ -276,42 +264,12 @@ class Source:
             else:
                 yield from self._manifest(given, skipped)
 
+    def _named(self, row: SourceRow) -> _Found:
+        assert row.image is not None
+        return (row.image.name, row)
+
     def _picture(self, name: str, path: str) -> _Found:
-        return self._picture_row(image_item(name, path))
-
-    def _picture_row(self, image: ImageItem, data: Mapping[str, Any] = NOTHING) -> _Found:
-        """Return the row of a picture that no manifest names, with the columns of its sidecars, if any.
-
-        Those mean nothing by their names: a set of generated pictures has a `prompt` and a `seed` that are not ours.
-        Only --map makes them known columns.
-        """
-        failure = self._outside(image.path)
-        if not (self._rules.changes_pictures or (data and self._rules.renamed)):
-            return (image.name, SourceRow(image, self._requests, data, failure))
-        known, others, problem = self._rules.of_sidecars(data)
-        known["image"] = image.name
-        try:
-            if problem:
-                raise RowError("bad_row", problem)
-            asked = self._asked(known, image, others=others)
-        except RowError as error:
-            asked, failure = Filled((refused_request(known, self._base),)), RowFailure(error.type, str(error))
-        return (image.name, SourceRow(image, asked.requests, others, failure, asked.typed, asked.refused))
-
-    def _asked(
-        self, columns: Mapping[str, Any], image: ImageItem | None, where: str = "", others: Mapping[str, Any] = NOTHING
-    ) -> Filled:
-        """Return what a row asks; raises RowError. `where` begins the messages of what it cannot ask.
-
-        A prompt that the row brings stays as it is; `others` are columns that only fill prompts.
-        """
-        requests = row_requests(columns, self._requests, self._defaults)
-        if is_given(columns, "prompt"):
-            return Filled(requests)
-        asked = self._rules.filled(requests, {**others, **columns} if others else columns, image)
-        if where and asked.refused:
-            return asked._replace(refused={prompt: f"{where}: {why}" for prompt, why in asked.refused.items()})
-        return asked
+        return self._named(self._made.of_picture(image_item(name, path)))
 
     def _walked(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
         folder, glob = start_of_walk(given)
@@ -357,7 +315,8 @@ class Source:
                 for picture in tar_pictures(file, shown(path), self._why_not, skipped):
                     # An absolute name stays inside the tar, too.
                     name = f"{prefix}/{picture.name}" if prefix else picture.name
-                    yield self._picture_row(image_item(name, path, picture.offset, picture.size), picture.columns)
+                    image = image_item(name, path, picture.offset, picture.size)
+                    yield self._named(self._made.of_picture(image, picture.columns))
         except (InputError, RowError) as error:
             if isinstance(error, InputError) and (not prefix or is_address(path)):
                 raise
@@ -407,7 +366,7 @@ class Source:
             if entry is None:
                 yield None
                 continue
-            row = self._manifest_row(entry, places)
+            row = self._made.of_manifest(entry, places)
             if self.watched_lines and entry.number in self.watched_lines:
                 self._note_watched(entry.number, row)
             name = row.image.name if row.image is not None else None
@@ -436,36 +395,6 @@ class Source:
             self.readable_lines.discard(number)
         else:
             self.readable_lines.add(number)
-
-    def _manifest_row(self, entry: ManifestRow, places: RowPlaces) -> SourceRow:
-        """Return what a manifest's row asks; a failure keeps as much of the row as could be read."""
-        columns = self._rules.with_constants(entry.columns or {})
-        image: ImageItem | None = None
-        asked, is_bare = Filled(self._requests), False
-        try:
-            if entry.columns is None:
-                raise RowError("bad_row", entry.problem)
-            if name := row_image(columns):
-                image = places.item_of(name)
-                if isinstance(name, str):
-                    refuse_address(name, may_fetch=places.may_fetch)
-            is_bare = image is not None and len(columns) == 1
-            if not (is_bare and self._is_fit_for_pictures):
-                asked = self._asked(columns, image, entry.where)
-            failure = self._outside(image.path) if image else None
-            if image and is_of_windows(image.name) and not is_address(image.path) and not os.path.lexists(image.path):
-                raise RowError(
-                    "not_found", "a drive or server of Windows; make the paths relative to the list or --root"
-                )
-        except RowError as error:
-            asked = Filled((refused_request(columns, self._base),))
-            failure = RowFailure(error.type, f"{entry.where}: {error}")
-        meta = {} if is_bare else _meta_of(columns)
-        return SourceRow(image, asked.requests, meta, failure, asked.typed, asked.refused)
-
-
-def _meta_of(columns: Mapping[str, Any]) -> dict[str, Any]:
-    return {column: value for column, value in columns.items() if column not in ROW_COLUMNS}
 
 
 def _may_be_remark(columns: Mapping[str, Any]) -> bool:

@@ -27,10 +27,8 @@ from md3cli.commands.parse import (
     parse_shard,
     parse_spatial_ref,
     parse_split,
-    parse_task,
 )
 from md3cli.errors import UsageError
-from md3cli.records import Task
 
 
 @pytest.mark.parametrize(
@@ -251,28 +249,6 @@ def test_no_pairs(text: str) -> None:
 def test_row_manifests() -> None:
     assert all(may_carry_rows(text) for text in ("-", "a.csv", "b.TSV", "c/d.jsonl", "e.parquet"))
     assert not any(may_carry_rows(text) for text in ("a.txt", "pictures", "photo.jpg"))
-
-
-@pytest.mark.parametrize(
-    ("spec", "expected"),
-    [
-        ("caption", [(Task.CAPTION, None)]),
-        ("caption:long", [(Task.CAPTION, "long")]),
-        ("detect:car, red person", [(Task.DETECT, "car"), (Task.DETECT, "red person")]),
-        ("point:nose", [(Task.POINT, "nose")]),
-        ("segment:dog", [(Task.SEGMENT, "dog")]),
-        ("segment", [(Task.SEGMENT, None)]),
-        ("query:Is it a, b: or c?", [(Task.QUERY, "Is it a, b: or c?")]),
-    ],
-)
-def test_tasks(spec: str, expected: list[tuple[Task, str | None]]) -> None:
-    assert parse_task(spec) == expected
-
-
-@pytest.mark.parametrize("spec", ["", "caption:", "caption:huge", "detect:", "detect:,", "query", "query: ", "x:y"])
-def test_tasks_that_make_no_sense(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"one of|missing"):
-        parse_task(spec)
 
 
 @pytest.mark.parametrize(

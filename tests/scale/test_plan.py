@@ -19,6 +19,7 @@ from md3cli.scale.folder import MANIFEST
 from md3cli.scale.make_plan import MAX_SHARDS, put_plan, shard_size_for, write_manifest
 from md3cli.scale.plan import PlanReader, check_config, columns_of, row_of
 
+COLOR = Request(Task.QUERY, "What colour is the {label}?")
 QUESTION = Request(Task.QUERY, "Why?", spatial_refs=((0.1, 0.2),), choices=("yes", "no"))
 
 items = st.builds(
@@ -35,17 +36,28 @@ source_rows = st.builds(
     st.sampled_from([(CAPTION,), (CAPTION, QUESTION), (QUESTION, QUESTION), ()]),
     st.dictionaries(st.text(), st.none() | st.floats(allow_nan=False) | st.text() | st.lists(st.integers())),
     st.none() | st.builds(RowFailure, st.just("bad_row"), st.text()),
+    then=st.sampled_from([(), (COLOR,), (COLOR, CAPTION)]),
 )
 
 
 @pytest.mark.process
-@given(source_rows)
-def test_a_row_comes_back_as_it_was(row: SourceRow) -> None:
-    assert row_of(columns_of(row, (CAPTION,)), (CAPTION,)) == row
+@given(source_rows, st.sampled_from([(), (COLOR,)]))
+def test_a_row_comes_back_as_it_was(row: SourceRow, then: tuple[Request, ...]) -> None:
+    assert row_of(columns_of(row, (CAPTION,), then), (CAPTION,), then) == row
 
 
 def test_a_usual_row_costs_no_more_than_its_name() -> None:
     assert columns_of(SourceRow(ImageItem("a.jpg", "/x/a.jpg"), (CAPTION,)), (CAPTION,)) == ("a.jpg", b"/x/a.jpg", None)
+
+
+def test_what_the_run_asks_of_every_object_costs_a_row_nothing() -> None:
+    asked, item = (Request(Task.DETECT, "car"), CAPTION), ImageItem("a.jpg", "/x/a.jpg")
+    usual, own = SourceRow(item, asked, then=(COLOR,)), SourceRow(item, asked)
+    assert columns_of(usual, asked, (COLOR,)).more is None
+    assert columns_of(own, asked, (COLOR,)).more == '{"then":[]}'
+    assert columns_of(SourceRow(item, (CAPTION,)), (CAPTION,), (COLOR,)).more is None, "a caption finds no objects"
+    for row in (usual, own):
+        assert row_of(columns_of(row, asked, (COLOR,)), asked, (COLOR,)) == row
 
 
 @pytest.mark.process

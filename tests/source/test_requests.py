@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from md3cli.errors import RequestError, RowError
 from md3cli.records import Request, Task
-from md3cli.source.requests import ROW_COLUMNS, refuse_address, refused_request, row_image, row_requests
+from md3cli.source.requests import (
+    ROW_COLUMNS,
+    check_value,
+    refuse_address,
+    refused_request,
+    row_image,
+    row_requests,
+    row_then,
+    typed_cell,
+)
 
 DEFAULTS = Request(Task.QUERY, max_tokens=99)
 WHY = Request(Task.QUERY, "why?", temperature=0.5)
@@ -55,7 +64,7 @@ def test_every_setting_has_its_type() -> None:
         "top_p": 1,
         "seed": 7,
     }
-    assert columns.keys() | {"image"} == ROW_COLUMNS
+    assert columns.keys() | {"image", "then"} == ROW_COLUMNS
     (request,) = ask(**columns)
     refs = ((0.0, 1.0), (0.1, 0.2, 0.3, 0.4))
     assert request == Request(Task.QUERY, "why?", "short", False, refs, 5, 6, 1.0, 1.0, 7)
@@ -169,3 +178,37 @@ def test_a_refused_row_keeps_the_task_and_prompt_that_can_be_read(
     columns: dict[str, Any], task: Task, prompt: str | None
 ) -> None:
     assert refused_request(columns, WHY) == replace(WHY, task=task, prompt=prompt)
+
+
+COLOR = Request(Task.QUERY, "What colour is the {label}?", reasoning=False)
+
+
+def then(*requests: Request, **columns: Any) -> tuple[Request, ...]:
+    return row_then(columns, requests, (COLOR,))
+
+
+def test_a_row_that_finds_objects_asks_about_them_what_the_command_does() -> None:
+    assert then(CAR) == then(CAR, WHY) == (COLOR,)
+    assert then(CAR, max_tokens=5, spatial_refs=[[0, 1]], then="") == (replace(COLOR, max_tokens=5),)
+    assert then(WHY, Request(Task.POINT, "nose")) == ()
+
+
+def test_a_row_may_ask_something_else_about_them_with_its_own_settings() -> None:
+    assert then(CAR, then="query:Which shape?") == (Request(Task.QUERY, "Which shape?", max_objects=7),)
+    assert then(CAR, then=["caption:short", "point:{label} wheel"]) == (
+        replace(CAR, task=Task.CAPTION, prompt=None, length="short"),
+        replace(CAR, task=Task.POINT, prompt="{label} wheel"),
+    )
+    assert then(CAR, then=[]) == (), "an empty list asks nothing"
+
+
+def test_what_follows_nothing_is_refused() -> None:
+    with pytest.raises(RequestError, match="then asks about what detect and segment find"):
+        then(WHY, then="query:Which shape?")
+
+
+def test_a_cell_of_text_holds_a_spec_or_a_list_of_them() -> None:
+    assert typed_cell("then", "query:[a] or b?") == "query:[a] or b?"
+    assert typed_cell("then", ' ["caption", "query:x"]') == ["caption", "query:x"]
+    with pytest.raises(RequestError, match="no task"):
+        check_value("then", typed_cell("then", '["caption", '))

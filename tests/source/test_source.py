@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import os
 import tarfile
 import tracemalloc
@@ -688,3 +689,55 @@ def test_remarks_in_a_list_are_counted_and_files_of_such_names_are_files(folder:
     rows = source("m.txt")
     assert names(rows) == ["photos/a9.jpg", "#1.jpg"]
     assert rows.skipped == {"comments": 2}
+
+
+COLOR = Request(Task.QUERY, "What colour is the {label}?")
+CAR = Request(Task.DETECT, "car")
+
+
+def test_pictures_are_asked_about_their_objects_where_the_command_finds_any(folder: Path) -> None:
+    spec = SourceSpec(("photos",))
+    assert {row.then for row in open_source(spec, (CAR, *ASKED), then=(COLOR,))} == {(COLOR,)}
+    assert {row.then for row in open_source(spec, ASKED, then=(COLOR,))} == {()}
+    Path("list.txt").write_text("photos/a9.jpg\n")
+    assert [row.then for row in open_source(SourceSpec(("list.txt",)), (CAR,), then=(COLOR,))] == [(COLOR,)]
+
+
+def test_rows_of_every_format_bring_their_own_questions_about_objects(folder: Path) -> None:
+    rows = [
+        {"image": "a.jpg", "then": None, "task": None},
+        {"image": "b.jpg", "then": "query:Which shape is the {label}?"},
+        {"image": "c.jpg", "then": "query:What?", "task": "caption"},
+        {"image": "d.jpg", "then": "query:What is {this}?"},
+    ]
+    shape = Request(Task.QUERY, "Which shape is the {label}?")
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("a.csv").write_text(
+        "image,then,task\n" + "".join(f"{r['image']},{r['then'] or ''},{r.get('task') or ''}\n" for r in rows)
+    )
+    pq.write_table(pa.Table.from_pylist(rows), "a.parquet")
+    for name in ("a.jsonl", "a.csv", "a.parquet"):
+        found = list(open_source(SourceSpec((name,)), (CAR,), then=(COLOR,)))
+        assert [row.then for row in found] == [(COLOR,), (shape,), (), ()]
+        assert [row.failure and row.failure.type for row in found] == [None, None, "bad_request", "bad_request"]
+        assert not any(row.meta for row in found)
+
+
+def test_a_list_of_questions_about_objects(folder: Path) -> None:
+    both = (Request(Task.CAPTION, length="short"), Request(Task.SEGMENT, "{label} door"))
+    specs = ["caption:short", "segment:{label} door"]
+    Path("a.jsonl").write_text(json.dumps({"image": "a.jpg", "then": specs}))
+    Path("a.tsv").write_text(
+        f"image\tthen\na.jpg\t{json.dumps(specs)}\n".replace('"', '""').replace("[", '"[').replace("]", ']"')
+    )
+    pq.write_table(pa.table({"image": ["a.jpg"], "then": [specs]}), "a.parquet")
+    for name in ("a.jsonl", "a.tsv", "a.parquet"):
+        assert [row.then for row in open_source(SourceSpec((name,)), (CAR,))] == [both]
+
+
+def test_a_constant_asks_about_the_objects_of_rows_that_ask_nothing(folder: Path) -> None:
+    constants = ColumnOptions(constants=(("then", "query:What?"),))
+    rows = open_source(SourceSpec(("photos",), columns=constants), (CAR,))
+    assert {row.then for row in rows} == {(Request(Task.QUERY, "What?"),)}
+    with pytest.raises(UsageError, match=r"--const then=query:\{x\}: then: .*filled by nothing"):
+        open_source(SourceSpec(("photos",), columns=ColumnOptions(constants=(("then", "query:{x}"),))), (CAR,))
