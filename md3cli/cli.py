@@ -48,6 +48,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "stats": "Counts, scores, failures, tokens and rates of runs.",
         "report": "A page to look through, from finished records.",
         "eval": "Scores against ground truth; two runs compared.",
+        "audit": "What is missing, doubtful, moved or misnamed in labels.",
     },
     "Runs": {
         "status": "How far a run is; also while it runs elsewhere.",

@@ -1,7 +1,7 @@
 """The options of all commands that read finished records: which records, under which names and thresholds.
 
 `ReadOptions` holds the typed values and makes a `Collection` of RECORDS. One vocabulary for `select`, `stats`,
-`export`, `report` and `eval`; what the words mean is refine/'s business. Source: product contract, section 8.
+`export`, `report`, `eval` and `audit`; what the words mean is refine/'s business. Source: product contract, section 8.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class ReadOptions:
         _select(
             "--gt",
             metavar="FILE",
-            help="Ground truth: COCO, or rows (JSON, CSV, Parquet) of pictures' answers, captions or boxes.",
+            help="Ground truth: COCO, YOLO, labelme, or rows (JSON, CSV, Parquet) of answers, captions or boxes.",
         ),
     ] = None
 

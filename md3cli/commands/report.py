@@ -21,7 +21,7 @@ from md3cli.refine.collection import Collection
 
 if TYPE_CHECKING:
     from md3cli.evaluate import Section
-    from md3cli.report.build import ReportOptions
+    from md3cli.report.build import ReportOptions, ReportSummary
 
 app = App()
 
@@ -88,9 +88,13 @@ def write_page(records: Collection, output: Path, choices: ReportOptions, option
         sections = evaluate(records, [load_truth(path) for path in options.gt]).sections
     with told_progress("report") as told:
         made = write_report(replace(records, told=told), output, choices, sections)
+    tell_page(made, f"{made.num_records:,} records")
+    return made.page
+
+
+def tell_page(made: ReportSummary, what: str) -> None:
+    """Tell where a page is, what it shows, and which pictures it lacks."""
     beside = f" (keep {printable(made.folder.name)} beside it)" if made.folder else ""
-    where = printable(str(made.page))
-    typer.echo(f"{where}{beside}: {made.num_images:,} images, {made.num_records:,} records", err=True)
+    typer.echo(f"{printable(str(made.page))}{beside}: {made.num_images:,} images, {what}", err=True)
     unopened = f"{made.num_missing:,} {'picture' if made.num_missing == 1 else 'pictures'} cannot be opened"
     tell_notes([*made.notes, *([f"{unopened}; is --root right?"] if made.num_missing else [])])
-    return made.page

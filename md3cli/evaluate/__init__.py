@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 EVAL_SCHEMA = "md3-eval/1"
+YAML_SUFFIXES = (".yaml", ".yml")
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 SCORE_TOLERANCE = 0.002  # what the same model, weights and picture promise
 RESULT_KEYS = ("caption", "answer", "reasoning", "objects", "points", "segments")
@@ -111,16 +112,21 @@ class Evaluation:
 
 
 def load_truth(path: Path) -> Truth:
-    """Read a ground truth file, a table or JSON.
+    """Read a ground truth: a table, JSON, a YOLO data.yaml, or a folder of YOLO or labelme files.
 
     Raises:
-        InputError: the file cannot be read, or is of no known kind; the message says which kinds there are.
+        InputError: it cannot be read, or is of no known kind; the message says which kinds there are.
     """
-    if path.suffix.lower() not in TABLE_SUFFIXES:
-        return read_document(path)
-    from md3cli.evaluate.truth_rows import read_table  # which loads pyarrow's world
+    suffix = path.suffix.lower()
+    if suffix in TABLE_SUFFIXES:
+        from md3cli.evaluate.truth_rows import read_table  # which loads pyarrow's world
 
-    return read_table(path)
+        return read_table(path)
+    if suffix in YAML_SUFFIXES or path.is_dir():
+        from md3cli.evaluate.truth_folders import read_folder
+
+        return read_folder(path)
+    return read_document(path)
 
 
 def evaluate(

@@ -147,10 +147,14 @@ def locate(records: Sequence[RecordDict], truth: Instances, labels: Labels) -> L
             if name == first:
                 found.append(record)
     sizes = dict(_sizes(pictured, images, truth))
-    pairs = (
-        Pair(tuple(found), name, image, category, sizes.get(image, NO_SIZE), truth.objects.get((image, category), ()))
-        for (image, category), (name, found) in answers.items()
-    )
+
+    def pair_of(image: str, category: str, name: str, found: list[RecordDict]) -> Pair:
+        size, objects = sizes.get(image, NO_SIZE), truth.objects.get((image, category), ())
+        if truth.are_shares:
+            objects = tuple(thing.in_pixels(size) for thing in objects)
+        return Pair(tuple(found), name, image, category, size, objects)
+
+    pairs = (pair_of(*key, *answer) for key, answer in answers.items())
     notes = (
         *coverage_notes("image", names, truth.images, matches),
         *coverage_notes("label", asked, truth.categories, named),

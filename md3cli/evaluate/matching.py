@@ -8,7 +8,7 @@ keeps its place among them. Knows no scores.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,10 +38,14 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """For each prediction right, wrong or None (not judged); `missed` holds the indices of objects nobody found."""
+    """For each prediction right, wrong or None (not judged); `missed` holds the indices of objects nobody found.
+
+    `partners` tells by right predictions which object is theirs, where they were matched by overlap.
+    """
 
     is_right: tuple[bool | None, ...]
     missed: tuple[int, ...]
+    partners: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +79,15 @@ def match_by_overlap(overlap: np.ndarray, scores: Sequence[float], is_crowd: Seq
     """
     is_right: list[bool | None] = [False] * len(scores)
     free = {index for index, crowd in enumerate(is_crowd) if not crowd}
+    partners: dict[int, int] = {}
     for prediction in sorted(range(len(scores)), key=lambda index: -scores[index]):
         best = max(free, key=lambda index: (overlap[prediction, index], -index), default=None)
         if best is not None and overlap[prediction, best] >= IOU_THRESHOLD:
-            is_right[prediction] = True
+            is_right[prediction], partners[prediction] = True, best
             free.discard(best)
         elif any(crowd and overlap[prediction, index] >= IOU_THRESHOLD for index, crowd in enumerate(is_crowd)):
             is_right[prediction] = None
-    return Match(tuple(is_right), tuple(sorted(free)))
+    return Match(tuple(is_right), tuple(sorted(free)), partners)
 
 
 def match_points(is_inside: np.ndarray, is_crowd: Sequence[bool]) -> Match:
@@ -120,7 +125,7 @@ def judge_boxes(pair: Pair) -> Judged:
     Raises:
         MissingExtraError: faster-coco-eval is not installed.
     """
-    predictions = tuple(_boxes(pair))
+    predictions = tuple(boxes_of(pair))
     return _judge(pair, predictions, [list(one.bbox) for one in predictions], [list(one.bbox) for one in pair.objects])
 
 
@@ -167,9 +172,10 @@ def _found(pair: Pair) -> Iterator[tuple[tuple[int, int], Mapping[str, Any]]]:
             yield (record, number), found
 
 
-def _boxes(pair: Pair) -> Iterator[Prediction]:
+def boxes_of(pair: Pair) -> Iterator[Prediction]:
+    """Yield the boxes that the records of a pair found, of detect and of segment, cut to the picture."""
     for place, found in _found(pair):
-        box = clamped_box(found, pair.category, found.get("score"), *pair.size_wh)
+        box = clamped_box(found.get("bbox", found), pair.category, found.get("score"), *pair.size_wh)
         if box is not None:
             yield Prediction(place, (box.x, box.y, box.width, box.height), _score_of(box.score))
 

@@ -7,9 +7,10 @@ file gives them. Knows no records.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ class TruthObject:
     mask: list[list[float]] | dict[str, Any] | None
     area: float
     is_crowd: bool
+    id: int | str | None = None  # by which the file knows it
+
+    def in_pixels(self, size_wh: tuple[int, int]) -> TruthObject:
+        """Return an object that is given in shares, in pixels of a picture of this size."""
+        scale = (*size_wh, *size_wh)
+        x, y, width, height = (value * side for value, side in zip(self.bbox, scale, strict=True))
+        mask = self.mask
+        if isinstance(mask, list):
+            mask = [[value * size_wh[place % 2] for place, value in enumerate(ring)] for ring in mask]
+        return replace(self, bbox=(x, y, width, height), mask=mask, area=self.area * size_wh[0] * size_wh[1])
 
     @property
     def segmentation(self) -> list[list[float]] | dict[str, Any]:
@@ -46,7 +57,10 @@ class TruthObject:
 
 @dataclass(frozen=True, slots=True)
 class Instances:
-    """Objects, as COCO has them. `objects` by (image name, category name)."""
+    """Objects, as COCO has them. `objects` by (image name, category name).
+
+    `are_shares`: boxes and polygons are shares of the picture, 0-1, whose size the file does not say.
+    """
 
     path: Path
     images: Mapping[str, TruthImage]
@@ -55,6 +69,7 @@ class Instances:
     notes: tuple[str, ...] = ()  # sentences about what of the file is not scored; of the others, too
     # The names of images by what a run over this very file calls its rows; of the others, too.
     rows: Mapping[str, str] = field(default_factory=dict)
+    are_shares: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +105,10 @@ def read_document(path: Path) -> Truth:
     try:
         if isinstance(document, list):
             return _questions(path, document)
+        if "shapes" in document:
+            from md3cli.evaluate.truth_folders import labelme_of
+
+            return labelme_of(path, document)
         annotations = document["annotations"]
         if annotations and "caption" in annotations[0]:
             return Captions(path, _captions(document["images"], annotations))
@@ -97,8 +116,8 @@ def read_document(path: Path) -> Truth:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise InputError(
             f"{printable(str(path))} is no ground truth that md3 knows ({type(error).__name__}: {error}): it reads "
-            "COCO instances, COCO captions, a list (JSON or JSON Lines) of {image, question, answer}, or a table (.csv "
-            ".tsv .parquet)"
+            "COCO instances, COCO captions, a list (JSON or JSON Lines) of {image, question, answer}, a table (.csv "
+            ".tsv .parquet), a YOLO data.yaml, a labelme file, or a folder of YOLO or labelme files"
         ) from error
 
 
@@ -211,10 +230,13 @@ def _refuse_doubled(names: Iterable[str]) -> None:
 def truth_object(annotation: Mapping[str, Any]) -> TruthObject:
     """Return the object of a COCO annotation; raises KeyError, TypeError or ValueError where it has no box."""
     x, y, width, height = map(float, annotation["bbox"])
+    if not all(map(math.isfinite, (x, y, width, height))):
+        raise ValueError("a bbox has a number that is not finite")
     area = annotation.get("area")
     return TruthObject(
         (x, y, width, height),
         annotation.get("segmentation") or None,
         float(width * height if area is None else area),
         bool(annotation.get("iscrowd", 0)),
+        name if isinstance(name := annotation.get("id"), int | str) else None,
     )

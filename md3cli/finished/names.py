@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from md3cli.errors import InputError
 from md3cli.records import printable
+from md3cli.source.walk import has_image_suffix
 
 NAMES_SHOWN = 5
 
@@ -34,7 +35,8 @@ class Matches:
 def match_images(asked: Iterable[str], known: Iterable[str]) -> Matches:
     """Match picture names one to one: as they are, by the same path, by a folder more or less, by the last part.
 
-    The last part alone ("train/a.png", "val/a.png") counts only where nothing else matched.
+    A ground truth whose pictures are not at hand (YOLO's label files) calls them without suffix. The last part alone
+    ("train/a.png", "val/a.png") counts only where nothing else matched.
 
     Raises:
         InputError: there are names, and not one is in the ground truth.
@@ -42,7 +44,8 @@ def match_images(asked: Iterable[str], known: Iterable[str]) -> Matches:
     names, truths = list(dict.fromkeys(asked)), list(dict.fromkeys(known))
     found = {name: name for name in set(names).intersection(truths)}
     unclear: dict[str, None] = {}
-    ways: list[_Way] = [partial(_pairs, key=plain_path), partial(_pairs, key=_decoded_path), _same_tail]
+    paths = (partial(_pairs, key=plain_path), partial(_pairs, key=_decoded_path))
+    ways: list[_Way] = [*paths, _same_tail, _same_but_suffix]
     for way in ways:
         _match_clear(way, names, truths, found, unclear)
     if not found:
@@ -116,6 +119,16 @@ def _match_clear(
             found[name] = truth
         else:
             unclear[name] = None
+
+
+def _same_but_suffix(names: list[str], truths: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield (name, truth) where the truth has no suffix of pictures and is, or ends, the name without its own."""
+    bare = [truth for truth in truths if not has_image_suffix(truth)]
+    by_stem: dict[str, list[str]] = {}
+    for name in names if bare else ():
+        by_stem.setdefault(name.removesuffix(name[name.rfind(".") :]) if "." in name else name, []).append(name)
+    for stem, truth in [*_pairs([*by_stem], bare, key=_decoded_path), *_same_tail([*by_stem], bare)]:
+        yield from ((name, truth) for name in by_stem[stem])
 
 
 def _pairs(names: list[str], truths: list[str], key: Callable[[str], Hashable]) -> Iterator[tuple[str, str]]:

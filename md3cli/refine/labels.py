@@ -307,7 +307,7 @@ def read_labels(path: Path) -> Labels:
     elif suffix == ".txt":
         labels = _of_lines(lines_of(text), f"--labels {where}")
     else:
-        labels = _of_yaml(text, where)
+        labels = _of_yaml(text, f"--labels {where}")
     if not labels.labels:
         raise UsageError(f"--labels {where} names no label")
     return labels
@@ -415,23 +415,39 @@ def _count(value: object, where: str) -> int:
 
 
 def _of_yaml(text: str, where: str) -> Labels:
-    """Read the `names` of a YOLO file: a list, or a map from numbers, which is put in their order."""
-    names = _yaml_document(text, where).get("names")
+    names = names_by_number(yaml_document(text, where), where).values()
+    return _checked([Label(name=name, prompts=(name,)) for name in names], where)
+
+
+def names_by_number(document: Mapping[str, Any], where: str) -> dict[int, str]:
+    """Return the `names` of a YOLO file in the order of their numbers: of a list, or a map from numbers.
+
+    Raises:
+        UsageError: there are none, or they are no names; its message begins with `where`.
+    """
+    names = document.get("names")
     if isinstance(names, dict):
         odd = next((key for key in names if not _NUMBER.fullmatch(key)), None)
         if odd is not None:
-            raise UsageError(f"--labels {where}: {shown_text(odd)!r} in names is not the number of a class")
+            raise UsageError(f"{where}: {shown_text(odd)!r} in names is not the number of a class")
         by_number = {int(key): name for key, name in names.items()}
         if len(by_number) < len(names):
-            raise UsageError(f"--labels {where}: the number of a class comes twice in names; leave one out")
-        names = [by_number[number] for number in sorted(by_number)]
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise UsageError(f"--labels {where} has no names of classes (names: a list, or a map from numbers)")
-    return _checked([Label(name=name.strip(), prompts=(name.strip(),)) for name in names], f"--labels {where}")
+            raise UsageError(f"{where}: the number of a class comes twice in names; leave one out")
+    else:
+        by_number = dict(enumerate(names)) if isinstance(names, list) else {}
+    if not isinstance(names, dict | list) or not all(
+        isinstance(name, str) and name.strip() for name in by_number.values()
+    ):
+        raise UsageError(f"{where} has no names of classes (names: a list, or a map from numbers)")
+    return {number: by_number[number].strip() for number in sorted(by_number)}
 
 
-def _yaml_document(text: str, where: str) -> dict[str, Any]:
-    """Parse YAML in which each scalar is a text; an alias, which could make a small file a huge one, is refused."""
+def yaml_document(text: str, where: str) -> dict[str, Any]:
+    """Parse YAML in which each scalar is a text; an alias, which could make a small file a huge one, is refused.
+
+    Raises:
+        UsageError: it is no map, or cannot be read so; its message begins with `where`.
+    """
     import yaml
 
     base = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
@@ -447,14 +463,14 @@ def _yaml_document(text: str, where: str) -> dict[str, Any]:
         depth = 0
         for event in yaml.parse(text, Loader=base):
             if isinstance(event, yaml.AliasEvent):
-                raise UsageError(f"--labels {where}: aliases (*name) are not read; write the names out")
+                raise UsageError(f"{where}: aliases (*name) are not read; write the names out")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEPTH_LIMIT:  # the parser takes minutes, and the stack of the C library is not guarded
                 raise yaml.YAMLError("it is nested too deep")
         document = yaml.load(text, Loader=OnceLoader)  # noqa: S506 - a BaseLoader makes texts, lists and maps only
     except (yaml.YAMLError, RecursionError) as error:
         reason = shown_text(" ".join(str(error).split()))
-        raise UsageError(f"--labels {where} is not YAML that can be read: {reason}") from error
+        raise UsageError(f"{where} is not YAML that can be read: {reason}") from error
     if not isinstance(document, dict):
-        raise UsageError(f"--labels {where} has no names of classes")
+        raise UsageError(f"{where} has no names of classes")
     return document

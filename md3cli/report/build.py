@@ -14,7 +14,7 @@ import hashlib
 import io
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -209,24 +209,42 @@ def write_report(
         OutputError: it cannot be written.
         MissingExtraError: jinja2 is not installed.
     """
+    records, notes = as_collection(records), list[str]()
+    shown = with_verdicts(items(read(records, notes)), verdicts_of(sections))
+
+    def page_of(stats: RunStats) -> Page:
+        return _page_of(records, stats, options, sections)
+
+    made = write_items(shown, records, output, options, page_of)
+    return replace(made, notes=(*notes, *made.notes))
+
+
+def write_items(
+    shown: Iterable[Item],
+    records: Collection,
+    output: Path,
+    options: ReportOptions,
+    page_of: Callable[[RunStats], Page],
+) -> ReportSummary:
+    """Write a page with a card for each of `shown`, whose pictures are those of `records`; raises as `write_report`.
+
+    `page_of` makes the words around the cards, once all of them are counted.
+    """
     _template()  # what is missing is said before the work
-    page = output if output.suffix.lower() in (".html", ".htm") else output / "index.html"
-    records, notes, num_missing = as_collection(records), list[str](), 0
+    page, num_missing = output if output.suffix.lower() in (".html", ".htm") else output / "index.html", 0
     pictures, stats = Pictures(records, _picture_options(options)), _new_stats(records)
-    judged = with_verdicts(items(read(records, notes)), verdicts_of(sections))
     with replaced_file(page, overwrite=options.overwrite) as file, ExitStack() as stack:
         pieces = Pieces(page.with_name(f"{page.stem}_pages"), options, stack)
-        for item in in_pieces(with_thumbnails(judged, pictures, options.thumbnail_px), pieces.write):
+        for item in in_pieces(with_thumbnails(shown, pictures, options.thumbnail_px), pieces.write):
             stats.add(item)
             num_missing += item.missing is not None
         stack.close()  # the folder first: a page without its folder shows nothing
-        overview, head = _page_of(records, stats, options, sections)
+        head = _head_of(records, stats, options)
         nonce = None if pieces.folder is None else pieces.stamp
-        file.writelines(render(overview, pieces.data(head), nonce))
+        file.writelines(render(page_of(stats), pieces.data(head), nonce))
     pieces.remove_former()
-    return ReportSummary(
-        page, pieces.folder, stats.num_images, stats.num_records, num_missing, (*notes, *pictures.file_notes())
-    )
+    notes = tuple(pictures.file_notes())
+    return ReportSummary(page, pieces.folder, stats.num_images, stats.num_records, num_missing, notes)
 
 
 def _new_stats(records: Collection) -> RunStats:
@@ -299,15 +317,18 @@ def _picture_options(options: ReportOptions) -> ExportOptions:
     )
 
 
-def _page_of(
-    records: Collection, stats: RunStats, options: ReportOptions, sections: Sequence[Section]
-) -> tuple[Page, dict[str, Any]]:
-    """Return what the template gets, and what the script gets besides index and cards."""
-    path, infos, palette = records.path, records.infos(), palette_of(stats.palette_labels)
+def name_of_run(records: Collection) -> str:
+    """Return what a page about the records is called, and the file of its marks."""
+    path = records.path
+    return printable(path.parent.resolve().name if path.stem == "records" else path.stem)
+
+
+def _page_of(records: Collection, stats: RunStats, options: ReportOptions, sections: Sequence[Section]) -> Page:
+    """Return what the template gets."""
+    infos, palette = records.infos(), palette_of(stats.palette_labels)
     run = infos[0] if len(infos) == 1 else RunInfo({})  # the times of several runs say nothing together
-    name = printable(path.parent.resolve().name if path.stem == "records" else path.stem)
-    page = Page(
-        title=options.title or name,
+    return Page(
+        title=options.title or name_of_run(records),
         facts=run_facts(stats),
         tiles=overview_tiles(stats, run),
         tables=[score_table(section) for section in sections],
@@ -318,8 +339,13 @@ def _page_of(
         is_judged=is_judged(stats.kinds),
         made=today(),
     )
-    data: dict[str, Any] = {"run": run_key(infos, stats), "name": name, "labels": palette.document()}
-    return page, data | {"perPage": options.images_per_page, "cardsSize": CARDS_SIZE}
+
+
+def _head_of(records: Collection, stats: RunStats, options: ReportOptions) -> dict[str, Any]:
+    """Return what the script gets besides index and cards."""
+    labels = palette_of(stats.palette_labels).document()
+    data: dict[str, Any] = {"run": run_key(records.infos(), stats), "name": name_of_run(records), "labels": labels}
+    return data | {"perPage": options.images_per_page, "cardsSize": CARDS_SIZE}
 
 
 def run_key(infos: Sequence[RunInfo], stats: RunStats) -> str:

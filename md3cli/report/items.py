@@ -120,16 +120,16 @@ def items(records: Iterable[RecordDict]) -> Iterator[Item]:
             raise InputError(f"record {printable(str(record.get('id')))} is damaged: it has no image or no task")
         if item is None or record["image"] is None or not _is_same(record, item.first):
             if item is not None:
-                yield _with_names_apart(item)
-            item = _new_item(record)
+                yield with_names_apart(item)
+            item = new_item(record)
         elif item.width is None:
             item.width, item.height, item.frame = _size(record)
         item.entries.append(entry_of(record, item.frame))
     if item is not None:
-        yield _with_names_apart(item)
+        yield with_names_apart(item)
 
 
-def _with_names_apart(item: Item) -> Item:
+def with_names_apart(item: Item) -> Item:
     """Move names that would be written over one another: below their boxes, or inside."""
     taken: list[_Line] = []
     if sum(len(entry.shapes) for entry in item.entries) > 1:
@@ -171,7 +171,8 @@ def _is_same(record: RecordDict, other: RecordDict) -> bool:
     return len(digests) < 2 and image_key(record) == image_key(other)
 
 
-def _new_item(record: RecordDict) -> Item:
+def new_item(record: RecordDict) -> Item:
+    """Return the picture of a record, without entries yet."""
     width, height, frame = _size(record)
     name = record["image"]
     return Item("" if name is None else printable(str(name)), width, height, frame)

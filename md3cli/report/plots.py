@@ -75,7 +75,8 @@ class RunStats:
         self.num_objects += labels.total()
         for entry in item.entries:
             if len(self.palette_labels) < MAX_DISTINCT:
-                self.palette_labels.update(dict.fromkeys(asked_and_found(entry.record, self.named)))
+                drawn = (shape.label for shape in entry.shapes)
+                self.palette_labels.update(dict.fromkeys((*asked_and_found(entry.record, self.named), *drawn)))
             self.num_records += 1
             self.tasks[entry.task] += 1
             self.statuses[entry.status] += 1
