@@ -115,6 +115,8 @@ def _lines(counted: RecordStats, records: Collection) -> Iterator[str]:
     failed = f", {found['failed']:,} failed ({_listed(found['errors'])})" if found["failed"] else ""
     yield f"records   {found['records']:,}: {found['ok']:,} ok{failed}"
     yield f"tasks     {_listed(found['tasks']) or 'none'}"
+    if "regions" in found:
+        yield f"regions   {found['regions']:,} of the records are about parts of pictures"
     if found["labels"]:
         most_first = dict(sorted(found["labels"].items(), key=lambda item: -item[1]))
         yield f"objects   {sum(found['labels'].values()):,}: {_listed(most_first)}"

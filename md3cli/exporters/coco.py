@@ -9,6 +9,9 @@ Results can only be scored with the ids of the ground truth: `--coco-ids-from gt
 `file_name` and its category ids by `name`, matched as `md3 eval` matches them. What that file lacks gets fresh ids
 after its highest.
 
+What is said about a part of a picture stands in `attributes` of the annotation that the part is of, by question. A part
+whose annotation is not here is one of its own. Results have no attributes.
+
 With `--split` OUT is a folder with `instances_train.json` and its like; with `--roboflow` one of pictures, a folder for
 each set, with `_annotations.coco.json` beside them, as RF-DETR and other programs of that house want.
 """
@@ -207,9 +210,12 @@ class _Writer:
     def __init__(self, survey: Survey, options: ExportOptions, images: Iterable[str], given: Mapping[str, int]) -> None:
         self._options = options
         has_objects = bool(survey.tasks & {"detect", "segment"}) or (options.keypoints and "point" in survey.tasks)
+        self._tells_of_parts = survey.num_part_texts > 0 and not options.coco_results
+        has_objects = has_objects or self._tells_of_parts
         self._is_of_captions = "caption" in survey.tasks and not has_objects
         self._point_labels = survey.point_labels if options.keypoints else {}
-        labels = dict.fromkeys((*survey.categories(), *self._point_labels))
+        part_labels = survey.part_labels if self._tells_of_parts else {}
+        labels = dict.fromkeys((*survey.categories(), *self._point_labels, *part_labels))
         self._ids = CocoIds(labels, options.coco_ids_from, images, given)
         self._has_masks = "segment" in survey.tasks
         self._model = survey.model
@@ -284,6 +290,7 @@ class _Writer:
     def notes(self, survey: Survey) -> Iterator[str]:
         """Yield what was left out of the document and where else it can be had, a sentence each."""
         yield from survey.notes()
+        yield from survey.part_notes(have_place=not self._options.coco_results)
         if self._num_points and not self._options.keypoints:
             yield f"{self._num_points} points were left out; --keypoints writes them as one-keypoint categories"
         if "query" in survey.tasks:
@@ -311,7 +318,7 @@ class _Writer:
 
     def _annotations(self, group: ImageGroup, image_id: Any) -> Iterator[Annotation]:
         """Yield an image's annotations, without ids."""
-        for box in group.boxes():
+        for box in group.told_boxes() if self._tells_of_parts else group.boxes():
             yield self._box(box, image_id, [box.corners], box.width * box.height)
         for segment in group.segments():
             yield self._segment(segment, group, image_id)
@@ -332,7 +339,8 @@ class _Writer:
             "segmentation": segmentation,
             "iscrowd": 0,
         }
-        return annotation if box.score is None else {**annotation, "score": box.score}
+        annotation |= {} if box.score is None else {"score": box.score}
+        return annotation | ({"attributes": dict(box.texts)} if box.texts else {})
 
     def _segment(self, segment: PixelSegment, group: ImageGroup, image_id: Any) -> Annotation:
         from md3cli.exporters.masks import fill, segmentation

@@ -88,7 +88,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
             for crop in cut.crops:
                 table.write(crop.row)
         table.end()
-    notes = (*survey.notes(), *pictures.notes(), *_notes(counts))
+    notes = (*survey.notes(), *survey.part_notes(have_place=False), *pictures.notes(), *_notes(counts))
     return ExportReport("crops", out, survey.num_records, counts["images"], survey.num_failures, notes)
 
 

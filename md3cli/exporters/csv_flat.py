@@ -1,8 +1,9 @@
 """CSV: one row for each box, mask, point or text; one row too for a record that found nothing or failed.
 
 Boxes are clamped pixels of the upright image (x and y of the top left corner); a point has no width and height. What
-records carry along has a column for each key, `meta.KEY`: a text or a number as it is, all else as JSON. Texts are
-guarded against spreadsheets (table.py); JSON Lines and Parquet hold them as they are.
+records carry along has a column for each key, `meta.KEY`: a text or a number as it is, all else as JSON. Columns
+`region.*` say which part of its picture a record is about, as it does: 0-1, unclamped. Texts are guarded against
+spreadsheets (table.py); JSON Lines and Parquet hold them as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,14 @@ from typing import Any
 
 from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file
-from md3cli.exporters.grouping import CHOICE_PREFIX, META_PREFIX, choice_scores, find_columns
+from md3cli.exporters.grouping import (
+    CHOICE_PREFIX,
+    META_PREFIX,
+    PART_COLUMNS,
+    choice_scores,
+    find_columns,
+    part_columns,
+)
 from md3cli.exporters.objects import boxes, points, segments
 from md3cli.exporters.table import Table
 from md3cli.records import RecordDict, compact_json
@@ -31,9 +39,10 @@ Row = dict[str, Any]
 
 
 def export(records: Collection, out: Path, options: ExportOptions) -> ExportReport:
-    """Write one table of all records; columns of `meta`, then those of restricted answers' choices come last."""
+    """Write one table of all records; columns of parts, of `meta` and of restricted answers' choices come last."""
     found = find_columns(records, has_meta=True)
-    columns = [*COLUMNS, *(META_PREFIX + key for key in found.meta), *(CHOICE_PREFIX + name for name in found.choices)]
+    columns = [*COLUMNS, *(PART_COLUMNS if found.has_parts else ())]
+    columns += [*(META_PREFIX + key for key in found.meta), *(CHOICE_PREFIX + name for name in found.choices)]
     num_records, num_long, notes = 0, 0, list[str]()
     with replaced_file(out, overwrite=options.overwrite) as file:
         file.write(codecs.BOM_UTF8 if options.has_bom else b"")
@@ -58,6 +67,7 @@ def _rows(record: RecordDict) -> Iterator[Row]:
     shared |= {"finish_reason": record.get("finish_reason"), "id": record.get("id")}
     shared |= {"error_type": error.get("type"), "error_message": error.get("message")}
     shared |= {"length": record.get("length"), "reasoning": (record.get("reasoning") or {}).get("text")}
+    shared |= part_columns(record)
     shared |= {META_PREFIX + key: _cell(value) for key, value in (record.get("meta") or {}).items()}
     shared |= {CHOICE_PREFIX + choice: score for choice, score in choice_scores(record).items()}
     if record.get("answer") is not None:

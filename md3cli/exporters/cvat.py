@@ -3,7 +3,8 @@
 CVAT looks for an `<image>`'s picture by its path without suffix; one that it does not know it takes for the frame whose
 number is the `id`, silently. So no two names differ in suffix or case alone, and once one picture is there, those that
 are not are left out. Boxes are boxes, masks polygons, points points; each has its score as an attribute, which a task
-keeps if its labels declare it, as `labels.json` does. Captions and answers are tags of the image with a text.
+keeps if its labels declare it, as `labels.json` does. Captions and answers are tags of the image with a text; those
+about a part are attributes of its shape, called by their questions and declared for its label.
 Source: CVAT's loader (`dataset_manager/formats/cvat.py`, `match_dm_item`), its limits from cvat-sdk 2.80.
 """
 
@@ -13,7 +14,7 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import closing
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
@@ -25,7 +26,7 @@ from md3cli.exporters.copies import USUAL, Copy, copied
 from md3cli.exporters.files import staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.names import Names, beside_pictures
-from md3cli.exporters.objects import Ring, joined_ring
+from md3cli.exporters.objects import PixelBox, PixelPoint, Ring, Texts, joined_ring
 from md3cli.exporters.palette import palette
 from md3cli.exporters.pictures import Pictures
 from md3cli.records import printable
@@ -33,6 +34,8 @@ from md3cli.refine.collection import Collection
 
 LABEL_CHARS = 64  # CVAT refuses a task with a longer label
 TEXT_CHARS = 4096  # and a longer value of an attribute
+NAME_CHARS = 64  # and a longer name of one
+MOST_QUESTIONS = 100  # of a label: each is a field of CVAT's form for it, and is held in memory
 _NOT_XML = re.compile("[\ud800-\udfff\ufffe\uffff]")  # of what may be left in a name (XML 1.0, section 2.2)
 _SCORE = {
     "name": "score",
@@ -64,7 +67,13 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         with (folder.path / "annotations.xml").open("wb") as file:
             chosen.write(file, printable(out.name))
         (folder.path / "labels.json").write_text(json.dumps(labels.entries, indent=1) + "\n", encoding="utf-8")
-    notes = (*survey.notes(), *_notes(pictures), *labels.notes(), *_setup_notes(out, pictures))
+    notes = (
+        *survey.notes(),
+        *survey.part_notes(have_place=True),
+        *_notes(pictures),
+        *labels.notes(),
+        *_setup_notes(out, pictures),
+    )
     return ExportReport("cvat", out, survey.num_records, chosen.num_images, survey.num_failures, notes)
 
 
@@ -89,6 +98,8 @@ class _Labels:
     def __init__(self, survey: Survey) -> None:
         self.entries: list[dict[str, Any]] = []
         self.num_cut_texts = 0
+        self.num_left_out = 0
+        self._questions: dict[str, dict[str, str]] = {}  # label -> question -> name of the attribute
         self._taken: set[str] = set()
         styles = palette((*survey.in_order(), *(tag for tag, _ in _TAGS.values())))
         self.of = {
@@ -106,23 +117,48 @@ class _Labels:
         self.num_cut_texts += len(shown) > TEXT_CHARS
         return shown[:TEXT_CHARS]
 
+    def told(self, label: str, texts: Texts) -> dict[str, str]:
+        """Return what is said about a shape as attributes of its label, which are declared; what is too many goes."""
+        held = dict[str, str]()
+        for question, text in texts.items():
+            name = self._attribute(label, question)
+            self.num_left_out += name is None
+            held |= {} if name is None else {name: self.value(text)}
+        return held
+
+    def _attribute(self, label: str, question: str) -> str | None:
+        known = self._questions.setdefault(label, {})
+        if question not in known and len(known) < MOST_QUESTIONS:
+            name = _free(printable(question).strip()[:NAME_CHARS].strip() or "question", {"score", *known.values()})
+            known[question] = name
+            entry = next(entry for entry in self.entries if entry["name"] == self.of[label])
+            entry["attributes"] = [*entry["attributes"], {"name": name, **_TEXT}]
+        return known.get(question)
+
     def notes(self) -> Iterator[str]:
         """Yield what CVAT cannot hold as it is."""
         changed = [f"{printable(label)} to {name}" for label, name in self.of.items() if printable(label) != name]
         if changed:
             yield f"labels that CVAT does not take were changed: {', '.join(changed)}"
+        if self.num_left_out:
+            yield f"{self.num_left_out} answers were left out: a label has at most {MOST_QUESTIONS} questions here"
         if self.num_cut_texts:
             yield f"{self.num_cut_texts} texts were cut to {TEXT_CHARS} characters, the most that CVAT takes"
 
     def _declared(self, label: str, type: str, attributes: list[dict[str, Any]], colour: str) -> str:
-        short = printable(label).strip()[:LABEL_CHARS].strip() or "object"
-        name, number = short, 1
-        while name in self._taken:
-            number += 1
-            name = f"{short[: LABEL_CHARS - len(str(number)) - 1]}~{number}"
+        name = _free(printable(label).strip()[:LABEL_CHARS].strip() or "object", self._taken)
         self._taken.add(name)
         self.entries.append({"name": name, "color": colour, "type": type, "attributes": attributes})
         return name
+
+
+def _free(short: str, taken: Container[str]) -> str:
+    """Return a name of at most 64 characters that is not taken."""
+    name, number = short, 1
+    while name in taken:
+        number += 1
+        name = f"{short[: LABEL_CHARS - len(str(number)) - 1]}~{number}"
+    return name
 
 
 class _Elements:
@@ -172,19 +208,21 @@ def _add_label(labels: ET.Element, entry: dict[str, Any]) -> None:
 
 
 def _shapes(group: ImageGroup, labels: _Labels) -> Iterator[str]:
-    for box in group.boxes():
+    for box in group.told_boxes():
         left, top, right, bottom = box.x, box.y, box.x + box.width, box.y + box.height
         corners = f'xtl="{left:.2f}" ytl="{top:.2f}" xbr="{right:.2f}" ybr="{bottom:.2f}"'
-        yield _shape("box", labels.of[box.label], corners, box.score)
+        yield _shape("box", labels, box, corners)
     for segment in group.segments():
-        yield _shape("polygon", labels.of[segment.box.label], _points(joined_ring(segment.rings)), segment.box.score)
+        yield _shape("polygon", labels, segment.box, _points(joined_ring(segment.rings)))
     for point in group.points():
-        yield _shape("points", labels.of[point.label], _points([(point.x, point.y)]), point.score)
+        yield _shape("points", labels, point, _points([(point.x, point.y)]))
 
 
-def _shape(tag: str, label: str, place: str, score: float | None) -> str:
-    facts = f'label={quoteattr(label)} source="auto" occluded="0" {place} z_order="0"'
-    return _element(tag, facts, {} if score is None else {"score": f"{score:.3f}"})
+def _shape(tag: str, labels: _Labels, found: PixelBox | PixelPoint, place: str) -> str:
+    facts = f'label={quoteattr(labels.of[found.label])} source="auto" occluded="0" {place} z_order="0"'
+    score = {} if found.score is None else {"score": f"{found.score:.3f}"}
+    texts = labels.told(found.label, found.texts) if isinstance(found, PixelBox) and found.texts else {}
+    return _element(tag, facts, score | texts)
 
 
 def _points(ring: Ring) -> str:

@@ -23,14 +23,17 @@ from typing import Any, NamedTuple
 
 from md3cli.errors import ExportError
 from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, boxes, label_of, points, segments
+from md3cli.exporters.parts import PartTexts, part_texts
 from md3cli.finished.record_shape import LINE_LIMIT_BYTES
 from md3cli.finished.records_file import disk_trouble_in_words, open_records
 from md3cli.records import RecordDict, printable
 from md3cli.refine.collection import RECORDS_TOLD, Collection, ShownRecords, read
 from md3cli.refine.labels import Labels
+from md3cli.refine.parts import is_of_part, part_text, says_of_part
 from md3cli.refine.refinement import FOUND_BY_TASK, name_of
 
 CHOICE_PREFIX = "choice_"  # of the columns that hold the scores of choices
+PART_COLUMNS = tuple(f"region.{key}" for key in ("x_min", "y_min", "x_max", "y_max", "label", "of", "index"))
 META_PREFIX = "meta."  # of the columns that hold what records carry along
 META_COLUMNS_LIMIT = 1000  # each row has a cell in each column, so that keys of strangers would multiply
 _KEY_LIMIT_CHARS = 200
@@ -60,10 +63,14 @@ class Survey:
     labels: dict[str, None] = field(default_factory=dict)  # of boxes and masks
     point_labels: dict[str, None] = field(default_factory=dict)
     all_labels: dict[str, None] = field(default_factory=dict)  # of both
-    tasks: set[str] = field(default_factory=set)
+    part_labels: dict[str, None] = field(default_factory=dict)  # of parts of pictures that words are about
+    tasks: set[str] = field(default_factory=set)  # but for words about parts, which are not of the pictures
     num_records: int = 0
     num_failures: int = 0
     num_without_image: int = 0
+    num_part_texts: int = 0
+    num_hidden_texts: int = 0  # about things that are not shown, of the pictures that were yielded
+    num_own_parts: int = 0  # whose finder is not here, likewise
     has_meta: bool = False
     model: str = ""
     reading_notes: list[str] = field(default_factory=list)  # what of the file is no record of its own
@@ -74,7 +81,11 @@ class Survey:
         self.num_records += 1
         self.num_failures += record.get("error") is not None
         self.num_without_image += record.get("error") is None and record.get("image") is None
-        self.tasks.add(task)
+        if not says_of_part(record):
+            self.tasks.add(task)
+        elif part_text(record) is not None:
+            self.num_part_texts += 1
+            self.part_labels[str(record["region"]["label"])] = None
         self.has_meta = self.has_meta or bool(record.get("meta"))
         self.model = self.model or str(record.get("model") or "")
         if task in FOUND_BY_TASK:
@@ -89,13 +100,29 @@ class Survey:
 
     def in_order(self) -> list[str]:
         """Return all labels, points' too, those of `classes` before the others: the order of the palette."""
-        return list(dict.fromkeys((*self.classes, *self.all_labels)))
+        return list(dict.fromkeys((*self.classes, *self.all_labels, *self.part_labels)))
+
+    def part_notes(self, *, have_place: bool) -> Iterator[str]:
+        """Yield what became of answers and captions about parts; without a place in the format all are left out."""
+        if self.num_part_texts and not have_place:
+            yield f"{_many(self.num_part_texts, 'text')} about parts of pictures left out; coco, csv, parquet have them"
+        elif self.num_hidden_texts:
+            yield f"{_many(self.num_hidden_texts, 'text')} about parts left out: thresholds hide what they are about"
+        if have_place and self.num_own_parts:
+            yield f"{_many(self.num_own_parts, 'box')} added for parts whose own records are not here"
 
     def notes(self) -> Iterator[str]:
         """Yield what was left out of the file, and what no format made of images can hold."""
         yield from self.reading_notes
         if self.num_without_image:
             yield f"{self.num_without_image} answers to questions without an image were left out"
+
+
+def _many(number: int, noun: str) -> str:
+    """Return `1 text was` or `2 texts were`."""
+    if number == 1:
+        return f"1 {noun} was"
+    return f"{number:,} {noun}{'es' if noun.endswith('x') else 's'} were"
 
 
 class ImageGroup(NamedTuple):
@@ -127,13 +154,26 @@ class ImageGroup(NamedTuple):
         """Return the record to find the picture by: one with its digest, where there is one."""
         return next((record for record in self.records if record.get("sha256")), self.records[0])
 
+    def part_texts(self) -> PartTexts:
+        """Return what is said about parts of the image."""
+        return part_texts(self.records, self.width, self.height)
+
     def boxes(self) -> Iterator[PixelBox]:
-        for record in self.records:
-            yield from boxes(record, self.width, self.height)
+        """Yield the boxes of detect records, each with the texts about it."""
+        texts = self.part_texts()
+        for place, record in enumerate(self.records):
+            yield from boxes(record, self.width, self.height, texts.of(place))
+
+    def told_boxes(self) -> Iterator[PixelBox]:
+        """Yield `boxes`, and those of parts that something is said about and whose finder is not here."""
+        yield from self.boxes()
+        yield from self.part_texts().own
 
     def segments(self) -> Iterator[PixelSegment]:
-        for record in self.records:
-            yield from segments(record, self.width, self.height)
+        """Yield the masks of segment records, each with the texts about it."""
+        texts = self.part_texts()
+        for place, record in enumerate(self.records):
+            yield from segments(record, self.width, self.height, texts.of(place))
 
     def points(self) -> Iterator[PixelPoint]:
         for record in self.records:
@@ -144,11 +184,14 @@ class ImageGroup(NamedTuple):
         return {key: value for record in self.records for key, value in (record.get("meta") or {}).items()}
 
     def captions(self) -> list[str]:
-        return [str(record["caption"]) for record in self.records if record.get("caption") is not None]
+        """Return the captions of the whole image."""
+        captioned = (record for record in self.records if not is_of_part(record))
+        return [str(record["caption"]) for record in captioned if record.get("caption") is not None]
 
     def answers(self) -> list[tuple[str, str]]:
-        """Return (question, answer) pairs."""
-        answered = (record for record in self.records if record.get("answer") is not None)
+        """Return (question, answer) pairs about the whole image."""
+        asked = (record for record in self.records if not is_of_part(record))
+        answered = (record for record in asked if record.get("answer") is not None)
         return [(str(record.get("prompt") or ""), str(record["answer"])) for record in answered]
 
 
@@ -187,6 +230,7 @@ class ImageIndex:
             stretches: Iterable[tuple[int, ...]] = self._database.execute(_IN_ORDER)
         (num_images,) = self._database.execute("SELECT count(DISTINCT image) FROM stretch").fetchone()
         reader = _Stretches(self._file)
+        self.survey.num_hidden_texts = self.survey.num_own_parts = 0
         for number, ((_, twin, has_twins), parts) in enumerate(groupby(stretches, key=lambda row: row[2:])):
             self._records.told(number, num_images)
             answered: list[RecordDict] = []
@@ -201,7 +245,12 @@ class ImageIndex:
             sized = next((record for record in answered if "width" in record), None)
             if sized is not None:
                 size = int(sized["width"]), int(sized["height"])
-                yield ImageGroup(sized["image"], sized.get("image_b64"), *size, answered, twin, bool(has_twins))
+                group = ImageGroup(sized["image"], sized.get("image_b64"), *size, answered, twin, bool(has_twins))
+                if self.survey.num_part_texts:
+                    texts = group.part_texts()
+                    self.survey.num_hidden_texts += texts.num_hidden
+                    self.survey.num_own_parts += len(texts.own)
+                yield group
 
     def _stretches(self, placed: Iterator[tuple[int, RecordDict]]) -> Iterator[tuple[bytes, bytes, bytes, int, int]]:
         """Yield (the three keys, place of the first record, number of records) for each run of those of one image."""
@@ -274,12 +323,15 @@ class TableColumns(NamedTuple):
     """The columns of a table that depend on its records, in the order in which they first occur.
 
     `choices` are those of restricted answers (`md3 query --choices`), `meta` the keys of `meta`. `is_whole` False:
-    `meta` has more keys, or longer ones, than a table takes.
+    `meta` has more keys, or longer ones, than a table takes. `has_parts`: a record is about a part of its picture;
+    `has_tiles`: one was made of tiles.
     """
 
     choices: list[str]
     meta: list[str]
     is_whole: bool = True
+    has_parts: bool = False
+    has_tiles: bool = False
 
     def notes(self) -> Iterator[str]:
         """Yield what a reader of the table should know: of names in other cases, and of keys without a column."""
@@ -300,26 +352,41 @@ def find_columns(records: Collection, *, has_meta: bool) -> TableColumns:
     They must be known before the first row: this cheap look parses only lines that may hold one.
     """
     choices, meta, is_whole = dict[str, None](), dict[str, None](), True
+    has_parts = has_tiles = False
     for record in _records_with_columns(records, has_meta) if records.selection.takes_all else read(records):
         choices.update(dict.fromkeys(map(_shown, choice_scores(record))))
+        has_parts = has_parts or _has(record, "region", "index")
+        has_tiles = has_tiles or _has(record, "tiles", "size")
         carried = record.get("meta") if has_meta and isinstance(record, dict) else None
         for key in map(_shown, carried if isinstance(carried, dict) else ()):
             if key not in meta:
                 is_taken = len(meta) < META_COLUMNS_LIMIT and len(key) <= _KEY_LIMIT_CHARS
                 meta |= {key: None} if is_taken else {}
                 is_whole = is_whole and is_taken
-    return TableColumns(list(choices), list(meta), is_whole)
+    return TableColumns(list(choices), list(meta), is_whole, has_parts, has_tiles)
+
+
+def _has(record: RecordDict, key: str, inner: str) -> bool:
+    """Return whether a record has a value of several parts; Arrow writes one full of nulls for none."""
+    part = record.get(key) if isinstance(record, dict) else None
+    return isinstance(part, dict) and part.get(inner) is not None
 
 
 def _records_with_columns(records: Collection, has_meta: bool) -> Iterator[RecordDict]:
     for source in records.sources:
         with open_records(source.path) as file:
             while line := file.readline(LINE_LIMIT_BYTES):
-                if b'"choices"' in line or (has_meta and _NO_META not in line):
+                has_column = b'"choices"' in line or b'"region"' in line or b'"tiles"' in line
+                if has_column or (has_meta and _NO_META not in line):
                     with contextlib.suppress(
                         ValueError, RecursionError
                     ):  # the pass that writes refuses it by its number
                         yield json.loads(line)
+
+
+def part_columns(record: RecordDict) -> dict[str, Any]:
+    """Return which part of its picture a record is about, under `PART_COLUMNS`; empty where it is about the whole."""
+    return {f"region.{key}": value for key, value in (record.get("region") or {}).items()}
 
 
 def _shown(key: str) -> str:

@@ -3,9 +3,10 @@
 `load_dataset("imagefolder", data_dir=OUT)` guesses splits from names, so everything lies under `train/`: a picture
 called `test_a.jpg` would otherwise take the rest away. Every row has the same keys, those that the records' tasks can
 fill. `README.md` names the types, classes (`ClassLabel`) among them, for `load_dataset(OUT)`; with "imagefolder" it is
-not read, so that each object has its label as text, too. Pixels are of the upright picture, as `datasets` decodes it. A
-picture that only md3 reads (no end marker, another format than the suffix says) becomes PNG, and so do kinds that
-`datasets` does not load. Other pictures are copied.
+not read, so that each object has its label as text, too. What is said about parts of a picture is in `regions`, with
+the part's label and box, and not among the picture's own captions and answers. Pixels are of the upright picture, as
+`datasets` decodes it. A picture that only md3 reads (no end marker, another format than the suffix says) becomes PNG,
+and so do kinds that `datasets` does not load. Other pictures are copied.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -29,7 +30,7 @@ from md3cli.exporters.copies import Copy, Kinds, copied, named_copies
 from md3cli.exporters.files import staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
 from md3cli.exporters.names import Names, portable
-from md3cli.exporters.objects import flat
+from md3cli.exporters.objects import PixelBox, flat
 from md3cli.exporters.pictures import Pictures
 from md3cli.exporters.splits import Sets
 from md3cli.records import compact_json
@@ -89,7 +90,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         for name in folders.values():  # a set without rows stops `datasets`
             if sets.splits is not None and not (folder.path / name / METADATA).stat().st_size:
                 shutil.rmtree(folder.path / name)
-        notes = (*survey.notes(), *pictures.notes(), *sets.notes())
+        notes = (*survey.notes(), *survey.part_notes(have_place=True), *pictures.notes(), *sets.notes())
     return ExportReport("hf", out, survey.num_records, sets.counts.total(), survey.num_failures, notes)
 
 
@@ -137,6 +138,12 @@ def _features(survey: Survey, classes: Sequence[str]) -> list[dict[str, Any]]:
     if "point" in survey.tasks:
         point = {"x": "float64", "y": "float64", "label": "string", "score": "float64"}
         found += [{"name": "points", "list": _typed(point)}]
+    if survey.num_part_texts:
+        part = [
+            {"name": "bbox", "list": "float64"},
+            *_typed({"label": "string", "question": "string", "text": "string"}),
+        ]
+        found += [{"name": "regions", "list": part}]
     return found + (_typed({"meta": "string"}) if survey.has_meta else [])
 
 
@@ -159,16 +166,29 @@ def _columns(group: ImageGroup, survey: Survey, classes: Mapping[str, int]) -> d
             {"x": round(point.x, 3), "y": round(point.y, 3), "label": point.label, "score": point.score}
             for point in group.points()
         ]
+    if survey.num_part_texts:
+        row["regions"] = [*_parts(group)]
     if survey.has_meta:  # as text: values of mixed types in a column make `datasets` refuse the file
         row["meta"] = json.dumps(group.meta(), ensure_ascii=False, allow_nan=False)
     return row
+
+
+def _parts(group: ImageGroup) -> Iterator[dict[str, Any]]:
+    """Yield each text about a part of the picture."""
+    for box in (*group.told_boxes(), *(segment.box for segment in group.segments())):
+        for question, text in box.texts.items():
+            yield {"bbox": _rounded(box), "label": box.label, "question": question, "text": text}
+
+
+def _rounded(box: PixelBox) -> list[float]:
+    return [round(value, 3) for value in (box.x, box.y, box.width, box.height)]
 
 
 def _objects(group: ImageGroup, classes: Mapping[str, int], *, has_masks: bool) -> dict[str, list[Any]]:
     boxes, segments = list(group.boxes()), list(group.segments())
     found = [*boxes, *(segment.box for segment in segments)]
     objects: dict[str, list[Any]] = {
-        "bbox": [[round(value, 3) for value in (box.x, box.y, box.width, box.height)] for box in found],
+        "bbox": [_rounded(box) for box in found],
         "categories": [classes[box.label] for box in found],
         "labels": [box.label for box in found],
         "scores": [box.score for box in found],

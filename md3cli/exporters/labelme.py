@@ -3,8 +3,9 @@
 Both programs take the JSON of a picture by its name without suffix. So where `a.jpg` and `a.png` would share one, the
 second is `a.png.json`, and its copy `a.png.png`. Beside the user's pictures nothing is renamed: such a JSON is opened
 itself. A box is a rectangle of two points, a mask a polygon, a point a point, in pixels of the upright picture, as
-labelme shows it; X-AnyLabeling shows pictures as they are stored, so copies are stored upright. `score`, and of the
-image `description` and `chat_history`, are X-AnyLabeling's; labelme keeps them.
+labelme shows it; what is said about it is the shape's `description`, and its `attributes` in X-AnyLabeling.
+X-AnyLabeling shows pictures as they are stored, so copies are stored upright. `score`, and of the image `description`
+and `chat_history`, are X-AnyLabeling's; labelme keeps them.
 Source: the loaders of labelme 5.11 and 6.3 and of X-AnyLabeling 4.2 (`label_file.py` in both, `shape.py`).
 """
 
@@ -25,7 +26,7 @@ from md3cli.exporters.copies import USUAL, Copy, copied, missing_notes
 from md3cli.exporters.files import StagedFolder, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.names import Names, beside_pictures, suffix_in
-from md3cli.exporters.objects import Ring, joined_ring
+from md3cli.exporters.objects import NO_TEXTS, Ring, Texts, joined_ring
 from md3cli.exporters.pictures import Pictures
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
@@ -54,7 +55,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         documented = _documented(index, folder, names, pictures, out)
         num_images = sum(1 for _ in copied(documented, pictures, KINDS, are_upright=True))
     survey = index.survey
-    notes = (*survey.notes(), *missing_notes(pictures, "beside the JSON files"))
+    notes = (*survey.notes(), *survey.part_notes(have_place=True), *missing_notes(pictures, "beside the JSON files"))
     return ExportReport("labelme", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
 
 
@@ -79,7 +80,10 @@ def _export_beside(records: Collection, options: ExportOptions) -> ExportReport:
             beside.add(group, partial(_document, group))
             num_strange += suffix_in(group.name).lower() in KINDS.remade
         beside.write()
-        survey, notes = index.survey, [*index.survey.notes(), *beside.notes()]
+        survey, notes = (
+            index.survey,
+            [*index.survey.notes(), *index.survey.part_notes(have_place=True), *beside.notes()],
+        )
         if num_strange:
             notes.append(
                 f"{num_strange} pictures are GIF, AVIF or HEIC, which labelme may not open; with -o they are PNG"
@@ -110,25 +114,26 @@ def _document(group: ImageGroup, image: str) -> bytes:
 
 
 def _shapes(group: ImageGroup) -> Iterator[dict[str, Any]]:
-    for box in group.boxes():
+    for box in group.told_boxes():
         corners = [(box.x, box.y), (box.x + box.width, box.y + box.height)]
-        yield _shape("rectangle", corners, box.label, box.score)
+        yield _shape("rectangle", corners, box.label, box.score, box.texts)
     for segment in group.segments():
-        yield _shape("polygon", joined_ring(segment.rings), segment.box.label, segment.box.score)
+        yield _shape("polygon", joined_ring(segment.rings), segment.box.label, segment.box.score, segment.box.texts)
     for point in group.points():
         yield _shape("point", [(point.x, point.y)], point.label, point.score)
 
 
-def _shape(kind: str, points: Ring, label: str, score: float | None) -> dict[str, Any]:
+def _shape(kind: str, points: Ring, label: str, score: float | None, texts: Texts = NO_TEXTS) -> dict[str, Any]:
     return {
         "label": printable(label),
         **({} if score is None else {"score": score}),
         "points": [[round(x, 2), round(y, 2)] for x, y in points],
         "group_id": None,
-        "description": "",
+        "description": "\n".join(f"{question}: {text}" for question, text in texts.items()),
         "shape_type": kind,
         "flags": {},
         "mask": None,
+        **({"attributes": dict(texts)} if texts else {}),
     }
 
 

@@ -1,7 +1,8 @@
 """Label Studio: tasks with predictions, and the labelling interface they fit.
 
 `OUT.json` gets its interface beside it as `OUT.xml`; any other OUT is a folder with `tasks.json` and `interface.xml`.
-Coordinates are percent of the image. A task's data hold the picture's URL, and as `meta` what the records carry along.
+Coordinates are percent of the image. What is said about an object stands at its region: a text area that shows itself
+for the region that is chosen. A task's data hold the picture's URL, and as `meta` what the records carry along.
 The URL is Label Studio's own for local files, or `url_prefix` and the name. Label Studio refuses a storage that is the
 document root itself, so the root is the parent of the pictures' folders and URLs begin with a folder's name.
 Tried in a server of version 1.23.2 (tests/programs/test_label_studio.py).
@@ -10,6 +11,7 @@ Tried in a server of version 1.23.2 (tests/programs/test_label_studio.py).
 from __future__ import annotations
 
 import base64
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +24,7 @@ from xml.sax.saxutils import quoteattr
 from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file, staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex, Survey
-from md3cli.exporters.objects import joined_ring
+from md3cli.exporters.objects import NO_TEXTS, Texts, joined_ring
 from md3cli.exporters.palette import palette
 from md3cli.exporters.pictures import Pictures
 from md3cli.records import compact_json, printable
@@ -30,6 +32,7 @@ from md3cli.refine.collection import Collection
 
 LOCAL_FILES = "/data/local-files/?d="
 UPLOAD_LIMIT_BYTES = 250 * 2**20  # its DATA_UPLOAD_MAX_MEMORY_SIZE, unless its environment has another
+PART_TEXT = "about"  # the control for what is said of a region
 POINT_SIZE_PERCENT = 0.75
 PERCENT_DECIMALS = 6  # both edges of a box in a picture of 100,000 pixels stay within 0.001 pixels
 
@@ -47,17 +50,18 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
             interface = outputs.enter_context((folder / "interface.xml").open("wb"))
             tasks = outputs.enter_context((folder / "tasks.json").open("wb"))
         survey = index.survey
-        interface.write(_interface(survey).encode())
-        notes = [*survey.notes(), *_coco_notes(survey)]
         if options.url_prefix is None:
             urls = _LocalUrls(Pictures(records, options))
             num_images = _write_tasks(index, tasks.write, urls.of)
-            notes += urls.notes()
+            url_notes = [*urls.notes()]
         else:
             prefix = options.url_prefix
             num_images = _write_tasks(index, tasks.write, lambda group: prefix + _quoted_name(group))
-        notes += _size_notes(tasks.tell())
-        return ExportReport("labelstudio", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
+            url_notes = []
+        interface.write(_interface(survey).encode())  # last: which parts have boxes of their own is known now
+        notes = (*survey.notes(), *survey.part_notes(have_place=True), *_coco_notes(survey), *url_notes)
+        notes = (*notes, *_size_notes(tasks.tell()))
+        return ExportReport("labelstudio", out, survey.num_records, num_images, survey.num_failures, notes)
 
 
 def _size_notes(num_bytes: int) -> Iterator[str]:
@@ -156,28 +160,38 @@ def _write_tasks(index: ImageIndex, write: Callable[[bytes], object], url_of: Ca
 
 
 def _prediction(group: ImageGroup, model: str) -> dict[str, Any]:
-    results = [*_regions(group), *_texts(group)]
-    for number, result in enumerate(results, start=1):
-        size = {"original_width": group.width, "original_height": group.height, "image_rotation": 0}
-        result |= {"id": f"r{number}", "to_name": "image", **size}
+    results: list[Result] = []
+    size = {"original_width": group.width, "original_height": group.height, "image_rotation": 0}
+    numbers = itertools.count(1)
+    for result, texts in _regions(group):
+        shared = {"id": f"r{next(numbers)}", "to_name": "image", **size}
+        results.append(result | shared)
+        if texts:  # of the same id and shape: so Label Studio knows what is of a region
+            said = [f"{question}\n{text}" for question, text in texts.items()]
+            shape = {key: value for key, value in result["value"].items() if key != result["type"]}
+            told = {"type": "textarea", "from_name": PART_TEXT, "value": {**shape, "text": said}}
+            results.append(told | shared)
+    for result in _texts(group):
+        results.append(result | {"id": f"r{next(numbers)}", "to_name": "image", **size})
     scores = [result["score"] for result in results if result.get("score") is not None]
     mean = {"score": round(sum(scores) / len(scores), 3)} if scores else {}
     return {"model_version": model, **mean, "result": results}
 
 
-def _regions(group: ImageGroup) -> Iterator[Result]:
+def _regions(group: ImageGroup) -> Iterator[tuple[Result, Texts]]:
+    """Yield what was found, each with the texts about it."""
     across, down = 100 / group.width, 100 / group.height
-    for box in group.boxes():
+    for box in group.told_boxes():
         value = _percent(
             {"x": box.x * across, "y": box.y * down, "width": box.width * across, "height": box.height * down}
         )
-        yield _region("rectanglelabels", {**value, "rotation": 0}, box.label, box.score)
+        yield _region("rectanglelabels", {**value, "rotation": 0}, box.label, box.score), box.texts
     for segment in group.segments():
-        points = [[_limited(x * across), _limited(y * down)] for x, y in joined_ring(segment.rings)]
-        yield _region("polygonlabels", {"points": points, "closed": True}, segment.box.label, segment.box.score)
+        box, points = segment.box, [[_limited(x * across), _limited(y * down)] for x, y in joined_ring(segment.rings)]
+        yield _region("polygonlabels", {"points": points, "closed": True}, box.label, box.score), box.texts
     for point in group.points():
         value = _percent({"x": point.x * across, "y": point.y * down, "width": POINT_SIZE_PERCENT})
-        yield _region("keypointlabels", value, point.label, point.score)
+        yield _region("keypointlabels", value, point.label, point.score), NO_TEXTS
 
 
 def _percent(values: dict[str, float]) -> dict[str, float]:
@@ -203,9 +217,10 @@ def _texts(group: ImageGroup) -> Iterator[Result]:
 
 def _interface(survey: Survey) -> str:
     """Return the labelling interface: one control for each kind of result that the records can hold."""
-    labels = survey.categories()
+    labels = list(dict.fromkeys((*survey.categories(), *(survey.part_labels if survey.num_own_parts else ()))))
+    tasks = survey.tasks | ({"detect"} if survey.num_own_parts else set())
     # The first control with labels of boxes or masks gives them their numbers: said twice, COCO has them twice.
-    numbered = "detect" if "detect" in survey.tasks else "segment"
+    numbered = "detect" if "detect" in tasks else "segment"
     controls = [
         ("detect", _labels_control("RectangleLabels", labels, survey, "category" if numbered == "detect" else None)),
         ("segment", _labels_control("PolygonLabels", labels, survey, "category" if numbered == "segment" else None)),
@@ -213,7 +228,9 @@ def _interface(survey: Survey) -> str:
         ("caption", '  <TextArea name="caption" toName="image" editable="true" rows="4"/>\n'),
         ("query", '  <TextArea name="answer" toName="image" editable="true" rows="4"/>\n'),
     ]
-    chosen = "".join(control for task, control in controls if task in survey.tasks)
+    chosen = "".join(control for task, control in controls if task in tasks)
+    if survey.num_part_texts:
+        chosen += f'  <TextArea name="{PART_TEXT}" toName="image" perRegion="true" editable="true" rows="4"/>\n'
     return f'<View>\n  <Image name="image" value="$image" zoom="true"/>\n{chosen}</View>\n'
 
 

@@ -7,12 +7,15 @@ without extent after that is dropped: no reader takes one. Pure functions; knows
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from md3cli.exporters.svg_path import segment_polygons
 from md3cli.records import RecordDict
 
 Ring = list[tuple[float, float]]
+Texts = Mapping[str, str]  # what was said about a part of a picture, by question
+NO_TEXTS: Texts = MappingProxyType({})
 
 
 class PixelBox(NamedTuple):
@@ -25,6 +28,7 @@ class PixelBox(NamedTuple):
     height: float
     score: float | None
     is_truncated: bool  # the model's box went over the border
+    texts: Texts = NO_TEXTS
 
     @property
     def ring(self) -> Ring:
@@ -66,12 +70,14 @@ def label_of(found: Mapping[str, Any], record: RecordDict) -> str:
     return str(found.get("label") or record.get("prompt") or "object")
 
 
-def boxes(record: RecordDict, width: int, height: int) -> Iterator[PixelBox]:
-    """Yield the boxes of a detect record."""
-    for found in record.get("objects") or ():
+def boxes(
+    record: RecordDict, width: int, height: int, texts: Mapping[int, Texts] = MappingProxyType({})
+) -> Iterator[PixelBox]:
+    """Yield the boxes of a detect record; `texts` are about its objects, by their places."""
+    for place, found in enumerate(record.get("objects") or ()):
         box = clamped_box(found, label_of(found, record), found.get("score"), width, height)
         if box is not None:
-            yield box
+            yield box._replace(texts=texts[place]) if place in texts else box
 
 
 def clamped_box(
@@ -91,12 +97,15 @@ def _clamped(share: float) -> float:
     return 0.0 if share < 0 else 1.0 if share > 1 else share
 
 
-def segments(record: RecordDict, width: int, height: int) -> Iterator[PixelSegment]:
-    """Yield the masks of a segment record; rings are cut to the image."""
-    for found in record.get("segments") or ():
+def segments(
+    record: RecordDict, width: int, height: int, texts: Mapping[int, Texts] = MappingProxyType({})
+) -> Iterator[PixelSegment]:
+    """Yield the masks of a segment record; rings are cut to the image. `texts` as for `boxes`."""
+    for place, found in enumerate(record.get("segments") or ()):
         box = clamped_box(found["bbox"], label_of(found, record), found.get("score"), width, height)
         if box is None:
             continue
+        box = box._replace(texts=texts[place]) if place in texts else box
         pixel_rings = ([(x * width, y * height) for x, y in ring] for ring in segment_polygons(found))
         rings = [cut for ring in pixel_rings if abs(signed_area(cut := clip_ring(ring, width, height))) > 0]
         yield PixelSegment(box, rings or [box.ring], bool(rings), str(found["svg_path"]))

@@ -19,7 +19,14 @@ import pyarrow.parquet as pq
 from md3cli.errors import ExportError, ImageError
 from md3cli.exporters import ExportOptions, ExportReport
 from md3cli.exporters.files import replaced_file
-from md3cli.exporters.grouping import CHOICE_PREFIX, choice_scores, find_columns
+from md3cli.exporters.grouping import (
+    CHOICE_PREFIX,
+    PART_COLUMNS,
+    TableColumns,
+    choice_scores,
+    find_columns,
+    part_columns,
+)
 from md3cli.exporters.pictures import FoundPicture, Pictures, pillow_opens
 from md3cli.records import RecordDict
 from md3cli.refine.collection import Collection, read
@@ -59,13 +66,21 @@ _COLUMNS: list[tuple[str, pa.DataType]] = [
     ("error_message", pa.string()),
     ("error_retry", pa.bool_()),
 ]
+_PART_KINDS = (*(kind for _, kind in _BOX), pa.string(), pa.string(), pa.int32())
+# Columns that only a file with such records has; `size` may be `auto`.
+_PART = [*zip(PART_COLUMNS, _PART_KINDS, strict=True)]
+_TILES = [("tiles.size", pa.string()), ("tiles.overlap", pa.float64()), ("tiles.count", pa.int32())]
 _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def schema_of(choices: list[str], *, embed_images: bool) -> pa.Schema:
-    """Return the file's schema; each choice of restricted answers adds a column with its score."""
+def schema_of(found: TableColumns, *, embed_images: bool) -> pa.Schema:
+    """Return the file's schema, with the columns that only these records have.
+
+    Those are of parts of pictures, of tiles, and of each choice of restricted answers, with its score.
+    """
     columns = [(name, _PICTURE if embed_images and name == "image" else kind) for name, kind in _COLUMNS]
-    columns += [(CHOICE_PREFIX + choice, pa.float32()) for choice in choices]
+    columns += [*(_PART if found.has_parts else ()), *(_TILES if found.has_tiles else ())]
+    columns += [(CHOICE_PREFIX + choice, pa.float32()) for choice in found.choices]
     features = {name: _feature(kind) for name, kind in columns}
     if embed_images:
         features["image"] = {"_type": "Image"}
@@ -88,10 +103,9 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
     if options.embed_images:
         pictures.require_root("--embed-images")
     columns = find_columns(records, has_meta=False)
-    choices = columns.choices
-    schema = schema_of(choices, embed_images=options.embed_images)
+    schema = schema_of(columns, embed_images=options.embed_images)
     reading_notes = list[str]()
-    rows = _Rows(schema, choices, pictures if options.embed_images else None)
+    rows = _Rows(schema, columns.choices, pictures if options.embed_images else None)
     with (
         replaced_file(out, overwrite=options.overwrite) as file,
         pq.ParquetWriter(file, schema, compression="zstd", write_page_index=True) as writer,
@@ -142,6 +156,10 @@ class _Rows:
         row |= {"prompt_tokens": tokens.get("prompt"), "output_tokens": tokens.get("output")}
         row |= {f"error_{key}": error.get(key) for key in ("type", "message", "retry")}
         row |= {CHOICE_PREFIX + choice: scores.get(choice) for choice in self._choices}
+        row |= part_columns(record)
+        row |= {
+            f"tiles.{key}": str(value) if key == "size" else value for key, value in (record.get("tiles") or {}).items()
+        }
         row["meta"] = json.dumps(record.get("meta") or {}, ensure_ascii=False, allow_nan=False)
         if self._pictures is not None:
             row["image"] = self._picture(record, self._pictures)

@@ -1,8 +1,8 @@
 """Sidecar texts: `photo.txt` for `photo.jpg`, one caption a picture, as training scripts want them.
 
-A picture's captions and answers are joined in input order; prefix and suffix go once around the whole, all three as
-typed. Each text is one line: kohya's sd-scripts read a file's first line, OneTrainer takes every line for a caption. A
-picture whose texts are all empty gets no file, since kohya's stop at an empty one.
+A picture's captions and answers are joined in input order, but for those about a part of it; prefix and suffix go once
+around the whole, all three as typed. Each text is one line: kohya's sd-scripts read a file's first line, OneTrainer
+takes every line for a caption. A picture whose texts are all empty gets no file, since kohya's stop at an empty one.
 
 Under OUT the files mirror the pictures and are added to what is there; one that stands there already is replaced only
 with `overwrite`. Where a name is taken within the run (`a.jpg` and `a.png`), the second gets a longer one: `a.png.txt`.
@@ -26,6 +26,7 @@ from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.names import candidates
 from md3cli.records import RecordDict, printable
 from md3cli.refine.collection import Collection
+from md3cli.refine.parts import is_of_part
 
 _BYTE_ORDER_MARK = "\ufeff"
 
@@ -42,7 +43,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         else:
             num_images, notes = _write_below(out, texts.of(index), options)
         survey = index.survey
-        notes = [*survey.notes(), *texts.notes(), *notes]
+        notes = [*survey.notes(), *survey.part_notes(have_place=False), *texts.notes(), *notes]
     return ExportReport("txt", out, survey.num_records, num_images, survey.num_failures, tuple(notes))
 
 
@@ -113,7 +114,8 @@ class _Texts:
         """Yield each picture that has a text, with the content of its file."""
         options = self._options
         for group in index.images():
-            answered = [record for record in group.records if {"caption", "answer"} & record.keys()]
+            whole = (record for record in group.records if not is_of_part(record))
+            answered = [record for record in whole if {"caption", "answer"} & record.keys()]
             texts = [text for record in answered if (text := text_of(record, keeps_lines=options.keeps_lines))]
             if texts:
                 self.num_written += 1

@@ -62,7 +62,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
             num_points += sum(1 for _ in copy.group.points())
         (folder.path / "labelmap.txt").write_text(_label_map(labels), encoding="utf-8", newline="\n")
         notes_of_sets = [*sets.notes()]  # refuses sets before they are OUT
-    notes = [*survey.notes(), *missing_notes(pictures)]
+    notes = [*survey.notes(), *survey.part_notes(have_place=False), *missing_notes(pictures)]
     if num_points:
         notes.append(f"{num_points} points were left out: Pascal VOC has no place for them")
     if changed := [printable(label) for label, name in labels.items() if label != name]:

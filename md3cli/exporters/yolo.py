@@ -54,7 +54,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
             num_points += sum(1 for _ in copy.group.points()) if "point" in survey.tasks else 0
         (folder.path / "data.yaml").write_text(_data_yaml(survey.categories(), sets), encoding="utf-8")
         notes_of_sets = [*sets.notes()]  # refuses sets before they are OUT
-    notes = [*survey.notes(), *missing_notes(pictures)]
+    notes = [*survey.notes(), *survey.part_notes(have_place=False), *missing_notes(pictures)]
     if num_points:
         notes.append(f"{num_points} points were left out: YOLO has no place for them")
     notes += notes_of_sets

@@ -40,6 +40,7 @@ WHERE key IN (SELECT key FROM line GROUP BY key HAVING count(*) > 1) ORDER BY ke
 """
 _LINES = "SELECT place, file, number, offset FROM line"
 _ID_DIGITS = 32
+_RECORD_ID = re.compile(f"[0-9a-f]{{{_ID_DIGITS}}}")
 
 _Parsed = TypeVar("_Parsed")
 
@@ -80,16 +81,25 @@ def record_identity(record: RecordDict) -> str:
 
 
 def renamed(record: RecordDict, prefix: str) -> RecordDict:
-    """Return a record whose picture's name begins with `prefix`, under an id of its own, made of both."""
+    """Return a record whose picture's name begins with `prefix`, under an id of its own, made of both.
+
+    A part of a picture knows the record that found it by its new id; the id of somebody's annotation stays.
+    """
     if not prefix:
         return record
-    parts = compact_json([prefix, record.get("id")])
-    changed: RecordDict = {"id": hashlib.sha256(parts).hexdigest()[:_ID_DIGITS]} if record.get("id") else {}
+    changed: RecordDict = {"id": _renamed_id(record["id"], prefix)} if record.get("id") else {}
+    region = record.get("region")
+    if region is not None and _RECORD_ID.fullmatch(region["of"]):
+        changed["region"] = region | {"of": _renamed_id(region["of"], prefix)}
     if record.get("image") is not None:
         changed["image"] = prefix + record["image"]
     if record.get("image_b64") is not None:
         changed["image_b64"] = b64encode(prefix.encode() + b64decode(record["image_b64"])).decode()
     return record | changed
+
+
+def _renamed_id(record_id: object, prefix: str) -> str:
+    return hashlib.sha256(compact_json([prefix, record_id])).hexdigest()[:_ID_DIGITS]
 
 
 @contextmanager

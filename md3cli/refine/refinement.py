@@ -148,13 +148,24 @@ def refined(records: Sequence[RecordDict], refinement: Refinement) -> list[Recor
 
 
 def named(record: RecordDict, labels: Labels, template: str | None = None) -> RecordDict:
-    """Return the record with the name that `labels` gives its prompt, or its `template`, on all that was found."""
+    """Return the record with the name that `labels` gives its prompt, or its `template`, on all that was found.
+
+    A part of a picture that is called by a prompt gets the name of that prompt, too.
+    """
+    if record.get("region") is not None:
+        record = _with_named_part(record, labels)
     known = labels.by_prompt.get(str(record.get("prompt")))
     label: Label | None = known if template is None else labels.by_template.get(template)
     key = FOUND_BY_TASK.get(str(record.get("task")))
     if label is None or key is None or not record.get(key):
         return record
     return record | {key: [thing | {"label": label.name} for thing in record[key]]}
+
+
+def _with_named_part(record: RecordDict, labels: Labels) -> RecordDict:
+    called = str(record["region"].get("label"))
+    name = called if called in labels.by_name else labels.name_of(called)
+    return record if name == called else record | {"region": record["region"] | {"label": name}}
 
 
 def numbered(record: RecordDict) -> RecordDict:

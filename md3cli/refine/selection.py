@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from md3cli.records import RecordDict
 from md3cli.refine.labels import Labels
+from md3cli.refine.parts import says_of_part
 from md3cli.refine.quality import qualities_of
 from md3cli.refine.refinement import FOUND_BY_TASK, name_of
 from md3cli.source.walk import PathFilter
@@ -72,6 +73,10 @@ class Selection:
         return PathFilter.of(self.images, ())
 
     def _has_label(self, record: RecordDict, labels: Labels) -> bool:
+        if says_of_part(record):  # words are about the part, as it is called or was asked for
+            called = str(record["region"]["label"])
+            label = labels.by_name.get(called)
+            return not {called, *(() if label is None else label.prompts)}.isdisjoint(self.labels)
         found = {str(thing.get("label")) for thing in found_in(record)}
         known = found or {str(name_of(record, labels)), str(record.get("prompt"))}
         return record.get("task") in FOUND_BY_TASK and not known.isdisjoint(self.labels)

@@ -11,6 +11,7 @@ from typing import Any
 
 from md3cli.records import RecordDict
 from md3cli.refine.labels import Labels
+from md3cli.refine.parts import is_of_part
 from md3cli.refine.quality import QUALITIES, qualities_of
 from md3cli.refine.refinement import name_of
 from md3cli.refine.selection import found_in, scores_of
@@ -18,10 +19,14 @@ from md3cli.refine.selection import found_in, scores_of
 
 @dataclass(slots=True)
 class RecordStats:
-    """Counts of records as they are shown, filled one by one; `labels` counts objects by name, asked ones too."""
+    """Counts of records as they are shown, filled one by one; `labels` counts objects by name, asked ones too.
+
+    `num_of_parts` are about parts of pictures.
+    """
 
     named: Labels = field(default=Labels())
     num_ok: int = 0
+    num_of_parts: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     tasks: Counter[str] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
@@ -36,6 +41,7 @@ class RecordStats:
     def add(self, record: RecordDict) -> None:
         """Count one record in."""
         self.tasks[str(record.get("task"))] += 1
+        self.num_of_parts += is_of_part(record)
         error = record.get("error")
         if error is not None:
             self.errors[str(error.get("type"))] += 1
@@ -57,8 +63,12 @@ class RecordStats:
         return self.errors.total()
 
     def to_json(self) -> dict[str, Any]:
-        """Return the document of `md3 stats --json`; the scores are null where nothing has one."""
+        """Return the document of `md3 stats --json`; the scores are null where nothing has one.
+
+        `regions`, the records about parts of pictures, is there only where there are some.
+        """
         scores = sorted(self.scores)
+        parts = {"regions": self.num_of_parts} if self.num_of_parts else {}
         return {
             "records": self.num_ok + self.num_failed,
             "ok": self.num_ok,
@@ -73,6 +83,7 @@ class RecordStats:
             },
             "tokens": {"prompt": self.prompt_tokens, "output": self.output_tokens},
             "quality": {name: self.quality[name] for name in QUALITIES},
+            **parts,
         }
 
     def _median(self) -> float:
