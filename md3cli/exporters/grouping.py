@@ -105,9 +105,10 @@ class Survey:
     def part_notes(self, *, have_place: bool) -> Iterator[str]:
         """Yield what became of answers and captions about parts; without a place in the format all are left out."""
         if self.num_part_texts and not have_place:
-            yield f"{_many(self.num_part_texts, 'text')} about parts of pictures left out; coco, csv, parquet have them"
+            texts = _many(self.num_part_texts, "text")
+            yield f"{texts} left out that are about parts of pictures; coco, csv and parquet have them"
         elif self.num_hidden_texts:
-            yield f"{_many(self.num_hidden_texts, 'text')} about parts left out: thresholds hide what they are about"
+            yield f"{_many(self.num_hidden_texts, 'text')} left out that are about objects which thresholds hide"
         if have_place and self.num_own_parts:
             yield f"{_many(self.num_own_parts, 'box')} added for parts whose own records are not here"
 
@@ -119,7 +120,7 @@ class Survey:
 
 
 def _many(number: int, noun: str) -> str:
-    """Return `1 text was` or `2 texts were`."""
+    """Return `1 text was`, `2 texts were`, `2 boxes were`."""
     if number == 1:
         return f"1 {noun} was"
     return f"{number:,} {noun}{'es' if noun.endswith('x') else 's'} were"

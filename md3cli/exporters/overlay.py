@@ -2,11 +2,11 @@
 
 Names and files are those of redrawn.py. Images whose picture is not there any more are left out and counted.
 
-Drawings are legible on any background: every coloured line and dot lies on a wider dark and a light one, every name
-on a plate of its colour; widths and letters grow with the picture, and shrink where it is crowded. Where there is no
-room for all names, each label is named once before any is named twice. The font is DejaVu Sans Bold (licence beside
-it), cut down to Latin, Greek, Cyrillic, punctuation, arrows and shapes. Any other character is shown by its code
-point, `[6C7D]`, so that two labels never look alike and nothing vanishes.
+Drawings are legible on any background: every coloured line and dot lies on a wider dark and a light one, every name on
+a plate of its colour, with what was said of its thing below it; widths and letters grow with the picture, and shrink
+where it is crowded. Where there is no room for all names, each label is named once before any is named twice. The font
+is DejaVu Sans Bold (licence beside it), cut down to Latin, Greek, Cyrillic, punctuation, arrows and shapes. Any other
+character is shown by its code point, `[6C7D]`, so that two labels never look alike and nothing vanishes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import cycle, pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,13 +31,14 @@ from md3cli.exporters.at_once import holding, in_order
 from md3cli.exporters.files import staged_folder
 from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.masks import fill
-from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment, Ring
+from md3cli.exporters.objects import NO_TEXTS, PixelBox, PixelPoint, PixelSegment, Ring, Texts
 from md3cli.exporters.palette import Colour, Style, palette
 from md3cli.exporters.pictures import FoundPicture, Pictures
 from md3cli.exporters.plates import Plates, Rect
 from md3cli.exporters.redrawn import JPEG_SIDE_PX, encoded, found_pictures, redrawn_names, stays_jpeg
 from md3cli.records import printable
 from md3cli.refine.collection import Collection
+from md3cli.refine.parts import is_of_part, part_text
 from md3cli.refine.refinement import FOUND_BY_TASK
 
 FONT_FILE = Path(__file__).with_name("DejaVuSans-Bold.ttf")
@@ -77,6 +78,19 @@ def fitted(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> str:
     return text[:low] + "…"
 
 
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width_px: float, most_lines: int) -> list[str]:
+    """Return `text` in at most `most_lines` lines no wider than `width_px`; an ellipsis says what is cut off."""
+    lines, words = list[str](), text.split()
+    while words and len(lines) < most_lines:
+        num_words = 1
+        while num_words < len(words) and font.getlength(" ".join(words[: num_words + 1])) <= width_px:
+            num_words += 1
+        is_last = len(lines) + 1 == most_lines
+        lines.append(fitted(" ".join(words if is_last else words[:num_words]), font, width_px))
+        words = words[num_words:]
+    return lines
+
+
 BLACK, WHITE = Colour(0, 0, 0), Colour(255, 255, 255)
 MASK_OPACITY = 0.45
 # How much of all things a plate may hide, in things: a label's only name is worth more, for it explains the colour.
@@ -84,6 +98,8 @@ HIDDEN_BY_PLATE, HIDDEN_BY_ONLY_NAME = 0.4, 1.5
 MOST_NAMED = 1000  # things of a picture; more find no room, and the search takes the square of their number
 CROWD = 12  # things from which on lines and letters become smaller
 LEAST_FONT_PX = 9
+# Of what was said of a thing: characters looked at, lines, and its plate's width and height as shares of the picture's.
+SAID_CHARS, SAID_LINES, SAID_WIDTH, SAID_HEIGHT = 200, 4, 0.4, 0.25
 
 
 class Named(NamedTuple):
@@ -92,12 +108,20 @@ class Named(NamedTuple):
     label: str
     score: float | None
     rect: Rect
+    said: Texts = NO_TEXTS
 
     @property
     def texts(self) -> list[str]:
         """Return what may be written, the most telling first."""
         name = shown(self.label)
         return [name] if self.score is None else [f"{name} {self.score:.2f}", name]
+
+    @property
+    def sentences(self) -> list[tuple[str, str]]:
+        """Return questions and answers, as far as there may be room; a single answer needs no question."""
+        told = islice(self.said.items(), SAID_LINES)
+        pairs = [(shown(question[:SAID_CHARS]), shown(text[:SAID_CHARS])) for question, text in told]
+        return pairs if len(pairs) > 1 else [("", text) for _, text in pairs]
 
 
 @dataclass
@@ -186,23 +210,42 @@ class Canvas:
             is_only: no thing of its label has a name yet, so that it may hide more.
         """
         *longer, bare = thing.texts
-        tries = [(text, HIDDEN_BY_PLATE) for text in longer]
-        tries.append((bare, HIDDEN_BY_ONLY_NAME if is_only else HIDDEN_BY_PLATE))
-        return any(self._write(text, thing.rect, colour, plates, most) for text, most in tries)
+        tries = [([text], HIDDEN_BY_PLATE) for text in longer]
+        tries.append(([bare], HIDDEN_BY_ONLY_NAME if is_only else HIDDEN_BY_PLATE))
+        if thing.said:  # is what the picture is drawn for
+            tries = [([thing.texts[0], *lines], HIDDEN_BY_ONLY_NAME) for lines in self._said(thing)] + tries
+        return any(self._write(lines, thing.rect, colour, plates, most) for lines, most in tries)
 
-    def _write(self, text: str, near: Rect, colour: Colour, plates: Plates, most_hidden: float) -> bool:
+    def _said(self, thing: Named) -> Iterator[list[str]]:
+        """Yield what was said of a thing in lines: all of it, then as much as fits on one."""
+        sentences, width_px = thing.sentences, SAID_WIDTH * self.image.width
+        most = min(max(int(SAID_HEIGHT * self.image.height / self.font.size) - 1, 1), SAID_LINES)
+        each = max(most // len(sentences), 1)
+        lines = list[str]()
+        for question, text in sentences[:most]:
+            whole = f"{question} {text}"
+            asked = wrapped(whole, self.font, width_px, each)
+            lines += asked if " ".join(asked) == whole else wrapped(text, self.font, width_px, each)
+        yield lines
+        if len(lines) > 1:
+            yield [fitted(", ".join(text for _, text in sentences), self.font, width_px)]
+
+    def _write(self, lines: list[str], near: Rect, colour: Colour, plates: Plates, most_hidden: float) -> bool:
         pad = max(1, self.font.size // 6)
-        text = fitted(text, self.font, self.image.width - 2 * pad - 2)
+        lines = [fitted(line, self.font, self.image.width - 2 * pad - 2) for line in lines]
         # "Ay" reaches as high and as low as most letters do: plates of one picture are of one height.
-        _, top, _, bottom = self.font.getbbox(f"Ay{text}")
-        inside = math.ceil(self.font.getlength(text)), math.ceil(bottom - top)
+        _, top, _, bottom = self.font.getbbox("Ay" + "".join(lines))
+        step = math.ceil(bottom - top) + 1
+        inside = max(math.ceil(self.font.getlength(line)) for line in lines), step * len(lines) - 1
         width, height = (side + 2 * pad + 2 for side in inside)  # the outline is one pixel more
         plate = plates.take(near, width, height, most_hidden)
         if plate is None:
             return False
         ink = _casing(colour)
         self.draw.rectangle((plate.left, plate.top, plate.right - 1, plate.bottom - 1), fill=colour, outline=ink)
-        self.draw.text((plate.left + pad + 1, plate.top + pad + 1 - top), text, fill=ink, font=self.font)
+        for number, line in enumerate(lines):
+            at = (plate.left + pad + 1, plate.top + pad + 1 - top + step * number)
+            self.draw.text(at, line, fill=ink, font=self.font)
         return True
 
 
@@ -241,7 +284,7 @@ def draw_records(image: Image.Image, group: ImageGroup, styles: Mapping[str, Sty
         image: RGB, drawn upon.
         styles: of all labels of `group`.
     """
-    segments, boxes, points = list(group.segments()), list(group.boxes()), list(group.points())
+    segments, boxes, points = list(group.segments()), list(group.told_boxes()), list(group.points())
     canvas = Canvas(image, len(segments) + len(boxes) + len(points))
     for segment in segments:
         canvas.mask(segment, styles[segment.box.label])
@@ -250,7 +293,7 @@ def draw_records(image: Image.Image, group: ImageGroup, styles: Mapping[str, Sty
     for point in points:
         canvas.dot(point, styles[point.label].colour)
     framed = [
-        Named(box.label, box.score, Rect(*map(round, (box.x, box.y, box.x + box.width, box.y + box.height))))
+        Named(box.label, box.score, Rect(*map(round, (box.x, box.y, box.x + box.width, box.y + box.height))), box.texts)
         for box in (*(segment.box for segment in segments), *boxes)
     ]
     dotted = [Named(point.label, point.score, canvas.reach(point)) for point in points]
@@ -300,7 +343,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
                     file.write(content)
                 num_images += 1
         survey = index.survey
-        notes = (*survey.notes(), *pictures.notes())
+        notes = (*survey.notes(), *survey.part_notes(have_place=True), *pictures.notes())
     return ExportReport("overlay", out, survey.num_records, num_images, survey.num_failures, notes)
 
 
@@ -327,7 +370,8 @@ def drawing_name(
     is not there.
     """
     found = [[record.get(key) for key in ("task", "prompt", *FOUND_BY_TASK.values())] for record in group.records]
-    things: list[PixelBox | PixelPoint] = [*group.boxes(), *(segment.box for segment in group.segments())]
+    found += [[record["region"], part_text(record)] for record in group.records if is_of_part(record)]
+    things: list[PixelBox | PixelPoint] = [*group.told_boxes(), *(segment.box for segment in group.segments())]
     labels = sorted({thing.label for thing in (*things, *group.points())})
     try:
         stat = os.stat(picture.path)
