@@ -14,6 +14,7 @@ from md3cli.exporters.objects import signed_area
 from md3cli.exporters.svg_path import segment_polygons
 from md3cli.records import RecordDict, Request, Task
 from md3cli.refine.labels import shown_text
+from md3cli.refine.parts import part_name
 
 MOST_OBJECTS_SHOWN = 6
 CORNERS = ("x_min", "y_min", "x_max", "y_max")
@@ -58,11 +59,13 @@ class TableHead:
         """
         image = str(record["image"] or "-")
         task, prompt = str(record["task"]), record["prompt"]
-        asked = asked_words(task, prompt, record.get("length"))
+        part = part_words(record)
+        is_question = bool(part) and task == Task.QUERY
+        asked = part + asked_words("" if is_question else task, prompt, record.get("length")).lstrip()
         answer = folded(parts(record), int(width * self.columns()[-1][1]) - 1)
         if self.has_asked:
-            return [image, str(prompt) if prompt is not None and task == self._task else asked], answer
-        is_other = asked != self.title and not (record["error"] and task == self._task)
+            return [image, f"{part}{prompt}" if prompt is not None and task == self._task else asked], answer
+        is_other = asked != self.title and not (record["error"] and task == self._task and not part)
         return [image], [f"{asked}: {answer[0]}", *answer[1:]] if is_other else answer
 
     def explain(self, task: str) -> str:
@@ -81,6 +84,12 @@ def asked_words(task: str, prompt: str | None, length: str | None = None) -> str
     """Return what was asked: `detect red circle`, `caption short`."""
     words = prompt if prompt is not None else length if task == Task.CAPTION else None
     return task if words is None else f"{task} {words}"
+
+
+def part_words(record: RecordDict) -> str:
+    """Return which object a record is about, to stand before what was asked: `car 1: `; empty for whole pictures."""
+    region = record.get("region")
+    return "" if region is None else f"{part_name(region | {'label': shown_text(str(region['label']))})}: "
 
 
 def describe(record: RecordDict) -> str:

@@ -325,7 +325,7 @@ def name_of_run(records: Collection) -> str:
 
 def _page_of(records: Collection, stats: RunStats, options: ReportOptions, sections: Sequence[Section]) -> Page:
     """Return what the template gets."""
-    infos, palette = records.infos(), palette_of(stats.palette_labels)
+    infos, palette = records.infos(), palette_of(dict.fromkeys((*stats.palette_labels, *stats.part_labels)))
     run = infos[0] if len(infos) == 1 else RunInfo({})  # the times of several runs say nothing together
     return Page(
         title=options.title or name_of_run(records),

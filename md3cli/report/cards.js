@@ -32,11 +32,14 @@ function shapeOf(shape, number, colourOf) {
     draw("text", { class: shape.end ? "end" : null, x: at, y: line }, withScore(shortened(shape.label), shape.score, 2)));
 }
 
+const frameOf = ([x, y, width, height]) => draw("rect", { x, y, width, height });
+
 function drawingOf(record, k, colourOf) {
   const grounds = (record.reasoning ?? []).filter((passage) => passage.points.length > 0);
   return draw("g", { "data-k": k },
     (record.shapes ?? []).map((shape, o) => shapeOf(shape, o, colourOf)),
     (record.missed ?? []).map((shape) => shapeOf(shape, "", colourOf)),
+    record.part ? draw("g", { class: "ground", "data-g": "part" }, frameOf(record.part.rect)) : null,
     grounds.map((passage, g) => draw("g", { class: "ground", "data-g": g },
       passage.points.map(([cx, cy]) => draw("circle", { cx, cy, r: 6 })))));
 }
@@ -63,6 +66,7 @@ function markButton(mark, name, sign) {
 function askedOf(record) {
   const isCounted = record.text === undefined && record.status !== "failed";
   return make("div", { class: "ask" },
+    record.part ? make("mark", { class: "part", tabindex: 0, "data-g": "part", dir: "auto" }, record.part.name) : null,
     make("span", { class: "task" }, record.task), " ",
     make("span", { class: "prompt", dir: "auto" }, record.prompt),
     record.verdict ? make("span", { class: `verdict ${record.verdict}` }, record.verdict) : null,
@@ -80,8 +84,9 @@ function objectOf(shape, o, prompt, colourOf) {
 function entryOf(record, k, colourOf) {
   const { text, choices, reasoning, shapes, note } = record;
   const chosen = choices?.map(([name, score]) => `${name} ${score.toFixed(3)}`).join(" · ");
-  return make("section", { class: `entry ${record.status}`, id: `r${k}`, "data-k": k, tabindex: -1,
-    "aria-label": `${record.task} ${record.prompt}` },
+  const [kind, about] = record.part ? ["entry of-part", `${record.part.name}: `] : ["entry", ""];
+  return make("section", { class: `${kind} ${record.status}`, id: `r${k}`, "data-k": k, tabindex: -1,
+    "aria-label": `${about}${record.task} ${record.prompt}` },
     askedOf(record),
     text === undefined ? null : make("p", { class: text ? "text" : "text empty", dir: "auto" }, text || "(empty)"),
     chosen ? make("p", { class: "note" }, chosen) : null,

@@ -11,6 +11,7 @@ const WORDS_BY_SPACE = /\s+/;
 const index = {
   images: [], lowImages: [], imagesB64: new Map(), firstRecord: [0],
   ids: [], tasks: [], prompts: [], statuses: [], verdicts: [], qualities: [], texts: [], firstObject: [0],
+  parts: new Map(), // of records about a part of the picture: its label
   labels: [], scores: [], // label -1: the score of a choice among answers; score NaN: none
   words: [], lowWords: [], numbers: new Map(), // what tasks, prompts and labels count in
   labelsOfPrompt: new Map(), // what was found under a prompt is its name
@@ -38,6 +39,7 @@ function addPiece(piece) {
   add(index.lowImages, piece.images.map((name) => (name ?? "").toLowerCase()));
   for (const count of piece.records) index.firstRecord.push(index.firstRecord.at(-1) + count);
   const from = numRecords();
+  for (const [place, local] of Object.entries(piece.parts ?? {})) index.parts.set(from + Number(place), number(local));
   for (const name of ["ids", "statuses", "verdicts", "qualities"]) add(index[name], piece[name]);
   add(index.tasks, piece.tasks.map(number));
   add(index.prompts, piece.prompts.map(number));
@@ -77,11 +79,12 @@ function isChosen(r, filters, markOf) {
   return mark.size === 0 || mark.has(markOf(index.ids[r]) ?? "none");
 }
 
-/* Whether a record that found nothing is shown. Who picks a label wants to see it; with "nothing found" or "failed",
-   where it was looked for in vain. */
+/* Whether a record that found nothing is shown. Who picks a label wants to see it, and what was said about it; with
+   "nothing found" or "failed", where it was looked for in vain. */
 function isEmptyShown(r, filters) {
   if (filters.from > 0 || filters.to < 1) return false;
   if (filters.labels.size === 0) return true;
+  if (filters.labels.has(index.parts.get(r)) && !OBJECT_TASKS.includes(index.words[index.tasks[r]])) return true;
   const prompt = index.prompts[r];
   if (filters.chosen.status.size === 0 || !OBJECT_TASKS.includes(index.words[index.tasks[r]])) return false;
   return filters.labels.has(prompt) || [...(index.labelsOfPrompt.get(prompt) ?? [])].some((label) => filters.labels.has(label));
@@ -93,7 +96,7 @@ function searcher(words) {
   const isIn = (p, r, n) => {
     const hit = hits[n];
     if (index.lowImages[p].includes(words[n]) || hit[index.tasks[r]] || hit[index.prompts[r]]) return true;
-    if (index.texts[r].includes(words[n])) return true;
+    if (index.texts[r].includes(words[n]) || hit[index.parts.get(r)]) return true;
     for (let o = index.firstObject[r]; o < index.firstObject[r + 1]; o++) if (hit[index.labels[o]]) return true;
     return false;
   };

@@ -27,7 +27,8 @@ class IndexPiece:
     """Columns about some pictures that follow each other; `words` are what tasks, prompts and labels count in.
 
     By picture: `images` (exact names), `records` (how many). By record: `ids` to `objects` (how many); a bit of
-    `qualities` for each of `QUALITIES`. By object: `labels` (-1: the score is that of a choice taken) and `scores`.
+    `qualities` for each of `QUALITIES`; `parts`, by the record's place here, have the label of what it is about. By
+    object: `labels` (-1: the score is that of a choice taken) and `scores`.
     """
 
     images: list[str | None] = field(default_factory=list)
@@ -44,6 +45,7 @@ class IndexPiece:
     objects: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     scores: list[float | None] = field(default_factory=list)
+    parts: dict[int, int] = field(default_factory=dict)
     _numbers: dict[str, int] = field(default_factory=dict)
 
     def add(self, item: Item) -> None:
@@ -57,6 +59,8 @@ class IndexPiece:
 
     def _add_record(self, entry: Entry) -> None:
         prompt = entry.record.get("prompt")
+        if entry.part is not None:
+            self.parts[len(self.ids)] = self._number(legible(entry.part.label))
         self.ids.append(str(entry.record.get("id")))
         self.tasks.append(self._number(entry.task))
         self.prompts.append(-1 if prompt is None else self._number(str(prompt)))
@@ -78,7 +82,8 @@ class IndexPiece:
 
     def document(self) -> dict[str, Any]:
         """Return the piece as the script reads it."""
-        return {name: getattr(self, name) for name in self.__slots__ if not name.startswith("_")}
+        names = (name for name in self.__slots__ if not name.startswith("_"))
+        return {name: getattr(self, name) for name in names if name != "parts" or self.parts}
 
 
 def words_of(entry: Entry) -> str:
@@ -105,6 +110,7 @@ def _record_on_card(entry: Entry) -> dict[str, Any]:
     record = {
         "task": legible(entry.task),
         "prompt": legible(entry.prompt),
+        "part": None if entry.part is None else {"name": legible(entry.part.name), "rect": entry.part.rect},
         "status": entry.status,
         "verdict": entry.verdict,
         "qualities": entry.qualities or None,

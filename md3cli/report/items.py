@@ -7,7 +7,7 @@ All that leaves here is plain data: numbers are finite, coordinates are in the u
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from md3cli.errors import InputError
 from md3cli.exporters.grouping import image_key
 from md3cli.exporters.svg_path import Polygon, segment_polygons
 from md3cli.records import RecordDict, printable
+from md3cli.refine.parts import part_name
 from md3cli.refine.quality import qualities_of
 
 FRAME = (320.0, 240.0)  # drawing units of a picture's frame: about one CSS pixel on a card
@@ -46,6 +47,15 @@ class Passage:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What a record about a part of the picture is about: `car 1`, and where it is, in drawing units."""
+
+    name: str
+    label: str
+    rect: tuple[float, float, float, float]  # x, y, width, height
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One record on the page."""
 
@@ -57,6 +67,7 @@ class Entry:
     note: str | None = None  # what went wrong, or how it ended
     verdict: str | None = None  # by ground truth: right, wrong
     missed: tuple[Shape, ...] = ()  # what the ground truth has and the record lacks
+    part: Part | None = None
 
     @property
     def task(self) -> str:
@@ -111,6 +122,8 @@ class Item:
 def items(records: Iterable[RecordDict]) -> Iterator[Item]:
     """Yield items in input order; neighbouring records of one picture share an item.
 
+    Records about parts come behind the record that found these, wherever they stood, object by object.
+
     Raises:
         InputError: a record lacks what its task promises.
     """
@@ -120,13 +133,20 @@ def items(records: Iterable[RecordDict]) -> Iterator[Item]:
             raise InputError(f"record {printable(str(record.get('id')))} is damaged: it has no image or no task")
         if item is None or record["image"] is None or not _is_same(record, item.first):
             if item is not None:
-                yield with_names_apart(item)
+                yield _in_order(item)
             item = new_item(record)
         elif item.width is None:
             item.width, item.height, item.frame = _size(record)
         item.entries.append(entry_of(record, item.frame))
     if item is not None:
-        yield with_names_apart(item)
+        yield _in_order(item)
+
+
+def _in_order(item: Item) -> Item:
+    """Move what is about parts behind what found these, and names apart."""
+    if any(entry.part is not None for entry in item.entries):
+        item.entries = _parts_behind(item.entries)
+    return with_names_apart(item)
 
 
 def with_names_apart(item: Item) -> Item:
@@ -137,6 +157,21 @@ def with_names_apart(item: Item) -> Item:
             shapes = tuple(_with_free_name(shape, taken, item.frame) for shape in entry.shapes)
             item.entries[place] = replace(entry, shapes=shapes)
     return item
+
+
+def _parts_behind(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries of a picture, each with those about the objects that it found behind it."""
+    known = {entry.record.get("id") for entry in entries if entry.part is None}
+    about: dict[object, list[Entry]] = {}
+    for entry in entries:
+        if entry.part is not None and (finder := entry.record["region"]["of"]) in known:
+            about.setdefault(finder, []).append(entry)
+    ordered: list[Entry] = []
+    for entry in entries:
+        if entry.part is None or entry.record["region"]["of"] not in known:
+            own = about.pop(entry.record.get("id"), [])
+            ordered += [entry, *sorted(own, key=lambda one: one.record["region"]["index"])]
+    return ordered
 
 
 class _Line(NamedTuple):
@@ -190,8 +225,12 @@ def entry_of(record: RecordDict, frame: tuple[float, float]) -> Entry:
     """Return what the page shows of one record; raises as `items`."""
     try:
         if (error := record.get("error")) is not None:
-            return Entry(record, "failed", note=f"{error['type']}: {error.get('message', '')}")
-        return _answered(record, frame)
+            entry = Entry(record, "failed", note=f"{error['type']}: {error.get('message', '')}")
+        else:
+            entry = _answered(record, frame)
+        if (region := record.get("region")) is None:
+            return entry
+        return replace(entry, part=Part(part_name(region), str(region["label"]), _rect(region, frame)))
     except (KeyError, TypeError, ValueError, AttributeError) as cause:
         name = printable(f"{record.get('id')} ({record.get('image')})")
         raise InputError(f"record {name} is damaged: {type(cause).__name__} {cause}") from cause

@@ -134,6 +134,7 @@ def signs_of(kinds: Collection[str], num_labels: int) -> list[Sign]:
         "mask": "filled: the mask of what was found",
         "point": "dot: a point",
         "ground": "white ring: what a passage of the reasoning is about",
+        "part": "white dotted box: what an answer is about, while its name is pointed at",
     }
     signs = [Sign(kind, text) for kind, text in words.items() if kind in kinds]
     if num_labels < 2 or not signs:

@@ -45,6 +45,7 @@ class RunStats:
     errors: Counter[str] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)  # objects by label, in order of first appearance
     palette_labels: dict[str, None] = field(default_factory=dict)  # asked or found, in the order of the overlays
+    part_labels: dict[str, None] = field(default_factory=dict)  # of what answers are about; behind the others
     images_of_label: Counter[str] = field(default_factory=Counter)
     objects_per_image: Counter[int] = field(default_factory=Counter)  # images that were asked for objects
     score_bins: list[int] = field(default_factory=lambda: [0] * NUM_SCORE_BINS)
@@ -77,6 +78,8 @@ class RunStats:
             if len(self.palette_labels) < MAX_DISTINCT:
                 drawn = (shape.label for shape in entry.shapes)
                 self.palette_labels.update(dict.fromkeys((*asked_and_found(entry.record, self.named), *drawn)))
+            if entry.part is not None and len(self.part_labels) < MAX_DISTINCT:
+                self.part_labels[entry.part.label] = None
             self.num_records += 1
             self.tasks[entry.task] += 1
             self.statuses[entry.status] += 1
@@ -127,12 +130,14 @@ class PictureCount:
 
 
 def kinds_of(entry: Entry) -> Iterator[str]:
-    """Yield what is drawn for a record: box, mask, point, ground; by ground truth right, wrong, missed, else plain."""
+    """Yield what is drawn for a record: box, mask, point, ground, part; of shapes right, wrong, missed, else plain."""
     for shape in (*entry.shapes, *entry.missed):
         yield "mask" if shape.path else "box" if shape.rect else "point"
         yield shape.verdict or "plain"
     if any(passage.points for passage in entry.reasoning):
         yield "ground"
+    if entry.part is not None:
+        yield "part"
 
 
 @dataclass(frozen=True, slots=True)

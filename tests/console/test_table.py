@@ -146,3 +146,18 @@ def test_records_without_a_head_have_all_columns() -> None:
 def test_folded() -> None:
     assert folded(["aa", "bb", "cc"], 5) == ["aa bb", "cc"]
     assert folded(["a long word", "b"], 5) == ["a long word", "b"]
+
+
+def test_a_row_about_an_object_says_which() -> None:
+    region = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6, "label": "car", "of": "0" * 32, "index": 0}
+    question = record(task="query", prompt="What colour is the car?", answer="red", region=region)
+    failed = question | {"region": region | {"index": 1, "label": "\x1b[31mcar"}}
+    failed |= {"error": {"type": "model", "message": "overflow"}}
+    wheel = detected(prompt="wheel", region=region)
+    rows = [line.split(maxsplit=1)[1] for line in shown([Request(Task.DETECT, "car")], question, failed, wheel)[3:]]
+    assert rows == [
+        "car 1: What colour is the car?: red",
+        "\\x1b[31mcar 2: What colour is the car?: model: overflow",
+        "car 1: detect wheel: none",
+    ]
+    assert " ".join(" ".join(shown([], question)[1:]).split()) == "a/b.jpg car 1: What red colour is the car?"
