@@ -21,6 +21,8 @@ from md3cli.evaluate.truth import Captions, Instances, Questions, Truth, read_do
 from md3cli.records import RecordDict, printable
 from md3cli.refine.collection import Collection, as_collection, read
 from md3cli.refine.labels import Labels
+from md3cli.refine.parts import is_of_part, part_name, says_of_part
+from md3cli.refine.refinement import iou
 from md3cli.refine.selection import Selection
 
 __all__ = [
@@ -41,6 +43,8 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 SCORE_TOLERANCE = 0.002  # what the same model, weights and picture promise
 RESULT_KEYS = ("caption", "answer", "reasoning", "objects", "points", "segments")
 TEXT_SHOWN = 200
+SAME_PART_IOU = 0.5  # of the boxes that two runs call by one name
+_CORNERS = ("x_min", "y_min", "x_max", "y_max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +150,13 @@ def evaluate(
         MissingExtraError: objects are to be scored and faster-coco-eval is not installed.
     """
     records, notes = as_collection(records), list[str]()
-    taken = final_records(read(records, notes))
+    selected = final_records(read(records, notes))
+    taken = _of_wholes(selected, notes)
+    if selected and not taken:
+        raise InputError(
+            f"nothing to score: {printable(str(records.path))} holds only texts about parts of pictures, and what is "
+            "known to be true is of whole pictures"
+        )
     truths = [*truths, *_own_truths(taken, answer)]
     sections = _sections(taken, truths, records, metrics)
     if sections:
@@ -156,7 +166,7 @@ def evaluate(
     is_shared = any(len(label.prompts) > 1 for label in records.refinement.labels.labels)
     if is_shared and not records.selection.takes_all:
         whole = replace(records, selection=Selection())
-        verdicts = _verdicts(_sections(final_records(read(whole)), truths, whole, metrics))
+        verdicts = _verdicts(_sections(_of_wholes(final_records(read(whole))), truths, whole, metrics))
         sections = [
             replace(one, verdicts={key: verdicts.get(key, own) for key, own in one.verdicts.items()})
             for one in sections
@@ -184,17 +194,28 @@ def compare_runs(
     notes, earlier_notes = list[str](), list[str]()
     after = final_records(read(records, notes))
     before = final_records(read(other, earlier_notes))
-    truths = [*truths, *_own_truths(after, answer)]
+    scored = _of_wholes(after, notes if truths or answer is not None else [])
+    truths = [*truths, *_own_truths(scored, answer)]
     notes += [f"{printable(str(other.path))}: {note}" for note in earlier_notes]
     if not records.selection.takes_all:  # what was not selected is no difference
         selected = set(map(request_key, after))
         before = [record for record in before if request_key(record) in selected]
-    sections = _sections(after, truths, records, metrics) if truths else []
-    earlier = _sections(before, truths, other, metrics) if truths else []
+    sections = _sections(scored, truths, records, metrics) if truths else []
+    earlier = _sections(_of_wholes(before), truths, other, metrics) if truths else []
     if sections:
-        check_met(metrics, sections, (str(record["task"]) for record in after))
+        check_met(metrics, sections, (str(record["task"]) for record in scored))
     comparison = compare(before, after, earlier, sections)
     return Evaluation(records.path, tuple(truth.path for truth in truths), tuple(sections), comparison, tuple(notes))
+
+
+def _of_wholes(records: Sequence[RecordDict], notes: list[str] | None = None) -> list[RecordDict]:
+    """Return the records without words about parts of pictures: what is known to be true is of whole pictures."""
+    kept = [record for record in records if not says_of_part(record)]
+    num_left_out = len(records) - len(kept)
+    if num_left_out and notes is not None:
+        texts = "1 text" if num_left_out == 1 else f"{num_left_out:,} texts"
+        notes.append(f"{texts} about parts of pictures not scored: what is known to be true is of whole pictures")
+    return kept
 
 
 def _own_truths(records: Sequence[RecordDict], column: str | None) -> Sequence[Truth]:
@@ -261,15 +282,19 @@ def compare(
     sections_after: Sequence[Section] = (),
 ) -> Comparison:
     """Compare the final records of two runs by request; the sections say what the ground truth holds of each record."""
-    old: dict[RequestKey, RecordDict] = {request_key(record): record for record in before}
-    new: dict[RequestKey, RecordDict] = {request_key(record): record for record in after}
+    old, new = _by_request(before), _by_request(after)
+    for key in [key for key in new if key in old and not _are_of_one_part(old[key], new[key])]:
+        old[("another part", *key)] = old.pop(key)
     was_right, is_right = _rights(sections_before), _rights(sections_after)
     changes = []
     for key in (key for key in new if key in old):
+        record = new[key]
         kind = kind_of_change(old[key], new[key])
         if kind is not None:
             verdict = _verdict(was_right.get(old[key]["id"]), is_right.get(new[key]["id"]))
-            changes.append(Change(*key[:3], kind, summary(old[key]), summary(new[key]), verdict))
+            part = f"{part_name(record['region'])}: " if is_of_part(record) else ""
+            asked = (record["image"], str(record["task"]), f"{part}{str(record.get('prompt') or '').strip()}")
+            changes.append(Change(*asked, kind, summary(old[key]), summary(record), verdict))
     num_common = sum(key in old for key in new)
     return Comparison(
         num_common - len(changes),
@@ -278,6 +303,25 @@ def compare(
         tuple(changes),
         _score_changes(sections_before, sections_after),
     )
+
+
+def _by_request(records: Sequence[RecordDict]) -> dict[tuple[object, ...], RecordDict]:
+    """Return records by what is asked; of several about parts of one name each has its number."""
+    counts: Counter[RequestKey] = Counter()
+    found: dict[tuple[object, ...], RecordDict] = {}
+    for record in records:
+        key = request_key(record)
+        found[(key, counts[key] if is_of_part(record) else 0)] = record
+        counts[key] += 1
+    return found
+
+
+def _are_of_one_part(one: RecordDict, other: RecordDict) -> bool:
+    """Return whether two records of a name are about one thing: runs may find others, or in another order."""
+    if not is_of_part(one):
+        return True
+    first, second = (tuple(record["region"][name] for name in _CORNERS) for record in (one, other))
+    return first == second or iou(first, second) >= SAME_PART_IOU
 
 
 def _verdicts(sections: Sequence[Section]) -> dict[str, Verdict]:

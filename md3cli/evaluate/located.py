@@ -17,16 +17,23 @@ from md3cli.finished.names import Matches, ambiguity_notes, match_images, match_
 from md3cli.finished.records_file import record_identity
 from md3cli.records import RecordDict
 from md3cli.refine.labels import Labels
+from md3cli.refine.parts import is_of_part, part_name
 from md3cli.refine.refinement import name_of
 from md3cli.source.walk import PARQUET
 
 NO_SIZE = (1, 1)
-RequestKey = tuple[str | None, str, str, str]  # image, task, prompt, length
+RequestKey = tuple[str | None, str, str, str, str]  # image, task, prompt, length, part of the picture
 
 
 def request_key(record: RecordDict) -> RequestKey:
-    """Return what a record answers: image, task, prompt and caption length."""
-    return record["image"], str(record["task"]), str(record.get("prompt") or "").strip(), record.get("length") or ""
+    """Return what a record answers: image, task, prompt, caption length, and the name of the part it is about."""
+    prompt, part = str(record.get("prompt") or "").strip(), part_name(record["region"]) if is_of_part(record) else ""
+    return record["image"], str(record["task"]), prompt, record.get("length") or "", part
+
+
+def _key_in_run(record: RecordDict) -> tuple[RequestKey, str | None]:
+    """Return what tells requests of one run apart: two prompts of one name may each have found a `car 1`."""
+    return request_key(record), record["region"]["of"] if is_of_part(record) else None
 
 
 def final_records(records: Iterable[RecordDict]) -> list[RecordDict]:
@@ -40,9 +47,9 @@ def final_records(records: Iterable[RecordDict]) -> list[RecordDict]:
         if not {"id", "image", "task"} <= record.keys():
             raise InputError(f"record {number:,} is damaged: it has no id, no image or no task")
         by_id[record_identity(record)] = record
-    first: dict[RequestKey, RecordDict] = {}
+    first: dict[tuple[RequestKey, str | None], RecordDict] = {}
     for record in by_id.values():
-        first.setdefault(request_key(record), record)
+        first.setdefault(_key_in_run(record), record)
     return list(first.values())
 
 
@@ -64,10 +71,10 @@ def under_names_of(rows: Mapping[str, str], file: str, records: Sequence[RecordD
 
     if not any(own(record["image"]) not in (None, record["image"]) for record in records):
         return records
-    first: dict[RequestKey, RecordDict] = {}
+    first: dict[tuple[RequestKey, str | None], RecordDict] = {}
     for record in records:
         named = {**record, "image": own(record["image"]) or record["image"]}
-        first.setdefault(request_key(named), named)
+        first.setdefault(_key_in_run(named), named)
     return list(first.values())
 
 
@@ -156,12 +163,20 @@ def locate(records: Sequence[RecordDict], truth: Instances, labels: Labels) -> L
 
     pairs = (pair_of(*key, *answer) for key, answer in answers.items())
     notes = (
+        *_part_notes(pictured),
         *coverage_notes("image", names, truth.images, matches),
         *coverage_notes("label", asked, truth.categories, named),
         *_size_notes(pictured, images, truth),
         *truth.notes,
     )
     return Located(tuple(pairs), notes)
+
+
+def _part_notes(records: Sequence[RecordDict]) -> Iterator[str]:
+    """Yield a note about records that looked at parts of pictures: the ground truth has what lies elsewhere, too."""
+    if num := sum(map(is_of_part, records)):
+        labels = some_of(list(dict.fromkeys(str(record.get("prompt")) for record in records if is_of_part(record))))
+        yield f"{num:,} records looked at parts of pictures alone; what lies elsewhere counts as missed: {labels}"
 
 
 def _sizes(

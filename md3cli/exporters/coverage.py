@@ -24,6 +24,7 @@ from md3cli.finished.run_json import is_finished
 from md3cli.records import RecordDict, Task
 from md3cli.refine.collection import Collection, read
 from md3cli.refine.labels import Labels, shown_text
+from md3cli.refine.parts import is_of_part
 from md3cli.refine.refinement import FOUND_BY_TASK, name_of
 from md3cli.refine.template import Template
 
@@ -218,9 +219,13 @@ class Coverage:
     def gap(self, group: ImageGroup) -> Gap | None:
         """Return what is missing before a picture can be shown; None where every chosen label is answered."""
         answered, exact, cut = set[Question](), set[tuple[Any, Any]](), dict[tuple[Any, Any], Gap]()
+        of_parts = set[Question]()
         for record in group.records:
             found = self.questions.of(record)
-            if found is None or found[0] not in self.chosen or record.get("region") is not None:
+            if found is None or found[0] not in self.chosen:
+                continue
+            if is_of_part(record):
+                of_parts.add(found[1])
                 continue
             asked = (record["task"], record["prompt"])
             if is_cut_off(record):
@@ -236,7 +241,8 @@ class Coverage:
         required = (question for questions in self.chosen.values() for question in questions)
         lacking = (question for question in required if question not in answered)
         for question in islice(lacking, len(gaps) + _MOST_TOLD):
-            gaps.setdefault(question, Gap(NOT_ASKED, f"{_told(*question)} was not asked"))
+            how = "asked about parts of it only" if question in of_parts else "not asked"
+            gaps.setdefault(question, Gap(NOT_ASKED, f"{_told(*question)} was {how}"))
         for box, _ in self.boxes(group):
             if not (box["x_min"] < box["x_max"] and box["y_min"] < box["y_max"]):
                 gaps[None] = Gap(DAMAGED, "a box has no extent, so what it stands for cannot be covered")
