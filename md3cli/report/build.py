@@ -325,7 +325,7 @@ def name_of_run(records: Collection) -> str:
 
 def _page_of(records: Collection, stats: RunStats, options: ReportOptions, sections: Sequence[Section]) -> Page:
     """Return what the template gets."""
-    infos, palette = records.infos(), palette_of(dict.fromkeys((*stats.palette_labels, *stats.part_labels)))
+    infos, palette = records.infos(), palette_of(stats.coloured)
     run = infos[0] if len(infos) == 1 else RunInfo({})  # the times of several runs say nothing together
     return Page(
         title=options.title or name_of_run(records),
@@ -343,7 +343,7 @@ def _page_of(records: Collection, stats: RunStats, options: ReportOptions, secti
 
 def _head_of(records: Collection, stats: RunStats, options: ReportOptions) -> dict[str, Any]:
     """Return what the script gets besides index and cards."""
-    labels = palette_of(stats.palette_labels).document()
+    labels = palette_of(stats.coloured).document()
     data: dict[str, Any] = {"run": run_key(records.infos(), stats), "name": name_of_run(records), "labels": labels}
     return data | {"perPage": options.images_per_page, "cardsSize": CARDS_SIZE}
 

@@ -61,6 +61,11 @@ class RunStats:
     def num_images(self) -> int:
         return self.pictures.total
 
+    @property
+    def coloured(self) -> list[str]:
+        """The labels in the order of their colours."""
+        return list(dict.fromkeys((*self.palette_labels, *self.part_labels)))
+
     def add(self, item: Item) -> None:
         """Count one picture with its records."""
         self.first_id = self.first_id or str(item.first.get("id"))
