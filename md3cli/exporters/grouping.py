@@ -106,9 +106,9 @@ class Survey:
         """Yield what became of answers and captions about parts; without a place in the format all are left out."""
         if self.num_part_texts and not have_place:
             texts = _many(self.num_part_texts, "text")
-            yield f"{texts} left out that are about parts of pictures; coco, csv and parquet have them"
+            yield f"{texts} left out, being about parts of pictures; coco, csv and parquet have them"
         elif self.num_hidden_texts:
-            yield f"{_many(self.num_hidden_texts, 'text')} left out that are about objects which thresholds hide"
+            yield f"{_many(self.num_hidden_texts, 'text')} left out: the objects that they are about are not shown"
         if have_place and self.num_own_parts:
             yield f"{_many(self.num_own_parts, 'box')} added for parts whose own records are not here"
 

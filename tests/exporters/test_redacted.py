@@ -477,7 +477,7 @@ def test_an_answer_about_a_part_is_covered_and_proves_nothing(pictures: Run) -> 
     assert written(out) == {"p0.png"}
     black = (pixels_of(out / "p0.png") == 0).all(axis=2)
     assert black[20:60, 72:96].all()
-    assert left_out(out) == {"p1.png": "detect 'face' was not asked"}
+    assert left_out(out) == {"p1.png": "detect 'face' was asked about parts of it only"}
 
 
 def test_what_another_record_calls_by_a_chosen_name_is_covered_too(pictures: Run) -> None:

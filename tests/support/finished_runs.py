@@ -70,6 +70,15 @@ def record(image: str | None, task: str, prompt: str | None = None, **fields: An
     }
 
 
+def about(finder: Record, index: int, question: str | None, **fields: Any) -> Record:
+    """A record about an object that `finder` found: an answer by itself, else what `fields` say."""
+    thing = (finder.get("objects") or finder.get("segments"))[index]
+    box = {key: thing.get("bbox", thing)[key] for key in ("x_min", "y_min", "x_max", "y_max")}
+    region = {**box, "label": thing["label"], "of": finder["id"], "index": index}
+    made = record(finder["image"], fields.pop("task", "query"), question, **fields, region=region)
+    return made | {"id": f"{made['task']}-{question}-{index}-{finder['id']}"}
+
+
 def failure(image: str, task: str, prompt: str) -> Record:
     """A failed record: no result, no size."""
     failed = record(image, task, prompt, error={"type": "decode", "message": "truncated", "retry": False})
