@@ -14,6 +14,7 @@ from md3cli.records import Request, RunIdentity
 from md3cli.refine.refinement import Refinement
 
 DEFAULT_MODEL = "moondream3"
+DEFAULT_PAD = 0.1  # room around a region, as a share of its width and height
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,8 @@ class RunConfig:
     `command` and `argv` (with the program's name) are for `run.json` and the line that says how to go
     on; `requests` is what is asked of every image; a manifest may override it row by row, with the
     settings of `defaults` where the command makes no request of its own. With `estimate` nothing is
-    written: the run's time and size are told instead. `allow_empty`: an INPUT without anything in it is no error.
+    written: the run's time and size are told instead. `then` is asked about each object that is found, with `{label}`
+    in its prompts, and `pad` of room around it. `allow_empty`: an INPUT without anything in it is no error.
     `refinement` names what is found and says what of it is shown; no id depends on it. `hides_unsure`: its least score
     stood in the command line, so that redacted pictures may leave objects bare.
     """
@@ -201,6 +203,8 @@ class RunConfig:
     allow_empty: bool = False
     is_dry_run: bool = False
     estimate: EstimateOptions | None = None
+    then: tuple[Request, ...] = ()
+    pad: float = DEFAULT_PAD
     refinement: Refinement = field(default_factory=Refinement)
     hides_unsure: bool = False
     argv: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from md3cli.errors import ImageError
-from md3cli.images.crops import CropConfig, PreparedImage, UncutImage, WholeImage, cut_crops
+from md3cli.images.crops import PreparedImage, UncutImage, WholeImage, cut_crops
 from md3cli.images.pool import Picture, PicturePool, pass_failure, pass_on
 from md3cli.images.rects import PixelRect, padded_rect
 from md3cli.records import ImageFacts, ImageItem, Region
@@ -66,8 +66,8 @@ class KeptImages:
 class PartCutter:
     """Pictures of a pool and parts of them, each picture decoded once while it is kept; a context ends its threads."""
 
-    def __init__(self, pool: PicturePool, crop_config: CropConfig, *, kept_bytes: int = KEPT_BYTES) -> None:
-        self._pool, self._crop_config = pool, crop_config
+    def __init__(self, pool: PicturePool, *, kept_bytes: int = KEPT_BYTES) -> None:
+        self._pool, self._crop_config = pool, pool.crop_config
         self._kept = KeptImages(kept_bytes)
         self._coming: dict[ImageItem, Future[WholeImage]] = {}
         self._lock = threading.Lock()  # guards _coming

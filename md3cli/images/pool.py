@@ -109,6 +109,7 @@ class PicturePool:
             UsageError: `background` is no colour.
         """
         parse_background(background)
+        self.crop_config = crop_config
         self._setup = Setup(crop_config, limits, background)
         self._timeout_s = timeout_s
         self.num_workers = num_workers

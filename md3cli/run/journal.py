@@ -135,8 +135,12 @@ class Journal:
 
     # -- what is done --------------------------------------------------------------------------------
 
-    def is_done(self, record_id: str, row: SourceRow, request: Request, *, retry_failed: bool = False) -> bool:
+    def is_done(
+        self, record_id: str, row: SourceRow, request: Request, *, retry_failed: bool = False, is_visit: bool = True
+    ) -> bool:
         """Return whether the next request in input order was done before this run; called once for each request.
+
+        With `is_visit` False it may be any request, and `visit` is called when its turn comes.
 
         A failed request is not done with `retry_failed`, or where its row could not be read and can be now. A record
         that is not this request's, whatever its id says, is dropped as damaged.
@@ -145,7 +149,8 @@ class Journal:
             OutputError: the record's line cannot be copied to OUT.damaged.
         """
         place = self.found.find(digest_of(record_id))
-        self._visits.note(place)
+        if is_visit:
+            self._visits.note(place)
         if place is None:
             return False
         line = self._log.line_at(self.found.start_of(place))
@@ -157,6 +162,15 @@ class Journal:
         if not self.found.is_failed(place) or retry_failed:
             return False
         return not self.found.is_failed_with(place, "bad_row") or self._is_still_bad(line, row)
+
+    def visit(self, record_id: str) -> None:
+        """Note that the next record in input order is that of a request, new or not."""
+        self._visits.note(self.found.find(digest_of(record_id)))
+
+    def record(self, record_id: str) -> RecordDict | None:
+        """Return the record of a request that was done before this run."""
+        place = self.found.find(digest_of(record_id))
+        return None if place is None else read_record(self._log.line_at(self.found.start_of(place)))
 
     def _is_still_bad(self, line: bytes, row: SourceRow) -> bool:
         """Return whether a row that could not be read fails now as its record says."""

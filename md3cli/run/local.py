@@ -21,8 +21,9 @@ from md3cli.exporters.early import EarlyDrawings
 from md3cli.images.pool import PicturePool
 from md3cli.records import RecordDict, Request, SourceRow
 from md3cli.run.drive import drive
-from md3cli.run.feed import Feed, make_pool, rows_ahead
+from md3cli.run.feed import Feed, Following, make_pool, rows_ahead
 from md3cli.run.finish import STATUS_FAILED_RECORDS, NamedFailures, exit_status, summarize, tell_how_to_resume
+from md3cli.run.follow import FollowUps, may_follow
 from md3cli.run.live import LiveEngine
 from md3cli.run.log import damage_words
 from md3cli.run.model_handle import LazyEngine, Model
@@ -125,9 +126,12 @@ class LocalRun:
 
     def _make_feed(self, pool: PicturePool) -> Feed:
         journal, retry_failed = self.output.journal, self.config.output.retry_failed
+        following = self._following()
 
         def is_done(record_id: str, row: SourceRow, request: Request) -> bool:
-            return journal is not None and journal.is_done(record_id, row, request, retry_failed=retry_failed)
+            return journal is not None and journal.is_done(
+                record_id, row, request, retry_failed=retry_failed, is_visit=following is None
+            )
 
         if journal is not None:
             self.source.watched_lines = frozenset(journal.lines_of_bad_rows())
@@ -142,6 +146,23 @@ class LocalRun:
             recall=self.records.recall,
             reading=self.stop.interruptible,
             wait_for_row=self.source.wait,
+            following=following,
+        )
+
+    def _following(self) -> Following | None:
+        """Return how records are followed where they may ask more; then they are written in another order."""
+        journal, records = self.output.journal, self.records
+        if not may_follow(self.config):
+            return None
+        records.follow = lambda ticket, record: self.feed.follow(ticket, record) if self.feed is not None else None
+        if journal is not None:
+            records.visit = journal.visit
+        return Following(
+            FollowUps(self.config.pad, self.config.refinement),
+            self.model.identity,
+            record_of=lambda record_id: journal.record(record_id) if journal is not None else None,
+            passed=records.pass_by,
+            grown=records.grown,
         )
 
     def _expect_what_is_done(self) -> None:
@@ -224,7 +245,7 @@ class LocalRun:
         journal.settle(
             self._unasked() if journal.has_unasked else None,
             self._before_rewrite,
-            has_grown=run_info is not None and run_info.has_grown,
+            has_grown=may_follow(self.config) or (run_info is not None and run_info.has_grown),
         )
         self._tell_damage()
         self._note_end(None)  # a report made below tells of this run

@@ -13,11 +13,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from md3cli.console.summary import Summary
 from md3cli.errors import OutputError
 from md3cli.finished.record_shape import is_record_of, read_record
+from md3cli.images.parts import placed
 from md3cli.records import (
     SCHEMA,
     Answer,
@@ -30,7 +32,7 @@ from md3cli.records import (
 )
 from md3cli.refine.labels import Labels
 from md3cli.refine.refinement import named
-from md3cli.run.feed import Ticket
+from md3cli.run.feed import Place, Ticket
 from md3cli.run.journal import encode_record
 from md3cli.run.log import AppendLog
 from md3cli.system import read_at
@@ -160,12 +162,19 @@ def _is_of(head: bytes, journal_path: Path) -> bool:
 def record_of(ticket: Ticket, answer: Answer, run: RunIdentity, labels: Labels) -> RecordDict:
     """Make the record of an answered request, or of one that failed; what it found gets the name of its prompt."""
     facts, request = ticket.facts, ticket.request
+    if ticket.rect is not None and facts is not None and answer.result is not None:
+        answer = replace(answer, result=placed(answer.result, ticket.rect, facts.width, facts.height))
     record = make_record(ticket.record_id, ticket.image, facts, request, run, answer, ticket.row.meta)
     return named(record, labels, (ticket.row.typed or {}).get(request.prompt or ""))
 
 
 class OrderedRecords:
-    """Collects outcomes by key, and writes records in the order of the keys, from 0 on."""
+    """Collects outcomes by place, and writes records in that order: a request of INPUT, its children, the next one.
+
+    Attributes:
+        follow: told of each ticket and its record; whoever asks more of it says with `grown` how much.
+        visit: told the id of each record whose turn it is, also of one that stands in OUTPUT already.
+    """
 
     def __init__(
         self,
@@ -188,20 +197,22 @@ class OrderedRecords:
         """
         self._run, self._write, self._summary, self._labels = run, write, summary, labels or Labels()
         self._waiting, self._on_flush = waiting, on_flush
+        self.follow: Callable[[Ticket, RecordDict], None] = lambda ticket, record: None
+        self.visit: Callable[[str], None] = lambda record_id: None
         self._in_flight: dict[int, Ticket] = {}
-        self._finished: dict[int, tuple[Ticket, RecordDict]] = {}
-        self._answered: list[int] = []  # keys since the last flush
-        self._next_key = self._newest_key = 0
+        self._finished: dict[Place, tuple[Ticket, RecordDict | None]] = {}  # None: it stands in OUTPUT
+        self._answered: list[Place] = []  # since the last flush
+        self._next = Place(0)
+        self._num_children: dict[int, int] = {}
         self._has_row_failed = False  # a request of the row that is being written
 
     def has_room(self, batch_size: int) -> bool:
         """Return False while the oldest missing answer is so late that new requests should wait for it."""
-        return self._newest_key - self._next_key < BATCHES_AHEAD * batch_size
+        return len(self._in_flight) + len(self._finished) < BATCHES_AHEAD * batch_size
 
     def expect(self, ticket: Ticket) -> None:
         """Note that `ticket` went to the engine; its answer will come by its key."""
         self._in_flight[ticket.key] = ticket
-        self._newest_key = max(self._newest_key, ticket.key)
 
     def recall(self, ticket: Ticket) -> bool:
         """Return whether an earlier start left the record of `ticket`, which is then written when its turn comes."""
@@ -210,45 +221,79 @@ class OrderedRecords:
         name = ticket.image.name if ticket.image is not None else None
         record = self._waiting.find(ticket.record_id, name, ticket.request)
         if record is not None:
-            self._finished[ticket.key] = (ticket, record)
+            self._finish(ticket, record)
         return record is not None
+
+    def pass_by(self, ticket: Ticket) -> None:
+        """Note that the record of `ticket` stands in OUTPUT, before those that are still to come."""
+        self._finished[ticket.place] = (ticket, None)
+
+    def grown(self, number: int, count: int) -> None:
+        """Note how many children the record of a request of INPUT has; for each ticket that has a family."""
+        self._num_children[number] = count
 
     def answer(self, answer: Answer) -> None:
         """Make a record of an answer of the engine."""
         ticket = self._in_flight.pop(answer.key)
-        self._finished[ticket.key] = (ticket, record_of(ticket, answer, self._run, self._labels))
         if answer.failure is None and answer.result is not None:
-            self._answered.append(ticket.key)
+            self._answered.append(ticket.place)
+        self._finish(ticket, record_of(ticket, answer, self._run, self._labels))
 
     def fail(self, ticket: Ticket, failure: RowFailure) -> None:
         """Make an error record of a request that has no answer."""
-        answer = Answer(ticket.key, failure=failure)
-        self._finished[ticket.key] = (ticket, record_of(ticket, answer, self._run, self._labels))
+        self._finish(ticket, record_of(ticket, Answer(ticket.key, failure=failure), self._run, self._labels))
+
+    def _finish(self, ticket: Ticket, record: RecordDict) -> None:
+        self._finished[ticket.place] = (ticket, record)
+        self.follow(ticket, record)
 
     def flush(self) -> None:
         """Write every record that is next in order, keep the others safe, and count what was written."""
-        batch: list[tuple[Ticket, RecordDict]] = []
-        while self._next_key + len(batch) in self._finished:
-            batch.append(self._finished[self._next_key + len(batch)])
-        if batch:
-            self._write([record for _, record in batch])
-        for ticket, record in batch:
-            del self._finished[ticket.key]
+        turn = self._those_in_turn()
+        written = [(ticket, record) for ticket, record in turn if record is not None]
+        if written:
+            self._write([record for _, record in written])
+        for ticket, _ in turn:
+            del self._finished[ticket.place]
+            self.visit(ticket.record_id)
+        for ticket, record in written:
             self._count(ticket, record)
-        self._next_key += len(batch)
         if self._waiting is not None:
-            self._waiting.mark_written(record for _, record in batch)
-            new = [self._finished[key][1] for key in self._answered if key in self._finished]
-            self._waiting.keep(new, self._answers_waiting)
+            self._waiting.mark_written(record for _, record in written)
+            waiting = map(self._waiting_at, self._answered)
+            self._waiting.keep([record for record in waiting if record is not None], self._answers_waiting)
         self._answered.clear()
         self._on_flush()
 
+    def _those_in_turn(self) -> list[tuple[Ticket, RecordDict | None]]:
+        """Return what is next in order, and go on behind it."""
+        turn = []
+        while (found := self._finished.get(self._in_turn())) is not None:
+            turn.append(found)
+            number, child = self._next
+            is_alone = not child and found[0].family is None
+            self._next = Place(number + 1) if is_alone else Place(number, child + 1)
+        return turn
+
+    def _in_turn(self) -> Place:
+        """Return the place that is next, once it is known whether another child comes."""
+        number, child = self._next
+        if child and self._num_children.get(number, child) < child:
+            del self._num_children[number]
+            self._next = Place(number + 1)
+        return self._next
+
+    def _waiting_at(self, place: Place) -> RecordDict | None:
+        return self._finished[place][1] if place in self._finished else None
+
     def _answers_waiting(self) -> list[RecordDict]:
-        return [record for _, record in self._finished.values() if record["error"] is None]
+        records = (record for _, record in self._finished.values() if record is not None)
+        return [record for record in records if record["error"] is None]
 
     def _count(self, ticket: Ticket, record: RecordDict) -> None:
         summary = self._summary
-        self._has_row_failed = self._has_row_failed or record["error"] is not None
+        if not ticket.place.child:
+            self._has_row_failed = self._has_row_failed or record["error"] is not None
         if ticket.is_last_of_row:
             summary.num_rows += 1
             summary.num_rows_failed += self._has_row_failed

@@ -34,7 +34,7 @@ from md3cli.images.pool import PicturePool
 from md3cli.records import OK_TAIL, Answer, RecordDict, Request, RowFailure, SourceRow
 from md3cli.refine.labels import Labels
 from md3cli.run.drive import drive
-from md3cli.run.feed import Feed, Ticket, make_decode_pool, rows_ahead
+from md3cli.run.feed import Feed, Place, Ticket, make_decode_pool, rows_ahead
 from md3cli.run.journal import encode_record
 from md3cli.run.model_handle import LazyEngine, Model
 from md3cli.run.order import record_of
@@ -84,7 +84,7 @@ class ShardAttempt:
         suspects = [one for row in rows for one in _singly(row, self._left_open)]
         for one in suspects:
             if one.ids[0] in self._blamed:
-                self._fail(Ticket(0, one.ids[0], one.row.image, one.row.requests[0], one.row, True), BLAME)
+                self._fail(Ticket(0, Place(0), one.ids[0], one.row.image, one.row.requests[0], one.row, True), BLAME)
         self.flush()
         for one in suspects:
             self._drive([one], is_alone=True)

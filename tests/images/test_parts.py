@@ -42,7 +42,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[PicturePool]:
 
 @pytest.fixture
 def cutter(pool: PicturePool) -> Iterator[PartCutter]:
-    made = PartCutter(pool, CONFIG)
+    made = PartCutter(pool)
     yield made
     made.close()
 
@@ -92,7 +92,7 @@ def test_parts_asked_at_once_share_a_decoding_that_is_not_kept(
     pool: PicturePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     item, decoded = picture(tmp_path / "a.png"), counted(pool, monkeypatch)
-    cutter = PartCutter(pool, CONFIG, kept_bytes=0)
+    cutter = PartCutter(pool, kept_bytes=0)
     try:
         parts = [cutter.cut(item, region((0, 0, 0.5, 0.5))) for _ in range(4)]
         assert {part.result(PATIENCE_S).picture.sha256 for part in parts}.__len__() == 1

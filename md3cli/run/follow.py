@@ -1,0 +1,81 @@
+"""What is asked next of a record that is finished: questions about each object that was found.
+
+A record that asks more is a parent, what it asks are its children: requests like any other, about a part of the
+picture or about all of it. Which they are follows from the parent's record, its row and what the run was told, and from
+nothing else; so a start that finds the record in OUTPUT asks what is left, and a shard can be counted after the fact.
+Children have no children. Source: product contract, section 9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from md3cli.config import RunConfig
+from md3cli.records import Box, RecordDict, Region, Request, RunIdentity, SourceRow, Task, request_id
+from md3cli.refine.refinement import FOUND_BY_TASK, Refinement, numbered, refined
+from md3cli.refine.template import Template
+
+LABEL = "label"  # the placeholder of what an object is called
+TASKS_WITH_REGIONS = frozenset({Task.DETECT, Task.SEGMENT})
+
+
+def may_follow(config: RunConfig) -> bool:
+    """Return whether records of a run may have children."""
+    return bool(config.then)
+
+
+@dataclass(frozen=True, slots=True)
+class FollowUps:
+    """Which children a record has. `pad` is the room around a region; what `refinement` hides is not asked about."""
+
+    pad: float = 0.0
+    refinement: Refinement = field(default=Refinement())
+
+    def may_follow(self, row: SourceRow, request: Request) -> bool:
+        """Return whether the record of a request of `row` may have children."""
+        return bool(row.then) and request.task in TASKS_WITH_REGIONS and request.region is None
+
+    def needs_all(self, row: SourceRow) -> bool:
+        """Return whether what a record hides depends on the other records of its row."""
+        return self.refinement.may_compare and len(row.requests) > 1
+
+    def children_of(self, row: SourceRow, records: Mapping[int, RecordDict]) -> dict[int, tuple[Request, ...]]:
+        """Return the children of each of a row's records, in order; a record that failed has none.
+
+        Args:
+            records: by the place of the request in the row. They are looked at together: where `needs_all`, all are
+                given.
+        """
+        places = [place for place in sorted(records) if self.may_follow(row, row.requests[place])]
+        shown = refined([numbered(records[place]) for place in places], self.refinement)
+        children = zip(places, (tuple(_about_objects(row.then, record, self.pad)) for record in shown), strict=True)
+        return dict.fromkeys(records, ()) | dict(children)
+
+
+def _about_objects(templates: Sequence[Request], record: RecordDict, pad: float) -> Iterator[Request]:
+    """Yield what is asked about each object of a record, by object, then in the order of the templates."""
+    key = FOUND_BY_TASK[record["task"]]
+    for thing in record.get(key) or ():
+        corners = thing.get("bbox", thing)
+        box = Box(*(corners[name] for name in Box._fields))
+        region = Region(box, thing["label"], record["id"], thing["index"], pad)
+        for template in templates:
+            yield about(template, region)
+
+
+def about(template: Request, region: Region) -> Request:
+    """Return a request about a region, with the region's label in the prompt."""
+    if template.prompt is None:
+        return replace(template, region=region)
+    return replace(template, prompt=Template.parse(template.prompt).filled({LABEL: region.label}), region=region)
+
+
+def child_id(parent_id: str, parent: Request, child: Request, image: str | None, run: RunIdentity) -> str:
+    """Return the id of a child; one about the whole picture is the same repeat of its request as the parent is."""
+    if child.region is not None:
+        return request_id(image, child, run)
+    repeat = 0
+    while request_id(image, parent, run, repeat) != parent_id:
+        repeat += 1
+    return request_id(image, child, run, repeat)
