@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from md3cli.records import Request, RunIdentity
+from md3cli.records import Request, RunIdentity, request_fields
 from md3cli.refine.refinement import Refinement
 
 DEFAULT_MODEL = "moondream3"
@@ -208,3 +208,12 @@ class RunConfig:
     refinement: Refinement = field(default_factory=Refinement)
     hides_unsure: bool = False
     argv: tuple[str, ...] = ()
+
+    def identity_of_rows(self) -> dict[str, Any]:
+        """Return what, beside requests and model, a resume must share; nothing of an option that is not used."""
+        parts = self.source.columns.identity()
+        if self.then:
+            parts["then"] = [request_fields(request) for request in self.then]
+        if self.then or self.pad != DEFAULT_PAD:
+            parts["pad"] = self.pad
+        return parts

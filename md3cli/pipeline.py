@@ -63,7 +63,9 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
         plan = plan_output(config.output, is_terminal=console.is_stdout_terminal)
         config = _grown(config, plan, console)
         own_files = frozenset(os.path.realpath(path) for path in own_paths(plan))
-        source = open_source(replace(config.source, own_files=own_files), config.requests, defaults=config.defaults)
+        source = open_source(
+            replace(config.source, own_files=own_files), config.requests, then=config.then, defaults=config.defaults
+        )
         for note in source.first_look():
             console.warn(note)
         if plan.files is None or config.estimate is not None or config.is_dry_run:
@@ -76,7 +78,7 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
         check_replaceable(plan, may_overwrite=config.output.overwrite)
         check_can_cover(plan, config.requests, config.refinement.labels)
         check_not_empty(source, config.source, is_allowed=config.allow_empty)
-        if beyond := words_beyond(config.model, config.requests):
+        if beyond := words_beyond(config.model, (*config.requests, *config.then)):
             console.warn(beyond)
         folder = _run_folder(config, plan)
         if folder is not None:
@@ -86,7 +88,7 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
         stop = stack.enter_context(StopSignals())
         with stop.interruptible():
             model = find(config.model)
-            check_skills(model, config.requests)
+            check_skills(model, (*config.requests, *config.then))
         if plan.stdout == TABLE and source.has_one_row and _is_one_question(config.requests):
             plan = replace(plan, stdout=ANSWER)
         if plan.stdout in PRINTABLE_FORMATS:

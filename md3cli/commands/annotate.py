@@ -28,7 +28,7 @@ from md3cli.records import Request, Task, printable
 from md3cli.refine.labels import Labels, labels_with, prompts_of
 from md3cli.refine.refinement import FOUND_BY_TASK
 from md3cli.source.requests import TOKENS_LIMIT
-from md3cli.source.specs import TaskSpec, parse_task
+from md3cli.source.specs import TaskSpec, are_followed, parse_task, parse_then, template_of
 from md3cli.source.walk import STDIN
 
 app = App()
@@ -65,6 +65,17 @@ TaskSpecs = Annotated[
         parser=checked(parse_task),
         autocompletion=starting("caption:short", "caption:normal", "caption:long", *(f"{t}:" for t in PROMPTED)),
         help="caption:long, detect:car,person, point:nose, query:Is it raining?, segment:dog; may be repeated.",
+    ),
+]
+
+
+ThenSpecs = Annotated[
+    list[list[TaskSpec]] | None,
+    typer.Option(
+        "--then",
+        metavar="SPEC",
+        parser=checked(parse_then),
+        help="Ask this about each object that detect and segment find, {label} in the prompt; may be repeated.",
     ),
 ]
 
@@ -184,16 +195,25 @@ def segment(
 
 @app.command()
 @annotating
-def run(input: OneInput, task: TaskSpecs = None, reasoning: Reasoning = True, *, options: AnnotateOptions) -> RunConfig:
+def run(
+    input: OneInput,
+    task: TaskSpecs = None,
+    then: ThenSpecs = None,
+    reasoning: Reasoning = True,
+    *,
+    options: AnnotateOptions,
+) -> RunConfig:
     """Several tasks in one pass, each image encoded once; or a manifest whose rows carry their own.
 
     Examples:
         md3 run photos/ --task caption:long --task detect:car,person -o out/
         md3 run photos/ --task "query:Is it raining?" --task segment:dog -o out/
+        md3 run photos/ --task detect:car --then "query:What colour is the {label}?" -o out/
         md3 run requests.csv -o answers.jsonl
     """
     requests, labels = _asked_of_run(input, task, options, reasoning)
-    return options.config("run", [input], requests, labels=labels, reasoning=reasoning)
+    asked = _asked_then(input, then, requests, options, reasoning)
+    return options.config("run", [input], requests, labels=labels, reasoning=reasoning, then=asked)
 
 
 @app.command()
@@ -201,6 +221,7 @@ def run(input: OneInput, task: TaskSpecs = None, reasoning: Reasoning = True, *,
 def estimate(
     input: OneInput,
     task: TaskSpecs = None,
+    then: ThenSpecs = None,
     reasoning: Reasoning = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, also on a terminal.")] = False,
     *,
@@ -217,7 +238,8 @@ def estimate(
     """
     estimate = options.estimate_options(is_json=as_json)
     requests, labels = _asked_of_run(input, task, options, reasoning)
-    return options.config("run", [input], requests, estimate, labels, reasoning)
+    asked = _asked_then(input, then, requests, options, reasoning)
+    return options.config("run", [input], requests, estimate, labels, reasoning, asked)
 
 
 def _run_of_objects(
@@ -260,6 +282,26 @@ def _asked_of_run(
     if not requests and not has_rows:
         raise UsageError(f"nothing to do for {printable(input)}; say what with --task, like --task caption:long")
     return requests, labels
+
+
+def _asked_then(
+    input: str, specs: ThenSpecs, requests: Sequence[Request], options: AnnotateOptions, reasoning: bool
+) -> list[Request]:
+    """Return what is asked about each object that is found, `{label}` in the prompts.
+
+    Raises:
+        UsageError: nothing finds objects with boxes, or the same is asked twice.
+    """
+    flat = [spec for parts in specs or () for spec in parts]
+    if flat and not (are_followed(requests) or options.may_rows_ask(input)):
+        raise UsageError(
+            "--then asks about each object that detect and segment find, and none of them is asked; "
+            "add --task detect:OBJECT"
+        )
+    if len(set(flat)) < len(flat):
+        raise UsageError("two --then ask the same; leave one out")
+    base = options.request(Task.QUERY, reasoning=reasoning)
+    return [template_of(spec, base) for spec in flat]
 
 
 def _listed_specs(options: AnnotateOptions) -> Iterator[list[TaskSpec]]:

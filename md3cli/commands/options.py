@@ -24,6 +24,7 @@ from md3cli.commands.parse import (
     FORMATS,
     MAX_FILE_SIZE,
     MAX_PIXELS,
+    PAD,
     above_zero,
     checked,
     may_carry_rows,
@@ -34,6 +35,7 @@ from md3cli.commands.parse import (
     parse_fail_on,
     parse_folder,
     parse_format,
+    parse_pad,
     parse_pair,
     parse_shard,
     starting,
@@ -122,6 +124,15 @@ class AnnotateOptions:
     labels: LabelsFile = None
     min_score: MinScore = None
     nms: Nms = None
+    pad: Annotated[
+        float,
+        _answers(
+            "--pad",
+            metavar="SHARE",
+            parser=checked(parse_pad),
+            help="Room around a region (--then), of its own width and height: 10% or 0.1.",
+        ),
+    ] = PAD
 
     prompts: Annotated[
         Path | None,
@@ -351,15 +362,18 @@ class AnnotateOptions:
         estimate: EstimateOptions | None = None,
         labels: Labels | None = None,
         reasoning: bool = True,
+        then: Sequence[Request] = (),
     ) -> RunConfig:
         """Return a run that asks `requests` of every image of `inputs`, or an estimate of that run.
 
         `labels` names what is asked and what the rows of a manifest ask; None: as `--labels` says. `reasoning` is for
-        rows that bring their questions where there are no `requests`.
+        rows that bring their questions where there are no `requests`. `then` is asked about each object.
 
         Raises:
             UsageError: OUTPUT is no name or address that could be written to.
         """
+        if "pad" in self.typed and not (then or any(map(self.may_rows_ask, inputs))):
+            raise UsageError("--pad is the room around a region, and nothing is asked about regions; --then does that")
         return RunConfig(
             command=command,
             source=self._filled(
@@ -387,6 +401,8 @@ class AnnotateOptions:
             allow_empty=self.allow_empty,
             is_dry_run=self.dry_run,
             estimate=estimate or (self.estimate_options() if self.estimate else None),
+            then=tuple(then),
+            pad=self.pad,
             refinement=self._refinement(command, inputs, requests, labels),
             hides_unsure="min_score" in self.typed,
             argv=("md3", *map(shown_argument, sys.argv[1:])),

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import typer
 
-from md3cli.config import FailOn
+from md3cli.config import DEFAULT_PAD, FailOn
 from md3cli.errors import UsageError
 from md3cli.records import printable
 from md3cli.remote.address import is_address
@@ -36,6 +36,7 @@ CACHE_SIZE: Any = "20 GB"
 MAX_FILE_SIZE: Any = "1G"
 MAX_PIXELS: Any = str(2**28)
 EXTENSION: Any = ".txt"
+PAD: Any = f"{DEFAULT_PAD:.0%}"
 
 _PICTURES_OR_TARS = IMAGE_SUFFIXES | {".tar"}
 

@@ -24,6 +24,7 @@ SHOWN_BEFORE_CHARS = 20  # of a long text, before the first character in which i
 MOST_REQUESTS_SHOWN = 6  # in one message
 LONGEST_COMMAND_CHARS = 1000  # that a message repeats
 _WHAT_IS_ASKED = frozenset({"task", "prompt"})
+_OF_EACH = {"requests": "", "then": "of each object found: "}
 _NAMES = {"ids": "the way in which ids are made", "root": "the folder of INPUT", "inputs": "INPUT"}
 
 
@@ -159,8 +160,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         before, now = old.get(key), new.get(key)
         if before == now:
             continue
-        if key == "requests" and _are_requests(before) and _are_requests(now):
-            found += _of_requests(before, now)
+        if key in ("requests", "then") and _are_requests(before or []) and _are_requests(now or []):
+            found += [_OF_EACH[key] + phrase for phrase in _of_requests(before or [], now or [])]
         elif isinstance(before, dict) and isinstance(now, dict):
             found += differences(before, now)
         else:

@@ -12,12 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from md3cli.config import RunConfig
-from md3cli.records import Box, RecordDict, Region, Request, RunIdentity, SourceRow, Task, request_id
+from md3cli.records import Box, RecordDict, Region, Request, RunIdentity, SourceRow, request_id
 from md3cli.refine.refinement import FOUND_BY_TASK, Refinement, numbered, refined
 from md3cli.refine.template import Template
-
-LABEL = "label"  # the placeholder of what an object is called
-TASKS_WITH_REGIONS = frozenset({Task.DETECT, Task.SEGMENT})
+from md3cli.source.specs import FOLLOWED_TASKS, LABEL
 
 
 def may_follow(config: RunConfig) -> bool:
@@ -34,7 +32,7 @@ class FollowUps:
 
     def may_follow(self, row: SourceRow, request: Request) -> bool:
         """Return whether the record of a request of `row` may have children."""
-        return bool(row.then) and request.task in TASKS_WITH_REGIONS and request.region is None
+        return bool(row.then) and request.task in FOLLOWED_TASKS and request.region is None
 
     def needs_all(self, row: SourceRow) -> bool:
         """Return whether what a record hides depends on the other records of its row."""

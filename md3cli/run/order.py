@@ -249,12 +249,15 @@ class OrderedRecords:
 
     def flush(self) -> None:
         """Write every record that is next in order, keep the others safe, and count what was written."""
-        turn = self._those_in_turn()
+        turn, behind = self._those_in_turn()
         written = [(ticket, record) for ticket, record in turn if record is not None]
         if written:
             self._write([record for _, record in written])
+        self._next = behind
         for ticket, _ in turn:
             del self._finished[ticket.place]
+            if ticket.place.number < behind.number:
+                self._num_children.pop(ticket.place.number, None)
             self.visit(ticket.record_id)
         for ticket, record in written:
             self._count(ticket, record)
@@ -265,23 +268,19 @@ class OrderedRecords:
         self._answered.clear()
         self._on_flush()
 
-    def _those_in_turn(self) -> list[tuple[Ticket, RecordDict | None]]:
-        """Return what is next in order, and go on behind it."""
-        turn = []
-        while (found := self._finished.get(self._in_turn())) is not None:
+    def _those_in_turn(self) -> tuple[list[tuple[Ticket, RecordDict | None]], Place]:
+        """Return what is next in order, and the place behind it."""
+        turn, place = [], self._turn_at(self._next)
+        while (found := self._finished.get(place)) is not None:
             turn.append(found)
-            number, child = self._next
-            is_alone = not child and found[0].family is None
-            self._next = Place(number + 1) if is_alone else Place(number, child + 1)
-        return turn
+            is_alone = not place.child and found[0].family is None
+            place = Place(place.number + 1) if is_alone else self._turn_at(Place(place.number, place.child + 1))
+        return turn, place
 
-    def _in_turn(self) -> Place:
-        """Return the place that is next, once it is known whether another child comes."""
-        number, child = self._next
-        if child and self._num_children.get(number, child) < child:
-            del self._num_children[number]
-            self._next = Place(number + 1)
-        return self._next
+    def _turn_at(self, place: Place) -> Place:
+        """Return a place, or that of the next request of INPUT where it is known that no such child comes."""
+        is_behind = place.child and self._num_children.get(place.number, place.child) < place.child
+        return Place(place.number + 1) if is_behind else place
 
     def _waiting_at(self, place: Place) -> RecordDict | None:
         return self._finished[place][1] if place in self._finished else None

@@ -327,7 +327,7 @@ def _begin(
         check_first_record(journal.first_record, () if is_filled else config.requests, identity)
     return RunDocument.begin(
         files.run_info,
-        identity=identity_of(config.requests, identity, source.root, config.source.columns.identity(), config.defaults),
+        identity=identity_of(config.requests, identity, source.root, config.identity_of_rows(), config.defaults),
         arguments=config.argv,
         root=source.root,
         is_resume=not config.output.overwrite,

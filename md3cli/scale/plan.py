@@ -158,9 +158,7 @@ class PlannedRow(NamedTuple):
 
 def plan_config(config: RunConfig, identity: RunIdentity, root: str) -> dict[str, Any]:
     """Return what two starts must share for the second to go on with the first one's plan: JSON without secrets."""
-    document: dict[str, Any] = {
-        "identity": identity_of(config.requests, identity, root, config.source.columns.identity())
-    }
+    document: dict[str, Any] = {"identity": identity_of(config.requests, identity, root, config.identity_of_rows())}
     source = config.source
     document["input"] = asdict(source) | {
         "inputs": [_without_secrets(typed) for typed in source.inputs],

@@ -14,6 +14,7 @@ from tickets import ticket
 
 from md3cli.console.summary import Summary
 from md3cli.records import Answer, RecordDict, RowFailure, RunIdentity
+from md3cli.run.feed import Place
 from md3cli.run.journal import encode_record
 from md3cli.run.order import SLACK_LINES, OrderedRecords, WaitingRecords
 
@@ -86,7 +87,7 @@ class Start:
         left = []
         for key in keys:
             asked = ticket(key)
-            asked.key -= num_before
+            asked.key, asked.place = key - num_before, Place(key - num_before)
             if not self.records.recall(asked):
                 self.records.expect(asked)
                 left.append(asked.key)
