@@ -6,6 +6,7 @@ of English; other languages are taken apart at their commas alone. Knows nothing
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -51,14 +52,15 @@ class Vocabulary:
     longest: int  # words
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> Vocabulary:
+    @functools.lru_cache(maxsize=4)
+    def of(cls, names: tuple[str, ...]) -> Vocabulary:
         """Return the vocabulary of names that `read_vocabulary` has found to be good ones."""
         forms = [_forms(_tokens(name)) for name in names]
         by_words: dict[_Tokens, str] = {}
         for step in range(3):
             for name, form in zip(names, forms, strict=True):
                 by_words.setdefault(form[step], name)
-        return cls(tuple(names), by_words, max(map(len, by_words)))
+        return cls(names, by_words, max(map(len, by_words)))
 
     def mentioned(self, text: str) -> Iterator[str]:
         """Yield the names that a text mentions, in order; of two at one place the longer, and none behind "no"."""
@@ -111,9 +113,10 @@ def read_vocabulary(path: Path) -> tuple[str, ...]:
 _NONE = words_of("no not without")
 _DROPPED = words_of("""
     a an the this that these those one two three four five six seven eight nine ten eleven twelve dozen dozens
-    hundreds some several many few multiple various numerous couple pair pairs group groups lot lots number set
-    bunch row rows other another more also both each every single his her its their my our your of maybe possibly
-    around approximately about exactly plus etc it they he she there here which who what""")
+    hundreds some several many few multiple various numerous other another more also both each every single his her
+    its their my our your of maybe possibly around approximately about exactly plus etc it they he she there here
+    which who what""")
+_AMOUNTS = words_of("couple pair pairs group groups lot lots number set bunch row rows")  # where "of" is next
 _BREAKS = words_of("""
     and or with without in on at by near under above below behind beside between over from to into onto next against
     along across through around inside outside as while for off is are was were be being been has have had can could
@@ -122,19 +125,20 @@ _BREAKS = words_of("""
     standing sits sit sitting lies lie lying wears wear wearing holds hold holding walks walking rides riding runs
     running looking hanging parked placed surrounded filled covered resting leaning flying eating drinking playing
     driving carrying reading talking smiling sleeping growing scattered arranged located stacked mounted attached
-    facing using taken i you we""")
+    facing using taken i you we there's it's here's that's working waiting posing""")
 _NO_THINGS = words_of("""
     image picture photo photograph scene background foreground left right top bottom side middle center centre front
     back corner view object objects item items thing things none nothing n/a list answer following red yellow green
-    cyan blue purple black white orange pink brown grey gray dark light bright large small big little tall old young
-    new empty visible clear""")
+    cyan blue purple black white pink brown grey gray dark bright large small big little tall old young new empty
+    visible clear""")
 _MARKER = re.compile(r"^[ \t]*(?:\(?\d{1,4}[.):]|[-*•+–])[ \t]+")
-_SEPARATORS = re.compile(r"[,;.!?()\[\]{}\"“”„«»<>|/\\&=、，。；！？「」]|\s[-–—]+\s|\.\.+")
+_SEPARATORS = re.compile(r"\s\d{1,4}[.)]\s|[,;.!?()\[\]{}\"“”„«»<>|/\\&=、，。；！？「」]|\s[-–—]+\s|\.\.+")
 _ENDS_OF_NAMES = (",", ";", ".", "\n", "、", "，", "。")
 _NAME_KEYS = ("label", "name", "object", "item", "class")
-
-
-_NUMBER = re.compile(r"[\d.]+x?")
+_NUMBER = re.compile(r"x?[\d.]+x?")
+_ING_THINGS = words_of("""
+    building painting railing ceiling clothing string awning earring stocking bedding lighting drawing crossing
+    landing wedding flooring roofing pudding carving molding moulding siding dumpling duckling sapling swing sling""")
 
 
 def names_in(text: str, vocabulary: Vocabulary | None = None, most: int = MOST_NAMES) -> tuple[str, ...]:
@@ -216,7 +220,7 @@ def _parts(line: str, *, is_listed: bool) -> Iterator[str]:
 def _things(part: str) -> Iterator[str]:
     """Yield the things of a part of a sentence."""
     words: list[str] = []
-    for word in [*part.lower().split(), "and"]:
+    for word in [*part.lower().replace("\u2019", "'").split(), "and"]:
         if word not in _BREAKS:
             words.append(word)
             continue
@@ -230,14 +234,19 @@ def _named(words: Sequence[str]) -> str | None:
     """Return the name that words are: without what counts and points, the last in the singular."""
     if words and words[0] in _NONE:
         return None
-    while words and (
-        words[0] in _DROPPED or _NUMBER.fullmatch(words[0]) or ("of" in words[1:2] and words[0] in _NO_THINGS)
-    ):
+    while words and (_counts(words[0]) or (words[0] in _AMOUNTS | _NO_THINGS and "of" in words[1:2])):
         words = words[1:]
+    while words and _NUMBER.fullmatch(words[-1]):
+        words = words[:-1]
     bare = [word for word in (word.strip("'’-+*%$€#@^~`…") for word in words) if word]
-    if not bare or all(word in _NO_THINGS or word in _DROPPED for word in bare):
+    if all(word in _NO_THINGS or _counts(word) for word in bare):
         return None
     heads = [n for n, word in enumerate(bare, 1) if n == len(bare) or bare[n] == "of"]
     name = " ".join(singular(word) if n in heads else word for n, word in enumerate(bare, 1))
-    is_letter = len(name) == 1 and name.isascii()
-    return None if is_letter or not any(map(str.isalpha, name)) else name
+    is_no_thing = (len(name) == 1 and name.isascii()) or not any(map(str.isalpha, name))
+    is_verb = len(bare) == 1 and name.endswith("ing") and len(name) > 5 and name not in _ING_THINGS
+    return None if is_no_thing or is_verb else name
+
+
+def _counts(word: str) -> bool:
+    return word in _DROPPED or _NUMBER.fullmatch(word) is not None

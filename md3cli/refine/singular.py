@@ -17,7 +17,7 @@ _PLURALS = dict(
     people:person children:child men:man women:woman feet:foot teeth:tooth geese:goose mice:mouse oxen:ox
     knives:knife leaves:leaf shelves:shelf wolves:wolf loaves:loaf halves:half wives:wife calves:calf scarves:scarf
     thieves:thief elves:elf hooves:hoof cacti:cactus lenses:lens gases:gas canvases:canvas irises:iris quizzes:quiz
-    axes:axe shoes:shoe toes:toe canoes:canoe ties:tie pies:pie""")
+    axes:axe shoes:shoe toes:toe canoes:canoe ties:tie pies:pie taxis:taxi skis:ski kiwis:kiwi bikinis:bikini""")
 )
 _NO_PLURALS = words_of("""
     glasses sunglasses eyeglasses scissors pants trousers jeans shorts binoculars goggles pliers tongs tweezers
