@@ -188,7 +188,9 @@ class RunConfig:
     written: the run's time and size are told instead. `then` is asked about each object that is found, with `{label}`
     in its prompts, and `pad` of room around it. `allow_empty`: an INPUT without anything in it is no error.
     `refinement` names what is found and says what of it is shown; no id depends on it. `hides_unsure`: its least score
-    stood in the command line, so that redacted pictures may leave objects bare.
+    stood in the command line, so that redacted pictures may leave objects bare. `missing_only` is a ground truth: of a
+    picture only classes without labels there are asked. Like what else narrows INPUT, it is nothing that a resume must
+    share.
     """
 
     command: str
@@ -207,6 +209,7 @@ class RunConfig:
     pad: float = DEFAULT_PAD
     refinement: Refinement = field(default_factory=Refinement)
     hides_unsure: bool = False
+    missing_only: Path | None = None
     argv: tuple[str, ...] = ()
 
     def identity_of_rows(self) -> dict[str, Any]:

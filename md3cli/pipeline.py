@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import RunConsole
+from md3cli.errors import InputError
 from md3cli.finished.guards import check_not_input, files_in, has_run_schema
 from md3cli.images.crops import parse_background
-from md3cli.records import Request, Task
+from md3cli.records import Request, Task, printable
+from md3cli.remote.address import is_address
 from md3cli.run.adding import check_may_add, grown, in_held_order
 from md3cli.run.local import LocalRun
 from md3cli.run.model_handle import Model, check_skills, find_model, words_beyond
@@ -36,10 +38,11 @@ from md3cli.settings import CONFIG_FILE, user_config_dir
 from md3cli.signals import StopSignals, check_stdout
 from md3cli.source.emptiness import check_not_empty
 from md3cli.source.inputs import paths_of
-from md3cli.source.source import open_source
-from md3cli.source.walk import is_glob
+from md3cli.source.source import Source, open_source
+from md3cli.source.walk import STDIN, is_glob
 
 if TYPE_CHECKING:
+    from md3cli.evaluate.unlabelled import Unlabelled
     from md3cli.scale.folder import RunFolder
 
 ModelFinder = Callable[[ModelOptions], Model]
@@ -63,8 +66,13 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
         plan = plan_output(config.output, is_terminal=console.is_stdout_terminal)
         config = _grown(config, plan, console)
         own_files = frozenset(os.path.realpath(path) for path in own_paths(plan))
+        unlabelled = _unlabelled(config)
         source = open_source(
-            replace(config.source, own_files=own_files), config.requests, then=config.then, defaults=config.defaults
+            replace(config.source, own_files=own_files),
+            config.requests,
+            then=config.then,
+            defaults=config.defaults,
+            narrowed=None if unlabelled is None else unlabelled.narrowed,
         )
         for note in source.first_look():
             console.warn(note)
@@ -78,6 +86,9 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
         check_replaceable(plan, may_overwrite=config.output.overwrite)
         check_can_cover(plan, config.requests, config.refinement.labels)
         check_not_empty(source, config.source, is_allowed=config.allow_empty)
+        if unlabelled is not None:
+            _check_in_common(config, source, unlabelled)
+            stack.callback(_tell_nothing_in_common, config, console, unlabelled)
         if beyond := words_beyond(config.model, (*config.requests, *config.then)):
             console.warn(beyond)
         folder = _run_folder(config, plan)
@@ -96,6 +107,37 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
         output = open_output(plan, config, console, source, model.identity)
         stack.callback(output.close)
         return LocalRun(config, console, source, model, output, stop, _replaced_run(config, plan)).to_the_end()
+
+
+def _unlabelled(config: RunConfig) -> Unlabelled | None:
+    """Return what narrows rows to the classes that have no labels, where `--missing-only` asks for it."""
+    if config.missing_only is None:
+        return None
+    from md3cli.evaluate.unlabelled import Unlabelled
+
+    return Unlabelled.read(config.missing_only, config.refinement.labels)
+
+
+def _check_in_common(config: RunConfig, source: Source, unlabelled: Unlabelled) -> None:
+    """Refuse a ground truth of other pictures before anything slow; stdin and buckets are not looked into.
+
+    Raises:
+        InputError: no picture of the whole of INPUT is in it.
+    """
+    if any(typed == STDIN or is_address(typed) for typed in config.source.inputs):
+        return
+    if not source.has_picture(unlabelled.knows):
+        raise InputError(f"{_others(config)}; are both about the same folder?")
+
+
+def _tell_nothing_in_common(config: RunConfig, console: RunConsole, unlabelled: Unlabelled) -> None:
+    """Warn of a ground truth of other pictures where that could not be known beforehand."""
+    if unlabelled.num_unknown and not unlabelled.num_known:
+        console.warn(f"{_others(config)}, so nothing was left out")
+
+
+def _others(config: RunConfig) -> str:
+    return f"no picture of INPUT is in --gt {printable(str(config.missing_only))}"
 
 
 def _grown(config: RunConfig, plan: OutputPlan, console: RunConsole) -> RunConfig:
@@ -151,6 +193,8 @@ def _files_read(config: RunConfig, plan: OutputPlan) -> Iterator[str]:
     is_begun = plan.files is not None and has_run_schema(plan.files.run_info)
     inputs = (path for typed in config.source.inputs for path in paths_of(typed))
     yield from (path for path in inputs if not (is_begun and is_glob(path)))
+    if config.missing_only is not None:
+        yield str(config.missing_only)
     yield from files_in(
         (model.model, model.adapter, model.tokenizer, CONFIG_FILE, str(user_config_dir() / CONFIG_FILE))
     )

@@ -121,9 +121,9 @@ def test_options_keep_their_names() -> None:
     own = {
         "caption": {"length"},
         "query": {"question", "reasoning", "no-reasoning", "choices", "spatial-ref"},
-        "detect": {"max-objects"},
-        "point": {"max-objects", "spatial-ref"},
-        "segment": {"spatial-ref"},
+        "detect": {"max-objects", "missing-only", "gt"},
+        "point": {"max-objects", "spatial-ref", "missing-only", "gt"},
+        "segment": {"spatial-ref", "missing-only", "gt"},
         "run": {"task", "reasoning", "no-reasoning"},
     }
     for name, extra in own.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -55,6 +56,20 @@ SpatialRefs = Annotated[
         metavar="X,Y|X0,Y0,X1,Y1",
         parser=checked(parse_spatial_ref),
         help="A place in the image the prompt is about, 0-1; may be repeated.",
+    ),
+]
+MissingOnly = Annotated[
+    bool,
+    typer.Option(
+        "--missing-only",
+        rich_help_panel="Input",
+        help="Ask only about pictures and classes that --gt has no labels of.",
+    ),
+]
+GroundTruth = Annotated[
+    Path | None,
+    typer.Option(
+        "--gt", rich_help_panel="Input", metavar="FILE", help="For --missing-only: COCO, YOLO, labelme, or a table."
     ),
 ]
 TaskSpecs = Annotated[
@@ -145,7 +160,13 @@ def query(
 @app.command(shows=["--labels", "--min-score"])
 @annotating
 def detect(
-    input: OneInput, objects: Objects = None, max_objects: MaxObjects = 150, *, options: AnnotateOptions
+    input: OneInput,
+    objects: Objects = None,
+    max_objects: MaxObjects = 150,
+    missing_only: MissingOnly = False,
+    gt: GroundTruth = None,
+    *,
+    options: AnnotateOptions,
 ) -> RunConfig:
     """Find objects and draw boxes around them.
 
@@ -154,7 +175,8 @@ def detect(
         md3 detect 'photos/**/*.jpg' "red car" -o coco.json
         md3 detect examples/scenes "red circle" star --model tiny
     """
-    return _run_of_objects(Task.DETECT, input, objects, options, max_objects=max_objects)
+    config = _run_of_objects(Task.DETECT, input, objects, options, max_objects=max_objects)
+    return _narrowed(config, gt, is_asked=missing_only)
 
 
 @app.command(shows=["--labels", "--min-score"])
@@ -164,6 +186,8 @@ def point(
     objects: Objects = None,
     max_objects: MaxObjects = 150,
     spatial_ref: SpatialRefs = None,
+    missing_only: MissingOnly = False,
+    gt: GroundTruth = None,
     *,
     options: AnnotateOptions,
 ) -> RunConfig:
@@ -175,13 +199,19 @@ def point(
         md3 point photo.jpg "coat button" --spatial-ref 0.1,0.2,0.5,0.9
     """
     settings = {"max_objects": max_objects, "spatial_refs": tuple(spatial_ref or ())}
-    return _run_of_objects(Task.POINT, input, objects, options, **settings)
+    return _narrowed(_run_of_objects(Task.POINT, input, objects, options, **settings), gt, is_asked=missing_only)
 
 
 @app.command(shows=["--labels", "--min-score"])
 @annotating
 def segment(
-    input: OneInput, objects: Objects = None, spatial_ref: SpatialRefs = None, *, options: AnnotateOptions
+    input: OneInput,
+    objects: Objects = None,
+    spatial_ref: SpatialRefs = None,
+    missing_only: MissingOnly = False,
+    gt: GroundTruth = None,
+    *,
+    options: AnnotateOptions,
 ) -> RunConfig:
     """Outline an object.
 
@@ -190,7 +220,8 @@ def segment(
         md3 segment photos/ dog -o dogs.json
         md3 segment photos/ dog -f coco -f overlay -o dogs/
     """
-    return _run_of_objects(Task.SEGMENT, input, objects, options, spatial_refs=tuple(spatial_ref or ()))
+    config = _run_of_objects(Task.SEGMENT, input, objects, options, spatial_refs=tuple(spatial_ref or ()))
+    return _narrowed(config, gt, is_asked=missing_only)
 
 
 @app.command()
@@ -261,6 +292,19 @@ def _run_of_objects(
     labels = labels_with(objects, listed)
     requests = options.look_for(task, prompts_of(objects, listed), labels, **settings)
     return options.config(str(task), [input], requests, labels=labels)
+
+
+def _narrowed(config: RunConfig, gt: Path | None, *, is_asked: bool) -> RunConfig:
+    """Return the run narrowed to what `gt` has no labels for, where that is asked.
+
+    Raises:
+        UsageError: only one of the two options is there.
+    """
+    if is_asked and gt is None:
+        raise UsageError("--missing-only needs the labels that are there; give --gt FILE: COCO, YOLO or labelme")
+    if gt is not None and not is_asked:
+        raise UsageError("--gt is for --missing-only here; md3 eval and md3 audit compare records with it")
+    return replace(config, missing_only=gt)
 
 
 def _asked_of_run(

@@ -59,6 +59,44 @@ def match_images(asked: Iterable[str], known: Iterable[str]) -> Matches:
     return Matches({name: found[name] for name in names if name in found}, tuple(n for n in unclear if n not in found))
 
 
+class ImageNames:
+    """Picture names of a ground truth, to be found one at a time: as `match_images`, without a last part alone.
+
+    Where a name could be several, none is found. Memory is a text for each folder of each name.
+    """
+
+    def __init__(self, known: Iterable[str]) -> None:
+        self._exact = set(known)
+        self._whole: dict[tuple[str, ...], str | None] = {}  # None: several
+        self._tails: dict[tuple[str, ...], str | None] = {}
+        self._bare: set[str] = set()
+        for truth in self._exact:
+            path = _decoded_path(truth)
+            self._whole[path] = None if path in self._whole else truth
+            for start in range(1, len(path)):
+                self._tails[path[start:]] = None if path[start:] in self._tails else truth
+            if not has_image_suffix(truth):
+                self._bare.add(truth)
+
+    def find(self, name: str) -> str | None:
+        """Return the name in the ground truth for the picture that is called `name` here."""
+        if name in self._exact:
+            return name
+        path = _decoded_path(name)
+        found = self._of_path(path)
+        if found is None and self._bare and path:
+            found = self._of_path((*path[:-1], _without_suffix(path[-1])))
+            return found if found in self._bare else None
+        return found
+
+    def _of_path(self, path: tuple[str, ...]) -> str | None:
+        if path in self._whole:
+            return self._whole[path]
+        ways = [self._tails.get(path), *(self._whole.get(path[start:]) for start in range(1, len(path)))]
+        found = {truth for truth in ways if truth is not None}
+        return found.pop() if len(found) == 1 else None
+
+
 def match_labels(labels: Iterable[str], categories: Iterable[str]) -> Matches:
     """Match labels to categories: as they are, else whatever their case, blanks and normal form.
 
@@ -126,9 +164,13 @@ def _same_but_suffix(names: list[str], truths: list[str]) -> Iterator[tuple[str,
     bare = [truth for truth in truths if not has_image_suffix(truth)]
     by_stem: dict[str, list[str]] = {}
     for name in names if bare else ():
-        by_stem.setdefault(name.removesuffix(name[name.rfind(".") :]) if "." in name else name, []).append(name)
+        by_stem.setdefault(_without_suffix(name), []).append(name)
     for stem, truth in [*_pairs([*by_stem], bare, key=_decoded_path), *_same_tail([*by_stem], bare)]:
         yield from ((name, truth) for name in by_stem[stem])
+
+
+def _without_suffix(name: str) -> str:
+    return name.rpartition(".")[0] or name
 
 
 def _pairs(names: list[str], truths: list[str], key: Callable[[str], Hashable]) -> Iterator[tuple[str, str]]:

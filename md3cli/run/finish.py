@@ -20,6 +20,7 @@ from md3cli.run.asked import with_option
 from md3cli.run.output import OutputPlan
 from md3cli.run.run_info import RunCounts
 from md3cli.source.emptiness import empty_words
+from md3cli.source.source import HAVE_LABELS
 
 STATUS_FAILED_RECORDS = 3
 MOST_FAILURES_NAMED = 5
@@ -75,7 +76,9 @@ def summarize(
         summary.next_command = _next_command(config, plan, counts)
         if config.output.address is None:  # grep reads no bucket
             summary.failures_command = _command_for_all(plan.files.journal)
-    if is_empty:
+    if is_empty and summary.skipped.get(HAVE_LABELS):
+        console.say("nothing to ask: all that is asked has labels")
+    elif is_empty:
         console.warn(empty_words(config.source))
     console.summarize(summary)
 

@@ -1,6 +1,6 @@
 """An INPUT without anything to annotate is an error: most often it is the wrong folder, or too narrow a filter.
 
-A part of INPUT that happens to be empty, a shard or a limit of 0, is no error.
+A part of INPUT that happens to be empty, a shard or a limit of 0, is no error; nor that all of it has labels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from md3cli.config import SourceSpec
 from md3cli.errors import InputError
 from md3cli.records import printable
 from md3cli.remote.address import is_address, shown
-from md3cli.source.source import OTHER_SHARDS, Source
+from md3cli.source.source import HAVE_LABELS, OTHER_SHARDS, Source
 from md3cli.source.walk import STDIN, is_glob
 
 MOST_INPUTS_SHOWN = 3
@@ -36,7 +36,7 @@ def check_found(source: Source, spec: SourceSpec, *, is_allowed: bool) -> None:
     Raises:
         InputError: the whole of INPUT, whatever the shard, has no row, and that is not allowed.
     """
-    if not (is_allowed or spec.limit == 0 or source.skipped[OTHER_SHARDS]):
+    if not (is_allowed or spec.limit == 0 or source.skipped[OTHER_SHARDS] or source.skipped[HAVE_LABELS]):
         raise _error(spec, source.skipped)
 
 

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache, cached_property
 from itertools import takewhile
@@ -50,12 +50,14 @@ def open_source(
     then: tuple[Request, ...] = (),
     defaults: Request | None = None,
     stdin: IO[bytes] | None = None,
+    narrowed: Callable[[SourceRow], SourceRow] | None = None,
 ) -> Source:
     """Return the rows of `spec`, each asked `requests` unless a manifest row says otherwise.
 
     `then` are templates of what is asked about each object that a row's detect and segment find, where the row says
     nothing else. `defaults` holds the settings for manifest rows where the command makes no request of its own. `stdin`
-    is read for INPUT `-`; None: the process's own.
+    is read for INPUT `-`; None: the process's own. `narrowed` returns a row with those of its requests that are to be
+    asked; a row that has none left is left out.
 
     Raises:
         InputError: an INPUT does not exist, cannot be opened, or is of a kind that is not read.
@@ -76,7 +78,7 @@ def open_source(
             raise InputError("stdin is closed, so there is nothing to read for INPUT -; pipe a list of paths to it")
         stdin = sys.stdin.buffer
     defaults = requests[0] if requests else defaults or Request(Task.QUERY)
-    return Source(spec, inputs, Asked(requests, then, defaults), rules, stdin or io.BytesIO())
+    return Source(spec, inputs, Asked(requests, then, defaults), rules, stdin or io.BytesIO(), narrowed)
 
 
 def _check_remote(spec: SourceSpec) -> None:
@@ -92,7 +94,7 @@ def _check_remote(spec: SourceSpec) -> None:
         raise UsageError(f"--root {printable(root)} is not a folder; name the one that the images are in")
 
 
-OTHER_SHARDS = "other shards"  # in `Source.skipped`
+OTHER_SHARDS, HAVE_LABELS = "other shards", "questions that have labels"  # in `Source.skipped`
 
 # What a row's shard is computed from, and the row, before shards and limits; None: the next has not come yet.
 _Found = tuple[str, SourceRow] | None
@@ -122,12 +124,13 @@ class Source:
         asked: Asked,
         rules: ColumnRules,
         stdin: IO[bytes],
+        narrowed: Callable[[SourceRow], SourceRow] | None = None,
     ) -> None:
         self.skipped: Counter[str] = Counter()
         self.watched_lines: frozenset[int] = frozenset()
         self.readable_lines: set[int] = set()
         self._spec, self._rules = spec, rules
-        self._inputs = inputs
+        self._inputs, self._narrowed = inputs, narrowed
         self._requests = asked.requests
         self._stdin_file, self._may_wait = stdin, True
         self._has_walked_rows = False  # rows of Parquet files, which may ask what they like
@@ -165,6 +168,15 @@ class Source:
         self.skipped = Counter()
         return next(self._found(self.skipped), None) is None
 
+    def has_picture(self, is_wanted: Callable[[str], bool]) -> bool:
+        """Return whether the whole of INPUT, whatever the shard, has a picture whose name is wanted.
+
+        Raises:
+            InputError: INPUT cannot be read.
+        """
+        rows = (item[1] for item in self._found(Counter()) if item is not None)
+        return any(row.image is not None and is_wanted(row.image.name) for row in rows)
+
     @property
     def asks_nothing_else(self) -> bool:
         """Return whether the command alone says what is asked, of all of INPUT; True may become False as rows are read.
@@ -172,9 +184,8 @@ class Source:
         A record of a template's is known by its own prompt; constants may be settings, of which a record tells nothing.
         """
         spec = self._spec
-        is_narrowed = bool(spec.include or spec.exclude or spec.limit is not None or spec.shard) or bool(
-            spec.columns.constants or spec.columns.renamed
-        )
+        is_narrowed = bool(spec.include or spec.exclude or spec.limit is not None or spec.shard or self._narrowed)
+        is_narrowed = is_narrowed or bool(spec.columns.constants or spec.columns.renamed)
         kinds = {given.kind for given in self._inputs}
         return not (is_narrowed or self._has_walked_rows) and kinds <= {Kind.FOLDER, Kind.GLOB, Kind.FILE, Kind.TAR}
 
@@ -247,6 +258,8 @@ class Source:
         found = self._found(skipped)
         if self._spec.shard is not None:
             found = _in_shard(found, self._spec.shard, skipped)
+        if self._narrowed is not None:
+            found = _with_requests_left(found, self._narrowed, skipped)
         if self._spec.limit is not None:
             found = _up_to(self._spec.limit, found)
         return (None if item is None else item[1] for item in found)
@@ -416,6 +429,21 @@ def _in_shard(found: Iterator[_Found], shard: tuple[int, int], skipped: Counter[
             yield item
         else:
             skipped[OTHER_SHARDS] += 1
+
+
+def _with_requests_left(
+    found: Iterator[_Found], narrowed: Callable[[SourceRow], SourceRow], skipped: Counter[str]
+) -> Iterator[_Found]:
+    """Yield the rows that still ask something, once they are narrowed; a row that asked nothing stays as it is."""
+    for item in found:
+        if item is None:
+            yield None
+            continue
+        name, row = item
+        left = narrowed(row)
+        skipped[HAVE_LABELS] += len(row.requests) - len(left.requests)
+        if left.requests or not row.requests:
+            yield name, left
 
 
 def _up_to(limit: int, found: Iterator[_Found]) -> Iterator[_Found]:

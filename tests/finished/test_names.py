@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from md3cli.cli import app
 from md3cli.errors import InputError
-from md3cli.finished.names import match_images, match_labels
+from md3cli.finished.names import ImageNames, match_images, match_labels
 
 ACCENTED = "Crème brûlée.png"
 ALIKE = [
@@ -118,3 +118,29 @@ def test_two_images_of_one_name_are_never_chosen_from(tmp_path: Path) -> None:
         refused = CliRunner().invoke(app, words)
         assert refused.exit_code == 1
         assert "a.png" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "found"),
+    [
+        ("a.png", ["a.png", "sub/a.png"], "a.png"),
+        ("./a.png", ["a.png"], "a.png"),
+        ("sub\\a.png", ["sub/a.png"], "sub/a.png"),
+        ("c d.png", ["c%20d.png"], "c%20d.png"),
+        ("a.png", ["sub/a.png"], "sub/a.png"),
+        ("set/sub/a.png", ["sub/a.png"], "sub/a.png"),
+        ("a.png", ["x/a.png", "y/a.png"], None),
+        ("x/a.png", ["y/a.png"], None),
+        ("x/a.jpg", ["x/a"], "x/a"),
+        ("a.jpg", ["x/a"], "x/a"),
+        ("a.jpg", ["a.png"], None),
+        ("", ["a.png"], None),
+    ],
+)
+def test_one_name_is_found_as_many_are(name: str, known: list[str], found: str | None) -> None:
+    assert ImageNames(known).find(name) == found
+    if name.count("/") == 0 or found is not None:  # else the last part alone matches where nothing else does
+        try:
+            assert match_images([name], known).found.get(name) == found
+        except InputError:
+            assert found is None
