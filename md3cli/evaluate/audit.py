@@ -27,6 +27,7 @@ from md3cli.evaluate.matching import IOU_THRESHOLD, Prediction, boxes_of, match_
 from md3cli.evaluate.truth import Instances, TruthObject
 from md3cli.records import RecordDict, Task, compact_json
 from md3cli.refine.labels import Labels
+from md3cli.refine.parts import is_of_part
 from md3cli.refine.refinement import iou
 from md3cli.refine.selection import found_in
 
@@ -137,7 +138,7 @@ def _audited(records: Sequence[RecordDict]) -> tuple[list[RecordDict], list[str]
     if not boxed:
         tasks = ", ".join(dict.fromkeys(str(record["task"]) for record in records)) or "nothing"
         raise InputError(f"nothing to audit by: records of detect or segment say where things are, here are {tasks}")
-    whole = [record for record in boxed if not record.get("region")]
+    whole = [record for record in boxed if not is_of_part(record)]
     taken = [record for record in whole if not has_failed(record)]
     counts = {
         "failed, so they say nothing": len(whole) - len(taken),

@@ -175,7 +175,8 @@ def test_records_without_scores_count_as_sure(audited: Any) -> None:
 
 
 def test_records_about_parts_of_pictures_are_left_out(audited: Any) -> None:
-    part = record("a.png", "detect", "car", objects=[]) | {"region": {"index": 0}}
+    region = {"x_min": 0.1, "y_min": 0.1, "x_max": 0.5, "y_max": 0.5, "label": "road", "of": "r", "index": 0}
+    part = record("a.png", "detect", "car", objects=[]) | {"region": region}
     result = audited([record("a.png", "detect", "dog", objects=[]), part], [("a.png", "car", [10, 10, 40, 40])])
     assert result.findings == ()
     assert "1 of 2 records are about parts" in result.notes[0]
