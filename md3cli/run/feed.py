@@ -25,8 +25,8 @@ from md3cli.images.parts import Part, PartCutter
 from md3cli.images.pool import Picture, PicturePool, num_beside_gpu
 from md3cli.images.rects import PixelRect
 from md3cli.records import ImageFacts, ImageItem, RecordDict, Request, RowFailure, RunIdentity, SourceRow
+from md3cli.refine.follow import FollowUps, child_id
 from md3cli.remote.hosts import FetchOptions, HostRules
-from md3cli.run.follow import FollowUps, child_id
 from md3cli.system import num_cores
 
 AHEAD_BYTES = 256 * 2**20  # of crops decoded ahead

@@ -20,10 +20,10 @@ from md3cli.errors import Md3Error
 from md3cli.exporters.early import EarlyDrawings
 from md3cli.images.pool import PicturePool
 from md3cli.records import RecordDict, Request, SourceRow
+from md3cli.refine.follow import FollowUps, may_follow
 from md3cli.run.drive import drive
 from md3cli.run.feed import Feed, Following, make_pool, rows_ahead
 from md3cli.run.finish import STATUS_FAILED_RECORDS, NamedFailures, exit_status, summarize, tell_how_to_resume
-from md3cli.run.follow import FollowUps, may_follow
 from md3cli.run.live import LiveEngine
 from md3cli.run.log import damage_words
 from md3cli.run.model_handle import LazyEngine, Model
