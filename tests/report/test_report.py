@@ -295,6 +295,27 @@ def test_neighbouring_records_of_one_picture_share_a_card():
     assert [len(item.entries) for item in shown] == [2, 1, 1, 1, 1]
 
 
+def test_what_is_said_of_an_object_stands_behind_what_found_it():
+    objects = [found("red", box) for box in BOXES[:2]]
+    finder = record("a", "detect", "red", objects=objects)
+    regions = [{k: v for k, v in thing.items() if k != "score"} | {"of": finder["id"]} for thing in objects]
+    asked = [record("a", "query", "Old?", answer="x") | {"region": one | {"index": n}} for n, one in enumerate(regions)]
+    lost = record("a", "query", "Old?", answer="x") | {"region": regions[0] | {"of": "7", "index": 0}}
+    failed = record("a", "query", "New?", error="model") | {"region": regions[0] | {"index": 0}}
+    (item,) = items([asked[1], lost, record("a", "caption", caption="x"), finder, failed, asked[0]])
+    parts = [(entry.task, entry.part and entry.part.name) for entry in item.entries]
+    assert parts == [
+        ("query", "red 1"),  # of a record that is not here
+        ("caption", None),
+        ("detect", None),
+        ("query", "red 1"),
+        ("query", "red 1"),
+        ("query", "red 2"),
+    ]
+    assert item.entries[3].status == "failed"
+    assert item.entries[5].part.rect == item.entries[2].shapes[1].rect
+
+
 def parsed(path):
     """What a script file hands to the page: stamp, name, document."""
     match = re.fullmatch(r'md3\("([^"]+)","([^"]+)",String\.raw`([^`]*)`\);\n', path.read_text())

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import pytest
 from PIL import Image
-from report_runs import BOXES, HOSTILE, SIZES, record, write_large_run, write_run
+from report_runs import BOXES, HOSTILE, SIZES, found, record, write_large_run, write_run
 from selenium import webdriver
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
@@ -637,6 +637,35 @@ def test_texts_are_found_by_question_and_by_what_is_wrong_with_them(chromium, tm
         assert shown == expected, text
         settle(chromium, chip(chromium, facet, text).click)
     assert [badge.text for badge in all_of(chromium, ".verdict")] == ["refusal", "loop", "cut"]
+    assert chromium.get_log("browser") == []
+
+
+def test_answers_about_objects_are_found_by_their_label_and_show_their_object(chromium, tmp_path):
+    hostile = HOSTILE[0]
+    records = [record("a.png", "query", "Where?", answer="here")]
+    for label, box in ((hostile, BOXES[0]), ("car", BOXES[1])):
+        records.append(record("a.png", "detect", label, objects=[found(label, box)]))
+        region = {k: v for k, v in found(label, box).items() if k != "score"} | {"of": records[-1]["id"], "index": 0}
+        records.append(record("a.png", "query", "What colour?", answer=f"red {hostile}") | {"region": region})
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    write_report(tmp_path / "records.jsonl", tmp_path / "parts.html", ReportOptions())
+    open_afresh(chromium, tmp_path / "parts.html")
+    assert [mark.text for mark in all_of(chromium, ".entry.of-part .part")] == [f"{hostile} 1", "car 1"]
+
+    def shown():
+        return [entry.get_attribute("id") for entry in all_of(chromium, ".entry") if entry.is_displayed()]
+
+    assert shown() == ["r0", "r1", "r2", "r3", "r4"]
+    settle(chromium, chip(chromium, "label", "car").click)
+    assert shown() == ["r3", "r4"]  # and the answer about the car
+    settle(chromium, chip(chromium, "label", "car").click)
+    search = chromium.find_element(By.NAME, "text")
+    settle(chromium, lambda: search.send_keys("onerror colour"))
+    assert len(shown()) == 2
+    ActionChains(chromium).move_to_element(all_of(chromium, ".part")[1]).perform()
+    visible = [g.value_of_css_property("visibility") for g in all_of(chromium, ".card .ground")]
+    assert visible.count("visible") == 1
+    assert chromium.execute_script("return window.pwned") is None
     assert chromium.get_log("browser") == []
 
 

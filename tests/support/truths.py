@@ -27,6 +27,14 @@ def box(x, y, width, height, score=0.9):
     return {**edges, "score": score}
 
 
+def about(finder, index, prompt, **result):
+    """A record about an object that `finder` found."""
+    thing = finder["objects"][index]
+    corners = {key: thing[key] for key in ("x_min", "y_min", "x_max", "y_max")}
+    region = {**corners, "label": finder["prompt"], "of": finder["id"], "index": index}
+    return record(finder["image"], result.pop("task", "query"), prompt, **result) | {"region": region}
+
+
 def instances(objects, images=None, categories=("car", "dog")):
     """COCO instances from (image, category, bbox, extras) rows."""
     names = list(dict.fromkeys(images or [image for image, *_ in objects]))
