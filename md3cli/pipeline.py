@@ -16,6 +16,7 @@ from md3cli.config import ModelOptions, RunConfig
 from md3cli.console import RunConsole
 from md3cli.errors import InputError
 from md3cli.finished.guards import check_not_input, files_in, has_run_schema
+from md3cli.finished.names import some_of
 from md3cli.images.crops import parse_background
 from md3cli.records import Request, Task, printable
 from md3cli.remote.address import is_address
@@ -76,6 +77,9 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
         )
         for note in source.first_look():
             console.warn(note)
+        if unlabelled is not None:
+            _check_in_common(config, source, unlabelled, console)
+            stack.callback(_tell_nothing_in_common, config, console, unlabelled)
         if plan.files is None or config.estimate is not None or config.is_dry_run:
             check_stdout()
         if config.estimate is not None or config.is_dry_run:
@@ -86,9 +90,6 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
         check_replaceable(plan, may_overwrite=config.output.overwrite)
         check_can_cover(plan, config.requests, config.refinement.labels)
         check_not_empty(source, config.source, is_allowed=config.allow_empty)
-        if unlabelled is not None:
-            _check_in_common(config, source, unlabelled)
-            stack.callback(_tell_nothing_in_common, config, console, unlabelled)
         if beyond := words_beyond(config.model, (*config.requests, *config.then)):
             console.warn(beyond)
         folder = _run_folder(config, plan)
@@ -118,15 +119,19 @@ def _unlabelled(config: RunConfig) -> Unlabelled | None:
     return Unlabelled.read(config.missing_only, config.refinement.labels)
 
 
-def _check_in_common(config: RunConfig, source: Source, unlabelled: Unlabelled) -> None:
-    """Refuse a ground truth of other pictures before anything slow; stdin and buckets are not looked into.
+def _check_in_common(config: RunConfig, source: Source, unlabelled: Unlabelled, console: RunConsole) -> None:
+    """Tell of classes that the ground truth does not have, and refuse one of other pictures before anything slow.
+
+    stdin and buckets are not looked into, and that INPUT has no picture at all is told elsewhere.
 
     Raises:
         InputError: no picture of the whole of INPUT is in it.
     """
+    if strange := unlabelled.strange(config.requests):
+        console.warn(f"--gt {printable(str(config.missing_only))} has no labels called {some_of(strange)}")
     if any(typed == STDIN or is_address(typed) for typed in config.source.inputs):
         return
-    if not source.has_picture(unlabelled.knows):
+    if not (source.has_picture(unlabelled.knows) or source.is_empty()):
         raise InputError(f"{_others(config)}; are both about the same folder?")
 
 

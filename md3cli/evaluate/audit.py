@@ -25,6 +25,7 @@ from md3cli.errors import InputError
 from md3cli.evaluate.located import NO_SIZE, Pair, has_failed, locate, under_names_of
 from md3cli.evaluate.matching import IOU_THRESHOLD, Prediction, boxes_of, match_by_overlap
 from md3cli.evaluate.truth import Instances, TruthObject
+from md3cli.finished.names import some_of
 from md3cli.records import RecordDict, Task, compact_json
 from md3cli.refine.labels import Labels
 from md3cli.refine.parts import is_of_part
@@ -123,9 +124,14 @@ def audit(records: Sequence[RecordDict], truth: Instances, labels: Labels) -> Au
     taken, notes = _audited(under_names_of(truth.rows, truth.path.name, records))
     located = locate(taken, truth, labels)
     by_image: dict[str, list[Pair]] = {}
+    sizeless: dict[str, None] = {}
     for pair in located.pairs:
-        if pair.size_wh != NO_SIZE or not pair.objects:
+        if pair.size_wh == NO_SIZE and pair.objects:
+            sizeless[pair.image] = None
+        else:
             by_image.setdefault(pair.image, []).append(pair)
+    if sizeless:
+        notes.append(f"{len(sizeless):,} images have no size in records and ground truth: {some_of([*sizeless])}")
     pictures = [_Picture(pairs) for pairs in by_image.values()]
     usual = _Usual(pictures)
     findings = sorted((f for p in pictures for f in p.findings(usual)), key=lambda finding: -finding.score)

@@ -6,6 +6,7 @@ Rows come one at a time, so pictures are looked up one at a time, too. Knows not
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -54,6 +55,11 @@ class Unlabelled:
         """Return whether a picture of this name is in the ground truth."""
         return self._images.find(image) is not None
 
+    def strange(self, requests: Iterable[Request]) -> list[str]:
+        """Return the names of what is asked that are no class of the ground truth: every picture is asked for them."""
+        names = ((one, self._name_of(one)) for one in requests)
+        return list(dict.fromkeys(name for one, name in names if name and self._category_of(one) is None))
+
     def narrowed(self, row: SourceRow) -> SourceRow:
         """Return a row with the requests whose class has no label there, maybe none; what failed stays as it is."""
         if row.image is None:
@@ -67,5 +73,8 @@ class Unlabelled:
         return row if len(kept) == len(row.requests) else replace(row, requests=self._kept.setdefault(kept, kept))
 
     def _find_category(self, request: Request) -> str | None:
-        name = name_of({"task": request.task, "prompt": request.prompt}, self._labels)
+        name = self._name_of(request)
         return None if name is None else match_labels([name], self._truth.categories).found.get(name)
+
+    def _name_of(self, request: Request) -> str | None:
+        return name_of({"task": request.task, "prompt": request.prompt}, self._labels)

@@ -174,6 +174,15 @@ def test_records_without_scores_count_as_sure(audited: Any) -> None:
     assert "no scores" in result.notes[0]
 
 
+def test_boxes_without_a_size_of_their_picture_are_told(audited: Any, tmp_path: Path) -> None:
+    sizeless = record("a.png", "detect", "car", objects=[box(10, 10, 40, 40)]) | {"width": None, "height": None}
+    document = instances([("a.png", "car", [100, 50, 40, 40])])
+    document["images"][0] |= {"width": None, "height": None}
+    (tmp_path / "gt.json").write_text(json.dumps(document))
+    result = audit([sizeless], load_truth(tmp_path / "gt.json"), Labels())
+    assert (result.findings, result.notes[0]) == ((), "1 images have no size in records and ground truth: a.png")
+
+
 def test_records_about_parts_of_pictures_are_left_out(audited: Any) -> None:
     region = {"x_min": 0.1, "y_min": 0.1, "x_max": 0.5, "y_max": 0.5, "label": "road", "of": "r", "index": 0}
     part = record("a.png", "detect", "car", objects=[]) | {"region": region}

@@ -108,6 +108,27 @@ def test_ground_truth_of_other_pictures_is_one_error_before_the_model(asked: Any
     assert not Path("r.jsonl").exists()
 
 
+def test_an_estimate_beforehand_counts_what_is_left_and_refuses_the_same(asked: Any, md3: Program) -> None:
+    labels(("p0.png", "car"), ("p0.png", "dog"), ("p1.png", "dog"))
+    line = ["detect", "img", "car", "dog", "--missing-only", "--gt", "gt.json", "--dry-run"]
+    done = md3(*line)
+    assert done.exit_code == 0
+    assert "questions that have labels" in done.output
+    labels(("x.png", "car"))
+    assert md3(*line).exit_code == 1
+    Path("empty").mkdir()
+    labels(("p0.png", "car"))
+    done = md3("detect", "empty", "car", "--missing-only", "--gt", "gt.json")
+    assert (done.exit_code, "nothing to annotate in empty" in done.stderr) == (1, True)
+
+
+def test_a_name_that_is_no_class_is_told(asked: Any) -> None:
+    labels(("p0.png", "car"))
+    told = asked(objects=("automobile", "Car"))
+    assert "warning: --gt gt.json has no labels called automobile\n" in told
+    assert requests_in("r.jsonl")[:2] == [("p0.png", "automobile"), ("p1.png", "automobile")]
+
+
 def test_of_stdin_it_is_told_at_the_end(asked: Any, md3: Program) -> None:
     labels(("x.png", "car"))
     done = md3("detect", "-", "car", "--missing-only", "--gt", "gt.json", stdin="img/p0.png\n")
