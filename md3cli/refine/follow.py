@@ -15,12 +15,13 @@ from md3cli.config import RunConfig
 from md3cli.records import Box, RecordDict, Region, Request, RunIdentity, SourceRow, request_id
 from md3cli.refine.refinement import FOUND_BY_TASK, Refinement, numbered, refined
 from md3cli.refine.template import Template
+from md3cli.source.source import Source
 from md3cli.source.specs import FOLLOWED_TASKS, LABEL
 
 
-def may_follow(config: RunConfig) -> bool:
+def may_follow(config: RunConfig, source: Source) -> bool:
     """Return whether records of a run may have children."""
-    return bool(config.then)
+    return bool(config.then) or source.may_ask_then
 
 
 @dataclass(frozen=True, slots=True)

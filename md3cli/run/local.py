@@ -152,7 +152,7 @@ class LocalRun:
     def _following(self) -> Following | None:
         """Return how records are followed where they may ask more; then they are written in another order."""
         journal, records = self.output.journal, self.records
-        if not may_follow(self.config):
+        if not may_follow(self.config, self.source):
             return None
         records.follow = lambda ticket, record: self.feed.follow(ticket, record) if self.feed is not None else None
         if journal is not None:
@@ -245,7 +245,7 @@ class LocalRun:
         journal.settle(
             self._unasked() if journal.has_unasked else None,
             self._before_rewrite,
-            has_grown=may_follow(self.config) or (run_info is not None and run_info.has_grown),
+            has_grown=may_follow(self.config, self.source) or (run_info is not None and run_info.has_grown),
         )
         self._tell_damage()
         self._note_end(None)  # a report made below tells of this run

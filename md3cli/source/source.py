@@ -190,6 +190,12 @@ class Source:
         return not (is_narrowed or self._has_walked_rows) and kinds <= {Kind.FOLDER, Kind.GLOB, Kind.FILE, Kind.TAR}
 
     @property
+    def may_ask_then(self) -> bool:
+        """Return whether rows may say what is asked about each object; those of shards in a folder may not."""
+        kinds = (Kind.MANIFEST, Kind.STDIN)
+        return any(given.kind in kinds or given.typed.lower().endswith(PARQUET) for given in self._inputs)
+
+    @property
     def has_one_row(self) -> bool:
         """Return whether INPUT is a single picture, or there is none."""
         return [given.kind for given in self._inputs] in ([], [Kind.FILE])
