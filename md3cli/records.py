@@ -72,12 +72,30 @@ class Region:
     pad: float = 0.0
 
 
+TILED_TASKS = frozenset({Task.DETECT, Task.POINT})
+AUTO_TILES = "auto"
+MIN_TILE_PX, MOST_TILE_PX = 378, 2**20  # a crop of the real model; no picture has a longer side
+
+
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """A picture looked at in overlapping squares, too: `size` is a side in pixels or `auto`, `overlap` in [0, 1)."""
+    """A picture looked at in overlapping squares, too: `size` is a side in pixels or `auto`, `overlap` in [0, 1).
+
+    Raises:
+        ValueError: they are not.
+    """
 
     size: int | str
-    overlap: float
+    overlap: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Check what may have been written by anybody."""
+        is_side = type(self.size) is int and MIN_TILE_PX <= self.size <= MOST_TILE_PX
+        if not is_side and self.size != AUTO_TILES:
+            size = printable(repr(self.size))[:60]
+            raise ValueError(f"{size} is no tile; write auto, or its side in pixels, at least {MIN_TILE_PX}")
+        if type(self.overlap) not in (int, float) or not 0 <= self.overlap < 1:
+            raise ValueError(f"an overlap of {printable(repr(self.overlap))[:60]}; it is from 0 to less than 1")
 
 
 @dataclass(frozen=True, slots=True)

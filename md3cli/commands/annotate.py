@@ -19,13 +19,15 @@ from md3cli.commands.parse import (
     check_objects,
     checked,
     parse_choices,
+    parse_overlap,
     parse_query,
     parse_spatial_ref,
+    parse_tile,
     starting,
 )
 from md3cli.config import RunConfig
 from md3cli.errors import UsageError
-from md3cli.records import Request, Task, printable
+from md3cli.records import TILED_TASKS, Request, Task, Tiles, printable
 from md3cli.refine.labels import Labels, labels_with, prompts_of
 from md3cli.refine.refinement import FOUND_BY_TASK
 from md3cli.source.requests import TOKENS_LIMIT
@@ -70,6 +72,24 @@ GroundTruth = Annotated[
     Path | None,
     typer.Option(
         "--gt", rich_help_panel="Input", metavar="FILE", help="For --missing-only: COCO, YOLO, labelme, or a table."
+    ),
+]
+Tile = Annotated[
+    int | str | None,
+    typer.Option(
+        "--tile",
+        metavar="N|auto",
+        parser=checked(parse_tile),
+        help="Look also at squares of N pixels at full resolution; auto: as large as the model sees unshrunk.",
+    ),
+]
+Overlap = Annotated[
+    float | None,
+    typer.Option(
+        "--overlap",
+        metavar="X",
+        parser=checked(parse_overlap),
+        help="What neighbours share, of a tile's side; 0.2 where it is left out.",
     ),
 ]
 TaskSpecs = Annotated[
@@ -163,6 +183,8 @@ def detect(
     input: OneInput,
     objects: Objects = None,
     max_objects: MaxObjects = 150,
+    tile: Tile = None,
+    overlap: Overlap = None,
     missing_only: MissingOnly = False,
     gt: GroundTruth = None,
     *,
@@ -175,8 +197,8 @@ def detect(
         md3 detect 'photos/**/*.jpg' "red car" -o coco.json
         md3 detect examples/scenes "red circle" star --model tiny
     """
-    config = _run_of_objects(Task.DETECT, input, objects, options, max_objects=max_objects)
-    return _narrowed(config, gt, is_asked=missing_only)
+    settings = {"max_objects": max_objects, "tiles": _tiles(tile, overlap)}
+    return _narrowed(_run_of_objects(Task.DETECT, input, objects, options, **settings), gt, is_asked=missing_only)
 
 
 @app.command(shows=["--labels", "--min-score"])
@@ -186,6 +208,8 @@ def point(
     objects: Objects = None,
     max_objects: MaxObjects = 150,
     spatial_ref: SpatialRefs = None,
+    tile: Tile = None,
+    overlap: Overlap = None,
     missing_only: MissingOnly = False,
     gt: GroundTruth = None,
     *,
@@ -198,7 +222,10 @@ def point(
         md3 point photos/ person -o people.csv
         md3 point photo.jpg "coat button" --spatial-ref 0.1,0.2,0.5,0.9
     """
-    settings = {"max_objects": max_objects, "spatial_refs": tuple(spatial_ref or ())}
+    tiles = _tiles(tile, overlap)
+    if tiles is not None and spatial_ref:
+        raise UsageError("--spatial-ref names a place in the whole picture, and no tile has it; leave --tile out")
+    settings = {"max_objects": max_objects, "spatial_refs": tuple(spatial_ref or ()), "tiles": tiles}
     return _narrowed(_run_of_objects(Task.POINT, input, objects, options, **settings), gt, is_asked=missing_only)
 
 
@@ -231,6 +258,8 @@ def run(
     task: TaskSpecs = None,
     then: ThenSpecs = None,
     reasoning: Reasoning = True,
+    tile: Tile = None,
+    overlap: Overlap = None,
     *,
     options: AnnotateOptions,
 ) -> RunConfig:
@@ -242,9 +271,10 @@ def run(
         md3 run photos/ --task detect:car --then "query:What colour is the {label}?" -o out/
         md3 run requests.csv -o answers.jsonl
     """
-    requests, labels = _asked_of_run(input, task, options, reasoning)
+    tiles = _tiles(tile, overlap)
+    requests, labels = _asked_of_run(input, task, options, reasoning, tiles)
     asked = _asked_then(input, then, requests, options, reasoning)
-    return options.config("run", [input], requests, labels=labels, reasoning=reasoning, then=asked)
+    return options.config("run", [input], requests, labels=labels, reasoning=reasoning, then=asked, tiles=tiles)
 
 
 @app.command()
@@ -254,6 +284,8 @@ def estimate(
     task: TaskSpecs = None,
     then: ThenSpecs = None,
     reasoning: Reasoning = True,
+    tile: Tile = None,
+    overlap: Overlap = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, also on a terminal.")] = False,
     *,
     options: AnnotateOptions,
@@ -268,9 +300,19 @@ def estimate(
         md3 estimate requests.csv --price-per-1000 5 --json
     """
     estimate = options.estimate_options(is_json=as_json)
-    requests, labels = _asked_of_run(input, task, options, reasoning)
+    tiles = _tiles(tile, overlap)
+    requests, labels = _asked_of_run(input, task, options, reasoning, tiles)
     asked = _asked_then(input, then, requests, options, reasoning)
-    return options.config("run", [input], requests, estimate, labels, reasoning, asked)
+    return options.config("run", [input], requests, estimate, labels, reasoning, asked, tiles)
+
+
+def _tiles(tile: int | str | None, overlap: float | None) -> Tiles | None:
+    """Return how pictures are looked at in tiles; None where they are not."""
+    if tile is not None:
+        return Tiles(tile) if overlap is None else Tiles(tile, overlap)
+    if overlap is not None:
+        raise UsageError("--overlap is about tiles, and there are none; add --tile N or --tile auto, or leave it out")
+    return None
 
 
 def _run_of_objects(
@@ -288,10 +330,11 @@ def _run_of_objects(
             raise UsageError(
                 f"no OBJECT; say what to look for: md3 {task} {printable(input)} car, --prompts FILE or --labels FILE"
             )
-        return options.config(str(task), [input], [options.request(task, **settings)], labels=listed)
+        asked = [options.request(task, **settings)]
+        return options.config(str(task), [input], asked, labels=listed, tiles=settings.get("tiles"))
     labels = labels_with(objects, listed)
     requests = options.look_for(task, prompts_of(objects, listed), labels, **settings)
-    return options.config(str(task), [input], requests, labels=labels)
+    return options.config(str(task), [input], requests, labels=labels, tiles=settings.get("tiles"))
 
 
 def _narrowed(config: RunConfig, gt: Path | None, *, is_asked: bool) -> RunConfig:
@@ -308,7 +351,7 @@ def _narrowed(config: RunConfig, gt: Path | None, *, is_asked: bool) -> RunConfi
 
 
 def _asked_of_run(
-    input: str, specs: TaskSpecs, options: AnnotateOptions, reasoning: bool
+    input: str, specs: TaskSpecs, options: AnnotateOptions, reasoning: bool, tiles: Tiles | None
 ) -> tuple[list[Request], Labels]:
     """Return what is asked of every image of `input`, in the order typed, and how what is found is called.
 
@@ -323,6 +366,9 @@ def _asked_of_run(
     requests = [request for spec in flat for request in _requests_of(spec, options, listed, labels)]
     has_rows = options.may_rows_ask(input)
     requests = [replace(r, reasoning=reasoning) if has_rows or r.task is Task.QUERY else r for r in requests]
+    requests = [replace(r, tiles=tiles) if r.task in TILED_TASKS else r for r in requests]
+    if tiles is not None and not has_rows and all(r.tiles is None for r in requests):
+        raise UsageError("--tile is about what detect and point find, and neither is asked for; leave it out")
     if not requests and not has_rows:
         raise UsageError(f"nothing to do for {printable(input)}; say what with --task, like --task caption:long")
     return requests, labels

@@ -55,7 +55,7 @@ from md3cli.config import (
 )
 from md3cli.errors import UsageError
 from md3cli.finished.guards import check_none_is_read
-from md3cli.records import Request, Task, printable
+from md3cli.records import Request, Task, Tiles, printable
 from md3cli.refine.labels import Labels, lines_of, read_labels, read_text
 from md3cli.refine.refinement import FOUND_BY_TASK, Refinement
 from md3cli.remote.address import checked_output_address, is_address, named_hosts, path_of, shown_argument
@@ -363,11 +363,13 @@ class AnnotateOptions:
         labels: Labels | None = None,
         reasoning: bool = True,
         then: Sequence[Request] = (),
+        tiles: Tiles | None = None,
     ) -> RunConfig:
         """Return a run that asks `requests` of every image of `inputs`, or an estimate of that run.
 
         `labels` names what is asked and what the rows of a manifest ask; None: as `--labels` says. `reasoning` is for
-        rows that bring their questions where there are no `requests`. `then` is asked about each object.
+        rows that bring their questions where there are no `requests`, `tiles` for rows that bring what to find. `then`
+        is asked about each object.
 
         Raises:
             UsageError: OUTPUT is no name or address that could be written to.
@@ -385,7 +387,7 @@ class AnnotateOptions:
                 columns=ColumnOptions(tuple(self.map_columns or ()), tuple(self.const or ()), self.template),
             ),
             requests=tuple(requests),
-            defaults=self.request(Task.QUERY, reasoning=reasoning),
+            defaults=self.request(Task.QUERY, reasoning=reasoning, tiles=tiles),
             model=self._filled(ModelOptions),
             decode=self._filled(
                 DecodeOptions,

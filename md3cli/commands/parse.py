@@ -18,7 +18,7 @@ import typer
 
 from md3cli.config import DEFAULT_PAD, FailOn
 from md3cli.errors import UsageError
-from md3cli.records import printable
+from md3cli.records import AUTO_TILES, Tiles, printable
 from md3cli.remote.address import is_address
 from md3cli.source.walk import IMAGE_SUFFIXES, MANIFEST_SUFFIXES, STDIN
 
@@ -154,6 +154,19 @@ def number_or_auto(text: str) -> int | None:
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise ValueError(f"{text!r} is neither auto nor a number of at least 1")
     return int(text)
+
+
+def parse_tile(text: str) -> int | str:
+    """Read the side of a tile in pixels, or `auto`."""
+    return Tiles(int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else text).size
+
+
+def parse_overlap(text: str) -> float:
+    """Read the share of a tile's side that neighbours have in common."""
+    try:
+        return Tiles(AUTO_TILES, float(text)).overlap
+    except ValueError:
+        raise ValueError(f"{printable(text)!r} is no overlap; it is a number from 0 to less than 1") from None
 
 
 def parse_format(text: str) -> str:

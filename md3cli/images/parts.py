@@ -67,7 +67,7 @@ class PartCutter:
     """Pictures of a pool and parts of them, each picture decoded once while it is kept; a context ends its threads."""
 
     def __init__(self, pool: PicturePool, *, kept_bytes: int = KEPT_BYTES) -> None:
-        self._pool, self._crop_config = pool, pool.crop_config
+        self._pool, self.crop_config = pool, pool.crop_config
         self._kept = KeptImages(kept_bytes)
         self._coming: dict[ImageItem, Future[WholeImage]] = {}
         self._lock = threading.Lock()  # guards _coming
@@ -95,9 +95,9 @@ class PartCutter:
         """
         return self._after(item, lambda whole: self._part(whole, region))
 
-    def cut_rect(self, item: ImageItem, rect: Callable[[WholeImage], PixelRect]) -> Future[Part]:
-        """Return the future of a part of a picture that `rect` names, once the picture's size is known."""
-        return self._after(item, lambda whole: self.part_of(whole, rect(whole)))
+    def cut_rect(self, whole: WholeImage, rect: PixelRect) -> Future[Part]:
+        """Return the future of whole pixels of a picture that is at hand."""
+        return self._threads.submit(self.part_of, whole, rect)
 
     def whole(self, item: ImageItem) -> Future[WholeImage]:
         """Return the future of a whole picture, decoded once however often it is asked for meanwhile."""
@@ -152,8 +152,8 @@ class PartCutter:
 
     def _cut(self, whole: WholeImage) -> Picture:
         if max(whole.width, whole.height) <= self._longest_whole:
-            return UncutImage.of(whole, self._crop_config)
-        crops = cut_crops(Image.fromarray(whole.pixels), self._crop_config)
+            return UncutImage.of(whole, self.crop_config)
+        crops = cut_crops(Image.fromarray(whole.pixels), self.crop_config)
         return PreparedImage(crops.pixels, crops.tiling, whole.width, whole.height, whole.sha256)
 
 

@@ -7,17 +7,14 @@ picture's size and how the model cuts, nothing of requests. What is found in til
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from md3cli.errors import RequestError
 from md3cli.images.crops import CropConfig, select_tiling
 from md3cli.images.rects import PixelRect
+from md3cli.records import AUTO_TILES, MIN_TILE_PX
 
-MIN_TILE_PX = 378  # a crop of the real model: a smaller tile would be enlarged
 MOST_TILES = 10_000  # of one picture; the largest that is decoded by default has 2,916 of the smallest
 MIN_SCALE = 0.8  # of a picture's resolution, from which "auto" makes no tiles: they would show little more
-AUTO: Literal["auto"] = "auto"
-TileSize = int | Literal["auto"]
 
 
 def tile_rects(width: int, height: int, size: int, overlap: float) -> tuple[PixelRect, ...]:
@@ -53,15 +50,15 @@ def _spread(length: int, size: int, count: int) -> list[tuple[int, int]]:
     return [(start, start + size) for start in (index * room // (count - 1) for index in range(count))]
 
 
-def tile_side(width: int, height: int, size: TileSize, cfg: CropConfig) -> int:
+def tile_side(width: int, height: int, size: int | str, cfg: CropConfig) -> int:
     """Return the side of a picture's tiles in pixels: `size` itself, or for "auto" what the model sees unshrunk.
 
     "auto" is the largest side, a whole number of the model's own crops, whose tiles are not shrunk, and at least
     MIN_TILE_PX: 910 for the real model, and more for a long and narrow picture. Where the model sees the whole
     picture at MIN_SCALE or more, it is the picture's longer side, which makes one tile.
     """
-    if size != AUTO:
-        return size
+    if size != AUTO_TILES:
+        return int(size)
     if scale_seen(width, height, cfg) >= MIN_SCALE:
         return max(width, height)
     sides = (count * cfg.window_px + 2 * cfg.margin_px for count in range(cfg.max_crops, 1, -1))

@@ -34,6 +34,7 @@ from md3cli.refine.refinement import iou
 Corners = tuple[float, float, float, float]
 Found = Sequence[Mapping[str, Any]]
 
+BOX_KEYS = ("x_min", "y_min", "x_max", "y_max")
 SAME_IOU = 0.5
 SAME_COVERED, SAME_SIZE = 0.8, 0.25  # of the smaller box, and the smaller box of the larger
 EDGE = 0.02  # of a tile's longer side: how near a box has to come to an edge to reach it
@@ -42,7 +43,7 @@ WHOLE = 0  # the view that is the whole picture
 
 
 class View(NamedTuple):
-    """A tile and what was found in it, 0-1 of the tile."""
+    """A tile and what was found in it, 0-1 of the picture."""
 
     rect: PixelRect
     found: Found
@@ -61,7 +62,8 @@ def join_tiles(whole: Found, tiles: Iterable[View], width: int, height: int, mos
     They stand in the order of the whole picture's, then of the tiles', row by row; the order of `tiles` says nothing.
 
     Args:
-        whole: what was found in the whole picture: all with `x_min`, `y_min`, `x_max`, `y_max`, or all with `x`, `y`.
+        whole: what was found in the whole picture, each with a `score`: all with `x_min`, `y_min`, `x_max`, `y_max`,
+            or all with `x`, `y`.
         tiles: what was found in each tile.
         width, height: of the picture, in pixels.
         most: at least 1.
@@ -120,11 +122,9 @@ class _Seen:
 
     @classmethod
     def of(cls, thing: Mapping[str, Any], view: int, grid: _Grid) -> _Seen:
-        rect = grid.views[view]
-        x, y = (("x", "x"), ("y", "y")) if "x" in thing else (("x_min", "x_max"), ("y_min", "y_max"))
-        left, right = (rect.left + thing[key] * rect.width for key in x)
-        top, bottom = (rect.top + thing[key] * rect.height for key in y)
-        corners = (left, top, right, bottom)
+        (_, _, width, height), keys = grid.views[WHOLE], ("x", "y", "x", "y") if "x" in thing else BOX_KEYS
+        left, top, right, bottom = (thing[key] for key in keys)
+        corners = (left * width, top * height, right * width, bottom * height)
         return cls(view, corners, tuple(room <= grid.margin for room in grid.room(view, corners)), thing)
 
     @property
@@ -153,7 +153,7 @@ class _Group:
         halves = members if self.best.is_piece else [self.best]
         lefts, tops, rights, bottoms = zip(*(half.corners for half in halves), strict=True)
         self.corners = (min(lefts), min(tops), max(rights), max(bottoms))
-        self.is_joined = len(halves) > 1
+        self.has_halves = len(halves) > 1
 
     def shown(self, corners: Corners, grid: _Grid) -> Corners:
         """Return what is left of a box where this group's tiles see no more than a piece of the object."""
@@ -164,15 +164,11 @@ class _Group:
 
     def as_found(self, width: int, height: int) -> dict[str, Any]:
         """Return the object as a record has it, 0-1 of the picture."""
-        best = self.best
-        thing = {**best.thing, "score": self.score}
-        if best.view == WHOLE:
-            return thing
-        left, top, right, bottom = self.corners
-        if "x" in thing:
-            return thing | {"x": left / width, "y": top / height}
-        box = {"x_min": left / width, "y_min": top / height, "x_max": right / width, "y_max": bottom / height}
-        return thing | box
+        found = {**self.best.thing, "score": self.score}
+        if self.has_halves:
+            sizes = (width, height, width, height)
+            found |= {key: place / size for key, place, size in zip(BOX_KEYS, self.corners, sizes, strict=True)}
+        return found
 
 
 Likeness = Callable[[_Group, _Group, _Grid], float]

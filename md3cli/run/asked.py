@@ -215,10 +215,11 @@ def _of_requests(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str,
 
 
 def _of_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    keys = [key for key in now if key not in _WHAT_IS_ASKED and before.get(key) != now[key]]
+    names = dict.fromkeys((*now, *before))  # what a request does not use is not there
+    keys = [key for key in names if key not in _WHAT_IS_ASKED and before.get(key) != now.get(key)]
     if str(now.get("task")) == Task.CAPTION:
         keys = [key for key in keys if key != "length"]  # it is in the name
-    return [f"{_option(key)} {change(before.get(key), now[key])}" for key in keys]
+    return [f"{_option(key)} {change(before.get(key), now.get(key))}" for key in keys]
 
 
 def _option(key: str) -> str:

@@ -11,6 +11,7 @@ from typing import Protocol
 from md3cli.records import Answer, Job
 from md3cli.run.feed import Feed, Ticket
 from md3cli.run.model_handle import LazyEngine
+from md3cli.run.tiles import TiledRequests
 
 WAIT_SLICE_S = 0.2  # of waiting for a picture, so that a wish to stop is seen soon
 
@@ -26,20 +27,34 @@ class Sink(Protocol):
 
 def drive(feed: Feed, engine: LazyEngine, sink: Sink, stop: Callable[[], None]) -> None:
     """Run all requests of `feed`; `stop` is called between any two steps of the engine, and raises to end the loop."""
+    tiled = TiledRequests(lambda: feed.parts)
     while True:
         stop()
-        while engine.wants_more and (not engine.has_work or sink.has_room(engine.batch_size)):
-            if (ready := feed.poll()) is None:
+        while engine.wants_more and (tiled.has_jobs or not engine.has_work or sink.has_room(engine.batch_size)):
+            if (job := tiled.poll() if tiled.has_jobs else _begun(feed, engine, sink, tiled)) is None:
                 break
-            engine.load()  # before `expect`: a death while the model loads is no request's fault
-            feed.serve(engine.longest_whole)
-            sink.expect(ready.ticket)
-            engine.add(Job(ready.ticket.key, ready.picture, ready.ticket.request))
-        if engine.has_work:
-            for answer in engine.step():
-                sink.answer(answer)
+            engine.add(job)
+        for answer in tiled.collect(engine.step() if engine.has_work else ()):
+            sink.answer(answer)
         sink.flush()
         if not engine.has_work:
-            if feed.is_exhausted:
+            if feed.is_exhausted and tiled.is_idle:
                 return
-            feed.wait(WAIT_SLICE_S)
+            (tiled if tiled.has_jobs else feed).wait(WAIT_SLICE_S)
+
+
+def _begun(feed: Feed, engine: LazyEngine, sink: Sink, tiled: TiledRequests) -> Job | None:
+    """Return the first job of the next request; None where none is ready, or it has failed."""
+    if (ready := feed.poll()) is None:
+        return None
+    engine.load()  # before `expect`: a death while the model loads is no request's fault
+    feed.serve(engine.longest_whole)
+    sink.expect(ready.ticket)
+    if ready.ticket.request.tiles is None:
+        return Job(ready.ticket.key, ready.picture, ready.ticket.request)
+    group = [ready]
+    while (beside := feed.poll_beside(ready)) is not None:
+        sink.expect(beside.ticket)
+        group.append(beside)
+    tiled.begin(group)
+    return tiled.poll()

@@ -207,7 +207,8 @@ class Feed:
         return bool(self._to_cut or self._num_cutting or self._ready_next)
 
     @cached_property
-    def _parts(self) -> PartCutter:
+    def parts(self) -> PartCutter:
+        """What cuts parts of pictures."""
         parts = PartCutter(self._pool)
         if self._longest_whole is not None:
             parts.serve_gpu(self._longest_whole)
@@ -218,8 +219,8 @@ class Feed:
         if longest_whole is not None and longest_whole != self._longest_whole:
             self._longest_whole = longest_whole
             self._pool.serve_gpu(longest_whole)
-            if "_parts" in vars(self):
-                self._parts.serve_gpu(longest_whole)
+            if "parts" in vars(self):
+                self.parts.serve_gpu(longest_whole)
 
     def poll(self) -> ReadyRequest | None:
         """Return the next request that is ready; None when none is at the moment."""
@@ -232,6 +233,17 @@ class Feed:
         if self._ready_next:
             return self._ready_next.popleft()
         return self._ready.popleft() if self._ready else None
+
+    def poll_beside(self, ready: ReadyRequest) -> ReadyRequest | None:
+        """Return the next request that is ready, where it is about the same picture, looked at in the same tiles."""
+        queue = self._ready_next or self._ready
+        if (
+            not queue
+            or queue[0].picture is not ready.picture
+            or queue[0].ticket.request.tiles != ready.ticket.request.tiles
+        ):
+            return None
+        return queue.popleft()
 
     def follow(self, ticket: Ticket, record: RecordDict) -> None:
         """Ask what the record of a ticket asks next, if anything, before all rows that are still to be read."""
@@ -371,7 +383,7 @@ class Feed:
             while self._to_cut and self._to_cut[0].image is image and self._to_cut[0].request.region == region:
                 tickets.append(self._to_cut.popleft())
             assert image is not None
-            future = self._parts.submit(image) if region is None else self._parts.cut(image, region)
+            future = self.parts.submit(image) if region is None else self.parts.cut(image, region)
             self._num_cutting += 1
             self._watch(_Ahead(tickets, future, is_next=True))
 
@@ -380,8 +392,8 @@ class Feed:
         if self._newest is not None and self._newest.tickets[0].image == image:
             future = self._newest.future
         else:
-            has_parts = any(ticket.family is not None for ticket in tickets)
-            future = self._parts.submit(image) if has_parts else self._pool.submit(image)
+            has_parts = any(ticket.family is not None or ticket.request.tiles is not None for ticket in tickets)
+            future = self.parts.submit(image) if has_parts else self._pool.submit(image)
         self._newest = _Ahead(tickets, future, is_next=False)
         self._num_decoding += 1
         self._watch(self._newest)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from md3cli.errors import InputError, RequestError, RowError
-from md3cli.records import CAPTION_LENGTHS, Request, Task, printable
+from md3cli.records import CAPTION_LENGTHS, TILED_TASKS, Request, Task, Tiles, printable
 from md3cli.remote.address import is_address
 from md3cli.source.specs import are_followed, then_requests
 
@@ -89,7 +89,7 @@ def row_requests(columns: Mapping[str, Any], requests: Sequence[Request], defaul
     result = tuple(requests)
     if len(columns) > 1 or not requests:  # else a bare list of pictures, which may be long
         settings = _settings_of(columns)
-        own = _own_requests(columns, requests, requests[0] if requests else defaults)
+        own = _own_requests(columns, requests, requests[0] if requests else defaults, defaults.tiles)
         result = tuple(replace(request, **settings) for request in own) if settings else tuple(own)
     for request in result:
         check_request(request, has_image=bool(image))
@@ -143,6 +143,8 @@ def check_request(request: Request, *, has_image: bool) -> None:
         raise RequestError(f"{task} needs an image; only a query can do without")
     if request.spatial_refs and task not in _TASKS_WITH_REFS:
         raise RequestError(f"{task} takes no spatial_refs")
+    if request.spatial_refs and request.tiles is not None:
+        raise RequestError("spatial_refs name a place in the whole picture, and no tile has it; ask without tiles")
 
 
 def is_given(columns: Mapping[str, Any], name: str) -> bool:
@@ -150,7 +152,9 @@ def is_given(columns: Mapping[str, Any], name: str) -> bool:
     return columns.get(name) not in (None, "")
 
 
-def _own_requests(columns: Mapping[str, Any], requests: Sequence[Request], base: Request) -> Sequence[Request]:
+def _own_requests(
+    columns: Mapping[str, Any], requests: Sequence[Request], base: Request, tiles: Tiles | None
+) -> Sequence[Request]:
     task = _task(columns["task"]) if is_given(columns, "task") else None
     prompt = _text("prompt", columns["prompt"]) if is_given(columns, "prompt") else None
     if task is None and prompt is None:
@@ -162,6 +166,7 @@ def _own_requests(columns: Mapping[str, Any], requests: Sequence[Request], base:
         if len(tasks) != 1:
             raise RequestError("a prompt without a task: name one in the column 'task'")
         return [replace(base, prompt=prompt)]
+    base = replace(base, tiles=tiles if task in TILED_TASKS else None)
     if prompt is None and task is not Task.CAPTION:
         return [request for request in requests if request.task is task] or [replace(base, task=task, prompt=None)]
     return [replace(base, task=task, prompt=prompt)]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from md3cli.errors import RequestError
 from md3cli.images.crops import CropConfig
-from md3cli.images.tiles import AUTO, MIN_SCALE, MIN_TILE_PX, MOST_TILES, scale_seen, tile_rects, tile_side
+from md3cli.images.tiles import MIN_SCALE, MOST_TILES, scale_seen, tile_rects, tile_side
+from md3cli.records import AUTO_TILES, MIN_TILE_PX
 from md3cli.run.model_handle import REAL_CROP_CONFIG
 
 lengths = st.integers(1, 9000)
@@ -64,7 +65,7 @@ def test_the_largest_picture_of_the_default_limit_has_fewer_tiles() -> None:
 
 @given(lengths, lengths, configs)
 def test_auto_makes_tiles_that_the_model_sees_whole(width: int, height: int, cfg: CropConfig) -> None:
-    side = tile_side(width, height, AUTO, cfg)
+    side = tile_side(width, height, AUTO_TILES, cfg)
     rects = tile_rects(width, height, side, 0.2)
     seen_whole = all(scale_seen(rect.width, rect.height, cfg) >= 1 for rect in rects)
     assert seen_whole or side == MIN_TILE_PX or (len(rects) == 1 and scale_seen(width, height, cfg) >= MIN_SCALE)
@@ -73,7 +74,7 @@ def test_auto_makes_tiles_that_the_model_sees_whole(width: int, height: int, cfg
 @given(lengths, lengths)
 def test_auto_makes_one_tile_of_what_the_model_sees_whole_anyway(width: int, height: int) -> None:
     cfg = REAL_CROP_CONFIG
-    side = tile_side(width, height, AUTO, cfg)
+    side = tile_side(width, height, AUTO_TILES, cfg)
     if scale_seen(width, height, cfg) >= MIN_SCALE:
         assert len(tile_rects(width, height, side, 0.2)) == 1
     elif max(width, height) > MIN_TILE_PX:
@@ -85,7 +86,7 @@ def test_auto_makes_one_tile_of_what_the_model_sees_whole_anyway(width: int, hei
     [(4000, 3000, 910), (911, 911, 911), (4000, 700, 1176), (4000, 300, 378), (1000, 700, 1000), (300, 200, 300)],
 )
 def test_auto_of_the_real_model(width: int, height: int, side: int) -> None:
-    assert tile_side(width, height, AUTO, REAL_CROP_CONFIG) == side
+    assert tile_side(width, height, AUTO_TILES, REAL_CROP_CONFIG) == side
 
 
 def test_a_side_that_was_typed_stays() -> None:

@@ -22,12 +22,11 @@ Thing = dict[str, Any]
 places = st.tuples(st.integers(0, 960), st.integers(0, 760), st.integers(8, 100), st.integers(8, 100))
 
 
-def thing(box: Box, rect: PixelRect, score: float = 0.5) -> Thing:
-    """A box in pixels of the picture, as the model says it of a view."""
+def thing(box: Box, score: float = 0.5) -> Thing:
+    """A box in pixels of the picture, as the model says it."""
     left, top, right, bottom = box
-    x = {"x_min": (left - rect.left) / rect.width, "x_max": (right - rect.left) / rect.width}
-    y = {"y_min": (top - rect.top) / rect.height, "y_max": (bottom - rect.top) / rect.height}
-    return {"label": "dot", "x_min": x["x_min"], **y, "x_max": x["x_max"], "score": score}
+    x, y = {"x_min": left / WIDTH, "x_max": right / WIDTH}, {"y_min": top / HEIGHT, "y_max": bottom / HEIGHT}
+    return {"label": "dot", **x, **y, "score": score}
 
 
 def cut(box: Box, rect: PixelRect) -> Box:
@@ -37,7 +36,7 @@ def cut(box: Box, rect: PixelRect) -> Box:
 def seen_in(rect: PixelRect, boxes: Sequence[Box]) -> list[Thing]:
     """What a perfect model says of a view: the part of each object that it shows."""
     parts = [cut(box, rect) for box in boxes]
-    return [thing(part, rect) for part in parts if part[0] < part[2] and part[1] < part[3]]
+    return [thing(part) for part in parts if part[0] < part[2] and part[1] < part[3]]
 
 
 def views_of(boxes: Sequence[Box], tiles: Sequence[PixelRect] = TILES) -> list[View]:
@@ -97,8 +96,8 @@ def test_the_order_of_the_tiles_says_nothing(
     for tile, (left, top, width, height), score in drawn:
         rect = TILES[tile]
         x, y = rect.left + left % rect.width, rect.top + top % rect.height
-        found.setdefault(tile, []).append(thing((x, y, x + width, y + height), rect, score / 1000))
-    of_whole = [thing((x, y, x + w, y + h), WHOLE, score / 1000) for (x, y, w, h), score in whole]
+        found.setdefault(tile, []).append(thing((x, y, x + width, y + height), score / 1000))
+    of_whole = [thing((x, y, x + w, y + h), score / 1000) for (x, y, w, h), score in whole]
     views = [View(rect, found.get(tile, [])) for tile, rect in enumerate(TILES)]
     expected = join_tiles(of_whole, views, WIDTH, HEIGHT, 10)
     rng.shuffle(views)
@@ -108,51 +107,51 @@ def test_the_order_of_the_tiles_says_nothing(
 @given(st.lists(st.tuples(st.integers(30, 200), st.integers(30, 200), st.integers(8, 90)), max_size=8))
 def test_objects_of_one_tile_are_never_merged(drawn: list[tuple[int, int, int]]) -> None:
     boxes = [(float(x), float(y), float(x + side), float(y + side)) for x, y, side in drawn]
-    found = joined([], [View(TILES[0], [thing(box, TILES[0]) for box in boxes]), *views_of([], TILES[1:])])
+    found = joined([], [View(TILES[0], [thing(box) for box in boxes]), *views_of([], TILES[1:])])
     assert sorted(found) == sorted(boxes)
 
 
 def test_without_tiles_the_whole_pictures_objects_stay_as_they_are() -> None:
-    found = [thing((-3, 5, 80, 90), WHOLE, 0.7), thing((0, 5, 80, 90), WHOLE, 0.9)]
+    found = [thing((-3, 5, 80, 90), 0.7), thing((0, 5, 80, 90), 0.9)]
     assert join_tiles(found, [], WIDTH, HEIGHT, 150).found == found
 
 
 def test_a_double_keeps_the_tiles_box_and_the_best_score() -> None:
-    whole = [thing((100, 100, 160, 160), WHOLE, 0.9)]
-    found = join_tiles(whole, [View(TILES[0], [thing((104, 102, 158, 156), TILES[0], 0.4)])], WIDTH, HEIGHT, 150).found
+    whole = [thing((100, 100, 160, 160), 0.9)]
+    found = join_tiles(whole, [View(TILES[0], [thing((104, 102, 158, 156), 0.4)])], WIDTH, HEIGHT, 150).found
     assert pixels(found) == [(104, 102, 158, 156)]
     assert found[0]["score"] == 0.9
 
 
 def test_a_loose_box_around_a_small_object_is_its_double() -> None:
-    whole = [thing((95, 95, 165, 165), WHOLE)]  # IoU 0.33
-    assert joined(whole, [View(TILES[0], [thing((110, 110, 150, 150), TILES[0])])]) == [(110, 110, 150, 150)]
+    whole = [thing((95, 95, 165, 165))]  # IoU 0.33
+    assert joined(whole, [View(TILES[0], [thing((110, 110, 150, 150))])]) == [(110, 110, 150, 150)]
 
 
 def test_a_small_object_in_front_of_a_large_one_stays() -> None:
-    whole = [thing((50, 50, 300, 300), WHOLE)]
-    assert len(joined(whole, [View(TILES[0], [thing((100, 100, 140, 140), TILES[0])])])) == 2
+    whole = [thing((50, 50, 300, 300))]
+    assert len(joined(whole, [View(TILES[0], [thing((100, 100, 140, 140))])])) == 2
 
 
 def test_a_piece_goes_where_another_tile_sees_its_place_whole() -> None:
-    piece = View(TILES[0], [thing((360, 100, 400, 150), TILES[0])])  # TILES[1] begins at 300, and sees nothing there
+    piece = View(TILES[0], [thing((360, 100, 400, 150))])  # TILES[1] begins at 300, and sees nothing there
     assert joined([], [piece, View(TILES[1], [])]) == []
 
 
 def test_a_piece_that_no_tile_sees_better_stays() -> None:
-    piece = View(TILES[0], [thing((280, 100, 400, 150), TILES[0])])
+    piece = View(TILES[0], [thing((280, 100, 400, 150))])
     assert joined([], [piece, View(TILES[1], [])]) == [(280, 100, 400, 150)]
 
 
 def test_the_whole_pictures_box_counts_before_halves() -> None:
     box = (250.0, 100.0, 480.0, 250.0)
-    found = joined([thing((252, 101, 481, 249), WHOLE)], views_of([box]))
+    found = joined([thing((252, 101, 481, 249))], views_of([box]))
     assert found == [(252, 101, 481, 249)]
 
 
 def test_at_most_so_many_with_the_best_scores() -> None:
     scores = [0.3, 0.9, 0.5, 0.9]
-    whole = [thing((20 + 100 * i, 20, 60 + 100 * i, 60), WHOLE, score) for i, score in enumerate(scores)]
+    whole = [thing((20 + 100 * i, 20, 60 + 100 * i, 60), score) for i, score in enumerate(scores)]
     some = join_tiles(whole, [], WIDTH, HEIGHT, 3)
     assert [one["score"] for one in some.found] == [0.9, 0.5, 0.9]
     assert some.is_short
@@ -162,8 +161,8 @@ def test_at_most_so_many_with_the_best_scores() -> None:
 # -- points --------------------------------------------------------------------------------------
 
 
-def point(x: float, y: float, rect: PixelRect, score: float = 0.5) -> Thing:
-    return {"label": "dot", "x": (x - rect.left) / rect.width, "y": (y - rect.top) / rect.height, "score": score}
+def point(x: float, y: float, score: float = 0.5) -> Thing:
+    return {"label": "dot", "x": x / WIDTH, "y": y / HEIGHT, "score": score}
 
 
 @given(st.lists(places, max_size=10), st.booleans())
@@ -173,7 +172,7 @@ def test_points_of_objects_inside_a_tile_come_once(drawn: list[tuple[int, int, i
 
     def points_in(rect: PixelRect) -> list[Thing]:
         parts = [cut(box, rect) for box in boxes]
-        return [point((p[0] + p[2]) / 2, (p[1] + p[3]) / 2, rect) for p in parts if p[0] < p[2] and p[1] < p[3]]
+        return [point((p[0] + p[2]) / 2, (p[1] + p[3]) / 2) for p in parts if p[0] < p[2] and p[1] < p[3]]
 
     whole = points_in(WHOLE) if is_seen_whole else []
     found = join_tiles(whole, [View(rect, points_in(rect)) for rect in TILES], WIDTH, HEIGHT, 150).found
@@ -181,5 +180,5 @@ def test_points_of_objects_inside_a_tile_come_once(drawn: list[tuple[int, int, i
 
 
 def test_points_of_one_tile_are_never_merged() -> None:
-    found = [point(100, 100, TILES[0]), point(101, 100, TILES[0])]
+    found = [point(100, 100), point(101, 100)]
     assert len(join_tiles([], [View(TILES[0], found)], WIDTH, HEIGHT, 150).found) == 2
