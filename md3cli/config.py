@@ -19,15 +19,22 @@ DEFAULT_PAD = 0.1  # room around a region, as a share of its width and height
 
 @dataclass(frozen=True, slots=True)
 class ColumnOptions:
-    """What is made of a row's columns: `--map`, `--const` and `--template`, the values as typed.
+    """What is made of what a row brings: `--map`, `--const`, `--template` and `--regions`, the values as typed.
 
     `renamed` has (COLUMN, NAME): the manifest's NAME is known as COLUMN. `constants` has (COLUMN, VALUE).
-    `is_template`: the command's prompts are filled from the row.
+    `is_template`: the command's prompts are filled from the row. `region_pad`: each box of a COCO file is asked about,
+    with so much room around it, a share of its own size; None: pictures are.
     """
 
     renamed: tuple[tuple[str, str], ...] = ()
     constants: tuple[tuple[str, str], ...] = ()
     is_template: bool = False
+    region_pad: float | None = None
+
+    @property
+    def fills_prompts(self) -> bool:
+        """Whether a record's prompt may be none of the command's."""
+        return self.is_template or self.region_pad is not None
 
     def identity(self) -> dict[str, Any]:
         """Return what a resume must share, by the options' names; nothing of an option that is not used."""
@@ -35,6 +42,7 @@ class ColumnOptions:
             "map": [f"{column}={name}" for column, name in self.renamed],
             "const": [f"{column}={value}" for column, value in self.constants],
             "template": self.is_template,
+            "regions": self.region_pad is not None,
         }
         return {name: value for name, value in parts.items() if value}
 

@@ -116,15 +116,15 @@ def test_options_keep_their_names() -> None:
     shared |= {"recursive", "no-recursive", "include", "exclude", "limit", "shard", "dry-run", "root", "remote"}
     shared |= {"allow-empty", "follow-links", "max-pixels", "max-file-size", "decode-timeout", "fetch-timeout"}
     shared |= {"devices", "workers-per-device", "worker-rank", "world-size", "engine", "ray-address", "shard-size"}
-    shared |= {"labels", "min-score", "nms", "add", "prompts", "template", "map", "const"}
+    shared |= {"labels", "min-score", "nms", "add", "prompts", "template", "map", "const", "regions", "pad"}
     shared |= {"estimate", "estimate-sample", "estimate-open", "price-per-gpu-hour", "price-per-1000"}
     own = {
         "caption": {"length"},
         "query": {"question", "reasoning", "no-reasoning", "choices", "spatial-ref"},
-        "detect": {"max-objects", "missing-only", "gt"},
-        "point": {"max-objects", "spatial-ref", "missing-only", "gt"},
+        "detect": {"max-objects", "tile", "overlap", "missing-only", "gt"},
+        "point": {"max-objects", "spatial-ref", "tile", "overlap", "missing-only", "gt"},
         "segment": {"spatial-ref", "missing-only", "gt"},
-        "run": {"task", "reasoning", "no-reasoning"},
+        "run": {"task", "then", "reasoning", "no-reasoning", "tile", "overlap"},
     }
     for name, extra in own.items():
         assert options_of(name).keys() == shared | extra, name

@@ -38,7 +38,7 @@ app = App()
 PROMPTED = (Task.QUERY, Task.DETECT, Task.POINT, Task.SEGMENT)
 
 OneInput = Annotated[
-    str, typer.Argument(metavar="INPUT", help="Image, folder, quoted glob, manifest, tar, URL, or - for stdin.")
+    str, typer.Argument(metavar="INPUT", help="Image, folder, quoted glob, manifest, COCO file, tar, URL, or -.")
 ]
 Objects = Annotated[
     list[str] | None,
@@ -119,7 +119,8 @@ ThenSpecs = Annotated[
 @annotating
 def caption(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT", help="Images, folders, globs, manifests, tars, URLs, or -.")
+        list[str],
+        typer.Argument(metavar="INPUT", help="Images, folders, globs, manifests, COCO files, tars, URLs, or -."),
     ],
     length: Annotated[Literal["short", "normal", "long"], typer.Option("--length", help="How much to say.")] = "normal",
     *,

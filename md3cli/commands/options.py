@@ -130,7 +130,7 @@ class AnnotateOptions:
             "--pad",
             metavar="SHARE",
             parser=checked(parse_pad),
-            help="Room around a region (--then), of its own width and height: 10% or 0.1.",
+            help="Room around a region (--then, --regions), of its own width and height: 10% or 0.1.",
         ),
     ] = PAD
 
@@ -172,6 +172,9 @@ class AnnotateOptions:
         str | None, _input(metavar="DIR|URL", help="Where a manifest's paths start, and what they may not leave.")
     ] = None
     remote: Annotated[bool, _input("--remote", help="Fetch the URLs inside a manifest.")] = False
+    regions: Annotated[
+        bool, _input("--regions", help="Ask about each box of a COCO file; {label} in a prompt is its category.")
+    ] = False
     follow_links: Annotated[bool, _input("--follow-links", help="Look into linked folders.")] = False
     allow_empty: Annotated[bool, _input("--allow-empty", help="An INPUT without images is no error.")] = False
     dry_run: Annotated[
@@ -374,8 +377,10 @@ class AnnotateOptions:
         Raises:
             UsageError: OUTPUT is no name or address that could be written to.
         """
-        if "pad" in self.typed and not (then or any(map(self.may_rows_ask, inputs))):
-            raise UsageError("--pad is the room around a region, and nothing is asked about regions; --then does that")
+        if "pad" in self.typed and not (then or self.regions or any(map(self.may_rows_ask, inputs))):
+            raise UsageError(
+                "--pad is the room around a region, and nothing is asked about regions; --then and --regions do that"
+            )
         return RunConfig(
             command=command,
             source=self._filled(
@@ -384,7 +389,12 @@ class AnnotateOptions:
                 include=tuple(self.include or ()),
                 exclude=tuple(self.exclude or ()),
                 own_files=frozenset(),
-                columns=ColumnOptions(tuple(self.map_columns or ()), tuple(self.const or ()), self.template),
+                columns=ColumnOptions(
+                    tuple(self.map_columns or ()),
+                    tuple(self.const or ()),
+                    self.template,
+                    self.pad if self.regions else None,
+                ),
             ),
             requests=tuple(requests),
             defaults=self.request(Task.QUERY, reasoning=reasoning, tiles=tiles),
@@ -431,7 +441,7 @@ class AnnotateOptions:
                 f"--{typed.replace('_', '-')} is about {what}, and md3 {command} asks for none; leave it out"
             )
         labels = self.listed_labels() if labels is None else labels
-        labels = labels.as_templates() if self.template else labels
+        labels = labels.as_templates() if self.template or self.regions else labels
         return Refinement(labels, self.min_score, self.nms, has_file=self.labels is not None)
 
     def _filled(self, kind: type[Part], **given: Any) -> Part:

@@ -87,18 +87,24 @@ def _num_devices(scale: ScaleOptions) -> int:
 
 @dataclass(slots=True)
 class DryRun:
-    """What was counted: `crops` is images by number of crops, the global one included, `bad` is rows by error type."""
+    """What was counted: `crops` is images by number of crops, the global one included, `bad` is rows by error type.
+
+    `num_of_parts` is how many requests are about a part of an image, which has crops of its own.
+    """
 
     num_images: int = 0
     num_requests: int = 0
+    num_of_parts: int = 0
     crops: Counter[int] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
 
     def as_json(self) -> dict[str, Any]:
+        parts = {"requests_of_parts": self.num_of_parts} if self.num_of_parts else {}
         return {
             "images": self.num_images,
             "requests": self.num_requests,
+            **parts,
             "crops": {str(crops): count for crops, count in sorted(self.crops.items())},
             "bad": dict(sorted(self.bad.items())),
             "skipped": dict(sorted(self.skipped.items())),
@@ -108,9 +114,10 @@ class DryRun:
         crops = ", ".join(f"{count:,} of {crops} crops" for crops, count in sorted(self.crops.items()))
         bad = ", ".join(f"{name} {count:,}" for name, count in sorted(self.bad.items()))
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.skipped.items()))
+        parts = f", {self.num_of_parts:,} of them about parts of images" if self.num_of_parts else ""
         return [
             f"images     {self.num_images:,}",
-            f"requests   {self.num_requests:,}",
+            f"requests   {self.num_requests:,}{parts}",
             f"crops      {sum(crops * count for crops, count in self.crops.items()):,}{f': {crops}' if crops else ''}",
             f"bad files  {self.bad.total():,}{f': {bad}' if bad else ''}",
             f"not taken  {self.skipped.total():,}{f': {skipped}' if skipped else ''}",
@@ -144,6 +151,7 @@ def _decoded(config: RunConfig, source: Source, counts: DryRun) -> Iterator[Futu
     with make_pool(config, crop_config) as pool:
         for row in source:
             counts.num_requests += len(row.requests)
+            counts.num_of_parts += sum(request.region is not None for request in row.requests)
             counts.num_images += row.image is not None
             if row.failure is not None:
                 counts.bad[row.failure.type] += 1

@@ -323,7 +323,7 @@ def _begin(
 ) -> RunDocument:
     """Note the start in run.json, if the records there are this command's; `is_known`: run.json can say so."""
     if journal.first_record is not None and not is_known:
-        is_filled = config.source.columns.is_template  # then a record's prompt is none of the command's
+        is_filled = config.source.columns.fills_prompts  # then a record's prompt is none of the command's
         check_first_record(journal.first_record, () if is_filled else config.requests, identity)
     return RunDocument.begin(
         files.run_info,

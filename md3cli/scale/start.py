@@ -93,7 +93,7 @@ class Start:
         with open(journal, "rb") as file:
             record = first_record(file)
         if record is not None:
-            is_filled = self.config.source.columns.is_template  # then a record's prompt is none of the command's
+            is_filled = self.config.source.columns.fills_prompts  # then a record's prompt is none of the command's
             check_first_record(record, () if is_filled else self.config.requests, self.model.identity)
 
     def begin_document(self, root: str) -> RunDocument:

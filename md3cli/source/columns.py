@@ -1,4 +1,4 @@
-"""What `--map`, `--const` and `--template` make of a row: columns renamed, constants, prompts filled. Pure.
+"""What `--map`, `--const`, `--template`, `--regions` make of a row: columns renamed, constants, prompts filled. Pure.
 
 A template is what the user typed. It is taken apart once, before anything slow, and filled for each row; what a column
 holds is put in as it is and never looked at for placeholders, nor is a prompt that a row brings itself. A placeholder
@@ -21,6 +21,7 @@ from md3cli.records import ImageItem, Request, Task, printable
 from md3cli.refine.template import SHOWN_CHARS, Template, quoted
 from md3cli.remote.address import is_address
 from md3cli.source.requests import ROW_COLUMNS, EmbeddedImage, check_value, is_given, typed_cell
+from md3cli.source.specs import LABEL, label_template
 
 OF_THE_PICTURE = ("stem", "name", "folder")  # placeholders that are no columns
 _NAMED_TASKS = frozenset({Task.DETECT, Task.POINT, Task.SEGMENT})  # whose answers have labels
@@ -63,6 +64,7 @@ class ColumnRules:
         renamed: NAME in a manifest -> COLUMN that it stands for.
         constants: COLUMN -> value for rows that leave it empty.
         named: what templates name, each once; `placeholders` are those that are columns.
+        region_pad: the room around each box that is asked about; None where pictures are asked about.
     """
 
     def __init__(self, options: ColumnOptions, requests: Sequence[Request]) -> None:
@@ -71,11 +73,18 @@ class ColumnRules:
         self.constants = {column: _constant(column, value) for column, value in options.constants}
         if len(self.constants) < len(options.constants):
             raise UsageError("--const sets a column twice; give each column one value")
-        prompts = {request.prompt for request in requests if request.prompt is not None} if options.is_template else ()
-        self._templates = {prompt: Template.parse(prompt) for prompt in prompts}
+        self.is_template, self.region_pad = options.is_template, options.region_pad
+        prompts = {request.prompt for request in requests if request.prompt is not None}
+        self._templates = {prompt: self._parsed(prompt) for prompt in prompts if options.fills_prompts}
         self.named = tuple({name: None for template in self._templates.values() for name in template.names})
-        self.placeholders = tuple(name for name in self.named if name not in OF_THE_PICTURE)
-        self.is_template = options.is_template
+        not_columns = OF_THE_PICTURE if self.region_pad is None else (*OF_THE_PICTURE, LABEL)
+        self.placeholders = tuple(name for name in self.named if name not in not_columns)
+
+    def _parsed(self, prompt: str) -> Template:
+        try:
+            return Template.parse(prompt) if self.is_template else label_template(prompt)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
     @property
     def changes_pictures(self) -> bool:

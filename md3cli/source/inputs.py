@@ -9,6 +9,7 @@ Opens no picture, but follows links to see where they lead.
 from __future__ import annotations
 
 import base64
+import codecs
 import contextlib
 import os
 import re
@@ -26,9 +27,10 @@ from md3cli.source.braces import expanded, has_braces
 from md3cli.source.manifest import manifest_rows, open_input
 from md3cli.source.requests import EmbeddedImage
 from md3cli.source.tar import tar_members
-from md3cli.source.walk import ARCHIVES, MANIFEST_SUFFIXES, SPREADSHEETS, STDIN, Glob, Kind, is_glob
+from md3cli.source.walk import ARCHIVES, JSON, MANIFEST_SUFFIXES, SPREADSHEETS, STDIN, TAR, Glob, Kind, is_glob
 
 _INNERMOST_BRACES = re.compile(r"\{[^{}]*(?:\.\.|,)[^{}]*\}")
+_HEAD_BYTES = 1024  # of a file, to see what it is
 _QUOTES = ('"', "'")
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\[^\\]")  # C:\ or \\server
 
@@ -37,13 +39,14 @@ class Input(NamedTuple):
     """One INPUT of the command line, or of those that braces name.
 
     `prefix` is what the names of its pictures start with; `base`, where braces named it, the folder that they are
-    relative to.
+    relative to. `pictures` is the folder that those of a COCO file are in.
     """
 
     typed: str
     kind: Kind
     prefix: str
     base: str | None = None
+    pictures: str | None = None
 
 
 def inputs_of(typed: str, is_alone: bool) -> Iterator[Input]:
@@ -64,7 +67,7 @@ def inputs_of(typed: str, is_alone: bool) -> Iterator[Input]:
     kind = _kind_of(typed, is_alone)
     if is_address(typed) and kind is Kind.FOLDER:
         typed = typed.rstrip("/")
-    has_own_names = kind in (Kind.TAR, Kind.MANIFEST, Kind.STDIN)
+    has_own_names = kind in (Kind.TAR, Kind.MANIFEST, Kind.STDIN, Kind.COCO)
     is_left_out = is_alone and (has_own_names or not is_address(typed))
     yield Input(typed, kind, "" if is_left_out else _start_of_names(typed, kind))
 
@@ -138,16 +141,27 @@ def _kind_of(typed: str, is_alone: bool) -> Kind:
     if os.path.isdir(typed):
         return Kind.FOLDER
     if not os.path.lexists(typed):  # a name that exists is never taken for a pattern
-        return _kind_of_absent(typed, is_alone or suffix in MANIFEST_SUFFIXES)
+        return _kind_of_absent(typed, is_alone or suffix in MANIFEST_SUFFIXES or suffix == JSON)
     if typed.lower().endswith(ARCHIVES):
         raise InputError(f"{printable(typed)} is compressed; unpack it, or make it a plain .tar")
     if suffix in SPREADSHEETS:
         raise InputError(
             f"{printable(typed)} is a spreadsheet; save it as CSV UTF-8 with a column 'image', and give that"
         )
-    if suffix == ".tar":
+    if suffix == TAR:
         return Kind.TAR
+    if suffix == JSON and _is_json(typed):
+        return Kind.COCO
     return Kind.MANIFEST if suffix in MANIFEST_SUFFIXES else Kind.FILE
+
+
+def _is_json(path: str) -> bool:
+    """Return whether a file starts as a JSON object or list does; False where that cannot be seen."""
+    try:
+        with open_input(path) as file:
+            return file.read(_HEAD_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[")
+    except (InputError, OSError):
+        return False
 
 
 def _kind_of_absent(typed: str, is_needed: bool) -> Kind:
@@ -207,7 +221,7 @@ def row_folder(typed: str, root: Path | str | None) -> str:
 
 def root_of(given: Input, root: Path | str | None) -> str:
     """Return what the names of the pictures of a lone INPUT are relative to: a folder, a tar, or an address."""
-    if given.base is not None and not (root and given.kind is Kind.MANIFEST):
+    if given.base is not None and not (root and given.kind in (Kind.MANIFEST, Kind.COCO)):
         folder = given.base
     elif given.kind in (Kind.FOLDER, Kind.TAR):
         folder = given.typed
@@ -216,7 +230,7 @@ def root_of(given: Input, root: Path | str | None) -> str:
     elif given.kind is Kind.FILE:
         folder = row_folder(given.typed, None)
     else:
-        folder = row_folder(given.typed, root)
+        folder = row_folder(given.typed, root or given.pictures)
     return shown(folder) if is_address(folder) else os.path.realpath(folder or ".")
 
 
@@ -285,7 +299,7 @@ class RowPlaces(NamedTuple):
     @classmethod
     def of(cls, given: Input, root: Path | str | None, *, is_alone: bool, may_fetch: bool) -> RowPlaces:
         """Return the places of the rows of INPUT `given`; a remote one may name addresses, for its user named one."""
-        folder = row_folder(given.typed, root)
+        folder = row_folder(given.typed, given.pictures if root is None else root)
         prefix = "" if is_alone else shown(folder)
         if given.base is not None:
             prefix = "" if root is not None else below(prefix, shown(given.base))

@@ -49,7 +49,7 @@ class FirstRows:
             UsageError: `rules` name another picture than a member, or give a column the name of another.
         """
         if name := next((name for name, column in rules.renamed.items() if column == "image"), None):
-            raise UsageError(f"--map image={printable(name)}: the pictures of a tar are its members, not a column")
+            raise UsageError(f"--map image={printable(name)}: INPUT says itself what its pictures are, no column does")
         deadline = time.monotonic() + BUDGET_S
         for columns in islice(pictures, MOST_ROWS):
             if clash := clash_of(columns, rules.renamed):

@@ -410,7 +410,7 @@ def json_value(data: bytes) -> Any:
 
 def _json_value(data: bytes, constant: Callable[[str], None]) -> Any:
     value = json.loads(data.decode(), parse_constant=constant, object_pairs_hook=unique_keys)
-    if data.count(b"[") + data.count(b"{") > DEPTH_LIMIT and _depth(value) > DEPTH_LIMIT:
+    if data.count(b"[") + data.count(b"{") > DEPTH_LIMIT and depth_of(value) > DEPTH_LIMIT:
         raise ValueError(_TOO_DEEP)
     try:
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
@@ -419,7 +419,7 @@ def _json_value(data: bytes, constant: Callable[[str], None]) -> Any:
     return value
 
 
-def _depth(value: Any) -> int:
+def depth_of(value: Any) -> int:
     """Return how deep lists and objects are nested, counted level by level, so that nothing recurses."""
     depth, level = 0, [value]
     while level:

@@ -23,7 +23,9 @@ from md3cli.remote.reader import Reader, explain, open_remote
 from md3cli.source.walk import (
     ARCHIVES,
     IMAGE_SUFFIXES,
+    JSON,
     MANIFEST_SUFFIXES,
+    TAR,
     FolderEntry,
     Kind,
     PathFilter,
@@ -94,8 +96,10 @@ def kind_of_address(typed: str, is_alone: bool) -> Kind:
     suffix = suffix_of(typed)
     if typed.endswith("/"):
         return Kind.FOLDER
-    if suffix == ".tar":
+    if suffix == TAR:
         return Kind.TAR
+    if suffix == JSON:
+        return Kind.COCO
     if suffix in MANIFEST_SUFFIXES:
         return Kind.MANIFEST
     if suffix in IMAGE_SUFFIXES and not is_alone:

@@ -6,12 +6,14 @@ Apart from source.py, which finds the pictures and knows nothing of what is aske
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from md3cli.errors import RowError
-from md3cli.records import ImageItem, Request, RowFailure, SourceRow
+from md3cli.records import ImageItem, Region, Request, RowFailure, SourceRow
 from md3cli.remote.address import is_address
+from md3cli.source.coco import CocoBox, CocoPicture
 from md3cli.source.columns import ColumnRules, Filled
 from md3cli.source.inputs import Confinement, RowPlaces, is_of_windows
 from md3cli.source.manifest import ManifestRow
@@ -25,7 +27,7 @@ from md3cli.source.requests import (
     row_requests,
     row_then,
 )
-from md3cli.source.specs import are_followed
+from md3cli.source.specs import LABEL, are_followed
 from md3cli.source.webdataset import NOTHING
 
 
@@ -49,25 +51,69 @@ class RowMaker:
         self._is_fit_for_pictures = is_asked_alike and are_fit_for_pictures(asked.requests)
         self._usual = Filled(asked.requests, then=asked.then if are_followed(asked.requests) else ())
 
-    def of_picture(self, image: ImageItem, data: Mapping[str, Any] = NOTHING) -> SourceRow:
+    def of_picture(
+        self, image: ImageItem, data: Mapping[str, Any] = NOTHING, boxes: Iterable[CocoBox] | None = None
+    ) -> SourceRow:
         """Return the row of a picture that no manifest names, with the columns of its sidecars, if any.
 
         Those mean nothing by their names: a set of generated pictures has a `prompt` and a `seed` that are not ours.
-        Only --map makes them known columns.
+        Only --map makes them known columns. With `boxes` those are asked about instead of the picture.
         """
         failure = self._outside(image.path)
-        if not (self._rules.changes_pictures or (data and self._rules.renamed)):
+        if boxes is None and not (self._rules.changes_pictures or (data and self._rules.renamed)):
             return SourceRow(image, self._usual.requests, data, failure, then=self._usual.then)
         known, others, problem = self._rules.of_sidecars(data)
         known["image"] = image.name
         try:
             if problem:
                 raise RowError("bad_row", problem)
-            asked = self._filled(known, image, others=others)
+            if boxes is None:
+                asked = self._filled(known, image, others=others)
+            else:
+                asked = self._filled_of_boxes(known, image, others, boxes)
         except RowError as error:
             asked = Filled((refused_request(known, self._asked.defaults),))
             failure = RowFailure(error.type, str(error))
         return SourceRow(image, asked.requests, others, failure, asked.typed, asked.refused, asked.then)
+
+    def of_listed(self, picture: CocoPicture, boxes: Iterable[CocoBox], places: RowPlaces) -> SourceRow:
+        """Return the row of a picture that a COCO file lists; where regions are asked about, those are its `boxes`."""
+        image: ImageItem | None = None
+        try:
+            if picture.problem:
+                raise RowError("bad_row", picture.problem)
+            name = row_image({"image": picture.url if places.may_fetch and picture.url else picture.name})
+            assert isinstance(name, str)
+            image = places.item_of(name)
+            refuse_address(name, may_fetch=places.may_fetch)
+        except RowError as error:
+            failure = RowFailure(error.type, f"{picture.where}: {error}")
+            return SourceRow(image, (refused_request({}, self._asked.defaults),), failure=failure)
+        if self._rules.region_pad is None:
+            return self.of_picture(image, picture.data)
+        row = self.of_picture(image, picture.data, boxes)
+        if picture.size is None and row.failure is None:
+            why = f"{picture.where}: no width and height, by which its boxes are read"
+            row = replace(row, failure=RowFailure("bad_row", why))
+        return row
+
+    def _filled_of_boxes(
+        self, columns: Mapping[str, Any], image: ImageItem, others: Mapping[str, Any], boxes: Iterable[CocoBox]
+    ) -> Filled:
+        """Return what is asked about each box in turn, `{label}` what it is called; raises RowError.
+
+        A box without extent is asked about as others are, and refused where its picture is cut.
+        """
+        by_label, requests = dict[str, Filled](), list[Request]()
+        for of, label, box in boxes:
+            label = label or ""
+            if label not in by_label:
+                by_label[label] = self._filled(columns, image, others={**others, LABEL: label})
+            region = Region(box, label, of, 0, self._rules.region_pad or 0.0)
+            requests += (replace(request, region=region) for request in by_label[label].requests)
+        typed = {prompt: text for asked in by_label.values() for prompt, text in (asked.typed or {}).items()}
+        refused = {prompt: why for asked in by_label.values() for prompt, why in (asked.refused or {}).items()}
+        return Filled(tuple(requests), typed or None, refused or None)
 
     def of_manifest(self, entry: ManifestRow, places: RowPlaces) -> SourceRow:
         """Return what a manifest's row asks; a failure keeps as much of the row as could be read."""

@@ -24,6 +24,7 @@ from md3cli.errors import InputError, MissingExtraError, NoImageColumnError, Row
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task, printable
 from md3cli.remote.address import is_address, shown
 from md3cli.remote.hosts import is_installed, require_extra
+from md3cli.source.coco import CocoFile
 from md3cli.source.columns import ColumnRules
 from md3cli.source.inputs import (
     Confinement,
@@ -36,6 +37,7 @@ from md3cli.source.inputs import (
     root_of,
     start_of_walk,
 )
+from md3cli.source.listed import check_regions, notes_on_files, with_files
 from md3cli.source.look import FirstRows, check_asked, check_columns, notes_on
 from md3cli.source.manifest import LiveLines, ManifestRow, manifest_rows, open_input, path_rows
 from md3cli.source.rows import Asked, RowMaker
@@ -68,17 +70,21 @@ def open_source(
     _check_remote(spec)
     rules = ColumnRules(spec.columns, requests)
     if not spec.inputs and spec.columns.identity():
-        raise UsageError("--map, --const and --template are about the rows of INPUT, and there is no INPUT")
+        raise UsageError("--map, --const, --template and --regions are about the rows of INPUT, and there is no INPUT")
     is_alone = len(spec.inputs) == 1
     inputs = tuple(given for typed in spec.inputs for given in inputs_of(typed, is_alone))
+    check_regions(inputs, rules, requests, then)
     for given in inputs:
-        check_readable(given, is_alone and given.base is None, rules.renamed)
+        if given.kind is not Kind.COCO:
+            check_readable(given, is_alone and given.base is None, rules.renamed)
+    inputs, files = with_files(inputs, spec, rules)
     if stdin is None and STDIN in spec.inputs:
         if sys.stdin is None:
             raise InputError("stdin is closed, so there is nothing to read for INPUT -; pipe a list of paths to it")
         stdin = sys.stdin.buffer
     defaults = requests[0] if requests else defaults or Request(Task.QUERY)
-    return Source(spec, inputs, Asked(requests, then, defaults), rules, stdin or io.BytesIO(), narrowed)
+    asked = Asked(requests, then, defaults)
+    return Source(spec, inputs, asked, rules, stdin or io.BytesIO(), files, narrowed)
 
 
 def _check_remote(spec: SourceSpec) -> None:
@@ -94,7 +100,9 @@ def _check_remote(spec: SourceSpec) -> None:
         raise UsageError(f"--root {printable(root)} is not a folder; name the one that the images are in")
 
 
-OTHER_SHARDS, HAVE_LABELS = "other shards", "questions that have labels"  # in `Source.skipped`
+# In `Source.skipped`.
+OTHER_SHARDS, HAVE_LABELS = "other shards", "questions that have labels"
+DOUBLED, WITHOUT_BOXES = "entries of pictures that are listed before", "pictures without boxes"
 
 # What a row's shard is computed from, and the row, before shards and limits; None: the next has not come yet.
 _Found = tuple[str, SourceRow] | None
@@ -124,13 +132,14 @@ class Source:
         asked: Asked,
         rules: ColumnRules,
         stdin: IO[bytes],
+        files: Mapping[str, CocoFile],
         narrowed: Callable[[SourceRow], SourceRow] | None = None,
     ) -> None:
         self.skipped: Counter[str] = Counter()
         self.watched_lines: frozenset[int] = frozenset()
         self.readable_lines: set[int] = set()
         self._spec, self._rules = spec, rules
-        self._inputs, self._narrowed = inputs, narrowed
+        self._inputs, self._files, self._narrowed = inputs, files, narrowed
         self._requests = asked.requests
         self._stdin_file, self._may_wait = stdin, True
         self._has_walked_rows = False  # rows of Parquet files, which may ask what they like
@@ -187,7 +196,9 @@ class Source:
         is_narrowed = bool(spec.include or spec.exclude or spec.limit is not None or spec.shard or self._narrowed)
         is_narrowed = is_narrowed or bool(spec.columns.constants or spec.columns.renamed)
         kinds = {given.kind for given in self._inputs}
-        return not (is_narrowed or self._has_walked_rows) and kinds <= {Kind.FOLDER, Kind.GLOB, Kind.FILE, Kind.TAR}
+        is_of_boxes = self._rules.region_pad is not None
+        of_pictures = {Kind.FOLDER, Kind.GLOB, Kind.FILE, Kind.TAR, Kind.COCO}
+        return not (is_narrowed or is_of_boxes or self._has_walked_rows) and kinds <= of_pictures
 
     @property
     def may_ask_then(self) -> bool:
@@ -212,19 +223,21 @@ class Source:
         rows, options = FirstRows(), self._spec.columns
         needs_columns = bool(options.renamed or set(self._rules.placeholders) - self._rules.constants.keys())
         for given in self._inputs:
-            path = self._first_file(given) if needs_columns or given.kind is Kind.MANIFEST else ""
+            path = self._first_file(given) if needs_columns or given.kind in (Kind.MANIFEST, Kind.COCO) else ""
             if given.kind is Kind.MANIFEST or path.lower().endswith(PARQUET):
                 may_fail = given.kind is not Kind.MANIFEST and not is_address(path)
                 rows.take(manifest_rows(path, self._rules.renamed), self._rules, self._requests, may_fail=may_fail)
             elif path.lower().endswith(TAR):
                 rows.take_sidecars(self._sidecars(path), self._rules)
+            elif given.kind is Kind.COCO:
+                rows.take_sidecars((picture.data for picture in self._files[path].pictures), self._rules)
         if any(given.kind is Kind.STDIN for given in self._inputs):
             return []
         where = printable(shown(self._spec.inputs[0])) if len(self._spec.inputs) == 1 else "INPUT"
         check_columns(rows, options, self._rules, where)
         if all(given.kind is Kind.MANIFEST for given in self._inputs):
             check_asked(rows, self._requests, self._rules, where)
-        return list(notes_on(rows, self._requests, self._rules, where))
+        return [*notes_on(rows, self._requests, self._rules, where), *notes_on_files(self._inputs, self._files)]
 
     def _first_file(self, given: Input) -> str:
         """Return INPUT where it is a file, or what its walk finds first; empty where that is nothing."""
@@ -280,6 +293,8 @@ class Source:
                 yield from self._tar_members(given.typed, given.prefix, skipped)
             elif given.kind is Kind.FILE:
                 yield self._picture(given.prefix or os.path.basename(given.typed), given.typed)
+            elif given.kind is Kind.COCO:
+                yield from self._listed_pictures(given, skipped)
             else:
                 yield from self._manifest(given, skipped)
 
@@ -289,6 +304,25 @@ class Source:
 
     def _picture(self, name: str, path: str) -> _Found:
         return self._named(self._made.of_picture(image_item(name, path)))
+
+    def _listed_pictures(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
+        """Yield the pictures of a COCO file; where its boxes are asked about, those that have any."""
+        found, places = self._files[given.typed], self._places_of(given)
+        skipped.update({DOUBLED: found.num_doubled} if found.num_doubled else {})
+        for place, picture in enumerate(found.pictures):
+            boxes = list(found.boxes_of(place))
+            row = self._made.of_listed(picture, boxes, places)
+            name = row.image.name if row.image is not None else None
+            if name is not None and not self._filter.keeps(name):
+                skipped["excluded"] += 1
+            elif self._rules.region_pad is not None and not (boxes or row.failure):
+                skipped[WITHOUT_BOXES] += 1
+            else:
+                yield name or f"{given.typed} {picture.where}", row
+
+    def _places_of(self, given: Input) -> RowPlaces:
+        is_alone = len(self._inputs) == 1 and given.kind is self._inputs[0].kind
+        return RowPlaces.of(given, self._spec.root, is_alone=is_alone, may_fetch=self._spec.remote)
 
     def _walked(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
         folder, glob = start_of_walk(given)
@@ -372,8 +406,7 @@ class Source:
         return "" if self._filter.keeps(name) else "excluded"
 
     def _manifest(self, given: Input, skipped: Counter[str]) -> Iterator[_Found]:
-        is_alone = len(self._inputs) == 1 and given.kind is self._inputs[0].kind
-        places = RowPlaces.of(given, self._spec.root, is_alone=is_alone, may_fetch=self._spec.remote)
+        places = self._places_of(given)
         is_stdin = given.kind is Kind.STDIN
         rows: Iterator[ManifestRow | None] = manifest_rows(given.typed, self._rules.renamed)
         if is_stdin:

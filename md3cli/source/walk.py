@@ -29,7 +29,7 @@ OWN_NAMES = frozenset(
 )  # of a run folder, those that hold pictures or are taken for something that does
 _RUN_HEAD_BYTES = 200  # `schema` is the first key
 
-TAR, PARQUET = ".tar", ".parquet"
+TAR, PARQUET, JSON = ".tar", ".parquet", ".json"
 SHARDS = {  # what holds pictures, and is left out of a folder that has pictures, or shards named here before
     TAR: "tars beside pictures (give 'FOLDER/*.tar' to read them)",
     PARQUET: "Parquet files beside pictures or tars (give 'FOLDER/*.parquet' to read them)",
@@ -39,7 +39,7 @@ SHARDS = {  # what holds pictures, and is left out of a folder that has pictures
 class Kind(Enum):
     """What an INPUT is; a file that is none of the others is a picture, whatever its name."""
 
-    FILE, FOLDER, GLOB, MANIFEST, STDIN, TAR = range(6)
+    FILE, FOLDER, GLOB, MANIFEST, STDIN, TAR, COCO = range(7)
 
 
 def suffix_of(name: str) -> str:

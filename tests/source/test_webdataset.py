@@ -295,5 +295,5 @@ def test_what_no_sidecar_has_is_told_first(tar: Path, typed: str) -> None:
         source((Request(Task.QUERY, "{promt}?"),), typed, is_template=True).first_look()
     with pytest.raises(UsageError, match="no column 'ask'"):
         source(typed=typed, renamed=(("length", "ask"),)).first_look()
-    with pytest.raises(UsageError, match="--map image=png: the pictures of a tar are its members"):
+    with pytest.raises(UsageError, match="--map image=png: INPUT says itself what its pictures are"):
         source(typed=typed, renamed=(("image", "png"),)).first_look()
