@@ -3,7 +3,8 @@
 Rows of a file are of one kind, which their columns say: `image, question, answer` (an empty image: a question without
 one), `image, caption`, or `image, label, x, y, w, h` in pixels of the upright picture, as md3's own CSV has it; a row
 that names a picture alone says that nothing is there, and `width` and `height` are the picture's. In a table that md3
-wrote, the column `task` says the kind, and `prompt` is the question; its Parquet has lists of objects for boxes.
+wrote, the column `task` says the kind, and `prompt` is the question; its Parquet has lists of objects for boxes, and
+what its rows say in words about parts of pictures is left out.
 Several true answers are a list in the column, a JSON list as its text, or several rows.
 
 Files are of strangers: they are read row by row as manifests are, within the limits of those, and what is kept of all
@@ -32,6 +33,7 @@ from md3cli.evaluate.truth import (
 )
 from md3cli.exporters.table import without_guard
 from md3cli.records import RecordDict, Task, printable
+from md3cli.refine.parts import TEXTS
 from md3cli.source.columns import near_miss
 from md3cli.source.manifest import ManifestRow, manifest_rows
 from md3cli.source.requests import EmbeddedImage
@@ -57,10 +59,13 @@ def read_table(path: Path) -> Truth:
     if not path.is_file():
         raise InputError(f"cannot read {name}: {'not a regular file' if path.exists() else 'no such file'}")
     rows: _Collected | None = None
-    left, num_nameless, names = MOST_CHARS, 0, dict[str, str]()
+    left, num_nameless, num_parts, names = MOST_CHARS, 0, 0, dict[str, str]()
     for row in _rows(path):
         try:
             columns = _plain(row)
+            if _says_of_part(columns):
+                num_parts += 1
+                continue
             kind = _kind(columns)
             rows = rows or kind()
             if not isinstance(rows, kind):
@@ -79,8 +84,9 @@ def read_table(path: Path) -> Truth:
     if rows is None:
         raise InputError(f"{name} has no rows")
     truth = replace(rows.truth(path), rows=names)
-    note = f"rows of {name} without their picture and its name, which are no truth: {num_nameless:,}"
-    return replace(truth, notes=(*truth.notes, note)) if num_nameless else truth
+    counts = {"without their picture and its name": num_nameless, "with words about parts of pictures": num_parts}
+    notes = (f"rows of {name} {what}, which are no truth: {count:,}" for what, count in counts.items() if count)
+    return replace(truth, notes=(*truth.notes, *notes))
 
 
 def _rows(path: Path) -> Iterator[ManifestRow]:
@@ -120,6 +126,11 @@ def _text(columns: Columns, name: str) -> str:
     if isinstance(value, list | dict):
         raise ValueError(f"{name} holds {'a list' if isinstance(value, list) else 'an object'}, not a text")
     return str(value).strip()
+
+
+def _says_of_part(columns: Columns) -> bool:
+    """Return whether a row of md3's own table says in words what a part of a picture is: not the whole."""
+    return _text(columns, "region.of") != "" and columns.keys() >= _OWN and _text(columns, "task") in TEXTS
 
 
 class _NamelessError(ValueError):

@@ -29,7 +29,7 @@ from md3cli.finished.records_file import disk_trouble_in_words, open_records
 from md3cli.records import RecordDict, printable
 from md3cli.refine.collection import RECORDS_TOLD, Collection, ShownRecords, read
 from md3cli.refine.labels import Labels
-from md3cli.refine.parts import is_of_part, part_text, says_of_part
+from md3cli.refine.parts import is_of_part, part_label, part_text, says_of_part
 from md3cli.refine.refinement import FOUND_BY_TASK, name_of
 
 CHOICE_PREFIX = "choice_"  # of the columns that hold the scores of choices
@@ -85,7 +85,7 @@ class Survey:
             self.tasks.add(task)
         elif part_text(record) is not None:
             self.num_part_texts += 1
-            self.part_labels[str(record["region"]["label"])] = None
+            self.part_labels[part_label(record["region"])] = None
         self.has_meta = self.has_meta or bool(record.get("meta"))
         self.model = self.model or str(record.get("model") or "")
         if task in FOUND_BY_TASK:

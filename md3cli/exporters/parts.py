@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from md3cli.exporters.objects import PixelBox, Texts, clamped_box
 from md3cli.records import RecordDict
-from md3cli.refine.parts import PartText, is_of_part, part_text
+from md3cli.refine.parts import PartText, is_of_part, part_label, part_text
 
 _CORNERS = ("x_min", "y_min", "x_max", "y_max")
 _Corners = tuple[float, ...]
@@ -71,7 +71,7 @@ def part_texts(records: Sequence[RecordDict], width: int, height: int) -> PartTe
         if (said := part_text(record)) is None:
             continue
         region = record["region"]
-        box = clamped_box(region, str(region["label"]), None, width, height)
+        box = clamped_box(region, part_label(region), None, width, height)
         found = finders.find(region)
         if box is None or (found is not None and found.thing is None):
             num_hidden += 1

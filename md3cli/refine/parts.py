@@ -45,6 +45,11 @@ def part_text(record: RecordDict) -> PartText | None:
     return PartText("caption" if length == "normal" else f"caption {length}", str(text))
 
 
+def part_label(region: Mapping[str, Any]) -> str:
+    """Return what a part is called: no format has a label without a letter."""
+    return str(region["label"]) or "object"
+
+
 def part_name(region: Mapping[str, Any]) -> str:
     """Return what people call a part: `car 1` is the first object, whose `index` is 0."""
-    return f"{region['label']} {int(region['index']) + 1}"
+    return f"{part_label(region)} {int(region['index']) + 1}"

@@ -15,7 +15,7 @@ from md3cli.errors import InputError
 from md3cli.exporters.grouping import image_key
 from md3cli.exporters.svg_path import Polygon, segment_polygons
 from md3cli.records import RecordDict, printable
-from md3cli.refine.parts import part_name
+from md3cli.refine.parts import part_label, part_name
 from md3cli.refine.quality import qualities_of
 
 FRAME = (320.0, 240.0)  # drawing units of a picture's frame: about one CSS pixel on a card
@@ -230,7 +230,7 @@ def entry_of(record: RecordDict, frame: tuple[float, float]) -> Entry:
             entry = _answered(record, frame)
         if (region := record.get("region")) is None:
             return entry
-        return replace(entry, part=Part(part_name(region), str(region["label"]), _rect(region, frame)))
+        return replace(entry, part=Part(part_name(region), part_label(region), _rect(region, frame)))
     except (KeyError, TypeError, ValueError, AttributeError) as cause:
         name = printable(f"{record.get('id')} ({record.get('image')})")
         raise InputError(f"record {name} is damaged: {type(cause).__name__} {cause}") from cause

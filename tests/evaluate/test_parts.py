@@ -10,6 +10,9 @@ from truths import about, box, instances, record, write_records
 from md3cli.errors import InputError
 from md3cli.evaluate import compare, compare_runs, evaluate, load_truth
 from md3cli.evaluate.located import final_records
+from md3cli.exporters import ExportOptions, export_records
+from md3cli.refine.collection import Collection
+from md3cli.refine.selection import Selection
 
 COLOUR = "What colour?"
 CAR, OTHER = box(10, 10, 40, 40), box(100, 10, 40, 40)
@@ -107,3 +110,18 @@ def test_runs_of_parts_alone_are_compared(tmp_path):
     comparison = compare_runs(*paths, []).comparison
     assert comparison is not None
     assert [(change.before, change.after) for change in comparison.changes] == [("blue", "red")]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_of_ours_is_true_of_whole_pictures_alone(tmp_path, suffix):
+    found = cars()
+    whole = record("a.jpg", "query", COLOUR, answer="red")
+    path = write_records(tmp_path / "records.jsonl", [found, about(found, 0, COLOUR, answer="blue"), whole])
+    for task, section in (("query", "answers"), ("detect", "boxes")):
+        taken = Collection.of([path], selection=Selection(tasks=(task,)))
+        export_records(taken, suffix, tmp_path / f"{task}.{suffix}", ExportOptions())
+        (scored,) = evaluate(path, [load_truth(tmp_path / f"{task}.{suffix}")]).sections
+        assert scored.name == section
+        assert scored.scores["exact" if task == "query" else "AP"] == 1
+        told = [note for note in scored.notes if "with words about parts of pictures, which are no truth: 1" in note]
+        assert len(told) == (task == "query")
