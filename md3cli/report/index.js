@@ -84,7 +84,7 @@ function isChosen(r, filters, markOf) {
 function isEmptyShown(r, filters) {
   if (filters.from > 0 || filters.to < 1) return false;
   if (filters.labels.size === 0) return true;
-  if (filters.labels.has(index.parts.get(r)) && !OBJECT_TASKS.includes(index.words[index.tasks[r]])) return true;
+  if (index.parts.has(r) && filters.labels.has(index.parts.get(r)) && !OBJECT_TASKS.includes(index.words[index.tasks[r]])) return true;
   const prompt = index.prompts[r];
   if (filters.chosen.status.size === 0 || !OBJECT_TASKS.includes(index.words[index.tasks[r]])) return false;
   return filters.labels.has(prompt) || [...(index.labelsOfPrompt.get(prompt) ?? [])].some((label) => filters.labels.has(label));
