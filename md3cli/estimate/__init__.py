@@ -14,17 +14,20 @@ import json
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from md3cli.config import ModelOptions, RunConfig, ScaleOptions
 from md3cli.console import RunConsole
-from md3cli.errors import ImageError, InputError
+from md3cli.errors import ImageError, InputError, RequestError
 from md3cli.estimate.forecast import as_json, as_lines, forecast
 from md3cli.estimate.sample import count_and_draw, measure, open_drawn
+from md3cli.images.crops import CropConfig
 from md3cli.images.pool import Picture
+from md3cli.images.tiles import tiles_of
+from md3cli.records import Tiles
 from md3cli.run.feed import make_pool, rows_ahead
 from md3cli.run.model_handle import Model, crop_config_without_network
 from md3cli.signals import StopSignals
@@ -90,6 +93,7 @@ class DryRun:
     """What was counted: `crops` is images by number of crops, the global one included, `bad` is rows by error type.
 
     `num_of_parts` is how many requests are about a part of an image, which has crops of its own.
+    `num_tiles` are beside the images, whose crops alone are counted; None where none are asked for.
     """
 
     num_images: int = 0
@@ -98,14 +102,24 @@ class DryRun:
     crops: Counter[int] = field(default_factory=Counter)
     bad: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
+    num_tiles: int | None = None
+
+    def add(self, picture: Picture, looked_at: Iterable[Tiles], crop_config: CropConfig) -> None:
+        """Count a picture, and each tile of it once."""
+        self.crops[picture.tiling.num_crops] += 1
+        for tiles in looked_at:
+            count = len(tiles_of(picture.width, picture.height, tiles, crop_config))
+            self.num_tiles = (self.num_tiles or 0) + (count if count > 1 else 0)  # one alone is the picture
 
     def as_json(self) -> dict[str, Any]:
         parts = {"requests_of_parts": self.num_of_parts} if self.num_of_parts else {}
+        tiles = {} if self.num_tiles is None else {"tiles": self.num_tiles}
         return {
             "images": self.num_images,
             "requests": self.num_requests,
             **parts,
             "crops": {str(crops): count for crops, count in sorted(self.crops.items())},
+            **tiles,
             "bad": dict(sorted(self.bad.items())),
             "skipped": dict(sorted(self.skipped.items())),
         }
@@ -119,6 +133,7 @@ class DryRun:
             f"images     {self.num_images:,}",
             f"requests   {self.num_requests:,}{parts}",
             f"crops      {sum(crops * count for crops, count in self.crops.items()):,}{f': {crops}' if crops else ''}",
+            *([] if self.num_tiles is None else [f"tiles      {self.num_tiles:,}, each with crops of its own"]),
             f"bad files  {self.bad.total():,}{f': {bad}' if bad else ''}",
             f"not taken  {self.skipped.total():,}{f': {skipped}' if skipped else ''}",
         ]
@@ -131,10 +146,11 @@ def dry_run(config: RunConfig, source: Source, console: RunConsole) -> int:
         InputError: there is nothing to annotate in INPUT, and that is not allowed; the counts are printed.
     """
     counts = DryRun()
-    for future in _decoded(config, source, counts):
+    crop_config = crop_config_without_network(config.model)
+    for future, looked_at in _decoded(config, source, counts, crop_config):
         try:
-            counts.crops[future.result().tiling.num_crops] += 1
-        except ImageError as error:
+            counts.add(future.result(), looked_at, crop_config)
+        except (ImageError, RequestError) as error:
             counts.bad[error.type] += 1
     counts.skipped = source.skipped
     text = "\n".join(counts.lines()) if console.is_stdout_terminal else json.dumps(counts.as_json())
@@ -144,10 +160,14 @@ def dry_run(config: RunConfig, source: Source, console: RunConsole) -> int:
     return 0
 
 
-def _decoded(config: RunConfig, source: Source, counts: DryRun) -> Iterator[Future[Picture]]:
-    """Yield the pictures in order, a bounded number of them in decoding; `counts` takes the rows on the way."""
-    crop_config = crop_config_without_network(config.model)
-    ahead: deque[Future[Picture]] = deque()
+def _decoded(
+    config: RunConfig, source: Source, counts: DryRun, crop_config: CropConfig
+) -> Iterator[tuple[Future[Picture], frozenset[Tiles]]]:
+    """Yield the pictures in order with the tiles that are asked for; a bounded number of pictures is in decoding.
+
+    `counts` takes the rows on the way.
+    """
+    ahead: deque[tuple[Future[Picture], frozenset[Tiles]]] = deque()
     with make_pool(config, crop_config) as pool:
         for row in source:
             counts.num_requests += len(row.requests)
@@ -160,7 +180,8 @@ def _decoded(config: RunConfig, source: Source, counts: DryRun) -> Iterator[Futu
             if row.refused:
                 counts.bad["bad_request"] += len(row.requests) - len(fit)
             if fit and row.image is not None:
-                ahead.append(pool.submit(row.image))
+                looked_at = frozenset(request.tiles for request in fit if request.tiles is not None)
+                ahead.append((pool.submit(row.image), looked_at))
             while len(ahead) >= rows_ahead(crop_config):
                 yield ahead.popleft()
         yield from ahead

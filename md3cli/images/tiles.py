@@ -11,10 +11,19 @@ import math
 from md3cli.errors import RequestError
 from md3cli.images.crops import CropConfig, select_tiling
 from md3cli.images.rects import PixelRect
-from md3cli.records import AUTO_TILES, MIN_TILE_PX
+from md3cli.records import AUTO_TILES, MIN_TILE_PX, Tiles
 
 MOST_TILES = 10_000  # of one picture; the largest that is decoded by default has 2,916 of the smallest
 MIN_SCALE = 0.8  # of a picture's resolution, from which "auto" makes no tiles: they would show little more
+
+
+def tiles_of(width: int, height: int, tiles: Tiles, cfg: CropConfig) -> tuple[PixelRect, ...]:
+    """Return the tiles that a model that cuts as `cfg` says looks at a picture in; one alone is the whole picture.
+
+    Raises:
+        RequestError: there would be more than MOST_TILES.
+    """
+    return tile_rects(width, height, tile_side(width, height, tiles.size, cfg), tiles.overlap)
 
 
 def tile_rects(width: int, height: int, size: int, overlap: float) -> tuple[PixelRect, ...]:

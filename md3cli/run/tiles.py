@@ -20,7 +20,7 @@ from md3cli.images.crops import WholeImage
 from md3cli.images.parts import Part, PartCutter, placed
 from md3cli.images.pool import Picture
 from md3cli.images.rects import PixelRect
-from md3cli.images.tiles import tile_rects, tile_side
+from md3cli.images.tiles import tiles_of
 from md3cli.records import Answer, ImageFacts, Job, Request, RowFailure
 from md3cli.refine.refinement import FOUND_BY_TASK
 from md3cli.refine.seams import View, join_tiles
@@ -90,8 +90,7 @@ class TiledRequests:
         assert tiles is not None and item is not None and facts is not None and picture is not None  # noqa: PT018
         assert not self.has_jobs
         try:
-            side = tile_side(facts.width, facts.height, tiles.size, self._cutter().crop_config)
-            rects = tile_rects(facts.width, facts.height, side, tiles.overlap)
+            rects = tiles_of(facts.width, facts.height, tiles, self._cutter().crop_config)
         except RequestError as error:
             failure = RowFailure("bad_request", str(error))
             self._finished += [Answer(ready.ticket.key, failure=failure) for ready in group]

@@ -50,6 +50,14 @@ def test_tiles_and_overlap_as_typed_are_part_of_the_id(md3: Program) -> None:
     assert asked(md3, *words, "--tile", "400", "--overlap", "0.2")[0]["id"] == ids[2]
 
 
+def test_a_dry_run_counts_tiles_once_whatever_is_asked_of_them(md3: Program) -> None:
+    counts = json.loads(md3("detect", "pictures", "dot", "ring", "--tile", "400", "-m", "tiny", "--dry-run").stdout)
+    assert (counts["requests"], counts["tiles"]) == (4, 6)  # the small picture is its own tile
+    assert "tiles" not in json.loads(md3("detect", "pictures", "dot", "-m", "tiny", "--dry-run").stdout)
+    words = ("--tile", "400", "--overlap", "0.9999", "-m", "tiny", "--dry-run")
+    assert json.loads(md3("detect", "pictures", "dot", *words).stdout)["bad"] == {"bad_request": 1}
+
+
 def test_a_tile_that_fails_fails_the_record(md3: Program) -> None:
     result = md3("detect", "pictures/large.png", "fail me", "--tile", "400", "-f", "jsonl")
     assert result.exit_code == 3
