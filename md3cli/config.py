@@ -6,7 +6,7 @@ is settings.py's business (files, environment) and the commands' (flags, default
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,35 @@ class ColumnOptions:
             "regions": self.region_pad is not None,
         }
         return {name: value for name, value in parts.items() if value}
+
+
+@dataclass(frozen=True, slots=True)
+class Everything:
+    """What `--everything` does with a list of what is there: the names in it, `most_names` at most, are detected.
+
+    `listing` asks for the list; its answer or caption is taken apart. `template` is asked of each name, which is its
+    prompt then. `vocabulary`: the only names; None: all.
+    """
+
+    listing: Request
+    template: Request
+    vocabulary: tuple[str, ...] | None = None
+    most_names: int = 20
+
+    def asking(self, name: str) -> Request:
+        """Return the request that looks for a name."""
+        return replace(self.template, prompt=name)
+
+    def known(self) -> tuple[Request, ...]:
+        """Return the requests that may come of a list as far as they are known: those of the vocabulary."""
+        return tuple(map(self.asking, self.vocabulary or ()))
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a resume must share beside the request of the list, by the options' names."""
+        names = None if self.vocabulary is None else list(self.vocabulary)
+        asked = request_fields(self.template)
+        settings: dict[str, Any] = {name: asked[name] for name in ("max_objects", "tiles") if name in asked}
+        return {"everything": True, "vocabulary": names, "max_names": self.most_names, **settings}
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +227,7 @@ class RunConfig:
     `refinement` names what is found and says what of it is shown; no id depends on it. `hides_unsure`: its least score
     stood in the command line, so that redacted pictures may leave objects bare. `missing_only` is a ground truth: of a
     picture only classes without labels there are asked. Like what else narrows INPUT, it is nothing that a resume must
-    share.
+    share. `everything`: the names in the answers of its request are asked next.
     """
 
     command: str
@@ -218,7 +247,14 @@ class RunConfig:
     refinement: Refinement = field(default_factory=Refinement)
     hides_unsure: bool = False
     missing_only: Path | None = None
+    everything: Everything | None = None
     argv: tuple[str, ...] = ()
+
+    @property
+    def may_be_asked(self) -> tuple[Request, ...]:
+        """The requests of the command, and those that may come of their records as far as they are known."""
+        listed = () if self.everything is None else self.everything.known()
+        return (*self.requests, *self.then, *listed)
 
     def identity_of_rows(self) -> dict[str, Any]:
         """Return what, beside requests and model, a resume must share; nothing of an option that is not used."""
@@ -227,4 +263,6 @@ class RunConfig:
             parts["then"] = [request_fields(request) for request in self.then]
         if self.then or self.pad != DEFAULT_PAD:
             parts["pad"] = self.pad
+        if self.everything is not None:
+            parts |= self.everything.identity()
         return parts

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,7 +18,8 @@ from md3cli.errors import InputError
 from md3cli.finished.guards import check_not_input, files_in, has_run_schema
 from md3cli.finished.names import some_of
 from md3cli.images.crops import parse_background
-from md3cli.records import Request, Task, printable
+from md3cli.records import Task, printable
+from md3cli.refine.follow import may_follow
 from md3cli.remote.address import is_address
 from md3cli.run.adding import check_may_add, grown, in_held_order
 from md3cli.run.local import LocalRun
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from md3cli.evaluate.unlabelled import Unlabelled
     from md3cli.scale.folder import RunFolder
 
+UNCOUNTED = "what records ask next (--then, --everything) is not counted: it is known once they are there"
 ModelFinder = Callable[[ModelOptions], Model]
 
 
@@ -85,12 +87,16 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
         if config.estimate is not None or config.is_dry_run:
             from md3cli.estimate import dry_run, estimate
 
+            if may_follow(config, source):
+                console.say(f"note: {UNCOUNTED}")
             return estimate(config, source, console, find=find) if config.estimate else dry_run(config, source, console)
         check_not_input(own_paths(plan), _files_read(config, plan))
         check_replaceable(plan, may_overwrite=config.output.overwrite)
-        check_can_cover(plan, config.requests, config.refinement.labels)
+        check_can_cover(
+            plan, config.everything.known() if config.everything else config.requests, config.refinement.labels
+        )
         check_not_empty(source, config.source, is_allowed=config.allow_empty)
-        if beyond := words_beyond(config.model, (*config.requests, *config.then)):
+        if beyond := words_beyond(config.model, config.may_be_asked):
             console.warn(beyond)
         folder = _run_folder(config, plan)
         if folder is not None:
@@ -100,8 +106,8 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
         stop = stack.enter_context(StopSignals())
         with stop.interruptible():
             model = find(config.model)
-            check_skills(model, (*config.requests, *config.then))
-        if plan.stdout == TABLE and source.has_one_row and _is_one_question(config.requests):
+            check_skills(model, config.may_be_asked)
+        if plan.stdout == TABLE and source.has_one_row and _is_one_question(config):
             plan = replace(plan, stdout=ANSWER)
         if plan.stdout in PRINTABLE_FORMATS:
             plan = with_journal_aside(plan, stack)
@@ -160,9 +166,12 @@ def _grown(config: RunConfig, plan: OutputPlan, console: RunConsole) -> RunConfi
     return grown(config, plan, planned, console.say)
 
 
-def _is_one_question(requests: Sequence[Request]) -> bool:
+def _is_one_question(config: RunConfig) -> bool:
     """Return whether a single text is asked for that has no scores beside it, which the table shows."""
-    return [request.task for request in requests] == [Task.QUERY] and not requests[0].choices
+    requests = config.requests
+    return (
+        config.everything is None and [request.task for request in requests] == [Task.QUERY] and not requests[0].choices
+    )
 
 
 def _run_folder(config: RunConfig, plan: OutputPlan) -> RunFolder | None:

@@ -121,7 +121,17 @@ def test_options_keep_their_names() -> None:
     own = {
         "caption": {"length"},
         "query": {"question", "reasoning", "no-reasoning", "choices", "spatial-ref"},
-        "detect": {"max-objects", "tile", "overlap", "missing-only", "gt"},
+        "detect": {
+            "max-objects",
+            "tile",
+            "overlap",
+            "missing-only",
+            "gt",
+            "everything",
+            "list",
+            "vocabulary",
+            "max-names",
+        },
         "point": {"max-objects", "spatial-ref", "tile", "overlap", "missing-only", "gt"},
         "segment": {"spatial-ref", "missing-only", "gt"},
         "run": {"task", "then", "reasoning", "no-reasoning", "tile", "overlap"},

@@ -25,16 +25,18 @@ from md3cli.commands.parse import (
     parse_tile,
     starting,
 )
-from md3cli.config import RunConfig
+from md3cli.config import Everything, RunConfig
 from md3cli.errors import UsageError
 from md3cli.records import TILED_TASKS, Request, Task, Tiles, printable
-from md3cli.refine.labels import Labels, labels_with, prompts_of
+from md3cli.refine.everything import MOST_NAMES, read_vocabulary
+from md3cli.refine.labels import Label, Labels, labels_with, prompts_of
 from md3cli.refine.refinement import FOUND_BY_TASK
 from md3cli.source.requests import TOKENS_LIMIT
-from md3cli.source.specs import TaskSpec, are_followed, parse_task, parse_then, template_of
+from md3cli.source.specs import TaskSpec, are_followed, parse_listing, parse_task, parse_then, template_of
 from md3cli.source.walk import STDIN
 
 app = App()
+DEFAULT_LISTING = TaskSpec(Task.QUERY, "List the objects in the image, separated by commas.")
 PROMPTED = (Task.QUERY, Task.DETECT, Task.POINT, Task.SEGMENT)
 
 OneInput = Annotated[
@@ -188,6 +190,29 @@ def detect(
     overlap: Overlap = None,
     missing_only: MissingOnly = False,
     gt: GroundTruth = None,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="First list what is there, then find each name of the list.")
+    ] = False,
+    listing: Annotated[
+        TaskSpec | None,
+        typer.Option(
+            "--list",
+            metavar="SPEC",
+            parser=checked(parse_listing),
+            autocompletion=starting("caption:short", "caption:normal", "caption:long", "query:"),
+            help="What lists it: query:PROMPT (by default), or caption:LENGTH.",
+        ),
+    ] = None,
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option("--vocabulary", metavar="FILE", help="Find only names that stand in a file, one a line."),
+    ] = None,
+    max_names: Annotated[
+        int | None,
+        typer.Option(
+            "--max-names", metavar="N", min=1, max=1000, help=f"Find so many names of a list. [default: {MOST_NAMES}]"
+        ),
+    ] = None,
     *,
     options: AnnotateOptions,
 ) -> RunConfig:
@@ -199,6 +224,15 @@ def detect(
         md3 detect examples/scenes "red circle" star --model tiny
     """
     settings = {"max_objects": max_objects, "tiles": _tiles(tile, overlap)}
+    if everything:
+        if missing_only or gt is not None:
+            raise UsageError("--missing-only is about OBJECTs; leave it and --gt out, or --everything")
+        return _run_of_everything(
+            input, objects or (), listing or DEFAULT_LISTING, vocabulary, max_names or MOST_NAMES, options, **settings
+        )
+    for option, value in (("--list", listing), ("--vocabulary", vocabulary), ("--max-names", max_names)):
+        if value is not None:
+            raise UsageError(f"{option} is about --everything; add that, or leave {option} out")
     return _narrowed(_run_of_objects(Task.DETECT, input, objects, options, **settings), gt, is_asked=missing_only)
 
 
@@ -349,6 +383,38 @@ def _narrowed(config: RunConfig, gt: Path | None, *, is_asked: bool) -> RunConfi
     if gt is not None and not is_asked:
         raise UsageError("--gt is for --missing-only here; md3 eval and md3 audit compare records with it")
     return replace(config, missing_only=gt)
+
+
+def _run_of_everything(
+    input: str,
+    objects: Sequence[str],
+    listing: TaskSpec,
+    vocabulary: Path | None,
+    most_names: int,
+    options: AnnotateOptions,
+    **settings: Any,
+) -> RunConfig:
+    """Return a run that asks what is there, and then looks for what was named.
+
+    Raises:
+        UsageError: something says already what to look for, or the vocabulary cannot be read.
+    """
+    given = [("OBJECTs", objects), ("--labels", options.labels), ("--prompts", options.prompts)]
+    if options.regions:
+        raise UsageError("--everything looks at whole pictures; leave out --regions")
+    if said := next((name for name, value in given if value), None):
+        raise UsageError(
+            f"--everything finds out what to look for; leave out {said}, or name what may be in --vocabulary"
+        )
+    names = None if vocabulary is None else read_vocabulary(vocabulary)
+    is_caption = listing.task is Task.CAPTION
+    how = {"length": listing.argument or "normal"} if is_caption else {"reasoning": False}
+    request = options.request(listing.task, None if is_caption else listing.argument, **how)
+    template = options.request(Task.DETECT, **settings)
+    labels = Labels(tuple(Label(name=name, prompts=(name,)) for name in names or ()))
+    return options.config(
+        "detect", [input], [request], labels=labels, everything=Everything(request, template, names, most_names)
+    )
 
 
 def _asked_of_run(

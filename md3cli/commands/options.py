@@ -46,6 +46,7 @@ from md3cli.config import (
     ColumnOptions,
     DecodeOptions,
     EstimateOptions,
+    Everything,
     FailOn,
     ModelOptions,
     OutputOptions,
@@ -367,12 +368,13 @@ class AnnotateOptions:
         reasoning: bool = True,
         then: Sequence[Request] = (),
         tiles: Tiles | None = None,
+        everything: Everything | None = None,
     ) -> RunConfig:
         """Return a run that asks `requests` of every image of `inputs`, or an estimate of that run.
 
         `labels` names what is asked and what the rows of a manifest ask; None: as `--labels` says. `reasoning` is for
         rows that bring their questions where there are no `requests`, `tiles` for rows that bring what to find. `then`
-        is asked about each object.
+        is asked about each object; `everything` is what is done with lists.
 
         Raises:
             UsageError: OUTPUT is no name or address that could be written to.
@@ -415,7 +417,10 @@ class AnnotateOptions:
             estimate=estimate or (self.estimate_options() if self.estimate else None),
             then=tuple(then),
             pad=self.pad,
-            refinement=self._refinement(command, inputs, requests, labels),
+            refinement=self._refinement(
+                command, inputs, requests if everything is None else [everything.template], labels
+            ),
+            everything=everything,
             hides_unsure="min_score" in self.typed,
             argv=("md3", *map(shown_argument, sys.argv[1:])),
         )

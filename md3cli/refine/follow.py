@@ -1,4 +1,4 @@
-"""What is asked next of a record that is finished: questions about each object that was found.
+"""What is asked next of a record that is finished: questions about each object found, or for each name it lists.
 
 A record that asks more is a parent, what it asks are its children: requests like any other, about a part of the
 picture or about all of it. Which they are follows from the parent's record, its row and what the run was told, and from
@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from md3cli.config import RunConfig
+from md3cli.config import Everything, RunConfig
 from md3cli.records import Box, RecordDict, Region, Request, RunIdentity, SourceRow, request_id
+from md3cli.refine.everything import Vocabulary, listed_in
 from md3cli.refine.refinement import FOUND_BY_TASK, Refinement, numbered, refined
 from md3cli.refine.template import Template
 from md3cli.source.source import Source
@@ -21,19 +22,31 @@ from md3cli.source.specs import FOLLOWED_TASKS, LABEL
 
 def may_follow(config: RunConfig, source: Source) -> bool:
     """Return whether records of a run may have children."""
-    return bool(config.then) or source.may_ask_then
+    return bool(config.then) or config.everything is not None or source.may_ask_then
 
 
 @dataclass(frozen=True, slots=True)
 class FollowUps:
-    """Which children a record has. `pad` is the room around a region; what `refinement` hides is not asked about."""
+    """Which children a record has. `pad` is the room around a region; what `refinement` hides is not asked about.
+
+    With `everything` the records of its lists ask for each name in them.
+    """
 
     pad: float = 0.0
     refinement: Refinement = field(default=Refinement())
+    everything: Everything | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> FollowUps:
+        """Return what the records of a run ask."""
+        return cls(config.pad, config.refinement, config.everything)
 
     def may_follow(self, row: SourceRow, request: Request) -> bool:
         """Return whether the record of a request of `row` may have children."""
-        return bool(row.then) and request.task in FOLLOWED_TASKS and request.region is None
+        return self._is_list(request) or (bool(row.then) and request.task in FOLLOWED_TASKS and request.region is None)
+
+    def _is_list(self, request: Request) -> bool:
+        return self.everything is not None and request.task is self.everything.listing.task and request.region is None
 
     def needs_all(self, row: SourceRow) -> bool:
         """Return whether what a record hides depends on the other records of its row."""
@@ -47,6 +60,11 @@ class FollowUps:
                 given.
         """
         places = [place for place in sorted(records) if self.may_follow(row, row.requests[place])]
+        lists = [place for place in places if self._is_list(row.requests[place])]
+        if self.everything is not None and lists:
+            listed = {place: tuple(_of_names(self.everything, records[place])) for place in lists}
+            others = {place: record for place, record in records.items() if place not in listed}
+            return self.children_of(row, others) | listed
         shown = refined([numbered(records[place]) for place in places], self.refinement)
         children = zip(places, (tuple(_about_objects(row.then, record, self.pad)) for record in shown), strict=True)
         return dict.fromkeys(records, ()) | dict(children)
@@ -61,6 +79,12 @@ def _about_objects(templates: Sequence[Request], record: RecordDict, pad: float)
         region = Region(box, thing["label"], record["id"], thing["index"], pad)
         for template in templates:
             yield about(template, region)
+
+
+def _of_names(everything: Everything, record: RecordDict) -> Iterator[Request]:
+    """Yield a request for each name in the list that a record is."""
+    vocabulary = None if everything.vocabulary is None else Vocabulary.of(everything.vocabulary)
+    return map(everything.asking, listed_in(record, vocabulary, everything.most_names))
 
 
 def about(template: Request, region: Region) -> Request:

@@ -158,7 +158,7 @@ class LocalRun:
         if journal is not None:
             records.visit = journal.visit
         return Following(
-            FollowUps(self.config.pad, self.config.refinement),
+            FollowUps.of(self.config),
             self.model.identity,
             record_of=lambda record_id: journal.record(record_id) if journal is not None else None,
             passed=records.pass_by,

@@ -59,7 +59,7 @@ def run_scaled(
     with StopSignals() as stop, contextlib.ExitStack() as stack:
         with stop.interruptible():
             model = find(config.model)
-            check_skills(model, (*config.requests, *config.then))
+            check_skills(model, config.may_be_asked)
         start = Start(config, console, source, outputs, folder, model)
         files, deliveries, former = start.files, start.deliveries, FormerRun(start)
         for path in (files.journal, deliveries.lock):

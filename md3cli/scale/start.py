@@ -112,7 +112,7 @@ class Start:
                 self.config.requests,
                 self.model.identity,
                 root,
-                self.config.source.columns.identity(),
+                self.config.identity_of_rows(),
                 self.config.defaults,
             ),
             arguments=self.config.argv,

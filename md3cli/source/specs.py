@@ -53,6 +53,18 @@ def parse_task(spec: str) -> list[TaskSpec]:
     return [TaskSpec(task, part) for part in objects]
 
 
+def parse_listing(spec: str) -> TaskSpec:
+    """Read `query:PROMPT` or `caption:LENGTH`: what tells what is in a picture.
+
+    Raises:
+        ValueError: it is neither; says why.
+    """
+    first = parse_task(spec)[0]
+    if first.task not in (Task.QUERY, Task.CAPTION):
+        raise ValueError(f"{printable(spec)!r} lists nothing; write query:PROMPT or caption:short")
+    return first
+
+
 def parse_then(spec: str) -> list[TaskSpec]:
     """Read a SPEC of what is asked about each object, `{label}` in its prompt.
 

@@ -54,7 +54,7 @@ class StubEngine:
 
 
 def answer(job: Job) -> Answer:
-    """What the stub says; the prompt `fail me` fails, and `5 things` finds five."""
+    """What the stub says; the prompt `fail me` fails, `5 things` finds five, and `say: yes` is answered with `yes`."""
     key, picture, request = job.key, job.image, job.request
     if request.prompt == "fail me":
         return Answer(key, failure=RowFailure("model", "asked to fail"))
@@ -62,11 +62,12 @@ def answer(job: Job) -> Answer:
     text = hashlib.sha256(f"{picture and picture.sha256} {asked}".encode()).hexdigest()[:12]
     box = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.75}
     found = {"label": request.prompt, **box, "score": 0.9}
+    _, has_said, said = (request.prompt or "").partition("say: ")
     count = re.fullmatch(r"(\d+) things", request.prompt or "")
     many = [found | {"x_max": 0.5 + 0.01 * place} for place in range(int(count[1]))] if count else [found]
     result = {
         Task.CAPTION: {"caption": f"a picture {text}"},
-        Task.QUERY: {"answer": text},
+        Task.QUERY: {"answer": said if has_said else text},
         Task.DETECT: {"objects": many},
         Task.POINT: {"points": [{"label": request.prompt, "x": 0.25, "y": 0.5, "score": 0.8}]},
         Task.SEGMENT: {
