@@ -32,6 +32,7 @@ NOT_INCLUDED = (
     "other work on the machine, and a device that slows down when hot",
     "listing INPUT, fetching remote pictures, and the making of other formats than records",
 )
+OF_OBJECTS = "what is asked about each object that is found (then)"
 
 Table = NDArray[np.float64]
 
@@ -79,6 +80,12 @@ class Forecast:
     encoding_bytes: float
     num_devices: int
     measured: Measured
+    has_then: bool = False  # more is asked about each object that is found
+
+    @property
+    def not_included(self) -> tuple[str, ...]:
+        """What is not in the figures, in words."""
+        return (*NOT_INCLUDED, OF_OBJECTS) if self.has_then else NOT_INCLUDED
 
 
 def forecast(drawn: Drawn, opened: Opened, measured: Measured, *, num_devices: int) -> Forecast:
@@ -117,6 +124,7 @@ def forecast(drawn: Drawn, opened: Opened, measured: Measured, *, num_devices: i
         encoding_bytes=pictures * measured.encoding_bytes,
         num_devices=num_devices,
         measured=measured,
+        has_then=drawn.has_then,
     )
 
 
@@ -185,7 +193,7 @@ def as_json(found: Forecast, config: RunConfig) -> dict[str, Any]:
         "cost": None if (cost := _cost(found, asked)) is None else _range(cost),
         "cost_per_1000": None if cost is None else _range(cost.times(1000 / max(1, found.num_images))),
         "cost_elsewhere": None if (other := _cost_elsewhere(found, asked)) is None else _rounded(other),
-        "not_included": list(NOT_INCLUDED),
+        "not_included": list(found.not_included),
     }
 
 
@@ -201,7 +209,7 @@ def as_lines(found: Forecast, config: RunConfig) -> list[str]:
         ("tokens", f"{_count(found.prompt_tokens)} prompt, {_count(found.output_tokens)} output"),
         ("disk", f"{_size(found.record_bytes.value)} of records; {_cache(found, config)}"),
         *_money(found, _asked(config)),
-        ("not in it", "; ".join(NOT_INCLUDED)),
+        ("not in it", "; ".join(found.not_included)),
     ]
     return [printable(f"{name:<10} {text}") for name, text in lines]
 
