@@ -66,8 +66,8 @@ class FollowUps:
             others = {place: record for place, record in records.items() if place not in listed}
             return self.children_of(row, others) | listed
         shown = refined([numbered(records[place]) for place in places], self.refinement)
-        children = zip(places, (tuple(_about_objects(row.then, record, self.pad)) for record in shown), strict=True)
-        return dict.fromkeys(records, ()) | dict(children)
+        asked = (dict.fromkeys(_about_objects(row.then, record, self.pad)) for record in shown)  # one question once
+        return dict.fromkeys(records, ()) | dict(zip(places, map(tuple, asked), strict=True))
 
 
 def _about_objects(templates: Sequence[Request], record: RecordDict, pad: float) -> Iterator[Request]:

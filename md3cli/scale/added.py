@@ -15,6 +15,7 @@ from md3cli.records import Request, SourceRow
 from md3cli.scale.folder import RunFolder
 from md3cli.scale.make_plan import Fingerprint
 from md3cli.scale.plan import Plan, PlanReader, columns_of
+from md3cli.source.specs import are_followed
 
 _ROWS_AT_A_TIME = 1024
 
@@ -46,7 +47,7 @@ def fingerprint_of(folder: RunFolder, plan: Plan) -> str:
     if not plan.parts:
         return plan.fingerprint
     fingerprint, asked, rows = Fingerprint(), plan.asked, whole_rows(folder, plan)
-    while some := [columns_of(row, asked) for row in islice(rows, _ROWS_AT_A_TIME)]:
+    while some := [columns_of(row, asked, plan.then) for row in islice(rows, _ROWS_AT_A_TIME)]:
         fingerprint.note(some)
     return fingerprint.hexdigest()
 
@@ -67,12 +68,12 @@ def added_rows(now: Iterable[SourceRow], before: Iterable[SourceRow], new: tuple
 def _is_same(row: SourceRow, old: SourceRow) -> bool:
     """Return whether a row is what it was, but for what is asked behind what was asked."""
     asked = row.requests[: len(old.requests)]
-    if asked != old.requests:
+    if asked != old.requests or (are_followed(asked) and row.then != old.then):
         return False
     if (row.image, row.meta, row.failure) == (old.image, old.meta, old.failure):
         return True
     # A value may come back from the manifest in another form: a tuple as a list, a NaN as another one.
-    same = replace(row, requests=asked, typed=old.typed, refused=old.refused)
+    same = replace(row, requests=asked, typed=old.typed, refused=old.refused, then=old.then)
     return columns_of(same, ()) == columns_of(old, ())
 
 

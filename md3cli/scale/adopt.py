@@ -7,7 +7,7 @@ what is gone on with, taken over or refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,18 +22,16 @@ from md3cli.run.log import DamagedLines, damage_words, keep_damaged
 from md3cli.run.order import waiting_records
 from md3cli.run.record_index import RecordIndex, line_of_bad_row
 from md3cli.scale.attempts import keep_lines
-from md3cli.scale.folder import (
-    KEPT,
-    RunFolder,
-)
+from md3cli.scale.children import Families, asked, is_line_of
+from md3cli.scale.folder import KEPT, RunFolder
 from md3cli.scale.plan import Plan, PlanReader
-from md3cli.scale.shard_runner import asked, is_line_of
 
 
 def adopt(
     folder: RunFolder,
     plan: Plan,
     journal: Path,
+    families: Families,
     *,
     with_failed: bool,
     warn: Callable[[str], None],
@@ -53,20 +51,54 @@ def adopt(
         return 0
     waiting = {record["id"]: encode_record(record) for record in waiting_records(journal)}
     num_adopted, reader, bad_lines = 0, PlanReader(folder, plan), set[int | None]()
+    incomplete: list[int] = []  # shards
     with open(journal, "rb") as file:
         index = _Index(file, with_failed)
         for shard in range(plan.shards):
-            requests = list(asked(reader.shard(shard)))
-            bad_lines |= {_bad_line_of(row) for _, row, _ in requests}
-            found = [_line_of(*one, index, waiting) for one in requests]
-            if lines := [line for line in found if line is not None]:
-                keep_lines(folder, shard, lines)
+            rows = reader.shard(shard)
+            bad_lines |= {_bad_line_of(row.row) for row in rows}
+            lines: dict[str, bytes] = {}
+            for requests in (asked(rows), families.children(rows, lines)):
+                found = ((one.record_id, _line_of(*one, index, waiting)) for one in requests)
+                lines |= {record_id: line for record_id, line in found if line is not None}
+            if lines:
+                keep_lines(folder, shard, list(lines.values()))
             num_adopted += len(lines)
+            if families.lack_parents(rows, lines):
+                incomplete.append(shard)
+        if incomplete:
+            num_adopted += _adopt_orphans(folder, reader, incomplete, index, families)
         _keep_others(folder, index, bad_lines, readable_of)
         index.damaged.sort()
         keep_damaged(journal, file.fileno(), index.damaged)
     if words := damage_words(journal, index.damaged):
         warn(words)
+    return num_adopted
+
+
+def _adopt_orphans(
+    folder: RunFolder, reader: PlanReader, shards: Sequence[int], index: _Index, families: Families
+) -> int:
+    """Copy what may be of children whose parent's record is missing to the parent's shard; return how many.
+
+    Which of them are is seen there, once the parent has a record again.
+    """
+    orphans: dict[str, list[str]] = {}  # ids by that of the parent, or by the name of the picture
+    for other in index.others():
+        if (record := read_record(other)) is not None:
+            key = record["region"]["of"] if record.get("region") is not None else record.get("image")
+            orphans.setdefault(str(key), []).append(record["id"])
+    num_adopted = 0
+    for shard in shards if orphans else ():
+        ids: list[str] = []
+        for one in asked(reader.shard(shard)):
+            if families.ups.may_follow(one.row, one.request):
+                is_about_parts = bool(one.row.then)
+                name = one.row.image.name if one.row.image is not None else None
+                ids += orphans.pop(str(one.record_id if is_about_parts else name), [])
+        if lines := [line for record_id in ids if (line := index.line_of(record_id)) is not None]:
+            keep_lines(folder, shard, lines)
+        num_adopted += len(lines)
     return num_adopted
 
 

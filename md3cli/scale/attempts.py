@@ -159,7 +159,7 @@ class ShardHistory:
 
     `records` holds finished lines by id, and `places` where these stand. `left_open` are the ids of requests that were
     under way when a process died; those that are also in `blamed` have killed it, and are not tried again. `damaged`
-    are lines that say nothing.
+    are lines that say nothing. `unsure` are ids of records that may be of children whose parent's record is missing.
     """
 
     records: dict[str, bytes] = field(default_factory=dict)
@@ -167,6 +167,7 @@ class ShardHistory:
     damaged: list[tuple[Place, bytes]] = field(default_factory=list)
     left_open: set[str] = field(default_factory=set)
     blamed: set[str] = field(default_factory=set)
+    unsure: set[str] = field(default_factory=set)
 
 
 def read_history(folder: RunFolder, shard: int) -> ShardHistory:

@@ -29,6 +29,7 @@ from md3cli.run.output import publish, remove_temps, say_once, words_of_others
 from md3cli.run.run_info import RunDocument, Timeline
 from md3cli.scale.added import merged
 from md3cli.scale.attempts import Teller
+from md3cli.scale.children import Families
 from md3cli.scale.folder import ERRORS, KEPT, RunFolder, attempts_prefix, is_unfinished
 from md3cli.scale.inspect import collect
 from md3cli.scale.markers import Commit, Exported, StartNote, counts_of, note_exported, read_exported, read_part
@@ -49,6 +50,7 @@ class Finish:
         """`commits` grows while the run goes on; what is in it now is from before this start."""
         self._start, self._plan, self._document, self._commits = start, plan, document, commits
         self._config, self._console, self._folder = start.config, start.console, start.folder
+        self._families = Families.of(plan, start.config.refinement)
         self._started_at = time.monotonic()
         self._before = dict(commits)
         self._num_under_way = 0
@@ -88,7 +90,7 @@ class Finish:
         journal = files.journal
         remove_temps(self._start.outputs)
         if is_unfinished(self._folder, has_records=deliveries.has(journal)):
-            exported = export_parts(self._folder, self._plan, self._commits, journal)
+            exported = export_parts(self._folder, self._plan, self._families, self._commits, journal)
             deliveries.deliver(journal)
             note_exported(self._folder, exported)
             if not is_unfinished(self._folder, has_records=True):  # else others add to it, and put parts
@@ -199,7 +201,9 @@ class Finish:
         tell_how_to_resume(self._config, self._console, reason, num_new, self._folder.uri)
 
 
-def export_parts(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], out: Path) -> Exported:
+def export_parts(
+    folder: RunFolder, plan: Plan, families: Families, commits: Mapping[int, Commit], out: Path
+) -> Exported:
     """Write all records to `out`, whole or not at all, and the failed ones to errors.jsonl of the folder as well.
 
     Raises:
@@ -213,30 +217,34 @@ def export_parts(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], o
         open(temp, "wb") as file,
         open(errors_path, "wb") as errors,
     ):
-        return _copy(folder, plan, commits, file, errors)
+        return _copy(folder, _shards(folder, plan, families, commits), len(plan.each), file, errors)
 
 
-def _copy(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit], file: IO[bytes], errors: IO[bytes]) -> Exported:
+def _copy(
+    folder: RunFolder, shards: Iterator[tuple[bytes, bool]], num_plans: int, file: IO[bytes], errors: IO[bytes]
+) -> Exported:
     digest, num_bytes, num_records = hashlib.sha256(), 0, 0
     kept = folder.store.read(KEPT) or b""
-    for data, has_errors in itertools.chain([(kept, True)], _shards(folder, plan, commits)):
+    for data, has_errors in itertools.chain([(kept, True)], shards):
         digest.update(data)
         file.write(data)
         num_bytes += len(data)
         num_records += data.count(b"\n")
         if has_errors:
             errors.writelines(line for line in data.splitlines(keepends=True) if not line.endswith(OK_TAIL))
-    return Exported(num_records, num_bytes, digest.hexdigest(), len(plan.each))
+    return Exported(num_records, num_bytes, digest.hexdigest(), num_plans)
 
 
-def _shards(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit]) -> Iterator[tuple[bytes, bool]]:
+def _shards(
+    folder: RunFolder, plan: Plan, families: Families, commits: Mapping[int, Commit]
+) -> Iterator[tuple[bytes, bool]]:
     """Yield the records of each shard of rows, with what was added to them, and whether any failed."""
     reader = PlanReader(folder, plan) if plan.parts else None
     for first in range(plan.shards_of_rows):
         shards = range(first, plan.shards, plan.shards_of_rows)
         parts = [_sound_part(folder, commits[shard]) for shard in shards]
         if reader is not None:
-            counts = [[len(row.requests) for row in reader.rows(shard)] for shard in shards]
+            counts = [families.counts_of(reader.shard(shard), part) for shard, part in zip(shards, parts, strict=True)]
             parts = [b"".join(merged(parts, counts))]
         yield parts[0], any(commits[shard].errors for shard in shards)
 

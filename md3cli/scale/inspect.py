@@ -35,6 +35,7 @@ from md3cli.scale.attempts import (
     keep_lines,
     read_history,
 )
+from md3cli.scale.children import Families, families_of, is_line_of
 from md3cli.scale.folder import (
     DAMAGED,
     EXPORTED,
@@ -62,7 +63,7 @@ from md3cli.scale.markers import (
     remove_commit,
 )
 from md3cli.scale.plan import Plan, PlannedRow, PlanReader
-from md3cli.scale.shard_runner import asked, history_of, is_line_of
+from md3cli.scale.shard_runner import history_of
 from md3cli.scale.store import LocalStore
 from md3cli.system import is_alive
 
@@ -78,10 +79,10 @@ def damaged_journals(folder: RunFolder, plan: Plan, commits: Mapping[int, Commit
     Raises:
         OutputError: the copies cannot be written.
     """
-    reader, words = PlanReader(folder, plan), []
+    reader, families, words = PlanReader(folder, plan), families_of(folder, plan), []
     for shard in range(plan.shards):
         if shard not in commits and attempt_files(folder.wip, shard):
-            words += damage_of(folder, shard, history_of(folder, shard, reader.shard(shard)).damaged)
+            words += damage_of(folder, shard, history_of(folder, shard, reader.shard(shard), families).damaged)
     yield from _bounded(words, "journals")
 
 
@@ -91,17 +92,19 @@ def reopen_damaged(folder: RunFolder, plan: Plan, commits: dict[int, Commit]) ->
     Raises:
         OutputError: the folder cannot be changed.
     """
-    reader, words = PlanReader(folder, plan), []
+    reader, families, words = PlanReader(folder, plan), families_of(folder, plan), []
     for shard, commit in sorted(commits.items()):
         data, is_sound = read_part(folder, commit)
         if not is_sound:
-            words += _reopen(folder, shard, commit, data, reader.shard(shard))
+            words += _reopen(folder, shard, commit, data, reader.shard(shard), families)
             del commits[shard]
     yield from _bounded(words, "parts")
 
 
-def _reopen(folder: RunFolder, shard: int, commit: Commit, data: bytes | None, rows: Sequence[PlannedRow]) -> list[str]:
-    good, damaged = sort_part(data or b"", rows)
+def _reopen(
+    folder: RunFolder, shard: int, commit: Commit, data: bytes | None, rows: Sequence[PlannedRow], families: Families
+) -> list[str]:
+    good, damaged = sort_part(data or b"", rows, families)
     if damaged:
         keep_damaged_lines(folder, shard, list(damaged.values()))
         keep_lines(folder, shard, good)
@@ -124,13 +127,13 @@ def _reopen(folder: RunFolder, shard: int, commit: Commit, data: bytes | None, r
     return words
 
 
-def sort_part(data: bytes, rows: Sequence[PlannedRow]) -> tuple[list[bytes], dict[int, bytes]]:
+def sort_part(data: bytes, rows: Sequence[PlannedRow], families: Families) -> tuple[list[bytes], dict[int, bytes]]:
     """Separate the records of a part from its damaged lines.
 
     Returns:
-        The records of the requests of `rows`, one of each; and all other lines by number, from 1.
+        The records of the requests of `rows` and of their children, one of each; and all other lines by number, from 1.
     """
-    planned = {record_id: (record_id, row, request) for record_id, row, request in asked(rows)}
+    planned = {one.record_id: one for one in families.asked(rows, _lines_in(data))}
     good: dict[str, bytes] = {}
     damaged: dict[int, bytes] = {}
     for number, line in enumerate(io.BytesIO(data), start=1):
@@ -141,6 +144,15 @@ def sort_part(data: bytes, rows: Sequence[PlannedRow]) -> tuple[list[bytes], dic
         else:
             damaged[number] = line.removesuffix(b"\n") + b"\n"
     return list(good.values()), damaged
+
+
+def _lines_in(data: bytes) -> dict[str, bytes]:
+    """Return the whole records of a part by id, the first of each."""
+    found: dict[str, bytes] = {}
+    for line in io.BytesIO(data):
+        if (record := read_record(line)) is not None and line.endswith(b"\n"):
+            found.setdefault(record["id"], line)
+    return found
 
 
 def _shown(folder: RunFolder, commit: Commit) -> str:
@@ -164,6 +176,7 @@ class FolderVerification:
         """Raises InputError, OutputError: it has no readable plan."""
         self._folder = folder
         self._reader = PlanReader(folder)
+        self._families = families_of(folder, self._reader.plan)
         self._commits = CommitLog(folder).refresh()
         self.num_shards, self.num_rows = self._reader.plan.shards, self._reader.plan.rows
         self.digest = ""
@@ -176,6 +189,7 @@ class FolderVerification:
             yield f"{num_open:,} of {self.num_shards:,} shards are not done; the same command goes on"
         for shard, commit in sorted(self._commits.items()):
             yield from (f"shard {shard}: {finding}" for finding in self.shard_findings(shard, commit))
+        yield from self._family_findings()
         if orphans := orphans_of(self._folder, self._commits):
             yield f"{len(orphans):,} files that belong to nothing, such as {orphans[0]}; `md3 runs gc` removes them"
         if not num_open:
@@ -208,16 +222,35 @@ class FolderVerification:
             yield f"{commit.part} is missing"
             return
         if not is_sound or len(data) != commit.bytes:
-            damaged = sort_part(data, self._reader.shard(shard))[1]
+            damaged = sort_part(data, self._reader.shard(shard), self._families)[1]
             where = _named((number, number) for number in damaged)
             yield f"{commit.part} is not what its marker says{where}"
             return
-        planned = [record_id for row in self._reader.shard(shard) for record_id in row.ids]
-        found = _ids_in(data)
+        planned, found = self._planned(shard, commit, data), _ids_in(data)
         if found != planned:
             yield f"{commit.part} {_difference(planned, found)}"
         elif (len(found), sum(commit.error_types.values())) != (commit.num_records, commit.errors):
             yield "its marker's counts are wrong"
+
+    def _planned(self, shard: int, commit: Commit, data: bytes) -> list[str]:
+        """Return the ids that a shard's part should have, in order."""
+        rows = self._reader.shard(shard)
+        if not self._families.have_parents(rows):
+            return [record_id for row in rows for record_id in row.ids]
+        lines = _lines_in(data)
+        if commit.families == self._families.digest:
+            return self._families.known_ids(rows, lines)
+        return [record_id for row in rows for record_id in self._families.ids_of(row, lines)]
+
+    def _family_findings(self) -> Iterator[str]:
+        others = [
+            shard for shard, commit in self._commits.items() if commit.families not in ("", self._families.digest)
+        ]
+        if others:
+            yield (
+                f"of {len(others):,} shards other objects were asked about than the latest command names (--min-score, "
+                "--nms, names); the same command, in one process, asks what is new"
+            )
 
     def _export_findings(self) -> Iterator[str]:
         exported = read_exported(self._folder)
@@ -406,8 +439,14 @@ def _standing_of(
         counts.ok,
         max((commit.ended for commit in commits.values()), default=0.0),
     )
+    children = sum(commit.children for commit in commits.values())
+    reader, families = PlanReader(folder, plan), families_of(folder, plan)
     for shard in started:
-        under_way = read_history(folder, shard).records.values()
+        records = read_history(folder, shard).records
+        under_way = records.values()
+        rows = reader.shard(shard) if 0 <= shard < plan.shards else []
+        if families.have_parents(rows):
+            children += len(families.known_ids(rows, records)) - sum(len(row.ids) for row in rows)
         failed = Counter(str(json.loads(line)["error"]["type"]) for line in under_way if not line.endswith(OK_TAIL))
         errors, ok = errors + failed, ok + len(under_way) - failed.total()
         files = (folder.wip.modified_at(f"{WIP}/{name}") for name in attempt_files(folder.wip, shard))
@@ -417,7 +456,8 @@ def _standing_of(
     state = State.RUNNING if holder else State.FINISHED if is_over else State.STOPPED
     return Standing(
         run=typed,
-        requests=plan.requests,
+        requests=plan.requests + children,
+        children=children,
         counts=RunCounts(ok, errors.total(), dict(sorted(errors.items()))),
         state=state,
         seconds_since_record=max(0.0, time.time() - last) if last and started else None,  # else the last shard's

@@ -51,6 +51,7 @@ from md3cli.scale.plan import (
     read_group,
     read_one_plan,
     row_of,
+    then_in,
 )
 from md3cli.system import is_alive
 
@@ -220,7 +221,7 @@ def make_plan(
     """
     number = len(before.each) if before is not None else 0
     with folder.store.put_file(plan_names(number).manifest) as path:
-        manifest = _write_checked(path, rows, requests, shard_size, _rows_of(folder, before))
+        manifest = _write_checked(path, rows, requests, then_in(config), shard_size, _rows_of(folder, before))
         if (plan := read_one_plan(folder, number)) is not None:
             raise PlanOvertakenError(plan)  # whose manifest must stay
     has_repeats = _write_repeats(folder, manifest, requests, identity, before)
@@ -260,11 +261,12 @@ def _write_checked(
     path: Path,
     rows: Iterable[SourceRow],
     requests: tuple[Request, ...],
+    then: tuple[Request, ...],
     shard_size: int | None,
     before: Iterable[SourceRow],
 ) -> Manifest:
     try:
-        manifest = write_manifest(path, rows, requests, shard_size, before)
+        manifest = write_manifest(path, rows, requests, shard_size, before, then)
         if shard_size is None and manifest.rows > SHARD_ROWS * MAX_SHARDS:
             manifest = _regroup(path, manifest)
     except (OSError, pa.ArrowInvalid) as error:
@@ -278,8 +280,12 @@ def write_manifest(
     requests: tuple[Request, ...],
     shard_size: int | None = None,
     before: Iterable[SourceRow] = (),
+    then: tuple[Request, ...] = (),
 ) -> Manifest:
-    """Write `rows` to a Parquet file with one row group for each shard; those `before` have been asked already."""
+    """Write `rows` to a Parquet file with one row group for each shard; those `before` have been asked already.
+
+    Most ask `requests` of their picture and `then` of each object found.
+    """
     stream = iter(rows)
     if shard_size is None:
         head = list(itertools.islice(stream, SHARD_ROWS * WANTED_SHARDS))
@@ -290,7 +296,7 @@ def write_manifest(
     hashes_of_usual = tuple(map(hash, requests))
     with _seldom_collecting(), pq.ParquetWriter(path, _SCHEMA, compression="zstd", write_statistics=False) as writer:
         while group := list(itertools.islice(stream, shard_size)):
-            columns = [columns_of(row, requests) for row in group]
+            columns = [columns_of(row, requests, then) for row in group]
             for row in group:
                 hashes.extend(_hashes_of(row, requests, hashes_of_usual))
             fingerprint.note(columns)

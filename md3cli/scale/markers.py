@@ -16,7 +16,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
@@ -26,7 +26,8 @@ from md3cli import __version__
 from md3cli.config import DecodeOptions, ModelOptions
 from md3cli.errors import InputError
 from md3cli.records import printable
-from md3cli.refine.labels import Labels, labels_of_tables
+from md3cli.refine.labels import labels_of_tables
+from md3cli.refine.refinement import Refinement
 from md3cli.run.run_info import RunCounts, utc_now
 from md3cli.run.status import typed_command
 from md3cli.scale.folder import (
@@ -51,13 +52,13 @@ class RunOptions:
 
     model: ModelOptions
     decode: DecodeOptions
-    labels: Labels = field(default=Labels())  # names under which records are written
+    refinement: Refinement = field(default=Refinement())  # names of what is found, and what is not asked about
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON, with a cache folder that is the same from any working folder."""
         model = asdict(self.model)
         model["cache_dir"] = None if self.model.cache_dir is None else os.path.abspath(self.model.cache_dir)
-        return {"model": model, "decode": asdict(self.decode), "labels": self.labels.to_json()}
+        return {"model": model, "decode": asdict(self.decode), **self.refinement.to_json()}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> RunOptions:
@@ -68,7 +69,8 @@ class RunOptions:
         decode: dict[str, Any] = dict(document["decode"])
         decode |= {name: tuple(value) for name, value in decode.items() if isinstance(value, list)}
         labels = labels_of_tables(document.get("labels", ()), RUN, may_fill=True)
-        return cls(ModelOptions(**model), DecodeOptions(**decode), labels)
+        refinement = replace(Refinement.from_json(dict(document)), labels=labels)
+        return cls(ModelOptions(**model), DecodeOptions(**decode), refinement)
 
 
 def write_run_options(folder: RunFolder, options: RunOptions, argv: tuple[str, ...]) -> None:
@@ -150,7 +152,8 @@ class Commit:
 
     `bytes` and `sha256` are the part's. `reused` of the records came from journals of earlier attempts: with
     `reused_errors` failures by type, and everything that is asked of `reused_images` images. `ended` is in seconds
-    since 1970.
+    since 1970. `children` of the records were asked of others. `families` is `Families.digest` of the start that asked
+    them, empty where no record of the shard may have children.
     """
 
     part: str
@@ -170,6 +173,8 @@ class Commit:
     output_tokens: int = 0
     error_types: Mapping[str, int] = field(default_factory=dict)
     reused_errors: Mapping[str, int] = field(default_factory=dict)
+    children: int = 0
+    families: str = ""
 
     @property
     def num_records(self) -> int:
@@ -203,7 +208,7 @@ def _is_sound(commit: Commit) -> bool:
     """Return whether each value is of its type, and the part is a name that `part_name` makes."""
     document: dict[str, Any] = asdict(commit)
     errors = [document.pop(name) for name in ("error_types", "reused_errors")]
-    texts = [document.pop(name) for name in ("part", "sha256", "attempt", "host")]
+    texts = [document.pop(name) for name in ("part", "sha256", "attempt", "host", "families")]
     counts = [*document.values(), *(count for found in errors if isinstance(found, dict) for count in found.values())]
     return (
         all(isinstance(text, str) for text in texts)
@@ -215,7 +220,8 @@ def _is_sound(commit: Commit) -> bool:
 
 def put_commit(folder: RunFolder, shard: int, commit: Commit) -> bool:
     """Commit the shard; return False where another attempt has committed it first."""
-    data = json.dumps(asdict(commit), separators=(",", ":")).encode()
+    document = {name: value for name, value in asdict(commit).items() if value or name not in ("children", "families")}
+    data = json.dumps(document, separators=(",", ":")).encode()
     if folder.store.put_if_absent(commit_name(shard), data):
         return True
     if (found := read_commit(folder, shard)) is not None:

@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from md3cli.config import RunConfig
+from md3cli.config import DEFAULT_PAD, RunConfig
 from md3cli.errors import InputError, OutputError, OutputMismatchError
 from md3cli.records import ImageItem, Request, RowFailure, RunIdentity, SourceRow, printable, request_fields
 from md3cli.remote.address import shown
@@ -139,6 +139,16 @@ class Plan:
         return tuple(map(request_of, self.config["identity"]["requests"]))
 
     @property
+    def then(self) -> tuple[Request, ...]:
+        """What the run asks of each object found in a row that says nothing else."""
+        return then_in(self.config)
+
+    @property
+    def pad(self) -> float:
+        """The room around a region."""
+        return float(self.config.get("identity", {}).get("pad", DEFAULT_PAD))
+
+    @property
     def identity(self) -> RunIdentity:
         """The model and the settings that are part of every record's id."""
         return RunIdentity(**{key: self.config["identity"][key] for key in _IDENTITY_KEYS})
@@ -176,6 +186,11 @@ def _without_secrets(typed: str) -> str:
     # An INPUT that is signed anew counts as another: the plan's rows have the old signature.
     # Sixteen bits of a digest tell two signatures apart, and are too few to try passwords on.
     return bare if bare == typed else f"{bare} ({hashlib.sha256(typed.encode()).hexdigest()[:4]})"
+
+
+def then_in(config: Mapping[str, Any]) -> tuple[Request, ...]:
+    """Return what the config of a plan asks of each object found."""
+    return tuple(map(request_of, config.get("identity", {}).get("then", ())))
 
 
 def hash_of(config: Mapping[str, Any]) -> str:
@@ -277,7 +292,7 @@ class PlanReader:
         self.plan, self._folder = plan, folder
         self._ids = RequestIds(plan.identity)
         self._manifests = [self._opened(number) for number in range(len(plan.each))]
-        self._requests = [part.asked for part in plan.each]
+        self._requests, self._then = [part.asked for part in plan.each], plan.then
 
     def _opened(self, number: int) -> pq.ParquetFile:
         names = plan_names(number)
@@ -297,7 +312,7 @@ class PlanReader:
     def rows(self, shard: int) -> Iterator[SourceRow]:
         """Return the rows of a shard in input order; raises as `columns`."""
         requests = self._requests[self._place(shard)[0]]
-        return (row_of(columns, requests) for columns in self.columns(shard))
+        return (row_of(columns, requests, self._then) for columns in self.columns(shard))
 
     def columns(self, shard: int) -> Iterator[RowColumns]:
         """Return the rows of a shard as the manifest holds them.

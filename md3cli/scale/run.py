@@ -84,8 +84,7 @@ def run_scaled(
             deliveries.deliver(files.run_info)
         with stop.interruptible():
             plan = start.plan()
-        if config.output.retry_failed:
-            start.reopen(plan)
+        start.reopen(plan)
         if start.num_adopted:
             console.say(f"{start.num_adopted:,} records of an earlier start are taken over")
         write_run_options(folder, start.run_options, config.argv)
@@ -233,9 +232,11 @@ class _ScaledRun:
             self._finish.note_progress(num_ok + num_failed)
             if progress is not None:
                 # Requests are counted, and of an unfinished shard nothing else: a bad picture fails all its requests.
-                requests_a_row = max(self._plan.requests / max(self._plan.rows, 1), 1)
+                children = sum(commit.children for commit in commits) / max(self._rows_committed(), 1)
+                requests_a_row = max(self._plan.requests / max(self._plan.rows, 1) + children, 1)
                 failed = sum(commit.errors for commit in commits) + num_failed
                 rows = self._rows_committed() + int((num_ok + num_failed) / requests_a_row)
+                rows = min(rows, self._plan.rows)  # how many children the first shard has nobody knows
                 progress.update_to(rows, math.ceil(failed / requests_a_row), self._rows_before)
 
     def _rows_committed(self) -> int:

@@ -21,24 +21,23 @@ import hashlib
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from importlib import import_module
 from typing import NamedTuple, Self, cast
 
 from md3cli.config import ModelOptions
 from md3cli.errors import EngineError
-from md3cli.finished.record_shape import is_record_of
 from md3cli.images.pool import PicturePool
 from md3cli.records import OK_TAIL, Answer, RecordDict, Request, RowFailure, SourceRow
-from md3cli.refine.labels import Labels
+from md3cli.refine.follow import FollowUps
 from md3cli.run.drive import drive
-from md3cli.run.feed import Feed, Place, Ticket, make_decode_pool, rows_ahead
+from md3cli.run.feed import Feed, Following, Ticket, make_decode_pool, rows_ahead
 from md3cli.run.journal import encode_record
 from md3cli.run.model_handle import LazyEngine, Model
 from md3cli.run.order import record_of
 from md3cli.scale.attempts import AttemptJournal, ShardHistory, forget_attempts, keep_damaged_lines, read_history
+from md3cli.scale.children import Asked, Families, is_line_of
 from md3cli.scale.folder import METRICS, RunFolder, host_name, new_attempt, open_run_folder, part_name
 from md3cli.scale.markers import Commit, RunOptions, put_commit, read_commit, read_run_options
 from md3cli.scale.plan import PlannedRow, PlanReader
@@ -63,11 +62,12 @@ class ShardAttempt:
         engine: LazyEngine,
         should_stop: Callable[[], bool],
         on_progress: Callable[[int, int], None],
-        labels: Labels,
+        families: Families,
     ) -> None:
         self._journal, self._pool, self._model, self._engine = journal, pool, model, engine
-        self._should_stop, self._on_progress, self._labels = should_stop, on_progress, labels
-        self._left_open, self._blamed = history.left_open, history.blamed
+        self._should_stop, self._on_progress, self._families = should_stop, on_progress, families
+        self._left_open, self._blamed, self._unsure = history.left_open, history.blamed, history.unsure
+        self._feed: Feed | None = None
         self.lines = dict(history.records)
         self._num_failed = sum(not line.endswith(OK_TAIL) for line in self.lines.values())
         self._new: list[tuple[str, RecordDict]] = []
@@ -81,32 +81,46 @@ class ShardAttempt:
             ShardStopped: `should_stop` said so; what was finished is synced.
         """
         self._tell_progress()
-        suspects = [one for row in rows for one in _singly(row, self._left_open)]
-        for one in suspects:
-            if one.ids[0] in self._blamed:
-                self._fail(Ticket(0, Place(0), one.ids[0], one.row.image, one.row.requests[0], one.row, True), BLAME)
-        self.flush()
-        for one in suspects:
-            self._drive([one], is_alone=True)
-        self._drive(rows, is_alone=False)
+        suspects = list(self._families.alone(rows, self.lines, self._left_open))
+        for one in sorted(suspects, key=lambda one: one.record_id not in self._blamed):
+            self._drive([one.row], one.ups, is_alone=True)
+        self._drive(rows, self._families.ups if self._families.have_parents(rows) else None, is_alone=False)
         self._journal.sync()
 
-    def _drive(self, rows: Sequence[PlannedRow], *, is_alone: bool) -> None:
-        if all(record_id in self.lines for row in rows for record_id in row.ids):
+    def _drive(self, rows: Sequence[PlannedRow], ups: FollowUps | None, *, is_alone: bool) -> None:
+        """Ask what is not finished of `rows`, and of their records what `ups` say."""
+        if ups is None and all(record_id in self.lines for row in rows for record_id in row.ids):
             return
         self._is_alone = is_alone
         ids = deque(record_id for row in rows for record_id in row.ids)  # in the order in which the feed asks
-        feed = Feed(
+        self._feed = Feed(
             iter([row.row for row in rows]),
             next_id=lambda image, request: ids.popleft(),
-            is_done=lambda record_id, row, request: record_id in self.lines,
+            is_done=self._is_done,
             pool=self._pool,
             num_ahead=rows_ahead(self._model.crop_config),
             fail=self._fail,
-            recall=lambda ticket: False,
+            recall=self._is_blamed,
             reading=contextlib.nullcontext,
+            following=None if ups is None else Following(ups, self._model.identity, self._record),
         )
-        drive(feed, self._engine, self, self._check_stop)
+        drive(self._feed, self._engine, self, self._check_stop)
+
+    def _is_done(self, record_id: str, row: SourceRow, request: Request) -> bool:
+        line = self.lines.get(record_id)
+        if line is None or record_id not in self._unsure:
+            return line is not None
+        return is_line_of(line, record_id, row, request)
+
+    def _is_blamed(self, ticket: Ticket) -> bool:
+        """Return whether a request is not tried again; then its failure is its record."""
+        if ticket.record_id in self._blamed:
+            self._fail(ticket, BLAME)
+        return ticket.record_id in self._blamed
+
+    def _record(self, record_id: str) -> RecordDict:
+        record: RecordDict = json.loads(self.lines[record_id])
+        return record
 
     def _check_stop(self) -> None:
         if self._should_stop():
@@ -124,12 +138,17 @@ class ShardAttempt:
 
     def answer(self, answer: Answer) -> None:
         """Make an answer a record, to be written by the next `flush`."""
-        ticket = self._in_flight.pop(answer.key)
-        self._new.append((ticket.record_id, record_of(ticket, answer, self._model.identity, self._labels)))
+        self._finish(self._in_flight.pop(answer.key), answer)
 
     def _fail(self, ticket: Ticket, failure: RowFailure) -> None:
-        answer = Answer(ticket.key, failure=failure)
-        self._new.append((ticket.record_id, record_of(ticket, answer, self._model.identity, self._labels)))
+        self._finish(ticket, Answer(ticket.key, failure=failure))
+
+    def _finish(self, ticket: Ticket, answer: Answer) -> None:
+        labels = self._families.ups.refinement.labels
+        record = record_of(ticket, answer, self._model.identity, labels)
+        self._new.append((ticket.record_id, record))
+        if self._feed is not None:
+            self._feed.follow(ticket, record)
 
     def flush(self) -> None:
         """Write the new records to the attempt's journal, and show that the attempt is alive."""
@@ -147,45 +166,31 @@ class ShardAttempt:
         self._on_progress(len(self.lines) - self._num_failed, self._num_failed)
 
 
-def history_of(folder: RunFolder, shard: int, rows: Sequence[PlannedRow]) -> ShardHistory:
+def history_of(folder: RunFolder, shard: int, rows: Sequence[PlannedRow], families: Families) -> ShardHistory:
     """Return what attempts at the shard of `rows` left, without damaged lines and records of other requests.
 
-    Those are copied to the folder's `damaged/`.
+    Those are copied to the folder's `damaged/`. While a record is missing that may have children, nobody knows which
+    lines are theirs: all that may be stay.
 
     Raises:
         OutputError: the copies cannot be written.
     """
     history = read_history(folder, shard)
-    others = history.records.keys() - {
-        record_id
-        for record_id, row, request in asked(rows)
-        if record_id in history.records and is_line_of(history.records[record_id], record_id, row, request)
-    }
-    history.damaged += sorted((history.places[record_id], history.records.pop(record_id)) for record_id in others)
+    lines = history.records
+    found = {one.record_id for one in families.asked(rows, lines) if _has_line(lines, one)}
+    others = lines.keys() - found
+    if families.lack_parents(rows, found):
+        planned = {record_id for row in rows for record_id in row.ids}
+        history.unsure = {record_id for record_id in others if record_id not in planned}
+    others -= history.unsure
+    history.damaged += sorted((history.places[record_id], lines.pop(record_id)) for record_id in others)
     keep_damaged_lines(folder, shard, [line for _, line in history.damaged])
     return history
 
 
-def asked(rows: Sequence[PlannedRow]) -> Iterator[tuple[str, SourceRow, Request]]:
-    """Yield each request of `rows` with its id and its row."""
-    for row in rows:
-        for record_id, request in zip(row.ids, row.row.requests, strict=True):
-            yield record_id, row.row, request
-
-
-def is_line_of(line: bytes, record_id: str, row: SourceRow, request: Request) -> bool:
-    """Return whether a whole line is the record of a request of `row`."""
-    return is_record_of(line, record_id, row.image.name if row.image is not None else None, request)
-
-
-def _singly(asked: PlannedRow, wanted: set[str]) -> list[PlannedRow]:
-    """Return the wanted requests of a row, each as a row of its own."""
-    row = asked.row
-    return [
-        PlannedRow(replace(row, requests=(request,)), (record_id,))
-        for request, record_id in zip(row.requests, asked.ids, strict=True)
-        if record_id in wanted
-    ]
+def _has_line(lines: Mapping[str, bytes], one: Asked) -> bool:
+    line = lines.get(one.record_id)
+    return line is not None and is_line_of(line, *one)
 
 
 ModelFinder = Callable[[ModelOptions], Model]
@@ -226,7 +231,7 @@ class ShardRunner:
         self._reader = PlanReader(self.folder)
         self.plan = self._reader.plan
         options = options or read_run_options(self.folder)
-        self._decode, self._labels = options.decode, options.labels
+        self._decode, self._families = options.decode, Families.of(self.plan, options.refinement)
         self._model = _find(finder, options.model)
         self._engine = LazyEngine(self._model, while_loading)
         if self._model.identity != self.plan.identity:
@@ -273,7 +278,7 @@ class ShardRunner:
         started = time.monotonic()
         rows = self._reader.shard(shard)
         self.attempt = new_attempt()
-        history = history_of(self.folder, shard, rows)
+        history = history_of(self.folder, shard, rows, self._families)
         journal = AttemptJournal(self.folder, shard, self.attempt)
         on_start(shard, self.attempt)
         try:
@@ -285,7 +290,7 @@ class ShardRunner:
                 self._engine,
                 should_stop,
                 on_progress,
-                self._labels,
+                self._families,
             )
             attempt.to_the_end(rows)
         finally:
@@ -305,9 +310,12 @@ class ShardRunner:
     def _commit(
         self, shard: int, rows: Sequence[PlannedRow], history: ShardHistory, attempt: ShardAttempt, started: float
     ) -> ShardResult:
-        lines = [attempt.lines[record_id] for row in rows for record_id in row.ids]
-        data, counts, before = b"".join(lines), Counts.of(lines), Counts.of(history.records.values())
-        pictured = [row for row in rows if row.row.image is not None and row.ids]
+        ids = [self._families.ids_of(row, attempt.lines) for row in rows]
+        lines = [attempt.lines[record_id] for of_row in ids for record_id in of_row]
+        reused = [history.records[record_id] for of_row in ids for record_id in of_row if record_id in history.records]
+        data, counts, before = b"".join(lines), Counts.of(lines), Counts.of(reused)
+        pictured = [of_row for row, of_row in zip(rows, ids, strict=True) if row.row.image is not None and of_row]
+        self._keep_strangers(shard, attempt, ids)
         part = part_name(shard, self.attempt)
         commit = Commit(
             part=part,
@@ -322,11 +330,13 @@ class ShardRunner:
             host=host_name(),
             seconds=round(time.monotonic() - started, 3),
             ended=round(time.time(), 3),
-            reused=len(history.records),
+            reused=len(reused),
             reused_errors=before.error_types,
-            reused_images=sum(all(record_id in history.records for record_id in row.ids) for row in pictured),
+            reused_images=sum(all(record_id in history.records for record_id in of_row) for of_row in pictured),
             prompt_tokens=counts.prompt_tokens - before.prompt_tokens,
             output_tokens=counts.output_tokens - before.output_tokens,
+            children=len(lines) - sum(len(row.ids) for row in rows),
+            families=self._families.digest if self._families.have_parents(rows) else "",
         )
         self.folder.store.put(part, data)
         is_ours = put_commit(self.folder, shard, commit)
@@ -336,6 +346,11 @@ class ShardRunner:
         forget_attempts(self.folder, shard)
         self._note_metrics(shard, commit, is_ours)
         return ShardResult(commit, is_ours)
+
+    def _keep_strangers(self, shard: int, attempt: ShardAttempt, ids: Sequence[Sequence[str]]) -> None:
+        """Copy lines that turn out to be of no request of the shard to where damaged ones are."""
+        if strangers := attempt.lines.keys() - {record_id for of_row in ids for record_id in of_row}:
+            keep_damaged_lines(self.folder, shard, [attempt.lines[record_id] for record_id in sorted(strangers)])
 
     def _note_metrics(self, shard: int, commit: Commit, is_ours: bool) -> None:
         """Append a line about the shard to this worker's file; a disk that refuses it is no failure."""

@@ -32,6 +32,7 @@ from md3cli.scale.added import RowsDifferError, added_rows, fingerprint_of, whol
 from md3cli.scale.adopt import adopt, error_in
 from md3cli.scale.attempts import attempt_files, keep_lines, read_history
 from md3cli.scale.bucket import Deliveries
+from md3cli.scale.children import Families
 from md3cli.scale.folder import (
     EXPORTED,
     WIP,
@@ -45,7 +46,7 @@ from md3cli.scale.folder import (
     take_place,
 )
 from md3cli.scale.make_plan import PLANNER, PlannerMark, PlanOvertakenError, make_plan, put_plan, wait_for_plan
-from md3cli.scale.markers import CommitLog, RunOptions, read_run_options, remove_commit
+from md3cli.scale.markers import Commit, CommitLog, RunOptions, read_run_options, remove_commit
 from md3cli.scale.plan import Plan, check_config, plan_config, read_plan, with_requests
 from md3cli.scale.store import LocalStore
 from md3cli.source.emptiness import check_found
@@ -71,7 +72,7 @@ class Start:
         self.config, self.console, self.outputs, self.files = config, console, outputs, outputs.files
         self.folder, self.model, self._source = folder, model, source
         self.deliveries = Deliveries(config.output, outputs.files, folder)
-        self.run_options = RunOptions(config.model, config.decode, config.refinement.labels)
+        self.run_options = RunOptions(config.model, config.decode, config.refinement)
         self.is_alone = config.scale.world_size == 1
         self.num_adopted = 0
         self._may_add = config.output.add
@@ -126,6 +127,14 @@ class Start:
         )
         document.note_added()  # a plan of it comes now
         return document
+
+    def _families(self, plan: Plan) -> Families:
+        return Families.of(plan, self.config.refinement)
+
+    def _asks_others(self, plan: Plan, commits: Mapping[int, Commit]) -> set[int]:
+        """Return the committed shards of which an earlier start asked about other objects than this one does."""
+        digest = self._families(plan).digest
+        return {shard for shard, commit in commits.items() if commit.families not in ("", digest)}
 
     @property
     def _is_planned(self) -> bool:
@@ -267,6 +276,7 @@ class Start:
             folder,
             plan,
             self.files.journal,
+            self._families(plan),
             with_failed=with_failed,
             warn=self.console.warn,
             readable_of=self._readable_of,
@@ -296,7 +306,9 @@ class Start:
     def _if_same(self, finished: Plan, following: RunFolder, plan: Plan) -> Plan | None:
         """Return the finished plan, with what is new added, if `plan`, made in `following` now, has the same rows."""
         if not differences(finished.config, plan.config):
-            return finished if fingerprint_of(self.folder, finished) == plan.fingerprint else None
+            is_same = fingerprint_of(self.folder, finished) == plan.fingerprint
+            commits = CommitLog(self.folder, finished.shards).refresh()
+            return finished if is_same and not self._asks_others(finished, commits) else None
         if differences(finished.config, with_requests(plan.config, finished.asked)) or not self._is_added_to(finished):
             return None
         with contextlib.suppress(RowsDifferError):
@@ -304,9 +316,33 @@ class Start:
         return None
 
     def reopen(self, plan: Plan) -> None:
-        """Have all failed requests of `plan` done again, as --retry-failed asks; good records stay.
+        """Have shards of `plan` done again that something is to be asked of; what they have stays.
 
-        A shard that has any is no longer committed. The old export keeps the failed records until it is replaced.
+        These are those of which an earlier start asked about other objects, and those with failed requests where
+        --retry-failed asks.
+
+        Raises:
+            OutputMismatchError: they are, and this start is one of many ranks.
+        """
+        commits = CommitLog(self.folder, plan.shards).refresh()
+        others = self._asks_others(plan, commits)
+        if others and not self.is_alone:
+            raise OutputMismatchError(
+                f"of {len(others):,} finished shards other objects were asked about (--min-score, --nms, names); run "
+                "this command once without --world-size, which asks what is new, or choose as before"
+            )
+        for shard in others:
+            commit = commits[shard]
+            self.folder.store.remove(EXPORTED)
+            keep_lines(self.folder, shard, (self.folder.store.read(commit.part) or b"").splitlines(keepends=True))
+            remove_commit(self.folder, shard, commit)
+        if self.config.output.retry_failed:
+            self._reopen_failed(plan)
+
+    def _reopen_failed(self, plan: Plan) -> None:
+        """Have failed requests done again; a shard that has any is no longer committed.
+
+        The old export keeps the failed records until it is replaced.
         """
         folder, commits = self.folder, CommitLog(self.folder, plan.shards).refresh()
         if len(commits) == plan.shards and not any(commit.errors for commit in commits.values()):
@@ -348,7 +384,7 @@ def planned_in(config: RunConfig, outputs: OutputPlan) -> Held | None:
         return None
     labels = Labels()
     with contextlib.suppress(InputError):  # nobody has begun with it yet
-        labels = read_run_options(folder).labels
+        labels = read_run_options(folder).refinement.labels
     return Held(plan.asked, labels)
 
 
