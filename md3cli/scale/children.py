@@ -109,7 +109,7 @@ class Families:
 
     def have_parents(self, rows: Sequence[PlannedRow]) -> bool:
         """Return whether a record of `rows` may have children."""
-        return any(self.ups.may_follow(row.row, request) for row in rows for request in row.row.requests)
+        return any(row.row.then or self.ups.may_follow(row.row, one) for row in rows for one in row.row.requests)
 
     def lack_parents(self, rows: Sequence[PlannedRow], found: Container[str]) -> bool:
         """Return whether a record that may have children is not among those `found`."""
@@ -161,7 +161,7 @@ class Families:
             for place, one in enumerate(asked([row])):
                 single = PlannedRow(replace(row.row, requests=(one.request,)), (one.record_id,))
                 if one.record_id in wanted:
-                    yield Alone(one.record_id, single, None)
+                    yield Alone(one.record_id, single._replace(row=replace(single.row, then=())), None)
                 for child in of_each.get(place, ()):
                     if child.record_id in wanted:
                         yield Alone(child.record_id, single, OneChild(child=(child.request,)))

@@ -58,7 +58,10 @@ class RunOptions:
         """Return the options as JSON, with a cache folder that is the same from any working folder."""
         model = asdict(self.model)
         model["cache_dir"] = None if self.model.cache_dir is None else os.path.abspath(self.model.cache_dir)
-        return {"model": model, "decode": asdict(self.decode), **self.refinement.to_json()}
+        chosen = {
+            name: value for name, value in self.refinement.to_json().items() if value is not None and value is not False
+        }
+        return {"model": model, "decode": asdict(self.decode), **chosen}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> RunOptions:
