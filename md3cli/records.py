@@ -256,6 +256,7 @@ class RunIdentity:
         return asdict(self) | {"model": self.model.rpartition("@")[2]}  # the same weights may lie under any name
 
 
+ID_DIGITS = 32
 ID_SCHEME = 1  # rises when `request_id` gives a request another id: records of two schemes must not be mixed
 
 
@@ -267,7 +268,12 @@ def request_id(image: str | None, request: Request, run: RunIdentity, repeat: in
     """
     parts = [image, id_fields(request), run.id_parts(), repeat]
     text = json.dumps(parts, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode()).hexdigest()[:ID_DIGITS]
+
+
+def is_annotation_id(text: str) -> bool:
+    """Return whether a text is a number, as annotations of COCO have for an id, and no id of a record."""
+    return text.isdecimal() and len(text) < ID_DIGITS
 
 
 @dataclass(frozen=True, slots=True)

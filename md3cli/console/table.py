@@ -88,8 +88,9 @@ def asked_words(task: str, prompt: str | None, length: str | None = None) -> str
 
 def part_words(record: RecordDict) -> str:
     """Return which object a record is about, to stand before what was asked: `car 1: `; empty for whole pictures."""
-    region = record.get("region")
-    return "" if region is None else f"{part_name(region | {'label': shown_text(str(region['label']))})}: "
+    if (region := record.get("region")) is None:
+        return ""
+    return f"{part_name(region | {key: shown_text(str(region[key])) for key in ('label', 'of')})}: "
 
 
 def describe(record: RecordDict) -> str:

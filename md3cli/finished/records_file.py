@@ -26,7 +26,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 from md3cli.errors import ExportError, InputError
 from md3cli.finished.record_shape import LINE_LIMIT_BYTES, NotJson, tidied_record
 from md3cli.finished.run_json import has_run_info
-from md3cli.records import RecordDict, compact_json, printable
+from md3cli.records import ID_DIGITS, RecordDict, compact_json, is_annotation_id, printable
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # How md3 begins a line; any other is parsed, and a last line that may be torn. Without backslashes a text is its own
@@ -39,8 +39,6 @@ SELECT key, place FROM line
 WHERE key IN (SELECT key FROM line GROUP BY key HAVING count(*) > 1) ORDER BY key, place
 """
 _LINES = "SELECT place, file, number, offset FROM line"
-_ID_DIGITS = 32
-_RECORD_ID = re.compile(f"[0-9a-f]{{{_ID_DIGITS}}}")
 
 _Parsed = TypeVar("_Parsed")
 
@@ -89,7 +87,7 @@ def renamed(record: RecordDict, prefix: str) -> RecordDict:
         return record
     changed: RecordDict = {"id": _renamed_id(record["id"], prefix)} if record.get("id") else {}
     region = record.get("region")
-    if region is not None and _RECORD_ID.fullmatch(region["of"]):
+    if region is not None and not is_annotation_id(region["of"]):
         changed["region"] = region | {"of": _renamed_id(region["of"], prefix)}
     if record.get("image") is not None:
         changed["image"] = prefix + record["image"]
@@ -99,7 +97,7 @@ def renamed(record: RecordDict, prefix: str) -> RecordDict:
 
 
 def _renamed_id(record_id: object, prefix: str) -> str:
-    return hashlib.sha256(compact_json([prefix, record_id])).hexdigest()[:_ID_DIGITS]
+    return hashlib.sha256(compact_json([prefix, record_id])).hexdigest()[:ID_DIGITS]
 
 
 @contextmanager

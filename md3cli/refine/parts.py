@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from md3cli.records import RecordDict, Task
+from md3cli.records import RecordDict, Task, is_annotation_id
 
 TEXTS: Mapping[str, str] = {Task.CAPTION: "caption", Task.QUERY: "answer"}  # task -> the key of its text
 
@@ -51,5 +51,6 @@ def part_label(region: Mapping[str, Any]) -> str:
 
 
 def part_name(region: Mapping[str, Any]) -> str:
-    """Return what people call a part: `car 1` is the first object, whose `index` is 0."""
-    return f"{part_label(region)} {int(region['index']) + 1}"
+    """Return what people call a part: `car 1` is the first object of a record, `car #7` is annotation 7 of a file."""
+    of = str(region["of"])
+    return f"{part_label(region)} {f'#{of}' if is_annotation_id(of) else int(region['index']) + 1}"

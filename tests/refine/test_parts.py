@@ -35,8 +35,9 @@ def test_only_words_about_a_part_are_its_text(asked: dict[str, Any], said: PartT
     assert part_text(asked) == said
 
 
-def test_people_count_from_one() -> None:
+def test_people_count_from_one_and_annotations_have_their_ids() -> None:
     assert part_name(REGION) == "car 2"
+    assert part_name(REGION | {"of": "7", "index": 0}) == "car #7"
 
 
 def test_what_fails_about_a_part_is_not_asked_of_the_picture() -> None:

@@ -305,7 +305,7 @@ def test_what_is_said_of_an_object_stands_behind_what_found_it():
     (item,) = items([asked[1], lost, record("a", "caption", caption="x"), finder, failed, asked[0]])
     parts = [(entry.task, entry.part and entry.part.name) for entry in item.entries]
     assert parts == [
-        ("query", "red 1"),  # of a record that is not here
+        ("query", "red #7"),  # of a record that is not here
         ("caption", None),
         ("detect", None),
         ("query", "red 1"),
