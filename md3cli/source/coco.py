@@ -117,7 +117,7 @@ class CocoFile:
             counts[key] += 1
             if key == "images":
                 self._take_picture(entry, counts[key], names)
-            elif key == "categories":
+            elif with_boxes and key == "categories":
                 self._take_category(entry, counts[key])
             elif with_boxes:
                 self._take_annotation(entry, counts[key])
@@ -172,7 +172,7 @@ class CocoFile:
 
 
 def read_coco(path: str, *, with_boxes: bool) -> CocoFile:
-    """Read the COCO file at `path`, which may be an address; without boxes its annotations are read over.
+    """Read the COCO file at `path`, which may be an address; without boxes all but its pictures is read over.
 
     Raises:
         InputError: it cannot be opened or is no COCO file; or its boxes are asked about, and it has none.
@@ -198,7 +198,7 @@ def read_coco(path: str, *, with_boxes: bool) -> CocoFile:
     return found
 
 
-def folder_of_pictures(typed: str, found: CocoFile, *, may_fetch: bool) -> str | None:
+def folder_of_pictures(typed: str, found: CocoFile, *, from_addresses: bool) -> str | None:
     """Return the folder that a file's pictures are in where it is not its own: the one place where data sets put them.
 
     `typed` is the file. Pictures that are fetched from their addresses are in no folder.
@@ -207,7 +207,7 @@ def folder_of_pictures(typed: str, found: CocoFile, *, may_fetch: bool) -> str |
         InputError: none of the pictures that are looked for is in any such place, or they are in several.
     """
     own = row_folder(typed, None)
-    names = [p.name for p in found.pictures if not (p.problem or is_address(p.name) or (may_fetch and p.url))]
+    names = [p.name for p in found.pictures if not (p.problem or is_address(p.name) or (from_addresses and p.url))]
     looked_for = names[:: -(-len(names) // MOST_LOOKED_FOR)] if names else []
     if is_address(typed) or not names or _holds(own, looked_for):
         return None

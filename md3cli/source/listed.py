@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from md3cli.config import SourceSpec
 from md3cli.errors import UsageError
 from md3cli.records import Request, printable
-from md3cli.remote.address import is_address, shown
+from md3cli.remote.address import shown
 from md3cli.source.coco import CocoFile, folder_of_pictures, read_coco
 from md3cli.source.columns import ColumnRules
 from md3cli.source.inputs import Input
@@ -54,8 +54,8 @@ def with_files(inputs: Sequence[Input], spec: SourceSpec, rules: ColumnRules) ->
 def _with_pictures(given: Input, files: Files, spec: SourceSpec) -> Input:
     if given.kind is not Kind.COCO:
         return given
-    may_fetch = spec.remote or is_address(given.typed)
-    return given._replace(pictures=folder_of_pictures(given.typed, files[given.typed], may_fetch=may_fetch))
+    found = folder_of_pictures(given.typed, files[given.typed], from_addresses=spec.remote)
+    return given._replace(pictures=found)
 
 
 def notes_on_files(inputs: Sequence[Input], files: Files) -> Iterator[str]:

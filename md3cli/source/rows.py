@@ -76,13 +76,18 @@ class RowMaker:
             failure = RowFailure(error.type, str(error))
         return SourceRow(image, asked.requests, others, failure, asked.typed, asked.refused, asked.then)
 
-    def of_listed(self, picture: CocoPicture, boxes: Iterable[CocoBox], places: RowPlaces) -> SourceRow:
-        """Return the row of a picture that a COCO file lists; where regions are asked about, those are its `boxes`."""
+    def of_listed(
+        self, picture: CocoPicture, boxes: Iterable[CocoBox], places: RowPlaces, *, from_addresses: bool
+    ) -> SourceRow:
+        """Return the row of a picture that a COCO file lists; where regions are asked about, those are its `boxes`.
+
+        With `from_addresses` it is fetched from its address, where the file has one.
+        """
         image: ImageItem | None = None
         try:
             if picture.problem:
                 raise RowError("bad_row", picture.problem)
-            name = row_image({"image": picture.url if places.may_fetch and picture.url else picture.name})
+            name = row_image({"image": picture.url if from_addresses and picture.url else picture.name})
             assert isinstance(name, str)
             image = places.item_of(name)
             refuse_address(name, may_fetch=places.may_fetch)

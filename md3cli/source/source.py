@@ -310,12 +310,12 @@ class Source:
         found, places = self._files[given.typed], self._places_of(given)
         skipped.update({DOUBLED: found.num_doubled} if found.num_doubled else {})
         for place, picture in enumerate(found.pictures):
-            boxes = list(found.boxes_of(place))
-            row = self._made.of_listed(picture, boxes, places)
+            boxes = found.boxes_of(place)
+            row = self._made.of_listed(picture, boxes, places, from_addresses=self._spec.remote)
             name = row.image.name if row.image is not None else None
             if name is not None and not self._filter.keeps(name):
                 skipped["excluded"] += 1
-            elif self._rules.region_pad is not None and not (boxes or row.failure):
+            elif self._rules.region_pad is not None and not row.requests:
                 skipped[WITHOUT_BOXES] += 1
             else:
                 yield name or f"{given.typed} {picture.where}", row

@@ -169,6 +169,28 @@ def test_remote_manifests_of_each_kind(md3: Program, web: WebServer, folder: str
     assert images(md3, f"{web.url}/d/list{suffix}") == ["a9.png", "sub/b.JPG"]
 
 
+def test_a_remote_coco_file(md3: Program, web: WebServer, folder: str, put: Put, tmp_path: Path) -> None:
+    web.files["/w.png"] = picture(5)
+    entries = [
+        {"id": 1, "file_name": "a9.png", "width": 8, "height": 8, "coco_url": f"{web.url}/w.png"},
+        {"id": 2, "file_name": "sub/b.JPG", "width": 8, "height": 8},
+    ]
+    boxes = [{"id": 5, "image_id": 2, "category_id": 1, "bbox": [0, 0, 4, 4]}]
+    categories = [{"id": 1, "name": "car"}]
+    content = json.dumps({"images": entries, "annotations": boxes, "categories": categories}).encode()
+    put("set/list.json", content)
+    assert images(md3, f"{folder}/list.json") == ["a9.png", "sub/b.JPG"], "what lies beside it comes first"
+    assert images(md3, f"{folder}/list.json", "--remote") == [f"{web.url}/w.png", "sub/b.JPG"]
+    assert images(md3, f"{folder}/list.json", "--regions") == ["sub/b.JPG"]
+    web.files |= {"/d/list.json": content, "/d/a9.png": picture(1), "/d/sub/b.JPG": picture(2)}
+    assert images(md3, f"{web.url}/d/list.json?sig=x") == ["a9.png", "sub/b.JPG"]
+    (tmp_path / "list.json").write_bytes(content)
+    assert images(md3, "list.json", "--root", folder) == ["a9.png", "sub/b.JPG"]
+    put("set/bad.json", b"[]")
+    assert "bad.json is no COCO file" in refusal(md3, f"{folder}/bad.json")
+    assert "gone.json" in refusal(md3, f"{folder}/gone.json")
+
+
 def test_addresses_in_a_local_manifest_need_consent(md3: Program, web: WebServer, folder: str, tmp_path: Path) -> None:
     web.files["/w.png"] = picture(5)
     (tmp_path / "here.png").write_bytes(picture(3))

@@ -16,7 +16,19 @@ from hypothesis import strategies as st
 
 from md3cli.config import ColumnOptions, SourceSpec
 from md3cli.errors import InputError, UsageError
-from md3cli.records import Box, Region, Request, RunIdentity, SourceRow, Task, Tiles, request_id
+from md3cli.records import (
+    Answer,
+    Box,
+    Region,
+    Request,
+    RunIdentity,
+    SourceRow,
+    Task,
+    Tiles,
+    compact_json,
+    make_record,
+    request_id,
+)
 from md3cli.source import coco
 from md3cli.source.coco import NO_BOX, likely_folders, read_coco
 from md3cli.source.source import DOUBLED, WITHOUT_BOXES, Source, open_source
@@ -125,16 +137,30 @@ def test_what_does_not_begin_as_json_is_a_picture(text: str) -> None:
         ('{"images":[' + "[" * 50_000, "nested too deep"),
         ('{"images":[{"id":1,"file_name":"a"},{"id":1.0,"file_name":"b"}]}', "picture 2 has the id 1 of another one"),
         ('{"images":[{"id":1,"file_name":"a"},{"id":2,"file_name":"a","width":1,"height":1}]}', "in another size"),
-        ('{"images":[],"categories":[{"id":1}]}', "category 1 has no id, or no name"),
-        ('{"images":[],"categories":[{"id":1,"name":" "}]}', "category 1 has no id, or no name"),
-        ('{"images":[],"categories":[{"id":1,"name":"\\ud800"}]}', "the name of category 1 is no text"),
-        ('{"images":[],"categories":[{"id":1,"name":"a"},{"id":1,"name":"b"}]}', "category 2 has the id 1"),
     ],
 )
 def test_a_file_that_is_none_is_an_error_before_anything_slow(text: str, words: str) -> None:
     Path("a.json").write_text(text)
     with pytest.raises(InputError, match=words):
         source("a.json")
+
+
+@pytest.mark.parametrize(
+    ("categories", "words"),
+    [
+        ([5], "category 1 has no id, or no name"),
+        ([{"id": 1}], "category 1 has no id, or no name"),
+        ([{"id": 1, "name": " "}], "category 1 has no id, or no name"),
+        ([{"id": 1, "name": "\ud800"}], "the name of category 1 is no text"),
+        ([{"id": 1, "name": "x" * 201}], "the name of category 1 is no text of 200 characters"),
+        ([{"id": 1, "name": "a"}, {"id": 1.0, "name": "b"}], "category 2 has the id 1 of another one"),
+    ],
+)
+def test_categories_that_are_none(categories: list[Any], words: str) -> None:
+    write("a.json", [image(1, "a.jpg")], [box(1, 1, 0, 0, 9, 9)], categories=categories)
+    with pytest.raises(InputError, match=words):
+        source("a.json", pad=0.1)
+    assert len(list(source("a.json"))) == 1, "nobody asks about them"
 
 
 def test_what_cannot_be_opened() -> None:
@@ -425,6 +451,42 @@ def test_boxes_are_those_of_their_pictures_whatever_the_order_of_the_lists(
             if of < 6 and of % 4 == place
         ]
         assert list(found.boxes_of(place)) == plain
+
+
+numbers = st.integers() | st.floats() | st.sampled_from([0, 1, -1, 1e308, 2**53, True])
+anything = st.none() | numbers | st.text(max_size=3) | st.lists(numbers, min_size=4, max_size=4) | st.just({"a": [1]})
+keys = st.sampled_from(["id", "file_name", "width", "height", "meta", "image_id", "category_id", "bbox", "name"])
+changes = st.lists(st.tuples(st.integers(0, 7), keys, anything), max_size=4)
+
+
+def changed(drawn: list[tuple[int, str, Any]]) -> dict[str, Any]:
+    """A sound file in which some values are others."""
+    images, boxes = [image(n, f"{n}.jpg") for n in range(3)], [box(n, n % 2, n, 0, 9, 9) for n in range(4)]
+    entries = [*images, *boxes, {"id": 1, "name": "cat"}]
+    for place, key, value in drawn:
+        entries[place][key] = value
+    return document(images, boxes, categories=entries[-1:])
+
+
+@given(changes, st.sampled_from([None, 0.0, 0.1]))
+def test_whatever_a_file_holds_is_an_error_or_rows_with_records(
+    tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[int, str, Any]], pad: float | None
+) -> None:
+    folder = tmp_path_factory.mktemp("coco")
+    (folder / "a.json").write_text(json.dumps(changed(drawn)))
+    spec = SourceSpec((str(folder / "a.json"),), root=folder, columns=ColumnOptions(region_pad=pad))
+    try:
+        rows = open_source(spec, (COLOR, CAPTION))
+    except InputError:
+        return
+    run = RunIdentity("m@r")
+    for row in rows:
+        assert row.requests
+        for request in row.requests:
+            record = make_record(
+                request_id(row.id_name, request, run), row.image, None, request, run, Answer(0), row.meta
+            )
+            assert json.loads(compact_json(record))["error"]["type"] == "model"
 
 
 def many(num_pictures: int, num_boxes: int) -> Iterator[str]:
