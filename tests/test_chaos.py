@@ -60,6 +60,18 @@ def test_500_interruptions(tmp_path: Path, format: str, count: int) -> None:
     run_chaos(Chaos(tmp_path, seed=count, format=format), count, KINDS if CAN_MOUNT else MOST_KINDS)
 
 
+@pytest.mark.process
+def test_interruptions_while_children_are_asked(tmp_path: Path) -> None:
+    kinds = ("kill-group", "kill-at-op", "int", "fail-at-op")
+    run_chaos(Chaos(tmp_path, seed=5, num_pictures=80, has_children=True), len(kinds), kinds)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_100_interruptions_while_children_are_asked(tmp_path: Path) -> None:
+    run_chaos(Chaos(tmp_path, seed=6, has_children=True), 100, MOST_KINDS)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_50_interruptions_of_a_real_model(tmp_path: Path) -> None:

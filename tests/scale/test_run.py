@@ -17,7 +17,7 @@ import pytest
 from chaos import wait_until
 from marked_processes import MARK, marked_processes
 from program import STUB_MD3, Program, clean_environment, make_pictures, records_of
-from scale_chaos import UNHURRIED_S, ScaleChaos, run_scale_chaos
+from scale_chaos import UNHURRIED_S, ScaleChaos, forms, run_scale_chaos
 
 from md3cli.errors import ExportError, OutputError
 from md3cli.scale.finish import Finish
@@ -419,6 +419,19 @@ def test_a_second_run_on_an_output_is_refused(pictures: Path, tmp_path: Path) ->
 def test_kills_in_every_form(tmp_path: Path) -> None:
     chaos = ScaleChaos(tmp_path, num_rows=400, shard_size=40, forms=("one", "three", "ranks", "one"))
     run_scale_chaos(chaos, 6)
+
+
+@pytest.mark.process
+def test_kills_while_children_are_asked(tmp_path: Path) -> None:
+    forms = ("one", "three", "ranks")
+    run_scale_chaos(ScaleChaos(tmp_path, num_rows=60, shard_size=10, forms=forms, has_children=True), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("form", sorted({*forms()} - {"ranks"}))
+def test_100_kills_while_children_are_asked(tmp_path: Path, form: str) -> None:
+    run_scale_chaos(ScaleChaos(tmp_path, num_rows=3000, step_s=UNHURRIED_S, forms=(form,), has_children=True), 100)
 
 
 @pytest.mark.slow

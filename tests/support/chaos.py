@@ -77,6 +77,7 @@ class Chaos:
     delay: int | None = None
     num_pictures: int = 240
     workers: int = 2
+    has_children: bool = False
     report: Counter[str] = field(default_factory=Counter)
     most_redone: int = 0
     _num_outputs: int = 0
@@ -90,7 +91,9 @@ class Chaos:
         self._new_output()
         ending = self._finish(self._start(*([] if self.delay is None else ["--delay", "0"])))
         assert ending.status == 3, ending
-        assert self.journal.read_bytes().count(b"\n") == 2 * self.num_pictures
+        num_bad = len(range(5, self.num_pictures, 20))
+        num_children = (self.num_pictures - num_bad) * 2 * 2 if self.has_children else 0
+        assert self.journal.read_bytes().count(b"\n") == 2 * self.num_pictures + num_children
         self.expected = self.journal.read_bytes().splitlines(keepends=True)
         self.expected_names = self._names()
         self.expected_document = self._document()
@@ -113,8 +116,13 @@ class Chaos:
     def command(self, *options: str) -> list[str]:
         model = ["--real"] if self.model else ["--step-seconds", str(self.step_s)]
         model += [] if self.delay is None else ["--delay", str(self.delay)]
-        asked = ["detect", str(self.pictures), "a", "b", "-o", str(self.output), "--batch-size", str(BATCH_SIZE)]
-        settings = ["--format", self.format, "--workers", str(self.workers), "--max-objects", "3"]
+        asked = ["detect", str(self.pictures), "a", "b"]
+        if self.has_children:
+            then = ["--then", "query:What is on the {label}?", "--then", "point:lid", "--no-reasoning"]
+            asked = ["run", str(self.pictures), "--task", "detect:a,b", *then]
+        asked += ["-o", str(self.output), "--batch-size", str(BATCH_SIZE)]
+        settings = ["--format", self.format, "--workers", str(self.workers)]
+        settings += [] if self.has_children else ["--max-objects", "3"]
         chosen = ["-m", self.model] if self.model else []
         script = [sys.executable, str(STUB_MD3), *model, *options]
         return [*script, "--count", str(self._count), *asked, *settings, *chosen]

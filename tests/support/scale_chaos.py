@@ -1,10 +1,12 @@
 """One output run in every form there is, killed again and again, compared with an undisturbed run of one process.
 
-python tests/support/scale_chaos.py [--rows 20000] [--kills 200] [--seed 0] [--step-seconds 0.15]
+python tests/support/scale_chaos.py [--rows 20000] [--kills 200] [--seed 0] [--step-seconds 0.15] [--then]
+                                    [--forms one,three,ray]
 
 The forms: one process, three worker processes, a Ray cluster where Ray is installed, three ranks, one process
 again. A kill is SIGKILL, SIGTERM or SIGINT to the program, or SIGKILL to one of its workers or ranks. In the end each
 request has its record once, in input order, byte for byte that of the undisturbed run, and `md3 verify` agrees.
+With --then each picture is asked for three objects and each of these two things, so that most records are children's.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ FORMS = {
     "ray": [["--engine", "ray"]],
     "ranks": [["--worker-rank", str(rank), "--world-size", "3"] for rank in range(3)],
 }
+THEN = ["--then", "query:What is on the {label}?", "--then", "detect:lid"]
 UNHURRIED_S = 0.15  # a step, so that one output of 20,000 rows lives through 200 kills and their restarts
 LOOK_S = 0.02
 GRACE_S = 120.0
@@ -64,6 +67,7 @@ class ScaleChaos:
     shard_size: int = 100
     step_s: float = 0.012
     forms: tuple[str, ...] = field(default_factory=lambda: forms())
+    has_children: bool = False
     kills: Counter[str] = field(default_factory=Counter)
     num_finished_early: int = 0
 
@@ -77,7 +81,7 @@ class ScaleChaos:
         self.output = self.folder / "undisturbed.jsonl"
         assert self._start([], step_s=0.0, batch_size=64).wait() == FINISHED
         self.expected = self.output.read_bytes()
-        assert self.expected.count(b"\n") == self.num_rows
+        assert self.expected.count(b"\n") == self.num_records
         self.output = self.folder / "out" / "o.jsonl"
 
     # -- the program -------------------------------------------------------------------------------------
@@ -89,12 +93,27 @@ class ScaleChaos:
         environment = clean_environment(self.folder / "home") | {MARK: self._mark, "OMP_NUM_THREADS": "1"}
         environment |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
         own = ["--step-seconds", str(self.step_s if step_s is None else step_s)]
-        asked = ["caption", str(self.manifest), "-o", str(self.output), "--workers", "1", "--no-progress"]
+        asked = [*self.command, "-o", str(self.output), "--workers", "1", "--no-progress"]
         asked += ["--batch-size", str(batch_size)]
         command = [sys.executable, str(STUB_MD3), *own, *asked, *options]
         self.output.parent.mkdir(exist_ok=True)
         with open(self.folder / "log", "ab") as log:
             return subprocess.Popen(command, env=environment, stderr=log, stdout=log, start_new_session=True)
+
+    @property
+    def command(self) -> list[str]:
+        """What is asked of the rows."""
+        if not self.has_children:
+            return ["caption", str(self.manifest)]
+        return ["run", str(self.manifest), "--task", "detect:3 things", *THEN, "--no-reasoning"]
+
+    @property
+    def num_records(self) -> int:
+        """How many there are in the end; of a bad picture nothing is asked then."""
+        if not self.has_children:
+            return self.num_rows
+        num_bad = self.manifest.read_text().splitlines().count("pictures/p7.png")
+        return self.num_rows + (self.num_rows - num_bad) * 3 * 2
 
     def _start_form(self, form: str) -> dict[int, tuple[subprocess.Popen[bytes], list[str], str]]:
         """The processes of a form by number, each with its options and mark."""
@@ -190,7 +209,7 @@ class ScaleChaos:
     def check_finished(self) -> None:
         """All there, in order, the very bytes; and what md3 itself says to it."""
         found = self.output.read_bytes()
-        assert found.count(b"\n") == self.num_rows
+        assert found.count(b"\n") == self.num_records
         assert found == self.expected, "the records differ from those of an undisturbed run"
         assert b"Traceback" not in self.log().encode(), self.log()
         if Path(f"{self.output}.md3run").exists():
@@ -250,10 +269,19 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step-seconds", type=float, default=UNHURRIED_S)
+    parser.add_argument("--then", action="store_true")
+    parser.add_argument("--forms", type=lambda text: tuple(text.split(",")), default=forms())
     arguments = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="scale-chaos-") as folder:
-        chaos = ScaleChaos(Path(folder), arguments.rows, arguments.seed, step_s=arguments.step_seconds)
+        chaos = ScaleChaos(
+            Path(folder),
+            arguments.rows,
+            arguments.seed,
+            step_s=arguments.step_seconds,
+            forms=arguments.forms,
+            has_children=arguments.then,
+        )
         run_scale_chaos(chaos, arguments.kills)
     print(
         f"{sum(chaos.kills.values())} kills in {time.monotonic() - started:.0f} s, {chaos.num_finished_early} runs got "
