@@ -23,7 +23,7 @@ from md3cli.refine.follow import FollowUps, child_id
 from md3cli.refine.labels import Labels
 from md3cli.refine.refinement import Refinement
 from md3cli.scale.folder import RunFolder
-from md3cli.scale.markers import read_run_options
+from md3cli.scale.markers import RunOptions, read_run_options
 from md3cli.scale.plan import Plan, PlannedRow
 
 ALL_SHOWN = "all"
@@ -83,9 +83,10 @@ class Families:
     run: RunIdentity
 
     @classmethod
-    def of(cls, plan: Plan, refinement: Refinement) -> Families:
-        """Return the families of a plan's records, of which `refinement` hides some objects."""
-        return cls(FollowUps(plan.pad, refinement), plan.identity)
+    def of(cls, plan: Plan, options: RunOptions | None) -> Families:
+        """Return the families of a plan's records as `options` ask; None: nobody has begun, and nothing is hidden."""
+        ups = FollowUps(plan.pad) if options is None else FollowUps(plan.pad, options.refinement, options.everything)
+        return cls(ups, plan.identity)
 
     @cached_property
     def _any(self) -> FollowUps:
@@ -198,7 +199,7 @@ class Families:
 
 def families_of(folder: RunFolder, plan: Plan) -> Families:
     """Return the families of a plan's records, as the latest start asks; of all objects where none has begun."""
-    refinement = Refinement()
+    options = None
     with contextlib.suppress(InputError):
-        refinement = read_run_options(folder).refinement
-    return Families.of(plan, refinement)
+        options = read_run_options(folder)
+    return Families.of(plan, options)

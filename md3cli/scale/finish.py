@@ -50,7 +50,7 @@ class Finish:
         """`commits` grows while the run goes on; what is in it now is from before this start."""
         self._start, self._plan, self._document, self._commits = start, plan, document, commits
         self._config, self._console, self._folder = start.config, start.console, start.folder
-        self._families = Families.of(plan, start.config.refinement)
+        self._families = Families.of(plan, start.run_options)
         self._started_at = time.monotonic()
         self._before = dict(commits)
         self._num_under_way = 0

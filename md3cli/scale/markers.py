@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from md3cli import __version__
-from md3cli.config import DecodeOptions, ModelOptions
+from md3cli.config import DecodeOptions, Everything, ModelOptions
 from md3cli.errors import InputError
-from md3cli.records import printable
+from md3cli.records import printable, request_fields
 from md3cli.refine.labels import labels_of_tables
 from md3cli.refine.refinement import Refinement
+from md3cli.run.asked import request_of
 from md3cli.run.run_info import RunCounts, utc_now
 from md3cli.run.status import typed_command
 from md3cli.scale.folder import (
@@ -53,6 +54,7 @@ class RunOptions:
     model: ModelOptions
     decode: DecodeOptions
     refinement: Refinement = field(default=Refinement())  # names of what is found, and what is not asked about
+    everything: Everything | None = None  # what is made of lists; the same in all starts, for it is in the identity
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON, with a cache folder that is the same from any working folder."""
@@ -61,6 +63,8 @@ class RunOptions:
         chosen = {
             name: value for name, value in self.refinement.to_json().items() if value is not None and value is not False
         }
+        if self.everything is not None:
+            chosen["everything"] = _lists_to_json(self.everything)
         return {"model": model, "decode": asdict(self.decode), **chosen}
 
     @classmethod
@@ -73,7 +77,20 @@ class RunOptions:
         decode |= {name: tuple(value) for name, value in decode.items() if isinstance(value, list)}
         labels = labels_of_tables(document.get("labels", ()), RUN, may_fill=True)
         refinement = replace(Refinement.from_json(dict(document)), labels=labels)
-        return cls(ModelOptions(**model), DecodeOptions(**decode), refinement)
+        lists = document.get("everything")
+        everything = None if lists is None else _lists_from_json(lists)
+        return cls(ModelOptions(**model), DecodeOptions(**decode), refinement, everything)
+
+
+def _lists_to_json(everything: Everything) -> dict[str, Any]:
+    asked = {name: request_fields(getattr(everything, name)) for name in ("listing", "template")}
+    return {**asked, "vocabulary": everything.vocabulary, "most_names": everything.most_names}
+
+
+def _lists_from_json(document: Mapping[str, Any]) -> Everything:
+    names = document["vocabulary"]
+    listing, template = request_of(document["listing"]), request_of(document["template"])
+    return Everything(listing, template, None if names is None else tuple(names), document["most_names"])
 
 
 def write_run_options(folder: RunFolder, options: RunOptions, argv: tuple[str, ...]) -> None:

@@ -231,7 +231,7 @@ class ShardRunner:
         self._reader = PlanReader(self.folder)
         self.plan = self._reader.plan
         options = options or read_run_options(self.folder)
-        self._decode, self._families = options.decode, Families.of(self.plan, options.refinement)
+        self._decode, self._families = options.decode, Families.of(self.plan, options)
         self._model = _find(finder, options.model)
         self._engine = LazyEngine(self._model, while_loading)
         if self._model.identity != self.plan.identity:

@@ -72,7 +72,7 @@ class Start:
         self.config, self.console, self.outputs, self.files = config, console, outputs, outputs.files
         self.folder, self.model, self._source = folder, model, source
         self.deliveries = Deliveries(config.output, outputs.files, folder)
-        self.run_options = RunOptions(config.model, config.decode, config.refinement)
+        self.run_options = RunOptions(config.model, config.decode, config.refinement, config.everything)
         self.is_alone = config.scale.world_size == 1
         self.num_adopted = 0
         self._may_add = config.output.add
@@ -129,7 +129,7 @@ class Start:
         return document
 
     def _families(self, plan: Plan) -> Families:
-        return Families.of(plan, self.config.refinement)
+        return Families.of(plan, self.run_options)
 
     def _asks_others(self, plan: Plan, commits: Mapping[int, Commit]) -> set[int]:
         """Return the committed shards of which an earlier start asked about other objects than this one does."""

@@ -276,3 +276,31 @@ def test_another_question_about_objects_is_refused_in_words(runs: Runs) -> None:
         assert refused.exit_code == 2
         assert "of each object found: it has query" in refused.output
         assert "you now ask point lid as well" in refused.output
+
+
+# -- names in lists --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_lines", [0, 1, 3])
+def test_names_of_lists_are_looked_for_by_many_as_by_one(
+    md3: Program, pictures: Path, tmp_path: Path, num_lines: int
+) -> None:
+    """The stub's answer to a question is no list, its caption is `a picture` and a word of its own."""
+    command = ("detect", pictures, "--everything", "--list", "caption:short", "-o")
+    assert md3(*command, tmp_path / "one.jsonl").exit_code == 3
+    expected, out = (tmp_path / "one.jsonl").read_bytes(), tmp_path / "o.jsonl"
+    assert any(record["task"] == "detect" for record in records_of(expected))
+    if num_lines:
+        assert md3(*command, out).exit_code == 3
+        lines = expected.splitlines(keepends=True)
+        out.write_bytes(b"".join(lines[1:num_lines]) + lines[num_lines].replace(b'"task"', b'"tisk"'))
+    assert md3(*command, out, *MANY).exit_code == 3
+    assert out.read_bytes() == expected
+    found = md3("verify", out)
+    assert found.exit_code == 0, found.output
+    num_lists = sum(record["task"] == "caption" for record in records_of(expected))
+    status = json.loads(md3("status", out, "--json").stdout)
+    assert (status["children"], status["requests"]) == (
+        len(records_of(expected)) - num_lists,
+        len(records_of(expected)),
+    )
