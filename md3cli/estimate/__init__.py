@@ -22,7 +22,7 @@ from typing import Any
 from md3cli.config import ModelOptions, RunConfig, ScaleOptions
 from md3cli.console import RunConsole
 from md3cli.errors import ImageError, InputError, RequestError
-from md3cli.estimate.forecast import OF_OBJECTS, as_json, as_lines, forecast
+from md3cli.estimate.forecast import ASKED_NEXT, as_json, as_lines, forecast
 from md3cli.estimate.sample import count_and_draw, measure, open_drawn
 from md3cli.images.crops import CropConfig
 from md3cli.images.pool import Picture
@@ -58,6 +58,7 @@ def estimate(
         with stop.interruptible():
             console.say("counting INPUT ...")
             drawn = count_and_draw(source, asked.num_opened)
+            drawn.asks_more = drawn.asks_more or config.everything is not None
             if not drawn.num_units:
                 check_found(source, config.source, is_allowed=config.allow_empty)
                 console.say(f"{empty_words(config.source)}, so there is nothing to estimate")
@@ -93,8 +94,8 @@ class DryRun:
     """What was counted: `crops` is images by number of crops, the global one included, `bad` is rows by error type.
 
     `num_of_parts` is how many requests are about a part of an image, which has crops of its own.
-    `num_tiles` are beside the images, whose crops alone are counted; None where none are asked for. `has_then`: more
-    is asked about each object that is found, and nobody knows how many those are.
+    `num_tiles` are beside the images, whose crops alone are counted; None where none are asked for. `asks_more`:
+    records may ask more, and nobody knows how much.
     """
 
     num_images: int = 0
@@ -104,7 +105,7 @@ class DryRun:
     bad: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     num_tiles: int | None = None
-    has_then: bool = False
+    asks_more: bool = False
 
     def add(self, picture: Picture, looked_at: Iterable[Tiles], crop_config: CropConfig) -> None:
         """Count a picture, and each tile of it once."""
@@ -116,7 +117,7 @@ class DryRun:
     def as_json(self) -> dict[str, Any]:
         parts = {"requests_of_parts": self.num_of_parts} if self.num_of_parts else {}
         tiles = {} if self.num_tiles is None else {"tiles": self.num_tiles}
-        not_counted = {"not_counted": [OF_OBJECTS]} if self.has_then else {}
+        not_counted = {"not_counted": [ASKED_NEXT]} if self.asks_more else {}
         return {
             "images": self.num_images,
             "requests": self.num_requests,
@@ -140,7 +141,7 @@ class DryRun:
             *([] if self.num_tiles is None else [f"tiles      {self.num_tiles:,}, each with crops of its own"]),
             f"bad files  {self.bad.total():,}{f': {bad}' if bad else ''}",
             f"not taken  {self.skipped.total():,}{f': {skipped}' if skipped else ''}",
-            *([f"not in it  {OF_OBJECTS}"] if self.has_then else []),
+            *([f"not in it  {ASKED_NEXT}"] if self.asks_more else []),
         ]
 
 
@@ -176,7 +177,7 @@ def _decoded(
     with make_pool(config, crop_config) as pool:
         for row in source:
             counts.num_requests += len(row.requests)
-            counts.has_then = counts.has_then or bool(row.then)
+            counts.asks_more = counts.asks_more or bool(row.then) or config.everything is not None
             counts.num_of_parts += sum(request.region is not None for request in row.requests)
             counts.num_images += row.image is not None
             if row.failure is not None:

@@ -32,7 +32,7 @@ NOT_INCLUDED = (
     "other work on the machine, and a device that slows down when hot",
     "listing INPUT, fetching remote pictures, and the making of other formats than records",
 )
-OF_OBJECTS = "what is asked about each object that is found (then)"
+ASKED_NEXT = "what records ask next: about each object found (--then), or to find what they list (--everything)"
 
 Table = NDArray[np.float64]
 
@@ -80,12 +80,12 @@ class Forecast:
     encoding_bytes: float
     num_devices: int
     measured: Measured
-    has_then: bool = False  # more is asked about each object that is found
+    asks_more: bool = False  # once records are there
 
     @property
     def not_included(self) -> tuple[str, ...]:
         """What is not in the figures, in words."""
-        return (*NOT_INCLUDED, OF_OBJECTS) if self.has_then else NOT_INCLUDED
+        return (*NOT_INCLUDED, ASKED_NEXT) if self.asks_more else NOT_INCLUDED
 
 
 def forecast(drawn: Drawn, opened: Opened, measured: Measured, *, num_devices: int) -> Forecast:
@@ -124,7 +124,7 @@ def forecast(drawn: Drawn, opened: Opened, measured: Measured, *, num_devices: i
         encoding_bytes=pictures * measured.encoding_bytes,
         num_devices=num_devices,
         measured=measured,
-        has_then=drawn.has_then,
+        asks_more=drawn.asks_more,
     )
 
 

@@ -66,7 +66,7 @@ class Unit:
 class Drawn:
     """Exact counts of INPUT's rows and, in input order, the units that were drawn of `num_units`.
 
-    `has_then`: more is asked about each object that is found, which is not counted.
+    `asks_more`: records may ask more, which is not counted.
     """
 
     num_images: int = 0
@@ -75,7 +75,7 @@ class Drawn:
     bad: Counter[str] = field(default_factory=Counter)  # rows that fail before anything is opened, by error type
     skipped: Counter[str] = field(default_factory=Counter)
     units: list[Unit] = field(default_factory=list)
-    has_then: bool = False
+    asks_more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def _counted(source: Source, drawn: Drawn) -> Iterator[SourceRow]:
     """Yield the rows that can be asked; all rows are counted."""
     for row in source:
         drawn.num_requests += len(row.requests)
-        drawn.has_then = drawn.has_then or bool(row.then)
+        drawn.asks_more = drawn.asks_more or bool(row.then)
         drawn.num_images += row.image is not None
         if row.failure is not None:
             drawn.bad[row.failure.type] += 1

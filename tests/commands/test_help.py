@@ -83,7 +83,7 @@ def test_a_short_page_has_what_a_command_is_about(name: str, wanted: str) -> Non
 @pytest.mark.parametrize("name", TASKS)
 def test_the_short_page_of_a_task_has_its_own_options(name: str) -> None:
     lines = page(name, "-h")
-    assert len([line for line in lines if line.startswith("  md3 ") or "| md3 " in line]) == 3  # examples
+    assert len([line for line in lines if line.startswith("  md3 ") or "| md3 " in line]) in (3, 4)  # examples
     text = "\n".join(lines)
     assert f"`md3 {name} --help` shows the other " in text
     wanted = {spelling for option in options(name) if option.rich_help_panel is None for spelling in option.opts}

@@ -214,12 +214,13 @@ def test_a_dry_run_with_estimate_is_the_same(md3: TimedProgram, pictures: Path) 
     assert json.loads(result.stdout) == expected
 
 
-def test_what_is_asked_of_objects_is_told_as_not_counted(md3: TimedProgram, pictures: Path) -> None:
-    told = "what is asked about each object that is found (then)"
+def test_what_records_ask_next_is_told_as_not_counted(md3: TimedProgram, pictures: Path) -> None:
+    told = "what records ask next: about each object found (--then), or to find what they list (--everything)"
     command = (pictures, "--task", "detect:car", "--then", "query:Why?")
     assert told in md3.estimate(*command)["not_included"]
     counted = json.loads(md3("run", *command, "--dry-run").stdout)
     assert (counted["requests"], counted["not_counted"]) == (counted["images"], [told])
+    assert told in json.loads(md3("detect", pictures, "--everything", "--dry-run").stdout)["not_counted"]
     for words in (command[:3], (pictures, "--task", "caption")):
         assert told not in md3.estimate(*words)["not_included"]
         assert "not_counted" not in json.loads(md3("run", *words, "--dry-run").stdout)
