@@ -38,6 +38,7 @@ ROOMS = (
     ("md3cli.model.quant",),
     ("md3cli.model.engine",),
     ("md3cli.model.inspect", "md3cli.model.calibrate", "md3cli.model.api_requests"),
+    ("md3cli.model.api_annotate",),
     ("md3cli.model.api",),
     ("md3cli.model.hf",),
     ("md3cli.model",),

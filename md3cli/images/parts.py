@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from md3cli.errors import ImageError
-from md3cli.images.crops import PreparedImage, UncutImage, WholeImage, cut_crops
+from md3cli.images.crops import CropConfig, PreparedImage, UncutImage, WholeImage, cut_crops
 from md3cli.images.pool import Picture, PicturePool, pass_failure, pass_on
 from md3cli.images.rects import PixelRect, padded_rect
 from md3cli.records import ImageFacts, ImageItem, Region
@@ -26,6 +26,7 @@ from md3cli.records import ImageFacts, ImageItem, Region
 KEPT_BYTES = 512 * 2**20  # of whole pictures: 14 photographs of 12 megapixels
 MOST_CUTTERS = 4
 T = TypeVar("T")
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Part(NamedTuple):
@@ -36,22 +37,22 @@ class Part(NamedTuple):
     rect: PixelRect
 
 
-class KeptImages:
+class KeptImages(Generic[Key]):
     """The whole pictures that were asked for last, as many as fit `limit_bytes`; for any thread."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes, self._num_bytes = limit_bytes, 0
-        self._images: OrderedDict[ImageItem, WholeImage] = OrderedDict()
+        self._images: OrderedDict[Key, WholeImage] = OrderedDict()
         self._lock = threading.Lock()
 
-    def find(self, item: ImageItem) -> WholeImage | None:
+    def find(self, item: Key) -> WholeImage | None:
         """Return a picture that is kept."""
         with self._lock:
             if item in self._images:
                 self._images.move_to_end(item)
             return self._images.get(item)
 
-    def keep(self, item: ImageItem, image: WholeImage) -> None:
+    def keep(self, item: Key, image: WholeImage) -> None:
         """Keep a picture, and let go of those that were not asked for longest; one that never fits is not kept."""
         with self._lock:
             if image.pixels.nbytes > self._limit_bytes or item in self._images:
@@ -68,7 +69,7 @@ class PartCutter:
 
     def __init__(self, pool: PicturePool, *, kept_bytes: int = KEPT_BYTES) -> None:
         self._pool, self.crop_config = pool, pool.crop_config
-        self._kept = KeptImages(kept_bytes)
+        self._kept = KeptImages[ImageItem](kept_bytes)
         self._coming: dict[ImageItem, Future[WholeImage]] = {}
         self._lock = threading.Lock()  # guards _coming
         self._threads = ThreadPoolExecutor(max(1, min(MOST_CUTTERS, pool.num_workers)), "cut")
@@ -123,9 +124,7 @@ class PartCutter:
 
     def part_of(self, whole: WholeImage, rect: PixelRect) -> Part:
         """Cut whole pixels out of a picture."""
-        facts = ImageFacts(whole.width, whole.height, whole.sha256)
-        pixels = whole.pixels[rect.top : rect.bottom, rect.left : rect.right]
-        return Part(self._cut(WholeImage(np.ascontiguousarray(pixels), part_key(whole, rect))), facts, rect)
+        return cut_rect(whole, rect, self.crop_config, self._longest_whole)
 
     def _after(self, item: ImageItem, make: Callable[[WholeImage], T]) -> Future[T]:
         """Return the future of what is made of a whole picture, by a thread of this cutter."""
@@ -145,16 +144,37 @@ class PartCutter:
         return done
 
     def _part(self, whole: WholeImage, region: Region) -> Part:
-        rect = padded_rect(region.box._asdict(), whole.width, whole.height, region.pad)
-        if rect is None:
-            raise ImageError("bad_request", "the region has no size, or nothing of it is inside the picture")
-        return self.part_of(whole, rect)
+        return cut_region(whole, region, self.crop_config, self._longest_whole)
 
     def _cut(self, whole: WholeImage) -> Picture:
-        if max(whole.width, whole.height) <= self._longest_whole:
-            return UncutImage.of(whole, self.crop_config)
-        crops = cut_crops(Image.fromarray(whole.pixels), self.crop_config)
-        return PreparedImage(crops.pixels, crops.tiling, whole.width, whole.height, whole.sha256)
+        return cut_whole(whole, self.crop_config, self._longest_whole)
+
+
+def cut_whole(whole: WholeImage, cfg: CropConfig, longest_whole: int = 0) -> Picture:
+    """Cut a picture into crops; one whose sides are not over `longest_whole` is left to the engine."""
+    if max(whole.width, whole.height) <= longest_whole:
+        return UncutImage.of(whole, cfg)
+    crops = cut_crops(Image.fromarray(whole.pixels), cfg)
+    return PreparedImage(crops.pixels, crops.tiling, whole.width, whole.height, whole.sha256)
+
+
+def cut_rect(whole: WholeImage, rect: PixelRect, cfg: CropConfig, longest_whole: int = 0) -> Part:
+    """Cut whole pixels out of a picture, and those into crops as `cut_whole` does."""
+    facts = ImageFacts(whole.width, whole.height, whole.sha256)
+    pixels = np.ascontiguousarray(whole.pixels[rect.top : rect.bottom, rect.left : rect.right])
+    return Part(cut_whole(WholeImage(pixels, part_key(whole, rect)), cfg, longest_whole), facts, rect)
+
+
+def cut_region(whole: WholeImage, region: Region, cfg: CropConfig, longest_whole: int = 0) -> Part:
+    """Cut a region with the room around it out of a picture, as `cut_rect` does.
+
+    Raises:
+        ImageError: nothing of it is inside the picture, or it has no size.
+    """
+    rect = padded_rect(region.box._asdict(), whole.width, whole.height, region.pad)
+    if rect is None:
+        raise ImageError("bad_request", "the region has no size, or nothing of it is inside the picture")
+    return cut_rect(whole, rect, cfg, longest_whole)
 
 
 def part_key(whole: WholeImage, rect: PixelRect) -> str:

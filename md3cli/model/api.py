@@ -7,7 +7,6 @@ original's is 0.5), so that the same picture gives the same labels. `api_request
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any, Self
 from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError, EngineError, ImageError, RequestError
 from md3cli.images.crops import PreparedImage
+from md3cli.model.api_annotate import Annotating
 from md3cli.model.api_requests import (
-    ApiRequest,
     ImageLike,
     Settings,
     SpatialRefs,
@@ -28,14 +27,12 @@ from md3cli.model.api_requests import (
     read_flag,
     read_prompt,
     read_refs,
-    read_request,
     read_settings,
 )
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.generation import EncodedImage, Generation, reasoning_result
 from md3cli.model.engine.load import load_engine
-from md3cli.records import Answer, ImageFacts, Job, RecordDict, Request, RowFailure, Task
-from md3cli.source.requests import check_request
+from md3cli.records import Answer, Job, RecordDict, Request, Task
 
 _CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x2F800, 0x2FA1F))
 
@@ -206,7 +203,10 @@ class Moondream(Skills):
 
         Each request is a mapping: `image` (anything an image can be, or None), `task`, `prompt`, and
         optionally `length`, `reasoning`, `spatial_refs`, the settings, `name` (what the record calls
-        the picture) and `meta`. A request that fails becomes an error record.
+        the picture) and `meta`. A request that fails becomes an error record. `then` of a detect or
+        segment is asked about each object found, as `--then` is: a SPEC such as
+        `"query:What colour is the {label}?"`, or a list of them; `pad` is the room around an object, 0.1
+        of its own width and height. Those records follow that of the request.
 
         Raises:
             RequestError: `requests` is no series of requests.
@@ -215,17 +215,17 @@ class Moondream(Skills):
             raise RequestError(
                 f"requests are {describe_value(requests)}, expected a list or another series of mappings"
             )
-        open_requests: dict[int, ApiRequest] = {}  # by key, in the order of the requests
-        repeats: Counter[str] = Counter()
+        run = Annotating(requests, self._keys, self.engine.identity, self.engine.crop_config)
 
-        def finished() -> Iterator[RecordDict]:
-            while open_requests and (key := next(iter(open_requests))) in self._answers:
-                yield open_requests.pop(key).record(self._answers.pop(key), self.engine.identity, repeats)
+        def take() -> None:
+            for key in [key for key in self._answers if run.is_mine(key)]:
+                run.take(self._answers.pop(key))
 
-        for answer in self.engine.run(self._jobs(requests, open_requests)):
+        for answer in self.engine.run(run.jobs(take)):
             self._answers[answer.key] = answer
-            yield from finished()
-        yield from finished()  # failures that no answer came after
+            take()
+            yield from run.finished()
+        yield from run.finished()  # failures that no answer came after
 
     def compile(self) -> None:
         """Compile the forward passes, which pays for long runs on a GPU; without a compiler it warns and goes on.
@@ -325,21 +325,3 @@ class Moondream(Skills):
         self._result(key)
         if piece := text.finish():
             yield piece
-
-    # -- many requests ----------------------------------------------------------------------------
-
-    def _jobs(self, rows: Iterable[Mapping[str, Any]], open_requests: dict[int, ApiRequest]) -> Iterator[Job]:
-        """Note every request in `open_requests`; yield the jobs of those that make sense, and fail the others."""
-        for row in rows:
-            key = next(self._keys)
-            entry = open_requests[key] = ApiRequest.of(row)
-            try:
-                entry.request = read_request(row)
-                check_request(entry.request, has_image=entry.item is not None)
-                image = None if entry.item is None else self._prepare(row["image"])
-            except (RequestError, ImageError) as error:
-                self._answers[key] = Answer(key, failure=RowFailure(error.type, str(error)))
-                continue
-            if image is not None:
-                entry.facts = ImageFacts(image.width, image.height, image.sha256)
-            yield Job(key, image, entry.request)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import reprlib
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from md3cli.config import DEFAULT_PAD
 from md3cli.errors import ImageError, RequestError, RowError
-from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, cut_crops, prepare_image
+from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, WholeImage, cut_crops, prepare_image, read_whole
 from md3cli.model.engine.generation import EncodedImage
 from md3cli.records import (
     Answer,
@@ -34,7 +34,8 @@ from md3cli.records import (
     request_id,
 )
 from md3cli.remote.address import is_address
-from md3cli.source.requests import ROW_COLUMNS, THEN, read_setting, refused_request
+from md3cli.source.requests import ROW_COLUMNS, read_setting, refused_request
+from md3cli.source.specs import are_followed, then_requests
 
 ImageLike = Image.Image | EncodedImage | str | Path | bytes | np.ndarray
 SpatialRefs = Iterable[Iterable[float]]
@@ -42,7 +43,8 @@ Settings = Mapping[str, Any] | None
 SETTINGS = ("temperature", "top_p", "max_tokens", "max_objects", "seed")
 _SHOWN_CHARS = 80
 _PATH_CHARS = 1024  # what is longer is hardly a path
-KNOWN_KEYS = (ROW_COLUMNS - {THEN}) | {"name", "meta", "choices"}
+KNOWN_KEYS = ROW_COLUMNS | {"name", "meta", "choices", "pad"}
+_MOST_PAD = 10.0  # of a box's own size
 
 
 @dataclass(slots=True)
@@ -70,12 +72,12 @@ class ApiRequest:
         others |= dict(meta) if isinstance(meta, Mapping) else {}
         return cls(item, refused_request(asked, Request(Task.QUERY)), others)
 
-    def record(self, answer: Answer, run: RunIdentity, repeats: Counter[str]) -> RecordDict:
-        """Return the record of `answer`; `repeats` counts equal requests, so that each has an id of its own."""
-        name = self.item.name if self.item is not None else None
-        first_id = request_id(name, self.request, run)
-        record_id = request_id(name, self.request, run, repeats[first_id])
-        repeats[first_id] += 1
+    def id_of(self, run: RunIdentity, repeat: int) -> str:
+        """Return the id of the request, which was asked `repeat` times before."""
+        return request_id(self.item.name if self.item is not None else None, self.request, run, repeat)
+
+    def record(self, answer: Answer, run: RunIdentity, record_id: str) -> RecordDict:
+        """Return the record of `answer`."""
         return make_record(record_id, self.item, self.facts, self.request, run, answer, self.meta)
 
 
@@ -95,18 +97,44 @@ def prepare_picture(image: ImageLike, config: CropConfig, background: str | None
             return prepare_pil(image, config)
         except Exception as error:  # a file that PIL has opened and not read yet: decoders raise anything
             raise ImageError("decode", f"it cannot be read ({describe_value(error)})") from error
+    item, data = _file_of(image)
+    return prepare_image(item, config, ImageLimits(), background, data=data)
+
+
+def whole_picture(image: ImageLike, background: str | None) -> WholeImage:
+    """Read a picture of which parts are asked; arguments and errors are those of `prepare_picture`."""
+    if isinstance(image, EncodedImage):
+        raise RequestError("then asks about parts of the picture, and an encoded one has none; give the picture itself")
+    if isinstance(image, np.ndarray):
+        image = _image_of(image)
+    if isinstance(image, Image.Image):
+        try:
+            rgb = image.convert("RGB")
+            return WholeImage(np.array(rgb), _digest_of(rgb))
+        except Exception as error:  # as in prepare_picture
+            raise ImageError("decode", f"it cannot be read ({describe_value(error)})") from error
+    item, data = _file_of(image)
+    return read_whole(item, ImageLimits(), background, data=data)
+
+
+def _file_of(image: object) -> tuple[ImageItem, bytes | None]:
+    """Return the file that a picture is: bytes, or a path.
+
+    Raises:
+        RequestError: it is neither, or an address.
+        ImageError: it has no bytes.
+    """
     if isinstance(image, bytes | bytearray | memoryview):
-        data = bytes(image)
-        if not data:
+        if not (data := bytes(image)):
             raise ImageError("empty", "0 bytes")
-        return prepare_image(ImageItem("", ""), config, ImageLimits(), background, data=data)
+        return ImageItem("", ""), data
     if not isinstance(image, str | os.PathLike):
         wanted = "a path, the bytes of a file, a PIL image or an array uint8 [H, W, 3]"
         raise RequestError(f"image is {describe_picture(image)}; give {wanted}")
     path = os.fsdecode(image)
     if is_address(path):
         raise RequestError(f"{describe_picture(path)}: no address is fetched here; open the picture, or use md3 itself")
-    return prepare_image(ImageItem(path, path), config, ImageLimits(), background)
+    return ImageItem(path, path), None
 
 
 def _image_of(array: np.ndarray) -> Image.Image:
@@ -137,8 +165,11 @@ def prepare_pil(image: Image.Image, config: CropConfig) -> PreparedImage:
     """Prepare a picture in memory, as it is; its digest is that of the pixels."""
     rgb = image.convert("RGB")
     crops = cut_crops(rgb, config)
-    digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
-    return PreparedImage(crops.pixels, crops.tiling, rgb.width, rgb.height, digest)
+    return PreparedImage(crops.pixels, crops.tiling, rgb.width, rgb.height, _digest_of(rgb))
+
+
+def _digest_of(rgb: Image.Image) -> str:
+    return hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
 
 
 def read_settings(settings: Settings) -> dict[str, Any]:
@@ -218,6 +249,36 @@ def read_request(row: Mapping[str, Any]) -> Request:
         choices=tuple(choices),
         **read_settings({name: given[name] for name in SETTINGS if name in given}),
     )
+
+
+def read_then(value: object, request: Request) -> tuple[Request, ...]:
+    """Read what `then` asks about each object that `request` finds: a SPEC, or several; none where it is left out.
+
+    Raises:
+        RequestError: it makes no sense, or the request finds no boxes.
+    """
+    if value is None or (isinstance(value, str) and not value):
+        return ()
+    if not are_followed([request]):
+        raise RequestError(f"then asks about what detect and segment find, and this request is {request.task}")
+    try:
+        return then_requests(list(value) if isinstance(value, tuple) else value, request)
+    except RowError as error:
+        raise RequestError(str(error)) from error
+
+
+def read_pad(value: object) -> float:
+    """Read the room around a region, as a share of its width and height, 0 to 10; None is the usual room.
+
+    Raises:
+        RequestError: it is no such number.
+    """
+    plain = value.item() if isinstance(value, np.generic) else value
+    if plain is None:
+        return DEFAULT_PAD
+    if isinstance(plain, bool) or not isinstance(plain, int | float) or not 0 <= plain <= _MOST_PAD:
+        raise RequestError(f"pad is {describe_value(value)}, expected a share from 0 to {_MOST_PAD:g}")
+    return float(plain)
 
 
 def read_argument(name: str, value: Any) -> Any:
