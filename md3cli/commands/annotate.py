@@ -301,8 +301,7 @@ def run(
     """Several tasks in one pass, each image encoded once; or a manifest whose rows carry their own.
 
     Examples:
-        md3 run photos/ --task caption:long --task detect:car,person -o out/
-        md3 run photos/ --task "query:Is it raining?" --task segment:dog -o out/
+        md3 run photos/ --task caption:long --task detect:car,person --task "query:Is it raining?" -o out/
         md3 run photos/ --task detect:car --then "query:What colour is the {label}?" -o out/
         md3 run requests.csv -o answers.jsonl
     """
