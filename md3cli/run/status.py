@@ -8,6 +8,8 @@ reads.
 
 from __future__ import annotations
 
+import mmap
+import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ from typing import Any
 from md3cli.console.progress import clock
 from md3cli.errors import InputError
 from md3cli.files import lock_holder
+from md3cli.finished.digest import DigestSet, digest_of
 from md3cli.finished.run_json import (
     RECORDS_NAME,
     counts_of,
@@ -36,6 +39,14 @@ from md3cli.run.journal_scan import scan_journal
 from md3cli.run.run_info import RunCounts
 
 PROGRAM = "md3"
+_TEXT = rb'"(?:[^"\\]|\\.)*+"'
+_REGION = b',"region":{'
+_CORNERS = b"".join(rb'"%s":[^"]*+' % name for name in (b"x_min", b"y_min", b"x_max", b"y_max"))
+_OF_RECORD = re.compile(
+    rb'"id":"([0-9a-f]{32})".*"prompt":(?:null|%s),"region":\{%s"label":%s,"of":"[0-9a-f]{32}"'
+    % (_TEXT, _CORNERS, _TEXT)
+)
+_OF_NAME = re.compile(rb'"id":"([0-9a-f]{32})".*"task":"detect",')
 
 
 class State(StrEnum):
@@ -52,7 +63,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """How a run stands. `requests` None: INPUT has not been counted. `children` are requests about parts of pictures.
+    """How a run stands. `requests` None: INPUT has not been counted. `children` are about what others found.
 
     `rate` is requests a second of the last start, 0 where it is not known. `holder` says who is at it, and `command`
     is what was typed, with the program's name; empty where run.json does not say.
@@ -90,7 +101,7 @@ class Standing:
         words = f"{state.get(self.state, self.state)}{f' ({self.holder})' if self.holder else ''}"
         lines = [f"{printable(self.run)}: {words}", self._counts()]
         if self.children:
-            lines.append(f"{self.children:,} of them about parts of pictures")
+            lines.append(f"{self.children:,} of them about what others found")
         if self.seconds_since_record is not None:
             lines.append(f"last record {clock(self.seconds_since_record)} ago{self._speed()}")
         return [*lines, *self._next()]
@@ -155,13 +166,14 @@ def standing_of(typed: str) -> Standing:
     done = counts.ok + counts.failed
     if stat is not None and not done and not has_schema and state is not State.RUNNING:
         raise InputError(f"{printable(str(records))} holds no record of md3")
-    noted = number_of(document.get("requests"))
-    total = done if state is State.FINISHED else None if noted is None else max(int(noted), done)
+    noted, children = number_of(document.get("requests")), _num_children(records, document) if done else 0
+    total = done if state is State.FINISHED else None if noted is None else max(int(noted) + children, done)
     return Standing(
         run=typed,
         requests=total,
         counts=counts,
         state=state,
+        children=children,
         rate=_rate(document, done, stat.st_mtime if stat is not None else 0.0),
         seconds_since_record=max(0.0, time.time() - stat.st_mtime) if stat is not None and done else None,
         holder=holder or "",
@@ -192,6 +204,24 @@ def _counts(records: Path, document: Mapping[str, Any]) -> RunCounts:
     with open(records, "rb", buffering=0) as file:
         found = scan_journal(file).found
     return RunCounts(found.num_ok, sum(found.num_failed.values()), found.num_failed)
+
+
+def _num_children(records: Path, document: Mapping[str, Any]) -> int:
+    """Return how many records were asked for by others: about objects, or about names in lists.
+
+    Lines are not parsed: behind a prompt stands a region only where md3 has put one, and `of` is a record's id.
+    """
+    identity = document.get("identity")
+    has_lists = isinstance(identity, dict) and identity.get("everything") is True
+    found = DigestSet()  # one that was done again counts once
+    with open(records, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        if not has_lists and text.find(_REGION) < 0:
+            return 0
+        for line in iter(text.readline, b""):
+            child = _OF_NAME.search(line) if has_lists else _REGION in line and _OF_RECORD.search(line)
+            if child:
+                found.add(digest_of(child[1].decode()))
+    return len(found)
 
 
 def _rate(document: Mapping[str, Any], done: int, last_record: float) -> float:

@@ -143,6 +143,28 @@ def test_a_run_under_way_and_killed(md3: Program, tmp_path: Path, many: tuple[An
     assert len(records_of(Path("out/records.jsonl"))) == 30
 
 
+def test_children_are_counted_as_they_come(md3: Program) -> None:
+    """What is typed or listed may look like a record's own words; what an annotation asks is no child."""
+    command = ("run", "pictures", "--task", "detect:2 things", "--no-reasoning", "-o", "out.jsonl")
+    asked = ("--then", 'query:"region":{{ "of": {label}?', "--then", "detect:lid")
+    assert md3(*command, *asked).exit_code == 3
+    found = status(md3, "out.jsonl")
+    assert (found["requests"], found["done"], found["children"]) == (30 + 29 * 4, 30 + 29 * 4, 29 * 4)
+    out, lines = Path("out.jsonl"), Path("out.jsonl").read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join([*lines[:7], lines[3]]))
+    found = status(md3, "out.jsonl")
+    assert (found["done"], found["children"], found["ok"]) == (7, 5, 7)
+    info = Path("out.jsonl.run.json")
+    document = json.loads(info.read_text())
+    document["starts"][-1]["exit_status"] = 130
+    info.write_text(json.dumps(document))
+    found = status(md3, "out.jsonl")
+    assert (found["requests"], found["state"]) == (30 + 5, "stopped")
+    assert "5 of them about what others found" in md3("status", "out.jsonl").stdout
+    assert md3("detect", "pictures", '","region":{"x_min":', "-o", "plain.jsonl").exit_code == 3
+    assert status(md3, "plain.jsonl")["children"] == 0
+
+
 def status_or_none(md3: Program) -> dict[str, Any] | None:
     result = md3("status", "out", "--json")
     return json.loads(result.stdout) if result.exit_code == 0 else None
