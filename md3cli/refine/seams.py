@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from md3cli.images.rects import PixelRect
 from md3cli.refine.refinement import iou
 
@@ -101,6 +103,10 @@ class _Grid:
         first = bisect_left(stretches, start - self.margin, key=lambda stretch: stretch[1])
         return stretches[first : bisect_right(stretches, end + self.margin, key=lambda stretch: stretch[0])]
 
+    def nearness(self, view: int) -> float:
+        """Return how far from a point of a view another one of the same object may be, in pixels."""
+        return NEAR * max(self.views[view].width, self.views[view].height)
+
     def room(self, view: int, corners: Corners) -> tuple[float, float, float, float]:
         """Return the pixels from a box to each edge of a view; no end of them where that is the picture's own edge."""
         rect, picture = self.views[view], self.views[WHOLE]
@@ -133,9 +139,9 @@ class _Seen:
 
     def is_seen_better(self, grid: _Grid) -> bool:
         """Return whether another tile shows the place farther from its own inner edges, and so decides about it."""
-        others = (view for view in grid.tiles_at(self.corners) if view != self.view)
         if self.view == WHOLE:
             return False
+        others = (view for view in grid.tiles_at(self.corners) if view != self.view)
         if "x" in self.thing:
             clearly = min(grid.room(self.view, self.corners)) + 2 * grid.margin
             return any(min(grid.room(view, self.corners)) > clearly for view in others)
@@ -154,6 +160,12 @@ class _Group:
         lefts, tops, rights, bottoms = zip(*(half.corners for half in halves), strict=True)
         self.corners = (min(lefts), min(tops), max(rights), max(bottoms))
         self.has_halves = len(halves) > 1
+
+    def reach(self, grid: _Grid) -> Corners:
+        """Return the box or point with the room within which another one may be of the same object."""
+        room = max(grid.nearness(view) for view in self.views) if "x" in self.best.thing else grid.margin
+        left, top, right, bottom = self.corners
+        return left - room, top - room, right + room, bottom + room
 
     def shown(self, corners: Corners, grid: _Grid) -> Corners:
         """Return what is left of a box where this group's tiles see no more than a piece of the object."""
@@ -176,18 +188,7 @@ Likeness = Callable[[_Group, _Group, _Grid], float]
 
 def _matched(groups: Sequence[_Group], grid: _Grid, likeness: Likeness) -> list[_Group]:
     """Unite groups that are alike (`likeness` above 0), most alike first, never two that share a view."""
-    by_view: dict[int, list[int]] = {}
-    for place, group in enumerate(groups):
-        for view in group.views:
-            by_view.setdefault(view, []).append(place)
-    pairs = {
-        (min(place, other), max(place, other))
-        for place, group in enumerate(groups)
-        for view in (WHOLE, *grid.tiles_at(group.corners))
-        if view not in group.views
-        for other in by_view.get(view, ())
-    }
-    alike = ((likeness(groups[one], groups[other], grid), one, other) for one, other in pairs)
+    alike = ((likeness(groups[one], groups[other], grid), one, other) for one, other in _touching(groups, grid))
     owner = list(range(len(groups)))  # of each group: the first of those it is united with
     parts = {place: [place] for place in owner}
     views = [set(group.views) for group in groups]
@@ -200,6 +201,19 @@ def _matched(groups: Sequence[_Group], grid: _Grid, likeness: Likeness) -> list[
             owner[part] = first
         parts[first] += parts.pop(second)
     return [_Group([m for part in sorted(of) for m in groups[part].members]) for _, of in sorted(parts.items())]
+
+
+def _touching(groups: Sequence[_Group], grid: _Grid) -> Iterator[tuple[int, int]]:
+    """Yield the places of groups that share no view and lie near enough to be one object, each pair once."""
+    reach = np.array([group.reach(grid) for group in groups]).reshape(-1, 4)
+    order = np.argsort(reach[:, 0], kind="stable")
+    ends = np.searchsorted(reach[order, 0], reach[order, 2], side="right")  # of those that begin before one ends
+    for place, end in enumerate(ends.tolist()):
+        one, behind = int(order[place]), order[place + 1 : end]
+        is_near = (reach[behind, 1] <= reach[one, 3]) & (reach[behind, 3] >= reach[one, 1])
+        for other in behind[is_near].tolist():
+            if groups[one].views.isdisjoint(groups[other].views):
+                yield min(one, other), max(one, other)
 
 
 def _of_halves(one: _Group, other: _Group, grid: _Grid) -> float:
@@ -240,9 +254,8 @@ def _of_boxes(one: _Group, other: _Group, grid: _Grid) -> float:
 
 def _of_points(one: _Group, other: _Group, grid: _Grid) -> float:
     """Return how near two points that are one object are, from 0 to 1; 0 of others."""
-    longest = max(max(grid.views[view].width, grid.views[view].height) for view in one.views | other.views)
     apart = math.dist(one.corners[:2], other.corners[:2])
-    return 1 / (1 + apart) if apart <= NEAR * longest else 0.0
+    return 1 / (1 + apart) if apart <= max(map(grid.nearness, one.views | other.views)) else 0.0
 
 
 def _cut(corners: Corners, rect: Corners) -> Corners:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from md3cli.images.rects import PixelRect
 from md3cli.images.tiles import tile_rects
+from md3cli.refine import seams
 from md3cli.refine.seams import View, join_tiles
 
 WIDTH, HEIGHT, SIZE, OVERLAP = 1000, 800, 400, 0.25
@@ -83,25 +86,45 @@ def test_so_it_is_with_any_overlap(drawn: tuple[int, int, int, int], width: int,
     assert joined([], views_of([box], tile_rects(WIDTH, HEIGHT, SIZE, overlap))) == [box]
 
 
-noisy = st.tuples(st.sampled_from(range(len(TILES))), places, st.integers(1, 999))
+found_things = st.lists(st.tuples(st.sampled_from(range(len(TILES) + 1)), places, st.integers(1, 999)), max_size=30)
+Drawn = list[tuple[int, tuple[int, int, int, int], int]]
 
 
-@given(st.lists(noisy, max_size=25), st.lists(st.tuples(places, st.integers(1, 999)), max_size=6), st.randoms())
-def test_the_order_of_the_tiles_says_nothing(
-    drawn: list[tuple[int, tuple[int, int, int, int], int]],
-    whole: list[tuple[tuple[int, int, int, int], int]],
-    rng: random.Random,
-) -> None:
+def views_with(drawn: Drawn) -> tuple[list[Thing], list[View]]:
+    """Anything found anywhere: of the whole picture (view 0), and of the tiles."""
     found: dict[int, list[Thing]] = {}
-    for tile, (left, top, width, height), score in drawn:
-        rect = TILES[tile]
+    for view, (left, top, width, height), score in drawn:
+        rect = TILES[view - 1] if view else WHOLE
         x, y = rect.left + left % rect.width, rect.top + top % rect.height
-        found.setdefault(tile, []).append(thing((x, y, x + width, y + height), score / 1000))
-    of_whole = [thing((x, y, x + w, y + h), score / 1000) for (x, y, w, h), score in whole]
-    views = [View(rect, found.get(tile, [])) for tile, rect in enumerate(TILES)]
-    expected = join_tiles(of_whole, views, WIDTH, HEIGHT, 10)
+        found.setdefault(view, []).append(thing((x, y, x + width, y + height), score / 1000))
+    return found.get(0, []), [View(rect, found.get(view, [])) for view, rect in enumerate(TILES, 1)]
+
+
+@given(found_things, st.randoms())
+def test_the_order_of_the_tiles_says_nothing(drawn: Drawn, rng: random.Random) -> None:
+    whole, views = views_with(drawn)
+    expected = join_tiles(whole, views, WIDTH, HEIGHT, 10)
     rng.shuffle(views)
-    assert join_tiles(of_whole, views, WIDTH, HEIGHT, 10) == expected
+    assert join_tiles(whole, views, WIDTH, HEIGHT, 10) == expected
+
+
+@given(found_things, st.booleans())
+def test_only_what_lies_near_needs_to_be_compared(drawn: Drawn, are_points: bool) -> None:
+    def all_pairs(groups: Sequence[seams._Group], grid: object) -> Iterator[tuple[int, int]]:
+        pairs = itertools.combinations(range(len(groups)), 2)
+        return ((one, other) for one, other in pairs if groups[one].views.isdisjoint(groups[other].views))
+
+    whole, views = views_with(drawn)
+    if are_points:
+        whole, views = as_points(whole), [View(rect, as_points(found)) for rect, found in views]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seams, "_touching", all_pairs)
+        expected = join_tiles(whole, views, WIDTH, HEIGHT, 150)
+    assert join_tiles(whole, views, WIDTH, HEIGHT, 150) == expected
+
+
+def as_points(found: Sequence[Mapping[str, Any]]) -> list[Thing]:
+    return [{"label": "dot", "x": one["x_min"], "y": one["y_min"], "score": one["score"]} for one in found]
 
 
 @given(st.lists(st.tuples(st.integers(30, 200), st.integers(30, 200), st.integers(8, 90)), max_size=8))
