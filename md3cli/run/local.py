@@ -261,13 +261,15 @@ class LocalRun:
 
     def _unasked(self) -> Unasked:
         """Return what decides about the records in OUTPUT that INPUT does not name."""
-        source = self.source
+        source, everything = self.source, self.config.everything
+        listed = () if everything is None else (everything.template,)
         return Unasked(
-            self.config.requests or (self.config.defaults,),
+            (*(self.config.requests or (self.config.defaults,)), *self.config.then, *listed),
             self.model.identity,
             source.asks_nothing_else,
             frozenset(source.readable_lines),
             bool(source.readable_lines),
+            self.config.pad,
         )
 
     def _before_rewrite(self) -> None:

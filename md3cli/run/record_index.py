@@ -25,7 +25,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from md3cli.finished.digest import DIGEST_BYTES, DigestSet
-from md3cli.records import ERROR_TYPES, RecordDict, Request, RunIdentity, Task, id_fields, id_name, request_id
+from md3cli.records import (
+    ERROR_TYPES,
+    Box,
+    RecordDict,
+    Region,
+    Request,
+    RunIdentity,
+    Task,
+    id_fields,
+    id_name,
+    request_id,
+)
 
 _MOST_REPEATS = 256  # of one request, that are tried
 _WHERE = re.compile(r"(?:line|row) ([0-9]{1,15}): ")  # how the message of a `bad_row` begins
@@ -51,7 +62,7 @@ class Unasked:
 
     `requests` are what the command asks; `asks_nothing_else` where it asks all of them of every picture, and no more.
     `readable_lines` are lines of the manifest that could not be read before and can now, `has_mended` says whether
-    there are any.
+    there are any. `requests` also have what records ask next; `pad` is the room around regions.
     """
 
     requests: Sequence[Request]
@@ -59,6 +70,7 @@ class Unasked:
     asks_nothing_else: bool
     readable_lines: Container[int] = frozenset()
     has_mended: bool = False
+    pad: float = 0.0
 
     @property
     def is_parsing_worth_it(self) -> bool:
@@ -80,7 +92,7 @@ class Unasked:
 
     def _has_its_id(self, record: RecordDict) -> bool:
         """Return whether a record's id is that of its image, task and prompt with the command's settings."""
-        asked = [_as_in(record, request) for request in self.requests]
+        asked = [_as_in(record, request, self.pad) for request in self.requests]
         name = id_name(record["image"], record.get("image_b64")) if record["image"] is not None else None
         return any(
             request_id(name, request, self.identity, repeat) == record["id"]
@@ -89,9 +101,12 @@ class Unasked:
         )
 
 
-def _as_in(record: RecordDict, request: Request) -> Request:
-    length = record.get("length") or request.length
-    return replace(request, task=Task(record["task"]), prompt=record["prompt"], length=length)
+def _as_in(record: RecordDict, request: Request, pad: float) -> Request:
+    length, part = record.get("length") or request.length, record.get("region")
+    region = None
+    if part is not None:
+        region = Region(Box(*(part[name] for name in Box._fields)), part["label"], part["of"], int(part["index"]), pad)
+    return replace(request, task=Task(record["task"]), prompt=record["prompt"], length=length, region=region)
 
 
 _TYPES: tuple[str | None, ...] = (None, *sorted(ERROR_TYPES))
