@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from md3cli.errors import EngineError
-from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, Tiling
-from md3cli.images.pool import Picture, PicturePool, num_beside_gpu
+from md3cli.images.crops import CropConfig, ImageLimits, Picture, PreparedImage, Tiling
+from md3cli.images.pool import PicturePool, num_beside_gpu
 from md3cli.model.engine import plain
 from md3cli.model.engine.encoder import EncodingCache, ImageEncoder, crop_sizes
 from md3cli.model.engine.engine import Engine

@@ -24,8 +24,7 @@ from md3cli.console import RunConsole
 from md3cli.errors import ImageError, InputError, RequestError
 from md3cli.estimate.forecast import ASKED_NEXT, as_json, as_lines, forecast
 from md3cli.estimate.sample import count_and_draw, measure, open_drawn
-from md3cli.images.crops import CropConfig
-from md3cli.images.pool import Picture
+from md3cli.images.crops import CropConfig, Picture
 from md3cli.images.tiles import tiles_of
 from md3cli.records import Tiles
 from md3cli.run.feed import make_pool, rows_ahead

@@ -26,8 +26,8 @@ import numpy as np
 
 from md3cli.console.summary import Summary
 from md3cli.errors import ImageError
-from md3cli.images.crops import PreparedImage, Tiling
-from md3cli.images.pool import Picture, PicturePool
+from md3cli.images.crops import Picture, PreparedImage, Tiling
+from md3cli.images.pool import PicturePool
 from md3cli.records import Answer, ImageItem, Job, RecordDict, Request, SourceRow
 from md3cli.run.drive import WAIT_SLICE_S, drive
 from md3cli.run.feed import CHANNELS, Feed, ReadyRequest, rows_ahead

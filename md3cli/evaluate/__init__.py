@@ -130,7 +130,13 @@ def load_truth(path: Path) -> Truth:
         from md3cli.evaluate.truth_folders import read_folder
 
         return read_folder(path)
-    return read_document(path)
+    return read_document(path, _labelme_of)
+
+
+def _labelme_of(path: Path, document: Mapping[str, Any]) -> Instances:
+    from md3cli.evaluate.truth_folders import labelme_of
+
+    return labelme_of(path, document)
 
 
 def evaluate(

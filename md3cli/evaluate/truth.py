@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,8 @@ class Questions:
 Truth = Instances | Captions | Questions
 
 
-def read_document(path: Path) -> Truth:
-    """Read a ground truth in JSON or JSON Lines.
+def read_document(path: Path, labelme_of: Callable[[Path, Mapping[str, Any]], Instances]) -> Truth:
+    """Read a ground truth in JSON or JSON Lines; `labelme_of` makes one of what labelme writes.
 
     Raises:
         InputError: the file cannot be read, or is of no known kind; the message says which kinds there are.
@@ -106,8 +106,6 @@ def read_document(path: Path) -> Truth:
         if isinstance(document, list):
             return _questions(path, document)
         if "shapes" in document:
-            from md3cli.evaluate.truth_folders import labelme_of
-
             return labelme_of(path, document)
         annotations = document["annotations"]
         if annotations and "caption" in annotations[0]:

@@ -131,6 +131,9 @@ class UncutImage:
         return cls(whole.pixels, select_tiling(*size, cfg), *size, whole.sha256)
 
 
+Picture = PreparedImage | UncutImage
+
+
 # --- tiling and crops ---------------------------------------------------------------------------
 
 

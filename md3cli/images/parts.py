@@ -1,8 +1,7 @@
-"""Parts of pictures: cut from whole pictures that are kept for a while, and what is found there put in its place.
+"""Parts of pictures: cut from whole pictures, which are kept for a while, and what is found there put in its place.
 
 A part is cut from the picture at full resolution, and the model sees it as if it had been a file of its own. Whole
-pictures are kept up to a number of bytes, those asked for last; one that is no longer there is decoded again. Source:
-product contract, section 9.
+pictures are kept up to a number of bytes, those asked for last. Source: product contract, section 9.
 """
 
 from __future__ import annotations
@@ -10,22 +9,19 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Hashable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from md3cli.errors import ImageError
-from md3cli.images.crops import CropConfig, PreparedImage, UncutImage, WholeImage, cut_crops
-from md3cli.images.pool import Picture, PicturePool, pass_failure, pass_on
+from md3cli.images.crops import CropConfig, Picture, PreparedImage, UncutImage, WholeImage, cut_crops
+from md3cli.images.pixels import TOO_LITTLE_MEMORY
 from md3cli.images.rects import PixelRect, padded_rect
-from md3cli.records import ImageFacts, ImageItem, Region
+from md3cli.records import ImageFacts, Region
 
 KEPT_BYTES = 512 * 2**20  # of whole pictures: 14 photographs of 12 megapixels
-MOST_CUTTERS = 4
-T = TypeVar("T")
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -64,97 +60,18 @@ class KeptImages(Generic[Key]):
                 self._num_bytes -= oldest.pixels.nbytes
 
 
-class PartCutter:
-    """Pictures of a pool and parts of them, each picture decoded once while it is kept; a context ends its threads."""
-
-    def __init__(self, pool: PicturePool, *, kept_bytes: int = KEPT_BYTES) -> None:
-        self._pool, self.crop_config = pool, pool.crop_config
-        self._kept = KeptImages[ImageItem](kept_bytes)
-        self._coming: dict[ImageItem, Future[WholeImage]] = {}
-        self._lock = threading.Lock()  # guards _coming
-        self._threads = ThreadPoolExecutor(max(1, min(MOST_CUTTERS, pool.num_workers)), "cut")
-        self._longest_whole = 0
-
-    def close(self) -> None:
-        """Cancel what is not begun; a second call does no harm."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def serve_gpu(self, longest_whole: int) -> None:
-        """From now on leave the cutting into crops to an engine on a GPU, as `PicturePool.serve_gpu` does."""
-        self._longest_whole = longest_whole
-        self._pool.serve_gpu(longest_whole)
-
-    def submit(self, item: ImageItem) -> Future[Picture]:
-        """Return the future of a picture, as `PicturePool.submit` does; its pixels are kept for parts of it."""
-        return self._after(item, self._cut)
-
-    def cut(self, item: ImageItem, region: Region) -> Future[Part]:
-        """Return the future of a part of a picture with the room around it.
-
-        The future raises what that of `submit` does, and ImageError (`bad_request`) where nothing of the part is inside
-        the picture, or it has no size.
-        """
-        return self._after(item, lambda whole: self._part(whole, region))
-
-    def cut_rect(self, whole: WholeImage, rect: PixelRect) -> Future[Part]:
-        """Return the future of whole pixels of a picture that is at hand."""
-        return self._threads.submit(self.part_of, whole, rect)
-
-    def whole(self, item: ImageItem) -> Future[WholeImage]:
-        """Return the future of a whole picture, decoded once however often it is asked for meanwhile."""
-        done: Future[WholeImage] = Future()
-        if (found := self._kept.find(item)) is not None:
-            done.set_result(found)
-            return done
-        with self._lock:
-            coming = self._coming.get(item)
-            if coming is not None:
-                return coming
-            self._coming[item] = done
-
-        def take(decoded: Future[WholeImage]) -> None:
-            if not decoded.cancelled() and decoded.exception() is None:
-                self._kept.keep(item, decoded.result())
-            with self._lock:
-                del self._coming[item]
-            pass_on(decoded, done)
-
-        self._pool.whole(item).add_done_callback(take)
-        return done
-
-    def part_of(self, whole: WholeImage, rect: PixelRect) -> Part:
-        """Cut whole pixels out of a picture."""
-        return cut_rect(whole, rect, self.crop_config, self._longest_whole)
-
-    def _after(self, item: ImageItem, make: Callable[[WholeImage], T]) -> Future[T]:
-        """Return the future of what is made of a whole picture, by a thread of this cutter."""
-        done: Future[T] = Future()
-
-        def cut(whole: Future[WholeImage]) -> None:
-            if pass_failure(whole, done):
-                return
-            try:
-                making = self._threads.submit(make, whole.result())
-            except RuntimeError:  # closed
-                done.cancel()
-                return
-            making.add_done_callback(lambda made: pass_on(made, done))
-
-        self.whole(item).add_done_callback(cut)
-        return done
-
-    def _part(self, whole: WholeImage, region: Region) -> Part:
-        return cut_region(whole, region, self.crop_config, self._longest_whole)
-
-    def _cut(self, whole: WholeImage) -> Picture:
-        return cut_whole(whole, self.crop_config, self._longest_whole)
-
-
 def cut_whole(whole: WholeImage, cfg: CropConfig, longest_whole: int = 0) -> Picture:
-    """Cut a picture into crops; one whose sides are not over `longest_whole` is left to the engine."""
+    """Cut a picture into crops; one whose sides are not over `longest_whole` is left to the engine.
+
+    Raises:
+        ImageError: there is no memory for it.
+    """
     if max(whole.width, whole.height) <= longest_whole:
         return UncutImage.of(whole, cfg)
-    crops = cut_crops(Image.fromarray(whole.pixels), cfg)
+    try:
+        crops = cut_crops(Image.fromarray(whole.pixels), cfg)
+    except MemoryError as error:
+        raise ImageError("too_large", TOO_LITTLE_MEMORY) from error
     return PreparedImage(crops.pixels, crops.tiling, whole.width, whole.height, whole.sha256)
 
 

@@ -35,6 +35,7 @@ from md3cli.images.arena import arena_bytes, make_arena
 from md3cli.images.crops import (
     CropConfig,
     ImageLimits,
+    Picture,
     PreparedImage,
     UncutImage,
     WholeImage,
@@ -58,7 +59,6 @@ CHANNELS = 3
 CORES_BESIDE_GPU = 2  # left to the thread that launches the engine's work, and to the one that keeps encodings
 NUM_FETCHERS = 16
 AHEAD_BYTES = 256 * 2**20  # of files loaded, or being loaded, and not decoded yet
-Picture = PreparedImage | UncutImage
 T = TypeVar("T")
 _Decode = Callable[[ImageItem, bytes | None], T]
 # How long a decoded picture waits for a place in its worker's memory while the engine takes others. Then it is cut by

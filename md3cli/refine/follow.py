@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from md3cli.config import Everything, RunConfig
 from md3cli.records import Box, RecordDict, Region, Request, RunIdentity, SourceRow, request_id
 from md3cli.refine.everything import Vocabulary, listed_in
 from md3cli.refine.refinement import FOUND_BY_TASK, Refinement, numbered, refined
 from md3cli.refine.template import Template
-from md3cli.source.source import Source
 from md3cli.source.specs import FOLLOWED_TASKS, LABEL
+
+if TYPE_CHECKING:
+    from md3cli.source.source import Source
 
 
 def may_follow(config: RunConfig, source: Source) -> bool:

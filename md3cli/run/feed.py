@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 from md3cli.config import DecodeOptions, RunConfig
 from md3cli.errors import ImageError
-from md3cli.images.crops import CropConfig, ImageLimits
-from md3cli.images.parts import Part, PartCutter
-from md3cli.images.pool import Picture, PicturePool, num_beside_gpu
+from md3cli.images.crops import CropConfig, ImageLimits, Picture
+from md3cli.images.cutter import PartCutter
+from md3cli.images.parts import Part
+from md3cli.images.pool import PicturePool, num_beside_gpu
 from md3cli.images.rects import PixelRect
 from md3cli.records import ImageFacts, ImageItem, RecordDict, Request, RowFailure, RunIdentity, SourceRow
 from md3cli.refine.follow import FollowUps, child_id

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from md3cli.errors import ImageError, RequestError
-from md3cli.images.crops import WholeImage
-from md3cli.images.parts import Part, PartCutter, placed
-from md3cli.images.pool import Picture
+from md3cli.images.crops import Picture, WholeImage
+from md3cli.images.cutter import PartCutter
+from md3cli.images.parts import Part, placed
 from md3cli.images.rects import PixelRect
 from md3cli.images.tiles import tiles_of
 from md3cli.records import Answer, ImageFacts, Job, Request, RowFailure

@@ -15,7 +15,8 @@ from PIL import Image
 
 from md3cli.errors import ImageError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, UncutImage, WholeImage
-from md3cli.images.parts import KeptImages, PartCutter, part_key, placed
+from md3cli.images.cutter import PartCutter
+from md3cli.images.parts import KeptImages, part_key, placed
 from md3cli.images.pool import PicturePool
 from md3cli.images.rects import PixelRect, padded_rect
 from md3cli.records import Box, ImageItem, Region

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from md3cli.errors import ImageError
-from md3cli.images.crops import CropConfig, ImageLimits, WholeImage
-from md3cli.images.parts import PartCutter, part_key
-from md3cli.images.pool import Picture, PicturePool
+from md3cli.images.crops import CropConfig, ImageLimits, Picture, WholeImage
+from md3cli.images.cutter import PartCutter
+from md3cli.images.parts import part_key
+from md3cli.images.pool import PicturePool
 from md3cli.images.rects import PixelRect
 from md3cli.images.tiles import tile_rects
 from md3cli.records import Answer, ImageFacts, ImageItem, Job, Request, RowFailure, SourceRow, Task, Tiles
