@@ -19,7 +19,6 @@ from md3cli.finished.guards import check_not_input, files_in, has_run_schema
 from md3cli.finished.names import some_of
 from md3cli.images.crops import parse_background
 from md3cli.records import Task, printable
-from md3cli.refine.follow import may_follow
 from md3cli.remote.address import is_address
 from md3cli.run.adding import check_may_add, grown, in_held_order
 from md3cli.run.local import LocalRun
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
     from md3cli.evaluate.unlabelled import Unlabelled
     from md3cli.scale.folder import RunFolder
 
-UNCOUNTED = "what records ask next (--then, --everything) is not counted: it is known once they are there"
 ModelFinder = Callable[[ModelOptions], Model]
 
 
@@ -87,8 +85,6 @@ def run(config: RunConfig, console: RunConsole, *, find: ModelFinder | None = No
         if config.estimate is not None or config.is_dry_run:
             from md3cli.estimate import dry_run, estimate
 
-            if may_follow(config, source):
-                console.say(f"note: {UNCOUNTED}")
             return estimate(config, source, console, find=find) if config.estimate else dry_run(config, source, console)
         check_not_input(own_paths(plan), _files_read(config, plan))
         check_replaceable(plan, may_overwrite=config.output.overwrite)
