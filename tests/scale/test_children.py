@@ -304,3 +304,47 @@ def test_names_of_lists_are_looked_for_by_many_as_by_one(
         len(records_of(expected)) - num_lists,
         len(records_of(expected)),
     )
+
+
+# -- rows that say what to ask ---------------------------------------------------------------------------
+
+
+def test_a_manifest_says_what_is_asked_of_its_objects(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    manifest, out = tmp_path / "rows.jsonl", tmp_path / "o.jsonl"
+    rows = [
+        {"image": f"pictures/p{number}.png", "task": "detect", "prompt": f"{number % 3} things"}
+        | ({"then": ["query:Is the {label} red?", f"point:knob {number}"]} if number % 2 else {})
+        for number in range(NUM_PICTURES)
+    ]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("run", manifest, "--no-reasoning", "-o")
+    assert md3(*command, tmp_path / "one.jsonl").exit_code == 3
+    expected = (tmp_path / "one.jsonl").read_bytes()
+    assert sum("region" in record for record in records_of(expected)) == 2 * (1 + 2 + 1)
+    assert md3(*command, out, *MANY).exit_code == 3
+    assert out.read_bytes() == expected
+    assert md3("verify", out).exit_code == 0
+
+
+def test_boxes_of_a_coco_file_are_no_children(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    document = {
+        "images": [{"id": n, "file_name": f"p{n}.png", "width": 24, "height": 24} for n in range(4)],
+        "annotations": [
+            {"id": 10 * n + k, "image_id": n, "category_id": 1, "bbox": [k, 2, 9, 9]}
+            for n in range(4)
+            for k in range(3)
+        ],
+        "categories": [{"id": 1, "name": "cup"}],
+    }
+    (pictures / "boxes.json").write_text(json.dumps(document))
+    out, asked = tmp_path / "o.jsonl", ("--task", "detect:2 things", "--then", "query:What {label}?", "--no-reasoning")
+    for options in (("--regions",), ()):
+        command = ("run", pictures / "boxes.json", *(asked if not options else asked[:2]), *options, "-o")
+        assert md3(*command, tmp_path / "one.jsonl", "--overwrite").exit_code == 3
+        assert md3(*command, out, *MANY, "--overwrite").exit_code == 3
+        assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+        assert md3("verify", out).exit_code == 0
+        children = [
+            json.loads(md3("status", run, "--json").stdout)["children"] for run in (out, tmp_path / "one.jsonl")
+        ]
+        assert children == ([0, 0] if options else [6, 6])

@@ -299,6 +299,25 @@ def test_the_command_writes_what_it_writes_without_ray(
 
 @pytest.mark.process
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_questions_about_objects_are_asked_by_actors_too(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isolate(monkeypatch, tmp_path / "home")
+    monkeypatch.setattr("md3cli.scale.shard_runner.FINDER", FINDER)
+    md3 = Program(monkeypatch)
+    asked = ("--task", "detect:3 things", "--then", "query:What {label}?", "--no-reasoning", "--nms", "0.97")
+    command = ("run", pictures, *asked, "--limit", "8", "-o")
+    assert md3(*command, tmp_path / "plain.jsonl").exit_code == 0
+    result = md3(*command, tmp_path / "ray.jsonl", "--engine", "ray", "--shard-size", 2, "--workers-per-device", 2)
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "ray.jsonl").read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+    assert len((tmp_path / "plain.jsonl").read_bytes().splitlines()) == 8 + 8 * 2, "the actors know what is hidden"
+    assert md3("verify", tmp_path / "ray.jsonl").exit_code == 0
+
+
+@pytest.mark.process
+@pytest.mark.ray
 def test_a_signal_stops_in_order_and_the_same_command_goes_on(tmp_path: Path) -> None:
     """As a process of its own: Ray would take SIGTERM over."""
     pytest.importorskip("ray", reason="Ray is not installed (the extra md3cli[ray])")
