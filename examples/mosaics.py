@@ -38,7 +38,9 @@ CELL = SIDE // CELLS
 SMALL_AREA = (0.05 * SIDE) ** 2
 SEED = 190
 HALF = 0.5
+SURE = 0.8
 Box = tuple[float, float, float, float]  # corners in pixels
+NO_SHAPE: tuple[Box, int] = ((0, 0, 0, 0), 1)
 
 
 def make_mosaic(index: int) -> tuple[Image.Image, list[tuple[str, Box]]]:
@@ -116,7 +118,7 @@ def _bbox(box: Box) -> list[float]:
 def judged(
     truth: Mapping[str, Sequence[tuple[str, Box]]], found: Mapping[Any, Sequence[tuple[float, Box]]]
 ) -> Iterator[tuple[Box, int]]:
-    """Yield each shape with the number of boxes that show it; boxes that show none are `((), 1)`."""
+    """Yield each shape with the number of boxes that show it; a box that shows none is NO_SHAPE."""
     for (name, kind), boxes in found.items():
         shapes = [box for other, box in truth[name] if other == kind]
         counts = [0] * len(shapes)
@@ -127,7 +129,7 @@ def judged(
             if overlaps:
                 counts[max(overlaps)[2]] += 1
             else:
-                yield (0, 0, 0, 0), 1
+                yield NO_SHAPE
         yield from zip(shapes, counts, strict=True)
 
 
@@ -154,14 +156,17 @@ def main() -> None:
         for size in (None, *(arguments.tile or [378])):
             found, seconds = found_in(folder, ("--tile", str(size)) if size else ())
             verdicts = list(judged(truth, found))
-            shapes = [(box, count) for box, count in verdicts if box != (0, 0, 0, 0)]
+            sure = list(judged(truth, {key: [one for one in boxes if one[0] >= SURE] for key, boxes in found.items()}))
+            shapes = [one for one in verdicts if one != NO_SHAPE]
             seams = [count for box, count in shapes if is_across_a_seam(box, size)]
             numbers = {
                 "tile": size,
                 "AP50 of small shapes": round(small_ap50(truth, found), 3),
                 "false positives a picture": round((len(verdicts) - len(shapes)) / len(truth), 1),
+                "shapes found a picture": round(sum(count > 0 for _, count in shapes) / len(truth), 1),
+                f"false positives with --min-score {SURE}": round(sum(one == NO_SHAPE for one in sure) / len(truth), 1),
+                "shapes found with it": round(sum(one[1] > 0 and one != NO_SHAPE for one in sure) / len(truth), 1),
                 "doubles a picture": round(sum(max(0, count - 1) for _, count in shapes) / len(truth), 2),
-                "shapes found": sum(count > 0 for _, count in shapes),
                 "across seams": len(seams),
                 "of them found": sum(count > 0 for count in seams),
                 "found twice": sum(count > 1 for count in seams),
