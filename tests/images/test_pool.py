@@ -24,6 +24,7 @@ from PIL import Image
 
 from md3cli import child
 from md3cli.errors import ImageError, InputError, UsageError
+from md3cli.images import decoder
 from md3cli.images import pool as pool_module
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, UncutImage, cut_crops, prepare_image
 from md3cli.images.pool import PicturePool
@@ -53,7 +54,7 @@ worker.serve()
 """
 
 
-WORKER = child.code_of(pool_module._WORKER)
+WORKER = child.code_of(decoder._WORKER)
 
 
 def run_instead(monkeypatch, code: str) -> None:
@@ -573,7 +574,7 @@ def test_a_picture_that_is_too_long_or_too_large_is_cut_by_the_worker(monkeypatc
 
 @pytest.mark.process
 def test_without_shared_memory_pictures_are_cut_by_the_worker(monkeypatch, files):
-    monkeypatch.setattr(pool_module, "make_arena", lambda num_bytes: None)
+    monkeypatch.setattr(decoder, "make_arena", lambda num_bytes: None)
     plain = PicturePool(0, CFG, LIMITS)
     with PicturePool(1, CFG, LIMITS) as pool:
         pool.serve_gpu(longest_whole=65_535)
@@ -584,7 +585,7 @@ def test_without_shared_memory_pictures_are_cut_by_the_worker(monkeypatch, files
 def test_where_nothing_is_taken_pictures_are_cut_by_the_worker(monkeypatch, good):
     """Whoever waits for room waits a while only, so that no circle of waiting can last."""
     monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 400_000)
-    monkeypatch.setattr(pool_module, "ROOM_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(decoder, "ROOM_TIMEOUT_S", 0.2)
     with PicturePool(1, CFG, LIMITS) as pool:
         pool.serve_gpu(longest_whole=65_535)
         held = [pool.submit(good).result(PATIENCE_S) for _ in range(4)]  # 180,000 bytes each
@@ -597,7 +598,7 @@ def test_where_nothing_is_taken_pictures_are_cut_by_the_worker(monkeypatch, good
 @pytest.mark.process
 def test_pictures_wait_until_others_are_taken(monkeypatch, good):
     monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 400_000)
-    monkeypatch.setattr(pool_module, "ROOM_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(decoder, "ROOM_TIMEOUT_S", 60.0)
     with PicturePool(2, CFG, LIMITS) as pool:
         pool.serve_gpu(longest_whole=65_535)
         futures = deque(pool.submit(good) for _ in range(40))
@@ -608,7 +609,7 @@ def test_pictures_wait_until_others_are_taken(monkeypatch, good):
 @pytest.mark.process
 def test_close_does_not_wait_for_room(monkeypatch, good):
     monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 200_000)
-    monkeypatch.setattr(pool_module, "ROOM_TIMEOUT_S", 600.0)
+    monkeypatch.setattr(decoder, "ROOM_TIMEOUT_S", 600.0)
     with PicturePool(1, CFG, LIMITS) as pool:
         pool.serve_gpu(longest_whole=65_535)
         held = pool.submit(good).result(PATIENCE_S)
