@@ -52,13 +52,15 @@ class Everything:
     """What `--everything` does with a list of what is there: the names in it, `most_names` at most, are detected.
 
     `listing` asks for the list; its answer or caption is taken apart. `template` is asked of each name, which is its
-    prompt then. `vocabulary`: the only names; None: all.
+    prompt then. `vocabulary`: the only names; None: all. `may_rows_ask`: rows may ask for names, or for lists, of their
+    own.
     """
 
     listing: Request
     template: Request
     vocabulary: tuple[str, ...] | None = None
     most_names: int = 20
+    may_rows_ask: bool = False
 
     def asking(self, name: str) -> Request:
         """Return the request that looks for a name."""

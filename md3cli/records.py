@@ -260,11 +260,11 @@ ID_DIGITS = 32
 ID_SCHEME = 1  # rises when `request_id` gives a request another id: records of two schemes must not be mixed
 
 
-def request_id(image: str | None, request: Request, run: RunIdentity, repeat: int = 0) -> str:
+def request_id(image: str | None, request: Request, run: RunIdentity, repeat: int | str = 0) -> str:
     """Return the stable id of a request: 32 hex digits of a SHA-256.
 
     `image` is what `id_name` returns; None is a text-only query. `repeat` is k for the k-th repeat of the same request
-    in a run, from 0.
+    in a run, from 0; or the id of the list that names what is asked.
     """
     parts = [image, id_fields(request), run.id_parts(), repeat]
     text = json.dumps(parts, ensure_ascii=True, sort_keys=True, separators=(",", ":"))

@@ -411,9 +411,8 @@ def _run_of_everything(
     request = options.request(listing.task, None if is_caption else listing.argument, **how)
     template = options.request(Task.DETECT, **settings)
     labels = Labels(tuple(Label(name=name, prompts=(name,)) for name in names or ()))
-    return options.config(
-        "detect", [input], [request], labels=labels, everything=Everything(request, template, names, most_names)
-    )
+    everything = Everything(request, template, names, most_names, options.may_rows_ask(input))
+    return options.config("detect", [input], [request], labels=labels, everything=everything)
 
 
 def _asked_of_run(

@@ -322,7 +322,7 @@ def _run(engine: LazyEngine, model: Model, sample: Sequence[SampledUnit], pool: 
     written: list[RecordDict] = []
     records = OrderedRecords(model.identity, written.extend, Summary())
     feed = _PatientFeed(
-        (row for one in sample for row in one.unit.rows),
+        (replace(row, then=()) for one in sample for row in one.unit.rows),  # what is asked next is not counted
         next_id=RequestIds(model.identity).next_id,
         is_done=lambda record_id, row, request: False,
         pool=pool,

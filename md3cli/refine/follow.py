@@ -46,10 +46,17 @@ class FollowUps:
 
     def may_follow(self, row: SourceRow, request: Request) -> bool:
         """Return whether the record of a request of `row` may have children."""
-        return self._is_list(request) or (bool(row.then) and request.task in FOLLOWED_TASKS and request.region is None)
+        if row.image is None or request.region is not None:
+            return False
+        return self._is_list(request) or (bool(row.then) and request.task in FOLLOWED_TASKS)
 
     def _is_list(self, request: Request) -> bool:
-        return self.everything is not None and request.task is self.everything.listing.task and request.region is None
+        return self.everything is not None and request.task is self.everything.listing.task
+
+    def id_of(self, parent_id: str, parent: Request, child: Request, image: str | None, run: RunIdentity) -> str:
+        """Return the id of a child (`child_id`)."""
+        has_own_id = self.everything is not None and self.everything.may_rows_ask
+        return child_id(parent_id, parent, child, image, run, has_own_id=has_own_id)
 
     def needs_all(self, row: SourceRow) -> bool:
         """Return whether what a record hides depends on the other records of its row."""
@@ -97,10 +104,17 @@ def about(template: Request, region: Region) -> Request:
     return replace(template, prompt=Template.parse(template.prompt).filled({LABEL: region.label}), region=region)
 
 
-def child_id(parent_id: str, parent: Request, child: Request, image: str | None, run: RunIdentity) -> str:
-    """Return the id of a child; one about the whole picture is the same repeat of its request as the parent is."""
+def child_id(
+    parent_id: str, parent: Request, child: Request, image: str | None, run: RunIdentity, *, has_own_id: bool = False
+) -> str:
+    """Return the id of a child; one about the whole picture is the same repeat of its request as the parent is.
+
+    With `has_own_id` that one depends on its parent's id instead, as that about a region always does.
+    """
     if child.region is not None:
         return request_id(image, child, run)
+    if has_own_id:
+        return request_id(image, child, run, parent_id)
     repeat = 0
     while request_id(image, parent, run, repeat) != parent_id:
         repeat += 1

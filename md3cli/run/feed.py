@@ -26,7 +26,7 @@ from md3cli.images.parts import Part
 from md3cli.images.pool import PicturePool, num_beside_gpu
 from md3cli.images.rects import PixelRect
 from md3cli.records import ImageFacts, ImageItem, RecordDict, Request, RowFailure, RunIdentity, SourceRow
-from md3cli.refine.follow import FollowUps, child_id
+from md3cli.refine.follow import FollowUps
 from md3cli.remote.hosts import FetchOptions, HostRules
 from md3cli.system import num_cores
 
@@ -367,7 +367,7 @@ class Feed:
         row, name = parent.row, parent.row.id_name
         following.grown(parent.place.number, len(children))
         for number, request in enumerate(children, 1):
-            record_id = child_id(parent.record_id, parent.request, request, name, following.run)
+            record_id = following.ups.id_of(parent.record_id, parent.request, request, name, following.run)
             ticket = self._ticket(Place(parent.place.number, number), record_id, request, row)
             ticket.facts = ImageFacts(record["width"], record["height"], record["sha256"])
             if self._is_done(record_id, row, request):

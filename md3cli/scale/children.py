@@ -19,7 +19,7 @@ from typing import NamedTuple
 from md3cli.errors import InputError
 from md3cli.finished.record_shape import is_record_of
 from md3cli.records import RecordDict, Request, RunIdentity, SourceRow
-from md3cli.refine.follow import FollowUps, child_id
+from md3cli.refine.follow import FollowUps
 from md3cli.refine.labels import Labels
 from md3cli.refine.refinement import Refinement
 from md3cli.scale.folder import RunFolder
@@ -165,7 +165,9 @@ class Families:
                     yield Alone(one.record_id, single._replace(row=replace(single.row, then=())), None)
                 for child in of_each.get(place, ()):
                     if child.record_id in wanted:
-                        yield Alone(child.record_id, single, OneChild(child=(child.request,)))
+                        yield Alone(
+                            child.record_id, single, OneChild(everything=self.ups.everything, child=(child.request,))
+                        )
 
     def _records(self, row: PlannedRow, lines: Mapping[str, bytes]) -> dict[int, RecordDict]:
         """Return the records of a row that may have children, by place."""
@@ -194,7 +196,7 @@ class Families:
 
     def _with_ids(self, row: PlannedRow, place: int, children: Sequence[Request]) -> list[Asked]:
         parent_id, parent, name = row.ids[place], row.row.requests[place], row.row.id_name
-        return [Asked(child_id(parent_id, parent, child, name, self.run), row.row, child) for child in children]
+        return [Asked(self.ups.id_of(parent_id, parent, child, name, self.run), row.row, child) for child in children]
 
 
 def families_of(folder: RunFolder, plan: Plan) -> Families:

@@ -84,13 +84,14 @@ class RunOptions:
 
 def _lists_to_json(everything: Everything) -> dict[str, Any]:
     asked = {name: request_fields(getattr(everything, name)) for name in ("listing", "template")}
-    return {**asked, "vocabulary": everything.vocabulary, "most_names": everything.most_names}
+    return {**asked, **{name: getattr(everything, name) for name in ("vocabulary", "most_names", "may_rows_ask")}}
 
 
 def _lists_from_json(document: Mapping[str, Any]) -> Everything:
     names = document["vocabulary"]
     listing, template = request_of(document["listing"]), request_of(document["template"])
-    return Everything(listing, template, None if names is None else tuple(names), document["most_names"])
+    names = None if names is None else tuple(names)
+    return Everything(listing, template, names, document["most_names"], document["may_rows_ask"])
 
 
 def write_run_options(folder: RunFolder, options: RunOptions, argv: tuple[str, ...]) -> None:

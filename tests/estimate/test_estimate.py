@@ -221,6 +221,7 @@ def test_what_records_ask_next_is_told_as_not_counted(md3: TimedProgram, picture
     counted = json.loads(md3("run", *command, "--dry-run").stdout)
     assert (counted["requests"], counted["not_counted"]) == (counted["images"], [told])
     assert told in json.loads(md3("detect", pictures, "--everything", "--dry-run").stdout)["not_counted"]
+    assert md3.estimate(*command)["sample"] == md3.estimate(*command[:3])["sample"]
     for words in (command[:3], (pictures, "--task", "caption")):
         assert told not in md3.estimate(*words)["not_included"]
         assert "not_counted" not in json.loads(md3("run", *words, "--dry-run").stdout)

@@ -142,3 +142,29 @@ def test_the_kinds_of_held_out_scenes_are_found(tmp_path: Path, monkeypatch: pyt
     found = {(r["image"], r["prompt"]) for r in records_of(output) if r.get("objects")}
     assert len(there & found) >= 0.8 * len(there)
     assert {r["prompt"] for r in records_of(output) if r["task"] == "detect"} <= set(KINDS)
+
+
+def test_rows_that_ask_for_names_or_lists_themselves_have_their_own_records(
+    md3: Program, pictures: Path, tmp_path: Path
+) -> None:
+    manifest, output = pictures / "rows.jsonl", tmp_path / "all.jsonl"
+    rows = [
+        {"image": "p0.png", "task": "detect", "prompt": "car", "reasoning": True},
+        {"image": "p0.png"},
+        {"image": "p0.png", "task": "query", "prompt": "say: car, tree"},
+        {"image": "p0.png", "task": "detect", "prompt": "dog", "reasoning": True},
+    ]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):
+        assert md3("detect", manifest, *EVERYTHING, "-o", output).exit_code == 0
+        found = [record["prompt"] for record in records_of(output)]
+        assert found == ["car", EVERYTHING[2][len("query:") :], *NAMES, "say: car, tree", "car", "tree", "dog"]
+        assert len({record["id"] for record in records_of(output)}) == len(found)
+    assert md3.num_answered == 0
+
+
+def test_a_list_without_a_picture_names_nothing(md3: Program, pictures: Path, tmp_path: Path) -> None:
+    manifest, output = pictures / "rows.jsonl", tmp_path / "all.jsonl"
+    manifest.write_text('{"image":null,"task":"query","prompt":"say: car, dog"}\n{"image":"p0.png"}\n')
+    assert md3("detect", manifest, *EVERYTHING, "-o", output).exit_code == 0
+    assert [record["image"] for record in records_of(output)] == [None, *["p0.png"] * 4]

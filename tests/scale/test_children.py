@@ -306,6 +306,20 @@ def test_names_of_lists_are_looked_for_by_many_as_by_one(
     )
 
 
+def test_rows_that_ask_for_names_themselves_have_their_own_records(
+    md3: Program, pictures: Path, tmp_path: Path
+) -> None:
+    rows = [{"image": "p0.png"}, {"image": "p0.png", "task": "query", "prompt": "say: car, tree"}]
+    (pictures / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("detect", pictures / "rows.jsonl", "--everything", "--list", "query:say: car, dog", "-o")
+    assert md3(*command, tmp_path / "one.jsonl").exit_code == 0
+    assert md3(*command, tmp_path / "o.jsonl", *MANY).exit_code == 0
+    assert (tmp_path / "o.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    found = records_of((tmp_path / "o.jsonl").read_bytes())
+    assert len({record["id"] for record in found}) == len(found) == 6
+    assert md3("verify", tmp_path / "o.jsonl").exit_code == 0
+
+
 # -- rows that say what to ask ---------------------------------------------------------------------------
 
 
