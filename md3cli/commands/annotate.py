@@ -223,17 +223,18 @@ def detect(
         md3 detect 'photos/**/*.jpg' "red car" -o coco.json
         md3 detect examples/scenes "red circle" star --model tiny
     """
-    settings = {"max_objects": max_objects, "tiles": _tiles(tile, overlap)}
+    settings = {"max_objects": max_objects, "tiles": _tiles(tile, overlap, options)}
     if everything:
-        if missing_only or gt is not None:
+        if missing_only or "gt" in options.typed:
             raise UsageError("--missing-only is about OBJECTs; leave it and --gt out, or --everything")
         return _run_of_everything(
             input, objects or (), listing or DEFAULT_LISTING, vocabulary, max_names or MOST_NAMES, options, **settings
         )
-    for option, value in (("--list", listing), ("--vocabulary", vocabulary), ("--max-names", max_names)):
-        if value is not None:
+    for option, name in (("--list", "listing"), ("--vocabulary", "vocabulary"), ("--max-names", "max_names")):
+        if name in options.typed:
             raise UsageError(f"{option} is about --everything; add that, or leave {option} out")
-    return _narrowed(_run_of_objects(Task.DETECT, input, objects, options, **settings), gt, is_asked=missing_only)
+    config = _run_of_objects(Task.DETECT, input, objects, options, **settings)
+    return _narrowed(config, gt, options, is_asked=missing_only)
 
 
 @app.command(shows=["--labels", "--min-score"])
@@ -257,11 +258,14 @@ def point(
         md3 point photos/ person -o people.csv
         md3 point photo.jpg "coat button" --spatial-ref 0.1,0.2,0.5,0.9
     """
-    tiles = _tiles(tile, overlap)
+    tiles = _tiles(tile, overlap, options)
     if tiles is not None and spatial_ref:
-        raise UsageError("--spatial-ref names a place in the whole picture, and no tile has it; leave --tile out")
+        if "tile" in options.typed:
+            raise UsageError("--spatial-ref names a place in the whole picture, and no tile has it; leave --tile out")
+        tiles = None
     settings = {"max_objects": max_objects, "spatial_refs": tuple(spatial_ref or ()), "tiles": tiles}
-    return _narrowed(_run_of_objects(Task.POINT, input, objects, options, **settings), gt, is_asked=missing_only)
+    config = _run_of_objects(Task.POINT, input, objects, options, **settings)
+    return _narrowed(config, gt, options, is_asked=missing_only)
 
 
 @app.command(shows=["--labels", "--min-score"])
@@ -283,7 +287,7 @@ def segment(
         md3 segment photos/ dog -f coco -f overlay -o dogs/
     """
     config = _run_of_objects(Task.SEGMENT, input, objects, options, spatial_refs=tuple(spatial_ref or ()))
-    return _narrowed(config, gt, is_asked=missing_only)
+    return _narrowed(config, gt, options, is_asked=missing_only)
 
 
 @app.command()
@@ -305,7 +309,7 @@ def run(
         md3 run photos/ --task detect:car --then "query:What colour is the {label}?" -o out/
         md3 run requests.csv -o answers.jsonl
     """
-    tiles = _tiles(tile, overlap)
+    tiles = _tiles(tile, overlap, options)
     requests, labels = _asked_of_run(input, task, options, reasoning, tiles)
     asked = _asked_then(input, then, requests, options, reasoning)
     return options.config("run", [input], requests, labels=labels, reasoning=reasoning, then=asked, tiles=tiles)
@@ -334,17 +338,21 @@ def estimate(
         md3 estimate requests.csv --price-per-1000 5 --json
     """
     estimate = options.estimate_options(is_json=as_json)
-    tiles = _tiles(tile, overlap)
+    tiles = _tiles(tile, overlap, options)
     requests, labels = _asked_of_run(input, task, options, reasoning, tiles)
     asked = _asked_then(input, then, requests, options, reasoning)
     return options.config("run", [input], requests, estimate, labels, reasoning, asked, tiles)
 
 
-def _tiles(tile: int | str | None, overlap: float | None) -> Tiles | None:
-    """Return how pictures are looked at in tiles; None where they are not."""
+def _tiles(tile: int | str | None, overlap: float | None, options: AnnotateOptions) -> Tiles | None:
+    """Return how pictures are looked at in tiles; None where they are not.
+
+    Raises:
+        UsageError: an overlap was typed, and there are no tiles; one of the settings waits for tiles.
+    """
     if tile is not None:
         return Tiles(tile) if overlap is None else Tiles(tile, overlap)
-    if overlap is not None:
+    if "overlap" in options.typed:
         raise UsageError("--overlap is about tiles, and there are none; add --tile N or --tile auto, or leave it out")
     return None
 
@@ -371,17 +379,17 @@ def _run_of_objects(
     return options.config(str(task), [input], requests, labels=labels, tiles=settings.get("tiles"))
 
 
-def _narrowed(config: RunConfig, gt: Path | None, *, is_asked: bool) -> RunConfig:
+def _narrowed(config: RunConfig, gt: Path | None, options: AnnotateOptions, *, is_asked: bool) -> RunConfig:
     """Return the run narrowed to what `gt` has no labels for, where that is asked.
 
     Raises:
-        UsageError: only one of the two options is there.
+        UsageError: only one of the two options is there; a `gt` of the settings may be for md3 eval.
     """
     if is_asked and gt is None:
         raise UsageError("--missing-only needs the labels that are there; give --gt FILE: COCO, YOLO or labelme")
-    if gt is not None and not is_asked:
+    if not is_asked and "gt" in options.typed:
         raise UsageError("--gt is for --missing-only here; md3 eval and md3 audit compare records with it")
-    return replace(config, missing_only=gt)
+    return replace(config, missing_only=gt if is_asked else None)
 
 
 def _run_of_everything(
@@ -432,7 +440,7 @@ def _asked_of_run(
     has_rows = options.may_rows_ask(input)
     requests = [replace(r, reasoning=reasoning) if has_rows or r.task is Task.QUERY else r for r in requests]
     requests = [replace(r, tiles=tiles) if r.task in TILED_TASKS else r for r in requests]
-    if tiles is not None and not has_rows and all(r.tiles is None for r in requests):
+    if "tile" in options.typed and not has_rows and all(r.tiles is None for r in requests):
         raise UsageError("--tile is about what detect and point find, and neither is asked for; leave it out")
     if not requests and not has_rows:
         raise UsageError(f"nothing to do for {printable(input)}; say what with --task, like --task caption:long")
@@ -449,6 +457,8 @@ def _asked_then(
     """
     flat = [spec for parts in specs or () for spec in parts]
     if flat and not (are_followed(requests) or options.may_rows_ask(input)):
+        if "then" not in options.typed:
+            return []
         raise UsageError(
             "--then asks about each object that detect and segment find, and none of them is asked; "
             "add --task detect:OBJECT"

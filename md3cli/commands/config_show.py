@@ -100,9 +100,12 @@ class _Settings:
 
         shared = {field.name for field in fields(AnnotateOptions)} - {"typed"}
         common = self._found("run", table="")
-        for option in _shown_options(self._parsers["run"]):
-            if option.name in shared:
-                yield self._row(option.rich_help_panel or OWN_PANEL, None, option, common)
+        options = [option for option in _shown_options(self._parsers["run"]) if option.name in shared]
+        panels = dict.fromkeys(option.rich_help_panel or OWN_PANEL for option in options)
+        for panel in panels:
+            for option in options:
+                if (option.rich_help_panel or OWN_PANEL) == panel:
+                    yield self._row(panel, None, option, common)
         for name, parser in self._parsers.items():
             found = self._found(name)
             is_annotating = shared <= {option.name for option in _options(parser)}

@@ -118,3 +118,10 @@ def test_a_wrong_file_is_told_where(md3: Program) -> None:
     result = md3("config", "show")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "md3.toml: modle: unknown key" in result.stderr
+
+
+def test_each_group_is_shown_once(md3: Program) -> None:
+    lines = md3("config", "show").stdout.splitlines()
+    groups = [line for line in lines if line.endswith(":") and not line.startswith((" ", "*"))]
+    assert len(groups) == len(set(groups))
+    assert groups.index("Answers:") < groups.index("md3 detect:")

@@ -52,6 +52,17 @@ def test_what_makes_no_sense_is_refused(
     assert not md3.models
 
 
+def test_settings_about_lists_and_labels_wait_until_they_are_asked_for(
+    md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"MAX_NAMES": "3", "LIST": "caption:short", "VOCABULARY": "v.txt", "GT": "labels.json"}.items():
+        monkeypatch.setenv(f"MD3_{name}", value)
+    monkeypatch.chdir(pictures.parent)
+    assert '"requests": 2' in md3("detect", pictures, "car", "--dry-run").stdout
+    assert "v.txt: no such file" in md3("detect", pictures, "--everything", "--dry-run").stderr
+    assert "labels.json" in md3("detect", pictures, "car", "--missing-only", "--dry-run").stderr
+
+
 def test_a_dry_run_counts_lists(md3: Program, pictures: Path) -> None:
     result = md3("detect", pictures, "--everything", "--dry-run")
     assert '"requests": 2' in result.stdout

@@ -134,3 +134,14 @@ def test_too_many_tiles_are_a_bad_request(md3: Program) -> None:
     result = md3("detect", "pictures/large.png", "dot", "--tile", "378", "--overlap", "0.9999", "-f", "jsonl")
     (record,) = records_of(result.stdout)
     assert record["error"]["message"].startswith("1000 x 700 pixels make 201,229 tiles of 378 pixels, more than 10,000")
+
+
+def test_settings_wait_for_a_command_that_has_a_use_for_them(md3: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MD3_OVERLAP", "0.5")
+    assert "tiles" not in asked(md3, "detect", "pictures", "dot")[0]
+    assert asked(md3, "detect", "pictures", "dot", "--tile", "auto")[0]["tiles"]["overlap"] == 0.5
+    monkeypatch.setenv("MD3_TILE", "400")
+    monkeypatch.setenv("MD3_THEN", "caption:short")
+    assert [r["task"] for r in asked(md3, "run", "pictures", "--task", "caption")] == ["caption"] * 2
+    assert "tiles" not in asked(md3, "point", "pictures", "dot", "--spatial-ref", "0.1,0.1")[0]
+    assert asked(md3, "point", "pictures", "dot")[0]["tiles"]["size"] == 400
