@@ -334,7 +334,7 @@ def _page_of(records: Collection, stats: RunStats, options: ReportOptions, secti
         tables=[score_table(section) for section in sections],
         plots=[*(plot for section in sections for plot in score_plots(section, palette)), *run_plots(stats, run)],
         facets=facets_of(stats, palette),
-        signs=signs_of(stats.kinds, len(palette.numbers)),
+        signs=signs_of(stats.kinds, len(stats.palette_labels)),
         has_scores=any(stats.score_bins),
         is_judged=is_judged(stats.kinds),
         made=today(),

@@ -105,7 +105,8 @@ def facets_of(stats: RunStats, palette: Palette) -> list[Facet]:
     """Return the filters that can tell records of this run apart."""
     statuses = {"ok": "answered", "empty": "nothing found", "failed": "failed"}
     marks = [Option("none", "unmarked"), Option("right", "right"), Option("wrong", "wrong")]
-    counts = sorted(((stats.labels[label], label) for label in palette.numbers), key=lambda pair: -pair[0])
+    labels = [label for label in palette.numbers if label in stats.palette_labels]  # no object is called by the others
+    counts = sorted(((stats.labels[label], label) for label in labels), key=lambda pair: -pair[0])
     chips = [Option(legible(label), label, n, palette.colour_of(label)) for n, label in counts[:MAX_LABEL_CHIPS]]
     asked = sorted(stats.answers.items(), key=lambda pair: -pair[1].total())
     questions = [Option(text, text, n.total()) for text, n in asked[:MAX_QUESTION_CHIPS] if legible(text) == text]

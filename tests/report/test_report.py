@@ -316,6 +316,18 @@ def test_what_is_said_of_an_object_stands_behind_what_found_it():
     assert item.entries[5].part.rect == item.entries[2].shapes[1].rect
 
 
+def test_what_answers_are_about_is_no_filter_of_objects():
+    region = {"x_min": 0.1, "y_min": 0.1, "x_max": 0.5, "y_max": 0.5, "of": "7"}
+    asked = [
+        record("a", "query", f"Is the {label} old?", answer="x") | {"region": region | {"label": label, "index": n}}
+        for n, label in enumerate(("car", "dog"))
+    ]
+    stats = RunStats()
+    for item in items(asked):
+        stats.add(item)
+    assert [facet.name for facet in facets_of(stats, palette_of(stats.coloured))] == ["mark", "prompt"]
+
+
 def parsed(path):
     """What a script file hands to the page: stamp, name, document."""
     match = re.fullmatch(r'md3\("([^"]+)","([^"]+)",String\.raw`([^`]*)`\);\n', path.read_text())
