@@ -73,6 +73,7 @@ MODULES: Mapping[str, str] = {
     "config": "config_show",
 }
 DOCTOR = "doctor"
+MOST_OWNERS_TOLD = 3  # commands that have an option which this one has not
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
@@ -163,7 +164,7 @@ class LazyGroup(HelpGroup):
             self._end(ConfigError(f"{setting.place}: {error.message}"))
         except Exception as error:
             if hasattr(error, "format_message"):  # the parser's own: usage, told by the parser
-                _ask_what_was_meant(error)
+                _ask_what_was_meant(error, _whose_option(error))
                 raise
             self._end(error)
 
@@ -234,6 +235,16 @@ def _ask_what_was_meant(error: Any, advice: str = "") -> None:
         error.possibilities = None
         error.message += f". Did you mean {' or '.join(repr(f'--{name}') for name in near)}?" if near else "."
         error.message += advice
+
+
+def _whose_option(error: Any) -> str:
+    """Return a sentence with a blank before it that says which commands have an unknown option; "" where none has."""
+    option = getattr(error, "option_name", None) or ""
+    if not (hasattr(error, "possibilities") and option.startswith("--")):
+        return ""
+    owners = [f"md3 {name}" for name in COMMANDS if option.removeprefix("--") in options_of(name)]
+    first, rest = owners[:MOST_OWNERS_TOLD], owners[MOST_OWNERS_TOLD:]
+    return f" It is an option of {', '.join(first)}{' and others' if rest else ''}." if owners else ""
 
 
 def _message_of(error: Exception) -> tuple[str, int]:

@@ -116,6 +116,13 @@ def test_unknown_option_suggests(md3: Program, typed: str, meant: str | None) ->
     assert result.stderr.endswith(f"Error: No such option: {option}.{suggestion}\n")
 
 
+def test_an_option_of_another_command_is_told_whose_it_is(md3: Program) -> None:
+    told = md3("detect", "x", "y", "--then", "caption").stderr
+    assert told.endswith("Error: No such option: --then. It is an option of md3 run, md3 estimate.\n")
+    told = md3("caption", "x", "--tile", "auto").stderr
+    assert told.endswith("--tile. It is an option of md3 detect, md3 point, md3 run and others.\n")
+
+
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("typed", "offered"),
