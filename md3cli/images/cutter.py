@@ -33,8 +33,9 @@ class PartCutter:
         self._longest_whole = 0
 
     def close(self) -> None:
-        """Cancel what is not begun; a second call does no harm."""
+        """Cancel what is not begun, and keep no picture any more; a second call does no harm."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._kept.close()
 
     def serve_gpu(self, longest_whole: int) -> None:
         """From now on leave the cutting into crops to an engine on a GPU, as `PicturePool.serve_gpu` does."""

@@ -55,9 +55,18 @@ class KeptImages(Generic[Key]):
                 return
             self._images[item] = image
             self._num_bytes += image.pixels.nbytes
-            while self._num_bytes > self._limit_bytes:
-                _, oldest = self._images.popitem(last=False)
-                self._num_bytes -= oldest.pixels.nbytes
+            self._let_go()
+
+    def close(self) -> None:
+        """Let go of all, and keep none from now on."""
+        with self._lock:
+            self._limit_bytes = 0
+            self._let_go()
+
+    def _let_go(self) -> None:
+        while self._num_bytes > self._limit_bytes:
+            _, oldest = self._images.popitem(last=False)
+            self._num_bytes -= oldest.pixels.nbytes
 
 
 def cut_whole(whole: WholeImage, cfg: CropConfig, longest_whole: int = 0) -> Picture:

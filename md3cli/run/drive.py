@@ -27,20 +27,23 @@ class Sink(Protocol):
 
 def drive(feed: Feed, engine: LazyEngine, sink: Sink, stop: Callable[[], None]) -> None:
     """Run all requests of `feed`; `stop` is called between any two steps of the engine, and raises to end the loop."""
-    tiled = TiledRequests(lambda: feed.parts)
-    while True:
-        stop()
-        while engine.wants_more and (tiled.has_jobs or not engine.has_work or sink.has_room(engine.batch_size)):
-            if (job := tiled.poll() if tiled.has_jobs else _begun(feed, engine, sink, tiled)) is None:
-                break
-            engine.add(job)
-        for answer in tiled.collect(engine.step() if engine.has_work else ()):
-            sink.answer(answer)
-        sink.flush()
-        if not engine.has_work:
-            if feed.is_exhausted and tiled.is_idle:
-                return
-            (tiled if tiled.has_jobs else feed).wait(WAIT_SLICE_S)
+    try:
+        tiled = TiledRequests(lambda: feed.parts)
+        while True:
+            stop()
+            while engine.wants_more and (tiled.has_jobs or not engine.has_work or sink.has_room(engine.batch_size)):
+                if (job := tiled.poll() if tiled.has_jobs else _begun(feed, engine, sink, tiled)) is None:
+                    break
+                engine.add(job)
+            for answer in tiled.collect(engine.step() if engine.has_work else ()):
+                sink.answer(answer)
+            sink.flush()
+            if not engine.has_work:
+                if feed.is_exhausted and tiled.is_idle:
+                    return
+                (tiled if tiled.has_jobs else feed).wait(WAIT_SLICE_S)
+    finally:
+        feed.close()
 
 
 def _begun(feed: Feed, engine: LazyEngine, sink: Sink, tiled: TiledRequests) -> Job | None:

@@ -215,6 +215,11 @@ class Feed:
             parts.serve_gpu(self._longest_whole)
         return parts
 
+    def close(self) -> None:
+        """Let go of the pictures that are kept for parts of them; nothing becomes ready any more."""
+        if "parts" in vars(self):
+            self.parts.close()
+
     def serve(self, longest_whole: int | None) -> None:
         """Have pictures made as the engine wants them from now on (`PicturePool.serve_gpu`); None: it is on no GPU."""
         if longest_whole is not None and longest_whole != self._longest_whole:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from stub_engine import StubEngine, StubModel
 
 from md3cli.config import DecodeOptions, ModelOptions
 from md3cli.errors import EngineError, InputError
-from md3cli.records import Request, Task
+from md3cli.images import cutter
+from md3cli.images.parts import KeptImages
+from md3cli.records import ImageItem, Request, Task
 from md3cli.scale.attempts import (
     STALE_AFTER_S,
     TOUCH_INTERVAL_S,
@@ -245,3 +249,31 @@ def test_a_dead_rank_keeps_its_shard_for_a_minute_whatever_its_clock_said(
     assert who_runs(folder, 0, host_name(), signs)
     now = died_at + STALE_AFTER_S
     assert who_runs(folder, 0, host_name(), signs) is None
+
+
+@pytest.mark.process
+def test_a_shard_leaves_no_pictures_behind(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[KeptImages[ImageItem]] = []
+    monkeypatch.setattr(cutter, "KeptImages", _Noted(kept))
+    rows = rows_of(pictures, NAMES, (Request(Task.DETECT, "car"),))
+    asked = [replace(row, then=(Request(Task.QUERY, "Why?"),)) for row in rows]
+    folder, plan = planned(str(tmp_path / "run"), asked, shard_size=4)
+    with ShardRunner(folder.uri, finder="stub_engine:StubModel") as runner:
+        for shard in range(plan.shards):
+            assert runner.run(shard).commit.children
+    assert len(kept) == plan.shards
+    assert not any(images.find(row.image) for images in kept for row in rows if row.image is not None)
+
+
+class _Noted:
+    """`KeptImages`, each noted in a list."""
+
+    def __init__(self, kept: list[KeptImages[ImageItem]]) -> None:
+        self._kept = kept
+
+    def __getitem__(self, key: object) -> Callable[[int], KeptImages[ImageItem]]:
+        return self._new
+
+    def _new(self, limit_bytes: int) -> KeptImages[ImageItem]:
+        self._kept.append(KeptImages(limit_bytes))
+        return self._kept[-1]
