@@ -8,6 +8,7 @@ here, without the engine. Knows nothing of records and journals but what its cal
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -189,7 +190,7 @@ class Feed:
         self._newest: _Ahead | None = None
         self._num_decoding = self._num_cutting = 0  # rows, and parts of pictures
         self._ready: deque[ReadyRequest] = deque()
-        self._to_cut: deque[Ticket] = deque()
+        self._to_cut: list[tuple[Place, Ticket]] = []  # a heap: what is written first goes first
         self._ready_next: deque[ReadyRequest] = deque()  # parts, which go first
         self._next_key = self._next_number = 0
         self._longest_whole: int | None = None
@@ -311,7 +312,9 @@ class Feed:
         elif row.image is None:
             self._ready += [ReadyRequest(ticket, None) for ticket in tickets]
         else:
-            self._to_cut += [ticket for ticket in tickets if ticket.request.region is not None]
+            for ticket in tickets:
+                if ticket.request.region is not None:
+                    heapq.heappush(self._to_cut, (ticket.place, ticket))
             about_whole = [ticket for ticket in tickets if ticket.request.region is None]
             if about_whole:
                 self._decode(about_whole, row.image)
@@ -379,15 +382,15 @@ class Feed:
                 self.num_done_before += 1
                 following.passed(ticket)
             elif not self._recall(ticket):
-                self._to_cut.append(ticket)
+                heapq.heappush(self._to_cut, (ticket.place, ticket))
 
     def _cut_ahead(self) -> None:
         """Have parts of pictures cut, and pictures made ready for what is asked of them next; in order, some ahead."""
         while self._to_cut and self._num_cutting + len(self._ready_next) < self._num_ahead:
-            first = self._to_cut.popleft()
+            _, first = heapq.heappop(self._to_cut)
             tickets, region, image = [first], first.request.region, first.image
-            while self._to_cut and self._to_cut[0].image is image and self._to_cut[0].request.region == region:
-                tickets.append(self._to_cut.popleft())
+            while self._to_cut and (after := self._to_cut[0][1]).image is image and after.request.region == region:
+                tickets.append(heapq.heappop(self._to_cut)[1])
             assert image is not None
             future = self.parts.submit(image) if region is None else self.parts.cut(image, region)
             self._num_cutting += 1

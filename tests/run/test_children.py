@@ -145,3 +145,13 @@ def test_what_is_added_asks_about_its_objects(md3: Program, whole: bytes) -> Non
     assert added.exit_code == 0, added.output
     assert md3.num_answered == NUM_PICTURES * 4
     assert Path("o.jsonl").read_bytes() == Path("all.jsonl").read_bytes()
+
+
+def test_children_of_crowded_pictures_fill_the_batch(md3: Program, tmp_path: Path) -> None:
+    """What is written first is asked first, whatever was answered first: else the buffer of what waits fills up."""
+    make_pictures(tmp_path / "crowd", 12)
+    assert md3("run", "crowd", "--task", "detect:60 things", *THEN, "--batch-size", "4", "-o", "c.jsonl").exit_code == 0
+    assert md3.num_answered == 12 * (1 + 60 * 2)
+    engine = md3.models[-1].engine
+    assert engine is not None
+    assert engine.num_steps < 1.5 * md3.num_answered / 4

@@ -28,6 +28,7 @@ class StubEngine:
     device: str = "cpu"
     encoding_bytes: int = 100_000
     num_answered: int = 0
+    num_steps: int = 0
     seen: list[tuple[str | None, Request]] = field(default_factory=list)
     _waiting: deque[Job] = field(default_factory=deque)
 
@@ -46,6 +47,7 @@ class StubEngine:
         time.sleep(self.step_s)
         batch = [self._waiting.popleft() for _ in range(min(self.batch_size, len(self._waiting)))]
         self.num_answered += len(batch)
+        self.num_steps += 1
         self.seen += [(job.image and job.image.sha256, job.request) for job in batch]
         return [answer(job) for job in reversed(batch)]
 
