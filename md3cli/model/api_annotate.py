@@ -186,6 +186,8 @@ class Annotating:
         parent = self._entries[entry.parent]
         try:
             part = cut_region(self._whole(parent, entry.parent), region, self._config)
+            if part.facts != entry.asked.facts:
+                raise ImageError("bad_request", "the picture has changed since its objects were found; ask again")
         except (RequestError, ImageError) as error:
             self.take(Answer(key, failure=RowFailure(error.type, str(error))))
             return None

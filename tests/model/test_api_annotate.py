@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from md3cli import Moondream
+from md3cli.model import api_annotate
 
 SCENES = Path(__file__).parents[2] / "examples" / "scenes"
 NAMES = ["scene_00005.png", "scene_00002.png"]
@@ -110,3 +111,19 @@ def test_other_calls_between_lose_nothing(tiny: Moondream) -> None:
     assert [record["image"] for record in parents] == NAMES * 3
     assert len(found) == sum(1 + 2 * len(record["objects"]) for record in parents)
     assert tiny._answers == {}
+
+
+def test_a_picture_that_changes_meanwhile_is_not_mixed_up(
+    tiny: Moondream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_annotate, "KEPT_BYTES", 0)  # so that it is read again
+    path = tmp_path / "scene.png"
+    path.write_bytes((SCENES / NAMES[0]).read_bytes())
+    records = []
+    for record in tiny.annotate([{**request(NAMES[0]), "image": str(path)}]):
+        records.append(record)
+        path.write_bytes((SCENES / NAMES[1]).read_bytes())
+    assert records[0]["objects"]
+    about_objects = [r for r in records[1:] if r["error"] is None]
+    assert not about_objects
+    assert {r["error"]["type"] for r in records[1:]} == {"bad_request"}
