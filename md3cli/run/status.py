@@ -101,7 +101,8 @@ class Standing:
         words = f"{state.get(self.state, self.state)}{f' ({self.holder})' if self.holder else ''}"
         lines = [f"{printable(self.run)}: {words}", self._counts()]
         if self.children:
-            lines.append(f"{self.children:,} of them about what others found")
+            more = "" if self.state is State.FINISHED else "; more may come"
+            lines.append(f"{self.children:,} of them about what others found{more}")
         if self.seconds_since_record is not None:
             lines.append(f"last record {clock(self.seconds_since_record)} ago{self._speed()}")
         return [*lines, *self._next()]
@@ -118,6 +119,7 @@ class Standing:
         if not self.rate:
             return ""
         is_timed = self.state is State.RUNNING and self.requests is not None and self.requests > self.done
+        is_timed = is_timed and not self.children  # how many more objects will be found, nobody knows
         left = f", {clock((self.requests - self.done) / self.rate)} left" if is_timed and self.requests else ""
         return f", {self.rate:,.1f} requests/s{left}"
 

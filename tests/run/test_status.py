@@ -14,6 +14,8 @@ from chaos import wait_until
 from program import Program, clean_environment, make_pictures, records_of, start
 
 from md3cli.files import OutputLock, lock_holder
+from md3cli.run.run_info import RunCounts
+from md3cli.run.status import Standing, State
 
 KEYS = ["requests", "done", "ok", "failed", "error_types", "children", "state"]
 SLOW_S = 0.3  # a step of the stub, of four requests
@@ -240,3 +242,15 @@ def test_a_lock_that_is_no_file_is_held_by_nobody(tmp_path: Path) -> None:
     assert lock_holder(tmp_path / "o.lock") is None
     (tmp_path / "link.lock").symlink_to("/dev/zero")
     assert lock_holder(tmp_path / "link.lock") is None
+
+
+def test_no_time_is_told_while_objects_may_still_be_found() -> None:
+    facts: dict[str, Any] = {"run": "out", "requests": 83, "counts": RunCounts(50), "rate": 5.5}
+    far = Standing(**facts, state=State.RUNNING, seconds_since_record=1.0)
+    assert "6.0 s left" in "".join(far.lines())
+    far = Standing(**facts, state=State.RUNNING, seconds_since_record=1.0, children=49)
+    assert far.lines()[2:] == [
+        "49 of them about what others found; more may come",
+        "last record 1.0 s ago, 5.5 requests/s",
+    ]
+    assert "more may" not in "".join(Standing(**facts, state=State.FINISHED, children=49).lines())
