@@ -114,6 +114,7 @@ class DryRun:
             self.num_tiles = (self.num_tiles or 0) + (count if count > 1 else 0)  # one alone is the picture
 
     def as_json(self) -> dict[str, Any]:
+        """Return the counts as `--json` prints them; what was not asked for has no key."""
         parts = {"requests_of_parts": self.num_of_parts} if self.num_of_parts else {}
         tiles = {} if self.num_tiles is None else {"tiles": self.num_tiles}
         not_counted = {"not_counted": [ASKED_NEXT]} if self.asks_more else {}
@@ -129,6 +130,7 @@ class DryRun:
         }
 
     def lines(self) -> list[str]:
+        """Return the same for people."""
         crops = ", ".join(f"{count:,} of {crops} crops" for crops, count in sorted(self.crops.items()))
         bad = ", ".join(f"{name} {count:,}" for name, count in sorted(self.bad.items()))
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.skipped.items()))
