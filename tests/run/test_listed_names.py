@@ -140,6 +140,7 @@ def test_the_kinds_of_held_out_scenes_are_found(tmp_path: Path, monkeypatch: pyt
     names = {image["id"]: image["file_name"] for image in truth["images"]}
     there = {(names[thing["image_id"]], kinds[thing["category_id"]]) for thing in truth["annotations"]}
     found = {(r["image"], r["prompt"]) for r in records_of(output) if r.get("objects")}
+    print(f"{len(there & found)} of {len(there)} kinds found")
     assert len(there & found) >= 0.8 * len(there)
     assert {r["prompt"] for r in records_of(output) if r["task"] == "detect"} <= set(KINDS)
 
