@@ -221,6 +221,30 @@ def test_a_cpu_without_triton_measures_no_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the cases are Triton's")
+def test_the_cases_of_kernels_bring_the_operators_they_call() -> None:
+    """In a process that has loaded no engine: most cases have too many rows to be called without a card."""
+    code = """
+        import pathlib, re, torch
+        from gpu import triton_cases
+        called = set(re.findall(r"\\bOPS\\.(\\w+)", pathlib.Path(triton_cases.__file__).read_text()))
+        print(len(called), [name for name in sorted(called) if not hasattr(torch.ops.md3, name)])
+    """
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    num_called, missing = ran.stdout.split(maxsplit=1)
+    assert int(num_called) > 10
+    assert missing.strip() == "[]"
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("budget", [0, 4])
 def test_what_does_not_fit_the_budget_is_not_measured(tmp_path: Path, budget: int) -> None:
     ran = check(tmp_path / "out", *CPU, "--budget", str(budget))

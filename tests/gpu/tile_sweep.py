@@ -16,13 +16,13 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from gpu.triton_cases import ExpertInputs, normal, random_weight
+from md3cli.model.kernels.forms import OPS
 from md3cli.model.kernels.tiles import Product, Tile, WeightForm, tile_of
 from md3cli.model.network.text import PassKind
 
 from .child import Run
 from .timing import flusher, median_ms
 
-OPS = torch.ops.md3
 FAILURES = (OutOfResources, PTXASError, RuntimeError)  # of a card with less shared memory, or fewer registers
 STEP_TILES = {  # a question is whether one row, or 64, wants wider programs or more of them
     Product.UP_GATE: (

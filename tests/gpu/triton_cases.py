@@ -17,6 +17,7 @@ from torch import Tensor
 
 from md3cli.model.kernels import operators
 from md3cli.model.kernels.float8_products import plain_scale_rows
+from md3cli.model.kernels.forms import OPS
 from md3cli.model.kernels.tiles import Product, WeightForm, tile_of
 from md3cli.model.kernels.weights import KernelWeight
 from md3cli.model.network.config import HEAD_DIM, LAYER_NORM_EPS, ModelConfig, MoeConfig, VisionConfig
@@ -25,7 +26,6 @@ from md3cli.model.network.text import PassKind, rotary_table
 from md3cli.model.network.vision import normalise_crops
 from md3cli.model.weights.codes import LowBit, quantise
 
-OPS = torch.ops.md3
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 KINDS = {WeightForm.FP8: LowBit.FP8, WeightForm.INT8: LowBit.INT8, WeightForm.INT4: LowBit.INT4}
 STEP_ROWS, PROMPT_ROWS, PREFIX_ROWS = (1, 3, 8, 64), 64 * 20, 22 * 730  # 64 questions, a full pass of prefixes

@@ -187,22 +187,23 @@ def test_killed_actors_lose_nothing(run: Run, expected: bytes) -> None:
 @pytest.mark.process
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-def test_a_killed_driver_loses_nothing_and_any_engine_goes_on(run: Run, expected: bytes) -> None:
+def test_a_killed_driver_loses_nothing_and_any_engine_goes_on(run: Run, expected: bytes, tmp_path: Path) -> None:
     """The driver has a Ray of its own, for this machine alone; what that still commits before it ends is right."""
     temp = tempfile.mkdtemp(prefix="r", dir="/tmp")
-    driver = subprocess.run(
-        [sys.executable, str(TESTS / "support" / "stub_ray.py"), run.folder.uri, "3"],
-        env=without_ray_settings() | {"TMPDIR": temp},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        timeout=90,
-    )
+    with (tmp_path / "stderr.txt").open("w") as stderr:  # a file, because what is left of its Ray holds on to it
+        driver = subprocess.run(
+            [sys.executable, str(TESTS / "support" / "stub_ray.py"), run.folder.uri, "3"],
+            env=without_ray_settings() | {"TMPDIR": temp},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            timeout=90,
+        )
     shutil.rmtree(temp, ignore_errors=True)  # what is left of its Ray is ending
+    assert driver.returncode == -signal.SIGKILL, (tmp_path / "stderr.txt").read_text()
     hosts = set(driver.stdout.split())
     assert hosts
     assert all(map(is_loopback, hosts)), hosts
-    assert driver.returncode == -signal.SIGKILL
     done = CommitLog(run.folder).refresh()
     assert len(done) >= 3
     answers: list[ShardAnswer] = []

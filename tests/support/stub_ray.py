@@ -53,18 +53,26 @@ def listening() -> set[str]:
 
 def descendants(pid: int) -> list[int]:
     found = [pid]
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += descendants(int(child))
+    for task in entries(f"/proc/{pid}/task"):
+        with contextlib.suppress(OSError):  # a thread that has ended by now
+            for child in (task / "children").read_text().split():
+                found += descendants(int(child))
     return found
 
 
 def sockets_of(pid: int) -> set[str]:
     found = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed by now
+    for link in entries(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):  # closed by now
             found.add(os.readlink(link))
     return {link[len("socket:[") : -1] for link in found if link.startswith("socket:[")}
+
+
+def entries(folder: str) -> list[Path]:
+    """What is in a folder of /proc; nothing where its process has ended: Ray's come and go while this looks."""
+    with contextlib.suppress(OSError):
+        return list(Path(folder).iterdir())
+    return []
 
 
 def address_of(words: str) -> str:
