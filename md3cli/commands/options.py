@@ -1,8 +1,7 @@
 """The options that all annotating commands share, each declared once beside the parser of its value.
 
-`AnnotateOptions` holds the typed values and makes a `RunConfig` of them; `annotating` makes a command of a function
-that takes them. What a text may mean is parse.py's business. Apart from annotate.py, where what is asked of an
-image stands, because sixty options would hide it.
+`AnnotateOptions` holds the typed values and makes a `RunConfig` of them. What a text may mean is parse.py's business.
+Apart from words.py, where what is asked of an image stands, because sixty options would hide it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -40,7 +39,7 @@ from md3cli.commands.parse import (
     parse_shard,
     starting,
 )
-from md3cli.commands.shared import LabelsFile, MinScore, Nms, spread, tell_notes
+from md3cli.commands.shared import LabelsFile, MinScore, Nms, tell_notes
 from md3cli.config import (
     DEFAULT_MODEL,
     ColumnOptions,
@@ -475,28 +474,3 @@ class AnnotateOptions:
             retry_failed=self.retry_failed,
             add=self.add,
         )
-
-
-def annotating(command: Callable[..., RunConfig], *, hidden: frozenset[str] = frozenset()) -> Callable[..., None]:
-    """Make a command of a function from words and `options` (AnnotateOptions) to a run, which the command then does.
-
-    Options that are `hidden` can be typed, change nothing and are not in the command's help.
-    """
-
-    @functools.wraps(command)
-    def wrapper(*, options: AnnotateOptions, **values: Any) -> None:
-        """Run what the command returns for its options; end the program where the status is not 0."""
-        from md3cli.console import RunConsole
-        from md3cli.pipeline import run
-
-        config = command(options=options, **values)
-        console = RunConsole(
-            is_quiet=options.quiet,
-            is_verbose=options.verbose,
-            has_progress=not options.no_progress,
-            has_color=not options.no_color,
-        )
-        if status := run(config, console):
-            raise typer.Exit(status)  # 3: too many records failed
-
-    return spread(AnnotateOptions, hidden=hidden)(wrapper)

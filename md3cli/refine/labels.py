@@ -241,8 +241,10 @@ def _prompts_of(text: str, listed: Labels) -> tuple[str, ...]:
     return (prompt,) if label is None else label.prompts
 
 
-def labels_with(objects: Iterable[str], listed: Labels) -> Labels:
+def labels_with(objects: Iterable[str], listed: Labels, where: str = "--labels") -> Labels:
     """Return the listed labels, and behind them those of OBJECTs as typed; several of one name are one label.
+
+    `where` they are listed is for the message.
 
     Raises:
         UsageError: an OBJECT is empty, or its prompt has two names.
@@ -255,7 +257,7 @@ def labels_with(objects: Iterable[str], listed: Labels) -> Labels:
             continue
         if known is not None and known.name != name:
             raise UsageError(
-                f"{shown_text(prompt)!r} is asked as {shown_text(name)!r}, and --labels calls it "
+                f"{shown_text(prompt)!r} is asked as {shown_text(name)!r}, and {where} calls it "
                 f"{shown_text(known.name)!r}; give it one name"
             )
         typed.append((name, prompt))

@@ -154,8 +154,10 @@ def named(record: RecordDict, labels: Labels, template: str | None = None) -> Re
     """
     if record.get("region") is not None:
         record = _with_named_part(record, labels)
-    known = labels.by_prompt.get(str(record.get("prompt")))
-    label: Label | None = known if template is None else labels.by_template.get(template)
+    prompt = str(record.get("prompt"))
+    label: Label | None = labels.by_prompt.get(prompt) if template is None else labels.by_template.get(template)
+    if label is None and template is None and record.get("region") is not None:
+        label = labels.may_be_of(prompt)  # of a part, it was filled with what the part is called
     key = FOUND_BY_TASK.get(str(record.get("task")))
     if label is None or key is None or not record.get(key):
         return record

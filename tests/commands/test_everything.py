@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from program import Program, make_pictures
+from program import Program, make_pictures, records_of
 
 from md3cli.commands.annotate import DEFAULT_LISTING
 
@@ -61,6 +61,22 @@ def test_settings_about_lists_and_labels_wait_until_they_are_asked_for(
     assert '"requests": 2' in md3("detect", pictures, "car", "--dry-run").stdout
     assert "v.txt: no such file" in md3("detect", pictures, "--everything", "--dry-run").stderr
     assert "labels.json" in md3("detect", pictures, "car", "--missing-only", "--dry-run").stderr
+
+
+def test_what_is_typed_goes_before_settings_that_say_the_other(
+    md3: Program, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pictures.parent)
+    monkeypatch.setenv("MD3_EVERYTHING", "true")
+    assert md3("detect", pictures, "car", "-o", "car.jsonl").exit_code == 0
+    assert [record["prompt"] for record in records_of(Path("car.jsonl"))] == ["car", "car"]
+    Path("l.txt").write_text("car\n")
+    assert md3("detect", pictures, "--labels", "l.txt", "-o", "listed.jsonl").exit_code == 0
+    assert [record["prompt"] for record in records_of(Path("listed.jsonl"))] == ["car", "car"]
+    monkeypatch.delenv("MD3_EVERYTHING")
+    monkeypatch.setenv("MD3_LABELS", "l.txt")
+    result = md3("detect", pictures, "--everything", "--dry-run")
+    assert result.exit_code == 0, result.stderr
 
 
 def test_a_dry_run_counts_lists(md3: Program, pictures: Path) -> None:

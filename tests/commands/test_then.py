@@ -30,6 +30,8 @@ def md3(md3: Program, tmp_path: Path) -> Program:
         (["--task", "detect:car", "--pad", "0.2"], "--then"),
         (["--task", "detect:car", "--then", ASKED, "--pad", "-1"], "-1"),
         (["--task", "detect:car", "--then", ASKED, "--pad", "5"], "5%"),
+        (["--task", "detect:car", "--then", "detect:auto=car"], "calls it 'car'; give it one name"),
+        (["--task", "detect:car", "--then", "detect:a=wheel", "--then", "point:b=wheel"], "as a and b"),
     ],
 )
 def test_what_cannot_follow_is_one_error(md3: Program, words: list[str], said: str) -> None:
@@ -70,6 +72,27 @@ def test_boxes_found_in_a_region_lie_in_the_whole_picture(md3: Program) -> None:
     assert outer["x_min"] <= inner["x_min"] < inner["x_max"] <= outer["x_max"] + 1 / child["width"]
     assert outer["y_min"] <= inner["y_min"] < inner["y_max"] <= outer["y_max"] + 1 / child["height"]
     assert inner["label"] == "wheel"
+
+
+@pytest.mark.parametrize("options", [[], ["--template"]])
+def test_what_is_found_in_a_region_is_called_by_the_name_typed(md3: Program, options: list[str]) -> None:
+    then = ("--then", "detect:round=wheel", "--then", "point:part=door of {label}", "--then", "detect:=a=b")
+    result = md3("run", "pictures", "--task", "detect:car", *then, *options, "-o", "o.jsonl")
+    assert result.exit_code == 0, result.stderr
+    _, wheel, door, literal, *_ = records_of(Path("o.jsonl"))
+    assert (wheel["prompt"], wheel["objects"][0]["label"]) == ("wheel", "round")
+    assert (door["prompt"], door["points"][0]["label"]) == ("door of car", "part")
+    assert (literal["prompt"], literal["objects"][0]["label"]) == ("a=b", "a=b")
+
+
+def test_a_listed_name_asks_all_its_prompts_of_a_region(md3: Program) -> None:
+    Path("l.toml").write_text('[[label]]\nname = "round"\nprompts = ["wheel", "tyre"]\n')
+    words = ("--task", "detect:car", "--labels", "l.toml", "--then", "detect:round", "-o", "o.jsonl")
+    result = md3("run", "pictures", *words)
+    assert result.exit_code == 0, result.stderr
+    assert [record["prompt"] for record in records_of(Path("o.jsonl"))[:3]] == ["car", "wheel", "tyre"]
+    Path("l.toml").write_text('[[label]]\nname = "round"\nprompts = ["{wheel}"]\n')
+    assert "{wheel} is filled by nothing" in md3("run", "pictures", *words, "--overwrite").stderr
 
 
 def test_objects_that_are_not_shown_are_not_asked_about(md3: Program) -> None:
