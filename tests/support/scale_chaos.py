@@ -211,15 +211,21 @@ class ScaleChaos:
         found = self.output.read_bytes()
         assert found.count(b"\n") == self.num_records
         assert found == self.expected, "the records differ from those of an undisturbed run"
-        assert b"Traceback" not in self.log().encode(), self.log()
-        if Path(f"{self.output}.md3run").exists():
-            verify = [sys.executable, "-m", "md3cli", "verify", str(self.output)]
-            checked = subprocess.run(verify, capture_output=True, text=True, check=False)
-            assert checked.returncode == 0, checked.stdout + checked.stderr
+        assert not (told := self.tracebacks()), told
+        verify = [sys.executable, "-m", "md3cli", "verify", str(self.output)]
+        checked = subprocess.run(verify, capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
 
     def log(self) -> str:
         """The end of what all starts have said."""
-        return (self.folder / "log").read_text(errors="replace")[-4000:]
+        return self._whole_log()[-4000:]
+
+    def tracebacks(self) -> list[str]:
+        """Those that any start has told, from their heads on."""
+        return [f"Traceback{told[:2000]}" for told in self._whole_log().split("Traceback")[1:]]
+
+    def _whole_log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
 
 
 def _has_ended(processes: dict[int, tuple[Any, list[str], str]]) -> bool:
@@ -287,6 +293,7 @@ def main() -> None:
         f"{sum(chaos.kills.values())} kills in {time.monotonic() - started:.0f} s, {chaos.num_finished_early} runs got "
         f"through meanwhile: {dict(sorted(chaos.kills.items()))}"
     )
+    print(f"{chaos.num_records:,} records: none lost, none doubled, the same bytes, no traceback, md3 verify agrees")
 
 
 if __name__ == "__main__":
