@@ -224,6 +224,7 @@ class _Writer:
         self._num_points = 0
         self._num_unknown = 0
         self._first_unknown = ""
+        self._first_dotted = ""  # question that FiftyOne does not take for a name
 
     @property
     def kind(self) -> str:
@@ -291,6 +292,9 @@ class _Writer:
         """Yield what was left out of the document and where else it can be had, a sentence each."""
         yield from survey.notes()
         yield from survey.part_notes(have_place=not self._options.coco_results)
+        if self._first_dotted and not self._options.coco_results:
+            shown = printable(self._first_dotted)
+            yield f"FiftyOne opens attributes whose names have a dot with extra_attrs=False only (first: {shown})"
         if self._num_points and not self._options.keypoints:
             yield f"{self._num_points} points were left out; --keypoints writes them as one-keypoint categories"
         if "query" in survey.tasks:
@@ -340,6 +344,8 @@ class _Writer:
             "iscrowd": 0,
         }
         annotation |= {} if box.score is None else {"score": box.score}
+        dotted = (question for question in box.texts if "." in question or question.startswith("$"))
+        self._first_dotted = self._first_dotted or next(dotted, "")
         return annotation | ({"attributes": dict(box.texts)} if box.texts else {})
 
     def _segment(self, segment: PixelSegment, group: ImageGroup, image_id: Any) -> Annotation:

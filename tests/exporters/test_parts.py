@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
-from finished_runs import CAR, DOG, HEIGHT, WIDTH, Record, Run, about, record
+from finished_runs import CAR, COLOUR, HEIGHT, HOSTILE, NAME, SMALL, WIDTH, Run, about, family, record
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -21,29 +21,6 @@ from md3cli.exporters.parts import NO_PARTS, part_texts
 from md3cli.refine.collection import Collection
 from md3cli.refine.refinement import Refinement
 from md3cli.refine.selection import Selection
-
-COLOUR, HOSTILE = "What colour is the car?", '"><b>&amp;\u202e\x07\n=1+1 {"a": null}'
-NAME = "a/photo.jpg"
-SMALL = {**CAR, "x_min": 0.6, "x_max": 0.7, "score": 0.3}
-RING = {"label": "ring", "svg_path": "M 0 0 L 1 0 L 1 1 Z", "score": 0.7}
-RING["bbox"] = {key: CAR[key] for key in ("x_min", "y_min", "x_max", "y_max")}
-
-
-def family() -> list[Record]:
-    """A picture with two cars and a ring, a caption and an answer of its own, and what was asked about the objects."""
-    cars = record(NAME, "detect", "car", objects=[SMALL, CAR])
-    ring = record(NAME, "segment", "ring", segments=[RING])
-    return [
-        cars,
-        about(cars, 0, COLOUR, answer="red"),
-        about(cars, 0, None, task="caption", length="short", caption="A small car."),
-        about(cars, 1, COLOUR, answer=HOSTILE),
-        about(cars, 1, "wheel", task="detect", objects=[DOG | {"label": "wheel"}]),
-        ring,
-        about(ring, 0, "Is it round?", answer="Yes"),
-        record(NAME, "caption", length="short", caption="Cars."),
-        record(NAME, "query", "How many?", answer="2"),
-    ]
 
 
 def coco(run: Run, **options: Any) -> dict[str, Any]:
@@ -65,6 +42,15 @@ def test_coco_has_answers_at_the_annotation_of_their_object(run: Run) -> None:
     assert [category["name"] for category in document["categories"]] == ["car", "wheel", "ring"]
     assert len(COCO(str(path)).getAnnIds(catIds=[1])) == 2
     assert not any("part" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("question", "is_told"), [("Look. Is it old?", True), ("$?", True), ("Is it 5$?", False)])
+def test_coco_says_which_questions_stop_fiftyone(run: Run, question: str, is_told: bool) -> None:
+    run.write([*family(), about(family()[0], 0, question, answer="Yes")])
+    for is_of_results in (False, True):
+        report, _ = run.export("coco", "out.json", coco_results=is_of_results, overwrite=True)
+        told = f"FiftyOne opens attributes whose names have a dot with extra_attrs=False only (first: {question})"
+        assert (told in report.notes) == (is_told and not is_of_results)
 
 
 def test_order_does_not_matter(run: Run) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 
 import programs
 import pytest
-from finished_runs import KINDS, NAMES, Run, mixed_run, run
+from finished_runs import COLOUR, HOSTILE, KINDS, NAMES, Run, family, mixed_run, run
+
+from md3cli.records import printable
 
 __all__ = ["mixed_run", "run"]
 pytestmark = programs.MARKS
@@ -38,6 +40,16 @@ for item in dataset:
         shapes.append(facts + [shape.attributes.get("text")])
     found[item.id] = [item.media.path, shapes]
 print(json.dumps(found))
+"""
+
+# Prints what datumaro reads about the shapes of argv[1]: the label of each, and its attributes.
+SAID = """
+import json, sys
+from datumaro import Dataset
+
+dataset = Dataset.import_from(sys.argv[1], "cvat")
+labels = dataset.categories()[list(dataset.categories())[0]]
+print(json.dumps([[labels[one.label].name, one.attributes] for item in dataset for one in item.annotations]))
 """
 
 # Takes the labels of a task as `cvat-cli task create` does: names, colours, kinds and attributes are checked there.
@@ -98,6 +110,19 @@ def test_every_shape_of_every_picture_is_read(mixed_run: Run) -> None:
     assert (nose[:2], nose[2][:2], nose[3]) == (["points", "nose"], [120, 20], 0.8)
     assert (caption[:2], caption[4]) == (["label", "caption"], "a car,\na <dog>")
     assert (answer[:2], answer[4]) == (["label", "answer"], "2 & 3")
+
+
+def test_what_is_said_of_an_object_is_an_attribute_that_its_label_has(run: Run) -> None:
+    run.write(family())
+    _, out = run.export("cvat", "out")
+    found = programs.program("cvat").run(SAID, out)
+    labels = programs.program("cvat").run(TASK, out / "labels.json")
+    held = {name: attributes for name, _, attributes in labels}
+    assert all(said.keys() - {"occluded"} <= {*held[label]} for label, said in found)
+    said = [said for label, said in found if label in ("car", "ring")]
+    assert [one.get(COLOUR) for one in said] == ["red", "\n".join(map(printable, HOSTILE.splitlines())), None]
+    assert said[0]["caption short"] == "A small car."
+    assert said[2]["Is it round?"] == "Yes"
 
 
 @pytest.mark.parametrize("is_flat", [True, False])

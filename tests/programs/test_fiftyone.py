@@ -17,7 +17,21 @@ from typing import Any
 
 import programs
 import pytest
-from finished_runs import HEIGHT, NAMES, WIDTH, Record, Run, draw_pictures, failure, record
+from finished_runs import (
+    COLOUR,
+    HEIGHT,
+    HOSTILE,
+    NAME,
+    NAMES,
+    WIDTH,
+    Record,
+    Run,
+    about,
+    draw_pictures,
+    failure,
+    family,
+    record,
+)
 from PIL import Image
 
 from md3cli.exporters import ExportOptions, export_records
@@ -218,6 +232,21 @@ def test_masks_and_keypoints(loaded: dict[str, Any]) -> None:
     assert fields["keypoints"] == [["nose", no_size[1][:2], None]]
 
 
+# What FiftyOne has of the boxes of a document, with their attributes or without.
+SAID = """
+import json, sys
+import fiftyone as fo
+
+places = {"data_path": sys.argv[1], "labels_path": sys.argv[2], "label_types": "detections"}
+options = {"dataset_type": fo.types.COCODetectionDataset, **places}
+(sample,) = fo.Dataset.from_dir(**options, extra_attrs=sys.argv[3] == "True")
+(field,) = (name for name in sample.field_names if isinstance(sample[name], fo.Detections))
+ours = ("What colour is the car?", "caption short", "Is it round?")
+print(json.dumps([[one.label, {name: one[name] for name in ours if one.has_field(name)}]
+                  for one in sample[field].detections]))
+"""
+
+
 CLASSES = """
 import json, sys
 import fiftyone as fo
@@ -227,6 +256,28 @@ dataset.compute_metadata()
 sizes = [[one.width, one.height] for one in dataset.values("metadata")]
 print(json.dumps(list(zip(dataset.values("filepath"), dataset.values("ground_truth.label"), sizes))))
 """
+
+
+def test_what_is_said_of_an_object_is_with_its_box(
+    fiftyone: programs.Program, database: dict[str, str], tmp_path: Path
+) -> None:
+    """Questions with a dot or a dollar at the head stop it, and the export says what opens them."""
+    run = Run(tmp_path / "run", tmp_path / "pictures")
+    draw_pictures(run.root, [NAME])
+    run.write(family())
+    report, path = run.export("coco", "coco.json", root=run.root)
+    assert not any("FiftyOne" in note for note in report.notes)
+    small = {COLOUR: "red", "caption short": "A small car."}
+    found = [["car", small], ["car", {COLOUR: HOSTILE}], ["wheel", {}], ["ring", {"Is it round?": "Yes"}]]
+    assert fiftyone.run(SAID, run.root, path, True, environment=database) == found
+    for number, question in enumerate(("Look. Is it new?", "$ or €?")):
+        run.write([*family(), about(family()[0], 0, question, answer="Yes")])
+        report, path = run.export("coco", f"{number}.json", root=run.root)
+        assert any("extra_attrs=False only" in note and question in note for note in report.notes)
+        bare = [[label, {}] for label, _ in found]
+        assert fiftyone.run(SAID, run.root, path, False, environment=database) == bare
+        with pytest.raises(AssertionError, match="cannot contain dots"):
+            fiftyone.run(SAID, run.root, path, True, environment=database)
 
 
 def test_every_crop_is_in_its_class(fiftyone: programs.Program, database: dict[str, str], exported: Run) -> None:

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 import programs
 import pytest
-from finished_runs import Record, Run, failure, record
+from finished_runs import Record, Run, about, failure, record
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -57,6 +57,7 @@ SIZES = {
 LABELS = ("zebra", "car", ' two  words "x" <b>&amp;', "$image", "日本")  # not in the order of the alphabet
 META = {"shop": 'Köln "<b>"', "shelf": 3, "seen": [True, None, {"by": "me"}]}
 TEXTS = ["a <b>caption</b>,\nof two lines", "How many?\n2 & more"]
+SAID = 'What "colour" is the car?\nred <or> & blue'  # of the first car of each picture
 # The server lives until stdin ends, however the process that holds the other end ends; then its folder goes.
 KEEPER = """
 import os, shutil, signal, subprocess, sys
@@ -116,7 +117,11 @@ def records_of(name: str, number: int) -> Iterator[Record]:
     for place, label in enumerate(LABELS):
         inner = box(label, 0.1 + shift, 0.123456789, 0.4 + place / 7 + shift / 3, 0.7777777)
         found = [] if is_empty else [inner, box(label, 0.5 + shift, 0.5, 1.2, 1.3, score=0.4)]
-        yield record(name, "detect", label, objects=found, **size)
+        finder = record(name, "detect", label, objects=found, **size)
+        yield finder
+        if label == "car" and not is_empty:
+            question, answer = SAID.split("\n")
+            yield about(finder, 0, question, answer=answer, **size)
     ring = {
         "label": "ring",
         "svg_path": "M 0 0 L 1 0 L 1 1 Z",
@@ -335,8 +340,23 @@ def test_json_brings_everything_back(project: Project) -> None:
     assert scores == [found["score"] for _, _, found in wanted(project, "detect")]
     for task in project.tasks:
         assert task["data"]["meta"] == META
-        texts = [one["value"]["text"] for one in task["annotations"][0]["result"] if one["type"] == "textarea"]
+        texts = [one["value"]["text"] for one in textareas(task) if one["from_name"] != "about"]
         assert texts == [[text] for text in TEXTS]
+
+
+def textareas(task: dict[str, Any]) -> list[dict[str, Any]]:
+    return [one for one in task["annotations"][0]["result"] if one["type"] == "textarea"]
+
+
+def test_what_is_said_of_an_object_stands_at_its_region(project: Project) -> None:
+    for name, task in zip(SIZES, project.tasks, strict=True):
+        said = [one for one in textareas(task) if one["from_name"] == "about"]
+        assert [one["value"]["text"] for one in said] == ([] if name == "empty.png" else [[SAID]])
+        shapes = task["annotations"][0]["result"]
+        cars = [one for one in shapes if one["value"].get("rectanglelabels") == ["car"]]
+        for one in said:
+            assert one["id"] == cars[0]["id"]
+            assert in_pixels(one["value"], SIZES[name]) == in_pixels(cars[0]["value"], SIZES[name])
 
 
 def test_coco_has_every_box_under_our_numbers(project: Project) -> None:
@@ -415,7 +435,7 @@ def test_nothing_counts_twice(project: Project) -> None:
         "rectanglelabels": full * len(LABELS) * 2,
         "polygonlabels": full,
         "keypointlabels": full * 4,
-        "textarea": (full + 1) * 2,
+        "textarea": (full + 1) * 2 + full,
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import programs
 import pytest
-from finished_runs import KINDS, NAMES, Run, mixed_run, run
+from finished_runs import COLOUR, HOSTILE, KINDS, NAMES, Run, family, mixed_run, run
 
 __all__ = ["mixed_run", "run"]
 pytestmark = programs.MARKS
@@ -22,8 +22,9 @@ from labelme.utils import img_data_to_pil
 def read(path):
     data = read_label_file(str(path))
     shapes = [[s["label"], s["shape_type"], s["points"], s["other_data"]] for s in data.shapes]
+    said = [s["description"] for s in data.shapes]
     size = img_data_to_pil(data.image_data).size
-    return data, {"image": data.image_path, "size": size, "shapes": shapes, "other": data.other_data}
+    return data, {"image": data.image_path, "size": size, "shapes": shapes, "said": said, "other": data.other_data}
 
 found = {}
 for path in Path(sys.argv[1]).rglob("*.json"):
@@ -65,3 +66,24 @@ def test_every_shape_is_opened_and_kept(mixed_run: Run, is_beside: bool) -> None
         extra = [RING, NOSE] if name == "a/photo.json" else []
         assert before["shapes"] == ([] if name == "empty.json" else [DOG, CAR, *extra])
     assert found["a/photo.json"][1]["other"]["description"] == "a car,\na <dog>"
+
+
+def test_what_is_said_of_an_object_is_kept_with_its_shape(run: Run) -> None:
+    run.write(family())
+    _, out = run.export("labelme", "out")
+    ((before, after),) = opened(out).values()
+    assert after == before
+    small = {COLOUR: "red", "caption short": "A small car."}
+    print(before)
+    assert [shape[3].get("attributes") for shape in before["shapes"]] == [
+        small,
+        {COLOUR: HOSTILE},
+        None,
+        {"Is it round?": "Yes"},
+    ]
+    assert before["said"] == [
+        f"{COLOUR}: red\ncaption short: A small car.",
+        f"{COLOUR}: {HOSTILE}",
+        "",
+        "Is it round?: Yes",
+    ]

@@ -36,7 +36,11 @@ NAMES = (
 )
 CAR = {"label": "car", "x_min": 0.1, "y_min": 0.25, "x_max": 0.5, "y_max": 0.75, "score": 0.9}
 DOG = {"label": "dog", "x_min": 0.5, "y_min": 0.1, "x_max": 1.2, "y_max": 0.6, "score": 0.4}  # leaves the image
-
+NAME = NAMES[0]  # where something is said of objects
+SMALL = {**CAR, "x_min": 0.6, "x_max": 0.7, "score": 0.3}
+RING = {"label": "ring", "svg_path": "M 0 0 L 1 0 L 1 1 Z", "score": 0.7}  # half of its box
+RING["bbox"] = {key: CAR[key] for key in ("x_min", "y_min", "x_max", "y_max")}
+COLOUR, HOSTILE = "What colour is the car?", '"><b>&amp;\u202e\x07\n=1+1 {"a": null}'
 
 # EXIF that says how to turn a picture, and whose maker is a number: Pillow reads it, and cannot write it again.
 ODD_EXIF = b"Exif\0\0II*\0" + struct.pack("<IH HHII HHII III", 8, 2, 0x010F, 5, 1, 38, 0x0112, 3, 1, 6, 0, 1, 2)
@@ -131,6 +135,23 @@ def detect_records(names: Iterable[str] = NAMES) -> list[Record]:
     return [*broken, *records]
 
 
+def family() -> list[Record]:
+    """A picture with two cars and a ring, a caption and an answer of its own, and what was asked about the objects."""
+    cars = record(NAME, "detect", "car", objects=[SMALL, CAR])
+    ring = record(NAME, "segment", "ring", segments=[RING])
+    return [
+        cars,
+        about(cars, 0, COLOUR, answer="red"),
+        about(cars, 0, None, task="caption", length="short", caption="A small car."),
+        about(cars, 1, COLOUR, answer=HOSTILE),
+        about(cars, 1, "wheel", task="detect", objects=[DOG | {"label": "wheel"}]),
+        ring,
+        about(ring, 0, "Is it round?", answer="Yes"),
+        record(NAME, "caption", length="short", caption="Cars."),
+        record(NAME, "query", "How many?", answer="2"),
+    ]
+
+
 KINDS = {  # name -> Pillow's format and mode; readers of labels stop at one or the other
     "kinds/turned.jpg": ("JPEG", "RGB"),
     "kinds/moving.gif": ("GIF", "P"),
@@ -144,11 +165,9 @@ KINDS = {  # name -> Pillow's format and mode; readers of labels stop at one or 
 
 def mixed_records(names: Iterable[str] = NAMES) -> list[Record]:
     """The boxes of `detect_records`, and on NAMES[0] a mask, a point, a caption and an answer."""
-    box = {key: CAR[key] for key in ("x_min", "y_min", "x_max", "y_max")}
-    path = "M 0 0 L 1 0 L 1 1 Z"  # of the box
     return [
         *detect_records(names),
-        record(NAMES[0], "segment", "ring", segments=[{"label": "ring", "svg_path": path, "bbox": box, "score": 0.7}]),
+        record(NAMES[0], "segment", "ring", segments=[RING]),
         record(NAMES[0], "point", "nose", points=[{"label": "nose", "x": 1.0, "y": 0.25, "score": 0.8}]),
         record(NAMES[0], "caption", length="short", caption="a car,\na <dog>"),
         record(NAMES[0], "query", "How many?", answer="2 & 3"),
