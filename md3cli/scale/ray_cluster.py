@@ -111,7 +111,17 @@ def connected(address: str | None) -> Iterator[Any]:
 
 
 def _shut_down(ray: Any) -> None:
-    """Leave the cluster; a run that is done, or stopped, does not fail of it."""
+    """Leave the cluster; a run that is done, or stopped, does not fail of it.
+
+    Ray Data's threads ask the cluster even now, and die of its absence: that is not told.
+    """
+    tell = threading.excepthook
+
+    def tell_what_matters(died: threading.ExceptHookArgs) -> None:
+        if ray.is_initialized() or not isinstance(died.exc_value, ray.exceptions.RaySystemError):
+            tell(died)
+
+    threading.excepthook = tell_what_matters
     with contextlib.suppress(Exception):  # of many kinds, such as a raylet that has gone before
         ray.shutdown()
 

@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -31,7 +33,7 @@ from md3cli.scale.make_plan import make_plan, put_plan
 from md3cli.scale.markers import CommitLog, RunOptions, write_run_options
 from md3cli.scale.plan import Plan
 from md3cli.scale.ray import GO_ON, STOP, RayDriver, ShardAnswer, ShardWorker, WorkerSetup
-from md3cli.scale.ray_cluster import Placement, _own_sigterm, check_installed, connected, place
+from md3cli.scale.ray_cluster import Placement, _own_sigterm, _shut_down, check_installed, connected, place
 from md3cli.scale.shard_runner import ShardRunner
 from md3cli.scale.workers import ShardQueue
 from md3cli.source.source import open_source
@@ -418,6 +420,31 @@ def test_a_ray_that_does_not_start_leaves_the_signals_as_they_were() -> None:
         assert signal.getsignal(signal.SIGTERM) is before
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_connected", "is_told"),
+    [(ConnectionError(), False, False), (ConnectionError(), True, True), (ValueError(), False, True)],
+)
+def test_threads_that_die_of_the_cluster_that_was_left_are_not_told(
+    error: Exception, is_connected: bool, is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[BaseException | None] = []
+    monkeypatch.setattr("threading.excepthook", lambda died: told.append(died.exc_value))
+    ray = SimpleNamespace(
+        shutdown=lambda: None,
+        is_initialized=lambda: is_connected,
+        exceptions=SimpleNamespace(RaySystemError=ConnectionError),
+    )
+
+    def ask() -> None:
+        raise error
+
+    _shut_down(ray)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert told == [error] * is_told
 
 
 def test_gpus_asked_for_where_there_are_none() -> None:

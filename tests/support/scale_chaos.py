@@ -288,11 +288,13 @@ def main() -> None:
             forms=arguments.forms,
             has_children=arguments.then,
         )
-        run_scale_chaos(chaos, arguments.kills)
-    print(
-        f"{sum(chaos.kills.values())} kills in {time.monotonic() - started:.0f} s, {chaos.num_finished_early} runs got "
-        f"through meanwhile: {dict(sorted(chaos.kills.items()))}"
-    )
+        try:
+            run_scale_chaos(chaos, arguments.kills)
+        finally:
+            print(
+                f"{sum(chaos.kills.values())} kills in {time.monotonic() - started:.0f} s, {chaos.num_finished_early} "
+                f"runs got through meanwhile: {dict(sorted(chaos.kills.items()))}"
+            )
     print(f"{chaos.num_records:,} records: none lost, none doubled, the same bytes, no traceback, md3 verify agrees")
 
 
