@@ -200,11 +200,14 @@ class Source:
         of_pictures = {Kind.FOLDER, Kind.GLOB, Kind.FILE, Kind.TAR, Kind.COCO}
         return not (is_narrowed or is_of_boxes or self._has_walked_rows) and kinds <= of_pictures
 
-    @property
+    @cached_property
     def may_ask_then(self) -> bool:
-        """Return whether rows may say what is asked about each object; those of shards in a folder may not."""
-        kinds = (Kind.MANIFEST, Kind.STDIN)
-        return any(given.kind in kinds or given.typed.lower().endswith(PARQUET) for given in self._inputs)
+        """Whether rows may say what is asked about each object; a folder that holds Parquet files has nothing else."""
+        walked, rows = (Kind.FOLDER, Kind.GLOB), (Kind.MANIFEST, Kind.STDIN)
+        return any(
+            given.kind in rows or (given.kind in walked and self._first_file(given).lower().endswith(PARQUET))
+            for given in self._inputs
+        )
 
     @property
     def has_one_row(self) -> bool:

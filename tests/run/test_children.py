@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from program import Program, make_pictures, records_of
 
@@ -136,6 +138,18 @@ def test_the_same_question_in_two_words_is_asked_once(md3: Program) -> None:
     assert len(found) == len({record["id"] for record in found}) == 2 * NUM_PICTURES
     assert md3(*command).exit_code == 0
     assert md3.num_answered == 0
+
+
+@pytest.mark.parametrize("given", ["shards", "shards/*.parquet", "shards/a.parquet"])
+def test_rows_of_parquet_files_say_what_is_asked_then_wherever_the_files_stand(
+    md3: Program, tmp_path: Path, given: str
+) -> None:
+    image = {"bytes": next((tmp_path / "pictures").iterdir()).read_bytes(), "path": "a.jpg"}
+    (tmp_path / "shards").mkdir()
+    pq.write_table(pa.table({"image": [image] * 2, "then": [THEN[1], ""]}), tmp_path / "shards/a.parquet")
+    result = md3("run", given, "--task", "detect:car", "-o", "o.jsonl")
+    assert result.exit_code == 0, result.stderr
+    assert [record["prompt"] for record in records_of(Path("o.jsonl"))] == ["car", "What colour is the car?", "car"]
 
 
 def test_what_is_added_asks_about_its_objects(md3: Program, whole: bytes) -> None:
