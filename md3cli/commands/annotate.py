@@ -266,9 +266,9 @@ def run(
 @functools.partial(annotating, hidden=NOT_ESTIMATED)
 def estimate(
     input: OneInput,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, also on a terminal.")] = False,
     *,
     words: RunWords,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, also on a terminal.")] = False,
     options: AnnotateOptions,
 ) -> RunConfig:
     """What `md3 run` with the same words would take: time, tokens, disk, money; from a sample.

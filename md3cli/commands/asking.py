@@ -127,30 +127,28 @@ def run_of_tasks(
     requests = [replace(r, tiles=tiles) if r.task in TILED_TASKS else r for r in requests]
     if "tile" in options.typed and not has_rows and all(r.tiles is None for r in requests):
         raise UsageError("--tile is about what detect and point find, and neither is asked for; leave it out")
-    if not requests and not has_rows:
+    may_add = options.add and not (options.dry_run or estimate)  # then OUTPUT has what finds the objects
+    if not (requests or has_rows or (may_add and words.then)):
         raise UsageError(f"nothing to do for {printable(input)}; say what with --task, like --task caption:long")
-    then = _asked_then(words.then, requests, options, has_rows=has_rows, reasoning=words.reasoning)
+    may_be_followed = are_followed(requests) or has_rows or may_add
+    then = _asked_then(words.then, options, reasoning=words.reasoning) if may_be_followed else []
+    if not then and "then" in options.typed:
+        raise UsageError(
+            "--then asks about each object that detect and segment find, and none of them is asked; "
+            "add --task detect:OBJECT"
+        )
     if then:
         labels = _with_names_then(labels, words.then, are_templates=options.template)
     return options.config("run", [input], requests, estimate, labels, words.reasoning, then, tiles)
 
 
-def _asked_then(
-    specs: ThenSpecs, requests: Sequence[Request], options: AnnotateOptions, *, has_rows: bool, reasoning: bool
-) -> list[Request]:
+def _asked_then(specs: ThenSpecs, options: AnnotateOptions, *, reasoning: bool) -> list[Request]:
     """Return what is asked about each object that is found, `{label}` in the prompts.
 
     Raises:
-        UsageError: nothing finds objects with boxes, or the same is asked twice.
+        UsageError: the same is asked twice, or a listed prompt has another placeholder.
     """
     flat = [spec for parts in specs or () for spec in parts]
-    if flat and not (are_followed(requests) or has_rows):
-        if "then" not in options.typed:
-            return []
-        raise UsageError(
-            "--then asks about each object that detect and segment find, and none of them is asked; "
-            "add --task detect:OBJECT"
-        )
     listed = options.listed_labels()
     asked = [TaskSpec(spec.task, prompt) for spec in flat for prompt in _prompts_then(spec, listed)]
     if len(set(asked)) < len(asked):

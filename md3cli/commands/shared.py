@@ -52,13 +52,11 @@ def spread(*kinds: Any, hidden: frozenset[str] = frozenset()) -> Callable[[Calla
         """Return `command` with the options as parameters of their own; it is called with `kinds` made of them."""
         hints = get_type_hints(command, include_extras=True)
         held = {name: hints[name] for name in inspect.signature(command).parameters if hints[name] in kinds}
-        own = [
-            parameter.replace(annotation=_for_typer(hints[name]), kind=inspect.Parameter.KEYWORD_ONLY)
-            for name, parameter in inspect.signature(command).parameters.items()
-            if name not in held
-        ]
-        spread_out = {name: _shared_parameters(kind) for name, kind in held.items()}
-        shared = [_hidden(one) if one.name in hidden else one for found in spread_out.values() for one in found]
+        keyword, spread_out = inspect.Parameter.KEYWORD_ONLY, {n: _shared_parameters(kind) for n, kind in held.items()}
+        parameters = list[inspect.Parameter]()
+        for name, parameter in inspect.signature(command).parameters.items():
+            own = parameter if name in held else parameter.replace(annotation=_for_typer(hints[name]), kind=keyword)
+            parameters += [_hidden(p) if p.name in hidden else p for p in spread_out.get(name, (own,))]
 
         @functools.wraps(command)
         def wrapper(**values: Any) -> None:
@@ -70,7 +68,7 @@ def spread(*kinds: Any, hidden: frozenset[str] = frozenset()) -> Callable[[Calla
             }
             command(**made, **values)
 
-        parameters = [*own, *shared, inspect.Parameter("ctx", own[0].kind, annotation=typer.Context)]
+        parameters.append(inspect.Parameter("ctx", keyword, annotation=typer.Context))
         wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         del wrapper.__wrapped__

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from md3cli.errors import OutputMismatchError, RowError
@@ -25,6 +25,7 @@ MOST_REQUESTS_SHOWN = 6  # in one message
 LONGEST_COMMAND_CHARS = 1000  # that a message repeats
 _WHAT_IS_ASKED = frozenset({"task", "prompt"})
 _OF_EACH = {"requests": "", "then": "of each object found: "}
+OF_ROWS = "what the rows of a manifest say"
 _NAMES = {"ids": "the way in which ids are made", "root": "the folder of INPUT", "inputs": "INPUT"}
 
 
@@ -39,9 +40,12 @@ def request_of(document: Mapping[str, Any]) -> Request:
     return Request(**{**document, **parts})
 
 
-def requests_in(identity: Mapping[str, Any]) -> tuple[Request, ...] | None:
-    """Return the requests of the identity of a run; None where they are not of the form that a run writes."""
-    documents = identity.get("requests")
+def requests_in(identity: Mapping[str, Any], key: str = "requests") -> tuple[Request, ...] | None:
+    """Return the requests of the identity of a run; None where they are not of the form that a run writes.
+
+    With the key `then` they are those about each object found; a run that asks none has none.
+    """
+    documents = identity.get(key, [] if key == "then" else None)
     if not _are_requests(documents):
         return None
     try:
@@ -93,35 +97,71 @@ def ask_all(requests: Sequence[Request]) -> bool:
 
 
 def is_grown(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether the requests of the identity `now` are those of `before` and more behind them."""
-    held, asked = requests_in(before), requests_in(now)
-    return held is not None and asked is not None and len(held) < len(asked) and asked[: len(held)] == held
+    """Return whether the identity `now` asks what `before` does and more behind it, of pictures or of objects."""
+    held, asked = _lists_in(before), _lists_in(now)
+    if held is None or asked is None or any(b[: len(a)] != a for a, b in zip(held, asked, strict=True)):
+        return False
+    return held != asked
+
+
+def _lists_in(identity: Mapping[str, Any]) -> list[tuple[Request, ...]] | None:
+    """Return what the identity of a run asks of pictures, and what of objects; None as for `requests_in`."""
+    found = [requests_in(identity, key) for key in _OF_EACH]
+    return None if None in found else [requests for requests in found if requests is not None]
+
+
+def with_asked_of(
+    identity: Mapping[str, Any], other: Mapping[str, Any], *, is_pad_kept: bool = False
+) -> dict[str, Any]:
+    """Return the identity of a run, asking what `other` asks, of objects too.
+
+    With `is_pad_kept` the room around those stays what it is where the run has some.
+    """
+    keys = [*_OF_EACH, *(() if is_pad_kept and "pad" in identity else ("pad",))]
+    kept = {key: value for key, value in identity.items() if key not in keys}
+    return kept | {key: other[key] for key in keys if key in other}
 
 
 def listed(requests: Sequence[Request]) -> str:
     """Return requests as a person would name them; of many the first few."""
     names = [name_of(request_fields(request)) for request in requests]
-    return _listed(names, names)
+    return _listed(names, names) if names else OF_ROWS
 
 
-def way_on(before: Mapping[str, Any], now: Mapping[str, Any], argv: Sequence[str], output: str) -> str:
-    """Return what to type where two runs differ in their requests alone: a sentence with a blank behind it, or nothing.
+def way_on(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    argv: Sequence[str],
+    output: str,
+    *,
+    may_add_then: bool = True,
+) -> str:
+    """Return what to type where two runs differ in what they ask alone: a sentence with a blank behind it, or nothing.
 
     `before` and `now` are as for `differences`; `argv` is the command with the program's name, `output` is OUTPUT.
+    `may_add_then`: --add can add what is asked about objects.
     """
-    held = requests_in(before.get("identity", before))
-    asked = requests_in(now.get("identity", now))
-    if not (held and asked and ask_all(held) and ask_all(asked)):
+    was, wanted = before.get("identity", before), now.get("identity", now)
+    before_all, now_all = _lists_in(was), _lists_in(wanted)
+    if before_all is None or now_all is None:
         return ""
-    if differences(_without_requests(before), _without_requests(now)):
+    (held, then), (asked, then_asked) = before_all, now_all
+    if not (ask_all(held) and ask_all(asked)):
+        return ""
+    keys = {*_OF_EACH, *(("pad",) if ("pad" in was) != ("pad" in wanted) else ())}
+    if differences(_without(before, keys), _without(now, keys)):
         return ""
     try:
         num_new = len(together(held, asked)) - len(held)
+        num_then = len(together(then, then_asked)) - len(then)
     except OutputMismatchError:
         return ""
-    if not num_new and set(asked) != set(held):
-        return f"For a part of the records, type `{_selecting(held, asked, output)}`. "
-    what = "keep what is there and ask what is new as well" if num_new else "go on with what is there"
+    if num_then and not may_add_then:
+        return ""
+    is_less = set(asked) != set(held) or bool(then and not then_asked)
+    if is_less and not (num_new or num_then):
+        return f"For a part of the records, type `{_selecting((*held, *then), asked, output)}`. "
+    what = "keep what is there and ask what is new as well" if num_new or num_then else "go on with what is there"
     command = printable(shlex.join(with_option(argv, "--add")))
     typed = f"type `{command}`" if len(command) <= LONGEST_COMMAND_CHARS else "type the same command with --add"
     return f"To {what}, {typed}. "
@@ -144,10 +184,10 @@ def _selecting(held: Sequence[Request], asked: Sequence[Request], output: str) -
     return printable(shlex.join(["md3", "select", output, *words])) + more + " -o PART.jsonl"
 
 
-def _without_requests(document: Mapping[str, Any]) -> dict[str, Any]:
+def _without(document: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
     if isinstance(identity := document.get("identity"), Mapping):
-        return {**document, "identity": _without_requests(identity)}
-    return {key: value for key, value in document.items() if key != "requests"}
+        return {**document, "identity": _without(identity, keys)}
+    return {key: value for key, value in document.items() if key not in keys}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -158,10 +198,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     found = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, now = old.get(key), new.get(key)
-        if before == now:
+        if before == now or (key == "pad" and None in (before, now) and old.get("then") != new.get("then")):
             continue
-        if key in ("requests", "then") and _are_requests(before or []) and _are_requests(now or []):
-            found += [_OF_EACH[key] + phrase for phrase in _of_requests(before or [], now or [])]
+        if key in _OF_EACH and _are_requests(before or []) and _are_requests(now or []):
+            nothing = "nothing" if key == "then" else OF_ROWS
+            found += [_OF_EACH[key] + phrase for phrase in _of_requests(before or [], now or [], nothing)]
         elif isinstance(before, dict) and isinstance(now, dict):
             found += differences(before, now)
         else:
@@ -175,16 +216,21 @@ def change(before: Any, now: Any) -> str:
     return f"{_cut(before, [now])}, now {_cut(now, [before])}"
 
 
-def asked_otherwise(before: Sequence[str], now: Sequence[str]) -> str:
-    """Return `it has detect circle; you now ask detect star as well`, of the names of requests, which differ."""
+def asked_otherwise(before: Sequence[str], now: Sequence[str], nothing: str = OF_ROWS) -> str:
+    """Return `it has detect circle; you now ask detect star as well`, of the names of requests, which differ.
+
+    `nothing` is how none of them is called.
+    """
     more, less = list((Counter(now) - Counter(before)).elements()), list((Counter(before) - Counter(now)).elements())
-    has = f"it has {_listed(before, now)}"
+    has = f"it has {_listed(before, now) if before else nothing}"
+    if not now:
+        return f"{has}; you now ask {nothing}"
     if not more and not less:
         return f"{has}; you now ask the same in another order: {_listed(now, before)}"
     if before and not less:
         return f"{has}; you now ask {_listed(more, before)} as well"
     if not more:
-        return f"{has}; you now ask {'only ' if now else ''}{_listed(now, before)}"
+        return f"{has}; you now ask only {_listed(now, before)}"
     return f"{has}; you now ask {_listed(now, before)}"
 
 
@@ -200,9 +246,11 @@ def _are_requests(value: Any) -> TypeGuard[list[dict[str, Any]]]:
     return isinstance(value, list) and all(isinstance(request, dict) for request in value)
 
 
-def _of_requests(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[str]:
+def _of_requests(
+    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], nothing: str = OF_ROWS
+) -> list[str]:
     names_before, names_now = [name_of(request) for request in before], [name_of(request) for request in now]
-    found = [] if names_before == names_now else [asked_otherwise(names_before, names_now)]
+    found = [] if names_before == names_now else [asked_otherwise(names_before, names_now, nothing)]
     earlier = dict(zip(names_before, before, strict=True))
     settings: dict[str, list[str]] = {}
     for name, request in zip(names_now, now, strict=True):
@@ -253,8 +301,6 @@ def _same_chars(one: str, other: str) -> int:
 
 def _listed(names: Sequence[str], others: Sequence[str]) -> str:
     """Return `a, b and c`; of many the first few. Each is cut so that it differs from `others` and its neighbours."""
-    if not names:
-        return "what the rows of a manifest say"
     unlike = [*others[: 2 * MOST_REQUESTS_SHOWN], *names[: 2 * MOST_REQUESTS_SHOWN]]
     shown = [_cut(name, unlike) for name in names[:MOST_REQUESTS_SHOWN]]
     if len(names) > MOST_REQUESTS_SHOWN:

@@ -51,7 +51,7 @@ from md3cli.records import (
     request_id,
 )
 from md3cli.refine.refinement import Refinement
-from md3cli.run.asked import asked_otherwise, change, differences, is_grown, name_of, way_on
+from md3cli.run.asked import asked_otherwise, change, differences, is_grown, name_of, way_on, with_asked_of
 
 RUN_FOLDER, FORMER = ".md3run", "-former"
 MAX_POINTS, FIRST_SPACING_S = 240, 0.5  # of a timeline
@@ -185,12 +185,14 @@ class RunDocument:
         is_held: bool = False,
         may_add: bool = False,
         is_planned: bool = False,
+        is_shared: bool = False,
         refinement: Refinement | None = None,
     ) -> RunDocument:
         """Note a start in `path`, on top of what an earlier start left there; a user knows it as `shown`.
 
         `is_held`: nothing is written before `release`. `may_add`: requests may have come behind those of the earlier
         run, as --add asks. `is_planned`: a plan asks just these, and run.json may say more of what never came about.
+        `is_shared`: many processes share the run, and plans cannot be added to in what is asked about objects.
         `refinement`: what was chosen now; what it leaves open stays as an earlier start chose it.
 
         Raises:
@@ -201,13 +203,13 @@ class RunDocument:
         old, new = earlier.get("identity"), _as_json(identity)
         has_grown = old is not None and may_add and is_grown(old, new)
         if old is not None:
-            is_known = has_grown or is_planned
-            was = {**old, "requests": new["requests"]} if is_known else old
-            _refuse_other(shown or str(path), *_with_defaults_of_both(was, new), arguments)
+            was = {**old, "requests": new["requests"]} if is_planned else old
+            was = with_asked_of(old, new, is_pad_kept=True) if has_grown else was
+            _refuse_other(shown or str(path), *_with_defaults_of_both(was, new), arguments, is_shared=is_shared)
         start = _start_of(arguments, num_records_found)
         document = {
             "schema": RUN_SCHEMA,
-            "identity": {**new, "requests": old["requests"]} if old is not None and has_grown else new,
+            "identity": with_asked_of(new, old) if old is not None and has_grown else new,
             "versions": _versions(),
             "model": identity.get("model"),
             "refinement": (refinement or Refinement()).over(Refinement.from_json(earlier.get("refinement"))).to_json(),
@@ -325,7 +327,7 @@ def note_grown(path: Path, requests: Sequence[Request]) -> None:
     """
     document = read_facts(path, RUN_SCHEMA)
     asked = _as_json({"requests": [request_fields(request) for request in requests]})
-    if document and is_grown(document["identity"], asked):
+    if document and is_grown(document["identity"], document["identity"] | asked):
         document["identity"] |= asked
         document["grown"] = True
         _write(path, document)
@@ -366,10 +368,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _refuse_other(shown: str, old: dict[str, Any], new: dict[str, Any], argv: Sequence[str]) -> None:
+def _refuse_other(
+    shown: str, old: dict[str, Any], new: dict[str, Any], argv: Sequence[str], *, is_shared: bool
+) -> None:
     if found := differences(old, new):
         hint = _rename_hint(str(old.get("model")), str(new.get("model")))
-        on = way_on(old, new, argv, _output_of(shown))
+        on = way_on(old, new, argv, _output_of(shown), may_add_then=not is_shared)
         raise OutputMismatchError(
             f"OUTPUT was begun by another run ({printable(shown)}): {'; '.join(found)}. {hint}{on}"
             f"{'Or choose' if on else 'Choose'} another -o, repeat the earlier command, or --overwrite to start over"

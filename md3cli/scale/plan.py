@@ -269,7 +269,7 @@ def check_config(
         OutputMismatchError: names the differences.
     """
     if found := differences(plan.config, config):
-        on = way_on(plan.config, config, argv, output)
+        on = way_on(plan.config, config, argv, output, may_add_then=False)
         raise OutputMismatchError(
             f"OUTPUT was begun by another run, which is not finished: {'; '.join(found)}. {on}"
             f"{'Or repeat' if on else 'Repeat'} the earlier command, choose another -o, or --overwrite to start over"

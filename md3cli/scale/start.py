@@ -123,6 +123,7 @@ class Start:
             is_held=is_over,
             may_add=self.config.output.add,
             is_planned=self._is_planned,
+            is_shared=True,
             refinement=self.config.refinement,
         )
         document.note_added()  # a plan of it comes now
@@ -385,7 +386,7 @@ def planned_in(config: RunConfig, outputs: OutputPlan) -> Held | None:
     labels = Labels()
     with contextlib.suppress(InputError):  # nobody has begun with it yet
         labels = read_run_options(folder).refinement.labels
-    return Held(plan.asked, labels)
+    return Held(plan.asked, plan.then, plan.config["identity"], labels)
 
 
 class FormerRun:

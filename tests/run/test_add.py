@@ -227,6 +227,80 @@ def test_templates_grow_too(md3: Program, pictures: Path, many: tuple[object, ..
     assert (plain.exit_code, "template on, now none" in plain.stderr) == (2, True), plain.stderr
 
 
+# -- what is asked about objects -------------------------------------------------------------------------
+
+OF_OBJECTS = ("caption:short", "query:Is the {label} red?", "detect:wheel")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_way_to_more_about_objects_gives_the_records_of_all(md3: Program, pictures: Path, seed: int) -> None:
+    chooser = random.Random(seed)
+    tasks, then, num_answered = ["detect:2 things"], list[str](), 0
+    assert md3("run", pictures, "--task", tasks[0], "-o", "o.jsonl").exit_code == 0
+    num_answered += md3.num_answered
+    for more in chooser.sample(OF_OBJECTS, len(OF_OBJECTS)):
+        words = ["--then", more] if chooser.random() < 0.5 else typed(tasks, [*then, more])
+        part = chooser.choice([(), ("--limit", 3), ("--shard", "1/2")])
+        assert md3("run", pictures, *words, "-o", "o.jsonl", "--add", *part).exit_code == 0
+        then.append(more)
+        num_answered += md3.num_answered
+        if chooser.random() < 0.5:  # a kill, before the file is in order
+            lines = Path("o.jsonl").read_bytes().splitlines(keepends=True)
+            chooser.shuffle(lines)
+            Path("o.jsonl").write_bytes(b"".join(lines[:-3]))
+            num_answered -= 3
+    tasks.append("segment:x")
+    assert md3("run", pictures, "--task", "segment:x", "-o", "o.jsonl", "--add").exit_code == 0
+    num_answered += md3.num_answered
+    assert md3("verify", "o.jsonl").exit_code == 0
+    assert md3("run", pictures, *typed(tasks, then), "-o", "whole.jsonl").exit_code == 0
+    assert num_answered == md3.num_answered, "each was asked once"
+    assert Path("o.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert md3("run", pictures, *typed(tasks, then), "-o", "o.jsonl").exit_code == 0
+    assert md3.num_answered == 0
+
+
+def typed(tasks: Sequence[str], then: Sequence[str]) -> list[str]:
+    return [word for name, some in (("--task", tasks), ("--then", then)) for spec in some for word in (name, spec)]
+
+
+def test_the_way_to_ask_about_objects_is_told(md3: Program, pictures: Path) -> None:
+    md3("detect", pictures, "circle", "-o", "o.jsonl")
+    words = ("run", pictures, "--task", "detect:circle", "--then", "caption:short", "-o", "o.jsonl")
+    refused = md3(*words)
+    assert refused.exit_code == 2
+    assert "of each object found: it has nothing; you now ask caption short. To keep what is there" in refused.stderr
+    done = md3(*words, "--add", "--pad", "20%")
+    assert "OUTPUT has detect circle; now added: of each object found: caption short" in done.stderr, done.output
+    refused = md3("detect", pictures, "circle", "-o", "o.jsonl")
+    assert "you now ask nothing" in refused.stderr
+    assert "`md3 select o.jsonl --task detect --prompt circle -o PART.jsonl`" in refused.stderr
+    refused = md3("run", pictures, "--then", "caption:long", "-o", "o.jsonl", "--add")
+    assert (refused.exit_code, "pad 0.2, now 0.1" in refused.stderr) == (2, True)
+    done = md3("detect", pictures, "star", "-o", "o.jsonl", "--add")
+    assert done.exit_code == 0, "with the room of before"
+
+
+@pytest.mark.parametrize(
+    ("held", "options", "said"),
+    [
+        ("detect:a", ("--shard-size", "2"), "Finish the earlier command, then add it in one process"),
+        ("point:a", (), "OUTPUT has point a; add --task detect:OBJECT"),
+        ("detect:a", ("--dry-run",), "nothing to do"),
+        ("", (), "say what to find with --task"),
+    ],
+)
+def test_objects_that_cannot_be_asked_about(
+    md3: Program, pictures: Path, held: str, options: tuple[str, ...], said: str
+) -> None:
+    if held:
+        assert md3("run", pictures, "--task", held, "-o", "o.jsonl").exit_code == 0
+    before = {path: path.read_bytes() for path in Path().glob("o.jsonl*")}
+    refused = md3("run", pictures, "--then", "caption:short", "-o", "o.jsonl", "--add", *options)
+    assert (refused.exit_code, said in refused.stderr) == (2, True), refused.stderr
+    assert {path: path.read_bytes() for path in Path().glob("o.jsonl*")} == before
+
+
 def test_rows_that_ask_for_themselves_cannot_be_added_to(md3: Program, pictures: Path) -> None:
     (pictures / "rows.jsonl").write_text(json.dumps({"image": "p0.png", "task": "detect", "prompt": "circle"}) + "\n")
     md3("run", pictures / "rows.jsonl", "-o", "o.jsonl")

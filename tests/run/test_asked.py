@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from md3cli.errors import OutputMismatchError
 from md3cli.records import Request, RunIdentity, Task, request_fields
-from md3cli.run.asked import differences, is_grown, new_in, requests_in, together, way_on, with_option
+from md3cli.run.asked import differences, is_grown, new_in, requests_in, together, way_on, with_asked_of, with_option
 from md3cli.run.run_info import identity_of
 
 RUN = RunIdentity(model="tiny@0")
@@ -218,6 +218,26 @@ def test_the_command_that_goes_on(before: list[Request], now: list[Request], wor
     assert way_on(identity_of(before, RUN, "/a"), identity_of(now, RUN, "/a"), argv, "o") == words
     plans = [{"identity": identity_of(requests, RUN, "/a"), "input": {}} for requests in (before, now)]
     assert way_on(*plans, argv, "o") == words
+
+
+def test_what_is_asked_about_objects_grows_too() -> None:
+    def asking(*then: Request, **more: float) -> dict[str, Any]:
+        return identity_of([CIRCLE], RUN, "/a", {"then": [request_fields(one) for one in then], "pad": 0.1} | more)
+
+    bare, argv = identity_of([CIRCLE], RUN, "/a"), ["md3", "run"]
+    assert is_grown(bare, asking(SHORT))
+    assert is_grown(asking(SHORT), asking(SHORT, WHY))
+    assert not is_grown(asking(SHORT), asking(WHY, SHORT))
+    assert not is_grown(asking(SHORT), bare)
+    assert with_asked_of(bare, asking(SHORT), is_pad_kept=True) == asking(SHORT)
+    assert with_asked_of(asking(SHORT), bare) == bare
+    assert with_asked_of(asking(SHORT), asking(WHY, pad=0.5), is_pad_kept=True) == asking(WHY)
+    assert way_on(bare, asking(SHORT), argv, "o").endswith("type `md3 run --add`. ")
+    assert way_on(bare, asking(SHORT), argv, "o", may_add_then=False) == ""
+    assert way_on(asking(SHORT), asking(WHY, pad=0.5), argv, "o") == ""
+    assert way_on(asking(SHORT), asking(replace(SHORT, seed=3)), argv, "o") == ""
+    assert "--task detect --prompt circle" in way_on(asking(SHORT), bare, argv, "o")
+    assert "go on with what is there" in way_on(asking(SHORT, WHY), asking(WHY), argv, "o")
 
 
 def test_where_more_differs_nothing_can_be_added() -> None:
