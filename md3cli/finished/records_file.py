@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from md3cli.errors import ExportError, InputError
-from md3cli.finished.record_shape import LINE_LIMIT_BYTES, NotJson, tidied_record
+from md3cli.finished.record_shape import LINE_LIMIT_BYTES
 from md3cli.finished.run_json import has_run_info
+from md3cli.finished.tidied import NotJson, tidied_record
 from md3cli.records import ID_DIGITS, RecordDict, compact_json, is_annotation_id, printable
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from md3cli.finished.record_shape import WHOLE_LINES, is_record_of, put_back, read_record, tidied_record
+from md3cli.finished.record_shape import WHOLE_LINES, is_record_of, read_record
+from md3cli.finished.tidied import put_back, tidied_record
 from md3cli.records import (
     Answer,
     Box,

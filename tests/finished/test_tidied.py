@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from md3cli.errors import Md3Error
 from md3cli.evaluate import compare_runs
 from md3cli.exporters import FORMATS
-from md3cli.finished.record_shape import put_back, tidied_record
+from md3cli.finished.tidied import put_back, tidied_record
 from md3cli.report.build import ReportOptions, write_report
 
 pytestmark = pytest.mark.process
@@ -145,5 +145,5 @@ def test_odd_bytes_are_read_as_by_the_plain_way(odd: bytes) -> None:
 @pytest.mark.parametrize("line", ANSWERS)
 def test_an_answer_of_md3_needs_no_putting_back(line: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = put_back(line)
-    monkeypatch.setattr("md3cli.finished.record_shape.put_back", None)
+    monkeypatch.setattr("md3cli.finished.tidied.put_back", None)
     assert repr(tidied_record(line)) == repr(plain)
