@@ -20,6 +20,7 @@ from md3cli.refine.quality import qualities_of
 
 FRAME = (320.0, 240.0)  # drawing units of a picture's frame: about one CSS pixel on a card
 NAME_CHAR, NAME_HEIGHT = 6.0, 10.0  # of a name's letter, about
+NAME_ROWS = 3  # above a box and below it, where names may stand
 NAME_LETTERS = 28  # of a name at most, as in cards.js
 TEXT_LIMIT = 20_000  # characters of an answer or a caption kept on the page
 
@@ -194,6 +195,9 @@ def _with_free_name(shape: Shape, taken: list[_Line], frame: tuple[float, float]
     if shape.rect is not None:
         top, bottom = shape.rect[1], shape.rect[1] + shape.rect[3]
         bases += [base for base in (bottom + NAME_HEIGHT, top + NAME_HEIGHT, bottom - 3) if 0 < base <= frame[1]]
+        rows = [number * NAME_HEIGHT for number in range(1, NAME_ROWS)]  # further off, each side in turn
+        farther = [base for row in rows for base in (usual - row, bottom + NAME_HEIGHT + row)]
+        bases += [base for base in farther if NAME_HEIGHT - 3 <= base <= frame[1]]
     lines = [_Line(left, left + width, base) for base in bases]
     line = next((line for line in lines if not any(line.overlaps(other) for other in taken)), lines[0])
     taken.append(line)

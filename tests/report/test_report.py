@@ -596,12 +596,13 @@ def test_pictures_of_one_name_are_counted_by_what_is_in_them():
 
 
 def test_names_are_not_written_over_one_another():
-    """Two boxes of one place, in two records: below, then inside; where all is taken the usual place."""
-    box = (0.4, 0.4, 0.7, 0.8)
-    names = ["star", "yellow star", "shape", "thing", "last"]
+    """Boxes of one place, each in its record: below, inside, farther off; where all is taken the usual place."""
+    box = (0.4, 0.4, 0.7, 0.7)
+    names = ["star", "yellow star", "shape", "thing", "more", "and more", "fine", "much", "last"]
     (item,) = items(record("a", "detect", name, objects=[found(name, box)]) for name in names)
-    top, bottom = 0.4 * item.frame[1], 0.8 * item.frame[1]
+    top, bottom = 0.4 * item.frame[1], 0.7 * item.frame[1]
     heights = [entry.shapes[0].name_at[1] for entry in item.entries]
-    assert heights == pytest.approx([top - 3, bottom + 10, top + 10, bottom - 3, top - 3])
+    near, far = [top - 3, bottom + 10, top + 10, bottom - 3], [top - 13, bottom + 20, top - 23, bottom + 30]
+    assert heights == pytest.approx([*near, *far, top - 3])
     (alone,) = items([record("a", "detect", "x", objects=[found("x", box)])])
     assert alone.entries[0].shapes[0].name_at[1] == pytest.approx(top - 3)
