@@ -68,11 +68,11 @@ class FileCache:
         """Return the bytes of `key`; None where they are absent, damaged or another key's."""
         path = self._path(key)
         try:
-            content = path.read_bytes()
+            with path.open("rb") as file:
+                header, payload = file.read(HEADER_BYTES), file.read()
         except OSError:
             return None
-        payload = content[HEADER_BYTES:]
-        if content[:HEADER_BYTES] != _header(key, payload):
+        if header != _header(key, payload):
             self._remove(path)
             return None
         with contextlib.suppress(OSError):

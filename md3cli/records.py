@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from md3cli.images.crops import PreparedImage, UncutImage
+    from md3cli.images.crops import PreparedImage
     from md3cli.model.engine.generation import EncodedImage
 
 SCHEMA = "md3/1"
@@ -182,7 +182,7 @@ class Job:
     """
 
     key: int
-    image: PreparedImage | UncutImage | EncodedImage | None
+    image: PreparedImage | EncodedImage | None
     request: Request
 
 

@@ -513,10 +513,10 @@ def test_the_table_of_a_card_fits_100_columns_and_judges_goals() -> None:
 
 def table_rows(text: str, first: str) -> list[list[str]]:
     """The rows of the table of a section whose head begins with `first`, its head left out; its head first."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    start = next(i for i, row in enumerate(rows) if row[: len(first.split(", "))] == first.split(", "))
-    width = len(rows[start])
-    return [rows[start], *(row for row in takewhile(lambda row: len(row) == width, rows[start + 2 :]))]
+    lines = text.splitlines()
+    start = lines.index(next(line for line in lines if line.startswith(f"| {first.replace(', ', ' | ')} |")))
+    head, _, *rows = takewhile(lambda line: line.startswith("|"), lines[start:])
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *rows)]
 
 
 def on_a_gpu() -> str:
@@ -542,14 +542,19 @@ def test_benchmarks_show_what_was_predicted_first_and_invent_no_measurement() ->
 
 def test_benchmarks_show_every_goal_with_its_prediction() -> None:
     head, *rows = table_rows(on_a_gpu(), "part, goal, asked, aim")
-    assert head[4:] == ["predicted H100", "predicted H200", "measured"]
+    assert head[4:6] == ["predicted H100", "predicted H200"]
+    cards = [json.loads((EXAMPLES / "gpu" / name).read_text(encoding="utf-8"))["goals"] for name in head[6:]]
+    assert cards
     assert [(row[0], row[1]) for row in rows] == [(goal.part, goal.figure) for goal in GOALS]
-    for goal, (part, figure, asked, aim, *predicted, measured) in zip(GOALS, rows, strict=True):
+    for goal, (part, figure, asked, aim, h100, h200, *measured) in zip(GOALS, rows, strict=True):
         assert asked == f"{'≤' if goal.is_most else '≥'} {goal.bound:g}"
         assert float(aim) == goal.aim
         row = TABLES[part][figure]
-        assert [float(value) for value in predicted] == [row.h100, row.h200], figure
-        assert measured == "not measured"
+        assert [float(h100), float(h200)] == [row.h100, row.h200], figure
+        for card, shown in zip(cards, measured, strict=True):
+            [found] = [entry for entry in card if (entry["part"], entry["figure"]) == (part, figure)]
+            assert float(shown.strip("*")) == pytest.approx(found["value"], rel=0.01), figure
+            assert shown.startswith("**") == (found["reached"] == "missed"), figure
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from md3cli.errors import EngineError
-from md3cli.images.crops import CropConfig, ImageLimits, Picture, PreparedImage, Tiling
+from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, Tiling
 from md3cli.images.pool import PicturePool, num_beside_gpu
 from md3cli.model.engine import plain
 from md3cli.model.engine.encoder import EncodingCache, ImageEncoder, crop_sizes
@@ -59,12 +59,12 @@ class PhotoFiles:
     def serve(self, engine: Engine) -> None:
         """Have pictures made as `engine` wants them, as a run does; on a CPU nothing changes."""
         if engine.device.startswith("cuda"):
-            self._pool.serve_gpu(engine.encoder.uploads.longest_whole)
+            self._pool.serve_gpu(engine.cutter)
 
     def jobs(self, request: Request, count: int) -> Iterator[Job | None]:
         """Yield a request for each of the first `count` files, in order; None while the next is not decoded."""
         items = iter(self._items[:count])
-        decoding: deque[Future[Picture]] = deque()
+        decoding: deque[Future[PreparedImage]] = deque()
         for key in range(count):
             decoding.extend(self._pool.submit(item) for item in islice(items, self._num_ahead - len(decoding)))
             while not decoding[0].done():
@@ -226,7 +226,7 @@ def make_engine(
     """Make an engine without texts. On CUDA its sizes are planned as for a run, so the batch may come out smaller.
 
     There its step is captured as a graph, too, unless `captures` is False. `delay` and `is_planned` are `Engine`'s.
-    With `cuts` it cuts whole pictures there (`PhotoFiles.serve`).
+    With `cuts` pictures from files are cut there (`PhotoFiles.serve`).
 
     Raises:
         ConfigError: a CUDA device has no room for one picture at a time.
@@ -244,7 +244,6 @@ def make_engine(
             store=store,
             max_crops=plan.max_crops,
             sizes=crop_sizes(plan.max_crops, model.device),
-            cutter=make_cutter(model.device, model.config) if cuts else None,
         ),
         identity=RunIdentity("bench"),
         batch_size=plan.slots,
@@ -253,6 +252,7 @@ def make_engine(
         delay=delay,
         is_planned=is_planned,
     )
+    engine.cutter = make_cutter(model.device, model.config) if cuts else None
     if captures and model.device.type == "cuda":
         engine.capture()
     return engine

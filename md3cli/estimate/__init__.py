@@ -24,7 +24,7 @@ from md3cli.console import RunConsole
 from md3cli.errors import ImageError, InputError, RequestError
 from md3cli.estimate.forecast import ASKED_NEXT, as_json, as_lines, forecast
 from md3cli.estimate.sample import count_and_draw, measure, open_drawn
-from md3cli.images.crops import CropConfig, Picture
+from md3cli.images.crops import CropConfig, PreparedImage
 from md3cli.images.tiles import tiles_of
 from md3cli.records import Tiles
 from md3cli.run.feed import make_pool, rows_ahead
@@ -106,7 +106,7 @@ class DryRun:
     num_tiles: int | None = None
     asks_more: bool = False
 
-    def add(self, picture: Picture, looked_at: Iterable[Tiles], crop_config: CropConfig) -> None:
+    def add(self, picture: PreparedImage, looked_at: Iterable[Tiles], crop_config: CropConfig) -> None:
         """Count a picture, and each tile of it once."""
         self.crops[picture.tiling.num_crops] += 1
         for tiles in looked_at:
@@ -169,12 +169,12 @@ def dry_run(config: RunConfig, source: Source, console: RunConsole) -> int:
 
 def _decoded(
     config: RunConfig, source: Source, counts: DryRun, crop_config: CropConfig
-) -> Iterator[tuple[Future[Picture], frozenset[Tiles]]]:
+) -> Iterator[tuple[Future[PreparedImage], frozenset[Tiles]]]:
     """Yield the pictures in order with the tiles that are asked for; a bounded number of pictures is in decoding.
 
     `counts` takes the rows on the way.
     """
-    ahead: deque[tuple[Future[Picture], frozenset[Tiles]]] = deque()
+    ahead: deque[tuple[Future[PreparedImage], frozenset[Tiles]]] = deque()
     with make_pool(config, crop_config) as pool:
         for row in source:
             counts.num_requests += len(row.requests)

@@ -26,7 +26,7 @@ import numpy as np
 
 from md3cli.console.summary import Summary
 from md3cli.errors import ImageError
-from md3cli.images.crops import Picture, PreparedImage, Tiling
+from md3cli.images.crops import PreparedImage, Tiling
 from md3cli.images.pool import PicturePool
 from md3cli.records import Answer, ImageItem, Job, RecordDict, Request, SourceRow
 from md3cli.run.drive import WAIT_SLICE_S, drive
@@ -181,8 +181,10 @@ def open_drawn(drawn: Drawn, pool: PicturePool, *, num_ahead: int, clock: Callab
     return Opened(buckets, tilings, bad, _pace(times))
 
 
-def _decoded(units: Iterable[Unit], pool: PicturePool, num_ahead: int) -> Iterator[tuple[Unit, Future[Picture] | None]]:
-    ahead: deque[tuple[Unit, Future[Picture] | None]] = deque()
+def _decoded(
+    units: Iterable[Unit], pool: PicturePool, num_ahead: int
+) -> Iterator[tuple[Unit, Future[PreparedImage] | None]]:
+    ahead: deque[tuple[Unit, Future[PreparedImage] | None]] = deque()
     for unit in units:
         ahead.append((unit, pool.submit(unit.image) if unit.image is not None else None))
         if len(ahead) >= num_ahead:

@@ -13,7 +13,7 @@ import math
 import os
 import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageColor
@@ -22,9 +22,6 @@ from md3cli.errors import ImageError, UsageError
 from md3cli.images.pixels import TOO_LITTLE_MEMORY, Colour, OnHeader, decode_rgb
 from md3cli.records import ImageItem, printable
 from md3cli.system import open_at_once
-
-if TYPE_CHECKING:
-    from md3cli.images.arena import Arena
 
 PREPROCESSING_VERSION = 2  # rises when the same file would give other crops; part of the encoding cache's key
 
@@ -109,29 +106,18 @@ class WholeImage(NamedTuple):
         return int(self.pixels.shape[0])
 
 
-@dataclass(eq=False, slots=True, weakref_slot=True)
-class UncutImage:
-    """A decoded picture that is still to be cut, for an engine that does it itself: `pixels` uint8 [H, W, 3], upright.
+class Cutter(Protocol):
+    """Cuts decoded pictures beside the workers that decode them; any thread may call it."""
 
-    The other fields are those of `PreparedImage`. A photograph's pixels are 10 times its crops, so an engine drops them
-    (None) once it has what it needs. `arena` is the memory they stand in, None where that is ordinary memory.
-    """
+    longest_side: int  # of a picture that it cuts, in pixels
 
-    pixels: np.ndarray | None
-    tiling: Tiling
-    width: int
-    height: int
-    sha256: str
-    arena: Arena | None = None
+    def crops_of(self, pixels: np.ndarray) -> Crops:
+        """Return the bytes that `cut_crops` gives for an upright picture, uint8 [H, W, 3].
 
-    @classmethod
-    def of(cls, whole: WholeImage, cfg: CropConfig) -> UncutImage:
-        """Return a picture to be cut as `cfg` says; it shares the pixels."""
-        size = whole.width, whole.height
-        return cls(whole.pixels, select_tiling(*size, cfg), *size, whole.sha256)
-
-
-Picture = PreparedImage | UncutImage
+        Raises:
+            EngineError: the device that cuts has failed.
+            MemoryError: there is no memory for it.
+        """
 
 
 # --- tiling and crops ---------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from md3cli.images.crops import Picture, WholeImage
+from md3cli.images.crops import Cutter, PreparedImage, WholeImage
 from md3cli.images.parts import KEPT_BYTES, KeptImages, Part, cut_rect, cut_region, cut_whole
 from md3cli.images.pool import PicturePool, pass_failure, pass_on
 from md3cli.images.rects import PixelRect
@@ -30,19 +30,19 @@ class PartCutter:
         self._coming: dict[ImageItem, Future[WholeImage]] = {}
         self._lock = threading.Lock()  # guards _coming
         self._threads = ThreadPoolExecutor(max(1, min(MOST_CUTTERS, pool.num_workers)), "cut")
-        self._longest_whole = 0
+        self._cutter: Cutter | None = None
 
     def close(self) -> None:
         """Cancel what is not begun, and keep no picture any more; a second call does no harm."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._kept.close()
 
-    def serve_gpu(self, longest_whole: int) -> None:
-        """From now on leave the cutting into crops to an engine on a GPU, as `PicturePool.serve_gpu` does."""
-        self._longest_whole = longest_whole
-        self._pool.serve_gpu(longest_whole)
+    def serve_gpu(self, cutter: Cutter | None) -> None:
+        """From now on have pictures and parts cut by `cutter`, as `PicturePool.serve_gpu` does."""
+        self._cutter = cutter
+        self._pool.serve_gpu(cutter)
 
-    def submit(self, item: ImageItem) -> Future[Picture]:
+    def submit(self, item: ImageItem) -> Future[PreparedImage]:
         """Return the future of a picture, as `PicturePool.submit` does; its pixels are kept for parts of it."""
         return self._after(item, self._cut)
 
@@ -82,7 +82,7 @@ class PartCutter:
 
     def part_of(self, whole: WholeImage, rect: PixelRect) -> Part:
         """Cut whole pixels out of a picture."""
-        return cut_rect(whole, rect, self.crop_config, self._longest_whole)
+        return cut_rect(whole, rect, self.crop_config, self._cutter)
 
     def _after(self, item: ImageItem, make: Callable[[WholeImage], T]) -> Future[T]:
         """Return the future of what is made of a whole picture, by a thread of this cutter."""
@@ -102,7 +102,7 @@ class PartCutter:
         return done
 
     def _part(self, whole: WholeImage, region: Region) -> Part:
-        return cut_region(whole, region, self.crop_config, self._longest_whole)
+        return cut_region(whole, region, self.crop_config, self._cutter)
 
-    def _cut(self, whole: WholeImage) -> Picture:
-        return cut_whole(whole, self.crop_config, self._longest_whole)
+    def _cut(self, whole: WholeImage) -> PreparedImage:
+        return cut_whole(whole, self.crop_config, self._cutter)

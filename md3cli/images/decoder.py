@@ -18,14 +18,12 @@ import numpy as np
 from md3cli.child import Child
 from md3cli.errors import ImageError, InputError
 from md3cli.images.arena import make_arena
-from md3cli.images.crops import Picture, PreparedImage, UncutImage, WholeImage
+from md3cli.images.crops import Cutter, PreparedImage, WholeImage
+from md3cli.images.parts import cut_whole
 from md3cli.images.worker import CROPS, PIXELS, SHARED, Facts, Setup
 from md3cli.records import ImageItem
 
 CHANNELS = 3
-# How long a decoded picture waits for a place in its worker's memory while the engine takes others. Then it is cut by
-# the worker, so nobody can wait in a circle.
-ROOM_TIMEOUT_S = 2.0
 _START_TIMEOUT_S = 60.0  # a worker needs 0.2 s here, many seconds where Python lies on a cold network disk
 _WORKER = "md3cli.images.worker:serve"
 _WORKER_ENVIRONMENT = {
@@ -49,8 +47,6 @@ class Decoder(Child):
 
     def stop(self) -> None:
         """End the process at once, and whatever waits for it; any thread may say so."""
-        if self._arena is not None:
-            self._arena.give_up()
         self.kill()
 
     def close(self) -> None:
@@ -82,27 +78,33 @@ class Decoder(Child):
         timeout_s: float,
         huge: threading.Lock,
         wanted: str,
-        longest_whole: int,
-    ) -> Picture | WholeImage:
-        """Have the worker decode one picture; one that is to be shared comes so if no side is over `longest_whole`.
+        cutter: Cutter | None,
+    ) -> PreparedImage | WholeImage:
+        """Have the worker decode one picture, and cut it unless its pixels are wanted, or `cutter` does that.
 
         Raises:
             ImageError: as the worker reports it, or of type `timeout` or `decoder_crash`, which end the worker.
+            EngineError: `cutter` raised it.
         """
         try:
-            wanted = CROPS if wanted == SHARED and self._arena is None else wanted
+            if wanted == CROPS and cutter is not None and self._arena is not None:
+                wanted = SHARED
             self._send(item, data, timeout_s, wanted)
             answer = self.channel.receive(timeout_s)
             if "num_pixels" not in answer:
-                return self._receive(answer, timeout_s, wanted, longest_whole)
-            with huge:
-                self.channel.send({})
-                return self._receive(self.channel.receive(timeout_s), timeout_s, wanted, longest_whole)
+                found = self._receive(answer, timeout_s, wanted, cutter)
+            else:
+                with huge:
+                    self.channel.send({})
+                    found = self._receive(self.channel.receive(timeout_s), timeout_s, wanted, cutter)
         except TimeoutError as error:
             self.kill()
             raise ImageError("timeout", f"not decoded within {timeout_s:g} s (--decode-timeout)") from error
         except (OSError, EOFError, LookupError, TypeError, ValueError) as error:
             raise ImageError("decoder_crash", self._how_it_ended()) from error
+        if wanted == SHARED and isinstance(found, WholeImage):
+            return cut_whole(found, self._setup.crop_config, cutter)
+        return found
 
     def _send(self, item: ImageItem, data: bytes | None, timeout_s: float, wanted: str) -> None:
         if data is None:
@@ -114,40 +116,38 @@ class Decoder(Child):
             self.channel.send_bytes(memoryview(data), timeout_s)
 
     def _receive(
-        self, answer: dict[str, Any], timeout_s: float, wanted: str, longest_whole: int
-    ) -> Picture | WholeImage:
+        self, answer: dict[str, Any], timeout_s: float, wanted: str, cutter: Cutter | None
+    ) -> PreparedImage | WholeImage:
         if wanted == PIXELS:
             facts = Facts.of(answer, self._setup)
             pixels = np.empty((facts.height, facts.width, CHANNELS), np.uint8)
             self.channel.receive_into(pixels.data.cast("B"), timeout_s)
             return WholeImage(pixels, facts.sha256)
         if "is_whole" in answer:
-            if wanted != SHARED:
+            if wanted != SHARED or cutter is None:
                 raise ValueError
-            whole = self._receive_whole(Facts.of(answer, self._setup), timeout_s, longest_whole)
+            whole = self._receive_shared(Facts.of(answer, self._setup), timeout_s, cutter.longest_side)
             if whole is not None:
                 return whole
             answer = self.channel.receive(timeout_s)
         facts = Facts.of(answer, self._setup)
         side = self._setup.crop_config.crop_size
         crops = np.empty((facts.tiling.num_crops, side, side, 3), np.uint8)
-        # 4 MB cost 0.7 ms of processor time here and 0.2 ms in shared memory (Zen 4): nothing beside decoding, so that
-        # crops need no bound on bytes held elsewhere. A whole photograph of 37 MB would cost 13 ms, and 3 ms there.
+        # 4 MB cost 0.7 ms of processor time here and 0.2 ms in shared memory (Zen 4): nothing beside decoding. A whole
+        # photograph of 37 MB would cost 13 ms, and 3 ms there.
         self.channel.receive_into(crops.data.cast("B"), timeout_s)
         return PreparedImage(crops, *facts)
 
-    def _receive_whole(self, facts: Facts, timeout_s: float, longest_whole: int) -> UncutImage | None:
-        """Let the worker copy a picture to a place of our choice; return None where it has to cut it."""
+    def _receive_shared(self, facts: Facts, timeout_s: float, longest_side: int) -> WholeImage | None:
+        """Let the worker copy a picture to the memory that both share; return None where it has to cut it."""
         assert self._arena is not None
         size = facts.width * facts.height * CHANNELS
-        is_short = max(facts.width, facts.height) <= longest_whole
-        lent = self._arena.lend(size, ROOM_TIMEOUT_S) if is_short else None
-        self.channel.send({"offset": lent[0] if lent is not None else None})
+        lent = self._arena.first(size) if max(facts.width, facts.height) <= longest_side else None
+        self.channel.send({"is_wanted": lent is not None})
         if lent is None:
             return None
         self.channel.receive(timeout_s)  # it is there
-        pixels = lent[1].reshape(facts.height, facts.width, CHANNELS)
-        return UncutImage(pixels, *facts, arena=self._arena)
+        return WholeImage(lent.reshape(facts.height, facts.width, CHANNELS), facts.sha256)
 
     def _ended_by_signal(self) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):

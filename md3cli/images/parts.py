@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from md3cli.errors import ImageError
-from md3cli.images.crops import CropConfig, Picture, PreparedImage, UncutImage, WholeImage, cut_crops
+from md3cli.images.crops import CropConfig, Cutter, PreparedImage, WholeImage, cut_crops
 from md3cli.images.pixels import TOO_LITTLE_MEMORY
 from md3cli.images.rects import PixelRect, padded_rect
 from md3cli.records import ImageFacts, Region
@@ -28,7 +28,7 @@ Key = TypeVar("Key", bound=Hashable)
 class Part(NamedTuple):
     """A part of a picture for the engine, and what is known of the whole; `rect` is where it was cut out."""
 
-    picture: Picture
+    picture: PreparedImage
     facts: ImageFacts
     rect: PixelRect
 
@@ -69,29 +69,31 @@ class KeptImages(Generic[Key]):
             self._num_bytes -= oldest.pixels.nbytes
 
 
-def cut_whole(whole: WholeImage, cfg: CropConfig, longest_whole: int = 0) -> Picture:
-    """Cut a picture into crops; one whose sides are not over `longest_whole` is left to the engine.
+def cut_whole(whole: WholeImage, cfg: CropConfig, cutter: Cutter | None = None) -> PreparedImage:
+    """Cut a picture into crops, by `cutter` where there is one that cuts pictures of its size.
 
     Raises:
         ImageError: there is no memory for it.
+        EngineError: `cutter` raised it.
     """
-    if max(whole.width, whole.height) <= longest_whole:
-        return UncutImage.of(whole, cfg)
     try:
-        crops = cut_crops(Image.fromarray(whole.pixels), cfg)
+        if cutter is not None and max(whole.width, whole.height) <= cutter.longest_side:
+            crops = cutter.crops_of(whole.pixels)
+        else:
+            crops = cut_crops(Image.fromarray(whole.pixels), cfg)
     except MemoryError as error:
         raise ImageError("too_large", TOO_LITTLE_MEMORY) from error
     return PreparedImage(crops.pixels, crops.tiling, whole.width, whole.height, whole.sha256)
 
 
-def cut_rect(whole: WholeImage, rect: PixelRect, cfg: CropConfig, longest_whole: int = 0) -> Part:
+def cut_rect(whole: WholeImage, rect: PixelRect, cfg: CropConfig, cutter: Cutter | None = None) -> Part:
     """Cut whole pixels out of a picture, and those into crops as `cut_whole` does."""
     facts = ImageFacts(whole.width, whole.height, whole.sha256)
     pixels = np.ascontiguousarray(whole.pixels[rect.top : rect.bottom, rect.left : rect.right])
-    return Part(cut_whole(WholeImage(pixels, part_key(whole, rect)), cfg, longest_whole), facts, rect)
+    return Part(cut_whole(WholeImage(pixels, part_key(whole, rect)), cfg, cutter), facts, rect)
 
 
-def cut_region(whole: WholeImage, region: Region, cfg: CropConfig, longest_whole: int = 0) -> Part:
+def cut_region(whole: WholeImage, region: Region, cfg: CropConfig, cutter: Cutter | None = None) -> Part:
     """Cut a region with the room around it out of a picture, as `cut_rect` does.
 
     Raises:
@@ -100,7 +102,7 @@ def cut_region(whole: WholeImage, region: Region, cfg: CropConfig, longest_whole
     rect = padded_rect(region.box._asdict(), whole.width, whole.height, region.pad)
     if rect is None:
         raise ImageError("bad_request", "the region has no size, or nothing of it is inside the picture")
-    return cut_rect(whole, rect, cfg, longest_whole)
+    return cut_rect(whole, rect, cfg, cutter)
 
 
 def part_key(whole: WholeImage, rect: PixelRect) -> str:

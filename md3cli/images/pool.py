@@ -6,11 +6,11 @@ no fault of its picture (by the kernel, when memory runs out): the picture gets 
 it, and only a picture that ends two workers is a `decoder_crash`.
 
 Each thread of an executor owns one worker process (worker.py), tells it what to open, and receives the crops straight
-into the array that the caller gets. An engine that cuts pictures itself (`serve_gpu`) gets them whole, through memory
-that the worker shares (arena.py); sockets carry everything else. A picture on the disk goes straight to a worker. The
-bytes of any other picture are loaded first, by threads of this process, ahead of the decoder: remote ones by many
-threads, since they wait for the network; those inside Parquet files by one, since they are read in order. Knows nothing
-of models or records.
+into the array that the caller gets. Where a GPU cuts (`serve_gpu`), the thread gets the picture whole, through memory
+that the worker shares (arena.py), and has it cut; sockets carry everything else. A picture on the disk goes straight
+to a worker. The bytes of any other picture are loaded first, by threads of this process, ahead of the decoder: remote
+ones by many threads, since they wait for the network; those inside Parquet files by one, since they are read in order.
+Knows nothing of models or records.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from md3cli.errors import ImageError, InputError
 from md3cli.images.arena import arena_bytes
 from md3cli.images.crops import (
     CropConfig,
+    Cutter,
     ImageLimits,
-    Picture,
-    UncutImage,
+    PreparedImage,
     WholeImage,
     parse_background,
     prepare_image,
     read_whole,
 )
 from md3cli.images.decoder import Decoder
-from md3cli.images.worker import CROPS, PIXELS, SHARED, Setup
+from md3cli.images.parts import cut_whole
+from md3cli.images.worker import CROPS, PIXELS, Setup
 from md3cli.records import ImageItem
 from md3cli.remote.address import is_address
 from md3cli.remote.hosts import FetchOptions
@@ -102,7 +103,7 @@ class PicturePool:
         self._huge = threading.Lock()  # held while a huge picture has its pixels in memory
         self._turns = _Turns()
         self._num_beside_gpu = num_beside_gpu or max(1, num_workers)
-        self._longest_whole = 0  # side of a picture that is sent whole
+        self._cutter: Cutter | None = None  # of a GPU; without one the workers cut
         self._arena_bytes = arena_bytes(num_workers) if num_workers > 0 else 0
         self._has_warned = False
         self._fetching = fetching or FetchOptions(limits.max_file_size)
@@ -113,11 +114,11 @@ class PicturePool:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def submit(self, item: ImageItem, data: bytes | None = None) -> Future[Picture]:
+    def submit(self, item: ImageItem, data: bytes | None = None) -> Future[PreparedImage]:
         """Return the future of a picture, wherever it is; with `data`, which are its bytes, nothing is opened.
 
         The future raises ImageError; CancelledError when the pool was closed first; InputError when no worker
-        can be started, which ends the run.
+        can be started, and EngineError when the GPU that cuts has failed, which end the run.
         """
         return self._load(item, data, self._decode_in_worker)
 
@@ -125,13 +126,12 @@ class PicturePool:
         """Return the future of a picture's own pixels; its errors are those of `submit`."""
         return self._load(item, None, self._decode_whole)
 
-    def serve_gpu(self, longest_whole: int) -> None:
-        """From now on serve an engine on a GPU: leave it cores, and send pictures whole whose sides are not longer.
+    def serve_gpu(self, cutter: Cutter | None) -> None:
+        """From now on serve an engine on a GPU: leave it cores, and have pictures cut by `cutter`.
 
-        Such a picture is an `UncutImage`, where there is room for it in the memory shared with its worker; it takes
-        that room until it is dropped. 0 has every picture cut by the workers. A second call changes the length.
+        Where that is None, or a picture too large for it or for the memory shared with a worker, the worker cuts.
         """
-        self._longest_whole = longest_whole
+        self._cutter = cutter
         self._turns.limit(self._num_beside_gpu)
 
     def close(self) -> None:
@@ -206,42 +206,43 @@ class PicturePool:
     def _decode_whole(self, item: ImageItem, data: bytes | None) -> WholeImage:
         if self._threads is None:
             return read_whole(item, self._setup.limits, self._setup.background, data=data)
-        whole = self._decode_twice(item, data, PIXELS, PIXELS)
+        whole = self._decode_twice(item, data, PIXELS)
         assert isinstance(whole, WholeImage)
         return whole
 
-    def _decode_in_worker(self, item: ImageItem, data: bytes | None) -> Picture:
+    def _decode_in_worker(self, item: ImageItem, data: bytes | None) -> PreparedImage:
         if self._threads is None:
             return self._decode_here(item, data)
-        picture = self._decode_twice(item, data, SHARED if self._longest_whole else CROPS, CROPS)
-        assert not isinstance(picture, WholeImage)
+        picture = self._decode_twice(item, data, CROPS)
+        assert isinstance(picture, PreparedImage)
         return picture
 
-    def _decode_here(self, item: ImageItem, data: bytes | None) -> Picture:
+    def _decode_here(self, item: ImageItem, data: bytes | None) -> PreparedImage:
         setup = self._setup
-        if not self._longest_whole:
+        if self._cutter is None:
             return prepare_image(item, setup.crop_config, setup.limits, setup.background, data=data)
         whole = read_whole(item, setup.limits, setup.background, data=data)
-        return UncutImage.of(whole, setup.crop_config)
+        return cut_whole(whole, setup.crop_config, self._cutter)
 
-    def _decode_twice(self, item: ImageItem, data: bytes | None, wanted: str, then_wanted: str) -> Picture | WholeImage:
+    def _decode_twice(self, item: ImageItem, data: bytes | None, wanted: str) -> PreparedImage | WholeImage:
         """Have a picture decoded, and where its decoder crashes once more, with no other one beside it."""
         try:
             with self._turns.beside_others():
-                return self._decode_once(item, data, wanted)
+                return self._decode_once(item, data, wanted, self._cutter)
         except ImageError as error:
             if error.type != "decoder_crash":
                 raise
             self._warn_once(error)
         with self._turns.alone():
-            return self._decode_once(item, data, then_wanted)  # memory may be what ran out
+            return self._decode_once(item, data, wanted, None)  # memory may be what ran out
 
-    def _decode_once(self, item: ImageItem, data: bytes | None, wanted: str) -> Picture | WholeImage:
+    def _decode_once(
+        self, item: ImageItem, data: bytes | None, wanted: str, cutter: Cutter | None
+    ) -> PreparedImage | WholeImage:
         if self._is_closed:
             raise CancelledError
         try:
-            longest = self._longest_whole
-            return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge, wanted, longest)
+            return self._worker_of_thread().decode(item, data, self._timeout_s, self._huge, wanted, cutter)
         except Exception:
             if self._is_closed:  # close() killed the worker, which is no fault of the picture
                 raise CancelledError from None

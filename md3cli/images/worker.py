@@ -3,9 +3,9 @@
 A worker is a child interpreter (child.py). The pool tells it once how to cut, and which memory they share; then each
 message names a picture (a path, or bytes that follow it), and the worker answers with a message and the raw crops,
 until the pool is gone. Where the pool asks for a picture's pixels, they come in the place of crops. Where it asks for
-them in the memory that both share, the worker tells the size first, hears where they go, and copies them there; a
-picture that is given no place is cut after all. Apart from the pool,
-so that a worker imports numpy and Pillow alone and starts in 0.2 s. Knows nothing of deadlines.
+them in the memory that both share, the worker tells the size first, hears whether they are wanted, and copies them
+there; a picture for which there is no room is cut after all. Apart from the pool, so that a worker imports numpy and
+Pillow alone and starts in 0.2 s. Knows nothing of deadlines.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _received(channel: Channel, num_bytes: int) -> bytes:
 def _serve_one(
     channel: Channel, item: ImageItem, data: bytes | None, setup: Setup, wanted: str, arena: mmap.mmap | None
 ) -> None:
-    """Answer with what is wanted of a picture: its crops, its pixels, or those in `arena` where they get a place."""
+    """Answer with what is wanted of a picture: its crops, its pixels, or those in `arena` where there is room."""
 
     def wait_if_huge(num_pixels: int) -> None:
         if num_pixels > HUGE_PIXELS:
@@ -141,13 +141,12 @@ def _facts(picture: DecodedImage) -> dict[str, int | str]:
 
 
 def _put_whole(channel: Channel, picture: DecodedImage, arena: mmap.mmap) -> bool:
-    """Copy a picture to the place in `arena` that the pool names; return False where it names none."""
+    """Copy a picture to the start of `arena` where the pool wants it there; return whether it does."""
     channel.send({**_facts(picture), "is_whole": True})
-    offset = channel.receive(None)["offset"]
-    if offset is None:
+    if not channel.receive(None)["is_wanted"]:
         return False
     width, height = picture.image.size
-    target = np.frombuffer(arena, np.uint8, height * width * 3, offset).reshape(height, width, 3)
+    target = np.frombuffer(arena, np.uint8, height * width * 3).reshape(height, width, 3)
     copy_pixels(picture.image, target)
     channel.send({})
     return True

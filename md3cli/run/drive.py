@@ -51,7 +51,8 @@ def _begun(feed: Feed, engine: LazyEngine, sink: Sink, tiled: TiledRequests) -> 
     if (ready := feed.poll()) is None:
         return None
     engine.load()  # before `expect`: a death while the model loads is no request's fault
-    feed.serve(engine.longest_whole)
+    if engine.is_on_gpu:
+        feed.serve_gpu(engine.cutter)
     sink.expect(ready.ticket)
     if ready.ticket.request.tiles is None:
         return Job(ready.ticket.key, ready.picture, ready.ticket.request)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from md3cli.config import DecodeOptions, RunConfig
 from md3cli.errors import ImageError
-from md3cli.images.crops import CropConfig, ImageLimits, Picture
+from md3cli.images.crops import CropConfig, Cutter, ImageLimits, PreparedImage
 from md3cli.images.cutter import PartCutter
 from md3cli.images.parts import Part
 from md3cli.images.pool import PicturePool, num_beside_gpu
@@ -89,7 +89,7 @@ class ReadyRequest:
     """A ticket the engine can run; `picture` None for a question without one."""
 
     ticket: Ticket
-    picture: Picture | None
+    picture: PreparedImage | None
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ class _Ahead:
     """Tickets that wait for one picture; `is_next`: they go before rows that are still to be read."""
 
     tickets: list[Ticket]
-    future: Future[Picture] | Future[Part]
+    future: Future[PreparedImage] | Future[Part]
     is_next: bool
 
 
@@ -193,7 +193,8 @@ class Feed:
         self._to_cut: list[tuple[Place, Ticket]] = []  # a heap: what is written first goes first
         self._ready_next: deque[ReadyRequest] = deque()  # parts, which go first
         self._next_key = self._next_number = 0
-        self._longest_whole: int | None = None
+        self._is_beside_gpu = False
+        self._cutter: Cutter | None = None
         self._is_source_exhausted = False
         self._is_row_late = False  # the next has not come yet: it is not waited for while there is something to do
         self.num_done_before = 0
@@ -212,8 +213,8 @@ class Feed:
     def parts(self) -> PartCutter:
         """What cuts parts of pictures."""
         parts = PartCutter(self._pool)
-        if self._longest_whole is not None:
-            parts.serve_gpu(self._longest_whole)
+        if self._is_beside_gpu:
+            parts.serve_gpu(self._cutter)
         return parts
 
     def close(self) -> None:
@@ -221,13 +222,14 @@ class Feed:
         if "parts" in vars(self):
             self.parts.close()
 
-    def serve(self, longest_whole: int | None) -> None:
-        """Have pictures made as the engine wants them from now on (`PicturePool.serve_gpu`); None: it is on no GPU."""
-        if longest_whole is not None and longest_whole != self._longest_whole:
-            self._longest_whole = longest_whole
-            self._pool.serve_gpu(longest_whole)
-            if "parts" in vars(self):
-                self.parts.serve_gpu(longest_whole)
+    def serve_gpu(self, cutter: Cutter | None) -> None:
+        """From now on have pictures made as an engine on a GPU wants them (`PicturePool.serve_gpu`)."""
+        if self._is_beside_gpu and cutter is self._cutter:
+            return
+        self._is_beside_gpu, self._cutter = True, cutter
+        self._pool.serve_gpu(cutter)
+        if "parts" in vars(self):
+            self.parts.serve_gpu(cutter)
 
     def poll(self) -> ReadyRequest | None:
         """Return the next request that is ready; None when none is at the moment."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from md3cli.config import ModelOptions
 from md3cli.errors import CheckpointError, RequestError
-from md3cli.images.crops import CropConfig
+from md3cli.images.crops import CropConfig, Cutter
 from md3cli.records import Answer, Job, Request, RunIdentity
 
 if TYPE_CHECKING:
@@ -112,11 +112,14 @@ class LazyEngine:
         return self.batch_sizes[-1] if self.batch_sizes else 0
 
     @property
-    def longest_whole(self) -> int | None:
-        """The longest side of a picture that it takes whole; None where it runs on no GPU, or is not loaded."""
-        if self.loaded is None or not self.loaded.device.startswith("cuda"):
-            return None
-        return self.loaded.encoder.uploads.longest_whole
+    def is_on_gpu(self) -> bool:
+        """Whether it is loaded, and on a CUDA device, whose work needs cores of the host, too."""
+        return self.loaded is not None and self.loaded.device.startswith("cuda")
+
+    @property
+    def cutter(self) -> Cutter | None:
+        """What cuts pictures where it runs; None where decode workers do, or it is not loaded."""
+        return self.loaded.cutter if self.loaded is not None else None
 
     @property
     def wants_more(self) -> bool:

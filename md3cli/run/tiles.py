@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from md3cli.errors import ImageError, RequestError
-from md3cli.images.crops import Picture, WholeImage
+from md3cli.images.crops import PreparedImage, WholeImage
 from md3cli.images.cutter import PartCutter
 from md3cli.images.parts import Part, placed
 from md3cli.images.rects import PixelRect
@@ -136,7 +136,7 @@ class TiledRequests:
         finished, self._finished = self._finished, []
         return finished
 
-    def _ask(self, group: Iterable[_Tiled], view: int, picture: Picture) -> None:
+    def _ask(self, group: Iterable[_Tiled], view: int, picture: PreparedImage) -> None:
         """Make jobs of a view, one of each request."""
         for tiled in group:
             job = Job(next(self._keys), picture, tiled.request)

@@ -18,18 +18,18 @@ from .workloads import is_as_asked, loads_of, pictures_for, warm_up
 
 SIZES = {"2 megapixels": (1920, 1080), "12 megapixels": (4032, 3024)}
 CPU_SIZES = {"0.3 megapixels": (640, 480)}
-BATCHES = 4  # that are timed, behind one that is not: workers start, and the first pictures are waited for
+BATCHES = 3  # that are timed, between two that are not: the pipeline fills in the first, and empties in the last
 
 
 def measure(run: Run) -> None:
     """Queries a second about pictures cut before, and about files whose pictures have as many crops."""
     model, load = model_in(run, BF16), loads_of(run)[0]
-    load = replace(load, num_requests=(1 + BATCHES) * load.batch)
+    load = replace(load, num_requests=(BATCHES + 2) * load.batch)
     config, workers = model.config.vision.crop_config, num_auto_workers()
     name, pictures = f"batch {load.batch}, {BF16}", pictures_for(model, load.num_requests)
     run.note("decode workers", workers)
     engine = make_engine(model, load.batch, cuts=run.is_cuda)
-    run.note("pictures are cut by", "the card" if engine.encoder.uploads.longest_whole else "the decode workers")
+    run.note("pictures are cut by", "the card" if engine.cutter else "the decode workers")
     warm_up(engine, load, pictures)
     cut_rate = steady_rate(engine, make_jobs(load.workload, pictures), load.batch)
     if not is_as_asked(run, engine, load.batch, name):
@@ -48,12 +48,11 @@ def measure(run: Run) -> None:
             run.figure(f"{what}, from files, {name}: of cut before", rate / cut_rate, "share")
 
 
-def steady_rate(engine: Engine, jobs: Iterable[Job | None], num_first: int) -> float:
-    """Answers a second behind the first `num_first`."""
-    started, count = 0.0, 0
+def steady_rate(engine: Engine, jobs: Iterable[Job | None], num_left_out: int) -> float:
+    """Answers a second without the first and the last `num_left_out`: as many are under way at both ends."""
+    times = []
     for answer in engine.run(jobs):
         assert answer.failure is None, answer.failure
-        count += 1
-        if count == num_first:
-            started = time.perf_counter()
-    return (count - num_first) / (time.perf_counter() - started)
+        times.append(time.perf_counter())
+    first, last = times[num_left_out - 1], times[-num_left_out - 1]
+    return (len(times) - 2 * num_left_out) / (last - first)

@@ -59,6 +59,7 @@ PARTS = (
     Part("sameness", "gpu.sameness", 12, 60),
     Part("resizing", "gpu.resizing", 8, 40),
     Part("golden", "gpu.golden", 12, 80),
+    Part("commands", "gpu.commands", 20, 90),
     Part("speeds", "gpu.speeds", 6, 40, is_by_kernel=True, also=(GROUPED,), needs_cuda=True),
     Part(TILES, "gpu.tile_sweep", 30, 240, needs_cuda=True, is_extra=True),
 )

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from watched_cutter import WatchedCutter
 
 from md3cli.errors import ImageError
-from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, UncutImage, WholeImage
+from md3cli.images.crops import CropConfig, ImageLimits, WholeImage
 from md3cli.images.cutter import PartCutter
 from md3cli.images.parts import KeptImages, part_key, placed
 from md3cli.images.pool import PicturePool
@@ -63,8 +64,6 @@ def test_a_part_is_what_a_file_cut_by_hand_is(cutter: PartCutter, pool: PictureP
     data = io.BytesIO()
     Image.open(item.path).crop(part.rect).save(data, "PNG")
     by_hand = pool.submit(ImageItem("b.png", ""), data.getvalue()).result(PATIENCE_S)
-    assert isinstance(part.picture, PreparedImage)
-    assert isinstance(by_hand, PreparedImage)
     assert np.array_equal(part.picture.crops, by_hand.crops)
     assert (part.picture.tiling, part.picture.width, part.picture.height) == (
         by_hand.tiling,
@@ -83,8 +82,6 @@ def test_a_picture_and_its_parts_are_decoded_once(
     parts = [cutter.cut(item, region((0.1, 0.1, 0.5, 0.5 + 0.01 * at))) for at in range(9)]
     facts = {part.result(PATIENCE_S).facts for part in parts}
     assert decoded == [item]
-    assert isinstance(plain, PreparedImage)
-    assert isinstance(whole, PreparedImage)
     assert np.array_equal(plain.crops, whole.crops)
     assert {(fact.width, fact.height, fact.sha256) for fact in facts} == {(90, 60, plain.sha256)}
 
@@ -123,15 +120,16 @@ def test_what_is_no_picture_fails_as_it_does_in_the_pool(cutter: PartCutter, tmp
         assert caught.value.type == "not_an_image"
 
 
-def test_a_gpu_gets_parts_uncut(cutter: PartCutter, tmp_path: Path) -> None:
-    cutter.serve_gpu(longest_whole=50)
-    item = picture(tmp_path / "a.png")
-    small, large = (cutter.cut(item, region(box)) for box in ((0, 0, 0.5, 0.5), (0, 0, 0.9, 0.5)))
-    uncut = small.result(PATIENCE_S).picture
-    assert isinstance(uncut, UncutImage)
-    assert uncut.pixels is not None
-    assert np.array_equal(uncut.pixels, np.asarray(Image.open(item.path))[:30, :45])
-    assert isinstance(large.result(PATIENCE_S).picture, PreparedImage)
+def test_a_gpu_cuts_parts_that_are_not_too_long(cutter: PartCutter, tmp_path: Path) -> None:
+    item, boxes = picture(tmp_path / "a.png"), ((0, 0, 0.5, 0.5), (0, 0, 0.9, 0.5))
+    before = [cutter.cut(item, region(box)).result(PATIENCE_S) for box in boxes]
+    cutter.serve_gpu(gpu := WatchedCutter(cutter.crop_config, longest_side=50))
+    for box, wanted in zip(boxes, before, strict=True):
+        found = cutter.cut(item, region(box)).result(PATIENCE_S)
+        assert np.array_equal(found.picture.crops, wanted.picture.crops)
+        assert found.picture.sha256 == wanted.picture.sha256
+    assert gpu.sizes == [(45, 30)]
+    assert np.array_equal(gpu.seen[0], np.asarray(Image.open(item.path))[:30, :45])
 
 
 def test_the_pictures_asked_for_last_are_kept() -> None:

@@ -21,12 +21,13 @@ import numpy as np
 import pytest
 from corpus import encode, picture, tiff, turned_exif
 from PIL import Image
+from watched_cutter import WatchedCutter
 
 from md3cli import child
-from md3cli.errors import ImageError, InputError, UsageError
+from md3cli.errors import EngineError, ImageError, InputError, UsageError
 from md3cli.images import decoder
 from md3cli.images import pool as pool_module
-from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, UncutImage, cut_crops, prepare_image
+from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, prepare_image
 from md3cli.images.pool import PicturePool
 from md3cli.records import ImageItem
 
@@ -526,100 +527,95 @@ def test_a_200_megapixel_photograph_on_its_side_takes_less_than_1_5_gb(tmp_path)
         assert now < 0.2e9
 
 
-# --- pictures sent whole --------------------------------------------------------------------------------
+# --- pictures that a GPU cuts ---------------------------------------------------------------------------
 
 
-def crops_of(got) -> bytes:
-    """The crops of either kind of result."""
-    if isinstance(got, PreparedImage):
-        return got.crops.tobytes()
-    return cut_crops(Image.fromarray(got.pixels), CFG).pixels.tobytes()
-
-
-def facts_of(future):
-    got = future.result(PATIENCE_S)
-    return got.width, got.height, got.tiling, got.sha256, crops_of(got)
+@pytest.fixture
+def gpu() -> WatchedCutter:
+    return WatchedCutter(CFG)
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("background", [None, "teal"])
-def test_whole_pictures_are_what_would_have_been_cut(files, background, num_workers):
+def test_a_gpu_gets_whole_pictures_and_gives_what_workers_give(files, gpu, background, num_workers):
     plain = PicturePool(0, CFG, LIMITS, background=background)
-    expected = {item.name: plain.submit(item) for item in files}
+    expected = {item.name: outcome(plain.submit(item)) for item in files}
     with PicturePool(num_workers, CFG, LIMITS, background=background) as pool:
-        cut_before = [pool.submit(item) for item in files]
-        assert [outcome(future) for future in cut_before] == [outcome(future) for future in expected.values()]
-        pool.serve_gpu(longest_whole=65_535)
-        for item, future in [(item, pool.submit(item)) for item in files]:
-            if future.exception(PATIENCE_S) is not None:
-                assert outcome(future) == outcome(expected[item.name])
-                continue
-            assert isinstance(future.result(), UncutImage)
-            assert (future.result().arena is None) == (num_workers == 0)
-            assert facts_of(future) == facts_of(expected[item.name])
-        pool.serve_gpu(longest_whole=0)
-        assert outcome(pool.submit(files[0])) == outcome(expected[files[0].name])
+        assert [outcome(pool.submit(item)) for item in files] == [expected[item.name] for item in files]
+        assert not gpu.seen
+        pool.serve_gpu(gpu)
+        futures = {item.name: pool.submit(item) for item in files}
+        assert {name: outcome(future) for name, future in futures.items()} == expected
+        good = [future.result() for future in futures.values() if future.exception() is None]
+        assert sorted(gpu.sizes) == sorted((picture.width, picture.height) for picture in good)
+        pool.serve_gpu(None)
+        gpu.seen.clear()
+        assert outcome(pool.submit(files[0])) == expected[files[0].name]
+        assert not gpu.seen
 
 
 @pytest.mark.process
 def test_a_picture_that_is_too_long_or_too_large_is_cut_by_the_worker(monkeypatch, files):
     monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 8192)
+    plain = PicturePool(0, CFG, LIMITS)
+    gpu = WatchedCutter(CFG, longest_side=80)
     with PicturePool(1, CFG, LIMITS) as pool:
-        pool.serve_gpu(longest_whole=80)
-        kinds = {item.name: type(pool.submit(item).result(PATIENCE_S)) for item in files[:4]}
+        pool.serve_gpu(gpu)
+        for item in files[:4]:
+            assert outcome(pool.submit(item)) == outcome(plain.submit(item))
     # 200 x 300 is too large and too long, 64 x 48 does not fit (9,216 bytes), 500 x 40 is too long
-    assert {name for name, kind in kinds.items() if kind is UncutImage} == {"d.webp"}
+    small = plain.submit(next(item for item in files if item.name == "d.webp")).result()
+    assert gpu.sizes == [(small.width, small.height)]
 
 
 @pytest.mark.process
-def test_without_shared_memory_pictures_are_cut_by_the_worker(monkeypatch, files):
+def test_without_shared_memory_pictures_are_cut_by_the_worker(monkeypatch, files, gpu):
     monkeypatch.setattr(decoder, "make_arena", lambda num_bytes: None)
     plain = PicturePool(0, CFG, LIMITS)
     with PicturePool(1, CFG, LIMITS) as pool:
-        pool.serve_gpu(longest_whole=65_535)
+        pool.serve_gpu(gpu)
         assert [outcome(pool.submit(item)) for item in files] == [outcome(plain.submit(item)) for item in files]
+    assert not gpu.seen
 
 
 @pytest.mark.process
-def test_where_nothing_is_taken_pictures_are_cut_by_the_worker(monkeypatch, good):
-    """Whoever waits for room waits a while only, so that no circle of waiting can last."""
-    monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 400_000)
-    monkeypatch.setattr(decoder, "ROOM_TIMEOUT_S", 0.2)
-    with PicturePool(1, CFG, LIMITS) as pool:
-        pool.serve_gpu(longest_whole=65_535)
-        held = [pool.submit(good).result(PATIENCE_S) for _ in range(4)]  # 180,000 bytes each
-        assert [type(each) for each in held] == [UncutImage] * 2 + [PreparedImage] * 2
-        assert len({crops_of(each) for each in held}) == 1
-        held[0] = held[2]
-        assert isinstance(pool.submit(good).result(PATIENCE_S), UncutImage)
-
-
-@pytest.mark.process
-def test_pictures_wait_until_others_are_taken(monkeypatch, good):
-    monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 400_000)
-    monkeypatch.setattr(decoder, "ROOM_TIMEOUT_S", 60.0)
-    with PicturePool(2, CFG, LIMITS) as pool:
-        pool.serve_gpu(longest_whole=65_535)
-        futures = deque(pool.submit(good) for _ in range(40))
-        while futures:
-            assert isinstance(futures.popleft().result(PATIENCE_S), UncutImage)
-
-
-@pytest.mark.process
-def test_close_does_not_wait_for_room(monkeypatch, good):
+def test_many_pictures_go_through_memory_for_one(monkeypatch, files, gpu):
+    """However many results are held: a picture has its memory only until it is cut."""
     monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 200_000)
-    monkeypatch.setattr(decoder, "ROOM_TIMEOUT_S", 600.0)
+    plain = PicturePool(0, CFG, LIMITS)
+    good = [item for item in files if plain.submit(item).exception() is None]
+    with PicturePool(2, CFG, LIMITS) as pool:
+        pool.serve_gpu(gpu)
+        futures = [pool.submit(item) for item in good * 10]
+        assert [outcome(future) for future in futures] == [outcome(plain.submit(item)) for item in good * 10]
+    sizes = [(picture.width, picture.height) for picture in (plain.submit(item).result() for item in good)]
+    assert sorted(gpu.sizes) == sorted(size for size in sizes if 3 * size[0] * size[1] <= 200_000 for _ in range(10))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("kind", "expected", "said"),
+    [
+        (EngineError, EngineError, "made up"),
+        (MemoryError, ImageError, "needs more memory"),
+        (ValueError, ValueError, "made up"),
+    ],
+)
+def test_what_goes_wrong_in_cutting_is_no_fault_of_the_decoder(monkeypatch, good, gpu, kind, expected, said):
+    def fail(pixels):
+        raise kind("made up")
+
     with PicturePool(1, CFG, LIMITS) as pool:
-        pool.serve_gpu(longest_whole=65_535)
-        held = pool.submit(good).result(PATIENCE_S)
-        waiting = pool.submit(good)
-        time.sleep(0.5)
-        started = time.monotonic()
-    assert time.monotonic() - started < 30
-    with pytest.raises(CancelledError):
-        waiting.result(timeout=0)
-    assert held.pixels.shape == (300, 200, 3)
+        pool.serve_gpu(gpu)
+        pool.submit(good).result(PATIENCE_S)
+        pids = pool.worker_pids()
+        monkeypatch.setattr(gpu, "crops_of", fail)
+        with pytest.raises(expected, match=said):
+            pool.submit(good).result(PATIENCE_S)
+        monkeypatch.undo()
+        assert isinstance(pool.submit(good).result(PATIENCE_S), PreparedImage)
+        assert pool.worker_pids() == pids
 
 
 # A worker that says in a file that it is in the middle of writing a picture; the first one to do so ends there.
@@ -650,38 +646,35 @@ def processes_sharing() -> set[str]:
 
 
 @pytest.mark.process
-def test_a_worker_that_is_killed_while_it_writes_costs_nothing(monkeypatch, tmp_path, good):
+def test_a_worker_that_is_killed_while_it_writes_costs_nothing(monkeypatch, tmp_path, good, gpu):
     torn = tmp_path / "torn"
     torn.mkdir()
     run_instead(monkeypatch, TORN.replace("FOLDER", repr(str(torn))))
-    expected = facts_of(PicturePool(0, CFG, LIMITS).submit(good))
+    expected = outcome(PicturePool(0, CFG, LIMITS).submit(good))
     num_open = len(os.listdir("/proc/self/fd"))
     with warnings.catch_warnings(action="ignore"), PicturePool(1, CFG, LIMITS) as pool:
-        pool.serve_gpu(longest_whole=65_535)
-        again = pool.submit(good)
-        assert isinstance(again.result(PATIENCE_S), PreparedImage), "memory may be what ran out"
-        assert facts_of(again) == expected
-        later = pool.submit(good)
+        pool.serve_gpu(gpu)
+        assert outcome(pool.submit(good)) == expected
+        assert not gpu.seen, "memory may be what ran out: the worker cuts"
         # the first file is still there: this one is written whole
-        assert isinstance(later.result(PATIENCE_S), UncutImage)
-        assert facts_of(later) == expected
-    del later, pool
+        assert outcome(pool.submit(good)) == expected
+        assert len(gpu.seen) == 1
+    del pool
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= num_open
     assert str(os.getpid()) not in processes_sharing()
 
 
 @pytest.mark.process
-def test_a_picture_outlives_the_pool_and_then_its_memory_goes(good):
+def test_the_memory_of_pictures_goes_with_the_pool(good, gpu):
     with PicturePool(1, CFG, LIMITS) as pool:
-        pool.serve_gpu(longest_whole=65_535)
+        pool.serve_gpu(gpu)
         got = pool.submit(good).result(PATIENCE_S)
-        copy = got.pixels.copy()
-    np.testing.assert_array_equal(got.pixels, copy)
-    assert str(os.getpid()) in processes_sharing()
-    del got, pool
+        assert str(os.getpid()) in processes_sharing()
+    del pool
     gc.collect()
     assert str(os.getpid()) not in processes_sharing()
+    assert got.crops.shape[1:] == (42, 42, 3)
 
 
 @pytest.mark.process
@@ -694,9 +687,10 @@ def test_a_run_that_is_killed_while_a_worker_writes_leaves_no_memory(tmp_path, g
         from md3cli.images import pool as decode
         from md3cli.records import ImageItem
         from md3cli.images.crops import CropConfig, ImageLimits
+        from types import SimpleNamespace
         child.code_of = lambda entry: {TORN.replace("FOLDER", repr(str(torn)))!r}
         pool = decode.PicturePool(1, CropConfig(42, 6, 2, 12), ImageLimits())
-        pool.serve_gpu(longest_whole=65_535)
+        pool.serve_gpu(SimpleNamespace(longest_side=65_535))  # which will cut nothing
         future = pool.submit(ImageItem("x", {good.path!r}))
         time.sleep(999)
     """
@@ -727,7 +721,7 @@ def test_a_worker_that_talks_nonsense_of_whole_pictures_is_not_believed(monkeypa
     run_instead(monkeypatch, code)
     with warnings.catch_warnings(action="ignore"), PicturePool(1, CFG, LIMITS) as pool:
         if longest:
-            pool.serve_gpu(longest_whole=longest)
+            pool.serve_gpu(WatchedCutter(CFG, longest_side=longest))
         assert error_type(pool.submit(good)) == "decoder_crash"
 
 
@@ -743,7 +737,7 @@ def test_beside_a_gpu_fewer_decode_at_once(monkeypatch, tmp_path, good):
 """
     run_instead(monkeypatch, OBEDIENT.replace("    return real(item", f"{deeds}    return real(item"))
     with PicturePool(3, CFG, LIMITS, num_beside_gpu=1) as pool:
-        pool.serve_gpu(longest_whole=0)
+        pool.serve_gpu(None)
         for future in [pool.submit(good) for _ in range(6)]:
             future.result(PATIENCE_S)
     assert (tmp_path / "most").read_text() == "111111"

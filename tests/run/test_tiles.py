@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from md3cli.errors import ImageError
-from md3cli.images.crops import CropConfig, ImageLimits, Picture, WholeImage
+from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, WholeImage
 from md3cli.images.cutter import PartCutter
 from md3cli.images.parts import part_key
 from md3cli.images.pool import PicturePool
@@ -126,7 +126,7 @@ def all_answered(
     return sorted(answers, key=lambda answer: answer.key)
 
 
-def ready(key: int, item: ImageItem, facts: ImageFacts, picture: Picture, request: Request) -> ReadyRequest:
+def ready(key: int, item: ImageItem, facts: ImageFacts, picture: PreparedImage, request: Request) -> ReadyRequest:
     ticket = Ticket(key, Place(key), f"{key:032}", item, request, SourceRow(item, (request,)), facts=facts)
     return ReadyRequest(ticket, picture)
 

@@ -1,4 +1,4 @@
-"""A whole run of the embedded model whose engine cuts pictures itself: the same records, byte for byte.
+"""A whole run of the embedded model whose pictures are cut beside the engine: the same records, byte for byte.
 
 The cutter's plain twin stands in for a GPU's; workers, memory shared with them, feed and engine are the real ones.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from corpus import encode, picture
@@ -17,10 +18,10 @@ from typer.testing import CliRunner
 
 from md3cli.cli import app
 from md3cli.images import pool as pool_module
-from md3cli.images.crops import PreparedImage, UncutImage
+from md3cli.images.crops import Crops
 from md3cli.images.pool import PicturePool
-from md3cli.model.engine import encoder, load
-from md3cli.model.engine.resize import MAX_SIDE, PictureCutter
+from md3cli.model.engine import load
+from md3cli.model.engine.cutting import DeviceCutter
 from md3cli.run.model_handle import LazyEngine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -51,35 +52,36 @@ def run(folder: Path, output: Path) -> bytes:
     return output.read_bytes()
 
 
-def test_records_are_the_same_when_the_engine_cuts(
+def test_records_are_the_same_when_the_device_cuts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pictures: Path
 ) -> None:
     isolate(monkeypatch, tmp_path / "home")
     expected = run(pictures, tmp_path / "cut.jsonl")
     assert expected.count(b"\n") == 2 * len(list(pictures.iterdir()))
     assert expected.count(b'"too_large"') == 2
-    monkeypatch.setattr(load, "make_cutter", lambda device, config: PictureCutter(device, config.vision.crop_config))
-    monkeypatch.setattr(LazyEngine, "longest_whole", MAX_SIDE)
+    monkeypatch.setattr(load, "make_cutter", lambda device, config: DeviceCutter(device, config.vision.crop_config))
+    monkeypatch.setattr(LazyEngine, "is_on_gpu", True)
     monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 1 << 19)  # smaller than the photographs
-    kinds = set()
-    encode_whole = encoder.ImageEncoder.encode
+    seen: list[tuple[int, int]] = []
+    plain = DeviceCutter.crops_of
 
-    def see(self: encoder.ImageEncoder, images: list[PreparedImage | UncutImage]) -> list[torch.Tensor]:
-        kinds.update((type(image), getattr(image, "arena", None) is not None) for image in images)
-        return encode_whole(self, images)
+    def see(self: DeviceCutter, pixels: np.ndarray) -> Crops:
+        seen.append((pixels.shape[1], pixels.shape[0]))
+        return plain(self, pixels)
 
-    monkeypatch.setattr(encoder.ImageEncoder, "encode", see)
+    monkeypatch.setattr(DeviceCutter, "crops_of", see)
     assert run(pictures, tmp_path / "mixed.jsonl") == expected
-    # The first pictures were cut before the model was there.
-    assert kinds >= {(PreparedImage, False)}
+    # The first pictures were cut before the model was there, and photographs by their workers.
+    assert (640, 427) not in seen
+    seen.clear()
     monkeypatch.setattr(pool_module, "arena_bytes", lambda num_workers: 8 << 20)
     prepare = PicturePool.__init__
 
     def from_the_start(self: PicturePool, *given: object, **named: object) -> None:
         prepare(self, *given, **named)  # type: ignore[arg-type]  # whatever it is given
-        self.serve_gpu(MAX_SIDE)
+        self.serve_gpu(DeviceCutter(torch.device("cpu"), self.crop_config))
 
     monkeypatch.setattr(PicturePool, "__init__", from_the_start)
-    kinds.clear()
     assert run(pictures, tmp_path / "whole.jsonl") == expected
-    assert kinds == {(UncutImage, True)}
+    assert len(seen) == len(list(pictures.iterdir())) - 3, "all but a torn, an empty and a huge one"
+    assert {(640, 427), (427, 640)} <= set(seen)

@@ -9,8 +9,8 @@ sizes, padded with zeros (`micro_batches`), so that a picture's bits do not depe
 
 Nothing here waits for a CUDA device: pictures go up as uploads.py says, and what a store is to keep comes down to
 pinned memory, and is written by a thread when it has arrived (keeper.py). Finished embeddings stay in memory while
-there is room (least recently used leave first), and between runs in an `EncodingCache`. A picture that came whole gives
-its pixels back as soon as it is encoded; as long as somebody holds it, its embeddings stay on the host.
+there is room (least recently used leave first), and between runs in an `EncodingCache`, from which threads read ahead
+(recaller.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -33,12 +32,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from md3cli.file_cache import FileCache
-from md3cli.images.crops import PREPROCESSING_VERSION, PreparedImage, Tiling, UncutImage
+from md3cli.images.crops import PREPROCESSING_VERSION, PreparedImage, Tiling
 from md3cli.model.engine.generation import AnyImage, EncodedImage
 from md3cli.model.engine.keeper import Keeper
-from md3cli.model.engine.machine import cpu_threads, milestone, send_staged, start_download, upload
-from md3cli.model.engine.resize import PictureCutter
-from md3cli.model.engine.uploads import Uploads, num_distinct_crops
+from md3cli.model.engine.machine import cpu_threads, milestone, start_download, upload
+from md3cli.model.engine.recaller import Recaller
+from md3cli.model.engine.uploads import num_distinct_crops, send_crops
 from md3cli.model.network.moondream import Moondream3
 
 TENSOR_NAME = "embeddings"
@@ -86,7 +85,7 @@ class EncodingCache:
             tensor = load(payload).get(TENSOR_NAME)
         except (SafetensorError, ValueError, KeyError):
             return None
-        if tensor is None or tensor.shape != self.shape or tensor.dtype != self.dtype or not tensor.isfinite().all():
+        if tensor is None or tensor.shape != self.shape or tensor.dtype != self.dtype:
             return None
         return tensor
 
@@ -169,11 +168,9 @@ class ImageEncoder:
         max_crops: int | None = None,
         sizes: Sequence[int] | None = None,
         threads: int | None = None,
-        cutter: PictureCutter | None = None,
     ) -> None:
         """Cut micro-batches of up to `max_crops`, of fixed `sizes` where they are given (`micro_batches`).
 
-        With `cutter` pictures may come whole, up to `uploads.longest_whole`.
         Use `threads` for this stage alone: a micro-batch of a small model feeds more of them than a decode step.
         """
         self.model = model
@@ -187,11 +184,9 @@ class ImageEncoder:
         self._ready: dict[str, Tensor] = {}  # of pictures that are about to be asked something
         self._memory: OrderedDict[str, Tensor] = OrderedDict()  # of pictures that may come again
         self._memory_bytes, self._used_bytes = memory_bytes, 0
-        self.uploads = Uploads(model.device, cutter)
         self._keeper = Keeper()
-        # Copies on the host of pictures that came whole, while somebody holds them: their pixels are gone, and a
-        # generation may have to start again when the device has run out of memory.
-        self._host_copies: WeakKeyDictionary[UncutImage, Tensor] = WeakKeyDictionary()
+        # Elsewhere than beside a GPU, reading takes no time worth a thread.
+        self._recaller = Recaller(store.load) if store is not None and model.device.type == "cuda" else None
         self.num_images = 0  # pictures that went through the encoder
         self.num_crops = 0
         self.num_reused = 0  # pictures found in memory or on disk
@@ -203,6 +198,12 @@ class ImageEncoder:
             self.sizes = (self.max_crops,)
         self.encode_rows = torch.compile(self.model.vision.encode_rows, dynamic=False, backend=backend)
 
+    def expect(self, images: Iterable[AnyImage]) -> None:
+        """Begin to read, on a GPU's host, what a store has of the pictures that are asked next; waits for nothing."""
+        if self._recaller is not None:
+            keys = (image.sha256 for image in images if not isinstance(image, EncodedImage))
+            self._recaller.expect(key for key in keys if key not in self._ready and key not in self._memory)
+
     def find(self, image: AnyImage) -> Tensor | None:
         """Return embeddings that are at hand already: given, in memory, or on disk."""
         if isinstance(image, EncodedImage):
@@ -211,16 +212,12 @@ class ImageEncoder:
         found = self._memory.get(image.sha256)
         if found is not None:
             self._memory.move_to_end(image.sha256)
-        elif isinstance(image, UncutImage) and image in self._host_copies:
-            found = send_staged(self._host_copies[image], self.model.device)
         elif self.store is not None:
-            found = self.store.load(image.sha256)
+            found = self._recaller.take(image.sha256) if self._recaller is not None else self.store.load(image.sha256)
             if found is not None:
                 found = upload(found.to(self.model.dtype), self.model.device)
                 self._remember(image.sha256, found)
         self.num_reused += found is not None
-        if found is not None and isinstance(image, UncutImage) and image.pixels is not None:
-            self._drop_pixels(image, start_download(found))
         return found
 
     def prepare(self, needed: Iterable[AnyImage], ahead: Iterable[AnyImage], *, most_ready: int = 0) -> None:
@@ -228,9 +225,8 @@ class ImageEncoder:
 
         Looking ahead fills a micro-batch; it starts one only while fewer than `most_ready` pictures are ready.
         """
-        missing: dict[str, PreparedImage | UncutImage] = {}
+        missing: dict[str, PreparedImage] = {}
         num_crops = 0
-        needed = list(needed)
         for image, is_needed in itertools.chain(((i, True) for i in needed), ((i, False) for i in ahead)):
             if image.sha256 in self._ready or image.sha256 in missing:
                 continue
@@ -247,9 +243,6 @@ class ImageEncoder:
                 num_crops += count
         if missing:
             self._ready.update(zip(missing, self.encode(list(missing.values())), strict=True))
-        for image in needed:
-            if isinstance(image, UncutImage) and image.pixels is not None:  # another one of a picture that is ready
-                self._drop_pixels(image, start_download(self._ready[image.sha256]))
 
     def _room_behind(self, num_crops: int) -> int:
         """Return the crops for which there is room in the last micro-batch behind so many; where it would be padded."""
@@ -266,20 +259,22 @@ class ImageEncoder:
         self._ready = {key: embeddings for key, embeddings in self._ready.items() if key in image_keys}
 
     @torch.inference_mode()
-    def encode(self, images: Sequence[PreparedImage | UncutImage]) -> list[Tensor]:
+    def encode(self, images: Sequence[PreparedImage]) -> list[Tensor]:
         """Encode pictures that are not at hand, in order, and remember their embeddings.
 
         Of patch features no more are kept than those of a micro-batch and a picture: 128 pictures of 9 crops would
-        hold 3.9 GB. On CUDA the embeddings are still being
-        computed when this returns, and a store has them after `save_encoded`.
+        hold 3.9 GB. On CUDA the embeddings are still being computed when this returns, and a store has them after
+        `save_encoded`.
         """
         started = time.perf_counter()
         counts = [num_distinct_crops(image.tiling) for image in images]
         with cpu_threads(self._threads):
-            embeddings = list(self._embeddings(self.uploads.crops_of(images), counts, [i.tiling for i in images]))
+            crops_NSSC = send_crops(images, self.model.device)
+            embeddings = list(self._embeddings(crops_NSSC, counts, [image.tiling for image in images]))
         for image, embedding in zip(images, embeddings, strict=True):
             self._remember(image.sha256, embedding)
-        self._start_keeping(images, embeddings)
+        if self.store is not None:
+            self._start_keeping(self.store, images, embeddings)
         self.num_images += len(images)
         self.num_crops += sum(counts)
         self.seconds += time.perf_counter() - started
@@ -327,34 +322,20 @@ class ImageEncoder:
         for embeddings_PD in embeddings_BPD[: len(gathered)]:
             yield embeddings_PD.clone()  # memory of its own, which goes when the picture goes
 
-    def _start_keeping(self, images: Sequence[PreparedImage | UncutImage], embeddings: Sequence[Tensor]) -> None:
-        """Begin to bring to the host what is to be kept there: for the store, and of pictures that came whole."""
-        coming = {}
-        for image, embeddings_PD in zip(images, embeddings, strict=True):
-            if self.store is not None or isinstance(image, UncutImage):
-                coming[image.sha256] = start_download(embeddings_PD)
-            if isinstance(image, UncutImage):
-                self._drop_pixels(image, coming[image.sha256])
-        if self.store is None:
-            return
+    def _start_keeping(
+        self, store: EncodingCache, images: Sequence[PreparedImage], embeddings: Sequence[Tensor]
+    ) -> None:
+        """Begin to bring embeddings to the host, where `store` keeps them."""
+        coming = {image.sha256: start_download(found) for image, found in zip(images, embeddings, strict=True)}
         wait = milestone(self.model.device)
-        save = partial(_save, self.store, coming, wait)
+        save = partial(_save, store, coming, wait)
         if wait is None:
             save()  # there is nothing to wait for, and a thread that writes would take a core from those that compute
         else:
             self._keeper.add(save, sum(tensor.nbytes for tensor in coming.values()))
 
-    def _drop_pixels(self, image: UncutImage, host_copy: Tensor) -> None:
-        self._host_copies[image] = host_copy
-        image.pixels = image.arena = None
-
-    def settle(self) -> None:
-        """Let go of what pictures were sent from, as far as they have arrived; call it often, it waits for nothing."""
-        self.uploads.settle()
-
     def save_encoded(self) -> None:
         """Wait until the store has what was encoded so far: before an engine is dropped, and when it has no work."""
-        self.settle()
         self._keeper.flush()
 
     def _remember(self, key: str, embeddings_PD: Tensor) -> None:

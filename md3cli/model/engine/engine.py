@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from md3cli.errors import EngineError, RequestError
-from md3cli.images.crops import CropConfig
+from md3cli.images.crops import CropConfig, Cutter
 from md3cli.model.engine.choices import ChoiceRow, choice_probabilities
 from md3cli.model.engine.encoder import ImageEncoder
 from md3cli.model.engine.flight import InFlight, Launch, Seat
@@ -102,6 +102,7 @@ class Engine:
         """
         self.model, self.tokenizer, self.prompts, self.encoder = model, tokenizer, prompts, encoder
         self.identity, self.max_context = identity, max_context
+        self.cutter: Cutter | None = None  # of this device, for whoever decodes pictures; set by whoever loads
         self.config = model.config
         self.prefill_tokens = prefill_tokens or PREFILL_TOKENS.get(model.device.type, PREFILL_TOKENS["cpu"])
         self._planned = Sizes(batch_size, self.prefill_tokens, encoder.max_crops)
@@ -228,6 +229,7 @@ class Engine:
     def _launch(self) -> None:
         """Launch what there is to do, then absorb what was launched before."""
         num_before = len(self._in_flight)
+        self.encoder.expect(self._slots.lacking(self._waiting))
         if batch := self._slots.next_batch(self._waiting, self.passes.plan.pictures if self.passes.plan else 1):
             self.encoder.prepare(self._slots.lacking(batch), ahead=self._slots.lacking(self._waiting))
             self._admit(batch)
@@ -430,7 +432,6 @@ class Engine:
         """Absorb the oldest launches until no more than `most_left` are under way; reading one waits for the device."""
         for launch in self._in_flight.arrivals(most_left):
             started = time.perf_counter()
-            self.encoder.settle()
             self._choose(self._absorb(launch))
             seconds = time.perf_counter() - started
             if launch.is_step:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from md3cli.errors import RequestError
-from md3cli.images.crops import PreparedImage, UncutImage
+from md3cli.images.crops import PreparedImage
 from md3cli.model.engine.prompts import Prompt, Prompts, Tokenizer
 from md3cli.model.engine.state import Event, Finish, Mode
 from md3cli.model.network.config import ModelConfig
@@ -37,7 +37,7 @@ class EncodedImage:
     sha256: str
 
 
-AnyImage = PreparedImage | UncutImage | EncodedImage
+AnyImage = PreparedImage | EncodedImage
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ import torch
 from md3cli.config import ModelOptions
 from md3cli.errors import ConfigError, OutputError
 from md3cli.file_cache import FileCache
+from md3cli.model.engine.cutting import DeviceCutter
 from md3cli.model.engine.encoder import EncodingCache, ImageEncoder, crop_sizes
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import optimise
@@ -167,8 +168,8 @@ def load_engine(options: ModelOptions) -> Engine:
         max_context=max_context,
         store=store,
         threads=vision_threads,
-        cutter=make_cutter(device, model.config),
     )
+    engine.cutter = make_cutter(device, model.config)
     if options.compile:
         compile_engine(engine, options.cache_dir)
     if device.type == "cuda":
@@ -190,12 +191,10 @@ def make_engine(
     store: EncodingCache | None = None,
     threads: int | None = None,
     is_planned: bool | None = None,
-    cutter: PictureCutter | None = None,
 ) -> Engine:
     """Build an engine of the sizes in `plan`; `name` is the model's, for `Prompts`, `threads` are the vision encoder's.
 
-    With `cutter` pictures may come whole (`make_cutter`). `max_context` None is the config's, `is_planned` None what
-    the device asks for (`Engine`).
+    `max_context` None is the config's, `is_planned` None what the device asks for (`Engine`).
     """
     return Engine(
         model,
@@ -207,7 +206,6 @@ def make_engine(
             max_crops=plan.max_crops,
             sizes=crop_sizes(plan.max_crops, model.device),
             threads=threads,
-            cutter=cutter,
         ),
         identity=identity,
         batch_size=plan.slots,
@@ -217,14 +215,13 @@ def make_engine(
     )
 
 
-def make_cutter(device: torch.device, config: ModelConfig) -> PictureCutter | None:
+def make_cutter(device: torch.device, config: ModelConfig) -> DeviceCutter | None:
     """Return what cuts pictures on a CUDA device, as Pillow would; or None, with a warning where it differs."""
     if device.type != "cuda":
         return None
-    cutter = PictureCutter(device, config.vision.crop_config)
-    fault = cutter.fault()
+    fault = PictureCutter(device, config.vision.crop_config).fault()
     if fault is None:
-        return cutter
+        return DeviceCutter(device, config.vision.crop_config)
     warnings.warn(f"pictures are cut on the CPU, not on {device}: {fault}", stacklevel=2)
     return None
 

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import threading
-import weakref
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from golden_cases import GoldenCase, assert_answer, load_case
+from golden_cases import assert_answer, load_case
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from md3cli.file_cache import FileCache
-from md3cli.images.crops import PreparedImage, Tiling, UncutImage, cut_crops, select_tiling
+from md3cli.images.crops import PreparedImage, Tiling
 from md3cli.model.api import Moondream
 from md3cli.model.engine import encoder, plain
 from md3cli.model.engine.encoder import EncodingCache, ImageEncoder, crop_sizes, micro_batches, vision_digest
-from md3cli.model.engine.engine import Engine
-from md3cli.model.engine.resize import PictureCutter
-from md3cli.model.engine.uploads import Uploads
-from md3cli.records import Answer, Job, Request, Task
+from md3cli.model.engine.recaller import Recaller
+from md3cli.records import Job, Request, Task
 
 
 def cache_for(
@@ -263,101 +255,24 @@ def test_pictures_gathered_together_are_embedded_bit_for_bit(name: str, tiling: 
             assert torch.equal(vision.proj_mlp(gathered), vision.embed(picture, tiles))
 
 
-# -- pictures that came whole ----------------------------------------------------------------------
+# -- encodings read ahead --------------------------------------------------------------------------
 
 
-def whole_pictures(case: GoldenCase) -> list[UncutImage]:
-    """Pictures that nobody has cut, with names of their own."""
-    config = case.model.config.vision.crop_config
-    found = []
-    for number, (width, height) in enumerate(((300, 200), (40, 30), (64, 200))):
-        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
-        found.append(UncutImage(pixels, select_tiling(width, height, config), width, height, f"whole {number}"))
-    return found
-
-
-def cut_like(case: GoldenCase, image: UncutImage) -> PreparedImage:
-    crops, tiling = cut_crops(Image.fromarray(image.pixels), case.model.config.vision.crop_config)
-    return PreparedImage(crops, tiling, image.width, image.height, image.sha256)
-
-
-def cutting_engine(case: GoldenCase, batch_size: int) -> Engine:
-    engine = case.engine(batch_size=batch_size)
-    device = case.model.device
-    engine.encoder.uploads = Uploads(device, PictureCutter(device, case.model.config.vision.crop_config))
-    return engine
-
-
-def test_whole_pictures_have_the_embeddings_of_cut_ones_and_lose_their_pixels() -> None:
+@pytest.mark.parametrize("most_ahead", [1, 100])
+def test_encodings_read_ahead_give_the_same_answers(tmp_path: Path, most_ahead: int) -> None:
+    """As beside a GPU: with an empty cache and with a full one, each encoding is looked for once."""
     case = load_case("a")
-    images = whole_pictures(case)
-    wanted = case.engine(batch_size=2).encoder.encode([cut_like(case, image) for image in images])
-    pixels = [weakref.ref(image.pixels) for image in images]
-    found = cutting_engine(case, 2).encoder.encode(images)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert [image.pixels for image in images] == [None] * 3
-    assert [ref() for ref in pixels] == [None] * 3
+    keys = [key for key in range(len(case.requests)) if case.is_certain(key)]
+    asked = {image.sha256 for key in keys if (image := case.job(key).image) is not None}
+    for is_cached in (False, True):
+        engine, store, looked_for = case.engine(batch_size=2), cache_for("a", tmp_path), []
 
+        def load(key: str, store: EncodingCache = store, looked_for: list[str] = looked_for) -> torch.Tensor | None:
+            looked_for.append(key)
+            return store.load(key)
 
-@pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_whole_pictures_are_answered_as_cut_ones_are(batch_size: int) -> None:
-    case = load_case("a")
-    requests = [Request(Task.CAPTION), Request(Task.DETECT, "dog"), Request(Task.QUERY, "why")]
-
-    def answers(engine: Engine, images: Sequence[PreparedImage | UncutImage]) -> list[Answer]:
-        jobs = [Job(k, image, request) for k, (image, request) in enumerate(product(images, requests))]
-        return sorted(engine.run(jobs), key=lambda answer: answer.key)
-
-    images = whole_pictures(case)
-    wanted = answers(case.engine(batch_size=batch_size), [cut_like(case, image) for image in images])
-    again = [replace(image) for image in images]  # the same pictures, decoded once more
-    assert answers(cutting_engine(case, batch_size), images) == wanted
-    assert answers(cutting_engine(case, batch_size), [*again]) == wanted
-
-
-def test_a_whole_picture_outlives_running_out_of_memory() -> None:
-    """Its pixels are gone when it starts again, and the device may have forgotten it."""
-    case = load_case("a")
-    image = whole_pictures(case)[0]
-    request = Request(Task.CAPTION)
-    (wanted,) = case.engine(batch_size=2).run([Job(0, cut_like(case, image), request)])
-    engine = cutting_engine(case, 2)
-    prefill, failures = engine.passes.prefill_prefixes, [torch.OutOfMemoryError("out of memory (made up)")]
-
-    def fail_once(*arguments: object, **named: object) -> object:
-        if failures:
-            assert image.pixels is None
-            engine.encoder._memory.clear()
-            raise failures.pop()
-        return prefill(*arguments, **named)
-
-    engine.passes.prefill_prefixes = fail_once  # type: ignore[method-assign]
-    (answer,) = engine.run([Job(0, image, request)])
-    assert not failures
-    assert answer == wanted
-    assert engine.encoder.num_images == 1, "encoded once"
-
-
-def test_of_a_picture_that_came_twice_both_lose_their_pixels() -> None:
-    case = load_case("a")
-    first = whole_pictures(case)[0]
-    second = replace(first)
-    engine = cutting_engine(case, 2)
-    list(engine.run([Job(0, first, Request(Task.CAPTION)), Job(1, second, Request(Task.QUERY, "what"))]))
-    assert first.pixels is None
-    assert second.pixels is None
-    later = replace(first, pixels=whole_pictures(case)[0].pixels)
-    assert engine.encoder.find(later) is not None
-    assert later.pixels is None
-    assert engine.encoder.num_images == 1
-
-
-def test_host_copies_go_with_their_pictures() -> None:
-    case = load_case("a")
-    engine = cutting_engine(case, 2)
-    images = whole_pictures(case)
-    engine.encoder.encode(images)
-    assert len(engine.encoder._host_copies) == 3
-    del images
-    gc.collect()
-    assert len(engine.encoder._host_copies) == 0
+        engine.encoder.store, engine.encoder._recaller = store, Recaller(load, most_ahead)
+        for answer in engine.run([Job(key, case.job(key).image, case.requests[key]) for key in keys]):
+            assert_answer(answer, case.expected[answer.key])
+        assert engine.encoder.num_images == (0 if is_cached else len(case.images))
+        assert sorted(looked_for) == sorted(asked)
