@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
+    from forked import Forks
     from program import Program
 
 # Two cores are shared, and the models of the tests are too small for more than one thread.
@@ -94,6 +95,16 @@ def md3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Program:
     isolate(monkeypatch, tmp_path / "home")
     monkeypatch.chdir(tmp_path)
     return Program(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """The program with the stub in processes of their own, for tests that start and kill many."""
+    from forked import Forks
+
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
 
 
 @pytest.fixture

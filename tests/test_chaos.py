@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from chaos import KINDS, Chaos, run_chaos
 from faults import MOMENTS
-from program import STUB_MD3, clean_environment, make_pictures, records_of
+from forked import Forks
+from program import Program, clean_environment, make_pictures, records_of
 from record_equality import is_same
 from small_disk import has_small_disks
 
@@ -113,34 +112,30 @@ def test_death_before_each_of_the_first_200_operations(tmp_path: Path, action: s
 
 @pytest.mark.process
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 17])
-def test_death_while_failures_are_done_again(tmp_path: Path, step: int) -> None:
+def test_death_while_failures_are_done_again(md3: Program, forks: Forks, tmp_path: Path, step: int) -> None:
     """Before every `step`-th operation of a --retry-failed, and then the same command again."""
     isolated = clean_environment(tmp_path / "home")
     pictures, out = make_pictures(tmp_path / "pictures", 12), tmp_path / "out/o.jsonl"
     good = {path: path.read_bytes() for path in sorted(pictures.iterdir())[::3]}
 
-    def md3(*options: str, fault: str = "") -> int:
-        own = ["--fault", fault] if fault else []
-        asked = ["caption", str(pictures), "-o", str(out), "--batch-size", "2", "--workers", "1", *options]
-        command = [sys.executable, str(STUB_MD3), *own, *asked]
-        return subprocess.run(command, env=isolated, capture_output=True, timeout=120, check=False).returncode
-
-    assert md3() == 0
+    asked = ("caption", pictures, "-o", out, "--batch-size", 2)
+    assert md3(*asked).exit_code == 0
     whole = out.read_bytes()
     for path in good:
         path.write_bytes(b"no picture")
-    assert md3("--overwrite") == 3
+    assert md3(*asked, "--overwrite").exit_code == 3
     failed = out.read_bytes()
     for path, content in good.items():
         path.write_bytes(content)
     for at in range(step, 1000, step):
         out.write_bytes(failed)
-        status = md3("--retry-failed", fault=f"kill:{at}:{out.parent}")
-        if status == 0:
+        fault = ("--fault", f"kill:{at}:{out.parent}")
+        done = forks(*fault, *asked, "--retry-failed", "--workers", 1, env=isolated)
+        if done.returncode == 0:
             break
-        assert status == -signal.SIGKILL
+        assert done.returncode == -signal.SIGKILL, done.stderr
         assert len(records_of(out)) >= 12, "no record is lost meanwhile"
-        assert md3("--retry-failed") == 0
+        assert md3(*asked, "--retry-failed").exit_code == 0
         assert out.read_bytes() == whole
     assert at > step, "there was nothing to interrupt"
     assert out.read_bytes() == whole
@@ -150,18 +145,15 @@ def test_death_while_failures_are_done_again(tmp_path: Path, step: int) -> None:
 @pytest.mark.parametrize(
     ("count", "step"), [pytest.param(200, 1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]), (6, 23)]
 )
-def test_death_while_a_damaged_journal_is_mended(tmp_path: Path, count: int, step: int) -> None:
+def test_death_while_a_damaged_journal_is_mended(
+    md3: Program, forks: Forks, tmp_path: Path, count: int, step: int
+) -> None:
     """Kills before file operations in turn, each of a run that mends four kinds of damage; then the same command."""
     isolated = clean_environment(tmp_path / "home")
     pictures, out = make_pictures(tmp_path / "pictures", 12), tmp_path / "out/o.jsonl"
 
-    def md3(fault: str = "") -> int:
-        own = ["--fault", fault] if fault else []
-        asked = ["detect", str(pictures), "a", "b", "-o", str(out), "--batch-size", "2", "--workers", "1"]
-        command = [sys.executable, str(STUB_MD3), *own, *asked]
-        return subprocess.run(command, env=isolated, capture_output=True, timeout=120, check=False).returncode
-
-    assert md3() == 0
+    asked = ("detect", pictures, "a", "b", "-o", out, "--batch-size", 2)
+    assert md3(*asked).exit_code == 0
     whole, told = out.read_bytes(), out.with_name("o.jsonl.run.json").read_bytes()
     lines = whole.splitlines(keepends=True)
     bad = {
@@ -178,15 +170,15 @@ def test_death_while_a_damaged_journal_is_mended(tmp_path: Path, count: int, ste
         out.write_bytes(damaged)
         out.with_name("o.jsonl.run.json").write_bytes(told)
         out.with_name("o.jsonl.damaged").unlink(missing_ok=True)
-        status = md3(f"kill:{at}:{out.parent}")
-        if status == 0:  # through it; once more from the first operation
+        done = forks("--fault", f"kill:{at}:{out.parent}", *asked, "--workers", 1, env=isolated)
+        if done.returncode == 0:  # through it; once more from the first operation
             assert at > step, "there was nothing to interrupt"
             at = 0
         else:
-            assert status == -signal.SIGKILL
+            assert done.returncode == -signal.SIGKILL, done.stderr
             num_killed += 1
             assert untouched <= set(out.read_bytes().splitlines(keepends=True)), "a good record was lost"
-            assert md3() == 0
+            assert md3(*asked).exit_code == 0
         assert out.read_bytes() == whole
         copies = out.with_name("o.jsonl.damaged").read_bytes().splitlines(keepends=True)
         assert sorted(copies) == sorted(bad.values()), "each copied once"

@@ -6,13 +6,13 @@ import json
 import random
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from program import STUB_MD3, Program, clean_environment, make_pictures, records_of
+from forked import Forks
+from program import Program, clean_environment, make_pictures, records_of
 from stub_engine import StubModel
 
 from md3cli.errors import CheckpointError
@@ -405,31 +405,29 @@ def _content(folder: Path) -> dict[str, bytes]:
     return {path.name: b"" if path.name.endswith(is_told) else path.read_bytes() for path in folder.iterdir()}
 
 
-def _isolated_md3(tmp_path: Path, pictures: Path, out: Path, *words: str, fault: str = "") -> int:
-    """Run the program with the stub in a process of its own, and return its exit status."""
-    own = ["--fault", fault] if fault else []
-    asked = ["detect", str(pictures), *words, "-o", str(out), "--batch-size", "2", "--workers", "1"]
-    command = [sys.executable, str(STUB_MD3), *own, *asked]
-    isolated = clean_environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=isolated, capture_output=True, timeout=120, check=False).returncode
-
-
 @pytest.mark.process
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["o.jsonl", pytest.param("o.json", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("count", "steps"), [(20, (1, 6)), pytest.param(200, (1, 2), marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
-def test_kills_while_it_grows(tmp_path: Path, name: str, count: int, steps: tuple[int, int]) -> None:
+def test_kills_while_it_grows(
+    md3: Program, forks: Forks, tmp_path: Path, name: str, count: int, steps: tuple[int, int]
+) -> None:
     """Kills before file operations, some in a row; then the same command, or the whole union, goes on to the end."""
     pictures, out = make_pictures(tmp_path / "pictures", 8), tmp_path / "out" / name
     (pictures / "p3.png").write_bytes(b"no picture")
     journal = out if name == "o.jsonl" else out.with_name("o.json.records.jsonl")
-    assert _isolated_md3(tmp_path, pictures, out, "b", "a") == 3
+    isolated = clean_environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
+
+    def detect(out: Path, *words: str) -> tuple[object, ...]:
+        return "detect", pictures, *words, "-o", out, "--batch-size", 2
+
+    assert md3(*detect(out, "b", "a")).exit_code == 3
     first = {path: path.read_bytes() for path in out.parent.iterdir()}
     before = set(journal.read_bytes().splitlines())
     whole = tmp_path / "whole" / name
-    assert _isolated_md3(tmp_path, pictures, whole, "b", "a", "c", "0") == 3
+    assert md3(*detect(whole, "b", "a", "c", "0")).exit_code == 3
     expected = _content(whole.parent)
     chooser, num_killed, at, num_rounds = random.Random(count), 0, 0, 0
     while num_killed < count:
@@ -439,18 +437,20 @@ def test_kills_while_it_grows(tmp_path: Path, name: str, count: int, steps: tupl
         for path, content in first.items():
             path.write_bytes(content)
         for _ in range(chooser.randrange(1, 4)):
-            status = _isolated_md3(tmp_path, pictures, out, "c", "0", "--add", fault=f"kill:{at}:{out.parent}")
-            assert status in (3, -signal.SIGKILL)
-            num_killed += status != 3
+            fault = ("--fault", f"kill:{at}:{out.parent}")
+            done = forks(*fault, *detect(out, "c", "0", "--add"), "--workers", 1, env=isolated)
+            assert done.returncode in (3, -signal.SIGKILL), done.stderr
+            num_killed += done.returncode != 3
             assert before <= set(journal.read_bytes().splitlines()), "a record was lost"
-            if status == 3:
+            if done.returncode == 3:
                 assert at > steps[0], "there was nothing to interrupt"
                 at = 0
                 break
         words = chooser.choice([("c", "0", "--add"), ("b", "a", "c", "0", "--add"), ("b", "a", "c", "0")])
         asked = requests_of(out.with_name(f"{name}.run.json"))
         words = words if asked == ["b", "a", "c", "0"] else ("c", "0", "--add")
-        assert _isolated_md3(tmp_path, pictures, out, *words) == 3
+        again = md3(*detect(out, *words))
+        assert again.exit_code == 3, again.output
         assert _content(out.parent) == expected
         num_rounds += 1
     assert num_rounds > 1

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from program import clean_environment, records_of
+from program import isolate, records_of
+from typer.testing import CliRunner, Result
 
+from md3cli.cli import app
 from md3cli.config import ModelOptions
 from md3cli.errors import CheckpointError
 from md3cli.records import Request, Task
@@ -25,10 +27,16 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 PICTURES = Path(__file__).parents[1] / "golden/case-a/images"
 
 
-def md3(tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "md3cli", *map(str, arguments)]
-    environment = clean_environment(tmp_path) | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's settings, and an empty working folder."""
+    isolate(monkeypatch, tmp_path / "home")
+    monkeypatch.chdir(tmp_path)
+
+
+def md3(*arguments: object) -> Result:
+    """The program with the real model, in this process."""
+    return CliRunner().invoke(app, [*map(str, arguments)], prog_name="md3")
 
 
 def test_a_model_is_found_without_torch() -> None:
@@ -46,8 +54,8 @@ def test_a_model_is_found_without_torch() -> None:
 def test_a_model_that_is_not_there_is_said_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         find_model(ModelOptions("no-such-model"))
-    done = md3(tmp_path, "caption", PICTURES, "-m", "no-such-model", "-o", "out.jsonl")
-    assert done.returncode == 1
+    done = md3("caption", PICTURES, "-m", "no-such-model", "-o", "out.jsonl")
+    assert done.exit_code == 1
     assert done.stderr.startswith("error: model 'no-such-model': no such file or folder")
     assert list(tmp_path.glob("out*")) == []
 
@@ -59,8 +67,8 @@ def test_a_skill_the_model_lacks_is_said_before_anything_is_written(tmp_path: Pa
     (weights / "config.json").write_text(json.dumps(document))
     mixed = ("run", PICTURES, "--task", "caption", "--task", "segment:dog")
     for command in (("segment", PICTURES, "dog"), mixed, (*mixed, "--devices", "cpu", "--workers-per-device", "2")):
-        done = md3(tmp_path, *command, "-m", weights, "-o", "out.jsonl")
-        assert done.returncode == 1
+        done = md3(*command, "-m", weights, "-o", "out.jsonl")
+        assert done.exit_code == 1
         assert done.stderr.startswith("error: segment is not supported by this model")
         assert list(tmp_path.glob("out*")) == []
 
@@ -74,8 +82,8 @@ def test_a_dry_run_cuts_as_the_model_does() -> None:
 
 def test_detect_writes_one_valid_record_for_each_image(tmp_path: Path) -> None:
     command = ("detect", PICTURES, "person", "--model", CHECKPOINT, "--max-objects", 3)
-    done = md3(tmp_path, *command)
-    assert done.returncode == 0, done.stderr
+    done = md3(*command)
+    assert done.exit_code == 0, done.stderr
     records = records_of(done.stdout)
     assert [record["image"] for record in records] == [f"image{i}.png" for i in range(5)]
     for record in records:
@@ -84,7 +92,7 @@ def test_detect_writes_one_valid_record_for_each_image(tmp_path: Path) -> None:
         assert record["error"] is None
         assert record["finish_reason"] in ("stop", "length")
         assert all(0.001 <= found["score"] <= 0.999 for found in record["objects"])
-    assert md3(tmp_path, *command, "-o", "out.jsonl", "--batch-size", 1).returncode == 0
+    assert md3(*command, "-o", "out.jsonl", "--batch-size", 1).exit_code == 0
     assert [without_scores(r) for r in records_of(tmp_path / "out.jsonl")] == [without_scores(r) for r in records]
 
 
@@ -93,27 +101,29 @@ def without_scores(record: dict[str, object]) -> dict[str, object]:
     return record | {"objects": objects}
 
 
-def test_every_task_in_one_pass(tmp_path: Path) -> None:
+def test_every_task_in_one_pass() -> None:
     specs = ["caption:short", "query:What is it?", "detect:a,b", "point:c", "segment:d"]
     tasks = [part for spec in specs for part in ("--task", spec)]
-    done = md3(tmp_path, "run", PICTURES / "image0.png", *tasks, "-m", CHECKPOINT, "--max-tokens", 8)
+    done = md3("run", PICTURES / "image0.png", *tasks, "-m", CHECKPOINT, "--max-tokens", 8)
     records = records_of(done.stdout)
     assert [record["task"] for record in records] == ["caption", "query", "detect", "detect", "point", "segment"]
     assert all(record["error"] is None or record["task"] == "segment" for record in records), done.stderr
     assert {record["sha256"] for record in records} == {records[0]["sha256"]}
 
 
-def test_a_prompt_the_tokenizer_fails_on_is_a_record_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_prompt_the_tokenizer_fails_on_is_a_record_and_the_run_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "model"))
     document = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     runaway = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
     (folder / "tokenizer.json").write_text(json.dumps(document | {"pre_tokenizer": runaway}), encoding="utf-8")
     asked = ("query", PICTURES, "-q", "a" * 60 + "b", "-q", "why", "--limit", "2", "--max-tokens", "2")
-    done = md3(tmp_path, *asked, "--model", folder, "--device", "cpu", "--no-progress")
-    assert done.returncode == 3, done.stderr
+    done = md3(*asked, "--model", folder, "--device", "cpu", "--no-progress")
+    assert done.exit_code == 3, done.stderr
     errors = [record["error"] and record["error"]["type"] for record in records_of(done.stdout)]
     assert errors == ["bad_request", None] * 2
-    assert "panicked" not in done.stderr
+    assert "panicked" not in done.stderr + capfd.readouterr().err, "the library's own words go to the descriptor"
 
 
 # -- what the embedded model knows ------------------------------------------------------------------
@@ -141,14 +151,10 @@ def test_words_that_the_embedded_model_does_not_know_are_told_in_a_line() -> Non
     assert beyond("car", model="moondream3") is None
 
 
-def test_the_line_stands_before_the_run(tmp_path: Path) -> None:
-    done = md3(tmp_path, "detect", EXAMPLES / "scenes" / "scene_00000.png", "car", "--model", "tiny")
-    assert done.returncode == 0
+def test_the_line_stands_before_the_run() -> None:
+    asked = ("detect", EXAMPLES / "scenes" / "scene_00000.png", "car", "--model", "tiny")
+    done = md3(*asked)
+    assert done.exit_code == 0
     told = [line for line in done.stderr.splitlines() if line.startswith("warning: tiny knows coloured shapes")]
     assert len(told) == 1
-    assert (
-        "warning"
-        not in md3(
-            tmp_path, "detect", EXAMPLES / "scenes" / "scene_00000.png", "car", "--model", "tiny", "--quiet"
-        ).stderr
-    )
+    assert "warning" not in md3(*asked, "--quiet").stderr

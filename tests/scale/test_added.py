@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from chaos import wait_until
+from forked import Forks
 from marked_processes import MARK, marked_processes
 from program import STUB_MD3, Program, clean_environment, make_pictures, records_of
 
@@ -352,10 +353,10 @@ def test_any_way_to_a_union_gives_its_records(md3: Program, pictures: Path, tmp_
 # -- kills -----------------------------------------------------------------------------------------------
 
 
-def start(folder: Path, out: Path, *words: str, fault: str = "", step_s: float = 0.0) -> subprocess.Popen[bytes]:
+def start(folder: Path, out: Path, *words: str, step_s: float = 0.0) -> subprocess.Popen[bytes]:
     """The program as a process of its own; its workers find the stub too."""
     settings = clean_environment(folder / "home") | {MARK: f"{os.getpid()}-{folder.name}", "OMP_NUM_THREADS": "1"}
-    own = ["--step-seconds", str(step_s), *(["--fault", fault] if fault else [])]
+    own = ["--step-seconds", str(step_s)]
     asked = ["detect", str(folder / "pictures"), *words, "-o", str(out), "--workers", "1", "--batch-size", "2"]
     with open(folder / "log", "ab") as log:
         return subprocess.Popen([sys.executable, str(STUB_MD3), *own, *asked], env=settings, stdout=log, stderr=log)
@@ -367,24 +368,26 @@ def start(folder: Path, out: Path, *words: str, fault: str = "", step_s: float =
     ("count", "step"), [(8, 60), pytest.param(100, 12, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
 )
 def test_kills_while_it_grows(
-    md3: Program, pictures: Path, tmp_path: Path, begun: Callable[..., Path], count: int, step: int
+    md3: Program, forks: Forks, pictures: Path, tmp_path: Path, begun: Callable[..., Path], count: int, step: int
 ) -> None:
     """Kills before file operations of a start that adds; then the same command in one form or another, to the end."""
     chooser, num_killed, at = random.Random(count), 0, 0
     expected = whole(md3, pictures, tmp_path, "b", "a", "c", "d")
-    many = tuple(map(str, MANY))
+    isolated = clean_environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
     while num_killed < count:
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         out = begun(chooser.randrange(0, 3), out=tmp_path / "out/o.jsonl")
         at += chooser.randrange(1, step)
-        status = start(tmp_path, out, "c", "d", "--add", *many, fault=f"kill:{at}:{out.parent}").wait(120)
-        assert status in (3, -signal.SIGKILL), (tmp_path / "log").read_text()[-2000:]
+        asked = ("detect", pictures, "c", "d", "--add", "-o", out)
+        fault = ("--fault", f"kill:{at}:{out.parent}")
+        done = forks(*fault, *asked, *MANY, "--workers", 1, "--batch-size", 2, env=isolated)
+        status = done.returncode
+        assert status in (3, -signal.SIGKILL), done.stderr
         if status == 3:
             assert at > step, "there was nothing to interrupt"
             at = 0
         num_killed += status != 3
-        form = chooser.choice([many, (), ("--world-size", 2)])
-        again = md3("detect", pictures, "c", "d", "--add", "-o", out, *form)
+        again = md3(*asked, *chooser.choice([MANY, (), ("--world-size", 2)]))
         assert again.exit_code == 3, again.output
         assert out.read_bytes() == expected
         if run_of(out).exists():

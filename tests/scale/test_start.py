@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import stub_scale
+from forked import Forks
 from program import STUB_MD3, Program, clean_environment, isolate, make_pictures
 from typer.testing import CliRunner
 
@@ -122,17 +123,13 @@ def test_what_a_killed_start_over_set_aside_comes_back(finished: Path, program: 
     "at", [8, 20, 33, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 4, 12, 16, 24, 28, 38, 44, 50))]
 )
 def test_a_start_over_that_is_killed_leaves_old_or_new_records(
-    finished: Path, program: Program, at: int, many: tuple[str, ...]
+    finished: Path, program: Program, forks: Forks, at: int, many: tuple[str, ...]
 ) -> None:
     asked = ("caption", "pictures", "--length", "short", "-o", "out/", "-f", "csv", "--overwrite", *many)
     old = (finished / "out/records.jsonl").read_bytes()
-    killed = subprocess.run(
-        [sys.executable, str(STUB_MD3), "--fault", f"kill:{at}:{finished / 'out'}", *asked],
-        env=clean_environment(finished / "home"),
-        capture_output=True,
-        timeout=240,
-    )
-    assert killed.returncode in (0, -signal.SIGKILL), killed.stderr.decode()
+    fault = ("--fault", f"kill:{at}:{finished / 'out'}")
+    killed = forks(*fault, *asked, env=clean_environment(finished / "home"))
+    assert killed.returncode in (0, -signal.SIGKILL), killed.stderr
     now = finished / "out/records.jsonl"
     if now.exists():  # else they are in the run folder, where records are before the export
         assert now.read_bytes() == old or not set(ids_of(finished)) & {
