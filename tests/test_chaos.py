@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,9 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_a_document_is_never_half(tmp_path: Path) -> None:
+def test_a_document_is_never_half(tmp_path: Path, forks: Forks) -> None:
     """With all records there, what is left to interrupt is the making of the document."""
-    chaos = Chaos(tmp_path, format="coco", num_pictures=20)
+    chaos = Chaos(tmp_path, format="coco", num_pictures=20, forks=forks)
     chaos.finish()
     at = 7
     while not chaos.interrupt_at_operation("kill", at):
@@ -86,11 +87,20 @@ def interrupt_absorptions(chaos: Chaos, count: int, most_launches: int) -> None:
     chaos.finish()
 
 
+@pytest.fixture(scope="module")
+def real_forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Forks of a process that has imported torch too."""
+    forks = Forks(tmp_path_factory.mktemp("forks"), "md3cli.model.engine.load")
+    yield forks
+    forks.close()
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("delay", [1, 2])
-def test_death_between_a_launch_and_its_absorption(tmp_path: Path, delay: int) -> None:
+def test_death_between_a_launch_and_its_absorption(tmp_path: Path, real_forks: Forks, delay: int) -> None:
     """Nothing is lost and nothing comes twice: a launch that nobody has read has never been."""
-    interrupt_absorptions(Chaos(tmp_path, seed=delay, model="tiny", delay=delay, num_pictures=12), 4, 20)
+    chaos = Chaos(tmp_path, seed=delay, model="tiny", delay=delay, num_pictures=12, forks=real_forks)
+    interrupt_absorptions(chaos, 4, 20)
 
 
 @pytest.mark.slow

@@ -27,12 +27,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from forked import Forks
 from marked_processes import MARK, marked_processes
 from program import STUB_MD3, clean_environment, make_pictures
 from record_equality import is_same
 from small_disk import has_small_disks, small_disk
 
 BATCH_SIZE = 4
+LOOK_S = 0.005  # so that looking leaves the cores to what is waited for
 PATIENCE_S = 120.0  # for anything to happen at all; machines may be loaded
 SIGNALS = {
     "int": (signal.SIGINT, 1),
@@ -51,7 +53,7 @@ def wait_until(is_met: Callable[[], bool], what: str, patience_s: float = PATIEN
     deadline = time.monotonic() + patience_s
     while not is_met():
         assert time.monotonic() < deadline, what
-        time.sleep(0.002)
+        time.sleep(LOOK_S)
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Chaos:
     num_pictures: int = 240
     workers: int = 2
     has_children: bool = False
+    forks: Forks | None = None  # where given, starts that end by themselves are forks
     report: Counter[str] = field(default_factory=Counter)
     most_redone: int = 0
     _num_outputs: int = 0
@@ -89,7 +92,7 @@ class Chaos:
             (self.pictures / f"p{i}.png").write_bytes(b"no picture")
         self.step_s = 0.0 if self.model else 0.01
         self._new_output()
-        ending = self._finish(self._start(*([] if self.delay is None else ["--delay", "0"])))
+        ending = self._run(*([] if self.delay is None else ["--delay", "0"]))
         assert ending.status == 3, ending
         num_bad = len(range(5, self.num_pictures, 20))
         num_children = (self.num_pictures - num_bad) * 2 * 2 if self.has_children else 0
@@ -136,18 +139,32 @@ class Chaos:
         return self.folder / "stderr"
 
     def _start(self, *options: str, **settings: Any) -> subprocess.Popen[bytes]:
-        self._count.unlink(missing_ok=True)
-        self._mark = f"{os.getpid()}-{self.chooser.getrandbits(64)}"
-        environment = clean_environment(self.folder / "home") | {MARK: self._mark, "OMP_NUM_THREADS": "1"}
+        environment = self._environment()
         with open(self._log, "wb") as log:
             settings = {"stderr": log, "stdout": subprocess.DEVNULL, "start_new_session": True} | settings
             return subprocess.Popen(self.command(*options), env=environment, **settings)
 
+    def _environment(self) -> dict[str, str]:
+        """That of the next start, with a new mark; its answers are counted from 0."""
+        self._count.unlink(missing_ok=True)
+        self._mark = f"{os.getpid()}-{self.chooser.getrandbits(64)}"
+        return clean_environment(self.folder / "home") | {MARK: self._mark, "OMP_NUM_THREADS": "1"}
+
     def _finish(self, process: subprocess.Popen[bytes]) -> Ending:
         status = process.wait(PATIENCE_S)
-        wait_until(lambda: not marked_processes(self._mark), "children outlive the run", 30)
-        num_answered = self._count.stat().st_size if self._count.exists() else 0
-        return Ending(status, self._log.read_text(), num_answered)
+        wait_until(lambda: not marked_processes(self._mark), "children outlive the run")
+        return Ending(status, self._log.read_text(), self._num_answered())
+
+    def _run(self, *options: str) -> Ending:
+        """One start that nothing comes to from outside, to its end."""
+        if self.forks is None:
+            return self._finish(self._start(*options))
+        done = self.forks(*self.command(*options)[2:], env=self._environment())
+        wait_until(lambda: not marked_processes(self._mark), "children outlive the run")
+        return Ending(done.returncode, done.stderr, self._num_answered())
+
+    def _num_answered(self) -> int:
+        return self._count.stat().st_size if self._count.exists() else 0
 
     def _num_lines(self) -> int:
         return self.journal.read_bytes().count(b"\n") if self.journal.exists() else 0
@@ -185,7 +202,7 @@ class Chaos:
     def interrupt_at_operation(self, action: str, at: int) -> bool:
         """Kill the program before its `at`-th file operation, or fail that; True when it got through before."""
         num_before = self._num_lines()
-        ending = self._finish(self._start("--fault", f"{action}:{at}:{self.output.parent}"))
+        ending = self._run("--fault", f"{action}:{at}:{self.output.parent}")
         statuses = {-signal.SIGKILL} if action == "kill" else {1}
         self.check(ending, num_before, {*statuses, *FINISHED}, is_disk_good=action == "kill")
         self.report[f"{action}-at-op"] += ending.status not in FINISHED
@@ -194,7 +211,7 @@ class Chaos:
     def interrupt_at_absorption(self, signum: signal.Signals, moment: str, at: int) -> bool:
         """Send a signal when the engine turns to its `at`-th launch; True when the program got through before."""
         num_before = self._num_lines()
-        ending = self._finish(self._start("--absorb", f"{signum.name}:{moment}:{at}"))
+        ending = self._run("--absorb", f"{signum.name}:{moment}:{at}")
         self.check(ending, num_before, {-signum, 128 + signum, *FINISHED})
         if ending.status in FINISHED:
             self.check_finished(ending)
@@ -293,7 +310,7 @@ class Chaos:
     def finish(self) -> None:
         """Resume what was interrupted last, to the end."""
         num_before = self._num_lines()
-        ending = self._finish(self._start())
+        ending = self._run()
         self.check(ending, num_before, set(FINISHED))
         self.check_finished(ending)
 

@@ -11,21 +11,26 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 
 class Forks:
-    """Runs `md3 ...` in a fork and waits for its end; the process that is forked starts with the first run."""
+    """Runs `md3 ...` in a fork and waits for its end; the process that is forked starts with the first run.
 
-    def __init__(self, folder: Path) -> None:
+    It has imported what a run with the stub needs, and `modules`.
+    """
+
+    def __init__(self, folder: Path, *modules: str) -> None:
         self._log = folder / "forked.log"
+        self._modules = modules
         self._parent: subprocess.Popen[str] | None = None
 
     def __call__(self, *arguments: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         """Run stub_md3.py with `arguments` in the working folder of now; stdout and stderr come as one, in `stderr`."""
         if self._parent is None:
-            command, pipe = [sys.executable, str(Path(__file__))], subprocess.PIPE
+            command, pipe = [sys.executable, str(Path(__file__)), *self._modules], subprocess.PIPE
             self._parent = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
         assert self._parent.stdin is not None
         assert self._parent.stdout is not None
@@ -63,6 +68,8 @@ def _serve() -> None:
     import md3cli.run.local
     import md3cli.scale.run  # noqa: F401
 
+    for name in sys.argv[1:]:
+        import_module(name)
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
