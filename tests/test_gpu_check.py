@@ -32,6 +32,7 @@ from gpu.workloads import LOADS
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS / "gpu_check.py"
+FORKED = TESTS / "support" / "forked_check.py"
 EXAMPLES = TESTS.parent / "examples"
 NAMES = [part.name for part in PARTS]
 CPU = ("--device", "cpu", "--config", "mini")
@@ -80,7 +81,8 @@ def check(out: Path, *arguments: str, script: Path = SCRIPT) -> Ran:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return check(tmp_path_factory.mktemp("gpu_check") / "out", *CPU)
+    """All parts; their processes are forks, where those of all other runs here are started as on a card."""
+    return check(tmp_path_factory.mktemp("gpu_check") / "out", *CPU, script=FORKED)
 
 
 @pytest.mark.process
@@ -335,6 +337,19 @@ def test_a_part_that_hangs_leaves_no_process_behind(faulty: Ran) -> None:
     assert not any(map(is_running, faulty.results["parts"]["hangs"]["pids"]))
 
 
+# Three processes at once, of five kernels: one that dies, and others beside and behind it.
+THREE_OF_FIVE = """
+from gpu.check import Check
+ask_facts = Check._ask_facts
+def ask_few(self):
+    ask_facts(self)
+    names = [name for name in self.results.data["kernels"] if name != "down"]
+    self.results.data["kernels"] = [names[0], "down", *names[1:4]]
+Check._ask_facts = ask_few
+Check._at_once = lambda self, part: 3 if part.is_by_kernel else 1
+"""
+
+
 @pytest.mark.process
 def test_kernels_that_run_together_fail_alone(tmp_path: Path) -> None:
     pytest.importorskip("triton")
@@ -344,9 +359,9 @@ def test_kernels_that_run_together_fail_alone(tmp_path: Path) -> None:
     )
     script = fault_script(tmp_path, f"{fault('together')[:-1]}, is_by_kernel=True), {fault('well')}")
     text = script.read_text()
-    several = "from gpu.check import Check\nCheck._at_once = lambda self, part: 3 if part.is_by_kernel else 1\n"
-    script.write_text(text.replace("sys.exit(", f"{several}sys.exit(", 1))
+    script.write_text(text.replace("sys.exit(", f"{THREE_OF_FIVE}sys.exit(", 1))
     ran = check(tmp_path / "out", *CPU, script=script)
+    assert len(ran.results["kernels"]) == 5
     assert ran.statuses == {"together": "failed", "well": "ok"}
     assert set(ran.figures("together")) == set(ran.results["kernels"])
     assert ran.results["parts"]["together"]["failed kernels"] == ["down"]

@@ -84,8 +84,7 @@ def assert_golden(name: str, batch_size: int, most: int | None, *, is_planned: b
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("name", "batch_size"), [("a", 3), ("c", 1)])
-@pytest.mark.parametrize("is_planned", [False, True])
+@pytest.mark.parametrize(("name", "batch_size", "is_planned"), [("a", 3, True), ("c", 1, False)])
 def test_golden_answers_come_out_of_the_kernels(name: str, batch_size: int, is_planned: bool) -> None:
     assert_golden(name, batch_size, most=3, is_planned=is_planned)
 
@@ -93,7 +92,7 @@ def test_golden_answers_come_out_of_the_kernels(name: str, batch_size: int, is_p
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["a", "b", "c"])
-@pytest.mark.parametrize(("batch_size", "is_planned"), [(8, False), (8, True), (16, True)])
+@pytest.mark.parametrize(("batch_size", "is_planned"), [(1, True), (8, False), (8, True), (16, True)])
 def test_all_golden_answers_come_out_of_the_kernels(name: str, batch_size: int, is_planned: bool) -> None:
     assert_golden(name, batch_size, most=None, is_planned=is_planned)
 
