@@ -116,7 +116,7 @@ def run(
     environment |= {name: str(folder / value) for name, value in changes.items() if value is not None}
     environment = {name: value for name, value in environment.items() if changes.get(name, value) is not None}
     command = [sys.executable, *program, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.process

@@ -218,7 +218,7 @@ def told(md3: Program, line: str, *, stdin: str | None = None) -> str:
 def told_outside(line: str, home: Path) -> str:
     """The same with a process of its own, where workers are started or run.json keeps the arguments."""
     process = start(*shlex.split(line), env=clean_environment(home))
-    stdout, stderr = (masked(output.decode()) for output in process.communicate(timeout=60))
+    stdout, stderr = (masked(output.decode()) for output in process.communicate(timeout=240))
     return f"$ md3 {line}\nstatus {process.returncode}\n--- stdout\n{stdout}--- stderr\n{stderr}"
 
 

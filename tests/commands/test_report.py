@@ -160,7 +160,7 @@ def test_a_signal_leaves_nothing_behind(folder: Path, number: signal.Signals, st
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=240)
     assert process.returncode == status
     assert "Traceback" not in said
     assert {path.name for path in folder.iterdir()} == {"records.jsonl", "run.json"}

@@ -418,7 +418,7 @@ def test_no_worker_outlives_a_run_that_was_killed(good):
         pids = [int(pid) for pid in run.stdout.readline().split()]
         assert len(pids) == 2
         run.kill()
-    wait_until(lambda: all(map(is_gone, pids)), timeout_s=5.0)
+    wait_until(lambda: all(map(is_gone, pids)))
 
 
 @pytest.mark.process
@@ -700,7 +700,7 @@ def test_a_run_that_is_killed_while_a_worker_writes_leaves_no_memory(tmp_path, g
         [worker] = [path.name for path in torn.iterdir()]
         assert {worker, str(run.pid)} <= processes_sharing()
         run.kill()
-    wait_until(lambda: not {worker, str(run.pid)} & processes_sharing(), timeout_s=5.0)
+    wait_until(lambda: not {worker, str(run.pid)} & processes_sharing())
 
 
 @pytest.mark.process

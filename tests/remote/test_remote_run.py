@@ -342,7 +342,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
 
 def images_of_process(typed: str, **settings: Any) -> list[str] | str:
     """The images of the records of a run, none of which may have failed; else what it says."""
-    stdout, stderr = start("caption", typed, "--quiet", **settings).communicate(timeout=60)
+    stdout, stderr = start("caption", typed, "--quiet", **settings).communicate(timeout=240)
     found = records_of(stdout)
     return [record["image"] for record in found if record["error"] is None] or stderr.decode()
 

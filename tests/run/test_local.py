@@ -186,12 +186,12 @@ def test_a_second_process_is_refused_with_the_pid_of_the_first(
             assert first.poll() is None
         for options in ((), ("--overwrite",)):
             second = start("caption", pictures, "-o", out, *options)
-            _, stderr = second.communicate(timeout=60)
+            _, stderr = second.communicate(timeout=240)
             assert second.returncode == 1
             assert f"being written by another run: process {first.pid} on".encode() in stderr
         first.kill()
     third = start("caption", pictures, "-o", out)
-    third.communicate(timeout=60)
+    third.communicate(timeout=240)
     assert third.returncode == 0, "the kernel has freed the lock"
     assert [record["image"] for record in records_of(out)] == [f"p{i}.png" for i in range(11)]
 
@@ -441,7 +441,7 @@ def test_a_resume_behind_a_million_records(tmp_path: Path) -> None:
         time.sleep(0.02)
         assert process.poll() is None
     first_s, cpu_s, peak_mb = time.monotonic() - started, cpu_seconds(process.pid), memory_mb(process.pid, "VmHWM")
-    assert process.wait(120) == 0
+    assert process.wait(240) == 0
     assert num_records(out) == count + num_new
     print(f"first new record after {first_s:.1f} s, of them {cpu_s:.1f} s on the CPU; {peak_mb:.0f} MB")
     assert peak_mb < 1000

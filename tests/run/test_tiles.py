@@ -121,7 +121,7 @@ def all_answered(
         while len(oracle.waiting) < 2 * oracle.batch and (job := tiled.poll()) is not None:
             oracle.add(job)
         if not oracle.waiting:
-            tiled.wait(60)
+            tiled.wait(240)
         answers += tiled.collect(oracle.step())
     return sorted(answers, key=lambda answer: answer.key)
 
@@ -213,7 +213,7 @@ def test_only_a_few_tiles_are_cut_ahead(cutter: PartCutter, item: ImageItem, mon
     tiled.begin([ready(7, item, facts, picture, replace(REQUEST, tiles=tiles))])
     assert tiled.poll() is not None
     while tiled.has_jobs:
-        tiled.wait(60)
+        tiled.wait(240)
         num_asked += tiled.poll() is not None
     assert num_asked == num_cut == len(tile_rects(WIDTH, HEIGHT, 378, 0.9)) > 10 * TILES_AHEAD
 

@@ -51,7 +51,7 @@ def run_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_pictures(folder / "pictures", 3)
     command = [sys.executable, str(STUB_MD3), "caption", "pictures", "-o", "out/", "-f", "csv", *MANY]
     environment = clean_environment(folder / "home")
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     shutil.copytree(folder, folder.with_name("kept"))
     return folder
