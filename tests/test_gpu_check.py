@@ -36,6 +36,7 @@ FORKED = TESTS / "support" / "forked_check.py"
 EXAMPLES = TESTS.parent / "examples"
 NAMES = [part.name for part in PARTS]
 CPU = ("--device", "cpu", "--config", "mini")
+pytestmark = pytest.mark.timeout(900)  # whichever test comes first waits for the run of all parts
 BUDGET_SLACK_S = 15.0  # a promise to whoever rents the card by the minute
 
 
@@ -82,7 +83,8 @@ def check(out: Path, *arguments: str, script: Path = SCRIPT) -> Ran:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """All parts; their processes are forks, where those of all other runs here are started as on a card."""
-    return check(tmp_path_factory.mktemp("gpu_check") / "out", *CPU, script=FORKED)
+    budget = ("--budget", "840")  # a machine that does much else takes that long
+    return check(tmp_path_factory.mktemp("gpu_check") / "out", *CPU, *budget, script=FORKED)
 
 
 @pytest.mark.process
