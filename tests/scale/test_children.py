@@ -268,14 +268,23 @@ def test_what_is_added_gets_its_children(runs: Runs, num_left: int) -> None:
     assert all(row.then for row in reader.rows(0)), "as the plain rows have it"
 
 
-def test_another_question_about_objects_is_refused_in_words(runs: Runs) -> None:
+def test_another_question_about_objects_is_refused_in_words_or_added_by_one_process(runs: Runs) -> None:
     runs(*MANY)
-    command = ("run", runs.pictures, *ASKED, *THEN, "--then", "point:lid", "-o", runs.out)
-    for options in ((), ("--add",), MANY):
+    another = ("--then", "point:lid")
+    command = ("run", runs.pictures, *ASKED, *THEN, *another, "-o", runs.out)
+    for options in ((), MANY):
         refused = runs.md3(*command, *options)
         assert refused.exit_code == 2
         assert "of each object found: it has query" in refused.output
         assert "you now ask point lid as well" in refused.output
+    refused = runs.md3(*command, "--add", *MANY)
+    assert refused.exit_code == 2
+    assert "not of the objects found (point lid). Finish the earlier command, then add it in one" in refused.output
+    expected = runs.of_one(*another)
+    runs(*another, "--add")
+    runs.check(expected)
+    assert runs(*another, *MANY) == 0, "many take over what one has added to"
+    runs.check(expected)
 
 
 # -- names in lists --------------------------------------------------------------------------------------
