@@ -118,10 +118,7 @@ class Following:
 
 
 def rows_ahead(crop_config: CropConfig) -> int:
-    """Return how many pictures may be decoded and waiting, by the bytes of the largest common one.
-
-    Whole pictures are larger; of those the memory that decoders share bounds the bytes.
-    """
+    """Return how many pictures may be decoded and waiting, by the bytes of the largest common one."""
     largest = (1 + crop_config.max_crops) * crop_config.crop_size**2 * CHANNELS
     return max(MIN_AHEAD, min(MAX_AHEAD, AHEAD_BYTES // largest))
 
