@@ -146,7 +146,9 @@ class Decoder(Child):
         self.channel.send({"is_wanted": lent is not None})
         if lent is None:
             return None
-        self.channel.receive(timeout_s)  # it is there
+        if failed := self.channel.receive(timeout_s):  # nothing is said of one that is there
+            Facts.of(failed, self._setup)
+            raise ValueError
         return WholeImage(lent.reshape(facts.height, facts.width, CHANNELS), facts.sha256)
 
     def _ended_by_signal(self) -> bool:

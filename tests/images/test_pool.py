@@ -666,6 +666,21 @@ def test_a_worker_that_is_killed_while_it_writes_costs_nothing(monkeypatch, tmp_
 
 
 @pytest.mark.process
+def test_a_worker_without_memory_to_copy_a_picture_says_so(monkeypatch, files, gpu):
+    """What stands in the shared memory is the picture before, then, and not this one."""
+    code = OBEDIENT.replace("worker.serve()", "tell = worker.copy_pixels\ndef starve(image, target):\n")
+    code += "    if image.size == (64, 48): raise MemoryError\n    tell(image, target)\nworker.copy_pixels = starve\n"
+    run_instead(monkeypatch, code + "worker.serve()")
+    first, starved = files[:2]
+    with PicturePool(1, CFG, LIMITS) as pool:
+        pool.serve_gpu(gpu)
+        good = outcome(pool.submit(first))
+        assert error_type(pool.submit(starved)) == "too_large"
+        assert outcome(pool.submit(first)) == good
+    assert len(gpu.sizes) == 2
+
+
+@pytest.mark.process
 def test_the_memory_of_pictures_goes_with_the_pool(good, gpu):
     with PicturePool(1, CFG, LIMITS) as pool:
         pool.serve_gpu(gpu)
