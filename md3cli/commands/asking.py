@@ -127,8 +127,9 @@ def run_of_tasks(
     requests = [replace(r, tiles=tiles) if r.task in TILED_TASKS else r for r in requests]
     if "tile" in options.typed and not has_rows and all(r.tiles is None for r in requests):
         raise UsageError("--tile is about what detect and point find, and neither is asked for; leave it out")
-    may_add = options.add and not (options.dry_run or estimate)  # then OUTPUT has what finds the objects
-    if not (requests or has_rows or (may_add and words.then)):
+    # With --add OUTPUT may have what finds the objects; a `then` of the settings waits for a command that finds some.
+    may_add = options.add and "then" in options.typed and not (options.dry_run or estimate)
+    if not (requests or has_rows or may_add):
         raise UsageError(f"nothing to do for {printable(input)}; say what with --task, like --task caption:long")
     may_be_followed = are_followed(requests) or has_rows or may_add
     then = _asked_then(words.then, options, reasoning=words.reasoning) if may_be_followed else []

@@ -128,3 +128,15 @@ def test_runs_without_then_have_the_identity_they_had(md3: Program) -> None:
     assert md3("detect", "pictures", "car", "-o", "o.jsonl").exit_code == 0
     written = Path("o.jsonl.run.json").read_text()
     assert not any(f'"{key}"' in written for key in ("then", "pad", "region", "tiles"))
+
+
+def test_what_the_settings_ask_then_waits_where_the_command_finds_no_boxes(
+    md3: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MD3_THEN", "caption:short")
+    for words in (["point:a"], ["point:b", "--add"]):
+        assert md3("run", "pictures", "--task", *words, "-o", "o.jsonl").exit_code == 0
+    assert md3("run", "pictures", "--task", "point:a", "-o", "new.jsonl", "--add").exit_code == 0
+    assert md3("run", "pictures", "--task", "point:a", "-o", "new.jsonl").exit_code == 0, "it is the same run"
+    refused = md3("run", "pictures", "-o", "o.jsonl", "--add")
+    assert (refused.exit_code, "nothing to do for pictures" in refused.stderr) == (2, True)
