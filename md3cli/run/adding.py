@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from md3cli.config import RunConfig
 from md3cli.errors import OutputMismatchError, UsageError
-from md3cli.finished.run_json import read_facts
+from md3cli.finished.run_json import number_of, read_facts
 from md3cli.records import Request, printable
 from md3cli.refine.labels import Labels
 from md3cli.refine.refinement import Refinement
@@ -71,8 +71,8 @@ def grown(
             raise UsageError("there is no OUTPUT whose objects --then could be about; say what to find with --task")
         return config
     held = planned or _held_in(facts["identity"])
-    if held is None:  # somebody has changed it: the comparison to come tells what
-        return config
+    if held is None or number_of(held.identity.get("pad", config.pad)) is None:
+        return config  # somebody has changed it: the comparison to come tells what
     if not ask_all(held.requests):
         raise OutputMismatchError(
             "OUTPUT was asked what the rows of a manifest say, and --add cannot add to rows: write new rows into the "

@@ -368,10 +368,17 @@ def test_records_alone_do_not_say_what_was_asked(md3: Program, pictures: Path) -
     assert md3("detect", pictures, "star", "-o", "o.jsonl", "--add").exit_code == 0
 
 
-def test_a_run_json_that_somebody_changed_is_told(md3: Program, pictures: Path) -> None:
-    md3("detect", pictures, "circle", "-o", "o.jsonl")
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ('"max_tokens": 768', '"max_tokens": "many"'),
+        *(('"pad": 0.1', f'"pad": {pad}') for pad in ('"wide"', "null", "true", "[0.1]", "-1", "1e400")),
+    ],
+)
+def test_a_run_json_that_somebody_changed_is_told(md3: Program, pictures: Path, was: str, now: str) -> None:
+    md3("run", pictures, "--task", "detect:circle", "--then", "caption:short", "-o", "o.jsonl")
     path = Path("o.jsonl.run.json")
-    path.write_text(path.read_text().replace('"max_tokens": 768', '"max_tokens": "many"'))
+    path.write_text(path.read_text().replace(was, now))
     refused = md3("detect", pictures, "star", "-o", "o.jsonl", "--add")
     assert (refused.exit_code, "OUTPUT was begun by another run" in refused.stderr) == (2, True)
 
