@@ -5,6 +5,7 @@ The words themselves are in words.py, the options that all commands share in opt
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from md3cli.records import TILED_TASKS, Request, Task, Tiles, printable
 from md3cli.refine.everything import read_vocabulary
 from md3cli.refine.labels import Label, Labels, labels_with, prompts_of
 from md3cli.refine.refinement import FOUND_BY_TASK
+from md3cli.remote.address import is_address
 from md3cli.source.specs import TaskSpec, are_followed, label_template, parse_task, template_of
 from md3cli.source.walk import STDIN
 
@@ -128,7 +130,7 @@ def run_of_tasks(
     if "tile" in options.typed and not has_rows and all(r.tiles is None for r in requests):
         raise UsageError("--tile is about what detect and point find, and neither is asked for; leave it out")
     # With --add OUTPUT may have what finds the objects; a `then` of the settings waits for a command that finds some.
-    may_add = options.add and "then" in options.typed and not (options.dry_run or estimate)
+    may_add = _may_add(options) and "then" in options.typed and not (options.dry_run or estimate)
     if not (requests or has_rows or may_add):
         raise UsageError(f"nothing to do for {printable(input)}; say what with --task, like --task caption:long")
     may_be_followed = are_followed(requests) or has_rows or may_add
@@ -141,6 +143,12 @@ def run_of_tasks(
     if then:
         labels = _with_names_then(labels, words.then, are_templates=options.template)
     return options.config("run", [input], requests, estimate, labels, words.reasoning, then, tiles)
+
+
+def _may_add(options: AnnotateOptions) -> bool:
+    """Return whether `--add` is given, and OUTPUT may be there."""
+    output = options.output
+    return options.add and output is not None and (is_address(output) or os.path.lexists(output))
 
 
 def _asked_then(specs: ThenSpecs, options: AnnotateOptions, *, reasoning: bool) -> list[Request]:

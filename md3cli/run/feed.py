@@ -35,6 +35,7 @@ AHEAD_BYTES = 256 * 2**20  # of crops decoded ahead
 MIN_AHEAD, MAX_AHEAD = 4, 256  # rows decoded ahead
 ROWS_AT_A_TIME = 1024  # read before what came of them is written
 CHANNELS = 3
+UNFORESEEN = RowFailure("bad_request", "INPUT changed while it was read: until then no row had a `then`; start again")
 CHANGED = RowFailure("bad_request", "the picture has changed since its objects were found; start over with --overwrite")
 MAX_AUTO_WORKERS = 16
 
@@ -300,7 +301,9 @@ class Feed:
         tickets = self._fit([ticket for ticket in tickets if not self._recall(ticket)], row)
         if not tickets:
             return
-        assert self._following is not None or not row.then, "the source had not told that its rows ask more"
+        if row.then and self._following is None:
+            self._fail_all(tickets, UNFORESEEN)
+            return
         if row.failure is not None:
             self._fail_all(tickets, row.failure)
         elif row.image is None:

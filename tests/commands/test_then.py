@@ -140,3 +140,9 @@ def test_what_the_settings_ask_then_waits_where_the_command_finds_no_boxes(
     assert md3("run", "pictures", "--task", "point:a", "-o", "new.jsonl").exit_code == 0, "it is the same run"
     refused = md3("run", "pictures", "-o", "o.jsonl", "--add")
     assert (refused.exit_code, "nothing to do for pictures" in refused.stderr) == (2, True)
+
+
+def test_a_typed_then_waits_for_no_output_that_is_not_there(md3: Program) -> None:
+    refused = md3("run", "pictures", "--task", "point:a", "--then", "caption:short", "-o", "new.jsonl", "--add")
+    assert (refused.exit_code, "none of them is asked" in refused.stderr) == (2, True)
+    assert not Path("new.jsonl").exists()
