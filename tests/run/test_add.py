@@ -287,7 +287,7 @@ def test_the_way_to_ask_about_objects_is_told(md3: Program, pictures: Path) -> N
         ("detect:a", ("--shard-size", "2"), "Finish the earlier command, then add it in one process"),
         ("point:a", (), "OUTPUT has point a; add --task detect:OBJECT"),
         ("detect:a", ("--dry-run",), "nothing to do"),
-        ("", (), "say what to find with --task"),
+        ("", (), "say what with --task"),
     ],
 )
 def test_objects_that_cannot_be_asked_about(
