@@ -1,7 +1,7 @@
 """Threads that read embeddings from a disk ahead of the engine's need: a GPU answers faster than one thread reads.
 
-A picture of the real model is 2.85 MiB to read, to check and to copy, which takes longer than the 5 ms of its prefix on
-an H200. Apart from encoder.py, because it knows nothing of pictures.
+A picture of the real model is 2.85 MiB to read, to check and to copy, while an H200 prefills its prefix in 5 ms
+(examples/benchmarks.md). Apart from encoder.py, because it knows nothing of pictures.
 """
 
 from __future__ import annotations
