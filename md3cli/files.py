@@ -96,13 +96,19 @@ def _temp_stem(target: Path) -> str:
     return f".{name}.tmp-"
 
 
-def remove_stale_temps(target: Path) -> None:
-    """Remove the files and folders that killed writers of `target` left behind; the caller holds the output's lock."""
+def remove_stale_temps(target: Path, *, older_than_s: float = 0.0) -> None:
+    """Remove the files and folders that killed writers of `target` left behind.
+
+    The caller holds the output's lock, so that nobody else writes; where others may, what was last written less than
+    `older_than_s` ago is taken for theirs and stays.
+    """
     target = Path(os.path.realpath(target))
     stem = _temp_stem(target)
     with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
         for entry in entries:
             if not entry.name.startswith(stem) or not entry.name.removeprefix(stem).isdigit():
+                continue
+            if older_than_s and time.time() - entry.stat(follow_symlinks=False).st_mtime < older_than_s:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)

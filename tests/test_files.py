@@ -69,6 +69,15 @@ def test_only_our_own_leftovers_are_removed(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == [".other.json.tmp-12", ".out.json.tmp-x", "out.json"]
 
 
+def test_young_leftovers_may_be_another_writers(tmp_path: Path) -> None:
+    for number, age_s in ((1, 0), (2, 50), (3, 70)):
+        path = tmp_path / f".run.json.tmp-{number}"
+        path.touch()
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age_s))
+    remove_stale_temps(tmp_path / "run.json", older_than_s=60)
+    assert sorted(os.listdir(tmp_path)) == [".run.json.tmp-1", ".run.json.tmp-2"]
+
+
 def test_a_lock_is_free_after_its_release(tmp_path: Path) -> None:
     path = tmp_path / "out.lock"
     lock = OutputLock.acquire(path, tmp_path / "out")

@@ -39,6 +39,7 @@ FOLDER_FORMATS = frozenset(
 )
 PRINTABLE_FORMATS = frozenset({"coco", "csv", HTML})  # one text, so that stdout can take it
 _FOLDER_NAMES = {**RUN_FOLDER_NAMES, HTML: REPORT_NAME}
+_LONGEST_WRITE_S = 60.0  # of run.json, by far
 _MOST_OWN_FILES = 1000  # on the list of a run folder; one that is longer is not ours
 
 
@@ -240,10 +241,14 @@ def with_journal_aside(plan: OutputPlan, stack: contextlib.ExitStack) -> OutputP
     return replace(plan, files=files, documents=(Document(plan.stdout, aside / "document"),))
 
 
-def remove_temps(plan: OutputPlan) -> None:
-    """Remove what killed writers of OUTPUT's files left behind; the caller holds the output's lock."""
+def remove_temps(plan: OutputPlan, *, is_shared: bool = False) -> None:
+    """Remove what killed writers of OUTPUT's files left behind; the caller holds the output's lock.
+
+    `is_shared`: ranks share OUTPUT, and one that adds to the plan may be writing run.json just now.
+    """
     assert plan.files is not None
-    for path in (plan.files.journal, plan.files.run_info, *(document.path for document in plan.documents)):
+    remove_stale_temps(plan.files.run_info, older_than_s=_LONGEST_WRITE_S if is_shared else 0.0)
+    for path in (plan.files.journal, *(document.path for document in plan.documents)):
         remove_stale_temps(path)
         remove_stale_temps(path / STAGED)
 

@@ -54,6 +54,7 @@ class Finish:
         self._started_at = time.monotonic()
         self._before = dict(commits)
         self._num_under_way = 0
+        self._lock: OutputLock | None = None  # of an export
         self._timeline = Timeline(document.timeline if document is not None else ())
         scale = start.config.scale
         self._note = StartNote(self._folder, {"rank": scale.rank, "world_size": scale.world_size})
@@ -72,23 +73,22 @@ class Finish:
         return sum(commit.num_records for shard, commit in self._commits.items() if shard not in self._before)
 
     def export(self) -> int:
-        """Make OUTPUT's files of the committed records, and return the exit status.
+        """Make OUTPUT's files of the committed records, and return the exit status; `note` ends the export.
 
         Raises:
             DamagedPartError: a part is not what its marker says; nothing was changed.
             OutputError, ExportError: a file cannot be made; the records are in the run folder.
         """
-        with self._export_lock() as is_ours:
-            if is_ours:
-                self._export()
-            else:
-                self._console.say("another rank exports the records")
+        if self._may_export():
+            self._export()
+        else:
+            self._console.say("another rank exports the records")
         return exit_status(self._config, counts_of(self._commits))
 
     def _export(self) -> None:
         files, deliveries = self._start.files, self._start.deliveries
         journal = files.journal
-        remove_temps(self._start.outputs)
+        remove_temps(self._start.outputs, is_shared=not self._start.is_alone)
         if is_unfinished(self._folder, has_records=deliveries.has(journal)):
             exported = export_parts(self._folder, self._plan, self._families, self._commits, journal)
             deliveries.deliver(journal)
@@ -112,24 +112,18 @@ class Finish:
         if self._config.output.add and self._num_new() and (words := words_of_others(self._start.outputs)):
             self._console.warn(words)
 
-    @contextlib.contextmanager
-    def _export_lock(self) -> Iterator[bool]:
-        """Give whether this process is the one to export; on this machine it holds a lock meanwhile."""
-        if self._start.is_alone:
-            yield True
-            return
+    def _may_export(self) -> bool:
+        """Return whether this process is the one to export; on this machine it then holds a lock until `note` is done.
+
+        So run.json, which both write, has one writer at a time.
+        """
+        if self._start.is_alone or self._lock is not None:
+            return True
         if not isinstance(self._folder.store, LocalStore):
-            yield self._is_first() or not self._is_exported_soon()
-            return
-        try:
-            lock = OutputLock.acquire(self._folder.store.path(_EXPORT_LOCK), self._start.files.journal)
-        except OutputHeldError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+            return self._is_first() or not self._is_exported_soon()
+        with contextlib.suppress(OutputHeldError):
+            self._lock = OutputLock.acquire(self._folder.store.path(_EXPORT_LOCK), self._start.files.journal)
+        return self._lock is not None
 
     def _is_first(self) -> bool:
         # In a bucket there are no locks: rank 0 exports, and whoever committed last; both write the same bytes.
@@ -149,13 +143,17 @@ class Finish:
         return True
 
     def note(self, status: int) -> None:
-        """Note how this start ended, in run.json and in the run folder."""
-        self.note_progress(self._num_under_way if status >= STOPPED else 0, is_last=True)
-        counts = counts_of(self._commits)
-        self._note.end(status, {"records": self._num_new(), "ok": counts.ok, "failed": counts.failed})
-        if self._document is not None:
-            self._document.finish(counts, {}, status, self._timeline.points)
-            self._start.deliveries.deliver(self._start.files.run_info)
+        """Note how this start ended, in run.json and in the run folder; then another rank may export."""
+        try:
+            self.note_progress(self._num_under_way if status >= STOPPED else 0, is_last=True)
+            counts = counts_of(self._commits)
+            self._note.end(status, {"records": self._num_new(), "ok": counts.ok, "failed": counts.failed})
+            if self._document is not None:
+                self._document.finish(counts, {}, status, self._timeline.points)
+                self._start.deliveries.deliver(self._start.files.run_info)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
 
     def summarize(self) -> None:
         """Print the summary: what this start has done, and what earlier ones had."""

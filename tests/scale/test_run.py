@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from program import STUB_MD3, Program, clean_environment, make_pictures, records
 from scale_chaos import UNHURRIED_S, ScaleChaos, forms, run_scale_chaos
 
 from md3cli.errors import ExportError, OutputError
+from md3cli.files import atomic_publish
+from md3cli.run.run_info import RunCounts, RunDocument
 from md3cli.scale.finish import Finish
 from md3cli.scale.workers import LocalDriver
 from md3cli.signals import StopSignals
@@ -138,6 +141,37 @@ def test_a_rank_that_cannot_make_the_lock_of_the_export_says_so(md3: Program, pi
     Path(f"{out}.md3run/export.lock").mkdir(parents=True)
     done = md3("caption", pictures, "-o", out, "--world-size", 2)
     assert (done.exit_code, "export.lock" in done.stderr) == (1, True), done.output
+
+
+def test_ranks_write_run_json_one_after_the_other(
+    md3: Program, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that ends while another notes its end neither removes what that one writes nor reads half of it."""
+    out, others = tmp_path / "o.jsonl", []
+    publish, finish = atomic_publish, RunDocument.finish
+
+    @contextmanager
+    def meet_another(path: Path) -> Iterator[Path]:
+        with publish(path) as temp:
+            yield temp
+            if is_ending and not others:
+                others.append(None)
+                others.append(md3("caption", pictures, "-o", out, "--world-size", 2, "--worker-rank", 1))
+
+    def note_end(
+        document: RunDocument, counts: RunCounts, stages: dict[str, float], status: int | None, *more: Any
+    ) -> None:
+        is_ending[:] = [status] if status is not None else []
+        finish(document, counts, stages, status, *more)
+
+    is_ending: list[int] = []
+    monkeypatch.setattr("md3cli.run.run_info.atomic_publish", meet_another)
+    monkeypatch.setattr(RunDocument, "finish", note_end)
+    done = md3("caption", pictures, "-o", out, "--world-size", 2)
+    assert (done.exit_code, others[1].exit_code) == (3, 3), done.output + others[1].output
+    assert "another rank exports" in others[1].stderr
+    starts = json.loads(Path(f"{out}.run.json").read_bytes())["starts"]
+    assert [start["exit_status"] for start in starts] == [3]
 
 
 def test_a_stray_file_is_no_shard_that_was_begun(md3: Program, pictures: Path, tmp_path: Path) -> None:
