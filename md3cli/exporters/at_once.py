@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from threading import Lock
+from threading import Lock, Thread, current_thread
 from typing import TypeVar
 
 from md3cli.system import num_cores
@@ -30,26 +30,26 @@ def in_order(
     """Yield `work` of each thing given, in order; `given` itself is read in the caller's thread.
 
     What `is_quick` is worked on in that thread, too: another one costs more than a small thing is worth. What `work`
-    raises is raised here, and the rest is given up.
+    raises is raised here, and the rest is given up. At the end nothing is worked on any more, whatever ended it.
     """
     num_threads = min(MAX_THREADS, num_cores())
     todo = iter(given)
+    threads: list[Thread] = []
 
     def begun(thing: Given) -> Future[Made] | Made:
         return work(thing) if is_quick(thing) else pool.submit(work, thing)
 
-    with ThreadPoolExecutor(num_threads) as pool:
-        in_flight: deque[Future[Made] | Made] = deque()
-        try:
-            in_flight.extend(map(begun, islice(todo, 2 * num_threads)))
-            while in_flight:
-                first = in_flight.popleft()
-                yield first.result() if isinstance(first, Future) else first
-                in_flight.extend(map(begun, islice(todo, 1)))
-        finally:
-            for made in in_flight:
-                if isinstance(made, Future):
-                    made.cancel()
+    pool = ThreadPoolExecutor(num_threads, initializer=lambda: threads.append(current_thread()))
+    try:
+        in_flight = deque(map(begun, islice(todo, 2 * num_threads)))
+        while in_flight:
+            first = in_flight.popleft()
+            yield first.result() if isinstance(first, Future) else first
+            in_flight.extend(map(begun, islice(todo, 1)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for thread in threads:  # the pool does not know the one that it was starting when a signal raised
+            thread.join()
 
 
 def holding(width: int | None, height: int | None) -> AbstractContextManager[object]:

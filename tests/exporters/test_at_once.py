@@ -62,3 +62,24 @@ def test_large_pictures_are_held_one_at_a_time() -> None:
     assert large is holding(1, LARGE_PIXELS)
     assert holding(640, 480) is not large
     assert holding(None, None) is not large
+
+
+def test_nothing_is_worked_on_after_a_signal_that_came_while_a_thread_was_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start, has_begun, has_ended = threading.Thread.start, threading.Event(), threading.Event()
+
+    def start_and_raise(thread: threading.Thread) -> None:
+        start(thread)
+        has_begun.wait(60)
+        raise KeyboardInterrupt
+
+    def work(number: int) -> None:
+        has_begun.set()
+        time.sleep(0.3)
+        has_ended.set()
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_raise)
+    with pytest.raises(KeyboardInterrupt):
+        next(in_order(work, [1]))
+    assert has_ended.is_set()
