@@ -225,7 +225,8 @@ class Moondream(Skills):
             self._answers[answer.key] = answer
             take()
             yield from run.finished()
-        yield from run.finished()  # failures that no answer came after
+        take()  # answers that came while something else was asked of the engine
+        yield from run.finished()  # failures, too, that no answer came after
 
     def compile(self) -> None:
         """Compile the forward passes, which pays for long runs on a GPU; without a compiler it warns and goes on.

@@ -113,6 +113,16 @@ def test_other_calls_between_lose_nothing(tiny: Moondream) -> None:
     assert tiny._answers == {}
 
 
+def test_calls_side_by_side_lose_nothing(tiny: Moondream) -> None:
+    image = str(SCENES / NAMES[0])
+    asked = [{"image": image, "task": "caption", "length": length} for length in ("short", "long")]
+    one, other = tiny.annotate(asked), tiny.annotate(asked)
+    first = next(one)
+    assert len(list(other)) == 2  # it steps the engine until nothing is left of the first call either
+    assert [record["length"] for record in (first, *one)] == ["short", "long"]
+    assert tiny._answers == {}
+
+
 def test_a_picture_that_changes_meanwhile_is_not_mixed_up(
     tiny: Moondream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
