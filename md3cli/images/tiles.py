@@ -39,7 +39,7 @@ def tile_rects(width: int, height: int, size: int, overlap: float) -> tuple[Pixe
     if num_cols * num_rows > MOST_TILES:
         raise RequestError(
             f"{width} x {height} pixels make {num_cols * num_rows:,} tiles of {size} pixels, more than "
-            f"{MOST_TILES:,}; use a larger --tile or a smaller --overlap"
+            f"{MOST_TILES:,}; use larger tiles or a smaller overlap"
         )
     columns, rows = _spread(width, size, num_cols), _spread(height, size, num_rows)
     return tuple(PixelRect(left, top, right, bottom) for top, bottom in rows for left, right in columns)

@@ -206,7 +206,10 @@ class Moondream(Skills):
         the picture) and `meta`. A request that fails becomes an error record. `then` of a detect or
         segment is asked about each object found, as `--then` is: a SPEC such as
         `"query:What colour is the {label}?"`, or a list of them; `pad` is the room around an object, 0.1
-        of its own width and height. Those records follow that of the request.
+        of its own width and height. Those records follow that of the request. `tile` of a detect or point
+        is as `--tile` is: the side in pixels (at least 378) of overlapping squares in which it looks at the
+        picture, too, or `"auto"`; `overlap`, from 0 to less than 1, is the share of it that neighbours have in
+        common (0.2).
 
         Raises:
             RequestError: `requests` is no series of requests.

@@ -2,26 +2,39 @@
 
 A request is a parent where it says `then`; what it asks about each object are its children, which run as soon as its
 record is there. Whole pictures are kept up to a number of bytes, so that parts need no second decoding where it can be
-helped. Apart from api.py, which has the model's own methods.
+helped. A request with tiles becomes many jobs and one answer (refine/tiled.py). Apart from api.py, which has the
+model's own methods.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from md3cli.config import DEFAULT_PAD
 from md3cli.errors import ImageError, RequestError
 from md3cli.images.crops import CropConfig, PreparedImage, WholeImage
-from md3cli.images.parts import KEPT_BYTES, KeptImages, cut_region, cut_whole, placed
+from md3cli.images.parts import KEPT_BYTES, KeptImages, Part, cut_rect, cut_region, cut_whole, placed
 from md3cli.images.rects import PixelRect
-from md3cli.model.api_requests import ApiRequest, prepare_picture, read_pad, read_request, read_then, whole_picture
+from md3cli.model.api_requests import (
+    ApiRequest,
+    prepare_picture,
+    read_pad,
+    read_request,
+    read_then,
+    read_tiles,
+    whole_picture,
+)
 from md3cli.model.engine.generation import EncodedImage
 from md3cli.records import Answer, ImageFacts, Job, RecordDict, RowFailure, RunIdentity, SourceRow
 from md3cli.refine.follow import FollowUps, child_id
+from md3cli.refine.tiled import TiledRequests
 from md3cli.source.requests import check_request
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -38,6 +51,26 @@ class _Entry:
     record: RecordDict | None = None
     is_yielded: bool = False
     children: deque[int] = field(default_factory=deque)
+
+
+class _TileCutter:
+    """Cuts tiles in the caller's thread, as all pictures of a Python program are prepared."""
+
+    def __init__(self, crop_config: CropConfig) -> None:
+        self.crop_config = crop_config
+
+    def cut_rect(self, whole: WholeImage, rect: PixelRect) -> Future[Part]:
+        """Return the future of a tile, which is there at once."""
+        return _at_once(lambda: cut_rect(whole, rect, self.crop_config))
+
+
+def _at_once(make: Callable[[], T]) -> Future[T]:
+    done: Future[T] = Future()
+    try:
+        done.set_result(make())
+    except ImageError as error:
+        done.set_exception(error)
+    return done
 
 
 class Annotating:
@@ -57,15 +90,19 @@ class Annotating:
         self._repeats: Counter[str] = Counter()
         self._num_open_parents = 0
         self._kept = KeptImages[int](KEPT_BYTES)
+        cutter = _TileCutter(config)
+        self._tiled = TiledRequests(lambda: cutter, keys)
 
     def jobs(self, look: Callable[[], None]) -> Iterator[Job | None]:
-        """Yield what the engine is to do; children first, and None while all that is left waits for their parents.
+        """Yield what the engine is to do: tiles first, then children; None while all that is left waits for parents.
 
         `look` is called then: an answer may have come while something else was asked of the engine.
         """
         is_exhausted = False
-        while self._to_ask or self._num_open_parents or not is_exhausted:
-            if self._to_ask:
+        while self._tiled.has_jobs or self._to_ask or self._num_open_parents or not is_exhausted:
+            if self._tiled.has_jobs:
+                job = self._next_view()
+            elif self._to_ask:
                 job = self._job_of_child(self._to_ask.popleft())
             elif is_exhausted:
                 look()
@@ -82,10 +119,18 @@ class Annotating:
 
     def is_mine(self, key: int) -> bool:
         """Return whether an answer is of this call."""
-        return key in self._entries
+        return key in self._entries or self._tiled.has_asked(key)
 
     def take(self, answer: Answer) -> None:
-        """Make a record of an answer, and note what it asks next."""
+        """Take an answer of the engine; once a request is answered in all its tiles, make its record."""
+        self._take_all(self._tiled.collect([answer]))
+
+    def _take_all(self, answers: Iterable[Answer]) -> None:
+        for answer in answers:
+            self._finish(answer)
+
+    def _finish(self, answer: Answer) -> None:
+        """Make a record of the answer to a request, and note what it asks next."""
         entry = self._entries[answer.key]
         facts = entry.asked.facts
         if entry.rect is not None and facts is not None and answer.result is not None:
@@ -119,24 +164,36 @@ class Annotating:
         entry = self._entries[key] = _Entry(asked, "", None)
         self._parents.append(key)
         try:
-            asked.request = read_request(row)
+            request = read_request(row)
+            asked.request = replace(request, tiles=read_tiles(row.get("tile"), row.get("overlap"), request))
             check_request(asked.request, has_image=asked.item is not None)
             entry.image, entry.pad = row.get("image"), read_pad(row.get("pad"))
             then = read_then(row.get("then"), asked.request)
             if then:
                 entry.row = SourceRow(asked.item, (asked.request,), then=then)
                 self._num_open_parents += 1
-            image = None if asked.item is None else self._prepare(entry, key)
+            whole = self._whole_of_row(entry, key)
+            image = None if asked.item is None else self._prepare(entry, whole)
         except (RequestError, ImageError) as error:
             entry.record_id = self._id_of(asked)
-            self.take(Answer(key, failure=RowFailure(error.type, str(error))))
+            self._finish(Answer(key, failure=RowFailure(error.type, str(error))))
             return None
         entry.record_id = self._id_of(asked)
         if entry.row is None:
             entry.image = None  # the engine has it
         if image is not None:
             asked.facts = ImageFacts(image.width, image.height, image.sha256)
+        if asked.request.tiles is not None and whole is not None and asked.facts is not None:
+            assert isinstance(image, PreparedImage)
+            self._tiled.begin([(key, asked.request)], image, asked.facts, lambda: _at_once(lambda: whole))
+            return self._next_view()
         return Job(key, image, asked.request)
+
+    def _next_view(self) -> Job | None:
+        """Return the job of the next tile; None where one has failed, and its request with it."""
+        job = self._tiled.poll()
+        self._take_all(self._tiled.collect(()))
+        return job
 
     def _id_of(self, asked: ApiRequest) -> str:
         """Return the id of a request; equal ones are counted."""
@@ -149,14 +206,18 @@ class Annotating:
         background = self._identity.background
         return None if background == "none" else background
 
-    def _prepare(self, entry: _Entry, key: int) -> PreparedImage | EncodedImage:
-        if entry.row is None:
-            if isinstance(entry.image, EncodedImage):
-                return entry.image
-            return prepare_picture(entry.image, self._config, self._background)
-        picture = cut_whole(self._whole(entry, key), self._config)
-        assert isinstance(picture, PreparedImage)
-        return picture
+    def _prepare(self, entry: _Entry, whole: WholeImage | None) -> PreparedImage | EncodedImage:
+        if whole is not None:
+            return cut_whole(whole, self._config)
+        if isinstance(entry.image, EncodedImage):
+            return entry.image
+        return prepare_picture(entry.image, self._config, self._background)
+
+    def _whole_of_row(self, entry: _Entry, key: int) -> WholeImage | None:
+        """Return the whole picture of a request that asks about parts of it; None of any other."""
+        if entry.row is not None:
+            return self._whole(entry, key)
+        return None if entry.asked.request.tiles is None else whole_picture(entry.image, self._background)
 
     def _whole(self, entry: _Entry, key: int) -> WholeImage:
         """Return the whole picture of a parent, kept or read once more."""
@@ -189,7 +250,7 @@ class Annotating:
             if part.facts != entry.asked.facts:
                 raise ImageError("bad_request", "the picture has changed since its objects were found; ask again")
         except (RequestError, ImageError) as error:
-            self.take(Answer(key, failure=RowFailure(error.type, str(error))))
+            self._finish(Answer(key, failure=RowFailure(error.type, str(error))))
             return None
         entry.rect = part.rect
         return Job(key, part.picture, entry.asked.request)

@@ -10,7 +10,7 @@ import hashlib
 import os
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from md3cli.errors import ImageError, RequestError, RowError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, WholeImage, cut_crops, prepare_image, read_whole
 from md3cli.model.engine.generation import EncodedImage
 from md3cli.records import (
+    TILED_TASKS,
     Answer,
     ImageFacts,
     ImageItem,
@@ -29,6 +30,7 @@ from md3cli.records import (
     Request,
     RunIdentity,
     Task,
+    Tiles,
     make_record,
     printable,
     request_id,
@@ -43,7 +45,7 @@ Settings = Mapping[str, Any] | None
 SETTINGS = ("temperature", "top_p", "max_tokens", "max_objects", "seed")
 _SHOWN_CHARS = 80
 _PATH_CHARS = 1024  # what is longer is hardly a path
-KNOWN_KEYS = ROW_COLUMNS | {"name", "meta", "choices", "pad"}
+KNOWN_KEYS = ROW_COLUMNS | {"name", "meta", "choices", "pad", "tile", "overlap"}
 _MOST_PAD = 10.0  # of a box's own size
 
 
@@ -104,7 +106,9 @@ def prepare_picture(image: ImageLike, config: CropConfig, background: str | None
 def whole_picture(image: ImageLike, background: str | None) -> WholeImage:
     """Read a picture of which parts are asked; arguments and errors are those of `prepare_picture`."""
     if isinstance(image, EncodedImage):
-        raise RequestError("then asks about parts of the picture, and an encoded one has none; give the picture itself")
+        raise RequestError(
+            "then and tile ask about parts of the picture, and an encoded one has none; give the picture itself"
+        )
     if isinstance(image, np.ndarray):
         image = _image_of(image)
     if isinstance(image, Image.Image):
@@ -279,6 +283,34 @@ def read_pad(value: object) -> float:
     if isinstance(plain, bool) or not isinstance(plain, int | float) or not 0 <= plain <= _MOST_PAD:
         raise RequestError(f"pad is {describe_value(value)}, expected a share from 0 to {_MOST_PAD:g}")
     return float(plain)
+
+
+def read_tiles(tile: object, overlap: object, request: Request) -> Tiles | None:
+    """Read the tiles in which `request` looks at a picture, too; None where `tile` is left out.
+
+    Args:
+        tile: their side in pixels, at least 378, or "auto".
+        overlap: the share of a side that neighbours have in common, 0 to less than 1; None is 0.2.
+
+    Raises:
+        RequestError: they make no sense, or the request is none of detect and point.
+    """
+    size, share = (value.item() if isinstance(value, np.generic) else value for value in (tile, overlap))
+    if size is None or (isinstance(size, str) and not size):
+        if share is not None:
+            raise RequestError("overlap is about tiles, and there are none; give tile, too, or leave it out")
+        return None
+    if request.task not in TILED_TASKS:
+        raise RequestError(f"tile is for detect and point, and this request is {request.task}")
+    if not isinstance(size, int | str):
+        raise RequestError(f'tile is {describe_value(tile)}, expected a number of pixels or "auto"')
+    if not isinstance(share, int | float | None):
+        raise RequestError(f"overlap is {describe_value(overlap)}, expected a number from 0 to less than 1")
+    try:
+        tiles = Tiles(size) if share is None else Tiles(size, share)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    return replace(tiles, overlap=float(tiles.overlap))  # 0 and 0.0 are one request
 
 
 def read_argument(name: str, value: Any) -> Any:

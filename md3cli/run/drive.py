@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from md3cli.records import Answer, Job
+from md3cli.refine.tiled import TiledRequests
 from md3cli.run.feed import Feed, Ticket
 from md3cli.run.model_handle import LazyEngine
-from md3cli.run.tiles import TiledRequests
 
 WAIT_SLICE_S = 0.2  # of waiting for a picture, so that a wish to stop is seen soon
 
@@ -54,11 +54,15 @@ def _begun(feed: Feed, engine: LazyEngine, sink: Sink, tiled: TiledRequests) -> 
     if engine.is_on_gpu:
         feed.serve_gpu(engine.cutter)
     sink.expect(ready.ticket)
-    if ready.ticket.request.tiles is None:
-        return Job(ready.ticket.key, ready.picture, ready.ticket.request)
-    group = [ready]
+    first, picture = ready.ticket, ready.picture
+    if first.request.tiles is None:
+        return Job(first.key, picture, first.request)
+    tickets = [first]
     while (beside := feed.poll_beside(ready)) is not None:
         sink.expect(beside.ticket)
-        group.append(beside)
-    tiled.begin(group)
+        tickets.append(beside.ticket)
+    item, facts = first.image, first.facts
+    assert item is not None and facts is not None and picture is not None  # noqa: PT018
+    asked = [(ticket.key, ticket.request) for ticket in tickets]
+    tiled.begin(asked, picture, facts, lambda: feed.parts.whole(item))
     return tiled.poll()

@@ -55,7 +55,7 @@ def test_a_picture_no_larger_than_a_tile_is_one_tile() -> None:
 
 
 def test_an_overlap_that_makes_too_many_tiles_is_refused_before_they_are_made() -> None:
-    with pytest.raises(RequestError, match=r"10,000; use a larger --tile or a smaller --overlap"):
+    with pytest.raises(RequestError, match=r"10,000; use larger tiles or a smaller overlap"):
         tile_rects(60_000, 60_000, 378, 0.999999)
 
 

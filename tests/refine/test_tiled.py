@@ -11,15 +11,14 @@ import pytest
 from PIL import Image
 
 from md3cli.errors import ImageError
-from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, WholeImage
+from md3cli.images.crops import CropConfig, ImageLimits, WholeImage
 from md3cli.images.cutter import PartCutter
 from md3cli.images.parts import part_key
 from md3cli.images.pool import PicturePool
 from md3cli.images.rects import PixelRect
 from md3cli.images.tiles import tile_rects
-from md3cli.records import Answer, ImageFacts, ImageItem, Job, Request, RowFailure, SourceRow, Task, Tiles
-from md3cli.run.feed import Place, ReadyRequest, Ticket
-from md3cli.run.tiles import TILES_AHEAD, TiledRequests
+from md3cli.records import Answer, ImageFacts, ImageItem, Job, Request, RowFailure, Task, Tiles
+from md3cli.refine.tiled import TILES_AHEAD, TiledRequests
 
 CONFIG = CropConfig(crop_size=28, patch_size=14, overlap_margin=0, max_crops=4)
 WIDTH, HEIGHT = 1000, 800
@@ -115,7 +114,7 @@ def all_answered(
     tiled = TiledRequests(lambda: cutter)
     facts = facts or ImageFacts(whole.width, whole.height, whole.sha256)
     picture = cutter.submit(item).result(60)
-    tiled.begin([ready(key, item, facts, picture, request) for key, request in enumerate(requests)])
+    tiled.begin(list(enumerate(requests)), picture, facts, lambda: cutter.whole(item))
     answers: list[Answer] = []
     while not tiled.is_idle:
         while len(oracle.waiting) < 2 * oracle.batch and (job := tiled.poll()) is not None:
@@ -124,11 +123,6 @@ def all_answered(
             tiled.wait(240)
         answers += tiled.collect(oracle.step())
     return sorted(answers, key=lambda answer: answer.key)
-
-
-def ready(key: int, item: ImageItem, facts: ImageFacts, picture: PreparedImage, request: Request) -> ReadyRequest:
-    ticket = Ticket(key, Place(key), f"{key:032}", item, request, SourceRow(item, (request,)), facts=facts)
-    return ReadyRequest(ticket, picture)
 
 
 def pixels(answer: Answer) -> list[tuple[int, ...]]:
@@ -210,7 +204,7 @@ def test_only_a_few_tiles_are_cut_ahead(cutter: PartCutter, item: ImageItem, mon
     whole = cutter.whole(item).result(60)
     tiled = TiledRequests(lambda: cutter)
     picture, facts = cutter.submit(item).result(60), ImageFacts(WIDTH, HEIGHT, whole.sha256)
-    tiled.begin([ready(7, item, facts, picture, replace(REQUEST, tiles=tiles))])
+    tiled.begin([(7, replace(REQUEST, tiles=tiles))], picture, facts, lambda: cutter.whole(item))
     assert tiled.poll() is not None
     while tiled.has_jobs:
         tiled.wait(240)

@@ -3,31 +3,38 @@
 The whole picture is asked about first, then its tiles, row by row, and what several requests ask of a tile is asked
 together: it is cut and encoded once, and they share what the engine has prefilled. Tiles are cut a few ahead, of one
 picture at a time, whose pixels are held until the last one is cut; so memory does not grow with their number. What is
-found is joined by refine/seams.py. Knows nothing of records and journals.
+found is joined by refine/seams.py. A run and `Moondream.annotate` use it. Knows nothing of records and journals.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from md3cli.errors import ImageError, RequestError
-from md3cli.images.crops import PreparedImage, WholeImage
-from md3cli.images.cutter import PartCutter
+from md3cli.images.crops import CropConfig, PreparedImage, WholeImage
 from md3cli.images.parts import Part, placed
 from md3cli.images.rects import PixelRect
 from md3cli.images.tiles import tiles_of
 from md3cli.records import Answer, ImageFacts, Job, Request, RowFailure
 from md3cli.refine.refinement import FOUND_BY_TASK
 from md3cli.refine.seams import View, join_tiles
-from md3cli.run.feed import ReadyRequest
 
 TILES_AHEAD = 8  # cut, or being cut: 45 MB of crops of the real model
 WHOLE = 0  # the view that is the whole picture; tile i is view i + 1
+
+
+class TileCutter(Protocol):
+    """Cuts tiles of pictures that are at hand, as `PartCutter` of images/cutter.py does."""
+
+    @property
+    def crop_config(self) -> CropConfig: ...
+
+    def cut_rect(self, whole: WholeImage, rect: PixelRect) -> Future[Part]: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -59,15 +66,17 @@ class _Cutting:
 
 
 class TiledRequests:
-    """Makes jobs of requests with tiles, and one answer of the answers to them; for one thread.
+    """Makes jobs of requests with tiles, and one answer of the answers to them; for one thread."""
 
-    Keys of its jobs are below 0, so that no other job has them.
-    """
+    def __init__(self, cutter: Callable[[], TileCutter], keys: Iterator[int] | None = None) -> None:
+        """Ask nothing yet.
 
-    def __init__(self, cutter: Callable[[], PartCutter]) -> None:
-        """`cutter` gives what cuts tiles, and is asked for when there are any."""
+        Args:
+            cutter: gives what cuts tiles, and is asked for when there are any.
+            keys: of its jobs, which no other job has; None counts down from -1.
+        """
         self._cutter = cutter
-        self._keys = itertools.count(-1, -1)
+        self._keys = itertools.count(-1, -1) if keys is None else keys
         self._asked: dict[int, tuple[_Tiled, int]] = {}  # by the key of a job: its request and view
         self._ready: deque[Job] = deque()  # all about one view
         self._cutting: _Cutting | None = None
@@ -83,23 +92,38 @@ class TiledRequests:
         """Return whether nothing is under way."""
         return not (self._cutting or self._asked or self._finished)
 
-    def begin(self, group: Sequence[ReadyRequest]) -> None:
-        """Begin requests about one picture in the same tiles: each tile is cut once, and all ask about it."""
-        first = group[0].ticket
-        tiles, item, facts, picture = first.request.tiles, first.image, first.facts, group[0].picture
-        assert tiles is not None and item is not None and facts is not None and picture is not None  # noqa: PT018
+    def has_asked(self, key: int) -> bool:
+        """Return whether an answer is to one of its jobs."""
+        return key in self._asked
+
+    def begin(
+        self,
+        asked: Sequence[tuple[int, Request]],
+        picture: PreparedImage,
+        facts: ImageFacts,
+        whole: Callable[[], Future[WholeImage]],
+    ) -> None:
+        """Begin requests about one picture in the same tiles: each tile is cut once, and all ask about it.
+
+        Args:
+            asked: the requests, all with the same tiles, each behind the key of its answer; at least one.
+            picture: what is asked about the whole picture.
+            facts: of that picture; one that turns out to be another fails the requests (`io`).
+            whole: gives the pixels that tiles are cut from, and is called where there are several.
+        """
+        tiles = asked[0][1].tiles
+        assert tiles is not None
         assert not self.has_jobs
         try:
             rects = tiles_of(facts.width, facts.height, tiles, self._cutter().crop_config)
         except RequestError as error:
             failure = RowFailure("bad_request", str(error))
-            self._finished += [Answer(ready.ticket.key, failure=failure) for ready in group]
+            self._finished += [Answer(key, failure=failure) for key, _ in asked]
             return
         views = range(1, len(rects) + 1) if len(rects) > 1 else ()  # one tile is the whole picture
-        requests = [(ready.ticket.key, replace(ready.ticket.request, tiles=None)) for ready in group]
-        tiled = [_Tiled(key, request, facts, rects, 1 + len(views)) for key, request in requests]
+        tiled = [_Tiled(key, replace(request, tiles=None), facts, rects, 1 + len(views)) for key, request in asked]
         if views:
-            self._cutting = _Cutting(tiled, facts, rects, self._cutter().whole(item), deque(views))
+            self._cutting = _Cutting(tiled, facts, rects, whole(), deque(views))
         self._ask(tiled, WHOLE, picture)
 
     def poll(self) -> Job | None:
