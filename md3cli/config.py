@@ -14,7 +14,7 @@ from md3cli.records import Request, RunIdentity, request_fields
 from md3cli.refine.refinement import Refinement
 
 DEFAULT_MODEL = "moondream3"
-DEFAULT_PAD = 0.1  # room around a region, as a share of its width and height
+DEFAULT_PAD, MOST_PAD = 0.1, 10.0  # room around a region, as a share of its width and height
 
 
 @dataclass(frozen=True, slots=True)

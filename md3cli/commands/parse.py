@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import typer
 
-from md3cli.config import DEFAULT_PAD, FailOn
+from md3cli.config import DEFAULT_PAD, MOST_PAD, FailOn
 from md3cli.errors import UsageError
 from md3cli.records import AUTO_TILES, Tiles, printable
 from md3cli.remote.address import is_address
@@ -45,7 +45,6 @@ _AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?b)?\s*", re.IGNORE
 _SET_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")
 _SHARE = re.compile(r"[0-9]{1,9}(\.[0-9]{0,15})?|\.[0-9]{1,15}")
 _EXTENSION = re.compile(r"(\.[A-Za-z0-9_-]{1,20}){1,2}")
-MOST_PAD = 10.0
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 

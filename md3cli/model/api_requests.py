@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from md3cli.config import DEFAULT_PAD
+from md3cli.config import DEFAULT_PAD, MOST_PAD
 from md3cli.errors import ImageError, RequestError, RowError
 from md3cli.images.crops import CropConfig, ImageLimits, PreparedImage, WholeImage, cut_crops, prepare_image, read_whole
 from md3cli.model.engine.generation import EncodedImage
@@ -46,7 +46,6 @@ SETTINGS = ("temperature", "top_p", "max_tokens", "max_objects", "seed")
 _SHOWN_CHARS = 80
 _PATH_CHARS = 1024  # what is longer is hardly a path
 KNOWN_KEYS = ROW_COLUMNS | {"name", "meta", "choices", "pad", "tile", "overlap"}
-_MOST_PAD = 10.0  # of a box's own size
 
 
 @dataclass(slots=True)
@@ -280,8 +279,8 @@ def read_pad(value: object) -> float:
     plain = value.item() if isinstance(value, np.generic) else value
     if plain is None:
         return DEFAULT_PAD
-    if isinstance(plain, bool) or not isinstance(plain, int | float) or not 0 <= plain <= _MOST_PAD:
-        raise RequestError(f"pad is {describe_value(value)}, expected a share from 0 to {_MOST_PAD:g}")
+    if isinstance(plain, bool) or not isinstance(plain, int | float) or not 0 <= plain <= MOST_PAD:
+        raise RequestError(f"pad is {describe_value(value)}, expected a share from 0 to {MOST_PAD:g}")
     return float(plain)
 
 
