@@ -15,6 +15,7 @@ import socket
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -34,6 +35,7 @@ from md3cli.system import (
 
 STAGED = "staged"  # the folder inside an output where new files wait until all of them are there
 _SECOND_LOOK_S = 0.02
+_REMOVALS, _REMOVAL_PAUSE_S = 5, 0.05
 TEMP_NAME_LIMIT_BYTES = 200  # of the name, so that the temporary name stays under the 255 of file systems
 
 
@@ -114,6 +116,20 @@ def remove_stale_temps(target: Path, *, older_than_s: float = 0.0) -> None:
                 shutil.rmtree(entry.path, ignore_errors=True)
             else:
                 os.unlink(entry.path)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of ours and all that is in it; a warning says what stays."""
+    for _ in range(_REMOVALS):  # file systems under load give half a listing, and scanners hold files open
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder):
+            return
+        time.sleep(_REMOVAL_PAUSE_S)
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        place = printable(str(error.filename or folder))
+        warnings.warn(f"{place} cannot be removed ({error.strerror or error}); remove it", stacklevel=2)
 
 
 # -- locks -----------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from program import STUB_MD3, clean_environment, make_pictures, records_of
 
 from md3cli.errors import OutputError
-from md3cli.files import OutputLock, atomic_publish, remove_stale_temps, temp_beside
+from md3cli.files import OutputLock, atomic_publish, remove_folder, remove_stale_temps, temp_beside
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -76,6 +78,30 @@ def test_young_leftovers_may_be_another_writers(tmp_path: Path) -> None:
         os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age_s))
     remove_stale_temps(tmp_path / "run.json", older_than_s=60)
     assert sorted(os.listdir(tmp_path)) == [".run.json.tmp-1", ".run.json.tmp-2"]
+
+
+def test_what_comes_while_a_folder_is_removed_goes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, remove, late = tmp_path / "a", shutil.rmtree, ["b", "c"]
+
+    def add_and_remove(path: Path, **options: object) -> None:
+        remove(path, **options)
+        if late:
+            (path / late.pop()).mkdir(parents=True)
+
+    monkeypatch.setattr("md3cli.files.shutil.rmtree", add_and_remove)
+    folder.mkdir()
+    remove_folder(folder)
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, **_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr("os.rmdir", refuse)
+    with pytest.warns(UserWarning, match=r"a cannot be removed \(Permission denied\); remove it"):
+        remove_folder(tmp_path / "a")
 
 
 def test_a_lock_is_free_after_its_release(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import filecmp
 import os
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -21,7 +20,7 @@ from typing import BinaryIO
 
 from md3cli.errors import ExportError, UsageError
 from md3cli.exporters import RUN_FOLDER_NAMES
-from md3cli.files import STAGED, atomic_publish, temp_beside, translate_errors
+from md3cli.files import STAGED, atomic_publish, remove_folder, temp_beside, translate_errors
 from md3cli.finished.guards import (
     RUN,
     TRAINERS_SUFFIX,
@@ -222,7 +221,7 @@ def staged_folder(out: Path, *, overwrite: bool, format: str) -> Iterator[Staged
             write_marker(aside, format, files_below(aside))
             _swap(aside, out)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_folder(aside)
 
 
 def check_replaceable(out: Path, *, overwrite: bool) -> None:
@@ -273,7 +272,7 @@ def merged_folder(out: Path, *, overwrite: bool, format: str) -> Iterator[Staged
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source, target)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_folder(aside)
             if is_new:
                 with suppress(OSError):  # not empty: the files are there
                     out.rmdir()

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from finished_runs import CAR, Run, record
 from PIL import Image
+
+from md3cli.exporters import copies
+from md3cli.exporters.grouping import ImageGroup
 
 
 def test_the_kind_decides_not_the_suffix(run: Run) -> None:
@@ -61,3 +66,34 @@ def test_links_that_the_disk_does_not_take_are_told(
 def refused(source: str, target: Path) -> None:
     """A hard link to another disk."""
     raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+
+@pytest.mark.parametrize("format", ["yolo", "voc"])
+def test_nothing_is_written_once_an_export_was_stopped(run: Run, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    """A signal ends the main thread's work while others still put pictures into the folder that is removed."""
+    names = [f"{number}.png" for number in range(20)]
+    for name in names:
+        Image.new("RGB", (120, 80), "red").save(run.root / name)
+    run.write(
+        record(name, "point", "car", points=[{"label": "car", "x": 0.5, "y": 0.5, "score": 0.8}]) for name in names
+    )
+    put, begun = copies._put, []
+
+    def put_slowly(*arguments: Any, **options: Any) -> None:
+        begun.append(arguments)
+        if len(begun) > 1:
+            time.sleep(0.2)
+        put(*arguments, **options)
+
+    def stop(group: ImageGroup) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(copies, "_put", put_slowly)
+    monkeypatch.setattr(ImageGroup, "points", stop)
+    before = sorted(run.folder.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        run.export(format, "out")
+    num_begun = len(begun)
+    time.sleep(0.5)
+    assert (sorted(run.folder.iterdir()), len(begun)) == (before, num_begun)
+    assert num_begun > 1
