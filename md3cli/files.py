@@ -36,6 +36,7 @@ from md3cli.system import (
 STAGED = "staged"  # the folder inside an output where new files wait until all of them are there
 _SECOND_LOOK_S = 0.02
 _REMOVALS, _REMOVAL_PAUSE_S = 5, 0.05
+_LOOKS = 25  # at a lock that somebody may only be asking about
 TEMP_NAME_LIMIT_BYTES = 200  # of the name, so that the temporary name stays under the 255 of file systems
 
 
@@ -149,7 +150,7 @@ class OutputLock:
 
     @classmethod
     def acquire(cls, path: Path, output: Path | str, *, is_shared: bool = False) -> OutputLock:
-        """Lock `path` on behalf of `output`, at once or not at all.
+        """Lock `path` on behalf of `output`, within half a second or not at all.
 
         Raises:
             OutputHeldError: another process holds the lock; the message names its pid and host.
@@ -162,7 +163,7 @@ class OutputLock:
                 raise OutputError(f"{printable(str(path))} is a link, and a lock must be a file; remove it") from error
             raise output_error(path, error) from error
         try:
-            is_held = lock(fd, is_shared=is_shared)
+            is_held = _lock_patiently(fd, is_shared=is_shared)
             if is_held:
                 os.ftruncate(fd, 0)
                 write_all(fd, f"{os.getpid()} {socket.gethostname()}\n".encode())
@@ -178,6 +179,15 @@ class OutputLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _lock_patiently(fd: int, *, is_shared: bool) -> bool:
+    """Lock an open file as `lock` does, and wait for who only asks for its holder, which takes some microseconds."""
+    for _ in range(_LOOKS - 1):
+        with contextlib.suppress(BlockingIOError):
+            return lock(fd, is_shared=is_shared)
+        time.sleep(_SECOND_LOOK_S)
+    return lock(fd, is_shared=is_shared)
 
 
 def _held_error(fd: int, output: Path | str) -> OutputHeldError:
@@ -198,7 +208,7 @@ def lock_holder(path: Path) -> str | None:
     """Return who holds the lock at `path`, as `process 12 on host`; None where nobody does, or nobody can tell.
 
     The lock is taken for some microseconds to find that out, twice, so that two who ask do not take each other for a
-    holder. A start that comes just then is refused as if another run had the lock.
+    holder. A start that comes just then waits for it (`OutputLock.acquire`).
     """
     for is_last in (False, True):
         try:

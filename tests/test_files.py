@@ -117,6 +117,15 @@ def test_a_lock_is_free_after_its_release(tmp_path: Path) -> None:
     again.release()
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_who_asks_for_the_holder_of_a_lock_refuses_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_shared: bool
+) -> None:
+    asking = OutputLock.acquire(tmp_path / "out.lock", "out")
+    monkeypatch.setattr("md3cli.files.time.sleep", lambda seconds: asking.release())
+    OutputLock.acquire(tmp_path / "out.lock", "out", is_shared=is_shared).release()
+
+
 def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(fd: int, flags: int) -> None:
         raise OSError(38, "Function not implemented")

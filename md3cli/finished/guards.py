@@ -132,12 +132,12 @@ def check_not_foreign_run(journal: Path, run_info: Path) -> None:
                 f"{printable(str(path))} is a link, and md3 would write to what it leads to; remove it, or choose "
                 "another -o"
             )
-    is_ours = begins_with_record(journal)
-    if run_info.exists() and not (is_ours or has_run_schema(run_info)):
+    if run_info.exists() and not (begins_with_record(journal) or has_run_schema(run_info)):
         raise OutputMismatchError(
             f"{printable(str(run_info))} is not md3's, so nothing is written beside it; choose another -o"
         )
-    if journal.is_file() and journal.stat().st_size and not (is_ours or run_info.exists()):
+    # Is it there first, and then what is it: a rank may be putting it there just now.
+    if journal.is_file() and journal.stat().st_size and not (begins_with_record(journal) or run_info.exists()):
         raise OutputMismatchError(
             f"{printable(str(journal))} holds something else than records of md3, so it is not replaced; "
             "choose another -o"
@@ -342,8 +342,16 @@ def check_not_foreign(folder: Path) -> None:
         )
     if marker_format(folder) == RUN:
         raise UsageError(f"{printable(str(folder))} is a run folder with its records; name another -o")
-    foreign = foreign_file(folder)
+    foreign = _foreign_at_second_look(folder)
     if foreign is not None:
         raise UsageError(
             f"{printable(str(folder / foreign))} was not written by md3; move it away yourself, or name another -o"
         )
+
+
+def _foreign_at_second_look(folder: Path) -> str | None:
+    """Return what `foreign_file` does; a rank may have put another folder in the place of this one while it looked."""
+    with contextlib.suppress(FileNotFoundError):
+        if foreign_file(folder) is None:
+            return None
+    return foreign_file(folder)

@@ -139,11 +139,11 @@ def check_replaceable(plan: OutputPlan, *, may_overwrite: bool) -> None:
     documents = [(document.format, document.path) for document in plan.documents]
     adopt_older(plan.files.run_info, documents)
     check_documents(documents, plan.files.run_info, is_run_folder=is_run_folder)
-    if may_overwrite or plan.files.journal.exists():
+    if may_overwrite:
         return
     for document in plan.documents:
         is_there = any(document.path.iterdir()) if document.path.is_dir() else document.path.exists()
-        if is_there:
+        if is_there and not plan.files.journal.exists():  # in this order: a rank makes the journal first
             raise OutputMismatchError(
                 f"{printable(str(document.path))} is there already and no records of it beside it; "
                 "choose another -o, or --overwrite to replace it"

@@ -154,8 +154,9 @@ def standing_of(typed: str) -> Standing:
     Raises:
         InputError: there is none, or its records cannot be read.
     """
-    records, document = _find(Path(typed))
-    holder = lock_holder(lock_of(records))
+    records = _find(Path(typed))
+    holder = lock_holder(lock_of(records))  # first, for a run that ends meanwhile has noted its end then
+    document = next((read_document(place) for place in run_info_paths(records) if place.is_file()), {})
     has_schema = str(document.get("schema", "")).startswith(("md3-run/", "md3-selection/"))
     is_over = is_finished(document)
     idle = (State.FINISHED if is_over else State.STOPPED) if has_schema else State.UNKNOWN
@@ -183,8 +184,8 @@ def standing_of(typed: str) -> Standing:
     )
 
 
-def _find(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Return where the records of a run are, or will be, and its run.json, empty where there is none."""
+def _find(path: Path) -> Path:
+    """Return where the records of a run are, or will be."""
     try:
         records = find_records(path)
     except InputError:
@@ -193,8 +194,7 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
             raise InputError(
                 f"no run at {printable(str(path))}; give what stood after -o: a file, a folder or an address"
             ) from None
-    document = next((read_document(place) for place in run_info_paths(records) if place.is_file()), {})
-    return records, document
+    return records
 
 
 def _counts(records: Path, document: Mapping[str, Any]) -> RunCounts:

@@ -8,7 +8,6 @@ drivers and signals.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import time
@@ -33,7 +32,7 @@ from md3cli.scale.children import Families
 from md3cli.scale.folder import ERRORS, KEPT, RunFolder, attempts_prefix, is_unfinished
 from md3cli.scale.inspect import collect
 from md3cli.scale.markers import Commit, Exported, StartNote, counts_of, note_exported, read_exported, read_part
-from md3cli.scale.plan import Plan, PlanReader
+from md3cli.scale.plan import Plan, PlanReader, read_one_plan
 from md3cli.scale.start import Start
 from md3cli.scale.store import LocalStore
 
@@ -88,15 +87,19 @@ class Finish:
     def _export(self) -> None:
         files, deliveries = self._start.files, self._start.deliveries
         journal = files.journal
-        remove_temps(self._start.outputs, is_shared=not self._start.is_alone)
+        if self._start.is_alone or self._lock is not None:  # else another rank may be writing just now
+            remove_temps(self._start.outputs, is_shared=not self._start.is_alone)
         if is_unfinished(self._folder, has_records=deliveries.has(journal)):
             exported = export_parts(self._folder, self._plan, self._families, self._commits, journal)
             deliveries.deliver(journal)
             note_exported(self._folder, exported)
-            if not is_unfinished(self._folder, has_records=True):  # else others add to it, and put parts
-                collect(self._folder, older_than_s=0.0)  # what a kill between a commit and its end has left
+            # What a kill between a commit and its end has left; of shards that others add just now nothing.
+            collect(self._folder, older_than_s=0.0, shards=self._commits)
             journal.with_name(journal.name + WAITING_SUFFIX).unlink(missing_ok=True)  # of a single process, taken over
         if self._document is None:
+            if read_one_plan(self._folder, len(self._plan.each)) is not None:
+                self._console.say("other ranks add to this run, and write what it has then")
+                return
             self._document = self._start.begin_document(self._plan.root)
         if (noted := read_exported(self._folder)) is not None:
             self._document.note_records(RecordsDigest(noted.bytes, noted.sha256))
@@ -119,17 +122,33 @@ class Finish:
         """
         if self._start.is_alone or self._lock is not None:
             return True
+        teller = Teller(self._console.say, first_after_s=0.0)
+        while (found := self._try_lock()) is False:
+            if len(self._plan.each) == 1 or not is_unfinished(self._folder, has_records=True):
+                return False
+            teller.tell("waiting for another rank's export, which may lack what was added")
+            time.sleep(EXPORT_POLL_S)
+        return found is True or self._is_first() or not self._is_exported_soon()
+
+    def _try_lock(self) -> bool | None:
+        """Return whether this process holds the lock of the export now; None where there are no locks."""
         if not isinstance(self._folder.store, LocalStore):
-            return self._is_first() or not self._is_exported_soon()
-        with contextlib.suppress(OutputHeldError):
-            self._lock = OutputLock.acquire(self._folder.store.path(_EXPORT_LOCK), self._start.files.journal)
-        return self._lock is not None
+            return None
+        try:
+            lock = OutputLock.acquire(self._folder.store.path(_EXPORT_LOCK), self._start.files.journal)
+        except OutputHeldError:
+            return False
+        if not lock.is_held:
+            lock.release()
+            return None
+        self._lock = lock
+        return True
 
     def _is_first(self) -> bool:
-        # In a bucket there are no locks: rank 0 exports, and whoever committed last; both write the same bytes.
+        # Without locks rank 0 exports, and in a bucket whoever committed last, too: both deliver the same bytes.
         last = max(self._commits.values(), key=lambda commit: commit.ended, default=None)
         is_last = last is not None and last.attempt.startswith(attempts_prefix())
-        return self._config.scale.rank == 0 or is_last
+        return self._config.scale.rank == 0 or (is_last and not isinstance(self._folder.store, LocalStore))
 
     def _is_exported_soon(self) -> bool:
         """Wait for the export of another rank, and return whether it came."""

@@ -13,7 +13,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BufferedReader
 from itertools import islice
@@ -54,6 +54,7 @@ from md3cli.scale.make_plan import Fingerprint
 from md3cli.scale.markers import (
     Commit,
     CommitLog,
+    OpenStart,
     counts_of,
     last_command,
     open_starts,
@@ -104,6 +105,8 @@ def reopen_damaged(folder: RunFolder, plan: Plan, commits: dict[int, Commit]) ->
 def _reopen(
     folder: RunFolder, shard: int, commit: Commit, data: bytes | None, rows: Sequence[PlannedRow], families: Families
 ) -> list[str]:
+    if read_commit(folder, shard) != commit:  # somebody was faster
+        return []
     good, damaged = sort_part(data or b"", rows, families)
     if damaged:
         keep_damaged_lines(folder, shard, list(damaged.values()))
@@ -122,8 +125,7 @@ def _reopen(
         ]
     else:
         words = [f"{_shown(folder, commit)} is missing; its {commit.num_records:,} records are done again"]
-    if read_commit(folder, shard) == commit:  # else somebody was faster
-        remove_commit(folder, shard, commit)
+    remove_commit(folder, shard, commit)
     return words
 
 
@@ -253,8 +255,9 @@ class FolderVerification:
             )
 
     def _export_findings(self) -> Iterator[str]:
+        is_open = is_unfinished(self._folder, has_records=True)  # first, for an export may be noted meanwhile
         exported = read_exported(self._folder)
-        if exported is None or is_unfinished(self._folder, has_records=True):
+        if exported is None or is_open:
             yield "the records are not exported yet; the same command does it"
             return
         store, name = records_of(self._folder)
@@ -315,8 +318,14 @@ class Collected(NamedTuple):
     reopened: list[int]
 
 
-def collect(folder: RunFolder, *, older_than_s: float = YOUNGEST_S, with_damaged: bool = False) -> Collected:
-    """Remove what belongs to nothing and was last written `older_than_s` ago.
+def collect(
+    folder: RunFolder,
+    *,
+    older_than_s: float = YOUNGEST_S,
+    with_damaged: bool = False,
+    shards: Container[int] | None = None,
+) -> Collected:
+    """Remove what belongs to nothing and was last written `older_than_s` ago; `shards`: of these alone.
 
     `with_damaged`: also take the markers of parts away that are missing, damaged or not of this plan, so that their
     shards are done again.
@@ -337,6 +346,8 @@ def collect(folder: RunFolder, *, older_than_s: float = YOUNGEST_S, with_damaged
         folder.store.remove(EXPORTED)
     removed = []
     for name in orphans_of(folder, commits):
+        if shards is not None and shard_of(name.rpartition("/")[2]) not in shards:
+            continue
         store = folder.wip if name.startswith("wip/") else folder.store
         modified_at = store.modified_at(name)
         if modified_at is not None and time.time() - modified_at >= older_than_s:
@@ -402,6 +413,7 @@ class RunStatus:
 
 def status_of(folder: RunFolder, plan: Plan, typed: str) -> RunStatus:
     """Return how far the run of `plan` is, whose OUTPUT a user names as `typed`."""
+    holder, starts = _at_work(folder)  # first, for a run that ends meanwhile has put all its markers then
     commits = CommitLog(folder, plan.shards).refresh()
     in_work = {shard_of(name) for name in folder.wip.names(WIP)} - commits.keys()
     started = [shard for shard in in_work if shard is not None]
@@ -421,7 +433,9 @@ def status_of(folder: RunFolder, plan: Plan, typed: str) -> RunStatus:
         rows_per_second=sum(commit.rows for commit in recent) / len(plan.each) / span_s if span_s > 0 else 0.0,
         seconds_since_commit=None if last is None else max(0.0, round(time.time() - last, 1)),
         exported=is_exported,
-        standing=_standing_of(folder, plan, typed, commits, started, is_exported),
+        standing=_standing_of(
+            folder, plan, typed, commits, started, is_exported, lambda last: holder or _open_start(starts, last)
+        ),
     )
 
 
@@ -432,6 +446,7 @@ def _standing_of(
     commits: Mapping[int, Commit],
     started: Sequence[int],
     is_exported: bool,
+    holder_at: Callable[[float], str],
 ) -> Standing:
     counts = counts_of(commits)
     errors, ok, last = (
@@ -451,7 +466,7 @@ def _standing_of(
         errors, ok = errors + failed, ok + len(under_way) - failed.total()
         files = (folder.wip.modified_at(f"{WIP}/{name}") for name in attempt_files(folder.wip, shard))
         last = max([last, *filter(None, files)])
-    holder = _holder_of(folder, last)
+    holder = holder_at(last)
     is_over = is_exported and len(commits) == plan.shards
     state = State.RUNNING if holder else State.FINISHED if is_over else State.STOPPED
     return Standing(
@@ -466,17 +481,18 @@ def _standing_of(
     )
 
 
-def _holder_of(folder: RunFolder, last: float) -> str:
-    """Return who is at the run: who holds OUTPUT's lock; in a bucket also a start that seems to go on.
+def _at_work(folder: RunFolder) -> tuple[str, Sequence[OpenStart]]:
+    """Return who holds OUTPUT's lock, and in a bucket, which has none, the starts that have not noted their end."""
+    holder = lock_holder(lock_path(folder)) or ""
+    return holder, [] if holder or isinstance(folder.store, LocalStore) else open_starts(folder)
 
-    `last` is when the last record came, in seconds since 1970. A bucket has no locks, so a start on another machine
-    counts for as long as it may be expected to give signs of life.
+
+def _open_start(starts: Sequence[OpenStart], last: float) -> str:
+    """Return which start seems to go on; `last` is when the last record came, in seconds since 1970.
+
+    One on another machine counts for as long as it may be expected to give signs of life.
     """
-    if (holder := lock_holder(lock_path(folder))) is not None:
-        return holder
-    if isinstance(folder.store, LocalStore):
-        return ""
-    for start in open_starts(folder):
+    for start in starts:
         is_here = start.host == host_name()
         if is_alive(start.pid) if is_here else time.time() - max(start.started, last) < RECENT_S:
             return f"process {start.pid} on {printable(start.host)}"

@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 from program import Program, beside_pictures, clean_environment, records_of, start
 
-from md3cli.finished.guards import foreign_file, remove_written, written_paths
+from md3cli.finished import guards
+from md3cli.finished.guards import (
+    check_not_foreign,
+    check_not_foreign_run,
+    foreign_file,
+    remove_written,
+    write_marker,
+    written_paths,
+)
 from md3cli.run.order import WaitingRecords
 
 
@@ -450,3 +458,42 @@ def test_pictures_are_copies_unless_links_are_asked_for(md3: Program, format: st
     with open(pictures["p2.png"], "r+b") as file:  # as a trainer does
         file.write(b"rewritten")
     assert (Path("img/p2.png").read_bytes() == before) == (not is_linked)
+
+
+# -- ranks that write meanwhile ----------------------------------------------------------------------
+
+
+def test_records_that_a_rank_puts_there_just_now_are_ours(
+    md3: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    md3("caption", "img", "-o", "o.jsonl")
+    records, begins = tmp_path / "records.jsonl", guards.begins_with_record
+
+    def look_too_early(journal: Path) -> bool:
+        found = begins(journal)
+        shutil.copy("o.jsonl", journal)
+        return found
+
+    monkeypatch.setattr(guards, "begins_with_record", look_too_early)
+    check_not_foreign_run(records, tmp_path / "run.json")
+    assert not records.exists(), "what is not there is not looked into"
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_folder_that_a_rank_replaces_just_now_is_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_gone: bool
+) -> None:
+    """Its list was the old one's, or a folder inside it was."""
+    looks = [0]
+
+    def look_during_change(folder: Path) -> str | None:
+        looks[0] += 1
+        if looks[0] == 1 and is_gone:
+            raise FileNotFoundError
+        return "new.txt" if looks[0] == 1 else foreign_file(folder)
+
+    (tmp_path / "new.txt").touch()
+    write_marker(tmp_path, "voc", iter(["new.txt"]))
+    monkeypatch.setattr(guards, "foreign_file", look_during_change)
+    check_not_foreign(tmp_path)
+    assert looks == [2]

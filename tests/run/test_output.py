@@ -131,6 +131,20 @@ def test_documents_of_somebody_else_are_left_alone() -> None:
             check_replaceable(plan("run", "yolo"), may_overwrite=may_overwrite)
 
 
+def test_documents_that_a_rank_puts_there_just_now_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, exists = plan("o.json"), Path.exists
+
+    def look_too_early(path: Path, **more: bool) -> bool:
+        is_there = exists(path, **more)
+        if path.name == "o.json.records.jsonl":
+            Path("o.json.records.jsonl").touch()
+            Path("o.json").touch()
+        return is_there
+
+    monkeypatch.setattr(Path, "exists", look_too_early)
+    check_replaceable(found, may_overwrite=False)
+
+
 def test_only_what_is_there_is_told_as_written() -> None:
     found = plan("run/", "txt", "coco")
     Path("run").mkdir()

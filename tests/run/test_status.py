@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -218,6 +219,35 @@ def test_there_is_no_run(md3: Program, name: str, content: bytes | None, command
     assert (result.exit_code, result.stdout) == (1, "")
     missing = "no run at" if command == "status" else "no records at"
     assert (missing in result.stderr) != ("holds no record of md3" in result.stderr)
+
+
+@pytest.mark.parametrize("many", [(), ("--engine", "local")])
+def test_a_run_that_ends_while_it_is_asked_for_was_not_stopped(
+    md3: Program, monkeypatch: pytest.MonkeyPatch, many: tuple[str, ...]
+) -> None:
+    """Nobody holds its lock any more; so what it noted before that counts."""
+    asked = ("detect", "pictures", "a", "-o", "out.jsonl", *many)
+    ask, ended = lock_holder, []
+
+    def end_and_ask(path: Path) -> str | None:
+        if not ended:
+            ended.append(md3(*asked))
+        return ask(path)
+
+    md3(*asked, "--limit", 5)
+    if many:
+        shutil.rmtree("out.jsonl.md3run/commits")
+        Path("out.jsonl.md3run/exported.json").unlink()
+        asked = (*asked, "--limit", 5)
+    else:
+        document = json.loads(Path("out.jsonl.run.json").read_bytes())
+        document["starts"][-1]["exit_status"] = None
+        Path("out.jsonl.run.json").write_text(json.dumps(document))
+    assert status(md3, "out.jsonl")["state"] == "stopped"
+    monkeypatch.setattr("md3cli.run.status.lock_holder", end_and_ask)
+    monkeypatch.setattr("md3cli.scale.inspect.lock_holder", end_and_ask)
+    assert status(md3, "out.jsonl")["state"] == "finished"
+    assert ended[0].exit_code == 3, ended[0].output
 
 
 # -- the lock ----------------------------------------------------------------------------------------
