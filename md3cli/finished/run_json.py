@@ -122,12 +122,12 @@ def _is_flat(value: Any) -> bool:
     return False
 
 
-def number_of(value: Any) -> float | None:
-    """Return a finite number from 0 that is no flag; None for anything else."""
+def number_of(value: Any, most: float = math.inf) -> float | None:
+    """Return a finite number from 0 to `most` that is no flag; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        return float(value) if math.isfinite(value) and value >= 0 else None
+        return float(value) if math.isfinite(value) and 0 <= value <= most else None
     except OverflowError:  # an integer of hundreds of digits
         return None
 

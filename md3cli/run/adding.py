@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from md3cli.config import RunConfig
+from md3cli.config import MOST_PAD, RunConfig
 from md3cli.errors import OutputMismatchError, UsageError
 from md3cli.finished.run_json import number_of, read_facts
 from md3cli.records import Request, printable
@@ -71,7 +71,7 @@ def grown(
             raise UsageError("there is no OUTPUT whose objects --then could be about; say what to find with --task")
         return config
     held = planned or _held_in(facts["identity"])
-    if held is None or number_of(held.identity.get("pad", config.pad)) is None:
+    if held is None or number_of(held.identity.get("pad", config.pad), MOST_PAD) is None:
         return config  # somebody has changed it: the comparison to come tells what
     if not ask_all(held.requests):
         raise OutputMismatchError(

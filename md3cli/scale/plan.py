@@ -23,11 +23,12 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from md3cli.config import DEFAULT_PAD, RunConfig
+from md3cli.config import DEFAULT_PAD, MOST_PAD, RunConfig
 from md3cli.errors import InputError, OutputError, OutputMismatchError
+from md3cli.finished.run_json import number_of
 from md3cli.records import ImageItem, Request, RowFailure, RunIdentity, SourceRow, printable, request_fields
 from md3cli.remote.address import shown
-from md3cli.run.asked import differences, request_of, way_on
+from md3cli.run.asked import differences, request_of, requests_in, way_on
 from md3cli.run.record_index import RequestIds
 from md3cli.run.run_info import identity_of
 from md3cli.scale.folder import PLAN, RunFolder, plan_names
@@ -146,7 +147,7 @@ class Plan:
     @property
     def pad(self) -> float:
         """The room around a region."""
-        return float(self.config.get("identity", {}).get("pad", DEFAULT_PAD))
+        return float(self.config["identity"].get("pad", DEFAULT_PAD))
 
     @property
     def identity(self) -> RunIdentity:
@@ -247,13 +248,35 @@ def read_one_plan(folder: RunFolder, number: int) -> Plan | None:
     data = folder.store.read(name)
     if data is None:
         return None
+    damaged = _unreadable(folder, f"{name.rpartition('/')[2]} is damaged")
     try:
         plan = Plan(**json.loads(data))
-    except (ValueError, TypeError) as error:
-        raise _unreadable(folder, f"{name.rpartition('/')[2]} is damaged") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise damaged from error
     if plan.schema != PLAN_SCHEMA:
-        raise _unreadable(folder, f"its plan is of another version ({printable(str(plan.schema))})")
+        raise _unreadable(folder, f"its plan is of another version ({printable(str(plan.schema))[:60]})")
+    if not _is_sound(plan):
+        raise damaged
     return plan
+
+
+def _is_sound(plan: Plan) -> bool:
+    """Return whether every field of a plan that anybody may have written is of the form that a run writes."""
+    skipped, identity = plan.skipped, plan.config.get("identity") if isinstance(plan.config, dict) else None
+    if not (isinstance(skipped, dict) and isinstance(identity, dict)):
+        return False
+    counts = (plan.rows, plan.requests, plan.shards, plan.shard_size, *skipped.values())
+    texts = (plan.fingerprint, plan.config_hash, plan.made, *map(identity.get, (*_IDENTITY_KEYS, "root")))
+    return (
+        all(type(count) is int and count >= 0 for count in counts)
+        and plan.shard_size > 0
+        and plan.shards == -(-plan.rows // plan.shard_size)
+        and all(isinstance(text, str) for text in texts)
+        and isinstance(plan.has_repeats, bool)
+        and plan.parts == ()
+        and None not in (requests_in(identity), requests_in(identity, "then"))
+        and number_of(identity.get("pad", DEFAULT_PAD), MOST_PAD) is not None
+    )
 
 
 def _unreadable(folder: RunFolder, what: str) -> OutputError:

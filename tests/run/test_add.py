@@ -372,7 +372,7 @@ def test_records_alone_do_not_say_what_was_asked(md3: Program, pictures: Path) -
     ("was", "now"),
     [
         ('"max_tokens": 768', '"max_tokens": "many"'),
-        *(('"pad": 0.1', f'"pad": {pad}') for pad in ('"wide"', "null", "true", "[0.1]", "-1", "1e400")),
+        *(('"pad": 0.1', f'"pad": {pad}') for pad in ('"wide"', "null", "true", "[0.1]", "-1", "10.1", "1e400")),
     ],
 )
 def test_a_run_json_that_somebody_changed_is_told(md3: Program, pictures: Path, was: str, now: str) -> None:

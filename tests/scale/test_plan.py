@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import operator
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_folders import CAPTION, planned, rows_of
 
+from md3cli.config import DEFAULT_PAD
 from md3cli.errors import OutputError, OutputMismatchError
 from md3cli.records import ImageItem, Request, RowFailure, SourceRow, Task
 from md3cli.run.record_index import RequestIds
-from md3cli.scale.folder import MANIFEST
+from md3cli.scale.folder import MANIFEST, PLAN
 from md3cli.scale.make_plan import MAX_SHARDS, put_plan, shard_size_for, write_manifest
-from md3cli.scale.plan import PlanReader, check_config, columns_of, row_of
+from md3cli.scale.plan import PlanReader, check_config, columns_of, read_plan, row_of
 
 COLOR = Request(Task.QUERY, "What colour is the {label}?")
 QUESTION = Request(Task.QUERY, "Why?", spatial_refs=((0.1, 0.2),), choices=("yes", "no"))
@@ -122,6 +126,53 @@ def test_a_torn_manifest_is_told_of(tmp_path: Path, keep: int) -> None:
     folder.store.put(MANIFEST, (folder.store.read(MANIFEST) or b"")[:keep])
     with pytest.raises(OutputError, match=r"manifest\.parquet cannot be read .*--overwrite"):
         PlanReader(folder)
+
+
+NAN = float("nan")
+TEXTS = ("fingerprint", "config_hash", "made", "config/identity/model", "config/identity/dtype", "config/identity/root")
+COUNTS = ("rows", "requests", "shards", "shard_size", "skipped/hidden")
+NOT_A_PAD = ("0.1", None, True, [0.1], {}, NAN, float("inf"), -0.1, 10.1, 1e300, 10**400)
+CHANGES: list[tuple[str, object]] = [
+    *(("config/identity/pad", pad) for pad in NOT_A_PAD),
+    *((text, wrong) for text in TEXTS for wrong in (None, 5)),
+    *((count, wrong) for count in COUNTS for wrong in ("4", -1, 1.5, True, None)),
+    ("shards", 10**9),
+    ("shard_size", 0),
+    ("has_repeats", "no"),
+    ("parts", [1]),
+    *((name, wrong) for name in ("config", "config/identity", "skipped") for wrong in (None, 5, [])),
+    *(
+        (f"config/identity/{key}", wrong)
+        for key in ("requests", "then")
+        for wrong in ("x", [3], [{"task": "fly"}], None)
+    ),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), CHANGES)
+@pytest.mark.parametrize("name", ["plan/plan.json", "plan/added-1.json"])
+def test_a_plan_that_somebody_changed_is_told_in_one_line(tmp_path: Path, name: str, place: str, value: object) -> None:
+    folder, _ = planned(str(tmp_path / "run"), rows_of(tmp_path, "abc"))
+    plan = json.loads((tmp_path / "run" / PLAN).read_bytes()) | {"skipped": {"hidden": 2}}
+    (tmp_path / "run" / name).write_text(json.dumps(plan))
+    assert read_plan(folder) is not None
+    *within, key = place.split("/")
+    functools.reduce(operator.getitem, within, plan)[key] = value
+    (tmp_path / "run" / name).write_text(json.dumps(plan))
+    with pytest.raises(OutputError, match=rf"run: {Path(name).name} is damaged; choose another -o, or --overwrite"):
+        read_plan(folder)
+
+
+@pytest.mark.parametrize("pad", [0, 0.5, 10])
+def test_a_plan_says_the_room_around_regions(tmp_path: Path, pad: float) -> None:
+    folder, plan = planned(str(tmp_path / "run"), rows_of(tmp_path, "abc"))
+    assert plan.pad == DEFAULT_PAD
+    document = json.loads((tmp_path / "run" / PLAN).read_bytes())
+    document["config"]["identity"]["pad"] = pad
+    (tmp_path / "run" / PLAN).write_text(json.dumps(document))
+    found = read_plan(folder)
+    assert found is not None
+    assert found.pad == pad
 
 
 def test_a_manifest_with_damaged_rows_is_told_of(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,7 @@ from stub_scale import FINDER
 from md3cli.config import DecodeOptions, ModelOptions, ScaleOptions, SourceSpec
 from md3cli.errors import EngineError, Md3Error, MissingExtraError
 from md3cli.records import Request, Task
+from md3cli.run.run_info import identity_of
 from md3cli.scale.folder import RunFolder, open_run_folder
 from md3cli.scale.make_plan import make_plan, put_plan
 from md3cli.scale.markers import CommitLog, RunOptions, write_run_options
@@ -94,13 +95,7 @@ class Run:
         model = stub_scale.find(ModelOptions(batch_size=4))
         write_run_options(self.folder, RunOptions(model.options, DecodeOptions(workers=1)), ("md3",))
         source = open_source(SourceSpec((str(pictures),)), requests)
-        config = {
-            "identity": {
-                "requests": [as_json(request) for request in requests],
-                **as_json(model.identity),
-                "root": str(pictures),
-            }
-        }
+        config = {"identity": identity_of(requests, model.identity, str(pictures))}
         plan = make_plan(self.folder, source, requests, model.identity, config, shard_size=SHARD_ROWS)
         self.plan: Plan = put_plan(self.folder, plan)
 
@@ -135,10 +130,6 @@ class Run:
 
     def num_journals(self) -> int:
         return len(self.folder.wip.names("wip"))
-
-
-def as_json(value: Any) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(value)))  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")

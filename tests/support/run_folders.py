@@ -16,7 +16,6 @@ from md3cli.scale.plan import Plan
 from md3cli.scale.shard_runner import ShardRunner
 
 CAPTION = Request(Task.CAPTION)
-CONFIG = {"identity": {"requests": [], "root": ""}}
 
 
 def planned(
