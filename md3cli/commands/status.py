@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from md3cli.commands.help import App
 from md3cli.console import say
-from md3cli.errors import InputError
+from md3cli.errors import InputError, OutputError
 from md3cli.records import printable
 
 if TYPE_CHECKING:
@@ -45,6 +46,13 @@ def show_status(
 
 
 def _status_of(run: str) -> RunStatus | Standing:
+    """Return how a run stands; at the second look, where a start has put another one in its place meanwhile."""
+    with contextlib.suppress(InputError, OutputError):
+        return _status_at_once(run)
+    return _status_at_once(run)
+
+
+def _status_at_once(run: str) -> RunStatus | Standing:
     from md3cli.remote.address import is_address
     from md3cli.scale.folder import find_run_folder
 
@@ -60,7 +68,8 @@ def _status_of(run: str) -> RunStatus | Standing:
     from md3cli.scale.plan import read_plan
 
     plan = read_plan(folder)
-    assert plan is not None  # that is how it was found
+    if plan is None:
+        raise InputError(f"the run at {printable(run)} was taken away meanwhile; ask again")
     return status_of(folder, plan, run)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from operator import attrgetter
@@ -41,6 +42,7 @@ _other_fields = attrgetter(*_ITEM_DEFAULTS)
 _USUAL = tuple(_ITEM_DEFAULTS.values())
 PLAN_SCHEMA = "md3-plan/1"
 FINGERPRINT_KEY = "md3_fingerprint"
+_SECOND_LOOK_S = 0.2
 _IDENTITY_KEYS = ("model", "dtype", "quant", "adapter", "background")
 
 
@@ -245,7 +247,7 @@ def whole(plans: Sequence[Plan]) -> Plan:
 def read_one_plan(folder: RunFolder, number: int) -> Plan | None:
     """Return the plan of a number (`folder.plan_names`) by itself; raises as `read_plan`."""
     name = plan_names(number).plan
-    data = folder.store.read(name)
+    data = _read_whole(folder, name)
     if data is None:
         return None
     damaged = _unreadable(folder, f"{name.rpartition('/')[2]} is damaged")
@@ -258,6 +260,20 @@ def read_one_plan(folder: RunFolder, number: int) -> Plan | None:
     if not _is_sound(plan):
         raise damaged
     return plan
+
+
+def _read_whole(folder: RunFolder, name: str) -> bytes | None:
+    """Return a file of JSON; where it seems to be half of one it is read again.
+
+    A file system without hard links shows what a rank is writing.
+    """
+    data = folder.store.read(name)
+    try:
+        json.loads(b"{}" if data is None else data)
+    except (ValueError, RecursionError):
+        time.sleep(_SECOND_LOOK_S)
+        data = folder.store.read(name)
+    return data
 
 
 def _is_sound(plan: Plan) -> bool:

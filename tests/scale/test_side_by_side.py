@@ -14,11 +14,13 @@ from chaos import wait_until
 from program import Program, clean_environment, make_pictures, start
 from run_folders import planned, rows_of, run_all
 
+from md3cli.errors import OutputError
 from md3cli.files import atomic_publish
 from md3cli.scale.finish import Finish
-from md3cli.scale.folder import RunFolder
+from md3cli.scale.folder import PLAN, RunFolder, find_run_folder
 from md3cli.scale.inspect import orphans_of, reopen_damaged
 from md3cli.scale.markers import Commit, CommitLog, Exported, read_exported, remove_commit
+from md3cli.scale.plan import read_one_plan
 
 SHARDS = ("--shard-size", 4)
 
@@ -163,3 +165,36 @@ def test_a_part_that_another_rank_has_done_anew_is_not_told_of(pictures: Path, t
     assert list(reopen_damaged(folder, plan, seen)) == []
     assert list(seen) == [0], "so that its marker is read again"
     assert dict(CommitLog(folder).refresh()) == now
+
+
+def test_half_a_plan_may_become_a_whole_one(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without hard links shows what a rank is writing."""
+    folder, plan = planned(str(tmp_path / "run"), rows_of(pictures, ["p0.png"]))
+    path = tmp_path / "run" / PLAN
+    whole_plan = path.read_bytes()
+    path.write_bytes(whole_plan[:100])
+    with pytest.raises(OutputError, match=r"plan\.json is damaged"):
+        read_one_plan(folder, 0)
+    monkeypatch.setattr("md3cli.scale.plan.time.sleep", lambda seconds: path.write_bytes(whole_plan))
+    assert read_one_plan(folder, 0) == plan
+
+
+@pytest.mark.parametrize("part", ["plan.json", "manifest.parquet"])
+def test_status_of_a_run_that_another_takes_the_place_of(
+    md3: Program, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    out, find = tmp_path / "o.jsonl", find_run_folder
+    md3("detect", pictures, "a", "-o", out, "--engine", "local")
+    path, aside = Path(f"{out}.md3run/plan/{part}"), tmp_path / "aside"
+
+    def find_too_early(typed: str) -> RunFolder:
+        if aside.exists():
+            aside.rename(path)
+            return find(typed)
+        found = find(typed)
+        path.rename(aside)
+        return found
+
+    monkeypatch.setattr("md3cli.scale.folder.find_run_folder", find_too_early)
+    done = md3("status", out, "--json")
+    assert (done.exit_code, json.loads(done.stdout)["state"]) == (0, "finished")
