@@ -64,7 +64,7 @@ def test_the_end_of_the_context_is_the_end_of_the_child() -> None:
         assert child.is_alive()
     assert not child.is_alive()
     if before:
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_message_over_the_limit_is_no_message() -> None:

@@ -303,7 +303,7 @@ def is_running(pid: int) -> bool:
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("faults")
     names = ("killed", "raises", "wrong", "import", "well")
-    parts = [fault("hangs", most_s=15), *map(fault, names)]
+    parts = [fault("hangs", most_s=40), *map(fault, names)]
     return check(folder / "out", *CPU, script=fault_script(folder, ", ".join(parts)))
 
 
@@ -323,7 +323,7 @@ def test_what_goes_wrong_costs_its_part_and_no_other(faulty: Ran) -> None:
         ("raises", {"before": 3}, "RuntimeError: CUDA error: made up"),
         ("wrong", {"worse": 4, "after": 5}, "worse than allowed"),
         ("import", {}, "No module named 'no_such_module'"),
-        ("hangs", {}, "not done within 15 s"),
+        ("hangs", {}, "not done within 40 s"),
     ],
 )
 def test_a_failed_part_keeps_its_figures_and_says_why(
@@ -372,10 +372,10 @@ def test_kernels_that_run_together_fail_alone(tmp_path: Path) -> None:
 @pytest.mark.process
 def test_the_end_of_the_budget_is_no_part_s_fault(tmp_path: Path) -> None:
     script = fault_script(tmp_path, ", ".join([fault("well"), fault("hangs", most_s=300), fault("killed")]))
-    ran = check(tmp_path / "out", *CPU, "--budget", "20", script=script)
+    ran = check(tmp_path / "out", *CPU, "--budget", "45", script=script)
     assert ran.status == 0
     assert ran.statuses == {"well": "ok", "hangs": "not measured", "killed": "not measured"}
-    assert ran.seconds < 20 + BUDGET_SLACK_S
+    assert ran.seconds < 45 + BUDGET_SLACK_S
     assert not any(map(is_running, ran.results["parts"]["hangs"]["pids"]))
 
 

@@ -36,10 +36,10 @@ def alive_children_of(pid: int) -> list[int]:
     children = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
+            fields = stat.read_bytes().rpartition(b")")[2].split()
         except OSError:
             continue
-        if int(fields[1]) == pid and fields[0] != "Z":
+        if int(fields[1]) == pid and fields[0] != b"Z":
             children.append(int(stat.parent.name))
     return children
 
@@ -50,7 +50,7 @@ def test_the_first_signal_flushes_and_says_how_to_resume(
 ) -> None:
     out = tmp_path / "out file.jsonl"
     command = ("caption", pictures, "-o", out, "--batch-size", 2, "--workers", 1)
-    process = start(*command, step_s=0.05)
+    process = start(*command, step_s=0.2)
     wait_for_records(out, 4)
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=240)
@@ -69,7 +69,7 @@ def test_the_first_signal_flushes_and_says_how_to_resume(
 
 def test_the_resume_command_does_not_start_over(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    process = start("caption", pictures, "-o", out, "--overwrite", "--batch-size", 2, step_s=0.05)
+    process = start("caption", pictures, "-o", out, "--overwrite", "--batch-size", 2, step_s=0.2)
     wait_for_records(out, 2)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=240)

@@ -93,7 +93,7 @@ def test_info_imports_no_torch() -> None:
         "import sys; from md3cli.commands.models import app; "
         f"app(['info', {str(CASE_A)!r}], standalone_mode=False); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=240, capture_output=True)
 
 
 def test_list_names_every_alias() -> None:
@@ -240,7 +240,7 @@ def test_verify_imports_no_torch() -> None:
         "import sys; from md3cli.commands.models import app; "
         f"app(['verify', {str(CASE_A)!r}], standalone_mode=False); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=240, capture_output=True)
 
 
 def test_pull_of_a_local_model_is_a_usage_error() -> None:

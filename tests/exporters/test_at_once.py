@@ -17,7 +17,7 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_results_come_in_order_and_several_work() -> None:
-    both = threading.Barrier(2, timeout=20)
+    both = threading.Barrier(2, timeout=60)
 
     def work(number: int) -> int:
         if number < 2:

@@ -18,6 +18,7 @@ from md3cli.refine.labels import Labels, labels_with
 from md3cli.refine.refinement import Refinement
 
 pytestmark = pytest.mark.process
+PATIENCE_S = 140.0  # of a child with the lowest priority
 LATE = "empty.png"  # the last picture of a run is drawn by the export: no other comes that ends it
 
 
@@ -41,7 +42,7 @@ def early(going_run: Run) -> Iterator[EarlyDrawings]:
 def drawn_early(early: EarlyDrawings, records: list[Record], at_least: int) -> None:
     """Let the records of a run be drawn, all but the last picture's."""
     early.add(records)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while len([p for p in early.folder.glob("*") if not p.suffix]) < at_least and time.monotonic() < deadline:
         time.sleep(0.05)
     early.stop()

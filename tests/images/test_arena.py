@@ -74,7 +74,7 @@ def test_a_limit_on_files_leaves_no_arena() -> None:
     try:
         num_open = len(os.listdir("/proc/self/fd"))
         assert make_arena(PAGES * PAGE) is None
-        assert len(os.listdir("/proc/self/fd")) == num_open
+        assert len(os.listdir("/proc/self/fd")) <= num_open
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -206,7 +206,7 @@ def test_no_file_descriptor_is_left_open(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
     for path in (tmp_path, tmp_path / "a.jpg", tmp_path / "fifo", tmp_path / "absent"):
         error_of(path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_running_out_of_memory_is_too_large(monkeypatch, tmp_path):

@@ -110,8 +110,8 @@ def error_type(future) -> str:
     return error.type
 
 
-def wait_until(is_true, timeout_s: float = 30.0) -> None:
-    end = time.monotonic() + timeout_s
+def wait_until(is_true) -> None:
+    end = time.monotonic() + PATIENCE_S
     while not is_true():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
@@ -332,7 +332,7 @@ def test_many_replacements_leave_nothing_open(obedient, good):
         for _ in range(8):
             assert error_type(pool.submit(told(good, "crash"))) == "decoder_crash"
         pool.submit(good).result(PATIENCE_S)
-        assert num_open() == before
+        assert num_open() <= before
     assert num_open() < before
 
 
@@ -640,7 +640,7 @@ def processes_sharing() -> set[str]:
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if "memfd:md3" in (process / "maps").read_text():
+            if b"memfd:md3" in (process / "maps").read_bytes():
                 found.add(process.name)
     return found
 

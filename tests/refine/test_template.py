@@ -45,9 +45,9 @@ def test_what_a_prompt_may_have_come_of(prompt: str, template: str, expected: bo
 
 def test_a_long_prompt_takes_no_longer_than_it_is() -> None:
     template = Template.parse("{a}" + "x{b}" * 1000 + "y")
-    began = time.monotonic()
+    began = time.process_time()  # what else the machine does is left out
     assert not template.may_be("x" * 1_000_000)
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_labels_of_templates() -> None:

@@ -277,7 +277,8 @@ def test_closing_ends_what_is_under_way(web: WebServer) -> None:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    time.sleep(0.3)
+    while not web.requests["/x.png"]:
+        time.sleep(0.01)
     fetcher.close()
     assert ended.wait(60)
 
@@ -290,6 +291,8 @@ def test_the_budget_makes_younger_pictures_wait() -> None:
     waited: list[float] = []
     thread = threading.Thread(target=lambda: waited.append(budget.take(young, 10)))
     thread.start()
+    while not budget._changed._waiters:  # type: ignore[attr-defined]
+        time.sleep(0.01)
     time.sleep(0.2)
     assert not waited
     budget.give_back(old)

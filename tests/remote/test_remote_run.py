@@ -387,7 +387,7 @@ def test_failures_become_the_right_records(
     for i, path in enumerate(paths):
         put(path.removeprefix("/pictures/"), picture(i))
     wanted = order_failures(store, paths)
-    command = ["caption", "s3://pictures/set", "-o", output, "--fetch-timeout", "1", "--no-progress"]
+    command = ["caption", "s3://pictures/set", "-o", output, "--fetch-timeout", "3", "--no-progress"]
     settings: dict[str, Any] = {"cwd": tmp_path, "env": clean_environment(tmp_path / "home")}
     process = start(*command, **settings)
     _, said = process.communicate(timeout=250)

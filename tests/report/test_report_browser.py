@@ -36,6 +36,7 @@ FLAGS = (
     "--disable-component-update --disable-sync --hide-scrollbars --disable-dev-shm-usage"
 )
 TOLERANCE_PX = 2
+PATIENCE_S = 60.0
 
 pytestmark = [
     pytest.mark.browser,
@@ -120,7 +121,7 @@ def shown_cards(driver):
 def settle(driver, change):
     """Do `change`, wait until the filters have been applied."""
     change()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_S
     while driver.execute_script("return document.getElementById('cards').ariaBusy") == "true":
         assert time.monotonic() < deadline, "the filters were not applied"
         time.sleep(0.02)
@@ -269,7 +270,7 @@ def records_of(folder):
 
 
 def wait_for(folder: Path) -> Path:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while not (found := list(folder.glob("*.marks.jsonl"))):
         assert time.monotonic() < deadline, "nothing was downloaded"
         time.sleep(0.05)
@@ -410,7 +411,7 @@ def link_to(driver, text):
 
 def loaded_cards(driver):
     """Wait until the cards in view have come."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_S
     while driver.execute_script("return document.querySelector('.card.waiting') !== null"):
         assert time.monotonic() < deadline, "a card did not come"
         time.sleep(0.02)
@@ -482,7 +483,7 @@ def panel_name(driver):
 
 
 def wait_until(is_so):
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_S
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.02)

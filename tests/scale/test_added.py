@@ -425,8 +425,8 @@ def test_kills_of_workers_and_their_supervisor_while_it_grows(
     mark = f"{os.getpid()}-{tmp_path.name}"
     added = run_of(out) / "plan/added-1.json"
     for target in ("supervisor", "worker", "supervisor"):
-        process = start(tmp_path, out, "c", "d", "--add", *three, step_s=0.3)
         journals = set((run_of(out) / "wip").glob("*.jsonl"))
+        process = start(tmp_path, out, "c", "d", "--add", *three, step_s=0.3)
         wait_until(
             lambda before=journals: added.exists() and set((run_of(out) / "wip").glob("*.jsonl")) - before,
             (tmp_path / "log").read_text()[-2000:],

@@ -46,7 +46,7 @@ DEADLY = "kill the worker"
 CAR, DOG = (Request(Task.DETECT, prompt) for prompt in ("car", "dog"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_local() -> Iterator[None]:
     """Ray on this machine, reachable from it alone. Its environment goes before its import."""
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -164,7 +164,7 @@ def test_killed_actors_lose_nothing(run: Run, expected: bytes) -> None:
     def kill(answer: ShardAnswer) -> None:
         answers.append(answer)
         pid = int(answer.worker.rpartition("-")[2])
-        if answer.shard in (2, 6) and len(killed) < 2:
+        if answer.shard >= 2 and len(killed) < 2 and pid not in killed:
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
 

@@ -386,7 +386,7 @@ def test_there_is_no_run_folder(md3: Program, tmp_path: Path) -> None:
 @pytest.mark.process
 def test_worker_processes_give_the_same_bytes(md3: Program, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.jsonl"
-    process = start(tmp_path, "caption", pictures, "-o", out, *THREE, "--shard-size", 3, step_s=0.05)
+    process = start(tmp_path, "caption", pictures, "-o", out, *THREE, "--shard-size", 3, step_s=1.0)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 3, said
     assert "/s)" in said
@@ -410,9 +410,9 @@ def test_a_deadly_request_costs_itself_alone(md3: Program, pictures: Path, tmp_p
 @pytest.mark.process
 def test_ctrl_c_stops_in_order_and_a_plain_command_goes_on(md3: Program, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "o.jsonl"
-    process = start(tmp_path, "caption", pictures, "-o", out, *THREE, "--shard-size", 5, step_s=0.3)
+    process = start(tmp_path, "caption", pictures, "-o", out, *THREE, "--shard-size", 5, step_s=1.5)
     wip = Path(f"{out}.md3run/wip")
-    wait_until(lambda: any(b'"schema"' in path.read_bytes() for path in wip.glob("*.jsonl")), "no records came")
+    wait_until(lambda: any(path.stat().st_size for path in wip.glob("*.jsonl")), "no records came")
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 130, said

@@ -147,13 +147,13 @@ def test_a_column_goes_by_its_new_name() -> None:
 
 
 def test_any_number_of_columns_of_any_length_is_looked_at_soon() -> None:
-    began = time.monotonic()
+    began = time.process_time()  # what else the machine does is left out
     rows = source(jsonl({"image": "a.jpg", "x" * 10**6: 1} | {f"prompt{number}": 1 for number in range(50_000)}))
     assert rows.first_look()[0] == "column 'prompt0' is carried to meta; did you mean prompt?"
     assert len(rows.first_look()) == MOST_NAMED
     with pytest.raises(UsageError, match="no column 'color'"):
         source("m.jsonl", FILLED, is_template=True).first_look()
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_a_constant_is_a_column() -> None:

@@ -259,7 +259,7 @@ class Chaos:
 
     def _signal(self, process: subprocess.Popen[bytes], kind: str) -> set[int]:
         if kind == "kill-group":
-            with contextlib.suppress(ProcessLookupError):
+            if process.poll() is None:  # its number may be another's once it is reaped
                 os.killpg(process.pid, signal.SIGKILL)
             return {-signal.SIGKILL}
         if kind == "stop-cont":

@@ -228,7 +228,7 @@ class StoreDoor(FaultyServer):
         with contextlib.closing(connection):
             pages = f"&max-keys={self.page_size}" if "list-type=2" in handler.path else ""
             headers = {name: v for name, v in handler.headers.items() if name.lower() not in self.dropped_headers}
-            connection.request(handler.command, handler.path + pages, handler.rfile.read(length), headers)
+            connection.request(handler.command, handler.path + pages, _whole_body(handler, length), headers)
             answer = connection.getresponse()
             hop_by_hop = {"connection", "transfer-encoding", "server", "date"}
             headers = {name: value for name, value in answer.getheaders() if name.lower() not in hop_by_hop}
@@ -236,6 +236,13 @@ class StoreDoor(FaultyServer):
             if handler.command == "HEAD" and "Content-Length" in headers:
                 headers["Head-Length"] = headers["Content-Length"]
             return answer.status, headers, body
+
+
+def _whole_body(handler: BaseHTTPRequestHandler, length: int) -> bytes:
+    body = handler.rfile.read(length)
+    if len(body) < length:  # who was writing has been killed; moto would wait for the rest
+        raise ConnectionAbortedError
+    return body
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ def marked_processes(mark: str) -> list[int]:
     wanted, found = f"{MARK}={mark}\0".encode(), []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            is_zombie = (folder / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+            is_zombie = (folder / "stat").read_bytes().rpartition(b")")[2].split()[0] in b"ZX"
             if not is_zombie and wanted in (folder / "environ").read_bytes():
                 found.append(int(folder.name))
     return found

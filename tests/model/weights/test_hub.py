@@ -89,7 +89,7 @@ resolve_model({str(CASE_A)!r})
 assert "huggingface_hub" not in sys.modules and "torch" not in sys.modules
 assert not opened, opened
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=240)
 
 
 def test_a_revision_of_a_local_path_is_a_usage_error() -> None:
