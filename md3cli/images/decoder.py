@@ -122,6 +122,7 @@ class Decoder(Child):
             facts = Facts.of(answer, self._setup)
             pixels = np.empty((facts.height, facts.width, CHANNELS), np.uint8)
             self.channel.receive_into(pixels.data.cast("B"), timeout_s)
+            self._receive_nothing(timeout_s)
             return WholeImage(pixels, facts.sha256)
         if "is_whole" in answer:
             if wanted != SHARED or cutter is None:
@@ -146,10 +147,14 @@ class Decoder(Child):
         self.channel.send({"is_wanted": lent is not None})
         if lent is None:
             return None
-        if failed := self.channel.receive(timeout_s):  # nothing is said of one that is there
+        self._receive_nothing(timeout_s)
+        return WholeImage(lent.reshape(facts.height, facts.width, CHANNELS), facts.sha256)
+
+    def _receive_nothing(self, timeout_s: float) -> None:
+        """Receive what is said of a whole picture that is there; raise what is said of one that is not."""
+        if failed := self.channel.receive(timeout_s):
             Facts.of(failed, self._setup)
             raise ValueError
-        return WholeImage(lent.reshape(facts.height, facts.width, CHANNELS), facts.sha256)
 
     def _ended_by_signal(self) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):

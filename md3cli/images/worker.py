@@ -2,10 +2,11 @@
 
 A worker is a child interpreter (child.py). The pool tells it once how to cut, and which memory they share; then each
 message names a picture (a path, or bytes that follow it), and the worker answers with a message and the raw crops,
-until the pool is gone. Where the pool asks for a picture's pixels, they come in the place of crops. Where it asks for
-them in the memory that both share, the worker tells the size first, hears whether they are wanted, and copies them
-there; a picture for which there is no room is cut after all. Apart from the pool, so that a worker imports numpy and
-Pillow alone and starts in 0.2 s. Knows nothing of deadlines.
+until the pool is gone. Where the pool asks for a picture's pixels, they come in the place of crops, and a message
+behind them says whether they are all there. Where it asks for them in the memory that both share, the worker tells
+the size first, hears whether they are wanted, and copies them there; a picture for which there is no room is cut after
+all. Apart from the pool, so that a worker imports numpy and Pillow alone and starts in 0.2 s. Knows nothing of
+deadlines.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from md3cli.images.pixels import HUGE_PIXELS, TOO_LITTLE_MEMORY, start_pillow
 from md3cli.records import ERROR_TYPES, ImageItem
 from md3cli.system import be_expendable, limit_memory
 
+_NO_MEMORY = {"type": "too_large", "message": TOO_LITTLE_MEMORY}
 CROPS, PIXELS, SHARED = "crops", "pixels", "shared"  # what a message wants of a picture
 
 
@@ -116,7 +118,6 @@ def _serve_one(
     try:
         picture = read_image(item, setup.limits, setup.background, on_header=wait_if_huge, data=data)
         if wanted == PIXELS:
-            channel.send(_facts(picture))
             _send_pixels(channel, picture)
         elif wanted == CROPS or arena is None or not _put_whole(channel, picture, arena):
             crops = cut_crops(picture.image, setup.crop_config).pixels
@@ -125,15 +126,27 @@ def _serve_one(
     except ImageError as error:
         channel.send({"type": error.type, "message": str(error)})
     except MemoryError:
-        channel.send({"type": "too_large", "message": TOO_LITTLE_MEMORY})
+        channel.send(_NO_MEMORY)
 
 
 def _send_pixels(channel: Channel, picture: DecodedImage) -> None:
-    """Send the pixels of a picture row by row from the top, some rows at a time."""
-    image = picture.image
+    """Send a picture's facts, its pixels row by row from the top, some rows at a time, and then nothing.
+
+    Where there is no memory for some rows, blank ones stand in for them and all below, and the last message says so.
+    """
+    image, failure = picture.image, dict[str, str]()
+    blank = np.zeros((BAND_ROWS, image.width, 3), np.uint8)  # made before anything is said
+    channel.send(_facts(picture))
     for top in range(0, image.height, BAND_ROWS):
-        band = np.asarray(image.crop((0, top, image.width, min(top + BAND_ROWS, image.height))))
-        channel.send_bytes(np.ascontiguousarray(band).data.cast("B"))
+        bottom = min(top + BAND_ROWS, image.height)
+        band = blank[: bottom - top]
+        try:
+            if not failure:
+                band = np.ascontiguousarray(np.asarray(image.crop((0, top, image.width, bottom))))
+        except MemoryError:
+            failure = _NO_MEMORY
+        channel.send_bytes(band.data.cast("B"))
+    channel.send(failure)
 
 
 def _facts(picture: DecodedImage) -> dict[str, int | str]:

@@ -681,6 +681,51 @@ def test_a_worker_without_memory_to_copy_a_picture_says_so(monkeypatch, files, g
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("starved_band", [1, 2, 3])
+def test_a_worker_without_memory_to_send_a_picture_says_so_at_once(monkeypatch, tmp_path, starved_band):
+    path = tmp_path / "a.png"
+    picture(size=(50, 40)).save(path)  # 16, 16 and 8 rows
+    code = OBEDIENT.replace(
+        "worker.serve()",
+        f"""
+numpy, bands = worker.np, []
+class Starving:
+    def __getattr__(self, name):
+        return getattr(numpy, name)
+    def ascontiguousarray(self, band):
+        bands.append(band)
+        if len(bands) == 3 + {starved_band}: raise MemoryError
+        return numpy.ascontiguousarray(band)
+worker.np = Starving()
+worker.serve()
+""",
+    )
+    run_instead(monkeypatch, code)
+    item = ImageItem("a", str(path))
+    with PicturePool(1, CFG, LIMITS) as pool:
+        first, pids = pool.whole(item).result(PATIENCE_S), pool.worker_pids()
+        with pytest.raises(ImageError, match="needs more memory") as caught:
+            pool.whole(item).result(PATIENCE_S)
+        assert caught.value.type == "too_large"
+        assert (pool.whole(item).result(PATIENCE_S).pixels == first.pixels).all()
+        assert pool.worker_pids() == pids, "a worker that says so is asked on"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "last", ["[]", '{"type": "made up", "message": ""}', '{"width": 2, "height": 2, "sha256": "0" * 64}']
+)
+def test_what_a_worker_says_behind_pixels_is_not_believed(monkeypatch, good, last):
+    code = WORKER.replace("serve()", "")
+    code += "\nimport md3cli.images.worker as w\ndef lie(channel, *told):\n"
+    code += '    channel.send({"width": 2, "height": 2, "sha256": "0" * 64})\n'
+    code += "    channel.send_bytes(memoryview(bytes(12)))\n"
+    run_instead(monkeypatch, code + f"    channel.send({last})\nw._serve_one = lie\nserve()")
+    with warnings.catch_warnings(action="ignore"), PicturePool(1, CFG, LIMITS) as pool:
+        assert error_type(pool.whole(good)) == "decoder_crash"
+
+
+@pytest.mark.process
 def test_the_memory_of_pictures_goes_with_the_pool(good, gpu):
     with PicturePool(1, CFG, LIMITS) as pool:
         pool.serve_gpu(gpu)
