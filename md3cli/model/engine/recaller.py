@@ -21,6 +21,7 @@ class Recaller:
 
     def __init__(self, load: Callable[[str], Tensor | None], most_ahead: int = MOST_AHEAD) -> None:
         self._load, self._most_ahead = load, most_ahead
+        # They end by themselves, as the keeper's thread does: nothing they hold is the engine's.
         self._threads = ThreadPoolExecutor(NUM_THREADS, "recall")
         self._coming: dict[str, Future[Tensor | None]] = {}
 

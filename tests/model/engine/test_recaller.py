@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import torch
@@ -45,3 +46,21 @@ def test_expecting_waits_for_nothing_and_reads_no_more_than_it_may() -> None:
     disk.may_read.set()
     assert [recaller.take(key) for key in "123"] == [torch.tensor([float(key)]) for key in "123"]
     assert sorted(disk.read) == ["1", "2", "3"]
+
+
+def test_a_recaller_that_is_dropped_leaves_no_thread() -> None:
+    disk, threads = Disk(), list[threading.Thread]()
+
+    def load(key: str) -> torch.Tensor | None:
+        threads.append(threading.current_thread())
+        return disk.load(key)
+
+    recaller = Recaller(load)
+    recaller.expect("123456789")
+    recaller.take("1")
+    del recaller
+    gc.collect()
+    for thread in {*threads}:
+        thread.join(30)
+    assert threads
+    assert not any(thread.is_alive() for thread in threads)
