@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from md3cli.config import MOST_PAD, RunConfig
+from md3cli.config import DEFAULT_PAD, MOST_PAD, RunConfig
 from md3cli.errors import OutputMismatchError, UsageError
 from md3cli.finished.run_json import number_of, read_facts
 from md3cli.records import Request, printable
@@ -82,7 +82,8 @@ def grown(
     _check_then(config, held, requests, is_shared=planned is not None)
     say(_words(held, new_in(config.requests, held.requests), new_in(config.then, held.then)))
     refinement = config.refinement.over(Refinement.from_json(facts.get("refinement")).over(Refinement(held.labels)))
-    pad = config.pad if config.then else held.identity.get("pad", config.pad)
+    is_typed = bool(config.then) or config.pad != DEFAULT_PAD
+    pad = config.pad if is_typed else held.identity.get("pad", config.pad)
     return replace(config, requests=requests, then=then, pad=pad, refinement=refinement)
 
 

@@ -339,6 +339,7 @@ def _begin(
         num_records_found=journal.num_ok + sum(journal.num_failed.values()),
         is_held=journal.is_replacing,
         may_add=config.output.add,
+        may_ask_then=source.may_ask_then,
         refinement=config.refinement,
     )
 

@@ -26,6 +26,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from md3cli.config import DEFAULT_PAD
 from md3cli.errors import OutputMismatchError
 from md3cli.files import atomic_publish
 from md3cli.finished.run_json import (
@@ -186,6 +187,7 @@ class RunDocument:
         may_add: bool = False,
         is_planned: bool = False,
         is_shared: bool = False,
+        may_ask_then: bool = False,
         refinement: Refinement | None = None,
     ) -> RunDocument:
         """Note a start in `path`, on top of what an earlier start left there; a user knows it as `shown`.
@@ -193,6 +195,7 @@ class RunDocument:
         `is_held`: nothing is written before `release`. `may_add`: requests may have come behind those of the earlier
         run, as --add asks. `is_planned`: a plan asks just these, and run.json may say more of what never came about.
         `is_shared`: many processes share the run, and plans cannot be added to in what is asked about objects.
+        `may_ask_then`: rows may say themselves what is asked about objects, so that there is room around those.
         `refinement`: what was chosen now; what it leaves open stays as an earlier start chose it.
 
         Raises:
@@ -203,9 +206,10 @@ class RunDocument:
         old, new = earlier.get("identity"), _as_json(identity)
         has_grown = old is not None and may_add and is_grown(old, new)
         if old is not None:
-            was = {**old, "requests": new["requests"]} if is_planned else old
-            was = with_asked_of(old, new, is_pad_kept=True) if has_grown else was
-            _refuse_other(shown or str(path), *_with_defaults_of_both(was, new), arguments, is_shared=is_shared)
+            before, now = (_with_pad(old), _with_pad(new)) if may_ask_then else (old, new)
+            was = {**before, "requests": new["requests"]} if is_planned else before
+            was = with_asked_of(before, now, is_pad_kept=True) if has_grown else was
+            _refuse_other(shown or str(path), *_with_defaults_of_both(was, now), arguments, is_shared=is_shared)
         start = _start_of(arguments, num_records_found)
         document = {
             "schema": RUN_SCHEMA,
@@ -378,6 +382,11 @@ def _refuse_other(
             f"OUTPUT was begun by another run ({printable(shown)}): {'; '.join(found)}. {hint}{on}"
             f"{'Or choose' if on else 'Choose'} another -o, repeat the earlier command, or --overwrite to start over"
         )
+
+
+def _with_pad(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the identity with the room around objects, which is not written where it is the usual one."""
+    return identity | {"pad": identity.get("pad", DEFAULT_PAD)}
 
 
 def _with_defaults_of_both(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -122,6 +122,7 @@ class Start:
             shown=self.deliveries.address_of(self.files.run_info),
             is_held=is_over,
             may_add=self.config.output.add,
+            may_ask_then=self._source.may_ask_then,
             is_planned=self._is_planned,
             is_shared=True,
             refinement=self.config.refinement,

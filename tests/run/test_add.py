@@ -497,3 +497,25 @@ def test_run_thinks_or_is_fast(md3: Program, pictures: Path) -> None:
     md3("run", pictures, "--task", "query:How?", "--no-reasoning", "-o", "o.jsonl", "--add")
     whole = md3("run", pictures, "--task", "detect:a", "--task", "query:How?", "--no-reasoning", "-o", "o.jsonl")
     assert (whole.exit_code, md3.num_answered) == (0, 0), whole.output
+
+
+@pytest.mark.parametrize("many", [(), ("--engine", "local", "--shard-size", 1)])
+@pytest.mark.parametrize("more", [("--then", "caption:short"), ("--task", "detect:ring")])
+def test_objects_that_rows_ask_about_keep_their_room(
+    md3: Program, pictures: Path, more: tuple[str, ...], many: tuple[str | int, ...]
+) -> None:
+    """Else one question about an object would be asked again with another room around it, or its answer would go."""
+    rows = [{"image": str(path), "then": "query:Which {label}?"} for path in sorted(pictures.iterdir())]
+    Path("own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ("run", "own.jsonl", "--task", "detect:circle", "-o", "o.jsonl", *many)
+    assert md3(*words).exit_code in (0, 3)
+    before = Path("o.jsonl").read_bytes()
+    refused = md3(*words, *more, "--pad", "50%", "--add")
+    assert refused.exit_code == 2
+    assert "pad 0.1, now 0.5" in refused.stderr or "adds to what is asked of pictures" in refused.stderr
+    assert Path("o.jsonl").read_bytes() == before
+    if not many:
+        assert md3(*words, *more, "--add").exit_code in (0, 3)
+        assert set(before.splitlines()) <= set(Path("o.jsonl").read_bytes().splitlines())
+        refused = md3("run", "own.jsonl", "--task", "detect:star", "-o", "o.jsonl", "--pad", "50%", "--add")
+        assert (refused.exit_code, "pad 0.1, now 0.5" in refused.stderr) == (2, True)
