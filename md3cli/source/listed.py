@@ -67,4 +67,5 @@ def notes_on_files(inputs: Sequence[Input], files: Files) -> Iterator[str]:
         if given.pictures is not None:
             yield f"the pictures of {name} are in {printable(given.pictures)}; --root names another folder"
         if num_lost := files[given.typed].num_lost:
-            yield f"{name}: {num_lost:,} annotations are of no picture that it lists, and are left out"
+            are = "1 annotation is" if num_lost == 1 else f"{num_lost:,} annotations are"
+            yield f"{name}: {are} of no picture that it lists, and left out"

@@ -364,8 +364,11 @@ def test_annotations_of_no_picture_are_told() -> None:
     write("a.json", [image(1, "a.jpg")], [*lost, box(5, 1, 0, 0, 9, 9)])
     rows = source("a.json", pad=0.1)
     assert [len(row.requests) for row in rows] == [1]
-    assert rows.first_look() == ["a.json: 4 annotations are of no picture that it lists, and are left out"]
+    assert rows.first_look() == ["a.json: 4 annotations are of no picture that it lists, and left out"]
     assert source("a.json").first_look() == [], "nobody asks about them"
+    write("a.json", [image(1, "a.jpg")], [lost[0], box(5, 1, 0, 0, 9, 9)])
+    told = source("a.json", pad=0.1).first_look()
+    assert told == ["a.json: 1 annotation is of no picture that it lists, and left out"]
 
 
 def test_a_box_of_no_category_fails_where_its_name_is_needed() -> None:
