@@ -30,7 +30,7 @@ def run(*args: object, fails_with: type[Md3Error] | None = None) -> str:
     if fails_with is not None:
         assert isinstance(result.exception, fails_with), result.output
         return str(result.exception)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, f"{result.output}{result.exception!r}"
     return result.output
 
 
