@@ -109,14 +109,18 @@ def remove_stale_temps(target: Path, *, older_than_s: float = 0.0) -> None:
     stem = _temp_stem(target)
     with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
         for entry in entries:
-            if not entry.name.startswith(stem) or not entry.name.removeprefix(stem).isdigit():
-                continue
-            if older_than_s and time.time() - entry.stat(follow_symlinks=False).st_mtime < older_than_s:
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                os.unlink(entry.path)
+            if entry.name.startswith(stem) and entry.name.removeprefix(stem).isdigit():
+                with contextlib.suppress(OSError):  # its writer may end just now
+                    _remove_stale(entry, older_than_s)
+
+
+def _remove_stale(entry: os.DirEntry[str], older_than_s: float) -> None:
+    if older_than_s and time.time() - entry.stat(follow_symlinks=False).st_mtime < older_than_s:
+        return
+    if entry.is_dir(follow_symlinks=False):
+        shutil.rmtree(entry.path, ignore_errors=True)
+    else:
+        os.unlink(entry.path)
 
 
 def remove_folder(folder: Path) -> None:

@@ -80,6 +80,22 @@ def test_young_leftovers_may_be_another_writers(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == [".run.json.tmp-1", ".run.json.tmp-2"]
 
 
+def test_a_leftover_that_goes_by_itself_keeps_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        (tmp_path / f".run.json.tmp-{number}").touch()
+    unlink, gone = os.unlink, []
+
+    def be_late(path: str) -> None:
+        unlink(path)
+        if not gone:
+            gone.append(path)
+            unlink(path)
+
+    monkeypatch.setattr("md3cli.files.os.unlink", be_late)
+    remove_stale_temps(tmp_path / "run.json")
+    assert os.listdir(tmp_path) == []
+
+
 def test_what_comes_while_a_folder_is_removed_goes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, remove, late = tmp_path / "a", shutil.rmtree, ["b", "c"]
 
