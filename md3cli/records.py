@@ -381,6 +381,11 @@ def _finite(text: str) -> float:
     return value
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """Return a count of things as a person says it: `1 point was`, `1,204 points were`."""
+    return f"1 {one}" if count == 1 else f"{count:,} {many}"
+
+
 def is_printable(char: str) -> bool:
     """Return False for what no terminal or XML may get: C0, DEL, C1, surrogates, bidi and line controls, U+FFFE/F."""
     code = ord(char)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from md3cli.records import ID_SCHEME, Request, RunIdentity, Task, request_id
+from md3cli.records import ID_SCHEME, Request, RunIdentity, Task, counted, request_id
 
 CAR = Request(Task.DETECT, "car")
 RUN = RunIdentity("checkpoint@7ef7")
@@ -40,3 +40,8 @@ def test_ids_of_another_version_have_another_scheme() -> None:
     question = Request(Task.QUERY, "ä?", spatial_refs=((0.5, 0.25),))
     ids = [request_id("a.jpg", CAR, RunIdentity("tiny@0")), request_id(None, question, RunIdentity("tiny@0"), 2)]
     assert (ID_SCHEME, ids) == (1, ["745cf6632dd56a4caf83da21f25dbea0", "0caebdc854f6d50ab600be8b70596726"])
+
+
+def test_a_count_of_things_is_said_as_a_person_says_it() -> None:
+    said = [counted(count, "point was", "points were") for count in (0, 1, 2, 1204)]
+    assert said == ["0 points were", "1 point was", "2 points were", "1,204 points were"]

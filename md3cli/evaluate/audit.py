@@ -26,7 +26,7 @@ from md3cli.evaluate.located import NO_SIZE, Pair, has_failed, locate, under_nam
 from md3cli.evaluate.matching import IOU_THRESHOLD, Prediction, boxes_of, match_by_overlap
 from md3cli.evaluate.truth import Instances, TruthObject
 from md3cli.finished.names import some_of
-from md3cli.records import RecordDict, Task, compact_json
+from md3cli.records import RecordDict, Task, compact_json, counted
 from md3cli.refine.labels import Labels
 from md3cli.refine.parts import is_of_part
 from md3cli.refine.refinement import iou
@@ -131,7 +131,8 @@ def audit(records: Sequence[RecordDict], truth: Instances, labels: Labels) -> Au
         else:
             by_image.setdefault(pair.image, []).append(pair)
     if sizeless:
-        notes.append(f"{len(sizeless):,} images have no size in records and ground truth: {some_of([*sizeless])}")
+        have = counted(len(sizeless), "image has", "images have")
+        notes.append(f"{have} no size in records and ground truth: {some_of([*sizeless])}")
     pictures = [_Picture(pairs) for pairs in by_image.values()]
     usual = _Usual(pictures)
     findings = sorted((f for p in pictures for f in p.findings(usual)), key=lambda finding: -finding.score)

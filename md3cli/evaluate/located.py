@@ -15,7 +15,7 @@ from md3cli.errors import InputError
 from md3cli.evaluate.truth import Instances, TruthObject
 from md3cli.finished.names import Matches, ambiguity_notes, match_images, match_labels, some_of
 from md3cli.finished.records_file import record_identity
-from md3cli.records import RecordDict
+from md3cli.records import RecordDict, counted
 from md3cli.refine.labels import Labels
 from md3cli.refine.parts import is_of_part, part_name
 from md3cli.refine.refinement import name_of
@@ -200,4 +200,5 @@ def _size_notes(records: Sequence[RecordDict], images: Mapping[str, str], truth:
         if abs(known.width / known.height - record["width"] / record["height"]) > 0.01 * known.width / known.height:
             different.add(known.name)
     if different:
-        yield f"{len(different):,} images have another shape in the ground truth than the files (turned by EXIF?)"
+        have = counted(len(different), "image has", "images have")
+        yield f"{have} another shape in the ground truth than the files (turned by EXIF?)"

@@ -41,7 +41,7 @@ from md3cli.exporters.objects import PixelBox, PixelPoint, PixelSegment
 from md3cli.exporters.pictures import Pictures
 from md3cli.exporters.splits import Sets, one_set_notes
 from md3cli.finished.names import NAMES_SHOWN, Matches, ambiguity_notes, match_images, match_labels
-from md3cli.records import compact_json, printable
+from md3cli.records import compact_json, counted, printable
 from md3cli.refine.collection import Collection
 
 Annotation = dict[str, Any]
@@ -296,7 +296,8 @@ class _Writer:
             shown = printable(self._first_dotted)
             yield f"FiftyOne opens attributes whose names have a dot with extra_attrs=False only (first: {shown})"
         if self._num_points and not self._options.keypoints:
-            yield f"{self._num_points} points were left out; --keypoints writes them as one-keypoint categories"
+            were = counted(self._num_points, "point was", "points were")
+            yield f"{were} left out; --keypoints writes them as one-keypoint categories"
         if "query" in survey.tasks:
             yield "answers have no place in COCO; --format parquet or csv has them"
         if "caption" in survey.tasks and not self._is_of_captions:

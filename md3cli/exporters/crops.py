@@ -26,7 +26,7 @@ from md3cli.exporters.pictures import FoundPicture, Pictures, as_seen
 from md3cli.exporters.redrawn import JPEG_SIDE_PX, encoded, found_pictures
 from md3cli.exporters.table import Table
 from md3cli.images.rects import PixelRect, padded_rect
-from md3cli.records import RecordDict
+from md3cli.records import RecordDict, counted
 from md3cli.refine.collection import Collection
 
 TABLE = "crops.csv"
@@ -149,7 +149,7 @@ def _notes(counts: Counter[str]) -> Iterator[str]:
     if not counts["crops"]:
         yield "the records hold no boxes to cut out"
     if counts["points"]:
-        yield f"{counts['points']:,} points were left out: a point has no extent to cut out"
+        yield f"{counted(counts['points'], 'point was', 'points were')} left out: a point has no extent to cut out"
     if counts["left out"]:
         yield (
             f"{counts['left out']:,} boxes were left out: nothing of them is inside the picture, or they are larger "

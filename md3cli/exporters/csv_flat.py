@@ -25,7 +25,7 @@ from md3cli.exporters.grouping import (
 )
 from md3cli.exporters.objects import boxes, points, segments
 from md3cli.exporters.table import Table
-from md3cli.records import RecordDict, compact_json
+from md3cli.records import RecordDict, compact_json, counted
 from md3cli.refine.collection import Collection, read
 
 COLUMNS = (
@@ -54,7 +54,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
                 num_long += sum(isinstance(cell, str) and len(cell) > CELL_LIMIT for cell in cells)
         table.end()
     if num_long:
-        cells_are = "1 cell is" if num_long == 1 else f"{num_long:,} cells are"
+        cells_are = counted(num_long, "cell is", "cells are")
         notes.append(
             f"{cells_are} longer than the {CELL_LIMIT:,} characters a spreadsheet takes; the file has them whole"
         )

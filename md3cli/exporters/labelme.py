@@ -28,7 +28,7 @@ from md3cli.exporters.grouping import ImageGroup, ImageIndex
 from md3cli.exporters.names import Names, beside_pictures, suffix_in
 from md3cli.exporters.objects import NO_TEXTS, Ring, Texts, joined_ring
 from md3cli.exporters.pictures import Pictures
-from md3cli.records import printable
+from md3cli.records import counted, printable
 from md3cli.refine.collection import Collection
 
 KINDS = replace(  # labelme 6.3 stops at these
@@ -86,7 +86,8 @@ def _export_beside(records: Collection, options: ExportOptions) -> ExportReport:
         )
         if num_strange:
             notes.append(
-                f"{num_strange} pictures are GIF, AVIF or HEIC, which labelme may not open; with -o they are PNG"
+                f"{counted(num_strange, 'picture is', 'pictures are')} GIF, AVIF or HEIC, which labelme may not open; "
+                "with -o they are PNG"
             )
         num_images = beside.pictures.num_found
         return ExportReport("labelme", beside.root, survey.num_records, num_images, survey.num_failures, tuple(notes))

@@ -24,7 +24,7 @@ from md3cli.exporters.objects import PixelBox
 from md3cli.exporters.palette import palette
 from md3cli.exporters.pictures import Pictures
 from md3cli.exporters.splits import Sets
-from md3cli.records import printable
+from md3cli.records import counted, printable
 from md3cli.refine.collection import Collection
 
 _DEFAULT_LIST = "default"  # as CVAT calls it
@@ -64,7 +64,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         notes_of_sets = [*sets.notes()]  # refuses sets before they are OUT
     notes = [*survey.notes(), *survey.part_notes(have_place=False), *missing_notes(pictures)]
     if num_points:
-        notes.append(f"{num_points} points were left out: Pascal VOC has no place for them")
+        notes.append(f"{counted(num_points, 'point was', 'points were')} left out: Pascal VOC has no place for them")
     if changed := [printable(label) for label, name in labels.items() if label != name]:
         notes.append(f"labels that a label map cannot hold were changed: {', '.join(changed)}")
     notes += notes_of_sets

@@ -26,6 +26,7 @@ from md3cli.exporters.objects import Ring, joined_ring
 from md3cli.exporters.pictures import Pictures
 from md3cli.exporters.small_files import SmallFiles
 from md3cli.exporters.splits import Sets
+from md3cli.records import counted
 from md3cli.refine.collection import Collection
 
 _SUFFIX = ".txt"
@@ -56,7 +57,7 @@ def export(records: Collection, out: Path, options: ExportOptions) -> ExportRepo
         notes_of_sets = [*sets.notes()]  # refuses sets before they are OUT
     notes = [*survey.notes(), *survey.part_notes(have_place=False), *missing_notes(pictures)]
     if num_points:
-        notes.append(f"{num_points} points were left out: YOLO has no place for them")
+        notes.append(f"{counted(num_points, 'point was', 'points were')} left out: YOLO has no place for them")
     notes += notes_of_sets
     return ExportReport("yolo", out, survey.num_records, sets.counts.total(), survey.num_failures, tuple(notes))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from md3cli.config import SourceSpec
 from md3cli.errors import UsageError
-from md3cli.records import Request, printable
+from md3cli.records import Request, counted, printable
 from md3cli.remote.address import shown
 from md3cli.source.coco import CocoFile, folder_of_pictures, read_coco
 from md3cli.source.columns import ColumnRules
@@ -67,5 +67,5 @@ def notes_on_files(inputs: Sequence[Input], files: Files) -> Iterator[str]:
         if given.pictures is not None:
             yield f"the pictures of {name} are in {printable(given.pictures)}; --root names another folder"
         if num_lost := files[given.typed].num_lost:
-            are = "1 annotation is" if num_lost == 1 else f"{num_lost:,} annotations are"
+            are = counted(num_lost, "annotation is", "annotations are")
             yield f"{name}: {are} of no picture that it lists, and left out"

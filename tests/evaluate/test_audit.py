@@ -180,7 +180,7 @@ def test_boxes_without_a_size_of_their_picture_are_told(audited: Any, tmp_path: 
     document["images"][0] |= {"width": None, "height": None}
     (tmp_path / "gt.json").write_text(json.dumps(document))
     result = audit([sizeless], load_truth(tmp_path / "gt.json"), Labels())
-    assert (result.findings, result.notes[0]) == ((), "1 images have no size in records and ground truth: a.png")
+    assert (result.findings, result.notes[0]) == ((), "1 image has no size in records and ground truth: a.png")
 
 
 def test_records_about_parts_of_pictures_are_left_out(audited: Any) -> None:

@@ -130,7 +130,7 @@ def test_points_and_boxes_outside_are_told(run: Run) -> None:
     )
     report, out = run.export("crops", "out")
     assert len(table(out)) == 1
-    assert any("1 points were left out" in note for note in report.notes)
+    assert any("1 point was left out" in note for note in report.notes)
     assert any("2 boxes were left out" in note for note in report.notes)
 
 
