@@ -25,6 +25,7 @@ from md3cli.records import ImageItem
 
 CHANNELS = 3
 _START_TIMEOUT_S = 60.0  # a worker needs 0.2 s here, many seconds where Python lies on a cold network disk
+_END_TIMEOUT_S = 10.0  # of a worker whose channel is closed
 _WORKER = "md3cli.images.worker:serve"
 _WORKER_ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # numpy's threads are of no use here and slow the start
@@ -158,12 +159,12 @@ class Decoder(Child):
 
     def _ended_by_signal(self) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(timeout=1.0) < 0
+            return self.process.wait(_END_TIMEOUT_S) < 0
         return False
 
     def _how_it_ended(self) -> str:
         try:
-            status = self.process.wait(timeout=1.0)
+            status = self.process.wait(_END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.kill()
             return "the decoder stopped making sense"

@@ -32,7 +32,7 @@ from md3cli.model.quant.quantise import Importance
 from md3cli.model.weights.hub import ModelFiles
 from md3cli.model.weights.names import is_int8_vision, is_portable
 from md3cli.model.weights.read import load_model
-from md3cli.records import ImageItem, Job, Request, RunIdentity, SourceRow, Task
+from md3cli.records import ImageItem, Job, Request, RunIdentity, SourceRow, Task, counted, printable
 
 # Asked of every picture where a manifest does not say otherwise: each head and each kind of prompt once.
 REQUESTS = (
@@ -153,19 +153,20 @@ def _jobs(
     progress: Callable[[int], None],
     prepare: Callable[[ImageItem, CropConfig], PreparedImage],
 ) -> Iterator[Job]:
-    key, skipped = 0, 0
+    key, skipped, first = 0, 0, ""
     for row in rows:
         progress(1)
-        if row.image is None or row.failure is not None:
-            skipped += 1
-            continue
         try:
+            if row.image is None or row.failure is not None:
+                raise ImageError("bad_request", "no picture" if row.failure is None else row.failure.message)
             picture = prepare(row.image, config)
-        except ImageError:
+        except ImageError as error:
             skipped += 1
+            first = first or f"{'a row' if row.image is None else printable(row.image.name)}: {printable(str(error))}"
             continue
         for request in row.requests:
             yield Job(key, picture, replace(request, temperature=0.0))
             key += 1
     if skipped:
-        warnings.warn(f"{skipped} rows without a picture that can be read were skipped", stacklevel=2)
+        rows_are = counted(skipped, "row was", "rows were")
+        warnings.warn(f"{rows_are} skipped for want of a picture that can be read; the first: {first}", stacklevel=2)

@@ -117,7 +117,10 @@ def test_what_cannot_be_read_is_skipped_with_one_warning(tiny: ModelFiles, tmp_p
     (tmp_path / "x.png").write_bytes(b"no picture")
     broken = SourceRow(ImageItem("x.png", str(tmp_path / "x.png")), CAPTION)
     failed = SourceRow(None, CAPTION, failure=RowFailure("bad_row", "no such column"))
-    with pytest.warns(UserWarning, match="2 rows without a picture that can be read were skipped"):
+    with pytest.warns(
+        UserWarning,
+        match="2 rows were skipped for want of a picture that can be read; the first: x.png: the content is no known",
+    ):
         assert collect(tiny, iter([broken, *rows(1), failed]))
 
 
