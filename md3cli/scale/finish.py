@@ -96,15 +96,15 @@ class Finish:
             # What a kill between a commit and its end has left; of shards that others add just now nothing.
             collect(self._folder, older_than_s=0.0, shards=self._commits)
             journal.with_name(journal.name + WAITING_SUFFIX).unlink(missing_ok=True)  # of a single process, taken over
-        if self._document is None:
-            if read_one_plan(self._folder, len(self._plan.each)) is not None:
-                self._console.say("other ranks add to this run, and write what it has then")
-                return
+        if self._document is None and read_one_plan(self._folder, len(self._plan.each)) is None:
             self._document = self._start.begin_document(self._plan.root)
-        if (noted := read_exported(self._folder)) is not None:
-            self._document.note_records(RecordsDigest(noted.bytes, noted.sha256))
-        self._document.finish(counts_of(self._commits), {}, None, self._timeline.points)
-        deliveries.deliver(files.run_info)
+        if self._document is None:
+            self._console.say("other ranks add to this run, and write run.json")
+        else:
+            if (noted := read_exported(self._folder)) is not None:
+                self._document.note_records(RecordsDigest(noted.bytes, noted.sha256))
+            self._document.finish(counts_of(self._commits), {}, None, self._timeline.points)
+            deliveries.deliver(files.run_info)
         notes: list[tuple[str, str]] = []
         for document in self._start.outputs.documents:
             deliveries.fetch(journal)

@@ -65,6 +65,32 @@ def test_what_ranks_add_while_another_exports_is_exported_too(
     assert md3("verify", out).exit_code == 0
 
 
+def test_documents_that_no_other_rank_makes_are_made(
+    md3: Program, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who add write run.json, and no format that they were not asked for."""
+    out, others = tmp_path / "out", []
+    asked = ("-o", f"{out}/", *SHARDS, "--world-size", 2)
+
+    @contextmanager
+    def add_and_publish(path: Path) -> Iterator[Path]:
+        with monkeypatch.context() as patched:
+            patched.setattr(Finish, "export", lambda finish: 0)  # it would wait for this one's
+            others.append(md3("detect", pictures, "b", "--add", *asked))
+        with atomic_publish(path) as temp:
+            yield temp
+
+    with monkeypatch.context() as patched:
+        patched.setattr("md3cli.scale.finish.atomic_publish", add_and_publish)
+        done = md3("detect", pictures, "a", "-f", "coco", *asked)
+    assert (done.exit_code, others[0].exit_code) == (0, 0), done.output + others[0].output
+    assert "other ranks add to this run" in done.stderr
+    assert len(json.loads((out / "coco.json").read_bytes())["images"]) == 10
+    again = md3("detect", pictures, "a", "b", *asked)
+    assert (again.exit_code, md3.num_answered) == (0, 0), again.output
+    assert len(json.loads((out / "run.json").read_bytes())["identity"]["requests"]) == 2
+
+
 def test_parts_that_others_put_while_a_rank_clears_away_stay(
     md3: Program, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
