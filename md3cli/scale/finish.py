@@ -29,7 +29,7 @@ from md3cli.run.run_info import RunDocument, Timeline
 from md3cli.scale.added import merged
 from md3cli.scale.attempts import Teller
 from md3cli.scale.children import Families
-from md3cli.scale.folder import ERRORS, KEPT, RunFolder, attempts_prefix, is_unfinished
+from md3cli.scale.folder import ERRORS, KEPT, RunFolder, attempts_prefix, is_unfinished, num_plans_exported
 from md3cli.scale.inspect import collect
 from md3cli.scale.markers import Commit, Exported, StartNote, counts_of, note_exported, read_exported, read_part
 from md3cli.scale.plan import Plan, PlanReader, read_one_plan
@@ -89,7 +89,9 @@ class Finish:
         journal = files.journal
         if self._start.is_alone or self._lock is not None:  # else another rank may be writing just now
             remove_temps(self._start.outputs, is_shared=not self._start.is_alone)
-        if is_unfinished(self._folder, has_records=deliveries.has(journal)):
+        has_records = deliveries.has(journal)
+        has_more = has_records and num_plans_exported(self._folder) > len(self._plan.each)  # of those who add
+        if not has_more and is_unfinished(self._folder, has_records=has_records):
             exported = export_parts(self._folder, self._plan, self._families, self._commits, journal)
             deliveries.deliver(journal)
             note_exported(self._folder, exported)

@@ -188,10 +188,10 @@ def is_unfinished(folder: RunFolder, *, has_records: bool) -> bool:
     """Return whether a run folder has what OUTPUT's records file, if there is one, does not have yet."""
     if folder.store.read(PLAN) is None:
         return False
-    return not has_records or folder.store.read(plan_names(_num_plans_exported(folder)).plan) is not None
+    return not has_records or folder.store.read(plan_names(num_plans_exported(folder)).plan) is not None
 
 
-def _num_plans_exported(folder: RunFolder) -> int:
+def num_plans_exported(folder: RunFolder) -> int:
     """Return how many plans' records the last export wrote; 0 while there was none, or nobody knows."""
     exported: Any = None
     with contextlib.suppress(ValueError):

@@ -91,6 +91,27 @@ def test_documents_that_no_other_rank_makes_are_made(
     assert len(json.loads((out / "run.json").read_bytes())["identity"]["requests"]) == 2
 
 
+def test_an_export_of_less_takes_the_place_of_none_of_more(
+    md3: Program, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three commands: the first one exports last, while the third one still adds to what the second has exported."""
+    out, may_export = tmp_path / "o.jsonl", Finish._may_export
+    asked = ("-o", out, *SHARDS, "--world-size", 2)
+
+    def be_last(finish: Finish) -> bool:
+        with monkeypatch.context() as patched:
+            patched.setattr(Finish, "_may_export", may_export)
+            assert md3("detect", pictures, "b", "--add", *asked).exit_code == 0
+            patched.setattr(Finish, "export", lambda finish: 0)  # it is not so far
+            assert md3("detect", pictures, "c", "--add", *asked).exit_code == 0
+        return may_export(finish)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Finish, "_may_export", be_last)
+        assert md3("detect", pictures, "a", *asked).exit_code == 0
+    assert out.read_bytes() == whole(md3, pictures, tmp_path, "a", "b")
+
+
 def test_parts_that_others_put_while_a_rank_clears_away_stay(
     md3: Program, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
