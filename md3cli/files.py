@@ -132,6 +132,8 @@ def remove_folder(folder: Path) -> None:
         time.sleep(_REMOVAL_PAUSE_S)
     try:
         shutil.rmtree(folder)
+    except FileNotFoundError:  # gone by now
+        return
     except OSError as error:
         place = printable(str(error.filename or folder))
         warnings.warn(f"{place} cannot be removed ({error.strerror or error}); remove it", stacklevel=2)

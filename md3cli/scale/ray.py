@@ -15,12 +15,13 @@ Apart from workers.py, because only --engine ray loads it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ SESSIONS = "sessions"  # folder of the drivers' files, see WorkerSetup
 MOST_BLOCKS = 20_000
 SHARDS_AHEAD = 2  # handed to an actor at a time, so that it need not wait for the driver between two
 LOOK_INTERVAL_S = 0.2  # between two looks for a wish to stop
+LEAVE_WAIT_S = 5.0  # for Ray Data to end its threads; those of a worker that still loads a model take longer
 STOP_WAIT_S = 20.0  # for actors to end a step and write what they have
 _END = object()
 
@@ -193,10 +195,21 @@ class RayDriver(Driver):
             finder=shard_runner.FINDER,
         )
 
-    def _drain(self, answers: Iterator[ShardAnswer], on_step: Callable[[], None]) -> None:
+    def _drain(self, answers: Generator[ShardAnswer], on_step: Callable[[], None]) -> None:
         """Take all answers; return or raise soon after a wish to stop or a failure."""
         arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=_pump, args=(answers, arrived), daemon=True).start()
+        is_over = threading.Event()
+        pump = threading.Thread(target=_pump, args=(answers, arrived, is_over), daemon=True)
+        pump.start()
+        try:
+            self._take_all(arrived, on_step)
+        finally:
+            is_over.set()
+            pump.join(LEAVE_WAIT_S)  # a thread inside Ray when the cluster goes would end this process with status 1
+        if self._failure:
+            raise EngineError(f"{self._failure}; what is finished is kept, and the same command goes on from there")
+
+    def _take_all(self, arrived: queue.SimpleQueue[Any], on_step: Callable[[], None]) -> None:
         while True:
             on_step()
             if self.is_stopping:
@@ -210,9 +223,7 @@ class RayDriver(Driver):
             if isinstance(one, Exception) and not self._failure:
                 self._failure = f"Ray: {printable(str(one).strip().rpartition(chr(10))[2])}"
             if one is _END or isinstance(one, Exception) or self._is_stopped:
-                break
-        if self._failure:
-            raise EngineError(f"{self._failure}; what is finished is kept, and the same command goes on from there")
+                return
 
     def take(self, answer: ShardAnswer) -> None:
         """Note what an actor says of a shard."""
@@ -239,8 +250,8 @@ class RayDriver(Driver):
 
 def _answers(
     shards: Sequence[int], setup: WorkerSetup, placement: Placement, num_workers: int
-) -> Iterator[ShardAnswer]:
-    """Yield what the actors say, as they say it."""
+) -> Generator[ShardAnswer]:
+    """Yield what the actors say, as they say it; once it is closed, no thread of Ray Data is at work."""
     data: Any = import_module("ray.data")
     # Its errors are raised, too, and told in a line; it logs a traceback whenever a run is stopped.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
@@ -260,11 +271,14 @@ def _answers(
         yield from (ShardAnswer(**row) for row in batch.to_pylist())
 
 
-def _pump(answers: Iterator[ShardAnswer], arrived: queue.SimpleQueue[Any]) -> None:
-    """Hand answers on from a thread: waiting inside Ray cannot be interrupted by a look at the signals."""
+def _pump(answers: Generator[ShardAnswer], arrived: queue.SimpleQueue[Any], is_over: threading.Event) -> None:
+    """Hand answers on from a thread until `is_over`: waiting inside Ray cannot be interrupted by a look at signals."""
     try:
-        for answer in answers:
-            arrived.put(answer)
+        with contextlib.closing(answers):
+            for answer in answers:
+                arrived.put(answer)
+                if is_over.is_set():
+                    break
         arrived.put(_END)
     except BaseException as error:  # noqa: BLE001 - told by the thread that waits, which nothing else would wake
         arrived.put(error if isinstance(error, Exception) else EngineError(f"{type(error).__name__}: {error}"))

@@ -212,6 +212,8 @@ def test_a_stop_keeps_what_is_finished(run: Run, expected: bytes) -> None:
     answers: list[ShardAnswer] = []
     assert not run.on_ray(answers.append, should_stop=lambda: bool(answers))
     assert 1 <= len(answers) < run.plan.shards
+    at_work = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in at_work if "StreamingExecutor" in name or "_pump" in name], at_work
     run.here()
     assert run.records() == expected
 
