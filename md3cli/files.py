@@ -125,7 +125,7 @@ def _remove_stale(entry: os.DirEntry[str], older_than_s: float) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder of ours and all that is in it; a warning says what stays."""
-    for _ in range(_REMOVALS):  # file systems under load give half a listing, and scanners hold files open
+    for _ in range(_REMOVALS):  # something may still come into it, and on Windows scanners hold files open
         shutil.rmtree(folder, ignore_errors=True)
         if not os.path.lexists(folder):
             return

@@ -134,14 +134,15 @@ def test_parts_that_others_put_while_a_rank_clears_away_stay(
     assert out.read_bytes() == whole(md3, pictures, tmp_path, "a", "b")
 
 
+def no_locks(fd: int, flags: int) -> None:
+    raise OSError(38, "Function not implemented")
+
+
 def test_without_locks_no_rank_removes_what_another_writes(
     md3: Program, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, others = tmp_path / "o.jsonl", []
     asked = ("detect", pictures, "a", "-o", out, *SHARDS, "--world-size", 2)
-
-    def no_locks(fd: int, flags: int) -> None:
-        raise OSError(38, "Function not implemented")
 
     @contextmanager
     def meet_another(path: Path) -> Iterator[Path]:
@@ -164,9 +165,6 @@ def test_without_locks_ranks_wait_for_the_first_one(
 ) -> None:
     out, others = tmp_path / "o.jsonl", []
     asked = ("detect", pictures, "a", "-o", out, *SHARDS, "--world-size", 2)
-
-    def no_locks(fd: int, flags: int) -> None:
-        raise OSError(38, "Function not implemented")
 
     def let_the_first_export(seconds: float) -> None:
         others.append(md3(*asked))
