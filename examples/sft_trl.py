@@ -1,4 +1,4 @@
-"""Fine-tune the embedded model on questions and answers with trl's SFTTrainer, which needs `pip install trl`.
+"""Fine-tune the embedded model on questions and answers with trl's SFTTrainer, which needs `pip install 'md3cli[trl]'`.
 
 python examples/sft_trl.py --out sft
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found, unused-ignore]
+from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined, import-not-found, unused-ignore]
 from world_draw import make_picture
 from world_text import count_question
 

@@ -1,10 +1,10 @@
 """`Moondream3ForConditionalGeneration`: the network under the roof of transformers.
 
 `self.model` is the network, so that parameter names are those of the original checkpoint, `model.` included. This file
-holds the forward pass, what transformers, peft and Trainer ask of a model, loading and saving, and the original class's
-methods; `generate` has a file of its own. Checkpoints of any layout go in: `weights/read.py` reads the weights under
-the original's names, and transformers' own machinery (dtype, device_map, quantisation) does the rest. Users reach the
-class through the package, which alone imports this file.
+holds the forward pass, what transformers, peft and Trainer ask of a model, loading and saving. `generate`, the original
+class's methods, and what is read of `from_pretrained`'s arguments have files of their own. Checkpoints of any layout go
+in: `weights/read.py` reads the weights under the original's names, and transformers' own machinery (dtype, device_map,
+quantisation) does the rest. Users reach the class through the package, which alone imports this file.
 
 Shape suffixes: B rows, T new positions, S all positions, N crops of a row, D width, V vocabulary.
 """
@@ -12,8 +12,7 @@ Shape suffixes: B rows, T new positions, S all positions, N crops of a row, D wi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,6 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers.utils.generic import ModelOutput
 
 from md3cli.errors import CheckpointError, EngineError, RequestError
-from md3cli.model.api import Moondream, Skills
-from md3cli.model.engine.engine import Engine
-from md3cli.model.engine.load import make_engine
-from md3cli.model.engine.machine import plan_memory
-from md3cli.model.engine.prompts import Tokenizer
 from md3cli.model.hf.config import Moondream3Config
 from md3cli.model.hf.generate import GenerationMethods, default_generation_config
 from md3cli.model.hf.inputs import (
@@ -43,16 +37,17 @@ from md3cli.model.hf.inputs import (
     make_mask,
     read_positions,
 )
+from md3cli.model.hf.loading import config_of, find_weights, read_dtype
+from md3cli.model.hf.original_methods import OriginalMethods
 from md3cli.model.network.loss import IGNORE, batch_loss
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights.adapters import PEFT_CONFIG, base_of, check_start
 from md3cli.model.weights.files import TOKENIZER_NAME, read_json
-from md3cli.model.weights.hub import fetch_model, model_path, repo_of, resolve_model
+from md3cli.model.weights.hub import model_path, repo_of
 from md3cli.model.weights.names import Format
 from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
-from md3cli.model.weights.read import CheckpointReader, stored_dtype
+from md3cli.model.weights.read import CheckpointReader
 from md3cli.model.weights.write import write_checkpoint
-from md3cli.records import RunIdentity
 
 GENERATION_CONFIG = "generation_config.json"
 _LAYOUTS = (Format.ORIGINAL, Format.HF, Format.RAW)
@@ -83,63 +78,6 @@ class Backbone:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._owner.model, name)
-
-
-class OriginalMethods(Skills):
-    """The original class's own methods, over the network as it is now.
-
-    Scripts written for the original's remote code run unchanged; arguments and results are `Moondream`'s.
-    """
-
-    model: Moondream3
-    name_or_path: str  # what the weights were loaded from; "" for a new network
-    tokenizer_source: str | None = None  # file, folder or repository; None: beside the weights
-    _moondream: Moondream | None = None
-    _moondream_state: tuple[Any, ...] = ()
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the engine's passes, as the original's `compile` does; `torch.compile` compiles the model itself."""
-        self.moondream().compile()
-
-    def moondream(self) -> Moondream:
-        """Return the engine's face over the network as it is now.
-
-        Raises:
-            CheckpointError: the tokenizer cannot be had.
-            EngineError: the network was not loaded from anywhere, so that no tokenizer is known.
-        """
-        # After a training step or a change of adapter a new engine is made: the old one remembers pictures as the old
-        # weights saw them.
-        state = self._weights_state()
-        if self._moondream is None or state != self._moondream_state:
-            self._moondream = None  # a GPU has no room for the slots of two engines
-            self._moondream, self._moondream_state = Moondream(self._new_engine()), state
-        return self._moondream
-
-    def _face(self) -> Moondream:
-        return self.moondream()
-
-    def _weights_state(self) -> tuple[Any, ...]:
-        """Return what changes when weights are trained, moved, or adapters come, go or are switched."""
-        tensors = tuple((id(p), p._version, p.device, p.dtype) for p in self.model.parameters())
-        layers: Iterator[Any] = (module for module in self.model.modules() if hasattr(module, "merged_adapters"))
-        adapters = tuple((*one.active_adapters, *one.merged_adapters, one.disable_adapters) for one in layers)
-        return (tensors, adapters)
-
-    def _new_engine(self) -> Engine:
-        if self.name_or_path:
-            files = resolve_model(self.name_or_path, tokenizer=self.tokenizer_source)
-            file, name, identity = files.tokenizer_file, files.name, files.identity
-        elif self.tokenizer_source is not None:
-            source = Path(self.tokenizer_source)
-            file, name, identity = source / TOKENIZER_NAME if source.is_dir() else source, "", "new"
-        else:
-            raise EngineError("this network has no tokenizer; set tokenizer_source to a tokenizer.json or its folder")
-        model, config = self.model, self.model.config
-        tokenizer = Tokenizer.load(file, config)
-        plan = plan_memory(None, config, model.dtype, model.device, config.text.max_context)
-        # Not planned: a network that may be trained has its plain parts, which read all of a slot.
-        return make_engine(model, tokenizer, name, RunIdentity(identity), plan, is_planned=False)
 
 
 class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
@@ -201,7 +139,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             return cls._load_with_adapter(Path(name), **kwargs)
         folder = find_weights(name, kwargs)
         plan = plan_checkpoint(folder)
-        kwargs["config"] = _config_of(plan, kwargs.get("config"))
+        kwargs["config"] = config_of(plan, kwargs.get("config"))
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
         kwargs["dtype"] = read_dtype(dtype, plan)
         with CheckpointReader(plan, dtype=kwargs["dtype"]) as weights:
@@ -413,35 +351,3 @@ def _checkpointed(recompute: Callable[..., Any], block: nn.Module, *inputs: Any)
     """Run a block; it is run again later where a gradient will be asked for."""
     forward = partial(type(block).forward, block)
     return recompute(forward, *inputs) if block.training and torch.is_grad_enabled() else forward(*inputs)
-
-
-# -- weights -----------------------------------------------------------------------------------------
-
-
-def find_weights(name: str, kwargs: dict[str, Any]) -> Path:
-    """Find the folder or file of a model, and fetch a repository; take the arguments about that out of `kwargs`."""
-    revision, is_offline = kwargs.pop("revision", None), bool(kwargs.pop("local_files_only", False))
-    for key in ("trust_remote_code", "cache_dir", "force_download", "token", "use_safetensors", "proxies"):
-        kwargs.pop(key, None)  # nothing here runs remote code or reads pickles; the hub's cache and login are used
-    repo = repo_of(name)
-    return model_path(name) if repo is None else fetch_model(repo, revision, offline=is_offline)
-
-
-def _config_of(plan: CheckpointPlan, given: object) -> Moondream3Config:
-    if isinstance(given, Moondream3Config):
-        config = deepcopy(given)
-    else:
-        file = plan.files.config_file
-        config = Moondream3Config() if file is None else Moondream3Config.from_json_file(str(file))
-    config.has_region_ln = plan.has_region_ln  # the weights know, whatever a config says
-    return config
-
-
-def read_dtype(given: object, plan: CheckpointPlan) -> torch.dtype:
-    """Read a dtype by any of the names transformers takes; `auto` is as stored."""
-    if isinstance(given, torch.dtype):
-        return given
-    found = stored_dtype(plan) if given == "auto" else getattr(torch, str(given).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise CheckpointError(f"dtype {given!r}: no such dtype; use auto, bfloat16, float16 or float32")
-    return found

@@ -16,8 +16,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    BitsAndBytesConfig,
     DynamicCache,
+    QuantoConfig,
     StoppingCriteria,
     StoppingCriteriaList,
     TextStreamer,
@@ -28,7 +28,7 @@ from md3cli import Moondream
 from md3cli.errors import CheckpointError, EngineError, RequestError
 from md3cli.model.engine import plain
 from md3cli.model.engine.machine import MemoryPlan
-from md3cli.model.hf import Moondream3Config, Moondream3ForConditionalGeneration, Moondream3Processor, modeling
+from md3cli.model.hf import Moondream3Config, Moondream3ForConditionalGeneration, Moondream3Processor, original_methods
 from md3cli.model.weights.names import Format
 from md3cli.model.weights.plan import plan_checkpoint
 from md3cli.records import Task
@@ -317,13 +317,13 @@ def test_the_originals_methods_are_the_engines() -> None:
 def test_an_engine_is_dropped_before_another_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What its slots take would not be free for the new one's."""
     model, _ = load_hf("a")
-    old, plan, was_free = weakref.ref(model.moondream().engine), modeling.plan_memory, []
+    old, plan, was_free = weakref.ref(model.moondream().engine), original_methods.plan_memory, []
 
     def watched(*arguments: Any) -> MemoryPlan:
         was_free.append(old() is None)
         return plan(*arguments)
 
-    monkeypatch.setattr(modeling, "plan_memory", watched)
+    monkeypatch.setattr(original_methods, "plan_memory", watched)
     monkeypatch.setattr(model, "_weights_state", lambda: "trained")
     model.moondream()
     assert was_free == [True]
@@ -413,8 +413,8 @@ def test_dtypes_and_device_maps() -> None:
 
 
 def test_a_quantisation_whose_library_is_missing_is_named() -> None:
-    with pytest.raises(EngineError, match="bitsandbytes"):
-        load(CASES["c"][0], quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    with pytest.raises(EngineError, match="optimum-quanto"):
+        load(CASES["c"][0], quantization_config=QuantoConfig(weights="int8"))
 
 
 def test_a_new_network_from_a_config_trains_and_has_no_tokenizer(tmp_path: Path) -> None:

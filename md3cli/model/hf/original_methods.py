@@ -1,0 +1,75 @@
+"""The original class's own methods for the transformers class: `query`, `caption`, `detect`, …, over the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from md3cli.errors import EngineError
+from md3cli.model.api import Moondream, Skills
+from md3cli.model.engine.engine import Engine
+from md3cli.model.engine.load import make_engine
+from md3cli.model.engine.machine import plan_memory
+from md3cli.model.engine.prompts import Tokenizer
+from md3cli.model.network.moondream import Moondream3
+from md3cli.model.weights.files import TOKENIZER_NAME
+from md3cli.model.weights.hub import resolve_model
+from md3cli.records import RunIdentity
+
+
+class OriginalMethods(Skills):
+    """The original class's own methods, over the network as it is now.
+
+    Scripts written for the original's remote code run unchanged; arguments and results are `Moondream`'s.
+    """
+
+    model: Moondream3
+    name_or_path: str  # what the weights were loaded from; "" for a new network
+    tokenizer_source: str | None = None  # file, folder or repository; None: beside the weights
+    _moondream: Moondream | None = None
+    _moondream_state: tuple[Any, ...] = ()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the engine's passes, as the original's `compile` does; `torch.compile` compiles the model itself."""
+        self.moondream().compile()
+
+    def moondream(self) -> Moondream:
+        """Return the engine's face over the network as it is now.
+
+        Raises:
+            CheckpointError: the tokenizer cannot be had.
+            EngineError: the network was not loaded from anywhere, so that no tokenizer is known.
+        """
+        # After a training step or a change of adapter a new engine is made: the old one remembers pictures as the old
+        # weights saw them.
+        state = self._weights_state()
+        if self._moondream is None or state != self._moondream_state:
+            self._moondream = None  # a GPU has no room for the slots of two engines
+            self._moondream, self._moondream_state = Moondream(self._new_engine()), state
+        return self._moondream
+
+    def _face(self) -> Moondream:
+        return self.moondream()
+
+    def _weights_state(self) -> tuple[Any, ...]:
+        """Return what changes when weights are trained, moved, or adapters come, go or are switched."""
+        tensors = tuple((id(p), p._version, p.device, p.dtype) for p in self.model.parameters())
+        layers: Iterator[Any] = (module for module in self.model.modules() if hasattr(module, "merged_adapters"))
+        adapters = tuple((*one.active_adapters, *one.merged_adapters, one.disable_adapters) for one in layers)
+        return (tensors, adapters)
+
+    def _new_engine(self) -> Engine:
+        if self.name_or_path:
+            files = resolve_model(self.name_or_path, tokenizer=self.tokenizer_source)
+            file, name, identity = files.tokenizer_file, files.name, files.identity
+        elif self.tokenizer_source is not None:
+            source = Path(self.tokenizer_source)
+            file, name, identity = source / TOKENIZER_NAME if source.is_dir() else source, "", "new"
+        else:
+            raise EngineError("this network has no tokenizer; set tokenizer_source to a tokenizer.json or its folder")
+        model, config = self.model, self.model.config
+        tokenizer = Tokenizer.load(file, config)
+        plan = plan_memory(None, config, model.dtype, model.device, config.text.max_context)
+        # Not planned: a network that may be trained has its plain parts, which read all of a slot.
+        return make_engine(model, tokenizer, name, RunIdentity(identity), plan, is_planned=False)
