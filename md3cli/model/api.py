@@ -9,13 +9,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from md3cli.config import ModelOptions
-from md3cli.errors import ConfigError, EngineError, ImageError, RequestError
+from md3cli.errors import ConfigError, EngineError, ImageError, RequestError, UsageError
 from md3cli.images.crops import PreparedImage
 from md3cli.model.api_annotate import Annotating
+from md3cli.model.api_loading import read_device_map, read_dtype
 from md3cli.model.api_requests import (
     ImageLike,
     Settings,
@@ -34,6 +38,7 @@ from md3cli.model.engine.generation import EncodedImage, Generation, reasoning_r
 from md3cli.model.engine.load import load_engine
 from md3cli.records import Answer, Job, RecordDict, Request, Task
 
+DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device] | None
 _CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x2F800, 0x2FA1F))
 
 
@@ -197,6 +202,46 @@ class Moondream(Skills):
             cache=False,
         )
         return cls(load_engine(options), options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path = "moondream3",
+        *,
+        trust_remote_code: bool = False,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: DeviceMap = None,
+        **options: Any,
+    ) -> Self:
+        """Load weights with transformers' arguments, as the model's card does; further ones are those of `load`.
+
+        Args:
+            trust_remote_code: changes nothing: whether True or False, no code of a checkpoint is run.
+            dtype: `"bfloat16"`, `torch.bfloat16`, …; `"auto"` and None are as `load`'s `auto`.
+            torch_dtype: the older name of `dtype`.
+            device_map: one device for the whole model: `"cuda"`, `{"": "cuda:1"}`, `{"": 0}`; None and `"auto"` are
+                the first GPU, or the CPU.
+
+        Raises:
+            UsageError: an argument is unknown, or said twice.
+            CheckpointError: the weights cannot be had, or do not fit.
+            ConfigError: this machine has no such device, dtype or setting, or `device_map` names several devices.
+        """
+        known = [name for name in signature(cls.load).parameters if name != "model"]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            taken = ", ".join(["trust_remote_code", "device_map", *known])
+            raise UsageError(f"from_pretrained takes no {', '.join(unknown)}; it takes {taken}")
+        if dtype is not None and torch_dtype is not None:
+            raise UsageError("dtype and torch_dtype are one setting; give dtype alone")
+        if device_map is not None:
+            if "device" in options:
+                raise UsageError("device and device_map are one setting; give one of them")
+            options["device"] = read_device_map(device_map)
+        return cls.load(
+            pretrained_model_name_or_path, dtype=read_dtype(torch_dtype if dtype is None else dtype), **options
+        )
 
     def annotate(self, requests: Iterable[Mapping[str, Any]]) -> Iterator[RecordDict]:
         """Yield records for many requests, batched, in the order of the requests.
