@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from md3cli.errors import ConfigError
+from md3cli.model.hf.saved_code import NamedBySavedFolders, auto_map, write_imports
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.weights.plan import SECTIONS, normalise_config
 
@@ -26,7 +28,7 @@ def _size(key: str) -> property:
     return property(lambda config: int(config.config["text"][key]))
 
 
-class Moondream3Config(PreTrainedConfig):  # type: ignore[no-untyped-call]
+class Moondream3Config(NamedBySavedFolders, PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Sizes, prompt templates and control ids of a Moondream 3 network.
 
     `config` holds the four sections `text vision region tokenizer`; a missing size is the real model's.
@@ -55,7 +57,15 @@ class Moondream3Config(PreTrainedConfig):  # type: ignore[no-untyped-call]
         kwargs.setdefault("eos_token_id", tokens.eos_id)
         kwargs.setdefault("pad_token_id", PAD_TOKEN_ID)
         kwargs.setdefault("tie_word_embeddings", False)
-        super().__init__(**kwargs)
+        super().__init__(**kwargs | {"auto_map": auto_map()})  # whatever code a stranger's file names
+
+    def save_pretrained(  # type: ignore[override]  # transformers names its keyword arguments one by one
+        self, save_directory: str | Path, *args: Any, **kwargs: Any
+    ) -> None:
+        """Write config.json, and the file of imports that its `auto_map` names."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_imports(Path(save_directory))  # first: what is pushed to a hub is what is there then
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def network(self) -> ModelConfig:

@@ -39,6 +39,7 @@ from md3cli.model.hf.inputs import (
 )
 from md3cli.model.hf.loading import config_of, find_weights, read_dtype
 from md3cli.model.hf.original_methods import OriginalMethods
+from md3cli.model.hf.saved_code import NamedBySavedFolders
 from md3cli.model.network.loss import IGNORE, batch_loss
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights.adapters import PEFT_CONFIG, base_of, check_start
@@ -81,7 +82,7 @@ class Backbone:
 
 
 class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
-    OriginalMethods, GenerationMethods, PreTrainedModel, GenerationMixin
+    OriginalMethods, NamedBySavedFolders, GenerationMethods, PreTrainedModel, GenerationMixin
 ):
     """Moondream 3 with `generate`, Trainer, PEFT, and the original's own `query`, `caption`, `detect`, ….
 
@@ -175,7 +176,8 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         """Write a folder that loads again here and in `md3`, with the tokenizer where it is known.
 
         The layout `original` is what transformers writes, under the original's names; `hf` has the names of the
-        Hugging Face port, and `raw` the vendor's. These two make new folders of merged weights only.
+        Hugging Face port, and `raw` the vendor's. These two make new folders of merged weights only. A folder of the
+        first loads in a plain transformers, too, with `trust_remote_code=True`, where md3cli is installed.
 
         Raises:
             CheckpointError: the layout has no place for these weights (the port has none for `region.ln`).

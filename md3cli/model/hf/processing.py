@@ -32,9 +32,10 @@ from md3cli.model.api_requests import prepare_pil, read_refs, read_request
 from md3cli.model.engine.prompts import Prompt, Prompts, Tokenizer
 from md3cli.model.hf.config import IMAGE_TOKEN_ID, PAD_TOKEN_ID, Moondream3Config
 from md3cli.model.hf.inputs import Row, pad_rows
+from md3cli.model.hf.saved_code import NamedBySavedFolders, auto_map, write_imports
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.network.vision import normalise_crops
-from md3cli.model.weights.files import TOKENIZER_NAME
+from md3cli.model.weights.files import TOKENIZER_NAME, read_json
 from md3cli.model.weights.hub import resolve_model
 from md3cli.records import CAPTION_LENGTHS, ImageItem, Request, Task
 
@@ -214,7 +215,7 @@ def _learn_object(row: Row, item: Mapping[str, float], config: ModelConfig) -> N
         row.add(tokens.size_id, size_wh, target=size_wh)
 
 
-class Moondream3Processor(ProcessorMixin):
+class Moondream3Processor(NamedBySavedFolders, ProcessorMixin):
     """Makes the inputs of `Moondream3ForConditionalGeneration`, and texts of its ids.
 
     `tokenizer` is the model's, as transformers wraps it. `chat_template` may be another Jinja template, whose output
@@ -260,8 +261,8 @@ class Moondream3Processor(ProcessorMixin):
             CheckpointError: the tokenizer cannot be had, or does not belong to the model.
         """
         saved = Path(pretrained_model_name_or_path) / PROCESSOR_CONFIG
-        if saved.is_file():
-            document = json.loads(saved.read_text(encoding="utf-8"))
+        document = read_json(saved) if saved.is_file() else {}
+        if "network" in document:  # ours: the port's own folder has such a file, too
             config, name = ModelConfig.from_sections(document["network"]), document.get("model_name", "")
             template, file = document.get("chat_template"), saved.with_name(TOKENIZER_NAME)
         else:
@@ -287,12 +288,13 @@ class Moondream3Processor(ProcessorMixin):
         written = list(self.tokenizer.save_pretrained(str(folder)))
         document = {
             "processor_class": type(self).__name__,
+            "auto_map": auto_map("AutoProcessor"),
             "model_name": self.model_name,
             "network": Moondream3Config.from_network(self.network).config,
             "chat_template": None if self.chat_template == CHAT_TEMPLATE else self.chat_template,
         }
         (folder / PROCESSOR_CONFIG).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        return [*written, str(folder / PROCESSOR_CONFIG)]
+        return [*written, str(write_imports(folder)), str(folder / PROCESSOR_CONFIG)]
 
     # -- text -------------------------------------------------------------------------------------
 
