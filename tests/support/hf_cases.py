@@ -1,10 +1,11 @@
-"""The reference cases as the transformers classes see them."""
+"""The reference cases as the transformers classes see them, and pictures for the embedded model."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from golden_cases import CASES, load_case
@@ -16,6 +17,9 @@ pytest.importorskip("peft", reason="needs the extra md3cli[hf]")
 pytest.importorskip("accelerate", reason="needs the extra md3cli[hf]")
 
 from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor
+
+WORDS = ("caption: short", "caption: long", "query: How many shapes are there?", "reason: How many shapes are there?",
+         "detect: circle", "detect: shape", "point: shape")  # fmt: skip
 
 
 @cache
@@ -49,3 +53,24 @@ def inputs_for(name: str, keys: list[int], side: str = "left") -> Any:
         spatial_refs=[case.requests[key].spatial_refs for key in keys],
         padding_side=side,
     )
+
+
+def scenes() -> list[Image.Image]:
+    """Pictures of several tilings: coloured discs and squares on grey."""
+    rng = np.random.default_rng(8)
+    images = []
+    for width, height in ((84, 84), (200, 150), (330, 210), (120, 400)):
+        pixels = np.full((height, width, 3), 150, dtype=np.uint8)
+        for colour in rng.integers(0, 256, (3, 3)):
+            x, y, side = rng.integers(0, width - 30), rng.integers(0, height - 30), rng.integers(20, 30)
+            pixels[y : y + side, x : x + side] = colour
+        images.append(Image.fromarray(pixels))
+    return images
+
+
+def request_of(words: str, image: Image.Image) -> dict[str, Any]:
+    mode, _, rest = words.partition(": ")
+    if mode == "caption":
+        return {"image": image, "task": "caption", "length": rest}
+    task = "query" if mode in ("query", "reason") else mode
+    return {"image": image, "task": task, "prompt": rest, "reasoning": mode == "reason"}

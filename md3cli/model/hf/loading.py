@@ -11,7 +11,7 @@ import torch
 from md3cli.errors import CheckpointError
 from md3cli.model.hf.config import Moondream3Config
 from md3cli.model.weights.hub import fetch_model, model_path, repo_of
-from md3cli.model.weights.plan import CheckpointPlan
+from md3cli.model.weights.plan import QUANT_METHOD, CheckpointPlan
 from md3cli.model.weights.read import stored_dtype
 
 
@@ -32,6 +32,9 @@ def config_of(plan: CheckpointPlan, given: object) -> Moondream3Config:
         file = plan.files.config_file
         config = Moondream3Config() if file is None else Moondream3Config.from_json_file(str(file))
     config.has_region_ln = plan.has_region_ln  # the weights know, whatever a config says
+    scheme = getattr(config, "quantization_config", None)
+    if isinstance(scheme, dict) and scheme.get("quant_method") == QUANT_METHOD:
+        del config.quantization_config  # ours, which the plan has judged; transformers would look for its library
     return config
 
 

@@ -38,10 +38,12 @@ from md3cli.model.hf.inputs import (
     read_positions,
 )
 from md3cli.model.hf.loading import config_of, find_weights, read_dtype
+from md3cli.model.hf.low_bits import LowBitMethods, PackedSource, check_arguments, one_device, read_quant
 from md3cli.model.hf.original_methods import OriginalMethods
-from md3cli.model.hf.saved_code import NamedBySavedFolders
+from md3cli.model.hf.saved_code import NamedBySavedFolders, name_classes
 from md3cli.model.network.loss import IGNORE, batch_loss
 from md3cli.model.network.moondream import Moondream3
+from md3cli.model.quant.load import NONE, has_low_bits
 from md3cli.model.weights.adapters import PEFT_CONFIG, base_of, check_start
 from md3cli.model.weights.files import TOKENIZER_NAME, read_json
 from md3cli.model.weights.hub import model_path, repo_of
@@ -82,7 +84,7 @@ class Backbone:
 
 
 class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
-    OriginalMethods, NamedBySavedFolders, GenerationMethods, PreTrainedModel, GenerationMixin
+    LowBitMethods, OriginalMethods, NamedBySavedFolders, GenerationMethods, PreTrainedModel, GenerationMixin
 ):
     """Moondream 3 with `generate`, Trainer, PEFT, and the original's own `query`, `caption`, `detect`, ….
 
@@ -129,30 +131,59 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         Of a folder that PEFT saved, the model it names is loaded, with the adapter on top. The keyword arguments are
         transformers'; `dtype` is as stored unless given. With `output_loading_info` the result is a pair.
 
+        Matrices that are stored in 8 or 4 bits stay so, on one device, and the model can then not be trained. With
+        `dtype=torch.float32`, `quant="none"`, a `quantization_config` or an adapter on top they become plain weights;
+        with `quant="int8"` or `"int4"` plain ones are packed. That is what `Moondream.load` does with `quant`.
+
         Raises:
             CheckpointError: the weights cannot be had or do not fit, or the adapter was made for changed ones.
+            ConfigError: what a model in few bits cannot do: several devices, an argument that it cannot follow.
             EngineError: a quantisation whose library is not installed.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, **kwargs)
         name = str(pretrained_model_name_or_path)
-        if (Path(name) / PEFT_CONFIG).is_file():
-            return cls._load_with_adapter(Path(name), **kwargs)
-        folder = find_weights(name, kwargs)
+        adapter = (kwargs.get("adapter_kwargs") or {}).pop("_adapter_model_path", name)  # as Auto classes find it
+        if (Path(adapter) / PEFT_CONFIG).is_file():
+            return cls._load_with_adapter(Path(adapter), **kwargs)
+        if adapter != name:
+            raise CheckpointError(f"{adapter} is an adapter, and no folder; fetch it first: `hf download {adapter}`")
+        folder, quant = find_weights(name, kwargs), read_quant(kwargs)
         plan = plan_checkpoint(folder)
         kwargs["config"] = config_of(plan, kwargs.get("config"))
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
         kwargs["dtype"] = read_dtype(dtype, plan)
-        with CheckpointReader(plan, dtype=kwargs["dtype"]) as weights:
-            kwargs["state_dict"] = {f"model.{key}": weights[key] for key in weights}
-        try:
-            loaded: Any = super().from_pretrained(None, *args, **kwargs)
-        except ImportError as error:
-            raise EngineError(f"{name} cannot be loaded in the way asked for: {error}") from error
+        source = PackedSource(folder, plan, quant, kwargs["dtype"]) if has_low_bits(plan, quant) else None
+        if source is not None and (dtype == "auto" or source.dtype is not torch.float32):
+            loaded: Any = cls._load_packed(source, **kwargs)
+        else:
+            with CheckpointReader(plan, dtype=kwargs["dtype"]) as weights:
+                state = weights if source is None else source.widened()
+                kwargs["state_dict"] = {f"model.{key}": state[key] for key in state}
+            try:
+                loaded = super().from_pretrained(None, *args, **kwargs)
+            except ImportError as error:
+                raise EngineError(f"{name} cannot be loaded in the way asked for: {error}") from error
         model: Self = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = repo_of(name) or str(folder)  # adapters keep it as their base
         model._take_generation_config(plan)
         return loaded  # type: ignore[no-any-return]
+
+    @classmethod
+    def _load_packed(cls, source: PackedSource, **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
+        """Load a network whose codes stay codes; arguments are what is left of `from_pretrained`'s."""
+        config, dtype, has_info = kwargs.pop("config"), kwargs.pop("dtype"), kwargs.pop("output_loading_info", False)
+        device_map = kwargs.pop("device_map", None)
+        check_arguments("from_pretrained", kwargs)
+        device = one_device(device_map)
+        config.dtype = dtype
+        with torch.device("meta"):
+            model = cls(config)
+        model.model, model.packed_source = source.load(device), source
+        if device_map is not None:
+            vars(model)["hf_device_map"] = {"": device}
+        model.train(False)
+        return (model, {}) if has_info else model
 
     @classmethod
     def _load_with_adapter(cls, folder: Path, **kwargs: Any) -> Self:
@@ -160,6 +191,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         base = base_of(folder)
         if base is None:
             raise CheckpointError(f"{folder / PEFT_CONFIG} names no base model; load that first, then the adapter")
+        kwargs.setdefault("quant", NONE)  # no adapter can be put on packed weights
         model: Any = cls.from_pretrained(base, **kwargs)
         model.load_adapter(str(folder))
         return model  # type: ignore[no-any-return]
@@ -171,23 +203,31 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             self.generation_config = default_generation_config(self.config)
 
     def save_pretrained(  # type: ignore[override]  # as above
-        self, save_directory: str | Path, *args: Any, layout: str = Format.ORIGINAL, **kwargs: Any
+        self, save_directory: str | Path, *args: Any, layout: str | None = None, **kwargs: Any
     ) -> None:
         """Write a folder that loads again here and in `md3`, with the tokenizer where it is known.
 
         The layout `original` is what transformers writes, under the original's names; `hf` has the names of the
         Hugging Face port, and `raw` the vendor's. These two make new folders of merged weights only. A folder of the
-        first loads in a plain transformers, too, with `trust_remote_code=True`, where md3cli is installed.
+        first loads in a plain transformers, too, with `trust_remote_code=True`, where md3cli is installed. None is
+        `original`; of a model in 8 or 4 bits it is a new folder with the codes that its files hold, in their layout,
+        and a layout that is named has its weights wide.
 
         Raises:
             CheckpointError: the layout has no place for these weights (the port has none for `region.ln`).
             OutputError: the folder cannot be written.
         """
         target = Path(save_directory)
-        if layout not in _LAYOUTS:
+        if layout not in (None, *_LAYOUTS):
             raise CheckpointError(f"layout {layout!r} is not one of {', '.join(_LAYOUTS)}")
         tokenizer = self._tokenizer_beside_weights()
-        if layout == Format.ORIGINAL:
+        if self.packed_source is not None:
+            check_arguments("save_pretrained", kwargs)
+            self.packed_source.save(target, None if layout is None else Format(layout), tokenizer)
+            self.generation_config.save_pretrained(target)
+            name_classes(target)
+            return
+        if layout in (None, Format.ORIGINAL):
             super().save_pretrained(target, *args, **kwargs)
             if tokenizer is not None and not (target / TOKENIZER_NAME).exists():
                 shutil.copyfile(tokenizer, target / TOKENIZER_NAME)
@@ -266,6 +306,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         given = batch.input_ids if batch.inputs_embeds is None else batch.inputs_embeds
         if given is None:
             raise RequestError("forward needs input_ids or inputs_embeds")
+        self.check_no_gradients()
         num_rows, num_new = given.shape[:2]
         valid = self._valid_positions(batch.attention_mask, num_rows, batch.num_past + num_new)
         x_BTD = batch.inputs_embeds

@@ -13,6 +13,7 @@ from md3cli.model.engine.load import make_engine
 from md3cli.model.engine.machine import plan_memory
 from md3cli.model.engine.prompts import Tokenizer
 from md3cli.model.network.moondream import Moondream3
+from md3cli.model.quant.layers import has_packed_weights, low_bit_matrices
 from md3cli.model.weights.files import TOKENIZER_NAME
 from md3cli.model.weights.hub import resolve_model
 from md3cli.records import RunIdentity
@@ -55,9 +56,10 @@ class OriginalMethods(Skills):
     def _weights_state(self) -> tuple[Any, ...]:
         """Return what changes when weights are trained, moved, or adapters come, go or are switched."""
         tensors = tuple((id(p), p._version, p.device, p.dtype) for p in self.model.parameters())
+        packed = tuple(map(id, low_bit_matrices(self.model)))
         layers: Iterator[Any] = (module for module in self.model.modules() if hasattr(module, "merged_adapters"))
         adapters = tuple((*one.active_adapters, *one.merged_adapters, one.disable_adapters) for one in layers)
-        return (tensors, adapters)
+        return (tensors, packed, adapters)
 
     def _new_engine(self) -> Engine:
         if self.name_or_path:
@@ -72,4 +74,5 @@ class OriginalMethods(Skills):
         tokenizer = Tokenizer.load(file, config)
         plan = plan_memory(None, config, model.dtype, model.device, config.text.max_context)
         # Not planned: a network that may be trained has its plain parts, which read all of a slot.
-        return make_engine(model, tokenizer, name, RunIdentity(identity), plan, is_planned=False)
+        is_planned = None if has_packed_weights(model) else False
+        return make_engine(model, tokenizer, name, RunIdentity(identity), plan, is_planned=is_planned)

@@ -7,8 +7,11 @@ that they name holds imports alone, so that a folder brings no code, and loads w
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+from md3cli.model.weights.files import CONFIG_NAME, read_json
 
 _MODULE = "modeling_md3"
 _CLASSES = {
@@ -33,6 +36,13 @@ def write_imports(folder: Path) -> Path:
     path = folder / f"{_MODULE}.py"
     path.write_text(_TEXT, encoding="utf-8")
     return path
+
+
+def name_classes(folder: Path) -> None:
+    """Name our classes in a folder that `write_checkpoint` made: in its config.json, and by the file of imports."""
+    write_imports(folder)
+    config = folder / CONFIG_NAME
+    config.write_text(json.dumps(read_json(config) | {"auto_map": auto_map()}, indent=1), encoding="utf-8")
 
 
 class NamedBySavedFolders:

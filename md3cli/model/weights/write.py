@@ -52,7 +52,7 @@ from md3cli.model.weights.names import (
     stored_name,
 )
 from md3cli.model.weights.plan import INT8_WEIGHTS, QUANT_METHOD, CheckpointPlan, hf_config, plan_checkpoint
-from md3cli.model.weights.read import TORCH_DTYPES, CheckpointReader, disassemble, stored_dtype
+from md3cli.model.weights.read import TORCH_DTYPES, CheckpointReader, disassemble, read_quantised, stored_dtype
 from md3cli.system import drop_cache, locked_folder, sync_folder
 
 _FINISHED = ".finished.json"
@@ -423,12 +423,49 @@ def _quantization_config(table: Iterable[Slot]) -> JsonObject:
 # -- from one layout to another -------------------------------------------------------------------
 
 
+class _AsStored(Mapping[str, Tensor | QuantisedWeight]):
+    """The tensors of a checkpoint as its files hold them: codes stay codes."""
+
+    def __init__(self, weights: CheckpointReader) -> None:
+        self._weights = weights
+        self._slots = {slot.name: slot for slot in weights.plan.slots}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, name: str) -> Tensor | QuantisedWeight:
+        slot = self._slots[name]
+        return read_quantised(slot, self._weights.read_stored) if slot.recipe.is_low_bit else self._weights[name]
+
+
+def _int4_scale_dtype(plan: CheckpointPlan) -> torch.dtype:
+    """Return the widest dtype that a file keeps its groups' scales and zero points in."""
+    scales = [part.name for slot in plan.slots if slot.recipe is Recipe.INT4 for part in slot.parts[1:]]
+    kinds = {TORCH_DTYPES[plan.files.entries[name].dtype] for name in scales}
+    return kinds.pop() if len(kinds) == 1 else torch.float32
+
+
+def _marks(plan: CheckpointPlan) -> frozenset[str]:
+    """Return the names by which a file says which matrices are codes."""
+    coded = [slot for slot in plan.slots if slot.recipe in (Recipe.INT4, Recipe.INT8)]
+    return frozenset(part.name for slot in coded for part in slot.parts)
+
+
 def convert_checkpoint(
-    source: Path, target: Path, layout: Format, *, progress: Progress = lambda num_bytes: None
+    source: Path,
+    target: Path,
+    layout: Format | None,
+    *,
+    tokenizer_file: Path | None = None,
+    progress: Progress = lambda num_bytes: None,
 ) -> CheckpointPlan:
     """Write the checkpoint `source` as the new folder `target` in another layout, and compare both bit for bit.
 
-    8- and 4-bit weights are widened to the dtype of the others; nothing else changes in value.
+    8- and 4-bit weights are widened to the dtype of the others; nothing else changes in value. With None the layout
+    is the source's own, and codes stay as they are. `tokenizer_file` is for a source that has none beside it.
 
     Raises:
         CheckpointError: `source` cannot be read, or the layout cannot hold it.
@@ -438,12 +475,14 @@ def convert_checkpoint(
     dtype = stored_dtype(plan)
     with CheckpointReader(plan, dtype=dtype) as weights:
         write_checkpoint(
-            weights,
+            weights if layout is not None else _AsStored(weights),
             plan.config,
             target,
-            layout,
+            layout or plan.layout,
             dtype=dtype,
-            tokenizer_file=plan.files.tokenizer_file,
+            int4_scale_dtype=_int4_scale_dtype(plan),
+            marks=_marks(plan) if layout is None else (),
+            tokenizer_file=plan.files.tokenizer_file or tokenizer_file,
             progress=progress,
         )
     written = plan_checkpoint(target)

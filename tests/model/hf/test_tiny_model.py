@@ -11,40 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hf_cases import WORDS, request_of, scenes
 
 from md3cli import Moondream, model_path
+from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor
 from md3cli.records import Task
 
-pytest.importorskip("peft", reason="needs the extra md3cli[hf]")
-pytest.importorskip("accelerate", reason="needs the extra md3cli[hf]")
-
-from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor
-
 EXAMPLES = Path(__file__).parents[3] / "examples"
-WORDS = ("caption: short", "caption: long", "query: How many shapes are there?", "reason: How many shapes are there?",
-         "detect: circle", "detect: shape", "point: shape")  # fmt: skip
-
-
-def scenes() -> list[Image.Image]:
-    """Pictures of several tilings: coloured discs and squares on grey."""
-    rng = np.random.default_rng(8)
-    images = []
-    for width, height in ((84, 84), (200, 150), (330, 210), (120, 400)):
-        pixels = np.full((height, width, 3), 150, dtype=np.uint8)
-        for colour in rng.integers(0, 256, (3, 3)):
-            x, y, side = rng.integers(0, width - 30), rng.integers(0, height - 30), rng.integers(20, 30)
-            pixels[y : y + side, x : x + side] = colour
-        images.append(Image.fromarray(pixels))
-    return images
-
-
-def request_of(words: str, image: Image.Image) -> dict[str, Any]:
-    mode, _, rest = words.partition(": ")
-    if mode == "caption":
-        return {"image": image, "task": "caption", "length": rest}
-    task = "query" if mode in ("query", "reason") else mode
-    return {"image": image, "task": task, "prompt": rest, "reasoning": mode == "reason"}
 
 
 @pytest.mark.process
