@@ -38,6 +38,7 @@ from md3cli.model.engine.generation import EncodedImage, Generation, reasoning_r
 from md3cli.model.engine.load import load_engine
 from md3cli.records import Answer, Job, RecordDict, Request, Task
 
+SEGMENT_SHAPES = ("md3", "vendor")
 DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device] | None
 _CJK = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x2F800, 0x2FA1F))
 
@@ -124,10 +125,25 @@ class Skills:
         return self._find(Task.POINT, image, object, settings, spatial_refs)
 
     def segment(
-        self, image: ImageLike, object: str, settings: Settings = None, spatial_refs: SpatialRefs | None = None
+        self,
+        image: ImageLike,
+        object: str,
+        settings: Settings = None,
+        spatial_refs: SpatialRefs | None = None,
+        shape: str = "md3",
     ) -> dict[str, Any]:
-        """Return `{"segments": [{"svg_path", "bbox", …}]}`; the path is in units of its box."""
-        return self._find(Task.SEGMENT, image, object, settings, spatial_refs)
+        """Return `{"segments": [{"svg_path", "bbox", …}]}`, one segment or none; the path is in units of its box.
+
+        With `shape="vendor"` the result is that of the vendor's client `moondream`: `{"path", "bbox"}` of the segment,
+        and `{"path": "", "bbox": None}` where nothing is found.
+        """
+        if shape not in SEGMENT_SHAPES:
+            raise RequestError(f"shape is {describe_value(shape)}, expected {' or '.join(SEGMENT_SHAPES)}")
+        result = self._find(Task.SEGMENT, image, object, settings, spatial_refs)
+        if shape == "md3":
+            return result
+        found = result["segments"][0] if result["segments"] else {"svg_path": "", "bbox": None}
+        return {"path": found["svg_path"], "bbox": found["bbox"]}
 
     def _find(
         self, task: Task, image: ImageLike, object: str, settings: Settings, spatial_refs: SpatialRefs | None = None

@@ -338,3 +338,22 @@ def test_the_batch_size_is_the_engines() -> None:
     for wrong in (0, True, "8"):
         with pytest.raises(ConfigError, match=r"batch_size is .*expected a whole number"):
             Moondream.load("tiny", device="cpu", batch_size=wrong)  # type: ignore[arg-type]
+
+
+def test_a_segment_in_the_shape_of_the_vendors_client(tiny: Moondream) -> None:
+    (segment,) = tiny.segment(SCENE, "red circle")["segments"]
+    assert segment["svg_path"].startswith("M ")
+    vendors = {"path": segment["svg_path"], "bbox": segment["bbox"]}
+    assert tiny.segment(SCENE, "red circle", shape="vendor") == vendors
+    assert tiny.segment(SCENE, "red circle", shape="md3") == {"segments": [segment]}
+
+
+def test_no_segment_in_the_shape_of_the_vendors_client(tiny: Moondream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "_answer", lambda image, request: {"segments": []})
+    assert tiny.segment(SCENE, "dragon", shape="vendor") == {"path": "", "bbox": None}
+
+
+@pytest.mark.parametrize("shape", ["Vendor", "", None, ["vendor"]])
+def test_an_unknown_shape_is_refused_before_anything_is_asked(tiny: Moondream, shape: Any) -> None:
+    with pytest.raises(RequestError, match=r"shape is .*, expected md3 or vendor"):
+        tiny.segment("nowhere.png", "dog", shape=shape)

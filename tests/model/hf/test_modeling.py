@@ -174,31 +174,6 @@ def test_results_are_ids_boxes_points_or_a_list() -> None:
         assert not boxes[row, len(found) :].any()
 
 
-@pytest.mark.usefixtures("crops_as_recorded")
-@pytest.mark.process
-def test_the_ports_published_example(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the import and the model's name differ from the port's card."""
-    from transformers import AutoModelForCausalLM, AutoProcessor
-
-    import md3cli.model.hf  # noqa: F401
-
-    device, folder = "cpu", str(CASES["a"][0])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", device_map=device, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(folder, use_fast=False, trust_remote_code=True)
-    image1, image2 = picture("a", 0), picture("a", 1)
-    text = [processor.apply_chat_template("", tokenize=False)] * 2
-    inputs = processor(text=text, images=[image1, image2])
-    inputs = {k: v.to(device) for k, v in inputs.items()}
-    model.eval()
-    with torch.no_grad():
-        outputs = model.generate(**inputs, use_cache=True, max_new_tokens=6)
-        outputs = [out_ids[len(in_ids) :] for in_ids, out_ids in zip(inputs["input_ids"], outputs, strict=True)]
-        texts = [processor.decode(output) for output in outputs]
-    assert model.dtype == torch.bfloat16
-    settings = {"max_tokens": 6}
-    assert texts == [model.caption(image, settings=settings)["caption"] for image in (image1, image2)]
-
-
 class Collector(BaseStreamer):
     """Keeps what it is given."""
 
