@@ -17,9 +17,11 @@ from golden_cases import CASES
 from hf_cases import load_hf, picture
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+from typer.testing import CliRunner
 
 import md3cli.original
 from md3cli import Moondream
+from md3cli.cli import app
 from md3cli.model.hf import Moondream3Config, Moondream3ForConditionalGeneration, Moondream3Processor
 from md3cli.model.hf.saved_code import auto_map
 
@@ -127,7 +129,15 @@ def strange(tmp_path: Path) -> Path:
     return folder
 
 
+def query_by_command(folder: str) -> None:
+    """Ask a question without a picture with `md3`."""
+    asked = ["query", "-q", "What?", "-m", folder, "--device", "cpu", "--max-tokens", "2", "--no-reasoning"]
+    result = CliRunner().invoke(app, asked, prog_name="md3")
+    assert result.exit_code == 0, result.output
+
+
 LOADERS = {
+    "md3": query_by_command,
     "Moondream": Moondream.load,
     "Moondream.from_pretrained": Moondream.from_pretrained,
     "the class": Moondream3ForConditionalGeneration.from_pretrained,
@@ -143,7 +153,7 @@ LOADERS = {
 @pytest.mark.parametrize("name", LOADERS)
 def test_code_that_a_checkpoint_names_is_not_run(strange: Path, name: str) -> None:
     """Not even by transformers' own classes for models, which know `moondream3` once `md3cli.model.hf` is imported."""
-    trusts: list[dict[str, Any]] = [{}] if name == "Moondream" else [{}, {"trust_remote_code": True}]
+    trusts: list[dict[str, Any]] = [{}] if name in ("md3", "Moondream") else [{}, {"trust_remote_code": True}]
     for trust in trusts:
         LOADERS[name](str(strange), **trust)
         assert not (strange.parent / "mark").exists()
