@@ -1,7 +1,7 @@
 """`md3 bench`: this machine's throughput beside its limits, measured in the same run.
 
-Weights are loaded (or drawn) before any clock starts. On a CPU one workload runs, again with its encodings cached, and
-from files. On CUDA, which is quick, every workload runs at several batch sizes on different photographs of nine crops,
+Weights are loaded (or drawn) before any clock starts. On a CPU each workload runs, again with its encodings cached,
+and from files. On CUDA, which is quick, workloads run at several batch sizes on different photographs of nine crops,
 with the GPU's own memory and the share of time in which the GPU works. The plain path on the same requests is the
 baseline. `md3 bench` alone imports this file, when it measures: torch comes with it. Knows nothing of how the numbers
 are shown.
@@ -9,7 +9,6 @@ are shown.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from md3cli.bench.device import GpuMemory, busy_seconds, gpu_memory, reset_gpu_peak
 from md3cli.bench.runs import (
     PHOTO,
     WORKLOADS,
@@ -47,7 +46,7 @@ from md3cli.model.engine.load import ONE_THREAD_BYTES, choose_device, choose_dty
 from md3cli.model.engine.machine import is_out_of_memory, release, shortage
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.weights.hub import resolve_model
-from md3cli.model.weights.random_weights import CONFIGS, forbid_end, random_model
+from md3cli.model.weights.random_weights import CONFIGS, forbid_end, random_model, show_places
 from md3cli.model.weights.read import load_model
 from md3cli.system import keep_freed_memory
 
@@ -58,18 +57,36 @@ GPU_PREFIXES = (1, 16)  # pictures of a prefill pass
 BATCH_SIZES = (1, 8, 64, 128)  # on CUDA
 # Workload -> full batches of it, and requests at least: enough for a steady rate, fewer where answers are long.
 # A photo's crops take 3.9 MB of the host's memory: 2 GB at four batches of 128.
-NUM_REQUESTS = {"query": (4, 64), "reasoning": (2, 32), "captions": (2, 16), "files": (4, 64)}
-CAPTION_TOKENS = 150  # on CUDA
+NUM_REQUESTS = {
+    "query": (4, 64),
+    "reasoning": (2, 32),
+    "captions": (2, 16),
+    "files": (4, 64),
+    "detect": (2, 32),
+    "point": (2, 32),
+    "segment": (2, 16),
+}
+CAPTION_TOKENS = 150  # on CUDA, and of a segment's path
 WARM_TOKENS = 3
 
 
-@dataclass(slots=True)
-class BenchResult:
-    """Numbers of one benchmark on a CPU: seconds, GFLOP/s, GB/s and shares 0-1; None is what was not measured."""
+def _rates(requests: int, images: int, output_tokens: float, seconds: float) -> dict[str, float]:
+    """Return how many of each were done in a second; of tokens, a coordinate or a size is one."""
+    return {
+        "requests_per_second": requests / seconds,
+        "images_per_second": images / seconds,
+        "tokens_per_second": output_tokens / seconds,
+    }
 
-    device: str
-    limits: dict[str, float]
-    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+
+@dataclass(slots=True)
+class HostRun:
+    """One workload on a CPU: seconds, bytes and shares 0-1; None is what was not measured."""
+
+    workload: str
+    batch_size: int
+    requests: int
+    images: int
     engine: dict[str, float] = field(default_factory=dict)
     cached: dict[str, float] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
@@ -77,17 +94,29 @@ class BenchResult:
     baseline: dict[str, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """Return plain numbers, with rates, and how many times as long the plain path takes where that was run."""
+        seconds, numbers = self.engine["seconds"], asdict(self)
+        rates = _rates(self.requests, self.images, self.engine["output_tokens"], seconds)
+        if self.baseline is not None:
+            rates["baseline_ratio"] = self.baseline["seconds"] / seconds
+        return {name: value for name, value in numbers.items() if value is not None} | rates
 
 
-@dataclass(frozen=True, slots=True)
-class GpuMemory:
-    """Bytes of a CUDA device."""
+@dataclass(slots=True)
+class BenchResult:
+    """Numbers of one benchmark on a CPU: GFLOP/s, GB/s and shares 0-1."""
 
-    gpu_peak_bytes: int  # the most that tensors took at a time, weights included
-    gpu_reserved_bytes: int  # the most that torch took from the driver to hold them
-    gpu_outside_bytes: int  # not torch's: the context, libraries, other programs
+    device: str
+    limits: dict[str, float]
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    runs: list[HostRun] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `--json` prints; the first run's parts stand beside the list of all, too."""
+        runs = [run.as_dict() for run in self.runs]
+        parts = ("engine", "cached", "memory", "files", "baseline")
+        first = {name: runs[0][name] for name in parts if name in runs[0]}
+        return {"device": self.device, "limits": self.limits, "stages": self.stages, **first, "runs": runs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +126,7 @@ class GpuRun:
     workload: str
     batch_size: int
     requests: int
+    images: int
     seconds: float
     output_tokens: int
     busy_seconds: float | None
@@ -109,8 +139,8 @@ class GpuRun:
         numbers: dict[str, Any] = asdict(self)
         memory: dict[str, Any] = numbers.pop("memory")
         busy_share = self.busy_seconds / self.seconds if self.busy_seconds is not None else None
-        rates = {"requests_per_second": self.requests / self.seconds, "gpu_busy_share": busy_share}
-        return numbers | rates | memory
+        rates = _rates(self.requests, self.images, self.output_tokens, self.seconds)
+        return numbers | rates | {"gpu_busy_share": busy_share} | memory
 
 
 @dataclass(slots=True)
@@ -159,15 +189,21 @@ def model_source(
     prepare_device(place)
     kind = choose_dtype(dtype, place, 1 << 40)
     if model is None:
-        return ModelSource(place, lambda: random_model(CONFIGS[config], dtype=kind, device=place, seed=seed), threads)
+        return ModelSource(place, lambda: _made_up(config, kind, place, seed), threads)
     files = resolve_model(model, tell=partial(say, err=True))
     return ModelSource(place, lambda: load_model(files.path, dtype=kind, device=place), threads)
+
+
+def _made_up(config: str, dtype: torch.dtype, device: torch.device, seed: int) -> Moondream3:
+    model = random_model(CONFIGS[config], dtype=dtype, device=device, seed=seed)
+    show_places(model)
+    return model
 
 
 def run_bench(
     source: ModelSource,
     *,
-    workload: str | None,
+    workloads: Sequence[str] = (),
     batch_size: int | None,
     has_baseline: bool,
     num_workers: int,
@@ -177,7 +213,7 @@ def run_bench(
     """Measure limits, stages, the engine on a workload, and the plain path.
 
     Args:
-        workload: a name of `WORKLOADS`; None is `HOST_WORKLOAD`, on CUDA all of `GPU_WORKLOADS`.
+        workloads: names of `WORKLOADS`; none is `HOST_WORKLOAD`, on CUDA all of `GPU_WORKLOADS`.
         batch_size: None is `HOST_BATCH`, on CUDA all of `BATCH_SIZES`.
         num_workers: processes that decode the pictures of `files`.
         baseline_images: run the baseline on the first so many pictures and scale up.
@@ -187,17 +223,19 @@ def run_bench(
         EngineError: the model cannot run here.
     """
     if source.device.type == "cuda":
-        names = GPU_WORKLOADS if workload is None else (workload,)
+        names = workloads or GPU_WORKLOADS
         batch_sizes = BATCH_SIZES if batch_size is None else (batch_size,)
         result = _bench_gpu(source, names, batch_sizes, num_workers, seed)
         if has_baseline:
             release(source.device)  # many cards hold one model, not two
             result.baseline = run_plain(source.make(), names, baseline_images, seed)
         return result
-    chosen = WORKLOADS[workload or HOST_WORKLOAD]
-    host, images = _bench_host(source, chosen, batch_size or HOST_BATCH, num_workers, seed)
+    host = _bench_host(source, workloads or (HOST_WORKLOAD,), batch_size or HOST_BATCH, num_workers, seed)
     if has_baseline:
-        host.baseline = run_baseline(source.make(), chosen, images, baseline_images)
+        model = source.make()
+        for run in host.runs:
+            workload = WORKLOADS[run.workload]
+            run.baseline = run_baseline(model, workload, make_images(model, workload, seed), baseline_images)
     return host
 
 
@@ -210,35 +248,43 @@ def _model_to_measure(source: ModelSource) -> Moondream3:
     return model
 
 
-def _bench_host(
-    source: ModelSource, workload: Workload, batch_size: int, num_workers: int, seed: int
-) -> tuple[BenchResult, list[PreparedImage]]:
+def _bench_host(source: ModelSource, names: Sequence[str], batch_size: int, num_workers: int, seed: int) -> BenchResult:
     model = _model_to_measure(source)
+    result = BenchResult(_device_name(source.device), {})
+    with torch.inference_mode():
+        images = make_images(model, WORKLOADS[names[0]], seed)
+        limits = result.limits = measure_limits(model)
+        result.stages["vision"] = bench_vision(model, images, limits)
+        result.stages["prefill"] = bench_prefill(model, limits)
+        result.stages["decode"] = bench_decode(model, 1, limits)
+        result.stages["decode_16"] = bench_decode(model, 16, limits)
+        result.runs = [_run_host(model, name, batch_size, num_workers, seed) for name in names]
+    return result
+
+
+def _run_host(model: Moondream3, name: str, batch_size: int, num_workers: int, seed: int) -> HostRun:
+    workload = WORKLOADS[name]
+    batch_size = min(batch_size, workload.num_requests)
+    run = HostRun(name, batch_size, workload.num_requests, len(workload.tilings))
     with ExitStack() as stack:
         images, files = open_pictures(stack, model, workload, num_workers, seed)
-        with torch.inference_mode():
-            result = BenchResult(_device_name(source.device), measure_limits(model))
-            result.stages["vision"] = bench_vision(model, images, result.limits)
-            result.stages["prefill"] = bench_prefill(model, result.limits)
-            result.stages["decode"] = bench_decode(model, 1, result.limits)
-            result.stages["decode_16"] = bench_decode(model, 16, result.limits)
         folder = stack.enter_context(tempfile.TemporaryDirectory())
 
         def store() -> EncodingCache:
             return EncodingCache(FileCache(Path(folder), CACHE_BYTES), model, background="none")
 
-        result.engine, result.memory = run_engine(model, workload, images, batch_size, store())
-        result.cached, _ = run_engine(model, workload, images, batch_size, store())
+        run.engine, run.memory = run_engine(model, workload, images, batch_size, store())
+        run.cached, _ = run_engine(model, workload, images, batch_size, store())
         if files is not None:
-            engine = make_engine(model, min(batch_size, workload.num_requests))
+            engine = make_engine(model, batch_size)
             seconds, _ = time_run(engine, files.jobs(workload.request, workload.num_requests), workload)
-            result.files = {
+            run.files = {
                 "seconds": seconds,
                 "pictures_per_second": workload.num_requests / seconds,
-                "share": result.engine["seconds"] / seconds,
+                "share": run.engine["seconds"] / seconds,
                 "decode_workers": float(num_workers),
             }
-    return result, images
+    return run
 
 
 def _bench_gpu(
@@ -286,7 +332,7 @@ def gpu_workload(name: str, batch_size: int) -> Workload:
         return workload
     batches, least = NUM_REQUESTS[name]
     workload = replace(workload, tilings=(PHOTO,) * max(least, batches * batch_size))
-    return replace(workload, max_tokens=CAPTION_TOKENS) if name == "captions" else workload
+    return replace(workload, max_tokens=CAPTION_TOKENS) if name in ("captions", "segment") else workload
 
 
 def run_workloads(
@@ -365,6 +411,7 @@ def measure(engine: Engine, name: str, workload: Workload, images: Sequence[Prep
         name,
         engine.batch_size,
         workload.num_requests,
+        len(workload.tilings),
         seconds,
         num_tokens,
         None if busy is None else busy * workload.num_requests / len(profiled),
@@ -398,48 +445,3 @@ def run_plain(
         rate = workload.num_requests / done["seconds"]
         found[name] = {"requests_per_second": rate, "images_run": done["images_run"]}
     return found
-
-
-# -- the device ------------------------------------------------------------------------------------
-
-
-def reset_gpu_peak(device: torch.device) -> None:
-    """Let `gpu_memory` forget the most that was taken so far."""
-    torch.cuda.reset_peak_memory_stats(device)
-
-
-def gpu_memory(device: torch.device) -> GpuMemory:
-    """Return the device's memory since `reset_gpu_peak`."""
-    free, total = torch.cuda.mem_get_info(device)
-    return GpuMemory(
-        torch.cuda.max_memory_allocated(device),
-        torch.cuda.max_memory_reserved(device),
-        total - free - torch.cuda.memory_reserved(device),
-    )
-
-
-def busy_seconds(run: Callable[[], object]) -> float | None:
-    """Return the seconds in which a CUDA device computed or copied while `run` ran; None where nothing was seen.
-
-    The profiler makes `run` itself slower, but hardly what it sees of the device.
-    """
-    # Where steps were captured as graphs a profiler that lets go of the device and comes back may crash (CUDA 12).
-    os.environ |= {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
-    with profile(
-        activities=[ProfilerActivity.CUDA], acc_events=True
-    ) as profiler:  # torch 2.11 warns without acc_events
-        run()
-    return covered(
-        (event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        if event.device_type.name == "CUDA" and not event.is_user_annotation
-    )
-
-
-def covered(spans_us: Iterable[tuple[float, float]]) -> float | None:
-    """Return the seconds that spans in microseconds cover together, overlaps once; None without spans."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans_us):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total / 1e6 if total else None

@@ -40,6 +40,7 @@ SIZE = (1920, 1080)  # 2 megapixels; the real model cuts them into nine crops
 NUM_SCENES = 4  # with different pixels; files of one scene differ in a comment, and so in their digest
 WORD_ID = 1000  # of every word of a prompt, or the last id of a model that has fewer
 ANSWER_ID, THINKING_ID = 3, 4  # what a prompt ends with
+NUM_WORDS = {Task.QUERY: 8}  # of a question with its template; of other prompts 4
 PHOTO = Tiling(2, 4)  # nine crops: what most photographs are cut into
 AHEAD_PER_WORKER = 4  # pictures being decoded, or decoded and not taken
 
@@ -113,12 +114,15 @@ def with_comment(jpeg: bytes, text: str) -> bytes:
     return jpeg[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + jpeg[2:]
 
 
+TOKENS_PER_OBJECT = {Task.DETECT: 3, Task.POINT: 2}  # x, y and, of a box, its size
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """What is run: pictures by tiling, and how many requests of which task each.
 
-    A query with `reasoning` spends `max_tokens` twice: on thinking, and on its answer. With `from_files`
-    the pictures are JPEG files, which are decoded while the engine runs.
+    A query with `reasoning` spends `max_tokens` twice: on thinking, and on its answer. Detect and point find
+    `max_objects`. With `from_files` the pictures are JPEG files, which are decoded while the engine runs.
     """
 
     tilings: tuple[Tiling, ...]
@@ -134,10 +138,10 @@ class Workload:
         return len(self.tilings) * self.num_prompts
 
     @property
-    def answer_tokens(self) -> int | None:
-        """The output tokens of each answer where none ends before its budget; None for objects."""
-        if self.task not in (Task.CAPTION, Task.QUERY):
-            return None
+    def answer_tokens(self) -> int:
+        """The output tokens of each answer where none ends before its budget; a coordinate, or a size, is one."""
+        if self.task in TOKENS_PER_OBJECT:
+            return self.max_objects * TOKENS_PER_OBJECT[self.task]
         return self.max_tokens * (2 if self.reasoning else 1)
 
     @property
@@ -159,6 +163,9 @@ WORKLOADS = {  # sizes for a CPU; a GPU gets `bench.gpu_workload`
         max_objects=2,
     ),
     "files": Workload((PHOTO,) * 8, Task.QUERY, 1, max_tokens=3, max_objects=1, from_files=True),
+    "detect": Workload((PHOTO,) * 4, Task.DETECT, 1, max_tokens=1, max_objects=8),
+    "point": Workload((PHOTO,) * 4, Task.POINT, 1, max_tokens=1, max_objects=8),
+    "segment": Workload((PHOTO,) * 4, Task.SEGMENT, 1, max_tokens=64, max_objects=1),  # a box of 3, and its path
 }
 
 
@@ -174,10 +181,15 @@ class FixedPrompts:
 
     def __init__(self, model: Moondream3) -> None:
         self._word_id = min(WORD_ID, model.config.text.vocab_size - 1)
+        self._points_id = model.config.tokenizer.start_ground_points_id
 
     def build(self, request: Request, has_image: bool) -> Prompt:
-        reasons = request.task is Task.QUERY and request.reasoning
-        return Prompt([1, *([self._word_id] * 4), THINKING_ID if reasons else ANSWER_ID])
+        last = ANSWER_ID
+        if request.task is Task.QUERY and request.reasoning:
+            last = THINKING_ID
+        elif request.task is Task.SEGMENT:
+            last = self._points_id  # as `show_places` wants it
+        return Prompt([1, *([self._word_id] * NUM_WORDS.get(request.task, 4)), last])
 
     def encode_choices(self, request: Request) -> tuple[tuple[int, ...], ...]:
         return ()
@@ -269,7 +281,7 @@ def time_run(engine: Engine, jobs: Iterable[Job | None], workload: Workload) -> 
     for answer in engine.run(jobs):
         if answer.failure is not None:
             raise EngineError(f"request {answer.key} of the benchmark failed: {answer.failure.message}")
-        if workload.answer_tokens not in (None, answer.output_tokens):
+        if workload.answer_tokens != answer.output_tokens:
             raise EngineError(
                 f"request {answer.key} of the benchmark has {answer.output_tokens} tokens, not {workload.answer_tokens}"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from md3cli.signals import check_stdout
 
 app = App()
 
+Work = StrEnum("Work", ["query", "reasoning", "captions", "files", "detect", "point", "segment", "photos", "all"])
 COMPARED_STAGES = {"vision": "a photo", "prefill": "a picture", "decode": "a token", "decode_16": "16 tokens"}
 
 
@@ -37,10 +39,11 @@ def bench(
         ),
     ] = "mid",
     workload: Annotated[
-        Literal["query", "reasoning", "captions", "photos", "files"] | None,
+        list[Work] | None,
         typer.Option(
             metavar="WORK",
-            help="query, reasoning, captions, photos or files; by default captions, on CUDA all but photos.",
+            help="query, reasoning, captions, files, detect, point, segment, photos or all, once or more; default: "
+            "captions, on CUDA the first four.",
         ),
     ] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
@@ -70,13 +73,14 @@ def bench(
 ) -> None:
     """This machine's throughput by stage, beside what a bare matrix product and a bare read reach here.
 
-    Queries have 3 tokens, reasoning 15 and its answer 15, captions 32 (150 on
-    CUDA); files are JPEGs, decoded while the engine runs. On CUDA memory is
-    the GPU's, not the process's.
+    Queries have 3 tokens, reasoning 15 and its answer 15, captions 32 and
+    segments 64 (150 on CUDA), detect and point 8 objects, photos 2 for each
+    of 5 names; files are JPEGs, decoded while the engine runs. A coordinate
+    or a size is a token. On CUDA memory is the GPU's, not the process's.
 
     Examples:
         md3 bench --model tiny
-        md3 bench --config mid --baseline --json
+        md3 bench --workload detect --workload segment --baseline
         md3 bench --model tiny --compare-quant
     """
     check_stdout()
@@ -89,9 +93,10 @@ def bench(
     from md3cli.run.feed import num_auto_workers
 
     source = model_source(model, config, device=device, dtype=dtype, threads=threads, seed=seed)
+    names = dict.fromkeys(workload or ())
     result = run_bench(
         source,
-        workload=workload,
+        workloads=[str(name) for name in (Work if Work.all in names else names) if name is not Work.all],
         batch_size=batch_size,
         has_baseline=baseline,
         num_workers=num_auto_workers(),
@@ -124,12 +129,13 @@ def _show(result: Mapping[str, Any]) -> None:
         f"a bare read {limits['read_gbytes']:.1f} GB/s{copy}"
     )
     columns = ("stage", "seconds", "per second", "rate", "of the limit")
-    rows = _stage_rows(result["stages"], digits=5 if "runs" in result else 3)
-    print_table(columns, rows, right=(), is_ruled=False)
-    if "runs" in result:
-        columns = ("batch", "requests/s", "seconds", "GPU memory", "GPU busy")
-        print_table(("workload", *columns), map(_run_row, result["runs"]), right=columns, is_ruled=False)
-    print_wrapped("\n".join(_gpu_lines(result) if "runs" in result else _host_lines(result)))
+    is_gpu = "notes" in result
+    print_table(columns, _stage_rows(result["stages"], digits=5 if is_gpu else 3), right=(), is_ruled=False)
+    more = ("GPU memory", "GPU busy") if is_gpu else ("memory", "cached", "plain path")
+    columns = ("batch", "requests/s", "images/s", "tokens/s", *more)
+    rows = map(_gpu_row if is_gpu else _host_row, result["runs"])
+    print_table(("workload", *columns), rows, right=columns, is_ruled=False)
+    print_wrapped("\n".join(_gpu_lines(result) if is_gpu else _host_lines(result)))
 
 
 def _stage_rows(stages: Mapping[str, Mapping[str, float]], *, digits: int) -> Iterator[tuple[str, ...]]:
@@ -139,15 +145,27 @@ def _stage_rows(stages: Mapping[str, Mapping[str, float]], *, digits: int) -> It
         yield name, f"{stage['seconds']:.{digits}f}", amount, rate, f"{stage['share']:.0%}"
 
 
-def _run_row(run: Mapping[str, Any]) -> tuple[str, ...]:
+def _rates(run: Mapping[str, Any]) -> tuple[str, ...]:
+    rates = (run[f"{what}_per_second"] for what in ("requests", "images", "tokens"))
+    return (run["workload"], str(run["batch_size"]), *(f"{rate:.2f}" for rate in rates))
+
+
+def _gpu_row(run: Mapping[str, Any]) -> tuple[str, ...]:
     busy = run["gpu_busy_share"]
     return (
-        run["workload"],
-        str(run["batch_size"]),
-        f"{run['requests_per_second']:.2f}",
-        f"{run['seconds']:.2f}",
+        *_rates(run),
         f"{run['gpu_peak_bytes'] / 1e9:.2f} GB",
         f"{busy:.0%}" if busy is not None else "not seen",
+    )
+
+
+def _host_row(run: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return rates and memory, how many times as fast it is with encodings cached, and as the plain path."""
+    return (
+        *_rates(run),
+        f"{run['memory']['peak_rss_bytes'] / 1e9:.2f} GB",
+        f"{run['engine']['seconds'] / run['cached']['seconds']:.1f}x",
+        f"{run['baseline_ratio']:.1f}x" if "baseline_ratio" in run else "not run",
     )
 
 
@@ -162,11 +180,17 @@ def _gpu_lines(result: Mapping[str, Any]) -> list[str]:
         )
     lines += [f"did not fit: {note}" for note in result["notes"]]
     for name, plain in result.get("baseline", {}).items():
-        lines.append(f"plain path, {name}: {plain['requests_per_second']:.2f} requests/s")
+        rate = plain["requests_per_second"]
+        best = max((run["requests_per_second"] for run in runs if run["workload"] == name), default=None)
+        compared = f"; the engine's best is {best / rate:.1f} times that" if best is not None else ""
+        lines.append(f"plain path, {name}: {rate:.2f} requests/s{compared}")
     return lines
 
 
 def _host_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return what the tables leave open of each workload; of a single one more."""
+    if len(result["runs"]) > 1:
+        return [f"{run['workload']}: {_files_line(run)}" for run in result["runs"] if "files" in run]
     engine, memory = result["engine"], result["memory"]
     parts = [memory[f"{part}_bytes"] / 1e9 for part in ("weights", "kv", "activation")]
     peak = memory["peak_rss_bytes"] / 1e9
@@ -179,15 +203,19 @@ def _host_lines(result: Mapping[str, Any]) -> list[str]:
     seconds = result["cached"]["seconds"]
     lines.append(f"again, encodings cached: {seconds:.1f} s, {engine['seconds'] / seconds:.1f} times as fast")
     if "files" in result:
-        files = result["files"]
-        lines.append(
-            f"from files: {files['seconds']:.1f} s, {files['pictures_per_second']:.2f} pictures/s through "
-            f"{files['decode_workers']:.0f} decode workers, {files['share']:.0%} of the engine's rate above"
-        )
+        lines.append(f"from files: {_files_line(result)}")
     if "baseline" in result:
         seconds = result["baseline"]["seconds"]
         lines.append(f"plain path: {seconds:.1f} s, {seconds / engine['seconds']:.1f} times the engine's")
     return lines
+
+
+def _files_line(run: Mapping[str, Any]) -> str:
+    files = run["files"]
+    return (
+        f"{files['seconds']:.1f} s, {files['pictures_per_second']:.2f} pictures/s through "
+        f"{files['decode_workers']:.0f} decode workers, {files['share']:.0%} of the engine's rate above"
+    )
 
 
 def _show_compared(variants: Mapping[str, Any]) -> None:

@@ -20,15 +20,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from md3cli.bench import bench, runs, stages
-from md3cli.bench.bench import GpuBenchResult, GpuMemory, GpuRun, busy_seconds, covered, gpu_workload, run_workloads
+from md3cli.bench import bench, device, runs, stages
+from md3cli.bench.bench import GpuBenchResult, GpuRun, gpu_workload, run_workloads
+from md3cli.bench.device import GpuMemory, busy_seconds, covered
 from md3cli.bench.runs import PHOTO, WORKLOADS, Workload, make_engine, make_images, make_jobs, time_run
 from md3cli.commands import bench as command
 from md3cli.errors import EngineError
-from md3cli.images.crops import ImageLimits, Tiling, prepare_image
+from md3cli.images.crops import ImageLimits, PreparedImage, Tiling, prepare_image
+from md3cli.model.engine import plain
 from md3cli.model.engine.engine import Engine
 from md3cli.model.network.moondream import Moondream3
-from md3cli.model.weights.random_weights import CONFIGS, forbid_end, random_model
+from md3cli.model.weights.random_weights import CONFIGS, forbid_end, random_model, show_places
 from md3cli.records import ImageItem, Task
 
 CPU = torch.device("cpu")
@@ -41,6 +43,7 @@ ONE_TILE = Tiling(1, 1)
 def mini() -> Moondream3:
     model = random_model(CONFIGS["mini"], dtype=torch.float32, device=CPU)
     forbid_end(model)
+    show_places(model)
     return model
 
 
@@ -83,9 +86,11 @@ def run_gpu(*names: str, batch_sizes: tuple[int, ...] = (1, 2)) -> GpuBenchResul
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", ["query", "reasoning", "captions"])
-def test_answers_have_the_tokens_of_their_workload(name: str) -> None:
-    tokens = {"query": 3, "reasoning": 30, "captions": 150}[name]
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("query", 3), ("reasoning", 30), ("captions", 150), ("detect", 24), ("point", 16), ("segment", 150)],
+)
+def test_answers_have_the_tokens_of_their_workload(name: str, tokens: int) -> None:
     workload = replace(gpu_workload(name, 2), tilings=(PHOTO,) * 3)
     assert workload.answer_tokens == tokens
     jobs = make_jobs(workload, make_images(mini(), workload, seed=0))
@@ -95,6 +100,31 @@ def test_answers_have_the_tokens_of_their_workload(name: str) -> None:
         assert answer.result is not None
         assert ("reasoning" in answer.result) == (name == "reasoning")
         assert answer.finish_reason == "length"
+        for found in ("objects", "points"):
+            assert len(answer.result.get(found, range(8))) == 8
+
+
+@pytest.mark.process
+def test_segments_begin_with_a_box_and_thoughts_with_a_point() -> None:
+    """On the engine as on the plain path, where the heads for places are asked only when a place is due."""
+    ids = mini().config.tokenizer
+    for name, places in (("segment", [5, 5, 6]), ("reasoning", [7, 5, 5, 9])):
+        workload = replace(WORKLOADS[name], tilings=(ONE_TILE,))
+        (job,) = make_jobs(workload, make_images(mini(), workload, seed=0))
+        assert isinstance(job.image, PreparedImage)
+        prompt = runs.FixedPrompts(mini()).build(job.request, has_image=True)
+        written = plain.answer(mini(), job.image, workload.task, prompt, max_tokens=12, max_objects=1)
+        phase = written.reasoning or written
+        assert phase.token_ids[: len(places)] == places
+        assert {ids.coord_id, ids.size_id}.isdisjoint(phase.token_ids[len(places) :])
+        assert phase.coord_bins == [0, 512]
+        (answer,) = make_engine(mini(), 1).run([job])
+        assert answer.result is not None
+        if name == "segment":
+            (segment,) = answer.result["segments"]
+            assert segment["bbox"]["x_max"] > 0
+        else:
+            assert [chunk["points"] for chunk in answer.result["reasoning"]["grounding"]] == [[[0.0, 0.5]]]
 
 
 def test_an_answer_that_ends_early_ends_the_benchmark() -> None:
@@ -114,7 +144,7 @@ def test_a_request_that_fails_ends_the_benchmark() -> None:
 
 
 def test_a_gpu_gets_full_batches_of_different_photos() -> None:
-    for name in bench.GPU_WORKLOADS:
+    for name in bench.NUM_REQUESTS:
         for batch_size in bench.BATCH_SIZES:
             workload = gpu_workload(name, batch_size)
             assert workload.num_requests % batch_size == 0
@@ -125,6 +155,17 @@ def test_a_gpu_gets_full_batches_of_different_photos() -> None:
     images = make_images(mini(), gpu_workload("query", 1), seed=0)
     assert len({image.sha256 for image in images}) == len({image.crops.tobytes() for image in images}) == 64
     assert {len(image.crops) for image in images} == {9}
+
+
+@pytest.mark.process
+def test_a_cpu_runs_all_that_is_asked(small_limits: None) -> None:
+    found = bench.run_bench(
+        mini_source(), workloads=("point", "query"), batch_size=2, has_baseline=False, num_workers=1
+    ).as_dict()
+    assert [(run["workload"], run["batch_size"]) for run in found["runs"]] == [("point", 2), ("query", 2)]
+    assert found["engine"] == found["runs"][0]["engine"]
+    assert "baseline" not in found
+    assert "baseline_ratio" not in found["runs"][0]
 
 
 def test_what_a_cpu_runs_has_not_changed() -> None:
@@ -138,11 +179,11 @@ def test_what_a_cpu_runs_has_not_changed() -> None:
 
 @pytest.mark.process
 def test_every_workload_at_every_batch_size(engines: list[Engine]) -> None:
-    found = run_gpu("query", "reasoning", "captions")
+    tokens = {"query": 3, "reasoning": 30, "captions": 40, "detect": 24, "point": 16, "segment": 40}
+    found = run_gpu(*tokens)
     assert [(run.workload, run.batch_size) for run in found.runs] == [
-        (name, size) for name in ("query", "reasoning", "captions") for size in (1, 2)
+        (name, size) for name in tokens for size in (1, 2)
     ]
-    tokens = {"query": 3, "reasoning": 30, "captions": 40}
     for run in found.runs:
         assert run.requests == {1: 3, 2: 4}[run.batch_size]
         assert run.output_tokens == run.requests * tokens[run.workload]
@@ -151,6 +192,7 @@ def test_every_workload_at_every_batch_size(engines: list[Engine]) -> None:
         assert run.busy_seconds == 0.25 * run.requests / run.batch_size
         assert run.as_dict()["gpu_busy_share"] == run.busy_seconds / run.seconds
         assert run.as_dict()["requests_per_second"] == run.requests / run.seconds
+        assert run.as_dict()["tokens_per_second"] == run.output_tokens / run.seconds
     assert not found.notes
     assert not any(engine.encoder.num_reused or engine.stats.num_prefixes_shared for engine in engines)
 
@@ -239,7 +281,7 @@ def test_only_the_device_counts_as_busy(monkeypatch: pytest.MonkeyPatch) -> None
     def profile(activities: Any, acc_events: bool) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(events=lambda: events)
 
-    monkeypatch.setattr(bench, "profile", profile)
+    monkeypatch.setattr(device, "profile", profile)
     assert busy_seconds(lambda: ran.append(1)) == pytest.approx(2e-6)
     assert ran == [1]
 
@@ -291,14 +333,14 @@ def test_a_stage_that_memory_does_not_hold_is_said(
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("workload", "batch_size", "names", "sizes"),
+    ("workloads", "batch_size", "names", "sizes"),
     [
-        (None, None, ("query", "reasoning", "captions", "files"), (1, 8, 64, 128)),
-        ("photos", 32, ("photos",), (32,)),
+        ((), None, ("query", "reasoning", "captions", "files"), (1, 8, 64, 128)),
+        (("photos", "point"), 32, ("photos", "point"), (32,)),
     ],
 )
 def test_a_gpu_runs_all_that_is_not_narrowed(
-    workload: str | None,
+    workloads: tuple[str, ...],
     batch_size: int | None,
     names: tuple[str, ...],
     sizes: tuple[int, ...],
@@ -314,7 +356,7 @@ def test_a_gpu_runs_all_that_is_not_narrowed(
     monkeypatch.setattr(bench, "_bench_gpu", measure)
     source = replace(mini_source(), device=torch.device("cuda"))
     found = bench.run_bench(
-        source, workload=workload, batch_size=batch_size, has_baseline=True, baseline_images=1, num_workers=3, seed=5
+        source, workloads=workloads, batch_size=batch_size, has_baseline=True, baseline_images=1, num_workers=3, seed=5
     )
     assert asked == [(names, sizes, 3, 5)]
     assert found.baseline is not None
@@ -357,17 +399,23 @@ def mini_source() -> bench.ModelSource:
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_cpu_measures_what_it_always_did(name: str, small_limits: None) -> None:
     found = bench.run_bench(
-        mini_source(), workload=name, batch_size=None, has_baseline=True, baseline_images=1, num_workers=2
+        mini_source(), workloads=(name,), batch_size=None, has_baseline=True, baseline_images=1, num_workers=2
     ).as_dict()
-    keys = ["device", "limits", "stages", "engine", "cached", "memory", "baseline"]
+    keys = ["device", "limits", "stages", "engine", "cached", "memory", "baseline", "runs"]
     assert [key for key in found if key != "files"] == keys
     assert ("files" in found) == (name == "files")
     assert tuple(found["stages"]) == STAGES
     assert list(found["limits"]) == ["gemm_gflops", "vision_gemm_gflops", "read_gbytes"]
     assert list(found["memory"]) == ["weights_bytes", "kv_bytes", "activation_bytes", "peak_rss_bytes", "ratio"]
     workload = WORKLOADS[name]
-    tokens = 6 if workload.answer_tokens is None else workload.answer_tokens  # two objects of three ids
-    assert found["engine"]["output_tokens"] == found["cached"]["output_tokens"] == tokens * workload.num_requests
+    tokens = workload.answer_tokens * workload.num_requests
+    assert found["engine"]["output_tokens"] == found["cached"]["output_tokens"] == tokens
+    (run,) = found["runs"]
+    assert (run["workload"], run["requests"], run["images"]) == (name, workload.num_requests, len(workload.tilings))
+    assert run["images_per_second"] == run["images"] / found["engine"]["seconds"]
+    assert run["tokens_per_second"] == tokens / found["engine"]["seconds"]
+    assert run["baseline_ratio"] == found["baseline"]["seconds"] / found["engine"]["seconds"]
+    assert all(run[part] == found[part] for part in ("engine", "cached", "memory", "baseline"))
     if name == "files":
         assert found["files"]["pictures_per_second"] == pytest.approx(8 / found["files"]["seconds"])
         assert found["files"]["decode_workers"] == 2
@@ -427,6 +475,37 @@ def test_the_command_prints_numbers_or_tables() -> None:
 
 @pytest.mark.process
 @pytest.mark.usefixtures("small_limits")
+def test_the_command_runs_several_workloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    run_bench = bench.run_bench
+
+    def run(*args: Any, workloads: tuple[str, ...], **more: Any) -> Any:
+        asked.append(tuple(workloads))
+        return run_bench(*args, workloads=("segment", "files"), **more)
+
+    monkeypatch.setattr(bench, "run_bench", run)
+    place = ("--config", "mini", "--device", "cpu")
+    lines = run_command(*place, "--workload", "segment", "--workload", "point", "--baseline", "--workload", "segment")
+    run_command(*place, "--workload", "all", "--workload", "files", "--json")
+    assert asked[0] == ("segment", "point")
+    assert sorted(asked[1]) == sorted(WORKLOADS)
+    rows = [line.split() for line in lines.splitlines()]
+    assert ["workload", "batch", "requests/s", "images/s", "tokens/s", "memory", "cached", "plain", "path"] in rows
+    (row,) = (row for row in rows if row[0] == "segment")
+    assert row[1] == "4"
+    assert row[-1].endswith("x")
+    assert any(row[0] == "files:" for row in rows)
+    assert max(map(len, lines.splitlines())) <= 80
+
+
+def test_a_workload_that_there_is_none_of_is_refused() -> None:
+    done = CliRunner().invoke(command.app, ["--workload", "gaze"])
+    assert done.exit_code == 2
+    assert "point" in done.output
+
+
+@pytest.mark.process
+@pytest.mark.usefixtures("small_limits")
 def test_the_model_of_the_package_is_measured() -> None:
     """Its vocabulary of 608 ids is smaller than the word that prompts are made of for others."""
     text = run_command(
@@ -437,7 +516,7 @@ def test_the_model_of_the_package_is_measured() -> None:
 
 
 def gpu_result() -> dict[str, Any]:
-    run = GpuRun("files, cut before", 128, 512, 8.0, 1536, 7.2, 18 * 10**9, 30 * 10**9, MEMORY)
+    run = GpuRun("files, cut before", 128, 512, 512, 8.0, 1536, 7.2, 18 * 10**9, 30 * 10**9, MEMORY)
     runs = [run, replace(run, workload="query", batch_size=1, seconds=123.456, busy_seconds=None)]
     stage = {"seconds": 0.00123, "tokens_per_second": 104_000.0, "gbytes": 2900.0, "share": 0.97}
     product = {"seconds": 0.0123, "crops_per_second": 5000.0, "gflops": 650_000.0, "share": 0.82}
@@ -454,12 +533,12 @@ def test_a_gpus_table_fits_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: p
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     words = [" ".join(line.split()) for line in lines]
-    assert "workload batch requests/s seconds GPU memory GPU busy" in words
-    assert "files, cut before 128 64.00 8.00 3.00 GB 90%" in words
-    assert "query 1 4.15 123.46 3.00 GB not seen" in words
+    assert "workload batch requests/s images/s tokens/s GPU memory GPU busy" in words
+    assert "files, cut before 128 64.00 64.00 192.00 3.00 GB 90%" in words
+    assert "query 1 4.15 4.15 12.44 3.00 GB not seen" in words
     assert "decode_128 0.00123 104,000.0 tokens 2,900.0 GB/s 97%" in words
     assert "did not fit: captions, batch 128: memory holds a batch of 98" in words
-    assert "plain path, query: 3.25 requests/s" in words
+    assert "plain path, query: 3.25 requests/s; the engine's best is 1.3 times that" in words
 
 
 def test_a_gpus_numbers_are_plain_and_named_after_the_gpu() -> None:

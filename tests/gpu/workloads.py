@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from md3cli.bench.bench import busy_seconds, gpu_memory, gpu_workload, reset_gpu_peak
+from md3cli.bench.bench import gpu_workload
+from md3cli.bench.device import busy_seconds, gpu_memory, reset_gpu_peak
 from md3cli.bench.runs import PHOTO, WORKLOADS, Workload, make_engine, make_images, make_jobs, time_run
 from md3cli.file_cache import FileCache
 from md3cli.images.crops import PreparedImage

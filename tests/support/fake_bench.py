@@ -66,7 +66,7 @@ def main() -> None:
         stack.enter_context(patch.object(bench, "busy_seconds", one_run))
         stack.enter_context(patch.object(stages, "best_seconds", one_run))
         source = ModelSource(DEVICE, lambda: random_model(CONFIGS["mini"], dtype=torch.bfloat16, device=DEVICE))
-        found = run_bench(source, workload="query", batch_size=None, has_baseline=False, num_workers=1)
+        found = run_bench(source, workloads=("query",), batch_size=None, has_baseline=False, num_workers=1)
     print(json.dumps(found.as_dict()))
 
 

@@ -84,6 +84,37 @@ def forbid_end(model: Moondream3) -> None:
         model.text.lm_head.bias[token] = UNTHINKABLE
 
 
+MARK = 100.0  # of each component of an input's mark: more than 24 layers of random weights add to it
+KNOWN = 1000.0  # a head's logit for the mark that it knows; other marks give it 60 at most
+UNPROMPTED = -200.0  # of places' ids, which random words are not to be
+
+
+def show_places(model: Moondream3) -> None:
+    """Make random weights ground what they think and begin a segment with a box, whatever the picture.
+
+    Four inputs bear marks that outweigh what layers add, and heads know them: behind the thinking id comes the start
+    of points, behind that a coordinate, and another; then a size or, in reasoning, where no size may come, the end of
+    grounding. What follows are random words. A prompt for a segment ends with the start of points.
+    """
+    ids, text, region = model.config.tokenizer, model.text, model.region
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (4, model.config.text.dim), generator=generator) * 2.0 - 1
+    thinks, starts, first, second = signs.to(model.dtype).to(model.device)
+    text.wte[ids.thinking_id].add_(MARK * thinks)
+    text.wte[ids.start_ground_points_id].add_(MARK * starts)
+    region.coord_features[0, 0] = 1  # a whole turn: its cosine is 1 at coordinate 0, and -1 at one half
+    region.coord_encoder.weight[:, 0].add_(MARK / 2 * (first - second))
+    region.coord_encoder.bias.add_(MARK / 2 * (first + second))
+
+    known = KNOWN / model.config.text.dim
+    places = [ids.start_ground_points_id, ids.coord_id, ids.size_id, ids.end_ground_id]
+    text.lm_head.bias[places] = UNPROMPTED
+    for token, mark in zip(places, (thinks, starts + first, second, second / 2), strict=True):
+        text.lm_head.weight[token].add_(known * mark)
+    region.coord_decoder.weight[0].add_(known * starts)
+    region.coord_decoder.weight[region.num_coord_bins // 2].add_(known * first)
+
+
 def _filled(shape: torch.Size, block: torch.Tensor, offset: int) -> torch.Tensor:
     """Return a tensor of this shape whose values run through `block` from `offset`, again and again."""
     value = torch.empty(shape, dtype=block.dtype, device=block.device)
