@@ -1,4 +1,4 @@
-"""A folder of small checksummed files under a size limit: what the encoding cache keeps on disk.
+"""A folder of small checksummed files under a size limit: encodings, and compiled code.
 
 Any number of processes may read and write one folder at once without locks: a file appears whole, by a rename, and
 equal keys hold equal content, so it does not matter who wins. A checksum covers key and content: a file without the
@@ -38,14 +38,14 @@ class CacheInfo:
 
 
 class FileCache:
-    """Bytes by key (hex digits) in `root/encodings`; at most `limit_bytes` of them, about.
+    """Bytes by key (hex digits) in a folder of `root`; at most `limit_bytes` of them, about.
 
     Raises:
         OutputError: the folder cannot be made, belongs to someone else, or others may write to it.
     """
 
-    def __init__(self, root: Path, limit_bytes: int) -> None:
-        self.root = root / "encodings"
+    def __init__(self, root: Path, limit_bytes: int, *, folder: str = "encodings") -> None:
+        self.root = root / folder
         self.limit_bytes = limit_bytes
         self._num_bytes: int | None = None  # known after the first look; other processes may change it
         try:

@@ -209,7 +209,7 @@ def measure(job: VariantJob) -> dict[str, Any]:
     decisions = [_decide(engine.model, engine.prompts, image, forced) for image, forced in _followed(engine, job)]
     if job.records is not None:
         with Path(job.records).open("w", encoding="utf-8") as stream:
-            for record in Moondream(engine, options).annotate(job.requests):
+            for record in Moondream(engine).annotate(job.requests):
                 stream.write(json.dumps(record) + "\n")
     answered_rss = peak_rss()
     return {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +15,7 @@ from typing import Any, Self
 import torch
 
 from md3cli.config import ModelOptions
-from md3cli.errors import ConfigError, EngineError, ImageError, RequestError, UsageError
+from md3cli.errors import ConfigError, ImageError, RequestError, UsageError
 from md3cli.images.crops import PreparedImage
 from md3cli.model.api_annotate import Annotating
 from md3cli.model.api_loading import read_device_map, read_dtype
@@ -36,6 +35,7 @@ from md3cli.model.api_requests import (
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.generation import EncodedImage, Generation, reasoning_result
 from md3cli.model.engine.load import load_engine
+from md3cli.model.engine.ready import make_ready
 from md3cli.records import Answer, Job, RecordDict, Request, Task
 
 SEGMENT_SHAPES = ("md3", "vendor")
@@ -176,9 +176,8 @@ class Moondream(Skills):
     picture that cannot be read.
     """
 
-    def __init__(self, engine: Engine, options: ModelOptions | None = None) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._options = options
         self._keys = itertools.count()
         self._answers: dict[int, Answer] = {}  # of calls still open: a stream may be read between other calls
 
@@ -217,7 +216,7 @@ class Moondream(Skills):
             batch_size=_batch_size(batch_size),
             cache=False,
         )
-        return cls(load_engine(options), options)
+        return cls(load_engine(options))
 
     @classmethod
     def from_pretrained(
@@ -293,22 +292,16 @@ class Moondream(Skills):
         yield from run.finished()  # failures, too, that no answer came after
 
     def compile(self) -> None:
-        """Compile the forward passes, which pays for long runs on a GPU; without a compiler it warns and goes on.
+        """Make the model ready: when this returns, the next request is as fast as the hundredth.
 
-        Requests that were begun, as streams that are still read, are answered first. The weights are read again.
-
-        Raises:
-            EngineError: the model was not made by `Moondream.load`.
+        On a CPU the decode step of a float32 model is compiled where that is faster on this machine, which takes a
+        minute or two; what was found is kept in the user's cache folder, and the next time it takes a second. Where
+        it is not faster a warning says so, and nothing is compiled. On a GPU steps are captured already. Requests that
+        were begun, as streams that are still read, are answered first. No answer changes.
         """
-        if self._options is None:
-            raise EngineError("only a model that was made by Moondream.load can be compiled")
-        if self._options.compile:
-            return
         while self.engine.has_work:
             self._step()
-        self._options = replace(self._options, compile=True)
-        del self.engine  # most GPUs hold one model, not two
-        self.engine = load_engine(self._options)  # an eager engine's weights may lie in a form no compiler can follow
+        make_ready(self.engine, None)
 
     def _face(self) -> Moondream:
         return self

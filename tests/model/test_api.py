@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,20 +120,18 @@ def test_a_stream_that_nobody_reads_on_is_cancelled() -> None:
 
 
 @pytest.mark.process
-def test_compiling_drops_the_model_first_and_answers_open_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_answers_open_streams_first(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Moondream.load("tiny", device="cpu", dtype="fp32")
     settings = {"max_tokens": 8}
     expected = model.caption(SCENE, settings=settings)["caption"]
     stream = model.caption(SCENE, stream=True, settings=settings)["caption"]
     begun = next(stream)
-    old = weakref.ref(model.engine)
 
-    def load(options: ModelOptions) -> Engine:
-        assert options.compile
-        assert old() is None
-        return load_engine(replace(options, compile=False))
+    def ready(engine: Engine, cache_dir: Path | None) -> None:
+        assert engine is model.engine
+        assert not engine.has_work
 
-    monkeypatch.setattr(api, "load_engine", load)
+    monkeypatch.setattr(api, "make_ready", ready)
     model.compile()
     assert begun + "".join(stream) == expected
     assert model.caption(SCENE, settings=settings)["caption"] == expected
@@ -145,7 +141,7 @@ def late_model(delay: int, is_planned: bool) -> Moondream:
     """The tiny model, its results read late or its passes of one size."""
     options = ModelOptions(model="tiny", device="cpu", dtype="fp32", batch_size=4, cache=False)
     with patch.object(load_module, "Engine", partial(Engine, delay=delay, is_planned=is_planned)):
-        return Moondream(load_engine(options), options)
+        return Moondream(load_engine(options))
 
 
 @pytest.fixture(scope="module", params=[(0, True), (1, False), (1, True), (2, False), (2, True)], ids=str)
@@ -229,7 +225,7 @@ def test_compiling_answers_streams_whose_results_are_under_way(
     delay: int, captions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = late_model(delay, is_planned=False)
-    monkeypatch.setattr(api, "load_engine", lambda options: load_engine(replace(options, compile=False)))
+    monkeypatch.setattr(api, "make_ready", lambda engine, cache_dir: None)
     streams = open_streams(model)
     begun = [next(stream) for stream in streams]
     model.compile()

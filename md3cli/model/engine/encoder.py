@@ -47,8 +47,6 @@ CROP_FLOP_TARGET = {"cpu": 2e10, "cuda": 4e13, "mps": 4e12}  # of one vision mic
 SIZES_OF_ONE = (1, 4, 9, 13)
 CROPS_OF_A_PICTURE = 9  # a usual one's; a micro-batch of 36 brings four pictures to their projection
 
-EncodeRows = Callable[[Tensor], Tensor]
-
 
 class EncodingCache:
     """Image embeddings that outlive a run, in a folder; one that cannot be written to is only read from then on.
@@ -179,7 +177,7 @@ class ImageEncoder:
         self.sizes = sizes
         # Pictures of one projection: a fixed number where sizes are, and the host can hand over many at once.
         self.projected = 1 if sizes is None else max(1, self.max_crops // CROPS_OF_A_PICTURE)
-        self.encode_rows: EncodeRows = model.vision.encode_rows
+        self.encode_rows: Callable[[Tensor], Tensor] = model.vision.encode_rows
         self._threads = threads
         self._ready: dict[str, Tensor] = {}  # of pictures that are about to be asked something
         self._memory: OrderedDict[str, Tensor] = OrderedDict()  # of pictures that may come again
@@ -192,11 +190,9 @@ class ImageEncoder:
         self.num_reused = 0  # pictures found in memory or on disk
         self.seconds = 0.0  # of the host: on CUDA it launches encoding in that time and does not wait for it
 
-    def compile(self, backend: str = "inductor") -> None:
-        """Compile the encoder for micro-batches of its fixed sizes, or of one where it has none."""
-        if self.sizes is None:
-            self.sizes = (self.max_crops,)
-        self.encode_rows = torch.compile(self.model.vision.encode_rows, dynamic=False, backend=backend)
+    def forgetful(self) -> ImageEncoder:
+        """Return an encoder that does the same and has seen no picture, neither in memory nor on disk."""
+        return ImageEncoder(self.model, max_crops=self.max_crops, sizes=self.sizes, threads=self._threads)
 
     def expect(self, images: Iterable[AnyImage]) -> None:
         """Begin to read, on a GPU's host, what a store has of the pictures that are asked next; waits for nothing."""

@@ -69,9 +69,7 @@ class EngineStats:
 
 
 PREFILL_TOKENS = {"cpu": 1024, "cuda": 16384, "mps": 4096}  # of one prefill pass, padding included
-# Positions behind the prefix that slots start with. A CUDA device's plan has no more room for compiled ones: with the
-# real model's prefix these are `machine.SLOT_POSITIONS`.
-EAGER_ROOM, COMPILED_ROOM = 32, 806
+ROOM = 32  # positions behind the prefix that slots start with, where they may grow
 DELAYS = {"cuda": 1}  # launches that results are read behind; elsewhere a launch is done when it returns
 IDLE_WAIT_S = 0.0005  # between two looks at a source that has nothing ready
 
@@ -239,18 +237,20 @@ class Engine:
         is_waiting_only = len(self._in_flight) <= num_before
         self._absorb_arrivals(0 if is_waiting_only else self.delay)
 
-    def compile(self, backend: str = "inductor") -> None:
-        """Compile vision, prefill and decode; slots are made large enough not to grow in ordinary runs."""
-        self.encoder.compile(backend)
-        self.passes.compile(backend)
-        self._free_slots()  # there may be no room for two
-        self._allocate(self.batch_size)
-
     def capture(self) -> None:
         """Capture the decode step as CUDA graphs, now and whenever slots are made anew; before the first job."""
         self._captures = True
         self._free_slots()
         self._allocate(self.batch_size)
+
+    @property
+    def is_captured(self) -> bool:
+        """True where a decode step is a CUDA graph."""
+        return self._captures
+
+    def forget_pictures(self) -> None:
+        """Let no slot's prefix be found again; there must be no work."""
+        self._slots = SlotTable(self.batch_size)
 
     # -- slots ------------------------------------------------------------------------------------
 
@@ -265,8 +265,7 @@ class Engine:
 
     def _try_to_allocate(self, batch_size: int) -> bool:
         model, prefix_len = self.model, self.config.prefix_len
-        room = COMPILED_ROOM if self.passes.is_compiled else EAGER_ROOM
-        wanted = self._slot_positions if self._is_planned else prefix_len + room
+        wanted = self._slot_positions if self._is_planned else prefix_len + ROOM
         capacity = max(min(self.max_context, wanted), prefix_len + 1)
         if self._is_planned:
             self.passes.plan = ShapePlan.of(batch_size, self._images_per_pass)

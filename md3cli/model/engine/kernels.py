@@ -11,11 +11,10 @@
   third of the GEMM rate for the vision encoder and at 2 GB/s for a single query row.
 - CUDA: kernels of our own for the experts and for all between a projection and its attention
   (`kernels/forms.py`), for every dtype and size, so that a small model checks what a large one runs.
-- small experts on other devices, and float32 where the code is to be compiled: every expert sees every
-  token and weights of zero drop what was not chosen; a handful of products is cheaper than sorting
-  tokens for dozens.
-- bfloat16 where the code is to be compiled: all experts of a layer in two grouped matrix products,
-  without asking the host how many tokens each expert got.
+- small experts on other devices: every expert sees every token and weights of zero drop what was not
+  chosen; a handful of products is cheaper than sorting tokens for dozens.
+
+`GroupedExperts` is what the kernels for CUDA are compared with.
 
 No form lets a row see its companions: each computes rows on their own (tests/model/engine/test_kernels.py).
 """
@@ -38,26 +37,20 @@ SCORES_IN_CACHE = 1 << 20  # attention scores of a block: 2 MiB in bf16, two hea
 SMALL_EXPERTS = 1 << 20  # elements of a layer's experts; above it, computing all for every token costs more
 
 
-def optimise(model: Moondream3, *, for_compiling: bool = False) -> None:
+def optimise(model: Moondream3) -> None:
     """Exchange plain parts of `model` for the fastest of its device and dtype, in place.
 
-    Afterwards the model computes the same and cannot be trained or saved. `for_compiling` chooses
-    forms that a compiler can follow: nothing packed, nothing that asks the host. Parts that were
-    loaded in few bits are left as they are (`quant/load.py`).
+    Afterwards the model computes the same and cannot be trained or saved. Parts that were loaded in
+    few bits are left as they are (`quant/load.py`).
     """
     if model.device.type == "cuda":
         from md3cli.model.kernels.forms import place_forms
 
         place_forms(model)
         return
-    is_packed = (
-        model.device.type == "cpu"
-        and model.dtype in (torch.bfloat16, torch.float32)
-        and has_packed_linear()
-        and not for_compiling
-    )
+    is_packed = model.device.type == "cpu" and model.dtype in (torch.bfloat16, torch.float32) and has_packed_linear()
     for layer in [m for m in model.modules() if isinstance(m, MoeMlp) and isinstance(m.fc1, ExpertMatrices)]:
-        _optimise_experts(layer, is_packed, for_compiling)
+        _optimise_experts(layer, is_packed)
     if is_packed:
         for module in model.modules():  # goes down as it is asked: into the forms, not into what they replaced
             _pack_children(module)
@@ -72,17 +65,12 @@ def has_packed_linear() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-def _optimise_experts(layer: MoeMlp, is_packed: bool, for_compiling: bool) -> None:
+def _optimise_experts(layer: MoeMlp, is_packed: bool) -> None:
     is_small = layer.fc1.weight.numel() + layer.fc2.weight.numel() <= SMALL_EXPERTS
-    is_bf16 = layer.fc1.weight.dtype is torch.bfloat16
     if is_small:
         layer.run = AllExperts(layer, is_packed=is_packed)
     elif is_packed:
         layer.run = PackedExperts(layer)
-    elif is_bf16 and for_compiling:
-        layer.run = GroupedExperts(layer)
-    elif for_compiling:
-        layer.run = AllExperts(layer)  # the loop would ask the host how many tokens each expert got
 
 
 def _pack_children(module: nn.Module) -> None:

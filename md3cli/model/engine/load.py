@@ -9,9 +9,7 @@ become is read from headers alone, before any weight is loaded; `device_facts` s
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +28,7 @@ from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.kernels import optimise
 from md3cli.model.engine.machine import MemoryPlan, free_bytes, least_room, plan_memory
 from md3cli.model.engine.prompts import Prompts, Tokenizer
+from md3cli.model.engine.ready import make_ready
 from md3cli.model.engine.resize import PictureCutter
 from md3cli.model.kernels.availability import (
     cuda_fault,
@@ -41,7 +40,7 @@ from md3cli.model.kernels.availability import (
 from md3cli.model.kernels.float8_products import float8_fault
 from md3cli.model.network.config import MAX_CONTEXT_LIMIT, ModelConfig
 from md3cli.model.network.moondream import Moondream3
-from md3cli.model.quant.layers import has_packed_weights, quantise_vision
+from md3cli.model.quant.layers import quantise_vision
 from md3cli.model.quant.load import NONE, STORED, has_low_bits, load_dequantised, load_low_bit, low_bit_of
 from md3cli.model.quant.matrices import has_int8_products
 from md3cli.model.quant.search import CodeCache
@@ -157,7 +156,7 @@ def load_engine(options: ModelOptions) -> Engine:
     keep_freed_memory()  # from here on: what loading takes and frees is of other sizes
     tokenizer = Tokenizer.load(files.tokenizer_file, model.config)
     max_context = choose_max_context(options.max_context, model.config)
-    optimise(model, for_compiling=bool(options.compile))
+    optimise(model)
     plan = plan_memory(options.batch_size, model.config, dtype, device, max_context)
     engine = make_engine(
         model,
@@ -170,10 +169,10 @@ def load_engine(options: ModelOptions) -> Engine:
         threads=vision_threads,
     )
     engine.cutter = make_cutter(device, model.config)
-    if options.compile:
-        compile_engine(engine, options.cache_dir)
     if device.type == "cuda":
         engine.capture()
+    if options.compile:
+        make_ready(engine, options.cache_dir)
     if engine.batch_size < plan.slots:
         found = f"memory was free for a batch of {plan.slots} and then held {engine.batch_size}"
         warnings.warn(f"{found}: something else runs on {device}", stacklevel=2)
@@ -285,35 +284,6 @@ def quantise_vision_for(options: ModelOptions, model: Moondream3) -> None:
     quantise_vision(model.vision, kind)
 
 
-def compile_engine(engine: Engine, cache_dir: Path | None) -> None:
-    """Compile the engine's passes and keep what is generated in the cache folder; without a compiler warn and go on."""
-    missing = missing_compiler(engine.model.device)
-    if engine.model.device.type == "cpu" and has_packed_weights(engine.model):
-        missing = "the CPU's low-bit products are no compiler's business"
-    if missing is not None:
-        warnings.warn(f"nothing is compiled: {missing}; the answers are the same", stacklevel=2)
-        return
-    _keep_compiled("TORCHINDUCTOR_CACHE_DIR", (cache_dir or user_cache_dir()) / "inductor")
-    engine.compile()
-
-
-def _keep_compiled(variable: str, folder: Path) -> None:
-    """Let a compiler keep what it makes in `folder`, or in its own folder where that cannot be made."""
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault(variable, str(folder))
-
-
-def missing_compiler(device: torch.device) -> str | None:
-    """Return what torch.compile lacks on this machine, in words; None when it can work."""
-    if device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "the package triton is not installed"
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
-    if any(map(shutil.which, names)):
-        return None
-    return f"no C++ compiler ({', '.join(names)}) is installed"
-
-
 def open_cache(options: ModelOptions, model: Moondream3) -> EncodingCache | None:
     """Open the cache of encodings on disk, where it is wanted and can be used."""
     files = open_files(options)
@@ -346,7 +316,10 @@ def prepare_device(device: torch.device, cache_dir: Path | None = None) -> None:
         # torch reads it when CUDA allocates first (2.11 and 2.13: not when it is imported). Segments that grow
         # leave no holes where caches and micro-batches of other sizes were.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    _keep_compiled("TRITON_CACHE_DIR", (cache_dir or user_cache_dir()) / "triton")
+    with contextlib.suppress(OSError):  # then in Triton's own
+        folder = (cache_dir or user_cache_dir()) / "triton"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder))
     require_kernels(device)
     if torch.cuda.get_device_capability(device) < FULL_CAPABILITY:
         name, least = torch.cuda.get_device_name(device), ".".join(map(str, FULL_CAPABILITY))

@@ -1,14 +1,13 @@
 """The engine's forward passes: pictures' prefixes, prompts, one decode step.
 
-Three functions of tensors do the work and can be compiled: `run_prefixes`, `run_prompts`, `decode_step`. `Passes`
-prepares their inputs and sends all that a batch of prompts needs to the device at once (`machine`). Which generation
-goes into which slot is the engine's business.
+Three functions of tensors do the work: `run_prefixes`, `run_prompts`, `decode_step`. `Passes` prepares their inputs and
+sends all that a batch of prompts needs to the device at once (`machine`). Which generation goes into which slot is the
+engine's business.
 
-Eager passes take the sizes as they come. Compiled ones pad rows and lengths to a few fixed sizes, so that after each
-size was seen once nothing is compiled again; their padding repeats a row that is there anyway. On CUDA every pass has
-the one size that a `ShapePlan` gives it, because a library may compute a product of other sizes in another order: a row
-has the same bits alone and in company. There prompts are cut into blocks, and padding rows have no slot (`NO_SLOT`):
-nothing is read, computed by experts or stored for them. No padding changes an answer.
+Passes take the sizes as they come, but on CUDA every pass has the one size that a `ShapePlan` gives it, because a
+library may compute a product of other sizes in another order: a row has the same bits alone and in company. There
+prompts are cut into blocks, and padding rows have no slot (`NO_SLOT`): nothing is read, computed by experts or stored
+for them. No padding changes an answer.
 
 Shape suffixes: B rows of a prefill, N rows of a decode step or of a group's prompts, P image positions,
 T new positions, D width, V vocabulary, C coordinates and Z sizes that prompts refer to.
@@ -16,8 +15,8 @@ T new positions, D width, V vocabulary, C coordinates and Z sizes that prompts r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from typing import Generic, NamedTuple, TypeVar
@@ -28,7 +27,7 @@ from torch import Tensor
 from md3cli.model.engine.decisions import decide
 from md3cli.model.engine.flight import Seat
 from md3cli.model.engine.generation import Generation
-from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PictureStore, PrefixStore, PromptStore, round_up
+from md3cli.model.engine.kv_cache import DecodeStore, KVCache, PictureStore, PrefixStore, PromptStore
 from md3cli.model.engine.machine import send
 from md3cli.model.engine.state import Mode, Rows
 from md3cli.model.network.moondream import Moondream3
@@ -36,7 +35,6 @@ from md3cli.model.network.text import PassKind
 from md3cli.records import Task
 
 IDLE = int(Mode.IDLE)
-PROMPT_STEP = 32  # compiled prompts are padded to a multiple of this
 BLOCK = 16  # positions of a prompt's block: what most prompts have, and the rows of a tile in attention
 NO_SLOT = -1  # of a padding row
 LEAST_THROUGHPUT_BATCH = 16  # engines of fewer slots answer single questions and should not wait for large passes
@@ -112,47 +110,35 @@ def decode_step(
 
 
 class Passes:
-    """The three passes over one model, eager until `compile` is called.
+    """The three passes over one model.
 
     Attributes:
         prefill_prefixes, prefill_picture, prefill_prompts, decode: `run_prefixes`, `run_picture`, `run_prompts` and
-            `decode_step` over the model.
-        is_compiled: whether they are compiled, and their inputs must be of a few fixed sizes.
+            `decode_step` over the model. `ready.make_ready` may put another `decode`.
         plan: the one size of each pass; None where passes take the sizes as they come.
     """
 
     def __init__(self, model: Moondream3) -> None:
         self.model = model
-        self.is_compiled = False
         self.plan: ShapePlan | None = None
         self.prefill_prefixes = partial(run_prefixes, model)
         self.prefill_picture = partial(run_picture, model)
         self.prefill_prompts = partial(run_prompts, model)
-        self.decode = partial(decode_step, model)
-
-    def compile(self, backend: str = "inductor") -> None:
-        """Compile each pass for fixed sizes; what is already compiled for a size is used again."""
-        self.is_compiled = True
-        compiled = partial(torch.compile, dynamic=False, backend=backend)
-        self.prefill_prefixes = partial(compiled(run_prefixes), self.model)
-        self.prefill_picture = partial(compiled(run_picture), self.model)
-        self.prefill_prompts = partial(compiled(run_prompts), self.model)
-        self.decode = partial(compiled(decode_step), self.model)
+        self.decode: Callable[..., Tensor] = partial(decode_step, model)
 
     @property
     def steps_all_slots(self) -> bool:
         """Whether a step is of all slots, idle ones too, because its size is fixed."""
-        return self.is_compiled or self.plan is not None
+        return self.plan is not None
 
     def cut_prefixes(self, to_prefill: Sequence[tuple[int, str]], size: int) -> list[Sequence[tuple[int, str]]]:
-        """Cut slots and their pictures into passes of `size`; compiled passes are filled up with the last one.
+        """Cut slots and their pictures into passes of `size`.
 
         None where the plan runs prefixes with the prompts behind them.
         """
         if self.plan is not None and self.plan.blocks_behind:
             return []
-        cut = [to_prefill[first : first + size] for first in range(0, len(to_prefill), size)]
-        return [_repeat_last(some, size) for some in cut] if self.is_compiled and self.plan is None else cut
+        return [to_prefill[first : first + size] for first in range(0, len(to_prefill), size)]
 
     def group(
         self,
@@ -181,7 +167,7 @@ class Passes:
         short prompt padded to their width would round otherwise than alone.
         """
         lengths = [len(generation.prompt.ids) for generation in batch]
-        kinds = [PassKind.of(self._width(length), self.model.config.prefix_len) for length in lengths]
+        kinds = [PassKind.of(length, self.model.config.prefix_len) for length in lengths]
         groups: list[list[int]] = [[]]
         for i in sorted(range(len(batch)), key=lengths.__getitem__):
             group = groups[-1]
@@ -189,16 +175,13 @@ class Passes:
                 groups.append([])
             groups[-1].append(i)
         return [
-            Group([Block(batch[i], slots[i]) for i in group], self._width(lengths[group[-1]]), len(group), len(group))
+            Group([Block(batch[i], slots[i]) for i in group], lengths[group[-1]], len(group), len(group))
             for group in groups
         ]
 
     def last_written(self, group: Group) -> int:
         """Return one behind the last position that a pass writes; blocks write no padding."""
         return max(block.generation.prompt_end for block in group.blocks) if self.plan else group.total
-
-    def _width(self, length: int) -> int:
-        return round_up(length, PROMPT_STEP) if self.is_compiled else length
 
     def send(
         self, prefix_slots: Sequence[Sequence[int]], groups: Sequence[Group], num_slots: int
@@ -209,10 +192,7 @@ class Passes:
         """
         if self.plan is not None:
             prefix_slots = [[*some, *[NO_SLOT] * (self.plan.pictures - len(some))] for some in prefix_slots]
-            columns = [_columns(group, num_slots) for group in groups]
-        else:
-            filled = [group.filled_up(num_slots) for group in groups] if self.is_compiled else groups
-            columns = [_columns(group, num_slots) for group in filled]
+        columns = [_columns(group, num_slots) for group in groups]
         ints, reals = send(
             self.model.device,
             [*prefix_slots, *chain.from_iterable(ints for ints, _ in columns)],
@@ -227,10 +207,6 @@ class Passes:
             )
             for _ in groups
         ]
-
-
-def _repeat_last(items: Sequence, size: int) -> list:  # type: ignore[type-arg]
-    return [*items, *[items[-1]] * (size - len(items))]
 
 
 # -- what a pass of prompts is given ---------------------------------------------------------------
@@ -284,10 +260,6 @@ class Group:
     def total(self) -> int:
         """One behind the last position that is written, padding included."""
         return self.width + max(block.generation.start + block.first for block in self.blocks)
-
-    def filled_up(self, num_rows: int) -> Group:
-        """Return the group with its last block repeated; what repeats a prompt writes what that writes."""
-        return replace(self, blocks=_repeat_last(self.blocks, num_rows), num_rows=num_rows)
 
 
 def _cut_into_blocks(

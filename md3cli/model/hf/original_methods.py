@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from md3cli.errors import EngineError
+from md3cli.errors import ConfigError, EngineError
 from md3cli.model.api import Moondream, Skills
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.load import make_engine
@@ -32,7 +32,19 @@ class OriginalMethods(Skills):
     _moondream_state: tuple[Any, ...] = ()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the engine's passes, as the original's `compile` does; `torch.compile` compiles the model itself."""
+        """Make the original class's methods ready, as `Moondream.compile` says; `forward` and `generate` stay eager.
+
+        What is compiled goes when weights are trained or adapters change. Arguments are `torch.nn.Module.compile`'s,
+        and none of them is taken.
+
+        Raises:
+            ConfigError: there are arguments; `torch.compile(model, …)` takes them, for the forward pass.
+        """
+        if args or kwargs:
+            given = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
+            raise ConfigError(
+                f"compile({given:.200}): the original's compile takes no arguments; torch.compile(model, …) takes these"
+            )
         self.moondream().compile()
 
     def moondream(self) -> Moondream:

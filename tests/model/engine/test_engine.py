@@ -15,7 +15,6 @@ from md3cli.errors import EngineError
 from md3cli.images.crops import Tiling
 from md3cli.model.engine import choices as choices_module
 from md3cli.model.engine import engine as engine_module
-from md3cli.model.engine import machine
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.generation import EncodedImage
 from md3cli.model.engine.kv_cache import KVCache
@@ -438,24 +437,6 @@ def test_slots_that_others_took_the_memory_of_are_done_without(num_free: int, mo
     for key, answer in answers_by_key(engine, [case.job(key) for key in keys]).items():
         assert_answer(answer, case.expected[key])
     assert engine.batch_size == (4 if num_free == 5 else 1)
-
-
-def test_compiling_lets_go_of_the_slots_before_it_makes_others() -> None:
-    case = load_case("a")
-    engine = case.engine(batch_size=2)
-    old, allocate, was_free = weakref.ref(engine.cache), engine._allocate, []
-
-    def watched(batch_size: int) -> None:
-        was_free.append(old() is None)
-        allocate(batch_size)
-
-    engine._allocate = watched  # type: ignore[method-assign]
-    engine.compile(backend="eager")
-    assert was_free == [True]
-
-
-def test_compiled_slots_are_no_larger_than_a_device_is_planned_for() -> None:
-    assert ModelConfig().prefix_len + engine_module.COMPILED_ROOM == machine.SLOT_POSITIONS
 
 
 @pytest.mark.parametrize("delay", [0, 1, 2])

@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 import torch
 from golden_cases import GoldenCase, assert_answer, load_case
-from torch._dynamo.testing import CompileCounter
 
 from md3cli.model.engine import plain
 from md3cli.model.engine.generation import Generation
@@ -116,20 +115,6 @@ def test_rows_start_as_their_requests_say() -> None:
     assert rows.is_first.all()
     assert not rows.emitted.any()
     assert not rows.draws.any()
-
-
-@torch.inference_mode()
-def test_compiled_passes_repeat_the_last_row() -> None:
-    case = load_case("a")
-    passes = Passes(case.model)
-    passes.compile(CompileCounter())  # type: ignore[arg-type]
-    ((group, inputs),) = sent(case, passes)
-    x_BTD = embed_prompts(case.model, inputs)
-    assert x_BTD.shape[:2] == (8, 32)
-    assert inputs.ints.slots.tolist() == [*group.slots, group.slots[-1], group.slots[-1]]
-    assert torch.allclose(x_BTD[6], x_BTD[5], rtol=0, atol=1e-6)
-    assert len(inputs.rows().mode) == 6
-    assert passes.cut_prefixes([(3, "a"), (1, "b")], 4) == [[(3, "a"), *[(1, "b")] * 3]]
 
 
 def test_a_prefix_leaves_in_its_slot_what_the_whole_network_would() -> None:

@@ -1,0 +1,57 @@
+"""The original class's methods on the transformers class, where they are more than `Moondream`'s own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from reference.random_models import draw_network
+from reference.writing import write_checkpoint
+
+from md3cli.errors import ConfigError
+from md3cli.model.engine import ready
+from md3cli.model.hf import Moondream3ForConditionalGeneration
+
+SETTINGS = {"max_tokens": 5}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Any:
+    folder = write_checkpoint(draw_network(22), tmp_path / "model", "original")
+    return Moondream3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    return Image.radial_gradient("L").resize((90, 60)).convert("RGB")
+
+
+def test_compiling_changes_no_answer_and_no_weight(
+    model: Any, image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, names = model.caption(image, settings=SETTINGS), [name for name, _ in model.named_parameters()]
+    engine = model.moondream().engine
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match=r"nothing is compiled: no C\+\+ compiler \(no-such-compiler\) is installed"):
+        model.compile()
+    assert model.moondream().engine is engine
+    assert model.caption(image, settings=SETTINGS) == expected
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_arguments_of_compile_are_refused_by_name(model: Any) -> None:
+    with pytest.raises(ConfigError, match=r"compile\(backend='inductor', fullgraph=True\): .* torch.compile\(model"):
+        model.compile(backend="inductor", fullgraph=True)
+
+
+def test_a_training_step_drops_what_was_compiled(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ready, "why_not", lambda network: None)
+    monkeypatch.setattr(ready.Search, "steps", lambda self, eager: ready.CompiledSteps(eager, self.max_context))
+    model.compile()
+    assert isinstance(model.moondream().engine.passes.decode, ready.CompiledSteps)
+
+    next(model.parameters()).requires_grad_(False).add_(0)
+    assert not isinstance(model.moondream().engine.passes.decode, ready.CompiledSteps)
