@@ -13,11 +13,13 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from md3cli.model.hf.config import Moondream3Config
+from md3cli.model.hf.hub_code import switch_off
 from md3cli.model.hf.modeling import Moondream3ForConditionalGeneration, Moondream3Output
 from md3cli.model.hf.processing import Moondream3Processor
 
 __all__ = ["Moondream3Config", "Moondream3ForConditionalGeneration", "Moondream3Output", "Moondream3Processor"]
 
+switch_off()
 AutoConfig.register(Moondream3Config.model_type, Moondream3Config, exist_ok=True)
 AutoModelForCausalLM.register(Moondream3Config, Moondream3ForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(Moondream3Config, Moondream3ForConditionalGeneration, exist_ok=True)

@@ -38,11 +38,12 @@ def config_of(plan: CheckpointPlan, given: object) -> Moondream3Config:
     return config
 
 
-def read_dtype(given: object, plan: CheckpointPlan) -> torch.dtype:
-    """Read a dtype by any of the names transformers takes; `auto` is as stored."""
+def read_dtype(given: object, plan: CheckpointPlan | None = None) -> torch.dtype:
+    """Read a dtype by any of the names transformers takes; `auto` is as stored in the checkpoint of `plan`."""
     if isinstance(given, torch.dtype):
         return given
-    found = stored_dtype(plan) if given == "auto" else getattr(torch, str(given).removeprefix("torch."), None)
+    name = str(given).removeprefix("torch.")
+    found = stored_dtype(plan) if name == "auto" and plan is not None else getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
         raise CheckpointError(f"dtype {given!r}: no such dtype; use auto, bfloat16, float16 or float32")
     return found

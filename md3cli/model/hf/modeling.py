@@ -25,8 +25,20 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers.utils.generic import ModelOutput
 
 from md3cli.errors import CheckpointError, EngineError, RequestError
+from md3cli.model.hf.bnb import (
+    bnb_files,
+    has_expert_layers,
+    is_bnb,
+    join_experts,
+    loading_bnb,
+    prepare_bnb,
+    read_bnb,
+    settle_bnb,
+    use_plain_layers,
+)
 from md3cli.model.hf.config import Moondream3Config
 from md3cli.model.hf.generate import GenerationMethods, default_generation_config
+from md3cli.model.hf.hub_code import refuse_kernels
 from md3cli.model.hf.inputs import (
     Batch,
     CacheStore,
@@ -105,6 +117,8 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
     def __init__(self, config: Moondream3Config) -> None:
         super().__init__(config)
         self.model = Moondream3(config.network, has_region_ln=config.has_region_ln)
+        if is_bnb(config):
+            use_plain_layers(self.model)
         self.gradient_checkpointing = False
         self._inputs_require_grads = False
         self.post_init()  # type: ignore[no-untyped-call]
@@ -141,7 +155,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             EngineError: a quantisation whose library is not installed.
         """
         if pretrained_model_name_or_path is None:
-            return super().from_pretrained(None, *args, **kwargs)
+            return cls._load_state(None, *args, **kwargs)  # type: ignore[return-value]
         name = str(pretrained_model_name_or_path)
         adapter = (kwargs.get("adapter_kwargs") or {}).pop("_adapter_model_path", name)  # as Auto classes find it
         if (Path(adapter) / PEFT_CONFIG).is_file():
@@ -149,24 +163,44 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         if adapter != name:
             raise CheckpointError(f"{adapter} is an adapter, and no folder; fetch it first: `hf download {adapter}`")
         folder, quant = find_weights(name, kwargs), read_quant(kwargs)
-        plan = plan_checkpoint(folder)
+        if (files := bnb_files(folder)) is not None:
+            kwargs["config"], kwargs["dtype"], kwargs["state_dict"] = read_bnb(files, kwargs)
+            loaded: Any = cls._load_state(name, *args, **kwargs)
+        else:
+            loaded = cls._load_plan(plan_checkpoint(folder), folder, quant, name, *args, **kwargs)
+        model: Self = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = repo_of(name) or str(folder)  # adapters keep it as their base
+        model._take_generation_config(folder if folder.is_dir() else folder.parent)
+        return loaded  # type: ignore[no-any-return]
+
+    @classmethod
+    def _load_plan(
+        cls, plan: CheckpointPlan, folder: Path, quant: str, name: str, *args: Any, **kwargs: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Load a checkpoint of a layout that `md3` reads; arguments are what is left of `from_pretrained`'s."""
         kwargs["config"] = config_of(plan, kwargs.get("config"))
         dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
         kwargs["dtype"] = read_dtype(dtype, plan)
         source = PackedSource(folder, plan, quant, kwargs["dtype"]) if has_low_bits(plan, quant) else None
         if source is not None and (dtype == "auto" or source.dtype is not torch.float32):
-            loaded: Any = cls._load_packed(source, **kwargs)
-        else:
-            with CheckpointReader(plan, dtype=kwargs["dtype"]) as weights:
-                state = weights if source is None else source.widened()
-                kwargs["state_dict"] = {f"model.{key}": state[key] for key in state}
-            try:
-                loaded = super().from_pretrained(None, *args, **kwargs)
-            except ImportError as error:
-                raise EngineError(f"{name} cannot be loaded in the way asked for: {error}") from error
-        model: Self = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.name_or_path = model.config.name_or_path = repo_of(name) or str(folder)  # adapters keep it as their base
-        model._take_generation_config(plan)
+            return cls._load_packed(source, **kwargs)
+        with CheckpointReader(plan, dtype=kwargs["dtype"]) as weights:
+            state = weights if source is None else source.widened()
+            kwargs["state_dict"] = {f"model.{key}": state[key] for key in state}
+        return cls._load_state(name, *args, **kwargs)
+
+    @classmethod
+    def _load_state(cls, name: str | None, *args: Any, **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
+        """Let transformers load the config and state that stand among its own arguments."""
+        if "config" in kwargs:
+            refuse_kernels(kwargs, kwargs["config"])
+        prepare_bnb(kwargs)
+        try:
+            with loading_bnb(name or "this state", kwargs):
+                loaded: Any = super().from_pretrained(None, *args, **kwargs)
+        except ImportError as error:
+            raise EngineError(f"{name or 'this state'} cannot be loaded in the way asked for: {error}") from error
+        settle_bnb(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded  # type: ignore[no-any-return]
 
     @classmethod
@@ -196,9 +230,9 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         model.load_adapter(str(folder))
         return model  # type: ignore[no-any-return]
 
-    def _take_generation_config(self, plan: CheckpointPlan) -> None:
-        if (plan.files.folder / GENERATION_CONFIG).is_file():
-            self.generation_config = GenerationConfig.from_pretrained(str(plan.files.folder))
+    def _take_generation_config(self, folder: Path) -> None:
+        if (folder / GENERATION_CONFIG).is_file():
+            self.generation_config = GenerationConfig.from_pretrained(str(folder))
         else:
             self.generation_config = default_generation_config(self.config)
 
@@ -227,12 +261,16 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             self.generation_config.save_pretrained(target)
             name_classes(target)
             return
+        if layout is not None and is_bnb(self.config):
+            raise CheckpointError(f"layout {layout} has no place for weights that bitsandbytes packed; leave it out")
         if layout in (None, Format.ORIGINAL):
+            if has_expert_layers(self) and not is_bnb(self.config):
+                kwargs.setdefault("state_dict", join_experts(self.state_dict()))
             super().save_pretrained(target, *args, **kwargs)
             if tokenizer is not None and not (target / TOKENIZER_NAME).exists():
                 shutil.copyfile(tokenizer, target / TOKENIZER_NAME)
             return
-        state, dtype = self.model.state_dict(), self.model.dtype
+        state, dtype = join_experts(self.model.state_dict()), self.model.dtype
         write_checkpoint(state, self.config.network, target, Format(layout), dtype=dtype, tokenizer_file=tokenizer)
 
     def _tokenizer_beside_weights(self) -> Path | None:

@@ -40,6 +40,10 @@ _FOREIGN_PACKINGS = {  # ends of names that other quantisers leave, and who they
     ".SCB": "bitsandbytes",
     ".W_q": "HQQ",
 }
+_ADVICE = {
+    "bitsandbytes": "the transformers classes read it (md3cli.model.hf); elsewhere take the checkpoint it was "
+    "packed from, with --quant int8 or int4"
+}
 _NAME_LIMIT_CHARS = 160  # a file may call its tensors anything
 QUANT_METHOD = "md3"  # of `quantization_config`; the other words there are those of compressed-tensors
 INT8_WEIGHTS: Mapping[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
@@ -193,10 +197,8 @@ def _refuse_foreign_packing(names: Collection[str], where: str) -> None:
     for name in names:
         for end, packing in _FOREIGN_PACKINGS.items():
             if name.endswith(end):
-                raise CheckpointError(
-                    f"{where}: tensor {name} is packed as by {packing}, which is not read; "
-                    f"formats that are understood: {FORMAT_NAMES}"
-                )
+                advice = _ADVICE.get(packing, f"formats that are understood: {FORMAT_NAMES}")
+                raise CheckpointError(f"{where}: tensor {name} is packed as by {packing}, which is not read; {advice}")
 
 
 # -- config.json ----------------------------------------------------------------------------------
