@@ -51,7 +51,7 @@ class MoondreamModel(Skills):
         self._loaded: Moondream | None = None
 
     def compile(self) -> None:
-        """Compile the forward passes, as `Moondream.compile` does.
+        """Make the model ready, as `Moondream.compile` does.
 
         Raises:
             EngineError: there are no weights yet.
