@@ -271,8 +271,9 @@ class Engine:
             self.passes.plan = ShapePlan.of(batch_size, self._images_per_pass)
         try:
             with torch.inference_mode():
+                config, fixed, places = self.config, self._is_planned, model.cache_places
                 self.cache = KVCache(
-                    self.config, batch_size, capacity, dtype=model.dtype, device=model.device, is_fixed=self._is_planned
+                    config, batch_size, capacity, dtype=model.dtype, device=model.device, is_fixed=fixed, places=places
                 )
                 self._stepper = Stepper(self.passes, self.cache, batch_size)
                 if self._captures:

@@ -155,7 +155,8 @@ class KVCache:
     """Slots of keys and values for every layer.
 
     `is_fixed`: everything lies in one tensor that never moves, as a CUDA graph needs it, and a slot that becomes too
-    short is an error. Else a tensor for each layer's keys, and one for its values, that grow and shrink.
+    short is an error. Else a tensor for each layer's keys, and one for its values, that grow and shrink. `places` are
+    each layer's heads and device (`Moondream3.cache_places`), where they are not the config's and `device`.
     """
 
     def __init__(
@@ -167,16 +168,20 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         is_fixed: bool = False,
+        places: Sequence[tuple[int, torch.device]] | None = None,
     ) -> None:
         self.num_slots, self.is_fixed = num_slots, is_fixed
         self.capacity = self._least_capacity = round_up(capacity, GROWTH)
-        num_layers, shape = config.text.n_layers, (num_slots, config.text.n_heads, self.capacity, HEAD_DIM)
-        self._whole = torch.zeros(num_layers, 2, *shape, dtype=dtype, device=device) if is_fixed else None
+        num_layers = config.text.n_layers
+        whole = (num_layers, 2, num_slots, config.text.n_heads, self.capacity, HEAD_DIM)
+        self._whole = torch.zeros(whole, dtype=dtype, device=device) if is_fixed else None
         if self._whole is not None:
             self.keys, self.values = list(self._whole[:, 0]), list(self._whole[:, 1])
         else:
-            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-            self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            places = places or [(config.text.n_heads, device)] * num_layers
+            shapes = [((num_slots, heads, self.capacity, HEAD_DIM), place) for heads, place in places]
+            self.keys = [torch.zeros(shape, dtype=dtype, device=place) for shape, place in shapes]
+            self.values = [torch.zeros(shape, dtype=dtype, device=place) for shape, place in shapes]
 
     @property
     def num_bytes(self) -> int:
@@ -257,7 +262,7 @@ class PrefixStore(SlotStore):
         if self._may_pad:
             is_real_B = slots_B >= 0
             slots_B, new_BHTK = slots_B[is_real_B], new_BHTK[is_real_B]
-        stored_SHCK[slots_B, :, : new_BHTK.shape[2]] = new_BHTK
+        stored_SHCK[slots_B.to(stored_SHCK.device), :, : new_BHTK.shape[2]] = new_BHTK
 
 
 class PictureStore(PrefixStore):
@@ -301,11 +306,13 @@ class PromptStore(SlotStore):
             is_stored_BT = (slots_BT >= 0) & (self.position_BT < self._capacity)
             stored_SHCK[slots_BT[is_stored_BT], :, self.position_BT[is_stored_BT]] = new_BTHK[is_stored_BT]
         else:
-            stored_SHCK[slots_BT, :, self.position_BT] = new_BTHK
+            place = stored_SHCK.device
+            stored_SHCK[slots_BT.to(place), :, self.position_BT.to(place)] = new_BTHK
 
     def attended(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         slots_B = self._slots_B.clamp(min=0) if self._may_pad else self._slots_B
         keys, values = (t[layer][:, :, : self.length] for t in (self.keys, self.values))
+        slots_B = slots_B.to(keys.device)
         return keys.index_select(0, slots_B), values.index_select(0, slots_B)
 
 
@@ -341,7 +348,8 @@ class DecodeStore(SlotStore):
         return self._rows_N
 
     def _write(self, stored_SHCK: Tensor, new_NH1K: Tensor) -> None:
-        stored_SHCK[self._rows(), :, self.position_N] = new_NH1K[:, :, 0]
+        place = stored_SHCK.device
+        stored_SHCK[self._rows().to(place), :, self.position_N.to(place)] = new_NH1K[:, :, 0]
 
     def attended(self, layer: int, k_NH1K: Tensor, v_NH1K: Tensor) -> tuple[Tensor, Tensor]:
         num_rows = self.position_N.shape[0]

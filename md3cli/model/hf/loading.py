@@ -1,18 +1,20 @@
-"""What `from_pretrained` is given, read: which files, which config, which dtype."""
+"""What `from_pretrained` is given, read: which files, which config, which dtype, and the weights for transformers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from md3cli.errors import CheckpointError
 from md3cli.model.hf.config import Moondream3Config
 from md3cli.model.weights.hub import fetch_model, model_path, repo_of
 from md3cli.model.weights.plan import QUANT_METHOD, CheckpointPlan
-from md3cli.model.weights.read import stored_dtype
+from md3cli.model.weights.read import CheckpointReader, stored_dtype
 
 
 def find_weights(name: str, kwargs: dict[str, Any]) -> Path:
@@ -47,3 +49,28 @@ def read_dtype(given: object, plan: CheckpointPlan | None = None) -> torch.dtype
     if not isinstance(found, torch.dtype):
         raise CheckpointError(f"dtype {given!r}: no such dtype; use auto, bfloat16, float16 or float32")
     return found
+
+
+def state_of(weights: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state that transformers loads; where it places or shares out, files are read tensor by tensor."""
+    is_placed = any(kwargs.get(key) is not None for key in ("device_map", "distributed_config"))
+    if is_placed and kwargs.get("quantization_config") is None and isinstance(weights, CheckpointReader):
+        return {f"model.{key}": LazyTensor(weights, key) for key in weights}
+    return {f"model.{key}": weights[key] for key in weights}
+
+
+class LazyTensor:
+    """A tensor of a checkpoint that is read each time it is indexed, as the slices of safetensors are."""
+
+    def __init__(self, weights: CheckpointReader, name: str) -> None:
+        self._weights, self._name = weights, name
+
+    def get_shape(self) -> list[int]:
+        """Return the shape of the whole."""
+        return list(self._weights.shape(self._name))
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Return a part; it keeps nothing of the rest in memory."""
+        whole = self._weights[self._name]
+        part = whole[index]
+        return part if part.numel() == whole.numel() else part.clone()

@@ -49,9 +49,10 @@ from md3cli.model.hf.inputs import (
     make_mask,
     read_positions,
 )
-from md3cli.model.hf.loading import config_of, find_weights, read_dtype
+from md3cli.model.hf.loading import config_of, find_weights, read_dtype, state_of
 from md3cli.model.hf.low_bits import LowBitMethods, PackedSource, check_arguments, one_device, read_quant
 from md3cli.model.hf.original_methods import OriginalMethods
+from md3cli.model.hf.placement import settle
 from md3cli.model.hf.saved_code import NamedBySavedFolders, name_classes
 from md3cli.model.network.loss import IGNORE, batch_loss
 from md3cli.model.network.moondream import Moondream3
@@ -185,9 +186,8 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         if source is not None and (dtype == "auto" or source.dtype is not torch.float32):
             return cls._load_packed(source, **kwargs)
         with CheckpointReader(plan, dtype=kwargs["dtype"]) as weights:
-            state = weights if source is None else source.widened()
-            kwargs["state_dict"] = {f"model.{key}": state[key] for key in state}
-        return cls._load_state(name, *args, **kwargs)
+            kwargs["state_dict"] = state_of(weights if source is None else source.widened(), kwargs)
+            return cls._load_state(name, *args, **kwargs)
 
     @classmethod
     def _load_state(cls, name: str | None, *args: Any, **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
@@ -200,7 +200,9 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
                 loaded: Any = super().from_pretrained(None, *args, **kwargs)
         except ImportError as error:
             raise EngineError(f"{name or 'this state'} cannot be loaded in the way asked for: {error}") from error
-        settle_bnb(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model: Self = loaded[0] if isinstance(loaded, tuple) else loaded
+        settle(model, model.model, kwargs.get("state_dict") or {})
+        settle_bnb(model)
         return loaded  # type: ignore[no-any-return]
 
     @classmethod
@@ -423,12 +425,18 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         self.gradient_checkpointing = enable
         for blocks in (self.model.vision.blocks, self.model.text.blocks):
             for index, block in enumerate(blocks):
-                block.__dict__.pop("forward", None)
+                forward = block.__dict__.pop("forward", None)  # None, or what hooks of accelerate have put there
+                if isinstance(forward, partial) and forward.func is _checkpointed:
+                    forward = forward.args[2]
+                if forward is not None:
+                    block.forward = forward
                 if enable and index % every_n_layers == 0:
-                    block.forward = partial(_checkpointed, gradient_checkpointing_func, block)
+                    block.forward = partial(_checkpointed, gradient_checkpointing_func, block, forward)
 
 
-def _checkpointed(recompute: Callable[..., Any], block: nn.Module, *inputs: Any) -> Any:
-    """Run a block; it is run again later where a gradient will be asked for."""
-    forward = partial(type(block).forward, block)
+def _checkpointed(
+    recompute: Callable[..., Any], block: nn.Module, forward: Callable[..., Any] | None, *inputs: Any
+) -> Any:
+    """Run a block's `forward`, or its class's; it is run again later where a gradient will be asked for."""
+    forward = forward or partial(type(block).forward, block)
     return recompute(forward, *inputs) if block.training and torch.is_grad_enabled() else forward(*inputs)

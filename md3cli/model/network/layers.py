@@ -136,6 +136,7 @@ class MoeMlp(nn.Module):
         self.fc2 = ExpertMatrices(config.num_experts, config.expert_inner_dim, dim)
         self.run: Callable[[Tensor, Routing], Tensor] = self.run_experts  # `kernels.optimise` puts a faster one
         self.fused: Fused | None = None  # or one that does the routing and the block's sums as well
+        self.here = slice(0, config.num_experts)  # the experts whose matrices are here: fewer where processes share
 
     def route(self, x_ND: Tensor) -> Routing:
         """Choose by the largest router logits of each token; the softmax is over the chosen ones only, in float32."""
@@ -148,13 +149,21 @@ class MoeMlp(nn.Module):
 
     def run_experts(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs, one expert at a time."""
+        return self.sum_experts(x_ND, routing).to(x_ND.dtype)
+
+    def sum_experts(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        """Return the sum of `run_experts` as it is before it is rounded, in float32; of the experts that are here."""
         num_choices = routing.experts_NA.shape[1]
         order = routing.experts_NA.flatten().argsort(stable=True)
         counts = routing.experts_NA.flatten().bincount(minlength=self.config.num_experts).tolist()
+        start, counts = sum(counts[: self.here.start]), counts[self.here]
+        out_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device)
+        if not any(counts):
+            return out_ND
+        order = order[start : start + sum(counts)]
         tokens_P = order // num_choices
         y_PD = self.fc2(gate(self.fc1(x_ND[tokens_P], counts)), counts)
         weighted_PD = y_PD.float() * routing.weights_NA.flatten()[order, None]
-        out_ND = torch.zeros(x_ND.shape, dtype=torch.float32, device=x_ND.device)
         for tokens, weighted in zip(tokens_P.split(counts), weighted_PD.split(counts), strict=True):
             out_ND = out_ND.index_add(0, tokens, weighted)  # per expert, so that the order of sums is fixed
-        return out_ND.to(x_ND.dtype)
+        return out_ND

@@ -12,15 +12,15 @@ tokenizer, no batching of requests, no decoding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from md3cli.model.network.config import ModelConfig, RegionConfig
 from md3cli.model.network.layers import LayerNorm, Linear
-from md3cli.model.network.text import TextDecoder
+from md3cli.model.network.text import TextBlock, TextDecoder
 from md3cli.model.network.vision import VisionEncoder
 
 SIZE_OCTAVES = 10.0  # sizes reach from 2**-10 to 1
@@ -168,6 +168,12 @@ class Moondream3(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.text.wte.device
+
+    @property
+    def cache_places(self) -> list[tuple[int, torch.device]]:
+        """Where each layer's keys and values belong: the heads that the layer has here, and its device."""
+        blocks = cast("Iterable[TextBlock]", self.text.blocks)
+        return [(block.attn.num_heads, block.device or self.device) for block in blocks]
 
     def prefix_embeddings(self, image_BPD: Tensor) -> Tensor:
         """Put BOS before image embeddings [B, P, D]: the image's prefix [B, 1 + P, D]."""

@@ -179,7 +179,8 @@ class TextAttention(nn.Module):
         """Project, store and attend: joined heads [B, T, D], before the last product."""
         q, k, v = self.project(h_BTD, position_BT, table, store, layer)
         allowed = store.mask() if isinstance(store, SlotStore) else mask
-        return merge_heads(self.attend(q, k, v, allowed))
+        # A layer may lie on another device than the rows of a slot store.
+        return merge_heads(self.attend(q, k, v, None if allowed is None else allowed.to(q.device)))
 
 
 class TextBlock(nn.Module):
@@ -188,6 +189,7 @@ class TextBlock(nn.Module):
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.device: torch.device | None = None  # where it computes; None: where the token table lies
         self.ln = LayerNorm(config.dim)
         self.attn = TextAttention(config)
         if config.moe is not None and config.is_moe_layer(layer):
@@ -203,9 +205,16 @@ class TextBlock(nn.Module):
         mask: Tensor | None,
         store: KeyValueStore | None,
         live_BT: Tensor | None = None,
+        only_stores: bool = False,
     ) -> Tensor:
-        """Return the block's output [B, T, D]; new keys and values go to `store`."""
+        """Return the block's output [B, T, D]; new keys and values go to `store`.
+
+        With `only_stores` nothing else is done, and the input is returned.
+        """
         h_BTD = self.ln(x_BTD)
+        if only_stores:
+            self.attn.project(h_BTD, position_BT, table, store, self.layer)
+            return x_BTD
         attended = self.attn.proj(self.attn.heads(h_BTD, position_BT, table, mask, store, self.layer))
         if isinstance(self.mlp, MoeMlp) and self.mlp.fused is not None:
             return self.mlp.fused(h_BTD, live_BT, x_BTD, attended)
@@ -252,13 +261,8 @@ class TextDecoder(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x_BTD = block(x_BTD, position_BT, table, mask, store, live_BT)
-        if only_stores:
-            assert store is not None
-            assert isinstance(last, TextBlock)
-            last.attn.project(last.ln(x_BTD), position_BT, table, store, last.layer)
-        else:
-            x_BTD = last(x_BTD, position_BT, table, mask, store, live_BT)
-        return x_BTD
+        assert store is not None or not only_stores
+        return last(x_BTD, position_BT, table, mask, store, live_BT, only_stores)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Turn hidden states [..., D] into vocabulary logits [..., V]."""

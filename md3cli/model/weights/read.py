@@ -135,6 +135,10 @@ class CheckpointReader(Mapping[str, Tensor]):
         """
         return assemble(self._slots[name], self.read_stored, self.dtype)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of the tensor of this canonical name, without reading it."""
+        return self._slots[name].shape
+
     def read_stored(self, plain: str) -> Tensor:
         """Read a tensor as it is stored, by its plain name, to `device`; nothing is opened for the meta device."""
         entry = self.plan.files.entries[plain]

@@ -1,0 +1,99 @@
+"""Layers over several devices, on the CPU and on disk, answer as one process does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate", reason="needs the extra md3cli[hf]")
+
+from accelerate import dispatch_model
+from placed_answers import ask, compare, load, spread
+
+from md3cli.errors import EngineError
+from md3cli.model.hf.placement import is_spread, settle
+
+SUPPORT = Path(__file__).parents[2] / "support"
+EQUAL = {"decisions_equal": True, "tokens_equal": True, "answers_equal": True}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    return ask(load())
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        {"device_map": {"": "disk"}},
+        {"device_map": {"model.vision": "cpu", "model.text": "disk", "model.region": "cpu"}},
+        {"device_map": spread("cpu", "disk")},
+        {"device_map": "auto", "max_memory": {"cpu": "6MB"}},
+        {"device_map": "sequential", "max_memory": {"cpu": "6MB"}},
+    ],
+    ids=["all on disk", "text on disk", "every second block on disk", "auto", "sequential"],
+)
+@pytest.mark.process
+@pytest.mark.filterwarnings("ignore:The following device_map keys")
+def test_offloaded_layers_answer_as_those_in_memory(
+    placement: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    model = load(offload_folder=tmp_path, **placement)
+    assert is_spread(model)
+    assert any(parameter.device.type == "meta" for parameter in model.parameters())
+    found = compare(ask(model), expected)
+    assert found == {"largest_difference": found["largest_difference"], **EQUAL}
+    assert found["largest_difference"] <= 1e-6
+    assert model.moondream() is model.moondream()  # offloaded weights change with each pass; the engine does not
+
+
+@pytest.mark.process
+def test_two_devices_never_meet_and_answer_as_one() -> None:
+    command = [sys.executable, SUPPORT / "placed_answers.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line.pop("placement") for line in lines] == ["two devices, cpu and disk"]
+    for line in lines:
+        assert line.pop("largest_difference") <= 1e-4
+        assert line == EQUAL
+
+
+def test_auto_where_all_fits_puts_no_hooks() -> None:
+    assert not is_spread(load(device_map="auto"))
+
+
+def test_a_folder_is_asked_for_where_disk_is_needed() -> None:
+    with pytest.raises(ValueError, match="offload_folder"):
+        load(device_map={"": "disk"})
+
+
+def test_a_block_is_not_cut_between_devices() -> None:
+    model = load()
+    placed = cast("Any", dispatch_model(model, {"": "cpu"}, force_hooks=True))
+    placed.model.text.blocks[2].attn.qkv._hf_hook.execution_device = "meta"
+    with pytest.raises(EngineError, match=r"text\.blocks\.2 on cpu, meta"):
+        settle(model, model.model, dict(model.named_parameters()))
+
+
+def test_hooks_survive_recomputed_blocks_and_let_gradients_through() -> None:
+    plain, hooked = load(), load()
+    dispatch_model(hooked, {"": "cpu"}, force_hooks=True)
+    batch = {"input_ids": torch.arange(20, 32)[None], "labels": torch.arange(20, 32)[None]}
+    for model in (plain, hooked):
+        model.train().gradient_checkpointing_enable()
+        model(**batch).loss.backward()
+    hooked.gradient_checkpointing_disable()
+    block = hooked.model.text.blocks[1]
+    assert isinstance(block, torch.nn.Module)
+    assert hasattr(block, "_hf_hook")
+    assert "new_forward" in repr(block.forward)
+    for ours, theirs in zip(hooked.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert ours.grad is None or theirs.grad is None or torch.equal(ours.grad, theirs.grad)
