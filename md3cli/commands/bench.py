@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from md3cli.commands.help import App
-from md3cli.console import print_table, print_wrapped
+from md3cli.console import print_table, print_wrapped, size_words
 from md3cli.errors import UsageError
 from md3cli.records import printable
 from md3cli.signals import check_stdout
@@ -60,7 +60,8 @@ def bench(
         int | None, typer.Option(metavar="N", min=1, help="Run the baseline on so many pictures and scale up.")
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare-quant", help="The model in full, 8 and 4 bits: size, memory, speed, quality.")
+        bool,
+        typer.Option("--compare-quant", help="The model in full, 8 and 4 bits: size, memory, seconds, points lost."),
     ] = False,
     against: Annotated[
         list[str] | None, typer.Option(metavar="MODEL", help="With --compare-quant: a checkpoint to compare as well.")
@@ -85,7 +86,7 @@ def bench(
     """
     check_stdout()
     if compare:
-        _compare(model, against or (), images, as_json, device=device, dtype=dtype, threads=threads)
+        _compare(model, config, against or (), images, as_json, device=device, dtype=dtype, threads=threads)
         return
     if against or images:
         raise UsageError("--against and --images are for --compare-quant; add it, or leave them out")
@@ -109,16 +110,16 @@ def bench(
         _show(result)
 
 
-def _compare(model: str | None, against: Sequence[str], images: str | None, as_json: bool, **place: Any) -> None:
-    if model is None:
-        raise UsageError("--compare-quant needs weights; name them with -m (-m tiny is always there)")
+def _compare(
+    model: str | None, config: str, against: Sequence[str], images: str | None, as_json: bool, **place: Any
+) -> None:
     from md3cli.bench.compare import compare_quant
 
-    found = compare_quant(model, against, images, **place)
+    found = compare_quant(model, config, against, images, **place)
     if as_json:
         typer.echo(json.dumps(found))
     else:
-        _show_compared(found["variants"])
+        _show_compared(found)
 
 
 def _show(result: Mapping[str, Any]) -> None:
@@ -218,31 +219,70 @@ def _files_line(run: Mapping[str, Any]) -> str:
     )
 
 
-def _show_compared(variants: Mapping[str, Any]) -> None:
-    """Print size, memory, time by stage and what was lost, a column for each variant."""
-    names = ["full" if name == "none" else Path(name).name for name in variants]
-    print_table(("", *names), _compared_rows(list(variants.values())), right=names, is_ruled=False)
-    if not any("quality" in found for found in variants.values()):
+def _show_compared(found: Mapping[str, Any]) -> None:
+    """Print what each variant takes and saves, then what its answers lose, then its time by stage."""
+    variants = {_variant_name(name, one): one for name, one in found["variants"].items()}
+    full = next(iter(variants.values()))
+    columns = ("model size", str(full["memory"]), "s/query", *_judged(full))
+    print_table(("configuration", *columns), _saving_rows(variants), right=columns, is_ruled=False)
+    for some in _side_by_side(list(variants)):
+        beside = [variants[name] for name in some]
+        if rows := list(_test_rows(beside)):
+            print_table(("test", *some), rows, right=some, is_ruled=False)
+        print_table(("stage", *some), _stage_times(beside), right=some, is_ruled=False)
+    for note in found["notes"]:
+        typer.echo(printable(note), err=True)
+    if "quality" not in full:
         typer.echo("quality is measured on the embedded model's scenes: -m tiny", err=True)
     elif importlib.util.find_spec("faster_coco_eval") is None:
         typer.echo("boxes and points were not scored: pip install 'md3cli[eval]'", err=True)
 
 
-def _compared_rows(found: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
-    yield ("weights on disk", *(f"{one['file_bytes'] / 1e9:,.3f} GB" for one in found))
-    yield ("peak memory", *(f"{one['peak_rss_bytes'] / 1e9:,.2f} GB" for one in found))
+def _variant_name(name: str, found: Mapping[str, Any]) -> str:
+    return {"none": "full", "vision": f"{found['vision_bits']} vision"}.get(name, Path(name).name)
+
+
+def _side_by_side(names: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the names of at most three columns, the first of all in each: what 80 characters hold."""
+    for first in range(1, max(len(names), 2), 2):
+        yield [names[0], *names[first : first + 2]]
+
+
+def _judged(found: Mapping[str, Any]) -> list[str]:
+    known = {"points lost": "points_lost" in found, "same decisions": found["agreement"] is not None}
+    return [name for name, is_known in known.items() if is_known][:1]
+
+
+def _saving_rows(variants: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for number, (name, one) in enumerate(variants.items()):
+        lost = {"points lost": "{points_lost:.2f}", "same decisions": "{agreement:.1%}"}
+        judged = [lost[what].format_map(one) for what in _judged(one)]
+        sizes = size_words(one["size_bytes"]), f"{one['memory_bytes'] / 2**20:,.0f} MiB"
+        yield name if number else f"{name}, {one['dtype']}", *sizes, f"{one['seconds_per_query']:.3f}", *judged
+        if number:
+            saved = (round(share, 2) + 0.0 for share in one["saved"].values())  # + 0.0: no -0 %
+            yield "  reduction", *(f"{share:.0%}" for share in saved), *["" for _ in judged]
+
+
+def _test_rows(found: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """Yield the seconds and the score of each test; a test of two scores took its time once."""
+    full, timed = found[0], set()
+    for name in full.get("quality", {}):
+        test = next(test for test in full["tests"] if name.startswith(test))
+        seconds = ["" if test in timed else f"{one['tests'][test]['seconds']:.1f} s  " for one in found]
+        timed.add(test)
+        yield name, *(f"{s}{one['quality'][name]:6.1%}" for s, one in zip(seconds, found, strict=True))
+    if "points_lost" in full:
+        yield "points lost, mean", *(f"{one['points_lost']:.2f}" for one in found)
+    if full["agreement"] is not None:
+        yield f"same of {full['decisions']:,} decisions", *(f"{one['agreement']:.1%}" for one in found)
+
+
+def _stage_times(found: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     for stage, unit in COMPARED_STAGES.items():
-        yield (f"{stage.removesuffix('_16')}, {unit}", *_times(found, stage))
-    for name in found[0].get("quality", {}):
-        yield (name, *(f"{one['quality'][name]:.3f}" for one in found))
-    if "points_lost" in found[0]:
-        yield ("points lost, mean", *(f"{one['points_lost']:.2f}" for one in found))
-    if found[0]["agreement"] is not None:
-        yield (f"same of {found[0]['decisions']:,} decisions", *(f"{one['agreement']:.1%}" for one in found))
-
-
-def _times(found: Sequence[Mapping[str, Any]], stage: str) -> Iterator[str]:
-    full = found[0]["stages"][stage]["seconds"]
-    for one in found:
-        seconds = one["stages"][stage]["seconds"]
-        yield f"{seconds * 1000:,.1f} ms {full / seconds:.1f}x"
+        full = found[0]["stages"][stage]["seconds"]
+        times = [one["stages"][stage]["seconds"] for one in found]
+        yield (
+            f"{stage.removesuffix('_16')}, {unit}",
+            *(f"{seconds * 1000:,.1f} ms {full / seconds:.1f}x" for seconds in times),
+        )
