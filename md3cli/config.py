@@ -105,7 +105,8 @@ class SourceSpec:
 class ModelOptions:
     """Which weights, on what, and how they are run; values as the options of the same names.
 
-    `batch_size` None fits memory, `compile` None is no, `max_context` None is config.json's. `device`, `dtype` and `quant` stay as given (`auto`, `stored`).
+    `batch_size` None fits memory, `compile` None is no, `max_context` None is config.json's. `device`, `dtype` and
+    `quant` stay as given (`auto`, `stored`).
     """
 
     model: str = DEFAULT_MODEL

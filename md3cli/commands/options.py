@@ -236,9 +236,7 @@ class AnnotateOptions:
         int | None,
         _model(metavar="N|auto", parser=checked(number_or_auto), help="Sequences in flight; auto fits memory."),
     ] = AUTO
-    compile: Annotated[
-        bool | None, _model(help="Compile steps on a CPU where that is faster; kept on disk. By default not.")
-    ] = None
+    compile: Annotated[bool | None, _model(help="Compile a CPU's steps, if that is faster.")] = None
     max_context: Annotated[
         int | None,
         _model(
