@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -312,7 +313,7 @@ class Search:
             ]
         except (ValueError, TypeError, OverflowError, RecursionError):
             return {}
-        is_sound = all(0 < row.rows <= self.batch_size and row.eager > 0 and row.compiled > 0 for row in rows)
+        is_sound = all(0 < row.rows <= self.batch_size and min(row[1:]) > 0 and isfinite(sum(row)) for row in rows)
         return {row.rows: row for row in rows} if is_sound and rows and rows[0].rows == 1 else {}
 
     def _keep(self, key: dict[str, Any], payload: bytes) -> None:
