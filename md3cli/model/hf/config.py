@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
 from md3cli.errors import ConfigError
+from md3cli.model.hf.parallel import EP_PLAN, TP_PLAN
 from md3cli.model.hf.saved_code import NamedBySavedFolders, auto_map, write_imports
 from md3cli.model.network.config import ModelConfig
 from md3cli.model.weights.plan import SECTIONS, normalise_config
@@ -41,6 +42,9 @@ class Moondream3Config(NamedBySavedFolders, PreTrainedConfig):  # type: ignore[n
 
     model_type = "moondream3"
     keys_to_ignore_at_inference = ("past_key_values", "last_hidden_state", "text_loss", "coord_loss", "size_loss")
+
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = TP_PLAN
+    base_model_ep_plan: ClassVar[dict[str, Any] | None] = EP_PLAN
 
     config: dict[str, Any]
     has_region_ln: bool

@@ -225,6 +225,7 @@ class GenerationMethods(GenerationMixin):
     config: Moondream3Config
     embed_inputs: Callable[[Batch, Tensor], Tensor]
     batch_states: Callable[[Batch], Tensor]
+    from_first: Callable[[Tensor], Tensor]
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         own_left_out = {key: value for key, value in model_kwargs.items() if key not in _OWN_ARGUMENTS}
@@ -248,7 +249,7 @@ class GenerationMethods(GenerationMixin):
         limit = min(limits, default=input_ids.shape[1] + MAX_NEW_TOKENS) - input_ids.shape[1]
         rows = run.new_rows(limit, model_kwargs.get("max_objects") or MAX_OBJECTS)
         decided = DecidedRows(config, int(generation_config.pad_token_id or 0), len(input_ids), self.model.dtype)
-        draw = Draw(logits_processor, generation_config)
+        draw = Draw(logits_processor, generation_config, self.from_first)
         hidden_BD, ids_BT, is_over = run.prefill(), input_ids.to(self.model.device), False
         while self._has_unfinished_sequences(is_over, synced_gpus, device=ids_BT.device):
             draw.ids_BT, modes_B = ids_BT, rows.mode
@@ -257,7 +258,8 @@ class GenerationMethods(GenerationMixin):
             ids_BT = torch.cat([ids_BT, tokens_B[:, None]], dim=1)
             if streamer is not None:
                 streamer.put(tokens_B.cpu())  # type: ignore[no-untyped-call]
-            stopped_B = (step.rows.mode != Mode.IDLE) & self._stops(stopping_criteria, ids_BT, draw.scores, modes_B)
+            stops_B = self.from_first(self._stops(stopping_criteria, ids_BT, draw.scores, modes_B))
+            stopped_B = (step.rows.mode != Mode.IDLE) & stops_B
             for row in stopped_B.nonzero()[:, 0].tolist():
                 decided.finish_reasons[row] = "stop"
             rows = step.rows._replace(mode=step.rows.mode.masked_fill(stopped_B, int(Mode.IDLE)))
@@ -295,8 +297,11 @@ class GenerationMethods(GenerationMixin):
 class Draw:
     """A `state.Draw` that asks transformers' logits processors; rows that write no text stay greedy."""
 
-    def __init__(self, processors: LogitsProcessorList, config: GenerationConfig) -> None:
-        self.processors, self.config = processors, config
+    def __init__(
+        self, processors: LogitsProcessorList, config: GenerationConfig, agree: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Make the draw; `agree` gives all processes that share the network what the first of them drew."""
+        self.processors, self.config, self.agree = processors, config, agree
         self.ids_BT = torch.empty(0)
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
@@ -310,7 +315,7 @@ class Draw:
             self.scores.append(scores_BV)
         if self.config.do_sample:
             probabilities_BV = scores_BV.softmax(dim=-1).nan_to_num(1.0)  # `DecidedRows.take` refuses rows of NaN
-            token_B = torch.multinomial(probabilities_BV, num_samples=1)[:, 0]
+            token_B = self.agree(torch.multinomial(probabilities_BV, num_samples=1)[:, 0])
         else:
             token_B = scores_BV.argmax(dim=-1)
         writes_B = (rows.mode == Mode.TEXT) | (rows.mode == Mode.REASON)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from md3cli.errors import CheckpointError
 from md3cli.model.hf.config import Moondream3Config
+from md3cli.model.hf.parallel import asks_for_sharing
 from md3cli.model.weights.hub import fetch_model, model_path, repo_of
 from md3cli.model.weights.plan import QUANT_METHOD, CheckpointPlan
 from md3cli.model.weights.read import CheckpointReader, stored_dtype
@@ -53,7 +54,7 @@ def read_dtype(given: object, plan: CheckpointPlan | None = None) -> torch.dtype
 
 def state_of(weights: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state that transformers loads; where it places or shares out, files are read tensor by tensor."""
-    is_placed = any(kwargs.get(key) is not None for key in ("device_map", "distributed_config"))
+    is_placed = kwargs.get("device_map") is not None or asks_for_sharing(kwargs)
     if is_placed and kwargs.get("quantization_config") is None and isinstance(weights, CheckpointReader):
         return {f"model.{key}": LazyTensor(weights, key) for key in weights}
     return {f"model.{key}": weights[key] for key in weights}

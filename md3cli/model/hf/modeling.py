@@ -52,6 +52,7 @@ from md3cli.model.hf.inputs import (
 from md3cli.model.hf.loading import config_of, find_weights, read_dtype, state_of
 from md3cli.model.hf.low_bits import LowBitMethods, PackedSource, check_arguments, one_device, read_quant
 from md3cli.model.hf.original_methods import OriginalMethods
+from md3cli.model.hf.parallel import EP_PLAN, TP_PLAN, SharedMethods, refuse_beside_sharing
 from md3cli.model.hf.placement import settle
 from md3cli.model.hf.saved_code import NamedBySavedFolders, name_classes
 from md3cli.model.network.loss import IGNORE, batch_loss
@@ -97,7 +98,13 @@ class Backbone:
 
 
 class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
-    LowBitMethods, OriginalMethods, NamedBySavedFolders, GenerationMethods, PreTrainedModel, GenerationMixin
+    LowBitMethods,
+    SharedMethods,
+    OriginalMethods,
+    NamedBySavedFolders,
+    GenerationMethods,
+    PreTrainedModel,
+    GenerationMixin,
 ):
     """Moondream 3 with `generate`, Trainer, PEFT, and the original's own `query`, `caption`, `detect`, ….
 
@@ -114,6 +121,8 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
     _no_split_modules = ["TextBlock", "VisionBlock"]  # noqa: RUF012 - as transformers declares it
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
+    _tp_plan = {f"model.{name}": rule for name, rule in TP_PLAN.items()}  # noqa: RUF012
+    _ep_plan = {f"model.{name}": rule for name, rule in EP_PLAN.items()}  # noqa: RUF012
 
     def __init__(self, config: Moondream3Config) -> None:
         super().__init__(config)
@@ -194,6 +203,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         """Let transformers load the config and state that stand among its own arguments."""
         if "config" in kwargs:
             refuse_kernels(kwargs, kwargs["config"])
+        refuse_beside_sharing(kwargs)
         prepare_bnb(kwargs)
         try:
             with loading_bnb(name or "this state", kwargs):
@@ -202,6 +212,8 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             raise EngineError(f"{name or 'this state'} cannot be loaded in the way asked for: {error}") from error
         model: Self = loaded[0] if isinstance(loaded, tuple) else loaded
         settle(model, model.model, kwargs.get("state_dict") or {})
+        if model.sharing is not None:
+            model.sharing.keep_parts(model)
         settle_bnb(model)
         return loaded  # type: ignore[no-any-return]
 
@@ -227,6 +239,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         base = base_of(folder)
         if base is None:
             raise CheckpointError(f"{folder / PEFT_CONFIG} names no base model; load that first, then the adapter")
+        refuse_beside_sharing(kwargs, "a network with an adapter on top")
         kwargs.setdefault("quant", NONE)  # no adapter can be put on packed weights
         model: Any = cls.from_pretrained(base, **kwargs)
         model.load_adapter(str(folder))
@@ -265,15 +278,22 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             return
         if layout is not None and is_bnb(self.config):
             raise CheckpointError(f"layout {layout} has no place for weights that bitsandbytes packed; leave it out")
+        state = self._whole_state()
+        is_writer = self.sharing is None or self.sharing.ranks.rank == 0
         if layout in (None, Format.ORIGINAL):
+            if state is not None:
+                kwargs["state_dict"] = state
             if has_expert_layers(self) and not is_bnb(self.config):
                 kwargs.setdefault("state_dict", join_experts(self.state_dict()))
             super().save_pretrained(target, *args, **kwargs)
-            if tokenizer is not None and not (target / TOKENIZER_NAME).exists():
+            if is_writer and tokenizer is not None and not (target / TOKENIZER_NAME).exists():
                 shutil.copyfile(tokenizer, target / TOKENIZER_NAME)
             return
-        state, dtype = join_experts(self.model.state_dict()), self.model.dtype
-        write_checkpoint(state, self.config.network, target, Format(layout), dtype=dtype, tokenizer_file=tokenizer)
+        if is_writer:
+            plain = self.state_dict() if state is None else state
+            state = join_experts({name.removeprefix("model."): tensor for name, tensor in plain.items()})
+            dtype = self.model.dtype
+            write_checkpoint(state, self.config.network, target, Format(layout), dtype=dtype, tokenizer_file=tokenizer)
 
     def _tokenizer_beside_weights(self) -> Path | None:
         if not self.name_or_path or repo_of(self.name_or_path) is not None:
@@ -313,6 +333,8 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             region_labels: [B, T, 2] values to predict; by default `region_values` where there is a label.
             logits_to_keep: of the last positions only; 0 for all.
         """
+        if labels is not None and self.training and self.sharing is not None:
+            raise EngineError("a network that processes share does not learn: train it in one, or with device_map")
         if labels is not None or (self.training and self.gradient_checkpointing):
             past_key_values, use_cache = None, False
         elif use_cache is not False and past_key_values is None:

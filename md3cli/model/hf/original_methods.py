@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from md3cli.errors import ConfigError, EngineError
 from md3cli.model.api import Moondream, Skills
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.load import make_engine
-from md3cli.model.engine.machine import plan_memory
+from md3cli.model.engine.machine import MemoryPlan, plan_memory
 from md3cli.model.engine.prompts import Tokenizer
+from md3cli.model.hf.parallel import Sharing
+from md3cli.model.hf.placement import is_spread
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.quant.layers import has_packed_weights, low_bit_matrices
 from md3cli.model.weights.files import TOKENIZER_NAME
@@ -28,6 +33,7 @@ class OriginalMethods(Skills):
     model: Moondream3
     name_or_path: str  # what the weights were loaded from; "" for a new network
     tokenizer_source: str | None = None  # file, folder or repository; None: beside the weights
+    sharing: Sharing | None  # with other processes
     _moondream: Moondream | None = None
     _moondream_state: tuple[Any, ...] = ()
 
@@ -45,6 +51,8 @@ class OriginalMethods(Skills):
             raise ConfigError(
                 f"compile({given:.200}): the original's compile takes no arguments; torch.compile(model, …) takes these"
             )
+        if self.sharing is not None or is_spread(cast("nn.Module", self)):
+            raise EngineError("what lies on several devices, on disk or in several processes is not compiled")
         self.moondream().compile()
 
     def moondream(self) -> Moondream:
@@ -87,6 +95,9 @@ class OriginalMethods(Skills):
         model, config = self.model, self.model.config
         tokenizer = Tokenizer.load(file, config)
         plan = plan_memory(None, config, model.dtype, model.device, config.text.max_context)
+        if self.sharing is not None:  # passes of other sizes would wait for one another for ever
+            ranks = self.sharing.ranks
+            plan = MemoryPlan(*(value and ranks.least(value, model.device) for value in astuple(plan)))
         # Not planned: a network that may be trained has its plain parts, which read all of a slot.
         is_planned = None if has_packed_weights(model) else False
         return make_engine(model, tokenizer, name, RunIdentity(identity), plan, is_planned=is_planned)
