@@ -473,29 +473,31 @@ def test_the_command_prints_numbers_or_tables() -> None:
     assert max(map(len, lines)) <= 80
 
 
-@pytest.mark.process
-@pytest.mark.usefixtures("small_limits")
 def test_the_command_runs_several_workloads(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
-    run_bench = bench.run_bench
+    engine, cached, memory = {"seconds": 2.0, "output_tokens": 256.0}, {"seconds": 0.5}, {"peak_rss_bytes": 5.4e8}
+    segment = bench.HostRun("segment", 4, 4, 4, engine, cached, memory, baseline={"seconds": 6.2, "images_run": 4.0})
+    decoded = {"seconds": 1.0, "pictures_per_second": 4.0, "share": 0.5, "decode_workers": 2.0}
+    files = replace(segment, workload="files", files=decoded, baseline=None)
+    limits = {"gemm_gflops": 211.0, "read_gbytes": 20.8}
 
-    def run(*args: Any, workloads: tuple[str, ...], **more: Any) -> Any:
+    def run(*args: Any, workloads: list[str], **more: Any) -> bench.BenchResult:
         asked.append(tuple(workloads))
-        return run_bench(*args, workloads=("segment", "files"), **more)
+        return bench.BenchResult("a CPU", limits, {}, [segment, files])
 
     monkeypatch.setattr(bench, "run_bench", run)
     place = ("--config", "mini", "--device", "cpu")
-    lines = run_command(*place, "--workload", "segment", "--workload", "point", "--baseline", "--workload", "segment")
-    run_command(*place, "--workload", "all", "--workload", "files", "--json")
+    lines = run_command(*place, "--workload", "segment", "--workload", "point", "--workload", "segment").splitlines()
+    found = json.loads(run_command(*place, "--workload", "all", "--workload", "files", "--json"))
     assert asked[0] == ("segment", "point")
     assert sorted(asked[1]) == sorted(WORKLOADS)
-    rows = [line.split() for line in lines.splitlines()]
-    assert ["workload", "batch", "requests/s", "images/s", "tokens/s", "memory", "cached", "plain", "path"] in rows
-    (row,) = (row for row in rows if row[0] == "segment")
-    assert row[1] == "4"
-    assert row[-1].endswith("x")
-    assert any(row[0] == "files:" for row in rows)
-    assert max(map(len, lines.splitlines())) <= 80
+    assert max(map(len, lines)) <= 80
+    words = [" ".join(line.split()) for line in lines]
+    assert "workload batch requests/s images/s tokens/s memory cached plain path" in words
+    assert "segment 4 2.00 2.00 128.00 0.54 GB 4.0x 3.1x" in words
+    assert "files 4 2.00 2.00 128.00 0.54 GB 4.0x not run" in words
+    assert words[-2].startswith("files: 1.0 s, 4.00 pictures/s through 2 decode workers")
+    assert [run["workload"] for run in found["runs"]] == ["segment", "files"]
 
 
 def test_a_workload_that_there_is_none_of_is_refused() -> None:
