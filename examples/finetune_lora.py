@@ -4,7 +4,8 @@
 
 draws scenes with arrows among the eight old shapes, asks the model for all nine kinds in held-out ones,
 trains adapters on detection with transformers' Trainer and peft, and asks again with
-`--adapter arrows/adapter`. Needs the extra md3cli[hf,eval]; some minutes on two CPU cores.
+`--adapter arrows/adapter`. Needs the extra md3cli[hf,eval]; some minutes on two CPU cores. With `--bits 4` the model is
+packed by bitsandbytes (md3cli[bnb]) while it is trained: QLoRA.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from shapes import write_collection
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 from world import KINDS, NEW_KIND
 from world_draw import make_picture
 from world_text import matching
@@ -32,6 +33,11 @@ from md3cli.model.hf.config import PARTS, lora_targets
 ALL_KINDS = (*KINDS, NEW_KIND)
 TRAIN_SEED, HELD_OUT_SEED = 41, 42  # the embedded model's own scenes have others
 OFTEN = (*KINDS, *[NEW_KIND] * 3)  # what training scenes draw their kinds from
+BITS: dict[int, dict[str, Any]] = {
+    4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    8: {"load_in_8bit": True},
+    16: {},
+}
 NEW_SHARE = 0.35  # of the records look for the new shape; the others keep the old ones in mind
 
 
@@ -55,9 +61,14 @@ class Scenes(Dataset[dict[str, Any]]):
 
 def train(out: Path, args: argparse.Namespace) -> None:
     """Train adapters on every part of the network and save them as peft does, in `out`/adapter."""
-    base = Moondream3ForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32)
+    packing = BitsAndBytesConfig(**BITS[args.bits]) if BITS[args.bits] else None  # type: ignore[no-untyped-call]
+    base: Any = Moondream3ForConditionalGeneration.from_pretrained(
+        args.model, dtype=torch.float32, quantization_config=packing
+    )
+    if packing is not None:
+        base = prepare_model_for_kbit_training(base)  # type: ignore[no-untyped-call]
     processor = Moondream3Processor.from_pretrained(args.model)
-    targets = lora_targets(base.config.network, PARTS)
+    targets = lora_targets(base.config, PARTS)
     model = get_peft_model(base, LoraConfig(r=args.rank, lora_alpha=args.rank, **targets))
     model.print_trainable_parameters()
     arguments = TrainingArguments(
@@ -107,6 +118,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=550)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rate", type=float, default=8e-4)
+    parser.add_argument("--bits", type=int, default=16, choices=sorted(BITS), help="of the frozen weights")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--scenes", type=int, default=80, help="held-out scenes")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUT/trainer")

@@ -12,6 +12,7 @@ products take no widths but multiples of 32 and 64, and give no gradients afterw
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,26 +23,31 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers import BitsAndBytesConfig
 
 from md3cli.errors import CheckpointError, EngineError
-from md3cli.model.hf.config import Moondream3Config
+from md3cli.model.hf.config import BNB, Moondream3Config, is_bnb, quant_method
 from md3cli.model.hf.loading import read_dtype
 from md3cli.model.network.layers import ExpertMatrices, Linear, MoeMlp
-from md3cli.model.weights.files import CONFIG_NAME, WeightFiles, find_weight_files, read_json
+from md3cli.model.weights.adapters import PEFT_WEIGHTS
+from md3cli.model.weights.files import CONFIG_NAME, WeightFiles, find_weight_files, read_header, read_json
 
-METHOD = "bitsandbytes"
 # What stays plain where a user names nothing: parts that lose answers in 4 bits (examples/benchmarks.md), of which the
 # real model has half a thousandth. transformers' own choice, the head, is large and loses none.
 PLAIN_PARTS = ("router", "patch_emb", "coord_decoder")
+_ADAPTED_LAYER = re.compile(r"\.mlp\.fc[12]\.[0-9]{1,4}\.lora_A\.weight$")
 _EXPERT = re.compile(r"(.*\.mlp\.fc[12])\.([0-9]{1,4})\.weight")
 
 
 class ExpertLayers(nn.ModuleList):
     """One linear layer per expert, no bias: what `ExpertMatrices` computes, over layers that a tool may exchange."""
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
-        super().__init__(nn.Linear(in_features, out_features, bias=False) for _ in range(num_experts))
+    def __init__(self, stack_XOI: nn.Parameter) -> None:
+        num_experts, out_features, in_features = stack_XOI.shape
+        with torch.device("meta"):
+            super().__init__(nn.Linear(in_features, out_features, bias=False) for _ in range(num_experts))
+        for layer, matrix in zip(self, stack_XOI.detach(), strict=True):
+            layer.weight = nn.Parameter(matrix, requires_grad=stack_XOI.requires_grad)
 
     def forward(self, x_PD: Tensor, counts: list[int]) -> Tensor:
         """Multiply rows sorted by expert, `counts[e]` of them for expert e: [P, in] -> [P, out]."""
@@ -49,23 +55,10 @@ class ExpertLayers(nn.ModuleList):
         return torch.cat([layer(part) for part, layer in zip(parts, self, strict=True) if len(part)])
 
 
-def method_of(settings: object) -> str | None:
-    """Return the name of the quantisation that a `quantization_config` asks for, as an object or as in a file."""
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    if method is None and isinstance(settings, dict) and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
-        return METHOD
-    return None if method is None else str(getattr(method, "value", method))
-
-
-def is_bnb(config: PreTrainedConfig) -> bool:
-    """Return True where a config asks for bitsandbytes, or where its weights are packed so already."""
-    return method_of(getattr(config, "quantization_config", None)) == METHOD
-
-
 def prepare_bnb(arguments: dict[str, Any]) -> None:
     """Make the arguments of `from_pretrained` ready to be packed, where they ask for it; the state is a plain one."""
     given = arguments.get("quantization_config")
-    if method_of(given) != METHOD:
+    if quant_method(given) != BNB:
         return
     settings = deepcopy(_settings(given))
     if settings.llm_int8_skip_modules is None:
@@ -89,7 +82,7 @@ def loading_bnb(name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
     """
     is_stored = is_bnb(arguments["config"])
     settings = arguments["config"].quantization_config if is_stored else arguments.get("quantization_config")
-    if method_of(settings) != METHOD:
+    if quant_method(settings) != BNB:
         yield
         return
     try:
@@ -111,16 +104,43 @@ def _device_of(device_map: Any) -> torch.device:
 
 
 def use_plain_layers(model: nn.Module) -> None:
-    """Give an empty network the layers that transformers exchanges: torch's own, one for each expert."""
-    for module in list(model.modules()):
+    """Give a network the layers that transformers exchanges: torch's own, one for each expert."""
+    use_expert_layers(model)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+def use_expert_layers(model: nn.Module) -> None:
+    """Give each expert of a network a layer of its own, over the memory of the stack."""
+    for module in model.modules():
         if isinstance(module, MoeMlp):
             for name in ("fc1", "fc2"):
                 stack = getattr(module, name)
                 assert isinstance(stack, ExpertMatrices)
-                count, out_features, in_features = stack.weight.shape
-                setattr(module, name, ExpertLayers(count, in_features, out_features))
-        elif isinstance(module, Linear):
-            module.__class__ = nn.Linear  # type: ignore[assignment]
+                setattr(module, name, ExpertLayers(stack.weight))
+
+
+def fit_experts(model: nn.Module, adapter: Path) -> None:
+    """Make a model's experts those that a folder of peft's adapts: layers, of a packed model, or stacks.
+
+    Raises:
+        CheckpointError: the model is packed, and the adapter was trained on stacks.
+    """
+    file = adapter / PEFT_WEIGHTS
+    names = [entry.stored_name for entry in read_header(file)] if file.is_file() else []
+    if not has_expert_layers(model):
+        if any(_ADAPTED_LAYER.search(name) for name in names):
+            use_expert_layers(model)
+        return
+    layers = {name for name, module in model.named_modules() if isinstance(module, ExpertLayers)}
+    if any(
+        name.removeprefix("base_model.model.").replace(".base_layer", "").split(".lora_")[0] in layers for name in names
+    ):
+        raise CheckpointError(
+            f"{adapter} adapts the experts as stacks, and bitsandbytes packs each for itself: load it without a "
+            "quantization_config, or train one on a packed model"
+        )
 
 
 def split_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -152,12 +172,20 @@ def has_expert_layers(model: nn.Module) -> bool:
     return any(isinstance(module, ExpertLayers) for module in model.modules())
 
 
+def _is_new(record: logging.LogRecord, seen: set[str] = set()) -> bool:  # noqa: B006 - what was said in this process
+    """Let a message of the library's through once: its 8-bit product says at each call that it casts its input."""
+    is_new = record.getMessage() not in seen
+    seen.add(record.getMessage())
+    return is_new
+
+
 def settle_bnb(model: nn.Module) -> None:
     """Make a loaded model's packed layers compute on every device, and judge them; plain models are left alone.
 
     Raises:
         CheckpointError: a packed weight is not of its layer's size, or not finite.
     """
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_new)
     for name, module in model.named_modules():
         kind = type(module.weight).__name__ if isinstance(module, nn.Linear) else ""
         if kind == "Params4bit":
@@ -212,7 +240,7 @@ def bnb_files(path: Path) -> WeightFiles | None:
         CheckpointError: no checkpoint is there, or its headers are damaged.
     """
     file = (path if path.is_dir() else path.parent) / CONFIG_NAME
-    if not file.is_file() or method_of(read_json(file).get("quantization_config")) != METHOD:
+    if not file.is_file() or quant_method(read_json(file).get("quantization_config")) != BNB:
         return None
     return find_weight_files(path)
 

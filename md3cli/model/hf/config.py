@@ -21,6 +21,7 @@ from md3cli.model.weights.plan import SECTIONS, normalise_config
 
 IMAGE_TOKEN_ID = 8  # stands where an image's embeddings go; no prompt contains it (specification, section 3)
 PAD_TOKEN_ID = 10  # reserved; not the end of text, or collators would hide that from the loss
+BNB = "bitsandbytes"  # as transformers calls it in a `quantization_config`
 PARTS = ("attention", "dense", "experts", "region", "projection", "vision")  # that a LoRA may adapt
 _LAYOUT_KEYS = ("config", *SECTIONS, "text_config", "vision_config", "region_config")
 
@@ -98,8 +99,26 @@ class Moondream3Config(NamedBySavedFolders, PreTrainedConfig):  # type: ignore[n
         return cls(asdict(network), **kwargs)
 
 
-def lora_targets(config: ModelConfig, parts: Collection[str] = ("attention", "dense", "experts")) -> dict[str, Any]:
+def quant_method(settings: object) -> str | None:
+    """Return the name of the quantisation that a `quantization_config` asks for, as an object or as in a file."""
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    if method is None and isinstance(settings, dict) and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        return BNB
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def is_bnb(config: PreTrainedConfig) -> bool:
+    """Return True where a config asks for bitsandbytes, or where its weights are packed so already."""
+    return quant_method(getattr(config, "quantization_config", None)) == BNB
+
+
+def lora_targets(
+    config: ModelConfig | Moondream3Config, parts: Collection[str] = ("attention", "dense", "experts")
+) -> dict[str, Any]:
     """Return keyword arguments for `peft.LoraConfig` that adapt some parts of the network.
+
+    `config` is the model's own (`model.config`), which knows whether bitsandbytes packs it: each expert is a layer
+    then, and a stack of them otherwise. Sizes alone (`model.config.network`) are those of a model that is not packed.
 
     The parts are `attention`, `dense` and `experts` of the text decoder, the `region` heads, the blocks of the
     `vision` encoder and its `projection` into the text width. Routers, norms, embeddings and head are left alone.
@@ -114,12 +133,19 @@ def lora_targets(config: ModelConfig, parts: Collection[str] = ("attention", "de
     # parameters, such as a stack of expert matrices, by the parameter's name.
     modules: list[str] = []
     parameters: list[str] = []
+    is_apart = isinstance(config, Moondream3Config) and is_bnb(config)
+    if isinstance(config, Moondream3Config):
+        config = config.network
     for layer in range(config.text.n_layers):
         block = f"model.text.blocks.{layer}"
         if "attention" in parts:
             modules += [f"{block}.attn.qkv", f"{block}.attn.proj"]
-        if config.text.is_moe_layer(layer):
-            parameters += [f"{block}.mlp.{name}.weight" for name in ("fc1", "fc2") if "experts" in parts]
+        if config.text.moe is not None and config.text.is_moe_layer(layer):
+            stacks = [f"{block}.mlp.{name}" for name in ("fc1", "fc2") if "experts" in parts]
+            if is_apart:
+                modules += [f"{stack}.{expert}" for stack in stacks for expert in range(config.text.moe.num_experts)]
+            else:
+                parameters += [f"{stack}.weight" for stack in stacks]
         elif "dense" in parts:
             modules += [f"{block}.mlp.fc1", f"{block}.mlp.fc2"]
     if "region" in parts:

@@ -27,8 +27,8 @@ from transformers.utils.generic import ModelOutput
 from md3cli.errors import CheckpointError, EngineError, RequestError
 from md3cli.model.hf.bnb import (
     bnb_files,
+    fit_experts,
     has_expert_layers,
-    is_bnb,
     join_experts,
     loading_bnb,
     prepare_bnb,
@@ -36,7 +36,7 @@ from md3cli.model.hf.bnb import (
     settle_bnb,
     use_plain_layers,
 )
-from md3cli.model.hf.config import Moondream3Config
+from md3cli.model.hf.config import Moondream3Config, is_bnb
 from md3cli.model.hf.generate import GenerationMethods, default_generation_config
 from md3cli.model.hf.hub_code import refuse_kernels
 from md3cli.model.hf.inputs import (
@@ -235,13 +235,15 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
 
     @classmethod
     def _load_with_adapter(cls, folder: Path, **kwargs: Any) -> Self:
-        check_start(folder / PEFT_CONFIG, read_json(folder / PEFT_CONFIG))  # transformers takes the true base for it
+        settings = read_json(folder / PEFT_CONFIG)
+        check_start(folder / PEFT_CONFIG, settings)  # transformers takes the true base for it
         base = base_of(folder)
         if base is None:
             raise CheckpointError(f"{folder / PEFT_CONFIG} names no base model; load that first, then the adapter")
         refuse_beside_sharing(kwargs, "a network with an adapter on top")
         kwargs.setdefault("quant", NONE)  # no adapter can be put on packed weights
         model: Any = cls.from_pretrained(base, **kwargs)
+        fit_experts(model, folder)
         model.load_adapter(str(folder))
         return model  # type: ignore[no-any-return]
 
@@ -445,6 +447,9 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
     ) -> None:
         """Recompute the blocks of both towers in the backward pass instead of keeping what is inside them."""
         self.gradient_checkpointing = enable
+        if "use_reentrant" not in getattr(gradient_checkpointing_func, "keywords", {}):
+            # As peft leaves it; torch's old way gives adapters of the vision encoder, whose input is data, no gradient.
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
         for blocks in (self.model.vision.blocks, self.model.text.blocks):
             for index, block in enumerate(blocks):
                 forward = block.__dict__.pop("forward", None)  # None, or what hooks of accelerate have put there

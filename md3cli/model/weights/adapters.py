@@ -198,6 +198,7 @@ def _shown(value: object) -> str:
 _VENDOR_TEXT = re.compile(r"(?:^|.*\.)(dense|moe)\.([0-9]{1,4})\.(up|down)_(a|b)(?:\.weight)?")
 _VENDOR_VISION = re.compile(r"(?:^|.*\.)vision_lora\.proj_fc2\.(up|down)(?:\.weight)?")
 _PEFT_FACTOR = re.compile(r"(?:base_model\.)?(?:model\.)*((?:text|vision|region)\..+)\.lora_([AB])\.weight")
+_PEFT_EXPERT = re.compile(r"(text\.blocks\.[0-9]{1,4}\.mlp\.fc[12])\.([0-9]{1,4})")
 _DTYPES = ("BF16", "F16", "F32", "F64")
 _NAMED_IN_ERRORS = 5
 
@@ -384,14 +385,34 @@ def _read_peft(file: Path, tensors: Mapping[str, Tensor], settings: PeftSettings
     if unknown:
         raise _unknown(file, unknown)
     shapes = expected_tensors(config, has_region_ln=True)
-    changes = []
+    changes, apart = [], dict[str, dict[int, LowRank]]()
     for module, found in factors.items():
         weight = f"{module}.weight"
         down, up = _pair(file, weight, found, "A", "B")
+        if expert := _PEFT_EXPERT.fullmatch(module):
+            change = LowRank(weight, up, down, settings.scale(f"model.{module}", len(down)))
+            apart.setdefault(f"{expert[1]}.weight", {})[int(expert[2])] = change
+            continue
         shape = shapes.get(weight, ())
         if len(shape) == 3 and down.dim() == up.dim() == 2 and len(down) % shape[0] == up.shape[1] % shape[0] == 0:
             # From peft's factors of a stack, [X * R, in] and [out, R * X], to [X, R, in] and [X, out, R].
             down = down.view(shape[0], -1, down.shape[-1])
             up = up.view(up.shape[0], -1, shape[0]).permute(2, 0, 1)
         changes.append(LowRank(weight, up, down, settings.scale(f"model.{module}", down.shape[-2])))
-    return changes
+    return changes + [_stacked(file, weight, shapes.get(weight, ()), found) for weight, found in apart.items()]
+
+
+def _stacked(file: Path, weight: str, shape: Shape, found: Mapping[int, LowRank]) -> LowRank:
+    """Return the change of a stack of experts that were adapted one by one, as those of a packed model are."""
+    first = next(iter(found.values()))
+    if len(shape) != 3 or max(found) >= shape[0]:
+        raise CheckpointError(f"{file} changes {first.weight} and others, which this model does not have")
+    if any(
+        (one.up.shape, one.down.shape, one.scale) != (first.up.shape, first.down.shape, first.scale)
+        for one in found.values()
+    ):
+        raise CheckpointError(f"{file}: the experts of {weight} differ in rank, alpha or size; md3 merges equal ones")
+    up, down = torch.zeros(shape[0], *first.up.shape), torch.zeros(shape[0], *first.down.shape)
+    for number, change in found.items():
+        up[number], down[number] = change.up, change.down
+    return LowRank(weight, up, down, first.scale)

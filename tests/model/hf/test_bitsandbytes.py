@@ -17,16 +17,29 @@ from torch import Tensor, nn
 
 pytest.importorskip("bitsandbytes", reason="needs the extra md3cli[bnb]")
 
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from md3cli import Moondream, model_path
+from md3cli.config import ModelOptions
 from md3cli.errors import CheckpointError, EngineError
+from md3cli.model.engine.load import load_weights
 from md3cli.model.hf import Moondream3Config, Moondream3ForConditionalGeneration, Moondream3Processor
-from md3cli.model.hf.bnb import ExpertLayers, join_experts, require_library, resident_bytes, split_experts
+from md3cli.model.hf.bnb import (
+    ExpertLayers,
+    join_experts,
+    require_library,
+    resident_bytes,
+    split_experts,
+    use_expert_layers,
+)
+from md3cli.model.hf.config import PARTS, lora_targets
 from md3cli.model.network.layers import ExpertMatrices
+from md3cli.model.weights.plan import plan_checkpoint
 from md3cli.model.weights.random_weights import CONFIGS, random_model
 
 FOLDER = CASES["c"][0]
+EXAMPLES = Path(__file__).parents[3] / "examples"
 NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 WAYS: dict[str, dict[str, Any]] = {
     "nf4": NF4,
@@ -343,3 +356,91 @@ def test_a_missing_library_and_a_device_without_a_back_end_are_told(monkeypatch:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(EngineError, match=r"pip install 'md3cli\[bnb\]'"):
         require_library(packing("nf4"), torch.device("cpu"), torch.float32)
+
+
+# -- QLoRA ------------------------------------------------------------------------------------------
+
+
+def records() -> list[dict[str, Any]]:
+    box = {"x_min": 0.1, "y_min": 0.2, "x_max": 0.5, "y_max": 0.6}
+    return [
+        {"image": picture("c", 0), "task": "detect", "prompt": "red circle", "objects": [box]},
+        {"image": picture("c", 1), "task": "query", "prompt": "How many shapes are there?", "answer": "7"},
+    ]
+
+
+def tune(way: str, folder: Path) -> tuple[Any, list[float]]:
+    """Train adapters on every part of a packed `tiny`, and save them."""
+    path = model_path("tiny")
+    model = prepare_model_for_kbit_training(load_packed(way, path, dtype=torch.float32))
+    targets = lora_targets(model.config, PARTS)
+    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **targets))
+    trainer = Trainer(
+        model=tuned,
+        args=TrainingArguments(
+            output_dir=str(folder / "trainer"), per_device_train_batch_size=2, max_steps=5, learning_rate=5e-3,
+            logging_steps=1, report_to=[], remove_unused_columns=False, use_cpu=True, dataloader_pin_memory=False,
+            disable_tqdm=True, seed=3, lr_scheduler_type="constant", save_strategy="no",
+        ),
+        train_dataset=records(),  # type: ignore[arg-type]
+        data_collator=Moondream3Processor.from_pretrained(path).collate,  # type: ignore[arg-type]
+    )  # fmt: skip
+    trainer.train()
+    tuned.eval().save_pretrained(str(folder / "adapter"))
+    return tuned, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def tiny_logits(model: Any) -> Tensor:
+    batch = Moondream3Processor.from_pretrained(model_path("tiny")).collate(records())
+    batch.pop("labels")
+    with torch.no_grad():
+        return model.eval()(**batch).logits.float()  # type: ignore[no-any-return]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("way", ["nf4", "int8"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_qlora_learns_and_its_adapter_serves_packed_plain_and_command(way: str, tmp_path: Path) -> None:
+    tuned, losses = tune(way, tmp_path)
+    assert losses[-1] < 0.5 * losses[0]
+    experts = [name for name, p in tuned.named_parameters() if p.requires_grad and ".mlp.fc1.0.lora_B" in name]
+    assert len(experts) == 4
+    factors = [(name, p) for name, p in tuned.named_parameters() if "lora_B" in name and ".mlp.fc1." not in name]
+    assert all(p.abs().sum() > 0 for name, p in factors if "vision" in name or "attn" in name)
+    adapter, path = tmp_path / "adapter", model_path("tiny")
+    again = load_packed(way, adapter, dtype=torch.float32)
+    assert torch.equal(tiny_logits(again), tiny_logits(tuned))
+    plain = Moondream3ForConditionalGeneration.from_pretrained(adapter, dtype=torch.float32)
+    assert (tiny_logits(plain) - tiny_logits(tuned)).norm() < 0.3 * tiny_logits(tuned).norm()
+    # The same folder, read without peft by `--adapter`, changes the same weights by as much.
+    options = ModelOptions(model=str(path), adapter=str(adapter), dtype="fp32", cache=False)
+    served = load_weights(options, plan_checkpoint(path), dtype=torch.float32, device=torch.device("cpu"))
+    model = PeftModel.from_pretrained(with_layers(path), adapter).merge_and_unload()
+    merged = join_experts(model.model.state_dict())
+    for name, weight in served.state_dict().items():
+        assert torch.allclose(merged[name], weight, atol=1e-6), name
+    face = Moondream.load(str(path), adapter=str(adapter), dtype="fp32")
+    assert (
+        face.detect(picture("c", 0), "red circle")["objects"] == plain.detect(picture("c", 0), "red circle")["objects"]
+    )
+
+
+def with_layers(path: Path) -> Moondream3ForConditionalGeneration:
+    model = Moondream3ForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+    use_expert_layers(model)
+    return model
+
+
+def test_an_adapter_of_stacks_is_refused_for_packed_experts(tmp_path: Path) -> None:
+    model = Moondream3ForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32)
+    get_peft_model(model, LoraConfig(r=2, **lora_targets(model.config))).save_pretrained(str(tmp_path))
+    with pytest.raises(CheckpointError, match="adapts the experts as stacks"):
+        load_packed("nf4", tmp_path)
+
+
+@pytest.mark.process
+def test_the_example_trains_on_four_bits_and_asks_the_command_with_its_adapter(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "finetune_lora.py"), "--out", str(tmp_path), "--bits", "4"]
+    subprocess.run([*command, "--steps", "2", "--batch-size", "2", "--scenes", "2"], check=True, cwd=tmp_path)
+    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+    assert (tmp_path / "after/eval.json").is_file()
