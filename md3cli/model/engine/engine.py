@@ -248,8 +248,11 @@ class Engine:
         """True where a decode step is a CUDA graph."""
         return self._captures
 
-    def forget_pictures(self) -> None:
-        """Let no slot's prefix be found again; there must be no work."""
+    def forget(self) -> None:
+        """Drop whatever is under way, unanswered, and let no slot's prefix be found again."""
+        self._in_flight.drop()
+        self._waiting.clear()
+        self._finished.clear()
         self._slots = SlotTable(self.batch_size)
 
     # -- slots ------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from md3cli.errors import OutputError
+from md3cli.errors import EngineError, OutputError
 from md3cli.file_cache import FileCache
-from md3cli.images.crops import CropConfig, PreparedImage, Tiling
+from md3cli.images.crops import CropConfig, PreparedImage, select_tiling
 from md3cli.model.engine.compiled import (
     CompiledSteps,
     DecodeStep,
@@ -59,7 +59,7 @@ LEAST_GAIN = 0.1  # of a step's time; less is not worth another way to compute
 ROUNDS, ROUND_S, MOST_STEPS = 7, 0.03, 16  # eager and compiled steps are timed in turns, so many at a time
 SEVERAL = 4  # rows of the example that a form for any number is traced with
 CLOSE = 1e-3  # by how much probabilities and inputs of a compiled step may differ in the check of a form
-WARM_UP_S = 1.0  # a made-up request is begun no later than that
+WARM_UP_S = 1.0  # made-up requests take about so long at most
 _DECISIONS = slice(0, Event._fields.index("continue_mass"))
 
 
@@ -104,26 +104,29 @@ def _warm_up(engine: Engine) -> None:
     encoder, stats, deadline = engine.encoder, engine.stats, time.perf_counter() + WARM_UP_S
     engine.encoder, engine.stats = encoder.forgetful(), EngineStats(batch_sizes=stats.batch_sizes)
     try:
-        for jobs in _made_up_jobs(engine.crop_config):
-            for _ in engine.run(jobs):
-                pass
+        for job in _made_up_jobs(engine.crop_config):
             if time.perf_counter() > deadline:
                 break
+            engine.add(job)
+            while engine.has_work and time.perf_counter() < deadline:
+                engine.step()
+    except EngineError:
+        pass  # a request that fails says so
     finally:
         engine.encoder, engine.stats = encoder, stats
-        engine.forget_pictures()
+        engine.forget()
 
 
-def _made_up_jobs(config: CropConfig) -> Iterator[list[Job]]:
-    """Yield requests about grey pictures, those of the most usual tilings first."""
-    side = config.crop_size
-    for tiling in (Tiling(1, 1), Tiling(3, 4), Tiling(3, 3), Tiling(2, 6), Tiling(2, 5), Tiling(2, 4)):
-        if tiling.rows * tiling.cols > config.max_crops:
-            continue
-        for request in (Request(Task.CAPTION, max_tokens=4), Request(Task.DETECT, "it", max_objects=2)):
-            crops = np.full((tiling.num_crops, side, side, 3), 128, np.uint8)
-            name = f"made up {tiling} {request.task}"
-            yield [Job(0, PreparedImage(crops, tiling, side * tiling.cols, side * tiling.rows, name), request)]
+def _made_up_jobs(config: CropConfig) -> Iterator[Job]:
+    """Yield requests about grey pictures of the usual shapes; the first answer is as long as usual ones, too."""
+    side, length = config.crop_size, 64
+    shapes = ((1, 1), (4000, 3000), (3000, 4000), (4000, 4000), (4800, 2700), (4500, 3000))
+    for tiling in dict.fromkeys(select_tiling(*shape, config) for shape in shapes):
+        crops = np.full((tiling.num_crops, side, side, 3), 128, np.uint8)
+        picture = PreparedImage(crops, tiling, side * tiling.cols, side * tiling.rows, f"made up {tiling}")
+        yield Job(0, picture, Request(Task.CAPTION, max_tokens=length))
+        yield Job(0, picture, Request(Task.DETECT, "it", max_objects=2))
+        length = 4
 
 
 def why_not(model: Moondream3) -> str | None:
@@ -216,6 +219,7 @@ class Search:
     batch_size: int
     max_context: int
     store: FileCache | None
+    timings: dict[int, Timing] = field(default_factory=dict)  # by rows, as far as they are known
 
     def steps(self, eager: DecodeStep) -> CompiledSteps:
         """Return steps that are compiled for sizes where that is faster, and eager elsewhere.
@@ -231,7 +235,8 @@ class Search:
         if not kept and outside < LEAST_GAIN:
             inside = f"products take {1 - outside:.0%} of a step"
             raise CannotCompileError(f"{inside}, and a compiler leaves those as they are")
-        steps, timings = CompiledSteps(eager, self.max_context), dict(kept)
+        steps = CompiledSteps(eager, self.max_context)
+        timings = self.timings = dict(kept)
         for count, sizes in ((1, [1]), (SEVERAL, sorted({2, 8, self.batch_size}))):
             sizes = [size for size in sizes if size <= self.batch_size]
             if not sizes or not self._may_pay(sizes[0], timings):
