@@ -38,13 +38,13 @@ JUDGED = ("AP50", "AP", "point", "count", "question", "caption", "absent")
 REAL_WIDTHS = replace(ModelConfig(), text=TextConfig(n_layers=3, moe=MoeConfig(start_layer=1)))
 
 
-def scores_of(model: Moondream3ForConditionalGeneration, num_scenes: int) -> dict[str, float]:
+def scores_of(model: Moondream3ForConditionalGeneration, seed: int, num_scenes: int) -> dict[str, float]:
     """Ask everything of every scene through the class's own methods; return the shares that are right."""
     face, pictures = model.moondream(), dict[int, Picture]()
 
     def requests() -> Iterator[dict[str, Any]]:
         for scene in range(num_scenes):
-            pictures[scene] = make_picture(HELD_OUT_SEED, scene)
+            pictures[scene] = make_picture(seed, scene)
             yield from requests_of(scene, pictures[scene], face.encode_image(pictures[scene].image))
 
     scores = Scores(pictures)
@@ -66,7 +66,7 @@ def bench_tiny(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             path, dtype=torch.bfloat16, quantization_config=packing
         )
         model = Moondream3ForConditionalGeneration.from_pretrained(path, dtype=dtype, quantization_config=packing)
-        found = scores_of(model, args.scenes)
+        found = scores_of(model, args.seed, args.scenes)
         full = full or found
         lost = {f"{key} lost": round(100 * (full[key] - found[key]), 1) for key in JUDGED}
         share = round(resident_bytes(small) / full_bytes, 4)
@@ -93,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", action="store_true")
     parser.add_argument("--scenes", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=HELD_OUT_SEED)
     parser.add_argument("--dtype", default="float32", help="of what stays plain, default float32; bfloat16")
     parser.add_argument("--only", nargs="*", default=["plain", *VARIANTS], help="of the variants")
     parser.add_argument("--skip", nargs="*", help="modules that stay plain")
