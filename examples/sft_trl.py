@@ -36,24 +36,26 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--out", required=True)
 parser.add_argument("--model", type=model_path, default="tiny", help="default tiny")
 parser.add_argument("--steps", type=int, default=100)
+parser.add_argument("--batch-size", type=int, default=8)
 args = parser.parse_args()
 
 settings = SFTConfig(
     output_dir=args.out,
     max_steps=args.steps,
-    per_device_train_batch_size=8,
+    per_device_train_batch_size=args.batch_size,
     learning_rate=1e-4,
     logging_steps=10,
     max_length=None,  # a picture's placeholders must not be cut
     completion_only_loss=True,
     gradient_checkpointing=False,
     bf16=False,
+    dataloader_pin_memory=False,
     report_to=[],
 )
 trainer = SFTTrainer(
     model=Moondream3ForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32),
     args=settings,
-    train_dataset=Dataset.from_list(list(conversations(8 * args.steps))),
+    train_dataset=Dataset.from_list(list(conversations(args.batch_size * args.steps))),
     processing_class=Moondream3Processor.from_pretrained(args.model),
 )
 trainer.train()

@@ -14,6 +14,8 @@ from caption_trainers import kohya_set, onetrainer_concept
 from finished_runs import draw_pictures
 from report_runs import found, record
 
+from md3cli import Moondream
+
 pytestmark = pytest.mark.process
 
 TESTS = Path(__file__).parent
@@ -171,3 +173,50 @@ def test_apply_marks(environment, scored, tmp_path):
 
     assert kept() == [ids[0], ids[2]]
     assert kept("--only-right") == [ids[0]]
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def losses(out: Path) -> list[float]:
+    """What Trainer logged up to its last checkpoint."""
+    (state,) = out.glob("trainer/*/trainer_state.json")
+    return [entry["loss"] for entry in json.loads(state.read_bytes())["log_history"] if "loss" in entry]
+
+
+def test_sft_trl(environment, tmp_path):
+    """Two steps of trl's trainer; what it saves is a model for md3."""
+    pytest.importorskip("trl", reason="needs the extra md3cli[trl]")
+    start(environment, "sft_trl.py", "--out", tmp_path, "--steps", 2, "--batch-size", 2)
+    model = Moondream.load(tmp_path, device="cpu")
+    assert model.query(EXAMPLES / "scenes/scene_00000.png", "How many circles are there?", reasoning=False)["answer"]
+
+
+def test_finetune_vqa(environment, tmp_path):
+    """All weights, a few steps: the loss falls, the folder is a model, and the held-out questions are scored twice."""
+    pytest.importorskip("peft", reason="needs the extra md3cli[hf]")
+    start(environment, "finetune_vqa.py", "--out", tmp_path, "--scenes", 4, "--steps", 8, "--batch-size", 8)
+    first, *_, last = losses(tmp_path)
+    assert last < 0.8 * first
+    for name in ("before", "after"):
+        (section,) = json.loads((tmp_path / name / "eval.json").read_bytes())["sections"]
+        assert section["name"] == "answers"
+    model, plain = (Moondream.load(one, device="cpu") for one in (tmp_path / "model", "tiny"))
+    picture = tmp_path / "train/scene_00000.png"
+    answers = [one.query(picture, "What is furthest left?", reasoning=False)["answer"] for one in (model, plain)]
+    assert answers[0] != answers[1]
+
+
+def test_finetune_detection(environment, tmp_path):
+    """Adapters, with checkpoints of activations and batches that add up; they load beside the model."""
+    pytest.importorskip("peft", reason="needs the extra md3cli[hf]")
+    learning = ["--steps", 6, "--batch-size", 4, "--accumulate", 2, "--rank", 8, "--rate", 3e-3, "--checkpointing"]
+    start(environment, "finetune_detection.py", "--out", tmp_path, "--scenes", 4, *learning)
+    first, *_, last = losses(tmp_path)
+    assert last < 0.9 * first
+    for name in ("before", "after"):
+        (section,) = json.loads((tmp_path / name / "eval.json").read_bytes())["sections"]
+        assert section["name"] == "boxes"
+    adapted = Moondream.load("tiny", device="cpu", adapter=tmp_path / "adapter")
+    plain, pictures = Moondream.load("tiny", device="cpu"), sorted((tmp_path / "train").glob("*.png"))
+    assert any(adapted.detect(one, "warm shape") != plain.detect(one, "warm shape") for one in pictures)
