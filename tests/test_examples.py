@@ -220,3 +220,21 @@ def test_finetune_detection(environment, tmp_path):
     adapted = Moondream.load("tiny", device="cpu", adapter=tmp_path / "adapter")
     plain, pictures = Moondream.load("tiny", device="cpu"), sorted((tmp_path / "train").glob("*.png"))
     assert any(adapted.detect(one, "warm shape") != plain.detect(one, "warm shape") for one in pictures)
+
+
+@pytest.mark.parametrize("way", ["layers on disk", "two processes"])
+def test_several_devices(environment: dict[str, str], tmp_path: Path, way: str) -> None:
+    """The embedded model says the colour of a circle, with most layers on disk and shared out over two processes."""
+    pytest.importorskip("accelerate", reason="needs the extra md3cli[hf]")
+    from placed_answers import TINY, drawn
+
+    drawn().save(tmp_path / "shapes.png")
+    command = [EXAMPLES / "several_devices.py", TINY, tmp_path / "shapes.png", "What colour is the circle?"]
+    if way == "layers on disk":
+        command += ["--memory", "cpu=6MB", "--offload", tmp_path / "offload"]
+    else:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command, "--whole-experts"]
+    program = [sys.executable, *map(str, command)]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["red"]

@@ -66,8 +66,8 @@ def ask(model: Moondream3ForConditionalGeneration, folder: Path = TINY) -> dict[
         model.caption(picture, length="short", settings={"max_tokens": 8}),
         model.query(picture, "what is this?", reasoning=False, settings=hot),
         model.query(question="what is red?", reasoning=True, settings={"max_tokens": 4}),
-        model.detect(picture, "circle"),
-        model.point(picture, "square"),
+        model.detect(picture, "circle", settings={"max_objects": 2}),
+        model.point(picture, "square", settings={"max_objects": 2}),
     ]
     tokens = [*tokens, sampled]
     return {"logits": logits.to("cpu"), "tokens": [found.to("cpu") for found in tokens], "skills": skills}
