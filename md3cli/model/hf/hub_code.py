@@ -3,7 +3,8 @@
 bitsandbytes asks the package `kernels` for compiled code from huggingface.co: while it is imported, on a CPU with
 bfloat16 units, and when it first computes on Apple's GPUs. `switch_off` makes that package impossible to import for its
 back-ends, whoever imports bitsandbytes afterwards (transformers, peft, Trainer); they take the code that was installed
-with them. A program that imported bitsandbytes before md3cli has decided for itself. Knows nothing of models.
+with them. A program that imported bitsandbytes before md3cli has decided for itself. transformers asks for code where a
+config or a call names a kernel: `NoHubCode` refuses such names. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
-
-from transformers import PreTrainedConfig
 
 from md3cli.errors import EngineError
 
@@ -76,8 +75,8 @@ def switch_off() -> None:
         sys.meta_path.insert(0, _Guard())
 
 
-def refuse_kernels(arguments: Mapping[str, Any], config: PreTrainedConfig) -> None:
-    """Refuse arguments of `from_pretrained` that fetch kernels, and a config file's wish for them.
+def refuse_kernels(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of `from_pretrained` that fetch kernels, or choose among kernels that this network has not.
 
     Raises:
         EngineError: one of them does.
@@ -85,8 +84,36 @@ def refuse_kernels(arguments: Mapping[str, Any], config: PreTrainedConfig) -> No
     asked = next((key for key in _KERNEL_ARGUMENTS if arguments.get(key)), None)
     if asked is not None:
         raise EngineError(f"{asked} downloads code and runs it, which md3cli never does; leave it out")
-    wanted = arguments.get("attn_implementation") or getattr(config, "_attn_implementation", None)
+    experts = arguments.get("experts_implementation")
+    if experts not in (None, "eager"):
+        raise EngineError(f"experts_implementation {experts!r:.80} is not to be had; leave it out")
+    _check_attention(arguments.get("attn_implementation"))
+
+
+def _check_attention(wanted: object) -> None:
     if wanted not in _ATTENTIONS:
         raise EngineError(
             f"attn_implementation {wanted!r:.80} may be code from the hub, which md3cli never runs; use sdpa"
         )
+
+
+class NoHubCode:
+    """A model class that takes no kernels from the hub, whatever its config says and whoever makes or changes it."""
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """Judge what a config names before transformers fetches it: in `__init__`, `from_config`, and later.
+
+        Raises:
+            EngineError: it may be code.
+        """
+        _check_attention(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc, no-any-return]
+
+    def set_use_kernels(self, use_kernels: bool, *args: Any, **kwargs: Any) -> None:
+        """Refuse kernels, which transformers fetches here.
+
+        Raises:
+            EngineError: `use_kernels` is true.
+        """
+        refuse_kernels({"use_kernels": use_kernels})
+        super().set_use_kernels(use_kernels, *args, **kwargs)  # type: ignore[misc]

@@ -38,7 +38,7 @@ from md3cli.model.hf.bnb import (
 )
 from md3cli.model.hf.config import Moondream3Config, is_bnb
 from md3cli.model.hf.generate import GenerationMethods, default_generation_config
-from md3cli.model.hf.hub_code import refuse_kernels
+from md3cli.model.hf.hub_code import NoHubCode, refuse_kernels
 from md3cli.model.hf.inputs import (
     Batch,
     CacheStore,
@@ -102,6 +102,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
     SharedMethods,
     OriginalMethods,
     NamedBySavedFolders,
+    NoHubCode,
     GenerationMethods,
     PreTrainedModel,
     GenerationMixin,
@@ -201,8 +202,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
     @classmethod
     def _load_state(cls, name: str | None, *args: Any, **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
         """Let transformers load the config and state that stand among its own arguments."""
-        if "config" in kwargs:
-            refuse_kernels(kwargs, kwargs["config"])
+        refuse_kernels(kwargs)
         refuse_beside_sharing(kwargs)
         prepare_bnb(kwargs)
         try:

@@ -341,6 +341,19 @@ def test_kernels_from_the_hub_are_refused_for_the_model_itself(tmp_path: Path) -
     hostile = Moondream3Config.from_pretrained(FOLDER, attn_implementation="someone/kernel")
     with pytest.raises(EngineError, match="someone/kernel"):
         Moondream3ForConditionalGeneration.from_pretrained(FOLDER, config=hostile)
+    model = Moondream3ForConditionalGeneration.from_pretrained(FOLDER)
+    for make in (
+        lambda: Moondream3ForConditionalGeneration(hostile),
+        lambda: AutoModelForCausalLM.from_config(hostile),
+        lambda: Moondream3ForConditionalGeneration.from_pretrained(FOLDER, config=hostile, quant="int8"),
+        lambda: model.set_attn_implementation("someone/kernel"),
+    ):
+        with pytest.raises(EngineError, match="someone/kernel"):
+            make()
+    with pytest.raises(EngineError, match="use_kernels downloads code"):
+        model.set_use_kernels(True)
+    with pytest.raises(EngineError, match="experts_implementation 'deepgemm' is not to be had"):
+        Moondream3ForConditionalGeneration.from_pretrained(FOLDER, experts_implementation="deepgemm")
 
 
 def test_a_missing_library_and_a_device_without_a_back_end_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
