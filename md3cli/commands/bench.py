@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from md3cli.commands.help import App
+from md3cli.commands.shared import is_typed
 from md3cli.console import print_table, print_wrapped, size_words
 from md3cli.errors import UsageError
 from md3cli.records import printable
@@ -25,6 +26,7 @@ COMPARED_STAGES = {"vision": "a photo", "prefill": "a picture", "decode": "a tok
 
 @app.command()
 def bench(
+    ctx: typer.Context,
     model: Annotated[
         str | None,
         typer.Option(
@@ -85,7 +87,13 @@ def bench(
         md3 bench --model tiny --compare-quant
     """
     check_stdout()
+    if model is not None:
+        _refuse_typed(ctx, ("config",), "is the size of random weights, and --model names others; give one of them")
+    if not baseline:
+        _refuse_typed(ctx, ("baseline_images",), "is for --baseline; add it, or leave this out")
     if compare:
+        unused = ("workload", "batch_size", "baseline", "baseline_images", "seed")
+        _refuse_typed(ctx, unused, "changes nothing of --compare-quant; leave it out")
         _compare(model, config, against or (), images, as_json, device=device, dtype=dtype, threads=threads)
         return
     if against or images:
@@ -108,6 +116,13 @@ def bench(
         typer.echo(json.dumps(result))
     else:
         _show(result)
+
+
+def _refuse_typed(ctx: typer.Context, names: Sequence[str], reason: str) -> None:
+    """Refuse an option that would do nothing; one that a settings file has for other commands may stay there."""
+    for name in names:
+        if is_typed(ctx, name):
+            raise UsageError(f"--{name.replace('_', '-')} {reason}")
 
 
 def _compare(

@@ -61,7 +61,7 @@ def spread(*kinds: Any, hidden: frozenset[str] = frozenset()) -> Callable[[Calla
         @functools.wraps(command)
         def wrapper(**values: Any) -> None:
             ctx: typer.Context = values.pop("ctx")
-            typed = frozenset(name for name in values if _is_typed(ctx, name))
+            typed = frozenset(name for name in values if is_typed(ctx, name))
             made = {
                 name: kind(**{one.name: values.pop(one.name) for one in spread_out[name]}, typed=typed)
                 for name, kind in held.items()
@@ -87,7 +87,7 @@ def _shared_parameters(kind: Any) -> tuple[inspect.Parameter, ...]:
     )
 
 
-def _is_typed(ctx: typer.Context, name: str) -> bool:
+def is_typed(ctx: typer.Context, name: str) -> bool:
     """Return whether a parameter was typed, rather than set in a file or the environment."""
     source = ctx.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"

@@ -157,6 +157,33 @@ def test_options_of_the_comparison_need_it() -> None:
     assert isinstance(result.exception, UsageError)
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--compare-quant --workload detect", "--workload changes nothing of --compare-quant"),
+        ("--compare-quant --batch-size 4", "--batch-size changes nothing"),
+        ("--compare-quant --baseline", "--baseline changes nothing"),
+        ("--compare-quant --seed 1", "--seed changes nothing"),
+        ("--compare-quant -m tiny --config mini", "--config is the size of random weights"),
+        ("-m tiny --config mini", "--config is the size of random weights"),
+        ("--baseline-images 2", "--baseline-images is for --baseline"),
+    ],
+)
+@pytest.mark.usefixtures("no_processes")
+def test_an_option_that_would_do_nothing_is_refused(args: str, message: str) -> None:
+    result = CliRunner().invoke(bench.app, args.split())
+    assert isinstance(result.exception, UsageError)
+    assert str(result.exception).startswith(message)
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_a_setting_for_other_commands_does_not_stand_in_the_way() -> None:
+    result = CliRunner().invoke(
+        bench.app, ["--compare-quant", "--json"], default_map={"batch_size": 4, "seed": 1}, standalone_mode=False
+    )
+    assert result.exit_code == 0, result.exception
+
+
 def test_pictures_inside_a_file_are_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(PICTURES[0], "a.png")
