@@ -21,6 +21,7 @@ import hashlib
 import os
 import platform
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -72,11 +73,18 @@ class Part(nn.Module):
         return torch.ops.md3cli.part(x, self.index, self.parts.widths[self.index])  # type: ignore[no-any-return]
 
 
-_running: list[Parts] = []  # whose parts the operator calls; the innermost is the last
+class _Running(threading.local):
+    """Whose parts the operator calls in this thread; the innermost is the last."""
+
+    def __init__(self) -> None:
+        self.parts: list[Parts] = []
+
+
+_running = _Running()
 
 
 def _call_part(x: Tensor, index: int, width: int) -> Tensor:
-    parts = _running[-1]
+    parts = _running.parts[-1]
     started = time.perf_counter()
     y = parts.calls[index](x)
     parts.seconds += time.perf_counter() - started
@@ -127,11 +135,12 @@ def in_parts(model: Moondream3) -> Iterator[Parts]:
 
 @contextlib.contextmanager
 def calling(parts: Parts) -> Iterator[None]:
-    _running.append(parts)
+    """Have the operator call these parts, in this thread."""
+    _running.parts.append(parts)
     try:
         yield
     finally:
-        _running.pop()
+        _running.parts.pop()
 
 
 # -- a step of flat tensors ------------------------------------------------------------------------

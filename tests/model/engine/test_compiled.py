@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from golden_cases import GoldenCase, assert_answer, load_case
 from torch import Tensor
 
 from md3cli.model.engine import compiled, kernels
-from md3cli.model.engine.compiled import CompiledSteps, FlatStep, calling, facts, flat_inputs, in_parts
+from md3cli.model.engine.compiled import CompiledSteps, FlatStep, Part, Parts, calling, facts, flat_inputs, in_parts
 from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.passes import decode_step
 from md3cli.model.engine.ready import Example, Search
@@ -49,6 +50,29 @@ def test_a_network_in_parts_computes_the_same_and_is_put_together_again(model: M
     assert list(map(id, model.modules())) == list(map(id, modules))
     assert [name for name, _ in model.named_parameters()] == names
     assert [block.attn.tau.products for block in model.text.blocks] == products
+
+
+def test_networks_in_two_threads_call_their_own_parts() -> None:
+    compiled._define_operator()
+    ours, others = Parts(), Parts()
+    part, _ = Part(ours, lambda x: x + 1), Part(others, lambda x: x + 2)
+    ours.widths[:] = others.widths[:] = [3]
+    is_inside, may_leave = threading.Event(), threading.Event()
+
+    def run() -> None:
+        with calling(others):
+            is_inside.set()
+            may_leave.wait()
+
+    thread = threading.Thread(target=run)
+    try:
+        with calling(ours):
+            thread.start()
+            is_inside.wait()
+            assert part(torch.zeros(1, 3)).tolist() == [[1.0, 1.0, 1.0]]
+    finally:
+        may_leave.set()
+        thread.join()
 
 
 @torch.inference_mode()
