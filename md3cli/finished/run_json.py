@@ -42,7 +42,10 @@ _FINISHED = (0, 3)
 
 
 def seal_of(root: str) -> str | None:
-    """Return the seal for a root; None where this user's key can be neither read nor made (no home to write to)."""
+    """Return the seal for a root, or for another text that is no root.
+
+    None where this user's key can be neither read nor made (no home to write to).
+    """
     key = _key(may_make=True)
     return None if key is None else _digest(key, root)
 

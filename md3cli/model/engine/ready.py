@@ -2,8 +2,9 @@
 
 On a CPU the decode step of a small float32 model is compiled (`compiled.py`) if that pays on this machine: an eager
 step is timed, compiled ones beside it, and each size keeps the faster. What was found, and the code, are kept on disk
-under all they depend on, whole or not at all, and checked before they are believed (`FileCache`). On CUDA a step is a
-graph of kernels already. Then made-up requests are answered, until whatever is done once has been done. Where nothing
+under all they depend on, whole or not at all (`FileCache`). Code that is read there will be run, so it bears the user's
+own seal (`finished.run_json`): what a stranger put into the folder is compiled anew. On CUDA a step is a graph of
+kernels already. Then made-up requests are answered, until whatever is done once has been done. Where nothing
 is compiled, one warning says why, and the engine is as it was; no compiler runs after `make_ready`.
 
 Knows nothing of checkpoints and options.
@@ -11,6 +12,7 @@ Knows nothing of checkpoints and options.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from md3cli.errors import EngineError, OutputError
 from md3cli.file_cache import FileCache
+from md3cli.finished.run_json import is_own, seal_of
 from md3cli.images.crops import CropConfig, PreparedImage, select_tiling
 from md3cli.model.engine.compiled import (
     CompiledSteps,
@@ -53,13 +56,14 @@ from md3cli.model.quant.layers import has_packed_weights
 from md3cli.records import Job, Request, Task
 from md3cli.settings import user_cache_dir
 
+SEAL_BYTES = 64  # of a seal, in front of code
 FOLDER = "inductor"  # of the cache folder
 STORE_BYTES = 1 << 28  # a hundred compiled steps
 LEAST_GAIN = 0.1  # of a step's time; less is not worth another way to compute
 ROUNDS, ROUND_S, MOST_STEPS = 7, 0.03, 16  # eager and compiled steps are timed in turns, so many at a time
 SEVERAL = 4  # rows of the example that a form for any number is traced with
 CLOSE = 1e-3  # by how much probabilities and inputs of a compiled step may differ in the check of a form
-WARM_UP_S = 1.0  # made-up requests take about so long at most
+WARM_UP_S = {"cpu": 1.0, "cuda": 60.0, "mps": 5.0}  # made-up requests; the first ones compile a GPU's kernels
 _DECISIONS = slice(0, Event._fields.index("continue_mass"))
 
 
@@ -101,7 +105,8 @@ def make_ready(engine: Engine, cache_dir: Path | None) -> None:
 
 def _warm_up(engine: Engine) -> None:
     """Answer made-up requests, so that what is done once has been done; nothing of them stays in the engine."""
-    encoder, stats, deadline = engine.encoder, engine.stats, time.perf_counter() + WARM_UP_S
+    encoder, stats, device = engine.encoder, engine.stats, engine.model.device.type
+    deadline = time.perf_counter() + WARM_UP_S.get(device, WARM_UP_S["cpu"])
     engine.encoder, engine.stats = encoder.forgetful(), EngineStats(batch_sizes=stats.batch_sizes)
     try:
         for job in _made_up_jobs(engine.crop_config):
@@ -241,7 +246,7 @@ class Search:
             sizes = [size for size in sizes if size <= self.batch_size]
             if not sizes or not self._may_pay(sizes[0], timings):
                 break
-            form = LoadedStep(self.model, parts, self._package(parts, key, count), self.max_context)
+            form = self._form(parts, key, count)
             self._check(eager, form, count)
             timings.update((size, self._time(eager, form, size)) for size in sizes if size not in timings)
             most = _most_paying([timings[size] for size in sizes])
@@ -271,18 +276,21 @@ class Search:
                 shares.append(1 - parts.seconds / seconds)
         return median(shares)
 
-    def _package(self, parts: Parts, key: dict[str, Any], count: int) -> bytes:
-        """Return the compiled step for one row or for several, from disk where it is there."""
+    def _form(self, parts: Parts, key: dict[str, Any], count: int) -> LoadedStep:
+        """Return the compiled step for one row or for several, from disk where it is there and can be loaded."""
         where = {**key, "rows": count}
-        package = self.store.get(_digest(where)) if self.store is not None else None
-        if package is None:
-            example = Example.of(self.model, count)
-            given = flat_inputs(example.cache, example.rows, example.next_ND)
-            with in_parts(self.model) as traced, work_folder() as folder:
-                traced.widths[:] = parts.widths
-                package = compile_step(self.model, traced, given, self.max_context, Path(folder))
-            self._keep(where, package)
-        return package
+        kept = self._kept_code(where)
+        if kept is not None:
+            with contextlib.suppress(RuntimeError, OSError, KeyError):  # made where libraries are others, say
+                return LoadedStep(self.model, parts, kept, self.max_context)
+        example = Example.of(self.model, count)
+        given = flat_inputs(example.cache, example.rows, example.next_ND)
+        with in_parts(self.model) as traced, work_folder() as folder:
+            traced.widths[:] = parts.widths
+            code = compile_step(self.model, traced, given, self.max_context, Path(folder))
+        form = LoadedStep(self.model, parts, code, self.max_context)
+        self._keep_code(where, code)
+        return form
 
     def _check(self, eager: DecodeStep, compiled: DecodeStep, count: int) -> None:
         """Refuse a compiled step that decides otherwise than its eager twin."""
@@ -321,6 +329,22 @@ class Search:
         is_sound = all(0 < row.rows <= self.batch_size and min(row[1:]) > 0 and isfinite(sum(row)) for row in rows)
         return {row.rows: row for row in rows} if is_sound and rows and rows[0].rows == 1 else {}
 
+    def _kept_code(self, key: dict[str, Any]) -> bytes | None:
+        """Return the code under a key; None where there is none that this user compiled."""
+        kept = self.store.get(_digest(key)) if self.store is not None else None
+        if kept is None:
+            return None
+        seal, code = kept[:SEAL_BYTES], kept[SEAL_BYTES:]
+        return code if is_own(_claim(key, code), seal.decode("latin-1")) else None
+
+    def _keep_code(self, key: dict[str, Any], code: bytes) -> None:
+        seal = seal_of(_claim(key, code)) if self.store is not None else None
+        if seal is not None:
+            self._keep(key, seal.encode() + code)
+        elif self.store is not None:
+            self.store = None
+            _warn_not_kept(f"{user_cache_dir()} cannot hold the key of its seal")
+
     def _keep(self, key: dict[str, Any], payload: bytes) -> None:
         try:
             if self.store is not None:
@@ -350,6 +374,11 @@ def _open_store(cache_dir: Path | None) -> FileCache | None:
 
 def _warn_not_kept(reason: str) -> None:
     warnings.warn(f"what is compiled is not kept for the next run: {reason}", stacklevel=2)
+
+
+def _claim(key: dict[str, Any], code: bytes) -> str:
+    """Return what a seal of code says."""
+    return f"compiled code {hashlib.sha256(code).hexdigest()} of {_digest(key)}"
 
 
 def _digest(key: dict[str, Any]) -> str:

@@ -146,6 +146,51 @@ def test_torn_files_are_made_again(tmp_path: Path, compiler: FakeCompiler, kept:
         assert compiler.loaded == whole
 
 
+def test_code_that_another_user_compiled_is_not_run(
+    tmp_path: Path, compiler: FakeCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_ready(tmp_path / "cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))  # where that user's key lies
+    monkeypatch.setattr(Search, "_kept_timings", lambda search, key: {})
+    store = FileCache(tmp_path / "cache", 1 << 30, folder="inductor")
+    for path in files(tmp_path / "cache"):
+        store.put(path.stem, b"0" * ready.SEAL_BYTES + b"planted")  # whole, under the right name
+    compiler.loaded.clear()
+    assert forms(made_ready(tmp_path / "cache")) == [(1, 1), (2, BATCH)]
+    assert compiler.compiled == [1, 4] * 2
+    assert not any(b"planted" in code for code in compiler.loaded)
+    made_ready(tmp_path / "cache")
+    assert compiler.compiled == [1, 4] * 2
+
+
+def test_without_a_key_nothing_is_kept(tmp_path: Path, compiler: FakeCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    engine = load_case("a").engine(BATCH)
+    with pytest.warns(UserWarning, match="not kept for the next run: .* cannot hold the key") as found:
+        make_ready(engine, tmp_path / "cache")
+    assert len(found) == 1
+    assert forms(engine) == [(1, 1), (2, BATCH)]
+    assert not files(tmp_path / "cache")
+
+
+def test_code_that_cannot_be_loaded_any_more_is_compiled_again(
+    tmp_path: Path, compiler: FakeCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_ready(tmp_path)
+    failed: set[bytes] = set()
+
+    def load(model: Moondream3, parts: Any, code: bytes, max_context: int) -> Any:
+        if code not in failed:
+            failed.add(code)
+            raise RuntimeError("version `GLIBC_2.99' not found")
+        return compiler.load(model, parts, code, max_context)
+
+    monkeypatch.setattr(ready, "LoadedStep", load)
+    assert forms(made_ready(tmp_path)) == [(1, 1), (2, BATCH)]
+    assert compiler.compiled == [1, 4] * 2
+
+
 @pytest.mark.parametrize(
     "verdict",
     [
@@ -285,7 +330,7 @@ def test_nothing_stays_of_made_up_requests() -> None:
 def test_made_up_requests_take_no_longer_than_they_may(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, asked = load_case("a").engine(2), []
     engine.add, add = lambda job: (asked.append(job), add(job))[1], engine.add  # type: ignore[method-assign]
-    monkeypatch.setattr(ready, "WARM_UP_S", 0.0)
+    monkeypatch.setitem(ready.WARM_UP_S, "cpu", 0.0)
     ready._warm_up(engine)
     assert not asked
 
