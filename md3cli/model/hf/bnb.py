@@ -27,7 +27,7 @@ from transformers import BitsAndBytesConfig
 
 from md3cli.errors import CheckpointError, EngineError
 from md3cli.model.hf.config import BNB, Moondream3Config, is_bnb, quant_method
-from md3cli.model.hf.loading import read_dtype
+from md3cli.model.hf.loading import read_dtype, take_dtype
 from md3cli.model.network.layers import ExpertMatrices, Linear, MoeMlp
 from md3cli.model.weights.adapters import PEFT_WEIGHTS
 from md3cli.model.weights.files import CONFIG_NAME, WeightFiles, find_weight_files, read_header, read_json
@@ -256,7 +256,7 @@ def read_bnb(files: WeightFiles, arguments: dict[str, Any]) -> tuple[Moondream3C
     config = deepcopy(given) if isinstance(given, Moondream3Config) else Moondream3Config.from_json_file(file)
     config.quantization_config = read_json(files.config_file)["quantization_config"]
     config.has_region_ln = "region.ln.weight" in files.entries
-    dtype = arguments.pop("torch_dtype", None) or arguments.pop("dtype", None) or "auto"
+    dtype = take_dtype(arguments)
     if dtype == "auto":
         dtype = config.dtype or torch.bfloat16
     state = {name: tensor for file in files.files for name, tensor in load_file(file).items()}

@@ -20,6 +20,8 @@ from md3cli.errors import ConfigError, EngineError
 from md3cli.model.api_loading import read_device_map
 from md3cli.model.engine.kernels import PackedLinear, optimise, resident_tensors
 from md3cli.model.engine.load import QUANTS, choose_device, load_weights, prepare_device
+from md3cli.model.hf.config import BNB, quant_method
+from md3cli.model.hf.placement import is_spread
 from md3cli.model.kernels.weights import KernelLinear
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.quant.layers import low_bit_matrices
@@ -35,7 +37,6 @@ _HARMLESS: Mapping[str, tuple[object, ...]] = {  # arguments of transformers who
     "attn_implementation": ("sdpa",),
     "low_cpu_mem_usage": (True,),
     "weights_only": (True,),
-    "is_main_process": (True,),
     "safe_serialization": (True,),
 }
 _NO_ADAPTER = "takes no adapter: load the model with quant='none'"  # peft's refusal shows the layer
@@ -45,16 +46,22 @@ _WIDE = "load it with quant='none' (in 16 bits) or dtype=torch.float32"
 def read_quant(kwargs: dict[str, Any]) -> str:
     """Take `quant` out of `from_pretrained`'s arguments, with the values that `Moondream.load` takes.
 
-    A `quantization_config` of another library starts from plain weights: beside it `quant` is `none`.
+    A `quantization_config`, which is bitsandbytes', starts from plain weights: beside it `quant` is `none`. Other
+    libraries know no stack of experts, and some fetch code from the hub.
 
     Raises:
-        ConfigError: there is no such value, or it does not go with the others.
+        ConfigError: there is no such value, it does not go with the others, or the library is another.
     """
     given, other = kwargs.pop("quant", None), kwargs.get("quantization_config")
     if given not in (None, *QUANTS):
         raise ConfigError(f"quant={str(given)[:80]!r}: use {', '.join(QUANTS)}")
     if other is not None and given not in (None, NONE):
         raise ConfigError(f"quant={str(given)!r}: quantization_config starts from plain weights; leave quant out")
+    if other is not None and quant_method(other) != BNB:
+        raise ConfigError(
+            f"quantization_config of {quant_method(other) or type(other).__name__!r:.40}: BitsAndBytesConfig alone "
+            "packs this network; quant='int8' and quant='int4' pack it without a library"
+        )
     return NONE if other is not None else str(given or STORED)
 
 
@@ -77,18 +84,20 @@ def one_device(device_map: object) -> torch.device:
     return choose_device("auto" if name in _ONE_DEVICE else read_device_map(place))
 
 
+def odd_arguments(given: Mapping[str, object]) -> str:
+    """Return the names of those arguments of transformers that ask for something; None, False and {} do not."""
+    asked = {key: value for key, value in given.items() if value and key not in _OF_AUTO_CLASSES}
+    return ", ".join(sorted(key for key, value in asked.items() if value not in _HARMLESS.get(key, ())))
+
+
 def check_arguments(call: str, given: Mapping[str, object]) -> None:
-    """Refuse arguments of transformers that a packed model cannot follow, by name; None, False and {} ask for nothing.
+    """Refuse arguments of transformers that a packed model cannot follow, by name.
 
     Raises:
         ConfigError: one of them asks for something.
     """
-    asked = {key: value for key, value in given.items() if value and key not in _OF_AUTO_CLASSES}
-    odd = [key for key, value in asked.items() if value not in _HARMLESS.get(key, ())]
-    if odd:
-        raise ConfigError(
-            f"{call} of weights in 8 or 4 bits takes no {', '.join(sorted(odd))}: leave it out, or {_WIDE}"
-        )
+    if odd := odd_arguments(given):
+        raise ConfigError(f"{call} of weights in 8 or 4 bits takes no {odd}: leave it out, or {_WIDE}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,16 +181,23 @@ class LowBitMethods(nn.Module):
         if self.is_packed and torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
             raise self._refuse("through which no gradient flows; to train")
 
-    def add_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Add an adapter of peft's, as transformers does; refused where weights are packed."""
+    def _check_takes_adapter(self, otherwise: str) -> None:
         if self.is_packed:
-            raise self._refuse("on which no adapter can be put; to adapt it")
+            raise self._refuse(f"on which no adapter can be put; {otherwise}")
+        if is_spread(self) and any(parameter.is_meta for parameter in self.parameters()):
+            raise EngineError(
+                "layers that device_map leaves on the CPU or on disk would lose an adapter's weights, without a word: "
+                f"load the model where all of it has room; {otherwise}"
+            )
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an adapter of peft's, as transformers does; refused where weights are packed or offloaded."""
+        self._check_takes_adapter("to adapt it")
         return super().add_adapter(*args, **kwargs)  # type: ignore[misc]
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Load an adapter of peft's, as transformers does; refused where weights are packed."""
-        if self.is_packed:
-            raise self._refuse("on which no adapter can be put; Moondream.load(…, adapter=…) merges it first, or")
+        """Load an adapter of peft's, as transformers does; refused where weights are packed or offloaded."""
+        self._check_takes_adapter("Moondream.load(…, adapter=…) merges it first, or")
         return super().load_adapter(*args, **kwargs)  # type: ignore[misc]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from md3cli.errors import CheckpointError, EngineError, RequestError
+from md3cli.errors import CheckpointError, ConfigError, EngineError, RequestError
 from md3cli.model.hf.bnb import (
     bnb_files,
     fit_experts,
@@ -49,16 +49,23 @@ from md3cli.model.hf.inputs import (
     make_mask,
     read_positions,
 )
-from md3cli.model.hf.loading import config_of, find_weights, read_dtype, state_of
-from md3cli.model.hf.low_bits import LowBitMethods, PackedSource, check_arguments, one_device, read_quant
+from md3cli.model.hf.loading import config_of, dtype_of_state, find_weights, read_dtype, state_of, take_dtype
+from md3cli.model.hf.low_bits import (
+    LowBitMethods,
+    PackedSource,
+    check_arguments,
+    odd_arguments,
+    one_device,
+    read_quant,
+)
 from md3cli.model.hf.original_methods import OriginalMethods
 from md3cli.model.hf.parallel import EP_PLAN, TP_PLAN, SharedMethods, refuse_beside_sharing
-from md3cli.model.hf.placement import settle
+from md3cli.model.hf.placement import settle, state_in_memory
 from md3cli.model.hf.saved_code import NamedBySavedFolders, name_classes
 from md3cli.model.network.loss import IGNORE, batch_loss
 from md3cli.model.network.moondream import Moondream3
-from md3cli.model.quant.load import NONE, has_low_bits
-from md3cli.model.weights.adapters import PEFT_CONFIG, base_of, check_start
+from md3cli.model.quant.load import NONE, STORED, has_low_bits
+from md3cli.model.weights.adapters import PEFT_CONFIG, PEFT_WEIGHTS, base_of, check_start
 from md3cli.model.weights.files import TOKENIZER_NAME, read_json
 from md3cli.model.weights.hub import model_path, repo_of
 from md3cli.model.weights.names import Format
@@ -166,6 +173,9 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             EngineError: a quantisation whose library is not installed.
         """
         if pretrained_model_name_or_path is None:
+            if read_quant(kwargs) not in (NONE, STORED):
+                raise ConfigError("quant packs a folder's weights, and from_pretrained(None) has none: leave it out")
+            kwargs["dtype"] = dtype_of_state(kwargs)
             return cls._load_state(None, *args, **kwargs)  # type: ignore[return-value]
         name = str(pretrained_model_name_or_path)
         adapter = (kwargs.get("adapter_kwargs") or {}).pop("_adapter_model_path", name)  # as Auto classes find it
@@ -190,7 +200,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
     ) -> Self | tuple[Self, dict[str, Any]]:
         """Load a checkpoint of a layout that `md3` reads; arguments are what is left of `from_pretrained`'s."""
         kwargs["config"] = config_of(plan, kwargs.get("config"))
-        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
+        dtype = take_dtype(kwargs)
         kwargs["dtype"] = read_dtype(dtype, plan)
         source = PackedSource(folder, plan, quant, kwargs["dtype"]) if has_low_bits(plan, quant) else None
         if source is not None and (dtype == "auto" or source.dtype is not torch.float32):
@@ -240,12 +250,16 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         base = base_of(folder)
         if base is None:
             raise CheckpointError(f"{folder / PEFT_CONFIG} names no base model; load that first, then the adapter")
+        if not (folder / PEFT_WEIGHTS).is_file():
+            raise CheckpointError(f"{folder} has no {PEFT_WEIGHTS}, the one form of an adapter's weights that is read")
         refuse_beside_sharing(kwargs, "a network with an adapter on top")
         kwargs.setdefault("quant", NONE)  # no adapter can be put on packed weights
-        model: Any = cls.from_pretrained(base, **kwargs)
+        name = kwargs.pop("adapter_name", None)
+        loaded: Any = cls.from_pretrained(base, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         fit_experts(model, folder)
-        model.load_adapter(str(folder))
-        return model  # type: ignore[no-any-return]
+        model.load_adapter(str(folder), adapter_name=name)
+        return loaded  # type: ignore[no-any-return]
 
     def _take_generation_config(self, folder: Path) -> None:
         if (folder / GENERATION_CONFIG).is_file():
@@ -254,7 +268,12 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             self.generation_config = default_generation_config(self.config)
 
     def save_pretrained(  # type: ignore[override]  # as above
-        self, save_directory: str | Path, *args: Any, layout: str | None = None, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        *args: Any,
+        layout: str | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write a folder that loads again here and in `md3`, with the tokenizer where it is known.
 
@@ -262,9 +281,10 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         Hugging Face port, and `raw` the vendor's. These two make new folders of merged weights only. A folder of the
         first loads in a plain transformers, too, with `trust_remote_code=True`, where md3cli is installed. None is
         `original`; of a model in 8 or 4 bits it is a new folder with the codes that its files hold, in their layout,
-        and a layout that is named has its weights wide.
+        and a layout that is named has its weights wide. With `is_main_process=False` nothing is written.
 
         Raises:
+            ConfigError: an argument of transformers' that this way of saving cannot follow.
             CheckpointError: the layout has no place for these weights (the port has none for `region.ln`).
             OutputError: the folder cannot be written.
         """
@@ -274,25 +294,28 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         tokenizer = self._tokenizer_beside_weights()
         if self.packed_source is not None:
             check_arguments("save_pretrained", kwargs)
-            self.packed_source.save(target, None if layout is None else Format(layout), tokenizer)
-            self.generation_config.save_pretrained(target)
-            name_classes(target)
+            if is_main_process:
+                self.packed_source.save(target, None if layout is None else Format(layout), tokenizer)
+                self.generation_config.save_pretrained(target)
+                name_classes(target)
             return
         if layout is not None and is_bnb(self.config):
             raise CheckpointError(f"layout {layout} has no place for weights that bitsandbytes packed; leave it out")
+        if layout in (Format.HF, Format.RAW) and (odd := odd_arguments(kwargs)):
+            raise ConfigError(f"save_pretrained with layout={layout!r} takes no {odd}: leave it out, or the layout")
         state = self._whole_state()
-        is_writer = self.sharing is None or self.sharing.ranks.rank == 0
+        is_writer = is_main_process and (self.sharing is None or self.sharing.ranks.rank == 0)
         if layout in (None, Format.ORIGINAL):
             if state is not None:
                 kwargs["state_dict"] = state
             if has_expert_layers(self) and not is_bnb(self.config):
                 kwargs.setdefault("state_dict", join_experts(self.state_dict()))
-            super().save_pretrained(target, *args, **kwargs)
+            super().save_pretrained(target, is_main_process, *args, **kwargs)
             if is_writer and tokenizer is not None and not (target / TOKENIZER_NAME).exists():
                 shutil.copyfile(tokenizer, target / TOKENIZER_NAME)
             return
         if is_writer:
-            plain = self.state_dict() if state is None else state
+            plain = state_in_memory(self) if state is None else state
             state = join_experts({name.removeprefix("model."): tensor for name, tensor in plain.items()})
             dtype = self.model.dtype
             write_checkpoint(state, self.config.network, target, Format(layout), dtype=dtype, tokenizer_file=tokenizer)

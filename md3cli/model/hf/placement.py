@@ -49,6 +49,15 @@ def settle(model: nn.Module, network: Moondream3, state: Mapping[str, Any]) -> N
         module.register_forward_hook(partial(_bring_home, home))
 
 
+def state_in_memory(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's tensors by name; those that are offloaded are read into memory, all at once."""
+    if not is_spread(model):
+        return model.state_dict()
+    from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+    return get_state_dict_offloaded_model(model)  # type: ignore[no-any-return]
+
+
 def _loose_parameters(network: Moondream3) -> Iterator[tuple[str, str]]:
     """Yield the parameters that are used outside their module's `forward`: (module, name)."""
     for owner in ("text", "vision", "region"):

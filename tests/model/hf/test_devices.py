@@ -14,7 +14,8 @@ import torch
 pytest.importorskip("accelerate", reason="needs the extra md3cli[hf]")
 
 from accelerate import dispatch_model
-from placed_answers import ask, compare, load, spread
+from peft import LoraConfig
+from placed_answers import TINY, ask, compare, load, spread
 
 from md3cli.errors import EngineError
 from md3cli.model.hf.placement import is_spread, settle
@@ -72,6 +73,24 @@ def test_auto_where_all_fits_puts_no_hooks() -> None:
 def test_a_folder_is_asked_for_where_disk_is_needed() -> None:
     with pytest.raises(ValueError, match="offload_folder"):
         load(device_map={"": "disk"})
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys")
+def test_offloaded_layers_take_no_adapter_and_are_saved_in_every_layout(tmp_path: Path) -> None:
+    """On them transformers would leave the adapter without weights, and what is computed then is noise."""
+    plain, model = load(), load(device_map={"": "disk"}, offload_folder=tmp_path / "offloaded")
+    with pytest.raises(EngineError, match="lose an adapter's weights"):
+        model.add_adapter(LoraConfig(target_modules=["qkv"]))
+    plain.add_adapter(LoraConfig(target_modules=["qkv"]))
+    plain.name_or_path = str(TINY)
+    plain.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(EngineError, match="lose an adapter's weights"):
+        load(tmp_path / "adapter", device_map={"": "disk"}, offload_folder=tmp_path / "again")
+    for layout in ("original", "raw"):
+        model.save_pretrained(tmp_path / layout, layout=layout)
+        saved = load(tmp_path / layout).state_dict()
+        for name, tensor in load().state_dict().items():
+            assert torch.equal(saved[name], tensor), name
 
 
 def test_a_block_is_not_cut_between_devices() -> None:

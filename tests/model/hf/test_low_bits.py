@@ -15,10 +15,10 @@ from hf_cases import WORDS, picture, request_of, scenes
 from low_bit_bytes import reachable_bytes
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Mxfp4Config, Trainer, TrainingArguments
 
 from md3cli import Moondream, model_path
-from md3cli.errors import ConfigError, EngineError
+from md3cli.errors import CheckpointError, ConfigError, EngineError
 from md3cli.model.engine.machine import MemoryPlan
 from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor, low_bits, original_methods
 from md3cli.model.hf.config import lora_targets
@@ -116,9 +116,13 @@ def test_float32_none_and_other_quantisers_start_from_plain_weights() -> None:
         assert not model.is_packed
         assert not has_packed_weights(model.model)
         model.train()
-    assert low_bits.read_quant({"quantization_config": object()}) == "none"
+    packing = BitsAndBytesConfig(load_in_4bit=True)
+    assert low_bits.read_quant({"quantization_config": packing}) == "none"
     with pytest.raises(ConfigError, match="quant='int4': quantization_config starts from plain weights"):
-        low_bits.read_quant({"quant": "int4", "quantization_config": object()})
+        low_bits.read_quant({"quant": "int4", "quantization_config": packing})
+    for other in (Mxfp4Config(), {"quant_method": "eetq"}, {"bits": 4}, "4bit"):  # the first two fetch kernels
+        with pytest.raises(ConfigError, match=r"quantization_config of '(mxfp4|eetq|dict|str)': BitsAndBytesConfig"):
+            load(INT4, quantization_config=other)
     with pytest.raises(ConfigError, match="quant='int3': use stored, none, int8, int4"):
         load(INT4, quant="int3")
 
@@ -183,6 +187,8 @@ def test_every_layout_of_few_bits_is_saved(folder: Path, tmp_path: Path) -> None
         assert torch.equal(tensor, wide[name]), name
     with pytest.raises(ConfigError, match="save_pretrained of weights in 8 or 4 bits takes no max_shard_size"):
         model.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
+    model.save_pretrained(tmp_path / "of another process", is_main_process=False)
+    assert not (tmp_path / "of another process").exists()
 
 
 def test_an_adapters_folder_starts_from_plain_weights(tmp_path: Path) -> None:
@@ -192,8 +198,16 @@ def test_an_adapters_folder_starts_from_plain_weights(tmp_path: Path) -> None:
     for model in (load(tmp_path), Moondream3ForConditionalGeneration.from_pretrained(tmp_path)):
         assert not model.is_packed
         assert model.active_adapters() == ["default"]
+    named, info = Moondream3ForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True, adapter_name="mine"
+    )
+    assert named.active_adapters() == ["mine"]
+    assert not info["missing_keys"]
     with pytest.raises(EngineError, match="no adapter can be put"):
         load(tmp_path, quant="stored")
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"no adapter_model\.safetensors"):
+        load(tmp_path)
 
 
 # -- what cannot be --------------------------------------------------------------------------------

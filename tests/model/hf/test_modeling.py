@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BitsAndBytesConfig,
     DynamicCache,
     QuantoConfig,
     StoppingCriteria,
@@ -25,10 +26,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from md3cli import Moondream
-from md3cli.errors import CheckpointError, EngineError, RequestError
+from md3cli.errors import CheckpointError, ConfigError, EngineError, RequestError, UsageError
 from md3cli.model.engine import plain
 from md3cli.model.engine.machine import MemoryPlan
 from md3cli.model.hf import Moondream3Config, Moondream3ForConditionalGeneration, Moondream3Processor, original_methods
+from md3cli.model.hf.loading import find_weights
 from md3cli.model.weights.names import Format
 from md3cli.model.weights.plan import plan_checkpoint
 from md3cli.records import Task
@@ -377,19 +379,69 @@ def test_the_port_has_no_place_for_region_ln(tmp_path: Path) -> None:
         load_hf("a")[0].save_pretrained(tmp_path / "port", layout="onnx")
 
 
+@pytest.mark.parametrize("layout", [None, "raw"])
+def test_one_process_alone_writes_and_no_argument_is_passed_over(layout: str | None, tmp_path: Path) -> None:
+    model = load_hf("a")[0]
+    model.save_pretrained(tmp_path / "saved", is_main_process=False, layout=layout)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    if layout is not None:
+        with pytest.raises(ConfigError, match="layout='raw' takes no max_shard_size, state_dict"):
+            model.save_pretrained(
+                tmp_path / "saved", layout=layout, max_shard_size="1MB", state_dict=model.state_dict()
+            )
+
+
 def test_dtypes_and_device_maps() -> None:
     folder = CASES["c"][0]
     assert load(folder, dtype="float32").dtype == torch.float32
     assert load(folder, torch_dtype=torch.float16).dtype == torch.float16
     placed = load(folder, device_map={"": "cpu"}, dtype=torch.float32)
     assert torch.equal(logits_of(placed, "c"), logits_of(load_hf("c")[0], "c"))
-    with pytest.raises(CheckpointError, match="dtype 'float3': no such dtype"):
-        load(folder, dtype="float3")
+    for wrong in ("float3", torch.int8, "float8_e4m3fn"):
+        with pytest.raises(CheckpointError, match="no such dtype; use auto"):
+            load(folder, dtype=wrong)
 
 
-def test_a_quantisation_whose_library_is_missing_is_named() -> None:
-    with pytest.raises(EngineError, match="optimum-quanto"):
+def test_a_quantisation_that_packs_no_experts_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"quantization_config of 'quanto': BitsAndBytesConfig alone"):
         load(CASES["c"][0], quantization_config=QuantoConfig(weights="int8"))
+    config = Moondream3Config.from_pretrained(str(CASES["c"][0]))
+    for scheme in (BitsAndBytesConfig(load_in_8bit=True), {"quant_method": "gptq", "bits": 4}):
+        config.quantization_config = scheme
+        with pytest.raises(CheckpointError, match=r"the config says that weights are packed.* they are plain"):
+            load(CASES["c"][0], config=config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"state_dict": {"x": torch.zeros(1)}}, "takes no state_dict"),
+        ({"subfolder": "x", "variant": "fp16"}, "takes no subfolder, variant"),
+        ({"use_safetensors": False}, "pickled weights"),
+        ({"dtype": torch.float16, "torch_dtype": torch.float16}, "are one setting"),
+    ],
+)
+def test_arguments_that_would_change_nothing_are_refused(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises((ConfigError, UsageError), match=said):
+        load(CASES["c"][0], **arguments)
+
+
+def test_the_hubs_arguments_are_refused_where_a_repository_is_fetched() -> None:
+    hub = {"token": "hf_x", "cache_dir": "elsewhere", "force_download": False}
+    assert find_weights(str(CASES["c"][0]), dict(hub)) == CASES["c"][0]
+    with pytest.raises(ConfigError, match="takes no cache_dir, token: some/where is fetched"):
+        find_weights("some/where", dict(hub))
+
+
+def test_a_state_without_a_folder() -> None:
+    model = load_hf("c")[0]
+    state = model.state_dict()
+    again = Moondream3ForConditionalGeneration.from_pretrained(None, config=model.config, state_dict=state)
+    assert torch.equal(again.model.text.wte, model.model.text.wte)
+    with pytest.raises(ConfigError, match="needs config and state_dict"):
+        Moondream3ForConditionalGeneration.from_pretrained(None, config=model.config)
+    with pytest.raises(ConfigError, match="quant packs a folder's weights"):
+        Moondream3ForConditionalGeneration.from_pretrained(None, config=model.config, state_dict=state, quant="int8")
 
 
 def test_a_new_network_from_a_config_trains_and_has_no_tokenizer(tmp_path: Path) -> None:
