@@ -74,10 +74,10 @@ class OriginalMethods(Skills):
         return self.moondream()
 
     def _weights_state(self) -> tuple[Any, ...]:
-        """Return what changes when weights are trained, moved, or adapters come, go or are switched."""
+        """Return what changes when weights are trained, moved or exchanged, or adapters come, go or are switched."""
         # What is offloaded (meta) is another tensor after each pass.
         here = (p for p in self.model.parameters() if p.device.type != "meta")
-        tensors = tuple((id(p), p._version, p.device, p.dtype) for p in here)
+        tensors = tuple((id(p), p.data_ptr(), p._version, p.device, p.dtype) for p in here)
         packed = tuple(map(id, low_bit_matrices(self.model)))
         layers: Iterator[Any] = (module for module in self.model.modules() if hasattr(module, "merged_adapters"))
         adapters = tuple((*one.active_adapters, *one.merged_adapters, one.disable_adapters) for one in layers)

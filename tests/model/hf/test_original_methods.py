@@ -55,3 +55,12 @@ def test_a_training_step_drops_what_was_compiled(model: Any, monkeypatch: pytest
 
     next(model.parameters()).requires_grad_(False).add_(0)
     assert not isinstance(model.moondream().engine.passes.decode, ready.CompiledSteps)
+
+
+def test_weights_in_another_place_drop_what_was_compiled(model: Any) -> None:
+    """Compiled code would go on with the tensor that was there, and the modules that it calls with the new one."""
+    engine = model.moondream().engine
+    assert model.moondream().engine is engine
+    norm = model.model.text.post_ln.weight
+    norm.data = norm.data + 1
+    assert model.moondream().engine is not engine
