@@ -96,6 +96,9 @@ def refusals(folder: str) -> dict[str, Any]:
         name: {"distributed_config": DistributedConfig(**config)} for name, config in wanted.items()
     }
     two = DistributedConfig(tp_size=2)
+    calls["unknown word"] = {"distributed_config": {"tp_size": 2, "tp_plann": {}}}
+    calls["plan of another name"] = {"distributed_config": DistributedConfig(tp_size=2, tp_plan="sideways")}
+    calls["places"] = {"distributed_config": two, "device_map": "cpu"}
     calls["bits"] = {"distributed_config": two, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     calls["adapter"] = {"distributed_config": two, "folder": Path(folder)}
     said = {}
@@ -108,7 +111,13 @@ def refusals(folder: str) -> dict[str, Any]:
     assert model.model.vision.blocks[0].attn.num_heads == 4  # type: ignore[union-attr]
     ids = torch.arange(20, 30)[None]
     assert model(input_ids=ids, labels=ids).loss.isfinite()
-    for name, call in {"compile": model.compile, "learn": lambda: model.train()(input_ids=ids, labels=ids)}.items():
+    wrong = {
+        "compile": model.compile,
+        "beams": lambda: model.generate(input_ids=ids, num_beams=2, do_sample=True, max_new_tokens=2),
+        "adapt": lambda: model.add_adapter(LoraConfig(target_modules=["qkv"])),
+        "learn": lambda: model.train()(input_ids=ids, labels=ids),
+    }
+    for name, call in wrong.items():
         try:
             call()
         except Md3Error as error:

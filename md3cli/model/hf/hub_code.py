@@ -98,7 +98,7 @@ def _check_attention(wanted: object) -> None:
 
 
 class NoHubCode:
-    """A model class that takes no kernels from the hub, whatever its config says and whoever makes or changes it."""
+    """A model class that takes no code from the hub, whatever its config says and whoever makes or changes it."""
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         """Judge what a config names before transformers fetches it: in `__init__`, `from_config`, and later.
@@ -108,6 +108,16 @@ class NoHubCode:
         """
         _check_attention(attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc, no-any-return]
+
+    def load_custom_generate(self, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a way to generate that is a repository's or a folder's code; transformers calls it in `generate`.
+
+        Raises:
+            EngineError: always.
+        """
+        raise EngineError(
+            f"custom_generate {pretrained_model_name_or_path!r:.80} is code, which md3cli never runs; give a function"
+        )
 
     def set_use_kernels(self, use_kernels: bool, *args: Any, **kwargs: Any) -> None:
         """Refuse kernels, which transformers fetches here.

@@ -86,6 +86,7 @@ def dtype_of_state(kwargs: dict[str, Any]) -> torch.dtype:
     Raises:
         ConfigError: config or state is missing.
     """
+    kwargs.pop("trust_remote_code", None)  # there is no code
     config, state = kwargs.get("config"), kwargs.get("state_dict")
     if config is None or not state:
         raise ConfigError("from_pretrained(None) needs config and state_dict: there is no folder to read them from")

@@ -184,6 +184,8 @@ class LowBitMethods(nn.Module):
     def _check_takes_adapter(self, otherwise: str) -> None:
         if self.is_packed:
             raise self._refuse(f"on which no adapter can be put; {otherwise}")
+        if getattr(self, "sharing", None) is not None:
+            raise EngineError(f"a network that processes share takes no adapter: load it in one process; {otherwise}")
         if is_spread(self) and any(parameter.is_meta for parameter in self.parameters()):
             raise EngineError(
                 "layers that device_map leaves on the CPU or on disk would lose an adapter's weights, without a word: "

@@ -250,9 +250,9 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         base = base_of(folder)
         if base is None:
             raise CheckpointError(f"{folder / PEFT_CONFIG} names no base model; load that first, then the adapter")
+        refuse_beside_sharing(kwargs, "a network with an adapter on top")
         if not (folder / PEFT_WEIGHTS).is_file():
             raise CheckpointError(f"{folder} has no {PEFT_WEIGHTS}, the one form of an adapter's weights that is read")
-        refuse_beside_sharing(kwargs, "a network with an adapter on top")
         kwargs.setdefault("quant", NONE)  # no adapter can be put on packed weights
         name = kwargs.pop("adapter_name", None)
         loaded: Any = cls.from_pretrained(base, **kwargs)

@@ -25,7 +25,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -184,6 +184,8 @@ def check_config(config: Any) -> None:
     """
     asked = [f"{key}={getattr(config, key)}" for key in _NOT_SHARED if (getattr(config, key, 1) or 1) > 1]
     asked += [key for key in _IGNORED if getattr(config, key, None)]
+    if isinstance(config.tp_plan, str) and config.tp_plan != "auto":
+        asked.append(f"tp_plan={config.tp_plan!r:.40}")
     kind = getattr(config, "ep_implementation", "auto")
     if kind not in ("auto", "all_reduce"):
         asked.append(f"ep_implementation={kind!r}")
@@ -367,12 +369,11 @@ class SharedMethods:
         Raises:
             EngineError: it is not to be had, or the processes are not there.
         """
-        if isinstance(distributed_config, Mapping):
-            from transformers.distributed.configuration_utils import DistributedConfig
-
-            distributed_config = DistributedConfig.from_dict(dict(distributed_config))
         if distributed_config is not None:
+            distributed_config = _read_config(distributed_config)
             check_config(distributed_config)
+            if distributed_config.tp_size > 1 and device_map is not None:
+                raise EngineError("a network is shared out over processes or placed by device_map; give one of them")
             _check_processes(distributed_config)
         return super().prepare_distribute_model(distributed_config, device_map)  # type: ignore[misc]
 
@@ -383,6 +384,18 @@ class SharedMethods:
             model.config.distributed_config = distributed_config
             model.sharing = share_out(model, distributed_config, mesh_manager.get_mesh("tp"))
         return model
+
+    def _beam_search(self, *args: Any, generation_config: Any, **kwargs: Any) -> Any:
+        """Search with beams, as transformers does.
+
+        Raises:
+            EngineError: each process would draw beams of its own.
+        """
+        if self.sharing is not None and generation_config.do_sample:
+            raise EngineError(
+                "beams that are drawn differ between processes that share a network: leave do_sample or num_beams out"
+            )
+        return super()._beam_search(*args, generation_config=generation_config, **kwargs)  # type: ignore[misc]
 
     def from_first(self, x: Tensor) -> Tensor:
         """Return what the first of the processes has; alone, what is given."""
@@ -395,6 +408,22 @@ class SharedMethods:
     def _get_static_cache_init_shape(self) -> Any:
         """Let static caches be made of the first keys, which are of the heads that are here."""
         return None if self.sharing is not None else super()._get_static_cache_init_shape()  # type: ignore[misc]
+
+
+def _read_config(given: Any) -> Any:
+    """Return a `DistributedConfig` that is given as an object or as a dict.
+
+    Raises:
+        EngineError: it is neither, or has words that transformers does not know and would pass over.
+    """
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    if isinstance(given, DistributedConfig):
+        return given
+    known = [item.name for item in fields(DistributedConfig)]
+    if not isinstance(given, Mapping) or not set(given) <= set(known):
+        raise EngineError(f"distributed_config is {given!r:.100}; it takes {', '.join(known)}")
+    return DistributedConfig.from_dict(dict(given))
 
 
 def refuse_beside_sharing(kwargs: Mapping[str, Any], what: str | None = None) -> None:

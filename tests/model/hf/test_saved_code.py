@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import md3cli.original
 from md3cli import Moondream
 from md3cli.cli import app
+from md3cli.errors import EngineError
 from md3cli.model.hf import Moondream3Config, Moondream3ForConditionalGeneration, Moondream3Processor
 from md3cli.model.hf.saved_code import auto_map
 
@@ -165,6 +166,16 @@ def test_code_is_not_run_for_a_model_type_that_nobody_knows(strange: Path, name:
     config = json.loads((strange / "config.json").read_text())
     (strange / "config.json").write_text(json.dumps(config | {"model_type": "hf_moondream"}))
     LOADERS[name](str(strange), trust_remote_code=True)
+    assert not (strange.parent / "mark").exists()
+
+
+def test_code_that_generates_is_not_run(strange: Path) -> None:
+    model = Moondream3ForConditionalGeneration.from_pretrained(strange, dtype=torch.float32, trust_remote_code=True)
+    ids = torch.arange(20, 24)[None]
+    with pytest.raises(EngineError, match="is code, which md3cli never runs"):
+        model.generate(input_ids=ids, custom_generate=str(strange), trust_remote_code=True)
+    with pytest.raises(EngineError, match=r"transformers-community/dola.* is code"):
+        model.generate(input_ids=ids, dola_layers="low", trust_remote_code=True)
     assert not (strange.parent / "mark").exists()
 
 
