@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from md3cli.model.engine.engine import Engine
 from md3cli.model.engine.passes import decode_step
 from md3cli.model.engine.ready import Search, Timing, make_ready, why_not
 from md3cli.model.network.moondream import Moondream3
+from md3cli.records import Answer
 
 BATCH = 12
 FAST, SLOW = 4.0, 20.0  # ms of a compiled step; an eager one takes 10
@@ -309,7 +311,8 @@ def assert_answers(case: GoldenCase, engine: Engine) -> None:
         assert_answer(answer, case.expected[answer.key])
 
 
-def test_nothing_stays_of_made_up_requests() -> None:
+def test_nothing_stays_of_made_up_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ready.WARM_UP_S, "cpu", 1e9)
     case = load_case("a")
     engine = case.engine(BATCH)
     encoder, asked = engine.encoder, []
@@ -333,6 +336,24 @@ def test_made_up_requests_take_no_longer_than_they_may(monkeypatch: pytest.Monke
     monkeypatch.setitem(ready.WARM_UP_S, "cpu", 0.0)
     ready._warm_up(engine)
     assert not asked
+
+
+@pytest.mark.parametrize("num_steps", [1, 5, 40])
+def test_a_made_up_request_is_dropped_where_time_is_over(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
+    case = load_case("a")
+    engine, seconds = case.engine(BATCH), 0.0
+    monkeypatch.setattr(ready, "time", SimpleNamespace(perf_counter=lambda: seconds))
+
+    def step() -> list[Answer]:
+        nonlocal seconds
+        seconds += ready.WARM_UP_S["cpu"] / num_steps
+        return take_step()
+
+    engine.step, take_step = step, engine.step  # type: ignore[method-assign]
+    ready._warm_up(engine)
+    engine.step = take_step  # type: ignore[method-assign]
+    assert not engine.has_work
+    assert_answers(case, engine)
 
 
 # -- the real clock --------------------------------------------------------------------------------
