@@ -24,6 +24,7 @@ MAGIC = b"md3cache2\n"
 DIGEST_BYTES = 32
 HEADER_BYTES = len(MAGIC) + DIGEST_BYTES
 SUFFIX = ".enc"
+ENCODINGS, COMPILED = "encodings", "compiled"  # the folders of the cache
 PRUNE_TO = 0.9  # of the limit, so that pruning is rare
 TEMPORARY_AGE_S = 3600.0  # an unfinished file older than this belongs to no living writer
 
@@ -44,7 +45,7 @@ class FileCache:
         OutputError: the folder cannot be made, belongs to someone else, or others may write to it.
     """
 
-    def __init__(self, root: Path, limit_bytes: int, *, folder: str = "encodings") -> None:
+    def __init__(self, root: Path, limit_bytes: int, *, folder: str = ENCODINGS) -> None:
         self.root = root / folder
         self.limit_bytes = limit_bytes
         self._num_bytes: int | None = None  # known after the first look; other processes may change it

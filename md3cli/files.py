@@ -36,6 +36,8 @@ from md3cli.system import (
 STAGED = "staged"  # the folder inside an output where new files wait until all of them are there
 _SECOND_LOOK_S = 0.02
 _REMOVALS, _REMOVAL_PAUSE_S = 5, 0.05
+_HOLDER = "holder"  # the lock inside a folder of `held_folder`
+_NEW_S = 60.0
 _LOOKS = 25  # at a lock that somebody may only be asking about
 TEMP_NAME_LIMIT_BYTES = 200  # of the name, so that the temporary name stays under the 255 of file systems
 
@@ -288,3 +290,29 @@ def scratch_folder() -> Path:
             f"no folder for temporary files can be written, {printable(str(folder))} neither; "
             "set TMPDIR to one that can"
         ) from error
+
+
+@contextlib.contextmanager
+def held_folder(prefix: str) -> Iterator[Path]:
+    """Make a scratch folder, `PREFIX` and something, that is gone at the end; remove those that the dead left behind.
+
+    Raises:
+        OutputError: no such folder can be written to.
+    """
+    place = scratch_folder()
+    _remove_unheld(place, prefix)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True) as name:
+        held = OutputLock.acquire(Path(name) / _HOLDER, name)
+        try:
+            yield Path(name)
+        finally:
+            held.release()
+
+
+def _remove_unheld(place: Path, prefix: str) -> None:
+    """Remove folders of `held_folder` that nobody holds; one that is new may just be about to be held."""
+    for folder in place.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            is_new = time.time() - folder.stat().st_mtime < _NEW_S
+            if not is_new and not folder.is_symlink() and lock_holder(folder / _HOLDER) is None:
+                shutil.rmtree(folder, ignore_errors=True)

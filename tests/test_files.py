@@ -13,7 +13,14 @@ import pytest
 from program import STUB_MD3, clean_environment, make_pictures, records_of
 
 from md3cli.errors import OutputError
-from md3cli.files import OutputLock, atomic_publish, remove_folder, remove_stale_temps, temp_beside
+from md3cli.files import (
+    OutputLock,
+    atomic_publish,
+    held_folder,
+    remove_folder,
+    remove_stale_temps,
+    temp_beside,
+)
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -215,6 +222,26 @@ def test_a_cache_folder_that_was_asked_for_must_do(tmp_path: Path) -> None:
 
 @pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, "setuid"), reason="no user without a home folder there")
+def test_scratch_folders_of_the_dead_are_removed_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    place = tmp_path / "md3cli"
+    with held_folder("test-") as held:
+        assert held.parent == place
+        dead, new, other = place / "test-dead", place / "test-new", place / "other"
+        for folder in (dead, new, other):
+            folder.mkdir()
+            (folder / "holder").write_text("1 here")
+        linked = place / "test-linked"
+        linked.symlink_to(other)
+        for folder in (dead, other, held):
+            os.utime(folder, (1, 1))
+        with held_folder("test-") as another:
+            left = set(place.iterdir())
+        assert left == {held, another, new, other, linked}
+    assert set(place.iterdir()) == {new, other, linked}
+    assert list(other.iterdir()) == [other / "holder"]
+
+
 def test_a_user_without_a_home_folder_has_folders_where_nothing_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     from md3cli.settings import read_layers, user_cache_dir
 

@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import platform
-import tempfile
 import threading
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -34,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from md3cli import __version__
+from md3cli.files import held_folder
 from md3cli.model.engine.kv_cache import GROWTH, KVCache, round_up
 from md3cli.model.engine.passes import decode_step
 from md3cli.model.engine.state import Rows
@@ -43,6 +43,7 @@ from md3cli.model.network.text import Tau, TextAttention, TextBlock, TextDecoder
 
 # What the compiler looks into; every other module is a part, which it calls.
 _SEEN_THROUGH = (TextDecoder, nn.ModuleList, TextBlock, TextAttention, Tau, RegionHeads, LayerNorm)
+WORK = "compile-"  # begins the names of folders for what a compiler writes on its way
 _MOST_ROWS = 1 << 12
 _HEADROOM = 2  # capacity grows by an eighth at least, and so may pass the context
 
@@ -189,7 +190,11 @@ def compile_step(model: Moondream3, parts: Parts, given: Sequence[Tensor], max_c
     size = {} if len(given[-1]) == 1 else {0: Dim("n", min=2, max=_MOST_ROWS)}
     num_stored = 2 * model.config.text.n_layers
     shapes = tuple({**size, 2: capacity} if index < num_stored else size for index in range(len(given)))
-    settings = {"aot_inductor.package_constants_in_so": False, "compile_threads": 1}
+    settings = {
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.precompile_headers": False,  # torch keeps 300 MB of them, where a kill leaves them torn
+        "compile_threads": 1,
+    }
     target = folder / "step.pt2"
     with fresh_cache(dir=str(folder)), torch.no_grad(), calling(parts), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about its own parts
@@ -210,6 +215,20 @@ def _most_capacity(max_context: int) -> int:
 DecodeStep = Callable[..., Tensor]  # called like `decode_step` without its model
 
 
+def _load(package: bytes, folder: Path) -> Any:
+    """Have torch load a package, of which no file is needed afterwards."""
+    path = folder / "step.pt2"
+    path.write_bytes(package)
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(folder)
+    # Not torch._inductor.aoti_load_package: it imports the compiler and tries it out, which takes seconds.
+    load = torch._C._aoti.AOTIModelPackageLoader
+    try:
+        return load(str(folder / "step"), "model", True, 1, -1)
+    except RuntimeError:  # an earlier torch unpacks for itself, into a folder that stays when the process is killed
+        return load(str(path), "model", True, 1, -1)
+
+
 class LoadedStep:
     """A compiled step over the weights of a network, which it shares."""
 
@@ -217,11 +236,8 @@ class LoadedStep:
         """Load what `compile_step` made; whoever calls knows that the bytes are whole, for they are code."""
         _define_operator()
         self._parts, self._max_context = parts, max_context
-        with work_folder() as folder:
-            path = Path(folder) / "step.pt2"
-            path.write_bytes(package)
-            # Not torch._inductor.aoti_load_package: it imports the compiler and tries it out, which takes seconds.
-            loaded = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+        with held_folder(WORK) as folder:
+            loaded = _load(package, folder)
         tensors = dict(FlatStep(model, max_context).named_parameters())
         self._weights = {name: tensors[name].detach() for name in loaded.get_constant_fqns()}
         loaded.load_constants(self._weights, False, True, True)  # all of them; ours to keep alive, and not copied
@@ -232,7 +248,7 @@ class LoadedStep:
         assert max_context == self._max_context
         assert not is_sampled
         with calling(self._parts):
-            (events,) = self._loaded.boxed_run(flat_inputs(cache, rows, next_ND))
+            events: Tensor = self._loaded.boxed_run(flat_inputs(cache, rows, next_ND))[0]
         return events
 
 
@@ -300,11 +316,3 @@ def _source_digest() -> str:
     for path in sorted([*traced, *(engine.parent / "network").glob("*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def work_folder() -> tempfile.TemporaryDirectory[str]:
-    """Make a folder for what a compiler writes on its way, inside of TORCHINDUCTOR_CACHE_DIR where that is set."""
-    place = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if place is not None:
-        Path(place).mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(prefix="md3-compile-", dir=place, ignore_cleanup_errors=True)

@@ -32,10 +32,12 @@ import torch
 from torch import Tensor
 
 from md3cli.errors import EngineError, OutputError
-from md3cli.file_cache import FileCache
+from md3cli.file_cache import COMPILED, FileCache
+from md3cli.files import held_folder
 from md3cli.finished.run_json import is_own, seal_of
 from md3cli.images.crops import CropConfig, PreparedImage, select_tiling
 from md3cli.model.engine.compiled import (
+    WORK,
     CompiledSteps,
     DecodeStep,
     LoadedStep,
@@ -45,7 +47,6 @@ from md3cli.model.engine.compiled import (
     facts,
     flat_inputs,
     in_parts,
-    work_folder,
 )
 from md3cli.model.engine.engine import ROOM, Engine, EngineStats
 from md3cli.model.engine.kv_cache import KVCache
@@ -57,7 +58,6 @@ from md3cli.records import Job, Request, Task
 from md3cli.settings import user_cache_dir
 
 SEAL_BYTES = 64  # of a seal, in front of code
-FOLDER = "inductor"  # of the cache folder
 STORE_BYTES = 1 << 28  # a hundred compiled steps
 LEAST_GAIN = 0.1  # of a step's time; less is not worth another way to compute
 ROUNDS, ROUND_S, MOST_STEPS = 7, 0.03, 16  # eager and compiled steps are timed in turns, so many at a time
@@ -242,7 +242,7 @@ class Search:
             raise CannotCompileError(f"{inside}, and a compiler leaves those as they are")
         steps = CompiledSteps(eager, self.max_context)
         timings = self.timings = dict(kept)
-        for count, sizes in ((1, [1]), (SEVERAL, sorted({2, 8, self.batch_size}))):
+        for count, sizes in ((1, [1]), (SEVERAL, sorted({2, 8, self.batch_size} - {1}))):
             sizes = [size for size in sizes if size <= self.batch_size]
             if not sizes or not self._may_pay(sizes[0], timings):
                 break
@@ -285,9 +285,9 @@ class Search:
                 return LoadedStep(self.model, parts, kept, self.max_context)
         example = Example.of(self.model, count)
         given = flat_inputs(example.cache, example.rows, example.next_ND)
-        with in_parts(self.model) as traced, work_folder() as folder:
+        with in_parts(self.model) as traced, held_folder(WORK) as folder:
             traced.widths[:] = parts.widths
-            code = compile_step(self.model, traced, given, self.max_context, Path(folder))
+            code = compile_step(self.model, traced, given, self.max_context, folder)
         form = LoadedStep(self.model, parts, code, self.max_context)
         self._keep_code(where, code)
         return form
@@ -366,7 +366,7 @@ def _most_paying(timings: Sequence[Timing]) -> int:
 
 def _open_store(cache_dir: Path | None) -> FileCache | None:
     try:
-        return FileCache(cache_dir or user_cache_dir(), STORE_BYTES, folder=FOLDER)
+        return FileCache(cache_dir or user_cache_dir(), STORE_BYTES, folder=COMPILED)
     except OutputError as error:
         _warn_not_kept(str(error))
         return None

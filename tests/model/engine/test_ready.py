@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -101,7 +100,7 @@ def test_what_is_faster_is_compiled_once(tmp_path: Path, compiler: FakeCompiler)
     assert forms(engine) == [(1, 1), (2, BATCH)]
     assert compiler.compiled == [1, 4]
     assert compiler.timed == [1, 2, 8, BATCH]
-    assert all(path.parts[-3] == "inductor" for path in files(tmp_path))
+    assert all(path.parts[-3] == "compiled" for path in files(tmp_path))
     assert forms(made_ready(tmp_path)) == [(1, 1), (2, BATCH)]
     make_ready(engine, tmp_path)  # ready already
     assert len(compiler.compiled) == 2
@@ -127,6 +126,11 @@ def test_each_size_keeps_what_is_faster(tmp_path: Path, compiler: FakeCompiler) 
     assert forms(made_ready(tmp_path, batch_size=1)) == [(1, 1)]
 
 
+def test_a_batch_of_one_needs_one_form(tmp_path: Path, compiler: FakeCompiler) -> None:
+    assert forms(made_ready(tmp_path, batch_size=1)) == [(1, 1)]
+    assert compiler.compiled == compiler.timed == [1]
+
+
 def test_a_step_that_is_all_products_is_refused_before_anything_is_compiled(
     tmp_path: Path, compiler: FakeCompiler
 ) -> None:
@@ -135,17 +139,33 @@ def test_a_step_that_is_all_products_is_refused_before_anything_is_compiled(
     assert not compiler.compiled
 
 
-@pytest.mark.parametrize("kept", [0, 0.5, 0.99], ids=["empty", "half", "cut"])
-def test_torn_files_are_made_again(tmp_path: Path, compiler: FakeCompiler, kept: float) -> None:
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "cut": lambda content: content[:-1],
+    "flipped": flip,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_torn_files_are_made_again(tmp_path: Path, compiler: FakeCompiler, damage: Callable[[bytes], bytes]) -> None:
     made_ready(tmp_path)
     whole, all_files = list(compiler.loaded), files(tmp_path)
     assert len(all_files) == 3
     for torn in (*([path] for path in all_files), all_files):
         for path in torn:
-            os.truncate(path, int(path.stat().st_size * kept))
+            path.write_bytes(damage(path.read_bytes()))
         compiler.loaded.clear()
         assert forms(made_ready(tmp_path)) == [(1, 1), (2, BATCH)]
         assert compiler.loaded == whole
+    num_compiled, num_timed = len(compiler.compiled), len(compiler.timed)
+    made_ready(tmp_path)
+    assert (len(compiler.compiled), len(compiler.timed)) == (num_compiled, num_timed)
 
 
 def test_code_that_another_user_compiled_is_not_run(
@@ -154,7 +174,7 @@ def test_code_that_another_user_compiled_is_not_run(
     made_ready(tmp_path / "cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))  # where that user's key lies
     monkeypatch.setattr(Search, "_kept_timings", lambda search, key: {})
-    store = FileCache(tmp_path / "cache", 1 << 30, folder="inductor")
+    store = FileCache(tmp_path / "cache", 1 << 30, folder="compiled")
     for path in files(tmp_path / "cache"):
         store.put(path.stem, b"0" * ready.SEAL_BYTES + b"planted")  # whole, under the right name
     compiler.loaded.clear()
@@ -211,7 +231,7 @@ def test_code_that_cannot_be_loaded_any_more_is_compiled_again(
     ],
 )
 def test_a_strange_verdict_is_no_verdict(tmp_path: Path, compiler: FakeCompiler, verdict: bytes) -> None:
-    store, kept = FileCache(tmp_path, 1 << 20, folder="inductor"), []
+    store, kept = FileCache(tmp_path, 1 << 20, folder="compiled"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Search, "_keep", lambda search, key, payload: kept.append((ready._digest(key), payload)))
         made_ready(tmp_path)
