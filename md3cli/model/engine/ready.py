@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,7 @@ ROUNDS, ROUND_S, MOST_STEPS = 7, 0.03, 16  # eager and compiled steps are timed 
 SEVERAL = 4  # rows of the example that a form for any number is traced with
 CLOSE = 1e-3  # by how much probabilities and inputs of a compiled step may differ in the check of a form
 WARM_UP_S = {"cpu": 1.0, "cuda": 60.0, "mps": 5.0}  # made-up requests; the first ones compile a GPU's kernels
+_COMPILERS = {"win32": "cl", "darwin": "clang++"}
 _DECISIONS = slice(0, Event._fields.index("continue_mass"))
 
 
@@ -146,9 +148,9 @@ def why_not(model: Moondream3) -> str | None:
     if model.dtype is not torch.float32:
         dtype = str(model.dtype).removeprefix("torch.")
         return f"compiled code would round {dtype} otherwise than the eager step, so only float32 is compiled"
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
-    if not any(map(shutil.which, names)):
-        return f"no C++ compiler ({', '.join(names)}) is installed"
+    name = os.environ.get("CXX", _COMPILERS.get(sys.platform, "g++"))  # the one that torch takes
+    if shutil.which(name) is None:
+        return f"no C++ compiler ({name}{'' if 'CXX' in os.environ else '; CXX may name another'}) is installed"
     return None
 
 
