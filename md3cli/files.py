@@ -311,8 +311,9 @@ def held_folder(prefix: str) -> Iterator[Path]:
 
 def _remove_unheld(place: Path, prefix: str) -> None:
     """Remove folders of `held_folder` that nobody holds; one that is new may just be about to be held."""
-    for folder in place.glob(f"{prefix}*"):
+    for holder in place.glob(f"{prefix}*/{_HOLDER}"):  # a folder without one may be another program's
+        folder = holder.parent
         with contextlib.suppress(OSError):
             is_new = time.time() - folder.stat().st_mtime < _NEW_S
-            if not is_new and not folder.is_symlink() and lock_holder(folder / _HOLDER) is None:
+            if not is_new and not folder.is_symlink() and lock_holder(holder) is None:
                 shutil.rmtree(folder, ignore_errors=True)

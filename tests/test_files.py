@@ -220,28 +220,30 @@ def test_a_cache_folder_that_was_asked_for_must_do(tmp_path: Path) -> None:
     assert "afile" in done.stderr
 
 
-@pytest.mark.process
-@pytest.mark.skipif(not hasattr(os, "setuid"), reason="no user without a home folder there")
 def test_scratch_folders_of_the_dead_are_removed_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     place = tmp_path / "md3cli"
     with held_folder("test-") as held:
         assert held.parent == place
         dead, new, other = place / "test-dead", place / "test-new", place / "other"
+        strangers = place / "test-strangers"  # where the place is the system's, other programs have folders there
+        strangers.mkdir()
         for folder in (dead, new, other):
             folder.mkdir()
             (folder / "holder").write_text("1 here")
         linked = place / "test-linked"
         linked.symlink_to(other)
-        for folder in (dead, other, held):
+        for folder in (dead, other, held, strangers):
             os.utime(folder, (1, 1))
         with held_folder("test-") as another:
             left = set(place.iterdir())
-        assert left == {held, another, new, other, linked}
-    assert set(place.iterdir()) == {new, other, linked}
+        assert left == {held, another, new, other, linked, strangers}
+    assert set(place.iterdir()) == {new, other, linked, strangers}
     assert list(other.iterdir()) == [other / "holder"]
 
 
+@pytest.mark.process
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="no user without a home folder there")
 def test_a_user_without_a_home_folder_has_folders_where_nothing_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     from md3cli.settings import read_layers, user_cache_dir
 

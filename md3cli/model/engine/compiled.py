@@ -43,7 +43,7 @@ from md3cli.model.network.text import Tau, TextAttention, TextBlock, TextDecoder
 
 # What the compiler looks into; every other module is a part, which it calls.
 _SEEN_THROUGH = (TextDecoder, nn.ModuleList, TextBlock, TextAttention, Tau, RegionHeads, LayerNorm)
-WORK = "compile-"  # begins the names of folders for what a compiler writes on its way
+WORK = "md3-compile-"  # begins the names of folders for what a compiler writes on its way
 _MOST_ROWS = 1 << 12
 _HEADROOM = 2  # capacity grows by an eighth at least, and so may pass the context
 
