@@ -150,9 +150,9 @@ def draw_region(draw: _Draw, region: dict, with_ln: bool) -> None:
         draw.layer_norm("region.ln", dim)
 
 
-def draw_network(seed: int, dense: bool = False) -> Network:
-    """The model of a seed, planted; every third has no `region.ln`."""
-    config = draw_config(seed, dense)
+def draw_network(seed: int, dense: bool = False, config: Config | None = None) -> Network:
+    """The model of a seed, or of the seed and a config, planted; every third has no `region.ln`."""
+    config = draw_config(seed, dense) if config is None else config
     draw = _Draw(seed)
     draw_vision(draw, config["vision"])
     draw_text(draw, config["text"])

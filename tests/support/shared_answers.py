@@ -3,15 +3,19 @@
     python tests/support/shared_answers.py [--size 2] [NAME …]
 
 starts the processes, on the CPU, and prints a line of JSON for each combination of `SHARED`, as the first process has
-it; what another one has otherwise is an error. `run` does the same for a test, with any function of this file.
+it; what another one has otherwise is an error. `run` does the same for a test, with any function of this file. The
+processes are forks of one that has imported everything.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from datetime import timedelta
@@ -22,28 +26,64 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-SHARED: dict[str, dict[str, Any]] = {
-    "tp2": {"tp_size": 2},
-    "ep2": {"tp_size": 2, "ep_size": 2, "tp_plan": {}},
-    "tp2 x ep2": {"tp_size": 2, "ep_size": 2},
-    "ep4": {"tp_size": 4, "ep_size": 4, "tp_plan": {}},
+from md3cli.errors import Md3Error
+
+TINY, FOUR_HEADS = "tiny", "four heads"
+SHARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "tp2": (TINY, {"tp_size": 2}),
+    "ep2": (TINY, {"tp_size": 2, "ep_size": 2, "tp_plan": {}}),
+    "tp2 x ep2": (TINY, {"tp_size": 2, "ep_size": 2}),
+    "ep4": (TINY, {"tp_size": 4, "ep_size": 4, "tp_plan": {}}),
+    "tp4": (FOUR_HEADS, {"tp_size": 4}),
+    "tp4 x ep4": (FOUR_HEADS, {"tp_size": 4, "ep_size": 4}),
 }
 PATIENCE = timedelta(seconds=200)
 
 
-def answers(names: list[str]) -> dict[str, Any]:
-    """Compare each combination with one process; say what part of the bytes is here, and what the logits' bits are."""
+def four_heads(folder: Path) -> Path:
+    """Write a random network with four heads in both towers and seven experts; return its folder."""
+    from reference.random_models import draw_config, draw_network
+    from reference.writing import write_checkpoint
+
+    config = draw_config(1)
+    config["text"] |= {"dim": 256, "n_heads": 4, "n_kv_heads": 4}
+    config["text"]["moe"] |= {"num_experts": 7, "experts_per_token": 2, "expert_inner_dim": 32, "start_layer": 1}
+    config["vision"] |= {"enc_dim": 64, "enc_n_heads": 4, "proj_out_dim": 256}
+    config["region"] |= {"dim": 256}
+    return write_checkpoint(draw_network(1, config=config), folder / "four-heads", "original")
+
+
+def answers(names: list[str], folder: str) -> dict[str, Any]:
+    """Compare combinations with one process; say what part of the bytes is here, and what the answers' bits are.
+
+    The comparison is the first process's; `folder` is that of the network with four heads.
+    """
+    from placed_answers import TINY as TINY_FOLDER
     from placed_answers import ask, compare, load
     from transformers.distributed import DistributedConfig
 
-    expected, whole = ask(load()), num_bytes(load())
-    found = {}
+    found: dict[str, Any] = {}
+    alone: dict[Path, tuple[dict[str, Any], int]] = {}
     for name in names:
-        model = load(distributed_config=DistributedConfig(**SHARED[name]))
-        asked = ask(model)
-        bits = hashlib.sha256(asked["logits"].numpy().tobytes()).hexdigest()
-        found[name] = {**compare(asked, expected), "bytes": num_bytes(model) / whole, "bits": bits}
+        network, config = SHARED[name]
+        home = TINY_FOLDER if network == TINY else Path(folder)
+        if home not in alone:
+            plain = load(home)
+            alone[home] = ask(plain, home) if dist.get_rank() == 0 else {}, num_bytes(plain)
+        model = load(home, distributed_config=DistributedConfig(**config))
+        asked = ask(model, home)
+        expected, whole = alone[home]
+        found[name] = {"bytes": num_bytes(model) / whole, "bits": bits_of(asked)}
+        if expected:
+            found[name] |= compare(asked, expected)
     return found
+
+
+def bits_of(asked: dict[str, Any]) -> str:
+    """Return a hash of logits, tokens and answers."""
+    tensors = [asked["logits"], *asked["tokens"]]
+    parts = [tensor.numpy().tobytes() for tensor in tensors] + [json.dumps(asked["answers"]).encode()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def num_bytes(model: torch.nn.Module) -> int:
@@ -52,11 +92,6 @@ def num_bytes(model: torch.nn.Module) -> int:
         storage.nbytes()
         for storage in {p.untyped_storage().data_ptr(): p.untyped_storage() for p in model.parameters()}.values()
     )
-
-
-def others(folder: str) -> dict[str, Any]:
-    """Return what `saved` and `refusals` return."""
-    return {"saved": saved(folder), "said": refusals(f"{folder}/adapter")}
 
 
 def saved(target: str) -> dict[str, Any]:
@@ -79,8 +114,6 @@ def refusals(folder: str) -> dict[str, Any]:
     from placed_answers import TINY, load
     from transformers import BitsAndBytesConfig
     from transformers.distributed import DistributedConfig
-
-    from md3cli.errors import Md3Error
 
     LoraConfig(base_model_name_or_path=str(TINY)).save_pretrained(folder)
     wanted: dict[str, dict[str, Any]] = {
@@ -125,58 +158,95 @@ def refusals(folder: str) -> dict[str, Any]:
     return said
 
 
-def run(size: int, function: str, argument: Any, folder: Path) -> list[dict[str, Any]]:
-    """Call a function of this file in `size` processes that share what they load; return what each of them returns."""
-    command = [sys.executable, __file__, "--size", str(size), "--meet", str(folder / "meet"), "--call", function]
-    command.append(json.dumps(argument))
-    room = {**os.environ, "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            command,
-            env={**room, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        ended = [process.communicate(timeout=280) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, error) in zip(started, ended, strict=True):
-        assert process.returncode == 0, error[-3000:]
-    return [json.loads(output.splitlines()[-1]) for output, _ in ended]
+def killed() -> dict[str, Any]:
+    """Kill the last process while the others ask; return what they are told."""
+    from placed_answers import drawn, load
+    from transformers.distributed import DistributedConfig
+
+    size, said = dist.get_world_size(), {}
+    model = load(distributed_config=DistributedConfig(tp_size=size))
+    if dist.get_rank() == size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ids = torch.arange(20, 30)[None]
+    calls = {"forward": lambda: model(input_ids=ids), "caption": lambda: model.caption(drawn(), length="short")}
+    for name, call in calls.items():
+        try:
+            call()
+        except Md3Error as error:
+            said[name] = str(error)
+    return said
 
 
-def _be_one(size: int, meet: str, function: str, argument: Any) -> None:
+def run(size: int, folder: Path, *calls: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """Call functions of this file, each (name, argument, …), in `size` processes that share what they load.
+
+    Return for each process what they return, by name. The last process may die in `killed`, which comes last.
+    """
+    command = [sys.executable, __file__, "--size", str(size), "--room", str(folder), "--calls", json.dumps(calls)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (folder / "said").open("w+") as said:
+        started = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
+        try:
+            started.wait(timeout=290)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+        said.seek(0)
+        assert started.returncode == 0, said.read()[-6000:]
+    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(size)]
+
+
+def _be_all(size: int, room: Path, calls: list[list[Any]]) -> int:
+    """Fork the processes and wait for them; return how many failed."""
+    import placed_answers  # noqa: F401 - once for all of them
+    import transformers.distributed  # noqa: F401
+
+    started = [multiprocessing.get_context("fork").Process(target=_be_one, args=(rank, size, room, calls))
+               for rank in range(size)]  # fmt: skip
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    codes = [process.exitcode for process in started]
+    if calls[-1][0] == "killed":
+        assert codes.pop() == -signal.SIGKILL
+    return sum(code != 0 for code in codes)
+
+
+def _be_one(rank: int, size: int, room: Path, calls: list[list[Any]]) -> None:
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size, timeout=PATIENCE)
-    print(json.dumps(globals()[function](argument)))
-    dist.destroy_process_group()
+    os.environ |= {"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    meet = f"file://{room / 'meet'}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=size, timeout=PATIENCE)
+    found = {}
+    for function, *arguments in calls:
+        (room / f"found-{rank}.json").write_text(json.dumps(found))
+        found[function] = globals()[function](*arguments)
+    (room / f"found-{rank}.json").write_text(json.dumps(found))
+    if "killed" not in found:
+        dist.destroy_process_group()
 
 
 def main() -> None:
-    """Be one of the processes, or start them and print what they found."""
+    """Be the processes, or start them and print what they found."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", type=int, default=2)
-    parser.add_argument("--meet")
-    parser.add_argument("--call", default="answers")
-    parser.add_argument("argument", nargs="*")
+    parser.add_argument("--room", type=Path)
+    parser.add_argument("--calls", type=json.loads)
+    parser.add_argument("names", nargs="*")
     given = parser.parse_args()
-    if given.meet is not None:
-        _be_one(given.size, given.meet, given.call, json.loads(given.argument[0]))
-        return
-    names = given.argument or [name for name, config in SHARED.items() if config["tp_size"] == given.size]
+    if given.room is not None:
+        sys.exit(_be_all(given.size, given.room, given.calls))
+    names = given.names or [name for name, (_, config) in SHARED.items() if config["tp_size"] == given.size]
     with TemporaryDirectory() as folder:
-        first, *others = run(given.size, "answers", names, Path(folder))
-    assert all(other == first for other in others), others
+        model = str(four_heads(Path(folder))) if any(SHARED[name][0] == FOUR_HEADS for name in names) else ""
+        first, *others = (found["answers"] for found in run(given.size, Path(folder), ("answers", names, model)))
     for name, found in first.items():
-        print(json.dumps({"shared": name, **{key: value for key, value in found.items() if key != "bits"}}))
+        bits = found.pop("bits")
+        assert all(other[name]["bits"] == bits for other in others), name
+        print(json.dumps({"shared": name, **found}))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     main()

@@ -25,6 +25,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -67,26 +68,46 @@ class Ranks:
     def sum(self, x: Tensor) -> Tensor:
         """Sum a tensor over the processes, in float32; all get the same bits. A float32 tensor is written in place."""
         wide = x.float().contiguous()
-        dist.all_reduce(wide, group=self.group)
+        with self._together():
+            dist.all_reduce(wide, group=self.group)
         return wide.to(x.dtype)
 
     def gather(self, x: Tensor) -> Tensor:
         """Join tensors of one shape along the last dimension, in order of the processes."""
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
+        whole = x.contiguous()
+        with self._together():
+            dist.all_gather(parts, whole, group=self.group)
         return torch.cat(parts, dim=-1)
 
     def from_rank(self, x: Tensor, rank: int = 0) -> Tensor:
         """Return what the process `rank` has, in place of a tensor of the same shape."""
         found = x.contiguous()
-        dist.broadcast(found, group=self.group, group_src=rank)
+        with self._together():
+            dist.broadcast(found, group=self.group, group_src=rank)
         return found
 
     def least(self, number: int, device: torch.device) -> int:
         """Return the smallest of the processes' numbers."""
         found = torch.tensor(number, device=device)
-        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self.group)
+        with self._together():
+            dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self.group)
         return int(found)
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Say in words that another process has ended, or has not come within the group's timeout.
+
+        Raises:
+            EngineError: it has.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            raise EngineError(
+                f"process {self.rank} of the {self.size} that share the network has lost the others: one has ended, or "
+                f"made another call; what it printed says why ({error})"
+            ) from error
 
 
 class Cut(NamedTuple):

@@ -15,7 +15,7 @@ pytest.importorskip("accelerate", reason="needs the extra md3cli[hf]")
 
 from accelerate import dispatch_model
 from peft import LoraConfig
-from placed_answers import TINY, ask, compare, load, spread
+from placed_answers import PLACEMENTS, PRETENDED, TINY, ask, compare, load
 
 from md3cli.errors import EngineError
 from md3cli.model.hf.placement import is_spread, settle
@@ -29,23 +29,11 @@ def expected() -> dict[str, Any]:
     return ask(load())
 
 
-@pytest.mark.parametrize(
-    "placement",
-    [
-        {"device_map": {"": "disk"}},
-        {"device_map": {"model.vision": "cpu", "model.text": "disk", "model.region": "cpu"}},
-        {"device_map": spread("cpu", "disk")},
-        {"device_map": "auto", "max_memory": {"cpu": "6MB"}},
-        {"device_map": "sequential", "max_memory": {"cpu": "6MB"}},
-    ],
-    ids=["all on disk", "text on disk", "every second block on disk", "auto", "sequential"],
-)
+@pytest.mark.parametrize("name", PLACEMENTS)
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore:The following device_map keys")
-def test_offloaded_layers_answer_as_those_in_memory(
-    placement: dict[str, Any], expected: dict[str, Any], tmp_path: Path
-) -> None:
-    model = load(offload_folder=tmp_path, **placement)
+def test_offloaded_layers_answer_as_those_in_memory(name: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    model = load(offload_folder=tmp_path, **PLACEMENTS[name])
     assert is_spread(model)
     assert any(parameter.device.type == "meta" for parameter in model.parameters())
     found = compare(ask(model), expected)
@@ -56,11 +44,11 @@ def test_offloaded_layers_answer_as_those_in_memory(
 
 @pytest.mark.process
 def test_two_devices_never_meet_and_answer_as_one() -> None:
-    command = [sys.executable, SUPPORT / "placed_answers.py"]
+    command = [sys.executable, SUPPORT / "placed_answers.py", *PRETENDED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [line.pop("placement") for line in lines] == ["two devices, cpu and disk"]
+    assert [line.pop("placement") for line in lines] == list(PRETENDED)
     for line in lines:
         assert line.pop("largest_difference") <= 1e-4
         assert line == EQUAL
