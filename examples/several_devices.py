@@ -5,7 +5,8 @@
 
 Started with python, layers go to the GPUs, then to the CPU, then to files in FOLDER, as far as `--memory` lets them.
 Started with torchrun, each process holds a part of every layer, on a GPU of its own where there are any; with
-`--whole-experts` a part of the experts instead of a part of each. The answer is the one that a single device gives.
+`--whole-experts` some of the experts whole, instead of a part of each. The answer is that of a single device.
+MODEL is an alias, a repository or a folder.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
-import md3cli.model.hf  # noqa: F401 - registers the classes
+from md3cli.original import AutoModelForCausalLM
 
 
 def main() -> None:

@@ -226,10 +226,10 @@ def test_finetune_detection(environment, tmp_path):
 def test_several_devices(environment: dict[str, str], tmp_path: Path, way: str) -> None:
     """The embedded model says the colour of a circle, with most layers on disk and shared out over two processes."""
     pytest.importorskip("accelerate", reason="needs the extra md3cli[hf]")
-    from placed_answers import TINY, drawn
+    from placed_answers import drawn
 
     drawn().save(tmp_path / "shapes.png")
-    command = [EXAMPLES / "several_devices.py", TINY, tmp_path / "shapes.png", "What colour is the circle?"]
+    command = [EXAMPLES / "several_devices.py", "tiny", tmp_path / "shapes.png", "What colour is the circle?"]
     if way == "layers on disk":
         command += ["--memory", "cpu=6MB", "--offload", tmp_path / "offload"]
     else:

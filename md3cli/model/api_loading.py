@@ -50,5 +50,5 @@ def read_device_map(given: object) -> str:
         try:
             choose_device(name)
         except ConfigError as error:  # it speaks of the command's option
-            raise ConfigError(re.sub(r"--device ([\w:]+)", r'device_map="\1"', str(error))) from error
+            raise ConfigError(re.sub(r"--device (\w+(:\d+)?)", r'device_map="\1"', str(error))) from error
     return name

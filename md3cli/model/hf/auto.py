@@ -7,11 +7,9 @@ Users reach them through `md3cli.original`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from md3cli.model.api_loading import read_device_map
 from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor
 
 
@@ -22,15 +20,7 @@ class AutoModelForCausalLM:
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
     ) -> Moondream3ForConditionalGeneration:
-        """Load weights; arguments and errors are those of `Moondream3ForConditionalGeneration.from_pretrained`.
-
-        Raises:
-            ConfigError: `device_map` names a GPU that is not there.
-        """
-        device_map = kwargs.get("device_map")
-        for place in device_map.values() if isinstance(device_map, Mapping) else (device_map,):
-            if isinstance(place, int) or str(place).startswith("cuda"):
-                read_device_map(place)  # torch says no more than that an assertion failed
+        """Load weights; arguments and errors are those of `Moondream3ForConditionalGeneration.from_pretrained`."""
         return Moondream3ForConditionalGeneration.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from md3cli.errors import CheckpointError, ConfigError, UsageError
+from md3cli.model.api_loading import read_device_map
 from md3cli.model.hf.config import Moondream3Config, quant_method
 from md3cli.model.hf.parallel import asks_for_sharing
 from md3cli.model.weights.hub import fetch_model, model_path, repo_of
@@ -46,6 +47,17 @@ def find_weights(name: str, kwargs: dict[str, Any]) -> Path:
             "and say HF_HOME, HF_TOKEN or HTTPS_PROXY in the environment"
         )
     return model_path(name) if repo is None else fetch_model(repo, revision, offline=is_offline)
+
+
+def check_device_map(device_map: object) -> None:
+    """Refuse a GPU that is not there in words; torch says no more than that an assertion failed.
+
+    Raises:
+        ConfigError: `device_map`, or a place in it, names such a GPU.
+    """
+    for place in device_map.values() if isinstance(device_map, Mapping) else (device_map,):
+        if isinstance(place, int) or str(place).startswith("cuda"):
+            read_device_map(place)
 
 
 def config_of(plan: CheckpointPlan, given: object) -> Moondream3Config:

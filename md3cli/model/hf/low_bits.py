@@ -53,6 +53,9 @@ def read_quant(kwargs: dict[str, Any]) -> str:
         ConfigError: there is no such value, it does not go with the others, or the library is another.
     """
     given, other = kwargs.pop("quant", None), kwargs.get("quantization_config")
+    for bits in ("load_in_4bit", "load_in_8bit"):
+        if kwargs.pop(bits, False):  # what older transformers took by themselves
+            raise ConfigError(f"{bits} belongs in quantization_config=BitsAndBytesConfig({bits}=True)")
     if given not in (None, *QUANTS):
         raise ConfigError(f"quant={str(given)[:80]!r}: use {', '.join(QUANTS)}")
     if other is not None and given not in (None, NONE):

@@ -49,7 +49,15 @@ from md3cli.model.hf.inputs import (
     make_mask,
     read_positions,
 )
-from md3cli.model.hf.loading import config_of, dtype_of_state, find_weights, read_dtype, state_of, take_dtype
+from md3cli.model.hf.loading import (
+    check_device_map,
+    config_of,
+    dtype_of_state,
+    find_weights,
+    read_dtype,
+    state_of,
+    take_dtype,
+)
 from md3cli.model.hf.low_bits import (
     LowBitMethods,
     PackedSource,
@@ -169,9 +177,11 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
 
         Raises:
             CheckpointError: the weights cannot be had or do not fit, or the adapter was made for changed ones.
-            ConfigError: what a model in few bits cannot do: several devices, an argument that it cannot follow.
+            ConfigError: a GPU that is not there, or what a model in few bits cannot do: several devices, an argument
+                that it cannot follow.
             EngineError: a quantisation whose library is not installed.
         """
+        check_device_map(kwargs.get("device_map"))
         if pretrained_model_name_or_path is None:
             if read_quant(kwargs) not in (NONE, STORED):
                 raise ConfigError("quant packs a folder's weights, and from_pretrained(None) has none: leave it out")

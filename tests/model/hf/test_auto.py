@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from golden_cases import CASES
 
 from md3cli.errors import CheckpointError, ConfigError
@@ -26,8 +27,9 @@ def test_they_make_our_classes_of_any_layout() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 @pytest.mark.parametrize("given", ["cuda:0", {"": "cuda"}, 0, {"": 0}, {"model.vision": "cpu", "model.text": 0}])
 def test_a_gpu_that_is_not_there_is_told_in_words(given: Any) -> None:
-    with pytest.raises(ConfigError, match=r'^device_map="cuda'):
-        AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True, device_map=given)
+    for loader in (AutoModelForCausalLM, transformers.AutoModelForCausalLM):
+        with pytest.raises(ConfigError, match=r'^device_map="cuda(:0)?": '):
+            loader.from_pretrained(FOLDER, trust_remote_code=True, device_map=given)
 
 
 def test_another_model_is_refused(tmp_path: Any) -> None:

@@ -120,6 +120,8 @@ def test_float32_none_and_other_quantisers_start_from_plain_weights() -> None:
     assert low_bits.read_quant({"quantization_config": packing}) == "none"
     with pytest.raises(ConfigError, match="quant='int4': quantization_config starts from plain weights"):
         low_bits.read_quant({"quant": "int4", "quantization_config": packing})
+    with pytest.raises(ConfigError, match=r"load_in_8bit belongs in quantization_config=BitsAndBytesConfig\("):
+        load(INT4, load_in_8bit=True)
     for other in (Mxfp4Config(), {"quant_method": "eetq"}, {"bits": 4}, "4bit"):  # the first two fetch kernels
         with pytest.raises(ConfigError, match=r"quantization_config of '(mxfp4|eetq|dict|str)': BitsAndBytesConfig"):
             load(INT4, quantization_config=other)
@@ -261,7 +263,7 @@ def test_no_gradient_is_lost_without_a_word() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"device_map": {"model.vision": "cpu", "model.text": "cuda:0"}}, "lie on one device.*names cpu, cuda:0"),
+        ({"device_map": {"model.vision": "cpu", "model.text": "disk"}}, "lie on one device.*names cpu, disk"),
         ({"device_map": {"": "disk"}}, "lie on one device.*names disk"),
         ({"device_map": {"": "cuda:99"}}, "cuda:99"),
         ({"tp_plan": "auto"}, "takes no tp_plan"),
