@@ -226,12 +226,12 @@ def _progress_of(total: int | None, what: str, unit: str = "images", *, is_brief
 
 
 @contextlib.contextmanager
-def loading(progress: Progress | None) -> Iterator[None]:
-    """Say that a model is being loaded, and reckon the rate from its end on."""
+def loading(progress: Progress | None, words: str = "loading the model") -> Iterator[None]:
+    """Say in `words` that a model is being loaded, and reckon the rate from its end on."""
     if progress is None:
         yield
         return
-    progress.describe("loading the model")
+    progress.describe(words)
     try:
         yield
     finally:

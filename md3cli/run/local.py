@@ -191,9 +191,10 @@ class LocalRun:
 
     @contextlib.contextmanager
     def _while_loading(self) -> Iterator[None]:
+        words = "loading the model and compiling" if self.config.model.compile else "loading the model"
         if self.live is not None:
-            self.live.wait("loading the model")
-        with self.stop.interruptible(), loading(self.progress):
+            self.live.wait(words)
+        with self.stop.interruptible(), loading(self.progress, words):
             yield
 
     def _on_flush(self) -> None:

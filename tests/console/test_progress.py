@@ -74,6 +74,9 @@ def test_loading_is_said_and_does_not_count(clocked: Clock) -> None:
     with terminal() as stream, RunConsole().progress(4) as progress, loading(progress):
         pass
     assert "loading the model: " in stream.getvalue()
+    with terminal() as stream, RunConsole().progress(4) as progress, loading(progress, "loading and compiling"):
+        pass
+    assert "loading and compiling: " in stream.getvalue()
     plain = Progress(io.StringIO(), 100, is_bar=False)
     with loading(plain):
         clocked.now += 600
