@@ -12,6 +12,7 @@ products take no widths but multiples of 32 and 64, and give no gradients afterw
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from md3cli.errors import CheckpointError, EngineError
+from md3cli.errors import CheckpointError, ConfigError, EngineError
 from md3cli.model.hf.config import BNB, Moondream3Config, is_bnb, quant_method
 from md3cli.model.hf.loading import read_dtype, take_dtype
 from md3cli.model.network.layers import ExpertMatrices, Linear, MoeMlp
@@ -51,8 +52,10 @@ class ExpertLayers(nn.ModuleList):
 
     def forward(self, x_PD: Tensor, counts: list[int]) -> Tensor:
         """Multiply rows sorted by expert, `counts[e]` of them for expert e: [P, in] -> [P, out]."""
-        parts = x_PD.split(counts)
-        return torch.cat([layer(part) for part, layer in zip(parts, self, strict=True) if len(part)])
+        ends = itertools.accumulate(counts)
+        # No `split`: the library's 8-bit product changes its input and back, which autograd forbids for split parts.
+        rows = ((x_PD[end - count : end], layer) for count, end, layer in zip(counts, ends, self, strict=True))
+        return torch.cat([layer(part) for part, layer in rows if len(part)])
 
 
 def prepare_bnb(arguments: dict[str, Any]) -> None:
@@ -77,7 +80,8 @@ def loading_bnb(name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Surround transformers' loading of packed weights: what fails in there is said in words.
 
     Raises:
-        EngineError: bitsandbytes is not installed, or its layers do not compute on this machine.
+        EngineError: bitsandbytes is not installed, its layers do not compute on this machine, or packed ones would lie
+            on the CPU beside a GPU, or on disk.
         CheckpointError: weights that are packed already are damaged.
     """
     is_stored = is_bnb(arguments["config"])
@@ -89,6 +93,8 @@ def loading_bnb(name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
         require_library(_settings(settings), _device_of(arguments.get("device_map")), arguments["dtype"])
         yield
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if "dispatched on the CPU" in str(error):
+            raise EngineError(f"{name} cannot be placed as device_map says: {error}") from error
         if not is_stored:
             raise
         raise CheckpointError(f"{name}: its packed weights cannot be read ({error}); pack them again") from error
@@ -250,17 +256,26 @@ def read_bnb(files: WeightFiles, arguments: dict[str, Any]) -> tuple[Moondream3C
 
     Raises:
         CheckpointError: the config is damaged.
+        ConfigError: the arguments ask for other bits than those of the files.
     """
     assert files.config_file is not None
     given, file = arguments.get("config"), str(files.config_file)
+    stored, asked = read_json(files.config_file)["quantization_config"], arguments.get("quantization_config")
+    bits = "load_in_4bit"
+    if asked is not None and bool(getattr(_settings(asked), bits, None)) != bool(stored.get(bits)):
+        raise ConfigError(f"{file} says {bits}={stored.get(bits)}: what is packed is not packed again; leave it out")
     config = deepcopy(given) if isinstance(given, Moondream3Config) else Moondream3Config.from_json_file(file)
-    config.quantization_config = read_json(files.config_file)["quantization_config"]
+    config.quantization_config = stored
     config.has_region_ln = "region.ln.weight" in files.entries
     dtype = take_dtype(arguments)
     if dtype == "auto":
         dtype = config.dtype or torch.bfloat16
-    state = {name: tensor for file in files.files for name, tensor in load_file(file).items()}
-    return config, read_dtype(dtype), state
+    width, state = read_dtype(dtype), dict[str, Tensor]()
+    for path in files.files:
+        for name, tensor in load_file(path).items():
+            is_plain = name.endswith(".weight") and tensor.is_floating_point()  # transformers casts the rest alone
+            state[name] = tensor.to(width) if is_plain else tensor
+    return config, width, state
 
 
 def resident_bytes(model: nn.Module) -> int:

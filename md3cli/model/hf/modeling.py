@@ -195,6 +195,8 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
             raise CheckpointError(f"{adapter} is an adapter, and no folder; fetch it first: `hf download {adapter}`")
         folder, quant = find_weights(name, kwargs), read_quant(kwargs)
         if (files := bnb_files(folder)) is not None:
+            if quant not in (NONE, STORED):
+                raise ConfigError(f"{name} is packed by bitsandbytes, and quant={quant!r} packs plain weights")
             kwargs["config"], kwargs["dtype"], kwargs["state_dict"] = read_bnb(files, kwargs)
             loaded: Any = cls._load_state(name, *args, **kwargs)
         else:

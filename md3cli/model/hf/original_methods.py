@@ -37,6 +37,10 @@ class OriginalMethods(Skills):
     _moondream: Moondream | None = None
     _moondream_state: tuple[Any, ...] = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the engine out of copies, which make their own."""
+        return {**vars(self), "_moondream": None, "_moondream_state": ()}
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Make the original class's methods ready, as `Moondream.compile` says; `forward` and `generate` stay eager.
 

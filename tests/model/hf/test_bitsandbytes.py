@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 
 from md3cli import Moondream, model_path
 from md3cli.config import ModelOptions
-from md3cli.errors import CheckpointError, EngineError
+from md3cli.errors import CheckpointError, ConfigError, EngineError
 from md3cli.model.engine.load import load_weights
 from md3cli.model.hf import Moondream3Config, Moondream3ForConditionalGeneration, Moondream3Processor
 from md3cli.model.hf.bnb import (
@@ -215,6 +215,30 @@ def test_a_packed_folder_loads_again_with_the_same_bytes(way: str, tmp_path: Pat
         Moondream.load(str(tmp_path))
     with pytest.raises(CheckpointError, match="layout raw has no place"):
         model.save_pretrained(tmp_path / "raw", layout="raw")
+    wide = Moondream3ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    kinds = {parameter.dtype for parameter in wide.parameters() if parameter.is_floating_point()}
+    assert kinds == {torch.float32}
+    assert (logits_of(wide) - wanted).abs().mean() <= 0.1 * wanted.abs().mean()
+    other = BitsAndBytesConfig(load_in_8bit=way != "int8", load_in_4bit=way == "int8")
+    for settings in ({"quantization_config": other}, {"quant": "int8"}):
+        with pytest.raises(ConfigError, match=r"not packed again|packed by bitsandbytes"):
+            Moondream3ForConditionalGeneration.from_pretrained(tmp_path, **settings)
+
+
+def test_packed_layers_are_not_offloaded(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="cannot be placed as device_map says"):
+        load_packed("nf4", device_map={"": "disk"}, offload_folder=tmp_path)
+
+
+def test_eight_bits_in_float16_give_gradients() -> None:
+    """There the library changes the inputs of its product, and back."""
+    model = load_packed("int8", dtype=torch.float16).train()
+    model.add_adapter(LoraConfig(r=2, **lora_targets(model.config, ["attention"])))
+    ids = torch.arange(20, 32)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    found = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert found
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in found)
 
 
 def damaged(folder: Path, name: str, value: Tensor | None) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_cases import CASES
+from hf_cases import picture
 from PIL import Image
 from reference.random_models import draw_network
 from reference.writing import write_checkpoint
@@ -64,3 +67,13 @@ def test_weights_in_another_place_drop_what_was_compiled(model: Any) -> None:
     norm = model.model.text.post_ln.weight
     norm.data = norm.data + 1
     assert model.moondream().engine is not engine
+
+
+def test_a_copy_makes_its_own_engine() -> None:
+    model = Moondream3ForConditionalGeneration.from_pretrained(CASES["a"][0], dtype=torch.float32).eval()
+    image, settings = picture("a", 0), {"max_tokens": 3}
+    expected = model.caption(image, settings=settings)
+    copied = deepcopy(model)
+    assert copied.caption(image, settings=settings) == expected
+    assert copied.moondream().engine is not model.moondream().engine
+    assert copied.moondream().engine.model is copied.model
