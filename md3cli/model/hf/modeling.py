@@ -68,7 +68,7 @@ from md3cli.model.hf.low_bits import (
 )
 from md3cli.model.hf.original_methods import OriginalMethods
 from md3cli.model.hf.parallel import EP_PLAN, TP_PLAN, SharedMethods, refuse_beside_sharing
-from md3cli.model.hf.placement import settle, state_in_memory
+from md3cli.model.hf.placement import check_weights_arrive, settle, state_in_memory
 from md3cli.model.hf.saved_code import NamedBySavedFolders, name_classes
 from md3cli.model.network.loss import IGNORE, batch_loss
 from md3cli.model.network.moondream import Moondream3
@@ -406,6 +406,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         if given is None:
             raise RequestError("forward needs input_ids or inputs_embeds")
         self.check_no_gradients()
+        check_weights_arrive(self)
         num_rows, num_new = given.shape[:2]
         valid = self._valid_positions(batch.attention_mask, num_rows, batch.num_past + num_new)
         x_BTD = batch.inputs_embeds

@@ -16,7 +16,7 @@ from md3cli.model.engine.load import make_engine
 from md3cli.model.engine.machine import MemoryPlan, plan_memory
 from md3cli.model.engine.prompts import Tokenizer
 from md3cli.model.hf.parallel import Sharing
-from md3cli.model.hf.placement import is_spread
+from md3cli.model.hf.placement import check_weights_arrive, is_spread
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.quant.layers import has_packed_weights, low_bit_matrices
 from md3cli.model.weights.files import TOKENIZER_NAME
@@ -88,6 +88,7 @@ class OriginalMethods(Skills):
         return (tensors, packed, adapters)
 
     def _new_engine(self) -> Engine:
+        check_weights_arrive(cast("nn.Module", self))
         if self.name_or_path:
             files = resolve_model(self.name_or_path, tokenizer=self.tokenizer_source)
             file, name, identity = files.tokenizer_file, files.name, files.identity

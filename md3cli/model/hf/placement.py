@@ -49,6 +49,20 @@ def settle(model: nn.Module, network: Moondream3, state: Mapping[str, Any]) -> N
         module.register_forward_hook(partial(_bring_home, home))
 
 
+def check_weights_arrive(model: nn.Module) -> None:
+    """Refuse a pass in which a module would compute with weights that nothing brings: peft's, on offloaded layers.
+
+    Raises:
+        EngineError: there is such a module.
+    """
+    if not is_spread(model):
+        return
+    for name, module in model.named_modules():
+        is_away = any(parameter is not None and parameter.is_meta for parameter in module._parameters.values())
+        if is_away and not getattr(getattr(module, HOOK, None), "offload", False):
+            raise EngineError(f"{name} has no weights: layers on the CPU or on disk (device_map) take no adapter")
+
+
 def state_in_memory(model: nn.Module) -> dict[str, Tensor]:
     """Return a model's tensors by name; those that are offloaded are read into memory, all at once."""
     if not is_spread(model):

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("accelerate", reason="needs the extra md3cli[hf]")
 
 from accelerate import dispatch_model
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from placed_answers import PLACEMENTS, PRETENDED, TINY, ask, compare, load
 
 from md3cli.errors import EngineError
@@ -74,6 +74,11 @@ def test_offloaded_layers_take_no_adapter_and_are_saved_in_every_layout(tmp_path
     plain.save_pretrained(tmp_path / "adapter")
     with pytest.raises(EngineError, match="lose an adapter's weights"):
         load(tmp_path / "adapter", device_map={"": "disk"}, offload_folder=tmp_path / "again")
+    adapted = load(device_map={"": "disk"}, offload_folder=tmp_path / "adapted")
+    get_peft_model(adapted, LoraConfig(target_modules=["qkv"]))  # asks nobody
+    for compute in (lambda: adapted(input_ids=torch.arange(20, 24)[None]), adapted.moondream):
+        with pytest.raises(EngineError, match=r"lora_A\.default has no weights"):
+            compute()
     for layout in ("original", "raw"):
         model.save_pretrained(tmp_path / layout, layout=layout)
         saved = load(tmp_path / layout).state_dict()
