@@ -14,6 +14,9 @@ from md3cli.errors import CheckpointError, ConfigError, UsageError
 from md3cli.model.api_loading import read_device_map
 from md3cli.model.hf.config import Moondream3Config, quant_method
 from md3cli.model.hf.parallel import asks_for_sharing
+from md3cli.model.quant.load import NONE, STORED
+from md3cli.model.weights.adapters import PEFT_CONFIG, PEFT_WEIGHTS, base_of, check_start
+from md3cli.model.weights.files import read_json
 from md3cli.model.weights.hub import fetch_model, model_path, repo_of
 from md3cli.model.weights.plan import QUANT_METHOD, CheckpointPlan
 from md3cli.model.weights.read import CheckpointReader, stored_dtype
@@ -60,6 +63,22 @@ def check_device_map(device_map: object) -> None:
             read_device_map(place)
 
 
+def base_of_adapter(folder: Path) -> str:
+    """Return the model that an adapter in a folder of peft's was trained on.
+
+    Raises:
+        CheckpointError: it names none, was made for changed weights, or has its own in a form that is not read.
+    """
+    file = folder / PEFT_CONFIG
+    check_start(file, read_json(file))  # transformers takes the true base for it
+    base = base_of(folder)
+    if base is None:
+        raise CheckpointError(f"{file} names no base model; load that first, then the adapter")
+    if not (folder / PEFT_WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} has no {PEFT_WEIGHTS}, the one form of an adapter's weights that is read")
+    return base
+
+
 def config_of(plan: CheckpointPlan, given: object) -> Moondream3Config:
     """Return the config that was given, or the checkpoint's own, or the real model's sizes where it has none."""
     file = plan.files.config_file
@@ -92,12 +111,14 @@ def take_dtype(kwargs: dict[str, Any]) -> Any:
     return newer or older or "auto"
 
 
-def dtype_of_state(kwargs: dict[str, Any]) -> torch.dtype:
+def dtype_of_state(kwargs: dict[str, Any], quant: str) -> torch.dtype:
     """Take the dtype of a model that is made of a config and a state; `auto` is the config's, or the state's.
 
     Raises:
-        ConfigError: config or state is missing.
+        ConfigError: config or state is missing, or `quant` asks for packed weights.
     """
+    if quant not in (NONE, STORED):
+        raise ConfigError("quant packs a folder's weights, and from_pretrained(None) has none: leave it out")
     kwargs.pop("trust_remote_code", None)  # there is no code
     config, state = kwargs.get("config"), kwargs.get("state_dict")
     if config is None or not state:

@@ -50,6 +50,7 @@ from md3cli.model.hf.inputs import (
     read_positions,
 )
 from md3cli.model.hf.loading import (
+    base_of_adapter,
     check_device_map,
     config_of,
     dtype_of_state,
@@ -73,8 +74,8 @@ from md3cli.model.hf.saved_code import NamedBySavedFolders, name_classes
 from md3cli.model.network.loss import IGNORE, batch_loss
 from md3cli.model.network.moondream import Moondream3
 from md3cli.model.quant.load import NONE, STORED, has_low_bits
-from md3cli.model.weights.adapters import PEFT_CONFIG, PEFT_WEIGHTS, base_of, check_start
-from md3cli.model.weights.files import TOKENIZER_NAME, read_json
+from md3cli.model.weights.adapters import PEFT_CONFIG
+from md3cli.model.weights.files import TOKENIZER_NAME
 from md3cli.model.weights.hub import model_path, repo_of
 from md3cli.model.weights.names import Format
 from md3cli.model.weights.plan import CheckpointPlan, plan_checkpoint
@@ -183,9 +184,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         """
         check_device_map(kwargs.get("device_map"))
         if pretrained_model_name_or_path is None:
-            if read_quant(kwargs) not in (NONE, STORED):
-                raise ConfigError("quant packs a folder's weights, and from_pretrained(None) has none: leave it out")
-            kwargs["dtype"] = dtype_of_state(kwargs)
+            kwargs["dtype"] = dtype_of_state(kwargs, read_quant(kwargs))
             return cls._load_state(None, *args, **kwargs)  # type: ignore[return-value]
         name = str(pretrained_model_name_or_path)
         adapter = (kwargs.get("adapter_kwargs") or {}).pop("_adapter_model_path", name)  # as Auto classes find it
@@ -257,14 +256,8 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
 
     @classmethod
     def _load_with_adapter(cls, folder: Path, **kwargs: Any) -> Self:
-        settings = read_json(folder / PEFT_CONFIG)
-        check_start(folder / PEFT_CONFIG, settings)  # transformers takes the true base for it
-        base = base_of(folder)
-        if base is None:
-            raise CheckpointError(f"{folder / PEFT_CONFIG} names no base model; load that first, then the adapter")
         refuse_beside_sharing(kwargs, "a network with an adapter on top")
-        if not (folder / PEFT_WEIGHTS).is_file():
-            raise CheckpointError(f"{folder} has no {PEFT_WEIGHTS}, the one form of an adapter's weights that is read")
+        base = base_of_adapter(folder)
         kwargs.setdefault("quant", NONE)  # no adapter can be put on packed weights
         name = kwargs.pop("adapter_name", None)
         loaded: Any = cls.from_pretrained(base, **kwargs)
