@@ -9,15 +9,17 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+# First, so that bitsandbytes, which trl imports, fetches no code.
+from md3cli import model_path
+from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor
+
+# isort: split
 import numpy as np
 import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined, import-not-found, unused-ignore]
 from world_draw import make_picture
 from world_text import count_question
-
-from md3cli import model_path
-from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor
 
 
 def conversations(count: int) -> Iterator[dict[str, Any]]:

@@ -7,20 +7,23 @@ A record is what `md3` writes, or the same keys by hand: `image`, `task`, `promp
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# First, so that bitsandbytes, which peft imports, fetches no code.
+from md3cli import model_path
+from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor
+from md3cli.model.hf.config import lora_targets
+
+# isort: split
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch.utils.data import Dataset
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
-
-from md3cli import model_path
-from md3cli.model.hf import Moondream3ForConditionalGeneration, Moondream3Processor
-from md3cli.model.hf.config import lora_targets
 
 BITS: dict[int, dict[str, Any]] = {
     4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -130,5 +133,5 @@ def model_options(args: argparse.Namespace, trained: Path | None) -> list[str]:
 
 def run_md3(*arguments: str) -> None:
     """Run a command of md3, and show it."""
-    print("$ md3", *arguments, flush=True)
+    print("$ md3", shlex.join(arguments), flush=True)
     subprocess.run([sys.executable, "-m", "md3cli", *arguments], check=True)

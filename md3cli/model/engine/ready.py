@@ -147,7 +147,7 @@ def why_not(model: Moondream3) -> str | None:
         return "weights in 8 or 4 bits are multiplied by code that no compiler changes"
     if model.dtype is not torch.float32:
         dtype = str(model.dtype).removeprefix("torch.")
-        return f"compiled code rounds {dtype} differently, which may change answers; on a CPU only float32 is compiled"
+        return f"compiled code rounds {dtype} differently; on a CPU only float32 is compiled"
     name = os.environ.get("CXX", _COMPILERS.get(sys.platform, "g++"))  # the one that torch takes
     if shutil.which(name) is None:
         return f"no C++ compiler ({name}{'' if 'CXX' in os.environ else '; CXX may name another'}) is installed"
