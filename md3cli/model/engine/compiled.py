@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import platform
 import threading
 import time
@@ -196,7 +197,7 @@ def compile_step(model: Moondream3, parts: Parts, given: Sequence[Tensor], max_c
         "compile_threads": 1,
     }
     target = folder / "step.pt2"
-    with fresh_cache(dir=str(folder)), torch.no_grad(), calling(parts), warnings.catch_warnings():
+    with _silent(), fresh_cache(dir=str(folder)), torch.no_grad(), calling(parts), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about its own parts
         traced = export(
             FlatStep(model, max_context),
@@ -206,6 +207,17 @@ def compile_step(model: Moondream3, parts: Parts, given: Sequence[Tensor], max_c
         )
         aoti_compile_and_package(traced, package_path=str(target), inductor_configs=settings)
     return target.read_bytes()
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep torch from telling that a failed compiler's files are kept, for they go with the folder that they are in."""
+    logger = logging.getLogger("torch._inductor.utils")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 def _most_capacity(max_context: int) -> int:
