@@ -72,6 +72,7 @@ def answers(names: list[str], folder: str) -> dict[str, Any]:
             alone[home] = ask(plain, home) if dist.get_rank() == 0 else {}, num_bytes(plain)
         model = load(home, distributed_config=DistributedConfig(**config))
         asked = ask(model, home)
+        assert model.moondream().engine.model.is_shared
         expected, whole = alone[home]
         found[name] = {"bytes": num_bytes(model) / whole, "bits": bits_of(asked)}
         if expected:

@@ -209,7 +209,7 @@ class Engine:
             with torch.inference_mode():
                 self._launch()
         except (RuntimeError, MemoryError) as error:
-            if not (is_out_of_memory(error) or isinstance(error, SlotsTooShortError)):
+            if not (isinstance(error, SlotsTooShortError) or (is_out_of_memory(error) and not self.model.is_shared)):
                 raise EngineError(f"the model failed on {self.model.device}: {error}") from error
             kind, reason = type(error), shortage(error)
         # Out here: the error's frames, and those of what caused it, would hold the cache and the tensors of the pass.
@@ -285,8 +285,10 @@ class Engine:
             if not is_out_of_memory(error):
                 raise
             self._free_slots()
-            if batch_size == 1:
-                raise EngineError(f"{model.device} has no memory for one sequence: {shortage(error)}") from error
+            if batch_size == 1 or model.is_shared:
+                raise EngineError(
+                    f"{model.device} has no memory for {batch_size} slot(s): {shortage(error)}"
+                ) from error
             return False
         return True
 

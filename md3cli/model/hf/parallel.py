@@ -404,6 +404,7 @@ class SharedMethods:
         if mesh_manager is not None:
             model.config.distributed_config = distributed_config
             model.sharing = share_out(model, distributed_config, mesh_manager.get_mesh("tp"))
+            model.model.is_shared = True
         return model
 
     def _beam_search(self, *args: Any, generation_config: Any, **kwargs: Any) -> Any:

@@ -157,6 +157,7 @@ class Moondream3(nn.Module):
     def __init__(self, config: ModelConfig, *, has_region_ln: bool = True) -> None:
         super().__init__()
         self.config = config
+        self.is_shared = False  # with other processes, whose passes must be the same: none is made smaller in one alone
         self.vision = VisionEncoder(config.vision)
         self.text = TextDecoder(config.text)
         self.region = RegionHeads(config.region, has_ln=has_region_ln)

@@ -163,6 +163,23 @@ def test_a_request_that_fits_nowhere_is_one_failure_and_the_others_go_on() -> No
     assert engine.stats.batch_sizes == [4, 2, 1, 4]  # the others did not have to go on one by one
 
 
+def test_a_process_makes_nothing_smaller_than_those_it_shares_the_network_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that began a pass again alone would add its sums to another layer's of the others."""
+    case = load_case("a")
+    engine = case.engine(batch_size=4)
+    monkeypatch.setattr(case.model, "is_shared", True)
+    fail_now_and_then(engine, at_calls=(2,))
+    with pytest.raises(EngineError, match=r"the model failed on cpu: out of memory \(made up\)"):
+        answers_by_key(engine, [case.job(key) for key in certain_keys(case)[:3]])
+
+    def full(*_rest: object, **_more: object) -> KVCache:
+        raise torch.OutOfMemoryError("out of memory (made up)")
+
+    monkeypatch.setattr(engine_module, "KVCache", full)
+    with pytest.raises(EngineError, match=r"cpu has no memory for 4 slot\(s\): out of memory"):
+        case.engine(batch_size=4)
+
+
 def test_a_generation_that_fills_the_context_ends_with_length() -> None:
     case = load_case("b")
     config = case.model.config
@@ -429,7 +446,7 @@ def test_slots_that_others_took_the_memory_of_are_done_without(num_free: int, mo
     monkeypatch.setattr(engine_module, "KVCache", cache)
     fail_now_and_then(engine, at_calls=(2,))
     if num_free == 0:
-        with pytest.raises(EngineError, match="cpu has no memory for one sequence: out of memory"):
+        with pytest.raises(EngineError, match=r"cpu has no memory for 1 slot\(s\): out of memory"):
             case.engine(batch_size=8)
         return
     assert case.engine(batch_size=8).batch_size == (4 if num_free == 5 else 1)
