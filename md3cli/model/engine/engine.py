@@ -286,9 +286,7 @@ class Engine:
                 raise
             self._free_slots()
             if batch_size == 1 or model.is_shared:
-                raise EngineError(
-                    f"{model.device} has no memory for {batch_size} slot(s): {shortage(error)}"
-                ) from error
+                raise EngineError(f"{model.device} has no memory for {batch_size} slots: {shortage(error)}") from error
             return False
         return True
 

@@ -176,7 +176,7 @@ def test_a_process_makes_nothing_smaller_than_those_it_shares_the_network_with(m
         raise torch.OutOfMemoryError("out of memory (made up)")
 
     monkeypatch.setattr(engine_module, "KVCache", full)
-    with pytest.raises(EngineError, match=r"cpu has no memory for 4 slot\(s\): out of memory"):
+    with pytest.raises(EngineError, match=r"cpu has no memory for 4 slots: out of memory"):
         case.engine(batch_size=4)
 
 
@@ -446,7 +446,7 @@ def test_slots_that_others_took_the_memory_of_are_done_without(num_free: int, mo
     monkeypatch.setattr(engine_module, "KVCache", cache)
     fail_now_and_then(engine, at_calls=(2,))
     if num_free == 0:
-        with pytest.raises(EngineError, match=r"cpu has no memory for 1 slot\(s\): out of memory"):
+        with pytest.raises(EngineError, match=r"cpu has no memory for 1 slots: out of memory"):
             case.engine(batch_size=8)
         return
     assert case.engine(batch_size=8).batch_size == (4 if num_free == 5 else 1)

@@ -159,7 +159,7 @@ def test_graphs_that_do_not_fit_halve_the_batch(
 
     monkeypatch.setattr(stepper_module, "FixedGraph", tight)
     if not num_fitting:
-        with pytest.raises(EngineError, match=r"no memory for 1 slot\(s\): CUDA out of memory"):
+        with pytest.raises(EngineError, match=r"no memory for 1 slots: CUDA out of memory"):
             engine.capture()
         return
     engine.capture()
