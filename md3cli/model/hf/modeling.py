@@ -69,7 +69,7 @@ from md3cli.model.hf.low_bits import (
 )
 from md3cli.model.hf.original_methods import OriginalMethods
 from md3cli.model.hf.parallel import EP_PLAN, TP_PLAN, SharedMethods, refuse_beside_sharing
-from md3cli.model.hf.placement import check_weights_arrive, settle, state_in_memory
+from md3cli.model.hf.placement import check_weights_arrive, placing, settle, state_in_memory
 from md3cli.model.hf.saved_code import NamedBySavedFolders, name_classes
 from md3cli.model.network.loss import IGNORE, batch_loss
 from md3cli.model.network.moondream import Moondream3
@@ -227,7 +227,7 @@ class Moondream3ForConditionalGeneration(  # type: ignore[misc, no-untyped-call]
         refuse_beside_sharing(kwargs)
         prepare_bnb(kwargs)
         try:
-            with loading_bnb(name or "this state", kwargs):
+            with loading_bnb(name or "this state", kwargs), placing():
                 loaded: Any = super().from_pretrained(None, *args, **kwargs)
         except ImportError as error:
             raise EngineError(f"{name or 'this state'} cannot be loaded in the way asked for: {error}") from error

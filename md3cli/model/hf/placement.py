@@ -9,7 +9,9 @@ hook of torch. Knows nothing of processes; those are `parallel.py`'s.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,11 +23,21 @@ from md3cli.model.network.moondream import Moondream3
 from md3cli.model.network.text import TextBlock
 
 HOOK = "_hf_hook"  # where accelerate keeps the hook of a module
+_LOOSE = r"'model\.(text\.wte|vision\.pos_emb|region\.\w+_features)'"
 
 
 def is_spread(model: nn.Module) -> bool:
     """Return True where accelerate has put hooks around the model: its layers are on several devices, or offloaded."""
     return hasattr(model, HOOK)
+
+
+@contextmanager
+def placing() -> Iterator[None]:
+    """Surround accelerate's placing: it wonders at places of parameters that are in no module below the towers."""
+    with warnings.catch_warnings():
+        said = rf"The following device_map keys do not match any submodules in the model: \[{_LOOSE}(, {_LOOSE})*\]$"
+        warnings.filterwarnings("ignore", message=said)
+        yield
 
 
 def settle(model: nn.Module, network: Moondream3, state: Mapping[str, Any]) -> None:

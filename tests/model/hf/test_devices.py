@@ -31,7 +31,7 @@ def expected() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", PLACEMENTS)
 @pytest.mark.process
-@pytest.mark.filterwarnings("ignore:The following device_map keys")
+@pytest.mark.filterwarnings("error:The following device_map keys")
 def test_offloaded_layers_answer_as_those_in_memory(name: str, expected: dict[str, Any], tmp_path: Path) -> None:
     model = load(offload_folder=tmp_path, **PLACEMENTS[name])
     assert is_spread(model)
@@ -63,7 +63,7 @@ def test_a_folder_is_asked_for_where_disk_is_needed() -> None:
         load(device_map={"": "disk"})
 
 
-@pytest.mark.filterwarnings("ignore:The following device_map keys")
+@pytest.mark.filterwarnings("error:The following device_map keys")
 def test_offloaded_layers_take_no_adapter_and_are_saved_in_every_layout(tmp_path: Path) -> None:
     """On them transformers would leave the adapter without weights, and what is computed then is noise."""
     plain, model = load(), load(device_map={"": "disk"}, offload_folder=tmp_path / "offloaded")
